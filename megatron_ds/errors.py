@@ -1,0 +1,36 @@
+"""The errors a user can cause, one class per place where they are caught and shown.
+
+Every message names the value, the rule it broke and a way out. The command-line entry points print these
+without a traceback; anything else that escapes is a defect of this library and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MegatronDSError(Exception):
+    """Base of every error that is the input's fault, not the library's."""
+
+
+class ConfigError(MegatronDSError):
+    """A setting, or a combination of settings, that cannot run."""
+
+
+class DataError(MegatronDSError):
+    """A dataset, tokenizer or index file that is missing, damaged or does not fit the model."""
+
+
+class CheckpointError(MegatronDSError):
+    """A checkpoint that is missing, incomplete, damaged, or of another model."""
+
+
+class ScheduleError(MegatronDSError):
+    """A pipeline schedule that would deadlock, lose a micro-batch or exceed its activation bound."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the known name closest to ``name``, or an empty string when none is close."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,215 @@
+"""Where a rank sits: the only module that creates process groups.
+
+The ranks of a job form a 4-D grid ``[pp, dp, cp, tp]``. ``tp`` varies fastest, so that the ranks which talk most
+share a node; ``pp`` varies slowest, because it moves the fewest bytes. Everything else is handed an :class:`Axis`
+(a group, this rank's place in it, its size) and never asks a global.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megatron_ds.errors import ConfigError
+
+AXES = ("pp", "dp", "cp", "tp")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One line of ranks through this rank. ``group`` is None when the line has one rank: nothing to talk to.
+
+    ``ranks`` are the global ranks in group order.
+    """
+
+    name: str
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    ranks: tuple[int, ...] = (0,)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """The extents of the mesh, before any process group exists."""
+
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.dp * self.cp * self.tp
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """``{"pp": ..., "dp": ..., "cp": ..., "tp": ...}`` of a global rank."""
+        coordinates = {}
+        for name in reversed(AXES):
+            rank, coordinates[name] = divmod(rank, getattr(self, name))
+        return {name: coordinates[name] for name in AXES}
+
+    def rank_at(self, **coordinates: int) -> int:
+        """The global rank at the given coordinates; an axis left out counts as 0."""
+        rank = 0
+        for name in AXES:
+            rank = rank * getattr(self, name) + coordinates.get(name, 0)
+        return rank
+
+    @staticmethod
+    def for_world(world_size: int, pp: int = 1, cp: int = 1, tp: int = 1, dp: int | None = None) -> MeshShape:
+        """The mesh of ``world_size`` ranks with the given model-parallel extents; ``dp`` is what is left over."""
+        model = pp * cp * tp
+        if world_size % model:
+            below, above = world_size // model * model, -(-world_size // model) * model
+            legal = f"{below} or {above}" if below else str(above)
+            raise ConfigError(
+                f"world_size={world_size} cannot be divided by pp={pp} x cp={cp} x tp={tp} = {model}; "
+                f"start {legal} ranks, or change mesh.pp, mesh.cp or mesh.tp so that their product divides {world_size}"
+            )
+        derived = world_size // model
+        if dp is not None and dp != derived:
+            raise ConfigError(
+                f"mesh.dp={dp}, but world_size={world_size} / (pp={pp} x cp={cp} x tp={tp}) leaves dp={derived}; "
+                f"leave mesh.dp unset, or start {model * dp} ranks"
+            )
+        return MeshShape(pp=pp, dp=derived, cp=cp, tp=tp)
+
+    def draw(self, mark: int | None = None) -> str:
+        """A table of the mesh: one row a pipeline stage, one box a data-parallel replica, tp ranks side by side."""
+        width = len(str(self.world_size - 1)) + 2
+        shown_dp = min(self.dp, max(1, 64 // max(1, self.cp * self.tp * width)))
+        shown_pp = min(self.pp, 16)
+        title = f"mesh of {self.world_size} rank{'s' * (self.world_size > 1)}: " + " x ".join(
+            f"{name}={getattr(self, name)}" for name in AXES
+        )
+        # The box of one replica lists its cp x tp ranks in order.
+        boxes = [f"dp {d}".center(max(self.cp * self.tp * width, 4)) for d in range(shown_dp)]
+        rule = "+".join("-" * len(box) for box in boxes)
+        more = " ..." if shown_dp < self.dp else ""
+        lines = [title, " " * 8 + " " + " ".join(boxes) + more, " " * 8 + f"+{rule}+"]
+        for p in range(shown_pp):
+            cells = []
+            for d, box in enumerate(boxes):
+                ranks = (
+                    self.rank_at(pp=p, dp=d, cp=c, tp=t) for c in range(self.cp) for t in range(self.tp)
+                )
+                text = "".join(f"[{r}]".rjust(width) if r == mark else f" {r} ".rjust(width) for r in ranks)
+                cells.append(text.center(len(box)))
+            lines.append(f"stage {p:<2}|" + "|".join(cells) + "|" + more)
+        if shown_pp < self.pp:
+            lines.append(f"  ... {self.pp - shown_pp} more stages")
+        lines.append(" " * 8 + f"+{rule}+   (tp ranks side by side inside a box)")
+        return "\n".join(lines)
+
+
+class Mesh:
+    """This rank's place in the mesh and its groups.
+
+    Attributes:
+        pp, dp, cp, tp: the four axes.
+        pp_back: the pipeline axis again, with a group of its own for gradients flowing back. NCCL runs the
+            operations of one group in the order they were issued; with one group a direction, each direction has
+            one order that both ends agree on, and 1F1B cannot deadlock.
+        data: ``dp x cp`` flattened: the ranks that hold the same parameters, over which ZeRO shards.
+        world: every rank.
+    """
+
+    def __init__(self, shape: MeshShape, device: torch.device, rank: int = 0, device_mesh: DeviceMesh | None = None):
+        self.shape = shape
+        self.device = device
+        self.rank = rank
+        self.device_mesh = device_mesh
+        self.pp, self.dp, self.cp, self.tp = (self._axis(name) for name in AXES)
+        if device_mesh is None:
+            self.data, self.world, self.pp_back = Axis("data"), Axis("world"), Axis("pp_back")
+            return
+        data_mesh = device_mesh["dp", "cp"]._flatten("data") if shape.dp * shape.cp > 1 else None
+        self.data = (
+            Axis("data", data_mesh.get_local_rank(), data_mesh.size(), data_mesh.get_group(), _ranks(data_mesh))
+            if data_mesh is not None
+            else Axis("data", ranks=(rank,))
+        )
+        everyone = tuple(range(shape.world_size))
+        self.world = (
+            Axis("world", rank, shape.world_size, dist.group.WORLD, everyone) if shape.world_size > 1 else Axis("world")
+        )
+        self.pp_back = self._second_pipeline_group()
+
+    @staticmethod
+    def create(shape: MeshShape, device: torch.device) -> Mesh:
+        """The mesh of the running job. ``torch.distributed`` must be initialised if there is more than one rank."""
+        if shape.world_size == 1:
+            return Mesh(shape, device)
+        device_mesh = init_device_mesh(
+            device.type if device.type != "meta" else "cpu",
+            tuple(getattr(shape, name) for name in AXES),
+            mesh_dim_names=AXES,
+        )
+        return Mesh(shape, device, dist.get_rank(), device_mesh)
+
+    @staticmethod
+    def single(device: torch.device | str = "cpu") -> Mesh:
+        """The mesh of ones: the same code on one process, with no process group at all."""
+        return Mesh(MeshShape(), torch.device(device))
+
+    def _axis(self, name: str) -> Axis:
+        size = getattr(self.shape, name)
+        if self.device_mesh is None or size == 1:
+            return Axis(name, ranks=(self.rank,))
+        line = self.device_mesh[name]
+        return Axis(name, line.get_local_rank(), size, line.get_group(), _ranks(line))
+
+    def _second_pipeline_group(self) -> Axis:
+        pp = self.pp
+        if pp.size == 1:
+            return Axis("pp_back", ranks=pp.ranks)
+        lines = [
+            [self.shape.rank_at(pp=p, dp=d, cp=c, tp=t) for p in range(self.shape.pp)]
+            for d in range(self.shape.dp)
+            for c in range(self.shape.cp)
+            for t in range(self.shape.tp)
+        ]
+        group, _ = dist.new_subgroups_by_enumeration(lines)
+        return Axis("pp_back", pp.rank, pp.size, group, pp.ranks)
+
+    @property
+    def is_model_origin(self) -> bool:
+        """True on the one rank of each data-parallel replica that speaks for it: first stage, first tp and cp rank."""
+        return self.pp.is_first and self.tp.is_first and self.cp.is_first
+
+    def barrier(self) -> None:
+        if self.world.group is not None:
+            dist.barrier(group=self.world.group)
+
+    def __repr__(self) -> str:
+        place = ", ".join(f"{axis.name} {axis.rank}/{axis.size}" for axis in (self.pp, self.dp, self.cp, self.tp))
+        return f"Mesh(rank {self.rank}: {place})"
+
+    def __str__(self) -> str:
+        return self.shape.draw(mark=self.rank)
+
+
+def _ranks(line: DeviceMesh) -> tuple[int, ...]:
+    return tuple(line.mesh.flatten().tolist())
+
+
+def init_process_group(
+    backend: str, rank: int, world_size: int, store: dist.Store, timeout_seconds: float = 600.0
+) -> None:
+    """``torch.distributed.init_process_group`` with this project's defaults; the mesh's groups inherit the timeout."""
+    dist.init_process_group(
+        backend, rank=rank, world_size=world_size, store=store, timeout=timedelta(seconds=timeout_seconds)
+    )
