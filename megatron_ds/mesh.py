@@ -103,9 +103,7 @@ class MeshShape:
         for p in range(shown_pp):
             cells = []
             for d, box in enumerate(boxes):
-                ranks = (
-                    self.rank_at(pp=p, dp=d, cp=c, tp=t) for c in range(self.cp) for t in range(self.tp)
-                )
+                ranks = (self.rank_at(pp=p, dp=d, cp=c, tp=t) for c in range(self.cp) for t in range(self.tp))
                 text = "".join(f"[{r}]".rjust(width) if r == mark else f" {r} ".rjust(width) for r in ranks)
                 cells.append(text.center(len(box)))
             lines.append(f"stage {p:<2}|" + "|".join(cells) + "|" + more)
@@ -127,7 +125,9 @@ class Mesh:
         world: every rank.
     """
 
-    def __init__(self, shape: MeshShape, device: torch.device, rank: int = 0, device_mesh: DeviceMesh | None = None):
+    def __init__(
+        self, shape: MeshShape, device: torch.device, rank: int = 0, device_mesh: DeviceMesh | None = None
+    ):
         self.shape = shape
         self.device = device
         self.rank = rank
@@ -138,13 +138,17 @@ class Mesh:
             return
         data_mesh = device_mesh["dp", "cp"]._flatten("data") if shape.dp * shape.cp > 1 else None
         self.data = (
-            Axis("data", data_mesh.get_local_rank(), data_mesh.size(), data_mesh.get_group(), _ranks(data_mesh))
+            Axis(
+                "data", data_mesh.get_local_rank(), data_mesh.size(), data_mesh.get_group(), _ranks(data_mesh)
+            )
             if data_mesh is not None
             else Axis("data", ranks=(rank,))
         )
         everyone = tuple(range(shape.world_size))
         self.world = (
-            Axis("world", rank, shape.world_size, dist.group.WORLD, everyone) if shape.world_size > 1 else Axis("world")
+            Axis("world", rank, shape.world_size, dist.group.WORLD, everyone)
+            if shape.world_size > 1
+            else Axis("world")
         )
         self.pp_back = self._second_pipeline_group()
 
@@ -195,7 +199,9 @@ class Mesh:
             dist.barrier(group=self.world.group)
 
     def __repr__(self) -> str:
-        place = ", ".join(f"{axis.name} {axis.rank}/{axis.size}" for axis in (self.pp, self.dp, self.cp, self.tp))
+        place = ", ".join(
+            f"{axis.name} {axis.rank}/{axis.size}" for axis in (self.pp, self.dp, self.cp, self.tp)
+        )
         return f"Mesh(rank {self.rank}: {place})"
 
     def __str__(self) -> str:

@@ -1,0 +1,179 @@
+"""Collectives on an :class:`~megatron_ds.mesh.Axis`, and the autograd pairs built on them.
+
+Two layers. The plain functions move data and do nothing at all on an axis of one rank, so that one process runs the
+same code as a cluster. The differentiable ones keep each forward collective beside its backward:
+
+=============================  ==================  =====================
+function                       forward             backward
+=============================  ==================  =====================
+:func:`copy_to_region`         identity            all-reduce
+:func:`reduce_from_region`     all-reduce          identity
+:func:`gather_sequence`        all-gather dim 0    reduce-scatter dim 0
+:func:`reduce_scatter_sequence`  reduce-scatter dim 0  all-gather dim 0
+:func:`scatter_sequence`       slice dim 0         all-gather dim 0
+=============================  ==================  =====================
+
+Names that torch 2.13 renamed are resolved here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ds.mesh import Axis
+
+_reduce_scatter: Callable[..., dist.Work | None] = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)
+_all_gather: Callable[..., dist.Work | None] = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)
+
+
+class Pending:
+    """A collective in flight: :meth:`wait` returns its result. On an axis of one rank it is already done."""
+
+    def __init__(self, result: torch.Tensor, work: dist.Work | None = None):
+        self.result = result
+        self._work = work
+
+    def wait(self) -> torch.Tensor:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self.result
+
+
+def all_reduce(tensor: torch.Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+    """Reduce in place over the axis and return the same tensor."""
+    return all_reduce_start(tensor, axis, op).wait()
+
+
+def all_reduce_start(tensor: torch.Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Pending:
+    """Start an in-place all-reduce; ``wait()`` before reading or writing ``tensor``."""
+    if axis.group is None:
+        return Pending(tensor)
+    return Pending(tensor, dist.all_reduce(tensor, op, group=axis.group, async_op=True))
+
+
+def reduce_scatter_start(output: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> Pending:
+    """Sum ``tensor`` over the axis; rank r keeps slice r of dim 0 in ``output``. ``output`` may be that very slice."""
+    if axis.group is None:
+        if output.data_ptr() != tensor.data_ptr():
+            output.copy_(tensor)
+        return Pending(output)
+    return Pending(output, _reduce_scatter(output, tensor, group=axis.group, async_op=True))
+
+
+def all_gather_start(output: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> Pending:
+    """Concatenate every rank's ``tensor`` along dim 0 into ``output``; ``tensor`` may be its own slice of it."""
+    if axis.group is None:
+        if output.data_ptr() != tensor.data_ptr():
+            output.copy_(tensor)
+        return Pending(output)
+    return Pending(output, _all_gather(output, tensor, group=axis.group, async_op=True))
+
+
+def gather_dim0(tensor: torch.Tensor, axis: Axis) -> Pending:
+    """All-gather along dim 0 into a new tensor: ``[s / size, ...] -> [s, ...]``."""
+    if axis.group is None:
+        return Pending(tensor)
+    output = tensor.new_empty((tensor.shape[0] * axis.size, *tensor.shape[1:]))
+    return all_gather_start(output, tensor.contiguous(), axis)
+
+
+def scatter_sum_dim0(tensor: torch.Tensor, axis: Axis) -> Pending:
+    """Sum over the axis and keep this rank's part of dim 0, in a new tensor: ``[s, ...] -> [s / size, ...]``."""
+    if axis.group is None:
+        return Pending(tensor)
+    output = tensor.new_empty((tensor.shape[0] // axis.size, *tensor.shape[1:]))
+    return reduce_scatter_start(output, tensor.contiguous(), axis)
+
+
+def slice_dim0(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """This rank's equal part of dim 0, as a view."""
+    size = tensor.shape[0] // axis.size
+    return tensor.narrow(0, axis.rank * size, size)
+
+
+class _CopyToRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return all_reduce(grads[0].clone(memory_format=torch.contiguous_format), ctx.axis), None
+
+
+class _ReduceFromRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+        return all_reduce(tensor.clone(memory_format=torch.contiguous_format), axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
+
+
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        return gather_dim0(tensor, axis).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return scatter_sum_dim0(grads[0], ctx.axis).wait(), None
+
+
+class _ReduceScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        return scatter_sum_dim0(tensor, axis).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gather_dim0(grads[0], ctx.axis).wait(), None
+
+
+class _ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        return slice_dim0(tensor, axis).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gather_dim0(grads[0], ctx.axis).wait(), None
+
+
+def copy_to_region(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Enter a tensor-parallel region: every rank has the same tensor, and gradients from all ranks add up."""
+    return tensor if axis.group is None else _CopyToRegion.apply(tensor, axis)
+
+
+def reduce_from_region(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Leave a tensor-parallel region: the partial results of all ranks add up, and every rank has the sum."""
+    return tensor if axis.group is None else _ReduceFromRegion.apply(tensor, axis)
+
+
+def gather_sequence(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """``[s / tp, b, h] -> [s, b, h]``: leave a sequence-parallel region for a tensor-parallel one."""
+    return tensor if axis.group is None else _GatherSequence.apply(tensor, axis)
+
+
+def reduce_scatter_sequence(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """``[s, b, h] partial -> [s / tp, b, h]`` summed: enter a sequence-parallel region."""
+    return tensor if axis.group is None else _ReduceScatterSequence.apply(tensor, axis)
+
+
+def scatter_sequence(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """``[s, b, h]`` equal on all ranks ``-> [s / tp, b, h]``: enter a sequence-parallel region without a sum."""
+    return tensor if axis.group is None else _ScatterSequence.apply(tensor, axis)
