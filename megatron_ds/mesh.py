@@ -122,6 +122,7 @@ class Mesh:
             operations of one group in the order they were issued; with one group a direction, each direction has
             one order that both ends agree on, and 1F1B cannot deadlock.
         data: ``dp x cp`` flattened: the ranks that hold the same parameters, over which ZeRO shards.
+        embedding: first and last pipeline stage, which share a tied embedding; a single rank on the other stages.
         world: every rank.
     """
 
@@ -135,6 +136,7 @@ class Mesh:
         self.pp, self.dp, self.cp, self.tp = (self._axis(name) for name in AXES)
         if device_mesh is None:
             self.data, self.world, self.pp_back = Axis("data"), Axis("world"), Axis("pp_back")
+            self.embedding = Axis("embedding")
             return
         data_mesh = device_mesh["dp", "cp"]._flatten("data") if shape.dp * shape.cp > 1 else None
         self.data = (
@@ -150,7 +152,9 @@ class Mesh:
             if shape.world_size > 1
             else Axis("world")
         )
-        self.pp_back = self._second_pipeline_group()
+        lines = self._pipeline_lines()
+        self.pp_back = self._extra_axis("pp_back", lines)
+        self.embedding = self._extra_axis("embedding", [[line[0], line[-1]] for line in lines])
 
     @staticmethod
     def create(shape: MeshShape, device: torch.device) -> Mesh:
@@ -176,18 +180,25 @@ class Mesh:
         line = self.device_mesh[name]
         return Axis(name, line.get_local_rank(), size, line.get_group(), _ranks(line))
 
-    def _second_pipeline_group(self) -> Axis:
-        pp = self.pp
-        if pp.size == 1:
-            return Axis("pp_back", ranks=pp.ranks)
-        lines = [
-            [self.shape.rank_at(pp=p, dp=d, cp=c, tp=t) for p in range(self.shape.pp)]
-            for d in range(self.shape.dp)
-            for c in range(self.shape.cp)
-            for t in range(self.shape.tp)
+    def _pipeline_lines(self) -> list[list[int]]:
+        """The global ranks of every pipeline, in stage order."""
+        extents = self.shape
+        return [
+            [extents.rank_at(pp=p, dp=d, cp=c, tp=t) for p in range(extents.pp)]
+            for d in range(extents.dp)
+            for c in range(extents.cp)
+            for t in range(extents.tp)
         ]
+
+    def _extra_axis(self, name: str, lines: list[list[int]]) -> Axis:
+        """An axis besides the four: its lines are disjoint and need not cover every rank."""
+        if len(lines[0]) == 1 or self.shape.pp == 1:
+            return Axis(name, ranks=(self.rank,))
         group, _ = dist.new_subgroups_by_enumeration(lines)
-        return Axis("pp_back", pp.rank, pp.size, group, pp.ranks)
+        for line in lines:
+            if self.rank in line:
+                return Axis(name, line.index(self.rank), len(line), group, tuple(line))
+        return Axis(name, ranks=(self.rank,))
 
     @property
     def is_model_origin(self) -> bool:

@@ -1,0 +1,126 @@
+"""Randomness that does not depend on the mesh, the micro-batching or the order of computation.
+
+Nothing here has a state to save, restore or keep apart between ranks:
+
+* an initial weight is a function of (seed, global parameter name, row);
+* a dropout decision is a function of (seed, site in the model, sample, position, channel), computed by a counter-based
+  hash. A rank computes the decisions of just the elements it holds, so tensor, sequence, pipeline and data parallel
+  runs drop the same elements as one process, and recomputation in the backward pass drops them again without having
+  kept a mask or a generator state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ds.shard import spec_of
+
+# Rows of a global tensor drawn from one generator: a shard along dim 0 draws only the blocks it touches, and no more
+# than a block of a larger tensor is in memory twice.
+_ROWS_A_BLOCK = 1024
+
+
+def derive_seed(seed: int, *names: object) -> int:
+    """A 63-bit seed for a named purpose, from the run's seed."""
+    text = "/".join(str(part) for part in (seed, *names))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+@torch.no_grad()
+def initialize_parameters(parameters: Iterable[nn.Parameter], seed: int) -> None:
+    """Fill each parameter from its :class:`~megatron_ds.shard.ShardSpec`; values depend on (seed, name) alone.
+
+    Normal values are drawn in fp32 on the CPU whatever the parameter's dtype and device, so that all agree.
+    """
+    for parameter in parameters:
+        spec = spec_of(parameter)
+        if parameter.is_meta:
+            continue
+        if spec.init == "zeros":
+            parameter.zero_()
+        elif spec.init == "ones":
+            parameter.fill_(1.0)
+        else:
+            _fill_normal(parameter, seed)
+
+
+def _fill_normal(parameter: nn.Parameter, seed: int) -> None:
+    spec = spec_of(parameter)
+    shape = spec.global_shape
+    rows = shape[0]
+    row_shape = shape[1:]
+    first = spec.offset[0]
+    last = first + parameter.shape[0]
+    local = parameter.data.reshape(parameter.shape[0], -1) if parameter.dim() > 1 else parameter.data.unsqueeze(1)
+    # Rows may be few and huge (qkv has one row a group), so a block is bounded by its elements too.
+    per_row = max(1, parameter.numel() // max(1, parameter.shape[0]))
+    whole_row = per_row if spec.dim in (None, 0) else per_row * spec.count
+    block = max(1, min(_ROWS_A_BLOCK, (1 << 24) // max(1, whole_row)))
+    for start in range(first - first % block, last, block):
+        stop = min(start + block, rows)
+        generator = torch.Generator().manual_seed(derive_seed(seed, spec.name, start))
+        values = torch.randn((stop - start, *row_shape), generator=generator).mul_(spec.std)
+        if spec.dim is not None and spec.dim > 0:
+            size = parameter.shape[spec.dim]
+            values = values.narrow(spec.dim, spec.index * size, size)
+        lo, hi = max(start, first), min(stop, last)
+        local[lo - first : hi - first] = values[lo - start : hi - start].reshape(hi - lo, -1).to(local)
+
+
+@dataclass(frozen=True)
+class DropoutKeys:
+    """What a dropout site needs to know about the elements it sees.
+
+    Attributes:
+        seed: the run's dropout seed.
+        samples: ``[b]`` int64, each sequence's index in the run's sample order: unique over the whole run.
+        position_offset: first sequence position this rank holds when the sequence is split over ranks.
+    """
+
+    seed: int
+    samples: Tensor
+    position_offset: int = 0
+
+    def row_keys(self, site: int, length: int, offset: int) -> Tensor:
+        """``[length, b]`` int32: one hash for each (site, position, sample)."""
+        positions = torch.arange(offset, offset + length, device=self.samples.device)
+        base = derive_seed(self.seed, "dropout", site) & 0xFFFFFFFF
+        sample_keys = _mix((self.samples ^ base).to(torch.int32) ^ (self.samples >> 32).to(torch.int32))
+        return _mix(sample_keys.unsqueeze(0) ^ _mix(positions.to(torch.int32)).unsqueeze(1))
+
+
+def keep_mask(row_keys: Tensor, columns: Tensor, p: float) -> Tensor:
+    """``[..., len(columns)]`` bool: True where the element is kept, with probability ``1 - p``.
+
+    ``row_keys`` ``[...]`` int32 identifies the row, ``columns`` int64 the element within it.
+    """
+    bits = _mix(row_keys.unsqueeze(-1) + (columns * 0x9E3779B1).to(torch.int32))
+    return (bits & 0x7FFFFFFF) >= round(p * 0x80000000)
+
+
+def dropout(x: Tensor, p: float, keys: DropoutKeys | None, site: int) -> Tensor:
+    """Drop elements of ``x`` ``[s, b, h]`` with probability ``p`` and scale the rest by ``1 / (1 - p)``.
+
+    Args:
+        keys: None in evaluation: nothing is dropped.
+        site: a number that no other dropout of the model uses.
+    """
+    if keys is None or p == 0.0:
+        return x
+    rows = keys.row_keys(site, x.shape[0], keys.position_offset)
+    mask = keep_mask(rows, torch.arange(x.shape[-1], device=x.device), p)
+    return x * (mask.to(x.dtype) / (1.0 - p))
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijective scrambling of int32 values ("lowbias32" of C. Wellons' hash prospector search, bias 0.17)."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x = x * 0x7FEB352D
+    x = x ^ ((x >> 15) & 0x1FFFF)
+    x = x * -2073474421  # 0x846CA68B as int32
+    return x ^ ((x >> 16) & 0xFFFF)

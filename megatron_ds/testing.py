@@ -1,0 +1,170 @@
+"""Many ranks on one machine, for tests: :func:`run_ranks` runs a function on each rank and returns every result.
+
+A ``forkserver`` that has torch imported starts 8 gloo ranks in a fraction of a second, so that a test matrix can
+afford hundreds of multi-rank rows. On a machine with enough GPUs the same tests run on NCCL.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_PRELOAD = ["torch", "torch.distributed", "torch.distributed.device_mesh", "megatron_ds.testing"]
+
+
+class RankFailed(AssertionError):
+    """A rank raised, died or did not finish; the message starts with that rank's own traceback."""
+
+
+def device_of_rank(rank: int, world_size: int) -> torch.device:
+    """A GPU of its own for every rank where there are enough of them, else the CPU."""
+    if torch.cuda.is_available() and torch.cuda.device_count() >= world_size:
+        return torch.device("cuda", rank)
+    return torch.device("cpu")
+
+
+def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+    """Run ``function(*args)`` on every rank of a fresh job and return the results in rank order.
+
+    ``function`` must be importable (a module-level function) and its arguments and result picklable; inside it
+    ``torch.distributed`` is initialised and each rank has one compute thread. Every rank must reach its end.
+
+    Raises:
+        RankFailed: a rank raised or died (its traceback first), or the job took longer than ``timeout`` seconds.
+            No process is left behind.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        processes, pipes = [], {}
+        try:
+            for rank in range(world_size):
+                ours, theirs = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_rank_main, args=(function, args, rank, world_size, folder, timeout, theirs), daemon=True
+                )
+                process.start()
+                theirs.close()
+                processes.append(process)
+                pipes[ours] = rank
+            return _collect(processes, pipes, world_size, timeout, folder)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+            for process in processes:
+                process.join()
+
+
+def _collect(
+    processes: list[Any], pipes: dict[Connection, int], world_size: int, timeout: float, folder: str
+) -> list[Any]:
+    results: dict[int, Any] = {}
+    failures: list[tuple[float, int, str]] = []
+    deadline = time.monotonic() + timeout
+    waiting = dict(pipes)
+    while waiting and not failures:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankFailed(
+                f"ranks {sorted(waiting.values())} of {world_size} did not finish in {timeout:.0f} s"
+                + _stacks(folder, sorted(waiting.values()))
+            )
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            _receive(pipe, waiting.pop(pipe), processes, results, failures)
+    # Ranks that only lost their peer report within moments of the one that failed; the earliest failure is the cause.
+    if failures and waiting:
+        for pipe in wait(list(waiting), timeout=0.5):
+            assert isinstance(pipe, Connection)
+            _receive(pipe, waiting.pop(pipe), processes, results, failures)
+    if failures:
+        _, rank, text = min(failures)
+        others = sorted(r for _, r, _ in failures if r != rank)
+        tail = f"\n(ranks {others} failed after it)" if others else ""
+        raise RankFailed(f"rank {rank} of {world_size} failed first:\n{text}{tail}")
+    return [results[rank] for rank in range(world_size)]
+
+
+def _receive(
+    pipe: Connection,
+    rank: int,
+    processes: list[Any],
+    results: dict[int, Any],
+    failures: list[tuple[float, int, str]],
+) -> None:
+    try:
+        kind, when, payload = pickle.loads(pipe.recv_bytes())
+    except EOFError:
+        processes[rank].join(5)
+        # A death leaves no time stamp of its own; it is the cause of what its peers report.
+        failures.append((0.0, rank, f"died without a traceback, exit code {processes[rank].exitcode}"))
+        return
+    if kind == "result":
+        results[rank] = payload
+    else:
+        failures.append((when, rank, payload))
+
+
+def _stacks(folder: str, ranks: list[int]) -> str:
+    text = ""
+    for rank in ranks:
+        path = os.path.join(folder, f"stack-{rank}")
+        if os.path.exists(path):
+            with open(path) as file:
+                text += f"\nrank {rank} was at:\n{file.read()}"
+    return text
+
+
+def _rank_main(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    rank: int,
+    world_size: int,
+    folder: str,
+    timeout: float,
+    pipe: Connection,
+) -> None:
+    stack_file = open(os.path.join(folder, f"stack-{rank}"), "w")  # noqa: SIM115: faulthandler needs it open
+    faulthandler.dump_traceback_later(max(timeout - 2.0, timeout / 2), file=stack_file)
+    torch.set_num_threads(1)
+    device = device_of_rank(rank, world_size)
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.FileStore(os.path.join(folder, "rendezvous"), world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+        )
+        payload = pickle.dumps(("result", time.monotonic(), function(*args)))
+    except BaseException:
+        payload = pickle.dumps(("failure", time.monotonic(), traceback.format_exc()))
+    pipe.send_bytes(payload)
+    pipe.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the parent has everything; tearing groups down one by one only costs time
+
+
+def is_float64_close(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-9) -> bool:
+    """Equal shapes, no NaN, and every element within ``tolerance`` of ``max(1, |want|)``."""
+    if got.shape != want.shape:
+        return False
+    error = (got.double() - want.double()).abs()
+    return bool((error <= tolerance * want.double().abs().clamp(min=1.0)).all())
