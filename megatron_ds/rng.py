@@ -56,7 +56,9 @@ def _fill_normal(parameter: nn.Parameter, seed: int) -> None:
     row_shape = shape[1:]
     first = spec.offset[0]
     last = first + parameter.shape[0]
-    local = parameter.data.reshape(parameter.shape[0], -1) if parameter.dim() > 1 else parameter.data.unsqueeze(1)
+    local = (
+        parameter.data.reshape(parameter.shape[0], -1) if parameter.dim() > 1 else parameter.data.unsqueeze(1)
+    )
     # Rows may be few and huge (qkv has one row a group), so a block is bounded by its elements too.
     per_row = max(1, parameter.numel() // max(1, parameter.shape[0]))
     whole_row = per_row if spec.dim in (None, 0) else per_row * spec.count
@@ -122,5 +124,5 @@ def _mix(x: Tensor) -> Tensor:
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * 0x7FEB352D
     x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * -2073474421  # 0x846CA68B as int32
+    x = x * -2073254261  # 0x846CA68B as int32
     return x ^ ((x >> 16) & 0xFFFF)

@@ -1,0 +1,169 @@
+"""Causal self-attention split over heads: GQA, rotary, ALiBi, document masking, QK-norm, dropout.
+
+Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden, ``g`` key/value groups on this rank, ``q`` queries a group,
+``n = g * q`` heads on this rank, ``d`` head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_ds.layers.norm import Norm
+from megatron_ds.layers.position import alibi_bias, alibi_slopes, apply_rotary
+from megatron_ds.mesh import Axis
+from megatron_ds.rng import DropoutKeys, keep_mask
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What every block of a stage shares for one micro-batch, computed once.
+
+    Attributes:
+        positions: ``[s, b]`` int64.
+        rotary: cos and sin ``[s, b, 1, d]``, or None.
+        same_document: ``[b, 1, s, s]`` bool, True where query and key are of one document; None: no boundaries.
+        keys: dropout keys, None in evaluation.
+    """
+
+    positions: Tensor
+    rotary: tuple[Tensor, Tensor] | None = None
+    same_document: Tensor | None = None
+    keys: DropoutKeys | None = None
+
+
+class SelfAttention(nn.Module):
+    """``[s(/tp), b, h] -> [s(/tp), b, h]``.
+
+    Args:
+        groups: key/value heads of the whole model; tensor parallelism splits by group.
+        site: dropout site number of the attention probabilities.
+        recompute_core: compute the attention core again in the backward pass (selective recomputation,
+            Korthikanti et al. 2022, section 5).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        groups: int,
+        queries_per_group: int,
+        head_dim: int,
+        *,
+        bias: bool,
+        qkv_bias: bool,
+        alibi: bool,
+        qk_norm: bool,
+        norm_eps: float,
+        dropout: float,
+        site: int,
+        recompute_core: bool,
+        tp: Axis,
+        sequence_parallel: bool,
+        init_std: float,
+        out_std: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.queries_per_group, self.head_dim = queries_per_group, head_dim
+        self.local_groups = groups // tp.size
+        self.dropout, self.site, self.recompute_core = dropout, site, recompute_core
+        self.first_head = tp.rank * self.local_groups * queries_per_group
+        local_heads = self.local_groups * queries_per_group
+        slopes = alibi_slopes(groups * queries_per_group)[self.first_head : self.first_head + local_heads]
+        self.slopes = slopes if alibi else None
+        make = partial(dict, tp=tp, sequence_parallel=sequence_parallel, device=device, dtype=dtype)
+        self.qkv = ColumnParallelLinear(
+            f"{name}.qkv",
+            hidden_size,
+            (groups, queries_per_group + 2, head_dim),
+            shard_dim=0,
+            bias=qkv_bias,
+            init_std=init_std,
+            **make(),
+        )
+        # Each rank's gradient of these weights covers its own heads only, with or without sequence parallelism.
+        norm = partial(
+            Norm, kind="rmsnorm", size=head_dim, eps=norm_eps, tp=tp, partial=True, device=device, dtype=dtype
+        )
+        self.q_norm = norm(f"{name}.q_norm") if qk_norm else None
+        self.k_norm = norm(f"{name}.k_norm") if qk_norm else None
+        self.out = RowParallelLinear(
+            f"{name}.out",
+            groups * queries_per_group * head_dim,
+            hidden_size,
+            bias=bias,
+            init_std=out_std,
+            **make(),
+        )
+
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        qkv = self.qkv(x)
+        s, b, _ = qkv.shape
+        qkv = qkv.view(s, b, self.local_groups, self.queries_per_group + 2, self.head_dim)
+        q = qkv[..., : self.queries_per_group, :].reshape(s, b, -1, self.head_dim)
+        k, v = qkv[..., -2, :], qkv[..., -1, :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if inputs.rotary is not None:
+            q, k = apply_rotary(q, *inputs.rotary), apply_rotary(k, *inputs.rotary)
+        if self.recompute_core and torch.is_grad_enabled():
+            core = checkpoint(self._core, q, k, v, inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            core = self._core(q, k, v, inputs)
+        return self.out(core)
+
+    def _core(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
+        """``q [s, b, n, d]``, ``k, v [s, b, g, d]`` -> ``[s, b, n * d]``."""
+        s, b, n, d = q.shape
+        if self.queries_per_group > 1:
+            k, v = (t.repeat_interleave(self.queries_per_group, dim=2) for t in (k, v))
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))  # [b, n, s, d]
+        bias = self._bias(inputs, q)
+        if self.dropout > 0.0 and inputs.keys is not None:
+            out = self._dropout_attention(q, k, v, bias, inputs.keys)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+        return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
+
+    def _bias(self, inputs: AttentionInputs, q: Tensor) -> Tensor | None:
+        """``[b, n or 1, s, s]`` added to the scores, -inf where attention is not allowed; None: plain causal."""
+        if self.slopes is None and inputs.same_document is None:
+            return None
+        s = q.shape[2]
+        allowed = torch.ones(s, s, dtype=torch.bool, device=q.device).tril()
+        if inputs.same_document is not None:
+            allowed = allowed & inputs.same_document
+        bias = torch.zeros((), dtype=q.dtype, device=q.device)
+        if self.slopes is not None:
+            bias = alibi_bias(self.slopes, inputs.positions, q.dtype)
+        return torch.where(allowed, bias, float("-inf"))
+
+    def _dropout_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keys: DropoutKeys
+    ) -> Tensor:
+        """The same attention with dropped probabilities, in plain matmuls: O(s^2) memory, but the same elements are
+        dropped on every mesh, which a fused kernel's own generator does not give."""
+        s = q.shape[2]
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        if bias is None:
+            bias = torch.zeros(s, s, dtype=q.dtype, device=q.device).masked_fill(
+                ~torch.ones(s, s, dtype=torch.bool, device=q.device).tril(), float("-inf")
+            )
+        probabilities = (
+            (scores + bias).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        )
+        # The sequence is whole here, so rows start at position 0; the element within a row is (global head, key).
+        rows = keys.row_keys(self.site, s, 0).t()  # [b, s]
+        heads = torch.arange(self.first_head, self.first_head + q.shape[1], device=q.device)
+        columns = torch.arange(s, device=q.device) + heads.unsqueeze(1) * s  # [n, s]
+        mask = torch.stack([keep_mask(rows, head_columns, self.dropout) for head_columns in columns], dim=1)
+        return (probabilities * mask.to(q.dtype) / (1.0 - self.dropout)) @ v

@@ -1,0 +1,254 @@
+"""Linear layers and the token embedding, split over the tensor-parallel axis.
+
+Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden, ``v`` vocabulary. Activations are ``[s, b, h]``, so that splitting or
+gathering the sequence is contiguous. Under sequence parallelism activations outside a tensor-parallel pair of layers
+are ``[s / tp, b, h]`` (Korthikanti et al. 2022, section 4.2.2).
+
+A pair is a :class:`ColumnParallelLinear` (splits its outputs, needs the whole sequence) followed by a
+:class:`RowParallelLinear` (splits its inputs, returns a sum over ranks). In the backward pass of the column layer the
+collective on the input gradient runs while the weight gradient is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_ds import comm
+from megatron_ds.mesh import Axis
+from megatron_ds.shard import ShardSpec, empty_parameter
+
+
+class _ColumnLinear(torch.autograd.Function):
+    """``y = gather(x) @ w.T`` with the collective of each direction overlapped where something can hide it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: Axis, sequence_parallel: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.tp, ctx.sequence_parallel = tp, sequence_parallel
+        whole = comm.gather_dim0(x, tp).wait() if sequence_parallel else x
+        return F.linear(whole, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        tp: Axis = ctx.tp
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        (grad,) = grads
+        # Only the rank's own part of the sequence was kept; the rest is gathered again behind the first matmul.
+        gathered = comm.gather_dim0(x, tp) if ctx.sequence_parallel and need_weight else comm.Pending(x)
+        reduced = None
+        if need_x:
+            grad_x = grad.matmul(weight)
+            reduced = (
+                comm.scatter_sum_dim0(grad_x, tp)
+                if ctx.sequence_parallel
+                else comm.all_reduce_start(grad_x, tp)
+            )
+        grad_weight = None
+        if need_weight:
+            grad_weight = _weight_gradient(grad, gathered.wait())
+        return reduced.wait() if reduced is not None else None, grad_weight, None, None
+
+
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """``[out, in]`` from ``grad [s, b, out]`` and ``x [s, b, in]``."""
+    return grad.reshape(-1, grad.shape[-1]).t().mm(x.reshape(-1, x.shape[-1]))
+
+
+class ColumnParallelLinear(nn.Module):
+    """``[s(/tp), b, in] -> [s, b, prod(out_shape) / tp]``.
+
+    Args:
+        name: global name of the layer; its parameters are ``name.weight`` and ``name.bias``.
+        in_features: width of the input, whole on every rank.
+        out_shape: the output features as a shape; the weight is ``[*out_shape, in_features]``.
+        shard_dim: the dim of ``out_shape`` that is split, e.g. heads of ``[groups, heads, head_dim]``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_shape: tuple[int, ...],
+        *,
+        shard_dim: int,
+        bias: bool,
+        tp: Axis,
+        sequence_parallel: bool,
+        init_std: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
+        place = {"dim": shard_dim, "index": tp.rank, "count": tp.size}
+        self.weight = empty_parameter(
+            ShardSpec(f"{name}.weight", (*out_shape, in_features), **place, std=init_std), device, dtype
+        )
+        self.bias = (
+            empty_parameter(
+                ShardSpec(f"{name}.bias", out_shape, **place, init="zeros", weight_decay=False), device, dtype
+            )
+            if bias
+            else None
+        )
+        self.out_shape = self.weight.shape[:-1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.view(-1, self.weight.shape[-1])
+        bias = self.bias.view(-1) if self.bias is not None else None
+        if self.tp.size == 1:
+            return F.linear(x, weight, bias)
+        y = _ColumnLinear.apply(x, weight, self.tp, self.sequence_parallel)
+        return y if bias is None else y + bias
+
+
+class _RowLinear(torch.autograd.Function):
+    """``y = sum over ranks of x @ w.T``, whole on every rank or scattered along the sequence."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: Axis, sequence_parallel: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.tp, ctx.sequence_parallel = tp, sequence_parallel
+        partial = F.linear(x, weight)
+        return (
+            comm.scatter_sum_dim0(partial, tp).wait() if sequence_parallel else comm.all_reduce(partial, tp)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        grad = comm.gather_dim0(grads[0], ctx.tp).wait() if ctx.sequence_parallel else grads[0]
+        grad_x = grad.matmul(weight) if ctx.needs_input_grad[0] else None
+        grad_weight = _weight_gradient(grad, x) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None, None
+
+
+class RowParallelLinear(nn.Module):
+    """``[s, b, in / tp] -> [s(/tp), b, out]``: the ranks' partial products are summed, then the bias is added once."""
+
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        tp: Axis,
+        sequence_parallel: bool,
+        init_std: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
+        self.weight = empty_parameter(
+            ShardSpec(f"{name}.weight", (out_features, in_features), 1, tp.rank, tp.size, std=init_std),
+            device,
+            dtype,
+        )
+        self.bias = (
+            replicated_parameter(
+                f"{name}.bias",
+                (out_features,),
+                "zeros",
+                tp,
+                self.sequence_parallel,
+                device=device,
+                dtype=dtype,
+            )
+            if bias
+            else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return F.linear(x, self.weight, self.bias)
+        y = _RowLinear.apply(x, self.weight, self.tp, self.sequence_parallel)
+        return y if self.bias is None else y + self.bias
+
+
+def replicated_parameter(
+    name: str,
+    shape: tuple[int, ...],
+    init: Any,
+    tp: Axis,
+    partial: bool,
+    *,
+    weight_decay: bool = False,
+    std: float = 0.02,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Parameter:
+    """A parameter that every tensor-parallel rank holds whole; rank 0's copy is the one that counts.
+
+    ``partial``: each rank's gradient covers only its part of the sequence (or its heads) and must be summed over tp.
+    """
+    spec = ShardSpec(
+        name,
+        shape,
+        partial_over_tp=partial and tp.size > 1,
+        replica=tp.rank > 0,
+        init=init,
+        std=std,
+        weight_decay=weight_decay,
+    )
+    return empty_parameter(spec, device, dtype)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token ids ``[s, b] -> [s(/tp), b, h]``; each rank holds ``v / tp`` consecutive rows of the padded table.
+
+    Args:
+        num_embeddings: padded rows of the global table.
+        replica: this copy belongs to the last stage of a pipeline and is tied to the first stage's.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        tp: Axis,
+        sequence_parallel: bool,
+        init_std: float,
+        replica: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
+        spec = ShardSpec(
+            f"{name}.weight",
+            (num_embeddings, embedding_dim),
+            0,
+            tp.rank,
+            tp.size,
+            replica=replica,
+            std=init_std,
+        )
+        self.weight = empty_parameter(spec, device, dtype)
+        self.first_row = spec.offset[0]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.first_row
+        outside = (local < 0) | (local >= self.weight.shape[0])
+        partial = F.embedding(local.masked_fill(outside, 0), self.weight).masked_fill(
+            outside.unsqueeze(-1), 0.0
+        )
+        if self.sequence_parallel:
+            return comm.reduce_scatter_sequence(partial, self.tp)
+        return comm.reduce_from_region(partial, self.tp)
+
+
+def output_std(init_std: float, num_layers: int) -> float:
+    """Initial std of the layers that write to the residual stream: ``std / sqrt(2 L)`` (GPT-2 paper, section 2.3)."""
+    return init_std / math.sqrt(2.0 * num_layers)

@@ -1,0 +1,193 @@
+"""The output projection and the cross entropy over a vocabulary split over tensor-parallel ranks, as one operation.
+
+For a token with logits ``z``, target ``y``, vocabulary ``V``, smoothing ``e`` and z-loss weight ``w``::
+
+    loss = (1 - e) (lse - z_y) + e (lse - mean(z)) + w lse^2,        lse = log sum exp z
+    dz   = softmax(z) (1 + 2 w lse) - (1 - e) onehot(y) - e / V
+
+The logits never exist as a whole: tokens are taken in chunks, and when gradients are wanted each chunk's are computed
+at once, in place of its logits, and multiplied into the gradients of the hidden states and of the weight. The
+backward pass then only scales those by the incoming gradient, which is one number for the whole micro-batch.
+
+Ranks exchange one packed message a chunk: (max, sum of exponentials, target logit, sum of logits) a token.
+Padding rows of the weight take no part: they are sliced off before the matmul, so their gradient is exactly zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ds import comm
+from megatron_ds.mesh import Axis
+
+# Tokens a chunk are chosen so that a chunk's logits take about this many bytes: small enough to stay near the cache
+# on a CPU and not to matter beside the weights on a GPU, large enough for full matmul speed.
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    *,
+    vocab_size: int,
+    tp: Axis,
+    sequence_parallel: bool = False,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Sum of the losses of the unmasked tokens, a scalar in fp32 (fp64 for fp64 inputs), equal on every rank.
+
+    Args:
+        hidden: ``[s(/tp), b, h]``.
+        weight: ``[v / tp, h]``, this rank's rows of the padded table.
+        labels: ``[s, b]`` int64 in ``0..vocab_size-1`` wherever ``loss_mask`` is True.
+        loss_mask: ``[s, b]`` bool, True where the token counts.
+        vocab_size: real tokens; rows of the global table beyond it are padding.
+    """
+    first = tp.rank * weight.shape[0]
+    used = min(max(vocab_size - first, 0), weight.shape[0])
+    return _LinearCrossEntropy.apply(
+        hidden,
+        weight,
+        labels,
+        loss_mask,
+        first,
+        used,
+        vocab_size,
+        tp,
+        sequence_parallel,
+        label_smoothing,
+        z_loss,
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        loss_mask: Tensor,
+        first: int,
+        used: int,
+        vocab_size: int,
+        tp: Axis,
+        sequence_parallel: bool,
+        label_smoothing: float,
+        z_loss: float,
+    ) -> Tensor:
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        whole = comm.gather_dim0(hidden, tp).wait() if sequence_parallel else hidden
+        x = whole.reshape(-1, whole.shape[-1])
+        labels, mask = labels.reshape(-1), loss_mask.reshape(-1)
+        table = weight[:used]
+        accumulate = torch.promote_types(hidden.dtype, torch.float32)
+        grad_x = torch.empty_like(x) if need_hidden else None
+        # Summed over chunks in fp32: bf16 would lose what the later chunks add.
+        grad_table = torch.zeros_like(table, dtype=accumulate) if need_weight else None
+        total = torch.zeros((), dtype=accumulate, device=x.device)
+        chunk = max(16, CHUNK_BYTES.get(x.device.type, 16 << 20) // (max(1, used) * accumulate.itemsize))
+        for start in range(0, x.shape[0], chunk):
+            part = slice(start, start + chunk)
+            logits = F.linear(x[part], table).to(accumulate)
+            loss, dz = _chunk(
+                logits, labels[part], mask[part], first, used, vocab_size, tp, label_smoothing, z_loss, grad_x
+            )
+            total += loss
+            if dz is None:
+                continue
+            dz = dz.to(x.dtype)
+            if grad_x is not None:
+                torch.mm(dz, table, out=grad_x[part])
+            if grad_table is not None:
+                if dz.dtype == accumulate:
+                    grad_table.addmm_(dz.t(), x[part])
+                else:
+                    grad_table += dz.t() @ x[part]
+        ctx.shapes = (whole.shape, weight.shape)
+        ctx.tp, ctx.sequence_parallel, ctx.used, ctx.dtype = tp, sequence_parallel, used, weight.dtype
+        ctx.save_for_backward(grad_x, grad_table)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_table = ctx.saved_tensors
+        (seed,) = grads
+        pending = None
+        if grad_x is not None:
+            scaled = (grad_x * seed).to(grad_x.dtype).view(ctx.shapes[0])
+            pending = (
+                comm.scatter_sum_dim0(scaled, ctx.tp)
+                if ctx.sequence_parallel
+                else comm.all_reduce_start(scaled, ctx.tp)
+            )
+        grad_weight = None
+        if grad_table is not None:
+            grad_weight = grad_table.new_zeros(ctx.shapes[1], dtype=ctx.dtype)
+            grad_weight[: ctx.used] = grad_table * seed
+        return (pending.wait() if pending is not None else None, grad_weight, *[None] * 9)
+
+
+def _chunk(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    first: int,
+    used: int,
+    vocab_size: int,
+    tp: Axis,
+    label_smoothing: float,
+    z_loss: float,
+    want_gradient: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Loss sum of one chunk, and the gradient of its logits written over them.
+
+    ``logits`` ``[t, used]`` of this rank's real rows; ``labels`` and ``mask`` ``[t]``.
+    """
+    tokens = logits.shape[0]
+    local = labels - first
+    here = (local >= 0) & (local < used)
+    index = local.masked_fill(~here, 0).unsqueeze(1)
+    stats = logits.new_zeros(4, tokens)
+    stats[0].fill_(float("-inf"))
+    if used:
+        torch.amax(logits, dim=1, out=stats[0])
+        stats[2] = logits.gather(1, index).squeeze(1).masked_fill(~here, 0.0)
+        if label_smoothing:
+            stats[3] = logits.sum(dim=1)
+        # From here on the chunk holds exp(z - local max), and finally the gradient.
+        torch.sub(logits, stats[0].unsqueeze(1), out=logits).exp_()
+        stats[1] = logits.sum(dim=1)
+    local_max = stats[0]
+    if tp.group is None:
+        top, total, target, sum_of_logits = stats
+    else:
+        everyone = comm.gather_dim0(stats, tp).wait().view(tp.size, 4, tokens)
+        top = everyone[:, 0].amax(dim=0)
+        total = (everyone[:, 1] * (everyone[:, 0] - top).exp()).sum(dim=0)
+        target, sum_of_logits = everyone[:, 2].sum(dim=0), everyone[:, 3].sum(dim=0)
+    lse = top + total.log()
+    losses = lse - (1.0 - label_smoothing) * target
+    if label_smoothing:
+        losses = losses - label_smoothing / vocab_size * sum_of_logits
+    if z_loss:
+        losses = losses + z_loss * lse.square()
+    loss = losses.masked_fill(~mask, 0.0).sum()
+    if want_gradient is None or not used:
+        return loss, logits if want_gradient is not None else None
+    factor = (local_max - lse).exp()
+    if z_loss:
+        factor = factor * (1.0 + 2.0 * z_loss * lse)
+    factor = factor.masked_fill(~mask, 0.0)
+    gradient = logits.mul_(factor.unsqueeze(1))
+    if label_smoothing:
+        gradient.sub_(mask.to(gradient.dtype).unsqueeze(1) * (label_smoothing / vocab_size))
+    gradient.scatter_add_(1, index, (here & mask).to(gradient.dtype).mul(label_smoothing - 1.0).unsqueeze(1))
+    return loss, gradient

@@ -1,0 +1,284 @@
+"""GPT: one decoder that is GPT-2, GPT-3, Llama 2/3 or BLOOM by configuration, whole or one pipeline stage of it.
+
+Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden, ``v`` vocabulary. Between stages flows ``[s, b, h]``, or
+``[s / tp, b, h]`` under sequence parallelism.
+
+A parameter's name does not depend on the stage it lives in: block 17 is ``layers.17`` everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_ds import comm
+from megatron_ds.config import ModelConfig, RecomputeConfig
+from megatron_ds.layers.attention import AttentionInputs, SelfAttention
+from megatron_ds.layers.linear import VocabParallelEmbedding, output_std, replicated_parameter
+from megatron_ds.layers.loss import linear_cross_entropy
+from megatron_ds.layers.mlp import MLP
+from megatron_ds.layers.norm import Norm
+from megatron_ds.layers.position import rotary_frequencies, rotary_table
+from megatron_ds.mesh import Axis
+from megatron_ds.rng import DropoutKeys, dropout, initialize_parameters
+from megatron_ds.shard import ShardSpec, empty_parameter
+
+MicroBatch = Mapping[str, Tensor]
+
+# Dropout sites of the model: one of the embedding, then three a block.
+_EMBEDDING_SITE = 0
+_SITES_A_BLOCK = 3
+
+
+@dataclass(frozen=True)
+class StageSpan:
+    """The part of the model that a pipeline stage holds: blocks ``first .. last-1``, perhaps embedding and head."""
+
+    first: int
+    last: int
+    embedding: bool = True
+    head: bool = True
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        *,
+        tp: Axis,
+        sequence_parallel: bool,
+        recompute_core: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ):
+        super().__init__()
+        c, name = config, f"layers.{index}"
+        self.hidden_dropout, self.site = c.hidden_dropout, 1 + index * _SITES_A_BLOCK
+        where = {"tp": tp, "device": device, "dtype": dtype}
+        partial = sequence_parallel and tp.size > 1
+        out_std = output_std(c.init_std, c.num_layers)
+        self.attention_norm = Norm(
+            f"{name}.attention_norm", c.norm, c.hidden_size, c.norm_eps, partial=partial, **where
+        )
+        self.attention = SelfAttention(
+            f"{name}.attention",
+            c.hidden_size,
+            c.groups,
+            c.queries_per_group,
+            c.head_size,
+            bias=c.bias,
+            qkv_bias=c.bias if c.qkv_bias is None else c.qkv_bias,
+            alibi=c.position == "alibi",
+            qk_norm=c.qk_norm,
+            norm_eps=c.norm_eps,
+            dropout=c.attention_dropout,
+            site=self.site + 2,
+            recompute_core=recompute_core,
+            sequence_parallel=sequence_parallel,
+            init_std=c.init_std,
+            out_std=out_std,
+            **where,
+        )
+        self.mlp_norm = Norm(f"{name}.mlp_norm", c.norm, c.hidden_size, c.norm_eps, partial=partial, **where)
+        self.mlp = MLP(
+            f"{name}.mlp",
+            c.hidden_size,
+            c.ffn_size,
+            c.activation,
+            bias=c.bias,
+            sequence_parallel=sequence_parallel,
+            init_std=c.init_std,
+            out_std=out_std,
+            **where,
+        )
+
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        attended = self.attention(self.attention_norm(x), inputs)
+        x = x + dropout(attended, self.hidden_dropout, inputs.keys, self.site)
+        return x + dropout(self.mlp(self.mlp_norm(x)), self.hidden_dropout, inputs.keys, self.site + 1)
+
+
+class GPT(nn.Module):
+    """The decoder, or one pipeline stage of it.
+
+    Args:
+        span: which part to build; default: all of it.
+        dropout_seed: seed of the dropout decisions.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        tp: Axis | None = None,
+        sequence_parallel: bool = False,
+        span: StageSpan | None = None,
+        recompute: RecomputeConfig | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        dropout_seed: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        tp = tp or Axis("tp")
+        recompute = recompute or RecomputeConfig()
+        span = span or StageSpan(0, config.num_layers)
+        c = self.config = config
+        self.tp, self.span, self.dropout_seed = tp, span, dropout_seed
+        self.sequence_parallel = sequence_parallel and tp.size > 1
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        where = {"tp": tp, "device": device, "dtype": dtype}
+        if span.embedding or (span.head and c.tied_embeddings):
+            self.embedding = VocabParallelEmbedding(
+                "embedding",
+                c.padded_vocab,
+                c.hidden_size,
+                sequence_parallel=sequence_parallel,
+                init_std=c.init_std,
+                replica=not span.embedding,
+                **where,
+            )
+        if span.embedding and c.position == "learned":
+            self.position = nn.Module()
+            self.position.weight = replicated_parameter(
+                "position.weight",
+                (c.max_positions, c.hidden_size),
+                "normal",
+                tp,
+                self.sequence_parallel,
+                weight_decay=True,
+                std=c.init_std,
+                device=device,
+                dtype=dtype,
+            )
+        norm = {"eps": c.norm_eps, "partial": self.sequence_parallel, **where}
+        if span.embedding and c.embedding_norm:
+            self.embedding_norm = Norm("embedding_norm", "layernorm", c.hidden_size, **norm)
+        self.layers = nn.ModuleDict(
+            {
+                str(i): Block(
+                    c,
+                    i,
+                    sequence_parallel=sequence_parallel,
+                    recompute_core=recompute.mode == "selective",
+                    **where,
+                )
+                for i in range(span.first, span.last)
+            }
+        )
+        every = {"full": 1, "every_n": recompute.every}.get(recompute.mode)
+        self.recomputed = {str(i) for i in range(span.first, span.last) if every and i % every == 0}
+        if span.head:
+            self.final_norm = Norm("final_norm", c.norm, c.hidden_size, **norm)
+            if not c.tied_embeddings:
+                self.head = nn.Module()
+                self.head.weight = empty_parameter(
+                    ShardSpec(
+                        "head.weight", (c.padded_vocab, c.hidden_size), 0, tp.rank, tp.size, std=c.init_std
+                    ),
+                    device,
+                    dtype,
+                )
+        self.frequencies = (
+            rotary_frequencies(c.head_size, c.rope_theta, c.rope_scaling) if c.position == "rope" else None
+        )
+
+    def initialize(self, seed: int) -> None:
+        """Set every weight from (seed, its global name); padding rows of the vocabulary are zero."""
+        initialize_parameters(self.parameters(), seed)
+        for weight in (w for w in (self._table("embedding"), self._table("head")) if w is not None):
+            first = self.tp.rank * weight.shape[0]
+            weight.data[max(0, self.config.vocab_size - first) :].zero_()
+
+    def _table(self, name: str) -> nn.Parameter | None:
+        module = getattr(self, name, None)
+        return None if module is None else module.weight
+
+    def activation_shape(self, micro_batch: int, sequence_length: int) -> tuple[int, int, int]:
+        """Shape of what flows between stages."""
+        length = sequence_length // self.tp.size if self.sequence_parallel else sequence_length
+        return length, micro_batch, self.config.hidden_size
+
+    def forward(self, micro_batch: MicroBatch, hidden: Tensor | None = None) -> Tensor:
+        """Run this stage on one micro-batch.
+
+        Args:
+            micro_batch: ``tokens``, ``labels``, ``position_ids`` ``[b, s]`` int64, ``loss_mask`` ``[b, s]`` bool,
+                ``sample_index`` ``[b]`` int64, and ``document_ids`` ``[b, s]`` where documents are kept apart.
+            hidden: the previous stage's output; None on the first stage.
+
+        Returns:
+            On the last stage the *sum* of the losses of the unmasked tokens (a scalar, fp32 or fp64); on the others
+            the activation for the next stage.
+        """
+        x = self.hidden_states(micro_batch, hidden)
+        if not self.span.head:
+            return x
+        return linear_cross_entropy(
+            self.final_norm(x),
+            self.output_weight,
+            micro_batch["labels"].t(),
+            micro_batch["loss_mask"].t(),
+            vocab_size=self.config.vocab_size,
+            tp=self.tp,
+            sequence_parallel=self.sequence_parallel,
+            label_smoothing=self.label_smoothing if self.training else 0.0,
+            z_loss=self.z_loss if self.training else 0.0,
+        )
+
+    @property
+    def output_weight(self) -> nn.Parameter:
+        return self.embedding.weight if self.config.tied_embeddings else self.head.weight
+
+    def hidden_states(self, micro_batch: MicroBatch, hidden: Tensor | None = None) -> Tensor:
+        """The output of this stage's blocks."""
+        inputs = self._inputs(micro_batch)
+        x = self._embed(micro_batch["tokens"].t(), inputs) if self.span.embedding else hidden
+        assert x is not None, "a stage without the embedding needs the previous stage's output"
+        for name, block in self.layers.items():
+            if name in self.recomputed and torch.is_grad_enabled():
+                x = checkpoint(block, x, inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, inputs)
+        return x
+
+    def logits(self, micro_batch: MicroBatch, hidden: Tensor | None = None) -> Tensor:
+        """``[b, s, vocab_size]``, whole on every rank of tp; for evaluation, without gradients through tp."""
+        x = self.final_norm(self.hidden_states(micro_batch, hidden))
+        if self.sequence_parallel:
+            x = comm.gather_dim0(x, self.tp).wait()
+        local = F.linear(x, self.output_weight).permute(2, 1, 0)
+        return comm.gather_dim0(local, self.tp).wait()[: self.config.vocab_size].permute(1, 2, 0)
+
+    def _embed(self, tokens: Tensor, inputs: AttentionInputs) -> Tensor:
+        x = self.embedding(tokens)
+        if self.config.position == "learned":
+            positions = (
+                comm.slice_dim0(inputs.positions, self.tp) if self.sequence_parallel else inputs.positions
+            )
+            x = x + F.embedding(positions, self.position.weight)
+        if self.config.embedding_norm:
+            x = self.embedding_norm(x)
+        return dropout(x, self.config.hidden_dropout, inputs.keys, _EMBEDDING_SITE)
+
+    def _inputs(self, micro_batch: MicroBatch) -> AttentionInputs:
+        positions = micro_batch["position_ids"].t()
+        length = positions.shape[0]
+        dtype = next(self.parameters()).dtype
+        rotary = None if self.frequencies is None else rotary_table(positions, self.frequencies, dtype)
+        documents = micro_batch.get("document_ids")
+        same = None if documents is None else (documents.unsqueeze(2) == documents.unsqueeze(1)).unsqueeze(1)
+        keys = None
+        if self.training and (self.config.hidden_dropout or self.config.attention_dropout):
+            offset = self.tp.rank * (length // self.tp.size) if self.sequence_parallel else 0
+            keys = DropoutKeys(self.dropout_seed, micro_batch["sample_index"], offset)
+        return AttentionInputs(positions, rotary, same, keys)
