@@ -1,0 +1,127 @@
+"""Load: every rank fills its pieces from whatever boxes the files hold, so any mesh loads from any mesh."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ds.checkpoint.manifest import Manifest, last_good
+from megatron_ds.checkpoint.pieces import Piece
+from megatron_ds.checkpoint.reader import Checkpoint
+from megatron_ds.checkpoint.together import exchange, group_device, together
+from megatron_ds.errors import CheckpointError
+from megatron_ds.mesh import Axis
+
+SHOWN = 10
+# How many tensors' chunks are read ahead of the copying.
+AHEAD = 8
+
+
+def load(path: str | Path, pieces: Sequence[Piece], world: Axis | None = None, verify: bool = True) -> dict[str, Any]:
+    """Fill each piece's ``data`` in place from a checkpoint, reading only what the pieces need.
+
+    Args:
+        path: a run's checkpoint directory (its latest is loaded) or one step's directory.
+        pieces: what this rank holds: any cut of any mesh, any float dtype (values are converted), any device.
+            Replicas are filled too. Every tensor in the checkpoint of a kind that is asked for must be asked for by
+            some rank; kinds that no rank asks for (optimizer state, for evaluation) are left unread.
+        world: the ranks that load together; None is one process alone.
+        verify: check the checksum of every chunk that is touched.
+
+    Returns:
+        The ``meta`` that was saved.
+
+    Raises:
+        CheckpointError: the same on every rank: missing, incomplete, truncated or damaged files, or another model's
+            checkpoint (the names and shapes that differ are listed). The pieces may be partly filled after damage;
+            they are untouched after a mismatch of names or shapes.
+    """
+    world = world or Axis("world")
+    with together(world):
+        checkpoint = Checkpoint(path, verify)
+    with checkpoint:
+        compare(checkpoint.manifest, checkpoint.directory, pieces, world)
+        with together(world):
+            try:
+                _fill(checkpoint, pieces)
+            except CheckpointError as error:
+                hint = last_good(checkpoint.directory.parent, besides=checkpoint.directory)
+                raise CheckpointError(f"{error}{hint}") from error
+    return checkpoint.meta
+
+
+def compare(manifest: Manifest, directory: Path, pieces: Sequence[Piece], world: Axis | None = None) -> None:
+    """The names and shapes of all ranks' pieces against the manifest's; one :class:`CheckpointError` that lists the
+    differences, on every rank."""
+    world = world or Axis("world")
+    keys = list(manifest.tensors)
+    place = {key: index for index, key in enumerate(keys)}
+    asked = torch.zeros(len(keys) + 1, dtype=torch.int32)
+    missing: list[str] = []
+    shapes: list[str] = []
+    for piece in pieces:
+        key = (piece.kind, piece.name)
+        if key not in place:
+            missing.append(_label(*key))
+            continue
+        asked[place[key]] = 1
+        saved = manifest.tensors[key].shape
+        if saved != piece.global_shape:
+            shapes.append(f"{_label(*key)}: {list(saved)} in the checkpoint, {list(piece.global_shape)} in the model")
+    if world.group is not None:
+        on_device = asked.to(group_device(world))
+        dist.all_reduce(on_device, op=dist.ReduceOp.MAX, group=world.group)
+        asked = on_device.cpu()
+    kinds = {keys[index][0] for index, flag in enumerate(asked[:-1].tolist()) if flag}
+    unexpected = [_label(*key) for key, flag in zip(keys, asked.tolist()) if not flag and key[0] in kinds]
+    found = [missing[: SHOWN + 1], shapes[: SHOWN + 1]]
+    everyone = [json.loads(text) for text in exchange(world, json.dumps(found) if missing or shapes else "") if text]
+    problems = {
+        "missing from the checkpoint": _distinct(name for rank in everyone for name in rank[0]),
+        "in the checkpoint but not in the model": unexpected,
+        "of another shape": _distinct(text for rank in everyone for text in rank[1]),
+    }
+    if any(problems.values()):
+        lines = [f"{directory} holds another model than the one being loaded:"]
+        lines += [f"  {title}: {_list(names)}" for title, names in problems.items() if names]
+        lines.append("  load it with the configuration it was saved with (its meta holds it)")
+        raise CheckpointError("\n".join(lines))
+
+
+def _fill(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> None:
+    # In the order of the files, so that the disk reads forward.
+    def place(piece: Piece) -> tuple[int, int]:
+        parts = checkpoint.record(piece.name, piece.kind).parts
+        return min(((part.file, part.start) for part in parts), default=(0, 0))
+
+    ordered = sorted(pieces, key=place)
+    with torch.no_grad():
+        for index, piece in enumerate(ordered):
+            for upcoming in ordered[index + AHEAD - 1 if index else 0 : index + AHEAD]:
+                record = checkpoint.record(upcoming.name, upcoming.kind)
+                for box in upcoming.boxes():
+                    checkpoint.start_checks(record, box)
+            record = checkpoint.record(piece.name, piece.kind)
+            begin = 0
+            for box in piece.boxes():
+                target = piece.data[begin : begin + box.numel].view(box.shape)
+                checkpoint.fill(record, box, target)
+                begin += box.numel
+
+
+def _label(kind: str, name: str) -> str:
+    return name if kind == "param" else f"{kind} of {name}"
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    return sorted(set(names))
+
+
+def _list(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,91 @@
+"""A piece: the part of one global tensor that a rank holds, for saving it or for having it filled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from megatron_ds.checkpoint.boxes import Box, rectangles
+from megatron_ds.shard import ShardSpec
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A flat range of this rank's tensor-parallel box of a global tensor.
+
+    Args:
+        name: global tensor name.
+        kind: ``"param"``, or the optimizer state it is (``"exp_avg"``, ``"exp_avg_sq"``, ...).
+        global_shape: shape of the whole tensor.
+        box_offset, box_shape: this rank's tensor-parallel box (``ShardSpec.offset``, ``.local_shape``).
+        start, stop: the flat row-major range of the box that this rank holds, in elements.
+        data: 1-D, contiguous, ``stop - start`` elements, any float dtype, on any device.
+    """
+
+    name: str
+    kind: str
+    global_shape: tuple[int, ...]
+    box_offset: tuple[int, ...]
+    box_shape: tuple[int, ...]
+    start: int
+    stop: int
+    data: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.data.dim() != 1 or self.data.numel() != self.stop - self.start or not self.data.is_contiguous():
+            raise ValueError(
+                f"{self.kind} of {self.name}: data must be 1-D, contiguous, of {self.stop - self.start} elements "
+                f"(range [{self.start}, {self.stop})), not of shape {list(self.data.shape)}"
+            )
+        if not 0 <= self.start <= self.stop <= prod(self.box_shape):
+            raise ValueError(
+                f"{self.kind} of {self.name}: range [{self.start}, {self.stop}) is not inside its box of shape "
+                f"{list(self.box_shape)}"
+            )
+        inside = len(self.global_shape) == len(self.box_offset) == len(self.box_shape) and all(
+            o >= 0 and o + b <= g for o, b, g in zip(self.box_offset, self.box_shape, self.global_shape)
+        )
+        if not inside:
+            raise ValueError(
+                f"{self.kind} of {self.name}: box at {list(self.box_offset)} of shape {list(self.box_shape)} is "
+                f"not inside the tensor of shape {list(self.global_shape)}"
+            )
+
+    @staticmethod
+    def of(spec: ShardSpec, kind: str, data: torch.Tensor, start: int = 0, stop: int | None = None) -> Piece:
+        """The range ``[start, stop)`` (default: all) of the local tensor that ``spec`` describes.
+
+        ``data`` holds exactly that range and may have any contiguous shape.
+        """
+        if not data.is_contiguous():
+            raise ValueError(f"{kind} of {spec.name}: data of shape {list(data.shape)} is not contiguous")
+        stop = prod(spec.local_shape) if stop is None else stop
+        flat = data.detach().view(-1)
+        return Piece(spec.name, kind, spec.global_shape, spec.offset, spec.local_shape, start, stop, flat)
+
+    @staticmethod
+    def whole(name: str, kind: str, data: torch.Tensor) -> Piece:
+        """All of a tensor."""
+        shape = tuple(data.shape)
+        return Piece(name, kind, shape, (0,) * len(shape), shape, 0, data.numel(), data.detach().reshape(-1))
+
+    def share(self, index: int, count: int) -> Piece:
+        """Share ``index`` of ``count`` near-equal cuts: ranks that hold the same copy divide the writing so."""
+        size = self.stop - self.start
+        begin, end = size * index // count, size * (index + 1) // count
+        return Piece(
+            self.name,
+            self.kind,
+            self.global_shape,
+            self.box_offset,
+            self.box_shape,
+            self.start + begin,
+            self.start + end,
+            self.data[begin:end],
+        )
+
+    def boxes(self) -> list[Box]:
+        """This piece as boxes in global coordinates, in the order in which ``data`` holds them."""
+        return [box.moved(self.box_offset) for box in rectangles(self.box_shape, self.start, self.stop)]

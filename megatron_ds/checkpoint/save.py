@@ -1,0 +1,267 @@
+"""Save: every rank writes one file, rank 0 commits.
+
+1. Rank 0 checks the space and makes ``step-N.incomplete/``.
+2. Every rank writes ``rank-R.safetensors`` and, beside it, ``rank-R.json``: that file's checksums and contents.
+3. Rank 0 merges those into ``manifest.json``, renames the directory to ``step-N`` and replaces ``latest``.
+4. Only then are older checkpoints pruned.
+
+Each step ends when all ranks agree that it succeeded. If it did not, every rank raises the same error, what was
+written is removed, and the checkpoints before it and ``latest`` are as they were. A kill at any point leaves at worst
+an ``.incomplete`` directory, which no reader accepts and the next save removes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ds.checkpoint.boxes import Box
+from megatron_ds.checkpoint.manifest import (
+    INCOMPLETE,
+    LATEST,
+    REPLACED,
+    Manifest,
+    Part,
+    TensorRecord,
+    check_complete,
+    file_from_json,
+    file_to_json,
+    prepare_latest,
+    rank_name,
+    record_from_json,
+    record_to_json,
+    step_name,
+    step_of,
+    steps_in,
+    sync_directory,
+    tensor_key,
+    write_manifest,
+    write_text_durably,
+)
+from megatron_ds.checkpoint.pieces import Piece
+from megatron_ds.checkpoint.safetensors_header import Entry, dtype_name, layout
+from megatron_ds.checkpoint.together import together, total
+from megatron_ds.checkpoint.writer import ChunkedWriter, FileRecord
+from megatron_ds.errors import CheckpointError
+from megatron_ds.mesh import Axis
+
+
+def save(
+    directory: str | Path,
+    step: int,
+    pieces: Sequence[Piece],
+    meta: dict[str, Any],
+    world: Axis | None = None,
+    keep_last: int | None = None,
+    replace: bool = False,
+) -> Path:
+    """Write checkpoint ``step`` under ``directory`` (which all ranks must see), durably, and point ``latest`` at it.
+
+    Args:
+        directory: the run's checkpoint directory; made if absent.
+        step: optimizer steps taken; names the checkpoint.
+        pieces: what this rank holds. Over all ranks every element of every tensor must occur once: leave replicas
+            out, or divide them with :meth:`Piece.share`. The data must not change during the call.
+        meta: anything JSON holds (configuration, consumed samples, ...), the same on every rank; rank 0's is stored.
+        world: the ranks that save together (``mesh.world``); None is one process alone.
+        keep_last: after the commit, remove all but the newest this many of the checkpoints up to ``step``. None keeps
+            all. Later steps (of a run that was taken up again from an earlier one) are left alone.
+        replace: overwrite a checkpoint of the same step instead of refusing.
+
+    Returns:
+        The committed directory.
+
+    Raises:
+        CheckpointError: the same one on every rank: no space, a write that failed on some rank, an existing step,
+            pieces that overlap or leave gaps. Nothing that existed before has changed then.
+    """
+    directory, world = Path(directory), world or Axis("world")
+    if keep_last is not None and keep_last < 1:
+        raise CheckpointError(f"keep_last={keep_last} would remove the checkpoint being saved; use 1 or more")
+    partial = directory / (step_name(step) + INCOMPLETE)
+    needed = total(world, sum(piece.data.nbytes for piece in pieces))
+    try:
+        with together(world):
+            if world.rank == 0:
+                prepare(directory, step, needed, replace)
+        with together(world):
+            write_rank(partial, world.rank, pieces)
+        with together(world):
+            if world.rank == 0:
+                commit(directory, step, world.size, meta, keep_last, replace)
+    except BaseException:
+        if world.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return directory / step_name(step)
+
+
+def prepare(directory: Path, step: int, needed: int, replace: bool = False) -> Path:
+    """Rank 0, first: the empty directory to write into. ``needed`` is the data's size over all ranks, in bytes."""
+    final = directory / step_name(step)
+    if final.exists() and not replace:
+        raise CheckpointError(
+            f"{final} exists already; give this run another checkpoint directory, remove it, or save with replace=True"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.glob(f"step-*{INCOMPLETE}"):
+        shutil.rmtree(leftover)
+    for moved in directory.glob(f"step-*{REPLACED}"):
+        _recover_replaced(moved)
+    status = os.statvfs(directory)
+    free = status.f_bavail * status.f_frsize
+    # Headers, manifest and rounding to blocks: 1% and 16 MB hold them with room to spare.
+    wanted = needed + needed // 100 + (16 << 20)
+    if wanted > free:
+        raise CheckpointError(
+            f"checkpoint of step {step} needs {_size(wanted)}, but {directory} has {_size(free)} free; free space "
+            "there, keep fewer checkpoints, or save elsewhere (existing checkpoints are untouched)"
+        )
+    partial = directory / (step_name(step) + INCOMPLETE)
+    partial.mkdir()
+    sync_directory(directory)
+    return partial
+
+
+def write_rank(partial: Path, rank: int, pieces: Sequence[Piece]) -> FileRecord:
+    """Every rank: its safetensors file and the JSON that describes it, on disk when this returns."""
+    if not partial.is_dir():
+        raise CheckpointError(
+            f"{partial}, made by rank 0, is not visible here; the checkpoint directory must be on a filesystem that "
+            "all nodes share"
+        )
+    ordered = sorted(pieces, key=lambda piece: -piece.data.dtype.itemsize)
+    entries: list[Entry] = []
+    boxes: list[tuple[Piece, list[Box]]] = []
+    for piece in ordered:
+        boxes.append((piece, piece.boxes()))
+        for box in boxes[-1][1]:
+            key = tensor_key(piece.kind, piece.name, piece.global_shape, box)
+            entries.append(Entry(key, dtype_name(piece.data.dtype), box.shape))
+    planned = layout(entries, {"format": "pt"})
+    starts = iter(planned.starts)
+    merged = _Merged()
+    for piece, own in boxes:
+        parts = tuple(Part(rank, box, next(starts)) for box in own)
+        merged.add(TensorRecord(piece.kind, piece.name, piece.global_shape, dtype_name(piece.data.dtype), parts))
+    on_gpu = any(piece.data.is_cuda for piece in pieces)
+    if on_gpu:
+        torch.cuda.synchronize()  # the writer's threads read on another stream than the one that made the data
+    with ChunkedWriter(partial / rank_name(rank), planned, pin=on_gpu) as writer:
+        for piece in ordered:
+            writer.write(piece.data)
+        file = writer.close()
+    index = {
+        "file": file_to_json(file),
+        "tensors": [{"kind": r.kind, "name": r.name, **record_to_json(r)} for r in merged.records().values()],
+    }
+    write_text_durably(_index_path(partial, rank), json.dumps(index))
+    sync_directory(partial)
+    return file
+
+
+def commit(
+    directory: Path,
+    step: int,
+    world_size: int,
+    meta: dict[str, Any],
+    keep_last: int | None = None,
+    replace: bool = False,
+) -> Path:
+    """Rank 0, when every rank has written: the manifest, the rename, ``latest``, and then the pruning."""
+    final = directory / step_name(step)
+    partial = directory / (step_name(step) + INCOMPLETE)
+    files: list[FileRecord] = []
+    merged = _Merged()
+    for rank in range(world_size):
+        index = json.loads(_index_path(partial, rank).read_text())
+        files.append(file_from_json(index["file"]))
+        for record in index["tensors"]:
+            merged.add(record_from_json(record["kind"], record["name"], record))
+    tensors = merged.records()
+    check_complete(tensors.values())
+    write_manifest(partial, Manifest(step, world_size, meta, tuple(files), tensors))
+    for rank in range(world_size):
+        _index_path(partial, rank).unlink()
+    sync_directory(partial)
+    publish(directory, final, partial, replace)
+    if keep_last is not None:
+        earlier = [path for path in steps_in(directory) if step_of(path) < step]
+        for old in earlier[: max(0, len(earlier) - (keep_last - 1))]:
+            _remove(old)
+    return final
+
+
+def publish(directory: Path, final: Path, partial: Path, replace: bool = False) -> None:
+    """Make a complete ``partial`` visible as ``final`` and point ``latest`` at it; undone if it fails half-way."""
+    replaced = final.with_name(final.name + REPLACED)
+    if final.exists():
+        if not replace:
+            raise CheckpointError(f"{final} appeared while this checkpoint was being written; it was left as it is")
+        os.rename(final, replaced)
+    try:
+        pointer = prepare_latest(directory, final.name)
+        os.rename(partial, final)
+        sync_directory(directory)
+        os.replace(pointer, directory / LATEST)
+    except BaseException:
+        if final.exists():
+            os.rename(final, partial)
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
+    sync_directory(directory)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+class _Merged:
+    """Tensor records of several pieces or ranks, the parts of each tensor put together."""
+
+    def __init__(self) -> None:
+        self._records: dict[tuple[str, str], tuple[TensorRecord, list[Part]]] = {}
+
+    def add(self, new: TensorRecord) -> None:
+        old, parts = self._records.setdefault((new.kind, new.name), (new, []))
+        if (old.shape, old.dtype) != (new.shape, new.dtype):
+            raise CheckpointError(
+                f"{new.kind} of {new.name} is {old.dtype} of shape {list(old.shape)} in one piece and {new.dtype} of "
+                f"shape {list(new.shape)} in another; all pieces of a tensor must agree"
+            )
+        parts.extend(new.parts)
+
+    def records(self) -> dict[tuple[str, str], TensorRecord]:
+        return {
+            key: TensorRecord(record.kind, record.name, record.shape, record.dtype, tuple(parts))
+            for key, (record, parts) in self._records.items()
+        }
+
+
+def _recover_replaced(moved: Path) -> None:
+    """A save with ``replace`` died between its two renames, or before it removed what it had replaced."""
+    original = moved.with_name(moved.name.removesuffix(REPLACED))
+    if original.exists():
+        shutil.rmtree(moved)
+    else:
+        os.rename(moved, original)
+
+
+def _remove(old: Path) -> None:
+    # Renamed first: a kill inside rmtree must not leave half a checkpoint under a complete one's name.
+    doomed = old.with_name(old.name + INCOMPLETE)
+    os.rename(old, doomed)
+    shutil.rmtree(doomed)
+
+
+def _index_path(partial: Path, rank: int) -> Path:
+    return partial / rank_name(rank).replace(".safetensors", ".json")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

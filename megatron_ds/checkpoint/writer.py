@@ -1,0 +1,205 @@
+"""Write a file at the disk's own rate: direct I/O, a few threads, checksums on the way.
+
+The file is cut into chunks of 8 MB. The caller queues spans of tensors, in file order; when a chunk is full, one of
+the writer's threads copies its spans into an aligned staging buffer, takes the checksum there and writes it. So
+copy, checksum and write of different chunks overlap, and no more than the staging buffers is held beyond the
+tensors themselves. Buffered writes are the fallback where a filesystem refuses ``O_DIRECT``: through the page cache
+the same disk reached 0.3 GB/s instead of 1.6 (a VM's virtio disk, ext4).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import queue
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+
+from megatron_ds.checkpoint.safetensors_header import ALIGNMENT, Layout
+
+CHUNK_BYTES = 8 << 20
+THREADS = 4
+
+log = logging.getLogger(__name__)
+
+
+def checksum(data: bytes | memoryview) -> str:
+    """xxh3-64 as 16 hex digits: 14 GB/s on one core, and it releases the GIL."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a manifest says of a file: ``checksums`` has one entry per ``CHUNK_BYTES`` of the file, header included."""
+
+    name: str
+    size: int
+    checksums: tuple[str, ...]
+
+
+class ChunkedWriter:
+    """Writes one file of known :class:`Layout`, front to back.
+
+    A full disk is met at construction, when the space is reserved, rather than half-way. Use as a context manager:
+    leaving it by an exception closes the file and leaves it to the caller to remove.
+
+    Args:
+        path: must not exist.
+        layout: header, offsets and size.
+        pin: stage in page-locked memory (the sources are on a CUDA device).
+
+    Raises:
+        OSError: from the filesystem, at the next :meth:`write` or at :meth:`close`.
+    """
+
+    def __init__(self, path: Path, layout: Layout, pin: bool = False, threads: int = THREADS, chunk: int = CHUNK_BYTES):
+        self.path, self.size, self.chunk = path, layout.size, chunk
+        self._fd, self.direct = _open_for_writing(path)
+        try:
+            _reserve(self._fd, self.size)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        threads = min(threads, -(-self.size // chunk))
+        self._staging: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+        for _ in range(threads):
+            self._staging.put(_aligned_buffer(min(chunk, -(-self.size // ALIGNMENT) * ALIGNMENT), pin))
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-writer")
+        # Bounds how far a caller that streams tensors runs ahead, and so how many of them stay alive.
+        self._ahead = threading.Semaphore(2 * threads)
+        self._futures: list[Future[str]] = []
+        self._spans: list[torch.Tensor] = []
+        self._filled = self._last = 0
+        self._failure: Exception | None = None
+        self._queue(torch.frombuffer(bytearray(layout.header), dtype=torch.uint8))
+
+    def write(self, data: torch.Tensor) -> None:
+        """Append a contiguous tensor. It must not change until :meth:`close` returns."""
+        self._queue(data.detach().reshape(-1).view(torch.uint8))
+
+    def close(self) -> FileRecord:
+        """Write what is left, wait for the disk (fsync), and return the file's size and checksums."""
+        if self._spans:
+            self._submit()
+        checksums = tuple(future.result() for future in self._futures)
+        written = (len(checksums) - 1) * self.chunk + self._last
+        if written != self.size:
+            raise ValueError(f"{self.path.name}: {written} bytes were written, the layout says {self.size}")
+        self._pool.shutdown()
+        os.ftruncate(self._fd, self.size)  # the last direct write was padded to the alignment
+        os.fsync(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+        return FileRecord(self.path.name, self.size, checksums)
+
+    def abort(self) -> None:
+        """Stop and close the file, whatever state it is in. Harmless after :meth:`close`."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> ChunkedWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.abort()
+
+    def _queue(self, data: torch.Tensor) -> None:
+        start = 0
+        while start < data.numel():
+            size = min(self.chunk - self._filled, data.numel() - start)
+            self._spans.append(data[start : start + size])
+            self._filled += size
+            start += size
+            if self._filled == self.chunk:
+                self._submit()
+
+    def _submit(self) -> None:
+        self._ahead.acquire()
+        if self._failure is not None:
+            raise self._failure
+        spans, self._spans = self._spans, []
+        self._last, self._filled = self._filled, 0
+        self._futures.append(self._pool.submit(self._write_chunk, len(self._futures) * self.chunk, spans))
+
+    def _write_chunk(self, offset: int, spans: list[torch.Tensor]) -> str:
+        staging = self._staging.get()
+        try:
+            filled = 0
+            for span in spans:
+                target = staging[filled : filled + span.numel()]
+                if span.is_cuda:
+                    target.copy_(span)
+                else:
+                    # numpy's copy is one memcpy without the GIL; torch's would start OpenMP threads in each thread.
+                    np.copyto(target.numpy(), span.numpy())
+                filled += span.numel()
+            digest = checksum(staging[:filled].numpy().data)
+            padded = -(-filled // ALIGNMENT) * ALIGNMENT
+            staging[filled:padded] = 0
+            self._pwrite(staging[:padded].numpy().data, offset)
+            return digest
+        except Exception as error:
+            self._failure = error
+            raise
+        finally:
+            self._staging.put(staging)
+            self._ahead.release()
+
+    def _pwrite(self, data: memoryview, offset: int) -> None:
+        while data:
+            try:
+                written = os.pwrite(self._fd, data, offset)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self.direct:
+                    raise
+                # Some filesystems open with O_DIRECT and refuse it at the first write.
+                self._use_page_cache()
+                continue
+            data, offset = data[written:], offset + written
+
+    def _use_page_cache(self) -> None:
+        self.direct = False
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+        log.warning("%s: the filesystem refuses direct I/O, writing through the page cache (slower)", self.path)
+
+
+def _open_for_writing(path: Path) -> tuple[int, bool]:
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o644), True
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    path.unlink(missing_ok=True)  # Linux creates the file before it refuses the flag
+    log.warning("%s: the filesystem refuses direct I/O, writing through the page cache (slower)", path)
+    return os.open(path, flags, 0o644), False
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Give the file its blocks now. Direct writes into reserved blocks run in parallel; those that extend do not.
+
+    ``os.posix_fallocate`` is not used: where the filesystem cannot reserve, glibc writes a byte into every block.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate(fd, 0, ctypes.c_longlong(0), ctypes.c_longlong(size)) == 0:
+        return
+    code = ctypes.get_errno()
+    if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
+        raise OSError(code, os.strerror(code))
+
+
+def _aligned_buffer(size: int, pin: bool) -> torch.Tensor:
+    base = torch.empty(size + ALIGNMENT, dtype=torch.uint8, pin_memory=pin)
+    skip = -base.data_ptr() % ALIGNMENT
+    return base[skip : skip + size]

@@ -1,0 +1,94 @@
+"""Flat ranges as boxes, against the obvious: index a tensor of its own flat indices."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_ds.checkpoint.boxes import Box, intersection, rectangles
+from megatron_ds.checkpoint.pieces import Piece
+from megatron_ds.shard import ShardSpec
+
+SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
+
+
+@st.composite
+def ranges(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int]:
+    shape = draw(SHAPES)
+    stop = draw(st.integers(0, prod(shape)))
+    return shape, draw(st.integers(0, stop)), stop
+
+
+@st.composite
+def two_boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], Box, Box]:
+    shape = draw(SHAPES)
+
+    def box() -> Box:
+        offset = tuple(draw(st.integers(0, size)) for size in shape)
+        return Box(offset, tuple(draw(st.integers(0, size - o)) for size, o in zip(shape, offset)))
+
+    return shape, box(), box()
+
+
+@settings(max_examples=300, deadline=None)
+@given(ranges())
+def test_rectangles_laid_end_to_end_are_the_range(case: tuple[tuple[int, ...], int, int]) -> None:
+    shape, start, stop = case
+    flat_index = torch.arange(prod(shape)).reshape(shape)
+    boxes = rectangles(shape, start, stop)
+    whole = Box((0,) * len(shape), shape)
+    got = [flat_index[box.slices_in(whole)].flatten() for box in boxes]
+    assert torch.equal(torch.cat(got) if got else torch.empty(0, dtype=torch.int64), torch.arange(start, stop))
+    assert len(boxes) <= max(1, 2 * len(shape) - 1)
+    assert all(box.numel > 0 for box in boxes)
+
+
+@settings(max_examples=300, deadline=None)
+@given(two_boxes())
+def test_intersection_is_the_elements_that_both_hold(case: tuple[tuple[int, ...], Box, Box]) -> None:
+    shape, a, b = case
+    whole = Box((0,) * len(shape), shape)
+    counts = torch.zeros(shape, dtype=torch.int64)
+    for box in (a, b):
+        counts[box.slices_in(whole)] += 1
+    shared = intersection(a, b)
+    want = counts == 2
+    got = torch.zeros(shape, dtype=torch.bool)
+    if shared is not None:
+        got[shared.slices_in(whole)] = True
+    assert torch.equal(got, want)
+
+
+def test_a_range_outside_its_tensor_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"range \[2, 7\) is not inside a tensor of shape \[2, 3\]"):
+        rectangles((2, 3), 2, 7)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_of_a_piece_tile_it(count: int) -> None:
+    spec = ShardSpec("w", (4, 6, 3), dim=1, index=1, count=2)
+    whole = torch.arange(72.0).reshape(4, 6, 3)
+    piece = Piece.of(spec, "param", spec.slice_of(whole).contiguous())
+    got = torch.full((4, 6, 3), -1.0)
+    for index in range(count):
+        share = piece.share(index, count)
+        begin = 0
+        for box in share.boxes():
+            got[box.slices_in(Box((0, 0, 0), (4, 6, 3)))] = share.data[begin : begin + box.numel].view(box.shape)
+            begin += box.numel
+    assert torch.equal(got[:, 3:], whole[:, 3:]) and (got[:, :3] == -1).all()
+
+
+def test_a_piece_that_contradicts_itself_is_refused() -> None:
+    with pytest.raises(ValueError, match="of 4 elements"):
+        Piece("w", "param", (4,), (0,), (4,), 0, 4, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"range \[2, 6\) is not inside its box"):
+        Piece("w", "param", (4,), (0,), (4,), 2, 6, torch.zeros(4))
+    with pytest.raises(ValueError, match="not inside the tensor"):
+        Piece("w", "param", (4,), (2,), (4,), 0, 4, torch.zeros(4))
+    with pytest.raises(ValueError, match="not contiguous"):
+        Piece.of(ShardSpec("w", (3, 2)), "param", torch.zeros(2, 3).t())

@@ -1,0 +1,169 @@
+"""Any mesh to any mesh, exactly; and what lies on the disk is plain safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from model_state import KINDS, TENSORS, pieces_of_rank, save_virtually, whole, wrong_pieces
+from safetensors import safe_open
+
+from megatron_ds.checkpoint import Checkpoint, Piece, load, read_meta, resolve, save
+from megatron_ds.checkpoint.safetensors_header import ALIGNMENT
+from megatron_ds.errors import CheckpointError
+
+MESHES = [(1, 1), (2, 1), (1, 3), (4, 2), (2, 5), (4, 16)]
+
+
+@pytest.mark.parametrize("saved", MESHES, ids=str)
+def test_any_mesh_loads_from_any_mesh(tmp_path: Path, saved: tuple[int, int]) -> None:
+    save_virtually(tmp_path, 1, *saved)
+    for tp, zero in MESHES[:-1]:
+        loaded: list[Piece] = []
+        for rank in range(tp * zero):
+            loaded += pieces_of_rank(tp, rank % tp, zero, rank // tp, fill=None, replicas=True)
+        load(tmp_path, loaded)
+        assert wrong_pieces(loaded) == []
+
+
+def test_the_check_itself_sees_a_wrong_element(tmp_path: Path) -> None:
+    save_virtually(tmp_path, 1)
+    loaded = pieces_of_rank(1, 0, 1, 0, fill=None)
+    assert len(wrong_pieces(loaded)) == len(loaded) - len(KINDS)  # all but the tensor without elements
+    load(tmp_path, loaded)
+    loaded[0].data[5] += 1
+    assert wrong_pieces(loaded) == ["param of embedding.weight [0, 144)"]
+
+
+@pytest.mark.parametrize("saved_as", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("loaded_as", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_values_are_converted_on_load(tmp_path: Path, saved_as: torch.dtype, loaded_as: torch.dtype) -> None:
+    save_virtually(tmp_path, 1, dtype=saved_as)
+    loaded = pieces_of_rank(2, 1, 2, 1, fill=None, dtype=loaded_as, replicas=True)
+    load(tmp_path, loaded)
+    assert wrong_pieces(loaded) == []
+    assert {piece.data.dtype for piece in loaded} == {loaded_as}
+
+
+def test_tensors_of_several_dtypes_share_a_file(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.arange(3, dtype=torch.bfloat16),
+        "b": torch.randn(5, dtype=torch.float64),
+        "c": torch.randn(7).to(torch.float8_e4m3fn),
+        "d": torch.randn(2, 2),
+    }
+    save(tmp_path, 7, [Piece.whole(name, "param", tensor) for name, tensor in tensors.items()], {})
+    with Checkpoint(tmp_path) as checkpoint:
+        for name, tensor in tensors.items():
+            got = checkpoint.read(name)
+            assert got.dtype == tensor.dtype and torch.equal(got.view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_a_tensor_larger_than_a_chunk(tmp_path: Path) -> None:
+    # 8 MB chunks: 3 files of about 12 MB, with a tensor that starts and ends inside chunks.
+    tensor = torch.arange(9_000_001, dtype=torch.float32).view(-1, 1)
+    piece = Piece.whole("w", "param", tensor)
+    save(tmp_path, 1, [Piece.whole("first", "param", torch.ones(3)), piece], {})
+    got = Piece.whole("w", "param", torch.zeros_like(tensor)).share(1, 3)
+    rest = Piece.whole("first", "param", torch.zeros(3))
+    load(tmp_path, [got, rest])
+    assert torch.equal(got.data, tensor.flatten()[3_000_000:6_000_000])
+
+
+def test_meta_comes_back(tmp_path: Path) -> None:
+    meta = {"config": {"model": {"num_layers": 2, "rope_scaling": None}}, "consumed_samples": 2**53 + 1, "lr": 0.1}
+    save(tmp_path, 3, [Piece.whole("w", "param", torch.ones(2))], meta)
+    assert read_meta(tmp_path) == meta
+    assert load(tmp_path, [Piece.whole("w", "param", torch.zeros(2))]) == meta
+
+
+def test_files_are_plain_safetensors_with_aligned_data(tmp_path: Path) -> None:
+    step = save_virtually(tmp_path, 1, tp=2, zero=1)
+    files = sorted(step.glob("*.safetensors"))
+    assert len(files) == 2 and sorted(path.name for path in step.iterdir() if path not in files) == ["manifest.json"]
+    found: dict[str, torch.Tensor] = {}
+    for path in files:
+        assert (8 + int.from_bytes(path.read_bytes()[:8], "little")) % ALIGNMENT == 0
+        with safe_open(path, "pt") as file:
+            found.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+    assert torch.equal(found["param/scale"], whole("scale", "param"))
+    assert torch.equal(
+        found["exp_avg/layers.0.mlp.down.weight@0,4"], whole("layers.0.mlp.down.weight", "exp_avg")[:, 4:]
+    )
+    assert sum(tensor.numel() for tensor in found.values()) == sum(
+        whole(name, kind).numel() for name in TENSORS for kind in KINDS
+    )
+
+
+def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
+    save_virtually(tmp_path, 1)
+    loaded = pieces_of_rank(1, 0, 1, 0, fill=None, kinds=("param",))
+    load(tmp_path, loaded)
+    assert wrong_pieces(loaded) == []
+
+
+def test_reader_names_shapes_and_values(tmp_path: Path) -> None:
+    save_virtually(tmp_path, 12, dtype=torch.bfloat16)
+    with Checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.step == 12 and sorted(checkpoint.kinds()) == sorted(KINDS)
+        assert sorted(checkpoint.names()) == sorted(TENSORS)
+        for name, (shape, _) in TENSORS.items():
+            assert checkpoint.shape(name) == shape and checkpoint.dtype(name) == torch.bfloat16
+            for kind in KINDS:
+                assert torch.equal(checkpoint.read(name, kind), whole(name, kind, torch.bfloat16))
+        with pytest.raises(CheckpointError, match=r"holds no param .*; did you mean .layers\.0\.mlp"):
+            checkpoint.read("layers.0.mlp.dwn.weight")
+
+
+def test_the_newest_are_kept_and_latest_follows(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        save_virtually(tmp_path, step, tp=1, zero=1, keep_last=2)
+        assert resolve(tmp_path).name == f"step-{step:08d}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000030", "step-00000040"]
+    # Taken up again from step 30: the later step of the abandoned line is nobody's to remove.
+    save_virtually(tmp_path, 35, tp=1, zero=1, keep_last=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000035", "step-00000040"]
+    assert resolve(tmp_path).name == "step-00000035"
+
+
+def test_the_same_step_is_refused_or_replaced(tmp_path: Path) -> None:
+    one = [Piece.whole("w", "param", torch.ones(2))]
+    save(tmp_path, 5, one, {"run": 1})
+    with pytest.raises(CheckpointError, match="step-00000005 exists already"):
+        save(tmp_path, 5, one, {"run": 2})
+    assert read_meta(tmp_path) == {"run": 1}
+    save(tmp_path, 5, one, {"run": 2}, replace=True)
+    assert read_meta(tmp_path) == {"run": 2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000005"]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([Piece("w", "param", (4,), (0,), (4,), 0, 3, torch.zeros(3))], "has 4 elements .* gave 3 to save"),
+        (
+            [
+                Piece("w", "param", (4,), (0,), (4,), 0, 3, torch.zeros(3)),
+                Piece("w", "param", (4,), (0,), (4,), 2, 4, torch.zeros(2)),
+            ],
+            "has 4 elements .* gave 5 to save",
+        ),
+        (
+            [
+                Piece("w", "param", (4,), (0,), (4,), 0, 2, torch.zeros(2)),
+                Piece("w", "param", (4,), (0,), (4,), 2, 4, torch.zeros(2).double()),
+            ],
+            "all pieces of a tensor must agree",
+        ),
+    ],
+)
+def test_gaps_overlaps_and_contradictions_are_refused(tmp_path: Path, pieces: list[Piece], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        save(tmp_path, 1, pieces, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keep_last_of_zero_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="keep_last=0"):
+        save(tmp_path, 1, [], {}, keep_last=0)
