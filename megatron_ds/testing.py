@@ -22,7 +22,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_PRELOAD = ["torch", "torch.distributed", "torch.distributed.device_mesh", "megatron_ds.testing"]
+# Modules imported once in the fork server; a child then starts with them in memory. Names only: nothing here imports them.
+_PRELOAD = [
+    "torch.distributed.device_mesh",
+    "torch.utils.checkpoint",
+    "megatron_ds.testing",
+    "megatron_ds.models.gpt",
+    "megatron_ds.train.build",
+]
 
 
 class RankFailed(AssertionError):
@@ -54,7 +61,9 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
             for rank in range(world_size):
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(
-                    target=_rank_main, args=(function, args, rank, world_size, folder, timeout, theirs), daemon=True
+                    target=_rank_main,
+                    args=(function, args, rank, world_size, folder, timeout, theirs),
+                    daemon=True,
                 )
                 process.start()
                 theirs.close()

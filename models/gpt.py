@@ -9,7 +9,6 @@ A parameter's name does not depend on the stage it lives in: block 17 is ``layer
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ds import comm
-from megatron_ds.config import ModelConfig, RecomputeConfig
+from megatron_ds.config import ModelConfig, RecomputeConfig, RunConfig
 from megatron_ds.layers.attention import AttentionInputs, SelfAttention
 from megatron_ds.layers.linear import VocabParallelEmbedding, output_std, replicated_parameter
 from megatron_ds.layers.loss import linear_cross_entropy
@@ -25,6 +24,7 @@ from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.norm import Norm
 from megatron_ds.layers.position import rotary_frequencies, rotary_table
 from megatron_ds.mesh import Axis
+from megatron_ds.pipeline.stage import LayerCosts, Model, StageSpan
 from megatron_ds.rng import DropoutKeys, dropout, initialize_parameters
 from megatron_ds.shard import ShardSpec, empty_parameter
 
@@ -33,16 +33,6 @@ MicroBatch = Mapping[str, Tensor]
 # Dropout sites of the model: one of the embedding, then three a block.
 _EMBEDDING_SITE = 0
 _SITES_A_BLOCK = 3
-
-
-@dataclass(frozen=True)
-class StageSpan:
-    """The part of the model that a pipeline stage holds: blocks ``first .. last-1``, perhaps embedding and head."""
-
-    first: int
-    last: int
-    embedding: bool = True
-    head: bool = True
 
 
 class Block(nn.Module):
@@ -182,9 +172,7 @@ class GPT(nn.Module):
             if not c.tied_embeddings:
                 self.head = nn.Module()
                 self.head.weight = empty_parameter(
-                    ShardSpec(
-                        "head.weight", (c.padded_vocab, c.hidden_size), 0, tp.rank, tp.size, std=c.init_std
-                    ),
+                    ShardSpec("head.weight", (c.padded_vocab, c.hidden_size), 0, tp.rank, tp.size, std=c.init_std),
                     device,
                     dtype,
                 )
@@ -262,9 +250,7 @@ class GPT(nn.Module):
     def _embed(self, tokens: Tensor, inputs: AttentionInputs) -> Tensor:
         x = self.embedding(tokens)
         if self.config.position == "learned":
-            positions = (
-                comm.slice_dim0(inputs.positions, self.tp) if self.sequence_parallel else inputs.positions
-            )
+            positions = comm.slice_dim0(inputs.positions, self.tp) if self.sequence_parallel else inputs.positions
             x = x + F.embedding(positions, self.position.weight)
         if self.config.embedding_norm:
             x = self.embedding_norm(x)
@@ -282,3 +268,47 @@ class GPT(nn.Module):
             offset = self.tp.rank * (length // self.tp.size) if self.sequence_parallel else 0
             keys = DropoutKeys(self.dropout_seed, micro_batch["sample_index"], offset)
         return AttentionInputs(positions, rotary, same, keys)
+
+    @property
+    def shares_embedding(self) -> bool:
+        """Whether this stage's embedding is tied to a copy on another stage."""
+        return self.config.tied_embeddings and self.span.embedding != self.span.head
+
+
+def gpt_model(config: RunConfig) -> Model:
+    """What training needs of the GPT that ``config.model`` describes."""
+    m, s = config.model, config.train.sequence_length
+    costs = layer_costs(m, s)
+    flops = 3.0 * (m.num_layers * costs.block + costs.head)
+    return Model(_make_stage, m.num_layers, costs, flops)
+
+
+def layer_costs(m: ModelConfig, sequence_length: int) -> LayerCosts:
+    """Forward FLOPs a token: 2 a matmul weight, plus ``4 s n d`` for the two attention matmuls a block.
+
+    The convention of the PaLM paper (Chowdhery et al. 2022, appendix B): attention counts the full square although
+    it is causal, norms and embedding lookups count nothing. Training costs three times this.
+    """
+    n, g, d, h = m.num_heads, m.groups, m.head_size, m.hidden_size
+    attention = (n + 2 * g) * d * h + n * d * h
+    mlp = (3 if m.activation == "swiglu" else 2) * m.ffn_size * h
+    return LayerCosts(
+        block=2.0 * (attention + mlp) + 4.0 * sequence_length * n * d,
+        embedding=0.0,
+        head=2.0 * m.vocab_size * h,
+    )
+
+
+def _make_stage(config: RunConfig, span: StageSpan, tp: Axis, device: torch.device, dtype: torch.dtype) -> GPT:
+    return GPT(
+        config.model,
+        tp=tp,
+        sequence_parallel=config.mesh.sequence_parallel,
+        span=span,
+        recompute=config.recompute,
+        label_smoothing=config.train.label_smoothing,
+        z_loss=config.train.z_loss,
+        dropout_seed=config.seed,
+        device=device,
+        dtype=dtype,
+    )

@@ -1,0 +1,68 @@
+"""Which layers a pipeline stage holds, and what a model has to offer to be cut into stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ds.config import RunConfig
+from megatron_ds.mesh import Axis
+
+
+@dataclass(frozen=True)
+class StageSpan:
+    """The part of a model that one stage holds: blocks ``first .. last - 1``, perhaps the embedding and the head."""
+
+    first: int
+    last: int
+    embedding: bool = True
+    head: bool = True
+
+
+def stage_spans(layers_per_stage: Sequence[int]) -> list[StageSpan]:
+    """One span a stage, in order; the first has the embedding and the last the head."""
+    spans = []
+    first = 0
+    for stage, layers in enumerate(layers_per_stage):
+        spans.append(StageSpan(first, first + layers, embedding=stage == 0, head=stage == len(layers_per_stage) - 1))
+        first += layers
+    return spans
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """FLOPs a token, for splitting layers by cost: of one block, of the embedding and of the output head."""
+
+    block: float = 1.0
+    embedding: float = 0.0
+    head: float = 0.0
+
+
+class StageModule(Protocol):
+    """What a model gives for one pipeline stage."""
+
+    def initialize(self, seed: int) -> None: ...
+
+    def activation_shape(self, micro_batch: int, sequence_length: int) -> tuple[int, ...]: ...
+
+    def __call__(self, micro_batch: Mapping[str, Tensor], hidden: Tensor | None = None) -> Tensor: ...
+
+
+StageFactory = Callable[[RunConfig, StageSpan, Axis, torch.device, torch.dtype], nn.Module]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What training needs to know of a model: how to build a stage of it, and what its layers cost.
+
+    ``flops_per_token`` counts forward and backward; the model states its convention.
+    """
+
+    make_stage: StageFactory
+    num_layers: int
+    costs: LayerCosts
+    flops_per_token: float
