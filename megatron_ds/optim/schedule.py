@@ -1,0 +1,57 @@
+"""Learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_ds.config import OptimizerConfig
+
+
+def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
+    """The learning rate of update number ``step``, counted from 1.
+
+    With ``W = warmup_steps`` and ``D = decay_steps`` (default ``total_steps``):
+
+    - warm-up, ``step <= W``: ``lr * step / W``, so that update ``W`` is the first at the peak.
+    - afterwards, with progress ``x = (step - W) / (D - W)`` cut to ``[0, 1]``:
+
+      ============  ====================================================================
+      constant      ``lr``
+      linear        ``min + (lr - min) * (1 - x)``
+      cosine        ``min + (lr - min) * (1 + cos(pi x)) / 2``
+      inverse_sqrt  ``max(min, lr * sqrt(max(W, 1) / step))``
+      wsd           ``lr`` until ``(1 - f) D`` with ``f = wsd_decay_fraction``, but not before ``W``; then linear to
+                    ``min`` at ``D``
+      ============  ====================================================================
+
+    Past ``D`` the last three values of the decay stay at ``min``; constant and inverse_sqrt know no end.
+
+    Raises:
+        ValueError: ``step`` is not positive.
+    """
+    if step < 1:
+        raise ValueError(f"step={step}: updates are counted from 1")
+    warmup = config.warmup_steps
+    if step <= warmup:
+        return config.lr * step / warmup
+    end = config.decay_steps or total_steps
+    fall = config.lr - config.min_lr
+    match config.schedule:
+        case "constant":
+            return config.lr
+        case "inverse_sqrt":
+            return max(config.min_lr, config.lr * math.sqrt(max(warmup, 1) / step))
+        case "linear":
+            return config.min_lr + fall * (1.0 - _progress(step, warmup, end))
+        case "cosine":
+            return config.min_lr + fall * 0.5 * (1.0 + math.cos(math.pi * _progress(step, warmup, end)))
+        case "wsd":
+            start = max(float(warmup), (1.0 - config.wsd_decay_fraction) * end)
+            return config.min_lr + fall * (1.0 - _progress(step, start, end))
+
+
+def _progress(step: int, start: float, end: int) -> float:
+    """How far ``step`` is from ``start`` to ``end``, in [0, 1]; 1 from ``end`` on, whatever ``start`` is."""
+    if step >= end:
+        return 1.0
+    return max(0.0, (step - start) / (end - start))

@@ -1,0 +1,182 @@
+"""Where every parameter lies in the flat buckets: arithmetic alone, no tensor and no process group.
+
+Parameters are taken in reverse registration order, which is close to the order in which the backward pass finishes
+their gradients, and packed into buckets of about ``bucket_bytes`` of gradients. A bucket holds one dtype, and
+parameters whose gradients are summed over the same axes. Its size is a multiple of the number of shards, and rank
+``r`` of the shard axis owns slice ``r`` of it, so that a parameter may lie on one rank, on several, or (smaller than
+the number of ranks) on a part of them. The part of one parameter in one slice is a :class:`Segment`: the unit that
+the optimizer and the checkpoint see.
+
+Because nothing here touches memory, the bytes of any rank of any mesh can be counted on a laptop, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from megatron_ds.shard import ShardSpec, spec_of
+
+ALIGN = 32
+"""Elements to whose multiple parameters and slices are aligned: 64 bytes of bf16, 128 of fp32."""
+
+
+@dataclass(frozen=True)
+class ParameterInfo:
+    """What the layout needs to know of one local parameter.
+
+    ``shared`` numbers the parameters that other pipeline stages hold too (a tied embedding); None for all others.
+    """
+
+    spec: ShardSpec
+    dtype: torch.dtype
+    trainable: bool = True
+    shared: int | None = None
+
+    @property
+    def numel(self) -> int:
+        return prod(self.spec.local_shape)
+
+    @staticmethod
+    def of(parameter: torch.Tensor, shared: int | None = None) -> ParameterInfo:
+        """Of a local parameter on any device, the meta device included.
+
+        Raises:
+            TypeError: the parameter has no ``.shard``.
+            ValueError: its shape is not the one its spec describes.
+        """
+        spec = spec_of(parameter)
+        if tuple(parameter.shape) != spec.local_shape:
+            raise ValueError(
+                f"{spec.name} has shape {list(parameter.shape)}, but its ShardSpec describes {list(spec.local_shape)}"
+            )
+        return ParameterInfo(spec, parameter.dtype, parameter.requires_grad, shared)
+
+
+@dataclass(frozen=True)
+class BucketKey:
+    """What the parameters of one bucket have in common.
+
+    ``partial_over_tp``: gradients are to be summed over the tensor-parallel axis too. ``shared``: see
+    :class:`ParameterInfo`; such a parameter has a bucket to itself, of the same layout on every stage that holds it.
+    """
+
+    dtype: torch.dtype
+    partial_over_tp: bool
+    shared: int | None
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One parameter's place: ``[start, start + numel)`` of its bucket. ``parameter`` indexes the caller's list."""
+
+    parameter: int
+    spec: ShardSpec
+    start: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The elements ``[start, stop)`` of a flattened local parameter that lie at ``offset`` of one rank's slice."""
+
+    slot: Slot
+    start: int
+    stop: int
+    offset: int
+
+    @property
+    def spec(self) -> ShardSpec:
+        return self.slot.spec
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class BucketLayout:
+    """One bucket: ``size`` elements in ``shards`` equal slices, padding (always zero) included."""
+
+    key: BucketKey
+    slots: tuple[Slot, ...]
+    size: int
+    shards: int
+
+    @property
+    def shard_size(self) -> int:
+        return self.size // self.shards
+
+    def segments(self, rank: int) -> list[Segment]:
+        """The non-empty parts of parameters in the slice of shard ``rank``, in order of offset."""
+        begin, end = rank * self.shard_size, (rank + 1) * self.shard_size
+        found = []
+        for slot in self.slots:
+            start, stop = max(begin, slot.start), min(end, slot.start + slot.numel)
+            if start < stop:
+                found.append(Segment(slot, start - slot.start, stop - slot.start, start - begin))
+        return found
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which gradients accumulate and master weights live: fp64 for fp64 parameters, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def plan_buckets(parameters: Sequence[ParameterInfo], bucket_bytes: float, shards: int) -> tuple[BucketLayout, ...]:
+    """Lay the trainable parameters out in buckets, in the order in which a backward pass fills them.
+
+    Args:
+        parameters: in registration order; each once. Frozen ones get no place.
+        bucket_bytes: a bucket is closed before its gradients would exceed this; a larger parameter has its own.
+        shards: ranks over which each bucket is sharded.
+    """
+    open_slots: dict[BucketKey, list[Slot]] = {}
+    closed: list[tuple[int, BucketLayout]] = []  # with the time at which the last gradient of the bucket is due
+
+    def close(key: BucketKey, time: int) -> None:
+        slots = open_slots.pop(key)
+        used = slots[-1].start + slots[-1].numel
+        step = ALIGN * shards
+        closed.append((time, BucketLayout(key, tuple(slots), -(-used // step) * step, shards)))
+
+    last_time: dict[BucketKey, int] = {}
+    for time, index in enumerate(reversed(range(len(parameters)))):
+        info = parameters[index]
+        if not info.trainable:
+            continue
+        key = BucketKey(info.dtype, info.spec.partial_over_tp, info.shared)
+        slots = open_slots.get(key, [])
+        start = -(-(slots[-1].start + slots[-1].numel) // ALIGN) * ALIGN if slots else 0
+        if slots and (start + info.numel) * state_dtype(info.dtype).itemsize > bucket_bytes:
+            close(key, last_time[key])
+            start = 0
+        open_slots.setdefault(key, []).append(Slot(index, info.spec, start, info.numel))
+        last_time[key] = time
+    for key in list(open_slots):
+        close(key, last_time[key])
+    return tuple(layout for _, layout in sorted(closed, key=lambda item: item[0]))
+
+
+def bytes_report(
+    parameters: Iterable[ParameterInfo], layouts: Iterable[BucketLayout], state_kinds: int
+) -> dict[str, int]:
+    """Bytes one rank holds, by kind: ``parameters``, ``gradients``, ``master``, ``optimizer``.
+
+    Exact for the flat buffers, padding included: an fp32 or fp64 parameter is its own master, so that only half
+    precision has ``master`` bytes. ``state_kinds`` is the number of state tensors of the optimizer (AdamW: 2).
+    Frozen parameters count under ``parameters``.
+    """
+    report = dict.fromkeys(("parameters", "gradients", "master", "optimizer"), 0)
+    report["parameters"] = sum(i.numel * i.dtype.itemsize for i in parameters if not i.trainable)
+    for layout in layouts:
+        master = state_dtype(layout.key.dtype)
+        report["parameters"] += layout.size * layout.key.dtype.itemsize
+        report["gradients"] += layout.size * master.itemsize
+        if master != layout.key.dtype:
+            report["master"] += layout.shard_size * master.itemsize
+        report["optimizer"] += layout.shard_size * master.itemsize * state_kinds
+    return report

@@ -1,0 +1,81 @@
+"""Where a parameter's gradient goes: into its part of a flat buffer, by whichever way it comes.
+
+Autograd's way needs nothing of a layer: a hook moves ``param.grad`` over. A layer with a backward of its own can spare
+that pass over memory and write into the buffer itself::
+
+    sink = getattr(weight, "grad_sink", None)   # in an autograd.Function's backward
+    if sink is not None:
+        sink.add_matmul(grad_output.flatten(0, -2).t(), input.flatten(0, -2))
+        grad_weight = None                      # autograd is told there is nothing left to add
+    else:
+        grad_weight = grad_output.flatten(0, -2).t() @ input.flatten(0, -2)
+
+Every way may be mixed for one parameter (a tied embedding gets a matmul from the head and rows from the lookup).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+class GradSink:
+    """One parameter's gradient buffer and the count of writes into it.
+
+    Args:
+        name: for messages.
+        view: the parameter's part of the flat gradient buffer, in the parameter's shape; fp32, or fp64.
+        on_write: called after every write.
+
+    Attributes:
+        written: whether the buffer holds anything of this step yet: the first write of a step overwrites, so that
+            the buffer need not be zeroed.
+        writes: writes since the start of the last micro-batch; ``expected``: how many it took in the steps before.
+    """
+
+    def __init__(self, name: str, view: torch.Tensor, on_write: Callable[[GradSink], None]):
+        self.name = name
+        self.view = view
+        self.written = False
+        self.writes = 0
+        self.expected = 0
+        self._on_write = on_write
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Add a gradient of the parameter's shape, of any dtype."""
+        if gradient.is_sparse:
+            raise TypeError(f"{self.name} has a sparse gradient; flat buckets are dense: use sparse=False")
+        if self.written:
+            self.view.add_(gradient)
+        else:
+            self.view.copy_(gradient)
+        self._wrote()
+
+    def add_matmul(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Add ``left @ right`` (``[rows, k] @ [k, columns]``), where ``columns`` is the parameter's last dim.
+
+        With the buffer's dtype the product is accumulated in place; a half-precision product is rounded to its own
+        dtype first, as autograd's would be.
+        """
+        view = self.view.view(-1, self.view.shape[-1])
+        if left.dtype != view.dtype:
+            product = left @ right
+            view.add_(product) if self.written else view.copy_(product)
+        elif self.written:
+            view.addmm_(left, right)
+        else:
+            torch.mm(left, right, out=view)
+        self._wrote()
+
+    def add_rows(self, indices: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add ``rows[i]`` to row ``indices[i]`` of a 2-D parameter (``[n]``, ``[n, columns]``); indices may repeat."""
+        if not self.written:
+            self.view.zero_()
+        self.view.index_add_(0, indices, rows.to(self.view.dtype))
+        self._wrote()
+
+    def _wrote(self) -> None:
+        self.written = True
+        self.writes += 1
+        self._on_write(self)

@@ -1,0 +1,41 @@
+"""ZeRO 0 and 1 against one process of plain torch: norms, parameters, and overlap on against off."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from zero_toy import STEPS, Case, reference, train_cases
+
+from megatron_ds.testing import run_ranks
+
+CASES = [
+    Case(stage, accumulate, optimizer, clip, bucket_mb=bucket_mb)
+    for (stage, accumulate, optimizer, clip), bucket_mb in zip(
+        product((0, 1), (1, 3), ("adamw", "sgd"), (0.0, 2.0)), (0.0006, 1.0, 0.0001) * 6
+    )
+]
+
+
+def check(results: list[Any]) -> None:
+    for rank, of_rank in enumerate(results):
+        for case, ((norms, parameters), (serial_norms, serial_parameters)) in zip(CASES, of_rank):
+            want_norms, want = reference(case)
+            for name, tensor in want.items():
+                error = (parameters[name] - tensor).abs().max().item() if tensor.numel() else 0.0
+                assert error < 1e-12, f"rank {rank}, {case}: {name} is off by {error}"
+                assert torch.equal(parameters[name], serial_parameters[name]), f"{case}: overlap changed {name}"
+            assert len(norms) == STEPS
+            assert norms == pytest.approx(want_norms, rel=1e-12), f"rank {rank}, {case}"
+            assert norms == serial_norms
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_equals_plain_torch(world_size: int) -> None:
+    check(run_ranks(train_cases, world_size, CASES))
+
+
+def test_equals_plain_torch_on_one_process() -> None:
+    check([train_cases(CASES)])

@@ -1,0 +1,141 @@
+"""A small float64 model with every awkward parameter, its plain-torch reference, and the same run through ZeRO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_ds import comm
+from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
+from megatron_ds.mesh import Mesh, MeshShape
+from megatron_ds.optim.clip import clip_coefficient
+from megatron_ds.shard import ShardSpec
+from megatron_ds.testing import device_of_rank
+from megatron_ds.zero.optimizer import ZeroOptimizer
+
+SAMPLES = 12
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    stage: int = 1
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    clip: float = 0.0
+    overlap: bool = True
+    bucket_mb: float = 0.0006
+
+    @property
+    def optimizer_config(self) -> OptimizerConfig:
+        return OptimizerConfig(name=self.optimizer, lr=0.05, momentum=0.9, weight_decay=0.1, clip_norm=self.clip)
+
+
+class Toy(nn.Module):
+    """Maps ``[n, 6]`` to a loss summed over samples; every fourth sample uses ``rare``, and none ``never``."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64):
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype))
+
+        self.empty = parameter(0, 4)
+        self.inputs = parameter(6, 11)
+        self.scale = parameter(1)
+        self.never = parameter(3)
+        self.tied = parameter(11, 11)
+        self.tied_again = self.tied
+        self.frozen = parameter(11)
+        self.frozen.requires_grad_(False)
+        self.rare = parameter(2, 11)
+        self.bias = parameter(11)
+        self.output = parameter(11, 7)
+        for name, tensor in self.named_parameters():
+            tensor.shard = ShardSpec(name, tuple(tensor.shape), weight_decay=tensor.dim() > 1)  # type: ignore[attr-defined]
+
+    def forward(self, samples: torch.Tensor, numbers: list[int]) -> torch.Tensor:
+        hidden = torch.tanh(samples @ self.inputs) @ self.tied + self.bias * self.frozen
+        hidden = torch.tanh(hidden * self.scale) @ self.tied_again.t() + self.empty.sum()
+        chosen = [row for row, number in enumerate(numbers) if number % 4 == 0]
+        loss = (torch.tanh(hidden) @ self.output).square().sum()
+        if chosen:
+            loss = loss + (hidden[chosen] @ self.rare.t()).square().sum()
+        return loss / 100
+
+
+def samples_of(step: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 + step)
+    return torch.randn(SAMPLES, 6, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def reference(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Gradient norms and final parameters of one process, plain autograd and torch.optim's unfused loop."""
+    model = Toy()
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [
+        {"params": [p for p in trainable.values() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in trainable.values() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer: torch.optim.Optimizer
+    if case.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=0.05, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9, foreach=False)
+    norms = []
+    for step in range(STEPS):
+        for parameter in trainable.values():
+            parameter.grad = torch.zeros_like(parameter)
+        model(samples_of(step), list(range(SAMPLES))).backward()
+        gradients = [p.grad for p in trainable.values() if p.grad is not None]
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        if case.clip and norm > case.clip:
+            for gradient in gradients:
+                gradient.mul_(case.clip / norm)
+        norms.append(norm.item())
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 / (step + 1)
+        optimizer.step()
+    return norms, {name: p.detach() for name, p in model.named_parameters()}
+
+
+def train(case: Case, mesh: Mesh) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The same through ZeroOptimizer on ``mesh.data``: rank r of W takes every W-th micro-batch."""
+    model = Toy().to(mesh.device)
+    zero = ZeroOptimizer(
+        model.named_parameters(),
+        mesh,
+        ZeroConfig(stage=case.stage, bucket_mb=case.bucket_mb, overlap=case.overlap),  # type: ignore[arg-type]
+        case.optimizer_config,
+        PrecisionConfig(dtype="fp64"),
+    )
+    norms = []
+    for step in range(STEPS):
+        zero.start_step()
+        samples = samples_of(step).to(mesh.device)
+        micro_batches = torch.arange(SAMPLES).tensor_split(case.accumulate * mesh.data.size)[
+            mesh.data.rank :: mesh.data.size
+        ]
+        assert len(micro_batches) == case.accumulate
+        for number, indices in enumerate(micro_batches):
+            loss = model(samples[indices.to(mesh.device)], indices.tolist())
+            if number == len(micro_batches) - 1:
+                zero.start_last_micro_batch()
+            loss.backward()
+        zero.finish_gradients()
+        squared = comm.all_reduce(zero.norm_squared(), mesh.world)
+        norms.append(squared.sqrt().item())
+        zero.step(0.05 / (step + 1), clip_coefficient(squared, case.clip))
+    return norms, {name: p.detach().clone().cpu() for name, p in model.named_parameters()}
+
+
+def train_cases(cases: list[Case]) -> list[Any]:
+    """Run on a rank: every case on a mesh of data-parallel ranks, with overlap and without."""
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    mesh = Mesh.create(MeshShape(dp=world), device_of_rank(rank, world))
+    return [(train(case, mesh), train(replace(case, overlap=False), mesh)) for case in cases]
