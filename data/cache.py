@@ -1,0 +1,114 @@
+"""Results that are computed once a node and read by all its ranks.
+
+The first process to come takes a lock and computes; the others wait and read. A result appears by an atomic rename
+and carries its *key* (the identity of the files it was made from, and the settings): with another key it does not
+count, so nothing stale is ever read. A directory that cannot be written is no error: the next candidate is used,
+and in the end the result is computed without being kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import xxhash
+
+T = TypeVar("T")
+
+
+def candidates(path: Path, cache_dir: Path | None = None) -> list[Path]:
+    """Where a cached file may be: in ``cache_dir`` if that is given, else at ``path``, else in a folder of this
+    user's in the node's temporary directory, named after ``path``."""
+    unique = f"{xxhash.xxh3_64_hexdigest(str(path.resolve()).encode())}-{path.name}"
+    local = Path(tempfile.gettempdir()) / f"megatron-ds-{os.getuid()}" / unique
+    return [cache_dir / unique, local] if cache_dir is not None else [path, local]
+
+
+def cached_json(path: Path, key: dict[str, Any], build: Callable[[], Any], cache_dir: Path | None = None) -> Any:
+    """The JSON value that ``build`` returns, from a file if one with this ``key`` is there.
+
+    Args:
+        path: the file to keep it in, if its folder can be written (see :func:`candidates`).
+        key: JSON values on which the result depends.
+        build: computes it; its exceptions pass through, and nothing is kept then.
+        cache_dir: a folder to use instead of the one of ``path``.
+    """
+
+    def read(file: Path) -> Any:
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            content = json.loads(file.read_text())
+            if content["key"] == json.loads(json.dumps(key)):
+                return content["value"]
+        return None
+
+    def write(file: Path, value: Any) -> None:
+        file.write_text(json.dumps({"key": key, "value": value}, indent=1) + "\n")
+
+    return cached(candidates(path, cache_dir), read, build, write)
+
+
+def cached(
+    files: list[Path], read: Callable[[Path], T | None], build: Callable[[], T], write: Callable[[Path, T], None]
+) -> T:
+    """The first valid file's content, or the built value, kept in the first file that can be written.
+
+    ``read`` returns None for a file that is missing, damaged or of another key; ``write`` is given a temporary
+    path, renamed afterwards.
+    """
+    for file in files:
+        if (value := read(file)) is not None:
+            return value
+    for file in files:
+        with contextlib.ExitStack() as stack:
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                stack.enter_context(locked(file.with_name(file.name + ".lock")))
+            except OSError:
+                continue  # read-only, full or missing: try the next place
+            if (value := read(file)) is not None:
+                return value  # made by another process while this one waited
+            built = build()
+            temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+            try:
+                write(temporary, built)
+                temporary.replace(file)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+            return built
+    return build()
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock on a file made for it; a process that dies lets it go. No-op where files cannot be locked.
+
+    Raises:
+        BlockingIOError: another process holds it, and ``wait`` is False.
+        OSError: the file cannot be made.
+    """
+    while True:
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise
+            except OSError:
+                pass
+            try:
+                # The holder before removed the file: whoever comes next would lock another one of the same name.
+                if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    continue
+            except FileNotFoundError:
+                continue
+            try:
+                yield
+                return
+            finally:
+                path.unlink(missing_ok=True)

@@ -1,0 +1,159 @@
+"""Samples for causal language modelling: documents laid end to end and cut every ``sequence_length`` tokens.
+
+Row ``k`` of a range of documents is tokens ``k * s`` to ``k * s + s`` (both included: ``s`` inputs and the last
+target) of their concatenation in file order; what does not fill a last row is not used. So a row is one contiguous
+read, no index is built for any number of documents, and the documents inside a row are found by bisection in the
+mapped index (:mod:`megatron_ds.data.indexed`). The *order* of the rows is a keyed permutation per epoch
+(:mod:`megatron_ds.data.order`).
+
+Shape legend: ``b`` samples, ``s`` sequence length.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.order import order
+from megatron_ds.data.split import DocumentRange
+from megatron_ds.errors import DataError
+
+Batch = dict[str, npt.NDArray]
+"""``tokens``, ``labels`` and ``position_ids`` int64 [b, s], ``loss_mask`` bool [b, s], with document masking also
+``document_ids`` int64 [b, s]."""
+
+
+class SampleSource(Protocol):
+    """What a loader reads from: the samples of a run by their place in it.
+
+    ``batch`` is given places in the *consumed order* (0 is the first sample of the run) and ``rows`` places in the
+    *stored order* (``0 <= row < len(self)``); both return a :data:`Batch` in the order asked for.
+    """
+
+    sequence_length: int
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: npt.ArrayLike) -> Batch: ...
+
+    def rows(self, rows: npt.ArrayLike) -> Batch: ...
+
+
+class GPTDataset:
+    """Packed samples of ``sequence_length + 1`` tokens from a range of documents.
+
+    Args:
+        indexed: the tokens.
+        sequence_length: ``s``, tokens of input per sample.
+        documents: ``(start, stop)`` document range; None for all.
+        seed: of the sample order.
+        reset_positions: ``position_ids`` start again at 0 with each document (otherwise they run 0..s-1).
+        mask_documents: also give ``document_ids`` (0, 1, ... within the row), for attention that stays inside a
+            document.
+        mask_boundary_loss: do not count the prediction of a document's first token from the one before it.
+
+    Raises:
+        DataError: the range has fewer than ``sequence_length + 1`` tokens, or the dataset holds no integers.
+    """
+
+    def __init__(
+        self,
+        indexed: IndexedDataset,
+        sequence_length: int,
+        documents: DocumentRange | None = None,
+        seed: int = 0,
+        reset_positions: bool = False,
+        mask_documents: bool = False,
+        mask_boundary_loss: bool = False,
+    ):
+        if indexed.dtype.kind not in "iu":
+            raise DataError(f"{indexed.bin_path} holds {indexed.dtype.name} values, not token ids")
+        if sequence_length < 1:
+            raise DataError(f"sequence_length={sequence_length} must be at least 1")
+        start, stop = documents if documents is not None else (0, indexed.num_documents)
+        if not 0 <= start < stop <= indexed.num_documents:
+            raise DataError(
+                f"documents {start} to {stop} were asked for, but {indexed.prefix} has 0 to {indexed.num_documents}"
+            )
+        self.indexed, self.sequence_length, self.seed = indexed, sequence_length, seed
+        self.documents = (start, stop)
+        self.reset_positions = reset_positions
+        self.mask_documents = mask_documents
+        self.mask_boundary_loss = mask_boundary_loss
+        self.first_token = indexed.document_start(start)
+        self.num_tokens = indexed.document_start(stop) - self.first_token
+        self._num_rows = (self.num_tokens - 1) // sequence_length
+        if self._num_rows < 1:
+            raise DataError(
+                f"{indexed.prefix} has {self.num_tokens} tokens in documents {start} to {stop}, but one sample takes "
+                f"sequence_length + 1 = {sequence_length + 1}: use sequence_length <= {max(self.num_tokens - 1, 1)}, "
+                "or more data"
+            )
+
+    def __len__(self) -> int:
+        """Rows of one epoch."""
+        return self._num_rows
+
+    def sample(self, row: int) -> Batch:
+        """One row in stored order, without the batch dim: arrays ``[s]``."""
+        return {name: array[0] for name, array in self.rows([row]).items()}
+
+    def batch(self, indices: npt.ArrayLike) -> Batch:
+        return self.rows(order(self.seed, indices, self._num_rows))
+
+    def rows(self, rows: npt.ArrayLike) -> Batch:
+        s = self.sequence_length
+        wanted = np.asarray(rows, np.int64)
+        if wanted.size and not 0 <= int(wanted.min()) <= int(wanted.max()) < self._num_rows:
+            raise IndexError(f"rows {wanted.min()} to {wanted.max()} of {self._num_rows} in {self.indexed.prefix}")
+        tokens = np.empty((wanted.size, s), np.int64)
+        labels = np.empty((wanted.size, s), np.int64)
+        stored = self.indexed.tokens
+        for i, row in enumerate(wanted.tolist()):
+            at = self.first_token + row * s
+            tokens[i] = stored[at : at + s]
+            labels[i] = stored[at + 1 : at + s + 1]
+        batch = {
+            "tokens": tokens,
+            "labels": labels,
+            "loss_mask": np.ones((wanted.size, s), bool),
+            "position_ids": np.tile(np.arange(s, dtype=np.int64), (wanted.size, 1)),
+        }
+        if self.reset_positions or self.mask_documents or self.mask_boundary_loss:
+            self._mark_documents(batch, wanted)
+        return batch
+
+    def _mark_documents(self, batch: Batch, rows: npt.NDArray[np.int64]) -> None:
+        s = self.sequence_length
+        document_ids = np.zeros((rows.size, s), np.int64)
+        for i, row in enumerate(rows.tolist()):
+            starts = self.document_starts(row)
+            if self.mask_boundary_loss:
+                batch["loss_mask"][i, starts - 1] = False
+            inside = starts[starts < s]
+            document_ids[i, inside] = 1
+            if self.reset_positions:
+                # Each token's position is its distance from the last start at or before it.
+                last_start = np.zeros(s, np.int64)
+                last_start[inside] = inside
+                batch["position_ids"][i] -= np.maximum.accumulate(last_start)
+        if self.mask_documents:
+            batch["document_ids"] = np.cumsum(document_ids, axis=1)
+
+    def document_starts(self, row: int) -> npt.NDArray[np.int64]:
+        """Where documents start within a row: sorted places in ``1..s`` (0 is not listed, ``s`` is the last target).
+
+        Documents without tokens start nowhere.
+        """
+        s = self.sequence_length
+        begin = self.first_token + row * s
+        document = self.indexed.document_of(begin) + 1
+        starts: list[int] = []
+        while document < self.documents[1] and (start := self.indexed.document_start(document) - begin) <= s:
+            if start > 0 and (not starts or start > starts[-1]):
+                starts.append(start)
+            document += 1
+        return np.array(starts, np.int64)

@@ -1,0 +1,330 @@
+"""The `.bin/.idx` indexed dataset: token sequences on disk, read through a memory map.
+
+The layout is the one Megatron's tools write, so existing files load as they are. All little-endian, unpadded:
+
+======================  =====================================================================
+`.idx`                  ``MMIDIDX\\0\\0`` (9 bytes), u64 version = 1, u8 dtype code, u64 S sequences,
+                        u64 D = documents + 1, i32[S] lengths in tokens, i64[S] byte offsets into
+                        `.bin`, i64[D] document bounds counted in sequences, starting with 0
+`.bin`                  the tokens alone
+======================  =====================================================================
+
+The arrays of the index are used where they lie: the i64 offsets *are* the running sum of the lengths, so finding
+the document of a token is a bisection in the mapped file and opening a dataset of any size costs no memory.
+(The arrays are not aligned in the file. numpy reads such arrays element by element without trouble, but a few of
+its routines, ``searchsorted`` among them, first copy the whole array: use ``bisect`` here.)
+
+Shape legend: ``S`` sequences, ``D`` documents + 1.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ds.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPES: dict[int, np.dtype] = {
+    code: np.dtype(name).newbyteorder("<")
+    for code, name in {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 6: "f8", 7: "f4", 8: "u2"}.items()
+}
+COPY_BYTES = 8 << 20
+
+
+def dtype_for_vocabulary(vocab_size: int) -> np.dtype:
+    """uint16 where every id fits (below 65,500, the bound that Megatron's tools use), int32 otherwise."""
+    return DTYPES[8] if vocab_size < 65_500 else DTYPES[4]
+
+
+def bin_path(prefix: str | os.PathLike[str]) -> Path:
+    return Path(f"{os.fspath(prefix)}.bin")
+
+
+def idx_path(prefix: str | os.PathLike[str]) -> Path:
+    return Path(f"{os.fspath(prefix)}.idx")
+
+
+def strip_suffix(path: str | os.PathLike[str]) -> str:
+    """The prefix of a dataset, also when the user names one of its two files."""
+    text = os.fspath(path)
+    return text[:-4] if text.endswith((".bin", ".idx")) else text
+
+
+class IndexedDatasetWriter:
+    """Writes one dataset; nothing appears under its final name before :meth:`close` has written everything.
+
+    Args:
+        prefix: path without suffix; ``prefix.bin`` and ``prefix.idx`` are replaced if they exist.
+        dtype: of a token, one of :data:`DTYPES`.
+
+    As a context manager it closes on success and leaves no file behind after an exception. Memory: 4 bytes a
+    sequence and 8 a document, until closed.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str], dtype: npt.DTypeLike):
+        self.prefix = strip_suffix(prefix)
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self._code = _dtype_code(self.dtype)
+        bin_path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._temporary_bin = Path(f"{self.prefix}.bin.{os.getpid()}.tmp")
+        self._temporary_idx = Path(f"{self.prefix}.idx.{os.getpid()}.tmp")
+        self._file = self._temporary_bin.open("wb")
+        self._lengths = array("i")
+        self._document_ends = array("q")
+
+    def add_document(self, tokens: npt.ArrayLike) -> None:
+        """One document of one sequence. Ids that do not fit the dtype are refused."""
+        self.add_sequence(tokens)
+        self.end_document()
+
+    def add_sequence(self, tokens: npt.ArrayLike) -> None:
+        """One sequence ``[n]``; the document goes on until :meth:`end_document`."""
+        values = np.asarray(tokens)
+        self._file.write(_fitting(values, self.dtype).tobytes())
+        self._lengths.append(values.size)
+
+    def end_document(self) -> None:
+        self._document_ends.append(len(self._lengths))
+
+    def add_documents(self, tokens: npt.NDArray, lengths: npt.NDArray) -> None:
+        """Many one-sequence documents at once: ``tokens [sum(lengths)]`` laid end to end, ``lengths [n]``."""
+        if int(np.sum(lengths, dtype=np.int64)) != tokens.size:
+            raise ValueError(f"lengths sum to {np.sum(lengths)}, but there are {tokens.size} tokens")
+        self._file.write(_fitting(tokens, self.dtype).tobytes())
+        ends = len(self._lengths) + np.arange(1, lengths.size + 1, dtype=np.int64)
+        self._lengths.frombytes(np.asarray(lengths, np.int32).tobytes())
+        self._document_ends.frombytes(ends.tobytes())
+
+    def add_dataset(self, other: IndexedDataset) -> None:
+        """All of another dataset of the same dtype, by copying bytes."""
+        if other.dtype != self.dtype:
+            raise DataError(
+                f"{other.bin_path} holds {other.dtype.name} tokens, but {self.prefix}.bin is {self.dtype.name}; "
+                "datasets can be merged only within one dtype: preprocess them with the same tokenizer"
+            )
+        with other.bin_path.open("rb") as source:
+            shutil.copyfileobj(source, self._file, COPY_BYTES)
+        ends = np.asarray(other.document_bounds[1:]) + len(self._lengths)
+        self._lengths.frombytes(np.asarray(other.lengths, np.int32).tobytes())
+        self._document_ends.frombytes(ends.astype(np.int64).tobytes())
+
+    def close(self) -> None:
+        """Write the index and move both files to their final names (the index last: with it the dataset exists)."""
+        lengths = np.frombuffer(self._lengths, np.int32)
+        ends = np.frombuffer(self._document_ends, np.int64)
+        if lengths.size and (not ends.size or ends[-1] != lengths.size):
+            raise ValueError("the last document was not ended: call end_document() before close()")
+        sync_and_close(self._file)
+        with self._temporary_idx.open("wb") as index:
+            write_header(index, self.dtype, lengths.size, ends.size)
+            index.write(lengths.astype("<i4").tobytes())
+            index.write(((np.cumsum(lengths, dtype=np.int64) - lengths) * self.dtype.itemsize).astype("<i8").tobytes())
+            index.write(np.concatenate([[0], ends]).astype("<i8").tobytes())
+            sync_and_close(index)
+        publish(self._temporary_bin, self._temporary_idx, self.prefix)
+
+    def abort(self) -> None:
+        self._file.close()
+        for path in (self._temporary_bin, self._temporary_idx):
+            path.unlink(missing_ok=True)
+
+    def __enter__(self) -> IndexedDatasetWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+def write_header(index: IO[bytes], dtype: np.dtype, num_sequences: int, num_documents: int) -> None:
+    """The 34 bytes in front of the index arrays."""
+    index.write(HEADER.pack(MAGIC, VERSION, _dtype_code(dtype), num_sequences, num_documents + 1))
+
+
+def publish(temporary_bin: Path, temporary_idx: Path, prefix: str) -> None:
+    """Give a complete pair of files their final names; a crash in between leaves no readable dataset."""
+    idx_path(prefix).unlink(missing_ok=True)  # never an old index beside new tokens
+    temporary_bin.replace(bin_path(prefix))
+    temporary_idx.replace(idx_path(prefix))
+
+
+class IndexedDataset:
+    """A dataset on disk, memory-mapped read-only.
+
+    Opening reads the header and checks every size that can be checked without reading the data; anything wrong is
+    a :class:`DataError` that names the file and the bytes expected and found. :meth:`check_index` reads the whole
+    index and :mod:`megatron_ds.data.verify` the tokens too.
+
+    Attributes:
+        lengths: i32[S], tokens of each sequence.
+        offsets: i64[S], *bytes* into `.bin` where each sequence starts.
+        document_bounds: i64[D], in sequences.
+        tokens: the whole of `.bin` as one array of ``dtype``, mapped.
+    """
+
+    def __init__(self, prefix: str | os.PathLike[str]):
+        self.prefix = strip_suffix(prefix)
+        self.bin_path, self.idx_path = bin_path(self.prefix), idx_path(self.prefix)
+        for path, other in ((self.idx_path, self.bin_path), (self.bin_path, self.idx_path)):
+            if not path.is_file():
+                here = f"; {other.name} is there" if other.is_file() else ""
+                raise DataError(
+                    f"{path} does not exist{here}. A dataset is a pair of files, PREFIX.bin and PREFIX.idx, "
+                    "named by their prefix; tools/preprocess_data.py writes them"
+                )
+        size = self.idx_path.stat().st_size
+        if size < HEADER.size:
+            state = "is empty" if size == 0 else "is cut off inside its header"
+            raise DataError(f"{self.idx_path} {state}: expected at least {HEADER.size} bytes, found {size}")
+        self._index = np.memmap(self.idx_path, dtype=np.uint8, mode="r")
+        magic, version, code, sequences, bounds = HEADER.unpack(self._index[: HEADER.size].tobytes())
+        if magic != MAGIC:
+            raise DataError(f"{self.idx_path} is not a dataset index: it starts with {magic!r}, not {MAGIC!r}")
+        if version != VERSION:
+            raise DataError(f"{self.idx_path} has layout version {version}; this library reads version {VERSION}")
+        if code not in DTYPES:
+            raise DataError(f"{self.idx_path} has dtype code {code}, not one of {sorted(DTYPES)}: a damaged header")
+        self.dtype = DTYPES[code]
+        self.num_sequences, self.num_documents = sequences, bounds - 1
+        expected = HEADER.size + 12 * sequences + 8 * bounds
+        if size != expected:
+            raise DataError(
+                f"{self.idx_path} says it indexes {sequences} sequences in {bounds - 1} documents, which takes "
+                f"{expected} bytes; found {size}. It is {'truncated' if size < expected else 'too long'}: "
+                "copy it again, or preprocess again"
+            )
+        if not sequences or bounds < 2:
+            raise DataError(f"{self.idx_path} holds no document ({sequences} sequences): the dataset is empty")
+        at = HEADER.size
+        self.lengths: npt.NDArray[np.int32] = self._array("<i4", at, sequences)
+        self.offsets: npt.NDArray[np.int64] = self._array("<i8", at + 4 * sequences, sequences)
+        self.document_bounds: npt.NDArray[np.int64] = self._array("<i8", at + 12 * sequences, bounds)
+        self._check_ends()
+        self.tokens: npt.NDArray = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
+
+    def _array(self, dtype: str, offset: int, count: int) -> npt.NDArray:
+        # A plain ndarray view: np.memmap's own indexing is several times slower than ndarray's.
+        array: npt.NDArray = np.frombuffer(self._index, dtype=dtype, count=count, offset=offset)
+        return array
+
+    def _check_ends(self) -> None:
+        """The ends of each array, and with them the size of `.bin`, in constant time."""
+        found = self.bin_path.stat().st_size
+        end = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
+        if found != end:
+            state = "is empty" if not found else "is truncated" if found < end else "is longer than its index"
+            raise DataError(
+                f"{self.bin_path} {state}: {self.idx_path.name} says it has {end} bytes, found {found}. "
+                "The two files do not belong together or one of them is damaged: copy both again"
+            )
+        first, last = int(self.document_bounds[0]), int(self.document_bounds[-1])
+        if int(self.offsets[0]) != 0 or first != 0 or last != self.num_sequences:
+            raise DataError(
+                f"{self.idx_path} is damaged: its first sequence is at byte {int(self.offsets[0])} (expected 0), its "
+                f"documents run from sequence {first} to {last} (expected 0 to {self.num_sequences})"
+            )
+        if found == 0:
+            raise DataError(f"{self.bin_path} is empty: expected at least one token, found 0 bytes")
+
+    def check_index(self) -> None:
+        """Read the whole index: lengths and offsets must agree everywhere, documents must be in order.
+
+        0.3 s for 10 million sequences; :func:`megatron_ds.data.verify.verify` remembers the answer.
+        """
+        step = 1 << 20
+        expected = 0
+        for start in range(0, self.num_sequences, step):
+            lengths = np.asarray(self.lengths[start : start + step], np.int64)
+            offsets = np.asarray(self.offsets[start : start + step])
+            ends = expected + np.cumsum(lengths * self.dtype.itemsize)
+            starts = np.concatenate([[expected], ends[:-1]])
+            wrong = np.flatnonzero((offsets != starts) | (lengths < 0))
+            if wrong.size:
+                at = int(wrong[0])
+                raise DataError(
+                    f"{self.idx_path} is damaged at sequence {start + at}: it is said to have {lengths[at]} tokens "
+                    f"and start at byte {offsets[at]}, but the sequences before it end at byte {starts[at]}"
+                )
+            expected = int(ends[-1])
+        for start in range(0, self.num_documents, step):
+            bounds = np.asarray(self.document_bounds[start : start + step + 1])
+            wrong = np.flatnonzero(np.diff(bounds) < 0)
+            if wrong.size:
+                at = int(wrong[0])
+                raise DataError(
+                    f"{self.idx_path} is damaged: document {start + at} runs from sequence {bounds[at]} "
+                    f"back to {bounds[at + 1]}"
+                )
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.tokens.size)
+
+    def __len__(self) -> int:
+        return self.num_sequences
+
+    def __getitem__(self, sequence: int) -> npt.NDArray:
+        """The tokens of one sequence, a view of the map."""
+        if not -self.num_sequences <= sequence < self.num_sequences:
+            raise IndexError(f"sequence {sequence} of {self.num_sequences} in {self.prefix}")
+        start = int(self.offsets[sequence]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.lengths[sequence])]
+
+    def document_start(self, document: int) -> int:
+        """The token where a document starts; ``num_tokens`` for ``document == num_documents``."""
+        sequence = int(self.document_bounds[document])
+        return self.num_tokens if sequence == self.num_sequences else int(self.offsets[sequence]) // self.dtype.itemsize
+
+    def document(self, document: int) -> npt.NDArray:
+        """The tokens of one document ``[n]``, all its sequences, a view of the map."""
+        return self.tokens[self.document_start(document) : self.document_start(document + 1)]
+
+    def documents(self) -> Iterator[npt.NDArray]:
+        return (self.document(i) for i in range(self.num_documents))
+
+    def document_of(self, token: int) -> int:
+        """The document that holds a token (the last one starting at or before it): a bisection in the map."""
+        return bisect_right(range(self.num_documents), token, key=self.document_start) - 1
+
+
+def _dtype_code(dtype: np.dtype) -> int:
+    for code, known in DTYPES.items():
+        if known == dtype:
+            return code
+    raise DataError(f"an indexed dataset cannot hold {dtype}; use one of {[d.name for d in DTYPES.values()]}")
+
+
+def _fitting(tokens: npt.NDArray, dtype: np.dtype) -> npt.NDArray:
+    """``tokens`` as ``dtype``, refusing ids that would wrap around."""
+    if tokens.dtype == dtype or not tokens.size:
+        return tokens.astype(dtype, copy=False)
+    if dtype.kind in "iu":
+        low, high, limits = int(tokens.min()), int(tokens.max()), np.iinfo(dtype)
+        if low < limits.min or high > limits.max:
+            bad = low if low < limits.min else high
+            raise DataError(f"token id {bad} does not fit {dtype.name} ({limits.min} to {limits.max})")
+    return tokens.astype(dtype)
+
+
+def sync_and_close(file: IO[bytes]) -> None:
+    """Close a file once its bytes are on the disk, so that a later rename cannot outlive them."""
+    with file:
+        file.flush()
+        os.fsync(file.fileno())

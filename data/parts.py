@@ -1,0 +1,145 @@
+"""Parts and whole datasets into one dataset, by copying."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from megatron_ds.data.cache import cached_json
+from megatron_ds.data.indexed import COPY_BYTES, IndexedDataset, publish, sync_and_close, write_header
+from megatron_ds.data.verify import Scan, checksum, dataset_identity, manifest_path, scan_path
+from megatron_ds.errors import DataError
+
+INDEX_CHUNK = 1 << 20
+
+
+@dataclass
+class Counts:
+    """Totals of a part or a dataset; ``problems`` counts bad records by reason; ``max_id`` is -1 without tokens."""
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    max_id: int = -1
+    problems: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: Counts) -> None:
+        self.documents += other.documents
+        self.tokens += other.tokens
+        self.text_bytes += other.text_bytes
+        self.max_id = max(self.max_id, other.max_id)
+        for reason, count in other.problems.items():
+            self.problems[reason] = self.problems.get(reason, 0) + count
+
+
+def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, plan: dict[str, Any]) -> Counts:
+    """Lay the parts end to end, each checked against its checksum, and write index, manifest and bad-record list.
+
+    The index is written chunk by chunk: memory does not grow with the number of documents.
+    """
+    counts = Counts()
+    lines: dict[int, int] = {}
+    bad = Path(f"{prefix}.bad.jsonl")
+    temporary_bad = Path(f"{prefix}.bad.jsonl.{os.getpid()}.tmp")
+    temporary_bin, temporary_idx = (Path(f"{prefix}.{kind}.{os.getpid()}.tmp") for kind in ("bin", "idx"))
+    digest = xxhash.xxh3_64()
+    with temporary_bin.open("wb") as tokens, temporary_bad.open("w") as bad_records:
+        for name in names:
+            summary = json.loads((folder / f"{name}.json").read_text())
+            _copy_part(folder / f"{name}.bin", summary["bin"], tokens, digest)
+            counts.add(Counts(**summary["counts"]))
+            for record in summary["bad"]:
+                number = record.pop("input")
+                record = {"file": plan["inputs"][number]["path"], **record}
+                record["line"] += 1 + lines.get(number, 0)
+                bad_records.write(json.dumps(record) + "\n")
+            for number, read in summary["lines"].items():
+                lines[int(number)] = lines.get(int(number), 0) + read
+        sync_and_close(tokens)
+    if counts.problems:
+        temporary_bad.replace(bad)
+    else:
+        temporary_bad.unlink()
+        bad.unlink(missing_ok=True)
+    if not counts.documents:
+        temporary_bin.unlink()
+        raise DataError(
+            f"the inputs hold no document with text: {sum(counts.problems.values())} records were bad "
+            f"({describe_problems(counts.problems) or 'there were none at all'})"
+        )
+
+    def lengths() -> Iterator[npt.NDArray[np.int64]]:
+        for name in names:
+            part = folder / f"{name}.len"
+            yield np.fromfile(part, "<i4").astype(np.int64)
+
+    with temporary_idx.open("wb") as index:
+        write_index(index, dtype, counts.documents, lengths)
+        sync_and_close(index)
+    idx_xxh3 = checksum(temporary_idx)
+    manifest = {
+        **plan,
+        "counts": asdict(counts),
+        "dtype": dtype.name,
+        "files": {
+            "bin": {"bytes": counts.tokens * dtype.itemsize, "xxh3": digest.hexdigest()},
+            "idx": {"bytes": temporary_idx.stat().st_size, "xxh3": idx_xxh3},
+        },
+    }
+    finish(prefix, temporary_bin, temporary_idx, manifest, Scan(0, counts.max_id, digest.hexdigest(), idx_xxh3))
+    return counts
+
+
+def finish(prefix: str, temporary_bin: Path, temporary_idx: Path, manifest: dict[str, Any], found: Scan) -> None:
+    """Publish a dataset with its manifest, and the scan that its maker knows already."""
+    manifest_path(prefix).unlink(missing_ok=True)
+    scan_path(prefix).unlink(missing_ok=True)
+    publish(temporary_bin, temporary_idx, prefix)
+    temporary = Path(f"{prefix}.manifest.json.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+    temporary.replace(manifest_path(prefix))
+    cached_json(scan_path(prefix), dataset_identity(IndexedDataset(prefix)), lambda: asdict(found))
+
+
+def write_index(
+    index: IO[bytes], dtype: np.dtype, documents: int, lengths: Callable[[], Iterable[npt.NDArray[np.int64]]]
+) -> None:
+    """The index of one-sequence documents whose lengths ``lengths()`` yields in chunks (it is called twice)."""
+    write_header(index, dtype, documents, documents)
+    for chunk in lengths():
+        index.write(chunk.astype("<i4").tobytes())
+    at = 0
+    for chunk in lengths():
+        ends = at + np.cumsum(chunk * dtype.itemsize)
+        index.write((ends - chunk * dtype.itemsize).astype("<i8").tobytes())
+        at = int(ends[-1]) if ends.size else at
+    for start in range(0, documents + 1, INDEX_CHUNK):
+        index.write(np.arange(start, min(start + INDEX_CHUNK, documents + 1), dtype="<i8").tobytes())
+
+
+def describe_problems(problems: dict[str, int]) -> str:
+    return ", ".join(f"{count} x {reason}" for reason, count in sorted(problems.items()))
+
+
+def _copy_part(path: Path, expected: dict[str, Any], target: IO[bytes], whole: xxhash.xxh3_64) -> None:
+    digest, size = xxhash.xxh3_64(), 0
+    with path.open("rb") as source:
+        while chunk := source.read(COPY_BYTES):
+            digest.update(chunk)
+            whole.update(chunk)
+            target.write(chunk)
+            size += len(chunk)
+    if size != expected["bytes"] or digest.hexdigest() != expected["xxh3"]:
+        path.with_suffix(".json").unlink()  # so that the next run makes this part again
+        raise DataError(
+            f"{path} is damaged: expected {expected['bytes']} bytes with checksum {expected['xxh3']}, found {size} "
+            f"with {digest.hexdigest()}; run the same command again to make this part anew"
+        )

@@ -1,0 +1,92 @@
+"""Train, valid and test: three disjoint ranges of documents."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.errors import DataError
+
+SPLITS = ("train", "valid", "test")
+DocumentRange = tuple[int, int]
+
+
+def parse_split(split: str) -> tuple[float, float, float]:
+    """``"949,50,1"`` -> the three fractions, summing to 1. Fewer than three weights mean 0 for the rest."""
+    try:
+        weights = [float(part) for part in split.split(",")]
+    except ValueError:
+        weights = []
+    if not 1 <= len(weights) <= 3 or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+        raise DataError(
+            f"split={split!r} is not one to three weights for {', '.join(SPLITS)}; write for example '949,50,1'"
+        )
+    weights += [0.0] * (3 - len(weights))
+    total = sum(weights)
+    return weights[0] / total, weights[1] / total, weights[2] / total
+
+
+def split_documents(
+    dataset: IndexedDataset, split: str, sequence_length: int, by: Literal["tokens", "documents"] = "tokens"
+) -> dict[str, DocumentRange | None]:
+    """``{"train": (start, stop), "valid": ..., "test": ...}``: documents ``start <= i < stop``; None for weight 0.
+
+    Args:
+        dataset: what is split; its documents are never cut.
+        split: weights, see :func:`parse_split`.
+        sequence_length: every range must hold one sample, ``sequence_length + 1`` tokens.
+        by: cut where the *tokens* have the wanted proportions (documents may be very uneven), or where the
+            number of *documents* has, as Megatron does.
+
+    Raises:
+        DataError: a split with a weight is too short for one sample; the message says what would do.
+    """
+    fractions = parse_split(split)
+    cuts = [0]
+    for index in range(3):
+        cuts.append(max(cuts[-1], _cut(dataset, sum(fractions[: index + 1]), by)))
+    # Rounding must not leave a document to a split of weight 0, or to none.
+    last = max(index for index in range(3) if fractions[index])
+    cuts[last + 1 :] = [dataset.num_documents] * (3 - last)
+    ranges: dict[str, DocumentRange | None] = {}
+    for name, fraction, start, stop in zip(SPLITS, fractions, cuts[:-1], cuts[1:]):
+        ranges[name] = (start, stop) if fraction else None
+        tokens = dataset.document_start(stop) - dataset.document_start(start)
+        if fraction and tokens < sequence_length + 1:
+            raise DataError(_too_short(dataset, split, name, fraction, (start, stop), tokens, sequence_length))
+    return ranges
+
+
+def _cut(dataset: IndexedDataset, fraction: float, by: Literal["tokens", "documents"]) -> int:
+    if by == "documents":
+        return round(fraction * dataset.num_documents)
+    wanted = fraction * dataset.num_tokens
+    document = dataset.document_of(min(int(wanted), dataset.num_tokens - 1))
+    before, after = dataset.document_start(document), dataset.document_start(document + 1)
+    return document if wanted - before < after - wanted else document + 1
+
+
+def _too_short(
+    dataset: IndexedDataset,
+    split: str,
+    name: str,
+    fraction: float,
+    documents: DocumentRange,
+    tokens: int,
+    sequence_length: int,
+) -> str:
+    start, stop = documents
+    message = (
+        f"split={split!r} leaves {stop - start} documents with {tokens} tokens of {dataset.prefix} for {name}, but one "
+        f"sample takes sequence_length + 1 = {sequence_length + 1} tokens. The dataset has {dataset.num_documents} "
+        f"documents and {dataset.num_tokens} tokens. "
+    )
+    if dataset.num_tokens < sequence_length + 1:
+        return message + f"Use sequence_length <= {dataset.num_tokens - 1}, or more data"
+    needed = (sequence_length + 1) / dataset.num_tokens
+    if fraction >= needed:
+        return message + f"Its documents are too few to cut there: use more data, or give {name} weight 0"
+    return message + (
+        f"Give {name} at least {needed:.2%} of the weight (it has {fraction:.2%}) and somewhat more for whole "
+        f"documents, give it weight 0, or use sequence_length <= {max(1, int(fraction * dataset.num_tokens) - 1)}"
+    )

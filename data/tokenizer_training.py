@@ -1,0 +1,143 @@
+"""Training a tokenizer on a corpus: byte-level BPE or WordPiece (``tokenizers``), or unigram (SentencePiece)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_ds.data.sources import iterate_texts
+from megatron_ds.errors import DataError
+
+Kind = Literal["bpe", "unigram", "wordpiece"]
+EOD = "<|endoftext|>"
+PIECE_BYTES = 4096
+"""SentencePiece trains on sentences and drops longer ones; documents are cut at line ends near this size."""
+
+
+def train_tokenizer(
+    inputs: list[str],
+    output: str | Path,
+    vocab_size: int = 8192,
+    kind: Kind = "bpe",
+    key: str = "text",
+    max_megabytes: float | None = None,
+) -> Path:
+    """Train on the texts of ``inputs`` and write a folder that :func:`load_tokenizer` and ``transformers`` load.
+
+    Args:
+        inputs: files or folders as for preprocessing.
+        output: the folder.
+        vocab_size: of the result, special tokens included.
+        kind: ``bpe`` is byte-level (every text can be encoded and comes back exactly); ``unigram`` is
+            SentencePiece's, with bytes as fallback; ``wordpiece`` is BERT's, lower-cased.
+        key: of the text in a record.
+        max_megabytes: read at most this much text (10^6 bytes); a sample is enough for a vocabulary.
+
+    Raises:
+        DataError: no text, or a vocabulary too small for the kind.
+    """
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    least = {"bpe": 257, "unigram": 300, "wordpiece": 100}[kind]
+    if vocab_size < least:
+        raise DataError(f"vocab_size={vocab_size} is too small for {kind}: it needs at least {least} for its alphabet")
+    texts = _limited(iterate_texts(inputs, key), max_megabytes)
+    if kind == "unigram":
+        _train_unigram(texts, folder, vocab_size)
+    else:
+        _train_hf(texts, folder, vocab_size, kind)
+    return folder
+
+
+def _train_hf(texts: Iterator[str], folder: Path, vocab_size: int, kind: Kind) -> None:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    if kind == "bpe":
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        # The alphabet is sorted so that the ids do not depend on a hash's order.
+        trainer: Any = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[EOD],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        config = {"eos_token": EOD}
+    else:
+        backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece()
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+        config = {
+            name: f"[{token}]"
+            for name, token in (
+                ("pad_token", "PAD"), ("unk_token", "UNK"), ("cls_token", "CLS"), ("sep_token", "SEP"),
+                ("mask_token", "MASK"),
+            )
+        }  # fmt: skip
+    backend.train_from_iterator(texts, trainer)
+    if backend.get_vocab_size() <= least_alphabet(kind):
+        raise DataError("the inputs hold too little text to train a tokenizer on")
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **config}  # type: ignore[dict-item]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def least_alphabet(kind: Kind) -> int:
+    """Entries that a vocabulary has before anything was learnt."""
+    return 257 if kind == "bpe" else 5
+
+
+def _train_unigram(texts: Iterator[str], folder: Path, vocab_size: int) -> None:
+    import sentencepiece
+
+    from megatron_ds.data.tokenizers import SentencePieceTokenizer
+
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=_pieces(texts),
+            model_prefix=str(folder / "tokenizer"),
+            vocab_size=vocab_size,
+            model_type="unigram",
+            byte_fallback=True,
+            character_coverage=0.9999,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            remove_extra_whitespaces=False,
+            normalization_rule_name="identity",
+            max_sentence_length=4 * PIECE_BYTES,
+            input_sentence_size=1_000_000,
+            shuffle_input_sentence=False,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"SentencePiece could not train {vocab_size} pieces on these inputs: {error}") from None
+    SentencePieceTokenizer(folder / "tokenizer.model").save_hf(folder)
+
+
+def _pieces(texts: Iterator[str]) -> Iterator[str]:
+    for text in texts:
+        piece: list[str] = []
+        size = 0
+        for line in text.splitlines(keepends=True):
+            if size and size + len(line) > PIECE_BYTES:
+                yield "".join(piece)
+                piece, size = [], 0
+            piece.append(line)
+            size += len(line)
+        if piece:
+            yield "".join(piece)
+
+
+def _limited(texts: Iterator[str], max_megabytes: float | None) -> Iterator[str]:
+    left = float("inf") if max_megabytes is None else max_megabytes * 1e6
+    for text in texts:
+        if left <= 0:
+            return
+        left -= len(text.encode("utf-8", "replace"))
+        yield text

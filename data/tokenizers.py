@@ -1,0 +1,217 @@
+"""Tokenizers behind one small interface: Hugging Face, SentencePiece, and bytes.
+
+``load_tokenizer`` takes what the user has: a folder or ``tokenizer.json`` of the ``tokenizers`` library, a
+SentencePiece ``.model``, or the word ``bytes``. Nothing here is downloaded and no code of a tokenizer folder runs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from megatron_ds.errors import DataError
+
+Ids = Sequence[int] | npt.NDArray
+EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eod|>", "<eod>", "[SEP]")
+BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back.
+
+    Attributes:
+        vocab_size: the largest id + 1, special tokens included: what a model's embedding must cover.
+        eod_id: ends a document; None if the tokenizer has no such token.
+        bos_id: begins a document; None if it has none.
+        fingerprint: changes when the tokenizer's file does.
+    """
+
+    vocab_size: int
+    eod_id: int | None
+    bos_id: int | None
+    fingerprint: str
+
+    def encode_batch(self, texts: list[str]) -> list[Ids]:
+        """The ids of each text, without BOS or EOD added."""
+        ...
+
+    def decode(self, ids: Ids) -> str: ...
+
+    def save_hf(self, folder: str | Path) -> None:
+        """Write what ``transformers.AutoTokenizer.from_pretrained(folder)`` loads."""
+        ...
+
+
+def load_tokenizer(path_or_spec: str | Path) -> Tokenizer:
+    """The tokenizer at a path, or the one that a word names (``bytes``).
+
+    Raises:
+        DataError: nothing is there, or it is not a tokenizer; the message says what is accepted.
+    """
+    spec = str(path_or_spec)
+    if spec == "bytes":
+        return ByteTokenizer()
+    path = Path(spec)
+    if path.is_dir():
+        for name, load in (("tokenizer.json", HFTokenizer), ("tokenizer.model", SentencePieceTokenizer)):
+            if (path / name).is_file():
+                return load(path / name)
+        raise DataError(
+            f"tokenizer={spec!r} is a folder without tokenizer.json or tokenizer.model; it has "
+            f"{sorted(p.name for p in path.iterdir())[:8]}. Save it with the `tokenizers` library, or name a file"
+        )
+    if path.is_file():
+        return SentencePieceTokenizer(path) if path.suffix == ".model" else HFTokenizer(path)
+    raise DataError(
+        f"tokenizer={spec!r} does not exist. Give a folder or tokenizer.json of Hugging Face `tokenizers`, a "
+        "SentencePiece .model, or 'bytes'; tools/train_tokenizer.py trains one"
+    )
+
+
+class HFTokenizer:
+    """A ``tokenizer.json``. EOD and BOS come from the ``tokenizer_config.json`` beside it, else from known names."""
+
+    def __init__(self, path: str | Path):
+        import tokenizers
+
+        self.path = Path(path)
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the Rust side raises bare Exception
+            raise DataError(f"{path} is not a tokenizer.json of Hugging Face `tokenizers`: {error}") from None
+        self.fingerprint = xxhash.xxh3_64_hexdigest(self.path.read_bytes())
+        self.backend.no_padding()
+        self.backend.no_truncation()  # a file may say to cut at the model's length; a corpus must not be cut
+        self.config = _read_json(self.path.parent / "tokenizer_config.json")
+        self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.eod_id = self._special("eos_token", EOD_NAMES)
+        self.bos_id = self._special("bos_token", BOS_NAMES)
+
+    def _special(self, setting: str, names: Sequence[str]) -> int | None:
+        configured = self.config.get(setting)
+        if isinstance(configured, dict):  # an AddedToken written out
+            configured = configured.get("content")
+        for name in ([configured] if configured else []) + list(names):
+            found: int | None = self.backend.token_to_id(name)
+            if found is not None:
+                return found
+        return None
+
+    def encode_batch(self, texts: list[str]) -> list[Ids]:
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Ids) -> str:
+        text: str = self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+        return text
+
+    def save_hf(self, folder: str | Path) -> None:
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        self.backend.save(str(target / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}
+        for setting, special in (("eos_token", self.eod_id), ("bos_token", self.bos_id)):
+            if special is not None:
+                config.setdefault(setting, self.backend.id_to_token(special))
+        (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece ``.model``; EOD is its ``</s>`` and BOS its ``<s>``, where it has them."""
+
+    def __init__(self, path: str | Path):
+        import sentencepiece
+
+        self.path = Path(path)
+        self.backend = sentencepiece.SentencePieceProcessor()
+        try:
+            self.backend.Load(str(path))
+        except Exception as error:
+            raise DataError(f"{path} is not a SentencePiece model: {error}") from None
+        self.fingerprint = xxhash.xxh3_64_hexdigest(self.path.read_bytes())
+        self.vocab_size: int = self.backend.GetPieceSize()
+        self.eod_id = _id_or_none(self.backend.eos_id())
+        self.bos_id = _id_or_none(self.backend.bos_id())
+
+    def encode_batch(self, texts: list[str]) -> list[Ids]:
+        encoded: list[Ids] = self.backend.EncodeAsIds(texts, num_threads=1)
+        return encoded
+
+    def decode(self, ids: Ids) -> str:
+        text: str = self.backend.DecodeIds([int(i) for i in ids])
+        return text
+
+    def save_hf(self, folder: str | Path) -> None:
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.path, target / "tokenizer.model")
+        config: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_eos_token": False}
+        names = {"unk_token": self.backend.unk_id(), "bos_token": self.bos_id, "eos_token": self.eod_id}
+        for name, special in names.items():
+            config[name] = self.backend.IdToPiece(special) if special is not None and special >= 0 else None
+        (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0-255; 256 ends a document. Needs no file; for tests and byte-level models."""
+
+    vocab_size = 257
+    eod_id: int | None = 256
+    bos_id: int | None = None
+    fingerprint = "bytes"
+
+    def encode_batch(self, texts: list[str]) -> list[Ids]:
+        return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
+
+    def decode(self, ids: Ids) -> str:
+        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def save_hf(self, folder: str | Path) -> None:
+        """The same ids as a ``tokenizers`` BPE without merges."""
+        from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+        vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
+        backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        backend.save(str(target / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+        (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def byte_characters() -> list[str]:
+    """The printable character that byte-level BPE writes for each byte (GPT-2's table): itself where it is visible
+    in Latin-1, else the next of the characters from U+0100 on."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    table, spare = [], 0
+    for byte in range(256):
+        if byte in visible:
+            table.append(chr(byte))
+        else:
+            table.append(chr(256 + spare))
+            spare += 1
+    return table
+
+
+def _id_or_none(token: int) -> int | None:
+    return token if token >= 0 else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from None
+    return value if isinstance(value, dict) else {}

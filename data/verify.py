@@ -1,0 +1,160 @@
+"""Is a dataset what it was when it was written, and does it fit the model?
+
+Both need one pass over the tokens. Its result is kept beside the dataset in ``PREFIX.scan.json``, under the
+identity of the two files, so it costs nothing the second time; preprocessing writes it in advance.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from megatron_ds.data.cache import cached_json
+from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.errors import DataError
+
+SCAN_BYTES = 16 << 20
+SAMPLES, SAMPLE_BYTES = 16, 4096
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass over a dataset found: the range of its ids and the checksums (xxh3-64) of its files."""
+
+    min_id: int
+    max_id: int
+    bin_xxh3: str
+    idx_xxh3: str
+
+
+def file_identity(path: Path) -> dict[str, Any]:
+    """What tells a file from every other version of itself without reading it all: its size, its times of change
+    (contents, and inode) and a checksum of 16 pieces spread over it."""
+    status = path.stat()
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        for number in range(SAMPLES):
+            file.seek(max(0, (status.st_size - SAMPLE_BYTES) * number // (SAMPLES - 1)))
+            digest.update(file.read(SAMPLE_BYTES))
+    return {
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "sampled_xxh3": digest.hexdigest(),
+    }
+
+
+def dataset_identity(dataset: IndexedDataset) -> dict[str, Any]:
+    """Identity of both files; with the inode's change time, which no tool sets back."""
+    return {
+        name: {**file_identity(path), "ctime_ns": path.stat().st_ctime_ns}
+        for name, path in (("bin", dataset.bin_path), ("idx", dataset.idx_path))
+    }
+
+
+def manifest_path(prefix: str) -> Path:
+    return Path(f"{prefix}.manifest.json")
+
+
+def scan_path(prefix: str) -> Path:
+    return Path(f"{prefix}.scan.json")
+
+
+def read_manifest(prefix: str) -> dict[str, Any] | None:
+    """How the dataset was made, if this library made it: inputs, settings, tokenizer, counts, checksums."""
+    path = manifest_path(prefix)
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text())
+        return manifest if isinstance(manifest["files"], dict) else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}); delete it to use the dataset without its checksums") from None
+
+
+def verify(dataset: IndexedDataset, cache_dir: Path | None = None) -> Scan:
+    """Read the dataset once, whole, unless that was done for these very files before.
+
+    Raises:
+        DataError: the index contradicts itself, or a file is not the one that its manifest describes (a flipped
+            bit, a swapped or mutated file); names the file and both checksums.
+    """
+
+    def build() -> dict[str, Any]:
+        dataset.check_index()
+        found = scan(dataset)
+        manifest = read_manifest(dataset.prefix)
+        for name, path, digest in (
+            ("idx", dataset.idx_path, found.idx_xxh3),
+            ("bin", dataset.bin_path, found.bin_xxh3),
+        ):
+            if manifest is not None and manifest["files"][name]["xxh3"] != digest:
+                raise DataError(
+                    f"{path} is not the file that was written: its checksum is {digest}, but "
+                    f"{manifest_path(dataset.prefix).name} says {manifest['files'][name]['xxh3']}. It was damaged, "
+                    "swapped or changed: copy it again, or preprocess again"
+                )
+        return asdict(found)
+
+    return Scan(**cached_json(scan_path(dataset.prefix), dataset_identity(dataset), build, cache_dir))
+
+
+def scan(dataset: IndexedDataset) -> Scan:
+    """Read every token: 1 to 2 GB/s from memory, the disk's rate otherwise."""
+    low, high = 0, -1
+    digest = xxhash.xxh3_64()
+    step = SCAN_BYTES // dataset.dtype.itemsize
+    for start in range(0, dataset.num_tokens, step):
+        tokens = dataset.tokens[start : start + step]
+        digest.update(tokens.data)
+        chunk_low, chunk_high = int(tokens.min()), int(tokens.max())
+        low, high = min(low, chunk_low), max(high, chunk_high)
+    return Scan(low, high, digest.hexdigest(), checksum(dataset.idx_path))
+
+
+def checksum(path: Path) -> str:
+    """xxh3-64 of a file, in hexadecimal."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while chunk := file.read(SCAN_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_token_ids(
+    dataset: IndexedDataset, vocab_size: int, what: str = "the model's vocabulary", cache_dir: Path | None = None
+) -> Scan:
+    """Refuse a dataset with an id that an embedding of ``vocab_size`` rows does not have, before training starts.
+
+    Raises:
+        DataError: names the id, the token and document where it is first found, and both sizes.
+    """
+    if dataset.dtype.kind not in "iu":
+        raise DataError(f"{dataset.bin_path} holds {dataset.dtype.name} values, not token ids")
+    found = verify(dataset, cache_dir)
+    if found.max_id < vocab_size and found.min_id >= 0:
+        return found
+    step = SCAN_BYTES // dataset.dtype.itemsize
+    for start in range(0, dataset.num_tokens, step):
+        tokens = dataset.tokens[start : start + step]
+        wrong = np.flatnonzero((tokens >= vocab_size) | (tokens < 0))
+        if wrong.size:
+            at = start + int(wrong[0])
+            document = dataset.document_of(at)
+            tokenizer = (read_manifest(dataset.prefix) or {}).get("tokenizer")
+            made = (
+                f" It was made with the tokenizer {tokenizer['spec']} of {tokenizer['vocab_size']} entries."
+                if tokenizer
+                else ""
+            )
+            raise DataError(
+                f"{dataset.bin_path} has token id {int(dataset.tokens[at])} at token {at} (document {document}, place "
+                f"{at - dataset.document_start(document)}), and ids up to {found.max_id}; {what} has {vocab_size} "
+                f"entries, 0 to {vocab_size - 1}.{made} Use the tokenizer that made the data, or a vocab_size of at "
+                f"least {found.max_id + 1}"
+            )
+    raise DataError(f"{dataset.bin_path} changed while it was read")
