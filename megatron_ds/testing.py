@@ -6,6 +6,7 @@ afford hundreds of multi-rank rows. On a machine with enough GPUs the same tests
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -14,7 +15,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -65,7 +67,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                     args=(function, args, rank, world_size, folder, timeout, theirs),
                     daemon=True,
                 )
-                process.start()
+                with _plain_main(function):
+                    process.start()
                 theirs.close()
                 processes.append(process)
                 pipes[ours] = rank
@@ -76,6 +79,20 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                     process.kill()
             for process in processes:
                 process.join()
+
+
+@contextlib.contextmanager
+def _plain_main(function: Callable[..., Any]) -> Iterator[None]:
+    """Start a child that does not import this process's main module (pytest, 0.2 s a rank) without need."""
+    main = sys.modules["__main__"]
+    if function.__module__ == "__main__":
+        yield
+        return
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _collect(
