@@ -59,7 +59,7 @@ def draw_steps(
 
     texts = [cell.text for row in table for cell in row.values()]
     cell_width = max(map(len, [*texts, str(num_steps)])) + 1 + bool(marks)
-    head = f"rank {len(schedule)} "
+    head = f"rank {len(schedule) - 1} "
     shown = _window(
         num_steps,
         max(3, (width - len(head)) // cell_width),
@@ -124,7 +124,7 @@ def _window(num_steps: int, room: int, marked: list[int]) -> list[int | None]:
 
 
 def _draw_to_scale(timeline: Timeline, width: int, color: bool) -> str:
-    head = f"rank {timeline.num_ranks} "
+    head = f"rank {timeline.num_ranks - 1} "
     columns = max(10, width - len(head))
     span = timeline.makespan or 1.0
     # Each column shows what runs at its middle, so a column stands for the same time everywhere.
@@ -172,7 +172,7 @@ def draw_png(timeline: Timeline, path: Path | str, title: str) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     span = timeline.makespan or 1.0
-    label_width = 0.009 * span  # of one digit of the label's font
+    label_width = 0.0078 * span  # of one digit of the label's font
     for rank in range(ranks):
         axes.barh(rank, span, height=0.82, color="#eceef1", zorder=1)
     for op in _FILL:
@@ -186,7 +186,7 @@ def draw_png(timeline: Timeline, path: Path | str, title: str) -> None:
             )
         for event in blocks:
             label = str(event.action.micro_batch)
-            if event.end - event.start > label_width * (len(label) + 0.6):
+            if event.end - event.start > label_width * (len(label) + 0.4):
                 axes.text(
                     (event.start + event.end) / 2 - timeline.start, event.rank, label,
                     ha="center", va="center_baseline", color="white", fontsize=9.5, zorder=3,
