@@ -1,0 +1,67 @@
+# `make train` and `make test` work as the first command in a fresh clone: whatever is missing is installed first.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# One compute thread a process: multi-rank runs would otherwise have ranks x cores threads on the same cores.
+test: export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test lint format bench bench-gpu constraints clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo "Arguments are passed on with ARGS, e.g. make test ARGS='-k mesh'. Python: make PYTHON=python3.12 install"
+
+install: $(INSTALLED) ## Set up .venv with everything that the other targets need (they do it by themselves)
+
+train: $(INSTALLED) ## Train a small Llama on 8 ranks from raw text to a Hugging Face model
+	@$(RUN) examples/demo.py $(ARGS)
+
+test: $(INSTALLED) ## Run the test suite (on NCCL where there are several GPUs, else on gloo)
+	@$(RUN) -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## Check with ruff (lint and format) and mypy
+	@$(RUN) -m ruff check
+	@$(RUN) -m ruff format --check
+	@$(RUN) -m mypy -p megatron_ds
+
+format: $(INSTALLED) ## Fix what ruff can fix and format every file
+	@$(RUN) -m ruff check --fix
+	@$(RUN) -m ruff format
+
+bench: $(INSTALLED) ## Measure speed beside the peers on this machine's CPU and print the table
+	@$(RUN) tools/benchmark/run.py $(ARGS)
+
+bench-gpu: $(INSTALLED) ## Measure tokens/s, memory and MFU on one GPU beside a compiled torch loop
+	@$(RUN) tools/benchmark/run_gpu.py $(ARGS)
+
+constraints: ## Renew constraints.txt with the newest releases that pyproject.toml admits (torch keeps its pin)
+	@rm -rf build/fresh && $(PYTHON) -m venv build/fresh
+	@grep '^torch==' constraints.txt > build/torch.txt
+	@build/fresh/bin/python -m pip install -qq -c build/torch.txt -e '.[dev,hf]'
+	@sed '/^[^#]/d' constraints.txt > build/constraints.txt
+	@build/fresh/bin/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' >> build/constraints.txt
+	@mv build/constraints.txt constraints.txt && rm -rf build/fresh build/torch.txt
+
+clean: ## Remove caches and build products; runs/ and .venv stay
+	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Done again when the requirements change. torch comes first, by its exact pin alone, so that no other package's
+# range can choose another one.
+$(INSTALLED): pyproject.toml constraints.txt
+	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON) found; install Python 3.11 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 \
+	or newer is needed, $(PYTHON) is " + v + "; give another one: make PYTHON=python3.12 install")'
+	@echo "Installing into $(VENV), once: 2 to 5 minutes with a good connection, mostly torch's download ..."
+	@$(RUN) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@start=$$(date +%s) \
+	&& $(RUN) -m pip install -qq "$$(grep '^torch==' constraints.txt)" \
+	&& $(RUN) -m pip install -qq -c constraints.txt -e '.[dev,hf]' \
+	&& echo "Installed in $$(( $$(date +%s) - start )) s."
+	@touch $@
