@@ -187,6 +187,19 @@ class ZeroOptimizer:
                 total += bucket.norm_squared()
         return total
 
+    def gradient_pieces(self) -> list[Piece]:
+        """The reduced gradients that this rank holds, of kind ``"gradient"``, in fp32 (fp64 for fp64 parameters).
+
+        Between ``finish_gradients`` and ``step``; before clipping, and multiplied by the loss scale. The data are views:
+        ``step`` may change them. Replicas are included.
+        """
+        self._expect(Phase.REDUCED, "gradient_pieces")
+        return [
+            Piece.of(segment.spec, "gradient", tensors.gradient, segment.start, segment.stop)
+            for bucket in self.buckets
+            for segment, tensors in bucket.segments
+        ]
+
     # Parameters
 
     def step(self, lr: float, scale: float | torch.Tensor = 1.0, wait: bool = True) -> None:
