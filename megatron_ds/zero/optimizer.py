@@ -190,8 +190,8 @@ class ZeroOptimizer:
     def gradient_pieces(self) -> list[Piece]:
         """The reduced gradients that this rank holds, of kind ``"gradient"``, in fp32 (fp64 for fp64 parameters).
 
-        Between ``finish_gradients`` and ``step``: before clipping, multiplied by the loss scale. The data are views, which
-        ``step`` may change. Replicas are included.
+        Between ``finish_gradients`` and ``step``: before clipping, multiplied by the loss scale. The data are views,
+        which ``step`` may change. Replicas are included.
         """
         self._expect(Phase.REDUCED, "gradient_pieces")
         return [
