@@ -1,6 +1,6 @@
 """Write a corpus of real text without a download: the Python standard library's own source, as JSON lines.
 
-    python tools/build_corpus.py --output runs/corpus.jsonl --max-megabytes 8
+python tools/build_corpus.py --output runs/corpus.jsonl --max-megabytes 8
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tokenise a corpus into PREFIX.bin and PREFIX.idx, the files that training reads.
 
-    python tools/preprocess_data.py --input corpus.jsonl --tokenizer runs/tokenizer --output-prefix runs/data --append-eod
+    python tools/preprocess_data.py --input corpus.jsonl --tokenizer tokenizer --output-prefix runs/data --append-eod
     python tools/preprocess_data.py --input part1.jsonl.zst part2.parquet texts/ --tokenizer bytes --output-prefix all
 
 Stopped at any moment, it continues when the same command is run again. PREFIX.manifest.json says what the dataset was

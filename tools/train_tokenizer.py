@@ -1,7 +1,7 @@
 """Train a tokenizer and write a folder that this library and `transformers` both load.
 
-    python tools/train_tokenizer.py --input runs/corpus.jsonl --output runs/tokenizer --vocab-size 8192
-    python tools/train_tokenizer.py --input books/ --output runs/sp --kind unigram --vocab-size 32000
+python tools/train_tokenizer.py --input runs/corpus.jsonl --output runs/tokenizer --vocab-size 8192
+python tools/train_tokenizer.py --input books/ --output runs/sp --kind unigram --vocab-size 32000
 """
 
 from __future__ import annotations

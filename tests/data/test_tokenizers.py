@@ -1,0 +1,121 @@
+"""Tokenizers: what they are loaded from, what comes back, what `transformers` makes of the saved folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_ds.data.tokenizer_training import train_tokenizer
+from megatron_ds.data.tokenizers import Tokenizer, byte_characters, load_tokenizer
+from megatron_ds.errors import DataError
+
+TEXTS = [
+    "def main() -> None:\n    print('hello, world')\n",
+    "  two  spaces,\ttabs\r\nand 1234567 digits",
+    "naïve café — Ελληνικά, 日本語, 🙂🏽, e\u0301",
+    "\x00control\x7f\u2028\ufffd",
+    "x",
+]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    words = [f"{a}{b} {b} {a} = {a} + {b} * 17\n" for a in ("alpha", "beta", "gamma") for b in ("one", "two", "éü")]
+    lines = [" ".join(words[i:] + words[:i]) + f" number {i}" for i in range(len(words))] * 20 + TEXTS
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram", "bytes"])
+def tokenizer(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    if request.param == "bytes":
+        return load_tokenizer("bytes")
+    folder = tmp_path_factory.mktemp(request.param)
+    return load_tokenizer(train_tokenizer([str(corpus)], folder, 320, request.param))
+
+
+def test_text_comes_back_and_ids_are_in_range(tokenizer: Tokenizer) -> None:
+    for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS)):
+        assert tokenizer.decode(ids) == text
+        assert 0 <= min(ids) and max(ids) < tokenizer.vocab_size
+        assert tokenizer.eod_id is not None and tokenizer.eod_id not in ids
+
+
+def test_saved_folder_loads_in_transformers_with_the_same_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer.save_hf(tmp_path / "export")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "export")
+    for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS)):
+        assert theirs(text, add_special_tokens=False)["input_ids"] == list(ids)
+        assert theirs.decode(list(ids), clean_up_tokenization_spaces=False) == text
+    assert theirs.eos_token_id == tokenizer.eod_id
+    again = load_tokenizer(tmp_path / "export")
+    assert [list(ids) for ids in again.encode_batch(TEXTS)] == [list(ids) for ids in tokenizer.encode_batch(TEXTS)]
+    assert (again.vocab_size, again.eod_id, again.bos_id) == (
+        tokenizer.vocab_size,
+        tokenizer.eod_id,
+        tokenizer.bos_id,
+    )
+
+
+def test_bpe_vocabulary_size_and_determinism(corpus: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        train_tokenizer([str(corpus)], tmp_path / name, 300)
+    assert (tmp_path / "a" / "tokenizer.json").read_bytes() == (tmp_path / "b" / "tokenizer.json").read_bytes()
+    assert load_tokenizer(tmp_path / "a").vocab_size == 300
+
+
+def test_wordpiece(corpus: Path, tmp_path: Path) -> None:
+    trained = load_tokenizer(train_tokenizer([str(corpus)], tmp_path / "wp", 200, "wordpiece"))
+    assert trained.decode(trained.encode_batch(["Alpha Beta"])[0]) == "alpha beta"
+    assert trained.bos_id is not None and trained.eod_id is not None
+
+
+def test_byte_characters_are_the_table_of_the_tokenizers_library() -> None:
+    from tokenizers import pre_tokenizers
+
+    assert sorted(byte_characters()) == sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert byte_characters()[ord(" ")] == "Ġ" and byte_characters()[ord("\n")] == "Ċ"
+
+
+def test_end_of_document_from_the_configuration_wins(corpus: Path, tmp_path: Path) -> None:
+    folder = train_tokenizer([str(corpus)], tmp_path / "t", 300)
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps({"eos_token": {"content": "a", "__type": "AddedToken"}, "bos_token": "b"}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.eod_id == tokenizer.encode_batch(["a"])[0][0]
+    assert tokenizer.bos_id == tokenizer.encode_batch(["b"])[0][0]
+
+
+def test_truncation_and_padding_of_a_file_are_not_applied(corpus: Path, tmp_path: Path) -> None:
+    import tokenizers
+
+    path = train_tokenizer([str(corpus)], tmp_path / "t", 300) / "tokenizer.json"
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    expected = backend.encode(TEXTS[0]).ids
+    backend.enable_truncation(3)
+    backend.enable_padding(length=100)
+    backend.save(str(path))
+    assert load_tokenizer(path).encode_batch([TEXTS[0]])[0] == expected
+
+
+def test_what_is_not_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"tokenizer='nowhere' does not exist\. Give a folder"):
+        load_tokenizer("nowhere")
+    with pytest.raises(DataError, match="is a folder without tokenizer.json or tokenizer.model"):
+        load_tokenizer(tmp_path)
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (tmp_path / name).write_bytes(b"\x00\x01 not a tokenizer")
+        with pytest.raises(DataError, match=f"{name} is not a"):
+            load_tokenizer(tmp_path / name)
+
+
+def test_vocabulary_too_small(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="vocab_size=100 is too small for bpe: it needs at least 257"):
+        train_tokenizer([str(corpus)], tmp_path, 100)
+    with pytest.raises(DataError, match="SentencePiece could not train 9000 pieces"):
+        train_tokenizer([str(corpus)], tmp_path, 9000, "unigram")
