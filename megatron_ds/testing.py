@@ -165,7 +165,7 @@ def _rank_main(
     timeout: float,
     pipe: Connection,
 ) -> None:
-    stack_file = open(os.path.join(folder, f"stack-{rank}"), "w")  # noqa: SIM115: faulthandler needs it open
+    stack_file = open(os.path.join(folder, f"stack-{rank}"), "w")  # noqa: SIM115  (faulthandler needs it open)
     faulthandler.dump_traceback_later(max(timeout - 2.0, timeout / 2), file=stack_file)
     torch.set_num_threads(1)
     device = device_of_rank(rank, world_size)

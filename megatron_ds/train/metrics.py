@@ -53,6 +53,10 @@ class Speedometer:
     def add(self, tokens: int) -> None:
         self.tokens += tokens
 
+    def restart(self) -> None:
+        """Start a new interval here: time spent on evaluation or saving is not training."""
+        self.tokens, self.start = 0, time.perf_counter()
+
     def read(self) -> dict[str, float]:
         """``tokens_per_s``, ``tflops_per_rank`` and, where the peak is known, ``mfu``; starts a new interval."""
         now = time.perf_counter()

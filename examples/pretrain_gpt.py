@@ -1,0 +1,73 @@
+"""Pretrain a GPT (GPT-2, GPT-3, Llama, BLOOM by configuration) on any mesh of ranks.
+
+    python examples/pretrain_gpt.py --config examples/configs/demo.toml --data.prefix runs/data/corpus
+    torchrun --nproc-per-node 8 examples/pretrain_gpt.py --config examples/configs/gpt2-345m.toml --mesh.tp 2
+
+Besides the settings below:
+
+    --config FILE    settings from a TOML file; options given beside it win
+    --print-config   print the resolved settings as TOML and stop
+    --dry-run        build one rank of the mesh without memory or other processes: layout, exact bytes, bubble
+                     (--world-size N, default the mesh's product; --rank R, default 0)
+"""
+
+from __future__ import annotations
+
+import sys
+
+from megatron_ds.config import RunConfig, parse, to_toml
+from megatron_ds.data.gpt_sources import GPTSources, open_sources
+from megatron_ds.errors import ConfigError
+from megatron_ds.models.gpt import gpt_model
+from megatron_ds.train.dry_run import dry_run
+from megatron_ds.train.launch import Place, run_main
+from megatron_ds.train.pretrain import pretrain
+
+
+def sources(config: RunConfig) -> GPTSources:
+    """The data that ``config.data`` describes."""
+    return open_sources(
+        None if config.data.synthetic else config.data.prefix,
+        split=config.data.split,
+        sequence_length=config.train.sequence_length,
+        vocab_size=config.model.vocab_size,
+        seed=config.seed,
+        tokenizer=config.data.tokenizer,
+        document_masking=config.data.document_masking,
+    )
+
+
+def take(arguments: list[str], flag: str) -> int | None:
+    """Remove ``flag VALUE`` from the arguments and return the value as a number."""
+    if flag not in arguments:
+        return None
+    at = arguments.index(flag)
+    value = arguments[at + 1 : at + 2]
+    if not value or not value[0].isdigit():
+        raise ConfigError(f"{flag} needs a number, as in {flag} 8")
+    del arguments[at : at + 2]
+    return int(value[0])
+
+
+def main(place: Place) -> int:
+    arguments = sys.argv[1:]
+    show = "--print-config" in arguments
+    dry = "--dry-run" in arguments
+    arguments = [a for a in arguments if a not in ("--print-config", "--dry-run")]
+    world_size, rank = (take(arguments, "--world-size"), take(arguments, "--rank")) if dry else (None, None)
+    config = parse(arguments, __doc__)
+    if show:
+        print(to_toml(config), end="")
+        return 0
+    model = gpt_model(config)
+    if dry:
+        m = config.mesh
+        config = config.model_copy(update={"data": config.data.model_copy(update={"synthetic": True})})
+        print(dry_run(config, model, world_size or m.tp * m.pp * m.cp * (m.dp or 1), rank or 0))
+        return 0
+    pretrain(config, place, model, sources)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

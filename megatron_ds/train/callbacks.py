@@ -1,0 +1,176 @@
+"""What happens around the steps: progress bar, TensorBoard, metrics file, timelines. The loop itself is `loop.py`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from megatron_ds.config import RunConfig
+from megatron_ds.mesh import Mesh
+from megatron_ds.pipeline.executor import Executor
+from megatron_ds.train.metrics import peak_memory_bytes
+from megatron_ds.train.output import Output
+from megatron_ds.train.step import StepResult
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class Callback:
+    """Override what is of interest. Every method is called on every rank."""
+
+    def on_start(self, step: int, total_steps: int) -> None: ...
+
+    def before_step(self, step: int) -> None: ...
+
+    def on_step(self, step: int, result: StepResult, speed: Mapping[str, float]) -> None: ...
+
+    def on_evaluation(self, step: int, loss: float) -> None: ...
+
+    def on_message(self, text: str) -> None: ...
+
+    def on_end(self) -> None: ...
+
+
+class ProgressBar(Callback):
+    """Loss, tokens/s and time left on one line; on rank 0's terminal, or a line now and then into a log file."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm[Any] | None = None
+
+    def on_start(self, step: int, total_steps: int) -> None:
+        interactive = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total_steps,
+            initial=step,
+            desc="train",
+            unit="step",
+            mininterval=0.2 if interactive else 10.0,
+            maxinterval=10.0 if interactive else 60.0,
+            dynamic_ncols=interactive,
+            ncols=None if interactive else 100,
+        )
+
+    def on_step(self, step: int, result: StepResult, speed: Mapping[str, float]) -> None:
+        assert self.bar is not None
+        self.bar.set_postfix_str(
+            f"loss {result.loss:.4f}, {speed['tokens_per_s']:,.0f} tok/s" + ", SKIPPED" * result.skipped, refresh=False
+        )
+        self.bar.update()
+
+    def on_evaluation(self, step: int, loss: float) -> None:
+        self.on_message(f"step {step}: validation loss {loss:.4f}")
+
+    def on_message(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+    def on_end(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class MetricsFile(Callback):
+    """One JSON line a step, flushed: the numbers in full precision, for plots and for comparing runs."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file: IO[str] | None = None
+
+    def on_start(self, step: int, total_steps: int) -> None:
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed by on_end)
+
+    def on_step(self, step: int, result: StepResult, speed: Mapping[str, float]) -> None:
+        self._write({"step": step, **vars(result), **speed})
+
+    def on_evaluation(self, step: int, loss: float) -> None:
+        with open(self.path.with_name("evaluation.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "loss": loss}) + "\n")
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        assert self.file is not None
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+
+    def on_end(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+class TensorBoard(Callback):
+    """Loss, learning rate, gradient norm, tokens/s, TFLOP/s a rank, MFU where known, memory, skipped steps."""
+
+    def __init__(self, folder: Path, mesh: Mesh, every: int):
+        self.folder, self.mesh, self.every = folder, mesh, every
+        self.writer: SummaryWriter | None = None
+        self.skipped = 0
+
+    def on_start(self, step: int, total_steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+
+    def on_step(self, step: int, result: StepResult, speed: Mapping[str, float]) -> None:
+        self.skipped += result.skipped
+        if step % self.every:
+            return
+        assert self.writer is not None
+        values = {
+            "train/loss": result.loss,
+            "train/learning_rate": result.learning_rate,
+            "train/gradient_norm": result.grad_norm,
+            "train/loss_scale": result.loss_scale,
+            "train/skipped_steps": self.skipped,
+            "memory/peak_gb": peak_memory_bytes(self.mesh.device) / 1e9,
+            **{f"speed/{name}": value for name, value in speed.items()},
+        }
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def on_evaluation(self, step: int, loss: float) -> None:
+        assert self.writer is not None
+        self.writer.add_scalar("valid/loss", loss, step)
+
+    def on_end(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+class TimelineRecorder(Callback):
+    """Writes when each pipeline action ran, one file a pipeline rank, for ``tools/show_schedule.py --recorded``."""
+
+    def __init__(self, folder: Path, executor: Executor, steps: tuple[int, ...]):
+        self.folder, self.executor, self.steps = folder, executor, frozenset(steps)
+
+    def before_step(self, step: int) -> None:
+        self.executor.recorded = [] if step in self.steps else None
+
+    def on_step(self, step: int, result: StepResult, speed: Mapping[str, float]) -> None:
+        if self.executor.recorded is None:
+            return
+        folder = self.folder / f"step-{step:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        events = [
+            {"rank": event.rank, "action": str(event.action), "start": event.start, "end": event.end}
+            for event in self.executor.recorded
+        ]
+        (folder / f"rank-{self.executor.pp.rank:05d}.json").write_text(json.dumps(events))
+        self.executor.recorded = None
+
+
+def default_callbacks(config: RunConfig, mesh: Mesh, executor: Executor, output: Output) -> list[Callback]:
+    """The callbacks that the configuration asks for on this rank."""
+    callbacks: list[Callback] = []
+    if config.log.record_steps and mesh.dp.is_first and mesh.cp.is_first and mesh.tp.is_first:
+        callbacks.append(TimelineRecorder(output.timeline, executor, config.log.record_steps))
+    if mesh.rank == 0:
+        callbacks.append(MetricsFile(output.metrics))
+        if config.log.tensorboard:
+            callbacks.append(TensorBoard(output.tensorboard, mesh, config.log.every))
+        if config.log.progress:
+            callbacks.append(ProgressBar())
+    return callbacks

@@ -1,0 +1,118 @@
+"""Build any rank of any mesh on one process, without memory: its layout, its exact bytes, the pipeline's bubble.
+
+torch's fake process group stands in for the other ranks and the meta device for memory, so that what is counted is
+what the real run builds, at 8 ranks or 16,384.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+
+from megatron_ds.config import RunConfig, validate
+from megatron_ds.errors import ConfigError
+from megatron_ds.mesh import Mesh, MeshShape
+from megatron_ds.pipeline.passes import add_communication, hoist_receives
+from megatron_ds.pipeline.schedules import build_schedule, generator_of
+from megatron_ds.pipeline.simulate import Costs, simulate
+from megatron_ds.pipeline.stage import Model, StageSpan
+from megatron_ds.train.build import build, num_micro_batches, spans_of
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What one rank of the run would be.
+
+    Attributes:
+        bytes: by kind: parameters, gradients, master weights, optimizer state.
+        local_parameters: elements on this rank.
+        bubble: idle share of the pipeline's time, from the layers' FLOPs, a backward at twice a forward.
+    """
+
+    config: RunConfig
+    shape: MeshShape
+    rank: int
+    spans: list[StageSpan]
+    bytes: dict[str, int]
+    local_parameters: int
+    bubble: float
+    in_flight: int
+    seconds: float
+
+    @cached_property
+    def total_bytes(self) -> int:
+        return sum(self.bytes.values())
+
+    def __str__(self) -> str:
+        place = self.shape.coordinates(self.rank)
+        span = self.spans[place["pp"]]
+        extras = [name for name, there in (("embedding", span.embedding), ("head", span.head)) if there]
+        batches = num_micro_batches(self.config, self.shape)
+        width = max(len(kind) for kind in [*self.bytes, "total"])
+        rows = [f"  {kind:<{width}}  {size:>18,} bytes  {size / 2**30:9.3f} GiB" for kind, size in self.bytes.items()]
+        rows.append(f"  {'total':<{width}}  {self.total_bytes:>18,} bytes  {self.total_bytes / 2**30:9.3f} GiB")
+        return "\n".join(
+            [
+                self.shape.draw(mark=self.rank),
+                "",
+                f"rank {self.rank}: " + ", ".join(f"{axis} {index}" for axis, index in place.items()),
+                f"stage {place['pp']}: layers {span.first} to {span.last - 1}"
+                + (f" with {' and '.join(extras)}" if extras else ""),
+                "layers a stage: " + " ".join(str(s.last - s.first) for s in self.spans),
+                f"parameters on this rank: {self.local_parameters:,}",
+                *rows,
+                "  (activations and communication buffers are not counted)",
+                f"schedule: {self.config.pipeline.schedule}, {batches} micro-batches, at most {self.in_flight} "
+                f"in flight on this rank, bubble {self.bubble:.1%} of the time",
+                f"built in {self.seconds:.1f} s",
+            ]
+        )
+
+
+def dry_run(config: RunConfig, model: Model, world_size: int, rank: int = 0) -> DryRun:
+    """Build rank ``rank`` of a job of ``world_size`` ranks.
+
+    Raises:
+        ConfigError: what the real run would raise, and a rank outside the world.
+    """
+    start = time.perf_counter()
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"--rank {rank} is not a rank of --world-size {world_size}; use 0 to {world_size - 1}")
+    shape = validate(config, world_size)
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if world_size > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        mesh = Mesh.create(shape, torch.device("cpu"))
+        parts = build(config, mesh, model, torch.device("meta"))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    spans = spans_of(config.pipeline, model, shape.pp)
+    batches = num_micro_batches(config, shape)
+    forward = [
+        model.costs.block * (span.last - span.first)
+        + model.costs.embedding * span.embedding
+        + model.costs.head * span.head
+        for span in spans
+    ]
+    schedule = build_schedule(config.pipeline.schedule, shape.pp, batches)
+    timeline = simulate(
+        hoist_receives(add_communication(schedule)), Costs(forward=forward, backward=[2 * cost for cost in forward])
+    )
+    return DryRun(
+        config,
+        shape,
+        rank,
+        spans,
+        parts.optimizer.bytes_report(),
+        sum(parameter.numel() for stage in parts.stages.values() for parameter in stage.parameters()),
+        timeline.bubble_fraction,
+        generator_of(config.pipeline.schedule).max_in_flight(mesh.pp.rank, shape.pp, batches),
+        time.perf_counter() - start,
+    )

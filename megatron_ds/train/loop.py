@@ -1,0 +1,176 @@
+"""The training loop: steps, evaluations and checkpoints until the steps are done or somebody asks to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FrameType
+
+from megatron_ds.checkpoint.load import load
+from megatron_ds.checkpoint.save import save
+from megatron_ds.config import RunConfig
+from megatron_ds.data.loader import BatchLoader, MicroBatch
+from megatron_ds.errors import CheckpointError, MegatronDSError
+from megatron_ds.mesh import Mesh
+from megatron_ds.train.build import Parts
+from megatron_ds.train.callbacks import Callback
+from megatron_ds.train.metrics import Speedometer
+from megatron_ds.train.output import Output
+
+Evaluation = Callable[[], Iterable[Sequence[MicroBatch]]]
+
+
+class TrainingDivergedError(MegatronDSError):
+    """So many steps in a row had NaN or Inf gradients that going on would only burn time."""
+
+
+class Loop:
+    """Runs ``config.train.steps`` steps of ``parts`` on the loader's batches.
+
+    Args:
+        evaluation: makes the validation batches anew for each evaluation; None: there is no validation data.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        parts: Parts,
+        loader: BatchLoader,
+        output: Output,
+        speedometer: Speedometer,
+        evaluation: Evaluation | None = None,
+        callbacks: Sequence[Callback] = (),
+    ):
+        self.config, self.mesh, self.parts, self.loader = config, mesh, parts, loader
+        self.output, self.speedometer, self.evaluation = output, speedometer, evaluation
+        self.callbacks = list(callbacks)
+        self.step = 0
+        self._saved = -1
+
+    def run(self) -> bool:
+        """Train to the end; False if the run was asked to stop before it (everything is saved then)."""
+        total = self.config.train.steps
+        skipped_in_a_row = 0
+        stopped = False
+        with stop_signals() as asked_to_stop:
+            for callback in self.callbacks:
+                callback.on_start(self.step, total)
+            try:
+                batches = iter(self.loader)
+                while self.step < total and not stopped:
+                    step = self.step + 1
+                    for callback in self.callbacks:
+                        callback.before_step(step)
+                    result = self.parts.step(self._to_device(next(batches)), step, asked_to_stop.is_set())
+                    self.step = step
+                    stopped = result.stop
+                    self.speedometer.add(result.tokens)
+                    speed = self.speedometer.read()
+                    for callback in self.callbacks:
+                        callback.on_step(step, result, speed)
+                    skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+                    if skipped_in_a_row >= self.config.train.max_skipped_steps:
+                        raise TrainingDivergedError(
+                            f"{skipped_in_a_row} steps in a row, up to step {step}, had NaN or Inf gradients "
+                            f"(train.max_skipped_steps={self.config.train.max_skipped_steps}); lower optimizer.lr, "
+                            "or look at the data of these steps; the last checkpoint is untouched"
+                        )
+                    self._evaluate_and_save(step, total, stopped)
+            finally:
+                self.loader.close()
+                for callback in self.callbacks:
+                    callback.on_end()
+        return not stopped
+
+    def _evaluate_and_save(self, step: int, total: int, stopped: bool) -> None:
+        train, checkpoint = self.config.train, self.config.checkpoint
+        at_end = step == total
+        if self.evaluation is not None and train.eval_every and (step % train.eval_every == 0 or at_end):
+            loss = self.parts.step.evaluate(self._to_device(batch) for batch in self.evaluation())
+            for callback in self.callbacks:
+                callback.on_evaluation(step, loss)
+            self.speedometer.restart()
+        due = checkpoint.save_every and step % checkpoint.save_every == 0
+        if due or stopped or (at_end and checkpoint.save_at_end):
+            self.save()
+            self.speedometer.restart()
+        if stopped and not at_end:
+            for callback in self.callbacks:
+                callback.on_message(
+                    f"asked to stop: saved step {step}; continue with --checkpoint.resume and the same output"
+                )
+
+    # Checkpoints
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment; the one before stays until this one is complete.
+
+        A save that fails (a full disk, say) is an error at the end of a run, and a loud message before that: losing
+        one checkpoint is no reason to lose the run.
+        """
+        meta = {
+            "config": self.config.to_dict(),
+            "step": self.step,
+            "consumed": self.loader.state_dict()["consumed"],
+            "optimizer_count": self.parts.optimizer.count,
+            "loss_scaler": self.parts.scaler.state_dict(),
+        }
+        try:
+            save(
+                self.output.checkpoints,
+                self.step,
+                self.parts.optimizer.pieces(),
+                meta,
+                self.mesh.world,
+                self.config.checkpoint.keep_last,
+                replace=True,
+            )
+        except CheckpointError as error:
+            if self.step == self.config.train.steps:
+                raise
+            for callback in self.callbacks:
+                callback.on_message(f"checkpoint of step {self.step} NOT written, training goes on: {error}")
+
+    def resume(self) -> None:
+        """Continue from the latest checkpoint of the output directory."""
+        meta = load(self.output.checkpoints, self.parts.optimizer.pieces(for_load=True), self.mesh.world)
+        self.parts.optimizer.count = int(meta["optimizer_count"])
+        self.parts.optimizer.refresh_parameters()
+        self.parts.scaler.load_state_dict(meta["loss_scaler"])
+        self.step = int(meta["step"])
+        self.loader.load_state_dict({"consumed": int(meta["consumed"])})
+
+    def load_weights(self, path: str) -> None:
+        """Start a new run from the weights of another checkpoint, e.g. an imported model."""
+        weights = [piece for piece in self.parts.optimizer.pieces(for_load=True) if piece.kind == "param"]
+        load(path, weights, self.mesh.world)
+        self.parts.optimizer.refresh_parameters()
+
+    def _to_device(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+        if self.mesh.device.type == "cpu":
+            return batches
+        return [{name: t.to(self.mesh.device, non_blocking=True) for name, t in batch.items()} for batch in batches]
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event set by SIGTERM or the first Ctrl-C: finish the step, save, and end well. A second Ctrl-C interrupts."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,86 @@
+"""A pretraining run from its configuration to its last checkpoint, on whatever ranks it was started on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+from megatron_ds.config import RunConfig, validate
+from megatron_ds.data.gpt_sources import GPTSources
+from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
+from megatron_ds.mesh import Mesh
+from megatron_ds.pipeline.stage import Model
+from megatron_ds.train.build import build, num_micro_batches
+from megatron_ds.train.callbacks import default_callbacks
+from megatron_ds.train.launch import Place, job, set_threads
+from megatron_ds.train.loop import Evaluation, Loop
+from megatron_ds.train.metrics import Speedometer, peak_tflops
+from megatron_ds.train.output import Output
+
+
+def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callable[[RunConfig], GPTSources]) -> bool:
+    """Train; True when all steps are done, False when asked to stop before that (everything is saved).
+
+    All that can be wrong with the input is found before the process group exists, on every rank alike.
+
+    Args:
+        open_sources: opens and checks the data that ``config.data`` describes.
+    """
+    device = place.device(config.device)
+    set_threads(place, config.threads)
+    shape = validate(config, place.world_size)
+    output = Output(config.output)
+    output.check(config)
+    sources = open_sources(config)
+    with job(place, device, config.fingerprint(), config.timeout):
+        mesh = Mesh.create(shape, device)
+        mesh.barrier()  # every rank has looked at the output directory
+        if mesh.rank == 0:
+            output.prepare(config)
+            print(mesh, flush=True)
+        parts = build(config, mesh, model)
+        loader = BatchLoader(
+            sources.train,
+            config.train.global_batch,
+            config.train.micro_batch,
+            mesh.dp.rank,
+            mesh.dp.size,
+            prefetch=config.data.prefetch,
+            pin_memory=device.type == "cuda",
+        )
+        speedometer = Speedometer(
+            model.flops_per_token, shape.world_size, config.log.peak_tflops or peak_tflops(device)
+        )
+        loop = Loop(
+            config,
+            mesh,
+            parts,
+            loader,
+            output,
+            speedometer,
+            _evaluation(config, mesh, sources),
+            default_callbacks(config, mesh, parts.executor, output),
+        )
+        if config.checkpoint.resume and output.has_checkpoint:
+            loop.resume()
+            if mesh.rank == 0:
+                output.truncate_metrics(loop.step)
+                print(f"resumed from step {loop.step} of {config.train.steps}", flush=True)
+        elif config.checkpoint.init_from:
+            loop.load_weights(config.checkpoint.init_from)
+        return loop.run()
+
+
+def _evaluation(config: RunConfig, mesh: Mesh, sources: GPTSources) -> Evaluation | None:
+    """Makes the validation batches, cut into portions of a training step's micro-batches."""
+    valid = sources.valid
+    if valid is None or not config.train.eval_every:
+        return None
+
+    def batches() -> Iterator[Sequence[MicroBatch]]:
+        samples = config.train.eval_batches * config.train.global_batch
+        stream = evaluation_batches(valid, samples, config.train.micro_batch, mesh.dp.rank, mesh.dp.size)
+        while portion := list(itertools.islice(stream, num_micro_batches(config, mesh.shape))):
+            yield portion
+
+    return batches
