@@ -1,0 +1,231 @@
+"""The rows of the parity matrix: every mesh up to 8 ranks, crossed with the settings so that all pairs occur.
+
+A *setting* is a factor of a run other than its mesh; some matter only on some meshes (sequence parallelism does
+nothing on one tensor-parallel rank). :func:`matrix` gives rows in which
+
+* every level of every setting occurs on every mesh, and
+* every two levels of two settings occur together on a mesh where both matter.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from types import MappingProxyType
+from typing import Any
+
+from megatron_ds.config import RunConfig, from_dict
+
+SETTINGS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "sequence_parallel": (False, True),
+        "zero": (0, 1),
+        "accumulation": (1, 4),
+        "micro_batch": (1, 2),
+        "recompute": ("none", "selective", "full", "every_n"),
+        "tied": (False, True),
+        "architecture": ("gpt2", "llama", "bloom"),
+        "split": ("even", "uneven", "cost"),
+        "schedule": ("1f1b", "gpipe"),
+        "optimizer": ("adamw", "sgd"),
+        "smoothing": (False, True),  # label smoothing and z-loss
+        "dropout": (False, True),
+        "documents": (False, True),
+        "qk_norm": (False, True),
+        "overlap": (False, True),
+        "bucket_mb": (25.0, 0.008),
+    }
+)
+_NEEDS = {
+    "sequence_parallel": "tp",
+    "zero": "dp",
+    "overlap": "dp",
+    "split": "pp",
+    "schedule": "pp",
+}
+ROWS_A_MESH = 4
+STEPS = 3
+Mesh3 = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of the matrix."""
+
+    mesh: Mesh3  # tp, pp, dp
+    sequence_parallel: bool = False
+    zero: int = 0
+    accumulation: int = 1
+    micro_batch: int = 1
+    recompute: str = "none"
+    tied: bool = True
+    architecture: str = "gpt2"
+    split: str = "even"
+    schedule: str = "1f1b"
+    optimizer: str = "adamw"
+    smoothing: bool = False
+    dropout: bool = False
+    documents: bool = False
+    qk_norm: bool = False
+    overlap: bool = True
+    bucket_mb: float = 25.0
+
+    def __str__(self) -> str:
+        flags = [name for name in SETTINGS if getattr(self, name) is True]
+        values = [self.architecture, self.recompute, self.split, self.schedule, self.optimizer, f"zero{self.zero}"]
+        values += [f"{self.accumulation}x{self.micro_batch}", f"bucket{self.bucket_mb:g}"]
+        return "tp{}-pp{}-dp{}-".format(*self.mesh) + "-".join(values + flags)
+
+    @property
+    def world_size(self) -> int:
+        tp, pp, dp = self.mesh
+        return tp * pp * dp
+
+
+def meshes(largest: int = 8) -> list[Mesh3]:
+    """Every (tp, pp, dp) with a product of at most ``largest``."""
+    sizes = range(1, largest + 1)
+    return [(tp, pp, dp) for tp in sizes for pp in sizes for dp in sizes if tp * pp * dp <= largest]
+
+
+def matters(setting: str, mesh: Mesh3) -> bool:
+    """Whether the levels of a setting compute in different ways on this mesh."""
+    sizes = dict(zip(("tp", "pp", "dp"), mesh))
+    return setting not in _NEEDS or sizes[_NEEDS[setting]] > 1
+
+
+Pair = tuple[str, Any, str, Any]
+
+
+def pairs_of(row: Row) -> Iterator[Pair]:
+    """The pairs of settings that a row is evidence for."""
+    names = [name for name in SETTINGS if matters(name, row.mesh)]
+    for first, second in combinations(names, 2):
+        yield first, getattr(row, first), second, getattr(row, second)
+
+
+def wanted_pairs() -> set[Pair]:
+    return {
+        (first, a, second, b)
+        for first, second in combinations(SETTINGS, 2)
+        for a in SETTINGS[first]
+        for b in SETTINGS[second]
+    }
+
+
+def matrix(seed: int = 0, tries: int = 60) -> list[Row]:
+    """The rows, mesh by mesh: of some balanced draws of four rows, the one that covers the most pairs not yet seen."""
+    chance = random.Random(seed)
+    missing = wanted_pairs()
+    rows: list[Row] = []
+    for mesh in meshes():
+        draws = [_balanced(mesh, chance) for _ in range(tries)]
+        best = max(draws, key=lambda draw: len(missing & {pair for row in draw for pair in pairs_of(row)}))
+        for row in best:
+            missing -= set(pairs_of(row))
+        rows += best
+    return rows
+
+
+def _balanced(mesh: Mesh3, chance: random.Random) -> list[Row]:
+    """Four rows in which each level of each setting occurs."""
+    columns = {}
+    for name, levels in SETTINGS.items():
+        column = list(levels) * (ROWS_A_MESH // len(levels))
+        column += chance.sample(levels, ROWS_A_MESH - len(column))
+        chance.shuffle(column)
+        columns[name] = column
+    return [Row(mesh, **{name: column[i] for name, column in columns.items()}) for i in range(ROWS_A_MESH)]
+
+
+ARCHITECTURES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "gpt2": {"position": "learned", "norm": "layernorm", "activation": "gelu_tanh", "bias": True},
+        "llama": {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False},
+        "bloom": {
+            "position": "alibi",
+            "norm": "layernorm",
+            "activation": "gelu",
+            "bias": True,
+            "embedding_norm": True,
+        },
+    }
+)
+VOCABULARY = 50
+
+
+def sequence_length(tp: int) -> int:
+    """Tokens a sample: about 8, and a multiple of tp whether or not the row splits the sequence."""
+    return tp * -(-8 // tp)
+
+
+def layers_of(row: Row) -> tuple[int, tuple[int, ...] | None]:
+    """Number of layers and, for an uneven split, the layers of each stage."""
+    pp = row.mesh[1]
+    if pp == 1:
+        return 2, (2,) if row.split == "uneven" else None
+    if pp == 2:
+        return 4, (1, 3) if row.split == "uneven" else None
+    if row.split == "even":
+        return pp, None
+    return pp + 1, (2,) + (1,) * (pp - 1) if row.split == "uneven" else None
+
+
+def config_of(row: Row) -> RunConfig:
+    """The run of a row: the smallest model that its mesh can split, with padding rows that are a whole rank's share."""
+    tp, pp, dp = row.mesh
+    num_layers, layers_per_stage = layers_of(row)
+    groups = 2 * tp if tp <= 3 else tp
+    model = {
+        "num_layers": num_layers,
+        "hidden_size": 16,
+        "num_heads": 2 * groups if row.architecture == "llama" else groups,
+        "kv_heads": groups,
+        "head_dim": 4,
+        "ffn_hidden_size": tp * -(-20 // tp),
+        "vocab_size": VOCABULARY,
+        "vocab_multiple": 8 * tp,
+        "max_positions": sequence_length(tp),
+        "tied_embeddings": row.tied,
+        "qk_norm": row.qk_norm,
+        "init_std": 0.2,
+        "hidden_dropout": 0.1 if row.dropout else 0.0,
+        "attention_dropout": 0.2 if row.dropout else 0.0,
+        **ARCHITECTURES[row.architecture],
+    }
+    values = {
+        "model": model,
+        "mesh": {"tp": tp, "pp": pp, "dp": dp, "sequence_parallel": row.sequence_parallel},
+        "pipeline": {
+            "schedule": row.schedule,
+            "split": "cost" if row.split == "cost" else "count",
+            "layers_per_stage": layers_per_stage,
+        },
+        "zero": {"stage": row.zero, "bucket_mb": row.bucket_mb, "overlap": row.overlap},
+        # The learning rate never reaches the end of its decay, so that the last step changes the parameters too.
+        "optimizer": {"name": row.optimizer, "lr": 0.02, "momentum": 0.9, "clip_norm": 0.5, "warmup_steps": 1},
+        "precision": {"dtype": "fp64"},
+        "recompute": {"mode": row.recompute, "every": 2},
+        "data": {"synthetic": True, "document_masking": row.documents},
+        "train": {
+            "steps": STEPS + 2,
+            "global_batch": dp * row.accumulation * row.micro_batch,
+            "micro_batch": row.micro_batch,
+            "sequence_length": sequence_length(tp),
+            "label_smoothing": 0.15 if row.smoothing else 0.0,
+            "z_loss": 0.01 if row.smoothing else 0.0,
+        },
+    }
+    return from_dict(RunConfig, values, str(row))
+
+
+def reference_config(config: RunConfig) -> RunConfig:
+    """The same run on one process: one micro-batch, one stage, nothing recomputed, sharded or overlapped."""
+    values = config.to_dict()
+    values["mesh"] = {"sequence_parallel": False}
+    values["pipeline"] = values["recompute"] = {}
+    values["zero"] = {"stage": 0, "overlap": False}
+    values["train"]["micro_batch"] = config.train.global_batch
+    return from_dict(RunConfig, values, "the one-process run")

@@ -1,0 +1,221 @@
+"""Running a row of the parity matrix on any mesh, and finding the first tensor in which two runs differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from parity_rows import STEPS, VOCABULARY, Row, config_of, reference_config
+
+from megatron_ds.config import RunConfig, validate
+from megatron_ds.data.loader import BatchLoader, MicroBatch
+from megatron_ds.mesh import Mesh
+from megatron_ds.models.gpt import gpt_model
+from megatron_ds.shard import ShardSpec, spec_of
+from megatron_ds.testing import device_of_rank
+from megatron_ds.train.build import Parts, build
+
+TOLERANCE = 1e-9
+Array = npt.NDArray[np.floating[Any]]
+
+
+class Samples:
+    """Random samples with what makes sums and means differ: masks of uneven length, one sample in seven all masked.
+
+    A sample depends on its place in the run alone. With ``documents``, it is packed of up to three of them.
+    """
+
+    def __init__(self, sequence_length: int, documents: bool, vocabulary: int = VOCABULARY):
+        self.sequence_length, self.documents, self.vocabulary = sequence_length, documents, vocabulary
+
+    def __len__(self) -> int:
+        return 1 << 20
+
+    def rows(self, rows: npt.ArrayLike) -> dict[str, npt.NDArray[Any]]:
+        samples = [self._sample(row) for row in np.asarray(rows).tolist()]
+        return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+    batch = rows
+
+    def _sample(self, row: int) -> dict[str, npt.NDArray[Any]]:
+        s = self.sequence_length
+        chance = np.random.default_rng((99, row))
+        text = chance.integers(self.vocabulary, size=s + 1)
+        sample = {
+            "tokens": text[:-1],
+            "labels": text[1:],
+            "loss_mask": (np.arange(s) >= chance.integers(s)) & (row % 7 != 3),
+            "position_ids": np.arange(s),
+        }
+        if self.documents:
+            starts = np.zeros(s, np.int64)
+            starts[chance.integers(1, s, size=2)] = 1
+            sample["document_ids"] = starts.cumsum()
+            first = np.maximum.accumulate(np.where(starts, np.arange(s), 0))
+            sample["position_ids"] = np.arange(s) - first
+        return sample
+
+
+def steps_of(config: RunConfig, mesh: Mesh) -> list[list[MicroBatch]]:
+    """This rank's micro-batches of the first steps."""
+    train = config.train
+    samples = Samples(train.sequence_length, config.data.document_masking, config.model.vocab_size)
+    loader = BatchLoader(samples, train.global_batch, train.micro_batch, mesh.dp.rank, mesh.dp.size, prefetch=0)
+    return [[{k: t.to(mesh.device) for k, t in batch.items()} for batch in next(loader)] for _ in range(STEPS)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rank's part of a global tensor: ``values`` are the elements ``start ..`` of a box, in row-major order."""
+
+    name: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    start: int
+    values: Array
+
+    def of(self, whole: Array) -> Array:
+        """The same part of another whole tensor."""
+        box = whole[tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape))]
+        return box.reshape(-1)[self.start : self.start + self.values.size]
+
+    def place(self, index: int) -> tuple[int, ...]:
+        """Global coordinates of an element of ``values``."""
+        local = np.unravel_index(self.start + index, self.shape)
+        return tuple(int(o + i) for o, i in zip(self.offset, local))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank saw: loss and gradient norm of each step, and its parts of the last gradients and parameters."""
+
+    scalars: list[tuple[float, float]]
+    gradients: list[Part]
+    parameters: list[Part]
+
+
+def train(config: RunConfig, mesh: Mesh, look: Callable[[Parts], None] | None = None) -> Outcome:
+    """Build the run of ``config`` on ``mesh`` and take the first steps.
+
+    Args:
+        look: called with the parts before the first step.
+    """
+    torch.manual_seed(mesh.rank)  # nothing may depend on it
+    parts = build(config, mesh, gpt_model(config))
+    if look is not None:
+        look(parts)
+    (stage,) = parts.stages.values()
+    gradients: list[Part] = []
+    update = parts.optimizer.step
+
+    def keep_gradients(*arguments: Any, **keywords: Any) -> None:
+        gradients[:] = [
+            Part(p.name, p.global_shape, p.box_offset, p.box_shape, p.start, _copy(p.data))
+            for p in parts.optimizer.gradient_pieces()
+        ]
+        update(*arguments, **keywords)
+
+    parts.optimizer.step = keep_gradients  # type: ignore[method-assign]
+    results = [parts.step(batches, number) for number, batches in enumerate(steps_of(config, mesh), start=1)]
+    assert not any(result.skipped for result in results)
+    parameters = [_whole(spec_of(p), p) for p in stage.parameters()]
+    return Outcome([(r.loss, r.grad_norm) for r in results], gradients, parameters)
+
+
+def _copy(tensor: torch.Tensor) -> Array:
+    return tensor.detach().cpu().clone().flatten().numpy()
+
+
+def _whole(spec: ShardSpec, parameter: torch.Tensor) -> Part:
+    return Part(spec.name, spec.global_shape, spec.offset, spec.local_shape, 0, _copy(parameter))
+
+
+def reference(config: RunConfig) -> Outcome:
+    """The same run on one process."""
+    return train(reference_config(config), Mesh.single())
+
+
+def train_on_this_rank(rows: Sequence[Row]) -> list[Outcome]:
+    """Inside a job: every row, all of one mesh."""
+    configs = [config_of(row) for row in rows]
+    world = dist.get_world_size()
+    mesh = Mesh.create(validate(configs[0], world), device_of_rank(dist.get_rank(), world))
+    outcomes = []
+    for row, config in zip(rows, configs):
+        validate(config, world)
+        try:
+            outcomes.append(train(config, mesh))
+        except Exception as error:
+            raise RuntimeError(f"row {row} failed") from error
+    return outcomes
+
+
+class ParityError(AssertionError):
+    """Two runs that should be the same are not."""
+
+
+def assert_parity(ranks: Sequence[Outcome], want: Outcome) -> None:
+    """Raise ParityError unless all ranks' scalars and tensors are those of the one-process run.
+
+    The message names the first scalar and the first tensor (in model order, gradients before parameters) that differ.
+    """
+    lines = _scalar_difference(ranks, want)
+    for kind in ("gradient", "parameter"):
+        got = [getattr(outcome, f"{kind}s") for outcome in ranks]
+        whole = {part.name: part.values.reshape(part.global_shape) for part in getattr(want, f"{kind}s")}
+        # Gradients are listed bucket by bucket; the model's order is that of the parameters.
+        order = [part.name for part in want.parameters]
+        assert set(whole) == set(order)
+        found = [(name, text) for name in order if (text := _tensor_difference(got, name, whole[name]))]
+        unknown = sorted({part.name for parts in got for part in parts} - set(whole))
+        if unknown:
+            lines.append(f"{kind}s that the one-process run does not have: {', '.join(unknown)}")
+        if found:
+            lines.append(f"first {kind} that differs: {found[0][0]}, {found[0][1]} ({len(found)} of {len(order)} do)")
+    if lines:
+        raise ParityError("\n".join(lines))
+
+
+def _scalar_difference(ranks: Sequence[Outcome], want: Outcome) -> list[str]:
+    for step, values in enumerate(want.scalars):
+        for index, name in enumerate(("loss", "gradient norm")):
+            for rank, outcome in enumerate(ranks):
+                got = outcome.scalars[step][index]
+                if not abs(got - values[index]) <= TOLERANCE * max(1.0, abs(values[index])):
+                    return [f"{name} of step {step + 1} on rank {rank} is {got!r}, on one process {values[index]!r}"]
+    return []
+
+
+def _tensor_difference(ranks: Sequence[Sequence[Part]], name: str, want: Array) -> str | None:
+    """How the ranks' parts differ from the whole tensor, or None. Every part of it must be on some rank."""
+    covered = np.zeros(want.shape, bool)
+    worst = (0.0, "")
+    for rank, parts in enumerate(ranks):
+        for part in parts:
+            if part.name != name:
+                continue
+            if part.global_shape != want.shape:
+                return f"of shape {part.global_shape} on rank {rank}, on one process {want.shape}"
+            flat = covered[tuple(slice(o, o + n) for o, n in zip(part.offset, part.shape))]
+            for index in range(part.start, part.start + part.values.size):
+                flat[np.unravel_index(index, part.shape)] = True
+            wanted = part.of(want)
+            error = np.nan_to_num(np.abs(part.values - wanted), nan=np.inf)
+            over = error / np.maximum(1.0, np.abs(wanted))
+            if over.size and over.max() > max(TOLERANCE, worst[0]):
+                at = int(over.argmax())
+                worst = (
+                    over[at],
+                    f"by {error.max():.3e} at {list(part.place(at))}: {part.values[at]!r} on rank {rank}, "
+                    f"{wanted[at]!r} on one process",
+                )
+    if not covered.all():
+        missing = tuple(int(i) for i in np.argwhere(~covered)[0])
+        return f"which no rank holds at {list(missing)} ({(~covered).sum()} of {covered.size} elements missing)"
+    return worst[1] or None
