@@ -18,7 +18,7 @@ Names that torch 2.13 renamed are resolved here, once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,22 +29,37 @@ from megatron_ds.mesh import Axis
 _reduce_scatter: Callable[..., dist.Work | None] = (
     getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 )
-_all_gather: Callable[..., dist.Work | None] = (
-    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-)
+_all_gather: Callable[..., dist.Work | None] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+EXCHANGE_BYTES = 1 << 20
+"""From this size on, a CPU tensor goes straight from rank to rank instead of through gloo's own algorithms."""
 
 
 class Pending:
-    """A collective in flight: :meth:`wait` returns its result. On an axis of one rank it is already done."""
+    """A collective in flight: :meth:`wait` returns its result. On an axis of one rank it is already done.
 
-    def __init__(self, result: torch.Tensor, work: dist.Work | None = None):
+    ``then`` runs once, in the first :meth:`wait`, after all of ``work`` is done.
+    """
+
+    def __init__(
+        self,
+        result: torch.Tensor,
+        work: dist.Work | Sequence[dist.Work | None] | None = None,
+        then: Callable[[], object] | None = None,
+    ):
         self.result = result
-        self._work = work
+        self._work = (work,) if isinstance(work, dist.Work) else tuple(work or ())
+        self._then = then
 
     def wait(self) -> torch.Tensor:
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        for work in self._work:
+            if work is not None:
+                work.wait()
+        self._work = ()
+        if self._then is not None:
+            then, self._then = self._then, None
+            then()
         return self.result
 
 
@@ -66,6 +81,8 @@ def reduce_scatter_start(output: torch.Tensor, tensor: torch.Tensor, axis: Axis)
         if output.data_ptr() != tensor.data_ptr():
             output.copy_(tensor)
         return Pending(output)
+    if _prefers_exchange(tensor, axis):
+        return _exchange_reduce_scatter(output, tensor, axis)
     return Pending(output, _reduce_scatter(output, tensor, group=axis.group, async_op=True))
 
 
@@ -75,7 +92,57 @@ def all_gather_start(output: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> 
         if output.data_ptr() != tensor.data_ptr():
             output.copy_(tensor)
         return Pending(output)
+    if _prefers_exchange(output, axis):
+        return _exchange_all_gather(output, tensor, axis)
     return Pending(output, _all_gather(output, tensor, group=axis.group, async_op=True))
+
+
+def _prefers_exchange(whole: torch.Tensor, axis: Axis) -> bool:
+    """Whether every rank should send each other rank its part directly.
+
+    gloo's reduce-scatter and all-gather copy through buffers of their own. Measured for 55 MB of fp32 on 2 ranks of a
+    2-core machine, CPU time a rank: reduce-scatter 61 ms, this 15; all-gather 60 ms, this 14; on 4 ranks 75 against
+    18 and 50 against 19.
+    """
+    return (
+        whole.device.type == "cpu"
+        and whole.numel() * whole.element_size() >= EXCHANGE_BYTES
+        and dist.get_backend(axis.group) == "gloo"
+    )
+
+
+def _exchange_reduce_scatter(output: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> Pending:
+    parts = tensor.view(axis.size, -1)
+    own, result = parts[axis.rank], output.view(-1)
+    received = tensor.new_empty((axis.size - 1, parts.shape[1]))
+    work: list[dist.Work | None] = []
+    for step in range(1, axis.size):
+        work.append(dist.irecv(received[step - 1], group=axis.group, group_src=(axis.rank - step) % axis.size))
+    for step in range(1, axis.size):
+        peer = (axis.rank + step) % axis.size
+        work.append(dist.isend(parts[peer], group=axis.group, group_dst=peer))
+
+    def add_up() -> None:
+        if result.data_ptr() != own.data_ptr():
+            result.copy_(own)
+        for part in received:  # always in the same order: the sum is the same, bit for bit, in every run
+            result.add_(part)
+
+    return Pending(output, work, add_up)
+
+
+def _exchange_all_gather(output: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> Pending:
+    parts = output.view(axis.size, -1)
+    own = parts[axis.rank]
+    if own.data_ptr() != tensor.data_ptr():
+        own.copy_(tensor.view(-1))
+    work: list[dist.Work | None] = []
+    for step in range(1, axis.size):
+        peer = (axis.rank - step) % axis.size
+        work.append(dist.irecv(parts[peer], group=axis.group, group_src=peer))
+    for step in range(1, axis.size):
+        work.append(dist.isend(own, group=axis.group, group_dst=(axis.rank + step) % axis.size))
+    return Pending(output, work)
 
 
 def gather_dim0(tensor: torch.Tensor, axis: Axis) -> Pending:

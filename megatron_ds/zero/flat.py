@@ -20,13 +20,15 @@ from megatron_ds.comm import Pending
 from megatron_ds.config import OptimizerConfig
 from megatron_ds.mesh import Axis
 from megatron_ds.optim.factory import OptimizerSegment, SegmentOptimizer, state_kinds
+from megatron_ds.shared_memory import SharedArena
 from megatron_ds.zero.buckets import BucketLayout, state_dtype
+from megatron_ds.zero.memory import FlatBuffer
 
 _NORM_ROW = 4096
 
 
 class FlatBucket:
-    """The flat buffers of one bucket on this rank. The parameters become views of :attr:`parameters`.
+    """The flat buffers of one bucket on this rank. The parameters become views of them.
 
     Args:
         parameters: the bucket's parameters, in the order of ``layout.slots``.
@@ -34,11 +36,11 @@ class FlatBucket:
         also_over: axes over which the reduced shard is summed once more (replicas, tensor-parallel ranks that each
             saw a part of the sequence, pipeline stages that share the parameter). Summing the shard instead of the
             whole bucket moves ``1 / shards`` of the bytes.
+        arena: where parameters and gradients lie, if the ranks of the shard axis share memory.
 
     Attributes:
-        parameters, gradients: ``[size]``, whole.
-        parameter_shard, gradient_shard: ``[size / shards]`` views of them, this rank's slice.
-        master: ``[size / shards]`` in fp32 (fp64 for fp64); ``parameter_shard`` itself where the dtype is the same.
+        parameters, gradients: flat buffers; ``.whole`` is ``[size]``, ``.shard`` this rank's ``[size / shards]`` of it.
+        master: ``[size / shards]`` in fp32 (fp64 for fp64); ``parameters.shard`` itself where the dtype is the same.
         state: optimizer state by kind, each ``[size / shards]``.
         gradient_views: each parameter's part of ``gradients``, in its shape.
         segments: this rank's segments, and what the optimizer sees of each.
@@ -51,31 +53,29 @@ class FlatBucket:
         shard: Axis,
         also_over: Sequence[Axis],
         config: OptimizerConfig,
+        arena: SharedArena | None,
     ):
         self.layout = layout
         self.shard = shard
         self.also_over = tuple(axis for axis in also_over if axis.group is not None)
         device, dtype = parameters[0].device, layout.key.dtype
         wide = state_dtype(dtype)
-        self.parameters = torch.zeros(layout.size, dtype=dtype, device=device)
-        self.gradients = torch.zeros(layout.size, dtype=wide, device=device)
+        self.parameters = FlatBuffer.create(layout.size, dtype, device, shard, arena)
+        self.gradients = FlatBuffer.create(layout.size, wide, device, shard, arena)
         self.gradient_views = []
         for slot, parameter in zip(layout.slots, parameters):
-            view = self.parameters.narrow(0, slot.start, slot.numel).view(parameter.shape)
+            view = self.parameters.whole.narrow(0, slot.start, slot.numel).view(parameter.shape)
             view.copy_(parameter.detach())
             parameter.data = view
-            self.gradient_views.append(self.gradients.narrow(0, slot.start, slot.numel).view(parameter.shape))
-        begin, size = shard.rank * layout.shard_size, layout.shard_size
-        self.parameter_shard = self.parameters.narrow(0, begin, size)
-        self.gradient_shard = self.gradients.narrow(0, begin, size)
-        self.master = self.parameter_shard.to(wide)
+            self.gradient_views.append(self.gradients.whole.narrow(0, slot.start, slot.numel).view(parameter.shape))
+        self.master = self.parameters.shard.to(wide)
         self.state = {kind: torch.zeros_like(self.master) for kind in state_kinds(config)}
         self.segments = [
             (
                 segment,
                 OptimizerSegment(
                     master=self.master.narrow(0, segment.offset, segment.numel),
-                    gradient=self.gradient_shard.narrow(0, segment.offset, segment.numel),
+                    gradient=self.gradients.shard.narrow(0, segment.offset, segment.numel),
                     state={k: t.narrow(0, segment.offset, segment.numel) for k, t in self.state.items()},
                     weight_decay=segment.spec.weight_decay,
                 ),
@@ -89,12 +89,12 @@ class FlatBucket:
         self._remaining_axes: list[Axis] = []
 
     def start_reduce(self) -> None:
-        """Start the first of the sums that make ``gradient_shard`` whole. Leave the buffer alone until the end."""
+        """Start the first of the sums that make ``gradients.shard`` whole. Leave the buffer alone until the end."""
         axes = list(self.also_over)
         if self.shard.group is not None:
-            self._reducing = comm.reduce_scatter_start(self.gradient_shard, self.gradients, self.shard)
+            self._reducing = self.gradients.reduce_scatter_start()
         elif axes:
-            self._reducing = comm.all_reduce_start(self.gradient_shard, axes.pop(0))
+            self._reducing = comm.all_reduce_start(self.gradients.shard, axes.pop(0))
         self._remaining_axes = axes
 
     def finish_reduce(self) -> None:
@@ -103,14 +103,14 @@ class FlatBucket:
             self._reducing.wait()
             self._reducing = None
         for axis in self._remaining_axes:
-            comm.all_reduce(self.gradient_shard, axis)
+            comm.all_reduce(self.gradients.shard, axis)
         self._remaining_axes = []
 
     def norm_squared(self) -> torch.Tensor:
         """0-d float64: squared norm of this rank's slice, without parameters that another rank owns."""
         total = torch.zeros((), dtype=torch.float64, device=self.master.device)
         for begin, end in self._owned_ranges():
-            total += squared_norm(self.gradient_shard[begin:end])
+            total += squared_norm(self.gradients.shard[begin:end])
         return total
 
     def _owned_ranges(self) -> list[tuple[int, int]]:
@@ -134,18 +134,21 @@ class FlatBucket:
         self.master_to_parameters()
 
     def master_to_parameters(self) -> None:
-        if self.master.dtype != self.parameters.dtype:
-            self.parameter_shard.copy_(self.master)
+        if self.master.dtype != self.parameters.whole.dtype:
+            self.parameters.shard.copy_(self.master)
 
     def start_gather(self) -> None:
         """Start to collect every rank's slice of the parameters, in place."""
         if self.shard.group is not None:
-            self._gathering = comm.all_gather_start(self.parameters, self.parameter_shard, self.shard)
+            self._gathering = self.parameters.all_gather_start()
 
-    def finish_gather(self) -> None:
-        if self._gathering is not None:
-            self._gathering.wait()
-            self._gathering = None
+    def finish_gather(self) -> bool:
+        """Wait for the gather; False if there was none under way."""
+        if self._gathering is None:
+            return False
+        self._gathering.wait()
+        self._gathering = None
+        return True
 
 
 def squared_norm(flat: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,9 @@ from megatron_ds.checkpoint.pieces import Piece
 from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.optim.factory import state_kinds
+from megatron_ds.shared_memory import SharedArena, Tokens
 from megatron_ds.zero import buckets
-from megatron_ds.zero.buckets import ParameterInfo, plan_buckets
+from megatron_ds.zero.buckets import BucketLayout, ParameterInfo, plan_buckets, state_dtype
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.sink import GradSink
 
@@ -54,6 +55,7 @@ class ZeroOptimizer:
             Repetitions are dropped; frozen ones are left where they are, and only saved.
         shared_over: parameters of which other pipeline stages hold a copy, each with the axis of the ranks that do;
             every rank of the axis must list it at the same position. Their gradients are summed over that axis.
+        shared_memory: let CPU ranks of one host read each other's buffers instead of sending them. Same bits.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class ZeroOptimizer:
         optimizer_config: OptimizerConfig,
         precision: PrecisionConfig,
         shared_over: Sequence[tuple[nn.Parameter, Axis]] = (),
+        shared_memory: bool = True,
     ):
         self.config = config
         self.shard, self.replicate = shard_axes(mesh, config.stage)
@@ -72,6 +75,8 @@ class ZeroOptimizer:
         self._infos = [ParameterInfo.of(p, shared.get(id(p))) for p in self._parameters]
         self._kinds = state_kinds(optimizer_config)
         layouts = plan_buckets(self._infos, config.bucket_mb * 1e6, self.shard.size)
+        self._arena = _arena(layouts, self._parameters, self.shard) if shared_memory else None
+        self._reading: list[Tokens] = []  # sent to say that this rank has done reading its peers' memory
         self.buckets: list[FlatBucket] = []
         self._sinks: list[list[GradSink]] = []
         self._missing: list[int] = []  # for each bucket, parameters of the last micro-batch yet to come
@@ -83,7 +88,7 @@ class ZeroOptimizer:
             if layout.key.shared is not None:
                 also_over.append(shared_over[layout.key.shared][1])
             mine = [self._parameters[slot.parameter] for slot in layout.slots]
-            self.buckets.append(FlatBucket(layout, mine, self.shard, also_over, optimizer_config))
+            self.buckets.append(FlatBucket(layout, mine, self.shard, also_over, optimizer_config, self._arena))
             self._missing.append(0)
             self._sinks.append([self._attach(len(self._sinks), i, p) for i, p in enumerate(mine)])
         self._phase = Phase.IDLE
@@ -121,6 +126,7 @@ class ZeroOptimizer:
         """Forget the gradients of the step before, and wait for its parameters."""
         self._expect(Phase.IDLE, "start_step")
         self.wait_parameters()
+        self._wait_readers()
         for sink in self._all_sinks():
             sink.written = False
             sink.writes = 0
@@ -172,6 +178,7 @@ class ZeroOptimizer:
         self._launched = len(self.buckets)
         for bucket in self.buckets:
             bucket.finish_reduce()
+        self._done_reading()
         self._phase = Phase.REDUCED
 
     def norm_squared(self) -> torch.Tensor:
@@ -224,15 +231,27 @@ class ZeroOptimizer:
 
     def wait_parameters(self) -> None:
         """Wait until the parameters of the last step have arrived."""
-        for bucket in reversed(self.buckets):
-            bucket.finish_gather()
+        waited = [bucket.finish_gather() for bucket in reversed(self.buckets)]
+        if any(waited):
+            self._done_reading()
 
     def refresh_parameters(self) -> None:
         """Make the parameters what the master weights say, on all ranks of the shard axis; after loading."""
+        self._wait_readers()
         for bucket in self.buckets:
             bucket.master_to_parameters()
             bucket.start_gather()
         self.wait_parameters()
+
+    def _done_reading(self) -> None:
+        if self._arena is not None:
+            self._reading.append(Tokens(self.shard))
+
+    def _wait_readers(self) -> None:
+        """Wait until no peer reads this rank's buffers any more, so that they may be written."""
+        for tokens in self._reading:
+            tokens.wait()
+        self._reading = []
 
     # State
 
@@ -254,6 +273,7 @@ class ZeroOptimizer:
         For saving, every element is listed by one rank of the world. ``for_load`` lists all that this rank holds,
         replicas included; fill the tensors and call :meth:`refresh_parameters`.
         """
+        self._wait_readers()
         found: list[Piece] = []
 
         def add(kind: str, spec: buckets.ShardSpec, data: torch.Tensor, start: int, stop: int) -> None:
@@ -291,6 +311,14 @@ def shard_axes(mesh: Mesh, stage: int) -> tuple[Axis, Axis]:
     if stage == 0:
         return Axis("shard", ranks=(mesh.rank,)), mesh.data
     return mesh.data, Axis("replicate", ranks=(mesh.rank,))
+
+
+def _arena(layouts: Sequence[BucketLayout], parameters: Sequence[nn.Parameter], shard: Axis) -> SharedArena | None:
+    """Memory for parameters and gradients that the ranks of the shard axis share, where they can."""
+    if any(parameter.device.type != "cpu" for parameter in parameters):
+        return None
+    wanted = [(layout.size, dtype) for layout in layouts for dtype in (layout.key.dtype, state_dtype(layout.key.dtype))]
+    return SharedArena.create(SharedArena.bytes_for(wanted), shard)
 
 
 def unique(parameters: Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:

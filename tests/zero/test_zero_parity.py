@@ -12,10 +12,11 @@ from zero_toy import STEPS, Case, reference, train_cases
 from megatron_ds.testing import run_ranks
 
 CASES = [
-    Case(stage, accumulate, optimizer, clip, bucket_mb=bucket_mb)
-    for (stage, accumulate, optimizer, clip), bucket_mb in zip(
-        product((0, 1), (1, 3), ("adamw", "sgd"), (0.0, 2.0)), (0.0006, 1.0, 0.0001) * 6
+    Case(stage, accumulate, optimizer, clip, bucket_mb=bucket_mb, shared_memory=shared)
+    for (stage, shared, accumulate, optimizer, clip), bucket_mb in zip(
+        product((0, 1), (True, False), (1, 3), ("adamw", "sgd"), (0.0, 2.0)), (0.0006, 1.0, 0.0001) * 11
     )
+    if stage == 1 or not shared
 ]
 
 

@@ -14,6 +14,7 @@ from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.optim.clip import clip_coefficient
 from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import device_of_rank
+from megatron_ds.zero.memory import SharedFlatBuffer
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 SAMPLES = 12
@@ -28,6 +29,7 @@ class Case:
     clip: float = 0.0
     overlap: bool = True
     bucket_mb: float = 0.0006
+    shared_memory: bool = True
 
     @property
     def optimizer_config(self) -> OptimizerConfig:
@@ -112,7 +114,9 @@ def train(case: Case, mesh: Mesh) -> tuple[list[float], dict[str, torch.Tensor]]
         ZeroConfig(stage=case.stage, bucket_mb=case.bucket_mb, overlap=case.overlap),  # type: ignore[arg-type]
         case.optimizer_config,
         PrecisionConfig(dtype="fp64"),
+        shared_memory=case.shared_memory,
     )
+    assert shares_memory(zero) == (case.shared_memory and case.stage == 1 and mesh.data.size > 1 and on_cpu(mesh))
     norms = []
     for step in range(STEPS):
         zero.start_step()
@@ -131,6 +135,14 @@ def train(case: Case, mesh: Mesh) -> tuple[list[float], dict[str, torch.Tensor]]
         norms.append(squared.sqrt().item())
         zero.step(0.05 / (step + 1), clip_coefficient(squared, case.clip))
     return norms, {name: p.detach().clone().cpu() for name, p in model.named_parameters()}
+
+
+def shares_memory(zero: ZeroOptimizer) -> bool:
+    return any(isinstance(bucket.gradients, SharedFlatBuffer) for bucket in zero.buckets)
+
+
+def on_cpu(mesh: Mesh) -> bool:
+    return mesh.device.type == "cpu"
 
 
 def train_cases(cases: list[Case]) -> list[Any]:
