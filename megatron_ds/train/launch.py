@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from megatron_ds.errors import ConfigError, MegatronDSError
 from megatron_ds.mesh import init_process_group
 
 _FAILED = "megatron_ds/failed"
+_RANK_0_SPEAKS_FIRST = 10.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,11 @@ def run_main(main: Callable[[Place], int]) -> int:
         place = Place.from_environment()
         return main(place)
     except MegatronDSError as error:
-        if place.rank == 0 or "rank" in str(error):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if place.rank > 0:
+            # Most mistakes are found by every rank alike. Rank 0 says it and ends the job meanwhile; who is still here
+            # after that has an error of its own.
+            time.sleep(_RANK_0_SPEAKS_FIRST)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         if place.rank == 0:
@@ -144,3 +149,14 @@ def run_main(main: Callable[[Place], int]) -> int:
         traceback.print_exc()
         sys.stderr.flush()
         return 1
+
+
+def gpu_count() -> int:
+    """GPUs of this node that torch can use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def clear_launch_environment() -> dict[str, str]:
+    """This process's environment without what a launcher set in it, for starting a job of its own."""
+    launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK"}
+    return {key: value for key, value in os.environ.items() if key not in launcher}

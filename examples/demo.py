@@ -1,0 +1,104 @@
+"""The whole way on this machine: text to tokens, training on 8 ranks, the trained model in `transformers`.
+
+    python examples/demo.py [--output runs/demo] [--steps N] [dotted settings of examples/pretrain_gpt.py]
+
+The text is the Python standard library's own source. Training runs on 8 ranks (TP 2 x PP 2 x DP 2, sequence parallel,
+ZeRO-1) on the CPU, or on the machine's GPUs; then once more on one process, to show that the losses are the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from megatron_ds.checkpoint.hf import export_hf
+from megatron_ds.data.corpus import build_corpus
+from megatron_ds.data.preprocess import PreprocessOptions, preprocess
+from megatron_ds.data.tokenizer_training import train_tokenizer
+from megatron_ds.train.launch import clear_launch_environment, gpu_count
+from megatron_ds.train.report import largest_difference, plot_losses, read_losses
+
+HERE = Path(__file__).parent
+PROMPT = "def __init__(self"
+
+
+def prepare_data(folder: Path) -> list[str]:
+    """Corpus, tokenizer and dataset, each made once; the settings that use them."""
+    corpus, tokenizer, prefix = folder / "corpus.jsonl", folder / "tokenizer", folder / "corpus"
+    if not corpus.exists():
+        print(build_corpus(corpus, max_megabytes=8))
+    if not tokenizer.exists():
+        train_tokenizer([str(corpus)], tokenizer, vocab_size=4096, max_megabytes=3)
+    if not prefix.with_suffix(".idx").exists():
+        preprocess([str(corpus)], prefix, PreprocessOptions(str(tokenizer), append_eod=True))
+    return ["--data.prefix", str(prefix), "--data.tokenizer", str(tokenizer)]
+
+
+def mesh_for(gpus: int) -> tuple[int, list[str]]:
+    """Ranks and mesh settings: 8 ranks on a CPU or 8 GPUs, else the largest mesh that the GPUs hold."""
+    ranks = 8 if gpus in (0, 8) or gpus > 8 else 4 if gpus >= 4 else gpus
+    tp, pp = {8: (2, 2), 4: (2, 2), 3: (1, 1), 2: (2, 1), 1: (1, 1)}[ranks]
+    if 0 < gpus < 8:
+        print(f"{gpus} GPU(s), not 8: training on {ranks} rank(s), TP {tp} x PP {pp} x DP {ranks // (tp * pp)}")
+    return ranks, ["--mesh.tp", str(tp), "--mesh.pp", str(pp)]
+
+
+def train(ranks: int, arguments: list[str]) -> None:
+    """Run examples/pretrain_gpt.py on this many ranks; a failure ends the demo with its exit code."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(HERE / "pretrain_gpt.py"), *arguments]
+    status = subprocess.run(command, env=clear_launch_environment()).returncode
+    if status:
+        sys.exit(status)
+
+
+def generate(folder: Path) -> str:
+    """A sample from the exported model, by `transformers` alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    ids = model.generate(**prompt, max_new_tokens=60, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return str(tokenizer.decode(ids[0], skip_special_tokens=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="directory of everything it makes")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps")
+    options, overrides = parser.parse_known_args()
+    start = time.perf_counter()
+    root: Path = options.output
+    settings = ["--config", str(HERE / "configs/demo.toml"), "--train.steps", str(options.steps)]
+    settings += prepare_data(root / "data") + overrides
+    ranks, mesh = mesh_for(gpu_count())
+    name = time.strftime("%Y%m%d-%H%M%S")
+    many, one = root / f"{name}-{ranks}-ranks", root / f"{name}-1-process"
+    train(ranks, [*settings, *mesh, "--output", str(many)])
+    print("\nthe same seed on one process:", flush=True)
+    train(1, [*settings, "--output", str(one), "--checkpoint.no-save-at-end"])
+    curves = {f"{ranks} ranks": read_losses(many), "1 process": read_losses(one)}
+    plot_losses(curves, root / "loss.png", "demo: the same seed on two meshes")
+    export_hf(many / "checkpoints", root / "hf", tokenizer=root / "data" / "tokenizer")
+    difference, step = largest_difference(*curves.values())
+    losses = curves[f"{ranks} ranks"]
+    print(f"\nloss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps")
+    print(f"largest difference between {ranks} ranks and 1 process: {difference:.2e} (step {step}), in fp32")
+    print(f"sample by transformers:\n---\n{generate(root / 'hf')}\n---")
+    for what, path in (
+        ("loss curve", root / "loss.png"),
+        ("checkpoint", many / "checkpoints"),
+        ("Hugging Face model", root / "hf"),
+        ("TensorBoard", many / "tensorboard"),
+    ):
+        print(f"{what:<20}{path}")
+    print(f"{time.perf_counter() - start:.0f} s in all")
+    if difference > 1e-3:
+        sys.exit(f"error: the losses differ by {difference:.2e}, more than rounding explains (1e-3)")
+
+
+if __name__ == "__main__":
+    main()
