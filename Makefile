@@ -58,7 +58,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON) found; install Python 3.11 or newer" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 \
 	or newer is needed, $(PYTHON) is " + v + "; give another one: make PYTHON=python3.12 install")'
-	@echo "Installing into $(VENV), once: 2 to 5 minutes with a good connection, mostly torch's download ..."
+	@echo "Installing into $(VENV), once: 2 to 10 minutes, mostly the download of torch ..."
 	@$(RUN) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@start=$$(date +%s) \
 	&& $(RUN) -m pip install -qq "$$(grep '^torch==' constraints.txt)" \

@@ -1,0 +1,140 @@
+"""Configurations from TOML files and command lines, and back to TOML."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import tyro
+from pydantic import BaseModel
+
+from megatron_ds.config.schema import RunConfig
+from megatron_ds.errors import ConfigError, nearest
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def from_dict(config_class: type[C], values: dict[str, Any], source: str) -> C:
+    """Build a configuration from nested plain values; ConfigError names the dotted key, the value and the rule."""
+    try:
+        return config_class.model_validate(values)
+    except pydantic.ValidationError as invalid:
+        known = _known_keys(config_class)
+        lines = []
+        for error in invalid.errors():
+            key = ".".join(str(part) for part in error["loc"])
+            if error["type"] == "extra_forbidden":
+                lines.append(f"unknown key {key!r}{nearest(key, known)}")
+            else:
+                lines.append(f"{key} = {error['input']!r}: {error['msg']}")
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def load_toml(path: str | Path) -> RunConfig:
+    """The configuration of a TOML file; keys left out have their defaults."""
+    try:
+        with open(path, "rb") as file:
+            values = tomllib.load(file)
+    except FileNotFoundError:
+        raise ConfigError(f"--config {path}: no such file") from None
+    except tomllib.TOMLDecodeError as invalid:
+        raise ConfigError(f"--config {path}: not valid TOML: {invalid}") from None
+    return from_dict(RunConfig, values, str(path))
+
+
+def parse(arguments: Sequence[str] | None = None, description: str | None = None) -> RunConfig:
+    """The configuration of ``[--config FILE] [--dotted.key value ...]``; later overrides win.
+
+    ``--help`` shows each field with its meaning and its value after the file was read.
+    """
+    rest = list(sys.argv[1:] if arguments is None else arguments)
+    rest = [part for a in rest for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+    default = RunConfig()
+    if "--config" in rest:
+        at = rest.index("--config")
+        if at + 1 == len(rest):
+            raise ConfigError("--config needs a file name, e.g. --config examples/configs/gpt2-345m.toml")
+        default = load_toml(rest[at + 1])
+        del rest[at : at + 2]
+        if "--config" in rest:
+            raise ConfigError("--config is given twice; use one file, and options for what differs")
+    _reject_unknown_flags(rest)
+    printed = io.StringIO()
+    try:
+        # Every rank parses: what tyro prints would be there once a rank, so it becomes part of the one error.
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(RunConfig, args=rest, default=default, description=description)
+    except SystemExit as left:
+        if not left.code:
+            raise  # --help
+        raise ConfigError(f"command line: {_reason(left, printed.getvalue())}") from None
+
+
+def _reason(left: SystemExit, printed: str) -> str:
+    """Why tyro gave up: the field, its value and the rule where the schema refused it, else tyro's own words."""
+    cause: BaseException | None = left
+    while cause is not None and not isinstance(cause, pydantic.ValidationError):
+        cause = cause.__context__
+    if cause is not None:
+        sections = {type(getattr(RunConfig(), name)).__name__: f"{name}." for name in RunConfig.model_fields}
+        section = sections.get(cause.title, "")
+        return "; ".join(
+            f"{section}{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in cause.errors()
+        )
+    lines = [line.strip("│ ") for line in printed.splitlines()]
+    lines = [line for line in lines if line and not line.startswith(("╭", "╰", "─"))]
+    return " ".join(line for line in lines if not line.startswith("For full helptext"))
+
+
+def _reject_unknown_flags(arguments: Sequence[str]) -> None:
+    known = {key.replace("_", "-") for key in _known_keys(RunConfig)}
+    known |= {_negated(key) for key in known} | {"help", "config"}
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag = argument[2:].split("=")[0].replace("_", "-")
+            if flag not in known:
+                hint = nearest(flag, known).replace("'", "'--", 1)
+                raise ConfigError(f"command line: unknown option --{flag}{hint}")
+
+
+def _negated(key: str) -> str:
+    head, _, last = key.rpartition(".")
+    return f"{head}.no-{last}" if head else f"no-{last}"
+
+
+def to_toml(config: RunConfig) -> str:
+    """The configuration as a TOML file that reads back to the same values; unset optional keys are left out."""
+    values = config.to_dict()
+    lines = [
+        f"{key} = {_toml(value)}" for key, value in values.items() if value is not None and not isinstance(value, dict)
+    ]
+    for section, fields in values.items():
+        if isinstance(fields, dict):
+            lines += ["", f"[{section}]"]
+            lines += [f"{key} = {_toml(value)}" for key, value in fields.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, float):
+        return repr(value)
+    # JSON's strings are TOML's, but for surrogate pairs and a bare DEL.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

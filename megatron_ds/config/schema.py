@@ -1,0 +1,237 @@
+"""The sections of a run's configuration: every field with its meaning, unit and default."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelConfig(_Section):
+    """The transformer. One description covers GPT-2, GPT-3, Llama 2/3 and BLOOM."""
+
+    num_layers: int = Field(12, gt=0, description="Transformer blocks.")
+    hidden_size: int = Field(768, gt=0, description="Width of the residual stream.")
+    num_heads: int = Field(12, gt=0, description="Query heads.")
+    kv_heads: int | None = Field(
+        None,
+        gt=0,
+        description="Key/value heads; fewer than num_heads is grouped-query attention. Default: num_heads.",
+    )
+    head_dim: int | None = Field(None, gt=0, description="Width of one head. Default: hidden_size / num_heads.")
+    ffn_hidden_size: int | None = Field(
+        None,
+        gt=0,
+        description="Width inside the MLP. Default: 4 x hidden_size; SwiGLU 8/3 x, rounded up to 64.",
+    )
+    vocab_size: int = Field(50257, gt=0, description="Tokens of the tokenizer; ids are 0..vocab_size-1.")
+    vocab_multiple: int = Field(
+        128, gt=0, description="The embedding is padded to a multiple of this, which every tp must divide."
+    )
+    max_positions: int = Field(1024, gt=0, description="Longest sequence of learned positions, in tokens.")
+    position: Literal["learned", "rope", "alibi", "none"] = Field("learned", description="How positions enter.")
+    rope_theta: float = Field(10000.0, gt=0, description="Base wavelength of rotary embeddings.")
+    rope_scaling: dict[str, float | int | str | bool] | None = Field(
+        None,
+        description="Llama 3.1 rotary scaling: factor, low_freq_factor, high_freq_factor, "
+        "original_max_position_embeddings.",
+    )
+    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Normalisation layer.")
+    norm_eps: float = Field(1e-5, gt=0, description="Added to the variance.")
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = Field("gelu_tanh", description="MLP non-linearity.")
+    bias: bool = Field(True, description="Biases in the linear layers.")
+    qkv_bias: bool | None = Field(None, description="Bias of the query/key/value projection. Default: bias.")
+    tied_embeddings: bool = Field(True, description="The output head is the token embedding.")
+    qk_norm: bool = Field(False, description="RMS-normalise queries and keys a head.")
+    embedding_norm: bool = Field(False, description="LayerNorm after the token embedding (BLOOM).")
+    init_std: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
+    attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of attention probabilities.")
+    hidden_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the embedding and of each block's outputs.")
+
+    @property
+    def groups(self) -> int:
+        """Key/value heads: the unit that tensor parallelism splits attention by."""
+        return self.kv_heads or self.num_heads
+
+    @property
+    def queries_per_group(self) -> int:
+        return self.num_heads // self.groups
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def ffn_size(self) -> int:
+        if self.ffn_hidden_size:
+            return self.ffn_hidden_size
+        return -(-8 * self.hidden_size // (3 * 64)) * 64 if self.activation == "swiglu" else 4 * self.hidden_size
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding: a multiple that does not come from the mesh, so that layouts never depend on it."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+class MeshConfig(_Section):
+    """How many ranks along each axis; tp is kept inside a node."""
+
+    tp: int = Field(1, gt=0, description="Tensor-parallel ranks: each layer's matrices are split over them.")
+    pp: int = Field(1, gt=0, description="Pipeline stages: the layers are split over them.")
+    cp: int = Field(1, gt=0, description="Context-parallel ranks; only 1 for now.")
+    dp: int | None = Field(None, gt=0, description="Data-parallel replicas. Default: what the world size leaves.")
+    sequence_parallel: bool = Field(
+        True, description="Outside tensor-parallel layers split activations along the sequence over tp."
+    )
+
+
+class PipelineConfig(_Section):
+    """When a stage does what."""
+
+    schedule: Literal["1f1b", "gpipe"] = Field("1f1b", description="Order of forwards and backwards.")
+    split: Literal["count", "cost"] = Field(
+        "count", description="Layers a stage: evenly by count, or by cost with embedding and head counted."
+    )
+    layers_per_stage: tuple[int, ...] | None = Field(None, description="Explicit split, e.g. 3 4 4 1; overrides split.")
+
+
+class ZeroConfig(_Section):
+    """Whose memory holds the optimizer's state."""
+
+    stage: Literal[0, 1] = Field(1, description="0: every replica holds it all. 1: sharded over dp.")
+    bucket_mb: float = Field(
+        25.0, gt=0, description="MB of gradients reduced at a time, while the backward pass goes on."
+    )
+    overlap: bool = Field(True, description="Reduce buckets during the last backward pass, not after it.")
+
+
+class OptimizerConfig(_Section):
+    """The update rule. Learning rates are per step."""
+
+    name: Literal["adamw", "sgd"] = Field("adamw", description="torch's fused AdamW, or SGD with momentum.")
+    lr: float = Field(3e-4, gt=0, description="Peak learning rate.")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the decay.")
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = Field(
+        "cosine", description="Shape of the decay after warm-up; wsd is warm-up, stable, decay."
+    )
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
+    decay_steps: int | None = Field(None, gt=0, description="Step at which min_lr is reached. Default: train.steps.")
+    wsd_decay_fraction: float = Field(0.1, gt=0, le=1, description="Share of decay_steps that wsd spends decaying.")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment.")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the second moment.")
+    eps: float = Field(1e-8, gt=0, description="AdamW's denominator offset.")
+    momentum: float = Field(0.0, ge=0, lt=1, description="SGD's momentum.")
+    weight_decay: float = Field(0.1, ge=0, description="Decay of matrices; biases and norms are never decayed.")
+    clip_norm: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 turns clipping off.")
+
+
+class PrecisionConfig(_Section):
+    """Number formats. Gradients are always accumulated and master weights kept in fp32 (fp64 for fp64)."""
+
+    dtype: Literal["fp32", "bf16", "fp16", "fp64"] = Field("fp32", description="Format of weights and activations.")
+    loss_scale: float | None = Field(None, gt=0, description="Fixed fp16 loss scale. Default: dynamic.")
+    initial_loss_scale: float = Field(65536.0, gt=0, description="Where the dynamic fp16 loss scale starts.")
+    loss_scale_window: int = Field(1000, gt=0, description="Good steps before the scale doubles.")
+    loss_scale_hysteresis: int = Field(2, gt=0, description="Overflowing steps before the scale halves.")
+    min_loss_scale: float = Field(1.0, gt=0, description="The scale never falls below this.")
+
+
+class RecomputeConfig(_Section):
+    """What the backward pass computes again instead of keeping."""
+
+    mode: Literal["none", "selective", "full", "every_n"] = Field(
+        "none", description="selective: the attention core; full: every block; every_n: every n-th block."
+    )
+    every: int = Field(2, gt=0, description="n of every_n.")
+
+
+class DataConfig(_Section):
+    """Where the tokens come from."""
+
+    prefix: str | None = Field(None, description="Path of the indexed dataset without .bin/.idx.")
+    split: str = Field("969,30,1", description="Weights of the train, valid and test documents.")
+    tokenizer: str | None = Field(None, description="Tokenizer folder; checked against the dataset, and exported.")
+    synthetic: bool = Field(False, description="Random tokens instead of a dataset, for measuring speed.")
+    document_masking: bool = Field(
+        False, description="Attention and positions do not cross document boundaries in a packed sequence."
+    )
+    prefetch: int = Field(2, ge=0, description="Global batches read ahead by a background thread.")
+
+
+class TrainConfig(_Section):
+    """How much, and in what portions."""
+
+    steps: int = Field(1000, gt=0, description="Optimizer steps of the whole run.")
+    global_batch: int = Field(8, gt=0, description="Sequences an optimizer step.")
+    micro_batch: int = Field(1, gt=0, description="Sequences a forward pass on one replica.")
+    sequence_length: int = Field(1024, gt=0, description="Tokens a sequence.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over the vocabulary.")
+    z_loss: float = Field(0.0, ge=0, description="Weight of the squared log-partition penalty.")
+    eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0 for none.")
+    eval_batches: int = Field(8, gt=0, description="Global batches an evaluation.")
+    max_skipped_steps: int = Field(
+        50, gt=0, description="Consecutive steps skipped for NaN or Inf gradients before the run is stopped."
+    )
+
+
+class CheckpointConfig(_Section):
+    """What is written, when, and where a run starts from."""
+
+    save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    save_at_end: bool = Field(True, description="Write a checkpoint after the last step.")
+    keep_last: int | None = Field(None, gt=0, description="Older checkpoints are deleted. Default: keep all.")
+    resume: bool = Field(False, description="Continue from the latest checkpoint in output, if there is one.")
+    init_from: str | None = Field(
+        None,
+        description="Checkpoint whose weights (not optimizer state) a new run starts from, e.g. an imported model.",
+    )
+
+
+class LogConfig(_Section):
+    """What is shown and recorded."""
+
+    every: int = Field(1, gt=0, description="Steps between lines and TensorBoard points.")
+    tensorboard: bool = Field(True, description="Write TensorBoard events to output/tensorboard.")
+    progress: bool = Field(True, description="Show a progress bar.")
+    record_steps: tuple[int, ...] = Field(
+        (),
+        description="Steps whose pipeline timeline is recorded to output/timeline for tools/show_schedule.py.",
+    )
+    peak_tflops: float | None = Field(
+        None, gt=0, description="Peak of one device for MFU. Default: a table of known GPUs; else no MFU."
+    )
+
+
+class RunConfig(_Section):
+    """Pretrain a GPT-style model on any mesh of ranks."""
+
+    output: str = Field("runs/gpt", description="Directory of checkpoints, logs and the resolved configuration.")
+    seed: int = Field(1234, ge=0, description="Initial weights, sample order and dropout follow from it.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where every local rank has a GPU.")
+    compile: bool = Field(False, description="torch.compile each block.")
+    threads: int | None = Field(None, gt=0, description="CPU threads a rank. Default: cores / local ranks.")
+    timeout: float = Field(600.0, gt=0, description="Seconds a collective may take before the job is stopped.")
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    pipeline: PipelineConfig = PipelineConfig()
+    zero: ZeroConfig = ZeroConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def fingerprint(self) -> str:
+        """Hash of every setting: ranks compare it before their first collective."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
