@@ -99,7 +99,8 @@ def play(schedule: Schedule, cost: Cost, blocking_receives: bool = False) -> tup
 
     Args:
         schedule, cost: as in :func:`simulate`.
-        blocking_receives: a receive stops its rank until the data is there, instead of being posted.
+        blocking_receives: a receive stops its rank until the data is there, instead of being posted. For the
+            question whether it can finish; the time is still counted as waited before the use.
     """
     if has_transfers(schedule):
         return _Player(schedule, cost, blocking_receives).run()
@@ -173,10 +174,8 @@ class _Player:
             self.posted.setdefault(action, now)
             if action in self.sent:
                 self.transfer(action.counterpart, action)
-            if self.blocking_receives:
-                if action not in self.done:
-                    return action
-                self.clock[rank] = max(now, self.done[action])
+            if self.blocking_receives and action not in self.done:
+                return action
         return None
 
     def inputs(self, action: Action) -> list[Action]:

@@ -30,7 +30,7 @@ rank 1    . 1F0 1B0 1F1 1B1   ."""
     schedule = build_schedule("1f1b", 2, 2)
     assert draw_text(schedule) == picture
     assert draw_text(add_communication(schedule)) == picture  # transfers take no step of their own
-    assert draw_steps(schedule, [(1, 1)]).splitlines()[2] == "rank 1    .  1F0 !1B0  1F1  1B1    ."
+    assert draw_steps(schedule, [(1, 1)]).splitlines()[2] == "rank 1     .  1F0 !1B0  1F1  1B1    ."
 
 
 def test_to_scale_by_hand() -> None:

@@ -131,6 +131,10 @@ def test_too_few_costs_and_deadlock_are_refused() -> None:
     stuck = [[Action.parse(w) for w in rank.split()] for rank in ("0F0 0B0 0F1 0B1", "1F0 1F1 1B0 1B1")]
     with pytest.raises(ScheduleError, match="cannot finish: rank 0 stands before 0B0, which needs 1B0 of rank 1; "):
         simulate(stuck)
+    for pp in (1, 2):
+        backwards = [list(reversed(actions)) for actions in build_schedule("gpipe", pp, 1)]
+        with pytest.raises(ScheduleError, match=f"rank {pp - 1} stands before {pp - 1}B0, which needs {pp - 1}F0"):
+            simulate(backwards)
 
 
 def test_fast_enough_to_plan_with() -> None:

@@ -149,6 +149,12 @@ def test_deadlock_names_the_circle_and_not_the_bystander(transfers: bool) -> Non
     ]
 
 
+def test_deadlock_leaves_out_who_merely_waits_for_the_circle() -> None:
+    message, _, marked = refused(read("0F0 0F1 0B0 0B1", "1F0 1B0 1F1 1B1", "2F0 2F1 2B0 2B1"), 2)
+    assert message.startswith("deadlock: rank 1 stands before 1B0, which needs 2B0 of rank 2; rank 2 stands before 2F1")
+    assert marked == {"1B0", "2F1"}
+
+
 def test_hoisted_receives_may_not_block() -> None:
     hoisted = hoist_receives(one_f_one_b())
     validate(hoisted, 4)
