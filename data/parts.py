@@ -55,6 +55,7 @@ def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, pl
         for name in names:
             summary = json.loads((folder / f"{name}.json").read_text())
             _copy_part(folder / f"{name}.bin", summary["bin"], tokens, digest)
+            _check_part(folder / f"{name}.len", summary["len"], *_size_and_checksum(folder / f"{name}.len"))
             counts.add(Counts(**summary["counts"]))
             for record in summary["bad"]:
                 number = record.pop("input")
@@ -137,9 +138,17 @@ def _copy_part(path: Path, expected: dict[str, Any], target: IO[bytes], whole: x
             whole.update(chunk)
             target.write(chunk)
             size += len(chunk)
-    if size != expected["bytes"] or digest.hexdigest() != expected["xxh3"]:
+    _check_part(path, expected, size, digest.hexdigest())
+
+
+def _size_and_checksum(path: Path) -> tuple[int, str]:
+    return path.stat().st_size, checksum(path)
+
+
+def _check_part(path: Path, expected: dict[str, Any], size: int, digest: str) -> None:
+    if size != expected["bytes"] or digest != expected["xxh3"]:
         path.with_suffix(".json").unlink()  # so that the next run makes this part again
         raise DataError(
             f"{path} is damaged: expected {expected['bytes']} bytes with checksum {expected['xxh3']}, found {size} "
-            f"with {digest.hexdigest()}; run the same command again to make this part anew"
+            f"with {digest}; run the same command again to make this part anew"
         )

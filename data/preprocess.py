@@ -198,7 +198,7 @@ def _make_parts(job: Job, workers: int, show_progress: bool) -> list[str]:
             stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         else:
             _start_worker(job, counters, 0)
-        running: set[Future[None]] = set()
+        running: list[Future[None]] = []
         for block in blocks:
             names.append(block.name)
             if is_done(block.input, block.number):
@@ -208,7 +208,7 @@ def _make_parts(job: Job, workers: int, show_progress: bool) -> list[str]:
                 _run_block(block)
                 bar.refresh()
                 continue
-            running.add(pool.submit(_run_block, block))
+            running.append(pool.submit(_run_block, block))
             while len(running) >= 2 * workers:
                 running = _collect(running, bar)
         while running:
@@ -216,18 +216,21 @@ def _make_parts(job: Job, workers: int, show_progress: bool) -> list[str]:
     return names
 
 
-def _collect(running: set[Future[None]], bar: _Bar) -> set[Future[None]]:
-    done, left = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+def _collect(running: list[Future[None]], bar: _Bar) -> list[Future[None]]:
+    """Wait a little; the futures (in the order of their blocks) that are not done yet."""
+    wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
     bar.refresh()
-    for future in done:
-        try:
-            future.result()
-        except BrokenProcessPool:
-            raise DataError(
-                "a preprocessing worker was killed (out of memory?); run the same command again to continue where it "
-                "was, perhaps with fewer --workers"
-            ) from None
-    return left
+    if any(future.done() and future.exception() for future in running):
+        # Which block fails first depends on the machine; report the first in order, whichever that was.
+        for future in running:
+            try:
+                future.result()
+            except BrokenProcessPool:
+                raise DataError(
+                    "a preprocessing worker was killed (out of memory?); run the same command again to continue where "
+                    "it was, perhaps with fewer --workers"
+                ) from None
+    return [future for future in running if not future.done()]
 
 
 class _Bar:
@@ -247,7 +250,11 @@ class _Bar:
         self._bar.update(max(0, int(done) - self._bar.n))
 
     def skip(self, weight: int) -> None:
-        self._bar.initial += weight  # done by an earlier run: not part of this run's speed
+        """A block that an earlier run has done: not part of this run's speed."""
+        if not self._bar.disable:
+            self._bar.initial += weight
+            self._bar.n += weight
+            self._bar.last_print_n += weight
         with self._counters.get_lock():
             self._counters[0] += weight
 

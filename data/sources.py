@@ -267,6 +267,8 @@ def check_text(record: dict[str, Any], key: str) -> str | Problem:
     """The text of a record, or what is wrong with it."""
     text = record.get(key)
     if text is None:
+        if key in record:
+            return Problem("missing key", f"{key!r} is null")
         return Problem("missing key", f"no {key!r} among {sorted(record)[:8]}{nearest(key, record)}")
     if not isinstance(text, str):
         return Problem("missing key", f"{key!r} is a {type(text).__name__}, not a string")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from megatron_ds.data.sentencepiece_export import to_tokenizers
 from megatron_ds.errors import DataError
 
 Ids = Sequence[int] | npt.NDArray
@@ -151,11 +153,18 @@ class SentencePieceTokenizer:
     def save_hf(self, folder: str | Path) -> None:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.path, target / "tokenizer.model")
-        config: dict[str, Any] = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_eos_token": False}
+        if self.path.resolve() != (target / "tokenizer.model").resolve():
+            shutil.copyfile(self.path, target / "tokenizer.model")
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        try:
+            to_tokenizers(self.backend).save(str(target / "tokenizer.json"))
+        except DataError as error:
+            warnings.warn(f"{target} gets tokenizer.model alone: {error}", stacklevel=2)
+            config["tokenizer_class"] = "LlamaTokenizer"
         names = {"unk_token": self.backend.unk_id(), "bos_token": self.bos_id, "eos_token": self.eod_id}
         for name, special in names.items():
-            config[name] = self.backend.IdToPiece(special) if special is not None and special >= 0 else None
+            if special is not None and special >= 0:
+                config[name] = self.backend.IdToPiece(special)
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -1,0 +1,481 @@
+"""Preprocessing: every input kind, bad records, kills and continuations, changed inputs."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import indexed_reference
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_ds.data import sources
+from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.preprocess import PreprocessOptions, preprocess
+from megatron_ds.data.sources import SourceOptions
+from megatron_ds.data.verify import verify
+from megatron_ds.errors import DataError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TEXTS = [f"document {i}: {'word ' * (i % 7)}é🙂\n" for i in range(40)]
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": t, "n": i}) + "\n" for i, t in enumerate(texts)).encode()
+
+
+def texts_of(prefix: Path) -> list[str]:
+    """Read back with the independent reader and Python's own bytes."""
+    _, documents = indexed_reference.read(prefix)
+    assert all(len(document) == 1 for document in documents)
+    return [bytes(sequence).decode() for (sequence,) in documents]
+
+
+def run(
+    inputs: list[Path], prefix: Path, options: PreprocessOptions | None = None, workers: int = 0, **more: bool
+) -> list[str]:
+    preprocess([str(p) for p in inputs], prefix, options or PreprocessOptions("bytes"), workers, **more)
+    verify(IndexedDataset(prefix))
+    assert not list(prefix.parent.glob("*.parts")) and not list(prefix.parent.glob("*.tmp"))
+    return texts_of(prefix)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", "folder"])
+def test_every_kind_of_input_gives_the_same_documents(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / f"in.{kind}"
+    if kind == "jsonl":
+        source.write_bytes(jsonl(TEXTS))
+    elif kind == "jsonl.gz":
+        source.write_bytes(gzip.compress(jsonl(TEXTS)))
+    elif kind == "jsonl.zst":
+        source.write_bytes(zstandard.compress(jsonl(TEXTS[:20])) + zstandard.compress(jsonl(TEXTS[20:])))  # two frames
+    elif kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"n": range(40), "text": TEXTS}), source, row_group_size=7)
+    elif kind == "arrow":
+        import datasets
+
+        datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(source)
+    else:
+        (source / "sub").mkdir(parents=True)
+        (source / "a.jsonl").write_bytes(jsonl(TEXTS[:10]))
+        (source / "sub" / "b.jsonl").write_bytes(jsonl(TEXTS[10:]))
+        (source / "README.md").write_text("not an input")
+    assert run([source], tmp_path / "out") == TEXTS
+    manifest = json.loads((tmp_path / "out.manifest.json").read_text())
+    assert manifest["counts"]["documents"] == len(TEXTS)
+    assert manifest["counts"]["text_bytes"] == manifest["counts"]["tokens"] == sum(len(t.encode()) for t in TEXTS)
+
+
+@pytest.mark.parametrize("documents, expected", [
+    ("file", ["one\ntwo\n\n\nthree\r\n four\n \nfive", "x\n\ny"]),
+    ("line", ["one", "two", "three", " four", " ", "five", "x", "y"]),
+    ("paragraph", ["one\ntwo", "three\r\n four", "five", "x", "y"]),
+])  # fmt: skip
+@pytest.mark.parametrize("compressed", [False, True])
+def test_documents_of_txt(tmp_path: Path, documents: str, expected: list[str], compressed: bool) -> None:
+    contents = ("one\ntwo\n\n\nthree\r\n four\n \nfive", "x\n\ny")
+    names = []
+    for number, content in enumerate(contents):
+        names.append(tmp_path / (f"{number}.txt" + (".gz" if compressed else "")))
+        names[-1].write_bytes(gzip.compress(content.encode()) if compressed else content.encode())
+    options = PreprocessOptions("bytes", source=SourceOptions(txt_documents=documents))  # type: ignore[arg-type]
+    assert run(names, tmp_path / "out", options) == expected
+
+
+@given(
+    lines=st.lists(st.text(alphabet="ab \té", max_size=12), min_size=1, max_size=30),
+    size=st.integers(1, 40),
+    documents=st.sampled_from(["line", "paragraph"]),
+    last=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_the_cut_into_blocks_never_shows(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], size: int, documents: str, last: bool
+) -> None:
+    """Byte ranges of any size over a `.txt` give the documents of the whole, each once, in order."""
+    path = tmp_path_factory.mktemp("cut") / "in.txt"
+    path.write_bytes(("\n".join(lines) + ("\n" if last else "")).encode())
+    total = path.stat().st_size
+    if not total:
+        return
+    inputs = sources.find_inputs([str(path)])
+    options = SourceOptions(txt_documents=documents)  # type: ignore[arg-type]
+
+    def read(ranges: list[tuple[int, int]]) -> list[str]:
+        found = []
+        for start, stop in ranges:
+            block = sources.Block(0, 0, (sources.Slice(0, start, stop),), stop - start)
+            found += [text for _, (_, _, text) in sources.read_block(inputs, block, options) if isinstance(text, str)]
+        return found
+
+    pieces = [(start, min(start + size, total)) for start in range(0, total, size)]
+    assert read(pieces) == read([(0, total)])
+    if documents == "line":
+        assert read(pieces) == [line for line in lines if line]
+    else:
+        groups: list[list[str]] = [[]]
+        for line in lines:
+            if line.strip():
+                groups[-1].append(line)
+            elif groups[-1]:
+                groups.append([])
+        assert read(pieces) == ["\n".join(group) for group in groups if group]
+
+
+def test_end_and_beginning_tokens(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl(["ab", "c"]))
+    preprocess([str(source)], tmp_path / "out", PreprocessOptions("bytes", append_eod=True), workers=0)
+    assert indexed_reference.read(tmp_path / "out") == (8, [[[97, 98, 256]], [[99, 256]]])
+    with pytest.raises(DataError, match="the tokenizer bytes has no begin-of-sequence token"):
+        preprocess([str(source)], tmp_path / "out", PreprocessOptions("bytes", prepend_bos=True), workers=0)
+
+
+# --- bad records ------------------------------------------------------------------------------------------------
+
+BAD_LINES = [
+    (b'{"text": "good"}\n', None),
+    (b'{"text": "cut of\n', "invalid JSON"),
+    (b'{"txt": "no"}\n', "missing key"),
+    (b'{"text": null}\n', "missing key"),
+    (b'{"text": 5}\n', "missing key"),
+    (b'["text"]\n', "missing key"),
+    (b'{"text": "\xff\xfe"}\n', "invalid UTF-8"),
+    (b'{"text": "\\ud83d"}\n', "invalid UTF-8"),
+    (b'{"text": ""}\n', "empty"),
+    (b"\n", "empty"),
+    (b'{"text": "\\ud83d\\ude42"}', None),
+]
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_bad_records_are_listed_with_file_and_line(
+    tmp_path: Path, compressed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MIN_BLOCK", "MAX_BLOCK", "STREAM_BLOCK"):
+        monkeypatch.setattr(sources, name, 30)  # lines are counted over blocks
+    source = tmp_path / ("in.jsonl.gz" if compressed else "in.jsonl")
+    content = b"".join(line for line, _ in BAD_LINES)
+    source.write_bytes(gzip.compress(content) if compressed else content)
+    assert run([source], tmp_path / "out") == ["good", "🙂"]
+    listed = [json.loads(line) for line in (tmp_path / "out.bad.jsonl").read_text().splitlines()]
+    expected = [(i, reason) for i, (_, reason) in enumerate(BAD_LINES, 1) if reason]
+    assert [(bad["line"], bad["reason"]) for bad in listed] == expected
+    assert {bad["file"] for bad in listed} == {str(source)}
+    counts = json.loads((tmp_path / "out.manifest.json").read_text())["counts"]["problems"]
+    assert counts == {"invalid JSON": 1, "missing key": 4, "invalid UTF-8": 2, "empty": 2}
+
+    fatal = PreprocessOptions("bytes", on_error="fatal")
+    for workers in (0, 1):
+        with pytest.raises(DataError, match=r"in\.jsonl(\.gz)?, line 2: invalid JSON: .*--on-error skip"):
+            preprocess([str(source)], tmp_path / "fatal", fatal, workers)
+    assert not (tmp_path / "fatal.idx").exists()
+
+
+def test_fatal_counts_the_lines_of_the_blocks_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MIN_BLOCK", 50)
+    monkeypatch.setattr(sources, "MAX_BLOCK", 50)
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl(TEXTS) + b"{\n" + jsonl(TEXTS))
+    with pytest.raises(DataError, match=r"in\.jsonl, line 41: invalid JSON"):
+        preprocess([str(source)], tmp_path / "out", PreprocessOptions("bytes", on_error="fatal"), 0)
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"", "the inputs hold no document with text: 0 records were bad"),
+    (b"{}\n{}\n", r"2 records were bad \(2 x missing key\)"),
+])  # fmt: skip
+def test_nothing_to_read(tmp_path: Path, content: bytes, message: str) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        run([source], tmp_path / "out")
+
+
+def test_inputs_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="input 'nowhere' does not exist"):
+        preprocess(["nowhere"], tmp_path / "out", PreprocessOptions("bytes"))
+    (tmp_path / "in.csv").write_text("a,b")
+    with pytest.raises(DataError, match=r"in\.csv has suffix '\.csv', not one of \.jsonl"):
+        preprocess([str(tmp_path / "in.csv")], tmp_path / "out", PreprocessOptions("bytes"))
+    with pytest.raises(DataError, match=r"holds no input: expected \.jsonl"):
+        preprocess([str(tmp_path)], tmp_path / "out", PreprocessOptions("bytes"))
+    (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS))[:-20])
+    with pytest.raises(DataError, match=r"in\.jsonl\.gz is damaged or truncated"):
+        run([tmp_path / "in.jsonl.gz"], tmp_path / "out")
+    (tmp_path / "in.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match=r"in\.parquet is not a readable parquet file"):
+        preprocess([str(tmp_path / "in.parquet")], tmp_path / "other", PreprocessOptions("bytes"))
+
+
+def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"content": TEXTS, "texts": TEXTS}), tmp_path / "in.parquet")
+    with pytest.raises(DataError, match=r"no column 'text'; did you mean 'texts'\?; it has \['content', 'texts'\]"):
+        preprocess([str(tmp_path / "in.parquet")], tmp_path / "out", PreprocessOptions("bytes"))
+
+
+# --- interruption -----------------------------------------------------------------------------------------------
+
+
+def outputs(prefix: Path) -> dict[str, bytes]:
+    names = (".bin", ".idx", ".manifest.json", ".bad.jsonl")
+    return {name: Path(f"{prefix}{name}").read_bytes() for name in names if Path(f"{prefix}{name}").exists()}
+
+
+def test_any_number_of_workers_writes_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MIN_BLOCK", 200)
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl(TEXTS * 3))
+    run([source], tmp_path / "none", workers=0)
+    run([source], tmp_path / "three", workers=3)
+    assert outputs(tmp_path / "none") == outputs(tmp_path / "three")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_stopped_at_every_block_and_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool
+) -> None:
+    """In this process: an exception after each number of blocks; blocks that were finished are not made again."""
+    from megatron_ds.data import preprocess as module
+
+    for name in ("MIN_BLOCK", "MAX_BLOCK", "STREAM_BLOCK"):
+        monkeypatch.setattr(sources, name, 400)
+    source = tmp_path / ("in.jsonl.gz" if compressed else "in.jsonl")
+    content = jsonl(TEXTS) + b"bad line\n" + jsonl(TEXTS[::-1])
+    source.write_bytes(gzip.compress(content) if compressed else content)
+    run([source], tmp_path / "whole")
+    expected = outputs(tmp_path / "whole")
+    real, made = module._run_block, []
+
+    for survivors in range(1, 30):
+
+        def killing(block: sources.Block, survivors: int = survivors) -> None:
+            if len(made) == survivors:
+                raise Killed
+            real(block)
+            made.append(block.name)
+
+        monkeypatch.setattr(module, "_run_block", killing)
+        made.clear()
+        prefix = tmp_path / f"stopped{survivors}"
+        try:
+            preprocess([str(source)], prefix, PreprocessOptions("bytes"), 0)
+        except Killed:
+            assert not prefix.with_suffix(".idx").exists()
+            first = list(made)
+            monkeypatch.setattr(module, "_run_block", lambda block: (real(block), made.append(block.name)))
+            run([source], prefix)
+            assert made[: len(first)] == first and len(set(made)) == len(made)
+        assert outputs(prefix) == expected
+        if len(made) == survivors:
+            break
+    else:
+        pytest.fail("never ran to its end")
+
+
+def test_killed_at_random_moments_and_continued(tmp_path: Path) -> None:
+    """The real tool, its whole process group, SIGKILL."""
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl([t * 200 for t in TEXTS * 12]))  # about 4 MB, 4 blocks
+    run([source], tmp_path / "whole", workers=0)
+    prefix = tmp_path / "killed"
+    command = [sys.executable, str(REPOSITORY / "tools/preprocess_data.py"), "--input", str(source), "--quiet"]
+    command += ["--tokenizer", "bytes", "--output-prefix", str(prefix), "--workers", "2"]
+    draw = random.Random(1)
+    kills = 0
+    for _ in range(40):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+        try:
+            _, stderr = process.communicate(timeout=None if kills >= 5 else draw.uniform(0.4, 1.6))
+            assert process.returncode == 0, stderr.decode()
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills += 1
+    assert kills, "no kill hit the run"
+    assert outputs(prefix) == outputs(tmp_path / "whole")
+
+
+def test_workers_do_not_outlive_their_parent(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl([t * 500 for t in TEXTS * 200]))
+    command = [sys.executable, str(REPOSITORY / "tools/preprocess_data.py"), "--input", str(source), "--quiet"]
+    command += ["--tokenizer", "bytes", "--output-prefix", str(tmp_path / "out"), "--workers", "2"]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("out.parts/*.bin")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        while _group_members(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert _group_members(process.pid) == []
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def _group_members(group: int) -> list[int]:
+    members = []
+    for entry in Path("/proc").iterdir():
+        try:
+            state, _, found = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+        except (OSError, ValueError):
+            continue
+        if entry.name.isdigit() and int(found) == group and state != "Z":
+            members.append(int(entry.name))
+    return members
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """(input, prefix) of a run that was stopped after its first block."""
+    from megatron_ds.data import preprocess as module
+
+    monkeypatch.setattr(sources, "MIN_BLOCK", 300)
+    monkeypatch.setattr(sources, "MAX_BLOCK", 300)
+    source, prefix = tmp_path / "in.jsonl", tmp_path / "out"
+    source.write_bytes(jsonl(TEXTS))
+    real = module._run_block
+
+    def stop_after_first(block: sources.Block) -> None:
+        real(block)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_run_block", stop_after_first)
+        with pytest.raises(Killed):
+            preprocess([str(source)], prefix, PreprocessOptions("bytes"), 0)
+    return source, prefix
+
+
+def test_a_changed_input_is_noticed(interrupted: tuple[Path, Path]) -> None:
+    source, prefix = interrupted
+    content = source.read_bytes()
+    source.write_bytes(content.replace(b"document 39", b"document XX"))
+    with pytest.raises(DataError, match=r"with other inputs or settings: .*in\.jsonl: (mtime_ns|sampled_xxh3) was"):
+        run([source], prefix)
+    source.write_bytes(content + b"\n")
+    with pytest.raises(DataError, match=r"in\.jsonl: size was \d+, is now"):
+        run([source], prefix)
+    assert run([source], prefix, restart=True) == TEXTS
+
+
+def test_changed_settings_are_noticed(interrupted: tuple[Path, Path]) -> None:
+    source, prefix = interrupted
+    with pytest.raises(DataError, match=r"settings\.append_eod was False, is now True"):
+        run([source], prefix, PreprocessOptions("bytes", append_eod=True))
+    with pytest.raises(DataError, match=r"settings\.source\.key was 'text', is now 'n'"):
+        run([source], prefix, PreprocessOptions("bytes", source=SourceOptions("n")))
+    with pytest.raises(DataError, match=r"inputs had 1 entries, now 2"):
+        run([source, source], prefix)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".len"])
+def test_a_damaged_part_is_made_again(interrupted: tuple[Path, Path], suffix: str) -> None:
+    source, prefix = interrupted
+    (part,) = Path(f"{prefix}.parts").glob(f"*{suffix}")
+    content = bytearray(part.read_bytes())
+    content[0] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(DataError, match=rf"000000-000000\{suffix} is damaged: .* run the same command again"):
+        run([source], prefix)
+    assert run([source], prefix) == TEXTS
+
+
+def test_an_input_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_ds.data import preprocess as module
+
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl(TEXTS))
+    real = module._run_block
+    monkeypatch.setattr(module, "_run_block", lambda block: (real(block), source.write_bytes(jsonl(TEXTS[::-1]))))
+    with pytest.raises(DataError, match="an input changed while it was read"):
+        run([source], tmp_path / "out")
+    assert not (tmp_path / "out.idx").exists()
+
+
+def test_two_runs_on_one_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_ds.data import preprocess as module
+
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl(TEXTS))
+    real, refused = module._run_block, []
+
+    def start_another(block: sources.Block) -> None:
+        with pytest.raises(DataError, match="another run is writing this dataset"):
+            preprocess([str(source)], tmp_path / "out", PreprocessOptions("bytes"), 0)
+        refused.append(block)
+        real(block)
+
+    monkeypatch.setattr(module, "_run_block", start_another)
+    assert run([source], tmp_path / "out") == TEXTS and refused
+
+
+def test_the_first_bad_record_is_reported_whoever_finds_one_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MIN_BLOCK", 4000)
+    monkeypatch.setattr(sources, "MAX_BLOCK", 4000)
+    source = tmp_path / "in.jsonl"
+    # The first block has its bad line at its end, after much work; the second at its start.
+    source.write_bytes(b'{"text": "' + b"a" * 3000 + b'"}\n' + b"{1}\n" + b" " * 1500 + b"\n" + b"{2}\n" * 400)
+    with pytest.raises(DataError, match="line 2: invalid JSON"):
+        preprocess([str(source)], tmp_path / "out", PreprocessOptions("bytes", on_error="fatal"), 2)
+
+
+def test_a_killed_worker_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_ds.data import preprocess as module
+
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl(TEXTS))
+    monkeypatch.setattr(module, "_run_block", _kill_self)
+    with pytest.raises(DataError, match="a preprocessing worker was killed"):
+        preprocess([str(source)], tmp_path / "out", PreprocessOptions("bytes"), 1)
+
+
+def _kill_self(block: sources.Block) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_tools_explain_themselves_and_exit_with_2(tmp_path: Path) -> None:
+    corpus, tokenizer, prefix = tmp_path / "corpus.jsonl", tmp_path / "tokenizer", tmp_path / "data"
+
+    def tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    for result in (
+        tool("build_corpus.py", "--output", corpus, "--max-megabytes", 0.3),
+        tool("train_tokenizer.py", "--input", corpus, "--output", tokenizer, "--vocab-size", 600),
+        tool("preprocess_data.py", "--input", corpus, "--tokenizer", tokenizer, "--output-prefix", prefix, "--quiet"),
+    ):
+        assert result.returncode == 0, result.stderr
+    assert "documents" in result.stdout and IndexedDataset(prefix).num_tokens > 10_000
+    wrong = tool("preprocess_data.py", "--input", "nowhere", "--tokenizer", tokenizer, "--output-prefix", prefix)
+    assert wrong.returncode == 2 and wrong.stderr == "error: input 'nowhere' does not exist\n"
+    shown = tool("preprocess_data.py", "--help").stdout
+    assert "Worker processes. By default one a core" in " ".join(shown.replace("│", " ").split())
