@@ -93,10 +93,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank saw: loss and gradient norm of each step, and its parts of the last gradients and parameters."""
+    """What one rank saw: loss, gradient norm and its parts of the gradients of each step, and of the parameters."""
 
     scalars: list[tuple[float, float]]
-    gradients: list[Part]
+    gradients: list[list[Part]]
     parameters: list[Part]
 
 
@@ -111,14 +111,14 @@ def train(config: RunConfig, mesh: Mesh, look: Callable[[Parts], None] | None = 
     if look is not None:
         look(parts)
     (stage,) = parts.stages.values()
-    gradients: list[Part] = []
+    gradients: list[list[Part]] = []
     update = parts.optimizer.step
 
     def keep_gradients(*arguments: Any, **keywords: Any) -> None:
-        gradients[:] = [
-            Part(p.name, p.global_shape, p.box_offset, p.box_shape, p.start, _copy(p.data))
-            for p in parts.optimizer.gradient_pieces()
-        ]
+        pieces = parts.optimizer.gradient_pieces()
+        gradients.append(
+            [Part(p.name, p.global_shape, p.box_offset, p.box_shape, p.start, _copy(p.data)) for p in pieces]
+        )
         update(*arguments, **keywords)
 
     parts.optimizer.step = keep_gradients  # type: ignore[method-assign]
@@ -163,23 +163,33 @@ class ParityError(AssertionError):
 def assert_parity(ranks: Sequence[Outcome], want: Outcome) -> None:
     """Raise ParityError unless all ranks' scalars and tensors are those of the one-process run.
 
-    The message names the first scalar and the first tensor (in model order, gradients before parameters) that differ.
+    The message names the first scalar, the first gradient (of the first step in which one differs) and the first
+    parameter that differ, in the model's order.
     """
+    # Gradients are listed bucket by bucket; the model's order is that of the parameters.
+    order = [part.name for part in want.parameters]
     lines = _scalar_difference(ranks, want)
-    for kind in ("gradient", "parameter"):
-        got = [getattr(outcome, f"{kind}s") for outcome in ranks]
-        whole = {part.name: part.values.reshape(part.global_shape) for part in getattr(want, f"{kind}s")}
-        # Gradients are listed bucket by bucket; the model's order is that of the parameters.
-        order = [part.name for part in want.parameters]
-        assert set(whole) == set(order)
-        found = [(name, text) for name in order if (text := _tensor_difference(got, name, whole[name]))]
-        unknown = sorted({part.name for parts in got for part in parts} - set(whole))
-        if unknown:
-            lines.append(f"{kind}s that the one-process run does not have: {', '.join(unknown)}")
+    for step, wanted in enumerate(want.gradients):
+        found = _tensor_differences([outcome.gradients[step] for outcome in ranks], wanted, order)
         if found:
-            lines.append(f"first {kind} that differs: {found[0][0]}, {found[0][1]} ({len(found)} of {len(order)} do)")
+            lines.append(f"first gradient that differs, in step {step + 1}: {found}")
+            break
+    found = _tensor_differences([outcome.parameters for outcome in ranks], want.parameters, order)
+    if found:
+        lines.append(f"first parameter that differs: {found}")
     if lines:
         raise ParityError("\n".join(lines))
+
+
+def _tensor_differences(ranks: Sequence[Sequence[Part]], want: Sequence[Part], order: Sequence[str]) -> str | None:
+    """The first tensor in ``order`` that differs, how, and how many do; None if none does."""
+    whole = {part.name: part.values.reshape(part.global_shape) for part in want}
+    assert set(whole) == set(order)
+    unknown = sorted({part.name for parts in ranks for part in parts} - set(whole))
+    if unknown:
+        return f"{unknown[0]}, which the one-process run does not have"
+    found = [(name, text) for name in order if (text := _tensor_difference(ranks, name, whole[name]))]
+    return f"{found[0][0]}, {found[0][1]} ({len(found)} of {len(order)} differ)" if found else None
 
 
 def _scalar_difference(ranks: Sequence[Outcome], want: Outcome) -> list[str]:
@@ -202,9 +212,8 @@ def _tensor_difference(ranks: Sequence[Sequence[Part]], name: str, want: Array) 
                 continue
             if part.global_shape != want.shape:
                 return f"of shape {part.global_shape} on rank {rank}, on one process {want.shape}"
-            flat = covered[tuple(slice(o, o + n) for o, n in zip(part.offset, part.shape))]
-            for index in range(part.start, part.start + part.values.size):
-                flat[np.unravel_index(index, part.shape)] = True
+            box = covered[tuple(slice(o, o + n) for o, n in zip(part.offset, part.shape))]
+            box[np.unravel_index(np.arange(part.start, part.start + part.values.size), part.shape)] = True
             wanted = part.of(want)
             error = np.nan_to_num(np.abs(part.values - wanted), nan=np.inf)
             over = error / np.maximum(1.0, np.abs(wanted))
@@ -212,8 +221,8 @@ def _tensor_difference(ranks: Sequence[Sequence[Part]], name: str, want: Array) 
                 at = int(over.argmax())
                 worst = (
                     over[at],
-                    f"by {error.max():.3e} at {list(part.place(at))}: {part.values[at]!r} on rank {rank}, "
-                    f"{wanted[at]!r} on one process",
+                    f"by {error[at]:.3e} at {list(part.place(at))}: {part.values[at].item()!r} on rank {rank}, "
+                    f"{wanted[at].item()!r} on one process",
                 )
     if not covered.all():
         missing = tuple(int(i) for i in np.argwhere(~covered)[0])
