@@ -13,9 +13,15 @@ from typing import Any
 from megatron_ds.errors import DataError
 
 PROBES = (
-    "The quick brown fox, 1234567 times.", " leading and  double   spaces ", "def f(x):\n\treturn {x: 'y'}\r\n",
-    "naïve café — Ελληνικά, русский, 日本語, 한국어, العربية", "🙂🏽 ½ ﬁ ＡＢ e\u0301 \u200b\u2028", "a▁b", "x", "f(a, b) --> 0.5e-3",
-)  # fmt: skip
+    "The quick brown fox, 1234567 times.",
+    " leading and  double   spaces ",
+    "def f(x):\n\treturn {x: 'y'}\r\n",
+    "naïve café — Ελληνικά, русский, 日本語, 한국어, العربية",
+    "🙂🏽 ½ ﬁ \uff21\uff22 e\u0301 \u200b\u2028",
+    "a▁b",
+    "x",
+    "f(a, b) --> 0.5e-3",
+)
 
 
 def to_tokenizers(processor: Any) -> Any:
@@ -31,7 +37,7 @@ def to_tokenizers(processor: Any) -> Any:
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     if trainer.model_type == trainer.UNIGRAM:
-        model = models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
+        model: Any = models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
     elif trainer.model_type == trainer.BPE:
         vocabulary = {piece: token for token, (piece, _) in enumerate(pieces)}
         unknown = pieces[trainer.unk_id][0]

@@ -74,7 +74,7 @@ def test_seeds_and_epochs_differ() -> None:
 def test_rows_land_everywhere_alike() -> None:
     """Chi-square of (position, row) counts over many epochs, for sizes whose network is as small as can be."""
     for size in (2, 3, 5, 7, 12):
-        epochs = 4000
+        epochs = 1500
         rows = order(11, np.arange(epochs * size), size).reshape(epochs, size)
         counts = np.stack([np.bincount(rows[:, position], minlength=size) for position in range(size)])
         expected = epochs / size

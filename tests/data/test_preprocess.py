@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -293,26 +294,26 @@ def test_stopped_at_every_block_and_continued(
 
 
 def test_killed_at_random_moments_and_continued(tmp_path: Path) -> None:
-    """The real tool, its whole process group, SIGKILL."""
+    """The real tool, its whole process group, SIGKILL: while it starts, between and inside blocks, and in the merge."""
     source = tmp_path / "in.jsonl"
-    source.write_bytes(jsonl([t * 200 for t in TEXTS * 12]))  # about 4 MB, 4 blocks
+    source.write_bytes(jsonl([f"{i} {t}" * 200 for i in range(40) for t in TEXTS]))  # about 13 MB, 13 blocks
     run([source], tmp_path / "whole", workers=0)
     prefix = tmp_path / "killed"
     command = [sys.executable, str(REPOSITORY / "tools/preprocess_data.py"), "--input", str(source), "--quiet"]
     command += ["--tokenizer", "bytes", "--output-prefix", str(prefix), "--workers", "2"]
     draw = random.Random(1)
-    kills = 0
-    for _ in range(40):
+    for wanted in (0, 1, 4, 9, 13):  # parts that are there when the signal is sent, or shortly before
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
-        try:
-            _, stderr = process.communicate(timeout=None if kills >= 5 else draw.uniform(0.4, 1.6))
-            assert process.returncode == 0, stderr.decode()
-            break
-        except subprocess.TimeoutExpired:
+        while process.poll() is None and len(list(tmp_path.glob("killed.parts/*-*.json"))) < wanted:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.01))
+        finished_before = process.poll() is not None
+        assert not (finished_before and wanted < 13), process.communicate()[1].decode()
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-            kills += 1
-    assert kills, "no kill hit the run"
+        process.communicate()
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
     assert outputs(prefix) == outputs(tmp_path / "whole")
 
 
@@ -332,10 +333,8 @@ def test_workers_do_not_outlive_their_parent(tmp_path: Path) -> None:
             time.sleep(0.1)
         assert _group_members(process.pid) == []
     finally:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
 
 def _group_members(group: int) -> list[int]:
