@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,7 @@ class SelfAttention(nn.Module):
         local_heads = self.local_groups * queries_per_group
         slopes = alibi_slopes(groups * queries_per_group)[self.first_head : self.first_head + local_heads]
         self.slopes = slopes if alibi else None
-        make = partial(dict, tp=tp, sequence_parallel=sequence_parallel, device=device, dtype=dtype)
+        make: dict[str, Any] = {"tp": tp, "sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
         self.qkv = ColumnParallelLinear(
             f"{name}.qkv",
             hidden_size,
@@ -88,7 +89,7 @@ class SelfAttention(nn.Module):
             shard_dim=0,
             bias=qkv_bias,
             init_std=init_std,
-            **make(),
+            **make,
         )
         # Each rank's gradient of these weights covers its own heads only, with or without sequence parallelism.
         norm = partial(
@@ -102,7 +103,7 @@ class SelfAttention(nn.Module):
             hidden_size,
             bias=bias,
             init_std=out_std,
-            **make(),
+            **make,
         )
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
@@ -147,9 +148,7 @@ class SelfAttention(nn.Module):
             bias = alibi_bias(self.slopes, inputs.positions, q.dtype)
         return torch.where(allowed, bias, float("-inf"))
 
-    def _dropout_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keys: DropoutKeys
-    ) -> Tensor:
+    def _dropout_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keys: DropoutKeys) -> Tensor:
         """The same attention with dropped probabilities, in plain matmuls: O(s^2) memory, but the same elements are
         dropped on every mesh, which a fused kernel's own generator does not give."""
         s = q.shape[2]
@@ -158,9 +157,7 @@ class SelfAttention(nn.Module):
             bias = torch.zeros(s, s, dtype=q.dtype, device=q.device).masked_fill(
                 ~torch.ones(s, s, dtype=torch.bool, device=q.device).tril(), float("-inf")
             )
-        probabilities = (
-            (scores + bias).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        )
+        probabilities = (scores + bias).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
         # The sequence is whole here, so rows start at position 0; the element within a row is (global head, key).
         rows = keys.row_keys(self.site, s, 0).t()  # [b, s]
         heads = torch.arange(self.first_head, self.first_head + q.shape[1], device=q.device)

@@ -19,45 +19,55 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds import comm
+from megatron_ds.kernels.linear import linear, linear_input_gradient
 from megatron_ds.mesh import Axis
 from megatron_ds.shard import ShardSpec, empty_parameter
 
 
 class _ColumnLinear(torch.autograd.Function):
-    """``y = gather(x) @ w.T`` with the collective of each direction overlapped where something can hide it."""
+    """``y = gather(x) @ w.T + b`` with the collective of each direction overlapped where something can hide it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: Axis, sequence_parallel: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, sequence_parallel: bool) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
         ctx.tp, ctx.sequence_parallel = tp, sequence_parallel
         whole = comm.gather_dim0(x, tp).wait() if sequence_parallel else x
-        return F.linear(whole, weight)
+        return linear(whole, _matrix(weight), None if bias is None else bias.view(-1))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, weight, bias = ctx.saved_tensors
         tp: Axis = ctx.tp
-        need_x, need_weight = ctx.needs_input_grad[:2]
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         (grad,) = grads
         # Only the rank's own part of the sequence was kept; the rest is gathered again behind the first matmul.
         gathered = comm.gather_dim0(x, tp) if ctx.sequence_parallel and need_weight else comm.Pending(x)
         reduced = None
         if need_x:
-            grad_x = grad.matmul(weight)
-            reduced = (
-                comm.scatter_sum_dim0(grad_x, tp)
-                if ctx.sequence_parallel
-                else comm.all_reduce_start(grad_x, tp)
-            )
-        grad_weight = None
-        if need_weight:
-            grad_weight = _weight_gradient(grad, gathered.wait())
-        return reduced.wait() if reduced is not None else None, grad_weight, None, None
+            grad_x = linear_input_gradient(grad, _matrix(weight))
+            reduced = comm.scatter_sum_dim0(grad_x, tp) if ctx.sequence_parallel else comm.all_reduce_start(grad_x, tp)
+        grad_weight = _weight_gradient(weight, grad, gathered.wait()) if need_weight else None
+        grad_bias = _bias_gradient(bias, grad) if need_bias else None
+        return reduced.wait() if reduced is not None else None, grad_weight, grad_bias, None, None
 
 
-def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """``[out, in]`` from ``grad [s, b, out]`` and ``x [s, b, in]``."""
-    return grad.reshape(-1, grad.shape[-1]).t().mm(x.reshape(-1, x.shape[-1]))
+def _matrix(weight: Tensor) -> Tensor:
+    return weight.view(-1, weight.shape[-1])
+
+
+def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
+    """The weight's gradient from ``grad [s, b, out]`` and ``x [s, b, in]``: straight into the gradient buffer where an
+    optimizer gave the weight one (see ``zero/sink.py``), which spares a pass over memory."""
+    left, right = grad.reshape(-1, grad.shape[-1]).t(), x.reshape(-1, x.shape[-1])
+    sink = getattr(weight, "grad_sink", None)
+    if sink is not None:
+        sink.add_matmul(left, right)
+        return None
+    return left.mm(right).view(weight.shape)
+
+
+def _bias_gradient(bias: Tensor, grad: Tensor) -> Tensor:
+    return grad.sum(dim=tuple(range(grad.dim() - 1))).view(bias.shape)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -86,7 +96,7 @@ class ColumnParallelLinear(nn.Module):
     ):
         super().__init__()
         self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
-        place = {"dim": shard_dim, "index": tp.rank, "count": tp.size}
+        place: dict[str, Any] = {"dim": shard_dim, "index": tp.rank, "count": tp.size}
         self.weight = empty_parameter(
             ShardSpec(f"{name}.weight", (*out_shape, in_features), **place, std=init_std), device, dtype
         )
@@ -100,33 +110,34 @@ class ColumnParallelLinear(nn.Module):
         self.out_shape = self.weight.shape[:-1]
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.view(-1, self.weight.shape[-1])
-        bias = self.bias.view(-1) if self.bias is not None else None
-        if self.tp.size == 1:
-            return F.linear(x, weight, bias)
-        y = _ColumnLinear.apply(x, weight, self.tp, self.sequence_parallel)
-        return y if bias is None else y + bias
+        if torch.compiler.is_compiling() and self.tp.size == 1:
+            return F.linear(x, _matrix(self.weight), None if self.bias is None else self.bias.view(-1))
+        return _ColumnLinear.apply(x, self.weight, self.bias, self.tp, self.sequence_parallel)
 
 
 class _RowLinear(torch.autograd.Function):
-    """``y = sum over ranks of x @ w.T``, whole on every rank or scattered along the sequence."""
+    """``y = sum over ranks of x @ w.T, + b``, whole on every rank or scattered along the sequence."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, tp: Axis, sequence_parallel: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, sequence_parallel: bool) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
         ctx.tp, ctx.sequence_parallel = tp, sequence_parallel
-        partial = F.linear(x, weight)
-        return (
-            comm.scatter_sum_dim0(partial, tp).wait() if sequence_parallel else comm.all_reduce(partial, tp)
-        )
+        if tp.size == 1:
+            return linear(x, weight, bias)
+        partial = linear(x, weight)
+        y = comm.scatter_sum_dim0(partial, tp).wait() if sequence_parallel else comm.all_reduce(partial, tp)
+        return y if bias is None else y.add_(bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, weight = ctx.saved_tensors
-        grad = comm.gather_dim0(grads[0], ctx.tp).wait() if ctx.sequence_parallel else grads[0]
-        grad_x = grad.matmul(weight) if ctx.needs_input_grad[0] else None
-        grad_weight = _weight_gradient(grad, x) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        x, weight, bias = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        gathered = comm.gather_dim0(grads[0], ctx.tp) if ctx.sequence_parallel else comm.Pending(grads[0])
+        grad_bias = _bias_gradient(bias, grads[0]) if need_bias else None
+        grad = gathered.wait()
+        grad_x = linear_input_gradient(grad, weight) if need_x else None
+        grad_weight = _weight_gradient(weight, grad, x) if need_weight else None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 class RowParallelLinear(nn.Module):
@@ -167,10 +178,9 @@ class RowParallelLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.tp.size == 1:
+        if torch.compiler.is_compiling() and self.tp.size == 1:
             return F.linear(x, self.weight, self.bias)
-        y = _RowLinear.apply(x, self.weight, self.tp, self.sequence_parallel)
-        return y if self.bias is None else y + self.bias
+        return _RowLinear.apply(x, self.weight, self.bias, self.tp, self.sequence_parallel)
 
 
 def replicated_parameter(
@@ -241,9 +251,7 @@ class VocabParallelEmbedding(nn.Module):
             return F.embedding(tokens, self.weight)
         local = tokens - self.first_row
         outside = (local < 0) | (local >= self.weight.shape[0])
-        partial = F.embedding(local.masked_fill(outside, 0), self.weight).masked_fill(
-            outside.unsqueeze(-1), 0.0
-        )
+        partial = F.embedding(local.masked_fill(outside, 0), self.weight).masked_fill(outside.unsqueeze(-1), 0.0)
         if self.sequence_parallel:
             return comm.reduce_scatter_sequence(partial, self.tp)
         return comm.reduce_from_region(partial, self.tp)

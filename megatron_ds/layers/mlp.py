@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,18 +36,22 @@ class MLP(nn.Module):
     ):
         super().__init__()
         self.activation = activation
-        make = partial(
-            dict, bias=bias, tp=tp, sequence_parallel=sequence_parallel, device=device, dtype=dtype
-        )
+        make: dict[str, Any] = {
+            "bias": bias,
+            "tp": tp,
+            "sequence_parallel": sequence_parallel,
+            "device": device,
+            "dtype": dtype,
+        }
         if activation == "swiglu":
             self.gate_up = ColumnParallelLinear(
-                f"{name}.gate_up", hidden_size, (2, ffn_size), shard_dim=1, init_std=init_std, **make()
+                f"{name}.gate_up", hidden_size, (2, ffn_size), shard_dim=1, init_std=init_std, **make
             )
         else:
             self.up = ColumnParallelLinear(
-                f"{name}.up", hidden_size, (ffn_size,), shard_dim=0, init_std=init_std, **make()
+                f"{name}.up", hidden_size, (ffn_size,), shard_dim=0, init_std=init_std, **make
             )
-        self.down = RowParallelLinear(f"{name}.down", ffn_size, hidden_size, init_std=out_std, **make())
+        self.down = RowParallelLinear(f"{name}.down", ffn_size, hidden_size, init_std=out_std, **make)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation == "swiglu":

@@ -48,14 +48,18 @@ class Loop:
         self.output, self.speedometer, self.evaluation = output, speedometer, evaluation
         self.callbacks = list(callbacks)
         self.step = 0
-        self._saved = -1
+        self._asked_to_stop = threading.Event()
+
+    def ask_to_stop(self) -> None:
+        """End after the step that runs now (the next one, between steps); on all ranks, whichever rank asks."""
+        self._asked_to_stop.set()
 
     def run(self) -> bool:
         """Train to the end; False if the run was asked to stop before it (everything is saved then)."""
         total = self.config.train.steps
         skipped_in_a_row = 0
         stopped = False
-        with stop_signals() as asked_to_stop:
+        with stop_signals(self._asked_to_stop):
             for callback in self.callbacks:
                 callback.on_start(self.step, total)
             try:
@@ -64,7 +68,7 @@ class Loop:
                     step = self.step + 1
                     for callback in self.callbacks:
                         callback.before_step(step)
-                    result = self.parts.step(self._to_device(next(batches)), step, asked_to_stop.is_set())
+                    result = self.parts.step(self._to_device(next(batches)), step, self._asked_to_stop.is_set())
                     self.step = step
                     stopped = result.stop
                     self.speedometer.add(result.tokens)
@@ -156,11 +160,10 @@ class Loop:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event set by SIGTERM or the first Ctrl-C: finish the step, save, and end well. A second Ctrl-C interrupts."""
-    asked = threading.Event()
+def stop_signals(asked: threading.Event) -> Iterator[None]:
+    """SIGTERM and the first Ctrl-C set the event: finish the step, save, and end well. A second Ctrl-C interrupts."""
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield
         return
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -170,7 +173,7 @@ def stop_signals() -> Iterator[threading.Event]:
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -12,7 +12,7 @@ from megatron_ds.mesh import Mesh
 from megatron_ds.pipeline.stage import Model
 from megatron_ds.train.build import build, num_micro_batches
 from megatron_ds.train.callbacks import default_callbacks
-from megatron_ds.train.launch import Place, job, set_threads
+from megatron_ds.train.launch import Place, job, keep_freed_memory, set_threads
 from megatron_ds.train.loop import Evaluation, Loop
 from megatron_ds.train.metrics import Speedometer, peak_tflops
 from megatron_ds.train.output import Output
@@ -28,6 +28,8 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
     """
     device = place.device(config.device)
     set_threads(place, config.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
     shape = validate(config, place.world_size)
     output = Output(config.output)
     output.check(config)

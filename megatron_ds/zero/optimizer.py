@@ -106,8 +106,8 @@ class ZeroOptimizer:
 
         def move(parameter: torch.Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
-            assert gradient is not None
-            sink.add(gradient)
+            if gradient is not None:  # None: the layer wrote into the sink itself
+                sink.add(gradient)
 
         self._hooks.append(parameter.register_post_accumulate_grad_hook(move))
         return sink

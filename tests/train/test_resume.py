@@ -1,0 +1,117 @@
+"""Stop and resume: bit for bit on the same mesh, within float64 rounding on any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_ds.config import RunConfig, from_dict, validate
+from megatron_ds.data.loader import BatchLoader
+from megatron_ds.data.synthetic import SyntheticDataset
+from megatron_ds.mesh import Mesh
+from megatron_ds.models.gpt import gpt_model
+from megatron_ds.testing import device_of_rank, run_ranks
+from megatron_ds.train.build import build
+from megatron_ds.train.callbacks import Callback, MetricsFile
+from megatron_ds.train.loop import Loop
+from megatron_ds.train.metrics import Speedometer
+from megatron_ds.train.output import Output
+from megatron_ds.train.report import read_losses
+
+
+def configuration(output: Path, dtype: str, **mesh: int) -> RunConfig:
+    return from_dict(
+        RunConfig,
+        {
+            "output": str(output),
+            "model": {
+                "num_layers": 4,
+                "hidden_size": 32,
+                "num_heads": 4,
+                "kv_heads": 2,
+                "vocab_size": 61,
+                "vocab_multiple": 16,
+                "position": "rope",
+                "activation": "swiglu",
+                "norm": "rmsnorm",
+                "hidden_dropout": 0.1,
+            },
+            "mesh": mesh,
+            "train": {"steps": 6, "global_batch": 8, "micro_batch": 1, "sequence_length": 16},
+            "precision": {"dtype": dtype},
+            "optimizer": {"lr": 1e-2, "warmup_steps": 2, "min_lr": 1e-3},
+            "checkpoint": {"resume": True},
+            "data": {"synthetic": True},
+        },
+        "test",
+    )
+
+
+class StopAfter(Callback):
+    """Asks to stop as a signal would, from rank 0 alone: the others must learn of it."""
+
+    def __init__(self, loop: Loop, step: int):
+        self.loop, self.step = loop, step
+
+    def before_step(self, step: int) -> None:
+        if step == self.step and dist.get_rank() == 0:
+            self.loop.ask_to_stop()
+
+
+def train(config: RunConfig, stop_at: int) -> tuple[int, dict[str, torch.Tensor]]:
+    """Run or continue up to step ``stop_at``; returns where it started and every weight this rank holds."""
+    world_size = dist.get_world_size()
+    mesh = Mesh.create(validate(config, world_size), device_of_rank(dist.get_rank(), world_size))
+    parts = build(config, mesh, gpt_model(config))
+    dataset = SyntheticDataset(config.model.vocab_size, config.train.sequence_length, config.seed)
+    loader = BatchLoader(
+        dataset, config.train.global_batch, config.train.micro_batch, mesh.dp.rank, mesh.dp.size, prefetch=0
+    )
+    output = Output(config.output)
+    output.root.mkdir(parents=True, exist_ok=True)
+    callbacks = [MetricsFile(output.metrics)] if mesh.rank == 0 else []
+    loop = Loop(config, mesh, parts, loader, output, Speedometer(1.0, 1, None), None, callbacks)
+    if output.has_checkpoint:
+        loop.resume()
+        if mesh.rank == 0:
+            output.truncate_metrics(loop.step)
+    start = loop.step
+    loop.callbacks.append(StopAfter(loop, stop_at))
+    loop.run()
+    pieces = {f"{p.kind}/{p.name}/{p.start}": p.data.clone() for p in parts.optimizer.pieces(for_load=True)}
+    return start, pieces
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_resume_on_the_same_mesh_is_bitwise(tmp_path: Path, dtype: str) -> None:
+    mesh = {"tp": 2, "pp": 2}
+    whole = run_ranks(train, 4, configuration(tmp_path / "whole", dtype, **mesh), 6)
+    first = run_ranks(train, 4, configuration(tmp_path / "parts", dtype, **mesh), 3)
+    second = run_ranks(train, 4, configuration(tmp_path / "parts", dtype, **mesh), 6)
+    assert [start for start, _ in first] == [0] * 4
+    assert [start for start, _ in second] == [3] * 4
+    assert read_losses(tmp_path / "parts") == read_losses(tmp_path / "whole")
+    for (_, want), (_, got) in zip(whole, second):
+        assert want.keys() == got.keys()
+        for name in want:
+            assert torch.equal(want[name], got[name]), name
+
+
+MESHES = [{}, {"tp": 2}, {"pp": 2}, {"dp": 2}, {"tp": 2, "pp": 2}, {"pp": 4}, {"dp": 4}, {"tp": 2, "pp": 2, "dp": 2}]
+
+
+@pytest.mark.parametrize("number", range(len(MESHES)))
+def test_resume_on_another_mesh(tmp_path: Path, number: int) -> None:
+    """Six steps, each two on a mesh of its own, against six on one process."""
+    run_ranks(train, 1, configuration(tmp_path / "one", "fp64"), 6)
+    for leg in range(3):
+        mesh = MESHES[(number + 3 * leg) % len(MESHES)]
+        ranks = mesh.get("tp", 1) * mesh.get("pp", 1) * mesh.get("dp", 1)
+        starts = run_ranks(train, ranks, configuration(tmp_path / "many", "fp64", **mesh), 2 * leg + 2)
+        assert {start for start, _ in starts} == {2 * leg}
+    one, many = read_losses(tmp_path / "one"), read_losses(tmp_path / "many")
+    assert len(many) == 6
+    assert max(abs(a - b) for a, b in zip(one, many)) < 1e-9
