@@ -66,7 +66,7 @@ class SharedArena:
         opened: list[int] = []
         try:
             nonce = secrets.randbits(62)
-            blocks = _offer(descriptor, nbytes, nonce)
+            blocks = _offer(descriptor, nbytes, nonce, axis.size)
             offers = _exchange([os.getpid(), descriptor, nonce, int(bool(blocks))], axis)
             fine = all(offer[3] for offer in offers)
             if fine:
@@ -97,15 +97,27 @@ class SharedArena:
         return sum(-(-numel * dtype.itemsize // _PAGE) * _PAGE for numel, dtype in tensors)
 
 
-def _offer(descriptor: int, nbytes: int, nonce: int) -> list[mmap.mmap]:
+def _offer(descriptor: int, nbytes: int, nonce: int, ranks: int) -> list[mmap.mmap]:
     """This rank's block with the nonce in its first bytes; empty where the host does not have the memory."""
+    # Asked beforehand: this memory has no limit of its own, and reserving more than there is calls the OOM killer.
+    if nbytes * ranks > _available_bytes():
+        return []
     try:
-        os.posix_fallocate(descriptor, 0, nbytes)
+        os.ftruncate(descriptor, nbytes)
         block = mmap.mmap(descriptor, nbytes)
     except OSError:
         return []
     block[:8] = nonce.to_bytes(8, "little")
     return [block]
+
+
+def _available_bytes() -> int:
+    """Memory that the host could give to processes now, without swapping."""
+    with open("/proc/meminfo") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def _accept(

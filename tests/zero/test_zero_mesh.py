@@ -1,0 +1,211 @@
+"""Gradients given by hand on TP x PP x DP: what is summed over which axis, counted once in the norm, saved once."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_ds import comm
+from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
+from megatron_ds.mesh import Mesh, MeshShape
+from megatron_ds.shard import ShardSpec, empty_parameter, spec_of
+from megatron_ds.testing import run_ranks
+from megatron_ds.zero.optimizer import ZeroOptimizer
+
+LR, SCALE = 0.5, 0.125
+SHAPES = {"embedding": (8, 5), "column": (4, 6), "row": (3, 10), "norm": (7,), "bias": (5,), "frozen": (9,)}
+Held = dict[tuple[str, str], list[tuple[tuple[int, ...], tuple[int, ...], int, int, torch.Tensor]]]
+
+
+def random(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(ord(c) * 31**i for i, c in enumerate(key)) % 2**31)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def specs_of_stage(mesh: Mesh) -> list[ShardSpec]:
+    """An untied stage has its own layer; first and last also hold the embedding."""
+    tp, stage = mesh.tp, mesh.pp.rank
+    whole = {"replica": tp.rank > 0, "weight_decay": False}
+    specs = [
+        ShardSpec(f"{stage}.column", SHAPES["column"], 0, tp.rank, tp.size),
+        ShardSpec(f"{stage}.row", SHAPES["row"], 1, tp.rank, tp.size),
+        ShardSpec(f"{stage}.norm", SHAPES["norm"], partial_over_tp=True, **whole),  # type: ignore[arg-type]
+        ShardSpec(f"{stage}.bias", SHAPES["bias"], **whole),  # type: ignore[arg-type]
+        ShardSpec(f"{stage}.frozen", SHAPES["frozen"], **whole),  # type: ignore[arg-type]
+    ]
+    if mesh.pp.is_first or mesh.pp.is_last:
+        copy = mesh.pp.size > 1 and mesh.pp.is_last
+        specs.insert(0, ShardSpec("embedding", SHAPES["embedding"], 0, tp.rank, tp.size, replica=copy))
+    return specs
+
+
+def gradient(spec: ShardSpec, mesh: Mesh) -> torch.Tensor:
+    """This rank's part, with the coordinates over which it is expected to be summed in its key."""
+    key = f"{spec.name} d{mesh.data.rank}"
+    if spec.partial_over_tp:
+        key += f" t{mesh.tp.rank}"
+    if spec.name == "embedding":
+        key += f" p{mesh.pp.rank}"
+    return spec.slice_of(random(key, spec.global_shape))
+
+
+def summed(name: str, shape: MeshShape) -> torch.Tensor:
+    """The global gradient of a global parameter, with no collective."""
+    keys = [f"{name} d{d}" for d in range(shape.dp)]
+    if name.endswith("norm"):
+        keys = [f"{key} t{t}" for key in keys for t in range(shape.tp)]
+    if name == "embedding":
+        keys = [f"{key} p{p}" for key in keys for p in sorted({0, shape.pp - 1})]
+    size = SHAPES[name.split(".")[-1]]
+    return sum((random(key, size) for key in keys), torch.zeros(size, dtype=torch.float64))
+
+
+def global_names(shape: MeshShape) -> list[str]:
+    layer = ("column", "row", "norm", "bias", "frozen")
+    return ["embedding", *(f"{p}.{name}" for p in range(shape.pp) for name in layer)]
+
+
+def build(mesh: Mesh, stage: int, name: str) -> tuple[ZeroOptimizer, list[nn.Parameter]]:
+    parameters = []
+    for spec in specs_of_stage(mesh):
+        parameter = empty_parameter(spec, dtype=torch.float64)
+        parameter.data.copy_(spec.slice_of(random(spec.name, spec.global_shape)))
+        parameter.requires_grad_(not spec.name.endswith("frozen"))
+        parameters.append(parameter)
+    tied = [(p, mesh.embedding) for p in parameters if spec_of(p).name == "embedding"]
+    zero = ZeroOptimizer(
+        parameters,
+        mesh,
+        ZeroConfig(stage=stage, bucket_mb=0.0004),  # type: ignore[arg-type]
+        OptimizerConfig(name=name, lr=LR, weight_decay=0.0, momentum=0.9),  # type: ignore[arg-type]
+        PrecisionConfig(dtype="fp64"),
+        shared_over=tied,
+    )
+    return zero, parameters
+
+
+def one_step(shape: MeshShape, stage: int) -> tuple[float, dict[str, float], Held]:
+    """Squared norm, largest error of each local parameter, and the pieces for saving."""
+    mesh = Mesh.create(shape, torch.device("cpu"))
+    zero, parameters = build(mesh, stage, "sgd")
+    zero.start_step()
+    zero.start_last_micro_batch()
+    for parameter in reversed(parameters):
+        if parameter.requires_grad:
+            parameter.grad_sink.add(gradient(spec_of(parameter), mesh))  # type: ignore[attr-defined]
+    zero.finish_gradients()
+    norm = comm.all_reduce(zero.norm_squared(), mesh.world).item()
+    zero.step(LR, SCALE)
+    errors = {}
+    for parameter in parameters:
+        spec = spec_of(parameter)
+        want = random(spec.name, spec.global_shape)
+        if parameter.requires_grad:
+            want = want - LR * SCALE * summed(spec.name, shape)
+        errors[spec.name] = (parameter.detach() - spec.slice_of(want)).abs().max().item()
+    held: Held = {}
+    for piece in zero.pieces():
+        part = (piece.box_offset, piece.box_shape, piece.start, piece.stop, piece.data.clone())
+        held.setdefault((piece.kind, piece.name), []).append(part)
+    return norm, errors, held
+
+
+MESHES = [MeshShape(tp=2, dp=2), MeshShape(pp=2, dp=2), MeshShape(pp=3), MeshShape(pp=2, dp=2, tp=2)]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("shape", MESHES, ids=lambda shape: f"pp{shape.pp}dp{shape.dp}tp{shape.tp}")
+def test_sums_norm_and_pieces(shape: MeshShape, stage: int) -> None:
+    results = run_ranks(one_step, shape.world_size, shape, stage)
+    trained = [name for name in global_names(shape) if not name.endswith("frozen")]
+    squared = sum(summed(name, shape).square().sum().item() for name in trained)
+    for rank, (norm, errors, _) in enumerate(results):
+        assert norm == pytest.approx(squared, rel=1e-13), f"rank {rank}"
+        assert max(errors.values()) < 1e-14, f"rank {rank}: {errors}"
+
+    # Together the pieces hold every element of every global tensor once.
+    for kind, names in (("param", global_names(shape)), ("momentum_buffer", trained)):
+        for name in names:
+            size = SHAPES[name.split(".")[-1]]
+            found, times = torch.zeros(size, dtype=torch.float64), torch.zeros(size)
+            for _, _, held in results:
+                for offset, box, start, stop, data in held.pop((kind, name), []):
+                    flat, count = torch.zeros(prod(box), dtype=torch.float64), torch.zeros(prod(box))
+                    flat[start:stop], count[start:stop] = data, 1.0
+                    where = tuple(slice(o, o + b) for o, b in zip(offset, box))
+                    found[where] += flat.view(box)
+                    times[where] += count.view(box)
+            assert torch.equal(times, torch.ones(size)), f"{kind} of {name} is saved {times.tolist()} times"
+            want = summed(name, shape) * SCALE
+            if kind == "param":
+                want = random(name, size) - (0.0 if name.endswith("frozen") else LR) * want
+            torch.testing.assert_close(found, want, rtol=0, atol=1e-14)
+    assert not any(held for _, _, held in results)
+
+
+def reload(shape: MeshShape, stage: int) -> list[float]:
+    """Fill what a rank holds from global tensors; refreshed parameters and the next update must follow from them."""
+    mesh = Mesh.create(shape, torch.device("cpu"))
+    zero, parameters = build(mesh, stage, "adamw")
+    for piece in zero.pieces(for_load=True):
+        box = tuple(slice(o, o + b) for o, b in zip(piece.box_offset, piece.box_shape))
+        values = random(f"loaded {piece.name}", piece.global_shape)
+        if piece.kind != "param":
+            values = values.abs() + (0.5 if piece.kind == "exp_avg_sq" else 0.0)
+        piece.data.copy_(values[box].flatten()[piece.start : piece.stop])
+    zero.refresh_parameters()
+    zero.count = 9
+    errors = []
+    for parameter in parameters:
+        spec = spec_of(parameter)
+        want = spec.slice_of(random(f"loaded {spec.name}", spec.global_shape))
+        errors.append((parameter.detach() - want).abs().max().item())
+    zero.start_step()
+    zero.finish_gradients()  # no gradient at all: the update is that of the moments, which decay
+    zero.step(LR)
+    assert zero.count == 10
+    for parameter in parameters:
+        spec = spec_of(parameter)
+        start = spec.slice_of(random(f"loaded {spec.name}", spec.global_shape))
+        moment = start.abs() * 0.9 / (1 - 0.9**10)
+        square = (start.abs() + 0.5) * 0.95 / (1 - 0.95**10)
+        want = start - LR * moment / (square.sqrt() + 1e-8) if parameter.requires_grad else start
+        errors.append((parameter.detach() - want).abs().max().item())
+    return errors
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_loading_and_the_update_after_it(stage: int) -> None:
+    for errors in run_ranks(reload, 4, MeshShape(pp=2, dp=2), stage):
+        assert max(errors) < 1e-12, errors
+
+
+def skipped_then_stepped() -> bool:
+    """A skipped step leaves no trace, and peers' buffers are not overwritten while they are read."""
+    mesh = Mesh.create(MeshShape(dp=dist.get_world_size()), torch.device("cpu"))
+    outcomes = []
+    for skips in (0, 3):
+        zero, parameters = build(mesh, 1, "adamw")
+        for attempt in range(skips + 1):
+            zero.start_step()
+            for parameter in parameters:
+                if parameter.requires_grad:
+                    bad = torch.full_like(parameter, float("nan")) if attempt < skips else None
+                    parameter.grad_sink.add(gradient(spec_of(parameter), mesh) if bad is None else bad)  # type: ignore[attr-defined]
+            zero.finish_gradients()
+            norm = comm.all_reduce(zero.norm_squared(), mesh.world)
+            if norm.isfinite():
+                zero.step(LR, SCALE)
+            else:
+                zero.skip()
+        assert zero.count == 1
+        outcomes.append([p.detach().clone() for p in parameters])
+    return all(torch.equal(a, b) for a, b in zip(*outcomes))
+
+
+def test_a_skipped_step_leaves_no_trace() -> None:
+    assert run_ranks(skipped_then_stepped, 3) == [True] * 3
