@@ -1,0 +1,408 @@
+"""Configurations: every refusal names the value, the rule and the way out; files and command lines read back alike."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from megatron_ds.config import RunConfig, divisors, from_dict, load_toml, parse, to_toml, validate
+from megatron_ds.errors import ConfigError
+from megatron_ds.mesh import MeshShape
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.toml"))
+
+SMALL: dict[str, dict[str, Any]] = {
+    "model": {"num_layers": 6, "hidden_size": 48, "num_heads": 6, "kv_heads": 2, "vocab_size": 100},
+    "train": {"global_batch": 8, "micro_batch": 2, "sequence_length": 32, "steps": 100},
+    "data": {"synthetic": True},
+}
+
+
+def config(**sections: dict[str, Any]) -> RunConfig:
+    """A small legal run, with the given fields of the given sections changed."""
+    names = SMALL.keys() | sections.keys()
+    return from_dict(RunConfig, {n: {**SMALL.get(n, {}), **sections.get(n, {})} for n in names}, "test")
+
+
+# --- validation -------------------------------------------------------------------------------------------------
+
+# world size, what is changed from SMALL, the whole message.
+REFUSED: list[tuple[int, dict[str, dict[str, Any]], str]] = [
+    (
+        1,
+        {"model": {"num_heads": 6, "kv_heads": 4}},
+        "model.num_heads=6 is not a multiple of model.kv_heads=4; kv_heads may be 1, 2, 3 or 6",
+    ),
+    (
+        1,
+        {"model": {"hidden_size": 50}},
+        "model.hidden_size=50 is not a multiple of model.num_heads=6; use 48 or 54, or set model.head_dim",
+    ),
+    (4, {"mesh": {"tp": 4}}, "model.kv_heads=2 cannot be split over mesh.tp=4; tp may be 1 or 2"),
+    (
+        2,
+        {"mesh": {"tp": 2}, "model": {"ffn_hidden_size": 99}},
+        "model.ffn_hidden_size=99 cannot be split over mesh.tp=2; use 98 or 100",
+    ),
+    (
+        2,
+        {"mesh": {"tp": 2}, "model": {"vocab_size": 100, "vocab_multiple": 15}},
+        "the vocabulary padded to 105 (model.vocab_size=100, model.vocab_multiple=15) cannot be split over "
+        "mesh.tp=2; use model.vocab_multiple=30",
+    ),
+    (
+        1,
+        {"model": {"position": "rope", "head_dim": 7}},
+        "rotary positions need an even head_dim, not 7",
+    ),
+    (
+        1,
+        {"model": {"position": "rope", "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0}}},
+        "model.rope_scaling={'factor': 8.0, 'low_freq_factor': 1.0} lacks "
+        "['high_freq_factor', 'original_max_position_embeddings']",
+    ),
+    (
+        1,
+        {"model": {"max_positions": 16}},
+        "train.sequence_length=32 is longer than model.max_positions=16; raise max_positions or shorten the sequence",
+    ),
+    (
+        2,
+        {"mesh": {"tp": 2}, "train": {"sequence_length": 33}},
+        "train.sequence_length=33 cannot be split over mesh.tp=2 for sequence parallelism; use 32 or 34, or "
+        "--mesh.no-sequence-parallel",
+    ),
+    (8, {"mesh": {"pp": 8}}, "model.num_layers=6 cannot fill mesh.pp=8 stages; use pp <= 6"),
+    (
+        2,
+        {"mesh": {"pp": 2}, "pipeline": {"layers_per_stage": [3, 2]}},
+        "pipeline.layers_per_stage=[3, 2] must be 2 positive numbers (mesh.pp) with the sum 6 (model.num_layers); "
+        "it has 2 with the sum 5",
+    ),
+    (
+        4,
+        {"mesh": {"tp": 2}, "train": {"global_batch": 10, "micro_batch": 2}},
+        "train.global_batch=10 is not a multiple of train.micro_batch=2 x dp=2 = 4 (dp is world_size=4 / "
+        "model-parallel 2); use 8 or 12",
+    ),
+    (
+        1,
+        {"optimizer": {"warmup_steps": 101}},
+        "optimizer.warmup_steps=101 is more than the 100 steps of the schedule",
+    ),
+    (1, {"optimizer": {"lr": 1e-4, "min_lr": 1e-3}}, "optimizer.min_lr=0.001 is above optimizer.lr=0.0001"),
+    (
+        1,
+        {"precision": {"dtype": "bf16", "loss_scale": 128.0}},
+        "precision.loss_scale=128.0 is for fp16; precision.dtype is bf16",
+    ),
+    (
+        1,
+        {"data": {"synthetic": False}},
+        "data.prefix is not set: give the path of a .bin/.idx pair without its suffix (tools/preprocess_data.py "
+        "makes one), or --data.synthetic",
+    ),
+    (2, {"mesh": {"cp": 2}}, "mesh.cp=2: context parallelism is not built yet; use mesh.cp=1"),
+]
+
+
+@pytest.mark.parametrize(("world_size", "changes", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_a_refusal_names_value_rule_and_way_out(world_size: int, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        validate(config(**changes), world_size)
+    assert str(refused.value) == message
+
+
+def test_every_check_of_the_validation_is_refused_above() -> None:
+    tree = ast.parse(inspect.getsource(validate))
+    checks = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "check"]
+    beginnings = {re.split(r"[=\d]", message)[0] + message[-12:] for _, _, message in REFUSED}
+    assert len(beginnings) == len(REFUSED), "two rows show the same refusal"
+    assert len(checks) == len(REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "changes"),
+    [
+        (1, {}),
+        (8, {"mesh": {"tp": 2, "pp": 2}}),
+        (2, {"mesh": {"tp": 2, "sequence_parallel": False}, "train": {"sequence_length": 33}}),
+        (2, {"mesh": {"pp": 2}, "pipeline": {"layers_per_stage": [5, 1]}}),
+        (1, {"model": {"hidden_size": 50, "head_dim": 8}}),
+        (1, {"model": {"position": "rope", "max_positions": 16}}),
+        (1, {"optimizer": {"warmup_steps": 150, "decay_steps": 200}}),
+        (1, {"precision": {"dtype": "fp16", "loss_scale": 128.0}}),
+        (1, {"data": {"synthetic": False, "prefix": "corpus"}}),
+    ],
+    ids=str,
+)
+def test_what_is_legal_passes_and_gives_the_mesh(world_size: int, changes: dict[str, Any]) -> None:
+    checked = config(**changes)
+    shape = validate(checked, world_size)
+    assert shape.world_size == world_size
+    assert (shape.tp, shape.pp, shape.cp) == (checked.mesh.tp, checked.mesh.pp, 1)
+
+
+def test_all_faults_are_listed_at_once() -> None:
+    with pytest.raises(ConfigError) as refused:
+        validate(config(model={"kv_heads": 4}, optimizer={"warmup_steps": 101}, data={"synthetic": False}), 1)
+    lines = str(refused.value).splitlines()
+    assert [line[:4] for line in lines] == ["", "  - ", "  - ", "  - "]
+    assert "kv_heads=4" in lines[1] and "warmup_steps=101" in lines[2] and "data.prefix" in lines[3]
+
+
+@given(st.integers(1, 400))
+def test_divisors_are_the_numbers_that_divide(number: int) -> None:
+    found = [int(text) for text in re.findall(r"\d+", divisors(number))]
+    assert found == [d for d in range(1, number + 1) if number % d == 0]
+
+
+def test_derived_sizes() -> None:
+    assert config().model.kv_heads == 2 and config(model={"kv_heads": None}).model.groups == 6
+    assert config(model={"hidden_size": 4096, "activation": "swiglu"}).model.ffn_size == 10944  # 10922.67, up to 64
+    assert config(model={"activation": "gelu"}).model.ffn_size == 192
+    assert config(model={"vocab_size": 50257}).model.padded_vocab == 50304
+    assert config(model={"vocab_size": 128}).model.padded_vocab == 128
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[model]\nnum_layer = 3", "unknown key 'model.num_layer'; did you mean 'model.num_layers'?"),
+        ("[modle]\nnum_layers = 3", "unknown key 'modle'; did you mean 'model'?"),
+        ("[model]\nqqqq = 3", "unknown key 'model.qqqq'"),
+        ("[train]\nsteps = 0", "train.steps = 0: Input should be greater than 0"),
+        ("[train]\nsteps = 1.5", "train.steps = 1.5: Input should be a valid integer"),
+        ('[precision]\ndtype = "fp8"', "precision.dtype = 'fp8': Input should be 'fp32', 'bf16', 'fp16' or 'fp64'"),
+        ("[zero]\nstage = 3", "zero.stage = 3: Input should be 0 or 1"),
+        ("model = 3", "model = 3: Input should be a valid dictionary"),
+        ("[train]\nsteps = 0\nmicro_batch = -1", "train.steps = 0"),
+        ("[train]\nsteps = 0\nmicro_batch = -1", "train.micro_batch = -1"),
+        ("[train", "not valid TOML: "),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_name(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        load_toml(path)
+    assert str(path) in str(refused.value) and message in str(refused.value)
+
+
+def test_a_missing_file_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^--config nowhere\.toml: no such file$"):
+        load_toml("nowhere.toml")
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> RunConfig:
+    """Runs that differ from the defaults in every kind of field: text, numbers, tables, tuples, choices, nothing."""
+    small, positive = st.floats(1e-12, 0.99), st.integers(1, 10**9)
+    return from_dict(
+        RunConfig,
+        {
+            "output": draw(TEXT),
+            "compile": draw(st.booleans()),
+            "threads": draw(st.none() | positive),
+            "model": {
+                "kv_heads": draw(st.none() | positive),
+                "position": draw(st.sampled_from(["learned", "rope", "alibi"])),
+                "rope_scaling": draw(st.none() | st.dictionaries(st.from_regex(r"[a-z_]+", fullmatch=True), small)),
+                "hidden_dropout": draw(small),
+            },
+            "optimizer": {"lr": draw(small), "eps": draw(small)},
+            "pipeline": {"layers_per_stage": draw(st.none() | st.lists(positive, max_size=4))},
+            "data": {"prefix": draw(st.none() | TEXT)},
+            "log": {"record_steps": draw(st.lists(st.integers(0, 99), max_size=3))},
+        },
+        "drawn",
+    )
+
+
+@settings(max_examples=60)
+@given(configs())
+def test_toml_reads_back_to_the_same_configuration(drawn: RunConfig) -> None:
+    again = from_dict(RunConfig, tomllib.loads(to_toml(drawn)), "again")
+    assert again == drawn
+    assert again.fingerprint() == drawn.fingerprint()
+
+
+def test_a_file_reads_back_to_the_same_configuration(tmp_path: Path) -> None:
+    original = config(train={"steps": 7}, data={"prefix": 'a "quoted" \\path\\ with\ttabs, é, 😀 and \x7f'})
+    (tmp_path / "run.toml").write_text(to_toml(original), encoding="utf-8")
+    assert load_toml(tmp_path / "run.toml") == original
+
+
+def test_the_fingerprint_depends_on_every_setting() -> None:
+    base = RunConfig()
+    fingerprints = [base.fingerprint()]
+    for key, _ in fields():
+        section, _, name = key.rpartition(".")
+        value = 77 if not section else getattr(base, section).model_copy(update={name: 77})
+        changed = base.model_copy(update={section or name: value})
+        with warnings.catch_warnings():  # 77 is not of the field's type: the hash does not mind
+            warnings.simplefilter("ignore")
+            fingerprints.append(changed.fingerprint())
+    assert len(set(fingerprints)) == len(fields()) + 1
+
+
+# --- command line -----------------------------------------------------------------------------------------------
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("seed = 5\n[train]\nsteps = 10\nglobal_batch = 4\n[mesh]\nsequence_parallel = false\n")
+    for start in (["--config", str(path)], [f"--config={path}"]):
+        read = parse([*start, "--train.steps", "20", "--pipeline.layers-per-stage", "1", "11", "--zero.no-overlap"])
+        assert (read.seed, read.train.steps, read.train.global_batch) == (5, 20, 4)
+        assert read.pipeline.layers_per_stage == (1, 11)
+        assert not read.mesh.sequence_parallel and not read.zero.overlap
+        assert read.model == RunConfig().model
+    assert parse(["--train.steps=3", "--mesh.sequence-parallel"]).train.steps == 3
+    assert parse(["--train.micro_batch", "3"]).train.micro_batch == 3  # underscores, as in the file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.stepz", "3"], "command line: unknown option --train.stepz; did you mean '--train.steps'?"),
+        (["--confg", "x"], "command line: unknown option --confg; did you mean '--config'?"),
+        (["--zzz"], "command line: unknown option --zzz"),
+        (
+            ["--mesh.no-sequence-paralel"],
+            "command line: unknown option --mesh.no-sequence-paralel; did you mean '--mesh.no-sequence-parallel'?",
+        ),
+        (["--config"], "--config needs a file name, e.g. --config examples/configs/gpt2-345m.toml"),
+        (["--config", "nowhere.toml"], "--config nowhere.toml: no such file"),
+        (
+            ["--config", str(CONFIGS[0]), "--config", str(CONFIGS[1])],
+            "--config is given twice; use one file, and options for what differs",
+        ),
+        (["--train.steps", "0"], "command line: train.steps = 0: Input should be greater than 0"),
+        (["--seed", "-1"], "command line: seed = -1: Input should be greater than or equal to 0"),
+    ],
+)
+def test_a_bad_command_line_is_one_error(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse(arguments)
+    assert str(refused.value) == message
+    assert capfd.readouterr() == ("", ""), "every rank would print it once more"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--train.steps", "many"], ["command line: ", "--train.steps", "'many'"]),
+        (["--precision.dtype", "fp8"], ["command line: ", "'fp8'", "--precision.dtype", "'bf16'"]),
+        (["stray"], ["command line: ", "stray"]),
+        (["--data.split"], ["command line: ", "--data.split"]),
+    ],
+)
+def test_what_the_option_parser_refuses_is_one_error_too(arguments: list[str], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse(arguments)
+    assert all(part in str(refused.value) for part in parts), refused.value
+    assert not set("│╭╰─") & set(str(refused.value))
+
+
+def fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[tuple[str, str | None]]:
+    """(dotted key, description) of every setting."""
+    found: list[tuple[str, str | None]] = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += fields(field.annotation, f"{prefix}{name}.")
+        else:
+            found.append((prefix + name, field.description))
+    return found
+
+
+def test_help_shows_every_field_with_its_description(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit) as left:
+        parse(["--help"])
+    assert left.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert len(fields()) > 70
+    for key, description in fields():
+        assert description and description.rstrip().endswith("."), f"{key} needs a description, a whole sentence"
+        flag = "--" + key.replace("_", "-")
+        assert re.search(rf"{re.escape(flag)}[ ,]", shown), f"--help lacks {flag}"
+        assert " ".join(description.split()) in shown, f"--help lacks the meaning of {key}"
+
+
+def test_help_shows_the_values_of_the_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "run.toml").write_text("[train]\nsteps = 12345\n")
+    with pytest.raises(SystemExit):
+        parse(["--config", str(tmp_path / "run.toml"), "--help"])
+    assert "(default: 12345)" in capsys.readouterr().out
+
+
+def test_print_config_reads_back(tmp_path: Path) -> None:
+    demo = str(ROOT / "examples" / "configs" / "demo.toml")
+    done = subprocess.run(
+        [sys.executable, "examples/pretrain_gpt.py", "--config", demo, "--train.steps", "7", "--print-config"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "shown.toml").write_text(done.stdout)
+    assert load_toml(tmp_path / "shown.toml") == parse(["--config", demo, "--train.steps", "7"])
+
+
+# --- the mesh that a world size leaves ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("world_size", "wanted", "message"),
+    [
+        (
+            7,
+            {"tp": 2, "pp": 2},
+            "world_size=7 cannot be divided by pp=2 x cp=1 x tp=2 = 4; start 4 or 8 ranks, or change mesh.pp, mesh.cp "
+            "or mesh.tp so that their product divides 7",
+        ),
+        (
+            3,
+            {"tp": 4},
+            "world_size=3 cannot be divided by pp=1 x cp=1 x tp=4 = 4; start 4 ranks, or change mesh.pp, mesh.cp "
+            "or mesh.tp so that their product divides 3",
+        ),
+        (
+            8,
+            {"tp": 2, "dp": 3},
+            "mesh.dp=3, but world_size=8 / (pp=1 x cp=1 x tp=2) leaves dp=4; leave mesh.dp unset, or start 6 ranks",
+        ),
+    ],
+)
+def test_a_world_that_the_mesh_does_not_divide(world_size: int, wanted: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        MeshShape.for_world(world_size, **wanted)
+    assert str(refused.value) == message
+    with pytest.raises(ConfigError) as refused:
+        validate(config(mesh=wanted), world_size)
+    assert str(refused.value) == message

@@ -1,0 +1,335 @@
+"""The rules of the house, read from the source: who imports whom, who makes groups, what no module may do.
+
+Every checker is a function from one parsed file to its faults, and is shown a planted fault before it is trusted.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LINKED = ("data", "kernels", "models")  # top-level folders, importable through symlinks in megatron_ds
+LIBRARY = ("megatron_ds", *LINKED)
+PROGRAMS = ("examples", "tools")
+
+# From the bottom up. A module imports from its own area and from those on lower lines, never sideways or up.
+ORDER = (
+    ("errors",),
+    ("kernels", "mesh", "shard"),
+    ("comm", "config", "rng", "shared_memory"),
+    ("checkpoint", "data", "layers", "optim", "pipeline"),
+    ("models", "zero"),
+    ("engine", "inference", "planner", "train"),
+    ("integrations", "testing"),
+    PROGRAMS,
+)
+# Tighter than the order: what these areas may import besides themselves.
+ONLY = {
+    "data": {"errors"},  # it gets dp_rank and dp_size as numbers
+    "kernels": {"errors"},
+    "layers": {"errors", "kernels", "mesh", "shard", "comm", "rng"},  # sizes and a group, not the config of the run
+}
+# What no order says: these get the model as an argument.
+NEVER = {"train": {"models", "layers"}, "zero": {"models", "layers"}, "pipeline": {"models", "layers"}}
+
+Checker = Callable[[str, ast.Module], Iterator[str]]
+
+
+def sources(*folders: str) -> list[str]:
+    """Paths of Python files below the folders, from the root, each once: a symlinked folder counts as what it is."""
+    found = []
+    for folder in folders:
+        for parent, directories, files in os.walk(ROOT / folder):  # does not follow symlinks
+            directories[:] = [d for d in directories if d != "__pycache__"]
+            found += [str((Path(parent) / file).relative_to(ROOT)) for file in files if file.endswith(".py")]
+    return sorted(found)
+
+
+def area(path_or_module: str) -> str:
+    """``zero`` for ``megatron_ds/zero/flat.py``, ``megatron_ds.zero.flat``; ``data`` for ``data/order.py``."""
+    parts = path_or_module.removesuffix(".py").replace("/", ".").split(".")
+    return parts[1] if parts[0] == "megatron_ds" and len(parts) > 1 else parts[0]
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import wherever it stands; ``from megatron_ds import comm`` counts as its submodule."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write the import in full"
+            module = node.module or ""
+            yield node.lineno, module
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+# --- the checkers -----------------------------------------------------------------------------------------------
+
+
+def layering(path: str, tree: ast.Module) -> Iterator[str]:
+    own = area(path)
+    if own == "__init__":
+        return
+    height = {name: line for line, names in enumerate(ORDER) for name in names}
+    if own not in height:
+        yield f"{path}: say in tests/test_policy.py where {own!r} stands in ORDER"
+        return
+    for line, module in imports(tree):
+        other = area(module)
+        if not module.startswith("megatron_ds.") or other == own:
+            continue
+        allowed = other in ONLY[own] if own in ONLY else height.get(other, 99) < height[own]
+        if not allowed or other in NEVER.get(own, ()):
+            yield f"{path}:{line}: {own} must not import {module}"
+
+
+def data_knows_no_process_group(path: str, tree: ast.Module) -> Iterator[str]:
+    if area(path) == "data":
+        for line, module in imports(tree):
+            if module.startswith("torch.distributed"):
+                yield f"{path}:{line}: data gets dp_rank and dp_size as numbers, not {module}"
+
+
+GROUP_MAKERS = {
+    "DeviceMesh",
+    "init_device_mesh",
+    "init_process_group",
+    "new_group",
+    "new_subgroups",
+    "new_subgroups_by_enumeration",
+    "split_group",
+}
+
+
+def groups_come_from_the_mesh(path: str, tree: ast.Module) -> Iterator[str]:
+    if path in ("megatron_ds/mesh.py", "megatron_ds/testing.py") or path.startswith("tools/benchmark/"):
+        return  # the benchmark runs the peers, which make their own
+    from_mesh = {module.rsplit(".", 1)[1] for _, module in imports(tree) if module.startswith("megatron_ds.mesh.")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            function = node.func
+            name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
+            # A dry run's group stands for no other process.
+            fake = any(isinstance(a, ast.Constant) and a.value == "fake" for a in node.args)
+            if name in GROUP_MAKERS and not fake and not (isinstance(function, ast.Name) and name in from_mesh):
+                yield f"{path}:{node.lineno}: {name}() belongs in megatron_ds/mesh.py"
+
+
+MUTATORS = {
+    *("append", "extend", "insert", "remove", "pop", "popitem", "clear", "sort", "reverse"),
+    *("add", "discard", "update", "setdefault", "appendleft", "popleft", "__setitem__"),
+}
+CONTAINERS = {"list", "dict", "set", "defaultdict", "deque", "Counter", "OrderedDict", "WeakKeyDictionary"}
+
+
+# The one way to keep something in a worker of a process pool: its initializer leaves it in its module.
+STATEFUL = {("data/preprocess.py", "_worker")}
+
+
+def _is_container(value: ast.expr | None) -> bool:
+    if isinstance(value, ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp):
+        return True
+    if isinstance(value, ast.Call):
+        function = value.func
+        return (function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")) in CONTAINERS
+    return False
+
+
+def no_module_state(path: str, tree: ast.Module) -> Iterator[str]:
+    """Module-level containers are constants: named as such, and never changed in their file. No ``global``."""
+    names = set()
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign | ast.AnnAssign) and _is_container(statement.value):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            for name in (t.id for t in targets if isinstance(t, ast.Name) and (path, t.id) not in STATEFUL):
+                names.add(name)
+                if name != name.upper() and name != "__all__":
+                    yield f"{path}:{statement.lineno}: {name} is module state; make it an argument, or a CONSTANT"
+    for node in (n for n in ast.walk(tree) if isinstance(n, ast.stmt | ast.expr)):
+        changed: ast.expr | None = None
+        if isinstance(node, ast.Global):
+            yield f"{path}:{node.lineno}: `global {', '.join(node.names)}`"
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATORS:
+            changed = node.func.value
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+            changed = node.value
+        elif isinstance(node, ast.AugAssign):
+            changed = node.target
+        if isinstance(changed, ast.Name) and changed.id in names:
+            yield f"{path}:{node.lineno}: the constant {changed.id} is changed"
+
+
+def no_environment_inside_a_model(path: str, tree: ast.Module) -> Iterator[str]:
+    if area(path) not in ("layers", "models", "optim", "pipeline", "zero"):
+        return
+    for node in (n for n in ast.walk(tree) if isinstance(n, ast.Attribute | ast.Name)):
+        if (node.attr if isinstance(node, ast.Attribute) else node.id) in ("environ", "getenv"):
+            yield f"{path}:{node.lineno}: the environment is read at the program's edge, not here"
+
+
+def no_bare_imports(path: str, tree: ast.Module) -> Iterator[str]:
+    for line, module in imports(tree):
+        if module.split(".")[0] in LINKED:
+            yield f"{path}:{line}: import megatron_ds.{module}: the bare name may be another package"
+
+
+EXECUTABLE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+
+
+def nothing_executable_is_loaded(path: str, tree: ast.Module) -> Iterator[str]:
+    if path == "megatron_ds/testing.py":
+        return  # results of its own child processes
+    for line, module in imports(tree):
+        if module.split(".")[0] in EXECUTABLE or module in ("torch.load", "torch.save"):
+            yield f"{path}:{line}: {module} can run code that a file holds"
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
+            yield f"{path}:{node.lineno}: {node.func.id}()"
+        if ast.unparse(node.func) in ("torch.load", "torch.save", "torch.jit.load"):
+            yield f"{path}:{node.lineno}: {ast.unparse(node.func)}() is a pickle"
+        if any(k.arg == "allow_pickle" and not _is_false(k.value) for k in node.keywords):
+            yield f"{path}:{node.lineno}: allow_pickle"
+
+
+def _is_false(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and value.value is False
+
+
+EVERYWHERE = (*LIBRARY, *PROGRAMS)
+RULES: list[tuple[Checker, tuple[str, ...]]] = [
+    (layering, EVERYWHERE),
+    (data_knows_no_process_group, EVERYWHERE),
+    (groups_come_from_the_mesh, EVERYWHERE),
+    (no_module_state, LIBRARY),
+    (no_environment_inside_a_model, LIBRARY),
+    (no_bare_imports, (*EVERYWHERE, "tests")),
+    (nothing_executable_is_loaded, EVERYWHERE),
+]
+
+
+@pytest.mark.parametrize(("rule", "folders"), RULES, ids=lambda value: getattr(value, "__name__", ""))
+def test_the_sources_keep_the_rule(rule: Checker, folders: tuple[str, ...]) -> None:
+    paths = sources(*folders)
+    assert len(paths) > 30, f"only {len(paths)} files found below {ROOT}: the rule was not checked"
+    faults = [fault for path in paths for fault in rule(path, ast.parse((ROOT / path).read_text()))]
+    assert not faults, "\n".join(faults)
+
+
+PLANTED = [
+    (layering, "megatron_ds/zero/flat.py", "from megatron_ds.models.gpt import GPT", "zero must not import"),
+    (layering, "megatron_ds/pipeline/stage.py", "import megatron_ds.layers.norm", "pipeline must not import"),
+    (
+        layering,
+        "megatron_ds/train/step.py",
+        "def f():\n    from megatron_ds.models import gpt",
+        "train must not import",
+    ),
+    (layering, "megatron_ds/layers/mlp.py", "from megatron_ds import config", "layers must not import"),
+    (layering, "megatron_ds/mesh.py", "from megatron_ds import comm", "mesh must not import"),
+    (layering, "data/loader.py", "from megatron_ds.mesh import Mesh", "data must not import"),
+    (layering, "kernels/norm.py", "from megatron_ds.comm import Pending", "kernels must not import"),
+    (layering, "models/gpt.py", "from megatron_ds.train import step", "models must not import"),
+    (layering, "megatron_ds/newcomer.py", "", "where 'newcomer' stands"),
+    (data_knows_no_process_group, "data/loader.py", "from torch import distributed", "not torch.distributed"),
+    (groups_come_from_the_mesh, "megatron_ds/comm.py", "import torch\ntorch.distributed.new_group()", "new_group()"),
+    (
+        groups_come_from_the_mesh,
+        "models/gpt.py",
+        "from torch.distributed import init_process_group\ninit_process_group('gloo')",
+        "init_process_group()",
+    ),
+    (no_module_state, "megatron_ds/comm.py", "_cache = {}", "_cache is module state"),
+    (no_module_state, "megatron_ds/comm.py", "_seen: set[int] = set()", "_seen is module state"),
+    (no_module_state, "megatron_ds/comm.py", "TABLE = {}\ndef f():\n    TABLE['a'] = 1", "TABLE is changed"),
+    (no_module_state, "megatron_ds/comm.py", "NAMES = []\ndef f():\n    NAMES.append(1)", "NAMES is changed"),
+    (no_module_state, "megatron_ds/comm.py", "N = 0\ndef f():\n    global N\n    N = 1", "`global N`"),
+    (no_environment_inside_a_model, "models/gpt.py", "import os\nx = os.environ['A']", "program's edge"),
+    (no_bare_imports, "examples/demo.py", "from models.gpt import GPT", "import megatron_ds.models.gpt"),
+    (no_bare_imports, "tests/test_x.py", "import kernels", "import megatron_ds.kernels"),
+    (nothing_executable_is_loaded, "megatron_ds/checkpoint/load.py", "import torch\ntorch.load('x')", "torch.load()"),
+    (nothing_executable_is_loaded, "data/cache.py", "import pickle", "pickle can run code"),
+    (nothing_executable_is_loaded, "data/cache.py", "np.load('x', allow_pickle=True)", "allow_pickle"),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "source", "fault"), PLANTED)
+def test_each_rule_finds_a_planted_fault(rule: Checker, path: str, source: str, fault: str) -> None:
+    found = list(rule(path, ast.parse(source)))
+    assert any(fault in text for text in found), found
+
+
+INNOCENT = [
+    (layering, "megatron_ds/train/step.py", "from megatron_ds.zero.optimizer import ZeroOptimizer"),
+    (layering, "examples/demo.py", "from megatron_ds.models.gpt import GPT\nfrom megatron_ds.train import step"),
+    (
+        groups_come_from_the_mesh,
+        "megatron_ds/train/launch.py",
+        "from megatron_ds.mesh import init_process_group\ninit_process_group('gloo', 0, 1, store)",
+    ),
+    (no_module_state, "megatron_ds/comm.py", "TABLE = {'a': 1}\ndef f():\n    own = []\n    own.append(TABLE['a'])"),
+    (nothing_executable_is_loaded, "megatron_ds/x.py", "module.eval()\nnp.load('x', allow_pickle=False)"),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "source"), INNOCENT)
+def test_no_rule_accuses_the_innocent(rule: Checker, path: str, source: str) -> None:
+    assert list(rule(path, ast.parse(source))) == []
+
+
+# --- rules about files ------------------------------------------------------------------------------------------
+
+
+def test_no_file_hides_a_second_idea() -> None:
+    lengths = {path: len((ROOT / path).read_text().splitlines()) for path in sources(*EVERYWHERE)}
+    long = {path: n for path, n in lengths.items() if n > 450}
+    assert not long, f"over 450 lines: {long}"
+
+
+def test_linked_folders_are_relative_symlinks_without_init() -> None:
+    for folder in LINKED:
+        link = ROOT / "megatron_ds" / folder
+        assert link.is_symlink() and os.readlink(link) == f"../{folder}", f"{link} must be a symlink to ../{folder}"
+        assert (ROOT / folder).is_dir()
+        assert not (ROOT / folder / "__init__.py").exists(), f"{folder}/__init__.py would make the bare name importable"
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    # Without packages, pytest imports test files by their bare name: two alike would hide one another.
+    names = Counter(Path(path).name for path in sources("tests"))
+    assert max(names.values()) == 1, [name for name, count in names.items() if count > 1]
+
+
+BLOCKED_IMPORTS = """
+import importlib, importlib.abc, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("triton", "transformers"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+print("imported", len(sys.argv) - 1)
+"""
+
+
+def test_everything_imports_without_triton_and_transformers() -> None:
+    paths = [path for path in sources(*LIBRARY) if not path.startswith("kernels/triton/")]
+    modules = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in paths]
+    modules = [name if name.startswith("megatron_ds") else f"megatron_ds.{name}" for name in modules]
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED_IMPORTS, *modules], capture_output=True, text=True, cwd="/", timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"imported {len(modules)}"
