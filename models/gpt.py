@@ -9,6 +9,7 @@ A parameter's name does not depend on the stage it lives in: block 17 is ``layer
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,14 @@ _EMBEDDING_SITE = 0
 _SITES_A_BLOCK = 3
 
 
+class Table(nn.Module):
+    """A bare ``weight``, so that a parameter used by its owner directly has a name like any layer's."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
 
@@ -52,7 +61,7 @@ class Block(nn.Module):
         super().__init__()
         c, name = config, f"layers.{index}"
         self.hidden_dropout, self.site = c.hidden_dropout, 1 + index * _SITES_A_BLOCK
-        where = {"tp": tp, "device": device, "dtype": dtype}
+        where: dict[str, Any] = {"tp": tp, "device": device, "dtype": dtype}
         partial = sequence_parallel and tp.size > 1
         out_std = output_std(c.init_std, c.num_layers)
         self.attention_norm = Norm(
@@ -126,7 +135,7 @@ class GPT(nn.Module):
         self.tp, self.span, self.dropout_seed = tp, span, dropout_seed
         self.sequence_parallel = sequence_parallel and tp.size > 1
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
-        where = {"tp": tp, "device": device, "dtype": dtype}
+        where: dict[str, Any] = {"tp": tp, "device": device, "dtype": dtype}
         if span.embedding or (span.head and c.tied_embeddings):
             self.embedding = VocabParallelEmbedding(
                 "embedding",
@@ -138,19 +147,20 @@ class GPT(nn.Module):
                 **where,
             )
         if span.embedding and c.position == "learned":
-            self.position = nn.Module()
-            self.position.weight = replicated_parameter(
-                "position.weight",
-                (c.max_positions, c.hidden_size),
-                "normal",
-                tp,
-                self.sequence_parallel,
-                weight_decay=True,
-                std=c.init_std,
-                device=device,
-                dtype=dtype,
+            self.position = Table(
+                replicated_parameter(
+                    "position.weight",
+                    (c.max_positions, c.hidden_size),
+                    "normal",
+                    tp,
+                    self.sequence_parallel,
+                    weight_decay=True,
+                    std=c.init_std,
+                    device=device,
+                    dtype=dtype,
+                )
             )
-        norm = {"eps": c.norm_eps, "partial": self.sequence_parallel, **where}
+        norm: dict[str, Any] = {"eps": c.norm_eps, "partial": self.sequence_parallel, **where}
         if span.embedding and c.embedding_norm:
             self.embedding_norm = Norm("embedding_norm", "layernorm", c.hidden_size, **norm)
         self.layers = nn.ModuleDict(
@@ -170,15 +180,12 @@ class GPT(nn.Module):
         if span.head:
             self.final_norm = Norm("final_norm", c.norm, c.hidden_size, **norm)
             if not c.tied_embeddings:
-                self.head = nn.Module()
-                self.head.weight = empty_parameter(
-                    ShardSpec("head.weight", (c.padded_vocab, c.hidden_size), 0, tp.rank, tp.size, std=c.init_std),
-                    device,
-                    dtype,
-                )
-        self.frequencies = (
-            rotary_frequencies(c.head_size, c.rope_theta, c.rope_scaling) if c.position == "rope" else None
-        )
+                shape = (c.padded_vocab, c.hidden_size)
+                spec = ShardSpec("head.weight", shape, 0, tp.rank, tp.size, std=c.init_std)
+                self.head = Table(empty_parameter(spec, device, dtype))
+        frequencies = rotary_frequencies(c.head_size, c.rope_theta, c.rope_scaling) if c.position == "rope" else None
+        self.frequencies: Tensor | None
+        self.register_buffer("frequencies", None if frequencies is None else frequencies.to(device), persistent=False)
 
     def initialize(self, seed: int) -> None:
         """Set every weight from (seed, its global name); padding rows of the vocabulary are zero."""
@@ -225,7 +232,7 @@ class GPT(nn.Module):
 
     @property
     def output_weight(self) -> nn.Parameter:
-        return self.embedding.weight if self.config.tied_embeddings else self.head.weight
+        return cast(nn.Parameter, self.embedding.weight if self.config.tied_embeddings else self.head.weight)
 
     def hidden_states(self, micro_batch: MicroBatch, hidden: Tensor | None = None) -> Tensor:
         """The output of this stage's blocks."""
@@ -251,7 +258,7 @@ class GPT(nn.Module):
         x = self.embedding(tokens)
         if self.config.position == "learned":
             positions = comm.slice_dim0(inputs.positions, self.tp) if self.sequence_parallel else inputs.positions
-            x = x + F.embedding(positions, self.position.weight)
+            x = x + F.embedding(positions, cast(Tensor, self.position.weight))
         if self.config.embedding_norm:
             x = self.embedding_norm(x)
         return dropout(x, self.config.hidden_dropout, inputs.keys, _EMBEDDING_SITE)

@@ -80,7 +80,8 @@ class SelfAttention(nn.Module):
         self.first_head = tp.rank * self.local_groups * queries_per_group
         local_heads = self.local_groups * queries_per_group
         slopes = alibi_slopes(groups * queries_per_group)[self.first_head : self.first_head + local_heads]
-        self.slopes = slopes if alibi else None
+        self.slopes: Tensor | None
+        self.register_buffer("slopes", slopes.to(device) if alibi else None, persistent=False)
         make: dict[str, Any] = {"tp": tp, "sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
         self.qkv = ColumnParallelLinear(
             f"{name}.qkv",
