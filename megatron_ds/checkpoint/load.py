@@ -12,14 +12,12 @@ import torch.distributed as dist
 
 from megatron_ds.checkpoint.manifest import Manifest, last_good
 from megatron_ds.checkpoint.pieces import Piece
-from megatron_ds.checkpoint.reader import Checkpoint
+from megatron_ds.checkpoint.reader import Checkpoint, Request
 from megatron_ds.checkpoint.together import exchange, group_device, together
 from megatron_ds.errors import CheckpointError
 from megatron_ds.mesh import Axis
 
 SHOWN = 10
-# How many tensors' chunks are read ahead of the copying.
-AHEAD = 8
 
 
 def load(path: str | Path, pieces: Sequence[Piece], world: Axis | None = None, verify: bool = True) -> dict[str, Any]:
@@ -48,7 +46,8 @@ def load(path: str | Path, pieces: Sequence[Piece], world: Axis | None = None, v
         compare(checkpoint.manifest, checkpoint.directory, pieces, world)
         with together(world):
             try:
-                _fill(checkpoint, pieces)
+                with torch.no_grad():
+                    checkpoint.fill(_requests(checkpoint, pieces))
             except CheckpointError as error:
                 hint = last_good(checkpoint.directory.parent, besides=checkpoint.directory)
                 raise CheckpointError(f"{error}{hint}") from error
@@ -93,25 +92,15 @@ def compare(manifest: Manifest, directory: Path, pieces: Sequence[Piece], world:
         raise CheckpointError("\n".join(lines))
 
 
-def _fill(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> None:
-    # In the order of the files, so that the disk reads forward.
-    def place(piece: Piece) -> tuple[int, int]:
-        parts = checkpoint.record(piece.name, piece.kind).parts
-        return min(((part.file, part.start) for part in parts), default=(0, 0))
-
-    ordered = sorted(pieces, key=place)
-    with torch.no_grad():
-        for index, piece in enumerate(ordered):
-            for upcoming in ordered[index + AHEAD - 1 if index else 0 : index + AHEAD]:
-                record = checkpoint.record(upcoming.name, upcoming.kind)
-                for box in upcoming.boxes():
-                    checkpoint.start_checks(record, box)
-            record = checkpoint.record(piece.name, piece.kind)
-            begin = 0
-            for box in piece.boxes():
-                target = piece.data[begin : begin + box.numel].view(box.shape)
-                checkpoint.fill(record, box, target)
-                begin += box.numel
+def _requests(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> list[Request]:
+    requests = []
+    for piece in pieces:
+        record = checkpoint.record(piece.name, piece.kind)
+        begin = 0
+        for box in piece.boxes():
+            requests.append(Request(record, box, piece.data[begin : begin + box.numel].view(box.shape)))
+            begin += box.numel
+    return requests
 
 
 def _label(kind: str, name: str) -> str:

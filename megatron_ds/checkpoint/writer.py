@@ -3,17 +3,11 @@
 The file is cut into chunks of 8 MB. The caller queues spans of tensors, in file order; when a chunk is full, one of
 the writer's threads copies its spans into an aligned staging buffer, takes the checksum there and writes it. So
 copy, checksum and write of different chunks overlap, and no more than the staging buffers is held beyond the
-tensors themselves. Buffered writes are the fallback where a filesystem refuses ``O_DIRECT``: through the page cache
-the same disk reached 0.3 GB/s instead of 1.6 (a VM's virtio disk, ext4).
+tensors themselves.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import fcntl
-import logging
-import os
 import queue
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,12 +18,11 @@ import numpy as np
 import torch
 import xxhash
 
-from megatron_ds.checkpoint.safetensors_header import ALIGNMENT, Layout
+from megatron_ds.checkpoint.direct_io import DirectFile, aligned_buffer, aligned_up
+from megatron_ds.checkpoint.safetensors_header import Layout
 
 CHUNK_BYTES = 8 << 20
 THREADS = 4
-
-log = logging.getLogger(__name__)
 
 
 def checksum(data: bytes | memoryview) -> str:
@@ -63,16 +56,11 @@ class ChunkedWriter:
 
     def __init__(self, path: Path, layout: Layout, pin: bool = False, threads: int = THREADS, chunk: int = CHUNK_BYTES):
         self.path, self.size, self.chunk = path, layout.size, chunk
-        self._fd, self.direct = _open_for_writing(path)
-        try:
-            _reserve(self._fd, self.size)
-        except BaseException:
-            os.close(self._fd)
-            raise
+        self._file = DirectFile.create(path, self.size)
         threads = min(threads, -(-self.size // chunk))
         self._staging: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         for _ in range(threads):
-            self._staging.put(_aligned_buffer(min(chunk, -(-self.size // ALIGNMENT) * ALIGNMENT), pin))
+            self._staging.put(aligned_buffer(min(chunk, aligned_up(self.size)), pin))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="checkpoint-writer")
         # Bounds how far a caller that streams tensors runs ahead, and so how many of them stay alive.
         self._ahead = threading.Semaphore(2 * threads)
@@ -95,18 +83,13 @@ class ChunkedWriter:
         if written != self.size:
             raise ValueError(f"{self.path.name}: {written} bytes were written, the layout says {self.size}")
         self._pool.shutdown()
-        os.ftruncate(self._fd, self.size)  # the last direct write was padded to the alignment
-        os.fsync(self._fd)
-        os.close(self._fd)
-        self._fd = -1
+        self._file.finish(self.size)
         return FileRecord(self.path.name, self.size, checksums)
 
     def abort(self) -> None:
         """Stop and close the file, whatever state it is in. Harmless after :meth:`close`."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._file.close()
 
     def __enter__(self) -> ChunkedWriter:
         return self
@@ -145,9 +128,9 @@ class ChunkedWriter:
                     np.copyto(target.numpy(), span.numpy())
                 filled += span.numel()
             digest = checksum(staging[:filled].numpy().data)
-            padded = -(-filled // ALIGNMENT) * ALIGNMENT
+            padded = aligned_up(filled)
             staging[filled:padded] = 0
-            self._pwrite(staging[:padded].numpy().data, offset)
+            self._file.write(staging[:padded].numpy().data, offset)
             return digest
         except Exception as error:
             self._failure = error
@@ -155,51 +138,3 @@ class ChunkedWriter:
         finally:
             self._staging.put(staging)
             self._ahead.release()
-
-    def _pwrite(self, data: memoryview, offset: int) -> None:
-        while data:
-            try:
-                written = os.pwrite(self._fd, data, offset)
-            except OSError as error:
-                if error.errno != errno.EINVAL or not self.direct:
-                    raise
-                # Some filesystems open with O_DIRECT and refuse it at the first write.
-                self._use_page_cache()
-                continue
-            data, offset = data[written:], offset + written
-
-    def _use_page_cache(self) -> None:
-        self.direct = False
-        fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) & ~os.O_DIRECT)
-        log.warning("%s: the filesystem refuses direct I/O, writing through the page cache (slower)", self.path)
-
-
-def _open_for_writing(path: Path) -> tuple[int, bool]:
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
-    try:
-        return os.open(path, flags | os.O_DIRECT, 0o644), True
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    path.unlink(missing_ok=True)  # Linux creates the file before it refuses the flag
-    log.warning("%s: the filesystem refuses direct I/O, writing through the page cache (slower)", path)
-    return os.open(path, flags, 0o644), False
-
-
-def _reserve(fd: int, size: int) -> None:
-    """Give the file its blocks now. Direct writes into reserved blocks run in parallel; those that extend do not.
-
-    ``os.posix_fallocate`` is not used: where the filesystem cannot reserve, glibc writes a byte into every block.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.fallocate(fd, 0, ctypes.c_longlong(0), ctypes.c_longlong(size)) == 0:
-        return
-    code = ctypes.get_errno()
-    if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
-        raise OSError(code, os.strerror(code))
-
-
-def _aligned_buffer(size: int, pin: bool) -> torch.Tensor:
-    base = torch.empty(size + ALIGNMENT, dtype=torch.uint8, pin_memory=pin)
-    skip = -base.data_ptr() % ALIGNMENT
-    return base[skip : skip + size]

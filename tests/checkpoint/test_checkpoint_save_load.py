@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_state import KINDS, TENSORS, pieces_of_rank, save_virtually, whole, wrong_pieces
+from checkpoint_state import KINDS, TENSORS, pieces_of_rank, save_virtually, whole, wrong_pieces
 from safetensors import safe_open
 
 from megatron_ds.checkpoint import Checkpoint, Piece, load, read_meta, resolve, save

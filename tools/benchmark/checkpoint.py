@@ -1,0 +1,197 @@
+"""How fast a checkpoint reaches the disk and comes back: ours, torch's DCP and ``safetensors.save_file``, interleaved.
+
+Every rank holds its half of the same fp32 tensors. A save counts from a barrier until every rank's bytes are durable
+(fsync) and, where the format has one, the checkpoint is committed. Loads start with the files dropped from the page
+cache. "disk" is the same bytes written with direct I/O from four threads and nothing else: the rate to aim at.
+
+    python tools/benchmark/checkpoint.py --gigabytes 1 --ranks 2 --repeats 3
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import tyro
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+from megatron_ds.checkpoint import Piece, load, save
+from megatron_ds.mesh import Axis
+from megatron_ds.shard import ShardSpec
+from megatron_ds.testing import run_ranks
+
+COLUMNS = 1024
+TENSOR_ROWS = 4096  # 16 MB a tensor in fp32: about a layer's matrix of a 1B model
+
+
+@dataclass
+class Options:
+    gigabytes: float = 1.0
+    """Size of the whole checkpoint, in 1e9 bytes."""
+    ranks: int = 2
+    """Processes that save together (gloo)."""
+    repeats: int = 3
+    """Runs of each; the median is shown."""
+    directory: Path | None = None
+    """Where to write; it must be on the disk to be measured. Default: the temporary directory."""
+
+
+def main(options: Options) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=options.directory))
+    try:
+        results = run_ranks(measure, options.ranks, str(folder), options.gigabytes, options.repeats, timeout=1200.0)[0]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    table = Table(
+        title=f"{options.gigabytes:g} GB from {options.ranks} ranks, GB/s, median of {options.repeats} (lowest-highest)"
+    )
+    for column in ("", "save", "load, cold"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in METHODS:
+        cells = []
+        for what in ("save", "load"):
+            rates = sorted(options.gigabytes / seconds for seconds in results.get((name, what), []))
+            text = f"{statistics.median(rates):.2f} ({rates[0]:.2f}-{rates[-1]:.2f})" if rates else ""
+            cells.append(text)
+        table.add_row(name, *cells)
+    Console().print(table)
+
+
+def measure(folder: str, gigabytes: float, repeats: int) -> dict[tuple[str, str], list[float]]:
+    """On every rank: all methods, interleaved. Returns seconds by (method, "save" or "load")."""
+    warnings.simplefilter("ignore")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    count = max(1, round(gigabytes * 1e9 / (4 * COLUMNS * TENSOR_ROWS)))
+    rows = round(gigabytes * 1e9 / count / 4 / COLUMNS / world)
+    generator = torch.Generator().manual_seed(rank)
+    state = {f"layers.{i}.weight": torch.randn(rows, COLUMNS, generator=generator) for i in range(count)}
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for repeat in range(repeats):
+        for name, (saver, loader) in METHODS.items():
+            path = Path(folder) / f"{name.replace(' ', '-')}-{repeat}"
+            os.sync()
+            seconds.setdefault((name, "save"), []).append(timed(lambda: saver(path, state)))  # noqa: B023
+            if loader is not None:
+                drop_from_page_cache(path)
+                target = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+                seconds.setdefault((name, "load"), []).append(timed(lambda: loader(path, target)))  # noqa: B023
+                if not all(torch.equal(target[key], state[key]) for key in state):
+                    raise AssertionError(f"{name} did not load what it saved")
+            dist.barrier()
+            if rank == 0:
+                shutil.rmtree(path)
+    return seconds
+
+
+def timed(function: Callable[[], None]) -> float:
+    dist.barrier()
+    start = time.perf_counter()
+    function()
+    dist.barrier()
+    return time.perf_counter() - start
+
+
+def drop_from_page_cache(path: Path) -> None:
+    dist.barrier()
+    for file in path.rglob("*"):
+        if file.is_file():
+            fd = os.open(file, os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
+def pieces(state: dict[str, torch.Tensor]) -> list[Piece]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return [
+        Piece.of(ShardSpec(key, (tensor.shape[0] * world, tensor.shape[1]), 0, rank, world), "param", tensor)
+        for key, tensor in state.items()
+    ]
+
+
+def world_axis() -> Axis:
+    return Axis("world", dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+
+
+def save_ours(path: Path, state: dict[str, torch.Tensor]) -> None:
+    save(path, 1, pieces(state), {}, world_axis())
+
+
+def load_ours(path: Path, state: dict[str, torch.Tensor]) -> None:
+    load(path, pieces(state), world_axis())
+
+
+def distributed(state: dict[str, torch.Tensor]) -> dict[str, DTensor]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return {key: DTensor.from_local(tensor, mesh, [Shard(0)]) for key, tensor in state.items()}
+
+
+def save_dcp(path: Path, state: dict[str, torch.Tensor]) -> None:
+    dcp.save(distributed(state), checkpoint_id=path)  # its writer calls fsync by default
+
+
+def load_dcp(path: Path, state: dict[str, torch.Tensor]) -> None:
+    dcp.load(distributed(state), checkpoint_id=path)
+
+
+def save_safetensors(path: Path, state: dict[str, torch.Tensor]) -> None:
+    path.mkdir(exist_ok=True)
+    file = path / f"{dist.get_rank()}.safetensors"
+    save_file(state, file)
+    fd = os.open(file, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def load_safetensors(path: Path, state: dict[str, torch.Tensor]) -> None:
+    for key, tensor in load_file(path / f"{dist.get_rank()}.safetensors").items():
+        state[key].copy_(tensor)
+
+
+def write_raw(path: Path, state: dict[str, torch.Tensor]) -> None:
+    path.mkdir(exist_ok=True)
+    size = sum(tensor.nbytes for tensor in state.values())
+    chunk = 8 << 20
+    fd = os.open(path / str(dist.get_rank()), os.O_CREAT | os.O_WRONLY | os.O_DIRECT)
+    os.posix_fallocate(fd, 0, size)
+    base = np.ones(chunk + 4096, dtype=np.uint8)
+    aligned = base[-base.ctypes.data % 4096 :][:chunk].data
+    chunks = itertools.count()
+
+    def write() -> None:
+        while (offset := next(chunks) * chunk) < size:
+            os.pwrite(fd, aligned, offset)
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    os.fsync(fd)
+    os.close(fd)
+
+
+METHODS: dict[str, tuple[Callable[..., None], Callable[..., None] | None]] = {
+    "disk": (write_raw, None),
+    "ours": (save_ours, load_ours),
+    "DCP": (save_dcp, load_dcp),
+    "safetensors": (save_safetensors, load_safetensors),
+}
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
