@@ -9,7 +9,7 @@ from megatron_ds.data.gpt_dataset import Batch
 
 
 class SyntheticDataset:
-    """Uniform random tokens; sample k depends on (seed, k) alone. A :class:`~megatron_ds.data.gpt_dataset.SampleSource`.
+    """Uniform random tokens, sample k from (seed, k) alone. A :class:`~megatron_ds.data.gpt_dataset.SampleSource`.
 
     Args:
         vocab_size: ids are 0..vocab_size-1.

@@ -126,9 +126,7 @@ class Mesh:
         world: every rank.
     """
 
-    def __init__(
-        self, shape: MeshShape, device: torch.device, rank: int = 0, device_mesh: DeviceMesh | None = None
-    ):
+    def __init__(self, shape: MeshShape, device: torch.device, rank: int = 0, device_mesh: DeviceMesh | None = None):
         self.shape = shape
         self.device = device
         self.rank = rank
@@ -140,17 +138,13 @@ class Mesh:
             return
         data_mesh = device_mesh["dp", "cp"]._flatten("data") if shape.dp * shape.cp > 1 else None
         self.data = (
-            Axis(
-                "data", data_mesh.get_local_rank(), data_mesh.size(), data_mesh.get_group(), _ranks(data_mesh)
-            )
+            Axis("data", data_mesh.get_local_rank(), data_mesh.size(), data_mesh.get_group(), _ranks(data_mesh))
             if data_mesh is not None
             else Axis("data", ranks=(rank,))
         )
         everyone = tuple(range(shape.world_size))
         self.world = (
-            Axis("world", rank, shape.world_size, dist.group.WORLD, everyone)
-            if shape.world_size > 1
-            else Axis("world")
+            Axis("world", rank, shape.world_size, dist.group.WORLD, everyone) if shape.world_size > 1 else Axis("world")
         )
         lines = self._pipeline_lines()
         self.pp_back = self._extra_axis("pp_back", lines)
@@ -210,9 +204,7 @@ class Mesh:
             dist.barrier(group=self.world.group)
 
     def __repr__(self) -> str:
-        place = ", ".join(
-            f"{axis.name} {axis.rank}/{axis.size}" for axis in (self.pp, self.dp, self.cp, self.tp)
-        )
+        place = ", ".join(f"{axis.name} {axis.rank}/{axis.size}" for axis in (self.pp, self.dp, self.cp, self.tp))
         return f"Mesh(rank {self.rank}: {place})"
 
     def __str__(self) -> str:

@@ -56,9 +56,7 @@ def _fill_normal(parameter: nn.Parameter, seed: int) -> None:
     row_shape = shape[1:]
     first = spec.offset[0]
     last = first + parameter.shape[0]
-    local = (
-        parameter.data.reshape(parameter.shape[0], -1) if parameter.dim() > 1 else parameter.data.unsqueeze(1)
-    )
+    local = parameter.data.reshape(parameter.shape[0], -1) if parameter.dim() > 1 else parameter.data.unsqueeze(1)
     # Rows may be few and huge (qkv has one row a group), so a block is bounded by its elements too.
     per_row = max(1, parameter.numel() // max(1, parameter.shape[0]))
     whole_row = per_row if spec.dim in (None, 0) else per_row * spec.count

@@ -26,7 +26,7 @@ class ShardSpec:
         name: global name, independent of the pipeline split (``layers.17.attention.qkv.weight``).
         global_shape: shape of the whole tensor.
         dim: the sharded dim, or None where every tensor-parallel rank holds the whole tensor.
-        index, count: this shard is number ``index`` of ``count`` equal slices along ``dim`` (0 of 1 if ``dim`` is None).
+        index, count: this shard is number ``index`` of ``count`` equal slices along ``dim``; 0 of 1 if that is None.
         partial_over_tp: the gradient each tensor-parallel rank computes is only its share and must be summed over
             the TP axis (a norm weight under sequence parallelism sees only its part of the sequence).
         replica: this rank's copy is a duplicate of one that another rank owns (the TP ranks other than 0 of an

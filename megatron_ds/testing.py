@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Modules imported once in the fork server; a child then starts with them in memory. Names only: nothing here imports them.
+# Imported once in the fork server; a child then starts with them in memory. Names only: nothing here imports them.
 _PRELOAD = [
     "torch.distributed.device_mesh",
     "torch.utils.checkpoint",
