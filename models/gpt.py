@@ -9,7 +9,7 @@ A parameter's name does not depend on the stage it lives in: block 17 is ``layer
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -232,7 +232,7 @@ class GPT(nn.Module):
 
     @property
     def output_weight(self) -> nn.Parameter:
-        return cast(nn.Parameter, self.embedding.weight if self.config.tied_embeddings else self.head.weight)
+        return self.embedding.weight if self.config.tied_embeddings else self.head.weight
 
     def hidden_states(self, micro_batch: MicroBatch, hidden: Tensor | None = None) -> Tensor:
         """The output of this stage's blocks."""
