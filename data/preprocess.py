@@ -274,7 +274,7 @@ class _Worker:
 
     def __init__(self, job: Job, counters: Any):
         self.job, self.counters = job, counters
-        self.tokenizer = load_tokenizer(job.options.tokenizer)
+        self.tokenizer = load_tokenizer(job.options.tokenizer, proved=True)  # by the parent
 
 
 _worker: dict[int, _Worker] = {}  # one entry, keyed by process id: a pool's initializer can only leave things here

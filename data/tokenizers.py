@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from megatron_ds.data.fast_bpe import FastEncoder, Unsuitable, byte_characters
 from megatron_ds.data.sentencepiece_export import to_tokenizers
 from megatron_ds.errors import DataError
 
@@ -51,8 +52,10 @@ class Tokenizer(Protocol):
         ...
 
 
-def load_tokenizer(path_or_spec: str | Path) -> Tokenizer:
+def load_tokenizer(path_or_spec: str | Path, proved: bool = False) -> Tokenizer:
     """The tokenizer at a path, or the one that a word names (``bytes``).
+
+    ``proved``: this very file was loaded before, so a faster encoder need not be checked again.
 
     Raises:
         DataError: nothing is there, or it is not a tokenizer; the message says what is accepted.
@@ -62,15 +65,16 @@ def load_tokenizer(path_or_spec: str | Path) -> Tokenizer:
         return ByteTokenizer()
     path = Path(spec)
     if path.is_dir():
-        for name, load in (("tokenizer.json", HFTokenizer), ("tokenizer.model", SentencePieceTokenizer)):
-            if (path / name).is_file():
-                return load(path / name)
+        if (path / "tokenizer.json").is_file():
+            return HFTokenizer(path / "tokenizer.json", proved=proved)
+        if (path / "tokenizer.model").is_file():
+            return SentencePieceTokenizer(path / "tokenizer.model")
         raise DataError(
             f"tokenizer={spec!r} is a folder without tokenizer.json or tokenizer.model; it has "
             f"{sorted(p.name for p in path.iterdir())[:8]}. Save it with the `tokenizers` library, or name a file"
         )
     if path.is_file():
-        return SentencePieceTokenizer(path) if path.suffix == ".model" else HFTokenizer(path)
+        return SentencePieceTokenizer(path) if path.suffix == ".model" else HFTokenizer(path, proved=proved)
     raise DataError(
         f"tokenizer={spec!r} does not exist. Give a folder or tokenizer.json of Hugging Face `tokenizers`, a "
         "SentencePiece .model, or 'bytes'; tools/train_tokenizer.py trains one"
@@ -78,9 +82,18 @@ def load_tokenizer(path_or_spec: str | Path) -> Tokenizer:
 
 
 class HFTokenizer:
-    """A ``tokenizer.json``. EOD and BOS come from the ``tokenizer_config.json`` beside it, else from known names."""
+    """A ``tokenizer.json``. EOD and BOS come from the ``tokenizer_config.json`` beside it, else from known names.
 
-    def __init__(self, path: str | Path):
+    Args:
+        path: the file.
+        fast: encode with tiktoken where that gives the very same ids (:mod:`megatron_ds.data.fast_bpe`).
+        proved: see :func:`load_tokenizer`.
+
+    Attributes:
+        encoder: which library encodes, and why.
+    """
+
+    def __init__(self, path: str | Path, fast: bool = True, proved: bool = False):
         import tokenizers
 
         self.path = Path(path)
@@ -95,6 +108,14 @@ class HFTokenizer:
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eod_id = self._special("eos_token", EOD_NAMES)
         self.bos_id = self._special("bos_token", BOS_NAMES)
+        self._fast: FastEncoder | None = None
+        self.encoder = "tokenizers (as told)"
+        if fast:
+            try:
+                self._fast = FastEncoder(self.backend, self._encode, proved)
+                self.encoder = "tiktoken (the same ids as tokenizers)"
+            except Unsuitable as why:
+                self.encoder = f"tokenizers ({why})"
 
     def _special(self, setting: str, names: Sequence[str]) -> int | None:
         configured = self.config.get(setting)
@@ -107,8 +128,14 @@ class HFTokenizer:
         return None
 
     def encode_batch(self, texts: list[str]) -> list[Ids]:
+        if self._fast is not None:
+            return [self._fast.encode(text) for text in texts]
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return ids
 
     def decode(self, ids: Ids) -> str:
         text: str = self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -196,20 +223,6 @@ class ByteTokenizer:
         backend.save(str(target / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def byte_characters() -> list[str]:
-    """The printable character that byte-level BPE writes for each byte (GPT-2's table): itself where it is visible
-    in Latin-1, else the next of the characters from U+0100 on."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    table, spare = [], 0
-    for byte in range(256):
-        if byte in visible:
-            table.append(chr(byte))
-        else:
-            table.append(chr(256 + spare))
-            spare += 1
-    return table
 
 
 def _id_or_none(token: int) -> int | None:

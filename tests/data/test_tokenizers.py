@@ -100,7 +100,7 @@ def test_truncation_and_padding_of_a_file_are_not_applied(corpus: Path, tmp_path
     backend.enable_truncation(3)
     backend.enable_padding(length=100)
     backend.save(str(path))
-    assert load_tokenizer(path).encode_batch([TEXTS[0]])[0] == expected
+    assert list(load_tokenizer(path).encode_batch([TEXTS[0]])[0]) == expected
 
 
 def test_what_is_not_a_tokenizer(tmp_path: Path) -> None:
