@@ -88,29 +88,43 @@ class MeshShape:
         return MeshShape(pp=pp, dp=derived, cp=cp, tp=tp)
 
     def draw(self, mark: int | None = None) -> str:
-        """A table of the mesh: one row a pipeline stage, one box a data-parallel replica, tp ranks side by side."""
+        """A table of the mesh: one row a pipeline stage, one box a data-parallel replica, tp ranks side by side.
+
+        ``mark`` puts one rank in brackets. Of a mesh too large for a screen, its neighbourhood is drawn.
+        """
         width = len(str(self.world_size - 1)) + 2
-        shown_dp = min(self.dp, max(1, 64 // max(1, self.cp * self.tp * width)))
-        shown_pp = min(self.pp, 16)
+        place = self.coordinates(mark or 0)
+        replicas = _window(self.dp, max(1, 64 // (self.cp * self.tp * width)), place["dp"])
+        stages = _window(self.pp, 16, place["pp"])
         title = f"mesh of {self.world_size} rank{'s' * (self.world_size > 1)}: " + " x ".join(
             f"{name}={getattr(self, name)}" for name in AXES
         )
         # The box of one replica lists its cp x tp ranks in order.
-        boxes = [f"dp {d}".center(max(self.cp * self.tp * width, 4)) for d in range(shown_dp)]
-        rule = "+".join("-" * len(box) for box in boxes)
-        more = " ..." if shown_dp < self.dp else ""
-        lines = [title, " " * 8 + " " + " ".join(boxes) + more, " " * 8 + f"+{rule}+"]
-        for p in range(shown_pp):
+        boxes = [f"dp {d}".center(max(self.cp * self.tp * width, 4)) for d in replicas]
+        rule = "+" + "+".join("-" * len(box) for box in boxes) + "+"
+        before, after = " ..." * (replicas.start > 0), " ..." * (replicas.stop < self.dp)
+        digits = max(2, len(str(self.pp - 1)))
+        margin = " " * (len("stage ") + digits + len(before))
+        lines = [title, margin + " " + " ".join(boxes) + after, margin + rule]
+        if stages.start:
+            lines.insert(1, f"  ... {stages.start} earlier stage{'s' * (stages.start > 1)}")
+        for p in stages:
             cells = []
-            for d, box in enumerate(boxes):
+            for d, box in zip(replicas, boxes):
                 ranks = (self.rank_at(pp=p, dp=d, cp=c, tp=t) for c in range(self.cp) for t in range(self.tp))
                 text = "".join(f"[{r}]".rjust(width) if r == mark else f" {r} ".rjust(width) for r in ranks)
                 cells.append(text.center(len(box)))
-            lines.append(f"stage {p:<2}|" + "|".join(cells) + "|" + more)
-        if shown_pp < self.pp:
-            lines.append(f"  ... {self.pp - shown_pp} more stages")
-        lines.append(" " * 8 + f"+{rule}+   (tp ranks side by side inside a box)")
+            lines.append(f"stage {p:<{digits}}{before}|" + "|".join(cells) + "|" + after)
+        if stages.stop < self.pp:
+            lines.append(f"  ... {self.pp - stages.stop} more stage{'s' * (self.pp - stages.stop > 1)}")
+        lines.append(margin + rule + "   (tp ranks side by side inside a box)")
         return "\n".join(lines)
+
+
+def _window(size: int, shown: int, around: int) -> range:
+    """At most ``shown`` consecutive numbers of ``0 .. size - 1``, with ``around`` near their middle."""
+    first = max(0, min(around - shown // 2, size - shown))
+    return range(first, min(first + shown, size))
 
 
 class Mesh:
