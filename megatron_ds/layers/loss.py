@@ -64,6 +64,7 @@ def linear_cross_entropy(
         sequence_parallel,
         label_smoothing,
         z_loss,
+        torch.is_grad_enabled(),
     )
 
 
@@ -82,8 +83,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         sequence_parallel: bool,
         label_smoothing: float,
         z_loss: float,
+        grad_enabled: bool,
     ) -> Tensor:
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        # Inside a Function the grad mode is always off, and needs_input_grad does not know of it.
+        need_hidden, need_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
         whole = comm.gather_dim0(hidden, tp).wait() if sequence_parallel else hidden
         x = whole.reshape(-1, whole.shape[-1])
         labels, mask = labels.reshape(-1), loss_mask.reshape(-1)
@@ -93,12 +96,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Summed over chunks in fp32: bf16 would lose what the later chunks add.
         grad_table = torch.zeros_like(table, dtype=accumulate) if need_weight else None
         total = torch.zeros((), dtype=accumulate, device=x.device)
-        chunk = max(16, CHUNK_BYTES.get(x.device.type, 16 << 20) // (max(1, used) * accumulate.itemsize))
+        # By the rows of the table and not by those used, which differ: all ranks must cut the tokens alike.
+        chunk = max(16, CHUNK_BYTES.get(x.device.type, 16 << 20) // (weight.shape[0] * accumulate.itemsize))
         for start in range(0, x.shape[0], chunk):
             part = slice(start, start + chunk)
             logits = F.linear(x[part], table).to(accumulate)
             loss, dz = _chunk(
-                logits, labels[part], mask[part], first, used, vocab_size, tp, label_smoothing, z_loss, grad_x
+                logits,
+                labels[part],
+                mask[part],
+                first,
+                used,
+                vocab_size,
+                tp,
+                label_smoothing,
+                z_loss,
+                want_gradient=need_hidden or need_weight,
             )
             total += loss
             if dz is None:
@@ -132,7 +145,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_table is not None:
             grad_weight = grad_table.new_zeros(ctx.shapes[1], dtype=ctx.dtype)
             grad_weight[: ctx.used] = grad_table * seed
-        return (pending.wait() if pending is not None else None, grad_weight, *[None] * 9)
+        return (pending.wait() if pending is not None else None, grad_weight, *[None] * 10)
 
 
 def _chunk(
@@ -145,7 +158,7 @@ def _chunk(
     tp: Axis,
     label_smoothing: float,
     z_loss: float,
-    want_gradient: Tensor | None,
+    want_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Loss sum of one chunk, and the gradient of its logits written over them.
 
@@ -180,8 +193,8 @@ def _chunk(
     if z_loss:
         losses = losses + z_loss * lse.square()
     loss = losses.masked_fill(~mask, 0.0).sum()
-    if want_gradient is None or not used:
-        return loss, logits if want_gradient is not None else None
+    if not want_gradient or not used:
+        return loss, logits if want_gradient else None
     factor = (local_max - lse).exp()
     if z_loss:
         factor = factor * (1.0 + 2.0 * z_loss * lse)

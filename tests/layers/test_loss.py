@@ -1,0 +1,178 @@
+"""The fused, vocabulary-parallel loss against ``F.cross_entropy`` on whole logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ds.layers import loss
+from megatron_ds.layers.loss import linear_cross_entropy
+from megatron_ds.mesh import Axis, Mesh, MeshShape
+from megatron_ds.testing import device_of_rank, run_ranks
+
+WIDTH = 8
+SEED_GRADIENT = 0.37
+
+
+@dataclass(frozen=True)
+class Case:
+    vocab: int = 50
+    padded: int = 72
+    sequence: int = 12
+    batch: int = 2
+    smoothing: float = 0.0
+    z_loss: float = 0.0
+    masked: float = 0.3
+    sequence_parallel: bool = False
+    chunk_bytes: int | None = None
+    scale: float = 1.0
+    dtype: torch.dtype = torch.float64
+
+
+def data(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden ``[s, b, h]``, weight ``[padded, h]`` with garbage in its padding rows, labels, mask."""
+    g = torch.Generator().manual_seed(case.sequence)
+    hidden = torch.randn(case.sequence, case.batch, WIDTH, generator=g, dtype=torch.float64) * case.scale
+    weight = torch.randn(case.padded, WIDTH, generator=g, dtype=torch.float64)
+    weight[case.vocab :] = 100.0
+    labels = torch.randint(case.vocab, hidden.shape[:2], generator=g)
+    mask = torch.rand(hidden.shape[:2], generator=g) >= case.masked
+    labels = labels.masked_fill(~mask, -100)  # what does not count may be anything
+    return hidden.to(case.dtype), weight.to(case.dtype), labels, mask
+
+
+def expected(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and gradients from whole logits, in float64."""
+    hidden, weight, labels, mask = data(case)
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logits = (hidden @ weight[: case.vocab].T)[mask]
+    total = F.cross_entropy(logits, labels[mask], reduction="sum", label_smoothing=case.smoothing)
+    total = total + case.z_loss * logits.logsumexp(-1).square().sum()
+    (total * SEED_GRADIENT).backward()
+    assert hidden.grad is not None and weight.grad is not None
+    return total.detach(), hidden.grad, weight.grad
+
+
+def computed(case: Case, tp: Axis) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's loss, gradient of its hidden states and gradient of its rows."""
+    hidden, weight, labels, mask = data(case)
+    rows = case.padded // tp.size
+    part = case.sequence // tp.size
+    own_weight = weight[tp.rank * rows : (tp.rank + 1) * rows].clone().requires_grad_()
+    own_hidden = hidden[tp.rank * part : (tp.rank + 1) * part] if case.sequence_parallel else hidden
+    own_hidden = own_hidden.clone().requires_grad_()
+    sizes = {} if case.chunk_bytes is None else {"cpu": case.chunk_bytes, "cuda": case.chunk_bytes}
+    with patch.dict(loss.CHUNK_BYTES, sizes):
+        total = linear_cross_entropy(
+            own_hidden,
+            own_weight,
+            labels,
+            mask,
+            vocab_size=case.vocab,
+            tp=tp,
+            sequence_parallel=case.sequence_parallel,
+            label_smoothing=case.smoothing,
+            z_loss=case.z_loss,
+        )
+    (total * SEED_GRADIENT).backward()
+    assert own_hidden.grad is not None and own_weight.grad is not None
+    return total.detach(), own_hidden.grad, own_weight.grad
+
+
+def check(case: Case, tp: Axis, tolerance: float) -> None:
+    total, grad_hidden, grad_weight = computed(case, tp)
+    want_total, want_hidden, want_weight = expected(case)
+    rows, part = case.padded // tp.size, case.sequence // tp.size
+    if case.sequence_parallel:
+        want_hidden = want_hidden[tp.rank * part : (tp.rank + 1) * part]
+    want_weight = want_weight[tp.rank * rows : (tp.rank + 1) * rows]
+    assert total.dtype == torch.promote_types(case.dtype, torch.float32), case
+    assert abs(total.item() - want_total.item()) <= tolerance * max(1.0, want_total.item()), case
+    for name, got, want in (("hidden", grad_hidden, want_hidden), ("weight", grad_weight, want_weight)):
+        assert got.dtype == case.dtype and got.shape == want.shape
+        largest = max(1.0, want.abs().max().item()) if want.numel() else 1.0
+        assert (got.double() - want).abs().max().item() <= tolerance * largest, f"{name} of {case}"
+    padding = max(0, case.vocab - tp.rank * rows)
+    assert not grad_weight[padding:].any(), f"padding rows have a gradient in {case}"
+
+
+CASES = [
+    Case(vocab, 72, smoothing=smoothing, z_loss=z_loss, masked=masked, chunk_bytes=chunk_bytes, scale=scale)
+    for (vocab, smoothing, z_loss), (masked, chunk_bytes, scale) in zip(
+        # Of 72 rows on 3 ranks, a vocabulary of 20 leaves one rank a part and one nothing at all.
+        product((72, 50, 20), (0.0, 0.2), (0.0, 0.01)),
+        [(0.3, None, 1.0), (0.0, 16 * 24 * 8, 1.0), (1.0, None, 1.0), (0.5, 1, 40.0)] * 3,
+    )
+]
+# Tokens at, one below and one above the end of a chunk of 16.
+CASES += [Case(sequence=s, batch=1, chunk_bytes=1, smoothing=0.1, z_loss=0.1, masked=0.2) for s in (15, 16, 17, 32, 33)]
+# A rank's real rows decide how much memory its logits need; they must not decide where tokens are cut.
+CASES += [Case(vocab=50, sequence=36, chunk_bytes=24 * 8 * size) for size in (17, 24, 36)]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_one_process(case: Case) -> None:
+    check(case, Axis("tp"), 1e-12)
+
+
+def check_all(tp_size: int) -> int:
+    mesh = Mesh.create(MeshShape(tp=tp_size), device_of_rank(dist.get_rank(), tp_size))
+    done = 0
+    for case in CASES:
+        check(case, mesh.tp, 1e-12)
+        done += 1
+        if case.sequence % tp_size == 0:
+            check(Case(**{**vars(case), "sequence_parallel": True}), mesh.tp, 1e-12)
+            done += 1
+    return done
+
+
+@pytest.mark.parametrize("tp_size", [2, 3])
+def test_vocabulary_split_over_ranks(tp_size: int) -> None:
+    assert (
+        run_ranks(check_all, tp_size, tp_size) == [sum(2 - (case.sequence % tp_size > 0) for case in CASES)] * tp_size
+    )
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)], ids=str
+)
+def test_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
+    for smoothing, z_loss, chunk_bytes in ((0.0, 0.0, None), (0.1, 0.01, 1)):
+        check(Case(smoothing=smoothing, z_loss=z_loss, chunk_bytes=chunk_bytes, dtype=dtype), Axis("tp"), tolerance)
+
+
+def test_many_chunks_do_not_lose_weight_gradient_in_bf16() -> None:
+    """The weight's gradient is a sum over all tokens, here 256 chunks that are equal but for rounding."""
+    case = Case(sequence=4096, batch=1, chunk_bytes=1, dtype=torch.bfloat16, masked=0.0)
+    _, _, grad = computed(case, Axis("tp"))
+    _, _, want = expected(case)
+    assert (grad.double() - want).norm() < 0.01 * want.norm()
+
+
+def test_large_logits_stay_finite() -> None:
+    check(Case(scale=1e4, smoothing=0.1), Axis("tp"), 1e-9)
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    case = Case(smoothing=0.1, z_loss=0.01)
+    want, want_hidden, want_weight = expected(case)
+    hidden, weight, labels, mask = data(case)
+    arguments = {"vocab_size": case.vocab, "tp": Axis("tp"), "label_smoothing": 0.1, "z_loss": 0.01}
+    for needs_hidden, needs_weight in ((True, False), (False, True)):
+        h, w = hidden.clone().requires_grad_(needs_hidden), weight.clone().requires_grad_(needs_weight)
+        (linear_cross_entropy(h, w, labels, mask, **arguments) * SEED_GRADIENT).backward()
+        assert (h.grad is not None) == needs_hidden and (w.grad is not None) == needs_weight
+        got, wanted = (h.grad, want_hidden) if needs_hidden else (w.grad, want_weight)
+        assert got is not None and (got - wanted).abs().max() < 1e-12
+    w = weight.clone().requires_grad_()
+    with torch.no_grad(), patch.object(torch.Tensor, "addmm_", side_effect=AssertionError("gradient computed")):
+        total = linear_cross_entropy(hidden, w, labels, mask, **arguments)
+    assert not total.requires_grad and abs(total - want) < 1e-12 * want
