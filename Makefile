@@ -29,6 +29,7 @@ lint: $(INSTALLED) ## Check with ruff (lint and format) and mypy
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
 	@$(RUN) -m mypy -p megatron_ds
+	@$(RUN) -m mypy tools examples
 
 format: $(INSTALLED) ## Fix what ruff can fix and format every file
 	@$(RUN) -m ruff check --fix
