@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_ds.data.cli import run
+from megatron_ds.data.part_writer import PreprocessOptions
 from megatron_ds.data.parts import describe_problems
-from megatron_ds.data.preprocess import PreprocessOptions, preprocess
-from megatron_ds.data.sources import SourceOptions, TxtDocuments
+from megatron_ds.data.preprocess import preprocess
+from megatron_ds.data.source_types import SourceOptions, TxtDocuments
 
 
 @dataclass(frozen=True)

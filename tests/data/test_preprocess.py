@@ -19,11 +19,13 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ds.data import sources
+from megatron_ds.data import source_text, sources
 from megatron_ds.data.indexed import IndexedDataset
-from megatron_ds.data.preprocess import PreprocessOptions, preprocess
-from megatron_ds.data.sources import SourceOptions
+from megatron_ds.data.part_writer import PartMaker, PreprocessOptions
+from megatron_ds.data.preprocess import preprocess
+from megatron_ds.data.source_types import Block, Slice, SourceOptions
 from megatron_ds.data.verify import verify
+from megatron_ds.data.workers import Report
 from megatron_ds.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -48,6 +50,12 @@ def run(
     verify(IndexedDataset(prefix))
     assert not list(prefix.parent.glob("*.parts")) and not list(prefix.parent.glob("*.tmp"))
     return texts_of(prefix)
+
+
+def blocks_of(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MIN_BLOCK", size)
+    monkeypatch.setattr(sources, "MAX_BLOCK", size)
+    monkeypatch.setattr(source_text, "STREAM_BLOCK", size)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", "folder"])
@@ -117,7 +125,7 @@ def test_the_cut_into_blocks_never_shows(
     def read(ranges: list[tuple[int, int]]) -> list[str]:
         found = []
         for start, stop in ranges:
-            block = sources.Block(0, 0, (sources.Slice(0, start, stop),), stop - start)
+            block = Block(0, 0, (Slice(0, start, stop),), stop - start)
             found += [text for _, (_, _, text) in sources.read_block(inputs, block, options) if isinstance(text, str)]
         return found
 
@@ -165,8 +173,7 @@ BAD_LINES = [
 def test_bad_records_are_listed_with_file_and_line(
     tmp_path: Path, compressed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("MIN_BLOCK", "MAX_BLOCK", "STREAM_BLOCK"):
-        monkeypatch.setattr(sources, name, 30)  # lines are counted over blocks
+    blocks_of(30, monkeypatch)  # lines are counted over blocks
     source = tmp_path / ("in.jsonl.gz" if compressed else "in.jsonl")
     content = b"".join(line for line, _ in BAD_LINES)
     source.write_bytes(gzip.compress(content) if compressed else content)
@@ -186,8 +193,7 @@ def test_bad_records_are_listed_with_file_and_line(
 
 
 def test_fatal_counts_the_lines_of_the_blocks_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MIN_BLOCK", 50)
-    monkeypatch.setattr(sources, "MAX_BLOCK", 50)
+    blocks_of(50, monkeypatch)
     source = tmp_path / "in.jsonl"
     source.write_bytes(jsonl(TEXTS) + b"{\n" + jsonl(TEXTS))
     with pytest.raises(DataError, match=r"in\.jsonl, line 41: invalid JSON"):
@@ -256,26 +262,23 @@ def test_stopped_at_every_block_and_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool
 ) -> None:
     """In this process: an exception after each number of blocks; blocks that were finished are not made again."""
-    from megatron_ds.data import preprocess as module
-
-    for name in ("MIN_BLOCK", "MAX_BLOCK", "STREAM_BLOCK"):
-        monkeypatch.setattr(sources, name, 400)
+    blocks_of(400, monkeypatch)
     source = tmp_path / ("in.jsonl.gz" if compressed else "in.jsonl")
     content = jsonl(TEXTS) + b"bad line\n" + jsonl(TEXTS[::-1])
     source.write_bytes(gzip.compress(content) if compressed else content)
     run([source], tmp_path / "whole")
     expected = outputs(tmp_path / "whole")
-    real, made = module._run_block, []
+    real, made = PartMaker.__call__, []
 
     for survivors in range(1, 30):
 
-        def killing(block: sources.Block, survivors: int = survivors) -> None:
+        def killing(maker: PartMaker, block: Block, report: Report, survivors: int = survivors) -> None:
             if len(made) == survivors:
                 raise Killed
-            real(block)
+            real(maker, block, report)
             made.append(block.name)
 
-        monkeypatch.setattr(module, "_run_block", killing)
+        monkeypatch.setattr(PartMaker, "__call__", killing)
         made.clear()
         prefix = tmp_path / f"stopped{survivors}"
         try:
@@ -283,7 +286,7 @@ def test_stopped_at_every_block_and_continued(
         except Killed:
             assert not prefix.with_suffix(".idx").exists()
             first = list(made)
-            monkeypatch.setattr(module, "_run_block", lambda block: (real(block), made.append(block.name)))
+            monkeypatch.setattr(PartMaker, "__call__", lambda m, b, r: (real(m, b, r), made.append(b.name)))
             run([source], prefix)
             assert made[: len(first)] == first and len(set(made)) == len(made)
         assert outputs(prefix) == expected
@@ -352,20 +355,17 @@ def _group_members(group: int) -> list[int]:
 @pytest.fixture
 def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
     """(input, prefix) of a run that was stopped after its first block."""
-    from megatron_ds.data import preprocess as module
-
-    monkeypatch.setattr(sources, "MIN_BLOCK", 300)
-    monkeypatch.setattr(sources, "MAX_BLOCK", 300)
+    blocks_of(300, monkeypatch)
     source, prefix = tmp_path / "in.jsonl", tmp_path / "out"
     source.write_bytes(jsonl(TEXTS))
-    real = module._run_block
+    real = PartMaker.__call__
 
-    def stop_after_first(block: sources.Block) -> None:
-        real(block)
+    def stop_after_first(maker: PartMaker, block: Block, report: Report) -> None:
+        real(maker, block, report)
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_run_block", stop_after_first)
+        patch.setattr(PartMaker, "__call__", stop_after_first)
         with pytest.raises(Killed):
             preprocess([str(source)], prefix, PreprocessOptions("bytes"), 0)
     return source, prefix
@@ -406,58 +406,39 @@ def test_a_damaged_part_is_made_again(interrupted: tuple[Path, Path], suffix: st
 
 
 def test_an_input_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_ds.data import preprocess as module
-
     source = tmp_path / "in.jsonl"
     source.write_bytes(jsonl(TEXTS))
-    real = module._run_block
-    monkeypatch.setattr(module, "_run_block", lambda block: (real(block), source.write_bytes(jsonl(TEXTS[::-1]))))
+    real = PartMaker.__call__
+    monkeypatch.setattr(PartMaker, "__call__", lambda *a: (real(*a), source.write_bytes(jsonl(TEXTS[::-1]))))
     with pytest.raises(DataError, match="an input changed while it was read"):
         run([source], tmp_path / "out")
     assert not (tmp_path / "out.idx").exists()
 
 
 def test_two_runs_on_one_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_ds.data import preprocess as module
-
     source = tmp_path / "in.jsonl"
     source.write_bytes(jsonl(TEXTS))
-    real, refused = module._run_block, []
+    real, refused = PartMaker.__call__, []
 
-    def start_another(block: sources.Block) -> None:
+    def start_another(maker: PartMaker, block: Block, report: Report) -> None:
         with pytest.raises(DataError, match="another run is writing this dataset"):
             preprocess([str(source)], tmp_path / "out", PreprocessOptions("bytes"), 0)
         refused.append(block)
-        real(block)
+        real(maker, block, report)
 
-    monkeypatch.setattr(module, "_run_block", start_another)
+    monkeypatch.setattr(PartMaker, "__call__", start_another)
     assert run([source], tmp_path / "out") == TEXTS and refused
 
 
 def test_the_first_bad_record_is_reported_whoever_finds_one_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "MIN_BLOCK", 4000)
-    monkeypatch.setattr(sources, "MAX_BLOCK", 4000)
+    blocks_of(4000, monkeypatch)
     source = tmp_path / "in.jsonl"
     # The first block has its bad line at its end, after much work; the second at its start.
     source.write_bytes(b'{"text": "' + b"a" * 3000 + b'"}\n' + b"{1}\n" + b" " * 1500 + b"\n" + b"{2}\n" * 400)
     with pytest.raises(DataError, match="line 2: invalid JSON"):
         preprocess([str(source)], tmp_path / "out", PreprocessOptions("bytes", on_error="fatal"), 2)
-
-
-def test_a_killed_worker_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_ds.data import preprocess as module
-
-    source = tmp_path / "in.jsonl"
-    source.write_bytes(jsonl(TEXTS))
-    monkeypatch.setattr(module, "_run_block", _kill_self)
-    with pytest.raises(DataError, match="a preprocessing worker was killed"):
-        preprocess([str(source)], tmp_path / "out", PreprocessOptions("bytes"), 1)
-
-
-def _kill_self(block: sources.Block) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_the_tools_explain_themselves_and_exit_with_2(tmp_path: Path) -> None:

@@ -1,0 +1,116 @@
+"""Tables as inputs: parquet files, datasets saved by `datasets`, and datasets streamed from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_ds.data.source_text import STREAM_BLOCK
+from megatron_ds.data.source_types import Block, Input, Record, Slice, SourceOptions, check_text
+from megatron_ds.errors import DataError, nearest
+
+
+def plan_parquet(number: int, item: Input, options: SourceOptions, size: int) -> Iterator[Block]:
+    file = _open_parquet(item, options)
+    groups = file.metadata.num_row_groups
+    start = weight = block = rows = 0
+    for group in range(groups):
+        weight += file.metadata.row_group(group).total_byte_size
+        if weight >= size or group == groups - 1:
+            share = round(item.size * (group + 1 - start) / groups)
+            yield Block(number, block, (Slice(number, start, group + 1, rows),), share)
+            rows += sum(file.metadata.row_group(g).num_rows for g in range(start, group + 1))
+            start, weight, block = group + 1, 0, block + 1
+
+
+def _open_parquet(item: Input, options: SourceOptions) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(item.path)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{item.path} is not a readable parquet file: {error}") from None
+    _check_column(item, options, file.schema_arrow.names)
+    return file
+
+
+def _check_column(item: Input, options: SourceOptions, columns: list[str]) -> None:
+    if options.key not in columns:
+        raise DataError(f"{item.path} has no column {options.key!r}{nearest(options.key, columns)}; it has {columns}")
+
+
+def read_parquet(item: Input, part: Slice, options: SourceOptions) -> Iterator[Record]:
+    file = _open_parquet(item, options)
+    groups = list(range(part.start, part.stop))
+    total = max(sum(file.metadata.row_group(group).num_rows for group in groups), 1)
+    number = 0
+    for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[options.key]):
+        for value in batch.column(0).to_pylist():
+            number += 1
+            yield number - 1, number / total, check_text({options.key: value}, options.key)
+
+
+def _open_arrow(item: Input, options: SourceOptions) -> Any:
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(item.path)
+    except Exception as error:
+        raise DataError(f"{item.path} is not a dataset saved by `datasets`: {error}") from None
+    if isinstance(dataset, datasets.DatasetDict):
+        if options.dataset_split not in dataset:
+            raise DataError(
+                f"{item.path} has no split {options.dataset_split!r}{nearest(options.dataset_split, dataset)}; it has "
+                f"{sorted(dataset)}"
+            )
+        dataset = dataset[options.dataset_split]
+    _check_column(item, options, dataset.column_names)
+    return dataset
+
+
+def plan_arrow(number: int, item: Input, options: SourceOptions, size: int) -> Iterator[Block]:
+    rows = len(_open_arrow(item, options))
+    step = max(1, rows * size // max(item.size, 1)) if rows else 1
+    for block, start in enumerate(range(0, rows, step)):
+        stop = min(start + step, rows)
+        yield Block(number, block, (Slice(number, start, stop, start),), round(item.size * (stop - start) / rows))
+
+
+def read_arrow(item: Input, part: Slice, options: SourceOptions) -> Iterator[Record]:
+    dataset = _open_arrow(item, options).select_columns([options.key])
+    for start in range(part.start, part.stop, 256):
+        stop = min(start + 256, part.stop)
+        for at, value in enumerate(dataset[start:stop][options.key], start):
+            share = (at + 1 - part.start) / (part.stop - part.start)
+            yield at - part.start, share, check_text({options.key: value}, options.key)
+
+
+def open_hub(item: Input, options: SourceOptions) -> Any:
+    """The dataset as an iterable of records; nothing is stored."""
+    import datasets
+
+    name, _, config = item.path.removeprefix("hub:").partition(":")
+    try:
+        return datasets.load_dataset(name, config or None, split=options.dataset_split, streaming=True)
+    except Exception as error:  # datasets, huggingface_hub and the network each have their own
+        raise DataError(
+            f"{item.path} (split {options.dataset_split!r}) cannot be streamed: {type(error).__name__}: {error}"
+        ) from None
+
+
+def hub_blocks(number: int, item: Input, options: SourceOptions) -> Iterator[Block]:
+    """Records as JSON lines, so that they are read like any compressed `.jsonl`."""
+    lines: list[bytes] = []
+    size = at = block = row = 0
+    for record in open_hub(item, options):
+        line = json.dumps({options.key: record[options.key]} if options.key in record else {}).encode() + b"\n"
+        lines.append(line)
+        size += len(line)
+        if size >= STREAM_BLOCK:
+            yield Block(number, block, (Slice(number, at, at + size, row),), 0, b"".join(lines))
+            at, block, row = at + size, block + 1, row + len(lines)
+            lines, size = [], 0
+    if lines:
+        yield Block(number, block, (Slice(number, at, at + size, row),), 0, b"".join(lines))

@@ -1,0 +1,93 @@
+"""The nouns of reading raw text: inputs, slices of them, blocks of slices, and records that may be bad."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_ds.errors import nearest
+
+Kind = Literal["jsonl", "txt", "parquet", "arrow", "hub"]
+TxtDocuments = Literal["file", "line", "paragraph"]
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input: a file, a saved dataset's folder, or ``hub:NAME``. ``size`` in bytes as stored (0 if unknown)."""
+
+    path: str
+    kind: Kind
+    compression: str = ""
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Slice:
+    """``start`` to ``stop`` of input number ``input``: bytes of a text, row groups of parquet, rows of arrow.
+
+    ``first``: how many lines or rows come before it, where that is known without reading (else None).
+    """
+
+    input: int
+    start: int
+    stop: int
+    first: int | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one worker does at a time. ``weight``: its share of the inputs' bytes, for the progress bar.
+
+    ``data`` holds the decompressed lines of a compressed input; ``(input, number)`` orders and names blocks.
+    """
+
+    input: int
+    number: int
+    slices: tuple[Slice, ...]
+    weight: int
+    data: bytes | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        return f"{self.input:06d}-{self.number:06d}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a record was left out: a short class of reason, counted, and the detail."""
+
+    reason: Literal["invalid JSON", "missing key", "invalid UTF-8", "empty"]
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How records become texts: ``key`` of the text in a record; what one document of a `.txt` is; which split of a
+    ``datasets`` dataset."""
+
+    key: str = "text"
+    txt_documents: TxtDocuments = "file"
+    dataset_split: str = "train"
+
+
+Record = tuple[int, float, "str | Problem"]
+"""(number of the record or line within its slice, share of the slice that was read, the text)."""
+
+
+def check_text(record: dict[str, Any], key: str) -> str | Problem:
+    """The text of a record, or what is wrong with it."""
+    text = record.get(key)
+    if text is None:
+        if key in record:
+            return Problem("missing key", f"{key!r} is null")
+        return Problem("missing key", f"no {key!r} among {sorted(record)[:8]}{nearest(key, record)}")
+    if not isinstance(text, str):
+        return Problem("missing key", f"{key!r} is a {type(text).__name__}, not a string")
+    if not text:
+        return Problem("empty")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")  # JSON can spell half of a surrogate pair, which no tokenizer takes
+        except UnicodeEncodeError as error:
+            return Problem("invalid UTF-8", str(error))
+    return text

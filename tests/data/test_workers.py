@@ -1,0 +1,71 @@
+"""Tasks on worker processes: all are done, the earliest error is told, a killed worker is seen."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_ds.data.workers import Report, run_tasks
+from megatron_ds.errors import DataError
+
+
+def make_handler() -> object:
+    def handle(task: tuple[str, float], report: Report) -> None:
+        what, seconds = task
+        time.sleep(seconds)
+        if what == "data error":
+            raise DataError(f"after {seconds} s")
+        if what == "defect":
+            raise ZeroDivisionError
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what != "quiet":
+            Path(what).touch()
+        report(os.getpid(), 1)
+
+    return handle
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_every_task_is_done_and_reports(tmp_path: Path, workers: int) -> None:
+    reports: list[int] = []
+    tasks = ((str(tmp_path / str(n)), 0.0) for n in range(20))
+    run_tasks(tasks, make_handler, workers, lambda pid, one: reports.append(pid))  # type: ignore[arg-type]
+    assert sorted(int(p.name) for p in tmp_path.iterdir()) == list(range(20))
+    assert len(reports) == 20
+    assert (os.getpid() in reports) == (workers == 0)
+    assert len(set(reports)) <= max(workers, 1)
+
+
+def run(*tasks: tuple[str, float]) -> None:
+    run_tasks(iter(tasks), make_handler, 2, lambda *_: None)  # type: ignore[arg-type]
+
+
+def test_the_error_of_the_earliest_task_wins() -> None:
+    with pytest.raises(DataError, match=r"after 1\.5 s"):
+        run(("data error", 1.5), ("data error", 0.0), ("quiet", 0.0))
+
+
+def test_tasks_after_an_error_are_not_waited_for() -> None:
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"after 0\.0 s"):
+        run(("data error", 0.0), ("quiet", 60.0))
+    assert time.monotonic() - start < 30
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)ZeroDivisionError.* in a worker:.*raise ZeroDivisionError"):
+        run(("defect", 0.0))
+
+
+def test_a_killed_worker_is_said() -> None:
+    with pytest.raises(DataError, match=r"a worker process was killed \(exit status -9; out of memory\?\)"):
+        run(("kill", 0.0), ("quiet", 0.0))
+
+
+def test_no_task_at_all() -> None:
+    run()
