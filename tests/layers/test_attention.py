@@ -1,0 +1,189 @@
+"""Self-attention of one process against a loop over samples, documents, heads and queries."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ds.layers.attention import AttentionInputs, SelfAttention
+from megatron_ds.layers.position import alibi_slopes, rotary_frequencies, rotary_table
+from megatron_ds.mesh import Axis
+from megatron_ds.rng import DropoutKeys, initialize_parameters
+
+S, B, H, D = 7, 3, 12, 4
+DOCUMENTS = torch.tensor([[0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1]])  # [b, s]
+
+
+def attention(groups: int = 2, queries: int = 2, seed: int = 1, **settings: Any) -> SelfAttention:
+    defaults = {
+        "bias": True,
+        "qkv_bias": True,
+        "alibi": False,
+        "qk_norm": False,
+        "norm_eps": 1e-5,
+        "dropout": 0.0,
+        "site": 3,
+        "recompute_core": False,
+        "tp": Axis("tp"),
+        "sequence_parallel": False,
+        "init_std": 0.4,
+        "out_std": 0.4,
+        "dtype": torch.float64,
+    }
+    layer = SelfAttention("attention", H, groups, queries, D, **{**defaults, **settings})
+    initialize_parameters(layer.parameters(), seed)
+    with torch.no_grad():
+        for number, parameter in enumerate(layer.parameters()):
+            generator = torch.Generator().manual_seed(number)
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return layer
+
+
+def same_document() -> Tensor:
+    return (DOCUMENTS.unsqueeze(2) == DOCUMENTS.unsqueeze(1)).unsqueeze(1)
+
+
+def inputs(positions: Tensor, documents: bool, rope: bool, keys: DropoutKeys | None = None) -> AttentionInputs:
+    rotary = rotary_table(positions, rotary_frequencies(D, 100.0), torch.float64) if rope else None
+    return AttentionInputs(positions, rotary, same_document() if documents else None, keys)
+
+
+def loop(layer: SelfAttention, x: Tensor, positions: Tensor, documents: Tensor, alibi: bool, rope: bool) -> Tensor:
+    """``x [s, b, h]`` -> ``[s, b, h]``: every query by itself, over the earlier tokens of its document."""
+    groups, per_group = layer.qkv.weight.shape[0], layer.qkv.weight.shape[1] - 2
+    slopes = alibi_slopes(groups * per_group)
+    assert layer.qkv.bias is not None and layer.out.bias is not None
+
+    def project(sample: int, token: int, group: int, which: int) -> Tensor:
+        return layer.qkv.weight[group, which] @ x[token, sample] + layer.qkv.bias[group, which]
+
+    def prepare(vector: Tensor, norm: Any, position: int) -> Tensor:
+        if norm is not None:
+            vector = vector / (vector.square().mean() + 1e-5).sqrt() * norm.weight
+        if rope:
+            angles = position * rotary_frequencies(D, 100.0)
+            turned = torch.complex(vector[: D // 2], vector[D // 2 :]) * torch.polar(torch.ones(D // 2), angles)
+            vector = torch.cat((turned.real, turned.imag)).double()
+        return vector
+
+    result = torch.zeros(S, B, H, dtype=torch.float64)
+    for sample, query in product(range(B), range(S)):
+        heads = []
+        for head in range(groups * per_group):
+            group = head // per_group
+            q = prepare(project(sample, query, group, head % per_group), layer.q_norm, int(positions[query, sample]))
+            seen = [t for t in range(query + 1) if documents[sample, t] == documents[sample, query]]
+            scores = []
+            for t in seen:
+                k = prepare(project(sample, t, group, per_group), layer.k_norm, int(positions[t, sample]))
+                score = q @ k / math.sqrt(D)
+                if alibi:
+                    score = score - slopes[head] * (positions[query, sample] - positions[t, sample])
+                scores.append(score)
+            weights = torch.stack(scores).softmax(0)
+            heads.append(sum(w * project(sample, t, group, per_group + 1) for w, t in zip(weights, seen)))
+        result[query, sample] = layer.out.weight @ torch.cat(heads) + layer.out.bias
+    return result
+
+
+def activations(seed: int = 5) -> Tensor:
+    return torch.randn(S, B, H, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def positions_of(documents: bool) -> Tensor:
+    """``[s, b]``; with documents each starts at 0."""
+    if not documents:
+        return torch.arange(S).unsqueeze(1).expand(S, B)
+    rows = [[sum(1 for u in row[:t] if u == row[t]) for t in range(S)] for row in DOCUMENTS.tolist()]
+    return torch.tensor(rows).t()
+
+
+@pytest.mark.parametrize("groups, queries", [(3, 1), (2, 2), (1, 4)])
+@pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
+@pytest.mark.parametrize("kind", ["none", "rope", "alibi", "qk_norm"])
+def test_equals_a_loop(kind: str, documents: bool, groups: int, queries: int) -> None:
+    layer = attention(groups, queries, alibi=kind == "alibi", qk_norm=kind == "qk_norm")
+    x, positions = activations(), positions_of(documents)
+    rope = kind in ("rope", "qk_norm")
+    got = layer(x, inputs(positions, documents, rope))
+    ids = DOCUMENTS if documents else torch.zeros(B, S, dtype=torch.long)
+    want = loop(layer, x, positions, ids, kind == "alibi", rope)
+    # Rotary angles are fp32.
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6 if rope else 1e-12)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("alibi", [False, True])
+def test_no_gradient_from_the_future_or_another_document(alibi: bool, dropout: float) -> None:
+    layer = attention(alibi=alibi, dropout=dropout)
+    x = activations().requires_grad_()
+    keys = DropoutKeys(1, torch.arange(B))
+    out = layer(x, inputs(positions_of(True), True, False, keys))
+    for sample, query in product(range(B), range(S)):
+        (grad,) = torch.autograd.grad(out[query, sample].sum(), x, retain_graph=True)
+        reached = grad.abs().sum(-1)  # [s, b]
+        for token, other in product(range(S), range(B)):
+            allowed = other == sample and token <= query and DOCUMENTS[sample, token] == DOCUMENTS[sample, query]
+            if not allowed:
+                assert reached[token, other] == 0.0
+        assert reached[query, sample] > 0
+
+
+def test_dropout_of_probabilities_is_keys_and_scale() -> None:
+    """With values that are one-hot in the key, the output shows the dropped probabilities themselves."""
+    s, p = 4, 0.4
+    layer = attention(1, 1, dropout=p)
+    q = torch.zeros(s, 1, 1, s, dtype=torch.float64)  # equal scores: probabilities 1 / (t + 1)
+    v = torch.eye(s, dtype=torch.float64).view(s, 1, 1, s)
+    out = []
+    for sample in range(400):
+        keys = DropoutKeys(1, torch.tensor([sample]))
+        out.append(layer._core(q, q, v, AttentionInputs(torch.arange(s).view(s, 1), keys=keys)).view(s, s))
+    seen = torch.stack(out)
+    for query, key in product(range(s), range(s)):
+        values = seen[:, query, key].unique()
+        if key > query:
+            assert values.tolist() == [0.0]
+        else:
+            assert values.tolist() == pytest.approx([0.0, 1 / (query + 1) / (1 - p)])
+    kept = (seen > 0).double().mean(0)[torch.ones(s, s).tril().bool()]
+    assert ((kept - (1 - p)).abs() < 4 * math.sqrt(p * (1 - p) / 400)).all()
+
+
+def test_without_dropout_keys_nothing_is_dropped() -> None:
+    layer, x = attention(dropout=0.5), activations()
+    torch.testing.assert_close(
+        layer(x, inputs(positions_of(False), False, False)), attention()(x, inputs(positions_of(False), False, False))
+    )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputation_gives_the_same_bits(dropout: float) -> None:
+    results = []
+    for recompute in (False, True):
+        layer = attention(dropout=dropout, recompute_core=recompute)
+        x = activations().requires_grad_()
+        layer(x, inputs(positions_of(True), True, True, DropoutKeys(9, torch.arange(B)))).square().sum().backward()
+        results.append([x.grad, *(p.grad for p in layer.parameters())])
+    assert all(a is not None and torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_recomputation_frees_the_scores() -> None:
+    """What is kept for the backward pass holds no ``[s, s]`` tensor."""
+    sizes = {}
+    for recompute in (False, True):
+        layer, kept = attention(dropout=0.1, recompute_core=recompute), []
+
+        def keep(tensor: Tensor, kept: list[Tensor] = kept) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            layer(activations(), inputs(positions_of(False), False, False, DropoutKeys(9, torch.arange(B))))
+        sizes[recompute] = sum(tuple(tensor.shape[-2:]) == (S, S) for tensor in kept)
+    assert sizes[False] > 0 and sizes[True] == 0
