@@ -1,0 +1,53 @@
+"""What several Triton kernels share: rows of a tensor, launch sizes, activations, the dropout hash.
+
+Kernels load any of fp32, fp16 and bf16 and compute in fp32. Constants of a kernel are ``tl.constexpr``, because a
+Python float arrives as fp64 and takes the arithmetic with it.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Elements a program of an elementwise kernel takes with 4 warps: 8 a thread, one 128-bit load in half precision.
+ELEMENTWISE_BLOCK = 1024
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``[..., n]`` as ``[rows, n]`` with neighbouring columns side by side; a copy only where no view will do."""
+    x = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def activate(x, KIND: tl.constexpr):
+    """Value and slope of silu, gelu (erf) or gelu_tanh at fp32 ``x``."""
+    if KIND == "silu":
+        s = sigmoid(x)
+        value = x * s
+        slope = s * (1.0 + x * (1.0 - s))
+    elif KIND == "gelu":
+        cdf = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
+        value = x * cdf
+        slope = cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    else:
+        tl.static_assert(KIND == "gelu_tanh")
+        # 0.5 (1 + tanh u) is sigmoid(2 u), and so needs no tanh.
+        s = sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        value = x * s
+        slope = s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    return value, slope
