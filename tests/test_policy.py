@@ -130,10 +130,6 @@ MUTATORS = {
 CONTAINERS = {"list", "dict", "set", "defaultdict", "deque", "Counter", "OrderedDict", "WeakKeyDictionary"}
 
 
-# The one way to keep something in a worker of a process pool: its initializer leaves it in its module.
-STATEFUL = {("data/preprocess.py", "_worker")}
-
-
 def _is_container(value: ast.expr | None) -> bool:
     if isinstance(value, ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp):
         return True
@@ -149,7 +145,7 @@ def no_module_state(path: str, tree: ast.Module) -> Iterator[str]:
     for statement in tree.body:
         if isinstance(statement, ast.Assign | ast.AnnAssign) and _is_container(statement.value):
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            for name in (t.id for t in targets if isinstance(t, ast.Name) and (path, t.id) not in STATEFUL):
+            for name in (t.id for t in targets if isinstance(t, ast.Name)):
                 names.add(name)
                 if name != name.upper() and name != "__all__":
                     yield f"{path}:{statement.lineno}: {name} is module state; make it an argument, or a CONSTANT"
