@@ -1,7 +1,8 @@
 """Tokenizers behind one small interface: Hugging Face, SentencePiece, and bytes.
 
 ``load_tokenizer`` takes what the user has: a folder or ``tokenizer.json`` of the ``tokenizers`` library, a
-SentencePiece ``.model``, or the word ``bytes``. Nothing here is downloaded and no code of a tokenizer folder runs.
+SentencePiece ``.model``, a tiktoken file, or the word ``bytes``. Nothing here is downloaded and no code of a
+tokenizer folder runs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import xxhash
 
 from megatron_ds.data.fast_bpe import FastEncoder, Unsuitable, byte_characters
 from megatron_ds.data.sentencepiece_export import to_tokenizers
+from megatron_ds.data.tiktoken_files import TiktokenTokenizer, is_tiktoken_file
 from megatron_ds.errors import DataError
 
 Ids = Sequence[int] | npt.NDArray
@@ -68,16 +70,18 @@ def load_tokenizer(path_or_spec: str | Path, proved: bool = False) -> Tokenizer:
         if (path / "tokenizer.json").is_file():
             return HFTokenizer(path / "tokenizer.json", proved=proved)
         if (path / "tokenizer.model").is_file():
-            return SentencePieceTokenizer(path / "tokenizer.model")
+            return load_tokenizer(path / "tokenizer.model")
         raise DataError(
             f"tokenizer={spec!r} is a folder without tokenizer.json or tokenizer.model; it has "
             f"{sorted(p.name for p in path.iterdir())[:8]}. Save it with the `tokenizers` library, or name a file"
         )
     if path.is_file():
+        if path.suffix == ".tiktoken" or (path.suffix == ".model" and is_tiktoken_file(path)):
+            return TiktokenTokenizer(path)
         return SentencePieceTokenizer(path) if path.suffix == ".model" else HFTokenizer(path, proved=proved)
     raise DataError(
         f"tokenizer={spec!r} does not exist. Give a folder or tokenizer.json of Hugging Face `tokenizers`, a "
-        "SentencePiece .model, or 'bytes'; tools/train_tokenizer.py trains one"
+        "SentencePiece .model, a .tiktoken file, or 'bytes'; tools/train_tokenizer.py trains one"
     )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
 import pytest
 
+from megatron_ds.data.tiktoken_files import KNOWN
 from megatron_ds.data.tokenizer_training import train_tokenizer
 from megatron_ds.data.tokenizers import Tokenizer, byte_characters, load_tokenizer
 from megatron_ds.errors import DataError
@@ -29,11 +31,28 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["bpe", "unigram", "bytes"])
+def write_tiktoken_file(corpus: Path, path: Path) -> Path:
+    """A small vocabulary in tiktoken's format: bytes first, then tokens as byte-level BPE learns them."""
+    pytest.importorskip("tiktoken", reason="tiktoken files need tiktoken")
+    trained = load_tokenizer(train_tokenizer([str(corpus)], path.parent / "hf", 400))
+    byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+    vocabulary = json.loads((path.parent / "hf" / "tokenizer.json").read_text())["model"]["vocab"]
+    tokens = [bytes(byte_of[c] for c in t) for t in sorted(vocabulary, key=vocabulary.__getitem__) if t[0] in byte_of]
+    tokens = [token for token in tokens if token != b"<|endoftext|>"]
+    assert len(tokens) == trained.vocab_size - 1
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    settings = {"pattern": KNOWN["cl100k_base"][0], "special_tokens": {"<|endoftext|>": len(tokens) + 3}}
+    path.with_suffix(".json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram", "bytes", "tiktoken"])
 def tokenizer(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     if request.param == "bytes":
         return load_tokenizer("bytes")
     folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "tiktoken":
+        return load_tokenizer(write_tiktoken_file(corpus, folder / "cl100k_base.tiktoken"))
     return load_tokenizer(train_tokenizer([str(corpus)], folder, 320, request.param))
 
 
@@ -119,3 +138,42 @@ def test_vocabulary_too_small(corpus: Path, tmp_path: Path) -> None:
         train_tokenizer([str(corpus)], tmp_path, 100)
     with pytest.raises(DataError, match="SentencePiece could not train 9000 pieces"):
         train_tokenizer([str(corpus)], tmp_path, 9000, "unigram")
+
+
+def test_tiktoken_files(corpus: Path, tmp_path: Path) -> None:
+    path = write_tiktoken_file(corpus, tmp_path / "mine.tiktoken")
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.eod_id == tokenizer.vocab_size - 1
+    assert list(tokenizer.encode_batch(["a<|endoftext|>"])[0])[-1] == tokenizer.eod_id
+    lines = path.read_bytes()
+    (tmp_path / "llama" / "x").mkdir(parents=True)
+    (tmp_path / "llama" / "tokenizer.model").write_bytes(lines)  # as Llama 3's: told from SentencePiece by its content
+    assert load_tokenizer(tmp_path / "llama").bos_id == 128_000
+    with pytest.raises(DataError, match="tiktoken gave up on a text of 3000001 characters that starts with 'x  "):
+        tokenizer.encode_batch(["x" + " \n" * 1_500_000])
+    path.with_suffix(".json").unlink()
+    with pytest.raises(DataError, match=r"does not say how words are cut; name it like one of \['cl100k_base'"):
+        load_tokenizer(path)
+    path.with_suffix(".json").write_text('{"pattern": 1}')
+    with pytest.raises(DataError, match="must hold `pattern` and `special_tokens`"):
+        load_tokenizer(path)
+    path.write_bytes(lines[:200])
+    with pytest.raises(DataError, match=r"no token for .* of the 256 bytes: truncated|line .*: not `base64 rank`"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("name", ["r50k_base", "cl100k_base", "o200k_base"])
+def test_the_known_patterns_are_those_of_tiktoken(name: str) -> None:
+    """By their effect: the definitions in tiktoken are read, not its vocabularies, which it would download."""
+    tiktoken = pytest.importorskip("tiktoken", reason="tiktoken files need tiktoken")
+    import regex
+    import tiktoken_ext.openai_public as public
+
+    assert tiktoken
+    with pytest.MonkeyPatch.context() as patch:
+        for loader in ("data_gym_to_mergeable_bpe_ranks", "load_tiktoken_bpe"):
+            patch.setattr(public, loader, lambda *_, **__: {})
+        definition = getattr(public, name)()
+    text = "".join(TEXTS) * 2 + "I'LL don'T 'S CamelCaseWORDS http://a/b//\n\n  x\r\n 12345 \u01c5x ʰ"
+    assert regex.findall(KNOWN[name][0], text) == regex.findall(definition["pat_str"], text)
+    assert definition["special_tokens"] == KNOWN[name][1]

@@ -1,0 +1,185 @@
+"""Tokenizers in tiktoken's format: a file of ``base64(token) rank`` lines.
+
+The file holds neither the regular expression that cuts words nor the special tokens. They come from a JSON file
+beside it, ``NAME.json`` for ``NAME.tiktoken``, with keys ``pattern`` and ``special_tokens`` (name -> id), or from the
+file's name where that is one of :data:`KNOWN`. (Llama 3's original ``tokenizer.model`` is such a file too.)
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from megatron_ds.data.fast_bpe import byte_characters
+from megatron_ds.errors import DataError
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CL100K = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_O200K = "|".join(
+    [
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?",
+        r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ]
+)
+
+
+def _llama3_special() -> dict[str, int]:
+    names = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4))]
+    names += ["<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"]
+    names += [f"<|reserved_special_token_{i}|>" for i in range(5, 251)]
+    return {name: 128_000 + number for number, name in enumerate(names)}
+
+
+KNOWN: dict[str, tuple[str, dict[str, int]]] = {
+    "r50k_base": (_GPT2, {"<|endoftext|>": 50_256}),
+    "p50k_base": (_GPT2, {"<|endoftext|>": 50_256}),
+    "cl100k_base": (
+        _CL100K,
+        {"<|endoftext|>": 100_257, "<|fim_prefix|>": 100_258, "<|fim_middle|>": 100_259, "<|fim_suffix|>": 100_260,
+         "<|endofprompt|>": 100_276},
+    ),
+    "o200k_base": (_O200K, {"<|endoftext|>": 199_999, "<|endofprompt|>": 200_018}),
+    "tokenizer": (_CL100K, _llama3_special()),
+}  # fmt: skip
+"""By the stem of the file's name: (regular expression of words, special tokens). ``tokenizer`` is Llama 3's."""
+EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>")
+BOS_NAMES = ("<|begin_of_text|>",)
+
+
+def is_tiktoken_file(path: Path) -> bool:
+    """Whether a file's first line is that of tiktoken's format."""
+    with path.open("rb") as file:
+        first = file.readline(4096).split()
+    if len(first) != 2 or not first[1].isdigit():
+        return False
+    try:
+        base64.b64decode(first[0], validate=True)
+    except binascii.Error:
+        return False
+    return True
+
+
+class TiktokenTokenizer:
+    """A tiktoken file. Special tokens in a text are encoded as such."""
+
+    def __init__(self, path: str | Path):
+        try:
+            import tiktoken
+        except ImportError:
+            raise DataError(f"{path} is a tiktoken file: `pip install tiktoken` to read it") from None
+        self.path = Path(path)
+        content = self.path.read_bytes()
+        self.ranks = self._read(content)
+        self.pattern, self.special = self._settings()
+        taken = {rank for rank in self.ranks.values() if rank in self.special.values()}
+        if taken:
+            raise DataError(f"{path}: the ids {sorted(taken)[:5]} belong to special tokens and to others")
+        self.backend = tiktoken.Encoding(
+            self.path.stem, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special
+        )
+        self._known = frozenset(self.special)
+        self.fingerprint = xxhash.xxh3_64_hexdigest(
+            content + json.dumps([self.pattern, self.special], sort_keys=True).encode()
+        )
+        self.vocab_size = max([*self.ranks.values(), *self.special.values()]) + 1
+        self.eod_id = next((self.special[name] for name in EOD_NAMES if name in self.special), None)
+        self.bos_id = next((self.special[name] for name in BOS_NAMES if name in self.special), None)
+
+    def _read(self, content: bytes) -> dict[bytes, int]:
+        ranks = {}
+        for number, line in enumerate(content.splitlines(), 1):
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except ValueError:  # binascii.Error is one
+                raise DataError(f"{self.path}, line {number}: not `base64 rank` but {line[:60]!r}") from None
+        missing = sum(bytes([byte]) not in ranks for byte in range(256))
+        if missing:
+            raise DataError(f"{self.path} has no token for {missing} of the 256 bytes: truncated?")
+        return ranks
+
+    def _settings(self) -> tuple[str, dict[str, int]]:
+        beside = self.path.with_suffix(".json")
+        if beside.is_file():
+            try:
+                settings = json.loads(beside.read_text())
+                return str(settings["pattern"]), {str(k): int(v) for k, v in settings["special_tokens"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DataError(
+                    f"{beside} must hold `pattern` and `special_tokens` (name -> id) for {self.path.name}: {error!r}"
+                ) from None
+        if self.path.stem in KNOWN:
+            return KNOWN[self.path.stem]
+        raise DataError(
+            f"{self.path} does not say how words are cut; name it like one of {sorted(KNOWN)}, or put {beside.name} "
+            'beside it with {"pattern": ..., "special_tokens": {...}}'
+        )
+
+    def encode_batch(self, texts: list[str]) -> list[Sequence[int] | npt.NDArray]:
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> npt.NDArray[np.uint32]:
+        try:
+            ids = self.backend.encode(text, allowed_special=self._known, disallowed_special=())
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # how a panic of the Rust side arrives
+                raise
+            raise DataError(
+                f"tiktoken gave up on a text of {len(text)} characters that starts with {text[:60]!r}; its regex cannot "
+                "take about a million white-space characters in a row"
+            ) from None
+        return np.array(ids, np.uint32)
+
+    def decode(self, ids: Any) -> str:
+        return self.backend.decode([int(i) for i in ids])
+
+    def save_hf(self, folder: str | Path) -> None:
+        """The same ids as a ``tokenizers`` BPE: each token stands for every way of cutting it into two tokens."""
+        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+        character = byte_characters()
+
+        def written(token: bytes) -> str:
+            return "".join(character[byte] for byte in token)
+
+        merges = []
+        for token in sorted(self.ranks, key=self.ranks.__getitem__):
+            cuts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+            pairs = [(left, right) for left, right in cuts if left in self.ranks and right in self.ranks]
+            pairs.sort(key=lambda pair: (self.ranks[pair[0]], self.ranks[pair[1]]))
+            merges += [(written(left), written(right)) for left, right in pairs]
+        vocabulary = {written(token): rank for token, rank in self.ranks.items()}
+        backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(self.pattern), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        backend.decoder = decoders.ByteLevel()
+        for name, token_id in sorted(self.special.items(), key=lambda item: item[1]):
+            # `tokenizers` numbers added tokens from the size of the vocabulary on and leaves no gap.
+            while backend.get_vocab_size() < token_id:
+                backend.add_special_tokens([AddedToken(f"<|unused_{backend.get_vocab_size()}|>", special=True)])
+            backend.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+            if backend.token_to_id(name) != token_id:
+                raise DataError(f"{self.path}: special token {name!r} = {token_id} cannot be written as tokenizer.json")
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        backend.save(str(target / "tokenizer.json"))
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        for setting, special in (("eos_token", self.eod_id), ("bos_token", self.bos_id)):
+            if special is not None:
+                config[setting] = backend.id_to_token(special)
+        (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
