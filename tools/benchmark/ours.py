@@ -1,0 +1,88 @@
+"""This library as a contestant: the training step of ``megatron_ds.train``, built as a run builds it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from setting import Workload
+
+from megatron_ds.config import RunConfig, from_dict, validate
+from megatron_ds.mesh import Mesh
+from megatron_ds.models.gpt import gpt_model
+from megatron_ds.train.build import build
+from megatron_ds.train.launch import keep_freed_memory
+
+_MICRO_BATCHES = 8
+
+
+def configuration(
+    w: Workload,
+    dp: int = 1,
+    tp: int = 1,
+    pp: int = 1,
+    sequence_parallel: bool = False,
+    layers_per_stage: tuple[int, ...] | None = None,
+    compiled: bool = False,
+) -> RunConfig:
+    """The workload as a run's configuration. A pipeline runs 8 micro-batches, everything else one."""
+    settings = {
+        "output": tempfile.gettempdir() + "/megatron-ds-benchmark",  # nothing is written there
+        "compile": compiled,
+        "model": {
+            "num_layers": w.layers,
+            "hidden_size": w.hidden,
+            "num_heads": w.heads,
+            "vocab_size": w.vocab,
+            "max_positions": w.sequence,
+        },
+        "mesh": {"dp": dp, "tp": tp, "pp": pp, "sequence_parallel": sequence_parallel},
+        "pipeline": {"layers_per_stage": layers_per_stage},
+        "optimizer": {
+            "lr": w.lr,
+            "beta1": w.betas[0],
+            "beta2": w.betas[1],
+            "weight_decay": w.weight_decay,
+            "clip_norm": w.clip,
+            "schedule": "constant",
+        },
+        "precision": {"dtype": w.dtype},
+        "train": {
+            "global_batch": w.batch,
+            "micro_batch": w.batch // (_MICRO_BATCHES if pp > 1 else dp),
+            "sequence_length": w.sequence,
+        },
+        "data": {"synthetic": True},
+    }
+    return from_dict(RunConfig, settings, "benchmark")
+
+
+def training_step(w: Workload, device: str = "cpu", **layout: object) -> Callable[[], torch.Tensor]:
+    """The step of this rank on random tokens; ``layout`` is passed to :func:`configuration`."""
+    if device == "cpu":
+        keep_freed_memory()
+    config = configuration(w, **layout)  # type: ignore[arg-type]
+    shape = validate(config, dist.get_world_size() if dist.is_initialized() else 1)
+    mesh = Mesh.create(shape, torch.device(device))
+    parts = build(config, mesh, gpt_model(config))
+    draw = w.batches(mesh.dp.rank, mesh.dp.size)
+    size, done = config.train.micro_batch, 0
+
+    def step() -> torch.Tensor:
+        nonlocal done
+        tokens, targets = (t.to(device) for t in draw())
+        positions = torch.arange(w.sequence, device=device).expand_as(tokens)
+        batch = {
+            "tokens": tokens,
+            "labels": targets,
+            "position_ids": positions,
+            "loss_mask": torch.ones_like(tokens, dtype=torch.bool),
+            "sample_index": torch.arange(len(tokens), device=device),
+        }
+        micro_batches = [{k: t[i : i + size] for k, t in batch.items()} for i in range(0, len(tokens), size)]
+        done += 1
+        return torch.tensor(parts.step(micro_batches, done).loss)
+
+    return step

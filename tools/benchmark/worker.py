@@ -1,0 +1,102 @@
+"""One rank of one contestant, in a fresh process: build it, run it, report. Started by run.py, in either environment.
+
+python tools/benchmark/worker.py NAME --dtype fp32 [--rank 0 --ranks 2 --rendezvous FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from setting import Workload, measure, report
+
+Builder = Callable[[Workload], Callable[[], Any]]
+
+
+def builders() -> dict[str, Builder]:
+    """Every contestant by name. A module is imported only if one of its contestants is asked for."""
+
+    def plain(compiled: bool) -> Builder:
+        def make(w: Workload) -> Callable[[], Any]:
+            import plain
+
+            return plain.plain(w, compiled)
+
+        return make
+
+    def peer(function: str, *args: Any) -> Builder:
+        def make(w: Workload) -> Callable[[], Any]:
+            import peers
+
+            step: Callable[[], Any] = getattr(peers, function)(w, *args)
+            return step
+
+        return make
+
+    def ours(**layout: Any) -> Builder:
+        def make(w: Workload) -> Callable[[], Any]:
+            import ours
+
+            return ours.training_step(w, **layout)
+
+        return make
+
+    return {
+        "plain": plain(False),
+        "plain-compile": plain(True),
+        "huggingface": peer("huggingface"),
+        "ddp": peer("ddp"),
+        "zero-redundancy": peer("zero_redundancy"),
+        "deepspeed-zero1": peer("deepspeed_zero1"),
+        "fsdp2": peer("fsdp2"),
+        "dtensor-tp": peer("dtensor_tp", False),
+        "dtensor-tp-sp": peer("dtensor_tp", True),
+        "torch-1f1b-3+3": peer("torch_pipeline", (3, 3)),
+        "torch-1f1b-4+2": peer("torch_pipeline", (4, 2)),
+        "ours": ours(),
+        "ours-compile": ours(compiled=True),
+        "ours-zero1": ours(dp=2),
+        "ours-tp": ours(tp=2),
+        "ours-tp-sp": ours(tp=2, sequence_parallel=True),
+        "ours-1f1b-3+3": ours(pp=2, layers_per_stage=(3, 3)),
+        "ours-1f1b-4+2": ours(pp=2, layers_per_stage=(4, 2)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run one rank of one contestant.")
+    parser.add_argument("name", choices=sorted(builders()))
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "bf16-pure"])
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the clock starts")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps")
+    parser.add_argument("--threads", type=int, default=1, help="compute threads of this rank")
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--rendezvous", help="a file that does not exist yet, shared by the ranks of this run")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    w = replace(Workload(), dtype=args.dtype)
+    if args.ranks > 1:
+        # Some peers read these instead of asking the process group.
+        os.environ.update(RANK=str(args.rank), LOCAL_RANK=str(args.rank), WORLD_SIZE=str(args.ranks))
+        store = dist.FileStore(args.rendezvous, args.ranks)
+        dist.init_process_group("gloo", store=store, rank=args.rank, world_size=args.ranks)
+    figures = measure(builders()[args.name](w), w, args.warmup, args.steps)
+    if args.ranks > 1:
+        everyone: list[Any] = [None] * args.ranks
+        dist.all_gather_object(everyone, figures)
+        figures["rss_mib"] = max(f["rss_mib"] for f in everyone)
+        figures["cpu_tokens_per_s"] = min(f["cpu_tokens_per_s"] for f in everyone)
+        figures["loss"] = next(f["loss"] for f in everyone if f["loss"])
+        dist.destroy_process_group()
+    if args.rank == 0:
+        report({"name": args.name, "torch": torch.__version__, **figures}, w)
+
+
+if __name__ == "__main__":
+    main()
