@@ -41,9 +41,9 @@ bench: $(INSTALLED) ## Measure speed beside the peers on this machine's CPU and 
 bench-gpu: $(INSTALLED) ## Measure tokens/s, memory and MFU on one GPU beside a compiled torch loop
 	@$(RUN) tools/benchmark/run_gpu.py $(ARGS)
 
-constraints: ## Renew constraints.txt with the newest releases that pyproject.toml admits (torch keeps its pin)
+constraints: ## Renew constraints.txt with the newest releases that pyproject.toml admits (torch and triton keep theirs)
 	@rm -rf build/fresh && $(PYTHON) -m venv build/fresh
-	@grep '^torch==' constraints.txt > build/torch.txt
+	@grep -E '^(torch|triton)==' constraints.txt > build/torch.txt
 	@build/fresh/bin/python -m pip install -qq -c build/torch.txt -e '.[dev,hf]'
 	@sed '/^[^#]/d' constraints.txt > build/constraints.txt
 	@build/fresh/bin/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' >> build/constraints.txt

@@ -45,6 +45,8 @@ def test_constraints_pin_exactly_and_resolve_anywhere() -> None:
     for pin in PINS:
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", pin), f"{pin!r}: a name and an exact public version"
     assert "torch==2.13.0" in PINS
+    # PyPI's torch 2.13.0 requires this triton and no other; the CPU build requires none and would not notice.
+    assert "triton==3.7.1" in PINS
     names = [canonicalize_name(pin.split("==")[0]) for pin in PINS]
     assert len(names) == len(set(names))
 
