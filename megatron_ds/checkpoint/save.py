@@ -114,19 +114,24 @@ def prepare(directory: Path, step: int, needed: int, replace: bool = False) -> P
         shutil.rmtree(leftover)
     for moved in directory.glob(f"step-*{REPLACED}"):
         _recover_replaced(moved)
+    check_space(directory, needed, f"checkpoint of step {step}")
+    partial = directory / (step_name(step) + INCOMPLETE)
+    partial.mkdir()
+    sync_directory(directory)
+    return partial
+
+
+def check_space(directory: Path, needed: int, what: str) -> None:
+    """A :class:`CheckpointError` with the numbers if ``directory``'s disk has no room for ``needed`` bytes more."""
     status = os.statvfs(directory)
     free = status.f_bavail * status.f_frsize
     # Headers, manifest and rounding to blocks: 1% and 16 MB hold them with room to spare.
     wanted = needed + needed // 100 + (16 << 20)
     if wanted > free:
         raise CheckpointError(
-            f"checkpoint of step {step} needs {_size(wanted)}, but {directory} has {_size(free)} free; free space "
-            "there, keep fewer checkpoints, or save elsewhere (existing checkpoints are untouched)"
+            f"{what} needs {_size(wanted)}, but {directory} has {_size(free)} free; free space there, keep fewer "
+            "checkpoints, or save elsewhere (existing checkpoints are untouched)"
         )
-    partial = directory / (step_name(step) + INCOMPLETE)
-    partial.mkdir()
-    sync_directory(directory)
-    return partial
 
 
 def write_rank(partial: Path, rank: int, pieces: Sequence[Piece]) -> FileRecord:

@@ -1,0 +1,91 @@
+"""How Hugging Face's architectures lay out what we keep in one global tensor: pairs of exact, inverse transforms.
+
+``h`` hidden, ``g`` key/value groups, ``q`` queries a group, ``n = g * q`` heads, ``d`` head dim, ``f`` MLP width,
+``v`` vocabulary (padded with us, not with them). Ours are in ``gpt.py``: linear weights ``[out, in]``, fused ``qkv``
+``[g, q + 2, d, h]`` (a group's queries, its key, its value), ``gate_up`` ``[2, f, h]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_ds.checkpoint.hf_architecture import Rule
+from megatron_ds.config import ModelConfig
+
+Tensors = Sequence[Tensor]
+
+
+def same(ours: str, theirs: str) -> Rule:
+    return Rule(ours, (theirs,), lambda c, w: (w,), lambda c, ws: ws[0])
+
+
+def transposed(ours: str, theirs: str) -> Rule:
+    """GPT-2 at Hugging Face keeps its linear weights as ``[in, out]`` (its class ``Conv1D``)."""
+    return Rule(ours, (theirs,), lambda c, w: (w.t(),), lambda c, ws: ws[0].t())
+
+
+def vocabulary(ours: str, theirs: str) -> Rule:
+    """``[v, h]``: our padding rows are cut off, or added as zeros."""
+
+    def pad(c: ModelConfig, ws: Tensors) -> Tensor:
+        return torch.cat([ws[0], ws[0].new_zeros(c.padded_vocab - c.vocab_size, c.hidden_size)])
+
+    return Rule(ours, (theirs,), lambda c, w: (w[: c.vocab_size],), pad)
+
+
+def _qkv_shape(c: ModelConfig, theirs: Tensor) -> tuple[int, ...]:
+    """Ours, of a weight or (no last dim) a bias."""
+    last = (c.hidden_size,) if theirs.dim() > 1 else ()
+    return (c.groups, c.queries_per_group + 2, c.head_size, *last)
+
+
+def separate_qkv(ours: str, attention: str, what: str) -> Rule:
+    """Llama: query ``[n d, h]``, key and value ``[g d, h]`` apart (or the biases, without ``h``)."""
+
+    def split(c: ModelConfig, w: Tensor) -> Tensors:
+        q = c.queries_per_group
+        return [part.reshape(-1, *w.shape[3:]) for part in (w[:, :q], w[:, q], w[:, q + 1])]
+
+    def fuse(c: ModelConfig, ws: Tensors) -> Tensor:
+        per_group = [w.view(c.groups, -1, c.head_size, *w.shape[1:]) for w in ws]
+        return torch.cat(per_group, dim=1)
+
+    return Rule(ours, tuple(f"{attention}.{name}_proj.{what}" for name in "qkv"), split, fuse)
+
+
+def stacked_qkv(ours: str, theirs: str, conv: bool) -> Rule:
+    """GPT-2: all queries, then all keys, then all values, ``[h, 3 n d]`` as Conv1D (the bias ``[3 n d]``)."""
+
+    def stack(c: ModelConfig, w: Tensor) -> Tensors:
+        flat = w.transpose(0, 1).reshape(3 * c.num_heads * c.head_size, *w.shape[3:])
+        return (flat.t() if conv else flat,)
+
+    def unstack(c: ModelConfig, ws: Tensors) -> Tensor:
+        flat = ws[0].t() if conv else ws[0]
+        return flat.reshape(3, c.num_heads, c.head_size, *flat.shape[1:]).transpose(0, 1)
+
+    return Rule(ours, (theirs,), stack, unstack)
+
+
+def interleaved_qkv(ours: str, theirs: str) -> Rule:
+    """BLOOM: a head's query, key, value together, ``[3 n d, h]``: our order, flat (the bias without ``h``)."""
+    return Rule(
+        ours, (theirs,), lambda c, w: (w.reshape(-1, *w.shape[3:]),), lambda c, ws: ws[0].view(_qkv_shape(c, ws[0]))
+    )
+
+
+def separate_gate_up(ours: str, mlp: str, what: str) -> Rule:
+    return Rule(
+        ours,
+        (f"{mlp}.gate_proj.{what}", f"{mlp}.up_proj.{what}"),
+        lambda c, w: (w[0], w[1]),
+        lambda c, ws: torch.stack(list(ws)),
+    )
+
+
+def both(make: Callable[[str, str], Rule], ours: str, theirs: str) -> list[Rule]:
+    """A rule for the weight and one for the bias."""
+    return [make(f"{ours}.weight", f"{theirs}.weight"), make(f"{ours}.bias", f"{theirs}.bias")]

@@ -1,0 +1,83 @@
+"""Tiny models of `transformers` with random weights everywhere, biases and norms included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+_LLAMA: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def _gpt2(**changes: Any) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 131, "n_positions": 64, "n_embd": 24, "n_layer": 3, "n_head": 4}
+    return GPT2LMHeadModel(GPT2Config(**{**sizes, "bos_token_id": 0, "eos_token_id": 0, **changes}))
+
+
+def _llama(**changes: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**{**_LLAMA, **changes}))
+
+
+def _qwen2(**changes: Any) -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(Qwen2Config(**{**_LLAMA, **changes}))
+
+
+def _qwen3(**changes: Any) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**{**_LLAMA, "head_dim": 8, **changes}))
+
+
+def _bloom(**changes: Any) -> Any:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    sizes = {"vocab_size": 131, "hidden_size": 24, "n_layer": 3, "n_head": 6}
+    return BloomForCausalLM(BloomConfig(**{**sizes, **changes}))
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "gpt2": _gpt2,
+    "gpt2-untied-erf-narrow": lambda: _gpt2(tie_word_embeddings=False, activation_function="gelu", n_inner=40),
+    "llama-gqa": _llama,
+    "llama3-tied": lambda: _llama(tie_word_embeddings=True, rope_parameters={"rope_theta": 5e5, **LLAMA3}),
+    "llama-biases-wide-heads": lambda: _llama(attention_bias=True, mlp_bias=True, head_dim=8, num_key_value_heads=6),
+    "qwen2": _qwen2,
+    "qwen3": lambda: _qwen3(tie_word_embeddings=True),
+    "bloom": _bloom,
+}
+
+
+def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The model, in evaluation mode, every parameter drawn from (name, order) alone."""
+    model = MODELS[name]().to(dtype).eval()
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.1
+            norm_weight = parameter.dim() == 1 and parameter.mean() > 0.5
+            parameter.copy_(1 + noise if norm_weight else noise)
+    return model
