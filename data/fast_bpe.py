@@ -95,7 +95,8 @@ class FastEncoder:
         try:
             ids = self._fast(text)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # how a panic of the Rust side arrives
+            # How a regex that gives up arrives: as an error, or a panic of the Rust side (no Exception).
+            if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
                 raise
             return np.array(self._slow(text), np.uint32)
         self._until_check -= 1

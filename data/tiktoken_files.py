@@ -133,11 +133,12 @@ class TiktokenTokenizer:
         try:
             ids = self.backend.encode(text, allowed_special=self._known, disallowed_special=())
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # how a panic of the Rust side arrives
+            # How a regex that gives up arrives: as an error, or a panic of the Rust side (no Exception).
+            if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
                 raise
             raise DataError(
-                f"tiktoken gave up on a text of {len(text)} characters that starts with {text[:60]!r}; its regex cannot "
-                "take about a million white-space characters in a row"
+                f"tiktoken gave up on a text of {len(text)} characters that starts with {text[:60]!r}; its regex "
+                "cannot take about a million white-space characters in a row"
             ) from None
         return np.array(ids, np.uint32)
 

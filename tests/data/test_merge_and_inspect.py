@@ -1,0 +1,136 @@
+"""Merging and inspecting datasets, and their tools."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import indexed_reference
+import numpy as np
+import pytest
+
+from megatron_ds.data import inspect, merge
+from megatron_ds.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_ds.data.inspect import document_lengths, draw_histogram, length_histogram, sample_documents, show_document
+from megatron_ds.data.merge import merge_datasets
+from megatron_ds.data.part_writer import PreprocessOptions
+from megatron_ds.data.preprocess import preprocess
+from megatron_ds.data.tokenizers import load_tokenizer
+from megatron_ds.data.verify import read_manifest, verify
+from megatron_ds.errors import DataError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SETS = {"a": [[[1, 2], [3]], [[4]]], "b": [[[]], [[5, 6, 7]]], "c": [[[8], [9]], [[10]], [[11, 12]]]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, documents in SETS.items():
+        indexed_reference.write(tmp_path / name, 8, documents)
+    return tmp_path
+
+
+@pytest.mark.parametrize("names", ["a", "ab", "cba", "aca"])
+def test_merged_documents_follow_each_other(folder: Path, names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge, "INDEX_CHUNK", 2)
+    copied: list[int] = []
+    merge_datasets([str(folder / name) for name in names], folder / "all", copied.append)
+    expected = [document for name in names for document in SETS[name]]
+    assert indexed_reference.read(folder / "all") == (8, expected)
+    assert sum(copied) == (folder / "all.bin").stat().st_size
+    verify(IndexedDataset(folder / "all"))
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_what_does_not_merge(folder: Path) -> None:
+    indexed_reference.write(folder / "wide", 4, SETS["a"])
+    with pytest.raises(DataError, match=r"wide\.bin holds int32 tokens and a\.bin uint16"):
+        merge_datasets([str(folder / "a"), str(folder / "wide")], folder / "all")
+    with pytest.raises(DataError, match="is one of the datasets to merge; choose another name"):
+        merge_datasets([str(folder / "a"), str(folder / "b")], folder / "b")
+    with pytest.raises(DataError, match="no dataset to merge"):
+        merge_datasets([], folder / "all")
+    assert not list(folder.glob("all*"))
+
+
+def test_a_damaged_dataset_is_not_merged(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("some text to tokenise")
+    for name in ("a", "b"):
+        preprocess([str(tmp_path / "in.txt")], tmp_path / name, PreprocessOptions("bytes"), 0)
+    merge_datasets([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "all")
+    manifest = read_manifest(str(tmp_path / "all"))
+    assert manifest is not None and manifest["tokenizer"]["spec"] == "bytes" and manifest["counts"]["tokens"] == 42
+    content = bytearray((tmp_path / "b.bin").read_bytes())
+    content[5] ^= 1
+    (tmp_path / "b.bin").write_bytes(content)
+    with pytest.raises(DataError, match=r"b\.bin is not the file that was written"):
+        merge_datasets([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "other")
+
+
+def test_other_tokenizers_are_not_merged(tmp_path: Path) -> None:
+    import json
+
+    (tmp_path / "in.txt").write_text("some text to tokenise")
+    for name in ("a", "b"):
+        preprocess([str(tmp_path / "in.txt")], tmp_path / name, PreprocessOptions("bytes"), 0)
+    path = tmp_path / "b.manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["tokenizer"] |= {"spec": "mine", "xxh3": "0" * 16}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"b was made with the tokenizer mine and .*a with bytes, another one"):
+        merge_datasets([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "all")
+
+
+def test_histogram_against_counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    lengths = [0, 1, 1, 2, 3, 4, 7, 8, *generator.integers(0, 500, 300).tolist()]
+    with IndexedDatasetWriter(tmp_path / "set", "uint16") as writer:
+        for length in lengths:
+            for half in (length // 2, length - length // 2):
+                writer.add_sequence(np.ones(half, np.uint16))
+            writer.end_document()
+    dataset = IndexedDataset(tmp_path / "set")
+    assert document_lengths(dataset, 0, len(lengths)).tolist() == lengths
+    assert document_lengths(dataset, 5, 9).tolist() == lengths[5:9]
+    whole = length_histogram(dataset)
+    monkeypatch.setattr(inspect, "CHUNK", 100)
+    for histogram in (whole, length_histogram(dataset)):
+        assert histogram.edges.tolist() == [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+        for low, high, documents, tokens in zip(
+            histogram.edges, histogram.edges[1:], histogram.documents, histogram.tokens
+        ):
+            inside = [length for length in lengths if low <= length < high]
+            assert (documents, tokens) == (len(inside), sum(inside))
+        assert (histogram.shortest, histogram.longest) == (0, max(lengths))
+    assert whole.percentiles[50] in sorted(lengths)[len(lengths) // 2 - 1 : len(lengths) // 2 + 1]
+    text = draw_histogram(whole)
+    assert "256 to 511" in text and f"longest {max(lengths)}" in text
+
+
+def test_samples_are_different_documents(folder: Path) -> None:
+    dataset = IndexedDataset(folder / "c")
+    assert sample_documents(dataset, 10) == [0, 1, 2]
+    assert len(sample_documents(dataset, 2)) == 2
+    assert show_document(dataset, 0, None, 1) == "document 0 (2 tokens): [8] ... 1 more tokens"
+
+
+def test_tools(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("some text to show, and ünïcode")
+    preprocess([str(tmp_path / "in.txt")], tmp_path / "a", PreprocessOptions("bytes"), 0)
+
+    def tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(REPOSITORY / "tools" / name), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    prefix = tmp_path / "a"
+    merged = tool("merge_datasets.py", "--input", prefix, prefix, "--output-prefix", tmp_path / "b", "--quiet")
+    assert merged.returncode == 0 and "2 documents, 64 tokens" in merged.stdout
+    shown = tool("inspect_dataset.py", tmp_path / "b", "--png", tmp_path / "lengths.png")
+    assert shown.returncode == 0, shown.stderr
+    for wanted in ("64 of uint16", "as in the manifest", "32 to 63", "'some text to show, and ünïcode'"):
+        assert wanted in shown.stdout
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    missing = tool("inspect_dataset.py", tmp_path / "none")
+    assert missing.returncode == 2 and "none.idx does not exist" in missing.stderr
+    assert load_tokenizer("bytes").decode(IndexedDataset(tmp_path / "b").document(1)).startswith("some text")
