@@ -1,0 +1,185 @@
+"""Stages small enough to check by hand, run through the executor on the ranks of a job."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_ds.mesh import Mesh, MeshShape
+from megatron_ds.pipeline.action import Action, Schedule
+from megatron_ds.pipeline.executor import Executor
+from megatron_ds.pipeline.schedules import build_schedule
+from megatron_ds.pipeline.timeline import Event
+from megatron_ds.testing import device_of_rank
+
+WIDTH = 3
+SHAPE = (2, WIDTH)
+
+
+class Stage(nn.Module):
+    """``tanh(W x + b)``; the last stage weighs its output with the micro-batch's targets and adds up."""
+
+    def __init__(self, index: int, num_stages: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(index)
+        self.index, self.is_first, self.is_last = index, index == 0, index == num_stages - 1
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.randn(WIDTH, generator=generator, dtype=torch.float64))
+        self.fails_on: int | None = None
+
+    def forward(self, micro_batch: dict[str, Tensor], hidden: Tensor | None = None) -> Tensor:
+        if self.fails_on == int(micro_batch["number"]):
+            raise ValueError(f"stage {self.index} fails on micro-batch {self.fails_on}")
+        assert (hidden is None) == self.is_first
+        x = micro_batch["input"] if hidden is None else hidden
+        out = torch.tanh(x @ self.weight.T + self.bias)
+        return (out * micro_batch["target"]).sum() if self.is_last else out
+
+
+def micro_batches(count: int) -> list[dict[str, Tensor]]:
+    result = []
+    for number in range(count):
+        generator = torch.Generator().manual_seed(100 + number)
+        result.append(
+            {
+                "number": torch.tensor(number),
+                "input": torch.randn(SHAPE, generator=generator, dtype=torch.float64),
+                "target": torch.randn(SHAPE, generator=generator, dtype=torch.float64),
+            }
+        )
+    return result
+
+
+def expected(num_stages: int, count: int, seed: float) -> tuple[float, dict[int, list[Tensor]]]:
+    """Loss sum and every stage's gradients, by plain autograd through all stages at once."""
+    stages = [Stage(index, num_stages) for index in range(num_stages)]
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in micro_batches(count):
+        x = None
+        for stage in stages:
+            x = stage(batch, x)
+        assert x is not None
+        (x * seed).backward()
+        total += x.detach()
+    return total.item(), {s.index: [p.grad for p in s.parameters() if p.grad is not None] for s in stages}
+
+
+@dataclass
+class Ran:
+    """What one rank saw in one run."""
+
+    loss: float
+    gradients: dict[int, list[Tensor]]
+    announced: list[tuple[int, int]] = field(default_factory=list)  # stage, backwards done before the announcement
+    recorded: list[Event] = field(default_factory=list)
+
+
+def make(schedule: Schedule, num_stages: int, announced: list[Any]) -> Executor:
+    mesh = mesh_of(len(schedule))
+    stages = {i: Stage(i, num_stages) for i in range(mesh.pp.rank, num_stages, len(schedule))}
+    return Executor(
+        schedule,
+        stages,
+        pp=mesh.pp,
+        pp_back=mesh.pp_back,
+        activation_shape=SHAPE,
+        dtype=torch.float64,
+        device=mesh.device,
+        before_last_backward=announced.append,
+    )
+
+
+def mesh_of(pp: int) -> Mesh:
+    if pp == 1:
+        return Mesh.single()
+    return Mesh.create(MeshShape(pp=pp), device_of_rank(dist.get_rank(), pp))
+
+
+def run(schedule: Schedule, num_stages: int, count: int, times: int = 1) -> Ran:
+    """Run the schedule ``times`` times, recording the last; gradients add up."""
+    announced: list[Any] = []
+    executor = make(schedule, num_stages, announced)
+    counts: list[tuple[int, int]] = []
+    executor.before_last_backward = lambda stage: counts.append((stage.index, len(executor.recorded or [])))
+    seed = torch.tensor(0.25, dtype=torch.float64)
+    for time_ in range(times):
+        executor.recorded = [] if time_ == times - 1 else None
+        loss = executor.run(micro_batches(count), seed)
+    gradients = {i: [p.grad for p in stage.parameters() if p.grad is not None] for i, stage in executor.stages.items()}
+    assert executor.recorded is not None
+    return Ran(loss.item(), gradients, counts, executor.recorded)
+
+
+def run_schedules(pp: int, counts: tuple[int, ...]) -> dict[tuple[str, int], Ran]:
+    """On a rank: both schedules for each number of micro-batches."""
+    return {
+        (name, count): run(build_schedule(name, pp, count), pp, count) for name in ("gpipe", "1f1b") for count in counts
+    }
+
+
+def run_twice(pp: int) -> Ran:
+    return run(build_schedule("1f1b", pp, 3), pp, 3, times=2)
+
+
+def run_given(actions: list[list[str]], num_stages: int, count: int) -> Ran:
+    return run([[Action.parse(a) for a in rank] for rank in actions], num_stages, count)
+
+
+def evaluate(pp: int, count: int) -> tuple[float, bool]:
+    """Forward only, of more micro-batches than the schedule has, then the schedule itself."""
+    executor = make(build_schedule("1f1b", pp, 2), pp, [])
+    loss = executor.run_forward(micro_batches(count))
+    untouched = all(p.grad is None for stage in executor.stages.values() for p in stage.parameters())
+    assert not loss.requires_grad
+    executor.run(micro_batches(2), torch.tensor(1.0, dtype=torch.float64))
+    return loss.item(), untouched
+
+
+def wrong_count(pp: int) -> str:
+    executor = make(build_schedule("gpipe", pp, 3), pp, [])
+    try:
+        executor.run(micro_batches(2), torch.tensor(1.0, dtype=torch.float64))
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def fail_on_stage(pp: int, bad: int) -> None:
+    executor = make(build_schedule("1f1b", pp, 6), pp, [])
+    if bad in executor.stages:
+        executor.stages[bad].fails_on = 2  # type: ignore[assignment]
+    executor.run(micro_batches(6), torch.tensor(1.0, dtype=torch.float64))
+
+
+def outlive_a_failed_stage(pp: int, bad: int, timeout: float) -> tuple[str, float]:
+    """The failed rank stays alive and silent; how the others end, and after how many seconds."""
+    mesh = mesh_of(pp)
+    for group in (mesh.pp.group, mesh.pp_back.group):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), group)
+    stages = {mesh.pp.rank: Stage(mesh.pp.rank, pp)}
+    stages[mesh.pp.rank].fails_on = 2 if mesh.pp.rank == bad else None
+    executor = Executor(
+        build_schedule("1f1b", pp, 6),
+        stages,
+        pp=mesh.pp,
+        pp_back=mesh.pp_back,
+        activation_shape=SHAPE,
+        dtype=torch.float64,
+        device=mesh.device,
+    )
+    start = time.monotonic()
+    try:
+        executor.run(micro_batches(6), torch.tensor(1.0, dtype=torch.float64))
+        outcome = "finished"
+    except Exception as error:
+        outcome = type(error).__name__
+    seconds = time.monotonic() - start
+    if mesh.pp.rank == bad:
+        time.sleep(3 * timeout)
+    return outcome, seconds

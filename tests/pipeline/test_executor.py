@@ -1,0 +1,130 @@
+"""The executor against plain autograd through all stages at once."""
+
+from __future__ import annotations
+
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+from executor_toy import (
+    Ran,
+    evaluate,
+    expected,
+    fail_on_stage,
+    outlive_a_failed_stage,
+    run_given,
+    run_schedules,
+    run_twice,
+    wrong_count,
+)
+
+from megatron_ds.pipeline.action import Op, compute_only, peak_in_flight
+from megatron_ds.pipeline.schedules import activation_bound, build_schedule
+from megatron_ds.pipeline.timeline import Timeline
+from megatron_ds.testing import RankFailed, run_ranks
+
+COUNTS = (1, 2, 5, 12)  # 12 micro-batches: more sends under way than the executor lets be
+
+
+def check(ranks: list[Ran], num_stages: int, count: int, times: int = 1) -> None:
+    loss, gradients = expected(num_stages, count, seed=0.25)
+    seen = {}
+    for rank, ran in enumerate(ranks):
+        assert ran.loss == (pytest.approx(loss, abs=1e-12) if (num_stages - 1) % len(ranks) == rank else 0.0)
+        seen |= ran.gradients
+    assert seen.keys() == gradients.keys()
+    for stage, tensors in gradients.items():
+        for got, want in zip(seen[stage], tensors):
+            torch.testing.assert_close(got, want * times, rtol=0, atol=1e-12, msg=f"stage {stage}")
+
+
+@pytest.mark.parametrize("pp", [1, 2, 4])
+def test_both_schedules_equal_plain_autograd_and_each_other(pp: int) -> None:
+    ranks = run_ranks(run_schedules, pp, pp, COUNTS)
+    for count in COUNTS:
+        gpipe, one = ([results[name, count] for results in ranks] for name in ("gpipe", "1f1b"))
+        check(gpipe, pp, count)
+        check(one, pp, count)
+        for a, b in zip(gpipe, one):
+            assert a.loss == b.loss
+            for stage in a.gradients:  # summed in the same order: equal bit for bit
+                assert all(torch.equal(x, y) for x, y in zip(a.gradients[stage], b.gradients[stage]))
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+def test_the_recorded_timeline_is_the_schedule(name: str) -> None:
+    pp, count = 3, 5
+    ranks = [results[name, count] for results in run_ranks(run_schedules, pp, pp, (count,))]
+    timeline = Timeline(tuple(event for ran in ranks for event in ran.recorded), "s")
+    assert compute_only(timeline.schedule()) == build_schedule(name, pp, count)
+    assert timeline.num_ranks == pp and 0 <= timeline.bubble_fraction < 1
+    ends = {event.action: event.end for event in timeline.compute}
+    starts = {event.action: event.start for event in timeline.compute}
+    for rank, events in enumerate(timeline.by_rank):
+        assert all(event.rank == rank and event.start <= event.end for event in events)
+        assert all(before.end <= after.start for before, after in pairwise(events))
+        assert peak_in_flight([event.action for event in events]) <= activation_bound(name, pp, count)[rank]
+        for event in events:
+            if event.action.op.is_receive:  # the ranks' clock is one: nothing is used before it was made
+                assert event.end >= ends[event.action.producer]
+                assert event.end <= starts[event.action.consumer]
+    transfers = [event.action for event in timeline.events if not event.action.op.is_compute]
+    assert len(transfers) == len(set(transfers)) == 4 * (pp - 1) * count
+    assert {action.counterpart for action in transfers} == set(transfers)
+
+
+@pytest.mark.parametrize("pp", [1, 3])
+def test_the_last_backward_is_announced_once_right_before_it(pp: int) -> None:
+    for name, count in (("gpipe", 4), ("1f1b", 4)):
+        ranks = [results[name, count] for results in run_ranks(run_schedules, pp, pp, (count,))]
+        for rank, ran in enumerate(ranks):
+            ((stage, so_far),) = ran.announced
+            assert stage == rank
+            backwards = [index for index, event in enumerate(ran.recorded) if event.action.op is Op.B]
+            assert backwards[-2] < so_far <= backwards[-1]
+
+
+def test_a_second_run_is_like_the_first() -> None:
+    check(run_ranks(run_twice, 2, 2), 2, 3, times=2)
+
+
+def test_several_stages_on_one_rank() -> None:
+    one = [["0F0", "1F0", "0F1", "2F0", "2B0", "1F1", "2F1", "1B0", "2B1", "1B1", "0B0", "0B1"]]
+    check([run_given(one, 3, 2)], 3, 2)
+    # Two ranks of two chunks each: stage = chunk * 2 + rank.
+    forwards = [[f"{chunk * 2 + rank}F{i}" for chunk in (0, 1) for i in range(3)] for rank in (0, 1)]
+    backwards = [[f"{chunk * 2 + rank}B{i}" for chunk in (1, 0) for i in range(3)] for rank in (0, 1)]
+    schedule = [f + b for f, b in zip(forwards, backwards)]
+    check(run_ranks(run_given, 2, schedule, 4, 3), 4, 3)
+
+
+@pytest.mark.parametrize("pp", [1, 3])
+@pytest.mark.parametrize("count", [1, 20])
+def test_evaluation_is_forward_only(pp: int, count: int) -> None:
+    loss, _ = expected(pp, count, seed=1.0)
+    ranks = run_ranks(evaluate, pp, pp, count)
+    assert [untouched for _, untouched in ranks] == [True] * pp
+    assert [value for value, _ in ranks] == [0.0] * (pp - 1) + [pytest.approx(loss, abs=1e-12)]
+
+
+def test_a_wrong_number_of_micro_batches_is_an_error_on_every_rank() -> None:
+    messages = run_ranks(wrong_count, 2, 2)
+    assert messages == ["2 micro-batches for a schedule of 3; build the schedule for the number of micro-batches"] * 2
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_failing_stage_is_named_and_ends_the_job(bad: int) -> None:
+    start = time.monotonic()
+    with pytest.raises(RankFailed, match=rf"rank {bad} of 3 failed first:[\s\S]*stage {bad} fails on micro-batch 2"):
+        run_ranks(fail_on_stage, 3, 3, bad)
+    assert time.monotonic() - start < 60
+
+
+def test_ranks_that_wait_for_a_failed_stage_give_up_at_the_timeout() -> None:
+    outcomes = run_ranks(outlive_a_failed_stage, 3, 3, 1, 2.0)
+    assert outcomes[1][0] == "ValueError"
+    for rank in (0, 2):
+        outcome, seconds = outcomes[rank]
+        assert outcome not in ("finished", "ValueError")
+        assert seconds < 30
