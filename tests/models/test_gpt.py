@@ -1,0 +1,287 @@
+"""The model by itself: stages compose to the whole, weights do not depend on the split, sizes are the published ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ds.config import ModelConfig, RecomputeConfig, RunConfig, from_dict
+from megatron_ds.mesh import Axis
+from megatron_ds.models.gpt import GPT, gpt_model, layer_costs
+from megatron_ds.pipeline.split import split_layers
+from megatron_ds.pipeline.stage import StageSpan, stage_spans
+from megatron_ds.shard import spec_of
+
+GPT2: dict[str, Any] = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+LLAMA: dict[str, Any] = {
+    "kv_heads": 2,
+    "position": "rope",
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "bias": False,
+    "tied_embeddings": False,
+    "qk_norm": True,
+}
+BLOOM: dict[str, Any] = {"position": "alibi", "embedding_norm": True}
+B, S = 3, 8
+
+
+def config(**settings: Any) -> ModelConfig:
+    base: dict[str, Any] = {
+        "num_layers": 4,
+        "hidden_size": 24,
+        "num_heads": 4,
+        "vocab_size": 37,
+        "vocab_multiple": 12,
+        "max_positions": S,
+        "init_std": 0.2,
+    }
+    return ModelConfig(**{**base, **settings})
+
+
+def model(settings: dict[str, Any], **keywords: Any) -> GPT:
+    result = GPT(config(**settings), dtype=torch.float64, dropout_seed=3, **keywords)
+    result.initialize(5)
+    return result
+
+
+def batch(documents: bool = True) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(37, (B, S + 1), generator=generator)
+    made = {
+        "tokens": text[:, :-1],
+        "labels": text[:, 1:],
+        "loss_mask": torch.rand(B, S, generator=generator) > 0.3,
+        "position_ids": torch.arange(S).expand(B, -1),
+        "sample_index": torch.tensor([4, 9, 2]),
+    }
+    if documents:
+        made["document_ids"] = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]]).expand(B, -1)
+    return made
+
+
+@pytest.mark.parametrize("settings", [GPT2, LLAMA, BLOOM], ids=["gpt2", "llama", "bloom"])
+@pytest.mark.parametrize("layers", [(4,), (1, 3), (2, 1, 1), (1, 1, 1, 1)], ids=str)
+def test_stages_compose_to_the_whole(settings: dict[str, Any], layers: tuple[int, ...]) -> None:
+    whole = model(settings)
+    stages = [model(settings, span=span) for span in stage_spans(layers)]
+    named = dict(whole.named_parameters())
+    seen = set()
+    for stage in stages:
+        for name, parameter in stage.named_parameters():
+            assert torch.equal(parameter, named[name]), name
+            assert spec_of(parameter).name == name
+            seen.add(name)
+    assert seen == set(named)
+    copies = [name for stage in stages for name, p in stage.named_parameters() if not spec_of(p).replica]
+    assert sorted(copies) == sorted(named)  # each has one owner, the tied embedding too
+    shared = [stage.shares_embedding for stage in stages]
+    tied = whole.config.tied_embeddings and len(layers) > 1
+    assert shared == [tied and i in (0, len(layers) - 1) for i in range(len(layers))]
+    x = None
+    for stage in stages:
+        x = stage(batch(), x)
+    assert x is not None and torch.equal(x, whole(batch()))
+
+
+@pytest.mark.parametrize("settings", [GPT2, LLAMA, BLOOM], ids=["gpt2", "llama", "bloom"])
+@pytest.mark.parametrize("tp", [2, 4])
+def test_shards_are_slices_of_the_one_process_weights(settings: dict[str, Any], tp: int) -> None:
+    settings = {**settings, "kv_heads": 4}
+    whole = dict(model(settings).named_parameters())
+    for rank in range(tp):
+        axis = Axis("tp", rank, tp, None, tuple(range(tp)))
+        shard = model(settings, tp=axis, sequence_parallel=True)
+        assert {name for name, _ in shard.named_parameters()} == set(whole)
+        for name, parameter in shard.named_parameters():
+            spec = spec_of(parameter)
+            assert spec.global_shape == tuple(whole[name].shape)
+            assert torch.equal(parameter, spec.slice_of(whole[name])), name
+            assert spec.replica == (spec.dim is None and rank > 0)
+
+
+def test_loss_is_the_sum_of_cross_entropies_of_the_logits() -> None:
+    for settings in (GPT2, LLAMA, BLOOM):
+        net, b = model(settings).eval(), batch()
+        logits = net.logits(b)
+        assert logits.shape == (B, S, 37)
+        want = F.cross_entropy(logits[b["loss_mask"]], b["labels"][b["loss_mask"]], reduction="sum")
+        torch.testing.assert_close(net(b), want, rtol=1e-12, atol=0)
+
+
+def test_evaluation_leaves_out_dropout_smoothing_and_z_loss() -> None:
+    regularised = model(GPT2, label_smoothing=0.2, z_loss=0.1)
+    plain = model({})
+    assert regularised(batch()) != plain(batch())
+    assert regularised.eval()(batch()) == plain(batch())
+
+
+@pytest.mark.parametrize("settings", [GPT2, LLAMA, BLOOM], ids=["gpt2", "llama", "bloom"])
+def test_recomputation_changes_no_bit(settings: dict[str, Any]) -> None:
+    settings = {**settings, "hidden_dropout": 0.1, "attention_dropout": 0.1}
+    want = None
+    for recompute in (
+        None,
+        RecomputeConfig(mode="selective"),
+        RecomputeConfig(mode="full"),
+        RecomputeConfig(mode="every_n", every=3),
+    ):
+        net = model(settings, recompute=recompute)
+        loss = net(batch())
+        loss.backward()
+        got = [loss.detach(), *(p.grad for p in net.parameters())]
+        want = want or got
+        assert all(a is not None and torch.equal(a, b) for a, b in zip(got, want)), recompute
+
+
+def test_which_blocks_are_recomputed() -> None:
+    """By the layer's number in the whole model, so that the split does not change it."""
+    calls: list[int] = []
+    for recompute, span, expected in (
+        (RecomputeConfig(mode="full"), None, [1, 1, 1, 1]),
+        (RecomputeConfig(mode="every_n", every=2), None, [1, 0, 1, 0]),
+        (RecomputeConfig(mode="every_n", every=3), None, [1, 0, 0, 1]),
+        (RecomputeConfig(mode="every_n", every=3), StageSpan(2, 4, embedding=False), [0, 1]),
+        (RecomputeConfig(mode="selective"), None, [0, 0, 0, 0]),
+        (RecomputeConfig(), None, [0, 0, 0, 0]),
+    ):
+        net = model(GPT2, recompute=recompute, span=span)
+        for index, block in enumerate(net.layers.values()):
+            # Before the block: a recomputation stops as soon as it has what it needs.
+            block.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+        hidden = torch.randn(S, B, 24, dtype=torch.float64, requires_grad=True) if span else None
+        calls.clear()
+        net(batch(), hidden).backward()
+        assert [calls.count(i) - 1 for i in range(len(net.layers))] == expected
+        with torch.no_grad():
+            calls.clear()
+            net(batch(), hidden)
+            assert all(calls.count(i) == 1 for i in range(len(net.layers)))
+
+
+def test_documents_do_not_see_each_other() -> None:
+    """A packed sample gives each document the logits it has alone, whatever the position encoding."""
+    for settings in ({}, LLAMA, BLOOM):
+        net = model(settings).eval()
+        tokens = batch()["tokens"][:1]
+        ids = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
+        packed = net.logits(
+            {"tokens": tokens, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]), "document_ids": ids}
+        )
+        for document in (0, 1):
+            here = ids[0] == document
+            alone = net.logits({"tokens": tokens[:, here], "position_ids": torch.arange(int(here.sum())).view(1, -1)})
+            torch.testing.assert_close(packed[:, here], alone, rtol=0, atol=1e-6 if settings is LLAMA else 1e-12)
+
+
+def test_padding_rows_start_at_zero_and_are_never_predicted() -> None:
+    net = model({"tied_embeddings": False})
+    assert net.embedding.weight.shape == (48, 24)
+    assert not net.embedding.weight[37:].any() and not net.head.weight[37:].any()
+    assert net.embedding.weight[:37].std() > 0.15
+    net(batch()).backward()
+    assert net.embedding.weight.grad is not None and not net.embedding.weight.grad[37:].any()
+
+
+def test_output_projections_start_smaller_with_depth() -> None:
+    net = GPT(ModelConfig(num_layers=8, hidden_size=64, num_heads=4, vocab_size=100, init_std=0.02))
+    net.initialize(1)
+    for name, parameter in net.named_parameters():
+        if parameter.dim() > 1 and not name.endswith("bias"):
+            want = 0.02 / 4 if name.endswith(("out.weight", "down.weight")) else 0.02  # sqrt(2 * 8) = 4
+            real = parameter[:100] if name == "embedding.weight" else parameter
+            assert real.std().item() == pytest.approx(want, rel=0.05), name
+
+
+def test_which_parameters_decay() -> None:
+    for settings in (GPT2, LLAMA, BLOOM):
+        for name, parameter in model(settings).named_parameters():
+            matrix = name.endswith("weight") and "norm" not in name
+            assert spec_of(parameter).weight_decay == matrix, name
+
+
+# Published sizes.
+
+LLAMA3_8B = {
+    "num_layers": 32,
+    "hidden_size": 4096,
+    "num_heads": 32,
+    "kv_heads": 8,
+    "ffn_hidden_size": 14336,
+    "vocab_size": 128256,
+    "position": "rope",
+    "norm": "rmsnorm",
+    "activation": "swiglu",
+    "bias": False,
+    "tied_embeddings": False,
+}
+LLAMA2_7B = {
+    **LLAMA3_8B,
+    "kv_heads": 32,
+    "ffn_hidden_size": 11008,
+    "vocab_size": 32000,
+}
+GPT3_175B = {"num_layers": 96, "hidden_size": 12288, "num_heads": 96, "vocab_size": 50257, "max_positions": 2048}
+BLOOM_176B = {
+    "num_layers": 70,
+    "hidden_size": 14336,
+    "num_heads": 112,
+    "vocab_size": 250880,
+    "position": "alibi",
+    "embedding_norm": True,
+}
+
+
+@pytest.mark.parametrize(
+    "settings, published",
+    [
+        ({}, 124_439_808),  # GPT-2 small, as transformers counts it
+        ({"num_layers": 24, "hidden_size": 1024, "num_heads": 16}, 354_823_168),
+        (LLAMA3_8B, 8_030_261_248),
+        (LLAMA2_7B, 6_738_415_616),
+        (BLOOM_176B, 176_247_271_424),
+        # Published as 175.0 B; exactly 12 L h^2 + 13 L h + (V + s + 2) h.
+        (GPT3_175B, (12 * 96 * 12288 + 13 * 96 + 50257 + 2048 + 2) * 12288),
+    ],
+    ids=["gpt2", "gpt2-medium", "llama3-8b", "llama2-7b", "bloom-176b", "gpt3-175b"],
+)
+def test_number_of_parameters(settings: dict[str, Any], published: int) -> None:
+    m = ModelConfig(**{**settings, "vocab_multiple": 1})
+    assert sum(p.numel() for p in GPT(m, device="meta").parameters()) == published
+
+
+def test_costs_are_two_flops_a_weight_and_the_attention_square() -> None:
+    m = ModelConfig(**LLAMA3_8B)
+    s = 8192
+    net = GPT(m, device="meta", span=StageSpan(0, 1))
+    matrices = sum(p.numel() for name, p in net.layers.named_parameters() if "norm" not in name)
+    costs = layer_costs(m, s)
+    assert costs.block == 2 * matrices + 4 * s * m.hidden_size
+    assert costs.head == 2 * m.vocab_size * m.hidden_size
+    run = from_dict(RunConfig, {"model": LLAMA3_8B, "train": {"sequence_length": s}}, "test")
+    parts = gpt_model(run)
+    assert parts.flops_per_token == 3 * (32 * costs.block + costs.head)
+    assert parts.num_layers == 32
+
+
+def test_split_by_cost_takes_layers_from_the_stage_with_the_head() -> None:
+    run = from_dict(RunConfig, {"model": LLAMA3_8B}, "test")
+    costs = gpt_model(run).costs
+    split = split_layers(32, 8, costs.block, costs.embedding, costs.head, "cost")
+    assert sum(split) == 32 and split[-1] < min(split[:-1])
+
+
+def test_activation_shape_is_what_a_stage_returns() -> None:
+    first = model(GPT2, span=StageSpan(0, 2, head=False))
+    assert first(batch()).shape == first.activation_shape(B, S) == (S, B, 24)
+    split = model(GPT2, tp=Axis("tp", 0, 2, None, (0, 1)), sequence_parallel=True)
+    assert split.activation_shape(B, S) == (S // 2, B, 24)
+
+
+def test_a_later_stage_says_what_it_misses() -> None:
+    with pytest.raises(AssertionError, match="needs the previous stage's output"):
+        model(GPT2, span=StageSpan(2, 4, embedding=False))(batch())
