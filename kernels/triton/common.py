@@ -22,6 +22,11 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
+def processors(x: Tensor) -> int:
+    """Streaming multiprocessors of the tensor's device; under the interpreter a number that tests can reason with."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.device.type == "cuda" else 2
+
+
 def as_rows(x: Tensor) -> Tensor:
     """``[..., n]`` as ``[rows, n]`` with neighbouring columns side by side; a copy only where no view will do."""
     x = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
@@ -51,3 +56,15 @@ def activate(x, KIND: tl.constexpr):
         value = x * s
         slope = s + x * s * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     return value, slope
+
+
+@triton.jit
+def kept(row_key, column, threshold):
+    """``megatron_ds.kernels.dropout.keep_mask``: True where the element of this row key and column stays."""
+    bits = row_key.to(tl.uint32, bitcast=True) + column.to(tl.uint32) * 0x9E3779B1
+    bits = bits ^ (bits >> 16)
+    bits = bits * 0x7FEB352D
+    bits = bits ^ (bits >> 15)
+    bits = bits * 0x846CA68B
+    bits = bits ^ (bits >> 16)
+    return (bits & 0x7FFFFFFF).to(tl.int32, bitcast=True) >= threshold

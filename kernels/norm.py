@@ -1,0 +1,153 @@
+"""LayerNorm and RMSNorm over the last dim, alone or behind a dropout and a residual add.
+
+Shapes: ``x [..., h]``, ``weight [h]``, ``bias [h]``; statistics are fp32 ``[rows]``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ds.kernels.dropout import dropout_add, threshold
+from megatron_ds.kernels.registry import Op, below_autograd, define
+
+NORM = Op("norm", twin="norm")
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` (Ba et al. 2016)."""
+    if NORM.choose(x) == "triton":
+        return torch.ops.megatron_ds.norm(x, None, None, weight, bias, eps, 0.0, False)[0]
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * weight`` (Zhang and Sennrich 2019)."""
+    if NORM.choose(x) == "triton":
+        return torch.ops.megatron_ds.norm(x, None, None, weight, None, eps, 0.0, True)[0]
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def add_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    kind: str = "layernorm",
+    p: float = 0.0,
+    row_keys: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The seam of two transformer sub-layers in one pass: ``summed = residual + dropout(x)``, then its norm.
+
+    Args:
+        kind: ``"layernorm"`` or ``"rmsnorm"``.
+        p, row_keys: as in :func:`megatron_ds.kernels.dropout.dropout_add`.
+
+    Returns:
+        The norm of ``summed``, and ``summed`` itself, the next residual.
+    """
+    if NORM.choose(x) == "triton":
+        keys, p = (None, 0.0) if row_keys is None or p == 0.0 else (row_keys, p)
+        y, summed, _, _ = torch.ops.megatron_ds.norm(x, residual, keys, weight, bias, eps, p, kind == "rmsnorm")
+        return y, summed
+    summed = dropout_add(x, residual, p, row_keys)
+    if kind == "rmsnorm":
+        return F.rms_norm(summed, weight.shape, weight, eps), summed
+    return F.layer_norm(summed, weight.shape, weight, bias, eps), summed
+
+
+class _Norm(torch.autograd.Function):
+    """``rms`` norms have no mean and no bias; without a residual the second output is empty."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        row_keys: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        p: float,
+        rms: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with below_autograd():
+            y, summed, mean, rstd = torch.ops.megatron_ds.norm(x, residual, row_keys, weight, bias, eps, p, rms)
+        ctx.save_for_backward(x if residual is None else summed, row_keys, weight, mean, rstd)
+        ctx.p, ctx.rms, ctx.bias_dtype = p, rms, None if bias is None else bias.dtype
+        ctx.fused = residual is not None
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mean, rstd, *(() if ctx.fused else (summed,)))
+        return y, summed, mean, rstd
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, grad_summed = grads[:2]
+        summed, row_keys, weight, mean, rstd = ctx.saved_tensors
+        grad_summed = grad_summed if ctx.fused else None
+        if grad is None:
+            grad = torch.zeros_like(summed)
+        d_summed, dropped, parameters = torch.ops.megatron_ds.norm_backward(
+            grad, grad_summed, summed, row_keys, weight, mean, rstd, ctx.p, ctx.rms, ctx.bias_dtype is not None
+        )
+        d_bias = None if ctx.bias_dtype is None else parameters[1].to(ctx.bias_dtype)
+        d_x = d_summed if row_keys is None else dropped
+        d_residual = d_summed if ctx.fused else None
+        return d_x, d_residual, None, parameters[0].to(weight.dtype), d_bias, None, None, None
+
+
+def _norm_fake(
+    x: Tensor,
+    residual: Tensor | None,
+    row_keys: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    p: float,
+    rms: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1]
+    summed = x.new_empty(0) if residual is None else x.new_empty(x.shape)
+    statistics = [x.new_empty(0 if no else rows, dtype=torch.float32) for no in (rms, False)]
+    return x.new_empty(x.shape), summed, statistics[0], statistics[1]
+
+
+def _norm_backward_fake(
+    grad: Tensor,
+    grad_summed: Tensor | None,
+    summed: Tensor,
+    row_keys: Tensor | None,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    p: float,
+    rms: bool,
+    has_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dropped = summed.new_empty(0 if row_keys is None else summed.shape)
+    parameters = summed.new_empty((2 if has_bias else 1, summed.shape[-1]), dtype=torch.float32)
+    return summed.new_empty(summed.shape), dropped, parameters
+
+
+define(
+    "norm(Tensor x, Tensor? residual, Tensor? row_keys, Tensor weight, Tensor? bias, float eps, float p, bool rms)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda x, residual, row_keys, weight, bias, eps, p, rms: NORM.load(x).norm(
+        x, residual, row_keys, weight, bias, eps, p, threshold(p), rms
+    ),
+    _norm_fake,
+    _Norm,
+)
+define(
+    "norm_backward(Tensor grad, Tensor? grad_summed, Tensor summed, Tensor? row_keys, Tensor weight, Tensor mean,"
+    " Tensor rstd, float p, bool rms, bool has_bias) -> (Tensor, Tensor, Tensor)",
+    lambda grad, grad_summed, summed, row_keys, weight, mean, rstd, p, rms, has_bias: NORM.load(summed).norm_backward(
+        grad, grad_summed, summed, row_keys, weight, mean, rstd, p, threshold(p), rms, has_bias
+    ),
+    _norm_backward_fake,
+)
