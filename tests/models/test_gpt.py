@@ -1,4 +1,4 @@
-"""The model by itself: stages compose to the whole, weights do not depend on the split, sizes are the published ones."""
+"""The model by itself: stages compose to the whole, weights do not depend on the split, sizes are as published."""
 
 from __future__ import annotations
 
