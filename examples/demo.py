@@ -14,10 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_ds.checkpoint.hf import export_hf
 from megatron_ds.data.corpus import build_corpus
 from megatron_ds.data.preprocess import PreprocessOptions, preprocess
 from megatron_ds.data.tokenizer_training import train_tokenizer
+from megatron_ds.data.tokenizers import load_tokenizer
+from megatron_ds.models.hf_tables import export_hf
 from megatron_ds.train.launch import clear_launch_environment, gpu_count
 from megatron_ds.train.report import largest_difference, plot_losses, read_losses
 
@@ -82,7 +83,7 @@ def main() -> None:
     train(1, [*settings, "--output", str(one), "--checkpoint.no-save-at-end"])
     curves = {f"{ranks} ranks": read_losses(many), "1 process": read_losses(one)}
     plot_losses(curves, root / "loss.png", "demo: the same seed on two meshes")
-    export_hf(many / "checkpoints", root / "hf", tokenizer=root / "data" / "tokenizer")
+    export_hf(many / "checkpoints", many / "hf", tokenizer=load_tokenizer(root / "data/tokenizer"))
     difference, step = largest_difference(*curves.values())
     losses = curves[f"{ranks} ranks"]
     print(f"\nloss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps")
@@ -91,7 +92,7 @@ def main() -> None:
     for what, path in (
         ("loss curve", root / "loss.png"),
         ("checkpoint", many / "checkpoints"),
-        ("Hugging Face model", root / "hf"),
+        ("Hugging Face model", many / "hf"),
         ("TensorBoard", many / "tensorboard"),
     ):
         print(f"{what:<20}{path}")
