@@ -107,10 +107,16 @@ class FlatBucket:
         self._remaining_axes = []
 
     def norm_squared(self) -> torch.Tensor:
-        """0-d float64: squared norm of this rank's slice, without parameters that another rank owns."""
+        """0-d float64: squared norm of this rank's slice, without parameters that another rank owns.
+
+        Those count as zero, but a NaN or Inf in them makes it NaN: only this rank sees it.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self.master.device)
         for begin, end in self._owned_ranges():
             total += squared_norm(self.gradients.shard[begin:end])
+        for segment, tensors in self.segments:
+            if segment.spec.replica:
+                total += 0.0 * squared_norm(tensors.gradient)
         return total
 
     def _owned_ranges(self) -> list[tuple[int, int]]:
