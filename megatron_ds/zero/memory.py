@@ -45,8 +45,8 @@ class FlatBuffer:
 class SharedFlatBuffer(FlatBuffer):
     """A buffer of which ``by_rank`` are all ranks' copies.
 
-    A rank's copy is read by its peers until they have sent a :class:`Tokens` of their own after their ``wait()``:
-    the owner of the buffer exchanges those once for all its buffers, before it writes again.
+    A rank's copy is read by its peers until they have done their ``wait()``. Whoever writes it again must know that
+    they have: from any tokens that they sent afterwards.
     """
 
     def __init__(self, by_rank: list[torch.Tensor], axis: Axis):

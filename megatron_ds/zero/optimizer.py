@@ -76,7 +76,8 @@ class ZeroOptimizer:
         self._kinds = state_kinds(optimizer_config)
         layouts = plan_buckets(self._infos, config.bucket_mb * 1e6, self.shard.size)
         self._arena = _arena(layouts, self._parameters, self.shard) if shared_memory else None
-        self._reading: list[Tokens] = []  # sent to say that this rank has done reading its peers' memory
+        # What peers may still be reading of this rank's shared buffers.
+        self._gradients_read = self._parameters_read = False
         self.buckets: list[FlatBucket] = []
         self._sinks: list[list[GradSink]] = []
         self._missing: list[int] = []  # for each bucket, parameters of the last micro-batch yet to come
@@ -126,7 +127,8 @@ class ZeroOptimizer:
         """Forget the gradients of the step before, and wait for its parameters."""
         self._expect(Phase.IDLE, "start_step")
         self.wait_parameters()
-        self._wait_readers()
+        if self._gradients_read:  # the step before was skipped
+            self._wait_readers()
         for sink in self._all_sinks():
             sink.written = False
             sink.writes = 0
@@ -178,7 +180,8 @@ class ZeroOptimizer:
         self._launched = len(self.buckets)
         for bucket in self.buckets:
             bucket.finish_reduce()
-        self._done_reading()
+        # Peers sent their gradients, so they have this rank's parameters of the step before; they may read on here.
+        self._gradients_read, self._parameters_read = True, False
         self._phase = Phase.REDUCED
 
     def norm_squared(self) -> torch.Tensor:
@@ -233,7 +236,8 @@ class ZeroOptimizer:
         """Wait until the parameters of the last step have arrived."""
         waited = [bucket.finish_gather() for bucket in reversed(self.buckets)]
         if any(waited):
-            self._done_reading()
+            # Peers sent their parameters, so they are done with the gradients; they may still read parameters here.
+            self._gradients_read, self._parameters_read = False, True
 
     def refresh_parameters(self) -> None:
         """Make the parameters what the master weights say, on all ranks of the shard axis; after loading."""
@@ -243,15 +247,16 @@ class ZeroOptimizer:
             bucket.start_gather()
         self.wait_parameters()
 
-    def _done_reading(self) -> None:
-        if self._arena is not None:
-            self._reading.append(Tokens(self.shard))
-
     def _wait_readers(self) -> None:
-        """Wait until no peer reads this rank's buffers any more, so that they may be written."""
-        for tokens in self._reading:
-            tokens.wait()
-        self._reading = []
+        """Wait until no peer reads this rank's buffers any more, so that they may be written.
+
+        In the ordinary course of steps each collective proves that the one before it has been read; this exchange is
+        for what breaks that course. It comes before the write and not after the read, because by then a peer may have
+        left at the end of its work.
+        """
+        if self._arena is not None and (self._gradients_read or self._parameters_read):
+            Tokens(self.shard).wait()
+        self._gradients_read = self._parameters_read = False
 
     # State
 
@@ -271,9 +276,10 @@ class ZeroOptimizer:
         """What a checkpoint keeps of this rank: master weights (``"param"``) and each kind of optimizer state.
 
         For saving, every element is listed by one rank of the world. ``for_load`` lists all that this rank holds,
-        replicas included; fill the tensors and call :meth:`refresh_parameters`.
+        replicas included: all ranks of the shard axis call it, fill the tensors and call :meth:`refresh_parameters`.
         """
-        self._wait_readers()
+        if for_load:
+            self._wait_readers()
         found: list[Piece] = []
 
         def add(kind: str, spec: buckets.ShardSpec, data: torch.Tensor, start: int, stop: int) -> None:

@@ -77,6 +77,8 @@ def shared_rounds(sizes: list[int]) -> bool:
             if not torch.equal(buffer.whole.double(), want):
                 return False
         readers.append(Tokens(axis))
+    for tokens in readers:
+        tokens.wait()
     return True
 
 

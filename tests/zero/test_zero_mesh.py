@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from math import prod
 
 import pytest
@@ -209,3 +210,40 @@ def skipped_then_stepped() -> bool:
 
 def test_a_skipped_step_leaves_no_trace() -> None:
     assert run_ranks(skipped_then_stepped, 3) == [True] * 3
+
+
+def slow_reader() -> list[bool]:
+    """Rank 0 dawdles before it reads its peers; they go on as far as they can. Values must be those of their time."""
+    mesh = Mesh.create(MeshShape(dp=dist.get_world_size()), torch.device("cpu"))
+    zero, parameters = build(mesh, 1, "sgd")
+    late = time.sleep if mesh.rank == 0 else (lambda seconds: None)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    right = []
+    for value in (1.0, 10.0, 100.0):
+        zero.start_step()
+        for parameter in trained:
+            parameter.grad_sink.add(torch.full_like(parameter, value))  # type: ignore[attr-defined]
+        for bucket in zero.buckets:
+            bucket.start_reduce()
+        late(0.2)
+        zero._launched = len(zero.buckets)
+        zero.finish_gradients()
+        for bucket in zero.buckets:
+            own = bucket.gradients.shard[bucket.gradients.shard != 0]
+            right.append(bool((own == value * mesh.data.size).all()))
+        zero.skip()
+    for value in (3.0, 4.0):
+        for piece in zero.pieces(for_load=True):
+            piece.data.fill_(value)
+        for bucket in zero.buckets:
+            bucket.start_gather()
+        late(0.2)
+        zero.wait_parameters()
+        right += [bool((parameter == value).all()) for parameter in parameters]
+    mesh.barrier()
+    return right
+
+
+def test_nobody_overwrites_what_a_slow_peer_has_yet_to_read() -> None:
+    for right in run_ranks(slow_reader, 2):
+        assert all(right)
