@@ -7,8 +7,10 @@ share a node; ``pp`` varies slowest, because it moves the fewest bytes. Everythi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -140,17 +142,27 @@ class Mesh:
         world: every rank.
     """
 
-    def __init__(self, shape: MeshShape, device: torch.device, rank: int = 0, device_mesh: DeviceMesh | None = None):
+    def __init__(
+        self,
+        shape: MeshShape,
+        device: torch.device,
+        rank: int = 0,
+        device_mesh: DeviceMesh | None = None,
+        timeout: timedelta | None = None,
+    ):
         self.shape = shape
         self.device = device
         self.rank = rank
         self.device_mesh = device_mesh
+        self._timeout = timeout
         self.pp, self.dp, self.cp, self.tp = (self._axis(name) for name in AXES)
         if device_mesh is None:
             self.data, self.world, self.pp_back = Axis("data"), Axis("world"), Axis("pp_back")
             self.embedding = Axis("embedding")
             return
-        data_mesh = device_mesh["dp", "cp"]._flatten("data") if shape.dp * shape.cp > 1 else None
+        data_mesh = None
+        if shape.dp * shape.cp > 1:
+            data_mesh = device_mesh["dp", "cp"]._flatten("data", backend_override=_options(timeout))
         self.data = (
             Axis("data", data_mesh.get_local_rank(), data_mesh.size(), data_mesh.get_group(), _ranks(data_mesh))
             if data_mesh is not None
@@ -165,16 +177,23 @@ class Mesh:
         self.embedding = self._extra_axis("embedding", [[line[0], line[-1]] for line in lines])
 
     @staticmethod
-    def create(shape: MeshShape, device: torch.device) -> Mesh:
-        """The mesh of the running job. ``torch.distributed`` must be initialised if there is more than one rank."""
+    def create(shape: MeshShape, device: torch.device, timeout_seconds: float | None = None) -> Mesh:
+        """The mesh of the running job. ``torch.distributed`` must be initialised if there is more than one rank.
+
+        ``timeout_seconds``: how long a rank waits for another in any of the mesh's groups. They do not inherit it from
+        the default group; None leaves torch's default (30 minutes under gloo, 10 under NCCL).
+        """
         if shape.world_size == 1:
             return Mesh(shape, device)
+        timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
+        options = _options(timeout)
         device_mesh = init_device_mesh(
             device.type if device.type != "meta" else "cpu",
             tuple(getattr(shape, name) for name in AXES),
             mesh_dim_names=AXES,
+            backend_override=None if options is None else dict.fromkeys(AXES, options),
         )
-        return Mesh(shape, device, dist.get_rank(), device_mesh)
+        return Mesh(shape, device, dist.get_rank(), device_mesh, timeout)
 
     @staticmethod
     def single(device: torch.device | str = "cpu") -> Mesh:
@@ -202,7 +221,7 @@ class Mesh:
         """An axis besides the four: its lines are disjoint and need not cover every rank."""
         if len(lines[0]) == 1 or self.shape.pp == 1:
             return Axis(name, ranks=(self.rank,))
-        group, _ = dist.new_subgroups_by_enumeration(lines)
+        group, _ = dist.new_subgroups_by_enumeration(lines, timeout=self._timeout)
         for line in lines:
             if self.rank in line:
                 return Axis(name, line.index(self.rank), len(line), group, tuple(line))
@@ -225,6 +244,19 @@ class Mesh:
         return self.shape.draw(mark=self.rank)
 
 
+def _options(timeout: timedelta | None) -> Any:
+    """What gives a group of a device mesh a timeout; it has no argument for that."""
+    make: dict[str, Callable[[], Any]] = {
+        "gloo": lambda: dist.ProcessGroupGloo._Options(),  # type: ignore[attr-defined]
+        "nccl": lambda: dist.ProcessGroupNCCL.Options(),
+    }
+    if timeout is None or dist.get_backend() not in make:
+        return None
+    options = make[dist.get_backend()]()
+    options._timeout = timeout
+    return options
+
+
 def _ranks(line: DeviceMesh) -> tuple[int, ...]:
     return tuple(line.mesh.flatten().tolist())
 
@@ -232,7 +264,7 @@ def _ranks(line: DeviceMesh) -> tuple[int, ...]:
 def init_process_group(
     backend: str, rank: int, world_size: int, store: dist.Store, timeout_seconds: float = 600.0
 ) -> None:
-    """``torch.distributed.init_process_group`` with this project's defaults; the mesh's groups inherit the timeout."""
+    """``torch.distributed.init_process_group`` with this project's defaults."""
     dist.init_process_group(
         backend, rank=rank, world_size=world_size, store=store, timeout=timedelta(seconds=timeout_seconds)
     )

@@ -82,6 +82,19 @@ class Executor:
         self.actions = hoist_receives(add_communication(schedule))[pp.rank]
         self.num_micro_batches = sum(a.op is Op.F and a.stage == min(self.stages) for a in self.actions)
         self.recorded: list[Event] | None = None
+        self._doing: Action | None = None  # read by another thread when a rank hangs
+
+    def where(self) -> str:
+        """What this rank is doing, for a message; empty between two runs."""
+        action = self._doing
+        if action is None:
+            return ""
+        what = "gradient" if action.op in (Op.B, Op.RECV_B) else "activation"
+        if action.op.is_receive:
+            source = self.pp.ranks[rank_of(action.counterpart.stage, self.pp.size)]
+            return f"{action}, waiting for the {what} of micro-batch {action.micro_batch} from rank {source}"
+        verb = {Op.F: "forward", Op.B: "backward"}.get(action.op, "transfer")
+        return f"{action}, {verb} of micro-batch {action.micro_batch} on stage {action.stage}"
 
     def run(self, micro_batches: Sequence[MicroBatch], seed: Tensor) -> Tensor:
         """Forward and backward of every micro-batch.
@@ -114,6 +127,7 @@ class Executor:
         last_backward = {a.stage: a for a in actions if a.op is Op.B}
         run = _Run(micro_batches, seed, torch.zeros((), dtype=torch.float64, device=self.device))
         for action in actions:
+            self._doing = action
             if action.op.is_receive:
                 self._post_receive(action, run)
             elif action.op.is_send:
@@ -130,6 +144,7 @@ class Executor:
                     self._backward(action, grad, run)
         for work, _ in run.sends:
             work.wait()
+        self._doing = None
         return run.loss
 
     def _forward(self, action: Action, hidden: Tensor | None, run: _Run) -> None:
@@ -166,8 +181,10 @@ class Executor:
         if receive not in run.receives:
             return None
         work, tensor = run.receives.pop(receive)
+        action, self._doing = self._doing, receive
         with self._recording(receive):
             work.wait()
+        self._doing = action
         return tensor
 
     def _post_receive(self, action: Action, run: _Run) -> None:

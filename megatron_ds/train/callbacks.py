@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -22,9 +23,13 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Override what is of interest. Every method is called on every rank."""
+    """Override what is of interest. Every method is called on every rank.
 
-    def on_start(self, step: int, total_steps: int) -> None: ...
+    An ``OSError`` after ``on_start`` (a full disk, a closed terminal) ends the callback and not the run.
+    """
+
+    def on_start(self, step: int, total_steps: int, skipped: int) -> None:
+        """Before the first step. ``step`` and ``skipped`` steps were done before, in a run that is resumed."""
 
     def before_step(self, step: int) -> None: ...
 
@@ -37,13 +42,23 @@ class Callback:
     def on_end(self) -> None: ...
 
 
-class ProgressBar(Callback):
+class Messages(Callback):
+    """What the run has to say, line by line, on stderr."""
+
+    def on_evaluation(self, step: int, loss: float) -> None:
+        self.on_message(f"step {step}: validation loss {loss:.4f}")
+
+    def on_message(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+
+class ProgressBar(Messages):
     """Loss, tokens/s and time left on one line; on rank 0's terminal, or a line now and then into a log file."""
 
     def __init__(self) -> None:
         self.bar: tqdm[Any] | None = None
 
-    def on_start(self, step: int, total_steps: int) -> None:
+    def on_start(self, step: int, total_steps: int, skipped: int) -> None:
         interactive = sys.stderr.isatty()
         self.bar = tqdm(
             total=total_steps,
@@ -63,42 +78,44 @@ class ProgressBar(Callback):
         )
         self.bar.update()
 
-    def on_evaluation(self, step: int, loss: float) -> None:
-        self.on_message(f"step {step}: validation loss {loss:.4f}")
-
-    def on_message(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr)
-
     def on_end(self) -> None:
         if self.bar is not None:
             self.bar.close()
 
 
 class MetricsFile(Callback):
-    """One JSON line a step, flushed: the numbers in full precision, for plots and for comparing runs."""
+    """One JSON line a step, written at once: the numbers in full precision, for plots and for comparing runs.
+
+    Where the disk is full, lines wait in memory for the next step: there is never half a line in a file.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        self.file: IO[str] | None = None
+        self._waiting: dict[Path, list[bytes]] = {path: [], path.with_name("evaluation.jsonl"): []}
 
-    def on_start(self, step: int, total_steps: int) -> None:
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  (closed by on_end)
+    def on_start(self, step: int, total_steps: int, skipped: int) -> None:
+        self.path.touch()  # a directory that cannot be written is an error now
 
     def on_step(self, step: int, result: StepResult, speed: Mapping[str, float]) -> None:
-        self._write({"step": step, **vars(result), **speed})
+        self._write("metrics.jsonl", {"step": step, **vars(result), **speed})
 
     def on_evaluation(self, step: int, loss: float) -> None:
-        with open(self.path.with_name("evaluation.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "loss": loss}) + "\n")
+        self._write("evaluation.jsonl", {"step": step, "loss": loss})
 
-    def _write(self, values: Mapping[str, Any]) -> None:
-        assert self.file is not None
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
-
-    def on_end(self) -> None:
-        if self.file is not None:
-            self.file.close()
+    def _write(self, name: str, values: Mapping[str, Any]) -> None:
+        path = self.path.with_name(name)
+        self._waiting[path].append(json.dumps(values).encode() + b"\n")
+        lines = b"".join(self._waiting[path])
+        with contextlib.suppress(OSError), open(path, "ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                written = file.write(lines)
+            except OSError:
+                written = 0
+            if written == len(lines):
+                self._waiting[path] = []
+            else:
+                file.truncate(before)
 
 
 class TensorBoard(Callback):
@@ -109,9 +126,10 @@ class TensorBoard(Callback):
         self.writer: SummaryWriter | None = None
         self.skipped = 0
 
-    def on_start(self, step: int, total_steps: int) -> None:
+    def on_start(self, step: int, total_steps: int, skipped: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self.skipped = skipped
         self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
 
     def on_step(self, step: int, result: StepResult, speed: Mapping[str, float]) -> None:
@@ -171,6 +189,5 @@ def default_callbacks(config: RunConfig, mesh: Mesh, executor: Executor, output:
         callbacks.append(MetricsFile(output.metrics))
         if config.log.tensorboard:
             callbacks.append(TensorBoard(output.tensorboard, mesh, config.log.every))
-        if config.log.progress:
-            callbacks.append(ProgressBar())
+        callbacks.append(ProgressBar() if config.log.progress else Messages())
     return callbacks

@@ -1,14 +1,15 @@
-"""Starting and ending a job: ranks, devices, the rendezvous, and who failed first.
+"""Starting and ending a job: ranks, devices, the rendezvous, and the checks that all ranks pass or fail together.
 
 Started by ``torchrun`` (or SLURM through it), a rank finds its place in the environment; started plainly, it is a job
-of one. Configurations are compared through the rendezvous store, before the first collective. The first rank to fail
-leaves a note there, so that the others end with one line instead of a traceback about a lost connection.
+of one. What is wrong on any rank is wrong on all of them before the process group exists, through the rendezvous store.
+What goes wrong after that is `failure.py`'s.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import sys
 import time
@@ -20,11 +21,18 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megatron_ds.checkpoint.together import merged
 from megatron_ds.errors import ConfigError, MegatronDSError
 from megatron_ds.mesh import init_process_group
+from megatron_ds.train.failure import Watch
 
-_FAILED = "megatron_ds/failed"
+_CHECKS_TAKE = 3600.0  # seconds at most: a rank may read a whole dataset for the first time
 _RANK_0_SPEAKS_FIRST = 10.0  # seconds
+_NCCL_MARGIN = 60.0  # seconds
+
+
+class StartError(MegatronDSError):
+    """The ranks of a job did not find each other, or differ in what they were started with."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +47,22 @@ class Place:
     @staticmethod
     def from_environment() -> Place:
         """What ``torchrun`` set; a job of one where it set nothing."""
-        keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        missing = [key for key in keys if key not in os.environ]
-        if len(missing) == len(keys):
+        numbers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        keys = (*numbers, "MASTER_ADDR", "MASTER_PORT")
+        if not any(key in os.environ for key in numbers):
             return Place()
+        missing = [key for key in keys if key not in os.environ]
         if missing:
             raise ConfigError(
                 f"the environment has some of {', '.join(keys)} but lacks {', '.join(missing)}; start with torchrun"
             )
-        return Place(*(int(os.environ[key]) for key in keys))
+        try:
+            place = Place(*(int(os.environ[key]) for key in numbers))
+        except ValueError as error:
+            raise ConfigError(f"{', '.join(numbers)} in the environment must be numbers: {error}") from None
+        if not (0 <= place.rank < place.world_size and 0 <= place.local_rank < place.local_world_size):
+            raise ConfigError(f"{place}, from the environment, is not one of the ranks; start with torchrun")
+        return place
 
     def device(self, wanted: str) -> torch.device:
         """``auto``: a GPU where every local rank has its own, else the CPU."""
@@ -83,64 +98,181 @@ def keep_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def job(place: Place, device: torch.device, fingerprint: str, timeout: float) -> Iterator[None]:
-    """The process group for the time of a run; nothing at all for a job of one.
+def job(place: Place, timeout: float) -> Iterator[Job]:
+    """The ranks of a run, for the time of the run; nothing at all for a job of one.
 
     Args:
-        fingerprint: of the configuration; a rank whose fingerprint differs from rank 0's fails here.
-        timeout: seconds a collective may take.
+        timeout: seconds that ranks wait for each other, to start and in a collective.
     """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if place.world_size == 1:
-        yield
+        yield Job(place, timeout, None)
         return
-    store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timedelta(seconds=timeout)))
-    store.set_timeout(timedelta(seconds=timeout))
-    store = dist.PrefixStore("megatron_ds", store)
+    ranks = Job(place, timeout, _connect(place, timeout))
     try:
-        _compare(store, place, fingerprint)
-        init_process_group("nccl" if device.type == "cuda" else "gloo", place.rank, place.world_size, store, timeout)
-        yield
-        dist.barrier()
+        yield ranks
+        if dist.is_initialized():
+            dist.barrier()
     except BaseException as error:
-        _report_failure(store, place, error)
-        raise
+        if ranks.watch is None:
+            raise
+        raise SystemExit(ranks.watch.conclude(error)) from None
     finally:
+        if ranks.watch is not None:
+            ranks.watch.stop()
         if dist.is_initialized():
             with contextlib.suppress(Exception):
                 dist.destroy_process_group()
 
 
-def _compare(store: dist.Store, place: Place, fingerprint: str) -> None:
-    store.set(f"fingerprint/{place.rank}", fingerprint)
-    everyone = [f"fingerprint/{rank}" for rank in range(place.world_size)]
-    store.wait(everyone)
-    seen = [value.decode() for value in store.multi_get(everyone)]
-    different = [rank for rank, value in enumerate(seen) if value != seen[0]]
-    if different:
-        raise ConfigError(
-            f"ranks {different[:8]} were started with a configuration that differs from rank 0's "
-            f"({seen[different[0]]} against {seen[0]}); give every node the same arguments and files "
-            "(compare `--print-config` on both)"
-        )
+class Job:
+    """What the ranks do together besides training. ``watch`` is there once the job has started."""
+
+    def __init__(self, place: Place, timeout: float, store: dist.Store | None):
+        self.place, self.timeout, self.store = place, timeout, store
+        self.watch: Watch | None = None
+
+    @contextlib.contextmanager
+    def checking(self, fingerprint: str) -> Iterator[None]:
+        """If the body fails on any rank, or fingerprints differ, every rank ends; none waits for one that failed.
+
+        Args:
+            fingerprint: of the configuration.
+
+        Raises:
+            SystemExit: in a job of several ranks. What is wrong has been said then, once a node.
+        """
+        failure: BaseException | None = None
+        try:
+            yield
+        except BaseException as error:
+            failure = error
+        if self.store is None:
+            if failure is not None:
+                raise failure
+            return
+        verdict = self._verdict(self.store, fingerprint, "" if failure is None else _text(failure))
+        if not verdict:
+            return
+        defect = failure is not None and _is_defect(failure)
+        if defect:
+            traceback.print_exception(failure)
+        if self.place.local_rank == 0:
+            print(f"error: {verdict}", file=sys.stderr)
+        sys.stderr.flush()
+        _part(self.store, self.place)
+        raise SystemExit(1 if defect else 2)
+
+    def _verdict(self, store: dist.Store, fingerprint: str, problem: str) -> str:
+        """One message for all ranks, empty where all is well. Rank 0 gathers and answers: O(ranks) messages."""
+        rank, world_size = self.place.rank, self.place.world_size
+        store.set(f"check/{rank}", json.dumps([world_size, fingerprint, problem]))
+        try:
+            if rank > 0:
+                told, verdict = json.loads(_patiently(store, "verdict"))
+                return str(verdict) or (_other_world(rank, world_size, told) if told != world_size else "")
+            checks = [json.loads(_patiently(store, f"check/{other}")) for other in range(world_size)]
+        except StartError as error:
+            store.set("verdict", json.dumps([world_size, str(error)]))
+            return str(error)
+        verdict = merged([text for _, _, text in checks])
+        different = [other for other, check in enumerate(checks) if check[1] != fingerprint]
+        worlds = [other for other, check in enumerate(checks) if check[0] != world_size]
+        if worlds:
+            verdict = _other_world(worlds[0], checks[worlds[0]][0], world_size)
+        elif different:
+            who = f"ranks {', '.join(map(str, different[:8]))} were" if different[1:] else f"rank {different[0]} was"
+            verdict = (
+                f"{who} started with another configuration than rank 0 ({checks[different[0]][1]} against "
+                f"{fingerprint}); give every node the same arguments and files (compare `--print-config` on both)"
+                + f"\n{verdict}"
+                * bool(verdict)
+            )
+        store.set("verdict", json.dumps([world_size, verdict]))
+        return verdict
+
+    def start(self, device: torch.device) -> None:
+        """Make the process group. From here on a failure is everybody's."""
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if self.store is None:
+            return
+        place = self.place
+        self.watch = Watch(self.store, place.rank, place.world_size, place.local_rank, self.timeout)
+        self.watch.start()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        init_process_group(backend, place.rank, place.world_size, self.store, self.group_timeout(device))
+
+    def group_timeout(self, device: torch.device) -> float:
+        """Seconds after which a process group gives up. NCCL then ends the process without a word of where it was, so
+        there the watch comes first."""
+        return self.timeout + (_NCCL_MARGIN if device.type == "cuda" else 0.0)
+
+    def describe(self, where: Callable[[], str]) -> None:
+        """Whom to ask where this rank is, should a rank fail; called from another thread."""
+        if self.watch is not None:
+            self.watch.describe = where
 
 
-class _LostPeer(SystemExit):
-    """This rank ends because another failed before it."""
-
-
-def _report_failure(store: dist.Store, place: Place, error: BaseException) -> None:
-    """Leave a note, or end quietly if another rank's note is there already."""
+def _connect(place: Place, timeout: float) -> dist.Store:
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        first = store.compare_set(_FAILED, "", f"rank {place.rank}: {type(error).__name__}: {error}").decode()
-    except Exception:
-        return  # the store went with rank 0; torchrun reports that one
-    own = first.startswith(f"rank {place.rank}:")
-    everywhere_alike = isinstance(error, MegatronDSError)
-    if not own and not everywhere_alike:
-        print(f"rank {place.rank} stops: {first}", file=sys.stderr, flush=True)
-        raise _LostPeer(1) from None
+        store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timedelta(seconds=timeout)))
+    except (RuntimeError, ValueError) as error:
+        raise StartError(
+            f"rank {place.rank} of {place.world_size} could not join the others at MASTER_ADDR:MASTER_PORT={address}: "
+            f"{str(error).splitlines()[0]}. Are all {place.world_size} ranks started, is the address rank 0's machine, "
+            "and the port free there?"
+        ) from error
+    store.set_timeout(timedelta(seconds=timeout))
+    return dist.PrefixStore("megatron_ds", store)
+
+
+def _patiently(store: dist.Store, key: str) -> bytes:
+    """The value of a key that another rank will set. Waits in short spells, so that Ctrl-C is heard."""
+    end = time.monotonic() + _CHECKS_TAKE
+    while time.monotonic() < end:
+        try:
+            store.wait([key], timedelta(seconds=2))
+            return store.get(key)
+        except RuntimeError as error:
+            if "timeout" not in str(error):
+                raise StartError(
+                    "rank 0, or its torchrun, ended while the ranks were starting; see its output "
+                    f"({str(error).splitlines()[0]})"
+                ) from error
+    raise StartError(f"rank {key.rpartition('/')[2]} has not checked its input in {_CHECKS_TAKE:.0f} s")
+
+
+def _part(store: dist.Store, place: Place) -> None:
+    """End together: under torchrun the first process to end ends all, and rank 0 may be the store's home."""
+    with contextlib.suppress(RuntimeError):
+        store.add("said", 1)
+        if place.rank > 0:
+            store.wait(["parted"], timedelta(seconds=5))
+            return
+        end = time.monotonic() + 5.0
+        while store.add("said", 0) < place.world_size and time.monotonic() < end:
+            time.sleep(0.02)
+        store.set("parted", "")
+        time.sleep(0.1)  # until the answers have left
+
+
+def _other_world(rank: int, world_size: int, wanted: int) -> str:
+    return (
+        f"rank {rank} was started as one of WORLD_SIZE={world_size} ranks, rank 0 as one of {wanted}; "
+        "start all with the same numbers of nodes and of ranks a node"
+    )
+
+
+def _is_defect(error: BaseException) -> bool:
+    """Not the input's fault: it keeps its type and its traceback."""
+    return not isinstance(error, MegatronDSError)
+
+
+def _text(error: BaseException | None) -> str:
+    if error is None:
+        return ""
+    return f"{type(error).__name__}: {error}" if _is_defect(error) else str(error)
 
 
 def run_main(main: Callable[[Place], int]) -> int:
@@ -151,9 +283,9 @@ def run_main(main: Callable[[Place], int]) -> int:
         return main(place)
     except MegatronDSError as error:
         if place.rank > 0:
-            # Most mistakes are found by every rank alike. Rank 0 says it and ends the job meanwhile; who is still here
-            # after that has an error of its own.
-            time.sleep(_RANK_0_SPEAKS_FIRST)
+            # Nearly always every rank has found the same; rank 0 says it, and its end is the end of the job. A rank
+            # that is still there after that speaks too: first one a node, then all.
+            time.sleep(_RANK_0_SPEAKS_FIRST * (1 if place.local_rank == 0 else 2))
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:

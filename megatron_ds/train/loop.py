@@ -48,11 +48,16 @@ class Loop:
         self.output, self.speedometer, self.evaluation = output, speedometer, evaluation
         self.callbacks = list(callbacks)
         self.step = 0
+        self.skipped = 0
         self._asked_to_stop = threading.Event()
 
     def ask_to_stop(self) -> None:
-        """End after the step that runs now (the next one, between steps); on all ranks, whichever rank asks."""
+        """End with the step that starts next, on all ranks, whichever rank asks: in it all of them hear of it."""
         self._asked_to_stop.set()
+
+    def where(self) -> str:
+        """What this rank is doing, for a message; may be called from another thread."""
+        return f"step {self.step + 1}, {self.parts.executor.where()}".rstrip(", ")
 
     def run(self) -> bool:
         """Train to the end; False if the run was asked to stop before it (everything is saved then)."""
@@ -61,20 +66,18 @@ class Loop:
         stopped = False
         with stop_signals(self._asked_to_stop):
             for callback in self.callbacks:
-                callback.on_start(self.step, total)
+                callback.on_start(self.step, total, self.skipped)
             try:
                 batches = iter(self.loader)
                 while self.step < total and not stopped:
                     step = self.step + 1
-                    for callback in self.callbacks:
-                        callback.before_step(step)
+                    self._call("before_step", step)
                     result = self.parts.step(self._to_device(next(batches)), step, self._asked_to_stop.is_set())
                     self.step = step
                     stopped = result.stop
                     self.speedometer.add(result.tokens)
-                    speed = self.speedometer.read()
-                    for callback in self.callbacks:
-                        callback.on_step(step, result, speed)
+                    self._call("on_step", step, result, self.speedometer.read())
+                    self.skipped += result.skipped
                     skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
                     if skipped_in_a_row >= self.config.train.max_skipped_steps:
                         raise TrainingDivergedError(
@@ -85,58 +88,66 @@ class Loop:
                     self._evaluate_and_save(step, total, stopped)
             finally:
                 self.loader.close()
-                for callback in self.callbacks:
-                    callback.on_end()
-        return not stopped
+                self._call("on_end")
+        return self.step == total
+
+    def _call(self, event: str, *arguments: object) -> None:
+        """Tell the callbacks. One that cannot write is left out from then on: that is no reason to lose the run."""
+        for callback in list(self.callbacks):
+            try:
+                getattr(callback, event)(*arguments)
+            except OSError as error:
+                self.callbacks.remove(callback)
+                self._call("on_message", f"{type(callback).__name__} ends, training goes on without it: {error}")
 
     def _evaluate_and_save(self, step: int, total: int, stopped: bool) -> None:
         train, checkpoint = self.config.train, self.config.checkpoint
         at_end = step == total
         if self.evaluation is not None and train.eval_every and (step % train.eval_every == 0 or at_end):
             loss = self.parts.step.evaluate(self._to_device(batch) for batch in self.evaluation())
-            for callback in self.callbacks:
-                callback.on_evaluation(step, loss)
+            self._call("on_evaluation", step, loss)
             self.speedometer.restart()
         due = checkpoint.save_every and step % checkpoint.save_every == 0
-        if due or stopped or (at_end and checkpoint.save_at_end):
-            self.save()
+        last = stopped or (at_end and checkpoint.save_at_end)
+        if due or last:
+            try:
+                self.save()
+            except CheckpointError as error:
+                if last:
+                    raise
+                # A full disk, say: losing one checkpoint is no reason to lose the run.
+                self._call("on_message", f"checkpoint of step {step} NOT written, training goes on: {error}")
             self.speedometer.restart()
         if stopped and not at_end:
-            for callback in self.callbacks:
-                callback.on_message(
-                    f"asked to stop: saved step {step}; continue with --checkpoint.resume and the same output"
-                )
+            self._call(
+                "on_message", f"asked to stop: saved step {step}; continue with --checkpoint.resume and the same output"
+            )
 
     # Checkpoints
 
     def save(self) -> None:
         """Write a checkpoint of this moment; the one before stays until this one is complete.
 
-        A save that fails (a full disk, say) is an error at the end of a run, and a loud message before that: losing
-        one checkpoint is no reason to lose the run.
+        Raises:
+            CheckpointError: on every rank; the checkpoints before are as they were.
         """
         meta = {
             "config": self.config.to_dict(),
             "step": self.step,
+            "skipped_steps": self.skipped,
             "consumed": self.loader.state_dict()["consumed"],
             "optimizer_count": self.parts.optimizer.count,
             "loss_scaler": self.parts.scaler.state_dict(),
         }
-        try:
-            save(
-                self.output.checkpoints,
-                self.step,
-                self.parts.optimizer.pieces(),
-                meta,
-                self.mesh.world,
-                self.config.checkpoint.keep_last,
-                replace=True,
-            )
-        except CheckpointError as error:
-            if self.step == self.config.train.steps:
-                raise
-            for callback in self.callbacks:
-                callback.on_message(f"checkpoint of step {self.step} NOT written, training goes on: {error}")
+        save(
+            self.output.checkpoints,
+            self.step,
+            self.parts.optimizer.pieces(),
+            meta,
+            self.mesh.world,
+            self.config.checkpoint.keep_last,
+            replace=True,
+        )
 
     def resume(self) -> None:
         """Continue from the latest checkpoint of the output directory."""
@@ -145,6 +156,7 @@ class Loop:
         self.parts.optimizer.refresh_parameters()
         self.parts.scaler.load_state_dict(meta["loss_scaler"])
         self.step = int(meta["step"])
+        self.skipped = int(meta.get("skipped_steps", 0))
         self.loader.load_state_dict({"consumed": int(meta["consumed"])})
 
     def load_weights(self, path: str) -> None:

@@ -5,19 +5,29 @@
     output/
       config.toml        the resolved configuration: `--config output/config.toml` runs it again
       metrics.jsonl      one line a step
+      evaluation.jsonl   one line an evaluation
       checkpoints/       step-00000100/ ..., latest
       tensorboard/
       timeline/          recorded pipeline timelines
+      lock               while a job writes here
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from megatron_ds.checkpoint.manifest import steps_in
 from megatron_ds.config import RunConfig, load_toml, to_toml
+from megatron_ds.data.cache import locked
 from megatron_ds.errors import ConfigError
+
+# A run that goes on with another one of these would be another run.
+_FIXED = ("model", "seed")
 
 
 class Output:
@@ -27,16 +37,21 @@ class Output:
         self.root = Path(root)
         self.config = self.root / "config.toml"
         self.metrics = self.root / "metrics.jsonl"
+        self.evaluation = self.root / "evaluation.jsonl"
         self.checkpoints = self.root / "checkpoints"
         self.tensorboard = self.root / "tensorboard"
         self.timeline = self.root / "timeline"
 
     @property
     def has_checkpoint(self) -> bool:
-        return (self.checkpoints / "latest").exists()
+        """Whether there is something to resume from, were it damaged: then loading it says so."""
+        return (self.checkpoints / "latest").exists() or bool(steps_in(self.checkpoints))
 
-    def check(self, config: RunConfig) -> None:
-        """Refuse to mix two runs. Reads only; every rank comes to the same verdict.
+    def check(self, config: RunConfig) -> list[str]:
+        """Refuse to mix two runs. Reads only.
+
+        Returns:
+            What a resumed run does differently from now on, as ``key: before -> now``.
 
         Raises:
             ConfigError: the directory holds a run and ``checkpoint.resume`` is off, or that run's model or seed is
@@ -47,36 +62,83 @@ class Output:
             existing = existing.parent
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise ConfigError(f"output={str(self.root)!r} cannot be made: {existing} is not a writable directory")
-        if not self.config.exists():
-            return
         if not config.checkpoint.resume:
-            raise ConfigError(
-                f"output={str(self.root)!r} holds another run (its config.toml is there); choose another directory, "
-                "or continue that run with --checkpoint.resume"
-            )
-        old = load_toml(self.config)
-        for key, before, now in (
-            ("model", old.model.model_dump(), config.model.model_dump()),
-            ("seed", {"seed": old.seed}, {"seed": config.seed}),
-        ):
-            changed = [f"{name}: {before[name]!r} -> {now[name]!r}" for name in now if before[name] != now[name]]
-            if changed:
+            holds = "checkpoints" if self.has_checkpoint else "metrics.jsonl" if _size(self.metrics) else ""
+            # A config.toml alone is of a run that ended in its first step: nothing is lost with it.
+            if holds:
                 raise ConfigError(
-                    f"checkpoint.resume: the run in {str(self.root)!r} has another {key} ({'; '.join(changed)}); "
-                    "use its settings (--config output/config.toml), or another output directory"
+                    f"output={str(self.root)!r} holds another run (its {holds}); choose another directory, or "
+                    "continue that run with --checkpoint.resume"
                 )
+            return []
+        if not self.config.exists():
+            return []
+        changes = list(_changes(load_toml(self.config).to_dict(), config.to_dict()))
+        refused = [text for key, text in changes if key.split(".")[0] in _FIXED]
+        if refused:
+            raise ConfigError(
+                f"checkpoint.resume: the run in {str(self.root)!r} is of another model or seed ({'; '.join(refused)}); "
+                f"use its settings (--config {self.config}), or another output directory"
+            )
+        return [text for _, text in changes]
 
-    def prepare(self, config: RunConfig) -> None:
-        """Make the directory and write the resolved configuration; on rank 0, after every rank has checked."""
+    @contextlib.contextmanager
+    def owned(self, config: RunConfig) -> Iterator[None]:
+        """Make the directory and keep every other job out of it; on rank 0, after every rank has checked.
+
+        Raises:
+            ConfigError: another job writes there now, or came first.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
-        temporary = self.config.with_suffix(".tmp")
-        temporary.write_text(to_toml(config))
-        temporary.replace(self.config)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.root / "lock", wait=False))
+            except BlockingIOError:
+                raise ConfigError(
+                    f"another job is writing to output={str(self.root)!r} at this moment; wait for it, or choose "
+                    "another directory"
+                ) from None
+            self.check(config)  # once more: a job that started together with this one may have been quicker
+            yield
+
+    def prepare(self, config: RunConfig, steps: int) -> None:
+        """Write the resolved configuration, and forget what was recorded beyond ``steps``."""
+        _replace(self.config, to_toml(config))
+        self.truncate_metrics(steps)
 
     def truncate_metrics(self, steps: int) -> None:
-        """Drop metric lines beyond ``steps``: steps that a resumed run will do again."""
-        with contextlib.suppress(FileNotFoundError):
-            lines = self.metrics.read_text().splitlines()
-            kept = lines[:steps]
-            if len(kept) < len(lines):
-                self.metrics.write_text("".join(line + "\n" for line in kept))
+        """Drop the lines of steps beyond ``steps``, which a resumed run does again, and lines cut off by a crash."""
+        for path in (self.metrics, self.evaluation):
+            with contextlib.suppress(FileNotFoundError):
+                lines = path.read_text().splitlines(keepends=True)
+                kept = [line for line in lines if _step_of(line) <= steps]
+                if len(kept) < len(lines):
+                    _replace(path, "".join(kept))
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """The step a line of metrics tells of; infinity for one that was cut off by a crash."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, ``key: before -> now``) of every setting that differs."""
+    for name, value in now.items():
+        key, old = prefix + name, before.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            yield from _changes(old, value, f"{key}.")
+        elif value != old and key not in ("output", "checkpoint.resume"):
+            yield key, f"{key}: {old!r} -> {value!r}"

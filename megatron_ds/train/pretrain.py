@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -21,24 +22,26 @@ from megatron_ds.train.output import Output
 def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callable[[RunConfig], GPTSources]) -> bool:
     """Train; True when all steps are done, False when asked to stop before that (everything is saved).
 
-    All that can be wrong with the input is found before the process group exists, on every rank alike.
+    All that can be wrong with the input is found before the process group exists, for every rank alike.
 
     Args:
         open_sources: opens and checks the data that ``config.data`` describes.
     """
-    device = place.device(config.device)
-    set_threads(place, config.threads)
-    if device.type == "cpu":
-        keep_freed_memory()
-    shape = validate(config, place.world_size)
     output = Output(config.output)
-    output.check(config)
-    sources = open_sources(config)
-    with job(place, device, config.fingerprint(), config.timeout):
-        mesh = Mesh.create(shape, device)
-        mesh.barrier()  # every rank has looked at the output directory
+    with contextlib.ExitStack() as stack:
+        ranks = stack.enter_context(job(place, config.timeout))
+        with ranks.checking(config.fingerprint()):
+            device = place.device(config.device)
+            shape = validate(config, place.world_size)
+            changes = output.check(config)
+            sources = open_sources(config)
+        set_threads(place, config.threads)
+        if device.type == "cpu":
+            keep_freed_memory()
+        ranks.start(device)
+        mesh = Mesh.create(shape, device, ranks.group_timeout(device))
         if mesh.rank == 0:
-            output.prepare(config)
+            stack.enter_context(output.owned(config))
             print(mesh, flush=True)
         parts = build(config, mesh, model)
         loader = BatchLoader(
@@ -63,14 +66,24 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
             _evaluation(config, mesh, sources),
             default_callbacks(config, mesh, parts.executor, output),
         )
+        ranks.describe(loop.where)
         if config.checkpoint.resume and output.has_checkpoint:
             loop.resume()
-            if mesh.rank == 0:
-                output.truncate_metrics(loop.step)
-                print(f"resumed from step {loop.step} of {config.train.steps}", flush=True)
         elif config.checkpoint.init_from:
             loop.load_weights(config.checkpoint.init_from)
+        if mesh.rank == 0:
+            # Only now: whatever failed until here has left the directory as it was.
+            output.prepare(config, loop.step)
+            if config.checkpoint.resume:
+                print(_resumed(loop.step, config, changes), flush=True)
         return loop.run()
+
+
+def _resumed(step: int, config: RunConfig, changes: Sequence[str]) -> str:
+    if step == 0:
+        return f"checkpoint.resume: no checkpoint in {config.output}, so this run starts from the beginning"
+    changed = f", with other settings than before: {'; '.join(changes)}" if changes else ""
+    return f"resumed from step {step} of {config.train.steps}{changed}"
 
 
 def _evaluation(config: RunConfig, mesh: Mesh, sources: GPTSources) -> Evaluation | None:

@@ -1,0 +1,252 @@
+"""Who failed first, and where everybody was: the end of a job that does not end well.
+
+Each rank has a thread that asks the rendezvous store once a second whether a rank has failed. If one has, the thread
+answers with its own rank's place (step, pipeline action, innermost lines of the main thread's stack) and sees to it
+that the rank ends, even where its main thread hangs. So whoever fails can say who died without a word (no answer) and
+who held up the others (waits for nobody). The training itself pays one attribute write an action, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import linecache
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import CodeType
+
+import torch
+import torch.distributed as dist
+
+from megatron_ds.errors import MegatronDSError
+
+_FAILED = "failed"
+_SHOWN = 16
+# What gloo and NCCL say when a peer is gone or does not come.
+_PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|time(d |-)?out|gloo|nccl", re.IGNORECASE)
+_TIMEOUT = re.compile(r"time(d |-)?out", re.IGNORECASE)
+_WAITS = re.compile(r"\b(wait|barrier|synchronize|tolist|item)\(")
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+Line = tuple[CodeType, int]
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """Where a rank is. ``waits``: for other ranks, as far as the line it stands in tells; ``seconds``: how long."""
+
+    text: str = ""
+    waits: bool = False
+    seconds: int = 0
+
+
+@dataclass(frozen=True)
+class FirstFailure:
+    rank: int
+    text: str
+
+
+class Watch:
+    """This rank's part in finding out what went wrong.
+
+    Args:
+        store: of the job. Its one server runs in rank 0, or in torchrun.
+        local_rank: the first rank of a node speaks for it.
+        timeout: seconds a rank may wait for others. A process group that ends such a wait does it first; this is for
+            those that do not.
+        interval: seconds between two looks at the store. It grows with the world: at most 2,000 looks a second.
+        grace: seconds a rank has to end by itself once another has failed.
+
+    Attributes:
+        describe: says what this rank is doing; called from the watching thread.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        world_size: int,
+        local_rank: int = 0,
+        timeout: float = 600.0,
+        interval: float = 1.0,
+        grace: float = 5.0,
+    ):
+        self.store, self.rank, self.world_size, self.local_rank = store, rank, world_size, local_rank
+        self.timeout, self.interval = timeout, max(interval, world_size / 2000)
+        self.grace = grace + self.interval
+        self.describe: Callable[[], str] = lambda: "starting"
+        self._first: FirstFailure | None = None
+        self._place, self._since = Whereabouts(), time.monotonic()
+        self._stopped = threading.Event()
+        self._concluding = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """The job is over."""
+        self._stopped.set()
+
+    def conclude(self, error: BaseException) -> int:
+        """Say what is to be said about this rank's error, and return the exit code of its process.
+
+        The first rank to fail says it all: a user's mistake in one line, a defect as its traceback, a lost or late
+        peer as an account of where every rank was. Each further node says in one line that it stops, and why.
+        """
+        self._concluding.acquire()  # for good: this process ends
+        mistake = isinstance(error, MegatronDSError)
+        peer = isinstance(error, RuntimeError) and _PEER.search(str(error)) is not None
+        text = _plain(error) if peer else str(error) if mistake else f"{type(error).__name__}: {error}"
+        lines = [(frame.f_code, number) for frame, number in traceback.walk_tb(error.__traceback__)]
+        own = Whereabouts(self._text(lines[::-1]), True)
+        first = self._claim(text)
+        if first.rank != self.rank:
+            if not (mistake and first.text == text):
+                self._say_stops(first)
+        elif mistake:
+            _say(f"error: {error}")
+        elif peer:
+            self._say_peer(text, own)
+        elif not isinstance(error, KeyboardInterrupt):
+            _say(f"rank {self.rank} failed:\n" + "".join(traceback.format_exception(error)).rstrip())
+        self._answer(own)
+        if self.rank == 0:
+            self._roll_call()  # the store may live here: stay until the others know
+        return 2 if mistake else 130 if isinstance(error, KeyboardInterrupt) else 1
+
+    def _claim(self, text: str) -> FirstFailure:
+        """Leave a note in the store; returns the note that came first, this rank's or another's."""
+        if self._first is not None:
+            return self._first
+        own = FirstFailure(self.rank, text)
+        try:
+            return FirstFailure(**json.loads(self.store.compare_set(_FAILED, "", json.dumps(asdict(own)))))
+        except Exception:
+            return own if self.rank == 0 or not _PEER.search(text) else _STORE_GONE
+
+    def _say_stops(self, first: FirstFailure) -> None:
+        if self.local_rank == 0:
+            _say(f"rank {self.rank} stops: rank {first.rank}: {first.text}")
+
+    # The roll call
+
+    def _say_peer(self, text: str, own: Whereabouts) -> None:
+        """This rank lost a peer, or waited for it in vain, and nobody has said why."""
+        late = _TIMEOUT.search(text) is not None
+        places = {**self._roll_call(), self.rank: own}
+        silent = [rank for rank in range(self.world_size) if rank not in places]
+        busy = [rank for rank in sorted(places) if not places[rank].waits]
+        what = f"waited {self.timeout:.0f} s in vain for" if late else "lost its connection to"
+        lines = [f"error: rank {self.rank} {what} another rank: {text}"]
+        if silent:
+            lines.append(
+                f"no answer from {_ranks(silent)}: killed (for want of memory? see the kernel's log), stopped, or "
+                "its machine is gone"
+            )
+        elif late and busy:
+            lines.append(f"{_ranks(busy)} did not wait for any other and so held them up")
+        order = [*busy, *(rank for rank in sorted(places) if rank not in busy)]
+        for rank in order[:_SHOWN]:
+            since = f" (for {places[rank].seconds} s)" if places[rank].seconds else ""
+            lines.append(f"  rank {rank}: {places[rank].text}{since}")
+        if len(order) > _SHOWN:
+            lines.append(f"  ... and {len(order) - _SHOWN} more")
+        _say("\n".join(lines))
+
+    def _answer(self, place: Whereabouts) -> None:
+        with contextlib.suppress(Exception):
+            self.store.set(f"where/{self.rank}", json.dumps(asdict(place)))
+
+    def _roll_call(self) -> dict[int, Whereabouts]:
+        """The other ranks' answers, of those that give one in time."""
+        answers: dict[int, Whereabouts] = {}
+        missing = [rank for rank in range(self.world_size) if rank != self.rank]
+        deadline = time.monotonic() + 2 * self.interval + 1
+        try:
+            while missing and time.monotonic() < deadline:
+                for rank in missing:
+                    if self.store.check([f"where/{rank}"]):
+                        answers[rank] = Whereabouts(**json.loads(self.store.get(f"where/{rank}")))
+                missing = [rank for rank in missing if rank not in answers]
+                time.sleep(0.05)
+        except Exception:
+            return answers  # the store is gone: what is known is known
+        return answers
+
+    # The thread
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self.interval):
+            self._look()
+            try:
+                if self.store.check([_FAILED]):
+                    self._first = FirstFailure(**json.loads(self.store.get(_FAILED)))
+                    self._answer(replace(self._place, seconds=int(time.monotonic() - self._since)))
+            except Exception:
+                self._first = _STORE_GONE
+            if self._first is not None:
+                if self._first.rank != self.rank and not self._stopped.wait(self.grace):
+                    self._end(self._first)
+                return
+            if self._place.waits and time.monotonic() - self._since > self.timeout + self.grace:
+                self._end(None)
+
+    def _look(self) -> None:
+        """Where the main thread is now, and since when."""
+        lines = []
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        while frame is not None:
+            lines.append((frame.f_code, frame.f_lineno))
+            frame = frame.f_back
+        source = linecache.getline(lines[0][0].co_filename, lines[0][1]) if lines else ""
+        place = Whereabouts(self._text(lines), _WAITS.search(source) is not None)
+        if place != self._place:
+            self._place, self._since = place, time.monotonic()
+
+    def _text(self, lines: Sequence[Line]) -> str:
+        """What this rank is doing, with its innermost line and the next two outside of torch."""
+        outside = [line for line in lines[1:] if not line[0].co_filename.startswith(_TORCH)]
+        shown = []
+        for code, number in [*lines[:1], *outside[:2]]:
+            path = Path(code.co_filename)
+            shown.append(f"{path.parent.name}/{path.name}:{number} {code.co_name}")
+        return f"{self.describe()}: {' < '.join(shown)}"
+
+    def _end(self, first: FirstFailure | None) -> None:
+        """End the process from this thread: the main thread does not come back, or not from another's failure."""
+        if not self._concluding.acquire(blocking=False):
+            return  # the main thread is just doing it
+        text = f"timeout: {self._place.text}"
+        first = first or self._claim(text)
+        if first.rank == self.rank:
+            self._say_peer(text, replace(self._place, seconds=int(time.monotonic() - self._since)))
+        else:
+            self._say_stops(first)
+        sys.stdout.flush()
+        os._exit(1)
+
+
+_STORE_GONE = FirstFailure(0, "gone without a word, it or its torchrun, and the job's store with it")
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:_SHOWN]))}{more}"
+
+
+def _plain(error: BaseException) -> str:
+    """A backend's message without its source line, its stack and its advice."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return re.sub(r"^\[[^\]]*\] ", "", lines[0]).partition(". This is typically")[0]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
