@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_ds.kernels.causal_attention import causal_attention, is_faster
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.layers.norm import Norm
 from megatron_ds.layers.position import alibi_bias, alibi_slopes, apply_rotary
@@ -111,8 +112,9 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x)
         s, b, _ = qkv.shape
         qkv = qkv.view(s, b, self.local_groups, self.queries_per_group + 2, self.head_dim)
-        q = qkv[..., : self.queries_per_group, :].reshape(s, b, -1, self.head_dim)
-        k, v = qkv[..., -2, :], qkv[..., -1, :]
+        # One split: slices would each fill a gradient of the whole with zeros in the backward pass.
+        q, k, v = qkv.split([self.queries_per_group, 1, 1], dim=-2)
+        q, k, v = q.reshape(s, b, -1, self.head_dim), k.squeeze(-2), v.squeeze(-2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if inputs.rotary is not None:
@@ -126,11 +128,15 @@ class SelfAttention(nn.Module):
     def _core(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
         """``q [s, b, n, d]``, ``k, v [s, b, g, d]`` -> ``[s, b, n * d]``."""
         s, b, n, d = q.shape
+        dropped = self.dropout > 0.0 and inputs.keys is not None
+        plain = self.slopes is None and inputs.same_document is None and not dropped
+        if plain and is_faster(q):
+            return causal_attention(q, k, v)
         if self.queries_per_group > 1:
             k, v = (t.repeat_interleave(self.queries_per_group, dim=2) for t in (k, v))
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))  # [b, n, s, d]
         bias = self._bias(inputs, q)
-        if self.dropout > 0.0 and inputs.keys is not None:
+        if dropped and inputs.keys is not None:
             out = self._dropout_attention(q, k, v, bias, inputs.keys)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
