@@ -33,7 +33,7 @@ from megatron_ds.errors import ConfigError, nearest
 NAMESPACE = "megatron_ds"
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 # Where the ops are defined; `report` and `use` know an op by its module's Op objects.
-MODULES = ("norm", "dropout", "activation")
+MODULES = ("norm", "dropout", "activation", "softmax", "cross_entropy", "rotary")
 
 
 @dataclass(frozen=True)

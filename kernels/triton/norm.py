@@ -113,7 +113,7 @@ def norm_backward_kernel(
     grad, grad_summed, summed, row_keys, weight, mean, rstd, out, dropped, partial,
     grad_stride, grad_summed_stride, summed_stride, rows, columns, threshold, scale,
     RMS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SUMMED: tl.constexpr, DROP: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)[None, :]
     own = column < columns
@@ -122,17 +122,21 @@ def norm_backward_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     d_weight = tl.zeros((ROWS, BLOCK), tl.float32)
     d_bias = tl.zeros((ROWS, BLOCK), tl.float32)
-    inside = (row < rows) & own
-    next_g = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0)
-    next_v = tl.load(summed + row * summed_stride + column, mask=inside, other=0.0)
+    if PREFETCH:
+        inside = (row < rows) & own
+        next_g = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0)
+        next_v = tl.load(summed + row * summed_stride + column, mask=inside, other=0.0)
     for _ in range(tl.program_id(0) * ROWS, rows, step):
         present = row < rows
         inside = present & own
-        g, v = next_g.to(tl.float32), next_v.to(tl.float32)
-        ahead = row + step
-        inside_ahead = (ahead < rows) & own
-        next_g = tl.load(grad + ahead * grad_stride + column, mask=inside_ahead, other=0.0)
-        next_v = tl.load(summed + ahead * summed_stride + column, mask=inside_ahead, other=0.0)
+        if PREFETCH:
+            g, v = next_g.to(tl.float32), next_v.to(tl.float32)
+            ahead = (row + step < rows) & own
+            next_g = tl.load(grad + (row + step) * grad_stride + column, mask=ahead, other=0.0)
+            next_v = tl.load(summed + (row + step) * summed_stride + column, mask=ahead, other=0.0)
+        else:
+            g = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
+            v = tl.load(summed + row * summed_stride + column, mask=inside, other=0.0).to(tl.float32)
         r = tl.load(rstd + row, mask=present, other=0.0)
         if not RMS:
             v -= tl.load(mean + row, mask=present, other=0.0)
@@ -155,7 +159,7 @@ def norm_backward_kernel(
                 0.0,
             )
             tl.store(dropped + row * columns + column, d.to(out.dtype.element_ty), mask=inside)
-        row = ahead
+        row += step
     # Sums of this program's rows; the row of `partial` is the program's.
     columns_1d = tl.arange(0, BLOCK)
     place = partial + tl.program_id(0).to(tl.int64) * columns + columns_1d
@@ -300,13 +304,14 @@ def norm_backward(
     flags = {"RMS": rms, "HAS_SUMMED": more, "DROP": drop}
     with on_device_of(summed):
         if columns <= MOST_COLUMNS:
-            block, tile_rows, warps = _tile(columns, 4096)
+            block, tile_rows, warps = _tile(columns, 2048)
             programs = min(triton.cdiv(count, tile_rows), processors(summed) * max(1, 16 // warps))
             partial = rows.new_empty((sums, programs, columns), dtype=torch.float32)
             norm_backward_kernel[(programs,)](
                 grads, also, rows, keys, weight, mean, rstd, out, dropped, partial,
                 *strides, count, columns, threshold, 1.0 / (1.0 - p),
-                HAS_BIAS=has_bias, ROWS=tile_rows, BLOCK=block, num_warps=warps, **flags,
+                HAS_BIAS=has_bias, ROWS=tile_rows, BLOCK=block, num_warps=warps,
+                PREFETCH=rows.dtype.itemsize == 2, **flags,  # in fp32 there are no registers for it
             )  # fmt: skip
         else:
             norm_backward_tiled_kernel[(count,)](

@@ -1,0 +1,122 @@
+"""Two passes over the logits of a chunk of tokens: statistics (one read), then the gradient in their place (one read,
+one write): 6 bytes a half-precision logit.
+
+The columns are walked in whole tiles without a mask and one masked tile at the end: a mask whose end is not a multiple
+of 16, as most vocabularies are, would break every load into single elements.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_ds.kernels.triton.common import on_device_of
+
+STATISTICS_BLOCK = 4096
+GRADIENT_BLOCK = 2048
+
+
+@triton.jit
+def merge_tile(z, top, total):
+    """Running maximum and sum of exponentials (Milakov and Gimelshein 2018), with one more tile of logits."""
+    higher = tl.maximum(top, tl.max(z, axis=0))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # a row of nothing but -inf
+    return higher, total * tl.exp(top - base) + tl.sum(tl.exp(z - base), axis=0)
+
+
+@triton.jit
+def token_statistics_kernel(
+    logits, target, stats, stride, tokens, columns, WANT_SUM: tl.constexpr, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    row = logits + token * stride
+    top = float("-inf")
+    total = 0.0
+    sum_of_logits = 0.0
+    whole = columns // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        z = tl.load(row + start + tl.arange(0, BLOCK)).to(tl.float32)
+        if WANT_SUM:
+            sum_of_logits += tl.sum(z, axis=0)
+        top, total = merge_tile(z, top, total)
+    if whole < columns:
+        column = whole + tl.arange(0, BLOCK)
+        z = tl.load(row + column, mask=column < columns, other=float("-inf")).to(tl.float32)
+        if WANT_SUM:
+            sum_of_logits += tl.sum(tl.where(column < columns, z, 0.0), axis=0)
+        top, total = merge_tile(z, top, total)
+    label = tl.load(target + token)
+    here = (label >= 0) & (label < columns)
+    tl.store(stats + token, top)
+    tl.store(stats + tokens + token, total)
+    tl.store(stats + 2 * tokens + token, tl.load(row + label, mask=here, other=0.0).to(tl.float32))
+    tl.store(stats + 3 * tokens + token, sum_of_logits)
+
+
+@triton.jit
+def gradient_of(z, column, lse, factor, label, hit, spread):
+    """``factor softmax(z) - hit onehot(label) - spread``."""
+    return tl.exp(z - lse) * factor - tl.where(column == label, hit, 0.0) - spread
+
+
+@triton.jit
+def logit_gradient_kernel(
+    logits, lse, target, mask, stride, columns, z_loss, hit, spread, BLOCK: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK
+    row = logits + token * stride + start
+    column = tl.arange(0, BLOCK)
+    if tl.load(mask + token) == 0:
+        if start + BLOCK <= columns:
+            tl.store(row + column, tl.zeros((BLOCK,), logits.dtype.element_ty))
+        else:
+            tl.store(row + column, tl.zeros((BLOCK,), logits.dtype.element_ty), mask=start + column < columns)
+    else:
+        own_lse = tl.load(lse + token)
+        factor = 1.0 + 2.0 * tl.cast(z_loss, tl.float32) * own_lse
+        label = tl.load(target + token) - start
+        h, s = tl.cast(hit, tl.float32), tl.cast(spread, tl.float32)
+        if start + BLOCK <= columns:
+            z = tl.load(row + column).to(tl.float32)
+            tl.store(row + column, gradient_of(z, column, own_lse, factor, label, h, s).to(logits.dtype.element_ty))
+        else:
+            inside = start + column < columns
+            z = tl.load(row + column, mask=inside, other=0.0).to(tl.float32)
+            d = gradient_of(z, column, own_lse, factor, label, h, s).to(logits.dtype.element_ty)
+            tl.store(row + column, d, mask=inside)
+
+
+def token_statistics(logits: Tensor, target: Tensor, want_sum: bool) -> Tensor:
+    tokens, columns = logits.shape
+    _check(logits)
+    stats = logits.new_empty((4, tokens), dtype=torch.float32)
+    if tokens:
+        with on_device_of(logits):
+            token_statistics_kernel[(tokens,)](
+                logits, target.contiguous(), stats, logits.stride(0), tokens, columns,
+                WANT_SUM=want_sum, BLOCK=STATISTICS_BLOCK, num_warps=8,
+            )  # fmt: skip
+    return stats
+
+
+def logit_gradient_(
+    logits: Tensor, lse: Tensor, target: Tensor, mask: Tensor, label_smoothing: float, z_loss: float, vocab_size: int
+) -> None:
+    _check(logits)
+    if logits.numel():
+        grid = (logits.shape[0], triton.cdiv(logits.shape[1], GRADIENT_BLOCK))
+        with on_device_of(logits):
+            logit_gradient_kernel[grid](
+                logits, lse.contiguous(), target.contiguous(), mask.contiguous(), logits.stride(0), logits.shape[1],
+                z_loss, 1.0 - label_smoothing, label_smoothing / vocab_size, BLOCK=GRADIENT_BLOCK, num_warps=4,
+            )  # fmt: skip
+
+
+def _check(logits: Tensor) -> None:
+    if logits.shape[1] > 1 and logits.stride(1) != 1:
+        raise ValueError(
+            f"logits of strides {logits.stride()}: the gradient is written in place; columns must be dense"
+        )

@@ -1,0 +1,149 @@
+"""Scaled, masked softmax over the last dim of ``[b, n, q, k]``, a program a row.
+
+A row of up to 4096 keys stays in registers between its one load and its one store. A longer one is read twice: once
+for the running maximum and sum (Milakov and Gimelshein 2018), once to write. Under a causal mask the keys beyond the
+diagonal are neither loaded nor computed, forward or backward; zeros are stored there.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_ds.kernels.triton.common import as_rows, on_device_of
+
+MOST_KEYS = 4096  # of a row that is held in registers
+
+
+@triton.jit
+def logits_of(
+    scores, mask, slope, batch, head, query, key, inside, keys, last, scale,
+    mask_b, mask_n, mask_q, mask_k, HAS_MASK: tl.constexpr, HAS_SLOPES: tl.constexpr,
+):  # fmt: skip
+    """Scaled scores with bias of one row; -inf where the row does not look."""
+    z = tl.load(scores + key, mask=inside, other=0.0).to(tl.float32) * tl.cast(scale, tl.float32)
+    if HAS_SLOPES:
+        z += slope * (key - last).to(tl.float32)
+    seen = inside
+    if HAS_MASK:
+        place = mask + batch.to(tl.int64) * mask_b + head * mask_n + query.to(tl.int64) * mask_q + key * mask_k
+        seen = seen & (tl.load(place, mask=inside, other=0) != 0)
+    return tl.where(seen, z, float("-inf"))
+
+
+@triton.jit
+def softmax_kernel(
+    scores, mask, slopes, out, heads, queries, keys, scores_stride, scale, mask_b, mask_n, mask_q, mask_k,
+    CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SLOPES: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    query = row % queries
+    head = (row // queries) % heads
+    batch = row // (queries * heads)
+    scores += tl.cast(row, tl.int64) * scores_stride
+    out += tl.cast(row, tl.int64) * keys
+    last = query + keys - queries  # the query's own place among the keys
+    limit = keys
+    if CAUSAL:
+        limit = tl.minimum(keys, last + 1)
+    slope = 0.0
+    if HAS_SLOPES:
+        slope = tl.load(slopes + head).to(tl.float32)
+    if WHOLE:
+        key = tl.arange(0, BLOCK)
+        z = logits_of(
+            scores, mask, slope, batch, head, query, key, key < limit, keys, last, scale,
+            mask_b, mask_n, mask_q, mask_k, HAS_MASK, HAS_SLOPES,
+        )  # fmt: skip
+        top = tl.max(z, axis=0)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        weights = tl.exp(z - top)
+        total = tl.sum(weights, axis=0)
+        weights *= 1.0 / tl.where(total == 0.0, 1.0, total)
+        tl.store(out + key, weights.to(out.dtype.element_ty), mask=key < keys)
+    else:
+        top = float("-inf")
+        total = 0.0
+        for start in range(0, limit, BLOCK):
+            key = start + tl.arange(0, BLOCK)
+            z = logits_of(
+                scores, mask, slope, batch, head, query, key, key < limit, keys, last, scale,
+                mask_b, mask_n, mask_q, mask_k, HAS_MASK, HAS_SLOPES,
+            )  # fmt: skip
+            higher = tl.maximum(top, tl.max(z, axis=0))
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            total = total * tl.exp(top - base) + tl.sum(tl.exp(z - base), axis=0)
+            top = higher
+        base = tl.where(top == float("-inf"), 0.0, top)
+        norm = 1.0 / tl.where(total == 0.0, 1.0, total)
+        for start in range(0, keys, BLOCK):
+            key = start + tl.arange(0, BLOCK)
+            z = logits_of(
+                scores, mask, slope, batch, head, query, key, key < limit, keys, last, scale,
+                mask_b, mask_n, mask_q, mask_k, HAS_MASK, HAS_SLOPES,
+            )  # fmt: skip
+            tl.store(out + key, (tl.exp(z - base) * norm).to(out.dtype.element_ty), mask=key < keys)
+
+
+@triton.jit
+def softmax_backward_kernel(
+    grad, y, out, queries, keys, grad_stride, scale, CAUSAL: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0)
+    grad += tl.cast(row, tl.int64) * grad_stride
+    y += tl.cast(row, tl.int64) * keys
+    out += tl.cast(row, tl.int64) * keys
+    limit = keys
+    if CAUSAL:
+        limit = tl.minimum(keys, row % queries + keys - queries + 1)
+    if WHOLE:
+        key = tl.arange(0, BLOCK)
+        g = tl.load(grad + key, mask=key < limit, other=0.0).to(tl.float32)
+        p = tl.load(y + key, mask=key < limit, other=0.0).to(tl.float32)
+        d = tl.cast(scale, tl.float32) * p * (g - tl.sum(g * p, axis=0))
+        tl.store(out + key, d.to(out.dtype.element_ty), mask=key < keys)
+    else:
+        along = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, limit, BLOCK):
+            key = start + tl.arange(0, BLOCK)
+            g = tl.load(grad + key, mask=key < limit, other=0.0).to(tl.float32)
+            along += g * tl.load(y + key, mask=key < limit, other=0.0).to(tl.float32)
+        total = tl.sum(along, axis=0)
+        for start in range(0, keys, BLOCK):
+            key = start + tl.arange(0, BLOCK)
+            g = tl.load(grad + key, mask=key < limit, other=0.0).to(tl.float32)
+            p = tl.load(y + key, mask=key < limit, other=0.0).to(tl.float32)
+            d = tl.cast(scale, tl.float32) * p * (g - total)
+            tl.store(out + key, d.to(out.dtype.element_ty), mask=key < keys)
+
+
+def softmax(scores: Tensor, mask: Tensor | None, slopes: Tensor | None, scale: float, causal: bool) -> Tensor:
+    out = scores.new_empty(scores.shape)
+    rows = as_rows(scores)
+    _, heads, queries, keys = scores.shape
+    strides = (0, 0, 0, 0) if mask is None else mask.stride()
+    if out.numel():
+        with on_device_of(scores):
+            softmax_kernel[(rows.shape[0],)](
+                rows, mask, slopes, out, heads, queries, keys, rows.stride(0), scale, *strides,
+                CAUSAL=causal, HAS_MASK=mask is not None, HAS_SLOPES=slopes is not None, **_tile(keys),
+            )  # fmt: skip
+    return out
+
+
+def softmax_backward(grad: Tensor, y: Tensor, scale: float, causal: bool) -> Tensor:
+    out = y.new_empty(y.shape)
+    grads = as_rows(grad)
+    queries, keys = y.shape[-2:]
+    if out.numel():
+        with on_device_of(y):
+            softmax_backward_kernel[(grads.shape[0],)](
+                grads, y.contiguous(), out, queries, keys, grads.stride(0), scale, CAUSAL=causal, **_tile(keys)
+            )
+    return out
+
+
+def _tile(keys: int) -> dict[str, int | bool]:
+    block = min(triton.next_power_of_2(keys), MOST_KEYS)
+    return {"WHOLE": keys <= MOST_KEYS, "BLOCK": block, "num_warps": min(8, max(1, block // 512))}

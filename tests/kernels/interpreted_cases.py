@@ -1,0 +1,421 @@
+"""What test_interpreter.py runs under Triton's interpreter. Every case has tiny grids: a program takes 1.7 ms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from interpreter_worker import TOLERANCE, Canaries, close, compare
+from torch import Tensor
+
+from megatron_ds.errors import ConfigError
+from megatron_ds.kernels import registry
+from megatron_ds.kernels.activation import bias_gelu, gated
+from megatron_ds.kernels.cross_entropy import logit_gradient, token_statistics
+from megatron_ds.kernels.dropout import dropout_add, keep_mask
+from megatron_ds.kernels.norm import add_norm, layer_norm, rms_norm
+from megatron_ds.kernels.rotary import rotary
+from megatron_ds.kernels.softmax import scaled_masked_softmax
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CASES: dict[str, Callable[[], None]] = {}
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape) * scale).to(dtype)
+
+
+def strided(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Neither contiguous nor with dense rows: every second column of a transposed tensor."""
+    return normal(shape[1], shape[0], *shape[2:-1], 2 * shape[-1], dtype=dtype).transpose(0, 1)[..., ::2]
+
+
+def sliced(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Dense rows with a gap after each."""
+    return normal(*shape[:-1], shape[-1] + 3, dtype=dtype)[..., : shape[-1]]
+
+
+def keys(*shape: int) -> Tensor:
+    return torch.randint(-(2**31), 2**31, shape).to(torch.int32)
+
+
+LAYOUTS = {"": normal, " strided": strided, " sliced": sliced}
+
+
+def add(name: str, function: Callable[..., Any], *inputs: Callable[[], Tensor | None], **options: Any) -> None:
+    CASES[name] = lambda: compare(function, [make() for make in inputs], **options)
+
+
+def nothing() -> None:
+    return None
+
+
+# --- norms ------------------------------------------------------------------------------------------------------
+
+for dtype in DTYPES:
+    for kind, columns in (("layernorm", 37), ("rmsnorm", 37), ("layernorm", 9001), ("rmsnorm", 9001)):
+        for layout, make in LAYOUTS.items():
+            if layout and (columns != 37 or dtype != torch.float32):
+                continue
+            if columns == 9001 and dtype == torch.float16:
+                continue
+            x = partial(make, 3, 3, columns, dtype=dtype)
+            w = partial(normal, columns, dtype=dtype)
+            if kind == "layernorm":
+                add(f"layer_norm {columns} {dtype}{layout}", partial(layer_norm, eps=1e-5), x, w, w)
+            else:
+                add(f"rms_norm {columns} {dtype}{layout}", partial(rms_norm, eps=1e-5), x, w)
+            bias = w if kind == "layernorm" else nothing
+
+            def fused(x: Tensor, r: Tensor, w: Tensor, b: Tensor | None, k: Tensor, kind: str, p: float) -> Any:
+                return add_norm(x, r, w, b, 1e-5, kind=kind, p=p, row_keys=k)
+
+            for p in (0.0, 0.3):
+                if columns == 37 or p:
+                    add(
+                        f"add_norm {kind} {columns} {dtype} p={p}{layout}",
+                        partial(fused, kind=kind, p=p),
+                        x, x, w, bias, partial(keys, 3, 3),
+                    )  # fmt: skip
+# More rows than the programs of a persistent backward pass hold at once; rows that a program's tile does not fill.
+add(
+    "layer_norm many rows", partial(layer_norm, eps=1e-5), lambda: normal(1061, 8), lambda: normal(8), lambda: normal(8)
+)
+add("rms_norm two columns", partial(rms_norm, eps=1e-5), lambda: normal(5, 2), lambda: normal(2))
+add("layer_norm no bias", partial(layer_norm, bias=None, eps=1e-5), lambda: normal(5, 16), lambda: normal(16))
+add(
+    "layer_norm zero rows", partial(layer_norm, eps=1e-5), lambda: normal(0, 16), lambda: normal(16), lambda: normal(16)
+)
+add("rms_norm zero input", partial(rms_norm, eps=1e-5), lambda: torch.zeros(2, 16), lambda: normal(16))
+# A mean that is 1000 times the deviation: one pass over squares would lose 6 of fp32's 7 digits.
+for columns in (64, 8500):
+    add(
+        f"layer_norm far from zero {columns}",
+        partial(layer_norm, eps=1e-5),
+        partial(lambda n: normal(2, n) + 1000.0, columns),
+        partial(normal, columns),
+        partial(normal, columns),
+        tolerance=2e-4,  # fp32 itself resolves the inputs to 6e-5 of their deviation
+    )
+add(
+    "rms_norm large half",
+    partial(rms_norm, eps=1e-5),
+    lambda: normal(2, 64, dtype=torch.float16, scale=1e4),
+    lambda: normal(64, dtype=torch.float16),
+)
+add(
+    "layer_norm fp32 weights",
+    partial(layer_norm, eps=1e-5),
+    lambda: normal(3, 40, dtype=torch.bfloat16),
+    lambda: normal(40),
+    lambda: normal(40),
+)
+
+# --- activations ------------------------------------------------------------------------------------------------
+
+for dtype in DTYPES:
+    for activation in ("silu", "gelu", "gelu_tanh"):
+        act = partial(gated, activation=activation)
+        add(f"gated {activation} {dtype}", act, partial(normal, 3, 2, 2 * 37, dtype=dtype))
+    for approximate in ("none", "tanh"):
+        act = partial(bias_gelu, approximate=approximate)
+        add(
+            f"bias_gelu {approximate} {dtype}",
+            act,
+            partial(normal, 3, 37, dtype=dtype),
+            partial(normal, 37, dtype=dtype),
+        )
+add("gated two blocks", gated, lambda: normal(2, 2 * 1100))
+add("gated strided", gated, lambda: strided(3, 2, 10))
+add("gated sliced", gated, lambda: sliced(3, 2, 10))
+add("gated extremes", gated, lambda: torch.tensor([[-1e4, 1e4, -200.0, 90.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0]]))
+add("gated zero rows", gated, lambda: normal(0, 2, 8))
+add("bias_gelu no bias", bias_gelu, lambda: sliced(3, 37), nothing)
+add("bias_gelu extremes", bias_gelu, lambda: torch.tensor([[-1e4, -50.0, 0.0, 50.0, 1e4]]), lambda: torch.zeros(5))
+add("bias_gelu zero rows", bias_gelu, lambda: normal(0, 8), lambda: normal(8))
+
+# --- dropout ----------------------------------------------------------------------------------------------------
+
+
+def drop(x: Tensor, residual: Tensor | None, row_keys: Tensor) -> Tensor:
+    return dropout_add(x, residual, 0.4, row_keys)
+
+
+for dtype in DTYPES:
+    for layout, make in LAYOUTS.items():
+        x = partial(make, 3, 2, 37, dtype=dtype)
+        add(f"dropout_add {dtype}{layout}", drop, x, x, partial(keys, 3, 2))
+add("dropout alone", drop, lambda: normal(2, 2, 1100), nothing, lambda: keys(2, 2))
+add("dropout zero rows", drop, lambda: normal(0, 8), lambda: normal(0, 8), lambda: keys(0))
+
+
+def same_decisions() -> None:
+    """Bit for bit the reference's, for keys and columns that overflow 32 bits many times, and for extreme p."""
+    row_keys = torch.tensor([0, 1, -1, 2**31 - 1, -(2**31), 123456789], dtype=torch.int32)
+    for p in (1e-9, 0.1, 0.5, 0.999999):
+        with registry.use("triton"):
+            out = dropout_add(torch.ones(6, 2500), None, p, row_keys)
+        assert torch.equal(out != 0, keep_mask(row_keys, torch.arange(2500), p)), p
+
+
+CASES["dropout decisions"] = same_decisions
+
+# --- softmax ----------------------------------------------------------------------------------------------------
+
+
+def attend(x: Tensor, mask: Tensor | None, slopes: Tensor | None, causal: bool) -> Tensor:
+    return scaled_masked_softmax(x, 0.7, causal=causal, mask=mask, slopes=slopes)
+
+
+def seen(*shape: int) -> Tensor:
+    return torch.rand(shape) > 0.3
+
+
+for dtype in DTYPES:
+    for q, k in ((5, 5), (3, 37), (1, 4500), (5, 3)):
+        for causal in (False, True):
+            x = partial(normal, 2, 2, q, k, dtype=dtype, scale=3.0)
+            add(
+                f"softmax {q}x{k} {dtype} causal={causal}",
+                partial(attend, causal=causal),
+                x,
+                partial(seen, 2, 1, 1, k) if q == 3 or k > 100 else nothing,
+                partial(normal, 2) if q != 5 else nothing,
+                no_gradient=[2],
+            )
+add(
+    "softmax full mask",
+    partial(attend, causal=True),
+    lambda: strided(2, 2, 4, 9),
+    lambda: seen(2, 2, 4, 9),
+    lambda: normal(2),
+    no_gradient=[2],
+)
+add(
+    "softmax masked rows",
+    partial(attend, causal=False),
+    lambda: normal(2, 1, 3, 7),
+    lambda: torch.zeros(3, 1, dtype=torch.bool),
+    nothing,
+)
+add("softmax overflow-prone", partial(attend, causal=False), lambda: normal(1, 1, 3, 7, scale=1e4), nothing, nothing)
+add(
+    "softmax overflow-prone half",
+    partial(attend, causal=False),
+    lambda: normal(1, 1, 3, 7, dtype=torch.float16, scale=1e4),
+    nothing,
+    nothing,
+)
+add("softmax zero rows", partial(attend, causal=True), lambda: normal(0, 2, 3, 7), nothing, nothing)
+
+
+def infinite_scores() -> None:
+    """-inf in the scores themselves, a whole row of it too."""
+    x = normal(1, 1, 3, 6)
+    x[..., 0, 2:] = x[..., 1, :] = float("-inf")
+    for long in (x, torch.cat((x, torch.full((1, 1, 3, 4200), float("-inf"))), dim=-1)):
+        with registry.use("triton"):
+            out = scaled_masked_softmax(long)
+        assert torch.equal(out[0, 0, 1], torch.zeros_like(out[0, 0, 1]))
+        close("softmax", out, scaled_masked_softmax(long.double()), 1e-6)
+
+
+def nothing_above_the_diagonal() -> None:
+    """What lies there is NaN, and neither pass sees it."""
+    for q, k in ((6, 6), (2, 4400)):
+        above = torch.ones(q, k, dtype=torch.bool).triu(k - q + 1)
+        x = normal(1, 1, q, k)
+        with registry.use("triton"):
+            want = scaled_masked_softmax(x, causal=True)
+            hidden = x.masked_fill(above, float("nan")).requires_grad_()
+            out = scaled_masked_softmax(hidden, causal=True)
+            seed = normal(1, 1, q, k).masked_fill(above, float("nan"))
+            (gradient,) = torch.autograd.grad(out, hidden, seed)
+        assert torch.equal(out, want) and not out[..., above].any()
+        assert gradient.isfinite().all() and not gradient[..., above].any()
+
+
+CASES["softmax infinite scores"] = infinite_scores
+CASES["softmax above the diagonal"] = nothing_above_the_diagonal
+
+# --- cross entropy ----------------------------------------------------------------------------------------------
+
+
+def cross_entropy(
+    dtype: torch.dtype, tokens: int, columns: int, smoothing: float, z_loss: float, scale: float = 3.0, gap: int = 0
+) -> None:
+    logits = normal(tokens, columns + gap, dtype=dtype, scale=scale)[:, :columns]
+    target = torch.randint(-3, columns + 3, (tokens,))
+    mask = torch.arange(tokens) % 3 > 0
+    canaries = Canaries()
+    own = canaries.around(logits)
+    with registry.use("triton"), canaries.around_allocations():
+        stats, scratch = token_statistics(own, canaries.around(target), want_sum=True)
+    want, exact = token_statistics(logits.double(), target, want_sum=True)
+    for name, a, b in zip(("maximum", "sum", "target", "sum of logits"), stats, want):
+        if tokens:
+            close(name, a, b, 1e-5)
+    lse = want[0] + want[1].log()
+    options: dict[str, Any] = {"label_smoothing": smoothing, "z_loss": z_loss, "vocab_size": 3 * columns}
+    with registry.use("triton"):
+        gradient = logit_gradient(scratch, stats[0], lse.float(), target, mask, **options)
+    assert gradient.data_ptr() == own.data_ptr(), "the gradient is to be written in place"
+    expected = logit_gradient(exact, want[0], lse, target, mask, **options)
+    canaries.check()
+    if tokens:
+        close("gradient", gradient, expected, TOLERANCE[dtype])
+
+
+for dtype in DTYPES:
+    for columns in (1, 37, 4096, 4133):
+        CASES[f"cross entropy {columns} {dtype}"] = partial(cross_entropy, dtype, 5, columns, 0.1, 0.01)
+CASES["cross entropy plain"] = partial(cross_entropy, torch.float32, 5, 37, 0.0, 0.0)
+CASES["cross entropy rows with a gap"] = partial(cross_entropy, torch.float32, 5, 37, 0.1, 0.0, gap=5)
+CASES["cross entropy overflow-prone"] = partial(cross_entropy, torch.float32, 5, 4133, 0.1, 0.0, scale=1e4)
+CASES["cross entropy zero rows"] = partial(cross_entropy, torch.float32, 0, 37, 0.1, 0.0)
+
+
+def masked_logits() -> None:
+    """-inf logits have no probability, and no gradient but the smoothing's."""
+    logits = normal(2, 5000)
+    logits[0, 7:] = float("-inf")
+    logits[1, :4500] = float("-inf")
+    target = torch.tensor([3, 4999])
+    with registry.use("triton"):
+        stats, scratch = token_statistics(logits.clone(), target, want_sum=False)
+        lse = stats[0] + stats[1].log()
+        options: dict[str, Any] = {"label_smoothing": 0.0, "z_loss": 0.0, "vocab_size": 5000}
+        gradient = logit_gradient(scratch, stats[0], lse, target, torch.ones(2, dtype=torch.bool), **options)
+    close("lse", lse, logits.double().logsumexp(1), 1e-6)
+    want = logits.double().softmax(1) - torch.nn.functional.one_hot(target, 5000)
+    close("gradient", gradient, want, 1e-6)
+
+
+CASES["cross entropy -inf logits"] = masked_logits
+
+# --- rotary -----------------------------------------------------------------------------------------------------
+
+
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, offset: int) -> Any:
+    """Queries and keys as attention takes them: views of one fused tensor ``[s, b, g, q + 2, d]``."""
+    s, b, _, _, d = qkv.shape
+    q = qkv[..., :-2, :].reshape(s, b, -1, d)
+    return rotary(q, qkv[..., -2, :], cos, sin, interleaved=interleaved, offset=offset)
+
+
+def table(length: int, batch: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    angles = torch.rand(length, batch, 1, size // 2) * 6.28
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotary_case(dtype: torch.dtype, d: int, size: int, interleaved: bool, offset: int, batch: int, groups: int) -> None:
+    cos, sin = table(3 + offset, batch, size, dtype)
+    turn = partial(rotate, interleaved=interleaved, offset=offset)
+    compare(turn, [normal(3, 2, groups, 5, d, dtype=dtype), cos, sin], no_gradient=[1, 2])
+
+
+for dtype in DTYPES:
+    for interleaved in (False, True):
+        name = f"rotary {dtype} interleaved={interleaved}"
+        CASES[name] = partial(rotary_case, dtype, 8, 8, interleaved, 0, 2, 2)
+        CASES[f"{name} partial"] = partial(rotary_case, dtype, 10, 6, interleaved, 2, 1, 1)
+CASES["rotary many heads"] = partial(rotary_case, torch.float32, 4, 4, False, 1, 2, 7)
+CASES["rotary odd head dim"] = partial(rotary_case, torch.float32, 9, 6, False, 0, 2, 1)
+
+# --- torch.library and torch.compile ----------------------------------------------------------------------------
+
+
+def op_check(name: str, *arguments: Any) -> None:
+    operator = getattr(torch.ops.megatron_ds, name).default
+    given = [
+        a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() and "backward" not in name else a
+        for a in arguments
+    ]
+    torch.library.opcheck(operator, tuple(given))
+
+
+X, W, R, LONG = normal(3, 8), normal(8), torch.rand(3), torch.tensor([1, 2, 9])
+OPERATORS: dict[str, tuple[Any, ...]] = {
+    "norm": (X.clone(), X.clone(), keys(3), W.clone(), W.clone(), 1e-5, 0.2, False),
+    "norm_backward": (X, X, X, keys(3), W, R, R, 0.2, False, True),
+    "dropout_add": (X.clone(), X.clone(), keys(3), 0.2),
+    "gated": (X.clone(), "silu"),
+    "gated_backward": (X[:, :4].contiguous(), X, "silu"),
+    "bias_gelu": (X.clone(), W.clone(), "none"),
+    "bias_gelu_backward": (X, X, W, "none"),
+    "softmax": (normal(1, 1, 3, 8), None, None, 0.5, True),
+    "softmax_backward": (normal(1, 1, 3, 8), torch.rand(1, 1, 3, 8), 0.5, True),
+    "rotary": (normal(3, 1, 2, 4), normal(3, 1, 1, 4), *table(3, 1, 4, torch.float32), False, 0, False),
+}
+for operator, arguments in OPERATORS.items():
+    CASES[f"opcheck {operator}"] = partial(op_check, operator, *arguments)
+
+
+def op_check_statistics() -> None:
+    torch.library.opcheck(torch.ops.megatron_ds.token_statistics.default, (X.detach().clone(), LONG, True))
+    given = (X.detach().clone(), R, LONG, torch.ones(3, dtype=torch.bool), 0.1, 0.0, 8)
+    torch.library.opcheck(torch.ops.megatron_ds.logit_gradient_.default, given)
+
+
+CASES["opcheck cross entropy"] = op_check_statistics
+
+
+def compiled() -> None:
+    """One graph of every differentiable op, forward and backward, without a break."""
+
+    def layer(x: Tensor, w: Tensor, row_keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        y, x = add_norm(layer_norm(x, w, w, 1e-5), x, w, None, 1e-5, kind="rmsnorm", p=0.2, row_keys=row_keys)
+        q, k = rotary(y.view(3, 1, 2, 4), x.view(3, 1, 2, 4), cos, sin)
+        a = scaled_masked_softmax(torch.einsum("sbnd,tbnd->bnst", q, k), 0.5, causal=True)
+        y = torch.einsum("bnst,tbnd->sbnd", a, k).reshape(3, 1, 8)
+        y = dropout_add(bias_gelu(y, w), x, 0.1, row_keys)
+        return gated(torch.cat((y, rms_norm(y, w, 1e-5)), dim=-1))
+
+    x, w = normal(3, 1, 8).requires_grad_(), normal(8).requires_grad_()
+    others = (keys(3, 1), *table(3, 1, 4, torch.float32))
+    results = []
+    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        with registry.use("triton"):
+            y = function(x, w, *others)
+            results.append((y.detach(), *torch.autograd.grad(y.square().sum(), (x, w))))
+    reference = layer(x, w, *others)
+    for got, want in zip(results[1], results[0]):
+        assert torch.equal(got, want)
+    close("layer", results[0][0], reference.detach().double(), 1e-5)
+
+
+CASES["torch.compile"] = compiled
+
+
+def compiled_code_follows_the_selection() -> None:
+    calls = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        calls.append(any("megatron_ds.gated" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    function = torch.compile(lambda x: gated(x), backend=backend, fullgraph=True)
+    x = normal(2, 8)
+    function(x)
+    with registry.use("triton"):
+        function(x)
+    assert calls == [False, True], calls
+
+
+CASES["torch.compile follows the selection"] = compiled_code_follows_the_selection
+
+
+def refusals() -> None:
+    with registry.use("triton"):
+        try:
+            rms_norm(normal(2, 4).double(), normal(4).double(), 1e-5)
+        except ConfigError as error:
+            assert "kernels.norm" in str(error) and "torch.float64" in str(error)
+        else:
+            raise AssertionError("float64 was computed by a kernel of fp32")
+
+
+CASES["float64 is refused"] = refusals
