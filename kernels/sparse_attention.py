@@ -74,7 +74,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout) -> None:
 
 
 def _flat(layout: BlockLayout) -> list[Tensor]:
-    """The tensors of a layout, as operators take them; :class:`_Lists` names those that the reference needs."""
+    """The tensors of a layout, as operators take them."""
     rows, columns = layout.rows, layout.columns
     return [
         layout.pattern,
@@ -138,6 +138,16 @@ def _blocks(x: Tensor, side: int, block: int) -> Tensor:
     return padded.unflatten(2, (side, block))
 
 
+def _gather(x: Tensor, heads: Tensor, places: Tensor) -> Tensor:
+    """``[b, h, e, ...]``: from ``[b, n, t, ...]`` the blocks at ``places [e]`` of ``heads [h]``."""
+    return x.flatten(1, 2)[:, heads.unsqueeze(1) * x.shape[2] + places]
+
+
+def _add(x: Tensor, heads: Tensor, places: Tensor, part: Tensor) -> None:
+    """Add ``[b, h, e, ...]`` to ``[b, n, t, ...]`` where :func:`_gather` would take it from; places may repeat."""
+    x.flatten(1, 2).index_add_(1, (heads.unsqueeze(1) * x.shape[2] + places).flatten(), part.flatten(1, 2))
+
+
 def _like(x: Tensor, blocks: Tensor) -> Tensor:
     """The blocks ``[b, n, t, block, d]`` as a tensor of the shape, dtype and memory order of ``x``."""
     return torch.empty_like(x).copy_(blocks.flatten(2, 3)[:, :, : x.shape[2]])
@@ -147,21 +157,24 @@ def reference_forward(
     q: Tensor, k: Tensor, v: Tensor, layout: list[Tensor], block: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The result and ``[b, n, s]`` log-sum-exp of the scores, +inf for a query without keys."""
-    b, n, s, d = q.shape
+    b, n, s, _ = q.shape
     side, group = -(-s // block), n // k.shape[1]
     queries, keys, values = (_blocks(x, side, block) for x in (q, k, v))
     out = torch.zeros_like(queries)
     lse = out.new_full((b, n, side, block), math.inf)
     for chunk in _chunks(layout, block, side, b):
-        own, kv = chunk.heads, chunk.heads // group
-        lines = slice(chunk.first, chunk.last)
-        mine = queries[:, own, lines]
-        scores = chunk.scores(mine[:, :, chunk.rows], keys[:, kv][:, :, chunk.columns], scale)
-        top = mine.new_full(mine.shape[:-1], -math.inf).index_reduce_(2, chunk.rows, scores.amax(-1), "amax")
+        own, lines = chunk.heads, slice(chunk.first, chunk.last)
+        kv = own // group
+        mine = _gather(queries, own, chunk.first + chunk.rows)
+        scores = chunk.scores(mine, _gather(keys, kv, chunk.columns), scale)
+        tops = scores.amax(-1)
+        top = tops.new_full((b, len(own), chunk.last - chunk.first, block), -math.inf)
+        top.scatter_reduce_(2, chunk.rows.view(-1, 1).expand_as(tops), tops, "amax")
         top = top.masked_fill_(top == -math.inf, 0.0)
         weights = scores.sub_(top[:, :, chunk.rows].unsqueeze(-1)).exp_()
         total = torch.zeros_like(top).index_add_(2, chunk.rows, weights.sum(-1))
-        part = torch.zeros_like(mine).index_add_(2, chunk.rows, weights @ values[:, kv][:, :, chunk.columns])
+        part = weights @ _gather(values, kv, chunk.columns)
+        part = torch.zeros_like(out[:, own, lines]).index_add_(2, chunk.rows, part)
         empty = total == 0
         out[:, own, lines] = part / total.masked_fill(empty, 1.0).unsqueeze(-1)
         lse[:, own, lines] = (top + total.log()).masked_fill_(empty, math.inf)
@@ -180,7 +193,7 @@ def reference_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``q``, ``k`` and ``v``, from the weights computed again chunk by chunk."""
-    b, n, s, d = q.shape
+    b, n, s, _ = q.shape
     side, group = -(-s // block), n // k.shape[1]
     queries, keys, values, grads = (_blocks(x, side, block) for x in (q, k, v, grad))
     delta = (grads * _blocks(out, side, block)).sum(-1)
@@ -189,29 +202,17 @@ def reference_backward(
     ends = ends.unflatten(2, (side, block))
     q_grad, k_grad, v_grad = (torch.zeros_like(x) for x in (queries, keys, values))
     for chunk in _chunks(layout, block, side, b):
-        own, kv = chunk.heads, chunk.heads // group
-        lines = slice(chunk.first, chunk.last)
-        mine, my_keys, my_values, my_grads = (
-            x[:, heads][:, :, places]
-            for x, heads, places in (
-                (queries[:, :, lines], own, chunk.rows),
-                (keys, kv, chunk.columns),
-                (values, kv, chunk.columns),
-                (grads[:, :, lines], own, chunk.rows),
-            )
-        )
+        own, kv, rows = chunk.heads, chunk.heads // group, chunk.first + chunk.rows
+        mine, my_grads = _gather(queries, own, rows), _gather(grads, own, rows)
+        my_keys, my_values = _gather(keys, kv, chunk.columns), _gather(values, kv, chunk.columns)
         weights = chunk.scores(mine, my_keys, scale)
-        weights = weights.sub_(ends[:, own, lines][:, :, chunk.rows].unsqueeze(-1)).exp_()
+        weights = weights.sub_(_gather(ends, own, rows).unsqueeze(-1)).exp_()
         score_grads = my_grads @ my_values.transpose(-2, -1)
-        score_grads.sub_(delta[:, own, lines][:, :, chunk.rows].unsqueeze(-1)).mul_(weights).mul_(scale)
-        q_grad[:, own, lines] = torch.zeros_like(q_grad[:, own, lines]).index_add_(2, chunk.rows, score_grads @ my_keys)
-        # Heads of one group add to the same keys, and rows to the same columns: one index for both.
-        places = (kv.unsqueeze(1) * side + chunk.columns).flatten()
-        for sum_, part in (
-            (k_grad, score_grads.transpose(-2, -1) @ mine),
-            (v_grad, weights.transpose(-2, -1) @ my_grads),
-        ):
-            sum_.flatten(1, 2).index_add_(1, places, part.flatten(1, 2))
+        score_grads.sub_(_gather(delta, own, rows).unsqueeze(-1)).mul_(weights).mul_(scale)
+        # Heads of one group add to the same keys, and rows to the same columns: so each goes to its place by index.
+        _add(q_grad, own, rows, score_grads @ my_keys)
+        _add(k_grad, kv, chunk.columns, score_grads.transpose(-2, -1) @ mine)
+        _add(v_grad, kv, chunk.columns, weights.transpose(-2, -1) @ my_grads)
     return _like(q, q_grad), _like(k, k_grad), _like(v, v_grad)
 
 
