@@ -211,6 +211,27 @@ def replicated_parameter(
     return empty_parameter(spec, device, dtype)
 
 
+class _Lookup(torch.autograd.Function):
+    """Rows of a table; their gradients go straight into the gradient buffer where an optimizer gave the table one."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, table)
+        return F.embedding(tokens, table)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None]:
+        tokens, table = ctx.saved_tensors
+        (grad,) = grads
+        if not ctx.needs_input_grad[1]:
+            return None, None
+        sink = getattr(table, "grad_sink", None)
+        if sink is not None:
+            sink.add_rows(tokens.reshape(-1), grad.reshape(-1, grad.shape[-1]))
+            return None, None
+        return None, torch.ops.aten.embedding_dense_backward(grad, tokens, table.shape[0], -1, False)
+
+
 class VocabParallelEmbedding(nn.Module):
     """Token ids ``[s, b] -> [s(/tp), b, h]``; each rank holds ``v / tp`` consecutive rows of the padded table.
 
@@ -248,10 +269,10 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.tp.size == 1:
-            return F.embedding(tokens, self.weight)
+            return _Lookup.apply(tokens, self.weight)
         local = tokens - self.first_row
         outside = (local < 0) | (local >= self.weight.shape[0])
-        partial = F.embedding(local.masked_fill(outside, 0), self.weight).masked_fill(outside.unsqueeze(-1), 0.0)
+        partial = _Lookup.apply(local.masked_fill(outside, 0), self.weight).masked_fill(outside.unsqueeze(-1), 0.0)
         if self.sequence_parallel:
             return comm.reduce_scatter_sequence(partial, self.tp)
         return comm.reduce_from_region(partial, self.tp)

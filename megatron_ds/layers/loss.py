@@ -126,12 +126,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_table += dz.t() @ x[part]
         ctx.shapes = (whole.shape, weight.shape)
         ctx.tp, ctx.sequence_parallel, ctx.used, ctx.dtype = tp, sequence_parallel, used, weight.dtype
-        ctx.save_for_backward(grad_x, grad_table)
+        ctx.save_for_backward(grad_x, grad_table, weight)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_table = ctx.saved_tensors
+        grad_x, grad_table, weight = ctx.saved_tensors
         (seed,) = grads
         pending = None
         if grad_x is not None:
@@ -142,7 +142,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 else comm.all_reduce_start(scaled, ctx.tp)
             )
         grad_weight = None
-        if grad_table is not None:
+        sink = getattr(weight, "grad_sink", None)
+        if grad_table is not None and sink is not None:
+            sink.add_scaled(grad_table, seed)
+        elif grad_table is not None:
             grad_weight = grad_table.new_zeros(ctx.shapes[1], dtype=ctx.dtype)
             grad_weight[: ctx.used] = grad_table * seed
         return (pending.wait() if pending is not None else None, grad_weight, *[None] * 10)

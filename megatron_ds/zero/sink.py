@@ -10,7 +10,7 @@ that pass over memory and write into the buffer itself::
     else:
         grad_weight = grad_output.flatten(0, -2).t() @ input.flatten(0, -2)
 
-Every way may be mixed for one parameter (a tied embedding gets a matmul from the head and rows from the lookup).
+Every way may be mixed for one parameter (a tied embedding gets the head's product and the rows of the lookup).
 """
 
 from __future__ import annotations
@@ -82,6 +82,16 @@ class GradSink:
             self.view.index_put_((indices,), rows, accumulate=True)
         else:
             self.view.index_add_(0, indices, rows)
+        self._wrote()
+
+    def add_scaled(self, gradient: torch.Tensor, factor: torch.Tensor) -> None:
+        """Add ``gradient * factor`` (a scalar) in one pass. Rows that ``gradient`` lacks at the end are zero."""
+        rows = self.view[: gradient.shape[0]]
+        if self.written:
+            rows.addcmul_(gradient, factor.to(rows.dtype))
+        else:
+            torch.mul(gradient, factor, out=rows)
+            self.view[gradient.shape[0] :].zero_()
         self._wrote()
 
     def _wrote(self) -> None:

@@ -135,8 +135,15 @@ def test_direct_writes_equal_autograd_in_any_mixture() -> None:
     left, right = torch.randn(5, 33, generator=generator), torch.randn(5, 7, generator=generator)
     indices, rows = torch.tensor([3, 0, 3]), torch.randn(3, 7, generator=generator)
     plain = torch.randn(33, 7, generator=generator)
+    top = torch.randn(30, 7, generator=generator)
     once = left.t() @ right + torch.zeros(33, 7).index_add_(0, indices, rows) + plain
-    for order in ("matmul rows plain", "rows plain matmul", "plain matmul rows"):
+    once[:30] += top * 0.3
+    for order in (
+        "matmul rows scaled plain",
+        "rows plain scaled matmul",
+        "scaled matmul rows plain",
+        "plain scaled rows matmul",
+    ):
         parameters = parameters_of(torch.float32)
         zero = optimizer_of(parameters, name="sgd", weight_decay=0.0)
         start = parameters["a"].detach().clone()
@@ -149,6 +156,8 @@ def test_direct_writes_equal_autograd_in_any_mixture() -> None:
                         sink.add_matmul(left.t(), right)
                     elif way == "rows":
                         sink.add_rows(indices, rows)
+                    elif way == "scaled":
+                        sink.add_scaled(top, torch.tensor(0.3, dtype=torch.float64))
                     else:
                         (parameters["a"] * plain).sum().backward()
             zero.finish_gradients()
