@@ -109,31 +109,34 @@ class GPTDataset:
         wanted = np.asarray(rows, np.int64)
         if wanted.size and not 0 <= int(wanted.min()) <= int(wanted.max()) < self._num_rows:
             raise IndexError(f"rows {wanted.min()} to {wanted.max()} of {self._num_rows} in {self.indexed.prefix}")
-        tokens = np.empty((wanted.size, s), np.int64)
-        labels = np.empty((wanted.size, s), np.int64)
-        stored = self.indexed.tokens
+        windows = np.empty((wanted.size, s + 1), np.int64)
         for i, row in enumerate(wanted.tolist()):
             at = self.first_token + row * s
-            tokens[i] = stored[at : at + s]
-            labels[i] = stored[at + 1 : at + s + 1]
-        batch = {
-            "tokens": tokens,
-            "labels": labels,
-            "loss_mask": np.ones((wanted.size, s), bool),
-            "position_ids": np.tile(np.arange(s, dtype=np.int64), (wanted.size, 1)),
-        }
-        if self.reset_positions or self.mask_documents or self.mask_boundary_loss:
-            self._mark_documents(batch, wanted)
-        return batch
+            windows[i] = self.indexed.tokens[at : at + s + 1]
+        marks = self.reset_positions or self.mask_documents or self.mask_boundary_loss
+        return self.assemble(windows, [self.document_starts(row) for row in wanted.tolist()] if marks else [])
 
-    def _mark_documents(self, batch: Batch, rows: npt.NDArray[np.int64]) -> None:
-        s = self.sequence_length
-        document_ids = np.zeros((rows.size, s), np.int64)
-        for i, row in enumerate(rows.tolist()):
-            starts = self.document_starts(row)
+    def window(self, row: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The tokens of a row with its last target, int64 [s + 1], and where documents start in it."""
+        at = self.first_token + row * self.sequence_length
+        stored = self.indexed.tokens[at : at + self.sequence_length + 1]
+        return stored.astype(np.int64), self.document_starts(row)
+
+    def assemble(self, windows: npt.NDArray[np.int64], starts: list[npt.NDArray[np.int64]]) -> Batch:
+        """A batch from ``windows [b, s + 1]`` and, for each, the sorted places in ``1..s`` where documents start."""
+        b, s = windows.shape[0], self.sequence_length
+        batch = {
+            # Copies: a view of the window would be no contiguous tensor.
+            "tokens": np.ascontiguousarray(windows[:, :-1]),
+            "labels": np.ascontiguousarray(windows[:, 1:]),
+            "loss_mask": np.ones((b, s), bool),
+            "position_ids": np.tile(np.arange(s, dtype=np.int64), (b, 1)),
+        }
+        document_ids = np.zeros((b, s), np.int64)
+        for i, places in enumerate(starts):
             if self.mask_boundary_loss:
-                batch["loss_mask"][i, starts - 1] = False
-            inside = starts[starts < s]
+                batch["loss_mask"][i, places - 1] = False
+            inside = places[places < s]
             document_ids[i, inside] = 1
             if self.reset_positions:
                 # Each token's position is its distance from the last start at or before it.
@@ -142,6 +145,7 @@ class GPTDataset:
                 batch["position_ids"][i] -= np.maximum.accumulate(last_start)
         if self.mask_documents:
             batch["document_ids"] = np.cumsum(document_ids, axis=1)
+        return batch
 
     def document_starts(self, row: int) -> npt.NDArray[np.int64]:
         """Where documents start within a row: sorted places in ``1..s`` (0 is not listed, ``s`` is the last target).

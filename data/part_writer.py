@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from megatron_ds.data.chat import BadConversation, ChatTemplate, Segment, load_template
 from megatron_ds.data.indexed import sync_and_close
 from megatron_ds.data.parts import Counts
 from megatron_ds.data.source_types import Block, Input, Problem, Slice, SourceOptions
@@ -32,7 +34,8 @@ class PreprocessOptions:
         append_eod, prepend_bos: put the tokenizer's end-of-document, begin-of-sequence token around each document.
         on_error: bad records (invalid JSON, missing key, invalid UTF-8, empty) are written to
             ``PREFIX.bad.jsonl`` and skipped, or the first one ends the run.
-        source: how records become texts.
+        source: how records become texts, or conversations.
+        chat_template: for :func:`megatron_ds.data.chat.load_template`; used for conversations only.
     """
 
     tokenizer: str
@@ -40,6 +43,7 @@ class PreprocessOptions:
     prepend_bos: bool = False
     on_error: Literal["skip", "fatal"] = "skip"
     source: SourceOptions = field(default_factory=SourceOptions)
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,75 +56,97 @@ class Job:
     dtype: str
 
 
+@dataclass(frozen=True)
+class _Item:
+    """A good record on its way: where it came from, for when the tokenizer or template has something against it."""
+
+    part: Slice
+    number: int
+    text: str
+
+
 class PartMaker:
     """Makes the parts of a worker: a handler for :func:`megatron_ds.data.workers.run_tasks`."""
 
     def __init__(self, job: Job):
         self.job = job
-        self.tokenizer = load_tokenizer(job.options.tokenizer, proved=True)  # the parent has loaded it before
+        options = job.options
+        self.tokenizer = load_tokenizer(options.tokenizer, proved=True)  # the parent has loaded it before
+        chat = options.source.conversations
+        self.template = load_template(options.chat_template, options.tokenizer) if chat else None
 
     def __call__(self, block: Block, report: Report) -> None:
-        PartWriter(self.job, self.tokenizer, block, report).run()
+        PartWriter(self.job, self.tokenizer, self.template, block, report).run()
+
+
+class PartFile:
+    """One file of a part: under another name until it is complete and on the disk."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self._file = self._temporary.open("wb")
+        self._hash = xxhash.xxh3_64()
+        self._bytes = 0
+
+    def write(self, content: bytes | npt.NDArray) -> None:
+        raw = content.data if isinstance(content, np.ndarray) else content
+        self._file.write(raw)
+        self._hash.update(raw)
+        self._bytes += content.nbytes if isinstance(content, np.ndarray) else len(content)
+
+    def commit(self) -> dict[str, Any]:
+        """Give it its name; its size and checksum."""
+        sync_and_close(self._file)
+        self._temporary.replace(self._path)
+        return {"bytes": self._bytes, "xxh3": self._hash.hexdigest()}
 
 
 class PartWriter:
-    """Turns one block into one part."""
+    """Turns one block into one part: ``.bin`` tokens, ``.len`` int32 lengths, ``.bad`` records left out, ``.mask``
+    for conversations (one byte a token: 1 where it is learnt), and at last ``.json``, which makes the part valid."""
 
-    def __init__(self, job: Job, tokenizer: Tokenizer, block: Block, report: Report):
-        self.job, self.tokenizer, self.block, self.report = job, tokenizer, block, report
+    def __init__(self, job: Job, tokenizer: Tokenizer, template: ChatTemplate | None, block: Block, report: Report):
+        self.job, self.tokenizer, self.template, self.block, self.report = job, tokenizer, template, block, report
         self.dtype = np.dtype(job.dtype)
         self.counts = Counts()
-        self.lengths: list[npt.NDArray[np.int32]] = []
         self.lines: dict[int, int] = {}
-        self.bad: list[dict[str, Any]] = []
+        self._base = Path(job.folder) / block.name
+        kinds = ("bin", "len", "bad", "mask") if template else ("bin", "len", "bad")
+        self.files = {kind: PartFile(self._base.with_suffix(f".{kind}")) for kind in kinds}
         self._reported = 0.0
-        options = job.options
-        self._before = [tokenizer.bos_id] if options.prepend_bos else []
-        self._after = [tokenizer.eod_id] if options.append_eod else []
+        self._before = [tokenizer.bos_id] if job.options.prepend_bos else []
+        self._after = [tokenizer.eod_id] if job.options.append_eod else []
 
     def run(self) -> None:
-        base = Path(self.job.folder) / self.block.name
-        temporary = base.with_suffix(f".{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            self._hash = xxhash.xxh3_64()
-            batch: list[str] = []
-            size = 0
-            total = max(sum(s.stop - s.start for s in self.block.slices), 1)
-            passed = 0
-            last: Slice | None = None
-            for part, (number, share, text) in read_block(self.job.inputs, self.block, self.job.options.source):
-                if last is not None and part is not last:
-                    passed += last.stop - last.start
-                last = part
-                self.lines[part.input] = self.lines.get(part.input, 0) + 1
-                if isinstance(text, Problem):
-                    self._problem(part, number, text)
-                    continue
-                batch.append(text)
-                size += len(text)
-                if size >= BATCH_BYTES:
-                    self._write(file, batch, (passed + share * (part.stop - part.start)) / total)
-                    batch, size = [], 0
-            self._write(file, batch, 1.0)
-            sync_and_close(file)
-        lengths = np.concatenate(self.lengths) if self.lengths else np.empty(0, np.int32)
-        temporary.replace(base.with_suffix(".bin"))
-        self._commit(base.with_suffix(".len"), lengths.astype("<i4").tobytes())
-        summary = {
-            "counts": asdict(self.counts),
-            "lines": self.lines,
-            "bad": self.bad,
-            "bin": {"bytes": self.counts.tokens * self.dtype.itemsize, "xxh3": self._hash.hexdigest()},
-            "len": {"bytes": lengths.nbytes, "xxh3": xxhash.xxh3_64_hexdigest(lengths.astype("<i4").tobytes())},
-        }
-        self._commit(base.with_suffix(".json"), json.dumps(summary).encode())
+        batch: list[_Item] = []
+        size = 0
+        for part, number, share, text in self._records():
+            self.lines[part.input] = self.lines.get(part.input, 0) + 1
+            if isinstance(text, Problem):
+                self._problem(part, number, text)
+                continue
+            batch.append(_Item(part, number, text))
+            size += len(text)
+            if size >= BATCH_BYTES:
+                self._write(batch, share)
+                batch, size = [], 0
+        self._write(batch, 1.0)
+        files = {kind: file.commit() for kind, file in self.files.items()}
+        commit = PartFile(self._base.with_suffix(".json"))
+        commit.write(json.dumps({"counts": asdict(self.counts), "lines": self.lines, "files": files}).encode())
+        commit.commit()
 
-    def _commit(self, path: Path, content: bytes) -> None:
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            file.write(content)
-            sync_and_close(file)
-        temporary.replace(path)
+    def _records(self) -> Iterator[tuple[Slice, int, float, str | Problem]]:
+        """(slice, number in it, share of the block that was read, text)."""
+        total = max(sum(part.stop - part.start for part in self.block.slices), 1)
+        passed = 0
+        last: Slice | None = None
+        for part, (number, share, text) in read_block(self.job.inputs, self.block, self.job.options.source):
+            if last is not None and part is not last:
+                passed += last.stop - last.start
+            last = part
+            yield part, number, (passed + share * (part.stop - part.start)) / total, text
 
     def _problem(self, part: Slice, number: int, problem: Problem) -> None:
         item = self.job.inputs[part.input]
@@ -131,34 +157,64 @@ class PartWriter:
                 f"{': ' + problem.detail if problem.detail else ''}. Mend it, or skip bad records with --on-error skip"
             )
         self.counts.problems[problem.reason] = self.counts.problems.get(problem.reason, 0) + 1
-        self.bad.append({"input": part.input, "line": number, "reason": problem.reason, "detail": problem.detail})
+        record = {"input": part.input, "line": number, "reason": problem.reason, "detail": problem.detail}
+        self.files["bad"].write(json.dumps(record).encode() + b"\n")
 
-    def _write(self, file: IO[bytes], texts: list[str], share: float) -> None:
-        encoded = self.tokenizer.encode_batch(texts) if texts else []
-        arrays: list[npt.NDArray] = []
+    def _write(self, items: list[_Item], share: float) -> None:
+        tokens: list[npt.NDArray] = []
+        masks: list[npt.NDArray[np.uint8]] = []
         lengths = []
-        for ids in encoded:
-            if not len(ids):
-                # A tokenizer may map a text to nothing; its document would be empty.
-                self.counts.problems["empty"] = self.counts.problems.get("empty", 0) + 1
+        for item, ids, mask in self._encode_conversations(items) if self.template else self._encode_texts(items):
+            if not ids.size:
+                self._problem(item.part, item.number, Problem("empty", "the tokenizer makes nothing of it"))
                 continue
-            if self._before:
-                arrays.append(np.array(self._before, self.dtype))
-            arrays.append(np.asarray(ids).astype(self.dtype, copy=False))
-            if self._after:
-                arrays.append(np.array(self._after, self.dtype))
-            lengths.append(len(ids) + len(self._before) + len(self._after))
-        if arrays:
-            tokens = np.concatenate(arrays)
-            file.write(tokens.data)
-            self._hash.update(tokens.data)
-            self.lengths.append(np.array(lengths, np.int32))
+            tokens.append(ids)
+            masks.append(mask)
+            lengths.append(ids.size)
+        if tokens:
+            joined = np.concatenate(tokens)
+            self.files["bin"].write(joined)
+            self.files["len"].write(np.array(lengths, "<i4"))
+            if self.template:
+                self.files["mask"].write(np.concatenate(masks))
             self.counts.documents += len(lengths)
-            self.counts.tokens += tokens.size
-            self.counts.text_bytes += sum(len(t) if t.isascii() else len(t.encode()) for t in texts)
-            self.counts.max_id = max(self.counts.max_id, int(tokens.max(initial=0)))
+            self.counts.tokens += joined.size
+            self.counts.max_id = max(self.counts.max_id, int(joined.max()))
         self.report((share - self._reported) * self.block.weight, len(lengths), sum(lengths))
         self._reported = share
+
+    def _encode_texts(self, items: list[_Item]) -> Iterator[tuple[_Item, npt.NDArray, npt.NDArray[np.uint8]]]:
+        nothing = np.empty(0, np.uint8)
+        for item, ids in zip(items, self.tokenizer.encode_batch([item.text for item in items]) if items else []):
+            self.counts.text_bytes += _utf8_size(item.text)
+            array = np.asarray(ids).astype(self.dtype, copy=False)
+            if array.size and (self._before or self._after):
+                array = np.concatenate([self._before, array, self._after]).astype(self.dtype)
+            yield item, array, nothing
+
+    def _encode_conversations(self, items: list[_Item]) -> Iterator[tuple[_Item, npt.NDArray, npt.NDArray[np.uint8]]]:
+        """Each segment by itself: at generation, what precedes an answer is encoded without it."""
+        assert self.template is not None
+        good: list[tuple[_Item, list[Segment]]] = []
+        for item in items:
+            try:
+                good.append((item, self.template.segments(json.loads(item.text))))
+            except BadConversation as error:
+                self._problem(item.part, item.number, Problem("bad conversation", str(error)))
+        texts = [segment.text for _, segments in good for segment in segments]
+        encoded = iter(self.tokenizer.encode_batch(texts) if texts else [])
+        for item, segments in good:
+            pieces = [(np.array(self._before, self.dtype), False)]
+            for segment in segments:
+                self.counts.text_bytes += _utf8_size(segment.text)
+                pieces.append((np.asarray(next(encoded)).astype(self.dtype), segment.learn))
+            pieces.append((np.array(self._after, self.dtype), segments[-1].learn))
+            mask = np.concatenate([np.full(ids.size, learn, np.uint8) for ids, learn in pieces])
+            yield item, np.concatenate([ids for ids, _ in pieces]), mask
+
+
+def _utf8_size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
 def _lines_before(item: Input, start: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,7 @@ import xxhash
 
 from megatron_ds.data.cache import cached_json
 from megatron_ds.data.indexed import COPY_BYTES, IndexedDataset, publish, sync_and_close, write_header
-from megatron_ds.data.verify import Scan, checksum, dataset_identity, manifest_path, scan_path
+from megatron_ds.data.verify import MASK_SUFFIX, Scan, checksum, dataset_identity, manifest_path, scan_path
 from megatron_ds.errors import DataError
 
 INDEX_CHUNK = 1 << 20
@@ -47,31 +48,39 @@ def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, pl
     """
     counts = Counts()
     lines: dict[int, int] = {}
-    bad = Path(f"{prefix}.bad.jsonl")
-    temporary_bad = Path(f"{prefix}.bad.jsonl.{os.getpid()}.tmp")
-    temporary_bin, temporary_idx = (Path(f"{prefix}.{kind}.{os.getpid()}.tmp") for kind in ("bin", "idx"))
-    digest = xxhash.xxh3_64()
-    with temporary_bin.open("wb") as tokens, temporary_bad.open("w") as bad_records:
+    masked = bool(plan["settings"]["source"]["conversations"])
+    names_of = {"bin": "bin", "idx": "idx", "bad": "bad.jsonl", **({"mask": MASK_SUFFIX} if masked else {})}
+    temporary = {kind: Path(f"{prefix}.{name}.{os.getpid()}.tmp") for kind, name in names_of.items()}
+    whole = {kind: xxhash.xxh3_64() for kind in ("bin", "mask")}
+    with contextlib.ExitStack() as stack:
+        targets = {kind: stack.enter_context(path.open("wb")) for kind, path in temporary.items() if kind != "idx"}
         for name in names:
             summary = json.loads((folder / f"{name}.json").read_text())
-            _copy_part(folder / f"{name}.bin", summary["bin"], tokens, digest)
-            _check_part(folder / f"{name}.len", summary["len"], *_size_and_checksum(folder / f"{name}.len"))
+            _check_part(folder / f"{name}.len", summary["files"]["len"])
+            _check_part(folder / f"{name}.bad", summary["files"]["bad"])
+            for kind in ("bin", "mask") if masked else ("bin",):
+                _copy_part(folder / f"{name}.{kind}", summary["files"][kind], targets[kind], whole[kind])
             counts.add(Counts(**summary["counts"]))
-            for record in summary["bad"]:
-                number = record.pop("input")
-                record = {"file": plan["inputs"][number]["path"], **record}
-                record["line"] += 1 + lines.get(number, 0)
-                bad_records.write(json.dumps(record) + "\n")
+            with (folder / f"{name}.bad").open("rb") as records:
+                for line in records:
+                    record = json.loads(line)
+                    number = record.pop("input")
+                    record = {"file": plan["inputs"][number]["path"], **record}
+                    record["line"] += 1 + lines.get(number, 0)
+                    targets["bad"].write(json.dumps(record).encode() + b"\n")
             for number, read in summary["lines"].items():
                 lines[int(number)] = lines.get(int(number), 0) + read
-        sync_and_close(tokens)
+        for target in targets.values():
+            sync_and_close(target)
+    bad = Path(f"{prefix}.bad.jsonl")
     if counts.problems:
-        temporary_bad.replace(bad)
+        temporary["bad"].replace(bad)
     else:
-        temporary_bad.unlink()
+        temporary["bad"].unlink()
         bad.unlink(missing_ok=True)
     if not counts.documents:
-        temporary_bin.unlink()
+        for kind in ("bin", "mask"):
+            temporary[kind].unlink() if kind in temporary else None
         raise DataError(
             f"the inputs hold no document with text: {sum(counts.problems.values())} records were bad "
             f"({describe_problems(counts.problems) or 'there were none at all'})"
@@ -82,20 +91,22 @@ def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, pl
             part = folder / f"{name}.len"
             yield np.fromfile(part, "<i4").astype(np.int64)
 
-    with temporary_idx.open("wb") as index:
+    with temporary["idx"].open("wb") as index:
         write_index(index, dtype, counts.documents, lengths)
         sync_and_close(index)
-    idx_xxh3 = checksum(temporary_idx)
-    manifest = {
-        **plan,
-        "counts": asdict(counts),
-        "dtype": dtype.name,
-        "files": {
-            "bin": {"bytes": counts.tokens * dtype.itemsize, "xxh3": digest.hexdigest()},
-            "idx": {"bytes": temporary_idx.stat().st_size, "xxh3": idx_xxh3},
-        },
+    files = {
+        "bin": {"bytes": counts.tokens * dtype.itemsize, "xxh3": whole["bin"].hexdigest()},
+        "idx": {"bytes": temporary["idx"].stat().st_size, "xxh3": checksum(temporary["idx"])},
+        **({MASK_SUFFIX: {"bytes": counts.tokens, "xxh3": whole["mask"].hexdigest()}} if masked else {}),
     }
-    finish(prefix, temporary_bin, temporary_idx, manifest, Scan(0, counts.max_id, digest.hexdigest(), idx_xxh3))
+    manifest = {**plan, "counts": asdict(counts), "dtype": dtype.name, "files": files}
+    mask = Path(f"{prefix}.{MASK_SUFFIX}")
+    mask.unlink(missing_ok=True)
+    if masked:
+        temporary["mask"].replace(mask)
+    sums = {kind: str(file["xxh3"]) for kind, file in files.items()}
+    found = Scan(0, counts.max_id, sums["bin"], sums["idx"], sums.get(MASK_SUFFIX, ""))
+    finish(prefix, temporary["bin"], temporary["idx"], manifest, found)
     return counts
 
 
@@ -138,14 +149,14 @@ def _copy_part(path: Path, expected: dict[str, Any], target: IO[bytes], whole: x
             whole.update(chunk)
             target.write(chunk)
             size += len(chunk)
-    _check_part(path, expected, size, digest.hexdigest())
+    _compare(path, expected, size, digest.hexdigest())
 
 
-def _size_and_checksum(path: Path) -> tuple[int, str]:
-    return path.stat().st_size, checksum(path)
+def _check_part(path: Path, expected: dict[str, Any]) -> None:
+    _compare(path, expected, path.stat().st_size, checksum(path))
 
 
-def _check_part(path: Path, expected: dict[str, Any], size: int, digest: str) -> None:
+def _compare(path: Path, expected: dict[str, Any], size: int, digest: str) -> None:
     if size != expected["bytes"] or digest != expected["xxh3"]:
         path.with_suffix(".json").unlink()  # so that the next run makes this part again
         raise DataError(

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from megatron_ds.data.cache import locked
+from megatron_ds.data.chat import load_template
 from megatron_ds.data.indexed import dtype_for_vocabulary
 from megatron_ds.data.part_writer import Job, PartMaker, PreprocessOptions
 from megatron_ds.data.parts import Counts, merge_parts
@@ -89,11 +90,13 @@ def preprocess(
 
 def _plan(inputs: list[Input], options: PreprocessOptions, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a run depends on, to be compared when it is continued and kept in the dataset's manifest."""
+    template = load_template(options.chat_template, options.tokenizer) if options.source.conversations else None
     settings = {k: v for k, v in asdict(options).items() if k != "tokenizer"}
     return {
         "version": VERSION,
         "inputs": [{"path": i.path, **_identity(i)} for i in inputs],
         "settings": settings,
+        **({"chat_template_xxh3": template.fingerprint} if template else {}),
         "tokenizer": {"spec": options.tokenizer, "vocab_size": tokenizer.vocab_size, "xxh3": tokenizer.fingerprint},
     }
 

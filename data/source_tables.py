@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_ds.data.source_text import STREAM_BLOCK
-from megatron_ds.data.source_types import Block, Input, Record, Slice, SourceOptions, check_text
+from megatron_ds.data.source_types import Block, Input, Record, Slice, SourceOptions, check_record
 from megatron_ds.errors import DataError, nearest
 
 
@@ -49,7 +49,7 @@ def read_parquet(item: Input, part: Slice, options: SourceOptions) -> Iterator[R
     for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[options.key]):
         for value in batch.column(0).to_pylist():
             number += 1
-            yield number - 1, number / total, check_text({options.key: value}, options.key)
+            yield number - 1, number / total, check_record({options.key: value}, options)
 
 
 def _open_arrow(item: Input, options: SourceOptions) -> Any:
@@ -84,7 +84,7 @@ def read_arrow(item: Input, part: Slice, options: SourceOptions) -> Iterator[Rec
         stop = min(start + 256, part.stop)
         for at, value in enumerate(dataset[start:stop][options.key], start):
             share = (at + 1 - part.start) / (part.stop - part.start)
-            yield at - part.start, share, check_text({options.key: value}, options.key)
+            yield at - part.start, share, check_record({options.key: value}, options)
 
 
 def open_hub(item: Input, options: SourceOptions) -> Any:

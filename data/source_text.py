@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from megatron_ds.data.source_types import Block, Input, Problem, Record, Slice, SourceOptions, check_text
+from megatron_ds.data.source_types import Block, Input, Problem, Record, Slice, SourceOptions, check_record
 from megatron_ds.errors import DataError
 
 STREAM_BLOCK = 8 << 20
@@ -47,7 +47,7 @@ def parse_line(line: bytes) -> str | Problem:
     return text or Problem("empty")
 
 
-def json_parser(key: str) -> Callable[[bytes], str | Problem]:
+def json_parser(options: SourceOptions) -> Callable[[bytes], str | Problem]:
     def parse(line: bytes) -> str | Problem:
         try:
             record = json.loads(line)
@@ -57,7 +57,7 @@ def json_parser(key: str) -> Callable[[bytes], str | Problem]:
             return Problem("invalid JSON", str(error)) if line.strip() else Problem("empty", "blank line")
         if not isinstance(record, dict):
             return Problem("missing key", f"the line is a {type(record).__name__}, not an object")
-        return check_text(record, key)
+        return check_record(record, options)
 
     return parse
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_ds.data.chat import BadConversation, parse_messages
 from megatron_ds.errors import nearest
 
 Kind = Literal["jsonl", "txt", "parquet", "arrow", "hub"]
@@ -56,31 +58,44 @@ class Block:
 class Problem:
     """Why a record was left out: a short class of reason, counted, and the detail."""
 
-    reason: Literal["invalid JSON", "missing key", "invalid UTF-8", "empty"]
+    reason: Literal["invalid JSON", "missing key", "invalid UTF-8", "empty", "bad conversation"]
     detail: str = ""
 
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How records become texts: ``key`` of the text in a record; what one document of a `.txt` is; which split of a
-    ``datasets`` dataset."""
+    """How records become texts.
+
+    Args:
+        key: of the text in a record.
+        txt_documents: what one document of a `.txt` is.
+        dataset_split: which split of a ``datasets`` dataset.
+        conversations: the value of the key is a list of messages, not a text.
+    """
 
     key: str = "text"
     txt_documents: TxtDocuments = "file"
     dataset_split: str = "train"
+    conversations: bool = False
 
 
 Record = tuple[int, float, "str | Problem"]
 """(number of the record or line within its slice, share of the slice that was read, the text)."""
 
 
-def check_text(record: dict[str, Any], key: str) -> str | Problem:
-    """The text of a record, or what is wrong with it."""
+def check_record(record: dict[str, Any], options: SourceOptions) -> str | Problem:
+    """The text of a record (of a conversation, its messages as JSON), or what is wrong with it."""
+    key = options.key
     text = record.get(key)
     if text is None:
         if key in record:
             return Problem("missing key", f"{key!r} is null")
         return Problem("missing key", f"no {key!r} among {sorted(record)[:8]}{nearest(key, record)}")
+    if options.conversations:
+        try:
+            text = json.dumps(parse_messages(text), ensure_ascii=False)
+        except BadConversation as error:
+            return Problem("bad conversation", str(error))
     if not isinstance(text, str):
         return Problem("missing key", f"{key!r} is a {type(text).__name__}, not a string")
     if not text:

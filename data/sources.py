@@ -122,7 +122,7 @@ def read_block(inputs: list[Input], block: Block, options: SourceOptions) -> Ite
         elif item.kind == "txt" and options.txt_documents != "line":
             records = source_text.read_txt(item, part, options, block.data)
         else:
-            parse = source_text.parse_line if item.kind == "txt" else source_text.json_parser(options.key)
+            parse = source_text.parse_line if item.kind == "txt" else source_text.json_parser(options)
             records = ((n, share, parse(line)) for n, share, line in source_text.lines(item, part, block.data))
         for record in records:
             yield part, record

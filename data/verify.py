@@ -19,17 +19,21 @@ from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.errors import DataError
 
 SCAN_BYTES = 16 << 20
+MASK_SUFFIX = "loss_mask"
+"""``PREFIX.loss_mask`` holds one byte a token of a dataset of conversations: 1 where it is learnt."""
 SAMPLES, SAMPLE_BYTES = 16, 4096
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over a dataset found: the range of its ids and the checksums (xxh3-64) of its files."""
+    """What one pass over a dataset found: the range of its ids and the checksums (xxh3-64) of its files (an empty one
+    for a loss mask that is not there)."""
 
     min_id: int
     max_id: int
     bin_xxh3: str
     idx_xxh3: str
+    mask_xxh3: str = ""
 
 
 def file_identity(path: Path) -> dict[str, Any]:
@@ -50,10 +54,16 @@ def file_identity(path: Path) -> dict[str, Any]:
 
 def dataset_identity(dataset: IndexedDataset) -> dict[str, Any]:
     """Identity of both files; with the inode's change time, which no tool sets back."""
+    paths = {"bin": dataset.bin_path, "idx": dataset.idx_path, MASK_SUFFIX: mask_path(dataset.prefix)}
     return {
         name: {**file_identity(path), "ctime_ns": path.stat().st_ctime_ns}
-        for name, path in (("bin", dataset.bin_path), ("idx", dataset.idx_path))
+        for name, path in paths.items()
+        if path.is_file()
     }
+
+
+def mask_path(prefix: str) -> Path:
+    return Path(f"{prefix}.{MASK_SUFFIX}")
 
 
 def manifest_path(prefix: str) -> Path:
@@ -91,11 +101,13 @@ def verify(dataset: IndexedDataset, cache_dir: Path | None = None) -> Scan:
         for name, path, digest in (
             ("idx", dataset.idx_path, found.idx_xxh3),
             ("bin", dataset.bin_path, found.bin_xxh3),
+            (MASK_SUFFIX, mask_path(dataset.prefix), found.mask_xxh3),
         ):
-            if manifest is not None and manifest["files"][name]["xxh3"] != digest:
+            expected = manifest["files"].get(name, {"xxh3": ""})["xxh3"] if manifest is not None else digest
+            if expected != digest:
                 raise DataError(
                     f"{path} is not the file that was written: its checksum is {digest}, but "
-                    f"{manifest_path(dataset.prefix).name} says {manifest['files'][name]['xxh3']}. It was damaged, "
+                    f"{manifest_path(dataset.prefix).name} says {expected}. It was damaged, "
                     "swapped or changed: copy it again, or preprocess again"
                 )
         return asdict(found)
@@ -113,7 +125,9 @@ def scan(dataset: IndexedDataset) -> Scan:
         digest.update(tokens.data)
         chunk_low, chunk_high = int(tokens.min()), int(tokens.max())
         low, high = min(low, chunk_low), max(high, chunk_high)
-    return Scan(low, high, digest.hexdigest(), checksum(dataset.idx_path))
+    mask = mask_path(dataset.prefix)
+    mask_xxh3 = checksum(mask) if mask.is_file() else ""
+    return Scan(low, high, digest.hexdigest(), checksum(dataset.idx_path), mask_xxh3)
 
 
 def checksum(path: Path) -> str:

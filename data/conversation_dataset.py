@@ -1,0 +1,170 @@
+"""Samples for supervised fine-tuning: whole conversations packed into rows, the loss on the answers alone.
+
+Conversations are put into rows one after the other, in file order, while they fit; what is left of a row is padding. A
+conversation of ``n`` tokens takes ``n - 1`` places (its last token is only a target), never continues in the next row,
+and neither sees nor predicts its neighbours: positions restart, ``document_ids`` differ, and no target crosses a
+border. A longer conversation than a row is cut at its end; one with nothing to learn in what remains is left out.
+
+Shape legend: ``b`` samples, ``s`` sequence length, ``c`` conversations that are used, ``r`` rows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ds.data.cache import cached_arrays
+from megatron_ds.data.gpt_dataset import Batch
+from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.inspect import document_lengths
+from megatron_ds.data.order import order
+from megatron_ds.data.split import DocumentRange
+from megatron_ds.data.verify import dataset_identity, mask_path
+from megatron_ds.errors import DataError
+
+CHUNK_TOKENS = 1 << 24
+FORMAT = 1
+
+
+class ConversationDataset:
+    """A :class:`~megatron_ds.data.gpt_dataset.SampleSource` of packed conversations.
+
+    Args:
+        indexed: tokens made by preprocessing with ``conversations``; ``PREFIX.loss_mask`` lies beside them.
+        sequence_length: ``s``.
+        documents: ``(start, stop)`` range; None for all.
+        seed: of the row order.
+        pad_id: token of the padding, which is never attended to by a conversation nor counted.
+        cache_dir: where the packing is kept instead of beside the dataset.
+
+    Attributes:
+        truncated, left_out: conversations cut at a row's length; those with nothing to learn.
+
+    Raises:
+        DataError: no loss mask, one of another size than the tokens, or nothing to learn anywhere.
+    """
+
+    def __init__(
+        self,
+        indexed: IndexedDataset,
+        sequence_length: int,
+        documents: DocumentRange | None = None,
+        seed: int = 0,
+        pad_id: int = 0,
+        cache_dir: Path | None = None,
+    ):
+        self.indexed, self.sequence_length, self.seed, self.pad_id = indexed, sequence_length, seed, pad_id
+        self.documents = documents if documents is not None else (0, indexed.num_documents)
+        path = mask_path(indexed.prefix)
+        if not path.is_file():
+            raise DataError(
+                f"{path} does not exist: {indexed.prefix} holds texts, not conversations. Preprocess them with "
+                "--conversations"
+            )
+        if (found := path.stat().st_size) != indexed.num_tokens:
+            raise DataError(f"{path} has {found} bytes, but there are {indexed.num_tokens} tokens: copy it again")
+        self.mask: npt.NDArray[np.uint8] = np.memmap(path, np.uint8, "r")
+        start, stop = self.documents
+        key = {
+            "format": FORMAT,
+            "dataset": dataset_identity(indexed),
+            "documents": [start, stop],
+            "sequence_length": sequence_length,
+        }
+        name = f"{indexed.prefix}.{start}-{stop}-{sequence_length}.packing"
+        packing = cached_arrays(Path(name), key, self._pack, cache_dir)
+        self._conversations, self._row_starts = packing["conversations"], packing["row_starts"]
+        self.truncated, self.left_out = (int(count) for count in packing["counts"])
+        if not self._conversations.size:
+            raise DataError(
+                f"{indexed.prefix} has nothing to learn in its {stop - start} conversations {start} to {stop}: no answer "
+                f"begins within sequence_length={sequence_length} tokens"
+            )
+
+    def _pack(self) -> dict[str, npt.NDArray]:
+        """``conversations`` i64[c]: which are used; ``row_starts`` i64[r + 1]: the first of each row among them."""
+        kept, costs = [], []
+        truncated = left_out = 0
+        at, stop = self.documents
+        while at < stop:
+            # As many documents as have about CHUNK_TOKENS tokens together, at least one.
+            end = self.indexed.document_of(
+                min(self.indexed.document_start(at) + CHUNK_TOKENS, self.indexed.num_tokens - 1)
+            )
+            end = min(max(end, at + 1), stop)
+            lengths = document_lengths(self.indexed, at, end)
+            learnt = self._learnt(at, lengths)
+            used = np.minimum(lengths - 1, self.sequence_length)
+            good = learnt > 0
+            left_out += int((~good).sum())
+            truncated += int((good & (lengths - 1 > self.sequence_length)).sum())
+            kept.append(at + np.flatnonzero(good))
+            costs.append(used[good])
+            at = end
+        conversations, cost = np.concatenate(kept), np.concatenate(costs)
+        return {
+            "conversations": conversations.astype(np.int64),
+            "row_starts": next_fit(cost, self.sequence_length),
+            "counts": np.array([truncated, left_out], np.int64),
+        }
+
+    def _learnt(self, first: int, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """How many targets that count each document has within its first ``s + 1`` tokens; the first is no target."""
+        begin = self.indexed.document_start(first)
+        total = int(lengths.sum())
+        sums = np.concatenate([[0], np.cumsum(self.mask[begin : begin + total], dtype=np.int64)])
+        starts = np.cumsum(lengths) - lengths
+        ends = starts + np.minimum(lengths, self.sequence_length + 1)
+        learnt: npt.NDArray[np.int64] = sums[ends] - sums[np.minimum(starts + 1, ends)]
+        return learnt
+
+    def __len__(self) -> int:
+        return int(self._row_starts.size) - 1
+
+    def batch(self, indices: npt.ArrayLike) -> Batch:
+        return self.rows(order(self.seed, indices, len(self)))
+
+    def rows(self, rows: npt.ArrayLike) -> Batch:
+        s = self.sequence_length
+        wanted = np.asarray(rows, np.int64).ravel()
+        if wanted.size and not 0 <= int(wanted.min()) <= int(wanted.max()) < len(self):
+            raise IndexError(f"rows {wanted.min()} to {wanted.max()} of {len(self)} in {self.indexed.prefix}")
+        shape = (wanted.size, s)
+        batch = {
+            "tokens": np.full(shape, self.pad_id, np.int64),
+            "labels": np.full(shape, self.pad_id, np.int64),
+            "loss_mask": np.zeros(shape, bool),
+            "position_ids": np.zeros(shape, np.int64),
+            "document_ids": np.zeros(shape, np.int64),
+        }
+        for i, row in enumerate(wanted.tolist()):
+            at = 0
+            conversations = self._conversations[self._row_starts[row] : self._row_starts[row + 1]].tolist()
+            for number, conversation in enumerate(conversations):
+                begin = self.indexed.document_start(conversation)
+                size = min(self.indexed.document_start(conversation + 1) - begin - 1, s)
+                place = slice(at, at + size)
+                batch["tokens"][i, place] = self.indexed.tokens[begin : begin + size]
+                batch["labels"][i, place] = self.indexed.tokens[begin + 1 : begin + size + 1]
+                batch["loss_mask"][i, place] = self.mask[begin + 1 : begin + size + 1] != 0
+                batch["position_ids"][i, place] = np.arange(size)
+                batch["document_ids"][i, place] = number
+                at += size
+            # The padding is a document of its own, so that its attention has something to look at.
+            batch["position_ids"][i, at:] = np.arange(s - at)
+            batch["document_ids"][i, at:] = len(conversations)
+        return batch
+
+
+def next_fit(costs: npt.NDArray[np.int64], capacity: int) -> npt.NDArray[np.int64]:
+    """Where rows start when items of ``costs [c]`` (each at most ``capacity``) are packed in order: i64[r + 1]."""
+    ends = np.cumsum(costs)
+    # following[i]: the first item that does not fit into a row that starts with item i.
+    following = np.searchsorted(ends, ends - costs + capacity, "right").tolist()
+    starts, at = [0], 0
+    while at < len(following):
+        at = following[at]
+        starts.append(at)
+    return np.array(starts, np.int64)

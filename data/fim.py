@@ -1,0 +1,109 @@
+"""Fill-in-the-middle: documents rearranged so that a causal model learns to write what is missing inside.
+
+A document ``prefix + middle + suffix`` becomes, with ``<P>``, ``<S>``, ``<M>`` the three sentinel tokens,
+
+* PSM: ``<P> prefix <S> suffix <M> middle``, or
+* SPM: ``<P> <S> suffix <M> prefix middle``,
+
+the two orders of Bavarian et al., "Efficient Training of Language Models to Fill in the Middle" (2022), section 3 (SPM
+in its variant 2, which shares the sentinels with PSM). The cuts are uniform over places between tokens, as in its
+token-level variant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ds.data.gpt_dataset import Batch, GPTDataset
+from megatron_ds.data.order import key, mix, order
+from megatron_ds.errors import DataError
+
+_UNIT = 1 << 53
+
+
+@dataclass(frozen=True)
+class FillInTheMiddle:
+    """Args: ``rate`` of documents rearranged, ``spm_rate`` of those in SPM order, and the ids of the sentinels."""
+
+    prefix_id: int
+    middle_id: int
+    suffix_id: int
+    rate: float = 0.5
+    spm_rate: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate <= 1 or not 0 <= self.spm_rate <= 1:
+            raise DataError(f"rate={self.rate} and spm_rate={self.spm_rate} must lie between 0 and 1")
+        if len({self.prefix_id, self.middle_id, self.suffix_id}) < 3:
+            raise DataError(
+                f"the sentinels prefix_id={self.prefix_id}, middle_id={self.middle_id} and suffix_id={self.suffix_id} "
+                "must be three different tokens"
+            )
+
+    def rearrange(self, tokens: npt.NDArray[np.int64], draw: int) -> npt.NDArray[np.int64]:
+        """One document ``[n]``, or ``[n + 3]`` if it is rearranged; ``draw`` is 64 random bits, all that decides."""
+        numbers = []
+        for _ in range(4):
+            draw = mix(draw)
+            numbers.append((draw >> 11) / _UNIT)
+        if tokens.size < 2 or numbers[0] >= self.rate:
+            return tokens
+        first, second = sorted(int(number * (tokens.size + 1)) for number in numbers[1:3])
+        prefix, middle, suffix = tokens[:first], tokens[first:second], tokens[second:]
+        if numbers[3] < self.spm_rate:
+            parts = [[self.prefix_id, self.suffix_id], suffix, [self.middle_id], prefix, middle]
+        else:
+            parts = [[self.prefix_id], prefix, [self.suffix_id], suffix, [self.middle_id], middle]
+        return np.concatenate([np.asarray(part, np.int64) for part in parts])
+
+
+class FIMDataset:
+    """A :class:`GPTDataset` with its documents rearranged anew each time they are seen.
+
+    A row's documents (the parts of them that lie in the row) are rearranged one by one; the row, which has become
+    longer by 3 tokens a rearranged document, is cut to its old length. An end-of-document token stays at its end.
+
+    Args:
+        dataset: what is read; its options of document masking apply to the rearranged row.
+        fim: how.
+        eod_id: the token that ends documents, if they have one.
+    """
+
+    def __init__(self, dataset: GPTDataset, fim: FillInTheMiddle, eod_id: int | None = None):
+        self.dataset, self.fim, self.eod_id = dataset, fim, eod_id
+        self.sequence_length = dataset.sequence_length
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batch(self, indices: npt.ArrayLike) -> Batch:
+        """Keyed by (seed, place in the run): the same on every mesh and after a resume, other cuts in each epoch."""
+        places = np.asarray(indices, np.int64).ravel()
+        return self._rearranged(order(self.dataset.seed, places, len(self.dataset)), places)
+
+    def rows(self, rows: npt.ArrayLike) -> Batch:
+        """Keyed by (seed, row), so that each evaluation sees the same cuts."""
+        wanted = np.asarray(rows, np.int64).ravel()
+        return self._rearranged(wanted, -1 - wanted)
+
+    def _rearranged(self, rows: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]) -> Batch:
+        s = self.sequence_length
+        windows = np.empty((rows.size, s + 1), np.int64)
+        starts: list[npt.NDArray[np.int64]] = []
+        for i, (row, place) in enumerate(zip(rows.tolist(), keys.tolist())):
+            window, its_starts = self.dataset.window(row)
+            pieces = np.split(window, its_starts)
+            draws = (key(self.dataset.seed, place, number) for number in range(len(pieces)))
+            new = [self._piece(piece, draw) for piece, draw in zip(pieces, draws)]
+            windows[i] = np.concatenate(new)[: s + 1]
+            begins = np.cumsum([piece.size for piece in new])[:-1]
+            starts.append(begins[begins <= s])
+        return self.dataset.assemble(windows, starts)
+
+    def _piece(self, piece: npt.NDArray[np.int64], draw: int) -> npt.NDArray[np.int64]:
+        if piece.size and piece[-1] == self.eod_id:
+            return np.append(self.fim.rearrange(piece[:-1], draw), piece[-1:])
+        return self.fim.rearrange(piece, draw)

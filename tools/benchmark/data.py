@@ -1,0 +1,263 @@
+"""The data tools beside their peers on this machine: tokenising, index, loader, memory.
+
+Contestants run one after the other in each round, so that a ratio is taken under the same conditions; the table shows
+the median ratio over the rounds.
+
+    python tools/benchmark/data.py --rounds 3
+    python tools/benchmark/data.py --only index loader
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from megatron_ds.data.cli import run
+from megatron_ds.data.corpus import build_corpus
+from megatron_ds.data.gpt_dataset import GPTDataset
+from megatron_ds.data.indexed import IndexedDataset, write_header
+from megatron_ds.data.loader import BatchLoader
+from megatron_ds.data.part_writer import PreprocessOptions
+from megatron_ds.data.preprocess import preprocess
+from megatron_ds.data.tokenizer_training import train_tokenizer
+from megatron_ds.data.verify import verify
+
+Part = Literal["tokenise", "memory", "index", "loader"]
+
+
+@dataclass(frozen=True)
+class DataBenchmark:
+    rounds: int = 3
+    """How often every contestant runs."""
+    only: tuple[Part, ...] = ("tokenise", "index", "loader")
+    """Which parts to run. memory preprocesses 1 GB, which takes minutes."""
+    max_megabytes: float | None = None
+    """Size of the corpus in MB (10^6 bytes). By default the whole standard library, about 31 MB."""
+
+
+def main(options: DataBenchmark) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if {"tokenise", "memory"} & set(options.only):
+            summary = build_corpus(folder / "corpus.jsonl", options.max_megabytes)
+            train_tokenizer([str(folder / "corpus.jsonl")], folder / "bpe", 8192, max_megabytes=8)
+            with_normalizer(folder / "bpe", folder / "bpe-nfc")
+            print(f"corpus: {summary.text_bytes / 1e6:.1f} MB of text, {os.cpu_count()} cores")
+        if "tokenise" in options.only:
+            tokenise(folder, summary.text_bytes / 1e6, options.rounds)
+        if "memory" in options.only:
+            memory(folder)
+        if "index" in options.only:
+            index(folder)
+        if "loader" in options.only:
+            loader(folder)
+
+
+def with_normalizer(source: Path, target: Path) -> None:
+    """The same vocabulary, with a normalizer: tiktoken cannot stand in for it."""
+    target.mkdir()
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "NFC"}
+    (target / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+# --- tokenising -------------------------------------------------------------------------------------------------
+
+ALONE = """
+import json, sys, time
+from tokenizers import Tokenizer
+tokenizer = Tokenizer.from_file(sys.argv[1] + "/tokenizer.json")
+texts = [json.loads(line)["text"] for line in open(sys.argv[2])]
+start = time.perf_counter()
+tokenizer.encode_batch(texts, add_special_tokens=False)
+print(time.perf_counter() - start)
+"""
+DATASETS_MAP = """
+import os, sys, time
+import datasets
+from tokenizers import Tokenizer
+datasets.disable_progress_bars()
+corpus = datasets.load_dataset("json", data_files=sys.argv[2], split="train", cache_dir=sys.argv[3])
+tokenizer = Tokenizer.from_file(sys.argv[1] + "/tokenizer.json")
+def encode(batch):
+    return {"ids": [e.ids for e in tokenizer.encode_batch(batch["text"], add_special_tokens=False)]}
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+start = time.perf_counter()
+corpus.map(encode, batched=True, batch_size=100, num_proc=os.cpu_count(), remove_columns=corpus.column_names,
+           load_from_cache_file=False)
+print(time.perf_counter() - start)
+"""
+
+
+def script(text: str, *arguments: str) -> Callable[[], float]:
+    """Seconds that a script says it took; a process of its own, so that no contestant warms another's pools."""
+
+    def measure() -> float:
+        done = subprocess.run([sys.executable, "-c", text, *arguments], capture_output=True, text=True, check=True)
+        return float(done.stdout.split()[-1])
+
+    return measure
+
+
+def ours(corpus: Path, tokenizer: Path, prefix: Path) -> Callable[[], float]:
+    """Everything that the tool does: worker processes, reading, JSON, tokens, parts, merge, index, checksums."""
+
+    def measure() -> float:
+        start = time.perf_counter()
+        preprocess([str(corpus)], prefix, PreprocessOptions(str(tokenizer)))
+        return time.perf_counter() - start
+
+    return measure
+
+
+def tokenise(folder: Path, megabytes: float, rounds: int) -> None:
+    corpus = folder / "corpus.jsonl"
+    bpe, nfc = folder / "bpe", folder / "bpe-nfc"
+    cache = str(folder / "datasets")
+    contestants: dict[str, tuple[str, Callable[[], float]]] = {
+        "tokenizers alone, one batch call": ("", script(ALONE, str(bpe), str(corpus))),
+        "ours": ("tokenizers alone, one batch call", ours(corpus, bpe, folder / "ours")),
+        "datasets.map": ("tokenizers alone, one batch call", script(DATASETS_MAP, str(bpe), str(corpus), cache)),
+        "tokenizers alone, with NFC": ("", script(ALONE, str(nfc), str(corpus))),
+        "ours, with NFC (no tiktoken)": ("tokenizers alone, with NFC", ours(corpus, nfc, folder / "ours-nfc")),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, (_, measure) in contestants.items():
+            seconds[name].append(measure())
+    print(f"\n{'':<36}{'MB/s':>8}{'of tokenizers alone':>22}")
+    for name, (reference, _) in contestants.items():
+        rate = statistics.median(megabytes / s for s in seconds[name])
+        ratios = [r / s for s, r in zip(seconds[name], seconds[reference])] if reference else []
+        shown = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
+        print(f"{name:<36}{rate:>8.1f}{shown:>22}")
+    same_ids(corpus, bpe, folder / "ours")
+
+
+def same_ids(corpus: Path, tokenizer: Path, prefix: Path) -> None:
+    """Every id of the corpus, against `tokenizers` alone."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    dataset = IndexedDataset(prefix)
+    with corpus.open() as lines:
+        for document, line in enumerate(lines):
+            expected = backend.encode(json.loads(line)["text"], add_special_tokens=False).ids
+            assert dataset.document(document).tolist() == expected, f"document {document} differs"
+    print(f"all {dataset.num_tokens:,} ids are those of tokenizers")
+
+
+# --- memory -----------------------------------------------------------------------------------------------------
+
+PEAK = """
+import json, resource, sys
+from megatron_ds.data.part_writer import PreprocessOptions
+from megatron_ds.data.preprocess import preprocess
+if __name__ == "__main__":
+    preprocess([sys.argv[2]], sys.argv[3], PreprocessOptions(sys.argv[1]))
+    print(*(resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+"""
+
+
+def memory(folder: Path) -> None:
+    """Peak resident memory for the corpus, and for 30 copies of it one after the other."""
+    corpus, large = folder / "corpus.jsonl", folder / "corpus30.jsonl"
+    with large.open("wb") as target:
+        for _ in range(30):
+            target.write(corpus.read_bytes())
+    program = folder / "peak.py"
+    program.write_text(PEAK)
+    print(f"\n{'peak memory, MB':<36}{'parent':>8}{'a worker':>12}{'seconds':>10}")
+    for name, path in (("corpus", corpus), ("30 times the corpus", large)):
+        start = time.perf_counter()
+        command = [sys.executable, str(program), str(folder / "bpe"), str(path), str(folder / "peak")]
+        parent, worker = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        print(f"{name:<36}{float(parent):>8.0f}{float(worker):>12.0f}{time.perf_counter() - start:>10.1f}")
+
+
+# --- index ------------------------------------------------------------------------------------------------------
+
+INDEX = """
+import json, resource, sys, time
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.perf_counter()
+from megatron_ds.data.gpt_dataset import GPTDataset
+from megatron_ds.data.indexed import IndexedDataset
+imported = time.perf_counter()
+dataset = IndexedDataset(sys.argv[1])
+if sys.argv[2] == "check":
+    dataset.check_index()
+samples = GPTDataset(dataset, 4096, mask_documents=True, reset_positions=True)
+opened = time.perf_counter()
+samples.batch(range(8))
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([opened - imported, time.perf_counter() - opened, (after - before) / 1024, len(samples)]))
+"""
+
+
+def index(folder: Path, documents: int = 10_000_000, tokens: int = 10_000_000_000) -> None:
+    """10 million documents, 10 billion tokens: the `.bin` is a sparse file, the `.idx` is real."""
+    prefix = folder / "large"
+    generator = np.random.default_rng(0)
+    lengths = generator.exponential(tokens / documents, documents).astype(np.int64) + 1
+    lengths[-1] += max(0, tokens - int(lengths.sum()))
+    with (folder / "large.idx").open("wb") as file:
+        write_header(file, np.dtype("u2"), documents, documents)
+        file.write(lengths.astype("<i4").tobytes())
+        file.write(((np.cumsum(lengths) - lengths) * 2).astype("<i8").tobytes())
+        file.write(np.arange(documents + 1, dtype="<i8").tobytes())
+    with (folder / "large.bin").open("wb") as file:
+        file.truncate(int(lengths.sum()) * 2)
+    print(f"\nindex of {documents:,} documents, {int(lengths.sum()):,} tokens")
+    for name, mode in (("first open, index read and checked", "check"), ("open again", "open")):
+        done = subprocess.run([sys.executable, "-c", INDEX, str(prefix), mode], capture_output=True, check=True)
+        opened, batch, megabytes, rows = json.loads(done.stdout)
+        print(
+            f"{name:<36}{opened * 1e3:>8.1f} ms; first 8 samples {batch * 1e3:.1f} ms; "
+            f"{megabytes:.0f} MB resident, libraries included; {rows:,} samples"
+        )
+
+
+# --- loader -----------------------------------------------------------------------------------------------------
+
+
+def loader(folder: Path, sequence: int = 2048, micro_batch: int = 8, steps: int = 100) -> None:
+    """Tokens a second of one rank from a warm file, read in the training thread and ahead of it."""
+    from megatron_ds.data.indexed import IndexedDatasetWriter
+
+    generator = np.random.default_rng(0)
+    with IndexedDatasetWriter(folder / "loader", "uint16") as writer:
+        for _ in range(100):
+            lengths = generator.integers(1, 2000, 500)
+            writer.add_documents(generator.integers(0, 50_000, lengths.sum()).astype(np.uint16), lengths)
+    dataset = IndexedDataset(folder / "loader")
+    verify(dataset)  # warms the file
+    print(f"\nloader: sequences of {sequence}, micro-batches of {micro_batch}, {dataset.num_tokens:,} tokens")
+    for masked in (False, True):
+        samples = GPTDataset(
+            dataset, sequence, mask_documents=masked, reset_positions=masked, mask_boundary_loss=masked
+        )
+        for prefetch in (0, 2):
+            with BatchLoader(samples, micro_batch * 4, micro_batch, prefetch=prefetch) as batches:
+                next(batches)
+                start = time.perf_counter()
+                for _ in range(steps):
+                    next(batches)
+                rate = steps * micro_batch * 4 * sequence / (time.perf_counter() - start)
+            name = ("document masking" if masked else "plain") + (", read ahead" if prefetch else "")
+            print(f"{name:<36}{rate / 1e6:>8.1f} million tokens/s")
+
+
+if __name__ == "__main__":
+    run(main, DataBenchmark, __doc__)
