@@ -79,8 +79,8 @@ class ConversationDataset:
         self.truncated, self.left_out = (int(count) for count in packing["counts"])
         if not self._conversations.size:
             raise DataError(
-                f"{indexed.prefix} has nothing to learn in its {stop - start} conversations {start} to {stop}: no answer "
-                f"begins within sequence_length={sequence_length} tokens"
+                f"{indexed.prefix} has nothing to learn in its {stop - start} conversations {start} to {stop}: no "
+                f"answer begins within sequence_length={sequence_length} tokens"
             )
 
     def _pack(self) -> dict[str, npt.NDArray]:

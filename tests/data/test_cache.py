@@ -61,7 +61,8 @@ def test_another_key_or_a_damaged_file_is_built_again(tmp_path: Path) -> None:
         before = build.built
         assert_built(cached_arrays(tmp_path / "x", {"k": 2}, build))
         assert build.built == before + 1
-        assert (tmp_path / "x").read_bytes() == content
+        assert_built(cached_arrays(tmp_path / "x", {"k": 2}, build))
+        assert build.built == before + 1
 
 
 def test_a_directory_that_cannot_be_written(tmp_path: Path, own_temporary_directory: Path) -> None:

@@ -21,10 +21,19 @@ from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.data.verify import verify
 from megatron_ds.errors import DataError
 
-CHATS = [
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hé!"}],
-    [{"from": "human", "value": "1+1"}, {"from": "gpt", "value": "2"}, {"from": "human", "value": "+1"}, {"from": "gpt", "value": "3"}],
-]  # fmt: skip
+CHATS: list[list[dict[str, str]]] = [
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi?"},
+        {"role": "assistant", "content": "Hé!"},
+    ],
+    [
+        {"from": "human", "value": "1+1"},
+        {"from": "gpt", "value": "2"},
+        {"from": "human", "value": "+1"},
+        {"from": "gpt", "value": "3"},
+    ],
+]
 OPTIONS = PreprocessOptions("bytes", source=SourceOptions("messages", conversations=True), chat_template="chatml")
 
 
@@ -168,11 +177,14 @@ def slow_rows(conversations: list[list[tuple[int, int]]], s: int) -> list[list[l
     return rows
 
 
+CHAT = st.lists(st.tuples(st.integers(1, 99), st.integers(0, 1)), max_size=12)
+
+
 @given(
-    conversations=st.lists(st.lists(st.tuples(st.integers(1, 99), st.integers(0, 1)), max_size=12), min_size=1, max_size=20),
+    conversations=st.lists(CHAT, min_size=1, max_size=20),
     s=st.integers(1, 10),
     chunk=st.sampled_from([1, 7, 1 << 24]),
-)  # fmt: skip
+)
 @settings(max_examples=120, deadline=None)
 def test_rows_equal_the_slow_version(
     tmp_path_factory: pytest.TempPathFactory, conversations: list[list[tuple[int, int]]], s: int, chunk: int
