@@ -1,0 +1,345 @@
+"""Block-sparse attention with an online softmax: a forward kernel, and two backward kernels without atomics.
+
+A program of ``forward_kernel`` and ``query_kernel`` owns a tile of queries of one head and walks the live blocks of its
+row; one of ``key_kernel`` owns a tile of keys of one key/value head and walks, for every query head of the group, the
+live blocks of its column. So each result is written once, by one program, in an order that the layout alone decides:
+two runs give the same bits. Full blocks come first and need no mask; partial ones load theirs, a tile of bytes that
+neighbouring programs find in the cache.
+
+Scores are kept in units of ``log2``: ``exp2`` is what the hardware has. A tile is at most a block wide; where the
+registers of a pass do not hold a whole block beside its accumulators, a block is walked in several tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_ds.kernels.triton.common import on_device_of
+
+_LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(_LOG2_E)
+
+
+@triton.jit
+def load_tile(
+    base, first, stride, length, ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr
+):
+    """``[ROWS, D]`` from row ``first`` on; zeros behind the end of the sequence and of the head dim."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, D)
+    # The first row's place may be beyond 2^31 elements; what follows inside the tile is not.
+    at = base + first.to(tl.int64) * stride + row[:, None] * stride + column[None, :]
+    if EVEN and HEAD_DIM == D:
+        tile = tl.load(at)
+    elif EVEN:
+        tile = tl.load(at, mask=column[None, :] < HEAD_DIM, other=0.0)
+    else:
+        tile = tl.load(at, mask=(first + row < length)[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    base, first, stride, length, tile, ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr
+):
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, D)
+    at = base + first.to(tl.int64) * stride + row[:, None] * stride + column[None, :]
+    tile = tile.to(base.dtype.element_ty)
+    if EVEN and HEAD_DIM == D:
+        tl.store(at, tile)
+    else:
+        tl.store(at, tile, mask=(first + row < length)[:, None] & (column < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def load_mask(masks, number, query, key, TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr):
+    """``[TM, TN]`` of a partial block's mask, from ``query, key`` inside the block on."""
+    at = (query + tl.arange(0, TM))[:, None] * BLOCK + (key + tl.arange(0, TN))[None, :]
+    return tl.load(masks + number * (BLOCK * BLOCK) + at) != 0
+
+
+@triton.jit
+def forward_step(
+    total, top, acc, q_tile, i, k, v, k_stride, v_stride, index, mask_of, masks, inside, length, scale,
+    MASKED: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    entry = i // (BLOCK // TN)
+    key = i % (BLOCK // TN) * TN
+    first = tl.load(index + entry) * BLOCK + key
+    k_tile = load_tile(k, first, k_stride, length, TN, D, HEAD_DIM, EVEN)
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+    if MASKED:
+        allowed = load_mask(masks, tl.load(mask_of + entry), inside, key, TM, TN, BLOCK)
+        scores = tl.where(allowed, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    # A query that has seen no allowed key yet: -inf minus -inf would be NaN.
+    level = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+    weights = tl.exp2(scores - level[:, None])
+    shrink = tl.exp2(top - level)
+    total = total * shrink + tl.sum(weights, 1)
+    v_tile = load_tile(v, first, v_stride, length, TN, D, HEAD_DIM, EVEN)
+    acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
+    return total, new_top, acc
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, out, lse, pattern, start, partial, index, mask_of, masks, scale,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
+    heads, group, length, side,
+    TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = tl.program_id(1) % heads
+    kv = (head // group).to(tl.int64)
+    # A causal layout's last rows are its longest: they start first.
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * TM
+    line = tl.load(pattern + head) * side + first // BLOCK
+    inside = first % BLOCK
+    scaled = scale * LOG2_E
+    q_tile = load_tile(q + batch * q_batch + head.to(tl.int64) * q_head, first, q_row, length, TM, D, HEAD_DIM, EVEN)
+    k += batch * k_batch + kv * k_head
+    v += batch * v_batch + kv * v_head
+    top = tl.full([TM], float("-inf"), tl.float32)
+    total = tl.zeros([TM], tl.float32)
+    acc = tl.zeros([TM, D], tl.float32)
+    begin = tl.load(start + line) * (BLOCK // TN)
+    middle = tl.load(partial + line) * (BLOCK // TN)
+    end = tl.load(start + line + 1) * (BLOCK // TN)
+    for i in range(begin, middle):
+        total, top, acc = forward_step(
+            total, top, acc, q_tile, i, k, v, k_row, v_row, index, mask_of, masks, inside, length, scaled,
+            False, TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
+        )  # fmt: skip
+    for i in range(middle, end):
+        total, top, acc = forward_step(
+            total, top, acc, q_tile, i, k, v, k_row, v_row, index, mask_of, masks, inside, length, scaled,
+            True, TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
+        )  # fmt: skip
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    store_tile(
+        out + batch * out_batch + head.to(tl.int64) * out_head, first, out_row, length, acc, TM, D, HEAD_DIM, EVEN
+    )
+    row = first + tl.arange(0, TM)
+    value = tl.where(empty, float("inf"), (top + tl.log2(tl.where(empty, 1.0, total))) / LOG2_E)
+    tl.store(lse + tl.program_id(1).to(tl.int64) * length + row, value, mask=row < length)
+
+
+@triton.jit
+def query_step(
+    dq, q_tile, grad_tile, lse_row, delta_row, i, k, v, k_stride, v_stride, index, mask_of, masks, inside, length,
+    scale, MASKED: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    entry = i // (BLOCK // TN)
+    key = i % (BLOCK // TN) * TN
+    first = tl.load(index + entry) * BLOCK + key
+    k_tile = load_tile(k, first, k_stride, length, TN, D, HEAD_DIM, EVEN)
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+    if MASKED:
+        allowed = load_mask(masks, tl.load(mask_of + entry), inside, key, TM, TN, BLOCK)
+        scores = tl.where(allowed, scores, float("-inf"))
+    weights = tl.exp2(scores - lse_row[:, None])
+    v_tile = load_tile(v, first, v_stride, length, TN, D, HEAD_DIM, EVEN)
+    slope = weights * (tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION) - delta_row[:, None])
+    return tl.dot(slope.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def query_kernel(
+    grad, q, k, v, out, lse, delta, dq, pattern, start, partial, index, mask_of, masks, scale,
+    grad_batch, grad_head, grad_row, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    out_batch, out_head, out_row, dq_batch, dq_head, dq_row,
+    heads, group, length, side,
+    TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a tile of queries; and ``delta``, the sum of grad x out a query, which ``key_kernel`` reads."""
+    batch = (tl.program_id(1) // heads).to(tl.int64)
+    head = (tl.program_id(1) % heads).to(tl.int64)
+    kv = head // group
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * TM
+    line = tl.load(pattern + head) * side + first // BLOCK
+    inside = first % BLOCK
+    scaled = scale * LOG2_E
+    k += batch * k_batch + kv * k_head
+    v += batch * v_batch + kv * v_head
+    q_tile = load_tile(q + batch * q_batch + head * q_head, first, q_row, length, TM, D, HEAD_DIM, EVEN)
+    grad_tile = load_tile(grad + batch * grad_batch + head * grad_head, first, grad_row, length, TM, D, HEAD_DIM, EVEN)
+    out_tile = load_tile(out + batch * out_batch + head * out_head, first, out_row, length, TM, D, HEAD_DIM, EVEN)
+    delta_row = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    row = first + tl.arange(0, TM)
+    at = tl.program_id(1).to(tl.int64) * length + row
+    tl.store(delta + at, delta_row, mask=row < length)
+    lse_row = tl.load(lse + at, mask=row < length, other=float("inf")) * LOG2_E
+    acc = tl.zeros([TM, D], tl.float32)
+    begin = tl.load(start + line) * (BLOCK // TN)
+    middle = tl.load(partial + line) * (BLOCK // TN)
+    end = tl.load(start + line + 1) * (BLOCK // TN)
+    for i in range(begin, middle):
+        acc = query_step(
+            acc, q_tile, grad_tile, lse_row, delta_row, i, k, v, k_row, v_row, index, mask_of, masks, inside, length,
+            scaled, False, TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
+        )  # fmt: skip
+    for i in range(middle, end):
+        acc = query_step(
+            acc, q_tile, grad_tile, lse_row, delta_row, i, k, v, k_row, v_row, index, mask_of, masks, inside, length,
+            scaled, True, TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
+        )  # fmt: skip
+    acc = acc * scale
+    store_tile(dq + batch * dq_batch + head * dq_head, first, dq_row, length, acc, TM, D, HEAD_DIM, EVEN)
+
+
+@triton.jit
+def key_step(
+    dk, dv, k_tile, v_tile, i, q, grad, lse, delta, q_stride, grad_stride, index, mask_of, masks, inside, length, scale,
+    MASKED: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    entry = i // (BLOCK // TM)
+    query = i % (BLOCK // TM) * TM
+    first = tl.load(index + entry) * BLOCK + query
+    row = first + tl.arange(0, TM)
+    q_tile = load_tile(q, first, q_stride, length, TM, D, HEAD_DIM, EVEN)
+    grad_tile = load_tile(grad, first, grad_stride, length, TM, D, HEAD_DIM, EVEN)
+    if EVEN:
+        lse_row = tl.load(lse + row) * LOG2_E
+        delta_row = tl.load(delta + row)
+    else:
+        lse_row = tl.load(lse + row, mask=row < length, other=float("inf")) * LOG2_E
+        delta_row = tl.load(delta + row, mask=row < length, other=0.0)
+    scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale  # [TN, TM]
+    if MASKED:
+        allowed = load_mask(masks, tl.load(mask_of + entry), query, inside, TM, TN, BLOCK)
+        scores = tl.where(tl.trans(allowed), scores, float("-inf"))
+    weights = tl.exp2(scores - lse_row[None, :])
+    dv = tl.dot(weights.to(grad_tile.dtype), grad_tile, dv, input_precision=PRECISION)
+    slope = weights * (tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION) - delta_row[None, :])
+    dk = tl.dot(slope.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def key_kernel(
+    grad, q, k, v, lse, delta, dk, dv, pattern, start, partial, index, mask_of, masks, scale,
+    grad_batch, grad_head, grad_row, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
+    groups, group, length, side,
+    TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a tile of keys and values, over all query heads that use them."""
+    batch = (tl.program_id(1) // groups).to(tl.int64)
+    kv = (tl.program_id(1) % groups).to(tl.int64)
+    first = tl.program_id(0) * TN  # a causal layout's first columns are its longest
+    inside = first % BLOCK
+    scaled = scale * LOG2_E
+    k_tile = load_tile(k + batch * k_batch + kv * k_head, first, k_row, length, TN, D, HEAD_DIM, EVEN)
+    v_tile = load_tile(v + batch * v_batch + kv * v_head, first, v_row, length, TN, D, HEAD_DIM, EVEN)
+    k_acc = tl.zeros([TN, D], tl.float32)
+    v_acc = tl.zeros([TN, D], tl.float32)
+    for member in range(group):
+        head = kv * group + member
+        line = tl.load(pattern + head) * side + first // BLOCK
+        q_head_at = q + batch * q_batch + head * q_head
+        grad_at = grad + batch * grad_batch + head * grad_head
+        rows_at = (batch * groups * group + head) * length
+        begin = tl.load(start + line) * (BLOCK // TM)
+        middle = tl.load(partial + line) * (BLOCK // TM)
+        end = tl.load(start + line + 1) * (BLOCK // TM)
+        for i in range(begin, middle):
+            k_acc, v_acc = key_step(
+                k_acc, v_acc, k_tile, v_tile, i, q_head_at, grad_at, lse + rows_at, delta + rows_at, q_row, grad_row,
+                index, mask_of, masks, inside, length, scaled,
+                False, TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
+            )  # fmt: skip
+        for i in range(middle, end):
+            k_acc, v_acc = key_step(
+                k_acc, v_acc, k_tile, v_tile, i, q_head_at, grad_at, lse + rows_at, delta + rows_at, q_row, grad_row,
+                index, mask_of, masks, inside, length, scaled,
+                True, TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
+            )  # fmt: skip
+    k_acc = k_acc * scale
+    store_tile(dk + batch * dk_batch + kv * dk_head, first, dk_row, length, k_acc, TN, D, HEAD_DIM, EVEN)
+    store_tile(dv + batch * dv_batch + kv * dv_head, first, dv_row, length, v_acc, TN, D, HEAD_DIM, EVEN)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, layout: list[Tensor], block: int, scale: float, out: Tensor, lse: Tensor
+) -> None:
+    """Write ``out [b, n, s, d]``, its last dim contiguous, and ``lse [b, n, s]``, contiguous fp32."""
+    if not q.numel():
+        return
+    q, k, v = (_rows(x) for x in (q, k, v))
+    b, n, s, d = q.shape
+    tile = _tiles("forward", block, d, q.dtype)
+    with on_device_of(q):
+        forward_kernel[triton.cdiv(s, tile["TM"]), b * n](
+            q, k, v, out, lse, layout[0], *layout[1:5], layout[9], scale,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            n, n // k.shape[1], s, triton.cdiv(s, block),
+            BLOCK=block, **_shape(s, d, block, q.dtype), **tile,
+        )  # fmt: skip
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: list[Tensor],
+    block: int, scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    """Write the gradients, each with its last dim contiguous."""
+    if not q.numel():
+        return
+    grad, q, k, v = (_rows(x) for x in (grad, q, k, v))
+    b, n, s, d = q.shape
+    groups = k.shape[1]
+    delta = torch.empty_like(lse)
+    shape = _shape(s, d, block, q.dtype)
+    sizes = n // groups, s, triton.cdiv(s, block)
+    inputs = *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+    with on_device_of(q):
+        tile = _tiles("query", block, d, q.dtype)
+        query_kernel[triton.cdiv(s, tile["TM"]), b * n](
+            grad, q, k, v, out, lse, delta, dq, layout[0], *layout[1:5], layout[9], scale,
+            *inputs, *out.stride()[:3], *dq.stride()[:3], n, *sizes, BLOCK=block, **shape, **tile,
+        )  # fmt: skip
+        tile = _tiles("key", block, d, q.dtype)
+        key_kernel[triton.cdiv(s, tile["TN"]), b * groups](
+            grad, q, k, v, lse, delta, dk, dv, layout[0], *layout[5:9], layout[9], scale,
+            *inputs, *dk.stride()[:3], *dv.stride()[:3], groups, *sizes, BLOCK=block, **shape, **tile,
+        )  # fmt: skip
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _shape(length: int, head_dim: int, block: int, dtype: torch.dtype) -> dict[str, int | bool | str]:
+    return {
+        "D": max(16, triton.next_power_of_2(head_dim)),
+        "HEAD_DIM": head_dim,
+        "EVEN": length % block == 0,
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",  # only fp32 has a choice: no silent tf32
+    }
+
+
+def _tiles(kernel: str, block: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Queries and keys a tile, warps and pipeline stages. Chosen so that nothing spills on sm_90; not yet measured."""
+    wide = head_dim > 64
+    if dtype == torch.float32:  # ieee products run on the vector units and keep whole operands in registers
+        side = min(block, 32)
+        return {"TM": side, "TN": side, "num_warps": 4 if side == 32 else 2, "num_stages": 1}
+    if kernel == "forward":
+        tm, tn = block, min(block, 64)
+    elif kernel == "query":
+        tm, tn = min(block, 128 if not wide else 64), min(block, 64)
+    else:
+        tm, tn = min(block, 64), min(block, 128 if not wide else 64)
+    warps = {16: 1, 32: 2, 64: 4, 128: 8}[max(tm, tn)]
+    return {"TM": tm, "TN": tn, "num_warps": warps, "num_stages": 3 if kernel == "forward" else 2}

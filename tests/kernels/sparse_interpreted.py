@@ -1,0 +1,113 @@
+"""The Triton twin of block-sparse attention under Triton's interpreter, against the reference in float64.
+
+Run as a program with TRITON_INTERPRET=1, because that must be set before the kernels are decorated; prints one line of
+JSON: for each case the largest errors relative to the tolerance, and whether everything around the results was left.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron_ds.kernels import block_patterns as patterns
+from megatron_ds.kernels.block_layout import BlockLayout, from_mask
+from megatron_ds.kernels.sparse_attention import _flat, reference_backward, reference_forward
+
+GUARD = 64
+NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+def empty_rows(length: int, block: int, heads: int) -> BlockLayout:
+    """Whole rows of blocks without keys, and single queries without keys inside partial blocks."""
+    allowed = torch.zeros(heads, length, length, dtype=torch.bool)
+    allowed[:, block + 3 :, : block + 5] = True
+    allowed[1:, :5, 3:9] = True
+    return from_mask(allowed, block)
+
+
+@dataclass(frozen=True)
+class Case:
+    layout: Callable[..., BlockLayout]
+    block: int = 16
+    length: int = 48
+    heads: int = 2
+    groups: int = 1
+    head_dim: int = 16
+    dtype: str = "float32"
+    factor: float = 1.0  # of the queries: large logits overflow without the running maximum
+
+
+CASES = {
+    "sliding": Case(patterns.sliding_window),
+    "half": Case(partial(patterns.bigbird, different_layout_per_head=True), dtype="float16"),
+    "grouped": Case(partial(patterns.bigbird, different_layout_per_head=True, seed=2), heads=4, groups=2),
+    "odd length": Case(patterns.fixed, length=37),
+    "odd length both ways": Case(partial(patterns.bslongformer, causal=False), length=37, head_dim=24),
+    "padded head dim": Case(patterns.variable, head_dim=20, dtype="float16"),
+    "empty rows": Case(empty_rows, length=45),
+    "shorter than a block": Case(patterns.dense, length=5, head_dim=8),
+    "several tiles a block": Case(patterns.dense, block=64, length=128, heads=1, head_dim=64),
+    "several tiles a block, half": Case(patterns.dense, block=128, length=200, heads=1, head_dim=64, dtype="float16"),
+    "large logits": Case(patterns.sliding_window, factor=200.0),
+}
+
+
+def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A tensor of NaN inside a larger buffer of NaN, which is returned too."""
+    count = torch.Size(shape).numel()
+    buffer = torch.full((count + 2 * GUARD,), torch.nan, dtype=dtype)
+    return buffer, buffer[GUARD : GUARD + count].view(shape)
+
+
+def run(case: Case) -> dict[str, float]:
+    """``[error / tolerance of each result]``; infinite where a result has NaN or a guard was written."""
+    from megatron_ds.kernels.triton import sparse_attention as twin
+
+    generator = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, case.dtype)
+    layout = case.layout(case.length, case.block, case.heads)
+    b, s, d = 2, case.length, case.head_dim
+
+    def draw(heads: int, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Inputs as a model has them: sequence first, side by side with others. NaN wherever they do not reach."""
+        buffer, x = guarded((s, b, heads, 2 * d), dtype)
+        x = x[..., :d].permute(1, 2, 0, 3)
+        x.copy_(factor * torch.randn(b, heads, s, d, generator=generator))
+        return buffer, x
+
+    (_, q), (_, k), (_, v), (_, grad) = (
+        draw(case.heads, case.factor),
+        *(draw(heads) for heads in (case.groups, case.groups, case.heads)),
+    )
+    wide = [x.double() for x in (q, k, v, grad)]
+    scale, flat = d**-0.5, _flat(layout)
+    want = list(reference_forward(*wide[:3], flat, case.block, scale))
+    want += reference_backward(wide[3], *wide[:3], *want, flat, case.block, scale)
+
+    shapes = [(s, b, x.shape[1], d) for x in (q, q, k, v)]
+    buffers = [guarded(shape, dtype) for shape in shapes]
+    buffers.insert(1, guarded((b, case.heads, s), torch.float32))
+    out, dq, dk, dv = (buffers[i][1].permute(1, 2, 0, 3) for i in (0, 2, 3, 4))
+    lse = buffers[1][1]
+    twin.forward(q, k, v, flat, case.block, scale, out, lse)
+    twin.backward(grad, q, k, v, out, lse, flat, case.block, scale, dq, dk, dv)
+    tolerance = 2e-5 if case.dtype == "float32" else 4e-3
+    result = {}
+    for name, got, wanted, (buffer, _) in zip(NAMES, (out, lse, dq, dk, dv), want, buffers):
+        scaled = (got.double() - wanted).abs() / (tolerance * wanted.abs().nan_to_num(posinf=1.0).amax().clamp(min=1.0))
+        same = (got == wanted) | (scaled <= 1e30)  # both infinite, or both numbers
+        scaled = torch.where(got == wanted, 0.0, scaled)
+        intact = bool(buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all())
+        result[name] = float(scaled.max()) if bool(same.all()) and intact else float("inf")
+    return result
+
+
+if __name__ == "__main__":
+    names = sys.argv[1:] or list(CASES)
+    json.dump({name: run(CASES[name]) for name in names}, sys.stdout)
