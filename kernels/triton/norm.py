@@ -304,7 +304,9 @@ def norm_backward(
     flags = {"RMS": rms, "HAS_SUMMED": more, "DROP": drop}
     with on_device_of(summed):
         if columns <= MOST_COLUMNS:
-            block, tile_rows, warps = _tile(columns, 2048)
+            # Of many short rows 16 elements a thread would need more registers than there are.
+            block, tile_rows, warps = _tile(columns, 2048 if columns > 256 else 1024)
+            warps = max(4, warps)
             programs = min(triton.cdiv(count, tile_rows), processors(summed) * max(1, 16 // warps))
             partial = rows.new_empty((sums, programs, columns), dtype=torch.float32)
             norm_backward_kernel[(programs,)](

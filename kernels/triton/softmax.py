@@ -2,7 +2,8 @@
 
 A row of up to 4096 keys stays in registers between its one load and its one store. A longer one is read twice: once
 for the running maximum and sum (Milakov and Gimelshein 2018), once to write. Under a causal mask the keys beyond the
-diagonal are neither loaded nor computed, forward or backward; zeros are stored there.
+diagonal are not loaded, forward or backward, but for the rest of the diagonal's own 16, which memory transfers
+together and which a mask by elements would break into single loads. Zeros are stored there.
 """
 
 from __future__ import annotations
@@ -17,15 +18,24 @@ MOST_KEYS = 4096  # of a row that is held in registers
 
 
 @triton.jit
+def sixteens(limit, keys, CAUSAL: tl.constexpr):
+    """The limit of what is loaded where ``limit`` is the limit of what is seen."""
+    if CAUSAL:
+        limit = tl.minimum(keys, (tl.maximum(limit, 0) + 15) // 16 * 16)
+    return limit
+
+
+@triton.jit
 def logits_of(
-    scores, mask, slope, batch, head, query, key, inside, keys, last, scale,
+    scores, mask, slope, batch, head, query, key, limit, keys, last, scale, CAUSAL: tl.constexpr,
     mask_b, mask_n, mask_q, mask_k, HAS_MASK: tl.constexpr, HAS_SLOPES: tl.constexpr,
 ):  # fmt: skip
     """Scaled scores with bias of one row; -inf where the row does not look."""
+    inside = key < sixteens(limit, keys, CAUSAL)
     z = tl.load(scores + key, mask=inside, other=0.0).to(tl.float32) * tl.cast(scale, tl.float32)
     if HAS_SLOPES:
         z += slope * (key - last).to(tl.float32)
-    seen = inside
+    seen = key < limit
     if HAS_MASK:
         place = mask + batch.to(tl.int64) * mask_b + head * mask_n + query.to(tl.int64) * mask_q + key * mask_k
         seen = seen & (tl.load(place, mask=inside, other=0) != 0)
@@ -53,7 +63,7 @@ def softmax_kernel(
     if WHOLE:
         key = tl.arange(0, BLOCK)
         z = logits_of(
-            scores, mask, slope, batch, head, query, key, key < limit, keys, last, scale,
+            scores, mask, slope, batch, head, query, key, limit, keys, last, scale, CAUSAL,
             mask_b, mask_n, mask_q, mask_k, HAS_MASK, HAS_SLOPES,
         )  # fmt: skip
         top = tl.max(z, axis=0)
@@ -68,7 +78,7 @@ def softmax_kernel(
         for start in range(0, limit, BLOCK):
             key = start + tl.arange(0, BLOCK)
             z = logits_of(
-                scores, mask, slope, batch, head, query, key, key < limit, keys, last, scale,
+                scores, mask, slope, batch, head, query, key, limit, keys, last, scale, CAUSAL,
                 mask_b, mask_n, mask_q, mask_k, HAS_MASK, HAS_SLOPES,
             )  # fmt: skip
             higher = tl.maximum(top, tl.max(z, axis=0))
@@ -80,10 +90,18 @@ def softmax_kernel(
         for start in range(0, keys, BLOCK):
             key = start + tl.arange(0, BLOCK)
             z = logits_of(
-                scores, mask, slope, batch, head, query, key, key < limit, keys, last, scale,
+                scores, mask, slope, batch, head, query, key, limit, keys, last, scale, CAUSAL,
                 mask_b, mask_n, mask_q, mask_k, HAS_MASK, HAS_SLOPES,
             )  # fmt: skip
             tl.store(out + key, (tl.exp(z - base) * norm).to(out.dtype.element_ty), mask=key < keys)
+
+
+@triton.jit
+def gradient_and_output(grad, y, key, limit, keys, CAUSAL: tl.constexpr):
+    inside = key < sixteens(limit, keys, CAUSAL)
+    g = tl.load(grad + key, mask=inside, other=0.0).to(tl.float32)
+    p = tl.load(y + key, mask=inside, other=0.0).to(tl.float32)
+    return tl.where(key < limit, g, 0.0), tl.where(key < limit, p, 0.0)
 
 
 @triton.jit
@@ -99,21 +117,19 @@ def softmax_backward_kernel(
         limit = tl.minimum(keys, row % queries + keys - queries + 1)
     if WHOLE:
         key = tl.arange(0, BLOCK)
-        g = tl.load(grad + key, mask=key < limit, other=0.0).to(tl.float32)
-        p = tl.load(y + key, mask=key < limit, other=0.0).to(tl.float32)
+        g, p = gradient_and_output(grad, y, key, limit, keys, CAUSAL)
         d = tl.cast(scale, tl.float32) * p * (g - tl.sum(g * p, axis=0))
         tl.store(out + key, d.to(out.dtype.element_ty), mask=key < keys)
     else:
         along = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, limit, BLOCK):
             key = start + tl.arange(0, BLOCK)
-            g = tl.load(grad + key, mask=key < limit, other=0.0).to(tl.float32)
-            along += g * tl.load(y + key, mask=key < limit, other=0.0).to(tl.float32)
+            g, p = gradient_and_output(grad, y, key, limit, keys, CAUSAL)
+            along += g * p
         total = tl.sum(along, axis=0)
         for start in range(0, keys, BLOCK):
             key = start + tl.arange(0, BLOCK)
-            g = tl.load(grad + key, mask=key < limit, other=0.0).to(tl.float32)
-            p = tl.load(y + key, mask=key < limit, other=0.0).to(tl.float32)
+            g, p = gradient_and_output(grad, y, key, limit, keys, CAUSAL)
             d = tl.cast(scale, tl.float32) * p * (g - total)
             tl.store(out + key, d.to(out.dtype.element_ty), mask=key < keys)
 

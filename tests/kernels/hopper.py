@@ -69,8 +69,7 @@ def captured() -> Iterator[list[Compiled]]:
         return kernel
 
     original = JITFunction.run
-    triton.runtime.driver.set_active(HopperDriver())
-    with patch.object(JITFunction, "run", run):
+    with patch.object(triton.runtime.driver, "_active", HopperDriver()), patch.object(JITFunction, "run", run):
         yield found
 
 

@@ -1,0 +1,130 @@
+"""Every kernel compiled for an H100 as a launch there would: no spills, shared memory, 128-bit loads and stores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from interpreter_worker import NO_TRITON
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(bool(NO_TRITON), reason=NO_TRITON)
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+WIDE_LOAD, WIDE_STORE = r"LDG\.E\S*\.128", r"STG\.E\S*\.128"
+# Loads and stores that may be narrow: one value a row or token (statistics, keys, labels), tables, partial sums. All of
+# the data must be wide.
+NARROW = {
+    "norm_kernel": (1, 2),
+    "norm_backward_kernel": (3, 2),
+    "norm_tiled_kernel": (1, 2),
+    "norm_backward_tiled_kernel": (3, 0),
+    "norm_weight_kernel": (4, 2),
+    "dropout_add_kernel": (1, 0),
+    "softmax_kernel": (1, 0),
+    "token_statistics_kernel": (2, 4),
+    "logit_gradient_kernel": (3, 0),
+    "rotary_kernel": (2, 0),
+}
+# The last, masked tile of a vocabulary that is no multiple of 16 is narrow, and only that.
+RAGGED_TILE = 32
+
+
+def meta(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
+    return torch.empty(shape, device="meta", dtype=dtype)
+
+
+def norm(columns: int, dtype: torch.dtype, rms: bool, fused: bool = False) -> None:
+    from megatron_ds.kernels.triton import norm
+
+    x, rows = meta(8192, columns, dtype=dtype), 8192
+    w = meta(columns, dtype=dtype)
+    also, keys = (x, meta(rows, dtype=torch.int32)) if fused else (None, None)
+    mean, rstd = meta(0 if rms else rows, dtype=SINGLE), meta(rows, dtype=SINGLE)
+    norm.norm(x, also, keys, w, None if rms else w, 1e-5, 0.1, 200, rms)
+    norm.norm_backward(x, also, x, keys, w, mean, rstd, 0.1, 200, rms, not rms)
+
+
+def activations(features: int, activation: str) -> None:
+    from megatron_ds.kernels.triton import activation as module
+
+    if activation == "bias_gelu":
+        module.bias_gelu(meta(8192, features), meta(features), "tanh")
+        module.bias_gelu_backward(meta(8192, features), meta(8192, features), meta(features), "tanh")
+    else:
+        module.gated(meta(8192, 2 * features), activation)
+        module.gated_backward(meta(8192, features), meta(8192, 2 * features), activation)
+
+
+def dropout(features: int) -> None:
+    from megatron_ds.kernels.triton.dropout import dropout_add
+
+    x = meta(4096, 2, features)
+    dropout_add(x, x, meta(4096, 2, dtype=torch.int32), 0.1, 200)
+
+
+def softmax(keys: int, masked: bool) -> None:
+    from megatron_ds.kernels.triton import softmax
+
+    x = meta(2, 16, keys, keys)
+    mask = meta(2, 1, 1, keys, dtype=torch.bool).expand(x.shape) if masked else None
+    softmax.softmax(x, mask, meta(16, dtype=SINGLE) if masked else None, 0.125, not masked)
+    softmax.softmax_backward(x, x, 0.125, not masked)
+
+
+def cross_entropy(columns: int, stride: int, dtype: torch.dtype) -> None:
+    from megatron_ds.kernels.triton import cross_entropy
+
+    logits, target = meta(2048, stride, dtype=dtype)[:, :columns], meta(2048, dtype=torch.int64)
+    cross_entropy.token_statistics(logits, target, True)
+    mask = meta(2048, dtype=torch.bool)
+    cross_entropy.logit_gradient_(logits, meta(2048, dtype=SINGLE), target, mask, 0.1, 1e-4, columns)
+
+
+def rotary(interleaved: bool) -> None:
+    from megatron_ds.kernels.triton import rotary
+
+    q, k, cos = meta(4096, 2, 32, 128), meta(4096, 2, 8, 6, 128)[:, :, :, -2], meta(4096, 1, 1, 128)
+    rotary.rotary(q, k, cos, cos, interleaved, 0, False)
+
+
+# Shapes of models that people train: Llama 8B and 70B, GPT-3, BLOOM, QK-norm of heads of 128, a 16k hidden size.
+LAUNCHES: dict[str, Callable[[], None]] = {
+    "rms_norm 4096": lambda: norm(4096, HALF, rms=True),
+    "layer_norm 8192 residual dropout": lambda: norm(8192, HALF, rms=False, fused=True),
+    "layer_norm 8192 fp32": lambda: norm(8192, SINGLE, rms=False),
+    "layer_norm 16384": lambda: norm(16384, HALF, rms=False),
+    "rms_norm 128": lambda: norm(128, HALF, rms=True),
+    "swiglu 14336": lambda: activations(14336, "silu"),
+    "bias_gelu 12288": lambda: activations(12288, "bias_gelu"),
+    "dropout_add 4096": lambda: dropout(4096),
+    "softmax 2048 causal": lambda: softmax(2048, masked=False),
+    "softmax 8192 padding alibi": lambda: softmax(8192, masked=True),
+    "cross entropy 128256": lambda: cross_entropy(128256, 128256, HALF),
+    # A vocabulary that is no multiple of 16 in a table padded to one: the whole tiles load wide all the same.
+    "cross entropy 50257 of 50304": lambda: cross_entropy(50257, 50304, HALF),
+    "rotary 128": lambda: rotary(False),
+    "rotary 128 interleaved": lambda: rotary(True),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_compiled_for_hopper(name: str) -> None:
+    from hopper import SHARED_LIMIT, captured
+
+    with captured() as kernels:
+        LAUNCHES[name]()
+    assert kernels
+    for kernel in kernels:
+        what = f"{kernel.name} of {name}: {kernel.registers} registers, {kernel.warps} warps"
+        assert kernel.spills == 0, f"{what}: {kernel.stack} bytes of stack"
+        assert kernel.shared <= SHARED_LIMIT, f"{what}: {kernel.shared} bytes of shared memory"
+        # A block that does not fit on an SM would fail at launch.
+        assert kernel.registers * kernel.warps * 32 <= 65536, what
+        loads, stores = NARROW.get(kernel.name, (0, 0))
+        if "50257" in name:
+            loads, stores = loads + RAGGED_TILE, stores + RAGGED_TILE
+        counts = [kernel.count(pattern) for pattern in (WIDE_LOAD, r"LDG", WIDE_STORE, r"STG")]
+        assert counts[0] > 0 and counts[1] - counts[0] <= loads, f"{what}: {counts[0]} wide of {counts[1]} loads"
+        assert counts[3] - counts[2] <= stores, f"{what}: {counts[2]} wide of {counts[3]} stores"
