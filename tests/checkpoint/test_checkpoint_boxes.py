@@ -61,6 +61,7 @@ def test_intersection_is_the_elements_that_both_hold(case: tuple[tuple[int, ...]
     if shared is not None:
         got[shared.slices_in(whole)] = True
     assert torch.equal(got, want)
+    assert (shared is None) == (not want.any())
 
 
 def test_a_range_outside_its_tensor_is_refused() -> None:

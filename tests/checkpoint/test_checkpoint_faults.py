@@ -275,9 +275,15 @@ def test_a_filesystem_without_direct_io_gets_the_same_file(
     assert "refuses direct I/O" in caplog.text
 
 
-def test_this_machine_does_direct_io_or_says_so(tmp_path: Path) -> None:
-    file = DirectFile.create(tmp_path / "probe", 4096)
-    file.finish(10)
-    if not file.direct:
-        pytest.skip("the temporary directory's filesystem refuses O_DIRECT")
+def test_direct_io_is_not_given_up_without_need(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An unaligned write would be refused too, and the fallback would hide it."""
+    probe = DirectFile.create(tmp_path / "probe", 4096)
+    probe.finish(10)
     assert (tmp_path / "probe").stat().st_size == 10
+    if not probe.direct:
+        pytest.skip("the temporary directory's filesystem refuses O_DIRECT")
+    state = [Piece.whole("odd", "param", torch.arange(5_000_001.0)), Piece.whole("one", "param", torch.ones(1))]
+    save(tmp_path / "run", 1, state, {})
+    load(tmp_path / "run", state)
+    load(tmp_path / "run", state, verify=False)
+    assert caplog.text == ""
