@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_ds.layers.attention import AttentionInputs, SelfAttention
 from megatron_ds.layers.position import alibi_slopes, rotary_frequencies, rotary_table
 from megatron_ds.mesh import Axis
-from megatron_ds.rng import DropoutKeys, initialize_parameters
+from megatron_ds.rng import DropoutKeys, initialize_parameters, keep_mask
 
 S, B, H, D = 7, 3, 12, 4
 DOCUMENTS = torch.tensor([[0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1]])  # [b, s]
@@ -187,3 +187,17 @@ def test_recomputation_frees_the_scores() -> None:
             layer(activations(), inputs(positions_of(False), False, False, DropoutKeys(9, torch.arange(B))))
         sizes[recompute] = sum(tuple(tensor.shape[-2:]) == (S, S) for tensor in kept)
     assert sizes[False] > 0 and sizes[True] == 0
+
+
+def test_dropout_decisions_are_keyed_by_global_head_and_key() -> None:
+    """Heads share no decision, and a rank that holds the last heads makes theirs."""
+    s, b, p, site = 5, 2, 0.4, 3
+    keys = DropoutKeys(1, torch.tensor([7, 8]))
+    v = torch.eye(s, dtype=torch.float64).view(s, 1, 1, s).expand(s, b, 2, s)
+    for rank in (0, 1):
+        layer = attention(4, 1, dropout=p, site=site, tp=Axis("tp", rank, 2, None, (0, 1)))
+        got = layer._core(torch.zeros_like(v), torch.zeros_like(v), v, AttentionInputs(torch.zeros(s, b), keys=keys))
+        for query, sample, head, key in product(range(s), range(b), range(2), range(s)):
+            row = keys.row_keys(site, 1, query)[0, sample]
+            kept = key <= query and keep_mask(row, torch.tensor([(2 * rank + head) * s + key]), p).item()
+            assert (got.view(s, b, 2, s)[query, sample, head, key] != 0).item() == kept
