@@ -27,11 +27,12 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_ds.data.remote import is_url, open_remote
 from megatron_ds.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -166,7 +167,11 @@ def publish(temporary_bin: Path, temporary_idx: Path, prefix: str) -> None:
 
 
 class IndexedDataset:
-    """A dataset on disk, memory-mapped read-only.
+    """A dataset on disk, memory-mapped read-only, or at a URL (:mod:`megatron_ds.data.remote`).
+
+    Args:
+        prefix: path or URL without suffix; also taken with the suffix of one of the two files.
+        cache_dir: where a remote dataset is kept; None for the user's cache folder.
 
     Opening reads the header and checks every size that can be checked without reading the data; anything wrong is
     a :class:`DataError` that names the file and the bytes expected and found. :meth:`check_index` reads the whole
@@ -176,11 +181,16 @@ class IndexedDataset:
         lengths: i32[S], tokens of each sequence.
         offsets: i64[S], *bytes* into `.bin` where each sequence starts.
         document_bounds: i64[D], in sequences.
-        tokens: the whole of `.bin` as one array of ``dtype``, mapped.
+        tokens: the whole of `.bin` as one array of ``dtype``, mapped; of a remote dataset, an object that gives its
+            slices.
+        remote: where it comes from, if not from a disk.
     """
 
-    def __init__(self, prefix: str | os.PathLike[str]):
+    def __init__(self, prefix: str | os.PathLike[str], cache_dir: Path | None = None):
         self.prefix = strip_suffix(prefix)
+        self.remote = open_remote(self.prefix, cache_dir) if is_url(self.prefix) else None
+        if self.remote is not None:
+            self.prefix = self.remote.prefix
         self.bin_path, self.idx_path = bin_path(self.prefix), idx_path(self.prefix)
         for path, other in ((self.idx_path, self.bin_path), (self.bin_path, self.idx_path)):
             if not path.is_file():
@@ -217,7 +227,11 @@ class IndexedDataset:
         self.offsets: npt.NDArray[np.int64] = self._array("<i8", at + 4 * sequences, sequences)
         self.document_bounds: npt.NDArray[np.int64] = self._array("<i8", at + 12 * sequences, bounds)
         self._check_ends()
-        self.tokens: npt.NDArray = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
+        self.tokens: Any = (
+            self.remote.tokens(self.dtype)
+            if self.remote is not None
+            else np.memmap(self.bin_path, dtype=self.dtype, mode="r")
+        )
 
     def _array(self, dtype: str, offset: int, count: int) -> npt.NDArray:
         # A plain ndarray view: np.memmap's own indexing is several times slower than ndarray's.
@@ -281,11 +295,12 @@ class IndexedDataset:
         return self.num_sequences
 
     def __getitem__(self, sequence: int) -> npt.NDArray:
-        """The tokens of one sequence, a view of the map."""
+        """The tokens of one sequence ``[n]``, a view of the map."""
         if not -self.num_sequences <= sequence < self.num_sequences:
             raise IndexError(f"sequence {sequence} of {self.num_sequences} in {self.prefix}")
         start = int(self.offsets[sequence]) // self.dtype.itemsize
-        return self.tokens[start : start + int(self.lengths[sequence])]
+        tokens: npt.NDArray = self.tokens[start : start + int(self.lengths[sequence])]
+        return tokens
 
     def document_start(self, document: int) -> int:
         """The token where a document starts; ``num_tokens`` for ``document == num_documents``."""
@@ -294,7 +309,8 @@ class IndexedDataset:
 
     def document(self, document: int) -> npt.NDArray:
         """The tokens of one document ``[n]``, all its sequences, a view of the map."""
-        return self.tokens[self.document_start(document) : self.document_start(document + 1)]
+        tokens: npt.NDArray = self.tokens[self.document_start(document) : self.document_start(document + 1)]
+        return tokens
 
     def documents(self) -> Iterator[npt.NDArray]:
         return (self.document(i) for i in range(self.num_documents))

@@ -13,7 +13,7 @@ import xxhash
 
 from megatron_ds.data.indexed import COPY_BYTES, IndexedDataset, idx_path, sync_and_close, write_header
 from megatron_ds.data.parts import INDEX_CHUNK, finish
-from megatron_ds.data.verify import Scan, checksum, read_manifest, verify
+from megatron_ds.data.verify import ChunkedHash, Scan, checksum, read_manifest, verify
 from megatron_ds.errors import DataError
 
 
@@ -41,7 +41,7 @@ def merge_datasets(
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     temporary_bin, temporary_idx = (Path(f"{output}.{kind}.{os.getpid()}.tmp") for kind in ("bin", "idx"))
     try:
-        whole = xxhash.xxh3_64()
+        whole = ChunkedHash()
         with temporary_bin.open("wb") as target:
             for dataset, scan in zip(datasets, scans):
                 digest = xxhash.xxh3_64()
@@ -55,6 +55,7 @@ def merge_datasets(
                     raise DataError(f"{dataset.bin_path} changed while it was copied; merge again")
             sync_and_close(target)
         _write_index(temporary_idx, datasets, dtype)
+        described = whole.describe()
         manifest = {
             "version": 1,
             "merged": [dataset.prefix for dataset in datasets],
@@ -67,12 +68,12 @@ def merge_datasets(
             },
             "dtype": dtype.name,
             "files": {
-                "bin": {"bytes": temporary_bin.stat().st_size, "xxh3": whole.hexdigest()},
+                "bin": described,
                 "idx": {"bytes": temporary_idx.stat().st_size, "xxh3": checksum(temporary_idx)},
             },
         }
         low, high = min(scan.min_id for scan in scans), max(scan.max_id for scan in scans)
-        found = Scan(low, high, whole.hexdigest(), manifest["files"]["idx"]["xxh3"])
+        found = Scan(low, high, described["xxh3"], manifest["files"]["idx"]["xxh3"])
         finish(output, temporary_bin, temporary_idx, manifest, found)
     finally:
         temporary_bin.unlink(missing_ok=True)

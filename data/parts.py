@@ -16,7 +16,7 @@ import xxhash
 
 from megatron_ds.data.cache import cached_json
 from megatron_ds.data.indexed import COPY_BYTES, IndexedDataset, publish, sync_and_close, write_header
-from megatron_ds.data.verify import MASK_SUFFIX, Scan, checksum, dataset_identity, manifest_path, scan_path
+from megatron_ds.data.verify import MASK_SUFFIX, ChunkedHash, Scan, checksum, dataset_identity, manifest_path, scan_path
 from megatron_ds.errors import DataError
 
 INDEX_CHUNK = 1 << 20
@@ -51,7 +51,7 @@ def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, pl
     masked = bool(plan["settings"]["source"]["conversations"])
     names_of = {"bin": "bin", "idx": "idx", "bad": "bad.jsonl", **({"mask": MASK_SUFFIX} if masked else {})}
     temporary = {kind: Path(f"{prefix}.{name}.{os.getpid()}.tmp") for kind, name in names_of.items()}
-    whole = {kind: xxhash.xxh3_64() for kind in ("bin", "mask")}
+    whole = {kind: ChunkedHash() for kind in ("bin", "mask")}
     with contextlib.ExitStack() as stack:
         targets = {kind: stack.enter_context(path.open("wb")) for kind, path in temporary.items() if kind != "idx"}
         for name in names:
@@ -95,9 +95,9 @@ def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, pl
         write_index(index, dtype, counts.documents, lengths)
         sync_and_close(index)
     files = {
-        "bin": {"bytes": counts.tokens * dtype.itemsize, "xxh3": whole["bin"].hexdigest()},
+        "bin": whole["bin"].describe(),
         "idx": {"bytes": temporary["idx"].stat().st_size, "xxh3": checksum(temporary["idx"])},
-        **({MASK_SUFFIX: {"bytes": counts.tokens, "xxh3": whole["mask"].hexdigest()}} if masked else {}),
+        **({MASK_SUFFIX: whole["mask"].describe()} if masked else {}),
     }
     manifest = {**plan, "counts": asdict(counts), "dtype": dtype.name, "files": files}
     mask = Path(f"{prefix}.{MASK_SUFFIX}")
@@ -141,7 +141,7 @@ def describe_problems(problems: dict[str, int]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in sorted(problems.items()))
 
 
-def _copy_part(path: Path, expected: dict[str, Any], target: IO[bytes], whole: xxhash.xxh3_64) -> None:
+def _copy_part(path: Path, expected: dict[str, Any], target: IO[bytes], whole: ChunkedHash) -> None:
     digest, size = xxhash.xxh3_64(), 0
     with path.open("rb") as source:
         while chunk := source.read(COPY_BYTES):

@@ -28,6 +28,7 @@ from megatron_ds.data.chat import load_template
 from megatron_ds.data.indexed import dtype_for_vocabulary
 from megatron_ds.data.part_writer import Job, PartMaker, PreprocessOptions
 from megatron_ds.data.parts import Counts, merge_parts
+from megatron_ds.data.source_tables import hub_revision
 from megatron_ds.data.source_types import Block, Input
 from megatron_ds.data.sources import find_inputs, plan_blocks
 from megatron_ds.data.tokenizers import Tokenizer, load_tokenizer
@@ -103,7 +104,7 @@ def _plan(inputs: list[Input], options: PreprocessOptions, tokenizer: Tokenizer)
 
 def _identity(item: Input) -> dict[str, Any]:
     if item.kind == "hub":
-        return {}
+        return {"revision": hub_revision(item)}
     if item.kind == "arrow":
         files = sorted(Path(item.path).rglob("*.arrow"))
         return {"files": {str(p.relative_to(item.path)): file_identity(p) for p in files}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_ds.data.source_text import STREAM_BLOCK
@@ -87,30 +87,60 @@ def read_arrow(item: Input, part: Slice, options: SourceOptions) -> Iterator[Rec
             yield at - part.start, share, check_record({options.key: value}, options)
 
 
-def open_hub(item: Input, options: SourceOptions) -> Any:
-    """The dataset as an iterable of records; nothing is stored."""
+def hub_revision(item: Input) -> str:
+    """The commit of a hub dataset that a run reads, so that a continued run notices another one.
+
+    Raises:
+        DataError: the hub does not answer, or has no such dataset.
+    """
+    import huggingface_hub
+
+    name = _hub_name(item)[0]
+    try:
+        return str(huggingface_hub.HfApi().dataset_info(name).sha)
+    except Exception as error:  # huggingface_hub and the network each have their own
+        raise DataError(f"{item.path} was not found on the hub: {type(error).__name__}: {error}") from None
+
+
+def hub_blocks(
+    number: int, item: Input, options: SourceOptions, is_done: Callable[[int, int], bool]
+) -> Iterator[Block]:
+    """Records as JSON lines, so that they are read like those of any compressed `.jsonl`; nothing is stored."""
+    lines: list[bytes] = []
+    size = at = block = row = 0
+    for record in _stream(item, options):
+        value = {options.key: record[options.key]} if options.key in record else {}
+        lines.append(json.dumps(value).encode() + b"\n")
+        size += len(lines[-1])
+        if size >= STREAM_BLOCK:
+            yield _hub_block(number, block, at, size, row, b"" if is_done(number, block) else b"".join(lines))
+            at, block, row = at + size, block + 1, row + len(lines)
+            lines, size = [], 0
+    if lines:
+        yield _hub_block(number, block, at, size, row, b"".join(lines))
+
+
+def _hub_block(number: int, block: int, at: int, size: int, row: int, data: bytes) -> Block:
+    return Block(number, block, (Slice(number, at, at + size, row),), 0, data)
+
+
+def _hub_name(item: Input) -> tuple[str, str | None]:
+    name, _, config = item.path.removeprefix("hub:").partition(":")
+    return name, config or None
+
+
+def _stream(item: Input, options: SourceOptions) -> Iterator[dict[str, Any]]:
     import datasets
 
-    name, _, config = item.path.removeprefix("hub:").partition(":")
+    name, config = _hub_name(item)
     try:
-        return datasets.load_dataset(name, config or None, split=options.dataset_split, streaming=True)
+        rows = datasets.load_dataset(
+            name, config, split=options.dataset_split, streaming=True, revision=hub_revision(item)
+        )
+        yield from rows
+    except DataError:
+        raise
     except Exception as error:  # datasets, huggingface_hub and the network each have their own
         raise DataError(
             f"{item.path} (split {options.dataset_split!r}) cannot be streamed: {type(error).__name__}: {error}"
         ) from None
-
-
-def hub_blocks(number: int, item: Input, options: SourceOptions) -> Iterator[Block]:
-    """Records as JSON lines, so that they are read like any compressed `.jsonl`."""
-    lines: list[bytes] = []
-    size = at = block = row = 0
-    for record in open_hub(item, options):
-        line = json.dumps({options.key: record[options.key]} if options.key in record else {}).encode() + b"\n"
-        lines.append(line)
-        size += len(line)
-        if size >= STREAM_BLOCK:
-            yield Block(number, block, (Slice(number, at, at + size, row),), 0, b"".join(lines))
-            at, block, row = at + size, block + 1, row + len(lines)
-            lines, size = [], 0
-    if lines:
-        yield Block(number, block, (Slice(number, at, at + size, row),), 0, b"".join(lines))

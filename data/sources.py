@@ -100,7 +100,7 @@ def plan_blocks(
         elif item.kind == "arrow":
             yield from source_tables.plan_arrow(number, item, options, size)
         elif item.kind == "hub":
-            yield from source_tables.hub_blocks(number, item, options)
+            yield from source_tables.hub_blocks(number, item, options, is_done)
         elif item.compression:
             yield from source_text.stream_blocks(number, item, options, is_done)
         else:

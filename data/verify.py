@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from megatron_ds.data import remote
 from megatron_ds.data.cache import cached_json
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.errors import DataError
@@ -53,7 +54,9 @@ def file_identity(path: Path) -> dict[str, Any]:
 
 
 def dataset_identity(dataset: IndexedDataset) -> dict[str, Any]:
-    """Identity of both files; with the inode's change time, which no tool sets back."""
+    """Identity of its files; with the inode's change time, which no tool sets back."""
+    if dataset.remote is not None:
+        return dataset.remote.identity
     paths = {"bin": dataset.bin_path, "idx": dataset.idx_path, MASK_SUFFIX: mask_path(dataset.prefix)}
     return {
         name: {**file_identity(path), "ctime_ns": path.stat().st_ctime_ns}
@@ -96,8 +99,12 @@ def verify(dataset: IndexedDataset, cache_dir: Path | None = None) -> Scan:
 
     def build() -> dict[str, Any]:
         dataset.check_index()
-        found = scan(dataset)
         manifest = read_manifest(dataset.prefix)
+        if dataset.remote is not None and dataset.remote.checked and manifest is not None:
+            # Each byte was or will be compared on arrival: no need to fetch everything now.
+            sums = {name: file["xxh3"] for name, file in manifest["files"].items()}
+            return asdict(Scan(0, manifest["counts"]["max_id"], sums["bin"], sums["idx"], sums.get(MASK_SUFFIX, "")))
+        found = scan(dataset)
         for name, path, digest in (
             ("idx", dataset.idx_path, found.idx_xxh3),
             ("bin", dataset.bin_path, found.bin_xxh3),
@@ -113,6 +120,37 @@ def verify(dataset: IndexedDataset, cache_dir: Path | None = None) -> Scan:
         return asdict(found)
 
     return Scan(**cached_json(scan_path(dataset.prefix), dataset_identity(dataset), build, cache_dir))
+
+
+class ChunkedHash:
+    """xxh3-64 of a stream, and of each of its chunks of :data:`~megatron_ds.data.remote.CHUNK_BYTES`."""
+
+    def __init__(self) -> None:
+        self._whole, self._chunk, self._in_chunk = xxhash.xxh3_64(), xxhash.xxh3_64(), 0
+        self._chunks: list[str] = []
+        self._bytes = 0
+
+    def update(self, content: bytes) -> None:
+        self._whole.update(content)
+        self._bytes += len(content)
+        view = memoryview(content)
+        while view.nbytes:
+            part = view[: remote.CHUNK_BYTES - self._in_chunk]
+            self._chunk.update(part)
+            self._in_chunk += part.nbytes
+            if self._in_chunk == remote.CHUNK_BYTES:
+                self._end_chunk()
+            view = view[part.nbytes :]
+
+    def _end_chunk(self) -> None:
+        self._chunks.append(self._chunk.hexdigest())
+        self._chunk, self._in_chunk = xxhash.xxh3_64(), 0
+
+    def describe(self) -> dict[str, Any]:
+        """``bytes``, ``xxh3`` and ``chunks`` for a manifest. Ends the stream."""
+        if self._in_chunk:
+            self._end_chunk()
+        return {"bytes": self._bytes, "xxh3": self._whole.hexdigest(), "chunks": self._chunks}
 
 
 def scan(dataset: IndexedDataset) -> Scan:

@@ -41,6 +41,10 @@ class PreprocessData:
     """Bad records (invalid JSON, missing key, invalid UTF-8, empty): leave them out and list them, or stop."""
     txt_documents: TxtDocuments = "file"
     """What one document of a .txt is: the file, a line, or a paragraph (blank lines between)."""
+    conversations: bool = False
+    """The value of the key is a list of messages (role and content): learn the assistant's answers alone."""
+    chat_template: str | None = None
+    """How conversations are written: a Jinja file, or chatml. By default the tokenizer's own template."""
     dataset_split: str = "train"
     """Which split of a saved or hub dataset."""
     restart: bool = False
@@ -59,7 +63,8 @@ def main(options: PreprocessData) -> None:
             append_eod=options.append_eod,
             prepend_bos=options.prepend_bos,
             on_error=options.on_error,
-            source=SourceOptions(options.key, options.txt_documents, options.dataset_split),
+            source=SourceOptions(options.key, options.txt_documents, options.dataset_split, options.conversations),
+            chat_template=options.chat_template,
         ),
         options.workers,
         options.restart,

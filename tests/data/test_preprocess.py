@@ -19,7 +19,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ds.data import source_text, sources
+from megatron_ds.data import source_tables, source_text, sources
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.part_writer import PartMaker, PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
@@ -85,6 +85,54 @@ def test_every_kind_of_input_gives_the_same_documents(tmp_path: Path, kind: str)
     manifest = json.loads((tmp_path / "out.manifest.json").read_text())
     assert manifest["counts"]["documents"] == len(TEXTS)
     assert manifest["counts"]["text_bytes"] == manifest["counts"]["tokens"] == sum(len(t.encode()) for t in TEXTS)
+
+
+def test_hub_datasets_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the hub replaced by a function: what is asked of it, blocks, continuation, another revision."""
+    import datasets
+    import huggingface_hub
+
+    asked, revision = [], ["abc"]
+
+    def load_dataset(*arguments: object, **options: object) -> object:
+        asked.append((arguments, options))
+        return iter([{"text": text, "n": i} for i, text in enumerate(TEXTS)] + [{"n": 1}])
+
+    class HfApi:
+        def dataset_info(self, name: str) -> object:
+            if not name.startswith("owner/name"):
+                raise FileNotFoundError(name)
+            return type("Info", (), {"sha": revision[0]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(huggingface_hub, "HfApi", HfApi)
+    monkeypatch.setattr(source_tables, "STREAM_BLOCK", 300)
+    options = PreprocessOptions("bytes", source=SourceOptions(dataset_split="validation"))
+    preprocess(["hub:owner/name:small"], tmp_path / "out", options, 0)
+    assert texts_of(tmp_path / "out") == TEXTS
+    expected = {"split": "validation", "streaming": True, "revision": "abc"}
+    assert asked == [(("owner/name", "small"), expected)]
+    (bad,) = (tmp_path / "out.bad.jsonl").read_text().splitlines()
+    assert json.loads(bad)["line"] == len(TEXTS) + 1
+
+    real = PartMaker.__call__
+
+    def stop_after_first(maker: PartMaker, block: Block, report: Report) -> None:
+        real(maker, block, report)
+        raise Killed
+
+    monkeypatch.setattr(PartMaker, "__call__", stop_after_first)
+    with pytest.raises(Killed):
+        preprocess(["hub:owner/name"], tmp_path / "again", options, 0)
+    monkeypatch.setattr(PartMaker, "__call__", real)
+    revision[0] = "def"
+    with pytest.raises(DataError, match="hub:owner/name: revision was 'abc', is now 'def'"):
+        preprocess(["hub:owner/name"], tmp_path / "again", options, 0)
+    revision[0] = "abc"
+    preprocess(["hub:owner/name"], tmp_path / "again", options, 0)
+    assert texts_of(tmp_path / "again") == TEXTS
+    with pytest.raises(DataError, match="hub:owner/other was not found on the hub: FileNotFoundError"):
+        preprocess(["hub:owner/other"], tmp_path / "other", options, 0)
 
 
 @pytest.mark.parametrize("documents, expected", [
