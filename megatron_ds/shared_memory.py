@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron_ds.mesh import Axis
 
 _PAGE = 4096
+_TAG = 1  # tokens keep out of the way of other transfers between the same ranks
 
 
 class Tokens:
@@ -30,8 +31,8 @@ class Tokens:
     def __init__(self, axis: Axis):
         peers = [(axis.rank + step) % axis.size for step in range(1, axis.size)]
         self._buffers = torch.zeros(2, dtype=torch.uint8)  # kept until the transfers are done
-        self._work = [dist.irecv(self._buffers[:1], group=axis.group, group_src=peer) for peer in peers]
-        self._work += [dist.isend(self._buffers[1:], group=axis.group, group_dst=peer) for peer in peers]
+        self._work = [dist.irecv(self._buffers[:1], group=axis.group, group_src=peer, tag=_TAG) for peer in peers]
+        self._work += [dist.isend(self._buffers[1:], group=axis.group, group_dst=peer, tag=_TAG) for peer in peers]
 
     def wait(self) -> None:
         for work in self._work:
