@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megatron_ds.kernels.dropout import dropout_add, mix
+from megatron_ds.kernels.dropout import keep_mask as keep_mask
 from megatron_ds.shard import spec_of
 
 # Rows of a global tensor drawn from one generator: a shard along dim 0 draws only the blocks it touches, and no more
@@ -90,17 +92,8 @@ class DropoutKeys:
         """``[length, b]`` int32: one hash for each (site, position, sample)."""
         positions = torch.arange(offset, offset + length, device=self.samples.device)
         base = derive_seed(self.seed, "dropout", site) & 0xFFFFFFFF
-        sample_keys = _mix((self.samples ^ base).to(torch.int32) ^ (self.samples >> 32).to(torch.int32))
-        return _mix(sample_keys.unsqueeze(0) ^ _mix(positions.to(torch.int32)).unsqueeze(1))
-
-
-def keep_mask(row_keys: Tensor, columns: Tensor, p: float) -> Tensor:
-    """``[..., len(columns)]`` bool: True where the element is kept, with probability ``1 - p``.
-
-    ``row_keys`` ``[...]`` int32 identifies the row, ``columns`` int64 the element within it.
-    """
-    bits = _mix(row_keys.unsqueeze(-1) + (columns * 0x9E3779B1).to(torch.int32))
-    return (bits & 0x7FFFFFFF) >= round(p * 0x80000000)
+        sample_keys = mix((self.samples ^ base).to(torch.int32) ^ (self.samples >> 32).to(torch.int32))
+        return mix(sample_keys.unsqueeze(0) ^ mix(positions.to(torch.int32)).unsqueeze(1))
 
 
 def dropout(x: Tensor, p: float, keys: DropoutKeys | None, site: int) -> Tensor:
@@ -112,15 +105,14 @@ def dropout(x: Tensor, p: float, keys: DropoutKeys | None, site: int) -> Tensor:
     """
     if keys is None or p == 0.0:
         return x
-    rows = keys.row_keys(site, x.shape[0], keys.position_offset)
-    mask = keep_mask(rows, torch.arange(x.shape[-1], device=x.device), p)
-    return x * (mask.to(x.dtype) / (1.0 - p))
+    return dropout_add(x, None, p, keys_of_rows(x, p, keys, site))
 
 
-def _mix(x: Tensor) -> Tensor:
-    """A bijective scrambling of int32 values ("lowbias32" of C. Wellons' hash prospector search, bias 0.17)."""
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * 0x7FEB352D
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * -2073254261  # 0x846CA68B as int32
-    return x ^ ((x >> 16) & 0xFFFF)
+def add_dropout(x: Tensor, residual: Tensor, p: float, keys: DropoutKeys | None, site: int) -> Tensor:
+    """``residual + dropout(x)``, all ``[s, b, h]``."""
+    return dropout_add(x, residual, p, keys_of_rows(x, p, keys, site))
+
+
+def keys_of_rows(x: Tensor, p: float, keys: DropoutKeys | None, site: int) -> Tensor | None:
+    """``[s, b]`` row keys of a dropout of ``x`` ``[s, b, h]``; None where nothing is dropped."""
+    return None if keys is None or p == 0.0 else keys.row_keys(site, x.shape[0], keys.position_offset)

@@ -26,7 +26,7 @@ from megatron_ds.layers.norm import Norm
 from megatron_ds.layers.position import rotary_frequencies, rotary_table
 from megatron_ds.mesh import Axis
 from megatron_ds.pipeline.stage import LayerCosts, Model, StageSpan
-from megatron_ds.rng import DropoutKeys, dropout, initialize_parameters
+from megatron_ds.rng import DropoutKeys, add_dropout, dropout, initialize_parameters, keys_of_rows
 from megatron_ds.shard import ShardSpec, empty_parameter
 
 MicroBatch = Mapping[str, Tensor]
@@ -101,8 +101,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         attended = self.attention(self.attention_norm(x), inputs)
-        x = x + dropout(attended, self.hidden_dropout, inputs.keys, self.site)
-        return x + dropout(self.mlp(self.mlp_norm(x)), self.hidden_dropout, inputs.keys, self.site + 1)
+        keys = keys_of_rows(attended, self.hidden_dropout, inputs.keys, self.site)
+        normed, x = self.mlp_norm(attended, residual=x, p=self.hidden_dropout, row_keys=keys)
+        return add_dropout(self.mlp(normed), x, self.hidden_dropout, inputs.keys, self.site + 1)
 
 
 class GPT(nn.Module):

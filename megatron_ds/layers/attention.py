@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ds.kernels.causal_attention import causal_attention, is_faster
+from megatron_ds.kernels.rotary import rotary
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.layers.norm import Norm
-from megatron_ds.layers.position import alibi_bias, alibi_slopes, apply_rotary
+from megatron_ds.layers.position import alibi_bias, alibi_slopes
 from megatron_ds.mesh import Axis
 from megatron_ds.rng import DropoutKeys, keep_mask
 
@@ -118,7 +119,7 @@ class SelfAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if inputs.rotary is not None:
-            q, k = apply_rotary(q, *inputs.rotary), apply_rotary(k, *inputs.rotary)
+            q, k = rotary(q, k, *inputs.rotary)
         if self.recompute_core and torch.is_grad_enabled():
             core = checkpoint(self._core, q, k, v, inputs, use_reentrant=False, preserve_rng_state=False)
         else:

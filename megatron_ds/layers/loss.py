@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds import comm
+from megatron_ds.kernels.cross_entropy import CROSS_ENTROPY, logit_gradient, token_statistics
 from megatron_ds.mesh import Axis
 
 # Tokens a chunk are chosen so that a chunk's logits take about this many bytes: small enough to stay near the cache
@@ -100,13 +101,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = max(16, CHUNK_BYTES.get(x.device.type, 16 << 20) // (weight.shape[0] * accumulate.itemsize))
         for start in range(0, x.shape[0], chunk):
             part = slice(start, start + chunk)
-            logits = F.linear(x[part], table).to(accumulate)
+            logits = _logits(x[part], table)
             loss, dz = _chunk(
                 logits,
                 labels[part],
                 mask[part],
                 first,
-                used,
                 vocab_size,
                 tp,
                 label_smoothing,
@@ -156,7 +156,6 @@ def _chunk(
     labels: Tensor,
     mask: Tensor,
     first: int,
-    used: int,
     vocab_size: int,
     tp: Axis,
     label_smoothing: float,
@@ -167,25 +166,12 @@ def _chunk(
 
     ``logits`` ``[t, used]`` of this rank's real rows; ``labels`` and ``mask`` ``[t]``.
     """
-    tokens = logits.shape[0]
     local = labels - first
-    here = (local >= 0) & (local < used)
-    index = local.masked_fill(~here, 0).unsqueeze(1)
-    stats = logits.new_zeros(4, tokens)
-    stats[0].fill_(float("-inf"))
-    if used:
-        torch.amax(logits, dim=1, out=stats[0])
-        stats[2] = logits.gather(1, index).squeeze(1).masked_fill(~here, 0.0)
-        if label_smoothing:
-            stats[3] = logits.sum(dim=1)
-        # From here on the chunk holds exp(z - local max), and finally the gradient.
-        torch.sub(logits, stats[0].unsqueeze(1), out=logits).exp_()
-        stats[1] = logits.sum(dim=1)
-    local_max = stats[0]
+    stats, scratch = token_statistics(logits, local, want_sum=label_smoothing > 0.0)
     if tp.group is None:
         top, total, target, sum_of_logits = stats
     else:
-        everyone = comm.gather_dim0(stats, tp).wait().view(tp.size, 4, tokens)
+        everyone = comm.gather_dim0(stats, tp).wait().view(tp.size, *stats.shape)
         top = everyone[:, 0].amax(dim=0)
         total = (everyone[:, 1] * (everyone[:, 0] - top).exp()).sum(dim=0)
         target, sum_of_logits = everyone[:, 2].sum(dim=0), everyone[:, 3].sum(dim=0)
@@ -196,14 +182,24 @@ def _chunk(
     if z_loss:
         losses = losses + z_loss * lse.square()
     loss = losses.masked_fill(~mask, 0.0).sum()
-    if not want_gradient or not used:
-        return loss, logits if want_gradient else None
-    factor = (local_max - lse).exp()
-    if z_loss:
-        factor = factor * (1.0 + 2.0 * z_loss * lse)
-    factor = factor.masked_fill(~mask, 0.0)
-    gradient = logits.mul_(factor.unsqueeze(1))
-    if label_smoothing:
-        gradient.sub_(mask.to(gradient.dtype).unsqueeze(1) * (label_smoothing / vocab_size))
-    gradient.scatter_add_(1, index, (here & mask).to(gradient.dtype).mul(label_smoothing - 1.0).unsqueeze(1))
+    if not want_gradient:
+        return loss, None
+    gradient = logit_gradient(
+        scratch,
+        stats[0],
+        lse,
+        local,
+        mask,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        vocab_size=vocab_size,
+    )
     return loss, gradient
+
+
+def _logits(x: Tensor, table: Tensor) -> Tensor:
+    """``x @ table.T``, in rows that begin at multiples of 16 elements where a kernel is to load them."""
+    if CROSS_ENTROPY.choose(x) == "reference":
+        return F.linear(x, table)
+    rows = x.new_empty(x.shape[0], -(-table.shape[0] // 16) * 16)
+    return torch.mm(x, table.t(), out=rows[:, : table.shape[0]])

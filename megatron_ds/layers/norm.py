@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_ds.kernels.norm import add_norm, layer_norm, rms_norm
 from megatron_ds.layers.linear import replicated_parameter
 from megatron_ds.mesh import Axis
 
@@ -41,7 +41,12 @@ class Norm(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, p: float = 0.0, row_keys: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The norm of ``x``; with a residual, the norm of ``residual + dropout(x)``, and that sum itself."""
+        if residual is not None:
+            return add_norm(x, residual, self.weight, self.bias, self.eps, kind=self.kind, p=p, row_keys=row_keys)
         if self.kind == "layernorm":
-            return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
-        return F.rms_norm(x, self.shape, self.weight, self.eps)
+            return layer_norm(x, self.weight, self.bias, self.eps)
+        return rms_norm(x, self.weight, self.eps)

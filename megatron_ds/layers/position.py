@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ds.kernels.rotary import rotate_reference
+
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None) -> Tensor:
     """``[d / 2]`` fp32 angles a position (Su et al. 2021, eq. 15).
@@ -37,9 +39,8 @@ def rotary_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> 
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``x`` ``[s, b, n, d]``."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    """Rotate ``x`` ``[s, b, n, d]`` alone; :func:`megatron_ds.kernels.rotary.rotary` turns queries and keys at once."""
+    return rotate_reference(x, cos, sin)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
