@@ -55,7 +55,8 @@ class ZeroOptimizer:
             Repetitions are dropped; frozen ones are left where they are, and only saved.
         shared_over: parameters of which other pipeline stages hold a copy, each with the axis of the ranks that do;
             every rank of the axis must list it at the same position. Their gradients are summed over that axis.
-        shared_memory: let CPU ranks of one host read each other's buffers instead of sending them. Same bits.
+        shared_memory: let CPU ranks of one host read each other's buffers instead of sending them. The sums are the
+            same but for the order in which gloo adds small buckets of three ranks and more.
     """
 
     def __init__(
