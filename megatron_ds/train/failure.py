@@ -13,6 +13,7 @@ import json
 import linecache
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -83,6 +84,7 @@ class Watch:
         self.grace = grace + self.interval
         self.describe: Callable[[], str] = lambda: "starting"
         self._first: FirstFailure | None = None
+        self._has_store = True
         self._place, self._since = Whereabouts(), time.monotonic()
         self._stopped = threading.Event()
         self._concluding = threading.Lock()
@@ -102,6 +104,8 @@ class Watch:
         peer as an account of where every rank was. Each further node says in one line that it stops, and why.
         """
         self._concluding.acquire()  # for good: this process ends
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, at once after a death: let this be said first
         mistake = isinstance(error, MegatronDSError)
         peer = isinstance(error, RuntimeError) and _PEER.search(str(error)) is not None
         text = _plain(error) if peer else str(error) if mistake else f"{type(error).__name__}: {error}"
@@ -115,10 +119,12 @@ class Watch:
             _say(f"error: {error}")
         elif peer:
             self._say_peer(text, own)
-        elif not isinstance(error, KeyboardInterrupt):
+        elif isinstance(error, KeyboardInterrupt):
+            _say("interrupted")
+        else:
             _say(f"rank {self.rank} failed:\n" + "".join(traceback.format_exception(error)).rstrip())
         self._answer(own)
-        if self.rank == 0:
+        if self.rank == 0 and not (peer and first.rank == self.rank):
             self._roll_call()  # the store may live here: stay until the others know
         return 2 if mistake else 130 if isinstance(error, KeyboardInterrupt) else 1
 
@@ -130,7 +136,8 @@ class Watch:
         try:
             return FirstFailure(**json.loads(self.store.compare_set(_FAILED, "", json.dumps(asdict(own)))))
         except Exception:
-            return own if self.rank == 0 or not _PEER.search(text) else _STORE_GONE
+            lost = FirstFailure(0, "gone without a word, it or its torchrun, and the job's store with it")
+            return lost if self.rank > 0 and _PEER.search(text) else own
 
     def _say_stops(self, first: FirstFailure) -> None:
         if self.local_rank == 0:
@@ -187,11 +194,11 @@ class Watch:
         while not self._stopped.wait(self.interval):
             self._look()
             try:
-                if self.store.check([_FAILED]):
+                if self._has_store and self.store.check([_FAILED]):
                     self._first = FirstFailure(**json.loads(self.store.get(_FAILED)))
                     self._answer(replace(self._place, seconds=int(time.monotonic() - self._since)))
             except Exception:
-                self._first = _STORE_GONE
+                self._has_store = False  # no reason to end a run that goes on without it
             if self._first is not None:
                 if self._first.rank != self.rank and not self._stopped.wait(self.grace):
                     self._end(self._first)
@@ -232,9 +239,6 @@ class Watch:
             self._say_stops(first)
         sys.stdout.flush()
         os._exit(1)
-
-
-_STORE_GONE = FirstFailure(0, "gone without a word, it or its torchrun, and the job's store with it")
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
+import os
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 
@@ -18,6 +22,9 @@ from megatron_ds.train.build import Parts
 from megatron_ds.train.callbacks import Callback
 from megatron_ds.train.metrics import Speedometer
 from megatron_ds.train.output import Output
+
+# Seconds within which two SIGINTs are one: under torchrun a Ctrl-C comes from the terminal and from torchrun.
+_ONE_CTRL_C = 1.0
 
 Evaluation = Callable[[], Iterable[Sequence[MicroBatch]]]
 
@@ -173,19 +180,43 @@ class Loop:
 
 @contextlib.contextmanager
 def stop_signals(asked: threading.Event) -> Iterator[None]:
-    """SIGTERM and the first Ctrl-C set the event: finish the step, save, and end well. A second Ctrl-C interrupts."""
+    """SIGTERM and the first Ctrl-C set the event: finish the step, save, and end well. A second Ctrl-C interrupts, even
+    a rank that hangs in a collective, where Python handles no signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    interrupt, heard = threading.Event(), threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and asked.is_set():
-            raise KeyboardInterrupt
         asked.set()
+        if interrupt.is_set():
+            heard.set()
+            raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def listen(receiver: socket.socket) -> None:
+        """Gets the numbers of signals from the C handler as they come, also while the main thread is in C."""
+        first: float | None = None
+        while number := receiver.recv(1):
+            now = time.monotonic()
+            if first is None:
+                first = now
+            elif number[0] == signal.SIGINT and now - first > _ONE_CTRL_C:
+                interrupt.set()
+                _thread.interrupt_main()
+                if not heard.wait(_ONE_CTRL_C):
+                    os._exit(130)
+                return
+
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    with receiver, sender:
+        threading.Thread(target=listen, args=(receiver,), name="signals", daemon=True).start()
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            sender.shutdown(socket.SHUT_RDWR)

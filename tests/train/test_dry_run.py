@@ -1,0 +1,182 @@
+"""The dry run: its bytes are those the real run allocates, its layout is the real one, 16,384 ranks take seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_ds.config import RunConfig, from_dict, load_toml, validate
+from megatron_ds.errors import ConfigError
+from megatron_ds.mesh import Mesh, MeshShape
+from megatron_ds.models.gpt import gpt_model
+from megatron_ds.pipeline.stage import LayerCosts
+from megatron_ds.testing import device_of_rank, run_ranks
+from megatron_ds.train.build import build
+from megatron_ds.train.dry_run import dry_run
+
+LLAMA = {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "tied_embeddings": False}
+
+
+def configuration(
+    mesh: dict[str, int], model: dict[str, Any] | None = None, dtype: str = "fp32", **rest: dict[str, Any]
+) -> RunConfig:
+    sizes = {"num_layers": 5, "hidden_size": 32, "num_heads": 4, "kv_heads": 2, "vocab_size": 61, "vocab_multiple": 8}
+    return from_dict(
+        RunConfig,
+        {
+            "model": {**sizes, **(model or {})},
+            "mesh": mesh,
+            "precision": {"dtype": dtype},
+            "data": {"synthetic": True},
+            **rest,
+            "train": {"steps": 4, "global_batch": 8, "sequence_length": 16, **rest.get("train", {})},
+        },
+        "test",
+    )
+
+
+def allocated(config: RunConfig) -> tuple[dict[str, int], int]:
+    """What a real rank holds: bytes by kind as found in its optimizer, and of all new float tensors that there are.
+
+    The second number knows nothing of the library's own books: it walks the garbage collector's list of objects.
+    """
+    gc.collect()
+    before = {t.untyped_storage().data_ptr() for t in _float_tensors()}
+    world = dist.get_world_size()
+    mesh = Mesh.create(validate(config, world), device_of_rank(dist.get_rank(), world))
+    parts = build(config, mesh, gpt_model(config))
+    buckets = parts.optimizer.buckets
+    found = {
+        "parameters": _bytes(p for stage in parts.stages.values() for p in stage.parameters()),
+        "gradients": _bytes(bucket.gradients.whole for bucket in buckets),
+        "master": _bytes(b.master for b in buckets if b.master.dtype != b.parameters.whole.dtype),
+        "optimizer": _bytes(tensor for bucket in buckets for tensor in bucket.state.values()),
+    }
+    gc.collect()
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _float_tensors()}
+    return found, sum(size for pointer, size in storages.items() if pointer not in before)
+
+
+def _float_tensors() -> list[torch.Tensor]:
+    tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+    return [t for t in tensors if t.is_floating_point() and t.untyped_storage().nbytes() > 0]
+
+
+def _bytes(tensors: Any) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+# By number of ranks. Without replicas every tensor of the process can be counted; replicas share memory.
+ALONE = {
+    1: [configuration({}), configuration({}, dtype="bf16")],
+    2: [
+        configuration({"tp": 2}, LLAMA, "bf16"),
+        configuration({"pp": 2}, LLAMA, "fp16", optimizer={"name": "sgd", "momentum": 0.9}),
+    ],
+    4: [
+        configuration({"tp": 2, "pp": 2}, dtype="fp64", pipeline={"layers_per_stage": [2, 3]}),
+        configuration({"tp": 2, "pp": 2}, {"qk_norm": True, "position": "none"}, zero={"bucket_mb": 0.01}),
+    ],
+}
+REPLICATED = {
+    2: [configuration({"dp": 2}, zero={"stage": 1}), configuration({"dp": 2}, zero={"stage": 0})],
+    4: [
+        configuration({"dp": 4}, dtype="bf16", zero={"stage": 1, "bucket_mb": 0.02}),
+        configuration({"dp": 4}, dtype="bf16", zero={"stage": 0}),
+        configuration({"tp": 2, "dp": 2}, LLAMA, "fp16", zero={"stage": 1}),
+        configuration({"pp": 2, "dp": 2}, dtype="fp64", zero={"stage": 1}),
+        configuration({"pp": 2, "dp": 2}, LLAMA, zero={"stage": 0}, optimizer={"name": "sgd"}),
+    ],
+}
+
+
+def allocated_by_each(configs: list[RunConfig]) -> list[tuple[dict[str, int], int]]:
+    return [allocated(config) for config in configs]
+
+
+@pytest.mark.parametrize("world", ALONE)
+def test_without_replicas_bytes_are_those_of_all_tensors_there_are(world: int) -> None:
+    for rank, results in enumerate(run_ranks(allocated_by_each, world, ALONE[world])):
+        for config, (found, everything) in zip(ALONE[world], results):
+            dry = dry_run(config, gpt_model(config), world, rank)
+            assert dry.bytes == found, config
+            # Besides: AdamW's counts of updates, rotary frequencies, attention slopes.
+            assert dry.total_bytes <= everything <= dry.total_bytes + 2048, config
+            assert dry.total_bytes > 40_000
+
+
+@pytest.mark.parametrize("world", REPLICATED)
+def test_with_replicas_bytes_of_each_kind_are_the_real_ones(world: int) -> None:
+    for rank, results in enumerate(run_ranks(allocated_by_each, world, REPLICATED[world])):
+        for config, (found, _) in zip(REPLICATED[world], results):
+            assert dry_run(config, gpt_model(config), world, rank).bytes == found, config
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_bubble_and_activations_in_flight_are_the_papers(schedule: str) -> None:
+    """Equal stages idle for (p - 1) of m + p - 1 turns; GPipe holds all m micro-batches, 1F1B p - stage of them."""
+    p, m = 4, 16
+    config = configuration({"pp": p}, {"num_layers": 8}, pipeline={"schedule": schedule}, train={"global_batch": m})
+    model = dataclasses.replace(gpt_model(config), costs=LayerCosts(block=3.0))
+    for stage in range(p):
+        dry = dry_run(config, model, p, stage)
+        assert dry.bubble == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
+        assert dry.in_flight == (m if schedule == "gpipe" else p - stage)
+
+
+def test_what_is_printed_is_the_marked_ranks_own_place() -> None:
+    config = configuration({"tp": 2, "pp": 2}, pipeline={"layers_per_stage": [2, 3]})
+    text = str(dry_run(config, gpt_model(config), 8, 6))
+    assert "mesh of 8 ranks: pp=2 x dp=2 x cp=1 x tp=2" in text
+    assert "[6]" in text and text.count("[") == 1
+    assert "rank 6: pp 1, dp 1, cp 0, tp 0" in text
+    assert "stage 1: layers 2 to 4 with head" in text
+    assert "layers a stage: 2 3" in text
+    total = sum(dry_run(config, gpt_model(config), 8, 6).bytes.values())
+    assert f"{total:,} bytes" in text
+
+
+def test_of_a_large_mesh_the_neighbourhood_of_the_rank_is_drawn() -> None:
+    shape = MeshShape(pp=40, dp=128, tp=8)
+    for rank in (0, 8191, 20_000, shape.world_size - 1):
+        drawn = shape.draw(rank)
+        lines = drawn.splitlines()
+        assert drawn.count(f"[{rank}]") == 1
+        assert max(map(len, lines)) < 120 and len(lines) < 25
+        place = shape.coordinates(rank)
+        row = next(line for line in lines if f"[{rank}]" in line)
+        assert row.startswith(f"stage {place['pp']}") and f"dp {place['dp']} " in drawn
+        shown = sum(line.startswith("stage") for line in lines)
+        left_out = sum(int(line.split()[1]) for line in lines if line.startswith("  ..."))
+        assert shown + left_out == shape.pp
+
+
+def test_sixteen_thousand_ranks_take_seconds() -> None:
+    config = load_toml(Path(__file__).parents[2] / "examples" / "configs" / "gpt3-175b.toml")
+    config = config.model_copy(update={"data": config.data.model_copy(update={"synthetic": True})})
+    before = time.process_time()
+    dry = dry_run(config, gpt_model(config), 16_384, 16_383)
+    assert time.process_time() - before < 15  # 1 s on a quiet machine
+    assert dry.shape == MeshShape(pp=16, dp=128, tp=8)
+    # A sixteenth of the layers and an eighth of each, with the last stage's copy of the tied embedding.
+    layer = 12 * 12288**2 // 8
+    assert 6 * layer < dry.local_parameters < 6 * layer * 1.01 + 50304 * 12288 // 8
+
+
+def test_what_the_real_run_would_refuse_is_refused() -> None:
+    config = configuration({"tp": 2})
+    for world, rank, message in ((2, 2, "use 0 to 1"), (3, 0, "world_size=3 cannot be divided"), (2, -1, "--rank -1")):
+        with pytest.raises(ConfigError, match=message):
+            dry_run(config, gpt_model(config), world, rank)
+    with pytest.raises(ConfigError, match="layers_per_stage"):
+        wrong = configuration({"pp": 2}, pipeline={"layers_per_stage": [1, 1]})
+        dry_run(wrong, gpt_model(wrong), 2)
+    assert not dist.is_initialized()
