@@ -161,12 +161,26 @@ def same_ids(corpus: Path, tokenizer: Path, prefix: Path) -> None:
 # --- memory -----------------------------------------------------------------------------------------------------
 
 PEAK = """
-import json, resource, sys
+import os, sys, threading, time
 from megatron_ds.data.part_writer import PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
+def peak(pid):  # of this program alone; ru_maxrss would begin with the size of the process it was forked from
+    lines = open(f"/proc/{pid}/status").read().splitlines()
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), 0.0)
+largest = 0.0
+def watch():
+    global largest
+    while True:
+        for pid in open(f"/proc/self/task/{os.getpid()}/children").read().split():
+            try:
+                largest = max(largest, peak(pid))
+            except OSError:
+                pass
+        time.sleep(0.05)
 if __name__ == "__main__":
+    threading.Thread(target=watch, daemon=True).start()
     preprocess([sys.argv[2]], sys.argv[3], PreprocessOptions(sys.argv[1]))
-    print(*(resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    print(peak(os.getpid()), largest)
 """
 
 
@@ -189,9 +203,7 @@ def memory(folder: Path) -> None:
 # --- index ------------------------------------------------------------------------------------------------------
 
 INDEX = """
-import json, resource, sys, time
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-start = time.perf_counter()
+import json, sys, time
 from megatron_ds.data.gpt_dataset import GPTDataset
 from megatron_ds.data.indexed import IndexedDataset
 imported = time.perf_counter()
@@ -201,8 +213,10 @@ if sys.argv[2] == "check":
 samples = GPTDataset(dataset, 4096, mask_documents=True, reset_positions=True)
 opened = time.perf_counter()
 samples.batch(range(8))
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([opened - imported, time.perf_counter() - opened, (after - before) / 1024, len(samples)]))
+first = time.perf_counter() - opened
+status = open("/proc/self/status").read().splitlines()
+peak = next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
+print(json.dumps([opened - imported, first, peak, len(samples)]))
 """
 
 
@@ -225,7 +239,7 @@ def index(folder: Path, documents: int = 10_000_000, tokens: int = 10_000_000_00
         opened, batch, megabytes, rows = json.loads(done.stdout)
         print(
             f"{name:<36}{opened * 1e3:>8.1f} ms; first 8 samples {batch * 1e3:.1f} ms; "
-            f"{megabytes:.0f} MB resident, libraries included; {rows:,} samples"
+            f"{megabytes:.0f} MB resident at most, libraries included; {rows:,} samples"
         )
 
 

@@ -1,0 +1,60 @@
+"""Blends by split: every part of a dataset in its split alone, in the proportions asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_ds.data.blend_sources import blend_of_splits, splits_of_blends
+from megatron_ds.data.gpt_dataset import GPTDataset, SampleSource
+from megatron_ds.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_ds.data.split import DocumentRange
+from megatron_ds.errors import DataError
+
+S = 4
+
+
+def make(dataset: IndexedDataset, documents: DocumentRange | None, seed: int) -> SampleSource:
+    return GPTDataset(dataset, S, documents, seed)
+
+
+@pytest.fixture
+def prefixes(tmp_path: Path) -> list[str]:
+    for number in range(3):
+        with IndexedDatasetWriter(tmp_path / str(number), "int32") as writer:
+            for document in range(100):
+                writer.add_document(np.arange(20) + document * 20 + number * 10_000)
+    return [str(tmp_path / str(number)) for number in range(3)]
+
+
+def test_one_blend_split_alike(prefixes: list[str]) -> None:
+    weights = [0.5, 0.3, 0.2]
+    found = blend_of_splits(list(zip(weights, prefixes)), "80,20,0", S, 1, make)
+    assert found["test"] is None
+    for name, documents in (("train", range(0, 80)), ("valid", range(80, 100))):
+        source = found[name]
+        assert source is not None
+        tokens = source.batch(range(100))["tokens"]
+        datasets = tokens[:, 0] // 10_000
+        assert np.abs(np.bincount(datasets) - 100 * np.array(weights)).max() < 2
+        assert set((tokens % 10_000 // 20).ravel().tolist()) <= set(documents)
+
+
+def test_a_blend_for_each_split(prefixes: list[str]) -> None:
+    found = splits_of_blends({"train": [(1, prefixes[0]), (3, prefixes[1])], "valid": [(1, prefixes[2])]}, 1, make)
+    assert found["test"] is None and found["train"] is not None and found["valid"] is not None
+    counts = np.bincount(found["train"].batch(range(400))["tokens"][:, 0] // 10_000)
+    assert counts.tolist() == [100, 300]
+    alone = GPTDataset(IndexedDataset(prefixes[2]), S, seed=1)
+    assert (found["valid"].batch(range(20))["tokens"] == alone.batch(range(20))["tokens"]).all()
+
+
+def test_what_is_refused(prefixes: list[str]) -> None:
+    with pytest.raises(DataError, match=r"split 'vaild' is none of train, valid, test; did you mean 'valid'\?"):
+        splits_of_blends({"vaild": [(1, prefixes[0])]}, 1, make)
+    with pytest.raises(DataError, match="is in the blends of both train and valid"):
+        splits_of_blends({"train": [(1, prefixes[0])], "valid": [(1, prefixes[0])]}, 1, make)
+    with pytest.raises(DataError, match="must be positive numbers"):
+        blend_of_splits([(1, prefixes[0]), (0, prefixes[1])], "1", S, 1, make)

@@ -1,0 +1,205 @@
+"""Preprocessing that is stopped, killed or run twice, and inputs that change meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from preprocess_helpers import REPOSITORY, TEXTS, Killed, blocks_of, jsonl, outputs, run
+
+from megatron_ds.data import sources
+from megatron_ds.data.part_writer import PartMaker, PreprocessOptions
+from megatron_ds.data.preprocess import preprocess
+from megatron_ds.data.source_types import Block, SourceOptions
+from megatron_ds.data.workers import Report
+from megatron_ds.errors import DataError
+
+
+def test_any_number_of_workers_writes_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MIN_BLOCK", 200)
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl(TEXTS * 3))
+    run([source], tmp_path / "none", workers=0)
+    run([source], tmp_path / "three", workers=3)
+    assert outputs(tmp_path / "none") == outputs(tmp_path / "three")
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_stopped_at_every_block_and_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool
+) -> None:
+    """In this process: an exception after each number of blocks; blocks that were finished are not made again."""
+    blocks_of(400, monkeypatch)
+    source = tmp_path / ("in.jsonl.gz" if compressed else "in.jsonl")
+    content = jsonl(TEXTS) + b"bad line\n" + jsonl(TEXTS[::-1])
+    source.write_bytes(gzip.compress(content) if compressed else content)
+    run([source], tmp_path / "whole")
+    expected = outputs(tmp_path / "whole")
+    real, made = PartMaker.__call__, []
+
+    for survivors in range(1, 30):
+
+        def killing(maker: PartMaker, block: Block, report: Report, survivors: int = survivors) -> None:
+            if len(made) == survivors:
+                raise Killed
+            real(maker, block, report)
+            made.append(block.name)
+
+        monkeypatch.setattr(PartMaker, "__call__", killing)
+        made.clear()
+        prefix = tmp_path / f"stopped{survivors}"
+        try:
+            preprocess([str(source)], prefix, PreprocessOptions("bytes"), 0)
+        except Killed:
+            assert not prefix.with_suffix(".idx").exists()
+            first = list(made)
+            monkeypatch.setattr(PartMaker, "__call__", lambda m, b, r: (real(m, b, r), made.append(b.name)))
+            run([source], prefix)
+            assert made[: len(first)] == first and len(set(made)) == len(made)
+        assert outputs(prefix) == expected
+        if len(made) == survivors:
+            break
+    else:
+        pytest.fail("never ran to its end")
+
+
+def test_killed_at_random_moments_and_continued(tmp_path: Path) -> None:
+    """The real tool, its whole process group, SIGKILL: while it starts, between and inside blocks, and in the merge."""
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl([f"{i} {t}" * 200 for i in range(40) for t in TEXTS]))  # about 13 MB, 13 blocks
+    run([source], tmp_path / "whole", workers=0)
+    prefix = tmp_path / "killed"
+    command = [sys.executable, str(REPOSITORY / "tools/preprocess_data.py"), "--input", str(source), "--quiet"]
+    command += ["--tokenizer", "bytes", "--output-prefix", str(prefix), "--workers", "2"]
+    draw = random.Random(1)
+    for wanted in (0, 1, 4, 9, 13):  # parts that are there when the signal is sent, or shortly before
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
+        while process.poll() is None and len(list(tmp_path.glob("killed.parts/*-*.json"))) < wanted:
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.01))
+        finished_before = process.poll() is not None
+        assert not (finished_before and wanted < 13), process.communicate()[1].decode()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    assert outputs(prefix) == outputs(tmp_path / "whole")
+
+
+def test_workers_do_not_outlive_their_parent(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl([t * 500 for t in TEXTS * 200]))
+    command = [sys.executable, str(REPOSITORY / "tools/preprocess_data.py"), "--input", str(source), "--quiet"]
+    command += ["--tokenizer", "bytes", "--output-prefix", str(tmp_path / "out"), "--workers", "2"]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("out.parts/*.bin")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        while _group_members(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert _group_members(process.pid) == []
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _group_members(group: int) -> list[int]:
+    members = []
+    for entry in Path("/proc").iterdir():
+        try:
+            state, _, found = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+        except (OSError, ValueError):
+            continue
+        if entry.name.isdigit() and int(found) == group and state != "Z":
+            members.append(int(entry.name))
+    return members
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """(input, prefix) of a run that was stopped after its first block."""
+    blocks_of(300, monkeypatch)
+    source, prefix = tmp_path / "in.jsonl", tmp_path / "out"
+    source.write_bytes(jsonl(TEXTS))
+    real = PartMaker.__call__
+
+    def stop_after_first(maker: PartMaker, block: Block, report: Report) -> None:
+        real(maker, block, report)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartMaker, "__call__", stop_after_first)
+        with pytest.raises(Killed):
+            preprocess([str(source)], prefix, PreprocessOptions("bytes"), 0)
+    return source, prefix
+
+
+def test_a_changed_input_is_noticed(interrupted: tuple[Path, Path]) -> None:
+    source, prefix = interrupted
+    content = source.read_bytes()
+    source.write_bytes(content.replace(b"document 39", b"document XX"))
+    with pytest.raises(DataError, match=r"with other inputs or settings: .*in\.jsonl: (mtime_ns|sampled_xxh3) was"):
+        run([source], prefix)
+    source.write_bytes(content + b"\n")
+    with pytest.raises(DataError, match=r"in\.jsonl: size was \d+, is now"):
+        run([source], prefix)
+    assert run([source], prefix, restart=True) == TEXTS
+
+
+def test_changed_settings_are_noticed(interrupted: tuple[Path, Path]) -> None:
+    source, prefix = interrupted
+    with pytest.raises(DataError, match=r"settings\.append_eod was False, is now True"):
+        run([source], prefix, PreprocessOptions("bytes", append_eod=True))
+    with pytest.raises(DataError, match=r"settings\.source\.key was 'text', is now 'n'"):
+        run([source], prefix, PreprocessOptions("bytes", source=SourceOptions("n")))
+    with pytest.raises(DataError, match=r"inputs had 1 entries, now 2"):
+        run([source, source], prefix)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".len"])
+def test_a_damaged_part_is_made_again(interrupted: tuple[Path, Path], suffix: str) -> None:
+    source, prefix = interrupted
+    (part,) = Path(f"{prefix}.parts").glob(f"*{suffix}")
+    content = bytearray(part.read_bytes())
+    content[0] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(DataError, match=rf"000000-000000\{suffix} is damaged: .* run the same command again"):
+        run([source], prefix)
+    assert run([source], prefix) == TEXTS
+
+
+def test_an_input_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl(TEXTS))
+    real = PartMaker.__call__
+    monkeypatch.setattr(PartMaker, "__call__", lambda *a: (real(*a), source.write_bytes(jsonl(TEXTS[::-1]))))
+    with pytest.raises(DataError, match="an input changed while it was read"):
+        run([source], tmp_path / "out")
+    assert not (tmp_path / "out.idx").exists()
+
+
+def test_two_runs_on_one_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl(TEXTS))
+    real, refused = PartMaker.__call__, []
+
+    def start_another(maker: PartMaker, block: Block, report: Report) -> None:
+        with pytest.raises(DataError, match="another run is writing this dataset"):
+            preprocess([str(source)], tmp_path / "out", PreprocessOptions("bytes"), 0)
+        refused.append(block)
+        real(maker, block, report)
+
+    monkeypatch.setattr(PartMaker, "__call__", start_another)
+    assert run([source], tmp_path / "out") == TEXTS and refused
