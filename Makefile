@@ -11,10 +11,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 test: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test lint format bench bench-gpu constraints clean
+.PHONY: help install train test lint format bench bench-gpu bench-kernels constraints clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "Arguments are passed on with ARGS, e.g. make test ARGS='-k mesh'. Python: make PYTHON=python3.12 install"
 
 install: $(INSTALLED) ## Set up .venv with everything that the other targets need (they do it by themselves)
@@ -40,6 +40,9 @@ bench: $(INSTALLED) ## Measure speed beside the peers on this machine's CPU and 
 
 bench-gpu: $(INSTALLED) ## Measure tokens/s, memory and MFU on one GPU beside a compiled torch loop
 	@$(RUN) tools/benchmark/run_gpu.py $(ARGS)
+
+bench-kernels: $(INSTALLED) ## Check and measure each Triton kernel on a GPU beside eager torch and torch.compile
+	@$(RUN) tools/benchmark/kernels.py $(ARGS)
 
 constraints: ## Renew constraints.txt with the newest releases that pyproject.toml admits (torch and triton keep theirs)
 	@rm -rf build/fresh && $(PYTHON) -m venv build/fresh
