@@ -24,9 +24,9 @@ DType = Literal["float32", "bfloat16", "float16"]
 class ToHf:
     """Write a checkpoint's model as a folder that `transformers` loads."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CHECKPOINT")]]
     """A run's checkpoint directory (its latest is meant) or one step's directory."""
-    output: tyro.conf.Positional[Path]
+    output: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
     """The folder to make; it must not exist or be empty."""
     dtype: DType | None = None
     """Of the exported weights; default: as saved."""
@@ -38,9 +38,9 @@ class ToHf:
 class FromHf:
     """Write a Hugging Face model (safetensors) as checkpoint step-00000000, to train or to evaluate from."""
 
-    model: tyro.conf.Positional[Path]
+    model: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
     """The folder with config.json and the .safetensors files."""
-    output: tyro.conf.Positional[Path]
+    output: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CHECKPOINTS")]]
     """The checkpoint directory; tokenizer files are copied to tokenizer/ in it."""
     dtype: DType | None = None
     """Of the checkpoint's weights; default: as in the model."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 from checkpoint_state import save_virtually
 from hf_models import make
 from safetensors.torch import load_file
@@ -14,17 +16,36 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 
 
-def tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
-    )
+@dataclass(frozen=True)
+class Finished:
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def test_convert_there_and_back(tmp_path: Path) -> None:
+Tool = Callable[..., Finished]
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Tool:
+    """Runs a tool as ``__main__`` with these arguments, in this process: importing torch again takes seconds."""
+
+    def run(name: str, *arguments: object) -> Finished:
+        path = ROOT / "tools" / name
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "160")
+        capsys.readouterr()
+        status = 0
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        return Finished(status, *capsys.readouterr())
+
+    return run
+
+
+def test_convert_there_and_back(tmp_path: Path, tool: Tool) -> None:
     make("llama-gqa").save_pretrained(tmp_path / "hf")
     there = tool("convert.py", "from-hf", tmp_path / "hf", tmp_path / "ours", "--vocab-multiple", "8")
     assert there.returncode == 0, there.stderr
@@ -40,7 +61,7 @@ def test_convert_there_and_back(tmp_path: Path) -> None:
     assert again.stderr.startswith(f"error: {tmp_path / 'back'} exists and is not an empty directory")
 
 
-def test_inspect_lists_and_verifies(tmp_path: Path) -> None:
+def test_inspect_lists_and_verifies(tmp_path: Path, tool: Tool) -> None:
     step = save_virtually(tmp_path, 5, tp=2, zero=2)
     shown = tool("inspect_checkpoint.py", tmp_path, "--kind", "exp_avg", "--meta")
     assert shown.returncode == 0, shown.stderr
