@@ -10,7 +10,9 @@ Every function takes the tokens of a sequence, the tokens along a block's side a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -236,6 +238,24 @@ def bslongformer(
         side.add_rows(chosen)
 
     return _layout(length, block, causal, _same(heads), draw)
+
+
+PATTERNS: Mapping[str, Callable[..., BlockLayout]] = MappingProxyType(
+    {
+        "dense": dense,
+        "fixed": fixed,
+        "variable": variable,
+        "bigbird": bigbird,
+        "bslongformer": bslongformer,
+        "sliding_window": sliding_window,
+    }
+)
+
+
+def parameters_of(name: str) -> set[str]:
+    """The parameters of a layout of :data:`PATTERNS`, besides those that all have."""
+    own = inspect.signature(PATTERNS[name]).parameters.values()
+    return {p.name for p in own if p.kind == p.KEYWORD_ONLY} - {"causal"}
 
 
 def _random_patterns(heads: int, different: bool) -> Tensor:

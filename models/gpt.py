@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ds import comm
 from megatron_ds.config import ModelConfig, RecomputeConfig, RunConfig
+from megatron_ds.config.sparse import sparse_layout
+from megatron_ds.kernels.block_layout import BlockLayout
 from megatron_ds.layers.attention import AttentionInputs, SelfAttention
 from megatron_ds.layers.linear import VocabParallelEmbedding, output_std, replicated_parameter
 from megatron_ds.layers.loss import linear_cross_entropy
@@ -135,6 +137,7 @@ class GPT(nn.Module):
         c = self.config = config
         self.tp, self.span, self.dropout_seed = tp, span, dropout_seed
         self.sequence_parallel = sequence_parallel and tp.size > 1
+        self.layouts: dict[int, BlockLayout] = {}  # of block-sparse attention, by sequence length
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
         where: dict[str, Any] = {"tp": tp, "device": device, "dtype": dtype}
         if span.embedding or (span.head and c.tied_embeddings):
@@ -275,7 +278,17 @@ class GPT(nn.Module):
         if self.training and (self.config.hidden_dropout or self.config.attention_dropout):
             offset = self.tp.rank * (length // self.tp.size) if self.sequence_parallel else 0
             keys = DropoutKeys(self.dropout_seed, micro_batch["sample_index"], offset)
-        return AttentionInputs(positions, rotary, same, keys)
+        return AttentionInputs(positions, rotary, same, keys, self._layout(length, positions.device))
+
+    def _layout(self, length: int, device: torch.device) -> BlockLayout | None:
+        """The blocks that this rank's heads compute: its slice of the whole model's, which knows no mesh."""
+        sparse, heads = self.config.attention.sparse, self.config.num_heads
+        if sparse.mode == "none":
+            return None
+        if length not in self.layouts:
+            local = heads // self.tp.size
+            self.layouts[length] = sparse_layout(sparse, length, heads).of_heads(self.tp.rank * local, local).to(device)
+        return self.layouts[length]
 
     @property
     def shares_embedding(self) -> bool:
@@ -295,13 +308,16 @@ def layer_costs(m: ModelConfig, sequence_length: int) -> LayerCosts:
     """Forward FLOPs a token: 2 a matmul weight, plus ``4 s n d`` for the two attention matmuls a block.
 
     The convention of the PaLM paper (Chowdhery et al. 2022, appendix B): attention counts the full square although
-    it is causal, norms and embedding lookups count nothing. Training costs three times this.
+    it is causal, norms and embedding lookups count nothing. Training costs three times this. Sparse attention counts
+    its live blocks.
     """
     n, g, d, h = m.num_heads, m.groups, m.head_size, m.hidden_size
+    sparse = m.attention.sparse
+    density = 1.0 if sparse.mode == "none" else sparse_layout(sparse, sequence_length, n).density()
     attention = (n + 2 * g) * d * h + n * d * h
     mlp = (3 if m.activation == "swiglu" else 2) * m.ffn_size * h
     return LayerCosts(
-        block=2.0 * (attention + mlp) + 4.0 * sequence_length * n * d,
+        block=2.0 * (attention + mlp) + 4.0 * density * sequence_length * n * d,
         embedding=0.0,
         head=2.0 * m.vocab_size * h,
     )

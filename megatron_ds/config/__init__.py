@@ -8,6 +8,7 @@ names the values and what would work.
 
 from megatron_ds.config.read import from_dict, load_toml, parse, to_toml
 from megatron_ds.config.schema import (
+    AttentionConfig,
     CheckpointConfig,
     DataConfig,
     LogConfig,
@@ -18,12 +19,14 @@ from megatron_ds.config.schema import (
     PrecisionConfig,
     RecomputeConfig,
     RunConfig,
+    SparseAttentionConfig,
     TrainConfig,
     ZeroConfig,
 )
 from megatron_ds.config.validate import divisors, validate
 
 __all__ = [
+    "AttentionConfig",
     "CheckpointConfig",
     "DataConfig",
     "LogConfig",
@@ -34,6 +37,7 @@ __all__ = [
     "PrecisionConfig",
     "RecomputeConfig",
     "RunConfig",
+    "SparseAttentionConfig",
     "TrainConfig",
     "ZeroConfig",
     "divisors",

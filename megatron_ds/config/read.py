@@ -133,7 +133,7 @@ def to_toml(config: RunConfig) -> str:
 
 def _toml(value: Any) -> str:
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+        return "{ " + ", ".join(f"{k} = {_toml(item)}" for k, item in value.items() if item is not None) + " }"
     if isinstance(value, float):
         return repr(value)
     # JSON's strings are TOML's, but for surrogate pairs and a bare DEL.

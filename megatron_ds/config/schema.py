@@ -13,6 +13,50 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
+class SparseAttentionConfig(_Section):
+    """Block-sparse attention: which blocks of the score matrix are computed. The same in every layer.
+
+    The parameters, and their names, are those of DeepSpeed's sparse attention; a mode takes those that its description
+    names and refuses the others. Blocks are counted in units of ``block`` tokens.
+    """
+
+    mode: Literal["none", "dense", "fixed", "variable", "bigbird", "bslongformer", "sliding_window"] = Field(
+        "none", description="none: ordinary attention. dense: every block, to compare with."
+    )
+    block: Literal[16, 32, 64, 128] = Field(64, description="Tokens along a block's side; 64 and 128 suit Hopper.")
+    different_layout_per_head: bool = Field(False, description="variable, bigbird: heads draw random blocks apart.")
+    num_local_blocks: int = Field(4, gt=0, description="fixed: blocks of a local window.")
+    num_global_blocks: int = Field(
+        1,
+        gt=0,
+        description="fixed: blocks that stand for a window. bigbird: first blocks that see all and all see.",
+    )
+    num_different_global_patterns: int = Field(
+        1, gt=0, description="fixed: heads take turns in which blocks of a window stand for it."
+    )
+    local_window_blocks: tuple[int, ...] = Field((4,), description="variable: sizes of the windows; the last repeats.")
+    global_block_indices: tuple[int, ...] = Field((0,), description="variable, bslongformer: blocks that all see.")
+    global_block_end_indices: tuple[int, ...] = Field(
+        (), description="variable, bslongformer: ends of ranges that begin at global_block_indices."
+    )
+    num_random_blocks: int | None = Field(
+        None, ge=0, description="variable, bigbird: random blocks a row of blocks. Default: 0, for bigbird 1."
+    )
+    num_sliding_window_blocks: int = Field(
+        3,
+        gt=0,
+        description="sliding_window, bigbird, bslongformer: width of the band around the diagonal, odd; causal "
+        "attention keeps its lower half.",
+    )
+    seed: int = Field(0, ge=0, description="variable, bigbird: random blocks follow from it, the head and the row.")
+
+
+class AttentionConfig(_Section):
+    """How attention is computed."""
+
+    sparse: SparseAttentionConfig = SparseAttentionConfig()
+
+
 class ModelConfig(_Section):
     """The transformer. One description covers GPT-2, GPT-3, Llama 2/3 and BLOOM."""
 
@@ -53,6 +97,7 @@ class ModelConfig(_Section):
     init_std: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of attention probabilities.")
     hidden_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the embedding and of each block's outputs.")
+    attention: AttentionConfig = AttentionConfig()
 
     @property
     def groups(self) -> int:

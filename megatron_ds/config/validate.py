@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_ds.config.schema import RunConfig
+from megatron_ds.config.sparse import sparse_faults
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import MeshShape
 
@@ -105,6 +106,7 @@ def validate(config: RunConfig, world_size: int) -> MeshShape:
         "data.prefix is not set: give the path of a .bin/.idx pair without its suffix (tools/preprocess_data.py "
         "makes one), or --data.synthetic",
     )
+    faults += sparse_faults(config)
     if faults:
         raise ConfigError("\n".join(faults) if len(faults) == 1 else "".join(f"\n  - {fault}" for fault in faults))
     return shape

@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_ds.errors import ConfigError
+from megatron_ds.kernels.block_layout import BlockLayout
 from megatron_ds.kernels.causal_attention import causal_attention, is_faster
 from megatron_ds.kernels.rotary import rotary
+from megatron_ds.kernels.sparse_attention import sparse_attention
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.layers.norm import Norm
 from megatron_ds.layers.position import alibi_bias, alibi_slopes
@@ -34,12 +37,14 @@ class AttentionInputs:
         rotary: cos and sin ``[s, b, 1, d]``, or None.
         same_document: ``[b, 1, s, s]`` bool, True where query and key are of one document; None: no boundaries.
         keys: dropout keys, None in evaluation.
+        layout: the blocks that this rank's heads compute; None: all. Not with documents, ALiBi or attention dropout.
     """
 
     positions: Tensor
     rotary: tuple[Tensor, Tensor] | None = None
     same_document: Tensor | None = None
     keys: DropoutKeys | None = None
+    layout: BlockLayout | None = None
 
 
 class SelfAttention(nn.Module):
@@ -131,6 +136,15 @@ class SelfAttention(nn.Module):
         s, b, n, d = q.shape
         dropped = self.dropout > 0.0 and inputs.keys is not None
         plain = self.slopes is None and inputs.same_document is None and not dropped
+        if inputs.layout is not None:
+            if not plain:
+                raise ConfigError(
+                    "block-sparse attention has no ALiBi, document masks or attention dropout: a layout is the same "
+                    "for every sample; use rotary or learned positions, no document_ids and attention_dropout=0"
+                )
+            q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+            out = sparse_attention(q, k, v, inputs.layout)
+            return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
         if plain and is_faster(q):
             return causal_attention(q, k, v)
         if self.queries_per_group > 1:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from megatron_ds.kernels import block_patterns as patterns
+from megatron_ds.kernels import registry
 from megatron_ds.kernels.block_layout import BlockLayout, from_mask
-from megatron_ds.kernels.sparse_attention import _flat, reference_backward, reference_forward
+from megatron_ds.kernels.sparse_attention import _flat, reference_backward, reference_forward, sparse_attention
 
 GUARD = 64
 NAMES = ("out", "lse", "dq", "dk", "dv")
@@ -66,7 +67,7 @@ def guarded(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 
 def run(case: Case) -> dict[str, float]:
-    """``[error / tolerance of each result]``; infinite where a result has NaN or a guard was written."""
+    """Error over tolerance of each result; infinite where a result has NaN or a guard was written."""
     from megatron_ds.kernels.triton import sparse_attention as twin
 
     generator = torch.Generator().manual_seed(0)
@@ -108,6 +109,21 @@ def run(case: Case) -> dict[str, float]:
     return result
 
 
+def run_public() -> dict[str, float]:
+    """The op as users call it, with gradients by autograd, on the twin and on the reference."""
+    layout = patterns.bigbird(40, 16, 4, different_layout_per_head=True)
+    found = []
+    for implementation in ("triton", "reference"):
+        generator = torch.Generator().manual_seed(1)
+        q, k, v = (torch.randn(2, heads, 40, 16, generator=generator).requires_grad_() for heads in (4, 2, 2))
+        with registry.use({"sparse_attention": implementation}):
+            out = sparse_attention(q, k, v, layout)
+        found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    return {name: float((a - b).abs().max() / 2e-5) for name, a, b in zip(("out", "dq", "dk", "dv"), *found)}
+
+
 if __name__ == "__main__":
-    names = sys.argv[1:] or list(CASES)
-    json.dump({name: run(CASES[name]) for name in names}, sys.stdout)
+    results = {name: run(CASES[name]) for name in sys.argv[1:] or CASES}
+    if len(sys.argv) == 1:
+        results["the public op"] = run_public()
+    json.dump(results, sys.stdout)

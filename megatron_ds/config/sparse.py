@@ -1,0 +1,55 @@
+"""From the settings of block-sparse attention to its layout, and what does not go together with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_ds.config.schema import RunConfig, SparseAttentionConfig
+from megatron_ds.errors import ConfigError
+from megatron_ds.kernels.block_layout import BlockLayout
+from megatron_ds.kernels.block_patterns import PATTERNS, parameters_of
+
+_SECTION = "model.attention.sparse"
+
+
+def sparse_layout(sparse: SparseAttentionConfig, length: int, heads: int, *, causal: bool = True) -> BlockLayout:
+    """The layout of all heads of the model for sequences of ``length`` tokens, on the CPU."""
+    own = parameters_of(sparse.mode)
+    settings = {name: value for name, value in sparse if name in own and value is not None}
+    return PATTERNS[sparse.mode](length, sparse.block, heads, causal=causal, **settings)
+
+
+def sparse_faults(config: RunConfig) -> Iterator[str]:
+    """Why a GPT cannot be trained with these settings, if it cannot."""
+    m, sparse, length = config.model, config.model.attention.sparse, config.train.sequence_length
+    own = set() if sparse.mode == "none" else parameters_of(sparse.mode) | {"block"}
+    default = SparseAttentionConfig()
+    for name, value in sparse:
+        if name not in (own | {"mode"}) and value != getattr(default, name):
+            takes = f"takes {', '.join(sorted(own))}" if own else "takes no settings; choose another mode"
+            yield f"{_SECTION}.{name}={value} does nothing: mode={sparse.mode!r} {takes}"
+    if sparse.mode == "none":
+        return
+    which = f"with {_SECTION}.mode={sparse.mode!r}"
+    if m.attention_dropout:
+        yield (
+            f"model.attention_dropout={m.attention_dropout} {which}: sparse attention drops no probabilities; use "
+            "model.attention_dropout=0 (model.hidden_dropout works)"
+        )
+    if m.position == "alibi":
+        yield f"model.position='alibi' {which}: sparse attention has no biases; use 'rope', 'learned' or 'none'"
+    if config.data.document_masking:
+        yield (
+            f"data.document_masking {which}: a layout is the same for all samples, documents are not; use "
+            f"--data.no-document-masking, or {_SECTION}.mode='none'"
+        )
+    if length % sparse.block:
+        below, above = length // sparse.block * sparse.block, -(-length // sparse.block) * sparse.block
+        yield (
+            f"train.sequence_length={length} is not a multiple of {_SECTION}.block={sparse.block}; use "
+            f"{f'{below} or ' if below else ''}{above}, or another block"
+        )
+    try:
+        sparse_layout(sparse, length, m.num_heads)
+    except ConfigError as error:
+        yield f"{_SECTION}: {error}"
