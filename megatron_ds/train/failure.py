@@ -50,8 +50,11 @@ class Whereabouts:
 
 @dataclass(frozen=True)
 class FirstFailure:
+    """The rank that failed first, and what of. ``said``: by that rank itself."""
+
     rank: int
     text: str
+    said: bool = True
 
 
 class Watch:
@@ -136,11 +139,11 @@ class Watch:
         try:
             return FirstFailure(**json.loads(self.store.compare_set(_FAILED, "", json.dumps(asdict(own)))))
         except Exception:
-            lost = FirstFailure(0, "gone without a word, it or its torchrun, and the job's store with it")
+            lost = FirstFailure(0, "gone without a word, it or its torchrun, and the job's store with it", said=False)
             return lost if self.rank > 0 and _PEER.search(text) else own
 
     def _say_stops(self, first: FirstFailure) -> None:
-        if self.local_rank == 0:
+        if self.local_rank == 0 or not first.said:
             _say(f"rank {self.rank} stops: rank {first.rank}: {first.text}")
 
     # The roll call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import os
 import signal
@@ -182,7 +181,8 @@ class Loop:
 def stop_signals(asked: threading.Event) -> Iterator[None]:
     """SIGTERM and the first Ctrl-C set the event: finish the step, save, and end well. A second Ctrl-C interrupts, even
     a rank that hangs in a collective, where Python handles no signals."""
-    if threading.current_thread() is not threading.main_thread():
+    main = threading.main_thread()
+    if threading.current_thread() is not main:
         yield
         return
     interrupt, heard = threading.Event(), threading.Event()
@@ -202,7 +202,7 @@ def stop_signals(asked: threading.Event) -> Iterator[None]:
                 first = now
             elif number[0] == signal.SIGINT and now - first > _ONE_CTRL_C:
                 interrupt.set()
-                _thread.interrupt_main()
+                signal.pthread_kill(main.ident or 0, signal.SIGINT)  # the handler may have run before the flag was up
                 if not heard.wait(_ONE_CTRL_C):
                     os._exit(130)
                 return

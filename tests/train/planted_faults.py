@@ -1,0 +1,85 @@
+"""What goes wrong in the ranks of test_launch.py: each is called in a rank's process before it trains."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_ds.train.step import StepResult, TrainStep
+
+
+def at_step(number: int, action: Callable[[], object]) -> None:
+    """Run ``action`` on this rank at the beginning of step ``number``."""
+    real = TrainStep.__call__
+
+    def call(self: TrainStep, micro_batches: Sequence[Any], step: int, stop: bool = False) -> StepResult:
+        if step == number:
+            action()
+        return real(self, micro_batches, step, stop)
+
+    TrainStep.__call__ = call  # type: ignore[method-assign]
+
+
+def raises(rank: int) -> None:
+    def fail() -> None:
+        raise ValueError("a planted fault")
+
+    if rank == 1:
+        at_step(2, fail)
+
+
+def is_killed(rank: int) -> None:
+    if rank == 1:
+        at_step(2, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def rank_0_is_killed(rank: int) -> None:
+    if rank == 0:
+        at_step(2, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def hangs(rank: int) -> None:
+    if rank == 1:
+        at_step(2, sleep_for_ever)
+
+
+def sleep_for_ever() -> None:
+    time.sleep(1000)
+
+
+def is_stopped(rank: int) -> None:
+    """Not even its watching thread answers."""
+    if rank == 1:
+        at_step(2, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def is_slow(rank: int) -> None:
+    """Steps of 50 ms, so that a signal comes while there are steps left."""
+    real = TrainStep.__call__
+
+    def call(self: TrainStep, *arguments: Any) -> StepResult:
+        time.sleep(0.05)
+        return real(self, *arguments)
+
+    TrainStep.__call__ = call  # type: ignore[method-assign]
+
+
+def disk_is_full_from_step_3(rank: int) -> None:
+    """No file of this process grows beyond 64 KB any more: the checkpoint does not fit, the metrics do."""
+    at_step(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY)))
+
+
+def lacks_the_data(rank: int) -> None:
+    """What the other ranks find, this one's machine does not have."""
+    from megatron_ds.data import gpt_sources
+    from megatron_ds.errors import DataError
+
+    def refuse(*arguments: Any, **settings: Any) -> None:
+        raise DataError("no such dataset here")
+
+    if rank == 1:
+        gpt_sources.open_sources = refuse  # type: ignore[assignment]

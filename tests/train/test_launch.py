@@ -1,0 +1,320 @@
+"""Starting and ending a job with real processes: who failed is named, the others end soon, signals save."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import planted_faults
+import pytest
+import torch.distributed as dist
+from started_ranks import ROOT, TINY, started
+
+from megatron_ds.errors import ConfigError
+from megatron_ds.train.failure import Watch
+from megatron_ds.train.launch import Place, clear_launch_environment
+from megatron_ds.train.loop import stop_signals
+
+FOUR = [["--mesh.tp", "2", "--mesh.pp", "2"], ["--mesh.dp", "4"]]
+
+
+def arguments(output: Path, *more: str) -> list[str]:
+    return [*TINY, "--output", str(output), *more]
+
+
+# --- a rank fails -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh", FOUR, ids=["tp-pp", "dp"])
+def test_the_traceback_of_the_rank_that_failed_is_the_only_one(tmp_path: Path, mesh: list[str]) -> None:
+    with started(tmp_path, [arguments(tmp_path / "run", *mesh)] * 4, planted_faults.raises) as ranks:
+        assert ranks.wait() == [1, 1, 1, 1]
+        text = ranks.everything()
+        assert text.count("Traceback") == 1
+        said = ranks.output(1)
+        assert said.startswith("rank 1 failed:\nTraceback") and said.rstrip().endswith("ValueError: a planted fault")
+        # One line a node, from its first rank.
+        assert "rank 0 stops: rank 1: ValueError: a planted fault" in ranks.output(0)
+        assert ranks.output(2) == ranks.output(3) == ""
+
+
+@pytest.mark.parametrize("mesh", FOUR, ids=["tp-pp", "dp"])
+def test_a_killed_rank_is_named_with_the_places_of_the_others(tmp_path: Path, mesh: list[str]) -> None:
+    with started(tmp_path, [arguments(tmp_path / "run", *mesh)] * 4, planted_faults.is_killed) as ranks:
+        assert ranks.wait() == [1, -signal.SIGKILL, 1, 1]
+        text = ranks.everything()
+        assert text.count("lost its connection to another rank") == 1
+        assert "no answer from rank 1: killed" in text
+        for rank in (0, 2, 3):
+            assert text.count(f"  rank {rank}: step 2") == 1
+        assert "Traceback" not in text
+
+
+def test_the_death_of_rank_0_takes_its_store_along_and_ends_the_job(tmp_path: Path) -> None:
+    both = [arguments(tmp_path / "run", "--mesh.tp", "2")] * 2
+    with started(tmp_path, both, planted_faults.rank_0_is_killed) as ranks:
+        assert ranks.wait() == [-signal.SIGKILL, 1]
+        assert "rank 1 stops: rank 0: gone without a word" in ranks.output(1)
+
+
+@pytest.mark.parametrize("fault", [planted_faults.hangs, planted_faults.is_stopped], ids=["hangs", "stopped"])
+def test_a_rank_that_hangs_is_named_with_the_line_it_stands_in(tmp_path: Path, fault: object) -> None:
+    one = arguments(tmp_path / "run", "--mesh.tp", "2", "--timeout", "6")
+    assert callable(fault)
+    with started(tmp_path, [one] * 2, fault) as ranks:
+        if fault is planted_faults.hangs:
+            assert ranks.wait() == [1, 1]
+            assert "rank 1 did not wait for any other and so held them up" in ranks.output(0)
+            assert "rank 1: step 2: train/planted_faults.py" in ranks.output(0)
+            assert "sleep_for_ever" in ranks.output(0)
+            assert "0F0, forward of micro-batch 0 on stage 0" in ranks.output(0)
+        else:
+            ranks.processes[0].join(60)
+            assert ranks.processes[0].exitcode == 1
+            assert "no answer from rank 1: killed" in ranks.output(0)
+        assert "waited 6 s in vain for another rank" in ranks.output(0)
+
+
+def test_a_wait_that_no_backend_ends_is_ended_by_the_watch(tmp_path: Path) -> None:
+    """As under NCCL, whose waits the host cannot leave: the watching thread speaks, and ends the process."""
+    store = dist.FileStore(str(tmp_path / "store"), 2)
+    said, ended = [], threading.Event()
+
+    class Observed(Watch):
+        def _end(self, first: object) -> None:
+            said.append((first, self._place))
+            ended.set()
+            self.stop()
+
+    watch = Observed(store, 0, 2, timeout=0.1, interval=0.02, grace=0.1)
+    watch.describe = lambda: "step 7"
+    watch.start()
+    with pytest.raises(RuntimeError, match="timeout"):
+        dist.HashStore().wait(["never set"], timedelta(seconds=3))  # in C, as a collective
+    assert ended.is_set()
+    first, place = said[0]
+    assert first is None and place.waits
+    assert place.text.startswith("step 7: ") and "test_launch.py" in place.text
+
+
+def test_work_without_a_wait_is_never_ended_however_long() -> None:
+    class Observed(Watch):
+        def _end(self, first: object) -> None:
+            raise AssertionError("ended")
+
+    watch = Observed(dist.HashStore(), 0, 2, timeout=0.05, interval=0.01, grace=0.05)
+    watch.start()
+    until = time.monotonic() + 0.5
+    while time.monotonic() < until:
+        pass
+    assert watch._thread.is_alive()
+    watch.stop()
+
+
+# --- the checks before training ---------------------------------------------------------------------------------
+
+
+def test_ranks_with_different_configurations_end_before_the_first_collective(tmp_path: Path) -> None:
+    one, other = arguments(tmp_path / "run"), arguments(tmp_path / "run", "--optimizer.lr", "0.5")
+    with started(tmp_path, [one, one, other]) as ranks:
+        assert ranks.wait() == [2, 2, 2]
+        text = ranks.everything()
+        assert text.count("error: rank 2 was started with another configuration than rank 0") == 1
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_of_another_world_ends_all(tmp_path: Path) -> None:
+    one = arguments(tmp_path / "run", "--timeout", "20")
+    with started(tmp_path, [one, one], environment=[{}, {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}]) as ranks:
+        assert ranks.wait() == [2, 2]
+        assert "error: rank 1 was started as one of WORLD_SIZE=4 ranks, rank 0 as one of 2" in ranks.everything()
+
+
+def test_what_one_node_alone_lacks_is_said_and_ends_all(tmp_path: Path) -> None:
+    """Rank 1's node does not have the tokenizer that the configuration names: a relative path from elsewhere."""
+    own = arguments(tmp_path / "run", "--data.tokenizer", "bytes", "--model.vocab-size", "300")
+    with started(tmp_path, [own, own], planted_faults.lacks_the_data) as ranks:
+        assert ranks.wait() == [2, 2]
+        assert ranks.everything().count("error: rank 1: no such dataset here") == 1
+
+
+def test_a_rank_that_never_starts_is_missed(tmp_path: Path) -> None:
+    one = arguments(tmp_path / "run", "--timeout", "3")
+    with started(tmp_path, [one], environment=[_environment(0, 2)]) as ranks:
+        assert ranks.wait() == [2]
+        assert "rank 0 of 2 could not join the others at MASTER_ADDR:MASTER_PORT=localhost:" in ranks.output(0)
+        assert "Are all 2 ranks started" in ranks.output(0)
+
+
+def _environment(rank: int, world: int) -> dict[str, str]:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    own = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+    return {**own, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RANK": None}, "lacks RANK; start with torchrun"),
+        ({"MASTER_PORT": None}, "lacks MASTER_PORT; start with torchrun"),
+        ({"RANK": "first"}, "must be numbers.*'first'"),
+        ({"RANK": "2"}, "rank=2, world_size=2.*not one of the ranks"),
+    ],
+)
+def test_half_an_environment_is_refused(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None], message: str
+) -> None:
+    for name, value in {**_environment(1, 2), **changes}.items():
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        Place.from_environment()
+
+
+def test_a_whole_environment_and_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in _environment(1, 2):
+        monkeypatch.delenv(name, raising=False)
+    assert Place.from_environment() == Place(0, 1, 0, 1)
+    for name, value in _environment(1, 2).items():
+        monkeypatch.setenv(name, value)
+    assert Place.from_environment() == Place(1, 2, 1, 2)
+    assert not set(_environment(1, 2)) & set(clear_launch_environment())
+
+
+# --- signals ----------------------------------------------------------------------------------------------------
+
+
+def _losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def _steps_done(output: Path) -> int:
+    path = output / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_to_one_rank_saves_on_all_and_the_rest_gives_the_same_curve(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    steps = ["--train.steps", "12", "--mesh.tp", "2", "--model.hidden-dropout", "0.1"]
+    with started(tmp_path / "a", [arguments(tmp_path / "whole", *steps)] * 2) as ranks:
+        assert ranks.wait() == [0, 0]
+    both = [arguments(tmp_path / "run", *steps, "--checkpoint.resume")] * 2
+    with started(tmp_path / "b", both, planted_faults.is_slow) as ranks:
+        ranks.wait_for(lambda: _steps_done(tmp_path / "run") >= 3)
+        ranks.signal(1, number)
+        assert ranks.wait() == [0, 0]
+        assert "so this run starts from the beginning" in ranks.output(0)
+        stopped = _steps_done(tmp_path / "run")
+        assert 3 <= stopped < 12 and f"asked to stop: saved step {stopped}" in ranks.output(0)
+    with started(tmp_path / "c", both) as ranks:
+        assert ranks.wait() == [0, 0]
+        assert f"resumed from step {stopped} of 12" in ranks.output(0)
+    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
+
+
+def test_a_second_ctrl_c_interrupts_a_rank_that_waits_for_one_that_hangs(tmp_path: Path) -> None:
+    both = [arguments(tmp_path / "run", "--mesh.tp", "2")] * 2
+    with started(tmp_path, both, planted_faults.hangs) as ranks:
+        ranks.wait_for(lambda: _steps_done(tmp_path / "run") >= 1)
+        time.sleep(0.5)
+        ranks.signal(0, signal.SIGINT)
+        time.sleep(1.5)
+        assert ranks.processes[0].is_alive()  # asked to stop: it would, after the step
+        ranks.signal(0, signal.SIGINT)
+        ranks.processes[0].join(20)
+        assert ranks.processes[0].exitcode == 130
+
+
+def test_two_sigints_at_once_are_one_ctrl_c_and_a_later_one_is_the_second() -> None:
+    asked = threading.Event()
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with stop_signals(asked):
+        assert not asked.is_set()
+        for _ in range(2):  # from the terminal and from torchrun
+            os.kill(os.getpid(), signal.SIGINT)
+        assert asked.wait(5)
+        time.sleep(1.1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+# --- under torchrun ---------------------------------------------------------------------------------------------
+
+
+def _torchrun(ranks: int, *own: str) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [sys.executable, *launcher, str(ROOT / "examples" / "pretrain_gpt.py"), *own]
+
+
+def _workers(launcher: int) -> list[int]:
+    """Process ids by rank."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if folder.name.isdigit() and parent == launcher:
+                environment = dict(
+                    pair.split("=", 1) for pair in (folder / "environ").read_text().split("\0") if "=" in pair
+                )
+                found[int(environment["RANK"])] = int(folder.name)
+        except (OSError, ValueError, KeyError, IndexError):
+            continue
+    return [found[rank] for rank in sorted(found)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds torchrun's workers in /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_a_signal_to_a_worker_of_torchrun(tmp_path: Path, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+    command = _torchrun(2, *arguments(run, "--train.steps", "100000"))
+    with (tmp_path / "log").open("w") as log:
+        launcher = subprocess.Popen(command, stdout=log, stderr=log, env=clear_launch_environment())
+    try:
+        until = time.monotonic() + 120
+        while _steps_done(run) < 3:
+            assert launcher.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        start = time.monotonic()
+        os.kill(_workers(launcher.pid)[1], number)
+        code = launcher.wait(60)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    text = (tmp_path / "log").read_text()
+    if number == signal.SIGTERM:
+        assert code == 0, text
+        assert "asked to stop: saved step" in text and (run / "checkpoints" / "latest").exists()
+    else:
+        assert code == 1 and time.monotonic() - start < 60
+        # Ours comes before torchrun's own account.
+        assert 0 < text.index("no answer from rank 1: killed") < text.index("FAILED")
+
+
+def test_an_error_of_the_command_line_is_said_once_under_torchrun(tmp_path: Path) -> None:
+    done = subprocess.run(
+        _torchrun(2, *arguments(tmp_path / "run", "--model.num-layrs", "3")),
+        capture_output=True,
+        text=True,
+        env=clear_launch_environment(),
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert "unknown option --model.num-layrs; did you mean '--model.num-layers'?" in done.stderr
+    assert not (tmp_path / "run").exists()
