@@ -9,7 +9,7 @@ from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.split import split_documents
 from megatron_ds.data.synthetic import SyntheticDataset
 from megatron_ds.data.tokenizers import load_tokenizer
-from megatron_ds.data.verify import check_token_ids
+from megatron_ds.data.verify import check_token_ids, read_manifest
 from megatron_ds.errors import DataError
 
 
@@ -36,10 +36,11 @@ def open_sources(
 
     Raises:
         DataError: a missing or damaged file, a token id or a tokenizer that the model's vocabulary does not hold,
-            or a split too short for one sample.
+            a tokenizer that did not make the dataset, or a split too short for one sample.
     """
-    if tokenizer is not None:
-        entries = load_tokenizer(tokenizer).vocab_size
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    if loaded is not None:
+        entries = loaded.vocab_size
         if entries > vocab_size:
             raise DataError(
                 f"the tokenizer {tokenizer} has {entries} entries, but model.vocab_size={vocab_size}; "
@@ -49,6 +50,13 @@ def open_sources(
         return GPTSources(SyntheticDataset(vocab_size, sequence_length, seed))
     indexed = IndexedDataset(prefix)
     check_token_ids(indexed, vocab_size, "model.vocab_size")
+    made_with = (read_manifest(indexed.prefix) or {}).get("tokenizer")
+    if loaded is not None and made_with is not None and made_with["xxh3"] != loaded.fingerprint:
+        raise DataError(
+            f"{indexed.prefix} was made with the tokenizer {made_with['spec']} ({made_with['xxh3']}), not with "
+            f"{tokenizer} ({loaded.fingerprint}), to which the same ids may be other text; set data.tokenizer to the "
+            "one that made the data, preprocess again with this one, or leave it unset to train without it"
+        )
     ranges = split_documents(indexed, split, sequence_length)
     if ranges["train"] is None:
         raise DataError(f"split={split!r} gives no weight to train; its first number must be positive")

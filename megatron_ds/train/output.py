@@ -89,22 +89,31 @@ class Output:
         Raises:
             ConfigError: another job writes there now, or came first.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             try:
+                self.root.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.root / "lock", wait=False))
             except BlockingIOError:
                 raise ConfigError(
                     f"another job is writing to output={str(self.root)!r} at this moment; wait for it, or choose "
                     "another directory"
                 ) from None
+            except OSError as error:
+                raise ConfigError(f"output={str(self.root)!r} cannot be written: {error}") from None
             self.check(config)  # once more: a job that started together with this one may have been quicker
             yield
 
     def prepare(self, config: RunConfig, steps: int) -> None:
-        """Write the resolved configuration, and forget what was recorded beyond ``steps``."""
-        _replace(self.config, to_toml(config))
-        self.truncate_metrics(steps)
+        """Write the resolved configuration, and forget what was recorded beyond ``steps``.
+
+        Raises:
+            ConfigError: the disk is full, or the like.
+        """
+        try:
+            _replace(self.config, to_toml(config))
+            self.truncate_metrics(steps)
+        except OSError as error:
+            raise ConfigError(f"output={str(self.root)!r} cannot be written: {error}") from None
 
     def truncate_metrics(self, steps: int) -> None:
         """Drop the lines of steps beyond ``steps``, which a resumed run does again, and lines cut off by a crash."""
