@@ -252,13 +252,17 @@ def test_a_file_reads_back_to_the_same_configuration(tmp_path: Path) -> None:
     assert load_toml(tmp_path / "run.toml") == original
 
 
+def with_value(section: BaseModel, path: list[str], value: Any) -> Any:
+    """A copy in which the field at ``path`` has another value, unchecked."""
+    first, *rest = path
+    return section.model_copy(update={first: with_value(getattr(section, first), rest, value) if rest else value})
+
+
 def test_the_fingerprint_depends_on_every_setting() -> None:
     base = RunConfig()
     fingerprints = [base.fingerprint()]
     for key, _ in fields():
-        section, _, name = key.rpartition(".")
-        value = 77 if not section else getattr(base, section).model_copy(update={name: 77})
-        changed = base.model_copy(update={section or name: value})
+        changed = with_value(base, key.split("."), 77)
         with warnings.catch_warnings():  # 77 is not of the field's type: the hash does not mind
             warnings.simplefilter("ignore")
             fingerprints.append(changed.fingerprint())
@@ -338,7 +342,7 @@ def fields(section: type[BaseModel] = RunConfig, prefix: str = "") -> list[tuple
 def test_help_shows_every_field_with_its_description(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "500")
+    monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as left:
         parse(["--help"])
     assert left.value.code == 0
