@@ -1,0 +1,41 @@
+"""The Triton twin compiled for sm_90 as a launch would compile it: tensor cores, no spills, little shared memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from hopper import SHARED_LIMIT, captured
+
+from megatron_ds.kernels import block_patterns as patterns
+from megatron_ds.kernels.sparse_attention import _flat
+from megatron_ds.kernels.triton import sparse_attention as twin
+
+HEADS, GROUPS, BATCH = 16, 4, 2
+# block, head dim, tokens, dtype
+SHAPES = [
+    (64, 64, 65536, torch.bfloat16),
+    (64, 128, 65536, torch.bfloat16),
+    (128, 128, 4000, torch.float16),  # cut short: every access has a mask
+]
+
+
+@pytest.mark.parametrize(("block", "head_dim", "length", "dtype"), SHAPES)
+def test_tensor_cores_and_no_spills(block: int, head_dim: int, length: int, dtype: torch.dtype) -> None:
+    layout = patterns.sliding_window(length, block, HEADS).to("meta")
+    # The memory order of a model: the sequence first, keys and values beside the queries of their group.
+    qkv = torch.empty(length, BATCH, GROUPS, HEADS // GROUPS + 2, head_dim, dtype=dtype, device="meta")
+    q = torch.empty(length, BATCH, HEADS, head_dim, dtype=dtype, device="meta").permute(1, 2, 0, 3)
+    k, v = (qkv[..., i, :].permute(1, 2, 0, 3) for i in (-2, -1))
+    lse = torch.empty(BATCH, HEADS, length, device="meta")
+    with captured() as kernels:
+        twin.forward(q, k, v, _flat(layout), block, 0.1, torch.empty_like(q), lse)
+        results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        twin.backward(q, q, k, v, q, lse, _flat(layout), block, 0.1, *results)
+    assert [kernel.name for kernel in kernels] == ["forward_kernel", "query_kernel", "key_kernel"]
+    for kernel in kernels:
+        assert kernel.count("HGMMA"), f"{kernel.name} does not use the tensor cores of Hopper"
+        assert not kernel.spills, f"{kernel.name}: {kernel.stack} bytes of stack, {kernel.registers} registers"
+        assert kernel.shared <= SHARED_LIMIT, f"{kernel.name}: {kernel.shared} bytes of shared memory"
+        assert kernel.count(r"LDGSTS\S*\.128"), f"{kernel.name} does not copy 16 bytes at a time into shared memory"
