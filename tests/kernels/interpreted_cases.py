@@ -251,10 +251,20 @@ CASES["softmax above the diagonal"] = nothing_above_the_diagonal
 
 
 def cross_entropy(
-    dtype: torch.dtype, tokens: int, columns: int, smoothing: float, z_loss: float, scale: float = 3.0, gap: int = 0
+    dtype: torch.dtype,
+    tokens: int,
+    columns: int,
+    smoothing: float,
+    z_loss: float,
+    scale: float = 3.0,
+    gap: int = 0,
+    rising: bool = False,
 ) -> None:
     logits = normal(tokens, columns + gap, dtype=dtype, scale=scale)[:, :columns]
-    target = torch.randint(-3, columns + 3, (tokens,))
+    if rising:  # every tile has a new maximum
+        logits = logits.sort(dim=1).values
+    # The label is another rank's, on either side; the first, the last, one inside.
+    target = torch.tensor([-1, columns, 0, columns - 1, columns // 2, -(2**40)])[:tokens]
     mask = torch.arange(tokens) % 3 > 0
     canaries = Canaries()
     own = canaries.around(logits)
@@ -266,7 +276,7 @@ def cross_entropy(
             close(name, a, b, 1e-5)
     lse = want[0] + want[1].log()
     options: dict[str, Any] = {"label_smoothing": smoothing, "z_loss": z_loss, "vocab_size": 3 * columns}
-    with registry.use("triton"):
+    with registry.use("triton"), canaries.around_allocations():
         gradient = logit_gradient(scratch, stats[0], lse.float(), target, mask, **options)
     assert gradient.data_ptr() == own.data_ptr(), "the gradient is to be written in place"
     expected = logit_gradient(exact, want[0], lse, target, mask, **options)
@@ -277,10 +287,11 @@ def cross_entropy(
 
 for dtype in DTYPES:
     for columns in (1, 37, 4096, 4133):
-        CASES[f"cross entropy {columns} {dtype}"] = partial(cross_entropy, dtype, 5, columns, 0.1, 0.01)
+        CASES[f"cross entropy {columns} {dtype}"] = partial(cross_entropy, dtype, 6, columns, 0.1, 0.01)
 CASES["cross entropy plain"] = partial(cross_entropy, torch.float32, 5, 37, 0.0, 0.0)
 CASES["cross entropy rows with a gap"] = partial(cross_entropy, torch.float32, 5, 37, 0.1, 0.0, gap=5)
 CASES["cross entropy overflow-prone"] = partial(cross_entropy, torch.float32, 5, 4133, 0.1, 0.0, scale=1e4)
+CASES["cross entropy rising"] = partial(cross_entropy, torch.float32, 5, 4133, 0.1, 0.0, rising=True)
 CASES["cross entropy zero rows"] = partial(cross_entropy, torch.float32, 0, 37, 0.1, 0.0)
 
 
@@ -330,6 +341,7 @@ for dtype in DTYPES:
         CASES[name] = partial(rotary_case, dtype, 8, 8, interleaved, 0, 2, 2)
         CASES[f"{name} partial"] = partial(rotary_case, dtype, 10, 6, interleaved, 2, 1, 1)
 CASES["rotary many heads"] = partial(rotary_case, torch.float32, 4, 4, False, 1, 2, 7)
+CASES["rotary ragged rest"] = partial(rotary_case, torch.float32, 11, 6, False, 0, 2, 1)
 CASES["rotary odd head dim"] = partial(rotary_case, torch.float32, 9, 6, False, 0, 2, 1)
 
 # --- torch.library and torch.compile ----------------------------------------------------------------------------
@@ -367,6 +379,7 @@ def op_check_statistics() -> None:
     torch.library.opcheck(torch.ops.megatron_ds.logit_gradient_.default, given)
 
 
+CASES["opcheck norm alone"] = partial(op_check, "norm", X.clone(), None, None, W.clone(), None, 1e-5, 0.0, True)
 CASES["opcheck cross entropy"] = op_check_statistics
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 NO_TRITON = "" if importlib.util.find_spec("triton") else "Triton is not installed: pip install triton"
 
-CANARY_ELEMENTS = 64
+CANARY_ELEMENTS = 256
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
@@ -56,10 +56,12 @@ def main(file: str) -> None:
 
 
 class Canaries:
-    """Buffers with NaN before and after: a store outside changes them, a load outside shows in the result."""
+    """Buffers with NaN before and after: a store there changes them, and no kernel may load from there either, not
+    even what it does not use: on a GPU that is an illegal address, sooner or later."""
 
     def __init__(self) -> None:
         self.buffers: list[tuple[Tensor, Tensor]] = []
+        self.zones: list[tuple[int, int]] = []  # addresses of the canaries
 
     def around(self, x: Tensor) -> Tensor:
         """A copy of ``x`` with its strides, in such a buffer; gaps between its elements are NaN too."""
@@ -80,6 +82,8 @@ class Canaries:
         outside = torch.ones(buffer.shape, dtype=torch.bool)
         outside.as_strided(view.shape, view.stride(), CANARY_ELEMENTS).fill_(False)
         self.buffers.append((buffer, outside))
+        size, start, end = buffer.element_size(), buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes
+        self.zones += [(start, start + CANARY_ELEMENTS * size), (end - CANARY_ELEMENTS * size, end)]
 
     def check(self) -> None:
         for buffer, outside in self.buffers:
@@ -101,8 +105,24 @@ class Canaries:
             self._keep(buffer, view)
             return view
 
+        def guarded(access: Callable[..., Any], mask_at: int) -> Callable[..., Any]:
+            def wrapper(builder: Any, pointers: Any, *arguments: Any) -> Any:
+                touched = pointers.data[arguments[mask_at].data]
+                for start, end in self.zones:
+                    outside = (touched >= start) & (touched < end)
+                    assert not outside.any(), f"{access.__name__}: {outside.sum()} elements outside of their buffer"
+                return access(builder, pointers, *arguments)
+
+            return wrapper
+
+        from triton.runtime.interpreter import InterpreterBuilder as Builder
+
         original = Tensor.new_empty
-        with patch.object(Tensor, "new_empty", new_empty):
+        with (
+            patch.object(Tensor, "new_empty", new_empty),
+            patch.object(Builder, "create_masked_load", guarded(Builder.create_masked_load, 0)),
+            patch.object(Builder, "create_masked_store", guarded(Builder.create_masked_store, 1)),
+        ):
             yield
 
 

@@ -1,0 +1,36 @@
+"""A block's fused seams against the sum of their parts: which dropout falls where, and on what the norms stand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ds.config import ModelConfig
+from megatron_ds.layers.attention import AttentionInputs
+from megatron_ds.models.gpt import GPT, Block
+from megatron_ds.rng import DropoutKeys, keep_mask
+
+
+@pytest.mark.parametrize("settings", [{}, {"norm": "rmsnorm", "activation": "swiglu"}], ids=str)
+def test_a_block_with_dropout_is_the_sum_of_its_parts(settings: dict[str, Any]) -> None:
+    config = ModelConfig(num_layers=2, hidden_size=8, num_heads=2, vocab_size=20, hidden_dropout=0.4, **settings)
+    model = GPT(config, dtype=torch.float64)
+    model.initialize(1)
+    block = model.layers["1"]
+    assert isinstance(block, Block)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 2, 8, generator=generator, dtype=torch.float64)
+    keys = DropoutKeys(7, torch.tensor([11, 12]))
+    inputs = AttentionInputs(torch.arange(5).unsqueeze(1).expand(5, 2), keys=keys)
+
+    def dropped(y: torch.Tensor, site: int) -> torch.Tensor:
+        kept = keep_mask(keys.row_keys(site, 5, 0), torch.arange(8), 0.4)
+        assert 0 < kept.sum() < kept.numel()
+        return torch.where(kept, y / 0.6, 0.0)
+
+    # The second block: sites 4 (attention), 5 (MLP) and 6 (probabilities) follow the embedding's 0 and the first's 3.
+    first = x + dropped(block.attention(block.attention_norm(x), inputs), 4)
+    want = first + dropped(block.mlp(block.mlp_norm(first)), 5)
+    torch.testing.assert_close(block(x, inputs), want, rtol=0, atol=1e-13)
