@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_ds.errors import DataError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def read_losses(output: str | Path) -> list[float]:
     """The loss of every step of the run in directory ``output``, the first step first.
 
     Raises:
-        DataError: no metrics, or steps missing in between.
+        DataError: no metrics, a damaged line, or steps missing in between.
     """
     path = Path(output) / "metrics.jsonl"
+    lines: list[dict[str, Any]] = []
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for text in path.read_text().splitlines():
+            lines.append(json.loads(text))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; is {output} the output directory of a run?") from None
+    except ValueError as error:
+        raise DataError(
+            f"{path}, line {len(lines) + 1} is damaged ({error}); resuming the run drops a line that a crash cut off"
+        ) from None
     steps = [line["step"] for line in lines]
     if steps != list(range(1, len(steps) + 1)):
         raise DataError(f"{path} does not hold steps 1 to {len(steps)} in order; the run's metrics are damaged")
@@ -28,33 +38,31 @@ def read_losses(output: str | Path) -> list[float]:
 
 
 def largest_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, int]:
-    """The largest absolute difference of two loss curves and the step (from 1) where it is."""
+    """The largest absolute difference of two loss curves and the step (from 1) where it is; infinite at a NaN."""
     if len(a) != len(b) or not a:
         raise DataError(f"the runs have {len(a)} and {len(b)} steps; only curves of the same length can be compared")
-    difference, at = max((abs(x - y), i) for i, (x, y) in enumerate(zip(a, b)))
-    return difference, at + 1
+    differences = [math.inf if math.isnan(x - y) else abs(x - y) for x, y in zip(a, b)]
+    largest = max(differences)
+    return largest, differences.index(largest) + 1
 
 
 def plot_losses(curves: Mapping[str, Sequence[float]], path: str | Path, title: str) -> None:
     """Loss over steps as a PNG; where there are two curves, their difference below on a logarithmic axis."""
-    import matplotlib
+    figure = draw_losses(curves, title)
+    figure.savefig(path, dpi=110)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+
+def draw_losses(curves: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """The picture of :func:`plot_losses` as a figure of matplotlib."""
+    from matplotlib.figure import Figure
 
     two = len(curves) == 2
-    figure, axes = plt.subplots(
-        2 if two else 1,
-        1,
-        figsize=(9, 6 if two else 4),
-        sharex=True,
-        squeeze=False,
-        height_ratios=[3, 1] if two else [1],
-    )
-    styles: list[dict[str, Any]] = [
-        {"linewidth": 3.5, "alpha": 0.45},
-        {"linewidth": 1.2, "color": "black", "linestyle": "--"},
-    ]
+    figure = Figure(figsize=(9, 6 if two else 4))
+    axes = figure.subplots(2 if two else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 1] if two else [1])
+    # Two curves that should be one: the second thin and dashed on top of the first.
+    styles: list[dict[str, Any]] = [{"linewidth": 1.2} for _ in curves]
+    if two:
+        styles = [{"linewidth": 3.5, "alpha": 0.45}, {"linewidth": 1.2, "color": "black", "linestyle": "--"}]
     for (name, losses), style in zip(curves.items(), styles):
         axes[0][0].plot(range(1, len(losses) + 1), losses, label=name, **style)
     axes[0][0].set_ylabel("loss (nats a token)")
@@ -63,10 +71,10 @@ def plot_losses(curves: Mapping[str, Sequence[float]], path: str | Path, title: 
     axes[0][0].grid(alpha=0.3)
     if two:
         a, b = curves.values()
-        axes[1][0].semilogy(range(1, len(a) + 1), [max(abs(x - y), 1e-12) for x, y in zip(a, b)], linewidth=1)
+        steps = min(len(a), len(b))
+        axes[1][0].semilogy(range(1, steps + 1), [max(abs(x - y), 1e-12) for x, y in zip(a, b)], linewidth=1)
         axes[1][0].set_ylabel("|difference|")
         axes[1][0].grid(alpha=0.3)
     axes[-1][0].set_xlabel("step")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return figure

@@ -1,0 +1,144 @@
+"""What is recorded around the steps: TensorBoard, metrics, speed; and what a full disk does to them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from started_ranks import TINY, pretrain_gpt
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_ds.mesh import Mesh
+from megatron_ds.train.callbacks import MetricsFile, ProgressBar, TensorBoard
+from megatron_ds.train.launch import run_main
+from megatron_ds.train.metrics import Speedometer, peak_memory_bytes, peak_tflops
+from megatron_ds.train.step import StepResult
+
+NAMES = {
+    *("train/loss", "train/learning_rate", "train/gradient_norm", "train/loss_scale", "train/skipped_steps"),
+    *("speed/tokens_per_s", "speed/tflops_per_rank", "speed/mfu", "memory/peak_gb", "valid/loss"),
+}
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of every scalar that TensorBoard would show."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def result(loss: float = 1.0, skipped: bool = False) -> StepResult:
+    return StepResult(loss, 2.0, 1e-3, 64, 1.0, skipped, False)
+
+
+def test_tensorboard_holds_every_named_value_of_a_run_and_of_its_continuation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = [a for a in TINY if a != "--log.no-tensorboard"] + ["--log.peak-tflops", "0.5", "--train.eval-every", "2"]
+    from megatron_ds.data.indexed import IndexedDatasetWriter
+
+    with IndexedDatasetWriter(tmp_path / "text", "uint16") as writer:
+        for document in range(40):
+            writer.add_document([(document * 7 + i) % 61 for i in range(30)])
+    common += ["--data.no-synthetic", "--data.prefix", str(tmp_path / "text"), "--data.split", "3,1"]
+    for more in (["--train.steps", "4"], ["--train.steps", "6", "--checkpoint.resume"]):
+        output = ["--output", str(tmp_path / "run")]
+        monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", *common, *more, *output])
+        assert run_main(pretrain_gpt().main) == 0
+    shown = scalars(tmp_path / "run" / "tensorboard")
+    assert shown.keys() == NAMES
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for tag, key in (("train/loss", "loss"), ("train/gradient_norm", "grad_norm"), ("speed/mfu", "mfu")):
+        assert [step for step, _ in shown[tag]] == [1, 2, 3, 4, 5, 6]
+        assert [value for _, value in shown[tag]] == pytest.approx([line[key] for line in lines], rel=1e-6)
+    assert [step for step, _ in shown["valid/loss"]] == [2, 4, 6]
+    for line in lines:
+        assert line["tokens"] == 4 * 8
+        assert line["mfu"] == pytest.approx(line["tflops_per_rank"] / 0.5)
+    assert 0.05 < shown["memory/peak_gb"][0][1] < 64
+    # The learning rate goes on where it was: cosine over 4 steps, then over 6.
+    assert all(line["learning_rate"] < 3e-4 for line in lines)
+
+
+def test_skipped_steps_are_counted_over_resumes_and_between_the_points(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path, Mesh.single(), every=2)
+    board.on_start(10, 16, skipped=3)
+    for step, skipped in ((11, True), (12, True), (13, False), (14, True)):
+        board.on_step(step, result(skipped=skipped), {"tokens_per_s": 1.0})
+    board.on_end()
+    assert scalars(tmp_path)["train/skipped_steps"] == [(12, 5.0), (14, 6.0)]
+
+
+@contextlib.contextmanager
+def files_end_at(size: int) -> Iterator[None]:
+    """No file of this process may grow beyond ``size`` bytes: what a full disk does to a writer."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_never_leaves_half_a_line_and_loses_none(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.on_start(0, 10, 0)
+    file.on_step(1, result(), {})
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    with files_end_at(size + size // 2):
+        for step in (2, 3):
+            file.on_step(step, result(), {})
+            assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+            assert (tmp_path / "metrics.jsonl").stat().st_size == size
+    file.on_step(4, result(), {})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_directory_that_cannot_be_written_is_an_error_at_the_start(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="absent"):
+        MetricsFile(tmp_path / "absent" / "metrics.jsonl").on_start(0, 10, 0)
+
+
+def test_the_progress_bar_shows_loss_speed_and_skipped_steps(capfd: pytest.CaptureFixture[str]) -> None:
+    bar = ProgressBar()
+    bar.on_start(2, 4, 0)
+    bar.on_step(3, result(1.25), {"tokens_per_s": 12345.6})
+    bar.on_evaluation(3, 0.5)
+    bar.on_step(4, result(skipped=True), {"tokens_per_s": 1.0})
+    bar.on_end()
+    shown = capfd.readouterr().err
+    assert "2/4" in shown and "4/4" in shown and "SKIPPED" in shown
+    assert "step 3: validation loss 0.5000" in shown
+
+
+def test_speed_is_tokens_over_time_and_flops_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    speed = Speedometer(flops_per_token=6e6, ranks=4, peak=0.5)
+    speed.add(1000)
+    speed.add(1000)
+    clock[0] += 0.004
+    assert speed.read() == pytest.approx({"tokens_per_s": 5e5, "tflops_per_rank": 0.75, "mfu": 1.5})
+    speed.add(100)
+    clock[0] += 50.0  # an evaluation, say
+    speed.restart()
+    speed.add(300)
+    clock[0] += 3.0
+    assert speed.read()["tokens_per_s"] == pytest.approx(100.0)
+    assert "mfu" not in Speedometer(1.0, 1, None).read()
+
+
+def test_memory_and_peak_of_a_cpu() -> None:
+    assert peak_tflops(torch.device("cpu")) is None
+    before = peak_memory_bytes(torch.device("cpu"))
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    assert before >= 0.9 * pages * os.sysconf("SC_PAGE_SIZE")
+    block = torch.ones(300 << 18)  # 300 MB, touched
+    assert peak_memory_bytes(torch.device("cpu")) >= pages * os.sysconf("SC_PAGE_SIZE") + block.nbytes * 0.9
