@@ -24,7 +24,7 @@ from torch import Tensor
 
 NO_TRITON = "" if importlib.util.find_spec("triton") else "Triton is not installed: pip install triton"
 
-CANARY_ELEMENTS = 256
+CANARY_ELEMENTS = 4096
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
