@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -224,3 +226,17 @@ def test_settings_read_back_from_files_and_from_the_command_line(tmp_path: Path)
 def test_the_defaults_of_a_mode_are_the_layouts_own() -> None:
     variable = sparse_layout(config({"mode": "variable"}).model.attention.sparse, 1024, 1)
     assert int(variable.live_blocks()[0]) == 16 * 17 // 2 - 6 * 16 + 12, "windows of 4, column 0, nothing at random"
+
+
+def test_the_example_is_a_legal_run_of_a_long_sequence(tmp_path: Path) -> None:
+    echo = tmp_path / "python"
+    echo.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    echo.chmod(0o755)
+    root = Path(__file__).parent.parent.parent
+    command = ["bash", str(root / "examples" / "long_sequence.sh"), "--train.steps", "3"]
+    shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": str(echo)}, check=True)
+    program, *arguments = shown.stdout.splitlines()
+    assert program == str(root / "examples" / "pretrain_gpt.py")
+    run = parse(arguments)
+    validate(run, 1)
+    assert (run.train.sequence_length, run.train.steps, run.model.attention.sparse.mode) == (8192, 3, "bigbird")
