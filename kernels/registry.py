@@ -33,7 +33,7 @@ from megatron_ds.errors import ConfigError, nearest
 NAMESPACE = "megatron_ds"
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 # Where the ops are defined; `report` and `use` know an op by its module's Op objects.
-MODULES = ("norm", "dropout", "activation", "softmax", "cross_entropy", "rotary")
+MODULES = ("norm", "dropout", "activation", "softmax", "cross_entropy", "rotary", "sparse_attention")
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,15 @@ class Op:
         wanted = _SELECTION.wanted(self.name)
         if wanted == "reference" or (wanted == "auto" and (x.device.type != "cuda" or x.dtype not in self.dtypes)):
             return "reference"
-        if x.dtype not in self.dtypes:
-            known = ", ".join(str(dtype) for dtype in self.dtypes)
-            raise ConfigError(
-                f"kernels.{self.name}='triton' cannot compute in {x.dtype}: it has {known}; use 'auto' or 'reference'"
-            )
+        self.check_dtype(x.dtype)
         return "triton"
+
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        if dtype not in self.dtypes:
+            known = ", ".join(str(known) for known in self.dtypes)
+            raise ConfigError(
+                f"kernels.{self.name}='triton' cannot compute in {dtype}: it has {known}; use 'auto' or 'reference'"
+            )
 
     def load(self, x: Tensor) -> ModuleType:
         """The twin's module, imported now; ``x`` is what it is to compute on."""
@@ -153,9 +156,17 @@ def report(device: torch.device | str, dtype: torch.dtype) -> list[Choice]:
     return choices
 
 
+def check_runnable(device: torch.device | str, dtype: torch.dtype) -> None:
+    """Raise ConfigError, before anything runs, where an op's choice for such tensors cannot run."""
+    for op, choice in zip(all_ops(), report(device, dtype), strict=True):
+        if choice.implementation == "triton":
+            op.check_dtype(dtype)
+            load_twin(op.name, op.twin, torch.device(device).type)
+
+
 def load_twin(op: str, twin: str, device_type: str) -> ModuleType:
     """Import ``megatron_ds.kernels.triton.<twin>``; ConfigError where it cannot run on such a device."""
-    way_out = f"choose the plain-torch one with kernels.{op}='reference'"
+    way_out = "choose plain torch: kernels='reference'"
     try:
         triton = importlib.import_module("triton")
     except ModuleNotFoundError as error:

@@ -260,6 +260,9 @@ class RunConfig(_Section):
     seed: int = Field(1234, ge=0, description="Initial weights, sample order and dropout follow from it.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where every local rank has a GPU.")
     compile: bool = Field(False, description="torch.compile each block.")
+    kernels: Literal["auto", "reference", "triton"] = Field(
+        "auto", description="Fused ops: auto is Triton on CUDA (not in fp64); reference is plain torch."
+    )
     threads: int | None = Field(None, gt=0, description="CPU threads a rank. Default: cores / local ranks.")
     timeout: float = Field(600.0, gt=0, description="Seconds a collective may take before the job is stopped.")
     model: ModelConfig = ModelConfig()

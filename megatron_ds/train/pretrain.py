@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from megatron_ds.config import RunConfig, validate
 from megatron_ds.data.gpt_sources import GPTSources
 from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
+from megatron_ds.kernels import registry
 from megatron_ds.mesh import Mesh
 from megatron_ds.pipeline.stage import Model
-from megatron_ds.train.build import build, num_micro_batches
+from megatron_ds.train.build import DTYPES, build, num_micro_batches
 from megatron_ds.train.callbacks import default_callbacks
 from megatron_ds.train.launch import Place, job, keep_freed_memory, set_threads
 from megatron_ds.train.loop import Evaluation, Loop
@@ -33,6 +34,8 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
         with ranks.checking(config.fingerprint()):
             device = place.device(config.device)
             shape = validate(config, place.world_size)
+            stack.enter_context(registry.use(config.kernels))
+            registry.check_runnable(device, DTYPES[config.precision.dtype])
             changes = output.check(config)
             sources = open_sources(config)
         set_threads(place, config.threads)
@@ -43,6 +46,8 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
         if mesh.rank == 0:
             stack.enter_context(output.owned(config))
             print(mesh, flush=True)
+            if device.type == "cuda" or config.kernels != "auto":
+                print("kernels:", *registry.report(device, DTYPES[config.precision.dtype]), sep="\n  ", flush=True)
         parts = build(config, mesh, model)
         loader = BatchLoader(
             sources.train,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +95,29 @@ def test_what_cannot_run_is_an_error_and_no_fallback() -> None:
         layer_norm(x, w, w, 1e-5)
 
 
+def test_a_run_is_refused_before_it_starts() -> None:
+    registry.check_runnable("cpu", torch.float64)
+    registry.check_runnable("cpu", torch.bfloat16)
+    with use("reference"):
+        registry.check_runnable("cuda", torch.bfloat16)
+    with use("triton"):
+        with pytest.raises(ConfigError, match=r"cannot compute in torch\.float64"):
+            registry.check_runnable("cuda", torch.float64)
+        with pytest.raises(ConfigError, match=r"TRITON_INTERPRET=1|needs Triton"):
+            registry.check_runnable("cpu", torch.float32)
+
+
+def test_the_configuration_chooses(tmp_path: Path) -> None:
+    """``kernels = "triton"`` reaches the ops of a run, which is refused on a CPU before it makes anything."""
+    script = Path(__file__).parents[2] / "examples" / "pretrain_gpt.py"
+    sizes = "--data.synthetic --model.num-layers 1 --model.hidden-size 16 --model.num-heads 2 --train.sequence-length 8"
+    command = [sys.executable, str(script), *sizes.split(), "--device", "cpu", "--output", str(tmp_path / "run")]
+    done = subprocess.run([*command, "--kernels", "triton"], capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("error: kernels.norm='triton' "), done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None  # an import of it raises ModuleNotFoundError
@@ -118,8 +142,7 @@ def test_without_triton_the_references_run_and_the_twins_say_what_to_do() -> Non
     lines = done.stdout.splitlines()
     assert lines[0].startswith("norm: triton")
     assert lines[1] == (
-        "kernels.norm='triton' needs Triton: pip install triton, or choose the plain-torch one with "
-        "kernels.norm='reference'"
+        "kernels.norm='triton' needs Triton: pip install triton, or choose plain torch: kernels='reference'"
     )
 
 
