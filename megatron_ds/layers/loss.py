@@ -151,6 +151,77 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (pending.wait() if pending is not None else None, grad_weight, *[None] * 10)
 
 
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor | None = None,
+    *,
+    vocab_size: int,
+    tp: Axis,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """The same loss of logits that are there already; **they are overwritten** (by their gradient, if one is wanted).
+
+    Args:
+        logits: ``[..., v / tp]``, this rank's columns of the padded vocabulary, contiguous.
+        labels: ``[...]`` int64; ``ignore_index`` where the token does not count.
+        loss_mask: ``[...]`` bool, True where the token counts; default: by ``ignore_index`` alone.
+        vocab_size: real tokens; columns of the global vocabulary beyond it are padding.
+
+    Returns:
+        The sum over the tokens that count, as :func:`linear_cross_entropy`.
+    """
+    if not logits.is_contiguous():
+        raise ValueError(f"logits of strides {logits.stride()} cannot be overwritten row by row; use .contiguous()")
+    counts = labels != ignore_index
+    mask = counts if loss_mask is None else counts & loss_mask
+    options = (vocab_size, tp, label_smoothing, z_loss, torch.is_grad_enabled())
+    return _CrossEntropy.apply(logits, labels, mask, *options)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        vocab_size: int,
+        tp: Axis,
+        label_smoothing: float,
+        z_loss: float,
+        grad_enabled: bool,
+    ) -> Tensor:
+        first = tp.rank * logits.shape[-1]
+        used = min(max(vocab_size - first, 0), logits.shape[-1])
+        rows = logits.detach().view(-1, logits.shape[-1])
+        loss, gradient = _chunk(
+            rows[:, :used],
+            labels.reshape(-1),
+            mask.reshape(-1),
+            first,
+            vocab_size,
+            tp,
+            label_smoothing,
+            z_loss,
+            want_gradient=grad_enabled and ctx.needs_input_grad[0],
+        )
+        if gradient is not None:
+            # In half precision the reference computes in fp32 beside the logits; a kernel has left it here already.
+            if gradient.data_ptr() != rows.data_ptr():
+                rows[:, :used].copy_(gradient)
+            rows[:, used:].zero_()
+            ctx.save_for_backward(rows.view(logits.shape))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0], *[None] * 7
+
+
 def _chunk(
     logits: Tensor,
     labels: Tensor,

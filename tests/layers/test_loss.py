@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.layers import loss
-from megatron_ds.layers.loss import linear_cross_entropy
+from megatron_ds.layers.loss import cross_entropy, linear_cross_entropy
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.testing import device_of_rank, run_ranks
 
@@ -122,9 +122,43 @@ def test_one_process(case: Case) -> None:
     check(case, Axis("tp"), 1e-12)
 
 
+def check_unfused(tp: Axis) -> int:
+    """The loss of whole logits, and their gradient, which is written over them."""
+    done = 0
+    for smoothing, z_loss, vocab in product((0.0, 0.2), (0.0, 0.01), (72, 50, 20)):
+        case = Case(vocab, smoothing=smoothing, z_loss=z_loss)
+        hidden, weight, labels, mask = data(case)
+        whole = (hidden @ weight.T).requires_grad_()
+        used = whole[..., :vocab][mask]
+        want = F.cross_entropy(used, labels[mask], reduction="sum", label_smoothing=smoothing)
+        want = want + z_loss * used.logsumexp(-1).square().sum()
+        (want * SEED_GRADIENT).backward()
+        assert whole.grad is not None
+        columns = slice(tp.rank * 72 // tp.size, (tp.rank + 1) * 72 // tp.size)
+        for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 2e-2)):
+            own = whole.detach()[..., columns].to(dtype, copy=True).contiguous()
+            leaf = own.requires_grad_()
+            # A module's logits are no leaf: a leaf that requires gradients may not be overwritten.
+            total = cross_entropy(
+                leaf.view_as(leaf), labels, vocab_size=vocab, tp=tp, label_smoothing=smoothing, z_loss=z_loss
+            )
+            (total * SEED_GRADIENT).backward()
+            assert leaf.grad is not None and abs(total.item() / want.item() - 1) <= tolerance
+            error = (leaf.grad.double() - whole.grad[..., columns]).abs().max().item()
+            assert error <= tolerance and not leaf.grad[~mask].any(), f"{error} of {case}"
+            assert torch.allclose(own.detach() * SEED_GRADIENT, leaf.grad, rtol=tolerance), "not in place"
+        done += 1
+    return done
+
+
+def test_logits_that_are_there_already() -> None:
+    assert check_unfused(Axis("tp")) == 12
+
+
 def check_all(tp_size: int) -> int:
     mesh = Mesh.create(MeshShape(tp=tp_size), device_of_rank(dist.get_rank(), tp_size))
     done = 0
+    assert check_unfused(mesh.tp) == 12
     for case in CASES:
         check(case, mesh.tp, 1e-12)
         done += 1
