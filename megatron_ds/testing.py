@@ -28,7 +28,6 @@ import torch.distributed as dist
 _PRELOAD = [
     "torch.distributed.device_mesh",
     "torch.utils.checkpoint",
-    "torch._dynamo",  # the first torch.optim optimizer imports it: 1.4 s a rank otherwise
     "megatron_ds.testing",
     "megatron_ds.models.gpt",
     "megatron_ds.train.build",

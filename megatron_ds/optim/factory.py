@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 from megatron_ds.config import OptimizerConfig
 
@@ -35,37 +37,33 @@ class OptimizerSegment:
 
 
 class SegmentOptimizer:
-    """A ``torch.optim`` optimizer over ``segments`` (at least one), all of one dtype and device.
+    """A ``torch.optim`` update rule over ``segments`` (at least one), all of one dtype and device.
 
     AdamW: ``m = b1 m + (1 - b1) g``, ``v = b2 v + (1 - b2) g^2``, ``w -= lr (wd w + m^ / (sqrt(v^) + eps))``
     (Loshchilov & Hutter 2019, algorithm 2). SGD: ``g += wd w``, ``m = mu m + g``, ``w -= lr m``.
+
+    torch's functional forms are called and not its optimizer classes: those import ``torch._dynamo``, which takes
+    100 MB and 1.4 s a rank.
     """
 
     def __init__(self, config: OptimizerConfig, segments: Sequence[OptimizerSegment]):
-        groups = [
-            {
-                "params": [s.master for s in segments if s.weight_decay == decayed],
-                "weight_decay": config.weight_decay if decayed else 0.0,
-            }
-            for decayed in (True, False)
-        ]
-        groups = [group for group in groups if group["params"]]
-        self._optimizer: torch.optim.Optimizer
-        if config.name == "adamw":
-            self._optimizer = torch.optim.AdamW(
-                groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-            )
-        else:
-            self._optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
-        device = segments[0].master.device
+        self._config = config
         # AdamW counts the updates of each of its parameters in a tensor; here they are all one number.
-        self._counts = torch.zeros(len(segments), dtype=torch.float32, device=device)
-        for index, segment in enumerate(segments):
-            segment.master.grad = segment.gradient
-            state = self._optimizer.state[segment.master]
-            state.update(segment.state)
-            if config.name == "adamw":
-                state["step"] = self._counts[index]
+        self._counts = torch.zeros(len(segments), dtype=torch.float32, device=segments[0].master.device)
+        both = [(s, count) for s, count in zip(segments, self._counts.unbind())]
+        self._groups = [
+            _Group(
+                weight_decay=config.weight_decay if decayed else 0.0,
+                masters=[s.master for s, _ in both if s.weight_decay == decayed],
+                gradients=[s.gradient for s, _ in both if s.weight_decay == decayed],
+                states={
+                    kind: [s.state[kind] for s, _ in both if s.weight_decay == decayed] for kind in state_kinds(config)
+                },
+                counts=[count for s, count in both if s.weight_decay == decayed],
+            )
+            for decayed in (True, False)
+            if any(s.weight_decay == decayed for s in segments)
+        ]
         self._gradients = [segment.gradient for segment in segments]
         self._wide = segments[0].master.dtype == torch.float64
 
@@ -73,18 +71,64 @@ class SegmentOptimizer:
         """Say how many updates the state has seen (AdamW's bias correction), after loading a checkpoint."""
         self._counts.fill_(updates)
 
+    @torch.no_grad()
     def step(self, lr: float, scale: float | torch.Tensor = 1.0) -> None:
         """One update with gradients multiplied by ``scale``. The gradients are no longer needed and may be changed."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        scaled = isinstance(scale, torch.Tensor) or scale != 1.0
-        if scaled and self._wide:
-            # The kernel takes its divisor in fp32, which would cost fp64 half its digits.
-            torch._foreach_mul_(self._gradients, scale)
-        elif scaled:
-            # torch.amp.GradScaler's own protocol: the fused kernel divides while it reads, with no pass of its own.
-            inverse = 1.0 / torch.as_tensor(scale, dtype=torch.float32, device=self._gradients[0].device)
-            self._optimizer.grad_scale = inverse  # type: ignore[attr-defined]
-        self._optimizer.step()
-        if scaled and not self._wide:
-            del self._optimizer.grad_scale  # type: ignore[attr-defined]
+        inverse = None
+        if isinstance(scale, torch.Tensor) or scale != 1.0:
+            if self._wide:
+                # The kernel takes its divisor in fp32, which would cost fp64 half its digits.
+                torch._foreach_mul_(self._gradients, scale)
+            else:
+                # torch.amp.GradScaler's own protocol: the fused kernel divides while it reads, with no pass of its own.
+                inverse = 1.0 / torch.as_tensor(scale, dtype=torch.float32, device=self._gradients[0].device)
+        for group in self._groups:
+            self._update(group, lr, inverse)
+
+    def _update(self, group: _Group, lr: float, inverse: torch.Tensor | None) -> None:
+        c = self._config
+        if c.name == "adamw":
+            adamw(
+                group.masters,
+                group.gradients,
+                group.states["exp_avg"],
+                group.states["exp_avg_sq"],
+                [],
+                group.counts,
+                fused=True,
+                grad_scale=inverse,
+                found_inf=None,
+                amsgrad=False,
+                beta1=c.beta1,
+                beta2=c.beta2,
+                lr=lr,
+                weight_decay=group.weight_decay,
+                eps=c.eps,
+                maximize=False,
+            )
+            return
+        sgd(
+            group.masters,
+            group.gradients,
+            list(group.states.get("momentum_buffer", [None] * len(group.masters))),
+            fused=True,
+            grad_scale=inverse,
+            found_inf=None,
+            weight_decay=group.weight_decay,
+            momentum=c.momentum,
+            lr=lr,
+            dampening=0.0,
+            nesterov=False,
+            maximize=False,
+        )
+
+
+@dataclass
+class _Group:
+    """Segments with one weight decay, as the functional optimizers take them."""
+
+    weight_decay: float
+    masters: list[torch.Tensor]
+    gradients: list[torch.Tensor]
+    states: dict[str, list[torch.Tensor]]
+    counts: list[torch.Tensor]
