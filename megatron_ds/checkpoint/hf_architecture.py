@@ -72,6 +72,12 @@ class Architecture:
 
 def choose(config: ModelConfig, architectures: Sequence[Architecture]) -> Architecture:
     """The first architecture that can express the model; a :class:`ConfigError` that says what is in the way."""
+    sparse = config.attention.sparse.mode
+    if sparse != "none":
+        raise ConfigError(
+            f"model.attention.sparse.mode={sparse!r} cannot be exported: Hugging Face's models would attend to "
+            "everything and compute something else"
+        )
     found = [(architecture.problems(config), architecture) for architecture in architectures]
     for problems, architecture in found:
         if not problems:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from megatron_ds.errors import ConfigError
 from megatron_ds.kernels import block_patterns as patterns
@@ -163,6 +164,27 @@ def test_the_operator_keeps_the_rules_of_torch_library() -> None:
     torch.library.opcheck(
         torch.ops.megatron_ds.sparse_attention.default, (q, k, v, _flat(layout), BLOCK, 0.3, "reference")
     )
+
+
+def test_torch_compile_keeps_the_operator_whole() -> None:
+    layout, x = patterns.bigbird(40, BLOCK, N), inputs(40)
+
+    def twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sparse_attention(2 * q, k, v, layout)
+
+    compiled = torch.compile(twice, backend="aot_eager", fullgraph=True)
+    leaves = [y.detach().requires_grad_() for y in x[:3]]
+    assert_close(gradients(compiled(*leaves), leaves, x[3]), gradients(twice(*leaves), leaves, x[3]))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("causal", [True, False])
+def test_flex_attention_computes_the_same_from_the_block_mask(causal: bool) -> None:
+    layout = patterns.bigbird(96, BLOCK, N, causal=causal, different_layout_per_head=True)
+    q, k, v, _ = inputs(96, d=16)
+    want = flex_attention(q, k, v, block_mask=layout.to_block_mask(), enable_gqa=True)
+    assert isinstance(want, Tensor)
+    torch.testing.assert_close(sparse_attention(q, k, v, layout), want, rtol=0.0, atol=1e-12)
 
 
 def test_the_result_has_the_memory_order_of_the_queries() -> None:

@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ds.checkpoint.hf_architecture import choose
 from megatron_ds.config import RunConfig, from_dict, load_toml, parse, to_toml, validate
 from megatron_ds.config.sparse import sparse_layout
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.gpt import GPT, layer_costs
+from megatron_ds.models.hf_tables import ARCHITECTURES
 from megatron_ds.testing import device_of_rank, run_ranks
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "parity"))
@@ -134,6 +136,11 @@ def test_documents_and_alibi_are_refused_by_the_layer_too() -> None:
     model, batch = model_and_batch(BIGBIRD)
     with pytest.raises(ConfigError, match="no ALiBi, document masks or attention dropout"):
         model.logits({**batch, "document_ids": batch["tokens"] * 0})
+
+
+def test_a_sparse_model_is_not_exported_as_a_dense_one() -> None:
+    with pytest.raises(ConfigError, match=r"model.attention.sparse.mode='bigbird' cannot be exported"):
+        choose(config(BIGBIRD).model, ARCHITECTURES)
 
 
 def test_live_blocks_are_what_a_step_is_said_to_cost() -> None:
