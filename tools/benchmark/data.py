@@ -28,8 +28,6 @@ from megatron_ds.data.corpus import build_corpus
 from megatron_ds.data.gpt_dataset import GPTDataset
 from megatron_ds.data.indexed import IndexedDataset, write_header
 from megatron_ds.data.loader import BatchLoader
-from megatron_ds.data.part_writer import PreprocessOptions
-from megatron_ds.data.preprocess import preprocess
 from megatron_ds.data.tokenizer_training import train_tokenizer
 from megatron_ds.data.verify import verify
 
@@ -72,16 +70,19 @@ def with_normalizer(source: Path, target: Path) -> None:
     (target / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
+Cost = tuple[float, float]
+"""Seconds by the clock, and of all processors together: the second says what a busy machine hides."""
+
 # --- tokenising -------------------------------------------------------------------------------------------------
 
 ALONE = """
-import json, sys, time
+import json, os, sys, time
 from tokenizers import Tokenizer
 tokenizer = Tokenizer.from_file(sys.argv[1] + "/tokenizer.json")
 texts = [json.loads(line)["text"] for line in open(sys.argv[2])]
-start = time.perf_counter()
+start, used = time.perf_counter(), sum(os.times()[:4])
 tokenizer.encode_batch(texts, add_special_tokens=False)
-print(time.perf_counter() - start)
+print(time.perf_counter() - start, sum(os.times()[:4]) - used)
 """
 DATASETS_MAP = """
 import os, sys, time
@@ -93,30 +94,47 @@ tokenizer = Tokenizer.from_file(sys.argv[1] + "/tokenizer.json")
 def encode(batch):
     return {"ids": [e.ids for e in tokenizer.encode_batch(batch["text"], add_special_tokens=False)]}
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-start = time.perf_counter()
+start, used = time.perf_counter(), sum(os.times()[:4])
 corpus.map(encode, batched=True, batch_size=100, num_proc=os.cpu_count(), remove_columns=corpus.column_names,
            load_from_cache_file=False)
-print(time.perf_counter() - start)
+print(time.perf_counter() - start, sum(os.times()[:4]) - used)
 """
 
 
-def script(text: str, *arguments: str) -> Callable[[], float]:
-    """Seconds that a script says it took; a process of its own, so that no contestant warms another's pools."""
+def script(text: str, *arguments: str) -> Callable[[], Cost]:
+    """What a script says it took; a process of its own, so that no contestant warms another's pools."""
 
-    def measure() -> float:
+    def measure() -> Cost:
         done = subprocess.run([sys.executable, "-c", text, *arguments], capture_output=True, text=True, check=True)
-        return float(done.stdout.split()[-1])
+        seconds, used = done.stdout.split()[-2:]
+        return float(seconds), float(used)
 
     return measure
 
 
-def ours(corpus: Path, tokenizer: Path, prefix: Path) -> Callable[[], float]:
-    """Everything that the tool does: worker processes, reading, JSON, tokens, parts, merge, index, checksums."""
+OURS = """
+import os, sys, time
+from megatron_ds.data.part_writer import PreprocessOptions
+from megatron_ds.data.preprocess import preprocess
+if __name__ == "__main__":
+    start, used = time.perf_counter(), sum(os.times()[:4])
+    preprocess([sys.argv[2]], sys.argv[3], PreprocessOptions(sys.argv[1]))
+    print(time.perf_counter() - start, sum(os.times()[:4]) - used)
+"""
 
-    def measure() -> float:
-        start = time.perf_counter()
-        preprocess([str(corpus)], prefix, PreprocessOptions(str(tokenizer)))
-        return time.perf_counter() - start
+
+def ours(corpus: Path, tokenizer: Path, prefix: Path) -> Callable[[], Cost]:
+    """Everything that the tool does: worker processes, reading, JSON, tokens, parts, merge, index, checksums.
+
+    A file, because worker processes import the main module again: not this one, which imports torch.
+    """
+    program = prefix.with_suffix(".py")
+    program.write_text(OURS)
+
+    def measure() -> Cost:
+        command = [sys.executable, str(program), str(tokenizer), str(corpus), str(prefix)]
+        seconds, used = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        return float(seconds), float(used)
 
     return measure
 
@@ -125,23 +143,26 @@ def tokenise(folder: Path, megabytes: float, rounds: int) -> None:
     corpus = folder / "corpus.jsonl"
     bpe, nfc = folder / "bpe", folder / "bpe-nfc"
     cache = str(folder / "datasets")
-    contestants: dict[str, tuple[str, Callable[[], float]]] = {
+    contestants: dict[str, tuple[str, Callable[[], Cost]]] = {
         "tokenizers alone, one batch call": ("", script(ALONE, str(bpe), str(corpus))),
         "ours": ("tokenizers alone, one batch call", ours(corpus, bpe, folder / "ours")),
         "datasets.map": ("tokenizers alone, one batch call", script(DATASETS_MAP, str(bpe), str(corpus), cache)),
         "tokenizers alone, with NFC": ("", script(ALONE, str(nfc), str(corpus))),
         "ours, with NFC (no tiktoken)": ("tokenizers alone, with NFC", ours(corpus, nfc, folder / "ours-nfc")),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    costs: dict[str, list[Cost]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, (_, measure) in contestants.items():
-            seconds[name].append(measure())
-    print(f"\n{'':<36}{'MB/s':>8}{'of tokenizers alone':>22}")
+            costs[name].append(measure())
+    print(f"\n{'':<36}{'MB/s':>8}{'of tokenizers alone':>22}{'MB per CPU-second':>20}{'of it':>8}")
     for name, (reference, _) in contestants.items():
-        rate = statistics.median(megabytes / s for s in seconds[name])
-        ratios = [r / s for s, r in zip(seconds[name], seconds[reference])] if reference else []
-        shown = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else ""
-        print(f"{name:<36}{rate:>8.1f}{shown:>22}")
+        rate, per_cpu = (statistics.median(megabytes / cost[i] for cost in costs[name]) for i in (0, 1))
+        shown, cpu = "", ""
+        if reference:
+            ratios = [[r[i] / c[i] for c, r in zip(costs[name], costs[reference])] for i in (0, 1)]
+            shown = f"{statistics.median(ratios[0]):.2f} ({min(ratios[0]):.2f} to {max(ratios[0]):.2f})"
+            cpu = f"{statistics.median(ratios[1]):.2f}"
+        print(f"{name:<36}{rate:>8.1f}{shown:>22}{per_cpu:>20.1f}{cpu:>8}")
     same_ids(corpus, bpe, folder / "ours")
 
 
