@@ -34,3 +34,22 @@ def test_a_block_with_dropout_is_the_sum_of_its_parts(settings: dict[str, Any]) 
     first = x + dropped(block.attention(block.attention_norm(x), inputs), 4)
     want = first + dropped(block.mlp(block.mlp_norm(first)), 5)
     torch.testing.assert_close(block(x, inputs), want, rtol=0, atol=1e-13)
+
+
+def test_a_block_with_dropout_compiles_whole_and_drops_the_same() -> None:
+    """Of other seeds, samples and sites too: what the compiler took for constants it must look at again."""
+    config = ModelConfig(num_layers=2, hidden_size=8, num_heads=2, vocab_size=20, hidden_dropout=0.4)
+    model = GPT(config, dtype=torch.float64)
+    model.initialize(1)
+    x = torch.randn(5, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    results = []
+    for block in model.layers.values():
+        assert isinstance(block, Block)
+        compiled = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
+        for seed, samples in ((7, [11, 12]), (8, [11, 12]), (9, [13, 12])):
+            keys = DropoutKeys(seed, torch.tensor(samples))
+            inputs = AttentionInputs(torch.arange(5).unsqueeze(1).expand(5, 2), keys=keys)
+            want = block(x, inputs)
+            torch.testing.assert_close(compiled(x, inputs), want, rtol=0, atol=1e-13)
+            results.append(want)
+    assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])

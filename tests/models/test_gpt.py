@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from megatron_ds.mesh import Axis
 from megatron_ds.models.gpt import GPT, gpt_model, layer_costs
 from megatron_ds.pipeline.split import split_layers
 from megatron_ds.pipeline.stage import StageSpan, stage_spans
+from megatron_ds.rng import DropoutKeys
 from megatron_ds.shard import spec_of
 
 GPT2: dict[str, Any] = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
@@ -285,3 +287,18 @@ def test_activation_shape_is_what_a_stage_returns() -> None:
 def test_a_later_stage_says_what_it_misses() -> None:
     with pytest.raises(AssertionError, match="needs the previous stage's output"):
         model(GPT2, span=StageSpan(2, 4, embedding=False))(batch())
+
+
+def test_no_two_dropouts_of_the_model_make_the_same_decisions() -> None:
+    """Every site has a number of its own: one of the embedding, three a block."""
+    net = model({"hidden_dropout": 0.1, "attention_dropout": 0.1})
+    sites: list[int] = []
+    row_keys = DropoutKeys.row_keys
+
+    def spy(keys: DropoutKeys, site: int, length: int, offset: int) -> Tensor:
+        sites.append(site)
+        return row_keys(keys, site, length, offset)
+
+    with patch.object(DropoutKeys, "row_keys", spy):
+        net(batch())
+    assert len(sites) == len(set(sites)) == 1 + 3 * 4

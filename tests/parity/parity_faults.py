@@ -181,7 +181,7 @@ def smoothing_over_the_local_vocabulary() -> AbstractContextManager[Any]:
 
     def local(*arguments: Any, **keywords: Any) -> Any:
         bound = signature.bind(*arguments, **keywords)
-        bound.arguments["vocab_size"] = bound.arguments["used"]
+        bound.arguments["vocab_size"] = bound.arguments["logits"].shape[1]
         return chunk(*bound.args, **bound.kwargs)
 
     return patch.object(loss, "_chunk", local)

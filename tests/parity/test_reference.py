@@ -191,6 +191,10 @@ def check_against(theirs: Any, ours: GPT, tolerance: float) -> None:
         assert (ours(batch) / counted.sum()).item() == pytest.approx(out.loss.item(), abs=max(tolerance, 2e-6))
 
 
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.T if tensor.dim() == 2 else tensor
+
+
 def test_gpt2_equals_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     ours = random_model(num_heads=4)
@@ -211,10 +215,11 @@ def test_gpt2_equals_transformers() -> None:
                 getattr(block.ln_2, kind).copy_(p[f"{a}.mlp_norm.{kind}"])
                 # Conv1D keeps its weight as [in, out], with all queries, then all keys, then all values.
                 qkv = p[f"{a}.attention.qkv.{kind}"]
-                getattr(block.attn.c_attn, kind).copy_(torch.cat([qkv[:, j].flatten(0, 1) for j in range(3)]).T)
-                getattr(block.attn.c_proj, kind).copy_(p[f"{a}.attention.out.{kind}"].T)
-                getattr(block.mlp.c_fc, kind).copy_(p[f"{a}.mlp.up.{kind}"].T)
-                getattr(block.mlp.c_proj, kind).copy_(p[f"{a}.mlp.down.{kind}"].T)
+                flat = torch.cat([qkv[:, j].flatten(0, 1) for j in range(3)])
+                getattr(block.attn.c_attn, kind).copy_(transposed(flat))
+                getattr(block.attn.c_proj, kind).copy_(transposed(p[f"{a}.attention.out.{kind}"]))
+                getattr(block.mlp.c_fc, kind).copy_(transposed(p[f"{a}.mlp.up.{kind}"]))
+                getattr(block.mlp.c_proj, kind).copy_(transposed(p[f"{a}.mlp.down.{kind}"]))
     check_against(theirs, ours, 1e-11)
 
 
