@@ -24,6 +24,7 @@ from megatron_ds.train.output import Output
 
 # Seconds within which two SIGINTs are one: under torchrun a Ctrl-C comes from the terminal and from torchrun.
 _ONE_CTRL_C = 1.0
+_HEARS_AFTER = 3.0  # seconds in which a main thread that is not stuck in C has handled a signal
 
 Evaluation = Callable[[], Iterable[Sequence[MicroBatch]]]
 
@@ -189,7 +190,7 @@ def stop_signals(asked: threading.Event) -> Iterator[None]:
 
     def on_signal(number: int, frame: FrameType | None) -> None:
         asked.set()
-        if interrupt.is_set():
+        if interrupt.is_set() and not heard.is_set():
             heard.set()
             raise KeyboardInterrupt
 
@@ -202,21 +203,25 @@ def stop_signals(asked: threading.Event) -> Iterator[None]:
                 first = now
             elif number[0] == signal.SIGINT and now - first > _ONE_CTRL_C:
                 interrupt.set()
-                signal.pthread_kill(main.ident or 0, signal.SIGINT)  # the handler may have run before the flag was up
-                if not heard.wait(_ONE_CTRL_C):
-                    os._exit(130)
+                # The handler may have run before the flag was up, and a signal just before a blocking call is lost.
+                while not heard.wait(0.1):
+                    if time.monotonic() - now > _HEARS_AFTER:
+                        os._exit(130)
+                    signal.pthread_kill(main.ident or 0, signal.SIGINT)
                 return
 
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     with receiver, sender:
-        threading.Thread(target=listen, args=(receiver,), name="signals", daemon=True).start()
+        listener = threading.Thread(target=listen, args=(receiver,), name="signals", daemon=True)
+        listener.start()
         before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         try:
             yield
         finally:
             signal.set_wakeup_fd(wakeup)
+            sender.shutdown(socket.SHUT_RDWR)
+            listener.join()  # before the handlers go: it may be about to send a signal
             for number, handler in before.items():
                 signal.signal(number, handler)
-            sender.shutdown(socket.SHUT_RDWR)
