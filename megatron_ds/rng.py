@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megatron_ds.kernels.dropout import dropout_add, mix
 from megatron_ds.kernels.dropout import keep_mask as keep_mask
+from megatron_ds.kernels.registry import define
 from megatron_ds.shard import spec_of
 
 # Rows of a global tensor drawn from one generator: a shard along dim 0 draws only the blocks it touches, and no more
@@ -90,10 +91,22 @@ class DropoutKeys:
 
     def row_keys(self, site: int, length: int, offset: int) -> Tensor:
         """``[length, b]`` int32: one hash for each (site, position, sample)."""
-        positions = torch.arange(offset, offset + length, device=self.samples.device)
-        base = derive_seed(self.seed, "dropout", site) & 0xFFFFFFFF
-        sample_keys = mix((self.samples ^ base).to(torch.int32) ^ (self.samples >> 32).to(torch.int32))
-        return mix(sample_keys.unsqueeze(0) ^ mix(positions.to(torch.int32)).unsqueeze(1))
+        return torch.ops.megatron_ds.dropout_row_keys(self.samples, self.seed, site, length, offset)
+
+
+def _row_keys(samples: Tensor, seed: int, site: int, length: int, offset: int) -> Tensor:
+    positions = torch.arange(offset, offset + length, device=samples.device)
+    base = derive_seed(seed, "dropout", site) & 0xFFFFFFFF
+    sample_keys = mix((samples ^ base).to(torch.int32) ^ (samples >> 32).to(torch.int32))
+    return mix(sample_keys.unsqueeze(0) ^ mix(positions.to(torch.int32)).unsqueeze(1))
+
+
+# An operator, because torch.compile cannot trace the hash of the seed and would cut every block in pieces.
+define(
+    "dropout_row_keys(Tensor samples, SymInt seed, SymInt site, SymInt length, SymInt offset) -> Tensor",
+    _row_keys,
+    lambda samples, seed, site, length, offset: samples.new_empty((length, samples.shape[0]), dtype=torch.int32),
+)
 
 
 def dropout(x: Tensor, p: float, keys: DropoutKeys | None, site: int) -> Tensor:

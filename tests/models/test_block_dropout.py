@@ -53,3 +53,7 @@ def test_a_block_with_dropout_compiles_whole_and_drops_the_same() -> None:
             torch.testing.assert_close(compiled(x, inputs), want, rtol=0, atol=1e-13)
             results.append(want)
     assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
+
+
+def test_row_keys_as_an_operator() -> None:
+    torch.library.opcheck(torch.ops.megatron_ds.dropout_row_keys.default, (torch.tensor([3, 2**40]), 2**60, 5, 4, 2))
