@@ -138,7 +138,7 @@ def test_random_merges_are_refused_wherever_the_ids_would_differ() -> None:
     """The condition on the merges is right (no accepted vocabulary differs anywhere) and needed (some refused do)."""
     draw = random.Random(0)
     accepted = refused_and_different = 0
-    for _ in range(400):
+    for _ in range(200):
         backend, ranks = random_bpe(draw, draw.randrange(2, 9))
         plain = tiktoken.Encoding("t", pat_str=fast_bpe.GPT2_WORDS, mergeable_ranks=ranks, special_tokens={})
         words = ["".join(draw.choices("abc", k=draw.randrange(1, 14))) for _ in range(40)]
@@ -151,7 +151,7 @@ def test_random_merges_are_refused_wherever_the_ids_would_differ() -> None:
         else:
             assert not differ
             accepted += 1
-    assert accepted > 50 and refused_and_different > 5
+    assert accepted > 25 and refused_and_different > 3
 
 
 def changed(backend: Tokenizer, **model: Any) -> Tokenizer:

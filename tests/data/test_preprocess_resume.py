@@ -37,7 +37,7 @@ def test_stopped_at_every_block_and_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compressed: bool
 ) -> None:
     """In this process: an exception after each number of blocks; blocks that were finished are not made again."""
-    blocks_of(400, monkeypatch)
+    blocks_of(700, monkeypatch)
     source = tmp_path / ("in.jsonl.gz" if compressed else "in.jsonl")
     content = jsonl(TEXTS) + b"bad line\n" + jsonl(TEXTS[::-1])
     source.write_bytes(gzip.compress(content) if compressed else content)
