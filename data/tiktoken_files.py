@@ -73,6 +73,8 @@ def is_tiktoken_file(path: Path) -> bool:
 class TiktokenTokenizer:
     """A tiktoken file. Special tokens in a text are encoded as such."""
 
+    encoder = "tiktoken"
+
     def __init__(self, path: str | Path):
         try:
             import tiktoken

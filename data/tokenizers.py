@@ -36,12 +36,14 @@ class Tokenizer(Protocol):
         eod_id: ends a document; None if the tokenizer has no such token.
         bos_id: begins a document; None if it has none.
         fingerprint: changes when the tokenizer's file does.
+        encoder: which library encodes, and why that one.
     """
 
     vocab_size: int
     eod_id: int | None
     bos_id: int | None
     fingerprint: str
+    encoder: str
 
     def encode_batch(self, texts: list[str]) -> list[Ids]:
         """The ids of each text, without BOS or EOD added."""
@@ -159,6 +161,8 @@ class HFTokenizer:
 class SentencePieceTokenizer:
     """A SentencePiece ``.model``; EOD is its ``</s>`` and BOS its ``<s>``, where it has them."""
 
+    encoder = "sentencepiece"
+
     def __init__(self, path: str | Path):
         import sentencepiece
 
@@ -206,6 +210,7 @@ class ByteTokenizer:
     eod_id: int | None = 256
     bos_id: int | None = None
     fingerprint = "bytes"
+    encoder = "this library (UTF-8)"
 
     def encode_batch(self, texts: list[str]) -> list[Ids]:
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]

@@ -19,6 +19,7 @@ from megatron_ds.data.part_writer import PreprocessOptions
 from megatron_ds.data.parts import describe_problems
 from megatron_ds.data.preprocess import preprocess
 from megatron_ds.data.source_types import SourceOptions, TxtDocuments
+from megatron_ds.data.tokenizers import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class PreprocessData:
     input: list[str]
     """Files (.jsonl, .txt, .parquet; .gz and .zst of the text ones), folders of them, saved `datasets`, hub:NAME."""
     tokenizer: str
-    """A folder or tokenizer.json of Hugging Face tokenizers, a SentencePiece .model, or the word bytes."""
+    """A folder or tokenizer.json of Hugging Face tokenizers, a SentencePiece .model, a .tiktoken
+    file, or the word bytes."""
     output_prefix: Path
     """Path of the result without its suffix."""
     key: str = "text"
@@ -55,6 +57,7 @@ class PreprocessData:
 
 def main(options: PreprocessData) -> None:
     start = time.perf_counter()
+    print(f"tokenizer: {options.tokenizer}, encoded by {load_tokenizer(options.tokenizer).encoder}")
     counts = preprocess(
         options.input,
         options.output_prefix,
