@@ -39,7 +39,7 @@ bench: $(INSTALLED) ## Measure speed beside the peers on this machine's CPU and 
 	@$(RUN) tools/benchmark/run.py $(ARGS)
 
 bench-gpu: $(INSTALLED) ## Measure tokens/s, memory and MFU on one GPU beside a compiled torch loop
-	@$(RUN) tools/benchmark/run_gpu.py $(ARGS)
+	@$(RUN) tools/benchmark/gpu.py $(ARGS)
 
 bench-kernels: $(INSTALLED) ## Check and measure each Triton kernel on a GPU beside eager torch and torch.compile
 	@$(RUN) tools/benchmark/kernels.py $(ARGS)

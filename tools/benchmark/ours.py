@@ -27,7 +27,8 @@ def configuration(
     layers_per_stage: tuple[int, ...] | None = None,
     compiled: bool = False,
 ) -> RunConfig:
-    """The workload as a run's configuration. A pipeline runs 8 micro-batches, everything else one."""
+    """The workload as a run's configuration. A pipeline runs 8 micro-batches, everything else ``w.accumulate``."""
+    family = {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "tied_embeddings": False}
     settings = {
         "output": tempfile.gettempdir() + "/megatron-ds-benchmark",  # nothing is written there
         "compile": compiled,
@@ -37,6 +38,7 @@ def configuration(
             "num_heads": w.heads,
             "vocab_size": w.vocab,
             "max_positions": w.sequence,
+            **(family if w.family == "llama" else {}),
         },
         "mesh": {"dp": dp, "tp": tp, "pp": pp, "sequence_parallel": sequence_parallel},
         "pipeline": {"layers_per_stage": layers_per_stage},
@@ -51,7 +53,7 @@ def configuration(
         "precision": {"dtype": w.dtype},
         "train": {
             "global_batch": w.batch,
-            "micro_batch": w.batch // (_MICRO_BATCHES if pp > 1 else dp),
+            "micro_batch": w.batch // (_MICRO_BATCHES if pp > 1 else dp * w.accumulate),
             "sequence_length": w.sequence,
         },
         "data": {"synthetic": True},
@@ -67,12 +69,12 @@ def training_step(w: Workload, device: str = "cpu", **layout: object) -> Callabl
     shape = validate(config, dist.get_world_size() if dist.is_initialized() else 1)
     mesh = Mesh.create(shape, torch.device(device))
     parts = build(config, mesh, gpt_model(config))
-    draw = w.batches(mesh.dp.rank, mesh.dp.size)
+    draw = w.batches(mesh.dp.rank, mesh.dp.size, device)
     size, done = config.train.micro_batch, 0
 
     def step() -> torch.Tensor:
         nonlocal done
-        tokens, targets = (t.to(device) for t in draw())
+        tokens, targets = draw()
         positions = torch.arange(w.sequence, device=device).expand_as(tokens)
         batch = {
             "tokens": tokens,

@@ -22,18 +22,22 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Workload:
-    """GPT-2's architecture, small enough for a CPU: tied embeddings, learned positions, no dropout.
+    """A model, a batch and an optimizer; by default GPT-2's architecture, small enough for a CPU, without dropout.
 
-    ``batch`` is the global batch in sequences; ``dtype`` is ``"fp32"``, ``"bf16"`` (fp32 weights in the optimizer,
-    bf16 matmuls) or ``"bf16-pure"`` (bf16 weights and optimizer state, no fp32 copy).
+    ``family``: ``"gpt2"`` (tied embeddings, learned positions) or ``"llama"`` (rotary, RMSNorm, SwiGLU, untied).
+    ``batch`` is the global batch in sequences, which one rank takes in ``accumulate`` micro-batches. ``dtype`` is
+    ``"fp32"``, ``"bf16"`` (fp32 weights in the optimizer, bf16 matmuls) or ``"bf16-pure"`` (bf16 weights and
+    optimizer state, no fp32 copy).
     """
 
+    family: str = "gpt2"
     layers: int = 6
     hidden: int = 384
     heads: int = 6
     sequence: int = 256
     vocab: int = 8192
     batch: int = 8
+    accumulate: int = 1
     dtype: str = "fp32"
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
@@ -46,13 +50,19 @@ class Workload:
         return self.batch * self.sequence
 
     @property
+    def ffn(self) -> int:
+        """Width inside the MLP: 4 h, or for SwiGLU 8/3 h rounded up to a multiple of 64."""
+        return -(-8 * self.hidden // (3 * 64)) * 64 if self.family == "llama" else 4 * self.hidden
+
+    @property
     def flops_per_token(self) -> float:
         """Forward and backward, PaLM's convention (arXiv 2204.02311, appendix B): 6N + 12 L h s.
 
-        N is the number of weights that multiply a token: the position table is left out, the tied embedding is
-        counted once (as the head). No credit for causality, none for recomputation.
+        N is the number of weights that multiply a token: the head but no embedding table, the blocks' matrices. The
+        square of attention scores counts whole although it is causal; recomputation does not count.
         """
-        weights = 12 * self.layers * self.hidden**2 + self.vocab * self.hidden
+        mlp = 3 * self.ffn if self.family == "llama" else 2 * self.ffn
+        weights = self.layers * (4 * self.hidden**2 + mlp * self.hidden) + self.vocab * self.hidden
         return 6.0 * weights + 12.0 * self.layers * self.hidden * self.sequence
 
     def batches(
@@ -83,11 +93,18 @@ def peak_rss_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(step: Callable[[], Any], workload: Workload, warmup: int, steps: int) -> dict[str, Any]:
+def measure(
+    step: Callable[[], Any],
+    workload: Workload,
+    warmup: int,
+    steps: int,
+    synchronize: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
     """Run ``warmup + steps`` steps and return the figures of the timed ones.
 
     With several ranks the clock is shared: a barrier before the timed part, and the rate is that of the whole job.
     ``step`` returns the loss (or None on a rank that has none); it is kept to show that the contestant trains.
+    ``synchronize`` waits for the device, at both ends of a timed step.
 
     Returns:
         ``tokens_per_s`` of the median step by wall clock; ``cpu_tokens_per_s``, the same by this process's own CPU
@@ -101,10 +118,12 @@ def measure(step: Callable[[], Any], workload: Workload, warmup: int, steps: int
         losses.append(step())
     if distributed:
         dist.barrier()
+    synchronize()
     wall, cpu = [], []
     for _ in range(steps):
         wall_start, cpu_start = time.perf_counter(), time.process_time()
         losses.append(step())
+        synchronize()
         wall.append(time.perf_counter() - wall_start)
         cpu.append(time.process_time() - cpu_start)
     if distributed:
