@@ -97,8 +97,10 @@ class Watch:
         self._thread.start()
 
     def stop(self) -> None:
-        """The job is over."""
+        """The job is over. A thread that Python's end finds inside torch would abort the process."""
         self._stopped.set()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout=10)
 
     def conclude(self, error: BaseException) -> int:
         """Say what is to be said about this rank's error, and return the exit code of its process.
