@@ -40,8 +40,8 @@ def prepare_data(folder: Path) -> list[str]:
 
 def mesh_for(gpus: int) -> tuple[int, list[str]]:
     """Ranks and mesh settings: 8 ranks on a CPU or 8 GPUs, else the largest mesh that the GPUs hold."""
-    ranks = 8 if gpus in (0, 8) or gpus > 8 else 4 if gpus >= 4 else gpus
-    tp, pp = {8: (2, 2), 4: (2, 2), 3: (1, 1), 2: (2, 1), 1: (1, 1)}[ranks]
+    ranks = 8 if gpus in (0, 8) or gpus > 8 else 4 if gpus >= 4 else min(gpus, 2)
+    tp, pp = {8: (2, 2), 4: (2, 2), 2: (2, 1), 1: (1, 1)}[ranks]
     if 0 < gpus < 8:
         print(f"{gpus} GPU(s), not 8: training on {ranks} rank(s), TP {tp} x PP {pp} x DP {ranks // (tp * pp)}")
     return ranks, ["--mesh.tp", str(tp), "--mesh.pp", str(pp)]
