@@ -197,7 +197,8 @@ class Watch:
 
     def _run(self) -> None:
         while not self._stopped.wait(self.interval):
-            self._look()
+            with contextlib.suppress(Exception):  # it reads what the main thread changes meanwhile
+                self._look()
             try:
                 if self._has_store and self.store.check([_FAILED]):
                     self._first = FirstFailure(**json.loads(self.store.get(_FAILED)))
@@ -216,7 +217,7 @@ class Watch:
         lines = []
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         while frame is not None:
-            lines.append((frame.f_code, frame.f_lineno))
+            lines.append((frame.f_code, frame.f_lineno or 0))  # None between two lines
             frame = frame.f_back
         source = linecache.getline(lines[0][0].co_filename, lines[0][1]) if lines else ""
         place = Whereabouts(self._text(lines), _WAITS.search(source) is not None)

@@ -38,7 +38,7 @@ def test_the_traceback_of_the_rank_that_failed_is_the_only_one(tmp_path: Path, m
     with started(tmp_path, [arguments(tmp_path / "run", *mesh)] * 4, planted_faults.raises) as ranks:
         assert ranks.wait() == [1, 1, 1, 1]
         text = ranks.everything()
-        assert text.count("Traceback") == 1
+        assert text.count("Traceback") == 1, text
         said = ranks.output(1)
         assert said.startswith("rank 1 failed:\nTraceback") and said.rstrip().endswith("ValueError: a planted fault")
         # One line a node, from its first rank.
@@ -55,7 +55,7 @@ def test_a_killed_rank_is_named_with_the_places_of_the_others(tmp_path: Path, me
         assert "no answer from rank 1: killed" in text
         for rank in (0, 2, 3):
             assert text.count(f"  rank {rank}: step 2") == 1
-        assert "Traceback" not in text
+        assert "Traceback" not in text, text
 
 
 def test_the_death_of_rank_0_takes_its_store_along_and_ends_the_job(tmp_path: Path) -> None:
