@@ -40,7 +40,7 @@ class Samples(SyntheticDataset):
 def configuration(dtype: str = "fp64", **sections: dict[str, Any]) -> RunConfig:
     base: dict[str, dict[str, Any]] = {
         "model": {
-            "num_layers": 4,
+            "num_layers": 2,
             "hidden_size": 32,
             "num_heads": 4,
             "vocab_size": 61,
@@ -50,7 +50,7 @@ def configuration(dtype: str = "fp64", **sections: dict[str, Any]) -> RunConfig:
         },
         "precision": {"dtype": dtype},
         "optimizer": {"lr": 1e-2, "schedule": "constant"},
-        "train": {"steps": 8, "global_batch": 8, "micro_batch": 1, "sequence_length": S},
+        "train": {"steps": 8, "global_batch": 4, "micro_batch": 1, "sequence_length": S},
         "data": {"synthetic": True},
     }
     values = {name: {**base.get(name, {}), **sections.get(name, {})} for name in {**base, **sections}}
