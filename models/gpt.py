@@ -8,7 +8,7 @@ A parameter's name does not depend on the stage it lives in: block 17 is ``layer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -289,6 +289,18 @@ class GPT(nn.Module):
             local = heads // self.tp.size
             self.layouts[length] = sparse_layout(sparse, length, heads).of_heads(self.tp.rank * local, local).to(device)
         return self.layouts[length]
+
+    def compile_blocks(self) -> None:
+        """``torch.compile`` what was measured to gain by it: whole blocks on a GPU, only the activations on a CPU.
+
+        Traced whole, blocks on a CPU lose the matmuls and the attention that are faster than the compiler's: 2,322 ms
+        a step where eager takes 2,116 (fp32, 6 layers of 384); with the activations alone compiled bf16 gains 7%.
+        """
+        for block in cast(Iterable[Block], self.layers.values()):
+            if next(self.parameters()).device.type == "cpu":
+                block.mlp.compile_activation()
+            else:
+                block.compile()
 
     @property
     def shares_embedding(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -83,8 +82,7 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
         shared_over=_shared(stage, mesh),
     )
     if config.compile:
-        for block in _blocks(stage):
-            block.compile()
+        cast(StageModule, stage).compile_blocks()
     executor = Executor(
         schedule,
         {mesh.pp.rank: stage},
@@ -108,8 +106,3 @@ def _shared(stage: nn.Module, mesh: Mesh) -> list[tuple[nn.Parameter, Axis]]:
     if mesh.pp.size == 1 or not tied:
         return []
     return [(p, mesh.embedding) for p in stage.parameters() if spec_of(p).name == "embedding.weight"]
-
-
-def _blocks(stage: nn.Module) -> Sequence[nn.Module]:
-    layers = getattr(stage, "layers", None)
-    return list(layers.values()) if isinstance(layers, nn.ModuleDict) else [stage]
