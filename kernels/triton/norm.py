@@ -308,12 +308,15 @@ def norm_backward(
             block, tile_rows, warps = _tile(columns, 2048 if columns > 256 else 1024)
             warps = max(4, warps)
             programs = min(triton.cdiv(count, tile_rows), processors(summed) * max(1, 16 // warps))
+            # Registers for the next rows are there in half precision only, and not beside everything else at the
+            # widest tile: Triton 3.7.1 spills 16 bytes there.
+            prefetch = rows.dtype.itemsize == 2 and not (more and drop and block > 4096)
             partial = rows.new_empty((sums, programs, columns), dtype=torch.float32)
             norm_backward_kernel[(programs,)](
                 grads, also, rows, keys, weight, mean, rstd, out, dropped, partial,
                 *strides, count, columns, threshold, 1.0 / (1.0 - p),
                 HAS_BIAS=has_bias, ROWS=tile_rows, BLOCK=block, num_warps=warps,
-                PREFETCH=rows.dtype.itemsize == 2, **flags,  # in fp32 there are no registers for it
+                PREFETCH=prefetch, **flags,
             )  # fmt: skip
         else:
             norm_backward_tiled_kernel[(count,)](
