@@ -6,9 +6,14 @@ python tools/benchmark/worker.py NAME --dtype fp32 [--rank 0 --ranks 2 --rendezv
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,30 +26,16 @@ Builder = Callable[[Workload], Callable[[], Any]]
 def builders() -> dict[str, Builder]:
     """Every contestant by name. A module is imported only if one of its contestants is asked for."""
 
-    def plain(compiled: bool) -> Builder:
+    def of(module: str, function: str, *args: Any, **kwargs: Any) -> Builder:
         def make(w: Workload) -> Callable[[], Any]:
-            import plain
-
-            return plain.plain(w, compiled)
-
-        return make
-
-    def peer(function: str, *args: Any) -> Builder:
-        def make(w: Workload) -> Callable[[], Any]:
-            import peers
-
-            step: Callable[[], Any] = getattr(peers, function)(w, *args)
+            step: Callable[[], Any] = getattr(_sibling(module), function)(w, *args, **kwargs)
             return step
 
         return make
 
-    def ours(**layout: Any) -> Builder:
-        def make(w: Workload) -> Callable[[], Any]:
-            import ours
-
-            return ours.training_step(w, **layout)
-
-        return make
+    plain = partial(of, "plain", "plain")
+    peer = partial(of, "peers")
+    ours = partial(of, "ours", "training_step")
 
     return {
         "plain": plain(False),
@@ -66,6 +57,15 @@ def builders() -> dict[str, Builder]:
         "ours-1f1b-3+3": ours(pp=2, layers_per_stage=(3, 3)),
         "ours-1f1b-4+2": ours(pp=2, layers_per_stage=(4, 2)),
     }
+
+
+def _sibling(name: str) -> ModuleType:
+    """A module of this folder, after which the folder is out of sight: it holds a ``kernels.py``, and a module of that
+    name on the path makes transformers believe that Hugging Face's package is installed."""
+    module = importlib.import_module(name)
+    here = str(Path(__file__).resolve().parent)
+    sys.path[:] = [folder for folder in sys.path if folder != here]
+    return module
 
 
 def main() -> None:
