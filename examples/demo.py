@@ -69,7 +69,7 @@ def generate(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="directory of everything it makes")
-    parser.add_argument("--steps", type=int, default=150, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps")
     options, overrides = parser.parse_known_args()
     start = time.perf_counter()
     root: Path = options.output
@@ -80,7 +80,7 @@ def main() -> None:
     many, one = root / f"{name}-{ranks}-ranks", root / f"{name}-1-process"
     train(ranks, [*settings, *mesh, "--output", str(many)])
     print("\nthe same seed on one process:", flush=True)
-    train(1, [*settings, "--output", str(one), "--checkpoint.no-save-at-end"])
+    train(1, [*settings, "--mesh.tp", "1", "--mesh.pp", "1", "--output", str(one), "--checkpoint.no-save-at-end"])
     curves = {f"{ranks} ranks": read_losses(many), "1 process": read_losses(one)}
     plot_losses(curves, root / "loss.png", "demo: the same seed on two meshes")
     export_hf(many / "checkpoints", many / "hf", tokenizer=load_tokenizer(root / "data/tokenizer"))
@@ -88,7 +88,7 @@ def main() -> None:
     losses = curves[f"{ranks} ranks"]
     print(f"\nloss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps")
     print(f"largest difference between {ranks} ranks and 1 process: {difference:.2e} (step {step}), in fp32")
-    print(f"sample by transformers:\n---\n{generate(root / 'hf')}\n---")
+    print(f"sample by transformers:\n---\n{generate(many / 'hf')}\n---")
     for what, path in (
         ("loss curve", root / "loss.png"),
         ("checkpoint", many / "checkpoints"),
