@@ -186,12 +186,13 @@ class Mesh:
         if shape.world_size == 1:
             return Mesh(shape, device)
         timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
-        options = _options(timeout)
+        # One each: a group writes its own name into its options.
+        options: dict[int | str, Any] = {name: _options(timeout) for name in AXES}
         device_mesh = init_device_mesh(
             device.type if device.type != "meta" else "cpu",
             tuple(getattr(shape, name) for name in AXES),
             mesh_dim_names=AXES,
-            backend_override=None if options is None else dict.fromkeys(AXES, options),
+            backend_override=None if None in options.values() else options,
         )
         return Mesh(shape, device, dist.get_rank(), device_mesh, timeout)
 
