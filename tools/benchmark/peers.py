@@ -228,7 +228,7 @@ def torch_pipeline(w: Workload, split: tuple[int, int], micro_batches: int = 8) 
         else:
             schedule.step(target=targets, losses=losses)
         dist.all_reduce(stage.tokens.weight.grad)
-        squared = nn.utils.get_total_norm([p.grad for p in own]) ** 2
+        squared = nn.utils.get_total_norm([p.grad for p in own if p.grad is not None]) ** 2
         dist.all_reduce(squared)
         nn.utils.clip_grads_with_norm_(stage.parameters(), w.clip, squared.sqrt())
         optimizer.step()

@@ -66,7 +66,7 @@ class Workload:
         return 6.0 * weights + 12.0 * self.layers * self.hidden * self.sequence
 
     def batches(
-        self, rank: int = 0, ranks: int = 1, seed: int = 1234
+        self, rank: int = 0, ranks: int = 1, device: str = "cpu"
     ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         """A function that draws this rank's next ``(tokens, targets)``, both int64 ``[batch / ranks, sequence]``."""
         generator = torch.Generator().manual_seed(1234 + rank)
@@ -74,7 +74,7 @@ class Workload:
 
         def draw() -> tuple[torch.Tensor, torch.Tensor]:
             block = torch.randint(0, self.vocab, (local, self.sequence + 1), generator=generator)
-            return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+            return block[:, :-1].contiguous().to(device), block[:, 1:].contiguous().to(device)
 
         return draw
 
