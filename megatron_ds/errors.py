@@ -26,6 +26,10 @@ class CheckpointError(MegatronDSError):
     """A checkpoint that is missing, incomplete, damaged, or of another model."""
 
 
+class OffloadError(MegatronDSError):
+    """Offloaded state that cannot be written or read back: a full disk, a file that vanished or was damaged."""
+
+
 class ScheduleError(MegatronDSError):
     """A pipeline schedule that would deadlock, lose a micro-batch or exceed its activation bound."""
 

@@ -14,6 +14,7 @@ from megatron_ds.config.schema import (
     LogConfig,
     MeshConfig,
     ModelConfig,
+    OffloadConfig,
     OptimizerConfig,
     PipelineConfig,
     PrecisionConfig,
@@ -24,6 +25,7 @@ from megatron_ds.config.schema import (
     ZeroConfig,
 )
 from megatron_ds.config.validate import divisors, validate
+from megatron_ds.config.zero import zero_faults
 
 __all__ = [
     "AttentionConfig",
@@ -32,6 +34,7 @@ __all__ = [
     "LogConfig",
     "MeshConfig",
     "ModelConfig",
+    "OffloadConfig",
     "OptimizerConfig",
     "PipelineConfig",
     "PrecisionConfig",
@@ -46,4 +49,5 @@ __all__ = [
     "parse",
     "to_toml",
     "validate",
+    "zero_faults",
 ]

@@ -146,14 +146,47 @@ class PipelineConfig(_Section):
     layers_per_stage: tuple[int, ...] | None = Field(None, description="Explicit split, e.g. 3 4 4 1; overrides split.")
 
 
-class ZeroConfig(_Section):
-    """Whose memory holds the optimizer's state."""
+class OffloadConfig(_Section):
+    """Where a part of the sharded state lives between its uses."""
 
-    stage: Literal[0, 1] = Field(1, description="0: every replica holds it all. 1: sharded over dp.")
+    device: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="none: on the device. cpu: in host memory. nvme: in swap files under path."
+    )
+    path: str | None = Field(None, description="nvme: folder for the swap files, on a local disk of each node.")
+    ratio: float = Field(
+        1.0, ge=0, le=1, description="Share of the state, by elements and whole buckets, that goes there."
+    )
+    pin_memory: bool = Field(True, description="Page-locked host memory, for faster copies; CUDA only.")
+
+
+class ZeroConfig(_Section):
+    """Whose memory holds gradients, optimizer state and parameters."""
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        1, description="Sharded over dp: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."
+    )
     bucket_mb: float = Field(
         25.0, gt=0, description="MB of gradients reduced at a time, while the backward pass goes on."
     )
     overlap: bool = Field(True, description="Reduce buckets during the last backward pass, not after it.")
+    shard_size: int | None = Field(
+        None, gt=0, description="Ranks over which state is sharded; beyond them it is repeated. Default: all of dp."
+    )
+    keep_whole: bool = Field(
+        False,
+        description="Stages 2, 3: whole gradients (and gathered weights) stay until the last micro-batch of a step.",
+    )
+    prefetch: int = Field(1, ge=0, description="Stage 3: units (blocks) gathered ahead of the one in use.")
+    persistence_threshold: int = Field(
+        10_000, ge=0, description="Stage 3: parameters with fewer elements than this stay whole on every rank."
+    )
+    offload_optimizer: OffloadConfig = OffloadConfig()
+    offload_parameters: OffloadConfig = OffloadConfig()
+    host_memory_mb: float | None = Field(
+        None,
+        gt=0,
+        description="MB of host memory a rank that offload may take, staging buffers included. Default: what is free.",
+    )
 
 
 class OptimizerConfig(_Section):
