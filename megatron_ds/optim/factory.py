@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.optim.adamw import adamw
@@ -16,8 +17,37 @@ from torch.optim.sgd import sgd
 from megatron_ds.config import OptimizerConfig
 
 
-def state_kinds(config: OptimizerConfig) -> tuple[str, ...]:
+class Update(Protocol):
+    """An update rule over the segments of one bucket; :class:`SegmentOptimizer` says what the methods do."""
+
+    def set_count(self, updates: int) -> None: ...
+
+    def bind(self, segments: Sequence[OptimizerSegment]) -> None: ...
+
+    def step(self, lr: float, scale: float | torch.Tensor = 1.0) -> None: ...
+
+
+class UpdateRule(Protocol):
+    """An update rule of the user's own, in place of an :class:`~megatron_ds.config.OptimizerConfig`.
+
+    Attributes:
+        kinds: see :func:`state_kinds`.
+    """
+
+    kinds: tuple[str, ...]
+
+    def over(self, segments: Sequence[OptimizerSegment]) -> Update: ...
+
+
+def make_update(rule: OptimizerConfig | UpdateRule, segments: Sequence[OptimizerSegment]) -> Update:
+    """The rule over ``segments`` (at least one), all of one dtype and device."""
+    return SegmentOptimizer(rule, segments) if isinstance(rule, OptimizerConfig) else rule.over(segments)
+
+
+def state_kinds(config: OptimizerConfig | UpdateRule) -> tuple[str, ...]:
     """Names of the state tensors the optimizer keeps for each parameter, each of the parameter's size."""
+    if not isinstance(config, OptimizerConfig):
+        return config.kinds
     if config.name == "adamw":
         return ("exp_avg", "exp_avg_sq")
     return ("momentum_buffer",) if config.momentum > 0 else ()
@@ -27,13 +57,16 @@ def state_kinds(config: OptimizerConfig) -> tuple[str, ...]:
 class OptimizerSegment:
     """One 1-D range of master weights with its gradient and its state, all views of flat buffers.
 
-    ``state`` has one tensor for each of :func:`state_kinds`, zero at the start of a run.
+    ``state`` has one tensor for each of :func:`state_kinds`, zero at the start of a run. ``name`` and ``start`` say of
+    which parameter, and from which of its elements on, it is the range.
     """
 
     master: torch.Tensor
     gradient: torch.Tensor
     state: dict[str, torch.Tensor]
     weight_decay: bool
+    name: str = ""
+    start: int = 0
 
 
 class SegmentOptimizer:
@@ -50,6 +83,11 @@ class SegmentOptimizer:
         self._config = config
         # AdamW counts the updates of each of its parameters in a tensor; here they are all one number.
         self._counts = torch.zeros(len(segments), dtype=torch.float32, device=segments[0].master.device)
+        self.bind(segments)
+
+    def bind(self, segments: Sequence[OptimizerSegment]) -> None:
+        """Take the same segments in other memory: what is offloaded lies in another buffer at each step."""
+        config = self._config
         both = [(s, count) for s, count in zip(segments, self._counts.unbind())]
         self._groups = [
             _Group(

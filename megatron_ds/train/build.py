@@ -11,6 +11,7 @@ from torch import nn
 from megatron_ds.config import PipelineConfig, RunConfig
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.optim.loss_scaler import LossScaler
+from megatron_ds.optim.schedule import learning_rate
 from megatron_ds.pipeline.executor import Executor
 from megatron_ds.pipeline.passes import add_communication, hoist_receives
 from megatron_ds.pipeline.schedules import build_schedule, generator_of
@@ -96,7 +97,14 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
         before_last_backward=lambda _: optimizer.start_last_micro_batch(),
     )
     scaler = LossScaler.from_config(config.precision)
-    step = TrainStep(executor, optimizer, mesh, config.optimizer, scaler, config.train.steps)
+    step = TrainStep(
+        executor,
+        optimizer,
+        mesh,
+        scaler,
+        clip_norm=config.optimizer.clip_norm,
+        rate=lambda step: learning_rate(config.optimizer, step, config.train.steps),
+    )
     return Parts({mesh.pp.rank: stage}, executor, optimizer, step, scaler)
 
 

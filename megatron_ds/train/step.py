@@ -1,26 +1,28 @@
 """The one train step: the sole owner of loss normalisation, loss scaling, clipping and the decision to skip.
 
-The loss of a step is the sum over the unmasked target tokens of the *global* batch divided by their number. Each rank
-counts its tokens before the forward pass, the counts are summed over the data axis, and the gradient that seeds every
-backward pass is ``loss_scale / tokens``. Everything after that is a sum: over micro-batches, over tensor-parallel
-ranks, over replicas. Nothing is ever averaged, so no mean of means can arise.
+The loss of a step is a sum over the *global* batch divided by a count. In pretraining both are over unmasked target
+tokens; for a user's own model (``megatron_ds.engine``) the sum is of the micro-batches' losses and the count is of
+micro-batches. Each rank counts before the forward pass, the counts are summed over the data axis, and the gradient that
+seeds every backward pass is ``loss_scale / count``. Everything after that is a sum: over micro-batches, over
+tensor-parallel ranks, over replicas. Nothing is ever averaged, so no mean of means can arise.
+
+A step is :meth:`TrainStep.begin`, the backward passes, :meth:`TrainStep.finish`: in one call where the executor runs
+the micro-batches, apart where the user does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_ds import comm
-from megatron_ds.config import OptimizerConfig
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.clip import clip_coefficient
 from megatron_ds.optim.loss_scaler import LossScaler
-from megatron_ds.optim.schedule import learning_rate
 from megatron_ds.pipeline.executor import Executor
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
@@ -32,9 +34,9 @@ class StepResult:
     """What one step did; the same on every rank.
 
     Attributes:
-        loss: mean over the global batch's unmasked tokens.
+        loss: the global batch's sum divided by ``tokens``.
         grad_norm: global L2 norm before clipping (NaN or Inf when the step was skipped).
-        tokens: unmasked target tokens of the global batch.
+        tokens: what the loss was divided by: unmasked target tokens of the global batch, or micro-batches of an Engine.
         skipped: gradients were not finite, and no weight changed.
         stop: some rank asked to stop after this step.
     """
@@ -48,33 +50,63 @@ class StepResult:
     stop: bool
 
 
+def count_tokens(micro_batches: Sequence[MicroBatch]) -> Tensor:
+    """Unmasked target tokens of this rank's micro-batches, 0-d."""
+    return torch.stack([batch["loss_mask"].sum() for batch in micro_batches]).sum()
+
+
 class TrainStep:
-    """Composes executor, optimizer and mesh into one optimizer step; holds no state of its own but the loss scale."""
+    """Composes executor, optimizer and mesh into one optimizer step; holds no state of its own but the loss scale.
+
+    Args:
+        clip_norm: largest global gradient norm; 0 turns clipping off.
+        rate: learning rate of a step, from its number (the first is 1).
+        count: what a rank's micro-batches add to the number by which the loss is divided, 0-d.
+    """
 
     def __init__(
         self,
         executor: Executor,
         optimizer: ZeroOptimizer,
         mesh: Mesh,
-        config: OptimizerConfig,
         scaler: LossScaler,
-        total_steps: int,
+        *,
+        clip_norm: float,
+        rate: Callable[[int], float],
+        count: Callable[[Sequence[MicroBatch]], Tensor] = count_tokens,
     ):
-        self.executor, self.optimizer, self.mesh = executor, optimizer, mesh
-        self.config, self.scaler, self.total_steps = config, scaler, total_steps
+        self.executor, self.optimizer, self.mesh, self.scaler = executor, optimizer, mesh, scaler
+        self.clip_norm, self.rate, self.count = clip_norm, rate, count
+        self._seeded = torch.ones((), dtype=torch.float64)
 
     def __call__(self, micro_batches: Sequence[MicroBatch], step: int, stop: bool = False) -> StepResult:
         """Run step number ``step`` (the first is 1) on this rank's micro-batches of the global batch.
 
         ``stop``: this rank wants the run to end; all ranks learn of it in this step's one metrics message.
         """
-        rate = learning_rate(self.config, step, self.total_steps)
-        scale = self.scaler.scale
-        tokens = self._count_tokens(micro_batches)
+        # Exact up to 2^53.
+        count = comm.all_reduce(self.count(micro_batches).double(), self.mesh.data)
+        loss_sum = self.executor.run(micro_batches, self.begin(count))
+        return self.finish(step, loss_sum, count, stop)
+
+    def begin(self, count: Tensor) -> Tensor:
+        """Start a step whose loss will be divided by ``count`` (0-d float64); the gradient that seeds its backwards."""
         self.optimizer.start_step()
-        loss_sum = self.executor.run(micro_batches, scale / tokens.clamp(min=1))
+        self._seeded = count.clamp(min=1)
+        return self.scaler.scale / self._seeded
+
+    def finish(self, step: int, loss_sum: Tensor, count: Tensor, stop: bool = False) -> StepResult:
+        """Reduce, clip and update, or skip, after the last backward pass.
+
+        Args:
+            loss_sum: sum of this rank's losses, 0-d.
+            count: what the loss is divided by after all, if it was not known when the step began.
+        """
+        rate, loss_scale = self.rate(step), self.scaler.scale
         self.optimizer.finish_gradients()
         norm_squared, loss, stopping = self._sum_over_world(self.optimizer.norm_squared(), loss_sum, stop)
+        # What the gradients are too large by: 1 x the loss scale, but for a count that came out different.
+        scale = loss_scale * (count.clamp(min=1) / self._seeded).item()
         norm_squared /= scale * scale
         skipped = not math.isfinite(norm_squared)
         norm = norm_squared if skipped else math.sqrt(norm_squared)
@@ -82,33 +114,26 @@ class TrainStep:
         if skipped:
             self.optimizer.skip()
         else:
-            clip = clip_coefficient(torch.tensor(norm_squared, dtype=torch.float64), self.config.clip_norm)
+            clip = clip_coefficient(torch.tensor(norm_squared, dtype=torch.float64), self.clip_norm)
             self.optimizer.step(rate, clip.item() / scale)
-        count = int(tokens)
-        return StepResult(loss / max(count, 1), norm, rate, count, scale, skipped, stopping > 0)
+        counted = int(count)
+        return StepResult(loss / max(counted, 1), norm, rate, counted, loss_scale, skipped, stopping > 0)
 
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> float:
-        """Mean loss over the unmasked tokens of all batches, without label smoothing and dropout."""
+        """The losses' sum over all batches divided by their count, without label smoothing and dropout."""
+        modes = [(module, module.training) for stage in self.executor.stages.values() for module in stage.modules()]
         for stage in self.executor.stages.values():
             stage.eval()
         try:
             total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
             for micro_batches in batches:
                 total[0] += self._own_loss(self.executor.run_forward(micro_batches))
-                total[1] += self._own_loss(self._local_tokens(micro_batches))
-            loss, tokens = comm.all_reduce(total, self.mesh.world).tolist()
+                total[1] += self._own_loss(self.count(micro_batches))
+            loss, count = comm.all_reduce(total, self.mesh.world).tolist()
         finally:
-            for stage in self.executor.stages.values():
-                stage.train()
-        return loss / max(tokens, 1)
-
-    @staticmethod
-    def _local_tokens(micro_batches: Sequence[MicroBatch]) -> Tensor:
-        return torch.stack([batch["loss_mask"].sum() for batch in micro_batches]).sum()
-
-    def _count_tokens(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Unmasked tokens of the global batch, 0-d float64: exact up to 2^53."""
-        return comm.all_reduce(self._local_tokens(micro_batches).double(), self.mesh.data)
+            for module, training in modes:
+                module.training = training
+        return loss / max(count, 1)
 
     def _own_loss(self, value: Tensor) -> Tensor:
         """``value`` on the one rank that speaks for its sequences, zero elsewhere: the last stage's first tp rank."""

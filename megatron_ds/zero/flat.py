@@ -19,7 +19,7 @@ from megatron_ds import comm
 from megatron_ds.comm import Pending
 from megatron_ds.config import OptimizerConfig
 from megatron_ds.mesh import Axis
-from megatron_ds.optim.factory import OptimizerSegment, SegmentOptimizer, state_kinds
+from megatron_ds.optim.factory import OptimizerSegment, UpdateRule, make_update, state_kinds
 from megatron_ds.shared_memory import SharedArena
 from megatron_ds.zero.buckets import BucketLayout, state_dtype
 from megatron_ds.zero.memory import FlatBuffer
@@ -52,7 +52,7 @@ class FlatBucket:
         parameters: Sequence[nn.Parameter],
         shard: Axis,
         also_over: Sequence[Axis],
-        config: OptimizerConfig,
+        config: OptimizerConfig | UpdateRule,
         arena: SharedArena | None,
     ):
         self.layout = layout
@@ -78,12 +78,14 @@ class FlatBucket:
                     gradient=self.gradients.shard.narrow(0, segment.offset, segment.numel),
                     state={k: t.narrow(0, segment.offset, segment.numel) for k, t in self.state.items()},
                     weight_decay=segment.spec.weight_decay,
+                    name=segment.spec.name,
+                    start=segment.start,
                 ),
             )
             for segment in layout.segments(shard.rank)
         ]
         # A slice of nothing but padding has nothing to update.
-        self.optimizer = SegmentOptimizer(config, [s for _, s in self.segments]) if self.segments else None
+        self.optimizer = make_update(config, [s for _, s in self.segments]) if self.segments else None
         self._reducing: Pending | None = None
         self._gathering: Pending | None = None
         self._remaining_axes: list[Axis] = []

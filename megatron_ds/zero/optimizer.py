@@ -16,7 +16,7 @@ from torch import nn
 from megatron_ds.checkpoint.pieces import Piece
 from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Axis, Mesh
-from megatron_ds.optim.factory import state_kinds
+from megatron_ds.optim.factory import UpdateRule, state_kinds
 from megatron_ds.shared_memory import SharedArena, Tokens
 from megatron_ds.zero import buckets
 from megatron_ds.zero.buckets import BucketLayout, ParameterInfo, plan_buckets, state_dtype
@@ -64,7 +64,7 @@ class ZeroOptimizer:
         parameters: Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]],
         mesh: Mesh,
         config: ZeroConfig,
-        optimizer_config: OptimizerConfig,
+        optimizer_config: OptimizerConfig | UpdateRule,
         precision: PrecisionConfig,
         shared_over: Sequence[tuple[nn.Parameter, Axis]] = (),
         shared_memory: bool = True,
