@@ -13,18 +13,25 @@ from megatron_ds.errors import DataError, nearest
 
 Weighted = Sequence[tuple[float, str]]
 """(weight by samples, prefix of a dataset), one for each dataset."""
+OpenDataset = Callable[[str], IndexedDataset]
+"""Opens, and checks, the dataset of a prefix."""
 MakeSource = Callable[[IndexedDataset, DocumentRange | None, int], SampleSource]
 """The samples of a range of documents (None: all) of a dataset, with a seed of its own."""
 
 
 def blend_of_splits(
-    blend: Weighted, split: str, sequence_length: int, seed: int, make: MakeSource
+    blend: Weighted,
+    split: str,
+    sequence_length: int,
+    seed: int,
+    make: MakeSource,
+    open_dataset: OpenDataset = IndexedDataset,
 ) -> dict[str, SampleSource | None]:
     """Split every dataset alike, and blend the parts of each split: ``{"train": ..., "valid": ..., "test": ...}``.
 
     A split without weight is None. Raises :class:`DataError` as :func:`~megatron_ds.data.split.split_documents` does.
     """
-    opened = [(weight, IndexedDataset(prefix)) for weight, prefix in blend]
+    opened = [(weight, open_dataset(prefix)) for weight, prefix in blend]
     ranges = [split_documents(dataset, split, sequence_length) for _, dataset in opened]
     found: dict[str, SampleSource | None] = {}
     for name in SPLITS:
@@ -37,7 +44,9 @@ def blend_of_splits(
     return found
 
 
-def splits_of_blends(blends: Mapping[str, Weighted], seed: int, make: MakeSource) -> dict[str, SampleSource | None]:
+def splits_of_blends(
+    blends: Mapping[str, Weighted], seed: int, make: MakeSource, open_dataset: OpenDataset = IndexedDataset
+) -> dict[str, SampleSource | None]:
     """A blend for each split, of whole datasets: ``blends`` maps train, valid and test to their datasets.
 
     Raises:
@@ -56,7 +65,7 @@ def splits_of_blends(blends: Mapping[str, Weighted], seed: int, make: MakeSource
     return {
         name: _blended(
             [
-                (weight, make(IndexedDataset(prefix), None, _seed(seed, number)))
+                (weight, make(open_dataset(prefix), None, _seed(seed, number)))
                 for number, (weight, prefix) in enumerate(blends.get(name, ()))
             ]
         )

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from megatron_ds.data.gpt_dataset import Batch, GPTDataset
 from megatron_ds.data.order import key, mix, order
+from megatron_ds.data.tokenizers import Tokenizer
 from megatron_ds.errors import DataError
 
 _UNIT = 1 << 53
@@ -58,6 +59,29 @@ class FillInTheMiddle:
         else:
             parts = [[self.prefix_id], prefix, [self.suffix_id], suffix, [self.middle_id], middle]
         return np.concatenate([np.asarray(part, np.int64) for part in parts])
+
+
+def sentinels(
+    names: tuple[str, str, str], tokenizer: Tokenizer, vocab_size: int, rate: float, spm_rate: float
+) -> FillInTheMiddle:
+    """From the names of the prefix, middle and suffix sentinels, special tokens of the tokenizer.
+
+    Raises:
+        DataError: the tokenizer has no such token, an id that the model's vocabulary does not hold, or one twice.
+    """
+    ids = []
+    for name in names:
+        found = tokenizer.token_id(name)
+        if found is None:
+            raise DataError(
+                f"the tokenizer has no token {name!r} for fill-in-the-middle; name tokens that it has, or train one "
+                f"with tools/train_tokenizer.py --special-tokens {' '.join(names)}"
+            )
+        if found >= vocab_size:
+            raise DataError(f"the sentinel {name!r} has the id {found}, but model.vocab_size={vocab_size}")
+        ids.append(found)
+    prefix_id, middle_id, suffix_id = ids
+    return FillInTheMiddle(prefix_id, middle_id, suffix_id, rate, spm_rate)
 
 
 class FIMDataset:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
+from megatron_ds.data.blend_sources import Weighted, blend_of_splits, splits_of_blends
+from megatron_ds.data.conversation_dataset import ConversationDataset
+from megatron_ds.data.fim import FillInTheMiddle, FIMDataset, sentinels
 from megatron_ds.data.gpt_dataset import GPTDataset, SampleSource
 from megatron_ds.data.indexed import IndexedDataset
-from megatron_ds.data.split import split_documents
+from megatron_ds.data.split import DocumentRange
 from megatron_ds.data.synthetic import SyntheticDataset
-from megatron_ds.data.tokenizers import load_tokenizer
+from megatron_ds.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ds.data.verify import check_token_ids, read_manifest
 from megatron_ds.errors import DataError
 
@@ -22,58 +27,140 @@ class GPTSources:
     test: SampleSource | None = None
 
 
+@dataclass(frozen=True)
+class SampleOptions:
+    """How the tokens of a dataset become samples.
+
+    Args:
+        document_masking: attention, positions and loss stay inside a document.
+        conversations: whole conversations to a row (:class:`ConversationDataset`), the loss on the answers alone.
+        fim_rate, fim_spm_rate, fim_tokens: fill-in-the-middle (:mod:`megatron_ds.data.fim`) with these special tokens
+            of the tokenizer; a rate of 0 is none.
+    """
+
+    document_masking: bool = False
+    conversations: bool = False
+    fim_rate: float = 0.0
+    fim_spm_rate: float = 0.5
+    fim_tokens: tuple[str, str, str] | None = None
+
+
 def open_sources(
-    prefix: str | None,
+    prefix: str | None = None,
     *,
     split: str,
     sequence_length: int,
     vocab_size: int,
     seed: int,
     tokenizer: str | None = None,
-    document_masking: bool = False,
+    options: SampleOptions = SampleOptions(),
+    blend: Weighted = (),
+    split_blends: Mapping[str, Weighted] | None = None,
+    cache_dir: Path | None = None,
 ) -> GPTSources:
-    """Open the dataset at ``prefix``, or random tokens where it is None.
+    """Open the dataset at ``prefix``, the ``blend`` of several, or a blend for each split; else random tokens.
+
+    Args:
+        prefix: path or URL of a dataset, divided into splits by ``split``.
+        tokenizer: what the datasets have to be made with; None if that does not matter.
+        blend: weighted datasets, each divided by ``split``.
+        split_blends: ``{"train": ..., "valid": ...}``: weighted datasets, whole, for each split.
+        cache_dir: where indexes and remote datasets are kept, instead of beside the data.
 
     Raises:
         DataError: a missing or damaged file, a token id or a tokenizer that the model's vocabulary does not hold,
-            a tokenizer that did not make the dataset, or a split too short for one sample.
+            a tokenizer that did not make a dataset, a split too short for one sample, or nothing to train on.
     """
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
-    if loaded is not None:
-        entries = loaded.vocab_size
-        if entries > vocab_size:
-            raise DataError(
-                f"the tokenizer {tokenizer} has {entries} entries, but model.vocab_size={vocab_size}; "
-                f"set model.vocab_size={entries}, or use the tokenizer that belongs to the model"
-            )
-    if prefix is None:
-        return GPTSources(SyntheticDataset(vocab_size, sequence_length, seed))
-    indexed = IndexedDataset(prefix)
-    check_token_ids(indexed, vocab_size, "model.vocab_size")
-    made_with = (read_manifest(indexed.prefix) or {}).get("tokenizer")
-    if loaded is not None and made_with is not None and made_with["xxh3"] != loaded.fingerprint:
+    if loaded is not None and loaded.vocab_size > vocab_size:
         raise DataError(
-            f"{indexed.prefix} was made with the tokenizer {made_with['spec']} ({made_with['xxh3']}), not with "
-            f"{tokenizer} ({loaded.fingerprint}), to which the same ids may be other text; set data.tokenizer to the "
-            "one that made the data, preprocess again with this one, or leave it unset to train without it"
+            f"the tokenizer {tokenizer} has {loaded.vocab_size} entries, but model.vocab_size={vocab_size}; "
+            f"set model.vocab_size={loaded.vocab_size}, or use the tokenizer that belongs to the model"
         )
-    ranges = split_documents(indexed, split, sequence_length)
-    if ranges["train"] is None:
+    if prefix is not None:
+        blend = [(1.0, prefix)]
+    if not blend and not split_blends:
+        return GPTSources(SyntheticDataset(vocab_size, sequence_length, seed))
+    opener = _Opener(vocab_size, tokenizer, loaded, cache_dir)
+    make = _Maker(sequence_length, vocab_size, options, loaded, cache_dir)
+    if split_blends:
+        found = splits_of_blends(split_blends, seed, make, opener)
+    else:
+        # A conversation is a sample of its own, however short.
+        least = 1 if options.conversations else sequence_length
+        found = blend_of_splits(blend, split, least, seed, make, opener)
+    if found["train"] is None:
         raise DataError(f"split={split!r} gives no weight to train; its first number must be positive")
+    return GPTSources(found["train"], found["valid"], found["test"])
 
-    def source(name: str) -> GPTDataset | None:
-        if ranges[name] is None:
-            return None
-        return GPTDataset(
+
+@dataclass
+class _Opener:
+    """Opens datasets, and checks each against the model's vocabulary and all against one tokenizer."""
+
+    vocab_size: int
+    spec: str | None
+    tokenizer: Tokenizer | None
+    cache_dir: Path | None
+    makers: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """By the fingerprint of a tokenizer: (its name, the first dataset that it made)."""
+
+    def __call__(self, prefix: str) -> IndexedDataset:
+        indexed = IndexedDataset(prefix, self.cache_dir)
+        check_token_ids(indexed, self.vocab_size, "model.vocab_size", self.cache_dir)
+        made_with = (read_manifest(indexed.prefix) or {}).get("tokenizer")
+        if made_with is None:
+            return indexed
+        fingerprint = made_with["xxh3"]
+        if self.tokenizer is not None and fingerprint != self.tokenizer.fingerprint:
+            raise DataError(
+                f"{indexed.prefix} was made with the tokenizer {made_with['spec']} ({fingerprint}), not with "
+                f"{self.spec} ({self.tokenizer.fingerprint}), to which the same ids may be other text; set "
+                "data.tokenizer to the one that made the data, preprocess again with this one, or leave it unset to "
+                "train without it"
+            )
+        self.makers.setdefault(fingerprint, (made_with["spec"], prefix))
+        if len(self.makers) > 1:
+            (one, first), (other, second) = list(self.makers.values())[:2]
+            raise DataError(
+                f"{first} was made with the tokenizer {one}, but {second} with {other}: the same ids are other text. "
+                "Datasets of one run need one tokenizer; preprocess one of them again"
+            )
+        return indexed
+
+
+@dataclass
+class _Maker:
+    """Makes the samples of a range of documents."""
+
+    sequence_length: int
+    vocab_size: int
+    options: SampleOptions
+    tokenizer: Tokenizer | None
+    cache_dir: Path | None
+    fim: FillInTheMiddle | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        o = self.options
+        self.fim = None
+        if o.fim_rate:
+            if o.fim_tokens is None or self.tokenizer is None:
+                raise DataError("fill-in-the-middle needs the names of its three sentinels, and a tokenizer with them")
+            self.fim = sentinels(o.fim_tokens, self.tokenizer, self.vocab_size, o.fim_rate, o.fim_spm_rate)
+
+    def __call__(self, indexed: IndexedDataset, documents: DocumentRange | None, seed: int) -> SampleSource:
+        if self.options.conversations:
+            return ConversationDataset(indexed, self.sequence_length, documents, seed, cache_dir=self.cache_dir)
+        masking = self.options.document_masking
+        samples = GPTDataset(
             indexed,
-            sequence_length,
-            ranges[name],
+            self.sequence_length,
+            documents,
             seed,
-            reset_positions=document_masking,
-            mask_documents=document_masking,
-            mask_boundary_loss=document_masking,
+            reset_positions=masking,
+            mask_documents=masking,
+            mask_boundary_loss=masking,
         )
-
-    train = source("train")
-    assert train is not None
-    return GPTSources(train, source("valid"), source("test"))
+        if self.fim is None:
+            return samples
+        return FIMDataset(samples, self.fim, self.tokenizer.eod_id if self.tokenizer is not None else None)

@@ -147,6 +147,9 @@ class TiktokenTokenizer:
     def decode(self, ids: Any) -> str:
         return self.backend.decode([int(i) for i in ids])
 
+    def token_id(self, name: str) -> int | None:
+        return self.special.get(name)
+
     def save_hf(self, folder: str | Path) -> None:
         """The same ids as a ``tokenizers`` BPE: each token stands for every way of cutting it into two tokens."""
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ def train_tokenizer(
     kind: Kind = "bpe",
     key: str = "text",
     max_megabytes: float | None = None,
+    special_tokens: Sequence[str] = (),
 ) -> Path:
     """Train on the texts of ``inputs`` and write a folder that :func:`load_tokenizer` and ``transformers`` load.
 
@@ -34,24 +35,27 @@ def train_tokenizer(
             SentencePiece's, with bytes as fallback; ``wordpiece`` is BERT's, lower-cased.
         key: of the text in a record.
         max_megabytes: read at most this much text (10^6 bytes); a sample is enough for a vocabulary.
+        special_tokens: names of further special tokens, e.g. sentinels of fill-in-the-middle.
 
     Raises:
-        DataError: no text, or a vocabulary too small for the kind.
+        DataError: no text, a special token twice, or a vocabulary too small for the kind.
     """
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     least = {"bpe": 257, "unigram": 300, "wordpiece": 100}[kind]
     if vocab_size < least:
         raise DataError(f"vocab_size={vocab_size} is too small for {kind}: it needs at least {least} for its alphabet")
+    if len(set(special_tokens)) < len(special_tokens) or EOD in special_tokens:
+        raise DataError(f"special_tokens={list(special_tokens)} must differ from each other and from {EOD}")
     texts = _limited(iterate_texts(inputs, key), max_megabytes)
     if kind == "unigram":
-        _train_unigram(texts, folder, vocab_size)
+        _train_unigram(texts, folder, vocab_size, special_tokens)
     else:
-        _train_hf(texts, folder, vocab_size, kind)
+        _train_hf(texts, folder, vocab_size, kind, special_tokens)
     return folder
 
 
-def _train_hf(texts: Iterator[str], folder: Path, vocab_size: int, kind: Kind) -> None:
+def _train_hf(texts: Iterator[str], folder: Path, vocab_size: int, kind: Kind, extra: Sequence[str]) -> None:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     if kind == "bpe":
@@ -61,7 +65,7 @@ def _train_hf(texts: Iterator[str], folder: Path, vocab_size: int, kind: Kind) -
         # The alphabet is sorted so that the ids do not depend on a hash's order.
         trainer: Any = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[EOD],
+            special_tokens=[EOD, *extra],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
@@ -71,7 +75,7 @@ def _train_hf(texts: Iterator[str], folder: Path, vocab_size: int, kind: Kind) -
         backend.normalizer = normalizers.BertNormalizer(lowercase=True)
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         backend.decoder = decoders.WordPiece()
-        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *extra]
         trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
         config = {
             name: f"[{token}]"
@@ -81,7 +85,7 @@ def _train_hf(texts: Iterator[str], folder: Path, vocab_size: int, kind: Kind) -
             )
         }  # fmt: skip
     backend.train_from_iterator(texts, trainer)
-    if backend.get_vocab_size() <= least_alphabet(kind):
+    if backend.get_vocab_size() <= least_alphabet(kind) + len(extra):
         raise DataError("the inputs hold too little text to train a tokenizer on")
     backend.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **config}  # type: ignore[dict-item]
@@ -93,7 +97,7 @@ def least_alphabet(kind: Kind) -> int:
     return 257 if kind == "bpe" else 5
 
 
-def _train_unigram(texts: Iterator[str], folder: Path, vocab_size: int) -> None:
+def _train_unigram(texts: Iterator[str], folder: Path, vocab_size: int, extra: Sequence[str]) -> None:
     import sentencepiece
 
     from megatron_ds.data.tokenizers import SentencePieceTokenizer
@@ -110,6 +114,7 @@ def _train_unigram(texts: Iterator[str], folder: Path, vocab_size: int) -> None:
             allow_whitespace_only_pieces=True,
             remove_extra_whitespaces=False,
             normalization_rule_name="identity",
+            control_symbols=list(extra),
             max_sentence_length=4 * PIECE_BYTES,
             input_sentence_size=1_000_000,
             shuffle_input_sentence=False,

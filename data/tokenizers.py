@@ -51,6 +51,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Ids) -> str: ...
 
+    def token_id(self, name: str) -> int | None:
+        """The id of a token by its name, e.g. of a special one; None if there is no such token."""
+        ...
+
     def save_hf(self, folder: str | Path) -> None:
         """Write what ``transformers.AutoTokenizer.from_pretrained(folder)`` loads."""
         ...
@@ -147,6 +151,10 @@ class HFTokenizer:
         text: str = self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
         return text
 
+    def token_id(self, name: str) -> int | None:
+        found: int | None = self.backend.token_to_id(name)
+        return found
+
     def save_hf(self, folder: str | Path) -> None:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
@@ -185,6 +193,10 @@ class SentencePieceTokenizer:
         text: str = self.backend.DecodeIds([int(i) for i in ids])
         return text
 
+    def token_id(self, name: str) -> int | None:
+        found: int = self.backend.PieceToId(name)  # that of <unk> for a piece that is not there
+        return found if self.backend.IdToPiece(found) == name else None
+
     def save_hf(self, folder: str | Path) -> None:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
@@ -217,6 +229,9 @@ class ByteTokenizer:
 
     def decode(self, ids: Ids) -> str:
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def token_id(self, name: str) -> int | None:
+        return self.eod_id if name == EOD_NAMES[0] else None
 
     def save_hf(self, folder: str | Path) -> None:
         """The same ids as a ``tokenizers`` BPE without merges."""

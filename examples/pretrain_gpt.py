@@ -14,9 +14,11 @@ Besides the settings below:
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Any
 
 from megatron_ds.config import RunConfig, parse, to_toml
-from megatron_ds.data.gpt_sources import GPTSources, open_sources
+from megatron_ds.data.gpt_sources import GPTSources, SampleOptions, open_sources
 from megatron_ds.errors import ConfigError
 from megatron_ds.models.gpt import gpt_model
 from megatron_ds.train.dry_run import dry_run
@@ -26,14 +28,26 @@ from megatron_ds.train.pretrain import pretrain
 
 def sources(config: RunConfig) -> GPTSources:
     """The data that ``config.data`` describes."""
+    data = config.data
+    common: dict[str, Any] = {
+        "split": data.split,
+        "sequence_length": config.train.sequence_length,
+        "vocab_size": config.model.vocab_size,
+        "seed": config.seed,
+        "tokenizer": data.tokenizer,
+    }
+    if data.synthetic:
+        return open_sources(**common)
+    own = {"train": data.train_blend, "valid": data.valid_blend, "test": data.test_blend}
     return open_sources(
-        None if config.data.synthetic else config.data.prefix,
-        split=config.data.split,
-        sequence_length=config.train.sequence_length,
-        vocab_size=config.model.vocab_size,
-        seed=config.seed,
-        tokenizer=config.data.tokenizer,
-        document_masking=config.data.document_masking,
+        data.prefix,
+        blend=data.blend,
+        split_blends=own if data.train_blend else None,
+        options=SampleOptions(
+            data.document_masking, data.conversations, data.fim.rate, data.fim.spm_rate, data.fim.tokens
+        ),
+        cache_dir=None if data.cache_dir is None else Path(data.cache_dir),
+        **common,
     )
 
 

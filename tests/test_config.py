@@ -109,12 +109,6 @@ REFUSED: list[tuple[int, dict[str, dict[str, Any]], str]] = [
         {"precision": {"dtype": "bf16", "loss_scale": 128.0}},
         "precision.loss_scale=128.0 is for fp16; precision.dtype is bf16",
     ),
-    (
-        1,
-        {"data": {"synthetic": False}},
-        "data.prefix is not set: give the path of a .bin/.idx pair without its suffix (tools/preprocess_data.py "
-        "makes one), or --data.synthetic",
-    ),
     (2, {"mesh": {"cp": 2}}, "mesh.cp=2: context parallelism is not built yet; use mesh.cp=1"),
 ]
 
@@ -232,7 +226,11 @@ def configs(draw: st.DrawFn) -> RunConfig:
             },
             "optimizer": {"lr": draw(small), "eps": draw(small)},
             "pipeline": {"layers_per_stage": draw(st.none() | st.lists(positive, max_size=4))},
-            "data": {"prefix": draw(st.none() | TEXT)},
+            "data": {
+                "prefix": draw(st.none() | TEXT),
+                "blend": draw(st.lists(st.tuples(small, TEXT), max_size=3)),
+                "fim": {"rate": draw(small), "tokens": draw(st.none() | st.tuples(TEXT, TEXT, TEXT))},
+            },
             "log": {"record_steps": draw(st.lists(st.integers(0, 99), max_size=3))},
         },
         "drawn",

@@ -29,12 +29,20 @@ class TrainTokenizer:
     """The key of the text in a record."""
     max_megabytes: float | None = None
     """Train on at most this many MB (10^6 bytes) of text; a sample of the corpus is enough."""
+    special_tokens: tuple[str, ...] = ()
+    """Further special tokens, e.g. the sentinels of fill-in-the-middle."""
 
 
 def main(options: TrainTokenizer) -> None:
     start = time.perf_counter()
     folder = train_tokenizer(
-        options.input, options.output, options.vocab_size, options.kind, options.key, options.max_megabytes
+        options.input,
+        options.output,
+        options.vocab_size,
+        options.kind,
+        options.key,
+        options.max_megabytes,
+        options.special_tokens,
     )
     tokenizer = load_tokenizer(folder)
     print(f"{folder}: {options.kind} with {tokenizer.vocab_size:,} entries, {time.perf_counter() - start:.1f} s")

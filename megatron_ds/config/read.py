@@ -92,14 +92,24 @@ def _reason(left: SystemExit, printed: str) -> str:
     while cause is not None and not isinstance(cause, pydantic.ValidationError):
         cause = cause.__context__
     if cause is not None:
-        sections = {type(getattr(RunConfig(), name)).__name__: f"{name}." for name in RunConfig.model_fields}
-        section = sections.get(cause.title, "")
+        section = _prefixes(RunConfig).get(cause.title, "")
         return "; ".join(
             f"{section}{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in cause.errors()
         )
     lines = [line.strip("│ ") for line in printed.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("╭", "╰", "─"))]
     return " ".join(line for line in lines if not line.startswith("For full helptext"))
+
+
+def _prefixes(section: type[BaseModel], prefix: str = "") -> dict[str, str]:
+    """By the name of a section's class, what its keys begin with; nothing for a class of several sections."""
+    found: dict[str, str] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            own = f"{prefix}{name}."
+            for title, keys in {field.annotation.__name__: own, **_prefixes(field.annotation, own)}.items():
+                found[title] = "" if title in found else keys
+    return found
 
 
 def _reject_unknown_flags(arguments: Sequence[str]) -> None:

@@ -229,15 +229,46 @@ class RecomputeConfig(_Section):
     every: int = Field(2, gt=0, description="n of every_n.")
 
 
-class DataConfig(_Section):
-    """Where the tokens come from."""
+class FIMConfig(_Section):
+    """Fill-in-the-middle: texts rearranged, so that the model learns to write what is missing inside them."""
 
-    prefix: str | None = Field(None, description="Path of the indexed dataset without .bin/.idx.")
+    rate: float = Field(0.0, ge=0, le=1, description="Share of the documents that are rearranged; 0 for none.")
+    spm_rate: float = Field(
+        0.5, ge=0, le=1, description="Share of those in the order suffix, prefix, middle; the others: prefix, suffix."
+    )
+    tokens: tuple[str, str, str] | None = Field(
+        None, description="The prefix, middle and suffix sentinels: special tokens of data.tokenizer."
+    )
+
+
+class DataConfig(_Section):
+    """Where the tokens come from: one dataset (prefix), a blend of several, or a blend for each split."""
+
+    prefix: str | None = Field(
+        None, description="Path or URL (s3://, gs://, ...: any of fsspec) of the dataset, without .bin/.idx."
+    )
+    blend: tuple[tuple[float, str], ...] = Field(
+        (), description="Several datasets: WEIGHT PREFIX WEIGHT PREFIX ..., by samples; each is divided by split."
+    )
+    train_blend: tuple[tuple[float, str], ...] = Field(
+        (), description="Whole datasets that are trained on, as in blend; split is not used then."
+    )
+    valid_blend: tuple[tuple[float, str], ...] = Field((), description="Beside train_blend: those evaluated on.")
+    test_blend: tuple[tuple[float, str], ...] = Field((), description="Beside train_blend: those kept for tests.")
     split: str = Field("969,30,1", description="Weights of the train, valid and test documents.")
     tokenizer: str | None = Field(None, description="Tokenizer folder; checked against the dataset, and exported.")
-    synthetic: bool = Field(False, description="Random tokens instead of a dataset, for measuring speed.")
+    synthetic: bool = Field(False, description="Random tokens instead of any dataset, for measuring speed.")
     document_masking: bool = Field(
         False, description="Attention and positions do not cross document boundaries in a packed sequence."
+    )
+    conversations: bool = Field(
+        False, description="Whole conversations to a sequence, apart from each other; the loss counts answers alone."
+    )
+    fim: FIMConfig = FIMConfig()
+    cache_dir: str | None = Field(
+        None,
+        description="Folder of the node for index caches and copies of remote datasets. Default: beside the data; "
+        "for URLs ~/.cache.",
     )
     prefetch: int = Field(2, ge=0, description="Global batches read ahead by a background thread.")
 
@@ -247,6 +278,11 @@ class TrainConfig(_Section):
 
     steps: int = Field(1000, gt=0, description="Optimizer steps of the whole run.")
     global_batch: int = Field(8, gt=0, description="Sequences an optimizer step.")
+    batch_ramp: tuple[int, int, int] | None = Field(
+        None,
+        description="START INCREMENT SAMPLES: the batch grows from START to global_batch in equal parts of the first "
+        "SAMPLES sequences.",
+    )
     micro_batch: int = Field(1, gt=0, description="Sequences a forward pass on one replica.")
     sequence_length: int = Field(1024, gt=0, description="Tokens a sequence.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over the vocabulary.")

@@ -38,11 +38,12 @@ def sparse_faults(config: RunConfig) -> Iterator[str]:
         )
     if m.position == "alibi":
         yield f"model.position='alibi' {which}: sparse attention has no biases; use 'rope', 'learned' or 'none'"
-    if config.data.document_masking:
-        yield (
-            f"data.document_masking {which}: a layout is the same for all samples, documents are not; use "
-            f"--data.no-document-masking, or {_SECTION}.mode='none'"
-        )
+    for name in ("document_masking", "conversations"):
+        if getattr(config.data, name):
+            yield (
+                f"data.{name} {which}: a layout is the same for all samples, documents are not; use "
+                f"--data.no-{name.replace('_', '-')}, or {_SECTION}.mode='none'"
+            )
     if length % sparse.block:
         below, above = length // sparse.block * sparse.block, -(-length // sparse.block) * sparse.block
         yield (

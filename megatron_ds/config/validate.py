@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from megatron_ds.config.data import data_faults, ramp_faults
 from megatron_ds.config.schema import RunConfig
 from megatron_ds.config.sparse import sparse_faults
 from megatron_ds.config.zero import unbuilt, zero_faults
@@ -102,11 +103,8 @@ def validate(config: RunConfig, world_size: int) -> MeshShape:
         config.precision.dtype == "fp16" or config.precision.loss_scale is None,
         f"precision.loss_scale={config.precision.loss_scale} is for fp16; precision.dtype is {config.precision.dtype}",
     )
-    check(
-        config.data.synthetic or config.data.prefix is not None,
-        "data.prefix is not set: give the path of a .bin/.idx pair without its suffix (tools/preprocess_data.py "
-        "makes one), or --data.synthetic",
-    )
+    faults += data_faults(config)
+    faults += ramp_faults(config, portion)
     faults += sparse_faults(config)
     faults += zero_faults(config.zero, shape.dp)
     faults += unbuilt(config.zero)

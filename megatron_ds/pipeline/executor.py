@@ -55,6 +55,7 @@ class Executor:
 
     Args:
         schedule: compute actions of all ranks, as ``build_schedule`` returns them (transfers are added here).
+        other_sizes: the same for other numbers of micro-batches, where steps differ in it (batch ramp-up).
         stages: this rank's stages by global stage index.
         pp, pp_back: the pipeline axis with the groups that carry activations down and gradients back.
         activation_shape, dtype, device: of what flows between stages: ``[s, b, h]``, the same for every micro-batch.
@@ -73,14 +74,18 @@ class Executor:
         dtype: torch.dtype,
         device: torch.device,
         before_last_backward: Callable[[nn.Module], None] | None = None,
+        other_sizes: Sequence[Schedule] = (),
     ):
         self.stages = dict(stages)
         self.pp, self.pp_back = pp, pp_back
         self.activation_shape, self.dtype, self.device = activation_shape, dtype, device
         self.before_last_backward = before_last_backward
         self.num_stages = num_stages_of(schedule)
-        self.actions = hoist_receives(add_communication(schedule))[pp.rank]
-        self.num_micro_batches = sum(a.op is Op.F and a.stage == min(self.stages) for a in self.actions)
+        first = min(self.stages)
+        self.actions: dict[int, list[Action]] = {}  # by the number of micro-batches
+        for one in (schedule, *other_sizes):
+            own = hoist_receives(add_communication(one))[pp.rank]
+            self.actions[sum(a.op is Op.F and a.stage == first for a in own)] = own
         self.recorded: list[Event] | None = None
         self._doing: Action | None = None  # read by another thread when a rank hangs
 
@@ -106,12 +111,13 @@ class Executor:
             The sum of the losses of this rank's micro-batches (0-d; zero on every stage but the last). Gradients
             are in the parameters.
         """
-        if len(micro_batches) != self.num_micro_batches:
+        actions = self.actions.get(len(micro_batches))
+        if actions is None:
             raise ValueError(
-                f"{len(micro_batches)} micro-batches for a schedule of {self.num_micro_batches}; "
+                f"{len(micro_batches)} micro-batches for a schedule of {', '.join(map(str, self.actions))}; "
                 "build the schedule for the number of micro-batches"
             )
-        return self._execute(self.actions, micro_batches, seed)
+        return self._execute(actions, micro_batches, seed)
 
     @torch.no_grad()
     def run_forward(self, micro_batches: Sequence[MicroBatch]) -> Tensor:

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from megatron_ds.config import PipelineConfig, RunConfig
+from megatron_ds.data.ramp import BatchRamp
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.optim.loss_scaler import LossScaler
 from megatron_ds.optim.schedule import learning_rate
+from megatron_ds.pipeline.action import Schedule
 from megatron_ds.pipeline.executor import Executor
 from megatron_ds.pipeline.passes import add_communication, hoist_receives
 from megatron_ds.pipeline.schedules import build_schedule, generator_of
@@ -36,7 +38,15 @@ class Parts:
     scaler: LossScaler
 
 
+def batch_ramp(config: RunConfig) -> BatchRamp:
+    """The global batch by samples consumed; without a ramp-up it is one size."""
+    final = config.train.global_batch
+    start, increment, samples = config.train.batch_ramp or (final, 1, 1)
+    return BatchRamp(start, increment, samples, final)
+
+
 def num_micro_batches(config: RunConfig, shape: MeshShape) -> int:
+    """Micro-batches a replica of a step with the full global batch."""
     return config.train.global_batch // (config.train.micro_batch * shape.dp)
 
 
@@ -64,13 +74,8 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
     """
     device = device or mesh.device
     pp = mesh.pp.size
-    micro_batches = num_micro_batches(config, mesh.shape)
-    schedule = build_schedule(config.pipeline.schedule, pp, micro_batches)
-    validate_schedule(
-        hoist_receives(add_communication(schedule)),
-        micro_batches,
-        generator_of(config.pipeline.schedule).max_in_flight,
-    )
+    replica_batch = config.train.micro_batch * mesh.shape.dp
+    schedules = [_schedule(config, pp, size // replica_batch) for size in batch_ramp(config).sizes()]
     span = spans_of(config.pipeline, model, pp)[mesh.pp.rank]
     stage = model.make_stage(config, span, mesh.tp, device, DTYPES[config.precision.dtype])
     cast(StageModule, stage).initialize(config.seed)
@@ -85,7 +90,7 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
     if config.compile:
         cast(StageModule, stage).compile_blocks()
     executor = Executor(
-        schedule,
+        schedules[-1],
         {mesh.pp.rank: stage},
         pp=mesh.pp,
         pp_back=mesh.pp_back,
@@ -95,6 +100,7 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
         dtype=DTYPES[config.precision.dtype],
         device=device,
         before_last_backward=lambda _: optimizer.start_last_micro_batch(),
+        other_sizes=schedules[:-1],
     )
     scaler = LossScaler.from_config(config.precision)
     step = TrainStep(
@@ -106,6 +112,17 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
         rate=lambda step: learning_rate(config.optimizer, step, config.train.steps),
     )
     return Parts({mesh.pp.rank: stage}, executor, optimizer, step, scaler)
+
+
+def _schedule(config: RunConfig, pp: int, micro_batches: int) -> Schedule:
+    """The schedule of a step with ``micro_batches``, proved to be sound."""
+    schedule = build_schedule(config.pipeline.schedule, pp, micro_batches)
+    validate_schedule(
+        hoist_receives(add_communication(schedule)),
+        micro_batches,
+        generator_of(config.pipeline.schedule).max_in_flight,
+    )
+    return schedule
 
 
 def _shared(stage: nn.Module, mesh: Mesh) -> list[tuple[nn.Parameter, Axis]]:

@@ -12,7 +12,7 @@ from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
 from megatron_ds.kernels import registry
 from megatron_ds.mesh import Mesh
 from megatron_ds.pipeline.stage import Model
-from megatron_ds.train.build import DTYPES, build, num_micro_batches
+from megatron_ds.train.build import DTYPES, batch_ramp, build, num_micro_batches
 from megatron_ds.train.callbacks import default_callbacks
 from megatron_ds.train.launch import Place, job, keep_freed_memory, set_threads
 from megatron_ds.train.loop import Evaluation, Loop
@@ -51,7 +51,7 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
         parts = build(config, mesh, model)
         loader = BatchLoader(
             sources.train,
-            config.train.global_batch,
+            batch_ramp(config),
             config.train.micro_batch,
             mesh.dp.rank,
             mesh.dp.size,

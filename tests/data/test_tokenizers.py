@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ds.data.tiktoken_files import KNOWN
-from megatron_ds.data.tokenizer_training import train_tokenizer
+from megatron_ds.data.tokenizer_training import Kind, train_tokenizer
 from megatron_ds.data.tokenizers import Tokenizer, byte_characters, load_tokenizer
 from megatron_ds.errors import DataError
 
@@ -61,6 +61,9 @@ def test_text_comes_back_and_ids_are_in_range(tokenizer: Tokenizer) -> None:
         assert tokenizer.decode(ids) == text
         assert all(0 <= token < tokenizer.vocab_size for token in ids)
         assert tokenizer.eod_id is not None and tokenizer.eod_id not in ids
+    names = [name for name in ("<|endoftext|>", "</s>") if tokenizer.token_id(name) is not None]
+    assert [tokenizer.token_id(name) for name in names] == [tokenizer.eod_id]
+    assert tokenizer.token_id("<|nothing of the kind|>") is None
 
 
 def test_saved_folder_loads_in_transformers_with_the_same_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -92,6 +95,17 @@ def test_wordpiece(corpus: Path, tmp_path: Path) -> None:
     trained = load_tokenizer(train_tokenizer([str(corpus)], tmp_path / "wp", 200, "wordpiece"))
     assert trained.decode(trained.encode_batch(["Alpha Beta"])[0]) == "alpha beta"
     assert trained.bos_id is not None and trained.eod_id is not None
+
+
+@pytest.mark.parametrize("kind, size", [("bpe", 300), ("unigram", 330), ("wordpiece", 180)])
+def test_special_tokens_of_the_users_own(corpus: Path, tmp_path: Path, kind: Kind, size: int) -> None:
+    own = ["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"]
+    trained = load_tokenizer(train_tokenizer([str(corpus)], tmp_path / kind, size, kind, special_tokens=own))
+    ids = [trained.token_id(name) for name in own]
+    assert None not in ids and len(set(ids)) == 3 and trained.vocab_size == size
+    assert trained.eod_id not in ids
+    with pytest.raises(DataError, match=r"special_tokens=\['<a>', '<a>'\] must differ from each other"):
+        train_tokenizer([str(corpus)], tmp_path / "twice", size, kind, special_tokens=["<a>", "<a>"])
 
 
 def test_byte_characters_are_the_table_of_the_tokenizers_library() -> None:

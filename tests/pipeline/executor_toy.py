@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -80,7 +81,7 @@ class Ran:
     recorded: list[Event] = field(default_factory=list)
 
 
-def make(schedule: Schedule, num_stages: int, announced: list[Any]) -> Executor:
+def make(schedule: Schedule, num_stages: int, announced: list[Any], other_sizes: Sequence[Schedule] = ()) -> Executor:
     mesh = mesh_of(len(schedule))
     stages = {i: Stage(i, num_stages) for i in range(mesh.pp.rank, num_stages, len(schedule))}
     return Executor(
@@ -92,6 +93,7 @@ def make(schedule: Schedule, num_stages: int, announced: list[Any]) -> Executor:
         dtype=torch.float64,
         device=mesh.device,
         before_last_backward=announced.append,
+        other_sizes=other_sizes,
     )
 
 
@@ -125,6 +127,23 @@ def run_schedules(pp: int, counts: tuple[int, ...]) -> dict[tuple[str, int], Ran
 
 def run_twice(pp: int) -> Ran:
     return run(build_schedule("1f1b", pp, 3), pp, 3, times=2)
+
+
+def run_sizes(pp: int, counts: tuple[int, ...]) -> list[Ran]:
+    """On a rank: steps of different numbers of micro-batches on one executor, the gradients of each for itself."""
+    first, *others = (build_schedule("1f1b", pp, count) for count in sorted(set(counts)))
+    announced: list[Any] = []
+    executor = make(first, pp, announced, others)
+    steps = []
+    for count in counts:
+        announced.clear()
+        loss = executor.run(micro_batches(count), torch.tensor(0.25, dtype=torch.float64))
+        gradients = {}
+        for i, stage in executor.stages.items():
+            gradients[i] = [p.grad.clone() for p in stage.parameters() if p.grad is not None]
+            stage.zero_grad()
+        steps.append(Ran(loss.item(), gradients, [(stage.index, 0) for stage in announced]))
+    return steps
 
 
 def run_given(actions: list[list[str]], num_stages: int, count: int) -> Ran:

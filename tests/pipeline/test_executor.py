@@ -15,6 +15,7 @@ from executor_toy import (
     outlive_a_failed_stage,
     run_given,
     run_schedules,
+    run_sizes,
     run_twice,
     wrong_count,
 )
@@ -87,6 +88,15 @@ def test_the_last_backward_is_announced_once_right_before_it(pp: int) -> None:
 
 def test_a_second_run_is_like_the_first() -> None:
     check(run_ranks(run_twice, 2, 2), 2, 3, times=2)
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_steps_of_different_sizes_on_one_executor(pp: int) -> None:
+    counts = (1, 3, 3, 6, 1)
+    ranks = run_ranks(run_sizes, pp, pp, counts)
+    for step, count in enumerate(counts):
+        check([results[step] for results in ranks], pp, count)
+        assert [results[step].announced for results in ranks] == [[(rank, 0)] for rank in range(pp)]
 
 
 def test_several_stages_on_one_rank() -> None:

@@ -1,0 +1,86 @@
+"""What has to fit together in the settings of data and batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megatron_ds.config.schema import DataConfig, RunConfig
+
+_OWN_BLENDS = ("train_blend", "valid_blend", "test_blend")
+_DEFAULT_SPLIT = DataConfig.model_fields["split"].default
+
+
+def data_faults(config: RunConfig) -> Iterator[str]:
+    """Why the data settings do not say one thing, if they do not. ``synthetic`` asks for none of them."""
+    data = config.data
+    if data.synthetic:
+        return
+    own = [f"data.{name}" for name in _OWN_BLENDS if getattr(data, name)]
+    given = ["data.prefix"] * bool(data.prefix) + ["data.blend"] * bool(data.blend) + own[:1]
+    if not given:
+        yield (
+            "data.prefix is not set: give the path or URL of a .bin/.idx pair without its suffix "
+            "(tools/preprocess_data.py makes one), data.blend for several, or --data.synthetic"
+        )
+    elif len(given) > 1:
+        yield (
+            f"{' and '.join(given)} each say where the samples come from; keep one of them (--data.prefix None unsets "
+            "the one of a file)"
+        )
+    if own and "data.train_blend" not in own:
+        yield f"{own[0]} without data.train_blend: nothing to train on; give data.train_blend too, or data.blend"
+    if own and data.split != _DEFAULT_SPLIT:
+        yield (
+            f"data.split={data.split!r} does nothing: with {own[0]} every split has whole datasets of its own; leave "
+            "it out, or use data.blend"
+        )
+    for name in ("blend", *_OWN_BLENDS):
+        for weight, prefix in getattr(data, name):
+            if not 0 < weight < math.inf:
+                yield f"data.{name}: the weight {weight:g} of {prefix!r} must be positive; leave it out for none"
+    yield from _fim_faults(data)
+
+
+def _fim_faults(data: DataConfig) -> Iterator[str]:
+    fim = data.fim
+    if not fim.rate:
+        return
+    if fim.tokens is None:
+        yield (
+            f"data.fim.rate={fim.rate:g} needs data.fim.tokens: the names of the prefix, middle and suffix sentinels, "
+            "e.g. '<|fim_prefix|>' '<|fim_middle|>' '<|fim_suffix|>'"
+        )
+    if data.tokenizer is None:
+        yield f"data.fim.rate={fim.rate:g} needs data.tokenizer: it knows the sentinels, and the end of a document"
+    if data.conversations:
+        yield (
+            f"data.fim.rate={fim.rate:g} with data.conversations: a conversation is not rearranged; use "
+            "data.fim.rate=0, or train on texts"
+        )
+
+
+def ramp_faults(config: RunConfig, portion: int) -> Iterator[str]:
+    """Why the global batch cannot grow as ``train.batch_ramp`` says; ``portion`` is what divides every batch."""
+    train = config.train
+    if train.batch_ramp is None:
+        return
+    start, increment, samples = train.batch_ramp
+    what = f"train.batch_ramp={list(train.batch_ramp)} (start, increment, samples)"
+    if min(start, increment, samples) < 1:
+        yield f"{what} must be three positive numbers"
+        return
+    if start >= train.global_batch or (train.global_batch - start) % increment:
+        yield (
+            f"{what} does not lead to train.global_batch={train.global_batch}: {start} plus whole increments of "
+            f"{increment} must make it; use an increment that divides {train.global_batch - start}"
+            if start < train.global_batch
+            else f"{what} starts at or above train.global_batch={train.global_batch}; start below it"
+        )
+    for name, value in (("start", start), ("increment", increment)):
+        if value % portion:
+            below, above = value // portion * portion, -(-value // portion) * portion
+            yield (
+                f"{what}: the {name} {value} is not a multiple of train.micro_batch={train.micro_batch} x "
+                f"dp={portion // train.micro_batch} = {portion}; use {f'{below} or ' if below else ''}{above}"
+            )
