@@ -37,14 +37,16 @@ EXCHANGE_BYTES = 1 << 20
 
 
 class Pending:
-    """A collective in flight: :meth:`wait` returns its result. On an axis of one rank it is already done.
+    """Work in flight, a collective or a transfer: :meth:`wait` returns its result. On an axis of one rank it is done.
 
-    ``then`` runs once, in the first :meth:`wait`, after all of ``work`` is done.
+    ``then`` runs once, in the first :meth:`wait`, after all of ``work`` is done. ``result`` may be a function that
+    gives the tensor: for what does not know its memory before it is waited for. One that raises is asked again by the
+    next :meth:`wait`.
     """
 
     def __init__(
         self,
-        result: torch.Tensor,
+        result: torch.Tensor | Callable[[], torch.Tensor],
         work: dist.Work | Sequence[dist.Work | None] | None = None,
         then: Callable[[], object] | None = None,
     ):
@@ -60,6 +62,8 @@ class Pending:
         if self._then is not None:
             then, self._then = self._then, None
             then()
+        if not isinstance(self.result, torch.Tensor):
+            self.result = self.result()
         return self.result
 
 

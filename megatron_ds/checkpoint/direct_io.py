@@ -47,21 +47,53 @@ class DirectFile:
     def create(path: Path, size: int) -> DirectFile:
         """A new file of ``size`` bytes with its blocks reserved, so that a full disk is an error here.
 
-        Direct writes into reserved blocks run in parallel; those that extend a file do not. ``os.posix_fallocate``
-        is not used: where the filesystem cannot reserve, glibc would write a byte into every block.
+        Direct writes into reserved blocks run in parallel; those that extend a file do not.
         """
         file = DirectFile(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.fallocate(file.fd, 0, ctypes.c_longlong(0), ctypes.c_longlong(size)) != 0:
-            code = ctypes.get_errno()
-            if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
-                file.close()
-                raise OSError(code, os.strerror(code), str(path))
+        try:
+            file.reserve(0, size)
+        except OSError:
+            file.close()
+            raise
+        return file
+
+    @staticmethod
+    def scratch(folder: Path, name: str) -> DirectFile:
+        """A new empty file to write and read that vanishes with this process, however it ends.
+
+        It has no name (``O_TMPFILE``), or, where the filesystem cannot do that, loses it at once; ``name`` is for
+        messages, and makes the short-lived name unique together with the process id.
+        """
+        path = folder / name
+        try:
+            file = DirectFile(folder, os.O_TMPFILE | os.O_RDWR)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
+                raise
+            path = folder / f"{name}-{os.getpid()}"
+            file = DirectFile(path, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+            path.unlink()
+        file.path = path
         return file
 
     @staticmethod
     def open(path: Path) -> DirectFile:
         return DirectFile(path, os.O_RDONLY)
+
+    def reserve(self, offset: int, size: int) -> None:
+        """Reserve the blocks of ``[offset, offset + size)``, lengthening the file to its end.
+
+        ``os.posix_fallocate`` is not used: where the filesystem cannot reserve, glibc would write a byte into every
+        block. There, nothing is reserved.
+
+        Raises:
+            OSError: the disk is full, or the file would be longer than the process may make it.
+        """
+        libc = ctypes.CDLL(None, use_errno=True)
+        if size and libc.fallocate(self.fd, 0, ctypes.c_longlong(offset), ctypes.c_longlong(size)) != 0:
+            code = ctypes.get_errno()
+            if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise OSError(code, os.strerror(code), str(self.path))
 
     def write(self, data: memoryview, offset: int) -> None:
         while data:
