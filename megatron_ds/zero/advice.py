@@ -1,0 +1,209 @@
+"""Warnings for the classic mistakes, decided from estimates and given with the numbers.
+
+Each rule is a function of numbers that returns an :class:`Advice`, or None. None of them changes anything: a setting
+that cannot work is an error elsewhere; these can work, and somebody may know why they are wanted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from megatron_ds.optim.loss_scaler import LossScaler
+from megatron_ds.zero.estimate import Layout, ModelSize, held_on_device, moved
+
+HARDLY = 0.1
+"""Less than this share of the peak is not worth computing the forward pass twice for."""
+PATIENCE = 4
+"""A loss scale should have grown in so many windows."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """``rule``: a short name, by which each is said once. ``message``: what was found, with the numbers."""
+
+    rule: str
+    message: str
+    action: str
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.action}"
+
+
+class Adviser:
+    """Says each rule's advice once. ``say``: takes a line; give it on one rank."""
+
+    def __init__(self, say: Callable[[str], object]):
+        self._say = say
+        self._said: set[str] = set()
+
+    def __call__(self, advice: Iterable[Advice | None]) -> None:
+        for each in advice:
+            if each is not None and each.rule not in self._said:
+                self._said.add(each.rule)
+                self._say(str(each))
+
+
+def stage_too_high(model: ModelSize, layout: Layout, free: int, activations: int) -> Advice | None:
+    """A lower stage would fit on the device and move fewer bytes.
+
+    Args:
+        free: bytes of the device for everything. activations: what of them activations and buffers will take.
+    """
+    room = free - activations
+    here = moved(model, layout)
+    lower = [
+        replace(layout, stage=stage, keep_whole=False, parameter_ratio=0.0) for stage in range(1, max(layout.stage, 1))
+    ]
+    fitting = [other for other in lower if held_on_device(model, other) <= room and moved(model, other) < here]
+    if not fitting:
+        return None
+    best = min(fitting, key=lambda other: (moved(model, other), other.stage))
+    return Advice(
+        "stage",
+        f"zero.stage={layout.stage} sends {_gb(here)} a rank and step; stage {best.stage} would send "
+        f"{_gb(moved(model, best))}, and its {_gb(held_on_device(model, best))} of parameters, gradients and optimizer "
+        f"state a rank with {_gb(activations)} of activations fit into {_gb(free)}",
+        f"use zero.stage={best.stage}",
+    )
+
+
+def offload_outlasts_compute(
+    offloaded: int,
+    ratio: float,
+    flops: float,
+    flops_per_second: float,
+    read_rate: float,
+    write_rate: float,
+    duplex: bool,
+    key: str = "zero.offload_optimizer",
+    ranks_sharing: int = 1,
+) -> Advice | None:
+    """Bringing offloaded state in and out takes longer than a step computes, so that it cannot be hidden.
+
+    Args:
+        offloaded: bytes of a rank that travel in and out once a step, at ``ratio``.
+        flops: of a rank's step. flops_per_second: that the device achieves.
+        read_rate, write_rate: bytes a second towards the device and away from it, of one bus or disk.
+        duplex: both directions run at once (PCIe; a disk does not).
+        ranks_sharing: ranks of the node that share that bus or disk.
+    """
+    compute = flops / flops_per_second
+    read, write = offloaded * ranks_sharing / read_rate, offloaded * ranks_sharing / write_rate
+    transfer = max(read, write) if duplex else read + write
+    if transfer <= compute or ratio == 0:
+        return None
+    fits = math.floor(100 * ratio * compute / transfer) / 100
+    return Advice(
+        f"{key}.ratio",
+        f"{key}.ratio={ratio:g} moves {_gb(offloaded)} in and out a rank and step, {transfer:.3g} s at "
+        f"{read_rate / 1e9:.3g} and {write_rate / 1e9:.3g} GB/s for {ranks_sharing} rank(s), but a step computes for "
+        f"{compute:.3g} s",
+        f"use a ratio of at most {fits:g} if the rest fits on the device, or {math.ceil(transfer / compute)} times "
+        "the micro-batches a step",
+    )
+
+
+def recomputation_saves_little(
+    micro_batches: int,
+    in_flight: int,
+    activations: int,
+    kept: int,
+    transient: int,
+    gradients: int,
+    other: int,
+    whole_gradients: bool,
+) -> Advice | None:
+    """Recomputing under accumulation, although the peak is made of something else.
+
+    Activations are of one micro-batch (times those in flight), however many accumulate; what stays through all of
+    them is the gradients.
+
+    Args:
+        in_flight: micro-batches whose activations are kept at once (1 without a pipeline).
+        activations: bytes of one micro-batch without recomputation. kept: with it.
+        transient: bytes of the part that is computed again at a time, and whatever recomputation does not touch
+            (logits).
+        gradients: bytes that stay while micro-batches accumulate. other: parameters and state on the device.
+        whole_gradients: they are not sharded during accumulation.
+    """
+    with_it = other + gradients + in_flight * kept + transient
+    without = other + gradients + in_flight * activations
+    if micro_batches < 2 or kept >= activations or without - with_it >= HARDLY * without:
+        return None
+    parts = {"gradients": gradients, "parameters and state": other, "activations": in_flight * kept + transient}
+    largest = max(parts, key=lambda name: parts[name])
+    action = "use recompute.mode='none'"
+    if whole_gradients and gradients > in_flight * activations:
+        action += ", or free the gradients instead: zero.stage=2 keeps a rank's share of them between micro-batches"
+    elif micro_batches > 1 and largest == "activations":
+        action += ", and a smaller micro-batch: what is left is computed at once whatever the mode"
+    return Advice(
+        "recompute",
+        f"recomputation takes {_gb(in_flight * (activations - kept))} off the activations, but the peak only from "
+        f"{_gb(without)} to {_gb(with_it)}: with {micro_batches} micro-batches a step it is "
+        + ", ".join(f"{_gb(size)} {name}" for name, size in parts.items()),
+        action,
+    )
+
+
+def missing_masters(bits: int, masters: bool, lr: float, weight: float = 0.02, name: str = "bf16") -> Advice | None:
+    """Low-precision parameters that are updated directly.
+
+    Half of a number's last place is at least ``2^-(bits + 1)`` of it: a smaller update rounds to nothing.
+
+    Args:
+        bits: of the significand, the implied one included: bf16 8, fp16 11, fp32 24.
+        weight: a typical size of weights (their initial standard deviation).
+    """
+    if masters or bits >= 24:
+        return None
+    return Advice(
+        "masters",
+        f"{name} parameters without fp32 master weights: an update below {2.0 ** -(bits + 1):.2g} of a weight rounds "
+        f"to nothing, and lr={lr:g} moves a weight of {weight:g} by about {lr / weight:.2g} of it, those above "
+        f"{lr * 2 ** (bits + 1):.2g} not at all",
+        "keep fp32 master weights (ZeroOptimizer does), at 4 bytes a parameter over the shard's ranks",
+    )
+
+
+class LossScaleWatch:
+    """Looks at a dynamic loss scale after every step.
+
+    ``watch(scaler, skipped)`` returns advice as often as the condition holds; an :class:`Adviser` says it once.
+    """
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._steps = self._overflows = 0  # since the scale last grew
+
+    def __call__(self, scaler: LossScaler, skipped: bool) -> Advice | None:
+        """``skipped``: the gradients of the step were not finite. To be called after ``scaler.update``."""
+        if not scaler.dynamic:
+            return None
+        self._steps += 1
+        self._overflows += skipped
+        if (self._last is not None and scaler.scale > self._last) or scaler.scale >= scaler.max_scale:
+            self._steps = self._overflows = 0
+        self._last = scaler.scale
+        if skipped and scaler.at_floor:
+            return Advice(
+                "loss scale floor",
+                f"the fp16 loss scale is at its floor, precision.min_loss_scale={scaler.min_scale:g}, and gradients "
+                "still overflow: they are not finite whatever the scale",
+                "lower optimizer.lr or look for the NaN, or use precision.dtype='bf16', which needs no scale",
+            )
+        if self._steps >= PATIENCE * scaler.window and self._overflows:
+            return Advice(
+                "loss scale growth",
+                f"the fp16 loss scale is {scaler.scale:g} and has not grown for {self._steps} steps: {self._overflows} "
+                f"of them overflowed, and it takes precision.loss_scale_window={scaler.window} good ones in a row",
+                f"lower the window below {max(1, self._steps // (self._overflows + 1))}, or use "
+                "precision.dtype='bf16', which needs no scale",
+            )
+        return None
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"

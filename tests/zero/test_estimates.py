@@ -1,0 +1,191 @@
+"""Bytes held and moved, and the advice that follows: each rule on a case that calls for it and one that does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_ds.optim.loss_scaler import LossScaler
+from megatron_ds.shard import ShardSpec
+from megatron_ds.zero.advice import (
+    Advice,
+    Adviser,
+    LossScaleWatch,
+    missing_masters,
+    offload_outlasts_compute,
+    recomputation_saves_little,
+    stage_too_high,
+)
+from megatron_ds.zero.buckets import ParameterInfo, bytes_report, plan_buckets
+from megatron_ds.zero.estimate import Layout, ModelSize, held, held_on_device, moved
+
+GB = 10**9
+
+
+# --- estimates ---------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_figure_1() -> None:
+    """7.5 billion parameters, 64 ranks, Adam in mixed precision: 120, 31.4, 16.6 and 1.9 GB."""
+    model = ModelSize(7_500_000_000)
+    for stage, gigabytes in enumerate((120.0, 31.4, 16.6, 1.9)):
+        parts = held(model, Layout(stage, 64))
+        # The paper's gradients are fp16; ours are summed in fp32.
+        assert round((parts["parameters"] + parts["gradients"] / 2 + parts["state"]) / GB, 1) == gigabytes
+        assert held_on_device(model, Layout(stage, 64)) == sum(parts.values())
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 2), (torch.float32, 4), (torch.float64, 8)])
+def test_what_is_held_is_what_the_layout_of_a_built_model_says(dtype: torch.dtype, width: int) -> None:
+    info = ParameterInfo(ShardSpec("w", (1 << 20,)), dtype)
+    built = bytes_report([info], plan_buckets([info], 1e6, 8), 2)
+    parts = held(ModelSize(1 << 20, width), Layout(1, 8))
+    assert parts == {
+        "parameters": built["parameters"],
+        "gradients": built["gradients"],
+        "state": built["master"] + built["optimizer"],
+    }
+
+
+def ring(size: int, ranks: int) -> int:
+    """Bytes that one rank sends in a ring's reduce-scatter or all-gather: a piece a step, one step fewer than ranks."""
+    return sum(size // ranks for _ in range(ranks - 1))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_the_papers_section_7(ranks: int) -> None:
+    """Parameters and gradients of one width: stages 1 and 2 move what an all-reduce does, stage 3 half as much more."""
+    size = 4 << 20
+    model = ModelSize(1 << 20, width=4)
+    one = ring(size, ranks)
+    assert [moved(model, Layout(stage, ranks)) for stage in (0, 1, 2, 3)] == [2 * one, 2 * one, 2 * one, 3 * one]
+    assert [moved(model, Layout(stage, ranks, micro_batches=4)) for stage in (0, 1, 2, 3)] == [
+        2 * one,
+        2 * one,
+        (4 + 1) * one,
+        (4 + 8) * one,
+    ]
+    assert [moved(model, Layout(stage, ranks, 4, keep_whole=True)) for stage in (2, 3)] == [2 * one, 2 * one]
+
+
+def test_what_is_offloaded_or_kept_whole_changes_the_device() -> None:
+    model = ModelSize(1_000_000)  # bf16: 2 MB, gradients 4 MB, state 12 MB
+    assert held_on_device(model, Layout(1, 4, state_ratio=0.5)) == 2_000_000 + 4_000_000 + 1_500_000
+    assert held_on_device(model, Layout(2, 4, keep_whole=True, micro_batches=2)) == 2_000_000 + 4_000_000 + 3_000_000
+    assert held_on_device(model, Layout(2, 4, keep_whole=True)) == 2_000_000 + 1_000_000 + 3_000_000
+    assert held_on_device(model, Layout(3, 4, state_ratio=1.0, parameter_ratio=1.0)) == 1_000_000
+    assert held_on_device(model, Layout(2, 4, parameter_ratio=1.0)) == 6_000_000
+
+
+# --- advice ------------------------------------------------------------------------------------------------------
+
+
+def test_stage_3_where_a_lower_one_fits() -> None:
+    model, layout = ModelSize(1 * GB), Layout(3, 8, micro_batches=2)
+    advice = stage_too_high(model, layout, free=80 * GB, activations=10 * GB)
+    # Stage 1: 2 + 4 + 12 / 8 = 7.5 GB; sends (4 + 2) * 7/8. Stage 3: (2 * 4 + 4 * 2) * 7/8.
+    assert advice == Advice(
+        "stage",
+        "zero.stage=3 sends 14.00 GB a rank and step; stage 1 would send 5.25 GB, and its 7.50 GB of parameters, "
+        "gradients and optimizer state a rank with 10.00 GB of activations fit into 80.00 GB",
+        "use zero.stage=1",
+    )
+    assert stage_too_high(model, layout, free=17 * GB, activations=10 * GB) is not None, "stage 2 fits: 4 GB"
+    assert "zero.stage=2" in str(stage_too_high(model, layout, free=17 * GB, activations=10 * GB))
+    assert stage_too_high(model, layout, free=13 * GB, activations=10 * GB) is None, "nothing lower fits"
+    assert stage_too_high(model, Layout(1, 8), free=80 * GB, activations=0) is None
+    assert stage_too_high(model, Layout(3, 1), free=80 * GB, activations=0) is None, "one rank sends nothing"
+    assert stage_too_high(model, Layout(2, 8), free=80 * GB, activations=0) is None, "moves no more than stage 1"
+    assert stage_too_high(model, Layout(2, 8, micro_batches=2), free=80 * GB, activations=0) is not None
+
+
+def test_transfers_longer_than_compute() -> None:
+    settings = {"ratio": 0.8, "flops": 1e15, "flops_per_second": 500e12, "duplex": True}
+    advice = offload_outlasts_compute(100 * GB, read_rate=25e9, write_rate=20e9, **settings)  # type: ignore[arg-type]
+    assert advice is not None and str(advice) == (
+        "zero.offload_optimizer.ratio=0.8 moves 100.00 GB in and out a rank and step, 5 s at 25 and 20 GB/s for 1 "
+        "rank(s), but a step computes for 2 s; use a ratio of at most 0.32 if the rest fits on the device, or 3 times "
+        "the micro-batches a step"
+    )
+    assert offload_outlasts_compute(39 * GB, read_rate=25e9, write_rate=20e9, **settings) is None  # type: ignore[arg-type]
+    settings["duplex"] = False  # 39 / 25 + 39 / 20 = 3.51 s
+    assert offload_outlasts_compute(39 * GB, read_rate=25e9, write_rate=20e9, **settings) is not None  # type: ignore[arg-type]
+    settings["duplex"] = True
+    assert offload_outlasts_compute(39 * GB, read_rate=25e9, write_rate=20e9, ranks_sharing=2, **settings) is not None  # type: ignore[arg-type]
+    # The ratio that is advised is one at which the rule is silent.
+    settings["ratio"] = 0.32
+    assert offload_outlasts_compute(40 * GB, read_rate=25e9, write_rate=20e9, **settings) is None  # type: ignore[arg-type]
+
+
+def test_recomputation_under_accumulation() -> None:
+    """A 1 B model at stage 1: 4 GB of whole gradients and 8 GB of the rest, whatever recomputation does."""
+    sizes = {"activations": 1 * GB, "kept": GB // 10, "transient": GB // 2, "gradients": 4 * GB, "other": 8 * GB}
+    advice = recomputation_saves_little(micro_batches=8, in_flight=1, whole_gradients=True, **sizes)
+    assert advice is not None and str(advice) == (
+        "recomputation takes 0.90 GB off the activations, but the peak only from 13.00 GB to 12.60 GB: with 8 "
+        "micro-batches a step it is 4.00 GB gradients, 8.00 GB parameters and state, 0.60 GB activations; use "
+        "recompute.mode='none', or free the gradients instead: zero.stage=2 keeps a rank's share of them between "
+        "micro-batches"
+    )
+    assert recomputation_saves_little(1, 1, whole_gradients=True, **sizes) is None, "nothing accumulates"
+    assert recomputation_saves_little(8, 8, whole_gradients=True, **sizes) is None, "eight in flight: 7 GB saved"
+    sizes["kept"] = sizes["activations"]
+    assert recomputation_saves_little(8, 1, whole_gradients=True, **sizes) is None, "nothing is recomputed"
+    logits = {"activations": 20 * GB, "kept": 1 * GB, "transient": 18 * GB, "gradients": 0, "other": 1 * GB}
+    found = recomputation_saves_little(8, 1, whole_gradients=False, **logits)
+    assert found is not None and "a smaller micro-batch" in found.action
+
+
+def test_low_precision_without_masters_says_what_torch_does() -> None:
+    advice = missing_masters(8, masters=False, lr=1e-4)
+    assert advice is not None and str(advice) == (
+        "bf16 parameters without fp32 master weights: an update below 0.002 of a weight rounds to nothing, and "
+        "lr=0.0001 moves a weight of 0.02 by about 0.005 of it, those above 0.051 not at all; keep fp32 master weights "
+        "(ZeroOptimizer does), at 4 bytes a parameter over the shard's ranks"
+    )
+    lost = torch.arange(0.0513, 2.0, 0.01).bfloat16()
+    assert torch.equal(lost - torch.tensor(1e-4, dtype=torch.bfloat16), lost), "those above 0.051 do not move"
+    kept = torch.tensor(0.02).bfloat16()
+    assert not torch.equal(kept - torch.tensor(1e-4, dtype=torch.bfloat16), kept)
+    assert missing_masters(8, masters=True, lr=1e-4) is None
+    assert missing_masters(24, masters=False, lr=1e-4) is None
+
+
+def watch(scaler: LossScaler, overflows: list[bool]) -> list[Advice | None]:
+    look, found = LossScaleWatch(), []
+    for overflow in overflows:
+        scaler.update(overflow)
+        found.append(look(scaler, overflow))
+    return found
+
+
+def test_a_loss_scale_at_its_floor() -> None:
+    scaler = LossScaler(scale=4.0, dynamic=True, window=10, hysteresis=1, min_scale=1.0)
+    found = watch(scaler, [True] * 3)
+    assert found[0] is None and found[1] is not None and found[1].rule == "loss scale floor"
+    assert "precision.min_loss_scale=1" in found[1].message and "bf16" in found[1].action
+    recovering = LossScaler(scale=4.0, dynamic=True, window=10, hysteresis=1, min_scale=1.0)
+    assert not any(watch(recovering, [True] + [False] * 30 + [True]))
+    assert not any(watch(LossScaler(scale=1.0), [True] * 3)), "a fixed scale has no floor"
+
+
+def test_a_loss_scale_that_never_grows() -> None:
+    scaler = LossScaler(scale=2.0**16, dynamic=True, window=10, hysteresis=100)
+    found = watch(scaler, ([False] * 8 + [True]) * 5)  # never ten good ones in a row
+    assert all(advice is None for advice in found[:39]) and found[40] is not None
+    assert found[40].rule == "loss scale growth"
+    assert "is 65536 and has not grown for 41 steps: 4 of them overflowed" in found[40].message
+    assert "window below 8" in found[40].action
+    growing = LossScaler(scale=2.0**16, dynamic=True, window=10, hysteresis=1)
+    assert not any(watch(growing, ([False] * 11 + [True]) * 10))
+    top = LossScaler(scale=2.0**24, dynamic=True, window=10, max_scale=2.0**24)
+    assert not any(watch(top, [False] * 100)), "it is as high as it may be"
+
+
+def test_each_rule_is_said_once() -> None:
+    said: list[str] = []
+    tell = Adviser(said.append)
+    first, second = Advice("a", "x is 1", "use 2"), Advice("b", "y is 1", "use 3")
+    tell([first, None])
+    tell([first, second])
+    assert said == ["x is 1; use 2", "y is 1; use 3"]
