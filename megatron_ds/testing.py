@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 # Imported once in the fork server; a child then starts with them in memory. Names only: nothing here imports them.
 _PRELOAD = [
+    "torch._dynamo",  # activation checkpointing imports it when first used: 1.4 s of each rank otherwise
     "torch.distributed.device_mesh",
     "torch.utils.checkpoint",
     "megatron_ds.testing",
