@@ -49,7 +49,7 @@ def mesh_for(gpus: int) -> tuple[int, list[str]]:
 
 def train(ranks: int, arguments: list[str]) -> None:
     """Run examples/pretrain_gpt.py on this many ranks; a failure ends the demo with its exit code."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    launcher = ["-m", "megatron_ds.train.torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, str(HERE / "pretrain_gpt.py"), *arguments]
     status = subprocess.run(command, env=clear_launch_environment()).returncode
     if status:

@@ -67,10 +67,8 @@ launch() {
         exit 2
     fi
 
-    # On SIGTERM the ranks save a checkpoint; torchrun would kill them after 30 s, too soon for a large one.
-    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
-    # `python -m torch.distributed.run` is torchrun, of the same installation as $python.
-    exec "$python" -m torch.distributed.run \
+    # torchrun, of the same installation as $python, which leaves SIGTERM and Ctrl-C to its ranks: they save and exit 0.
+    exec "$python" -m megatron_ds.train.torchrun \
         --nnodes "${NNODES:-1}" \
         --node-rank "${NODE_RANK:-0}" \
         --nproc-per-node "${GPUS_PER_NODE:-$(count_gpus)}" \

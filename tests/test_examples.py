@@ -125,7 +125,7 @@ def config_of(script: Path) -> str:
 def test_a_script_starts_torchrun_on_this_node(script: Path, echo: dict[str, str]) -> None:
     done = run(script, "--data.prefix", "a path/corpus", "--mesh.tp", "4", env=echo)
     assert done.stdout.splitlines() == [
-        *["-m", "torch.distributed.run"],
+        *["-m", "megatron_ds.train.torchrun"],
         *["--nnodes", "1", "--node-rank", "0", "--nproc-per-node", "1"],
         *["--master-addr", "localhost", "--master-port", "29500"],
         *[str(EXAMPLES / "pretrain_gpt.py"), "--config", config_of(script)],

@@ -22,6 +22,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.train.failure import Watch
 from megatron_ds.train.launch import Place, clear_launch_environment
 from megatron_ds.train.loop import stop_signals
+from megatron_ds.train.torchrun import children
 
 FOUR = [["--mesh.tp", "2", "--mesh.pp", "2"], ["--mesh.dp", "4"]]
 
@@ -267,32 +268,25 @@ def test_two_sigints_at_once_are_one_ctrl_c_and_a_later_one_is_the_second() -> N
 # --- under torchrun ---------------------------------------------------------------------------------------------
 
 
-def _torchrun(ranks: int, *own: str) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def _torchrun(ranks: int, *own: str, module: str = "torch.distributed.run") -> list[str]:
+    launcher = ["-m", module, "--standalone", "--nproc-per-node", str(ranks)]
     return [sys.executable, *launcher, str(ROOT / "examples" / "pretrain_gpt.py"), *own]
 
 
-def _workers(launcher: int) -> list[int]:
-    """Process ids by rank."""
-    found = {}
-    for folder in Path("/proc").iterdir():
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if folder.name.isdigit() and parent == launcher:
-                environment = dict(
-                    pair.split("=", 1) for pair in (folder / "environ").read_text().split("\0") if "=" in pair
-                )
-                found[int(environment["RANK"])] = int(folder.name)
-        except (OSError, ValueError, KeyError, IndexError):
-            continue
-    return [found[rank] for rank in sorted(found)]
+def _rank_of(process: int) -> int:
+    environment = Path(f"/proc/{process}/environ").read_text().split("\0")
+    return int(next(value.removeprefix("RANK=") for value in environment if value.startswith("RANK=")))
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds torchrun's workers in /proc")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_a_signal_to_a_worker_of_torchrun(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds torchrun's ranks in /proc")
+@pytest.mark.parametrize(
+    ("number", "module"),
+    [(signal.SIGTERM, "megatron_ds.train.torchrun"), (signal.SIGKILL, "torch.distributed.run")],
+    ids=["SIGTERM to the launcher", "SIGKILL to a rank"],
+)
+def test_a_signal_under_torchrun(tmp_path: Path, number: signal.Signals, module: str) -> None:
     run = tmp_path / "run"
-    command = _torchrun(2, *arguments(run, "--train.steps", "100000"))
+    command = _torchrun(2, *arguments(run, "--train.steps", "100000"), module=module)
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen(command, stdout=log, stderr=log, env=clear_launch_environment())
     try:
@@ -300,16 +294,19 @@ def test_a_signal_to_a_worker_of_torchrun(tmp_path: Path, number: signal.Signals
         while _steps_done(run) < 3:
             assert launcher.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
             time.sleep(0.05)
+        ranks = children(launcher.pid)
         start = time.monotonic()
-        os.kill(_workers(launcher.pid)[1], number)
+        os.kill(launcher.pid if number == signal.SIGTERM else max(ranks, key=_rank_of), number)
         code = launcher.wait(60)
     finally:
         launcher.kill()
         launcher.wait()
     text = (tmp_path / "log").read_text()
+    assert len(ranks) == 2 and not any(Path(f"/proc/{rank}").exists() for rank in ranks)
     if number == signal.SIGTERM:
         assert code == 0, text
-        assert "asked to stop: saved step" in text and (run / "checkpoints" / "latest").exists()
+        assert "asked to stop: saved step" in text and "Traceback" not in text
+        assert (run / "checkpoints" / "latest").exists()
     else:
         assert code == 1 and time.monotonic() - start < 60
         # Ours comes before torchrun's own account.
