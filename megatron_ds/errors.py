@@ -34,6 +34,10 @@ class ScheduleError(MegatronDSError):
     """A pipeline schedule that would deadlock, lose a micro-batch or exceed its activation bound."""
 
 
+class ReleasedParameterError(MegatronDSError):
+    """A parameter's values were asked for while ZeRO stage 3 has them sharded."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name closest to ``name``, or an empty string when none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -208,6 +208,21 @@ class Mesh:
         line = self.device_mesh[name]
         return Axis(name, line.get_local_rank(), size, line.get_group(), _ranks(line))
 
+    def split_data(self, size: int) -> tuple[Axis, Axis]:
+        """``data`` in two axes: ``size`` neighbours (which a node holds) that shard, and their counterparts that
+        replicate. Collective over the world; ``size`` must divide ``data.size``."""
+        e = self.shape
+        lines = [
+            [e.rank_at(pp=p, dp=d, cp=c, tp=t) for d in range(e.dp) for c in range(e.cp)]
+            for p in range(e.pp)
+            for t in range(e.tp)
+        ]
+        if size < 1 or len(lines[0]) % size:
+            raise ConfigError(f"{size} ranks do not divide the {len(lines[0])} data-parallel ranks")
+        shards = [line[start : start + size] for line in lines for start in range(0, len(line), size)]
+        replicas = [line[offset::size] for line in lines for offset in range(size)]
+        return self._new_axis("shard", shards), self._new_axis("replicate", replicas)
+
     def _pipeline_lines(self) -> list[list[int]]:
         """The global ranks of every pipeline, in stage order."""
         extents = self.shape
@@ -220,7 +235,10 @@ class Mesh:
 
     def _extra_axis(self, name: str, lines: list[list[int]]) -> Axis:
         """An axis besides the four: its lines are disjoint and need not cover every rank."""
-        if len(lines[0]) == 1 or self.shape.pp == 1:
+        return Axis(name, ranks=(self.rank,)) if self.shape.pp == 1 else self._new_axis(name, lines)
+
+    def _new_axis(self, name: str, lines: list[list[int]]) -> Axis:
+        if len(lines[0]) == 1:
             return Axis(name, ranks=(self.rank,))
         group, _ = dist.new_subgroups_by_enumeration(lines, timeout=self._timeout)
         for line in lines:

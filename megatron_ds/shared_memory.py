@@ -26,19 +26,25 @@ _TAG = 1  # tokens keep out of the way of other transfers between the same ranks
 
 
 class Tokens:
-    """Tokens under way to and from every other rank of an axis; :meth:`wait` returns when all peers sent theirs."""
+    """Tokens under way to and from every other rank of an axis; :meth:`wait` returns when all peers sent theirs.
 
-    def __init__(self, axis: Axis):
+    A token may carry a small number: :meth:`wait` gives every rank's, by rank in the axis.
+    """
+
+    def __init__(self, axis: Axis, number: int = 0):
         peers = [(axis.rank + step) % axis.size for step in range(1, axis.size)]
-        self._buffers = torch.zeros(2, dtype=torch.uint8)  # kept until the transfers are done
-        self._work = [dist.irecv(self._buffers[:1], group=axis.group, group_src=peer, tag=_TAG) for peer in peers]
-        self._work += [dist.isend(self._buffers[1:], group=axis.group, group_dst=peer, tag=_TAG) for peer in peers]
+        self._numbers = torch.full((axis.size,), number, dtype=torch.int64)
+        sent = self._sent = torch.tensor([number], dtype=torch.int64)  # kept until the transfers are done
+        places = self._numbers.split(1)
+        self._work = [dist.irecv(places[peer], group=axis.group, group_src=peer, tag=_TAG) for peer in peers]
+        self._work += [dist.isend(sent, group=axis.group, group_dst=peer, tag=_TAG) for peer in peers]
 
-    def wait(self) -> None:
+    def wait(self) -> list[int]:
         for work in self._work:
             if work is not None:
                 work.wait()
         self._work = []
+        return self._numbers.tolist()
 
 
 class SharedArena:
@@ -54,9 +60,10 @@ class SharedArena:
         self._used = 0
 
     @staticmethod
-    def create(nbytes: int, axis: Axis) -> SharedArena | None:
+    def create(nbytes: int, axis: Axis, used: int | None = None) -> SharedArena | None:
         """Collective over ``axis``. None, on all ranks alike, where the ranks cannot map each other's memory.
 
+        ``used``: bytes that will be written at one time, where that is fewer: pages that nobody writes cost nothing.
         That is so for an axis of one rank, for a group that is not gloo, on other systems than Linux, between hosts or
         containers, and where the host is short of memory for it.
         """
@@ -67,7 +74,7 @@ class SharedArena:
         opened: list[int] = []
         try:
             nonce = secrets.randbits(62)
-            blocks = _offer(descriptor, nbytes, nonce, axis.size)
+            blocks = _offer(descriptor, nbytes, nonce, axis.size * min(nbytes, nbytes if used is None else used))
             offers = _exchange([os.getpid(), descriptor, nonce, int(bool(blocks))], axis)
             fine = all(offer[3] for offer in offers)
             if fine:
@@ -98,10 +105,10 @@ class SharedArena:
         return sum(-(-numel * dtype.itemsize // _PAGE) * _PAGE for numel, dtype in tensors)
 
 
-def _offer(descriptor: int, nbytes: int, nonce: int, ranks: int) -> list[mmap.mmap]:
-    """This rank's block with the nonce in its first bytes; empty where the host does not have the memory."""
+def _offer(descriptor: int, nbytes: int, nonce: int, needed: int) -> list[mmap.mmap]:
+    """This rank's block with the nonce in its first bytes; empty where the host lacks the memory all ranks need."""
     # Asked beforehand: this memory has no limit of its own, and reserving more than there is calls the OOM killer.
-    if nbytes * ranks > _available_bytes():
+    if needed > _available_bytes():
         return []
     try:
         os.ftruncate(descriptor, nbytes)

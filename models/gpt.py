@@ -150,6 +150,8 @@ class GPT(nn.Module):
                 replica=not span.embedding,
                 **where,
             )
+            if span.embedding and span.head and c.tied_embeddings:
+                self.embedding.weight.grad_writes = 2  # type: ignore[attr-defined]  # the lookup's and the head's
         if span.embedding and c.position == "learned":
             self.position = Table(
                 replicated_parameter(

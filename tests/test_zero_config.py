@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from megatron_ds.config import RunConfig, ZeroConfig, from_dict, validate, zero_faults
-from megatron_ds.config.zero import unbuilt
 from megatron_ds.errors import ConfigError
 
 CPU, NVME = {"device": "cpu"}, {"device": "nvme", "path": "/swap"}
@@ -108,16 +107,3 @@ def test_a_run_is_refused_with_them() -> None:
         validate(from_dict(RunConfig, config, "test"), 8)
     assert "zero.shard_size=3 does not divide dp=8" in str(refused.value)
     assert "needs zero.offload_optimizer.path" in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"stage": 2}, "zero.stage=2: stages 2 and 3 are not built yet; use zero.stage=1"),
-        ({"shard_size": 2}, "zero.shard_size=2: hybrid sharding is not built yet; leave it unset"),
-        ({"offload_optimizer": CPU}, "zero.offload_optimizer: offload is not built yet; use device='none'"),
-    ],
-    ids=str,
-)
-def test_what_is_not_built_yet_is_said(settings: dict[str, Any], message: str) -> None:
-    assert list(unbuilt(ZeroConfig(**settings))) == [message]

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ds.checkpoint.manifest import Manifest, last_good
-from megatron_ds.checkpoint.pieces import Piece
+from megatron_ds.checkpoint.pieces import Piece, by_holder
 from megatron_ds.checkpoint.reader import Checkpoint, Request
 from megatron_ds.checkpoint.together import exchange, group_device, together
 from megatron_ds.errors import CheckpointError
@@ -47,7 +47,11 @@ def load(path: str | Path, pieces: Sequence[Piece], world: Axis | None = None, v
         with together(world):
             try:
                 with torch.no_grad():
-                    checkpoint.fill(_requests(checkpoint, pieces))
+                    for holder, group in by_holder(pieces):
+                        held = None if holder is None else holder.hold()
+                        checkpoint.fill(_requests(checkpoint, group, held))
+                        if holder is not None:
+                            holder.let_go(changed=True)
             except CheckpointError as error:
                 hint = last_good(checkpoint.directory.parent, besides=checkpoint.directory)
                 raise CheckpointError(f"{error}{hint}") from error
@@ -92,13 +96,14 @@ def compare(manifest: Manifest, directory: Path, pieces: Sequence[Piece], world:
         raise CheckpointError("\n".join(lines))
 
 
-def _requests(checkpoint: Checkpoint, pieces: Sequence[Piece]) -> list[Request]:
+def _requests(checkpoint: Checkpoint, pieces: Sequence[Piece], held: torch.Tensor | None) -> list[Request]:
     requests = []
     for piece in pieces:
         record = checkpoint.record(piece.name, piece.kind)
         begin = 0
         for box in piece.boxes():
-            requests.append(Request(record, box, piece.data[begin : begin + box.numel].view(box.shape)))
+            data = piece.tensor(held)[begin : begin + box.numel]
+            requests.append(Request(record, box, data.view(box.shape)))
             begin += box.numel
     return requests
 

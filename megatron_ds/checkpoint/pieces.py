@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
+from typing import Protocol
 
 import torch
 
 from megatron_ds.checkpoint.boxes import Box, rectangles
 from megatron_ds.shard import ShardSpec
+
+
+class Holder(Protocol):
+    """Memory that is there only while it is held: state that lives on a disk, say."""
+
+    def hold(self) -> torch.Tensor:
+        """1-D, until :meth:`let_go`."""
+        ...
+
+    def let_go(self, changed: bool) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -21,7 +34,8 @@ class Piece:
         global_shape: shape of the whole tensor.
         box_offset, box_shape: this rank's tensor-parallel box (``ShardSpec.offset``, ``.local_shape``).
         start, stop: the flat row-major range of the box that this rank holds, in elements.
-        data: 1-D, contiguous, ``stop - start`` elements, any float dtype, on any device.
+        data: 1-D, contiguous, ``stop - start`` elements, any float dtype, on any device. The meta device where
+            ``holder`` has the elements, from its ``offset`` on.
     """
 
     name: str
@@ -32,6 +46,8 @@ class Piece:
     start: int
     stop: int
     data: torch.Tensor
+    holder: Holder | None = None
+    offset: int = 0
 
     def __post_init__(self) -> None:
         if self.data.dim() != 1 or self.data.numel() != self.stop - self.start or not self.data.is_contiguous():
@@ -66,6 +82,19 @@ class Piece:
         return Piece(spec.name, kind, spec.global_shape, spec.offset, spec.local_shape, start, stop, flat)
 
     @staticmethod
+    def held(
+        spec: ShardSpec, kind: str, holder: Holder, offset: int, dtype: torch.dtype, start: int, stop: int
+    ) -> Piece:
+        """The range ``[start, stop)`` of the local tensor, which ``holder`` has from its element ``offset`` on."""
+        data = torch.empty(stop - start, dtype=dtype, device="meta")
+        place = (spec.name, kind, spec.global_shape, spec.offset, spec.local_shape)
+        return Piece(*place, start, stop, data, holder, offset)
+
+    def tensor(self, held: torch.Tensor | None) -> torch.Tensor:
+        """The elements: ``data``, or their part of what the holder gave."""
+        return self.data if held is None else held.narrow(0, self.offset, self.stop - self.start)
+
+    @staticmethod
     def whole(name: str, kind: str, data: torch.Tensor) -> Piece:
         """All of a tensor."""
         shape = tuple(data.shape)
@@ -84,8 +113,17 @@ class Piece:
             self.start + begin,
             self.start + end,
             self.data[begin:end],
+            self.holder,
+            self.offset + begin,
         )
 
     def boxes(self) -> list[Box]:
         """This piece as boxes in global coordinates, in the order in which ``data`` holds them."""
         return [box.moved(self.box_offset) for box in rectangles(self.box_shape, self.start, self.stop)]
+
+
+def by_holder(pieces: Sequence[Piece]) -> Iterator[tuple[Holder | None, list[Piece]]]:
+    """Runs of neighbours with the same holder, so that each is held once for all of them."""
+    for _, run in groupby(pieces, key=lambda piece: id(piece.holder)):
+        group = list(run)
+        yield group[0].holder, group

@@ -44,7 +44,7 @@ from megatron_ds.checkpoint.manifest import (
     write_manifest,
     write_text_durably,
 )
-from megatron_ds.checkpoint.pieces import Piece
+from megatron_ds.checkpoint.pieces import Piece, by_holder
 from megatron_ds.checkpoint.safetensors_header import Entry, dtype_name, layout
 from megatron_ds.checkpoint.together import together, total
 from megatron_ds.checkpoint.writer import ChunkedWriter, FileRecord
@@ -159,8 +159,15 @@ def write_rank(partial: Path, rank: int, pieces: Sequence[Piece]) -> FileRecord:
     if on_gpu:
         torch.cuda.synchronize()  # the writer's threads read on another stream than the one that made the data
     with ChunkedWriter(partial / rank_name(rank), planned, pin=on_gpu) as writer:
-        for piece in ordered:
-            writer.write(piece.data)
+        for holder, group in by_holder(ordered):
+            held = None if holder is None else holder.hold()
+            if held is not None and held.is_cuda:
+                torch.cuda.synchronize()
+            for piece in group:
+                writer.write(piece.tensor(held))
+            if holder is not None:
+                writer.settle()
+                holder.let_go(changed=False)
         file = writer.close()
     index = {
         "file": file_to_json(file),

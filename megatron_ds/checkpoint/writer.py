@@ -74,6 +74,12 @@ class ChunkedWriter:
         """Append a contiguous tensor. It must not change until :meth:`close` returns."""
         self._queue(data.detach().reshape(-1).view(torch.uint8))
 
+    def settle(self) -> None:
+        """From now on the tensors written so far may change, or their memory go."""
+        self._spans = [span.clone() for span in self._spans]
+        for future in self._futures:
+            future.result()
+
     def close(self) -> FileRecord:
         """Write what is left, wait for the disk (fsync), and return the file's size and checksums."""
         if self._spans:

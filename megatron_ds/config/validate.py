@@ -7,7 +7,7 @@ import math
 from megatron_ds.config.data import data_faults, ramp_faults
 from megatron_ds.config.schema import RunConfig
 from megatron_ds.config.sparse import sparse_faults
-from megatron_ds.config.zero import unbuilt, zero_faults
+from megatron_ds.config.zero import zero_faults
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import MeshShape
 
@@ -107,7 +107,6 @@ def validate(config: RunConfig, world_size: int) -> MeshShape:
     faults += ramp_faults(config, portion)
     faults += sparse_faults(config)
     faults += zero_faults(config.zero, shape.dp)
-    faults += unbuilt(config.zero)
     if faults:
         raise ConfigError("\n".join(faults) if len(faults) == 1 else "".join(f"\n  - {fault}" for fault in faults))
     return shape

@@ -56,14 +56,3 @@ def _offload_faults(key: str, offload: OffloadConfig) -> Iterator[str]:
             value = getattr(offload, name)
             if value != OffloadConfig.model_fields[name].default:
                 yield f"{key}.{name}={value} does nothing with {key}.device='none'; use device='cpu' or 'nvme'"
-
-
-def unbuilt(zero: ZeroConfig) -> Iterator[str]:
-    """What the settings can say and the optimizer cannot do yet."""
-    if zero.stage > 1:
-        yield f"zero.stage={zero.stage}: stages 2 and 3 are not built yet; use zero.stage=1"
-    if zero.shard_size is not None:
-        yield f"zero.shard_size={zero.shard_size}: hybrid sharding is not built yet; leave it unset"
-    for part in _PARTS:
-        if getattr(zero, part).device != "none":
-            yield f"zero.{part}: offload is not built yet; use device='none'"

@@ -59,8 +59,8 @@ class Executor:
         stages: this rank's stages by global stage index.
         pp, pp_back: the pipeline axis with the groups that carry activations down and gradients back.
         activation_shape, dtype, device: of what flows between stages: ``[s, b, h]``, the same for every micro-batch.
-        before_last_backward: called with a stage before its last backward of a run; gradients may then be reduced
-            as they become final.
+        before_backward: called with a stage before each of its backwards, and whether it is its last of the run:
+            gradients may then be reduced as they become final. ``after_backward``: called with the stage after it.
     """
 
     def __init__(
@@ -73,13 +73,14 @@ class Executor:
         activation_shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
-        before_last_backward: Callable[[nn.Module], None] | None = None,
+        before_backward: Callable[[nn.Module, bool], None] = lambda stage, last: None,
+        after_backward: Callable[[nn.Module], None] = lambda stage: None,
         other_sizes: Sequence[Schedule] = (),
     ):
         self.stages = dict(stages)
         self.pp, self.pp_back = pp, pp_back
         self.activation_shape, self.dtype, self.device = activation_shape, dtype, device
-        self.before_last_backward = before_last_backward
+        self.before_backward, self.after_backward = before_backward, after_backward
         self.num_stages = num_stages_of(schedule)
         first = min(self.stages)
         self.actions: dict[int, list[Action]] = {}  # by the number of micro-batches
@@ -144,10 +145,10 @@ class Executor:
                     self._forward(action, hidden, run)
             else:
                 grad = self._take(Action(action.stage, Op.RECV_B, action.micro_batch), run)
-                if last_backward[action.stage] == action and self.before_last_backward is not None:
-                    self.before_last_backward(self.stages[action.stage])
+                self.before_backward(self.stages[action.stage], last_backward[action.stage] == action)
                 with self._recording(action):
                     self._backward(action, grad, run)
+                self.after_backward(self.stages[action.stage])
         for work, _ in run.sends:
             work.wait()
         self._doing = None

@@ -86,6 +86,7 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
         config.optimizer,
         config.precision,
         shared_over=_shared(stage, mesh),
+        root=stage,
     )
     if config.compile:
         cast(StageModule, stage).compile_blocks()
@@ -99,7 +100,8 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
         ),
         dtype=DTYPES[config.precision.dtype],
         device=device,
-        before_last_backward=lambda _: optimizer.start_last_micro_batch(),
+        before_backward=lambda _, last: optimizer.start_backward(last),
+        after_backward=lambda _: optimizer.end_backward(),
         other_sizes=schedules[:-1],
     )
     scaler = LossScaler.from_config(config.precision)

@@ -29,19 +29,21 @@ class ParameterInfo:
     """What the layout needs to know of one local parameter.
 
     ``shared`` numbers the parameters that other pipeline stages hold too (a tied embedding); None for all others.
+    ``unit`` numbers what stage 3 gathers and frees together (see ``zero/units.py``); None: the parameter stays whole.
     """
 
     spec: ShardSpec
     dtype: torch.dtype
     trainable: bool = True
     shared: int | None = None
+    unit: int | None = None
 
     @property
     def numel(self) -> int:
         return prod(self.spec.local_shape)
 
     @staticmethod
-    def of(parameter: torch.Tensor, shared: int | None = None) -> ParameterInfo:
+    def of(parameter: torch.Tensor, shared: int | None = None, unit: int | None = None) -> ParameterInfo:
         """Of a local parameter on any device, the meta device included.
 
         Raises:
@@ -53,20 +55,22 @@ class ParameterInfo:
             raise ValueError(
                 f"{spec.name} has shape {list(parameter.shape)}, but its ShardSpec describes {list(spec.local_shape)}"
             )
-        return ParameterInfo(spec, parameter.dtype, parameter.requires_grad, shared)
+        return ParameterInfo(spec, parameter.dtype, parameter.requires_grad, shared, unit)
 
 
 @dataclass(frozen=True)
 class BucketKey:
     """What the parameters of one bucket have in common.
 
-    ``partial_over_tp``: gradients are to be summed over the tensor-parallel axis too. ``shared``: see
-    :class:`ParameterInfo`; such a parameter has a bucket to itself, of the same layout on every stage that holds it.
+    ``partial_over_tp``: gradients are to be summed over the tensor-parallel axis too. ``shared``, ``unit``: see
+    :class:`ParameterInfo`; a shared parameter has a bucket to itself, of the same layout on every stage that holds it.
     """
 
     dtype: torch.dtype
     partial_over_tp: bool
     shared: int | None
+    unit: int | None = None
+    trainable: bool = True
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def plan_buckets(parameters: Sequence[ParameterInfo], bucket_bytes: float, shard
     """Lay the trainable parameters out in buckets, in the order in which a backward pass fills them.
 
     Args:
-        parameters: in registration order; each once. Frozen ones get no place.
+        parameters: in registration order; each once. Frozen ones get a place only in a unit, whose memory is sharded.
         bucket_bytes: a bucket is closed before its gradients would exceed this; a larger parameter has its own.
         shards: ranks over which each bucket is sharded.
     """
@@ -146,9 +150,10 @@ def plan_buckets(parameters: Sequence[ParameterInfo], bucket_bytes: float, shard
     last_time: dict[BucketKey, int] = {}
     for time, index in enumerate(reversed(range(len(parameters)))):
         info = parameters[index]
-        if not info.trainable:
+        if not info.trainable and info.unit is None:
             continue
-        key = BucketKey(info.dtype, info.spec.partial_over_tp, info.shared)
+        partial = info.spec.partial_over_tp and info.trainable
+        key = BucketKey(info.dtype, partial, info.shared, info.unit, info.trainable)
         slots = open_slots.get(key, [])
         start = -(-(slots[-1].start + slots[-1].numel) // ALIGN) * ALIGN if slots else 0
         if slots and (start + info.numel) * state_dtype(info.dtype).itemsize > bucket_bytes:
@@ -162,20 +167,25 @@ def plan_buckets(parameters: Sequence[ParameterInfo], bucket_bytes: float, shard
 
 
 def bytes_report(
-    parameters: Iterable[ParameterInfo], layouts: Iterable[BucketLayout], state_kinds: int
+    parameters: Iterable[ParameterInfo], layouts: Iterable[BucketLayout], state_kinds: int, stage: int = 1
 ) -> dict[str, int]:
-    """Bytes one rank holds, by kind: ``parameters``, ``gradients``, ``master``, ``optimizer``.
+    """Bytes one rank holds between steps, by kind: ``parameters``, ``gradients``, ``master``, ``optimizer``.
 
     Exact for the flat buffers, padding included: an fp32 or fp64 parameter is its own master, so that only half
     precision has ``master`` bytes. ``state_kinds`` is the number of state tensors of the optimizer (AdamW: 2).
-    Frozen parameters count under ``parameters``.
+    Frozen parameters count under ``parameters``. From stage 2 on a rank keeps its slice of the gradients, at stage 3
+    its slice of each unit's parameters; what is whole for a moment (a few buckets of gradients, the units in use)
+    comes on top.
     """
     report = dict.fromkeys(("parameters", "gradients", "master", "optimizer"), 0)
-    report["parameters"] = sum(i.numel * i.dtype.itemsize for i in parameters if not i.trainable)
+    report["parameters"] = sum(i.numel * i.dtype.itemsize for i in parameters if not i.trainable and i.unit is None)
     for layout in layouts:
         master = state_dtype(layout.key.dtype)
-        report["parameters"] += layout.size * layout.key.dtype.itemsize
-        report["gradients"] += layout.size * master.itemsize
+        kept = layout.size if layout.key.unit is None else layout.shard_size
+        report["parameters"] += kept * layout.key.dtype.itemsize
+        if not layout.key.trainable:
+            continue
+        report["gradients"] += (layout.size if stage < 2 else layout.shard_size) * master.itemsize
         if master != layout.key.dtype:
             report["master"] += layout.shard_size * master.itemsize
         report["optimizer"] += layout.shard_size * master.itemsize * state_kinds

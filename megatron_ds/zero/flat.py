@@ -1,49 +1,68 @@
 """One bucket's memory and its way through a step.
 
-A bucket goes through the same phases at every ZeRO stage; the stages differ in which of its buffers live between them::
+A bucket goes through the same phases at every ZeRO stage; the stages differ in which of its buffers are whole between
+them::
 
-    accumulate   gradients   <- backward pass            (stages 2, 3: the buffer is taken when the first write comes)
-    reduce       gradient shard <- sum over the axes     (stages 2, 3: the rest of the buffer is given back)
-    update       master shard <- optimizer
+    accumulate   gradients   <- backward pass            (stages 2, 3: whole while a micro-batch's backward fills them)
+    reduce       gradient shard <- sum over the axes     (stages 2, 3: the whole is given back)
+    update       master shard <- optimizer               (from wherever the state lives, see ``state.py``)
     gather       parameters <- every rank's shard        (stage 3: not here but before each use, and freed after it)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from megatron_ds import comm
+from megatron_ds.checkpoint.pieces import Piece
 from megatron_ds.comm import Pending
 from megatron_ds.config import OptimizerConfig
 from megatron_ds.mesh import Axis
-from megatron_ds.optim.factory import OptimizerSegment, UpdateRule, make_update, state_kinds
+from megatron_ds.optim.factory import OptimizerSegment, Update, UpdateRule, make_update, state_kinds
 from megatron_ds.shared_memory import SharedArena
-from megatron_ds.zero.buckets import BucketLayout, state_dtype
-from megatron_ds.zero.memory import FlatBuffer
+from megatron_ds.zero.buckets import BucketLayout, Segment, state_dtype
+from megatron_ds.zero.memory import GradientPool, TransientGradients, TransientParameters, WholeBuffer
+from megatron_ds.zero.sink import GradSink
+from megatron_ds.zero.state import BucketState
+from megatron_ds.zero.store import Store
 
 _NORM_ROW = 4096
+
+
+@dataclass(frozen=True)
+class BucketStores:
+    """Where a bucket's state lives between uses, and a unit's parameters (None: in device memory)."""
+
+    state: Store
+    parameters: Store | None = None
 
 
 class FlatBucket:
     """The flat buffers of one bucket on this rank. The parameters become views of them.
 
     Args:
-        parameters: the bucket's parameters, in the order of ``layout.slots``.
+        parameters: the bucket's parameters, in the order of ``layout.slots``. Their values are taken over by
+            :meth:`absorb`; until then parameters of a unit have none.
         shard: the axis over which the bucket is sharded; its size is ``layout.shards``.
         also_over: axes over which the reduced shard is summed once more (replicas, tensor-parallel ranks that each
             saw a part of the sequence, pipeline stages that share the parameter). Summing the shard instead of the
             whole bucket moves ``1 / shards`` of the bytes.
         arena: where parameters and gradients lie, if the ranks of the shard axis share memory.
+        pool: where whole gradients lie while they are filled; None: they are whole all the time.
+        stores: where the state, and at stage 3 the parameters' shard, live between uses.
 
     Attributes:
         parameters, gradients: flat buffers; ``.whole`` is ``[size]``, ``.shard`` this rank's ``[size / shards]`` of it.
-        master: ``[size / shards]`` in fp32 (fp64 for fp64); ``parameters.shard`` itself where the dtype is the same.
-        state: optimizer state by kind, each ``[size / shards]``.
-        gradient_views: each parameter's part of ``gradients``, in its shape.
-        segments: this rank's segments, and what the optimizer sees of each.
+            ``gradients`` is None for frozen parameters.
+        state: master weights in fp32 (fp64 for fp64), each ``[size / shards]``, and the kinds of optimizer state.
+            A parameter of that dtype is its own master weight.
+        segments: this rank's part of the parameters.
+        sinks: where the gradient of each parameter goes, set by the owner.
     """
 
     def __init__(
@@ -54,56 +73,197 @@ class FlatBucket:
         also_over: Sequence[Axis],
         config: OptimizerConfig | UpdateRule,
         arena: SharedArena | None,
+        pool: GradientPool | None,
+        stores: BucketStores,
     ):
         self.layout = layout
         self.shard = shard
         self.also_over = tuple(axis for axis in also_over if axis.group is not None)
+        self.sinks: list[GradSink] = []
+        self.tensors = list(parameters)
         device, dtype = parameters[0].device, layout.key.dtype
+        name = f"the bucket of {layout.slots[0].spec.name}"
+        self.parameters: WholeBuffer | TransientParameters
+        if layout.key.unit is None:
+            self.parameters = WholeBuffer.create(layout.size, dtype, device, shard, arena)
+        else:
+            self.parameters = TransientParameters(name, layout.size, dtype, device, shard, arena, stores.parameters)
+        self.gradients: WholeBuffer | TransientGradients | None = None
         wide = state_dtype(dtype)
-        self.parameters = FlatBuffer.create(layout.size, dtype, device, shard, arena)
-        self.gradients = FlatBuffer.create(layout.size, wide, device, shard, arena)
-        self.gradient_views = []
-        for slot, parameter in zip(layout.slots, parameters):
-            view = self.parameters.whole.narrow(0, slot.start, slot.numel).view(parameter.shape)
-            view.copy_(parameter.detach())
-            parameter.data = view
-            self.gradient_views.append(self.gradients.whole.narrow(0, slot.start, slot.numel).view(parameter.shape))
-        self.master = self.parameters.shard.to(wide)
-        self.state = {kind: torch.zeros_like(self.master) for kind in state_kinds(config)}
-        self.segments = [
-            (
-                segment,
-                OptimizerSegment(
-                    master=self.master.narrow(0, segment.offset, segment.numel),
-                    gradient=self.gradients.shard.narrow(0, segment.offset, segment.numel),
-                    state={k: t.narrow(0, segment.offset, segment.numel) for k, t in self.state.items()},
-                    weight_decay=segment.spec.weight_decay,
-                    name=segment.spec.name,
-                    start=segment.start,
-                ),
-            )
-            for segment in layout.segments(shard.rank)
-        ]
-        # A slice of nothing but padding has nothing to update.
-        self.optimizer = make_update(config, [s for _, s in self.segments]) if self.segments else None
+        if layout.key.trainable:
+            if pool is None:
+                self.gradients = WholeBuffer.create(layout.size, wide, device, shard, arena)
+            else:
+                self.gradients = TransientGradients(layout.size, shard, pool)
+        self.config = config
+        self.segments = layout.segments(shard.rank)
+        rows = (*(("master",) if wide != dtype else ()), *state_kinds(config))
+        self.state = BucketState(name, rows if layout.key.trainable else (), layout.shard_size, wide, stores.state)
+        self.optimizer: Update | None = None  # a slice of nothing but padding has nothing to update
+        self._bound = False  # the optimizer has the state's tensors for good
+        ends = [0, *(slot.start + slot.numel for slot in layout.slots)]
+        starts = [*(slot.start for slot in layout.slots), layout.size]
+        self._gaps = [(end, start) for end, start in zip(ends, starts) if end < start]  # padding, always zero
         self._reducing: Pending | None = None
         self._gathering: Pending | None = None
         self._remaining_axes: list[Axis] = []
 
+    def absorb(self) -> None:
+        """Take over what the parameters hold: they become views of the flat buffer, and their old memory is free."""
+        old = [parameter.detach() for parameter in self.tensors]
+        self.show()
+        for parameter, values in zip(self.tensors, old):
+            parameter.data.copy_(values)
+        self.settle()
+
+    def show(self) -> None:
+        """Make the parameters views of the flat buffer, whose memory is taken if it is not there."""
+        if isinstance(self.parameters, TransientParameters):
+            self.parameters.take()
+        for slot, parameter in zip(self.layout.slots, self.tensors):
+            parameter.data = self.parameters.whole.narrow(0, slot.start, slot.numel).view(parameter.shape)
+
+    def settle(self) -> None:
+        """Set shard and master weights to what the parameters are, and free what is not kept."""
+        if isinstance(self.parameters, TransientParameters):
+            self.parameters.holding.hold().copy_(comm.slice_dim0(self.parameters.whole, self.shard))
+            self.parameters.holding.let_go(changed=True)
+            self.parameters.free()
+        if self.gradients is None or not self.segments:
+            return
+        with self.held(changed=True) as segments:
+            self.optimizer = make_update(self.config, segments)
+            self._bound = self.resident
+            if "master" in self.state.rows:
+                self._parameters_to_master()
+
+    @property
+    def resident(self) -> bool:
+        """Whether master weights and state are there all the time."""
+        transient = isinstance(self.parameters, TransientParameters) and not self.parameters.holding.resident
+        return self.state.resident and not transient
+
+    @contextmanager
+    def held(self, changed: bool) -> Iterator[list[OptimizerSegment]]:
+        """What the optimizer sees of each of ``segments``, for as long as the context lasts.
+
+        ``changed``: it is written, and goes back to where it lives.
+        """
+        assert self.gradients is not None
+        rows = self.state.hold()
+        shard = self._hold_shard()
+        master = rows.pop("master", shard)
+        try:
+            yield [
+                OptimizerSegment(
+                    master=master.narrow(0, segment.offset, segment.numel),
+                    gradient=self.gradients.shard.narrow(0, segment.offset, segment.numel),
+                    state={kind: row.narrow(0, segment.offset, segment.numel) for kind, row in rows.items()},
+                    weight_decay=segment.spec.weight_decay,
+                    name=segment.spec.name,
+                    start=segment.start,
+                )
+                for segment in self.segments
+            ]
+        finally:
+            self._let_shard_go(changed)
+            self.state.let_go(changed)
+
+    def _hold_shard(self) -> torch.Tensor:
+        if isinstance(self.parameters, TransientParameters):
+            return self.parameters.holding.hold()
+        return self.parameters.shard
+
+    def _let_shard_go(self, changed: bool) -> None:
+        if isinstance(self.parameters, TransientParameters):
+            self.parameters.holding.let_go(changed)
+
+    def piece(self, kind: str, segment: Segment) -> Piece:
+        """What a checkpoint keeps of a segment: ``"param"`` (its master weights) or a kind of optimizer state."""
+        row = "master" if kind == "param" else kind
+        if row in self.state.rows:
+            holding, offset = self.state.holding, self.state.offset(row) + segment.offset
+        elif isinstance(self.parameters, TransientParameters):
+            holding, offset = self.parameters.holding, segment.offset
+        else:
+            shard = self.parameters.shard.narrow(0, segment.offset, segment.numel)
+            return Piece.of(segment.spec, kind, shard, segment.start, segment.stop)
+        assert holding is not None
+        if not holding.resident:
+            dtype = holding.region.dtype
+            return Piece.held(segment.spec, kind, holding, offset, dtype, segment.start, segment.stop)
+        data = holding.hold().narrow(0, offset, segment.numel)
+        holding.let_go(changed=False)
+        return Piece.of(segment.spec, kind, data, segment.start, segment.stop)
+
+    def prefetch(self) -> None:
+        """Start to fetch what :meth:`update` needs."""
+        if not self.resident:
+            self.state.read_start()
+            if isinstance(self.parameters, TransientParameters):
+                self.parameters.holding.read_start()
+
+    def _parameters_to_master(self) -> None:
+        """Master weights of their own become what the shard is."""
+        if "master" in self.state.rows:
+            self.state.hold()["master"].copy_(self._hold_shard())
+            self._let_shard_go(changed=False)
+            self.state.let_go(changed=True)
+
+    # Gradients
+
+    def start_step(self) -> None:
+        """Forget the gradients of the step before."""
+        if isinstance(self.gradients, TransientGradients):
+            self.gradients.empty = True
+        elif self.gradients is not None and self.sinks[0].view is None:
+            self._show_gradients(self.gradients.whole)
+
+    def open(self) -> None:
+        """Take memory for whole gradients, and show the sinks their parts of it."""
+        assert isinstance(self.gradients, TransientGradients)
+        whole = self.gradients.take()
+        for begin, end in self._gaps:
+            whole[begin:end].zero_()
+        self._show_gradients(whole)
+
+    def _show_gradients(self, whole: torch.Tensor) -> None:
+        for slot, parameter, sink in zip(self.layout.slots, self.tensors, self.sinks):
+            sink.view = whole.narrow(0, slot.start, slot.numel).view(parameter.shape)
+            sink.written = False
+
     def start_reduce(self) -> None:
         """Start the first of the sums that make ``gradients.shard`` whole. Leave the buffer alone until the end."""
-        axes = list(self.also_over)
+        assert self.gradients is not None
+        if isinstance(self.gradients, TransientGradients) and self.gradients.whole is None:
+            self.open()  # no gradient came; other ranks may have some
+        for sink in self.sinks:
+            if not sink.written:
+                assert sink.view is not None
+                sink.view.zero_()
+        self._remaining_axes = list(self.also_over)
         if self.shard.group is not None:
             self._reducing = self.gradients.reduce_scatter_start()
-        elif axes:
-            self._reducing = comm.all_reduce_start(self.gradients.shard, axes.pop(0))
-        self._remaining_axes = axes
+        elif self._remaining_axes:
+            self._reducing = comm.all_reduce_start(self.gradients.shard, self._remaining_axes.pop(0))
+        if isinstance(self.gradients, TransientGradients):
+            for sink in self.sinks:
+                sink.view = None
 
     def finish_reduce(self) -> None:
-        """Wait for the sums, running those that could not start earlier."""
+        """Wait for the sum that :meth:`start_reduce` started."""
         if self._reducing is not None:
             self._reducing.wait()
             self._reducing = None
+
+    def free_gradients(self) -> None:
+        """Give whole gradients back where they are not kept. All ranks of the shard axis, in one order."""
+        if isinstance(self.gradients, TransientGradients):
+            self.gradients.free()
+
+    def sum_over_remaining_axes(self) -> None:
+        """The sums over the other axes, once a step."""
+        assert self.gradients is not None
         for axis in self._remaining_axes:
             comm.all_reduce(self.gradients.shard, axis)
         self._remaining_axes = []
@@ -113,19 +273,25 @@ class FlatBucket:
 
         Those count as zero, but a NaN or Inf in them makes it NaN: only this rank sees it.
         """
-        total = torch.zeros((), dtype=torch.float64, device=self.master.device)
+        assert self.gradients is not None
+        total = torch.zeros((), dtype=torch.float64, device=self.gradients.shard.device)
         for begin, end in self._owned_ranges():
             total += squared_norm(self.gradients.shard[begin:end])
-        for segment, tensors in self.segments:
+        for segment in self.segments:
             if segment.spec.replica:
-                total += 0.0 * squared_norm(tensors.gradient)
+                total += 0.0 * squared_norm(self.gradient_of(segment))
         return total
+
+    def gradient_of(self, segment: Segment) -> torch.Tensor:
+        """``[numel]``: the reduced gradient of a segment, a view."""
+        assert self.gradients is not None
+        return self.gradients.shard.narrow(0, segment.offset, segment.numel)
 
     def _owned_ranges(self) -> list[tuple[int, int]]:
         """Runs of segments in the slice that are not replicas; padding between them is zero and may be included."""
         ranges: list[tuple[int, int]] = []
         open_run = False
-        for segment, _ in self.segments:
+        for segment in self.segments:
             if segment.spec.replica:
                 open_run = False
             elif open_run:
@@ -135,19 +301,39 @@ class FlatBucket:
                 open_run = True
         return ranges
 
+    # Parameters
+
     def update(self, lr: float, scale: float | torch.Tensor) -> None:
         """One optimizer step on this rank's slice; the low-precision parameters follow."""
-        if self.optimizer is not None:
+        if self.optimizer is None:
+            return
+        if self._bound:
             self.optimizer.step(lr, scale)
-        self.master_to_parameters()
+            self.master_to_parameters()
+            return
+        with self.held(changed=True) as segments:
+            self.optimizer.bind(segments)
+            self.optimizer.step(lr, scale)
+            self.master_to_parameters()
 
     def master_to_parameters(self) -> None:
-        if self.master.dtype != self.parameters.whole.dtype:
-            self.parameters.shard.copy_(self.master)
+        """The shard becomes what master weights of their own are."""
+        if "master" in self.state.rows:
+            self._hold_shard().copy_(self.state.hold()["master"])
+            self.state.let_go(changed=False)
+            self._let_shard_go(changed=True)
+
+    def take_over(self) -> None:
+        """Make shard and master weights what the whole parameters are."""
+        if isinstance(self.parameters, TransientParameters):
+            self.parameters.holding.hold().copy_(comm.slice_dim0(self.parameters.whole, self.shard))
+            self.parameters.holding.let_go(changed=True)
+        if self.gradients is not None:
+            self._parameters_to_master()
 
     def start_gather(self) -> None:
         """Start to collect every rank's slice of the parameters, in place."""
-        if self.shard.group is not None:
+        if self.shard.group is not None or isinstance(self.parameters, TransientParameters):
             self._gathering = self.parameters.all_gather_start()
 
     def finish_gather(self) -> bool:

@@ -7,8 +7,8 @@ over all data-parallel ranks, stage 0 is the same code with a shard axis of one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from enum import Enum
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -17,20 +17,15 @@ from megatron_ds.checkpoint.pieces import Piece
 from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.optim.factory import UpdateRule, state_kinds
-from megatron_ds.shared_memory import SharedArena, Tokens
+from megatron_ds.shard import ShardSpec
+from megatron_ds.shared_memory import Tokens
 from megatron_ds.zero import buckets
-from megatron_ds.zero.buckets import BucketLayout, ParameterInfo, plan_buckets, state_dtype
+from megatron_ds.zero.buckets import ParameterInfo, plan_buckets, state_dtype
 from megatron_ds.zero.flat import FlatBucket
-from megatron_ds.zero.sink import GradSink
-
-
-class Phase(Enum):
-    """Where a step stands. Gradients are only taken between ``start_step`` and ``finish_gradients``."""
-
-    IDLE = "between steps"
-    ACCUMULATING = "accumulating gradients"
-    LAST_MICRO_BATCH = "in the last micro-batch"
-    REDUCED = "holding reduced gradients"
+from megatron_ds.zero.offload import Stores
+from megatron_ds.zero.plan import choose_units, gradient_pools, numbers_of_units, share_memory
+from megatron_ds.zero.reducer import Phase, Reducer
+from megatron_ds.zero.units import Gatherer, Unit
 
 
 class ZeroOptimizer:
@@ -39,9 +34,11 @@ class ZeroOptimizer:
     One step::
 
         zero.start_step()
-        ...                                # forward and backward of all micro-batches but the last
-        zero.start_last_micro_batch()      # from here on each bucket is reduced as soon as it is complete
-        ...
+        for micro_batch, last in ...:
+            ...                            # forward
+            zero.start_backward(last)      # gradients are reduced during the last backward; from stage 2 on, in each
+            ...                            # backward
+            zero.end_backward()
         zero.finish_gradients()            # gradients are now sums over the global batch
         norm = comm.all_reduce(zero.norm_squared(), mesh.world).sqrt()
         zero.step(lr, scale)               # or zero.skip()
@@ -52,11 +49,18 @@ class ZeroOptimizer:
 
     Args:
         parameters: this rank's parameters, or (name, parameter) pairs, in registration order, each with its ``.shard``.
-            Repetitions are dropped; frozen ones are left where they are, and only saved.
+            Repetitions are dropped; frozen ones are left where they are, and only saved. At stage 3 frozen parameters
+            of a unit are sharded like all others.
         shared_over: parameters of which other pipeline stages hold a copy, each with the axis of the ranks that do;
             every rank of the axis must list it at the same position. Their gradients are summed over that axis.
         shared_memory: let CPU ranks of one host read each other's buffers instead of sending them. The sums are the
             same but for the order in which gloo adds small buckets of three ranks and more.
+        root: the module whose forward uses the parameters. Stage 3 finds in it the units that are gathered and freed
+            together; see :mod:`megatron_ds.zero.units`.
+        unit_classes: the classes of modules that are units, instead of the members of lists of modules.
+        fill: gives values to parameters that have none yet (on the meta device, or of a model that is larger than
+            this rank's memory): called with the parameters of one unit at a time, whose memory is there for the call.
+            All ranks must give the same values. Default: parameters keep the values they have.
     """
 
     def __init__(
@@ -68,21 +72,28 @@ class ZeroOptimizer:
         precision: PrecisionConfig,
         shared_over: Sequence[tuple[nn.Parameter, Axis]] = (),
         shared_memory: bool = True,
+        root: nn.Module | None = None,
+        unit_classes: Sequence[type[nn.Module]] = (),
+        fill: Callable[[list[nn.Parameter]], None] | None = None,
     ):
         self.config = config
-        self.shard, self.replicate = shard_axes(mesh, config.stage)
+        self.shard, self.replicate = shard_axes(mesh, config)
         self._parameters = unique(parameters)
         shared = {id(parameter): number for number, (parameter, _) in enumerate(shared_over)}
-        self._infos = [ParameterInfo.of(p, shared.get(id(p))) for p in self._parameters]
+        modules = choose_units(config, self.shard, root, unit_classes)
+        unit_of = numbers_of_units(modules.values(), self._parameters, config.persistence_threshold)
+        self._infos = [ParameterInfo.of(p, shared.get(id(p)), unit_of.get(id(p))) for p in self._parameters]
         self._kinds = state_kinds(optimizer_config)
         layouts = plan_buckets(self._infos, config.bucket_mb * 1e6, self.shard.size)
-        self._arena = _arena(layouts, self._parameters, self.shard) if shared_memory else None
+        device = self._parameters[0].device if self._parameters else mesh.device
+        transient = config.stage >= 2 and self.shard.size > 1
+        self._arena = share_memory(config, layouts, self._parameters, self.shard) if shared_memory else None
         # What peers may still be reading of this rank's shared buffers.
         self._gradients_read = self._parameters_read = False
-        self.buckets: list[FlatBucket] = []
-        self._sinks: list[list[GradSink]] = []
-        self._missing: list[int] = []  # for each bucket, parameters of the last micro-batch yet to come
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        pools = gradient_pools(layouts, device, self.shard, self._arena) if transient else {}
+        self.stores = Stores(config, layouts, self._kinds, device)
+        self._all: list[FlatBucket] = []
+        self.buckets: list[FlatBucket] = []  # those with gradients
         for layout in layouts:
             also_over = [self.replicate]
             if layout.key.partial_over_tp:
@@ -90,113 +101,109 @@ class ZeroOptimizer:
             if layout.key.shared is not None:
                 also_over.append(shared_over[layout.key.shared][1])
             mine = [self._parameters[slot.parameter] for slot in layout.slots]
-            self.buckets.append(FlatBucket(layout, mine, self.shard, also_over, optimizer_config, self._arena))
-            self._missing.append(0)
-            self._sinks.append([self._attach(len(self._sinks), i, p) for i, p in enumerate(mine)])
-        self._phase = Phase.IDLE
-        self._launched = 0
+            pool = pools.get(state_dtype(layout.key.dtype))
+            stores = self.stores.of(layout)
+            bucket = FlatBucket(layout, mine, self.shard, also_over, optimizer_config, self._arena, pool, stores)
+            self._all.append(bucket)
+            if layout.key.trainable:
+                self.buckets.append(bucket)
+        self._take_values(fill)
+        self.reducer = Reducer(self.buckets, config.overlap, transient and not config.keep_whole)
+        self.gatherer = self._gatherer(root, modules)
+        self._shares_units = self._arena is not None and any(layout.key.unit is not None for layout in layouts)
+        self._unit_readers: Tokens | None = None
+        self._units_ready: Tokens | None = None
+        self._announce_units()
         self._count = 0
 
-    def _attach(self, bucket: int, position: int, parameter: nn.Parameter) -> GradSink:
-        """Give the parameter its sink, and a hook that moves what autograd leaves in ``.grad`` there."""
-        name = self.buckets[bucket].layout.slots[position].spec.name
-        if hasattr(parameter, "grad_sink"):
-            raise ValueError(f"{name} already belongs to a ZeroOptimizer; close() that one first")
-        view = self.buckets[bucket].gradient_views[position]
-        sink = GradSink(name, view, lambda sink: self._on_write(sink, bucket))
-        parameter.grad_sink = sink  # type: ignore[attr-defined]
+    def _take_values(self, fill: Callable[[list[nn.Parameter]], None] | None) -> None:
+        """Parameters become views of their buckets, with the values they had or those that ``fill`` gives them."""
+        units: dict[int | None, list[FlatBucket]] = {}
+        for bucket in self._all:
+            units.setdefault(bucket.layout.key.unit, []).append(bucket)
+        if fill is None:
+            for bucket in self._all:
+                bucket.absorb()
+            return
+        # What is whole all the time is there first: a unit's module may set its small parameters along with its large.
+        for bucket in units.get(None, []):
+            bucket.show()
+        for unit in sorted(units, key=lambda unit: (unit is None, unit or 0)):
+            for bucket in units[unit]:
+                if unit is not None:
+                    bucket.show()
+            fill([parameter for bucket in units[unit] for parameter in bucket.tensors])
+            if unit is not None:
+                for bucket in units[unit]:
+                    bucket.settle()
+        for bucket in units.get(None, []):
+            bucket.settle()
 
-        def move(parameter: torch.Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is not None:  # None: the layer wrote into the sink itself
-                sink.add(gradient)
-
-        self._hooks.append(parameter.register_post_accumulate_grad_hook(move))
-        return sink
+    def _gatherer(self, root: nn.Module | None, modules: dict[nn.Module, list[nn.Parameter]]) -> Gatherer | None:
+        if root is None or not modules:
+            return None
+        names = {id(module): name for name, module in root.named_modules()}
+        owner = {id(p): bucket for bucket in self._all if bucket.layout.key.unit is not None for p in bucket.tensors}
+        units = []
+        for module, parameters in {root: [], **modules}.items():
+            needed = {id(owner[id(p)]): owner[id(p)] for p in parameters if id(p) in owner}
+            units.append(Unit(names[id(module)], module, list(needed.values())))
+        return Gatherer(units, self._all, self.config.prefetch)
 
     def close(self) -> None:
-        """Let go of the parameters: no more hooks. They stay views of the flat buffers."""
-        for hook in self._hooks:
-            hook.remove()
-        for layout in (bucket.layout for bucket in self.buckets):
-            for slot in layout.slots:
-                del self._parameters[slot.parameter].grad_sink  # type: ignore[attr-defined]
+        """Let go of the parameters: no more hooks. They stay views of the flat buffers, whole ones."""
+        if self.gatherer is not None:
+            self.gatherer.close()
+        self.stores.close()
+        self.reducer.close()
 
     # Gradients
 
     def start_step(self) -> None:
         """Forget the gradients of the step before, and wait for its parameters."""
-        self._expect(Phase.IDLE, "start_step")
+        self.reducer.expect(Phase.IDLE, "start_step")
         self.wait_parameters()
         if self._gradients_read:  # the step before was skipped
             self._wait_readers()
-        for sink in self._all_sinks():
-            sink.written = False
-            sink.writes = 0
-        self._launched = 0
-        self._phase = Phase.ACCUMULATING
+        self.reducer.start_step()
+        if self.gatherer is not None:
+            self.gatherer.start_step()
+            self.gatherer.keep = self.config.keep_whole
 
-    def start_last_micro_batch(self) -> None:
-        """The next backward pass is this stage's last of the step: reduce buckets as it completes them."""
-        self._expect(Phase.ACCUMULATING, "start_last_micro_batch")
-        for index, sinks in enumerate(self._sinks):
-            self._missing[index] = len(sinks)
-            for sink in sinks:
-                sink.writes = 0
-        self._phase = Phase.LAST_MICRO_BATCH
+    def start_backward(self, last: bool) -> None:
+        """A backward pass follows, ``last``: the last one of this step here."""
+        self.reducer.start_backward(last)
 
-    def _on_write(self, sink: GradSink, bucket: int) -> None:
-        if self._phase is Phase.ACCUMULATING:
-            return
-        if self._phase is not Phase.LAST_MICRO_BATCH:
-            raise RuntimeError(
-                f"{sink.name} got a gradient {self._phase.value}; call start_step() before the backward pass"
-            )
-        if bucket < self._launched:
-            raise RuntimeError(
-                f"{sink.name} got gradient number {sink.writes} of the last micro-batch after its bucket had left, "
-                f"because earlier steps had {sink.expected}; set zero.overlap=false for a graph that changes"
-            )
-        # How often a parameter is written in one backward pass is a property of the graph, learned from the step
-        # before; so the first step reduces everything at its end.
-        if sink.writes == sink.expected:
-            self._missing[bucket] -= 1
-            if self.config.overlap:
-                # One order on all ranks, whatever the order in which gradients come: collectives match by order.
-                while self._launched < len(self.buckets) and self._missing[self._launched] == 0:
-                    self.buckets[self._launched].start_reduce()
-                    self._launched += 1
+    def end_backward(self) -> None:
+        """The backward pass is over. Where each one is reduced, all its gradients are in their shards now."""
+        if self.gatherer is not None:
+            self.gatherer.end_backward()
+        self.reducer.end_backward()
 
     def finish_gradients(self) -> None:
         """Reduce what is left and wait; afterwards every slice holds its sum over the global batch."""
-        if self._phase is not Phase.ACCUMULATING:
-            self._expect(Phase.LAST_MICRO_BATCH, "finish_gradients")
-            for sink in self._all_sinks():
-                sink.expected = max(sink.expected, sink.writes)
-        for index in range(self._launched, len(self.buckets)):
-            for sink in self._sinks[index]:
-                if not sink.written:
-                    sink.view.zero_()
-            self.buckets[index].start_reduce()
-        self._launched = len(self.buckets)
-        for bucket in self.buckets:
-            bucket.finish_reduce()
+        self.reducer.finish()
+        if self.gatherer is not None:
+            self.gatherer.free_all()
         # Peers sent their gradients, so they have this rank's parameters of the step before; they may read on here.
         self._gradients_read, self._parameters_read = True, False
-        self._phase = Phase.REDUCED
+        if self.buckets:
+            self.buckets[-1].prefetch()
+        if self._shares_units:
+            self._unit_readers = Tokens(self.shard)
 
     def norm_squared(self) -> torch.Tensor:
         """0-d float64: this rank's share of the squared gradient norm.
 
         The sum of all ranks' shares over ``mesh.world`` counts every element of every global parameter once.
         """
-        self._expect(Phase.REDUCED, "norm_squared")
+        self.reducer.expect(Phase.REDUCED, "norm_squared")
         device = self._parameters[0].device if self._parameters else None
         total = torch.zeros((), dtype=torch.float64, device=device)
-        if self.replicate.is_first:
-            for bucket in self.buckets:
-                total += bucket.norm_squared()
-        return total
+        for bucket in self.buckets:
+            total += bucket.norm_squared()
+        # The other replicas hold the same numbers: theirs count as zero, but a NaN or Inf that only they see as NaN.
+        return total if self.replicate.is_first else 0.0 * total
 
     def gradient_pieces(self) -> list[Piece]:
         """The reduced gradients that this rank holds, of kind ``"gradient"``, in fp32 (fp64 for fp64 parameters).
@@ -204,11 +211,11 @@ class ZeroOptimizer:
         Between ``finish_gradients`` and ``step``: before clipping, multiplied by the loss scale. The data are views,
         which ``step`` may change. Replicas are included.
         """
-        self._expect(Phase.REDUCED, "gradient_pieces")
+        self.reducer.expect(Phase.REDUCED, "gradient_pieces")
         return [
-            Piece.of(segment.spec, "gradient", tensors.gradient, segment.start, segment.stop)
+            Piece.of(segment.spec, "gradient", bucket.gradient_of(segment), segment.start, segment.stop)
             for bucket in self.buckets
-            for segment, tensors in bucket.segments
+            for segment in bucket.segments
         ]
 
     # Parameters
@@ -219,23 +226,32 @@ class ZeroOptimizer:
         Buckets go in the order in which the next forward pass needs them. ``wait=False`` returns while parameters
         are still under way: call :meth:`wait_parameters` before anything reads them.
         """
-        self._expect(Phase.REDUCED, "step")
-        for bucket in reversed(self.buckets):
+        self.reducer.expect(Phase.REDUCED, "step")
+        self._wait_unit_readers()
+        order = self.buckets[::-1]
+        for bucket, following in zip(order, [*order[1:], None]):
+            if following is not None:
+                following.prefetch()
             bucket.update(lr, scale)
-            bucket.start_gather()
+            if bucket.layout.key.unit is None:
+                bucket.start_gather()
+        self._announce_units()
         self._count += 1
-        self._phase = Phase.IDLE
+        self.reducer.phase = Phase.IDLE
         if wait:
             self.wait_parameters()
 
     def skip(self) -> None:
         """Drop the gradients of this step; parameters and state stay as they are."""
-        self._expect(Phase.REDUCED, "skip")
-        self._phase = Phase.IDLE
+        self.reducer.expect(Phase.REDUCED, "skip")
+        self.reducer.phase = Phase.IDLE
 
     def wait_parameters(self) -> None:
         """Wait until the parameters of the last step have arrived."""
-        waited = [bucket.finish_gather() for bucket in reversed(self.buckets)]
+        if self._units_ready is not None:
+            self._units_ready.wait()
+            self._units_ready = None
+        waited = [b.finish_gather() for b in reversed(self.buckets) if b.layout.key.unit is None]
         if any(waited):
             # Peers sent their parameters, so they are done with the gradients; they may still read parameters here.
             self._gradients_read, self._parameters_read = False, True
@@ -245,8 +261,42 @@ class ZeroOptimizer:
         self._wait_readers()
         for bucket in self.buckets:
             bucket.master_to_parameters()
-            bucket.start_gather()
+            if bucket.layout.key.unit is None:
+                bucket.start_gather()
+        self._announce_units()
         self.wait_parameters()
+
+    @contextmanager
+    def gathered(self, parameters: Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
+        """Inside, these parameters are whole on every rank. Collective over the shard axis.
+
+        ``write``: between two steps; what every rank has written alike is kept, in the master weights too.
+        """
+        if write:
+            self.reducer.expect(Phase.IDLE, "gathered(write=True)")
+        self.wait_parameters()
+        wanted = {id(p) for p in parameters}
+        touched = [bucket for bucket in self._all if any(id(p) in wanted for p in bucket.tensors)]
+        with self.gatherer.gathered(touched) if self.gatherer is not None else nullcontext():
+            yield
+            if write:
+                self._wait_readers()
+                for bucket in touched:
+                    bucket.take_over()
+        if write:
+            self._announce_units()
+            self.wait_parameters()
+
+    def _wait_unit_readers(self) -> None:
+        """Wait until no peer reads this rank's part of a unit in shared memory, before it changes."""
+        if self._unit_readers is not None:
+            self._unit_readers.wait()
+            self._unit_readers = None
+
+    def _announce_units(self) -> None:
+        """Tell the peers that this rank's parts of units in shared memory may be read."""
+        if self._shares_units:
+            self._units_ready = Tokens(self.shard)
 
     def _wait_readers(self) -> None:
         """Wait until no peer reads this rank's buffers any more, so that they may be written.
@@ -255,7 +305,7 @@ class ZeroOptimizer:
         for what breaks that course. It comes before the write and not after the read, because by then a peer may have
         left at the end of its work.
         """
-        if self._arena is not None and (self._gradients_read or self._parameters_read):
+        if self._shares_units or (self._arena is not None and (self._gradients_read or self._parameters_read)):
             Tokens(self.shard).wait()
         self._gradients_read = self._parameters_read = False
 
@@ -283,49 +333,45 @@ class ZeroOptimizer:
             self._wait_readers()
         found: list[Piece] = []
 
-        def add(kind: str, spec: buckets.ShardSpec, data: torch.Tensor, start: int, stop: int) -> None:
-            if for_load or (self.replicate.is_first and not spec.replica):
-                found.append(Piece.of(spec, kind, data, start, stop))
+        def mine(spec: ShardSpec) -> bool:
+            return for_load or (self.replicate.is_first and not spec.replica)
 
-        for bucket in self.buckets:
-            for segment, tensors in bucket.segments:
-                add("param", segment.spec, tensors.master, segment.start, segment.stop)
-                for kind, tensor in tensors.state.items():
-                    add(kind, segment.spec, tensor, segment.start, segment.stop)
+        for bucket in self._all:
+            # Kind by kind: what one store holds together comes together.
+            for kind in ("param", *(self._kinds if bucket.layout.key.trainable else ())):
+                found += [bucket.piece(kind, segment) for segment in bucket.segments if mine(segment.spec)]
         for info, parameter in zip(self._infos, self._parameters):
-            if not info.trainable and (for_load or self.shard.is_first):
-                add("param", info.spec, parameter.data, 0, info.numel)
+            if not info.trainable and info.unit is None and (for_load or self.shard.is_first) and mine(info.spec):
+                found.append(Piece.of(info.spec, "param", parameter.data))
         return found
+
+    def bytes_by_store(self) -> dict[str, dict[str, int]]:
+        """The same by where they live between steps: kind, then ``"device"``, ``"host"`` or ``"disk"``."""
+        total: dict[str, dict[str, int]] = {}
+        whole = buckets.bytes_report(self._infos, [], 0, self.config.stage)
+        for layout, found in [
+            (None, whole),
+            *((x.layout, buckets.bytes_report([], [x.layout], len(self._kinds), self.config.stage)) for x in self._all),
+        ]:
+            for kind, count in found.items():
+                place = "device" if layout is None else self.stores.place(kind, layout)
+                of_kind = total.setdefault(kind, {"device": 0, "host": 0, "disk": 0})
+                of_kind[place] += count
+        return total
 
     def bytes_report(self) -> dict[str, int]:
         """Bytes this rank holds, by kind; see :func:`megatron_ds.zero.buckets.bytes_report`."""
-        layouts = [bucket.layout for bucket in self.buckets]
-        return buckets.bytes_report(self._infos, layouts, len(self._kinds))
-
-    def _all_sinks(self) -> Iterable[GradSink]:
-        return (sink for sinks in self._sinks for sink in sinks)
-
-    def _expect(self, phase: Phase, method: str) -> None:
-        if self._phase is not phase:
-            raise RuntimeError(
-                f"{method}() was called {self._phase.value}; the order is start_step, start_last_micro_batch, "
-                "finish_gradients, norm_squared, then step or skip"
-            )
+        layouts = [bucket.layout for bucket in self._all]
+        return buckets.bytes_report(self._infos, layouts, len(self._kinds), self.config.stage)
 
 
-def shard_axes(mesh: Mesh, stage: int) -> tuple[Axis, Axis]:
-    """The shard and the replicate axis: ``mesh.data`` is one of them, the other has this rank alone."""
-    if stage == 0:
+def shard_axes(mesh: Mesh, config: ZeroConfig) -> tuple[Axis, Axis]:
+    """The shard and the replicate axis, whose product is ``mesh.data``. Collective if ``config.shard_size`` is set."""
+    if config.stage == 0:
         return Axis("shard", ranks=(mesh.rank,)), mesh.data
+    if config.shard_size is not None and config.shard_size != mesh.data.size:
+        return mesh.split_data(config.shard_size)
     return mesh.data, Axis("replicate", ranks=(mesh.rank,))
-
-
-def _arena(layouts: Sequence[BucketLayout], parameters: Sequence[nn.Parameter], shard: Axis) -> SharedArena | None:
-    """Memory for parameters and gradients that the ranks of the shard axis share, where they can."""
-    if any(parameter.device.type != "cpu" for parameter in parameters):
-        return None
-    wanted = [(layout.size, dtype) for layout in layouts for dtype in (layout.key.dtype, state_dtype(layout.key.dtype))]
-    return SharedArena.create(SharedArena.bytes_for(wanted), shard)
 
 
 def unique(parameters: Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:

@@ -120,14 +120,14 @@ def mean_of_micro_batch_means() -> AbstractContextManager[Any]:
 
 def last_micro_batch_only() -> AbstractContextManager[Any]:
     """Gradients are overwritten, not accumulated."""
-    start = ZeroOptimizer.start_last_micro_batch
+    start = ZeroOptimizer.start_backward
 
-    def forget(zero: ZeroOptimizer) -> None:
-        for sink in zero._all_sinks():
+    def forget(zero: ZeroOptimizer, last: bool) -> None:
+        for sink in zero.reducer.sinks():
             sink.written = False
-        start(zero)
+        start(zero, last)
 
-    return patch.object(ZeroOptimizer, "start_last_micro_batch", forget)
+    return patch.object(ZeroOptimizer, "start_backward", forget)
 
 
 def tied_embedding_not_summed() -> AbstractContextManager[Any]:
@@ -147,7 +147,7 @@ def average_over_replicas() -> AbstractContextManager[Any]:
 
 def no_reduction_over_replicas() -> AbstractContextManager[Any]:
     return patch.object(
-        optimizer, "shard_axes", lambda mesh, stage: (Axis("shard", ranks=(mesh.rank,)), Axis("replicate"))
+        optimizer, "shard_axes", lambda mesh, config: (Axis("shard", ranks=(mesh.rank,)), Axis("replicate"))
     )
 
 

@@ -21,7 +21,8 @@ from megatron_ds.config import RunConfig, from_dict
 SETTINGS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         "sequence_parallel": (False, True),
-        "zero": (0, 1),
+        "zero": (0, 1, 2, 3),
+        "keep_whole": (False, True),
         "accumulation": (1, 4),
         "micro_batch": (1, 2),
         "recompute": ("none", "selective", "full", "every_n"),
@@ -41,6 +42,7 @@ SETTINGS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 _NEEDS = {
     "sequence_parallel": "tp",
     "zero": "dp",
+    "keep_whole": "dp",
     "overlap": "dp",
     "split": "pp",
     "schedule": "pp",
@@ -57,6 +59,7 @@ class Row:
     mesh: Mesh3  # tp, pp, dp
     sequence_parallel: bool = False
     zero: int = 0
+    keep_whole: bool = False  # of stages 2 and 3
     accumulation: int = 1
     micro_batch: int = 1
     recompute: str = "none"
@@ -203,7 +206,13 @@ def config_of(row: Row) -> RunConfig:
             "split": "cost" if row.split == "cost" else "count",
             "layers_per_stage": layers_per_stage,
         },
-        "zero": {"stage": row.zero, "bucket_mb": row.bucket_mb, "overlap": row.overlap},
+        "zero": {
+            "stage": row.zero,
+            "bucket_mb": row.bucket_mb,
+            "overlap": row.overlap,
+            "keep_whole": row.keep_whole and row.zero > 1,
+            **({"persistence_threshold": 40} if row.zero == 3 else {}),  # a few matrices a block are sharded
+        },
         # The learning rate never reaches the end of its decay, so that the last step changes the parameters too.
         "optimizer": {"name": row.optimizer, "lr": 0.02, "momentum": 0.9, "clip_norm": 0.5, "warmup_steps": 1},
         "precision": {"dtype": "fp64"},

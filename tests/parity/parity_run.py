@@ -124,7 +124,8 @@ def train(config: RunConfig, mesh: Mesh, look: Callable[[Parts], None] | None = 
     parts.optimizer.step = keep_gradients  # type: ignore[method-assign]
     results = [parts.step(batches, number) for number, batches in enumerate(steps_of(config, mesh), start=1)]
     assert not any(result.skipped for result in results)
-    parameters = [_whole(spec_of(p), p) for p in stage.parameters()]
+    with parts.optimizer.gathered(stage.parameters()):
+        parameters = [_whole(spec_of(p), p) for p in stage.parameters()]
     return Outcome([(r.loss, r.grad_norm) for r in results], gradients, parameters)
 
 

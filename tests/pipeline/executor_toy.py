@@ -92,7 +92,7 @@ def make(schedule: Schedule, num_stages: int, announced: list[Any], other_sizes:
         activation_shape=SHAPE,
         dtype=torch.float64,
         device=mesh.device,
-        before_last_backward=announced.append,
+        before_backward=lambda stage, last: announced.append(stage) if last else None,
         other_sizes=other_sizes,
     )
 
@@ -108,7 +108,9 @@ def run(schedule: Schedule, num_stages: int, count: int, times: int = 1) -> Ran:
     announced: list[Any] = []
     executor = make(schedule, num_stages, announced)
     counts: list[tuple[int, int]] = []
-    executor.before_last_backward = lambda stage: counts.append((stage.index, len(executor.recorded or [])))
+    executor.before_backward = lambda stage, last: (
+        counts.append((stage.index, len(executor.recorded or []))) if last else None
+    )
     seed = torch.tensor(0.25, dtype=torch.float64)
     for time_ in range(times):
         executor.recorded = [] if time_ == times - 1 else None

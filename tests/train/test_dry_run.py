@@ -56,8 +56,8 @@ def allocated(config: RunConfig) -> tuple[dict[str, int], int]:
     found = {
         "parameters": _bytes(p for stage in parts.stages.values() for p in stage.parameters()),
         "gradients": _bytes(bucket.gradients.whole for bucket in buckets),
-        "master": _bytes(b.master for b in buckets if b.master.dtype != b.parameters.whole.dtype),
-        "optimizer": _bytes(tensor for bucket in buckets for tensor in bucket.state.values()),
+        "master": sum(row.nbytes for b in buckets for kind, row in b.state.hold().items() if kind == "master"),
+        "optimizer": sum(row.nbytes for b in buckets for kind, row in b.state.hold().items() if kind != "master"),
     }
     gc.collect()
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _float_tensors()}

@@ -14,7 +14,7 @@ from megatron_ds import comm
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.shared_memory import SharedArena, Tokens
 from megatron_ds.testing import run_ranks
-from megatron_ds.zero.memory import FlatBuffer, SharedFlatBuffer
+from megatron_ds.zero.memory import SharedWholeBuffer, WholeBuffer
 
 
 def data_axis() -> Axis:
@@ -54,8 +54,8 @@ def shared_rounds(sizes: list[int]) -> bool:
     dtypes = (torch.float64, torch.float32)
     arena = SharedArena.create(SharedArena.bytes_for(list(zip(sizes, dtypes))), axis)
     assert arena is not None
-    buffers = [FlatBuffer.create(size, dtype, torch.device("cpu"), axis, arena) for size, dtype in zip(sizes, dtypes)]
-    assert all(isinstance(buffer, SharedFlatBuffer) and not buffer.whole.any() for buffer in buffers)
+    buffers = [WholeBuffer.create(size, dtype, torch.device("cpu"), axis, arena) for size, dtype in zip(sizes, dtypes)]
+    assert all(isinstance(buffer, SharedWholeBuffer) and not buffer.whole.any() for buffer in buffers)
     readers: list[Tokens] = []
     for round_ in range(6):
         for tokens in readers:

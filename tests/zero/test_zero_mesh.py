@@ -94,7 +94,7 @@ def one_step(shape: MeshShape, stage: int) -> tuple[float, dict[str, float], Hel
     mesh = Mesh.create(shape, torch.device("cpu"))
     zero, parameters = build(mesh, stage, "sgd")
     zero.start_step()
-    zero.start_last_micro_batch()
+    zero.start_backward(last=True)
     for parameter in reversed(parameters):
         if parameter.requires_grad:
             parameter.grad_sink.add(gradient(spec_of(parameter), mesh))  # type: ignore[attr-defined]
@@ -221,12 +221,12 @@ def slow_reader() -> list[bool]:
     right = []
     for value in (1.0, 10.0, 100.0):
         zero.start_step()
+        zero.start_backward(last=True)
         for parameter in trained:
             parameter.grad_sink.add(torch.full_like(parameter, value))  # type: ignore[attr-defined]
-        for bucket in zero.buckets:
-            bucket.start_reduce()
+        while zero.reducer._launched < len(zero.buckets):
+            zero.reducer._launch()
         late(0.2)
-        zero._launched = len(zero.buckets)
         zero.finish_gradients()
         for bucket in zero.buckets:
             own = bucket.gradients.shard[bucket.gradients.shard != 0]

@@ -56,7 +56,7 @@ def train_half(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, i
         mine = list(range(mesh.data.rank, 4, world))
         for micro in mine:
             if micro == mine[-1]:
-                zero.start_last_micro_batch()
+                zero.start_backward(last=True)
             total = sum(
                 (
                     (p * half_gradient(name, p.shape, step, micro, dtype)).float().sum()
@@ -67,14 +67,14 @@ def train_half(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, i
             total.backward()
         zero.finish_gradients()
         zero.step(0.01, 0.25)
-    tensors = {id(t): t for b in zero.buckets for t in (b.parameters.whole, b.gradients.whole, b.master)}
+    rows = [(kind, row.nbytes) for b in zero.buckets for kind, row in b.state.hold().items()]
     measured = {
         "parameters": sum(b.parameters.whole.nbytes for b in zero.buckets),
         "gradients": sum(b.gradients.whole.nbytes for b in zero.buckets),
-        "master": sum(b.master.nbytes for b in zero.buckets if b.master.dtype != b.parameters.whole.dtype),
-        "optimizer": sum(tensor.nbytes for b in zero.buckets for tensor in b.state.values()),
+        "master": sum(size for kind, size in rows if kind == "master"),
+        "optimizer": sum(size for kind, size in rows if kind != "master"),
     }
-    assert len(tensors) == 3 * len(zero.buckets)
+    assert len(rows) == 3 * len(zero.buckets)
     return {name: p.detach().clone() for name, p in parameters.items()}, measured, zero.bytes_report()
 
 
@@ -126,7 +126,10 @@ def test_parameters_are_views_of_the_flat_buffer_and_master_is_the_parameter() -
     for name, parameter in parameters.items():
         assert parameter.untyped_storage().data_ptr() in storages and parameter.data_ptr() % 64 == 0
         assert torch.equal(parameter, before[name])
-    assert all(b.master.data_ptr() == b.parameters.shard.data_ptr() for b in zero.buckets)
+    assert all("master" not in b.state.rows for b in zero.buckets)
+    for bucket in zero.buckets:
+        with bucket.held(changed=False) as segments:
+            assert segments[0].master.data_ptr() == bucket.parameters.shard.data_ptr()
 
 
 def test_direct_writes_equal_autograd_in_any_mixture() -> None:
@@ -191,7 +194,7 @@ def test_methods_out_of_order_say_so() -> None:
         zero.start_step()
     with pytest.raises(RuntimeError, match=r"norm_squared\(\) was called accumulating gradients"):
         zero.norm_squared()
-    zero.start_last_micro_batch()
+    zero.start_backward(last=True)
     zero.finish_gradients()
     with pytest.raises(RuntimeError, match="a got a gradient holding reduced gradients"):
         parameters["a"].sum().backward()
@@ -204,7 +207,7 @@ def test_a_gradient_that_comes_after_its_bucket_left_is_not_lost_in_silence() ->
         zero = optimizer_of(parameters, overlap=overlap)
         for step in range(2):
             zero.start_step()
-            zero.start_last_micro_batch()
+            zero.start_backward(last=True)
             torch.stack([p.sum() for p in parameters.values()]).sum().backward()
             if overlap and step == 1:
                 with pytest.raises(RuntimeError, match=r"d got gradient number 2 .* set zero\.overlap=false"):
@@ -238,7 +241,7 @@ def test_a_sparse_gradient_is_refused() -> None:
 def test_no_parameters_at_all() -> None:
     zero = optimizer_of({})
     zero.start_step()
-    zero.start_last_micro_batch()
+    zero.start_backward(last=True)
     zero.finish_gradients()
     assert zero.norm_squared() == 0
     zero.step(0.1)

@@ -1,4 +1,4 @@
-"""ZeRO 0 and 1 against one process of plain torch: norms, parameters, and overlap on against off."""
+"""ZeRO 0 to 3 against one process of plain torch: norms, parameters, and overlap on against off."""
 
 from __future__ import annotations
 
@@ -12,11 +12,23 @@ from zero_toy import STEPS, Case, reference, train_cases
 from megatron_ds.testing import run_ranks
 
 CASES = [
-    Case(stage, accumulate, optimizer, clip, bucket_mb=bucket_mb, shared_memory=shared)
-    for (stage, shared, accumulate, optimizer, clip), bucket_mb in zip(
-        product((0, 1), (True, False), (1, 3), ("adamw", "sgd"), (0.0, 2.0)), (0.0006, 1.0, 0.0001) * 11
+    Case(stage, accumulate, optimizer, clip, bucket_mb=bucket_mb, shared_memory=shared, keep_whole=stage > 1 and keep)
+    for (stage, shared, accumulate, optimizer, clip), bucket_mb, keep in zip(
+        product((0, 1, 2, 3), (True, False), (1, 3), ("adamw", "sgd"), (0.0, 2.0)),
+        (0.0006, 1.0, 0.0001) * 22,
+        (False, False, True, False, True) * 13,
     )
-    if stage == 1 or not shared
+    if stage >= 1 or not shared
+]
+CASES += [
+    Case(stage, accumulate, optimizer, clip, shared_memory=shared, offload=offload, ratio=ratio)
+    for (stage, offload, accumulate), optimizer, clip, shared, ratio in zip(
+        product((1, 2, 3), ("cpu", "nvme"), (1, 3)),
+        ("adamw", "sgd", "adamw") * 4,
+        (2.0, 0.0) * 6,
+        (True, True, False, False) * 3,
+        (1.0, 0.5, 1.0) * 4,
+    )
 ]
 
 

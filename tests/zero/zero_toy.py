@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,12 +10,11 @@ import torch
 from torch import nn
 
 from megatron_ds import comm
-from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
+from megatron_ds.config import OffloadConfig, OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.optim.clip import clip_coefficient
 from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import device_of_rank
-from megatron_ds.zero.memory import SharedFlatBuffer
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 SAMPLES = 12
@@ -30,6 +30,10 @@ class Case:
     overlap: bool = True
     bucket_mb: float = 0.0006
     shared_memory: bool = True
+    keep_whole: bool = False
+    offload: str = "none"
+    ratio: float = 1.0
+    persistence_threshold: int = 12  # stage 3: 11 elements and fewer stay whole
 
     @property
     def optimizer_config(self) -> OptimizerConfig:
@@ -108,15 +112,28 @@ def reference(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
 def train(case: Case, mesh: Mesh) -> tuple[list[float], dict[str, torch.Tensor]]:
     """The same through ZeroOptimizer on ``mesh.data``: rank r of W takes every W-th micro-batch."""
     model = Toy().to(mesh.device)
+    offload = OffloadConfig()
+    if case.offload != "none":
+        path = tempfile.gettempdir() if case.offload == "nvme" else None
+        offload = OffloadConfig(device=case.offload, path=path, ratio=case.ratio)  # type: ignore[arg-type]
     zero = ZeroOptimizer(
         model.named_parameters(),
         mesh,
-        ZeroConfig(stage=case.stage, bucket_mb=case.bucket_mb, overlap=case.overlap),  # type: ignore[arg-type]
+        ZeroConfig(
+            stage=case.stage,  # type: ignore[arg-type]
+            bucket_mb=case.bucket_mb,
+            overlap=case.overlap,
+            keep_whole=case.keep_whole,
+            **({"persistence_threshold": case.persistence_threshold} if case.stage == 3 else {}),
+            offload_optimizer=offload,
+            offload_parameters=offload if case.stage == 3 else OffloadConfig(),
+        ),
         case.optimizer_config,
         PrecisionConfig(dtype="fp64"),
         shared_memory=case.shared_memory,
+        root=model,
     )
-    assert shares_memory(zero) == (case.shared_memory and case.stage == 1 and mesh.data.size > 1 and on_cpu(mesh))
+    assert shares_memory(zero) == (case.shared_memory and case.stage >= 1 and mesh.data.size > 1 and on_cpu(mesh))
     norms = []
     for step in range(STEPS):
         zero.start_step()
@@ -127,18 +144,21 @@ def train(case: Case, mesh: Mesh) -> tuple[list[float], dict[str, torch.Tensor]]
         assert len(micro_batches) == case.accumulate
         for number, indices in enumerate(micro_batches):
             loss = model(samples[indices.to(mesh.device)], indices.tolist())
-            if number == len(micro_batches) - 1:
-                zero.start_last_micro_batch()
+            zero.start_backward(number == len(micro_batches) - 1)
             loss.backward()
+            zero.end_backward()
         zero.finish_gradients()
         squared = comm.all_reduce(zero.norm_squared(), mesh.world)
         norms.append(squared.sqrt().item())
         zero.step(0.05 / (step + 1), clip_coefficient(squared, case.clip))
-    return norms, {name: p.detach().clone().cpu() for name, p in model.named_parameters()}
+    with zero.gathered(model.parameters()):
+        parameters = {name: p.detach().clone().cpu() for name, p in model.named_parameters()}
+    zero.close()
+    return norms, parameters
 
 
 def shares_memory(zero: ZeroOptimizer) -> bool:
-    return any(isinstance(bucket.gradients, SharedFlatBuffer) for bucket in zero.buckets)
+    return zero._arena is not None
 
 
 def on_cpu(mesh: Mesh) -> bool:

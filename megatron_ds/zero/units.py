@@ -1,0 +1,365 @@
+"""Stage 3: a unit's parameters are whole while somebody computes with them, and a slice of them at all other times.
+
+A *unit* is what is gathered and freed together: a transformer block, an embedding, a head. Hooks on the unit's module
+gather before its forward and free after it; gather again when the first gradient of its outputs comes, and free when
+the gradients of its inputs are there. Everything is counted by use, so that a module may be used twice, be nested in
+another, be recomputed in the backward pass, or not be used at all.
+
+A parameter that is used outside of its own module (a tied head, say) is noticed when a running module touches it: it is
+gathered there and then, and belongs to what that module needs from then on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from megatron_ds.errors import ReleasedParameterError
+from megatron_ds.shard import spec_of
+from megatron_ds.zero.flat import FlatBucket
+from megatron_ds.zero.memory import TransientParameters
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def find_units(
+    root: nn.Module, threshold: int, wanted: Sequence[type[nn.Module]] = ()
+) -> dict[nn.Module, list[nn.Parameter]]:
+    """The modules of ``root`` that are gathered and freed as one, in registration order, with what each needs.
+
+    Units are the members of lists of modules (transformer blocks, experts) that hold no such list themselves, and
+    what lies outside of them by single modules (embeddings, heads). ``wanted`` names the classes of blocks instead.
+    Modules without a parameter of at least ``threshold`` elements of their own are none.
+    """
+    blocks = [m for m in root.modules() if m is not root and isinstance(m, tuple(wanted))] if wanted else _blocks(root)
+    inside = {id(m) for block in blocks for m in block.modules()}
+    chosen = {id(block) for block in blocks if _is_large(block.parameters(), threshold)}
+    units = {}
+    for module in root.modules():
+        parameters = list(module.parameters(recurse=id(module) in chosen))
+        if id(module) in chosen or (id(module) not in inside and _is_large(parameters, threshold)):
+            units[module] = parameters
+    return units
+
+
+def _blocks(root: nn.Module) -> list[nn.Module]:
+    """Members of lists of modules, where they have members in turn but no such list below them."""
+    found: list[nn.Module] = []
+
+    def descend(module: nn.Module) -> bool:
+        """Whether a block was found in ``module`` or below it."""
+        any_below = False
+        for child in module.children():
+            below = descend(child)
+            is_member = isinstance(module, _CONTAINERS) and len(module) > 1 and any(True for _ in child.children())
+            if is_member and not below and not isinstance(child, _CONTAINERS):
+                found.append(child)
+                below = True
+            any_below |= below
+        return any_below
+
+    descend(root)
+    return found
+
+
+def _is_large(parameters: Iterable[nn.Parameter], threshold: int) -> bool:
+    return any(p.numel() >= max(threshold, 1) for p in parameters)
+
+
+class Unit:
+    """One hooked module, the buckets it needs, and how many uses hold them."""
+
+    def __init__(self, name: str, module: nn.Module, buckets: Sequence[FlatBucket]):
+        self.name, self.module = name, module
+        self.buckets = list(buckets)
+        self.running = 0  # forwards under way
+        self.backward = 0  # uses in their backward pass
+
+    @property
+    def holds(self) -> bool:
+        return self.running > 0 or self.backward > 0
+
+
+class _Use:
+    """One forward of a unit, and whether its backward has begun."""
+
+    def __init__(self, unit: Unit):
+        self.unit = unit
+        self.in_backward = False
+
+
+class Gatherer:
+    """Gathers and frees the buckets of units on this rank.
+
+    Args:
+        units: all hooked modules, the root first; parameters touched outside of their module are added to what the
+            innermost running one needs.
+        prefetch: how many gathers ahead are started, in the order of the step before.
+
+    All ranks must use the modules in the same order wherever a gather is a collective (not within one host).
+    """
+
+    def __init__(self, units: Sequence[Unit], buckets: Sequence[FlatBucket], prefetch: int):
+        self.units = list(units)
+        self.prefetch = prefetch
+        self.keep = False  # what was gathered stays until free_all()
+        self._buckets = [b for b in buckets if isinstance(b.parameters, TransientParameters)]
+        self._owner = {id(p): bucket for bucket in self._buckets for p in bucket.tensors}
+        self._classes = {id(p): type(p) for bucket in self._buckets for p in bucket.tensors}
+        self._users: dict[int, list[Unit]] = {id(b): [] for b in self._buckets}
+        for unit in units:
+            for bucket in unit.buckets:
+                self._users[id(bucket)].append(unit)
+        self._explicit: dict[int, int] = {}  # bucket -> gathered() contexts open on it
+        self._idle: list[FlatBucket] = []  # nobody holds them; freed when the next gather needs memory
+        self._started: list[FlatBucket] = []  # gathers under way, begun ahead of use
+        self._order: list[FlatBucket] = []  # of this step's gathers
+        self._expected: list[FlatBucket] = []  # of the step before
+        self._running: list[Unit] = []
+        self._hooks: list[Any] = []
+        for bucket in self._buckets:
+            self._mark_released(bucket)
+        for unit in units:
+            self._hooks.append(unit.module.register_forward_pre_hook(self._before(unit), with_kwargs=True))
+            self._hooks.append(unit.module.register_forward_hook(self._after(unit), always_call=True))
+
+    def close(self) -> None:
+        """Remove the hooks; every parameter is left whole."""
+        for bucket in self._buckets:
+            self._gather(bucket)
+        for hook in self._hooks:
+            hook.remove()
+
+    # What the owner of the step calls
+
+    def start_step(self) -> None:
+        self._expected, self._order = self._order, []
+
+    def end_backward(self) -> None:
+        """A backward pass is over: units whose inputs need no gradient could not tell."""
+        for unit in self.units:
+            unit.backward = 0
+        self._free_idle()
+
+    def free_all(self) -> None:
+        """Before parameters change, or when a batch is over."""
+        for unit in self.units:
+            unit.running = unit.backward = 0
+        self._running.clear()
+        for bucket in self._started:  # begun for a use that did not come
+            bucket.finish_gather()
+            cast(TransientParameters, bucket.parameters).free()
+        self._started.clear()
+        for bucket in self._buckets:
+            if self._is_gathered(bucket):
+                self._free(bucket)
+        self._idle.clear()
+
+    @contextmanager
+    def gathered(self, buckets: Sequence[FlatBucket]) -> Iterator[None]:
+        """Hold these buckets whole."""
+        mine = [b for b in buckets if id(b) in self._users]
+        for bucket in mine:
+            self._explicit[id(bucket)] = self._explicit.get(id(bucket), 0) + 1
+            self._gather(bucket)
+        try:
+            yield
+        finally:
+            for bucket in mine:
+                self._explicit[id(bucket)] -= 1
+                self._release(bucket)
+            self._free_idle()
+
+    def bucket_of(self, parameter: nn.Parameter) -> FlatBucket | None:
+        """The bucket that has to be gathered for this parameter; None where it is whole all the time."""
+        return self._owner.get(id(parameter))
+
+    # Hooks
+
+    def _before(self, unit: Unit) -> Any:
+        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            unit.running += 1
+            self._running.append(unit)
+            self._need(unit)
+            if not torch.is_grad_enabled():
+                return None
+            use = _Use(unit)
+            module._zero_use = use  # type: ignore[assignment]  # for the hook after this forward
+            leaves, spec = tree_flatten((args, kwargs))
+            wanted = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            if wanted:
+                marked = _AfterBackward.apply(self, use, *(leaves[i] for i in wanted))
+                for i, tensor in zip(wanted, marked):
+                    leaves[i] = tensor
+                args, kwargs = tree_unflatten(leaves, spec)
+            return args, kwargs
+
+        return before
+
+    def _after(self, unit: Unit) -> Any:
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            use = module.__dict__.pop("_zero_use", None)
+            # An exception (recomputation stops early by one) may have left inner modules on the list.
+            while self._running and self._running.pop() is not unit:
+                pass
+            unit.running = max(0, unit.running - 1)
+            if use is not None:
+                for leaf in tree_flatten(output)[0]:
+                    if isinstance(leaf, Tensor) and leaf.requires_grad:
+                        leaf.register_hook(lambda gradient, use=use: self._begin_backward(use))
+            for bucket in unit.buckets:
+                self._release(bucket)
+
+        return after
+
+    def _begin_backward(self, use: _Use) -> None:
+        if not use.in_backward:
+            use.in_backward = True
+            use.unit.backward += 1
+            self._need(use.unit)
+
+    def _end_backward(self, use: _Use) -> None:
+        if use.in_backward:
+            use.in_backward = False
+            use.unit.backward = max(0, use.unit.backward - 1)
+            for bucket in use.unit.buckets:
+                self._release(bucket)
+
+    # Gathering
+
+    def _need(self, unit: Unit) -> None:
+        for bucket in unit.buckets:
+            self._gather(bucket)
+
+    def _gather(self, bucket: FlatBucket) -> None:
+        if self._is_gathered(bucket):
+            if bucket in self._idle:
+                self._idle.remove(bucket)
+            return
+        self._free_idle()
+        if bucket in self._started:
+            self._started.remove(bucket)
+        else:
+            bucket.start_gather()
+        bucket.finish_gather()
+        for parameter in bucket.tensors:
+            parameter.__class__ = self._classes[id(parameter)]
+        self._order.append(bucket)
+        self._start_next()
+
+    def _start_next(self) -> None:
+        """Begin the gathers that followed in the step before, as far as this step has taken the same way."""
+        done = len(self._order)
+        if self.prefetch == 0 or self.keep or self._order[-1:] != self._expected[done - 1 : done]:
+            return
+        for bucket in self._expected[done : done + self.prefetch]:
+            if bucket not in self._started and not self._is_gathered(bucket):
+                bucket.start_gather()
+                self._started.append(bucket)
+
+    def _release(self, bucket: FlatBucket) -> None:
+        """Nobody may need the bucket any more: then it is freed, at the latest when another one is gathered."""
+        held = any(user.holds for user in self._users[id(bucket)]) or self._explicit.get(id(bucket), 0)
+        if not held and not self.keep and self._is_gathered(bucket) and bucket not in self._idle:
+            self._idle.append(bucket)
+
+    def _free_idle(self) -> None:
+        for bucket in self._idle:
+            self._free(bucket)
+        self._idle.clear()
+
+    def _free(self, bucket: FlatBucket) -> None:
+        cast(TransientParameters, bucket.parameters).free()
+        self._mark_released(bucket)
+
+    def _is_gathered(self, bucket: FlatBucket) -> bool:
+        return bool(bucket.tensors) and not isinstance(bucket.tensors[0], ReleasedParameter)
+
+    def _mark_released(self, bucket: FlatBucket) -> None:
+        for parameter in bucket.tensors:
+            parameter.__class__ = ReleasedParameter
+            parameter.zero_gatherer = self  # type: ignore[attr-defined]
+
+    def adopt(self, parameter: nn.Parameter) -> bool:
+        """Gather a released parameter for the innermost running module; False if none is running."""
+        if not self._running:
+            return False
+        unit, bucket = self._running[-1], self._owner[id(parameter)]
+        if bucket not in unit.buckets:
+            unit.buckets.append(bucket)
+            self._users[id(bucket)].append(unit)
+        self._gather(bucket)
+        return True
+
+
+class _AfterBackward(torch.autograd.Function):
+    """Identity on a unit's inputs, whose backward runs when the unit's own is over."""
+
+    @staticmethod
+    def forward(ctx: Any, gatherer: Gatherer, use: _Use, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.gatherer, ctx.use = gatherer, use
+        ctx.set_materialize_grads(False)
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        ctx.gatherer._end_backward(ctx.use)
+        return None, None, *grads
+
+
+# What may be asked of a parameter whose values are not here.
+_ATTRIBUTES = (
+    "shape dtype device requires_grad grad grad_fn is_leaf ndim layout itemsize nbytes name names is_cpu is_cuda "
+    "is_meta is_nested is_quantized is_sparse _backward_hooks"
+)
+_METHODS = (
+    "size dim numel nelement element_size stride ndimension is_contiguous is_floating_point is_complex requires_grad_ "
+    "register_hook register_post_accumulate_grad_hook __hash__ __len__"
+)
+
+
+def _harmless() -> frozenset[Any]:
+    attributes = [getattr(Tensor, name, None) for name in _ATTRIBUTES.split()]
+    allowed = [a.__get__ for a in attributes if a is not None]
+    allowed += [getattr(Tensor, name) for name in _METHODS.split()]
+    allowed += [getattr(Tensor.grad, "__set__"), getattr(Tensor.grad, "__delete__")]  # noqa: B009
+    allowed += [torch.is_floating_point, torch.is_complex, torch.numel]
+    return frozenset(allowed)
+
+
+_HARMLESS = _harmless()
+
+
+class ReleasedParameter(nn.Parameter):
+    """A parameter between two gathers: it knows its shape, and refuses to be computed with."""
+
+    zero_gatherer: Gatherer
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _HARMLESS:
+            for leaf in tree_flatten((args, kwargs))[0]:
+                if isinstance(leaf, ReleasedParameter) and not leaf.__dict__["zero_gatherer"].adopt(leaf):
+                    raise ReleasedParameterError(_explain(leaf, getattr(func, "__name__", str(func))))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"ReleasedParameter({spec_of(self).name}, shape={list(self.shape)}, its values are sharded)"
+
+
+def _explain(parameter: nn.Parameter, what: str) -> str:
+    spec = parameter.__dict__["shard"]
+    with torch._C.DisableTorchFunctionSubclass():
+        shape = list(parameter.shape)
+    return (
+        f"{what}() needs the values of {spec.name} {shape}, which ZeRO stage 3 has sharded: they are whole only inside "
+        "the forward and backward of their module; use `with engine.gathered(parameter):`, or engine.state_dict() for "
+        "all of them"
+    )
