@@ -97,6 +97,7 @@ class TiktokenTokenizer:
         self.vocab_size = max([*self.ranks.values(), *self.special.values()]) + 1
         self.eod_id = next((self.special[name] for name in EOD_NAMES if name in self.special), None)
         self.bos_id = next((self.special[name] for name in BOS_NAMES if name in self.special), None)
+        self.mask_id: int | None = None
 
     def _read(self, content: bytes) -> dict[bytes, int]:
         ranks = {}

@@ -25,6 +25,7 @@ from megatron_ds.errors import DataError
 
 Ids = Sequence[int] | npt.NDArray
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eod|>", "<eod>", "[SEP]")
+MASK_NAMES = ("[MASK]", "<mask>")
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
 
 
@@ -35,6 +36,7 @@ class Tokenizer(Protocol):
         vocab_size: the largest id + 1, special tokens included: what a model's embedding must cover.
         eod_id: ends a document; None if the tokenizer has no such token.
         bos_id: begins a document; None if it has none.
+        mask_id: stands for a masked token; None if it has none.
         fingerprint: changes when the tokenizer's file does.
         encoder: which library encodes, and why that one.
     """
@@ -42,6 +44,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     eod_id: int | None
     bos_id: int | None
+    mask_id: int | None
     fingerprint: str
     encoder: str
 
@@ -118,6 +121,7 @@ class HFTokenizer:
         self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.eod_id = self._special("eos_token", EOD_NAMES)
         self.bos_id = self._special("bos_token", BOS_NAMES)
+        self.mask_id = self._special("mask_token", MASK_NAMES)
         self._fast: FastEncoder | None = None
         self.encoder = "tokenizers (as told)"
         if fast:
@@ -160,7 +164,7 @@ class HFTokenizer:
         target.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(target / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}
-        for setting, special in (("eos_token", self.eod_id), ("bos_token", self.bos_id)):
+        for setting, special in (("eos_token", self.eod_id), ("bos_token", self.bos_id), ("mask_token", self.mask_id)):
             if special is not None:
                 config.setdefault(setting, self.backend.id_to_token(special))
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
@@ -184,6 +188,7 @@ class SentencePieceTokenizer:
         self.vocab_size: int = self.backend.GetPieceSize()
         self.eod_id = _id_or_none(self.backend.eos_id())
         self.bos_id = _id_or_none(self.backend.bos_id())
+        self.mask_id: int | None = None
 
     def encode_batch(self, texts: list[str]) -> list[Ids]:
         encoded: list[Ids] = self.backend.EncodeAsIds(texts, num_threads=1)
@@ -221,6 +226,7 @@ class ByteTokenizer:
     vocab_size = 257
     eod_id: int | None = 256
     bos_id: int | None = None
+    mask_id: int | None = None
     fingerprint = "bytes"
     encoder = "this library (UTF-8)"
 

@@ -1,4 +1,4 @@
-"""Pretrain a GPT (GPT-2, GPT-3, Llama, BLOOM by configuration) on any mesh of ranks.
+"""Pretrain a GPT (GPT-2, GPT-3, Llama, BLOOM by configuration) or a BERT on any mesh of ranks.
 
     python examples/pretrain_gpt.py --config examples/configs/demo.toml --data.prefix runs/data/corpus
     torchrun --nproc-per-node 8 examples/pretrain_gpt.py --config examples/configs/gpt2-345m.toml --mesh.tp 2
@@ -19,15 +19,24 @@ from typing import Any
 
 from megatron_ds.config import RunConfig, parse, to_toml
 from megatron_ds.data.gpt_sources import GPTSources, SampleOptions, open_sources
+from megatron_ds.data.masked_source import mask_sources
 from megatron_ds.errors import ConfigError
-from megatron_ds.models.gpt import gpt_model
+from megatron_ds.models.families import model_of
 from megatron_ds.train.dry_run import dry_run
 from megatron_ds.train.launch import Place, run_main
 from megatron_ds.train.pretrain import pretrain
 
 
 def sources(config: RunConfig) -> GPTSources:
-    """The data that ``config.data`` describes."""
+    """The data that ``config.data`` describes, masked where the model predicts masked tokens."""
+    data, found = config.data, _texts(config)
+    if config.model.causal:
+        return found
+    common: dict[str, Any] = {"vocab_size": config.model.vocab_size, "seed": config.seed, "tokenizer": data.tokenizer}
+    return mask_sources(found, mask_id=data.mask_token, probability=data.mask_probability, **common)
+
+
+def _texts(config: RunConfig) -> GPTSources:
     data = config.data
     common: dict[str, Any] = {
         "split": data.split,
@@ -73,7 +82,7 @@ def main(place: Place) -> int:
     if show:
         print(to_toml(config), end="")
         return 0
-    model = gpt_model(config)
+    model = model_of(config)
     if dry:
         m = config.mesh
         config = config.model_copy(update={"data": config.data.model_copy(update={"synthetic": True})})

@@ -60,13 +60,10 @@ def scaled_masked_softmax_reference(
         seen = key <= query
     if mask is not None:
         seen = seen & mask
-    z = z.masked_fill(~seen, float("-inf"))
-    # A row without a key: any finite maximum makes its exponentials 0, and 1 its sum.
-    top = z.detach().amax(dim=-1, keepdim=True)
-    top = top.masked_fill(top == float("-inf"), 0.0)
-    weights = (z - top).exp()
-    total = weights.sum(dim=-1, keepdim=True)
-    return (weights / total.masked_fill(total == 0.0, 1.0)).to(scores.dtype)
+    hidden = ~seen | (z == float("-inf"))
+    # A finite number in place of -inf, and zeros afterwards: a row without a key gives no NaN, forward or backward.
+    weights = z.masked_fill(hidden, torch.finfo(dtype).min).softmax(dim=-1)
+    return weights.masked_fill(hidden, 0.0).to(scores.dtype)
 
 
 class _Softmax(torch.autograd.Function):

@@ -30,7 +30,7 @@ _PRELOAD = [
     "torch.distributed.device_mesh",
     "torch.utils.checkpoint",
     "megatron_ds.testing",
-    "megatron_ds.models.gpt",
+    "megatron_ds.models.families",
     "megatron_ds.train.build",
 ]
 

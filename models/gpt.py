@@ -1,105 +1,26 @@
 """GPT: one decoder that is GPT-2, GPT-3, Llama 2/3 or BLOOM by configuration, whole or one pipeline stage of it.
 
-Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden, ``v`` vocabulary. Between stages flows ``[s, b, h]``, or
-``[s / tp, b, h]`` under sequence parallelism.
-
-A parameter's name does not depend on the stage it lives in: block 17 is ``layers.17`` everywhere.
+Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden. What it shares with other models is in :mod:`.transformer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
-from megatron_ds import comm
-from megatron_ds.config import ModelConfig, RecomputeConfig, RunConfig
-from megatron_ds.config.sparse import sparse_layout
-from megatron_ds.kernels.block_layout import BlockLayout
-from megatron_ds.layers.attention import AttentionInputs, SelfAttention
-from megatron_ds.layers.linear import VocabParallelEmbedding, output_std, replicated_parameter
-from megatron_ds.layers.loss import linear_cross_entropy
-from megatron_ds.layers.mlp import MLP
+from megatron_ds.config import RunConfig
+from megatron_ds.layers.attention import AttentionInputs
 from megatron_ds.layers.norm import Norm
-from megatron_ds.layers.position import rotary_frequencies, rotary_table
 from megatron_ds.mesh import Axis
-from megatron_ds.pipeline.stage import LayerCosts, Model, StageSpan
-from megatron_ds.rng import DropoutKeys, add_dropout, dropout, initialize_parameters, keys_of_rows
-from megatron_ds.shard import ShardSpec, empty_parameter
-
-MicroBatch = Mapping[str, Tensor]
-
-# Dropout sites of the model: one of the embedding, then three a block.
-_EMBEDDING_SITE = 0
-_SITES_A_BLOCK = 3
+from megatron_ds.models.transformer import BlockParts, Transformer, model_of_stages, stage_settings
+from megatron_ds.pipeline.stage import Model, StageSpan
+from megatron_ds.rng import add_dropout, keys_of_rows
 
 
-class Table(nn.Module):
-    """A bare ``weight``, so that a parameter used by its owner directly has a name like any layer's."""
-
-    def __init__(self, weight: nn.Parameter):
-        super().__init__()
-        self.weight = weight
-
-
-class Block(nn.Module):
+class Block(BlockParts):
     """Pre-norm transformer block: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        index: int,
-        *,
-        tp: Axis,
-        sequence_parallel: bool,
-        recompute_core: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ):
-        super().__init__()
-        c, name = config, f"layers.{index}"
-        self.hidden_dropout, self.site = c.hidden_dropout, 1 + index * _SITES_A_BLOCK
-        where: dict[str, Any] = {"tp": tp, "device": device, "dtype": dtype}
-        partial = sequence_parallel and tp.size > 1
-        out_std = output_std(c.init_std, c.num_layers)
-        self.attention_norm = Norm(
-            f"{name}.attention_norm", c.norm, c.hidden_size, c.norm_eps, partial=partial, **where
-        )
-        self.attention = SelfAttention(
-            f"{name}.attention",
-            c.hidden_size,
-            c.groups,
-            c.queries_per_group,
-            c.head_size,
-            bias=c.bias,
-            qkv_bias=c.bias if c.qkv_bias is None else c.qkv_bias,
-            alibi=c.position == "alibi",
-            qk_norm=c.qk_norm,
-            norm_eps=c.norm_eps,
-            dropout=c.attention_dropout,
-            site=self.site + 2,
-            recompute_core=recompute_core,
-            sequence_parallel=sequence_parallel,
-            init_std=c.init_std,
-            out_std=out_std,
-            **where,
-        )
-        self.mlp_norm = Norm(f"{name}.mlp_norm", c.norm, c.hidden_size, c.norm_eps, partial=partial, **where)
-        self.mlp = MLP(
-            f"{name}.mlp",
-            c.hidden_size,
-            c.ffn_size,
-            c.activation,
-            bias=c.bias,
-            sequence_parallel=sequence_parallel,
-            init_std=c.init_std,
-            out_std=out_std,
-            **where,
-        )
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         attended = self.attention(self.attention_norm(x), inputs)
@@ -108,245 +29,22 @@ class Block(nn.Module):
         return add_dropout(self.mlp(normed), x, self.hidden_dropout, inputs.keys, self.site + 1)
 
 
-class GPT(nn.Module):
-    """The decoder, or one pipeline stage of it.
+class GPT(Transformer):
+    """The decoder, or one pipeline stage of it: a norm lies between the last block and the vocabulary."""
 
-    Args:
-        span: which part to build; default: all of it.
-        dropout_seed: seed of the dropout decisions.
-    """
+    block = Block
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        tp: Axis | None = None,
-        sequence_parallel: bool = False,
-        span: StageSpan | None = None,
-        recompute: RecomputeConfig | None = None,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        dropout_seed: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        tp = tp or Axis("tp")
-        recompute = recompute or RecomputeConfig()
-        span = span or StageSpan(0, config.num_layers)
-        c = self.config = config
-        self.tp, self.span, self.dropout_seed = tp, span, dropout_seed
-        self.sequence_parallel = sequence_parallel and tp.size > 1
-        self.layouts: dict[int, BlockLayout] = {}  # of block-sparse attention, by sequence length
-        self.label_smoothing, self.z_loss = label_smoothing, z_loss
-        where: dict[str, Any] = {"tp": tp, "device": device, "dtype": dtype}
-        if span.embedding or (span.head and c.tied_embeddings):
-            self.embedding = VocabParallelEmbedding(
-                "embedding",
-                c.padded_vocab,
-                c.hidden_size,
-                sequence_parallel=sequence_parallel,
-                init_std=c.init_std,
-                replica=not span.embedding,
-                **where,
-            )
-            if span.embedding and span.head and c.tied_embeddings:
-                self.embedding.weight.grad_writes = 2  # type: ignore[attr-defined]  # the lookup's and the head's
-        if span.embedding and c.position == "learned":
-            self.position = Table(
-                replicated_parameter(
-                    "position.weight",
-                    (c.max_positions, c.hidden_size),
-                    "normal",
-                    tp,
-                    self.sequence_parallel,
-                    weight_decay=True,
-                    std=c.init_std,
-                    device=device,
-                    dtype=dtype,
-                )
-            )
-        norm: dict[str, Any] = {"eps": c.norm_eps, "partial": self.sequence_parallel, **where}
-        if span.embedding and c.embedding_norm:
-            self.embedding_norm = Norm("embedding_norm", "layernorm", c.hidden_size, **norm)
-        self.layers = nn.ModuleDict(
-            {
-                str(i): Block(
-                    c,
-                    i,
-                    sequence_parallel=sequence_parallel,
-                    recompute_core=recompute.mode == "selective",
-                    **where,
-                )
-                for i in range(span.first, span.last)
-            }
-        )
-        every = {"full": 1, "every_n": recompute.every}.get(recompute.mode)
-        self.recomputed = {str(i) for i in range(span.first, span.last) if every and i % every == 0}
-        if span.head:
-            self.final_norm = Norm("final_norm", c.norm, c.hidden_size, **norm)
-            if not c.tied_embeddings:
-                shape = (c.padded_vocab, c.hidden_size)
-                spec = ShardSpec("head.weight", shape, 0, tp.rank, tp.size, std=c.init_std)
-                self.head = Table(empty_parameter(spec, device, dtype))
-        frequencies = rotary_frequencies(c.head_size, c.rope_theta, c.rope_scaling) if c.position == "rope" else None
-        self.frequencies: Tensor | None
-        self.register_buffer("frequencies", None if frequencies is None else frequencies.to(device), persistent=False)
+    def build_head(self, **settings: Any) -> None:
+        self.final_norm = Norm("final_norm", self.config.norm, self.config.hidden_size, **settings)
 
-    def initialize(self, seed: int) -> None:
-        """Set every weight from (seed, its global name); padding rows of the vocabulary are zero."""
-        initialize_parameters(self.parameters(), seed)
-        for weight in (w for w in (self._table("embedding"), self._table("head")) if w is not None):
-            first = self.tp.rank * weight.shape[0]
-            weight.data[max(0, self.config.vocab_size - first) :].zero_()
-
-    def _table(self, name: str) -> nn.Parameter | None:
-        module = getattr(self, name, None)
-        return None if module is None else module.weight
-
-    def activation_shape(self, micro_batch: int, sequence_length: int) -> tuple[int, int, int]:
-        """Shape of what flows between stages."""
-        length = sequence_length // self.tp.size if self.sequence_parallel else sequence_length
-        return length, micro_batch, self.config.hidden_size
-
-    def forward(self, micro_batch: MicroBatch, hidden: Tensor | None = None) -> Tensor:
-        """Run this stage on one micro-batch.
-
-        Args:
-            micro_batch: ``tokens``, ``labels``, ``position_ids`` ``[b, s]`` int64, ``loss_mask`` ``[b, s]`` bool,
-                ``sample_index`` ``[b]`` int64, and ``document_ids`` ``[b, s]`` where documents are kept apart.
-            hidden: the previous stage's output; None on the first stage.
-
-        Returns:
-            On the last stage the *sum* of the losses of the unmasked tokens (a scalar, fp32 or fp64); on the others
-            the activation for the next stage.
-        """
-        x = self.hidden_states(micro_batch, hidden)
-        if not self.span.head:
-            return x
-        return linear_cross_entropy(
-            self.final_norm(x),
-            self.output_weight,
-            micro_batch["labels"].t(),
-            micro_batch["loss_mask"].t(),
-            vocab_size=self.config.vocab_size,
-            tp=self.tp,
-            sequence_parallel=self.sequence_parallel,
-            label_smoothing=self.label_smoothing if self.training else 0.0,
-            z_loss=self.z_loss if self.training else 0.0,
-        )
-
-    @property
-    def output_weight(self) -> nn.Parameter:
-        return self.embedding.weight if self.config.tied_embeddings else self.head.weight
-
-    def hidden_states(self, micro_batch: MicroBatch, hidden: Tensor | None = None) -> Tensor:
-        """The output of this stage's blocks."""
-        inputs = self._inputs(micro_batch)
-        x = self._embed(micro_batch["tokens"].t(), inputs) if self.span.embedding else hidden
-        assert x is not None, "a stage without the embedding needs the previous stage's output"
-        for name, block in self.layers.items():
-            if name in self.recomputed and torch.is_grad_enabled():
-                x = checkpoint(block, x, inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, inputs)
-        return x
-
-    def logits(self, micro_batch: MicroBatch, hidden: Tensor | None = None) -> Tensor:
-        """``[b, s, vocab_size]``, whole on every rank of tp; for evaluation, without gradients through tp."""
-        x = self.final_norm(self.hidden_states(micro_batch, hidden))
-        if self.sequence_parallel:
-            x = comm.gather_dim0(x, self.tp).wait()
-        local = F.linear(x, self.output_weight).permute(2, 1, 0)
-        return comm.gather_dim0(local, self.tp).wait()[: self.config.vocab_size].permute(1, 2, 0)
-
-    def _embed(self, tokens: Tensor, inputs: AttentionInputs) -> Tensor:
-        x = self.embedding(tokens)
-        if self.config.position == "learned":
-            positions = comm.slice_dim0(inputs.positions, self.tp) if self.sequence_parallel else inputs.positions
-            x = x + F.embedding(positions, cast(Tensor, self.position.weight))
-        if self.config.embedding_norm:
-            x = self.embedding_norm(x)
-        return dropout(x, self.config.hidden_dropout, inputs.keys, _EMBEDDING_SITE)
-
-    def _inputs(self, micro_batch: MicroBatch) -> AttentionInputs:
-        positions = micro_batch["position_ids"].t()
-        length = positions.shape[0]
-        dtype = next(self.parameters()).dtype
-        rotary = None if self.frequencies is None else rotary_table(positions, self.frequencies, dtype)
-        documents = micro_batch.get("document_ids")
-        same = None if documents is None else (documents.unsqueeze(2) == documents.unsqueeze(1)).unsqueeze(1)
-        keys = None
-        if self.training and (self.config.hidden_dropout or self.config.attention_dropout):
-            offset = self.tp.rank * (length // self.tp.size) if self.sequence_parallel else 0
-            keys = DropoutKeys(self.dropout_seed, micro_batch["sample_index"], offset)
-        return AttentionInputs(positions, rotary, same, keys, self._layout(length, positions.device))
-
-    def _layout(self, length: int, device: torch.device) -> BlockLayout | None:
-        """The blocks that this rank's heads compute: its slice of the whole model's, which knows no mesh."""
-        sparse, heads = self.config.attention.sparse, self.config.num_heads
-        if sparse.mode == "none":
-            return None
-        if length not in self.layouts:
-            local = heads // self.tp.size
-            self.layouts[length] = sparse_layout(sparse, length, heads).of_heads(self.tp.rank * local, local).to(device)
-        return self.layouts[length]
-
-    def compile_blocks(self) -> None:
-        """``torch.compile`` what was measured to gain by it: whole blocks on a GPU, only the activations on a CPU.
-
-        Traced whole, blocks on a CPU lose the matmuls and the attention that are faster than the compiler's: 2,322 ms
-        a step where eager takes 2,116 (fp32, 6 layers of 384); with the activations alone compiled bf16 gains 7%.
-        """
-        for block in cast(Iterable[Block], self.layers.values()):
-            if next(self.parameters()).device.type == "cpu":
-                block.mlp.compile_activation()
-            else:
-                block.compile()
-
-    @property
-    def shares_embedding(self) -> bool:
-        """Whether this stage's embedding is tied to a copy on another stage."""
-        return self.config.tied_embeddings and self.span.embedding != self.span.head
+    def head_input(self, x: Tensor) -> Tensor:
+        return self.final_norm(x)
 
 
 def gpt_model(config: RunConfig) -> Model:
     """What training needs of the GPT that ``config.model`` describes."""
-    m, s = config.model, config.train.sequence_length
-    costs = layer_costs(m, s)
-    flops = 3.0 * (m.num_layers * costs.block + costs.head)
-    return Model(_make_stage, m.num_layers, costs, flops)
-
-
-def layer_costs(m: ModelConfig, sequence_length: int) -> LayerCosts:
-    """Forward FLOPs a token: 2 a matmul weight, plus ``4 s n d`` for the two attention matmuls a block.
-
-    The convention of the PaLM paper (Chowdhery et al. 2022, appendix B): attention counts the full square although
-    it is causal, norms and embedding lookups count nothing. Training costs three times this. Sparse attention counts
-    its live blocks.
-    """
-    n, g, d, h = m.num_heads, m.groups, m.head_size, m.hidden_size
-    sparse = m.attention.sparse
-    density = 1.0 if sparse.mode == "none" else sparse_layout(sparse, sequence_length, n).density()
-    attention = (n + 2 * g) * d * h + n * d * h
-    mlp = (3 if m.activation == "swiglu" else 2) * m.ffn_size * h
-    return LayerCosts(
-        block=2.0 * (attention + mlp) + 4.0 * density * sequence_length * n * d,
-        embedding=0.0,
-        head=2.0 * m.vocab_size * h,
-    )
+    return model_of_stages(config, _make_stage)
 
 
 def _make_stage(config: RunConfig, span: StageSpan, tp: Axis, device: torch.device, dtype: torch.dtype) -> GPT:
-    return GPT(
-        config.model,
-        tp=tp,
-        sequence_parallel=config.mesh.sequence_parallel,
-        span=span,
-        recompute=config.recompute,
-        label_smoothing=config.train.label_smoothing,
-        z_loss=config.train.z_loss,
-        dropout_seed=config.seed,
-        device=device,
-        dtype=dtype,
-    )
+    return GPT(config.model, span=span, tp=tp, device=device, dtype=dtype, **stage_settings(config))

@@ -28,10 +28,10 @@ def transposed(ours: str, theirs: str) -> Rule:
 
 
 def vocabulary(ours: str, theirs: str) -> Rule:
-    """``[v, h]``: our padding rows are cut off, or added as zeros."""
+    """``[v, h]``, or a bias ``[v]``: our padding rows are cut off, or added as zeros."""
 
     def pad(c: ModelConfig, ws: Tensors) -> Tensor:
-        return torch.cat([ws[0], ws[0].new_zeros(c.padded_vocab - c.vocab_size, c.hidden_size)])
+        return torch.cat([ws[0], ws[0].new_zeros(c.padded_vocab - c.vocab_size, *ws[0].shape[1:])])
 
     return Rule(ours, (theirs,), lambda c, w: (w[: c.vocab_size],), pad)
 
@@ -42,8 +42,8 @@ def _qkv_shape(c: ModelConfig, theirs: Tensor) -> tuple[int, ...]:
     return (c.groups, c.queries_per_group + 2, c.head_size, *last)
 
 
-def separate_qkv(ours: str, attention: str, what: str) -> Rule:
-    """Llama: query ``[n d, h]``, key and value ``[g d, h]`` apart (or the biases, without ``h``)."""
+def separate_qkv(ours: str, attention: str, what: str, names: Sequence[str] = ("q_proj", "k_proj", "v_proj")) -> Rule:
+    """Llama, BERT: query ``[n d, h]``, key and value ``[g d, h]`` apart (or the biases, without ``h``)."""
 
     def split(c: ModelConfig, w: Tensor) -> Tensors:
         q = c.queries_per_group
@@ -53,7 +53,7 @@ def separate_qkv(ours: str, attention: str, what: str) -> Rule:
         per_group = [w.view(c.groups, -1, c.head_size, *w.shape[1:]) for w in ws]
         return torch.cat(per_group, dim=1)
 
-    return Rule(ours, tuple(f"{attention}.{name}_proj.{what}" for name in "qkv"), split, fuse)
+    return Rule(ours, tuple(f"{attention}.{name}.{what}" for name in names), split, fuse)
 
 
 def stacked_qkv(ours: str, theirs: str, conv: bool) -> Rule:

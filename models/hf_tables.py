@@ -1,4 +1,4 @@
-"""Hugging Face's names, layouts and configurations of the models that ``gpt.py`` can be.
+"""Hugging Face's names, layouts and configurations of the models that ``gpt.py`` can be, and BERT's.
 
 Every rule is an exact pair of transforms; that they are also the right ones only equal logits can prove, and
 ``tests/checkpoint/test_hf_logits.py`` compares those with ``transformers``' own.
@@ -17,6 +17,7 @@ from megatron_ds.checkpoint.hf_architecture import Architecture, Rule, Shapes, m
 from megatron_ds.config import ModelConfig
 from megatron_ds.errors import ConfigError
 from megatron_ds.models.gpt import GPT
+from megatron_ds.models.hf_bert import BERT_FOR_MASKED_LM
 from megatron_ds.models.hf_layouts import (
     both,
     interleaved_qkv,
@@ -94,6 +95,7 @@ def _gpt2_problems(c: ModelConfig) -> list[str]:
     return [
         *needs(c, position="learned", norm="layernorm", activation=tuple(GELU_TO_HF), bias=True, qkv_bias=(None, True)),
         *needs(c, kv_heads=(None, c.num_heads), head_dim=(None, c.hidden_size // c.num_heads)),
+        *needs(c, family="gpt", token_types=0),
         *needs(c, qk_norm=False, embedding_norm=False),
     ]
 
@@ -173,6 +175,7 @@ def _llama_rules(c: ModelConfig) -> list[Rule]:
 def _llama_problems(c: ModelConfig) -> list[str]:
     return [
         *needs(c, position="rope", norm="rmsnorm", activation="swiglu", qkv_bias=(None, c.bias)),
+        *needs(c, family="gpt", token_types=0),
         *needs(c, qk_norm=False, embedding_norm=False),
     ]
 
@@ -180,6 +183,7 @@ def _llama_problems(c: ModelConfig) -> list[str]:
 def _qwen2_problems(c: ModelConfig) -> list[str]:
     return [
         *needs(c, position="rope", norm="rmsnorm", activation="swiglu", bias=False, qkv_bias=True),
+        *needs(c, family="gpt", token_types=0),
         *needs(c, qk_norm=False, embedding_norm=False),
         *needs(c, head_dim=(None, c.hidden_size // c.num_heads)),
     ]
@@ -188,6 +192,7 @@ def _qwen2_problems(c: ModelConfig) -> list[str]:
 def _qwen3_problems(c: ModelConfig) -> list[str]:
     return [
         *needs(c, position="rope", norm="rmsnorm", activation="swiglu", bias=False, qkv_bias=(None, False)),
+        *needs(c, family="gpt", token_types=0),
         *needs(c, qk_norm=True, embedding_norm=False),
     ]
 
@@ -305,6 +310,7 @@ def _bloom_problems(c: ModelConfig) -> list[str]:
     return [
         *needs(c, position="alibi", norm="layernorm", activation="gelu_tanh", bias=True, qkv_bias=(None, True)),
         *needs(c, kv_heads=(None, c.num_heads), head_dim=(None, c.hidden_size // c.num_heads)),
+        *needs(c, family="gpt", token_types=0),
         *needs(c, qk_norm=False, embedding_norm=True, ffn_hidden_size=(None, 4 * c.hidden_size)),
     ]
 
@@ -404,4 +410,5 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         _bloom_from_config,
         _bloom_problems,
     ),
+    BERT_FOR_MASKED_LM,
 )

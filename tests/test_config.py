@@ -48,6 +48,22 @@ REFUSED: list[tuple[int, dict[str, dict[str, Any]], str]] = [
     ),
     (
         1,
+        {"model": {"family": "bert", "position": "alibi"}},
+        "model.position='alibi' with model.family='bert': ALiBi's bias is for tokens that look back; use 'learned', "
+        "'rope' or 'none'",
+    ),
+    (
+        1,
+        {"model": {"family": "bert"}, "data": {"conversations": True}},
+        "data.conversations and data.fim.rate are for model.family='gpt': a BERT predicts masked tokens of texts",
+    ),
+    (
+        1,
+        {"data": {"mask_token": 3}},
+        "data.mask_token=3 does nothing: model.family='gpt' masks no tokens; use model.family='bert'",
+    ),
+    (
+        1,
         {"model": {"hidden_size": 50}},
         "model.hidden_size=50 is not a multiple of model.num_heads=6; use 48 or 54, or set model.head_dim",
     ),

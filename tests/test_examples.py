@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ds.config import ModelConfig, RunConfig, load_toml, parse, validate
-from megatron_ds.models.gpt import GPT
+from megatron_ds.models.families import class_of
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -21,7 +21,7 @@ SLURM = EXAMPLES / "slurm_pretrain_llama3_8b.sbatch"
 SHELL = [*sorted(EXAMPLES.glob("*.sh")), SLURM, ROOT / ".ci" / "run"]
 
 # (published parameters, rows of the embedding they count). The unrounded numbers are those of the released weights
-# (GPT-2, Llama 3, BLOOM, Sheared-LLaMA); GPT-3's paper gives 174,600 million in its table D.1.
+# (GPT-2, Llama 3, BLOOM, Sheared-LLaMA, BERT); GPT-3's paper gives 174,600 million in its table D.1.
 PUBLISHED = {
     "gpt2-124m": (124_439_808, 50257),
     "gpt2-345m": (354_823_168, 50257),
@@ -29,6 +29,7 @@ PUBLISHED = {
     "llama-1.3b": (1_345_423_360, 32000),
     "llama3-8b": (8_030_261_248, 128256),
     "bloom-176b": (176_247_271_424, 250880),
+    "bert-base": (109_514_298, 30522),
 }
 
 
@@ -42,7 +43,8 @@ def counted(m: ModelConfig, vocabulary: int) -> int:
     total = m.num_layers * (attention + mlp + biases + 2 * norm) + norm
     total += vocabulary * h * (1 if m.tied_embeddings else 2)
     total += m.max_positions * h if m.position == "learned" else 0
-    return total + (2 * h if m.embedding_norm else 0)
+    total += h * h + h + vocabulary if m.family == "bert" else 0  # the head's own layer and biases
+    return total + m.token_types * h + (2 * h if m.embedding_norm else 0)
 
 
 def test_every_configuration_has_a_published_size_or_is_the_demo() -> None:
@@ -60,7 +62,7 @@ def test_the_model_has_the_published_number_of_parameters(name: str) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_built_model_has_the_counted_parameters(path: Path) -> None:
     model = load_toml(path).model
-    built = GPT(model, device="meta")
+    built = class_of(model)(model, device="meta")
     assert sum(parameter.numel() for parameter in built.parameters()) == counted(model, model.padded_vocab)
 
 

@@ -58,8 +58,13 @@ class AttentionConfig(_Section):
 
 
 class ModelConfig(_Section):
-    """The transformer. One description covers GPT-2, GPT-3, Llama 2/3 and BLOOM."""
+    """The transformer. One description covers GPT-2, GPT-3, Llama 2/3 and BLOOM, and BERT."""
 
+    family: Literal["gpt", "bert"] = Field(
+        "gpt",
+        description="gpt: a decoder that predicts the next token. bert: an encoder that sees both ways and predicts "
+        "masked tokens.",
+    )
     num_layers: int = Field(12, gt=0, description="Transformer blocks.")
     hidden_size: int = Field(768, gt=0, description="Width of the residual stream.")
     num_heads: int = Field(12, gt=0, description="Query heads.")
@@ -93,11 +98,17 @@ class ModelConfig(_Section):
     qkv_bias: bool | None = Field(None, description="Bias of the query/key/value projection. Default: bias.")
     tied_embeddings: bool = Field(True, description="The output head is the token embedding.")
     qk_norm: bool = Field(False, description="RMS-normalise queries and keys a head.")
-    embedding_norm: bool = Field(False, description="LayerNorm after the token embedding (BLOOM).")
+    embedding_norm: bool = Field(False, description="LayerNorm after the embedding (BLOOM, BERT).")
+    token_types: int = Field(0, ge=0, description="Rows of a table added by token type (BERT: 2); 0: none.")
     init_std: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of attention probabilities.")
     hidden_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the embedding and of each block's outputs.")
     attention: AttentionConfig = AttentionConfig()
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees itself and those before it only."""
+        return self.family == "gpt"
 
     @property
     def groups(self) -> int:
@@ -269,6 +280,15 @@ class DataConfig(_Section):
         None,
         description="Folder of the node for index caches and copies of remote datasets. Default: beside the data; "
         "for URLs ~/.cache.",
+    )
+    mask_token: int | None = Field(
+        None, ge=0, description="bert: id in place of a masked token. Default: the tokenizer's [MASK]."
+    )
+    mask_probability: float = Field(
+        0.15,
+        gt=0,
+        le=1,
+        description="bert: chance of a token to be predicted. Of these 80% are masked, 10% are random, 10% stay.",
     )
     prefetch: int = Field(2, ge=0, description="Global batches read ahead by a background thread.")
 

@@ -20,7 +20,7 @@ def sparse_layout(sparse: SparseAttentionConfig, length: int, heads: int, *, cau
 
 
 def sparse_faults(config: RunConfig) -> Iterator[str]:
-    """Why a GPT cannot be trained with these settings, if it cannot."""
+    """Why a model cannot be trained with these settings, if it cannot."""
     m, sparse, length = config.model, config.model.attention.sparse, config.train.sequence_length
     own = set() if sparse.mode == "none" else parameters_of(sparse.mode) | {"block"}
     default = SparseAttentionConfig()
@@ -51,6 +51,6 @@ def sparse_faults(config: RunConfig) -> Iterator[str]:
             f"{f'{below} or ' if below else ''}{above}, or another block"
         )
     try:
-        sparse_layout(sparse, length, m.num_heads)
+        sparse_layout(sparse, length, m.num_heads, causal=m.causal)
     except ConfigError as error:
         yield f"{_SECTION}: {error}"

@@ -56,6 +56,20 @@ def validate(config: RunConfig, world_size: int) -> MeshShape:
         m.position != "rope" or m.head_size % 2 == 0,
         f"rotary positions need an even head_dim, not {m.head_size}",
     )
+    check(
+        m.causal or m.position != "alibi",
+        "model.position='alibi' with model.family='bert': ALiBi's bias is for tokens that look back; use 'learned', "
+        "'rope' or 'none'",
+    )
+    check(
+        not m.causal or config.data.mask_token is None,
+        f"data.mask_token={config.data.mask_token} does nothing: model.family='gpt' masks no tokens; use "
+        "model.family='bert'",
+    )
+    check(
+        m.causal or not (config.data.conversations or config.data.fim.rate),
+        "data.conversations and data.fim.rate are for model.family='gpt': a BERT predicts masked tokens of texts",
+    )
     if m.rope_scaling is not None:
         needed = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
         check(

@@ -1,4 +1,4 @@
-"""Causal self-attention split over heads: GQA, rotary, ALiBi, document masking, QK-norm, dropout.
+"""Self-attention split over heads, causal or not: GQA, rotary, ALiBi, document masking, QK-norm, dropout.
 
 Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden, ``g`` key/value groups on this rank, ``q`` queries a group,
 ``n = g * q`` heads on this rank, ``d`` head dim.
@@ -20,6 +20,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.kernels.block_layout import BlockLayout
 from megatron_ds.kernels.causal_attention import causal_attention, is_faster
 from megatron_ds.kernels.rotary import rotary
+from megatron_ds.kernels.softmax import scaled_masked_softmax
 from megatron_ds.kernels.sparse_attention import sparse_attention
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.layers.norm import Norm
@@ -52,6 +53,7 @@ class SelfAttention(nn.Module):
 
     Args:
         groups: key/value heads of the whole model; tensor parallelism splits by group.
+        causal: whether a token sees itself and those before it only. With a layout, the layout decides.
         site: dropout site number of the attention probabilities.
         recompute_core: compute the attention core again in the backward pass (selective recomputation,
             Korthikanti et al. 2022, section 5).
@@ -65,6 +67,7 @@ class SelfAttention(nn.Module):
         queries_per_group: int,
         head_dim: int,
         *,
+        causal: bool = True,
         bias: bool,
         qkv_bias: bool,
         alibi: bool,
@@ -81,7 +84,7 @@ class SelfAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.queries_per_group, self.head_dim = queries_per_group, head_dim
+        self.queries_per_group, self.head_dim, self.causal = queries_per_group, head_dim, causal
         self.local_groups = groups // tp.size
         self.dropout, self.site, self.recompute_core = dropout, site, recompute_core
         self.first_head = tp.rank * self.local_groups * queries_per_group
@@ -145,24 +148,26 @@ class SelfAttention(nn.Module):
             q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
             out = sparse_attention(q, k, v, inputs.layout)
             return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
-        if plain and is_faster(q):
+        if plain and self.causal and is_faster(q):
             return causal_attention(q, k, v)
         if self.queries_per_group > 1:
             k, v = (t.repeat_interleave(self.queries_per_group, dim=2) for t in (k, v))
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))  # [b, n, s, d]
-        bias = self._bias(inputs, q)
         if dropped and inputs.keys is not None:
-            out = self._dropout_attention(q, k, v, bias, inputs.keys)
+            out = self._dropout_attention(q, k, v, inputs, inputs.keys)
         else:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=bias is None)
+            bias = self._bias(inputs, q)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=self.causal and bias is None)
         return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
 
     def _bias(self, inputs: AttentionInputs, q: Tensor) -> Tensor | None:
-        """``[b, n or 1, s, s]`` added to the scores, -inf where attention is not allowed; None: plain causal."""
+        """``[b, n or 1, s, s]`` added to the scores, -inf where attention is not allowed; None: causality at most."""
         if self.slopes is None and inputs.same_document is None:
             return None
         s = q.shape[2]
-        allowed = torch.ones(s, s, dtype=torch.bool, device=q.device).tril()
+        allowed = torch.ones(s, s, dtype=torch.bool, device=q.device)
+        if self.causal:
+            allowed = allowed.tril()
         if inputs.same_document is not None:
             allowed = allowed & inputs.same_document
         bias = torch.zeros((), dtype=q.dtype, device=q.device)
@@ -170,16 +175,18 @@ class SelfAttention(nn.Module):
             bias = alibi_bias(self.slopes, inputs.positions, q.dtype)
         return torch.where(allowed, bias, float("-inf"))
 
-    def _dropout_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, keys: DropoutKeys) -> Tensor:
+    def _dropout_attention(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, keys: DropoutKeys) -> Tensor:
         """The same attention with dropped probabilities, in plain matmuls: O(s^2) memory, but the same elements are
         dropped on every mesh, which a fused kernel's own generator does not give."""
         s = q.shape[2]
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        if bias is None:
-            bias = torch.zeros(s, s, dtype=q.dtype, device=q.device).masked_fill(
-                ~torch.ones(s, s, dtype=torch.bool, device=q.device).tril(), float("-inf")
-            )
-        probabilities = (scores + bias).softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        # ALiBi by place and not by position: where positions begin anew, a mask lies between.
+        probabilities = scaled_masked_softmax(
+            q @ k.transpose(-2, -1),
+            1.0 / math.sqrt(q.shape[-1]),
+            causal=self.causal,
+            mask=inputs.same_document,
+            slopes=self.slopes,
+        )
         # The sequence is whole here, so rows start at position 0; the element within a row is (global head, key).
         rows = keys.row_keys(self.site, s, 0).t()  # [b, s]
         heads = torch.arange(self.first_head, self.first_head + q.shape[1], device=q.device)

@@ -37,6 +37,7 @@ def linear_cross_entropy(
     loss_mask: Tensor,
     *,
     vocab_size: int,
+    bias: Tensor | None = None,
     tp: Axis,
     sequence_parallel: bool = False,
     label_smoothing: float = 0.0,
@@ -50,12 +51,14 @@ def linear_cross_entropy(
         labels: ``[s, b]`` int64 in ``0..vocab_size-1`` wherever ``loss_mask`` is True.
         loss_mask: ``[s, b]`` bool, True where the token counts.
         vocab_size: real tokens; rows of the global table beyond it are padding.
+        bias: ``[v / tp]``, added to the logits.
     """
     first = tp.rank * weight.shape[0]
     used = min(max(vocab_size - first, 0), weight.shape[0])
     return _LinearCrossEntropy.apply(
         hidden,
         weight,
+        bias,
         labels,
         loss_mask,
         first,
@@ -75,6 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         labels: Tensor,
         loss_mask: Tensor,
         first: int,
@@ -87,21 +91,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_enabled: bool,
     ) -> Tensor:
         # Inside a Function the grad mode is always off, and needs_input_grad does not know of it.
-        need_hidden, need_weight = (grad_enabled and needed for needed in ctx.needs_input_grad[:2])
+        need_hidden, need_weight, need_bias = (grad_enabled and needed for needed in ctx.needs_input_grad[:3])
         whole = comm.gather_dim0(hidden, tp).wait() if sequence_parallel else hidden
         x = whole.reshape(-1, whole.shape[-1])
         labels, mask = labels.reshape(-1), loss_mask.reshape(-1)
-        table = weight[:used]
+        table, shift = weight[:used], None if bias is None else bias[:used]
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
         grad_x = torch.empty_like(x) if need_hidden else None
         # Summed over chunks in fp32: bf16 would lose what the later chunks add.
         grad_table = torch.zeros_like(table, dtype=accumulate) if need_weight else None
+        grad_shift = torch.zeros_like(table[:, 0], dtype=accumulate) if need_bias else None
         total = torch.zeros((), dtype=accumulate, device=x.device)
         # By the rows of the table and not by those used, which differ: all ranks must cut the tokens alike.
         chunk = max(16, CHUNK_BYTES.get(x.device.type, 16 << 20) // (weight.shape[0] * accumulate.itemsize))
         for start in range(0, x.shape[0], chunk):
             part = slice(start, start + chunk)
-            logits = _logits(x[part], table)
+            logits = _logits(x[part], table, shift)
             loss, dz = _chunk(
                 logits,
                 labels[part],
@@ -111,11 +116,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 tp,
                 label_smoothing,
                 z_loss,
-                want_gradient=need_hidden or need_weight,
+                want_gradient=need_hidden or need_weight or need_bias,
             )
             total += loss
             if dz is None:
                 continue
+            if grad_shift is not None:
+                grad_shift += dz.sum(0, dtype=accumulate)
             dz = dz.to(x.dtype)
             if grad_x is not None:
                 torch.mm(dz, table, out=grad_x[part])
@@ -126,12 +133,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_table += dz.t() @ x[part]
         ctx.shapes = (whole.shape, weight.shape)
         ctx.tp, ctx.sequence_parallel, ctx.used, ctx.dtype = tp, sequence_parallel, used, weight.dtype
-        ctx.save_for_backward(grad_x, grad_table, weight)
+        ctx.save_for_backward(grad_x, grad_table, grad_shift, weight)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_table, weight = ctx.saved_tensors
+        grad_x, grad_table, grad_shift, weight = ctx.saved_tensors
         (seed,) = grads
         pending = None
         if grad_x is not None:
@@ -148,7 +155,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif grad_table is not None:
             grad_weight = grad_table.new_zeros(ctx.shapes[1], dtype=ctx.dtype)
             grad_weight[: ctx.used] = grad_table * seed
-        return (pending.wait() if pending is not None else None, grad_weight, *[None] * 10)
+        grad_bias = None
+        if grad_shift is not None:
+            grad_bias = grad_shift.new_zeros(ctx.shapes[1][:1], dtype=ctx.dtype)
+            grad_bias[: ctx.used] = grad_shift * seed
+        return (pending.wait() if pending is not None else None, grad_weight, grad_bias, *[None] * 10)
 
 
 def cross_entropy(
@@ -268,9 +279,10 @@ def _chunk(
     return loss, gradient
 
 
-def _logits(x: Tensor, table: Tensor) -> Tensor:
-    """``x @ table.T``, in rows that begin at multiples of 16 elements where a kernel is to load them."""
+def _logits(x: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ table.T + bias``, in rows that begin at multiples of 16 elements where a kernel is to load them."""
     if CROSS_ENTROPY.choose(x) == "reference":
-        return F.linear(x, table)
+        return F.linear(x, table, bias)
     rows = x.new_empty(x.shape[0], -(-table.shape[0] // 16) * 16)
-    return torch.mm(x, table.t(), out=rows[:, : table.shape[0]])
+    out = rows[:, : table.shape[0]]
+    return torch.mm(x, table.t(), out=out) if bias is None else torch.addmm(bias, x, table.t(), out=out)

@@ -39,6 +39,7 @@ LARGE = {
     "gpt3-175b": [],
     "bloom-176b": ["--mesh.tp", "8", "--mesh.pp", "16", "--train.global-batch", "2048", "--pipeline.split", "cost"],
     "demo": ["--train.global-batch", "8192"],
+    "bert-base": ["--train.global-batch", "32768", "--train.micro-batch", "2"],
 }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -11,7 +13,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from megatron_ds import comm
+from megatron_ds.kernels import registry
 from megatron_ds.layers import loss
 from megatron_ds.layers.loss import cross_entropy, linear_cross_entropy
 from megatron_ds.mesh import Axis, Mesh, MeshShape
@@ -34,6 +39,12 @@ class Case:
     chunk_bytes: int | None = None
     scale: float = 1.0
     dtype: torch.dtype = torch.float64
+    biased: bool = False
+
+
+def bias_of(case: Case) -> Tensor:
+    """``[padded]``, rounded to the case's dtype, with garbage in its padding too."""
+    return torch.linspace(-1.0, 2.0, case.padded, dtype=torch.float64).to(case.dtype)
 
 
 def data(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -48,26 +59,30 @@ def data(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden.to(case.dtype), weight.to(case.dtype), labels, mask
 
 
-def expected(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+def expected(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Loss and gradients from whole logits, in float64."""
     hidden, weight, labels, mask = data(case)
     hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    bias = bias_of(case).double().requires_grad_(case.biased)
     logits = (hidden @ weight[: case.vocab].T)[mask]
+    if case.biased:
+        logits = logits + bias[: case.vocab]
     total = F.cross_entropy(logits, labels[mask], reduction="sum", label_smoothing=case.smoothing)
     total = total + case.z_loss * logits.logsumexp(-1).square().sum()
     (total * SEED_GRADIENT).backward()
     assert hidden.grad is not None and weight.grad is not None
-    return total.detach(), hidden.grad, weight.grad
+    return total.detach(), hidden.grad, weight.grad, bias.grad
 
 
-def computed(case: Case, tp: Axis) -> tuple[Tensor, Tensor, Tensor]:
-    """This rank's loss, gradient of its hidden states and gradient of its rows."""
+def computed(case: Case, tp: Axis) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """This rank's loss, and gradients of its hidden states, of its rows and of their biases."""
     hidden, weight, labels, mask = data(case)
     rows = case.padded // tp.size
     part = case.sequence // tp.size
     own_weight = weight[tp.rank * rows : (tp.rank + 1) * rows].clone().requires_grad_()
     own_hidden = hidden[tp.rank * part : (tp.rank + 1) * part] if case.sequence_parallel else hidden
     own_hidden = own_hidden.clone().requires_grad_()
+    own_bias = bias_of(case)[tp.rank * rows : (tp.rank + 1) * rows].clone().requires_grad_() if case.biased else None
     sizes = {} if case.chunk_bytes is None else {"cpu": case.chunk_bytes, "cuda": case.chunk_bytes}
     with patch.dict(loss.CHUNK_BYTES, sizes):
         total = linear_cross_entropy(
@@ -76,6 +91,7 @@ def computed(case: Case, tp: Axis) -> tuple[Tensor, Tensor, Tensor]:
             labels,
             mask,
             vocab_size=case.vocab,
+            bias=own_bias,
             tp=tp,
             sequence_parallel=case.sequence_parallel,
             label_smoothing=case.smoothing,
@@ -83,19 +99,23 @@ def computed(case: Case, tp: Axis) -> tuple[Tensor, Tensor, Tensor]:
         )
     (total * SEED_GRADIENT).backward()
     assert own_hidden.grad is not None and own_weight.grad is not None
-    return total.detach(), own_hidden.grad, own_weight.grad
+    return total.detach(), own_hidden.grad, own_weight.grad, None if own_bias is None else own_bias.grad
 
 
 def check(case: Case, tp: Axis, tolerance: float) -> None:
-    total, grad_hidden, grad_weight = computed(case, tp)
-    want_total, want_hidden, want_weight = expected(case)
+    total, grad_hidden, grad_weight, grad_bias = computed(case, tp)
+    want_total, want_hidden, want_weight, want_bias = expected(case)
     rows, part = case.padded // tp.size, case.sequence // tp.size
     if case.sequence_parallel:
         want_hidden = want_hidden[tp.rank * part : (tp.rank + 1) * part]
     want_weight = want_weight[tp.rank * rows : (tp.rank + 1) * rows]
     assert total.dtype == torch.promote_types(case.dtype, torch.float32), case
     assert abs(total.item() - want_total.item()) <= tolerance * max(1.0, want_total.item()), case
-    for name, got, want in (("hidden", grad_hidden, want_hidden), ("weight", grad_weight, want_weight)):
+    pairs = [("hidden", grad_hidden, want_hidden), ("weight", grad_weight, want_weight)]
+    assert (grad_bias is None) == (want_bias is None) == (not case.biased)
+    if grad_bias is not None and want_bias is not None:
+        pairs.append(("bias", grad_bias, want_bias[tp.rank * rows : (tp.rank + 1) * rows]))
+    for name, got, want in pairs:
         assert got.dtype == case.dtype and got.shape == want.shape
         largest = max(1.0, want.abs().max().item()) if want.numel() else 1.0
         assert (got.double() - want).abs().max().item() <= tolerance * largest, f"{name} of {case}"
@@ -104,7 +124,16 @@ def check(case: Case, tp: Axis, tolerance: float) -> None:
 
 
 CASES = [
-    Case(vocab, 72, smoothing=smoothing, z_loss=z_loss, masked=masked, chunk_bytes=chunk_bytes, scale=scale)
+    Case(
+        vocab,
+        72,
+        smoothing=smoothing,
+        z_loss=z_loss,
+        masked=masked,
+        chunk_bytes=chunk_bytes,
+        scale=scale,
+        biased=z_loss > 0,
+    )
     for (vocab, smoothing, z_loss), (masked, chunk_bytes, scale) in zip(
         # Of 72 rows on 3 ranks, a vocabulary of 20 leaves one rank a part and one nothing at all.
         product((72, 50, 20), (0.0, 0.2), (0.0, 0.01)),
@@ -180,14 +209,15 @@ def test_vocabulary_split_over_ranks(tp_size: int) -> None:
 )
 def test_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
     for smoothing, z_loss, chunk_bytes in ((0.0, 0.0, None), (0.1, 0.01, 1)):
-        check(Case(smoothing=smoothing, z_loss=z_loss, chunk_bytes=chunk_bytes, dtype=dtype), Axis("tp"), tolerance)
+        case = Case(smoothing=smoothing, z_loss=z_loss, chunk_bytes=chunk_bytes, dtype=dtype, biased=z_loss > 0)
+        check(case, Axis("tp"), tolerance)
 
 
 def test_many_chunks_do_not_lose_weight_gradient_in_bf16() -> None:
     """The weight's gradient is a sum over all tokens, here 256 chunks that are equal but for rounding."""
     case = Case(sequence=4096, batch=1, chunk_bytes=1, dtype=torch.bfloat16, masked=0.0)
-    _, _, grad = computed(case, Axis("tp"))
-    _, _, want = expected(case)
+    _, _, grad, _ = computed(case, Axis("tp"))
+    _, _, want, _ = expected(case)
     assert (grad.double() - want).norm() < 0.01 * want.norm()
 
 
@@ -197,7 +227,7 @@ def test_large_logits_stay_finite() -> None:
 
 def test_only_what_needs_a_gradient_gets_one() -> None:
     case = Case(smoothing=0.1, z_loss=0.01)
-    want, want_hidden, want_weight = expected(case)
+    want, want_hidden, want_weight, _ = expected(case)
     hidden, weight, labels, mask = data(case)
     arguments = {"vocab_size": case.vocab, "tp": Axis("tp"), "label_smoothing": 0.1, "z_loss": 0.01}
     for needs_hidden, needs_weight in ((True, False), (False, True)):
@@ -210,3 +240,25 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     with torch.no_grad(), patch.object(torch.Tensor, "addmm_", side_effect=AssertionError("gradient computed")):
         total = linear_cross_entropy(hidden, w, labels, mask, **arguments)
     assert not total.requires_grad and abs(total - want) < 1e-12 * want
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_no_value_is_asked_for_on_the_way(implementation: str) -> None:
+    """Of tensors without values: what would wait for the GPU would ask for one, and raise."""
+    tp = Axis("tp", 1, 2, object(), (0, 1))  # type: ignore[arg-type]
+    with (
+        FakeTensorMode(),
+        registry.use({"cross_entropy": implementation}),
+        patch.object(comm, "gather_dim0", lambda x, axis: comm.Pending(torch.cat([x, x]))),
+        patch.object(comm, "scatter_sum_dim0", lambda x, axis: comm.Pending(x[: len(x) // 2])),
+        patch.dict(loss.CHUNK_BYTES, {"cpu": 1 << 16}),
+    ):
+        make = partial(torch.empty, dtype=torch.bfloat16, requires_grad=True)
+        hidden, table, bias = make(20, 2, WIDTH), make(512, WIDTH), make(512)
+        labels, mask = (torch.empty(40, 2, dtype=dtype) for dtype in (torch.int64, torch.bool))
+        options: dict[str, Any] = {"vocab_size": 1000, "tp": tp, "label_smoothing": 0.1, "z_loss": 0.1}
+        total = linear_cross_entropy(hidden, table, labels, mask, bias=bias, sequence_parallel=True, **options)
+        gradients = torch.autograd.grad(total, (hidden, table, bias))
+        assert [g.shape for g in gradients] == [x.shape for x in (hidden, table, bias)]
+        with pytest.raises(DataDependentOutputException):
+            total.item()

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_ds.config import ModelConfig, RecomputeConfig, RunConfig, from_dict
 from megatron_ds.mesh import Axis
-from megatron_ds.models.gpt import GPT, gpt_model, layer_costs
+from megatron_ds.models.gpt import GPT, gpt_model
+from megatron_ds.models.transformer import layer_costs
 from megatron_ds.pipeline.split import split_layers
 from megatron_ds.pipeline.stage import StageSpan, stage_spans
 from megatron_ds.rng import DropoutKeys

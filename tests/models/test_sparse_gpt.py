@@ -17,8 +17,9 @@ from megatron_ds.config import RunConfig, from_dict, load_toml, parse, to_toml, 
 from megatron_ds.config.sparse import sparse_layout
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh
-from megatron_ds.models.gpt import GPT, layer_costs
+from megatron_ds.models.gpt import GPT
 from megatron_ds.models.hf_tables import ARCHITECTURES
+from megatron_ds.models.transformer import layer_costs
 from megatron_ds.testing import device_of_rank, run_ranks
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "parity"))

@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_ds import comm
 from megatron_ds.layers import attention, linear, loss, norm
 from megatron_ds.mesh import Axis
-from megatron_ds.models import gpt
+from megatron_ds.models import transformer
 from megatron_ds.pipeline.action import Action
 from megatron_ds.pipeline.executor import Executor
 from megatron_ds.rng import DropoutKeys
@@ -189,11 +189,11 @@ def smoothing_over_the_local_vocabulary() -> AbstractContextManager[Any]:
 
 def positions_of_the_first_rank() -> AbstractContextManager[Any]:
     """Under sequence parallelism every rank takes the positions of the first part of the sequence."""
-    return _with_comm(gpt, slice_dim0=lambda tensor, axis: tensor[: tensor.shape[0] // axis.size])
+    return _with_comm(transformer, slice_dim0=lambda tensor, axis: tensor[: tensor.shape[0] // axis.size])
 
 
 def dropout_by_local_position() -> AbstractContextManager[Any]:
-    return patch.object(gpt, "DropoutKeys", lambda seed, samples, offset: DropoutKeys(seed, samples, 0))
+    return patch.object(transformer, "DropoutKeys", lambda seed, samples, offset: DropoutKeys(seed, samples, 0))
 
 
 def dropout_by_local_head() -> AbstractContextManager[Any]:
@@ -208,7 +208,7 @@ def dropout_by_local_head() -> AbstractContextManager[Any]:
 
 def dropout_by_local_sample() -> AbstractContextManager[Any]:
     return patch.object(
-        gpt,
+        transformer,
         "DropoutKeys",
         lambda seed, samples, offset: DropoutKeys(seed, torch.arange(len(samples), device=samples.device), offset),
     )
@@ -258,20 +258,20 @@ def gradient_of_another_micro_batch() -> AbstractContextManager[Any]:
 
 def layer_dropped() -> AbstractContextManager[Any]:
     """The last stage leaves out its last layer."""
-    hidden_states = gpt.GPT.hidden_states
+    hidden_states = transformer.Transformer.hidden_states
 
-    def short(model: gpt.GPT, micro_batch: Any, hidden: Tensor | None = None) -> Tensor:
+    def short(model: transformer.Transformer, micro_batch: Any, hidden: Tensor | None = None) -> Tensor:
         if model.span.head:
             last = str(model.span.last - 1)
             with patch.object(model.layers[last], "forward", lambda x, inputs: x):
                 return hidden_states(model, micro_batch, hidden)
         return hidden_states(model, micro_batch, hidden)
 
-    return patch.object(gpt.GPT, "hidden_states", short)
+    return patch.object(transformer.Transformer, "hidden_states", short)
 
 
 def other_dropout_when_recomputed() -> AbstractContextManager[Any]:
-    checkpoint = gpt.checkpoint
+    checkpoint = transformer.checkpoint
 
     def other(block: Any, x: Tensor, inputs: attention.AttentionInputs, **keywords: Any) -> Tensor:
         seeds = iter((inputs.keys.seed, inputs.keys.seed + 1))
@@ -281,7 +281,7 @@ def other_dropout_when_recomputed() -> AbstractContextManager[Any]:
 
         return checkpoint(run, x, inputs, **keywords)
 
-    return patch.object(gpt, "checkpoint", other)
+    return patch.object(transformer, "checkpoint", other)
 
 
 FAULTS = (

@@ -15,7 +15,7 @@ from parity_rows import STEPS, VOCABULARY, Row, config_of, reference_config
 from megatron_ds.config import RunConfig, validate
 from megatron_ds.data.loader import BatchLoader, MicroBatch
 from megatron_ds.mesh import Mesh
-from megatron_ds.models.gpt import gpt_model
+from megatron_ds.models.families import model_of
 from megatron_ds.shard import ShardSpec, spec_of
 from megatron_ds.testing import device_of_rank
 from megatron_ds.train.build import Parts, build
@@ -107,7 +107,7 @@ def train(config: RunConfig, mesh: Mesh, look: Callable[[Parts], None] | None = 
         look: called with the parts before the first step.
     """
     torch.manual_seed(mesh.rank)  # nothing may depend on it
-    parts = build(config, mesh, gpt_model(config))
+    parts = build(config, mesh, model_of(config))
     if look is not None:
         look(parts)
     (stage,) = parts.stages.values()
