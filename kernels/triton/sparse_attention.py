@@ -331,18 +331,18 @@ def _shape(length: int, head_dim: int, block: int, dtype: torch.dtype) -> dict[s
 
 
 def _tiles(kernel: str, block: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Queries and keys a tile, warps and pipeline stages: the largest that do not spill on sm_90; not yet measured.
-
-    In fp32 with head dims above 64 the backward kernels still spill, at any size of tile that was tried.
-    """
+    """Queries and keys a tile, warps and pipeline stages: the largest that do not spill on sm_90; not yet measured."""
     wide = head_dim > 64
     if dtype == torch.float32:  # three tf32 products keep both halves of their operands in registers
-        side = min(block, 32)
-        return {"TM": side, "TN": side, "num_warps": 8 if side == 32 else 4, "num_stages": 1}
+        side = 16 if wide else min(block, 32)
+        warps = {"forward": 4, "query": 2, "key": 8}[kernel] if wide else 8 if side == 32 else 4
+        return {"TM": side, "TN": side, "num_warps": warps, "num_stages": 1}
     if kernel == "forward":
         tm, tn, stages = block, min(block, 64), 3
     elif kernel == "query":
-        tm, tn, stages = min(block, 64 if wide else 128), min(block, 64), 2
+        # The masks of a padded head dim take registers too.
+        keys = 32 if wide and head_dim & (head_dim - 1) else 64
+        tm, tn, stages = min(block, 64 if wide else 128), min(block, keys), 2
     else:
         tm, tn, stages = min(block, 32 if wide else 64), min(block, 64 if wide else 128), 2
     warps = {16: 1, 32: 2, 64: 4, 128: 8}[max(tm, tn)]

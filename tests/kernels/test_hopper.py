@@ -18,6 +18,7 @@ WIDE_LOAD, WIDE_STORE = r"LDG\.E\S*\.128", r"STG\.E\S*\.128"
 NARROW = {
     "norm_kernel": (1, 2),
     "norm_backward_kernel": (3, 2),
+    "norm_backward_parts_kernel": (3, 0),
     "norm_tiled_kernel": (1, 2),
     "norm_backward_tiled_kernel": (3, 0),
     "norm_weight_kernel": (4, 2),
@@ -95,6 +96,8 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "layer_norm 8192 residual dropout": lambda: norm(8192, HALF, rms=False, fused=True),
     "layer_norm 8192 fp32": lambda: norm(8192, SINGLE, rms=False),
     "layer_norm 16384": lambda: norm(16384, HALF, rms=False),
+    "rms_norm 16384 residual dropout": lambda: norm(16384, HALF, rms=True, fused=True),
+    "rms_norm 16384 fp32": lambda: norm(16384, SINGLE, rms=True),
     "rms_norm 128": lambda: norm(128, HALF, rms=True),
     "swiglu 14336": lambda: activations(14336, "silu"),
     "bias_gelu 12288": lambda: activations(12288, "bias_gelu"),
