@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from interpreted_benchmark import benchmark_checks, benchmark_measures
 from interpreter_worker import TOLERANCE, Canaries, close, compare
 from torch import Tensor
 
@@ -477,27 +474,8 @@ CASES["Llama"] = partial(
 CASES["GPT-2"] = partial(whole_model, hidden_dropout=0.2, attention_dropout=0.2, max_positions=8)
 
 
-def benchmark_check() -> None:
-    """The benchmark passes every kernel, at sizes fit for here, and refuses to measure one that is wrong."""
-    path = Path(__file__).parents[2] / "tools" / "benchmark" / "kernels.py"
-    spec = importlib.util.spec_from_file_location("kernel_benchmark", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    with patch.object(module, "normal", lambda *shape, dtype: normal(*shape, dtype=dtype)):
-        first = {case.op: case for case in reversed(module.cases(torch.bfloat16, scale=512))}
-        # Norms of the few columns that this leaves would be all cancellation.
-        wider = {case.op: case for case in reversed(module.cases(torch.bfloat16, scale=64))}
-        first |= {op: case for op, case in wider.items() if "norm" in op}
-        assert len(first) == 11
-        faults = {op: module.check(case) for op, case in first.items()}
-        assert not any(faults.values()), faults
-        wrong = replace(first["swiglu"], run=lambda x: gated(x, "silu" if x.dtype == torch.float64 else "gelu"))
-        assert "is off by" in module.check(wrong)
-
-
-CASES["benchmark"] = benchmark_check
+CASES["benchmark"] = benchmark_checks
+CASES["benchmark measures"] = benchmark_measures
 
 
 def refusals() -> None:
