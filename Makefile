@@ -41,7 +41,7 @@ bench: $(INSTALLED) ## Measure speed beside the peers on this machine's CPU and 
 bench-gpu: $(INSTALLED) ## Measure tokens/s, memory and MFU on one GPU beside a compiled torch loop
 	@$(RUN) tools/benchmark/gpu.py $(ARGS)
 
-bench-kernels: $(INSTALLED) ## Check and measure each Triton kernel on a GPU beside eager torch and torch.compile
+bench-kernels: $(INSTALLED) ## Check and measure each Triton kernel on a GPU beside torch, torch.compile and FlexAttention
 	@$(RUN) tools/benchmark/kernels.py $(ARGS)
 
 constraints: ## Renew constraints.txt with the newest releases that pyproject.toml admits (torch and triton keep theirs)

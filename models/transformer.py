@@ -355,7 +355,7 @@ def layer_costs(m: ModelConfig, sequence_length: int) -> LayerCosts:
     sparse = m.attention.sparse
     density = 1.0 if sparse.mode == "none" else sparse_layout(sparse, sequence_length, n, causal=m.causal).density()
     attention = (n + 2 * g) * d * h + n * d * h
-    mlp = (3 if m.activation == "swiglu" else 2) * m.ffn_size * h
+    mlp = (3 if m.gated else 2) * m.ffn_size * h
     return LayerCosts(
         block=2.0 * (attention + mlp) + 4.0 * density * sequence_length * n * d,
         embedding=0.0,

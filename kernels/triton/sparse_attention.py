@@ -299,7 +299,7 @@ def backward(
     grad, q, k, v = (_rows(x) for x in (grad, q, k, v))
     b, n, s, d = q.shape
     groups = k.shape[1]
-    delta = torch.empty_like(lse)
+    delta = lse.new_empty(lse.shape)
     shape = _shape(s, d, block, q.dtype)
     sizes = n // groups, s, triton.cdiv(s, block)
     inputs = *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]

@@ -77,7 +77,7 @@ class ModelConfig(_Section):
     ffn_hidden_size: int | None = Field(
         None,
         gt=0,
-        description="Width inside the MLP. Default: 4 x hidden_size; SwiGLU 8/3 x, rounded up to 64.",
+        description="Width inside the MLP. Default: 4 x hidden_size; gated 8/3 x, rounded up to 64.",
     )
     vocab_size: int = Field(50257, gt=0, description="Tokens of the tokenizer; ids are 0..vocab_size-1.")
     vocab_multiple: int = Field(
@@ -93,7 +93,9 @@ class ModelConfig(_Section):
     )
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Normalisation layer.")
     norm_eps: float = Field(1e-5, gt=0, description="Added to the variance.")
-    activation: Literal["gelu", "gelu_tanh", "swiglu"] = Field("gelu_tanh", description="MLP non-linearity.")
+    activation: Literal["gelu", "gelu_tanh", "swiglu", "geglu"] = Field(
+        "gelu_tanh", description="MLP non-linearity; swiglu and geglu are gated, which makes three matrices of two."
+    )
     bias: bool = Field(True, description="Biases in the linear layers.")
     qkv_bias: bool | None = Field(None, description="Bias of the query/key/value projection. Default: bias.")
     tied_embeddings: bool = Field(True, description="The output head is the token embedding.")
@@ -124,10 +126,15 @@ class ModelConfig(_Section):
         return self.head_dim or self.hidden_size // self.num_heads
 
     @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies its features by a gate."""
+        return self.activation in ("swiglu", "geglu")
+
+    @property
     def ffn_size(self) -> int:
         if self.ffn_hidden_size:
             return self.ffn_hidden_size
-        return -(-8 * self.hidden_size // (3 * 64)) * 64 if self.activation == "swiglu" else 4 * self.hidden_size
+        return -(-8 * self.hidden_size // (3 * 64)) * 64 if self.gated else 4 * self.hidden_size
 
     @property
     def padded_vocab(self) -> int:

@@ -1,9 +1,10 @@
-"""The two-matmul MLP: GELU, or SwiGLU with gate and up projection in one matmul."""
+"""The two-matmul MLP: GELU, or SwiGLU and GeGLU with gate and up projection in one matmul."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -11,16 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.kernels.activation import bias_gelu, gated, gated_reference
+from megatron_ds.kernels.activation import GELU, SILU, bias_gelu, gated, gated_reference
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.mesh import Axis
+
+# What the gate of a gated MLP goes through.
+GATES: Mapping[str, str] = MappingProxyType({"swiglu": SILU, "geglu": GELU})
 
 
 class MLP(nn.Module):
     """``[s(/tp), b, h] -> [s(/tp), b, h]`` through ``ffn`` features split over tp.
 
-    ``activation``: ``"gelu"`` (erf), ``"gelu_tanh"``, or ``"swiglu"`` (Shazeer 2020, eq. 6), whose weight is
-    ``[2, ffn, h]``, gate first.
+    ``activation``: ``"gelu"`` (erf), ``"gelu_tanh"``, or ``"swiglu"`` and ``"geglu"`` (Shazeer 2020, eq. 6), whose
+    weight is ``[2, ffn, h]``, gate first.
     """
 
     def __init__(
@@ -39,7 +43,7 @@ class MLP(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.activation = activation
+        self.activation, self.gate = activation, GATES.get(activation)
         make: dict[str, Any] = {
             "bias": bias,
             "tp": tp,
@@ -47,7 +51,7 @@ class MLP(nn.Module):
             "device": device,
             "dtype": dtype,
         }
-        if activation == "swiglu":
+        if self.gate is not None:
             self.gate_up = ColumnParallelLinear(
                 f"{name}.gate_up", hidden_size, (2, ffn_size), shard_dim=1, init_std=init_std, **make
             )
@@ -61,12 +65,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # The bias is already in: the matmul adds it at no cost.
-        x = self.gate_up(x) if self.activation == "swiglu" else self.up(x)
+        x = self.up(x) if self.gate is None else self.gate_up(x)
         return self.down(self._compiled(x) if self._compiled is not None else self._activate(x))
 
     def _activate(self, x: Tensor) -> Tensor:
-        if self.activation == "swiglu":
-            return gated(x)
+        if self.gate is not None:
+            return gated(x, self.gate)
         return bias_gelu(x, None, "tanh" if self.activation == "gelu_tanh" else "none")
 
     def compile_activation(self) -> None:
@@ -82,5 +86,9 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 _SLOPE = 2.0 * math.sqrt(2.0 / math.pi)
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
-    {"gelu": F.gelu, "gelu_tanh": _gelu_tanh, "swiglu": gated_reference}
+    {
+        "gelu": F.gelu,
+        "gelu_tanh": _gelu_tanh,
+        **{name: partial(gated_reference, activation=gate) for name, gate in GATES.items()},
+    }
 )

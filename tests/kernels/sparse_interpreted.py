@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from interpreter_worker import Canaries
 from torch import Tensor
 
 from megatron_ds.kernels import block_patterns as patterns
@@ -96,8 +97,12 @@ def run(case: Case) -> dict[str, float]:
     buffers.insert(1, guarded((b, case.heads, s), torch.float32))
     out, dq, dk, dv = (buffers[i][1].permute(1, 2, 0, 3) for i in (0, 2, 3, 4))
     lse = buffers[1][1]
-    twin.forward(q, k, v, flat, case.block, scale, out, lse)
-    twin.backward(grad, q, k, v, out, lse, flat, case.block, scale, dq, dk, dv)
+    canaries = Canaries()
+    flat = [canaries.around(x) for x in flat]
+    with canaries.around_allocations():  # which also refuses loads from outside of the lists
+        twin.forward(q, k, v, flat, case.block, scale, out, lse)
+        twin.backward(grad, q, k, v, out, lse, flat, case.block, scale, dq, dk, dv)
+    canaries.check()
     tolerance = 2e-5 if case.dtype == "float32" else 4e-3
     result = {}
     for name, got, wanted, (buffer, _) in zip(NAMES, (out, lse, dq, dk, dv), want, buffers):

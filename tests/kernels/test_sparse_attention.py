@@ -164,6 +164,12 @@ def test_the_operator_keeps_the_rules_of_torch_library() -> None:
     torch.library.opcheck(
         torch.ops.megatron_ds.sparse_attention.default, (q, k, v, _flat(layout), BLOCK, 0.3, "reference")
     )
+    q, k, v = (x.detach() for x in (q, k, v))
+    out, lse = torch.ops.megatron_ds.sparse_attention(q, k, v, _flat(layout), BLOCK, 0.3, "reference")
+    torch.library.opcheck(
+        torch.ops.megatron_ds.sparse_attention_backward.default,
+        (torch.randn_like(q), q, k, v, out, lse, _flat(layout), BLOCK, 0.3, "reference"),
+    )
 
 
 def test_torch_compile_keeps_the_operator_whole() -> None:

@@ -36,8 +36,10 @@ def test_tensor_cores_and_no_spills(block: int, head_dim: int, length: int, dtyp
         twin.backward(q, q, k, v, q, lse, _flat(layout), block, 0.1, *results)
     assert [kernel.name for kernel in kernels] == ["forward_kernel", "query_kernel", "key_kernel"]
     for kernel in kernels:
-        cores = "HMMA" if dtype == torch.float32 else "HGMMA"
+        single = dtype == torch.float32
+        cores = "HMMA" if single else "HGMMA"
         assert kernel.count(cores), f"{kernel.name} does not use the tensor cores"
         assert not kernel.spills, f"{kernel.name}: {kernel.stack} bytes of stack, {kernel.registers} registers"
         assert kernel.shared <= SHARED_LIMIT, f"{kernel.name}: {kernel.shared} bytes of shared memory"
-        assert kernel.count(r"LDGSTS\S*\.128"), f"{kernel.name} does not copy 16 bytes at a time into shared memory"
+        wide = r"LDG\S*\.128" if single else r"LDGSTS\S*\.128"
+        assert kernel.count(wide), f"{kernel.name} does not load 16 bytes at a time, in half precision to shared memory"

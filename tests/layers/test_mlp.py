@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from megatron_ds.layers.mlp import MLP
 from megatron_ds.mesh import Axis
 from megatron_ds.rng import initialize_parameters
 
 
-@pytest.mark.parametrize(("activation", "dtype"), [("gelu_tanh", torch.float64), ("swiglu", torch.float32)])
-def test_a_compiled_activation_is_the_same_function(activation: str, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
+def mlp_of(activation: str, dtype: torch.dtype) -> MLP:
     mlp = MLP(
         "mlp",
         16,
@@ -26,6 +28,21 @@ def test_a_compiled_activation_is_the_same_function(activation: str, dtype: torc
         dtype=dtype,
     )
     initialize_parameters(mlp.parameters(), 1)
+    return mlp
+
+
+@pytest.mark.parametrize(("activation", "act"), [("swiglu", F.silu), ("geglu", F.gelu)])
+def test_gated_activations_from_their_definition(activation: str, act: Callable[[Tensor], Tensor]) -> None:
+    mlp, x = mlp_of(activation, torch.float64), torch.randn(6, 2, 16, dtype=torch.float64)
+    gate, up = mlp.gate_up.weight
+    want = F.linear(act(F.linear(x, gate)) * F.linear(x, up), mlp.down.weight)
+    torch.testing.assert_close(mlp(x), want, rtol=1e-13, atol=1e-12)
+
+
+@pytest.mark.parametrize(("activation", "dtype"), [("gelu_tanh", torch.float64), ("swiglu", torch.float32)])
+def test_a_compiled_activation_is_the_same_function(activation: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    mlp = mlp_of(activation, dtype)
     x = torch.randn(6, 2, 16, dtype=dtype, requires_grad=True)
     outputs, gradients = [], []
     for compiled in (False, True):

@@ -159,7 +159,7 @@ RUNS: dict[str, tuple[int, dict[str, Any], dict[str, dict[str, Any]]]] = {
     "tp2-full": (2, DROPOUT, {"mesh": {"tp": 2, "sequence_parallel": False}, "recompute": {"mode": "full"}}),
     "sparse-tp2-sp": (2, SPARSE, {"mesh": {"tp": 2}, "data": {"document_masking": False}}),
     "sparse-untied-pp2": (2, UNTIED, {"mesh": {"pp": 2}, "data": {"document_masking": False}}),
-    "dp2": (2, DROPOUT, {"mesh": {"dp": 2}}),
+    "dp2-zero3": (2, DROPOUT, {"mesh": {"dp": 2}, "zero": {"stage": 3, "persistence_threshold": 0}}),
 }
 
 
