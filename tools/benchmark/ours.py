@@ -26,6 +26,8 @@ def configuration(
     sequence_parallel: bool = False,
     layers_per_stage: tuple[int, ...] | None = None,
     compiled: bool = False,
+    zero: int = 1,
+    offload: str = "none",
 ) -> RunConfig:
     """The workload as a run's configuration. A pipeline runs 8 micro-batches, everything else ``w.accumulate``."""
     family = {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "tied_embeddings": False}
@@ -42,6 +44,7 @@ def configuration(
         },
         "mesh": {"dp": dp, "tp": tp, "pp": pp, "sequence_parallel": sequence_parallel},
         "pipeline": {"layers_per_stage": layers_per_stage},
+        "zero": {"stage": zero, "offload_optimizer": {"device": offload}},
         "optimizer": {
             "lr": w.lr,
             "beta1": w.betas[0],

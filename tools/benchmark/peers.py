@@ -64,22 +64,27 @@ def zero_redundancy(w: Workload) -> Step:
     return training_step(wrapped, wrapped, w, optimizer, dist.get_rank(), dist.get_world_size())
 
 
-def deepspeed_zero1(w: Workload) -> Step:
-    import deepspeed
+def deepspeed(w: Workload, stage: int, offload: bool = False) -> Step:
+    """DeepSpeed on its CPU accelerator. With offload it runs its own CPU Adam, which it compiles at first use."""
+    import deepspeed as ds
 
     model = build(w)
     optimizer = adamw(model, w)
     ranks = dist.get_world_size()
+    zero: dict[str, Any] = {"stage": stage}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
     config: dict[str, Any] = {
         "train_batch_size": w.batch,
         "train_micro_batch_size_per_gpu": w.batch // ranks,
         "gradient_clipping": w.clip,
-        "zero_optimization": {"stage": 1},
+        "zero_optimization": zero,
+        "bf16": {"enabled": w.dtype == "bf16"},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    engine, *_ = ds.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     draw = w.batches(dist.get_rank(), ranks)
 
     def step() -> torch.Tensor:
@@ -95,13 +100,14 @@ def deepspeed_zero1(w: Workload) -> Step:
 def fsdp2(w: Workload) -> Step:
     """``fully_shard`` on every block and on the whole: ZeRO-3, the only kind it knows."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     model = build(w)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if w.dtype == "bf16" else None)
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     return training_step(model, model, w, adamw(model, w), dist.get_rank(), dist.get_world_size())
 
 

@@ -40,7 +40,7 @@ class Contestant:
 
     @property
     def key(self) -> str:
-        return f"{self.name} {self.dtype}"
+        return f"{self.name} {self.dtype}" + (f" x{self.ranks}" if self.ranks > 2 else "")
 
     @property
     def reference(self) -> str:
@@ -62,6 +62,19 @@ def _one_process(dtype: str) -> list[Contestant]:
     ]
 
 
+def _zero(dtype: str, ranks: int) -> list[Contestant]:
+    """Stages 2 and 3 and offload, beside those who shard as much."""
+    return [
+        Contestant("ours-zero2", dtype, ranks, "megatron-ds ZeRO-2"),
+        Contestant("deepspeed-zero2", dtype, ranks, "DeepSpeed ZeRO-2"),
+        Contestant("ours-zero3", dtype, ranks, "megatron-ds ZeRO-3"),
+        Contestant("deepspeed-zero3", dtype, ranks, "DeepSpeed ZeRO-3"),
+        Contestant("fsdp2", dtype, ranks, "torch FSDP2"),
+        Contestant("ours-zero2-offload", dtype, ranks, "megatron-ds ZeRO-2, optimizer on the host"),
+        Contestant("deepspeed-zero2-offload", dtype, ranks, "DeepSpeed ZeRO-2, optimizer on the host"),
+    ]
+
+
 CONTESTANTS = [
     *_one_process("fp32"),
     *_one_process("bf16"),
@@ -69,7 +82,6 @@ CONTESTANTS = [
     Contestant("ddp", "fp32", 2, "torch DDP"),
     Contestant("zero-redundancy", "fp32", 2, "DDP + ZeroRedundancyOptimizer"),
     Contestant("deepspeed-zero1", "fp32", 2, "DeepSpeed ZeRO-1"),
-    Contestant("fsdp2", "fp32", 2, "torch FSDP2"),
     Contestant("ours-tp", "fp32", 2, "megatron-ds TP 2"),
     Contestant("dtensor-tp", "fp32", 2, "DTensor parallelize_module TP 2"),
     Contestant("ours-tp-sp", "fp32", 2, "megatron-ds TP 2 + SP"),
@@ -78,6 +90,9 @@ CONTESTANTS = [
     Contestant("torch-1f1b-3+3", "fp32", 2, "torch Schedule1F1B, 3+3 layers"),
     Contestant("ours-1f1b-4+2", "fp32", 2, "megatron-ds 1F1B, 4+2 layers"),
     Contestant("torch-1f1b-4+2", "fp32", 2, "torch Schedule1F1B, 4+2 layers"),
+    *_zero("fp32", 2),
+    *_zero("bf16", 2),
+    *_zero("fp32", 4),
 ]
 
 

@@ -33,6 +33,10 @@ def builders() -> dict[str, Builder]:
 
         return make
 
+    def of_ranks(make: Callable[..., Builder]) -> Builder:
+        """Data-parallel over all ranks of the run, however many those are."""
+        return lambda w: make(dp=dist.get_world_size())(w)
+
     plain = partial(of, "plain", "plain")
     peer = partial(of, "peers")
     ours = partial(of, "ours", "training_step")
@@ -43,7 +47,10 @@ def builders() -> dict[str, Builder]:
         "huggingface": peer("huggingface"),
         "ddp": peer("ddp"),
         "zero-redundancy": peer("zero_redundancy"),
-        "deepspeed-zero1": peer("deepspeed_zero1"),
+        "deepspeed-zero1": peer("deepspeed", 1),
+        "deepspeed-zero2": peer("deepspeed", 2),
+        "deepspeed-zero3": peer("deepspeed", 3),
+        "deepspeed-zero2-offload": peer("deepspeed", 2, offload=True),
         "fsdp2": peer("fsdp2"),
         "dtensor-tp": peer("dtensor_tp", False),
         "dtensor-tp-sp": peer("dtensor_tp", True),
@@ -51,7 +58,11 @@ def builders() -> dict[str, Builder]:
         "torch-1f1b-4+2": peer("torch_pipeline", (4, 2)),
         "ours": ours(),
         "ours-compile": ours(compiled=True),
-        "ours-zero1": ours(dp=2),
+        **{
+            f"ours-zero{stage}{suffix}": of_ranks(partial(ours, zero=stage, offload=offload))
+            for stage in (1, 2, 3)
+            for suffix, offload in (("", "none"), ("-offload", "cpu"))
+        },
         "ours-tp": ours(tp=2),
         "ours-tp-sp": ours(tp=2, sequence_parallel=True),
         "ours-1f1b-3+3": ours(pp=2, layers_per_stage=(3, 3)),
