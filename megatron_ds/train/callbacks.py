@@ -119,7 +119,8 @@ class MetricsFile(Callback):
 
 
 class TensorBoard(Callback):
-    """Loss, learning rate, gradient norm, tokens/s, TFLOP/s a rank, MFU where known, memory, skipped steps."""
+    """Loss, learning rate, gradient norm, tokens/s, TFLOP/s a rank, MFU where known, share of the time spent waiting
+    for data, memory, skipped steps."""
 
     def __init__(self, folder: Path, mesh: Mesh, every: int):
         self.folder, self.mesh, self.every = folder, mesh, every

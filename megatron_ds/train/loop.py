@@ -79,7 +79,9 @@ class Loop:
                 while self.step < total and not stopped:
                     step = self.step + 1
                     self._call("before_step", step)
-                    result = self.parts.step(self._to_device(next(batches)), step, self._asked_to_stop.is_set())
+                    with self.speedometer.waiting_for_data():
+                        own = next(batches)
+                    result = self.parts.step(self._to_device(own), step, self._asked_to_stop.is_set())
                     self.step = step
                     stopped = result.stop
                     self.speedometer.add(result.tokens)

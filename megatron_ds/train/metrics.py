@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -48,22 +50,32 @@ class Speedometer:
     def __init__(self, flops_per_token: float, ranks: int, peak: float | None):
         self.flops_per_token, self.ranks, self.peak = flops_per_token, ranks, peak
         self.tokens = 0
+        self.waited = 0.0
         self.start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time of the body as time in which this rank waited for its next batch."""
+        begin = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - begin
 
     def add(self, tokens: int) -> None:
         self.tokens += tokens
 
     def restart(self) -> None:
         """Start a new interval here: time spent on evaluation or saving is not training."""
-        self.tokens, self.start = 0, time.perf_counter()
+        self.tokens, self.waited, self.start = 0, 0.0, time.perf_counter()
 
     def read(self) -> dict[str, float]:
-        """``tokens_per_s``, ``tflops_per_rank`` and, where the peak is known, ``mfu``; starts a new interval."""
+        """``tokens_per_s``, ``tflops_per_rank``, where the peak is known ``mfu``, and ``data_wait``, the share of the
+        time that this rank waited for data; starts a new interval."""
         now = time.perf_counter()
-        rate = self.tokens / max(now - self.start, 1e-9)
-        self.tokens, self.start = 0, now
+        seconds = max(now - self.start, 1e-9)
+        rate, wait = self.tokens / seconds, self.waited / seconds
+        self.tokens, self.waited, self.start = 0, 0.0, now
         tflops = rate * self.flops_per_token / self.ranks / 1e12
-        values = {"tokens_per_s": rate, "tflops_per_rank": tflops}
+        values = {"tokens_per_s": rate, "tflops_per_rank": tflops, "data_wait": wait}
         if self.peak:
             values["mfu"] = tflops / self.peak
         return values

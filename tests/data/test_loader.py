@@ -60,6 +60,15 @@ def test_every_mesh_reads_the_same_global_batches(dataset: GPTDataset, micro_bat
         assert torch.equal(batch["tokens"], torch.from_numpy(dataset.batch(batch["sample_index"].numpy())["tokens"]))
 
 
+def test_a_rank_reads_its_own_samples_alone(dataset: GPTDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    real = GPTDataset.batch
+    monkeypatch.setattr(GPTDataset, "batch", lambda self, places: read.extend(places.tolist()) or real(self, places))
+    with BatchLoader(dataset, 12, 2, 1, 3, prefetch=0) as loader:
+        seen = [i for step in islice(loader, 2) for m in step for i in m["sample_index"].tolist()]
+    assert read == seen == [2, 3, 8, 9, 14, 15, 20, 21]
+
+
 def test_tensors(dataset: GPTDataset) -> None:
     with BatchLoader(dataset, 4, 2) as loader:
         micro_batches = next(loader)

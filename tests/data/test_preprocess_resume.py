@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -69,6 +70,18 @@ def test_stopped_at_every_block_and_continued(
             break
     else:
         pytest.fail("never ran to its end")
+
+
+def test_the_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    blocks_of(700, monkeypatch)
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl(TEXTS))
+    run([source], tmp_path / "out", show_progress=True)
+    tokens = sum(len(text.encode()) for text in TEXTS)
+    last = capfd.readouterr().err.split("\r")[-1]
+    assert re.search(rf"preprocess: 100%.*\[\d\d:\d\d<\d\d:\d\d, .*B/s, 40 docs, {tokens:,} tokens\]", last), last
+    run([source], tmp_path / "quiet")
+    assert capfd.readouterr().err == ""
 
 
 def test_killed_at_random_moments_and_continued(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from megatron_ds.train.step import StepResult
 
 NAMES = {
     *("train/loss", "train/learning_rate", "train/gradient_norm", "train/loss_scale", "train/skipped_steps"),
-    *("speed/tokens_per_s", "speed/tflops_per_rank", "speed/mfu", "memory/peak_gb", "valid/loss"),
+    *("speed/tokens_per_s", "speed/tflops_per_rank", "speed/mfu", "speed/data_wait", "memory/peak_gb", "valid/loss"),
 }
 
 
@@ -61,6 +61,7 @@ def test_tensorboard_holds_every_named_value_of_a_run_and_of_its_continuation(
     for line in lines:
         assert line["tokens"] == 4 * 8
         assert line["mfu"] == pytest.approx(line["tflops_per_rank"] / 0.5)
+        assert 0 <= line["data_wait"] < 1
     assert 0.05 < shown["memory/peak_gb"][0][1] < 64
     # The learning rate goes on where it was: cosine over 4 steps, then over 6.
     assert all(line["learning_rate"] < 3e-4 for line in lines)
@@ -124,14 +125,19 @@ def test_speed_is_tokens_over_time_and_flops_over_ranks(monkeypatch: pytest.Monk
     speed = Speedometer(flops_per_token=6e6, ranks=4, peak=0.5)
     speed.add(1000)
     speed.add(1000)
-    clock[0] += 0.004
-    assert speed.read() == pytest.approx({"tokens_per_s": 5e5, "tflops_per_rank": 0.75, "mfu": 1.5})
+    clock[0] += 0.003
+    with speed.waiting_for_data():
+        clock[0] += 0.001
+    assert speed.read() == pytest.approx({"tokens_per_s": 5e5, "tflops_per_rank": 0.75, "mfu": 1.5, "data_wait": 0.25})
     speed.add(100)
+    with speed.waiting_for_data():
+        clock[0] += 1.0
     clock[0] += 50.0  # an evaluation, say
     speed.restart()
     speed.add(300)
     clock[0] += 3.0
-    assert speed.read()["tokens_per_s"] == pytest.approx(100.0)
+    read = speed.read()
+    assert read["tokens_per_s"] == pytest.approx(100.0) and read["data_wait"] == 0.0
     assert "mfu" not in Speedometer(1.0, 1, None).read()
 
 

@@ -81,10 +81,14 @@ def test_blend_url_ramp_and_masking_in_one_run_that_resumes_on_other_meshes(
     assert len(read_losses(parts)) == 6
     assert max(abs(a - b) for a, b in zip(read_losses(whole), read_losses(parts))) < 1e-9
     assert any((tmp_path / "cache").rglob("other.idx"))  # the copy of the remote one
+    # Another size of batch from there on: the samples go on where they were.
+    again = ["--train.batch-ramp", "None", "--train.global-batch", "4", "--train.steps", "8"]
+    assert run(monkeypatch, *own, *again) == 0
 
     # What was trained on, from the parts of the blend: the train documents of each, three to one.
     train = sources(*own).train
-    places = np.arange(30)  # the sum of 2, 2, 4, 6, 8, 8
+    sizes = [2, 2, 4, 6, 8, 8, 4, 4]
+    places = np.arange(sum(sizes))
     which, within = BlendSchedule([3, 1])(places)
     alone = [
         GPTDataset(IndexedDataset(one), 8, (0, 48), 1234, True, True, True),
@@ -97,8 +101,8 @@ def test_blend_url_ramp_and_masking_in_one_run_that_resumes_on_other_meshes(
         for name in expected:
             assert (batch[name][place] == expected[name][0]).all(), (place, name)
         counted.append(int(expected["loss_mask"].sum()))
-    ends = np.cumsum([2, 2, 4, 6, 8, 8])
-    assert tokens_a_step(whole) == [sum(counted[end - size : end]) for end, size in zip(ends, [2, 2, 4, 6, 8, 8])]
+    expected_tokens = [sum(counted[end - size : end]) for end, size in zip(np.cumsum(sizes), sizes)]
+    assert tokens_a_step(parts) == expected_tokens and tokens_a_step(whole) == expected_tokens[:6]
 
 
 def test_a_blend_for_each_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
