@@ -33,13 +33,13 @@ def builders() -> dict[str, Builder]:
 
         return make
 
-    def of_ranks(make: Callable[..., Builder]) -> Builder:
-        """Data-parallel over all ranks of the run, however many those are."""
-        return lambda w: make(dp=dist.get_world_size())(w)
-
     plain = partial(of, "plain", "plain")
     peer = partial(of, "peers")
     ours = partial(of, "ours", "training_step")
+
+    def zero(stage: int, offload: str = "none") -> Builder:
+        """Data-parallel over all ranks of the run, however many those are."""
+        return lambda w: ours(dp=dist.get_world_size(), zero=stage, offload=offload)(w)
 
     return {
         "plain": plain(False),
@@ -58,11 +58,10 @@ def builders() -> dict[str, Builder]:
         "torch-1f1b-4+2": peer("torch_pipeline", (4, 2)),
         "ours": ours(),
         "ours-compile": ours(compiled=True),
-        **{
-            f"ours-zero{stage}{suffix}": of_ranks(partial(ours, zero=stage, offload=offload))
-            for stage in (1, 2, 3)
-            for suffix, offload in (("", "none"), ("-offload", "cpu"))
-        },
+        "ours-zero1": zero(1),
+        "ours-zero2": zero(2),
+        "ours-zero3": zero(3),
+        "ours-zero2-offload": zero(2, "cpu"),
         "ours-tp": ours(tp=2),
         "ours-tp-sp": ours(tp=2, sequence_parallel=True),
         "ours-1f1b-3+3": ours(pp=2, layers_per_stage=(3, 3)),
