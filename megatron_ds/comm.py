@@ -79,6 +79,13 @@ def all_reduce_start(tensor: torch.Tensor, axis: Axis, op: Any = dist.ReduceOp.S
     return Pending(tensor, dist.all_reduce(tensor, op, group=axis.group, async_op=True))
 
 
+def broadcast(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Give every rank of the axis the first one's ``tensor``, in place."""
+    if axis.group is not None:
+        dist.broadcast(tensor, axis.ranks[0], group=axis.group)
+    return tensor
+
+
 def reduce_scatter_start(output: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> Pending:
     """Sum ``tensor`` over the axis; rank r keeps slice r of dim 0 in ``output``. ``output`` may be that very slice."""
     if axis.group is None:

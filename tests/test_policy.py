@@ -27,7 +27,8 @@ ORDER = (
     ("comm", "config", "rng", "shared_memory"),
     ("checkpoint", "data", "layers", "optim", "pipeline"),
     ("models", "zero"),
-    ("engine", "inference", "planner", "train"),
+    ("inference", "planner", "train"),
+    ("engine",),
     ("integrations", "testing"),
     PROGRAMS,
 )
@@ -321,7 +322,8 @@ print("imported", len(sys.argv) - 1)
 
 
 def test_everything_imports_without_triton_and_transformers() -> None:
-    paths = [path for path in sources(*LIBRARY) if not path.startswith("kernels/triton/")]
+    needed = ("kernels/triton/", "megatron_ds/integrations/")  # these are about nothing else
+    paths = [path for path in sources(*LIBRARY) if not path.startswith(needed)]
     modules = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in paths]
     modules = [name if name.startswith("megatron_ds") else f"megatron_ds.{name}" for name in modules]
     done = subprocess.run(

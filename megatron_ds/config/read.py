@@ -48,14 +48,18 @@ def from_dict(config_class: type[C], values: dict[str, Any], source: str) -> C:
 
 def load_toml(path: str | Path) -> RunConfig:
     """The configuration of a TOML file; keys left out have their defaults."""
+    return from_dict(RunConfig, read_toml(path), str(path))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The plain values of a TOML file."""
     try:
         with open(path, "rb") as file:
-            values = tomllib.load(file)
+            return tomllib.load(file)
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: no such file") from None
     except tomllib.TOMLDecodeError as invalid:
         raise ConfigError(f"--config {path}: not valid TOML: {invalid}") from None
-    return from_dict(RunConfig, values, str(path))
 
 
 def parse(arguments: Sequence[str] | None = None, description: str | None = None) -> RunConfig:

@@ -107,7 +107,7 @@ def job(place: Place, timeout: float) -> Iterator[Job]:
     if place.world_size == 1:
         yield Job(place, timeout, None)
         return
-    ranks = Job(place, timeout, _connect(place, timeout))
+    ranks = Job(place, timeout, connect(place, timeout))
     try:
         yield ranks
         if dist.is_initialized():
@@ -213,7 +213,8 @@ class Job:
             self.watch.describe = where
 
 
-def _connect(place: Place, timeout: float) -> dist.Store:
+def connect(place: Place, timeout: float) -> dist.Store:
+    """The store where the ranks of this job meet. Raises StartError if they do not."""
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timedelta(seconds=timeout)))

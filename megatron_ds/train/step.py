@@ -78,6 +78,7 @@ class TrainStep:
         self.executor, self.optimizer, self.mesh, self.scaler = executor, optimizer, mesh, scaler
         self.clip_norm, self.rate, self.count = clip_norm, rate, count
         self._seeded = torch.ones((), dtype=torch.float64)
+        self._reduced = False
 
     def __call__(self, micro_batches: Sequence[MicroBatch], step: int, stop: bool = False) -> StepResult:
         """Run step number ``step`` (the first is 1) on this rank's micro-batches of the global batch.
@@ -93,7 +94,18 @@ class TrainStep:
         """Start a step whose loss will be divided by ``count`` (0-d float64); the gradient that seeds its backwards."""
         self.optimizer.start_step()
         self._seeded = count.clamp(min=1)
+        self._reduced = False
         return self.scaler.scale / self._seeded
+
+    def reduce(self) -> None:
+        """Make the gradients whole; :meth:`finish` does so too, and once is enough."""
+        if not self._reduced:
+            self.optimizer.finish_gradients()
+            self._reduced = True
+
+    def excess(self, count: Tensor) -> float:
+        """What the gradients are too large by: the loss scale, times 1 but for a count that came out different."""
+        return self.scaler.scale * (count.clamp(min=1) / self._seeded).item()
 
     def finish(self, step: int, loss_sum: Tensor, count: Tensor, stop: bool = False) -> StepResult:
         """Reduce, clip and update, or skip, after the last backward pass.
@@ -103,10 +115,9 @@ class TrainStep:
             count: what the loss is divided by after all, if it was not known when the step began.
         """
         rate, loss_scale = self.rate(step), self.scaler.scale
-        self.optimizer.finish_gradients()
+        self.reduce()
         norm_squared, loss, stopping = self._sum_over_world(self.optimizer.norm_squared(), loss_sum, stop)
-        # What the gradients are too large by: 1 x the loss scale, but for a count that came out different.
-        scale = loss_scale * (count.clamp(min=1) / self._seeded).item()
+        scale = self.excess(count)
         norm_squared /= scale * scale
         skipped = not math.isfinite(norm_squared)
         norm = norm_squared if skipped else math.sqrt(norm_squared)

@@ -1,0 +1,122 @@
+"""The ``optimizer`` and ``scheduler`` sections of a DeepSpeed JSON, whose keys depend on their ``type``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_ds.errors import nearest
+
+_PARAMS = (
+    "lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "momentum", "bias_correction", "amsgrad",
+    "dampening", "nesterov", "alpha", "centered", "lr_decay", "initial_accumulator_value", "momentum_decay", "rho",
+)  # fmt: skip
+_SCHEDULER = {
+    "WarmupLR": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type"),
+    "WarmupDecayLR": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type", "total_num_steps"),
+    "WarmupCosineLR": ("warmup_min_ratio", "cos_min_ratio", "warmup_num_steps", "warmup_type", "total_num_steps"),
+}
+OPTIMIZER_KEYS = (
+    "optimizer.type",
+    *(f"optimizer.params.{name}" for name in _PARAMS),
+    "scheduler.type",
+    *dict.fromkeys(f"scheduler.params.{name}" for names in _SCHEDULER.values() for name in names),
+)
+# What each of torch.optim's elementwise classes takes of the above.
+_TORCH = {
+    "Adam": ("lr", "betas", "eps", "weight_decay", "amsgrad"),
+    "AdamW": ("lr", "betas", "eps", "weight_decay", "amsgrad"),
+    "SGD": ("lr", "momentum", "dampening", "weight_decay", "nesterov"),
+    "RMSprop": ("lr", "alpha", "eps", "weight_decay", "momentum", "centered"),
+    "Adagrad": ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps"),
+    "Adamax": ("lr", "betas", "eps", "weight_decay"),
+    "NAdam": ("lr", "betas", "eps", "weight_decay", "momentum_decay"),
+    "RAdam": ("lr", "betas", "eps", "weight_decay"),
+    "Adadelta": ("lr", "rho", "eps", "weight_decay"),
+}
+_OTHERS = ("Lamb", "OneBitAdam", "ZeroOneAdam", "OneBitLamb", "Lion", "Muon", "Adafactor", "LBFGS", "SparseAdam")
+
+
+def _section(flat: Mapping[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
+    prefix = f"{name}.params."
+    params = {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
+    return flat.get(f"{name}.type"), {key: value for key, value in params.items() if value is not None}
+
+
+def optimizer_of(flat: Mapping[str, Any], built: dict[str, Any], faults: list[str]) -> None:
+    """Our own AdamW where it has the same update; else torch's class of that name, with the file's arguments."""
+    kind, params = _section(flat, "optimizer")
+    if kind is None:
+        if params:
+            faults.append(f"optimizer.params {sorted(params)} without optimizer.type; use AdamW, for one")
+        return
+    name = next((known for known in _TORCH if str(kind).lower() == known.lower()), None)
+    if name is None:
+        other = (
+            " updates a matrix or its whole layer at once, and a rank holds a flat part; "
+            if kind in _OTHERS
+            else " is unknown"
+        )
+        faults.append(
+            f"optimizer.type={kind!r}{other}{'' if kind in _OTHERS else nearest(str(kind), _TORCH) + '; '}use one of "
+            f"{', '.join(_TORCH)}, or give initialize() an elementwise torch optimizer"
+        )
+        return
+    params.pop("torch_adam", None)  # which of two implementations of the same update
+    decoupled = params.pop("adam_w_mode", True) or name == "AdamW"
+    if params.pop("bias_correction", True) is not True:
+        faults.append("optimizer.params.bias_correction=false is not supported: remove it")
+    if name == "Adam" and decoupled:
+        name = "AdamW"  # there "Adam" decays as AdamW does, unless told otherwise
+    unknown = [key for key in params if key not in _TORCH[name]]
+    if unknown:
+        faults.append(
+            f"optimizer.params.{unknown[0]}: {name} has no such argument{nearest(unknown[0], _TORCH[name])}; it takes "
+            f"{', '.join(_TORCH[name])}"
+        )
+        return
+    section = built.setdefault("optimizer", {})
+    if name != "AdamW" or params.get("amsgrad"):
+        built["torch_optimizer"] = {"name": name, "params": params}
+        return
+    betas = params.get("betas", (0.9, 0.999))
+    if not (isinstance(betas, list | tuple) and len(betas) == 2):
+        faults.append(f"optimizer.params.betas={betas!r} must be two numbers")
+        return
+    # Where the file is silent, that class's own defaults hold and not ours.
+    section.update(name="adamw", lr=params.get("lr", 1e-3), beta1=betas[0], beta2=betas[1], eps=params.get("eps", 1e-8))
+    section["weight_decay"] = params.get("weight_decay", 0.01)
+
+
+def scheduler_of(flat: Mapping[str, Any], built: dict[str, Any], faults: list[str], notes: list[str]) -> None:
+    kind, params = _section(flat, "scheduler")
+    if kind is None:
+        if params:
+            faults.append(
+                f"scheduler.params {sorted(params)} without scheduler.type; use one of {', '.join(_SCHEDULER)}"
+            )
+        return
+    if kind not in _SCHEDULER:
+        faults.append(
+            f"scheduler.type={kind!r} is not supported{nearest(str(kind), _SCHEDULER)}; use one of "
+            f"{', '.join(_SCHEDULER)}, or give initialize() a torch scheduler"
+        )
+        return
+    values: dict[str, Any] = {"name": kind}
+    for key, value in params.items():
+        if key not in _SCHEDULER[kind]:
+            # People keep one file and change the type.
+            notes.append(f"scheduler.params.{key}={value!r}: {kind} does not use it")
+            continue
+        if key.endswith("_steps"):
+            if not isinstance(value, int | float) or value != int(value) or value < 1:
+                faults.append(f"scheduler.params.{key}={value!r} must be a whole number above 0")
+                continue
+            value = int(value)
+        values[key] = value
+    total, warmup = values.get("total_num_steps"), values.get("warmup_num_steps", 1000)
+    if kind != "WarmupLR" and total is None and "scheduler.params.total_num_steps" not in " ".join(faults):
+        faults.append(f"scheduler.type={kind!r} needs scheduler.params.total_num_steps, the updates of the run")
+    elif total is not None and total < warmup:
+        faults.append(f"scheduler.params.total_num_steps={total} is less than warmup_num_steps={warmup}")
+    built["schedule"] = values

@@ -1,0 +1,190 @@
+"""The settings of ``megatron_ds.initialize()``: pretraining's sections, and what a user's own model needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from megatron_ds.config.schema import OptimizerConfig, PrecisionConfig, ZeroConfig, _Section
+from megatron_ds.config.zero import zero_faults
+from megatron_ds.errors import ConfigError
+
+# The optimizer section's other defaults here: whoever brings a model and a loop expects what plain torch does.
+_PLAIN = {"schedule": "constant", "clip_norm": 0.0}
+
+
+class WarmupSchedule(_Section):
+    """The learning rate that DeepSpeed's scheduler of that name gives, update by update."""
+
+    name: Literal["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"] = Field(
+        description="Constant, linear or cosine after."
+    )
+    warmup_num_steps: int = Field(1000, gt=0, description="Updates of warm-up.")
+    warmup_type: Literal["log", "linear"] = Field("log", description="Shape of the warm-up.")
+    warmup_min_lr: float = Field(0.0, ge=0, description="WarmupLR, WarmupDecayLR: where the warm-up starts.")
+    warmup_max_lr: float = Field(0.001, ge=0, description="WarmupLR, WarmupDecayLR: where it ends; not optimizer.lr.")
+    total_num_steps: int | None = Field(None, gt=0, description="WarmupDecayLR, WarmupCosineLR: updates of the run.")
+    warmup_min_ratio: float = Field(0.0, ge=0, description="WarmupCosineLR: start of the warm-up, of optimizer.lr.")
+    cos_min_ratio: float = Field(0.0001, ge=0, description="WarmupCosineLR: end of the decay, of optimizer.lr.")
+
+
+class TorchOptimizerConfig(_Section):
+    """An optimizer of ``torch.optim`` by name, instead of the optimizer section's."""
+
+    name: str = Field(description="Class in torch.optim; elementwise ones only (not LBFGS, Adafactor, Muon).")
+    params: dict[str, Any] = Field({}, description="Keyword arguments of the class; they apply to every parameter.")
+
+
+class EngineLogConfig(_Section):
+    """What rank 0 prints."""
+
+    every: int = Field(0, ge=0, description="Steps between lines with loss, learning rate and speed; 0 for none.")
+    breakdown: bool = Field(False, description="Seconds of forward, backward and step in those lines.")
+
+
+class EngineConfig(_Section):
+    """Train any ``nn.Module`` with ZeRO."""
+
+    micro_batch: int | None = Field(None, gt=0, description="Samples a forward pass on one rank.")
+    accumulation: int | None = Field(None, gt=0, description="Micro-batches an optimizer step on one rank. Default: 1.")
+    global_batch: int | None = Field(
+        None, gt=0, description="Samples an optimizer step: micro_batch x accumulation x ranks. Any two give the third."
+    )
+    losses: Literal["mean", "sum"] = Field(
+        "mean",
+        description="mean: gradients are averaged over a step's micro-batches. sum: they add up, for losses that were "
+        "divided by the accumulation, or by the tokens of the whole batch, already. Over ranks they are averaged.",
+    )
+    steps: int | None = Field(None, gt=0, description="Optimizer steps of the run, for a schedule that decays.")
+    seed: int = Field(1234, ge=0, description="Initial weights of a model that was built on the meta device.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where every local rank has a GPU.")
+    timeout: float = Field(600.0, gt=0, description="Seconds a collective may take.")
+    decay: Literal["matrices", "all"] = Field(
+        "matrices", description="What optimizer.weight_decay applies to: all but biases and norms, or every parameter."
+    )
+    cast_inputs: bool = Field(False, description="Floating-point inputs of forward() are cast to precision.dtype.")
+    zero: ZeroConfig = ZeroConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(**_PLAIN)
+    torch_optimizer: TorchOptimizerConfig | None = None
+    schedule: WarmupSchedule | None = None
+    precision: PrecisionConfig = PrecisionConfig()
+    log: EngineLogConfig = EngineLogConfig()
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _plain_defaults(cls, value: Any) -> Any:
+        if isinstance(value, OptimizerConfig):
+            value = value.model_dump(exclude_unset=True)
+        return {**_PLAIN, **value} if isinstance(value, dict) else value
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def fingerprint(self) -> str:
+        """Hash of every setting: ranks compare it before they start."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def keeps_dtype(self) -> bool:
+        """precision.dtype was not set: the model stays in the dtype it came in."""
+        return "dtype" not in self.precision.model_fields_set
+
+    def optimizer_settings(self) -> list[str]:
+        """Settings of an update rule that were made: they contradict an optimizer that the caller brings."""
+        given = sorted(self.optimizer.model_fields_set - {"clip_norm"})
+        return [f"optimizer.{name}" for name in given if getattr(self.optimizer, name) != _PLAIN.get(name)]
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Samples an optimizer step, samples a micro-batch (None: never said), micro-batches a step on one rank."""
+
+    global_batch: int | None
+    micro_batch: int | None
+    accumulation: int
+
+
+def batch_sizes(config: EngineConfig, dp: int) -> BatchSizes:
+    """The three sizes for ``dp`` data-parallel ranks, those left out derived from the others.
+
+    Raises:
+        ConfigError: they do not multiply; with the numbers and the nearest that do.
+    """
+    whole, micro, steps = config.global_batch, config.micro_batch, config.accumulation
+    if whole is None:
+        return BatchSizes(None if micro is None else micro * (steps or 1) * dp, micro, steps or 1)
+    if micro is None:
+        known, name = (steps or 1) * dp, f"accumulation={steps or 1} x dp={dp}"
+    elif steps is None:
+        known, name = micro * dp, f"micro_batch={micro} x dp={dp}"
+    else:
+        known, name = micro * steps * dp, f"micro_batch={micro} x accumulation={steps} x dp={dp}"
+        if whole != known:
+            raise ConfigError(
+                f"global_batch={whole} is not {name} = {known}; use global_batch={known}, or leave one of the three "
+                f"unset{_nearest_accumulation(whole, micro * dp)}"
+            )
+    if whole % known:
+        below, above = whole // known * known, -(-whole // known) * known
+        legal = f"{below} or {above}" if below else str(above)
+        raise ConfigError(f"global_batch={whole} is not a multiple of {name} = {known}; use {legal}")
+    if micro is None:
+        return BatchSizes(whole, whole // known, steps or 1)
+    return BatchSizes(whole, micro, steps or whole // known)
+
+
+def _nearest_accumulation(whole: int, portion: int) -> str:
+    return f" (accumulation={whole // portion} would make it {whole})" if whole % portion == 0 else ""
+
+
+def engine_faults(config: EngineConfig, dp: int) -> Iterator[str]:
+    """What does not fit together; a setting that would do nothing counts."""
+    yield from zero_faults(config.zero, dp)
+    section, precision = config.optimizer, config.precision
+    if precision.dtype != "fp16" and precision.loss_scale is not None and not config.keeps_dtype:
+        yield f"precision.loss_scale={precision.loss_scale:g} is for fp16; precision.dtype is {precision.dtype}"
+    if section.min_lr > section.lr:
+        yield f"optimizer.min_lr={section.min_lr:g} is above optimizer.lr={section.lr:g}"
+    if config.torch_optimizer is not None and (given := config.optimizer_settings()):
+        yield (
+            f"torch_optimizer.name={config.torch_optimizer.name!r} and {', '.join(given)} are two optimizers; "
+            "use torch_optimizer.params"
+        )
+    decays = section.schedule in ("cosine", "linear", "wsd")
+    if config.schedule is None and decays and section.decay_steps is None and config.steps is None:
+        yield (
+            f"optimizer.schedule={section.schedule!r} decays to the end of the run, which is not known; "
+            "set steps or optimizer.decay_steps"
+        )
+    end = section.decay_steps or config.steps
+    if end is not None and section.warmup_steps > end:
+        yield f"optimizer.warmup_steps={section.warmup_steps} is more than the {end} steps of the schedule"
+    schedule = config.schedule
+    if schedule is not None:
+        if "schedule" in section.model_fields_set and section.schedule != "constant":
+            yield f"schedule.name={schedule.name!r} and optimizer.schedule={section.schedule!r}; use one of them"
+        if schedule.name != "WarmupLR" and schedule.total_num_steps is None:
+            yield f"schedule.name={schedule.name!r} needs schedule.total_num_steps, the updates of the run"
+        elif schedule.name != "WarmupLR" and (schedule.total_num_steps or 0) < schedule.warmup_num_steps:
+            yield (
+                f"schedule.total_num_steps={schedule.total_num_steps} is less than "
+                f"schedule.warmup_num_steps={schedule.warmup_num_steps}"
+            )
+
+
+def validate_engine(config: EngineConfig, dp: int) -> BatchSizes:
+    """The one pass over everything that has to fit together; ConfigError with all faults."""
+    faults = list(engine_faults(config, dp))
+    sizes = BatchSizes(None, None, 1)
+    try:
+        sizes = batch_sizes(config, dp)
+    except ConfigError as error:
+        faults.append(str(error))
+    if faults:
+        raise ConfigError(faults[0] if len(faults) == 1 else "".join(f"\n  - {fault}" for fault in faults))
+    return sizes

@@ -1,0 +1,289 @@
+"""From a user's model and a configuration to an engine: ranks, names, dtype, optimizer, step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from megatron_ds import comm
+from megatron_ds.checkpoint.together import exchange
+from megatron_ds.config.deepspeed import from_deepspeed, is_deepspeed
+from megatron_ds.config.engine import BatchSizes, EngineConfig, validate_engine
+from megatron_ds.config.read import from_dict, read_toml
+from megatron_ds.engine.engine import Engine, LossStage, loss_of_output
+from megatron_ds.engine.meta import Filler, Weights, has_memory, take_places
+from megatron_ds.errors import ConfigError
+from megatron_ds.mesh import Mesh, MeshShape, init_process_group
+from megatron_ds.optim.factory import UpdateRule
+from megatron_ds.optim.loss_scaler import LossScaler
+from megatron_ds.optim.schedule import learning_rate
+from megatron_ds.optim.torch_rule import TorchRule
+from megatron_ds.optim.warmup import warmup_rate
+from megatron_ds.pipeline.executor import Executor
+from megatron_ds.pipeline.schedules import build_schedule
+from megatron_ds.shard import ShardSpec
+from megatron_ds.train.build import DTYPES
+from megatron_ds.train.launch import Place, connect, keep_freed_memory
+from megatron_ds.train.step import TrainStep
+from megatron_ds.zero.optimizer import ZeroOptimizer
+
+Configuration = EngineConfig | Mapping[str, Any] | str | Path | None
+
+
+def initialize(
+    model: nn.Module,
+    config: Configuration = None,
+    optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler | Callable[[int], float] | None = None,
+    *,
+    loss: Callable[[Any, Any], Tensor] = loss_of_output,
+    auto: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+    weights: Weights = None,
+    unit_classes: Sequence[type[nn.Module]] = (),
+) -> Engine:
+    """An engine that trains ``model`` with ZeRO data parallelism over all ranks of the job.
+
+    The ranks are those of ``torch.distributed``, which is started from torchrun's environment if it was not yet. As in
+    DDP, every rank begins with rank 0's parameters and buffers.
+
+    Args:
+        model: any module. Its parameters become views of flat buffers; frozen ones are left alone.
+        config: an :class:`~megatron_ds.config.engine.EngineConfig`, its fields as a dictionary or a TOML file, or a
+            DeepSpeed dictionary or JSON file.
+        optimizer: any elementwise ``torch.optim`` optimizer over the model's parameters, or what makes one of them.
+            Default: the configuration's.
+        lr_scheduler: a torch scheduler of that optimizer, which the engine steps after each update; or, without
+            ``optimizer``, the learning rate as a function of the update's number, from 1.
+        loss: what :meth:`Engine.train_batch` makes of a micro-batch: its mean loss. The default calls the model with it
+            and takes ``.loss`` of the output.
+        auto: what ``"auto"`` in a DeepSpeed configuration stands for; see ``megatron_ds.config.deepspeed.auto_values``.
+        weights: where the values of parameters come from that were made in ``megatron_ds.empty_parameters()``: a
+            folder of safetensors files, or what initialises a module's own parameters. Default: the modules themselves.
+        unit_classes: stage 3: classes of modules that are gathered and freed as one. Default: members of lists of
+            modules, as transformer blocks are.
+        mesh: of a model that is sharded over tensor-parallel ranks already. Default: all ranks data-parallel.
+
+    Raises:
+        ConfigError: on every rank, with every fault of the configuration.
+    """
+    settings, notes = read_config(config, auto)
+    place = _start(settings)
+    mesh = mesh or _data_parallel(settings, place)
+    sizes = validate_engine(settings, mesh.data.size)
+    _agree(settings, mesh)
+    dtype = None if settings.keeps_dtype else DTYPES[settings.precision.dtype]
+    empty = take_places(model, mesh.device, dtype)
+    _place_model(model, mesh, dtype)
+    parameters = name_parameters(model, settings.decay == "all")
+    own = _optimizer(settings, optimizer, [p for p in parameters.values() if p.requires_grad])
+    rule = TorchRule(own, parameters) if own is not None else None
+    if isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler) and (
+        own is None or lr_scheduler.optimizer is not own
+    ):
+        raise ConfigError("lr_scheduler is of another optimizer than the one given; give initialize() both")
+    update: UpdateRule | Any = rule or settings.optimizer
+    filler = Filler(model, settings.seed, weights) if empty else None
+    zero = ZeroOptimizer(
+        list(parameters.items()),
+        mesh,
+        settings.zero,
+        update,
+        settings.precision,
+        root=model,
+        unit_classes=unit_classes,
+        fill=filler,
+    )
+    if filler is not None:
+        filler.fill_rest()
+    step = _train_step(settings, sizes, mesh, zero, rule, lr_scheduler, model, loss)
+    engine = Engine(model, settings, sizes, mesh, zero, step, own, rule, lr_scheduler)
+    if mesh.rank == 0:
+        for note in notes:
+            print(f"megatron_ds: {note}", flush=True)
+    return engine
+
+
+def read_config(config: Configuration, auto: Mapping[str, Any] | None = None) -> tuple[EngineConfig, list[str]]:
+    """The configuration in whatever form it comes, and notes on DeepSpeed keys that have no counterpart."""
+    if config is None:
+        return EngineConfig(), []
+    if isinstance(config, EngineConfig):
+        return config, []
+    if isinstance(config, Mapping):
+        if is_deepspeed(config):
+            return from_deepspeed(config, auto)
+        return from_dict(EngineConfig, dict(config), "config"), []
+    if str(config).endswith(".json"):
+        return from_deepspeed(config, auto)
+    return from_dict(EngineConfig, read_toml(config), str(config)), []
+
+
+def name_parameters(model: nn.Module, decay_all: bool = False) -> dict[str, nn.Parameter]:
+    """Name to parameter, each once, under the first of its names; a ShardSpec is on each afterwards.
+
+    One that has a spec already (a model of ``megatron_ds.models``) keeps it.
+    """
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        spec = getattr(parameter, "shard", None)
+        if not isinstance(spec, ShardSpec):
+            spec = ShardSpec(name, tuple(parameter.shape), weight_decay=parameter.dim() > 1)
+        parameter.shard = replace(spec, weight_decay=True) if decay_all else spec  # type: ignore[attr-defined]
+    return {parameter.shard.name: parameter for parameter in parameters.values()}  # type: ignore[attr-defined]
+
+
+def _start(config: EngineConfig) -> Place:
+    """This process's place in the job, whose process group is there afterwards."""
+    if not dist.is_initialized():
+        place = Place.from_environment()
+        device = place.device(config.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if place.world_size > 1:
+            store = connect(place, config.timeout)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            init_process_group(backend, place.rank, place.world_size, store, config.timeout)
+        return place
+    local = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device() if torch.cuda.is_available() else 0))
+    return Place(dist.get_rank(), dist.get_world_size(), local, int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)))
+
+
+def _data_parallel(config: EngineConfig, place: Place) -> Mesh:
+    device = place.device(config.device)
+    if place.world_size > 1 and device.type == "cuda" and "nccl" not in dist.get_backend():
+        device = torch.device("cpu")  # whoever made the process group chose it for tensors on the CPU
+    if device.type == "cpu":
+        keep_freed_memory()
+    return Mesh.create(MeshShape(dp=place.world_size), device, config.timeout)
+
+
+def _agree(config: EngineConfig, mesh: Mesh) -> None:
+    prints = exchange(mesh.world, config.fingerprint())
+    others = [rank for rank, text in enumerate(prints) if text != prints[0]]
+    if others:
+        raise ConfigError(
+            f"ranks {', '.join(map(str, others[:8]))} were given another configuration than rank 0; give all the same"
+        )
+
+
+@torch.no_grad()
+def _place_model(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None) -> None:
+    """On the device, in the dtype, and as on rank 0. Buffers keep their dtype: a rotary table must not be rounded."""
+    for parameter in model.parameters():
+        if not has_memory(parameter):
+            continue
+        wanted = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
+        parameter.data = parameter.data.to(mesh.device, wanted)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(mesh.device)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.numel() and has_memory(tensor):
+            whole = tensor.data.contiguous()
+            comm.broadcast(whole, mesh.data)
+            if whole.data_ptr() != tensor.data_ptr():
+                tensor.data.copy_(whole)
+
+
+def _optimizer(
+    config: EngineConfig,
+    given: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None,
+    parameters: Sequence[nn.Parameter],
+) -> Optimizer | None:
+    """The caller's optimizer, or the configuration's from ``torch.optim``; None for our own AdamW and SGD."""
+    if given is not None:
+        said = config.optimizer_settings() + (["torch_optimizer"] if config.torch_optimizer else [])
+        if said:
+            raise ConfigError(
+                f"an optimizer is given, and the configuration has one too ({', '.join(said)}); remove one of them"
+            )
+        return given if isinstance(given, Optimizer) else given(parameters)
+    return torch_optimizer(config, parameters) if config.torch_optimizer is not None else None
+
+
+def torch_optimizer(config: EngineConfig, parameters: Iterable[Any]) -> Optimizer:
+    """The configuration's optimizer as an object of ``torch.optim`` over ``parameters`` or groups of them."""
+    section = config.optimizer
+    if config.torch_optimizer is not None:
+        name, params = config.torch_optimizer.name, dict(config.torch_optimizer.params)
+    elif section.name == "adamw":
+        name, params = "AdamW", {"lr": section.lr, "betas": (section.beta1, section.beta2), "eps": section.eps}
+        params["weight_decay"] = section.weight_decay
+    else:
+        name, params = "SGD", {"lr": section.lr, "momentum": section.momentum, "weight_decay": section.weight_decay}
+    cls = getattr(torch.optim, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+        raise ConfigError(f"torch_optimizer.name={name!r} is no optimizer of torch.optim")
+    try:
+        return cls(parameters, **params)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"torch_optimizer.params={params}: {error}") from None
+
+
+def rate_of(config: EngineConfig) -> Callable[[int], float]:
+    """The configuration's learning rate as a function of the update's number, from 1."""
+    section, schedule = config.optimizer, config.schedule
+    if schedule is not None:
+        base = config.torch_optimizer.params.get("lr", 1e-3) if config.torch_optimizer else section.lr
+        return lambda step: warmup_rate(schedule, base, step)
+    return lambda step: learning_rate(section, step, section.decay_steps or config.steps or 1)
+
+
+def _train_step(
+    config: EngineConfig,
+    sizes: BatchSizes,
+    mesh: Mesh,
+    zero: ZeroOptimizer,
+    rule: TorchRule | None,
+    lr_scheduler: Any,
+    model: nn.Module,
+    loss: Callable[[Any, Any], Tensor],
+) -> TrainStep:
+    schedule = build_schedule("gpipe", mesh.pp.size, sizes.accumulation)
+    device = mesh.device
+    executor = Executor(
+        schedule,
+        {mesh.pp.rank: LossStage(model, loss, DTYPES[config.precision.dtype] if config.cast_inputs else None)},
+        pp=mesh.pp,
+        pp_back=mesh.pp_back,
+        activation_shape=(),  # one stage: nothing flows between
+        dtype=torch.float32,
+        device=device,
+        before_backward=lambda _, last: zero.start_backward(last),
+        after_backward=lambda _: zero.end_backward(),
+    )
+
+    def count(micro_batches: Sequence[Any]) -> Tensor:
+        return torch.tensor(float(len(micro_batches) if config.losses == "mean" else 1), device=device)
+
+    rate = rate_of(config)
+    if callable(lr_scheduler):
+        rate = lr_scheduler
+    elif rule is not None and (lr_scheduler is not None or config.schedule is None):
+        own = rule
+        rate = lambda step: own.learning_rate  # noqa: E731
+    elif rule is not None:
+        rate = _set_by(rule.optimizer, rate)
+    scaler = LossScaler.from_config(config.precision)
+    return TrainStep(executor, zero, mesh, scaler, clip_norm=config.optimizer.clip_norm, rate=rate, count=count)
+
+
+def _set_by(optimizer: Optimizer, rate: Callable[[int], float]) -> Callable[[int], float]:
+    """A schedule of the configuration over an optimizer of torch: what it says is what every group has."""
+
+    def set_rate(step: int) -> float:
+        value = rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = value
+        return value
+
+    return set_rate

@@ -1,0 +1,97 @@
+"""An engine's checkpoints: the format and the names of a pretraining run's, with what a user's own parts add to it.
+
+Besides master weights and optimizer state there are persistent buffers (kind ``"buffer"``), and in the meta data the
+settings and numbers of a torch optimizer, the scheduler's state and the caller's own: JSON, all of it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_ds import checkpoint
+from megatron_ds.checkpoint.pieces import Piece
+from megatron_ds.checkpoint.together import exchange
+from megatron_ds.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from megatron_ds.engine.engine import Engine
+
+
+def save(engine: Engine, directory: str | Path, client_state: dict[str, Any], keep_last: int | None) -> Path:
+    pieces = engine.zero.pieces()
+    if engine.mesh.rank == 0:
+        pieces += _buffers(engine)
+    meta: dict[str, Any] = {
+        "config": {"engine": engine.config.to_dict()},
+        "step": engine.steps,
+        "skipped_steps": engine.skipped,
+        "optimizer_count": engine.zero.count,
+        "loss_scaler": engine.train_step.scaler.state_dict(),
+        "client_state": client_state,
+    }
+    if engine.rule is not None:
+        texts = exchange(engine.mesh.world, json.dumps(engine.rule.scalars()))
+        numbers: dict[str, Any] = {}
+        for text in texts:
+            numbers.update(json.loads(text))
+        meta["torch_optimizer"] = {
+            "class": type(engine.rule.optimizer).__name__,
+            "groups": engine.rule.settings(),
+            "numbers": numbers,
+        }
+    if hasattr(engine.lr_scheduler, "state_dict"):
+        meta["lr_scheduler"] = engine.lr_scheduler.state_dict()
+    for key in ("client_state", "lr_scheduler", "torch_optimizer"):
+        try:
+            json.dumps(meta.get(key))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{key} holds what JSON cannot: {error}; a checkpoint runs no code when loaded"
+            ) from None
+    return checkpoint.save(directory, engine.steps, pieces, meta, engine.mesh.world, keep_last, replace=True)
+
+
+def load(engine: Engine, path: str | Path, weights_only: bool) -> dict[str, Any]:
+    pieces = [p for p in engine.zero.pieces(for_load=True) if not weights_only or p.kind == "param"]
+    if not weights_only:
+        _check(engine, checkpoint.read_meta(path))
+    meta = checkpoint.load(path, [*pieces, *_buffers(engine)], engine.mesh.world)
+    if not weights_only:
+        engine.zero.count = int(meta["optimizer_count"])
+    engine.zero.refresh_parameters()
+    if weights_only:
+        return dict(meta.get("client_state", {}))
+    saved = meta.get("torch_optimizer")
+    if engine.rule is not None and saved is not None:
+        engine.rule.load_settings(saved["groups"])
+        engine.rule.load_scalars({int(group): numbers for group, numbers in saved["numbers"].items()})
+    if hasattr(engine.lr_scheduler, "load_state_dict") and "lr_scheduler" in meta:
+        engine.lr_scheduler.load_state_dict(meta["lr_scheduler"])
+    engine.train_step.scaler.load_state_dict(meta["loss_scaler"])
+    engine.steps, engine.skipped = int(meta["step"]), int(meta.get("skipped_steps", 0))
+    return dict(meta.get("client_state", {}))
+
+
+def _check(engine: Engine, meta: dict[str, Any]) -> None:
+    """The update rules must be of one kind: state of the same name means another thing in another rule."""
+    saved = (meta.get("torch_optimizer") or {}).get("class")
+    mine = None if engine.rule is None else type(engine.rule.optimizer).__name__
+    if saved != mine:
+        raise CheckpointError(
+            f"the checkpoint's optimizer state is of {saved or 'the built-in optimizer'}, this engine's optimizer is "
+            f"{mine or 'the built-in one'}; use the same, or load_checkpoint(..., weights_only=True)"
+        )
+
+
+def _buffers(engine: Engine) -> list[Piece]:
+    tensors, named = engine.tensors(), dict(engine.module.named_parameters(remove_duplicate=False))
+    found = []
+    for name in tensors.names():
+        if name not in named:
+            buffer = tensors.buffer(name)
+            if not buffer.is_contiguous():
+                raise CheckpointError(f"buffer {name} is not contiguous and cannot be filled from a file")
+            found.append(Piece.whole(name, "buffer", buffer))
+    return found

@@ -1,0 +1,351 @@
+"""The engine: a user's model in a user's loop, on any number of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from megatron_ds import comm
+from megatron_ds.config.engine import BatchSizes, EngineConfig
+from megatron_ds.engine import checkpoint, pretrained
+from megatron_ds.engine.clock import Clock
+from megatron_ds.engine.tensors import WholeTensors
+from megatron_ds.errors import MegatronDSError
+from megatron_ds.mesh import Mesh
+from megatron_ds.optim.torch_rule import TorchRule
+from megatron_ds.train.step import StepResult, TrainStep
+from megatron_ds.zero.optimizer import ZeroOptimizer
+
+
+class EngineError(MegatronDSError):
+    """The engine's methods were called in an order that cannot work."""
+
+
+def loss_of_output(model: Any, micro_batch: Any) -> Tensor:
+    """Call the model with a micro-batch (a mapping by name, a sequence in order) and take its output's loss."""
+    if isinstance(micro_batch, Mapping):
+        output = model(**micro_batch)
+    elif isinstance(micro_batch, tuple | list):
+        output = model(*micro_batch)
+    else:
+        output = model(micro_batch)
+    if isinstance(output, Mapping):
+        output = output.get("loss")
+    elif not isinstance(output, Tensor):
+        output = output[0] if isinstance(output, tuple | list) else getattr(output, "loss", None)
+    if not isinstance(output, Tensor) or output.dim() != 0:
+        raise EngineError(
+            "the model did not return a loss: a 0-d tensor, or one in `.loss`, ['loss'] or [0] of its output; give "
+            "initialize() loss=, a function of the model and a micro-batch"
+        )
+    return output
+
+
+class LossStage(nn.Module):
+    """A model as the one stage of a pipeline: from a micro-batch to its loss.
+
+    ``cast``: the dtype in which the model gets its floating-point inputs; None leaves them.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Tensor], cast: torch.dtype | None):
+        super().__init__()
+        self.model, self.loss, self.cast = model, loss, cast
+
+    def forward(self, micro_batch: Any, hidden: Tensor | None = None) -> Tensor:
+        return self.loss(self.call, micro_batch)
+
+    def call(self, *arguments: Any, **keywords: Any) -> Any:
+        if self.cast is not None:
+            arguments, keywords = _cast(arguments, self.cast), _cast(keywords, self.cast)
+        return self.model(*arguments, **keywords)
+
+
+class Engine:
+    """Trains ``module``; made by :func:`megatron_ds.initialize`.
+
+    Either whole batches, ``engine.train_batch(micro_batches)``, or a loop of one's own::
+
+        for batch in loader:
+            loss = engine(**batch).loss
+            engine.backward(loss)
+            engine.step()                 # updates after config.accumulation micro-batches
+
+    The semantics are DDP's: ``loss`` is the micro-batch's mean, and gradients are averaged over accumulation and ranks.
+    Every rank calls every method alike.
+
+    Attributes:
+        module: the model. config: its configuration. mesh: the ranks.
+        optimizer: the torch optimizer whose update rule is used, with its ``param_groups``; None for the
+            configuration's own.
+        zero: holds master weights, gradients and optimizer state.
+        steps: optimizer steps taken, those skipped for NaN or Inf included; skipped: how many of them.
+        last: what the last step did.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: EngineConfig,
+        sizes: BatchSizes,
+        mesh: Mesh,
+        zero: ZeroOptimizer,
+        train_step: TrainStep,
+        optimizer: Optimizer | None,
+        rule: TorchRule | None,
+        lr_scheduler: Any,
+    ):
+        self.module, self.config, self.sizes, self.mesh, self.zero = module, config, sizes, mesh, zero
+        self.optimizer, self.rule, self.lr_scheduler = optimizer, rule, lr_scheduler
+        self.train_step = train_step
+        self.steps = self.skipped = 0
+        self.last: StepResult | None = None
+        (stage,) = train_step.executor.stages.values()
+        assert isinstance(stage, LossStage)
+        self._stage = stage
+        self._seed: Tensor | None = None  # of the backward passes of the step that is under way
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        self._done = 0  # micro-batches of that step
+        self._complete = False  # its last one has been
+        self._deferred = False
+        self._clock = Clock(config.log, mesh, sizes.global_batch)
+
+    # Training
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        return self.forward(*arguments, **keywords)
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """The model's own forward."""
+        if torch.is_grad_enabled() and self.module.training:
+            self._begin()
+        with self._clock.timing("forward"):
+            return self._stage.call(*arguments, **keywords)
+
+    def _begin(self) -> Tensor:
+        if self._seed is None:
+            self._seed = self.train_step.begin(self._count(self.sizes.accumulation))
+        return self._seed
+
+    def _count(self, micro_batches: int) -> Tensor:
+        """What a step's loss is divided by, over all ranks."""
+        each = micro_batches if self.config.losses == "mean" else 1
+        return torch.tensor(float(each * self.mesh.data.size), dtype=torch.float64, device=self.mesh.device)
+
+    def backward(self, loss: Tensor) -> Tensor:
+        """Gradients of a micro-batch. With the step's last one they are reduced over the ranks meanwhile.
+
+        Args:
+            loss: 0-d, the micro-batch's mean on this rank.
+        """
+        if loss.dim() != 0:
+            raise EngineError(f"backward() takes a 0-d loss, not one of shape {list(loss.shape)}; call .mean() on it")
+        if self._complete:
+            raise EngineError(
+                f"backward() was called after the last of accumulation={self.sizes.accumulation} micro-batches; "
+                "call step() first"
+            )
+        seed = self._begin()
+        self._complete = not self._deferred and self._done + 1 >= self.sizes.accumulation
+        self.zero.start_backward(self._complete)
+        with self._clock.timing("backward"):
+            torch.autograd.backward(loss, seed.to(loss.dtype))
+            self.zero.end_backward()
+        self._done += 1
+        self._loss_sum += loss.detach()
+        return loss
+
+    @property
+    def is_boundary(self) -> bool:
+        """Whether the next :meth:`step` will update: the last micro-batch of the step has been."""
+        return self._complete
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes in here are not the last of a step, whatever their number; the next one outside is."""
+        before, self._deferred = self._deferred, True
+        try:
+            yield
+        finally:
+            self._deferred = before
+
+    def step(self, partial: bool = False) -> StepResult | None:
+        """Update the model if the step's last micro-batch has been; otherwise do nothing and return None.
+
+        Args:
+            partial: update now, with the mean over the micro-batches that there have been (the rest of an epoch).
+        """
+        if self._done == 0:
+            raise EngineError("step() without a backward pass; call engine.backward(loss), not loss.backward()")
+        if not (self._complete or partial):
+            return None
+        with self._clock.timing("step"):
+            result = self.train_step.finish(self.steps + 1, self._loss_sum, self._count(self._done))
+        return self._finished(result)
+
+    def train_batch(self, micro_batches: Iterable[Any]) -> StepResult:
+        """One optimizer step on the next ``accumulation`` of this rank's micro-batches, of an iterator or a list."""
+        if self._seed is not None and self._done:
+            raise EngineError(f"train_batch() in the middle of a step of {self._done} micro-batches; call step() first")
+        wanted = self.sizes.accumulation
+        taken = [_to(batch, self.mesh.device) for batch, _ in zip(micro_batches, range(wanted))]
+        if len(taken) < wanted:
+            raise EngineError(f"train_batch() got {len(taken)} micro-batches where accumulation={wanted}")
+        if self._seed is not None:  # a forward pass that nobody needed began the step
+            self.train_step.reduce()
+            self.zero.skip()
+        self.module.train()
+        with self._clock.timing("step"):
+            return self._finished(self.train_step(taken, self.steps + 1))
+
+    def _finished(self, result: StepResult) -> StepResult:
+        self._seed, self._done, self._complete = None, 0, False
+        self._loss_sum = torch.zeros_like(self._loss_sum)
+        self.steps += 1
+        self.skipped += result.skipped
+        self.last = result
+        if self.optimizer is not None:
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]  # or schedulers warn that it never steps
+        if self.lr_scheduler is not None and hasattr(self.lr_scheduler, "step") and not result.skipped:
+            self.lr_scheduler.step()
+        self._clock.finished(self.steps, result)
+        return result
+
+    @torch.no_grad()
+    def eval_batch(self, micro_batches: Any) -> float:
+        """Mean loss of a micro-batch, or of a list of them, over all ranks; in evaluation mode."""
+        batches = micro_batches if isinstance(micro_batches, list) else [micro_batches]
+        self._share_buffers()
+        return self.train_step.evaluate([[_to(batch, self.mesh.device) for batch in batches]])
+
+    def train(self, mode: bool = True) -> Engine:
+        if not mode:
+            self._share_buffers()
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Engine:
+        """Evaluation mode, with rank 0's buffers (running statistics) on every rank, as DDP has them."""
+        return self.train(False)
+
+    @property
+    def training(self) -> bool:
+        return self.module.training
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return self.train_step.rate(self.steps + 1)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing to do: each step begins with gradients of zero. Here for loops that call it."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return self.module.parameters()
+
+    def _share_buffers(self) -> None:
+        if self._done == 0:
+            for buffer in self.module.buffers():
+                comm.broadcast(buffer, self.mesh.data)
+
+    # Seeing inside
+
+    def tensors(self) -> WholeTensors:
+        """The whole tensors behind the shards, of this moment."""
+        return WholeTensors(self.module, self.zero, self.mesh)
+
+    @contextlib.contextmanager
+    def gathered(self, parameters: Iterable[nn.Parameter] | None = None, write: bool = False) -> Iterator[None]:
+        """The parameters (default: all) are whole inside. ``write``: what rank 0 changed holds everywhere after."""
+        chosen = list(self.module.parameters() if parameters is None else parameters)
+        with self.tensors().gathered(chosen, write):
+            yield
+
+    def get_parameter(self, name: str) -> Tensor:
+        """The whole master weight, in fp32 (fp64), on every rank."""
+        return self.tensors().get(name, "param")
+
+    def set_parameter(self, name: str, value: Tensor) -> None:
+        """Set it on all ranks, which give the same value."""
+        self.tensors().set(name, "param", value)
+
+    def get_optimizer_state(self, name: str, kind: str) -> Tensor:
+        """A parameter's whole optimizer state, such as ``"exp_avg"``."""
+        return self.tensors().get(name, kind)
+
+    def set_optimizer_state(self, name: str, kind: str, value: Tensor) -> None:
+        self.tensors().set(name, kind, value)
+
+    def get_gradient(self, name: str) -> Tensor:
+        """A parameter's whole gradient, averaged and before clipping, between the step's last backward and step()."""
+        if not self._complete:
+            raise EngineError("gradients are whole between the last backward() of a step and step() only")
+        self.train_step.reduce()
+        return self.tensors().gradient(name) / self.train_step.excess(self._count(self._done))
+
+    def state_dict(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Every parameter and persistent buffer, whole, as ``module.state_dict()`` would be on one process."""
+        return dict(self.tensors().stream(device))
+
+    def bytes_report(self) -> dict[str, int]:
+        """Bytes this rank holds, by kind."""
+        return self.zero.bytes_report()
+
+    def bytes_table(self) -> str:
+        """The same by where they live between steps, as a table."""
+        by_store = self.zero.bytes_by_store()
+        stores = list(dict.fromkeys(store for of_kind in by_store.values() for store in of_kind))
+        total = {store: sum(of_kind.get(store, 0) for of_kind in by_store.values()) for store in stores}
+        lines = [f"{'bytes on this rank':<20}" + "".join(f"{store:>18}" for store in stores)]
+        for kind, of_kind in [*by_store.items(), ("total", total)]:
+            lines.append(f"{kind:<20}" + "".join(f"{of_kind.get(store, 0):>18,}" for store in stores))
+        return "\n".join(lines)
+
+    # Files
+
+    def save_checkpoint(
+        self, directory: str | Path, client_state: Mapping[str, Any] | None = None, keep_last: int | None = None
+    ) -> Path:
+        """Write ``directory/step-N``, which any number of ranks at any stage can load; see ``megatron_ds.checkpoint``.
+
+        Args:
+            client_state: anything that JSON holds, given back by :meth:`load_checkpoint`.
+            keep_last: remove all but the newest this many.
+        """
+        return checkpoint.save(self, directory, dict(client_state or {}), keep_last)
+
+    def load_checkpoint(self, path: str | Path, weights_only: bool = False) -> dict[str, Any]:
+        """Continue from the latest checkpoint in ``path``, or from one ``step-N``; returns its client state.
+
+        Args:
+            weights_only: start anew from the weights alone.
+        """
+        return checkpoint.load(self, path, weights_only)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that the model's ``from_pretrained`` loads, one tensor at a time."""
+        pretrained.save(self.module, self.tensors(), self.mesh, Path(folder))
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    return type(value)(_cast(item, dtype) for item in value) if isinstance(value, tuple | list) else value
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    """Every tensor of a batch on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: _to(item, device) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_to(item, device) for item in value]
+    return value

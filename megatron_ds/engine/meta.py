@@ -1,0 +1,165 @@
+"""Models larger than one rank's memory: parameters without memory at first, given values a unit at a time.
+
+::
+
+    with megatron_ds.empty_parameters():
+        model = LlamaForCausalLM(config)
+    engine = megatron_ds.initialize(model, {"zero": {"stage": 3}}, optimizer, weights="path/to/folder")
+
+Without ``weights`` each module initialises its own parameters, from a seed that depends on the run's seed and on the
+module's name alone: so the values do not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from megatron_ds.errors import CheckpointError, ConfigError, nearest
+from megatron_ds.rng import derive_seed
+
+Weights = str | Path | Callable[[nn.Module], None] | None
+
+
+@contextlib.contextmanager
+def empty_parameters() -> Iterator[None]:
+    """Modules made inside have parameters on the meta device; buffers have their values. Not for several threads.
+
+    Every parameter has its memory for as long as its own module takes to make it, and no longer.
+    """
+    register = nn.Module.register_parameter
+
+    def without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def take_places(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> bool:
+    """Move meta parameters to the device, still without memory; the objects stay the same. False: there are none."""
+    empty = [parameter for parameter in model.parameters() if parameter.is_meta]
+    for parameter in empty:
+        wanted = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
+        place = torch.empty(parameter.shape, dtype=wanted, device=device)
+        place.untyped_storage().resize_(0)
+        torch.utils.swap_tensors(parameter, nn.Parameter(place, parameter.requires_grad))
+    return bool(empty)
+
+
+def has_memory(parameter: Tensor) -> bool:
+    return parameter.numel() == 0 or parameter.untyped_storage().nbytes() > 0
+
+
+class Filler:
+    """Gives parameters their values once they have memory; see ``fill`` of ZeroOptimizer.
+
+    Args:
+        weights: a folder of safetensors files, or what initialises a module's own parameters. Default: the model's
+            ``_init_weights`` (transformers), else the module's ``reset_parameters``.
+    """
+
+    def __init__(self, model: nn.Module, seed: int, weights: Weights):
+        self._model, self._seed = model, seed
+        self._names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._names.setdefault(id(parameter), []).append(name)
+        # What had values before keeps them.
+        self._kept = {id(p): p.detach() for p in model.parameters() if has_memory(p)}
+        self._folder = _Folder(Path(weights)) if isinstance(weights, str | Path) else None
+        self._init = weights if callable(weights) else None
+        if self._folder is not None:
+            self._fill_buffers(self._folder)
+        self._done: set[int] = set()
+
+    @torch.no_grad()
+    def __call__(self, parameters: Sequence[nn.Parameter]) -> None:
+        empty = []
+        for parameter in parameters:
+            kept = self._kept.pop(id(parameter), None)
+            if kept is not None:
+                parameter.data.copy_(kept)
+            elif id(parameter) not in self._done:
+                empty.append(parameter)
+        if self._folder is not None:
+            for parameter in empty:
+                parameter.data.copy_(self._folder.read(self._names[id(parameter)]))
+        else:
+            self._initialize(empty)
+
+    def fill_rest(self) -> None:
+        """Frozen parameters that nobody shards get memory of their own."""
+        rest = [parameter for parameter in self._model.parameters() if not has_memory(parameter)]
+        for parameter in rest:
+            parameter.data = torch.empty_like(parameter.data)
+        self(rest)
+
+    def _initialize(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Run the initialisation of every module that owns one of them."""
+        wanted = {id(parameter) for parameter in parameters}
+        for name, module in self._model.named_modules():
+            own = [p for p in module.parameters(recurse=False) if id(p) in wanted]
+            if not own:
+                continue
+            with torch.random.fork_rng(devices=[own[0].device] if own[0].is_cuda else []):
+                torch.manual_seed(derive_seed(self._seed, "initial", name))
+                self._initializer(name, module)(module)
+            self._done |= {id(p) for p in module.parameters(recurse=False) if has_memory(p)}
+
+    def _initializer(self, name: str, module: nn.Module) -> Callable[[nn.Module], Any]:
+        if self._init is not None:
+            return self._init
+        path = name.split(".") if name else []
+        for depth in range(len(path), -1, -1):  # the nearest model around it knows how its modules begin
+            around = self._model.get_submodule(".".join(path[:depth]))
+            own: Callable[[nn.Module], Any] | None = getattr(around, "_init_weights", None)
+            if own is not None:
+                return own
+        for method in ("reset_parameters", "_reset_parameters"):
+            if hasattr(module, method):
+                return lambda module: getattr(module, method)()
+        raise ConfigError(
+            f"{name or 'the model'} ({type(module).__name__}) has parameters without values and no reset_parameters(); "
+            "give initialize() weights=: a folder of safetensors, or a function that initialises a module"
+        )
+
+    def _fill_buffers(self, folder: _Folder) -> None:
+        for name, buffer in self._model.named_buffers():
+            if name in folder.file_of:
+                buffer.copy_(folder.read([name]))
+
+
+class _Folder:
+    """Tensors by name in all safetensors files of a folder, read one at a time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._files: dict[Path, Any] = {}
+        self.file_of: dict[str, Path] = {}
+        for file in sorted(path.glob("*.safetensors")):
+            try:
+                handle = self._files[file] = safe_open(file, "pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{file} cannot be read: {error}") from error
+            self.file_of.update(dict.fromkeys(handle.keys(), file))
+        if not self.file_of:
+            raise CheckpointError(f"{path} holds no safetensors files; give a folder that save_pretrained wrote")
+
+    def read(self, names: Sequence[str]) -> Tensor:
+        """The tensor under the first of ``names`` that is there."""
+        for name in names:
+            if name in self.file_of:
+                tensor: Tensor = self._files[self.file_of[name]].get_tensor(name)
+                return tensor
+        raise CheckpointError(f"{self.path} has no {' or '.join(names)}{nearest(names[0], self.file_of)}")

@@ -1,0 +1,113 @@
+"""A folder for ``from_pretrained``: the model's configuration and safetensors files, written one tensor at a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ds.checkpoint.manifest import write_text_durably
+from megatron_ds.checkpoint.save import check_space
+from megatron_ds.checkpoint.stream import Plan, TensorFiles, plan_bytes
+from megatron_ds.checkpoint.together import together
+from megatron_ds.engine.tensors import WholeTensors
+from megatron_ds.errors import ConfigError
+from megatron_ds.mesh import Mesh
+from megatron_ds.shard import spec_of
+
+_WEIGHTS = "model", "diffusion_pytorch_model"  # what transformers and what diffusers calls its files
+
+
+def save(module: nn.Module, tensors: WholeTensors, mesh: Mesh, folder: Path) -> None:
+    """On all ranks; rank 0 writes. See :meth:`Engine.save_pretrained`."""
+    diffusers = hasattr(module, "save_config")
+    config = getattr(module, "config", None)
+    if not diffusers and not hasattr(config, "save_pretrained"):
+        raise ConfigError(
+            f"{type(module).__name__} is no model of transformers or diffusers: it has no configuration to save; use "
+            "engine.state_dict() or engine.save_checkpoint()"
+        )
+    if getattr(module, "_weight_conversions", None):
+        _save_converted(module, tensors, mesh, folder)
+        return
+    stem = _WEIGHTS[diffusers]
+    sources = _sources(module, tensors)
+    plan: Plan = {name: (tuple(value.shape), value.dtype) for name, value in sources.items()}
+    writes = mesh.rank == 0
+    with together(mesh.world):
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            check_space(folder, plan_bytes(plan), "the model")
+    files = TensorFiles(folder, plan, lambda index, count: _file_name(stem, index, count))
+    failure: Exception | None = None
+    for name in files.order:
+        value = sources[name]
+        whole = tensors.parameter(spec_of(value).name) if isinstance(value, nn.Parameter) else value
+        if writes and failure is None:
+            try:
+                files.write(name, whole.cpu().clone())
+            except Exception as error:  # the other ranks gather on, and hear of it at the end
+                failure = error
+    with together(mesh.world):
+        if failure is not None:
+            files.abort()
+            raise failure
+        if writes:
+            files.finish()
+            _write_configuration(module, folder, diffusers)
+            if len(files.names) > 1:
+                index = {
+                    "metadata": {"total_size": plan_bytes(plan)},
+                    "weight_map": {name: files.names[file] for name, (file, _) in sorted(files.place.items())},
+                }
+                write_text_durably(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _sources(module: nn.Module, tensors: WholeTensors) -> dict[str, Tensor]:
+    """What is written, by name: of a parameter with several names the one that the others are tied to."""
+    tied = getattr(module, "all_tied_weights_keys", None) or {}
+    dropped = set(tied) if isinstance(tied, dict) else set()
+    ignored = set(getattr(module, "_keys_to_ignore_on_save", None) or ())
+    named = dict(module.named_parameters(remove_duplicate=False))
+    chosen: dict[int, str] = {}
+    for name, parameter in named.items():
+        if id(parameter) not in chosen or chosen[id(parameter)] in dropped:
+            chosen[id(parameter)] = name
+    found: dict[str, Tensor] = {}
+    for name in tensors.names():
+        if name in ignored:
+            continue
+        if name not in named:
+            found[name] = tensors.buffer(name)
+        elif chosen[id(named[name])] == name:
+            found[name] = named[name]
+    return found
+
+
+def _file_name(stem: str, index: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_configuration(module: Any, folder: Path, diffusers: bool) -> None:
+    if diffusers:
+        module.save_config(folder)
+        return
+    config = copy.deepcopy(module.config)
+    config.architectures = [type(module).__name__]
+    dtypes = [p.dtype for p in module.parameters() if p.is_floating_point()]
+    config.dtype = str(dtypes[0] if dtypes else torch.float32).removeprefix("torch.")
+    config.save_pretrained(folder)
+    if module.can_generate() and module.generation_config is not None:
+        module.generation_config.save_pretrained(folder)
+
+
+def _save_converted(module: Any, tensors: WholeTensors, mesh: Mesh, folder: Path) -> None:
+    """A model whose files hold other tensors than the module (fused experts): its own code does, in rank 0's memory."""
+    state = {name: value if mesh.rank == 0 else None for name, value in tensors.stream()}
+    with together(mesh.world):
+        if mesh.rank == 0:
+            module.save_pretrained(folder, state_dict=state)

@@ -1,0 +1,151 @@
+"""Whole tensors out of shards and back: for looking inside, for ``state_dict()``, for export.
+
+Every rank calls every method alike; what one gathers is on all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ds import comm
+from megatron_ds.checkpoint.pieces import Piece, by_holder
+from megatron_ds.errors import ConfigError, nearest
+from megatron_ds.mesh import Mesh
+from megatron_ds.shard import ShardSpec, spec_of
+from megatron_ds.zero.optimizer import ZeroOptimizer
+
+
+class WholeTensors:
+    """The tensors of a model and of its optimizer, by name, as they are when this object is made."""
+
+    def __init__(self, module: nn.Module, zero: ZeroOptimizer, mesh: Mesh):
+        self._module, self._zero, self._mesh = module, zero, mesh
+        self._parameters = {spec_of(p).name: p for p in module.parameters()}
+        self._pieces: dict[tuple[str, str], list[Piece]] | None = None
+
+    def get(self, name: str, kind: str) -> Tensor:
+        """Whole, in the dtype in which it is kept (fp32, or fp64), on the device."""
+        spec = self._spec(name)
+        if self._pieces is None:
+            self._pieces = _by_name(self._zero.pieces())
+        self._check_kind(name, kind)
+        return self._sum(spec, self._pieces.get((kind, name), []), self._dtype(name))
+
+    def gradient(self, name: str) -> Tensor:
+        """Whole and as reduced, between reduction and update."""
+        spec = self._spec(name)
+        if not self._parameters[name].requires_grad:
+            raise ConfigError(f"{name} is frozen and has no gradient")
+        mine = [piece for piece in self._zero.gradient_pieces() if piece.name == name]
+        owned = self._zero.replicate.is_first and not spec.replica
+        return self._sum(spec, mine if owned else [], self._dtype(name))
+
+    def set(self, name: str, kind: str, value: Tensor) -> None:
+        spec = self._spec(name)
+        if tuple(value.shape) != spec.global_shape:
+            raise ConfigError(f"{name} has shape {list(spec.global_shape)}, the value {list(value.shape)}")
+        self._check_kind(name, kind)
+        pieces = [p for p in self._zero.pieces(for_load=True) if (p.kind, p.name) == (kind, name)]
+        with torch.no_grad():
+            for holder, group in by_holder(pieces):
+                held = None if holder is None else holder.hold()
+                for piece in group:
+                    piece.tensor(held).copy_(spec.slice_of(value).reshape(-1)[piece.start : piece.stop])
+                if holder is not None:
+                    holder.let_go(changed=True)
+        self._zero.refresh_parameters()
+
+    @contextlib.contextmanager
+    def gathered(self, parameters: Sequence[nn.Parameter], write: bool) -> Iterator[None]:
+        """Inside, the parameters are whole; with ``write`` they become what rank 0 of the replicas left in them."""
+        with self._zero.gathered(parameters, write):
+            yield
+            if write:
+                with torch.no_grad():
+                    for parameter in parameters:
+                        comm.broadcast(parameter.data, self._mesh.data)
+
+    def stream(self, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+        """Every entry of ``module.state_dict()``, one at a time; a shared parameter is one tensor."""
+        shared = {id(p) for p in _repeated(self._module)}
+        seen: dict[int, Tensor] = {}
+        named = dict(self._module.named_parameters(remove_duplicate=False))
+        for name in self.names():
+            if name not in named:
+                yield name, self.buffer(name).to(device, copy=True)
+                continue
+            parameter = named[name]
+            tensor = seen.get(id(parameter))
+            if tensor is None:
+                tensor = self.parameter(spec_of(parameter).name).to(device, copy=True)
+                if id(parameter) in shared:
+                    seen[id(parameter)] = tensor
+            yield name, tensor
+
+    def names(self) -> list[str]:
+        """The keys of ``module.state_dict()``, in its order."""
+        return [name for name, value in self._module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)]
+
+    def parameter(self, name: str) -> Tensor:
+        """Whole, in the parameter's own dtype."""
+        parameter = self._parameters[name]
+        if self._zero.config.stage < 3 and self._spec(name).dim is None:
+            return parameter.detach()
+        return self.get(name, "param").to(parameter.dtype)
+
+    def buffer(self, name: str) -> Tensor:
+        owner, _, last = name.rpartition(".")
+        value = self._module.get_submodule(owner)._buffers[last]
+        assert value is not None
+        return value
+
+    def _sum(self, spec: ShardSpec, pieces: Sequence[Piece], dtype: torch.dtype) -> Tensor:
+        """Over all ranks the pieces hold every element once."""
+        whole = torch.zeros(spec.global_shape, dtype=dtype, device=self._mesh.device)
+        for holder, group in by_holder(pieces):
+            held = None if holder is None else holder.hold()
+            for piece in group:
+                begin = 0
+                for box in piece.boxes():
+                    place = tuple(slice(o, o + s) for o, s in zip(box.offset, box.shape))
+                    whole[place] = piece.tensor(held)[begin : begin + box.numel].view(box.shape).to(whole)
+                    begin += box.numel
+            if holder is not None:
+                holder.let_go(changed=False)
+        return comm.all_reduce(whole, self._mesh.world)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        dtype = self._parameters[name].dtype
+        if not self._parameters[name].requires_grad:
+            return dtype
+        return torch.float64 if dtype == torch.float64 else torch.float32
+
+    def _spec(self, name: str) -> ShardSpec:
+        if name not in self._parameters:
+            raise ConfigError(f"the model has no parameter {name!r}{nearest(name, self._parameters)}")
+        return spec_of(self._parameters[name])
+
+    def _check_kind(self, name: str, kind: str) -> None:
+        kinds = ("param", *(self._zero._kinds if self._parameters[name].requires_grad else ()))
+        if kind not in kinds:
+            raise ConfigError(f"{name} has no {kind!r}{nearest(kind, kinds)}; there is {', '.join(kinds)}")
+
+
+def _by_name(pieces: Iterable[Piece]) -> dict[tuple[str, str], list[Piece]]:
+    found: dict[tuple[str, str], list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault((piece.kind, piece.name), []).append(piece)
+    return found
+
+
+def _repeated(module: nn.Module) -> list[nn.Parameter]:
+    """Parameters with more than one name."""
+    every = [parameter for _, parameter in module.named_parameters(remove_duplicate=False)]
+    count: dict[int, int] = {}
+    for parameter in every:
+        count[id(parameter)] = count.get(id(parameter), 0) + 1
+    return [parameter for parameter in every if count[id(parameter)] > 1]

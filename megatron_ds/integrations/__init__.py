@@ -1,0 +1,1 @@
+"""The engine inside other libraries' loops. Each module needs the library it is named after."""

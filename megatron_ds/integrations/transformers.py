@@ -1,0 +1,179 @@
+"""Hugging Face's ``Trainer`` on the engine. One changed import::
+
+    from megatron_ds.integrations.transformers import Trainer, TrainingArguments
+
+``TrainingArguments(deepspeed=...)`` takes a DeepSpeed dictionary or JSON file, with ``"auto"`` filled in as they
+do, and needs no ``deepspeed`` installed; or this library's own configuration, as a dictionary or a TOML file. What
+the Trainer saves is a folder for ``from_pretrained`` with, in a checkpoint, an ``engine/`` from which training resumes
+on any number of ranks. Start with ``torchrun``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from megatron_ds.config import OptimizerConfig, PrecisionConfig
+from megatron_ds.config.deepspeed import auto_values, from_deepspeed, is_deepspeed
+from megatron_ds.config.engine import EngineConfig
+from megatron_ds.engine import Engine, initialize, read_config
+from megatron_ds.engine.build import rate_of, torch_optimizer
+from megatron_ds.errors import ConfigError
+from megatron_ds.integrations.accelerate import Bridge, EngineModel, for_a_loop
+
+_ENGINE = "engine"  # folder in a checkpoint of the Trainer
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """The Trainer's arguments, where ``deepspeed`` is a configuration of the engine."""
+
+    def __post_init__(self) -> None:
+        # The base class would import deepspeed to read it.
+        self.engine_config: Any = vars(self)["deepspeed"]
+        self.deepspeed = None
+        super().__post_init__()
+
+
+class Trainer(transformers.Trainer):
+    """The Trainer, with its model trained by an engine (``trainer.engine``, from :meth:`train` on)."""
+
+    engine: Engine | None = None
+    optimizer: Any
+    lr_scheduler: Any
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self._bridge = Bridge(self.accelerator)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        self._settings = self._read(max_steps)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _read(self, max_steps: int) -> EngineConfig:
+        """The configuration, with what the training arguments say in it."""
+        args, source = self.args, getattr(self.args, "engine_config", None)
+        auto = auto_values(
+            hidden_size=_hidden_size(getattr(self.model, "config", None)),
+            micro_batch=args.per_device_train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            dp=args.world_size,
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.weight_decay,
+            clip_norm=args.max_grad_norm,
+            fp16=args.fp16 or args.fp16_full_eval,
+            bf16=args.bf16 or args.bf16_full_eval,
+            warmup_steps=args.get_warmup_steps(max_steps),
+            total_steps=max_steps,
+        )
+        if (isinstance(source, dict) and is_deepspeed(source)) or str(source).endswith(".json"):
+            config, notes = from_deepspeed(source or {}, auto, must_match=True)
+            config = config.model_copy(update={"micro_batch": None, "global_batch": None, "accumulation": None})
+            if args.process_index == 0:
+                print(*(f"megatron_ds: {note}" for note in notes), sep="\n", flush=True)
+        else:
+            config, _ = read_config(source)
+        if config.keeps_dtype and (args.bf16 or args.fp16):
+            update = {"dtype": "bf16" if args.bf16 else "fp16"}
+            precision = PrecisionConfig(**{**config.precision.model_dump(exclude_unset=True), **update})
+            config = config.model_copy(update={"precision": precision})
+        said = config.optimizer.clip_norm
+        if "clip_norm" in config.optimizer.model_fields_set and said not in (0.0, args.max_grad_norm):
+            raise ConfigError(
+                f"optimizer.clip_norm={said:g}, but max_grad_norm={args.max_grad_norm:g}; set one of them"
+            )
+        return for_a_loop(config.model_copy(update={"steps": max_steps}), args.device)
+
+    @property
+    def _has_optimizer(self) -> bool:
+        return bool(self._settings.optimizer_settings()) or self._settings.torch_optimizer is not None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self._has_optimizer:
+            named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
+            every = self._settings.decay == "all"
+            groups: list[dict[str, Any]] = [
+                {"params": [p for _, p in named if every or p.dim() > 1]},
+                {"params": [p for _, p in named if not every and p.dim() <= 1], "weight_decay": 0.0},
+            ]
+            self.optimizer = torch_optimizer(self._settings, [group for group in groups if group["params"]])
+        return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        settings = self._settings
+        own = settings.schedule is not None or settings.optimizer.schedule != "constant"
+        if self.lr_scheduler is None and own:
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _factor(settings, self.optimizer))
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        if not training or isinstance(model, EngineModel):
+            return model
+        settings = self._settings
+        if self._has_optimizer and self.optimizer is not None and self.optimizer.param_groups:
+            # The optimizer was made of them above; to the engine it is simply the caller's.
+            plain = OptimizerConfig(clip_norm=settings.optimizer.clip_norm, schedule="constant")
+            settings = settings.model_copy(update={"optimizer": plain, "torch_optimizer": None})
+        settings = settings.model_copy(update={"schedule": None})
+        self.engine = initialize(model, settings, self.optimizer)
+        wrapped, self.optimizer = self._bridge.attach(self.engine)
+        return wrapped
+
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        self._bridge.clip_grad_norm(None, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Tensor:
+        if self.args.max_grad_norm <= 0:
+            self._bridge.clip_grad_norm(None, float("inf"))
+        return self._bridge.grad_norm
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.engine is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = output_dir or self.args.output_dir
+        if hasattr(self.model, "save_pretrained"):
+            self.engine.save_pretrained(folder)
+        else:
+            self._save(folder, state_dict=self.engine.state_dict())
+        if self.args.should_save and self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self.engine is not None
+        self.engine.save_checkpoint(Path(output_dir) / _ENGINE, {"lr_scheduler": self.lr_scheduler.state_dict()})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            assert self.engine is not None
+            self.lr_scheduler.load_state_dict(self.engine.load_checkpoint(Path(checkpoint) / _ENGINE)["lr_scheduler"])
+
+    def _load_best_model(self) -> None:
+        assert self.engine is not None and self.state.best_model_checkpoint is not None
+        self.engine.load_checkpoint(Path(self.state.best_model_checkpoint) / _ENGINE, weights_only=True)
+
+
+def _hidden_size(config: Any) -> int | None:
+    """Where Hugging Face looks for it to fill in ``"auto"``."""
+    holders: list[Any] = [config, getattr(config, "text_config", None)]
+    for holder in holders:
+        if getattr(holder, "hidden_size", None):
+            return int(holder.hidden_size)
+        if getattr(holder, "hidden_sizes", None):
+            return int(max(holder.hidden_sizes))
+    return None
+
+
+def _factor(config: EngineConfig, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
+    """The configuration's learning rate as a LambdaLR takes it: by updates done, relative to the optimizer's own."""
+    rate, base = rate_of(config), optimizer.param_groups[0]["lr"]
+    return lambda done: rate(done + 1) / base if base else 0.0

@@ -1,0 +1,375 @@
+"""DeepSpeed files: every key that people have is honoured, noted or refused by name; contradictions are told."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ds.config.deepspeed import KEYS, auto_values, from_deepspeed, is_deepspeed
+from megatron_ds.config.engine import EngineConfig, batch_sizes, validate_engine
+from megatron_ds.config.read import from_dict
+from megatron_ds.engine import read_config
+from megatron_ds.errors import ConfigError
+from megatron_ds.optim.schedule import learning_rate
+from megatron_ds.optim.warmup import warmup_rate
+
+ZERO = "zero_optimization"
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    whole: dict[str, Any] = {}
+    for key, value in flat.items():
+        *path, last = key.split(".")
+        place = whole
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return whole
+
+
+def value_of(config: EngineConfig, key: str) -> Any:
+    found: Any = config
+    for part in key.split("."):
+        found = getattr(found, part)
+    return found
+
+
+# Key, its value, what else the file needs, what it becomes.
+HONOURED: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
+    ("train_batch_size", 32.0, {}, {"global_batch": 32}),
+    ("train_micro_batch_size_per_gpu", 4, {}, {"micro_batch": 4}),
+    ("gradient_accumulation_steps", 3, {}, {"accumulation": 3}),
+    ("gradient_clipping", 1, {}, {"optimizer.clip_norm": 1.0}),
+    ("steps_per_print", 1e2, {}, {"log.every": 100}),
+    ("steps_per_print", math.inf, {}, {"log.every": 0}),
+    ("wall_clock_breakdown", True, {}, {"log.breakdown": True}),
+    ("bf16.enabled", True, {}, {"precision.dtype": "bf16"}),
+    ("fp16.enabled", True, {}, {"precision.dtype": "fp16", "precision.loss_scale": None}),
+    ("fp16.auto_cast", True, {"fp16.enabled": True}, {"cast_inputs": True}),
+    ("fp16.loss_scale", 128, {"fp16.enabled": True}, {"precision.loss_scale": 128.0}),
+    ("fp16.loss_scale", 0, {"fp16.enabled": True}, {"precision.loss_scale": None}),
+    ("fp16.initial_scale_power", 12, {"fp16.enabled": True}, {"precision.initial_loss_scale": 4096.0}),
+    ("fp16.loss_scale_window", 500, {"fp16.enabled": True}, {"precision.loss_scale_window": 500}),
+    ("fp16.hysteresis", 3, {"fp16.enabled": True}, {"precision.loss_scale_hysteresis": 3}),
+    ("fp16.min_loss_scale", 2, {"fp16.enabled": True}, {"precision.min_loss_scale": 2.0}),
+    ("optimizer.type", "Adam", {}, {"optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.weight_decay": 0.01}),
+    ("optimizer.params.lr", 3e-5, {"optimizer.type": "AdamW"}, {"optimizer.lr": 3e-5}),
+    (
+        "optimizer.params.betas",
+        [0.8, 0.999],
+        {"optimizer.type": "AdamW"},
+        {"optimizer.beta1": 0.8, "optimizer.beta2": 0.999},
+    ),
+    ("optimizer.params.eps", 1e-6, {"optimizer.type": "AdamW"}, {"optimizer.eps": 1e-6}),
+    ("optimizer.params.weight_decay", 0.2, {"optimizer.type": "AdamW"}, {"optimizer.weight_decay": 0.2}),
+    ("optimizer.params.torch_adam", True, {"optimizer.type": "Adam"}, {"optimizer.name": "adamw"}),
+    ("optimizer.params.adam_w_mode", True, {"optimizer.type": "Adam"}, {"optimizer.name": "adamw"}),
+    ("optimizer.params.adam_w_mode", False, {"optimizer.type": "Adam"}, {"torch_optimizer.name": "Adam"}),
+    ("optimizer.params.momentum", 0.9, {"optimizer.type": "SGD"}, {"torch_optimizer.params": {"momentum": 0.9}}),
+    ("scheduler.type", "WarmupLR", {}, {"schedule.name": "WarmupLR"}),
+    ("scheduler.params.warmup_min_lr", 1e-6, {"scheduler.type": "WarmupLR"}, {"schedule.warmup_min_lr": 1e-6}),
+    ("scheduler.params.warmup_max_lr", 1e-4, {"scheduler.type": "WarmupLR"}, {"schedule.warmup_max_lr": 1e-4}),
+    ("scheduler.params.warmup_num_steps", 1e1, {"scheduler.type": "WarmupLR"}, {"schedule.warmup_num_steps": 10}),
+    (
+        "scheduler.params.total_num_steps",
+        5e3,
+        {"scheduler.type": "WarmupCosineLR"},
+        {"schedule.total_num_steps": 5000},
+    ),
+    (f"{ZERO}.stage", 2, {}, {"zero.stage": 2}),
+    (f"{ZERO}.offload_optimizer.device", "cpu", {f"{ZERO}.stage": 2}, {"zero.offload_optimizer.device": "cpu"}),
+    (
+        f"{ZERO}.offload_optimizer.nvme_path",
+        "/swap",
+        {f"{ZERO}.stage": 2, f"{ZERO}.offload_optimizer.device": "nvme"},
+        {"zero.offload_optimizer.path": "/swap"},
+    ),
+    (
+        f"{ZERO}.offload_optimizer.pin_memory",
+        False,
+        {f"{ZERO}.stage": 2, f"{ZERO}.offload_optimizer.device": "cpu"},
+        {"zero.offload_optimizer.pin_memory": False},
+    ),
+    (
+        f"{ZERO}.offload_optimizer.ratio",
+        0.3,
+        {f"{ZERO}.stage": 3, f"{ZERO}.offload_optimizer.device": "cpu"},
+        {"zero.offload_optimizer.ratio": 0.3},
+    ),
+    (f"{ZERO}.offload_param.device", "cpu", {f"{ZERO}.stage": 3}, {"zero.offload_parameters.device": "cpu"}),
+    (
+        f"{ZERO}.offload_param.nvme_path",
+        "/swap",
+        {f"{ZERO}.stage": 3, f"{ZERO}.offload_param.device": "nvme"},
+        {"zero.offload_parameters.path": "/swap"},
+    ),
+    (
+        f"{ZERO}.offload_param.pin_memory",
+        False,
+        {f"{ZERO}.stage": 3, f"{ZERO}.offload_param.device": "cpu"},
+        {"zero.offload_parameters.pin_memory": False},
+    ),
+    (f"{ZERO}.overlap_comm", False, {}, {"zero.overlap": False}),
+    (f"{ZERO}.reduce_bucket_size", 5e8, {}, {"zero.bucket_mb": 2000.0}),
+    (f"{ZERO}.stage3_prefetch_bucket_size", 0, {f"{ZERO}.stage": 3}, {"zero.prefetch": 0}),
+    (f"{ZERO}.stage3_prefetch_bucket_size", 0.9 * 4e6, {f"{ZERO}.stage": 3}, {"zero.prefetch": 1}),
+    (f"{ZERO}.stage3_param_persistence_threshold", 1e5, {f"{ZERO}.stage": 3}, {"zero.persistence_threshold": 100000}),
+    (f"{ZERO}.zero_hpz_partition_size", 8, {f"{ZERO}.stage": 3}, {"zero.shard_size": 8}),
+]
+# These change no result, whatever their value: there is a note.
+NOTED: dict[str, Any] = {
+    "zero_allow_untested_optimizer": True,
+    "aio": {"block_size": 1048576, "queue_depth": 8, "thread_count": 1, "single_submit": False, "overlap_events": True},
+    f"{ZERO}.offload_optimizer.buffer_count": 4,
+    f"{ZERO}.offload_optimizer.fast_init": False,
+    f"{ZERO}.offload_param.buffer_count": 5,
+    f"{ZERO}.offload_param.buffer_size": 1e8,
+    f"{ZERO}.offload_param.max_in_cpu": 1e9,
+    f"{ZERO}.contiguous_gradients": True,
+    f"{ZERO}.reduce_scatter": True,
+    f"{ZERO}.allgather_partitions": True,
+    f"{ZERO}.allgather_bucket_size": 2e8,
+    f"{ZERO}.sub_group_size": 1e9,
+    f"{ZERO}.stage3_max_live_parameters": 1e9,
+    f"{ZERO}.stage3_max_reuse_distance": 1e9,
+    f"{ZERO}.stage3_gather_16bit_weights_on_model_save": True,
+    f"{ZERO}.stage3_gather_fp16_weights_on_model_save": True,
+    f"{ZERO}.round_robin_gradients": True,
+}
+# Key, value that is refused, what the message says to do.
+REFUSED = [
+    ("activation_checkpointing.partition_activations", True, "gradient_checkpointing_enable"),
+    ("activation_checkpointing.cpu_checkpointing", True, "gradient_checkpointing_enable"),
+    ("activation_checkpointing.number_checkpoints", 4, "gradient_checkpointing_enable"),
+    (f"{ZERO}.cpu_offload", True, '"offload_optimizer": {"device": "cpu"}'),
+    (f"{ZERO}.zero_quantized_weights", True, "not quantised"),
+    ("amp", {"enabled": True}, '"bf16" or "fp16"'),
+    ("sparse_attention", {"mode": "fixed"}, "model.attention.sparse"),
+    ("pipeline", {"stages": 2}, "--mesh.pp"),
+    ("wandb", {"enabled": True}, "engine.step()"),
+    ("communication_data_type", "fp16", "fp32"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "rest", "becomes"), HONOURED, ids=lambda value: str(value)[:50])
+def test_a_key_is_honoured(key: str, value: Any, rest: dict[str, Any], becomes: dict[str, Any]) -> None:
+    config, notes = from_deepspeed(nested({**rest, key: value}))
+    assert {name: value_of(config, name) for name in becomes} == becomes
+    assert not any(note.startswith(key) for note in notes)
+
+
+@pytest.mark.parametrize(("key", "value"), NOTED.items())
+def test_a_key_without_a_counterpart_is_noted_and_changes_nothing(key: str, value: Any) -> None:
+    config, notes = from_deepspeed(nested({f"{ZERO}.stage": 1, key: value}))
+    assert config == from_deepspeed({ZERO: {"stage": 1}})[0]
+    (note,) = notes
+    assert note.startswith(f"{key}=") and len(note) > len(key) + 25
+
+
+@pytest.mark.parametrize(("key", "value", "instead"), REFUSED)
+def test_a_key_is_refused_by_name_with_what_to_do(key: str, value: Any, instead: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        from_deepspeed(nested({key: value}))
+    assert key in str(refused.value) and instead in str(refused.value)
+
+
+@pytest.mark.parametrize("key", [key for key, row in KEYS.items() if type(row).__name__ == "Refused"])
+def test_a_refused_key_that_asks_for_nothing_is_let_be(key: str) -> None:
+    harmless = KEYS[key].unless[0]  # type: ignore[union-attr]
+    assert from_deepspeed(nested({key: harmless}))[0] == from_deepspeed({})[0]
+
+
+def test_a_whole_file_as_people_have_it(tmp_path: Path) -> None:
+    values = {
+        "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16},
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "auto")},
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto"),
+        },
+        ZERO: {
+            "stage": 3,
+            "offload_optimizer": {"device": "cpu", "pin_memory": True},
+            "offload_param": {"device": "none", "pin_memory": True},
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "sub_group_size": 1e9,
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_param_persistence_threshold": "auto",
+            "stage3_max_live_parameters": 1e9,
+            "stage3_max_reuse_distance": 1e9,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "steps_per_print": 2000,
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "wall_clock_breakdown": False,
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(values))
+    auto = auto_values(
+        hidden_size=1024, micro_batch=2, accumulation=4, dp=8, lr=2e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1,
+        clip_norm=1.0, fp16=False, bf16=True, warmup_steps=10, total_steps=100,
+    )  # fmt: skip
+    config, _ = read_config(tmp_path / "ds.json", auto)
+    assert config.precision.dtype == "bf16" and not config.keeps_dtype and config.decay == "all"
+    assert config.zero.bucket_mb == pytest.approx(1024**2 * 4 / 1e6)
+    assert config.zero.prefetch == 1 and config.zero.persistence_threshold == 10240
+    assert config.optimizer.lr == 2e-5 and config.optimizer.beta2 == 0.98 and config.optimizer.clip_norm == 1.0
+    assert config.schedule is not None and config.schedule.total_num_steps == 100
+    sizes = batch_sizes(config, 8)
+    assert (sizes.global_batch, sizes.micro_batch, sizes.accumulation) == (64, 2, 4)
+    # The same file without the arguments: every "auto" by name.
+    with pytest.raises(ConfigError) as refused:
+        read_config(tmp_path / "ds.json")
+    assert str(refused.value).count("='auto' stands for nothing here") == 17
+    # And where file and arguments differ.
+    values["gradient_clipping"] = 0.5
+    with pytest.raises(ConfigError, match=r"gradient_clipping=0\.5, but the training arguments say 1\.0"):
+        from_deepspeed(values, auto, must_match=True)
+
+
+FAULTS = [
+    ({"zero_optimisation": {"stage": 1}}, "unknown key 'zero_optimisation'; did you mean 'zero_optimization.stage'?"),
+    ({ZERO: {"stage": 1, "reduce_bucket_sise": 5e8}}, f"did you mean '{ZERO}.reduce_bucket_size'?"),
+    ({"optimizer": {"type": "AdamW", "params": {"learning_rate": 1}}}, "unknown key 'optimizer.params.learning_rate'"),
+    ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both true; switch one of them off"),
+    ({ZERO: {"stage": 2, "offload_param": {"device": "cpu"}}}, "at stage 3 only; use stage 3"),
+    ({ZERO: {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "use stage 1, 2 or 3"),
+    ({ZERO: {"stage": 1, "offload_optimizer": {"device": "nvme"}}}, "needs zero_optimization.offload_optimizer"),
+    ({"gradient_clipping": -1}, "gradient_clipping=-1.0 is negative; use 0 for none"),
+    ({ZERO: {"reduce_bucket_size": 0.5}}, "reduce_bucket_size=0.5 must be a whole number"),
+    ({ZERO: {"stage": 4}}, "zero.stage = 4"),
+    ({ZERO: {"overlap_comm": 1}}, "overlap_comm=1 must be true or false"),
+    ({"optimizer": {"type": "Lamb"}}, "a rank holds a flat part; use one of Adam, AdamW"),
+    ({"optimizer": {"type": "AdamX"}}, "did you mean 'Adam'"),
+    ({"scheduler": {"type": "OneCycle"}}, "use one of WarmupLR, WarmupDecayLR, WarmupCosineLR"),
+    ({"scheduler": {"type": "WarmupDecayLR", "params": {}}}, "needs scheduler.params.total_num_steps"),
+    (
+        {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 5, "warmup_num_steps": 10}}},
+        "total_num_steps=5 is less than warmup_num_steps=10",
+    ),
+    (
+        {"train_batch_size": 30, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2},
+        "train_batch_size=30 is no multiple of train_micro_batch_size_per_gpu=4 x gradient_accumulation_steps=2, for "
+        "any number of ranks; use 24 or 32",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "message"), FAULTS, ids=lambda value: str(value)[:60])
+def test_a_contradiction_is_one_error_with_the_numbers(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        from_deepspeed(values)
+    assert message in str(refused.value)
+
+
+def test_a_key_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "twice.json").write_text('{"bf16": {"enabled": true}, "bf16": {"enabled": false}}')
+    with pytest.raises(ConfigError, match="'bf16' stands there twice"):
+        read_config(tmp_path / "twice.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        read_config(tmp_path / "broken.json")
+
+
+def test_the_two_kinds_of_dictionary_are_told_apart() -> None:
+    assert is_deepspeed({"optimizer": {"type": "AdamW"}}) and not is_deepspeed({"optimizer": {"lr": 1.0}})
+    assert is_deepspeed({"train_batch_size": 1}) and not is_deepspeed({"accumulation": 1})
+    with pytest.raises(ConfigError, match="train_batch_size are DeepSpeed's keys, zero are ours"):
+        is_deepspeed({"train_batch_size": 1, "zero": {}})
+
+
+# --- our own configuration --------------------------------------------------------------------------------------
+
+
+BATCHES = [
+    ({}, 4, (None, None, 1)),
+    ({"micro_batch": 2}, 4, (8, 2, 1)),
+    ({"micro_batch": 2, "accumulation": 3}, 4, (24, 2, 3)),
+    ({"global_batch": 24}, 4, (24, 6, 1)),
+    ({"global_batch": 24, "micro_batch": 2}, 4, (24, 2, 3)),
+    ({"global_batch": 24, "accumulation": 2}, 4, (24, 3, 2)),
+    ({"global_batch": 24, "micro_batch": 2, "accumulation": 3}, 4, (24, 2, 3)),
+]
+
+
+@pytest.mark.parametrize(("values", "dp", "sizes"), BATCHES, ids=str)
+def test_two_batch_sizes_give_the_third(
+    values: dict[str, Any], dp: int, sizes: tuple[int | None, int | None, int]
+) -> None:
+    found = batch_sizes(EngineConfig(**values), dp)
+    assert (found.global_batch, found.micro_batch, found.accumulation) == sizes
+
+
+@pytest.mark.parametrize(
+    ("values", "dp", "message"),
+    [
+        (
+            {"global_batch": 32, "micro_batch": 4, "accumulation": 2},
+            3,
+            "global_batch=32 is not micro_batch=4 x accumulation=2 x dp=3 = 24; use global_batch=24",
+        ),
+        (
+            {"global_batch": 32, "micro_batch": 4, "accumulation": 2},
+            2,
+            "leave one of the three unset (accumulation=4 would make it 32)",
+        ),
+        (
+            {"global_batch": 32, "micro_batch": 4},
+            3,
+            "global_batch=32 is not a multiple of micro_batch=4 x dp=3 = 12; use 24 or 36",
+        ),
+        ({"optimizer": {"schedule": "cosine"}}, 1, "set steps or optimizer.decay_steps"),
+        ({"torch_optimizer": {"name": "SGD"}, "optimizer": {"lr": 1.0}}, 1, "are two optimizers"),
+        ({"schedule": {"name": "WarmupDecayLR"}}, 1, "needs schedule.total_num_steps"),
+        ({"zero": {"stage": 2, "offload_parameters": {"device": "cpu"}}}, 1, "at stage 3 only"),
+        ({"precision": {"dtype": "bf16", "loss_scale": 2.0}}, 1, "precision.loss_scale=2 is for fp16"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_does_not_fit_together_is_refused(values: dict[str, Any], dp: int, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        validate_engine(from_dict(EngineConfig, values, "test"), dp)
+    assert message in str(refused.value)
+
+
+def test_an_unknown_key_is_named_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'zero\.bucket_md'; did you mean 'zero\.bucket_mb'"):
+        read_config({"zero": {"bucket_md": 1}})
+
+
+def test_the_defaults_are_plain_torchs_but_only_where_nothing_is_said() -> None:
+    assert EngineConfig().optimizer.clip_norm == 0.0 and EngineConfig().optimizer.schedule == "constant"
+    said = EngineConfig(optimizer={"lr": 1e-3, "clip_norm": 2.0, "schedule": "linear"}, steps=10)  # type: ignore[arg-type]
+    assert said.optimizer.clip_norm == 2.0 and learning_rate(said.optimizer, 10, 10) == 0.0
+
+
+def test_warmup_schedules_update_by_update() -> None:
+    """Against DeepSpeed's own description: the scheduler steps after an update, from place -1."""
+    config, _ = from_deepspeed(
+        {
+            "optimizer": {"type": "AdamW", "params": {"lr": 1.0}},
+            "scheduler": {
+                "type": "WarmupDecayLR",
+                "params": {"warmup_max_lr": 0.5, "warmup_num_steps": 4, "total_num_steps": 10, "warmup_type": "linear"},
+            },
+        }
+    )
+    assert config.schedule is not None
+    rates = [warmup_rate(config.schedule, 1.0, step) for step in range(1, 13)]
+    ramp, fall = [0.0, 0.0, 0.125, 0.25, 0.375], [0.5 * (10 - place) / 6 for place in range(4, 11)]
+    assert rates == pytest.approx([*ramp, *fall])
+    log = config.schedule.model_copy(update={"name": "WarmupLR", "warmup_type": "log"})
+    assert warmup_rate(log, 1.0, 4) == pytest.approx(0.5 * math.log(3) / math.log(4))
+    assert warmup_rate(log, 1.0, 100) == 0.5
+    cosine = config.schedule.model_copy(update={"name": "WarmupCosineLR", "cos_min_ratio": 0.1})
+    assert warmup_rate(cosine, 2.0, 1) == 0.0 and warmup_rate(cosine, 2.0, 4) == pytest.approx(2.0 * 0.5)
+    assert warmup_rate(cosine, 2.0, 11) == pytest.approx(2.0 * 0.1)

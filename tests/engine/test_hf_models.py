@@ -1,0 +1,35 @@
+"""Models of transformers and diffusers, unchanged, on the engine: each equals its own run on one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_cases import MODELS, all_on_the_engine, plain
+
+from megatron_ds.testing import run_ranks
+
+STAGES = [1, 3]
+
+
+def check(results: dict[tuple[str, int], Any]) -> None:
+    for name in MODELS:
+        losses, parameters = plain(name)
+        for stage in STAGES:
+            got, state, (evaluated, again) = results[name, stage]
+            assert got == pytest.approx(losses, rel=1e-9), (name, stage)
+            assert state.keys() == parameters.keys()
+            for key, value in parameters.items():
+                error = (state[key] - value).abs().max().item()
+                assert error < 1e-9, (name, stage, key, error)
+            assert evaluated == pytest.approx(again, rel=1e-6), (name, stage)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_each_equals_its_own_run_on_one_process(world_size: int, tmp_path: Path) -> None:
+    ranks = run_ranks(all_on_the_engine, world_size, STAGES, str(tmp_path))
+    for results in ranks:
+        check(results)
+    assert torch.get_default_dtype() is torch.float32
