@@ -1,9 +1,10 @@
 """Datasets at a URL of any filesystem that fsspec knows, read through a cache on this node's disk.
 
 The index comes whole. The tokens come in chunks, when they are first read, into a sparse file of the final size; a
-second file holds one byte a chunk that is 1 once the chunk is on the disk. All processes of the node share both, and
-each chunk is fetched once. Where the dataset has a manifest of this library, every chunk and file is compared with its
-checksum on arrival.
+second file holds each chunk's checksum (8 bytes), 0 until the chunk is on the disk. All processes of the node share
+both, and each chunk is fetched once. Where the dataset has a manifest of this library, every chunk and file is compared
+with its checksum on arrival; and each process compares a chunk of the copy with its checksum before it first reads it
+(1 to 2 ms for 16 MB), so that a damaged copy is named too.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import fcntl
 import json
 import os
+import struct
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +29,8 @@ from megatron_ds.errors import DataError
 
 CHUNK_BYTES = 16 << 20
 OPTIONAL = ("manifest.json", "loss_mask")
+_COMPLETE = "fetched.json"
+"""Says which version of the remote files a folder of the cache belongs to; written last."""
 
 
 def is_url(prefix: str) -> bool:
@@ -62,7 +66,7 @@ def open_remote(url: str, cache_dir: Path | None = None) -> RemoteDataset:
 
     Raises:
         DataError: no such files, a filesystem that is not installed or does not answer, files that are not those of
-            the manifest, or that changed since they were cached.
+            the manifest, or that changed since they were cached, or a cache folder that cannot be written.
     """
     import fsspec  # type: ignore[import-untyped]
 
@@ -76,19 +80,21 @@ def open_remote(url: str, cache_dir: Path | None = None) -> RemoteDataset:
     with _told(url):
         found = {name: _identity(filesystem, f"{path}.{name}", name in OPTIONAL) for name in ("idx", "bin", *OPTIONAL)}
     identity = {name: value for name, value in found.items() if value is not None}
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / "lock"):
-        _compare_with_cached(url, folder, identity)
-        if not (folder / "remote.json").is_file():
-            with _told(url):
-                for name in identity:
-                    if name != "bin":
-                        filesystem.get_file(f"{path}.{name}", f"{prefix}.{name}")
-                _check_arrived(url, prefix, identity)
-            for suffix, size in (("bin", identity["bin"]["size"]), ("bin.have", _chunks(identity["bin"]["size"]))):
-                with open(f"{prefix}.{suffix}", "wb") as file:
-                    file.truncate(size)
-            _commit(folder / "remote.json", {"url": url, "identity": identity})
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / "lock"):
+            _compare_with_cached(url, folder, identity)
+            if not (folder / _COMPLETE).is_file():
+                with _told(url):
+                    for name in identity:
+                        if name != "bin":
+                            filesystem.get_file(f"{path}.{name}", f"{prefix}.{name}")
+                    _check_arrived(url, prefix, identity)
+                size = identity["bin"]["size"]
+                for suffix, length in (("bin", size), ("bin.sums", 8 * _chunks(size))):
+                    with open(f"{prefix}.{suffix}", "wb") as file:
+                        file.truncate(length)
+                _commit(folder / _COMPLETE, {"url": url, "identity": identity})
     sums = _manifest(prefix).get("bin", {}).get("chunks", [])
     if sums and len(sums) != _chunks(identity["bin"]["size"]):
         raise DataError(f"{url}.manifest.json has checksums of {len(sums)} chunks; .bin does not have as many")
@@ -100,11 +106,14 @@ class RemoteTokens:
 
     def __init__(self, remote: RemoteDataset, dtype: np.dtype):
         self._remote, self.dtype = remote, dtype
-        self._file = open(f"{remote.prefix}.bin", "r+b", buffering=0)  # noqa: SIM115  (kept open for its lifetime)
-        self._have_file = open(f"{remote.prefix}.bin.have", "r+b", buffering=0)  # noqa: SIM115
+        with _writing(Path(remote.prefix).parent):
+            self._file = open(f"{remote.prefix}.bin", "r+b", buffering=0)  # noqa: SIM115  (kept open for its lifetime)
+            self._sums_file = open(f"{remote.prefix}.bin.sums", "r+b", buffering=0)  # noqa: SIM115
         self._bytes = remote.identity["bin"]["size"]
         self._map: npt.NDArray = np.memmap(self._file, dtype=dtype, mode="r")
-        self._have: npt.NDArray[np.uint8] = np.memmap(self._have_file, dtype=np.uint8, mode="r")
+        self._content: npt.NDArray[np.uint8] = np.memmap(self._file, dtype=np.uint8, mode="r")
+        self._sums: npt.NDArray[np.uint64] = np.memmap(self._sums_file, dtype="<u8", mode="r")
+        self._compared = np.zeros(self._sums.size, bool)
         self._mutex = threading.Lock()
         self.size = int(self._map.size)
 
@@ -113,28 +122,39 @@ class RemoteTokens:
         if stop > start:
             first, last = start * self.dtype.itemsize // CHUNK_BYTES, (stop * self.dtype.itemsize - 1) // CHUNK_BYTES
             for chunk in range(first, last + 1):
-                if not self._have[chunk]:
+                if not self._compared[chunk]:
                     self._fetch(chunk)
         assert step == 1, "tokens are read in runs"
         return self._map[where]
 
     def _fetch(self, chunk: int) -> None:
+        """Make sure that the chunk is there and is what arrived."""
+        start = chunk * CHUNK_BYTES
+        stop = min(start + CHUNK_BYTES, self._bytes)
         # The lock on a byte of the file keeps other processes out, the mutex other threads of this one.
         with self._mutex:
-            fcntl.lockf(self._have_file, fcntl.LOCK_EX, 1, chunk)
+            fcntl.lockf(self._sums_file, fcntl.LOCK_EX, 1, chunk)
             try:
-                if self._have[chunk]:
-                    return
-                start = chunk * CHUNK_BYTES
-                stop = min(start + CHUNK_BYTES, self._bytes)
-                with _told(self._remote.url):
-                    content = self._remote.filesystem.cat_file(self._remote.bin_path, start=start, end=stop)
-                self._check(chunk, content, stop - start)
-                os.pwrite(self._file.fileno(), content, start)
-                os.fdatasync(self._file.fileno())  # a byte of `.have` must not survive a crash that its chunk did not
-                os.pwrite(self._have_file.fileno(), b"\1", chunk)
+                if not self._sums[chunk]:
+                    with _told(self._remote.url):
+                        content = self._remote.filesystem.cat_file(self._remote.bin_path, start=start, end=stop)
+                    self._check(chunk, content, stop - start)
+                    with _writing(Path(self._remote.prefix).parent):
+                        os.pwrite(self._file.fileno(), content, start)
+                        os.fdatasync(
+                            self._file.fileno()
+                        )  # the checksum must not survive a crash that its chunk did not
+                        os.pwrite(self._sums_file.fileno(), struct.pack("<Q", _sum(content)), 8 * chunk)
+                elif _sum(self._content[start:stop].data) != self._sums[chunk]:
+                    folder = Path(self._remote.prefix).parent
+                    raise DataError(
+                        f"{self._remote.prefix}.bin, the copy of {self._remote.url}.bin on this node, is damaged in "
+                        f"chunk {chunk} of {CHUNK_BYTES >> 20} MB: it is not what was fetched. Delete {folder} to "
+                        "fetch it again"
+                    )
+                self._compared[chunk] = True
             finally:
-                fcntl.lockf(self._have_file, fcntl.LOCK_UN, 1, chunk)
+                fcntl.lockf(self._sums_file, fcntl.LOCK_UN, 1, chunk)
 
     def _check(self, chunk: int, content: bytes, expected: int) -> None:
         where = f"{self._remote.url}.bin, chunk {chunk} of {CHUNK_BYTES >> 20} MB"
@@ -151,6 +171,11 @@ class RemoteTokens:
                 )
 
 
+def _sum(content: bytes | memoryview) -> int:
+    """A chunk's checksum, never 0: that stands for a chunk which is not there."""
+    return xxhash.xxh3_64_intdigest(content) or 1
+
+
 def _chunks(size: int) -> int:
     return -(-size // CHUNK_BYTES)
 
@@ -165,9 +190,9 @@ def _identity(filesystem: Any, path: str, optional: bool) -> dict[str, Any] | No
 
 
 def _compare_with_cached(url: str, folder: Path, identity: dict[str, Any]) -> None:
-    if not (folder / "remote.json").is_file():
+    if not (folder / _COMPLETE).is_file():
         return
-    cached = json.loads((folder / "remote.json").read_text())["identity"]
+    cached = json.loads((folder / _COMPLETE).read_text())["identity"]
     changed = [name for name in {**cached, **identity} if cached.get(name) != identity.get(name)]
     if changed:
         raise DataError(
@@ -213,6 +238,18 @@ def _commit(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content))
     temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """A disk that is full or cannot be written, as an error of ours with the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"the copy of a remote dataset cannot be kept in {folder}: {error}; set data.cache_dir to a folder on a "
+            "disk of this node with room for it"
+        ) from None
 
 
 @contextlib.contextmanager

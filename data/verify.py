@@ -55,14 +55,15 @@ def file_identity(path: Path) -> dict[str, Any]:
 
 def dataset_identity(dataset: IndexedDataset) -> dict[str, Any]:
     """Identity of its files; with the inode's change time, which no tool sets back."""
-    if dataset.remote is not None:
-        return dataset.remote.identity
     paths = {"bin": dataset.bin_path, "idx": dataset.idx_path, MASK_SUFFIX: mask_path(dataset.prefix)}
-    return {
+    if dataset.remote is not None:
+        del paths["bin"]  # the copy grows as it is read, and is compared chunk by chunk
+    found = {
         name: {**file_identity(path), "ctime_ns": path.stat().st_ctime_ns}
         for name, path in paths.items()
         if path.is_file()
     }
+    return found if dataset.remote is None else {"remote": dataset.remote.identity, "copy": found}
 
 
 def mask_path(prefix: str) -> Path:
@@ -101,10 +102,11 @@ def verify(dataset: IndexedDataset, cache_dir: Path | None = None) -> Scan:
         dataset.check_index()
         manifest = read_manifest(dataset.prefix)
         if dataset.remote is not None and dataset.remote.checked and manifest is not None:
-            # Each byte was or will be compared on arrival: no need to fetch everything now.
-            sums = {name: file["xxh3"] for name, file in manifest["files"].items()}
-            return asdict(Scan(0, manifest["counts"]["max_id"], sums["bin"], sums["idx"], sums.get(MASK_SUFFIX, "")))
-        found = scan(dataset)
+            # Each byte of `.bin` was or will be compared on arrival: no need to fetch everything now.
+            bin_xxh3, max_id = manifest["files"]["bin"]["xxh3"], manifest["counts"]["max_id"]
+            found = Scan(0, max_id, bin_xxh3, checksum(dataset.idx_path), _mask_checksum(dataset))
+        else:
+            found = scan(dataset)
         for name, path, digest in (
             ("idx", dataset.idx_path, found.idx_xxh3),
             ("bin", dataset.bin_path, found.bin_xxh3),
@@ -163,9 +165,12 @@ def scan(dataset: IndexedDataset) -> Scan:
         digest.update(tokens.data)
         chunk_low, chunk_high = int(tokens.min()), int(tokens.max())
         low, high = min(low, chunk_low), max(high, chunk_high)
+    return Scan(low, high, digest.hexdigest(), checksum(dataset.idx_path), _mask_checksum(dataset))
+
+
+def _mask_checksum(dataset: IndexedDataset) -> str:
     mask = mask_path(dataset.prefix)
-    mask_xxh3 = checksum(mask) if mask.is_file() else ""
-    return Scan(low, high, digest.hexdigest(), checksum(dataset.idx_path), mask_xxh3)
+    return checksum(mask) if mask.is_file() else ""
 
 
 def checksum(path: Path) -> str:

@@ -80,7 +80,7 @@ def test_without_a_manifest_everything_is_scanned(local: Path, memory: Any, tmp_
     memory.rm("/bucket/set.manifest.json")
     dataset = IndexedDataset(URL, tmp_path / "cache")
     assert verify(dataset) == verify(IndexedDataset(local))
-    assert dataset.tokens._have.all()
+    assert dataset.tokens._sums.all()
     with pytest.raises(DataError, match="has 100 entries"):
         check_token_ids(IndexedDataset(URL, tmp_path / "cache"), 100)
 
@@ -124,6 +124,45 @@ def test_a_change_since_it_was_cached_is_noticed(local: Path, memory: Any, tmp_p
     with pytest.raises(DataError, match=r"set\.bin changed since it was cached: .* delete .*cache"):
         IndexedDataset(URL, tmp_path / "cache")
     IndexedDataset(URL, tmp_path / "other")
+
+
+def test_a_damaged_copy_is_named(local: Path, tmp_path: Path) -> None:
+    dataset = IndexedDataset(URL, tmp_path / "cache")
+    verify(dataset)
+    whole = dataset.tokens[:].tolist()
+    path = dataset.bin_path
+    content = bytearray(path.read_bytes())
+    content[700] ^= 1
+    path.write_bytes(content)
+    again = IndexedDataset(URL, tmp_path / "cache")
+    assert again.tokens[:100].tolist() == whole[:100]
+    with pytest.raises(
+        DataError, match=r"set\.bin, the copy of memory://bucket/set\.bin .* in chunk 2 .* Delete .*cache"
+    ):
+        again.tokens[340:360]
+    index = bytearray(dataset.idx_path.read_bytes())
+    index[40] ^= 1
+    dataset.idx_path.write_bytes(index)
+    with pytest.raises(DataError, match=r"set\.idx is (damaged|not the file that was written)"):
+        verify(IndexedDataset(URL, tmp_path / "cache"))
+
+
+def test_a_cache_that_cannot_be_written(local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot be kept in .*file/.*; set data\.cache_dir to a folder"):
+        IndexedDataset(URL, tmp_path / "file")
+    dataset = IndexedDataset(URL, tmp_path / "cache")
+
+    def full(*arguments: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(DataError, match=r"No space left on device; set data\.cache_dir"),
+    ):
+        patch.setattr(os, "pwrite", full)
+        dataset.tokens[0]
+    assert dataset.tokens[:100].tolist() == IndexedDataset(local).tokens[:100].tolist()
 
 
 def test_what_cannot_be_read(tmp_path: Path, memory: Any) -> None:
