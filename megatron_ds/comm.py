@@ -76,6 +76,10 @@ def all_reduce_start(tensor: torch.Tensor, axis: Axis, op: Any = dist.ReduceOp.S
     """Start an in-place all-reduce; ``wait()`` before reading or writing ``tensor``."""
     if axis.group is None:
         return Pending(tensor)
+    if axis.exchange is not None and op == dist.ReduceOp.SUM:
+        finish = axis.exchange.sum_start(tensor, axis)
+        if finish is not None:
+            return Pending(tensor, then=finish)
     return Pending(tensor, dist.all_reduce(tensor, op, group=axis.group, async_op=True))
 
 
@@ -92,6 +96,10 @@ def reduce_scatter_start(output: torch.Tensor, tensor: torch.Tensor, axis: Axis)
         if output.data_ptr() != tensor.data_ptr():
             output.copy_(tensor)
         return Pending(output)
+    if axis.exchange is not None:
+        finish = axis.exchange.scatter_sum_start(output, tensor, axis)
+        if finish is not None:
+            return Pending(output, then=finish)
     if _prefers_exchange(tensor, axis):
         return _exchange_reduce_scatter(output, tensor, axis)
     return Pending(output, _reduce_scatter(output, tensor, group=axis.group, async_op=True))
@@ -103,6 +111,10 @@ def all_gather_start(output: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> 
         if output.data_ptr() != tensor.data_ptr():
             output.copy_(tensor)
         return Pending(output)
+    if axis.exchange is not None:
+        finish = axis.exchange.gather_start(output, tensor, axis)
+        if finish is not None:
+            return Pending(output, then=finish)
     if _prefers_exchange(output, axis):
         return _exchange_all_gather(output, tensor, axis)
     return Pending(output, _all_gather(output, tensor, group=axis.group, async_op=True))

@@ -8,9 +8,9 @@ share a node; ``pp`` varies slowest, because it moves the fewest bytes. Everythi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,27 @@ from megatron_ds.errors import ConfigError
 AXES = ("pp", "dp", "cp", "tp")
 
 
+class Exchange(Protocol):
+    """Another way than the group's own for some of an axis's collectives; see ``shared_memory.SharedExchange``.
+
+    Each method starts a collective and returns what finishes it, or None, on all ranks alike: not this way.
+    """
+
+    def sum_start(self, tensor: torch.Tensor, axis: Axis) -> Callable[[], object] | None:
+        """Sum ``tensor`` over the axis, in place."""
+
+    def scatter_sum_start(self, output: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> Callable[[], object] | None:
+        """Sum ``tensor`` over the axis and keep this rank's slice of dim 0 in ``output``, which may be that slice."""
+
+    def gather_start(self, output: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> Callable[[], object] | None:
+        """Concatenate every rank's ``tensor`` along dim 0; it may be this rank's slice of ``output``."""
+
+
 @dataclass(frozen=True)
 class Axis:
     """One line of ranks through this rank. ``group`` is None when the line has one rank: nothing to talk to.
 
-    ``ranks`` are the global ranks in group order.
+    ``ranks`` are the global ranks in group order. ``exchange`` is asked before the group.
     """
 
     name: str
@@ -33,6 +49,7 @@ class Axis:
     size: int = 1
     group: dist.ProcessGroup | None = None
     ranks: tuple[int, ...] = (0,)
+    exchange: Exchange | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_first(self) -> bool:

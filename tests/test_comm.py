@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_ds import comm
 from megatron_ds.mesh import Axis, Mesh, MeshShape
+from megatron_ds.shared_memory import SharedExchange
 from megatron_ds.testing import device_of_rank, run_ranks
 
 ROWS, COLUMNS = 6, 2
@@ -26,12 +27,14 @@ def values(rank: int, rows: int = ROWS) -> Tensor:
 
 
 def collectives(size: int) -> int:
-    axis = axis_of(size)
+    group = axis_of(size)
     everyone = [values(rank) for rank in range(size)]
-    own, total = everyone[axis.rank], sum(everyone)
-    part = slice(axis.rank * ROWS // size, (axis.rank + 1) * ROWS // size)
-    for limit in (0, comm.EXCHANGE_BYTES):  # straight from rank to rank, and by gloo's own algorithms
-        with patch.object(comm, "EXCHANGE_BYTES", limit):
+    own, total = everyone[group.rank], sum(everyone)
+    part = slice(group.rank * ROWS // size, (group.rank + 1) * ROWS // size)
+    # Straight from rank to rank, by gloo's own algorithms, and through shared memory.
+    ways = [(group, 0), (group, comm.EXCHANGE_BYTES), (SharedExchange.on(group), comm.EXCHANGE_BYTES)]
+    for axis, limit in ways:
+        with patch.object(comm, "EXCHANGE_BYTES", limit), patch.object(SharedExchange, "SMALLEST", 1):
             reduced = own.clone()
             assert comm.all_reduce(reduced, axis) is reduced
             torch.testing.assert_close(reduced, total)
@@ -56,7 +59,7 @@ def collectives(size: int) -> int:
             assert torch.equal(
                 gathered, torch.cat([t[r * ROWS // size : (r + 1) * ROWS // size] for r, t in enumerate(everyone)])
             )
-    assert torch.equal(comm.slice_dim0(own, axis), own[part])
+    assert torch.equal(comm.slice_dim0(own, group), own[part])
     return dist.get_rank()
 
 

@@ -21,6 +21,7 @@ from megatron_ds.pipeline.split import split_layers
 from megatron_ds.pipeline.stage import Model, StageModule, StageSpan, stage_spans
 from megatron_ds.pipeline.validate import validate as validate_schedule
 from megatron_ds.shard import spec_of
+from megatron_ds.shared_memory import SharedExchange
 from megatron_ds.train.step import TrainStep
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
@@ -77,7 +78,8 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
     replica_batch = config.train.micro_batch * mesh.shape.dp
     schedules = [_schedule(config, pp, size // replica_batch) for size in batch_ramp(config).sizes()]
     span = spans_of(config.pipeline, model, pp)[mesh.pp.rank]
-    stage = model.make_stage(config, span, mesh.tp, device, DTYPES[config.precision.dtype])
+    tp = SharedExchange.on(mesh.tp) if device.type == "cpu" else mesh.tp
+    stage = model.make_stage(config, span, tp, device, DTYPES[config.precision.dtype])
     cast(StageModule, stage).initialize(config.seed)
     optimizer = ZeroOptimizer(
         list(stage.named_parameters()),

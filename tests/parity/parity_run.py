@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from megatron_ds.data.loader import BatchLoader, MicroBatch
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.families import model_of
 from megatron_ds.shard import ShardSpec, spec_of
+from megatron_ds.shared_memory import SharedExchange
 from megatron_ds.testing import device_of_rank
 from megatron_ds.train.build import Parts, build
 
@@ -154,6 +156,21 @@ def train_on_this_rank(rows: Sequence[Row]) -> list[Outcome]:
             outcomes.append(train(config, mesh))
         except Exception as error:
             raise RuntimeError(f"row {row} failed") from error
+    return outcomes
+
+
+def train_with_shared_memory(rows: Sequence[Row]) -> list[Outcome]:
+    """The same, with every collective between layers through shared memory, of whatever size."""
+    counts: list[int] = []
+    send = SharedExchange._send
+
+    def counted(self: SharedExchange, *arguments: Any) -> Callable[[], None]:
+        counts.append(1)
+        return send(self, *arguments)
+
+    with patch.object(SharedExchange, "SMALLEST", 1), patch.object(SharedExchange, "_send", counted):
+        outcomes = train_on_this_rank(rows)
+    assert len(counts) > 100
     return outcomes
 
 

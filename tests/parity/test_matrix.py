@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 from parity_rows import SETTINGS, Mesh3, Row, config_of, matrix, meshes, pairs_of, reference_config, wanted_pairs
-from parity_run import Outcome, assert_parity, reference, train_on_this_rank
+from parity_run import Outcome, assert_parity, reference, train_on_this_rank, train_with_shared_memory
 
 from megatron_ds.config import RunConfig, validate
 from megatron_ds.testing import run_ranks
@@ -58,3 +58,18 @@ def test_every_row_is_a_legal_run() -> None:
 
 def test_the_matrix_is_the_same_in_every_session() -> None:
     assert matrix() == ROWS
+
+
+@cache
+def through_shared_memory() -> dict[Row, list[Outcome]]:
+    """Rows of one mesh, in one job whose tensor-parallel ranks share memory for tensors of any size."""
+    rows = [row for row in ROWS if row.mesh == (4, 2, 1)]
+    ranks = run_ranks(train_with_shared_memory, 8, rows)
+    return {row: [outcomes[i] for outcomes in ranks] for i, row in enumerate(rows)}
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.mesh == (4, 2, 1)], ids=str)
+def test_the_same_through_shared_memory(row: Row) -> None:
+    """The rows' own tensors are too small for it."""
+    outcomes = through_shared_memory()[row]
+    assert_parity(outcomes, one_process(reference_config(config_of(row)).model_dump_json()))
