@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -64,12 +65,21 @@ def configuration(
     return from_dict(RunConfig, settings, "benchmark")
 
 
-def training_step(w: Workload, device: str = "cpu", **layout: object) -> Callable[[], torch.Tensor]:
-    """The step of this rank on random tokens; ``layout`` is passed to :func:`configuration`."""
+def alone(w: Workload) -> Callable[[], torch.Tensor]:
+    """Each rank trains a model of its own on its share of the batch: what this machine does for two processes that
+    exchange nothing, and so the limit of all that do."""
+    return training_step(replace(w, batch=w.batch // dist.get_world_size()), world_size=1)
+
+
+def training_step(
+    w: Workload, device: str = "cpu", world_size: int | None = None, **layout: object
+) -> Callable[[], torch.Tensor]:
+    """The step of this rank on random tokens, in the job or on a mesh of ``world_size`` (1); ``layout`` is passed to
+    :func:`configuration`."""
     if device == "cpu":
         keep_freed_memory()
     config = configuration(w, **layout)  # type: ignore[arg-type]
-    shape = validate(config, dist.get_world_size() if dist.is_initialized() else 1)
+    shape = validate(config, world_size or (dist.get_world_size() if dist.is_initialized() else 1))
     mesh = Mesh.create(shape, torch.device(device))
     parts = build(config, mesh, gpt_model(config))
     draw = w.batches(mesh.dp.rank, mesh.dp.size, device)

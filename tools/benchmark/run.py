@@ -78,6 +78,7 @@ def _zero(dtype: str, ranks: int) -> list[Contestant]:
 CONTESTANTS = [
     *_one_process("fp32"),
     *_one_process("bf16"),
+    Contestant("ours-alone", "fp32", 2, "(2 x megatron-ds apart: the machine's limit)"),
     Contestant("ours-zero1", "fp32", 2, "megatron-ds ZeRO-1"),
     Contestant("ddp", "fp32", 2, "torch DDP"),
     Contestant("zero-redundancy", "fp32", 2, "DDP + ZeroRedundancyOptimizer"),

@@ -58,6 +58,7 @@ def builders() -> dict[str, Builder]:
         "torch-1f1b-4+2": peer("torch_pipeline", (4, 2)),
         "ours": ours(),
         "ours-compile": ours(compiled=True),
+        "ours-alone": of("ours", "alone"),
         "ours-zero1": zero(1),
         "ours-zero2": zero(2),
         "ours-zero3": zero(3),
@@ -103,9 +104,11 @@ def main() -> None:
         figures["rss_mib"] = max(f["rss_mib"] for f in everyone)
         figures["cpu_tokens_per_s"] = min(f["cpu_tokens_per_s"] for f in everyone)
         figures["loss"] = next(f["loss"] for f in everyone if f["loss"])
-        dist.destroy_process_group()
+        dist.barrier()
     if args.rank == 0:
         report({"name": args.name, "torch": torch.__version__, **figures}, w)
+    if args.ranks > 1:
+        os._exit(0)  # DDP's threads abort, now and then, a process that ends in the ordinary way
 
 
 if __name__ == "__main__":
