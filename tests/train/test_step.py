@@ -132,9 +132,14 @@ def test_what_one_rank_sees_alone_is_skipped_everywhere(mesh: dict[str, int]) ->
             assert is_finite(ran.parameters[3])
 
 
-def test_a_nan_in_one_ranks_gradient_is_skipped_everywhere() -> None:
+@pytest.mark.parametrize(
+    "sections",
+    [{"mesh": {"tp": 2, "sequence_parallel": False}}, {"mesh": {"dp": 2}, "zero": {"stage": 0}}],
+    ids=["tp", "replicas"],
+)
+def test_a_nan_in_one_ranks_gradient_is_skipped_everywhere(sections: dict[str, dict[str, Any]]) -> None:
     """Also in its copy of a parameter that another rank owns, which the gradient norm does not count."""
-    config = configuration(mesh={"tp": 2, "sequence_parallel": False})
+    config = configuration(**sections)
     names = ("layers.1.mlp.up.weight", "layers.1.mlp_norm.weight")
     cases = [(rank, name) for rank in (0, 1) for name in names]
     jobs = run_ranks(several, 2, [(poisoned, config, 3, rank, 2, math.nan, name) for rank, name in cases])
