@@ -69,7 +69,7 @@ def generate(folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="directory of everything it makes")
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps")
     options, overrides = parser.parse_known_args()
     start = time.perf_counter()
     root: Path = options.output
