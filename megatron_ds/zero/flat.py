@@ -198,7 +198,7 @@ class FlatBucket:
 
     def prefetch(self) -> None:
         """Start to fetch what :meth:`update` needs."""
-        if not self.resident:
+        if not self.resident and self.segments:  # a slice of padding is not updated
             self.state.read_start()
             if isinstance(self.parameters, TransientParameters):
                 self.parameters.holding.read_start()

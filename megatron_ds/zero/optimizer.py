@@ -87,11 +87,13 @@ class ZeroOptimizer:
         layouts = plan_buckets(self._infos, config.bucket_mb * 1e6, self.shard.size)
         device = self._parameters[0].device if self._parameters else mesh.device
         transient = config.stage >= 2 and self.shard.size > 1
-        self._arena = share_memory(config, layouts, self._parameters, self.shard) if shared_memory else None
+        self.stores = Stores(config, layouts, self._kinds, device)
+        self._arena = None
+        if shared_memory:
+            self._arena = share_memory(config, layouts, self._parameters, self.shard, self.stores)
         # What peers may still be reading of this rank's shared buffers.
         self._gradients_read = self._parameters_read = False
         pools = gradient_pools(layouts, device, self.shard, self._arena) if transient else {}
-        self.stores = Stores(config, layouts, self._kinds, device)
         self._all: list[FlatBucket] = []
         self.buckets: list[FlatBucket] = []  # those with gradients
         for layout in layouts:

@@ -12,6 +12,7 @@ from megatron_ds.mesh import Axis
 from megatron_ds.shared_memory import SharedArena
 from megatron_ds.zero.buckets import BucketLayout, state_dtype
 from megatron_ds.zero.memory import GradientPool
+from megatron_ds.zero.offload import Stores
 from megatron_ds.zero.reducer import WINDOW
 from megatron_ds.zero.units import find_units
 
@@ -43,7 +44,11 @@ def numbers_of_units(
 
 
 def share_memory(
-    config: ZeroConfig, layouts: Sequence[BucketLayout], parameters: Sequence[nn.Parameter], shard: Axis
+    config: ZeroConfig,
+    layouts: Sequence[BucketLayout],
+    parameters: Sequence[nn.Parameter],
+    shard: Axis,
+    stores: Stores,
 ) -> SharedArena | None:
     """Memory for parameters and gradients that the ranks of the shard axis share, where they can."""
     if any(parameter.device.type != "cpu" for parameter in parameters):
@@ -52,7 +57,7 @@ def share_memory(
     wanted: list[tuple[int, torch.dtype]] = []
     passing: list[int] = []  # sizes of what is there for a moment only
     for layout in layouts:
-        if layout.key.unit is None or config.offload_parameters.device == "none":
+        if stores.of(layout).parameters is None:
             wanted.append((layout.size if layout.key.unit is None else layout.shard_size, layout.key.dtype))
         if layout.key.trainable and not transient:
             wanted.append((layout.size, state_dtype(layout.key.dtype)))

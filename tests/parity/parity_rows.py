@@ -10,6 +10,7 @@ nothing on one tensor-parallel rank). :func:`matrix` gives rows in which
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
@@ -23,6 +24,8 @@ SETTINGS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "sequence_parallel": (False, True),
         "zero": (0, 1, 2, 3),
         "keep_whole": (False, True),
+        "offload": ("none", "cpu", "nvme"),
+        "hybrid": (False, True),  # shards over half of the replicas
         "accumulation": (1, 4),
         "micro_batch": (1, 2),
         "recompute": ("none", "selective", "full", "every_n"),
@@ -43,6 +46,8 @@ _NEEDS = {
     "sequence_parallel": "tp",
     "zero": "dp",
     "keep_whole": "dp",
+    "offload": "dp",
+    "hybrid": "dp",
     "overlap": "dp",
     "split": "pp",
     "schedule": "pp",
@@ -60,6 +65,8 @@ class Row:
     sequence_parallel: bool = False
     zero: int = 0
     keep_whole: bool = False  # of stages 2 and 3
+    offload: str = "none"  # of stages 1 to 3
+    hybrid: bool = False
     accumulation: int = 1
     micro_batch: int = 1
     recompute: str = "none"
@@ -77,7 +84,8 @@ class Row:
 
     def __str__(self) -> str:
         flags = [name for name in SETTINGS if getattr(self, name) is True]
-        values = [self.architecture, self.recompute, self.split, self.schedule, self.optimizer, f"zero{self.zero}"]
+        values = [self.architecture, self.recompute, self.split, self.schedule, self.optimizer]
+        values.append(f"zero{self.zero}" + (self.offload if self.offload != "none" else ""))
         values += [f"{self.accumulation}x{self.micro_batch}", f"bucket{self.bucket_mb:g}"]
         return "tp{}-pp{}-dp{}-".format(*self.mesh) + "-".join(values + flags)
 
@@ -176,6 +184,17 @@ def layers_of(row: Row) -> tuple[int, tuple[int, ...] | None]:
     return pp + 1, (2,) + (1,) * (pp - 1) if row.split == "uneven" else None
 
 
+def _offload_of(row: Row) -> dict[str, Any]:
+    """Where the state of a row is, and over how many replicas it is sharded."""
+    path = tempfile.gettempdir() if row.offload == "nvme" else None
+    offload = {"device": row.offload, "path": path, "ratio": 0.5 if row.offload == "cpu" else 1.0}
+    return {
+        "offload_optimizer": offload,
+        "offload_parameters": offload if row.zero == 3 else {},
+        "shard_size": row.mesh[2] // 2 if row.hybrid and row.mesh[2] % 2 == 0 else None,
+    }
+
+
 def config_of(row: Row) -> RunConfig:
     """The run of a row: the smallest model that its mesh can split, with padding rows that are a whole rank's share."""
     tp, pp, dp = row.mesh
@@ -212,6 +231,7 @@ def config_of(row: Row) -> RunConfig:
             "overlap": row.overlap,
             "keep_whole": row.keep_whole and row.zero > 1,
             **({"persistence_threshold": 40} if row.zero == 3 else {}),  # a few matrices a block are sharded
+            **(_offload_of(row) if row.zero > 0 else {}),
         },
         # The learning rate never reaches the end of its decay, so that the last step changes the parameters too.
         "optimizer": {"name": row.optimizer, "lr": 0.02, "momentum": 0.9, "clip_norm": 0.5, "warmup_steps": 1},
