@@ -260,6 +260,8 @@ class ZeroOptimizer:
 
     def refresh_parameters(self) -> None:
         """Make the parameters what the master weights say, on all ranks of the shard axis; after loading."""
+        if self.gatherer is not None:
+            self.gatherer.free_all()  # an evaluation may have left a unit whole, of the values before
         self._wait_readers()
         for bucket in self.buckets:
             bucket.master_to_parameters()
