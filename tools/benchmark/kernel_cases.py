@@ -165,8 +165,9 @@ def loss_cases(dtype: torch.dtype, scale: int = 1) -> list[Case]:
 
 
 def attention_cases(dtype: torch.dtype, scale: int = 1) -> list[Case]:
-    """Causal attention, 16k tokens in all (FlashAttention's convention) and one sequence of 64k; FLOPs of the pairs of
-    tokens that are allowed, 4 d forward and 10 d backward. Blocks of 128, FlexAttention's own."""
+    """Causal attention, 16k tokens in all (FlashAttention's convention) and one sequence of 64k. FLOPs are 4 d forward
+    and 10 d backward a pair of tokens: those below the diagonal, in sparse layouts all of the live blocks. Blocks of
+    128, FlexAttention's own."""
     found = []
     for head_dim, heads in ((128, max(4, 16 // scale)), (64, max(4, 32 // scale))):
         for length in (2048, 8192, 16384, 65536):
@@ -183,11 +184,10 @@ def attention_cases(dtype: torch.dtype, scale: int = 1) -> list[Case]:
 
 def attention_case(name: str, layout: BlockLayout, batch: int, groups: int, head_dim: int, dtype: torch.dtype) -> Case:
     heads, length = layout.heads, layout.length
-    per_block = torch.full((len(layout.rows.mask),), float(layout.block**2))
-    partial_ones = layout.rows.mask >= 0
-    per_block[partial_ones] = layout.masks.sum((1, 2), dtype=torch.float32)[layout.rows.mask[partial_ones].long()]
-    lines = torch.zeros(len(layout.rows.partial)).index_add_(0, layout.rows.lines(), per_block)
-    pairs = float(lines.view(-1, layout.side).sum(1)[layout.pattern.long()].sum())
+    if name == "dense":
+        pairs = heads * length * (length + 1) / 2
+    else:
+        pairs = float(layout.live_blocks().sum()) * layout.block**2
     work = 4.0 * pairs * head_dim * batch
     peers: Peers = {"flex": partial(flex_of, name, layout)}
     if name == "dense":
