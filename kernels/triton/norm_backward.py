@@ -5,9 +5,10 @@ gradient in registers, and write one partial sum a program at the end; the next 
 are computed. Sixteen elements a thread keep that kernel near 100 registers, so that 20 warps fit on an SM.
 
 Up to 16384 columns in half precision the sums still fit, but no row beside them: a row is taken in four parts, loaded
-for its dot products and again, from the cache, for the gradients, so that memory is read once. Wider rows, and long
-ones in fp32 or of a LayerNorm behind a dropout, take two kernels that each read everything: one makes the gradient of
-the input row by row, the other the weight's gradient column tile by column tile.
+for its dot products and again, from the cache, for the gradients, so that memory is read once; but where a residual's
+gradient or a dropout takes registers too, the bias's gradient is a sum of its own, which reads one tensor again. Wider
+rows, and long ones in fp32, take two kernels that each read everything: one makes the gradient of the input row by row,
+the other the weight's gradient column tile by column tile.
 """
 
 from __future__ import annotations
@@ -287,8 +288,9 @@ def norm_backward(
             warps = max(4, warps)
             programs = min(triton.cdiv(count, tile_rows), processors(summed) * max(1, 16 // warps))
             # Registers for the next rows are there in half precision only, and not beside everything else at the
-            # widest tile: Triton 3.7.1 spills 16 bytes there.
-            prefetch = rows.dtype.itemsize == 2 and not (more and drop and block > 4096)
+            # widest tiles: Triton 3.7.1 spills 8 to 16 bytes there.
+            crowded = more and drop and block > (2048 if has_bias else 4096)
+            prefetch = rows.dtype.itemsize == 2 and not crowded
             partial = rows.new_empty((sums, programs, columns), dtype=torch.float32)
             norm_backward_kernel[(programs,)](
                 grads, also, rows, keys, weight, mean, rstd, out, dropped, partial,
@@ -296,14 +298,18 @@ def norm_backward(
                 HAS_BIAS=has_bias, ROWS=tile_rows, BLOCK=block, num_warps=warps,
                 PREFETCH=prefetch, **flags,
             )  # fmt: skip
-        elif columns <= MOST_SUMS and rows.dtype.itemsize == 2 and not (has_bias and drop):
+        elif columns <= MOST_SUMS and rows.dtype.itemsize == 2:
+            apart = has_bias and (more or drop)
             programs = min(count, processors(summed))
-            partial = rows.new_empty((sums, programs, columns), dtype=torch.float32)
+            partial = rows.new_empty((1 if apart else sums, programs, columns), dtype=torch.float32)
             norm_backward_parts_kernel[(programs,)](
                 grads, also, rows, keys, weight, mean, rstd, out, dropped, partial,
                 *strides, count, columns, threshold, 1.0 / (1.0 - p),
-                HAS_BIAS=has_bias, BLOCK=MOST_SUMS // 4, num_warps=16, **flags,
+                HAS_BIAS=has_bias and not apart, BLOCK=MOST_SUMS // 4, num_warps=16, **flags,
             )  # fmt: skip
+            if apart:
+                bias = grads.sum(0, keepdim=True, dtype=torch.float32)
+                return out, dropped, torch.cat([partial.sum(1), bias])
         else:
             norm_backward_tiled_kernel[(count,)](
                 grads, also, rows, keys, weight, mean, rstd, out, dropped,
