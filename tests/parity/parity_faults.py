@@ -31,8 +31,10 @@ from megatron_ds.train import build
 from megatron_ds.train.step import TrainStep
 from megatron_ds.zero import optimizer
 from megatron_ds.zero.flat import FlatBucket
+from megatron_ds.zero.memory import GradientPool, TransientGradients, TransientParameters
 from megatron_ds.zero.optimizer import ZeroOptimizer
 from megatron_ds.zero.sink import GradSink
+from megatron_ds.zero.state import Holding
 
 
 @dataclass(frozen=True)
@@ -284,6 +286,47 @@ def other_dropout_when_recomputed() -> AbstractContextManager[Any]:
     return patch.object(transformer, "checkpoint", other)
 
 
+def sharded_gradients_overwritten() -> AbstractContextManager[Any]:
+    """Each micro-batch's reduction forgets those before it."""
+    reduce = TransientGradients.reduce_scatter_start
+
+    def forgetful(gradients: TransientGradients) -> Any:
+        gradients.empty = True
+        return reduce(gradients)
+
+    return patch.object(TransientGradients, "reduce_scatter_start", forgetful)
+
+
+def own_slot_read_of_every_peer() -> AbstractContextManager[Any]:
+    """A rank takes the slot that it uses itself for the one that its peer has written."""
+    of_rank = GradientPool.of_rank
+
+    def own(pool: GradientPool, rank: int, slot: int, size: int) -> Tensor:
+        return of_rank(pool, pool.axis.rank, slot, size)
+
+    return patch.object(GradientPool, "of_rank", own)
+
+
+def stale_unit() -> AbstractContextManager[Any]:
+    """A gather brings this rank's own slice and leaves the others' as they are in memory: zeros."""
+
+    def own_slice_only(parameters: TransientParameters) -> comm.Pending:
+        whole = parameters.take().zero_()
+        comm.slice_dim0(whole, parameters.axis).copy_(parameters.shard)
+        return comm.Pending(whole)
+
+    return patch.object(TransientParameters, "all_gather_start", own_slice_only)
+
+
+def offloaded_state_not_written_back() -> AbstractContextManager[Any]:
+    let_go = Holding.let_go
+    return patch.object(Holding, "let_go", lambda holding, changed: let_go(holding, False))
+
+
+def hybrid_shards_not_summed_over_nodes() -> AbstractContextManager[Any]:
+    return patch.object(FlatBucket, "sum_over_remaining_axes", lambda bucket: None)
+
+
 FAULTS = (
     Fault(TP, no_forward_all_reduce, "loss of step 1"),
     Fault(TP, no_backward_all_reduce, "gradient norm of step 1"),
@@ -309,5 +352,10 @@ FAULTS = (
     Fault(PP, stale_activation, "loss of step 1"),
     Fault(PP, gradient_of_another_micro_batch, "gradient norm of step 1"),
     Fault(PP, layer_dropped, "loss of step 1"),
+    Fault(replace(DP, zero=2), sharded_gradients_overwritten, "gradient norm of step 1"),
+    Fault(replace(DP, zero=2), own_slot_read_of_every_peer, "gradient norm of step 1"),
+    Fault(replace(DP, zero=3), stale_unit, "loss of step 1"),
+    Fault(replace(DP, zero=1, offload="nvme"), offloaded_state_not_written_back, "loss of step 3"),
+    Fault(Row((1, 1, 4), zero=2, hybrid=True), hybrid_shards_not_summed_over_nodes, "gradient norm of step 1"),
     Fault(Row((1, 1, 1), recompute="full", dropout=True), other_dropout_when_recomputed, "gradient norm of step 1"),
 )
