@@ -30,7 +30,7 @@ SETTINGS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "micro_batch": (1, 2),
         "recompute": ("none", "selective", "full", "every_n"),
         "tied": (False, True),
-        "architecture": ("gpt2", "llama", "bloom"),
+        "architecture": ("gpt2", "llama", "bloom", "bert"),
         "split": ("even", "uneven", "cost"),
         "schedule": ("1f1b", "gpipe"),
         "optimizer": ("adamw", "sgd"),
@@ -161,6 +161,15 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "activation": "gelu",
             "bias": True,
             "embedding_norm": True,
+        },
+        "bert": {
+            "family": "bert",
+            "position": "learned",
+            "norm": "layernorm",
+            "activation": "gelu",
+            "bias": True,
+            "embedding_norm": True,
+            "token_types": 2,
         },
     }
 )
