@@ -246,10 +246,16 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
 def test_no_value_is_asked_for_on_the_way(implementation: str) -> None:
     """Of tensors without values: what would wait for the GPU would ask for one, and raise."""
     tp = Axis("tp", 1, 2, object(), (0, 1))  # type: ignore[arg-type]
+    sent: list[tuple[int, ...]] = []
+
+    def gathered(x: Tensor, axis: Axis) -> comm.Pending:
+        sent.append(tuple(x.shape))
+        return comm.Pending(torch.cat([x, x]))
+
     with (
         FakeTensorMode(),
         registry.use({"cross_entropy": implementation}),
-        patch.object(comm, "gather_dim0", lambda x, axis: comm.Pending(torch.cat([x, x]))),
+        patch.object(comm, "gather_dim0", gathered),
         patch.object(comm, "scatter_sum_dim0", lambda x, axis: comm.Pending(x[: len(x) // 2])),
         patch.dict(loss.CHUNK_BYTES, {"cpu": 1 << 16}),
     ):
@@ -262,3 +268,5 @@ def test_no_value_is_asked_for_on_the_way(implementation: str) -> None:
         assert [g.shape for g in gradients] == [x.shape for x in (hidden, table, bias)]
         with pytest.raises(DataDependentOutputException):
             total.item()
+    # The hidden states, then one packed message a chunk of 32 tokens.
+    assert sent == [(20, 2, WIDTH), (4, 32), (4, 32), (4, 16)]
