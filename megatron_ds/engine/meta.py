@@ -75,17 +75,19 @@ class Filler:
         self._names: dict[int, list[str]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._names.setdefault(id(parameter), []).append(name)
-        # What had values before keeps them.
+        # What has values before its turn keeps them.
         self._kept = {id(p): p.detach() for p in model.parameters() if has_memory(p)}
         self._folder = _Folder(Path(weights)) if isinstance(weights, str | Path) else None
         self._init = weights if callable(weights) else None
         if self._folder is not None:
             self._fill_buffers(self._folder)
-        self._done: set[int] = set()
+        self._done: set[int] = set()  # with values
+        self._given: set[int] = set()  # asked for
 
     @torch.no_grad()
     def __call__(self, parameters: Sequence[nn.Parameter]) -> None:
         empty = []
+        self._given |= {id(parameter) for parameter in parameters}
         for parameter in parameters:
             kept = self._kept.pop(id(parameter), None)
             if kept is not None:
@@ -100,7 +102,7 @@ class Filler:
 
     def fill_rest(self) -> None:
         """Frozen parameters that nobody shards get memory of their own."""
-        rest = [parameter for parameter in self._model.parameters() if not has_memory(parameter)]
+        rest = [p for p in self._model.parameters() if id(p) not in self._given and not has_memory(p)]
         for parameter in rest:
             parameter.data = torch.empty_like(parameter.data)
         self(rest)
@@ -112,10 +114,21 @@ class Filler:
             own = [p for p in module.parameters(recurse=False) if id(p) in wanted]
             if not own:
                 continue
+            self._lend_memory(name, module)
             with torch.random.fork_rng(devices=[own[0].device] if own[0].is_cuda else []):
                 torch.manual_seed(derive_seed(self._seed, "initial", name))
                 self._initializer(name, module)(module)
-            self._done |= {id(p) for p in module.parameters(recurse=False) if has_memory(p)}
+            self._done |= {id(p) for p in module.parameters(recurse=False)}
+
+    def _lend_memory(self, name: str, module: nn.Module) -> None:
+        """An initialisation writes all of its module's parameters, those too whose turn has not come: these keep it."""
+        for parameter in module.parameters(recurse=False):
+            if has_memory(parameter):
+                continue
+            if id(parameter) in self._given:
+                raise ConfigError(f"the parameters of {name} are not gathered together; give initialize() a folder")
+            parameter.data = torch.empty_like(parameter.data)
+            self._kept[id(parameter)] = parameter.data
 
     def _initializer(self, name: str, module: nn.Module) -> Callable[[nn.Module], Any]:
         if self._init is not None:

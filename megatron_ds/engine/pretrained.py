@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.checkpoint.manifest import write_text_durably
+from megatron_ds.checkpoint.manifest import INCOMPLETE, sync_directory, write_text_durably
 from megatron_ds.checkpoint.save import check_space
 from megatron_ds.checkpoint.stream import Plan, TensorFiles, plan_bytes
 from megatron_ds.checkpoint.together import together
@@ -38,11 +40,13 @@ def save(module: nn.Module, tensors: WholeTensors, mesh: Mesh, folder: Path) -> 
     sources = _sources(module, tensors)
     plan: Plan = {name: (tuple(value.shape), value.dtype) for name, value in sources.items()}
     writes = mesh.rank == 0
+    partial = folder / INCOMPLETE
     with together(mesh.world):
         if writes:
-            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
             check_space(folder, plan_bytes(plan), "the model")
-    files = TensorFiles(folder, plan, lambda index, count: _file_name(stem, index, count))
+    files = TensorFiles(partial, plan, lambda index, count: _file_name(stem, index, count))
     failure: Exception | None = None
     for name in files.order:
         value = sources[name]
@@ -53,18 +57,34 @@ def save(module: nn.Module, tensors: WholeTensors, mesh: Mesh, folder: Path) -> 
             except Exception as error:  # the other ranks gather on, and hear of it at the end
                 failure = error
     with together(mesh.world):
-        if failure is not None:
-            files.abort()
-            raise failure
-        if writes:
-            files.finish()
-            _write_configuration(module, folder, diffusers)
-            if len(files.names) > 1:
-                index = {
-                    "metadata": {"total_size": plan_bytes(plan)},
-                    "weight_map": {name: files.names[file] for name, (file, _) in sorted(files.place.items())},
-                }
-                write_text_durably(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        try:
+            if failure is not None:
+                files.abort()
+                raise failure
+            if writes:
+                files.finish()
+                if len(files.names) > 1:
+                    index = {
+                        "metadata": {"total_size": plan_bytes(plan)},
+                        "weight_map": {name: files.names[file] for name, (file, _) in sorted(files.place.items())},
+                    }
+                    write_text_durably(partial / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+                _write_configuration(module, partial, diffusers)
+                _publish(partial, folder, stem)
+        finally:
+            if writes:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _publish(partial: Path, folder: Path, stem: str) -> None:
+    """Move what is complete to its place; weights of an earlier model there go."""
+    new = {path.name for path in partial.iterdir()}
+    for old in folder.glob(f"{stem}*.safetensors*"):
+        if old.name not in new:
+            old.unlink()
+    for path in sorted(partial.iterdir()):
+        os.replace(path, folder / path.name)
+    sync_directory(folder)
 
 
 def _sources(module: nn.Module, tensors: WholeTensors) -> dict[str, Tensor]:

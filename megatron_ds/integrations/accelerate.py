@@ -9,7 +9,9 @@
         with accelerator.accumulate(model):
             accelerator.backward(model(**batch).loss)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step(); scheduler.step(); optimizer.zero_grad()
+            optimizer.step()
+        if accelerator.sync_gradients:
+            scheduler.step()
 
 Accelerate has no interface for a backend of one's own, so methods of this one ``accelerator`` object are replaced:
 ``backward``, ``clip_grad_norm_``, ``unwrap_model`` and ``get_state_dict``. Schedulers are ordinary torch schedulers of

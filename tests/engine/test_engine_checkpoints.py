@@ -1,0 +1,49 @@
+"""An engine's checkpoints: from any ranks, stage and offload to any other, as if nothing had happened between."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from engine_cases import Case, Ran, plain
+from engine_more import go_on, refusals, save_after_two, saved_and_continued
+from test_engine_parity import differs
+
+from megatron_ds.testing import run_ranks
+
+
+def check(case: Case, ran: Ran) -> None:
+    want = plain(case)
+    assert ran.losses == pytest.approx(want.losses[2:], rel=1e-12)
+    for name, parameter in want.parameters.items():
+        assert differs(ran.parameters[name], parameter) < 1e-9, (case, name)
+    for name, state in want.state.items():
+        for kind, tensor in state.items():
+            assert differs(ran.state[name][kind], tensor) < 1e-9, (case, name, kind)
+
+
+def test_any_ranks_and_stage_to_any_other(tmp_path: Path) -> None:
+    """NAdam has a number of its own a parameter, mu_product, and the scheduler a place."""
+    swap = {"offload_optimizer": {"device": "nvme", "path": str(tmp_path)}}
+    saved = Case("NAdam", 3, zero=swap)
+    folder = str(tmp_path / "of-2")
+    here = [Case("NAdam", 3, 3, zero=swap), Case("NAdam", 2), Case("NAdam", 0)]
+    for results in run_ranks(saved_and_continued, 2, saved, here, folder):
+        for case, ran in zip(here, results, strict=True):
+            check(case, ran)
+    for case in (Case("NAdam", 1, 3), Case("NAdam", 3)):
+        check(case, go_on(case, folder))
+    for ran in run_ranks(go_on, 3, Case("NAdam", 2), folder):
+        check(Case("NAdam"), ran)
+    save_after_two(Case("SGD", 0), str(tmp_path / "of-1"))
+    for ran in run_ranks(go_on, 3, Case("SGD", 3), str(tmp_path / "of-1")):
+        check(Case("SGD"), ran)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_what_is_refused(world_size: int, tmp_path: Path) -> None:
+    for found in run_ranks(refusals, world_size, str(tmp_path)):
+        assert "refused" in found["missing"]
+        assert "client_state holds what JSON cannot" in found["client"]
+        assert "optimizer state is of AdamW, this engine's optimizer is SGD" in found["class"]
+        assert "has 1 parameter groups, this one" in found["groups"]

@@ -1,0 +1,123 @@
+"""Using an engine: looking inside, the order of calls, accumulation by hand, half precision, models without memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine_cases import Case, model, plain, schedule
+from engine_more import (
+    deferred,
+    half_precision,
+    looking_inside,
+    message,
+    models_without_memory,
+    order_of_calls,
+    rest_of_an_epoch,
+    what_has_no_initialisation,
+)
+from test_engine_parity import differs
+
+import megatron_ds
+from megatron_ds.testing import run_ranks
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_whole_tensors_can_be_read_and_set(world_size: int) -> None:
+    for stage in (1, 3):
+        rows = run_ranks(looking_inside, world_size, stage)
+        for found in rows:
+            assert found["steps"] == 1 and found["keys"] == sorted(model().state_dict())
+            assert found["read"] == [True, True] and found["state"] == [True, True]
+            assert "no parameter 'twice.wait'; did you mean 'twice.weight'" in found["unknown"]
+            assert "has no 'exp_average'; did you mean 'exp_avg'" in found["kind"]
+            assert "has shape [8, 8], the value [8]" in found["shape"]
+            assert "between the last backward() of a step and step()" in found["early"]
+            total = found["table"].splitlines()[-1].split()
+            assert sum(int(number.replace(",", "")) for number in total[1:]) == found["bytes"]
+            assert found["loss"] == rows[0]["loss"]
+
+
+def test_wrong_orders_of_calls_say_what_is_right() -> None:
+    for found in run_ranks(order_of_calls, 2):
+        assert "not loss.backward()" in found["nothing"]
+        assert "0-d loss, not one of shape [2]" in found["vector"]
+        assert "in the middle of a step of 1 micro-batches" in found["train_batch"]
+        assert "after the last of accumulation=3 micro-batches" in found["extra"]
+        assert "got 1 micro-batches where accumulation=3" in found["few"]
+        assert found["loss"] == "none"
+        assert "did not return a loss" in found["no loss"]
+
+
+def test_no_sync_and_a_partial_step_are_means_over_what_there_was() -> None:
+    want = plain(Case("AdamW", scheduler=True), steps=2)
+    one = plain(Case("SGD"), steps=1)
+    for stage in (1, 2, 3):
+        case = Case("AdamW", stage)
+        for losses, parameters in [deferred(case), *run_ranks(deferred, 2, case)]:
+            assert losses == pytest.approx(want.losses, rel=1e-12)
+            assert all(differs(parameters[name], value) < 1e-9 for name, value in want.parameters.items())
+    for loss, parameters in run_ranks(rest_of_an_epoch, 2):
+        assert loss == pytest.approx(one.losses[0], rel=1e-12)
+        assert all(differs(parameters[name], value) < 1e-9 for name, value in one.parameters.items())
+
+
+def test_half_precision_has_master_weights_and_a_loss_scale() -> None:
+    bf16 = half_precision("bf16")
+    assert bf16["dtype"] == "torch.bfloat16" and bf16["moved"] and not any(bf16["skipped"])
+    assert bf16["losses"][-1] < bf16["losses"][0]
+    fp16 = half_precision("fp16")
+    assert fp16["dtype"] == "torch.float16" and fp16["moved"]
+    assert fp16["skipped"][0] and not fp16["skipped"][-1] and fp16["losses"][-1] < fp16["losses"][0]
+    assert fp16["scales"][0] == 2.0**24 > fp16["scales"][-1]
+
+
+def test_a_model_without_memory_begins_alike_on_any_ranks(tmp_path: Path) -> None:
+    runs = []
+    for world_size in (1, 2, 3):
+        (tmp_path / str(world_size)).mkdir()
+        for found in run_ranks(models_without_memory, world_size, str(tmp_path / str(world_size))):
+            runs += found
+    first, loss, empty = runs[0]
+    assert all(empty)
+    assert len({tensor.flatten()[0].item() for tensor in first.values()}) > 10  # nobody has another's values
+    assert first["blocks.0.table"].tolist() == list(range(16))
+    for state, other, _ in runs[1:]:
+        assert other == pytest.approx(loss, rel=1e-5)
+        assert all(torch.equal(state[name], value) for name, value in first.items())
+
+
+def test_what_cannot_initialise_itself_says_so() -> None:
+    refused, filled = what_has_no_initialisation()
+    assert "no reset_parameters(); give initialize() weights=" in refused and filled
+
+
+def test_optimizer_and_model_have_to_be_of_one_another() -> None:
+    net = model()
+    other = torch.optim.SGD(model().parameters())
+    assert "that is not the model's" in message(megatron_ds.initialize, net, None, other)
+    some = torch.optim.SGD([net.inputs.weight])
+    assert "inputs.bias, twice.weight" in message(megatron_ds.initialize, net, None, some)
+    own = torch.optim.SGD([p for p in net.parameters() if p.requires_grad])
+    assert "is of another optimizer" in message(megatron_ds.initialize, net, None, own, schedule(other))
+    assert "(optimizer.lr)" in message(megatron_ds.initialize, net, {"optimizer": {"lr": 1.0}}, own)
+    for cls, reason in ((torch.optim.LBFGS, "line search"), (torch.optim.Adafactor, "rows and columns")):
+        whole = cls([p for p in net.parameters() if p.requires_grad])  # type: ignore[operator]
+        assert reason in message(megatron_ds.initialize, net, None, whole)
+
+
+class Layerwise(torch.optim.SGD):
+    """Elementwise by name only: the step of a matrix depends on its norm."""
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data.sub_(parameter.grad / parameter.grad.norm() * group["lr"])
+
+
+def test_an_optimizer_of_ones_own_is_tried() -> None:
+    net = torch.nn.Linear(2, 2)
+    found = message(megatron_ds.initialize, net, None, Layerwise(net.parameters(), lr=0.1))
+    assert "Layerwise cannot update sharded parameters" in found and "not that of its elements" in found
