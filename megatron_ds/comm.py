@@ -85,8 +85,11 @@ def all_reduce_start(tensor: torch.Tensor, axis: Axis, op: Any = dist.ReduceOp.S
 
 def broadcast(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """Give every rank of the axis the first one's ``tensor``, in place."""
-    if axis.group is not None:
-        dist.broadcast(tensor, axis.ranks[0], group=axis.group)
+    if axis.group is not None and tensor.numel():
+        whole = tensor.contiguous()
+        dist.broadcast(whole, axis.ranks[0], group=axis.group)
+        if whole.data_ptr() != tensor.data_ptr():
+            tensor.copy_(whole)
     return tensor
 
 

@@ -187,11 +187,8 @@ def _place_model(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None) -> Non
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(mesh.device)
     for tensor in [*model.parameters(), *model.buffers()]:
-        if tensor.numel() and has_memory(tensor):
-            whole = tensor.data.contiguous()
-            comm.broadcast(whole, mesh.data)
-            if whole.data_ptr() != tensor.data_ptr():
-                tensor.data.copy_(whole)
+        if has_memory(tensor):
+            comm.broadcast(tensor.data, mesh.data)
 
 
 def _optimizer(
