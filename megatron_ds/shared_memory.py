@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
+from megatron_ds.host import free_host_memory
 from megatron_ds.mesh import Axis
 
 _PAGE = 4096
@@ -239,7 +240,7 @@ def _peers(axis: Axis) -> list[int]:
 def _offer(descriptor: int, nbytes: int, nonce: int, needed: int) -> list[mmap.mmap]:
     """This rank's block with the nonce in its first bytes; empty where the host lacks the memory all ranks need."""
     # Asked beforehand: this memory has no limit of its own, and reserving more than there is calls the OOM killer.
-    if needed > _available_bytes():
+    if needed > free_host_memory():
         return []
     try:
         os.ftruncate(descriptor, nbytes)
@@ -248,15 +249,6 @@ def _offer(descriptor: int, nbytes: int, nonce: int, needed: int) -> list[mmap.m
         return []
     block[:8] = nonce.to_bytes(8, "little")
     return [block]
-
-
-def _available_bytes() -> int:
-    """Memory that the host could give to processes now, without swapping."""
-    with open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 0
 
 
 def _accept(

@@ -23,7 +23,7 @@ PROGRAMS = ("examples", "tools")
 # From the bottom up. A module imports from its own area and from those on lower lines, never sideways or up.
 ORDER = (
     ("errors",),
-    ("kernels", "mesh", "shard"),
+    ("host", "kernels", "mesh", "shard"),
     ("comm", "config", "rng", "shared_memory"),
     ("checkpoint", "data", "layers", "optim", "pipeline"),
     ("models", "zero"),

@@ -7,6 +7,8 @@ counted: passing here is needed, not enough.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,9 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+from megatron_ds import comm
 from megatron_ds.config import ZeroConfig
 from megatron_ds.errors import ConfigError
+from megatron_ds.host import filesystem, free_host_memory
+from megatron_ds.mesh import Axis
+from megatron_ds.zero.advice import Advice, Adviser
+
+log = logging.getLogger(__name__)
 
 STATE = ("master", "optimizer")
 """Kinds that ``offload_optimizer`` moves."""
@@ -65,7 +74,34 @@ def check_budget(rank: RankBytes, ranks: int, there: Available, zero: ZeroConfig
     """
     faults = budget_faults(rank, ranks, there, zero)
     if faults:
-        raise ConfigError("\n".join(faults) if len(faults) == 1 else "".join(f"\n  - {fault}" for fault in faults))
+        raise ConfigError(_listed(faults))
+
+
+def check_together(rank: RankBytes, zero: ZeroConfig, device: torch.device, world: Axis) -> None:
+    """:func:`check_budget` on every rank, each with what is free on its own node, and before any of them allocates.
+
+    Collective over ``world``: where one node lacks room, every rank raises.
+
+    Raises:
+        ConfigError: it does not fit here, or on another node, whose ranks say why.
+    """
+    if world.is_first:
+        Adviser(log.warning)(in_memory(folder) for folder in swap_folders(zero))
+    there = probe(zero, device)
+    # Ranks of one machine have its boot in common, and those of one container its control group.
+    own = hashlib.sha256(Path("/proc/sys/kernel/random/boot_id").read_bytes() + Path("/proc/self/cgroup").read_bytes())
+    node = int.from_bytes(own.digest()[:7], "big")
+    nodes = comm.gather_dim0(torch.tensor([node], device=device), world).wait().tolist()
+    faults = budget_faults(rank, nodes.count(node), there, zero)
+    elsewhere = comm.all_reduce(torch.tensor([float(bool(faults))], device=device), world, dist.ReduceOp.MAX)
+    if faults:
+        raise ConfigError(_listed(faults))
+    if elsewhere:
+        raise ConfigError("offload does not fit on another node: the ranks there say what is missing")
+
+
+def _listed(faults: Sequence[str]) -> str:
+    return "\n".join(faults) if len(faults) == 1 else "".join(f"\n  - {fault}" for fault in faults)
 
 
 def budget_faults(rank: RankBytes, ranks: int, there: Available, zero: ZeroConfig) -> list[str]:
@@ -152,65 +188,28 @@ def _relief(rank: RankBytes, zero: ZeroConfig, excess: int) -> str:
     return f"; use more ranks{', or zero.stage=3' if zero.stage < 3 else ', or offload parameters too'}"
 
 
-def probe(zero: ZeroConfig, device: torch.device, proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> Available:
-    """What this node has free now.
-
-    Raises:
-        ConfigError: a folder for swap files is not on a disk but in memory (tmpfs).
-    """
-    disk = {}
-    for name in ("offload_optimizer", "offload_parameters"):
-        offload = getattr(zero, name)
-        if offload.device == "nvme":
-            folder = _existing(Path(offload.path))
-            if filesystem(folder, f"{proc}/mounts") in ("tmpfs", "ramfs"):
-                raise ConfigError(
-                    f"zero.{name}.path={offload.path} is on a {filesystem(folder, f'{proc}/mounts')}, which is host "
-                    f"memory; give a folder on a local disk, or use zero.{name}.device='cpu'"
-                )
-            disk[offload.path] = shutil.disk_usage(folder).free
+def probe(zero: ZeroConfig, device: torch.device) -> Available:
+    """What this node has free now."""
+    disk = {folder: shutil.disk_usage(_existing(Path(folder))).free for folder in swap_folders(zero)}
     on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    return Available(free_host_memory(proc, cgroups), on_device, disk)
+    return Available(free_host_memory(), on_device, disk)
 
 
-def free_host_memory(proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> int:
-    """Bytes that processes here may still take: what the kernel can make free, within every limit of the cgroups."""
-    lines = dict(line.split(":", 1) for line in Path(proc, "meminfo").read_text().splitlines() if ":" in line)
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    for line in Path(proc, "self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, limit, used, cache = Path(cgroups), "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            root, limit, used = Path(cgroups, "memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"
-            cache = "total_inactive_file"
-        else:
-            continue
-        parts = Path(path.lstrip("/")).parts
-        for depth in range(len(parts), -1, -1):
-            free = min(free, _left_in_group(root.joinpath(*parts[:depth]), limit, used, cache, free))
-    return max(free, 0)
+def swap_folders(zero: ZeroConfig) -> list[str]:
+    offloads = (zero.offload_optimizer, zero.offload_parameters)
+    return [offload.path for offload in offloads if offload.device == "nvme" and offload.path]
 
 
-def _left_in_group(folder: Path, limit: str, used: str, cache: str, otherwise: int) -> int:
-    """Bytes below a control group's limit; file cache that the kernel would drop counts as free."""
-    try:
-        most, taken = (folder / limit).read_text().strip(), int((folder / used).read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-    except OSError:
-        return otherwise  # no such controller at this level
-    return otherwise if most == "max" else int(most) - taken + int(stat.get(cache, 0))
-
-
-def filesystem(folder: Path, mounts: str = "/proc/mounts") -> str:
-    """The type of the filesystem that a folder is on."""
-    best, kind, path = -1, "", folder.resolve()
-    for line in Path(mounts).read_text().splitlines():
-        where, found = line.split(" ")[1:3]
-        place = Path(where.replace("\\040", " "))
-        if path.is_relative_to(place) and len(place.parts) >= best:
-            best, kind = len(place.parts), found
-    return kind
+def in_memory(folder: str, mounts: str = "/proc/mounts") -> Advice | None:
+    """A folder for swap files that is not on a disk at all."""
+    kind = filesystem(_existing(Path(folder)), mounts)
+    if kind not in ("tmpfs", "ramfs"):
+        return None
+    return Advice(
+        "swap folder",
+        f"the folder for swap files {folder} is on a {kind}, which is host memory: nothing is saved by it",
+        "give a folder on a local disk, or use device='cpu'",
+    )
 
 
 def _existing(folder: Path) -> Path:

@@ -20,6 +20,9 @@ class Stores:
     """The stores of one optimizer.
 
     With ``host_memory_mb`` set, staging buffers of disk stores get what host-resident state leaves of it.
+
+    Attributes:
+        staging: bytes of host memory that those buffers will come to.
     """
 
     def __init__(self, config: ZeroConfig, layouts: Sequence[BucketLayout], kinds: Sequence[str], device: torch.device):
@@ -35,11 +38,14 @@ class Stores:
         staged = [max(sizes, default=0) for offload, sizes in offloads if offload.device == "nvme"]
         left = None if config.host_memory_mb is None else max(0, int(config.host_memory_mb * 1e6) - resident)
 
+        self.staging = 0
+
         def make(offload: OffloadConfig, sizes: Sequence[int]) -> Store:
             if offload.device == "none" or not sizes:
                 return self._device
-            largest = max(sizes) + _BLOCK_WASTE
-            share = _OVERLAP * largest if left is None else left * max(sizes) // max(sum(staged), 1)
+            wanted = _OVERLAP * (max(sizes) + _BLOCK_WASTE)
+            share = wanted if left is None else left * max(sizes) // max(sum(staged), 1)
+            self.staging += min(wanted, share) if offload.device == "nvme" else 0
             return create_store(offload, device, share)
 
         self._state = make(*offloads[0])
@@ -50,6 +56,11 @@ class Stores:
         if offload.device == "none":
             return set()
         return {x for x, away in zip(layouts, placement([x.size for x in layouts], offload.ratio)) if away}
+
+    @property
+    def offload(self) -> bool:
+        """Whether anything leaves the device."""
+        return bool(self._away_state or self._away_parameters)
 
     def of(self, layout: BucketLayout) -> BucketStores:
         return BucketStores(

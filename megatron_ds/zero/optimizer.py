@@ -20,7 +20,9 @@ from megatron_ds.optim.factory import UpdateRule, state_kinds
 from megatron_ds.shard import ShardSpec
 from megatron_ds.shared_memory import Tokens
 from megatron_ds.zero import buckets
-from megatron_ds.zero.buckets import ParameterInfo, plan_buckets, state_dtype
+from megatron_ds.zero.buckets import BucketLayout, ParameterInfo, plan_buckets, state_dtype
+from megatron_ds.zero.budget import RankBytes, check_together
+from megatron_ds.zero.estimate import ModelSize
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.offload import Stores
 from megatron_ds.zero.plan import choose_units, gradient_pools, numbers_of_units, share_memory
@@ -88,6 +90,9 @@ class ZeroOptimizer:
         device = self._parameters[0].device if self._parameters else mesh.device
         transient = config.stage >= 2 and self.shard.size > 1
         self.stores = Stores(config, layouts, self._kinds, device)
+        if self.stores.offload and device.type != "meta":
+            held = self._bytes_by_store(layouts)
+            check_together(RankBytes(held, self.stores.staging), config, device, mesh.world)
         self._arena = None
         if shared_memory:
             self._arena = share_memory(config, layouts, self._parameters, self.shard, self.stores)
@@ -349,13 +354,23 @@ class ZeroOptimizer:
                 found.append(Piece.of(info.spec, "param", parameter.data))
         return found
 
+    @property
+    def size(self) -> ModelSize:
+        """What estimates need to know of this rank's trainable parameters."""
+        trainable = [info for info in self._infos if info.trainable]
+        width = max((info.dtype.itemsize for info in trainable), default=4)
+        return ModelSize(sum(info.numel for info in trainable), width, len(self._kinds))
+
     def bytes_by_store(self) -> dict[str, dict[str, int]]:
         """The same by where they live between steps: kind, then ``"device"``, ``"host"`` or ``"disk"``."""
+        return self._bytes_by_store([bucket.layout for bucket in self._all])
+
+    def _bytes_by_store(self, layouts: Sequence[BucketLayout]) -> dict[str, dict[str, int]]:
         total: dict[str, dict[str, int]] = {}
         whole = buckets.bytes_report(self._infos, [], 0, self.config.stage)
         for layout, found in [
             (None, whole),
-            *((x.layout, buckets.bytes_report([], [x.layout], len(self._kinds), self.config.stage)) for x in self._all),
+            *((x, buckets.bytes_report([], [x], len(self._kinds), self.config.stage)) for x in layouts),
         ]:
             for kind, count in found.items():
                 place = "device" if layout is None else self.stores.place(kind, layout)

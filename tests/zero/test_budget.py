@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_ds.config import ZeroConfig
 from megatron_ds.errors import ConfigError
+from megatron_ds.mesh import Axis
+from megatron_ds.testing import run_ranks
 from megatron_ds.zero.budget import (
     Available,
     RankBytes,
     budget_faults,
     check_budget,
-    filesystem,
-    free_host_memory,
+    check_together,
+    in_memory,
     probe,
 )
 
@@ -121,59 +124,35 @@ def test_everything_that_does_not_fit_is_one_error() -> None:
 # --- what there is -----------------------------------------------------------------------------------------------
 
 
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
-@pytest.fixture
-def system(tmp_path: Path) -> Path:
-    write(tmp_path / "proc/meminfo", "MemTotal: 32000000 kB\nMemFree: 1 kB\nMemAvailable:   20000000 kB\n")
-    write(tmp_path / "proc/self/cgroup", "0::/job/step\n")
-    return tmp_path
-
-
-def free(system: Path) -> int:
-    return free_host_memory(str(system / "proc"), str(system / "cgroup"))
-
-
-def test_the_kernel_s_own_figure_without_control_groups(system: Path) -> None:
-    assert free(system) == 20_000_000 * 1024
-
-
-def test_the_tightest_control_group_counts_with_its_cache_as_free(system: Path) -> None:
-    write(system / "cgroup/job/step/memory.max", "max\n")
-    write(system / "cgroup/job/step/memory.current", "5000\n")
-    write(system / "cgroup/job/step/memory.stat", "anon 10\ninactive_file 700\n")
-    assert free(system) == 20_000_000 * 1024
-    write(system / "cgroup/job/memory.max", "9000\n")
-    write(system / "cgroup/job/memory.current", "5000\n")
-    write(system / "cgroup/job/memory.stat", "anon 10\ninactive_file 700\n")
-    assert free(system) == 9000 - 5000 + 700
-
-
-def test_control_groups_of_the_first_version(system: Path) -> None:
-    write(system / "proc/self/cgroup", "12:cpu,cpuacct:/x\n4:memory:/docker/1\n")
-    write(system / "cgroup/memory/docker/1/memory.limit_in_bytes", "8000\n")
-    write(system / "cgroup/memory/docker/1/memory.usage_in_bytes", "7000\n")
-    write(system / "cgroup/memory/docker/1/memory.stat", "total_inactive_file 100\n")
-    assert free(system) == 1100
-
-
 def test_this_machine_can_be_asked(tmp_path: Path) -> None:
     zero = ZeroConfig(offload_optimizer={"device": "nvme", "path": str(tmp_path / "not" / "made" / "yet")})
     total = int(re.findall(r"MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text())[0]) * 1024
-    if filesystem(tmp_path) != "tmpfs":
-        there = probe(zero, torch.device("cpu"))
-        assert 0 < there.host < total and there.device is None
-        assert there.disk and list(there.disk) == [zero.offload_optimizer.path] and there.disk.popitem()[1] > 0
+    there = probe(zero, torch.device("cpu"))
+    assert 0 < there.host < total and there.device is None
+    assert there.disk and list(there.disk) == [zero.offload_optimizer.path] and there.disk.popitem()[1] > 0
 
 
-def test_a_swap_folder_in_memory_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "mounts", f"/dev/a / ext4 rw 0 0\nnone {tmp_path}/shm tmpfs rw 0 0\n")
-    assert filesystem(tmp_path / "shm" / "swap", str(tmp_path / "mounts")) == "tmpfs"
-    assert filesystem(tmp_path / "shmoo", str(tmp_path / "mounts")) == "ext4"
-    write(tmp_path / "shm" / "x", "")
-    zero = ZeroConfig(offload_optimizer={"device": "nvme", "path": str(tmp_path / "shm" / "swap")})
-    with pytest.raises(ConfigError, match=r"is on a tmpfs, which is host memory; .*device='cpu'"):
-        probe(zero, torch.device("cpu"), proc=str(tmp_path))
+def test_a_swap_folder_in_memory_is_advised_against(tmp_path: Path) -> None:
+    (tmp_path / "shm").mkdir()
+    (tmp_path / "mounts").write_text(f"/dev/a / ext4 rw 0 0\nnone {tmp_path}/shm tmpfs rw 0 0\n")
+    advice = in_memory(str(tmp_path / "shm" / "swap"), str(tmp_path / "mounts"))
+    assert advice is not None and "is on a tmpfs, which is host memory" in advice.message
+    assert in_memory(str(tmp_path), str(tmp_path / "mounts")) is None
+
+
+def two_ranks(rank: RankBytes) -> str:
+    """On a rank: what is said; of rank 1's node nothing is lacking."""
+    world = Axis("world", dist.get_rank(), 2, dist.group.WORLD, (0, 1))
+    own = rank if dist.get_rank() == 0 else RankBytes({})
+    try:
+        check_together(own, ZeroConfig(offload_optimizer=CPU), torch.device("cpu"), world)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_all_ranks_refuse_together_and_count_those_of_their_node() -> None:
+    first, second = run_ranks(two_ranks, 2, RankBytes({"optimizer": {"host": 10**15}}))
+    assert first.startswith("2 rank(s) on this node need 2000000.00 GB of host memory, 1000000.00 GB each")
+    assert second == "offload does not fit on another node: the ranks there say what is missing"
+    assert run_ranks(two_ranks, 2, RankBytes({"optimizer": {"host": 1}})) == ["", ""]

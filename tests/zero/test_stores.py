@@ -119,6 +119,25 @@ def test_a_small_read_is_not_held_up_by_a_large_one_that_cannot_start(tmp_path: 
     store.close()
 
 
+def test_reads_made_too_early_give_their_buffers_to_one_that_is_waited_for(tmp_path: Path) -> None:
+    store = NvmeStore(tmp_path, CPU, 3 * BLOCK, chunk=CHUNK)
+    regions = [store.allocate(str(i), 50_000, torch.float32) for i in range(6)]
+    for i, region in enumerate(regions):
+        region.read_start().wait().fill_(i)
+        region.write_start()
+    coming = [region.read_start() for region in regions]  # the first three are read
+    for i in (5, 4, 3):  # the last ones are needed, and stay in use
+        assert coming[i].wait().eq(i).all()
+    with pytest.raises(OffloadError, match="what is in use at once"):
+        coming[0].wait()
+    for i in (5, 4, 3):
+        regions[i].release()
+    for i in (1, 2):
+        assert coming[i].wait().eq(i).all()
+        regions[i].release()
+    store.close()
+
+
 def test_reads_may_be_dropped_before_they_are_waited_for(tmp_path: Path) -> None:
     store = NvmeStore(tmp_path, CPU, BLOCK, chunk=CHUNK)
     first, second = store.allocate("first", 50_000, torch.float32), store.allocate("second", 50_000, torch.float32)

@@ -2,8 +2,8 @@
 
 Chunks of 8 MB of every region are read, checked and (CUDA) sent to the device by worker threads, so that the next
 region is read while the current one is updated and the one before is written. Host memory is the staging buffers
-alone. A read waits for a buffer where none is free and starts by itself when one is given back, so that a small bound
-costs overlap and nothing else.
+alone. A read waits for a buffer where none is free and starts by itself when one is given back, and one that was made
+too early gives its buffer to one that is waited for, so that a small bound costs overlap and nothing else.
 
 One swap file holds all regions of a rank, at multiples of 4096 bytes: a file each would run into the limit on open
 files (1,024 on most systems) at some ten billion parameters a rank. The file has no name, so that the kernel removes
@@ -111,6 +111,7 @@ class NvmeStore:
         # Guards everything below, the pool of blocks and the regions' fields; told whenever a job ends.
         self._changed = threading.Condition()
         self._waiting: list[NvmeRegion] = []  # reads without a buffer, in order
+        self._ready: list[NvmeRegion] = []  # read, and not waited for
         self._jobs = 0
         self._failure: Exception | None = None
 
@@ -167,6 +168,7 @@ class NvmeStore:
                 else:
                     self._changed.wait()
             self._raise_failure()
+            self._ready.remove(region)
             region.phase = Phase.IN_USE
             block = region.block
         assert block is not None
@@ -211,6 +213,8 @@ class NvmeStore:
         self._waiting.remove(region)
         self._waiting.insert(0, region)
         self._serve_waiting()
+        while region in self._waiting and self._ready:
+            self._put_off(self._ready[-1])
         if region in self._waiting:
             self._waiting.remove(region)
             raise OffloadError(
@@ -234,6 +238,14 @@ class NvmeStore:
             region.phase, region.block = Phase.READING, block
             self._submit(region, self._reader(region, block))
 
+    def _put_off(self, region: NvmeRegion) -> None:
+        """Take the buffer of a read that nobody has waited for yet; it starts anew when there is one again."""
+        assert region.block is not None
+        self._ready.remove(region)
+        region.block.free = region.block.loaded
+        self._waiting.append(region)
+        self._give_back(region)
+
     def _submit(self, region: NvmeRegion, job: Callable[[int], None]) -> None:
         """Run ``job(index)`` for every chunk on the worker threads; what follows the last is done by it."""
         with self._changed:
@@ -247,6 +259,7 @@ class NvmeStore:
     def _finished(self, region: NvmeRegion) -> None:
         if region.phase is Phase.READING:
             region.phase = Phase.READY
+            self._ready.append(region)
         else:
             self._give_back(region)
 
