@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from megatron_ds.engine.tensors import WholeTensors
 from megatron_ds.errors import MegatronDSError
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.torch_rule import TorchRule
+from megatron_ds.train.advice import RunAdvice
 from megatron_ds.train.step import StepResult, TrainStep
 from megatron_ds.zero.optimizer import ZeroOptimizer
+
+log = logging.getLogger(__name__)
 
 
 class EngineError(MegatronDSError):
@@ -114,6 +118,7 @@ class Engine:
         self._complete = False  # its last one has been
         self._deferred = False
         self._clock = Clock(config.log, mesh, sizes.global_batch)
+        self._advice = RunAdvice(zero, train_step.scaler, mesh, sizes.accumulation, log.warning)
 
     # Training
 
@@ -214,6 +219,7 @@ class Engine:
         if self.lr_scheduler is not None and hasattr(self.lr_scheduler, "step") and not result.skipped:
             self.lr_scheduler.step()
         self._clock.finished(self.steps, result)
+        self._advice.after_step(result)
         return result
 
     @torch.no_grad()

@@ -11,9 +11,11 @@ from megatron_ds.data.gpt_sources import GPTSources
 from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
 from megatron_ds.kernels import registry
 from megatron_ds.mesh import Mesh
+from megatron_ds.pipeline.schedules import generator_of
 from megatron_ds.pipeline.stage import Model
-from megatron_ds.train.build import DTYPES, batch_ramp, build, num_micro_batches
-from megatron_ds.train.callbacks import default_callbacks
+from megatron_ds.train.advice import AdviceCallback, RunAdvice, known_beforehand
+from megatron_ds.train.build import DTYPES, Parts, batch_ramp, build, num_micro_batches, spans_of
+from megatron_ds.train.callbacks import Callback, default_callbacks
 from megatron_ds.train.launch import Place, job, keep_freed_memory, set_threads
 from megatron_ds.train.loop import Evaluation, Loop
 from megatron_ds.train.metrics import Speedometer, peak_tflops
@@ -61,6 +63,8 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
         speedometer = Speedometer(
             model.flops_per_token, shape.world_size, config.log.peak_tflops or peak_tflops(device)
         )
+        callbacks = default_callbacks(config, mesh, parts.executor, output)
+        callbacks.append(_advice(config, place, mesh, model, parts, callbacks))
         loop = Loop(
             config,
             mesh,
@@ -69,7 +73,7 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
             output,
             speedometer,
             _evaluation(config, mesh, sources),
-            default_callbacks(config, mesh, parts.executor, output),
+            callbacks,
         )
         ranks.describe(loop.where)
         if config.checkpoint.resume and output.has_checkpoint:
@@ -89,6 +93,30 @@ def _resumed(step: int, config: RunConfig, changes: Sequence[str]) -> str:
         return f"checkpoint.resume: no checkpoint in {config.output}, so this run starts from the beginning"
     changed = f", with other settings than before: {'; '.join(changes)}" if changes else ""
     return f"resumed from step {step} of {config.train.steps}{changed}"
+
+
+def _advice(
+    config: RunConfig, place: Place, mesh: Mesh, model: Model, parts: Parts, callbacks: Sequence[Callback]
+) -> AdviceCallback:
+    """Says on rank 0, through the other callbacks, what the settings cost more than they need to."""
+
+    def say(text: str) -> None:
+        for callback in callbacks:
+            callback.on_message(text)
+
+    micro_batches, pp = num_micro_batches(config, mesh.shape), mesh.pp
+    span = spans_of(config.pipeline, model, pp.size)[pp.rank]
+    known = known_beforehand(
+        config,
+        parts.optimizer,
+        micro_batches,
+        generator_of(config.pipeline.schedule).max_in_flight(pp.rank, pp.size, micro_batches),
+        span.last - span.first,
+        model.flops_per_token * config.train.global_batch * config.train.sequence_length / mesh.world.size,
+        config.log.peak_tflops or peak_tflops(mesh.device),
+        place.local_world_size,
+    )
+    return AdviceCallback(RunAdvice(parts.optimizer, parts.scaler, mesh, micro_batches, say), known)
 
 
 def _evaluation(config: RunConfig, mesh: Mesh, sources: GPTSources) -> Evaluation | None:

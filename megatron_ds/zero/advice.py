@@ -15,6 +15,8 @@ from megatron_ds.zero.estimate import Layout, ModelSize, held_on_device, moved
 
 HARDLY = 0.1
 """Less than this share of the peak is not worth computing the forward pass twice for."""
+TRIFLE = 10_000_000
+"""Fewer bytes a step are not worth a word: a toy, or a test."""
 PATIENCE = 4
 """A loss scale should have grown in so many windows."""
 
@@ -56,7 +58,7 @@ def stage_too_high(model: ModelSize, layout: Layout, free: int, activations: int
     lower = [
         replace(layout, stage=stage, keep_whole=False, parameter_ratio=0.0) for stage in range(1, max(layout.stage, 1))
     ]
-    fitting = [other for other in lower if held_on_device(model, other) <= room and moved(model, other) < here]
+    fitting = [other for other in lower if held_on_device(model, other) <= room and moved(model, other) < here - TRIFLE]
     if not fitting:
         return None
     best = min(fitting, key=lambda other: (moved(model, other), other.stage))

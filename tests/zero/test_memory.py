@@ -1,0 +1,212 @@
+"""Memory as it is measured: tensors that are alive after a step against the paper's formulas, and the kernel's own
+figures of the peak, with more ranks and with state on a disk."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_ds import comm
+from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
+from megatron_ds.mesh import Mesh, MeshShape
+from megatron_ds.shard import ShardSpec
+from megatron_ds.testing import run_ranks
+from megatron_ds.zero.memory import TransientParameters
+from megatron_ds.zero.optimizer import ZeroOptimizer
+
+CPU = torch.device("cpu")
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, dtype: torch.dtype):
+        super().__init__()
+        # One element stands for all: a parameter of the right shape that takes no memory.
+        self.weight = nn.Parameter(torch.zeros(1, dtype=dtype).expand(width, width))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs + torch.tanh(inputs @ self.weight)
+
+
+class Stack(nn.Module):
+    """Maps ``[n, width]`` to itself; block i's weights come from its number alone."""
+
+    def __init__(self, blocks: int, width: int, dtype: torch.dtype):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(Block(width, dtype)) for _ in range(blocks))
+        for name, parameter in self.named_parameters():
+            parameter.shard = ShardSpec(name, tuple(parameter.shape))  # type: ignore[attr-defined]
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            inputs = block(inputs)
+        return inputs
+
+    @staticmethod
+    def fill(parameters: list[nn.Parameter]) -> None:
+        for parameter in parameters:
+            number = int(re.findall(r"\d+", parameter.shard.name)[0])  # type: ignore[attr-defined]
+            generator = torch.Generator().manual_seed(number)
+            torch.nn.init.normal_(parameter, std=parameter.shape[0] ** -0.5, generator=generator)
+
+
+def start(model: Stack, config: ZeroConfig) -> tuple[ZeroOptimizer, Mesh]:
+    mesh = Mesh.create(MeshShape(dp=dist.get_world_size()), CPU)
+    dtype = "bf16" if next(model.parameters()).dtype == torch.bfloat16 else "fp32"
+    zero = ZeroOptimizer(
+        model.named_parameters(),
+        mesh,
+        config,
+        OptimizerConfig(lr=1e-3),
+        PrecisionConfig(dtype=dtype),  # type: ignore[arg-type]
+        shared_memory=False,  # a page that several ranks share counts for each of them
+        root=model,
+        fill=Stack.fill,
+    )
+    return zero, mesh
+
+
+def train(model: Stack, zero: ZeroOptimizer, mesh: Mesh, steps: int) -> float:
+    width, dtype = next(model.parameters()).shape[0], next(model.parameters()).dtype
+    for step in range(steps):
+        inputs = torch.randn(4, width, generator=torch.Generator().manual_seed(step)).to(dtype)
+        zero.start_step()
+        for rows, last in zip(inputs.split(2), (False, True)):
+            loss = model(rows).float().square().mean() / dist.get_world_size()
+            zero.start_backward(last)
+            loss.backward()
+            zero.end_backward()
+        zero.finish_gradients()
+        norm = comm.all_reduce(zero.norm_squared(), mesh.world).sqrt()
+        zero.step(1e-3)
+    return float(norm)
+
+
+# --- what is alive between steps ----------------------------------------------------------------------------------
+
+BLOCKS, WIDTH = 6, 192
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Bytes by address: views of one storage count once."""
+    with torch._C.DisableTorchFunctionSubclass():
+        found = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
+        return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
+
+
+def everything() -> dict[int, int]:
+    gc.collect()
+    return storages(o for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
+
+
+def by_kind(zero: ZeroOptimizer) -> dict[str, int]:
+    tensors: dict[str, list[torch.Tensor]] = {"parameters": [], "gradients": [], "state": []}
+    for bucket in zero.buckets:
+        transient = isinstance(bucket.parameters, TransientParameters)
+        tensors["parameters"].append(bucket.parameters.whole)
+        if transient or bucket.state.holding is None:
+            tensors["parameters"].append(bucket.parameters.shard)
+        assert bucket.gradients is not None
+        tensors["gradients"].append(bucket.gradients.shard)
+        tensors["state"] += bucket.state.hold().values()
+        bucket.state.let_go(changed=False)
+    return {kind: sum(storages(of_kind).values()) for kind, of_kind in tensors.items()}
+
+
+def held_bytes() -> list[dict[str, int]]:
+    """On a rank, for stages 0 to 3: by kind, ``all`` tensors that were not there before, and what is reported."""
+    found = []
+    for stage in range(4):
+        before = everything()
+        model = Stack(BLOCKS, WIDTH, torch.bfloat16)
+        settings = {"persistence_threshold": 0} if stage == 3 else {}
+        zero, mesh = start(model, ZeroConfig(stage=stage, bucket_mb=0.07, **settings))  # type: ignore[arg-type]
+        train(model, zero, mesh, steps=2)
+        report = zero.bytes_report()
+        after = everything()
+        new = sum(size for address, size in after.items() if before.get(address) != size)
+        found.append({**by_kind(zero), "all": new, "reported": sum(report.values())})
+        zero.close()
+        del model, zero
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_each_stage_holds_what_the_paper_says(ranks: int) -> None:
+    """Rajbhandari et al. 2020, section 5, with K = 12 and gradients that are summed in fp32."""
+    elements = BLOCKS * WIDTH * WIDTH
+    for of_rank in run_ranks(held_bytes, ranks):
+        for stage, found in enumerate(of_rank):
+            expected = {
+                "parameters": 2 * elements / (ranks if stage >= 3 else 1),
+                "gradients": 4 * elements / (ranks if stage >= 2 else 1),
+                "state": 12 * elements / (ranks if stage >= 1 else 1),
+            }
+            for kind, size in expected.items():
+                assert found[kind] == pytest.approx(size, rel=0.05), f"stage {stage}: {kind}"
+            assert found["all"] == pytest.approx(sum(expected.values()), rel=0.05), f"stage {stage}: something else"
+            assert found["reported"] == pytest.approx(sum(expected.values()), rel=0.05), f"stage {stage}: the report"
+
+
+# --- the peak -----------------------------------------------------------------------------------------------------
+
+MB = 1_000_000
+UNIT = 640 * 640 * 4 / MB
+"""MB of a block's weights, and of its gradients."""
+
+
+def peak_of(settings: dict[str, Any], blocks: int) -> tuple[float, float, dict[str, dict[str, int]]]:
+    """MB that building a model and training it for two steps adds to this process at most; the last norm; bytes."""
+    # Memory goes back to the system as soon as it is freed, whatever its size: what is resident is what is held.
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+    for width in (32, 640):  # the first brings in what torch and gloo need once
+        gc.collect()
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+        model = Stack(blocks, width, torch.float32)
+        config = ZeroConfig(stage=3, bucket_mb=2.0, persistence_threshold=0, **settings)
+        zero, mesh = start(model, config)
+        norm = train(model, zero, mesh, steps=2)
+        peak = resident("VmHWM") - before
+        report = zero.bytes_by_store()
+        zero.close()
+        del model, zero
+    return peak, norm, report
+
+
+def resident(line: str) -> float:
+    return int(re.findall(rf"{line}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024 / MB
+
+
+def test_the_peak_of_stage_3_falls_with_ranks_down_to_a_few_units() -> None:
+    """Beyond its share a rank holds what is on its way: about ten units of weights and gradients, of 12 or of 24."""
+    norms = {}
+    for ranks, blocks in ((1, 24), (2, 24), (4, 24), (4, 12)):
+        share = 4 * blocks * UNIT / ranks  # weights, gradients and two kinds of state
+        for peak, norm, _ in run_ranks(peak_of, ranks, {}, blocks):
+            assert share < peak < share + (12 if ranks > 1 else 3) * UNIT, f"{ranks} ranks, {blocks} blocks"
+            norms[ranks, blocks] = norm
+    assert norms[2, 24] == pytest.approx(norms[1, 24], rel=1e-4)
+    assert norms[4, 24] == pytest.approx(norms[1, 24], rel=1e-4)
+
+
+def test_nvme_offload_keeps_host_memory_under_the_bound(tmp_path: Path) -> None:
+    """118 MB of weights and optimizer state through 12 MB; gradients stay, and the unit in use with its activations."""
+    blocks, bound = 24, 12
+    nvme = {"device": "nvme", "path": str(tmp_path)}
+    settings = {"offload_optimizer": nvme, "offload_parameters": nvme, "host_memory_mb": bound}
+    peak, norm, report = run_ranks(peak_of, 1, settings, blocks)[0]
+    on_disk = sum(places["disk"] for places in report.values()) / MB
+    assert on_disk == pytest.approx(3 * blocks * UNIT) and on_disk > 9 * bound
+    gradients = blocks * UNIT
+    assert report["gradients"] == {"device": round(gradients * MB), "host": 0, "disk": 0}
+    assert gradients < peak < gradients + bound + 3 * UNIT
+    assert norm == run_ranks(peak_of, 1, {}, blocks)[0][1], "the same numbers, bit for bit"
