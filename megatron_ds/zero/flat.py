@@ -212,6 +212,11 @@ class FlatBucket:
 
     # Gradients
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Of all of its gradients."""
+        return self.layout.size * state_dtype(self.layout.key.dtype).itemsize
+
     def start_step(self) -> None:
         """Forget the gradients of the step before."""
         if isinstance(self.gradients, TransientGradients):

@@ -26,7 +26,7 @@ from megatron_ds.zero.estimate import ModelSize
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.offload import Stores
 from megatron_ds.zero.plan import choose_units, gradient_pools, numbers_of_units, share_memory
-from megatron_ds.zero.reducer import Phase, Reducer
+from megatron_ds.zero.reducer import WINDOW, Phase, Reducer
 from megatron_ds.zero.units import Gatherer, Unit
 
 
@@ -115,7 +115,9 @@ class ZeroOptimizer:
             if layout.key.trainable:
                 self.buckets.append(bucket)
         self._take_values(fill)
-        self.reducer = Reducer(self.buckets, config.overlap, transient and not config.keep_whole)
+        self.reducer = Reducer(
+            self.buckets, config.overlap, transient and not config.keep_whole, WINDOW * config.bucket_mb * 1e6
+        )
         self.gatherer = self._gatherer(root, modules)
         self._shares_units = self._arena is not None and any(layout.key.unit is not None for layout in layouts)
         self._unit_readers: Tokens | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -64,7 +65,8 @@ def share_memory(
     kept = SharedArena.bytes_for(wanted)
     for dtype, sizes in _gradient_sizes(layouts).items() if transient else ():
         slots = [(GradientPool.stride(max(sizes)), dtype)] * len(sizes)
-        passing.append(SharedArena.bytes_for(slots[: WINDOW + 2]))
+        at_once = WINDOW * config.bucket_mb * 1e6 / (max(sizes) * dtype.itemsize) + 2
+        passing.append(SharedArena.bytes_for(slots[: math.ceil(at_once)]))
         wanted += slots
     return SharedArena.create(SharedArena.bytes_for(wanted), shard, used=kept + sum(passing))
 

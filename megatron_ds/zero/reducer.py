@@ -19,7 +19,7 @@ from megatron_ds.zero.memory import TransientGradients
 from megatron_ds.zero.sink import GradSink
 
 WINDOW = 2
-"""Reductions under way before the oldest is waited for, where their buffers are to be given back."""
+"""Bytes of reductions under way, in units of ``zero.bucket_mb``, before the oldest is waited for and given back."""
 
 
 class Phase(Enum):
@@ -38,11 +38,12 @@ class Reducer:
         buckets: those with gradients, in the order in which a backward pass fills them.
         overlap: reduce during the backward pass and not after it; the same bits.
         each_backward: reduce in every backward pass and not only in a step's last one.
+        window: bytes of reductions under way at one time, where their buffers are to be given back.
     """
 
-    def __init__(self, buckets: Sequence[FlatBucket], overlap: bool, each_backward: bool):
+    def __init__(self, buckets: Sequence[FlatBucket], overlap: bool, each_backward: bool, window: float):
         self.buckets = list(buckets)
-        self.overlap, self.each_backward = overlap, each_backward
+        self.overlap, self.each_backward, self.window = overlap, each_backward, window
         self.phase = Phase.IDLE
         self._missing = [0] * len(self.buckets)  # for each bucket, parameters yet to come in the backward pass
         self._launched = 0
@@ -154,16 +155,21 @@ class Reducer:
         self._launched += 1
         self._waiting.append(bucket)
         if self.each_backward:
-            while len(self._waiting) > WINDOW:
-                self._finish_oldest()
+            # By sizes alone, so that all ranks do the same. What is done here may still be read by peers: a wait for
+            # them comes as late as it can.
+            while self._in_flight() > self.window and (self._waiting or self._finished):
+                if self._finished and len(self._finished) >= len(self._waiting):
+                    self._finished.pop(0).free_gradients()
+                else:
+                    self._finish_oldest()
+
+    def _in_flight(self) -> int:
+        return sum(bucket.gradient_bytes for bucket in (*self._waiting, *self._finished))
 
     def _finish_oldest(self) -> None:
-        """Wait for the oldest reduction. Its buffer is free when the next one is done: peers read it until then."""
         bucket = self._waiting.pop(0)
         bucket.finish_reduce()
         self._finished.append(bucket)
-        while len(self._finished) > 1:
-            self._finished.pop(0).free_gradients()
 
     def _reduce_the_rest(self) -> None:
         if self.phase is Phase.REDUCING:
