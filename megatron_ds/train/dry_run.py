@@ -29,6 +29,7 @@ class DryRun:
 
     Attributes:
         bytes: by kind: parameters, gradients, master weights, optimizer state.
+        places: the same by kind and place: ``device``, ``host``, ``disk``.
         local_parameters: elements on this rank.
         bubble: idle share of the pipeline's time, from the layers' FLOPs, a backward at twice a forward.
     """
@@ -38,6 +39,7 @@ class DryRun:
     rank: int
     spans: list[StageSpan]
     bytes: dict[str, int]
+    places: dict[str, dict[str, int]]
     local_parameters: int
     bubble: float
     in_flight: int
@@ -52,9 +54,6 @@ class DryRun:
         span = self.spans[place["pp"]]
         extras = [name for name, there in (("embedding", span.embedding), ("head", span.head)) if there]
         batches = num_micro_batches(self.config, self.shape)
-        width = max(len(kind) for kind in [*self.bytes, "total"])
-        rows = [f"  {kind:<{width}}  {size:>18,} bytes  {size / 2**30:9.3f} GiB" for kind, size in self.bytes.items()]
-        rows.append(f"  {'total':<{width}}  {self.total_bytes:>18,} bytes  {self.total_bytes / 2**30:9.3f} GiB")
         return "\n".join(
             [
                 self.shape.draw(mark=self.rank),
@@ -64,13 +63,26 @@ class DryRun:
                 + (f" with {' and '.join(extras)}" if extras else ""),
                 "layers a stage: " + " ".join(str(s.last - s.first) for s in self.spans),
                 f"parameters on this rank: {self.local_parameters:,}",
-                *rows,
+                *_table({**self.bytes, "total": self.total_bytes}),
+                *self._offloaded(),
                 "  (activations and communication buffers are not counted)",
                 f"schedule: {self.config.pipeline.schedule}, {batches} micro-batches, at most {self.in_flight} "
                 f"in flight on this rank, bubble {self.bubble:.1%} of the time",
                 f"built in {self.seconds:.1f} s",
             ]
         )
+
+    def _offloaded(self) -> list[str]:
+        """What lies where, if not all of it is on the device."""
+        lines = []
+        for place in ("device", "host", "disk"):
+            there = {kind: places[place] for kind, places in self.places.items() if places[place]}
+            lines += [f"  on the {place}:", *_table({**there, "total": sum(there.values())})] if there else []
+        return lines if any(places["host"] + places["disk"] for places in self.places.values()) else []
+
+
+def _table(sizes: dict[str, int]) -> list[str]:
+    return [f"  {kind:<10}  {size:>18,} bytes  {size / 2**30:9.3f} GiB" for kind, size in sizes.items()]
 
 
 def dry_run(config: RunConfig, model: Model, world_size: int, rank: int = 0) -> DryRun:
@@ -111,6 +123,7 @@ def dry_run(config: RunConfig, model: Model, world_size: int, rank: int = 0) -> 
         rank,
         spans,
         parts.optimizer.bytes_report(),
+        parts.optimizer.bytes_by_store(),
         sum(parameter.numel() for stage in parts.stages.values() for parameter in stage.parameters()),
         timeline.bubble_fraction,
         generator_of(config.pipeline.schedule).max_in_flight(mesh.pp.rank, shape.pp, batches),

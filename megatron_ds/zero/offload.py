@@ -13,11 +13,11 @@ from megatron_ds.zero.store import DeviceStore, Store, create_store, placement
 
 _OVERLAP = 3  # regions in staging: one is read, one updated, one written
 _BLOCK_WASTE = 8192  # what aligning a staging buffer may cost
-_PLACES = (("device", "device"), ("cpu", "host"), ("nvme", "disk"))
+_PLACES = (("none", "device"), ("cpu", "host"), ("nvme", "disk"))
 
 
 class Stores:
-    """The stores of one optimizer.
+    """The stores of one optimizer. On the meta device (a dry run) everything has its place, and no store is made.
 
     With ``host_memory_mb`` set, staging buffers of disk stores get what host-resident state leaves of it.
 
@@ -28,6 +28,7 @@ class Stores:
     def __init__(self, config: ZeroConfig, layouts: Sequence[BucketLayout], kinds: Sequence[str], device: torch.device):
         trainable = [layout for layout in layouts if layout.key.trainable]
         units = [layout for layout in layouts if layout.key.unit is not None]
+        self._config = config
         self._device = DeviceStore(device)
         self._away_state = self._chosen(config.offload_optimizer, trainable)
         self._away_parameters = self._chosen(config.offload_parameters, units)
@@ -41,7 +42,7 @@ class Stores:
         self.staging = 0
 
         def make(offload: OffloadConfig, sizes: Sequence[int]) -> Store:
-            if offload.device == "none" or not sizes:
+            if device.type == "meta" or offload.device == "none" or not sizes:
                 return self._device
             wanted = _OVERLAP * (max(sizes) + _BLOCK_WASTE)
             share = wanted if left is None else left * max(sizes) // max(sum(staged), 1)
@@ -70,12 +71,12 @@ class Stores:
 
     def place(self, kind: str, layout: BucketLayout) -> str:
         """Where bytes of a kind (``"parameters"``, ``"optimizer"``, ...) of a bucket are: device, host or disk."""
-        store: Store = self._device
+        away = "none"
         if kind == "parameters" and layout in self._away_parameters:
-            store = self._parameters
+            away = self._config.offload_parameters.device
         elif kind in ("master", "optimizer") and layout in self._away_state:
-            store = self._state
-        return dict(_PLACES)[store.kind]
+            away = self._config.offload_optimizer.device
+        return dict(_PLACES)[away]
 
     def drain(self) -> None:
         """Wait for everything under way; raise what failed."""

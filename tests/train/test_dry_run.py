@@ -120,6 +120,47 @@ def test_with_replicas_bytes_of_each_kind_are_the_real_ones(world: int) -> None:
             assert dry_run(config, gpt_model(config), world, rank).bytes == found, config
 
 
+def kept_by_each(configs: list[RunConfig]) -> list[Any]:
+    """What a real rank keeps between steps: shards by the tensors' own sizes, and what its stores say they hold."""
+    found = []
+    for config in configs:
+        mesh = Mesh.create(validate(config, dist.get_world_size()), torch.device("cpu"))
+        zero = build(config, mesh, gpt_model(config)).optimizer
+        shards = [bucket.gradients.shard.nbytes for bucket in zero.buckets if bucket.gradients is not None]
+        whole = [b.parameters.whole.nbytes for b in zero._all if b.layout.key.unit is None]
+        units = [b.parameters.holding.region for b in zero._all if b.layout.key.unit is not None]
+        away = [zero.stores._state.bytes(), zero.stores._parameters.bytes()]
+        parameters = sum(whole) + sum(region.numel * region.dtype.itemsize for region in units)
+        found.append((sum(shards), parameters, sum(held["disk"] for held in away)))
+        zero.close()
+    return found
+
+
+def test_bytes_of_sharded_and_offloaded_state_are_the_real_ones(tmp_path: Path) -> None:
+    disk = {"device": "nvme", "path": str(tmp_path / "swap")}
+    configs = [
+        configuration({"dp": 2}, zero={"stage": 2}),
+        configuration({"dp": 2}, dtype="bf16", zero={"stage": 3, "persistence_threshold": 100, "bucket_mb": 0.02}),
+        configuration(
+            {"dp": 2},
+            dtype="bf16",
+            zero={"stage": 3, "persistence_threshold": 100, "offload_optimizer": disk, "offload_parameters": disk},
+        ),
+    ]
+    for rank, results in enumerate(run_ranks(kept_by_each, 2, configs)):
+        for config, (gradients, parameters, on_disk) in zip(configs, results):
+            dry = dry_run(config, gpt_model(config), 2, rank)
+            assert (dry.bytes["gradients"], dry.bytes["parameters"]) == (gradients, parameters), config
+            away = sum(places["disk"] for places in dry.places.values())
+            # A swap file's regions are whole blocks of 4096 bytes.
+            assert away <= on_disk <= away + 4096 * 100 if config is configs[-1] else away == on_disk == 0
+            assert ("on the disk" in str(dry)) == (config is configs[-1])
+    fresh = tmp_path / "none"
+    zero = {"stage": 3, "offload_optimizer": {"device": "nvme", "path": str(fresh)}}
+    dry_run(configuration({"dp": 2}, zero=zero), gpt_model(configs[0]), 2)
+    assert not fresh.exists(), "a dry run makes no swap files"
+
+
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 def test_bubble_and_activations_in_flight_are_the_papers(schedule: str) -> None:
     """Equal stages idle for (p - 1) of m + p - 1 turns; GPipe holds all m micro-batches, 1F1B p - stage of them."""
