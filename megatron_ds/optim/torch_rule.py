@@ -149,7 +149,7 @@ class _TorchUpdate:
         self._twin = _twin(
             rule.optimizer,
             [
-                {**_settings(rule.optimizer.param_groups[index]), "params": self._of_group(index)}
+                {**_fast_settings(rule.optimizer, rule.optimizer.param_groups[index]), "params": self._of_group(index)}
                 for index in self._used
             ],
         )
@@ -180,7 +180,7 @@ class _TorchUpdate:
     def step(self, lr: float, scale: float | torch.Tensor = 1.0) -> None:
         """One update with gradients multiplied by ``scale``, at the groups' own rates: ``lr`` is not asked."""
         for index, group in zip(self._used, self._twin.param_groups):
-            group.update(_settings(self._rule.optimizer.param_groups[index]))
+            group.update(_fast_settings(self._rule.optimizer, self._rule.optimizer.param_groups[index]))
         if isinstance(scale, torch.Tensor) or scale != 1.0:
             torch._foreach_mul_([segment.gradient for segment in self._segments], scale)
         fresh = {id(parameter) for parameter in self._parameters if not self._twin.state.get(parameter)}
@@ -240,6 +240,19 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
+def _fast_settings(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The group's settings, with torch's fused update where it has one and nobody chose another implementation.
+
+    Over flat segments it is always possible; torch's own choice on a CPU is a loop of several passes over memory.
+    """
+    settings = _settings(group)
+    chosen = any(settings.get(key) for key in ("foreach", "fused", "capturable", "differentiable"))
+    unsaid = settings.get("foreach", True) is None and settings.get("fused", True) is None
+    if unsaid and not chosen and type(optimizer) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
+        settings["fused"] = True
+    return settings
+
+
 def _twin(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
     """Another optimizer of the same kind over ``groups``, which have every setting. Its constructor is not run."""
     twin = copy.copy(optimizer)  # by the class's own protocol: settings, but no hooks and no scheduler's wrapping
@@ -258,7 +271,7 @@ def _probe(optimizer: Optimizer, group: Mapping[str, Any], sample: Mapping[str, 
     wide = torch.float64 if like.dtype == torch.float64 else torch.float32
     parameter = torch.ones(_PROBE, dtype=wide, device=device)
     parameter.grad = torch.full_like(parameter, 0.5)
-    twin = _twin(optimizer, [{**_settings(group), "params": [parameter]}])
+    twin = _twin(optimizer, [{**_fast_settings(optimizer, group), "params": [parameter]}])
     if sample:
         twin.state[parameter] = _shaped(sample, parameter)
     twin.step()

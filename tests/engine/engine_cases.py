@@ -17,7 +17,7 @@ STEPS = 3
 NUMBERS = ("step", "mu_product", "eta", "mu")  # of a 0-d parameter these look like its state
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
-    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
     "Adam": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1),
     "SGD": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9, dampening=0.2, weight_decay=0.1),
     "SGD plain": lambda p: torch.optim.SGD(p, lr=1e-1),
