@@ -225,4 +225,4 @@ def _join(*texts: str) -> str:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 or size == 0 else f"{size / 1e6:.3g} MB"

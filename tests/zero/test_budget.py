@@ -84,7 +84,7 @@ def test_the_configured_bound() -> None:
     assert budget_faults(a_rank(0.5, "host"), 1, Available(100 * GB, 100 * GB), zero) == []
     zero = ZeroConfig(offload_optimizer=NVME, host_memory_mb=50)
     fault = only(budget_faults(a_rank(1.0, "disk", 75_000_000), 1, Available(GB, 100 * GB), zero))
-    assert "(staging 0.07 GB), more than zero.host_memory_mb=50; set it to 75" in fault and "ratio" not in fault
+    assert "(staging 75 MB), more than zero.host_memory_mb=50; set it to 75" in fault and "ratio" not in fault
 
 
 def test_disk_space() -> None:
