@@ -23,7 +23,7 @@ train: $(INSTALLED) ## Train a small Llama on 8 ranks from raw text to a Hugging
 	@$(RUN) examples/demo.py $(ARGS)
 
 test: $(INSTALLED) ## Run the test suite (on NCCL where there are several GPUs, else on gloo)
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(INSTALLED) ## Check with ruff (lint and format) and mypy
 	@$(RUN) -m ruff check

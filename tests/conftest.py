@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import hypothesis
+import pytest
+import torch
 
 hypothesis.settings.register_profile("same-every-time", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same-every-time")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """On a CPU files run two at a time: half of them leave a core idle. On GPUs one at a time: ranks fill them."""
+    return 0 if torch.cuda.is_available() else 2

@@ -186,7 +186,11 @@ class ZeroConfig(_Section):
     bucket_mb: float = Field(
         25.0, gt=0, description="MB of gradients reduced at a time, while the backward pass goes on."
     )
-    overlap: bool = Field(True, description="Reduce buckets during the last backward pass, not after it.")
+    overlap: bool = Field(
+        True,
+        description="Reduce buckets during the last backward pass, not after it; without it stages 2 and 3 keep whole "
+        "gradients until its end.",
+    )
     shard_size: int | None = Field(
         None, gt=0, description="Ranks over which state is sharded; beyond them it is repeated. Default: all of dp."
     )

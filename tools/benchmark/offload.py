@@ -174,7 +174,7 @@ class Buffered(Files):
 
 
 class Safetensors(Files):
-    """``safetensors.torch``: a file written and mapped each time (``torch.save`` makes the same copies, slower)."""
+    """``safetensors.torch``: a file written and mapped each time."""
 
     def load(self, path: Path) -> torch.Tensor:
         self.buffer.copy_(load_file(path)["region"])
