@@ -60,8 +60,8 @@ class Stores:
 
     @property
     def offload(self) -> bool:
-        """Whether anything leaves the device."""
-        return bool(self._away_state or self._away_parameters)
+        """Whether anything is to leave the device, on any rank: one with few buckets may itself keep all of them."""
+        return any(o.device != "none" for o in (self._config.offload_optimizer, self._config.offload_parameters))
 
     def of(self, layout: BucketLayout) -> BucketStores:
         return BucketStores(
