@@ -5,6 +5,8 @@ Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden. What it shares with other mod
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from megatron_ds.config import RunConfig
 from megatron_ds.layers.attention import AttentionInputs
 from megatron_ds.layers.norm import Norm
 from megatron_ds.mesh import Axis
+from megatron_ds.models.activations import gpt_activations
 from megatron_ds.models.transformer import BlockParts, Transformer, model_of_stages, stage_settings
 from megatron_ds.pipeline.stage import Model, StageSpan
 from megatron_ds.rng import add_dropout, keys_of_rows
@@ -43,7 +46,7 @@ class GPT(Transformer):
 
 def gpt_model(config: RunConfig) -> Model:
     """What training needs of the GPT that ``config.model`` describes."""
-    return model_of_stages(config, _make_stage)
+    return replace(model_of_stages(config, _make_stage), activations=partial(gpt_activations, config))
 
 
 def _make_stage(config: RunConfig, span: StageSpan, tp: Axis, device: torch.device, dtype: torch.dtype) -> GPT:

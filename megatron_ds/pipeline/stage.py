@@ -54,6 +54,19 @@ class StageModule(Protocol):
     def __call__(self, micro_batch: Mapping[str, Tensor], hidden: Tensor | None = None) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro-batch on one rank, from its forward to its backward pass.
+
+    ``plain``: kept without recomputation. ``kept``: with the configured one. ``again``: what exists besides while one
+    part is computed again.
+    """
+
+    plain: int
+    kept: int
+    again: int
+
+
 StageFactory = Callable[[RunConfig, StageSpan, Axis, torch.device, torch.dtype], nn.Module]
 
 
@@ -61,10 +74,12 @@ StageFactory = Callable[[RunConfig, StageSpan, Axis, torch.device, torch.dtype],
 class Model:
     """What training needs to know of a model: how to build a stage of it, and what its layers cost.
 
-    ``flops_per_token`` counts forward and backward; the model states its convention.
+    ``flops_per_token`` counts forward and backward; the model states its convention. ``activations`` estimates those
+    of a stage, from its span, the size of tp and the type of the device; None: the model does not know.
     """
 
     make_stage: StageFactory
     num_layers: int
     costs: LayerCosts
     flops_per_token: float
+    activations: Callable[[StageSpan, int, str], Activations] | None = None

@@ -14,6 +14,7 @@ from megatron_ds.config import RunConfig
 from megatron_ds.host import free_host_memory
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.loss_scaler import LossScaler
+from megatron_ds.pipeline.stage import Activations
 from megatron_ds.train.callbacks import Callback
 from megatron_ds.train.metrics import peak_memory_bytes
 from megatron_ds.train.step import StepResult
@@ -25,13 +26,16 @@ from megatron_ds.zero.advice import (
     recomputation_saves_little,
     stage_too_high,
 )
-from megatron_ds.zero.estimate import Layout, held_on_device
+from megatron_ds.zero.estimate import Layout, held, held_on_device
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 ACHIEVED = 0.4
 """Of a device's peak: what a well-tuned step reaches."""
 RATES = {"cpu": (25e9, 25e9, True), "nvme": (3e9, 2e9, False)}
 """Bytes a second in and out, assumed for PCIe 4.0 x16 and for one NVMe disk, and whether both run at once."""
+FLOOR = 1e9
+"""Bytes of a run below which nothing is said of how it spends memory: it fits anywhere, and who tries stage 3 out on a
+laptop wants to see stage 3. (A tenth of the smallest GPU that anybody trains on.)"""
 SETTLED = 2
 """Steps after which a device's peak is that of every further step."""
 
@@ -68,6 +72,8 @@ class RunAdvice:
 
     def _stage(self) -> Advice | None:
         model, layout = self.zero.size, layout_of(self.zero, self.micro_batches)
+        if sum(held(model, Layout(0, 1)).values()) < FLOOR:
+            return None
         device, peak = self.mesh.device, peak_memory_bytes(self.mesh.device)
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[1]
@@ -107,7 +113,7 @@ def known_beforehand(
     zero: ZeroOptimizer,
     micro_batches: int,
     in_flight: int,
-    layers: int,
+    activations: Activations | None,
     flops: float,
     peak_tflops: float | None,
     ranks_sharing: int,
@@ -115,11 +121,11 @@ def known_beforehand(
     """Advice on a pretraining run that has been built.
 
     Args:
-        in_flight: micro-batches of which this rank keeps activations at once. layers: on this rank.
+        in_flight: micro-batches of which this rank keeps activations at once. activations: of one of them, if known.
         flops: of one rank's step. peak_tflops: of its device; None: not known, and nothing is said of transfers.
         ranks_sharing: ranks of a node.
     """
-    found: list[Advice | None] = [_recomputation(config, zero, micro_batches, in_flight, layers)]
+    found: list[Advice | None] = [_recomputation(zero, micro_batches, in_flight, activations)]
     places = zero.bytes_by_store()
     for key, kinds in (("offload_optimizer", ("master", "optimizer")), ("offload_parameters", ("parameters",))):
         offload = getattr(config.zero, key)
@@ -146,29 +152,13 @@ def known_beforehand(
 
 
 def _recomputation(
-    config: RunConfig, zero: ZeroOptimizer, micro_batches: int, in_flight: int, layers: int
+    zero: ZeroOptimizer, micro_batches: int, in_flight: int, activations: Activations | None
 ) -> Advice | None:
-    if config.recompute.mode not in ("full", "every_n"):
-        return None
     model, layout = zero.size, layout_of(zero, micro_batches)
-    plain, kept, transient = activation_bytes(config, layers, model.width)
+    if activations is None or held_on_device(model, layout) + in_flight * activations.plain < FLOOR:
+        return None
     whole = layout.stage < 2 or layout.keep_whole
     gradients = model.parameters * model.wide // (1 if whole else layout.shard)
-    other = held_on_device(model, layout) - gradients
-    return recomputation_saves_little(micro_batches, in_flight, plain, kept, transient, gradients, max(0, other), whole)
-
-
-def activation_bytes(config: RunConfig, layers: int, width: int) -> tuple[int, int, int]:
-    """Bytes of one micro-batch on one rank: kept without recomputation, kept with it, and computed again at a time.
-
-    As Korthikanti et al. 2022 (arXiv 2205.05198) count, for an MLP four times as wide as h, without dropout and with a
-    fused attention core: 16 elements for each of the b x s x h places of a layer within the tensor-parallel region and
-    4 outside (measured: 20.06 on one rank), of which full recomputation keeps the input. The head works in chunks of
-    bounded size, which are left out.
-    """
-    train, model, mesh = config.train, config.model, config.mesh
-    places = train.micro_batch * train.sequence_length * model.hidden_size
-    shared = mesh.tp if mesh.sequence_parallel else 1
-    layer = places * 16 * width // mesh.tp + places * 4 * width // shared
-    again = layers if config.recompute.mode == "full" else -(-layers // config.recompute.every)
-    return layers * layer, again * (places * width // shared) + (layers - again) * layer, layer
+    other = max(0, held_on_device(model, layout) - gradients)
+    of_one = (activations.plain, activations.kept, activations.again)
+    return recomputation_saves_little(micro_batches, in_flight, *of_one, gradients, other, whole)

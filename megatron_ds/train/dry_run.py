@@ -19,7 +19,7 @@ from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.pipeline.passes import add_communication, hoist_receives
 from megatron_ds.pipeline.schedules import build_schedule, generator_of
 from megatron_ds.pipeline.simulate import Costs, simulate
-from megatron_ds.pipeline.stage import Model, StageSpan
+from megatron_ds.pipeline.stage import Activations, Model, StageSpan
 from megatron_ds.train.build import build, num_micro_batches, spans_of
 
 
@@ -31,6 +31,8 @@ class DryRun:
         bytes: by kind: parameters, gradients, master weights, optimizer state.
         places: the same by kind and place: ``device``, ``host``, ``disk``.
         local_parameters: elements on this rank.
+        activations: of one micro-batch, estimated for a GPU unless the configuration says CPU; None: not known.
+        in_flight: micro-batches whose activations this rank keeps at once.
         bubble: idle share of the pipeline's time, from the layers' FLOPs, a backward at twice a forward.
     """
 
@@ -43,6 +45,7 @@ class DryRun:
     local_parameters: int
     bubble: float
     in_flight: int
+    activations: Activations | None
     seconds: float
 
     @cached_property
@@ -65,12 +68,23 @@ class DryRun:
                 f"parameters on this rank: {self.local_parameters:,}",
                 *_table({**self.bytes, "total": self.total_bytes}),
                 *self._offloaded(),
-                "  (activations and communication buffers are not counted)",
+                *self._activations(),
+                "  (communication buffers are not counted)",
                 f"schedule: {self.config.pipeline.schedule}, {batches} micro-batches, at most {self.in_flight} "
                 f"in flight on this rank, bubble {self.bubble:.1%} of the time",
                 f"built in {self.seconds:.1f} s",
             ]
         )
+
+    def _activations(self) -> list[str]:
+        if self.activations is None:
+            return ["  (activations are not known of this model)"]
+        kept, again = self.activations.kept, self.activations.again
+        device = "a CPU" if self.config.device == "cpu" else "a GPU"
+        return [
+            f"activations on {device}, estimated: {kept:,} bytes a micro-batch x {self.in_flight} in flight",
+            *_table({"kept": kept * self.in_flight, **({"recomputed": again} if again else {})}),
+        ]
 
     def _offloaded(self) -> list[str]:
         """What lies where, if not all of it is on the device."""
@@ -83,6 +97,12 @@ class DryRun:
 
 def _table(sizes: dict[str, int]) -> list[str]:
     return [f"  {kind:<10}  {size:>18,} bytes  {size / 2**30:9.3f} GiB" for kind, size in sizes.items()]
+
+
+def _activations(config: RunConfig, model: Model, span: StageSpan, tp: int) -> Activations | None:
+    if model.activations is None:
+        return None
+    return model.activations(span, tp, "cpu" if config.device == "cpu" else "cuda")
 
 
 def dry_run(config: RunConfig, model: Model, world_size: int, rank: int = 0) -> DryRun:
@@ -127,5 +147,6 @@ def dry_run(config: RunConfig, model: Model, world_size: int, rank: int = 0) -> 
         sum(parameter.numel() for stage in parts.stages.values() for parameter in stage.parameters()),
         timeline.bubble_fraction,
         generator_of(config.pipeline.schedule).max_in_flight(mesh.pp.rank, shape.pp, batches),
+        _activations(config, model, spans[mesh.pp.rank], shape.tp),
         time.perf_counter() - start,
     )

@@ -111,7 +111,7 @@ def _advice(
         parts.optimizer,
         micro_batches,
         generator_of(config.pipeline.schedule).max_in_flight(pp.rank, pp.size, micro_batches),
-        span.last - span.first,
+        None if model.activations is None else model.activations(span, mesh.tp.size, mesh.device.type),
         model.flops_per_token * config.train.global_batch * config.train.sequence_length / mesh.world.size,
         config.log.peak_tflops or peak_tflops(mesh.device),
         place.local_world_size,

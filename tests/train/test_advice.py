@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import planted_faults
 import pytest
 import torch
+from started_ranks import TINY, started
 
 from megatron_ds.config import RunConfig, ZeroConfig, from_dict
 from megatron_ds.mesh import Axis, Mesh, MeshShape
-from megatron_ds.models.gpt import gpt_model
 from megatron_ds.optim.loss_scaler import LossScaler
-from megatron_ds.pipeline.stage import StageSpan
-from megatron_ds.train.advice import RunAdvice, activation_bytes, known_beforehand
+from megatron_ds.pipeline.stage import Activations
+from megatron_ds.train.advice import RunAdvice, known_beforehand
 from megatron_ds.train.step import StepResult
 from megatron_ds.zero.estimate import ModelSize
 
@@ -27,51 +29,12 @@ def config(**sections: dict[str, Any]) -> RunConfig:
     return from_dict(RunConfig, {n: {**base.get(n, {}), **sections.get(n, {})} for n in base | sections}, "test")
 
 
-def saved(run: RunConfig) -> int:
-    """Bytes that autograd keeps of one micro-batch's forward, parameters left out."""
-    mesh = Mesh.create(MeshShape(), torch.device("cpu"))
-    model = gpt_model(run)
-    span = StageSpan(0, run.model.num_layers)
-    stage = model.make_stage(run, span, mesh.tp, torch.device("cpu"), torch.float32)
-    stage.initialize(1)
-    known = {p.untyped_storage().data_ptr() for p in stage.parameters()}
-    kept: dict[int, tuple[int, torch.Tensor]] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
-    tokens = torch.zeros(run.train.micro_batch, run.train.sequence_length, dtype=torch.int64)
-    positions = torch.arange(run.train.sequence_length).expand_as(tokens)
-    batch = {
-        "tokens": tokens,
-        "position_ids": positions,
-        "labels": tokens,
-        "loss_mask": torch.ones(tokens.shape, dtype=torch.bool),
-    }
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        stage(batch)
-    return sum(size for size, _ in kept.values())
-
-
-@pytest.mark.parametrize("mode", ["none", "full"])
-def test_activations_are_what_autograd_keeps(mode: str) -> None:
-    sizes = {}
-    for layers in (2, 6):
-        run = config(model={"num_layers": layers}, recompute={"mode": mode})
-        sizes[layers] = (saved(run), activation_bytes(run, layers, 4)[mode != "none"])
-    measured, estimated = (sizes[6][i] - sizes[2][i] for i in (0, 1))
-    assert measured == pytest.approx(estimated, rel=0.03)
-
-
-def zero_of(**settings: Any) -> Any:
-    """A billion bf16 parameters over eight ranks, as far as advice asks."""
+def zero_of(parameters: int = 10**9, **settings: Any) -> Any:
+    """So many bf16 parameters over eight ranks, as far as advice asks."""
     places = {kind: {"device": 0, "host": 10**9, "disk": 0} for kind in ("parameters", "master", "optimizer")}
     return SimpleNamespace(
         config=ZeroConfig(**settings),
-        size=ModelSize(10**9),
+        size=ModelSize(parameters),
         shard=Axis("shard", 0, 8),
         replicate=Axis("replicate"),
         bytes_by_store=lambda: places,
@@ -110,11 +73,42 @@ def test_rank_0_is_told_of_a_loss_scale_at_its_floor() -> None:
 def test_a_run_is_told_beforehand_of_transfers_and_recomputation() -> None:
     run = config(zero={"offload_optimizer": {"device": "cpu"}}, recompute={"mode": "full"})
     zero = zero_of(stage=1, offload_optimizer={"device": "cpu"})
-    found = known_beforehand(run, zero, 4, 1, 12, flops=1e12, peak_tflops=1000.0, ranks_sharing=8)
+    full = Activations(plain=10**9, kept=5 * 10**8, again=10**8)
+    found = known_beforehand(run, zero, 4, 1, full, flops=1e12, peak_tflops=1000.0, ranks_sharing=8)
     recompute, transfer = found
     # 2 GB at 25 GB/s are 80 ms; 1 TFLOP at 40% of 1,000 TFLOP/s is 2.5.
     assert transfer is not None and "0.08 s at 25 and 25 GB/s" in transfer.message and "0.0025 s" in transfer.message
     assert recompute is not None and "with 4 micro-batches a step" in recompute.message
-    assert known_beforehand(run, zero, 4, 1, 12, flops=1e14, peak_tflops=1000.0, ranks_sharing=8)[1] is None
-    assert len(known_beforehand(run, zero, 4, 1, 12, flops=1e12, peak_tflops=None, ranks_sharing=8)) == 1
-    assert known_beforehand(run, zero, 1, 1, 12, flops=1e14, peak_tflops=1000.0, ranks_sharing=8)[0] is None
+    assert known_beforehand(run, zero, 4, 1, full, flops=1e14, peak_tflops=1000.0, ranks_sharing=8)[1] is None
+    assert len(known_beforehand(run, zero, 4, 1, full, flops=1e12, peak_tflops=None, ranks_sharing=8)) == 1
+    assert known_beforehand(run, zero, 1, 1, full, flops=1e14, peak_tflops=1000.0, ranks_sharing=8)[0] is None
+    small = zero_of(stage=1, offload_optimizer={"device": "cpu"}, parameters=10**6)
+    few = Activations(plain=10**6, kept=10**5, again=10**5)
+    assert known_beforehand(run, small, 4, 1, few, flops=1e12, peak_tflops=None, ranks_sharing=8) == [None]
+    plain = Activations(plain=10**9, kept=10**9, again=0)
+    assert known_beforehand(run, zero, 4, 1, plain, flops=1e12, peak_tflops=None, ranks_sharing=8) == [None]
+
+
+def test_a_small_run_is_told_nothing_of_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_ds.train.advice.free_host_memory", lambda: 80 * 10**9)
+    mesh, said = Mesh.create(MeshShape(), torch.device("cpu")), []
+    for parameters, told in ((10**7, 0), (10**8, 1)):  # 180 MB and 1.8 GB of parameters, gradients and state
+        advice = RunAdvice(zero_of(stage=3, parameters=parameters), LossScaler(), mesh, 4, said.append)
+        for _ in range(3):
+            advice.after_step(result())
+        assert len(said) == told
+
+
+@pytest.mark.parametrize("lowered", [True, False])
+def test_a_real_run_says_it_once_or_not_at_all(tmp_path: Path, lowered: bool) -> None:
+    """Two ranks at stage 3 with recomputation, of a model that every stage holds: told with the numbers by rank 0,
+    and as it is a small model only if that is made to count."""
+    arguments = [*TINY, "--output", str(tmp_path / "run"), "--zero.stage", "3", "--recompute.mode", "full"]
+    size = ["--model.vocab-size", "4096", "--model.hidden-size", "64"]
+    fault = planted_faults.advises_small_runs if lowered else None
+    with started(tmp_path, [[*arguments, *size]] * 2, fault) as ranks:
+        assert ranks.wait() == [0, 0], ranks.everything()
+        said, others = ranks.output(0), ranks.output(1)
+    for text in ("use zero.stage=1", "use recompute.mode='none'"):
+        assert said.count(text) == lowered, said
+        assert text not in others

@@ -173,6 +173,20 @@ def test_bubble_and_activations_in_flight_are_the_papers(schedule: str) -> None:
         assert dry.in_flight == (m if schedule == "gpipe" else p - stage)
 
 
+def test_activations_are_those_of_the_micro_batches_in_flight() -> None:
+    """Of each stage its own layers, as often as 1F1B keeps them; or a line that says they are not known."""
+    config = configuration({"pp": 2}, {"num_layers": 4}, train={"global_batch": 8}, recompute={"mode": "full"})
+    model = gpt_model(config)
+    assert model.activations is not None
+    for stage in range(2):
+        dry = dry_run(config, model, 2, stage)
+        assert dry.activations == model.activations(dry.spans[stage], 1, "cuda") and dry.in_flight == 2 - stage
+        text = str(dry)
+        assert f"{dry.activations.kept:,} bytes a micro-batch x {2 - stage} in flight" in text
+        assert f"{dry.activations.kept * (2 - stage):,} bytes" in text and f"{dry.activations.again:,} bytes" in text
+    assert "not known" in str(dry_run(config, dataclasses.replace(model, activations=None), 2))
+
+
 def test_what_is_printed_is_the_marked_ranks_own_place() -> None:
     config = configuration({"tp": 2, "pp": 2}, pipeline={"layers_per_stage": [2, 3]})
     text = str(dry_run(config, gpt_model(config), 8, 6))

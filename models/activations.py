@@ -1,0 +1,119 @@
+"""How much a GPT keeps from the forward to the backward pass of one micro-batch on one rank.
+
+After Korthikanti et al. 2022 (arXiv 2205.05198), section 4: a layer keeps, in elements for each of the ``s b h``
+places, 4 outside the tensor-parallel region (the inputs of two norms and two matmuls, which sequence parallelism alone
+divides) and ``3 + 1 + 8`` within it (queries, keys, values, the attention's output, and the MLP's two of four times the
+width). Where the code keeps other things than the paper's they are counted here as the code has them: dropout keeps no
+masks with the kernels, as they are computed again; the CPU's attention keeps probabilities of short sequences; the head
+keeps gradients and no logits.
+
+Shapes as in :mod:`.transformer`: ``s`` sequence, ``b`` micro-batch, ``h`` hidden, ``n`` heads, ``g`` key/value groups,
+``d`` head dim, ``f`` features of the MLP; ``n``, ``g``, ``f`` divided over tp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_ds.config import RunConfig
+from megatron_ds.pipeline.stage import Activations, StageSpan
+
+_WIDTHS = (("fp32", 4), ("bf16", 2), ("fp16", 2), ("fp64", 8))
+_BLOCK = 64  # queries a block of the CPU's attention
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Bytes of one block: all that autograd keeps; that but for the attention core's; the core's arguments alone."""
+
+    plain: int
+    around_core: int
+    core_input: int
+    input: int
+
+
+def gpt_activations(config: RunConfig, span: StageSpan, tp: int, device: str) -> Activations:
+    """Of the stage ``span`` over ``tp`` ranks on ``device`` (``"cpu"``, or ``"cuda"`` with its kernels)."""
+    c, train, recompute = config.model, config.train, config.recompute
+    places = train.micro_batch * train.sequence_length
+    width = dict(_WIDTHS)[config.precision.dtype]
+    own = places // tp if config.mesh.sequence_parallel else places
+    cpu = device == "cpu"
+    layer = _layer(config, tp, cpu)
+    layers = span.last - span.first
+    fixed = 0
+    if c.position == "rope":  # cos and sin, which all layers share
+        fixed += 2 * places * c.head_size * width
+    if span.embedding:
+        fixed += (c.embedding_norm + (cpu and c.hidden_dropout > 0)) * own * c.hidden_size * width
+    if span.head:
+        # The last norm, and the gradients that the loss computes along with itself, the weight's in fp32 at least.
+        fixed += _norm(own, c.hidden_size, width, c.norm == "rmsnorm" and cpu) + places * c.hidden_size * width
+        fixed += min(c.vocab_size, c.padded_vocab // tp) * c.hidden_size * max(width, 4)
+    plain = layers * layer.plain + fixed
+    if recompute.mode == "selective":
+        # Beside a fused core this can be more than without: its keys and values are copies, its arguments all of qkv.
+        kept = layers * (layer.around_core + layer.core_input) + fixed
+        return Activations(plain, kept, layer.plain - layer.around_core if layers else 0)
+    every = {"full": 1, "every_n": recompute.every}.get(recompute.mode)
+    if every is None:
+        return Activations(plain, plain, 0)
+    again = sum(index % every == 0 for index in range(span.first, span.last))
+    return Activations(plain, again * layer.input + (layers - again) * layer.plain + fixed, layer.plain * bool(again))
+
+
+def _layer(config: RunConfig, tp: int, cpu: bool) -> _Layer:
+    c, b, s = config.model, config.train.micro_batch, config.train.sequence_length
+    width = dict(_WIDTHS)[config.precision.dtype]
+    places = b * s
+    own = places // tp if config.mesh.sequence_parallel else places
+    heads, groups = c.num_heads // tp, c.groups // tp
+    row = places * c.head_size * width  # of one head
+    stream = own * c.hidden_size * width
+    around = 2 * _norm(own, c.hidden_size, width, c.norm == "rmsnorm" and cpu) + 2 * stream
+    if cpu and c.hidden_dropout:
+        around += 2 * stream  # masks
+    # gelu keeps its argument; a gate's product its two factors and the argument.
+    features = 2 if not c.gated else (4 if cpu else 3)
+    around += features * places * (c.ffn_size // tp) * width
+    around += heads * row  # the core's output, the next matmul's input
+    turned = c.position == "rope" or c.qk_norm  # queries and keys are not parts of qkv any more
+    whole = (heads + 2 * groups) * row
+    core_input = whole + (turned or groups < heads) * heads * row + turned * groups * row
+    core, has_whole = _core(config, heads, groups, row, whole, core_input, turned, cpu)
+    plain = around + core
+    if c.qk_norm:
+        normed = _norm(places * (heads + groups), c.head_size, width, cpu)
+        if not (cpu and width == 2):  # the arguments are qkv itself, and queries copied out of it
+            normed += (groups < heads) * heads * row - (heads + groups) * row
+            plain += whole * (not has_whole)
+        around, plain = around + normed, plain + normed
+    return _Layer(plain, around, core_input, stream)
+
+
+def _core(
+    config: RunConfig, heads: int, groups: int, row: int, whole: int, core_input: int, turned: bool, cpu: bool
+) -> tuple[int, bool]:
+    """Bytes that the attention core keeps besides its output, and whether all of qkv is among them."""
+    c, b, s = config.model, config.train.micro_batch, config.train.sequence_length
+    width = dict(_WIDTHS)[config.precision.dtype]
+    statistics = b * heads * s * (8 if cpu and width == 8 else 4)
+    copies = 3 * heads * row  # queries, and keys and values repeated for them
+    square = b * heads * s * s
+    if c.attention.sparse.mode != "none":
+        return core_input + statistics, True
+    if c.attention_dropout:
+        # Probabilities before and after, and what was dropped; the reference's softmax in fp32, and its mask.
+        return copies + square * ((max(4, width) + 2 * width + 1) if cpu else 3 * width), False
+    if c.position != "alibi" and not config.data.document_masking and cpu and (width == 2 or s <= 4 * c.head_size):
+        triangle = sum(min(_BLOCK, s - start) * min(start + _BLOCK, s) for start in range(0, s, _BLOCK))
+        return copies + (b * heads * triangle * width if s <= 4 * c.head_size else 0), False
+    if groups == heads:
+        copies = whole + 2 * heads * row * turned  # the values are a part of qkv, which stays as a whole
+    bias = square if c.position == "alibi" else b * s * s if config.data.document_masking else 0
+    return copies + statistics + bias * width, groups == heads
+
+
+def _norm(places: int, hidden: int, width: int, composed: bool) -> int:
+    """A norm's argument and its statistics. torch composes RMSNorm on a CPU, which keeps a product too, in fp32."""
+    return places * (hidden * (2 * max(width, 4) if composed else width) + (4 if composed else 8))
