@@ -127,7 +127,9 @@ def _evaluation(config: RunConfig, mesh: Mesh, sources: GPTSources) -> Evaluatio
 
     def batches() -> Iterator[Sequence[MicroBatch]]:
         samples = config.train.eval_batches * config.train.global_batch
-        stream = evaluation_batches(valid, samples, config.train.micro_batch, mesh.dp.rank, mesh.dp.size)
+        stream = evaluation_batches(
+            valid, samples, config.train.micro_batch, mesh.dp.rank, mesh.dp.size, mesh.device.type == "cuda"
+        )
         while portion := list(itertools.islice(stream, num_micro_batches(config, mesh.shape))):
             yield portion
 

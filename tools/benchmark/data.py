@@ -23,9 +23,12 @@ from typing import Literal
 
 import numpy as np
 
+from megatron_ds.data.blend import BlendedDataset
 from megatron_ds.data.cli import run
+from megatron_ds.data.conversation_dataset import ConversationDataset
 from megatron_ds.data.corpus import build_corpus
-from megatron_ds.data.gpt_dataset import GPTDataset
+from megatron_ds.data.fim import FillInTheMiddle, FIMDataset
+from megatron_ds.data.gpt_dataset import GPTDataset, SampleSource
 from megatron_ds.data.indexed import IndexedDataset, write_header
 from megatron_ds.data.loader import BatchLoader
 from megatron_ds.data.tokenizer_training import train_tokenizer
@@ -276,13 +279,23 @@ def loader(folder: Path, sequence: int = 2048, micro_batch: int = 8, steps: int 
         for _ in range(100):
             lengths = generator.integers(1, 2000, 500)
             writer.add_documents(generator.integers(0, 50_000, lengths.sum()).astype(np.uint16), lengths)
+    (folder / "loader.loss_mask").write_bytes(bytes([0, 1]) * ((folder / "loader.bin").stat().st_size // 4 + 1))
+    os.truncate(folder / "loader.loss_mask", (folder / "loader.bin").stat().st_size // 2)
     dataset = IndexedDataset(folder / "loader")
-    verify(dataset)  # warms the file
+    remote = IndexedDataset(f"file://{folder}/loader", folder / "cache")
+    for one in (dataset, remote):
+        verify(one)  # warms the file, and fetches the remote one
     print(f"\nloader: sequences of {sequence}, micro-batches of {micro_batch}, {dataset.num_tokens:,} tokens")
-    for masked in (False, True):
-        samples = GPTDataset(
-            dataset, sequence, mask_documents=masked, reset_positions=masked, mask_boundary_loss=masked
-        )
+    plain = GPTDataset(dataset, sequence)
+    kinds: dict[str, SampleSource] = {
+        "plain": plain,
+        "document masking": GPTDataset(dataset, sequence, None, 0, True, True, True),
+        "blend of three": BlendedDataset([GPTDataset(dataset, sequence, seed=n) for n in range(3)], [0.5, 0.3, 0.2]),
+        "fill-in-the-middle, every second": FIMDataset(plain, FillInTheMiddle(50_000, 50_001, 50_002)),
+        "conversations": ConversationDataset(dataset, sequence),
+        "a URL's copy on the node": GPTDataset(remote, sequence),
+    }
+    for name, samples in kinds.items():
         for prefetch in (0, 2):
             with BatchLoader(samples, micro_batch * 4, micro_batch, prefetch=prefetch) as batches:
                 next(batches)
@@ -290,8 +303,7 @@ def loader(folder: Path, sequence: int = 2048, micro_batch: int = 8, steps: int 
                 for _ in range(steps):
                     next(batches)
                 rate = steps * micro_batch * 4 * sequence / (time.perf_counter() - start)
-            name = ("document masking" if masked else "plain") + (", read ahead" if prefetch else "")
-            print(f"{name:<36}{rate / 1e6:>8.1f} million tokens/s")
+            print(f"{name + ', read ahead' * (prefetch > 0):<46}{rate / 1e6:>8.1f} million tokens/s")
 
 
 if __name__ == "__main__":
