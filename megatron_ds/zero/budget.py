@@ -7,8 +7,6 @@ counted: passing here is needed, not enough.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,16 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from megatron_ds import comm
 from megatron_ds.config import ZeroConfig
 from megatron_ds.errors import ConfigError
 from megatron_ds.host import filesystem, free_host_memory
-from megatron_ds.mesh import Axis
-from megatron_ds.zero.advice import Advice, Adviser
-
-log = logging.getLogger(__name__)
+from megatron_ds.zero.advice import Advice
 
 STATE = ("master", "optimizer")
 """Kinds that ``offload_optimizer`` moves."""
@@ -74,34 +67,7 @@ def check_budget(rank: RankBytes, ranks: int, there: Available, zero: ZeroConfig
     """
     faults = budget_faults(rank, ranks, there, zero)
     if faults:
-        raise ConfigError(_listed(faults))
-
-
-def check_together(rank: RankBytes, zero: ZeroConfig, device: torch.device, world: Axis) -> None:
-    """:func:`check_budget` on every rank, each with what is free on its own node, and before any of them allocates.
-
-    Collective over ``world``: where one node lacks room, every rank raises.
-
-    Raises:
-        ConfigError: it does not fit here, or on another node, whose ranks say why.
-    """
-    if world.is_first:
-        Adviser(log.warning)(in_memory(folder) for folder in swap_folders(zero))
-    there = probe(zero, device)
-    # Ranks of one machine have its boot in common, and those of one container its control group.
-    own = hashlib.sha256(Path("/proc/sys/kernel/random/boot_id").read_bytes() + Path("/proc/self/cgroup").read_bytes())
-    node = int.from_bytes(own.digest()[:7], "big")
-    nodes = comm.gather_dim0(torch.tensor([node], device=device), world).wait().tolist()
-    faults = budget_faults(rank, nodes.count(node), there, zero)
-    elsewhere = comm.all_reduce(torch.tensor([float(bool(faults))], device=device), world, dist.ReduceOp.MAX)
-    if faults:
-        raise ConfigError(_listed(faults))
-    if elsewhere:
-        raise ConfigError("offload does not fit on another node: the ranks there say what is missing")
-
-
-def _listed(faults: Sequence[str]) -> str:
-    return "\n".join(faults) if len(faults) == 1 else "".join(f"\n  - {fault}" for fault in faults)
+        raise ConfigError("\n".join(faults) if len(faults) == 1 else "".join(f"\n  - {fault}" for fault in faults))
 
 
 def budget_faults(rank: RankBytes, ranks: int, there: Available, zero: ZeroConfig) -> list[str]:

@@ -20,13 +20,14 @@ from megatron_ds.optim.factory import UpdateRule, state_kinds
 from megatron_ds.shard import ShardSpec
 from megatron_ds.shared_memory import Tokens
 from megatron_ds.zero import buckets
-from megatron_ds.zero.buckets import BucketLayout, ParameterInfo, plan_buckets, state_dtype
-from megatron_ds.zero.budget import RankBytes, check_together
+from megatron_ds.zero.buckets import ParameterInfo, plan_buckets, state_dtype
+from megatron_ds.zero.budget import RankBytes
 from megatron_ds.zero.estimate import ModelSize
 from megatron_ds.zero.flat import FlatBucket
-from megatron_ds.zero.offload import Stores
+from megatron_ds.zero.offload import OffloadPlan, Stores
 from megatron_ds.zero.plan import choose_units, gradient_pools, numbers_of_units, share_memory
 from megatron_ds.zero.reducer import WINDOW, Phase, Reducer
+from megatron_ds.zero.room import require_room
 from megatron_ds.zero.units import Gatherer, Unit
 
 
@@ -89,10 +90,11 @@ class ZeroOptimizer:
         layouts = plan_buckets(self._infos, config.bucket_mb * 1e6, self.shard.size)
         device = self._parameters[0].device if self._parameters else mesh.device
         transient = config.stage >= 2 and self.shard.size > 1
-        self.stores = Stores(config, layouts, self._kinds, device)
-        if self.stores.offload and device.type != "meta":
-            held = self._bytes_by_store(layouts)
-            check_together(RankBytes(held, self.stores.staging), config, device, mesh.world)
+        self._plan = OffloadPlan(config, layouts, len(self._kinds))
+        if self._plan.offloads and device.type != "meta":
+            needed = RankBytes(self._plan.bytes_held(self._infos, layouts), sum(self._plan.staging))
+            require_room(needed, config, self._parameters, device, mesh.world)
+        self.stores = Stores(self._plan, device)
         self._arena = None
         if shared_memory:
             self._arena = share_memory(config, layouts, self._parameters, self.shard, self.stores)
@@ -365,20 +367,7 @@ class ZeroOptimizer:
 
     def bytes_by_store(self) -> dict[str, dict[str, int]]:
         """The same by where they live between steps: kind, then ``"device"``, ``"host"`` or ``"disk"``."""
-        return self._bytes_by_store([bucket.layout for bucket in self._all])
-
-    def _bytes_by_store(self, layouts: Sequence[BucketLayout]) -> dict[str, dict[str, int]]:
-        total: dict[str, dict[str, int]] = {}
-        whole = buckets.bytes_report(self._infos, [], 0, self.config.stage)
-        for layout, found in [
-            (None, whole),
-            *((x, buckets.bytes_report([], [x], len(self._kinds), self.config.stage)) for x in layouts),
-        ]:
-            for kind, count in found.items():
-                place = "device" if layout is None else self.stores.place(kind, layout)
-                of_kind = total.setdefault(kind, {"device": 0, "host": 0, "disk": 0})
-                of_kind[place] += count
-        return total
+        return self._plan.bytes_held(self._infos, [bucket.layout for bucket in self._all])
 
     def bytes_report(self) -> dict[str, int]:
         """Bytes this rank holds, by kind; see :func:`megatron_ds.zero.buckets.bytes_report`."""

@@ -7,18 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from megatron_ds.config import ZeroConfig
 from megatron_ds.errors import ConfigError
-from megatron_ds.mesh import Axis
-from megatron_ds.testing import run_ranks
 from megatron_ds.zero.budget import (
     Available,
     RankBytes,
     budget_faults,
     check_budget,
-    check_together,
     in_memory,
     probe,
 )
@@ -138,21 +134,3 @@ def test_a_swap_folder_in_memory_is_advised_against(tmp_path: Path) -> None:
     advice = in_memory(str(tmp_path / "shm" / "swap"), str(tmp_path / "mounts"))
     assert advice is not None and "is on a tmpfs, which is host memory" in advice.message
     assert in_memory(str(tmp_path), str(tmp_path / "mounts")) is None
-
-
-def two_ranks(rank: RankBytes) -> str:
-    """On a rank: what is said; of rank 1's node nothing is lacking."""
-    world = Axis("world", dist.get_rank(), 2, dist.group.WORLD, (0, 1))
-    own = rank if dist.get_rank() == 0 else RankBytes({})
-    try:
-        check_together(own, ZeroConfig(offload_optimizer=CPU), torch.device("cpu"), world)
-    except ConfigError as error:
-        return str(error)
-    return ""
-
-
-def test_all_ranks_refuse_together_and_count_those_of_their_node() -> None:
-    first, second = run_ranks(two_ranks, 2, RankBytes({"optimizer": {"host": 10**15}}))
-    assert first.startswith("2 rank(s) on this node need 2000000.00 GB of host memory, 1000000.00 GB each")
-    assert second == "offload does not fit on another node: the ranks there say what is missing"
-    assert run_ranks(two_ranks, 2, RankBytes({"optimizer": {"host": 1}})) == ["", ""]
