@@ -34,6 +34,9 @@ _PRELOAD = [
     "megatron_ds.train.build",
 ]
 
+_MOMENTS = 1.5
+"""Seconds in which ranks report after the first of them has failed."""
+
 
 class RankFailed(AssertionError):
     """A rank raised, died or did not finish; the message starts with that rank's own traceback."""
@@ -114,8 +117,10 @@ def _collect(
             assert isinstance(pipe, Connection)
             _receive(pipe, waiting.pop(pipe), processes, results, failures)
     # Ranks that only lost their peer report within moments of the one that failed; the earliest failure is the cause.
-    if failures and waiting:
-        for pipe in wait(list(waiting), timeout=0.5):
+    # On a busy machine the death of a rank may be seen after what its peers say of it.
+    end = time.monotonic() + _MOMENTS
+    while failures and waiting and (ready := wait(list(waiting), timeout=max(0.0, end - time.monotonic()))):
+        for pipe in ready:
             assert isinstance(pipe, Connection)
             _receive(pipe, waiting.pop(pipe), processes, results, failures)
     if failures:
