@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from megatron_ds.testing import RankFailed, run_ranks
 
+pytestmark = pytest.mark.alone
+
 
 def total_of_ranks() -> tuple[int, float]:
     tensor = torch.tensor(float(dist.get_rank()))

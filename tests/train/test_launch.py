@@ -24,6 +24,8 @@ from megatron_ds.train.launch import Place, clear_launch_environment
 from megatron_ds.train.loop import stop_signals
 from megatron_ds.train.torchrun import children
 
+pytestmark = pytest.mark.alone
+
 FOUR = [["--mesh.tp", "2", "--mesh.pp", "2"], ["--mesh.dp", "4"]]
 
 
