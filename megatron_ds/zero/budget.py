@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from megatron_ds.config import ZeroConfig
-from megatron_ds.errors import ConfigError
 from megatron_ds.host import filesystem, free_host_memory
 from megatron_ds.zero.advice import Advice
 
@@ -57,17 +56,6 @@ class RankBytes:
         if place == "host":
             found["staging"] = self.staging
         return ", ".join(f"{kind} {_gb(size)}" for kind, size in found.items() if size)
-
-
-def check_budget(rank: RankBytes, ranks: int, there: Available, zero: ZeroConfig) -> None:
-    """Raise unless ``ranks`` ranks like this one fit on a node.
-
-    Raises:
-        ConfigError: everything that does not fit, each with the numbers and what would.
-    """
-    faults = budget_faults(rank, ranks, there, zero)
-    if faults:
-        raise ConfigError("\n".join(faults) if len(faults) == 1 else "".join(f"\n  - {fault}" for fault in faults))
 
 
 def budget_faults(rank: RankBytes, ranks: int, there: Available, zero: ZeroConfig) -> list[str]:
