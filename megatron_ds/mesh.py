@@ -41,7 +41,8 @@ class Exchange(Protocol):
 class Axis:
     """One line of ranks through this rank. ``group`` is None when the line has one rank: nothing to talk to.
 
-    ``ranks`` are the global ranks in group order. ``exchange`` is asked before the group.
+    ``ranks`` are the global ranks in group order. ``timeout``: seconds that ranks wait for each other (None: torch's
+    default). ``exchange`` is asked before the group.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Axis:
     size: int = 1
     group: dist.ProcessGroup | None = None
     ranks: tuple[int, ...] = (0,)
+    timeout: float | None = None
     exchange: Exchange | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -180,14 +182,12 @@ class Mesh:
         data_mesh = None
         if shape.dp * shape.cp > 1:
             data_mesh = device_mesh["dp", "cp"]._flatten("data", backend_override=_options(timeout))
-        self.data = (
-            Axis("data", data_mesh.get_local_rank(), data_mesh.size(), data_mesh.get_group(), _ranks(data_mesh))
-            if data_mesh is not None
-            else Axis("data", ranks=(rank,))
-        )
+        self.data = Axis("data", ranks=(rank,)) if data_mesh is None else self._line("data", data_mesh)
         everyone = tuple(range(shape.world_size))
         self.world = (
-            Axis("world", rank, shape.world_size, dist.group.WORLD, everyone) if shape.world_size > 1 else Axis("world")
+            Axis("world", rank, shape.world_size, dist.group.WORLD, everyone, self._seconds)
+            if shape.world_size > 1
+            else Axis("world")
         )
         lines = self._pipeline_lines()
         self.pp_back = self._extra_axis("pp_back", lines)
@@ -222,8 +222,14 @@ class Mesh:
         size = getattr(self.shape, name)
         if self.device_mesh is None or size == 1:
             return Axis(name, ranks=(self.rank,))
-        line = self.device_mesh[name]
-        return Axis(name, line.get_local_rank(), size, line.get_group(), _ranks(line))
+        return self._line(name, self.device_mesh[name])
+
+    def _line(self, name: str, line: DeviceMesh) -> Axis:
+        return Axis(name, line.get_local_rank(), line.size(), line.get_group(), _ranks(line), self._seconds)
+
+    @property
+    def _seconds(self) -> float | None:
+        return None if self._timeout is None else self._timeout.total_seconds()
 
     def split_data(self, size: int) -> tuple[Axis, Axis]:
         """``data`` in two axes: ``size`` neighbours (which a node holds) that shard, and their counterparts that
@@ -260,7 +266,7 @@ class Mesh:
         group, _ = dist.new_subgroups_by_enumeration(lines, timeout=self._timeout)
         for line in lines:
             if self.rank in line:
-                return Axis(name, line.index(self.rank), len(line), group, tuple(line))
+                return Axis(name, line.index(self.rank), len(line), group, tuple(line), self._seconds)
         return Axis(name, ranks=(self.rank,))
 
     @property

@@ -4,9 +4,8 @@ Sending 55 MB from one CPU rank to another copies it into the kernel and out aga
 time a rank, taken from the cores that compute. Where all ranks of an axis run on one Linux host their flat buffers lie
 in an arena that every rank of the axis maps, and a reduction is one read of the neighbour's memory.
 
-Data goes through the arena, *order* goes through the process group: a rank that has finished writing sends an empty
-token, and a rank that has received it may read. So there is no spinning and no atomic, a dead rank is noticed as in
-any other transfer, and the socket gives the memory ordering that every architecture needs.
+Data goes through the arena, *order* goes through pipes (see ``tokens.py``): a rank that has finished writing sends a
+token, and a rank that has received it may read. So there is no spinning and no atomic.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,90 +22,115 @@ import torch.distributed as dist
 
 from megatron_ds.host import free_host_memory
 from megatron_ds.mesh import Axis
+from megatron_ds.tokens import PipeOffer, TokenPipes, Tokens
 
 _PAGE = 4096
 _CHUNK = 1 << 16  # elements added at a time where there are several peers, so that the sum stays in the cache
-_TAG = 1  # tokens keep out of the way of other transfers between the same ranks
-
-
-class Tokens:
-    """Tokens under way to and from every other rank of an axis; :meth:`wait` returns when all peers sent theirs.
-
-    A token may carry a small number: :meth:`wait` gives every rank's, by rank in the axis.
-    """
-
-    def __init__(self, axis: Axis, number: int = 0):
-        peers = [(axis.rank + step) % axis.size for step in range(1, axis.size)]
-        self._numbers = torch.full((axis.size,), number, dtype=torch.int64)
-        sent = self._sent = torch.tensor([number], dtype=torch.int64)  # kept until the transfers are done
-        places = self._numbers.split(1)
-        self._work = [dist.irecv(places[peer], group=axis.group, group_src=peer, tag=_TAG) for peer in peers]
-        self._work += [dist.isend(sent, group=axis.group, group_dst=peer, tag=_TAG) for peer in peers]
-
-    def wait(self) -> list[int]:
-        for work in self._work:
-            if work is not None:
-                work.wait()
-        self._work = []
-        return self._numbers.tolist()
 
 
 class SharedArena:
-    """One block of memory a rank, mapped by all ranks of ``axis``; tensors are taken from it one after the other.
+    """Memory of every rank of ``axis`` that all of them map; tensors are taken from it one after the other.
 
     All ranks must take the same sizes in the same order. The memory is freed with the last tensor that lies in it,
     and leaves no file behind, however the process ends.
     """
 
-    def __init__(self, axis: Axis, blocks: Sequence[mmap.mmap]):
+    def __init__(self, axis: Axis, blocks: Sequence[mmap.mmap], pipes: TokenPipes, descriptor: int, kept: int):
         self.axis = axis
         self._blocks = blocks
-        self._used = 0
+        self._pipes = pipes
+        self._kept = kept  # bytes at the end of the first rank's block that belong to all
+        self._used = self._common_used = 0
+        self._descriptor = descriptor  # of the first rank's block
+        weakref.finalize(self, os.close, descriptor)
 
     @staticmethod
-    def create(nbytes: int, axis: Axis, used: int | None = None) -> SharedArena | None:
+    def create(nbytes: int, axis: Axis, used: int | None = None, common: int = 0) -> SharedArena | None:
         """Collective over ``axis``. None, on all ranks alike, where the ranks cannot map each other's memory.
 
         ``used``: bytes that will be written at one time, where that is fewer: pages that nobody writes cost nothing.
+        ``common``: bytes besides, which are there once for all ranks.
+
         That is so for an axis of one rank, for a group that is not gloo, on other systems than Linux, between hosts or
         containers, and where the host is short of memory for it.
         """
         if axis.group is None or dist.get_backend(axis.group) != "gloo" or not hasattr(os, "memfd_create"):
             return None
-        nbytes = -(-max(nbytes, 1) // _PAGE) * _PAGE
-        descriptor = os.memfd_create("megatron-ds")
+        nbytes, common = _pages(max(nbytes, 1)), _pages(common)
+        sizes = [nbytes + common if rank == 0 else nbytes for rank in range(axis.size)]
+        descriptor, offer = os.memfd_create("megatron-ds"), PipeOffer(axis)
         opened: list[int] = []
         try:
             nonce = secrets.randbits(62)
-            blocks = _offer(descriptor, nbytes, nonce, axis.size * min(nbytes, nbytes if used is None else used))
-            offers = _exchange([os.getpid(), descriptor, nonce, int(bool(blocks))], axis)
-            fine = all(offer[3] for offer in offers)
+            needed = axis.size * min(nbytes, nbytes if used is None else used) + common
+            blocks = _offer(descriptor, sizes[axis.rank], nonce, needed)
+            offers = _exchange([os.getpid(), descriptor, nonce, int(bool(blocks)), *offer.descriptors], axis)
+            fine = all(theirs[3] for theirs in offers)
             if fine:
-                blocks = _accept(offers, axis.rank, blocks[0], nbytes, opened)
+                blocks = _accept(offers, axis.rank, blocks[0], sizes, opened)
+                fine = len(blocks) == axis.size and offer.open([o[0] for o in offers], [o[4:] for o in offers])
             # Everybody must come to the same verdict; afterwards nobody reads the nonce again.
-            if not all(verdict[0] for verdict in _exchange([int(fine and len(blocks) == axis.size)], axis)):
+            if not all(verdict[0] for verdict in _exchange([int(fine)], axis)):
                 return None
             blocks[axis.rank][:8] = bytes(8)
+            first = os.dup(descriptor if axis.rank == 0 else opened[0])
+            arena = SharedArena(axis, blocks, offer.accept(), first, common)
         finally:
+            offer.close()
             for number in (descriptor, *opened):
                 os.close(number)
-        Tokens(axis).wait()
-        return SharedArena(axis, blocks)
+        arena.tokens().wait()
+        return arena
+
+    def tokens(self, number: int = 0) -> Tokens:
+        """Send a token to all peers; all ranks do so in the same order."""
+        return self._pipes.send(number)
 
     def take(self, numel: int, dtype: torch.dtype) -> list[torch.Tensor]:
         """``numel`` zeros on every rank: the tensors of all ranks of the axis, by rank in it; one's own among them."""
         start, nbytes = self._used, numel * dtype.itemsize
-        self._used += -(-nbytes // _PAGE) * _PAGE
-        if self._used > len(self._blocks[0]):
-            raise ValueError(f"the arena has {len(self._blocks[0])} bytes, {self._used} were asked for")
+        self._used += _pages(nbytes)
+        size = len(self._blocks[0]) - self._kept
+        if self._used > size:
+            raise ValueError(f"the arena has {size} bytes, {self._used} were asked for")
         if numel == 0:
             return [torch.empty(0, dtype=dtype) for _ in self._blocks]
         return [torch.frombuffer(block, dtype=dtype, count=numel, offset=start) for block in self._blocks]
 
+    def take_common(self, numel: int, dtype: torch.dtype) -> tuple[torch.Tensor, PrivateView]:
+        """``numel`` zeros that are there once for all ranks, and a view of them that a rank may write without others
+        seeing it."""
+        start, nbytes = len(self._blocks[0]) - self._kept + self._common_used, numel * dtype.itemsize
+        self._common_used += _pages(nbytes)
+        if self._common_used > self._kept:
+            raise ValueError(f"the arena has {self._kept} common bytes, {self._common_used} were asked for")
+        if numel == 0:
+            return torch.empty(0, dtype=dtype), PrivateView(None, torch.empty(0, dtype=dtype))
+        shared = torch.frombuffer(self._blocks[0], dtype=dtype, count=numel, offset=start)
+        access = {"flags": mmap.MAP_PRIVATE, "prot": mmap.PROT_READ | mmap.PROT_WRITE}
+        pages = mmap.mmap(self._descriptor, nbytes, offset=start, **access)
+        return shared, PrivateView(pages, torch.frombuffer(pages, dtype=dtype, count=numel))
+
     @staticmethod
     def bytes_for(tensors: Sequence[tuple[int, torch.dtype]]) -> int:
         """Size of an arena from which these can be taken."""
-        return sum(-(-numel * dtype.itemsize // _PAGE) * _PAGE for numel, dtype in tensors)
+        return sum(_pages(numel * dtype.itemsize) for numel, dtype in tensors)
+
+
+@dataclass(frozen=True)
+class PrivateView:
+    """``tensor`` shows common memory, until this rank writes it: then it has that page to itself.
+
+    Nothing is copied, and only pages that are looked at count as this process's memory.
+    """
+
+    pages: mmap.mmap | None
+    tensor: torch.Tensor
+
+    def forget(self) -> None:
+        """Drop what was written, and the pages: the next look shows the common memory again."""
+        if self.pages is not None:
+            self.pages.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass
@@ -133,6 +158,7 @@ class SharedExchange:
     SMALLEST, LARGEST = 1 << 18, 1 << 26  # bytes; below, gloo's one message is quicker than two tokens
 
     def __init__(self) -> None:
+        self._arena: SharedArena | None = None
         self._slots: list[_Slot] = []
         self._slot_bytes = 0
         self._started = 0  # exchanges so far; they are numbered from 0
@@ -201,6 +227,7 @@ class SharedExchange:
             arena = SharedArena.create(SharedArena.bytes_for([(whole.nbytes, torch.uint8)] * self.SLOTS), axis)
             if arena is None:
                 self._slot_bytes = self.LARGEST  # and do not ask again
+            self._arena = arena
             self._slots = [_Slot(arena.take(whole.nbytes, torch.uint8)) for _ in range(self.SLOTS) if arena is not None]
         for slot in self._slots:
             if slot.free_after is not None and slot.free_after <= self._confirmed:
@@ -209,7 +236,8 @@ class SharedExchange:
         return None
 
     def _send(self, slot: _Slot, axis: Axis, read: Callable[[], None]) -> Callable[[], None]:
-        tokens, number = Tokens(axis), self._started
+        assert self._arena is not None
+        tokens, number = self._arena.tokens(), self._started
         self._started += 1
 
         def finish() -> None:
@@ -226,6 +254,11 @@ class SharedExchange:
         if axis.group is None or dist.get_backend(axis.group) != "gloo" or not hasattr(os, "memfd_create"):
             return axis
         return replace(axis, exchange=SharedExchange())
+
+
+def _pages(nbytes: int) -> int:
+    """Rounded up to whole pages."""
+    return -(-nbytes // _PAGE) * _PAGE
 
 
 def _as(block: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -252,17 +285,17 @@ def _offer(descriptor: int, nbytes: int, nonce: int, needed: int) -> list[mmap.m
 
 
 def _accept(
-    offers: Sequence[Sequence[int]], rank: int, own: mmap.mmap, nbytes: int, opened: list[int]
+    offers: Sequence[Sequence[int]], rank: int, own: mmap.mmap, sizes: Sequence[int], opened: list[int]
 ) -> list[mmap.mmap]:
     """Every rank's block, or fewer where one cannot be mapped. The nonce tells a peer from a stranger's process id."""
     blocks = []
-    for peer, (process, descriptor, nonce, _) in enumerate(offers):
+    for peer, (process, descriptor, nonce, *_) in enumerate(offers):
         if peer == rank:
             blocks.append(own)
             continue
         try:
             opened.append(os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR))
-            block = mmap.mmap(opened[-1], nbytes)
+            block = mmap.mmap(opened[-1], sizes[peer])
         except (OSError, ValueError):
             return []
         if block[:8] != nonce.to_bytes(8, "little"):

@@ -24,6 +24,7 @@ PROGRAMS = ("examples", "tools")
 ORDER = (
     ("errors",),
     ("host", "kernels", "mesh", "shard"),
+    ("tokens",),
     ("comm", "config", "rng", "shared_memory"),
     ("checkpoint", "data", "layers", "optim", "pipeline"),
     ("models", "zero"),

@@ -124,9 +124,9 @@ class _RowLinear(torch.autograd.Function):
         ctx.tp, ctx.sequence_parallel = tp, sequence_parallel
         if tp.size == 1:
             return linear(x, weight, bias)
-        partial = linear(x, weight)
-        y = comm.scatter_sum_dim0(partial, tp).wait() if sequence_parallel else comm.all_reduce(partial, tp)
-        return y if bias is None else y.add_(bias)
+        # The first rank's product brings the bias, so that the sum has it once, without a pass of its own.
+        partial = linear(x, weight, bias if tp.is_first else None)
+        return comm.scatter_sum_dim0(partial, tp).wait() if sequence_parallel else comm.all_reduce(partial, tp)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:

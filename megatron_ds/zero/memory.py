@@ -18,7 +18,8 @@ import torch
 from megatron_ds import comm
 from megatron_ds.comm import Pending
 from megatron_ds.mesh import Axis
-from megatron_ds.shared_memory import SharedArena, Tokens
+from megatron_ds.shared_memory import PrivateView, SharedArena
+from megatron_ds.tokens import Tokens
 from megatron_ds.zero.state import Holding
 from megatron_ds.zero.store import DeviceStore, Region, Store
 from megatron_ds.zero.store.device import ResidentRegion
@@ -40,7 +41,7 @@ class WholeBuffer:
         size: int, dtype: torch.dtype, device: torch.device, axis: Axis, arena: SharedArena | None
     ) -> WholeBuffer:
         if arena is not None:
-            return SharedWholeBuffer(arena.take(size, dtype), axis)
+            return SharedWholeBuffer(arena.take(size, dtype), axis, arena)
         return WholeBuffer(torch.zeros(size, dtype=dtype, device=device), axis)
 
     def reduce_scatter_start(self) -> Pending:
@@ -56,15 +57,16 @@ class SharedWholeBuffer(WholeBuffer):
     """A buffer of which ``by_rank`` are all ranks' copies.
 
     A rank's copy is read by its peers until they have done their ``wait()``. Whoever writes it again must know that
-    they have: from any tokens that they sent afterwards.
+    they have: from any tokens that they sent afterwards. A reduction sends tokens that its buffer is complete; before
+    the ``wait()`` of a gather the ranks must have told each other so.
     """
 
-    def __init__(self, by_rank: list[torch.Tensor], axis: Axis):
+    def __init__(self, by_rank: list[torch.Tensor], axis: Axis, arena: SharedArena):
         super().__init__(by_rank[axis.rank], axis)
-        self._by_rank = by_rank
+        self._by_rank, self._arena = by_rank, arena
 
     def reduce_scatter_start(self) -> Pending:
-        tokens = Tokens(self.axis)
+        tokens = self._arena.tokens()
 
         def add_up() -> None:
             tokens.wait()
@@ -73,10 +75,7 @@ class SharedWholeBuffer(WholeBuffer):
         return Pending(self.shard, then=add_up)
 
     def all_gather_start(self) -> Pending:
-        tokens = Tokens(self.axis)
-
         def copy() -> None:
-            tokens.wait()
             for peer in _peers(self.axis):
                 size = self.shard.numel()
                 part = slice(peer * size, (peer + 1) * size)
@@ -98,16 +97,13 @@ class GradientPool:
         self.axis, self.dtype, self.device = axis, dtype, device
         self._free = list(range(slots))
         self._stride = self.stride(numel)
+        self.arena = arena
         self._by_rank = None if arena is None else arena.take(slots * self._stride, dtype)
 
     @staticmethod
     def stride(numel: int) -> int:
         """Elements from slot to slot: whole pages."""
         return -(-numel // 1024) * 1024
-
-    @property
-    def shared(self) -> bool:
-        return self._by_rank is not None
 
     def take(self, size: int) -> tuple[int, torch.Tensor]:
         """A slot and its ``[size]`` elements, uninitialised."""
@@ -150,10 +146,11 @@ class TransientGradients:
         """Add the sum over the axis of this rank's slice of ``whole`` to ``shard``."""
         assert self.whole is not None
         own = comm.slice_dim0(self.whole, self.axis)
-        if not self._pool.shared:
+        arena = self._pool.arena
+        if arena is None:
             scattering = comm.reduce_scatter_start(own, self.whole, self.axis)
             return Pending(self.shard, then=lambda: self._add_to_shard(scattering.wait()))
-        tokens = Tokens(self.axis, self._slot)
+        tokens = arena.tokens(self._slot)
 
         def add_up() -> None:
             slots = tokens.wait()
@@ -167,7 +164,7 @@ class TransientGradients:
             else:
                 _add_peers(own, theirs)
                 self._add_to_shard(own)
-            self._read = Tokens(self.axis)
+            self._read = arena.tokens()
 
         return Pending(self.shard, then=add_up)
 
@@ -191,8 +188,9 @@ class TransientParameters:
     ``whole`` is one tensor all the time, whose storage is empty between uses. So everything that autograd saved of it,
     transposed views included, is good again as soon as it has been gathered once more.
 
-    In shared memory a gather is a read of the peers' shards, at any time, by any rank alone. Whoever changes a shard
-    must know that no peer is reading, and each rank before it reads that the peers have finished changing.
+    In shared memory the shards of all ranks lie in a row, and ``whole`` is this rank's private view of them: nothing is
+    gathered at all. Whoever changes a shard must know that no peer is reading, and each rank before it reads that the
+    peers have finished changing.
 
     Args:
         store: where the shard lives if it is offloaded; None: in device memory, or in the arena.
@@ -209,12 +207,15 @@ class TransientParameters:
         store: Store | None,
     ):
         self.axis = axis
-        self.whole = torch.empty(0, dtype=dtype, device=device)
-        self.whole.set_(self.whole.untyped_storage(), 0, (size,))  # type: ignore[call-overload]
-        self._by_rank = None if arena is None or store is not None else arena.take(size // axis.size, dtype)
-        if self._by_rank is not None:
-            region: Region = ResidentRegion(name, self._by_rank[axis.rank])
+        self._view: PrivateView | None = None
+        self._taken = size == 0
+        if arena is not None and store is None:
+            shards, self._view = arena.take_common(size, dtype)
+            self.whole = self._view.tensor
+            region: Region = ResidentRegion(name, comm.slice_dim0(shards, axis))
         else:
+            self.whole = torch.empty(0, dtype=dtype, device=device)
+            self.whole.set_(self.whole.untyped_storage(), 0, (size,))  # type: ignore[call-overload]
             region = (store or DeviceStore(device)).allocate(name, size // axis.size, dtype)
         self.holding = Holding(region)
 
@@ -226,36 +227,36 @@ class TransientParameters:
 
     @property
     def is_whole(self) -> bool:
-        return self.whole.untyped_storage().nbytes() > 0 or self.whole.numel() == 0
+        return self._taken
 
     def take(self) -> torch.Tensor:
         """Memory for ``whole``, uninitialised."""
-        self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
+        if self._view is None:
+            self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
+        self._taken = True
         return self.whole
 
     def free(self) -> None:
-        self.whole.untyped_storage().resize_(0)
+        if self._view is None:
+            self.whole.untyped_storage().resize_(0)
+        else:
+            self._view.forget()
+        self._taken = self.whole.numel() == 0
 
     def all_gather_start(self) -> Pending:
         """Take the memory and collect every rank's ``shard`` in it."""
         self.take()
-        if self._by_rank is None:
-            if self.holding.resident:
-                return comm.all_gather_start(self.whole, self.shard, self.axis)
-            self.holding.read_start()
+        if self._view is not None:
+            return Pending(self.whole)
+        if self.holding.resident:
+            return comm.all_gather_start(self.whole, self.shard, self.axis)
+        self.holding.read_start()
 
-            def fetch_and_gather() -> None:
-                comm.all_gather_start(self.whole, self.holding.hold(), self.axis).wait()
-                self.holding.let_go(changed=False)
+        def fetch_and_gather() -> None:
+            comm.all_gather_start(self.whole, self.holding.hold(), self.axis).wait()
+            self.holding.let_go(changed=False)
 
-            return Pending(self.whole, then=fetch_and_gather)
-        by_rank = self._by_rank
-
-        def copy() -> None:
-            for part, shard in zip(self.whole.chunk(self.axis.size), by_rank):
-                part.copy_(shard)
-
-        return Pending(self.whole, then=copy)
+        return Pending(self.whole, then=fetch_and_gather)
 
 
 def _peers(axis: Axis) -> list[int]:

@@ -18,7 +18,7 @@ from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.optim.factory import UpdateRule, state_kinds
 from megatron_ds.shard import ShardSpec
-from megatron_ds.shared_memory import Tokens
+from megatron_ds.tokens import Tokens
 from megatron_ds.zero import buckets
 from megatron_ds.zero.buckets import ParameterInfo, plan_buckets, state_dtype
 from megatron_ds.zero.budget import RankBytes
@@ -98,8 +98,6 @@ class ZeroOptimizer:
         self._arena = None
         if shared_memory:
             self._arena = share_memory(config, layouts, self._parameters, self.shard, self.stores)
-        # What peers may still be reading of this rank's shared buffers.
-        self._gradients_read = self._parameters_read = False
         pools = gradient_pools(layouts, device, self.shard, self._arena) if transient else {}
         self._all: list[FlatBucket] = []
         self.buckets: list[FlatBucket] = []  # those with gradients
@@ -121,10 +119,10 @@ class ZeroOptimizer:
             self.buckets, config.overlap, transient and not config.keep_whole, WINDOW * config.bucket_mb * 1e6
         )
         self.gatherer = self._gatherer(root, modules)
-        self._shares_units = self._arena is not None and any(layout.key.unit is not None for layout in layouts)
-        self._unit_readers: Tokens | None = None
-        self._units_ready: Tokens | None = None
-        self._announce_units()
+        # In shared memory, of this step: peers have read this rank's buffers; peers have changed their parameters.
+        self._read: Tokens | None = None
+        self._changed: Tokens | None = None
+        self._announce()
         self._count = 0
 
     def _take_values(self, fill: Callable[[list[nn.Parameter]], None] | None) -> None:
@@ -174,8 +172,6 @@ class ZeroOptimizer:
         """Forget the gradients of the step before, and wait for its parameters."""
         self.reducer.expect(Phase.IDLE, "start_step")
         self.wait_parameters()
-        if self._gradients_read:  # the step before was skipped
-            self._wait_readers()
         self.reducer.start_step()
         if self.gatherer is not None:
             self.gatherer.start_step()
@@ -196,12 +192,10 @@ class ZeroOptimizer:
         self.reducer.finish()
         if self.gatherer is not None:
             self.gatherer.free_all()
-        # Peers sent their gradients, so they have this rank's parameters of the step before; they may read on here.
-        self._gradients_read, self._parameters_read = True, False
         if self.buckets:
             self.buckets[-1].prefetch()
-        if self._shares_units:
-            self._unit_readers = Tokens(self.shard)
+        if self._arena is not None:
+            self._read = self._arena.tokens()
 
     def norm_squared(self) -> torch.Tensor:
         """0-d float64: this rank's share of the squared gradient norm.
@@ -238,7 +232,7 @@ class ZeroOptimizer:
         are still under way: call :meth:`wait_parameters` before anything reads them.
         """
         self.reducer.expect(Phase.REDUCED, "step")
-        self._wait_unit_readers()
+        self._wait_read()
         order = self.buckets[::-1]
         for bucket, following in zip(order, [*order[1:], None]):
             if following is not None:
@@ -246,7 +240,7 @@ class ZeroOptimizer:
             bucket.update(lr, scale)
             if bucket.layout.key.unit is None:
                 bucket.start_gather()
-        self._announce_units()
+        self._announce()
         self._count += 1
         self.reducer.phase = Phase.IDLE
         if wait:
@@ -255,28 +249,28 @@ class ZeroOptimizer:
     def skip(self) -> None:
         """Drop the gradients of this step; parameters and state stay as they are."""
         self.reducer.expect(Phase.REDUCED, "skip")
+        self._wait_read()
         self.reducer.phase = Phase.IDLE
 
     def wait_parameters(self) -> None:
         """Wait until the parameters of the last step have arrived."""
-        if self._units_ready is not None:
-            self._units_ready.wait()
-            self._units_ready = None
+        if self._changed is not None:
+            self._changed.wait()
+            self._changed = None
         waited = [b.finish_gather() for b in reversed(self.buckets) if b.layout.key.unit is None]
         if any(waited):
-            # Peers sent their parameters, so they are done with the gradients; they may still read parameters here.
-            self._gradients_read, self._parameters_read = False, True
+            self._meet()  # a peer may still be copying what the caller is free to change from here on
 
     def refresh_parameters(self) -> None:
         """Make the parameters what the master weights say, on all ranks of the shard axis; after loading."""
         if self.gatherer is not None:
             self.gatherer.free_all()  # an evaluation may have left a unit whole, of the values before
-        self._wait_readers()
+        self._meet()
         for bucket in self.buckets:
             bucket.master_to_parameters()
             if bucket.layout.key.unit is None:
                 bucket.start_gather()
-        self._announce_units()
+        self._announce()
         self.wait_parameters()
 
     @contextmanager
@@ -288,39 +282,37 @@ class ZeroOptimizer:
         if write:
             self.reducer.expect(Phase.IDLE, "gathered(write=True)")
         self.wait_parameters()
+        if write:
+            self._meet()
         wanted = {id(p) for p in parameters}
         touched = [bucket for bucket in self._all if any(id(p) in wanted for p in bucket.tensors)]
         with self.gatherer.gathered(touched) if self.gatherer is not None else nullcontext():
             yield
             if write:
-                self._wait_readers()
+                self._meet()
                 for bucket in touched:
                     bucket.take_over()
         if write:
-            self._announce_units()
+            self._announce()
             self.wait_parameters()
 
-    def _wait_unit_readers(self) -> None:
-        """Wait until no peer reads this rank's part of a unit in shared memory, before it changes."""
-        if self._unit_readers is not None:
-            self._unit_readers.wait()
-            self._unit_readers = None
+    # Ranks that read each other's memory
 
-    def _announce_units(self) -> None:
-        """Tell the peers that this rank's parts of units in shared memory may be read."""
-        if self._shares_units:
-            self._units_ready = Tokens(self.shard)
+    def _wait_read(self) -> None:
+        """Wait until every peer has read what it needed of this step: this rank's gradients and its parameters."""
+        if self._read is not None:
+            self._read.wait()
+            self._read = None
 
-    def _wait_readers(self) -> None:
-        """Wait until no peer reads this rank's buffers any more, so that they may be written.
+    def _announce(self) -> None:
+        """Tell the peers that this rank's parameters are what they will be, so that they may be read."""
+        if self._arena is not None:
+            self._changed = self._arena.tokens()
 
-        In the ordinary course of steps each collective proves that the one before it has been read; this exchange is
-        for what breaks that course. It comes before the write and not after the read, because by then a peer may have
-        left at the end of its work.
-        """
-        if self._shares_units or (self._arena is not None and (self._gradients_read or self._parameters_read)):
-            Tokens(self.shard).wait()
-        self._gradients_read = self._parameters_read = False
+    def _meet(self) -> None:
+        """Wait until every peer is here and so reads nothing of this rank: before a write that is not a step's."""
+        if self._arena is not None:
+            self._arena.tokens().wait()
 
     # State
 
@@ -343,7 +335,7 @@ class ZeroOptimizer:
         replicas included: all ranks of the shard axis call it, fill the tensors and call :meth:`refresh_parameters`.
         """
         if for_load:
-            self._wait_readers()
+            self._meet()
         found: list[Piece] = []
 
         def mine(spec: ShardSpec) -> bool:

@@ -56,10 +56,11 @@ def share_memory(
         return None
     transient = config.stage >= 2
     wanted: list[tuple[int, torch.dtype]] = []
+    common: list[tuple[int, torch.dtype]] = []
     passing: list[int] = []  # sizes of what is there for a moment only
     for layout in layouts:
         if stores.of(layout).parameters is None:
-            wanted.append((layout.size if layout.key.unit is None else layout.shard_size, layout.key.dtype))
+            (wanted if layout.key.unit is None else common).append((layout.size, layout.key.dtype))
         if layout.key.trainable and not transient:
             wanted.append((layout.size, state_dtype(layout.key.dtype)))
     kept = SharedArena.bytes_for(wanted)
@@ -68,7 +69,9 @@ def share_memory(
         at_once = WINDOW * config.bucket_mb * 1e6 / (max(sizes) * dtype.itemsize) + 2
         passing.append(SharedArena.bytes_for(slots[: math.ceil(at_once)]))
         wanted += slots
-    return SharedArena.create(SharedArena.bytes_for(wanted), shard, used=kept + sum(passing))
+    return SharedArena.create(
+        SharedArena.bytes_for(wanted), shard, used=kept + sum(passing), common=SharedArena.bytes_for(common)
+    )
 
 
 def gradient_pools(

@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from megatron_ds import comm
 from megatron_ds.mesh import Axis, Mesh, MeshShape
-from megatron_ds.shared_memory import SharedArena, Tokens
+from megatron_ds.shared_memory import SharedArena
 from megatron_ds.testing import run_ranks
+from megatron_ds.tokens import Tokens
 from megatron_ds.zero.memory import SharedWholeBuffer, WholeBuffer
 
 
@@ -68,16 +69,18 @@ def shared_rounds(sizes: list[int]) -> bool:
         pending = [buffer.reduce_scatter_start() for buffer in buffers]
         for waiting in pending:
             waiting.wait()
-        readers = [Tokens(axis)]
+        readers = [arena.tokens()]
         for buffer in buffers:
             numel = buffer.whole.numel()
             want = sum((values(rank + round_, numel) for rank in range(axis.size)), torch.zeros(numel).double())
             if not torch.equal(buffer.shard.double(), comm.slice_dim0(want, axis)):
                 return False
-            buffer.all_gather_start().wait()
+            pending_gather = buffer.all_gather_start()
+            arena.tokens().wait()  # each rank's slice is what it will be
+            pending_gather.wait()
             if not torch.equal(buffer.whole.double(), want):
                 return False
-        readers.append(Tokens(axis))
+        readers.append(arena.tokens())
     for tokens in readers:
         tokens.wait()
     return True

@@ -237,6 +237,7 @@ def slow_reader() -> list[bool]:
             piece.data.fill_(value)
         for bucket in zero.buckets:
             bucket.start_gather()
+        zero._announce()
         late(0.2)
         zero.wait_parameters()
         right += [bool((parameter == value).all()) for parameter in parameters]
