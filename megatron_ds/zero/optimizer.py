@@ -282,8 +282,6 @@ class ZeroOptimizer:
         if write:
             self.reducer.expect(Phase.IDLE, "gathered(write=True)")
         self.wait_parameters()
-        if write:
-            self._meet()
         wanted = {id(p) for p in parameters}
         touched = [bucket for bucket in self._all if any(id(p) in wanted for p in bucket.tensors)]
         with self.gatherer.gathered(touched) if self.gatherer is not None else nullcontext():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import cache
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from unit_models import (
+    LR,
     WIDTH,
     Awkward,
     Block,
@@ -82,6 +84,30 @@ def test_no_more_is_whole_than_the_units_in_use_and_the_next() -> None:
         assert peak <= allowed < 0.6 * total
         assert with_prefetch <= allowed + largest + 256
         assert kept >= total * 0.75
+
+
+def slow_evaluation() -> bool:
+    """Rank 0 evaluates between its backward pass and the step, slowly; its peers' step must not change what it sees."""
+    mesh, made = mesh_of_ranks(), model()
+    zero = optimizer_of(made, mesh, Setting())
+    zero.start_step()
+    zero.start_backward(last=True)
+    made(tokens_of(0)[mesh.rank :: mesh.data.size], 0).backward()
+    zero.end_backward()
+    same = True
+    if mesh.rank == 0:
+        with torch.no_grad():
+            first = made(tokens_of(1), 1)
+            time.sleep(0.3)  # the peers go on as far as they can
+            same = torch.equal(made(tokens_of(1), 1), first)
+    zero.finish_gradients()
+    zero.step(LR)
+    mesh.barrier()
+    return same
+
+
+def test_peers_do_not_change_what_a_slow_rank_still_computes_with() -> None:
+    assert run_ranks(slow_evaluation, 2) == [True, True]
 
 
 def between_uses() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from math import prod
 
 import pytest
@@ -248,3 +249,29 @@ def slow_reader() -> list[bool]:
 def test_nobody_overwrites_what_a_slow_peer_has_yet_to_read() -> None:
     for right in run_ranks(slow_reader, 2):
         assert all(right)
+
+
+def edited_at_once() -> list[bool]:
+    """Rank 0 is slow to copy its peer's parameters after a step; the peer edits its own as soon as the step is over."""
+    mesh = Mesh.create(MeshShape(dp=dist.get_world_size()), torch.device("cpu"))
+    zero, parameters = build(mesh, 1, "sgd")
+    before = [p.detach().clone() for p in parameters]
+    for bucket in zero.buckets if mesh.rank == 0 else ():
+
+        def finish(finish: Callable[[], bool] = bucket.finish_gather) -> bool:
+            time.sleep(0.05)
+            return finish()
+
+        bucket.finish_gather = finish  # type: ignore[method-assign]
+    zero.start_step()
+    zero.finish_gradients()
+    zero.step(LR)  # with gradients of zero
+    for parameter in parameters if mesh.rank > 0 else ():
+        parameter.data.mul_(2)
+    mesh.barrier()
+    return [torch.equal(p.detach(), b) for p, b in zip(parameters, before)]
+
+
+def test_after_a_step_a_rank_may_edit_its_parameters_though_a_peer_is_slow() -> None:
+    unchanged, _ = run_ranks(edited_at_once, 2)
+    assert all(unchanged)
