@@ -229,6 +229,11 @@ class TransientParameters:
     def is_whole(self) -> bool:
         return self._taken
 
+    @property
+    def is_collective(self) -> bool:
+        """Whether a gather takes all ranks of the axis at the same time."""
+        return self._view is None and self.axis.group is not None
+
     def take(self) -> torch.Tensor:
         """Memory for ``whole``, uninitialised."""
         if self._view is None:

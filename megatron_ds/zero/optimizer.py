@@ -191,6 +191,7 @@ class ZeroOptimizer:
         """Reduce what is left and wait; afterwards every slice holds its sum over the global batch."""
         self.reducer.finish()
         if self.gatherer is not None:
+            self.gatherer.require_one_order(self.shard)
             self.gatherer.free_all()
         if self.buckets:
             self.buckets[-1].prefetch()

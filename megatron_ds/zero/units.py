@@ -14,15 +14,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
+from zlib import crc32
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from megatron_ds.errors import ReleasedParameterError
-from megatron_ds.shard import spec_of
+from megatron_ds import comm
+from megatron_ds.mesh import Axis
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.memory import TransientParameters
+from megatron_ds.zero.released import ReleasedParameter
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -101,7 +104,8 @@ class Gatherer:
             innermost running one needs.
         prefetch: how many gathers ahead are started, in the order of the step before.
 
-    All ranks must use the modules in the same order wherever a gather is a collective (not within one host).
+    All ranks must use the modules in the same order wherever a gather is a collective (not within one host);
+    :meth:`require_one_order` sees to it.
     """
 
     def __init__(self, units: Sequence[Unit], buckets: Sequence[FlatBucket], prefetch: int):
@@ -139,6 +143,30 @@ class Gatherer:
 
     def start_step(self) -> None:
         self._expected, self._order = self._order, []
+
+    def require_one_order(self, axis: Axis) -> None:
+        """Raise on all ranks of ``axis`` if they gathered other units than each other in this step, or in other order.
+
+        Units of one size would be taken for each other, and nothing else would notice.
+        """
+        if axis.group is None or not any(b.parameters.is_collective for b in self._buckets):  # type: ignore[union-attr]
+            return
+        names = [bucket.layout.slots[0].spec.name for bucket in self._order]
+        mine = torch.tensor([len(names), crc32("\n".join(names).encode())], device=self._buckets[0].tensors[0].device)
+        everyone = comm.gather_dim0(mine, axis).wait().view(axis.size, 2)
+        if bool((everyone == everyone[0]).all()):
+            return
+        lists: list[Any] = [None] * axis.size
+        dist.all_gather_object(lists, names, group=axis.group)
+        other = next(rank for rank in range(axis.size) if lists[rank] != lists[0])
+        at = next((i for i, pair in enumerate(zip(*(lists[0], lists[other]))) if pair[0] != pair[1]), None)
+        at = min(len(lists[0]), len(lists[other])) if at is None else at
+        said = [lists[rank][at] if at < len(lists[rank]) else "nothing more" for rank in (0, other)]
+        raise RuntimeError(
+            f"gather number {at + 1} of this step was of the unit of {said[0]} on rank {axis.ranks[0]}, but of "
+            f"{said[1]} on rank {axis.ranks[other]}: at stage 3 all ranks use the same modules in the same order, "
+            "because a gather takes a part of each; let every rank run every module (on zeros, say), or use stage 2"
+        )
 
     def end_backward(self) -> None:
         """A backward pass is over: units whose inputs need no gradient could not tell."""
@@ -310,56 +338,3 @@ class _AfterBackward(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         ctx.gatherer._end_backward(ctx.use)
         return None, None, *grads
-
-
-# What may be asked of a parameter whose values are not here.
-_ATTRIBUTES = (
-    "shape dtype device requires_grad grad grad_fn is_leaf ndim layout itemsize nbytes name names is_cpu is_cuda "
-    "is_meta is_nested is_quantized is_sparse _backward_hooks"
-)
-_METHODS = (
-    "size dim numel nelement element_size stride ndimension is_contiguous is_floating_point is_complex requires_grad_ "
-    "register_hook register_post_accumulate_grad_hook __hash__ __len__"
-)
-
-
-def _harmless() -> frozenset[Any]:
-    attributes = [getattr(Tensor, name, None) for name in _ATTRIBUTES.split()]
-    allowed = [a.__get__ for a in attributes if a is not None]
-    allowed += [getattr(Tensor, name) for name in _METHODS.split()]
-    allowed += [getattr(Tensor.grad, "__set__"), getattr(Tensor.grad, "__delete__")]  # noqa: B009
-    allowed += [torch.is_floating_point, torch.is_complex, torch.numel]
-    return frozenset(allowed)
-
-
-_HARMLESS = _harmless()
-
-
-class ReleasedParameter(nn.Parameter):
-    """A parameter between two gathers: it knows its shape, and refuses to be computed with."""
-
-    zero_gatherer: Gatherer
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func not in _HARMLESS:
-            for leaf in tree_flatten((args, kwargs))[0]:
-                if isinstance(leaf, ReleasedParameter) and not leaf.__dict__["zero_gatherer"].adopt(leaf):
-                    raise ReleasedParameterError(_explain(leaf, getattr(func, "__name__", str(func))))
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"ReleasedParameter({spec_of(self).name}, shape={list(self.shape)}, its values are sharded)"
-
-
-def _explain(parameter: nn.Parameter, what: str) -> str:
-    spec = parameter.__dict__["shard"]
-    with torch._C.DisableTorchFunctionSubclass():
-        shape = list(parameter.shape)
-    return (
-        f"{what}() needs the values of {spec.name} {shape}, which ZeRO stage 3 has sharded: they are whole only inside "
-        "the forward and backward of their module; use `with engine.gathered(parameter):`, or engine.state_dict() for "
-        "all of them"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from functools import cache
 from typing import Any
@@ -28,6 +29,7 @@ from megatron_ds.checkpoint.load import load
 from megatron_ds.checkpoint.save import save
 from megatron_ds.errors import ReleasedParameterError
 from megatron_ds.mesh import Mesh
+from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import run_ranks
 from megatron_ds.zero.units import find_units
 
@@ -108,6 +110,34 @@ def slow_evaluation() -> bool:
 
 def test_peers_do_not_change_what_a_slow_rank_still_computes_with() -> None:
     assert run_ranks(slow_evaluation, 2) == [True, True]
+
+
+def out_of_order(shared_memory: bool) -> str:
+    """Rank 1 runs two blocks of one size the other way round, in the forward and so in the backward pass."""
+    mesh = mesh_of_ranks()
+    blocks = nn.ModuleList(Block(6) for _ in range(3)).double()
+    for name, parameter in blocks.named_parameters():
+        parameter.shard = ShardSpec(name, tuple(parameter.shape))  # type: ignore[attr-defined]
+    zero = optimizer_of(blocks, mesh, Setting(shared_memory=shared_memory, prefetch=0, overlap=False))
+    order = (0, 1, 2) if mesh.rank == 0 else (0, 2, 1)
+    zero.start_step()
+    zero.start_backward(last=True)
+    x = torch.ones(2, 8, dtype=torch.float64)
+    for number in order:
+        x, _ = blocks[number](x)
+    x.sum().backward()
+    zero.end_backward()
+    try:
+        zero.finish_gradients()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_an_order_of_modules_that_would_mix_shards_is_named() -> None:
+    for message in run_ranks(out_of_order, 2, False):
+        assert re.match(r"gather number \d of this step was of the unit of 1\..* on rank 0, but of 2\.", message)
+    assert run_ranks(out_of_order, 2, True) == ["", ""], "in shared memory every rank looks for itself"
 
 
 def between_uses() -> Any:

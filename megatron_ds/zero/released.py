@@ -1,0 +1,72 @@
+"""A parameter whose values are not here: between two gathers of ZeRO stage 3."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from megatron_ds.errors import ReleasedParameterError
+from megatron_ds.shard import spec_of
+
+
+class Adopter(Protocol):
+    """Who gathers parameters; see :class:`~megatron_ds.zero.units.Gatherer`."""
+
+    def adopt(self, parameter: nn.Parameter) -> bool:
+        """Gather a released parameter for the innermost running module; False if none is running."""
+
+
+# What may be asked of a parameter whose values are not here.
+_ATTRIBUTES = (
+    "shape dtype device requires_grad grad grad_fn is_leaf ndim layout itemsize nbytes name names is_cpu is_cuda "
+    "is_meta is_nested is_quantized is_sparse _backward_hooks"
+)
+_METHODS = (
+    "size dim numel nelement element_size stride ndimension is_contiguous is_floating_point is_complex requires_grad_ "
+    "register_hook register_post_accumulate_grad_hook __hash__ __len__"
+)
+
+
+def _harmless() -> frozenset[Any]:
+    attributes = [getattr(Tensor, name, None) for name in _ATTRIBUTES.split()]
+    allowed = [a.__get__ for a in attributes if a is not None]
+    allowed += [getattr(Tensor, name) for name in _METHODS.split()]
+    allowed += [getattr(Tensor.grad, "__set__"), getattr(Tensor.grad, "__delete__")]  # noqa: B009
+    allowed += [torch.is_floating_point, torch.is_complex, torch.numel]
+    return frozenset(allowed)
+
+
+_HARMLESS = _harmless()
+
+
+class ReleasedParameter(nn.Parameter):
+    """A parameter between two gathers: it knows its shape, and refuses to be computed with."""
+
+    zero_gatherer: Adopter
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in _HARMLESS:
+            for leaf in tree_flatten((args, kwargs))[0]:
+                if isinstance(leaf, ReleasedParameter) and not leaf.__dict__["zero_gatherer"].adopt(leaf):
+                    raise ReleasedParameterError(_explain(leaf, getattr(func, "__name__", str(func))))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"ReleasedParameter({spec_of(self).name}, shape={list(self.shape)}, its values are sharded)"
+
+
+def _explain(parameter: nn.Parameter, what: str) -> str:
+    spec = parameter.__dict__["shard"]
+    with torch._C.DisableTorchFunctionSubclass():
+        shape = list(parameter.shape)
+    return (
+        f"{what}() needs the values of {spec.name} {shape}, which ZeRO stage 3 has sharded: they are whole only inside "
+        "the forward and backward of their module; use `with engine.gathered(parameter):`, or engine.state_dict() for "
+        "all of them"
+    )
