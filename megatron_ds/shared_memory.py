@@ -10,6 +10,7 @@ token, and a rank that has received it may read. So there is no spinning and no 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import secrets
@@ -42,7 +43,6 @@ class SharedArena:
         self._kept = kept  # bytes at the end of the first rank's block that belong to all
         self._used = self._common_used = 0
         self._descriptor = descriptor  # of the first rank's block
-        weakref.finalize(self, os.close, descriptor)
 
     @staticmethod
     def create(nbytes: int, axis: Axis, used: int | None = None, common: int = 0) -> SharedArena | None:
@@ -58,27 +58,22 @@ class SharedArena:
             return None
         nbytes, common = _pages(max(nbytes, 1)), _pages(common)
         sizes = [nbytes + common if rank == 0 else nbytes for rank in range(axis.size)]
-        descriptor, offer = os.memfd_create("megatron-ds"), PipeOffer(axis)
-        opened: list[int] = []
-        try:
+        offer, opened = PipeOffer(axis), contextlib.ExitStack()
+        with contextlib.closing(offer), opened:
             nonce = secrets.randbits(62)
             needed = axis.size * min(nbytes, nbytes if used is None else used) + common
-            blocks = _offer(descriptor, sizes[axis.rank], nonce, needed)
+            descriptor, blocks = _offer(sizes[axis.rank], nonce, needed, opened) if offer.complete else (0, [])
             offers = _exchange([os.getpid(), descriptor, nonce, int(bool(blocks)), *offer.descriptors], axis)
             fine = all(theirs[3] for theirs in offers)
             if fine:
-                blocks = _accept(offers, axis.rank, blocks[0], sizes, opened)
+                descriptors, blocks = _accept(offers, axis.rank, blocks[0], sizes, opened)
                 fine = len(blocks) == axis.size and offer.open([o[0] for o in offers], [o[4:] for o in offers])
             # Everybody must come to the same verdict; afterwards nobody reads the nonce again.
             if not all(verdict[0] for verdict in _exchange([int(fine)], axis)):
                 return None
             blocks[axis.rank][:8] = bytes(8)
-            first = os.dup(descriptor if axis.rank == 0 else opened[0])
-            arena = SharedArena(axis, blocks, offer.accept(), first, common)
-        finally:
-            offer.close()
-            for number in (descriptor, *opened):
-                os.close(number)
+            arena = SharedArena(axis, blocks, offer.accept(), descriptors[0], common)
+            weakref.finalize(arena, opened.pop_all().close)
         arena.tokens().wait()
         return arena
 
@@ -270,38 +265,44 @@ def _peers(axis: Axis) -> list[int]:
     return [(axis.rank - step) % axis.size for step in range(1, axis.size)]
 
 
-def _offer(descriptor: int, nbytes: int, nonce: int, needed: int) -> list[mmap.mmap]:
-    """This rank's block with the nonce in its first bytes; empty where the host lacks the memory all ranks need."""
+def _offer(nbytes: int, nonce: int, needed: int, opened: contextlib.ExitStack) -> tuple[int, list[mmap.mmap]]:
+    """The descriptor of this rank's block and the block, with the nonce in its first bytes; no block where the host
+    lacks the memory that all ranks need."""
     # Asked beforehand: this memory has no limit of its own, and reserving more than there is calls the OOM killer.
     if needed > free_host_memory():
-        return []
+        return 0, []
     try:
+        descriptor = os.memfd_create("megatron-ds")
+        opened.callback(os.close, descriptor)
         os.ftruncate(descriptor, nbytes)
         block = mmap.mmap(descriptor, nbytes)
     except OSError:
-        return []
+        return 0, []
     block[:8] = nonce.to_bytes(8, "little")
-    return [block]
+    return descriptor, [block]
 
 
 def _accept(
-    offers: Sequence[Sequence[int]], rank: int, own: mmap.mmap, sizes: Sequence[int], opened: list[int]
-) -> list[mmap.mmap]:
-    """Every rank's block, or fewer where one cannot be mapped. The nonce tells a peer from a stranger's process id."""
-    blocks = []
+    offers: Sequence[Sequence[int]], rank: int, own: mmap.mmap, sizes: Sequence[int], opened: contextlib.ExitStack
+) -> tuple[list[int], list[mmap.mmap]]:
+    """Every rank's descriptor and block, or fewer where one cannot be mapped. The nonce tells a peer from a stranger's
+    process id."""
+    descriptors, blocks = [], []
     for peer, (process, descriptor, nonce, *_) in enumerate(offers):
         if peer == rank:
+            descriptors.append(descriptor)
             blocks.append(own)
             continue
         try:
-            opened.append(os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR))
-            block = mmap.mmap(opened[-1], sizes[peer])
+            descriptors.append(os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR))
+            opened.callback(os.close, descriptors[-1])
+            block = mmap.mmap(descriptors[-1], sizes[peer])
         except (OSError, ValueError):
-            return []
+            break
         if block[:8] != nonce.to_bytes(8, "little"):
-            return []
+            break
         blocks.append(block)
-    return blocks
+    return descriptors, blocks
 
 
 def _exchange(values: list[int], axis: Axis) -> list[list[int]]:
