@@ -12,6 +12,8 @@ import errno
 import fcntl
 import logging
 import os
+import secrets
+import threading
 from pathlib import Path
 
 import torch
@@ -24,14 +26,21 @@ log = logging.getLogger(__name__)
 class DirectFile:
     """One open file; every method may be called from several threads at once.
 
+    Args:
+        direct: False goes through the page cache from the start, and says nothing of it.
+
     Attributes:
         direct: False where the filesystem refuses ``O_DIRECT`` (some do at open, some at the first transfer). It is
             logged once per file; the results are the same.
     """
 
-    def __init__(self, path: Path, flags: int):
+    def __init__(self, path: Path, flags: int, direct: bool = True):
         self.path = path
-        self.direct = True
+        self.direct = direct
+        self._falling_back = threading.Lock()
+        if not direct:
+            self.fd = os.open(path, flags, 0o644)
+            return
         existed = path.exists()
         try:
             self.fd = os.open(path, flags | os.O_DIRECT, 0o644)
@@ -58,20 +67,21 @@ class DirectFile:
         return file
 
     @staticmethod
-    def scratch(folder: Path, name: str) -> DirectFile:
+    def scratch(folder: Path, name: str, direct: bool = True) -> DirectFile:
         """A new empty file to write and read that vanishes with this process, however it ends.
 
         It has no name (``O_TMPFILE``), or, where the filesystem cannot do that, loses it at once; ``name`` is for
-        messages, and makes the short-lived name unique together with the process id.
+        messages, and the short-lived name begins with it. A process id would not make that unique: ranks in
+        containers have the same ones.
         """
         path = folder / name
         try:
-            file = DirectFile(folder, os.O_TMPFILE | os.O_RDWR)
+            file = DirectFile(folder, os.O_TMPFILE | os.O_RDWR, direct)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR):
                 raise
-            path = folder / f"{name}-{os.getpid()}"
-            file = DirectFile(path, os.O_CREAT | os.O_EXCL | os.O_RDWR)
+            path = folder / f"{name}-{secrets.token_hex(8)}"
+            file = DirectFile(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, direct)
             path.unlink()
         file.path = path
         return file
@@ -97,10 +107,11 @@ class DirectFile:
 
     def write(self, data: memoryview, offset: int) -> None:
         while data:
+            direct = self.direct
             try:
                 written = os.pwrite(self.fd, data, offset)
             except OSError as error:
-                self._fall_back_or_raise(error)
+                self._fall_back_or_raise(error, direct)
                 continue
             data, offset = data[written:], offset + written
 
@@ -108,13 +119,14 @@ class DirectFile:
         """Fill ``buffer``; the bytes read, fewer than asked for only at the end of the file."""
         filled = 0
         while filled < len(buffer):
+            direct = self.direct
             try:
                 got = os.preadv(self.fd, [buffer[filled:]], offset + filled)
             except OSError as error:
-                self._fall_back_or_raise(error)
+                self._fall_back_or_raise(error, direct)
                 continue
             filled += got
-            if got == 0 or (self.direct and got % ALIGNMENT):
+            if got == 0 or (direct and got % ALIGNMENT):
                 break  # the end of the file; a direct read stops there unaligned
         return filled
 
@@ -129,11 +141,14 @@ class DirectFile:
             os.close(self.fd)
             self.fd = -1
 
-    def _fall_back_or_raise(self, error: OSError) -> None:
-        if error.errno != errno.EINVAL or not fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_DIRECT:
+    def _fall_back_or_raise(self, error: OSError, direct: bool) -> None:
+        """``direct``: what the transfer began as; several threads may be refused before the first falls back."""
+        if error.errno != errno.EINVAL or not direct:
             raise error
-        fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) & ~os.O_DIRECT)
-        self._say_buffered()
+        with self._falling_back:
+            if self.direct:
+                fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) & ~os.O_DIRECT)
+                self._say_buffered()
 
     def _say_buffered(self) -> None:
         self.direct = False

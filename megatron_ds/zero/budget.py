@@ -150,8 +150,14 @@ def probe(zero: ZeroConfig, device: torch.device) -> Available:
 
 
 def swap_folders(zero: ZeroConfig) -> list[str]:
+    """The folders of all swap files, each once."""
     offloads = (zero.offload_optimizer, zero.offload_parameters)
-    return [offload.path for offload in offloads if offload.device == "nvme" and offload.path]
+    return list(dict.fromkeys(offload.path for offload in offloads if offload.device == "nvme" and offload.path))
+
+
+def swap_bytes(rank: RankBytes, zero: ZeroConfig) -> dict[str, int]:
+    """Bytes of one rank's swap files by folder; 0 where this rank keeps all of its few buckets in memory."""
+    return {folder: _on_disk(rank, zero, folder) for folder in swap_folders(zero)}
 
 
 def in_memory(folder: str, mounts: str = "/proc/mounts") -> Advice | None:

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from megatron_ds import comm
 from megatron_ds.checkpoint.together import exchange, group_device, merged
 from megatron_ds.config import ZeroConfig
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, OffloadError
 from megatron_ds.mesh import Axis
 from megatron_ds.zero.advice import Adviser
-from megatron_ds.zero.budget import Available, RankBytes, budget_faults, in_memory, probe, swap_folders
+from megatron_ds.zero.budget import Available, RankBytes, budget_faults, in_memory, probe, swap_bytes, swap_folders
+from megatron_ds.zero.trial import SwapTrial
 
 _KINDS = ("parameters", "gradients", "master", "optimizer")
 _PLACES = ("device", "host", "disk")
@@ -37,22 +38,47 @@ def require_room(
             it counts as free.
 
     Raises:
-        ConfigError: on every rank, with the ranks whose node, device or folder has no room.
+        ConfigError: on every rank, with the ranks whose node, device or folder has no room, or whose folder for swap
+            files cannot be used.
     """
-    if world.is_first:
-        Adviser(log.warning)(in_memory(folder) for folder in swap_folders(zero))
     node = _exchange_bytes(rank, _resident(parameters), world)
+    trial = SwapTrial()
+    message = ""
     try:
+        faults = _look(rank, zero, device, node, trial, world.is_first)
+        # No rank takes memory before this, so that what the others' probes find free is what was.
+        text = "\n".join(faults)
+        message = merged(exchange(world, text) if _talks(world) else [text])
+    finally:
+        trial.end(keep_folders=not message)
+    if message:
+        raise ConfigError(message)
+
+
+def _look(
+    rank: RankBytes,
+    zero: ZeroConfig,
+    device: torch.device,
+    node: Sequence[tuple[RankBytes, int]],
+    trial: SwapTrial,
+    advises: bool,
+) -> list[str]:
+    """What this rank finds against the run. Whatever it is, it is returned: the other ranks wait for the verdict."""
+    try:
+        if advises:
+            Adviser(log.warning)(in_memory(folder) for folder in swap_folders(zero))
         there = probe(zero, device)
         there = dataclasses.replace(there, host=there.host + sum(resident for _, resident in node))
         faults = _faults(rank, [held for held, _ in node], there, zero)
-    except OSError as error:  # no folder that can be asked
-        faults = [str(error)]
-    # No rank takes memory before this, so that what the others' probes find free is what was.
-    text = "\n".join(faults)
-    message = merged(exchange(world, text) if _talks(world) else [text])
-    if message:
-        raise ConfigError(message)
+        if not faults:
+            trial.hold(swap_bytes(rank, zero))
+        return faults
+    except OffloadError as error:
+        return [str(error)]
+    except OSError as error:  # a folder that cannot even be asked
+        return [
+            f"{error.filename}: {error.strerror}; give folders for swap files on a local disk that this user may use"
+        ]
 
 
 def _faults(rank: RankBytes, node: Sequence[RankBytes], there: Available, zero: ZeroConfig) -> list[str]:

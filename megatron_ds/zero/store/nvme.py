@@ -95,14 +95,7 @@ class NvmeStore:
     ):
         self.device, self.chunk = device, chunk
         self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = DirectFile.scratch(self.folder, "megatron-ds-swap")
-        except OSError as error:
-            raise OffloadError(
-                f"no swap file can be made in {self.folder}: {error.strerror}; give a folder on a local disk that "
-                "this user may write to"
-            ) from error
+        self._file = make_swap_file(self.folder)
         self._size = 0
         self._streams = Streams(device) if device.type == "cuda" else None
         self._blocks = BlockPool(device, True, pin and self._streams is not None, host_bytes)
@@ -356,6 +349,24 @@ class NvmeStore:
                     "are free; make room, or use another folder, a smaller offload ratio or more ranks. "
                 )
         return OffloadError(text.rstrip() if doing == "reserved" else text + _WAY_OUT)
+
+
+def make_swap_file(folder: Path, direct: bool = True) -> DirectFile:
+    """An empty file without a name in ``folder``, which is made if it is not there.
+
+    Raises:
+        OffloadError: that cannot be done there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return DirectFile.scratch(folder, "megatron-ds-swap", direct)
+    except OSError as error:
+        at = "" if error.filename in (None, str(folder)) else f" ({error.filename})"
+        why = "it is a file" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise OffloadError(
+            f"no swap file can be made in {folder}: {why}{at}; give a folder on a local disk that this user may write "
+            "to"
+        ) from error
 
 
 _WAY_OUT = "Resume from the last checkpoint."
