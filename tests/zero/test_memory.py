@@ -163,8 +163,13 @@ UNIT = 640 * 640 * 4 / MB
 """MB of a block's weights, and of its gradients."""
 
 
-def peak_of(settings: dict[str, Any], blocks: int) -> tuple[float, float, dict[str, dict[str, int]]]:
-    """MB that building a model and training it for two steps adds to this process at most; the last norm; bytes."""
+def peak_of(
+    settings: dict[str, Any], blocks: int, trained: int | None = None
+) -> tuple[float, float, dict[str, dict[str, int]]]:
+    """MB that building a model and training it for two steps adds to this process at most; the last norm; bytes.
+
+    ``trained``: only so many of the last blocks are, the others are frozen. Default: all.
+    """
     # Memory goes back to the system as soon as it is freed, whatever its size: what is resident is what is held.
     ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
     for width in (32, 640):  # the first brings in what torch and gloo need once
@@ -172,6 +177,8 @@ def peak_of(settings: dict[str, Any], blocks: int) -> tuple[float, float, dict[s
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
         model = Stack(blocks, width, torch.float32)
+        for block in list(model.blocks)[: 0 if trained is None else -trained]:
+            block.requires_grad_(False)
         config = ZeroConfig(stage=3, bucket_mb=2.0, persistence_threshold=0, **settings)
         zero, mesh = start(model, config)
         norm = train(model, zero, mesh, steps=2)
@@ -198,15 +205,31 @@ def test_the_peak_of_stage_3_falls_with_ranks_down_to_a_few_units() -> None:
     assert norms[4, 24] == pytest.approx(norms[1, 24], rel=1e-4)
 
 
-def test_nvme_offload_keeps_host_memory_under_the_bound(tmp_path: Path) -> None:
-    """118 MB of weights and optimizer state through 12 MB; gradients stay, and the unit in use with its activations."""
-    blocks, bound = 24, 12
+@pytest.mark.parametrize(("ranks", "bound"), [(1, 6), (2, 12)])
+def test_nvme_offload_keeps_host_memory_under_the_bound(tmp_path: Path, ranks: int, bound: int) -> None:
+    """118 MB of weights and optimizer state through 6 or 12 MB; gradients stay, and the unit in use with its
+    activations (two, and what is gathered ahead, where ranks exchange them)."""
+    blocks = 24
     nvme = {"device": "nvme", "path": str(tmp_path)}
     settings = {"offload_optimizer": nvme, "offload_parameters": nvme, "host_memory_mb": bound}
-    peak, norm, report = run_ranks(peak_of, 1, settings, blocks)[0]
-    on_disk = sum(places["disk"] for places in report.values()) / MB
-    assert on_disk == pytest.approx(3 * blocks * UNIT) and on_disk > 9 * bound
-    gradients = blocks * UNIT
-    assert report["gradients"] == {"device": round(gradients * MB), "host": 0, "disk": 0}
-    assert gradients < peak < gradients + bound + 3 * UNIT
-    assert norm == run_ranks(peak_of, 1, {}, blocks)[0][1], "the same numbers, bit for bit"
+    gradients = blocks * UNIT / ranks
+    for peak, norm, report in run_ranks(peak_of, ranks, settings, blocks):
+        on_disk = sum(places["disk"] for places in report.values()) / MB
+        assert on_disk == pytest.approx(3 * blocks * UNIT / ranks) and on_disk > 4 * bound
+        assert report["gradients"] == {"device": round(gradients * MB), "host": 0, "disk": 0}
+        assert all(places["host"] == 0 for places in report.values())
+        assert gradients < peak < gradients + bound + (3 if ranks == 1 else 8) * UNIT
+        if ranks == 1:
+            assert norm == run_ranks(peak_of, 1, {}, blocks)[0][1], "the same numbers, bit for bit"
+
+
+def test_a_model_that_is_mostly_frozen_needs_no_more_than_the_bound(tmp_path: Path) -> None:
+    """Nothing is subtracted here: 79 MB of weights, of which one block of 48 trains, in a bound of 12 MB and the units
+    in use."""
+    nvme = {"device": "nvme", "path": str(tmp_path)}
+    settings = {"offload_optimizer": nvme, "offload_parameters": nvme, "host_memory_mb": 12}
+    peak, norm, report = run_ranks(peak_of, 1, settings, 48, 1)[0]
+    weights = report["parameters"]["disk"] / MB
+    assert weights == pytest.approx(48 * UNIT) and weights > 6 * 12
+    assert peak < 12 + 4 * UNIT
+    assert norm == pytest.approx(run_ranks(peak_of, 2, {}, 48, 1)[0][1], rel=1e-4), "as sharded in memory"
