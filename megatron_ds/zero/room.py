@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -42,43 +42,45 @@ def require_room(
             files cannot be used.
     """
     node = _exchange_bytes(rank, _resident(parameters), world)
-    trial = SwapTrial()
-    message = ""
+    # No rank takes anything before this, so that what the others' probes find free is what was.
+    _agree(world, lambda: _shortages(rank, zero, device, node, world.is_first))
+    trial, agreed = SwapTrial(), False
     try:
-        faults = _look(rank, zero, device, node, trial, world.is_first)
-        # No rank takes memory before this, so that what the others' probes find free is what was.
-        text = "\n".join(faults)
-        message = merged(exchange(world, text) if _talks(world) else [text])
+        _agree(world, lambda: trial.hold(swap_bytes(rank, zero)))
+        agreed = True
     finally:
-        trial.end(keep_folders=not message)
+        trial.end(keep_folders=agreed)
+
+
+def _agree(world: Axis, check: Callable[[], None]) -> None:
+    """Raise on all ranks what ``check`` raises on any: the others wait for the verdict, whatever this one meets.
+
+    Raises:
+        ConfigError: on every rank alike.
+    """
+    text = ""
+    try:
+        check()
+    except (ConfigError, OffloadError) as error:
+        text = str(error)
+    except OSError as error:  # a folder that cannot even be asked
+        text = f"{error.filename}: {error.strerror}; give folders for swap files on a local disk that this user may use"
+    message = merged(exchange(world, text) if _talks(world) else [text])
     if message:
         raise ConfigError(message)
 
 
-def _look(
-    rank: RankBytes,
-    zero: ZeroConfig,
-    device: torch.device,
-    node: Sequence[tuple[RankBytes, int]],
-    trial: SwapTrial,
-    advises: bool,
-) -> list[str]:
-    """What this rank finds against the run. Whatever it is, it is returned: the other ranks wait for the verdict."""
-    try:
-        if advises:
-            Adviser(log.warning)(in_memory(folder) for folder in swap_folders(zero))
-        there = probe(zero, device)
-        there = dataclasses.replace(there, host=there.host + sum(resident for _, resident in node))
-        faults = _faults(rank, [held for held, _ in node], there, zero)
-        if not faults:
-            trial.hold(swap_bytes(rank, zero))
-        return faults
-    except OffloadError as error:
-        return [str(error)]
-    except OSError as error:  # a folder that cannot even be asked
-        return [
-            f"{error.filename}: {error.strerror}; give folders for swap files on a local disk that this user may use"
-        ]
+def _shortages(
+    rank: RankBytes, zero: ZeroConfig, device: torch.device, node: Sequence[tuple[RankBytes, int]], advises: bool
+) -> None:
+    """Raise what is short, as far as it can be asked."""
+    if advises:
+        Adviser(log.warning)(in_memory(folder) for folder in swap_folders(zero))
+    there = probe(zero, device)
+    there = dataclasses.replace(there, host=there.host + sum(resident for _, resident in node))
+    faults = _faults(rank, [held for held, _ in node], there, zero)
+    if faults:
+        raise ConfigError("\n".join(faults))
 
 
 def _faults(rank: RankBytes, node: Sequence[RankBytes], there: Available, zero: ZeroConfig) -> list[str]:

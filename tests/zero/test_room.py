@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from small_disk import small_disk
 from torch import nn
 
 from megatron_ds.config import OffloadConfig, OptimizerConfig, PrecisionConfig, ZeroConfig
@@ -136,3 +143,80 @@ def test_the_ranks_of_a_node_are_added_up_and_not_taken_for_alike() -> None:
     for fits, does_not in run_ranks(told_of_each, 2, cases):
         assert fits == ""
         assert does_not.startswith("2 rank(s) on this node need 110.00 GB of host memory, 55.00 GB each")
+
+
+@contextmanager
+def control_group(limit: int) -> Iterator[Path]:
+    """A real control group below this process's own, whose processes may take ``limit`` bytes of memory together."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" and Path("/sys/fs/cgroup/cgroup.controllers").exists():
+            group, name = Path("/sys/fs/cgroup", path.lstrip("/"), f"room-{os.getpid()}"), "memory.max"
+            break
+        if "memory" in controllers.split(","):
+            group = Path("/sys/fs/cgroup/memory", path.lstrip("/"), f"room-{os.getpid()}")
+            name = "memory.limit_in_bytes"
+            break
+    else:
+        pytest.skip("this process is in no control group for memory")
+    made = False
+    try:
+        group.mkdir()
+        made = True
+        (group / name).write_text(str(limit))
+    except OSError as error:
+        if made:
+            group.rmdir()
+        pytest.skip(f"this process may not make a control group with a limit on memory: {error}")
+    try:
+        yield group
+    finally:
+        group.rmdir()
+
+
+def told_in_group(group: Path, cases: list[list[int]]) -> list[str]:
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    return [told(case) for case in cases]
+
+
+def test_the_ranks_of_a_control_group_are_held_to_its_limit_together() -> None:
+    """The machine has more: what is free is the group's, and either rank would fit into it alone."""
+    megabytes = 10**6
+    with control_group(400 * megabytes) as group:
+        cases = [[150 * megabytes] * 2, [250 * megabytes] * 2]
+        results = run_ranks(told_in_group, 2, group, cases)
+    for fits, does_not in results:
+        assert fits == ""
+        assert "2 rank(s) on this node need 500.00 MB" in does_not.replace("0.50 GB", "500.00 MB"), does_not
+        free = re.search(r"but ([\d.]+) GB are free", does_not)
+        assert free is not None and 0.2 < float(free[1]) <= 0.4, does_not
+
+
+def test_a_disk_is_asked_once_for_all_ranks_of_a_node(tmp_path: Path) -> None:
+    """Real numbers: half of what the disk has free for each of two ranks, and a little more than that. A slow rank
+    does not take for missing what the other has reserved by then."""
+    with small_disk(tmp_path, 12) as disk:
+        free = shutil.disk_usage(disk).free
+        sizes = [free // 2 - 200_000, free // 2 + 200_000]
+        for fits, does_not in run_ranks(told_of_disk, 2, str(disk / "swap"), sizes, timeout=30.0):
+            assert fits == ""
+            assert does_not.startswith("2 rank(s) on this node need ") and f"swap files in {disk}/swap" in does_not
+            found = re.search(r"but ([\d.]+) MB are free", does_not)  # less the folder that the first case made
+            assert found is not None and float(found[1]) == pytest.approx(free / 1e6, rel=5e-3)
+
+
+def told_of_disk(folder: str, sizes: list[int]) -> list[str]:
+    world = Axis("world", dist.get_rank(), 2, dist.group.WORLD, (0, 1))
+    said, patch, probe = [], pytest.MonkeyPatch(), room.probe
+    patch.setattr(room, "probe", lambda *given: (time.sleep(0.1 * world.rank), probe(*given))[1])
+    for size in sizes:
+        places = {kind: {"device": 0, "host": 0, "disk": 0} for kind in ("parameters", "gradients", "master")}
+        held = RankBytes({**places, "optimizer": {"device": 0, "host": 0, "disk": size}})
+        try:
+            room.require_room(held, offload("nvme", folder), [], torch.device("cpu"), world)
+            said.append("")
+        except ConfigError as error:
+            said.append(str(error))
+        dist.barrier()  # the other rank's trial is over too
+    patch.undo()
+    return said

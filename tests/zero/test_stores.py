@@ -17,6 +17,7 @@ from megatron_ds.config import OffloadConfig
 from megatron_ds.errors import OffloadError
 from megatron_ds.zero.store import DeviceStore, HostStore, NvmeStore, Store, create_store, placement
 from megatron_ds.zero.store.blocks import BlockPool
+from megatron_ds.zero.store.nvme import Phase
 
 CPU = torch.device("cpu")
 CHUNK = 1 << 16
@@ -150,6 +151,18 @@ def test_reads_may_be_dropped_before_they_are_waited_for(tmp_path: Path) -> None
     second.release()
     assert first.read_start().wait().eq(1.0).all()
     store.close()
+
+
+def test_a_read_begins_when_it_is_asked_for_and_not_when_it_is_waited_for(tmp_path: Path) -> None:
+    store = NvmeStore(tmp_path, CPU, 2 * BLOCK, chunk=CHUNK)
+    region = store.allocate("first", 50_000, torch.float32)
+    coming = region.read_start()
+    store.drain()
+    assert region.phase is Phase.READY and coming.wait().eq(0).all()
+    region.release()
+    assert len(store._blocks._idle) == 1
+    store.close()
+    assert not store._blocks._idle, "no buffer outlives the store"
 
 
 def test_calls_out_of_order_are_said_with_the_name(tmp_path: Path) -> None:
