@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -201,8 +202,9 @@ def test_no_memory_for_a_buffer_on_a_worker_is_raised_and_not_waited_for(
 
     monkeypatch.setattr(BlockPool, "take", take)
     regions[0].write_start()
-    with pytest.raises(MemoryError):
-        waiting.wait()
+    for wait in (store.drain, waiting.wait):
+        with pytest.raises(MemoryError):
+            wait()
     close_cleanly(store)
 
 
@@ -287,6 +289,31 @@ def test_a_filesystem_without_direct_io_swaps_through_the_page_cache(
     store, regions = filled(tmp_path)
     assert [region.read_start().wait().unique().tolist() for region in regions] == [[1.0], [2.0]]
     assert "refuses direct I/O" in caplog.text and not store._file.direct
+    close_cleanly(store)
+
+
+def test_threads_that_are_refused_at_once_all_fall_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second to be refused finds direct I/O given up already; that must not look like another error."""
+    refused, real = threading.Barrier(4, timeout=30.0), os.pwrite
+
+    def pwrite(fd: int, *args: Any) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            refused.wait()
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(fd, *args)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    store = NvmeStore(tmp_path, CPU, BLOCK, chunk=CHUNK, threads=4)
+    if not store._file.direct:
+        pytest.skip(f"{tmp_path} is on a filesystem without direct I/O")
+    region = store.allocate("layers.0", CHUNK, torch.float32)  # 4 chunks
+    region.read_start().wait().fill_(3)
+    region.write_start()
+    store.drain()
+    assert region.read_start().wait().eq(3).all()
+    assert caplog.text.count("refuses direct I/O") == 1
     close_cleanly(store)
 
 

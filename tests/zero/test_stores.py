@@ -103,6 +103,10 @@ def test_a_group_larger_than_the_bound_is_refused_and_not_waited_for(tmp_path: P
     coming[0].wait(), coming[1].wait()
     with pytest.raises(OffloadError, match=r"exp_avg_sq \(200000 bytes\).* all of the \d+ bytes; raise zero.host_mem"):
         coming[2].wait()
+    for region in regions[:2]:
+        region.release()
+    store.drain()
+    assert regions[2].read_start().wait().eq(0).all(), "what was refused is not asked for any more"
     with pytest.raises(
         OffloadError, match=r"^big is swapped as a whole and takes \d+ bytes.*raise zero.host_memory_mb"
     ):
@@ -163,6 +167,22 @@ def test_a_read_begins_when_it_is_asked_for_and_not_when_it_is_waited_for(tmp_pa
     assert len(store._blocks._idle) == 1
     store.close()
     assert not store._blocks._idle, "no buffer outlives the store"
+
+
+def test_each_chunk_is_read_and_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = NvmeStore(tmp_path, CPU, BLOCK, chunk=CHUNK)
+    region = store.allocate("first", 50_000, torch.float32)  # 3 chunks and a part of one
+    moved: list[tuple[str, int]] = []
+    read, write = os.preadv, os.pwrite
+    monkeypatch.setattr(os, "preadv", lambda fd, to, at: moved.append(("read", len(to[0]))) or read(fd, to, at))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: moved.append(("write", len(data))) or write(fd, data, at))
+    region.read_start().wait().fill_(1)
+    assert not moved, "zeros that were never written are not read"
+    region.write_start()
+    region.read_start().wait()
+    for kind in ("read", "write"):
+        assert sorted(size for what, size in moved if what == kind) == [4096, CHUNK, CHUNK, CHUNK]
+    store.close()
 
 
 def test_calls_out_of_order_are_said_with_the_name(tmp_path: Path) -> None:
