@@ -85,7 +85,7 @@ class TokenPipes:
         return [own if rank == self.axis.rank else self._early.pop((rank, index)) for rank in range(self.axis.size)]
 
     def _receive(self, peer: int) -> None:
-        """Read what has come of a peer, one token at least."""
+        """Read what has come of a peer, one token at least. The errors read like those of a process group."""
         descriptor = self._incoming[peer]
         try:
             data = os.read(descriptor, 512 * _TOKEN.size)
@@ -93,10 +93,7 @@ class TokenPipes:
             self._sleep(descriptor, peer)
             data = os.read(descriptor, 512 * _TOKEN.size)
         if not data:
-            raise RuntimeError(
-                f"rank {self.axis.ranks[peer]} has ended, while rank {self.axis.ranks[self.axis.rank]} waits for it "
-                f"on the {self.axis.name} axis; its own output says why"
-            )
+            raise RuntimeError(f"connection closed by rank {self.axis.ranks[peer]} of the {self.axis.name} axis")
         for (number,) in _TOKEN.iter_unpack(data):  # writes of so few bytes are never cut
             self._early[peer, self._arrived[peer]] = number
             self._arrived[peer] += 1
@@ -107,10 +104,8 @@ class TokenPipes:
         poll.register(descriptor, select.POLLIN)
         while not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
             if time.monotonic() >= deadline:
-                raise RuntimeError(
-                    f"rank {self.axis.ranks[peer]} did not come to rank {self.axis.ranks[self.axis.rank]} on the "
-                    f"{self.axis.name} axis within {limit:.0f} s"
-                )
+                late = f"rank {self.axis.ranks[peer]} of the {self.axis.name} axis"
+                raise RuntimeError(f"timed out after {limit:g} s: {late} has not come")
 
 
 class PipeOffer:

@@ -30,10 +30,10 @@ from megatron_ds.errors import MegatronDSError
 
 _FAILED = "failed"
 _SHOWN = 16
-# What gloo and NCCL say when a peer is gone or does not come.
+# What gloo and NCCL say, and our own tokens, when a peer is gone or does not come.
 _PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|time(d |-)?out|gloo|nccl", re.IGNORECASE)
 _TIMEOUT = re.compile(r"time(d |-)?out", re.IGNORECASE)
-_WAITS = re.compile(r"\b(wait|barrier|synchronize|tolist|item)\(")
+_WAITS = re.compile(r"\b(wait|barrier|synchronize|tolist|item|poll|select)\(")
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 Line = tuple[CodeType, int]

@@ -161,10 +161,12 @@ class ZeroOptimizer:
 
     def close(self) -> None:
         """Let go of the parameters: no more hooks. They stay views of the flat buffers, whole ones."""
-        if self.gatherer is not None:
-            self.gatherer.close()
-        self.stores.close()
-        self.reducer.close()
+        try:
+            if self.gatherer is not None:
+                self.gatherer.close()  # gathers, which fails where a store has
+        finally:
+            self.stores.close()
+            self.reducer.close()
 
     # Gradients
 

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_ds.train import advice
 from megatron_ds.train.step import StepResult, TrainStep
 from megatron_ds.zero import advice as rules
+from megatron_ds.zero.optimizer import ZeroOptimizer
 
 
 def at_step(number: int, action: Callable[[], object]) -> None:
@@ -47,6 +48,18 @@ def rank_0_is_killed(rank: int) -> None:
 def hangs(rank: int) -> None:
     if rank == 1:
         at_step(2, sleep_for_ever)
+
+
+def hangs_at_the_end(rank: int) -> None:
+    """When the others already wait for its gradients."""
+    real = ZeroOptimizer.finish_gradients
+
+    def finish(self: ZeroOptimizer) -> None:
+        sleep_for_ever()
+        real(self)
+
+    if rank == 1:
+        ZeroOptimizer.finish_gradients = finish  # type: ignore[method-assign]
 
 
 def sleep_for_ever() -> None:

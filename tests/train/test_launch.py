@@ -87,6 +87,18 @@ def test_a_rank_that_hangs_is_named_with_the_line_it_stands_in(tmp_path: Path, f
         assert "waited 4 s in vain for another rank" in ranks.output(0)
 
 
+def test_a_rank_that_hangs_is_named_by_those_who_wait_for_its_tokens(tmp_path: Path) -> None:
+    """Data-parallel ranks of one host read each other's memory, and wait for tokens instead of collectives."""
+    one = arguments(tmp_path / "run", "--timeout", "4")
+    with started(tmp_path, [one] * 4, planted_faults.hangs_at_the_end) as ranks:
+        assert ranks.wait() == [1, 1, 1, 1]
+        text = ranks.everything()
+        assert "rank 1 of the data axis has not come" in text
+        assert "waited 4 s in vain for another rank" in text
+        assert "rank 1 did not wait for any other and so held them up" in text, "but the others did"
+        assert "sleep_for_ever" in text
+
+
 def test_a_wait_that_no_backend_ends_is_ended_by_the_watch(tmp_path: Path) -> None:
     """As under NCCL, whose waits the host cannot leave: the watching thread speaks, and ends the process."""
     store = dist.FileStore(str(tmp_path / "store"), 2)
