@@ -38,6 +38,10 @@ class ReleasedParameterError(MegatronDSError):
     """A parameter's values were asked for while ZeRO stage 3 has them sharded."""
 
 
+class ShardedGradientError(MegatronDSError):
+    """A parameter's ``.grad`` was computed with while an engine has the gradients sharded."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name closest to ``name``, or an empty string when none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

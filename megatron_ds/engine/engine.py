@@ -16,6 +16,7 @@ from megatron_ds import comm
 from megatron_ds.config.engine import BatchSizes, EngineConfig
 from megatron_ds.engine import checkpoint, pretrained
 from megatron_ds.engine.clock import Clock
+from megatron_ds.engine.gradients import Placeholders
 from megatron_ds.engine.tensors import WholeTensors
 from megatron_ds.errors import MegatronDSError
 from megatron_ds.mesh import Mesh
@@ -117,6 +118,7 @@ class Engine:
         self._done = 0  # micro-batches of that step
         self._complete = False  # its last one has been
         self._deferred = False
+        self._placeholders = Placeholders(module.parameters())
         self._clock = Clock(config.log, mesh, sizes.global_batch)
         self._advice = RunAdvice(zero, train_step.scaler, mesh, sizes.accumulation, log.warning)
 
@@ -127,6 +129,7 @@ class Engine:
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """The model's own forward."""
+        self._placeholders.remove()
         if torch.is_grad_enabled() and self.module.training:
             self._begin()
         with self._clock.timing("forward"):
@@ -155,6 +158,7 @@ class Engine:
                 f"backward() was called after the last of accumulation={self.sizes.accumulation} micro-batches; "
                 "call step() first"
             )
+        self._placeholders.remove()
         seed = self._begin()
         self._complete = not self._deferred and self._done + 1 >= self.sizes.accumulation
         self.zero.start_backward(self._complete)
@@ -163,6 +167,7 @@ class Engine:
             self.zero.end_backward()
         self._done += 1
         self._loss_sum += loss.detach()
+        self._placeholders.put()
         return loss
 
     @property
@@ -209,6 +214,7 @@ class Engine:
             return self._finished(self.train_step(taken, self.steps + 1))
 
     def _finished(self, result: StepResult) -> StepResult:
+        self._placeholders.remove()
         self._seed, self._done, self._complete = None, 0, False
         self._loss_sum = torch.zeros_like(self._loss_sum)
         self.steps += 1
@@ -314,6 +320,14 @@ class Engine:
 
     # Files
 
+    def require_between_steps(self, what: str) -> None:
+        """Raise EngineError in the middle of a step: its gradients so far are in no checkpoint."""
+        if self._done:
+            raise EngineError(
+                f"{what} after {self._done} of a step's micro-batches, whose gradients no checkpoint holds; finish the "
+                "step first, with step(partial=True) if no more micro-batches come"
+            )
+
     def save_checkpoint(
         self, directory: str | Path, client_state: Mapping[str, Any] | None = None, keep_last: int | None = None
     ) -> Path:
@@ -323,6 +337,7 @@ class Engine:
             client_state: anything that JSON holds, given back by :meth:`load_checkpoint`.
             keep_last: remove all but the newest this many.
         """
+        self.require_between_steps("save_checkpoint()")
         return checkpoint.save(self, directory, dict(client_state or {}), keep_last)
 
     def load_checkpoint(self, path: str | Path, weights_only: bool = False) -> dict[str, Any]:
@@ -331,6 +346,7 @@ class Engine:
         Args:
             weights_only: start anew from the weights alone.
         """
+        self.require_between_steps("load_checkpoint()")
         return checkpoint.load(self, path, weights_only)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -14,16 +14,18 @@
             scheduler.step()
 
 Accelerate has no interface for a backend of one's own, so methods of this one ``accelerator`` object are replaced:
-``backward``, ``clip_grad_norm_``, ``unwrap_model`` and ``get_state_dict``. Schedulers are ordinary torch schedulers of
-the returned optimizer. Not connected: ``accelerator.save_state`` and ``load_state`` (use
-``model.engine.save_checkpoint`` and ``load_checkpoint``), ``clip_grad_value_``, and ``.grad``, which is None (use
-``model.engine.get_gradient``). ``mixed_precision`` of the Accelerator is not asked: set ``precision.dtype``.
+``backward``, ``clip_grad_norm_``, ``clip_grad_value_``, ``unwrap_model``, ``get_state_dict``, ``save_state`` and
+``load_state``. Schedulers are ordinary torch schedulers of the returned optimizer; ``register_for_checkpointing`` puts
+them into ``save_state``, whose folder holds an engine's checkpoint, for any number of ranks, beside Accelerate's own
+files. ``mixed_precision`` of the Accelerator becomes ``precision.dtype``. A parameter's ``.grad`` cannot be read: it
+raises, and ``model.engine.get_gradient`` gives the gradient. One accelerator trains one model.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,11 +33,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from megatron_ds.config import PrecisionConfig
 from megatron_ds.config.engine import EngineConfig
 from megatron_ds.engine import Engine, initialize, read_config
 from megatron_ds.engine.build import Configuration
 from megatron_ds.errors import ConfigError
-from megatron_ds.train.step import StepResult
+from megatron_ds.train.step import StepResult, TrainStep
+
+_ENGINE = "engine"
+"""Folder of an engine's checkpoint, beside what Accelerate and the Trainer write."""
 
 
 class EngineModel(nn.Module):
@@ -91,21 +97,34 @@ class Bridge:
 
     Attributes:
         grad_norm: 0-d, of the step that is under way; filled in when the optimizer steps.
+
+    Raises:
+        ConfigError: the accelerator has a bridge already.
     """
 
     def __init__(self, accelerator: Accelerator):
+        if isinstance(getattr(accelerator.backward, "__self__", None), Bridge):
+            raise ConfigError(
+                "this Accelerator trains an engine already, and its backward() can be that of one alone; make an "
+                "Accelerator for each model"
+            )
         self.accelerator = accelerator
         self.engine: Engine | None = None
         self.grad_norm = torch.zeros(())
+        self._clip_norm, self._clips = 0.0, False  # the configuration's; and whether the loop asked for its own
         if getattr(accelerator, "scaler", None) is not None:
             accelerator.scaler = None  # fp16's loss scale is the engine's
         accelerator.backward = self.backward
         accelerator.clip_grad_norm_ = self.clip_grad_norm
+        accelerator.clip_grad_value_ = self.clip_grad_value
         self._unwrap, accelerator.unwrap_model = accelerator.unwrap_model, self.unwrap_model
         self._state_dict, accelerator.get_state_dict = accelerator.get_state_dict, self.get_state_dict
+        self._save, accelerator.save_state = accelerator.save_state, self.save_state
+        self._load, accelerator.load_state = accelerator.load_state, self.load_state
+        self._saving = False
 
     def attach(self, engine: Engine) -> tuple[EngineModel, EngineOptimizer]:
-        self.engine = engine
+        self.engine, self._clip_norm = engine, engine.train_step.clip_norm
         model = EngineModel(engine)
         self.accelerator._models.append(model)
         return model, EngineOptimizer(engine, self.stepped)
@@ -116,22 +135,81 @@ class Bridge:
             engine.backward(loss / self.accelerator.gradient_accumulation_steps)
 
     def clip_grad_norm(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
-        """Gradients are clipped when the optimizer steps; the norm is in what is returned then."""
+        """Gradients are clipped when the optimizer steps, this once; the norm is in what is returned then."""
         if norm_type != 2:
             raise ConfigError(f"clip_grad_norm_ with norm_type={norm_type}: only the L2 norm is there, norm_type=2")
+        step = self._to_clip("clip_grad_norm_", "max_norm", max_norm, parameters)
+        if step.clip_value is not None:
+            raise ConfigError("clip_grad_norm_ after clip_grad_value_ in one step; use one of them")
         if self.accelerator.sync_gradients:
-            self._attached().train_step.clip_norm = 0.0 if max_norm == float("inf") else float(max_norm)
+            step.clip_norm = 0.0 if max_norm == float("inf") else float(max_norm)
+            self._clips = True
             self.grad_norm = torch.zeros(())
         return self.grad_norm
+
+    def clip_grad_value(self, parameters: Any, clip_value: float) -> None:
+        """Each element to ``[-clip_value, clip_value]`` when the optimizer steps, this once."""
+        step = self._to_clip("clip_grad_value_", "clip_value", clip_value, parameters)
+        if self._clips:
+            raise ConfigError("clip_grad_value_ after clip_grad_norm_ in one step; use one of them")
+        if self.accelerator.sync_gradients:
+            step.clip_norm, step.clip_value = 0.0, float(clip_value)
+
+    def _to_clip(self, method: str, name: str, bound: float, parameters: Any) -> TrainStep:
+        engine = self._attached()
+        if not bound > 0:
+            raise ConfigError(f"{method} with {name}={bound:g} leaves nothing of the gradients; use a number above 0")
+        if parameters is not None:
+            given = {id(p) for p in ([parameters] if isinstance(parameters, Tensor) else parameters)}
+            left = [name for name, p in engine.module.named_parameters() if p.requires_grad and id(p) not in given]
+            if left:
+                raise ConfigError(
+                    f"{method} was given some of the parameters, without {', '.join(left[:5])}"
+                    f"{f' and {len(left) - 5} more' if len(left) > 5 else ''}, and the engine clips all or none; give "
+                    "it model.parameters()"
+                )
+        return engine.train_step
+
+    def save_state(self, *arguments: Any, **keywords: Any) -> Any:
+        """Accelerate's, where the engine's checkpoint takes the place of the model's and the optimizer's files."""
+        engine = self._attached()
+        engine.require_between_steps("save_state()")
+
+        def save(models: list[Any], weights: list[Any], folder: str) -> None:
+            weights[:] = [kept for model, kept in zip(models, weights) if not isinstance(model, EngineModel)]
+            engine.save_checkpoint(Path(folder) / _ENGINE, keep_last=1)
+
+        self._saving = True
+        try:  # after the hooks of the user, who may pop from the same lists
+            with _hooked(self.accelerator.register_save_state_pre_hook(save)):
+                return self._save(*arguments, **keywords)
+        finally:
+            self._saving = False
+
+    def load_state(self, *arguments: Any, **keywords: Any) -> Any:
+        """What :meth:`save_state` wrote, on any number of ranks."""
+        engine = self._attached()
+        engine.require_between_steps("load_state()")
+
+        def load(models: list[Any], folder: str) -> None:
+            models[:] = [model for model in models if not isinstance(model, EngineModel)]
+            engine.load_checkpoint(Path(folder) / _ENGINE)
+
+        with _hooked(self.accelerator.register_load_state_pre_hook(load)):
+            return self._load(*arguments, **keywords)
 
     def unwrap_model(self, model: Any, *arguments: Any, **keywords: Any) -> Any:
         return model.module if isinstance(model, EngineModel) else self._unwrap(model, *arguments, **keywords)
 
     def get_state_dict(self, model: Any, *arguments: Any, **keywords: Any) -> Any:
-        return model.engine.state_dict() if isinstance(model, EngineModel) else self._state_dict(model, **keywords)
+        if isinstance(model, EngineModel):
+            return {} if self._saving else model.engine.state_dict()
+        return self._state_dict(model, *arguments, **keywords)
 
     def stepped(self, result: StepResult) -> None:
         self.grad_norm.fill_(result.grad_norm)
+        step, self._clips = self._attached().train_step, False
+        step.clip_norm, step.clip_value = self._clip_norm, None
         for optimizer in self.accelerator._optimizers:
             if isinstance(optimizer.optimizer, EngineOptimizer):
                 optimizer._is_overflow = result.skipped  # schedulers are not stepped then
@@ -142,19 +220,48 @@ class Bridge:
         return self.engine
 
 
+@contextlib.contextmanager
+def _hooked(hook: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, config: Configuration = None
 ) -> tuple[EngineModel, Any]:
     """The model and the optimizer for Accelerate's loop, on an engine (``model.engine``).
 
     Args:
-        config: as for :func:`megatron_ds.initialize`. Accumulation and clipping are the loop's.
+        config: as for :func:`megatron_ds.initialize`. Accumulation is the loop's; so is clipping, where it clips.
     """
-    settings, _ = read_config(config)
+    settings, notes = read_config(config)
+    if accelerator.is_main_process:
+        for note in notes:
+            print(f"megatron_ds: {note}", flush=True)
+    settings = for_a_loop(with_precision(settings, accelerator.mixed_precision), accelerator.device)
     bridge = Bridge(accelerator)
-    engine = initialize(model, for_a_loop(settings, accelerator.device), optimizer)
+    engine = initialize(model, settings, optimizer)
     wrapped, stepper = bridge.attach(engine)
     return wrapped, accelerator.prepare(stepper)
+
+
+def with_precision(config: EngineConfig, mixed: str) -> EngineConfig:
+    """The Accelerator's ``mixed_precision``, unless the configuration says the same."""
+    if mixed == "no":
+        return config
+    if mixed not in ("bf16", "fp16"):
+        raise ConfigError(f"mixed_precision={mixed!r} of the Accelerator is not supported; use 'bf16' or 'fp16'")
+    if config.keeps_dtype:
+        precision = {**config.precision.model_dump(exclude_unset=True), "dtype": mixed}
+        return config.model_copy(update={"precision": PrecisionConfig(**precision)})
+    if config.precision.dtype != mixed:
+        raise ConfigError(
+            f"precision.dtype={config.precision.dtype!r}, but mixed_precision={mixed!r} of the Accelerator; set one of "
+            "them"
+        )
+    return config
 
 
 def for_a_loop(config: EngineConfig, device: torch.device) -> EngineConfig:

@@ -19,15 +19,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from megatron_ds.config import OptimizerConfig, PrecisionConfig
+from megatron_ds.config import OptimizerConfig
 from megatron_ds.config.deepspeed import auto_values, from_deepspeed, is_deepspeed
 from megatron_ds.config.engine import EngineConfig
 from megatron_ds.engine import Engine, initialize, read_config
 from megatron_ds.engine.build import rate_of, torch_optimizer
 from megatron_ds.errors import ConfigError
-from megatron_ds.integrations.accelerate import Bridge, EngineModel, for_a_loop
-
-_ENGINE = "engine"  # folder in a checkpoint of the Trainer
+from megatron_ds.integrations.accelerate import _ENGINE, Bridge, EngineModel, for_a_loop, with_precision
 
 
 @dataclass
@@ -81,10 +79,8 @@ class Trainer(transformers.Trainer):
                 print(*(f"megatron_ds: {note}" for note in notes), sep="\n", flush=True)
         else:
             config, _ = read_config(source)
-        if config.keeps_dtype and (args.bf16 or args.fp16):
-            update = {"dtype": "bf16" if args.bf16 else "fp16"}
-            precision = PrecisionConfig(**{**config.precision.model_dump(exclude_unset=True), **update})
-            config = config.model_copy(update={"precision": precision})
+        if config.keeps_dtype:
+            config = with_precision(config, "bf16" if args.bf16 else "fp16" if args.fp16 else "no")
         said = config.optimizer.clip_norm
         if "clip_norm" in config.optimizer.model_fields_set and said not in (0.0, args.max_grad_norm):
             raise ConfigError(

@@ -60,6 +60,7 @@ class TrainStep:
 
     Args:
         clip_norm: largest global gradient norm; 0 turns clipping off.
+            An attribute ``clip_value``, None at first, bounds each element of the gradients instead.
         rate: learning rate of a step, from its number (the first is 1).
         count: what a rank's micro-batches add to the number by which the loss is divided, 0-d.
     """
@@ -77,6 +78,7 @@ class TrainStep:
     ):
         self.executor, self.optimizer, self.mesh, self.scaler = executor, optimizer, mesh, scaler
         self.clip_norm, self.rate, self.count = clip_norm, rate, count
+        self.clip_value: float | None = None
         self._seeded = torch.ones((), dtype=torch.float64)
         self._reduced = False
 
@@ -125,10 +127,19 @@ class TrainStep:
         if skipped:
             self.optimizer.skip()
         else:
+            if self.clip_value is not None:
+                self._clip_elements(self.clip_value * scale)
             clip = clip_coefficient(torch.tensor(norm_squared, dtype=torch.float64), self.clip_norm)
             self.optimizer.step(rate, clip.item() / scale)
         counted = int(count)
         return StepResult(loss / max(counted, 1), norm, rate, counted, loss_scale, skipped, stopping > 0)
+
+    def _clip_elements(self, bound: float) -> None:
+        """Every element of the reduced gradients to ``[-bound, bound]``, wherever it is kept."""
+        gradients = [piece.data for piece in self.optimizer.gradient_pieces()]
+        if gradients:
+            torch._foreach_clamp_min_(gradients, -bound)
+            torch._foreach_clamp_max_(gradients, bound)
 
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> float:
         """The losses' sum over all batches divided by their count, without label smoothing and dropout."""

@@ -1,0 +1,99 @@
+"""Accelerate's state, clipping and gradients on the engine: the numbers of plain torch, in float64, or one error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate_cases import (
+    Clip,
+    all_whole,
+    automatic_names,
+    clipped_in_fp16,
+    left_and_taken_up,
+    mixed_precision,
+    plain,
+    refusals,
+    taken_up,
+)
+from test_engine_parity import differs
+
+from megatron_ds.testing import run_ranks
+
+STAGE_3 = {"zero": {"stage": 3, "persistence_threshold": 20}}
+
+
+def check(got: Any, want: Any, first: int = 0) -> None:
+    (losses, state), (wanted_losses, wanted) = got, want
+    assert losses == pytest.approx(wanted_losses[first:], rel=1e-12)
+    assert state.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert differs(state[name], value) < 1e-9, name
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_clipping_is_torchs_and_of_the_steps_that_ask_for_it(world_size: int) -> None:
+    offloaded = {"zero": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+    value: Clip = ("value", 0.05)
+    cases: list[Any] = [
+        ({"zero": {"stage": 0}}, value),
+        ({"zero": {"stage": 2}}, value, 3),
+        (STAGE_3, value),
+        (offloaded, value),
+        (STAGE_3, ("norm", 0.2), 3),
+        ({"zero": {"stage": 2}}, None),
+    ]
+    unclipped = plain(None)
+    for results in run_ranks(all_whole, world_size, cases):
+        for case, got in zip(cases, results, strict=True):
+            want = plain(*case[1:])
+            check(got, want)
+            if case[1] is not None:
+                assert differs(want[1]["first.weight"], unclipped[1]["first.weight"]) > 1e-3  # it does something
+
+
+def test_a_saved_state_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
+    """On the ranks that saved it at another stage, and on one process."""
+    want = plain(("norm", 0.5))
+    for got in run_ranks(left_and_taken_up, 2, {"zero": {"stage": 2}}, STAGE_3, str(tmp_path / "state")):
+        check(got, want, 3)
+    (alone,) = run_ranks(taken_up, 1, {"zero": {"stage": 1}}, str(tmp_path / "state"))
+    check(alone[:2], want, 3)
+    names = sorted(path.name for path in (tmp_path / "state").iterdir())
+    assert "engine" in names and not any(name.startswith(("model", "pytorch_model")) for name in names), names
+    assert sorted(path.name for path in (tmp_path / "state" / "engine").glob("step-*")) == ["step-00000003"]
+
+
+def test_accelerates_names_and_limits_hold(tmp_path: Path) -> None:
+    for names, steps in run_ranks(automatic_names, 2, str(tmp_path)):
+        assert names == ["checkpoint_1", "checkpoint_2"] and steps == 3
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    for found in run_ranks(refusals, 2, str(tmp_path)):
+        assert found["save"].startswith("EngineError: save_state() after 1 of a step's micro-batches")
+        assert "load_state() after 1 of a step's micro-batches" in found["load"]
+        for key in ("direct", "read", "write"):
+            assert found[key].startswith("ShardedGradientError: "), found[key]
+            assert "engine.get_gradient('" in found[key] and "clip_grad_norm_" in found[key]
+        assert "'second.weight'" in found["read"]
+        assert found["harmless"] == "[1, 16] torch.float64 ShardedGradient(second.weight, shape=[1, 16])"
+        assert "without first.weight, first.bias, second.bias, and the engine clips all or none" in found["some"]
+        assert "without first.weight" in found["one"]
+        assert "clip_value=0 leaves nothing" in found["zero"] and "only the L2 norm" in found["l1"]
+        assert "use one of them" in found["both"]
+        assert found["missing"].startswith("CheckpointError: ") and "engine" in found["missing"]
+        assert "make an Accelerator for each model" in found["second"]
+
+
+def test_elements_are_clipped_at_their_own_size_whatever_the_loss_scale() -> None:
+    once, scaled = clipped_in_fp16(1.0), clipped_in_fp16(1024.0)
+    assert torch.equal(once, scaled) and once.abs().max() == 0.25
+
+
+def test_mixed_precision_is_the_accelerators() -> None:
+    (found,) = run_ranks(mixed_precision, 1)
+    assert found["bf16 0"] == "torch.bfloat16" and found["no 0"] == "torch.float32"
+    assert "precision.dtype='fp32', but mixed_precision='bf16'" in found["bf16 1"]
