@@ -105,7 +105,7 @@ def initialize(
     if filler is not None:
         filler.fill_rest()
     step = _train_step(settings, sizes, mesh, zero, rule, lr_scheduler, model, loss)
-    engine = Engine(model, settings, sizes, mesh, zero, step, own, rule, lr_scheduler)
+    engine = Engine(model, settings, sizes, mesh, zero, step, own, rule, lr_scheduler, place.local_world_size)
     if mesh.rank == 0:
         for note in notes:
             print(f"megatron_ds: {note}", flush=True)

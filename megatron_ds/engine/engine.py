@@ -15,13 +15,14 @@ from torch.optim import Optimizer
 from megatron_ds import comm
 from megatron_ds.config.engine import BatchSizes, EngineConfig
 from megatron_ds.engine import checkpoint, pretrained
+from megatron_ds.engine.activations import ActivationMeter
+from megatron_ds.engine.advice import EngineAdvice
 from megatron_ds.engine.clock import Clock
 from megatron_ds.engine.gradients import Placeholders
 from megatron_ds.engine.tensors import WholeTensors
 from megatron_ds.errors import MegatronDSError
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.torch_rule import TorchRule
-from megatron_ds.train.advice import RunAdvice
 from megatron_ds.train.step import StepResult, TrainStep
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
@@ -61,6 +62,7 @@ class LossStage(nn.Module):
     def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Tensor], cast: torch.dtype | None):
         super().__init__()
         self.model, self.loss, self.cast = model, loss, cast
+        self.meter: ActivationMeter | None = None
 
     def forward(self, micro_batch: Any, hidden: Tensor | None = None) -> Tensor:
         return self.loss(self.call, micro_batch)
@@ -68,7 +70,8 @@ class LossStage(nn.Module):
     def call(self, *arguments: Any, **keywords: Any) -> Any:
         if self.cast is not None:
             arguments, keywords = _cast(arguments, self.cast), _cast(keywords, self.cast)
-        return self.model(*arguments, **keywords)
+        with self.meter.forward() if self.meter is not None else contextlib.nullcontext():
+            return self.model(*arguments, **keywords)
 
 
 class Engine:
@@ -104,6 +107,7 @@ class Engine:
         optimizer: Optimizer | None,
         rule: TorchRule | None,
         lr_scheduler: Any,
+        ranks_sharing: int = 1,
     ):
         self.module, self.config, self.sizes, self.mesh, self.zero = module, config, sizes, mesh, zero
         self.optimizer, self.rule, self.lr_scheduler = optimizer, rule, lr_scheduler
@@ -120,7 +124,11 @@ class Engine:
         self._deferred = False
         self._placeholders = Placeholders(module.parameters())
         self._clock = Clock(config.log, mesh, sizes.global_batch)
-        self._advice = RunAdvice(zero, train_step.scaler, mesh, sizes.accumulation, log.warning)
+        self._advice = EngineAdvice(
+            zero, train_step.scaler, mesh, sizes.accumulation, log.warning, module, ranks_sharing
+        )
+        stage.meter = self._advice.meter
+        train_step.timed = self._advice.times_steps
 
     # Training
 
@@ -225,7 +233,8 @@ class Engine:
         if self.lr_scheduler is not None and hasattr(self.lr_scheduler, "step") and not result.skipped:
             self.lr_scheduler.step()
         self._clock.finished(self.steps, result)
-        self._advice.after_step(result)
+        self._advice.after(result, self.train_step.seconds)
+        self._stage.meter, self.train_step.timed = self._advice.meter, self._advice.times_steps
         return result
 
     @torch.no_grad()

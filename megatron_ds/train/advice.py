@@ -125,7 +125,7 @@ def known_beforehand(
         flops: of one rank's step. peak_tflops: of its device; None: not known, and nothing is said of transfers.
         ranks_sharing: ranks of a node.
     """
-    found: list[Advice | None] = [_recomputation(zero, micro_batches, in_flight, activations)]
+    found: list[Advice | None] = [recomputation(zero, micro_batches, in_flight, activations)]
     places = zero.bytes_by_store()
     for key, kinds in (("offload_optimizer", ("master", "optimizer")), ("offload_parameters", ("parameters",))):
         offload = getattr(config.zero, key)
@@ -151,9 +151,14 @@ def known_beforehand(
     return found
 
 
-def _recomputation(
-    zero: ZeroOptimizer, micro_batches: int, in_flight: int, activations: Activations | None
+def recomputation(
+    zero: ZeroOptimizer,
+    micro_batches: int,
+    in_flight: int,
+    activations: Activations | None,
+    switch_off: str = "recompute.mode='none'",
 ) -> Advice | None:
+    """Whether a run's recomputation is worth it. ``activations``: None if not known."""
     model, layout = zero.size, layout_of(zero, micro_batches)
     if activations is None or held_on_device(model, layout) + in_flight * activations.plain < FLOOR:
         return None
@@ -161,4 +166,4 @@ def _recomputation(
     gradients = model.parameters * model.wide // (1 if whole else layout.shard)
     other = max(0, held_on_device(model, layout) - gradients)
     of_one = (activations.plain, activations.kept, activations.again)
-    return recomputation_saves_little(micro_batches, in_flight, *of_one, gradients, other, whole)
+    return recomputation_saves_little(micro_batches, in_flight, *of_one, gradients, other, whole, switch_off)

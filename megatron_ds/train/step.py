@@ -13,6 +13,7 @@ the micro-batches, apart where the user does.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,9 +61,12 @@ class TrainStep:
 
     Args:
         clip_norm: largest global gradient norm; 0 turns clipping off.
-            An attribute ``clip_value``, None at first, bounds each element of the gradients instead.
         rate: learning rate of a step, from its number (the first is 1).
         count: what a rank's micro-batches add to the number by which the loss is divided, 0-d.
+
+    Attributes:
+        clip_value: bound of each element of the gradients, instead of ``clip_norm``; None for none.
+        timed: measure ``seconds``, from the first forward pass to the end of the last backward pass. Waits for a GPU.
     """
 
     def __init__(
@@ -79,8 +83,10 @@ class TrainStep:
         self.executor, self.optimizer, self.mesh, self.scaler = executor, optimizer, mesh, scaler
         self.clip_norm, self.rate, self.count = clip_norm, rate, count
         self.clip_value: float | None = None
+        self.timed, self.seconds = False, math.inf
         self._seeded = torch.ones((), dtype=torch.float64)
         self._reduced = False
+        self._begun = 0.0
 
     def __call__(self, micro_batches: Sequence[MicroBatch], step: int, stop: bool = False) -> StepResult:
         """Run step number ``step`` (the first is 1) on this rank's micro-batches of the global batch.
@@ -97,6 +103,7 @@ class TrainStep:
         self.optimizer.start_step()
         self._seeded = count.clamp(min=1)
         self._reduced = False
+        self._begun = time.perf_counter()
         return self.scaler.scale / self._seeded
 
     def reduce(self) -> None:
@@ -117,6 +124,10 @@ class TrainStep:
             count: what the loss is divided by after all, if it was not known when the step began.
         """
         rate, loss_scale = self.rate(step), self.scaler.scale
+        if self.timed:
+            if self.mesh.device.type == "cuda":
+                torch.cuda.synchronize(self.mesh.device)
+            self.seconds = time.perf_counter() - self._begun
         self.reduce()
         norm_squared, loss, stopping = self._sum_over_world(self.optimizer.norm_squared(), loss_sum, stop)
         scale = self.excess(count)

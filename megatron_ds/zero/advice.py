@@ -116,6 +116,7 @@ def recomputation_saves_little(
     gradients: int,
     other: int,
     whole_gradients: bool,
+    switch_off: str = "recompute.mode='none'",
 ) -> Advice | None:
     """Recomputing under accumulation, although the peak is made of something else.
 
@@ -129,6 +130,7 @@ def recomputation_saves_little(
             (logits).
         gradients: bytes that stay while micro-batches accumulate. other: parameters and state on the device.
         whole_gradients: they are not sharded during accumulation.
+        switch_off: what ends the recomputation.
     """
     with_it = other + gradients + in_flight * kept + transient
     without = other + gradients + in_flight * activations
@@ -136,7 +138,7 @@ def recomputation_saves_little(
         return None
     parts = {"gradients": gradients, "parameters and state": other, "activations": in_flight * kept + transient}
     largest = max(parts, key=lambda name: parts[name])
-    action = "use recompute.mode='none'"
+    action = f"use {switch_off}"
     if whole_gradients and gradients > in_flight * activations:
         action += ", or free the gradients instead: zero.stage=2 keeps a rank's share of them between micro-batches"
     elif micro_batches > 1 and largest == "activations":
@@ -150,7 +152,9 @@ def recomputation_saves_little(
     )
 
 
-def missing_masters(bits: int, masters: bool, lr: float, weight: float = 0.02, name: str = "bf16") -> Advice | None:
+def missing_masters(
+    bits: int, masters: bool, lr: float, weight: float = 0.02, name: str = "bf16", action: str | None = None
+) -> Advice | None:
     """Low-precision parameters that are updated directly.
 
     Half of a number's last place is at least ``2^-(bits + 1)`` of it: a smaller update rounds to nothing.
@@ -166,7 +170,7 @@ def missing_masters(bits: int, masters: bool, lr: float, weight: float = 0.02, n
         f"{name} parameters without fp32 master weights: an update below {2.0 ** -(bits + 1):.2g} of a weight rounds "
         f"to nothing, and lr={lr:g} moves a weight of {weight:g} by about {lr / weight:.2g} of it, those above "
         f"{lr * 2 ** (bits + 1):.2g} not at all",
-        "keep fp32 master weights (ZeroOptimizer does), at 4 bytes a parameter over the shard's ranks",
+        action or "keep fp32 master weights (ZeroOptimizer does), at 4 bytes a parameter over the shard's ranks",
     )
 
 

@@ -1,0 +1,109 @@
+"""Advice on a user's model and settings, with numbers that its first steps give: how long they compute, what they keep.
+
+The rules are :mod:`megatron_ds.zero.advice`; each is said once, on rank 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from megatron_ds.engine.activations import ActivationMeter, recomputes
+from megatron_ds.mesh import Mesh
+from megatron_ds.optim.loss_scaler import LossScaler
+from megatron_ds.shard import ShardSpec
+from megatron_ds.train.advice import RATES, SETTLED, RunAdvice, recomputation
+from megatron_ds.train.step import StepResult
+from megatron_ds.zero import advice as rules
+from megatron_ds.zero.advice import Advice
+from megatron_ds.zero.optimizer import ZeroOptimizer
+
+
+class EngineAdvice(RunAdvice):
+    """Looks at an engine after every step.
+
+    Args:
+        ranks_sharing: ranks of this node, which share its disk.
+
+    Attributes:
+        meter: to be entered around forward passes; None: nothing is measured.
+        times_steps: whether :meth:`after` wants to know how long a step computes.
+    """
+
+    def __init__(
+        self,
+        zero: ZeroOptimizer,
+        scaler: LossScaler,
+        mesh: Mesh,
+        micro_batches: int,
+        say: Callable[[str], object],
+        module: nn.Module,
+        ranks_sharing: int,
+    ):
+        super().__init__(zero, scaler, mesh, micro_batches, say)
+        self.module, self.ranks_sharing = module, ranks_sharing
+        first = mesh.rank == 0
+        self.meter = ActivationMeter(module) if first and micro_batches > 1 and recomputes(module) else None
+        self.times_steps = first and zero.config.offload_optimizer.device != "none"
+        self._seconds = math.inf
+        self._number = 0
+
+    def after(self, result: StepResult, seconds: float) -> None:
+        """``seconds``: that the step took from its first forward pass to the end of its last backward pass."""
+        self.after_step(result)
+        if self.mesh.rank != 0 or self._number >= SETTLED:
+            return
+        self._number += 1
+        self._seconds = min(self._seconds, seconds)  # the first one also sets things up
+        found = [self._masters(result.learning_rate)]
+        if self.meter is not None:
+            kept, self.meter = self.meter.result(), None
+            found.append(
+                recomputation(self.zero, self.micro_batches, 1, kept, "model.gradient_checkpointing_disable()")
+            )
+        if self._number == SETTLED and self.times_steps:
+            self.times_steps = False
+            found.append(self._transfers())
+        self._adviser(found)
+
+    def _transfers(self) -> Advice | None:
+        offload, places = self.zero.config.offload_optimizer, self.zero.bytes_by_store()
+        away = sum(places[kind][place] for kind in ("master", "optimizer") for place in ("host", "disk"))
+        if away < rules.TRIFLE:
+            return None
+        read, write, duplex = RATES[offload.device]
+        sharing = self.ranks_sharing if offload.device == "nvme" else 1
+        return rules.offload_outlasts_compute(
+            away, offload.ratio, self._seconds, 1.0, read, write, duplex, ranks_sharing=sharing
+        )
+
+    def _masters(self, lr: float) -> Advice | None:
+        """Of parameters in low precision: those trained here have masters, but perhaps some are trained elsewhere."""
+        low = [p for p in self.module.parameters() if p.requires_grad and _bits(p.dtype) < 24]
+        if not low:
+            return None
+        strays = [p for p in low if "grad_sink" not in p.__dict__]
+        masters = not strays and sum(self.zero.bytes_by_store()["master"].values()) > 0
+        one = (strays or low)[0]
+        action = None
+        if strays:
+            spec = one.__dict__.get("shard")
+            name = (
+                spec.name
+                if isinstance(spec, ShardSpec)
+                else next(name for name, p in self.module.named_parameters() if p is one)
+            )
+            action = (
+                f"{name}{f' and {len(strays) - 1} more' if len(strays) > 1 else ''} did not require a gradient when "
+                "initialize() was called, so that the engine neither keeps masters of it nor trains it: unfreeze first"
+            )
+        name = str(one.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+        return rules.missing_masters(_bits(one.dtype), masters, lr, name=name, action=action)
+
+
+def _bits(dtype: torch.dtype) -> int:
+    """Of the significand, the implied one included."""
+    return 1 - round(math.log2(torch.finfo(dtype).eps)) if dtype.is_floating_point else 64
