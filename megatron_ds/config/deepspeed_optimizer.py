@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +35,15 @@ _TORCH = {
     "RAdam": ("lr", "betas", "eps", "weight_decay"),
     "Adadelta": ("lr", "rho", "eps", "weight_decay"),
 }
-_OTHERS = ("Lamb", "OneBitAdam", "ZeroOneAdam", "OneBitLamb", "Lion", "Muon", "Adafactor", "LBFGS", "SparseAdam")
+_WHOLE = "updates a matrix or its whole layer at once, and a rank holds a flat part"
+_COMPRESSED = "sends compressed gradients, and here they are summed in fp32"
+_OTHERS = {
+    **dict.fromkeys(("Lamb", "FusedLamb", "Muon", "Adafactor"), _WHOLE),
+    **dict.fromkeys(("OneBitAdam", "ZeroOneAdam", "OneBitLamb"), _COMPRESSED),
+    "LBFGS": "evaluates the loss again and again",
+    "SparseAdam": "takes sparse gradients, and here they are dense",
+    "Lion": "is not in torch.optim",
+}
 
 
 def _section(flat: Mapping[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
@@ -52,14 +61,10 @@ def optimizer_of(flat: Mapping[str, Any], built: dict[str, Any], faults: list[st
         return
     name = next((known for known in _TORCH if str(kind).lower() == known.lower()), None)
     if name is None:
-        other = (
-            " updates a matrix or its whole layer at once, and a rank holds a flat part; "
-            if kind in _OTHERS
-            else " is unknown"
-        )
+        why = next((reason for other, reason in _OTHERS.items() if str(kind).lower() == other.lower()), None)
         faults.append(
-            f"optimizer.type={kind!r}{other}{'' if kind in _OTHERS else nearest(str(kind), _TORCH) + '; '}use one of "
-            f"{', '.join(_TORCH)}, or give initialize() an elementwise torch optimizer"
+            f"optimizer.type={kind!r} {why or 'is unknown' + nearest(str(kind), _TORCH)}; use one of "
+            f"{', '.join(_TORCH)}, or give initialize() an elementwise optimizer of torch's kind"
         )
         return
     params.pop("torch_adam", None)  # which of two implementations of the same update
@@ -96,7 +101,7 @@ def scheduler_of(flat: Mapping[str, Any], built: dict[str, Any], faults: list[st
                 f"scheduler.params {sorted(params)} without scheduler.type; use one of {', '.join(_SCHEDULER)}"
             )
         return
-    if kind not in _SCHEDULER:
+    if not isinstance(kind, str) or kind not in _SCHEDULER:
         faults.append(
             f"scheduler.type={kind!r} is not supported{nearest(str(kind), _SCHEDULER)}; use one of "
             f"{', '.join(_SCHEDULER)}, or give initialize() a torch scheduler"
@@ -109,7 +114,8 @@ def scheduler_of(flat: Mapping[str, Any], built: dict[str, Any], faults: list[st
             notes.append(f"scheduler.params.{key}={value!r}: {kind} does not use it")
             continue
         if key.endswith("_steps"):
-            if not isinstance(value, int | float) or value != int(value) or value < 1:
+            whole = isinstance(value, int | float) and math.isfinite(value) and value == int(value) and value >= 1
+            if not whole or isinstance(value, bool):
                 faults.append(f"scheduler.params.{key}={value!r} must be a whole number above 0")
                 continue
             value = int(value)

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from megatron_ds.config import PrecisionConfig
+from megatron_ds.config.deepspeed import auto_values
 from megatron_ds.config.engine import EngineConfig
 from megatron_ds.engine import Engine, initialize, read_config
 from megatron_ds.engine.build import Configuration
@@ -236,7 +237,7 @@ def prepare(
     Args:
         config: as for :func:`megatron_ds.initialize`. Accumulation is the loop's; so is clipping, where it clips.
     """
-    settings, notes = read_config(config)
+    settings, notes = read_config(config, _auto(accelerator, model))
     if accelerator.is_main_process:
         for note in notes:
             print(f"megatron_ds: {note}", flush=True)
@@ -245,6 +246,28 @@ def prepare(
     engine = initialize(model, settings, optimizer)
     wrapped, stepper = bridge.attach(engine)
     return wrapped, accelerator.prepare(stepper)
+
+
+def _auto(accelerator: Accelerator, model: nn.Module) -> dict[str, Any]:
+    """What ``"auto"`` stands for in a DeepSpeed configuration, as Accelerate has it; None is what the loop does."""
+    mixed = accelerator.mixed_precision
+    of_loop = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    size = hidden_size(getattr(model, "config", None))
+    return {
+        **auto_values(hidden_size=size, fp16=mixed == "fp16", bf16=mixed == "bf16"),
+        **dict.fromkeys(of_loop),
+    }
+
+
+def hidden_size(config: Any) -> int | None:
+    """Where Hugging Face looks for it to fill in ``"auto"``."""
+    holders: list[Any] = [config, getattr(config, "text_config", None)]
+    for holder in holders:
+        if getattr(holder, "hidden_size", None):
+            return int(holder.hidden_size)
+        if getattr(holder, "hidden_sizes", None):
+            return int(max(holder.hidden_sizes))
+    return None
 
 
 def with_precision(config: EngineConfig, mixed: str) -> EngineConfig:

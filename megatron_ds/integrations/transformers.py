@@ -25,7 +25,7 @@ from megatron_ds.config.engine import EngineConfig
 from megatron_ds.engine import Engine, initialize, read_config
 from megatron_ds.engine.build import rate_of, torch_optimizer
 from megatron_ds.errors import ConfigError
-from megatron_ds.integrations.accelerate import _ENGINE, Bridge, EngineModel, for_a_loop, with_precision
+from megatron_ds.integrations.accelerate import _ENGINE, Bridge, EngineModel, for_a_loop, hidden_size, with_precision
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Trainer(transformers.Trainer):
         """The configuration, with what the training arguments say in it."""
         args, source = self.args, getattr(self.args, "engine_config", None)
         auto = auto_values(
-            hidden_size=_hidden_size(getattr(self.model, "config", None)),
+            hidden_size=hidden_size(getattr(self.model, "config", None)),
             micro_batch=args.per_device_train_batch_size,
             accumulation=args.gradient_accumulation_steps,
             dp=args.world_size,
@@ -156,17 +156,6 @@ class Trainer(transformers.Trainer):
     def _load_best_model(self) -> None:
         assert self.engine is not None and self.state.best_model_checkpoint is not None
         self.engine.load_checkpoint(Path(self.state.best_model_checkpoint) / _ENGINE, weights_only=True)
-
-
-def _hidden_size(config: Any) -> int | None:
-    """Where Hugging Face looks for it to fill in ``"auto"``."""
-    holders: list[Any] = [config, getattr(config, "text_config", None)]
-    for holder in holders:
-        if getattr(holder, "hidden_size", None):
-            return int(holder.hidden_size)
-        if getattr(holder, "hidden_sizes", None):
-            return int(max(holder.hidden_sizes))
-    return None
 
 
 def _factor(config: EngineConfig, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:

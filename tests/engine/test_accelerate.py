@@ -24,6 +24,15 @@ from megatron_ds.testing import run_ranks
 
 STAGE_3 = {"zero": {"stage": 3, "persistence_threshold": 20}}
 
+# With what Accelerate knows: the loop's own batches, accumulation and clipping, and its mixed_precision.
+DEEPSPEED = {
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto"),
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto"},
+    "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000},
+}
+
 
 def check(got: Any, want: Any, first: int = 0) -> None:
     (losses, state), (wanted_losses, wanted) = got, want
@@ -44,6 +53,7 @@ def test_clipping_is_torchs_and_of_the_steps_that_ask_for_it(world_size: int) ->
         (offloaded, value),
         (STAGE_3, ("norm", 0.2), 3),
         ({"zero": {"stage": 2}}, None),
+        (DEEPSPEED, ("norm", 0.2)),
     ]
     unclipped = plain(None)
     for results in run_ranks(all_whole, world_size, cases):

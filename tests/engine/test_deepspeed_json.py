@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from megatron_ds.config.deepspeed import KEYS, auto_values, from_deepspeed, is_deepspeed
+from megatron_ds.config.deepspeed import auto_values, from_deepspeed, is_deepspeed
+from megatron_ds.config.deepspeed_keys import KEYS
 from megatron_ds.config.engine import EngineConfig, batch_sizes, validate_engine
 from megatron_ds.config.read import from_dict
 from megatron_ds.engine import read_config
@@ -183,6 +185,132 @@ def test_a_refused_key_that_asks_for_nothing_is_let_be(key: str) -> None:
     assert from_deepspeed(nested({key: harmless}))[0] == from_deepspeed({})[0]
 
 
+PEOPLE_HAVE = [
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "bf16.enabled",
+    "fp16.enabled",
+    "fp16.auto_cast",
+    "fp16.loss_scale",
+    "fp16.initial_scale_power",
+    "fp16.loss_scale_window",
+    "fp16.hysteresis",
+    "fp16.min_loss_scale",
+    "optimizer.type",
+    "optimizer.params.lr",
+    "optimizer.params.betas",
+    "optimizer.params.eps",
+    "optimizer.params.weight_decay",
+    "optimizer.params.torch_adam",
+    "optimizer.params.adam_w_mode",
+    "scheduler.type",
+    "scheduler.params.warmup_min_lr",
+    "scheduler.params.warmup_max_lr",
+    "scheduler.params.warmup_num_steps",
+    "scheduler.params.total_num_steps",
+    "zero_allow_untested_optimizer",
+    "aio",
+    "activation_checkpointing.partition_activations",
+    "activation_checkpointing.cpu_checkpointing",
+    "activation_checkpointing.contiguous_memory_optimization",
+    "activation_checkpointing.number_checkpoints",
+    "activation_checkpointing.synchronize_checkpoint_boundary",
+    "activation_checkpointing.profile",
+    "zero_optimization.stage",
+    "zero_optimization.offload_optimizer.device",
+    "zero_optimization.offload_optimizer.pin_memory",
+    "zero_optimization.offload_optimizer.nvme_path",
+    "zero_optimization.offload_optimizer.buffer_count",
+    "zero_optimization.offload_optimizer.fast_init",
+    "zero_optimization.offload_optimizer.ratio",
+    "zero_optimization.offload_param.device",
+    "zero_optimization.offload_param.pin_memory",
+    "zero_optimization.offload_param.nvme_path",
+    "zero_optimization.offload_param.buffer_count",
+    "zero_optimization.offload_param.buffer_size",
+    "zero_optimization.offload_param.max_in_cpu",
+    "zero_optimization.overlap_comm",
+    "zero_optimization.contiguous_gradients",
+    "zero_optimization.reduce_scatter",
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.allgather_partitions",
+    "zero_optimization.allgather_bucket_size",
+    "zero_optimization.sub_group_size",
+    "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.stage3_param_persistence_threshold",
+    "zero_optimization.stage3_max_live_parameters",
+    "zero_optimization.stage3_max_reuse_distance",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save",
+    "zero_optimization.round_robin_gradients",
+]
+ODD = (None, True, False, -1, 0, 1, 2.5, 1e9, math.inf, math.nan, "", "auto", "x", "cpu", [], [0.9], {}, {"enabled": 1})
+
+
+def test_every_key_that_people_have_is_known_and_tried_above() -> None:
+    tried = {key for key, *_ in HONOURED} | set(NOTED) | {key for key, *_ in REFUSED}
+    tried |= {key for key in PEOPLE_HAVE if type(KEYS[key]).__name__ == "Refused"}  # each, where it is let be
+    assert set(PEOPLE_HAVE) <= tried and len(PEOPLE_HAVE) == len(set(PEOPLE_HAVE)) == 61
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_no_value_of_a_key_passes_unseen_or_ends_in_another_error(key: str) -> None:
+    """A value is honoured, noted or refused under the key's name. ``null`` is as if the key were not there."""
+    for stage, value in itertools.product((0, 3), ODD):
+        values = nested({key: value} if key == f"{ZERO}.stage" else {f"{ZERO}.stage": stage, key: value})
+        try:
+            config, notes = from_deepspeed(values)
+        except ConfigError as error:
+            of_ours = getattr(KEYS[key], "to", key)
+            assert key in str(error) or of_ours in str(error) or key.split(".")[0] in str(error), (key, value, error)
+            assert value is not None, error
+            continue
+        plain, _ = from_deepspeed({ZERO: {"stage": stage}})
+        if value == "auto":
+            pytest.fail(f"{key}='auto' passed")
+        if config != plain or value is None or any(note.startswith(key) for note in notes):
+            continue
+        assert _asks_for_nothing(key, value, plain), (key, value)
+
+
+def _asks_for_nothing(key: str, value: Any, plain: EngineConfig) -> bool:
+    row: Any = KEYS[key]
+    if hasattr(row, "unless"):
+        return bool(row.lets(value))
+    if value == {}:
+        return True
+    if hasattr(row, "to"):  # as it is without the key
+        converted = row.convert(value)
+        return converted is None or converted == value_of(plain, row.to)
+    return key.startswith(("optimizer.", "scheduler."))
+
+
+@pytest.mark.parametrize(
+    ("values", "becomes"),
+    [
+        ({"flops_profiler": {"enabled": False, "profile_step": 1}, "wandb": {"enabled": False, "group": "a"}}, {}),
+        ({ZERO: {"stage": 3, "mics_shard_size": -1}}, {"zero.shard_size": None}),
+        ({"wall_clock_breakdown": True}, {"log.every": 10, "log.breakdown": True}),
+        ({"wall_clock_breakdown": True, "steps_per_print": 3}, {"log.every": 3}),
+        ({"wall_clock_breakdown": False}, {"log.every": 0}),
+    ],
+    ids=str,
+)
+def test_what_a_file_leaves_out_or_switches_off(values: dict[str, Any], becomes: dict[str, Any]) -> None:
+    config, notes = from_deepspeed(values)
+    assert {name: value_of(config, name) for name in becomes} == becomes and notes == []
+
+
+def test_a_null_is_no_contradiction_of_the_training_arguments() -> None:
+    auto = auto_values(clip_norm=1.0, micro_batch=2, accumulation=1, dp=1)
+    values = {"gradient_clipping": None, "train_micro_batch_size_per_gpu": 2}
+    assert from_deepspeed(values, auto, must_match=True)[0].optimizer.clip_norm == 0.0
+
+
 def test_a_whole_file_as_people_have_it(tmp_path: Path) -> None:
     values = {
         "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16},
@@ -249,6 +377,12 @@ FAULTS = [
     ({ZERO: {"stage": 4}}, "zero.stage = 4"),
     ({ZERO: {"overlap_comm": 1}}, "overlap_comm=1 must be true or false"),
     ({"optimizer": {"type": "Lamb"}}, "a rank holds a flat part; use one of Adam, AdamW"),
+    ({"optimizer": {"type": "Lion"}}, "'Lion' is not in torch.optim; use one of"),
+    ({"optimizer": {"type": "OneBitAdam"}}, "sends compressed gradients"),
+    ({"bfloat16": {"enabled": True}}, 'name the section "bf16"'),
+    ({"bf16": {"enabled": "auto"}}, "bf16.enabled='auto' stands for nothing here"),
+    ({"train_batch_size": math.inf}, "train_batch_size=inf must be a whole number"),
+    ({ZERO: {"stage": 3, "zero_hpz_partition_size": "8"}}, "zero_hpz_partition_size='8' must be a whole number"),
     ({"optimizer": {"type": "AdamX"}}, "did you mean 'Adam'"),
     ({"scheduler": {"type": "OneCycle"}}, "use one of WarmupLR, WarmupDecayLR, WarmupCosineLR"),
     ({"scheduler": {"type": "WarmupDecayLR", "params": {}}}, "needs scheduler.params.total_num_steps"),
