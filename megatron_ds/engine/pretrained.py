@@ -26,6 +26,9 @@ _WEIGHTS = "model", "diffusion_pytorch_model"  # what transformers and what diff
 
 def save(module: nn.Module, tensors: WholeTensors, mesh: Mesh, folder: Path) -> None:
     """On all ranks; rank 0 writes. See :meth:`Engine.save_pretrained`."""
+    if hasattr(module, "peft_config") and hasattr(module, "save_pretrained"):
+        _save_by_itself(module, tensors, mesh, folder)
+        return
     diffusers = hasattr(module, "save_config")
     config = getattr(module, "config", None)
     if not diffusers and not hasattr(config, "save_pretrained"):
@@ -34,7 +37,7 @@ def save(module: nn.Module, tensors: WholeTensors, mesh: Mesh, folder: Path) -> 
             "engine.state_dict() or engine.save_checkpoint()"
         )
     if getattr(module, "_weight_conversions", None):
-        _save_converted(module, tensors, mesh, folder)
+        _save_by_itself(module, tensors, mesh, folder)
         return
     stem = _WEIGHTS[diffusers]
     sources = _sources(module, tensors)
@@ -125,8 +128,11 @@ def _write_configuration(module: Any, folder: Path, diffusers: bool) -> None:
         module.generation_config.save_pretrained(folder)
 
 
-def _save_converted(module: Any, tensors: WholeTensors, mesh: Mesh, folder: Path) -> None:
-    """A model whose files hold other tensors than the module (fused experts): its own code does, in rank 0's memory."""
+def _save_by_itself(module: Any, tensors: WholeTensors, mesh: Mesh, folder: Path) -> None:
+    """A model whose files hold other tensors than the module (fused experts), or some of them (PEFT's adapters).
+
+    Its own code writes them, out of rank 0's memory.
+    """
     state = {name: value if mesh.rank == 0 else None for name, value in tensors.stream()}
     with together(mesh.world):
         if mesh.rank == 0:

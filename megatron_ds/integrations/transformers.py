@@ -24,7 +24,7 @@ from megatron_ds.config.deepspeed import auto_values, from_deepspeed, is_deepspe
 from megatron_ds.config.engine import EngineConfig
 from megatron_ds.engine import Engine, initialize, read_config
 from megatron_ds.engine.build import rate_of, torch_optimizer
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.integrations.accelerate import _ENGINE, Bridge, EngineModel, for_a_loop, hidden_size, with_precision
 
 
@@ -51,8 +51,22 @@ class Trainer(transformers.Trainer):
         self._bridge = Bridge(self.accelerator)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        self._check()
         self._settings = self._read(max_steps)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+
+    def _check(self) -> None:
+        args = self.args
+        if args.load_best_model_at_end and args.save_only_model:
+            raise ConfigError(
+                "save_only_model=True leaves out what load_best_model_at_end loads, the engine's checkpoints; switch "
+                "one of them off"
+            )
+        if args.auto_find_batch_size:
+            raise ConfigError(
+                "auto_find_batch_size=True would begin again with a model that an engine has sharded already; set "
+                "per_device_train_batch_size to what fits"
+            )
 
     def _read(self, max_steps: int) -> EngineConfig:
         """The configuration, with what the training arguments say in it."""
@@ -120,6 +134,8 @@ class Trainer(transformers.Trainer):
             plain = OptimizerConfig(clip_norm=settings.optimizer.clip_norm, schedule="constant")
             settings = settings.model_copy(update={"optimizer": plain, "torch_optimizer": None})
         settings = settings.model_copy(update={"schedule": None})
+        if self.engine is not None:  # of the model before, where model_init makes a new one for each training
+            self.engine.zero.close()
         self.engine = initialize(model, settings, self.optimizer)
         wrapped, self.optimizer = self._bridge.attach(self.engine)
         return wrapped
@@ -147,6 +163,14 @@ class Trainer(transformers.Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.engine is not None
         self.engine.save_checkpoint(Path(output_dir) / _ENGINE, {"lr_scheduler": self.lr_scheduler.state_dict()})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing yet: the engine's checkpoint holds the weights too, what is frozen included."""
+        if not (Path(resume_from_checkpoint) / _ENGINE).is_dir():
+            raise CheckpointError(
+                f"{resume_from_checkpoint} has no {_ENGINE}/ to resume from: another Trainer wrote it, or this one "
+                "with save_only_model=True; load its weights with from_pretrained and train from step 0"
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

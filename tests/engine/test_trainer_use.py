@@ -1,0 +1,55 @@
+"""What people do with a Trainer besides one run, on the engine: the plain Trainer's numbers, files and best model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_trainer import check
+from trainer_more import Adapted, adapted, best_of_few, everything, frozen, frozen_llama, refusals, resumed, twice
+
+from megatron_ds.testing import run_ranks
+
+
+def same(got: dict[str, Any], want: dict[str, Any]) -> None:
+    assert got["losses"] == pytest.approx(want["losses"], rel=1e-4) and want["losses"]
+    assert got["norms"] == pytest.approx(want["norms"], rel=1e-3)
+    assert got["eval"] == pytest.approx(want["eval"], rel=1e-4)
+    assert got["best"] == want["best"]
+    check(([], got["state"]), ([], want["state"]), 2e-4)
+
+
+def test_a_trainer_is_used_in_many_ways(tmp_path: Path) -> None:
+    """On two ranks, at stages 2 and 3; and what two ranks left is taken up by one process."""
+    plain = {
+        name: case(str(tmp_path / "plain" / name), None)  # type: ignore[operator]
+        for name, case in {"frozen": frozen, "best": best_of_few, "twice": twice, "adapted": adapted}.items()
+    }
+    assert plain["best"]["best"] != "checkpoint-4" and plain["best"]["folders"]
+    folder = tmp_path / "2"
+    for results in run_ranks(everything, 2, str(folder)):
+        for name in plain:
+            for stage in (2, 3):
+                same(results[f"{name} {stage}"], plain[name])
+        for stage in (2, 3):
+            assert results[f"best {stage}"]["folders"] == plain["best"]["folders"]
+        same({**results["resumed 3"], "best": None}, plain["adapted"])
+    start = {name: p for name, p in frozen_llama().named_parameters() if not p.requires_grad}
+    assert all(torch.equal(results["frozen 3"]["state"][name], p) for name, p in start.items()) and len(start) > 5
+    files = sorted(path.name for path in (folder / "adapted-3" / "checkpoint-4").glob("*.safetensors"))
+    assert files == ["adapter_model.safetensors"], files
+    weights = load_file(folder / "adapted-3" / "checkpoint-4" / "adapter_model.safetensors")
+    assert sorted(weights) == ["lora_down.weight", "lora_up.weight"]
+    assert all(torch.equal(value, results["adapted 3"]["state"][name]) for name, value in weights.items())
+    (alone,) = run_ranks(resumed, 1, str(tmp_path / "2" / "adapted-3"), {"zero": {"stage": 1}}, Adapted, 2)
+    same({**alone, "best": None}, plain["adapted"])  # of two ranks, on one
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+    (found,) = run_ranks(refusals, 1, str(tmp_path))
+    assert "save_only_model=True leaves out what load_best_model_at_end" in found["only model"]
+    assert "auto_find_batch_size" in found["batch size"] and "per_device_train_batch_size" in found["batch size"]
+    assert "has no engine/" in found["plain"] and "from_pretrained" in found["plain"]

@@ -1,0 +1,173 @@
+"""Longer lives of a Trainer, plain and on the engine, for test_trainer_use.py: resumed, limited, frozen, run twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from trainer_cases import DEEPSPEED, dataset, llama, place_in_environment
+
+from megatron_ds.errors import MegatronDSError
+
+STAGE_3 = {"zero": {"stage": 3, "persistence_threshold": 20}}
+
+
+class Adapted(nn.Module):
+    """As PEFT has it: a frozen model inside, a few parameters of one's own, and files that hold those alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_model = llama()
+        self.base_model.requires_grad_(False)
+        self.config = self.base_model.config
+        self.peft_config = {"default": {"r": 2}}
+        torch.manual_seed(8)
+        self.lora_down, self.lora_up = nn.Linear(61, 2, bias=False), nn.Linear(2, 61, bias=False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, **keywords: Any) -> Any:
+        output = self.base_model(input_ids=input_ids)
+        output.logits = output.logits + self.lora_up(torch.tanh(self.lora_down(output.logits)))
+        if labels is not None:
+            output.loss = self.base_model.loss_function(output.logits, labels, 61, **keywords)  # type: ignore[operator]
+        return output
+
+    def save_pretrained(self, folder: str, state_dict: dict[str, Tensor] | None = None, **keywords: Any) -> None:
+        from safetensors.torch import save_file
+
+        state = self.state_dict() if state_dict is None else state_dict
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file({k: v for k, v in state.items() if "lora_" in k}, Path(folder) / "adapter_model.safetensors")
+
+
+def frozen_llama() -> nn.Module:
+    """All but the last layer's norms and the head."""
+    model = llama()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.1.post" in name or "lm_head" in name or "layers.1.mlp" in name)
+    return model
+
+
+def trainer_of(output: str, config: Any, model: Any, **more: Any) -> Any:
+    """The plain one without ``config``. 4 sequences x 2 micro-batches a step on any ranks, as long as they divide."""
+    _, world = place_in_environment()
+    import transformers
+
+    from megatron_ds.integrations import transformers as integration
+
+    library: Any = transformers if config is None else integration
+    arguments = library.TrainingArguments(
+        output_dir=output,
+        per_device_train_batch_size=4 // world,
+        per_device_eval_batch_size=4 // world,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        max_grad_norm=0.5,
+        use_cpu=True,
+        report_to=[],
+        logging_steps=1,
+        disable_tqdm=True,
+        seed=11,
+        **{"max_steps": 4, "save_strategy": "no", **more, **({} if config is None else {"deepspeed": config})},
+    )
+    rows = dataset()
+    return library.Trainer(model=model, args=arguments, train_dataset=rows[:40], eval_dataset=rows[40:])
+
+
+def found(trainer: Any) -> dict[str, Any]:
+    """What a training has left: logs, parameters, folders, and which was the best."""
+    engine, history = getattr(trainer, "engine", None), trainer.state.log_history
+    state = trainer.model.state_dict() if engine is None else engine.state_dict()
+    if dist.is_initialized():
+        dist.barrier()
+    best = trainer.state.best_model_checkpoint
+    return {
+        "losses": [log["loss"] for log in history if "grad_norm" in log],
+        "norms": [log["grad_norm"] for log in history if "grad_norm" in log],
+        "eval": [log["eval_loss"] for log in history if "eval_loss" in log],
+        "state": {name: tensor.clone() for name, tensor in state.items()},
+        "folders": sorted(path.name for path in Path(trainer.args.output_dir).glob("checkpoint-*")),
+        "best": best and Path(best).name,
+    }
+
+
+def end(trainer: Any) -> dict[str, Any]:
+    result = found(trainer)
+    if getattr(trainer, "engine", None) is not None:
+        trainer.engine.zero.close()
+    return result
+
+
+def frozen(output: str, config: Any) -> dict[str, Any]:
+    trainer = trainer_of(output, config, frozen_llama())
+    trainer.train()
+    return end(trainer)
+
+
+def best_of_few(output: str, config: Any) -> dict[str, Any]:
+    """Of other rows it learns nothing: an early one is best. A limit of one keeps it besides the last."""
+    every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    trainer = trainer_of(output, config, llama(), save_total_limit=1, **every, **best)
+    trainer.train()
+    result = end(trainer)
+    assert config is None or trainer.engine.steps == 4
+    return result
+
+
+def twice(output: str, config: Any) -> dict[str, Any]:
+    trainer = trainer_of(output, config, llama(), max_steps=2)
+    trainer.train()
+    trainer.train()
+    return end(trainer)
+
+
+def adapted(output: str, config: Any) -> dict[str, Any]:
+    trainer = trainer_of(output, config, Adapted(), save_strategy="steps", save_steps=2)
+    trainer.train()
+    return end(trainer)
+
+
+def resumed(output: str, config: Any, kind: Any, step: int) -> dict[str, Any]:
+    model = kind()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)  # all of it has to come from the checkpoint, what is frozen too
+    trainer = trainer_of(output, config, model)
+    trainer.train(resume_from_checkpoint=f"{output}/checkpoint-{step}")
+    return end(trainer)
+
+
+def everything(output: str) -> dict[str, Any]:
+    cases = {"frozen": frozen, "best": best_of_few, "twice": twice, "adapted": adapted}
+    results = {f"{name} 2": case(f"{output}/{name}-2", DEEPSPEED) for name, case in cases.items()}
+    results |= {f"{name} 3": case(f"{output}/{name}-3", STAGE_3) for name, case in cases.items()}
+    results["resumed 3"] = resumed(f"{output}/adapted-2", STAGE_3, Adapted, 2)
+    return results
+
+
+def refusals(output: str) -> dict[str, str]:
+    every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+
+    def message(function: Any) -> str:
+        try:
+            function()
+        except MegatronDSError as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    plain = trainer_of(f"{output}/plain", None, llama(), max_steps=1, **{"save_strategy": "steps", "save_steps": 1})
+    plain.train()
+    return {
+        "only model": message(
+            lambda: trainer_of(
+                output, STAGE_3, llama(), load_best_model_at_end=True, save_only_model=True, **every
+            ).train()
+        ),
+        "batch size": message(lambda: trainer_of(output, STAGE_3, llama(), auto_find_batch_size=True).train()),
+        "plain": message(
+            lambda: trainer_of(output, STAGE_3, llama()).train(resume_from_checkpoint=f"{output}/plain/checkpoint-1")
+        ),
+    }
