@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_trainer import check
-from trainer_more import Adapted, adapted, best_of_few, everything, frozen, frozen_llama, refusals, resumed, twice
+from trainer_more import CASES, Adapted, everything, frozen_llama, refusals, resumed
 
 from megatron_ds.testing import run_ranks
 
@@ -24,10 +24,7 @@ def same(got: dict[str, Any], want: dict[str, Any]) -> None:
 
 def test_a_trainer_is_used_in_many_ways(tmp_path: Path) -> None:
     """On two ranks, at stages 2 and 3; and what two ranks left is taken up by one process."""
-    plain = {
-        name: case(str(tmp_path / "plain" / name), None)  # type: ignore[operator]
-        for name, case in {"frozen": frozen, "best": best_of_few, "twice": twice, "adapted": adapted}.items()
-    }
+    plain = {name: case(str(tmp_path / "plain" / name), None) for name, case in CASES.items()}
     assert plain["best"]["best"] != "checkpoint-4" and plain["best"]["folders"]
     folder = tmp_path / "2"
     for results in run_ranks(everything, 2, str(folder)):

@@ -50,7 +50,7 @@ def frozen_llama() -> nn.Module:
     return model
 
 
-def trainer_of(output: str, config: Any, model: Any, **more: Any) -> Any:
+def trainer_of(output: str, config: Any, model: Any, init: Any = None, **more: Any) -> Any:
     """The plain one without ``config``. 4 sequences x 2 micro-batches a step on any ranks, as long as they divide."""
     _, world = place_in_environment()
     import transformers
@@ -73,7 +73,8 @@ def trainer_of(output: str, config: Any, model: Any, **more: Any) -> Any:
         **{"max_steps": 4, "save_strategy": "no", **more, **({} if config is None else {"deepspeed": config})},
     )
     rows = dataset()
-    return library.Trainer(model=model, args=arguments, train_dataset=rows[:40], eval_dataset=rows[40:])
+    datasets = {"train_dataset": rows[:40], "eval_dataset": rows[40:]}
+    return library.Trainer(model=model, model_init=init, args=arguments, **datasets)
 
 
 def found(trainer: Any) -> dict[str, Any]:
@@ -124,6 +125,16 @@ def twice(output: str, config: Any) -> dict[str, Any]:
     return end(trainer)
 
 
+def anew(output: str, config: Any) -> dict[str, Any]:
+    """With model_init, each training has a model of its own."""
+    trainer = trainer_of(output, config, None, lambda: llama(), max_steps=2)
+    trainer.train()
+    first = getattr(trainer, "engine", None)
+    trainer.train()
+    assert config is None or (first is not trainer.engine and trainer.engine.steps == 2)
+    return end(trainer)
+
+
 def adapted(output: str, config: Any) -> dict[str, Any]:
     trainer = trainer_of(output, config, Adapted(), save_strategy="steps", save_steps=2)
     trainer.train()
@@ -140,10 +151,12 @@ def resumed(output: str, config: Any, kind: Any, step: int) -> dict[str, Any]:
     return end(trainer)
 
 
+CASES = {"frozen": frozen, "best": best_of_few, "twice": twice, "anew": anew, "adapted": adapted}
+
+
 def everything(output: str) -> dict[str, Any]:
-    cases = {"frozen": frozen, "best": best_of_few, "twice": twice, "adapted": adapted}
-    results = {f"{name} 2": case(f"{output}/{name}-2", DEEPSPEED) for name, case in cases.items()}
-    results |= {f"{name} 3": case(f"{output}/{name}-3", STAGE_3) for name, case in cases.items()}
+    results = {f"{name} 2": case(f"{output}/{name}-2", DEEPSPEED) for name, case in CASES.items()}
+    results |= {f"{name} 3": case(f"{output}/{name}-3", STAGE_3) for name, case in CASES.items()}
     results["resumed 3"] = resumed(f"{output}/adapted-2", STAGE_3, Adapted, 2)
     return results
 
