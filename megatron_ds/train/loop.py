@@ -23,7 +23,7 @@ from megatron_ds.train.metrics import Speedometer
 from megatron_ds.train.output import Output
 
 # Seconds within which two SIGINTs are one: under torchrun a Ctrl-C comes from the terminal and from torchrun.
-_ONE_CTRL_C = 1.0
+ONE_CTRL_C = 1.0
 _HEARS_AFTER = 3.0  # seconds in which a main thread that is not stuck in C has handled a signal
 
 Evaluation = Callable[[], Iterable[Sequence[MicroBatch]]]
@@ -203,7 +203,7 @@ def stop_signals(asked: threading.Event) -> Iterator[None]:
             now = time.monotonic()
             if first is None:
                 first = now
-            elif number[0] == signal.SIGINT and now - first > _ONE_CTRL_C:
+            elif number[0] == signal.SIGINT and now - first > ONE_CTRL_C:
                 interrupt.set()
                 # The handler may have run before the flag was up, and a signal just before a blocking call is lost.
                 while not heard.wait(0.1):

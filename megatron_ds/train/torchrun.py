@@ -3,48 +3,111 @@
 A SIGTERM or Ctrl-C makes torchrun itself tell its ranks, and then fail with a traceback whatever they do: a run that
 saved and ended well looks like one that crashed. Here the signal goes to the ranks alone, and torchrun ends as they
 do: with 0 after they have saved. SLURM signals every process of a job, and so ranks may hear of it twice; that is one
-request to them.
+request to them. A second Ctrl-C ends them at once, those too that no longer listen.
+
+Exit codes: 0; 2 for what the user can mend, which a rank has said; 130 and 143 for Ctrl-C and SIGTERM before there was
+anything to save, and 130 for a second Ctrl-C; 1 for all else. torchrun's own account of a failure is forty lines and
+more, of which none says why, below the one that does: here it is a line, and none where a rank has said it all.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
+
+from megatron_ds.train.loop import ONE_CTRL_C
 
 _OURS = (signal.SIGTERM, signal.SIGINT)
 _THEIRS = "SIGHUP,SIGQUIT"
+_ENDS_WITHIN = 5.0  # seconds from a second Ctrl-C: a rank that can end by itself has done so in 4
 
 
-def main(arguments: list[str]) -> None:
-    """Run torchrun; returns when all ranks ended well, and raises what it raises."""
+def main(arguments: list[str]) -> int:
+    """Run torchrun and return an exit code; raises what it raises besides the failure of a rank."""
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
-    threading.Thread(target=_pass_on, args=(receiver,), name="signals", daemon=True).start()
+    twice = threading.Event()
+    threading.Thread(target=_pass_on, args=(receiver, twice), name="signals", daemon=True).start()
     for number in _OURS:
         signal.signal(number, lambda *_: None)
     # The C handler writes the number there at once, also while the main thread waits for other nodes in C.
     signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-    torchrun(["--signals-to-handle", _THEIRS, *arguments])
+    # "Sending process closing signal", "failed (exitcode: 2)": `conclude` says it.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(lambda record: False)
+    try:
+        torchrun(["--signals-to-handle", _THEIRS, *arguments])
+    except ChildFailedError as error:
+        code, line = conclude({rank: failure.exitcode for rank, failure in error.failures.items()}, twice.is_set())
+        if line:
+            print(line, file=sys.stderr, flush=True)
+        return code
+    return 0
 
 
-def _pass_on(receiver: socket.socket) -> None:
+def conclude(codes: dict[int, int], twice: bool) -> tuple[int, str]:
+    """Exit code and last line for a job of which some ranks failed.
+
+    Args:
+        codes: exit codes of this node's ranks that failed, by rank; negative for a signal.
+        twice: Ctrl-C was pressed a second time.
+    """
+    if twice:
+        # Below a progress bar that its rank did not live to close.
+        return 128 + signal.SIGINT, "\ninterrupted at once; what was saved before is as it was"
+    # torchrun ends with SIGTERM the ranks that outlive one that failed.
+    own = {rank: code for rank, code in codes.items() if code != -signal.SIGTERM}
+    if not own:
+        return 128 + signal.SIGTERM, "stopped by SIGTERM before training started"
+    if set(own.values()) == {2}:
+        return 2, ""
+    if set(own.values()) <= {128 + signal.SIGINT, -signal.SIGINT}:
+        return 128 + signal.SIGINT, "interrupted before training started"
+    said = ", ".join(f"rank {rank} {_ending(code)}" for rank, code in sorted(own.items())[:16])
+    return 1, f"the job failed: {said}{', ...' if len(own) > 16 else ''}; see the first error above"
+
+
+def _ending(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _pass_on(receiver: socket.socket, twice: threading.Event) -> None:
+    first: float | None = None
     while number := receiver.recv(1):
         if number[0] not in _OURS:
             continue
         ranks = children(os.getpid())
         if not ranks:
             os._exit(128 + number[0])  # nothing has started yet
-        for rank in ranks:
-            with contextlib.suppress(ProcessLookupError):  # it has just ended
-                os.kill(rank, number[0])
+        now = time.monotonic()
+        if first is None:
+            first = now
+        elif number[0] == signal.SIGINT and now - first > ONE_CTRL_C and not twice.is_set():
+            twice.set()
+            # torchrun itself gives a rank that does not listen 30 s.
+            threading.Thread(target=_end, args=(ranks,), name="end", daemon=True).start()
+        _send(ranks, number[0])
+
+
+def _send(ranks: list[int], number: int) -> None:
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(rank, number)
+
+
+def _end(ranks: list[int]) -> None:
+    time.sleep(_ENDS_WITHIN)
+    _send([rank for rank in ranks if rank in children(os.getpid())], signal.SIGKILL)
 
 
 def children(parent: int) -> list[int]:
@@ -62,4 +125,4 @@ def children(parent: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))
