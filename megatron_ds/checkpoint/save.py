@@ -102,6 +102,21 @@ def save(
     return directory / step_name(step)
 
 
+def check_room(directory: Path, pieces: Sequence[Piece], world: Axis) -> None:
+    """Before the first of a run's checkpoints, which may be hours away: whether there is room for one. Writes nothing.
+
+    Raises:
+        CheckpointError: on every rank.
+    """
+    needed = total(world, sum(piece.data.nbytes for piece in pieces))
+    with together(world):
+        if world.rank == 0:
+            existing = directory.absolute()
+            while not existing.exists():
+                existing = existing.parent
+            check_space(existing, needed, "a checkpoint of this run")
+
+
 def prepare(directory: Path, step: int, needed: int, replace: bool = False) -> Path:
     """Rank 0, first: the empty directory to write into. ``needed`` is the data's size over all ranks, in bytes."""
     final = directory / step_name(step)

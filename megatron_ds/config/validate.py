@@ -39,7 +39,8 @@ def validate(config: RunConfig, world_size: int) -> MeshShape:
     )
     check(
         m.groups % mesh.tp == 0,
-        f"model.kv_heads={m.groups} cannot be split over mesh.tp={mesh.tp}; tp may be {divisors(m.groups)}",
+        f"model.{'num_heads' if m.kv_heads is None else 'kv_heads'}={m.groups} cannot be split over "
+        f"mesh.tp={mesh.tp}; tp may be {divisors(m.groups)}",
     )
     check(
         m.ffn_size % mesh.tp == 0,

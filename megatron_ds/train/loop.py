@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 
 from megatron_ds.checkpoint.load import load
-from megatron_ds.checkpoint.save import save
+from megatron_ds.checkpoint.save import check_room, save
 from megatron_ds.config import RunConfig
 from megatron_ds.data.loader import BatchLoader, MicroBatch
 from megatron_ds.errors import CheckpointError, MegatronDSError
@@ -133,6 +133,16 @@ class Loop:
             )
 
     # Checkpoints
+
+    def check_room(self) -> None:
+        """Refuse to begin where the run could not be saved: that would be seen when its time is spent.
+
+        Raises:
+            CheckpointError: on every rank; nothing has been written.
+        """
+        wanted = self.config.checkpoint
+        if self.step < self.config.train.steps and (wanted.save_every or wanted.save_at_end):
+            check_room(self.output.checkpoints, self.parts.optimizer.pieces(), self.mesh.world)
 
     def save(self) -> None:
         """Write a checkpoint of this moment; the one before stays until this one is complete.

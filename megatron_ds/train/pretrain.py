@@ -80,6 +80,7 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
             loop.resume()
         elif config.checkpoint.init_from:
             loop.load_weights(config.checkpoint.init_from)
+        loop.check_room()
         if mesh.rank == 0:
             # Only now: whatever failed until here has left the directory as it was.
             output.prepare(config, loop.step)

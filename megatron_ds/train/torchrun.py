@@ -69,7 +69,8 @@ def conclude(codes: dict[int, int], twice: bool) -> tuple[int, str]:
     own = {rank: code for rank, code in codes.items() if code != -signal.SIGTERM}
     if not own:
         return 128 + signal.SIGTERM, "stopped by SIGTERM before training started"
-    if set(own.values()) == {2}:
+    # The others of a rank that met a mistake after the start end with 1, on its account.
+    if {2} <= set(own.values()) <= {1, 2}:
         return 2, ""
     if set(own.values()) <= {128 + signal.SIGINT, -signal.SIGINT}:
         return 128 + signal.SIGINT, "interrupted before training started"

@@ -381,6 +381,22 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run_or_the_one_before(tmp_
 def test_a_disk_without_room_is_seen_before_writing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.statvfs
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([*real(path)[:3], 0, 0, *real(path)[5:]]))
+    done = run("--output", str(tmp_path / "run"))
+    assert done.code == 2 and "a checkpoint of this run needs 17.07 MB, but " in done.error
+    assert f"{tmp_path / 'run'} has 0.00 MB free" in done.error and snapshot(tmp_path) == {}
+    assert run("--output", str(tmp_path / "run"), "--checkpoint.no-save-at-end").code == 0
+
+
+def test_room_that_is_taken_while_a_run_trains_costs_a_checkpoint_and_not_the_run(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = os.statvfs, []
+
+    def statvfs(path: str) -> os.statvfs_result:
+        asked.append(path)
+        return real(path) if len(asked) == 1 else os.statvfs_result([*real(path)[:3], 0, 0, *real(path)[5:]])
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
     done = run("--output", str(tmp_path / "run"), "--checkpoint.save-every", "3")
     assert done.code == 2 and "checkpoint of step 3 NOT written, training goes on" in done.out
     assert len(read_losses(tmp_path / "run")) == 4

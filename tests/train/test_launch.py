@@ -396,6 +396,7 @@ def test_a_rank_killed_under_a_launcher_is_named_first(tmp_path: Path, module: s
     [
         ({0: 2, 1: 2}, False, 2, ""),
         ({0: -15, 1: 2}, False, 2, ""),
+        ({0: 2, 1: 1}, False, 2, ""),
         ({0: 130, 1: -2}, False, 130, "interrupted before training started"),
         ({0: -15, 1: -15}, False, 143, "stopped by SIGTERM before training started"),
         ({0: -9, 1: 130}, True, 130, "\ninterrupted at once; what was saved before is as it was"),
