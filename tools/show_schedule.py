@@ -7,7 +7,7 @@ last stage (the output head) or slow transfers:
     python tools/show_schedule.py --schedule gpipe --png gpipe.png
     python tools/show_schedule.py --forward 1 1 1 1.4 --backward 2 2 2 2.8
     python tools/show_schedule.py --send 0.5 --no-early-receives
-    python tools/show_schedule.py --recorded runs/mine/pipeline --png measured.png
+    python tools/show_schedule.py --recorded runs/mine/timeline --png measured.png
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class ShowSchedule:
     early_receives: bool = True
     """Post each receive one compute action early, so that the transfer runs beside it. Matters only with --send."""
     recorded: Path | None = None
-    """Draw a recorded run instead: a folder with one JSON file a rank. The options above are then not used."""
+    """Draw a recorded run instead: its timeline folder (the last step in it), or one step's, which holds one JSON file
+    a pipeline rank. The options above are then not used."""
     png: Path | None = None
     """Also write the drawing, to scale, to this PNG file."""
     width: int = 100
@@ -55,7 +56,8 @@ class ShowSchedule:
 
 def main(options: ShowSchedule) -> None:
     if options.recorded is not None:
-        timeline, title = _recorded(options.recorded), f"{options.recorded.name}, recorded"
+        folder = _step_folder(options.recorded)
+        timeline, title = _recorded(folder), f"{folder.name}, recorded"
     else:
         timeline, title = _predicted(options), f"{options.schedule}, {options.pp} ranks"
     micro_batches = 1 + max(event.action.micro_batch for event in timeline.compute)
@@ -87,10 +89,15 @@ def _predicted(options: ShowSchedule) -> Timeline:
     return simulate(schedule, Costs(one_or_all(options.forward), one_or_all(options.backward), send=options.send))
 
 
+def _step_folder(folder: Path) -> Path:
+    """The last recorded step of a run's timeline folder; a folder without steps is one itself."""
+    return max(folder.glob("step-*/"), default=folder)
+
+
 def _recorded(folder: Path) -> Timeline:
     paths = sorted(folder.glob("*.json"))
     if not paths:
-        raise DataError(f"{folder} holds no .json file; give the folder a run recorded its pipeline into")
+        raise DataError(f"{folder} holds no .json file; give the timeline folder of a run with --log.record-steps")
     return Timeline.from_json_files(paths)
 
 

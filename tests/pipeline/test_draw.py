@@ -114,6 +114,15 @@ def test_tool_predicts_and_reads_a_recording(tmp_path: Path) -> None:
     assert "run, recorded, 3 micro-batches" in done.stdout
     assert "bubble     25.0%" in done.stdout and "makespan   0.12 s" in done.stdout
 
+    # The timeline folder of a run: its last step is meant.
+    for step in (20, 100):
+        folder = tmp_path / "timeline" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        timeline.to_json_file(folder / "rank0.json", 0)
+    timeline.to_json_file(folder / "rank1.json", 1)
+    done = run_tool("--recorded", tmp_path / "timeline")
+    assert done.returncode == 0 and "step-00000100, recorded, 3 micro-batches" in done.stdout, done.stderr
+
 
 def test_tool_errors_are_one_line(tmp_path: Path) -> None:
     for arguments, complaint in (
