@@ -9,7 +9,6 @@ ZeRO-1) on the CPU, or on the machine's GPUs; then once more on one process, to 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,8 +18,9 @@ from megatron_ds.data.preprocess import PreprocessOptions, preprocess
 from megatron_ds.data.tokenizer_training import train_tokenizer
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.models.hf_tables import export_hf
-from megatron_ds.train.launch import clear_launch_environment, gpu_count
+from megatron_ds.train.launch import gpu_count
 from megatron_ds.train.report import largest_difference, plot_losses, read_losses
+from megatron_ds.train.torchrun import run_job
 
 HERE = Path(__file__).parent
 PROMPT = "def __init__(self"
@@ -51,7 +51,7 @@ def train(ranks: int, arguments: list[str]) -> None:
     """Run examples/pretrain_gpt.py on this many ranks; a failure ends the demo with its exit code."""
     launcher = ["-m", "megatron_ds.train.torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *launcher, str(HERE / "pretrain_gpt.py"), *arguments]
-    status = subprocess.run(command, env=clear_launch_environment()).returncode
+    status = run_job(command)
     if status:
         sys.exit(status)
 

@@ -22,10 +22,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import FrameType
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
+from megatron_ds.train.launch import clear_launch_environment
 from megatron_ds.train.loop import ONE_CTRL_C
 
 _OURS = (signal.SIGTERM, signal.SIGINT)
@@ -53,6 +55,31 @@ def main(arguments: list[str]) -> int:
             print(line, file=sys.stderr, flush=True)
         return code
     return 0
+
+
+def run_job(command: list[str]) -> int:
+    """Run the command of a job, for a program that has more to do; returns 0 only if it should go on to do it.
+
+    Ctrl-C and SIGTERM are the job's: it saves, and this waits for that. `subprocess.run` would kill a launcher a
+    quarter of a second after Ctrl-C and leave its ranks alone.
+
+    Returns:
+        The job's exit code; 130 or 143 where it ended well because it was asked to.
+    """
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        process.send_signal(number)
+
+    process = subprocess.Popen(command, env=clear_launch_environment())
+    before = {number: signal.signal(number, pass_on) for number in _OURS}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code or (128 + asked[0] if asked else 0)
 
 
 def conclude(codes: dict[int, int], twice: bool) -> tuple[int, str]:

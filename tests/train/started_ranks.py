@@ -35,6 +35,17 @@ TINY = [
 ]
 
 
+def arguments(output: Path, *more: str) -> list[str]:
+    """Of the smallest run, into a folder."""
+    return [*TINY, "--output", str(output), *more]
+
+
+def steps_done(output: Path) -> int:
+    """Lines of a run's metrics."""
+    path = output / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
 def pretrain_gpt() -> types.ModuleType:
     """The example as a module."""
     path = ROOT / "examples" / "pretrain_gpt.py"

@@ -1,0 +1,190 @@
+"""A job under a launcher: ours ends as its ranks do, passes signals on to them, and says why it failed in a line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from started_ranks import ROOT, arguments, steps_done
+
+from megatron_ds.train.launch import clear_launch_environment
+from megatron_ds.train.torchrun import children, conclude
+
+pytestmark = pytest.mark.alone
+
+
+def _torchrun(ranks: int, *own: str, module: str = "torch.distributed.run") -> list[str]:
+    launcher = ["-m", module, "--standalone", "--nproc-per-node", str(ranks)]
+    return [sys.executable, *launcher, str(ROOT / "examples" / "pretrain_gpt.py"), *own]
+
+
+def _rank_of(process: int) -> int:
+    environment = Path(f"/proc/{process}/environ").read_text().split("\0")
+    return int(next(value.removeprefix("RANK=") for value in environment if value.startswith("RANK=")))
+
+
+OURS, TORCHS = "megatron_ds.train.torchrun", "torch.distributed.run"
+
+
+@dataclass
+class Launched:
+    """A job of two ranks under a launcher, in its third step at least."""
+
+    launcher: subprocess.Popen[bytes]
+    ranks: list[int]  # process ids, by rank
+    log: Path
+    output: Path
+
+    def ended(self, seconds: float = 60.0) -> tuple[int, str]:
+        """The launcher's exit code and what was printed; no rank is left then."""
+        code = self.launcher.wait(seconds)
+        assert not any(Path(f"/proc/{rank}").exists() for rank in self.ranks)
+        return code, self.log.read_text()
+
+
+@contextlib.contextmanager
+def _launched(folder: Path, module: str, *more: str) -> Iterator[Launched]:
+    run, path = folder / "run", folder / "log"
+    command = _torchrun(2, *arguments(run, "--train.steps", "100000", *more), module=module)
+    with path.open("w") as log:
+        launcher = subprocess.Popen(
+            command, stdout=log, stderr=log, env=clear_launch_environment(), start_new_session=True
+        )
+    ranks: list[int] = []
+    try:
+        until = time.monotonic() + 120
+        while steps_done(run) < 3:
+            assert launcher.poll() is None and time.monotonic() < until, path.read_text()
+            time.sleep(0.05)
+        ranks = sorted(children(launcher.pid), key=_rank_of)
+        assert len(ranks) == 2
+        yield Launched(launcher, ranks, path, run)
+    finally:
+        for process in (launcher.pid, *ranks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        launcher.wait()
+
+
+in_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds torchrun's ranks in /proc")
+
+
+@in_proc
+@pytest.mark.parametrize(
+    ("number", "to"),
+    [(signal.SIGTERM, os.kill), (signal.SIGINT, os.kill), (signal.SIGINT, os.killpg)],
+    ids=["SIGTERM to the launcher", "SIGINT to the launcher", "Ctrl-C in a terminal"],
+)
+def test_a_signal_to_the_launcher_saves_and_ends_well(
+    tmp_path: Path, number: signal.Signals, to: Callable[[int, int], None]
+) -> None:
+    with _launched(tmp_path, OURS) as job:
+        to(job.launcher.pid, number)
+        code, text = job.ended()
+        assert code == 0, text
+        assert "asked to stop: saved step" in text and "Traceback" not in text and "interrupted" not in text
+        latest = (job.output / "checkpoints" / "latest").read_text().split()[0]
+        assert latest == f"step-{steps_done(job.output):08d}"
+
+
+@in_proc
+def test_a_second_ctrl_c_ends_a_rank_too_that_no_longer_listens(tmp_path: Path) -> None:
+    with _launched(tmp_path, OURS, "--checkpoint.save-every", "2") as job:
+        os.kill(job.ranks[1], signal.SIGSTOP)  # so that the step never ends
+        before = [path.name for path in (job.output / "checkpoints").glob("step-*")]
+        start = time.monotonic()
+        os.killpg(job.launcher.pid, signal.SIGINT)
+        time.sleep(1.5)
+        assert job.launcher.poll() is None
+        os.killpg(job.launcher.pid, signal.SIGINT)
+        code, text = job.ended()
+        assert time.monotonic() - start < 25  # torchrun gives it 30 s
+        assert code == 130 and text.endswith("interrupted at once; what was saved before is as it was\n"), text
+        assert "Traceback" not in text
+        assert before and set(before) <= {path.name for path in (job.output / "checkpoints").glob("step-*")}
+
+
+@in_proc
+@pytest.mark.parametrize("module", [OURS, TORCHS])
+def test_a_rank_killed_under_a_launcher_is_named_first(tmp_path: Path, module: str) -> None:
+    with _launched(tmp_path, module) as job:
+        start = time.monotonic()
+        os.kill(job.ranks[1], signal.SIGKILL)
+        code, text = job.ended()
+        assert code == 1 and time.monotonic() - start < 60
+        # Ours comes before the launcher's own account.
+        last = "the job failed: " if module == OURS else "FAILED"
+        assert 0 < text.index("no answer from rank 1: killed") < text.index(last)
+        if module == OURS:
+            assert "rank 1 was killed by SIGKILL" in text.splitlines()[-1] and "Traceback" not in text
+
+
+@pytest.mark.parametrize("to", [os.kill, os.killpg], ids=["SIGTERM", "Ctrl-C"])
+def test_who_runs_a_job_waits_for_it_after_a_signal(tmp_path: Path, to: Callable[[int, int], None]) -> None:
+    job = (
+        "import signal, sys, time; asked = []\n"
+        "for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, lambda *_: asked.append(1))\n"
+        f"open({str(tmp_path / 'started')!r}, 'w').close()\n"
+        "while not asked: time.sleep(0.01)\n"
+        f"time.sleep(1); open({str(tmp_path / 'saved')!r}, 'w').close()"
+    )
+    code = "import sys; from megatron_ds.train.torchrun import run_job; sys.exit(run_job(sys.argv[1:]))"
+    runner = subprocess.Popen(
+        [sys.executable, "-c", code, sys.executable, "-c", job],
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 60
+    while not (tmp_path / "started").exists():
+        assert runner.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    number = signal.SIGTERM if to is os.kill else signal.SIGINT
+    to(runner.pid, number)
+    assert runner.communicate(timeout=30)[1] == ""
+    assert runner.returncode == 128 + number and (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(
+    ("codes", "twice", "code", "line"),
+    [
+        ({0: 2, 1: 2}, False, 2, ""),
+        ({0: -15, 1: 2}, False, 2, ""),
+        ({0: 2, 1: 1}, False, 2, ""),
+        ({0: 130, 1: -2}, False, 130, "interrupted before training started"),
+        ({0: -15, 1: -15}, False, 143, "stopped by SIGTERM before training started"),
+        ({0: -9, 1: 130}, True, 130, "\ninterrupted at once; what was saved before is as it was"),
+        (
+            {0: 1, 1: -15, 2: -9},
+            False,
+            1,
+            "the job failed: rank 0 ended with exit code 1, rank 2 was killed by SIGKILL; see the first error above",
+        ),
+    ],
+)
+def test_the_last_word_of_the_launcher(codes: dict[int, int], twice: bool, code: int, line: str) -> None:
+    assert conclude(codes, twice) == (code, line)
+
+
+@pytest.mark.parametrize("module", [OURS, TORCHS])
+def test_an_error_of_the_command_line_is_said_once_under_torchrun(tmp_path: Path, module: str) -> None:
+    done = subprocess.run(
+        _torchrun(2, *arguments(tmp_path / "run", "--model.num-layrs", "3"), module=module),
+        capture_output=True,
+        text=True,
+        env=clear_launch_environment(),
+        timeout=120,
+    )
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert "unknown option --model.num-layrs; did you mean '--model.num-layers'?" in done.stderr
+    assert done.returncode == (2 if module == OURS else 1)
+    assert module == TORCHS or len(done.stderr.splitlines()) == 1, done.stderr
+    assert not (tmp_path / "run").exists()
