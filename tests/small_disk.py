@@ -43,9 +43,11 @@ def small_disk(folder: Path, megabytes: int, kind: str = "ext4", read_only: bool
 
 
 def _run(command: list[str]) -> None:
-    if shutil.which(command[0]) is None:
+    # Where they are is not on everybody's path.
+    program = shutil.which(command[0], path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if program is None:
         pytest.skip(f"{command[0]} is not installed")
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([program, *command[1:]], capture_output=True, text=True)
     if done.returncode != 0:
         pytest.skip(f"this process may not set up a disk of its own: {done.stderr.strip() or command}")
 
