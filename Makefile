@@ -24,7 +24,7 @@ train: $(INSTALLED) ## Train a small Llama on 8 ranks from raw text to a Hugging
 
 test: $(INSTALLED) ## Run the test suite (on NCCL where there are several GPUs, else on gloo)
 	@$(RUN) -m pytest -n auto --dist loadfile -m 'not alone' $(ARGS); many=$$?; \
-	$(RUN) -m pytest -m alone $(ARGS); few=$$?; \
+	$(RUN) -m pytest -n auto --dist loadfile -m alone $(ARGS); few=$$?; \
 	case "$$many $$few" in "0 0" | "0 5" | "5 0") ;; *) exit 1 ;; esac  # 5: ARGS chose none of these
 
 lint: $(INSTALLED) ## Check with ruff (lint and format) and mypy
