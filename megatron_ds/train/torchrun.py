@@ -47,6 +47,8 @@ def main(arguments: list[str]) -> int:
     signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     # "Sending process closing signal", "failed (exitcode: 2)": `conclude` says it.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(lambda record: False)
+    # Five lines to say that each rank gets one thread for OpenMP; the run's --threads decides.
+    logging.getLogger("torch.distributed.run").addFilter(lambda record: "OMP_NUM_THREADS" not in record.getMessage())
     try:
         torchrun(["--signals-to-handle", _THEIRS, *arguments])
     except ChildFailedError as error:
