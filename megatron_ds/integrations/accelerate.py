@@ -41,7 +41,7 @@ from megatron_ds.engine.build import Configuration
 from megatron_ds.errors import ConfigError
 from megatron_ds.train.step import StepResult, TrainStep
 
-_ENGINE = "engine"
+ENGINE = "engine"
 """Folder of an engine's checkpoint, beside what Accelerate and the Trainer write."""
 
 
@@ -178,7 +178,7 @@ class Bridge:
 
         def save(models: list[Any], weights: list[Any], folder: str) -> None:
             weights[:] = [kept for model, kept in zip(models, weights) if not isinstance(model, EngineModel)]
-            engine.save_checkpoint(Path(folder) / _ENGINE, keep_last=1)
+            engine.save_checkpoint(Path(folder) / ENGINE, keep_last=1)
 
         self._saving = True
         try:  # after the hooks of the user, who may pop from the same lists
@@ -194,7 +194,7 @@ class Bridge:
 
         def load(models: list[Any], folder: str) -> None:
             models[:] = [model for model in models if not isinstance(model, EngineModel)]
-            engine.load_checkpoint(Path(folder) / _ENGINE)
+            engine.load_checkpoint(Path(folder) / ENGINE)
 
         with _hooked(self.accelerator.register_load_state_pre_hook(load)):
             return self._load(*arguments, **keywords)

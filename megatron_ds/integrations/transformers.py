@@ -25,7 +25,14 @@ from megatron_ds.config.engine import EngineConfig
 from megatron_ds.engine import Engine, initialize, read_config
 from megatron_ds.engine.build import rate_of, torch_optimizer
 from megatron_ds.errors import CheckpointError, ConfigError
-from megatron_ds.integrations.accelerate import _ENGINE, Bridge, EngineModel, for_a_loop, hidden_size, with_precision
+from megatron_ds.integrations.accelerate import (
+    ENGINE,
+    Bridge,
+    EngineModel,
+    for_a_loop,
+    hidden_size,
+    with_precision,
+)
 
 
 @dataclass
@@ -162,24 +169,24 @@ class Trainer(transformers.Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.engine is not None
-        self.engine.save_checkpoint(Path(output_dir) / _ENGINE, {"lr_scheduler": self.lr_scheduler.state_dict()})
+        self.engine.save_checkpoint(Path(output_dir) / ENGINE, {"lr_scheduler": self.lr_scheduler.state_dict()})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing yet: the engine's checkpoint holds the weights too, what is frozen included."""
-        if not (Path(resume_from_checkpoint) / _ENGINE).is_dir():
+        if not (Path(resume_from_checkpoint) / ENGINE).is_dir():
             raise CheckpointError(
-                f"{resume_from_checkpoint} has no {_ENGINE}/ to resume from: another Trainer wrote it, or this one "
+                f"{resume_from_checkpoint} has no {ENGINE}/ to resume from: another Trainer wrote it, or this one "
                 "with save_only_model=True; load its weights with from_pretrained and train from step 0"
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             assert self.engine is not None
-            self.lr_scheduler.load_state_dict(self.engine.load_checkpoint(Path(checkpoint) / _ENGINE)["lr_scheduler"])
+            self.lr_scheduler.load_state_dict(self.engine.load_checkpoint(Path(checkpoint) / ENGINE)["lr_scheduler"])
 
     def _load_best_model(self) -> None:
         assert self.engine is not None and self.state.best_model_checkpoint is not None
-        self.engine.load_checkpoint(Path(self.state.best_model_checkpoint) / _ENGINE, weights_only=True)
+        self.engine.load_checkpoint(Path(self.state.best_model_checkpoint) / ENGINE, weights_only=True)
 
 
 def _factor(config: EngineConfig, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:

@@ -193,7 +193,7 @@ class ZeroOptimizer:
         """Reduce what is left and wait; afterwards every slice holds its sum over the global batch."""
         self.reducer.finish()
         if self.gatherer is not None:
-            self.gatherer.require_one_order(self.shard)
+            self.gatherer.compare_orders_start(self.shard)
             self.gatherer.free_all()
         if self.buckets:
             self.buckets[-1].prefetch()
@@ -235,6 +235,7 @@ class ZeroOptimizer:
         are still under way: call :meth:`wait_parameters` before anything reads them.
         """
         self.reducer.expect(Phase.REDUCED, "step")
+        self._require_one_order()
         self._wait_read()
         order = self.buckets[::-1]
         for bucket, following in zip(order, [*order[1:], None]):
@@ -252,6 +253,7 @@ class ZeroOptimizer:
     def skip(self) -> None:
         """Drop the gradients of this step; parameters and state stay as they are."""
         self.reducer.expect(Phase.REDUCED, "skip")
+        self._require_one_order()
         self._wait_read()
         self.reducer.phase = Phase.IDLE
 
@@ -298,6 +300,10 @@ class ZeroOptimizer:
             self.wait_parameters()
 
     # Ranks that read each other's memory
+
+    def _require_one_order(self) -> None:
+        if self.gatherer is not None:
+            self.gatherer.require_one_order(self.shard)
 
     def _wait_read(self) -> None:
         """Wait until every peer has read what it needed of this step: this rank's gradients and its parameters."""

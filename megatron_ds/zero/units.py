@@ -124,6 +124,7 @@ class Gatherer:
         self._started: list[FlatBucket] = []  # gathers under way, begun ahead of use
         self._order: list[FlatBucket] = []  # of this step's gathers
         self._expected: list[FlatBucket] = []  # of the step before
+        self._orders: comm.Pending | None = None  # the ranks' orders of this step, being compared
         self._running: list[Unit] = []
         self._hooks: list[Any] = []
         for bucket in self._buckets:
@@ -144,20 +145,31 @@ class Gatherer:
     def start_step(self) -> None:
         self._expected, self._order = self._order, []
 
+    def compare_orders_start(self, axis: Axis) -> None:
+        """Start to compare what the ranks of ``axis`` gathered in this step; :meth:`require_one_order` has the result.
+
+        In two parts, so that the host waits for no device here: by then it has waited for the gradient norm anyway.
+        """
+        if axis.group is None or not any(cast(TransientParameters, b.parameters).is_collective for b in self._buckets):
+            return
+        digest = [len(self._order), crc32("\n".join(self._names()).encode())]
+        self._orders = comm.gather_dim0(torch.tensor(digest, device=self._buckets[0].tensors[0].device), axis)
+
+    def _names(self) -> list[str]:
+        return [bucket.layout.slots[0].spec.name for bucket in self._order]
+
     def require_one_order(self, axis: Axis) -> None:
         """Raise on all ranks of ``axis`` if they gathered other units than each other in this step, or in other order.
 
         Units of one size would be taken for each other, and nothing else would notice.
         """
-        if axis.group is None or not any(b.parameters.is_collective for b in self._buckets):  # type: ignore[union-attr]
+        if self._orders is None:
             return
-        names = [bucket.layout.slots[0].spec.name for bucket in self._order]
-        mine = torch.tensor([len(names), crc32("\n".join(names).encode())], device=self._buckets[0].tensors[0].device)
-        everyone = comm.gather_dim0(mine, axis).wait().view(axis.size, 2)
-        if bool((everyone == everyone[0]).all()):
+        everyone, self._orders = self._orders.wait().view(axis.size, 2).tolist(), None
+        if all(digest == everyone[0] for digest in everyone):
             return
         lists: list[Any] = [None] * axis.size
-        dist.all_gather_object(lists, names, group=axis.group)
+        dist.all_gather_object(lists, self._names(), group=axis.group)
         other = next(rank for rank in range(axis.size) if lists[rank] != lists[0])
         at = next((i for i, pair in enumerate(zip(*(lists[0], lists[other]))) if pair[0] != pair[1]), None)
         at = min(len(lists[0]), len(lists[other])) if at is None else at

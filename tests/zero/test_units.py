@@ -127,8 +127,9 @@ def out_of_order(shared_memory: bool) -> str:
         x, _ = blocks[number](x)
     x.sum().backward()
     zero.end_backward()
+    zero.finish_gradients()
     try:
-        zero.finish_gradients()
+        zero.step(LR)
     except RuntimeError as error:
         return str(error)
     return ""
