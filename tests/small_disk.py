@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -77,3 +78,14 @@ def take_away(folder: Path) -> None:
 def used(folder: Path) -> int:
     """Bytes taken on the disk, of files without a name too."""
     return shutil.disk_usage(folder).used
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A real refusal by the kernel: no file may be written beyond ``size`` bytes."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)

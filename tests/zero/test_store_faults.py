@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import resource
 import shutil
 import signal
 import threading
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from small_disk import largest_file
 
 from megatron_ds.checkpoint.direct_io import DirectFile
 from megatron_ds.errors import OffloadError
@@ -151,17 +151,6 @@ def test_a_disk_that_fills_up_where_nothing_could_be_reserved(
     with pytest.raises(OffloadError):
         store.drain()
     close_cleanly(store)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """A real refusal by the kernel: no file may be written beyond ``size`` bytes."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def test_a_full_disk_is_met_when_the_space_is_reserved(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from small_disk import fill, small_disk, used
+from small_disk import fill, largest_file, small_disk, used
 from test_room import ELEMENTS, build, offload
 
 from megatron_ds.config import ZeroConfig
@@ -38,16 +38,6 @@ def as_nobody() -> Iterator[None]:
         yield
     finally:
         os.seteuid(user)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def refusal(zero: ZeroConfig, nobody: bool = False) -> str:
