@@ -1,0 +1,100 @@
+"""The engine's own configuration: batch sizes that give each other, contradictions, defaults, warm-up."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from megatron_ds.config.deepspeed import from_deepspeed
+from megatron_ds.config.engine import EngineConfig, batch_sizes, validate_engine
+from megatron_ds.config.read import from_dict
+from megatron_ds.engine import read_config
+from megatron_ds.errors import ConfigError
+from megatron_ds.optim.schedule import learning_rate
+from megatron_ds.optim.warmup import warmup_rate
+
+BATCHES = [
+    ({}, 4, (None, None, 1)),
+    ({"micro_batch": 2}, 4, (8, 2, 1)),
+    ({"micro_batch": 2, "accumulation": 3}, 4, (24, 2, 3)),
+    ({"global_batch": 24}, 4, (24, 6, 1)),
+    ({"global_batch": 24, "micro_batch": 2}, 4, (24, 2, 3)),
+    ({"global_batch": 24, "accumulation": 2}, 4, (24, 3, 2)),
+    ({"global_batch": 24, "micro_batch": 2, "accumulation": 3}, 4, (24, 2, 3)),
+]
+
+
+@pytest.mark.parametrize(("values", "dp", "sizes"), BATCHES, ids=str)
+def test_two_batch_sizes_give_the_third(
+    values: dict[str, Any], dp: int, sizes: tuple[int | None, int | None, int]
+) -> None:
+    found = batch_sizes(EngineConfig(**values), dp)
+    assert (found.global_batch, found.micro_batch, found.accumulation) == sizes
+
+
+@pytest.mark.parametrize(
+    ("values", "dp", "message"),
+    [
+        (
+            {"global_batch": 32, "micro_batch": 4, "accumulation": 2},
+            3,
+            "global_batch=32 is not micro_batch=4 x accumulation=2 x dp=3 = 24; use global_batch=24",
+        ),
+        (
+            {"global_batch": 32, "micro_batch": 4, "accumulation": 2},
+            2,
+            "leave one of the three unset (accumulation=4 would make it 32)",
+        ),
+        (
+            {"global_batch": 32, "micro_batch": 4},
+            3,
+            "global_batch=32 is not a multiple of micro_batch=4 x dp=3 = 12; use 24 or 36",
+        ),
+        ({"optimizer": {"schedule": "cosine"}}, 1, "set steps or optimizer.decay_steps"),
+        ({"torch_optimizer": {"name": "SGD"}, "optimizer": {"lr": 1.0}}, 1, "are two optimizers"),
+        ({"schedule": {"name": "WarmupDecayLR"}}, 1, "needs schedule.total_num_steps"),
+        ({"zero": {"stage": 2, "offload_parameters": {"device": "cpu"}}}, 1, "at stage 3 only"),
+        ({"precision": {"dtype": "bf16", "loss_scale": 2.0}}, 1, "precision.loss_scale=2 is for fp16"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_does_not_fit_together_is_refused(values: dict[str, Any], dp: int, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        validate_engine(from_dict(EngineConfig, values, "test"), dp)
+    assert message in str(refused.value)
+
+
+def test_an_unknown_key_is_named_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'zero\.bucket_md'; did you mean 'zero\.bucket_mb'"):
+        read_config({"zero": {"bucket_md": 1}})
+
+
+def test_the_defaults_are_plain_torchs_but_only_where_nothing_is_said() -> None:
+    assert EngineConfig().optimizer.clip_norm == 0.0 and EngineConfig().optimizer.schedule == "constant"
+    said = EngineConfig(optimizer={"lr": 1e-3, "clip_norm": 2.0, "schedule": "linear"}, steps=10)  # type: ignore[arg-type]
+    assert said.optimizer.clip_norm == 2.0 and learning_rate(said.optimizer, 10, 10) == 0.0
+
+
+def test_warmup_schedules_update_by_update() -> None:
+    """Against DeepSpeed's own description: the scheduler steps after an update, from place -1."""
+    config, _ = from_deepspeed(
+        {
+            "optimizer": {"type": "AdamW", "params": {"lr": 1.0}},
+            "scheduler": {
+                "type": "WarmupDecayLR",
+                "params": {"warmup_max_lr": 0.5, "warmup_num_steps": 4, "total_num_steps": 10, "warmup_type": "linear"},
+            },
+        }
+    )
+    assert config.schedule is not None
+    rates = [warmup_rate(config.schedule, 1.0, step) for step in range(1, 13)]
+    ramp, fall = [0.0, 0.0, 0.125, 0.25, 0.375], [0.5 * (10 - place) / 6 for place in range(4, 11)]
+    assert rates == pytest.approx([*ramp, *fall])
+    log = config.schedule.model_copy(update={"name": "WarmupLR", "warmup_type": "log"})
+    assert warmup_rate(log, 1.0, 4) == pytest.approx(0.5 * math.log(3) / math.log(4))
+    assert warmup_rate(log, 1.0, 100) == 0.5
+    cosine = config.schedule.model_copy(update={"name": "WarmupCosineLR", "cos_min_ratio": 0.1})
+    assert warmup_rate(cosine, 2.0, 1) == 0.0 and warmup_rate(cosine, 2.0, 4) == pytest.approx(2.0 * 0.5)
+    assert warmup_rate(cosine, 2.0, 11) == pytest.approx(2.0 * 0.1)
