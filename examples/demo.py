@@ -30,7 +30,8 @@ def prepare_data(folder: Path) -> list[str]:
     """Corpus, tokenizer and dataset, each made once; the settings that use them."""
     corpus, tokenizer, prefix = folder / "corpus.jsonl", folder / "tokenizer", folder / "corpus"
     if not corpus.exists():
-        print(build_corpus(corpus, max_megabytes=8))
+        found = build_corpus(corpus, max_megabytes=8)
+        print(f"corpus: {found.documents} files of this Python's own source, {found.text_bytes / 1e6:.1f} MB")
     if not tokenizer.exists():
         train_tokenizer([str(corpus)], tokenizer, vocab_size=4096, max_megabytes=3)
     if not prefix.with_suffix(".idx").exists():
