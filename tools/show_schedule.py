@@ -12,6 +12,7 @@ last stage (the output head) or slow transfers:
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,5 +105,8 @@ def _recorded(folder: Path) -> Timeline:
 if __name__ == "__main__":
     try:
         main(tyro.cli(ShowSchedule, description=__doc__))
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except MegatronDSError as error:
         sys.exit(f"error: {error}")

@@ -102,7 +102,7 @@ class Gatherer:
     Args:
         units: all hooked modules, the root first; parameters touched outside of their module are added to what the
             innermost running one needs.
-        prefetch: how many gathers ahead are started, in the order of the step before.
+        prefetch: how many units ahead are gathered, in the order of the step before.
 
     All ranks must use the modules in the same order wherever a gather is a collective (not within one host);
     :meth:`require_one_order` sees to it.
@@ -135,8 +135,7 @@ class Gatherer:
 
     def close(self) -> None:
         """Remove the hooks; every parameter is left whole."""
-        for bucket in self._buckets:
-            self._gather(bucket)
+        self._gather(self._buckets)
         for hook in self._hooks:
             hook.remove()
 
@@ -206,7 +205,7 @@ class Gatherer:
         mine = [b for b in buckets if id(b) in self._users]
         for bucket in mine:
             self._explicit[id(bucket)] = self._explicit.get(id(bucket), 0) + 1
-            self._gather(bucket)
+        self._gather(mine)
         try:
             yield
         finally:
@@ -225,7 +224,7 @@ class Gatherer:
         def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
             unit.running += 1
             self._running.append(unit)
-            self._need(unit)
+            self._gather(unit.buckets)
             if not torch.is_grad_enabled():
                 return None
             use = _Use(unit)
@@ -261,7 +260,7 @@ class Gatherer:
         if not use.in_backward:
             use.in_backward = True
             use.unit.backward += 1
-            self._need(use.unit)
+            self._gather(use.unit.buckets)
 
     def _end_backward(self, use: _Use) -> None:
         if use.in_backward:
@@ -272,35 +271,47 @@ class Gatherer:
 
     # Gathering
 
-    def _need(self, unit: Unit) -> None:
-        for bucket in unit.buckets:
-            self._gather(bucket)
-
-    def _gather(self, bucket: FlatBucket) -> None:
-        if self._is_gathered(bucket):
-            if bucket in self._idle:
+    def _gather(self, buckets: Sequence[FlatBucket]) -> None:
+        """Make them whole: all of them are under way before the first is waited for."""
+        missing = []
+        for bucket in buckets:
+            if not self._is_gathered(bucket):
+                missing.append(bucket)
+            elif bucket in self._idle:
                 self._idle.remove(bucket)
+        if not missing:
             return
         self._free_idle()
-        if bucket in self._started:
+        for bucket in missing:
+            self._start(bucket)
+        for bucket in missing:
             self._started.remove(bucket)
-        else:
-            bucket.start_gather()
-        bucket.finish_gather()
-        for parameter in bucket.tensors:
-            parameter.__class__ = self._classes[id(parameter)]
-        self._order.append(bucket)
-        self._start_next()
+            bucket.finish_gather()
+            for parameter in bucket.tensors:
+                parameter.__class__ = self._classes[id(parameter)]
+        self._order += missing
+        for bucket in self._ahead():
+            self._start(bucket)
 
-    def _start_next(self) -> None:
-        """Begin the gathers that followed in the step before, as far as this step has taken the same way."""
+    def _start(self, bucket: FlatBucket) -> None:
+        if bucket not in self._started and not self._is_gathered(bucket):
+            bucket.start_gather()
+            self._started.append(bucket)
+
+    def _ahead(self) -> list[FlatBucket]:
+        """What the step before gathered next, ``prefetch`` units of it, if this step has taken the same way so far."""
         done = len(self._order)
+        found: list[FlatBucket] = []
         if self.prefetch == 0 or self.keep or self._order[-1:] != self._expected[done - 1 : done]:
-            return
-        for bucket in self._expected[done : done + self.prefetch]:
-            if bucket not in self._started and not self._is_gathered(bucket):
-                bucket.start_gather()
-                self._started.append(bucket)
+            return found
+        units, last = 0, self._order[-1].layout.key.unit
+        for bucket in self._expected[done:]:
+            units += bucket.layout.key.unit != last
+            if units > self.prefetch:
+                break
+            last = bucket.layout.key.unit
+            found.append(bucket)
+        return found
 
     def _release(self, bucket: FlatBucket) -> None:
         """Nobody may need the bucket any more: then it is freed, at the latest when another one is gathered."""
@@ -333,7 +344,7 @@ class Gatherer:
         if bucket not in unit.buckets:
             unit.buckets.append(bucket)
             self._users[id(bucket)].append(unit)
-        self._gather(bucket)
+        self._gather([bucket])
         return True
 
 

@@ -6,6 +6,7 @@ import re
 import time
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from megatron_ds.errors import ReleasedParameterError
 from megatron_ds.mesh import Mesh
 from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import run_ranks
+from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.units import find_units
 
 SETTINGS = [
@@ -86,6 +88,55 @@ def test_no_more_is_whole_than_the_units_in_use_and_the_next() -> None:
         assert peak <= allowed < 0.6 * total
         assert with_prefetch <= allowed + largest + 256
         assert kept >= total * 0.75
+
+
+def gathers(prefetch: int) -> list[str]:
+    """Of the second of two equal steps, in order: "start" or "wait" and the number of the unit."""
+    mesh = mesh_of_ranks()
+    blocks = nn.ModuleList(Block(20) for _ in range(4)).double()  # two buckets each
+    for name, parameter in blocks.named_parameters():
+        parameter.shard = ShardSpec(name, tuple(parameter.shape))  # type: ignore[attr-defined]
+    zero = optimizer_of(blocks, mesh, Setting(shared_memory=False, prefetch=prefetch, threshold=100))
+    happened: list[str] = []
+
+    def recorded(word: str, method: Any) -> Any:
+        def record(bucket: FlatBucket) -> Any:
+            if bucket.layout.key.unit is not None:
+                happened.append(f"{word} {bucket.layout.key.unit}")
+            return method(bucket)
+
+        return record
+
+    with (
+        patch.object(FlatBucket, "start_gather", recorded("start", FlatBucket.start_gather)),
+        patch.object(FlatBucket, "finish_gather", recorded("wait", FlatBucket.finish_gather)),
+    ):
+        for _ in range(2):
+            happened.clear()
+            zero.start_step()
+            x = torch.ones(2, WIDTH, dtype=torch.float64)
+            for block in blocks:
+                x, _ = block(x)
+            zero.start_backward(last=True)
+            x.sum().backward()
+            zero.end_backward()
+            zero.finish_gradients()
+            zero.step(LR)
+    return happened
+
+
+def test_all_of_the_next_unit_is_under_way_while_one_is_computed() -> None:
+    def each(*units: str) -> list[str]:
+        return [event for unit in units for event in [unit] * 2]
+
+    at_once = each("start 0", "wait 0", "start 1", "wait 1", "start 2", "wait 2", "start 3", "wait 3")
+    back = each("start 2", "wait 2", "start 1", "wait 1", "start 0", "wait 0")
+    assert run_ranks(gathers, 2, 0) == [at_once + back] * 2
+    ahead = each("start 0", "wait 0", "start 1", "wait 1", "start 2", "wait 2", "start 3", "wait 3", "start 2")
+    back = each("wait 2", "start 1", "wait 1", "start 0", "wait 0")
+    assert run_ranks(gathers, 2, 1) == [ahead + back] * 2
+    two = each("start 0", "wait 0", "start 1", "start 2", "wait 1", "start 3", "wait 2")
+    assert run_ranks(gathers, 2, 2)[0][: len(two)] == two
 
 
 def slow_evaluation() -> bool:

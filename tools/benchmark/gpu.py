@@ -35,6 +35,7 @@ CONTESTANTS = {
     "plain-compile": "plain torch loop, torch.compile, autocast",
     "ours-compile": "megatron-ds --compile",
     "ours": "megatron-ds",
+    "ours-offload": "megatron-ds, optimizer state on the host",
 }
 REFERENCE = "plain-compile"
 
@@ -61,7 +62,7 @@ def work(contestant: str, w: Workload, warmup: int, steps: int, device: str) -> 
     else:
         import ours
 
-        step = ours.training_step(w, device, compiled=compiled)
+        step = ours.training_step(w, device, compiled=compiled, offload="cpu" if "offload" in contestant else "none")
     figures = measure(step, w, warmup, steps, torch.cuda.synchronize if cuda else lambda: None)
     if cuda:
         figures["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30

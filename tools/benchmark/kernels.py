@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -34,6 +36,7 @@ NOT_MEASURED = "no CUDA device: not measured"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # More than any L2 cache; and its 0.3 ms hide the time in which Python launches what is measured.
 FLUSHED_BYTES = 1 << 30
+REPEATS = 30
 
 
 @dataclass
@@ -96,10 +99,10 @@ def check(case: Case) -> str:
 # --- how fast is it? --------------------------------------------------------------------------------------------
 
 
-def milliseconds(function: Callable[[], Any], repeats: int = 30) -> float:
+def milliseconds(function: Callable[[], Any], repeats: int = REPEATS) -> float:
     """Median time on the GPU, with a cold L2 cache."""
     flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device="cuda")
-    for _ in range(5):
+    for _ in range(min(5, repeats)):
         function()
     times = []
     for _ in range(repeats):
@@ -136,7 +139,7 @@ def implementations(case: Case) -> Iterable[tuple[str, AbstractContextManager[No
         yield name, registry.use("reference"), make
 
 
-def measure(case: Case, rates: dict[str, float], only: Sequence[str] = ("ours",)) -> list[Row]:
+def measure(case: Case, rates: dict[str, float], only: Sequence[str] = ("ours",), repeats: int = REPEATS) -> list[Row]:
     """A row for each implementation and direction; ``rates``: the machine's, by unit; ``only`` ours: all of them."""
     found = []
     for name, selection, make in implementations(case):
@@ -145,7 +148,7 @@ def measure(case: Case, rates: dict[str, float], only: Sequence[str] = ("ours",)
         torch.compiler.reset()
         with selection:
             try:
-                times = time_of(case, make())
+                times = time_of(case, make(), repeats)
             except Exception as error:  # a peer's defect, or memory, must not cost the other rows
                 times = {}
                 note = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error) else ''}"
@@ -169,7 +172,7 @@ def target_of(what: str) -> float | None:
     return next((target for start, target in TARGETS.items() if what.startswith(start)), None)
 
 
-def time_of(case: Case, function: Callable[..., Any]) -> dict[str, tuple[float, float]]:
+def time_of(case: Case, function: Callable[..., Any], repeats: int) -> dict[str, tuple[float, float]]:
     """Milliseconds and unavoidable work by direction."""
     inputs = case.make()
     for number, x in enumerate(inputs):
@@ -182,18 +185,42 @@ def time_of(case: Case, function: Callable[..., Any]) -> dict[str, tuple[float, 
             outputs = as_tuple(function(*inputs))
             return torch.autograd.grad(outputs, wanted) if wanted else outputs
 
-        return {"forward and backward": (milliseconds(both), case.forward + case.backward)}
-    times = {"forward": (milliseconds(lambda: function(*inputs)), case.forward)}
+        return {"forward and backward": (milliseconds(both, repeats), case.forward + case.backward)}
+    times = {"forward": (milliseconds(lambda: function(*inputs), repeats), case.forward)}
     if wanted and case.backward:
         outputs = as_tuple(function(*inputs))
         seeds = [torch.randn_like(y) for y in outputs]
-        backward = milliseconds(lambda: torch.autograd.grad(outputs, wanted, seeds, retain_graph=True))
+        backward = milliseconds(lambda: torch.autograd.grad(outputs, wanted, seeds, retain_graph=True), repeats)
         times["backward"] = (backward, case.backward)
     return times
 
 
 def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def compile_ahead(processes: int) -> None:
+    """Compile what is to be measured in so many processes; the compilers' caches on the disk keep it."""
+    commands = [[sys.executable, __file__, *sys.argv[1:], "--part", f"{i}/{processes}"] for i in range(processes)]
+    # Beside each other they need no threads of their own, and a part that fails is compiled when it is measured.
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    silent = subprocess.DEVNULL
+    running = [subprocess.Popen(c, env=environment, stdout=silent, stderr=silent) for c in commands]
+    try:
+        for process in running:
+            process.wait()
+    finally:
+        for process in running:
+            process.kill()
+
+
+def compile_part(chosen: Sequence[Case], only: Sequence[str], measured: bool) -> None:
+    """Run each case once: our kernels forward and backward, and where they are ``measured`` the others too."""
+    for case in chosen:
+        fault_of(case)
+        if measured:
+            measure(case, {BYTES: 1.0, kernel_cases.FLOPS: 1.0}, only, repeats=1)
+            torch.cuda.empty_cache()
 
 
 # --- the report -------------------------------------------------------------------------------------------------
@@ -251,6 +278,16 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
     pyplot.close(figure)
 
 
+def fault_of(case: Case) -> str:
+    """What :func:`check` finds, an exception included."""
+    try:
+        return check(case)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        torch.cuda.empty_cache()
+
+
 def run(
     chosen: list[Case], machine: dict[str, Any], json_file: Path, plot_file: Path, only: Sequence[str] = ("ours",)
 ) -> int:
@@ -260,11 +297,7 @@ def run(
     rows: list[Row] = []
     wrong: dict[str, str] = {}
     for case in chosen:
-        try:
-            fault = check(case)
-        except Exception as error:
-            fault = f"{type(error).__name__}: {error}"
-        torch.cuda.empty_cache()
+        fault = fault_of(case)
         if fault:
             wrong[f"{case.op} {case.shape}"] = fault
             print(f"WRONG {case.op} {case.shape}: {fault}", flush=True)
@@ -311,6 +344,11 @@ def main() -> int:
         default=[],
         help="ours and which others (eager, compile, torch, sdpa, flex); default: all (compiling takes longest)",
     )
+    parser.add_argument(
+        "--processes", type=int, default=min(16, os.cpu_count() or 1), help="compile in so many before measuring"
+    )
+    parser.add_argument("--check", action="store_true", help="check every kernel against its reference, measure none")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, default=Path("build/kernels.json"))
     parser.add_argument("--plot", type=Path, default=Path("build/kernels.png"))
     arguments = parser.parse_args()
@@ -319,8 +357,19 @@ def main() -> int:
         return 0
     torch.manual_seed(0)
     chosen = [case for case in cases(getattr(torch, arguments.dtype)) if arguments.only in case.op]
-    machine = machine_of()
-    return run(chosen, machine, arguments.json, arguments.plot, ["ours", *arguments.implementations])
+    only = ["ours", *arguments.implementations]
+    if arguments.part:
+        number, count = map(int, arguments.part.split("/"))
+        compile_part(chosen[number::count], only, not arguments.check)
+        return 0
+    if arguments.processes > 1:
+        compile_ahead(arguments.processes)
+    if arguments.check:
+        wrong = {f"{case.op} {case.shape}": fault for case in chosen if (fault := fault_of(case))}
+        print(*(f"WRONG {name}: {fault}" for name, fault in wrong.items()), sep="\n")
+        print(f"{len(chosen) - len(wrong)} of {len(chosen)} cases are right")
+        return 1 if wrong else 0
+    return run(chosen, machine_of(), arguments.json, arguments.plot, only)
 
 
 if __name__ == "__main__":

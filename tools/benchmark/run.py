@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PEERS = ROOT / ".venv-bench"
@@ -93,6 +95,7 @@ CONTESTANTS = [
     Contestant("torch-1f1b-4+2", "fp32", 2, "torch Schedule1F1B, 4+2 layers"),
     *_zero("fp32", 2),
     *_zero("bf16", 2),
+    Contestant("ours-alone", "fp32", 4, "(4 x megatron-ds apart: the machine's limit)"),
     *_zero("fp32", 4),
 ]
 
@@ -252,20 +255,22 @@ def main() -> None:
         f"{platform.machine()}, {cores} cores, load {os.getloadavg()[0]:.1f}; {args.threads} thread(s) a rank",
         flush=True,
     )
-    rounds: list[dict[str, Figures]] = []
-    for number in range(args.rounds):
-        rounds.append({})
-        for contestant in chosen:
-            print(f"\rround {number + 1} of {args.rounds}: {contestant.key:40s}", end="", file=sys.stderr, flush=True)
-            figures = run_once(contestant, args.warmup, args.steps, args.threads, args.limit)
-            rounds[-1][contestant.key] = figures
-    print("\r" + " " * 70 + "\r", end="", file=sys.stderr, flush=True)
-    rows = summarize(rounds, chosen)
-    print(table(rows))
+    rounds: list[dict[str, Figures]] = [{}]
+    try:
+        runs = tqdm([(number, c) for number in range(args.rounds) for c in chosen], unit="run")
+        for number, contestant in runs:
+            runs.set_description(f"round {number + 1}: {contestant.key}")
+            if number == len(rounds):
+                rounds.append({})
+            rounds[number][contestant.key] = run_once(contestant, args.warmup, args.steps, args.threads, args.limit)
+            if args.json:  # after every run: a long one that is stopped has shown something
+                rows = summarize(rounds, chosen)
+                figures = {"rows": rows, "rounds": rounds, "settings": vars(args)}
+                args.json.write_text(json.dumps(figures, indent=1, default=str))
+    except KeyboardInterrupt:
+        print("\nstopped; what has run:", file=sys.stderr)
+    print(table(summarize(rounds, chosen)))
     if args.json:
-        args.json.write_text(
-            json.dumps({"rows": rows, "rounds": rounds, "settings": vars(args)}, indent=1, default=str)
-        )
         print(f"\nall figures: {args.json}")
 
 
