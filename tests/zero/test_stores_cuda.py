@@ -27,8 +27,8 @@ LAG = 3_000_000
 
 def store_of(kind: str, folder: Path, pin: bool) -> Store:
     device = torch.device("cuda")
-    if kind == "nvme":
-        return NvmeStore(folder, device, 3 * BlockPool.cost(4 * NUMEL), pin)
+    if kind == "nvme":  # many small chunks on several threads
+        return NvmeStore(folder, device, 3 * BlockPool.cost(4 * NUMEL), pin, chunk=1 << 18)
     return HostStore(device, pin)
 
 
@@ -78,4 +78,24 @@ def test_a_block_is_not_filled_again_while_the_device_still_reads_it(tmp_path: P
         region.release()
     for i, tensor in enumerate(seen):
         assert torch.equal(tensor, torch.full_like(tensor, i % REGIONS + 1.0)), f"reading {i}"
+    store.close()
+
+
+@pytest.mark.parametrize("kind", ["cpu", "nvme"])
+def test_memory_that_queued_work_still_writes_is_not_filled_before(tmp_path: Path, kind: str) -> None:
+    """What a freed tensor took is given to the first block while a kernel that writes the tensor is still queued."""
+    store = store_of(kind, tmp_path, pin=True)
+    region = store.allocate("region", NUMEL, torch.float32)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    size = BlockPool.cost(4 * NUMEL) - 4096  # of the block, so that it gets this very memory
+    scratch = torch.empty(size, dtype=torch.uint8, device="cuda")
+    place = scratch.data_ptr()
+    torch.cuda._sleep(100 * LAG)
+    scratch.fill_(7)
+    del scratch
+    tensor = region.read_start().wait()
+    assert tensor.data_ptr() == place
+    assert not tensor.any(), "a new region is zeros"
+    region.release()
     store.close()

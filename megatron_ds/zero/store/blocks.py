@@ -92,8 +92,13 @@ class BlockPool:
                 return None
             self._drop(self._idle.pop(0))  # each is too small for this
         self.total += cost
-        device = torch.empty(size, dtype=torch.uint8, device=self.device) if self.device.type == "cuda" else None
-        return Block(size, HostBlock(size, self.pin) if self.with_host else None, device)
+        block = Block(size, HostBlock(size, self.pin) if self.with_host else None, None)
+        if self.device.type == "cuda":
+            block.device = torch.empty(size, dtype=torch.uint8, device=self.device)
+            # The allocator hands out memory that kernels queued before still use; only the current stream may rely on
+            # being behind them.
+            block.free = torch.cuda.current_stream(self.device).record_event()
+        return block
 
     def give(self, block: Block) -> None:
         self._idle.append(block)
@@ -129,13 +134,16 @@ class Streams:
         return torch.cuda.current_stream(self.device).record_event()
 
     def load(self, block: Block, host: torch.Tensor, start: int) -> None:
-        """Queue ``host`` into the twin from byte ``start`` on; ``loaded`` then covers everything queued so far."""
+        """Queue ``host`` into the twin from byte ``start`` on. Several threads may each queue a part."""
         assert block.device is not None
         with torch.cuda.stream(self.up):
             if block.free is not None:
                 self.up.wait_event(block.free)
             block.device[start : start + host.numel()].copy_(host, non_blocking=True)
-            block.loaded = self.up.record_event()
+
+    def all_queued(self, block: Block) -> None:
+        """Every part of the twin is queued: ``loaded`` is when they are there."""
+        block.loaded = self.up.record_event()
 
     def store(self, block: Block, host: torch.Tensor, start: int, after: Event) -> Event:
         """Queue the twin's bytes from ``start`` on into ``host``, once ``after`` is done; when they are there."""

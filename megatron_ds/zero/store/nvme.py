@@ -251,6 +251,9 @@ class NvmeStore:
 
     def _finished(self, region: NvmeRegion) -> None:
         if region.phase is Phase.READING:
+            if self._streams is not None:
+                assert region.block is not None
+                self._streams.all_queued(region.block)  # not by each chunk: the last event set need not be the latest
             region.phase = Phase.READY
             self._ready.append(region)
         else:
