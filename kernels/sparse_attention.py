@@ -38,13 +38,14 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale
         q: ``[b, n, s, d]``, in any memory order.
         k, v: ``[b, g, s, d]``; query head ``h`` uses key/value head ``h // (n / g)``.
         layout: of ``n`` heads and ``s`` tokens, on the tensors' device.
-        scale: of the scores; default ``1 / sqrt(d)``.
+        scale: of the scores, positive; default ``1 / sqrt(d)``.
 
     Returns:
         ``[b, n, s, d]`` in the memory order of ``q``.
 
     Raises:
-        ConfigError: sizes that do not fit together, or a head dim above 128 with the Triton twin.
+        ConfigError: sizes that do not fit together, a scale that is not positive, or a head dim above 128 with the
+            Triton twin.
     """
     _check(q, k, v, layout)
     implementation = SPARSE_ATTENTION.choose(q)
@@ -54,6 +55,8 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale
             "use more and narrower heads, or kernels.sparse_attention='reference'"
         )
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if not scale > 0.0:
+        raise ConfigError(f"sparse attention with scores times {scale}: the scale must be positive")
     out, _ = torch.ops.megatron_ds.sparse_attention(q, k, v, _flat(layout), layout.block, scale, implementation)
     return out
 

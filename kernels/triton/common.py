@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Elements a program of an elementwise kernel takes with 4 warps: 8 a thread, one 128-bit load in half precision.
-ELEMENTWISE_BLOCK = 1024
+ELEMENTWISE_TILE = 1024
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
@@ -25,6 +25,13 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
 def processors(x: Tensor) -> int:
     """Streaming multiprocessors of the tensor's device; under the interpreter a number that tests can reason with."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.device.type == "cuda" else 2
+
+
+def elementwise_tile(rows: int, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """The grid of an elementwise kernel and its tile: a part of a row, or several rows that are short."""
+    block = min(triton.next_power_of_2(columns), ELEMENTWISE_TILE)
+    tall = ELEMENTWISE_TILE // block
+    return (triton.cdiv(rows, tall), triton.cdiv(columns, block)), {"ROWS": tall, "BLOCK": block}
 
 
 def as_rows(x: Tensor) -> Tensor:

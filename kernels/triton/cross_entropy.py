@@ -20,10 +20,14 @@ GRADIENT_BLOCK = 2048
 
 @triton.jit
 def merge_tile(z, top, total):
-    """Running maximum and sum of exponentials (Milakov and Gimelshein 2018), with one more tile of logits."""
-    higher = tl.maximum(top, tl.max(z, axis=0))
-    base = tl.where(higher == float("-inf"), 0.0, higher)  # a row of nothing but -inf
-    return higher, total * tl.exp(top - base) + tl.sum(tl.exp(z - base), axis=0)
+    """Running maxima and sums of exponentials (Milakov and Gimelshein 2018) of a tile's rows of 8, with one more tile.
+
+    Each thread keeps those of its own eight columns: a maximum over the whole tile would have all threads wait for each
+    other once a tile, and one a column would take two exponentials an element.
+    """
+    higher = tl.maximum(top, tl.max(z, axis=1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # nothing but -inf
+    return higher, total * tl.exp(top - base) + tl.sum(tl.exp(z - base[:, None]), axis=1)
 
 
 @triton.jit
@@ -32,27 +36,30 @@ def token_statistics_kernel(
 ):
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * stride
-    top = float("-inf")
-    total = 0.0
-    sum_of_logits = 0.0
+    tops = tl.full((BLOCK // 8,), float("-inf"), tl.float32)
+    totals = tl.zeros((BLOCK // 8,), tl.float32)
+    sums = tl.zeros((BLOCK // 8,), tl.float32)
+    own = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
     whole = columns // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
-        z = tl.load(row + start + tl.arange(0, BLOCK)).to(tl.float32)
+        z = tl.load(row + start + own).to(tl.float32)
         if WANT_SUM:
-            sum_of_logits += tl.sum(z, axis=0)
-        top, total = merge_tile(z, top, total)
+            sums += tl.sum(z, axis=1)
+        tops, totals = merge_tile(z, tops, totals)
     if whole < columns:
-        column = whole + tl.arange(0, BLOCK)
+        column = whole + own
         z = tl.load(row + column, mask=column < columns, other=float("-inf")).to(tl.float32)
         if WANT_SUM:
-            sum_of_logits += tl.sum(tl.where(column < columns, z, 0.0), axis=0)
-        top, total = merge_tile(z, top, total)
+            sums += tl.sum(tl.where(column < columns, z, 0.0), axis=1)
+        tops, totals = merge_tile(z, tops, totals)
+    top = tl.max(tops, axis=0)
+    base = tl.where(top == float("-inf"), 0.0, top)  # a row of nothing but -inf
     label = tl.load(target + token)
     here = (label >= 0) & (label < columns)
     tl.store(stats + token, top)
-    tl.store(stats + tokens + token, total)
+    tl.store(stats + tokens + token, tl.sum(totals * tl.exp(tops - base), axis=0))
     tl.store(stats + 2 * tokens + token, tl.load(row + label, mask=here, other=0.0).to(tl.float32))
-    tl.store(stats + 3 * tokens + token, sum_of_logits)
+    tl.store(stats + 3 * tokens + token, tl.sum(sums, axis=0))
 
 
 @triton.jit

@@ -72,15 +72,16 @@ def forward_step(
     key = i % (BLOCK // TN) * TN
     first = tl.load(index + entry) * BLOCK + key
     k_tile = load_tile(k, first, k_stride, length, TN, D, HEAD_DIM, EVEN)
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
     if MASKED:
         allowed = load_mask(masks, tl.load(mask_of + entry), inside, key, TM, TN, BLOCK)
         scores = tl.where(allowed, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
-    # A query that has seen no allowed key yet: -inf minus -inf would be NaN.
-    level = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
-    weights = tl.exp2(scores - level[:, None])
-    shrink = tl.exp2(top - level)
+    # The scale is positive, and so it and the subtraction are one instruction after the maximum. A query that has seen
+    # no allowed key yet: -inf minus -inf would be NaN.
+    level = tl.where(new_top == float("-inf"), 0.0, new_top * scale) if MASKED else new_top * scale
+    weights = tl.exp2(scores * scale - level[:, None])
+    shrink = tl.exp2(top * scale - level)
     total = total * shrink + tl.sum(weights, 1)
     v_tile = load_tile(v, first, v_stride, length, TN, D, HEAD_DIM, EVEN)
     acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
@@ -128,7 +129,7 @@ def forward_kernel(
         out + batch * out_batch + head.to(tl.int64) * out_head, first, out_row, length, acc, TM, D, HEAD_DIM, EVEN
     )
     row = first + tl.arange(0, TM)
-    value = tl.where(empty, float("inf"), (top + tl.log2(tl.where(empty, 1.0, total))) / LOG2_E)
+    value = tl.where(empty, float("inf"), (top * scaled + tl.log2(tl.where(empty, 1.0, total))) / LOG2_E)
     tl.store(lse + tl.program_id(1).to(tl.int64) * length + row, value, mask=row < length)
 
 
