@@ -49,11 +49,22 @@ def device_of_rank(rank: int, world_size: int) -> torch.device:
     return torch.device("cpu")
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120.0,
+    backend: str | None = None,
+    device: str | None = None,
+) -> list[Any]:
     """Run ``function(*args)`` on every rank of a fresh job and return the results in rank order.
 
     ``function`` must be importable (a module-level function) and its arguments and result picklable; inside it
     ``torch.distributed`` is initialised and each rank has one compute thread. Every rank must reach its end.
+
+    Args:
+        backend: another than NCCL or gloo; the module of ``function`` registers it when it is imported.
+        device: one for all ranks, instead of that of :func:`device_of_rank`; ``function`` is not told.
 
     Raises:
         RankFailed: a rank raised or died (its traceback first), or the job took longer than ``timeout`` seconds.
@@ -68,7 +79,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(
                     target=_rank_main,
-                    args=(function, args, rank, world_size, folder, timeout, theirs),
+                    args=(function, args, rank, world_size, folder, timeout, backend, device, theirs),
                     daemon=True,
                 )
                 with _plain_main(function):
@@ -168,17 +179,19 @@ def _rank_main(
     world_size: int,
     folder: str,
     timeout: float,
+    backend: str | None,
+    device_for_all: str | None,
     pipe: Connection,
 ) -> None:
     stack_file = open(os.path.join(folder, f"stack-{rank}"), "w")  # noqa: SIM115  (faulthandler needs it open)
     faulthandler.dump_traceback_later(max(timeout - 2.0, timeout / 2), file=stack_file)
     torch.set_num_threads(1)
-    device = device_of_rank(rank, world_size)
+    device = torch.device(device_for_all) if device_for_all else device_of_rank(rank, world_size)
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            backend or ("nccl" if device.type == "cuda" else "gloo"),
             store=dist.FileStore(os.path.join(folder, "rendezvous"), world_size),
             rank=rank,
             world_size=world_size,

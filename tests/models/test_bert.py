@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from parity_run import Outcome, ParityError, assert_parity, reference, train
 from torch import Tensor
 
 from megatron_ds.checkpoint import Checkpoint, Piece, load, save
@@ -22,9 +22,6 @@ from megatron_ds.models.transformer import layer_costs
 from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.shard import spec_of
 from megatron_ds.testing import device_of_rank, run_ranks
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "parity"))
-from parity_run import Outcome, ParityError, assert_parity, reference, train
 
 MODEL: dict[str, Any] = {
     "family": "bert",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from parity_run import Outcome, ParityError, assert_parity, reference, train
 
 from megatron_ds.checkpoint.hf_architecture import choose
 from megatron_ds.config import RunConfig, from_dict, load_toml, parse, to_toml, validate
@@ -21,9 +21,6 @@ from megatron_ds.models.gpt import GPT
 from megatron_ds.models.hf_tables import ARCHITECTURES
 from megatron_ds.models.transformer import layer_costs
 from megatron_ds.testing import device_of_rank, run_ranks
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "parity"))
-from parity_run import Outcome, ParityError, assert_parity, reference, train
 
 LENGTH = 128
 BIGBIRD = {"mode": "bigbird", "block": 16, "different_layout_per_head": True, "num_sliding_window_blocks": 1, "seed": 3}

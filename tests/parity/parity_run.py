@@ -144,11 +144,12 @@ def reference(config: RunConfig) -> Outcome:
     return train(reference_config(config), Mesh.single())
 
 
-def train_on_this_rank(rows: Sequence[Row]) -> list[Outcome]:
-    """Inside a job: every row, all of one mesh."""
+def train_on_this_rank(rows: Sequence[Row], device: str | None = None) -> list[Outcome]:
+    """Inside a job: every row, all of one mesh. ``device``: one for all ranks, instead of :func:`device_of_rank`'s."""
     configs = [config_of(row) for row in rows]
     world = dist.get_world_size()
-    mesh = Mesh.create(validate(configs[0], world), device_of_rank(dist.get_rank(), world))
+    place = torch.device(device) if device else device_of_rank(dist.get_rank(), world)
+    mesh = Mesh.create(validate(configs[0], world), place)
     outcomes = []
     for row, config in zip(rows, configs):
         validate(config, world)

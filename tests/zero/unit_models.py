@@ -167,21 +167,31 @@ def steps(made: Awkward, zero: ZeroOptimizer, mesh: Mesh, accumulate: int, which
     return peak
 
 
-def mesh_of_ranks() -> Mesh:
+def mesh_of_ranks(device: str | None = None) -> Mesh:
     world = dist.get_world_size()
-    return Mesh.create(MeshShape(dp=world), device_of_rank(dist.get_rank(), world))
+    return Mesh.create(MeshShape(dp=world), torch.device(device) if device else device_of_rank(dist.get_rank(), world))
 
 
-def train(settings: list[Setting]) -> list[tuple[dict[str, Tensor], int]]:
-    """Inside a job: the parameters after training with each setting, and the peak of :func:`steps`."""
-    mesh = mesh_of_ranks()
+def train(settings: list[Setting], device: str | None = None) -> list[tuple[dict[str, Tensor], int]]:
+    """Inside a job: the parameters after training with each setting, and the peak of :func:`steps`.
+
+    ``device``: one for all ranks, instead of that of :func:`device_of_rank`.
+    """
+    mesh = mesh_of_ranks(device)
     found = []
     for setting in settings:
-        made = model().to(mesh.device)
-        zero = optimizer_of(made, mesh, setting)
-        peak = steps(made, zero, mesh, setting.accumulate, range(STEPS))
-        with zero.gathered(made.parameters()):
-            parameters = {name: p.detach().clone().cpu() for name, p in made.named_parameters()}
-        zero.close()
-        found.append((parameters, peak))
+        try:
+            found.append(_train(setting, mesh))
+        except Exception as error:
+            raise RuntimeError(f"{setting} failed") from error
     return found
+
+
+def _train(setting: Setting, mesh: Mesh) -> tuple[dict[str, Tensor], int]:
+    made = model().to(mesh.device)
+    zero = optimizer_of(made, mesh, setting)
+    peak = steps(made, zero, mesh, setting.accumulate, range(STEPS))
+    with zero.gathered(made.parameters()):
+        parameters = {name: p.detach().clone().cpu() for name, p in made.named_parameters()}
+    zero.close()
+    return parameters, peak
