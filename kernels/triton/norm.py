@@ -1,6 +1,6 @@
 """LayerNorm and RMSNorm, forward; the backward pass is in :mod:`.norm_backward`.
 
-A program normalises a few rows; a row beyond 8192 columns is read in tiles, twice (the second time from the cache).
+A program normalises a few rows; a row beyond 16384 columns is read in tiles, twice (the second time from the cache).
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_ds.kernels.triton.common import as_rows, kept, on_device_of
-from megatron_ds.kernels.triton.norm_backward import MOST_COLUMNS, TILE, norm_backward, tile_of
+from megatron_ds.kernels.triton.norm_backward import TILE, norm_backward, tile_of
 
 __all__ = ["norm", "norm_backward"]
+
+MOST_COLUMNS = 16384  # of a row that is held in registers
 
 
 @triton.jit
