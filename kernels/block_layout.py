@@ -23,6 +23,9 @@ from megatron_ds.errors import ConfigError
 
 BLOCK_SIZES = (16, 32, 64, 128)
 FULL = -1
+# A column of blocks is long, so that several programs share it, if it holds at least so many blocks and so many times
+# those of an average one: a global column, but not the first ones of a dense causal layout.
+_LONG, _LONGER = 16, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +73,7 @@ class BlockLayout:
         rows: the blocks of each row of blocks; ``rows.index`` are columns.
         columns: the same blocks by column: ``columns.index`` are rows.
         masks: ``[m, block, block]`` bool, query by key; True where a token is allowed.
+        short_columns, long_columns: int32, together all columns of blocks; the long ones hold many times the average.
     """
 
     length: int
@@ -78,6 +82,8 @@ class BlockLayout:
     rows: BlockLists
     columns: BlockLists
     masks: Tensor
+    short_columns: Tensor
+    long_columns: Tensor
 
     @property
     def side(self) -> int:
@@ -104,6 +110,8 @@ class BlockLayout:
             rows=self.rows.to(device),
             columns=self.columns.to(device),
             masks=self.masks.to(device),
+            short_columns=self.short_columns.to(device),
+            long_columns=self.long_columns.to(device),
         )
 
     def of_heads(self, first: int, count: int) -> BlockLayout:
@@ -179,13 +187,17 @@ def build(
     side = -(-length // block)
     lines = (int(pattern.max()) + 1) * side
     transposed = line // side * side + column
+    columns = BlockLists.of(transposed, line % side, mask, lines, side)
+    counts = columns.start.diff().view(-1, side).amax(0)
+    is_long = (counts >= _LONG) & (counts > _LONGER * counts.to(torch.float32).mean())
     return BlockLayout(
         length,
         block,
         pattern.to(torch.int32),
         BlockLists.of(line, column, mask, lines, side),
-        BlockLists.of(transposed, line % side, mask, lines, side),
+        columns,
         masks,
+        *(chosen.nonzero().flatten().to(torch.int32) for chosen in (~is_long, is_long)),
     )
 
 

@@ -84,6 +84,8 @@ def _flat(layout: BlockLayout) -> list[Tensor]:
         *(rows.start, rows.partial, rows.index, rows.mask),
         *(columns.start, columns.partial, columns.index, columns.mask),
         layout.masks,
+        layout.short_columns,
+        layout.long_columns,
     ]
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from megatron_ds.kernels.triton.common import activate, as_rows, elementwise_tile, on_device_of
 
+GATED_TILE = 4096  # 2 to 4% faster than 1024 on an H200, where the other kernels lose
+
 
 @triton.jit
 def gated_kernel(x, out, x_stride, rows, features, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -85,7 +87,7 @@ def gated(x: Tensor, activation: str) -> Tensor:
     out = x.new_empty((*x.shape[:-1], features))
     rows = as_rows(x)
     if out.numel():
-        grid, tile = elementwise_tile(rows.shape[0], features)
+        grid, tile = elementwise_tile(rows.shape[0], features, GATED_TILE)
         with on_device_of(x):
             gated_kernel[grid](rows, out, rows.stride(0), rows.shape[0], features, KIND=activation, **tile)
     return out
@@ -96,7 +98,7 @@ def gated_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
     out = x.new_empty(x.shape)
     rows, grads = as_rows(x), as_rows(grad)
     if out.numel():
-        grid, tile = elementwise_tile(rows.shape[0], features)
+        grid, tile = elementwise_tile(rows.shape[0], features, GATED_TILE)
         with on_device_of(x):
             gated_backward_kernel[grid](
                 grads, rows, out, grads.stride(0), rows.stride(0), rows.shape[0], features, KIND=activation, **tile

@@ -13,9 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements a program of an elementwise kernel takes with 4 warps: 8 a thread, one 128-bit load in half precision.
-ELEMENTWISE_TILE = 1024
-
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensor's."""
@@ -27,10 +24,13 @@ def processors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.device.type == "cuda" else 2
 
 
-def elementwise_tile(rows: int, columns: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid of an elementwise kernel and its tile: a part of a row, or several rows that are short."""
-    block = min(triton.next_power_of_2(columns), ELEMENTWISE_TILE)
-    tall = ELEMENTWISE_TILE // block
+def elementwise_tile(rows: int, columns: int, elements: int = 1024) -> tuple[tuple[int, int], dict[str, int]]:
+    """The grid of an elementwise kernel and its tile of so many elements: a part of a row, or several short rows.
+
+    1024 elements are 8 a thread of 4 warps, one 128-bit load in half precision.
+    """
+    block = min(triton.next_power_of_2(columns), elements)
+    tall = elements // block
     return (triton.cdiv(rows, tall), triton.cdiv(columns, block)), {"ROWS": tall, "BLOCK": block}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_ds.kernels.triton.common import on_device_of
 
 STATISTICS_BLOCK = 4096
-GRADIENT_BLOCK = 2048
+GRADIENT_BLOCK = 1024
 
 
 @triton.jit

@@ -326,7 +326,7 @@ def norm_backward(
 
 
 def tile_of(columns: int, elements: int) -> tuple[int, int, int]:
-    """Columns and rows of a program's tile of at least this many elements, and its warps: 16 elements a thread, or 32."""
+    """Columns and rows of a tile of at least this many elements, and its warps: 16 elements a thread, or up to 32."""
     block = triton.next_power_of_2(columns)
     rows = max(1, elements // block)
     return block, rows, max(1, min(16, block * rows // 512))

@@ -162,4 +162,4 @@ def softmax_backward(grad: Tensor, y: Tensor, scale: float, causal: bool) -> Ten
 
 def _tile(keys: int) -> dict[str, int | bool]:
     block = min(triton.next_power_of_2(keys), MOST_KEYS)
-    return {"WHOLE": keys <= MOST_KEYS, "BLOCK": block, "num_warps": max(1, block // 512)}
+    return {"WHOLE": keys <= MOST_KEYS, "BLOCK": block, "num_warps": max(1, block // 1024)}

@@ -2,9 +2,10 @@
 
 A program of ``forward_kernel`` and ``query_kernel`` owns a tile of queries of one head and walks the live blocks of its
 row; one of ``key_kernel`` owns a tile of keys of one key/value head and walks, for every query head of the group, the
-live blocks of its column. So each result is written once, by one program, in an order that the layout alone decides:
-two runs give the same bits. Full blocks come first and need no mask; partial ones load theirs, a tile of bytes that
-neighbouring programs find in the cache.
+live blocks of its column. Where a column is long (a global one, in a sparse layout) several programs take a part of it
+each, and another kernel adds up. So each result is written once, by one program, in an order that the layout alone
+decides: two runs give the same bits. Full blocks come first and need no mask; partial ones load theirs, a tile of
+bytes that neighbouring programs find in the cache.
 
 Scores are kept in units of ``log2``: ``exp2`` is what the hardware has. A tile is at most a block wide; where the
 registers of a pass do not hold a whole block beside its accumulators, a block is walked in several tiles.
@@ -229,18 +230,23 @@ def key_step(
 
 @triton.jit
 def key_kernel(
-    grad, q, k, v, lse, delta, dk, dv, pattern, start, partial, index, mask_of, masks, scale,
+    grad, q, k, v, lse, delta, dk, dv, pattern, start, partial, index, mask_of, masks, chosen, scale,
     grad_batch, grad_head, grad_row, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
-    dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
+    dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, part_stride,
     groups, group, length, side,
-    TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
+    SPLIT: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a tile of keys and values, over all query heads that use them."""
+    """The gradients of a tile of keys and values, over all query heads that use them.
+
+    ``SPLIT``: a part of them, that of the third program number; the parts lie one behind the other, ``part_stride``
+    apart, with the ``chosen`` columns of blocks side by side.
+    """
     batch = (tl.program_id(1) // groups).to(tl.int64)
     kv = (tl.program_id(1) % groups).to(tl.int64)
-    first = tl.program_id(0) * TN  # a causal layout's first columns are its longest
-    inside = first % BLOCK
+    part, parts = tl.program_id(2), tl.num_programs(2)
+    inside = tl.program_id(0) % (BLOCK // TN) * TN
+    first = tl.load(chosen + tl.program_id(0) // (BLOCK // TN)) * BLOCK + inside
     scaled = scale * LOG2_E
     k_tile = load_tile(k + batch * k_batch + kv * k_head, first, k_row, length, TN, D, HEAD_DIM, EVEN)
     v_tile = load_tile(v + batch * v_batch + kv * v_head, first, v_row, length, TN, D, HEAD_DIM, EVEN)
@@ -255,6 +261,11 @@ def key_kernel(
         begin = tl.load(start + line) * (BLOCK // TM)
         middle = tl.load(partial + line) * (BLOCK // TM)
         end = tl.load(start + line + 1) * (BLOCK // TM)
+        if SPLIT:
+            count = end - begin
+            end = begin + count * (part + 1) // parts
+            begin = begin + count * part // parts
+            middle = tl.minimum(tl.maximum(middle, begin), end)
         for i in range(begin, middle):
             k_acc, v_acc = key_step(
                 k_acc, v_acc, k_tile, v_tile, i, q_head_at, grad_at, lse + rows_at, delta + rows_at, q_row, grad_row,
@@ -268,8 +279,31 @@ def key_kernel(
                 True, TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
             )  # fmt: skip
     k_acc = k_acc * scale
+    if SPLIT:
+        dk += part.to(tl.int64) * part_stride
+        dv += part.to(tl.int64) * part_stride
+        first = tl.program_id(0) * TN
+        length = tl.num_programs(0) * TN
     store_tile(dk + batch * dk_batch + kv * dk_head, first, dk_row, length, k_acc, TN, D, HEAD_DIM, EVEN)
     store_tile(dv + batch * dv_batch + kv * dv_head, first, dv_row, length, v_acc, TN, D, HEAD_DIM, EVEN)
+
+
+@triton.jit
+def add_up_kernel(
+    parts, out, chosen, part_stride, parts_head, out_batch, out_head, out_row, groups, length, count,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """The sum over the parts of a tile of the ``chosen`` columns, always in the same order."""
+    batch = (tl.program_id(1) // groups).to(tl.int64)
+    kv = (tl.program_id(1) % groups).to(tl.int64)
+    place = tl.program_id(0) * ROWS
+    first = tl.load(chosen + place // BLOCK) * BLOCK + place % BLOCK
+    parts += tl.program_id(1).to(tl.int64) * parts_head
+    total = tl.zeros([ROWS, D], tl.float32)
+    for _ in range(count):
+        total += load_tile(parts, place, HEAD_DIM, place + ROWS, ROWS, D, HEAD_DIM, True)
+        parts += part_stride
+    store_tile(out + batch * out_batch + kv * out_head, first, out_row, length, total, ROWS, D, HEAD_DIM, EVEN)
 
 
 def forward(
@@ -311,10 +345,30 @@ def backward(
             *inputs, *out.stride()[:3], *dq.stride()[:3], n, *sizes, BLOCK=block, **shape, **tile,
         )  # fmt: skip
         tile = _tiles("key", block, d, q.dtype)
-        key_kernel[triton.cdiv(s, tile["TN"]), b * groups](
-            grad, q, k, v, lse, delta, dk, dv, layout[0], *layout[5:9], layout[9], scale,
-            *inputs, *dk.stride()[:3], *dv.stride()[:3], groups, *sizes, BLOCK=block, **shape, **tile,
-        )  # fmt: skip
+        short, long = layout[10:]
+        columns = block // tile["TN"]
+        lists = layout[0], *layout[5:10]
+        if len(short):
+            key_kernel[len(short) * columns, b * groups](
+                grad, q, k, v, lse, delta, dk, dv, *lists, short, scale,
+                *inputs, *dk.stride()[:3], *dv.stride()[:3], 0, groups, *sizes,
+                SPLIT=False, BLOCK=block, **shape, **tile,
+            )  # fmt: skip
+        if len(long):
+            parts = min(32, sizes[-1] // 8)
+            rows = len(long) * block
+            both = lse.new_empty((2, parts, b, groups, rows, d))
+            strides = both.stride()[2:5]
+            key_kernel[len(long) * columns, b * groups, parts](
+                grad, q, k, v, lse, delta, both[0], both[1], *lists, long, scale,
+                *inputs, *strides, *strides, both.stride(1), groups, *sizes,
+                SPLIT=True, BLOCK=block, **shape, **tile,
+            )  # fmt: skip
+            for sums, out_ in zip(both, (dk, dv)):
+                add_up_kernel[rows // 16, b * groups](
+                    sums, out_, long, both.stride(1), strides[1], *out_.stride()[:3], groups, s, parts,
+                    ROWS=16, BLOCK=block, D=shape["D"], HEAD_DIM=d, EVEN=shape["EVEN"], num_warps=2,
+                )  # fmt: skip
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -332,21 +386,21 @@ def _shape(length: int, head_dim: int, block: int, dtype: torch.dtype) -> dict[s
 
 
 def _tiles(kernel: str, block: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Queries and keys a tile, warps and pipeline stages: the largest that do not spill on sm_90; not yet measured."""
+    """Queries and keys a tile, warps and pipeline stages: in half precision those that were fastest on an H200."""
     wide = head_dim > 64
     if dtype == torch.float32:  # three tf32 products keep both halves of their operands in registers
         side = 16 if wide else min(block, 32)
         warps = {"forward": 4, "query": 2, "key": 8}[kernel] if wide else 8 if side == 32 else 4
         return {"TM": side, "TN": side, "num_warps": warps, "num_stages": 1}
     if kernel == "forward":
-        tm, tn, stages = block, min(block, 64), 3
+        tm, tn, stages = min(block, 64 if wide else 128), min(block, 64), 3
     elif kernel == "query":
         # The masks of a padded head dim take registers too.
-        keys = 32 if wide and head_dim & (head_dim - 1) else 64
-        tm, tn, stages = min(block, 64 if wide else 128), min(block, keys), 2
+        keys = 32 if not wide or head_dim & (head_dim - 1) else 64
+        tm, tn, stages = min(block, 64), min(block, keys), 2
     else:
-        tm, tn, stages = min(block, 32 if wide else 64), min(block, 64 if wide else 128), 2
+        tm, tn, stages = min(block, 32 if wide else 64), min(block, 128 if wide else 64), 3 if wide else 2
     warps = {16: 1, 32: 2, 64: 4, 128: 8}[max(tm, tn)]
-    if kernel == "key" and wide:  # two accumulators of 128 columns
+    if kernel == "key" and wide and tn < 128:  # two accumulators of 128 columns
         warps *= 2
     return {"TM": tm, "TN": tn, "num_warps": warps, "num_stages": stages}

@@ -82,7 +82,8 @@ def train_zero(settings: list[Setting], device: str) -> Any:
 
 
 def train_rows(rows: list[Row], device: str) -> Any:
-    return parity_run.train_on_this_rank(rows, device)
+    with parity_run.rotary_tables_of_the_cpu():
+        return parity_run.train_on_this_rank(rows, device)
 
 
 def run(function: Any, world_size: int, cases: list[Any], device: str) -> list[Any]:

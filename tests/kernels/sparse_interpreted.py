@@ -33,6 +33,12 @@ def empty_rows(length: int, block: int, heads: int) -> BlockLayout:
     return from_mask(allowed, block)
 
 
+def from_causal_columns(length: int, block: int, heads: int, columns: int) -> BlockLayout:
+    """The first keys and a diagonal, of single tokens: each block has a mask, and the first columns are long."""
+    query, key = torch.arange(length).view(-1, 1), torch.arange(length)
+    return from_mask(((key < columns) & (key % 3 < query % 5) | (query == key)).expand(heads, -1, -1), block)
+
+
 @dataclass(frozen=True)
 class Case:
     layout: Callable[..., BlockLayout]
@@ -56,6 +62,8 @@ CASES = {
     "shorter than a block": Case(patterns.dense, length=5, head_dim=8),
     "several tiles a block": Case(patterns.dense, block=64, length=128, heads=1, head_dim=64),
     "several tiles a block, half": Case(patterns.dense, block=128, length=200, heads=1, head_dim=64, dtype="float16"),
+    "long columns": Case(patterns.bigbird, length=330, heads=4, groups=2),
+    "long columns, all of them partial": Case(partial(from_causal_columns, columns=20), length=320),
     "large logits": Case(patterns.sliding_window, factor=200.0),
 }
 

@@ -165,6 +165,13 @@ def test_the_transpose_lists_the_same_blocks_with_the_same_masks(layout: BlockLa
     assert sorted(by_column) == sorted(entries(layout.rows))
 
 
+def test_long_columns_are_the_global_ones_of_a_sparse_layout() -> None:
+    layout = patterns.bigbird(640, 16, 4, num_global_blocks=2, different_layout_per_head=True)
+    assert layout.long_columns.tolist() == [0, 1] and layout.short_columns.tolist() == list(range(2, 40))
+    for even in (patterns.dense(640, 16, 2), patterns.sliding_window(640, 16, 2), patterns.bigbird(160, 16, 2)):
+        assert not len(even.long_columns) and even.short_columns.tolist() == list(range(even.side))
+
+
 def test_a_rank_takes_its_own_heads(layout: BlockLayout) -> None:
     whole = layout.to_mask()
     for first, count in ((0, 5), (0, 2), (2, 2), (4, 1)):

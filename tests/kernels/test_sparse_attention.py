@@ -267,7 +267,8 @@ def interpreted() -> dict[str, dict[str, float]]:
 
 CASES = (
     "sliding", "half", "grouped", "odd length", "odd length both ways", "padded head dim", "empty rows",
-    "shorter than a block", "several tiles a block", "several tiles a block, half", "large logits", "the public op",
+    "shorter than a block", "several tiles a block", "several tiles a block, half", "long columns",
+    "long columns, all of them partial", "large logits", "the public op",
 )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -15,7 +16,9 @@ from parity_rows import STEPS, VOCABULARY, Row, config_of, reference_config
 
 from megatron_ds.config import RunConfig, validate
 from megatron_ds.data.loader import BatchLoader, MicroBatch
+from megatron_ds.layers.position import rotary_table
 from megatron_ds.mesh import Mesh
+from megatron_ds.models import transformer
 from megatron_ds.models.families import model_of
 from megatron_ds.shard import ShardSpec, spec_of
 from megatron_ds.shared_memory import SharedExchange
@@ -142,6 +145,19 @@ def _whole(spec: ShardSpec, parameter: torch.Tensor) -> Part:
 def reference(config: RunConfig) -> Outcome:
     """The same run on one process."""
     return train(reference_config(config), Mesh.single())
+
+
+@contextmanager
+def rotary_tables_of_the_cpu() -> Iterator[None]:
+    """Rotary angles are fp32 by definition, and sines of them on two devices differ in the last bit, by 6e-8: inside,
+    all are computed on the CPU, so that everything else can be compared to 1e-9."""
+
+    def table(positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        both = rotary_table(positions.cpu(), frequencies.cpu(), dtype)
+        return tuple(part.to(positions.device) for part in both)
+
+    with patch.object(transformer, "rotary_table", table):
+        yield
 
 
 def train_on_this_rank(rows: Sequence[Row], device: str | None = None) -> list[Outcome]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from parity_rows import Row, config_of
-from parity_run import assert_parity, reference, train
-from torch import Tensor
+from parity_run import assert_parity, reference, rotary_tables_of_the_cpu, train
 
 from megatron_ds.config import validate
-from megatron_ds.layers import position
 from megatron_ds.mesh import Mesh
 
 pytestmark = [
@@ -33,16 +29,8 @@ def on(row: Row, device: str) -> Mesh:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_one_gpu_computes_what_a_cpu_does(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_gpu_computes_what_a_cpu_does(row: Row) -> None:
     """Dropout included: which elements are dropped follows from names and indices."""
-
-    def table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        both = rotary_table(positions.cpu(), frequencies.cpu(), dtype)
-        return tuple(part.to(positions.device) for part in both)
-
-    # Rotary angles are fp32 by definition, and the devices' sines of them differ in the last bit, by 6e-8.
-    rotary_table = position.rotary_table
-    for module in (position, *(m for m in sys.modules.values() if getattr(m, "rotary_table", None) is rotary_table)):
-        monkeypatch.setattr(module, "rotary_table", table)
     config = config_of(row)
-    assert_parity([train(config, on(row, "cuda"))], reference(config))
+    with rotary_tables_of_the_cpu():
+        assert_parity([train(config, on(row, "cuda"))], reference(config))

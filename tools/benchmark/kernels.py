@@ -34,8 +34,10 @@ from megatron_ds.kernels import registry
 
 NOT_MEASURED = "no CUDA device: not measured"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-# More than any L2 cache; and its 0.3 ms hide the time in which Python launches what is measured.
-FLUSHED_BYTES = 1 << 30
+FLUSHED_BYTES = 1 << 30  # more than any L2 cache
+HEAD_START = 2_000_000
+"""Cycles, about a millisecond, that the device is kept busy while Python launches what is measured: a backward pass of
+several kernels takes Python longer than the flush takes the device, and gaps would be counted."""
 REPEATS = 30
 
 
@@ -107,6 +109,7 @@ def milliseconds(function: Callable[[], Any], repeats: int = REPEATS) -> float:
     times = []
     for _ in range(repeats):
         flushed.zero_()
+        torch.cuda._sleep(HEAD_START)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         function()
