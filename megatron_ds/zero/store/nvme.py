@@ -100,7 +100,10 @@ class NvmeStore:
         self._streams = Streams(device) if device.type == "cuda" else None
         self._blocks = BlockPool(device, True, pin and self._streams is not None, host_bytes)
         self._host_bytes = host_bytes
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="nvme-store")
+        # A thread of its own starts on the first GPU: page-locking there would open a context on it for every rank.
+        self._pool = ThreadPoolExecutor(
+            threads, "nvme-store", *((torch.cuda.set_device, (device,)) if self._streams is not None else ())
+        )
         # Guards everything below, the pool of blocks and the regions' fields; told whenever a job ends.
         self._changed = threading.Condition()
         self._waiting: list[NvmeRegion] = []  # reads without a buffer, in order
@@ -133,6 +136,8 @@ class NvmeStore:
     def close(self) -> None:
         """End the threads, after the chunks they are at, and free the buffers and the disk space."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._streams is not None:
+            torch.cuda.synchronize(self.device)  # chunks that no thread waits for any more
         with self._changed:
             self._failure = self._failure or RuntimeError("the store is closed")
             self._blocks.clear()
