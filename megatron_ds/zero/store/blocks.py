@@ -35,6 +35,7 @@ class HostBlock:
             # Of a block that nobody frees too: memory that is registered when it is given back to the system cannot
             # be registered by whoever gets it next.
             self._unlock = weakref.finalize(self, cuda.cudaHostUnregister, address)
+            self._unlock.atexit = False  # the end of the process does it
 
     def free(self) -> None:
         if self._unlock is not None:

@@ -22,6 +22,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,9 +102,8 @@ class NvmeStore:
         self._blocks = BlockPool(device, True, pin and self._streams is not None, host_bytes)
         self._host_bytes = host_bytes
         # A thread of its own starts on the first GPU: page-locking there would open a context on it for every rank.
-        self._pool = ThreadPoolExecutor(
-            threads, "nvme-store", *((torch.cuda.set_device, (device,)) if self._streams is not None else ())
-        )
+        begin = None if self._streams is None else partial(torch.cuda.set_device, self._streams.up.device)
+        self._pool = ThreadPoolExecutor(threads, "nvme-store", begin)
         # Guards everything below, the pool of blocks and the regions' fields; told whenever a job ends.
         self._changed = threading.Condition()
         self._waiting: list[NvmeRegion] = []  # reads without a buffer, in order
