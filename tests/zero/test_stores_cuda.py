@@ -206,6 +206,28 @@ def test_a_new_block_is_not_filled_while_what_had_its_memory_is_in_use(tmp_path:
     store.close()
 
 
+def test_memory_of_a_block_is_given_back_when_it_is_loaded() -> None:
+    """Of a read that was dropped before it was waited for: whoever gets the memory next writes it on another stream."""
+    store = HostStore(torch.device("cuda", 0), staging_bytes=BlockPool.cost(8 * FEW))
+    small, large = (store.allocate(name, numel, torch.float32) for name, numel in (("small", FEW), ("large", 2 * FEW)))
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    hold_back(up_of(store))
+    small.read_start()
+    block = store._blocks._made[0]
+    assert block.device is not None
+    was, size = block.device.data_ptr(), block.size
+    keeps_apart = torch.empty(size, dtype=torch.uint8, device="cuda")
+    small.release()
+    del block
+    large.read_start().wait()
+    taken = torch.full((size // 4,), 5.0, device="cuda")
+    assert taken.data_ptr() == was != keeps_apart.data_ptr(), "the test shows nothing: other memory was taken"
+    torch.cuda.synchronize()
+    assert is_all(taken, 5.0)
+    store.close()
+
+
 def test_all_of_a_region_is_loaded_whichever_thread_is_last(tmp_path: Path) -> None:
     """The thread that queued the first chunk is slow to say so, and the copies of all others wait for the device."""
 
