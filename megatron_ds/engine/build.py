@@ -260,7 +260,7 @@ def _train_step(
     )
 
     def count(micro_batches: Sequence[Any]) -> Tensor:
-        return torch.tensor(float(len(micro_batches) if config.losses == "mean" else 1), device=device)
+        return torch.full((), float(len(micro_batches) if config.losses == "mean" else 1), device=device)
 
     rate = rate_of(config)
     if callable(lr_scheduler):

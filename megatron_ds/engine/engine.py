@@ -151,7 +151,8 @@ class Engine:
     def _count(self, micro_batches: int) -> Tensor:
         """What a step's loss is divided by, over all ranks."""
         each = micro_batches if self.config.losses == "mean" else 1
-        return torch.tensor(float(each * self.mesh.data.size), dtype=torch.float64, device=self.mesh.device)
+        # Filled on the device: copying a number there would wait for the update of the step before.
+        return torch.full((), float(each * self.mesh.data.size), dtype=torch.float64, device=self.mesh.device)
 
     def backward(self, loss: Tensor) -> Tensor:
         """Gradients of a micro-batch. With the step's last one they are reduced over the ranks meanwhile.

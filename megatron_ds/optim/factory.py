@@ -119,7 +119,10 @@ class SegmentOptimizer:
                 torch._foreach_mul_(self._gradients, scale)
             else:
                 # torch.amp.GradScaler's own protocol: the fused kernel divides while it reads, with no pass of its own.
-                inverse = 1.0 / torch.as_tensor(scale, dtype=torch.float32, device=self._gradients[0].device)
+                # A number is filled in on the device: copying it there would wait for all that is queued.
+                divisor = self._counts.new_empty(())
+                divisor.copy_(scale) if isinstance(scale, torch.Tensor) else divisor.fill_(scale)
+                inverse = 1.0 / divisor
         for group in self._groups:
             self._update(group, lr, inverse)
 

@@ -134,6 +134,7 @@ class TrainStep:
         norm_squared /= scale * scale
         skipped = not math.isfinite(norm_squared)
         norm = norm_squared if skipped else math.sqrt(norm_squared)
+        counted = int(count)  # read while the device has nothing else to do: the update runs on behind the host
         self.scaler.update(found_inf=skipped)
         if skipped:
             self.optimizer.skip()
@@ -142,7 +143,6 @@ class TrainStep:
                 self._clip_elements(self.clip_value * scale)
             clip = clip_coefficient(torch.tensor(norm_squared, dtype=torch.float64), self.clip_norm)
             self.optimizer.step(rate, clip.item() / scale)
-        counted = int(count)
         return StepResult(loss / max(counted, 1), norm, rate, counted, loss_scale, skipped, stopping > 0)
 
     def _clip_elements(self, bound: float) -> None:

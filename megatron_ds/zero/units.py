@@ -151,8 +151,10 @@ class Gatherer:
         """
         if axis.group is None or not any(cast(TransientParameters, b.parameters).is_collective for b in self._buckets):
             return
-        digest = [len(self._order), crc32("\n".join(self._names()).encode())]
-        self._orders = comm.gather_dim0(torch.tensor(digest, device=self._buckets[0].tensors[0].device), axis)
+        # Filled on the device: copying numbers there would wait for all that is queued, the whole backward pass.
+        digest = torch.full((2,), len(self._order), dtype=torch.int64, device=self._buckets[0].tensors[0].device)
+        digest[1:].fill_(crc32("\n".join(self._names()).encode()))
+        self._orders = comm.gather_dim0(digest, axis)
 
     def _names(self) -> list[str]:
         return [bucket.layout.slots[0].spec.name for bucket in self._order]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import Case, run_all
+from engine_cases import Awkward, Case, Ran, look, run_all, take_step
 from test_engine_parity import check
 from torch import Tensor, nn
 
@@ -95,3 +96,81 @@ def test_offload_changes_no_bit_however_far_the_device_is_behind(dtype: str, tmp
     for setting, parameters in zip(settings[1:], results[1:], strict=True):
         for number, (got, want) in enumerate(zip(parameters, results[0], strict=True)):
             assert torch.equal(got, want), f"{setting}: parameter {number}"
+
+
+def waits(settings: list[dict[str, Any]], own_optimizer: bool) -> list[list[str]]:
+    """Where the host waited for the device in one step after two others, for each of the settings."""
+    found = []
+    for zero in settings:
+        torch.manual_seed(0)
+        net = nn.Sequential(*(Layer() for _ in range(3)))
+        optimizer = None if own_optimizer else torch.optim.AdamW(net.parameters(), lr=1e-3)
+        config = {
+            "accumulation": 2,
+            "precision": {"dtype": "bf16"},
+            "optimizer": {"clip_norm": 1e-3},
+            "zero": {"bucket_mb": 3.0, **zero},
+        }
+        engine = megatron_ds.initialize(net, config, optimizer)
+        inputs = torch.randn(64, WIDTH, device="cuda", dtype=torch.bfloat16)
+        for step in range(3):
+            torch.cuda.synchronize()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                if step == 2:
+                    torch.cuda.set_sync_debug_mode("warn")
+                try:
+                    for _ in range(2):
+                        engine.backward(engine(inputs).float().square().mean())
+                        engine.step()
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+        found.append([f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)])
+        engine.zero.close()
+    return found
+
+
+@pytest.mark.parametrize("own_optimizer", [True, False], ids=["own", "torch"])
+def test_the_host_waits_for_the_norm_and_for_nothing_else(own_optimizer: bool, tmp_path: Path) -> None:
+    settings: list[dict[str, Any]] = [{"stage": 1}]
+    settings += [{"stage": stage, **offloaded(stage, place, tmp_path)} for stage in (2, 3) for place in ("cpu", "nvme")]
+    (found,) = run_ranks(waits, 1, settings, own_optimizer)
+    for setting, places in zip(settings, found, strict=True):
+        assert places, "nothing is seen at all"
+        assert len(places) <= 3 and all(place.startswith("step.py") for place in places), f"{setting}: {places}"
+
+
+def saved_and_loaded(folder: Path, devices: list[str]) -> list[Ran]:
+    """Train on the first device, then hand the checkpoint from one to the next: what each of them holds."""
+    found = []
+    for number, device in enumerate(devices):
+        place = ("none", "cpu", "nvme")[number % 3]
+        case = Case(stage=3, zero={**offloaded(3, place, folder)})
+        net, ran = Awkward().double(), Ran()
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2, amsgrad=True)
+        engine = megatron_ds.initialize(net, {**case.config, "device": device}, optimizer)
+        assert engine.mesh.device.type == device
+        if number == 0:
+            take_step(engine, 0, ran)
+        else:
+            engine.load_checkpoint(folder / str(number - 1))
+        engine.save_checkpoint(folder / str(number))
+        look(engine, ran)
+        found.append(ran)
+        engine.zero.close()
+    return found
+
+
+def check_the_same_bits(runs: list[Ran]) -> None:
+    for ran in runs[1:]:
+        for name, parameter in runs[0].parameters.items():
+            assert torch.equal(ran.parameters[name], parameter), name
+        for name, state in runs[0].state.items():
+            assert state.keys() == ran.state[name].keys() and len(state) == 3
+            for kind, tensor in state.items():
+                assert torch.equal(ran.state[name][kind], tensor), (name, kind)
+
+
+def test_a_checkpoint_goes_from_gpu_to_cpu_and_back(tmp_path: Path) -> None:
+    (runs,) = run_ranks(saved_and_loaded, 1, tmp_path, ["cuda", "cpu", "cuda", "cuda"])
+    check_the_same_bits(runs)

@@ -165,8 +165,12 @@ def test_a_read_begins_when_it_is_asked_for_and_not_when_it_is_waited_for(tmp_pa
     assert region.phase is Phase.READY and coming.wait().eq(0).all()
     region.release()
     assert len(store._blocks._idle) == 1
+    store.allocate("read ahead", 40_000, torch.float32).read_start()
+    store.drain()
+    buffers = [block.host for block in store._blocks._made]
     store.close()
-    assert not store._blocks._idle, "no buffer outlives the store"
+    assert not store._blocks._idle and len(buffers) == 1, "no buffer outlives the store"
+    assert all(buffer is not None and buffer.tensor.numel() == 0 for buffer in buffers)
 
 
 def test_each_chunk_is_read_and_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

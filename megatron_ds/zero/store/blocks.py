@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from dataclasses import dataclass, field
 
 import torch
@@ -21,20 +23,23 @@ class HostBlock:
 
     def __init__(self, size: int, pin: bool):
         self.tensor = aligned_buffer(size)
-        self._registered = pin and size > 0
-        if self._registered:
-            code = torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), size, 0)
+        self._unlock: weakref.finalize | None = None
+        if pin and size > 0:
+            cuda, address = torch.cuda.cudart(), self.tensor.data_ptr()
+            code = cuda.cudaHostRegister(address, size, 0)
             if int(code) != 0:
-                self._registered = False
                 raise RuntimeError(
                     f"CUDA could not page-lock {size} bytes of host memory (error {int(code)}); set "
                     "pin_memory=false, or raise the limit of `ulimit -l`"
                 )
+            # Of a block that nobody frees too: memory that is registered when it is given back to the system cannot
+            # be registered by whoever gets it next.
+            self._unlock = weakref.finalize(self, cuda.cudaHostUnregister, address)
+            self._unlock.atexit = False  # the end of the process does it
 
     def free(self) -> None:
-        if self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
-            self._registered = False
+        if self._unlock is not None:
+            self._unlock()
         self.tensor = self.tensor.new_empty(0)
 
 
@@ -76,6 +81,7 @@ class BlockPool:
     pin: bool = False
     limit: int | None = None
     total: int = 0
+    _made: list[Block] = field(default_factory=list)
     _idle: list[Block] = field(default_factory=list)
 
     def take(self, size: int) -> Block | None:
@@ -94,19 +100,21 @@ class BlockPool:
         self.total += cost
         block = Block(size, HostBlock(size, self.pin) if self.with_host else None, None)
         if self.device.type == "cuda":
+            # What the allocator hands out may have been given back with work on it still queued: that is in order on
+            # the stream it is allocated for, and for the stream that will fill it only through this event.
             block.device = torch.empty(size, dtype=torch.uint8, device=self.device)
-            # The allocator hands out memory that kernels queued before still use; only the current stream may rely on
-            # being behind them.
             block.free = torch.cuda.current_stream(self.device).record_event()
+        self._made.append(block)
         return block
 
     def give(self, block: Block) -> None:
         self._idle.append(block)
 
     def clear(self) -> None:
-        """Free the idle blocks."""
-        while self._idle:
-            self._drop(self._idle.pop())
+        """Free all blocks, those in use too. Nothing may be under way."""
+        while self._made:
+            self._drop(self._made[-1])
+        self._idle.clear()
 
     @staticmethod
     def cost(size: int) -> int:
@@ -118,6 +126,7 @@ class BlockPool:
             block.free.synchronize()
         if block.host is not None:
             block.host.free()
+        self._made.remove(block)
         self.total -= self.cost(block.size)
 
 
@@ -128,22 +137,21 @@ class Streams:
         self.device = device
         self.up = torch.cuda.Stream(device)
         self.down = torch.cuda.Stream(device)
+        self._loading = threading.Lock()
 
     def now(self) -> Event:
         """What the compute stream has been given so far."""
         return torch.cuda.current_stream(self.device).record_event()
 
     def load(self, block: Block, host: torch.Tensor, start: int) -> None:
-        """Queue ``host`` into the twin from byte ``start`` on. Several threads may each queue a part."""
+        """Queue ``host`` into the twin from byte ``start`` on; ``loaded`` then covers everything queued so far."""
         assert block.device is not None
-        with torch.cuda.stream(self.up):
+        # Several threads load parts of one block: the event that is kept must be the one recorded last.
+        with self._loading, torch.cuda.stream(self.up):
             if block.free is not None:
                 self.up.wait_event(block.free)
             block.device[start : start + host.numel()].copy_(host, non_blocking=True)
-
-    def all_queued(self, block: Block) -> None:
-        """Every part of the twin is queued: ``loaded`` is when they are there."""
-        block.loaded = self.up.record_event()
+            block.loaded = self.up.record_event()
 
     def store(self, block: Block, host: torch.Tensor, start: int, after: Event) -> Event:
         """Queue the twin's bytes from ``start`` on into ``host``, once ``after`` is done; when they are there."""

@@ -94,7 +94,6 @@ class _TravellingRegion:
         if self._written is not None:
             self._streams.up.wait_event(self._written)
         self._streams.load(block, self._bytes, 0)
-        self._streams.all_queued(block)
         self._block = block
         assert block.device is not None
         tensor = block.device[: self._bytes.numel()].view(self.dtype)

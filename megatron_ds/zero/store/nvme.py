@@ -22,6 +22,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -100,7 +101,9 @@ class NvmeStore:
         self._streams = Streams(device) if device.type == "cuda" else None
         self._blocks = BlockPool(device, True, pin and self._streams is not None, host_bytes)
         self._host_bytes = host_bytes
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="nvme-store")
+        # A thread of its own starts on the first GPU: page-locking there would open a context on it for every rank.
+        begin = None if self._streams is None else partial(torch.cuda.set_device, self._streams.up.device)
+        self._pool = ThreadPoolExecutor(threads, "nvme-store", begin)
         # Guards everything below, the pool of blocks and the regions' fields; told whenever a job ends.
         self._changed = threading.Condition()
         self._waiting: list[NvmeRegion] = []  # reads without a buffer, in order
@@ -133,6 +136,8 @@ class NvmeStore:
     def close(self) -> None:
         """End the threads, after the chunks they are at, and free the buffers and the disk space."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._streams is not None:
+            torch.cuda.synchronize(self.device)  # chunks that no thread waits for any more
         with self._changed:
             self._failure = self._failure or RuntimeError("the store is closed")
             self._blocks.clear()
@@ -251,9 +256,6 @@ class NvmeStore:
 
     def _finished(self, region: NvmeRegion) -> None:
         if region.phase is Phase.READING:
-            if self._streams is not None:
-                assert region.block is not None
-                self._streams.all_queued(region.block)  # not by each chunk: the last event set need not be the latest
             region.phase = Phase.READY
             self._ready.append(region)
         else:
