@@ -32,7 +32,7 @@ def dropout_add(x: Tensor, residual: Tensor | None, row_keys: Tensor, p: float, 
     out = x.new_empty(x.shape)
     rows, base = as_rows(x), None if residual is None else as_rows(residual)
     if out.numel():
-        grid, tile = elementwise_tile(*rows.shape, 2048)
+        grid, tile = elementwise_tile(rows.shape[0], rows.shape[1], 2048)
         with on_device_of(x):
             dropout_add_kernel[grid](
                 rows, base, row_keys.contiguous(), out, rows.stride(0), 0 if base is None else base.stride(0),
