@@ -114,7 +114,10 @@ class TrainStep:
 
     def excess(self, count: Tensor) -> float:
         """What the gradients are too large by: the loss scale, times 1 but for a count that came out different."""
-        return self.scaler.scale * (count.clamp(min=1) / self._seeded).item()
+        return self.scaler.scale * self._difference(count).item()
+
+    def _difference(self, count: Tensor) -> Tensor:
+        return count.clamp(min=1) / self._seeded
 
     def finish(self, step: int, loss_sum: Tensor, count: Tensor, stop: bool = False) -> StepResult:
         """Reduce, clip and update, or skip, after the last backward pass.
@@ -129,12 +132,14 @@ class TrainStep:
                 torch.cuda.synchronize(self.mesh.device)
             self.seconds = time.perf_counter() - self._begun
         self.reduce()
-        norm_squared, loss, stopping = self._sum_over_world(self.optimizer.norm_squared(), loss_sum, stop)
-        scale = self.excess(count)
+        summed = self._sum_over_world(self.optimizer.norm_squared(), loss_sum, stop)
+        # All that the host needs to know of the device, in its one wait for it: the update runs on behind the host.
+        known = torch.stack([*summed, count.double(), self._difference(count).double()]).tolist()
+        norm_squared, loss, stopping, counted, difference = known
+        scale = self.scaler.scale * difference
         norm_squared /= scale * scale
         skipped = not math.isfinite(norm_squared)
         norm = norm_squared if skipped else math.sqrt(norm_squared)
-        counted = int(count)  # read while the device has nothing else to do: the update runs on behind the host
         self.scaler.update(found_inf=skipped)
         if skipped:
             self.optimizer.skip()
@@ -143,7 +148,7 @@ class TrainStep:
                 self._clip_elements(self.clip_value * scale)
             clip = clip_coefficient(torch.tensor(norm_squared, dtype=torch.float64), self.clip_norm)
             self.optimizer.step(rate, clip.item() / scale)
-        return StepResult(loss / max(counted, 1), norm, rate, counted, loss_scale, skipped, stopping > 0)
+        return StepResult(loss / max(counted, 1), norm, rate, int(counted), loss_scale, skipped, stopping > 0)
 
     def _clip_elements(self, bound: float) -> None:
         """Every element of the reduced gradients to ``[-bound, bound]``, wherever it is kept."""
@@ -173,9 +178,8 @@ class TrainStep:
         speaks = self.mesh.pp.is_last and self.mesh.tp.is_first
         return value if speaks else torch.zeros_like(value)
 
-    def _sum_over_world(self, norm_squared: Tensor, loss_sum: Tensor, stop: bool) -> tuple[float, float, float]:
-        """The step's one message between all ranks, and its one host synchronisation."""
-        flag = torch.tensor(float(stop), dtype=torch.float64, device=self.mesh.device)
+    def _sum_over_world(self, norm_squared: Tensor, loss_sum: Tensor, stop: bool) -> Tensor:
+        """``[3]`` float64: the step's one message between all ranks."""
+        flag = torch.full((), float(stop), dtype=torch.float64, device=self.mesh.device)
         packed = torch.stack([norm_squared.double(), self._own_loss(loss_sum).double(), flag])
-        first, second, third = comm.all_reduce(packed, self.mesh.world).tolist()
-        return first, second, third
+        return comm.all_reduce(packed, self.mesh.world)

@@ -95,6 +95,8 @@ def rows(model: str, rounds: list[dict[str, Figures]], w: Workload, peak: float 
     """One row a contestant: medians over rounds, ratios within each."""
     lines = []
     for name, what in CONTESTANTS.items():
+        if not any(name in r for r in rounds):
+            continue
         good = [r[name] for r in rounds if "error" not in r.get(name, {"error": ""})]
         if not good:
             lines.append([model, what, "failed: " + rounds[-1].get(name, {}).get("error", "not run")[-160:]])
@@ -134,6 +136,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a run")
     parser.add_argument("--warmup", type=int, default=4, help="steps of a run before the clock starts")
     parser.add_argument("--micro-batch", type=int, help="sequences a micro-batch; default: by the GPU's memory")
+    parser.add_argument("--contestants", nargs="*", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--limit", type=float, default=900.0, help="seconds that one run may take")
     parser.add_argument("--smoke", action="store_true", help="tiny models, on a CPU too: the script runs, no figures")
@@ -152,7 +155,7 @@ def main() -> None:
     lines: list[list[Any]] = []
     for model in args.models:
         w = workload(model, args.micro_batch, args.smoke)
-        rounds = [{c: run_once(c, model, args) for c in CONTESTANTS} for _ in range(args.rounds)]
+        rounds = [{c: run_once(c, model, args) for c in args.contestants} for _ in range(args.rounds)]
         print(f"{model}: {w.accumulate} micro-batches of {w.batch // w.accumulate} x {w.sequence} tokens", flush=True)
         lines += rows(model, rounds, w, peak)
     print(table(lines))
