@@ -45,21 +45,23 @@ def test_one_gpu_equals_plain_torch_on_a_cpu(place: str, tmp_path: Path) -> None
 
 
 class Layer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
 
 
-def trained(dtype: str, settings: list[dict[str, Any]], lag: int) -> list[list[Tensor]]:
+def trained(
+    dtype: str, settings: list[dict[str, Any]], lag: int, width: int = WIDTH, layers: int = LAYERS
+) -> list[list[Tensor]]:
     """Parameters after four steps with each of the settings; before each forward, backward and update the device is
     given ``lag`` cycles of nothing, so that the host runs far ahead of it."""
     found = []
     for zero in settings:
         torch.manual_seed(0)
-        net = nn.Sequential(*(Layer() for _ in range(LAYERS)))
+        net = nn.Sequential(*(Layer(width) for _ in range(layers)))
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
         config = {
             "accumulation": 2,
@@ -72,7 +74,7 @@ def trained(dtype: str, settings: list[dict[str, Any]], lag: int) -> list[list[T
         generator = torch.Generator("cuda").manual_seed(1)
         for _ in range(4):
             for _ in range(2):
-                x = torch.randn(64, WIDTH, device="cuda", generator=generator).to(next(net.parameters()).dtype)
+                x = torch.randn(64, width, device="cuda", generator=generator).to(next(net.parameters()).dtype)
                 torch.cuda._sleep(lag)
                 loss = engine(x).float().square().mean()
                 engine.backward(loss)
@@ -93,6 +95,15 @@ def test_offload_changes_no_bit_however_far_the_device_is_behind(dtype: str, tmp
     settings.append({"stage": 3, **offloaded(3, "nvme", tmp_path, ratio=0.5, pin_memory=False), "prefetch": 2})
     settings.append({"stage": 3, **offloaded(3, "nvme", tmp_path), "host_memory_mb": 30})
     (results,) = run_ranks(trained, 1, dtype, settings, 4_000_000)
+    for setting, parameters in zip(settings[1:], results[1:], strict=True):
+        for number, (got, want) in enumerate(zip(parameters, results[0], strict=True)):
+            assert torch.equal(got, want), f"{setting}: parameter {number}"
+
+
+def test_offload_of_large_regions_changes_no_bit(tmp_path: Path) -> None:
+    """State of 800 MB a bucket: copies that are still under way when the next step's backward pass runs."""
+    settings = [{"stage": 1, **offloaded(1, place, tmp_path)} for place in PLACES]
+    (results,) = run_ranks(trained, 1, "bf16", settings, 0, 8192, 3)
     for setting, parameters in zip(settings[1:], results[1:], strict=True):
         for number, (got, want) in enumerate(zip(parameters, results[0], strict=True)):
             assert torch.equal(got, want), f"{setting}: parameter {number}"
