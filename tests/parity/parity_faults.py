@@ -170,9 +170,10 @@ def norm_of_the_own_stage() -> AbstractContextManager[Any]:
     """The clipping norm of each pipeline stage alone."""
     sum_over_world = TrainStep._sum_over_world
 
-    def own(step: TrainStep, norm_squared: Tensor, loss_sum: Tensor, stop: bool) -> tuple[float, float, float]:
-        _, total, stopping = sum_over_world(step, norm_squared, loss_sum, stop)
-        return float(norm_squared), total, stopping
+    def own(step: TrainStep, norm_squared: Tensor, loss_sum: Tensor, stop: bool) -> Tensor:
+        summed = sum_over_world(step, norm_squared, loss_sum, stop)
+        summed[0] = norm_squared
+        return summed
 
     return patch.object(TrainStep, "_sum_over_world", own)
 
