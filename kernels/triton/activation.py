@@ -45,17 +45,9 @@ def gated_backward_kernel(
 
 @triton.jit
 def bias_gelu_kernel(
-    x,
-    bias,
-    out,
-    x_stride,
-    rows,
-    features,
-    HAS_BIAS: tl.constexpr,
-    KIND: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, bias, out, x_stride, rows, features,
+    HAS_BIAS: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (row < rows) & (column < features)

@@ -221,6 +221,8 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         sparse_attention(q[:, :3], k, v, layout)
     with pytest.raises(ConfigError, match=r"layout is on meta.*layout.to\(device\)"):
         sparse_attention(q, k, v, layout.to("meta"))
+    with pytest.raises(ConfigError, match=r"scores times -1.0: the scale must be positive"):
+        sparse_attention(q, k, v, layout, scale=-1.0)
 
 
 _LONG = """

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from small_disk import largest_file
 from started_ranks import TINY, pretrain_gpt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -77,23 +75,12 @@ def test_skipped_steps_are_counted_over_resumes_and_between_the_points(tmp_path:
     assert scalars(tmp_path)["train/skipped_steps"] == [(12, 5.0), (14, 6.0)]
 
 
-@contextlib.contextmanager
-def files_end_at(size: int) -> Iterator[None]:
-    """No file of this process may grow beyond ``size`` bytes: what a full disk does to a writer."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_full_disk_never_leaves_half_a_line_and_loses_none(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl")
     file.on_start(0, 10, 0)
     file.on_step(1, result(), {})
     size = (tmp_path / "metrics.jsonl").stat().st_size
-    with files_end_at(size + size // 2):
+    with largest_file(size + size // 2):
         for step in (2, 3):
             file.on_step(step, result(), {})
             assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1

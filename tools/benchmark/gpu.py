@@ -136,7 +136,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="timed steps of a run")
     parser.add_argument("--warmup", type=int, default=4, help="steps of a run before the clock starts")
     parser.add_argument("--micro-batch", type=int, help="sequences a micro-batch; default: by the GPU's memory")
-    parser.add_argument("--contestants", nargs="*", choices=list(CONTESTANTS), default=list(CONTESTANTS))
+    parser.add_argument(
+        "--contestants",
+        nargs="*",
+        choices=list(CONTESTANTS),
+        default=list(CONTESTANTS),
+        help=f"run only these; ratios are to {REFERENCE}",
+    )
     parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--limit", type=float, default=900.0, help="seconds that one run may take")
     parser.add_argument("--smoke", action="store_true", help="tiny models, on a CPU too: the script runs, no figures")

@@ -369,7 +369,8 @@ def main() -> int:
         compile_ahead(arguments.processes)
     if arguments.check:
         wrong = {f"{case.op} {case.shape}": fault for case in chosen if (fault := fault_of(case))}
-        print(*(f"WRONG {name}: {fault}" for name, fault in wrong.items()), sep="\n")
+        for name, fault in wrong.items():
+            print(f"WRONG {name}: {fault}")
         print(f"{len(chosen) - len(wrong)} of {len(chosen)} cases are right")
         return 1 if wrong else 0
     return run(chosen, machine_of(), arguments.json, arguments.plot, only)
