@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from interpreted_benchmark import benchmark_checks, benchmark_measures
+from interpreted_inputs import LAYOUTS, keys, normal, sliced, strided, table
+from interpreted_library import LIBRARY
 from interpreted_models import whole_model
 from interpreter_worker import TOLERANCE, Canaries, close, compare
 from torch import Tensor
@@ -24,27 +26,6 @@ from megatron_ds.kernels.softmax import scaled_masked_softmax
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CASES: dict[str, Callable[[], None]] = {}
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    return (torch.randn(shape) * scale).to(dtype)
-
-
-def strided(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Neither contiguous nor with dense rows: every second column of a transposed tensor."""
-    return normal(shape[1], shape[0], *shape[2:-1], 2 * shape[-1], dtype=dtype).transpose(0, 1)[..., ::2]
-
-
-def sliced(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Dense rows with a gap after each."""
-    return normal(*shape[:-1], shape[-1] + 3, dtype=dtype)[..., : shape[-1]]
-
-
-def keys(*shape: int) -> Tensor:
-    return torch.randint(-(2**31), 2**31, shape).to(torch.int32)
-
-
-LAYOUTS = {"": normal, " strided": strided, " sliced": sliced}
 
 
 def add(name: str, function: Callable[..., Any], *inputs: Callable[[], Tensor | None], **options: Any) -> None:
@@ -321,12 +302,6 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, offset: int
     return rotary(q, qkv[..., -2, :], cos, sin, interleaved=interleaved, offset=offset)
 
 
-def table(length: int, batch: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    angles = torch.rand(length, batch, 1, size // 2) * 6.28
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
 def rotary_case(dtype: torch.dtype, d: int, size: int, interleaved: bool, offset: int, batch: int, groups: int) -> None:
     cos, sin = table(3 + offset, batch, size, dtype)
     turn = partial(rotate, interleaved=interleaved, offset=offset)
@@ -342,90 +317,7 @@ CASES["rotary many heads"] = partial(rotary_case, torch.float32, 4, 4, False, 1,
 CASES["rotary ragged rest"] = partial(rotary_case, torch.float32, 11, 6, False, 0, 2, 1)
 CASES["rotary odd head dim"] = partial(rotary_case, torch.float32, 9, 6, False, 0, 2, 1)
 
-# --- torch.library and torch.compile ----------------------------------------------------------------------------
-
-
-def op_check(name: str, *arguments: Any) -> None:
-    operator = getattr(torch.ops.megatron_ds, name).default
-    given = [
-        a.requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() and "backward" not in name else a
-        for a in arguments
-    ]
-    torch.library.opcheck(operator, tuple(given))
-
-
-X, W, R, LONG = normal(3, 8), normal(8), torch.rand(3), torch.tensor([1, 2, 9])
-OPERATORS: dict[str, tuple[Any, ...]] = {
-    "norm": (X.clone(), X.clone(), keys(3), W.clone(), W.clone(), 1e-5, 0.2, False),
-    "norm_backward": (X, X, X, keys(3), W, R, R, 0.2, False, True),
-    "dropout_add": (X.clone(), X.clone(), keys(3), 0.2),
-    "gated": (X.clone(), "silu"),
-    "gated_backward": (X[:, :4].contiguous(), X, "silu"),
-    "bias_gelu": (X.clone(), W.clone(), "none"),
-    "bias_gelu_backward": (X, X, W, "none"),
-    "softmax": (normal(1, 1, 3, 8), None, None, 0.5, True),
-    "softmax_backward": (normal(1, 1, 3, 8), torch.rand(1, 1, 3, 8), 0.5, True),
-    "rotary": (normal(3, 1, 2, 4), normal(3, 1, 1, 4), *table(3, 1, 4, torch.float32), False, 0, False),
-}
-for operator, arguments in OPERATORS.items():
-    CASES[f"opcheck {operator}"] = partial(op_check, operator, *arguments)
-
-
-def op_check_statistics() -> None:
-    torch.library.opcheck(torch.ops.megatron_ds.token_statistics.default, (X.detach().clone(), LONG, True))
-    given = (X.detach().clone(), R, LONG, torch.ones(3, dtype=torch.bool), 0.1, 0.0, 8)
-    torch.library.opcheck(torch.ops.megatron_ds.logit_gradient_.default, given)
-
-
-CASES["opcheck norm alone"] = partial(op_check, "norm", X.clone(), None, None, W.clone(), None, 1e-5, 0.0, True)
-CASES["opcheck cross entropy"] = op_check_statistics
-
-
-def compiled() -> None:
-    """One graph of every differentiable op, forward and backward, without a break."""
-
-    def layer(x: Tensor, w: Tensor, row_keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        y, x = add_norm(layer_norm(x, w, w, 1e-5), x, w, None, 1e-5, kind="rmsnorm", p=0.2, row_keys=row_keys)
-        q, k = rotary(y.view(3, 1, 2, 4), x.view(3, 1, 2, 4), cos, sin)
-        a = scaled_masked_softmax(torch.einsum("sbnd,tbnd->bnst", q, k), 0.5, causal=True)
-        y = torch.einsum("bnst,tbnd->sbnd", a, k).reshape(3, 1, 8)
-        y = dropout_add(bias_gelu(y, w), x, 0.1, row_keys)
-        return gated(torch.cat((y, rms_norm(y, w, 1e-5)), dim=-1))
-
-    x, w = normal(3, 1, 8).requires_grad_(), normal(8).requires_grad_()
-    others = (keys(3, 1), *table(3, 1, 4, torch.float32))
-    results = []
-    for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
-        with registry.use("triton"):
-            y = function(x, w, *others)
-            results.append((y.detach(), *torch.autograd.grad(y.square().sum(), (x, w))))
-    reference = layer(x, w, *others)
-    for got, want in zip(results[1], results[0]):
-        assert torch.equal(got, want)
-    close("layer", results[0][0], reference.detach().double(), 1e-5)
-
-
-CASES["torch.compile"] = compiled
-
-
-def compiled_code_follows_the_selection() -> None:
-    calls = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        calls.append(any("megatron_ds.gated" in str(node.target) for node in graph.graph.nodes))
-        return graph
-
-    function = torch.compile(lambda x: gated(x), backend=backend, fullgraph=True)
-    x = normal(2, 8)
-    function(x)
-    with registry.use("triton"):
-        function(x)
-    assert calls == [False, True], calls
-
-
-CASES["torch.compile follows the selection"] = compiled_code_follows_the_selection
-
-
+CASES |= LIBRARY
 CASES["Llama"] = partial(
     whole_model, position="rope", norm="rmsnorm", activation="swiglu", bias=False, kv_heads=2, qk_norm=True
 )
