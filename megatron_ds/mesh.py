@@ -8,7 +8,7 @@ share a node; ``pp`` varies slowest, because it moves the fewest bytes. Everythi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -179,10 +179,11 @@ class Mesh:
             self.data, self.world, self.pp_back = Axis("data"), Axis("world"), Axis("pp_back")
             self.embedding = Axis("embedding")
             return
-        data_mesh = None
-        if shape.dp * shape.cp > 1:
-            data_mesh = device_mesh["dp", "cp"]._flatten("data", backend_override=_options(timeout))
-        self.data = Axis("data", ranks=(rank,)) if data_mesh is None else self._line("data", data_mesh)
+        if shape.dp > 1 and shape.cp > 1:
+            flat = device_mesh["dp", "cp"]._flatten("data", backend_override=_options(timeout))
+            self.data = self._line("data", flat)
+        else:  # the same ranks as those of the one that is longer, and so its group
+            self.data = replace(self.dp if shape.dp > 1 else self.cp, name="data")
         everyone = tuple(range(shape.world_size))
         self.world = (
             Axis("world", rank, shape.world_size, dist.group.WORLD, everyone, self._seconds)
@@ -203,12 +204,14 @@ class Mesh:
         if shape.world_size == 1:
             return Mesh(shape, device)
         timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
+        # No groups of one rank: under gloo each has a thread that wakes 100 times a second and disturbs the computing.
+        names = tuple(name for name in AXES if getattr(shape, name) > 1)
         # One each: a group writes its own name into its options.
-        options: dict[int | str, Any] = {name: _options(timeout) for name in AXES}
+        options: dict[int | str, Any] = {name: _options(timeout) for name in names}
         device_mesh = init_device_mesh(
             device.type if device.type != "meta" else "cpu",
-            tuple(getattr(shape, name) for name in AXES),
-            mesh_dim_names=AXES,
+            tuple(getattr(shape, name) for name in names),
+            mesh_dim_names=names,
             backend_override=None if None in options.values() else options,
         )
         return Mesh(shape, device, dist.get_rank(), device_mesh, timeout)

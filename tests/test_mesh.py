@@ -101,6 +101,10 @@ def test_axes_are_those_of_torchs_mesh_and_of_brute_force(shape: MeshShape) -> N
                     assert tuple(dist.get_process_group_ranks(axis.group)) == axis.ranks
             if shape.pp > 1:
                 assert mesh.pp_back.group is not mesh.pp.group
+            # A group that nobody needs still has a thread that polls, and a communicator on a GPU.
+            if mesh.device_mesh is not None:
+                assert mesh.device_mesh.mesh_dim_names == tuple(n for n in AXES if getattr(shape, n) > 1)
+            assert (mesh.data.group is mesh.dp.group) == (shape.cp == 1)
             place = shape.coordinates(rank)
             assert mesh.is_model_origin == (place["pp"] == place["cp"] == place["tp"] == 0)
             assert repr(mesh).startswith(f"Mesh(rank {rank}: pp {place['pp']}/{shape.pp}, dp")
