@@ -143,7 +143,8 @@ class SharedExchange:
     A rank writes its tensor into its own part of a *slot* and sends its tokens; when it waits, it reads the peers'
     parts. As with any collective all ranks start and wait in the same order, so they choose the same slots without
     asking. A slot is free again once every peer is known to have read it: tokens have come of an exchange that they
-    started after they had. Where no slot is free, and for what is too small or too large, the group does it.
+    started after they had. Where no slot is free, and for what is too small or too large, the group does it. Sums of a
+    few float64, which every train step needs, go as tokens and need no slot.
 
     Measured with TP 2 on 2 cores (tools/benchmark, 3 MB a sum): 2,422 tokens/s against gloo's 2,271, and 2,321 against
     2,030 with sequence parallelism, where two ranks that exchange nothing do 2,652.
@@ -152,7 +153,11 @@ class SharedExchange:
     SLOTS = 3  # two in turn, and one for what waits longer
     SMALLEST, LARGEST = 1 << 18, 1 << 26  # bytes; below, gloo's one message is quicker than two tokens
 
+    NUMBERS = 8  # of float64, at most, go as tokens: a step's two messages cost a rank 2.5 ms of CPU time through gloo
+
     def __init__(self) -> None:
+        self._numbers: SharedArena | None = None  # for its tokens alone
+        self._asked = False  # whether there can be one
         self._arena: SharedArena | None = None
         self._slots: list[_Slot] = []
         self._slot_bytes = 0
@@ -160,6 +165,8 @@ class SharedExchange:
         self._confirmed = -1  # the latest of which this rank has all tokens
 
     def sum_start(self, tensor: torch.Tensor, axis: Axis) -> Callable[[], None] | None:
+        if tensor.dtype == torch.float64 and 0 < tensor.numel() <= self.NUMBERS and tensor.device.type == "cpu":
+            return self._sum_numbers(tensor, axis)
         slot = self._take(tensor, tensor, axis)
         if slot is None:
             return None
@@ -210,6 +217,23 @@ class SharedExchange:
                 result[peer].copy_(parts[peer])
 
         return self._send(slot, axis, copy)
+
+    def _sum_numbers(self, tensor: torch.Tensor, axis: Axis) -> Callable[[], None] | None:
+        """A few numbers need no memory: a token carries the bits of one."""
+        if not self._asked:
+            self._asked, self._numbers = True, SharedArena.create(1, axis)
+        if self._numbers is None:
+            return None
+        tokens = [self._numbers.tokens(bits) for bits in tensor.reshape(-1).view(torch.int64).tolist()]
+
+        def add_up() -> None:
+            by_rank = torch.tensor([token.wait() for token in tokens]).view(torch.float64).unbind(1)
+            total = by_rank[0].clone()
+            for other in by_rank[1:]:  # in rank order: the same bits on every rank
+                total += other
+            tensor.copy_(total.view(tensor.shape))
+
+        return add_up
 
     def _take(self, whole: torch.Tensor, other: torch.Tensor, axis: Axis) -> _Slot | None:
         """A free slot of at least the bytes of ``whole``, the same on all ranks."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import struct
 import time
 from unittest.mock import patch
 
@@ -68,6 +70,42 @@ def test_results_are_right_whatever_is_under_way_and_whoever_is_late(ranks: int)
     with_slot = run_ranks(many, ranks)
     # Most of them found a slot, but not all: at times more are under way than there are slots.
     assert len(set(with_slot)) == 1 and 60 < with_slot[0] < 120
+
+
+def few_numbers() -> list[list[float]]:
+    """Sums of so few numbers that the tokens carry them; several under way, waited for in the other order."""
+    axis = tp_axis()
+    inf, nan, tiny = float("inf"), float("nan"), 5e-324
+    tensors = [
+        torch.tensor(0.1 * (axis.rank + 1), dtype=torch.float64),
+        torch.tensor([[1e308, 7, inf], [tiny, 7, nan if axis.rank == 1 else 1]], dtype=torch.float64)[:, ::2],
+        torch.arange(8).double() - 3.5 * axis.rank,
+    ]
+    refuse = AssertionError("the group was asked")
+    comm.all_reduce(torch.zeros(1, dtype=torch.float64), axis)  # the first one asks whether there can be tokens
+    with patch.object(dist, "all_reduce", side_effect=refuse):
+        pending = [comm.all_reduce_start(tensor, axis) for tensor in tensors]
+        for work, tensor in zip(pending[::-1], tensors[::-1]):
+            assert work.wait() is tensor
+        with pytest.raises(AssertionError, match="the group was asked"):
+            comm.all_reduce(torch.zeros(9, dtype=torch.float64), axis)
+        with pytest.raises(AssertionError, match="the group was asked"):
+            comm.all_reduce(torch.zeros(2), axis)
+    return [tensor.flatten().tolist() for tensor in tensors]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_few_numbers_go_as_tokens_in_all_their_bits(ranks: int) -> None:
+    everyone = run_ranks(few_numbers, ranks)
+    scalar, strided, row = everyone[0]
+    total = 0.0
+    for rank in range(ranks):
+        total += 0.1 * (rank + 1)
+    assert scalar == [total]
+    assert strided[:2] == [float("inf"), float("inf")] and strided[2] == ranks * 5e-324 and math.isnan(strided[3])
+    assert row == [ranks * i - 3.5 * sum(range(ranks)) for i in range(8)]
+    bits = {struct.pack("<13d", *scalar, *strided, *row) for scalar, strided, row in everyone}
+    assert len(bits) == 1
 
 
 def one_after_the_other() -> tuple[int, int]:
