@@ -26,6 +26,21 @@ def linear_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     return grad.matmul(weight)
 
 
+def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """``total += left @ right`` (``[rows, k] @ [k, columns]``), for weight gradients; ``first``: ``=`` and not ``+=``.
+
+    So ``total`` need not be zeroed before: for an 8192 x 384 table that took 4 ms on a CPU. A product of its dtype is
+    accumulated in place; one in half precision is rounded to its own dtype first, as autograd's would be.
+    """
+    if left.dtype != total.dtype:
+        product = left @ right
+        total.copy_(product) if first else total.add_(product)
+    elif first:
+        torch.mm(left, right, out=total)
+    else:
+        total.addmm_(left, right)
+
+
 def _onednn_is_faster(x: Tensor) -> bool:
     """The private operator exists in the torch versions this project runs on where oneDNN was built in."""
     return bool(

@@ -152,7 +152,6 @@ class SharedExchange:
 
     SLOTS = 3  # two in turn, and one for what waits longer
     SMALLEST, LARGEST = 1 << 18, 1 << 26  # bytes; below, gloo's one message is quicker than two tokens
-
     NUMBERS = 8  # of float64, at most, go as tokens: a step's two messages cost a rank 2.5 ms of CPU time through gloo
 
     def __init__(self) -> None:

@@ -19,6 +19,8 @@ from collections.abc import Callable
 
 import torch
 
+from megatron_ds.kernels.linear import add_product
+
 
 class GradSink:
     """One parameter's gradient buffer and the count of writes into it.
@@ -63,18 +65,10 @@ class GradSink:
     def add_matmul(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add ``left @ right`` (``[rows, k] @ [k, columns]``), where ``columns`` is the parameter's last dim.
 
-        With the buffer's dtype the product is accumulated in place; a half-precision product is rounded to its own
-        dtype first, as autograd's would be.
+        See :func:`megatron_ds.kernels.linear.add_product`.
         """
         view = self._buffer()
-        view = view.view(-1, view.shape[-1])
-        if left.dtype != view.dtype:
-            product = left @ right
-            view.add_(product) if self.written else view.copy_(product)
-        elif self.written:
-            view.addmm_(left, right)
-        else:
-            torch.mm(left, right, out=view)
+        add_product(view.view(-1, view.shape[-1]), left, right, first=not self.written)
         self._wrote()
 
     def add_rows(self, indices: torch.Tensor, rows: torch.Tensor) -> None:
