@@ -107,9 +107,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = max(16, CHUNK_BYTES.get(x.device.type, 16 << 20) // (weight.shape[0] * accumulate.itemsize))
         for start in range(0, x.shape[0], chunk):
             part = slice(start, start + chunk)
-            logits = _logits(x[part], table, shift)
             loss, dz = _chunk(
-                logits,
+                _logits(x[part], table, shift),
                 labels[part],
                 mask[part],
                 first,
@@ -129,6 +128,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(dz, table, out=grad_x[part])
             if grad_table is not None:
                 add_product(grad_table, dz.t(), x[part], first=start == 0)
+            del dz  # before the next chunk's logits
         if grad_table is not None and x.shape[0] == 0:
             grad_table.zero_()
         ctx.shapes = (whole.shape, weight.shape)

@@ -97,6 +97,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(arena_max, 1)
 
 
+def give_back_freed_memory() -> None:
+    """Once, when the first step is over: what building the model has freed, and what lies between the step's tensors.
+
+    The steps that follow settle in less: 10 MiB of 700 in bf16 and 25 of 815 in fp32, two ranks at stage 2.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 @contextlib.contextmanager
 def job(place: Place, timeout: float) -> Iterator[Job]:
     """The ranks of a run, for the time of the run; nothing at all for a job of one.

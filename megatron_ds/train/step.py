@@ -26,6 +26,7 @@ from megatron_ds.optim.clip import clip_coefficient
 from megatron_ds.optim.loss_scaler import LossScaler
 from megatron_ds.pipeline.executor import Executor
 from megatron_ds.shared_memory import SharedExchange
+from megatron_ds.train.launch import give_back_freed_memory
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 MicroBatch = Mapping[str, Tensor]
@@ -91,6 +92,7 @@ class TrainStep:
         self._seeded = torch.ones((), dtype=torch.float64)
         self._reduced = False
         self._begun = 0.0
+        self._settled = mesh.device.type != "cpu"
 
     def __call__(self, micro_batches: Sequence[MicroBatch], step: int, stop: bool = False) -> StepResult:
         """Run step number ``step`` (the first is 1) on this rank's micro-batches of the global batch.
@@ -152,6 +154,9 @@ class TrainStep:
                 self._clip_elements(self.clip_value * scale)
             clip = clip_coefficient(torch.tensor(norm_squared, dtype=torch.float64), self.clip_norm)
             self.optimizer.step(rate, clip.item() / scale)
+        if not self._settled:
+            give_back_freed_memory()
+            self._settled = True
         return StepResult(loss / max(counted, 1), norm, rate, int(counted), loss_scale, skipped, stopping > 0)
 
     def _clip_elements(self, bound: float) -> None:

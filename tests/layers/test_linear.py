@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds import comm
+from megatron_ds.kernels.linear import add_product
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.norm import Norm
@@ -211,3 +212,25 @@ def test_fp32_layers_equal_float64(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(x.grad.double(), wide_x.grad, rtol=0, atol=1e-5)
     torch.testing.assert_close(layer.weight.grad.double(), wide.grad, rtol=0, atol=1e-5)
     torch.testing.assert_close(layer.bias.grad.double(), grad.flatten(0, -2).sum(0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_product_is_added_whole_and_by_blocks_alike(dtype: torch.dtype, first: bool) -> None:
+    """3,000 rows are three blocks, the last one short, in half precision; there, it is rounded before it is added."""
+    total = random(3000, 384, seed=1).to(torch.promote_types(dtype, torch.float32))
+    left, right = random(16, 3000, seed=2).to(dtype).t(), random(16, 384, seed=3).to(dtype)
+    exact = left.double() @ right.double()
+    want = exact if first else total.double() + exact
+    add_product(total, left, right, first)
+    ulp = torch.finfo(dtype).eps
+    assert ((total.double() - want).abs() <= 2 * ulp * (exact.abs() + 16)).all()
+    assert (total.double() - want).norm() <= ulp * exact.norm()
+
+
+def test_a_product_without_rows_or_with_very_long_ones() -> None:
+    total = torch.empty(0, 4)
+    add_product(total, torch.empty(0, 3, dtype=torch.bfloat16), torch.ones(3, 4, dtype=torch.bfloat16), first=True)
+    wide = torch.empty(2, 600_000)  # a row is more than a block
+    add_product(wide, torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(3, 600_000, dtype=torch.bfloat16), first=True)
+    assert wide.unique().tolist() == [3.0]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import accumulate, product
 from typing import Any
 from unittest.mock import patch
 
@@ -219,6 +220,31 @@ def test_many_chunks_do_not_lose_weight_gradient_in_bf16() -> None:
     _, _, grad, _ = computed(case, Axis("tp"))
     _, _, want, _ = expected(case)
     assert (grad.double() - want).norm() < 0.01 * want.norm()
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Most bytes of tensors made by ``run`` that were there at one time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = run()  # held until the profiler has ended: it knows no tensor freed later
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    del result
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_beside_the_gradients_there_is_one_chunk_of_logits(dtype: torch.dtype) -> None:
+    """In half precision also its copy in fp32, from which the gradient is computed. Here 3 chunks of 4 MB."""
+    vocab, width, tokens, chunk = 8192, 256, 384, 128
+    hidden, weight = (torch.randn(*shape, dtype=dtype) for shape in ((tokens, 1, width), (vocab, width)))
+    labels, mask = torch.randint(vocab, (tokens, 1)), torch.ones(tokens, 1, dtype=torch.bool)
+    options: dict[str, Any] = {"vocab_size": vocab, "tp": Axis("tp")}
+    with patch.dict(loss.CHUNK_BYTES, {"cpu": chunk * vocab * 4}):
+        arguments = (hidden.requires_grad_(), weight.requires_grad_(), labels, mask)
+        peak = peak_bytes(lambda: linear_cross_entropy(*arguments, **options))
+    gradients = hidden.nbytes + weight.numel() * 4  # the weight's in fp32
+    logits = chunk * vocab * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
+    assert gradients + logits <= peak < gradients + logits + 200_000
 
 
 def test_large_logits_stay_finite() -> None:

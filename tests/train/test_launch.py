@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -265,3 +267,33 @@ def test_two_sigints_at_once_are_one_ctrl_c_and_a_later_one_is_the_second() -> N
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+# --- memory of a CPU rank ---------------------------------------------------------------------------------------
+
+
+_KEEPS_AND_GIVES_BACK = """
+import re
+import torch
+from pathlib import Path
+from megatron_ds.train.launch import give_back_freed_memory, keep_freed_memory
+
+def resident():
+    return int(re.findall(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[0]) / 1024
+
+keep_freed_memory()
+start = resident()
+temporary = [torch.ones(1 << 20) for _ in range(50)]
+held = torch.ones(1 << 20)  # above them: what lies below cannot go back as the end of the heap
+temporary.clear()
+kept = resident() - start
+give_back_freed_memory()
+print(kept, resident() - start)
+"""
+
+
+def test_freed_memory_is_kept_until_it_is_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", _KEEPS_AND_GIVES_BACK], capture_output=True, text=True, check=True)
+    kept, given_back = map(float, done.stdout.split())
+    assert kept > 200  # MiB, of 204
+    assert given_back < 20  # of the 4 that are held

@@ -267,3 +267,10 @@ def test_a_step_after_an_evaluation_is_the_step_without_it() -> None:
     ran, without = evaluating(config, 2), plain(config, 1)
     assert ran.results[0] == without.results[0]
     assert all(torch.equal(ran.parameters[2][name], tensor) for name, tensor in without.parameters[1].items())
+
+
+def test_what_was_freed_is_given_back_after_the_first_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[int] = []
+    monkeypatch.setattr("megatron_ds.train.step.give_back_freed_memory", lambda: given_back.append(1))
+    assert len(plain(configuration("fp64"), 3).results) == 3
+    assert given_back == [1]
