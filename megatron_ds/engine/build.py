@@ -20,6 +20,7 @@ from megatron_ds.config.engine import BatchSizes, EngineConfig, validate_engine
 from megatron_ds.config.read import from_dict, read_toml
 from megatron_ds.engine.engine import Engine, LossStage, loss_of_output
 from megatron_ds.engine.meta import Filler, Weights, has_memory, take_places
+from megatron_ds.engine.wrapped import plain_name, unwrapped
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh, MeshShape, init_process_group
 from megatron_ds.optim.factory import UpdateRule
@@ -56,7 +57,7 @@ def initialize(
     DDP, every rank begins with rank 0's parameters and buffers.
 
     Args:
-        model: any module. Its parameters become views of flat buffers; frozen ones are left alone.
+        model: any module, compiled or not. Its parameters become views of flat buffers; frozen ones are left alone.
         config: an :class:`~megatron_ds.config.engine.EngineConfig`, its fields as a dictionary or a TOML file, or a
             DeepSpeed dictionary or JSON file.
         optimizer: any elementwise ``torch.optim`` optimizer over the model's parameters, or what makes one of them.
@@ -76,6 +77,7 @@ def initialize(
         ConfigError: on every rank, with every fault of the configuration.
     """
     settings, notes = read_config(config, auto)
+    called, model = model, unwrapped(model)
     place = _start(settings)
     mesh = mesh or _data_parallel(settings, place)
     sizes = validate_engine(settings, mesh.data.size)
@@ -104,7 +106,7 @@ def initialize(
     )
     if filler is not None:
         filler.fill_rest()
-    step = _train_step(settings, sizes, mesh, zero, rule, lr_scheduler, model, loss)
+    step = _train_step(settings, sizes, mesh, zero, rule, lr_scheduler, called, loss)
     engine = Engine(model, settings, sizes, mesh, zero, step, own, rule, lr_scheduler, place.local_world_size)
     if mesh.rank == 0:
         for note in notes:
@@ -136,7 +138,7 @@ def name_parameters(model: nn.Module, decay_all: bool = False) -> dict[str, nn.P
     for name, parameter in parameters.items():
         spec = getattr(parameter, "shard", None)
         if not isinstance(spec, ShardSpec):
-            spec = ShardSpec(name, tuple(parameter.shape), weight_decay=parameter.dim() > 1)
+            spec = ShardSpec(plain_name(name), tuple(parameter.shape), weight_decay=parameter.dim() > 1)
         parameter.shard = replace(spec, weight_decay=True) if decay_all else spec  # type: ignore[attr-defined]
     return {parameter.shard.name: parameter for parameter in parameters.values()}  # type: ignore[attr-defined]
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_ds import checkpoint
 from megatron_ds.checkpoint.pieces import Piece
 from megatron_ds.checkpoint.together import exchange
+from megatron_ds.engine.wrapped import plain_name
 from megatron_ds.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -93,5 +94,5 @@ def _buffers(engine: Engine) -> list[Piece]:
             buffer = tensors.buffer(name)
             if not buffer.is_contiguous():
                 raise CheckpointError(f"buffer {name} is not contiguous and cannot be filled from a file")
-            found.append(Piece.whole(name, "buffer", buffer))
+            found.append(Piece.whole(plain_name(name), "buffer", buffer))
     return found

@@ -17,6 +17,7 @@ from megatron_ds.checkpoint.save import check_space
 from megatron_ds.checkpoint.stream import Plan, TensorFiles, plan_bytes
 from megatron_ds.checkpoint.together import together
 from megatron_ds.engine.tensors import WholeTensors
+from megatron_ds.engine.wrapped import plain_name
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh
 from megatron_ds.shard import spec_of
@@ -98,16 +99,16 @@ def _sources(module: nn.Module, tensors: WholeTensors) -> dict[str, Tensor]:
     named = dict(module.named_parameters(remove_duplicate=False))
     chosen: dict[int, str] = {}
     for name, parameter in named.items():
-        if id(parameter) not in chosen or chosen[id(parameter)] in dropped:
+        if id(parameter) not in chosen or plain_name(chosen[id(parameter)]) in dropped:
             chosen[id(parameter)] = name
     found: dict[str, Tensor] = {}
     for name in tensors.names():
-        if name in ignored:
+        if plain_name(name) in ignored:
             continue
         if name not in named:
-            found[name] = tensors.buffer(name)
+            found[plain_name(name)] = tensors.buffer(name)
         elif chosen[id(named[name])] == name:
-            found[name] = named[name]
+            found[plain_name(name)] = named[name]
     return found
 
 
@@ -133,7 +134,7 @@ def _save_by_itself(module: Any, tensors: WholeTensors, mesh: Mesh, folder: Path
 
     Its own code writes them, out of rank 0's memory.
     """
-    state = {name: value if mesh.rank == 0 else None for name, value in tensors.stream()}
+    state = {plain_name(name): value if mesh.rank == 0 else None for name, value in tensors.stream()}
     with together(mesh.world):
         if mesh.rank == 0:
             module.save_pretrained(folder, state_dict=state)

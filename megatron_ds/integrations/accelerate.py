@@ -17,8 +17,9 @@ Accelerate has no interface for a backend of one's own, so methods of this one `
 ``backward``, ``clip_grad_norm_``, ``clip_grad_value_``, ``unwrap_model``, ``get_state_dict``, ``save_state`` and
 ``load_state``. Schedulers are ordinary torch schedulers of the returned optimizer; ``register_for_checkpointing`` puts
 them into ``save_state``, whose folder holds an engine's checkpoint, for any number of ranks, beside Accelerate's own
-files. ``mixed_precision`` of the Accelerator becomes ``precision.dtype``. A parameter's ``.grad`` cannot be read: it
-raises, and ``model.engine.get_gradient`` gives the gradient. One accelerator trains one model.
+files. ``mixed_precision`` of the Accelerator becomes ``precision.dtype``; its ``dynamo_backend`` compiles the model,
+in place. A parameter's ``.grad`` cannot be read: it raises, and ``model.engine.get_gradient`` gives the gradient. One
+accelerator trains one model.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -127,8 +129,21 @@ class Bridge:
     def attach(self, engine: Engine) -> tuple[EngineModel, EngineOptimizer]:
         self.engine, self._clip_norm = engine, engine.train_step.clip_norm
         model = EngineModel(engine)
+        self._compile(engine.module)
         self.accelerator._models.append(model)
         return model, EngineOptimizer(engine, self.stepped)
+
+    def _compile(self, module: nn.Module) -> None:
+        """As the Accelerator's ``dynamo_backend``, the Trainer's ``torch_compile`` has it; in place, names stay."""
+        plugin = self.accelerator.state.dynamo_plugin
+        if plugin.backend == DynamoBackend.NO or module._compiled_call_impl is not None:
+            return
+        if getattr(plugin, "use_regional_compilation", False):
+            from accelerate.utils import compile_regions_deepspeed  # as new as the setting
+
+            compile_regions_deepspeed(module, **plugin.to_kwargs())
+        else:
+            module.compile(**plugin.to_kwargs())
 
     def backward(self, loss: Tensor, **keywords: Any) -> None:
         engine = self._attached()

@@ -125,7 +125,7 @@ class Gatherer:
         self._order: list[FlatBucket] = []  # of this step's gathers
         self._expected: list[FlatBucket] = []  # of the step before
         self._orders: comm.Pending | None = None  # the ranks' orders of this step, being compared
-        self._running: list[Unit] = []
+        self._running: list[tuple[Unit, _Use | None]] = []  # forwards under way, and what is to know of their backward
         self._hooks: list[Any] = []
         for bucket in self._buckets:
             self._mark_released(bucket)
@@ -224,13 +224,12 @@ class Gatherer:
 
     def _before(self, unit: Unit) -> Any:
         def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            use = _Use(unit) if torch.is_grad_enabled() else None
             unit.running += 1
-            self._running.append(unit)
+            self._running.append((unit, use))
             self._gather(unit.buckets)
-            if not torch.is_grad_enabled():
+            if use is None:
                 return None
-            use = _Use(unit)
-            module._zero_use = use  # type: ignore[assignment]  # for the hook after this forward
             leaves, spec = tree_flatten((args, kwargs))
             wanted = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
             if wanted:
@@ -244,12 +243,13 @@ class Gatherer:
 
     def _after(self, unit: Unit) -> Any:
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            use = module.__dict__.pop("_zero_use", None)
+            use, found = None, False
             # An exception (recomputation stops early by one) may have left inner modules on the list.
-            while self._running and self._running.pop() is not unit:
-                pass
+            while self._running and not found:
+                running, use = self._running.pop()
+                found = running is unit
             unit.running = max(0, unit.running - 1)
-            if use is not None:
+            if found and use is not None:
                 for leaf in tree_flatten(output)[0]:
                     if isinstance(leaf, Tensor) and leaf.requires_grad:
                         leaf.register_hook(lambda gradient, use=use: self._begin_backward(use))
@@ -342,7 +342,7 @@ class Gatherer:
         """Gather a released parameter for the innermost running module; False if none is running."""
         if not self._running:
             return False
-        unit, bucket = self._running[-1], self._owner[id(parameter)]
+        unit, bucket = self._running[-1][0], self._owner[id(parameter)]
         if bucket not in unit.buckets:
             unit.buckets.append(bucket)
             self._users[id(bucket)].append(unit)
