@@ -6,7 +6,7 @@ The rules are :mod:`megatron_ds.zero.advice`; each is said once, on rank 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -51,10 +51,19 @@ class EngineAdvice(RunAdvice):
         self._seconds = math.inf
         self._number = 0
 
-    def after(self, result: StepResult, seconds: float) -> None:
-        """``seconds``: that the step took from its first forward pass to the end of its last backward pass."""
+    def after(self, result: StepResult, seconds: float, strays: Sequence[str] = ()) -> None:
+        """Say what a step has shown.
+
+        Args:
+            seconds: that the step took from its first forward pass to the end of its last backward pass.
+            strays: names of parameters that require a gradient, but did not when the engine was made.
+        """
         self.after_step(result)
-        if self.mesh.rank != 0 or self._number >= SETTLED:
+        if self.mesh.rank != 0:
+            return
+        if strays:
+            self._adviser([self._masters(result.learning_rate) or rules.untrained(strays)])
+        if self._number >= SETTLED:
             return
         self._number += 1
         self._seconds = min(self._seconds, seconds)  # the first one also sets things up

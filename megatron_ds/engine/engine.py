@@ -19,6 +19,7 @@ from megatron_ds.engine.activations import ActivationMeter
 from megatron_ds.engine.advice import EngineAdvice
 from megatron_ds.engine.clock import Clock
 from megatron_ds.engine.gradients import Placeholders
+from megatron_ds.engine.intact import Intact
 from megatron_ds.engine.tensors import WholeTensors
 from megatron_ds.errors import MegatronDSError
 from megatron_ds.mesh import Mesh
@@ -123,6 +124,7 @@ class Engine:
         self._complete = False  # its last one has been
         self._deferred = False
         self._placeholders = Placeholders(module.parameters())
+        self._intact = Intact(module, zero, optimizer)
         self._clock = Clock(config.log, mesh, sizes.global_batch)
         self._advice = EngineAdvice(
             zero, train_step.scaler, mesh, sizes.accumulation, log.warning, module, ranks_sharing
@@ -203,6 +205,7 @@ class Engine:
             raise EngineError("step() without a backward pass; call engine.backward(loss), not loss.backward()")
         if not (self._complete or partial):
             return None
+        self._require_intact()
         with self._clock.timing("step"):
             result = self.train_step.finish(self.steps + 1, self._loss_sum, self._count(self._done))
         return self._finished(result)
@@ -219,8 +222,14 @@ class Engine:
             self.train_step.reduce()
             self.zero.skip()
         self.module.train()
+        self._require_intact()
         with self._clock.timing("step"):
             return self._finished(self.train_step(taken, self.steps + 1))
+
+    def _require_intact(self) -> None:
+        fault = self._intact.fault()
+        if fault is not None:
+            raise EngineError(fault)
 
     def _finished(self, result: StepResult) -> StepResult:
         self._placeholders.remove()
@@ -234,7 +243,7 @@ class Engine:
         if self.lr_scheduler is not None and hasattr(self.lr_scheduler, "step") and not result.skipped:
             self.lr_scheduler.step()
         self._clock.finished(self.steps, result)
-        self._advice.after(result, self.train_step.seconds)
+        self._advice.after(result, self.train_step.seconds, self._intact.strays)
         self._stage.meter, self.train_step.timed = self._advice.meter, self._advice.times_steps
         return result
 
@@ -282,11 +291,15 @@ class Engine:
         return WholeTensors(self.module, self.zero, self.mesh)
 
     @contextlib.contextmanager
-    def gathered(self, parameters: Iterable[nn.Parameter] | None = None, write: bool = False) -> Iterator[None]:
+    def gathered(
+        self, parameters: nn.Parameter | Iterable[nn.Parameter] | None = None, write: bool = False
+    ) -> Iterator[None]:
         """The parameters (default: all) are whole inside. ``write``: what rank 0 changed holds everywhere after."""
-        chosen = list(self.module.parameters() if parameters is None else parameters)
-        with self.tensors().gathered(chosen, write):
+        chosen = self.module.parameters() if parameters is None else parameters
+        with self.tensors().gathered([chosen] if isinstance(chosen, nn.Parameter) else list(chosen), write):
             yield
+        if write:
+            self._intact.note_values()
 
     def get_parameter(self, name: str) -> Tensor:
         """The whole master weight, in fp32 (fp64), on every rank."""
@@ -327,6 +340,11 @@ class Engine:
         for kind, of_kind in [*by_store.items(), ("total", total)]:
             lines.append(f"{kind:<20}" + "".join(f"{of_kind.get(store, 0):>18,}" for store in stores))
         return "\n".join(lines)
+
+    def close(self) -> None:
+        """Let go of the model, whose parameters are whole and stay; it may be given to another engine. On all ranks."""
+        self._placeholders.remove()
+        self.zero.close()
 
     # Files
 

@@ -142,7 +142,7 @@ class Trainer(transformers.Trainer):
             settings = settings.model_copy(update={"optimizer": plain, "torch_optimizer": None})
         settings = settings.model_copy(update={"schedule": None})
         if self.engine is not None:  # of the model before, where model_init makes a new one for each training
-            self.engine.zero.close()
+            self.engine.close()
         self.engine = initialize(model, settings, self.optimizer)
         wrapped, self.optimizer = self._bridge.attach(self.engine)
         return wrapped

@@ -7,7 +7,7 @@ that cannot work is an error elsewhere; these can work, and somebody may know wh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_ds.optim.loss_scaler import LossScaler
@@ -171,6 +171,17 @@ def missing_masters(
         f"to nothing, and lr={lr:g} moves a weight of {weight:g} by about {lr / weight:.2g} of it, those above "
         f"{lr * 2 ** (bits + 1):.2g} not at all",
         action or "keep fp32 master weights (ZeroOptimizer does), at 4 bytes a parameter over the shard's ranks",
+    )
+
+
+def untrained(names: Sequence[str]) -> Advice:
+    """Parameters that require a gradient and belong to nobody's buffers."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return Advice(
+        "untrained",
+        f"{names[0]}{more} did not require a gradient, or were not there, when initialize() was called: the engine "
+        "does not train them, and gradients that autograd leaves in them are this rank's alone",
+        "unfreeze or add them before initialize(), or call engine.close() and initialize() again",
     )
 
 

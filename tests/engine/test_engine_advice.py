@@ -249,7 +249,7 @@ def test_low_precision_parameters_that_the_engine_does_not_hold(said: list[str])
         (torch.bfloat16, True, 1),
         (torch.bfloat16, False, 0),
         (torch.float16, True, 1),
-        (torch.float32, True, 0),
+        (torch.float32, True, 1),
     ):
         net = Net().to(dtype)
         net.blocks[1].requires_grad_(False)
@@ -260,7 +260,9 @@ def test_low_precision_parameters_that_the_engine_does_not_hold(said: list[str])
             engine.train_batch([(torch.randn(2, 16, dtype=dtype),)])
         engine.zero.close()
         assert len(said) == told, said
-        if told:
+        if told and dtype == torch.float32:
+            assert said[0].startswith("blocks.1.first.weight and 3 more did not require a gradient, or were not there")
+        elif told:
             assert said[0].startswith("bf16 parameters" if dtype == torch.bfloat16 else "fp16 parameters")
             assert "lr=0.0001" in said[0]
             assert "blocks.1.first.weight and 3 more did not require a gradient when initialize()" in said[0]

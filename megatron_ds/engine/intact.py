@@ -1,0 +1,118 @@
+"""Whether the model is still the one that the engine took over: changed behind its back it trains wrongly, silently.
+
+A parameter frozen later would go on with its momentum and weight decay; after ``model.half()`` or ``parameter.data =
+...`` updates go to memory that the model no longer uses; and in half precision a value set in place lasts until the
+master weight overwrites it. So each step looks, before it updates: some tenths of a microsecond a parameter and a
+module. A parameter unfrozen or added later is no error: somebody else may train it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import Optimizer
+
+from megatron_ds.shard import spec_of
+from megatron_ds.zero.buckets import state_dtype
+from megatron_ds.zero.optimizer import ZeroOptimizer
+
+_AGAIN = "; change that before initialize(), or call engine.close() and initialize() again"
+
+
+@dataclass
+class _Seen:
+    """A parameter as it was. ``pointer``: where its values lie, ``version``: how often they were written in place;
+    None where that may change."""
+
+    name: str
+    parameter: nn.Parameter
+    trained: bool
+    pointer: int | None = None
+    version: int | None = None
+
+
+class Intact:
+    """Looks at a model and an optimizer and compares them with what they were.
+
+    Attributes:
+        strays: names of parameters that require a gradient now and did not, or were not there, before.
+    """
+
+    def __init__(self, module: nn.Module, zero: ZeroOptimizer, optimizer: Optimizer | None):
+        self._module, self._optimizer = module, optimizer
+        self._groups = self._number_of_parameters()
+        self.strays: list[str] = []
+        self._added: list[str] = []
+        sharded = zero.gatherer
+        self._seen = [_Seen(spec_of(p).name, p, p.requires_grad) for p in module.parameters()]
+        self._whole = [s for s in self._seen if s.trained and (sharded is None or not sharded.bucket_of(s.parameter))]
+        self._children: list[tuple[nn.Module, list[nn.Module | None]]] = []
+        self._own: list[tuple[nn.Module, list[nn.Parameter | None]]] = []
+        self._note_structure()
+        for seen in self._whole:
+            seen.pointer = seen.parameter.data_ptr()
+        self.note_values()
+
+    def note_values(self) -> None:
+        """What the parameters are now is as it should be."""
+        for seen in self._whole:
+            if state_dtype(seen.parameter.dtype) != seen.parameter.dtype:
+                seen.version = seen.parameter._version
+
+    def fault(self) -> str | None:
+        """What has changed and what to do, or None."""
+        return self._fault_of_structure() or self._fault_of_parameters() or self._fault_of_optimizer()
+
+    def _fault_of_parameters(self) -> str | None:
+        changed = [seen for seen in self._seen if seen.parameter.requires_grad != seen.trained]
+        for seen in changed:
+            if seen.trained:
+                return f"{seen.name} is frozen now, but would go on with its momentum and weight decay{_AGAIN}"
+        self.strays = [seen.name for seen in changed] + self._added
+        for seen in self._whole:
+            if seen.parameter.data_ptr() != seen.pointer:
+                return (
+                    f"{seen.name} has left the engine's memory, as after model.half(), model.to(...) or parameter.data "
+                    f"= ...: updates would not reach the model{_AGAIN}; precision.dtype gives the dtype, "
+                    "engine.set_parameter() values"
+                )
+        for seen in self._whole:
+            if seen.version is not None and seen.parameter._version != seen.version:
+                return (
+                    f"{seen.name} was written in place, in {str(seen.parameter.dtype).removeprefix('torch.')}: the "
+                    "update would overwrite it with its master weight; use engine.set_parameter(), or write within "
+                    "`with engine.gathered([parameter], write=True)`"
+                )
+        return None
+
+    def _fault_of_structure(self) -> str | None:
+        """Other modules or parameters. Modules may come and go, as long as they have the parameters of before."""
+        same = all(list(module._modules.values()) == children for module, children in self._children) and all(
+            len(own) == len(module._parameters) and all(a is b for a, b in zip(own, module._parameters.values()))
+            for module, own in self._own
+        )
+        if same:
+            return None
+        known = {id(seen.parameter) for seen in self._seen}
+        now = dict(self._module.named_parameters())
+        there = {id(parameter) for parameter in now.values()}
+        for seen in self._seen:
+            if seen.trained and id(seen.parameter) not in there:
+                return f"{seen.name} is no longer a parameter of the model, but would still be updated{_AGAIN}"
+        self._added = [name for name, p in now.items() if p.requires_grad and id(p) not in known]
+        self._note_structure()
+        return None
+
+    def _fault_of_optimizer(self) -> str | None:
+        if self._number_of_parameters() == self._groups:
+            return None
+        return f"the optimizer's groups have other parameters than at initialize(), which takes them over once{_AGAIN}"
+
+    def _note_structure(self) -> None:
+        modules = list(self._module.modules())
+        self._children = [(m, list(m._modules.values())) for m in modules if m._modules]
+        self._own = [(m, list(m._parameters.values())) for m in modules if m._parameters]
+
+    def _number_of_parameters(self) -> int:
+        return sum(len(group["params"]) for group in self._optimizer.param_groups) if self._optimizer else 0

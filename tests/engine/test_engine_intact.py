@@ -1,0 +1,226 @@
+"""A model changed behind the engine's back: an error with the way out, where training would go wrong silently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import megatron_ds
+from megatron_ds.engine import Engine
+from megatron_ds.errors import MegatronDSError
+from megatron_ds.testing import run_ranks
+
+WEIGHT = "layers.0.0.weight"
+CASES = [(1, "fp32"), (2, "bf16"), (3, "bf16")]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(3)])
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def loss_of(model: Any, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
+def samples(dtype: torch.dtype) -> Tensor:
+    return torch.randn(4, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def adamw(net: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+
+
+def engine_of(net: nn.Module, stage: int, dtype: str) -> Engine:
+    config: dict[str, Any] = {"zero": {"stage": stage, **({"persistence_threshold": 0} if stage == 3 else {})}}
+    if dtype != "fp64":
+        config["precision"] = {"dtype": dtype}
+    return megatron_ds.initialize(net, config, adamw(net), loss=loss_of)
+
+
+def first(net: Any) -> nn.Parameter:
+    parameter: nn.Parameter = net.layers[0][0].weight
+    return parameter
+
+
+def zeros(net: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.zeros(p.shape, dtype=p.dtype) for name, p in net.named_parameters()}
+
+
+def toggled(net: Any) -> None:
+    """As the discriminator of a GAN, while the generator trains."""
+    net.requires_grad_(False)
+    net.requires_grad_(True)
+
+
+def rewrapped(net: Any) -> None:
+    net.layers[1] = nn.Sequential(*net.layers[1])
+
+
+def with_another_head(net: Any) -> None:
+    net.head = nn.Linear(16, 2).to(net.head.bias.dtype)
+
+
+def without_a_layer(net: Any) -> None:
+    del net.layers[1]
+
+
+Change = Callable[[Any], object]
+# What is done to the model, and what is said at each of CASES; None: nothing, training goes on.
+CHANGES: dict[str, tuple[Change, list[str | None]]] = {
+    "freeze": (
+        lambda net: net.layers[0].requires_grad_(False),
+        [f"{WEIGHT} is frozen now"] * 3,
+    ),
+    "half": (lambda net: net.half(), [f"{WEIGHT} has left the engine's memory"] * 2 + ["half() needs the values"]),
+    "data": (
+        lambda net: setattr(first(net), "data", torch.zeros(16, 16, dtype=first(net).dtype)),
+        [f"{WEIGHT} has left the engine's memory"] * 2 + ["ZeRO stage 3 has sharded"],
+    ),
+    # In fp32 a parameter is its own master weight.
+    "in place": (
+        lambda net: first(net).detach().zero_(),
+        [None, f"{WEIGHT} was written in place, in bfloat16", "ZeRO stage 3 has sharded"],
+    ),
+    "assign": (
+        lambda net: net.load_state_dict(zeros(net), assign=True),
+        [f"{WEIGHT} is no longer a parameter of the model"] * 3,
+    ),
+    "head": (with_another_head, ["head.weight is no longer a parameter of the model"] * 3),
+    "fewer": (without_a_layer, ["layers.1.0.weight is no longer a parameter of the model"] * 3),
+    "toggle": (toggled, [None] * 3),
+    "rewrap": (rewrapped, [None] * 3),
+    "zero_grad": (lambda net: net.zero_grad(), [None] * 3),
+    "to": (lambda net: net.to("cpu"), [None, None, "ZeRO stage 3 has sharded"]),
+}
+
+
+def changed(stage: int, dtype: str) -> dict[str, str]:
+    """What each change says, by way of ``train_batch`` and of ``step``."""
+    said = {}
+    for name, (change, _) in CHANGES.items():
+        for whole_batch in (True, False):
+            net = Net()
+            engine = engine_of(net, stage, dtype)
+            x = samples(torch.float32 if dtype == "fp32" else torch.bfloat16)
+            engine.train_batch([x])
+            before = engine.state_dict()
+            text = ""
+            try:
+                change(net)
+                x = x.to(torch.float16) if name == "half" else x
+                if whole_batch:
+                    engine.train_batch([x])
+                else:
+                    engine.backward(loss_of(engine, x))
+                    engine.step()
+            except MegatronDSError as error:
+                text = str(error)
+            if not text:
+                assert any(not torch.equal(value, before[key]) for key, value in engine.state_dict().items())
+            assert said.setdefault(name, text).partition(";")[0] == text.partition(";")[0]
+            if not text:
+                engine.close()
+    return said
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=str)
+def test_what_would_train_wrongly_is_said(index: int) -> None:
+    for said in run_ranks(changed, 2, *CASES[index]):
+        for name, (_, expected) in CHANGES.items():
+            want = expected[index]
+            assert (want in said[name]) if want else said[name] == "", (name, said[name])
+
+
+def new_group() -> str:
+    engine = engine_of(Net(), 1, "fp32")
+    assert engine.optimizer is not None
+    engine.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    with pytest.raises(MegatronDSError) as raised:
+        engine.train_batch([samples(torch.float32)])
+    return str(raised.value)
+
+
+def test_a_new_group_of_the_optimizer_is_said() -> None:
+    for said in run_ranks(new_group, 2):
+        assert "the optimizer's groups have other parameters than at initialize()" in said
+
+
+@pytest.mark.parametrize("way", ["unfrozen", "added"])
+def test_what_the_engine_does_not_train_is_said_once(way: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Whenever it comes: layers are unfrozen one after the other in some recipes."""
+    net: Any = Net()
+    net.layers[0].requires_grad_(False)
+    engine = engine_of(net, 2, "fp32")
+    x = samples(torch.float32)
+    for _ in range(12):
+        engine.train_batch([x])
+    assert not caplog.messages
+    if way == "unfrozen":
+        net.layers[0].requires_grad_(True)
+    else:
+        net.adapter = nn.Linear(4, 4)
+    for _ in range(3):
+        engine.train_batch([x])
+    name = WEIGHT if way == "unfrozen" else "adapter.weight"
+    assert [text.partition(" did not require")[0] for text in caplog.messages] == [f"{name} and 1 more"]
+    engine.close()
+
+
+def written() -> None:
+    """The ways that the messages name, in half precision."""
+    for stage in (2, 3):
+        net = Net()
+        engine = engine_of(net, stage, "bf16")
+        with engine.gathered(first(net), write=True), torch.no_grad():
+            first(net).fill_(0.5)
+        assert engine.get_parameter(WEIGHT).unique().tolist() == [0.5]
+        engine.train_batch([samples(torch.bfloat16)])
+        engine.set_parameter(WEIGHT, torch.full((16, 16), 0.25))
+        engine.train_batch([samples(torch.bfloat16)])
+        assert (engine.get_parameter(WEIGHT) - 0.25).abs().max() < 0.05
+        with engine.gathered(first(net)):
+            assert first(net).shape == (16, 16) and abs(first(net).float().mean().item() - 0.25) < 0.05
+        engine.close()
+
+
+def test_values_can_be_set_in_half_precision() -> None:
+    run_ranks(written, 2)
+
+
+def again(stage: int) -> dict[str, Tensor]:
+    """A step, the first layer frozen, an engine anew, a step."""
+    net = Net().double()
+    for frozen in (False, True):
+        net.layers[0].requires_grad_(not frozen)
+        engine = engine_of(net, stage, "fp64")
+        engine.train_batch([samples(torch.float64)])
+        engine.close()
+    return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def test_a_closed_engine_leaves_the_model_for_the_next() -> None:
+    net = Net().double()
+    for frozen in (False, True):
+        net.layers[0].requires_grad_(not frozen)
+        optimizer = adamw(net)
+        optimizer.zero_grad()
+        loss_of(net, samples(torch.float64)).backward()
+        optimizer.step()
+    for stage in (1, 2, 3):
+        for got in run_ranks(again, 2, stage):
+            assert got.keys() == dict(net.named_parameters()).keys()
+            for name, value in net.named_parameters():
+                assert (got[name] - value).abs().max() < 1e-9, (stage, name)
