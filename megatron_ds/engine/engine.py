@@ -26,6 +26,7 @@ from megatron_ds.mesh import Mesh
 from megatron_ds.optim.torch_rule import TorchRule
 from megatron_ds.train.step import StepResult, TrainStep
 from megatron_ds.zero.optimizer import ZeroOptimizer
+from megatron_ds.zero.released import explained
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ class Engine:
         seed = self._begin()
         self._complete = not self._deferred and self._done + 1 >= self.sizes.accumulation
         self.zero.start_backward(self._complete)
-        with self._clock.timing("backward"):
+        with self._clock.timing("backward"), explained():
             torch.autograd.backward(loss, seed.to(loss.dtype))
             self.zero.end_backward()
         self._done += 1

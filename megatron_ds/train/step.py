@@ -28,6 +28,7 @@ from megatron_ds.pipeline.executor import Executor
 from megatron_ds.shared_memory import SharedExchange
 from megatron_ds.train.launch import give_back_freed_memory
 from megatron_ds.zero.optimizer import ZeroOptimizer
+from megatron_ds.zero.released import explained
 
 MicroBatch = Mapping[str, Tensor]
 
@@ -101,7 +102,8 @@ class TrainStep:
         """
         # Exact up to 2^53.
         count = comm.all_reduce(self.count(micro_batches).double(), self._data)
-        loss_sum = self.executor.run(micro_batches, self.begin(count))
+        with explained():
+            loss_sum = self.executor.run(micro_batches, self.begin(count))
         return self.finish(step, loss_sum, count, stop)
 
     def begin(self, count: Tensor) -> Tensor:

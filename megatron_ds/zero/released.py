@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -59,6 +61,22 @@ class ReleasedParameter(nn.Parameter):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ReleasedParameter({spec_of(self).name}, shape={list(self.shape)}, its values are sharded)"
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Around a backward pass, where torch's words for values that are not here would tell a user nothing."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("storage of size 0", "data is not allocated yet")):
+            raise
+        raise ReleasedParameterError(
+            "the backward pass needed a parameter that ZeRO stage 3 had freed: nothing had told it that the pass had "
+            "come to that parameter's block. So it is with a gradient of a gradient (create_graph=True), and with a "
+            "block that returns an iterator; set zero.keep_whole=true, with which gathered parameters stay until the "
+            "step is over, or use stage 2"
+        ) from error
 
 
 def _explain(parameter: nn.Parameter, what: str) -> str:

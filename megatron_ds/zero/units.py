@@ -250,9 +250,9 @@ class Gatherer:
                 found = running is unit
             unit.running = max(0, unit.running - 1)
             if found and use is not None:
-                for leaf in tree_flatten(output)[0]:
-                    if isinstance(leaf, Tensor) and leaf.requires_grad:
-                        leaf.register_hook(lambda gradient, use=use: self._begin_backward(use))
+                for tensor in _tensors(output):
+                    if tensor.requires_grad:
+                        tensor.register_hook(lambda gradient, use=use: self._begin_backward(use))
             for bucket in unit.buckets:
                 self._release(bucket)
 
@@ -348,6 +348,15 @@ class Gatherer:
             self._users[id(bucket)].append(unit)
         self._gather([bucket])
         return True
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in what a module returns, also those that are attributes of an object (a dataclass, say)."""
+    for leaf in tree_flatten(output)[0]:
+        if isinstance(leaf, Tensor):
+            yield leaf
+        else:
+            yield from (value for value in getattr(leaf, "__dict__", {}).values() if isinstance(value, Tensor))
 
 
 class _AfterBackward(torch.autograd.Function):
