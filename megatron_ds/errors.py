@@ -34,6 +34,10 @@ class ScheduleError(MegatronDSError):
     """A pipeline schedule that would deadlock, lose a micro-batch or exceed its activation bound."""
 
 
+class EngineError(MegatronDSError):
+    """An engine's methods were called in an order that cannot work, or its model was changed behind its back."""
+
+
 class ReleasedParameterError(MegatronDSError):
     """A parameter's values were asked for while ZeRO stage 3 has them sharded."""
 

@@ -18,8 +18,9 @@ from megatron_ds.checkpoint.together import exchange
 from megatron_ds.config.deepspeed import from_deepspeed, is_deepspeed
 from megatron_ds.config.engine import BatchSizes, EngineConfig, validate_engine
 from megatron_ds.config.read import from_dict, read_toml
-from megatron_ds.engine.engine import Engine, LossStage, loss_of_output
+from megatron_ds.engine.engine import Engine
 from megatron_ds.engine.meta import Filler, Weights, has_memory, take_places
+from megatron_ds.engine.stage import LossStage, loss_of_output
 from megatron_ds.engine.wrapped import plain_name, unwrapped
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh, MeshShape, init_process_group

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from torch.optim import Optimizer
 from megatron_ds import comm
 from megatron_ds.config.engine import BatchSizes, EngineConfig
 from megatron_ds.engine import checkpoint, pretrained
-from megatron_ds.engine.activations import ActivationMeter
 from megatron_ds.engine.advice import EngineAdvice
 from megatron_ds.engine.clock import Clock
 from megatron_ds.engine.gradients import Placeholders
+from megatron_ds.engine.inputs import FirstInputs
 from megatron_ds.engine.intact import Intact
+from megatron_ds.engine.stage import LossStage, map_tensors
 from megatron_ds.engine.tensors import WholeTensors
-from megatron_ds.errors import MegatronDSError
+from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.torch_rule import TorchRule
 from megatron_ds.train.step import StepResult, TrainStep
@@ -29,51 +30,6 @@ from megatron_ds.zero.optimizer import ZeroOptimizer
 from megatron_ds.zero.released import explained
 
 log = logging.getLogger(__name__)
-
-
-class EngineError(MegatronDSError):
-    """The engine's methods were called in an order that cannot work."""
-
-
-def loss_of_output(model: Any, micro_batch: Any) -> Tensor:
-    """Call the model with a micro-batch (a mapping by name, a sequence in order) and take its output's loss."""
-    if isinstance(micro_batch, Mapping):
-        output = model(**micro_batch)
-    elif isinstance(micro_batch, tuple | list):
-        output = model(*micro_batch)
-    else:
-        output = model(micro_batch)
-    if isinstance(output, Mapping):
-        output = output.get("loss")
-    elif not isinstance(output, Tensor):
-        output = output[0] if isinstance(output, tuple | list) else getattr(output, "loss", None)
-    if not isinstance(output, Tensor) or output.dim() != 0:
-        raise EngineError(
-            "the model did not return a loss: a 0-d tensor, or one in `.loss`, ['loss'] or [0] of its output; give "
-            "initialize() loss=, a function of the model and a micro-batch"
-        )
-    return output
-
-
-class LossStage(nn.Module):
-    """A model as the one stage of a pipeline: from a micro-batch to its loss.
-
-    ``cast``: the dtype in which the model gets its floating-point inputs; None leaves them.
-    """
-
-    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Tensor], cast: torch.dtype | None):
-        super().__init__()
-        self.model, self.loss, self.cast = model, loss, cast
-        self.meter: ActivationMeter | None = None
-
-    def forward(self, micro_batch: Any, hidden: Tensor | None = None) -> Tensor:
-        return self.loss(self.call, micro_batch)
-
-    def call(self, *arguments: Any, **keywords: Any) -> Any:
-        if self.cast is not None:
-            arguments, keywords = _cast(arguments, self.cast), _cast(keywords, self.cast)
-        with self.meter.forward() if self.meter is not None else contextlib.nullcontext():
-            return self.model(*arguments, **keywords)
 
 
 class Engine:
@@ -130,7 +86,7 @@ class Engine:
         self._advice = EngineAdvice(
             zero, train_step.scaler, mesh, sizes.accumulation, log.warning, module, ranks_sharing
         )
-        stage.meter = self._advice.meter
+        stage.meter, stage.inputs = self._advice.meter, FirstInputs() if mesh.data.size > 1 else None
         train_step.timed = self._advice.times_steps
 
     # Training
@@ -244,6 +200,9 @@ class Engine:
         if self.lr_scheduler is not None and hasattr(self.lr_scheduler, "step") and not result.skipped:
             self.lr_scheduler.step()
         self._clock.finished(self.steps, result)
+        if self._stage.inputs is not None:
+            self._advice.before([self._stage.inputs.compare(self.mesh.data, self.mesh.device)])
+            self._stage.inputs = None
         self._advice.after(result, self.train_step.seconds, self._intact.strays)
         self._stage.meter, self.train_step.timed = self._advice.meter, self._advice.times_steps
         return result
@@ -383,20 +342,8 @@ class Engine:
         pretrained.save(self.module, self.tensors(), self.mesh, Path(folder))
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: _cast(item, dtype) for key, item in value.items()}
-    return type(value)(_cast(item, dtype) for item in value) if isinstance(value, tuple | list) else value
-
-
 def _to(value: Any, device: torch.device) -> Any:
-    """Every tensor of a batch on the device."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: _to(item, device) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_to(item, device) for item in value]
-    return value
+    """Every tensor of a batch on the device. A batch that can do that by itself (transformers') keeps its attributes."""
+    if isinstance(value, Mapping) and hasattr(value, "to"):
+        return value.to(device)
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -233,7 +234,8 @@ def on_a_rank(folder: str) -> list[str]:
     rules.TRIFLE = 0
     advice.RATES["nvme"] = (1e3, 1e3, False)
     config = {"zero": {"stage": 2, "offload_optimizer": {"device": "nvme", "path": folder}}}
-    return trained(_heard(), Net(), torch.randn(2, 16), config)
+    samples = torch.randn(2, 16, generator=torch.Generator().manual_seed(dist.get_rank()))
+    return trained(_heard(), Net(), samples, config)
 
 
 def test_rank_0_says_it_once(tmp_path: Path) -> None:

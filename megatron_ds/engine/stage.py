@@ -1,0 +1,75 @@
+"""A user's model as the one stage of a pipeline, for the executor that runs all models."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ds.engine.activations import ActivationMeter
+from megatron_ds.engine.inputs import FirstInputs
+from megatron_ds.errors import EngineError
+
+
+def loss_of_output(model: Any, micro_batch: Any) -> Tensor:
+    """Call the model with a micro-batch (a mapping by name, a sequence in order) and take its output's loss."""
+    if isinstance(micro_batch, Mapping):
+        output = model(**micro_batch)
+    elif isinstance(micro_batch, tuple | list):
+        output = model(*micro_batch)
+    else:
+        output = model(micro_batch)
+    if isinstance(output, Mapping):
+        output = output.get("loss")
+    elif not isinstance(output, Tensor):
+        output = output[0] if isinstance(output, tuple | list) else getattr(output, "loss", None)
+    if not isinstance(output, Tensor) or output.dim() != 0:
+        raise EngineError(
+            "the model did not return a loss: a 0-d tensor, or one in `.loss`, ['loss'] or [0] of its output; give "
+            "initialize() loss=, a function of the model and a micro-batch"
+        )
+    return output
+
+
+class LossStage(nn.Module):
+    """A model as the one stage of a pipeline: from a micro-batch to its loss.
+
+    ``cast``: the dtype in which the model gets its floating-point inputs; None leaves them.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Tensor], cast: torch.dtype | None):
+        super().__init__()
+        self.model, self.loss, self.cast = model, loss, cast
+        self.meter: ActivationMeter | None = None
+        self.inputs: FirstInputs | None = None
+
+    def forward(self, micro_batch: Any, hidden: Tensor | None = None) -> Tensor:
+        return self.loss(self.call, micro_batch)
+
+    def call(self, *arguments: Any, **keywords: Any) -> Any:
+        if self.cast is not None:
+            arguments, keywords = map_tensors(self._cast, arguments), map_tensors(self._cast, keywords)
+        if self.inputs is not None and self.model.training and torch.is_grad_enabled():
+            self.inputs.see((arguments, keywords))
+        with self.meter.forward() if self.meter is not None else contextlib.nullcontext():
+            return self.model(*arguments, **keywords)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.cast) if tensor.is_floating_point() else tensor
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``value`` with ``function`` of each tensor in its mappings and sequences; named tuples keep their names."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        items = [map_tensors(function, item) for item in value]
+        if isinstance(value, tuple):
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        return items
+    return value
