@@ -343,7 +343,7 @@ class Engine:
 
 
 def _to(value: Any, device: torch.device) -> Any:
-    """Every tensor of a batch on the device. A batch that can do that by itself (transformers') keeps its attributes."""
+    """Every tensor of a batch on the device. What can do that itself (a BatchEncoding) keeps its attributes."""
     if isinstance(value, Mapping) and hasattr(value, "to"):
         return value.to(device)
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
