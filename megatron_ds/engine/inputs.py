@@ -33,7 +33,7 @@ class FirstInputs:
             return
         self._digest = 0
         for tensor in tree_leaves(inputs):
-            if isinstance(tensor, Tensor) and tensor.numel():
+            if isinstance(tensor, Tensor) and _is_plain(tensor) and tensor.numel():
                 some = tensor.detach().reshape(-1)[: _BYTES // tensor.element_size()].cpu().contiguous()
                 self._digest = crc32(some.view(torch.uint8).numpy().tobytes(), self._digest)
                 self._what = self._what or f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
@@ -43,6 +43,11 @@ class FirstInputs:
         mine = torch.tensor([self._digest or 0], dtype=torch.int64, device=device)
         everyone = comm.gather_dim0(mine, axis).wait().tolist()
         return same_inputs(everyone, self._what)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it has values of its own in a row of memory; a sparse or a nested one is not worth the trouble."""
+    return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_meta
 
 
 def same_inputs(digests: list[int], what: str) -> Advice | None:

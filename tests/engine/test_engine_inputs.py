@@ -71,6 +71,9 @@ def test_a_digest_tells_values_apart_and_takes_any_inputs() -> None:
     assert of((x.bfloat16().view(2, 3).t(), None, "text", 3)) is not None
     assert of((torch.empty(0), torch.tensor(True))) == of(torch.tensor(True))
     assert of(("no tensor",)) == 0
+    nested = torch.nested.nested_tensor([x, x[:2]], layout=torch.jagged)
+    assert of((torch.eye(2).to_sparse(), nested, torch.empty(3, device="meta"))) == 0
+    assert of(torch.tensor([1 + 2j])) != 0
     inputs = FirstInputs()
     inputs.see(x)
     first = inputs._digest
