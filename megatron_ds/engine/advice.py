@@ -6,7 +6,7 @@ The rules are :mod:`megatron_ds.zero.advice`; each is said once, on rank 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -14,7 +14,6 @@ from torch import nn
 from megatron_ds.engine.activations import ActivationMeter, recomputes
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.loss_scaler import LossScaler
-from megatron_ds.shard import ShardSpec
 from megatron_ds.train.advice import RATES, SETTLED, RunAdvice, recomputation
 from megatron_ds.train.step import StepResult
 from megatron_ds.zero import advice as rules
@@ -51,18 +50,18 @@ class EngineAdvice(RunAdvice):
         self._seconds = math.inf
         self._number = 0
 
-    def after(self, result: StepResult, seconds: float, strays: Sequence[str] = ()) -> None:
+    def after(self, result: StepResult, seconds: float, strays: Mapping[str, nn.Parameter]) -> None:
         """Say what a step has shown.
 
         Args:
             seconds: that the step took from its first forward pass to the end of its last backward pass.
-            strays: names of parameters that require a gradient, but did not when the engine was made.
+            strays: parameters that require a gradient, but did not when the engine was made.
         """
         self.after_step(result)
         if self.mesh.rank != 0:
             return
         if strays:
-            self._adviser([self._masters(result.learning_rate) or rules.untrained(strays)])
+            self._adviser([_untrained(strays, result.learning_rate)])
         if self._number >= SETTLED:
             return
         self._number += 1
@@ -90,27 +89,21 @@ class EngineAdvice(RunAdvice):
         )
 
     def _masters(self, lr: float) -> Advice | None:
-        """Of parameters in low precision: those trained here have masters, but perhaps some are trained elsewhere."""
+        """Of parameters in low precision, all of which have masters if any has."""
         low = [p for p in self.module.parameters() if p.requires_grad and _bits(p.dtype) < 24]
-        if not low:
-            return None
-        strays = [p for p in low if "grad_sink" not in p.__dict__]
-        masters = not strays and sum(self.zero.bytes_by_store()["master"].values()) > 0
-        one = (strays or low)[0]
-        action = None
-        if strays:
-            spec = one.__dict__.get("shard")
-            name = (
-                spec.name
-                if isinstance(spec, ShardSpec)
-                else next(name for name, p in self.module.named_parameters() if p is one)
-            )
-            action = (
-                f"{name}{f' and {len(strays) - 1} more' if len(strays) > 1 else ''} did not require a gradient when "
-                "initialize() was called, so that the engine neither keeps masters of it nor trains it: unfreeze first"
-            )
-        name = str(one.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
-        return rules.missing_masters(_bits(one.dtype), masters, lr, name=name, action=action)
+        masters = sum(self.zero.bytes_by_store()["master"].values()) > 0
+        return rules.missing_masters(_bits(low[0].dtype), masters, lr, name=_short(low[0].dtype)) if low else None
+
+
+def _untrained(strays: Mapping[str, nn.Parameter], lr: float) -> Advice | None:
+    """Of parameters that the engine has no part in. Whoever trains them in low precision does so without masters."""
+    advice = rules.untrained(list(strays))
+    low = [p.dtype for p in strays.values() if _bits(p.dtype) < 24]
+    return rules.missing_masters(_bits(low[0]), False, lr, name=_short(low[0]), action=str(advice)) if low else advice
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
 
 
 def _bits(dtype: torch.dtype) -> int:

@@ -23,13 +23,9 @@ class FirstInputs:
         self._digest: int | None = None
         self._what = ""
 
-    @property
-    def seen(self) -> bool:
-        return self._digest is not None
-
     def see(self, inputs: Any) -> None:
         """Everything that the model is called with. Only the first call counts; 0 where there are no tensors."""
-        if self.seen:
+        if self._digest is not None:
             return
         self._digest = 0
         for tensor in tree_leaves(inputs):

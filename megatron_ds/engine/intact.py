@@ -36,14 +36,14 @@ class Intact:
     """Looks at a model and an optimizer and compares them with what they were.
 
     Attributes:
-        strays: names of parameters that require a gradient now and did not, or were not there, before.
+        strays: parameters that require a gradient now and did not, or were not there, before; by name.
     """
 
     def __init__(self, module: nn.Module, zero: ZeroOptimizer, optimizer: Optimizer | None):
         self._module, self._optimizer = module, optimizer
         self._groups = self._number_of_parameters()
-        self.strays: list[str] = []
-        self._added: list[str] = []
+        self.strays: dict[str, nn.Parameter] = {}
+        self._added: dict[str, nn.Parameter] = {}
         sharded = zero.gatherer
         self._seen = [_Seen(spec_of(p).name, p, p.requires_grad) for p in module.parameters()]
         self._whole = [s for s in self._seen if s.trained and (sharded is None or not sharded.bucket_of(s.parameter))]
@@ -69,7 +69,7 @@ class Intact:
         for seen in changed:
             if seen.trained:
                 return f"{seen.name} is frozen now, but would go on with its momentum and weight decay{_AGAIN}"
-        self.strays = [seen.name for seen in changed] + self._added
+        self.strays = {**{seen.name: seen.parameter for seen in changed}, **self._added}
         for seen in self._whole:
             if seen.parameter.data_ptr() != seen.pointer:
                 return (
@@ -100,7 +100,7 @@ class Intact:
         for seen in self._seen:
             if seen.trained and id(seen.parameter) not in there:
                 return f"{seen.name} is no longer a parameter of the model, but would still be updated{_AGAIN}"
-        self._added = [name for name, p in now.items() if p.requires_grad and id(p) not in known]
+        self._added = {name: p for name, p in now.items() if p.requires_grad and id(p) not in known}
         self._note_structure()
         return None
 

@@ -179,7 +179,7 @@ def untrained(names: Sequence[str]) -> Advice:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return Advice(
         "untrained",
-        f"{names[0]}{more} did not require a gradient, or were not there, when initialize() was called: the engine "
+        f"{names[0]}{more} did not require a gradient when initialize() was called, or were not there: the engine "
         "does not train them, and gradients that autograd leaves in them are this rank's alone",
         "unfreeze or add them before initialize(), or call engine.close() and initialize() again",
     )
