@@ -23,6 +23,7 @@ PROGRAMS = ("examples", "tools")
 # From the bottom up. A module imports from its own area and from those on lower lines, never sideways or up.
 ORDER = (
     ("errors",),
+    ("files",),
     ("host", "kernels", "mesh", "shard"),
     ("tokens",),
     ("comm", "config", "rng", "shared_memory"),
@@ -35,7 +36,7 @@ ORDER = (
 )
 # Tighter than the order: what these areas may import besides themselves.
 ONLY = {
-    "data": {"errors"},  # it gets dp_rank and dp_size as numbers
+    "data": {"errors", "files"},  # it gets dp_rank and dp_size as numbers
     "kernels": {"errors"},
     "layers": {"errors", "kernels", "mesh", "shard", "comm", "rng"},  # sizes and a group, not the config of the run
 }

@@ -1,0 +1,63 @@
+"""Small files from elsewhere: whatever lies in their place is one error at once, in bounded memory."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_ds.files import check_regular, open_regular, parse_json, read_bytes, read_json, read_text
+
+
+def a_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as own:
+        own.bind(str(path))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (os.mkfifo, "it is a FIFO, not a regular file"),
+        (os.mkdir, "it is a directory, not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "it is a device, not a regular file"),
+        (lambda path: path.symlink_to(path), "Too many levels"),
+        (lambda path: None, "No such file"),
+        (a_socket, "No such device or address"),
+    ],
+)
+@pytest.mark.parametrize("reader", [open_regular, check_regular, read_bytes, read_text, read_json])
+def test_what_is_no_regular_file_is_an_error_at_once(
+    tmp_path: Path, make: Callable[[Path], None], message: str, reader: Callable[[Path], object]
+) -> None:
+    make(tmp_path / "x")
+    with pytest.raises(OSError, match=message):
+        reader(tmp_path / "x")
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "x").open("wb") as file:
+        file.truncate(1 << 40)  # takes no space, and would take all memory
+    with pytest.raises(OSError, match="it has 1,099,511,627,776 bytes, and such a file at most 268,435,456"):
+        read_json(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "text", [b"[" * 200_000, b'{"a":' * 200_000, b"9" * 5000, b"\xff\xfe{", b'{"a": 1', b""], ids=lambda text: text[:5]
+)
+def test_json_of_any_kind_is_a_value_or_a_value_error(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "x").write_bytes(text)
+    with pytest.raises(ValueError):
+        read_json(tmp_path / "x")
+
+
+def test_what_is_right_is_read(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text('{"a": [1, 2.5, "é"]}', encoding="utf-8")
+    assert read_json(tmp_path / "x") == {"a": [1, 2.5, "é"]} == parse_json(read_text(tmp_path / "x"))
+    assert read_json(tmp_path / "x", pairs=list) == [("a", [1, 2.5, "é"])]
+    with open_regular(tmp_path / "x") as file:
+        assert file.read(3) == b'{"a'
+    (tmp_path / "link").symlink_to("x")
+    assert read_bytes(tmp_path / "link") == (tmp_path / "x").read_bytes()
