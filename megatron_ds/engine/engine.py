@@ -164,7 +164,7 @@ class Engine:
             return None
         self._require_intact()
         with self._clock.timing("step"):
-            result = self.train_step.finish(self.steps + 1, self._loss_sum, self._count(self._done))
+            result = self.train_step.finish(self._loss_sum, self._count(self._done))
         return self._finished(result)
 
     def train_batch(self, micro_batches: Iterable[Any]) -> StepResult:
@@ -181,7 +181,7 @@ class Engine:
         self.module.train()
         self._require_intact()
         with self._clock.timing("step"):
-            return self._finished(self.train_step(taken, self.steps + 1))
+            return self._finished(self.train_step(taken))
 
     def _require_intact(self) -> None:
         fault = self._intact.fault()
@@ -230,8 +230,8 @@ class Engine:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
-        return self.train_step.rate(self.steps + 1)
+        """Of the next update."""
+        return self.train_step.next_rate
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing to do: each step begins with gradients of zero. Here for loops that call it."""

@@ -50,6 +50,24 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
             return config.min_lr + fall * (1.0 - _progress(step, start, end))
 
 
+def rate_change(before: float, now: float, end_before: int, end_now: int) -> str:
+    """What to say of a run that goes on under another schedule; empty where the next update has the rate it had.
+
+    Args:
+        before, now: the learning rate of the next update by the schedule of before and by that of now.
+        end_before, end_now: the update at which the schedules end (``decay_steps``, else the run's steps).
+    """
+    if math.isclose(before, now, rel_tol=1e-9):
+        return ""
+    text = f"the learning rate goes from {before:.3g} to {now:.3g}"
+    if end_before == end_now:
+        return text
+    return (
+        f"{text}, as its schedule ends at step {end_now} where it ended at {end_before} "
+        f"(--optimizer.decay-steps {end_before} keeps that)"
+    )
+
+
 def _progress(step: int, start: float, end: int) -> float:
     """How far ``step`` is from ``start`` to ``end``, in [0, 1]; 1 from ``end`` on, whatever ``start`` is."""
     if step >= end:

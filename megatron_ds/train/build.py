@@ -113,7 +113,7 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
         mesh,
         scaler,
         clip_norm=config.optimizer.clip_norm,
-        rate=lambda step: learning_rate(config.optimizer, step, config.train.steps),
+        rate=lambda update: learning_rate(config.optimizer, update, config.train.steps),
     )
     return Parts({mesh.pp.rank: stage}, executor, optimizer, step, scaler)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from megatron_ds.config import RunConfig
 from megatron_ds.mesh import Mesh
 from megatron_ds.pipeline.executor import Executor
-from megatron_ds.train.metrics import peak_memory_bytes
+from megatron_ds.train.metrics import MeanSpeed, peak_memory_bytes
 from megatron_ds.train.output import Output
 from megatron_ds.train.step import StepResult
 
@@ -52,6 +53,23 @@ class Messages(Callback):
         tqdm.write(text, file=sys.stderr)
 
 
+class LossLines(Messages):
+    """Loss and speed in a line every few steps and after the last, in place of a progress bar."""
+
+    def __init__(self, every: int):
+        self.every = every
+        self.total = 0
+        self.speed = MeanSpeed()
+
+    def on_start(self, step: int, total_steps: int, skipped: int) -> None:
+        self.total = total_steps
+
+    def on_step(self, step: int, result: StepResult, speed: Mapping[str, float]) -> None:
+        self.speed.add(speed)
+        if step % self.every == 0 or step == self.total:
+            self.on_message(f"step {step} of {self.total}: {_shown(result, self.speed.read())}")
+
+
 class ProgressBar(Messages):
     """Loss, tokens/s and time left on one line; on rank 0's terminal, or a line now and then into a log file."""
 
@@ -73,9 +91,7 @@ class ProgressBar(Messages):
 
     def on_step(self, step: int, result: StepResult, speed: Mapping[str, float]) -> None:
         assert self.bar is not None
-        self.bar.set_postfix_str(
-            f"loss {result.loss:.4f}, {speed['tokens_per_s']:,.0f} tok/s" + ", SKIPPED" * result.skipped, refresh=False
-        )
+        self.bar.set_postfix_str(_shown(result, speed), refresh=False)
         self.bar.update()
 
     def on_end(self) -> None:
@@ -86,6 +102,7 @@ class ProgressBar(Messages):
 class MetricsFile(Callback):
     """One JSON line a step, written at once: the numbers in full precision, for plots and for comparing runs.
 
+    What is not finite, of a step that was skipped, is null: JSON knows no NaN.
     Where the disk is full, lines wait in memory for the next step: there is never half a line in a file.
     """
 
@@ -104,7 +121,9 @@ class MetricsFile(Callback):
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
         path = self.path.with_name(name)
-        self._waiting[path].append(json.dumps(values).encode() + b"\n")
+        # NaN and Inf, of a step that was skipped, are not JSON.
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._waiting[path].append(json.dumps(known, allow_nan=False).encode() + b"\n")
         lines = b"".join(self._waiting[path])
         with contextlib.suppress(OSError), open(path, "ab", buffering=0) as file:
             before = file.tell()
@@ -119,13 +138,14 @@ class MetricsFile(Callback):
 
 
 class TensorBoard(Callback):
-    """Loss, learning rate, gradient norm, tokens/s, TFLOP/s a rank, MFU where known, share of the time spent waiting
-    for data, memory, skipped steps."""
+    """Loss, learning rate, gradient norm, tokens/s, targets/s, TFLOP/s a rank, MFU where known, share of the time spent
+    waiting for data, memory, skipped steps. Speed is the mean since the last point."""
 
     def __init__(self, folder: Path, mesh: Mesh, every: int):
         self.folder, self.mesh, self.every = folder, mesh, every
         self.writer: SummaryWriter | None = None
         self.skipped = 0
+        self.speed = MeanSpeed()
 
     def on_start(self, step: int, total_steps: int, skipped: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -135,6 +155,7 @@ class TensorBoard(Callback):
 
     def on_step(self, step: int, result: StepResult, speed: Mapping[str, float]) -> None:
         self.skipped += result.skipped
+        self.speed.add(speed)
         if step % self.every:
             return
         assert self.writer is not None
@@ -145,7 +166,7 @@ class TensorBoard(Callback):
             "train/loss_scale": result.loss_scale,
             "train/skipped_steps": self.skipped,
             "memory/peak_gb": peak_memory_bytes(self.mesh.device) / 1e9,
-            **{f"speed/{name}": value for name, value in speed.items()},
+            **{f"speed/{name}": value for name, value in self.speed.read().items()},
         }
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
@@ -190,5 +211,11 @@ def default_callbacks(config: RunConfig, mesh: Mesh, executor: Executor, output:
         callbacks.append(MetricsFile(output.metrics))
         if config.log.tensorboard:
             callbacks.append(TensorBoard(output.tensorboard, mesh, config.log.every))
-        callbacks.append(ProgressBar() if config.log.progress else Messages())
+        callbacks.append(ProgressBar() if config.log.progress else LossLines(config.log.every))
     return callbacks
+
+
+def _shown(result: StepResult, speed: Mapping[str, float]) -> str:
+    tokens, targets = speed["tokens_per_s"], speed["targets_per_s"]
+    own = "" if targets == tokens else f" ({targets:,.0f} targets/s)"
+    return f"loss {result.loss:.4f}, {tokens:,.0f} tok/s{own}" + ", SKIPPED" * result.skipped

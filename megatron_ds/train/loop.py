@@ -8,8 +8,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from megatron_ds.checkpoint.load import load
 from megatron_ds.checkpoint.save import check_room, save
@@ -17,6 +19,7 @@ from megatron_ds.config import RunConfig
 from megatron_ds.data.loader import BatchLoader, MicroBatch
 from megatron_ds.errors import CheckpointError, MegatronDSError
 from megatron_ds.mesh import Mesh
+from megatron_ds.optim.schedule import rate_change
 from megatron_ds.train.build import Parts
 from megatron_ds.train.callbacks import Callback
 from megatron_ds.train.metrics import Speedometer
@@ -76,15 +79,17 @@ class Loop:
                 callback.on_start(self.step, total, self.skipped)
             try:
                 batches = iter(self.loader)
+                self.speedometer.restart()
                 while self.step < total and not stopped:
                     step = self.step + 1
                     self._call("before_step", step)
                     with self.speedometer.waiting_for_data():
                         own = next(batches)
-                    result = self.parts.step(self._to_device(own), step, self._asked_to_stop.is_set())
+                    result = self.parts.step(self._to_device(own), self._asked_to_stop.is_set())
                     self.step = step
                     stopped = result.stop
-                    self.speedometer.add(result.tokens)
+                    tokens = sum(batch["tokens"].numel() for batch in own)
+                    self.speedometer.add(tokens * self.mesh.dp.size, result.targets)
                     self._call("on_step", step, result, self.speedometer.read())
                     self.skipped += result.skipped
                     skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
@@ -98,7 +103,7 @@ class Loop:
             finally:
                 self.loader.close()
                 self._call("on_end")
-        return self.step == total
+        return self.step >= total
 
     def _call(self, event: str, *arguments: object) -> None:
         """Tell the callbacks. One that cannot write is left out from then on: that is no reason to lose the run."""
@@ -120,17 +125,18 @@ class Loop:
         last = stopped or (at_end and checkpoint.save_at_end)
         if due or last:
             try:
-                self.save()
+                saved = self.save()
             except CheckpointError as error:
                 if last:
                     raise
                 # A full disk, say: losing one checkpoint is no reason to lose the run.
                 self._call("on_message", f"checkpoint of step {step} NOT written, training goes on: {error}")
+            else:
+                if last:
+                    why = "" if at_end else "asked to stop: "
+                    how = "" if at_end else "; continue with --checkpoint.resume and the same output"
+                    self._call("on_message", f"{why}saved step {step} in {saved}{how}")
             self.speedometer.restart()
-        if stopped and not at_end:
-            self._call(
-                "on_message", f"asked to stop: saved step {step}; continue with --checkpoint.resume and the same output"
-            )
 
     # Checkpoints
 
@@ -144,8 +150,11 @@ class Loop:
         if self.step < self.config.train.steps and (wanted.save_every or wanted.save_at_end):
             check_room(self.output.checkpoints, self.parts.optimizer.pieces(), self.mesh.world)
 
-    def save(self) -> None:
+    def save(self) -> Path:
         """Write a checkpoint of this moment; the one before stays until this one is complete.
+
+        Returns:
+            Its directory.
 
         Raises:
             CheckpointError: on every rank; the checkpoints before are as they were.
@@ -156,9 +165,10 @@ class Loop:
             "skipped_steps": self.skipped,
             "consumed": self.loader.state_dict()["consumed"],
             "optimizer_count": self.parts.optimizer.count,
+            "next_learning_rate": self.parts.step.next_rate,
             "loss_scaler": self.parts.scaler.state_dict(),
         }
-        save(
+        return save(
             self.output.checkpoints,
             self.step,
             self.parts.optimizer.pieces(),
@@ -168,8 +178,12 @@ class Loop:
             replace=True,
         )
 
-    def resume(self) -> None:
-        """Continue from the latest checkpoint of the output directory."""
+    def resume(self) -> str:
+        """Continue from the latest checkpoint of the output directory.
+
+        Returns:
+            What is to be said of the learning rate, where it is not the one that the run would have gone on with.
+        """
         meta = load(self.output.checkpoints, self.parts.optimizer.pieces(for_load=True), self.mesh.world)
         self.parts.optimizer.count = int(meta["optimizer_count"])
         self.parts.optimizer.refresh_parameters()
@@ -177,6 +191,9 @@ class Loop:
         self.step = int(meta["step"])
         self.skipped = int(meta.get("skipped_steps", 0))
         self.loader.load_state_dict({"consumed": int(meta["consumed"])})
+        now = self.parts.step.next_rate
+        ends = _schedule_end(meta["config"]), _schedule_end(self.config.to_dict())
+        return rate_change(float(meta.get("next_learning_rate", now)), now, *ends)
 
     def load_weights(self, path: str) -> None:
         """Start a new run from the weights of another checkpoint, e.g. an imported model."""
@@ -188,6 +205,10 @@ class Loop:
         if self.mesh.device.type == "cpu":
             return batches
         return [{name: t.to(self.mesh.device, non_blocking=True) for name, t in batch.items()} for batch in batches]
+
+
+def _schedule_end(config: Mapping[str, Any]) -> int:
+    return int(config["optimizer"]["decay_steps"] or config["train"]["steps"])
 
 
 @contextlib.contextmanager

@@ -1,4 +1,8 @@
-"""Speed in terms that can be compared: tokens/s, TFLOP/s a rank, and MFU where the device's peak is known."""
+"""Speed in terms that can be compared: tokens/s, TFLOP/s a rank, and MFU where the device's peak is known.
+
+A *token* here is a position that the model computes; a *target* is a position whose loss counts. BERT predicts 15% of
+its tokens, and a packed conversation only its answers: FLOPs are those of all tokens.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 
@@ -34,12 +39,17 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Peak memory of this rank: allocated by torch on a GPU, resident of the process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not ru_maxrss: across an exec that keeps the peak of the process before, here the launcher's.
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        return int(lines["VmHWM"].split()[0]) * 1024
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident if sys.platform == "darwin" else resident * 1024
 
 
 class Speedometer:
-    """Tokens/s and what follows from it, between two calls of :meth:`read`.
+    """Tokens/s and what follows from it, between two calls of :meth:`read`. Of the whole job.
 
     Args:
         flops_per_token: model FLOPs of forward and backward (the model states its convention).
@@ -49,9 +59,7 @@ class Speedometer:
 
     def __init__(self, flops_per_token: float, ranks: int, peak: float | None):
         self.flops_per_token, self.ranks, self.peak = flops_per_token, ranks, peak
-        self.tokens = 0
-        self.waited = 0.0
-        self.start = time.perf_counter()
+        self.restart()
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -60,22 +68,50 @@ class Speedometer:
         yield
         self.waited += time.perf_counter() - begin
 
-    def add(self, tokens: int) -> None:
+    def add(self, tokens: int, targets: int) -> None:
         self.tokens += tokens
+        self.targets += targets
 
     def restart(self) -> None:
-        """Start a new interval here: time spent on evaluation or saving is not training."""
-        self.tokens, self.waited, self.start = 0, 0.0, time.perf_counter()
+        """Start a new interval here: time spent on starting, evaluation or saving is not training."""
+        self.tokens, self.targets, self.waited, self.start = 0, 0, 0.0, time.perf_counter()
 
     def read(self) -> dict[str, float]:
-        """``tokens_per_s``, ``tflops_per_rank``, where the peak is known ``mfu``, and ``data_wait``, the share of the
-        time that this rank waited for data; starts a new interval."""
-        now = time.perf_counter()
-        seconds = max(now - self.start, 1e-9)
-        rate, wait = self.tokens / seconds, self.waited / seconds
-        self.tokens, self.waited, self.start = 0, 0.0, now
+        """What the interval was like; starts a new one.
+
+        ``seconds``, its length; ``tokens_per_s``; ``targets_per_s``; ``tflops_per_rank``; where the peak is known
+        ``mfu``; ``data_wait``, the share of the time that this rank waited for data.
+        """
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        rate = self.tokens / seconds
         tflops = rate * self.flops_per_token / self.ranks / 1e12
-        values = {"tokens_per_s": rate, "tflops_per_rank": tflops, "data_wait": wait}
+        values = {
+            "seconds": seconds,
+            "tokens_per_s": rate,
+            "targets_per_s": self.targets / seconds,
+            "tflops_per_rank": tflops,
+            "data_wait": self.waited / seconds,
+        }
         if self.peak:
             values["mfu"] = tflops / self.peak
+        self.restart()
         return values
+
+
+class MeanSpeed:
+    """The speed of several steps together, from what :meth:`Speedometer.read` said of each."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+
+    def add(self, speed: Mapping[str, float]) -> None:
+        seconds = speed["seconds"]
+        for name, value in speed.items():
+            # All but the length itself are amounts a second.
+            self._sums[name] = self._sums.get(name, 0.0) + (seconds if name == "seconds" else value * seconds)
+
+    def read(self) -> dict[str, float]:
+        """As :meth:`Speedometer.read` would have said of the steps as one interval; starts a new one."""
+        sums, self._sums = self._sums, {}
+        seconds = sums["seconds"]
+        return {name: seconds if name == "seconds" else value / seconds for name, value in sums.items()}

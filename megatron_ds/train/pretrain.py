@@ -77,7 +77,7 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
         )
         ranks.describe(loop.where)
         if config.checkpoint.resume and output.has_checkpoint:
-            loop.resume()
+            changes = [*changes, loop.resume()]
         elif config.checkpoint.init_from:
             loop.load_weights(config.checkpoint.init_from)
         loop.check_room()
@@ -92,8 +92,11 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
 def _resumed(step: int, config: RunConfig, changes: Sequence[str]) -> str:
     if step == 0:
         return f"checkpoint.resume: no checkpoint in {config.output}, so this run starts from the beginning"
-    changed = f", with other settings than before: {'; '.join(changes)}" if changes else ""
-    return f"resumed from step {step} of {config.train.steps}{changed}"
+    changed = "; ".join(filter(None, changes))
+    text = f"resumed from step {step} of {config.train.steps}"
+    if step >= config.train.steps:
+        text = f"nothing to do: the run in {config.output} is at step {step}, and train.steps={config.train.steps}"
+    return f"{text}, with other settings than before: {changed}" if changed else text
 
 
 def _advice(

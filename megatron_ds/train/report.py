@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def read_losses(output: str | Path) -> list[float]:
-    """The loss of every step of the run in directory ``output``, the first step first.
+    """The loss of every step of the run in directory ``output``, the first step first; NaN where it was not finite.
 
     Raises:
         DataError: no metrics, a damaged line, or steps missing in between.
@@ -34,7 +34,7 @@ def read_losses(output: str | Path) -> list[float]:
     steps = [line["step"] for line in lines]
     if steps != list(range(1, len(steps) + 1)):
         raise DataError(f"{path} does not hold steps 1 to {len(steps)} in order; the run's metrics are damaged")
-    return [line["loss"] for line in lines]
+    return [math.nan if line["loss"] is None else line["loss"] for line in lines]
 
 
 def largest_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, int]:

@@ -38,9 +38,9 @@ class StepResult:
     """What one step did; the same on every rank.
 
     Attributes:
-        loss: the global batch's sum divided by ``tokens``.
+        loss: the global batch's sum divided by ``targets``.
         grad_norm: global L2 norm before clipping (NaN or Inf when the step was skipped).
-        tokens: what the loss was divided by: unmasked target tokens of the global batch, or micro-batches of an Engine.
+        targets: what the loss was divided by: unmasked targets of the global batch, or micro-batches of an Engine.
         skipped: gradients were not finite, and no weight changed.
         stop: some rank asked to stop after this step.
     """
@@ -48,7 +48,7 @@ class StepResult:
     loss: float
     grad_norm: float
     learning_rate: float
-    tokens: int
+    targets: int
     loss_scale: float
     skipped: bool
     stop: bool
@@ -64,7 +64,8 @@ class TrainStep:
 
     Args:
         clip_norm: largest global gradient norm; 0 turns clipping off.
-        rate: learning rate of a step, from its number (the first is 1).
+        rate: learning rate of an update, from its number (the first is 1). A skipped step is no update: a warm-up
+            that meets the overflows of a high loss scale is as long as it was asked to be.
         count: what a rank's micro-batches add to the number by which the loss is divided, 0-d.
 
     Attributes:
@@ -95,8 +96,13 @@ class TrainStep:
         self._begun = 0.0
         self._settled = mesh.device.type != "cpu"
 
-    def __call__(self, micro_batches: Sequence[MicroBatch], step: int, stop: bool = False) -> StepResult:
-        """Run step number ``step`` (the first is 1) on this rank's micro-batches of the global batch.
+    @property
+    def next_rate(self) -> float:
+        """Learning rate of the next update."""
+        return self.rate(self.optimizer.count + 1)
+
+    def __call__(self, micro_batches: Sequence[MicroBatch], stop: bool = False) -> StepResult:
+        """Run a step on this rank's micro-batches of the global batch.
 
         ``stop``: this rank wants the run to end; all ranks learn of it in this step's one metrics message.
         """
@@ -104,7 +110,7 @@ class TrainStep:
         count = comm.all_reduce(self.count(micro_batches).double(), self._data)
         with explained():
             loss_sum = self.executor.run(micro_batches, self.begin(count))
-        return self.finish(step, loss_sum, count, stop)
+        return self.finish(loss_sum, count, stop)
 
     def begin(self, count: Tensor) -> Tensor:
         """Start a step whose loss will be divided by ``count`` (0-d float64); the gradient that seeds its backwards."""
@@ -127,14 +133,14 @@ class TrainStep:
     def _difference(self, count: Tensor) -> Tensor:
         return count.clamp(min=1) / self._seeded
 
-    def finish(self, step: int, loss_sum: Tensor, count: Tensor, stop: bool = False) -> StepResult:
+    def finish(self, loss_sum: Tensor, count: Tensor, stop: bool = False) -> StepResult:
         """Reduce, clip and update, or skip, after the last backward pass.
 
         Args:
             loss_sum: sum of this rank's losses, 0-d.
             count: what the loss is divided by after all, if it was not known when the step began.
         """
-        rate, loss_scale = self.rate(step), self.scaler.scale
+        rate, loss_scale = self.next_rate, self.scaler.scale
         if self.timed:
             if self.mesh.device.type == "cuda":
                 torch.cuda.synchronize(self.mesh.device)

@@ -127,7 +127,7 @@ def train(config: RunConfig, mesh: Mesh, look: Callable[[Parts], None] | None = 
         update(*arguments, **keywords)
 
     parts.optimizer.step = keep_gradients  # type: ignore[method-assign]
-    results = [parts.step(batches, number) for number, batches in enumerate(steps_of(config, mesh), start=1)]
+    results = [parts.step(batches) for batches in steps_of(config, mesh)]
     assert not any(result.skipped for result in results)
     with parts.optimizer.gathered(stage.parameters()):
         parameters = [_whole(spec_of(p), p) for p in stage.parameters()]

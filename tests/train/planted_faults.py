@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import signal
@@ -16,13 +17,13 @@ from megatron_ds.zero.optimizer import ZeroOptimizer
 
 
 def at_step(number: int, action: Callable[[], object]) -> None:
-    """Run ``action`` on this rank at the beginning of step ``number``."""
-    real = TrainStep.__call__
+    """Run ``action`` on this rank at the beginning of step ``number`` of this process."""
+    real, done = TrainStep.__call__, itertools.count(1)
 
-    def call(self: TrainStep, micro_batches: Sequence[Any], step: int, stop: bool = False) -> StepResult:
-        if step == number:
+    def call(self: TrainStep, micro_batches: Sequence[Any], stop: bool = False) -> StepResult:
+        if next(done) == number:
             action()
-        return real(self, micro_batches, step, stop)
+        return real(self, micro_batches, stop)
 
     TrainStep.__call__ = call  # type: ignore[method-assign]
 

@@ -117,7 +117,7 @@ def steps(
         batches = on_device(next(loader), mesh)
         if before is not None:
             before(parts, mesh, step, batches)
-        result = parts.step(batches, step, stop=stop_on == (mesh.rank, step))
+        result = parts.step(batches, stop=stop_on == (mesh.rank, step))
         ran.results.append(result)
         ran.parameters.append(snapshot(parts))
         ran.scales.append(parts.scaler.scale)
@@ -189,7 +189,7 @@ def evaluating(config: RunConfig, batches: int) -> Ran:
     ran = Ran(parameters=[snapshot(parts)])
     ran.evaluated.append(parts.step.evaluate(data))
     ran.parameters.append(snapshot(parts))
-    ran.results.append(parts.step(data[0], 1))
+    ran.results.append(parts.step(data[0]))
     ran.parameters.append(snapshot(parts))
     ran.evaluated += [parts.step.evaluate(data), parts.step.evaluate(iter(data))]
     assert all(stage.training for stage in parts.stages.values())
@@ -210,7 +210,7 @@ def gradients_and_update(config: RunConfig) -> tuple[StepResult, dict[str, Tenso
         update(lr, scale)
 
     parts.optimizer.step = look  # type: ignore[method-assign, assignment]
-    result = parts.step(on_device(next(loader_of(config, mesh)), mesh), 1)
+    result = parts.step(on_device(next(loader_of(config, mesh)), mesh))
     after = snapshot(parts)
     return result, gradients, {name: after[name] - before[name] for name in before}
 

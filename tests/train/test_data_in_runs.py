@@ -39,8 +39,17 @@ def sources(*arguments: str) -> GPTSources:
     return found
 
 
-def tokens_a_step(output: Path) -> list[int]:
-    return [json.loads(line)["tokens"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+def metrics(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def targets_a_step(output: Path) -> list[int]:
+    return [line["targets"] for line in metrics(output)]
+
+
+def positions_a_step(output: Path) -> list[int]:
+    """What the rates were computed from."""
+    return [round(line["tokens_per_s"] * line["seconds"]) for line in metrics(output)]
 
 
 def numbers(prefix: Path, documents: int, first: int) -> str:
@@ -77,7 +86,7 @@ def test_blend_url_ramp_and_masking_in_one_run_that_resumes_on_other_meshes(
     for steps, mesh in (("3", []), ("6", ["--mesh.pp", "2"])):
         with started(tmp_path / steps, [[*REAL, *own, *mesh, "--train.steps", steps]] * 2) as ranks:
             assert ranks.wait() == [0, 0], ranks.everything()
-    assert tokens_a_step(parts) == tokens_a_step(whole)
+    assert targets_a_step(parts) == targets_a_step(whole)
     assert len(read_losses(parts)) == 6
     assert max(abs(a - b) for a, b in zip(read_losses(whole), read_losses(parts))) < 1e-9
     assert any((tmp_path / "cache").rglob("other.idx"))  # the copy of the remote one
@@ -97,12 +106,16 @@ def test_blend_url_ramp_and_masking_in_one_run_that_resumes_on_other_meshes(
     batch = train.batch(places)
     counted = []
     for place, (dataset, index) in enumerate(zip(which, within)):
-        expected = alone[dataset].batch([index])
-        for name in expected:
-            assert (batch[name][place] == expected[name][0]).all(), (place, name)
-        counted.append(int(expected["loss_mask"].sum()))
-    expected_tokens = [sum(counted[end - size : end]) for end, size in zip(np.cumsum(sizes), sizes)]
-    assert tokens_a_step(parts) == expected_tokens and tokens_a_step(whole) == expected_tokens[:6]
+        row = alone[dataset].batch([index])
+        for name in row:
+            assert (batch[name][place] == row[name][0]).all(), (place, name)
+        counted.append(int(row["loss_mask"].sum()))
+    expected = [sum(counted[end - size : end]) for end, size in zip(np.cumsum(sizes), sizes)]
+    assert targets_a_step(parts) == expected and targets_a_step(whole) == expected[:6]
+    # Tokens are all that was computed on every replica: the last of each document, which predicts nothing, too.
+    assert sum(expected) < 8 * sum(sizes)
+    assert positions_a_step(parts) == [8 * size for size in sizes]
+    assert positions_a_step(whole) == [8 * size for size in sizes[:6]]
 
 
 def test_a_blend_for_each_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +154,7 @@ def test_conversations_count_their_answers_alone(tmp_path: Path, monkeypatch: py
     epoch = len(train)
     own += ["--train.global-batch", str(epoch), "--train.steps", "2"]  # a step is an epoch
     assert run(monkeypatch, *own) == 0
-    assert tokens_a_step(tmp_path / "run") == [answers, answers]
+    assert targets_a_step(tmp_path / "run") == [answers, answers]
     batch = train.rows(range(epoch))
     assert set(batch["labels"][batch["loss_mask"]].tolist()) == {ord("y")}
 

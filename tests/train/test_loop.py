@@ -36,12 +36,14 @@ class Recorder(Callback):
 
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
+        self.speeds: list[dict[str, float]] = []
 
     def on_start(self, step: int, total_steps: int, skipped: int) -> None:
         self.events.append(("start", step, total_steps, skipped))
 
     def on_step(self, step: int, result: StepResult, speed: Any) -> None:
         self.events.append(("step", step))
+        self.speeds.append(dict(speed))
 
     def on_evaluation(self, step: int, loss: float) -> None:
         self.events.append(("evaluation", step))
@@ -58,9 +60,11 @@ class Step:
 
     def __init__(self, skipped: Iterable[int] = ()):
         self.skipped = set(skipped)
+        self.done, self.next_rate = 0, 1e-3
 
-    def __call__(self, micro_batches: Any, step: int, stop: bool) -> StepResult:
-        return StepResult(1.0, 1.0, 1e-3, 16, 1.0, step in self.skipped, stop)
+    def __call__(self, micro_batches: Any, stop: bool) -> StepResult:
+        self.done += 1
+        return StepResult(1.0, 1.0, 1e-3, 4, 1.0, self.done in self.skipped, stop)
 
     def evaluate(self, batches: Any) -> float:
         return float(len(list(batches)))
@@ -73,7 +77,12 @@ def scripted(
     values: dict[str, Any] = {"train": {"steps": 6}, "data": {"synthetic": True}, "output": str(tmp_path)}
     config = from_dict(RunConfig, {**values, **sections}, "test")
     recorder = Recorder()
-    monkeypatch.setattr(loop_module, "save", lambda _, step, *rest, **more: recorder.events.append(("save", step)))
+
+    def save(directory: Path, step: int, *rest: Any, **more: Any) -> Path:
+        recorder.events.append(("save", step))
+        return directory / f"step-{step}"
+
+    monkeypatch.setattr(loop_module, "save", save)
     parts = SimpleNamespace(
         step=Step(skipped),
         optimizer=SimpleNamespace(count=0, pieces=list),
@@ -100,8 +109,36 @@ def test_steps_evaluations_and_saves_come_in_order(tmp_path: Path, monkeypatch: 
     assert told.events == [
         ("start", 0, 5, 0),
         *[("step", 1), ("step", 2), ("evaluation", 2), ("step", 3), ("save", 3)],
-        *[("step", 4), ("evaluation", 4), ("step", 5), ("evaluation", 5), ("save", 5), ("end",)],
+        *[("step", 4), ("evaluation", 4), ("step", 5), ("evaluation", 5), ("save", 5)],
+        *[("message", f"saved step 5 in {tmp_path}/checkpoints/step-5"), ("end",)],
     ]
+
+
+def test_the_speed_of_a_step_is_its_own_and_not_that_of_the_start_or_an_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop, told = scripted(tmp_path, monkeypatch, train={"steps": 3, "eval_every": 1})
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def takes(seconds: float, result: Any = None) -> Any:
+        clock[0] += seconds
+        return result
+
+    real = Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda *arguments: takes(2.0, real(*arguments)))
+    monkeypatch.setattr(Step, "evaluate", lambda *_: takes(30.0, 1.0))
+
+    class Slow(Callback):
+        def on_start(self, step: int, total_steps: int, skipped: int) -> None:
+            takes(100.0)
+
+    loop.callbacks.append(Slow())
+    assert loop.run()
+    for speed in told.speeds:
+        assert speed["seconds"] == 2.0
+        # Two sequences of four tokens, of which the scripted step counts four.
+        assert speed["tokens_per_s"] == 4.0 and speed["targets_per_s"] == 2.0
 
 
 def test_nothing_is_saved_at_the_end_where_that_is_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +186,10 @@ def test_who_asks_to_stop_gets_a_checkpoint_and_a_word(tmp_path: Path, monkeypat
     loop.callbacks.append(Asks())
     assert not loop.run()
     assert events(told, "step", "save") == [("step", 1), ("step", 2), ("step", 3), ("save", 3)]
-    assert "asked to stop: saved step 3; continue with --checkpoint.resume" in events(told, "message")[0][1]
+    assert events(told, "message")[0][1] == (
+        f"asked to stop: saved step 3 in {tmp_path}/checkpoints/step-3; continue with --checkpoint.resume and the same "
+        "output"
+    )
 
 
 def full_disk(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
@@ -173,6 +213,7 @@ def test_a_save_that_fails_on_the_way_is_said_and_the_run_goes_on(
         ("message", "checkpoint of step 2 NOT written, training goes on: no space"),
         ("save", 4),
         ("save", 6),
+        ("message", f"saved step 6 in {tmp_path}/checkpoints/step-6"),
     ]
 
 
@@ -208,9 +249,9 @@ def test_a_callback_that_cannot_write_is_left_out_and_the_run_goes_on(
     loop.callbacks.insert(0, Board())
     assert loop.run()
     assert calls == [1, 2]
-    assert events(told, "message") == [
+    assert events(told, "message")[0] == (
         ("message", "Board ends, training goes on without it: [Errno 28] No space left on device")
-    ]
+    )
     assert len(events(told, "step")) == 6
 
 

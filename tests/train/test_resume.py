@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from started_ranks import arguments, pretrain_gpt
 
 from megatron_ds.config import RunConfig, from_dict, validate
 from megatron_ds.data.loader import BatchLoader
@@ -16,10 +18,40 @@ from megatron_ds.models.gpt import gpt_model
 from megatron_ds.testing import device_of_rank, run_ranks
 from megatron_ds.train.build import build
 from megatron_ds.train.callbacks import Callback, MetricsFile
+from megatron_ds.train.launch import run_main
 from megatron_ds.train.loop import Loop
 from megatron_ds.train.metrics import Speedometer
 from megatron_ds.train.output import Output
 from megatron_ds.train.report import read_losses
+
+
+def said(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, output: Path, *more: str) -> str:
+    """The first words of a run of one process on what it goes on with."""
+    monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", *arguments(output, *more)])
+    assert run_main(pretrain_gpt().main) == 0
+    return capfd.readouterr().out.splitlines()[-1]
+
+
+def test_a_resume_says_where_it_is_and_what_becomes_of_the_learning_rate(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    common = ["--checkpoint.resume", "--optimizer.lr", "0.001", "--optimizer.min-lr", "0"]
+    said(capfd, monkeypatch, run, *common, "--train.steps", "4")
+    jumps = (
+        "resumed from step 4 of 6, with other settings than before: train.steps: 4 -> 6; the learning rate goes from 0 "
+        "to 6.7e-05, as its schedule ends at step 6 where it ended at 4 (--optimizer.decay-steps 4 keeps that)"
+    )
+    assert said(capfd, monkeypatch, run, *common, "--train.steps", "6") == jumps
+    shown = [json.loads(line)["learning_rate"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert shown[4] == pytest.approx(6.7e-5, rel=1e-2) and shown[3] == 0.0
+    keeps = said(capfd, monkeypatch, run, *common, "--train.steps", "8", "--optimizer.decay-steps", "6")
+    assert "resumed from step 6 of 8" in keeps and "learning rate" not in keeps
+    over = said(capfd, monkeypatch, run, *common, "--train.steps", "3", "--optimizer.decay-steps", "6")
+    assert over.startswith(f"nothing to do: the run in {run} is at step 8, and train.steps=3")
+    assert len(read_losses(run)) == 8, "and what was recorded stays"
+    same = said(capfd, monkeypatch, run, *common, "--train.steps", "3", "--optimizer.decay-steps", "6")
+    assert same == f"nothing to do: the run in {run} is at step 8, and train.steps=3"
 
 
 def configuration(output: Path, dtype: str, **mesh: int) -> RunConfig:

@@ -70,7 +70,7 @@ def test_lower_precision_equals_its_own_one_process_run(mesh: dict[str, int]) ->
     for index, (dtype, (loss, norm)) in enumerate(TOLERANCES.items()):
         many, one = same_everywhere([runs[index] for runs in jobs]), plain(precise(dtype), 3)
         for got, want, truth in zip(many.results, one.results, exact.results):
-            assert not got.skipped and got.tokens == want.tokens
+            assert not got.skipped and got.targets == want.targets
             assert got.loss == pytest.approx(want.loss, rel=loss), dtype
             assert got.grad_norm == pytest.approx(want.grad_norm, rel=norm), dtype
             # And both are what the dtype allows of the true numbers.
@@ -98,7 +98,7 @@ def test_the_loss_scale_is_in_no_result_and_no_update() -> None:
 def test_fp16_overflow_is_skipped_on_all_ranks_alike(mesh: dict[str, int]) -> None:
     scale = {"precision": {"dtype": "fp16", "initial_loss_scale": 2.0**26, "loss_scale_hysteresis": 1}}
     count = 14
-    config = configuration("fp16", mesh=mesh, train={"steps": 20}, **scale)
+    config = configuration("fp16", mesh=mesh, train={"steps": 20}, optimizer={"warmup_steps": 3}, **scale)
     rans = run_ranks(plain, world_size(mesh), config, count)
     first = same_everywhere(rans)
     skipped = [result.skipped for result in first.results]
@@ -106,11 +106,15 @@ def test_fp16_overflow_is_skipped_on_all_ranks_alike(mesh: dict[str, int]) -> No
     assert 2 <= sum(skipped) <= count - 2
     for step, result in enumerate(first.results, start=1):
         assert result.loss_scale == 2.0 ** (26 - sum(skipped[: step - 1]))
+        updates = skipped[: step - 1].count(False)
+        assert result.learning_rate == pytest.approx(1e-2 * min(1, (updates + 1) / 3)), (
+            "a skipped step warms nothing up"
+        )
         assert math.isfinite(result.grad_norm) != result.skipped
         assert math.isfinite(result.loss)
         for ran in rans:
             assert unchanged(ran, step) == result.skipped and is_finite(ran.parameters[step])
-    one = plain(configuration("fp16", train={"steps": 20}, **scale), count)
+    one = plain(configuration("fp16", train={"steps": 20}, optimizer={"warmup_steps": 3}, **scale), count)
     # The edge of overflow may be one step off: the largest gradient is rounded differently.
     assert abs(sum(skipped) - sum(result.skipped for result in one.results)) <= 1
 
@@ -170,14 +174,14 @@ def test_a_rank_without_a_counted_token(mesh: dict[str, int]) -> None:
     first = same_everywhere(run_ranks(masked, world_size(mesh), config, 2, False))
     everything = same_everywhere(run_ranks(plain, world_size(mesh), config, 2))
     for some, all_ in zip(first.results, everything.results):
-        assert 0 < some.tokens < all_.tokens
+        assert 0 < some.targets < all_.targets
         assert math.isfinite(some.loss) and some.grad_norm > 0 and not some.skipped
 
 
 def test_a_batch_without_a_counted_token_is_no_loss_and_no_gradient() -> None:
     ran = masked(configuration(optimizer={"weight_decay": 0.0}), 1, True)
     result = ran.results[0]
-    assert (result.loss, result.grad_norm, result.tokens, result.skipped) == (0.0, 0.0, 0, False)
+    assert (result.loss, result.grad_norm, result.targets, result.skipped) == (0.0, 0.0, 0, False)
     assert unchanged(ran, 1)
 
 
@@ -193,7 +197,7 @@ def test_loss_and_tokens_are_of_the_global_batch() -> None:
     for mesh in ({}, {"dp": 2}, {"pp": 2}):
         ranks = run_ranks(plain, max(1, world_size(mesh)), configuration(mesh=mesh), 1)
         result = same_everywhere(ranks).results[0]
-        assert result.tokens == int(mask.sum())
+        assert result.targets == int(mask.sum())
         assert result.loss == pytest.approx(want.item(), abs=1e-12)
 
 

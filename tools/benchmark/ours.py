@@ -83,10 +83,9 @@ def training_step(
     mesh = Mesh.create(shape, torch.device(device))
     parts = build(config, mesh, gpt_model(config))
     draw = w.batches(mesh.dp.rank, mesh.dp.size, device)
-    size, done = config.train.micro_batch, 0
+    size = config.train.micro_batch
 
     def step() -> torch.Tensor:
-        nonlocal done
         tokens, targets = draw()
         positions = torch.arange(w.sequence, device=device).expand_as(tokens)
         batch = {
@@ -97,7 +96,6 @@ def training_step(
             "sample_index": torch.arange(len(tokens), device=device),
         }
         micro_batches = [{k: t[i : i + size] for k, t in batch.items()} for i in range(0, len(tokens), size)]
-        done += 1
-        return torch.tensor(parts.step(micro_batches, done).loss)
+        return torch.tensor(parts.step(micro_batches).loss)
 
     return step
