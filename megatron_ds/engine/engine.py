@@ -28,6 +28,7 @@ from megatron_ds.optim.torch_rule import TorchRule
 from megatron_ds.train.step import StepResult, TrainStep
 from megatron_ds.zero.optimizer import ZeroOptimizer
 from megatron_ds.zero.released import explained
+from megatron_ds.zero.sink import OwnBackward
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,11 @@ class Engine:
         self._done = 0  # micro-batches of that step
         self._complete = False  # its last one has been
         self._deferred = False
+        self._postponed = False  # step() was called since the last backward pass, and only accumulated
         self._placeholders = Placeholders(module.parameters())
+        self._own = OwnBackward()
+        for sink in zero.reducer.sinks():
+            sink.own = self._own
         self._intact = Intact(module, zero, optimizer)
         self._clock = Clock(config.log, mesh, sizes.global_batch)
         self._advice = EngineAdvice(
@@ -96,6 +101,7 @@ class Engine:
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """The model's own forward."""
+        self._notice_zeroing()
         self._placeholders.remove()
         if torch.is_grad_enabled() and self.module.training:
             self._begin()
@@ -113,27 +119,32 @@ class Engine:
         # Filled on the device: copying a number there would wait for the update of the step before.
         return torch.full((), float(each * self.mesh.data.size), dtype=torch.float64, device=self.mesh.device)
 
-    def backward(self, loss: Tensor) -> Tensor:
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
         """Gradients of a micro-batch. With the step's last one they are reduced over the ranks meanwhile.
 
         Args:
             loss: 0-d, the micro-batch's mean on this rank.
+            retain_graph: as in ``Tensor.backward``, for another pass through the same graph.
         """
         if loss.dim() != 0:
             raise EngineError(f"backward() takes a 0-d loss, not one of shape {list(loss.shape)}; call .mean() on it")
+        self._notice_zeroing()
         if self._complete:
             raise EngineError(
                 f"backward() was called after the last of accumulation={self.sizes.accumulation} micro-batches; "
-                "call step() first"
+                "call step() first; losses of one micro-batch add up in one pass, backward(a + b), and in passes of "
+                "their own with losses='sum' and no_sync() around all but the last"
             )
         self._placeholders.remove()
+        _raise(self._own.fault())
         seed = self._begin()
         self._complete = not self._deferred and self._done + 1 >= self.sizes.accumulation
         self.zero.start_backward(self._complete)
-        with self._clock.timing("backward"), explained():
-            torch.autograd.backward(loss, seed.to(loss.dtype))
+        with self._clock.timing("backward"), explained(), self._own.running():
+            torch.autograd.backward(loss, seed.to(loss.dtype), retain_graph=retain_graph)
             self.zero.end_backward()
         self._done += 1
+        self._postponed = False
         self._loss_sum += loss.detach()
         self._placeholders.put()
         return loss
@@ -158,9 +169,12 @@ class Engine:
         Args:
             partial: update now, with the mean over the micro-batches that there have been (the rest of an epoch).
         """
+        self._notice_zeroing()
+        _raise(self._own.fault())
         if self._done == 0:
             raise EngineError("step() without a backward pass; call engine.backward(loss), not loss.backward()")
         if not (self._complete or partial):
+            self._postponed = True
             return None
         self._require_intact()
         with self._clock.timing("step"):
@@ -169,29 +183,26 @@ class Engine:
 
     def train_batch(self, micro_batches: Iterable[Any]) -> StepResult:
         """One optimizer step on the next ``accumulation`` of this rank's micro-batches, of an iterator or a list."""
-        if self._seed is not None and self._done:
+        self._notice_zeroing()
+        if self._done:
             raise EngineError(f"train_batch() in the middle of a step of {self._done} micro-batches; call step() first")
         wanted = self.sizes.accumulation
         taken = [_to(batch, self.mesh.device) for batch, _ in zip(micro_batches, range(wanted))]
         if len(taken) < wanted:
             raise EngineError(f"train_batch() got {len(taken)} micro-batches where accumulation={wanted}")
+        _raise(self._own.fault())
         if self._seed is not None:  # a forward pass that nobody needed began the step
-            self.train_step.reduce()
-            self.zero.skip()
+            self._drop_gradients()
         self.module.train()
         self._require_intact()
-        with self._clock.timing("step"):
+        with self._clock.timing("step"), self._own.running():
             return self._finished(self.train_step(taken))
 
     def _require_intact(self) -> None:
-        fault = self._intact.fault()
-        if fault is not None:
-            raise EngineError(fault)
+        _raise(self._intact.fault())
 
     def _finished(self, result: StepResult) -> StepResult:
-        self._placeholders.remove()
-        self._seed, self._done, self._complete = None, 0, False
-        self._loss_sum = torch.zeros_like(self._loss_sum)
+        self._begin_anew()
         self.steps += 1
         self.skipped += result.skipped
         self.last = result
@@ -234,7 +245,30 @@ class Engine:
         return self.train_step.next_rate
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing to do: each step begins with gradients of zero. Here for loops that call it."""
+        """Drop the gradients that there are: of this step's micro-batches, and what other backward passes left here.
+
+        After a :meth:`step` that only accumulated, the micro-batches of before stay: so a loop of zero_grad, forward,
+        backward and step accumulates. ``optimizer.zero_grad()`` and ``module.zero_grad()`` drop the former alone. On
+        all ranks alike, as gradients may be under way between them.
+        """
+        self._own.strays.clear()
+        if self._done and not self._postponed:
+            self._drop_gradients()
+
+    def _notice_zeroing(self) -> None:
+        if self._placeholders.zeroed() and not self._postponed:
+            self._drop_gradients()
+
+    def _drop_gradients(self) -> None:
+        self.train_step.reduce()
+        self.zero.skip()
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """The next forward or backward pass is the first of a step."""
+        self._placeholders.remove()
+        self._seed, self._done, self._complete, self._postponed = None, 0, False, False
+        self._loss_sum = torch.zeros_like(self._loss_sum)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self.module.parameters()
@@ -340,6 +374,11 @@ class Engine:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that the model's ``from_pretrained`` loads, one tensor at a time."""
         pretrained.save(self.module, self.tensors(), self.mesh, Path(folder))
+
+
+def _raise(fault: str | None) -> None:
+    if fault is not None:
+        raise EngineError(fault)
 
 
 def _to(value: Any, device: torch.device) -> Any:

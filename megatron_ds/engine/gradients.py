@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from megatron_ds.errors import ShardedGradientError
+from megatron_ds.errors import EngineError, ShardedGradientError
 from megatron_ds.shard import spec_of
 
 # What may be asked of a gradient that is not here.
@@ -75,6 +75,26 @@ class Placeholders:
         for parameter, gradient in zip(self._parameters, self._gradients):
             parameter.grad = gradient
         self._there = True
+
+    def zeroed(self) -> bool:
+        """Whether somebody has set them all to None, as ``optimizer.zero_grad()`` and ``module.zero_grad()`` do.
+
+        Raises:
+            EngineError: some of them, or set to something else; that would be lost.
+        """
+        if not self._there:
+            return False
+        changed = [(p.grad, own) for p, own in zip(self._parameters, self._gradients) if p.grad is not own]
+        if not changed:
+            return False
+        for gradient, own in changed:
+            if gradient is not None or len(changed) < len(self._gradients):
+                raise EngineError(
+                    f"{own.parameter_name}.grad was {'set to None alone' if gradient is None else 'set to a tensor'}, "
+                    "but the gradients are in the engine's buffers, which keep all of them; to drop all, use "
+                    "engine.zero_grad(), and for a parameter that is not to be trained requires_grad_(False)"
+                )
+        return True
 
     def remove(self) -> None:
         """Before anything computes: autograd would add to them, and a compiler would look at them."""

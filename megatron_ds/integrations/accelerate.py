@@ -83,7 +83,7 @@ class EngineOptimizer(Optimizer):
             self.stepped(result)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing to do: each step begins with gradients of zero."""
+        self.engine.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """Settings alone: the state is in the engine's checkpoints."""

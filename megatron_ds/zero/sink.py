@@ -15,11 +15,53 @@ Every way may be mixed for one parameter (a tied embedding gets the head's produ
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 from megatron_ds.kernels.linear import add_product
+
+
+class OwnBackward:
+    """Tells the backward passes of one engine from those of others that reach its parameters.
+
+    A generator's loss goes through the discriminator and leaves a gradient in each of its parameters. In a buffer it
+    could not be told from the discriminator's own; so it is not kept, and noted.
+
+    Attributes:
+        strays: the parameters that got a gradient outside of :meth:`running`, by name, in order.
+    """
+
+    def __init__(self) -> None:
+        self.strays: dict[str, None] = {}
+        self._running = False
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Gradients that come inside are the engine's own."""
+        self._running = True
+        try:
+            yield
+        finally:
+            self._running = False
+
+    def fault(self) -> str | None:
+        """What came from elsewhere and what to do, or None."""
+        if not self.strays:
+            return None
+        first, others = next(iter(self.strays)), len(self.strays) - 1
+        return (
+            f"{first}{f' and {others} more' if others else ''} got gradients in a backward pass that was not this "
+            "engine's: another engine's, or loss.backward(), which engine.backward(loss) replaces. They were not kept; "
+            "call zero_grad() to go on without them, as with a discriminator through which the generator's loss went. "
+            "Models that train on one loss belong in one engine, as an nn.ModuleDict"
+        )
+
+    def refuses(self, name: str) -> bool:
+        if not self._running:
+            self.strays[name] = None
+        return not self._running
 
 
 class GradSink:
@@ -35,6 +77,7 @@ class GradSink:
             the bucket has no buffer.
         written: whether the buffer holds anything yet: the first write overwrites, so that it need not be zeroed.
         writes: writes since the start of the backward pass that is to be reduced; ``expected``: how many it takes.
+        own: if there, only gradients of its backward passes are kept.
     """
 
     def __init__(
@@ -48,6 +91,7 @@ class GradSink:
         self.written = False
         self.writes = 0
         self.expected = 0
+        self.own: OwnBackward | None = None
         self._before_write = before_write
         self._on_write = on_write
 
@@ -55,7 +99,8 @@ class GradSink:
         """Add a gradient of the parameter's shape, of any dtype."""
         if gradient.is_sparse:
             raise TypeError(f"{self.name} has a sparse gradient; flat buckets are dense: use sparse=False")
-        view = self._buffer()
+        if (view := self._buffer()) is None:
+            return
         if self.written:
             view.add_(gradient)
         else:
@@ -67,7 +112,8 @@ class GradSink:
 
         See :func:`megatron_ds.kernels.linear.add_product`.
         """
-        view = self._buffer()
+        if (view := self._buffer()) is None:
+            return
         add_product(view.view(-1, view.shape[-1]), left, right, first=not self.written)
         self._wrote()
 
@@ -77,7 +123,8 @@ class GradSink:
         2,048 rows of an 8,192 x 384 embedding: 0.14 ms on a CPU, where the dense gradient that autograd makes takes
         0.8 to 6 and its addition 2 more.
         """
-        view = self._buffer()
+        if (view := self._buffer()) is None:
+            return
         if not self.written:
             view.zero_()
         rows = rows.to(view.dtype)
@@ -90,7 +137,8 @@ class GradSink:
 
     def add_scaled(self, gradient: torch.Tensor, factor: torch.Tensor) -> None:
         """Add ``gradient * factor`` (a scalar) in one pass. Rows that ``gradient`` lacks at the end are zero."""
-        view = self._buffer()
+        if (view := self._buffer()) is None:
+            return
         rows = view[: gradient.shape[0]]
         if self.written:
             rows.addcmul_(gradient, factor.to(rows.dtype))
@@ -99,7 +147,10 @@ class GradSink:
             view[gradient.shape[0] :].zero_()
         self._wrote()
 
-    def _buffer(self) -> torch.Tensor:
+    def _buffer(self) -> torch.Tensor | None:
+        """Where to write; None: nowhere, the gradient is another's."""
+        if self.own is not None and self.own.refuses(self.name):
+            return None
         if self.view is None:
             self._before_write(self)
             assert self.view is not None
