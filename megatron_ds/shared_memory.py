@@ -43,6 +43,7 @@ class SharedArena:
         self._kept = kept  # bytes at the end of the first rank's block that belong to all
         self._used = self._common_used = 0
         self._descriptor = descriptor  # of the first rank's block
+        self._published: Tokens | None = None
 
     @staticmethod
     def create(nbytes: int, axis: Axis, used: int | None = None, common: int = 0) -> SharedArena | None:
@@ -80,6 +81,15 @@ class SharedArena:
     def tokens(self, number: int = 0) -> Tokens:
         """Send a token to all peers; all ranks do so in the same order."""
         return self._pipes.send(number)
+
+    def publish(self) -> None:
+        """Signals that this rank has finished writing; all ranks do so in the same order as they send tokens."""
+        self._published = self.tokens()
+
+    def wait_published(self) -> None:
+        """Wait until every peer has published what this rank has published last. Before its memory is read."""
+        if self._published is not None:
+            self._published.wait()
 
     def take(self, numel: int, dtype: torch.dtype) -> list[torch.Tensor]:
         """``numel`` zeros on every rank: the tensors of all ranks of the axis, by rank in it; one's own among them."""

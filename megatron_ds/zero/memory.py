@@ -57,8 +57,8 @@ class SharedWholeBuffer(WholeBuffer):
     """A buffer of which ``by_rank`` are all ranks' copies.
 
     A rank's copy is read by its peers until they have done their ``wait()``. Whoever writes it again must know that
-    they have: from any tokens that they sent afterwards. A reduction sends tokens that its buffer is complete; before
-    the ``wait()`` of a gather the ranks must have told each other so.
+    they have: from any tokens that they sent afterwards. A reduction sends tokens that its buffer is complete; the
+    ``wait()`` of a gather waits until every peer has published its parameters.
     """
 
     def __init__(self, by_rank: list[torch.Tensor], axis: Axis, arena: SharedArena):
@@ -76,6 +76,7 @@ class SharedWholeBuffer(WholeBuffer):
 
     def all_gather_start(self) -> Pending:
         def copy() -> None:
+            self._arena.wait_published()
             for peer in _peers(self.axis):
                 size = self.shard.numel()
                 part = slice(peer * size, (peer + 1) * size)
@@ -189,8 +190,8 @@ class TransientParameters:
     transposed views included, is good again as soon as it has been gathered once more.
 
     In shared memory the shards of all ranks lie in a row, and ``whole`` is this rank's private view of them: nothing is
-    gathered at all. Whoever changes a shard must know that no peer is reading, and each rank before it reads that the
-    peers have finished changing.
+    copied at all: a gather waits until every peer has published its shard. Whoever changes a shard must know that no
+    peer is reading.
 
     Args:
         store: where the shard lives if it is offloaded; None: in device memory, or in the arena.
@@ -207,6 +208,7 @@ class TransientParameters:
         store: Store | None,
     ):
         self.axis = axis
+        self._arena = arena
         self._view: PrivateView | None = None
         self._taken = size == 0
         if arena is not None and store is None:
@@ -252,7 +254,8 @@ class TransientParameters:
         """Take the memory and collect every rank's ``shard`` in it."""
         self.take()
         if self._view is not None:
-            return Pending(self.whole)
+            assert self._arena is not None
+            return Pending(self.whole, then=self._arena.wait_published)
         if self.holding.resident:
             return comm.all_gather_start(self.whole, self.shard, self.axis)
         self.holding.read_start()

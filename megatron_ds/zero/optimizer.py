@@ -18,7 +18,6 @@ from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.optim.factory import UpdateRule, state_kinds
 from megatron_ds.shard import ShardSpec
-from megatron_ds.tokens import Tokens
 from megatron_ds.zero import buckets
 from megatron_ds.zero.buckets import ParameterInfo, plan_buckets, state_dtype
 from megatron_ds.zero.budget import RankBytes
@@ -119,10 +118,7 @@ class ZeroOptimizer:
             self.buckets, config.overlap, transient and not config.keep_whole, WINDOW * config.bucket_mb * 1e6
         )
         self.gatherer = self._gatherer(root, modules)
-        # In shared memory, of this step: peers have read this rank's buffers; peers have changed their parameters.
-        self._read: Tokens | None = None
-        self._changed: Tokens | None = None
-        self._announce()
+        self._publish()
         self._count = 0
 
     def _take_values(self, fill: Callable[[list[nn.Parameter]], None] | None) -> None:
@@ -171,9 +167,8 @@ class ZeroOptimizer:
     # Gradients
 
     def start_step(self) -> None:
-        """Forget the gradients of the step before, and wait for its parameters."""
+        """Forget the gradients of the step before."""
         self.reducer.expect(Phase.IDLE, "start_step")
-        self.wait_parameters()
         self.reducer.start_step()
         if self.gatherer is not None:
             self.gatherer.start_step()
@@ -197,8 +192,6 @@ class ZeroOptimizer:
             self.gatherer.free_all()
         if self.buckets:
             self.buckets[-1].prefetch()
-        if self._arena is not None:
-            self._read = self._arena.tokens()
 
     def norm_squared(self) -> torch.Tensor:
         """0-d float64: this rank's share of the squared gradient norm.
@@ -228,15 +221,13 @@ class ZeroOptimizer:
 
     # Parameters
 
-    def step(self, lr: float, scale: float | torch.Tensor = 1.0, wait: bool = True) -> None:
+    def step(self, lr: float, scale: float | torch.Tensor = 1.0) -> None:
         """Update with gradients multiplied by ``scale`` and gather the parameters.
 
-        Buckets go in the order in which the next forward pass needs them. ``wait=False`` returns while parameters
-        are still under way: call :meth:`wait_parameters` before anything reads them.
+        Buckets go in the order in which the next forward pass needs them.
         """
         self.reducer.expect(Phase.REDUCED, "step")
-        self._require_one_order()
-        self._wait_read()
+        self._before_change()
         order = self.buckets[::-1]
         for bucket, following in zip(order, [*order[1:], None]):
             if following is not None:
@@ -244,39 +235,32 @@ class ZeroOptimizer:
             bucket.update(lr, scale)
             if bucket.layout.key.unit is None:
                 bucket.start_gather()
-        self._announce()
+        self._publish()
         self._count += 1
         self.reducer.phase = Phase.IDLE
-        if wait:
-            self.wait_parameters()
+        self._finish_gathers()
 
     def skip(self) -> None:
         """Drop the gradients of this step; parameters and state stay as they are."""
         self.reducer.expect(Phase.REDUCED, "skip")
-        self._require_one_order()
-        self._wait_read()
+        self._before_change()
         self.reducer.phase = Phase.IDLE
 
-    def wait_parameters(self) -> None:
-        """Wait until the parameters of the last step have arrived."""
-        if self._changed is not None:
-            self._changed.wait()
-            self._changed = None
+    def _finish_gathers(self) -> None:
+        """Wait until the parameters that are whole all the time have arrived."""
         waited = [b.finish_gather() for b in reversed(self.buckets) if b.layout.key.unit is None]
         if any(waited):
             self._meet()  # a peer may still be copying what the caller is free to change from here on
 
     def refresh_parameters(self) -> None:
         """Make the parameters what the master weights say, on all ranks of the shard axis; after loading."""
-        if self.gatherer is not None:
-            self.gatherer.free_all()  # an evaluation may have left a unit whole, of the values before
-        self._meet()
+        self._before_change()
         for bucket in self.buckets:
             bucket.master_to_parameters()
             if bucket.layout.key.unit is None:
                 bucket.start_gather()
-        self._announce()
-        self.wait_parameters()
+        self._publish()
+        self._finish_gathers()
 
     @contextmanager
     def gathered(self, parameters: Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
@@ -286,7 +270,6 @@ class ZeroOptimizer:
         """
         if write:
             self.reducer.expect(Phase.IDLE, "gathered(write=True)")
-        self.wait_parameters()
         wanted = {id(p) for p in parameters}
         touched = [bucket for bucket in self._all if any(id(p) in wanted for p in bucket.tensors)]
         with self.gatherer.gathered(touched) if self.gatherer is not None else nullcontext():
@@ -296,25 +279,24 @@ class ZeroOptimizer:
                 for bucket in touched:
                     bucket.take_over()
         if write:
-            self._announce()
-            self.wait_parameters()
+            self._publish()
 
     # Ranks that read each other's memory
 
-    def _require_one_order(self) -> None:
+    def _before_change(self) -> None:
+        """Before parameters change: nobody holds or reads the values of before, on no rank.
+
+        An evaluation may have left a unit whole, in the middle of a step too.
+        """
         if self.gatherer is not None:
             self.gatherer.require_one_order(self.shard)
+            self.gatherer.free_all()
+        self._meet()
 
-    def _wait_read(self) -> None:
-        """Wait until every peer has read what it needed of this step: this rank's gradients and its parameters."""
-        if self._read is not None:
-            self._read.wait()
-            self._read = None
-
-    def _announce(self) -> None:
-        """Tell the peers that this rank's parameters are what they will be, so that they may be read."""
+    def _publish(self) -> None:
+        """Signals that this rank has changed its parameters; a peer's gather reads them from now on."""
         if self._arena is not None:
-            self._changed = self._arena.tokens()
+            self._arena.publish()
 
     def _meet(self) -> None:
         """Wait until every peer is here and so reads nothing of this rank: before a write that is not a step's."""

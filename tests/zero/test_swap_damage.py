@@ -200,7 +200,6 @@ class Run:
         self.zero.end_backward()
         self.zero.finish_gradients()
         self.zero.step(0.05)
-        self.zero.wait_parameters()
         self.zero.stores.drain()
 
     def regions(self, kind: str) -> list[Any]:

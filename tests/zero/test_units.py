@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -137,30 +136,6 @@ def test_all_of_the_next_unit_is_under_way_while_one_is_computed() -> None:
     assert run_ranks(gathers, 2, 1) == [ahead + back] * 2
     two = each("start 0", "wait 0", "start 1", "start 2", "wait 1", "start 3", "wait 2")
     assert run_ranks(gathers, 2, 2)[0][: len(two)] == two
-
-
-def slow_evaluation() -> bool:
-    """Rank 0 evaluates between its backward pass and the step, slowly; its peers' step must not change what it sees."""
-    mesh, made = mesh_of_ranks(), model()
-    zero = optimizer_of(made, mesh, Setting())
-    zero.start_step()
-    zero.start_backward(last=True)
-    made(tokens_of(0)[mesh.rank :: mesh.data.size], 0).backward()
-    zero.end_backward()
-    same = True
-    if mesh.rank == 0:
-        with torch.no_grad():
-            first = made(tokens_of(1), 1)
-            time.sleep(0.3)  # the peers go on as far as they can
-            same = torch.equal(made(tokens_of(1), 1), first)
-    zero.finish_gradients()
-    zero.step(LR)
-    mesh.barrier()
-    return same
-
-
-def test_peers_do_not_change_what_a_slow_rank_still_computes_with() -> None:
-    assert run_ranks(slow_evaluation, 2) == [True, True]
 
 
 def out_of_order(shared_memory: bool) -> str:

@@ -238,9 +238,9 @@ def slow_reader() -> list[bool]:
             piece.data.fill_(value)
         for bucket in zero.buckets:
             bucket.start_gather()
-        zero._announce()
+        zero._publish()
         late(0.2)
-        zero.wait_parameters()
+        zero._finish_gathers()
         right += [bool((parameter == value).all()) for parameter in parameters]
     mesh.barrier()
     return right
