@@ -23,6 +23,7 @@ from megatron_ds.data.masked_source import mask_sources
 from megatron_ds.errors import ConfigError
 from megatron_ds.models.families import model_of
 from megatron_ds.train.dry_run import dry_run
+from megatron_ds.train.initial_weights import check_model, model_defaults
 from megatron_ds.train.launch import Place, run_main
 from megatron_ds.train.pretrain import pretrain
 
@@ -78,12 +79,13 @@ def main(place: Place) -> int:
     dry = "--dry-run" in arguments
     arguments = [a for a in arguments if a not in ("--print-config", "--dry-run")]
     world_size, rank = (take(arguments, "--world-size"), take(arguments, "--rank")) if dry else (None, None)
-    config = parse(arguments, __doc__)
+    config = parse(arguments, __doc__, model_defaults)
     if show:
         print(to_toml(config), end="")
         return 0
     model = model_of(config)
     if dry:
+        check_model(config)
         m = config.mesh
         config = config.model_copy(update={"data": config.data.model_copy(update={"synthetic": True})})
         print(dry_run(config, model, world_size or m.tp * m.pp * m.cp * (m.dp or 1), rank or 0))

@@ -9,6 +9,7 @@ A parameter's name does not depend on the stage it lives in: block 17 is ``layer
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,15 @@ from megatron_ds.rng import DropoutKeys, dropout, initialize_parameters
 from megatron_ds.shard import ShardSpec, empty_parameter
 
 MicroBatch = Mapping[str, Tensor]
+
+TABLES = MappingProxyType(
+    {
+        "embedding.weight": "vocab_size",
+        "head.weight": "vocab_size",
+        "head.bias": "vocab_size",
+        "position.weight": "max_positions",
+    }
+)
 
 # Dropout sites of a model: one of the embedding, then three a block.
 _EMBEDDING_SITE = 0
@@ -367,7 +377,8 @@ def model_of_stages(config: RunConfig, make_stage: StageFactory) -> Model:
     """What training needs of a model whose blocks are alike, from the function that builds a stage of it."""
     m = config.model
     costs = layer_costs(m, config.train.sequence_length)
-    return Model(make_stage, m.num_layers, costs, 3.0 * (m.num_layers * costs.block + costs.head))
+    flops = 3.0 * (m.num_layers * costs.block + costs.head)
+    return Model(make_stage, m.num_layers, costs, flops, tables=TABLES)
 
 
 def stage_settings(config: RunConfig) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class FromHf:
     model: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
     """The folder with config.json and the .safetensors files."""
     output: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CHECKPOINTS")]]
-    """The checkpoint directory; tokenizer files are copied to tokenizer/ in it."""
+    """The checkpoint directory; tokenizer files are copied to tokenizer/ in it, and model.toml holds its settings."""
     dtype: DType | None = None
     """Of the checkpoint's weights; default: as in the model."""
     vocab_multiple: int | None = None

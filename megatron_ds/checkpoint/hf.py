@@ -23,15 +23,18 @@ from megatron_ds.checkpoint.hf_architecture import Architecture, Rule, architect
 from megatron_ds.checkpoint.hf_folder import HFFolder
 from megatron_ds.checkpoint.load import compare
 from megatron_ds.checkpoint.manifest import INCOMPLETE, step_name, sync_directory, write_text_durably
+from megatron_ds.checkpoint.meta import model_config
 from megatron_ds.checkpoint.pieces import Piece
 from megatron_ds.checkpoint.reader import Checkpoint
 from megatron_ds.checkpoint.save import check_space
 from megatron_ds.checkpoint.stream import FILE_BYTES, Plan, StreamWriter, TensorFiles, plan_bytes
 from megatron_ds.config import ModelConfig
+from megatron_ds.config.read import values_to_toml
 from megatron_ds.errors import CheckpointError, ConfigError
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SHOWN = 10
+MODEL_TOML = "model.toml"
 
 
 class TokenizerLike(Protocol):
@@ -69,7 +72,7 @@ def export_hf(
     """
     out_dir = Path(out_dir)
     with Checkpoint(checkpoint) as source:
-        config = model_config(source)
+        config = model_config(source.meta, source.directory)
         architecture = choose(config, architectures)
         shapes = architecture.shapes(config)
         whole = [Piece.whole(name, "param", torch.empty(shape, device="meta")) for name, shape in shapes.items()]
@@ -123,7 +126,8 @@ def import_hf(
 
     Args:
         hf_dir: has config.json and model.safetensors, or an index and its shards.
-        out_dir: a checkpoint directory; tokenizer files are copied to ``tokenizer/`` in it.
+        out_dir: a checkpoint directory; tokenizer files are copied to ``tokenizer/`` in it, and ``model.toml`` in it
+            holds the model's settings, as a file for ``--config``.
         architectures: those to choose from, by config.json's ``architectures`` or ``model_type``.
         dtype: of the checkpoint's tensors; None keeps theirs.
         vocab_multiple: the vocabulary's rows are padded with zeros to a multiple of this; None: the default of
@@ -168,21 +172,8 @@ def import_hf(
                 writer.write(name, tensor)
                 bar.update(tensor.nbytes)
         source.copy_tokenizer(Path(out_dir) / "tokenizer")
+        write_text_durably(Path(out_dir) / MODEL_TOML, values_to_toml({"model": config.model_dump(mode="json")}))
     return Path(out_dir) / step_name(0)
-
-
-def model_config(checkpoint: Checkpoint) -> ModelConfig:
-    """The model's configuration out of a checkpoint's meta."""
-    try:
-        return ModelConfig(**checkpoint.meta["config"]["model"])
-    except (KeyError, TypeError):
-        raise CheckpointError(
-            f"{checkpoint.directory} does not say what model it holds: its meta has no config.model"
-        ) from None
-    except pydantic.ValidationError as error:
-        raise CheckpointError(
-            f"{checkpoint.directory} was saved with another version's config.model: {error}"
-        ) from error
 
 
 def _match_names(

@@ -117,6 +117,21 @@ class Piece:
             self.offset + begin,
         )
 
+    def first_rows(self, count: int, shape: tuple[int, ...]) -> Piece | None:
+        """What this piece holds of the first ``count`` rows (dim 0), as a piece of a tensor of another ``shape``.
+
+        The two tensors differ in their number of rows alone. None: this piece holds none of those rows.
+        """
+        rows = min(count - self.box_offset[0], self.box_shape[0])
+        stop = min(self.stop, rows * prod(self.box_shape[1:]))
+        if rows <= 0 or stop <= self.start:
+            return None
+        box_shape = (rows, *self.box_shape[1:])
+        data = self.data[: stop - self.start]
+        return Piece(
+            self.name, self.kind, shape, self.box_offset, box_shape, self.start, stop, data, self.holder, self.offset
+        )
+
     def boxes(self) -> list[Box]:
         """This piece as boxes in global coordinates, in the order in which ``data`` holds them."""
         return [box.moved(self.box_offset) for box in rectangles(self.box_shape, self.start, self.stop)]

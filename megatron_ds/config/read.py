@@ -7,7 +7,7 @@ import io
 import json
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,28 +62,51 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: not valid TOML: {invalid}") from None
 
 
-def parse(arguments: Sequence[str] | None = None, description: str | None = None) -> RunConfig:
+def parse(
+    arguments: Sequence[str] | None = None,
+    description: str | None = None,
+    defaults: Callable[[RunConfig], dict[str, Any]] | None = None,
+) -> RunConfig:
     """The configuration of ``[--config FILE] [--dotted.key value ...]``; later overrides win.
 
     ``--help`` shows each field with its meaning and its value after the file was read.
+
+    Args:
+        defaults: given the settings as they are without it, values for those that are given nowhere, as nested plain
+            values; for settings that follow from others.
     """
     rest = list(sys.argv[1:] if arguments is None else arguments)
     rest = [part for a in rest for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    default = RunConfig()
+    given: dict[str, Any] = {}
+    source = "command line"
     if "--config" in rest:
         at = rest.index("--config")
         if at + 1 == len(rest):
             raise ConfigError("--config needs a file name, e.g. --config examples/configs/gpt2-345m.toml")
-        default = load_toml(rest[at + 1])
+        source = rest[at + 1]
+        given = read_toml(source)
         del rest[at : at + 2]
         if "--config" in rest:
             raise ConfigError("--config is given twice; use one file, and options for what differs")
     _reject_unknown_flags(rest)
+    config = _override(from_dict(RunConfig, given, source), rest, description)
+    values = {} if defaults is None else defaults(config)
+    return _override(from_dict(RunConfig, _under(values, given), source), rest, description) if values else config
+
+
+def _under(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """``given``, with ``values`` for what it leaves out, section by section."""
+    sections = {name: {**section, **given.get(name, {})} for name, section in values.items()}
+    return {**given, **sections}
+
+
+def _override(default: RunConfig, options: Sequence[str], description: str | None) -> RunConfig:
+    """``default`` with what the options of the command line say."""
     printed = io.StringIO()
     try:
         # Every rank parses: what tyro prints would be there once a rank, so it becomes part of the one error.
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(RunConfig, args=rest, default=default, description=description)
+            return tyro.cli(RunConfig, args=options, default=default, description=description)
     except SystemExit as left:
         if not left.code:
             raise  # --help
@@ -134,13 +157,17 @@ def _negated(key: str) -> str:
 
 def to_toml(config: RunConfig) -> str:
     """The configuration as a TOML file that reads back to the same values; unset optional keys are left out."""
-    values = config.to_dict()
+    return values_to_toml(config.to_dict())
+
+
+def values_to_toml(values: dict[str, Any]) -> str:
+    """Some of a configuration's settings, as nested plain values, as a TOML file."""
     lines = [
         f"{key} = {_toml(value)}" for key, value in values.items() if value is not None and not isinstance(value, dict)
     ]
     for section, fields in values.items():
         if isinstance(fields, dict):
-            lines += ["", f"[{section}]"]
+            lines += ["", f"[{section}]"] if lines else [f"[{section}]"]
             lines += [f"{key} = {_toml(value)}" for key, value in fields.items() if value is not None]
     return "\n".join(lines) + "\n"
 

@@ -334,7 +334,8 @@ class CheckpointConfig(_Section):
     resume: bool = Field(False, description="Continue from the latest checkpoint in output, if there is one.")
     init_from: str | None = Field(
         None,
-        description="Checkpoint whose weights (not optimizer state) a new run starts from, e.g. an imported model.",
+        description="Checkpoint of which a new run takes the weights (not the optimizer state) and the model's "
+        "settings, e.g. an imported model.",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -76,6 +76,8 @@ class Model:
 
     ``flops_per_token`` counts forward and backward; the model states its convention. ``activations`` estimates those
     of a stage, from its span, the size of tp and the type of the device; None: the model does not know.
+    ``tables`` are the tensors that may gain rows (for new tokens, for longer sequences): a tensor's name to the model
+    setting that says how many of its rows are in use.
     """
 
     make_stage: StageFactory
@@ -83,3 +85,4 @@ class Model:
     costs: LayerCosts
     flops_per_token: float
     activations: Callable[[StageSpan, int, str], Activations] | None = None
+    tables: Mapping[str, str] = field(default_factory=dict)

@@ -195,12 +195,6 @@ class Loop:
         ends = _schedule_end(meta["config"]), _schedule_end(self.config.to_dict())
         return rate_change(float(meta.get("next_learning_rate", now)), now, *ends)
 
-    def load_weights(self, path: str) -> None:
-        """Start a new run from the weights of another checkpoint, e.g. an imported model."""
-        weights = [piece for piece in self.parts.optimizer.pieces(for_load=True) if piece.kind == "param"]
-        load(path, weights, self.mesh.world)
-        self.parts.optimizer.refresh_parameters()
-
     def _to_device(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
         if self.mesh.device.type == "cpu":
             return batches

@@ -16,6 +16,7 @@ from megatron_ds.pipeline.stage import Model
 from megatron_ds.train.advice import AdviceCallback, RunAdvice, known_beforehand
 from megatron_ds.train.build import DTYPES, Parts, batch_ramp, build, num_micro_batches, spans_of
 from megatron_ds.train.callbacks import Callback, default_callbacks
+from megatron_ds.train.initial_weights import check_model, load_weights
 from megatron_ds.train.launch import Place, job, keep_freed_memory, set_threads
 from megatron_ds.train.loop import Evaluation, Loop
 from megatron_ds.train.metrics import Speedometer, peak_tflops
@@ -39,6 +40,8 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
             stack.enter_context(registry.use(config.kernels))
             registry.check_runnable(device, DTYPES[config.precision.dtype])
             changes = output.check(config)
+            resumes = config.checkpoint.resume and output.has_checkpoint
+            differs = [] if resumes else check_model(config)
             sources = open_sources(config)
         set_threads(place, config.threads)
         if device.type == "cpu":
@@ -76,16 +79,18 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
             callbacks,
         )
         ranks.describe(loop.where)
-        if config.checkpoint.resume and output.has_checkpoint:
+        if resumes:
             changes = [*changes, loop.resume()]
         elif config.checkpoint.init_from:
-            loop.load_weights(config.checkpoint.init_from)
+            load_weights(config, model.tables, parts.optimizer, mesh)
         loop.check_room()
         if mesh.rank == 0:
             # Only now: whatever failed until here has left the directory as it was.
             output.prepare(config, loop.step)
             if config.checkpoint.resume:
                 print(_resumed(loop.step, config, changes), flush=True)
+            if config.checkpoint.init_from and not resumes:
+                print(f"weights from {config.checkpoint.init_from}", *differs, sep="\n  ", flush=True)
         return loop.run()
 
 

@@ -1,0 +1,109 @@
+"""A new run that starts from the weights of a checkpoint: whose settings hold, what may differ, which rows are new.
+
+The model's settings come from the checkpoint unless they are given. One that is given and contradicts the checkpoint
+would train a model that computes something else from the same weights, so it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_ds.checkpoint.load import load
+from megatron_ds.checkpoint.manifest import read_manifest, read_meta, resolve
+from megatron_ds.checkpoint.meta import model_config
+from megatron_ds.config import ModelConfig, RunConfig
+from megatron_ds.errors import CheckpointError, ConfigError
+from megatron_ds.mesh import Mesh
+from megatron_ds.train.output import Output
+from megatron_ds.zero.optimizer import ZeroOptimizer
+
+# Settings that no weight depends on: a run may choose them anew.
+_FREE = ("attention_dropout", "hidden_dropout", "init_std", "vocab_multiple", "attention")
+
+
+def model_defaults(config: RunConfig) -> dict[str, Any]:
+    """The settings of a run that come from the checkpoint it starts from, under those that are given.
+
+    Nothing where there is no such checkpoint, or it cannot be read: :func:`check_model` says that, on all ranks alike.
+    """
+    path = config.checkpoint.init_from
+    if path is None:
+        return {}
+    output = Output(config.output)
+    if config.checkpoint.resume and output.has_checkpoint:
+        path = str(output.checkpoints)  # what it started from may be gone by now
+    try:
+        return {"model": _saved_model(path).model_dump(mode="json")}
+    except CheckpointError:
+        return {}
+
+
+def check_model(config: RunConfig) -> list[str]:
+    """Compare the run's model with the one whose weights it starts from. Reads only.
+
+    Returns:
+        What differs on purpose, a line each.
+
+    Raises:
+        ConfigError: a setting contradicts the checkpoint's.
+        CheckpointError: the checkpoint cannot be read, or does not say what model it holds.
+    """
+    path = config.checkpoint.init_from
+    if path is None:
+        return []
+    old, new = _resolved(_saved_model(path)), _resolved(config.model)
+    changed = {name: f"model.{name}: {old[name]!r} -> {new[name]!r}" for name in new if new[name] != old[name]}
+    grown = {"vocab_size": "rows of new tokens are as the initialiser gives them"}
+    if config.model.position == "learned":
+        grown["max_positions"] = "rows of new positions are as the initialiser gives them"
+    refused, said = [], []
+    for name, text in changed.items():
+        if name in grown and new[name] > old[name]:
+            said.append(f"{text} ({grown[name]})")
+        elif name in _FREE or (name == "max_positions" and name not in grown):
+            said.append(text)
+        else:
+            refused.append(f"{text} (it may only grow)" if name in grown else text)
+    if refused:
+        raise ConfigError(
+            f"checkpoint.init_from={path!r} holds another model than the settings describe: "
+            f"{'; '.join(refused)}. What is left out is taken from the checkpoint: remove these settings"
+        )
+    return said
+
+
+def load_weights(config: RunConfig, tables: Mapping[str, str], optimizer: ZeroOptimizer, mesh: Mesh) -> None:
+    """Fill the parameters from the checkpoint; rows that it does not have keep their initial values.
+
+    Args:
+        tables: see :class:`~megatron_ds.pipeline.stage.Model`.
+    """
+    path = config.checkpoint.init_from
+    assert path is not None
+    saved, manifest = _saved_model(path), read_manifest(resolve(path))
+    weights = []
+    for piece in optimizer.pieces(for_load=True):
+        record = manifest.tensors.get(("param", piece.name))
+        if piece.kind == "param" and piece.name in tables and record is not None:
+            part = piece.first_rows(getattr(saved, tables[piece.name]), record.shape)
+            weights += [] if part is None else [part]
+        elif piece.kind == "param":
+            weights.append(piece)
+    load(path, weights, mesh.world)
+    optimizer.refresh_parameters()
+
+
+def _saved_model(path: str) -> ModelConfig:
+    return model_config(read_meta(path), resolve(path))
+
+
+def _resolved(model: ModelConfig) -> dict[str, Any]:
+    """The settings, with the values that their defaults stand for."""
+    return {
+        **model.model_dump(mode="json"),
+        "kv_heads": model.groups,
+        "head_dim": model.head_size,
+        "ffn_hidden_size": model.ffn_size,
+        "qkv_bias": model.bias if model.qkv_bias is None else model.qkv_bias,
+    }
