@@ -6,7 +6,10 @@ boxes, because any other mesh can intersect those. The bridge is :func:`rectangl
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 
 
@@ -68,3 +71,33 @@ def rectangles(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
     if whole < last:
         boxes.append(Box((whole, *[0] * (len(shape) - 1)), (last - whole, *shape[1:])))
     return boxes + (within(last, 0, tail) if tail else [])
+
+
+MOST_CORNERS = 1 << 26
+"""Of all boxes of a tensor: a minute of :func:`tiles`."""
+
+
+def tiles(shape: tuple[int, ...], boxes: Sequence[Box]) -> bool:
+    """Whether ``boxes`` cover a tensor of ``shape`` exactly: every element lies in one of them, and in one alone.
+
+    Give each box +1 or -1 at its corners (-1 for an odd number of upper ends). That is the mixed difference of the
+    function which is 1 in the box and 0 outside, and a function of finite support follows from its difference: the
+    boxes tile the tensor if and only if their corners add up to the tensor's own. Dims that no box cuts drop out.
+
+    Raises:
+        ValueError: there are too many corners to count.
+    """
+    whole = Box((0,) * len(shape), shape)
+    filled = [box for box in boxes if box.numel]
+    if not whole.numel or len(filled) <= 1:
+        return filled == ([whole] if whole.numel else [])
+    cut = [dim for dim in range(len(shape)) if any(box.shape[dim] != shape[dim] for box in filled)]
+    if (len(filled) + 1) << len(cut) > MOST_CORNERS:
+        raise ValueError(f"{len(filled)} boxes that cut {len(cut)} dims")
+    corners: defaultdict[tuple[int, ...], int] = defaultdict(int)
+    for box, weight in [(whole, -1), *((box, 1) for box in filled)]:
+        ends = [(box.offset[dim], box.offset[dim] + box.shape[dim]) for dim in cut]
+        for upper in product((0, 1), repeat=len(cut)):
+            corner = tuple(end[side] for end, side in zip(ends, upper))
+            corners[corner] += -weight if sum(upper) % 2 else weight
+    return not any(corners.values())

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ds.checkpoint.manifest import Manifest, last_good
+from megatron_ds.checkpoint.directory import way_out
+from megatron_ds.checkpoint.manifest import Manifest
 from megatron_ds.checkpoint.pieces import Piece, by_holder
 from megatron_ds.checkpoint.reader import Checkpoint, Request
 from megatron_ds.checkpoint.together import exchange, group_device, together
@@ -53,7 +54,7 @@ def load(path: str | Path, pieces: Sequence[Piece], world: Axis | None = None, v
                         if holder is not None:
                             holder.let_go(changed=True)
             except CheckpointError as error:
-                hint = last_good(checkpoint.directory.parent, besides=checkpoint.directory)
+                hint = way_out(checkpoint.directory.parent, besides=checkpoint.directory)
                 raise CheckpointError(f"{error}{hint}") from error
     return checkpoint.meta
 

@@ -22,33 +22,30 @@ from typing import Any
 import torch
 
 from megatron_ds.checkpoint.boxes import Box
+from megatron_ds.checkpoint.directory import LATEST, prepare_latest, steps_in
 from megatron_ds.checkpoint.manifest import (
     INCOMPLETE,
-    LATEST,
     REPLACED,
     Manifest,
     Part,
     TensorRecord,
     check_complete,
-    file_from_json,
     file_to_json,
-    prepare_latest,
     rank_name,
-    record_from_json,
     record_to_json,
     step_name,
     step_of,
-    steps_in,
     sync_directory,
     tensor_key,
-    write_manifest,
     write_text_durably,
 )
+from megatron_ds.checkpoint.manifest_file import MOST_BYTES, file_from_json, record_from_json, write_manifest
 from megatron_ds.checkpoint.pieces import Piece, by_holder
 from megatron_ds.checkpoint.safetensors_header import Entry, dtype_name, layout
 from megatron_ds.checkpoint.together import together, total
 from megatron_ds.checkpoint.writer import ChunkedWriter, FileRecord
 from megatron_ds.errors import CheckpointError
+from megatron_ds.files import read_json
 from megatron_ds.mesh import Axis
 
 
@@ -120,6 +117,8 @@ def check_room(directory: Path, pieces: Sequence[Piece], world: Axis) -> None:
 def prepare(directory: Path, step: int, needed: int, replace: bool = False) -> Path:
     """Rank 0, first: the empty directory to write into. ``needed`` is the data's size over all ranks, in bytes."""
     final = directory / step_name(step)
+    for moved in directory.glob(f"step-*{REPLACED}"):
+        _recover_replaced(moved)
     if final.exists() and not replace:
         raise CheckpointError(
             f"{final} exists already; give this run another checkpoint directory, remove it, or save with replace=True"
@@ -127,8 +126,6 @@ def prepare(directory: Path, step: int, needed: int, replace: bool = False) -> P
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.glob(f"step-*{INCOMPLETE}"):
         shutil.rmtree(leftover)
-    for moved in directory.glob(f"step-*{REPLACED}"):
-        _recover_replaced(moved)
     check_space(directory, needed, f"checkpoint of step {step}")
     partial = directory / (step_name(step) + INCOMPLETE)
     partial.mkdir()
@@ -186,7 +183,7 @@ def write_rank(partial: Path, rank: int, pieces: Sequence[Piece]) -> FileRecord:
         file = writer.close()
     index = {
         "file": file_to_json(file),
-        "tensors": [{"kind": r.kind, "name": r.name, **record_to_json(r)} for r in merged.records().values()],
+        "tensors": [{"kind": r.kind, "name": r.name, "record": record_to_json(r)} for r in merged.records().values()],
     }
     write_text_durably(_index_path(partial, rank), json.dumps(index))
     sync_directory(partial)
@@ -207,10 +204,10 @@ def commit(
     files: list[FileRecord] = []
     merged = _Merged()
     for rank in range(world_size):
-        index = json.loads(_index_path(partial, rank).read_text())
+        index = read_json(_index_path(partial, rank), MOST_BYTES)
         files.append(file_from_json(index["file"]))
         for record in index["tensors"]:
-            merged.add(record_from_json(record["kind"], record["name"], record))
+            merged.add(record_from_json(record["kind"], record["name"], record["record"]))
     tensors = merged.records()
     check_complete(tensors.values())
     write_manifest(partial, Manifest(step, world_size, meta, tuple(files), tensors))
@@ -219,21 +216,39 @@ def commit(
     sync_directory(partial)
     publish(directory, final, partial, replace)
     if keep_last is not None:
-        earlier = [path for path in steps_in(directory) if step_of(path) < step]
-        for old in earlier[: max(0, len(earlier) - (keep_last - 1))]:
-            _remove(old)
+        prune(directory, step, keep_last)
     return final
 
 
+def prune(directory: Path, step: int, keep_last: int, unproven: int | None = None) -> None:
+    """Remove all but the newest ``keep_last`` of the checkpoints up to ``step``.
+
+    Args:
+        unproven: the oldest checkpoint from which no step has been taken yet that changed the weights. The newest one
+            before it is kept as well: should this one turn out to be of a run that diverged, that one is left.
+    """
+    steps = [(number, path) for path in steps_in(directory) if (number := step_of(path)) is not None and number <= step]
+    keep = {path for _, path in steps[-keep_last:]}
+    if unproven is not None:
+        keep |= {path for _, path in [pair for pair in steps if pair[0] < unproven][-1:]}
+    for _, old in steps:
+        if old not in keep:
+            _remove(old)
+
+
 def publish(directory: Path, final: Path, partial: Path, replace: bool = False) -> None:
-    """Make a complete ``partial`` visible as ``final`` and point ``latest`` at it; undone if it fails half-way."""
+    """Make a complete ``partial`` visible as ``final`` and point ``latest`` at it; undone if it fails half-way.
+
+    Whatever happens between any two of its operations, a reader finds a complete checkpoint: while a step is replaced
+    :func:`~megatron_ds.checkpoint.directory.in_place` finds the one that was moved aside.
+    """
+    if final.exists() and not replace:
+        raise CheckpointError(f"{final} appeared while this checkpoint was being written; it was left as it is")
+    pointer = prepare_latest(directory, final.name)
     replaced = final.with_name(final.name + REPLACED)
     if final.exists():
-        if not replace:
-            raise CheckpointError(f"{final} appeared while this checkpoint was being written; it was left as it is")
         os.rename(final, replaced)
     try:
-        pointer = prepare_latest(directory, final.name)
         os.rename(partial, final)
         sync_directory(directory)
         os.replace(pointer, directory / LATEST)
@@ -242,6 +257,7 @@ def publish(directory: Path, final: Path, partial: Path, replace: bool = False) 
             os.rename(final, partial)
         if replaced.exists():
             os.rename(replaced, final)
+        pointer.unlink(missing_ok=True)
         raise
     sync_directory(directory)
     if replaced.exists():

@@ -18,8 +18,8 @@ from megatron_ds.checkpoint.manifest import (
     rank_name,
     step_name,
     sync_directory,
-    write_manifest,
 )
+from megatron_ds.checkpoint.manifest_file import write_manifest
 from megatron_ds.checkpoint.safetensors_header import Entry, Layout, dtype_name, layout
 from megatron_ds.checkpoint.save import prepare, publish
 from megatron_ds.checkpoint.writer import ChunkedWriter, FileRecord

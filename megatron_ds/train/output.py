@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_ds.checkpoint.manifest import steps_in
+from megatron_ds.checkpoint.directory import steps_in
 from megatron_ds.config import RunConfig, load_toml, to_toml
 from megatron_ds.data.cache import locked
 from megatron_ds.errors import ConfigError

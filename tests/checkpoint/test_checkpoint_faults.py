@@ -69,20 +69,10 @@ def test_a_kill_at_any_point_leaves_a_good_latest(tmp_path: Path, where: str, su
     load_all(tmp_path)
 
 
-def test_a_kill_while_replacing_a_step_loses_nothing(tmp_path: Path) -> None:
-    save_virtually(tmp_path, 1)
-    # Between the two renames of a replacement: the old one is aside, the new one not yet in place.
-    os.rename(tmp_path / "step-00000001", tmp_path / "step-00000001.replaced")
-    with pytest.raises(CheckpointError, match="step-00000001 is not a checkpoint"):
-        resolve(tmp_path)
-    save_virtually(tmp_path, 2)
-    load_all(tmp_path / "step-00000001")
-
-
 def test_an_incomplete_directory_is_not_read(tmp_path: Path) -> None:
     save_virtually(tmp_path, 1)
     write_rank(prepare(tmp_path, 2, 0), 0, pieces_of_rank(1, 0, 1, 0))
-    with pytest.raises(CheckpointError, match=r"was never completed.*last good checkpoint there is .*step-00000001"):
+    with pytest.raises(CheckpointError, match=r"was never completed.*step-00000001 looks whole"):
         load_all(tmp_path / f"step-00000002{INCOMPLETE}")
     load_all(tmp_path)
 
@@ -98,7 +88,7 @@ def damaged_file(directory: Path, name: str) -> Path:
 
 def expect_refusal(directory: Path) -> None:
     """Loading must fail, and the error must lead to the checkpoint before, which must load."""
-    with pytest.raises(CheckpointError, match=r"last good checkpoint there is .*step-0000000[12]"):
+    with pytest.raises(CheckpointError, match=r"step-0000000[12] looks whole"):
         load_all(directory)
     load_all(directory / "step-00000001")
 
@@ -170,7 +160,10 @@ def test_damage_in_an_untouched_chunk_does_not_stop_a_load(tmp_path: Path) -> No
     [
         (lambda path: None, "does not exist"),
         (lambda path: path.mkdir(), "holds no checkpoint"),
-        (lambda path: (path / "step-00000003").mkdir(parents=True), "has no file `latest`; there is no other good"),
+        (
+            lambda path: (path / "step-00000003").mkdir(parents=True),
+            "has no file `latest`; there is no other",
+        ),
     ],
 )
 def test_nothing_to_load(tmp_path: Path, make: Callable[[Path], None], message: str) -> None:

@@ -1,0 +1,157 @@
+"""A run's checkpoint directory: which checkpoints are in it, which one ``latest`` means, which of them is good."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from megatron_ds.checkpoint.manifest import (
+    MANIFEST,
+    REPLACED,
+    STEP,
+    Manifest,
+    step_of,
+    sync_directory,
+    write_text_durably,
+)
+from megatron_ds.checkpoint.manifest_file import read_manifest
+from megatron_ds.checkpoint.writer import FileRecord, checksum
+from megatron_ds.errors import CheckpointError
+from megatron_ds.files import read_bytes
+
+LATEST = "latest"
+
+
+def steps_in(directory: Path) -> list[Path]:
+    """The checkpoints under ``directory`` that were committed, oldest step first."""
+    if not directory.is_dir():
+        return []
+    named = {path.name: path for path in directory.iterdir()}
+    found = [
+        (step, path)
+        for name, path in named.items()
+        if (step := step_of(path)) is not None
+        and not (name.endswith(REPLACED) and name.removesuffix(REPLACED) in named)
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def in_place(step: Path) -> Path:
+    """Where the checkpoint of this path is: there, or beside it where a save that replaces it died half-way."""
+    moved = step.with_name(step.name + REPLACED)
+    return moved if STEP.fullmatch(step.name) and not step.exists() and moved.exists() else step
+
+
+# --- latest ---------------------------------------------------------------------------------------------------
+
+
+def prepare_latest(directory: Path, name: str) -> Path:
+    """A durable file that says `the latest is name`, to be moved over ``latest`` with ``os.replace``.
+
+    So a reader sees the old pointer or the new one and nothing between, and a full disk is met before the move.
+    """
+    temporary = directory / f"{LATEST}.tmp"
+    write_text_durably(temporary, f"{name} {checksum(name.encode())}\n")
+    return temporary
+
+
+def point_latest(directory: Path, name: str) -> None:
+    """Make the checkpoint ``name`` the one that is loaded next."""
+    os.replace(prepare_latest(directory, name), directory / LATEST)
+    sync_directory(directory)
+
+
+def read_latest(directory: Path) -> str:
+    """The step name that ``latest`` holds; a :class:`CheckpointError` if it is damaged."""
+    path = directory / LATEST
+    try:
+        text = read_bytes(path, 4096).decode()
+        name, digest = text.split()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if digest != checksum(name.encode()):
+        raise CheckpointError(f"{path} is damaged: {name!r} does not match its checksum")
+    if not STEP.fullmatch(name):
+        raise CheckpointError(f"{path} points to {name!r}, which is not the name of a checkpoint beside it")
+    return name
+
+
+# --- what a path means ----------------------------------------------------------------------------------------
+
+
+def find(path: str | Path) -> tuple[Path, Manifest]:
+    """The step directory that ``path`` means, and its manifest: itself, or the one that its ``latest`` points to.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged or incomplete (naming another that looks whole).
+    """
+    path = Path(path)
+    if (path / MANIFEST).exists() or STEP.match(path.name):
+        step, directory = path, path.parent
+    elif not path.is_dir():
+        raise CheckpointError(f"{path} does not exist")
+    elif not os.path.lexists(path / LATEST):
+        if steps_in(path):
+            raise CheckpointError(f"{path} has no file `latest`" + way_out(path))
+        raise CheckpointError(f"{path} holds no checkpoint: no manifest.json, no `latest`, no step-* directory")
+    else:
+        try:
+            step, directory = path / read_latest(path), path
+        except CheckpointError as error:
+            raise CheckpointError(str(error) + way_out(path)) from None
+    try:
+        return in_place(step), look_at(in_place(step))
+    except CheckpointError as error:
+        raise CheckpointError(str(error) + way_out(directory, besides=step)) from None
+
+
+def resolve(path: str | Path) -> Path:
+    """The step directory that ``path`` means (see :func:`find`)."""
+    return find(path)[0]
+
+
+def read_meta(path: str | Path) -> dict[str, Any]:
+    """The ``meta`` that was given to ``save``, of the checkpoint that ``path`` means (see :func:`find`)."""
+    return find(path)[1].meta
+
+
+def look_at(step: Path) -> Manifest:
+    """The manifest, after a quick look: it is right, and each file is there and has its size.
+
+    Raises:
+        CheckpointError: what is wrong.
+    """
+    manifest = read_manifest(step)
+    for file in manifest.files:
+        check_size(step, file)
+    return manifest
+
+
+def check_size(directory: Path, file: FileRecord) -> None:
+    path = directory / file.name
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} is missing: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is not a regular file")
+    if status.st_size != file.size:
+        raise CheckpointError(f"{path} has {status.st_size} bytes instead of {file.size}: it was truncated or replaced")
+
+
+def way_out(directory: Path, besides: Path | None = None) -> str:
+    """What to do where a checkpoint of ``directory`` cannot be loaded. Contents are not read for it."""
+    for path in reversed(steps_in(directory)):
+        if besides is not None and path.name.removesuffix(REPLACED) == besides.name:
+            continue
+        try:
+            look_at(path)
+        except CheckpointError:
+            continue
+        return (
+            f"; {path} looks whole (its checksums were not read): load that one by its own path, or resume with "
+            "--checkpoint.resume-from last-good, which reads them"
+        )
+    return "; there is no other checkpoint there that looks whole"

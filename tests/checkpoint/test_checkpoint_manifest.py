@@ -1,0 +1,303 @@
+"""Manifests whose own checksum is right and whose content is not: each is refused before anything is read by it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoint_state import pieces_of_rank, save_virtually, wrong_pieces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_ds.checkpoint import Piece, load, resolve, save
+from megatron_ds.checkpoint.boxes import Box, tiles
+from megatron_ds.checkpoint.last_good import last_good
+from megatron_ds.checkpoint.save import commit, prepare, write_rank
+from megatron_ds.checkpoint.writer import checksum
+from megatron_ds.errors import CheckpointError
+from megatron_ds.testing import run_ranks
+
+Json = dict[str, Any]
+
+
+def read_json(step: Path) -> Json:
+    value: Json = json.loads((step / "manifest.json").read_text())
+    del value["checksum"]
+    return value
+
+
+def write_json(step: Path, value: Json) -> None:
+    """With a right checksum, as only somebody who means it, or a defect, would."""
+    body = json.dumps(value)[1:]
+    (step / "manifest.json").write_text(f'{{"checksum":"{checksum(body.encode())}",\n{body}')
+
+
+def part(value: Json, index: int = 0) -> Json:
+    found: Json = value["tensors"]["param"]["embedding.weight"]["parts"][index]
+    return found
+
+
+def at(*path: str | int) -> Callable[[Json, Any], None]:
+    """Sets what is at this path of the manifest; ``...`` removes it."""
+
+    def put(value: Json, new: Any) -> None:
+        place: Any = value
+        for name in path[:-1]:
+            place = place[name]
+        if new is ...:
+            del place[path[-1]]
+        else:
+            place[path[-1]] = new
+
+    return put
+
+
+EMBEDDING = ("tensors", "param", "embedding.weight")
+PART = (*EMBEDDING, "parts", 0)
+WRONG: list[tuple[Callable[[Json, Any], None], Any, str]] = [
+    *(
+        (at(name), ..., f"lacks ['{name}']")
+        for name in ("step", "world_size", "meta", "chunk_bytes", "files", "tensors")
+    ),
+    *((at("step"), bad, "step is ") for bad in (-1, 1.0, True, "1", None, 1 << 70)),
+    *((at("world_size"), bad, "world_size is ") for bad in (0, -4, [], "6")),
+    (at("meta"), [], "meta is [], not an object"),
+    *((at("chunk_bytes"), bad, "chunk_bytes is ") for bad in (0, -1, 1 << 60, 4097, 8.0, "8")),
+    (at("chunk_bytes"), 4096, "checksums"),
+    (at("files"), {}, "files: {}, not a list"),
+    (at("files"), [], "is in file 0, but only 0 are listed"),
+    (at("files", 0), None, "a file is None"),
+    (at("files", 0, "name"), "../rank-00000.safetensors", "is not inside the checkpoint"),
+    (at("files", 0, "name"), "/etc/passwd", "is not inside the checkpoint"),
+    (at("files", 0, "name"), "..", "is not inside the checkpoint"),
+    (at("files", 0, "name"), 7, "is not inside the checkpoint"),
+    (at("files", 0, "name"), "rank-00001.safetensors", "it lists a file twice"),
+    (at("files", 0, "size"), 1 << 60, "checksums"),
+    (at("files", 0, "size"), -1, "the size of rank-00000.safetensors is -1"),
+    (at("files", 0, "size"), 4096, "which has 4096"),
+    (at("files", 0, "checksums"), [], "but has 0 checksums"),
+    (at("files", 0, "checksums"), [7], "not 16 hexadecimal digits"),
+    (at("files", 0, "checksums"), ["0123456789ABCDEF"], "not 16 hexadecimal digits"),
+    (at("files", 0, "more"), 1, "has the unknown ['more']"),
+    (at("tensors"), [], "tensors is [], not an object"),
+    (at("tensors", "param"), 3, "tensors 'param' is 3, not an object"),
+    (at(*EMBEDDING), [], "not an object"),
+    (at(*EMBEDDING, "dtype"), "F128", "has dtype 'F128', not one of"),
+    (at(*EMBEDDING, "dtype"), ["F32"], "has dtype ['F32'], not one of"),
+    (at(*EMBEDDING, "dtype"), "F64", "of rank-"),
+    (at(*EMBEDDING, "shape"), [-24, 6], "the shape of param of 'embedding.weight' is -24"),
+    (at(*EMBEDDING, "shape"), [24, 6.0], "is 6.0"),
+    (at(*EMBEDDING, "shape"), [1 << 62, 1 << 62, 0], "more elements than can be counted"),
+    (at(*EMBEDDING, "shape"), [48, 6], "overlap or leave a gap"),
+    (at(*EMBEDDING, "shape"), [24], "which is not inside it"),
+    (at(*EMBEDDING, "parts"), [], "overlap or leave a gap"),
+    (at(*EMBEDDING, "parts"), ..., "lacks ['parts']"),
+    (at(*PART), ..., "overlap or leave a gap"),
+    (at(*PART, "file"), 6, "is in file 6, but only 6 are listed"),
+    (at(*PART, "file"), -1, "is -1"),
+    (at(*PART, "start"), 1 << 40, "which has"),
+    (at(*PART, "start"), -4, "is -4"),
+    (at(*PART, "start"), 4097, "at bytes 4097-"),
+    (at(*PART, "offset"), [23, 0], "which is not inside it"),
+    (at(*PART, "offset"), [-1, 0], "is -1"),
+    (at(*PART, "shape"), [1, 1 << 60], "which is not inside it"),
+    (at(*PART, "shape"), [4], "which is not inside it"),
+]
+
+
+def fresh(tmp_path: Path) -> Path:
+    save_virtually(tmp_path, 1)
+    return save_virtually(tmp_path, 2)
+
+
+def test_every_field_is_checked(tmp_path: Path) -> None:
+    step = fresh(tmp_path)
+    good = read_json(step)
+    write_json(step, good)
+    assert resolve(tmp_path) == step
+    for number, (put, new, message) in enumerate(WRONG):
+        bad = copy.deepcopy(good)
+        put(bad, new)
+        write_json(step, bad)
+        with pytest.raises(CheckpointError) as refused:
+            load(tmp_path, pieces_of_rank(1, 0, 1, 0, fill=None))
+        text = str(refused.value)
+        assert message in text and "manifest.json is malformed: " in text, (number, message, text)
+        assert "step-00000001 looks whole" in text
+
+
+def test_two_parts_that_cover_the_same_half(tmp_path: Path) -> None:
+    """Numbers and bytes are right, one half is there twice and the other in no part."""
+    step = save(tmp_path, 1, [Piece.whole("w", "param", torch.arange(8.0))], {})
+    bad = read_json(step)
+    record = bad["tensors"]["param"]["w"]
+    start = record["parts"][0]["start"]
+    record["parts"] = [{"file": 0, "offset": [0], "shape": [4], "start": start + 16 * i} for i in range(2)]
+    write_json(step, bad)
+    with pytest.raises(CheckpointError, match=r"the parts of param of 'w' of shape \[8\] overlap or leave a gap"):
+        load(tmp_path, [Piece.whole("w", "param", torch.zeros(8))])
+    record["parts"][1]["offset"] = [4]
+    write_json(step, bad)
+    load(tmp_path, [target := Piece.whole("w", "param", torch.zeros(8))])
+    assert torch.equal(target.data, torch.arange(8.0))
+    record["parts"][1]["start"] = start + 12
+    write_json(step, bad)
+    with pytest.raises(CheckpointError, match=f"two parts lie at byte {start + 12} of rank-00000.safetensors"):
+        load(tmp_path, [target])
+
+
+def test_ranks_that_save_the_same_half_are_refused(tmp_path: Path) -> None:
+    partial = prepare(tmp_path, 1, 0)
+    for rank in range(2):
+        write_rank(partial, rank, [Piece("w", "param", (8,), (0,), (8,), 0, 4, torch.zeros(4))])
+    with pytest.raises(CheckpointError, match="two parts hold the same elements, and others are in none"):
+        commit(tmp_path, 1, 2, {})
+
+
+def test_a_copy_of_an_older_step_is_not_the_newest(tmp_path: Path) -> None:
+    fresh(tmp_path)
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "step-00000003")
+    with pytest.raises(CheckpointError, match="step-00000003 holds step 1: it was copied or renamed"):
+        resolve(tmp_path / "step-00000003")
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / "best")  # a name of one's own says nothing of a step
+    assert resolve(tmp_path / "best") == tmp_path / "best"
+
+
+@pytest.mark.parametrize(
+    "name", ["../other/step-00000001", "/tmp/step-00000001", ".", "best", "step-00000001.incomplete"]
+)
+def test_latest_points_to_a_step_beside_it(tmp_path: Path, name: str) -> None:
+    fresh(tmp_path / "other")
+    fresh(tmp_path / "run")
+    (tmp_path / "run" / "latest").write_text(f"{name} {checksum(name.encode())}\n")
+    with pytest.raises(CheckpointError, match=r"not the name of a checkpoint beside it.*step-00000002 looks whole"):
+        resolve(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["latest", "step-00000002/manifest.json", "step-00000002/rank-00003.safetensors"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, name: str, make: Callable[[Path], None]) -> None:
+    fresh(tmp_path)
+    (tmp_path / name).unlink()
+    make(tmp_path / name)
+    with pytest.raises(CheckpointError, match=r"step-0000000[12] looks whole"):
+        load(tmp_path, pieces_of_rank(1, 0, 1, 0, fill=None))
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, "7", "null}", '"step": NaN'], ids=lambda t: t[:6])
+def test_a_manifest_that_is_no_object(tmp_path: Path, text: str) -> None:
+    step = fresh(tmp_path)
+    (step / "manifest.json").write_text(f'{{"checksum":"{checksum(text.encode())}",\n{text}')
+    with pytest.raises(CheckpointError, match=r"manifest\.json is malformed: "):
+        resolve(tmp_path)
+
+
+# --- tiling ---------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def boxes_of(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
+    """A shape and boxes inside it: cut out of it at random places, and then, at times, one of them spoilt."""
+    shape = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
+    boxes = [Box((0,) * len(shape), shape)]
+    for _ in range(draw(st.integers(0, 6))):
+        index, dim = draw(st.integers(0, len(boxes) - 1)), draw(st.integers(0, max(0, len(shape) - 1)))
+        box = boxes[index]
+        if not shape or box.shape[dim] < 2:
+            continue
+        cut = draw(st.integers(1, box.shape[dim] - 1))
+        low, high = list(box.shape), list(box.shape)
+        low[dim], high[dim] = cut, box.shape[dim] - cut
+        moved = list(box.offset)
+        moved[dim] += cut
+        boxes[index : index + 1] = [Box(box.offset, tuple(low)), Box(tuple(moved), tuple(high))]
+    match draw(st.integers(0, 3)):
+        case 1:
+            boxes.append(draw(st.sampled_from(boxes)))
+        case 2:
+            boxes.pop(draw(st.integers(0, len(boxes) - 1)))
+        case 3:
+            boxes[draw(st.integers(0, len(boxes) - 1))] = draw(st.sampled_from(boxes))
+    return shape, boxes
+
+
+@settings(max_examples=300, deadline=None)
+@given(boxes_of())
+def test_tiling_is_what_counting_every_element_says(drawn: tuple[tuple[int, ...], list[Box]]) -> None:
+    shape, boxes = drawn
+    count = np.zeros(shape, int)
+    for box in boxes:
+        count[tuple(slice(o, o + s) for o, s in zip(box.offset, box.shape))] += 1
+    assert tiles(shape, boxes) == bool((count == 1).all())
+
+
+def test_boxes_that_would_take_for_ever_are_refused() -> None:
+    corners = [Box(index, (1,) * 40) for index in product((0, 1), *[(0,)] * 39)]
+    with pytest.raises(ValueError, match="2 boxes that cut 40 dims"):
+        tiles((2,) * 40, corners)
+    assert prod((2,) * 40) == 1 << 40
+
+
+# --- the last good one ----------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def good_of_ranks(directory: str) -> tuple[str, list[str]]:
+    import torch.distributed as dist
+
+    from megatron_ds.mesh import Axis
+
+    world = Axis("world", dist.get_rank(), 2, dist.group.WORLD, (0, 1))
+    path, passed = last_good(Path(directory), world)
+    return path.name, passed
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_last_good_one_is_found_by_its_contents(tmp_path: Path, ranks: int) -> None:
+    for step in (1, 2, 3, 4):
+        save_virtually(tmp_path, step)
+    flip(tmp_path / "step-00000004" / "rank-00001.safetensors")
+    flip(tmp_path / "step-00000003" / "rank-00004.safetensors")
+    if ranks == 1:
+        path, passed = last_good(tmp_path)
+        assert path == tmp_path / "step-00000002"
+    else:
+        (name, passed), other = run_ranks(good_of_ranks, 2, str(tmp_path))
+        assert (name, passed) == other and name == "step-00000002"
+    assert len(passed) == 2 and "step-00000004/rank-00001.safetensors is damaged" in passed[0]
+    assert "step-00000003/rank-00004.safetensors is damaged" in passed[1]
+    pieces = pieces_of_rank(1, 0, 1, 0, fill=None)
+    load(tmp_path / "step-00000002", pieces)
+    assert wrong_pieces(pieces) == []
+
+
+def test_steps_before_the_latest_come_before_those_after_it(tmp_path: Path) -> None:
+    for step in (1, 2, 5, 3):  # a run that was taken up again from step 2
+        save_virtually(tmp_path, step)
+    assert last_good(tmp_path)[0].name == "step-00000003"
+    flip(tmp_path / "step-00000003" / "rank-00000.safetensors")
+    assert last_good(tmp_path)[0].name == "step-00000002"
+    for step in (1, 2):
+        (tmp_path / f"step-0000000{step}" / "manifest.json").unlink()
+    assert last_good(tmp_path)[0].name == "step-00000005"
+    flip(tmp_path / "step-00000005" / "rank-00000.safetensors")
+    with pytest.raises(CheckpointError, match=r"holds no good checkpoint:\n.*step-00000003/rank-00000") as refused:
+        last_good(tmp_path)
+    assert len(str(refused.value).splitlines()) == 5
+    with pytest.raises(CheckpointError, match="there is none at all"):
+        last_good(tmp_path / "nowhere")
