@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_ds.checkpoint.directory import find, read_meta, resolve
 from megatron_ds.checkpoint.load import load
-from megatron_ds.checkpoint.manifest import read_manifest, read_meta, resolve
 from megatron_ds.checkpoint.meta import model_config
 from megatron_ds.config import ModelConfig, RunConfig
 from megatron_ds.errors import CheckpointError, ConfigError
@@ -81,7 +81,7 @@ def load_weights(config: RunConfig, tables: Mapping[str, str], optimizer: ZeroOp
     """
     path = config.checkpoint.init_from
     assert path is not None
-    saved, manifest = _saved_model(path), read_manifest(resolve(path))
+    saved, manifest = _saved_model(path), find(path)[1]
     weights = []
     for piece in optimizer.pieces(for_load=True):
         record = manifest.tensors.get(("param", piece.name))
