@@ -24,7 +24,7 @@ class ShardSpec:
 
     Args:
         name: global name, independent of the pipeline split (``layers.17.attention.qkv.weight``).
-        global_shape: shape of the whole tensor.
+        global_shape: shape of the whole tensor; with a last dim of 2 if it is complex, see :func:`as_real`.
         dim: the sharded dim, or None where every tensor-parallel rank holds the whole tensor.
         index, count: this shard is number ``index`` of ``count`` equal slices along ``dim``; 0 of 1 if that is None.
         partial_over_tp: the gradient each tensor-parallel rank computes is only its share and must be summed over
@@ -81,6 +81,23 @@ def empty_parameter(
     parameter = nn.Parameter(torch.empty(spec.local_shape, device=device, dtype=dtype))
     parameter.shard = spec  # type: ignore[attr-defined]
     return parameter
+
+
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the real and the imaginary part of a complex number; any other dtype itself."""
+    return dtype.to_real() if dtype.is_complex else dtype
+
+
+def as_real(tensor: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as its two parts, ``[..., 2]``, as flat buffers and files hold it; any other tensor itself."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def shaped_as(flat: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A flat range of real numbers as a view that has the parameter's shape, and is complex where it is."""
+    if parameter.is_complex():
+        return torch.view_as_complex(flat.view(*parameter.shape, 2))
+    return flat.view(parameter.shape)
 
 
 def spec_of(parameter: torch.Tensor) -> ShardSpec:

@@ -87,6 +87,8 @@ def initialize(
     empty = take_places(model, mesh.device, dtype)
     _place_model(model, mesh, dtype)
     parameters = name_parameters(model, settings.decay == "all")
+    _require_dtypes(parameters)
+    scaler = _scaler(settings, parameters.values(), notes)
     own = _optimizer(settings, optimizer, [p for p in parameters.values() if p.requires_grad])
     rule = TorchRule(own, parameters) if own is not None else None
     if isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler) and (
@@ -107,7 +109,7 @@ def initialize(
     )
     if filler is not None:
         filler.fill_rest()
-    step = _train_step(settings, sizes, mesh, zero, rule, lr_scheduler, called, loss)
+    step = _train_step(settings, sizes, mesh, zero, scaler, rule, lr_scheduler, called, loss)
     engine = Engine(model, settings, sizes, mesh, zero, step, own, rule, lr_scheduler, place.local_world_size)
     if mesh.rank == 0:
         for note in notes:
@@ -139,9 +141,38 @@ def name_parameters(model: nn.Module, decay_all: bool = False) -> dict[str, nn.P
     for name, parameter in parameters.items():
         spec = getattr(parameter, "shard", None)
         if not isinstance(spec, ShardSpec):
-            spec = ShardSpec(plain_name(name), tuple(parameter.shape), weight_decay=parameter.dim() > 1)
+            shape = (*parameter.shape, 2) if parameter.is_complex() else tuple(parameter.shape)
+            spec = ShardSpec(plain_name(name), shape, weight_decay=parameter.dim() > 1)
         parameter.shard = replace(spec, weight_decay=True) if decay_all else spec  # type: ignore[attr-defined]
     return {parameter.shard.name: parameter for parameter in parameters.values()}  # type: ignore[attr-defined]
+
+
+def _require_dtypes(parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        if parameter.requires_grad and parameter.is_floating_point() and parameter.itemsize == 1:
+            raise ConfigError(
+                f"{name} is of dtype {dtype}, to which autograd rounds its gradient: most of it becomes 0. Keep it in "
+                "bfloat16 and let forward() cast it, or freeze it with requires_grad_(False)"
+            )
+        if parameter.dtype == torch.complex32:
+            raise ConfigError(f"{name} is of dtype {dtype}, with which little can be computed; make it complex64")
+
+
+def _scaler(config: EngineConfig, parameters: Iterable[nn.Parameter], notes: list[str]) -> LossScaler:
+    """Scales the loss where the trained parameters are in fp16, whoever made them so."""
+    precision = config.precision
+    if not config.keeps_dtype:
+        return LossScaler.from_config(precision)
+    if any(p.requires_grad and p.dtype == torch.float16 for p in parameters):
+        notes.append("the model's parameters are in fp16: the loss is scaled, as with precision.dtype='fp16'")
+        return LossScaler.from_config(precision.model_copy(update={"dtype": "fp16"}))
+    if precision.loss_scale is not None:
+        raise ConfigError(
+            f"precision.loss_scale={precision.loss_scale:g} is for fp16, and no trained parameter of the model is; set "
+            "precision.dtype='fp16', or leave it out"
+        )
+    return LossScaler()
 
 
 def _start(config: EngineConfig) -> Place:
@@ -243,6 +274,7 @@ def _train_step(
     sizes: BatchSizes,
     mesh: Mesh,
     zero: ZeroOptimizer,
+    scaler: LossScaler,
     rule: TorchRule | None,
     lr_scheduler: Any,
     model: nn.Module,
@@ -273,7 +305,6 @@ def _train_step(
         rate = lambda step: own.learning_rate  # noqa: E731
     elif rule is not None:
         rate = _set_by(rule.optimizer, rate)
-    scaler = LossScaler.from_config(config.precision)
     return TrainStep(executor, zero, mesh, scaler, clip_norm=config.optimizer.clip_norm, rate=rate, count=count)
 
 

@@ -15,6 +15,7 @@ from megatron_ds.checkpoint.pieces import Piece
 from megatron_ds.checkpoint.together import exchange
 from megatron_ds.engine.wrapped import plain_name
 from megatron_ds.errors import CheckpointError
+from megatron_ds.shard import as_real
 
 if TYPE_CHECKING:
     from megatron_ds.engine.engine import Engine
@@ -94,5 +95,5 @@ def _buffers(engine: Engine) -> list[Piece]:
             buffer = tensors.buffer(name)
             if not buffer.is_contiguous():
                 raise CheckpointError(f"buffer {name} is not contiguous and cannot be filled from a file")
-            found.append(Piece.whole(plain_name(name), "buffer", buffer))
+            found.append(Piece.whole(plain_name(name), "buffer", as_real(buffer)))
     return found

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim import Optimizer
 
-from megatron_ds.shard import spec_of
+from megatron_ds.shard import real_dtype, spec_of
 from megatron_ds.zero.buckets import state_dtype
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
@@ -57,7 +57,8 @@ class Intact:
     def note_values(self) -> None:
         """What the parameters are now is as it should be."""
         for seen in self._whole:
-            if state_dtype(seen.parameter.dtype) != seen.parameter.dtype:
+            dtype = real_dtype(seen.parameter.dtype)
+            if state_dtype(dtype) != dtype:
                 seen.version = seen.parameter._version
 
     def fault(self) -> str | None:

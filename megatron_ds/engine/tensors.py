@@ -15,7 +15,7 @@ from megatron_ds import comm
 from megatron_ds.checkpoint.pieces import Piece, by_holder
 from megatron_ds.errors import ConfigError, nearest
 from megatron_ds.mesh import Mesh
-from megatron_ds.shard import ShardSpec, spec_of
+from megatron_ds.shard import ShardSpec, as_real, real_dtype, spec_of
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 
@@ -29,11 +29,10 @@ class WholeTensors:
 
     def get(self, name: str, kind: str) -> Tensor:
         """Whole, in the dtype in which it is kept (fp32, or fp64), on the device."""
-        spec = self._spec(name)
+        self._check_kind(name, kind)
         if self._pieces is None:
             self._pieces = _by_name(self._zero.pieces())
-        self._check_kind(name, kind)
-        return self._sum(spec, self._pieces.get((kind, name), []), self._dtype(name))
+        return self._sum(name, self._pieces.get((kind, name), []))
 
     def gradient(self, name: str) -> Tensor:
         """Whole and as reduced, between reduction and update."""
@@ -42,10 +41,11 @@ class WholeTensors:
             raise ConfigError(f"{name} is frozen and has no gradient")
         mine = [piece for piece in self._zero.gradient_pieces() if piece.name == name]
         owned = self._zero.replicate.is_first and not spec.replica
-        return self._sum(spec, mine if owned else [], self._dtype(name))
+        return self._sum(name, mine if owned else [])
 
     def set(self, name: str, kind: str, value: Tensor) -> None:
         spec = self._spec(name)
+        value = as_real(value)
         if tuple(value.shape) != spec.global_shape:
             raise ConfigError(f"{name} has shape {list(spec.global_shape)}, the value {list(value.shape)}")
         self._check_kind(name, kind)
@@ -103,9 +103,10 @@ class WholeTensors:
         assert value is not None
         return value
 
-    def _sum(self, spec: ShardSpec, pieces: Sequence[Piece], dtype: torch.dtype) -> Tensor:
+    def _sum(self, name: str, pieces: Sequence[Piece]) -> Tensor:
         """Over all ranks the pieces hold every element once."""
-        whole = torch.zeros(spec.global_shape, dtype=dtype, device=self._mesh.device)
+        spec = self._spec(name)
+        whole = torch.zeros(spec.global_shape, dtype=self._dtype(name), device=self._mesh.device)
         for holder, group in by_holder(pieces):
             held = None if holder is None else holder.hold()
             for piece in group:
@@ -116,10 +117,11 @@ class WholeTensors:
                     begin += box.numel
             if holder is not None:
                 holder.let_go(changed=False)
-        return comm.all_reduce(whole, self._mesh.world)
+        whole = comm.all_reduce(whole, self._mesh.world)
+        return torch.view_as_complex(whole) if self._parameters[name].is_complex() else whole
 
     def _dtype(self, name: str) -> torch.dtype:
-        dtype = self._parameters[name].dtype
+        dtype = real_dtype(self._parameters[name].dtype)
         if not self._parameters[name].requires_grad:
             return dtype
         return torch.float64 if dtype == torch.float64 else torch.float32
@@ -130,6 +132,7 @@ class WholeTensors:
         return spec_of(self._parameters[name])
 
     def _check_kind(self, name: str, kind: str) -> None:
+        self._spec(name)
         kinds = ("param", *(self._zero._kinds if self._parameters[name].requires_grad else ()))
         if kind not in kinds:
             raise ConfigError(f"{name} has no {kind!r}{nearest(kind, kinds)}; there is {', '.join(kinds)}")

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from megatron_ds.errors import ConfigError
 from megatron_ds.optim.factory import OptimizerSegment
+from megatron_ds.shard import as_real, real_dtype
 
 _WHY_NOT = {
     "LBFGS": "its line search evaluates the loss again and again through a closure",
@@ -55,7 +56,7 @@ class TorchRule:
     def __init__(self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]):
         self.optimizer = optimizer
         self._group_of = _groups(optimizer, parameters)
-        self._initial = {name: dict(optimizer.state.get(parameters[name], {})) for name in self._group_of}
+        self._initial = {name: _real(optimizer.state.get(parameters[name], {})) for name in self._group_of}
         optimizer.state.clear()
         self._templates: list[dict[str, Any]] = []
         for index, group in enumerate(optimizer.param_groups):
@@ -213,6 +214,10 @@ class _TorchUpdate:
                 self._twin.state[parameter] = state
 
 
+def _real(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: as_real(value) if isinstance(value, torch.Tensor) else value for key, value in state.items()}
+
+
 def _groups(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
     """Name to group of every parameter that is updated."""
     name_of = {id(parameter): name for name, parameter in parameters.items()}
@@ -268,7 +273,7 @@ def _probe(optimizer: Optimizer, group: Mapping[str, Any], sample: Mapping[str, 
     """The state of one parameter after one step."""
     like = group["params"][0] if group["params"] else torch.empty(0)
     device = torch.device("cpu") if like.is_meta else like.device
-    wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+    wide = torch.float64 if real_dtype(like.dtype) == torch.float64 else torch.float32
     parameter = torch.ones(_PROBE, dtype=wide, device=device)
     parameter.grad = torch.full_like(parameter, 0.5)
     twin = _twin(optimizer, [{**_fast_settings(optimizer, group), "params": [parameter]}])

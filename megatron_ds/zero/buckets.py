@@ -18,7 +18,7 @@ from math import prod
 
 import torch
 
-from megatron_ds.shard import ShardSpec, spec_of
+from megatron_ds.shard import ShardSpec, real_dtype, spec_of
 
 ALIGN = 32
 """Elements to whose multiple parameters and slices are aligned: 64 bytes of bf16, 128 of fp32."""
@@ -51,11 +51,12 @@ class ParameterInfo:
             ValueError: its shape is not the one its spec describes.
         """
         spec = spec_of(parameter)
-        if tuple(parameter.shape) != spec.local_shape:
+        shape = (*parameter.shape, 2) if parameter.is_complex() else tuple(parameter.shape)
+        if shape != spec.local_shape:
             raise ValueError(
-                f"{spec.name} has shape {list(parameter.shape)}, but its ShardSpec describes {list(spec.local_shape)}"
+                f"{spec.name} has shape {list(shape)}, but its ShardSpec describes {list(spec.local_shape)}"
             )
-        return ParameterInfo(spec, parameter.dtype, parameter.requires_grad, shared, unit)
+        return ParameterInfo(spec, real_dtype(parameter.dtype), parameter.requires_grad, shared, unit)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from megatron_ds.comm import Pending
 from megatron_ds.config import OptimizerConfig
 from megatron_ds.mesh import Axis
 from megatron_ds.optim.factory import OptimizerSegment, Update, UpdateRule, make_update, state_kinds
+from megatron_ds.shard import shaped_as
 from megatron_ds.shared_memory import SharedArena
 from megatron_ds.zero.buckets import BucketLayout, Segment, state_dtype
 from megatron_ds.zero.memory import GradientPool, TransientGradients, TransientParameters, WholeBuffer
@@ -121,7 +122,7 @@ class FlatBucket:
         if isinstance(self.parameters, TransientParameters):
             self.parameters.take()
         for slot, parameter in zip(self.layout.slots, self.tensors):
-            parameter.data = self.parameters.whole.narrow(0, slot.start, slot.numel).view(parameter.shape)
+            parameter.data = shaped_as(self.parameters.whole.narrow(0, slot.start, slot.numel), parameter)
 
     def settle(self) -> None:
         """Set shard and master weights to what the parameters are, and free what is not kept."""
@@ -234,7 +235,7 @@ class FlatBucket:
 
     def _show_gradients(self, whole: torch.Tensor) -> None:
         for slot, parameter, sink in zip(self.layout.slots, self.tensors, self.sinks):
-            sink.view = whole.narrow(0, slot.start, slot.numel).view(parameter.shape)
+            sink.view = shaped_as(whole.narrow(0, slot.start, slot.numel), parameter)
             sink.written = False
 
     def start_reduce(self) -> None:

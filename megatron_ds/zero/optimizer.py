@@ -17,7 +17,7 @@ from megatron_ds.checkpoint.pieces import Piece
 from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.optim.factory import UpdateRule, state_kinds
-from megatron_ds.shard import ShardSpec
+from megatron_ds.shard import ShardSpec, as_real
 from megatron_ds.zero import buckets
 from megatron_ds.zero.buckets import ParameterInfo, plan_buckets, state_dtype
 from megatron_ds.zero.budget import RankBytes
@@ -336,7 +336,7 @@ class ZeroOptimizer:
                 found += [bucket.piece(kind, segment) for segment in bucket.segments if mine(segment.spec)]
         for info, parameter in zip(self._infos, self._parameters):
             if not info.trainable and info.unit is None and (for_load or self.shard.is_first) and mine(info.spec):
-                found.append(Piece.of(info.spec, "param", parameter.data))
+                found.append(Piece.of(info.spec, "param", as_real(parameter.data)))
         return found
 
     @property
