@@ -2,6 +2,9 @@
 
 A ``forkserver`` that has torch imported starts 8 gloo ranks in a fraction of a second, so that a test matrix can
 afford hundreds of multi-rank rows. On a machine with enough GPUs the same tests run on NCCL.
+
+Ranks of one host share memory where ranks of several gather and send: ``run_ranks(..., apart=True)`` runs them as
+several hosts would, and with ``RANKS_APART=1`` in the environment so does every test.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ def run_ranks(
     timeout: float = 120.0,
     backend: str | None = None,
     device: str | None = None,
+    apart: bool | None = None,
 ) -> list[Any]:
     """Run ``function(*args)`` on every rank of a fresh job and return the results in rank order.
 
@@ -65,11 +69,14 @@ def run_ranks(
     Args:
         backend: another than NCCL or gloo; the module of ``function`` registers it when it is imported.
         device: one for all ranks, instead of that of :func:`device_of_rank`; ``function`` is not told.
+        apart: ranks share no memory, as on hosts of their own. Default: as the environment's ``RANKS_APART`` says.
 
     Raises:
         RankFailed: a rank raised or died (its traceback first), or the job took longer than ``timeout`` seconds.
             No process is left behind.
     """
+    if apart is None:
+        apart = os.environ.get("RANKS_APART", "0") == "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
@@ -79,7 +86,7 @@ def run_ranks(
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(
                     target=_rank_main,
-                    args=(function, args, rank, world_size, folder, timeout, backend, device, theirs),
+                    args=(function, args, rank, world_size, folder, timeout, backend, device, apart, theirs),
                     daemon=True,
                 )
                 with _plain_main(function):
@@ -181,8 +188,11 @@ def _rank_main(
     timeout: float,
     backend: str | None,
     device_for_all: str | None,
+    apart: bool,
     pipe: Connection,
 ) -> None:
+    if apart:
+        os.__dict__.pop("memfd_create", None)  # without which no rank offers its memory to another
     stack_file = open(os.path.join(folder, f"stack-{rank}"), "w")  # noqa: SIM115  (faulthandler needs it open)
     faulthandler.dump_traceback_later(max(timeout - 2.0, timeout / 2), file=stack_file)
     torch.set_num_threads(1)

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ds.mesh import Mesh, MeshShape
+from megatron_ds.shared_memory import SharedArena, SharedExchange
 from megatron_ds.testing import RankFailed, run_ranks
 
 pytestmark = pytest.mark.alone
@@ -49,3 +51,13 @@ def test_a_hang_ends_at_the_time_limit_with_stacks() -> None:
     with pytest.raises(RankFailed, match=r"did not finish in 4 s[\s\S]*was at:"):
         run_ranks(fail_on, 2, 0, "hang", timeout=4.0)
     assert time.monotonic() - start < 20
+
+
+def shares_memory() -> bool:
+    mesh = Mesh.create(MeshShape(dp=dist.get_world_size()), torch.device("cpu"))
+    return SharedArena.create(1, mesh.data) is not None and SharedExchange.on(mesh.data).exchange is not None
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_ranks_share_memory_or_not(apart: bool) -> None:
+    assert run_ranks(shares_memory, 2, apart=apart) == [not apart] * 2

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 import megatron_ds
 from megatron_ds.errors import ReleasedParameterError
-from megatron_ds.shared_memory import SharedArena
 from megatron_ds.testing import run_ranks
 
 WIDTH, STEPS = 16, 3
@@ -175,21 +172,20 @@ def all_trained(stage: int, apart: bool) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
         zero["persistence_threshold"] = 0
-    with patch.object(SharedArena, "create", lambda *args, **more: None) if apart else nullcontext():
-        for name, kind in (KINDS | HELD).items():
-            if apart and name in HELD:
-                with pytest.raises(ReleasedParameterError) as raised:
-                    trained(kind, zero)
-                found[name + ", not held"] = str(raised.value)
-                zero = {**zero, "keep_whole": True}
-            found[name] = trained(kind, zero)
-            zero.pop("keep_whole", None)
+    for name, kind in (KINDS | HELD).items():
+        if apart and name in HELD:
+            with pytest.raises(ReleasedParameterError) as raised:
+                trained(kind, zero)
+            found[name + ", not held"] = str(raised.value)
+            zero = {**zero, "keep_whole": True}
+        found[name] = trained(kind, zero)
+        zero.pop("keep_whole", None)
     return found
 
 
 @pytest.mark.parametrize("stage, apart", [(2, False), (3, False), (3, True)])
 def test_unusual_modules_equal_plain_torch(stage: int, apart: bool) -> None:
-    rows = run_ranks(all_trained, 2, stage, apart)
+    rows = run_ranks(all_trained, 2, stage, apart, apart=apart)
     for name, kind in (KINDS | HELD).items():
         losses, parameters = plain(kind)
         for found in rows:
