@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BLOCK_BYTES = 1 << 20
-
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``: ``[..., in]``, ``[out, in]``, ``[out]`` -> ``[..., out]``. Not differentiable."""
@@ -26,25 +24,6 @@ def linear_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     if _onednn_is_faster(grad):
         return torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
     return grad.matmul(weight)
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """``total += left @ right`` (``[rows, k] @ [k, columns]``), for weight gradients; ``first``: ``=`` and not ``+=``.
-
-    So ``total`` need not be zeroed before: for an 8192 x 384 table that took 4 ms on a CPU. A product of its dtype is
-    accumulated in place; one in half precision is rounded to its own dtype first, as autograd's would be. On a CPU the
-    latter goes by blocks of rows, the same bits: the product as a whole, and the copy of it in the dtype of ``total``
-    that torch adds from, took 18 MiB for an 8192 x 384 table.
-    """
-    if left.dtype != total.dtype:
-        rows = len(left) if total.is_cuda else max(1, _BLOCK_BYTES // (right.shape[1] * right.itemsize))
-        for some, sums in zip(left.split(rows), total.split(rows)):
-            product = some @ right
-            sums.copy_(product) if first else sums.add_(product)
-    elif first:
-        torch.mm(left, right, out=total)
-    else:
-        total.addmm_(left, right)
 
 
 def _onednn_is_faster(x: Tensor) -> bool:

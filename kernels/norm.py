@@ -10,7 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from megatron_ds.kernels.accumulate import layer_norm_gradients
 from megatron_ds.kernels.dropout import dropout_add, threshold
 from megatron_ds.kernels.registry import Op, below_autograd, define
 
@@ -21,6 +23,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     """``(x - mean) / sqrt(var + eps) * weight + bias`` (Ba et al. 2016)."""
     if NORM.choose(x) == "triton":
         return torch.ops.megatron_ds.norm(x, None, None, weight, bias, eps, 0.0, False)[0]
+    return layer_norm_reference(x, weight, bias, eps)
+
+
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16):
+        return _HalfLayerNorm.apply(x, weight, bias, eps)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
@@ -58,7 +66,25 @@ def add_norm(
     summed = dropout_add(x, residual, p, row_keys)
     if kind == "rmsnorm":
         return F.rms_norm(summed, weight.shape, weight, eps), summed
-    return F.layer_norm(summed, weight.shape, weight, bias, eps), summed
+    return layer_norm_reference(summed, weight, bias, eps), summed
+
+
+class _HalfLayerNorm(torch.autograd.Function):
+    """torch's LayerNorm on a CPU in half precision, but for its backward pass, which adds up in that precision."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        shift = None if bias is None else bias.float()
+        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight.float(), shift, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        d_x, d_weight, d_bias = layer_norm_gradients(grads[0], x, weight, bias, mean, rstd)
+        return d_x, d_weight.to(weight.dtype), None if bias is None or d_bias is None else d_bias.to(bias.dtype), None
 
 
 class _Norm(torch.autograd.Function):

@@ -22,7 +22,7 @@ from megatron_ds.config import ModelConfig, RecomputeConfig, RunConfig
 from megatron_ds.config.sparse import sparse_layout
 from megatron_ds.kernels.block_layout import BlockLayout
 from megatron_ds.layers.attention import AttentionInputs, SelfAttention
-from megatron_ds.layers.linear import VocabParallelEmbedding, output_std, replicated_parameter
+from megatron_ds.layers.linear import VocabParallelEmbedding, lookup, output_std, replicated_parameter
 from megatron_ds.layers.loss import linear_cross_entropy
 from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.norm import Norm
@@ -299,11 +299,11 @@ class Transformer(nn.Module):
         tokens = micro_batch["tokens"].t()
         x = self.embedding(tokens)
         if self.config.position == "learned":
-            x = x + F.embedding(self._own(inputs.positions), self.position.weight)
+            x = x + lookup(self._own(inputs.positions), self.position.weight)
         if self.config.token_types:
             types = micro_batch.get("token_type_ids")
             types = torch.zeros_like(tokens) if types is None else types.t()
-            x = x + F.embedding(self._own(types), self.token_type.weight)
+            x = x + lookup(self._own(types), self.token_type.weight)
         if self.config.embedding_norm:
             x = self.embedding_norm(x)
         return dropout(x, self.config.hidden_dropout, inputs.keys, _EMBEDDING_SITE)

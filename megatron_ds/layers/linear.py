@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds import comm
+from megatron_ds.kernels.accumulate import add_rows, sum_rows
 from megatron_ds.kernels.linear import linear, linear_input_gradient
 from megatron_ds.mesh import Axis
 from megatron_ds.shard import ShardSpec, empty_parameter
@@ -66,8 +67,14 @@ def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
     return left.mm(right).view(weight.shape)
 
 
-def _bias_gradient(bias: Tensor, grad: Tensor) -> Tensor:
-    return grad.sum(dim=tuple(range(grad.dim() - 1))).view(bias.shape)
+def _bias_gradient(bias: Tensor, grad: Tensor) -> Tensor | None:
+    """The bias's gradient, likewise."""
+    total = sum_rows(grad).view(bias.shape)
+    sink = getattr(bias, "grad_sink", None)
+    if sink is not None:
+        sink.add(total)
+        return None
+    return total.to(bias.dtype)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -229,7 +236,16 @@ class _Lookup(torch.autograd.Function):
         if sink is not None:
             sink.add_rows(tokens.reshape(-1), grad.reshape(-1, grad.shape[-1]))
             return None, None
-        return None, torch.ops.aten.embedding_dense_backward(grad, tokens, table.shape[0], -1, False)
+        if table.dtype not in (torch.float16, torch.bfloat16):
+            return None, torch.ops.aten.embedding_dense_backward(grad, tokens, table.shape[0], -1, False)
+        total = torch.zeros_like(table, dtype=torch.float32)
+        add_rows(total, tokens.reshape(-1), grad.reshape(-1, grad.shape[-1]))
+        return None, total.to(table.dtype)
+
+
+def lookup(indices: Tensor, table: Tensor) -> Tensor:
+    """``table[indices]``: ``[...]`` int64, ``[rows, h]`` -> ``[..., h]``; the table's gradient is summed in fp32."""
+    return _Lookup.apply(indices, table)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -269,10 +285,10 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         if self.tp.size == 1:
-            return _Lookup.apply(tokens, self.weight)
+            return lookup(tokens, self.weight)
         local = tokens - self.first_row
         outside = (local < 0) | (local >= self.weight.shape[0])
-        partial = _Lookup.apply(local.masked_fill(outside, 0), self.weight).masked_fill(outside.unsqueeze(-1), 0.0)
+        partial = lookup(local.masked_fill(outside, 0), self.weight).masked_fill(outside.unsqueeze(-1), 0.0)
         if self.sequence_parallel:
             return comm.reduce_scatter_sequence(partial, self.tp)
         return comm.reduce_from_region(partial, self.tp)

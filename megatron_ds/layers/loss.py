@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds import comm
+from megatron_ds.kernels.accumulate import add_product
 from megatron_ds.kernels.cross_entropy import CROSS_ENTROPY, logit_gradient, token_statistics
-from megatron_ds.kernels.linear import add_product
 from megatron_ds.mesh import Axis
 
 # Tokens a chunk are chosen so that a chunk's logits take about this many bytes: small enough to stay near the cache

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_ds.kernels.linear import add_product
+from megatron_ds.kernels.accumulate import add_product, add_rows
 
 
 class OwnBackward:
@@ -110,7 +110,7 @@ class GradSink:
     def add_matmul(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """Add ``left @ right`` (``[rows, k] @ [k, columns]``), where ``columns`` is the parameter's last dim.
 
-        See :func:`megatron_ds.kernels.linear.add_product`.
+        See :func:`megatron_ds.kernels.accumulate.add_product`.
         """
         if (view := self._buffer()) is None:
             return
@@ -127,12 +127,7 @@ class GradSink:
             return
         if not self.written:
             view.zero_()
-        rows = rows.to(view.dtype)
-        if view.is_cuda:
-            # index_add_ adds repeated rows in any order there; this sorts them, and gives the same bits every time.
-            view.index_put_((indices,), rows, accumulate=True)
-        else:
-            view.index_add_(0, indices, rows)
+        add_rows(view, indices, rows)
         self._wrote()
 
     def add_scaled(self, gradient: torch.Tensor, factor: torch.Tensor) -> None:

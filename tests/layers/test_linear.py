@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds import comm
-from megatron_ds.kernels.linear import add_product
+from megatron_ds.kernels.accumulate import add_product
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.norm import Norm
