@@ -4,6 +4,9 @@ Each rank has a thread that asks the rendezvous store once a second whether a ra
 answers with its own rank's place (step, pipeline action, innermost lines of the main thread's stack) and sees to it
 that the rank ends, even where its main thread hangs. So whoever fails can say who died without a word (no answer) and
 who held up the others (waits for nobody). The training itself pays one attribute write an action, and nothing else.
+
+Every rank ends by itself, whatever became of the others, of the store and of the links to them: what is asked of the
+store is asked for a limited time, and once a rank has begun to end a timer sees to it that it does.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import CodeType
 
@@ -27,6 +32,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ds.errors import MegatronDSError
+from megatron_ds.train.bounded import BoundedStore, StoreSilentError, end_within
 
 _FAILED = "failed"
 _SHOWN = 16
@@ -35,6 +41,9 @@ _PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|time(d |-)?ou
 _TIMEOUT = re.compile(r"time(d |-)?out", re.IGNORECASE)
 _WAITS = re.compile(r"\b(wait|barrier|synchronize|tolist|item|poll|select)\(")
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_TORCH_DISTRIBUTED = os.path.dirname(dist.__file__) + os.sep  # makes process groups through the store, in C
+_ANSWERS_WITHIN = 4.0  # seconds in which a store that is there answers
+_LAST_WORDS_TAKE = 30.0  # seconds at most from a rank's failure to its end
 
 Line = tuple[CodeType, int]
 
@@ -74,7 +83,7 @@ class Watch:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: BoundedStore,
         rank: int,
         world_size: int,
         local_rank: int = 0,
@@ -87,7 +96,8 @@ class Watch:
         self.grace = grace + self.interval
         self.describe: Callable[[], str] = lambda: "starting"
         self._first: FirstFailure | None = None
-        self._has_store = True
+        self._asked: Future[bytes] | None = None
+        self._answers_within = _ANSWERS_WITHIN + self.interval
         self._place, self._since = Whereabouts(), time.monotonic()
         self._stopped = threading.Event()
         self._concluding = threading.Lock()
@@ -101,6 +111,8 @@ class Watch:
         self._stopped.set()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout=10)
+        if self._asked is not None:
+            wait([self._asked], timeout=10)
 
     def conclude(self, error: BaseException) -> int:
         """Say what is to be said about this rank's error, and return the exit code of its process.
@@ -109,9 +121,11 @@ class Watch:
         peer as an account of where every rank was. Each further node says in one line that it stops, and why.
         """
         self._concluding.acquire()  # for good: this process ends
+        mistake = isinstance(error, MegatronDSError)
+        code = 2 if mistake else 130 if isinstance(error, KeyboardInterrupt) else 1
+        end_within(_LAST_WORDS_TAKE + 6 * self.interval, code)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, at once after a death: let this be said first
-        mistake = isinstance(error, MegatronDSError)
         peer = isinstance(error, RuntimeError) and _PEER.search(str(error)) is not None
         text = _plain(error) if peer else str(error) if mistake else f"{type(error).__name__}: {error}"
         lines = [(frame.f_code, number) for frame, number in traceback.walk_tb(error.__traceback__)]
@@ -131,18 +145,22 @@ class Watch:
         self._answer(own)
         if self.rank == 0 and not (peer and first.rank == self.rank):
             self._roll_call()  # the store may live here: stay until the others know
-        return 2 if mistake else 130 if isinstance(error, KeyboardInterrupt) else 1
+        return code
 
     def _claim(self, text: str) -> FirstFailure:
         """Leave a note in the store; returns the note that came first, this rank's or another's."""
         if self._first is not None:
             return self._first
         own = FirstFailure(self.rank, text)
+        note = json.dumps(asdict(own))
         try:
-            return FirstFailure(**json.loads(self.store.compare_set(_FAILED, "", json.dumps(asdict(own)))))
+            found = self.store(lambda store: store.compare_set(_FAILED, "", note), self._answers_within)
+            return FirstFailure(**json.loads(found))
+        except StoreSilentError as error:
+            end = f"no word from it or its torchrun; stopped, or its machine cannot be reached ({error})"
         except Exception:
-            lost = FirstFailure(0, "gone without a word, it or its torchrun, and the job's store with it", said=False)
-            return lost if self.rank > 0 and _PEER.search(text) else own
+            end = "gone without a word, it or its torchrun, and the job's store with it"
+        return FirstFailure(0, end, said=False) if self.rank > 0 and _PEER.search(text) else own
 
     def _say_stops(self, first: FirstFailure) -> None:
         if self.local_rank == 0 or not first.said:
@@ -158,7 +176,9 @@ class Watch:
         busy = [rank for rank in sorted(places) if not places[rank].waits]
         what = f"waited {self.timeout:.0f} s in vain for" if late else "lost its connection to"
         lines = [f"error: rank {self.rank} {what} another rank: {text}"]
-        if silent:
+        if silent and self.store.silent:
+            lines.append("the job's store does not answer, so that no other rank could be asked")
+        elif silent:
             lines.append(
                 f"no answer from {_ranks(silent)}: killed (for want of memory? see the kernel's log), stopped, or "
                 "its machine is gone"
@@ -174,8 +194,9 @@ class Watch:
         _say("\n".join(lines))
 
     def _answer(self, place: Whereabouts) -> None:
+        text = json.dumps(asdict(place))
         with contextlib.suppress(Exception):
-            self.store.set(f"where/{self.rank}", json.dumps(asdict(place)))
+            self.store(lambda store: store.set(f"where/{self.rank}", text), self._answers_within)
 
     def _roll_call(self) -> dict[int, Whereabouts]:
         """The other ranks' answers, of those that give one in time."""
@@ -184,9 +205,8 @@ class Watch:
         deadline = time.monotonic() + 2 * self.interval + 1
         try:
             while missing and time.monotonic() < deadline:
-                for rank in missing:
-                    if self.store.check([f"where/{rank}"]):
-                        answers[rank] = Whereabouts(**json.loads(self.store.get(f"where/{rank}")))
+                found = self.store(partial(_notes, missing), self._answers_within)
+                answers |= {rank: Whereabouts(**json.loads(text)) for rank, text in found.items()}
                 missing = [rank for rank in missing if rank not in answers]
                 time.sleep(0.05)
         except Exception:
@@ -199,18 +219,24 @@ class Watch:
         while not self._stopped.wait(self.interval):
             with contextlib.suppress(Exception):  # it reads what the main thread changes meanwhile
                 self._look()
-            try:
-                if self._has_store and self.store.check([_FAILED]):
-                    self._first = FirstFailure(**json.loads(self.store.get(_FAILED)))
-                    self._answer(replace(self._place, seconds=int(time.monotonic() - self._since)))
-            except Exception:
-                self._has_store = False  # no reason to end a run that goes on without it
+            self._first = self._heard()
             if self._first is not None:
+                self._answer(replace(self._place, seconds=int(time.monotonic() - self._since)))
                 if self._first.rank != self.rank and not self._stopped.wait(self.grace):
                     self._end(self._first)
                 return
             if self._place.waits and time.monotonic() - self._since > self.timeout + self.grace:
                 self._end(None)
+
+    def _heard(self) -> FirstFailure | None:
+        """A rank's failure, if the store has told of one. It may be silent: that is no reason to end a run."""
+        if self._asked is None:
+            self._asked = self.store.ask(lambda store: store.get(_FAILED) if store.check([_FAILED]) else b"")
+        if not self._asked.done() or self._asked.exception() is not None:
+            return None  # a store that is gone stays so, and is not asked again
+        answer = self._asked.result()
+        self._asked = None
+        return FirstFailure(**json.loads(answer)) if answer else None
 
     def _look(self) -> None:
         """Where the main thread is now, and since when."""
@@ -220,7 +246,8 @@ class Watch:
             lines.append((frame.f_code, frame.f_lineno or 0))  # None between two lines
             frame = frame.f_back
         source = linecache.getline(lines[0][0].co_filename, lines[0][1]) if lines else ""
-        place = Whereabouts(self._text(lines), _WAITS.search(source) is not None)
+        inside = bool(lines) and lines[0][0].co_filename.startswith(_TORCH_DISTRIBUTED)
+        place = Whereabouts(self._text(lines), inside or _WAITS.search(source) is not None)
         if place != self._place:
             self._place, self._since = place, time.monotonic()
 
@@ -237,6 +264,7 @@ class Watch:
         """End the process from this thread: the main thread does not come back, or not from another's failure."""
         if not self._concluding.acquire(blocking=False):
             return  # the main thread is just doing it
+        end_within(_LAST_WORDS_TAKE + 6 * self.interval, 1)
         text = f"timeout: {self._place.text}"
         first = first or self._claim(text)
         if first.rank == self.rank:
@@ -250,6 +278,11 @@ class Watch:
 def _ranks(ranks: Sequence[int]) -> str:
     more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:_SHOWN]))}{more}"
+
+
+def _notes(ranks: Sequence[int], store: dist.Store) -> dict[int, bytes]:
+    """What these ranks have answered, of those that have."""
+    return {rank: store.get(f"where/{rank}") for rank in ranks if store.check([f"where/{rank}"])}
 
 
 def _plain(error: BaseException) -> str:

@@ -24,11 +24,15 @@ import torch.distributed as dist
 from megatron_ds.checkpoint.together import merged
 from megatron_ds.errors import ConfigError, MegatronDSError
 from megatron_ds.mesh import init_process_group
+from megatron_ds.train.bounded import BoundedStore, StoreSilentError, in_thread
 from megatron_ds.train.failure import Watch
 
 _CHECKS_TAKE = 3600.0  # seconds at most: a rank may read a whole dataset for the first time
 _RANK_0_SPEAKS_FIRST = 10.0  # seconds
 _NCCL_MARGIN = 60.0  # seconds
+_SPELL = 2.0  # seconds
+_PARTING = 5.0  # seconds at most that ranks which end wait for each other
+_TORCH_TIMES_OUT_FIRST = 5.0  # seconds
 
 
 class StartError(MegatronDSError):
@@ -137,7 +141,8 @@ class Job:
     """What the ranks do together besides training. ``watch`` is there once the job has started."""
 
     def __init__(self, place: Place, timeout: float, store: dist.Store | None):
-        self.place, self.timeout, self.store = place, timeout, store
+        self.place, self.timeout = place, timeout
+        self.store = None if store is None else BoundedStore(store, timeout)
         self.watch: Watch | None = None
 
     @contextlib.contextmanager
@@ -165,24 +170,27 @@ class Job:
         defect = failure is not None and _is_defect(failure)
         if defect:
             traceback.print_exception(failure)
-        if self.place.local_rank == 0:
+        # The rank that speaks for this node may be the one that is stopped.
+        if self.place.local_rank == 0 or self.store.silent:
             print(f"error: {verdict}", file=sys.stderr)
         sys.stderr.flush()
         _part(self.store, self.place)
         raise SystemExit(1 if defect else 2)
 
-    def _verdict(self, store: dist.Store, fingerprint: str, problem: str) -> str:
+    def _verdict(self, store: BoundedStore, fingerprint: str, problem: str) -> str:
         """One message for all ranks, empty where all is well. Rank 0 gathers and answers: O(ranks) messages."""
         rank, world_size = self.place.rank, self.place.world_size
-        store.set(f"check/{rank}", json.dumps([world_size, fingerprint, problem]))
+        own = json.dumps([world_size, fingerprint, problem])
         try:
+            _set(store, f"check/{rank}", own)
             if rank > 0:
                 told, verdict = json.loads(_patiently(store, "verdict"))
                 return str(verdict) or (_other_world(rank, world_size, told) if told != world_size else "")
             checks = [json.loads(_patiently(store, f"check/{other}")) for other in range(world_size)]
         except StartError as error:
-            store.set("verdict", json.dumps([world_size, str(error)]))
-            return str(error)
+            with contextlib.suppress(StartError):
+                _set(store, "verdict", json.dumps([world_size, str(error)]))
+            return "\n".join(filter(None, [problem, str(error)]))
         verdict = merged([text for _, _, text in checks])
         different = [other for other, check in enumerate(checks) if check[1] != fingerprint]
         worlds = [other for other, check in enumerate(checks) if check[0] != world_size]
@@ -196,7 +204,7 @@ class Job:
                 + f"\n{verdict}"
                 * bool(verdict)
             )
-        store.set("verdict", json.dumps([world_size, verdict]))
+        _set(store, "verdict", json.dumps([world_size, verdict]))
         return verdict
 
     def start(self, device: torch.device) -> None:
@@ -209,7 +217,7 @@ class Job:
         self.watch = Watch(self.store, place.rank, place.world_size, place.local_rank, self.timeout)
         self.watch.start()
         backend = "nccl" if device.type == "cuda" else "gloo"
-        init_process_group(backend, place.rank, place.world_size, self.store, self.group_timeout(device))
+        init_process_group(backend, place.rank, place.world_size, self.store.store, self.group_timeout(device))
 
     def group_timeout(self, device: torch.device) -> float:
         """Seconds after which a process group gives up. NCCL then ends the process without a word of where it was, so
@@ -225,8 +233,16 @@ class Job:
 def connect(place: Place, timeout: float) -> dist.Store:
     """The store where the ranks of this job meet. Raises StartError if they do not."""
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    limit = timedelta(seconds=timeout)
     try:
-        store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=timedelta(seconds=timeout)))
+        # A server that takes the connection and says nothing is no case of torch's own timeout.
+        joining = in_thread(lambda: next(dist.rendezvous("env://", place.rank, place.world_size, timeout=limit)))
+        store, _, _ = joining.result(timeout + _TORCH_TIMES_OUT_FIRST)
+    except TimeoutError:
+        raise StartError(
+            f"rank {place.rank} of {place.world_size}: what listens at MASTER_ADDR:MASTER_PORT={address} has not "
+            f"answered in {timeout:.0f} s; it is stopped, or not this job's rank 0: choose another port"
+        ) from None
     except (RuntimeError, ValueError) as error:
         raise StartError(
             f"rank {place.rank} of {place.world_size} could not join the others at MASTER_ADDR:MASTER_PORT={address}: "
@@ -237,33 +253,46 @@ def connect(place: Place, timeout: float) -> dist.Store:
     return dist.PrefixStore("megatron_ds", store)
 
 
-def _patiently(store: dist.Store, key: str) -> bytes:
-    """The value of a key that another rank will set. Waits in short spells, so that Ctrl-C is heard."""
+def _set(store: BoundedStore, key: str, value: str) -> None:
+    try:
+        store(lambda store: store.set(key, value))
+    except RuntimeError as error:
+        raise _lost(error) from error
+
+
+def _patiently(store: BoundedStore, key: str) -> bytes:
+    """The value of a key that another rank will set. Waits in short spells: then a store that is silent is noticed."""
     end = time.monotonic() + _CHECKS_TAKE
     while time.monotonic() < end:
         try:
-            store.wait([key], timedelta(seconds=2))
-            return store.get(key)
+            store(lambda store: store.wait([key], timedelta(seconds=_SPELL)), _SPELL + store.seconds)
+            return store(lambda store: store.get(key))
         except RuntimeError as error:
-            if "timeout" not in str(error):
-                raise StartError(
-                    "rank 0, or its torchrun, ended while the ranks were starting; see its output "
-                    f"({str(error).splitlines()[0]})"
-                ) from error
+            if isinstance(error, StoreSilentError) or "timeout" not in str(error):
+                raise _lost(error) from error
     raise StartError(f"rank {key.rpartition('/')[2]} has not checked its input in {_CHECKS_TAKE:.0f} s")
 
 
-def _part(store: dist.Store, place: Place) -> None:
+def _lost(error: RuntimeError) -> StartError:
+    """The store does not answer, or its connection broke."""
+    what = "does not answer any more" if isinstance(error, StoreSilentError) else "ended"
+    return StartError(
+        f"rank 0, or its torchrun, {what} while the ranks were starting; see its output ({str(error).splitlines()[0]})"
+    )
+
+
+def _part(store: BoundedStore, place: Place) -> None:
     """End together: under torchrun the first process to end ends all, and rank 0 may be the store's home."""
     with contextlib.suppress(RuntimeError):
-        store.add("said", 1)
+        said = store(lambda store: store.add("said", 1), _PARTING)
         if place.rank > 0:
-            store.wait(["parted"], timedelta(seconds=5))
+            store(lambda store: store.wait(["parted"], timedelta(seconds=_PARTING)), 2 * _PARTING)
             return
-        end = time.monotonic() + 5.0
-        while store.add("said", 0) < place.world_size and time.monotonic() < end:
+        end = time.monotonic() + _PARTING
+        while said < place.world_size and time.monotonic() < end:
             time.sleep(0.02)
-        store.set("parted", "")
+            said = store(lambda store: store.add("said", 0), _PARTING)
+        store(lambda store: store.set("parted", ""), _PARTING)
         time.sleep(0.1)  # until the answers have left
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_ds.train import advice
+from megatron_ds.train import advice, launch
 from megatron_ds.train.step import StepResult, TrainStep
 from megatron_ds.zero import advice as rules
 from megatron_ds.zero.optimizer import ZeroOptimizer
@@ -71,6 +71,31 @@ def is_stopped(rank: int) -> None:
     """Not even its watching thread answers."""
     if rank == 1:
         at_step(2, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def speaks_at_once(rank: int) -> None:
+    """No fault: it does not leave the first word to a rank 0 that is not there."""
+    launch._RANK_0_SPEAKS_FIRST = 0.0
+
+
+def rank_0_is_stopped(rank: int) -> None:
+    """And with it the store: whoever asks waits for an answer."""
+    if rank == 0:
+        at_step(2, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def rank_0_is_stopped_in_its_checks(rank: int) -> None:
+    from megatron_ds.train import pretrain
+
+    if rank == 0:
+        pretrain.validate = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)  # type: ignore[assignment]
+
+
+def rank_0_is_stopped_while_groups_are_made(rank: int) -> None:
+    from megatron_ds.mesh import Mesh
+
+    if rank == 0:
+        Mesh.create = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)  # type: ignore[method-assign,assignment]
 
 
 def is_slow(rank: int) -> None:

@@ -10,15 +10,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import planted_faults
 import pytest
 import torch.distributed as dist
-from started_ranks import arguments, started, steps_done
+from started_ranks import Ranks, arguments, started, steps_done
 
 from megatron_ds.errors import ConfigError
+from megatron_ds.train.bounded import BoundedStore
 from megatron_ds.train.failure import Watch
 from megatron_ds.train.launch import Place, clear_launch_environment
 from megatron_ds.train.loop import stop_signals
@@ -82,6 +84,52 @@ def test_a_rank_that_hangs_is_named_with_the_line_it_stands_in(tmp_path: Path, f
         assert "waited 4 s in vain for another rank" in ranks.output(0)
 
 
+def ends(ranks: Ranks, rank: int) -> tuple[int | None, str]:
+    """Exit code and words of a rank that ends while another stays; None if it does not in two minutes."""
+    ranks.processes[rank].join(120)
+    return ranks.processes[rank].exitcode, ranks.output(rank)
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "words"),
+    [
+        (
+            planted_faults.rank_0_is_stopped,
+            1,
+            "rank 1 stops: rank 0: no word from it or its torchrun; stopped, or its machine cannot be reached (timed "
+            "out: the job's store at localhost:",
+        ),
+        (planted_faults.rank_0_is_stopped_while_groups_are_made, 1, "rank 1 stops: rank 0: no word from it or its"),
+        (
+            planted_faults.rank_0_is_stopped_in_its_checks,
+            2,
+            "error: rank 0, or its torchrun, does not answer any more while the ranks were starting",
+        ),
+    ],
+    ids=["training", "making groups", "checking"],
+)
+def test_a_rank_ends_in_time_although_the_store_and_its_holder_are_frozen(
+    tmp_path: Path, fault: Callable[[int], None], code: int, words: str
+) -> None:
+    one = arguments(tmp_path / "run", "--mesh.tp", "2", "--timeout", "4")
+    with started(tmp_path, [one] * 2, fault) as ranks:
+        found, said = ends(ranks, 1)
+        assert (found, ranks.processes[0].exitcode) == (code, None) and words in said, said
+        assert "Traceback" not in said
+
+
+def test_a_port_where_somebody_listens_and_says_nothing(tmp_path: Path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("localhost", 0))
+        silent.listen(8)
+        own = {**_environment(1, 2), "MASTER_PORT": str(silent.getsockname()[1])}
+        alone = [arguments(tmp_path / "run", "--timeout", "3")]
+        with started(tmp_path, alone, planted_faults.speaks_at_once, [own]) as ranks:
+            assert ranks.wait() == [2]
+            assert "rank 1 of 2: what listens at MASTER_ADDR:MASTER_PORT=localhost:" in ranks.output(0)
+            assert "has not answered in 3 s" in ranks.output(0)
+
+
 def test_a_rank_that_hangs_is_named_by_those_who_wait_for_its_tokens(tmp_path: Path) -> None:
     """Data-parallel ranks of one host read each other's memory, and wait for tokens instead of collectives."""
     one = arguments(tmp_path / "run", "--timeout", "4")
@@ -105,7 +153,7 @@ def test_a_wait_that_no_backend_ends_is_ended_by_the_watch(tmp_path: Path) -> No
             ended.set()
             self.stop()
 
-    watch = Observed(store, 0, 2, timeout=0.1, interval=0.02, grace=0.1)
+    watch = Observed(BoundedStore(store, 1.0), 0, 2, timeout=0.1, interval=0.02, grace=0.1)
     watch.describe = lambda: "step 7"
     watch.start()
     with pytest.raises(RuntimeError, match="timeout"):
@@ -121,7 +169,7 @@ def test_work_without_a_wait_is_never_ended_however_long() -> None:
         def _end(self, first: object) -> None:
             raise AssertionError("ended")
 
-    watch = Observed(dist.HashStore(), 0, 2, timeout=0.05, interval=0.01, grace=0.05)
+    watch = Observed(BoundedStore(dist.HashStore(), 1.0), 0, 2, timeout=0.05, interval=0.01, grace=0.05)
     watch.start()
     until = time.monotonic() + 0.5
     while time.monotonic() < until:
