@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,20 @@ from megatron_ds.errors import CheckpointError
 from megatron_ds.mesh import Axis
 
 SHOWN = 10
+_SHAPES = "of another shape"
+_ITS_OWN = "load it with the configuration it was saved with (its meta holds it)"
+
+log = logging.getLogger(__name__)
 
 
-def load(path: str | Path, pieces: Sequence[Piece], world: Axis | None = None, verify: bool = True) -> dict[str, Any]:
+def load(
+    path: str | Path,
+    pieces: Sequence[Piece],
+    world: Axis | None = None,
+    verify: bool = True,
+    strict: bool = True,
+    remedy: str = _ITS_OWN,
+) -> dict[str, Any]:
     """Fill each piece's ``data`` in place from a checkpoint, reading only what the pieces need.
 
     Args:
@@ -31,6 +43,9 @@ def load(path: str | Path, pieces: Sequence[Piece], world: Axis | None = None, v
             some rank; kinds that no rank asks for (optimizer state, for evaluation) are left unread.
         world: the ranks that load together; None is one process alone.
         verify: check the checksum of every chunk that is touched.
+        strict: whether the names must be the same. If not, pieces that the checkpoint lacks stay as they are; the
+            names that only one of them has are logged by the first rank. Shapes have to be equal all the same.
+        remedy: what to do about another model's checkpoint, for the message.
 
     Returns:
         The ``meta`` that was saved.
@@ -44,7 +59,14 @@ def load(path: str | Path, pieces: Sequence[Piece], world: Axis | None = None, v
     with together(world):
         checkpoint = Checkpoint(path, verify)
     with checkpoint:
-        compare(checkpoint.manifest, checkpoint.directory, pieces, world)
+        found = differences(checkpoint.manifest, pieces, world)
+        common = [piece for piece in pieces if (piece.kind, piece.name) in checkpoint.manifest.tensors]
+        if strict or found[_SHAPES] or not any(exchange(world, "some" if common else "")):
+            _require_none(found, checkpoint.directory, remedy)
+        else:
+            pieces = common
+            if any(found.values()) and world.is_first:
+                log.warning("%s was loaded by name; %s", checkpoint.directory, "; ".join(_lines(found)))
         with together(world):
             try:
                 with torch.no_grad():
@@ -60,9 +82,12 @@ def load(path: str | Path, pieces: Sequence[Piece], world: Axis | None = None, v
 
 
 def compare(manifest: Manifest, directory: Path, pieces: Sequence[Piece], world: Axis | None = None) -> None:
-    """The names and shapes of all ranks' pieces against the manifest's; one :class:`CheckpointError` that lists the
-    differences, on every rank."""
-    world = world or Axis("world")
+    """One :class:`CheckpointError` on every rank that lists the :func:`differences`, if there are any."""
+    _require_none(differences(manifest, pieces, world or Axis("world")), directory, _ITS_OWN)
+
+
+def differences(manifest: Manifest, pieces: Sequence[Piece], world: Axis) -> dict[str, list[str]]:
+    """The names and shapes of all ranks' pieces against the manifest's: by kind of difference, on every rank alike."""
     keys = list(manifest.tensors)
     place = {key: index for index, key in enumerate(keys)}
     asked = torch.zeros(len(keys) + 1, dtype=torch.int32)
@@ -85,16 +110,21 @@ def compare(manifest: Manifest, directory: Path, pieces: Sequence[Piece], world:
     unexpected = [_label(*key) for key, flag in zip(keys, asked.tolist()) if not flag and key[0] in kinds]
     found = [missing[: SHOWN + 1], shapes[: SHOWN + 1]]
     everyone = [json.loads(text) for text in exchange(world, json.dumps(found) if missing or shapes else "") if text]
-    problems = {
+    return {
         "missing from the checkpoint": _distinct(name for rank in everyone for name in rank[0]),
         "in the checkpoint but not in the model": unexpected,
-        "of another shape": _distinct(text for rank in everyone for text in rank[1]),
+        _SHAPES: _distinct(text for rank in everyone for text in rank[1]),
     }
-    if any(problems.values()):
-        lines = [f"{directory} holds another model than the one being loaded:"]
-        lines += [f"  {title}: {_list(names)}" for title, names in problems.items() if names]
-        lines.append("  load it with the configuration it was saved with (its meta holds it)")
-        raise CheckpointError("\n".join(lines))
+
+
+def _require_none(found: dict[str, list[str]], directory: Path, remedy: str) -> None:
+    if any(found.values()):
+        said = [f"{directory} holds another model than the one being loaded:", *_lines(found), remedy]
+        raise CheckpointError("\n  ".join(said))
+
+
+def _lines(found: dict[str, list[str]]) -> list[str]:
+    return [f"{title}: {_list(names)}" for title, names in found.items() if names]
 
 
 def _requests(checkpoint: Checkpoint, pieces: Sequence[Piece], held: torch.Tensor | None) -> list[Request]:

@@ -63,8 +63,9 @@ def initialize(
             DeepSpeed dictionary or JSON file.
         optimizer: any elementwise ``torch.optim`` optimizer over the model's parameters, or what makes one of them.
             Default: the configuration's.
-        lr_scheduler: a torch scheduler of that optimizer, which the engine steps after each update; or, without
-            ``optimizer``, the learning rate as a function of the update's number, from 1.
+        lr_scheduler: a torch scheduler of that optimizer, which the engine steps after each update, unless it takes a
+            metric (ReduceLROnPlateau): the loop steps that, on all ranks with the same metric, as ``eval_batch`` gives
+            it. Or, without ``optimizer``, the learning rate as a function of the update's number, from 1.
         loss: what :meth:`Engine.train_batch` makes of a micro-batch: its mean loss. The default calls the model with it
             and takes ``.loss`` of the output.
         auto: what ``"auto"`` in a DeepSpeed configuration stands for; see ``megatron_ds.config.deepspeed.auto_values``.
@@ -87,7 +88,7 @@ def initialize(
     empty = take_places(model, mesh.device, dtype)
     _place_model(model, mesh, dtype)
     parameters = name_parameters(model, settings.decay == "all")
-    _require_dtypes(parameters)
+    _require_trainable(parameters)
     scaler = _scaler(settings, parameters.values(), notes)
     own = _optimizer(settings, optimizer, [p for p in parameters.values() if p.requires_grad])
     rule = TorchRule(own, parameters) if own is not None else None
@@ -147,7 +148,13 @@ def name_parameters(model: nn.Module, decay_all: bool = False) -> dict[str, nn.P
     return {parameter.shard.name: parameter for parameter in parameters.values()}  # type: ignore[attr-defined]
 
 
-def _require_dtypes(parameters: Mapping[str, nn.Parameter]) -> None:
+def _require_trainable(parameters: Mapping[str, nn.Parameter]) -> None:
+    taken = [name for name, parameter in parameters.items() if "grad_sink" in parameter.__dict__]
+    if taken:
+        raise ConfigError(
+            f"{', '.join(taken[:3])}{', ...' if len(taken) > 3 else ''}: trained by an engine already; call its "
+            "close() first, or train what shares parameters in one engine"
+        )
     for name, parameter in parameters.items():
         dtype = str(parameter.dtype).removeprefix("torch.")
         if parameter.requires_grad and parameter.is_floating_point() and parameter.itemsize == 1:

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from megatron_ds.engine.engine import Engine
 
 
+_REMEDY = (
+    "where other parameters are trained than before, load the weights alone: load_checkpoint(..., weights_only=True); "
+    "where the model has others, such as a new head, those of the same name: weights_only=True, strict=False"
+)
+
+
 def save(engine: Engine, directory: str | Path, client_state: dict[str, Any], keep_last: int | None) -> Path:
     pieces = engine.zero.pieces()
     if engine.mesh.rank == 0:
@@ -55,11 +61,17 @@ def save(engine: Engine, directory: str | Path, client_state: dict[str, Any], ke
     return checkpoint.save(directory, engine.steps, pieces, meta, engine.mesh.world, keep_last, replace=True)
 
 
-def load(engine: Engine, path: str | Path, weights_only: bool) -> dict[str, Any]:
+def load(engine: Engine, path: str | Path, weights_only: bool, strict: bool) -> dict[str, Any]:
+    if not (strict or weights_only):
+        raise CheckpointError(
+            "load_checkpoint(strict=False) takes weights by name, and a step of the optimizer belongs to all of them; "
+            "add weights_only=True"
+        )
     pieces = [p for p in engine.zero.pieces(for_load=True) if not weights_only or p.kind == "param"]
     if not weights_only:
         _check(engine, checkpoint.read_meta(path))
-    meta = checkpoint.load(path, [*pieces, *_buffers(engine)], engine.mesh.world)
+    pieces += _buffers(engine)
+    meta = checkpoint.load(path, pieces, engine.mesh.world, strict=strict, remedy=_REMEDY)
     if not weights_only:
         engine.zero.count = int(meta["optimizer_count"])
     engine.zero.refresh_parameters()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from megatron_ds.engine.clock import Clock
 from megatron_ds.engine.gradients import Placeholders
 from megatron_ds.engine.inputs import FirstInputs
 from megatron_ds.engine.intact import Intact
-from megatron_ds.engine.stage import LossStage, map_tensors
+from megatron_ds.engine.stage import LossStage, to_device
 from megatron_ds.engine.tensors import WholeTensors
 from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Mesh
@@ -187,7 +188,7 @@ class Engine:
         if self._done:
             raise EngineError(f"train_batch() in the middle of a step of {self._done} micro-batches; call step() first")
         wanted = self.sizes.accumulation
-        taken = [_to(batch, self.mesh.device) for batch, _ in zip(micro_batches, range(wanted))]
+        taken = [to_device(batch, self.mesh.device) for batch, _ in zip(micro_batches, range(wanted))]
         if len(taken) < wanted:
             raise EngineError(f"train_batch() got {len(taken)} micro-batches where accumulation={wanted}")
         _raise(self._own.fault())
@@ -208,7 +209,7 @@ class Engine:
         self.last = result
         if self.optimizer is not None:
             self.optimizer._opt_called = True  # type: ignore[attr-defined]  # or schedulers warn that it never steps
-        if self.lr_scheduler is not None and hasattr(self.lr_scheduler, "step") and not result.skipped:
+        if not result.skipped and _needs_nothing(getattr(self.lr_scheduler, "step", None)):
             self.lr_scheduler.step()
         self._clock.finished(self.steps, result)
         if self._stage.inputs is not None:
@@ -223,7 +224,7 @@ class Engine:
         """Mean loss of a micro-batch, or of a list of them, over all ranks; in evaluation mode."""
         batches = micro_batches if isinstance(micro_batches, list) else [micro_batches]
         self._share_buffers()
-        return self.train_step.evaluate([[_to(batch, self.mesh.device) for batch in batches]])
+        return self.train_step.evaluate([[to_device(batch, self.mesh.device) for batch in batches]])
 
     def train(self, mode: bool = True) -> Engine:
         if not mode:
@@ -362,27 +363,31 @@ class Engine:
         self.require_between_steps("save_checkpoint()")
         return checkpoint.save(self, directory, dict(client_state or {}), keep_last)
 
-    def load_checkpoint(self, path: str | Path, weights_only: bool = False) -> dict[str, Any]:
+    def load_checkpoint(self, path: str | Path, weights_only: bool = False, strict: bool = True) -> dict[str, Any]:
         """Continue from the latest checkpoint in ``path``, or from one ``step-N``; returns its client state.
 
         Args:
             weights_only: start anew from the weights alone.
+            strict: False, with ``weights_only``: take what has the same name; rank 0 logs what has not.
         """
         self.require_between_steps("load_checkpoint()")
-        return checkpoint.load(self, path, weights_only)
+        return checkpoint.load(self, path, weights_only, strict)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that the model's ``from_pretrained`` loads, one tensor at a time."""
         pretrained.save(self.module, self.tensors(), self.mesh, Path(folder))
 
 
+def _needs_nothing(step: Any) -> bool:
+    """Whether it can be called as it is. ``ReduceLROnPlateau.step`` takes a metric, which only the loop knows."""
+    if step is None:
+        return False
+    return all(
+        p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        for p in signature(step).parameters.values()
+    )
+
+
 def _raise(fault: str | None) -> None:
     if fault is not None:
         raise EngineError(fault)
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    """Every tensor of a batch on the device. What can do that itself (a BatchEncoding) keeps its attributes."""
-    if isinstance(value, Mapping) and hasattr(value, "to"):
-        return value.to(device)
-    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)

@@ -61,6 +61,13 @@ class LossStage(nn.Module):
         return tensor.to(self.cast) if tensor.is_floating_point() else tensor
 
 
+def to_device(value: Any, device: torch.device) -> Any:
+    """Every tensor of a batch on the device. What can do that itself (a BatchEncoding) keeps its attributes."""
+    if isinstance(value, Mapping) and hasattr(value, "to"):
+        return value.to(device)
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), value)
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """``value`` with ``function`` of each tensor in its mappings and sequences; named tuples keep their names."""
     if isinstance(value, Tensor):

@@ -14,12 +14,12 @@
             scheduler.step()
 
 Accelerate has no interface for a backend of one's own, so methods of this one ``accelerator`` object are replaced:
-``backward``, ``clip_grad_norm_``, ``clip_grad_value_``, ``unwrap_model``, ``get_state_dict``, ``save_state`` and
-``load_state``. Schedulers are ordinary torch schedulers of the returned optimizer; ``register_for_checkpointing`` puts
-them into ``save_state``, whose folder holds an engine's checkpoint, for any number of ranks, beside Accelerate's own
-files. ``mixed_precision`` of the Accelerator becomes ``precision.dtype``; its ``dynamo_backend`` compiles the model,
-in place. A parameter's ``.grad`` cannot be read: it raises, and ``model.engine.get_gradient`` gives the gradient. One
-accelerator trains one model.
+``backward``, ``clip_grad_norm_``, ``clip_grad_value_``, ``unwrap_model``, ``get_state_dict``, ``save_state``,
+``load_state``, ``prepare_model`` and ``prepare_optimizer``. Schedulers are ordinary torch schedulers of the returned
+optimizer; ``register_for_checkpointing`` puts them into ``save_state``, whose folder holds an engine's checkpoint, for
+any number of ranks, beside Accelerate's own files. ``mixed_precision`` of the Accelerator becomes ``precision.dtype``;
+its ``dynamo_backend`` compiles the model, in place. A parameter's ``.grad`` cannot be read: it raises, and
+``model.engine.get_gradient`` gives the gradient. One accelerator trains one model.
 """
 
 from __future__ import annotations
@@ -124,14 +124,39 @@ class Bridge:
         self._state_dict, accelerator.get_state_dict = accelerator.get_state_dict, self.get_state_dict
         self._save, accelerator.save_state = accelerator.save_state, self.save_state
         self._load, accelerator.load_state = accelerator.load_state, self.load_state
+        self._prepare_model, accelerator.prepare_model = accelerator.prepare_model, self.prepare_model
+        self._prepare_optimizer, accelerator.prepare_optimizer = accelerator.prepare_optimizer, self.prepare_optimizer
+        self._model: EngineModel | None = None
+        self._stepper: EngineOptimizer | None = None
         self._saving = False
 
     def attach(self, engine: Engine) -> tuple[EngineModel, EngineOptimizer]:
         self.engine, self._clip_norm = engine, engine.train_step.clip_norm
-        model = EngineModel(engine)
+        self._model, self._stepper = EngineModel(engine), EngineOptimizer(engine, self.stepped)
         self._compile(engine.module)
-        self.accelerator._models.append(model)
-        return model, EngineOptimizer(engine, self.stepped)
+        self.accelerator._models.append(self._model)
+        return self._model, self._stepper
+
+    def prepare_model(self, model: Any, *arguments: Any, **keywords: Any) -> Any:
+        """The engine's model as it is, whatever is prepared of it; Accelerate's for one that is not trained."""
+        if self._model is None or keywords.get("evaluation_mode"):
+            return model if isinstance(model, EngineModel) else self._prepare_model(model, *arguments, **keywords)
+        if model is self._model or model is self._model.module:
+            return self._model
+        if any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError(
+                f"{type(model).__name__} was given to prepare() of an Accelerator that trains an engine, whose "
+                "backward() is that engine's alone; train both in one engine, as an nn.ModuleDict, or make another "
+                "Accelerator; for a model that is not trained, model.requires_grad_(False)"
+            )
+        return self._prepare_model(model, *arguments, **keywords)
+
+    def prepare_optimizer(self, optimizer: Any, *arguments: Any, **keywords: Any) -> Any:
+        """The one that steps the engine, also for the torch optimizer whose settings it has."""
+        if self._stepper is not None and optimizer in (self._stepper, self._stepper.engine.optimizer):
+            made = [o for o in self.accelerator._optimizers if o.optimizer is self._stepper]
+            return made[0] if made else self._prepare_optimizer(self._stepper, *arguments, **keywords)
+        return self._prepare_optimizer(optimizer, *arguments, **keywords)
 
     def _compile(self, module: nn.Module) -> None:
         """As the Accelerator's ``dynamo_backend``, the Trainer's ``torch_compile`` has it; in place, names stay."""

@@ -128,6 +128,24 @@ def all_whole(cases: list[Any]) -> list[tuple[list[float], dict[str, Tensor]]]:
     return [whole(*case) for case in cases]
 
 
+def prepared_again(config: dict[str, Any]) -> tuple[list[float], dict[str, Tensor], dict[str, str]]:
+    """As scripts prepare everything in one call: what the engine's prepare() gave, and what it was given."""
+    run = Run(config, ("norm", 0.5))
+    accelerator, model, optimizer = run.accelerator, run.model, run.optimizer
+    assert accelerator.prepare(model, optimizer) == (model, optimizer)
+    assert accelerator.prepare(model.module, model.engine.optimizer) == (model, optimizer)
+    other, said = Net(), {}
+    said["other"] = message(accelerator.prepare, other)
+    assert accelerator.prepare_model(other, evaluation_mode=True) is other
+    other.requires_grad_(False)
+    assert accelerator.prepare(other) is other
+    accelerator._models.remove(other)
+    place_in_environment()
+    said["again"] = message(megatron_ds.initialize, model.module)
+    run.until(STEPS)
+    return (*run.end(), said)
+
+
 def left_at_3(config: dict[str, Any], folder: str) -> Tensor:
     """Saves twice into the same folder: the second is what holds."""
     run = Run(config, ("norm", 0.5))

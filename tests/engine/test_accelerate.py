@@ -15,6 +15,7 @@ from accelerate_cases import (
     left_and_taken_up,
     mixed_precision,
     plain,
+    prepared_again,
     refusals,
     taken_up,
 )
@@ -74,6 +75,15 @@ def test_a_saved_state_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "state").iterdir())
     assert "engine" in names and not any(name.startswith(("model", "pytorch_model")) for name in names), names
     assert sorted(path.name for path in (tmp_path / "state" / "engine").glob("step-*")) == ["step-00000003"]
+
+
+def test_what_is_prepared_again_is_what_it_was() -> None:
+    want = plain(("norm", 0.5))
+    for losses, state, said in run_ranks(prepared_again, 2, {"zero": {"stage": 2}}):
+        check((losses, state), want)
+        assert "Net was given to prepare() of an Accelerator that trains an engine" in said["other"]
+        assert "nn.ModuleDict" in said["other"] and "requires_grad_(False)" in said["other"]
+        assert "first.weight, first.bias, second.weight, ...: trained by an engine already" in said["again"]
 
 
 def test_accelerates_names_and_limits_hold(tmp_path: Path) -> None:
