@@ -1,20 +1,25 @@
-"""Conversations as text: a chat template, and which parts of the text the model shall learn to say.
+"""Conversations as text and ids: a chat template, and which tokens the model shall learn to say.
 
-A template is Jinja, as Hugging Face tokenizers carry one; it runs in Jinja's sandbox. The parts are found by
+A template is Jinja, as Hugging Face tokenizers carry one; it runs in Jinja's sandbox. What is learnt is found by
 rendering: what an assistant's message adds to the text of the messages before it (with the generation prompt, the
-words that lead the assistant in) is learnt, all else is context.
+words that lead the assistant in) is learnt, all else is context. The ids are those of the whole text, and those of each
+prompt are their prefix: what the model is trained on is what it sees when it generates.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
+from megatron_ds.data.special_tokens import read_json
+from megatron_ds.data.tokenizers import Tokenizer
 from megatron_ds.errors import DataError
 
 CHATML = (
@@ -30,11 +35,11 @@ class BadConversation(Exception):
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A piece of a conversation's text; ``learn``: the model is trained to predict it."""
+class Rendering:
+    """A text to train on, and its answers: from character ``start`` to ``stop`` the model is trained to predict it."""
 
     text: str
-    learn: bool
+    answers: tuple[tuple[int, int], ...]
 
 
 class ChatTemplate:
@@ -45,57 +50,107 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special: dict[str, str] | None = None):
-        import jinja2
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from megatron_ds.data.template_sandbox import compile_template  # imports jinja2: only where it is needed
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda shape: datetime.now().strftime(shape)
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+            self._template = compile_template(source)
+        except Exception as error:  # deep nesting is a RecursionError, much else a SyntaxError
             raise DataError(f"the chat template is not valid Jinja: {error}") from None
+        self.source = source
         self._special = special or {}
         self.fingerprint = xxhash.xxh3_64_hexdigest(json.dumps([source, self._special]).encode())
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        import jinja2
+        """Raises :class:`BadConversation`, whatever the template does wrong: it runs for one record of many."""
+        from megatron_ds.data.template_sandbox import render
 
         try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self._special
+            return render(
+                self._template,
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                **self._special,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise BadConversation(f"the chat template refuses it: {error}") from None
+        except Exception as error:
+            raise BadConversation(f"the chat template refuses it: {str(error) or type(error).__name__}") from None
 
-    def segments(self, messages: list[dict[str, Any]]) -> list[Segment]:
-        """The text of a conversation in pieces; joined, they are ``render(messages)``.
+    def renderings(self, messages: list[dict[str, Any]]) -> list[Rendering]:
+        """The texts of a conversation, so that each answer follows the text that it would follow in generation.
+
+        That is one text, ``render(messages)``, unless the template changes what it wrote of earlier messages when later
+        ones come (reasoning that is removed from older answers, for example). Then an answer that the whole text shows
+        otherwise is learnt from the text of the conversation up to it.
 
         Raises:
-            BadConversation: the template refuses it, or changes what it wrote of earlier messages when later ones
-                come, so that no part of the text belongs to a message.
+            BadConversation: the template refuses it, or an answer does not begin with its generation prompt.
         """
         whole = self.render(messages)
-        pieces: list[Segment] = []
-        at = 0
+        at_whole: list[tuple[int, int]] = []
+        others: list[tuple[str, int]] = []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             before, after = self.render(messages[:i], True), self.render(messages[: i + 1])
-            if not (whole.startswith(after) and after.startswith(before) and len(before) >= at):
-                raise BadConversation(f"the chat template writes message {i} otherwise when others follow it")
-            pieces += [Segment(whole[at : len(before)], False), Segment(whole[len(before) : len(after)], True)]
-            at = len(after)
-        pieces.append(Segment(whole[at:], False))
-        return [piece for piece in pieces if piece.text]
+            if not after.startswith(before):
+                raise BadConversation(
+                    f"the chat template does not begin the answer of message {i} with its generation prompt"
+                )
+            if whole.startswith(after):
+                at_whole.append((len(before), len(after)))
+            else:
+                others.append((after, len(before)))
+        found = [Rendering(whole, tuple(at_whole))] if at_whole else []
+        while others:
+            text = others[-1][0]
+            here = tuple((begin, len(after)) for after, begin in others if text.startswith(after))
+            found.append(Rendering(text, here))
+            others = [other for other in others if not text.startswith(other[0])]
+        return found[::-1]
 
 
-def _raise(message: str) -> None:
-    import jinja2
+def encode(
+    tokenizer: Tokenizer, rendering: Rendering, bos: int | None = None, eod: int | None = None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+    """(ids of a text, 1 for each that is learnt), with ``bos`` and ``eod`` around them where the text has none.
 
-    raise jinja2.TemplateError(message)
+    Raises:
+        BadConversation: the ids of a prompt are not how the ids of the text begin, so that the model would be trained
+            on other tokens than it sees in generation; or nothing is learnt.
+    """
+    text = rendering.text
+    ids, starts = tokenizer.encode_marked(text)
+    mask = np.zeros(ids.size, np.uint8)
+    for start, stop in rendering.answers:
+        prompt, _ = tokenizer.encode_marked(text[:start])
+        if not np.array_equal(ids[: prompt.size], prompt):
+            raise BadConversation(
+                f"the tokens of the prompt {text[max(0, start - 20) : start]!r} are others when the answer "
+                f"{text[start : start + 20]!r} follows: end the template's generation prompt with a token of its own"
+            )
+        mask[prompt.size :][starts[prompt.size :] < stop] = 1
+    if ids.size and not mask.any():
+        raise BadConversation("the chat template writes nothing of the answers")
+    if bos is not None and ids.size and ids[0] != bos:
+        ids, mask, starts = np.append(bos, ids), np.append(np.uint8(0), mask), np.append(0, starts)
+    if eod is not None and ids.size and not _ends(text, ids, starts, eod):
+        ids, mask = np.append(ids, eod), np.append(mask, mask[-1])
+    return ids, mask
+
+
+def _ends(text: str, ids: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], eod: int) -> bool:
+    """Whether nothing but white space follows the last ``eod``, as in chatml's ``<|im_end|>`` and line end."""
+    places = np.flatnonzero(ids == eod)
+    if not places.size:
+        return False
+    after = int(places[-1]) + 1
+    return after == ids.size or not text[int(starts[after]) :].strip()
+
+
+def split_markers(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
+    """Markers such as ``<|im_start|>`` in a template that are no tokens of a tokenizer, and so are cut into pieces."""
+    markers = dict.fromkeys(re.findall(r"<\|[^|<>{}\s]+\|>", template.source))
+    return [marker for marker in markers if tokenizer.encode_marked(marker)[0].size != 1]
 
 
 def parse_messages(value: Any) -> list[dict[str, Any]]:
@@ -119,28 +174,25 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
     return messages
 
 
-def load_template(spec: str | None, tokenizer: str) -> ChatTemplate:
+def load_template(spec: str | None, tokenizer: str, special: dict[str, str] | None = None) -> ChatTemplate:
     """The template that ``spec`` names: ``chatml``, a file, or None for the one in the tokenizer's folder.
+
+    ``special``: the texts of the tokenizer's special tokens, for the template to use.
 
     Raises:
         DataError: there is none; the message says what to give.
     """
-    folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
-    config = _read_config(folder)
-    special = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        token = config.get(name)
-        special[name] = str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
     if spec == "chatml":
         return ChatTemplate(CHATML, special)
     if spec is not None:
         path = Path(spec)
         if not path.is_file():
             raise DataError(f"chat template {spec!r} is not a file; give a Jinja file, or 'chatml'")
-        return ChatTemplate(path.read_text(encoding="utf-8"), special)
+        return ChatTemplate(_read_text(path), special)
+    folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
     if (folder / "chat_template.jinja").is_file():
-        return ChatTemplate((folder / "chat_template.jinja").read_text(encoding="utf-8"), special)
-    source = config.get("chat_template")
+        return ChatTemplate(_read_text(folder / "chat_template.jinja"), special)
+    source = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(source, list):  # several named ones
         source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
     if isinstance(source, str):
@@ -148,12 +200,8 @@ def load_template(spec: str | None, tokenizer: str) -> ChatTemplate:
     raise DataError(f"the tokenizer {tokenizer} has no chat template; give a Jinja file, or 'chatml'")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return {}
+def _read_text(path: Path) -> str:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
-    return config if isinstance(config, dict) else {}
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the chat template {path} cannot be read: {error}") from None

@@ -120,6 +120,14 @@ class ConversationDataset:
         learnt: npt.NDArray[np.int64] = sums[ends] - sums[np.minimum(starts + 1, ends)]
         return learnt
 
+    def describe_losses(self) -> str:
+        """What of the conversations is not trained on, in one line; empty if nothing."""
+        start, stop = self.documents
+        cut = f"{self.truncated:,} are longer than sequence_length={self.sequence_length} and cut at their end"
+        out = f"{self.left_out:,} have nothing to learn within it and are left out"
+        lost = [text for count, text in ((self.truncated, cut), (self.left_out, out)) if count]
+        return f"{self.indexed.prefix}: of {stop - start:,} conversations {', '.join(lost)}" if lost else ""
+
     def __len__(self) -> int:
         return int(self._row_starts.size) - 1
 

@@ -20,11 +20,12 @@ from megatron_ds.errors import DataError
 
 @dataclass(frozen=True)
 class GPTSources:
-    """Samples by split; None where the split has no weight."""
+    """Samples by split; None where the split has no weight. ``notes``: what a run should say about its data."""
 
     train: SampleSource
     valid: SampleSource | None = None
     test: SampleSource | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def open_sources(
         found = blend_of_splits(blend, split, least, seed, make, opener)
     if found["train"] is None:
         raise DataError(f"split={split!r} gives no weight to train; its first number must be positive")
-    return GPTSources(found["train"], found["valid"], found["test"])
+    return GPTSources(found["train"], found["valid"], found["test"], tuple(make.notes))
 
 
 @dataclass
@@ -139,6 +140,7 @@ class _Maker:
     tokenizer: Tokenizer | None
     cache_dir: Path | None
     fim: FillInTheMiddle | None = field(init=False)
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         o = self.options
@@ -150,7 +152,10 @@ class _Maker:
 
     def __call__(self, indexed: IndexedDataset, documents: DocumentRange | None, seed: int) -> SampleSource:
         if self.options.conversations:
-            return ConversationDataset(indexed, self.sequence_length, documents, seed, cache_dir=self.cache_dir)
+            packed = ConversationDataset(indexed, self.sequence_length, documents, seed, cache_dir=self.cache_dir)
+            if note := packed.describe_losses():
+                self.notes.append(note)
+            return packed
         masking = self.options.document_masking
         samples = GPTDataset(
             indexed,

@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_ds.data.chat import BadConversation, ChatTemplate, Segment, load_template
+from megatron_ds.data import chat
+from megatron_ds.data.chat import BadConversation, ChatTemplate, load_template
 from megatron_ds.data.indexed import sync_and_close
 from megatron_ds.data.parts import Counts
 from megatron_ds.data.source_types import Block, Input, Problem, Slice, SourceOptions
 from megatron_ds.data.sources import read_block
-from megatron_ds.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_ds.data.tokenizers import Ids, Tokenizer, load_tokenizer
 from megatron_ds.data.workers import Report
 from megatron_ds.errors import DataError
 
@@ -72,8 +73,9 @@ class PartMaker:
         self.job = job
         options = job.options
         self.tokenizer = load_tokenizer(options.tokenizer, proved=True)  # the parent has loaded it before
-        chat = options.source.conversations
-        self.template = load_template(options.chat_template, options.tokenizer) if chat else None
+        self.template = None
+        if options.source.conversations:
+            self.template = load_template(options.chat_template, options.tokenizer, self.tokenizer.special)
 
     def __call__(self, block: Block, report: Report) -> None:
         PartWriter(self.job, self.tokenizer, self.template, block, report).run()
@@ -115,8 +117,8 @@ class PartWriter:
         kinds = ("bin", "len", "bad", "mask") if template else ("bin", "len", "bad")
         self.files = {kind: PartFile(self._base.with_suffix(f".{kind}")) for kind in kinds}
         self._reported = 0.0
-        self._before = [tokenizer.bos_id] if job.options.prepend_bos else []
-        self._after = [tokenizer.eod_id] if job.options.append_eod else []
+        self._bos = tokenizer.bos_id if job.options.prepend_bos else None
+        self._eod = tokenizer.eod_id if job.options.append_eod else None
 
     def run(self) -> None:
         batch: list[_Item] = []
@@ -185,32 +187,54 @@ class PartWriter:
 
     def _encode_texts(self, items: list[_Item]) -> Iterator[tuple[_Item, npt.NDArray, npt.NDArray[np.uint8]]]:
         nothing = np.empty(0, np.uint8)
-        for item, ids in zip(items, self.tokenizer.encode_batch([item.text for item in items]) if items else []):
+        for item, ids in zip(items, self._encode_each(items)):
+            if ids is None:
+                continue
             self.counts.text_bytes += _utf8_size(item.text)
             array = np.asarray(ids).astype(self.dtype, copy=False)
-            if array.size and (self._before or self._after):
-                array = np.concatenate([self._before, array, self._after]).astype(self.dtype)
+            if array.size:
+                before = [] if self._bos is None or array[0] == self._bos else [self._bos]
+                after = [] if self._eod is None or array[-1] == self._eod else [self._eod]
+                if before or after:
+                    array = np.concatenate([before, array, after]).astype(self.dtype)
             yield item, array, nothing
 
+    def _encode_each(self, items: list[_Item]) -> list[Ids | None]:
+        """The ids of each text; None for one that the tokenizer cannot take, which is then noted as a problem."""
+        if not items:
+            return []
+        try:
+            return list(self.tokenizer.encode_batch([item.text for item in items]))
+        except RuntimeError:
+            raise  # two encoders disagree: no fault of the text
+        except Exception:
+            found: list[Ids | None] = []
+        for item in items:  # one of them has failed: which?
+            try:
+                found.append(self.tokenizer.encode_batch([item.text])[0])
+            except RuntimeError:
+                raise
+            except Exception as error:  # the Rust side raises bare Exception
+                found.append(None)
+                self._problem(item.part, item.number, Problem("not encodable", str(error)))
+        return found
+
     def _encode_conversations(self, items: list[_Item]) -> Iterator[tuple[_Item, npt.NDArray, npt.NDArray[np.uint8]]]:
-        """Each segment by itself: at generation, what precedes an answer is encoded without it."""
+        """One document for each text that shows answers as generation would: all or nothing of a conversation."""
         assert self.template is not None
-        good: list[tuple[_Item, list[Segment]]] = []
         for item in items:
             try:
-                good.append((item, self.template.segments(json.loads(item.text))))
+                renderings = self.template.renderings(json.loads(item.text))
+                encoded = [chat.encode(self.tokenizer, rendering, self._bos, self._eod) for rendering in renderings]
             except BadConversation as error:
                 self._problem(item.part, item.number, Problem("bad conversation", str(error)))
-        texts = [segment.text for _, segments in good for segment in segments]
-        encoded = iter(self.tokenizer.encode_batch(texts) if texts else [])
-        for item, segments in good:
-            pieces = [(np.array(self._before, self.dtype), False)]
-            for segment in segments:
-                self.counts.text_bytes += _utf8_size(segment.text)
-                pieces.append((np.asarray(next(encoded)).astype(self.dtype), segment.learn))
-            pieces.append((np.array(self._after, self.dtype), segments[-1].learn))
-            mask = np.concatenate([np.full(ids.size, learn, np.uint8) for ids, learn in pieces])
-            yield item, np.concatenate([ids for ids, _ in pieces]), mask
+                continue
+            except Exception as error:
+                self._problem(item.part, item.number, Problem("not encodable", str(error)))
+                continue
+            self.counts.text_bytes += sum(_utf8_size(rendering.text) for rendering in renderings)
+            for ids, mask in encoded:
+                yield item, ids.astype(self.dtype), mask
 
 
 def _utf8_size(text: str) -> int:

@@ -91,14 +91,23 @@ def preprocess(
 
 def _plan(inputs: list[Input], options: PreprocessOptions, tokenizer: Tokenizer) -> dict[str, Any]:
     """What a run depends on, to be compared when it is continued and kept in the dataset's manifest."""
-    template = load_template(options.chat_template, options.tokenizer) if options.source.conversations else None
+    template = None
+    if options.source.conversations:
+        template = load_template(options.chat_template, options.tokenizer, tokenizer.special)
     settings = {k: v for k, v in asdict(options).items() if k != "tokenizer"}
     return {
         "version": VERSION,
         "inputs": [{"path": i.path, **_identity(i)} for i in inputs],
         "settings": settings,
         **({"chat_template_xxh3": template.fingerprint} if template else {}),
-        "tokenizer": {"spec": options.tokenizer, "vocab_size": tokenizer.vocab_size, "xxh3": tokenizer.fingerprint},
+        "tokenizer": {
+            "spec": options.tokenizer,
+            "vocab_size": tokenizer.vocab_size,
+            "xxh3": tokenizer.fingerprint,
+            # Settings beside the tokenizer's file, which the fingerprint does not cover.
+            "eod_id": tokenizer.eod_id,
+            "bos_id": tokenizer.bos_id,
+        },
     }
 
 

@@ -53,7 +53,11 @@ def json_parser(options: SourceOptions) -> Callable[[bytes], str | Problem]:
             record = json.loads(line)
         except UnicodeDecodeError as error:
             return Problem("invalid UTF-8", str(error))
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (
+            ValueError,
+            RecursionError,
+            MemoryError,
+        ) as error:  # an integer of over 4,300 digits: a plain ValueError
             return Problem("invalid JSON", str(error)) if line.strip() else Problem("empty", "blank line")
         if not isinstance(record, dict):
             return Problem("missing key", f"the line is a {type(record).__name__}, not an object")

@@ -58,7 +58,7 @@ class Block:
 class Problem:
     """Why a record was left out: a short class of reason, counted, and the detail."""
 
-    reason: Literal["invalid JSON", "missing key", "invalid UTF-8", "empty", "bad conversation"]
+    reason: Literal["invalid JSON", "missing key", "invalid UTF-8", "empty", "bad conversation", "not encodable"]
     detail: str = ""
 
 
@@ -94,7 +94,7 @@ def check_record(record: dict[str, Any], options: SourceOptions) -> str | Proble
     if options.conversations:
         try:
             text = json.dumps(parse_messages(text), ensure_ascii=False)
-        except BadConversation as error:
+        except (BadConversation, TypeError, ValueError, RecursionError) as error:  # a table's values may be no JSON
             return Problem("bad conversation", str(error))
     if not isinstance(text, str):
         return Problem("missing key", f"{key!r} is a {type(text).__name__}, not a string")

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_ds.data.fast_bpe import byte_characters
+from megatron_ds.data.special_tokens import BOS_NAMES, EOD_NAMES, choose, read_special_tokens
 from megatron_ds.errors import DataError
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -53,8 +54,6 @@ KNOWN: dict[str, tuple[str, dict[str, int]]] = {
     "tokenizer": (_CL100K, _llama3_special()),
 }  # fmt: skip
 """By the stem of the file's name: (regular expression of words, special tokens). ``tokenizer`` is Llama 3's."""
-EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>")
-BOS_NAMES = ("<|begin_of_text|>",)
 
 
 def is_tiktoken_file(path: Path) -> bool:
@@ -83,21 +82,25 @@ class TiktokenTokenizer:
         self.path = Path(path)
         content = self.path.read_bytes()
         self.ranks = self._read(content)
-        self.pattern, self.special = self._settings()
-        taken = {rank for rank in self.ranks.values() if rank in self.special.values()}
+        self.pattern, self._special_ids = self._settings()
+        taken = {rank for rank in self.ranks.values() if rank in self._special_ids.values()}
         if taken:
             raise DataError(f"{path}: the ids {sorted(taken)[:5]} belong to special tokens and to others")
         self.backend = tiktoken.Encoding(
-            self.path.stem, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special
+            self.path.stem, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self._special_ids
         )
-        self._known = frozenset(self.special)
+        self._known = frozenset(self._special_ids)
         self.fingerprint = xxhash.xxh3_64_hexdigest(
-            content + json.dumps([self.pattern, self.special], sort_keys=True).encode()
+            content + json.dumps([self.pattern, self._special_ids], sort_keys=True).encode()
         )
-        self.vocab_size = max([*self.ranks.values(), *self.special.values()]) + 1
-        self.eod_id = next((self.special[name] for name in EOD_NAMES if name in self.special), None)
-        self.bos_id = next((self.special[name] for name in BOS_NAMES if name in self.special), None)
+        self.vocab_size = max([*self.ranks.values(), *self._special_ids.values()]) + 1
+        found = read_special_tokens(self.path.parent)
+        self.eod_id, self.eod_origin = choose(found, "eos_token", EOD_NAMES, self._special_ids)
+        self.bos_id, _ = choose(found, "bos_token", BOS_NAMES, self._special_ids)
         self.mask_id: int | None = None
+        texts = {number: name for name, number in self._special_ids.items()}
+        chosen = (("eos_token", self.eod_id), ("bos_token", self.bos_id))
+        self.special = {setting: texts[token] for setting, token in chosen if token is not None}
 
     def _read(self, content: bytes) -> dict[bytes, int]:
         ranks = {}
@@ -132,6 +135,11 @@ class TiktokenTokenizer:
     def encode_batch(self, texts: list[str]) -> list[Sequence[int] | npt.NDArray]:
         return [self._encode(text) for text in texts]
 
+    def encode_marked(self, text: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        ids = self._encode(text)
+        _, starts = self.backend.decode_with_offsets(ids.tolist())
+        return ids.astype(np.int64), np.array(starts, np.int64)
+
     def _encode(self, text: str) -> npt.NDArray[np.uint32]:
         try:
             ids = self.backend.encode(text, allowed_special=self._known, disallowed_special=())
@@ -149,7 +157,7 @@ class TiktokenTokenizer:
         return self.backend.decode([int(i) for i in ids])
 
     def token_id(self, name: str) -> int | None:
-        return self.special.get(name)
+        return self._special_ids.get(name)
 
     def save_hf(self, folder: str | Path) -> None:
         """The same ids as a ``tokenizers`` BPE: each token stands for every way of cutting it into two tokens."""
@@ -175,7 +183,7 @@ class TiktokenTokenizer:
             ]
         )
         backend.decoder = decoders.ByteLevel()
-        for name, token_id in sorted(self.special.items(), key=lambda item: item[1]):
+        for name, token_id in sorted(self._special_ids.items(), key=lambda item: item[1]):
             # `tokenizers` numbers added tokens from the size of the vocabulary on and leaves no gap.
             while backend.get_vocab_size() < token_id:
                 backend.add_special_tokens([AddedToken(f"<|unused_{backend.get_vocab_size()}|>", special=True)])
@@ -186,7 +194,5 @@ class TiktokenTokenizer:
         target.mkdir(parents=True, exist_ok=True)
         backend.save(str(target / "tokenizer.json"))
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        for setting, special in (("eos_token", self.eod_id), ("bos_token", self.bos_id)):
-            if special is not None:
-                config[setting] = backend.id_to_token(special)
+        config.update(self.special)
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

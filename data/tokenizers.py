@@ -20,13 +20,21 @@ import xxhash
 
 from megatron_ds.data.fast_bpe import FastEncoder, Unsuitable, byte_characters
 from megatron_ds.data.sentencepiece_export import to_tokenizers
+from megatron_ds.data.special_tokens import (
+    BOS_NAMES,
+    EOD_NAMES,
+    MASK_NAMES,
+    SpecialTokens,
+    choose,
+    cut_at_tokens,
+    read_special_tokens,
+)
 from megatron_ds.data.tiktoken_files import TiktokenTokenizer, is_tiktoken_file
 from megatron_ds.errors import DataError
 
 Ids = Sequence[int] | npt.NDArray
-EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eod|>", "<eod>", "[SEP]")
-MASK_NAMES = ("[MASK]", "<mask>")
-BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
+Marked = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+"""Ids of a text, and the character of it in which each token starts."""
 
 
 class Tokenizer(Protocol):
@@ -37,6 +45,8 @@ class Tokenizer(Protocol):
         eod_id: ends a document; None if the tokenizer has no such token.
         bos_id: begins a document; None if it has none.
         mask_id: stands for a masked token; None if it has none.
+        eod_origin: where the choice of ``eod_id`` comes from: a file, or "a known name".
+        special: texts of the special tokens by their setting (``eos_token``, ...), as chat templates use them.
         fingerprint: changes when the tokenizer's file does.
         encoder: which library encodes, and why that one.
     """
@@ -45,11 +55,17 @@ class Tokenizer(Protocol):
     eod_id: int | None
     bos_id: int | None
     mask_id: int | None
+    eod_origin: str
+    special: dict[str, str]
     fingerprint: str
     encoder: str
 
     def encode_batch(self, texts: list[str]) -> list[Ids]:
         """The ids of each text, without BOS or EOD added."""
+        ...
+
+    def encode_marked(self, text: str) -> Marked:
+        """The ids of a text in which the names of special tokens stand for these, as in a rendered conversation."""
         ...
 
     def decode(self, ids: Ids) -> str: ...
@@ -114,14 +130,22 @@ class HFTokenizer:
             self.backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust side raises bare Exception
             raise DataError(f"{path} is not a tokenizer.json of Hugging Face `tokenizers`: {error}") from None
-        self.fingerprint = xxhash.xxh3_64_hexdigest(self.path.read_bytes())
         self.backend.no_padding()
         self.backend.no_truncation()  # a file may say to cut at the model's length; a corpus must not be cut
-        self.config = _read_json(self.path.parent / "tokenizer_config.json")
-        self.vocab_size = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.eod_id = self._special("eos_token", EOD_NAMES)
-        self.bos_id = self._special("bos_token", BOS_NAMES)
-        self.mask_id = self._special("mask_token", MASK_NAMES)
+        found = read_special_tokens(self.path.parent)
+        self.config = found.config
+        added = self._add(found)
+        content = self.path.read_bytes() + (json.dumps(added, sort_keys=True).encode() if added else b"")
+        self.fingerprint = xxhash.xxh3_64_hexdigest(content)
+        ids = self.backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values(), default=-1) + 1
+        self.eod_id, self.eod_origin = choose(found, "eos_token", EOD_NAMES, ids)
+        self.bos_id, _ = choose(found, "bos_token", BOS_NAMES, ids)
+        self.mask_id, _ = choose(found, "mask_token", MASK_NAMES, ids)
+        self.special = dict(found.names)
+        for setting, token in (("eos_token", self.eod_id), ("bos_token", self.bos_id), ("mask_token", self.mask_id)):
+            if token is not None:
+                self.special[setting] = str(self.backend.id_to_token(token))
         self._fast: FastEncoder | None = None
         self.encoder = "tokenizers (as told)"
         if fast:
@@ -131,21 +155,36 @@ class HFTokenizer:
             except Unsuitable as why:
                 self.encoder = f"tokenizers ({why})"
 
-    def _special(self, setting: str, names: Sequence[str]) -> int | None:
-        configured = self.config.get(setting)
-        if isinstance(configured, dict):  # an AddedToken written out
-            configured = configured.get("content")
-        for name in ([configured] if configured else []) + list(names):
-            found: int | None = self.backend.token_to_id(name)
-            if found is not None:
-                return found
-        return None
+    def _add(self, found: SpecialTokens) -> dict[int, dict[str, Any]]:
+        """Make special what the files beside it name as such, as ``transformers`` does; returns what was not yet."""
+        from tokenizers import AddedToken
+
+        have = {token.content for token in self.backend.get_added_tokens_decoder().values()}
+        missing = {i: token for i, token in found.added.items() if token["content"] not in have}
+        for text in found.names.values():  # named, and in the vocabulary, but read as letters
+            number = self.backend.token_to_id(text)
+            if number is not None and text not in have and number not in missing:
+                missing[number] = {"content": text, "special": True, "normalized": False}
+        for number, token in sorted(missing.items()):
+            add = self.backend.add_special_tokens if token.get("special") else self.backend.add_tokens
+            add([AddedToken(**token)])
+            if (given := self.backend.token_to_id(token["content"])) != number:
+                raise DataError(
+                    f"the files beside {self.path} give the token {token['content']!r} the id {number}, but the "
+                    f"vocabulary goes on at {given}: they do not belong together, or an id in between has no token"
+                )
+        return missing
 
     def encode_batch(self, texts: list[str]) -> list[Ids]:
         if self._fast is not None:
             return [self._fast.encode(text) for text in texts]
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def encode_marked(self, text: str) -> Marked:
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        starts = np.array(encoding.offsets, np.int64).reshape(-1, 2)[:, 0]
+        return np.array(encoding.ids, np.int64), starts
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
@@ -164,14 +203,16 @@ class HFTokenizer:
         target.mkdir(parents=True, exist_ok=True)
         self.backend.save(str(target / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}
-        for setting, special in (("eos_token", self.eod_id), ("bos_token", self.bos_id), ("mask_token", self.mask_id)):
-            if special is not None:
-                config.setdefault(setting, self.backend.id_to_token(special))
+        for setting, text in self.special.items():
+            config.setdefault(setting, text)
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece ``.model``; EOD is its ``</s>`` and BOS its ``<s>``, where it has them."""
+    """A SentencePiece ``.model``, with the tokens that the files beside it add.
+
+    EOD is the configured ``eos_token``, else the model's ``</s>``; BOS likewise.
+    """
 
     encoder = "sentencepiece"
 
@@ -184,39 +225,93 @@ class SentencePieceTokenizer:
             self.backend.Load(str(path))
         except Exception as error:
             raise DataError(f"{path} is not a SentencePiece model: {error}") from None
-        self.fingerprint = xxhash.xxh3_64_hexdigest(self.path.read_bytes())
-        self.vocab_size: int = self.backend.GetPieceSize()
-        self.eod_id = _id_or_none(self.backend.eos_id())
-        self.bos_id = _id_or_none(self.backend.bos_id())
-        self.mask_id: int | None = None
+        found = read_special_tokens(self.path.parent)
+        pieces: int = self.backend.GetPieceSize()
+        self._added = self._read_added(found)
+        content = self.path.read_bytes() + (json.dumps(self._added).encode() if self._added else b"")
+        self.fingerprint = xxhash.xxh3_64_hexdigest(content)
+        self.vocab_size = max([pieces - 1, *self._added.values()]) + 1
+        # Control pieces have no text of their own: the model itself writes "</s>" in letters.
+        control = {self.backend.IdToPiece(i): i for i in range(pieces) if self.backend.IsControl(i)}
+        self._names = {**control, **self._added}
+        known = {**self._names, **{self.backend.IdToPiece(i): i for i in range(pieces)}}
+        own = {"eos_token": self.backend.eos_id(), "bos_token": self.backend.bos_id()}
+        for setting, token in own.items():
+            if token >= 0 and setting not in found.names:
+                found.names[setting], found.origins[setting] = self.backend.IdToPiece(token), self.path.name
+        self.eod_id, self.eod_origin = choose(found, "eos_token", (), known)
+        self.bos_id, _ = choose(found, "bos_token", (), known)
+        self.mask_id, _ = choose(found, "mask_token", (), known)
+        self.special = found.names
+
+    def _read_added(self, found: SpecialTokens) -> dict[str, int]:
+        """Tokens beyond the pieces of the model."""
+        pieces = self.backend.GetPieceSize()
+        for number, token in found.added.items():
+            if number < pieces and self.backend.IdToPiece(number) != token["content"]:
+                raise DataError(
+                    f"the files beside {self.path} give the token {token['content']!r} the id {number}, but that is "
+                    f"the piece {self.backend.IdToPiece(number)!r}: they do not belong together"
+                )
+        return {token["content"]: number for number, token in found.added.items() if number >= pieces}
 
     def encode_batch(self, texts: list[str]) -> list[Ids]:
         encoded: list[Ids] = self.backend.EncodeAsIds(texts, num_threads=1)
         return encoded
 
+    def encode_marked(self, text: str) -> Marked:
+        from sentencepiece import sentencepiece_pb2
+
+        ids: list[int] = []
+        starts: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
+        for start, piece, special in cut_at_tokens(text, self._names):
+            if special is not None:
+                ids.append(special)
+                starts.append(np.array([start]))
+                continue
+            found = sentencepiece_pb2.SentencePieceText.FromString(
+                self.backend.Encode(piece, out_type="serialized_proto")
+            )
+            ids += [token.id for token in found.pieces]
+            bytes_at = np.array([token.begin for token in found.pieces], np.int64)
+            starts.append(start + character_of_byte(piece)[bytes_at])
+        return np.array(ids, np.int64), np.concatenate(starts)
+
     def decode(self, ids: Ids) -> str:
-        text: str = self.backend.DecodeIds([int(i) for i in ids])
-        return text
+        names = {number: name for name, number in self._added.items()}
+        text = ""
+        run: list[int] = []
+        for number in [int(i) for i in ids] if names else []:
+            if number in names:
+                text, run = text + self.backend.DecodeIds(run) + names[number], []
+            else:
+                run.append(number)
+        return text + str(self.backend.DecodeIds(run if names else [int(i) for i in ids]))
 
     def token_id(self, name: str) -> int | None:
+        if name in self._added:
+            return self._added[name]
         found: int = self.backend.PieceToId(name)  # that of <unk> for a piece that is not there
         return found if self.backend.IdToPiece(found) == name else None
 
     def save_hf(self, folder: str | Path) -> None:
+        from tokenizers import AddedToken
+
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         if self.path.resolve() != (target / "tokenizer.model").resolve():
             shutil.copyfile(self.path, target / "tokenizer.model")
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         try:
-            to_tokenizers(self.backend).save(str(target / "tokenizer.json"))
+            backend = to_tokenizers(self.backend)
+            backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in self._added])
+            backend.save(str(target / "tokenizer.json"))
         except DataError as error:
             warnings.warn(f"{target} gets tokenizer.model alone: {error}", stacklevel=2)
             config["tokenizer_class"] = "LlamaTokenizer"
-        names = {"unk_token": self.backend.unk_id(), "bos_token": self.bos_id, "eos_token": self.eod_id}
-        for name, special in names.items():
-            if special is not None and special >= 0:
-                config[name] = self.backend.IdToPiece(special)
+        if (unknown := self.backend.unk_id()) >= 0:
+            config["unk_token"] = self.backend.IdToPiece(unknown)
+        config.update(self.special)
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -227,11 +322,26 @@ class ByteTokenizer:
     eod_id: int | None = 256
     bos_id: int | None = None
     mask_id: int | None = None
+    eod_origin = "the byte tokenizer itself"
     fingerprint = "bytes"
     encoder = "this library (UTF-8)"
 
+    def __init__(self) -> None:
+        self.special = {"eos_token": EOD_NAMES[0]}
+
     def encode_batch(self, texts: list[str]) -> list[Ids]:
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
+
+    def encode_marked(self, text: str) -> Marked:
+        ids, starts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for start, piece, special in cut_at_tokens(text, {EOD_NAMES[0]: 256}):
+            if special is not None:
+                ids.append(np.array([special]))
+                starts.append(np.array([start]))
+            else:
+                ids.append(np.frombuffer(piece.encode("utf-8"), np.uint8).astype(np.int64))
+                starts.append(start + character_of_byte(piece)[: ids[-1].size])
+        return np.concatenate(ids), np.concatenate(starts)
 
     def decode(self, ids: Ids) -> str:
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
@@ -255,15 +365,9 @@ class ByteTokenizer:
         (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _id_or_none(token: int) -> int | None:
-    return token if token >= 0 else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
-    return value if isinstance(value, dict) else {}
+def character_of_byte(text: str) -> npt.NDArray[np.int64]:
+    """For each byte of a text in UTF-8, and for its end, which character it belongs to: int64 [bytes + 1]."""
+    raw = np.frombuffer(text.encode("utf-8"), np.uint8)
+    begins = np.append((raw & 0xC0) != 0x80, True)
+    found: npt.NDArray[np.int64] = np.cumsum(begins, dtype=np.int64) - 1
+    return found

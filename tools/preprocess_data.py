@@ -9,11 +9,13 @@ made from; bad records go to PREFIX.bad.jsonl with file and line.
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from megatron_ds.data.chat import load_template, split_markers
 from megatron_ds.data.cli import run
 from megatron_ds.data.part_writer import PreprocessOptions
 from megatron_ds.data.parts import describe_problems
@@ -34,13 +36,14 @@ class PreprocessData:
     key: str = "text"
     """The key of the text in a JSON record, or the column of a table."""
     append_eod: bool = False
-    """End each document with the tokenizer's end-of-document token."""
+    """End each document with the tokenizer's end-of-document token, unless it ends with one already."""
     prepend_bos: bool = False
-    """Begin each document with the tokenizer's begin-of-sequence token."""
+    """Begin each document with the tokenizer's begin-of-sequence token, unless it begins with one already."""
     workers: int | None = None
     """Worker processes. By default one a core."""
     on_error: Literal["skip", "fatal"] = "skip"
-    """Bad records (invalid JSON, missing key, invalid UTF-8, empty): leave them out and list them, or stop."""
+    """Bad records (invalid JSON, missing key, invalid UTF-8, empty, refused by tokenizer or chat template): leave them
+    out and list them, or stop."""
     txt_documents: TxtDocuments = "file"
     """What one document of a .txt is: the file, a line, or a paragraph (blank lines between)."""
     conversations: bool = False
@@ -57,7 +60,19 @@ class PreprocessData:
 
 def main(options: PreprocessData) -> None:
     start = time.perf_counter()
-    print(f"tokenizer: {options.tokenizer}, encoded by {load_tokenizer(options.tokenizer).encoder}")
+    tokenizer = load_tokenizer(options.tokenizer)
+    print(f"tokenizer: {options.tokenizer}, encoded by {tokenizer.encoder}")
+    if options.append_eod and tokenizer.eod_id is not None:
+        print(f"end of document: {tokenizer.special['eos_token']!r}, id {tokenizer.eod_id} ({tokenizer.eod_origin})")
+    if options.conversations:
+        template = load_template(options.chat_template, options.tokenizer, tokenizer.special)
+        if cut := split_markers(template, tokenizer):
+            print(
+                f"warning: {', '.join(cut)} of the chat template are no tokens of this tokenizer: each is cut into "
+                f"pieces. Train it with --special-tokens {' '.join(map(repr, cut))}, or use the template that belongs "
+                "to it",
+                file=sys.stderr,
+            )
     counts = preprocess(
         options.input,
         options.output_prefix,

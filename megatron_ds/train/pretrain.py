@@ -50,7 +50,7 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
         mesh = Mesh.create(shape, device, ranks.group_timeout(device))
         if mesh.rank == 0:
             stack.enter_context(output.owned(config))
-            print(mesh, flush=True)
+            print(mesh, *sources.notes, sep="\n", flush=True)
             if device.type == "cuda" or config.kernels != "auto":
                 print("kernels:", *registry.report(device, DTYPES[config.precision.dtype]), sep="\n  ", flush=True)
         parts = build(config, mesh, model)

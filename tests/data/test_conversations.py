@@ -37,12 +37,11 @@ CHATS: list[list[dict[str, str]]] = [
 OPTIONS = PreprocessOptions("bytes", source=SourceOptions("messages", conversations=True), chat_template="chatml")
 
 
-def test_segments_join_to_the_text_and_answers_are_learnt() -> None:
-    template = ChatTemplate(CHATML)
-    segments = template.segments(parse_messages(CHATS[1]))
-    assert "".join(s.text for s in segments) == template.render(parse_messages(CHATS[1]))
-    assert [s.text for s in segments if s.learn] == ["2<|im_end|>\n", "3<|im_end|>\n"]
-    assert segments[0].text == "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n"
+def test_a_conversation_is_one_text_and_its_answers_are_learnt() -> None:
+    template, messages = ChatTemplate(CHATML), parse_messages(CHATS[1])
+    (rendering,) = template.renderings(messages)
+    assert rendering.text == template.render(messages)
+    assert [rendering.text[a:b] for a, b in rendering.answers] == ["2<|im_end|>\n", "3<|im_end|>\n"]
 
 
 def test_templates_equal_those_of_transformers() -> None:
@@ -84,15 +83,9 @@ def test_bad_messages(value: object, message: str) -> None:
         parse_messages(value)
 
 
-def test_a_template_that_rewrites_earlier_messages_is_refused() -> None:
-    last_only = "{% for m in messages %}{{ m.content if loop.last else '' }};{% endfor %}"
-    with pytest.raises(BadConversation, match="writes message 1 otherwise when others follow it"):
-        ChatTemplate(last_only).segments(parse_messages(CHATS[1]))
-
-
 def test_where_templates_come_from(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "A{{ eos_token }}", "eos_token": "E"}))
-    assert load_template(None, str(tmp_path)).render([]) == "AE"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "A{{ eos_token }}"}))
+    assert load_template(None, str(tmp_path), {"eos_token": "E"}).render([]) == "AE"
     (tmp_path / "chat_template.jinja").write_text("B")
     assert load_template(None, str(tmp_path / "tokenizer.json")).render([]) == "B"
     assert load_template("chatml", str(tmp_path)).render([]) == ""
