@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from megatron_ds import comm
 from megatron_ds.config.engine import BatchSizes, EngineConfig
 from megatron_ds.engine import checkpoint, pretrained
 from megatron_ds.engine.advice import EngineAdvice
+from megatron_ds.engine.buffers import BufferSync
 from megatron_ds.engine.clock import Clock
 from megatron_ds.engine.gradients import Placeholders
 from megatron_ds.engine.inputs import FirstInputs
@@ -88,6 +89,8 @@ class Engine:
         for sink in zero.reducer.sinks():
             sink.own = self._own
         self._intact = Intact(module, zero, optimizer)
+        self._buffers = BufferSync(module, mesh.data)
+        train_step.asks = self._buffers.news
         self._clock = Clock(config.log, mesh, sizes.global_batch)
         self._advice = EngineAdvice(
             zero, train_step.scaler, mesh, sizes.accumulation, log.warning, module, ranks_sharing
@@ -104,8 +107,11 @@ class Engine:
         """The model's own forward."""
         self._notice_zeroing()
         self._placeholders.remove()
-        if torch.is_grad_enabled() and self.module.training:
-            self._begin()
+        if self.module.training:
+            last = not self._deferred and self._done + 1 >= self.sizes.accumulation
+            self._buffers.before_forward(last and torch.is_grad_enabled())
+            if torch.is_grad_enabled():
+                self._begin()
         with self._clock.timing("forward"):
             return self._stage.call(*arguments, **keywords)
 
@@ -196,6 +202,7 @@ class Engine:
             self._drop_gradients()
         self.module.train()
         self._require_intact()
+        self._buffers.before_forward(last=True)
         with self._clock.timing("step"), self._own.running():
             return self._finished(self.train_step(taken))
 
@@ -204,6 +211,9 @@ class Engine:
 
     def _finished(self, result: StepResult) -> StepResult:
         self._begin_anew()
+        if result.stop:
+            self._buffers.agree()
+            result = replace(result, stop=False)
         self.steps += 1
         self.skipped += result.skipped
         self.last = result
@@ -276,8 +286,7 @@ class Engine:
 
     def _share_buffers(self) -> None:
         if self._done == 0:
-            for buffer in self.module.buffers():
-                comm.broadcast(buffer, self.mesh.data)
+            self._buffers.share()
 
     # Seeing inside
 
@@ -320,6 +329,7 @@ class Engine:
 
     def state_dict(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Every parameter and persistent buffer, whole, as ``module.state_dict()`` would be on one process."""
+        self._share_buffers()
         return dict(self.tensors().stream(device))
 
     def bytes_report(self) -> dict[str, int]:

@@ -70,6 +70,7 @@ class TrainStep:
 
     Attributes:
         clip_value: bound of each element of the gradients, instead of ``clip_norm``; None for none.
+        asks: whether this rank wants all ranks to talk after the step, which then learn of it as of ``stop``.
         timed: measure ``seconds``, from the first forward pass to the end of the last backward pass. Waits for a GPU.
     """
 
@@ -90,6 +91,7 @@ class TrainStep:
         self._world = SharedExchange.on(mesh.world)
         self._data = self._world if mesh.data.ranks == mesh.world.ranks else SharedExchange.on(mesh.data)
         self.clip_value: float | None = None
+        self.asks: Callable[[], bool] = lambda: False
         self.timed, self.seconds = False, math.inf
         self._seeded = torch.ones((), dtype=torch.float64)
         self._reduced = False
@@ -146,7 +148,7 @@ class TrainStep:
                 torch.cuda.synchronize(self.mesh.device)
             self.seconds = time.perf_counter() - self._begun
         self.reduce()
-        summed = self._sum_over_world(self.optimizer.norm_squared(), loss_sum, stop)
+        summed = self._sum_over_world(self.optimizer.norm_squared(), loss_sum, stop or self.asks())
         # All that the host needs to know of the device, in its one wait for it: the update runs on behind the host.
         known = torch.stack([*summed, count.double(), self._difference(count).double()]).tolist()
         norm_squared, loss, stopping, counted, difference = known
