@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -27,6 +28,7 @@ from megatron_ds.mesh import init_process_group
 from megatron_ds.train.bounded import BoundedStore, StoreSilentError, in_thread
 from megatron_ds.train.failure import Watch
 
+LAUNCHER = "MEGATRON_DS_LAUNCHER"  # the process id of a rank's launcher, in its environment
 _CHECKS_TAKE = 3600.0  # seconds at most: a rank may read a whole dataset for the first time
 _RANK_0_SPEAKS_FIRST = 10.0  # seconds
 _NCCL_MARGIN = 60.0  # seconds
@@ -79,6 +81,20 @@ class Place:
         if wanted == "cuda" or (wanted == "auto" and count >= self.local_world_size):
             return torch.device("cuda", self.local_rank)
         return torch.device("cpu")
+
+
+def end_with_launcher() -> None:
+    """Have the kernel send this rank a SIGTERM when the launcher that started it ends, however: it saves and ends too.
+
+    Else a launcher that was killed leaves ranks behind that train on and hold their devices. On Linux alone.
+    """
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    pr_set_pdeathsig = 1  # from linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    # It may have ended before that.
+    if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def set_threads(place: Place, threads: int | None) -> None:
@@ -317,6 +333,7 @@ def _text(error: BaseException | None) -> str:
 def run_main(main: Callable[[Place], int]) -> int:
     """Call ``main`` with this process's place; a user's mistake is one line, said once, and exit code 2."""
     place = Place()
+    end_with_launcher()
     try:
         place = Place.from_environment()
         return main(place)
@@ -344,5 +361,14 @@ def gpu_count() -> int:
 
 def clear_launch_environment() -> dict[str, str]:
     """This process's environment without what a launcher set in it, for starting a job of its own."""
-    launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK"}
+    launcher = {
+        LAUNCHER,
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "GROUP_RANK",
+    }
     return {key: value for key, value in os.environ.items() if key not in launcher}

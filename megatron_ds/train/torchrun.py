@@ -27,7 +27,7 @@ from types import FrameType
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from megatron_ds.train.launch import clear_launch_environment
+from megatron_ds.train.launch import LAUNCHER, clear_launch_environment
 from megatron_ds.train.loop import ONE_CTRL_C
 
 _OURS = (signal.SIGTERM, signal.SIGINT)
@@ -45,6 +45,7 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, lambda *_: None)
     # The C handler writes the number there at once, also while the main thread waits for other nodes in C.
     signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    os.environ[LAUNCHER] = str(os.getpid())
     # "Sending process closing signal", "failed (exitcode: 2)": `conclude` says it.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(lambda record: False)
     # Five lines to say that each rank gets one thread for OpenMP; the run's --threads decides.

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from started_ranks import ROOT, arguments, steps_done
 
-from megatron_ds.train.launch import clear_launch_environment
+from megatron_ds.train.launch import LAUNCHER, clear_launch_environment
 from megatron_ds.train.torchrun import children, conclude
 
 pytestmark = pytest.mark.alone
@@ -127,6 +127,36 @@ def test_a_rank_killed_under_the_launcher_is_named_last_and_the_account_of_the_o
         assert "rank 1 was killed by SIGKILL" in text.splitlines()[-1] and "Traceback" not in text
         # The launcher ends the others at once: whether one of them still gives its account is not ours to say.
         assert text.find("no answer from rank 1: killed") < text.find("the job failed: ")
+
+
+@in_proc
+@pytest.mark.parametrize("module", [OURS, TORCHS])
+def test_the_ranks_of_a_launcher_that_was_killed_save_and_end(tmp_path: Path, module: str) -> None:
+    with _launched(tmp_path, module, "--mesh.tp", "2") as job:
+        job.launcher.kill()
+        job.launcher.wait()
+        until = time.monotonic() + 60
+        while any(_runs(rank) for rank in job.ranks):
+            assert time.monotonic() < until, job.log.read_text()
+            time.sleep(0.05)
+        text = job.log.read_text()
+        assert f"asked to stop: saved step {steps_done(job.output)}" in text
+        assert module == TORCHS or "frame #" not in text, "the launcher's store went with it: that is no news"
+
+
+def _runs(process: int) -> bool:
+    """Not gone and not only waiting for its new parent to take note of its end."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@in_proc
+def test_a_rank_that_finds_its_launcher_gone_ends_before_it_starts(tmp_path: Path) -> None:
+    environment = {**clear_launch_environment(), "TORCHELASTIC_RUN_ID": "one", LAUNCHER: "1"}
+    command = [sys.executable, str(ROOT / "examples" / "pretrain_gpt.py"), *arguments(tmp_path / "run")]
+    assert subprocess.run(command, env=environment, timeout=120).returncode == -signal.SIGTERM
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("to", [os.kill, os.killpg], ids=["SIGTERM", "Ctrl-C"])
