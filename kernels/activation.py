@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.kernels.registry import Op, below_autograd, define
 
 GATED = Op("gated", twin="activation")
@@ -61,6 +62,7 @@ class _Gated(torch.autograd.Function):
             return torch.ops.megatron_ds.gated(x, activation)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         return torch.ops.megatron_ds.gated_backward(grads[0], x, ctx.activation), None
@@ -75,6 +77,7 @@ class _BiasGelu(torch.autograd.Function):
             return torch.ops.megatron_ds.bias_gelu(x, bias, approximate)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
         grad = torch.ops.megatron_ds.bias_gelu_backward(grads[0], x, bias, ctx.approximate)

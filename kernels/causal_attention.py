@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ds.kernels.autograd import first_derivative_only
+
 # Queries a block. Smaller blocks skip more of what lies above the diagonal; larger ones multiply at a better rate.
 _BLOCK = 64
 
@@ -61,6 +63,7 @@ class _CausalAttention(torch.autograd.Function):
         return out.view(s, b, n * d)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         queries, keys, values, *kept = ctx.saved_tensors
         heads, s, d = queries.shape

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_ds.kernels.accumulate import layer_norm_gradients
+from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.kernels.dropout import dropout_add, threshold
 from megatron_ds.kernels.registry import Op, below_autograd, define
 
@@ -80,7 +80,7 @@ class _HalfLayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         d_x, d_weight, d_bias = layer_norm_gradients(grads[0], x, weight, bias, mean, rstd)
@@ -112,6 +112,7 @@ class _Norm(torch.autograd.Function):
         return y, summed, mean, rstd
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, grad_summed = grads[:2]
         summed, row_keys, weight, mean, rstd = ctx.saved_tensors

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.kernels.registry import Op, below_autograd, define
 
 SOFTMAX = Op("softmax", twin="softmax")
@@ -78,6 +79,7 @@ class _Softmax(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (out,) = ctx.saved_tensors
         return torch.ops.megatron_ds.softmax_backward(grads[0], out, ctx.scale, ctx.causal), *[None] * 4

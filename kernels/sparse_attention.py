@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_ds.errors import ConfigError
+from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.kernels.block_layout import FULL, BlockLayout
 from megatron_ds.kernels.registry import Op, below_autograd, define
 
@@ -234,6 +235,7 @@ class _SparseAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *layout = ctx.saved_tensors
         results = torch.ops.megatron_ds.sparse_attention_backward(grads[0], q, k, v, out, lse, layout, *ctx.settings)

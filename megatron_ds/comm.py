@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.mesh import Axis
 
 _reduce_scatter: Callable[..., dist.Work | None] = (
@@ -200,6 +201,7 @@ class _CopyToRegion(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return all_reduce(grads[0].clone(memory_format=torch.contiguous_format), ctx.axis), None
 
@@ -210,6 +212,7 @@ class _ReduceFromRegion(torch.autograd.Function):
         return all_reduce(tensor.clone(memory_format=torch.contiguous_format), axis)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grads[0], None
 
@@ -221,6 +224,7 @@ class _GatherSequence(torch.autograd.Function):
         return gather_dim0(tensor, axis).wait()
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return scatter_sum_dim0(grads[0], ctx.axis).wait(), None
 
@@ -232,6 +236,7 @@ class _ReduceScatterSequence(torch.autograd.Function):
         return scatter_sum_dim0(tensor, axis).wait()
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gather_dim0(grads[0], ctx.axis).wait(), None
 
@@ -243,6 +248,7 @@ class _ScatterSequence(torch.autograd.Function):
         return slice_dim0(tensor, axis).clone()
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return gather_dim0(grads[0], ctx.axis).wait(), None
 

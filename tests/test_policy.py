@@ -204,6 +204,22 @@ def _is_false(value: ast.expr) -> bool:
     return isinstance(value, ast.Constant) and value.value is False
 
 
+# Autograd functions whose backward is made of differentiable operations alone, so that second derivatives are right:
+# the first two are tested in tests/kernels/interpreted_cases.py; the third passes gradients on.
+TWICE_DIFFERENTIABLE = {"_Rotary", "_DropoutAdd", "_AfterBackward"}
+
+
+def second_derivatives_are_decided(path: str, tree: ast.Module) -> Iterator[str]:
+    """A backward pass written by hand refuses to be differentiated, or is known to be right."""
+    for node in (n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)):
+        if not any(ast.unparse(base).split(".")[-1] == "Function" for base in node.bases):
+            continue
+        methods = {m.name: m for m in node.body if isinstance(m, ast.FunctionDef)}
+        marks = [ast.unparse(d) for m in ("backward", "vjp") if m in methods for d in methods[m].decorator_list]
+        if node.name not in TWICE_DIFFERENTIABLE and marks != ["staticmethod", "first_derivative_only"]:
+            yield f"{path}:{node.lineno}: mark {node.name}.backward with @first_derivative_only (kernels/autograd.py)"
+
+
 EVERYWHERE = (*LIBRARY, *PROGRAMS)
 RULES: list[tuple[Checker, tuple[str, ...]]] = [
     (layering, EVERYWHERE),
@@ -213,6 +229,7 @@ RULES: list[tuple[Checker, tuple[str, ...]]] = [
     (no_environment_inside_a_model, LIBRARY),
     (no_bare_imports, (*EVERYWHERE, "tests")),
     (nothing_executable_is_loaded, EVERYWHERE),
+    (second_derivatives_are_decided, EVERYWHERE),
 ]
 
 
@@ -258,6 +275,12 @@ PLANTED = [
     (nothing_executable_is_loaded, "megatron_ds/checkpoint/load.py", "import torch\ntorch.load('x')", "torch.load()"),
     (nothing_executable_is_loaded, "data/cache.py", "import pickle", "pickle can run code"),
     (nothing_executable_is_loaded, "data/cache.py", "np.load('x', allow_pickle=True)", "allow_pickle"),
+    (
+        second_derivatives_are_decided,
+        "kernels/x.py",
+        "class _Own(autograd.Function):\n    @staticmethod\n    def backward(ctx, grad):\n        return grad",
+        "mark _Own.backward",
+    ),
 ]
 
 

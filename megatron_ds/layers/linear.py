@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megatron_ds import comm
 from megatron_ds.kernels.accumulate import add_rows, sum_rows
+from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.kernels.linear import linear, linear_input_gradient
 from megatron_ds.mesh import Axis
 from megatron_ds.shard import ShardSpec, empty_parameter
@@ -36,6 +37,7 @@ class _ColumnLinear(torch.autograd.Function):
         return linear(whole, _matrix(weight), None if bias is None else bias.view(-1))
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight, bias = ctx.saved_tensors
         tp: Axis = ctx.tp
@@ -136,6 +138,7 @@ class _RowLinear(torch.autograd.Function):
         return comm.scatter_sum_dim0(partial, tp).wait() if sequence_parallel else comm.all_reduce(partial, tp)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, weight, bias = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -227,6 +230,7 @@ class _Lookup(torch.autograd.Function):
         return F.embedding(tokens, table)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None]:
         tokens, table = ctx.saved_tensors
         (grad,) = grads

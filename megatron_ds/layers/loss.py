@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_ds import comm
 from megatron_ds.kernels.accumulate import add_product
+from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.kernels.cross_entropy import CROSS_ENTROPY, logit_gradient, token_statistics
 from megatron_ds.mesh import Axis
 
@@ -137,6 +138,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_table, grad_shift, weight = ctx.saved_tensors
         (seed,) = grads
@@ -228,6 +230,7 @@ class _CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0], *[None] * 7

@@ -331,6 +331,44 @@ CASES["benchmark"] = benchmark_checks
 CASES["benchmark measures"] = benchmark_measures
 
 
+def second_derivatives() -> None:
+    """Of a sum of squares of the gradient: right, or refused."""
+    w, table_ = normal(8), table(3, 1, 4, torch.float32)
+    right: list[Callable[[Tensor], Tensor]] = [
+        lambda x: drop(x, x, torch.arange(3, dtype=torch.int32)),
+        lambda x: torch.cat(rotary(x.view(3, 1, 2, 4), x.view(3, 1, 2, 4), *(t.to(x.dtype) for t in table_)), dim=2),
+    ]
+    refused: list[Callable[[Tensor], Tensor]] = [
+        lambda x: layer_norm(x, w, w, 1e-5),
+        lambda x: add_norm(x, x, w, None, 1e-5, kind="rmsnorm")[1],
+        gated,
+        lambda x: bias_gelu(x, w),
+        lambda x: scaled_masked_softmax(x.view(1, 1, 3, 8), causal=True),
+    ]
+
+    def penalty(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(x.sin()).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), x)[0]
+
+    x = normal(3, 8)
+    for function in right:
+        with registry.use("triton"):
+            got = penalty(function, x)
+        close("second derivative", got, penalty(function, x.double()), 1e-5)
+    with registry.use("triton"):
+        for function in refused:
+            try:
+                penalty(function, x)
+            except RuntimeError as error:
+                assert "has no second derivative" in str(error), error
+            else:
+                raise AssertionError("a second derivative came out of an operator that has none")
+
+
+CASES["second derivatives"] = second_derivatives
+
+
 def refusals() -> None:
     with registry.use("triton"):
         try:
