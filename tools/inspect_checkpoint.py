@@ -19,6 +19,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from megatron_ds.checkpoint import Checkpoint
+from megatron_ds.checkpoint.values import encode
 from megatron_ds.data.cli import run
 from megatron_ds.errors import CheckpointError
 
@@ -49,7 +50,7 @@ def main(options: Inspect) -> None:
         console.print(_kinds(checkpoint))
         console.print(_tensors(checkpoint, options.kind, options.layers))
         if options.meta:
-            console.print_json(json.dumps(checkpoint.meta))
+            console.print_json(json.dumps({name: encode(value, name) for name, value in checkpoint.meta.items()}))
         if options.verify:
             _verify(checkpoint, size, console)
 

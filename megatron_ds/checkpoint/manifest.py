@@ -25,6 +25,7 @@ from typing import Any
 
 from megatron_ds.checkpoint.boxes import Box, tiles
 from megatron_ds.checkpoint.safetensors_header import DTYPES
+from megatron_ds.checkpoint.values import encode
 from megatron_ds.checkpoint.writer import CHUNK_BYTES, FileRecord
 from megatron_ds.errors import CheckpointError
 
@@ -80,7 +81,7 @@ class Manifest:
             "version": VERSION,
             "step": self.step,
             "world_size": self.world_size,
-            "meta": self.meta,
+            "meta": {name: encode(value, name) for name, value in self.meta.items()},
             "chunk_bytes": self.chunk_bytes,
             "files": [file_to_json(file) for file in self.files],
             "tensors": tensors,

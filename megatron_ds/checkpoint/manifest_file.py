@@ -29,6 +29,7 @@ from megatron_ds.checkpoint.manifest import (
     write_text_durably,
 )
 from megatron_ds.checkpoint.safetensors_header import ALIGNMENT, DTYPES
+from megatron_ds.checkpoint.values import decode
 from megatron_ds.checkpoint.writer import FileRecord, checksum
 from megatron_ds.errors import CheckpointError
 from megatron_ds.files import parse_json, read_bytes
@@ -88,7 +89,7 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
     manifest = Manifest(
         step=_integer(step, "step"),
         world_size=_integer(world_size, "world_size", least=1),
-        meta=_object(meta, "meta"),
+        meta={name: decode(part) for name, part in _object(meta, "meta").items()},
         files=tuple(file_from_json(file) for file in _list(files, "files")),
         tensors={
             (kind, name): record_from_json(kind, name, record)

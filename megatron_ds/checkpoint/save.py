@@ -43,6 +43,7 @@ from megatron_ds.checkpoint.manifest_file import MOST_BYTES, file_from_json, rec
 from megatron_ds.checkpoint.pieces import Piece, by_holder
 from megatron_ds.checkpoint.safetensors_header import Entry, dtype_name, layout
 from megatron_ds.checkpoint.together import together, total
+from megatron_ds.checkpoint.values import encode
 from megatron_ds.checkpoint.writer import ChunkedWriter, FileRecord
 from megatron_ds.errors import CheckpointError
 from megatron_ds.files import read_json
@@ -65,7 +66,8 @@ def save(
         step: optimizer steps taken; names the checkpoint.
         pieces: what this rank holds. Over all ranks every element of every tensor must occur once: leave replicas
             out, or divide them with :meth:`Piece.share`. The data must not change during the call.
-        meta: anything JSON holds (configuration, consumed samples, ...), the same on every rank; rank 0's is stored.
+        meta: plain values (configuration, consumed samples, ...), the same on every rank; rank 0's is stored, and comes
+            back as it was given. See :mod:`megatron_ds.checkpoint.values`.
         world: the ranks that save together (``mesh.world``); None is one process alone.
         keep_last: after the commit, remove all but the newest this many of the checkpoints up to ``step``. None keeps
             all. Later steps (of a run that was taken up again from an earlier one) are left alone.
@@ -75,8 +77,9 @@ def save(
         The committed directory.
 
     Raises:
-        CheckpointError: the same one on every rank: no space, a write that failed on some rank, an existing step,
-            pieces that overlap or leave gaps. Nothing that existed before has changed then.
+        CheckpointError: the same one on every rank: a value of ``meta`` that would not come back, no space, a write
+            that failed on some rank, an existing step, pieces that overlap or leave gaps. Nothing that existed before
+            has changed then.
     """
     directory, world = Path(directory), world or Axis("world")
     if keep_last is not None and keep_last < 1:
@@ -85,6 +88,8 @@ def save(
     needed = total(world, sum(piece.data.nbytes for piece in pieces))
     try:
         with together(world):
+            for name, value in meta.items():
+                encode(value, name)  # an error before anything is written
             if world.rank == 0:
                 prepare(directory, step, needed, replace)
         with together(world):

@@ -112,6 +112,8 @@ def initialize(
         filler.fill_rest()
     step = _train_step(settings, sizes, mesh, zero, scaler, rule, lr_scheduler, called, loss)
     engine = Engine(model, settings, sizes, mesh, zero, step, own, rule, lr_scheduler, place.local_world_size)
+    if rule is not None:
+        rule.serve_modes(engine.change_weights)
     if mesh.rank == 0:
         for note in notes:
             print(f"megatron_ds: {note}", flush=True)

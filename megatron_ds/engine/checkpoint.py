@@ -1,18 +1,16 @@
 """An engine's checkpoints: the format and the names of a pretraining run's, with what a user's own parts add to it.
 
 Besides master weights and optimizer state there are persistent buffers (kind ``"buffer"``), and in the meta data the
-settings and numbers of a torch optimizer, the scheduler's state and the caller's own: JSON, all of it.
+settings and numbers of a torch optimizer, the scheduler's state and the caller's own, which come back as they were.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ds import checkpoint
 from megatron_ds.checkpoint.pieces import Piece
-from megatron_ds.checkpoint.together import exchange
 from megatron_ds.engine.wrapped import plain_name
 from megatron_ds.errors import CheckpointError
 from megatron_ds.shard import as_real
@@ -40,24 +38,9 @@ def save(engine: Engine, directory: str | Path, client_state: dict[str, Any], ke
         "client_state": client_state,
     }
     if engine.rule is not None:
-        texts = exchange(engine.mesh.world, json.dumps(engine.rule.scalars()))
-        numbers: dict[str, Any] = {}
-        for text in texts:
-            numbers.update(json.loads(text))
-        meta["torch_optimizer"] = {
-            "class": type(engine.rule.optimizer).__name__,
-            "groups": engine.rule.settings(),
-            "numbers": numbers,
-        }
+        meta["torch_optimizer"] = engine.rule.state_dict()
     if hasattr(engine.lr_scheduler, "state_dict"):
         meta["lr_scheduler"] = engine.lr_scheduler.state_dict()
-    for key in ("client_state", "lr_scheduler", "torch_optimizer"):
-        try:
-            json.dumps(meta.get(key))
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{key} holds what JSON cannot: {error}; a checkpoint runs no code when loaded"
-            ) from None
     return checkpoint.save(directory, engine.steps, pieces, meta, engine.mesh.world, keep_last, replace=True)
 
 
@@ -79,8 +62,7 @@ def load(engine: Engine, path: str | Path, weights_only: bool, strict: bool) -> 
         return dict(meta.get("client_state", {}))
     saved = meta.get("torch_optimizer")
     if engine.rule is not None and saved is not None:
-        engine.rule.load_settings(saved["groups"])
-        engine.rule.load_scalars({int(group): numbers for group, numbers in saved["numbers"].items()})
+        engine.rule.load_state_dict(saved)
     if hasattr(engine.lr_scheduler, "load_state_dict") and "lr_scheduler" in meta:
         engine.lr_scheduler.load_state_dict(meta["lr_scheduler"])
     engine.train_step.scaler.load_state_dict(meta["loss_scaler"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -26,6 +26,7 @@ from megatron_ds.engine.stage import LossStage, to_device
 from megatron_ds.engine.tensors import WholeTensors
 from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Mesh
+from megatron_ds.optim.factory import Update
 from megatron_ds.optim.torch_rule import TorchRule
 from megatron_ds.train.step import StepResult, TrainStep
 from megatron_ds.zero.optimizer import ZeroOptimizer
@@ -209,6 +210,12 @@ class Engine:
     def _require_intact(self) -> None:
         _raise(self._intact.fault())
 
+    def change_weights(self, change: Callable[[Update], None]) -> None:
+        """What an optimizer does to the weights between two steps, as Schedule-Free's ``eval()``."""
+        self.require_between_steps("a change of the weights by their optimizer")
+        self.zero.change(change)
+        self._intact.note_values()
+
     def _finished(self, result: StepResult) -> StepResult:
         self._begin_anew()
         if result.stop:
@@ -367,7 +374,7 @@ class Engine:
         """Write ``directory/step-N``, which any number of ranks at any stage can load; see ``megatron_ds.checkpoint``.
 
         Args:
-            client_state: anything that JSON holds, given back by :meth:`load_checkpoint`.
+            client_state: plain values, given back as they were by :meth:`load_checkpoint`; others are refused by name.
             keep_last: remove all but the newest this many.
         """
         self.require_between_steps("save_checkpoint()")

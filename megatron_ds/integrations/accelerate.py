@@ -74,6 +74,9 @@ class EngineOptimizer(Optimizer):
         self.engine, self.stepped = engine, stepped
         self.defaults, self.state = engine.optimizer.defaults, engine.optimizer.state
         self.param_groups = engine.optimizer.param_groups
+        for mode in ("train", "eval"):  # of Schedule-Free; other libraries call them where they are there
+            if hasattr(engine.optimizer, mode):
+                setattr(self, mode, getattr(engine.optimizer, mode))
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         if closure is not None:

@@ -36,6 +36,9 @@ class UpdateRule(Protocol):
 
     kinds: tuple[str, ...]
 
+    def begin_step(self) -> None:
+        """A step begins, on this rank and all others: every :class:`Update` made here will be stepped once."""
+
     def over(self, segments: Sequence[OptimizerSegment]) -> Update: ...
 
 

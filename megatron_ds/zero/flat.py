@@ -11,7 +11,7 @@ them::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -309,17 +309,17 @@ class FlatBucket:
 
     # Parameters
 
-    def update(self, lr: float, scale: float | torch.Tensor) -> None:
-        """One optimizer step on this rank's slice; the low-precision parameters follow."""
+    def update(self, change: Callable[[Update], None]) -> None:
+        """Call ``change``, an optimizer step, with the rule over this rank's slice; the parameters follow."""
         if self.optimizer is None:
             return
         if self._bound:
-            self.optimizer.step(lr, scale)
+            change(self.optimizer)
             self.master_to_parameters()
             return
         with self.held(changed=True) as segments:
             self.optimizer.bind(segments)
-            self.optimizer.step(lr, scale)
+            change(self.optimizer)
             self.master_to_parameters()
 
     def master_to_parameters(self) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from megatron_ds.checkpoint.pieces import Piece
 from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Axis, Mesh
-from megatron_ds.optim.factory import UpdateRule, state_kinds
+from megatron_ds.optim.factory import Update, UpdateRule, state_kinds
 from megatron_ds.shard import ShardSpec, as_real
 from megatron_ds.zero import buckets
 from megatron_ds.zero.buckets import ParameterInfo, plan_buckets, state_dtype
@@ -85,7 +85,7 @@ class ZeroOptimizer:
         modules = choose_units(config, self.shard, root, unit_classes)
         unit_of = numbers_of_units(modules.values(), self._parameters, config.persistence_threshold)
         self._infos = [ParameterInfo.of(p, shared.get(id(p)), unit_of.get(id(p))) for p in self._parameters]
-        self._kinds = state_kinds(optimizer_config)
+        self._rule, self._kinds = optimizer_config, state_kinds(optimizer_config)
         layouts = plan_buckets(self._infos, config.bucket_mb * 1e6, self.shard.size)
         device = self._parameters[0].device if self._parameters else mesh.device
         transient = config.stage >= 2 and self.shard.size > 1
@@ -227,17 +227,27 @@ class ZeroOptimizer:
         Buckets go in the order in which the next forward pass needs them.
         """
         self.reducer.expect(Phase.REDUCED, "step")
+        if not isinstance(self._rule, OptimizerConfig):
+            self._rule.begin_step()
+        self._update(lambda update: update.step(lr, scale))
+        self._count += 1
+        self.reducer.phase = Phase.IDLE
+
+    def change(self, change: Callable[[Update], None]) -> None:
+        """Between two steps, on all ranks: ``change`` is called with every bucket's rule; the parameters follow."""
+        self.reducer.expect(Phase.IDLE, "a change of the weights by their optimizer")
+        self._update(change)
+
+    def _update(self, change: Callable[[Update], None]) -> None:
         self._before_change()
         order = self.buckets[::-1]
         for bucket, following in zip(order, [*order[1:], None]):
             if following is not None:
                 following.prefetch()
-            bucket.update(lr, scale)
+            bucket.update(change)
             if bucket.layout.key.unit is None:
                 bucket.start_gather()
         self._publish()
-        self._count += 1
-        self.reducer.phase = Phase.IDLE
         self._finish_gathers()
 
     def skip(self) -> None:

@@ -67,7 +67,7 @@ def refusals(folder: str) -> dict[str, str]:
     take_step(engine, 0, Ran())
     path = f"{folder}/refused"
     found["missing"] = message(engine.load_checkpoint, path)
-    found["client"] = message(engine.save_checkpoint, path, {"a": torch.ones(1)})
+    found["client"] = message(engine.save_checkpoint, path, {"a": [{"b": object()}]})
     engine.save_checkpoint(path)
     close(engine)
     other = engine_of(Case("SGD"))

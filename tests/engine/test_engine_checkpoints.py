@@ -44,6 +44,6 @@ def test_any_ranks_and_stage_to_any_other(tmp_path: Path) -> None:
 def test_what_is_refused(world_size: int, tmp_path: Path) -> None:
     for found in run_ranks(refusals, world_size, str(tmp_path)):
         assert "refused" in found["missing"]
-        assert "client_state holds what JSON cannot" in found["client"]
+        assert "client_state['a'][0]['b'] is a object, which JSON cannot hold" in found["client"]
         assert "optimizer state is of AdamW, this engine's optimizer is SGD" in found["class"]
         assert "has 1 parameter groups, this one" in found["groups"]

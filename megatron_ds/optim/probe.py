@@ -1,0 +1,231 @@
+"""Whether a user's optimizer can update sharded parameters, and what it keeps of each: found out by running it.
+
+A rank holds flat parts of parameters, bucket by bucket. So the update of a part must not depend on what else is
+updated with it. That is *tried*, in float64: twins of the optimizer update a matrix, its two flattened parts together,
+and each of the parts alone. All must come out the same: the elements, what is kept of each parameter, and what is kept
+once for all of them. A norm of a matrix differs between the first two, a sum over all parameters (Prodigy's ``d``)
+between the last two.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from megatron_ds.errors import ConfigError
+from megatron_ds.optim.twin import IMPLEMENTATION, Common, Twin
+from megatron_ds.shard import real_dtype
+
+_WHY_NOT = {
+    "LBFGS": "its line search evaluates the loss again and again through a closure",
+    "Adafactor": "it factors the second moment of a matrix into rows and columns",
+    "Muon": "it orthogonalises a matrix as a whole",
+    "SparseAdam": "it takes sparse gradients, and flat gradients are dense",
+}
+_INSTEAD = "use an elementwise one such as AdamW, SGD, RMSprop, Adagrad or NAdam"
+# Gradients of each step. They have one direction, along which distance estimates grow; they differ in size, so that
+# what is clipped or damped above or below some size is met.
+_SIZES = (1.0, 1.0, 0.5, 30.0, 1e-3, 1e3)
+_SMALL, _LARGE = 3, 1 << 14  # elements: an optimizer may keep another kind of state of large parameters
+
+Sample = Mapping[str, Any]
+
+
+@dataclass
+class StateTemplate:
+    """What the optimizer keeps of one parameter.
+
+    Attributes:
+        kinds: tensors of the parameter's shape.
+        numbers: single ones, plain or in a tensor of one element; their values are those after one step.
+        rest: other plain values.
+    """
+
+    kinds: list[str] = field(default_factory=list)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    rest: dict[str, Any] = field(default_factory=dict)
+
+    def fresh(self, numbers: Mapping[str, float]) -> dict[str, Any]:
+        """A parameter's state but for its tensors, with the given numbers."""
+        state = copy.deepcopy(self.rest)
+        for key, value in self.numbers.items():
+            given = numbers.get(key, value)
+            state[key] = torch.full_like(value, given) if isinstance(value, torch.Tensor) else type(value)(given)
+        return state
+
+
+def templates_of(optimizer: Optimizer, samples: Sequence[Sample], largest: Sequence[int]) -> list[StateTemplate]:
+    """What the optimizer keeps of a parameter of each group.
+
+    Args:
+        samples: of each group, the state of one of its parameters if steps have been taken already, else nothing.
+        largest: elements of each group's largest parameter.
+
+    Raises:
+        ConfigError: the optimizer cannot update sharded parameters; by its name, with the reason.
+    """
+    name = type(optimizer).__name__
+    if name in _WHY_NOT and type(optimizer).__module__.startswith("torch.optim"):
+        raise refusal(optimizer, _WHY_NOT[name])
+    for attribute, value in vars(optimizer).items():
+        if isinstance(value, Optimizer):
+            raise refusal(optimizer, f"it wraps another optimizer, {attribute}, whose parameters are the whole ones")
+    found = []
+    for index, sample in enumerate(samples):
+        _check_elementwise(optimizer, index, sample)
+        small, large = (
+            _template(optimizer, index, sample, numel) for numel in (_SMALL, max(_SMALL, min(largest[index], _LARGE)))
+        )
+        if (small.kinds, list(small.numbers)) != (large.kinds, list(large.numbers)):
+            raise refusal(optimizer, f"it keeps {large.kinds} of a large parameter and {small.kinds} of a small one")
+        found.append(small)
+    return found
+
+
+def refusal(optimizer: Optimizer, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{type(optimizer).__name__} cannot update sharded parameters: a rank holds a flat part of each and never the "
+        f"matrix, and {reason}; {_INSTEAD}"
+    )
+
+
+@dataclass
+class _Outcome:
+    values: torch.Tensor
+    states: list[dict[str, Any]]
+    common: Common
+    keys: list[set[str]]  # of the first parameter's state, after each step
+
+
+def _run(
+    optimizer: Optimizer,
+    index: int,
+    sample: Sample,
+    starts: Sequence[torch.Tensor],
+    gradients: Sequence[Sequence[torch.Tensor]],
+    plain: bool = True,
+) -> _Outcome:
+    """Steps of a twin over parameters that begin as ``starts``.
+
+    Args:
+        gradients: of each step, one for each parameter.
+        plain: by the plain loop over parameters. What runs on a GPU alone does not change what is computed.
+    """
+    parameters = [start.clone() for start in starts]
+    common = Common.of(optimizer)
+    settings = common.groups[index]
+    settings.update({key: False for key in IMPLEMENTATION if plain and key in settings})
+    twin = Twin(optimizer, {index: parameters}, common)
+    start_training = getattr(twin.optimizer, "train", None)  # of Schedule-Free, which refuses to step without
+    if callable(start_training):
+        start_training()
+    for parameter in parameters:
+        if sample:
+            twin.state[parameter] = shaped(sample, parameter)
+    keys = []
+    for of_step in gradients:
+        for parameter, gradient in zip(parameters, of_step):
+            parameter.grad = gradient.clone()
+        twin.optimizer.step()
+        keys.append(set(twin.state.get(parameters[0], {})))
+    states = [dict(twin.state.get(parameter, {})) for parameter in parameters]
+    return _Outcome(torch.cat([p.flatten() for p in parameters]), states, twin.common, keys)
+
+
+def _check_elementwise(optimizer: Optimizer, index: int, sample: Sample) -> None:
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(4, 6, generator=generator, dtype=torch.float64)
+    sizes = torch.ones(24, dtype=torch.float64)
+    sizes[10:] = 3.0  # the two parts differ in their norms
+    direction = torch.randn(24, generator=generator, dtype=torch.float64).sign() * sizes
+    gradients = [
+        (size * direction * (0.5 + torch.rand(24, generator=generator, dtype=torch.float64))).view(4, 6)
+        for size in _SIZES
+    ]
+    gradients[2][::2] *= -1  # some elements turn round
+    parts = (slice(0, 10), slice(10, 24))
+
+    def over(*chosen: slice) -> _Outcome:
+        cut = [[gradient.flatten()[part] for part in chosen] for gradient in gradients]
+        return _run(optimizer, index, sample, [start.flatten()[part] for part in chosen], cut)
+
+    try:
+        with torch.no_grad():
+            matrix = _run(optimizer, index, sample, [start], [[gradient] for gradient in gradients])
+            both, first, second = over(*parts), over(parts[0]), over(parts[1])
+    except Exception as error:
+        reason = f"it does not run on 1-D tensors and their gradients alone: {type(error).__name__}: {error}"
+        raise refusal(optimizer, reason) from error
+    if not _equal(matrix.values, both.values) or not _equal_numbers(matrix.states[0], both.states):
+        raise refusal(optimizer, "its update of a matrix is not that of its elements, one by one")
+    apart = torch.cat([first.values, second.values])
+    moved = first.common.difference(second.common) or first.common.difference(both.common)
+    if not _equal(both.values, apart) or moved is not None:
+        seen = f" ({moved})" if moved else ""
+        raise refusal(optimizer, f"its update of a parameter depends on the others that are updated with it{seen}")
+    late = set.union(*both.keys) ^ both.keys[0]
+    if late:
+        raise refusal(optimizer, f"it keeps {', '.join(sorted(map(str, late)))} only from a later step on")
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def _equal_numbers(of_matrix: Mapping[str, Any], of_parts: Sequence[Mapping[str, Any]]) -> bool:
+    """Single numbers that are kept of each parameter must be the same of any part: of a group they are saved once."""
+    return all(
+        is_number(state.get(key)) and abs(float(value) - float(state[key])) <= 1e-12 * max(1.0, abs(float(value)))
+        for key, value in of_matrix.items()
+        if is_number(value)
+        for state in of_parts
+    )
+
+
+def _template(optimizer: Optimizer, index: int, sample: Sample, numel: int) -> StateTemplate:
+    """Of a parameter of the group's dtype and device, after one step."""
+    group = optimizer.param_groups[index]
+    like = group["params"][0] if group["params"] else torch.empty(0)
+    device = torch.device("cpu") if like.is_meta else like.device
+    start = torch.ones(
+        numel, dtype=torch.float64 if real_dtype(like.dtype) == torch.float64 else torch.float32, device=device
+    )
+    with torch.no_grad():
+        state = _run(optimizer, index, sample, [start], [[torch.full_like(start, 0.5)]], plain=False).states[0]
+    found = StateTemplate()
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor) and value.shape == start.shape and value.dtype == start.dtype:
+            found.kinds.append(key)
+        elif is_number(value):
+            found.numbers[key] = value
+        elif isinstance(value, torch.Tensor):
+            reason = f"it keeps {key!r}, {_kind(value)}, for a parameter that is {_kind(start)}"
+            raise refusal(optimizer, reason)
+        elif value is None or isinstance(value, str):
+            found.rest[key] = value
+        else:
+            raise refusal(optimizer, f"it keeps {key!r}, a {type(value).__name__}, of each parameter")
+    return found
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"
+
+
+def is_number(value: Any) -> bool:
+    return (isinstance(value, torch.Tensor) and value.numel() == 1) or isinstance(value, int | float)
+
+
+def shaped(sample: Sample, parameter: torch.Tensor) -> dict[str, Any]:
+    """State like that of another parameter: its first element everywhere."""
+    return {
+        key: value.flatten()[0].to(parameter).expand(parameter.shape).clone()
+        if isinstance(value, torch.Tensor) and value.dim() > 0
+        else copy.deepcopy(value)
+        for key, value in sample.items()
+    }

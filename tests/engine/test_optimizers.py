@@ -1,0 +1,96 @@
+"""Optimizers with habits of their own are those of plain torch on one process, or refused by name with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from optimizer_cases import (
+    RIGHT,
+    Clipping,
+    Counting,
+    Distance,
+    Late,
+    ScheduleFree,
+    Small,
+    Wrapping,
+    later,
+    model,
+    plain,
+    run_all,
+)
+
+import megatron_ds
+from megatron_ds.errors import ConfigError
+from megatron_ds.testing import run_ranks
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_numbers_that_an_optimizer_keeps_in_its_groups(world_size: int, resumed: bool, tmp_path: Path) -> None:
+    """Steps that it counts itself, averages, modes: kept from step to step, on every rank alike, and in checkpoints."""
+    stages = [1] if world_size == 1 else [0, 1, 2, 3]
+    ranks = run_ranks(run_all, world_size, list(RIGHT), stages, str(tmp_path) if resumed else None)
+    check(ranks)
+
+
+def test_state_that_is_offloaded_follows(tmp_path: Path) -> None:
+    """Its tensors are in other memory at every step, and an optimizer may have put its own in their place."""
+    zero = {"offload_optimizer": {"device": "nvme", "path": str(tmp_path / "swap")}}
+    check(run_ranks(run_all, 2, ["Counting", "ScheduleFree"], [3], str(tmp_path), zero))
+
+
+def check(ranks: list[Any]) -> None:
+    for name, make in RIGHT.items():
+        want = plain(make)
+        for found in ranks:
+            for (of, stage), (looked, end, settings) in found.items():
+                for got, right in ((looked, want[0]), (end, want[1])) if of == name else ():
+                    for parameter, value in right.items():
+                        assert torch.allclose(got[parameter], value, rtol=1e-11, atol=1e-12), (name, stage, parameter)
+                assert settings == ranks[0][of, stage][2], (of, stage)
+
+
+def test_what_the_optimizer_writes_is_in_the_users_groups() -> None:
+    net = model()
+    optimizer = Counting([{"params": list(net.parameters())[:2]}, {"params": list(net.parameters())[2:]}])
+    engine = megatron_ds.initialize(net, None, optimizer, loss=lambda net, batch: net(batch).square().mean())
+    for _ in range(3):
+        engine.train_batch([torch.ones(2, 6, dtype=torch.float64)])
+    assert [group["step"] for group in optimizer.param_groups] == [3, 3]
+    assert all(group["limit"] == float("inf") and group["betas"] == (0.9, 0.99) for group in optimizer.param_groups)
+    engine.close()
+
+
+def test_a_step_out_of_train_mode_is_the_optimizers_own_error() -> None:
+    net = model()
+    optimizer = ScheduleFree(net.parameters())
+    engine = megatron_ds.initialize(net, None, optimizer, loss=lambda net, batch: net(batch).square().mean())
+    with pytest.raises(RuntimeError, match="not in train mode"):
+        engine.train_batch([torch.ones(2, 6, dtype=torch.float64)])
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Distance, r"depends on the others that are updated with it \(group 0 'd': "),
+        (Clipping, "depends on the others that are updated with it; use an elementwise one"),
+        (Small, "it keeps 'state1', uint8 of shape [16384], for a parameter that is float64 of shape [16384]"),
+        (Wrapping, "it wraps another optimizer, inner"),
+        (Late, "it keeps before only from a later step on"),
+    ],
+)
+def test_what_cannot_be_right_on_shards_is_refused(make: Any, reason: str) -> None:
+    net = torch.nn.Linear(128, 200).double()
+    with pytest.raises(ConfigError) as refused:
+        megatron_ds.initialize(net, None, make(net.parameters(), lr=0.1))
+    assert f"{make.__name__} cannot update sharded parameters" in str(refused.value)
+    assert reason.replace("\\", "") in str(refused.value)
+
+
+def test_numbers_that_come_apart_later_are_an_error() -> None:
+    found = later()
+    assert "LaterDistance came to other numbers for some parameters than for others (group 0 'd': " in found
