@@ -11,17 +11,19 @@ Shape legend: ``b`` samples, ``s`` sequence length, ``c`` conversations that are
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_ds.data.cache import cached_arrays
+from megatron_ds.data.chunk_checks import CheckedArray
 from megatron_ds.data.gpt_dataset import Batch
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.inspect import document_lengths
 from megatron_ds.data.order import order
 from megatron_ds.data.split import DocumentRange
-from megatron_ds.data.verify import dataset_identity, mask_path
+from megatron_ds.data.verify import MASK_SUFFIX, dataset_identity, mask_path
 from megatron_ds.errors import DataError
 
 CHUNK_TOKENS = 1 << 24
@@ -65,7 +67,8 @@ class ConversationDataset:
             )
         if (found := path.stat().st_size) != indexed.num_tokens:
             raise DataError(f"{path} has {found} bytes, but there are {indexed.num_tokens} tokens: copy it again")
-        self.mask: npt.NDArray[np.uint8] = np.memmap(path, np.uint8, "r")
+        sums = indexed.sums.get(MASK_SUFFIX)
+        self.mask: Any = np.memmap(path, np.uint8, "r") if sums is None else CheckedArray(path, np.uint8, sums)
         start, stop = self.documents
         key = {
             "format": FORMAT,

@@ -32,6 +32,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_ds.data.chunk_checks import CheckedArray
 from megatron_ds.data.remote import is_url, open_remote
 from megatron_ds.errors import DataError
 
@@ -182,7 +183,8 @@ class IndexedDataset:
         offsets: i64[S], *bytes* into `.bin` where each sequence starts.
         document_bounds: i64[D], in sequences.
         tokens: the whole of `.bin` as one array of ``dtype``, mapped; of a remote dataset, an object that gives its
-            slices.
+            slices; after :meth:`check_reads` likewise.
+        sums: checksums of chunks by file, empty until :meth:`check_reads`.
         remote: where it comes from, if not from a disk.
     """
 
@@ -227,11 +229,20 @@ class IndexedDataset:
         self.offsets: npt.NDArray[np.int64] = self._array("<i8", at + 4 * sequences, sequences)
         self.document_bounds: npt.NDArray[np.int64] = self._array("<i8", at + 12 * sequences, bounds)
         self._check_ends()
+        self.sums: dict[str, npt.NDArray[np.uint64]] = {}
         self.tokens: Any = (
             self.remote.tokens(self.dtype)
             if self.remote is not None
             else np.memmap(self.bin_path, dtype=self.dtype, mode="r")
         )
+
+    def check_reads(self, sums: dict[str, npt.NDArray[np.uint64]]) -> None:
+        """Compare each chunk of the tokens with its checksum before it is first read, from now on.
+
+        ``sums``: of the chunks of each file (``bin``, and ``loss_mask`` where there is one).
+        """
+        self.sums = sums
+        self.tokens = CheckedArray(self.bin_path, self.dtype, sums["bin"])
 
     def _array(self, dtype: str, offset: int, count: int) -> npt.NDArray:
         # A plain ndarray view: np.memmap's own indexing is several times slower than ndarray's.

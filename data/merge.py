@@ -74,7 +74,7 @@ def merge_datasets(
         }
         low, high = min(scan.min_id for scan in scans), max(scan.max_id for scan in scans)
         found = Scan(low, high, described["xxh3"], manifest["files"]["idx"]["xxh3"])
-        finish(output, temporary_bin, temporary_idx, manifest, found)
+        finish(output, temporary_bin, temporary_idx, manifest, found, {"bin": whole.sums()})
     finally:
         temporary_bin.unlink(missing_ok=True)
         temporary_idx.unlink(missing_ok=True)

@@ -14,9 +14,20 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_ds.data.cache import cached_json
+from megatron_ds.data.cache import cached_arrays, cached_json
 from megatron_ds.data.indexed import COPY_BYTES, IndexedDataset, publish, sync_and_close, write_header
-from megatron_ds.data.verify import MASK_SUFFIX, ChunkedHash, Scan, checksum, dataset_identity, manifest_path, scan_path
+from megatron_ds.data.verify import (
+    MASK_SUFFIX,
+    ChunkedHash,
+    Scan,
+    as_cached,
+    checksum,
+    dataset_identity,
+    manifest_path,
+    scan_path,
+    sums_key,
+    sums_path,
+)
 from megatron_ds.errors import DataError
 
 INDEX_CHUNK = 1 << 20
@@ -106,19 +117,28 @@ def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, pl
         temporary["mask"].replace(mask)
     sums = {kind: str(file["xxh3"]) for kind, file in files.items()}
     found = Scan(0, counts.max_id, sums["bin"], sums["idx"], sums.get(MASK_SUFFIX, ""))
-    finish(prefix, temporary["bin"], temporary["idx"], manifest, found)
+    chunks = {"bin": whole["bin"].sums(), **({MASK_SUFFIX: whole["mask"].sums()} if masked else {})}
+    finish(prefix, temporary["bin"], temporary["idx"], manifest, found, chunks)
     return counts
 
 
-def finish(prefix: str, temporary_bin: Path, temporary_idx: Path, manifest: dict[str, Any], found: Scan) -> None:
-    """Publish a dataset with its manifest, and the scan that its maker knows already."""
-    manifest_path(prefix).unlink(missing_ok=True)
-    scan_path(prefix).unlink(missing_ok=True)
+def finish(
+    prefix: str,
+    temporary_bin: Path,
+    temporary_idx: Path,
+    manifest: dict[str, Any],
+    found: Scan,
+    chunks: dict[str, npt.NDArray[np.uint64]],
+) -> None:
+    """Publish a dataset with its manifest, and with the scan and checksums of chunks that its maker knows already."""
+    for path in (manifest_path(prefix), scan_path(prefix), sums_path(prefix)):
+        path.unlink(missing_ok=True)
     publish(temporary_bin, temporary_idx, prefix)
     temporary = Path(f"{prefix}.manifest.json.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(manifest, indent=1) + "\n")
     temporary.replace(manifest_path(prefix))
     cached_json(scan_path(prefix), dataset_identity(IndexedDataset(prefix)), lambda: asdict(found))
+    cached_arrays(sums_path(prefix), sums_key(found), lambda: as_cached(chunks))
 
 
 def write_index(

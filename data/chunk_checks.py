@@ -1,0 +1,91 @@
+"""Checksums of a file in chunks, compared before each chunk is first read.
+
+A whole file is read and compared once, when a dataset is first used. What happens to it afterwards (a flipped bit on a
+disk, while size and times look the same) is found here: a process hashes each chunk once, 64 KB at a time, so that
+reading a row costs some microseconds more until all chunks have been seen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from megatron_ds.errors import DataError
+
+CHUNK_BYTES = 1 << 16
+"""A row reads one or two chunks. Larger ones cost more for each row, smaller ones more memory: this is 0.01%."""
+
+
+class ChunkSums:
+    """xxh3-64 of each chunk of a stream, the last of which may be shorter."""
+
+    def __init__(self, chunk_bytes: int = CHUNK_BYTES):
+        self._chunk_bytes = chunk_bytes
+        self._open, self._in_chunk = xxhash.xxh3_64(), 0
+        self._sums: list[int] = []
+
+    def update(self, content: bytes | memoryview) -> None:
+        view = memoryview(content).cast("B")
+        while view.nbytes:
+            part = view[: self._chunk_bytes - self._in_chunk]
+            self._open.update(part)
+            self._in_chunk += part.nbytes
+            if self._in_chunk == self._chunk_bytes:
+                self._end()
+            view = view[part.nbytes :]
+
+    def _end(self) -> None:
+        self._sums.append(self._open.intdigest())
+        self._open, self._in_chunk = xxhash.xxh3_64(), 0
+
+    def finish(self) -> npt.NDArray[np.uint64]:
+        """One checksum a chunk. Ends the stream."""
+        if self._in_chunk:
+            self._end()
+        return np.array(self._sums, np.uint64)
+
+
+class CheckedArray:
+    """Looks like the array of a whole file where a dataset needs it: ``size``, ``dtype``, an index or a slice.
+
+    Args:
+        path: of the file, mapped read-only.
+        dtype: of its elements.
+        sums: uint64, one a chunk of :data:`CHUNK_BYTES`, as :class:`ChunkSums` made them.
+    """
+
+    def __init__(self, path: Path, dtype: npt.DTypeLike, sums: npt.NDArray[np.uint64]):
+        self.path, self.dtype = path, np.dtype(dtype)
+        # Plain ndarray views: np.memmap's own indexing is several times slower.
+        self._content: npt.NDArray[np.uint8] = np.frombuffer(np.memmap(path, np.uint8, "r"), np.uint8)
+        self._array: npt.NDArray = self._content.view(self.dtype)
+        self._sums = sums
+        self._compared = bytearray(sums.size)
+        self.size = int(self._array.size)
+
+    def __getitem__(self, where: int | slice) -> Any:
+        start, stop, step = where.indices(self.size) if isinstance(where, slice) else (where, where + 1, 1)
+        assert step == 1 and start >= 0, "elements are read in runs, from the start on"
+        if stop > start:
+            first = start * self.dtype.itemsize // CHUNK_BYTES
+            last = (stop * self.dtype.itemsize - 1) // CHUNK_BYTES
+            for chunk in range(first, last + 1):
+                if not self._compared[chunk]:
+                    self._compare(chunk)
+        return self._array[where]
+
+    def _compare(self, chunk: int) -> None:
+        start = chunk * CHUNK_BYTES
+        content = self._content[start : start + CHUNK_BYTES]
+        found = xxhash.xxh3_64_intdigest(content.data)
+        if found != int(self._sums[chunk]):
+            raise DataError(
+                f"{self.path} is not what it was when it was checked: bytes {start} to {start + content.size} have the "
+                f"checksum {found:016x}, not {int(self._sums[chunk]):016x}. It was damaged or changed since: copy it "
+                "again, or preprocess again"
+            )
+        self._compared[chunk] = 1
