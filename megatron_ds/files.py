@@ -46,7 +46,7 @@ def read_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise OSError(errno.EFBIG, f"it has {size:,} bytes, and such a file at most {most:,}", str(path))
-        return file.read(most)
+        return file.read(size)  # not `most`: that many bytes would be allocated first
 
 
 def read_text(path: str | Path, most: int = MOST_BYTES) -> str:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_ds.checkpoint.hf_architecture import Architecture, Rule, Shapes, must_be, needs
+from megatron_ds.checkpoint.hf_architecture import Architecture, Rule, needs
+from megatron_ds.checkpoint.hf_settings import Settings, must_be
 from megatron_ds.config import ModelConfig
 from megatron_ds.errors import ConfigError
-from megatron_ds.models.bert import BERT
-from megatron_ds.models.hf_layouts import both, same, separate_qkv, vocabulary
-from megatron_ds.shard import spec_of
+from megatron_ds.models.hf_layouts import both, global_shapes, same, separate_qkv, twice, vocabulary
 
 ACTIVATIONS_TO_HF = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 ACTIVATIONS_FROM_HF = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
-def _shapes(config: ModelConfig) -> Shapes:
-    specs = [spec_of(parameter) for parameter in BERT(config, device="meta").parameters()]
-    return {spec.name: spec.global_shape for spec in specs}
+_POOLER = tuple(
+    f"pooler_{what}" for what in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
+)
 
 
 def _rules(c: ModelConfig) -> list[Rule]:
@@ -37,14 +36,22 @@ def _rules(c: ModelConfig) -> list[Rule]:
         *both(same, f"{ours}.mlp_norm", f"{theirs}.output.LayerNorm"),
         *both(same, "transform", f"{head}.transform.dense"),
         *both(same, "transform_norm", f"{head}.transform.LayerNorm"),
-        vocabulary("head.bias", f"{head}.bias"),
+        *(
+            [vocabulary("head.bias", f"{head}.bias")]
+            if c.tied_embeddings
+            # Their own head computes with its own bias; the other is there, and of no use.
+            else [
+                vocabulary("head.weight", f"{head}.decoder.weight"),
+                twice(vocabulary("head.bias", f"{head}.decoder.bias"), f"{head}.bias"),
+            ]
+        ),
     ]
 
 
 def _problems(c: ModelConfig) -> list[str]:
     return [
         *needs(c, family="bert", position="learned", norm="layernorm", activation=tuple(ACTIVATIONS_TO_HF)),
-        *needs(c, bias=True, qkv_bias=(None, True), tied_embeddings=True, embedding_norm=True, qk_norm=False),
+        *needs(c, bias=True, qkv_bias=(None, True), embedding_norm=True, qk_norm=False),
         *needs(c, kv_heads=(None, c.num_heads), head_dim=(None, c.hidden_size // c.num_heads)),
         *([] if c.token_types else ["model.token_types=1 or more (it is 0)"]),
     ]
@@ -64,12 +71,12 @@ def _to_config(c: ModelConfig) -> dict[str, Any]:
         "type_vocab_size": c.token_types,
         "initializer_range": c.init_std,
         "layer_norm_eps": c.norm_eps,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": c.tied_embeddings,
     }
 
 
-def _from_config(config: dict[str, Any]) -> dict[str, Any]:
-    must_be(config, is_decoder=False, position_embedding_type="absolute", tie_word_embeddings=True)
+def _from_config(config: Settings) -> dict[str, Any]:
+    must_be(config, is_decoder=False, add_cross_attention=False, position_embedding_type="absolute")
     activation = config.get("hidden_act", "gelu")
     if activation not in ACTIVATIONS_FROM_HF:
         raise ConfigError(f"hidden_act={activation!r} is not supported; known: {', '.join(ACTIVATIONS_FROM_HF)}")
@@ -88,7 +95,7 @@ def _from_config(config: dict[str, Any]) -> dict[str, Any]:
         "activation": ACTIVATIONS_FROM_HF[activation],
         "bias": True,
         "embedding_norm": True,
-        "tied_embeddings": True,
+        "tied_embeddings": config.get("tie_word_embeddings", True),
         "init_std": config.get("initializer_range", 0.02),
         "attention_dropout": config.get("attention_probs_dropout_prob", 0.1),
         "hidden_dropout": config.get("hidden_dropout_prob", 0.1),
@@ -100,15 +107,17 @@ BERT_FOR_MASKED_LM = Architecture(
     "bert",
     "bert.",
     _rules,
-    _shapes,
+    global_shapes,
     _to_config,
     _from_config,
     _problems,
-    # The projection is the embedding; published files also hold the layers of the next-sentence loss.
-    ignored=(
-        r"cls\.predictions\.decoder\..*",
-        r"pooler\..*",
-        r"cls\.seq_relationship\..*",
-        r"embeddings\.position_ids",
-    ),
+    ignored=(r"embeddings\.position_ids",),
+    dropped=(r"pooler\..*", r"cls\.seq_relationship\..*"),
+    copies={
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+    # The first BERTs' files, which are still the published ones, name the parameters of a norm so.
+    renamed=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
+    harmless=("classifier_dropout", "directionality", "cross_attention_hidden_size", *_POOLER),
 )

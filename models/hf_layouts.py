@@ -12,10 +12,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_ds.checkpoint.hf_architecture import Rule
+from megatron_ds.checkpoint.hf_architecture import Rule, Shapes
 from megatron_ds.config import ModelConfig
+from megatron_ds.models.families import class_of
+from megatron_ds.shard import spec_of
 
 Tensors = Sequence[Tensor]
+
+
+def global_shapes(config: ModelConfig) -> Shapes:
+    """Name to global shape of every tensor of the model."""
+    specs = [spec_of(parameter) for parameter in class_of(config)(config, device="meta").parameters()]
+    return {spec.name: spec.global_shape for spec in specs}
 
 
 def same(ours: str, theirs: str) -> Rule:
@@ -34,6 +42,15 @@ def vocabulary(ours: str, theirs: str) -> Rule:
         return torch.cat([ws[0], ws[0].new_zeros(c.padded_vocab - c.vocab_size, *ws[0].shape[1:])])
 
     return Rule(ours, (theirs,), lambda c, w: (w[: c.vocab_size],), pad)
+
+
+def twice(rule: Rule, also: str) -> Rule:
+    """``rule``, of one tensor, that is also written under another name; the second is not read."""
+
+    def to_hf(c: ModelConfig, w: Tensor) -> Tensors:
+        return (*rule.to_hf(c, w), *rule.to_hf(c, w))
+
+    return Rule(rule.ours, (*rule.theirs, also), to_hf, lambda c, ws: rule.from_hf(c, ws[:1]))
 
 
 def _qkv_shape(c: ModelConfig, theirs: Tensor) -> tuple[int, ...]:

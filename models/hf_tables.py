@@ -6,6 +6,7 @@ Every rule is an exact pair of transforms; that they are also the right ones onl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,23 @@ import torch
 
 from megatron_ds.checkpoint import hf
 from megatron_ds.checkpoint.hf import TokenizerLike
-from megatron_ds.checkpoint.hf_architecture import Architecture, Rule, Shapes, must_be, needs
+from megatron_ds.checkpoint.hf_architecture import Architecture, Rule, needs
+from megatron_ds.checkpoint.hf_settings import Settings, must_be
 from megatron_ds.config import ModelConfig
 from megatron_ds.errors import ConfigError
-from megatron_ds.models.gpt import GPT
 from megatron_ds.models.hf_bert import BERT_FOR_MASKED_LM
 from megatron_ds.models.hf_layouts import (
     both,
+    global_shapes,
     interleaved_qkv,
     same,
-    separate_gate_up,
-    separate_qkv,
     stacked_qkv,
     transposed,
     vocabulary,
 )
-from megatron_ds.shard import spec_of
+from megatron_ds.models.hf_llama import LLAMAS
 
-LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+__all__ = ["ARCHITECTURES", "export_hf", "global_shapes", "import_hf"]
 
 
 def export_hf(
@@ -39,9 +39,10 @@ def export_hf(
     dtype: torch.dtype | None = None,
     tokenizer: TokenizerLike | None = None,
     progress: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> Path:
     """:func:`megatron_ds.checkpoint.hf.export_hf` with the architectures of this module."""
-    return hf.export_hf(checkpoint, out_dir, ARCHITECTURES, dtype, tokenizer, progress)
+    return hf.export_hf(checkpoint, out_dir, ARCHITECTURES, dtype, tokenizer, progress, say=say)
 
 
 def import_hf(
@@ -50,25 +51,20 @@ def import_hf(
     dtype: torch.dtype | None = None,
     vocab_multiple: int | None = None,
     progress: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> Path:
     """:func:`megatron_ds.checkpoint.hf.import_hf` with the architectures of this module."""
-    return hf.import_hf(hf_dir, out_dir, ARCHITECTURES, dtype, vocab_multiple, progress)
-
-
-def global_shapes(config: ModelConfig) -> Shapes:
-    """Name to global shape of every tensor of the model."""
-    specs = [spec_of(parameter) for parameter in GPT(config, device="meta").parameters()]
-    return {spec.name: spec.global_shape for spec in specs}
-
-
-def _qkv_bias(c: ModelConfig) -> bool:
-    return c.bias if c.qkv_bias is None else c.qkv_bias
+    return hf.import_hf(hf_dir, out_dir, ARCHITECTURES, dtype, vocab_multiple, progress, say=say)
 
 
 # --- GPT-2 ----------------------------------------------------------------------------------------------------
 
 GELU_TO_HF = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
 GELU_FROM_HF = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+
+
+# Of a head that sums a sequence up, which language models do not have.
+_SUMMARY = tuple(f"summary_{what}" for what in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout"))
 
 
 def _gpt2_rules(c: ModelConfig) -> list[Rule]:
@@ -118,12 +114,17 @@ def _gpt2_to_config(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _gpt2_from_config(config: dict[str, Any]) -> dict[str, Any]:
+def _gpt2_from_config(config: Settings) -> dict[str, Any]:
     must_be(config, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False)
     activation = config.get("activation_function", "gelu_new")
     if activation not in GELU_FROM_HF:
         raise ConfigError(f"activation_function={activation!r} is not supported; known: {', '.join(GELU_FROM_HF)}")
-    h = config.get("n_embd", 768)
+    h, dropout = config.get("n_embd", 768), config.get("resid_pdrop", 0.1)
+    if config.get("embd_pdrop", 0.1) != dropout:
+        raise ConfigError(
+            f"embd_pdrop={config['embd_pdrop']} beside resid_pdrop={dropout} in config.json is not supported; they "
+            "must be the same here, and may be changed: dropout is no part of a trained model"
+        )
     return {
         "num_layers": config.get("n_layer", 12),
         "hidden_size": h,
@@ -139,152 +140,8 @@ def _gpt2_from_config(config: dict[str, Any]) -> dict[str, Any]:
         "tied_embeddings": config.get("tie_word_embeddings", True),
         "init_std": config.get("initializer_range", 0.02),
         "attention_dropout": config.get("attn_pdrop", 0.1),
-        "hidden_dropout": config.get("resid_pdrop", 0.1),
+        "hidden_dropout": dropout,
     }
-
-
-# --- Llama, and Qwen 2 and 3, which are Llama with biases on q, k, v or with norms on q, k ----------------------
-
-
-def _llama_rules(c: ModelConfig) -> list[Rule]:
-    ours, theirs = "layers.{i}", "model.layers.{i}"
-    rules = [
-        vocabulary("embedding.weight", "model.embed_tokens.weight"),
-        same(f"{ours}.attention_norm.weight", f"{theirs}.input_layernorm.weight"),
-        separate_qkv(f"{ours}.attention.qkv.weight", f"{theirs}.self_attn", "weight"),
-        same(f"{ours}.attention.out.weight", f"{theirs}.self_attn.o_proj.weight"),
-        same(f"{ours}.mlp_norm.weight", f"{theirs}.post_attention_layernorm.weight"),
-        separate_gate_up(f"{ours}.mlp.gate_up.weight", f"{theirs}.mlp", "weight"),
-        same(f"{ours}.mlp.down.weight", f"{theirs}.mlp.down_proj.weight"),
-        same("final_norm.weight", "model.norm.weight"),
-    ]
-    if _qkv_bias(c):
-        rules.append(separate_qkv(f"{ours}.attention.qkv.bias", f"{theirs}.self_attn", "bias"))
-    if c.bias:
-        rules.append(same(f"{ours}.attention.out.bias", f"{theirs}.self_attn.o_proj.bias"))
-        rules.append(separate_gate_up(f"{ours}.mlp.gate_up.bias", f"{theirs}.mlp", "bias"))
-        rules.append(same(f"{ours}.mlp.down.bias", f"{theirs}.mlp.down_proj.bias"))
-    if c.qk_norm:
-        rules.append(same(f"{ours}.attention.q_norm.weight", f"{theirs}.self_attn.q_norm.weight"))
-        rules.append(same(f"{ours}.attention.k_norm.weight", f"{theirs}.self_attn.k_norm.weight"))
-    if not c.tied_embeddings:
-        rules.append(vocabulary("head.weight", "lm_head.weight"))
-    return rules
-
-
-def _llama_problems(c: ModelConfig) -> list[str]:
-    return [
-        *needs(c, position="rope", norm="rmsnorm", activation="swiglu", qkv_bias=(None, c.bias)),
-        *needs(c, family="gpt", token_types=0),
-        *needs(c, qk_norm=False, embedding_norm=False),
-    ]
-
-
-def _qwen2_problems(c: ModelConfig) -> list[str]:
-    return [
-        *needs(c, position="rope", norm="rmsnorm", activation="swiglu", bias=False, qkv_bias=True),
-        *needs(c, family="gpt", token_types=0),
-        *needs(c, qk_norm=False, embedding_norm=False),
-        *needs(c, head_dim=(None, c.hidden_size // c.num_heads)),
-    ]
-
-
-def _qwen3_problems(c: ModelConfig) -> list[str]:
-    return [
-        *needs(c, position="rope", norm="rmsnorm", activation="swiglu", bias=False, qkv_bias=(None, False)),
-        *needs(c, family="gpt", token_types=0),
-        *needs(c, qk_norm=True, embedding_norm=False),
-    ]
-
-
-def _rope_to_config(c: ModelConfig) -> dict[str, Any]:
-    """In the words of ``transformers`` 4 and of 5, which agree with each other."""
-    scaling = None
-    if c.rope_scaling:
-        scaling = {"rope_type": "llama3", **{name: c.rope_scaling[name] for name in LLAMA3_SCALING}}
-    return {
-        "rope_theta": c.rope_theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": c.rope_theta},
-    }
-
-
-def _rope_from_config(config: dict[str, Any]) -> dict[str, Any]:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ConfigError(f"rope_type={kind!r} in config.json is not supported, only 'default' and 'llama3'")
-    scaling = {name: rope[name] for name in LLAMA3_SCALING} if kind == "llama3" else None
-    return {
-        "position": "rope",
-        "rope_theta": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-        "rope_scaling": scaling,
-    }
-
-
-def _llama_to_config(c: ModelConfig) -> dict[str, Any]:
-    return {
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.ffn_size,
-        "num_hidden_layers": c.num_layers,
-        "num_attention_heads": c.num_heads,
-        "num_key_value_heads": c.groups,
-        "head_dim": c.head_size,
-        "hidden_act": "silu",
-        "max_position_embeddings": c.max_positions,
-        "rms_norm_eps": c.norm_eps,
-        "initializer_range": c.init_std,
-        "attention_dropout": c.attention_dropout,
-        "attention_bias": c.bias,
-        "mlp_bias": c.bias,
-        "tie_word_embeddings": c.tied_embeddings,
-        **_rope_to_config(c),
-    }
-
-
-def _qwen_to_config(c: ModelConfig) -> dict[str, Any]:
-    config = {**_llama_to_config(c), "use_sliding_window": False}
-    del config["mlp_bias"]
-    return config
-
-
-def _llama_from_config(config: dict[str, Any]) -> dict[str, Any]:
-    must_be(config, hidden_act="silu")
-    bias = bool(config.get("attention_bias", False))
-    if bool(config.get("mlp_bias", False)) != bias:
-        raise ConfigError(
-            f"attention_bias={bias} with mlp_bias={not bias} in config.json is not supported; both must be the same"
-        )
-    n, h = config["num_attention_heads"], config["hidden_size"]
-    return {
-        "num_layers": config["num_hidden_layers"],
-        "hidden_size": h,
-        "num_heads": n,
-        "kv_heads": config.get("num_key_value_heads") or n,
-        "head_dim": config.get("head_dim") or h // n,
-        "ffn_hidden_size": config["intermediate_size"],
-        "vocab_size": config["vocab_size"],
-        "max_positions": config.get("max_position_embeddings", 2048),
-        "norm": "rmsnorm",
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
-        "activation": "swiglu",
-        "bias": bias,
-        "tied_embeddings": config.get("tie_word_embeddings", False),
-        "init_std": config.get("initializer_range", 0.02),
-        "attention_dropout": config.get("attention_dropout", 0.0),
-        **_rope_from_config(config),
-    }
-
-
-def _qwen2_from_config(config: dict[str, Any]) -> dict[str, Any]:
-    must_be(config, use_sliding_window=False)
-    return {**_llama_from_config(config), "bias": False, "qkv_bias": True}
-
-
-def _qwen3_from_config(config: dict[str, Any]) -> dict[str, Any]:
-    must_be(config, use_sliding_window=False, attention_bias=False)
-    return {**_llama_from_config(config), "head_dim": config.get("head_dim", 128), "qk_norm": True}
 
 
 # --- BLOOM ----------------------------------------------------------------------------------------------------
@@ -330,11 +187,12 @@ def _bloom_to_config(c: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _bloom_from_config(config: dict[str, Any]) -> dict[str, Any]:
-    must_be(config, apply_residual_connection_post_layernorm=False)
+def _bloom_from_config(config: Settings) -> dict[str, Any]:
+    h = config.get("hidden_size", config.get("n_embed", 64))
+    must_be(config, apply_residual_connection_post_layernorm=False, n_inner=4 * h)
     return {
         "num_layers": config.get("n_layer", config.get("num_hidden_layers", 2)),
-        "hidden_size": config.get("hidden_size", config.get("n_embed", 64)),
+        "hidden_size": h,
         "num_heads": config.get("n_head", config.get("num_attention_heads", 8)),
         "vocab_size": config.get("vocab_size", 250880),
         "max_positions": config.get("seq_length", 2048),
@@ -351,9 +209,12 @@ def _bloom_from_config(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# --- the table of tables --------------------------------------------------------------------------------------
+_BLOOM_KERNELS = (
+    *("slow_but_exact", "masked_softmax_fusion", "attention_softmax_in_fp32", "bias_dropout_fusion"),
+    *("skip_bias_add", "skip_bias_add_qkv", "offset_alibi"),
+)
 
-ROTARY_BUFFERS = (r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
+# --- the table of tables --------------------------------------------------------------------------------------
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
@@ -366,40 +227,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         _gpt2_from_config,
         _gpt2_problems,
         ignored=(r"h\.\d+\.attn\.(masked_)?bias",),
+        copies={"lm_head.weight": "transformer.wte.weight"},
+        harmless=(*_SUMMARY, "n_ctx", "n_special", "predict_special_tokens", "reorder_and_upcast_attn"),
     ),
-    Architecture(
-        "LlamaForCausalLM",
-        "llama",
-        "model.",
-        _llama_rules,
-        global_shapes,
-        _llama_to_config,
-        _llama_from_config,
-        _llama_problems,
-        ROTARY_BUFFERS,
-    ),
-    Architecture(
-        "Qwen2ForCausalLM",
-        "qwen2",
-        "model.",
-        _llama_rules,
-        global_shapes,
-        _qwen_to_config,
-        _qwen2_from_config,
-        _qwen2_problems,
-        ROTARY_BUFFERS,
-    ),
-    Architecture(
-        "Qwen3ForCausalLM",
-        "qwen3",
-        "model.",
-        _llama_rules,
-        global_shapes,
-        _qwen_to_config,
-        _qwen3_from_config,
-        _qwen3_problems,
-        ROTARY_BUFFERS,
-    ),
+    *LLAMAS,
     Architecture(
         "BloomForCausalLM",
         "bloom",
@@ -409,6 +240,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         _bloom_to_config,
         _bloom_from_config,
         _bloom_problems,
+        copies={"lm_head.weight": "transformer.word_embeddings.weight"},
+        harmless=_BLOOM_KERNELS,
     ),
     BERT_FOR_MASKED_LM,
 )

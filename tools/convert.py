@@ -31,17 +31,18 @@ class ToHf:
     dtype: DType | None = None
     """Of the exported weights; default: as saved."""
     tokenizer: str | None = None
-    """A folder or tokenizer.json, a SentencePiece .model, or 'bytes', to go with the model."""
+    """A folder or tokenizer.json, a SentencePiece .model, or 'bytes', to go with the model; default: the one it
+    was imported with."""
 
 
 @dataclass(frozen=True)
 class FromHf:
-    """Write a Hugging Face model (safetensors) as checkpoint step-00000000, to train or to evaluate from."""
+    """Write a Hugging Face model as checkpoint step-00000000, to train or to evaluate from."""
 
     model: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
-    """The folder with config.json and the .safetensors files."""
+    """The folder with config.json and the weights: .safetensors files, or pytorch_model.bin."""
     output: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CHECKPOINTS")]]
-    """The checkpoint directory; tokenizer files are copied to tokenizer/ in it, and model.toml holds its settings."""
+    """The checkpoint directory; tokenizer/, hf/ and model.toml hold what else belongs to the model."""
     dtype: DType | None = None
     """Of the checkpoint's weights; default: as in the model."""
     vocab_multiple: int | None = None
@@ -55,9 +56,9 @@ def main(command: ToHf | FromHf) -> None:
     dtype = None if command.dtype is None else getattr(torch, command.dtype)
     if isinstance(command, ToHf):
         tokenizer = None if command.tokenizer is None else load_tokenizer(command.tokenizer)
-        written = export_hf(command.checkpoint, command.output, dtype, tokenizer, progress=True)
+        written = export_hf(command.checkpoint, command.output, dtype, tokenizer, progress=True, say=print)
     else:
-        written = import_hf(command.model, command.output, dtype, command.vocab_multiple, progress=True)
+        written = import_hf(command.model, command.output, dtype, command.vocab_multiple, progress=True, say=print)
     print(written)
 
 

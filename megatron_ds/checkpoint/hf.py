@@ -9,7 +9,6 @@ import followed by export gives back every bit.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,8 +18,11 @@ import pydantic
 import torch
 from tqdm import tqdm
 
+from megatron_ds.checkpoint import hf_files
 from megatron_ds.checkpoint.hf_architecture import Architecture, Rule, architecture_of, choose
 from megatron_ds.checkpoint.hf_folder import HFFolder
+from megatron_ds.checkpoint.hf_match import Match
+from megatron_ds.checkpoint.hf_settings import KEPT, Settings, must_be
 from megatron_ds.checkpoint.load import compare
 from megatron_ds.checkpoint.manifest import INCOMPLETE, step_name, sync_directory, write_text_durably
 from megatron_ds.checkpoint.meta import model_config
@@ -33,7 +35,6 @@ from megatron_ds.config.read import values_to_toml
 from megatron_ds.errors import CheckpointError, ConfigError
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-SHOWN = 10
 MODEL_TOML = "model.toml"
 
 
@@ -42,6 +43,7 @@ class TokenizerLike(Protocol):
 
     eod_id: int | None
     bos_id: int | None
+    fingerprint: str
 
     def save_hf(self, folder: str | Path) -> None: ...
 
@@ -54,6 +56,7 @@ def export_hf(
     tokenizer: TokenizerLike | None = None,
     progress: bool = False,
     file_bytes: int = FILE_BYTES,
+    say: Callable[[str], None] | None = None,
 ) -> Path:
     """Write a checkpoint's model as a folder that ``transformers``' ``from_pretrained`` loads.
 
@@ -62,9 +65,11 @@ def export_hf(
         out_dir: made here; must not exist or be empty. It appears only when it is complete.
         architectures: those to choose from.
         dtype: of the exported tensors; None keeps the checkpoint's.
-        tokenizer: saved beside the model; its end-of-document token becomes the model's EOS.
+        tokenizer: saved beside the model; its end-of-document token becomes the model's EOS. None: the one that came
+            with the model, if it did.
         progress: show a progress bar.
         file_bytes: the size of one file at most, unless a single tensor is larger.
+        say: told what a user should know of the result.
 
     Raises:
         CheckpointError: of the checkpoint; or its tensors are not those of its configuration.
@@ -98,9 +103,7 @@ def export_hf(
                     bar.update(tensor.nbytes)
             files.finish()
             _write_index(partial, files, plan)
-            _write_configs(partial, architecture, config, plan, source.meta.get("hf", {}), tokenizer)
-            if tokenizer is not None:
-                tokenizer.save_hf(partial)
+            _write_rest(partial, architecture, config, plan, source.directory.parent, tokenizer, say)
             sync_directory(partial)
             if out_dir.exists():
                 out_dir.rmdir()
@@ -121,93 +124,76 @@ def import_hf(
     vocab_multiple: int | None = None,
     progress: bool = False,
     file_bytes: int = FILE_BYTES,
+    say: Callable[[str], None] | None = None,
 ) -> Path:
-    """Write a folder of ``transformers`` (safetensors) as checkpoint ``step-00000000`` under ``out_dir``.
+    """Write a folder of ``transformers`` as checkpoint ``step-00000000`` under ``out_dir``.
 
     Args:
-        hf_dir: has config.json and model.safetensors, or an index and its shards.
-        out_dir: a checkpoint directory; tokenizer files are copied to ``tokenizer/`` in it, and ``model.toml`` in it
-            holds the model's settings, as a file for ``--config``.
+        hf_dir: has config.json and weights; see :mod:`megatron_ds.checkpoint.hf_folder` for which are read.
+        out_dir: a checkpoint directory; tokenizer files are copied to ``tokenizer/`` in it and the other files that
+            go with the model to ``hf/``, and ``model.toml`` holds the model's settings, as a file for ``--config``.
         architectures: those to choose from, by config.json's ``architectures`` or ``model_type``.
         dtype: of the checkpoint's tensors; None keeps theirs.
         vocab_multiple: the vocabulary's rows are padded with zeros to a multiple of this; None: the default of
             :class:`ModelConfig`.
-        progress, file_bytes: as for :func:`export_hf`.
+        progress, file_bytes, say: as for :func:`export_hf`.
 
     Raises:
         ConfigError: the model's architecture or a feature of it is not supported (named).
         CheckpointError: files are missing or damaged, or the tensors are not those of the configuration.
     """
+    out_dir = Path(out_dir)
+    if (out_dir / step_name(0)).exists():
+        raise CheckpointError(
+            f"{out_dir / step_name(0)} exists already; import into another folder, or remove it first"
+        )
     source = HFFolder(Path(hf_dir))
-    architecture = architecture_of(source.config, architectures)
-    fields = architecture.from_config(source.config)
-    if vocab_multiple is not None:
-        fields["vocab_multiple"] = vocab_multiple
-    try:
-        config = ModelConfig(**fields)
-    except pydantic.ValidationError as error:
-        raise ConfigError(f"{source.path / 'config.json'} describes a model that is not supported: {error}") from error
-    rules = architecture.expanded(config)
-    names = _match_names(source, architecture, config, rules)
-    shapes = architecture.shapes(config)
+    architecture, config = _describe(source, architectures, vocab_multiple)
+    match = Match(source, architecture, config)
+    config, shapes = match.config, architecture.shapes(match.config)
+    for note in (*source.notes, *match.notes):
+        if say is not None:
+            say(f"{source.path}: {note}")
     plan: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for rule in rules:
-        theirs = {source.dtypes[names[name]] for name in rule.theirs}
+    for rule in match.rules:
+        theirs = {source.dtypes[match.names[name]] for name in rule.theirs}
         if len(theirs) > 1 and dtype is None:
             found = ", ".join(sorted(map(str, theirs)))
-            raise CheckpointError(f"{source.path}: {', '.join(rule.theirs)} have dtypes {found}; choose one with dtype")
+            raise CheckpointError(
+                f"{source.path}: {', '.join(rule.theirs)} have dtypes {found}; choose one with --dtype"
+            )
         plan[rule.ours] = (shapes[rule.ours], dtype or theirs.pop())
-    meta = {
-        "config": {"model": config.model_dump(mode="json")},
-        "hf": {key: source.config[key] for key in SPECIAL_TOKENS if source.config.get(key) is not None},
-    }
-    makers = {rule.ours: rule for rule in rules}
+    meta = {"config": {"model": config.model_dump(mode="json")}}
+    makers = {rule.ours: rule for rule in match.rules}
 
     def make(rule: Rule) -> Iterable[tuple[str, torch.Tensor]]:
-        yield rule.ours, rule.from_hf(config, [source.read(names[name]) for name in rule.theirs])
+        yield rule.ours, rule.from_hf(config, match.read(rule))
 
     with StreamWriter(out_dir, 0, meta, plan, file_bytes=file_bytes) as writer:
         with _bar(plan, f"{architecture.name} from {source.path.name}", progress) as bar:
             for name, tensor in _converted(writer.order, makers, make, plan):
                 writer.write(name, tensor)
                 bar.update(tensor.nbytes)
-        source.copy_tokenizer(Path(out_dir) / "tokenizer")
-        write_text_durably(Path(out_dir) / MODEL_TOML, values_to_toml({"model": config.model_dump(mode="json")}))
-    return Path(out_dir) / step_name(0)
+        hf_files.keep(source, out_dir)
+        write_text_durably(out_dir / MODEL_TOML, values_to_toml(meta["config"]))
+    return out_dir / step_name(0)
 
 
-def _match_names(
-    source: HFFolder, architecture: Architecture, config: ModelConfig, rules: Sequence[Rule]
-) -> dict[str, str]:
-    """The rules' Hugging Face names to the names in the files, or one error that lists what differs."""
-    present = set(source.shapes)
-    prefix = architecture.prefix
-    bare = not any(name.startswith(prefix) for name in present)
-    names: dict[str, str] = {}
-    shapes = architecture.shapes(config)
-    wrong: list[str] = []
-    for rule in rules:
-        expected = rule.to_hf(config, torch.empty(shapes[rule.ours], device="meta"))
-        for name, part in zip(rule.theirs, expected):
-            names[name] = name.removeprefix(prefix) if bare else name
-            if names[name] in present and source.shapes[names[name]] != tuple(part.shape):
-                wrong.append(f"{name}: {list(source.shapes[names[name]])} instead of {list(part.shape)}")
-    missing = [name for name in names.values() if name not in present]
-    ignored = [*architecture.ignored, *([r"lm_head\.weight"] if config.tied_embeddings else [])]
-    unexpected = [
-        name
-        for name in sorted(present - set(names.values()))
-        if not any(re.fullmatch(f"({re.escape(prefix)})?{pattern}", name) for pattern in ignored)
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape than config.json says": wrong}
-    if any(problems.values()):
-        lines = [
-            f"  {title}: {', '.join(found[:SHOWN])}" + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
-            for title, found in problems.items()
-            if found
-        ]
-        raise CheckpointError("\n".join([f"{source.path} does not hold the {architecture.name} it describes:", *lines]))
-    return names
+def _describe(
+    source: HFFolder, architectures: Sequence[Architecture], vocab_multiple: int | None
+) -> tuple[Architecture, ModelConfig]:
+    """What a folder's config.json describes, every setting of it read or known to be harmless."""
+    settings = Settings(source.config)
+    architecture = architecture_of(settings, architectures)
+    must_be(settings, is_encoder_decoder=False, tie_encoder_decoder=False, add_cross_attention=False)
+    fields = architecture.from_config(settings)
+    settings.check_all_read(architecture.harmless)
+    if vocab_multiple is not None:
+        fields["vocab_multiple"] = vocab_multiple
+    try:
+        return architecture, ModelConfig(**fields)
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"{source.path / 'config.json'} describes a model that is not supported: {error}") from error
 
 
 def _converted(
@@ -254,27 +240,64 @@ def _write_index(folder: Path, files: TensorFiles, plan: Plan) -> None:
         write_text_durably(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
+def _write_rest(
+    folder: Path,
+    architecture: Architecture,
+    config: ModelConfig,
+    plan: Plan,
+    checkpoints: Path,
+    tokenizer: TokenizerLike | None,
+    say: Callable[[str], None] | None,
+) -> None:
+    """Everything but the weights: what came with the model and has not changed, as it was."""
+    original = hf_files.settings(checkpoints, hf_files.CONFIG)
+    same = tokenizer is not None and hf_files.has_tokenizer(checkpoints, tokenizer.fingerprint)
+    hf_files.copy_out(checkpoints, folder, hf_files.REST)
+    if tokenizer is not None and not same:
+        tokenizer.save_hf(folder)
+    elif same or original.get("vocab_size") == config.vocab_size:
+        hf_files.copy_out(checkpoints, folder, hf_files.TOKENIZER)
+    elif original and say is not None:
+        say(
+            f"the vocabulary has {config.vocab_size} tokens where the original's has {original.get('vocab_size')}: no "
+            "tokenizer goes with the model; name the one it was trained with (--tokenizer)"
+        )
+    _write_configs(folder, architecture, config, plan, checkpoints, None if same else tokenizer)
+
+
 def _write_configs(
     folder: Path,
     architecture: Architecture,
     config: ModelConfig,
     plan: Plan,
-    imported: dict[str, Any],
+    checkpoints: Path,
     tokenizer: TokenizerLike | None,
 ) -> None:
-    # Stated even where there is none: the classes' defaults are the ids of tokenizers that this model never saw.
-    special: dict[str, Any] = {name: imported.get(name) for name in SPECIAL_TOKENS}
+    """config.json and generation_config.json: what the original said of generation, and ours of the model.
+
+    Args:
+        tokenizer: another one than the original's; its tokens end and begin a text from now on.
+    """
+    original = hf_files.settings(checkpoints, hf_files.CONFIG)
+    generation = hf_files.settings(checkpoints, hf_files.GENERATION)
+    kept = {key: value for key, value in original.items() if key in KEPT}
+    special: dict[str, Any] = {}
     if tokenizer is not None:
-        special.update(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eod_id, pad_token_id=None)
-    dtypes = {dtype for _, dtype in plan.values()}
-    widest = max(dtypes, key=lambda dtype: dtype.itemsize)
+        special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": None}
+    elif not original:
+        # Stated: the classes' defaults are the ids of tokenizers that this model never saw.
+        special = dict.fromkeys(SPECIAL_TOKENS)
+    widest = max((dtype for _, dtype in plan.values()), key=lambda dtype: dtype.itemsize)
     value = {
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
+        **kept,
         **architecture.to_config(config),
         **special,
         "torch_dtype": str(widest).removeprefix("torch."),
     }
-    write_text_durably(folder / "config.json", json.dumps(value, indent=2) + "\n")
-    known = {name: token for name, token in special.items() if token is not None}
-    write_text_durably(folder / "generation_config.json", json.dumps(known, indent=2) + "\n")
+    write_text_durably(folder / hf_files.CONFIG, json.dumps(value, indent=2) + "\n")
+    if special or not generation:
+        known = {**generation, **{name: value.get(name) for name in SPECIAL_TOKENS}}
+        known = {name: token for name, token in known.items() if token is not None}
+        write_text_durably(folder / hf_files.GENERATION, json.dumps(known, indent=2) + "\n")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from megatron_ds.checkpoint.hf_settings import Settings
 from megatron_ds.config import ModelConfig
 from megatron_ds.errors import ConfigError
 
@@ -49,6 +50,11 @@ class Architecture:
             where our model has no such thing.
         problems: config to what this class cannot express, each naming the field.
         ignored: patterns of names in published files that hold no weights (masks, cached angles).
+        dropped: patterns of weights that ours has no use for (heads of other losses); that they are left out is said.
+        copies: tensors that files may hold a second time, to the names they are tied to. Where a file's two differ,
+            the copy is what the class computes with, and what is read.
+        renamed: (pattern, replacement) of names in files of an earlier time.
+        harmless: keys of config.json that change nothing of what the model computes.
     """
 
     name: str
@@ -57,9 +63,13 @@ class Architecture:
     rules: Callable[[ModelConfig], Sequence[Rule]]
     shapes: Callable[[ModelConfig], Shapes]
     to_config: Callable[[ModelConfig], dict[str, Any]]
-    from_config: Callable[[dict[str, Any]], dict[str, Any]]
+    from_config: Callable[[Settings], dict[str, Any]]
     problems: Callable[[ModelConfig], list[str]]
     ignored: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    copies: Mapping[str, str] = field(default_factory=dict)
+    renamed: tuple[tuple[str, str], ...] = ()
+    harmless: tuple[str, ...] = ()
 
     def expanded(self, config: ModelConfig) -> list[Rule]:
         """The rules with every layer written out, layer by layer: the order in which published files hold them."""
@@ -110,10 +120,3 @@ def needs(config: ModelConfig, **fields: Any) -> list[str]:
         if value not in choices:
             problems.append(f"model.{name}={' or '.join(map(repr, choices))} (it is {value!r})")
     return problems
-
-
-def must_be(config: dict[str, Any], **fields: Any) -> None:
-    """Refuse a config.json in which a field has a meaning that our model does not have. Absent fields pass."""
-    for name, wanted in fields.items():
-        if name in config and config[name] != wanted:
-            raise ConfigError(f"{name}={config[name]!r} in config.json is not supported, only {wanted!r}")

@@ -1,28 +1,44 @@
-"""A folder as ``transformers`` writes it: config.json and safetensors files, read one tensor at a time."""
+"""A model's folder as ``transformers`` writes it: which of its files hold the weights, read one tensor at a time.
+
+The weights are chosen as ``transformers`` chooses them: ``model.safetensors``, else the shards that
+``model.safetensors.index.json`` lists, else ``pytorch_model.bin``, else the shards of its index. Nothing outside the
+folder is read, whatever a name in an index or a link says.
+"""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_ds.checkpoint.safetensors_header import DTYPES
 from megatron_ds.errors import CheckpointError
+from megatron_ds.files import check_regular, read_json
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+class _Weights(Protocol):
+    """One open file: shape and dtype of every tensor, and the tensors."""
+
+    found: dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+    def read(self, name: str) -> torch.Tensor: ...
 
 
 class HFFolder:
     """The model in a folder.
 
     Attributes:
-        config: config.json. shapes, dtypes: of every tensor, by name.
+        config: config.json. shapes, dtypes: of every tensor, by name. notes: what should be said of the choice.
 
     Raises:
-        CheckpointError: a file is missing or cannot be read, or the weights are pickled.
+        CheckpointError: a file is missing, cannot be read or lies outside the folder; the files disagree about which
+            tensor lies where; the weights are quantised.
     """
 
     # Neighbouring tensors may lie in two files; what is open is only mapped, not held.
@@ -30,55 +46,152 @@ class HFFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._handles: OrderedDict[str, Any] = OrderedDict()
-        self.config: dict[str, Any] = self._json("config.json")
-        if (path / "model.safetensors.index.json").exists():
-            files = sorted(set(self._json("model.safetensors.index.json")["weight_map"].values()))
-        elif (path / "model.safetensors").exists():
-            files = ["model.safetensors"]
-        else:
-            pickled = any(path.glob("pytorch_model*.bin"))
-            raise CheckpointError(
-                f"{path} has no model.safetensors"
-                + (" but pickled .bin files, which can run code when loaded" if pickled else "")
-                + "; save it with save_pretrained(..., safe_serialization=True)"
-            )
+        self.notes: list[str] = []
+        self._open_files: OrderedDict[str, _Weights] = OrderedDict()
+        self.config: dict[str, Any] = self.json("config.json")
+        quantised = self.config.get("quantization_config") or self.config.get("compression_config")
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+            raise CheckpointError(f"{path} is quantised (quant_method={method!r}): {_DEQUANTISE}")
+        files, listed = self._weight_files()
         self._file_of: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for file in files:
-            handle = self._open(file)
-            for name in handle.keys():  # noqa: SIM118
-                self._file_of[name] = file
-                self.shapes[name] = tuple(handle.get_slice(name).get_shape())
-                self.dtypes[name] = DTYPES[handle.get_slice(name).get_dtype()]
+            for name, (shape, dtype) in self._open(file).found.items():
+                if name in self._file_of:
+                    raise CheckpointError(
+                        f"{path}: {name} is in {self._file_of[name]} and in {file}, and only one of them can be meant; "
+                        "remove the one of another save"
+                    )
+                self._file_of[name], self.shapes[name], self.dtypes[name] = file, shape, dtype
+        for name, file in listed.items():
+            if self._file_of.get(name) != file:
+                raise CheckpointError(
+                    f"{path}: the index says that {name} is in {file}, but it is in "
+                    f"{self._file_of.get(name, 'no file')}: index and shards are of different saves"
+                )
+
+    def check_dtype(self, name: str) -> None:
+        """A :class:`CheckpointError` where a weight is kept in a format of quantisation."""
+        if not self.dtypes[name].is_floating_point or self.dtypes[name].itemsize < 2:
+            raise CheckpointError(f"{self.path}: {name} is {self.dtypes[name]}, quantised: {_DEQUANTISE}")
 
     def read(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._open(self._file_of[name]).get_tensor(name)
+        return self._open(self._file_of[name]).read(name)
+
+    def inside(self, name: str) -> Path:
+        """The regular file ``name`` of this folder.
+
+        Raises:
+            CheckpointError: it cannot be read, or lies elsewhere: by ``..``, by an absolute path or by a link. The
+                links of the hub's cache, from a snapshot to the blobs of the same repository, are followed.
+        """
+        path, home = self.path / name, self.path.resolve()
+        roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+        outside = Path(name).is_absolute() or ".." in Path(name).parts
+        try:
+            if outside or not any(path.resolve().is_relative_to(root) for root in roots):
+                raise CheckpointError(
+                    f"{self.path}: {name} leads out of the folder, and nothing outside it is read; copy the file there"
+                )
+            check_regular(path)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+        return path
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file of the folder."""
+        path = self.inside(name)
+        try:
+            value = read_json(path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{path} holds no JSON object but {type(value).__name__}")
+        return value
+
+    def _weight_files(self) -> tuple[list[str], dict[str, str]]:
+        """The files to read, and what an index says of them: a tensor's name to its file."""
+        there = {name for name in (SINGLE, INDEX, PICKLED, PICKLED_INDEX) if (self.path / name).is_file()}
+        if {SINGLE, INDEX} <= there:
+            self.notes.append(f"{SINGLE} is read, as transformers does; {INDEX} beside it and its shards are not")
+        if SINGLE in there:
+            return [SINGLE], {}
+        if INDEX in there:
+            return self._listed(INDEX)
+        if there:
+            self.notes.append("the weights are pickled; torch reads them with weights_only, which runs no code of them")
+            return ([PICKLED], {}) if PICKLED in there else self._listed(PICKLED_INDEX)
+        shards = sorted(path.name for path in self.path.glob("model-*-of-*.safetensors"))
+        if shards:
+            raise CheckpointError(f"{self.path} has {shards[0]} but no {INDEX}, which says what is where")
+        for name in (SINGLE, PICKLED):
+            if (self.path / name).exists() or (self.path / name).is_symlink():
+                self.inside(name)  # says what is wrong with it
+        raise CheckpointError(f"{self.path} has no {SINGLE} and no {PICKLED}; save the model with save_pretrained")
+
+    def _listed(self, index: str) -> tuple[list[str], dict[str, str]]:
+        places = self.json(index).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+            raise CheckpointError(f"{self.path / index} has no weight_map of names and files")
+        return sorted(set(places.values())), places
+
+    def _open(self, file: str) -> _Weights:
+        if file not in self._open_files:
+            if len(self._open_files) == self.OPEN_FILES:
+                self._open_files.popitem(last=False)
+            path = self.inside(file)
+            self._open_files[file] = _Safetensors(path) if path.suffix == ".safetensors" else _Pickled(path)
+        self._open_files.move_to_end(file)
+        return self._open_files[file]
+
+
+_DEQUANTISE = (
+    "dequantise first: load it with transformers (dtype=torch.bfloat16) and save_pretrained what it dequantised"
+)
+
+
+class _Safetensors:
+    """A safetensors file, mapped."""
+
+    def __init__(self, path: Path):
+        self.found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        try:
+            self._handle = safe_open(path, "pt")
+            for name in self._handle.keys():  # noqa: SIM118
+                part = self._handle.get_slice(name)
+                if part.get_dtype() not in DTYPES:
+                    raise CheckpointError(f"{path}: {name} is {part.get_dtype()}, quantised: {_DEQUANTISE}")
+                self.found[name] = (tuple(part.get_shape()), DTYPES[part.get_dtype()])
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor: torch.Tensor = self._handle.get_tensor(name)
         return tensor
 
-    def copy_tokenizer(self, target: Path) -> None:
-        patterns = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja")
-        files = [file for pattern in patterns for file in self.path.glob(pattern) if file.is_file()]
-        if files:
-            target.mkdir(parents=True, exist_ok=True)
-        for file in files:
-            shutil.copyfile(file, target / file.name)
 
-    def _open(self, file: str) -> Any:
-        if file not in self._handles:
-            if len(self._handles) == self.OPEN_FILES:
-                self._handles.popitem(last=False)
-            try:
-                self._handles[file] = safe_open(self.path / file, "pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{self.path / file} cannot be read: {error}") from error
-        self._handles.move_to_end(file)
-        return self._handles[file]
+class _Pickled:
+    """A file of ``torch.save``, mapped where its format allows it, read by torch's weights-only reader."""
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def __init__(self, path: Path):
         try:
-            value: dict[str, Any] = json.loads((self.path / name).read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path / name} cannot be read: {error}") from error
-        return value
+            try:
+                state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            except RuntimeError:  # of before torch 1.6: not a zip file
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # the reader raises many kinds, some of modules that are not imported here
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{path} cannot be read by torch's weights-only reader: {reason}") from error
+        if not isinstance(state, dict) or not state or not all(_plain(value) for value in state.values()):
+            raise CheckpointError(f"{path} does not hold a model's state: names and dense tensors")
+        self._state: dict[str, torch.Tensor] = state
+        self.found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._state[name].detach()
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized

@@ -6,6 +6,8 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
+from megatron_ds.checkpoint.hf_files import take_along
+from megatron_ds.checkpoint.manifest import resolve
 from megatron_ds.config import RunConfig, validate
 from megatron_ds.data.gpt_sources import GPTSources
 from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
@@ -90,6 +92,7 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
             if config.checkpoint.resume:
                 print(_resumed(loop.step, config, changes), flush=True)
             if config.checkpoint.init_from and not resumes:
+                take_along(resolve(config.checkpoint.init_from).parent, output.checkpoints)
                 print(f"weights from {config.checkpoint.init_from}", *differs, sep="\n  ", flush=True)
         return loop.run()
 

@@ -1,0 +1,88 @@
+"""The files of a ``transformers`` folder that are no weights: they go with the model, through training, back out.
+
+Beside the checkpoints that came from a folder lie ``tokenizer/``, the files that make the tokenizer, and ``hf/``, the
+rest: configuration, generation settings, licence, model card. A run that starts from such a checkpoint takes both
+along, and an export writes what has not changed as it was.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron_ds.checkpoint.hf_folder import HFFolder
+from megatron_ds.checkpoint.writer import checksum
+from megatron_ds.errors import CheckpointError
+from megatron_ds.files import read_bytes, read_json
+
+TOKENIZER, REST = "tokenizer", "hf"
+CONFIG, GENERATION = "config.json", "generation_config.json"
+
+# What belongs to a tokenizer, and the kinds of all that travels: texts and settings. Weights and code do not.
+_TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
+    "chat_template.*", "*.model", "*.tiktoken",
+)  # fmt: skip
+_KINDS = ("", ".json", ".txt", ".md", ".jinja", ".model", ".tiktoken", ".pdf", ".rst")
+_TEMPLATES = "additional_chat_templates"
+
+
+def keep(source: HFFolder, out_dir: Path) -> None:
+    """Copy what travels from a folder to beside its checkpoint.
+
+    Raises:
+        CheckpointError: a file of it cannot be read, or is a link out of the folder.
+    """
+    for name in _travelling(source):
+        kept = TOKENIZER if _is_tokenizers(name) else REST
+        target = out_dir / kept / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.inside(name), target)
+
+
+def take_along(checkpoints: Path, out_dir: Path) -> None:
+    """Copy what lies beside a run's checkpoints to beside another's, which starts from them."""
+    for kept in (TOKENIZER, REST):
+        if (checkpoints / kept).is_dir() and not (out_dir / kept).exists():
+            shutil.copytree(checkpoints / kept, out_dir / kept)
+
+
+def copy_out(checkpoints: Path, folder: Path, kept: str) -> None:
+    """Copy one of the two into an exported folder."""
+    if (checkpoints / kept).is_dir():
+        shutil.copytree(checkpoints / kept, folder, dirs_exist_ok=True)
+
+
+def settings(checkpoints: Path, name: str) -> dict[str, Any]:
+    """A JSON file of the folder that the checkpoints came from; empty where there is none."""
+    path = checkpoints / REST / name
+    if not path.exists():
+        return {}
+    try:
+        value = read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def has_tokenizer(checkpoints: Path, fingerprint: str) -> bool:
+    """Whether the tokenizer beside the checkpoints is the one with this fingerprint: the xxh3-64 of its file."""
+    names = ("tokenizer.json", "tokenizer.model")
+    files = [checkpoints / TOKENIZER / name for name in names]
+    return any(file.is_file() and checksum(read_bytes(file)) == fingerprint for file in files)
+
+
+def _travelling(source: HFFolder) -> list[str]:
+    folders = [source.path, source.path / _TEMPLATES]
+    names = [str(path.relative_to(source.path)) for folder in folders for path in sorted(folder.glob("*"))]
+    return [name for name in names if _travels(source.path / name)]
+
+
+def _travels(path: Path) -> bool:
+    hidden = path.name.startswith(".")
+    return not (hidden or path.is_dir() or path.suffix not in _KINDS or path.name.endswith(".index.json"))
+
+
+def _is_tokenizers(name: str) -> bool:
+    return any(Path(name).match(pattern) for pattern in _TOKENIZER_FILES)

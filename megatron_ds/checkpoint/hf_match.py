@@ -1,0 +1,126 @@
+"""Which tensors of a folder are which of an architecture's, and what is made of a second copy of a tied one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from megatron_ds.checkpoint.hf_architecture import Architecture, Rule
+from megatron_ds.checkpoint.hf_folder import HFFolder
+from megatron_ds.config import ModelConfig
+from megatron_ds.errors import CheckpointError
+
+SHOWN = 10
+
+
+class Match:
+    """The architecture's names of a folder's tensors.
+
+    Attributes:
+        config: the model's, with a head of its own where the file has one, whatever its configuration says.
+        names: the architecture's names to the names in the files. notes: what should be said of the choice.
+
+    Raises:
+        CheckpointError: tensors are missing, of another shape, or of no known use.
+    """
+
+    def __init__(self, source: HFFolder, architecture: Architecture, config: ModelConfig):
+        self.source, self.architecture = source, architecture
+        self.notes: list[str] = []
+        self.names = self._full_names()
+        self._used = {name for name in self.names if self._known(name, architecture.ignored)}
+        dropped = [name for name in self.names if self._known(name, architecture.dropped)]
+        if dropped:
+            self.notes.append(f"left out, for the model here has no use for them: {_shown(dropped)}")
+            self._used.update(dropped)
+        self.config = self._with_copies(config)
+        self.rules = architecture.expanded(self.config)
+        self._check(self.rules)
+
+    def read(self, rule: Rule) -> list[torch.Tensor]:
+        return [self.source.read(self.names[name]) for name in rule.theirs]
+
+    def _full_names(self) -> dict[str, str]:
+        """Names as this version of ``transformers`` gives them: with the prefix, without those of earlier times."""
+        prefix = self.architecture.prefix
+        bare = not any(name.startswith(prefix) for name in self.source.shapes)
+        heads = {name.split(".")[0] for name in self.architecture.copies} if bare else set()
+        found: dict[str, str] = {}
+        for name in self.source.shapes:
+            full = prefix + name if bare and name.split(".")[0] not in heads else name
+            for pattern, replacement in self.architecture.renamed:
+                full = re.sub(pattern, replacement, full)
+            if full in found:
+                raise CheckpointError(f"{self.source.path}: {found[full]} and {name} are one tensor under two names")
+            found[full] = name
+        return found
+
+    def _with_copies(self, config: ModelConfig) -> ModelConfig:
+        """Where a tied tensor is there twice and differs, the model computes with the copy, as in ``transformers``."""
+        tied, untied = config.tied_embeddings, config.model_copy(update={"tied_embeddings": False})
+        head = [rule.theirs[0] for rule in self.architecture.rules(untied) if rule.ours == "head.weight"]
+        for copy, original in self.architecture.copies.items():
+            needed = any(copy in rule.theirs for rule in self.architecture.rules(config))
+            if copy not in self.names or needed:
+                if needed and tied and original in self.names:
+                    self.names.setdefault(copy, self.names[original])
+                continue
+            if original not in self.names:
+                self.names[original] = self.names[copy]
+            elif not self._equal(copy, original):
+                if copy in head:
+                    config = untied
+                    self.notes.append(
+                        f"{copy} differs from {original}: the model gets a head of its own, although "
+                        "tie_word_embeddings says otherwise"
+                    )
+                    continue
+                self.notes.append(f"{copy} differs from {original}: it is what the model computes with")
+                self.names[original], self.names[copy] = self.names[copy], self.names[original]
+            self._used.add(copy)
+        return config
+
+    def _equal(self, one: str, two: str) -> bool:
+        shapes = [self.source.shapes[self.names[name]] for name in (one, two)]
+        return shapes[0] == shapes[1] and torch.equal(
+            self.source.read(self.names[one]), self.source.read(self.names[two])
+        )
+
+    def _check(self, rules: Sequence[Rule]) -> None:
+        shapes = self.architecture.shapes(self.config)
+        missing: list[str] = []
+        wrong: list[str] = []
+        for rule in rules:
+            expected = rule.to_hf(self.config, torch.empty(shapes[rule.ours], device="meta"))
+            for name, part in zip(rule.theirs, expected):
+                if name not in self.names:
+                    missing.append(name)
+                    continue
+                self._used.add(name)
+                self.source.check_dtype(self.names[name])
+                shape = self.source.shapes[self.names[name]]
+                if shape != tuple(part.shape):
+                    wrong.append(f"{name}: {list(shape)} instead of {list(part.shape)}")
+        problems = {
+            "missing": missing,
+            "unexpected": sorted(self.names[name] for name in self.names.keys() - self._used),
+            "of another shape than config.json says": wrong,
+        }
+        if any(problems.values()):
+            raise CheckpointError("\n".join(self._listed(problems)))
+
+    def _listed(self, problems: Mapping[str, Sequence[str]]) -> Iterable[str]:
+        yield f"{self.source.path} does not hold the {self.architecture.name} it describes:"
+        for title, found in problems.items():
+            if found:
+                yield f"  {title}: {_shown(found)}"
+
+    def _known(self, name: str, patterns: Sequence[str]) -> bool:
+        prefix = re.escape(self.architecture.prefix)
+        return any(re.fullmatch(f"({prefix})?{pattern}", name) for pattern in patterns)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
