@@ -177,7 +177,7 @@ def _llama_from_config(config: Settings) -> dict[str, Any]:
 
 def _full_attention(config: Settings) -> None:
     """Refuse layers that see a part of the sequence alone; a window that is not used says nothing."""
-    must_be(config, use_sliding_window=False)
+    must_be(config, use_sliding_window=False, use_mrope=False)
     other = set(config.get("layer_types", ())) - {"full_attention"}
     if other:
         raise ConfigError(f"layer_types with {sorted(other)} in config.json are not supported, only 'full_attention'")

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_ds.checkpoint import Checkpoint, Piece, load
+from megatron_ds.checkpoint.meta import model_config
+from megatron_ds.models.families import class_of
+from megatron_ds.models.transformer import Transformer
+from megatron_ds.shard import spec_of
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -81,3 +89,49 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
             norm_weight = parameter.dim() == 1 and parameter.mean() > 0.5
             parameter.copy_(1 + noise if norm_weight else noise)
     return model
+
+
+def make_bert(**changes: Any) -> Any:
+    """A BERT with every parameter random, in evaluation mode."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"vocab_size": 131, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BertConfig(**{**sizes, "intermediate_size": 40, "max_position_embeddings": 64, **changes})
+    model = BertForMaskedLM(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model
+
+
+def parameter_pieces(model: torch.nn.Module) -> list[Piece]:
+    return [Piece.of(spec_of(parameter), "param", parameter.data) for parameter in model.parameters()]
+
+
+def loaded(checkpoint: Path) -> Transformer:
+    """The model in a checkpoint."""
+    with Checkpoint(checkpoint) as opened:
+        config = model_config(opened.meta, opened.directory)
+    model = class_of(config)(config)
+    load(checkpoint, parameter_pieces(model))
+    return model
+
+
+def our_logits(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
+    """``[b, s, v]``"""
+    batch = {"tokens": tokens, "position_ids": torch.arange(tokens.shape[1]).expand_as(tokens)}
+    with torch.no_grad():
+        return model.eval().logits(batch)
+
+
+def their_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """The same of the model that ``transformers`` loads from a folder."""
+    import transformers
+
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    with torch.no_grad():
+        logits: torch.Tensor = (
+            getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
+        )
+    return logits

@@ -6,25 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import MODELS, make
+from hf_models import MODELS, loaded, make, our_logits, parameter_pieces
 
-from megatron_ds.checkpoint import Checkpoint, Piece, load, save
+from megatron_ds.checkpoint import Checkpoint, save
 from megatron_ds.config import ModelConfig
 from megatron_ds.models.gpt import GPT
 from megatron_ds.models.hf_tables import export_hf, import_hf
 from megatron_ds.shard import spec_of
 
 TOKENS = torch.randint(0, 131, (2, 48), generator=torch.Generator().manual_seed(0))
-
-
-def parameter_pieces(model: GPT) -> list[Piece]:
-    return [Piece.of(spec_of(parameter), "param", parameter.data) for parameter in model.parameters()]
-
-
-def our_logits(model: GPT, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    with torch.no_grad():
-        return model.eval().logits({"tokens": tokens, "position_ids": positions})
 
 
 def largest_difference(one: torch.Tensor, two: torch.Tensor) -> float:
@@ -37,17 +27,14 @@ def test_an_imported_model_computes_the_same_logits(tmp_path: Path, name: str) -
     theirs = make(name)
     theirs.save_pretrained(tmp_path / "hf")
     import_hf(tmp_path / "hf", tmp_path / "ours")
-    with Checkpoint(tmp_path / "ours") as checkpoint:
-        config = ModelConfig(**checkpoint.meta["config"]["model"])
-    model = GPT(config)
-    load(tmp_path / "ours", parameter_pieces(model))
+    model = loaded(tmp_path / "ours")
     with torch.no_grad():
         want = theirs(TOKENS).logits
-    assert largest_difference(our_logits(model), want) < 1e-5
+    assert largest_difference(our_logits(model, TOKENS), want) < 1e-5
     # The comparison sees a wrong weight: one swapped pair of rows of one layer's keys.
-    weight = model.layers["1"].attention.qkv.weight.data
+    weight = dict(model.named_parameters())["layers.1.attention.qkv.weight"].data
     weight[:, -2, [0, 1]] = weight[:, -2, [1, 0]]
-    assert largest_difference(our_logits(model), want) > 1e-4
+    assert largest_difference(our_logits(model, TOKENS), want) > 1e-4
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -70,4 +57,4 @@ def test_an_exported_model_computes_the_same_logits(tmp_path: Path, name: str) -
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     with torch.no_grad():
         want = theirs(TOKENS).logits
-    assert largest_difference(our_logits(model), want) < 1e-5
+    assert largest_difference(our_logits(model, TOKENS), want) < 1e-5
