@@ -42,10 +42,17 @@ def keep(source: HFFolder, out_dir: Path) -> None:
 
 
 def take_along(checkpoints: Path, out_dir: Path) -> None:
-    """Copy what lies beside a run's checkpoints to beside another's, which starts from them."""
+    """Copy what lies beside a run's checkpoints to beside another's, which starts from them.
+
+    Raises:
+        CheckpointError: it cannot be read, or not be written.
+    """
     for kept in (TOKENIZER, REST):
         if (checkpoints / kept).is_dir() and not (out_dir / kept).exists():
-            shutil.copytree(checkpoints / kept, out_dir / kept)
+            try:
+                shutil.copytree(checkpoints / kept, out_dir / kept)
+            except OSError as error:  # copytree's own error is one of them
+                raise CheckpointError(f"{checkpoints / kept} cannot be copied to {out_dir / kept}: {error}") from error
 
 
 def copy_out(checkpoints: Path, folder: Path, kept: str) -> None:

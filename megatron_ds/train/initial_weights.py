@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ds.checkpoint.directory import find, read_meta, resolve
+from megatron_ds.checkpoint.directory import find
 from megatron_ds.checkpoint.load import load
 from megatron_ds.checkpoint.meta import model_config
 from megatron_ds.config import ModelConfig, RunConfig
@@ -81,7 +81,8 @@ def load_weights(config: RunConfig, tables: Mapping[str, str], optimizer: ZeroOp
     """
     path = config.checkpoint.init_from
     assert path is not None
-    saved, manifest = _saved_model(path), find(path)[1]
+    directory, manifest = find(path)
+    saved = model_config(manifest.meta, directory)
     weights = []
     for piece in optimizer.pieces(for_load=True):
         record = manifest.tensors.get(("param", piece.name))
@@ -95,7 +96,8 @@ def load_weights(config: RunConfig, tables: Mapping[str, str], optimizer: ZeroOp
 
 
 def _saved_model(path: str) -> ModelConfig:
-    return model_config(read_meta(path), resolve(path))
+    directory, manifest = find(path)
+    return model_config(manifest.meta, directory)
 
 
 def _resolved(model: ModelConfig) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
+from megatron_ds.checkpoint.directory import resolve
 from megatron_ds.checkpoint.hf_files import take_along
-from megatron_ds.checkpoint.manifest import resolve
 from megatron_ds.config import RunConfig, validate
 from megatron_ds.data.gpt_sources import GPTSources
 from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches

@@ -79,6 +79,7 @@ def test_the_first_loss_is_that_of_transformers_though_no_setting_of_the_model_i
     assert first_loss(tmp_path / "run") == pytest.approx(float(want), abs=1e-6)
     model = read_meta(tmp_path / "run" / "checkpoints")["config"]["model"]
     assert model == read_meta(llama / "ours")["config"]["model"] and model["rope_theta"] == 5e5
+    assert (tmp_path / "run" / "checkpoints" / "hf" / "generation_config.json").is_file()  # goes on to the export
     assert load_toml(llama / "ours" / "model.toml").model == ModelConfig(**model)
 
 

@@ -1,0 +1,116 @@
+"""What a model's folder holds besides weights goes through import, fine-tuning and export as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hf_models import make
+
+from megatron_ds.checkpoint import Checkpoint, Piece, save
+from megatron_ds.checkpoint.hf_files import take_along
+from megatron_ds.data.tokenizers import ByteTokenizer, load_tokenizer
+from megatron_ds.errors import CheckpointError
+from megatron_ds.models.hf_tables import export_hf, import_hf
+
+EOS = [128, 129, 130]
+FILES = {
+    "generation_config.json": '{"eos_token_id": [128, 129, 130], "temperature": 0.6,\n "do_sample": true}',
+    "special_tokens_map.json": '{"eos_token": "<|endoftext|>"}',
+    "tokenizer_config.json": '{"eos_token": "<|endoftext|>", "chat_template": "{{ messages }}", "more": 1}',
+    "chat_template.jinja": "{{ messages }}",
+    "additional_chat_templates/tools.jinja": "{{ tools }}",
+    "LICENSE": "Own licence",
+    "USE_POLICY.md": "Be kind",
+    "README.md": "---\nlicense: own\n---\n# A card",
+}
+NOT_TAKEN = {"modeling.py": "import os", ".gitattributes": "x", "notes.pt": "x", "original/params.json": "{}"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "hf"
+    make("llama-gqa").save_pretrained(folder)
+    ByteTokenizer().save_hf(folder)
+    for name, text in {**FILES, **NOT_TAKEN}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"eos_token_id": EOS, "pad_token_id": 5, "temperature": 0.6}
+    del config["bos_token_id"]  # then it is the class's default: 1
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def fine_tuned(start: Path, checkpoints: Path, **model: Any) -> Path:
+    """A later checkpoint as a run that starts from ``start`` saves it; with other settings of the model, if told."""
+    with Checkpoint(start) as source:
+        meta = {"config": {"model": {**source.meta["config"]["model"], **model}}, "step": 3}
+        pieces = [Piece.whole(name, "param", source.read(name)) for name in source.names()]
+    save(checkpoints, 3, pieces, meta)
+    take_along(start, checkpoints)
+    return checkpoints
+
+
+@pytest.mark.parametrize("tokenizer", [None, "the same"])
+def test_import_training_and_export_change_none_of_it(folder: Path, tmp_path: Path, tokenizer: str | None) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    import_hf(folder, tmp_path / "ours")
+    run = fine_tuned(tmp_path / "ours", tmp_path / "run")
+    given = None if tokenizer is None else load_tokenizer(str(tmp_path / "ours" / "tokenizer"))
+    export_hf(run, tmp_path / "back", tokenizer=given)
+    for name in (*FILES, "tokenizer.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes(), name
+    assert not [name for name in NOT_TAKEN if (tmp_path / "back" / name).exists()]
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["eos_token_id"], config["pad_token_id"], config["temperature"]) == (EOS, 5, 0.6)
+    generation = GenerationConfig.from_pretrained(tmp_path / "back")
+    assert generation.eos_token_id == EOS and generation.temperature == 0.6
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert model.config.bos_token_id == 1 and model.generation_config.eos_token_id == EOS
+    assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template is not None
+
+
+def test_another_tokenizer_replaces_the_old_one_and_its_ids_alone(folder: Path, tmp_path: Path) -> None:
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {"type": "other"}}))
+    import_hf(folder, tmp_path / "ours")
+    export_hf(tmp_path / "ours", tmp_path / "back", tokenizer=ByteTokenizer())
+    generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": 256, "temperature": 0.6, "do_sample": True}
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["eos_token_id"], config["pad_token_id"], config["temperature"]) == (256, None, 0.6)
+    there = {path.name for path in (tmp_path / "back").iterdir()}
+    assert {"LICENSE", "README.md"} <= there and not {"special_tokens_map.json", "chat_template.jinja"} & there
+
+
+def test_a_grown_vocabulary_does_not_take_the_smaller_tokenizer(folder: Path, tmp_path: Path) -> None:
+    import_hf(folder, tmp_path / "ours")
+    run = fine_tuned(tmp_path / "ours", tmp_path / "run", vocab_size=140)
+    notes: list[str] = []
+    export_hf(run, tmp_path / "back", say=notes.append)
+    assert not (tmp_path / "back" / "tokenizer.json").exists() and (tmp_path / "back" / "LICENSE").exists()
+    assert len(notes) == 1 and "140 tokens where the original's has 131: no tokenizer goes with the model" in notes[0]
+
+
+def test_a_folder_without_generation_settings_gets_those_of_its_configuration(folder: Path, tmp_path: Path) -> None:
+    (folder / "generation_config.json").unlink()
+    import_hf(folder, tmp_path / "ours")
+    export_hf(tmp_path / "ours", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "generation_config.json").read_text()) == {
+        "eos_token_id": EOS,
+        "pad_token_id": 5,
+    }
+
+
+def test_what_cannot_be_taken_along_is_said(folder: Path, tmp_path: Path) -> None:
+    import_hf(folder, tmp_path / "ours")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="tokenizer cannot be copied to"):
+        take_along(tmp_path / "ours", tmp_path / "file")
+    (tmp_path / "ours" / "hf" / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"hf/config\.json cannot be read"):
+        export_hf(tmp_path / "ours", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
