@@ -22,6 +22,8 @@ import tyro
 from megatron_ds.errors import DataError, MegatronDSError
 from megatron_ds.pipeline.draw import draw_png, draw_text
 from megatron_ds.pipeline.passes import add_communication, hoist_receives
+from megatron_ds.pipeline.placement import PlacementKind
+from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.schedules import activation_bound, build_schedule
 from megatron_ds.pipeline.simulate import Costs, simulate
 from megatron_ds.pipeline.timeline import Timeline
@@ -33,7 +35,11 @@ class ShowSchedule:
     schedule: str = "1f1b"
     """Name of the schedule: gpipe (all forwards, then all backwards) or 1f1b (the same bubble, less memory)."""
     pp: int = 4
-    """Pipeline ranks, each with one stage of the model."""
+    """Pipeline ranks."""
+    chunks: int = 1
+    """Stages of the model a rank holds; above 1 with gpipe."""
+    placement: PlacementKind = "looped"
+    """Where the stages lie: looped (0 1 2 0 1 2) or v (0 1 2 2 1 0)."""
     micro_batches: int = 8
     """Micro-batches of one optimizer step. The bubble of p equal stages is (p - 1) / (m + p - 1)."""
     forward: tuple[float, ...] = (1.0,)
@@ -66,7 +72,7 @@ def main(options: ShowSchedule) -> None:
 
     print(title)
     if options.recorded is None:
-        schedule = build_schedule(options.schedule, options.pp, options.micro_batches)
+        schedule = _schedule(options)
         print("\nin steps (one action each)\n" + draw_text(schedule, options.width, options.color))
     print("\nto scale\n" + draw_text(timeline, options.width, options.color))
     print(f"\nbubble     {timeline.bubble_fraction:.1%} of the time of all ranks")
@@ -78,11 +84,13 @@ def main(options: ShowSchedule) -> None:
         print(f"wrote      {options.png}")
 
 
+def _schedule(options: ShowSchedule) -> Schedule:
+    return build_schedule(options.schedule, options.pp, options.micro_batches, options.chunks, options.placement)
+
+
 def _predicted(options: ShowSchedule) -> Timeline:
-    schedule = add_communication(build_schedule(options.schedule, options.pp, options.micro_batches))
-    if options.early_receives:
-        schedule = hoist_receives(schedule)
-    validate(schedule, options.micro_batches, activation_bound(options.schedule, options.pp, options.micro_batches))
+    schedule = hoist_receives(add_communication(_schedule(options)), ahead=int(options.early_receives))
+    validate(schedule, activation_bound(options.schedule, schedule))
 
     def one_or_all(values: tuple[float, ...]) -> float | tuple[float, ...]:
         return values[0] if len(values) == 1 else values

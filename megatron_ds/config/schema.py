@@ -158,6 +158,10 @@ class PipelineConfig(_Section):
     """When a stage does what."""
 
     schedule: Literal["1f1b", "gpipe"] = Field("1f1b", description="Order of forwards and backwards.")
+    chunks: int = Field(1, gt=0, description="Stages (model chunks) a rank holds; above 1 with gpipe.")
+    placement: Literal["looped", "v"] = Field(
+        "looped", description="Where stages lie when a rank holds several: 0 1 2 0 1 2, or v: 0 1 2 2 1 0."
+    )
     split: Literal["count", "cost"] = Field(
         "count", description="Layers a stage: evenly by count, or by cost with embedding and head counted."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_ds.config.data import data_faults, ramp_faults
+from megatron_ds.config.pipeline import pipeline_faults
 from megatron_ds.config.schema import RunConfig
 from megatron_ds.config.sparse import sparse_faults
 from megatron_ds.config.zero import zero_faults
@@ -87,17 +88,6 @@ def validate(config: RunConfig, world_size: int) -> MeshShape:
         f"train.sequence_length={train.sequence_length} cannot be split over mesh.tp={mesh.tp} for sequence "
         f"parallelism; use {_around(train.sequence_length, mesh.tp)}, or --mesh.no-sequence-parallel",
     )
-    check(
-        m.num_layers >= mesh.pp,
-        f"model.num_layers={m.num_layers} cannot fill mesh.pp={mesh.pp} stages; use pp <= {m.num_layers}",
-    )
-    stages = config.pipeline.layers_per_stage
-    if stages is not None:
-        check(
-            len(stages) == mesh.pp and sum(stages) == m.num_layers and min(stages, default=0) > 0,
-            f"pipeline.layers_per_stage={list(stages)} must be {mesh.pp} positive numbers (mesh.pp) with the sum "
-            f"{m.num_layers} (model.num_layers); it has {len(stages)} with the sum {sum(stages)}",
-        )
     portion = train.micro_batch * shape.dp
     check(
         train.global_batch % portion == 0,
@@ -118,6 +108,7 @@ def validate(config: RunConfig, world_size: int) -> MeshShape:
         config.precision.dtype == "fp16" or config.precision.loss_scale is None,
         f"precision.loss_scale={config.precision.loss_scale} is for fp16; precision.dtype is {config.precision.dtype}",
     )
+    faults += pipeline_faults(config)
     faults += data_faults(config)
     faults += ramp_faults(config, portion)
     faults += sparse_faults(config)

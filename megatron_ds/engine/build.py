@@ -299,8 +299,7 @@ def _train_step(
         activation_shape=(),  # one stage: nothing flows between
         dtype=torch.float32,
         device=device,
-        before_backward=lambda _, last: zero.start_backward(last),
-        after_backward=lambda _: zero.end_backward(),
+        gradients=zero,
     )
 
     def count(micro_batches: Sequence[Any]) -> Tensor:

@@ -6,12 +6,12 @@ input gradient. Transfers carry the letter of what they move: ``0SF3`` sends the
 stage 0 to stage 1, ``1RF3`` is its receive; ``1SB3`` sends the gradient of stage 1's *input* back to stage 0,
 ``0RB3`` is its receive.
 
-A *stage* is the global virtual one, ``0 .. num_stages - 1`` in the order the layers run. A rank that holds several
-model chunks has several stages: ``stage = chunk * pp + rank``.
+Stages are numbered over the whole pipeline; :mod:`~megatron_ds.pipeline.placement` says which rank holds which.
 
 What the operations mean, to the executor, the validator and the simulator alike:
 
-* a send is asynchronous: the rank issues it and goes on;
+* a send is asynchronous: the rank issues it and goes on, unless :data:`MAX_SENDS` of its sends are under way: then it
+  waits for the oldest first;
 * a receive is posted and the rank goes on; the compute action that uses the data waits for it;
 * a transfer starts when both ends are there, and the transfers of one direction between two ranks run one at a
   time, in the order they were issued.
@@ -20,10 +20,8 @@ What the operations mean, to the executor, the validator and the simulator alike
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TypeAlias
 
 from megatron_ds.errors import ScheduleError
 
@@ -53,6 +51,10 @@ class Op(StrEnum):
     def is_receive(self) -> bool:
         return self is Op.RECV_F or self is Op.RECV_B
 
+
+MAX_SENDS = 8
+"""Sends of one rank that may be under way at once. gloo cannot be asked whether a send is done, so without a bound
+every activation of a step would stay in memory. The validator proves that no schedule stops because of it."""
 
 _SPELLING = re.compile(r"([0-9]+)(SF|RF|SB|RB|F|B|W)([0-9]+)")
 # Op of the other end of a transfer, and how far that end's stage lies from this one's.
@@ -103,48 +105,3 @@ class Action:
         """For a transfer, at either end: the compute action that uses what it moves."""
         receiver = self if self.op.is_receive else self.counterpart
         return Action(receiver.stage, Op.F if receiver.op is Op.RECV_F else Op.B, self.micro_batch)
-
-
-Schedule: TypeAlias = list[list[Action]]
-"""What each pipeline rank does, in order: ``schedule[rank]``."""
-
-
-def rank_of(stage: int, pp: int) -> int:
-    """The pipeline rank that holds a global virtual stage."""
-    return stage % pp
-
-
-def num_stages_of(schedule: Schedule) -> int:
-    """How many stages a schedule runs: at least one a rank, and as many on every rank."""
-    pp = len(schedule)
-    last = max((action.stage for actions in schedule for action in actions), default=0)
-    return -(-(last + 1) // pp) * pp
-
-
-def compute_only(schedule: Schedule) -> Schedule:
-    """The schedule without its transfers."""
-    return [[action for action in actions if action.op.is_compute] for actions in schedule]
-
-
-def has_transfers(schedule: Schedule) -> bool:
-    return any(not action.op.is_compute for actions in schedule for action in actions)
-
-
-def in_flight(actions: Iterable[Action]) -> list[int]:
-    """How many micro-batches' activations one rank holds after each of its actions, over all its stages.
-
-    A forward takes them; the backward frees them, or the weight gradient in a schedule that has one apart (it needs
-    the same inputs). A received activation that waits for its forward is not counted.
-    """
-    actions = list(actions)
-    frees = Op.W if any(action.op is Op.W for action in actions) else Op.B
-    counts, held = [], 0
-    for action in actions:
-        held += (action.op is Op.F) - (action.op is frees)
-        counts.append(held)
-    return counts
-
-
-def peak_in_flight(actions: Sequence[Action]) -> int:
-    """The most activations in flight on a rank that runs ``actions``."""
-    return max(in_flight(actions), default=0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_ds.pipeline.action import Action, Op, Schedule, compute_only
+from megatron_ds.pipeline.action import Action, Op
+from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.simulate import play
 from megatron_ds.pipeline.timeline import Event, Timeline
 
@@ -83,7 +84,7 @@ def draw_steps(
 
 def _steps(schedule: Schedule) -> list[list[int]]:
     """The step of each compute action, per rank."""
-    computes = compute_only(schedule)
+    computes = schedule.compute_only()
     events, _ = play(computes, lambda action: float(action.op.is_compute))
     steps: list[list[int]] = [[] for _ in schedule]
     for event in events:
@@ -92,7 +93,7 @@ def _steps(schedule: Schedule) -> list[list[int]]:
     return [[*row, *range(after, after + len(actions) - len(row))] for row, actions in zip(steps, computes)]
 
 
-def _cells(actions: list[Action], marks: set[int]) -> list[_Cell]:
+def _cells(actions: Sequence[Action], marks: set[int]) -> list[_Cell]:
     """The cell of each compute action of a rank, with the marked transfers written over them."""
     cells = {
         index: _Cell(action.op, str(action), index in marks)

@@ -8,31 +8,77 @@ scalar *sum* of its losses (see ``train/step.py`` for who normalises it).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from megatron_ds.errors import ScheduleError
 from megatron_ds.mesh import Axis
-from megatron_ds.pipeline.action import Action, Op, Schedule, num_stages_of, rank_of
-from megatron_ds.pipeline.passes import add_communication, hoist_receives
+from megatron_ds.pipeline.action import MAX_SENDS, Action, Op
+from megatron_ds.pipeline.passes import make_ready
+from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.timeline import Event
 
 MicroBatch = Mapping[str, Tensor]
 
-# Sends in flight before the oldest is waited for. gloo cannot be asked whether a send is done, so without a bound every
-# activation of a batch would stay in memory. The bound is above what 1F1B or GPipe needs to go on without waiting.
-_MAX_SENDS = 8
+
+class Gradients(Protocol):
+    """Who collects the gradients of a rank's stages, and is told of each backward pass; ``ZeroOptimizer`` is one.
+
+    ``last``: no later action of this step adds a gradient to the stage, so that gradients may be reduced as they
+    become final.
+    """
+
+    def start_backward(self, last: bool, stage: int = 0) -> None:
+        """A backward pass of ``stage`` follows."""
+
+    def end_backward(self, stage: int = 0) -> None:
+        """The backward pass that was started is over."""
+
+    def start_input_backward(self, stage: int, micro_batch: int) -> None:
+        """A ``B`` follows whose weight gradients are a ``W`` of their own: what comes for weights is kept for it."""
+
+    def end_input_backward(self, stage: int) -> None:
+        """The input gradients are there."""
+
+    def add_weight_gradients(self, stage: int, micro_batch: int) -> None:
+        """Compute what was kept of a micro-batch and add it up, between ``start_backward`` and ``end_backward``."""
+
+
+class LeftToAutograd:
+    """Gradients are left where autograd puts them, in ``.grad``, as a ``B`` finds them: a ``W`` does nothing."""
+
+    def start_backward(self, last: bool, stage: int = 0) -> None:
+        pass
+
+    def end_backward(self, stage: int = 0) -> None:
+        pass
+
+    def start_input_backward(self, stage: int, micro_batch: int) -> None:
+        pass
+
+    def end_input_backward(self, stage: int) -> None:
+        pass
+
+    def add_weight_gradients(self, stage: int, micro_batch: int) -> None:
+        pass
 
 
 @dataclass
 class _InFlight:
-    """What a stage keeps of a micro-batch between its forward and its backward."""
+    """What a stage keeps of a micro-batch between its forward and its backward.
+
+    Of the output the autograd graph alone: its values are needed no more once they are sent.
+    """
 
     hidden: Tensor | None
-    output: Tensor
+    output: GradientEdge
+    dtype: torch.dtype
 
 
 @dataclass
@@ -56,11 +102,13 @@ class Executor:
     Args:
         schedule: compute actions of all ranks, as ``build_schedule`` returns them (transfers are added here).
         other_sizes: the same for other numbers of micro-batches, where steps differ in it (batch ramp-up).
-        stages: this rank's stages by global stage index.
+        stages: this rank's stages by global stage index, as the schedule places them.
         pp, pp_back: the pipeline axis with the groups that carry activations down and gradients back.
         activation_shape, dtype, device: of what flows between stages: ``[s, b, h]``, the same for every micro-batch.
-        before_backward: called with a stage before each of its backwards, and whether it is its last of the run:
-            gradients may then be reduced as they become final. ``after_backward``: called with the stage after it.
+        gradients: who collects the gradients; default: they stay in ``.grad``.
+
+    Raises:
+        ScheduleError: the schedules and the stages do not fit each other or the axis.
     """
 
     def __init__(
@@ -73,22 +121,61 @@ class Executor:
         activation_shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
-        before_backward: Callable[[nn.Module, bool], None] = lambda stage, last: None,
-        after_backward: Callable[[nn.Module], None] = lambda stage: None,
+        gradients: Gradients | None = None,
         other_sizes: Sequence[Schedule] = (),
     ):
         self.stages = dict(stages)
         self.pp, self.pp_back = pp, pp_back
         self.activation_shape, self.dtype, self.device = activation_shape, dtype, device
-        self.before_backward, self.after_backward = before_backward, after_backward
-        self.num_stages = num_stages_of(schedule)
-        first = min(self.stages)
-        self.actions: dict[int, list[Action]] = {}  # by the number of micro-batches
+        self.gradients = gradients or LeftToAutograd()
+        self.placement = schedule.placement
+        self.actions: dict[int, tuple[Action, ...]] = {}  # by the number of micro-batches
+        links: set[tuple[int, int, Op]] = set()
         for one in (schedule, *other_sizes):
-            own = hoist_receives(add_communication(one))[pp.rank]
-            self.actions[sum(a.op is Op.F and a.stage == first for a in own)] = own
+            self._require_fit(one)
+            ready = make_ready(one)
+            links.update(ready.links())
+            self.actions[one.num_micro_batches] = ready[pp.rank]
+        self._connect(sorted(links))
         self.recorded: list[Event] | None = None
         self._doing: Action | None = None  # read by another thread when a rank hangs
+
+    def _require_fit(self, schedule: Schedule) -> None:
+        if len(schedule) != self.pp.size or schedule.placement != self.placement:
+            raise ScheduleError(
+                f"a schedule of {len(schedule)} ranks with stages on {list(schedule.placement.ranks)} does not fit a "
+                f"pipeline of {self.pp.size} ranks with stages on {list(self.placement.ranks)}; build all of a run's "
+                "schedules for its mesh, with one placement"
+            )
+        placed = self.placement.stages_of(self.pp.rank)
+        if sorted(self.stages) != placed:
+            raise ScheduleError(
+                f"pipeline rank {self.pp.rank} is given the stages {sorted(self.stages)}, but the schedule places "
+                f"{placed} there; build those"
+            )
+
+    def _connect(self, links: Sequence[tuple[int, int, Op]]) -> None:
+        """One small transfer over each link, in one order on all ranks.
+
+        Under NCCL the first transfer between two ranks makes their communicator, which blocks the host until both are
+        there. With receives posted ahead that could be a circle.
+        """
+        for source, target, op in links:
+            axis = self._axis(op)
+            token = torch.zeros(1, device=self.device)
+            if axis.group is not None and axis.rank == source:
+                dist.send(token, axis.ranks[target], group=axis.group)
+            elif axis.group is not None and axis.rank == target:
+                dist.recv(token, axis.ranks[source], group=axis.group)
+
+    def _axis(self, op: Op) -> Axis:
+        """Activations and gradients have a group each; see :class:`~megatron_ds.mesh.Mesh`."""
+        return self.pp if op is Op.SEND_F or op is Op.RECV_F else self.pp_back
+
+    @property
+    def has_last_stage(self) -> bool:
+        """Whether the losses are computed on this rank."""
+        return self.placement.num_stages - 1 in self.stages
 
     def where(self) -> str:
         """What this rank is doing, for a message; empty between two runs."""
@@ -97,9 +184,9 @@ class Executor:
             return ""
         what = "gradient" if action.op in (Op.B, Op.RECV_B) else "activation"
         if action.op.is_receive:
-            source = self.pp.ranks[rank_of(action.counterpart.stage, self.pp.size)]
+            source = self.pp.ranks[self.placement.rank_of(action.counterpart.stage)]
             return f"{action}, waiting for the {what} of micro-batch {action.micro_batch} from rank {source}"
-        verb = {Op.F: "forward", Op.B: "backward"}.get(action.op, "transfer")
+        verb = {Op.F: "forward", Op.B: "backward", Op.W: "weight gradient"}.get(action.op, "transfer")
         return f"{action}, {verb} of micro-batch {action.micro_batch} on stage {action.stage}"
 
     def run(self, micro_batches: Sequence[MicroBatch], seed: Tensor) -> Tensor:
@@ -123,15 +210,20 @@ class Executor:
     @torch.no_grad()
     def run_forward(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Forward only, for evaluation, of any number of micro-batches. Returns what :meth:`run` returns."""
-        forwards = [
-            [Action(stage, Op.F, i) for i in range(len(micro_batches)) for stage in range(rank, self.num_stages, pp)]
-            for pp in (self.pp.size,)
-            for rank in range(pp)
-        ]
-        return self._execute(hoist_receives(add_communication(forwards))[self.pp.rank], micro_batches, None)
+        forwards = Schedule.of(
+            (
+                [Action(stage, Op.F, i) for i in range(len(micro_batches)) for stage in self.placement.stages_of(rank)]
+                for rank in range(self.pp.size)
+            ),
+            self.placement,
+            len(micro_batches),
+        )
+        return self._execute(make_ready(forwards)[self.pp.rank], micro_batches, None)
 
-    def _execute(self, actions: list[Action], micro_batches: Sequence[MicroBatch], seed: Tensor | None) -> Tensor:
-        last_backward = {a.stage: a for a in actions if a.op is Op.B}
+    def _execute(self, actions: Sequence[Action], micro_batches: Sequence[MicroBatch], seed: Tensor | None) -> Tensor:
+        split = {action.stage for action in actions if action.op is Op.W}
+        # The last action of each stage that adds to its gradients.
+        last = {action.stage: action for action in actions if action.op is (Op.W if action.stage in split else Op.B)}
         run = _Run(micro_batches, seed, torch.zeros((), dtype=torch.float64, device=self.device))
         for action in actions:
             self._doing = action
@@ -143,12 +235,25 @@ class Executor:
                 hidden = self._take(Action(action.stage, Op.RECV_F, action.micro_batch), run)
                 with self._recording(action):
                     self._forward(action, hidden, run)
-            else:
+            elif action.op is Op.B:
                 grad = self._take(Action(action.stage, Op.RECV_B, action.micro_batch), run)
-                self.before_backward(self.stages[action.stage], last_backward[action.stage] == action)
+                if action.stage in split:
+                    self.gradients.start_input_backward(action.stage, action.micro_batch)
+                    with self._recording(action):
+                        self._backward(action, grad, run)
+                    self.gradients.end_input_backward(action.stage)
+                else:
+                    self.gradients.start_backward(last[action.stage] == action, action.stage)
+                    with self._recording(action):
+                        self._backward(action, grad, run)
+                    self.gradients.end_backward(action.stage)
+            elif action.op is Op.W:
+                self.gradients.start_backward(last[action.stage] == action, action.stage)
                 with self._recording(action):
-                    self._backward(action, grad, run)
-                self.after_backward(self.stages[action.stage])
+                    self.gradients.add_weight_gradients(action.stage, action.micro_batch)
+                self.gradients.end_backward(action.stage)
+            else:
+                raise ScheduleError(f"{action} is no action that the executor knows; it runs {', '.join(Op)}")
         for work, _ in run.sends:
             work.wait()
         self._doing = None
@@ -158,18 +263,19 @@ class Executor:
         if hidden is not None and run.seed is not None:
             hidden.requires_grad_()
         output = self.stages[action.stage](run.micro_batches[action.micro_batch], hidden)
-        if action.stage == self.num_stages - 1:
+        if action.stage == self.placement.num_stages - 1:
             run.loss += output.detach()
         else:
             self._hand_over(Action(action.stage, Op.SEND_F, action.micro_batch), output.detach(), run)
         if run.seed is not None:
-            run.in_flight[action.stage, action.micro_batch] = _InFlight(hidden, output)
+            kept = _InFlight(hidden, get_gradient_edge(output), output.dtype)
+            run.in_flight[action.stage, action.micro_batch] = kept
 
     def _backward(self, action: Action, grad: Tensor | None, run: _Run) -> None:
         kept = run.in_flight.pop((action.stage, action.micro_batch))
         if grad is None:
             assert run.seed is not None
-            grad = run.seed.to(kept.output.dtype)
+            grad = run.seed.to(kept.dtype)
         torch.autograd.backward(kept.output, grad)
         if kept.hidden is not None:
             assert kept.hidden.grad is not None
@@ -178,7 +284,7 @@ class Executor:
     def _hand_over(self, send: Action, tensor: Tensor, run: _Run) -> None:
         """Keep a result for the send that follows it, or for the neighbouring stage where that is on this rank."""
         target = send.counterpart
-        local = rank_of(target.stage, self.pp.size) == self.pp.rank
+        local = self.placement.rank_of(target.stage) == self.pp.rank
         run.handed_over[target if local else send] = tensor
 
     def _take(self, receive: Action, run: _Run) -> Tensor | None:
@@ -195,18 +301,18 @@ class Executor:
         return tensor
 
     def _post_receive(self, action: Action, run: _Run) -> None:
-        axis = self.pp if action.op is Op.RECV_F else self.pp_back
-        source = axis.ranks[rank_of(action.counterpart.stage, axis.size)]
+        axis = self._axis(action.op)
+        source = axis.ranks[self.placement.rank_of(action.counterpart.stage)]
         buffer = torch.empty(self.activation_shape, dtype=self.dtype, device=self.device)
         work = dist.irecv(buffer, source, group=axis.group)
         assert work is not None
         run.receives[action] = (work, buffer)
 
     def _send(self, action: Action, run: _Run) -> None:
-        axis = self.pp if action.op is Op.SEND_F else self.pp_back
-        target = axis.ranks[rank_of(action.counterpart.stage, axis.size)]
+        axis = self._axis(action.op)
+        target = axis.ranks[self.placement.rank_of(action.counterpart.stage)]
         tensor = run.handed_over.pop(action).contiguous()
-        if len(run.sends) >= _MAX_SENDS:
+        if len(run.sends) >= MAX_SENDS:
             run.sends.pop(0)[0].wait()
         with self._recording(action):
             work = dist.isend(tensor, target, group=axis.group)

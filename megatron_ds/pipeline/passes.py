@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from megatron_ds.errors import ScheduleError
-from megatron_ds.pipeline.action import Action, Op, Schedule, has_transfers, num_stages_of, rank_of
+from megatron_ds.pipeline.action import Action, Op
+from megatron_ds.pipeline.placement import Placement
+from megatron_ds.pipeline.schedule import Schedule
+
+
+def make_ready(schedule: Schedule) -> Schedule:
+    """The schedule as it runs: with transfers, each receive posted one compute action ahead of its use."""
+    return hoist_receives(add_communication(schedule))
 
 
 def add_communication(schedule: Schedule) -> Schedule:
@@ -15,19 +22,18 @@ def add_communication(schedule: Schedule) -> Schedule:
     Stage 0 receives no activation and the last stage no gradient; two stages of one rank hand over without a
     transfer. A schedule that already has transfers raises ScheduleError.
     """
-    if has_transfers(schedule):
+    if schedule.has_transfers:
         raise ScheduleError("the schedule already has transfers; pass the one that build_schedule returned")
-    num_stages = num_stages_of(schedule)
-    return [
-        [action for compute in actions for action in _with_transfers(compute, num_stages, len(schedule))]
+    return schedule.with_actions(
+        [action for compute in actions for action in _with_transfers(compute, schedule.placement)]
         for actions in schedule
-    ]
+    )
 
 
-def _with_transfers(compute: Action, num_stages: int, pp: int) -> Iterator[Action]:
+def _with_transfers(compute: Action, placement: Placement) -> Iterator[Action]:
     stage, micro_batch = compute.stage, compute.micro_batch
-    below = stage > 0 and rank_of(stage - 1, pp) != rank_of(stage, pp)
-    above = stage + 1 < num_stages and rank_of(stage + 1, pp) != rank_of(stage, pp)
+    below = stage > 0 and placement.crosses(stage - 1)
+    above = stage + 1 < placement.num_stages and placement.crosses(stage)
     if compute.op is Op.F and below:
         yield Action(stage, Op.RECV_F, micro_batch)
     if compute.op is Op.B and above:
@@ -51,10 +57,10 @@ def hoist_receives(schedule: Schedule, ahead: int = 1) -> Schedule:
     """
     if ahead < 0:
         raise ScheduleError(f"ahead={ahead} would post receives after their use; use 0 or more")
-    return [_hoist(actions, ahead) for actions in schedule]
+    return schedule.with_actions(_hoist(actions, ahead) for actions in schedule)
 
 
-def _hoist(actions: list[Action], ahead: int) -> list[Action]:
+def _hoist(actions: Sequence[Action], ahead: int) -> list[Action]:
     before: defaultdict[int, list[Action]] = defaultdict(list)  # compute slot -> receives posted right before it
     computes_seen = 0
     for action in actions:

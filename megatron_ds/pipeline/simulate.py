@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_ds.errors import ScheduleError
-from megatron_ds.pipeline.action import Action, Op, Schedule, has_transfers, num_stages_of, rank_of
+from megatron_ds.pipeline.action import MAX_SENDS, Action, Op
 from megatron_ds.pipeline.passes import add_communication, hoist_receives
+from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.timeline import Event as Event
 from megatron_ds.pipeline.timeline import Timeline as Timeline
 
@@ -102,10 +103,10 @@ def play(schedule: Schedule, cost: Cost, blocking_receives: bool = False) -> tup
         blocking_receives: a receive stops its rank until the data is there, instead of being posted. For the
             question whether it can finish; the time is still counted as waited before the use.
     """
-    if has_transfers(schedule):
+    if schedule.has_transfers:
         return _Player(schedule, cost, blocking_receives).run()
-    longest = max(map(len, schedule), default=0)
-    events, blocked = _Player(hoist_receives(add_communication(schedule), longest), cost, False).run()
+    early = hoist_receives(add_communication(schedule), max(map(len, schedule)))
+    events, blocked = _Player(early, cost, False).run()
     return [event for event in events if event.action.op.is_compute], blocked
 
 
@@ -116,9 +117,9 @@ class _Player:
         self.schedule = schedule
         self.cost = cost
         self.blocking_receives = blocking_receives
-        self.pp = len(schedule)
-        self.last_stage = num_stages_of(schedule) - 1
-        self.clock = [0.0] * self.pp
+        self.rank_of = schedule.placement.rank_of
+        self.last_stage = schedule.num_stages - 1
+        self.clock = [0.0] * len(schedule)
         self.events: list[list[Event]] = [[] for _ in schedule]
         self.done: dict[Action, float] = {}
         self.posted: dict[Action, float] = {}
@@ -126,24 +127,27 @@ class _Player:
             Action, tuple[int, int, float, float]
         ] = {}  # receive -> sender, place in its events, issued, cost
         self.link_free: dict[tuple[int, int, Op], float] = {}
-        self.waiting: dict[Action, int] = {}  # what has not happened -> the rank that waits for it
-        self.ready = list(range(self.pp))
+        self.sending: list[list[Action]] = [[] for _ in schedule]  # receives of a rank's sends, the oldest first
+        self.waiting: dict[Action, list[int]] = {}  # what has not happened -> the ranks that wait for it
+        self.ready = list(range(len(schedule)))
 
     def run(self) -> tuple[list[Event], list[Blocked]]:
-        place = [0] * self.pp
+        place = [0] * len(self.schedule)
         while self.ready:
             rank = self.ready.pop()
             actions = self.schedule[rank]
             while place[rank] < len(actions):
                 missing = self.step(rank, actions[place[rank]])
                 if missing is not None:
-                    self.waiting[missing] = rank
+                    self.waiting.setdefault(missing, []).append(rank)
                     break
                 place[rank] += 1
         blocked = []
-        for missing, rank in sorted(self.waiting.items(), key=lambda item: item[1]):
-            needs = missing.producer if missing.op.is_receive else missing
-            blocked.append(Blocked(rank, self.schedule[rank][place[rank]], needs, rank_of(needs.stage, self.pp)))
+        for rank, missing in sorted((rank, missing) for missing, ranks in self.waiting.items() for rank in ranks):
+            action = self.schedule[rank][place[rank]]
+            # A send waits for a transfer to be taken, everything else for one to be sent.
+            needs = missing.producer if missing.op.is_receive and not action.op.is_send else missing
+            blocked.append(Blocked(rank, action, needs, self.rank_of(needs.stage)))
         return [event for events in self.events for event in events], blocked
 
     def step(self, rank: int, action: Action) -> Action | None:
@@ -165,7 +169,13 @@ class _Player:
             events.append(Event(rank, action, now, end))
             self.finish(action, end)
         elif op.is_send:
+            sending = self.sending[rank]
+            if len(sending) >= MAX_SENDS:
+                if sending[0] not in self.done:
+                    return sending[0]
+                now = self.clock[rank] = max(now, self.done[sending.pop(0)])
             receive = action.counterpart
+            sending.append(receive)
             self.sent[receive] = (rank, len(events), now, self.cost(action))
             events.append(Event(rank, action, now, now))  # its end is set when the transfer is matched
             if receive in self.posted:
@@ -189,7 +199,7 @@ class _Player:
         return [own] if stage == self.last_stage else [own, self.from_stage(stage + 1, Op.B, Op.RECV_B, action)]
 
     def from_stage(self, stage: int, op: Op, receive: Op, action: Action) -> Action:
-        if rank_of(stage, self.pp) == rank_of(action.stage, self.pp):
+        if self.rank_of(stage) == self.rank_of(action.stage):
             return Action(stage, op, action.micro_batch)
         return Action(action.stage, receive, action.micro_batch)
 
@@ -198,7 +208,7 @@ class _Player:
         if receive in self.done:
             return
         sender, index, issued, cost = self.sent[receive]
-        link = (sender, rank_of(receive.stage, self.pp), receive.op)
+        link = (sender, self.rank_of(receive.stage), receive.op)
         arrival = max(issued, self.posted[receive], self.link_free.get(link, 0.0)) + cost
         self.link_free[link] = arrival
         self.events[sender][index] = Event(sender, send, issued, arrival)
@@ -206,5 +216,4 @@ class _Player:
 
     def finish(self, action: Action, time: float) -> None:
         self.done[action] = time
-        if action in self.waiting:
-            self.ready.append(self.waiting.pop(action))
+        self.ready += self.waiting.pop(action, [])

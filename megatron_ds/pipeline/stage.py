@@ -86,3 +86,10 @@ class Model:
     flops_per_token: float
     activations: Callable[[StageSpan, int, str], Activations] | None = None
     tables: Mapping[str, str] = field(default_factory=dict)
+
+
+def largest_activations(model: Model, spans: Sequence[StageSpan], tp: int, device: str) -> Activations | None:
+    """Of the one that keeps most, among a rank's stages; None where the model does not know."""
+    if model.activations is None:
+        return None
+    return max((model.activations(span, tp, device) for span in spans), key=lambda stage: stage.kept)

@@ -22,7 +22,9 @@ from operator import attrgetter
 from pathlib import Path
 
 from megatron_ds.errors import DataError, ScheduleError
-from megatron_ds.pipeline.action import Action, Schedule, peak_in_flight
+from megatron_ds.pipeline.action import Action
+from megatron_ds.pipeline.placement import Placement
+from megatron_ds.pipeline.schedule import Schedule, peak_in_flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +83,15 @@ class Timeline:
     def schedule(self) -> Schedule:
         """The order in which each rank ran its actions, as a schedule that the validator can be asked about.
 
-        A receive stands where its data was waited for, not where it was posted.
+        A receive stands where its data was waited for, not where it was posted. Each stage is placed on the rank that
+        ran it; DataError where a stage ran on none.
         """
-        return [[event.action for event in events] for events in self.by_rank]
+        rank_of = {event.action.stage: event.rank for event in self.compute}
+        missing = set(range(max(rank_of, default=-1) + 1)) - rank_of.keys()
+        if missing:
+            raise DataError(f"no rank ran stage {min(missing)}; give the files of all ranks")
+        placement = Placement(self.num_ranks, tuple(rank_of[stage] for stage in range(len(rank_of))))
+        return Schedule.of(([event.action for event in events] for events in self.by_rank), placement)
 
     def peak_in_flight(self, rank: int) -> int:
         """The most micro-batches whose activations ``rank`` held at once."""

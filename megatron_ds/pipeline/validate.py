@@ -9,30 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from megatron_ds.errors import ScheduleError
-from megatron_ds.pipeline.action import (
-    Action,
-    Op,
-    Schedule,
-    compute_only,
-    has_transfers,
-    in_flight,
-    num_stages_of,
-    rank_of,
-)
+from megatron_ds.pipeline.action import Action, Op
 from megatron_ds.pipeline.draw import draw_steps
 from megatron_ds.pipeline.passes import add_communication
+from megatron_ds.pipeline.placement import Placement
+from megatron_ds.pipeline.schedule import Schedule, in_flight
 from megatron_ds.pipeline.simulate import Blocked, play
 
-Bound = Callable[[int, int, int], int] | Sequence[int]
+Bound = Callable[[int, Placement, int], int] | Sequence[int]
 _Places = dict[Action, tuple[int, int]]  # (rank, index in the rank's list)
 
 
-def validate(
-    schedule: Schedule,
-    num_micro_batches: int,
-    max_in_flight: Bound | None = None,
-    blocking_receives: bool = False,
-) -> None:
+def validate(schedule: Schedule, max_in_flight: Bound | None = None, blocking_receives: bool = False) -> None:
     """Raise ScheduleError unless the schedule, with or without transfers, is right.
 
     What is proved: every action runs on the rank that holds its stage; each stage does the forward and the backward
@@ -41,40 +29,60 @@ def validate(
     order; no rank waits for ever; no rank holds more activations than its bound.
 
     Args:
-        schedule: actions per pipeline rank.
-        num_micro_batches: how many each stage has to process.
         max_in_flight: bound on the activations in flight, one a rank, or a function of
-            ``(rank, pp, num_micro_batches)`` as a schedule's module declares it; None for no bound.
+            ``(rank, placement, num_micro_batches)`` as a schedule's module declares it; None for no bound.
         blocking_receives: prove more: nothing deadlocks even if a receive stops its rank until the data is there.
             True of what ``add_communication`` returns, not of what ``hoist_receives`` makes of it.
     """
-    if not schedule:
-        raise ScheduleError("the schedule has no rank; build_schedule makes one list of actions a rank")
-    places = _check_once(schedule, num_micro_batches)
+    _check_placement(schedule)
+    places = _check_once(schedule)
     _check_order(schedule, places)
-    if has_transfers(schedule):
+    if schedule.has_transfers:
         _check_transfers(schedule, places)
         _check_links(schedule)
     _check_deadlock(schedule, places, blocking_receives)
     if max_in_flight is not None:
-        _check_in_flight(schedule, num_micro_batches, max_in_flight)
+        _check_in_flight(schedule, max_in_flight)
 
 
 def _fail(message: str, schedule: Schedule, *marks: tuple[int, int]) -> ScheduleError:
     return ScheduleError(f"{message}\n{draw_steps(schedule, marks)}")
 
 
-def _check_once(schedule: Schedule, num_micro_batches: int) -> _Places:
+def _check_placement(schedule: Schedule) -> None:
+    """One list of actions a rank, and as many stages on each."""
+    placement = schedule.placement
+    if placement.pp != len(schedule):
+        raise ScheduleError(
+            f"the placement is of {placement.pp} ranks and the schedule of {len(schedule)}; give one list of actions "
+            "for each rank of the placement"
+        )
+    held = [len(placement.stages_of(rank)) for rank in range(placement.pp)]
+    if not placement.num_stages or held != [placement.chunks] * placement.pp:
+        raise ScheduleError(
+            f"the placement {list(placement.ranks)} puts {held} stages on the {placement.pp} ranks; every rank holds "
+            "as many as every other, at least one"
+        )
+    for rank, actions in enumerate(schedule):
+        for action in actions:
+            if not 0 <= action.stage < placement.num_stages:  # cannot be drawn
+                raise ScheduleError(
+                    f"rank {rank} runs {action}, but the placement has {placement.num_stages} stages, numbered from 0; "
+                    "drop it, or place the stage"
+                )
+
+
+def _check_once(schedule: Schedule) -> _Places:
     """No action twice, misplaced or out of range, and no compute action missing."""
-    pp = len(schedule)
+    placement, num_micro_batches = schedule.placement, schedule.num_micro_batches
     places: _Places = {}
     for rank, actions in enumerate(schedule):
         for index, action in enumerate(actions):
             here = (rank, index)
-            if rank_of(action.stage, pp) != rank:
+            if placement.rank_of(action.stage) != rank:
                 raise _fail(
-                    f"rank {rank} runs {action}, but stage {action.stage} lives on rank {rank_of(action.stage, pp)} "
-                    f"(stage modulo pp={pp}); move it there",
+                    f"rank {rank} runs {action}, but stage {action.stage} lives on rank "
+                    f"{placement.rank_of(action.stage)} (placement {list(placement.ranks)}); move it there",
                     schedule, here,
                 )  # fmt: skip
             if not 0 <= action.micro_batch < num_micro_batches:
@@ -92,14 +100,14 @@ def _check_once(schedule: Schedule, num_micro_batches: int) -> _Places:
             places[action] = here
 
     ops = [Op.F, Op.B] + [Op.W] * any(action.op is Op.W for action in places)
-    for stage in range(num_stages_of(schedule)):
+    for stage in range(placement.num_stages):
         for micro_batch in range(num_micro_batches):
             for op in ops:
                 action = Action(stage, op, micro_batch)
                 if action not in places:
                     raise _fail(
                         f"{action} is missing: stage {stage} has to run {' and '.join(ops)} of all "
-                        f"{num_micro_batches} micro-batches; add it to rank {rank_of(stage, pp)}",
+                        f"{num_micro_batches} micro-batches; add it to rank {placement.rank_of(stage)}",
                         schedule, *_nearest(action, places),
                     )  # fmt: skip
     return places
@@ -130,13 +138,13 @@ def _check_transfers(schedule: Schedule, places: _Places) -> None:
     """A send after what it sends and a receive before its use wherever data changes rank, and nowhere else."""
     wanted = {
         action
-        for actions in add_communication(compute_only(schedule))
+        for actions in add_communication(schedule.compute_only())
         for action in actions
         if not action.op.is_compute
     }
     for action in sorted(wanted):
         if action not in places:
-            rank = rank_of(action.stage, len(schedule))
+            rank = schedule.placement.rank_of(action.stage)
             other = places.get(action.counterpart)
             where = f"its other end is {action.counterpart}" if other else "and so is its other end"
             beside = places[action.producer if action.op.is_send else action.consumer]
@@ -150,7 +158,7 @@ def _check_transfers(schedule: Schedule, places: _Places) -> None:
             continue
         if action not in wanted:
             raise _fail(
-                f"rank {rank} has {action}, but no data crosses there: stages are 0 to {num_stages_of(schedule) - 1} "
+                f"rank {rank} has {action}, but no data crosses there: stages are 0 to {schedule.num_stages - 1} "
                 f"over {len(schedule)} ranks; drop it",
                 schedule, (rank, index),
             )  # fmt: skip
@@ -168,16 +176,16 @@ def _check_transfers(schedule: Schedule, places: _Places) -> None:
 
 def _check_links(schedule: Schedule) -> None:
     """Both ends of a link list its transfers in one order: they are matched by order, not by name."""
-    pp = len(schedule)
+    rank_of = schedule.placement.rank_of
     sends: dict[tuple[int, int, Op], list[tuple[int, Action]]] = {}
     receives: dict[tuple[int, int, Op], list[tuple[int, Action]]] = {}
     for rank, actions in enumerate(schedule):
         for index, action in enumerate(actions):
             if action.op.is_send:
-                link = (rank, rank_of(action.counterpart.stage, pp), action.op)
+                link = (rank, rank_of(action.counterpart.stage), action.op)
                 sends.setdefault(link, []).append((index, action))
             elif action.op.is_receive:
-                link = (rank_of(action.counterpart.stage, pp), rank, action.counterpart.op)
+                link = (rank_of(action.counterpart.stage), rank, action.counterpart.op)
                 receives.setdefault(link, []).append((index, action))
     for link, sent in sends.items():
         source, target, op = link
@@ -214,14 +222,15 @@ def _cycle(blocked: list[Blocked]) -> list[Blocked]:
     return seen[seen.index(stop) :]
 
 
-def _check_in_flight(schedule: Schedule, num_micro_batches: int, max_in_flight: Bound) -> None:
-    pp = len(schedule)
-    if not callable(max_in_flight) and len(max_in_flight) != pp:
+def _check_in_flight(schedule: Schedule, max_in_flight: Bound) -> None:
+    placement, num_micro_batches = schedule.placement, schedule.num_micro_batches
+    if not callable(max_in_flight) and len(max_in_flight) != len(schedule):
         raise ScheduleError(
-            f"max_in_flight has {len(max_in_flight)} bounds for the {pp} ranks of the schedule; give one a rank"
+            f"max_in_flight has {len(max_in_flight)} bounds for the {len(schedule)} ranks of the schedule; give one a "
+            "rank"
         )
     for rank, actions in enumerate(schedule):
-        bound = max_in_flight(rank, pp, num_micro_batches) if callable(max_in_flight) else max_in_flight[rank]
+        bound = max_in_flight(rank, placement, num_micro_batches) if callable(max_in_flight) else max_in_flight[rank]
         for index, held in enumerate(in_flight(actions)):
             if held > bound:
                 raise _fail(

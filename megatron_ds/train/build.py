@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,14 +14,13 @@ from megatron_ds.data.ramp import BatchRamp
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.optim.loss_scaler import LossScaler
 from megatron_ds.optim.schedule import learning_rate
-from megatron_ds.pipeline.action import Schedule
 from megatron_ds.pipeline.executor import Executor
-from megatron_ds.pipeline.passes import add_communication, hoist_receives
+from megatron_ds.pipeline.passes import make_ready
+from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.schedules import build_schedule, generator_of
 from megatron_ds.pipeline.split import split_layers
 from megatron_ds.pipeline.stage import Model, StageModule, StageSpan, stage_spans
 from megatron_ds.pipeline.validate import validate as validate_schedule
-from megatron_ds.shard import spec_of
 from megatron_ds.shared_memory import SharedExchange
 from megatron_ds.train.step import TrainStep
 from megatron_ds.zero.optimizer import ZeroOptimizer
@@ -53,12 +53,13 @@ def num_micro_batches(config: RunConfig, shape: MeshShape) -> int:
 
 def spans_of(config: PipelineConfig, model: Model, pp: int) -> list[StageSpan]:
     """The layers of every stage. The embedding and the head count as cost where the split is by cost."""
+    num_stages = pp * config.chunks
     if config.layers_per_stage is not None:
-        return stage_spans(split_layers(model.num_layers, pp, mode=list(config.layers_per_stage)))
+        return stage_spans(split_layers(model.num_layers, num_stages, mode=list(config.layers_per_stage)))
     return stage_spans(
         split_layers(
             model.num_layers,
-            pp,
+            num_stages,
             layer_cost=model.costs.block,
             first_cost=model.costs.embedding,
             last_cost=model.costs.head,
@@ -76,34 +77,43 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
     device = device or mesh.device
     pp = mesh.pp.size
     replica_batch = config.train.micro_batch * mesh.shape.dp
-    schedules = [_schedule(config, pp, size // replica_batch) for size in batch_ramp(config).sizes()]
-    span = spans_of(config.pipeline, model, pp)[mesh.pp.rank]
+    schedules = [schedule_of(config.pipeline, pp, size // replica_batch) for size in batch_ramp(config).sizes()]
+    spans = spans_of(config.pipeline, model, pp)
     tp = SharedExchange.on(mesh.tp) if device.type == "cpu" else mesh.tp
-    stage = model.make_stage(config, span, tp, device, DTYPES[config.precision.dtype])
-    cast(StageModule, stage).initialize(config.seed)
+    dtype = DTYPES[config.precision.dtype]
+    stages = {
+        number: model.make_stage(config, spans[number], tp, device, dtype)
+        for number in schedules[-1].placement.stages_of(mesh.pp.rank)
+    }
+    shared = _tie_embeddings(stages, mesh)
+    for stage in stages.values():
+        cast(StageModule, stage).initialize(config.seed)
+    first, *others = stages.values()
     optimizer = ZeroOptimizer(
-        list(stage.named_parameters()),
+        [parameter for stage in stages.values() for parameter in stage.named_parameters()],
         mesh,
         config.zero,
         config.optimizer,
         config.precision,
-        shared_over=_shared(stage, mesh),
-        root=stage,
+        shared_over=shared,
+        root=nn.ModuleList(stages.values()) if others else first,
+        # The first stage that holds a parameter is the last one whose backward pass uses it.
+        stage_of={id(p): number for number in sorted(stages, reverse=True) for p in stages[number].parameters()},
     )
     if config.compile:
-        cast(StageModule, stage).compile_blocks()
+        for stage in stages.values():
+            cast(StageModule, stage).compile_blocks()
     executor = Executor(
         schedules[-1],
-        {mesh.pp.rank: stage},
+        stages,
         pp=mesh.pp,
         pp_back=mesh.pp_back,
-        activation_shape=cast(StageModule, stage).activation_shape(
+        activation_shape=cast(StageModule, first).activation_shape(
             config.train.micro_batch, config.train.sequence_length
         ),
-        dtype=DTYPES[config.precision.dtype],
+        dtype=dtype,
         device=device,
-        before_backward=lambda _, last: optimizer.start_backward(last),
-        after_backward=lambda _: optimizer.end_backward(),
+        gradients=optimizer,
         other_sizes=schedules[:-1],
     )
     scaler = LossScaler.from_config(config.precision)
@@ -115,23 +125,24 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
         clip_norm=config.optimizer.clip_norm,
         rate=lambda update: learning_rate(config.optimizer, update, config.train.steps),
     )
-    return Parts({mesh.pp.rank: stage}, executor, optimizer, step, scaler)
+    return Parts(stages, executor, optimizer, step, scaler)
 
 
-def _schedule(config: RunConfig, pp: int, micro_batches: int) -> Schedule:
-    """The schedule of a step with ``micro_batches``, proved to be sound."""
-    schedule = build_schedule(config.pipeline.schedule, pp, micro_batches)
-    validate_schedule(
-        hoist_receives(add_communication(schedule)),
-        micro_batches,
-        generator_of(config.pipeline.schedule).max_in_flight,
-    )
+def schedule_of(config: PipelineConfig, pp: int, micro_batches: int) -> Schedule:
+    """The schedule of a step with ``micro_batches`` a replica, proved to be sound."""
+    schedule = build_schedule(config.schedule, pp, micro_batches, config.chunks, config.placement)
+    validate_schedule(make_ready(schedule), generator_of(config.schedule).max_in_flight)
     return schedule
 
 
-def _shared(stage: nn.Module, mesh: Mesh) -> list[tuple[nn.Parameter, Axis]]:
-    """Parameters of which another stage holds a copy: the embedding, where it is tied across first and last stage."""
-    tied = getattr(stage, "shares_embedding", False)
-    if mesh.pp.size == 1 or not tied:
+def _tie_embeddings(stages: Mapping[int, nn.Module], mesh: Mesh) -> list[tuple[nn.Parameter, Axis]]:
+    """Parameters of which a stage on another rank holds a copy, with the axis of those ranks.
+
+    Those are the embedding, where the output head on another stage is tied to it. Where both stages are on this rank
+    they share the parameter itself.
+    """
+    tied = [cast(Any, stage) for stage in stages.values() if getattr(stage, "shares_embedding", False)]
+    if len(tied) == 2:
+        tied[1].embedding = tied[0].embedding
         return []
-    return [(p, mesh.embedding) for p in stage.parameters() if spec_of(p).name == "embedding.weight"]
+    return [(tied[0].embedding.weight, mesh.embedding)] if tied else []

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from megatron_ds.config import RunConfig, validate
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh, MeshShape
-from megatron_ds.pipeline.passes import add_communication, hoist_receives
-from megatron_ds.pipeline.schedules import build_schedule, generator_of
+from megatron_ds.pipeline.passes import make_ready
+from megatron_ds.pipeline.schedules import activation_bound
 from megatron_ds.pipeline.simulate import Costs, simulate
-from megatron_ds.pipeline.stage import Activations, Model, StageSpan
-from megatron_ds.train.build import build, num_micro_batches, spans_of
+from megatron_ds.pipeline.stage import Activations, Model, StageSpan, largest_activations
+from megatron_ds.train.build import build, num_micro_batches, schedule_of, spans_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class DryRun:
         places: the same by kind and place: ``device``, ``host``, ``disk``.
         local_parameters: elements on this rank.
         activations: of one micro-batch, estimated for a GPU unless the configuration says CPU; None: not known.
+        stages: those of the rank, by their place in ``spans``.
         in_flight: micro-batches whose activations this rank keeps at once.
         bubble: idle share of the pipeline's time, from the layers' FLOPs, a backward at twice a forward.
     """
@@ -40,6 +41,7 @@ class DryRun:
     shape: MeshShape
     rank: int
     spans: list[StageSpan]
+    stages: list[int]
     bytes: dict[str, int]
     places: dict[str, dict[str, int]]
     local_parameters: int
@@ -54,16 +56,13 @@ class DryRun:
 
     def __str__(self) -> str:
         place = self.shape.coordinates(self.rank)
-        span = self.spans[place["pp"]]
-        extras = [name for name, there in (("embedding", span.embedding), ("head", span.head)) if there]
         batches = num_micro_batches(self.config, self.shape)
         return "\n".join(
             [
                 self.shape.draw(mark=self.rank),
                 "",
                 f"rank {self.rank}: " + ", ".join(f"{axis} {index}" for axis, index in place.items()),
-                f"stage {place['pp']}: layers {span.first} to {span.last - 1}"
-                + (f" with {' and '.join(extras)}" if extras else ""),
+                *(self._stage(stage) for stage in self.stages),
                 "layers a stage: " + " ".join(str(s.last - s.first) for s in self.spans),
                 f"parameters on this rank: {self.local_parameters:,}",
                 *_table({**self.bytes, "total": self.total_bytes}),
@@ -74,6 +73,13 @@ class DryRun:
                 f"in flight on this rank, bubble {self.bubble:.1%} of the time",
                 f"built in {self.seconds:.1f} s",
             ]
+        )
+
+    def _stage(self, stage: int) -> str:
+        span = self.spans[stage]
+        extras = [name for name, there in (("embedding", span.embedding), ("head", span.head)) if there]
+        return f"stage {stage}: layers {span.first} to {span.last - 1}" + (
+            f" with {' and '.join(extras)}" if extras else ""
         )
 
     def _activations(self) -> list[str]:
@@ -97,12 +103,6 @@ class DryRun:
 
 def _table(sizes: dict[str, int]) -> list[str]:
     return [f"  {kind:<10}  {size:>18,} bytes  {size / 2**30:9.3f} GiB" for kind, size in sizes.items()]
-
-
-def _activations(config: RunConfig, model: Model, span: StageSpan, tp: int) -> Activations | None:
-    if model.activations is None:
-        return None
-    return model.activations(span, tp, "cpu" if config.device == "cpu" else "cuda")
 
 
 def dry_run(config: RunConfig, model: Model, world_size: int, rank: int = 0) -> DryRun:
@@ -133,20 +133,21 @@ def dry_run(config: RunConfig, model: Model, world_size: int, rank: int = 0) -> 
         + model.costs.head * span.head
         for span in spans
     ]
-    schedule = build_schedule(config.pipeline.schedule, shape.pp, batches)
-    timeline = simulate(
-        hoist_receives(add_communication(schedule)), Costs(forward=forward, backward=[2 * cost for cost in forward])
-    )
+    schedule = schedule_of(config.pipeline, shape.pp, batches)
+    timeline = simulate(make_ready(schedule), Costs(forward=forward, backward=[2 * cost for cost in forward]))
     return DryRun(
         config,
         shape,
         rank,
         spans,
+        sorted(parts.stages),
         parts.optimizer.bytes_report(),
         parts.optimizer.bytes_by_store(),
         sum(parameter.numel() for stage in parts.stages.values() for parameter in stage.parameters()),
         timeline.bubble_fraction,
-        generator_of(config.pipeline.schedule).max_in_flight(mesh.pp.rank, shape.pp, batches),
-        _activations(config, model, spans[mesh.pp.rank], shape.tp),
+        activation_bound(config.pipeline.schedule, schedule)[mesh.pp.rank],
+        largest_activations(
+            model, [spans[stage] for stage in parts.stages], shape.tp, "cpu" if config.device == "cpu" else "cuda"
+        ),
         time.perf_counter() - start,
     )

@@ -13,10 +13,10 @@ from megatron_ds.data.gpt_sources import GPTSources
 from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
 from megatron_ds.kernels import registry
 from megatron_ds.mesh import Mesh
-from megatron_ds.pipeline.schedules import generator_of
-from megatron_ds.pipeline.stage import Model
+from megatron_ds.pipeline.schedules import activation_bound
+from megatron_ds.pipeline.stage import Model, largest_activations
 from megatron_ds.train.advice import AdviceCallback, RunAdvice, known_beforehand
-from megatron_ds.train.build import DTYPES, Parts, batch_ramp, build, num_micro_batches, spans_of
+from megatron_ds.train.build import DTYPES, Parts, batch_ramp, build, num_micro_batches, schedule_of, spans_of
 from megatron_ds.train.callbacks import Callback, default_callbacks
 from megatron_ds.train.initial_weights import check_model, load_weights
 from megatron_ds.train.launch import Place, job, keep_freed_memory, set_threads
@@ -117,13 +117,14 @@ def _advice(
             callback.on_message(text)
 
     micro_batches, pp = num_micro_batches(config, mesh.shape), mesh.pp
-    span = spans_of(config.pipeline, model, pp.size)[pp.rank]
+    spans = spans_of(config.pipeline, model, pp.size)
+    schedule = schedule_of(config.pipeline, pp.size, micro_batches)
     known = known_beforehand(
         config,
         parts.optimizer,
         micro_batches,
-        generator_of(config.pipeline.schedule).max_in_flight(pp.rank, pp.size, micro_batches),
-        None if model.activations is None else model.activations(span, mesh.tp.size, mesh.device.type),
+        activation_bound(config.pipeline.schedule, schedule)[pp.rank],
+        largest_activations(model, [spans[stage] for stage in parts.stages], mesh.tp.size, mesh.device.type),
         model.flops_per_token * config.train.global_batch * config.train.sequence_length / mesh.world.size,
         config.log.peak_tflops or peak_tflops(mesh.device),
         place.local_world_size,

@@ -194,7 +194,7 @@ class TrainStep:
 
     def _own_loss(self, value: Tensor) -> Tensor:
         """``value`` on the one rank that speaks for its sequences, zero elsewhere: the last stage's first tp rank."""
-        speaks = self.mesh.pp.is_last and self.mesh.tp.is_first
+        speaks = self.executor.has_last_stage and self.mesh.tp.is_first
         return value if speaks else torch.zeros_like(value)
 
     def _sum_over_world(self, norm_squared: Tensor, loss_sum: Tensor, stop: bool) -> Tensor:

@@ -30,6 +30,7 @@ class ParameterInfo:
 
     ``shared`` numbers the parameters that other pipeline stages hold too (a tied embedding); None for all others.
     ``unit`` numbers what stage 3 gathers and frees together (see ``zero/units.py``); None: the parameter stays whole.
+    ``stage`` is the pipeline stage whose backward pass completes the gradient.
     """
 
     spec: ShardSpec
@@ -37,13 +38,16 @@ class ParameterInfo:
     trainable: bool = True
     shared: int | None = None
     unit: int | None = None
+    stage: int = 0
 
     @property
     def numel(self) -> int:
         return prod(self.spec.local_shape)
 
     @staticmethod
-    def of(parameter: torch.Tensor, shared: int | None = None, unit: int | None = None) -> ParameterInfo:
+    def of(
+        parameter: torch.Tensor, shared: int | None = None, unit: int | None = None, stage: int = 0
+    ) -> ParameterInfo:
         """Of a local parameter on any device, the meta device included.
 
         Raises:
@@ -56,15 +60,16 @@ class ParameterInfo:
             raise ValueError(
                 f"{spec.name} has shape {list(shape)}, but its ShardSpec describes {list(spec.local_shape)}"
             )
-        return ParameterInfo(spec, real_dtype(parameter.dtype), parameter.requires_grad, shared, unit)
+        return ParameterInfo(spec, real_dtype(parameter.dtype), parameter.requires_grad, shared, unit, stage)
 
 
 @dataclass(frozen=True)
 class BucketKey:
     """What the parameters of one bucket have in common.
 
-    ``partial_over_tp``: gradients are to be summed over the tensor-parallel axis too. ``shared``, ``unit``: see
-    :class:`ParameterInfo`; a shared parameter has a bucket to itself, of the same layout on every stage that holds it.
+    ``partial_over_tp``: gradients are to be summed over the tensor-parallel axis too. ``shared``, ``unit``, ``stage``:
+    see :class:`ParameterInfo`; a shared parameter has a bucket to itself, of the same layout on every stage that holds
+    it.
     """
 
     dtype: torch.dtype
@@ -72,6 +77,7 @@ class BucketKey:
     shared: int | None
     unit: int | None = None
     trainable: bool = True
+    stage: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ def plan_buckets(parameters: Sequence[ParameterInfo], bucket_bytes: float, shard
         if not info.trainable and info.unit is None:
             continue
         partial = info.spec.partial_over_tp and info.trainable
-        key = BucketKey(info.dtype, partial, info.shared, info.unit, info.trainable)
+        key = BucketKey(info.dtype, partial, info.shared, info.unit, info.trainable, info.stage)
         slots = open_slots.get(key, [])
         start = -(-(slots[-1].start + slots[-1].numel) // ALIGN) * ALIGN if slots else 0
         if slots and (start + info.numel) * state_dtype(info.dtype).itemsize > bucket_bytes:

@@ -7,7 +7,7 @@ over all data-parallel ranks, stage 0 is the same code with a shard axis of one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -57,12 +57,14 @@ class ZeroOptimizer:
             every rank of the axis must list it at the same position. Their gradients are summed over that axis.
         shared_memory: let CPU ranks of one host read each other's buffers instead of sending them. The sums are the
             same but for the order in which gloo adds small buckets of three ranks and more.
-        root: the module whose forward uses the parameters. Stage 3 finds in it the units that are gathered and freed
-            together; see :mod:`megatron_ds.zero.units`.
+        root: the module whose forward uses the parameters, or a list of them. Stage 3 finds in it the units that are
+            gathered and freed together; see :mod:`megatron_ds.zero.units`.
         unit_classes: the classes of modules that are units, instead of the members of lists of modules.
         fill: gives values to parameters that have none yet (on the meta device, or of a model that is larger than
             this rank's memory): called with the parameters of one unit at a time, whose memory is there for the call.
             All ranks must give the same values. Default: parameters keep the values they have.
+        stage_of: the pipeline stage of a parameter, by its ``id``, where the rank holds several: whose backward pass
+            completes its gradient. Default: stage 0.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class ZeroOptimizer:
         root: nn.Module | None = None,
         unit_classes: Sequence[type[nn.Module]] = (),
         fill: Callable[[list[nn.Parameter]], None] | None = None,
+        stage_of: Mapping[int, int] | None = None,
     ):
         self.config = config
         self.shard, self.replicate = shard_axes(mesh, config)
@@ -84,7 +87,10 @@ class ZeroOptimizer:
         shared = {id(parameter): number for number, (parameter, _) in enumerate(shared_over)}
         modules = choose_units(config, self.shard, root, unit_classes)
         unit_of = numbers_of_units(modules.values(), self._parameters, config.persistence_threshold)
-        self._infos = [ParameterInfo.of(p, shared.get(id(p)), unit_of.get(id(p))) for p in self._parameters]
+        self._infos = [
+            ParameterInfo.of(p, shared.get(id(p)), unit_of.get(id(p)), (stage_of or {}).get(id(p), 0))
+            for p in self._parameters
+        ]
         self._rule, self._kinds = optimizer_config, state_kinds(optimizer_config)
         layouts = plan_buckets(self._infos, config.bucket_mb * 1e6, self.shard.size)
         device = self._parameters[0].device if self._parameters else mesh.device
@@ -150,7 +156,9 @@ class ZeroOptimizer:
         names = {id(module): name for name, module in root.named_modules()}
         owner = {id(p): bucket for bucket in self._all if bucket.layout.key.unit is not None for p in bucket.tensors}
         units = []
-        for module, parameters in {root: [], **modules}.items():
+        # What is called first; a list of pipeline stages never is, its members are.
+        called = list(root) if isinstance(root, nn.ModuleList) else [root]
+        for module, parameters in {**{module: [] for module in called}, **modules}.items():
             needed = {id(owner[id(p)]): owner[id(p)] for p in parameters if id(p) in owner}
             units.append(Unit(names[id(module)], module, list(needed.values())))
         return Gatherer(units, self._all, self.config.prefetch)
@@ -174,15 +182,29 @@ class ZeroOptimizer:
             self.gatherer.start_step()
             self.gatherer.keep = self.config.keep_whole
 
-    def start_backward(self, last: bool) -> None:
-        """A backward pass follows, ``last``: the last one of this step here."""
-        self.reducer.start_backward(last)
+    def start_backward(self, last: bool, stage: int = 0) -> None:
+        """A backward pass of a pipeline stage follows, ``last``: the stage's last one of this step here."""
+        self.reducer.start_backward(last, stage)
 
-    def end_backward(self) -> None:
+    def start_input_backward(self, stage: int, micro_batch: int) -> None:
+        """A backward pass follows whose weight gradients are computed later, in :meth:`add_weight_gradients`."""
+        self.reducer.start_input_backward(stage, micro_batch)
+
+    def end_input_backward(self, stage: int) -> None:
+        """The input gradients are there."""
+        if self.gatherer is not None:
+            self.gatherer.end_backward()
+        self.reducer.end_input_backward(stage)
+
+    def add_weight_gradients(self, stage: int, micro_batch: int) -> None:
+        """Compute what was kept of a micro-batch, between :meth:`start_backward` and :meth:`end_backward`."""
+        self.reducer.add_weight_gradients(stage, micro_batch)
+
+    def end_backward(self, stage: int = 0) -> None:
         """The backward pass is over. Where each one is reduced, all its gradients are in their shards now."""
         if self.gatherer is not None:
             self.gatherer.end_backward()
-        self.reducer.end_backward()
+        self.reducer.end_backward(stage)
 
     def finish_gradients(self) -> None:
         """Reduce what is left and wait; afterwards every slice holds its sum over the global batch."""

@@ -2,11 +2,13 @@
 
 Up to stage 1 whole gradients add up over the micro-batches, and each bucket is reduced during the last backward pass,
 as soon as it is complete. From stage 2 on that is done in each backward pass, and the bucket's memory is given back.
+
+A rank may hold several pipeline stages: each has backward passes of its own, and buckets of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import NoReturn
 
@@ -27,8 +29,37 @@ class Phase(Enum):
 
     IDLE = "between steps"
     ACCUMULATING = "accumulating gradients"
-    REDUCING = "in a backward pass that is reduced as it goes"
     REDUCED = "holding reduced gradients"
+
+
+class BackwardContext:
+    """The buckets of one pipeline stage, and how far its present backward pass has come with them.
+
+    Attributes:
+        buckets: in the order in which a backward pass of the stage fills them.
+        reducing: in a backward pass that is reduced as it goes.
+        missing: for each bucket, parameters yet to come in it.
+        launched: buckets whose reduction was started.
+        kept: of each micro-batch whose ``W`` action is to come, the writes that its ``B`` action left for it.
+    """
+
+    def __init__(self, buckets: Sequence[FlatBucket]):
+        self.buckets = list(buckets)
+        self.reducing = False
+        self.missing = [0] * len(self.buckets)
+        self.launched = 0
+        self.kept: dict[int, list[Callable[[], None]]] = {}
+
+    def sinks(self) -> Iterator[GradSink]:
+        return (sink for bucket in self.buckets for sink in bucket.sinks)
+
+    def start_backward(self) -> None:
+        for index, bucket in enumerate(self.buckets):
+            self.missing[index] = len(bucket.sinks)
+        for sink in self.sinks():
+            sink.writes = 0
+        self.launched = 0
+        self.reducing = True
 
 
 class Reducer:
@@ -45,22 +76,29 @@ class Reducer:
         self.buckets = list(buckets)
         self.overlap, self.each_backward, self.window = overlap, each_backward, window
         self.phase = Phase.IDLE
-        self._missing = [0] * len(self.buckets)  # for each bucket, parameters yet to come in the backward pass
-        self._launched = 0
+        stages = dict.fromkeys(bucket.layout.key.stage for bucket in self.buckets)
+        self.contexts = {
+            stage: BackwardContext([b for b in self.buckets if b.layout.key.stage == stage]) for stage in stages
+        }
         self._waiting: list[FlatBucket] = []  # reductions under way, oldest first
         self._finished: list[FlatBucket] = []  # done here, but perhaps still read by peers
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        for index, bucket in enumerate(self.buckets):
-            bucket.sinks = [self._attach(index, slot, p) for slot, p in zip(bucket.layout.slots, bucket.tensors)]
+        for context in self.contexts.values():
+            for index, bucket in enumerate(context.buckets):
+                bucket.sinks = [
+                    self._attach(context, index, slot, p) for slot, p in zip(bucket.layout.slots, bucket.tensors)
+                ]
 
-    def _attach(self, bucket: int, slot: Slot, parameter: nn.Parameter) -> GradSink:
+    def _attach(self, context: BackwardContext, bucket: int, slot: Slot, parameter: nn.Parameter) -> GradSink:
         """Give the parameter its sink, and a hook that moves what autograd leaves in ``.grad`` there."""
         if "grad_sink" in parameter.__dict__:
             raise ValueError(f"{slot.spec.name} already belongs to a ZeroOptimizer; close() that one first")
         sink = GradSink(
-            slot.spec.name, lambda sink: self._before_write(sink, bucket), lambda sink: self._on_write(sink, bucket)
+            slot.spec.name,
+            lambda sink: self._before_write(sink, context, bucket),
+            lambda sink: self._on_write(sink, context, bucket),
         )
-        if isinstance(self.buckets[bucket].gradients, TransientGradients):
+        if isinstance(context.buckets[bucket].gradients, TransientGradients):
             # Known beforehand, so that the very first step frees gradients too: autograd gives each parameter one
             # gradient a backward pass; who writes into the sink itself says how often.
             sink.expected = parameter.__dict__.get("grad_writes", 1)
@@ -83,7 +121,7 @@ class Reducer:
                 del parameter.grad_sink  # type: ignore[attr-defined]
 
     def sinks(self) -> Iterator[GradSink]:
-        return (sink for bucket in self.buckets for sink in bucket.sinks)
+        return (sink for context in self.contexts.values() for sink in context.sinks())
 
     def start_step(self) -> None:
         """Forget the gradients of the step before."""
@@ -92,35 +130,68 @@ class Reducer:
         for sink in self.sinks():
             sink.written = False
             sink.writes = 0
-        self._launched = 0
+        for context in self.contexts.values():
+            context.launched = 0
+            context.reducing = False
+            context.kept.clear()
         self.phase = Phase.ACCUMULATING
 
-    def start_backward(self, last: bool) -> None:
-        """A backward pass follows, ``last``: the last one of this step here."""
-        self.expect(Phase.ACCUMULATING, "start_backward")
-        if not last and not self.each_backward:
-            return
-        for index, bucket in enumerate(self.buckets):
-            self._missing[index] = len(bucket.sinks)
-            for sink in bucket.sinks:
-                sink.writes = 0
-        self._launched = 0
-        self.phase = Phase.REDUCING
+    def start_backward(self, last: bool, stage: int) -> None:
+        """A backward pass of ``stage`` follows, ``last``: the stage's last one of this step here."""
+        context = self.contexts.get(stage)
+        self._expect_accumulating(context, "start_backward")
+        if context is not None and (last or self.each_backward):
+            context.start_backward()
 
-    def end_backward(self) -> None:
+    def end_backward(self, stage: int) -> None:
         """The backward pass is over. Where each one is reduced, all its gradients are in their shards now."""
-        if self.phase is Phase.REDUCING and self.each_backward:
-            self._reduce_the_rest()
-            self.phase = Phase.ACCUMULATING
+        context = self.contexts.get(stage)
+        if context is None or not context.reducing:
+            return
+        if self.each_backward:
+            self._launch_the_rest(context)
+            self._wait_for_all()
+            context.reducing = False
+        elif len(self.contexts) > 1:
+            # Before another stage's buckets leave, so that all ranks have one order of all buckets.
+            self._launch_the_rest(context)
 
-    def _before_write(self, sink: GradSink, bucket: int) -> None:
+    # A backward pass in two actions: B computes the input gradients, W the weight gradients.
+
+    def start_input_backward(self, stage: int, micro_batch: int) -> None:
+        """Keep what comes for the stage's parameters until :meth:`add_weight_gradients` of the micro-batch."""
+        context = self.contexts.get(stage)
+        self._expect_accumulating(context, "start_input_backward")
+        if context is not None:
+            kept = context.kept.setdefault(micro_batch, [])
+            for sink in context.sinks():
+                sink.kept = kept
+
+    def end_input_backward(self, stage: int) -> None:
+        if stage in self.contexts:
+            for sink in self.contexts[stage].sinks():
+                sink.kept = None
+
+    @torch.no_grad()
+    def add_weight_gradients(self, stage: int, micro_batch: int) -> None:
+        """Compute and add what was kept of a micro-batch."""
+        if stage in self.contexts:
+            kept = self.contexts[stage].kept.pop(micro_batch)
+            while kept:  # each one's operands are freed as soon as it is computed
+                kept.pop(0)()
+
+    def _expect_accumulating(self, context: BackwardContext | None, method: str) -> None:
+        self.expect(Phase.ACCUMULATING, method)
+        if context is not None and context.reducing:
+            raise self._out_of_order(method, "in a backward pass that is reduced as it goes")
+
+    def _before_write(self, sink: GradSink, context: BackwardContext, bucket: int) -> None:
         """A gradient comes for a bucket without a buffer."""
-        if self.phase is Phase.REDUCING and bucket < self._launched:
+        if context.reducing and bucket < context.launched:
             self._too_late(sink)
-        if self.phase in (Phase.ACCUMULATING, Phase.REDUCING):
-            self.buckets[bucket].open()
-        else:
+        if self.phase is not Phase.ACCUMULATING:
             self._untimely(sink)
+        context.buckets[bucket].open()
 
     def _untimely(self, sink: GradSink) -> NoReturn:
         raise RuntimeError(f"{sink.name} got a gradient {self.phase.value}; call start_step() before the backward pass")
@@ -131,28 +202,28 @@ class Reducer:
             f"because earlier steps had {sink.expected}; set zero.overlap=false for a graph that changes"
         )
 
-    def _on_write(self, sink: GradSink, bucket: int) -> None:
-        if self.phase is Phase.ACCUMULATING:
-            return
-        if self.phase is not Phase.REDUCING:
+    def _on_write(self, sink: GradSink, context: BackwardContext, bucket: int) -> None:
+        if self.phase is not Phase.ACCUMULATING:
             self._untimely(sink)
-        if bucket < self._launched:
+        if not context.reducing:
+            return
+        if bucket < context.launched:
             sink.writes -= 1
             self._too_late(sink)
         # How often a parameter is written in one backward pass is a property of the graph, learned from the step
         # before; so up to stage 1 the first step reduces everything at its end.
         if sink.writes == sink.expected:
-            self._missing[bucket] -= 1
+            context.missing[bucket] -= 1
             if self.overlap:
                 # One order on all ranks, whatever the order in which gradients come: collectives match by order.
-                while self._launched < len(self.buckets) and self._missing[self._launched] == 0:
-                    self._launch()
+                while context.launched < len(context.buckets) and context.missing[context.launched] == 0:
+                    self._launch(context)
 
-    def _launch(self) -> None:
+    def _launch(self, context: BackwardContext) -> None:
         """Start the reduction of the next bucket. Of buffers that are to be given back, few are under way at a time."""
-        bucket = self.buckets[self._launched]
+        bucket = context.buckets[context.launched]
         bucket.start_reduce()
-        self._launched += 1
+        context.launched += 1
         self._waiting.append(bucket)
         if self.each_backward:
             # By sizes alone, so that all ranks do the same. What is done here may still be read by peers: a wait for
@@ -171,14 +242,16 @@ class Reducer:
         bucket.finish_reduce()
         self._finished.append(bucket)
 
-    def _reduce_the_rest(self) -> None:
-        if self.phase is Phase.REDUCING:
-            for sink in self.sinks():
+    def _launch_the_rest(self, context: BackwardContext) -> None:
+        if context.reducing:
+            for sink in context.sinks():
                 sink.expected = max(sink.expected, sink.writes)
-        else:  # the rank had no backward pass in this step
-            self._launched = 0
-        while self._launched < len(self.buckets):
-            self._launch()
+        else:  # the rank had no backward pass of the stage in this step
+            context.launched = 0
+        while context.launched < len(context.buckets):
+            self._launch(context)
+
+    def _wait_for_all(self) -> None:
         while self._waiting:
             self._finish_oldest()
         for bucket in self._finished:
@@ -187,20 +260,31 @@ class Reducer:
 
     def finish(self) -> None:
         """Reduce what is left and wait; afterwards every slice holds its sum over the global batch."""
-        if self.phase is Phase.ACCUMULATING and self.each_backward:
-            if any(g.empty for b in self.buckets if isinstance(g := b.gradients, TransientGradients)):
-                self._reduce_the_rest()  # no backward pass at all
-        else:
-            if self.phase is not Phase.ACCUMULATING:
-                self.expect(Phase.REDUCING, "finish_gradients")
-            self._reduce_the_rest()
+        self.expect(Phase.ACCUMULATING, "finish_gradients")
+        for context in self.contexts.values():
+            if context.kept:
+                raise RuntimeError(
+                    f"the weight gradients of micro-batches {sorted(context.kept)} were never computed; the schedule "
+                    "has a W action for each"
+                )
+            # Where each backward pass is reduced, there is nothing left of a stage that had one.
+            if not self.each_backward or any(
+                g.empty for b in context.buckets if isinstance(g := b.gradients, TransientGradients)
+            ):
+                self._launch_the_rest(context)
+        self._wait_for_all()
+        for context in self.contexts.values():
+            context.reducing = False
         for bucket in self.buckets:
             bucket.sum_over_remaining_axes()
         self.phase = Phase.REDUCED
 
     def expect(self, phase: Phase, method: str) -> None:
         if self.phase is not phase:
-            raise RuntimeError(
-                f"{method}() was called {self.phase.value}; the order is start_step, for each micro-batch "
-                "start_backward and end_backward, finish_gradients, norm_squared, then step or skip"
-            )
+            raise self._out_of_order(method, self.phase.value)
+
+    def _out_of_order(self, method: str, now: str) -> RuntimeError:
+        return RuntimeError(
+            f"{method}() was called {now}; the order is start_step, for each micro-batch "
+            "start_backward and end_backward, finish_gradients, norm_squared, then step or skip"
+        )

@@ -124,10 +124,10 @@ def last_micro_batch_only() -> AbstractContextManager[Any]:
     """Gradients are overwritten, not accumulated."""
     start = ZeroOptimizer.start_backward
 
-    def forget(zero: ZeroOptimizer, last: bool) -> None:
+    def forget(zero: ZeroOptimizer, last: bool, stage: int) -> None:
         for sink in zero.reducer.sinks():
             sink.written = False
-        start(zero, last)
+        start(zero, last, stage)
 
     return patch.object(ZeroOptimizer, "start_backward", forget)
 

@@ -17,7 +17,11 @@ from itertools import combinations
 from types import MappingProxyType
 from typing import Any
 
+from parity_schedules import schedule_of_row
+
 from megatron_ds.config import RunConfig, from_dict
+from megatron_ds.pipeline.placement import Placement
+from megatron_ds.pipeline.schedule import Schedule
 
 SETTINGS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
@@ -33,6 +37,8 @@ SETTINGS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "architecture": ("gpt2", "llama", "bloom", "bert"),
         "split": ("even", "uneven", "cost"),
         "schedule": ("1f1b", "gpipe"),
+        "stages": ("one", "looped", "v"),  # how many a rank holds, and where they lie
+        "split_backward": (False, True),  # weight gradients in actions of their own
         "optimizer": ("adamw", "sgd"),
         "smoothing": (False, True),  # label smoothing and z-loss
         "dropout": (False, True),
@@ -74,6 +80,8 @@ class Row:
     architecture: str = "gpt2"
     split: str = "even"
     schedule: str = "1f1b"
+    stages: str = "one"
+    split_backward: bool = False
     optimizer: str = "adamw"
     smoothing: bool = False
     dropout: bool = False
@@ -84,7 +92,7 @@ class Row:
 
     def __str__(self) -> str:
         flags = [name for name in SETTINGS if getattr(self, name) is True]
-        values = [self.architecture, self.recompute, self.split, self.schedule, self.optimizer]
+        values = [self.architecture, self.recompute, self.split, self.schedule, self.stages, self.optimizer]
         values.append(f"zero{self.zero}" + (self.offload if self.offload != "none" else ""))
         values += [f"{self.accumulation}x{self.micro_batch}", f"bucket{self.bucket_mb:g}"]
         return "tp{}-pp{}-dp{}-".format(*self.mesh) + "-".join(values + flags)
@@ -183,14 +191,27 @@ def sequence_length(tp: int) -> int:
 
 def layers_of(row: Row) -> tuple[int, tuple[int, ...] | None]:
     """Number of layers and, for an uneven split, the layers of each stage."""
-    pp = row.mesh[1]
-    if pp == 1:
+    stages = row.mesh[1] * chunks_of(row)
+    if stages == 1:
         return 2, (2,) if row.split == "uneven" else None
-    if pp == 2:
+    if stages == 2:
         return 4, (1, 3) if row.split == "uneven" else None
     if row.split == "even":
-        return pp, None
-    return pp + 1, (2,) + (1,) * (pp - 1) if row.split == "uneven" else None
+        return stages, None
+    return stages + 1, (2,) + (1,) * (stages - 1) if row.split == "uneven" else None
+
+
+def chunks_of(row: Row) -> int:
+    """Stages a rank holds."""
+    return 1 if row.stages == "one" else 2
+
+
+def schedules_of(row: Row) -> Schedule | None:
+    """The schedule of the row's steps where the library has none of its name."""
+    if row.stages == "one" and not row.split_backward:
+        return None
+    placement = Placement.of("v" if row.stages == "v" else "looped", row.mesh[1], chunks_of(row))
+    return schedule_of_row(row.schedule, placement, row.accumulation, row.split_backward)
 
 
 def _offload_of(row: Row) -> dict[str, Any]:
@@ -230,7 +251,9 @@ def config_of(row: Row) -> RunConfig:
         "model": model,
         "mesh": {"tp": tp, "pp": pp, "dp": dp, "sequence_parallel": row.sequence_parallel},
         "pipeline": {
-            "schedule": row.schedule,
+            "schedule": row.schedule if row.stages == "one" else "gpipe",
+            "chunks": chunks_of(row),
+            "placement": "v" if row.stages == "v" else "looped",
             "split": "cost" if row.split == "cost" else "count",
             "layers_per_stage": layers_per_stage,
         },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from parity_rows import STEPS, VOCABULARY, Row, config_of, reference_config
+from parity_rows import STEPS, VOCABULARY, Row, config_of, reference_config, schedules_of
 
 from megatron_ds.config import RunConfig, validate
 from megatron_ds.data.loader import BatchLoader, MicroBatch
@@ -20,9 +20,13 @@ from megatron_ds.layers.position import rotary_table
 from megatron_ds.mesh import Mesh
 from megatron_ds.models import transformer
 from megatron_ds.models.families import model_of
+from megatron_ds.pipeline.passes import make_ready
+from megatron_ds.pipeline.schedule import Schedule
+from megatron_ds.pipeline.validate import validate as validate_schedule
 from megatron_ds.shard import ShardSpec, spec_of
 from megatron_ds.shared_memory import SharedExchange
 from megatron_ds.testing import device_of_rank
+from megatron_ds.train import build as build_module
 from megatron_ds.train.build import Parts, build
 
 TOLERANCE = 1e-9
@@ -105,17 +109,26 @@ class Outcome:
     parameters: list[Part]
 
 
-def train(config: RunConfig, mesh: Mesh, look: Callable[[Parts], None] | None = None) -> Outcome:
+def train(
+    config: RunConfig,
+    mesh: Mesh,
+    look: Callable[[Parts], None] | None = None,
+    schedule: Schedule | None = None,
+) -> Outcome:
     """Build the run of ``config`` on ``mesh`` and take the first steps.
 
     Args:
         look: called with the parts before the first step.
+        schedule: what runs instead of the configuration's schedule.
     """
     torch.manual_seed(mesh.rank)  # nothing may depend on it
-    parts = build(config, mesh, model_of(config))
+    if schedule is not None:
+        validate_schedule(make_ready(schedule))
+    with patch.object(build_module, "schedule_of", lambda *_: schedule) if schedule else nullcontext():
+        parts = build(config, mesh, model_of(config))
     if look is not None:
         look(parts)
-    (stage,) = parts.stages.values()
+    whole = {id(p): p for stage in parts.stages.values() for p in stage.parameters()}.values()
     gradients: list[list[Part]] = []
     update = parts.optimizer.step
 
@@ -129,8 +142,8 @@ def train(config: RunConfig, mesh: Mesh, look: Callable[[Parts], None] | None = 
     parts.optimizer.step = keep_gradients  # type: ignore[method-assign]
     results = [parts.step(batches) for batches in steps_of(config, mesh)]
     assert not any(result.skipped for result in results)
-    with parts.optimizer.gathered(stage.parameters()):
-        parameters = [_whole(spec_of(p), p) for p in stage.parameters()]
+    with parts.optimizer.gathered(whole):
+        parameters = [_whole(spec_of(p), p) for p in whole]
     return Outcome([(r.loss, r.grad_norm) for r in results], gradients, parameters)
 
 
@@ -170,7 +183,7 @@ def train_on_this_rank(rows: Sequence[Row], device: str | None = None) -> list[O
     for row, config in zip(rows, configs):
         validate(config, world)
         try:
-            outcomes.append(train(config, mesh))
+            outcomes.append(train(config, mesh, schedule=schedules_of(row)))
         except Exception as error:
             raise RuntimeError(f"row {row} failed") from error
     return outcomes

@@ -6,15 +6,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ds.mesh import Mesh, MeshShape
-from megatron_ds.pipeline.action import Action, Schedule
-from megatron_ds.pipeline.executor import Executor
+from megatron_ds.pipeline.action import Action
+from megatron_ds.pipeline.executor import Executor, LeftToAutograd
+from megatron_ds.pipeline.placement import Placement
+from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.schedules import build_schedule
 from megatron_ds.pipeline.timeline import Event
 from megatron_ds.testing import device_of_rank
@@ -81,9 +82,23 @@ class Ran:
     recorded: list[Event] = field(default_factory=list)
 
 
-def make(schedule: Schedule, num_stages: int, announced: list[Any], other_sizes: Sequence[Schedule] = ()) -> Executor:
+class Announced(LeftToAutograd):
+    """Notes each stage's last backward pass, and how many events were recorded before it."""
+
+    def __init__(self) -> None:
+        self.executor: Executor | None = None
+        self.last: list[tuple[int, int]] = []
+
+    def start_backward(self, last: bool, stage: int = 0) -> None:
+        if last:
+            self.last.append((stage, len((self.executor and self.executor.recorded) or [])))
+
+
+def make(
+    schedule: Schedule, num_stages: int, announced: Announced | None = None, other_sizes: Sequence[Schedule] = ()
+) -> Executor:
     mesh = mesh_of(len(schedule))
-    stages = {i: Stage(i, num_stages) for i in range(mesh.pp.rank, num_stages, len(schedule))}
+    stages = {i: Stage(i, num_stages) for i in schedule.placement.stages_of(mesh.pp.rank)}
     return Executor(
         schedule,
         stages,
@@ -92,7 +107,7 @@ def make(schedule: Schedule, num_stages: int, announced: list[Any], other_sizes:
         activation_shape=SHAPE,
         dtype=torch.float64,
         device=mesh.device,
-        before_backward=lambda stage, last: announced.append(stage) if last else None,
+        gradients=announced,
         other_sizes=other_sizes,
     )
 
@@ -105,19 +120,15 @@ def mesh_of(pp: int) -> Mesh:
 
 def run(schedule: Schedule, num_stages: int, count: int, times: int = 1) -> Ran:
     """Run the schedule ``times`` times, recording the last; gradients add up."""
-    announced: list[Any] = []
-    executor = make(schedule, num_stages, announced)
-    counts: list[tuple[int, int]] = []
-    executor.before_backward = lambda stage, last: (
-        counts.append((stage.index, len(executor.recorded or []))) if last else None
-    )
+    announced = Announced()
+    executor = announced.executor = make(schedule, num_stages, announced)
     seed = torch.tensor(0.25, dtype=torch.float64)
     for time_ in range(times):
         executor.recorded = [] if time_ == times - 1 else None
         loss = executor.run(micro_batches(count), seed)
     gradients = {i: [p.grad for p in stage.parameters() if p.grad is not None] for i, stage in executor.stages.items()}
     assert executor.recorded is not None
-    return Ran(loss.item(), gradients, counts, executor.recorded)
+    return Ran(loss.item(), gradients, announced.last, executor.recorded)
 
 
 def run_schedules(pp: int, counts: tuple[int, ...]) -> dict[tuple[str, int], Ran]:
@@ -134,27 +145,42 @@ def run_twice(pp: int) -> Ran:
 def run_sizes(pp: int, counts: tuple[int, ...]) -> list[Ran]:
     """On a rank: steps of different numbers of micro-batches on one executor, the gradients of each for itself."""
     first, *others = (build_schedule("1f1b", pp, count) for count in sorted(set(counts)))
-    announced: list[Any] = []
+    announced = Announced()
     executor = make(first, pp, announced, others)
     steps = []
     for count in counts:
-        announced.clear()
+        announced.last.clear()
         loss = executor.run(micro_batches(count), torch.tensor(0.25, dtype=torch.float64))
         gradients = {}
         for i, stage in executor.stages.items():
             gradients[i] = [p.grad.clone() for p in stage.parameters() if p.grad is not None]
             stage.zero_grad()
-        steps.append(Ran(loss.item(), gradients, [(stage.index, 0) for stage in announced]))
+        steps.append(Ran(loss.item(), gradients, list(announced.last)))
     return steps
 
 
-def run_given(actions: list[list[str]], num_stages: int, count: int) -> Ran:
-    return run([[Action.parse(a) for a in rank] for rank in actions], num_stages, count)
+def run_given(actions: list[list[str]], num_stages: int, count: int, placement: Placement | None = None) -> Ran:
+    return run(Schedule.of([[Action.parse(a) for a in rank] for rank in actions], placement), num_stages, count)
+
+
+def run_unfit(schedule: Schedule, stages: Sequence[int], others: Sequence[Schedule]) -> None:
+    """An executor of one rank with stages or other sizes that the schedule does not have."""
+    mesh = Mesh.single()
+    Executor(
+        schedule,
+        {i: Stage(i, schedule.num_stages) for i in stages},
+        pp=mesh.pp,
+        pp_back=mesh.pp_back,
+        activation_shape=SHAPE,
+        dtype=torch.float64,
+        device=mesh.device,
+        other_sizes=others,
+    )
 
 
 def evaluate(pp: int, count: int) -> tuple[float, bool]:
     """Forward only, of more micro-batches than the schedule has, then the schedule itself."""
-    executor = make(build_schedule("1f1b", pp, 2), pp, [])
+    executor = make(build_schedule("1f1b", pp, 2), pp)
     loss = executor.run_forward(micro_batches(count))
     untouched = all(p.grad is None for stage in executor.stages.values() for p in stage.parameters())
     assert not loss.requires_grad
@@ -163,7 +189,7 @@ def evaluate(pp: int, count: int) -> tuple[float, bool]:
 
 
 def wrong_count(pp: int) -> str:
-    executor = make(build_schedule("gpipe", pp, 3), pp, [])
+    executor = make(build_schedule("gpipe", pp, 3), pp)
     dist.barrier()  # no rank may leave while another is still connecting to it
     try:
         executor.run(micro_batches(2), torch.tensor(1.0, dtype=torch.float64))
@@ -173,7 +199,7 @@ def wrong_count(pp: int) -> str:
 
 
 def fail_on_stage(pp: int, bad: int) -> None:
-    executor = make(build_schedule("1f1b", pp, 6), pp, [])
+    executor = make(build_schedule("1f1b", pp, 6), pp)
     if bad in executor.stages:
         executor.stages[bad].fails_on = 2  # type: ignore[assignment]
     executor.run(micro_batches(6), torch.tensor(1.0, dtype=torch.float64))

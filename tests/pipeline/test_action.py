@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ds.errors import ScheduleError
-from megatron_ds.pipeline.action import Action, Op, in_flight, num_stages_of, peak_in_flight, rank_of
+from megatron_ds.errors import ConfigError, ScheduleError
+from megatron_ds.pipeline.action import Action, Op
+from megatron_ds.pipeline.placement import Placement
+from megatron_ds.pipeline.schedule import Schedule, in_flight, peak_in_flight
 
 actions = st.builds(Action, st.integers(0, 999), st.sampled_from(Op), st.integers(0, 9999))
 parse = Action.parse
@@ -59,10 +61,16 @@ def test_ends_of_a_transfer() -> None:
             assert parse(end).consumer == parse(consumer)
 
 
-def test_chunks_go_round_the_ranks() -> None:
-    assert [rank_of(stage, 3) for stage in range(7)] == [0, 1, 2, 0, 1, 2, 0]
-    assert num_stages_of([[parse("0F0")], [], []]) == 3
-    assert num_stages_of([[parse("3F0")], [], []]) == 6
+def test_placements_by_hand() -> None:
+    assert Placement.looped(3, 2).ranks == (0, 1, 2, 0, 1, 2)
+    assert Placement.v(3).ranks == (0, 1, 2, 2, 1, 0)
+    assert Placement.v(2, 3).ranks == (0, 1, 1, 0, 0, 1)
+    assert Placement.v(3).stages_of(1) == [1, 4] and Placement.v(3).chunks == 2
+    assert [Placement.v(2).crosses(stage) for stage in range(3)] == [True, False, True]
+    with pytest.raises(ConfigError, match="chunks=0 is no pipeline"):
+        Placement.of("v", 2, 0)
+    assert Schedule.of([[parse("0F0")], [], []]).num_stages == 3
+    assert Schedule.of([[parse("3F0")], [], []]).num_stages == 6
 
 
 def test_in_flight_counts_until_the_last_use_of_the_activation() -> None:
@@ -76,6 +84,17 @@ def test_in_flight_counts_until_the_last_use_of_the_activation() -> None:
 
 def test_no_torch_behind_the_pure_part() -> None:
     """Planner and drawing work where torch is absent, and start without its import time."""
-    names = ["action", "passes", "schedules", "simulate", "timeline", "validate", "draw", "split"]
+    names = [
+        "action",
+        "placement",
+        "schedule",
+        "passes",
+        "schedules",
+        "simulate",
+        "timeline",
+        "validate",
+        "draw",
+        "split",
+    ]
     code = f"import sys; {'; '.join(f'import megatron_ds.pipeline.{n}' for n in names)}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ds.pipeline.action import Schedule
 from megatron_ds.pipeline.draw import draw_png, draw_steps, draw_text
 from megatron_ds.pipeline.passes import add_communication
+from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.schedules import SCHEDULES, build_schedule
 from megatron_ds.pipeline.simulate import Costs, simulate
 from megatron_ds.pipeline.timeline import Timeline

@@ -17,10 +17,14 @@ from executor_toy import (
     run_schedules,
     run_sizes,
     run_twice,
+    run_unfit,
     wrong_count,
 )
 
-from megatron_ds.pipeline.action import Op, compute_only, peak_in_flight
+from megatron_ds.errors import ScheduleError
+from megatron_ds.pipeline.action import Op
+from megatron_ds.pipeline.placement import Placement
+from megatron_ds.pipeline.schedule import peak_in_flight
 from megatron_ds.pipeline.schedules import activation_bound, build_schedule
 from megatron_ds.pipeline.timeline import Timeline
 from megatron_ds.testing import RankFailed, run_ranks
@@ -28,11 +32,12 @@ from megatron_ds.testing import RankFailed, run_ranks
 COUNTS = (1, 2, 5, 12)  # 12 micro-batches: more sends under way than the executor lets be
 
 
-def check(ranks: list[Ran], num_stages: int, count: int, times: int = 1) -> None:
+def check(ranks: list[Ran], num_stages: int, count: int, times: int = 1, last_rank: int | None = None) -> None:
+    last_rank = (num_stages - 1) % len(ranks) if last_rank is None else last_rank
     loss, gradients = expected(num_stages, count, seed=0.25)
     seen = {}
     for rank, ran in enumerate(ranks):
-        assert ran.loss == (pytest.approx(loss, abs=1e-12) if (num_stages - 1) % len(ranks) == rank else 0.0)
+        assert ran.loss == (pytest.approx(loss, abs=1e-12) if last_rank == rank else 0.0)
         seen |= ran.gradients
     assert seen.keys() == gradients.keys()
     for stage, tensors in gradients.items():
@@ -58,14 +63,15 @@ def test_the_recorded_timeline_is_the_schedule(name: str) -> None:
     pp, count = 3, 5
     ranks = [results[name, count] for results in run_ranks(run_schedules, pp, pp, (count,))]
     timeline = Timeline(tuple(event for ran in ranks for event in ran.recorded), "s")
-    assert compute_only(timeline.schedule()) == build_schedule(name, pp, count)
+    assert timeline.schedule().compute_only() == build_schedule(name, pp, count)
     assert timeline.num_ranks == pp and 0 <= timeline.bubble_fraction < 1
+    bounds = activation_bound(name, build_schedule(name, pp, count))
     ends = {event.action: event.end for event in timeline.compute}
     starts = {event.action: event.start for event in timeline.compute}
     for rank, events in enumerate(timeline.by_rank):
         assert all(event.rank == rank and event.start <= event.end for event in events)
         assert all(before.end <= after.start for before, after in pairwise(events))
-        assert peak_in_flight([event.action for event in events]) <= activation_bound(name, pp, count)[rank]
+        assert peak_in_flight([event.action for event in events]) <= bounds[rank]
         for event in events:
             if event.action.op.is_receive:  # the ranks' clock is one: nothing is used before it was made
                 assert event.end >= ends[event.action.producer]
@@ -107,6 +113,20 @@ def test_several_stages_on_one_rank() -> None:
     backwards = [[f"{chunk * 2 + rank}B{i}" for chunk in (1, 0) for i in range(3)] for rank in (0, 1)]
     schedule = [f + b for f, b in zip(forwards, backwards)]
     check(run_ranks(run_given, 2, schedule, 4, 3), 4, 3)
+    # The same on a V, where the last stage is on rank 0, with weight gradients apart.
+    v = Placement.v(2)
+    forwards = [[f"{stage}F{i}" for stage in v.stages_of(rank) for i in range(3)] for rank in (0, 1)]
+    backwards = [[f"{s}{op}{i}" for s in v.stages_of(rank)[::-1] for i in range(3) for op in "BW"] for rank in (0, 1)]
+    schedule = [f + b for f, b in zip(forwards, backwards)]
+    check(run_ranks(run_given, 2, schedule, 4, 3, v), 4, 3, last_rank=0)
+
+
+def test_stages_and_schedule_have_to_fit() -> None:
+    two = build_schedule("gpipe", 1, 2, chunks=2)
+    with pytest.raises(ScheduleError, match=r"rank 0 is given the stages \[0\], but the schedule places \[0, 1\]"):
+        run_unfit(two, [0], [])
+    with pytest.raises(ScheduleError, match=r"does not fit a pipeline of 1 ranks with stages on \[0, 0\]"):
+        run_unfit(two, [0, 1], [build_schedule("gpipe", 1, 3, chunks=3)])
 
 
 @pytest.mark.parametrize("pp", [1, 3])

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ds.errors import ConfigError, ScheduleError
-from megatron_ds.pipeline.action import Schedule, compute_only, in_flight, peak_in_flight
 from megatron_ds.pipeline.passes import add_communication, hoist_receives
+from megatron_ds.pipeline.schedule import Schedule, in_flight, peak_in_flight
 from megatron_ds.pipeline.schedules import SCHEDULES, activation_bound, build_schedule
 from megatron_ds.pipeline.validate import validate
 
@@ -51,12 +51,12 @@ def test_communication_by_hand() -> None:
 @given(names, pps, micro_batches)
 def test_every_schedule_is_valid_and_reaches_its_bound(name: str, pp: int, m: int) -> None:
     schedule = build_schedule(name, pp, m)
-    bound = activation_bound(name, pp, m)
+    bound = activation_bound(name, schedule)
     with_transfers = add_communication(schedule)
-    validate(schedule, m, SCHEDULES[name].max_in_flight)
-    validate(hoist_receives(with_transfers), m, bound)
-    validate(hoist_receives(with_transfers, 3), m, bound)
-    validate(with_transfers, m, bound, blocking_receives=True)
+    validate(schedule, SCHEDULES[name].max_in_flight)
+    validate(hoist_receives(with_transfers), bound)
+    validate(hoist_receives(with_transfers, 3), bound)
+    validate(with_transfers, bound, blocking_receives=True)
     # The bound is tight, neither promise nor schedule has slack.
     assert [peak_in_flight(actions) for actions in schedule] == bound
     assert all(in_flight(actions)[-1] == 0 for actions in schedule)
@@ -97,13 +97,13 @@ def test_hoisting_moves_receives_only_and_adds_up(name: str, pp: int, m: int, fi
 
 
 def test_stages_of_one_rank_hand_over_without_a_transfer() -> None:
-    one_rank = [build_schedule("gpipe", 2, 2)[0] + build_schedule("gpipe", 2, 2)[1]]
+    one_rank = Schedule.of([[action for actions in build_schedule("gpipe", 2, 2) for action in actions]])
     assert add_communication(one_rank) == one_rank
 
 
 def test_communication_is_added_once() -> None:
     schedule = add_communication(build_schedule("1f1b", 2, 2))
-    assert compute_only(schedule) == build_schedule("1f1b", 2, 2)
+    assert schedule.compute_only() == build_schedule("1f1b", 2, 2)
     with pytest.raises(ScheduleError, match="already has transfers"):
         add_communication(schedule)
     with pytest.raises(ScheduleError, match="ahead=-1 would post receives after their use"):
@@ -119,7 +119,7 @@ def test_errors_name_the_way_out() -> None:
     with pytest.raises(ConfigError, match=r"unknown pipeline schedule '1f1p'; did you mean '1f1b'\?.*gpipe, 1f1b"):
         build_schedule("1f1p", 2, 4)
     with pytest.raises(ConfigError, match=r"unknown pipeline schedule 'zzzz' \(known"):
-        activation_bound("zzzz", 2, 4)
+        activation_bound("zzzz", build_schedule("1f1b", 2, 4))
     with pytest.raises(ConfigError, match=r"num_micro_batches=0.*at least 1"):
         build_schedule("1f1b", 2, 0)
     with pytest.raises(ConfigError, match=r"pp=0.*at least 1"):

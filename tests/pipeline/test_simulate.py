@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ds.errors import DataError, ScheduleError
-from megatron_ds.pipeline.action import Action, Op, Schedule
+from megatron_ds.pipeline.action import Action, Op
 from megatron_ds.pipeline.passes import add_communication, hoist_receives
+from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.schedules import SCHEDULES, activation_bound, build_schedule
 from megatron_ds.pipeline.simulate import Cost, Costs, simulate
 from megatron_ds.pipeline.timeline import Timeline
@@ -28,7 +29,7 @@ def test_bubble_of_equal_stages(name: str, pp: int, m: int, forward: int, backwa
     timeline = simulate(build_schedule(name, pp, m), Costs(forward, backward))
     assert timeline.makespan == (m + pp - 1) * (forward + backward)
     assert timeline.bubble_fraction == pytest.approx((pp - 1) / (m + pp - 1), abs=1e-12)
-    assert [timeline.peak_in_flight(rank) for rank in range(pp)] == activation_bound(name, pp, m)
+    assert [timeline.peak_in_flight(rank) for rank in range(pp)] == activation_bound(name, build_schedule(name, pp, m))
     assert timeline.schedule() == build_schedule(name, pp, m)
 
 
@@ -113,7 +114,7 @@ def test_slowest_stage_sets_the_pace() -> None:
 
 
 def test_weight_gradient_fills_time_and_holds_activations() -> None:
-    schedule = [[Action.parse(word) for word in ["0F0", "0B0", "0F1", "0B1", "0W0", "0W1"]]]
+    schedule = Schedule.of([[Action.parse(word) for word in ["0F0", "0B0", "0F1", "0B1", "0W0", "0W1"]]])
     timeline = simulate(schedule, Costs(1, 1, 0.5))
     assert timeline.makespan == 5 and timeline.peak_in_flight(0) == 2
 
@@ -128,11 +129,12 @@ def test_cost_may_be_any_function() -> None:
 def test_too_few_costs_and_deadlock_are_refused() -> None:
     with pytest.raises(ScheduleError, match="backward costs are given for 2 stages, and 2B0 runs on stage 2"):
         simulate(build_schedule("1f1b", 3, 2), Costs(backward=[1, 2]))
-    stuck = [[Action.parse(w) for w in rank.split()] for rank in ("0F0 0B0 0F1 0B1", "1F0 1F1 1B0 1B1")]
+    stuck = Schedule.of([Action.parse(w) for w in rank.split()] for rank in ("0F0 0B0 0F1 0B1", "1F0 1F1 1B0 1B1"))
     with pytest.raises(ScheduleError, match="cannot finish: rank 0 stands before 0B0, which needs 1B0 of rank 1; "):
         simulate(stuck)
     for pp in (1, 2):
-        backwards = [list(reversed(actions)) for actions in build_schedule("gpipe", pp, 1)]
+        schedule = build_schedule("gpipe", pp, 1)
+        backwards = schedule.with_actions(reversed(actions) for actions in schedule)
         with pytest.raises(ScheduleError, match=f"rank {pp - 1} stands before {pp - 1}B0, which needs {pp - 1}F0"):
             simulate(backwards)
 

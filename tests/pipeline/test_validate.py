@@ -5,25 +5,28 @@ from __future__ import annotations
 import random
 from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
 from megatron_ds.errors import ScheduleError
-from megatron_ds.pipeline.action import Action, Op, Schedule
+from megatron_ds.pipeline.action import MAX_SENDS, Action, Op
 from megatron_ds.pipeline.passes import add_communication, hoist_receives
-from megatron_ds.pipeline.schedules import build_schedule
+from megatron_ds.pipeline.placement import Placement
+from megatron_ds.pipeline.schedule import Schedule
+from megatron_ds.pipeline.schedules import activation_bound, build_schedule
 from megatron_ds.pipeline.schedules.one_f_one_b import max_in_flight
 from megatron_ds.pipeline.validate import validate
 
 
 def read(*ranks: str) -> Schedule:
-    return [[Action.parse(word) for word in rank.split()] for rank in ranks]
+    return Schedule.of([Action.parse(word) for word in rank.split()] for rank in ranks)
 
 
 def refused(schedule: Schedule, m: int, *arguments: object, **keywords: object) -> tuple[str, list[str], set[str]]:
     """(message, lines of the drawing, marked actions) of the error."""
     with pytest.raises(ScheduleError) as caught:
-        validate(schedule, m, *arguments, **keywords)  # type: ignore[arg-type]
+        validate(replace(schedule, num_micro_batches=m), *arguments, **keywords)  # type: ignore[arg-type]
     message, *drawing = str(caught.value).splitlines()
     assert drawing[0].startswith("step")
     assert [line.split()[:2] for line in drawing[1:]] == [["rank", str(rank)] for rank in range(len(schedule))]
@@ -38,7 +41,8 @@ def one_f_one_b() -> Schedule:
 def edit(schedule: Schedule, rank: int, change: Callable[[list[str]], None]) -> Schedule:
     words = [str(action) for action in schedule[rank]]
     change(words)
-    return [actions if r != rank else read(" ".join(words))[0] for r, actions in enumerate(schedule)]
+    changed = [Action.parse(word) for word in words]
+    return schedule.with_actions(actions if r != rank else changed for r, actions in enumerate(schedule))
 
 
 def swap(words: list[str], one: str, other: str) -> None:
@@ -54,7 +58,7 @@ def test_backward_before_its_forward() -> None:
 
 
 def test_weight_gradient_before_its_backward_and_one_missing() -> None:
-    validate(read("0F0 0B0 0W0 0F1 0B1 0W1"), 2)
+    validate(read("0F0 0B0 0W0 0F1 0B1 0W1"))
     message, _, _ = refused(read("0F0 0W0 0B0 0F1 0B1 0W1"), 2)
     assert "rank 0 runs 0W0 before 0B0" in message
     message, _, marked = refused(read("0F0 0B0 0W0 0F1 0B1"), 2)
@@ -72,7 +76,7 @@ def test_dropped_compute(action: str) -> None:
 
 
 def test_a_whole_stage_missing() -> None:
-    assert "1F0 is missing" in refused([build_schedule("1f1b", 2, 2)[0], []], 2)[0]
+    assert "1F0 is missing" in refused(Schedule.of([build_schedule("1f1b", 2, 2)[0], []]), 2)[0]
 
 
 @pytest.mark.parametrize("action", ["0F3", "1B0", "0SF1", "1RF2"])
@@ -95,9 +99,9 @@ def test_micro_batch_out_of_range() -> None:
 
 def test_stage_on_the_wrong_rank() -> None:
     ranks = build_schedule("1f1b", 2, 2)
-    message, _, marked = refused([ranks[1], ranks[0]], 2)
+    message, _, marked = refused(ranks.with_actions([ranks[1], ranks[0]]), 2)
     assert "rank 0 runs 1F0, but stage 1 lives on rank 1" in message and marked == {"1F0"}
-    refused([add_communication(ranks)[1], add_communication(ranks)[0]], 2)
+    refused(ranks.with_actions(reversed(add_communication(ranks).actions)), 2)
 
 
 @pytest.mark.parametrize("action", ["0SF1", "1RF1", "1SB2", "0RB2"])
@@ -157,7 +161,7 @@ def test_deadlock_leaves_out_who_merely_waits_for_the_circle() -> None:
 
 def test_hoisted_receives_may_not_block() -> None:
     hoisted = hoist_receives(one_f_one_b())
-    validate(hoisted, 4)
+    validate(hoisted)
     assert "deadlock" in refused(hoisted, 4, blocking_receives=True)[0]
 
 
@@ -170,18 +174,59 @@ def test_bound_exceeded() -> None:
     assert marked == {"0F2"}
     assert "rank 1 holds the activations of 1 " in refused(build_schedule("1f1b", 2, 4), 4, [2, 0])[0]
     with pytest.raises(ScheduleError, match="max_in_flight has 1 bounds for the 2 ranks"):
-        validate(build_schedule("1f1b", 2, 4), 4, [2])
+        validate(build_schedule("1f1b", 2, 4), [2])
 
 
 def test_no_rank_at_all() -> None:
     with pytest.raises(ScheduleError, match="no rank"):
-        validate([], 1)
+        Schedule.of([])
+
+
+def test_placement_and_schedule_have_to_fit() -> None:
+    two = build_schedule("1f1b", 2, 2)
+    with pytest.raises(ScheduleError, match="placement is of 3 ranks and the schedule of 2"):
+        validate(replace(two, placement=Placement.looped(3)))
+    with pytest.raises(ScheduleError, match="placement is of 3 ranks and the schedule of 2"):
+        Schedule.of(two.actions, Placement.looped(3))
+    with pytest.raises(ScheduleError, match=r"placement \[0, 1, 1\] puts \[1, 2\] stages on the 2 ranks"):
+        validate(replace(two, placement=Placement(2, (0, 1, 1))))
+    with pytest.raises(ScheduleError, match="rank 0 runs 4F0, but the placement has 2 stages"):
+        validate(two.with_actions([[Action(4, Op.F, 0)], two[1]]))
+
+
+@pytest.mark.parametrize("v", [False, True])
+def test_two_chunks_of_gpipe(v: bool) -> None:
+    schedule = add_communication(build_schedule("gpipe", 3, 4, chunks=2, placement="v" if v else "looped"))
+    validate(schedule, activation_bound("gpipe", schedule), blocking_receives=True)
+    validate(hoist_receives(schedule))
+    assert schedule.placement.ranks == ((0, 1, 2, 2, 1, 0) if v else (0, 1, 2, 0, 1, 2))
+    crossing = 4 if v else 5  # of the five hand-overs between stages; the turning point of the V stays on its rank
+    assert sum(action.op is Op.SEND_F for actions in schedule for action in actions) == crossing * 4
+
+
+@pytest.mark.parametrize("surplus", [0, 1])
+def test_more_sends_than_may_be_under_way(surplus: int) -> None:
+    """On a V, rank 2 takes one activation and then waits for a gradient that rank 1 makes after its last forward."""
+    each = range(MAX_SENDS // 2 + surplus)
+    rank_0 = [*(f"0F{i}" for i in each), *(f"5{op}{i}" for i in each for op in "FB"), *(f"0B{i}" for i in each)]
+    rank_1 = [*(f"1F{i}" for i in each), *(f"4{op}{i}" for i in each for op in "FB"), *(f"1B{i}" for i in each)]
+    rank_2 = [f"{action}{i}" for i in each for action in ("2F", "3F", "3B", "2B")]
+    actions = [[Action.parse(word) for word in rank] for rank in (rank_0, rank_1, rank_2)]
+    schedule = add_communication(Schedule.of(actions, Placement.v(3)))
+    if not surplus:
+        validate(schedule)
+        return
+    message, _, _ = refused(schedule, len(each))
+    assert message.startswith(
+        f"deadlock: rank 1 stands before 4SB{each[-2]}, which needs 2RF{each[-1]} of rank 2; rank 2 stands before "
+        f"3B{each[-2]}, which needs 4B{each[-2]} of rank 1"
+    )
 
 
 def test_two_chunks_a_rank() -> None:
     """Stage 2 is rank 0's second chunk: the grammar and the checks hold although no schedule makes this yet."""
     schedule = add_communication(read("0F0 2F0 2B0 0B0", "1F0 3F0 3B0 1B0"))
-    validate(schedule, 1, [2, 2], blocking_receives=True)
+    validate(schedule, [2, 2], blocking_receives=True)
     assert "deadlock" in refused(read("2F0 0F0 2B0 0B0", "1F0 3F0 3B0 1B0"), 1)[0]
 
 
@@ -255,15 +300,16 @@ def test_agrees_with_an_independent_judge_on_damaged_schedules(blocking: bool) -
         pp, m = rng.randint(2, 4), rng.randint(1, 4)
         schedule = build_schedule(rng.choice(["gpipe", "1f1b"]), pp, m)
         if rng.random() < 0.5:  # another compute order with the transfers that belong to it
-            for actions in schedule:
+            ranks = [list(actions) for actions in schedule]
+            for actions in ranks:
                 for _ in range(rng.choice([0, 0, 1, 2])):
                     i = rng.randrange(len(actions) - 1)
                     actions[i], actions[i + 1] = actions[i + 1], actions[i]
-            schedule = add_communication(schedule)
+            schedule = add_communication(schedule.with_actions(ranks))
         else:
-            schedule = hoist_receives(add_communication(schedule), rng.choice([0, 1]))
+            ranks = [list(actions) for actions in hoist_receives(add_communication(schedule), rng.choice([0, 1]))]
             for _ in range(rng.choice([0, 1, 2])):
-                actions = rng.choice(schedule)
+                actions = rng.choice(ranks)
                 i = rng.randrange(len(actions) - 1)
                 kind = rng.random()
                 if kind < 0.8:
@@ -272,9 +318,10 @@ def test_agrees_with_an_independent_judge_on_damaged_schedules(blocking: bool) -
                     del actions[i]
                 else:
                     actions.insert(rng.randrange(len(actions)), actions[i])
+            schedule = schedule.with_actions(ranks)
         expected = judge(schedule, m, blocking)
         try:
-            validate(schedule, m, blocking_receives=blocking)
+            validate(schedule, blocking_receives=blocking)
             verdict, reason = True, "valid"
         except ScheduleError as error:
             verdict, reason = False, str(error).splitlines()[0]

@@ -225,8 +225,9 @@ def slow_reader() -> list[bool]:
         zero.start_backward(last=True)
         for parameter in trained:
             parameter.grad_sink.add(torch.full_like(parameter, value))  # type: ignore[attr-defined]
-        while zero.reducer._launched < len(zero.buckets):
-            zero.reducer._launch()
+        (context,) = zero.reducer.contexts.values()
+        while context.launched < len(context.buckets):
+            zero.reducer._launch(context)
         late(0.2)
         zero.finish_gradients()
         for bucket in zero.buckets:

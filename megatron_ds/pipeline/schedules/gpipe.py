@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_ds.pipeline.action import Action, Op
+from megatron_ds.pipeline.placement import Placement
 
 
-def actions(rank: int, pp: int, num_micro_batches: int) -> Iterator[Action]:
-    for op in (Op.F, Op.B):
-        for micro_batch in range(num_micro_batches):
-            yield Action(rank, op, micro_batch)
+def actions(rank: int, placement: Placement, num_micro_batches: int) -> Iterator[Action]:
+    stages = placement.stages_of(rank)
+    for op, order in ((Op.F, stages), (Op.B, stages[::-1])):
+        for stage in order:
+            for micro_batch in range(num_micro_batches):
+                yield Action(stage, op, micro_batch)
 
 
-def max_in_flight(rank: int, pp: int, num_micro_batches: int) -> int:
-    """Micro-batches whose activations a rank holds at once."""
-    return num_micro_batches
+def max_in_flight(rank: int, placement: Placement, num_micro_batches: int) -> int:
+    """Micro-batches whose activations a rank holds at once, over all its stages."""
+    return num_micro_batches * placement.chunks

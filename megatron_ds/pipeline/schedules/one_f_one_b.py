@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_ds.pipeline.action import Action, Op
+from megatron_ds.pipeline.placement import Placement
 
 
-def actions(rank: int, pp: int, num_micro_batches: int) -> Iterator[Action]:
-    ahead = max_in_flight(rank, pp, num_micro_batches)
+def actions(rank: int, placement: Placement, num_micro_batches: int) -> Iterator[Action]:
+    ahead = max_in_flight(rank, placement, num_micro_batches)
     for micro_batch in range(ahead):
         yield Action(rank, Op.F, micro_batch)
     for micro_batch in range(num_micro_batches):
@@ -21,6 +22,6 @@ def actions(rank: int, pp: int, num_micro_batches: int) -> Iterator[Action]:
             yield Action(rank, Op.F, micro_batch + ahead)
 
 
-def max_in_flight(rank: int, pp: int, num_micro_batches: int) -> int:
+def max_in_flight(rank: int, placement: Placement, num_micro_batches: int) -> int:
     """Micro-batches whose activations a rank holds at once."""
-    return min(num_micro_batches, pp - rank)
+    return min(num_micro_batches, placement.pp - rank)
