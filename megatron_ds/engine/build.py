@@ -82,6 +82,11 @@ def initialize(
     called, model = model, unwrapped(model)
     place = _start(settings)
     mesh = mesh or _data_parallel(settings, place)
+    if mesh.pp.size > 1 or mesh.cp.size > 1:
+        raise ConfigError(
+            f"initialize() trains one whole model a rank of mesh.data, and this mesh has pp={mesh.pp.size}, "
+            f"cp={mesh.cp.size}; use a mesh of dp and tp, or a family of megatron_ds.models with megatron_ds.train"
+        )
     sizes = validate_engine(settings, mesh.data.size)
     _agree(settings, mesh)
     dtype = None if settings.keeps_dtype else DTYPES[settings.precision.dtype]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 import megatron_ds
 from megatron_ds.config import RunConfig, from_dict
 from megatron_ds.data.synthetic import SyntheticDataset
+from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.gpt import gpt_model
 from megatron_ds.pipeline.stage import StageSpan
@@ -64,3 +66,11 @@ def trained(tp: int, stage: int, folder: str) -> tuple[list[float], list[float],
     assert all(torch.equal(value, state[name]) for name, value in engine.state_dict().items())
     engine.zero.close()
     return losses, norms, state
+
+
+def refused(shape: MeshShape) -> str:
+    """What initialize() says of a mesh that it cannot train on."""
+    mesh = Mesh.create(shape, torch.device("cpu"))
+    with pytest.raises(ConfigError) as caught:
+        megatron_ds.initialize(torch.nn.Linear(2, 2), mesh=mesh)
+    return str(caught.value)

@@ -5,10 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from engine_tp import trained
+from engine_tp import refused, trained
 from test_engine_parity import differs
 
+from megatron_ds.mesh import MeshShape
 from megatron_ds.testing import run_ranks
+
+
+@pytest.mark.parametrize("shape", [MeshShape(pp=2), MeshShape(cp=2)], ids=str)
+def test_a_mesh_with_stages_is_refused(shape: MeshShape) -> None:
+    (message, _) = run_ranks(refused, 2, shape)
+    assert f"this mesh has pp={shape.pp}, cp={shape.cp}; use a mesh of dp and tp" in message
 
 
 def test_tensor_parallel_equals_one_process(tmp_path: Path) -> None:
