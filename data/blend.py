@@ -27,6 +27,8 @@ from megatron_ds.errors import DataError
 
 MAX_TOTAL = 1 << 30
 """Weights are integers with at most this sum; products with a remainder then fit 64 bits."""
+TOLERANCE = 0.01
+"""How far a weight may be from the one that was asked for, as a part of it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class BlendSchedule:
             common denominator exceeds 2^30, they are rounded to 2^-30 of the sum.
 
     Raises:
-        DataError: a weight that is not positive, or none.
+        DataError: a weight that is not positive, or none, or one so small that rounding would change it by over 1%.
     """
 
     def __init__(self, weights: Sequence[float]):
@@ -127,7 +129,15 @@ def _integers(weights: Sequence[float]) -> list[int]:
     integers = [int(weight * denominator) for weight in exact]
     integers = [weight // gcd(*integers) for weight in integers]
     if (total := sum(integers)) > MAX_TOTAL:
-        integers = [max(1, round(Fraction(weight * (MAX_TOTAL - len(integers)), total))) for weight in integers]
+        wanted = [Fraction(weight * (MAX_TOTAL - len(integers)), total) for weight in integers]
+        integers = [max(1, round(weight)) for weight in wanted]
+        for given, exact_weight, weight in zip(weights, wanted, integers):
+            if abs(weight - exact_weight) > TOLERANCE * exact_weight:
+                share = float(exact_weight / MAX_TOTAL)
+                raise DataError(
+                    f"blend weight {given} is {share:.2g} of the sum: in proportion it would be one sample in "
+                    f"{1 / share:.2g}, too few to count exactly. Give it at least 5e-8 of the sum, or leave it out"
+                )
     return integers
 
 

@@ -1,15 +1,17 @@
 """Samples for supervised fine-tuning: whole conversations packed into rows, the loss on the answers alone.
 
-Conversations are put into rows one after the other, in file order, while they fit; what is left of a row is padding. A
-conversation of ``n`` tokens takes ``n - 1`` places (its last token is only a target), never continues in the next row,
-and neither sees nor predicts its neighbours: positions restart, ``document_ids`` differ, and no target crosses a
-border. A longer conversation than a row is cut at its end; one with nothing to learn in what remains is left out.
+Conversations are packed best-fit decreasing (Johnson, 1973): the longest first, each into the row that it fills best;
+what is left of a row is padding. A conversation of ``n`` tokens takes ``n - 1`` places (its last token is only a
+target), never continues in the next row, and neither sees nor predicts its neighbours: positions restart,
+``document_ids`` differ, and no target crosses a border. A longer conversation than a row is cut at its end; one with
+nothing to learn in what remains is left out.
 
 Shape legend: ``b`` samples, ``s`` sequence length, ``c`` conversations that are used, ``r`` rows.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from megatron_ds.data.verify import MASK_SUFFIX, dataset_identity, mask_path
 from megatron_ds.errors import DataError
 
 CHUNK_TOKENS = 1 << 24
-FORMAT = 1
+FORMAT = 2
 
 
 class ConversationDataset:
@@ -87,7 +89,7 @@ class ConversationDataset:
             )
 
     def _pack(self) -> dict[str, npt.NDArray]:
-        """``conversations`` i64[c]: which are used; ``row_starts`` i64[r + 1]: the first of each row among them."""
+        """``conversations`` i64[c]: which are used, row by row; ``row_starts`` i64[r + 1]: the first of each row."""
         kept, costs = [], []
         truncated = left_out = 0
         at, stop = self.documents
@@ -106,10 +108,11 @@ class ConversationDataset:
             kept.append(at + np.flatnonzero(good))
             costs.append(used[good])
             at = end
-        conversations, cost = np.concatenate(kept), np.concatenate(costs)
+        conversations, cost = np.concatenate(kept).astype(np.int64), np.concatenate(costs)
+        places, starts = best_fit_decreasing(cost, self.sequence_length)
         return {
-            "conversations": conversations.astype(np.int64),
-            "row_starts": next_fit(cost, self.sequence_length),
+            "conversations": conversations[places],
+            "row_starts": starts,
             "counts": np.array([truncated, left_out], np.int64),
         }
 
@@ -169,13 +172,35 @@ class ConversationDataset:
         return batch
 
 
-def next_fit(costs: npt.NDArray[np.int64], capacity: int) -> npt.NDArray[np.int64]:
-    """Where rows start when items of ``costs [c]`` (each at most ``capacity``) are packed in order: i64[r + 1]."""
-    ends = np.cumsum(costs)
-    # following[i]: the first item that does not fit into a row that starts with item i.
-    following = np.searchsorted(ends, ends - costs + capacity, "right").tolist()
-    starts, at = [0], 0
-    while at < len(following):
-        at = following[at]
-        starts.append(at)
-    return np.array(starts, np.int64)
+def best_fit_decreasing(
+    costs: npt.NDArray[np.int64], capacity: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Pack items of ``costs [c]`` (1 to ``capacity`` each) into rows: (items row by row i64[c], row starts i64[r + 1]).
+
+    Rows are in the order of their first item, and the items of a row in theirs. A million items take about a second.
+    """
+    row_of = np.empty(costs.size, np.int64)
+    rows_with: list[list[int]] = [[] for _ in range(capacity + 1)]  # by the room that is left in them
+    rooms: list[int] = []  # those for which there is a row, ascending
+    rows = 0
+    sizes = costs.tolist()
+    for item in np.argsort(-costs, kind="stable").tolist():
+        at = bisect_left(rooms, sizes[item])
+        if at < len(rooms):
+            room = rooms[at]
+            row = rows_with[room].pop()
+            if not rows_with[room]:
+                del rooms[at]
+        else:
+            room, row, rows = capacity, rows, rows + 1
+        row_of[item] = row
+        if left := room - sizes[item]:
+            if not rows_with[left]:
+                insort(rooms, left)
+            rows_with[left].append(row)
+    first = np.full(rows, costs.size)
+    np.minimum.at(first, row_of, np.arange(costs.size))
+    rank = np.argsort(np.argsort(first))[row_of]
+    items = np.argsort(rank, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(rank, minlength=rows))])
+    return items.astype(np.int64), starts.astype(np.int64)

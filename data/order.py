@@ -7,8 +7,11 @@ is found at once, every rank finds the same, and a longer run has the shorter on
 The permutation is a Feistel network over pairs of residues, ``Z_a x Z_b`` with ``a * b >= n`` (the construction
 FE1 of Bellare, Ristenpart, Rogaway and Stegers, "Format-preserving encryption", SAC 2009), with cycle walking: a
 point that falls in ``[n, a * b)`` is permuted again until it is a row. ``a`` and ``b`` are about ``sqrt(n)``, so
-``a * b - n < 2 sqrt(n) + 1`` and almost no point walks. Only integer arithmetic of numpy: stable for ever, on any
-machine, which a library's random generator does not promise.
+``a * b - n < 2 sqrt(n) + 1`` and almost no point walks.
+
+Up to :data:`SMALL` rows the permutation is the order of ``n`` keyed hashes instead, which is uniform over all of them:
+a network over so few points is not, and where ``a`` and ``b`` are odd it gives even permutations alone. Only integer
+arithmetic of numpy: stable for ever, on any machine, which a library's random generator does not promise.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 ROUNDS = 8
+SMALL = 1024
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
@@ -62,16 +66,23 @@ def order(seed: int, consumed: npt.ArrayLike, num_rows: int) -> npt.NDArray[np.i
     positions = np.asarray(consumed, np.int64)
     flat = positions.ravel()
     epochs = flat // num_rows
+    distinct, which = np.unique(epochs, return_inverse=True)
+    if num_rows <= SMALL:
+        keys = mix_array(np.uint64(key(seed)) ^ mix_array(distinct.astype(np.uint64)))  # key(seed, epoch) of each
+        return _small(flat - epochs * num_rows, which, keys, num_rows).reshape(positions.shape)
     rows = np.empty(flat.size, np.int64)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        rows[here] = permute(flat[here] - epoch * num_rows, num_rows, key(seed, int(epoch)))
+    for number, epoch in enumerate(distinct.tolist()):
+        here = which == number
+        rows[here] = permute(flat[here] - epoch * num_rows, num_rows, key(seed, epoch))
     return rows.reshape(positions.shape)
 
 
 def permute(positions: npt.NDArray[np.int64], size: int, permutation_key: int) -> npt.NDArray[np.int64]:
     """The images of ``positions`` (in ``[0, size)``) under the permutation of ``range(size)`` with this key."""
-    high = math.isqrt(size - 1) + 1 if size > 1 else 1
+    if size <= SMALL:
+        keys = np.array([permutation_key], np.uint64)
+        return _small(positions, np.zeros(positions.shape, np.int64), keys, size)
+    high = math.isqrt(size - 1) + 1
     low = -(-size // high)
     round_keys = [np.uint64(key(permutation_key, number)) for number in range(ROUNDS)]
     points = positions.astype(np.uint64)
@@ -80,6 +91,20 @@ def permute(positions: npt.NDArray[np.int64], size: int, permutation_key: int) -
         points[outside] = _feistel(points[outside], high, low, round_keys)
         outside = points >= np.uint64(size)
     return points.astype(np.int64)
+
+
+def _small(
+    positions: npt.NDArray[np.int64], which: npt.NDArray[np.int64], keys: npt.NDArray[np.uint64], size: int
+) -> npt.NDArray[np.int64]:
+    """The image of each position under permutation ``which`` of those with ``keys``, of few points each."""
+    rows = np.empty(positions.shape, np.int64)
+    step = max(1, (1 << 20) // size)  # permutations at a time: memory does not grow with their number
+    hashes = mix_array(np.arange(size, dtype=np.uint64))
+    for start in range(0, keys.size, step):
+        images = np.argsort(mix_array(keys[start : start + step, None] ^ hashes), axis=1, kind="stable")
+        here = slice(None) if keys.size <= step else (which >= start) & (which < start + step)
+        rows[here] = images[which[here] - start, positions[here]]
+    return rows
 
 
 def _feistel(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_ds.data import conversation_dataset
 from megatron_ds.data.chat import CHATML, BadConversation, ChatTemplate, load_template, parse_messages
-from megatron_ds.data.conversation_dataset import ConversationDataset, next_fit
+from megatron_ds.data.conversation_dataset import ConversationDataset, best_fit_decreasing
 from megatron_ds.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_ds.data.part_writer import PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
@@ -155,19 +155,22 @@ def build(folder: Path, conversations: list[list[tuple[int, int]]]) -> IndexedDa
 
 
 def slow_rows(conversations: list[list[tuple[int, int]]], s: int) -> list[list[list[tuple[int, int]]]]:
-    """Rows as lists of conversations, one at a time."""
-    rows: list[list[list[tuple[int, int]]]] = []
-    left = 0
-    for conversation in conversations:
-        used = conversation[: s + 1]
-        if not any(learnt for _, learnt in used[1:]):
-            continue
-        if not rows or len(used) - 1 > left:
+    """Rows as lists of conversations: the longest first, each into the fullest row that has room, by looking at all."""
+    used = [c[: s + 1] for c in conversations if any(learnt for _, learnt in c[1 : s + 1])]
+    rows: list[list[int]] = []
+    touched: dict[int, int] = {}  # of rows with the same room the one that got it last
+    for number in sorted(range(len(used)), key=lambda i: -len(used[i])):
+        room = [s - sum(len(used[i]) - 1 for i in row) for row in rows]
+        fitting = [i for i in range(len(rows)) if room[i] >= len(used[number]) - 1]
+        if fitting:
+            least = min(room[i] for i in fitting)
+            row = max((i for i in fitting if room[i] == least), key=lambda i: touched[i])
+        else:
             rows.append([])
-            left = s
-        rows[-1].append(used)
-        left -= len(used) - 1
-    return rows
+            row = len(rows) - 1
+        rows[row].append(number)
+        touched[row] = max(touched.values(), default=0) + 1
+    return [[used[i] for i in row] for row in sorted(sorted(row) for row in rows)]
 
 
 CHAT = st.lists(st.tuples(st.integers(1, 99), st.integers(0, 1)), max_size=12)
@@ -233,8 +236,13 @@ def build_once(folder: Path, chats: list[list[tuple[int, int]]]) -> IndexedDatas
     return IndexedDataset(folder / "set") if (folder / "set.idx").exists() else build(folder, chats)
 
 
-def test_next_fit_of_a_million_is_fast_enough_to_build_at_start() -> None:
-    costs = np.random.default_rng(0).integers(1, 1000, 1_000_000)
-    starts = next_fit(costs, 4096)
-    sums = np.add.reduceat(costs, starts[:-1])
-    assert (sums <= 4096).all() and (sums[:-1] + costs[starts[1:-1]] > 4096).all()
+def test_packing_wastes_little() -> None:
+    """What is left of the rows, for lengths as conversations have them (log-normal) and rows of 2,048."""
+    lengths = np.random.default_rng(0).lognormal(6.5, 0.9, 100_000).astype(np.int64).clip(1, 2048)
+    items, starts = best_fit_decreasing(lengths, 2048)
+    assert np.array_equal(np.sort(items), np.arange(lengths.size))
+    sums = np.add.reduceat(lengths[items], starts[:-1])
+    assert (sums <= 2048).all() and (np.diff(starts) > 0).all()
+    assert 1 - lengths.sum() / (2048 * (starts.size - 1)) < 0.03
+    again = best_fit_decreasing(lengths, 2048)
+    assert np.array_equal(items, again[0]) and np.array_equal(starts, again[1])

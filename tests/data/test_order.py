@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ds.data.order import ROUNDS, key, mix, mix_array, order
+from megatron_ds.data import order as order_module
+from megatron_ds.data.order import ROUNDS, SMALL, key, mix, mix_array, order
 
 
 def slow_order(seed: int, position: int, size: int) -> int:
     """The same network on Python integers, one point at a time, as the module's page describes it."""
-    high = next(a for a in range(1, size + 1) if a * a >= size)
-    low = -(-size // high)
     epoch, point = divmod(position, size)
     epoch_key = key(seed, epoch)
+    if size <= SMALL:
+        return sorted(range(size), key=lambda row: mix(epoch_key ^ mix(row)))[point]
+    high = next(a for a in range(1, size + 1) if a * a >= size)
+    low = -(-size // high)
     while True:
         left, right = divmod(point, low)
         for number in range(ROUNDS):
@@ -59,7 +65,7 @@ def test_the_order_never_changes_between_versions() -> None:
     assert order(0, [0, 10**6, 123_456_789, 10**12], 10**9 + 7).tolist() == PINNED_LARGE
 
 
-PINNED_SMALL = [6, 4, 5, 8, 7, 0, 1, 2, 9, 3, 2, 3]
+PINNED_SMALL = [8, 4, 9, 1, 2, 5, 3, 6, 7, 0, 6, 8]
 PINNED_LARGE = [717353105, 142451293, 447760547, 406498338]
 
 
@@ -81,6 +87,42 @@ def test_rows_land_everywhere_alike() -> None:
         chi_square = ((counts - expected) ** 2 / expected).sum()
         freedom = (size - 1) ** 2
         assert chi_square < freedom + 5 * np.sqrt(2 * freedom) + 10, (size, chi_square)
+
+
+def test_all_permutations_of_few_rows_are_alike() -> None:
+    """Chi-square over the n! orders, which no count of single rows sees."""
+    for size in (2, 3, 4, 5):
+        epochs, number = 12_000, math.factorial(size)
+        rows = order(5, np.arange(epochs * size), size).reshape(epochs, size)
+        counts = np.unique(rows @ size ** np.arange(size), return_counts=True)[1]
+        assert counts.size == number
+        chi_square = ((counts - epochs / number) ** 2 / (epochs / number)).sum()
+        assert chi_square < number - 1 + 5 * np.sqrt(2 * (number - 1)), (size, chi_square)
+
+
+def test_half_of_the_permutations_are_even() -> None:
+    """A network over two odd residues gives none that is odd."""
+    for size in (9, 25, 49, 81, 225, 961):
+        epochs = 400
+        rows = order(3, np.arange(epochs * size), size).reshape(epochs, size)
+        even = sum((size - cycles(row)) % 2 == 0 for row in rows.tolist())
+        assert abs(even - epochs / 2) < 5 * np.sqrt(epochs / 4), (size, even)
+
+
+def cycles(permutation: list[int]) -> int:
+    left, found = set(range(len(permutation))), 0
+    while left:
+        at, found = left.pop(), found + 1
+        while (at := permutation[at]) in left:
+            left.remove(at)
+    return found
+
+
+def test_many_epochs_of_few_rows_are_found_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one by one: 4,096 samples of a one-row dataset are 4,096 epochs."""
+    monkeypatch.setattr(order_module, "permute", lambda *_: pytest.fail("an epoch by itself"))
+    assert not order(0, np.arange(4096), 1).any()
+    assert (order(0, np.arange(1_200_000), 3).reshape(-1, 3).sum(axis=1) == 3).all()
 
 
 def test_neighbours_are_not_neighbours_afterwards() -> None:
