@@ -143,12 +143,14 @@ def read_config(config: Configuration, auto: Mapping[str, Any] | None = None) ->
 def name_parameters(model: nn.Module, decay_all: bool = False) -> dict[str, nn.Parameter]:
     """Name to parameter, each once, under the first of its names; a ShardSpec is on each afterwards.
 
-    One that has a spec already (a model of ``megatron_ds.models``) keeps it.
+    One that its model has given a spec (as those of ``megatron_ds.models``) keeps it. What an engine before gave it may
+    be of another shape or name now.
     """
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         spec = getattr(parameter, "shard", None)
-        if not isinstance(spec, ShardSpec):
+        if not isinstance(spec, ShardSpec) or "named_by_engine" in parameter.__dict__:
+            parameter.named_by_engine = True  # type: ignore[attr-defined]
             shape = (*parameter.shape, 2) if parameter.is_complex() else tuple(parameter.shape)
             spec = ShardSpec(plain_name(name), shape, weight_decay=parameter.dim() > 1)
         parameter.shard = replace(spec, weight_decay=True) if decay_all else spec  # type: ignore[attr-defined]

@@ -6,11 +6,13 @@ settings and numbers of a torch optimizer, the scheduler's state and the caller'
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ds import checkpoint
 from megatron_ds.checkpoint.pieces import Piece
+from megatron_ds.checkpoint.together import exchange
 from megatron_ds.engine.wrapped import plain_name
 from megatron_ds.errors import CheckpointError
 from megatron_ds.shard import as_real
@@ -39,6 +41,10 @@ def save(engine: Engine, directory: str | Path, client_state: dict[str, Any], ke
     }
     if engine.rule is not None:
         meta["torch_optimizer"] = engine.rule.state_dict()
+    late: dict[str, Any] = {}
+    for text in exchange(engine.mesh.world, json.dumps(engine.zero.late())):
+        late.update(json.loads(text))
+    meta["late_parameters"] = late
     if hasattr(engine.lr_scheduler, "state_dict"):
         meta["lr_scheduler"] = engine.lr_scheduler.state_dict()
     return checkpoint.save(directory, engine.steps, pieces, meta, engine.mesh.world, keep_last, replace=True)
@@ -63,6 +69,7 @@ def load(engine: Engine, path: str | Path, weights_only: bool, strict: bool) -> 
     saved = meta.get("torch_optimizer")
     if engine.rule is not None and saved is not None:
         engine.rule.load_state_dict(saved)
+    engine.zero.load_late(meta.get("late_parameters", {}))
     if hasattr(engine.lr_scheduler, "load_state_dict") and "lr_scheduler" in meta:
         engine.lr_scheduler.load_state_dict(meta["lr_scheduler"])
     engine.train_step.scaler.load_state_dict(meta["loss_scaler"])

@@ -118,6 +118,7 @@ class Engine:
 
     def _begin(self) -> Tensor:
         if self._seed is None:
+            self._require_intact()
             self._seed = self.train_step.begin(self._count(self.sizes.accumulation))
         return self._seed
 

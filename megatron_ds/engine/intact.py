@@ -1,15 +1,16 @@
 """Whether the model is still the one that the engine took over: changed behind its back it trains wrongly, silently.
 
-A parameter frozen later would go on with its momentum and weight decay; after ``model.half()`` or ``parameter.data =
-...`` updates go to memory that the model no longer uses; and in half precision a value set in place lasts until the
-master weight overwrites it. So each step looks, before it updates: some tenths of a microsecond a parameter and a
-module. A parameter unfrozen or added later is no error: somebody else may train it.
+After ``model.half()`` or ``parameter.data = ...`` updates go to memory that the model no longer uses; and in half
+precision a value set in place lasts until the master weight overwrites it. So each step looks, before it updates: some
+tenths of a microsecond a parameter and a module. What was trained may be frozen for a while. A parameter unfrozen or
+added later is no error unless the optimizer has it: somebody else may train it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -28,6 +29,7 @@ class _Seen:
     name: str
     parameter: nn.Parameter
     trained: bool
+    shape: torch.Size
     pointer: int | None = None
     version: int | None = None
 
@@ -45,7 +47,7 @@ class Intact:
         self.strays: dict[str, nn.Parameter] = {}
         self._added: dict[str, nn.Parameter] = {}
         sharded = zero.gatherer
-        self._seen = [_Seen(spec_of(p).name, p, p.requires_grad) for p in module.parameters()]
+        self._seen = [_Seen(spec_of(p).name, p, p.requires_grad, p.shape) for p in module.parameters()]
         self._whole = [s for s in self._seen if s.trained and (sharded is None or not sharded.bucket_of(s.parameter))]
         self._children: list[tuple[nn.Module, list[nn.Module | None]]] = []
         self._own: list[tuple[nn.Module, list[nn.Parameter | None]]] = []
@@ -66,11 +68,23 @@ class Intact:
         return self._fault_of_structure() or self._fault_of_parameters() or self._fault_of_optimizer()
 
     def _fault_of_parameters(self) -> str | None:
-        changed = [seen for seen in self._seen if seen.parameter.requires_grad != seen.trained]
-        for seen in changed:
-            if seen.trained:
-                return f"{seen.name} is frozen now, but would go on with its momentum and weight decay{_AGAIN}"
-        self.strays = {**{seen.name: seen.parameter for seen in changed}, **self._added}
+        self.strays = {s.name: s.parameter for s in self._seen if s.parameter.requires_grad and not s.trained}
+        groups = self._optimizer.param_groups if self.strays and self._optimizer else []
+        optimized = {id(parameter) for group in groups for parameter in group["params"]}
+        for name, parameter in self.strays.items():
+            if id(parameter) in optimized:
+                return (
+                    f"{name} requires a gradient now and is the optimizer's, but was frozen at initialize(), which "
+                    "gave it no gradient and no state; unfreeze it before initialize() and freeze it again right "
+                    "after, until its time comes: requires_grad_() may change between steps"
+                )
+        self.strays.update(self._added)
+        for seen in self._seen:
+            if seen.parameter.shape != seen.shape:
+                return (
+                    f"{seen.name} has shape {list(seen.parameter.shape)} now and had {list(seen.shape)} at "
+                    f"initialize(), as after resize_token_embeddings(): its gradient and state lack the rest{_AGAIN}"
+                )
         for seen in self._whole:
             if seen.parameter.data_ptr() != seen.pointer:
                 return (

@@ -37,7 +37,7 @@ class WholeTensors:
     def gradient(self, name: str) -> Tensor:
         """Whole and as reduced, between reduction and update."""
         spec = self._spec(name)
-        if not self._parameters[name].requires_grad:
+        if not _is_trained(self._parameters[name]):
             raise ConfigError(f"{name} is frozen and has no gradient")
         mine = [piece for piece in self._zero.gradient_pieces() if piece.name == name]
         owned = self._zero.replicate.is_first and not spec.replica
@@ -122,7 +122,7 @@ class WholeTensors:
 
     def _dtype(self, name: str) -> torch.dtype:
         dtype = real_dtype(self._parameters[name].dtype)
-        if not self._parameters[name].requires_grad:
+        if not _is_trained(self._parameters[name]):
             return dtype
         return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -133,9 +133,14 @@ class WholeTensors:
 
     def _check_kind(self, name: str, kind: str) -> None:
         self._spec(name)
-        kinds = ("param", *(self._zero._kinds if self._parameters[name].requires_grad else ()))
+        kinds = ("param", *(self._zero._kinds if _is_trained(self._parameters[name]) else ()))
         if kind not in kinds:
             raise ConfigError(f"{name} has no {kind!r}{nearest(kind, kinds)}; there is {', '.join(kinds)}")
+
+
+def _is_trained(parameter: nn.Parameter) -> bool:
+    """Whether it has master weights, a gradient and state; also while it is frozen."""
+    return "grad_sink" in parameter.__dict__
 
 
 def _by_name(pieces: Iterable[Piece]) -> dict[tuple[str, str], list[Piece]]:

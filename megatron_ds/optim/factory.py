@@ -6,9 +6,9 @@ step (a checkpoint at step 0 is like any other) and can be moved or saved withou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.optim.adamw import adamw
@@ -16,11 +16,25 @@ from torch.optim.sgd import sgd
 
 from megatron_ds.config import OptimizerConfig
 
+Late = Mapping[str, Mapping[str, float] | None]
+"""Numbers, such as AdamW's count of updates, of parameters that were frozen for a while and so have had fewer than the
+others; by name. None: no update yet."""
+
 
 class Update(Protocol):
-    """An update rule over the segments of one bucket; :class:`SegmentOptimizer` says what the methods do."""
+    """An update rule over the segments of one bucket; :class:`SegmentOptimizer` says what the methods do.
+
+    Attributes:
+        frozen: names of parameters that the next step leaves alone, with their state: they are frozen for a while.
+    """
+
+    frozen: frozenset[str]
 
     def set_count(self, updates: int) -> None: ...
+
+    def late(self, updates: int) -> Late: ...
+
+    def load_late(self, late: Late) -> None: ...
 
     def bind(self, segments: Sequence[OptimizerSegment]) -> None: ...
 
@@ -84,6 +98,7 @@ class SegmentOptimizer:
 
     def __init__(self, config: OptimizerConfig, segments: Sequence[OptimizerSegment]):
         self._config = config
+        self.frozen: frozenset[str] = frozenset()
         # AdamW counts the updates of each of its parameters in a tensor; here they are all one number.
         self._counts = torch.zeros(len(segments), dtype=torch.float32, device=segments[0].master.device)
         self.bind(segments)
@@ -101,16 +116,29 @@ class SegmentOptimizer:
                     kind: [s.state[kind] for s, _ in both if s.weight_decay == decayed] for kind in state_kinds(config)
                 },
                 counts=[count for s, count in both if s.weight_decay == decayed],
+                names=[s.name for s, _ in both if s.weight_decay == decayed],
             )
             for decayed in (True, False)
             if any(s.weight_decay == decayed for s in segments)
         ]
         self._gradients = [segment.gradient for segment in segments]
+        self._names = [segment.name for segment in segments]
         self._wide = segments[0].master.dtype == torch.float64
 
     def set_count(self, updates: int) -> None:
         """Say how many updates the state has seen (AdamW's bias correction), after loading a checkpoint."""
         self._counts.fill_(updates)
+
+    def late(self, updates: int) -> Late:
+        """The parameters that have not had all of these updates."""
+        counts = dict(zip(self._names, self._counts.tolist()))
+        return {name: {"step": count} for name, count in counts.items() if count != updates}
+
+    def load_late(self, late: Late) -> None:
+        """Take what :meth:`late` gave, after :meth:`set_count`."""
+        for name, count in zip(self._names, self._counts.unbind()):
+            if (numbers := late.get(name)) is not None:
+                count.fill_(numbers["step"])
 
     @torch.no_grad()
     def step(self, lr: float, scale: float | torch.Tensor = 1.0) -> None:
@@ -127,7 +155,9 @@ class SegmentOptimizer:
                 divisor.copy_(scale) if isinstance(scale, torch.Tensor) else divisor.fill_(scale)
                 inverse = 1.0 / divisor
         for group in self._groups:
-            self._update(group, lr, inverse)
+            updated = group.without(self.frozen) if self.frozen else group
+            if updated.masters:
+                self._update(updated, lr, inverse)
 
     def _update(self, group: _Group, lr: float, inverse: torch.Tensor | None) -> None:
         c = self._config
@@ -176,3 +206,12 @@ class _Group:
     gradients: list[torch.Tensor]
     states: dict[str, list[torch.Tensor]]
     counts: list[torch.Tensor]
+    names: list[str]
+
+    def without(self, frozen: frozenset[str]) -> _Group:
+        def kept(values: list[Any]) -> list[Any]:
+            return [value for value, name in zip(values, self.names) if name not in frozen]
+
+        states = {kind: kept(tensors) for kind, tensors in self.states.items()}
+        lists = kept(self.masters), kept(self.gradients), states, kept(self.counts), kept(self.names)
+        return _Group(self.weight_decay, *lists)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from megatron_ds.errors import ConfigError
-from megatron_ds.optim.factory import OptimizerSegment, Update
+from megatron_ds.optim.factory import Late, OptimizerSegment, Update
 from megatron_ds.optim.probe import StateTemplate, shaped, templates_of
 from megatron_ds.optim.twin import Common, Twin
 from megatron_ds.shard import as_real, real_dtype
@@ -133,7 +133,7 @@ class TorchRule:
             "class": type(self.optimizer).__name__,
             "groups": list(common.groups.values()),
             "state": common.state,
-            "numbers": self._numbers(),
+            "numbers": self.numbers(),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -160,14 +160,9 @@ class TorchRule:
         for update in [self._leader, *self._updates]:
             update.load_numbers(numbers)
 
-    def _numbers(self) -> dict[int, Scalars]:
-        """The numbers of each group that has been updated."""
-        found: dict[int, Scalars] = {}
-        for update in [self._leader, *self._updates]:
-            for group, numbers in update.numbers():
-                if found.setdefault(group, numbers) != numbers:
-                    raise RuntimeError(f"parameters of group {group} differ in {numbers} and {found[group]}")
-        return found
+    def numbers(self) -> dict[int, Scalars]:
+        """The numbers of each group that has been updated: the leader's, which are those of all but late parameters."""
+        return {group: of_group for _, group, of_group in self._leader.numbers() if of_group is not None}
 
 
 class _TorchUpdate:
@@ -190,6 +185,7 @@ class _TorchUpdate:
         for index, parameter in zip(groups, self._parameters):
             of_group[index].append(parameter)
         self._twin = Twin(rule.optimizer, of_group, rule.before)
+        self.frozen: frozenset[str] = frozenset()
         self.bind(segments)
         for parameter, state in zip(self._parameters, initial):
             if state:
@@ -213,6 +209,9 @@ class _TorchUpdate:
         """One update with gradients multiplied by ``scale``, at the groups' own rates: ``lr`` is not asked."""
         if isinstance(scale, torch.Tensor) or scale != 1.0:
             torch._foreach_mul_([segment.gradient for segment in self.segments], scale)
+        for segment, parameter in zip(self.segments, self._parameters):
+            if segment.name in self.frozen:
+                parameter.grad = None
         found = self.run("step").difference(self._rule.after)
         if found is not None:
             raise RuntimeError(
@@ -241,20 +240,34 @@ class _TorchUpdate:
                     segment.state[kind].copy_(state[kind])
                     state[kind] = segment.state[kind]
 
-    def numbers(self) -> Iterable[tuple[int, Scalars]]:
-        for parameter, group in zip(self._parameters, self._groups):
+    def numbers(self) -> Iterable[tuple[str, int, Scalars | None]]:
+        """Of each segment its parameter's name, its group, and its numbers: None before its first update."""
+        for segment, parameter, group in zip(self.segments, self._parameters, self._groups):
             state = self._twin.state.get(parameter)
-            if state:
-                yield group, {key: float(state[key]) for key in self._rule.templates[group].numbers}
+            known = self._rule.templates[group].numbers
+            yield segment.name, group, {key: float(state[key]) for key in known} if state else None
+
+    def late(self, updates: int) -> Late:
+        usual = self._rule.numbers()
+        return {name: numbers for name, group, numbers in self.numbers() if numbers != usual.get(group)}
+
+    def load_late(self, late: Late) -> None:
+        for place, segment in enumerate(self.segments):
+            if segment.name in late:
+                self._load(place, late[segment.name])
 
     def load_numbers(self, numbers: Mapping[int, Scalars]) -> None:
-        for segment, parameter, group in zip(self.segments, self._parameters, self._groups):
-            self._twin.state.pop(parameter, None)
-            if group in numbers:
-                template: StateTemplate = self._rule.templates[group]
-                state = template.fresh(numbers[group])
-                state.update({kind: segment.state[kind] for kind in template.kinds})
-                self._twin.state[parameter] = state
+        for place, group in enumerate(self._groups):
+            self._load(place, numbers.get(group))
+
+    def _load(self, place: int, numbers: Mapping[str, float] | None) -> None:
+        segment, parameter = self.segments[place], self._parameters[place]
+        self._twin.state.pop(parameter, None)
+        if numbers is not None:
+            template: StateTemplate = self._rule.templates[self._groups[place]]
+            state = template.fresh(numbers)
+            state.update({kind: segment.state[kind] for kind in template.kinds})
+            self._twin.state[parameter] = state
 
 
 def _real(state: Mapping[str, Any]) -> dict[str, Any]:

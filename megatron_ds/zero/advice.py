@@ -181,7 +181,7 @@ def untrained(names: Sequence[str]) -> Advice:
         "untrained",
         f"{names[0]}{more} did not require a gradient when initialize() was called, or were not there: the engine "
         "does not train them, and gradients that autograd leaves in them are this rank's alone",
-        "unfreeze or add them before initialize(), or call engine.close() and initialize() again",
+        "unfreeze or add them before initialize(), and freeze again what has to wait: that may change between steps",
     )
 
 

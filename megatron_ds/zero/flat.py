@@ -313,6 +313,8 @@ class FlatBucket:
         """Call ``change``, an optimizer step, with the rule over this rank's slice; the parameters follow."""
         if self.optimizer is None:
             return
+        frozen = [slot.spec.name for slot, p in zip(self.layout.slots, self.tensors) if not p.requires_grad]
+        self.optimizer.frozen = frozenset(frozen)
         if self._bound:
             change(self.optimizer)
             self.master_to_parameters()

@@ -16,7 +16,7 @@ from torch import nn
 from megatron_ds.checkpoint.pieces import Piece
 from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Axis, Mesh
-from megatron_ds.optim.factory import Update, UpdateRule, state_kinds
+from megatron_ds.optim.factory import Late, Update, UpdateRule, state_kinds
 from megatron_ds.shard import ShardSpec, as_real
 from megatron_ds.zero import buckets
 from megatron_ds.zero.buckets import ParameterInfo, plan_buckets, state_dtype
@@ -348,6 +348,17 @@ class ZeroOptimizer:
         for bucket in self.buckets:
             if bucket.optimizer is not None:
                 bucket.optimizer.set_count(updates)
+
+    def late(self) -> dict[str, Mapping[str, float] | None]:
+        """What a checkpoint keeps of parameters with fewer updates than :attr:`count`; of this rank's segments."""
+        updates = [bucket.optimizer for bucket in self.buckets if bucket.optimizer is not None]
+        return {name: numbers for update in updates for name, numbers in update.late(self._count).items()}
+
+    def load_late(self, late: Late) -> None:
+        """Take what all ranks' :meth:`late` gave, after the count has been set and all other state loaded."""
+        for bucket in self.buckets:
+            if bucket.optimizer is not None:
+                bucket.optimizer.load_late(late)
 
     def pieces(self, for_load: bool = False) -> list[Piece]:
         """What a checkpoint keeps of this rank: master weights (``"param"``) and each kind of optimizer state.

@@ -80,14 +80,15 @@ def without_a_layer(net: Any) -> None:
 Change = Callable[[Any], object]
 # What is done to the model, and what is said at each of CASES; None: nothing, training goes on.
 CHANGES: dict[str, tuple[Change, list[str | None]]] = {
-    "freeze": (
-        lambda net: net.layers[0].requires_grad_(False),
-        [f"{WEIGHT} is frozen now"] * 3,
-    ),
+    "freeze": (lambda net: net.layers[0].requires_grad_(False), [None] * 3),
     "half": (lambda net: net.half(), [f"{WEIGHT} has left the engine's memory"] * 2 + ["half() needs the values"]),
     "data": (
         lambda net: setattr(first(net), "data", torch.zeros(16, 16, dtype=first(net).dtype)),
         [f"{WEIGHT} has left the engine's memory"] * 2 + ["ZeRO stage 3 has sharded"],
+    ),
+    "resize": (
+        lambda net: setattr(first(net), "data", torch.zeros(20, 16, dtype=first(net).dtype)),
+        [f"{WEIGHT} has shape [20, 16] now and had [16, 16] at initialize()"] * 2 + ["ZeRO stage 3 has sharded"],
     ),
     # In fp32 a parameter is its own master weight.
     "in place": (
@@ -209,6 +210,31 @@ def again(stage: int) -> dict[str, Tensor]:
         engine.train_batch([samples(torch.float64)])
         engine.close()
     return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def joined(stage: int) -> dict[str, Tensor]:
+    """Two models of two engines in one, of which one has more outputs than before."""
+    nets = [Net().double() for _ in range(2)]
+    for net in nets:
+        engine = engine_of(net, stage, "fp64")
+        engine.train_batch([samples(torch.float64)])
+        engine.close()
+    nets[1].head.weight.data, nets[1].head.bias.data = torch.ones(5, 16).double(), torch.ones(5).double()
+    both = nn.ModuleList(nets)
+    before = {name: p.detach().clone() for name, p in both.named_parameters()}
+    engine = megatron_ds.initialize(both, {"zero": {"stage": stage}}, adamw(both))
+    engine.backward(torch.stack([loss_of(net, samples(torch.float64)) for net in nets]).sum())
+    engine.step()
+    after = engine.state_dict()
+    engine.close()
+    assert all(not torch.equal(value, before[name]) for name, value in after.items())
+    return {name: engine.module.get_parameter(name).detach().clone() for name in after}
+
+
+def test_models_of_closed_engines_may_grow_and_be_joined() -> None:
+    for stage in (1, 3):
+        for after in run_ranks(joined, 2, stage):
+            assert len(after) == 2 * len(list(Net().parameters())) and after["1.head.weight"].shape == (5, 16)
 
 
 def test_a_closed_engine_leaves_the_model_for_the_next() -> None:
