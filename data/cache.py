@@ -4,6 +4,9 @@ The first process to come takes a lock and computes; the others wait and read. A
 and carries its *key* (the identity of the files it was made from, and the settings): with another key it does not
 count, so nothing stale is ever read. A directory that cannot be written is no error: the next candidate is used,
 and in the end the result is computed without being kept.
+
+The temporary directory of a host is everybody's. What is kept there lies in a folder that is this user's own and closed
+to others; one that somebody else made, or a link, is not used. Nowhere is a link followed that has taken a file's name.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ import contextlib
 import fcntl
 import json
 import os
+import stat
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,8 +35,37 @@ def candidates(path: Path, cache_dir: Path | None = None) -> list[Path]:
     """Where a cached file may be: in ``cache_dir`` if that is given, else at ``path``, else in a folder of this
     user's in the node's temporary directory, named after ``path``."""
     unique = f"{xxhash.xxh3_64_hexdigest(str(path.resolve()).encode())}-{path.name}"
-    local = Path(tempfile.gettempdir()) / f"megatron-ds-{os.getuid()}" / unique
-    return [cache_dir / unique, local] if cache_dir is not None else [path, local]
+    first = cache_dir / unique if cache_dir is not None else path
+    own = _own_folder()
+    return [first] if own is None else [first, own / unique]
+
+
+def _own_folder() -> Path | None:
+    """This user's folder in the temporary directory, made if need be; None where it is not ours alone."""
+    folder = Path(tempfile.gettempdir()) / f"megatron-ds-{os.getuid()}"
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        status = folder.lstat()
+    except OSError:
+        return None
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        warnings.warn(
+            f"{folder} is not a folder of this user alone (owner {status.st_uid}, mode {status.st_mode & 0o7777:o}): "
+            "nothing is kept in it; remove it, or set data.cache_dir",
+            stacklevel=2,
+        )
+        return None
+    return folder
+
+
+def open_plain(path: Path, flags: int) -> int:
+    """A descriptor of a regular file; a link, a pipe or a device that stands in its place is an ``OSError``."""
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is not a regular file")
+    return descriptor
 
 
 def cached_json(path: Path, key: dict[str, Any], build: Callable[[], Any], cache_dir: Path | None = None) -> Any:
@@ -45,14 +79,15 @@ def cached_json(path: Path, key: dict[str, Any], build: Callable[[], Any], cache
     """
 
     def read(file: Path) -> Any:
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            content = json.loads(file.read_text())
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            with open(open_plain(file, os.O_RDONLY), encoding="utf-8") as opened:
+                content = json.load(opened)
             if content["key"] == json.loads(json.dumps(key)):
                 return content["value"]
         return None
 
     def write(file: Path, value: Any) -> None:
-        file.write_text(json.dumps({"key": key, "value": value}, indent=1) + "\n")
+        _write_new(file, json.dumps({"key": key, "value": value}, indent=1).encode() + b"\n")
 
     return cached(candidates(path, cache_dir), read, build, write)
 
@@ -72,7 +107,8 @@ def cached_arrays(
 
     def read(file: Path) -> dict[str, npt.NDArray] | None:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            raw = np.memmap(file, np.uint8, "r")
+            with open(open_plain(file, os.O_RDONLY), "rb") as opened:
+                raw = np.memmap(opened, np.uint8, "r")
             start = 8 + int(raw[:8].view("<u8")[0])
             header = json.loads(raw[8:start].tobytes())
             metadata = header.pop("__metadata__")
@@ -89,7 +125,7 @@ def cached_arrays(
         content = safetensors.numpy.save(arrays)
         body = content[8 + int.from_bytes(content[:8], "little") :]
         metadata = {"key": text, "xxh3": xxhash.xxh3_64_hexdigest(body)}
-        file.write_bytes(safetensors.numpy.save(arrays, metadata))
+        _write_new(file, safetensors.numpy.save(arrays, metadata))
 
     return cached(candidates(path, cache_dir), read, build, write)
 
@@ -108,7 +144,7 @@ def cached(
     for file in files:
         with contextlib.ExitStack() as stack:
             try:
-                file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                file.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(file.with_name(file.name + ".lock")))
             except OSError:
                 continue  # read-only, full or missing: try the next place
@@ -126,16 +162,23 @@ def cached(
     return build()
 
 
+def _write_new(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet: what lies there, of a process that died or of somebody else, goes."""
+    path.unlink(missing_ok=True)
+    with open(open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+        file.write(content)
+
+
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold an exclusive lock on a file made for it; a process that dies lets it go. No-op where files cannot be locked.
 
     Raises:
         BlockingIOError: another process holds it, and ``wait`` is False.
-        OSError: the file cannot be made.
+        OSError: the file cannot be made, or is a link.
     """
     while True:
-        with path.open("w") as file:
+        with open(open_plain(path, os.O_RDWR | os.O_CREAT), "r+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
@@ -144,7 +187,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
                 pass
             try:
                 # The holder before removed the file: whoever comes next would lock another one of the same name.
-                if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                if not os.path.samestat(os.fstat(file.fileno()), path.lstat()):
                     continue
             except FileNotFoundError:
                 continue

@@ -80,6 +80,8 @@ def preprocess(
             stack.enter_context(locked(lock, wait=False))
         except BlockingIOError:
             raise DataError(f"another run is writing this dataset: {lock} is locked; wait for it, or stop it") from None
+        except OSError as error:
+            raise DataError(f"the lock {lock} cannot be made: {error}; choose another output prefix") from None
         _start_or_continue(folder, plan, restart)
         job = Job(str(folder), found, options, dtype_for_vocabulary(tokenizer.vocab_size).name)
         parts = _make_parts(job, os.cpu_count() or 1 if workers is None else workers, show_progress)

@@ -1,4 +1,7 @@
-"""Train, valid and test: three disjoint ranges of documents."""
+"""Train, valid and test: three disjoint ranges of documents.
+
+A run reads the first two. What is kept for a test afterwards may be shorter than a sample: then it has no samples.
+"""
 
 from __future__ import annotations
 
@@ -29,17 +32,18 @@ def parse_split(split: str) -> tuple[float, float, float]:
 def split_documents(
     dataset: IndexedDataset, split: str, sequence_length: int, by: Literal["tokens", "documents"] = "tokens"
 ) -> dict[str, DocumentRange | None]:
-    """``{"train": (start, stop), "valid": ..., "test": ...}``: documents ``start <= i < stop``; None for weight 0.
+    """``{"train": (start, stop), "valid": ..., "test": ...}``: documents ``start <= i < stop``; None for weight 0, and
+    for a test split without one sample.
 
     Args:
         dataset: what is split; its documents are never cut.
         split: weights, see :func:`parse_split`.
-        sequence_length: every range must hold one sample, ``sequence_length + 1`` tokens.
+        sequence_length: train and valid must hold one sample, ``sequence_length + 1`` tokens.
         by: cut where the *tokens* have the wanted proportions (documents may be very uneven), or where the
             number of *documents* has, as Megatron does.
 
     Raises:
-        DataError: a split with a weight is too short for one sample; the message says what would do.
+        DataError: train or valid has a weight and is too short for one sample; the message says what would do.
     """
     fractions = parse_split(split)
     cuts = [0]
@@ -50,9 +54,10 @@ def split_documents(
     cuts[last + 1 :] = [dataset.num_documents] * (3 - last)
     ranges: dict[str, DocumentRange | None] = {}
     for name, fraction, start, stop in zip(SPLITS, fractions, cuts[:-1], cuts[1:]):
-        ranges[name] = (start, stop) if fraction else None
         tokens = dataset.document_start(stop) - dataset.document_start(start)
-        if fraction and tokens < sequence_length + 1:
+        enough = tokens > sequence_length
+        ranges[name] = (start, stop) if fraction and enough else None
+        if fraction and not enough and name != "test":
             raise DataError(_too_short(dataset, split, name, fraction, (start, stop), tokens, sequence_length))
     return ranges
 

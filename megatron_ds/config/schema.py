@@ -281,7 +281,7 @@ class DataConfig(_Section):
     )
     valid_blend: tuple[tuple[float, str], ...] = Field((), description="Beside train_blend: those evaluated on.")
     test_blend: tuple[tuple[float, str], ...] = Field((), description="Beside train_blend: those kept for tests.")
-    split: str = Field("969,30,1", description="Weights of the train, valid and test documents.")
+    split: str = Field("969,30,1", description="Weights of train, valid and test by tokens; cut between documents.")
     tokenizer: str | None = Field(None, description="Tokenizer folder; checked against the dataset, and exported.")
     synthetic: bool = Field(False, description="Random tokens instead of any dataset, for measuring speed.")
     document_masking: bool = Field(

@@ -147,3 +147,62 @@ def test_a_lock_dies_with_its_holder(tmp_path: Path) -> None:
     build = Builder()
     assert_built(cached_arrays(tmp_path / "x", {}, build))
     assert build.built == 1
+
+
+# --- somebody else on the same host -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unwritable(tmp_path: Path) -> Path:
+    (tmp_path / "file").touch()
+    return tmp_path / "file" / "x"
+
+
+@pytest.mark.parametrize("trap", ["link", "open to others", "of another user", "file"])
+def test_a_temporary_folder_that_is_not_ours_is_neither_believed_nor_written(
+    trap: str, unwritable: Path, own_temporary_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached_json(unwritable, {}, lambda: "true")
+    (folder,) = own_temporary_directory.iterdir()
+    (kept,) = folder.iterdir()
+    kept.write_text(kept.read_text().replace("true", "forged"))
+    assert cached_json(unwritable, {}, lambda: "true") == "forged"  # what follows would be believed
+    if trap == "link":
+        folder.rename(own_temporary_directory / "theirs")
+        folder.symlink_to("theirs")
+    elif trap == "open to others":
+        folder.chmod(0o777)
+    elif trap == "of another user":
+        uid = os.getuid() + 1
+        folder.rename(own_temporary_directory / f"megatron-ds-{uid}")
+        monkeypatch.setattr(os, "getuid", lambda: uid)
+    else:
+        folder.rename(own_temporary_directory / "theirs")
+        folder.touch(0o700)
+    before = {path: path.lstat().st_mtime_ns for path in own_temporary_directory.rglob("*")}
+    with pytest.warns(UserWarning, match=r"is not a folder of this user alone .* remove it, or set data.cache_dir"):
+        assert cached_json(unwritable, {}, lambda: "true") == "true"
+    assert before == {path: path.lstat().st_mtime_ns for path in own_temporary_directory.rglob("*")}
+
+
+def test_links_and_pipes_in_place_of_files_are_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    for name in ("x", "x.lock", f"x.{os.getpid()}.tmp"):
+        for make in (lambda path: path.symlink_to(victim), os.mkfifo):
+            folder = tmp_path / f"{name}-{make.__name__}"
+            folder.mkdir()
+            make(folder / name)
+            for _ in range(2):
+                assert cached_json(folder / "x", {}, lambda: [1]) == [1]
+            assert_built(cached_arrays(folder / "x", {"another": 1}, Builder()))
+    assert victim.read_text() == "precious"
+    (tmp_path / "lock").symlink_to(victim)
+    with pytest.raises(OSError, match="lock"), locked(tmp_path / "lock"):
+        pass
+    assert victim.read_text() == "precious"
+
+
+def test_a_cached_value_of_great_depth_is_made_again(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("[" * 200_000)
+    assert cached_json(tmp_path / "x", {}, lambda: 1) == 1

@@ -187,3 +187,14 @@ def test_a_split_too_small_says_what_would_do(tmp_path: Path) -> None:
 def test_nonsense_splits(split: str) -> None:
     with pytest.raises(DataError, match="one to three weights"):
         parse_split(split)
+
+
+def test_a_test_split_without_a_sample_stops_nothing(tmp_path: Path) -> None:
+    """Nothing reads it: a short corpus trains with the default weights. Its documents are not trained on either."""
+    with IndexedDatasetWriter(tmp_path / "set", "int32") as writer:
+        for _ in range(100):
+            writer.add_document(range(10))
+    indexed = IndexedDataset(tmp_path / "set")
+    assert split_documents(indexed, "969,30,1", 19) == {"train": (0, 97), "valid": (97, 100), "test": None}
+    assert split_documents(indexed, "96,3,1", 19) == {"train": (0, 96), "valid": (96, 99), "test": None}
+    assert split_documents(indexed, "96,3,1", 9) == {"train": (0, 96), "valid": (96, 99), "test": (99, 100)}
