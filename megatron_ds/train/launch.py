@@ -92,8 +92,9 @@ def end_with_launcher() -> None:
         return
     pr_set_pdeathsig = 1  # from linux/prctl.h
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    # It may have ended before that.
-    if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
+    try:
+        os.kill(int(os.environ.get(LAUNCHER, os.getpid())), 0)
+    except ProcessLookupError:  # it has ended before that
         os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -361,14 +362,6 @@ def gpu_count() -> int:
 
 def clear_launch_environment() -> dict[str, str]:
     """This process's environment without what a launcher set in it, for starting a job of its own."""
-    launcher = {
-        LAUNCHER,
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "LOCAL_WORLD_SIZE",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-        "GROUP_RANK",
-    }
+    launcher = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK"}
+    launcher |= {LAUNCHER, "TORCHELASTIC_RUN_ID"}
     return {key: value for key, value in os.environ.items() if key not in launcher}

@@ -153,7 +153,9 @@ def _runs(process: int) -> bool:
 
 @in_proc
 def test_a_rank_that_finds_its_launcher_gone_ends_before_it_starts(tmp_path: Path) -> None:
-    environment = {**clear_launch_environment(), "TORCHELASTIC_RUN_ID": "one", LAUNCHER: "1"}
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    environment = {**clear_launch_environment(), "TORCHELASTIC_RUN_ID": "one", LAUNCHER: str(gone.pid)}
     command = [sys.executable, str(ROOT / "examples" / "pretrain_gpt.py"), *arguments(tmp_path / "run")]
     assert subprocess.run(command, env=environment, timeout=120).returncode == -signal.SIGTERM
     assert not (tmp_path / "run").exists()
