@@ -35,7 +35,8 @@ def _keeps(q: Tensor) -> bool:
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``q [s, b, n, d]``, ``k, v [s, b, g, d]`` -> ``[s, b, n * d]``, each position attending to itself and before.
 
-    Any strides. Scores are rounded to the inputs' dtype before the softmax, which computes in fp32.
+    Any strides. Scores are rounded to the inputs' dtype before the softmax, which computes in fp32; those of fp16,
+    which ends at 65,504, are fp32 themselves.
     Memory beyond the inputs: probabilities are kept for the backward pass while a row of them is no longer than an
     MLP's activations (``s <= 4 d``), and otherwise computed again.
     """
@@ -47,15 +48,15 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> Tensor:
         s, b, n, d = q.shape
-        ctx.scale, ctx.keep, ctx.groups = 1.0 / math.sqrt(d), keep, k.shape[2]
+        ctx.scale, ctx.keep, ctx.shape, ctx.groups = 1.0 / math.sqrt(d), keep, q.shape, k.shape[2]
         # The scale goes into the queries, the smallest tensor it can go into.
         queries, keys, values = _heads(q, n).mul_(ctx.scale), _heads(k, n), _heads(v, n)
         out = q.new_empty(s, b, n, d)
         by_head = out.permute(1, 2, 0, 3)  # [b, n, s, d]
-        kept = []
+        kept, wide_keys = [], _for_scores(keys)
         for start in range(0, s, _BLOCK):
             end = min(start + _BLOCK, s)
-            probabilities = _probabilities(queries, keys, start, end)
+            probabilities = _probabilities(queries, wide_keys, start, end)
             by_head[:, :, start:end] = (probabilities @ values[:, :end]).view(b, n, end - start, d)
             if keep:
                 kept.append(probabilities)
@@ -66,17 +67,16 @@ class _CausalAttention(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         queries, keys, values, *kept = ctx.saved_tensors
-        heads, s, d = queries.shape
-        grad = grads[0]
-        b = grad.shape[1]
-        n = heads // b
-        grad = _heads(grad.view(s, b, n, d), n)
+        s, b, n, d = ctx.shape
+        grad = _heads(grads[0].view(s, b, n, d), n)
         grad_q = grad.new_empty(s, b, n, d)
         grad_queries = grad_q.permute(1, 2, 0, 3)
         grad_keys, grad_values = keys, values  # replaced by the last block, which sees all keys and comes first
+        wide_keys = keys if ctx.keep else _for_scores(keys)
+        total = torch.promote_types(keys.dtype, torch.float32)  # of the sums over blocks of queries
         for start in reversed(range(0, s, _BLOCK)):
             end = min(start + _BLOCK, s)
-            p = kept[start // _BLOCK] if ctx.keep else _probabilities(queries, keys, start, end)
+            p = kept[start // _BLOCK] if ctx.keep else _probabilities(queries, wide_keys, start, end)
             to_values = p.transpose(1, 2) @ grad[:, start:end]
             grad_p = grad[:, start:end] @ values[:, :end].transpose(1, 2)
             grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
@@ -84,14 +84,14 @@ class _CausalAttention(torch.autograd.Function):
             grad_queries[:, :, start:end] = grad_block.view(b, n, end - start, d)
             to_keys = grad_scores.transpose(1, 2) @ queries[:, start:end]
             if end == s:
-                grad_keys, grad_values = to_keys, to_values
+                grad_keys, grad_values = to_keys.to(total), to_values.to(total)
             else:
                 grad_keys[:, :end] += to_keys
                 grad_values[:, :end] += to_values
         grad_k, grad_v = (
-            t.view(b, ctx.groups, n // ctx.groups, s, d).sum(2).permute(2, 0, 1, 3)
+            t.view(b, ctx.groups, n // ctx.groups, s, d).sum(2).to(keys.dtype).permute(2, 0, 1, 3)
             if ctx.groups < n
-            else t.view(b, n, s, d).permute(2, 0, 1, 3)
+            else t.view(b, n, s, d).to(keys.dtype).permute(2, 0, 1, 3)
             for t in (grad_keys, grad_values)
         )
         return grad_q, grad_k, grad_v, None
@@ -105,9 +105,14 @@ def _heads(tensor: Tensor, n: int) -> Tensor:
     return new.view(b * n, s, d)
 
 
+def _for_scores(keys: Tensor) -> Tensor:
+    """The keys in the dtype that scores are computed in."""
+    return keys.float() if keys.dtype == torch.float16 else keys
+
+
 def _probabilities(queries: Tensor, keys: Tensor, start: int, end: int) -> Tensor:
-    """``[b * n, end - start, end]`` of the queries ``start:end``."""
-    scores = queries[:, start:end] @ keys[:, :end].transpose(1, 2)
+    """``[b * n, end - start, end]`` of the queries ``start:end``; ``keys`` from :func:`_for_scores`."""
+    scores = queries[:, start:end].to(keys.dtype) @ keys[:, :end].transpose(1, 2)
     # Adding -inf is one vectorised pass; masked_fill is not.
     scores[:, :, start:] += scores.new_full((end - start, end - start), float("-inf")).triu_(1)
-    return scores.softmax(-1)
+    return scores.softmax(-1).to(queries.dtype)

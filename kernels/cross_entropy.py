@@ -73,7 +73,9 @@ def token_statistics_reference(logits: Tensor, target: Tensor, *, want_sum: bool
     if want_sum:
         stats[3] = logits.sum(dim=1)
     # From here on the chunk holds exp(z - local max), and finally the gradient.
-    torch.sub(logits, stats[0].unsqueeze(1), out=logits).exp_()
+    # A rank whose logits are all -inf has a sum of 0: -inf minus -inf would be NaN.
+    base = stats[0].masked_fill(stats[0] == float("-inf"), 0.0)
+    torch.sub(logits, base.unsqueeze(1), out=logits).exp_()
     stats[1] = logits.sum(dim=1)
     return stats, logits
 

@@ -47,7 +47,7 @@ def dropout_add(x: Tensor, residual: Tensor | None, p: float, row_keys: Tensor |
     """``residual + dropout(x)``, or ``dropout(x)`` where there is no residual.
 
     Args:
-        x, residual: ``[..., h]``.
+        x, residual: ``[..., h]``; the result has the dtype that torch promotes both to.
         p: probability of dropping an element; those kept are scaled by ``1 / (1 - p)``.
         row_keys: ``[...]`` int32; None: nothing is dropped.
     """
@@ -68,7 +68,7 @@ class _DropoutAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, row_keys: Tensor, p: float) -> Tensor:
         ctx.save_for_backward(row_keys)
-        ctx.p = p
+        ctx.p, ctx.dtype = p, x.dtype
         with below_autograd():
             return torch.ops.megatron_ds.dropout_add(x, residual, row_keys, p)
 
@@ -77,7 +77,9 @@ class _DropoutAdd(torch.autograd.Function):
         (row_keys,) = ctx.saved_tensors
         # The gradient drops what the forward pass dropped: the same operator.
         dropped = (
-            torch.ops.megatron_ds.dropout_add(grads[0], None, row_keys, ctx.p) if ctx.needs_input_grad[0] else None
+            torch.ops.megatron_ds.dropout_add(grads[0], None, row_keys, ctx.p).to(ctx.dtype)
+            if ctx.needs_input_grad[0]
+            else None
         )
         return dropped, grads[0] if ctx.needs_input_grad[1] else None, None, None
 
@@ -85,6 +87,8 @@ class _DropoutAdd(torch.autograd.Function):
 define(
     "dropout_add(Tensor x, Tensor? residual, Tensor row_keys, float p) -> Tensor",
     lambda x, residual, row_keys, p: DROPOUT_ADD.load(x).dropout_add(x, residual, row_keys, p, threshold(p)),
-    lambda x, residual, row_keys, p: x.new_empty(x.shape),
+    lambda x, residual, row_keys, p: x.new_empty(
+        x.shape, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    ),
     _DropoutAdd,
 )

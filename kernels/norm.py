@@ -57,7 +57,8 @@ def add_norm(
         p, row_keys: as in :func:`megatron_ds.kernels.dropout.dropout_add`.
 
     Returns:
-        The norm of ``summed``, and ``summed`` itself, the next residual.
+        The norm of ``summed``, and ``summed`` itself, the next residual; both in the dtype that torch promotes ``x``
+        and ``residual`` to.
     """
     if NORM.choose(x) == "triton":
         keys, p = (None, 0.0) if row_keys is None or p == 0.0 else (row_keys, p)
@@ -106,6 +107,7 @@ class _Norm(torch.autograd.Function):
             y, summed, mean, rstd = torch.ops.megatron_ds.norm(x, residual, row_keys, weight, bias, eps, p, rms)
         ctx.save_for_backward(x if residual is None else summed, row_keys, weight, mean, rstd)
         ctx.p, ctx.rms, ctx.bias_dtype = p, rms, None if bias is None else bias.dtype
+        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
         ctx.fused = residual is not None
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, rstd, *(() if ctx.fused else (summed,)))
@@ -123,8 +125,8 @@ class _Norm(torch.autograd.Function):
             grad, grad_summed, summed, row_keys, weight, mean, rstd, ctx.p, ctx.rms, ctx.bias_dtype is not None
         )
         d_bias = None if ctx.bias_dtype is None else parameters[1].to(ctx.bias_dtype)
-        d_x = d_summed if row_keys is None else dropped
-        d_residual = d_summed if ctx.fused else None
+        d_x = (d_summed if row_keys is None else dropped).to(ctx.dtypes[0])
+        d_residual = d_summed.to(ctx.dtypes[1]) if ctx.fused else None
         return d_x, d_residual, None, parameters[0].to(weight.dtype), d_bias, None, None, None
 
 
@@ -139,9 +141,10 @@ def _norm_fake(
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = x.numel() // x.shape[-1]
-    summed = x.new_empty(0) if residual is None else x.new_empty(x.shape)
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    summed = x.new_empty(0 if residual is None else x.shape, dtype=dtype)
     statistics = [x.new_empty(0 if no else rows, dtype=torch.float32) for no in (rms, False)]
-    return x.new_empty(x.shape), summed, statistics[0], statistics[1]
+    return x.new_empty(x.shape, dtype=dtype), summed, statistics[0], statistics[1]
 
 
 def _norm_backward_fake(

@@ -62,8 +62,10 @@ def scaled_masked_softmax_reference(
     if mask is not None:
         seen = seen & mask
     hidden = ~seen | (z == float("-inf"))
-    # A finite number in place of -inf, and zeros afterwards: a row without a key gives no NaN, forward or backward.
-    weights = z.masked_fill(hidden, torch.finfo(dtype).min).softmax(dim=-1)
+    # A row without a key is filled with zeros, here and afterwards, and gives no NaN, forward or backward. A finite
+    # number in place of all -inf would take part in the sum where visible scores are as low.
+    empty = hidden.all(dim=-1, keepdim=True)
+    weights = z.masked_fill(hidden, float("-inf")).masked_fill(empty, 0.0).softmax(dim=-1)
     return weights.masked_fill(hidden, 0.0).to(scores.dtype)
 
 

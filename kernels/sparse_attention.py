@@ -122,7 +122,7 @@ def _chunks(layout: list[Tensor], block: int, side: int, batch: int) -> Iterator
     for number in range(len(layout[2]) // side):
         heads = (pattern == number).nonzero().flatten()
         starts = start[number * side : (number + 1) * side + 1].tolist()
-        room = max(1, _CHUNK // (block * block * batch * max(1, len(heads))))
+        room = max(1, _CHUNK // (block * block * max(1, batch) * max(1, len(heads))))
         first = 0
         while first < side and len(heads):
             last = first + 1

@@ -103,8 +103,10 @@ def _core(
     if c.attention.sparse.mode != "none":
         return core_input + statistics, True
     if c.attention_dropout:
-        # Probabilities before and after, and what was dropped; the reference's softmax in fp32, and its mask.
-        return copies + square * ((max(4, width) + 2 * width + 1) if cpu else 3 * width), False
+        # Probabilities before and after, and what was dropped; the softmax of fp16 and of the reference in fp32, and
+        # the reference's mask.
+        softmax = max(4, width) if cpu or config.precision.dtype == "fp16" else width
+        return copies + square * (softmax + 2 * width + cpu), False
     if c.position != "alibi" and not config.data.document_masking and cpu and (width == 2 or s <= 4 * c.head_size):
         triangle = sum(min(_BLOCK, s - start) * min(start + _BLOCK, s) for start in range(0, s, _BLOCK))
         return copies + (b * heads * triangle * width if s <= 4 * c.head_size else 0), False

@@ -100,7 +100,7 @@ def gated_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
 
 def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     out = x.new_empty(x.shape)
-    rows = as_rows(x)
+    rows, bias = as_rows(x), None if bias is None else bias.contiguous()
     if out.numel():
         grid, tile = elementwise_tile(*rows.shape)
         with on_device_of(x):
@@ -112,7 +112,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
 
 def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     out = x.new_empty(x.shape)
-    rows, grads = as_rows(x), as_rows(grad)
+    rows, grads, bias = as_rows(x), as_rows(grad), None if bias is None else bias.contiguous()
     if out.numel():
         grid, tile = elementwise_tile(*rows.shape)
         with on_device_of(x):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,7 +30,7 @@ def dropout_add_kernel(
 
 
 def dropout_add(x: Tensor, residual: Tensor | None, row_keys: Tensor, p: float, threshold: int) -> Tensor:
-    out = x.new_empty(x.shape)
+    out = x.new_empty(x.shape, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
     rows, base = as_rows(x), None if residual is None else as_rows(residual)
     if out.numel():
         grid, tile = elementwise_tile(rows.shape[0], rows.shape[1], 2048)

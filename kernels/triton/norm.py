@@ -118,8 +118,10 @@ def norm(
     fused, drop = residual is not None, row_keys is not None
     rows, base = as_rows(x), as_rows(residual) if residual is not None else None
     count, columns = rows.shape
-    y = x.new_empty(x.shape)
-    summed = x.new_empty(x.shape if fused else 0)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    y = x.new_empty(x.shape, dtype=dtype)
+    summed = x.new_empty(x.shape if fused else 0, dtype=dtype)
     mean = x.new_empty(0 if rms else count, dtype=torch.float32)
     rstd = x.new_empty(count, dtype=torch.float32)
     tensors = (rows, base, None if row_keys is None else row_keys.contiguous(), weight, bias, y, summed, mean, rstd)

@@ -278,7 +278,7 @@ def norm_backward(
     sums = 2 if has_bias else 1
     if not out.numel():
         return out, dropped, rows.new_zeros((sums, columns), dtype=torch.float32)
-    keys = None if row_keys is None else row_keys.contiguous()
+    keys, weight = None if row_keys is None else row_keys.contiguous(), weight.contiguous()
     strides = (grads.stride(0), 0 if also is None else also.stride(0), rows.stride(0))
     flags = {"RMS": rms, "HAS_SUMMED": more, "DROP": drop}
     with on_device_of(summed):

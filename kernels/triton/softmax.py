@@ -37,7 +37,8 @@ def logits_of(
         z += slope * (key - last).to(tl.float32)
     seen = key < limit
     if HAS_MASK:
-        place = mask + batch.to(tl.int64) * mask_b + head * mask_n + query.to(tl.int64) * mask_q + key * mask_k
+        place = mask + batch.to(tl.int64) * mask_b + head.to(tl.int64) * mask_n + query.to(tl.int64) * mask_q
+        place += key.to(tl.int64) * mask_k
         seen = seen & (tl.load(place, mask=inside, other=0) != 0)
     return tl.where(seen, z, float("-inf"))
 
@@ -136,7 +137,7 @@ def softmax_backward_kernel(
 
 def softmax(scores: Tensor, mask: Tensor | None, slopes: Tensor | None, scale: float, causal: bool) -> Tensor:
     out = scores.new_empty(scores.shape)
-    rows = as_rows(scores)
+    rows, slopes = as_rows(scores), None if slopes is None else slopes.contiguous()
     _, heads, queries, keys = scores.shape
     strides = (0, 0, 0, 0) if mask is None else mask.stride()
     if out.numel():

@@ -25,6 +25,12 @@ LOG2_E = tl.constexpr(_LOG2_E)
 
 
 @triton.jit
+def place_of_program(tiles):
+    """(tile of the sequence, batch * heads + head). Both in the grid's first number: the others end at 65,535."""
+    return tl.program_id(0) % tiles, tl.program_id(0) // tiles
+
+
+@triton.jit
 def load_tile(
     base, first, stride, length, ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr
 ):
@@ -60,7 +66,7 @@ def store_tile(
 def load_mask(masks, number, query, key, TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr):
     """``[TM, TN]`` of a partial block's mask, from ``query, key`` inside the block on."""
     at = (query + tl.arange(0, TM))[:, None] * BLOCK + (key + tl.arange(0, TN))[None, :]
-    return tl.load(masks + number * (BLOCK * BLOCK) + at) != 0
+    return tl.load(masks + number.to(tl.int64) * (BLOCK * BLOCK) + at) != 0
 
 
 @triton.jit
@@ -97,11 +103,12 @@ def forward_kernel(
     TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
+    tile, row_of_heads = place_of_program(tl.cdiv(length, TM))
+    batch = (row_of_heads // heads).to(tl.int64)
+    head = row_of_heads % heads
     kv = (head // group).to(tl.int64)
     # A causal layout's last rows are its longest: they start first.
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * TM
+    first = (tl.cdiv(length, TM) - 1 - tile) * TM
     line = tl.load(pattern + head) * side + first // BLOCK
     inside = first % BLOCK
     scaled = scale * LOG2_E
@@ -131,7 +138,7 @@ def forward_kernel(
     )
     row = first + tl.arange(0, TM)
     value = tl.where(empty, float("inf"), (top * scaled + tl.log2(tl.where(empty, 1.0, total))) / LOG2_E)
-    tl.store(lse + tl.program_id(1).to(tl.int64) * length + row, value, mask=row < length)
+    tl.store(lse + row_of_heads.to(tl.int64) * length + row, value, mask=row < length)
 
 
 @triton.jit
@@ -164,10 +171,11 @@ def query_kernel(
     D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of queries; and ``delta``, the sum of grad x out a query, which ``key_kernel`` reads."""
-    batch = (tl.program_id(1) // heads).to(tl.int64)
-    head = (tl.program_id(1) % heads).to(tl.int64)
+    tile, row_of_heads = place_of_program(tl.cdiv(length, TM))
+    batch = (row_of_heads // heads).to(tl.int64)
+    head = (row_of_heads % heads).to(tl.int64)
     kv = head // group
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * TM
+    first = (tl.cdiv(length, TM) - 1 - tile) * TM
     line = tl.load(pattern + head) * side + first // BLOCK
     inside = first % BLOCK
     scaled = scale * LOG2_E
@@ -178,7 +186,7 @@ def query_kernel(
     out_tile = load_tile(out + batch * out_batch + head * out_head, first, out_row, length, TM, D, HEAD_DIM, EVEN)
     delta_row = tl.sum(grad_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     row = first + tl.arange(0, TM)
-    at = tl.program_id(1).to(tl.int64) * length + row
+    at = row_of_heads.to(tl.int64) * length + row
     tl.store(delta + at, delta_row, mask=row < length)
     lse_row = tl.load(lse + at, mask=row < length, other=float("inf")) * LOG2_E
     acc = tl.zeros([TM, D], tl.float32)
@@ -233,20 +241,21 @@ def key_kernel(
     grad, q, k, v, lse, delta, dk, dv, pattern, start, partial, index, mask_of, masks, chosen, scale,
     grad_batch, grad_head, grad_row, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, part_stride,
-    groups, group, length, side,
+    tiles, groups, group, length, side,
     SPLIT: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys and values, over all query heads that use them.
 
-    ``SPLIT``: a part of them, that of the third program number; the parts lie one behind the other, ``part_stride``
+    ``SPLIT``: a part of them, that of the second program number; the parts lie one behind the other, ``part_stride``
     apart, with the ``chosen`` columns of blocks side by side.
     """
-    batch = (tl.program_id(1) // groups).to(tl.int64)
-    kv = (tl.program_id(1) % groups).to(tl.int64)
-    part, parts = tl.program_id(2), tl.num_programs(2)
-    inside = tl.program_id(0) % (BLOCK // TN) * TN
-    first = tl.load(chosen + tl.program_id(0) // (BLOCK // TN)) * BLOCK + inside
+    tile, row_of_heads = place_of_program(tiles)
+    batch = (row_of_heads // groups).to(tl.int64)
+    kv = (row_of_heads % groups).to(tl.int64)
+    part, parts = tl.program_id(1), tl.num_programs(1)
+    inside = tile % (BLOCK // TN) * TN
+    first = tl.load(chosen + tile // (BLOCK // TN)) * BLOCK + inside
     scaled = scale * LOG2_E
     k_tile = load_tile(k + batch * k_batch + kv * k_head, first, k_row, length, TN, D, HEAD_DIM, EVEN)
     v_tile = load_tile(v + batch * v_batch + kv * v_head, first, v_row, length, TN, D, HEAD_DIM, EVEN)
@@ -282,23 +291,24 @@ def key_kernel(
     if SPLIT:
         dk += part.to(tl.int64) * part_stride
         dv += part.to(tl.int64) * part_stride
-        first = tl.program_id(0) * TN
-        length = tl.num_programs(0) * TN
+        first = tile * TN
+        length = tiles * TN
     store_tile(dk + batch * dk_batch + kv * dk_head, first, dk_row, length, k_acc, TN, D, HEAD_DIM, EVEN)
     store_tile(dv + batch * dv_batch + kv * dv_head, first, dv_row, length, v_acc, TN, D, HEAD_DIM, EVEN)
 
 
 @triton.jit
 def add_up_kernel(
-    parts, out, chosen, part_stride, parts_head, out_batch, out_head, out_row, groups, length, count,
+    parts, out, chosen, part_stride, parts_head, out_batch, out_head, out_row, tiles, groups, length, count,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """The sum over the parts of a tile of the ``chosen`` columns, always in the same order."""
-    batch = (tl.program_id(1) // groups).to(tl.int64)
-    kv = (tl.program_id(1) % groups).to(tl.int64)
-    place = tl.program_id(0) * ROWS
+    tile, row_of_heads = place_of_program(tiles)
+    batch = (row_of_heads // groups).to(tl.int64)
+    kv = (row_of_heads % groups).to(tl.int64)
+    place = tile * ROWS
     first = tl.load(chosen + place // BLOCK) * BLOCK + place % BLOCK
-    parts += tl.program_id(1).to(tl.int64) * parts_head
+    parts += row_of_heads.to(tl.int64) * parts_head
     total = tl.zeros([ROWS, D], tl.float32)
     for _ in range(count):
         total += load_tile(parts, place, HEAD_DIM, place + ROWS, ROWS, D, HEAD_DIM, True)
@@ -316,7 +326,7 @@ def forward(
     b, n, s, d = q.shape
     tile = _tiles("forward", block, d, q.dtype)
     with on_device_of(q):
-        forward_kernel[triton.cdiv(s, tile["TM"]), b * n](
+        forward_kernel[(triton.cdiv(s, tile["TM"]) * b * n,)](
             q, k, v, out, lse, layout[0], *layout[1:5], layout[9], scale,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             n, n // k.shape[1], s, triton.cdiv(s, block),
@@ -340,7 +350,7 @@ def backward(
     inputs = *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     with on_device_of(q):
         tile = _tiles("query", block, d, q.dtype)
-        query_kernel[triton.cdiv(s, tile["TM"]), b * n](
+        query_kernel[(triton.cdiv(s, tile["TM"]) * b * n,)](
             grad, q, k, v, out, lse, delta, dq, layout[0], *layout[1:5], layout[9], scale,
             *inputs, *out.stride()[:3], *dq.stride()[:3], n, *sizes, BLOCK=block, **shape, **tile,
         )  # fmt: skip
@@ -349,9 +359,10 @@ def backward(
         columns = block // tile["TN"]
         lists = layout[0], *layout[5:10]
         if len(short):
-            key_kernel[len(short) * columns, b * groups](
+            tiles = len(short) * columns
+            key_kernel[(tiles * b * groups,)](
                 grad, q, k, v, lse, delta, dk, dv, *lists, short, scale,
-                *inputs, *dk.stride()[:3], *dv.stride()[:3], 0, groups, *sizes,
+                *inputs, *dk.stride()[:3], *dv.stride()[:3], 0, tiles, groups, *sizes,
                 SPLIT=False, BLOCK=block, **shape, **tile,
             )  # fmt: skip
         if len(long):
@@ -359,14 +370,15 @@ def backward(
             rows = len(long) * block
             both = lse.new_empty((2, parts, b, groups, rows, d))
             strides = both.stride()[2:5]
-            key_kernel[len(long) * columns, b * groups, parts](
+            tiles = len(long) * columns
+            key_kernel[tiles * b * groups, parts](
                 grad, q, k, v, lse, delta, both[0], both[1], *lists, long, scale,
-                *inputs, *strides, *strides, both.stride(1), groups, *sizes,
+                *inputs, *strides, *strides, both.stride(1), tiles, groups, *sizes,
                 SPLIT=True, BLOCK=block, **shape, **tile,
             )  # fmt: skip
             for sums, out_ in zip(both, (dk, dv)):
-                add_up_kernel[rows // 16, b * groups](
-                    sums, out_, long, both.stride(1), strides[1], *out_.stride()[:3], groups, s, parts,
+                add_up_kernel[(rows // 16 * b * groups,)](
+                    sums, out_, long, both.stride(1), strides[1], *out_.stride()[:3], rows // 16, groups, s, parts,
                     ROWS=16, BLOCK=block, D=shape["D"], HEAD_DIM=d, EVEN=shape["EVEN"], num_warps=2,
                 )  # fmt: skip
 

@@ -123,7 +123,8 @@ class SelfAttention(nn.Module):
         qkv = qkv.view(s, b, self.local_groups, self.queries_per_group + 2, self.head_dim)
         # One split: slices would each fill a gradient of the whole with zeros in the backward pass.
         q, k, v = qkv.split([self.queries_per_group, 1, 1], dim=-2)
-        q, k, v = q.reshape(s, b, -1, self.head_dim), k.squeeze(-2), v.squeeze(-2)
+        heads = self.local_groups * self.queries_per_group
+        q, k, v = q.reshape(s, b, heads, self.head_dim), k.squeeze(-2), v.squeeze(-2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if inputs.rotary is not None:
@@ -179,14 +180,13 @@ class SelfAttention(nn.Module):
         """The same attention with dropped probabilities, in plain matmuls: O(s^2) memory, but the same elements are
         dropped on every mesh, which a fused kernel's own generator does not give."""
         s = q.shape[2]
+        # Scores of fp16, which ends at 65,504, are fp32; and scaled before they are summed, as in a fused kernel.
+        wide = torch.float32 if q.dtype == torch.float16 else q.dtype
+        scores = (q.to(wide) * (1.0 / math.sqrt(q.shape[-1]))) @ k.to(wide).transpose(-2, -1)
         # ALiBi by place and not by position: where positions begin anew, a mask lies between.
         probabilities = scaled_masked_softmax(
-            q @ k.transpose(-2, -1),
-            1.0 / math.sqrt(q.shape[-1]),
-            causal=self.causal,
-            mask=inputs.same_document,
-            slopes=self.slopes,
-        )
+            scores, causal=self.causal, mask=inputs.same_document, slopes=self.slopes
+        ).to(q.dtype)
         # The sequence is whole here, so rows start at position 0; the element within a row is (global head, key).
         rows = keys.row_keys(self.site, s, 0).t()  # [b, s]
         heads = torch.arange(self.first_head, self.first_head + q.shape[1], device=q.device)

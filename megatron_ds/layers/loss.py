@@ -55,6 +55,7 @@ def linear_cross_entropy(
         vocab_size: real tokens; rows of the global table beyond it are padding.
         bias: ``[v / tp]``, added to the logits.
     """
+    _check_labels(labels, loss_mask, vocab_size)
     first = tp.rank * weight.shape[0]
     used = min(max(vocab_size - first, 0), weight.shape[0])
     return _LinearCrossEntropy.apply(
@@ -190,6 +191,7 @@ def cross_entropy(
         raise ValueError(f"logits of strides {logits.stride()} cannot be overwritten row by row; use .contiguous()")
     counts = labels != ignore_index
     mask = counts if loss_mask is None else counts & loss_mask
+    _check_labels(labels, mask, vocab_size)
     options = (vocab_size, tp, label_smoothing, z_loss, torch.is_grad_enabled())
     return _CrossEntropy.apply(logits, labels, mask, *options)
 
@@ -234,6 +236,16 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0], *[None] * 7
+
+
+def _check_labels(labels: Tensor, mask: Tensor, vocab_size: int) -> None:
+    """Raise RuntimeError where a label that counts is no token; on a GPU later, as an assertion there: none waits."""
+    valid = (labels >= 0) & (labels < vocab_size)
+    torch._assert_async(
+        (valid | ~mask).all(),
+        f"a label that counts is outside of 0..{vocab_size - 1}: set its loss_mask to False (or the label to "
+        "ignore_index), or use data whose tokens fit model.vocab_size",
+    )
 
 
 def _chunk(

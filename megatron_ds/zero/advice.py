@@ -212,12 +212,13 @@ class LossScaleWatch:
                 "lower optimizer.lr or look for the NaN, or use precision.dtype='bf16', which needs no scale",
             )
         if self._steps >= PATIENCE * scaler.window and self._overflows:
+            between = self._steps // (self._overflows + 1)  # good steps between two overflows
+            lower = f"lower precision.loss_scale_window below {between}, or " if between > 1 else ""
             return Advice(
                 "loss scale growth",
                 f"the fp16 loss scale is {scaler.scale:g} and has not grown for {self._steps} steps: {self._overflows} "
                 f"of them overflowed, and it takes precision.loss_scale_window={scaler.window} good ones in a row",
-                f"lower the window below {max(1, self._steps // (self._overflows + 1))}, or use "
-                "precision.dtype='bf16', which needs no scale",
+                f"{lower}use precision.dtype='bf16', which needs no scale",
             )
         return None
 

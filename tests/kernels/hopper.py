@@ -64,6 +64,8 @@ def captured() -> Iterator[list[Compiled]]:
     found: list[Compiled] = []
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        # The driver's limits: only the first number of a grid may be larger.
+        assert grid[0] < 2**31 and all(number <= 65535 for number in grid[1:]), f"{self.__name__}: a grid of {grid}"
         kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
         found.append(read(self.__name__, kernel))
         return kernel

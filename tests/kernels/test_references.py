@@ -121,6 +121,32 @@ def test_softmax_of_a_row_that_sees_nothing_is_zero_and_passes_nothing() -> None
     assert scaled_masked_softmax(torch.full((1, 1, 1, 4), 6e4, dtype=torch.float16), 100.0).tolist() == [[[[0.25] * 4]]]
 
 
+def test_softmax_of_the_lowest_scores() -> None:
+    """Hidden keys take no part, even where the visible scores are the lowest numbers there are."""
+    lowest = torch.finfo(torch.float32).min
+    x = torch.tensor([[lowest, lowest, 5.0, 6.0], [lowest, -math.inf, 0.0, 0.0]]).view(1, 1, 2, 4)
+    mask = torch.tensor([[True, True, False, False], [True, True, False, False]])
+    assert scaled_masked_softmax(x, mask=mask).tolist() == [[[[0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]]]
+
+
+def test_cross_entropy_of_a_rank_without_a_finite_logit() -> None:
+    logits = exact(2, 12)
+    logits[0, :5] = logits[1, 5:] = -math.inf
+    target, mask = torch.tensor([7, 2]), torch.ones(2, dtype=torch.bool)
+    parts = [(logits[:, :5].clone(), target), (logits[:, 5:].clone(), target - 5)]
+    results = [token_statistics(part, local, want_sum=False) for part, local in parts]
+    stats = torch.stack([stats for stats, _ in results])
+    assert stats[0, 1, 0] == 0.0 == stats[1, 1, 1]
+    lse = logits.logsumexp(1)
+    options = {"label_smoothing": 0.0, "z_loss": 0.0, "vocab_size": 12}
+    gradients = [
+        logit_gradient(scratch, own[0], lse, local, mask, **options)
+        for (own, scratch), (_, local) in zip(results, parts)
+    ]
+    want = logits.softmax(1) - F.one_hot(target, 12)
+    torch.testing.assert_close(torch.cat(gradients, dim=1), want)
+
+
 def table(length: int, batch: int, size: int) -> tuple[Tensor, Tensor]:
     angles = exact(length, batch, 1, size // 2)
     angles = torch.cat((angles, angles), dim=-1)

@@ -147,6 +147,11 @@ def test_large_logits_do_not_overflow() -> None:
     assert_close(found, dense(*x, layout.to_mask()), 1e-8)
 
 
+def test_a_batch_of_nothing() -> None:
+    layout, x = patterns.bigbird(40, BLOCK, N), [y[:0] for y in inputs(40)]
+    assert [y.shape for y in sparse(*x, layout)] == [x[0].shape, *(y.shape for y in x[:3])]
+
+
 def test_the_scale_is_the_callers() -> None:
     layout, x = patterns.dense(32, BLOCK, N), inputs(32)
     assert_close(sparse(*x, layout, scale=0.9), dense(*x, layout.to_mask(), 0.9))

@@ -46,3 +46,19 @@ def test_tensor_cores_and_registers(block: int, head_dim: int, length: int, dtyp
         assert kernel.shared <= SHARED_LIMIT, f"{kernel.name}: {kernel.shared} bytes of shared memory"
         wide = r"LDG\S*\.128" if single else r"LDGSTS\S*\.128"
         assert kernel.count(wide), f"{kernel.name} does not load 16 bytes at a time, in half precision to shared memory"
+
+
+def test_more_heads_than_a_grid_has_rows() -> None:
+    """70,400 heads of samples, in every launch; ``captured`` knows what a driver refuses. A global column is split."""
+    batch, length, block = 70400 // HEADS, 1024, 16
+    layout = patterns.bigbird(length, block, HEADS)
+    assert len(layout.long_columns)
+    x = torch.empty(batch, HEADS, length, 16, dtype=torch.float16, device="meta")
+    lse = torch.empty(batch, HEADS, length, device="meta")
+    flat = _flat(layout.to("meta"))
+    with captured() as kernels:
+        twin.forward(x, x, x, flat, block, 0.1, torch.empty_like(x), lse)
+        twin.backward(x, x, x, x, x, lse, flat, block, 0.1, *(torch.empty_like(x) for _ in range(3)))
+    assert [k.name for k in kernels] == ["forward_kernel", "query_kernel", "key_kernel", "key_kernel"] + [
+        "add_up_kernel"
+    ] * 2

@@ -155,6 +155,22 @@ def test_dropout_of_probabilities_is_keys_and_scale() -> None:
     assert ((kept - (1 - p)).abs() < 4 * math.sqrt(p * (1 - p) / 400)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_scores_that_fp16_cannot_hold(dtype: torch.dtype) -> None:
+    """64 products of 100 x 100: 640,000, and 80,000 after the scale; fp16 ends at 65,504."""
+    s, d = 6, 64
+    layer = attention(1, 1, dropout=0.3)
+    q = torch.full((s, 1, 1, d), 100.0, dtype=dtype, requires_grad=True)
+    v = torch.linspace(0.0, 1.0, s * d).view(s, 1, 1, d)
+    results = []
+    for given in ((q, q, v.to(dtype)), (q.double(), q.double(), v.to(dtype).double())):
+        out = layer._core(*given, AttentionInputs(torch.arange(s).view(s, 1), keys=DropoutKeys(1, torch.arange(1))))
+        (gradient,) = torch.autograd.grad(out.double().sum(), q)
+        results.append((out.double(), gradient.isfinite().all()))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=4 * torch.finfo(dtype).eps)
+    assert results[0][1]
+
+
 def test_without_dropout_keys_nothing_is_dropped() -> None:
     layer, x = attention(dropout=0.5), activations()
     torch.testing.assert_close(
@@ -201,3 +217,14 @@ def test_dropout_decisions_are_keyed_by_global_head_and_key() -> None:
             row = keys.row_keys(site, 1, query)[0, sample]
             kept = key <= query and keep_mask(row, torch.tensor([(2 * rank + head) * s + key]), p).item()
             assert (got.view(s, b, 2, s)[query, sample, head, key] != 0).item() == kept
+
+
+@pytest.mark.parametrize("settings", [{}, {"alibi": True}, {"dropout": 0.3}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_a_batch_of_nothing(dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    layer = attention(**settings, dtype=dtype)
+    x = torch.empty(S, 0, H, dtype=dtype, requires_grad=True)
+    out = layer(x, AttentionInputs(torch.empty(S, 0), keys=DropoutKeys(1, torch.arange(0))))
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())

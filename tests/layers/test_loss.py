@@ -268,6 +268,24 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     assert not total.requires_grad and abs(total - want) < 1e-12 * want
 
 
+@pytest.mark.parametrize("label", [-1, 50, 71, 10**9])
+def test_a_label_that_is_no_token(label: int) -> None:
+    """Also one of the table's padding. What does not count may be anything."""
+    case = Case(vocab=50, masked=0.0)
+    hidden, weight, labels, mask = data(case)
+    labels[3, 1] = label
+    options: dict[str, Any] = {"vocab_size": case.vocab, "tp": Axis("tp")}
+    for run in (
+        lambda mask: linear_cross_entropy(hidden, weight, labels, mask, **options),
+        lambda mask: cross_entropy(hidden @ weight.T, labels, mask, **options),
+    ):
+        with pytest.raises(RuntimeError, match=r"a label that counts is outside of 0..49: set its loss_mask to False"):
+            run(mask)
+        without = mask.clone()
+        without[3, 1] = False
+        assert run(without).isfinite()
+
+
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_no_value_is_asked_for_on_the_way(implementation: str) -> None:
     """Of tensors without values: what would wait for the GPU would ask for one, and raise."""

@@ -175,7 +175,10 @@ def test_a_loss_scale_that_never_grows() -> None:
     assert all(advice is None for advice in found[:39]) and found[40] is not None
     assert found[40].rule == "loss scale growth"
     assert "is 65536 and has not grown for 41 steps: 4 of them overflowed" in found[40].message
-    assert "window below 8" in found[40].action
+    assert "precision.loss_scale_window below 8" in found[40].action
+    every_second = watch(LossScaler(scale=2.0**16, dynamic=True, window=10, hysteresis=100), [True, False] * 25)
+    advised = next(advice for advice in every_second if advice is not None)
+    assert advised.action == "use precision.dtype='bf16', which needs no scale", "no window is below 1"
     growing = LossScaler(scale=2.0**16, dynamic=True, window=10, hysteresis=1)
     assert not any(watch(growing, ([False] * 11 + [True]) * 10))
     top = LossScaler(scale=2.0**24, dynamic=True, window=10, max_scale=2.0**24)
