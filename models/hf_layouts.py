@@ -94,6 +94,24 @@ def interleaved_qkv(ours: str, theirs: str) -> Rule:
     )
 
 
+def grouped_qkv(ours: str, theirs: str) -> Rule:
+    """Phi-3: all queries, then all keys, then all values, ``[(n + 2 g) d, h]``."""
+    apart = separate_qkv(ours, "", "weight")
+
+    def split(c: ModelConfig, ws: Tensors) -> Tensor:
+        sizes = [c.num_heads * c.head_size, c.groups * c.head_size, c.groups * c.head_size]
+        return apart.from_hf(c, ws[0].split(sizes))
+
+    return Rule(ours, (theirs,), lambda c, w: (torch.cat(list(apart.to_hf(c, w))),), split)
+
+
+def stacked_gate_up(ours: str, theirs: str) -> Rule:
+    """Phi-3: the gate, then the up projection, ``[2 f, h]``: our order, flat."""
+    return Rule(
+        ours, (theirs,), lambda c, w: (w.flatten(0, 1),), lambda c, ws: ws[0].view(2, c.ffn_size, *ws[0].shape[1:])
+    )
+
+
 def separate_gate_up(ours: str, mlp: str, what: str) -> Rule:
     return Rule(
         ours,

@@ -1,4 +1,7 @@
-"""Hugging Face's names and configurations of Llama, and of Qwen 2 and 3, which are Llama with biases or norms more."""
+"""Hugging Face's names and configurations of Llama, and of its kin.
+
+Qwen 2 and 3 are Llama with biases or norms more, Mistral is Llama with a window, Phi-3 with fused matrices.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,15 @@ from megatron_ds.checkpoint.hf_architecture import Architecture, Rule, needs
 from megatron_ds.checkpoint.hf_settings import Settings, must_be
 from megatron_ds.config import ModelConfig
 from megatron_ds.errors import ConfigError
-from megatron_ds.models.hf_layouts import global_shapes, same, separate_gate_up, separate_qkv, vocabulary
+from megatron_ds.models.hf_layouts import (
+    global_shapes,
+    grouped_qkv,
+    same,
+    separate_gate_up,
+    separate_qkv,
+    stacked_gate_up,
+    vocabulary,
+)
 
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _ROTARY_BUFFERS = (r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
@@ -46,11 +57,35 @@ def _llama_rules(c: ModelConfig) -> list[Rule]:
     return rules
 
 
+def _phi3_rules(c: ModelConfig) -> list[Rule]:
+    fused = {
+        "layers.{i}.attention.qkv.weight": grouped_qkv(
+            "layers.{i}.attention.qkv.weight", "model.layers.{i}.self_attn.qkv_proj.weight"
+        ),
+        "layers.{i}.mlp.gate_up.weight": stacked_gate_up(
+            "layers.{i}.mlp.gate_up.weight", "model.layers.{i}.mlp.gate_up_proj.weight"
+        ),
+    }
+    return [fused.get(rule.ours, rule) for rule in _llama_rules(c)]
+
+
 def _llama_problems(c: ModelConfig) -> list[str]:
     return [
         *needs(c, position="rope", norm="rmsnorm", activation="swiglu", qkv_bias=(None, c.bias)),
         *needs(c, family="gpt", token_types=0),
         *needs(c, qk_norm=False, embedding_norm=False),
+    ]
+
+
+def _mistral_problems(c: ModelConfig) -> list[str]:
+    return [*_llama_problems(c), *needs(c, bias=False)]
+
+
+def _phi3_problems(c: ModelConfig) -> list[str]:
+    return [
+        *_mistral_problems(c),
+        *needs(c, head_dim=(None, c.hidden_size // c.num_heads)),
+        *(["model.rope_scaling=None (it is set)"] if c.rope_scaling else []),
     ]
 
 
@@ -147,6 +182,16 @@ def _qwen_to_config(c: ModelConfig) -> dict[str, Any]:
     return config
 
 
+def _mistral_to_config(c: ModelConfig) -> dict[str, Any]:
+    unknown = ("attention_bias", "mlp_bias")
+    return {**{k: v for k, v in _llama_to_config(c).items() if k not in unknown}, "sliding_window": None}
+
+
+def _phi3_to_config(c: ModelConfig) -> dict[str, Any]:
+    values = {k: v for k, v in _mistral_to_config(c).items() if k != "head_dim"}
+    return {**values, "resid_pdrop": c.hidden_dropout, "embd_pdrop": c.hidden_dropout}
+
+
 def _llama_from_config(config: Settings) -> dict[str, Any]:
     must_be(config, hidden_act="silu")
     bias = bool(config.get("attention_bias", False))
@@ -173,6 +218,34 @@ def _llama_from_config(config: Settings) -> dict[str, Any]:
         "attention_dropout": config.get("attention_dropout", 0.0),
         **_rope_from_config(config),
     }
+
+
+def _no_window(config: Settings, default: int | None, max_positions: int) -> None:
+    """Refuse a window that the longest sequence does not fit into; null is none, whatever the class's default."""
+    window = config.get("sliding_window", None if "sliding_window" in config else default)
+    if window is not None and window < max_positions:
+        raise ConfigError(
+            f"sliding_window={window} in config.json is not supported: every token sees all that came before it here. "
+            f"For sequences of {window} tokens at most it makes no difference: set max_position_embeddings to {window}"
+        )
+
+
+def _mistral_from_config(config: Settings) -> dict[str, Any]:
+    positions = config.get("max_position_embeddings", 131072)
+    _no_window(config, 4096, positions)
+    kv_heads = config.get("num_key_value_heads", 8)
+    return {**_llama_from_config(config), "kv_heads": kv_heads, "max_positions": positions}
+
+
+def _phi3_from_config(config: Settings) -> dict[str, Any]:
+    positions, dropout = config.get("max_position_embeddings", 4096), config.get("resid_pdrop", 0.0)
+    _no_window(config, None, positions)
+    must_be(config, embd_pdrop=dropout)
+    eps = config.get("rms_norm_eps", 1e-5)
+    fields = {**_llama_from_config(config), "max_positions": positions, "norm_eps": eps, "hidden_dropout": dropout}
+    if fields["rope_scaling"]:
+        raise ConfigError("Phi-3 knows no llama3 scaling; rope_parameters in config.json must have rope_type 'default'")
+    return fields
 
 
 def _full_attention(config: Settings) -> None:
@@ -207,6 +280,31 @@ LLAMAS: tuple[Architecture, ...] = (
         ignored=_ROTARY_BUFFERS,
         copies=_COPIES,
         harmless=("is_llama_config", "max_sequence_length"),
+    ),
+    Architecture(
+        "MistralForCausalLM",
+        "mistral",
+        "model.",
+        _llama_rules,
+        global_shapes,
+        _mistral_to_config,
+        _mistral_from_config,
+        _mistral_problems,
+        ignored=_ROTARY_BUFFERS,
+        copies=_COPIES,
+    ),
+    Architecture(
+        "Phi3ForCausalLM",
+        "phi3",
+        "model.",
+        _phi3_rules,
+        global_shapes,
+        _phi3_to_config,
+        _phi3_from_config,
+        _phi3_problems,
+        ignored=_ROTARY_BUFFERS,
+        copies=_COPIES,
+        harmless=("original_max_position_embeddings",),  # says something for long sequences alone, which scale
     ),
     Architecture(
         "Qwen2ForCausalLM",

@@ -8,6 +8,7 @@ import followed by export gives back every bit.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from megatron_ds.checkpoint import hf_files
 from megatron_ds.checkpoint.hf_architecture import Architecture, Rule, architecture_of, choose
-from megatron_ds.checkpoint.hf_folder import HFFolder
+from megatron_ds.checkpoint.hf_folder import HFFolder, file_name, write_index
 from megatron_ds.checkpoint.hf_match import Match
 from megatron_ds.checkpoint.hf_settings import KEPT, Settings, must_be
 from megatron_ds.checkpoint.load import compare
@@ -36,6 +37,7 @@ from megatron_ds.errors import CheckpointError, ConfigError
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MODEL_TOML = "model.toml"
+_STEM = "model"
 
 
 class TokenizerLike(Protocol):
@@ -78,7 +80,11 @@ def export_hf(
     out_dir = Path(out_dir)
     with Checkpoint(checkpoint) as source:
         config = model_config(source.meta, source.directory)
-        architecture = choose(config, architectures)
+        original = hf_files.settings(source.directory.parent, hf_files.CONFIG)
+        # A model that came as one class goes out as that class, where another could express it too.
+        architecture = choose(
+            config, sorted(architectures, key=lambda a: a.name not in original.get("architectures", ()))
+        )
         shapes = architecture.shapes(config)
         whole = [Piece.whole(name, "param", torch.empty(shape, device="meta")) for name, shape in shapes.items()]
         compare(source.manifest, source.directory, whole)
@@ -95,14 +101,14 @@ def export_hf(
         def make(rule: Rule) -> Iterable[tuple[str, torch.Tensor]]:
             return zip(rule.theirs, rule.to_hf(config, source.read(rule.ours)))
 
-        files = TensorFiles(partial, plan, _file_name, file_bytes=file_bytes)
+        files = TensorFiles(partial, plan, functools.partial(file_name, _STEM), file_bytes=file_bytes)
         try:
             with _bar(plan, f"{architecture.name} to {out_dir.name}", progress) as bar:
                 for name, tensor in _converted(files.order, makers, make, plan):
                     files.write(name, tensor)
                     bar.update(tensor.nbytes)
             files.finish()
-            _write_index(partial, files, plan)
+            write_index(partial, _STEM, files, plan)
             _write_rest(partial, architecture, config, plan, source.directory.parent, tokenizer, say)
             sync_directory(partial)
             if out_dir.exists():
@@ -210,10 +216,6 @@ def _converted(
         yield name, waiting.pop(name).to(plan[name][1])
 
 
-def _file_name(index: int, count: int) -> str:
-    return "model.safetensors" if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-
-
 def _bar(plan: Plan, title: str, show: bool) -> tqdm:
     return tqdm(total=plan_bytes(plan), desc=title, unit="B", unit_scale=True, disable=not show)
 
@@ -228,16 +230,6 @@ def _new_folder(out_dir: Path, needed: int) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     return partial
-
-
-def _write_index(folder: Path, files: TensorFiles, plan: Plan) -> None:
-    """The index that ``transformers`` wants where there are several files."""
-    if len(files.names) > 1:
-        index = {
-            "metadata": {"total_size": plan_bytes(plan)},
-            "weight_map": {name: files.names[file] for name, (file, _) in sorted(files.place.items())},
-        }
-        write_text_durably(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _write_rest(
@@ -280,7 +272,9 @@ def _write_configs(
     """
     original = hf_files.settings(checkpoints, hf_files.CONFIG)
     generation = hf_files.settings(checkpoints, hf_files.GENERATION)
-    kept = {key: value for key, value in original.items() if key in KEPT}
+    same_class = architecture.name in original.get("architectures", ())
+    travels = KEPT | set(architecture.harmless if same_class else ())
+    kept = {key: value for key, value in original.items() if key in travels}
     special: dict[str, Any] = {}
     if tokenizer is not None:
         special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": None}

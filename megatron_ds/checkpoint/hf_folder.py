@@ -7,6 +7,7 @@ folder is read, whatever a name in an index or a link says.
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,12 +15,29 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_ds.checkpoint.manifest import write_text_durably
 from megatron_ds.checkpoint.safetensors_header import DTYPES
+from megatron_ds.checkpoint.stream import Plan, TensorFiles, plan_bytes
 from megatron_ds.errors import CheckpointError
 from megatron_ds.files import check_regular, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+def file_name(stem: str, index: int, count: int) -> str:
+    """The name of one of ``count`` files of weights; ``stem`` is ``model`` in transformers' folders."""
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, stem: str, files: TensorFiles, plan: Plan) -> None:
+    """The index of the files that were written, where there are several."""
+    if len(files.names) > 1:
+        index = {
+            "metadata": {"total_size": plan_bytes(plan)},
+            "weight_map": {name: files.names[file] for name, (file, _) in sorted(files.place.items())},
+        }
+        write_text_durably(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 class _Weights(Protocol):

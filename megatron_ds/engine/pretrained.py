@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import functools
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.checkpoint.manifest import INCOMPLETE, sync_directory, write_text_durably
+from megatron_ds.checkpoint.hf_folder import file_name, write_index
+from megatron_ds.checkpoint.manifest import INCOMPLETE, sync_directory
 from megatron_ds.checkpoint.save import check_space
 from megatron_ds.checkpoint.stream import Plan, TensorFiles, plan_bytes
 from megatron_ds.checkpoint.together import together
@@ -50,7 +51,7 @@ def save(module: nn.Module, tensors: WholeTensors, mesh: Mesh, folder: Path) -> 
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             check_space(folder, plan_bytes(plan), "the model")
-    files = TensorFiles(partial, plan, lambda index, count: _file_name(stem, index, count))
+    files = TensorFiles(partial, plan, functools.partial(file_name, stem))
     failure: Exception | None = None
     for name in files.order:
         value = sources[name]
@@ -67,12 +68,7 @@ def save(module: nn.Module, tensors: WholeTensors, mesh: Mesh, folder: Path) -> 
                 raise failure
             if writes:
                 files.finish()
-                if len(files.names) > 1:
-                    index = {
-                        "metadata": {"total_size": plan_bytes(plan)},
-                        "weight_map": {name: files.names[file] for name, (file, _) in sorted(files.place.items())},
-                    }
-                    write_text_durably(partial / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+                write_index(partial, stem, files, plan)
                 _write_configuration(module, partial, diffusers)
                 _publish(partial, folder, stem)
         finally:
@@ -110,10 +106,6 @@ def _sources(module: nn.Module, tensors: WholeTensors) -> dict[str, Tensor]:
         elif chosen[id(named[name])] == name:
             found[plain_name(name)] = named[name]
     return found
-
-
-def _file_name(stem: str, index: int, count: int) -> str:
-    return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _write_configuration(module: Any, folder: Path, diffusers: bool) -> None:

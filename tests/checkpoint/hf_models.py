@@ -67,6 +67,18 @@ def _bloom(**changes: Any) -> Any:
     return BloomForCausalLM(BloomConfig(**{**sizes, **changes}))
 
 
+def _mistral(**changes: Any) -> Any:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    return MistralForCausalLM(MistralConfig(**{**_LLAMA, **changes}))
+
+
+def _phi3(**changes: Any) -> Any:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    return Phi3ForCausalLM(Phi3Config(**{**_LLAMA, "pad_token_id": 0, **changes}))
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "gpt2": _gpt2,
     "gpt2-untied-erf-narrow": lambda: _gpt2(tie_word_embeddings=False, activation_function="gelu", n_inner=40),
@@ -76,6 +88,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen2": _qwen2,
     "qwen3": lambda: _qwen3(tie_word_embeddings=True),
     "bloom": _bloom,
+    "mistral": lambda: _mistral(sliding_window=None, head_dim=8, rope_parameters={"rope_theta": 1e6}),
+    "mistral-window": lambda: _mistral(sliding_window=64, rms_norm_eps=1e-5),
+    "phi3": lambda: _phi3(rms_norm_eps=1e-5, resid_pdrop=0.1, embd_pdrop=0.1),
 }
 
 

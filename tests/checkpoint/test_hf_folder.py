@@ -313,6 +313,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 1, "intermediate_size": 40, "vocab_size": 9,
         "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 21, "use_mrope": False,
     },
+    "MistralForCausalLM": {
+        "hidden_size": 24, "num_attention_heads": 8, "num_hidden_layers": 1, "intermediate_size": 40, "vocab_size": 9,
+        "sliding_window": None, "rope_theta": 1000000.0, "attention_dropout": 0.0, "head_dim": 128,
+    },
+    "Phi3ForCausalLM": {
+        "hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 1, "intermediate_size": 40, "vocab_size": 9,
+        "attention_bias": False, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "original_max_position_embeddings": 16384,
+        "max_position_embeddings": 16384, "rope_scaling": None, "sliding_window": None, "auto_map": {"a": "b"},
+    },
     "BloomForCausalLM": {
         "attention_softmax_in_fp32": True, "bias_dropout_fusion": True, "masked_softmax_fusion": True, "n_embed": 64,
         "n_inner": None, "num_attention_heads": 8, "offset_alibi": 100, "pretraining_tp": 1, "skip_bias_add": True,
