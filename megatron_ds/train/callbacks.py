@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,15 +105,19 @@ class MetricsFile(Callback):
     """One JSON line a step, written at once: the numbers in full precision, for plots and for comparing runs.
 
     What is not finite, of a step that was skipped, is null: JSON knows no NaN.
-    Where the disk is full, lines wait in memory for the next step: there is never half a line in a file.
+    Where the disk is full, lines wait in memory for the next step: there is never half a line in a file. A file that
+    was deleted, with its directory or without, is begun anew. Either is said.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, say: Callable[[str], None]):
+        self.path, self.say = path, say
         self._waiting: dict[Path, list[bytes]] = {path: [], path.with_name("evaluation.jsonl"): []}
+        self._exists: set[Path] = set()
+        self._stuck: set[Path] = set()
 
     def on_start(self, step: int, total_steps: int, skipped: int) -> None:
         self.path.touch()  # a directory that cannot be written is an error now
+        self._exists.add(self.path)
 
     def on_step(self, step: int, result: StepResult, speed: Mapping[str, float]) -> None:
         self._write("metrics.jsonl", {"step": step, **vars(result), **speed})
@@ -124,17 +130,43 @@ class MetricsFile(Callback):
         # NaN and Inf, of a step that was skipped, are not JSON.
         known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._waiting[path].append(json.dumps(known, allow_nan=False).encode() + b"\n")
+        try:
+            self._flush(path)
+            self._stuck.discard(path)
+        except OSError as error:
+            if path not in self._stuck:
+                self._tell(f"{path} cannot be written, its lines wait in memory: {error}")
+            self._stuck.add(path)
+
+    def _flush(self, path: Path) -> None:
         lines = b"".join(self._waiting[path])
-        with contextlib.suppress(OSError), open(path, "ab", buffering=0) as file:
-            before = file.tell()
+        if path in self._exists and not path.exists():
+            self._exists.remove(path)
+            self._tell(f"{path} was deleted during the run; a new one begins with the step that follows")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as file:
+            self._exists.add(path)
+            before, written = file.tell(), 0
             try:
                 written = file.write(lines)
-            except OSError:
-                written = 0
-            if written == len(lines):
-                self._waiting[path] = []
-            else:
-                file.truncate(before)
+            finally:
+                if written < len(lines):
+                    file.truncate(before)
+        if written < len(lines):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._waiting[path] = []
+
+    def on_end(self) -> None:
+        for path, lines in self._waiting.items():
+            try:
+                if lines:
+                    self._flush(path)
+            except OSError as error:
+                self._tell(f"{len(lines)} lines of {path} are lost, it cannot be written: {error}")
+
+    def _tell(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # a closed terminal
+            self.say(text)
 
 
 class TensorBoard(Callback):
@@ -208,10 +240,11 @@ def default_callbacks(config: RunConfig, mesh: Mesh, executor: Executor, output:
     if config.log.record_steps and mesh.dp.is_first and mesh.cp.is_first and mesh.tp.is_first:
         callbacks.append(TimelineRecorder(output.timeline, executor, config.log.record_steps))
     if mesh.rank == 0:
-        callbacks.append(MetricsFile(output.metrics))
+        messages = ProgressBar() if config.log.progress else LossLines(config.log.every)
+        callbacks.append(MetricsFile(output.metrics, messages.on_message))
         if config.log.tensorboard:
             callbacks.append(TensorBoard(output.tensorboard, mesh, config.log.every))
-        callbacks.append(ProgressBar() if config.log.progress else LossLines(config.log.every))
+        callbacks.append(messages)
     return callbacks
 
 

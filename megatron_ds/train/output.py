@@ -73,7 +73,14 @@ class Output:
             return []
         if not self.config.exists():
             return []
-        changes = list(_changes(load_toml(self.config).to_dict(), config.to_dict()))
+        try:
+            before = load_toml(self.config)
+        except (ConfigError, OSError, ValueError) as error:
+            raise ConfigError(
+                f"checkpoint.resume: the settings of before cannot be compared: {error}; remove {self.config} to "
+                "resume without that"
+            ) from None
+        changes = list(_changes(before.to_dict(), config.to_dict()))
         refused = [text for key, text in changes if key.split(".")[0] in _FIXED]
         if refused:
             raise ConfigError(
@@ -103,47 +110,62 @@ class Output:
             self.check(config)  # once more: a job that started together with this one may have been quicker
             yield
 
-    def prepare(self, config: RunConfig, steps: int) -> None:
+    def prepare(self, config: RunConfig, steps: int) -> list[str]:
         """Write the resolved configuration, and forget what was recorded beyond ``steps``.
+
+        Returns:
+            What is to be said of :meth:`truncate_metrics`.
 
         Raises:
             ConfigError: the disk is full, or the like.
         """
         try:
-            _replace(self.config, to_toml(config))
-            self.truncate_metrics(steps)
+            _replace(self.config, to_toml(config).encode())
+            return self.truncate_metrics(steps)
         except OSError as error:
             raise ConfigError(f"output={str(self.root)!r} cannot be written: {error}") from None
 
-    def truncate_metrics(self, steps: int) -> None:
-        """Drop the lines of steps beyond ``steps``, which a resumed run does again, and lines cut off by a crash."""
+    def truncate_metrics(self, steps: int) -> list[str]:
+        """Drop the lines of steps beyond ``steps``, which a resumed run does again, and damaged ones.
+
+        Returns:
+            Which lines were damaged, to be said.
+        """
+        notes = []
         for path in (self.metrics, self.evaluation):
             with contextlib.suppress(FileNotFoundError):
-                lines = path.read_text().splitlines(keepends=True)
-                kept = [line for line in lines if _step_of(line) <= steps]
+                lines = path.read_bytes().splitlines(keepends=True)
+                told = [_step_of(line) for line in lines]
+                kept = [line for line, step in zip(lines, told) if step is not None and step <= steps]
                 if len(kept) < len(lines):
-                    _replace(path, "".join(kept))
+                    _replace(path, b"".join(kept))
+                damaged = [str(number) for number, step in enumerate(told, start=1) if step is None]
+                if damaged:
+                    shown = ", ".join(damaged[:8]) + ", ..." * (len(damaged) > 8)
+                    notes.append(f"{path}: {len(damaged)} damaged or cut-off lines were dropped (line {shown})")
+        return notes
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text)
+        temporary.write_bytes(content)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _step_of(line: str) -> float:
-    """The step a line of metrics tells of; infinity for one that was cut off by a crash."""
+def _step_of(line: bytes) -> int | None:
+    """The step a line of metrics tells of; None for one that was damaged, or cut off by a crash."""
     try:
-        return int(json.loads(line)["step"]) if line.endswith("\n") else float("inf")
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

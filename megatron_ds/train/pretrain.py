@@ -88,7 +88,8 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
         loop.check_room()
         if mesh.rank == 0:
             # Only now: whatever failed until here has left the directory as it was.
-            output.prepare(config, loop.step)
+            for note in output.prepare(config, loop.step):
+                print(note, flush=True)
             if config.checkpoint.resume:
                 print(_resumed(loop.step, config, changes), flush=True)
             if config.checkpoint.init_from and not resumes:

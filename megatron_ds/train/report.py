@@ -23,7 +23,7 @@ def read_losses(output: str | Path) -> list[float]:
     path = Path(output) / "metrics.jsonl"
     lines: list[dict[str, Any]] = []
     try:
-        for text in path.read_text().splitlines():
+        for text in path.read_bytes().splitlines():
             lines.append(json.loads(text))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; is {output} the output directory of a run?") from None

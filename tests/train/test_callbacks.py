@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from megatron_ds.train.callbacks import LossLines, MetricsFile, ProgressBar, Ten
 from megatron_ds.train.launch import run_main
 from megatron_ds.train.metrics import Speedometer, peak_memory_bytes, peak_tflops
 from megatron_ds.train.report import read_losses
-from megatron_ds.train.step import StepResult
+from megatron_ds.train.step import StepResult, TrainStep
 
 NAMES = {
     *("train/loss", "train/learning_rate", "train/gradient_norm", "train/loss_scale", "train/skipped_steps"),
@@ -111,7 +113,8 @@ def test_without_a_progress_bar_a_line_every_few_steps_says_how_it_goes(capfd: p
 
 
 def test_what_is_not_finite_is_null_in_the_metrics_and_nan_when_read(tmp_path: Path) -> None:
-    file = MetricsFile(tmp_path / "metrics.jsonl")
+    said: list[str] = []
+    file = MetricsFile(tmp_path / "metrics.jsonl", said.append)
     file.on_start(0, 3, 0)
     file.on_step(1, result(), {})
     file.on_step(2, replace(result(math.nan, skipped=True), grad_norm=math.inf), {})
@@ -129,7 +132,8 @@ def test_what_is_not_finite_is_null_in_the_metrics_and_nan_when_read(tmp_path: P
 
 
 def test_a_full_disk_never_leaves_half_a_line_and_loses_none(tmp_path: Path) -> None:
-    file = MetricsFile(tmp_path / "metrics.jsonl")
+    said: list[str] = []
+    file = MetricsFile(tmp_path / "metrics.jsonl", said.append)
     file.on_start(0, 10, 0)
     file.on_step(1, result(), {})
     size = (tmp_path / "metrics.jsonl").stat().st_size
@@ -141,11 +145,41 @@ def test_a_full_disk_never_leaves_half_a_line_and_loses_none(tmp_path: Path) -> 
     file.on_step(4, result(), {})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+    assert said == [f"{tmp_path}/metrics.jsonl cannot be written, its lines wait in memory: {said[0].split(': ')[1]}"]
+
+
+def test_lines_that_could_not_be_written_to_the_end_are_said_to_be_lost(tmp_path: Path) -> None:
+    said: list[str] = []
+    file = MetricsFile(tmp_path / "metrics.jsonl", said.append)
+    file.on_start(0, 10, 0)
+    with largest_file(8):
+        file.on_step(1, result(), {})
+        file.on_step(2, result(), {})
+        file.on_end()
+    assert len(said) == 2 and said[1].startswith(f"2 lines of {tmp_path}/metrics.jsonl are lost")
+
+
+def test_an_output_directory_that_is_deleted_during_the_run_is_said_and_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, real = tmp_path / "run", TrainStep.__call__
+
+    def step(self: TrainStep, *arguments: Any) -> StepResult:
+        if self.optimizer.count == 2:
+            shutil.rmtree(run)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(TrainStep, "__call__", step)
+    monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", *TINY, "--output", str(run)])
+    assert run_main(pretrain_gpt().main) == 0
+    assert capfd.readouterr().err.count(f"{run}/metrics.jsonl was deleted during the run") == 1
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [3, 4]
+    assert (run / "checkpoints" / "step-00000004").exists()
 
 
 def test_a_directory_that_cannot_be_written_is_an_error_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="absent"):
-        MetricsFile(tmp_path / "absent" / "metrics.jsonl").on_start(0, 10, 0)
+        MetricsFile(tmp_path / "absent" / "metrics.jsonl", print).on_start(0, 10, 0)
 
 
 def test_the_progress_bar_shows_loss_speed_and_skipped_steps(capfd: pytest.CaptureFixture[str]) -> None:

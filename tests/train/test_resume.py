@@ -13,6 +13,7 @@ from started_ranks import arguments, pretrain_gpt
 from megatron_ds.config import RunConfig, from_dict, validate
 from megatron_ds.data.loader import BatchLoader
 from megatron_ds.data.synthetic import SyntheticDataset
+from megatron_ds.errors import DataError
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.gpt import gpt_model
 from megatron_ds.testing import device_of_rank, run_ranks
@@ -52,6 +53,29 @@ def test_a_resume_says_where_it_is_and_what_becomes_of_the_learning_rate(
     assert len(read_losses(run)) == 8, "and what was recorded stays"
     same = said(capfd, monkeypatch, run, *common, "--train.steps", "3", "--optimizer.decay-steps", "6")
     assert same == f"nothing to do: the run in {run} is at step 8, and train.steps=3"
+
+
+def test_damaged_metrics_are_said_and_damaged_settings_name_the_way_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    said(capfd, monkeypatch, run)
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(
+        lines[0] + b"\xff\xfe\n" + lines[2].replace(b'"step": 3', b'"step": "3"') + lines[3][:9]
+    )
+    with pytest.raises(DataError, match="line 2 is damaged"):
+        read_losses(run)
+    own = ["--checkpoint.resume", "--train.steps", "5"]
+    (run / "config.toml").write_bytes(b"\xff\xfe")
+    monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", *arguments(run, *own)])
+    assert run_main(pretrain_gpt().main) == 2
+    error = capfd.readouterr().err
+    assert f"remove {run}/config.toml to resume without that" in error and "Traceback" not in error
+    (run / "config.toml").unlink()
+    assert run_main(pretrain_gpt().main) == 0
+    assert f"{run}/metrics.jsonl: 3 damaged or cut-off lines were dropped (line 2, 3, 4)\n" in capfd.readouterr().out
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 5]
 
 
 def configuration(output: Path, dtype: str, **mesh: int) -> RunConfig:
@@ -104,7 +128,7 @@ def train(config: RunConfig, stop_at: int) -> tuple[int, dict[str, torch.Tensor]
     )
     output = Output(config.output)
     output.root.mkdir(parents=True, exist_ok=True)
-    callbacks = [MetricsFile(output.metrics)] if mesh.rank == 0 else []
+    callbacks = [MetricsFile(output.metrics, print)] if mesh.rank == 0 else []
     loop = Loop(config, mesh, parts, loader, output, Speedometer(1.0, 1, None), None, callbacks)
     if output.has_checkpoint:
         loop.resume()
