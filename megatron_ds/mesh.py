@@ -7,7 +7,7 @@ share a node; ``pp`` varies slowest, because it moves the fewest bytes. Everythi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Protocol
@@ -64,12 +64,25 @@ class Axis:
 
 @dataclass(frozen=True)
 class MeshShape:
-    """The extents of the mesh, before any process group exists."""
+    """The extents of the mesh, before any process group exists.
+
+    ``ep`` is no axis of the grid but divides the ``dp x cp`` ranks: experts are sharded over ``ep`` neighbours of them.
+    """
 
     pp: int = 1
     dp: int = 1
     cp: int = 1
     tp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        data = self.dp * self.cp
+        if data % self.ep:
+            may = [str(size) for size in range(1, data + 1) if data % size == 0]
+            raise ConfigError(
+                f"ep={self.ep} does not divide dp={self.dp} x cp={self.cp} = {data} ranks; ep may be "
+                f"{', '.join(may[:-1])} or {may[-1]}"
+            )
 
     @property
     def world_size(self) -> int:
@@ -157,6 +170,8 @@ class Mesh:
             operations of one group in the order they were issued; with one group a direction, each direction has
             one order that both ends agree on, and 1F1B cannot deadlock.
         data: ``dp x cp`` flattened: the ranks that hold the same parameters, over which ZeRO shards.
+        ep, expert_data: ``data`` in two, where experts are sharded: neighbours that hold different experts, and the
+            ranks that hold the same ones, over which ZeRO shards those.
         embedding: first and last pipeline stage, which share a tied embedding; a single rank on the other stages.
         world: every rank.
     """
@@ -177,7 +192,7 @@ class Mesh:
         self.pp, self.dp, self.cp, self.tp = (self._axis(name) for name in AXES)
         if device_mesh is None:
             self.data, self.world, self.pp_back = Axis("data"), Axis("world"), Axis("pp_back")
-            self.embedding = Axis("embedding")
+            self.embedding, self.ep, self.expert_data = Axis("embedding"), Axis("ep"), Axis("expert_data")
             return
         if shape.dp > 1 and shape.cp > 1:
             flat = device_mesh["dp", "cp"]._flatten("data", backend_override=_options(timeout))
@@ -193,6 +208,9 @@ class Mesh:
         lines = self._pipeline_lines()
         self.pp_back = self._extra_axis("pp_back", lines)
         self.embedding = self._extra_axis("embedding", [[line[0], line[-1]] for line in lines])
+        self.ep, self.expert_data = Axis("ep", ranks=(rank,)), replace(self.data, name="expert_data")
+        if shape.ep > 1:
+            self.ep, self.expert_data = self._split(self._data_lines(), shape.ep, ("ep", "expert_data"))
 
     @staticmethod
     def create(shape: MeshShape, device: torch.device, timeout_seconds: float | None = None) -> Mesh:
@@ -234,20 +252,41 @@ class Mesh:
     def _seconds(self) -> float | None:
         return None if self._timeout is None else self._timeout.total_seconds()
 
-    def split_data(self, size: int) -> tuple[Axis, Axis]:
-        """``data`` in two axes: ``size`` neighbours (which a node holds) that shard, and their counterparts that
-        replicate. Collective over the world; ``size`` must divide ``data.size``."""
+    def data_besides(self, axes: Iterable[str]) -> Axis:
+        """The ranks that hold the same part of a parameter that is sharded over ``axes``: those ZeRO shards over."""
+        return self.expert_data if "ep" in axes else self.data
+
+    def axis(self, name: str) -> Axis:
+        """The axis called ``name``, such as ``"tp"`` or ``"ep"``."""
+        found = getattr(self, name, None)
+        if not isinstance(found, Axis):
+            raise ValueError(f"{name!r} is no axis of the mesh; its axes are {', '.join(AXES)}, ep and data")
+        return found
+
+    def split_data(self, size: int, besides: Iterable[str] = ()) -> tuple[Axis, Axis]:
+        """:meth:`data_besides` in two axes: ``size`` neighbours (which a node holds) that shard, and their counterparts
+        that replicate. Collective over the world; ``size`` must divide the ranks that are split."""
+        lines = self._data_lines()
+        if "ep" in besides:
+            lines = [line[offset :: self.shape.ep] for line in lines for offset in range(self.shape.ep)]
+        return self._split(lines, size, ("shard", "replicate"))
+
+    def _data_lines(self) -> list[list[int]]:
+        """The global ranks of every line of ``data``."""
         e = self.shape
-        lines = [
+        return [
             [e.rank_at(pp=p, dp=d, cp=c, tp=t) for d in range(e.dp) for c in range(e.cp)]
             for p in range(e.pp)
             for t in range(e.tp)
         ]
+
+    def _split(self, lines: list[list[int]], size: int, names: tuple[str, str]) -> tuple[Axis, Axis]:
+        """Each line in blocks of ``size`` neighbours, and the counterparts of each in all of its blocks."""
         if size < 1 or len(lines[0]) % size:
             raise ConfigError(f"{size} ranks do not divide the {len(lines[0])} data-parallel ranks")
-        shards = [line[start : start + size] for line in lines for start in range(0, len(line), size)]
-        replicas = [line[offset::size] for line in lines for offset in range(size)]
-        return self._new_axis("shard", shards), self._new_axis("replicate", replicas)
+        blocks = [line[start : start + size] for line in lines for start in range(0, len(line), size)]
+        counterparts = [line[offset::size] for line in lines for offset in range(size)]
+        return self._new_axis(names[0], blocks), self._new_axis(names[1], counterparts)
 
     def _pipeline_lines(self) -> list[list[int]]:
         """The global ranks of every pipeline, in stage order."""
@@ -271,11 +310,6 @@ class Mesh:
             if self.rank in line:
                 return Axis(name, line.index(self.rank), len(line), group, tuple(line), self._seconds)
         return Axis(name, ranks=(self.rank,))
-
-    @property
-    def is_model_origin(self) -> bool:
-        """True on the one rank of each data-parallel replica that speaks for it: first stage, first tp and cp rank."""
-        return self.pp.is_first and self.tp.is_first and self.cp.is_first
 
     def barrier(self) -> None:
         if self.world.group is not None:

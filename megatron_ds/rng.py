@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -61,16 +62,14 @@ def _fill_normal(parameter: nn.Parameter, seed: int) -> None:
     last = first + parameter.shape[0]
     local = parameter.data.reshape(parameter.shape[0], -1) if parameter.dim() > 1 else parameter.data.unsqueeze(1)
     # Rows may be few and huge (qkv has one row a group), so a block is bounded by its elements too.
-    per_row = max(1, parameter.numel() // max(1, parameter.shape[0]))
-    whole_row = per_row if spec.dim in (None, 0) else per_row * spec.count
+    whole_row = prod(row_shape)
     block = max(1, min(_ROWS_A_BLOCK, (1 << 24) // max(1, whole_row)))
     for start in range(first - first % block, last, block):
         stop = min(start + block, rows)
         generator = torch.Generator().manual_seed(derive_seed(seed, spec.name, start))
         values = torch.randn((stop - start, *row_shape), generator=generator).mul_(spec.std)
-        if spec.dim is not None and spec.dim > 0:
-            size = parameter.shape[spec.dim]
-            values = values.narrow(spec.dim, spec.index * size, size)
+        for dim in range(1, len(shape)):
+            values = values.narrow(dim, spec.offset[dim], parameter.shape[dim])
         lo, hi = max(start, first), min(stop, last)
         local[lo - first : hi - first] = values[lo - start : hi - start].reshape(hi - lo, -1).to(local)
 

@@ -1,21 +1,49 @@
 """Which part of which global tensor a rank holds: the one description that everything else reads.
 
 Initialisation, gradient norm, checkpoint, Hugging Face conversion and memory estimates all take a parameter's
-:class:`ShardSpec` and none of them derives the layout again. The invariant that makes this possible: *a
-tensor-parallel shard is one plain slice along one dim of a global tensor whose layout does not depend on the
-mesh*. Fused weights are therefore given extra dims (`qkv` is ``[kv_groups, q_per_group + 2, head_dim, hidden]``)
-instead of an interleaving that only one tensor-parallel size understands.
+:class:`ShardSpec` and none of them derives the layout again. The invariant that makes this possible: *a shard is one
+box of a global tensor whose layout does not depend on the mesh*: along each sharded dim a plain slice. Fused weights
+are therefore given extra dims (`qkv` is ``[kv_groups, q_per_group + 2, head_dim, hidden]``) instead of an interleaving
+that only one tensor-parallel size understands.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
 
 Init = Literal["normal", "zeros", "ones"]
+
+
+class Line(Protocol):
+    """A line of ranks, such as :class:`~megatron_ds.mesh.Axis`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class ShardedDim:
+    """Dim ``dim`` is cut into ``count`` equal slices over the mesh axis ``axis``; this is number ``index`` of them."""
+
+    dim: int
+    axis: str
+    index: int
+    count: int
+
+    @staticmethod
+    def over(axis: Line, dim: int) -> ShardedDim:
+        """This rank's slice of a dim that is sharded over ``axis``."""
+        return ShardedDim(dim, axis.name, axis.rank, axis.size)
 
 
 @dataclass(frozen=True)
@@ -25,10 +53,11 @@ class ShardSpec:
     Args:
         name: global name, independent of the pipeline split (``layers.17.attention.qkv.weight``).
         global_shape: shape of the whole tensor; with a last dim of 2 if it is complex, see :func:`as_real`.
-        dim: the sharded dim, or None where every tensor-parallel rank holds the whole tensor.
-        index, count: this shard is number ``index`` of ``count`` equal slices along ``dim``; 0 of 1 if that is None.
-        partial_over_tp: the gradient each tensor-parallel rank computes is only its share and must be summed over
-            the TP axis (a norm weight under sequence parallelism sees only its part of the sequence).
+        placements: the sharded dims, each over a mesh axis of its own. Empty where every rank holds the whole tensor.
+            Of two that cut the same dim the later one cuts the slices of the earlier.
+        reduce_over: the mesh axes over which each rank's gradient is only its share and must be summed, besides those
+            over which ZeRO reduces (``("tp",)`` for a norm weight under sequence parallelism, which sees only its
+            part of the sequence).
         replica: this rank's copy is a duplicate of one that another rank owns (the TP ranks other than 0 of an
             unsharded tensor; the last stage's copy of a tied embedding). Duplicates are not counted in the gradient
             norm and not saved.
@@ -38,10 +67,8 @@ class ShardSpec:
 
     name: str
     global_shape: tuple[int, ...]
-    dim: int | None = None
-    index: int = 0
-    count: int = 1
-    partial_over_tp: bool = False
+    placements: tuple[ShardedDim, ...] = ()
+    reduce_over: tuple[str, ...] = ()
     replica: bool = False
     init: Init = "normal"
     std: float = 0.02
@@ -49,29 +76,37 @@ class ShardSpec:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        if self.dim is None:
-            return self.global_shape
-        size, rest = divmod(self.global_shape[self.dim], self.count)
-        if rest:
-            raise ValueError(
-                f"{self.name}: dim {self.dim} of {list(self.global_shape)} is not divisible by {self.count} shards"
-            )
-        return (*self.global_shape[: self.dim], size, *self.global_shape[self.dim + 1 :])
+        return self._box()[1]
 
     @property
     def offset(self) -> tuple[int, ...]:
         """Where this shard's box starts in the global tensor, per dim."""
-        start = [0] * len(self.global_shape)
-        if self.dim is not None:
-            start[self.dim] = self.index * self.local_shape[self.dim]
-        return tuple(start)
+        return self._box()[0]
+
+    def _box(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Offset and shape of the shard, per dim."""
+        start, shape = [0] * len(self.global_shape), list(self.global_shape)
+        for cut in self.placements:
+            size, rest = divmod(shape[cut.dim], cut.count)
+            if rest:
+                raise ValueError(
+                    f"{self.name}: dim {cut.dim} of {list(self.global_shape)} is not divisible by {cut.count} shards "
+                    f"over {cut.axis}"
+                )
+            start[cut.dim] += cut.index * size
+            shape[cut.dim] = size
+        return tuple(start), tuple(shape)
+
+    def is_sharded_over(self, axis: str) -> bool:
+        """Whether ranks of the mesh axis hold different parts."""
+        return any(cut.axis == axis and cut.count > 1 for cut in self.placements)
 
     def slice_of(self, whole: torch.Tensor) -> torch.Tensor:
         """This shard's part of the whole tensor, as a view."""
-        if self.dim is None:
-            return whole
-        size = self.local_shape[self.dim]
-        return whole.narrow(self.dim, self.index * size, size)
+        for cut in self.placements:
+            size = whole.shape[cut.dim] // cut.count
+            whole = whole.narrow(cut.dim, cut.index * size, size)
+        return whole
 
 
 def empty_parameter(

@@ -30,7 +30,7 @@ from megatron_ds.layers.position import rotary_frequencies, rotary_table
 from megatron_ds.mesh import Axis
 from megatron_ds.pipeline.stage import LayerCosts, Model, StageFactory, StageSpan
 from megatron_ds.rng import DropoutKeys, dropout, initialize_parameters
-from megatron_ds.shard import ShardSpec, empty_parameter
+from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
 
 MicroBatch = Mapping[str, Tensor]
 
@@ -198,9 +198,9 @@ class Transformer(nn.Module):
         self.recomputed = {str(i) for i in range(span.first, span.last) if every and i % every == 0}
         if span.head:
             self.build_head(**norm)
-            shape, shard = (c.padded_vocab, c.hidden_size), (0, tp.rank, tp.size)
-            weight = None if c.tied_embeddings else ShardSpec("head.weight", shape, *shard, std=c.init_std)
-            bias = ShardSpec("head.bias", shape[:1], *shard, init="zeros", weight_decay=False)
+            shape, shard = (c.padded_vocab, c.hidden_size), (ShardedDim.over(tp, 0),)
+            weight = None if c.tied_embeddings else ShardSpec("head.weight", shape, shard, std=c.init_std)
+            bias = ShardSpec("head.bias", shape[:1], shard, init="zeros", weight_decay=False)
             self.head = Head(
                 None if weight is None else empty_parameter(weight, device, dtype),
                 empty_parameter(bias, device, dtype) if self.output_bias else None,

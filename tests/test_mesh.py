@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import AXES, Axis, Mesh, MeshShape
 from megatron_ds.testing import device_of_rank, run_ranks
 
@@ -26,6 +27,8 @@ SHAPES = [
     MeshShape(pp=3, dp=2, cp=2, tp=2),
     MeshShape(pp=4, dp=1, cp=2, tp=3),
     MeshShape(pp=16, dp=8, tp=8),
+    MeshShape(pp=2, dp=3, cp=2, tp=2, ep=3),
+    MeshShape(dp=2, cp=2, ep=4),
 ]
 extents = st.integers(1, 6)
 shapes = st.builds(MeshShape, pp=extents, dp=extents, cp=extents, tp=extents)
@@ -63,6 +66,11 @@ def test_coordinates_count_through_the_axes_with_tp_fastest(shape: MeshShape) ->
     assert list(shape.coordinates(0)) == list(AXES) == ["pp", "dp", "cp", "tp"]
 
 
+def test_experts_divide_the_data_axis() -> None:
+    with pytest.raises(ConfigError, match="ep=4 does not divide dp=3 x cp=2 = 6 ranks; ep may be 1, 2, 3 or 6"):
+        MeshShape(dp=3, cp=2, ep=4)
+
+
 def test_an_axis_left_out_counts_as_zero() -> None:
     shape = MeshShape(pp=2, dp=3, tp=4)
     assert shape.rank_at(pp=1) == 12 and shape.rank_at(dp=2, tp=1) == 9 and shape.rank_at() == 0
@@ -94,7 +102,13 @@ def test_axes_are_those_of_torchs_mesh_and_of_brute_force(shape: MeshShape) -> N
             assert mesh.pp_back.ranks == mesh.pp.ranks and mesh.pp_back.rank == mesh.pp.rank
             ends = (mesh.pp.ranks[0], mesh.pp.ranks[-1]) if shape.pp > 1 else (rank,)
             assert mesh.embedding.ranks == (ends if rank in ends else (rank,))
-            for axis in (mesh.pp, mesh.dp, mesh.cp, mesh.tp, mesh.pp_back, mesh.data, mesh.embedding, mesh.world):
+            place_in_data = mesh.data.ranks.index(rank)
+            assert mesh.ep.ranks == mesh.data.ranks[place_in_data // shape.ep * shape.ep :][: shape.ep]
+            assert mesh.expert_data.ranks == mesh.data.ranks[place_in_data % shape.ep :: shape.ep]
+            assert mesh.data_besides(()) is mesh.data and mesh.data_besides(("ep",)) is mesh.expert_data
+            assert mesh.axis("ep") is mesh.ep
+            extra = (mesh.pp_back, mesh.data, mesh.embedding, mesh.world, mesh.ep, mesh.expert_data)
+            for axis in (mesh.pp, mesh.dp, mesh.cp, mesh.tp, *extra):
                 assert axis.ranks[axis.rank] == rank and len(axis.ranks) == axis.size
                 assert (axis.group is None) == (axis.size == 1)
                 if axis.group is not None:
@@ -106,7 +120,6 @@ def test_axes_are_those_of_torchs_mesh_and_of_brute_force(shape: MeshShape) -> N
                 assert mesh.device_mesh.mesh_dim_names == tuple(n for n in AXES if getattr(shape, n) > 1)
             assert (mesh.data.group is mesh.dp.group) == (shape.cp == 1)
             place = shape.coordinates(rank)
-            assert mesh.is_model_origin == (place["pp"] == place["cp"] == place["tp"] == 0)
             assert repr(mesh).startswith(f"Mesh(rank {rank}: pp {place['pp']}/{shape.pp}, dp")
 
 
@@ -116,7 +129,6 @@ def test_one_process_is_a_mesh_of_ones_without_groups() -> None:
     for axis in (mesh.pp, mesh.dp, mesh.cp, mesh.tp, mesh.pp_back, mesh.data, mesh.embedding, mesh.world):
         assert (axis.rank, axis.size, axis.group, axis.ranks) == (0, 1, None, (0,))
         assert axis.is_first and axis.is_last
-    assert mesh.is_model_origin
     mesh.barrier()
     assert Mesh.create(MeshShape(), torch.device("cpu")).device_mesh is None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_ds.rng import DropoutKeys, derive_seed, dropout, initialize_parameters, keep_mask
-from megatron_ds.shard import Init, ShardSpec, empty_parameter
+from megatron_ds.shard import Init, ShardedDim, ShardSpec, empty_parameter
 
 
 def initial(spec: ShardSpec, seed: int = 1, dtype: torch.dtype | None = None) -> Tensor:
@@ -28,17 +28,31 @@ SHARDED = [((3000, 4), 0), ((2400, 6), 1), ((12, 4, 8, 5), 0), ((2, 24, 5), 1), 
 )
 def test_a_shard_is_a_slice_of_the_whole(shape: tuple[int, ...], dim: int, count: int) -> None:
     whole = initial(ShardSpec("w", shape))
-    shards = [initial(ShardSpec("w", shape, dim, index, count)) for index in range(count)]
+    shards = [initial(ShardSpec("w", shape, (ShardedDim(dim, "tp", index, count),))) for index in range(count)]
     assert torch.equal(torch.cat(shards, dim), whole)
+
+
+def test_a_shard_of_two_dims_is_a_box_of_the_whole() -> None:
+    whole = initial(ShardSpec("w", (8, 6, 5)))
+    for e in range(4):
+        for t in range(2):
+            spec = ShardSpec("w", (8, 6, 5), (ShardedDim(0, "ep", e, 4), ShardedDim(1, "tp", t, 2)))
+            assert (spec.offset, spec.local_shape) == ((2 * e, 3 * t, 0), (2, 3, 5))
+            assert torch.equal(initial(spec), whole[2 * e : 2 * e + 2, 3 * t : 3 * t + 3])
+            assert torch.equal(spec.slice_of(whole), initial(spec))
+    twice = ShardSpec("w", (8, 6, 5), (ShardedDim(0, "ep", 1, 2), ShardedDim(0, "tp", 1, 4)))  # the slices' slices
+    assert (twice.offset, twice.local_shape) == ((5, 0, 0), (1, 6, 5))
+    with pytest.raises(ValueError, match=r"w: dim 0 of \[8, 6, 5\] is not divisible by 3 shards over tp"):
+        _ = ShardSpec("w", (8, 6, 5), (ShardedDim(0, "tp", 0, 3),)).local_shape
 
 
 def test_a_block_of_huge_rows_is_cut_by_elements_alike_on_all_meshes() -> None:
     """Rows of more than 2^23 elements have a block each, whether or not a rank holds them whole."""
     shape = (3, 2, (1 << 22) + 1)
     whole = initial(ShardSpec("w", shape))
-    part = initial(ShardSpec("w", shape, 1, 1, 2))
+    part = initial(ShardSpec("w", shape, (ShardedDim(1, "tp", 1, 2),)))
     assert torch.equal(part, whole[:, 1:])
-    assert torch.equal(initial(ShardSpec("w", shape, 0, 2, 3)), whole[2:])
+    assert torch.equal(initial(ShardSpec("w", shape, (ShardedDim(0, "tp", 2, 3),))), whole[2:])
 
 
 def test_values_depend_on_seed_and_name_alone() -> None:

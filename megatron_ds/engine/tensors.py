@@ -40,8 +40,7 @@ class WholeTensors:
         if not _is_trained(self._parameters[name]):
             raise ConfigError(f"{name} is frozen and has no gradient")
         mine = [piece for piece in self._zero.gradient_pieces() if piece.name == name]
-        owned = self._zero.replicate.is_first and not spec.replica
-        return self._sum(name, mine if owned else [])
+        return self._sum(name, mine if self._zero.owns(spec) else [])
 
     def set(self, name: str, kind: str, value: Tensor) -> None:
         spec = self._spec(name)
@@ -93,7 +92,7 @@ class WholeTensors:
     def parameter(self, name: str) -> Tensor:
         """Whole, in the parameter's own dtype."""
         parameter = self._parameters[name]
-        if self._zero.config.stage < 3 and self._spec(name).dim is None:
+        if self._zero.config.stage < 3 and not self._spec(name).placements:
             return parameter.detach()
         return self.get(name, "param").to(parameter.dtype)
 

@@ -23,7 +23,7 @@ from megatron_ds.kernels.accumulate import add_rows, sum_rows
 from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.kernels.linear import linear, linear_input_gradient
 from megatron_ds.mesh import Axis
-from megatron_ds.shard import ShardSpec, empty_parameter
+from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -105,13 +105,13 @@ class ColumnParallelLinear(nn.Module):
     ):
         super().__init__()
         self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
-        place: dict[str, Any] = {"dim": shard_dim, "index": tp.rank, "count": tp.size}
+        placements = (ShardedDim.over(tp, shard_dim),)
         self.weight = empty_parameter(
-            ShardSpec(f"{name}.weight", (*out_shape, in_features), **place, std=init_std), device, dtype
+            ShardSpec(f"{name}.weight", (*out_shape, in_features), placements, std=init_std), device, dtype
         )
         self.bias = (
             empty_parameter(
-                ShardSpec(f"{name}.bias", out_shape, **place, init="zeros", weight_decay=False), device, dtype
+                ShardSpec(f"{name}.bias", out_shape, placements, init="zeros", weight_decay=False), device, dtype
             )
             if bias
             else None
@@ -169,7 +169,7 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
         self.weight = empty_parameter(
-            ShardSpec(f"{name}.weight", (out_features, in_features), 1, tp.rank, tp.size, std=init_std),
+            ShardSpec(f"{name}.weight", (out_features, in_features), (ShardedDim.over(tp, 1),), std=init_std),
             device,
             dtype,
         )
@@ -212,7 +212,7 @@ def replicated_parameter(
     spec = ShardSpec(
         name,
         shape,
-        partial_over_tp=partial and tp.size > 1,
+        reduce_over=("tp",) if partial and tp.size > 1 else (),
         replica=tp.rank > 0,
         init=init,
         std=std,
@@ -278,9 +278,7 @@ class VocabParallelEmbedding(nn.Module):
         spec = ShardSpec(
             f"{name}.weight",
             (num_embeddings, embedding_dim),
-            0,
-            tp.rank,
-            tp.size,
+            (ShardedDim.over(tp, 0),),
             replica=replica,
             std=init_std,
         )

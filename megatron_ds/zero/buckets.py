@@ -1,18 +1,18 @@
 """Where every parameter lies in the flat buckets: arithmetic alone, no tensor and no process group.
 
 Parameters are taken in reverse registration order, which is close to the order in which the backward pass finishes
-their gradients, and packed into buckets of about ``bucket_bytes`` of gradients. A bucket holds one dtype, and
-parameters whose gradients are summed over the same axes. Its size is a multiple of the number of shards, and rank
-``r`` of the shard axis owns slice ``r`` of it, so that a parameter may lie on one rank, on several, or (smaller than
-the number of ranks) on a part of them. The part of one parameter in one slice is a :class:`Segment`: the unit that
-the optimizer and the checkpoint see.
+their gradients, and packed into buckets of about ``bucket_bytes`` of gradients. A bucket holds parameters of one dtype
+that are sharded over the same axes and whose gradients are summed over the same. Its size is a multiple of the number
+of shards, and rank ``r`` of the shard axis owns slice ``r`` of it, so that a parameter may lie on one rank, on several,
+or (smaller than the number of ranks) on a part of them. The part of one parameter in one slice is a :class:`Segment`:
+the unit that the optimizer and the checkpoint see.
 
 Because nothing here touches memory, the bytes of any rank of any mesh can be counted on a laptop, exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -44,6 +44,11 @@ class ParameterInfo:
     def numel(self) -> int:
         return prod(self.spec.local_shape)
 
+    @property
+    def sharded_over(self) -> tuple[str, ...]:
+        """The mesh axes within the data axis over which the parameter is sharded: that of the experts is one."""
+        return ("ep",) if self.spec.is_sharded_over("ep") else ()
+
     @staticmethod
     def of(
         parameter: torch.Tensor, shared: int | None = None, unit: int | None = None, stage: int = 0
@@ -67,14 +72,18 @@ class ParameterInfo:
 class BucketKey:
     """What the parameters of one bucket have in common.
 
-    ``partial_over_tp``: gradients are to be summed over the tensor-parallel axis too. ``shared``, ``unit``, ``stage``:
-    see :class:`ParameterInfo`; a shared parameter has a bucket to itself, of the same layout on every stage that holds
-    it.
+    Attributes:
+        sharded_over: mesh axes within the data axis over which the parameters are sharded already, so that ZeRO shards
+            what is left of it.
+        reduce_over: mesh axes over which gradients are to be summed besides.
+        shared, unit, stage: see :class:`ParameterInfo`; a shared parameter has a bucket to itself, of the same layout
+            on every stage that holds it.
     """
 
     dtype: torch.dtype
-    partial_over_tp: bool
-    shared: int | None
+    sharded_over: tuple[str, ...] = ()
+    reduce_over: tuple[str, ...] = ()
+    shared: int | None = None
     unit: int | None = None
     trainable: bool = True
     stage: int = 0
@@ -137,30 +146,34 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def plan_buckets(parameters: Sequence[ParameterInfo], bucket_bytes: float, shards: int) -> tuple[BucketLayout, ...]:
+def plan_buckets(
+    parameters: Sequence[ParameterInfo], bucket_bytes: float, shards: int | Callable[[tuple[str, ...]], int]
+) -> tuple[BucketLayout, ...]:
     """Lay the trainable parameters out in buckets, in the order in which a backward pass fills them.
 
     Args:
         parameters: in registration order; each once. Frozen ones get a place only in a unit, whose memory is sharded.
         bucket_bytes: a bucket is closed before its gradients would exceed this; a larger parameter has its own.
-        shards: ranks over which each bucket is sharded.
+        shards: ranks over which each bucket is sharded, or a function that says so for a key's ``sharded_over``.
     """
+    shards_of = shards if callable(shards) else lambda _: shards
     open_slots: dict[BucketKey, list[Slot]] = {}
     closed: list[tuple[int, BucketLayout]] = []  # with the time at which the last gradient of the bucket is due
 
     def close(key: BucketKey, time: int) -> None:
         slots = open_slots.pop(key)
         used = slots[-1].start + slots[-1].numel
-        step = ALIGN * shards
-        closed.append((time, BucketLayout(key, tuple(slots), -(-used // step) * step, shards)))
+        count = shards_of(key.sharded_over)
+        step = ALIGN * count
+        closed.append((time, BucketLayout(key, tuple(slots), -(-used // step) * step, count)))
 
     last_time: dict[BucketKey, int] = {}
     for time, index in enumerate(reversed(range(len(parameters)))):
         info = parameters[index]
         if not info.trainable and info.unit is None:
             continue
-        partial = info.spec.partial_over_tp and info.trainable
-        key = BucketKey(info.dtype, partial, info.shared, info.unit, info.trainable, info.stage)
+        reduce_over = info.spec.reduce_over if info.trainable else ()
+        key = BucketKey(info.dtype, info.sharded_over, reduce_over, info.shared, info.unit, info.trainable, info.stage)
         slots = open_slots.get(key, [])
         start = -(-(slots[-1].start + slots[-1].numel) // ALIGN) * ALIGN if slots else 0
         if slots and (start + info.numel) * state_dtype(info.dtype).itemsize > bucket_bytes:

@@ -49,10 +49,10 @@ class FlatBucket:
     Args:
         parameters: the bucket's parameters, in the order of ``layout.slots``. Their values are taken over by
             :meth:`absorb`; until then parameters of a unit have none.
-        shard: the axis over which the bucket is sharded; its size is ``layout.shards``.
-        also_over: axes over which the reduced shard is summed once more (replicas, tensor-parallel ranks that each
-            saw a part of the sequence, pipeline stages that share the parameter). Summing the shard instead of the
-            whole bucket moves ``1 / shards`` of the bytes.
+        axes: the axis over which the bucket is sharded, whose size is ``layout.shards``, and that of its replicas.
+        also_over: axes besides the replicas over which the reduced shard is summed once more (tensor-parallel ranks
+            that each saw a part of the sequence, pipeline stages that share the parameter). Summing the shard instead
+            of the whole bucket moves ``1 / shards`` of the bytes.
         arena: where parameters and gradients lie, if the ranks of the shard axis share memory.
         pool: where whole gradients lie while they are filled; None: they are whole all the time.
         stores: where the state, and at stage 3 the parameters' shard, live between uses.
@@ -70,7 +70,7 @@ class FlatBucket:
         self,
         layout: BucketLayout,
         parameters: Sequence[nn.Parameter],
-        shard: Axis,
+        axes: tuple[Axis, Axis],
         also_over: Sequence[Axis],
         config: OptimizerConfig | UpdateRule,
         arena: SharedArena | None,
@@ -78,8 +78,8 @@ class FlatBucket:
         stores: BucketStores,
     ):
         self.layout = layout
-        self.shard = shard
-        self.also_over = tuple(axis for axis in also_over if axis.group is not None)
+        self.shard, self.replicate = shard, _ = axes
+        self.also_over = tuple(axis for axis in (self.replicate, *also_over) if axis.group is not None)
         self.sinks: list[GradSink] = []
         self.tensors = list(parameters)
         device, dtype = parameters[0].device, layout.key.dtype
@@ -248,7 +248,7 @@ class FlatBucket:
                 assert sink.view is not None
                 sink.view.zero_()
         self._remaining_axes = list(self.also_over)
-        if self.shard.group is not None:
+        if self.shard.group is not None or isinstance(self.gradients, TransientGradients):
             self._reducing = self.gradients.reduce_scatter_start()
         elif self._remaining_axes:
             self._reducing = comm.all_reduce_start(self.gradients.shard, self._remaining_axes.pop(0))

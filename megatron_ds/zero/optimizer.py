@@ -82,7 +82,10 @@ class ZeroOptimizer:
         stage_of: Mapping[int, int] | None = None,
     ):
         self.config = config
-        self.shard, self.replicate = shard_axes(mesh, config)
+        # By the axes over which a parameter is sharded already. All of a mesh's: making them is collective.
+        kinds: list[tuple[str, ...]] = [(), ("ep",)] if mesh.shape.ep > 1 else [()]
+        self._axes = {over: shard_axes(mesh, config, over) for over in kinds}
+        self.shard, self.replicate = self._axes[()]
         self._parameters = unique(parameters)
         shared = {id(parameter): number for number, (parameter, _) in enumerate(shared_over)}
         modules = choose_units(config, self.shard, root, unit_classes)
@@ -92,7 +95,7 @@ class ZeroOptimizer:
             for p in self._parameters
         ]
         self._rule, self._kinds = optimizer_config, state_kinds(optimizer_config)
-        layouts = plan_buckets(self._infos, config.bucket_mb * 1e6, self.shard.size)
+        layouts = plan_buckets(self._infos, config.bucket_mb * 1e6, lambda over: self._axes[over][0].size)
         device = self._parameters[0].device if self._parameters else mesh.device
         transient = config.stage >= 2 and self.shard.size > 1
         self._plan = OffloadPlan(config, layouts, len(self._kinds))
@@ -103,19 +106,20 @@ class ZeroOptimizer:
         self._arena = None
         if shared_memory:
             self._arena = share_memory(config, layouts, self._parameters, self.shard, self.stores)
-        pools = gradient_pools(layouts, device, self.shard, self._arena) if transient else {}
+        shards = {over: shard for over, (shard, _) in self._axes.items()}
+        pools = gradient_pools(layouts, device, shards, self._arena) if transient else {}
         self._all: list[FlatBucket] = []
         self.buckets: list[FlatBucket] = []  # those with gradients
         for layout in layouts:
-            also_over = [self.replicate]
-            if layout.key.partial_over_tp:
-                also_over.append(mesh.tp)
-            if layout.key.shared is not None:
-                also_over.append(shared_over[layout.key.shared][1])
+            key = layout.key
+            also_over = [mesh.axis(name) for name in key.reduce_over]
+            if key.shared is not None:
+                also_over.append(shared_over[key.shared][1])
             mine = [self._parameters[slot.parameter] for slot in layout.slots]
-            pool = pools.get(state_dtype(layout.key.dtype))
-            stores = self.stores.of(layout)
-            bucket = FlatBucket(layout, mine, self.shard, also_over, optimizer_config, self._arena, pool, stores)
+            pool = pools.get((state_dtype(key.dtype), key.sharded_over))
+            arena = None if key.sharded_over else self._arena
+            axes, stores = self._axes[key.sharded_over], self.stores.of(layout)
+            bucket = FlatBucket(layout, mine, axes, also_over, optimizer_config, arena, pool, stores)
             self._all.append(bucket)
             if layout.key.trainable:
                 self.buckets.append(bucket)
@@ -224,9 +228,10 @@ class ZeroOptimizer:
         device = self._parameters[0].device if self._parameters else None
         total = torch.zeros((), dtype=torch.float64, device=device)
         for bucket in self.buckets:
-            total += bucket.norm_squared()
-        # The other replicas hold the same numbers: theirs count as zero, but a NaN or Inf that only they see as NaN.
-        return total if self.replicate.is_first else 0.0 * total
+            own = bucket.norm_squared()
+            # The other replicas hold the same numbers: theirs count as 0, but a NaN or Inf that only they see as NaN.
+            total += own if bucket.replicate.is_first else 0.0 * own
+        return total
 
     def gradient_pieces(self) -> list[Piece]:
         """The reduced gradients that this rank holds, of kind ``"gradient"``, in fp32 (fp64 for fp64 parameters).
@@ -370,17 +375,23 @@ class ZeroOptimizer:
             self._meet()
         found: list[Piece] = []
 
-        def mine(spec: ShardSpec) -> bool:
-            return for_load or (self.replicate.is_first and not spec.replica)
-
         for bucket in self._all:
             # Kind by kind: what one store holds together comes together.
             for kind in ("param", *(self._kinds if bucket.layout.key.trainable else ())):
-                found += [bucket.piece(kind, segment) for segment in bucket.segments if mine(segment.spec)]
+                found += [
+                    bucket.piece(kind, segment) for segment in bucket.segments if for_load or self.owns(segment.spec)
+                ]
         for info, parameter in zip(self._infos, self._parameters):
-            if not info.trainable and info.unit is None and (for_load or self.shard.is_first) and mine(info.spec):
+            shard, _ = self._axes[info.sharded_over]
+            whole = not info.trainable and info.unit is None
+            if whole and (for_load or (shard.is_first and self.owns(info.spec))):
                 found.append(Piece.of(info.spec, "param", as_real(parameter.data)))
         return found
+
+    def owns(self, spec: ShardSpec) -> bool:
+        """Whether what this rank holds of a parameter is not a replica of what another rank has."""
+        _, replicate = self._axes[("ep",) if spec.is_sharded_over("ep") else ()]
+        return replicate.is_first and not spec.replica
 
     @property
     def size(self) -> ModelSize:
@@ -399,13 +410,17 @@ class ZeroOptimizer:
         return buckets.bytes_report(self._infos, layouts, len(self._kinds), self.config.stage)
 
 
-def shard_axes(mesh: Mesh, config: ZeroConfig) -> tuple[Axis, Axis]:
-    """The shard and the replicate axis, whose product is ``mesh.data``. Collective if ``config.shard_size`` is set."""
+def shard_axes(mesh: Mesh, config: ZeroConfig, sharded_over: tuple[str, ...] = ()) -> tuple[Axis, Axis]:
+    """The shard and the replicate axis of parameters that are sharded over ``sharded_over`` already.
+
+    Their product is what those leave of ``mesh.data``. Collective if ``config.shard_size`` is set.
+    """
+    data = mesh.data_besides(sharded_over)
     if config.stage == 0:
-        return Axis("shard", ranks=(mesh.rank,)), mesh.data
-    if config.shard_size is not None and config.shard_size != mesh.data.size:
-        return mesh.split_data(config.shard_size)
-    return mesh.data, Axis("replicate", ranks=(mesh.rank,))
+        return Axis("shard", ranks=(mesh.rank,)), data
+    if config.shard_size is not None and config.shard_size < data.size:
+        return mesh.split_data(config.shard_size, sharded_over)
+    return data, Axis("replicate", ranks=(mesh.rank,))
 
 
 def unique(parameters: Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:

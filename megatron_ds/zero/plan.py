@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -58,13 +58,13 @@ def share_memory(
     wanted: list[tuple[int, torch.dtype]] = []
     common: list[tuple[int, torch.dtype]] = []
     passing: list[int] = []  # sizes of what is there for a moment only
-    for layout in layouts:
+    for layout in _ordinary(layouts):
         if stores.of(layout).parameters is None:
             (wanted if layout.key.unit is None else common).append((layout.size, layout.key.dtype))
         if layout.key.trainable and not transient:
             wanted.append((layout.size, state_dtype(layout.key.dtype)))
     kept = SharedArena.bytes_for(wanted)
-    for dtype, sizes in _gradient_sizes(layouts).items() if transient else ():
+    for (dtype, _), sizes in _gradient_sizes(_ordinary(layouts)).items() if transient else ():
         slots = [(GradientPool.stride(max(sizes)), dtype)] * len(sizes)
         at_once = WINDOW * config.bucket_mb * 1e6 / (max(sizes) * dtype.itemsize) + 2
         passing.append(SharedArena.bytes_for(slots[: math.ceil(at_once)]))
@@ -74,20 +74,34 @@ def share_memory(
     )
 
 
+_PoolKey = tuple[torch.dtype, tuple[str, ...]]
+
+
 def gradient_pools(
-    layouts: Sequence[BucketLayout], device: torch.device, shard: Axis, arena: SharedArena | None
-) -> dict[torch.dtype, GradientPool]:
-    """Memory for whole gradients, of each dtype as many slots as there are buckets."""
+    layouts: Sequence[BucketLayout],
+    device: torch.device,
+    shards: Mapping[tuple[str, ...], Axis],
+    arena: SharedArena | None,
+) -> dict[_PoolKey, GradientPool]:
+    """Memory for whole gradients, of each dtype and ``sharded_over`` as many slots as there are buckets.
+
+    ``shards``: the shard axis of each ``sharded_over``. ``arena``: of the ordinary buckets, which have none.
+    """
     return {
-        dtype: GradientPool(len(sizes), max(sizes), dtype, device, shard, arena)
-        for dtype, sizes in _gradient_sizes(layouts).items()
+        (dtype, over): GradientPool(len(sizes), max(sizes), dtype, device, shards[over], None if over else arena)
+        for (dtype, over), sizes in _gradient_sizes(layouts).items()
     }
 
 
-def _gradient_sizes(layouts: Sequence[BucketLayout]) -> dict[torch.dtype, list[int]]:
-    """Elements of every bucket of gradients, by the dtype in which they are summed."""
-    sizes: dict[torch.dtype, list[int]] = {}
+def _ordinary(layouts: Sequence[BucketLayout]) -> list[BucketLayout]:
+    """Those that are sharded over the whole data axis, whose ranks may share memory."""
+    return [layout for layout in layouts if not layout.key.sharded_over]
+
+
+def _gradient_sizes(layouts: Sequence[BucketLayout]) -> dict[_PoolKey, list[int]]:
+    """Elements of every bucket of gradients, by the dtype in which they are summed and by ``sharded_over``."""
+    sizes: dict[_PoolKey, list[int]] = {}
     for layout in layouts:
         if layout.key.trainable:
-            sizes.setdefault(state_dtype(layout.key.dtype), []).append(layout.size)
+            sizes.setdefault((state_dtype(layout.key.dtype), layout.key.sharded_over), []).append(layout.size)
     return sizes

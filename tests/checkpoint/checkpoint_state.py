@@ -11,7 +11,7 @@ import torch
 from megatron_ds.checkpoint.manifest import step_name
 from megatron_ds.checkpoint.pieces import Piece
 from megatron_ds.checkpoint.save import commit, prepare, write_rank
-from megatron_ds.shard import ShardSpec
+from megatron_ds.shard import ShardedDim, ShardSpec
 
 # name -> (shape, dim that tensor parallelism cuts or None)
 TENSORS: dict[str, tuple[tuple[int, ...], int | None]] = {
@@ -54,7 +54,7 @@ def pieces_of_rank(
                 continue
             spec = ShardSpec(name, shape)
         else:
-            spec = ShardSpec(name, shape, dim, tp_rank, tp)
+            spec = ShardSpec(name, shape, (ShardedDim(dim, "tp", tp_rank, tp),))
         size = prod(spec.local_shape)
         start, stop = size * zero_rank // zero, size * (zero_rank + 1) // zero
         for kind in kinds:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_ds.checkpoint.boxes import Box, intersection, rectangles
 from megatron_ds.checkpoint.pieces import Piece
-from megatron_ds.shard import ShardSpec
+from megatron_ds.shard import ShardedDim, ShardSpec
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 
@@ -71,7 +71,7 @@ def test_a_range_outside_its_tensor_is_refused() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_shares_of_a_piece_tile_it(count: int) -> None:
-    spec = ShardSpec("w", (4, 6, 3), dim=1, index=1, count=2)
+    spec = ShardSpec("w", (4, 6, 3), (ShardedDim(1, "tp", 1, 2),))
     whole = torch.arange(72.0).reshape(4, 6, 3)
     piece = Piece.of(spec, "param", spec.slice_of(whole).contiguous())
     got = torch.full((4, 6, 3), -1.0)

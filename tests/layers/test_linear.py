@@ -19,7 +19,7 @@ from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.norm import Norm
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.rng import initialize_parameters
-from megatron_ds.shard import spec_of
+from megatron_ds.shard import ShardedDim, spec_of
 from megatron_ds.testing import device_of_rank, run_ranks
 from megatron_ds.zero.sink import GradSink
 
@@ -49,7 +49,7 @@ def whole_gradient(parameter: nn.Parameter, tp: Axis) -> Tensor:
     """What the optimizer makes of a local gradient: summed over tp where the spec says that it is a part."""
     assert parameter.grad is not None
     gradient = parameter.grad.clone()
-    return comm.all_reduce(gradient, tp) if spec_of(parameter).partial_over_tp else gradient
+    return comm.all_reduce(gradient, tp) if spec_of(parameter).reduce_over else gradient
 
 
 def check(make: Callable[[Axis, bool], nn.Module], x: Tensor, tp: Axis, sequence_parallel: bool, grad: Tensor) -> None:
@@ -188,9 +188,9 @@ def test_what_is_summed_over_tp_and_what_counts_once() -> None:
                 "r", FFN, H, bias=True, tp=tp, sequence_parallel=sequence_parallel, init_std=1.0, device="meta"
             )
             weight, bias = spec_of(row.weight), spec_of(row.bias)
-            assert (bias.partial_over_tp, bias.replica) == (sequence_parallel, rank == 1)
-            assert (weight.partial_over_tp, weight.replica) == (False, False)
-            assert (weight.dim, weight.index, weight.count, weight.local_shape) == (1, rank, 2, (H, FFN // 2))
+            assert (bias.reduce_over, bias.replica) == (("tp",) if sequence_parallel else (), rank == 1)
+            assert (weight.reduce_over, weight.replica) == ((), False)
+            assert (weight.placements, weight.local_shape) == ((ShardedDim(1, "tp", rank, 2),), (H, FFN // 2))
             assert weight.weight_decay and not bias.weight_decay
 
 

@@ -104,7 +104,7 @@ def test_shards_are_slices_of_the_one_process_weights(settings: dict[str, Any], 
             spec = spec_of(parameter)
             assert spec.global_shape == tuple(whole[name].shape)
             assert torch.equal(parameter, spec.slice_of(whole[name])), name
-            assert spec.replica == (spec.dim is None and rank > 0)
+            assert spec.replica == (not spec.placements and rank > 0)
 
 
 def test_loss_is_the_sum_of_cross_entropies_of_the_logits() -> None:

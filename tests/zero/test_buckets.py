@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from megatron_ds.shard import ShardSpec, empty_parameter
+from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
 from megatron_ds.zero.buckets import ALIGN, ParameterInfo, bytes_report, plan_buckets
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 parameter_infos = st.lists(
     st.builds(
         lambda numel, dtype, partial, trainable, shared: ParameterInfo(
-            ShardSpec("p", (numel,), partial_over_tp=partial), dtype, trainable, 0 if shared else None
+            ShardSpec("p", (numel,), reduce_over=("tp",) if partial else ()), dtype, trainable, 0 if shared else None
         ),
         numel=st.sampled_from([0, 1, 3, 31, 32, 33, 100, 1000]),
         dtype=st.sampled_from(DTYPES),
@@ -39,9 +39,9 @@ def test_every_element_has_one_place(infos: list[ParameterInfo], shards: int, bu
         owners = torch.zeros(layout.size)
         for slot in layout.slots:
             info = infos[slot.parameter]
-            assert (info.dtype, info.spec.partial_over_tp, info.shared) == (
+            assert (info.dtype, info.spec.reduce_over, info.shared) == (
                 layout.key.dtype,
-                layout.key.partial_over_tp,
+                layout.key.reduce_over,
                 layout.key.shared,
             )
             assert slot.start % ALIGN == 0 and slot.numel == info.numel
@@ -60,7 +60,10 @@ def test_every_element_has_one_place(infos: list[ParameterInfo], shards: int, bu
 
 
 def test_buckets_come_in_the_order_the_backward_pass_fills_them() -> None:
-    infos = [ParameterInfo(ShardSpec(f"{i}", (100,), partial_over_tp=i % 4 == 0), torch.float32) for i in range(10)]
+    infos = [
+        ParameterInfo(ShardSpec(f"{i}", (100,), reduce_over=("tp",) if i % 4 == 0 else ()), torch.float32)
+        for i in range(10)
+    ]
     layouts = plan_buckets(infos, 1000, shards=2)
     places = [[slot.parameter for slot in layout.slots] for layout in layouts]
     # Sums over TP have buckets of their own (8, 4, 0 fill two); a bucket's turn comes with its last gradient.
@@ -70,7 +73,7 @@ def test_buckets_come_in_the_order_the_backward_pass_fills_them() -> None:
 def test_bytes_of_a_175b_model_on_one_of_1024_ranks() -> None:
     """The ZeRO paper's formula (Rajbhandari et al. 2020, section 5), with fp32 gradients: 2 + 4 + 12 / N bytes."""
     infos = [
-        ParameterInfo(ShardSpec(f"{layer}.{name}", shape, 0, 0, 8), torch.bfloat16)
+        ParameterInfo(ShardSpec(f"{layer}.{name}", shape, (ShardedDim(0, "tp", 0, 8),)), torch.bfloat16)
         for layer in range(12)
         for name, shape in (("qkv", (36864, 12288)), ("out", (12288, 12288)), ("up", (49152, 12288)))
     ]
@@ -83,7 +86,9 @@ def test_bytes_of_a_175b_model_on_one_of_1024_ranks() -> None:
 
 
 def test_parameters_on_the_meta_device_have_a_layout_too() -> None:
-    parameter = empty_parameter(ShardSpec("w", (64, 64), 0, 1, 2), device="meta", dtype=torch.bfloat16)
+    parameter = empty_parameter(
+        ShardSpec("w", (64, 64), (ShardedDim(0, "tp", 1, 2),)), device="meta", dtype=torch.bfloat16
+    )
     info = ParameterInfo.of(parameter)
     assert (info.numel, info.dtype, info.trainable) == (2048, torch.bfloat16, True)
 

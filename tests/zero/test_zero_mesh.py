@@ -14,12 +14,20 @@ from torch import nn
 from megatron_ds import comm
 from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Mesh, MeshShape
-from megatron_ds.shard import ShardSpec, empty_parameter, spec_of
+from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter, spec_of
 from megatron_ds.testing import run_ranks
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 LR, SCALE = 0.5, 0.125
-SHAPES = {"embedding": (8, 5), "column": (4, 6), "row": (3, 10), "norm": (7,), "bias": (5,), "frozen": (9,)}
+SHAPES = {
+    "embedding": (8, 5),
+    "column": (4, 6),
+    "row": (3, 10),
+    "norm": (7,),
+    "bias": (5,),
+    "frozen": (9,),
+    "expert": (4, 6, 3),  # sharded over ep and over tp
+}
 Held = dict[tuple[str, str], list[tuple[tuple[int, ...], tuple[int, ...], int, int, torch.Tensor]]]
 
 
@@ -30,25 +38,27 @@ def random(key: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def specs_of_stage(mesh: Mesh) -> list[ShardSpec]:
     """An untied stage has its own layer; first and last also hold the embedding."""
-    tp, stage = mesh.tp, mesh.pp.rank
+    tp, ep, stage = mesh.tp, mesh.ep, mesh.pp.rank
+    over_tp = ShardedDim.over(tp, 0)
     whole = {"replica": tp.rank > 0, "weight_decay": False}
     specs = [
-        ShardSpec(f"{stage}.column", SHAPES["column"], 0, tp.rank, tp.size),
-        ShardSpec(f"{stage}.row", SHAPES["row"], 1, tp.rank, tp.size),
-        ShardSpec(f"{stage}.norm", SHAPES["norm"], partial_over_tp=True, **whole),  # type: ignore[arg-type]
+        ShardSpec(f"{stage}.column", SHAPES["column"], (over_tp,)),
+        ShardSpec(f"{stage}.row", SHAPES["row"], (ShardedDim.over(tp, 1),)),
+        ShardSpec(f"{stage}.norm", SHAPES["norm"], reduce_over=("tp",), **whole),  # type: ignore[arg-type]
         ShardSpec(f"{stage}.bias", SHAPES["bias"], **whole),  # type: ignore[arg-type]
         ShardSpec(f"{stage}.frozen", SHAPES["frozen"], **whole),  # type: ignore[arg-type]
+        ShardSpec(f"{stage}.expert", SHAPES["expert"], (ShardedDim.over(ep, 0), ShardedDim.over(tp, 1))),
     ]
     if mesh.pp.is_first or mesh.pp.is_last:
         copy = mesh.pp.size > 1 and mesh.pp.is_last
-        specs.insert(0, ShardSpec("embedding", SHAPES["embedding"], 0, tp.rank, tp.size, replica=copy))
+        specs.insert(0, ShardSpec("embedding", SHAPES["embedding"], (over_tp,), replica=copy))
     return specs
 
 
 def gradient(spec: ShardSpec, mesh: Mesh) -> torch.Tensor:
     """This rank's part, with the coordinates over which it is expected to be summed in its key."""
     key = f"{spec.name} d{mesh.data.rank}"
-    if spec.partial_over_tp:
+    if spec.reduce_over:
         key += f" t{mesh.tp.rank}"
     if spec.name == "embedding":
         key += f" p{mesh.pp.rank}"
@@ -57,17 +67,25 @@ def gradient(spec: ShardSpec, mesh: Mesh) -> torch.Tensor:
 
 def summed(name: str, shape: MeshShape) -> torch.Tensor:
     """The global gradient of a global parameter, with no collective."""
-    keys = [f"{name} d{d}" for d in range(shape.dp)]
+    keys = [f"{name} d{d}" for d in range(shape.dp * shape.cp)]
     if name.endswith("norm"):
         keys = [f"{key} t{t}" for key in keys for t in range(shape.tp)]
     if name == "embedding":
         keys = [f"{key} p{p}" for key in keys for p in sorted({0, shape.pp - 1})]
     size = SHAPES[name.split(".")[-1]]
-    return sum((random(key, size) for key in keys), torch.zeros(size, dtype=torch.float64))
+    if not name.endswith("expert"):
+        return sum((random(key, size) for key in keys), torch.zeros(size, dtype=torch.float64))
+    # Of each expert the sum over the ranks that hold it: every ep-th one of the data-parallel ranks.
+    total = torch.zeros(size, dtype=torch.float64)
+    each = size[0] // shape.ep
+    for d, key in enumerate(keys):
+        rows = slice(d % shape.ep * each, (d % shape.ep + 1) * each)
+        total[rows] += random(key, size)[rows]
+    return total
 
 
 def global_names(shape: MeshShape) -> list[str]:
-    layer = ("column", "row", "norm", "bias", "frozen")
+    layer = ("column", "row", "norm", "bias", "frozen", "expert")
     return ["embedding", *(f"{p}.{name}" for p in range(shape.pp) for name in layer)]
 
 
@@ -116,11 +134,18 @@ def one_step(shape: MeshShape, stage: int) -> tuple[float, dict[str, float], Hel
     return norm, errors, held
 
 
-MESHES = [MeshShape(tp=2, dp=2), MeshShape(pp=2, dp=2), MeshShape(pp=3), MeshShape(pp=2, dp=2, tp=2)]
+MESHES = [
+    MeshShape(tp=2, dp=2),
+    MeshShape(pp=2, dp=2),
+    MeshShape(pp=3),
+    MeshShape(pp=2, dp=2, tp=2),
+    MeshShape(dp=4, tp=2, ep=2),
+    MeshShape(dp=2, cp=2, ep=4),
+]
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-@pytest.mark.parametrize("shape", MESHES, ids=lambda shape: f"pp{shape.pp}dp{shape.dp}tp{shape.tp}")
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("shape", MESHES, ids=lambda s: f"pp{s.pp}dp{s.dp}cp{s.cp}tp{s.tp}ep{s.ep}")
 def test_sums_norm_and_pieces(shape: MeshShape, stage: int) -> None:
     results = run_ranks(one_step, shape.world_size, shape, stage)
     trained = [name for name in global_names(shape) if not name.endswith("frozen")]
@@ -181,8 +206,9 @@ def reload(shape: MeshShape, stage: int) -> list[float]:
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_loading_and_the_update_after_it(stage: int) -> None:
-    for errors in run_ranks(reload, 4, MeshShape(pp=2, dp=2), stage):
+@pytest.mark.parametrize("shape", [MeshShape(pp=2, dp=2), MeshShape(dp=4, ep=2)], ids=["pp2dp2", "dp4ep2"])
+def test_loading_and_the_update_after_it(shape: MeshShape, stage: int) -> None:
+    for errors in run_ranks(reload, 4, shape, stage):
         assert max(errors) < 1e-12, errors
 
 

@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 from megatron_ds.checkpoint import Piece, load, save
 from megatron_ds.mesh import Axis
-from megatron_ds.shard import ShardSpec
+from megatron_ds.shard import ShardedDim, ShardSpec
 from megatron_ds.testing import run_ranks
 
 COLUMNS = 1024
@@ -119,7 +119,11 @@ def drop_from_page_cache(path: Path) -> None:
 def pieces(state: dict[str, torch.Tensor]) -> list[Piece]:
     rank, world = dist.get_rank(), dist.get_world_size()
     return [
-        Piece.of(ShardSpec(key, (tensor.shape[0] * world, tensor.shape[1]), 0, rank, world), "param", tensor)
+        Piece.of(
+            ShardSpec(key, (tensor.shape[0] * world, tensor.shape[1]), (ShardedDim(0, "tp", rank, world),)),
+            "param",
+            tensor,
+        )
         for key, tensor in state.items()
     ]
 
