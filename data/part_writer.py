@@ -17,11 +17,10 @@ from megatron_ds.data import chat
 from megatron_ds.data.chat import BadConversation, ChatTemplate, load_template
 from megatron_ds.data.indexed import sync_and_close
 from megatron_ds.data.parts import Counts
-from megatron_ds.data.source_types import Block, Input, Problem, Slice, SourceOptions
+from megatron_ds.data.source_types import Block, Input, Problem, Slice, SourceOptions, UnusableInput
 from megatron_ds.data.sources import read_block
 from megatron_ds.data.tokenizers import Ids, Tokenizer, load_tokenizer
 from megatron_ds.data.workers import Report
-from megatron_ds.errors import DataError
 
 BATCH_BYTES = 1 << 20
 
@@ -154,7 +153,7 @@ class PartWriter:
         item = self.job.inputs[part.input]
         if self.job.options.on_error == "fatal":
             line = number + 1 + (_lines_before(item, part.start) if part.first is None else part.first)
-            raise DataError(
+            raise UnusableInput(
                 f"{item.path}, {'row' if item.kind in ('parquet', 'arrow') else 'line'} {line}: {problem.reason}"
                 f"{': ' + problem.detail if problem.detail else ''}. Mend it, or skip bad records with --on-error skip"
             )

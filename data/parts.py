@@ -16,6 +16,7 @@ import xxhash
 
 from megatron_ds.data.cache import cached_arrays, cached_json
 from megatron_ds.data.indexed import COPY_BYTES, IndexedDataset, publish, sync_and_close, write_header
+from megatron_ds.data.source_types import UnusableInput
 from megatron_ds.data.verify import (
     MASK_SUFFIX,
     ChunkedHash,
@@ -92,7 +93,7 @@ def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, pl
     if not counts.documents:
         for kind in ("bin", "mask"):
             temporary[kind].unlink() if kind in temporary else None
-        raise DataError(
+        raise UnusableInput(
             f"the inputs hold no document with text: {sum(counts.problems.values())} records were bad "
             f"({describe_problems(counts.problems) or 'there were none at all'})"
         )

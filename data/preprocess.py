@@ -29,7 +29,7 @@ from megatron_ds.data.indexed import dtype_for_vocabulary
 from megatron_ds.data.part_writer import Job, PartMaker, PreprocessOptions
 from megatron_ds.data.parts import Counts, merge_parts
 from megatron_ds.data.source_tables import hub_revision
-from megatron_ds.data.source_types import Block, Input
+from megatron_ds.data.source_types import Block, Input, UnusableInput
 from megatron_ds.data.sources import find_inputs, plan_blocks
 from megatron_ds.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ds.data.verify import file_identity
@@ -54,7 +54,7 @@ def preprocess(
         output_prefix: path without suffix.
         options: what the output depends on.
         workers: processes; None for one a core, 0 for none (in this process).
-        restart: throw away the parts of an interrupted run instead of continuing it.
+        restart: throw away the parts of a run that did not finish instead of continuing it.
         show_progress: a bar on stderr with MB/s, documents, tokens and the time left.
 
     Raises:
@@ -84,9 +84,13 @@ def preprocess(
             raise DataError(f"the lock {lock} cannot be made: {error}; choose another output prefix") from None
         _start_or_continue(folder, plan, restart)
         job = Job(str(folder), found, options, dtype_for_vocabulary(tokenizer.vocab_size).name)
-        parts = _make_parts(job, os.cpu_count() or 1 if workers is None else workers, show_progress)
-        _check_unchanged(found, plan)
-        counts = merge_parts(folder, parts, prefix, np.dtype(job.dtype), plan)
+        try:
+            parts = _make_parts(job, os.cpu_count() or 1 if workers is None else workers, show_progress)
+            _check_unchanged(found, plan)
+            counts = merge_parts(folder, parts, prefix, np.dtype(job.dtype), plan)
+        except UnusableInput:
+            shutil.rmtree(folder)  # the way on is another input or setting, to which these parts do not belong
+            raise
         shutil.rmtree(folder)
     return counts
 
@@ -135,7 +139,7 @@ def _start_or_continue(folder: Path, plan: dict[str, Any], restart: bool) -> Non
     before = json.loads(path.read_text())
     if difference := _first_difference(before, json.loads(json.dumps(plan))):
         raise DataError(
-            f"{folder} holds the parts of an interrupted run with other inputs or settings: {difference}. "
+            f"{folder} holds the parts of a run that did not finish, with other inputs or settings: {difference}. "
             "Restore them to continue it, or start anew with --restart"
         )
 

@@ -15,6 +15,10 @@ STREAM_BLOCK = 8 << 20
 MAX_FILE_DOCUMENT = 256 << 20
 
 
+BOM = b"\xef\xbb\xbf"
+"""The byte order mark that some editors put in front of UTF-8: no part of the text."""
+
+
 def lines(item: Input, part: Slice, data: bytes | None) -> Iterator[tuple[int, float, bytes]]:
     """The lines that start inside the slice, with their number in it and the share read so far."""
     length = max(part.stop - part.start, 1)
@@ -22,7 +26,8 @@ def lines(item: Input, part: Slice, data: bytes | None) -> Iterator[tuple[int, f
         at = number = 0
         while at < len(data):
             end = data.find(b"\n", at) + 1 or len(data)
-            yield number, end / len(data), data[at:end]
+            line = data[at:end]
+            yield number, end / len(data), line.removeprefix(BOM) if part.start == at == 0 else line
             at, number = end, number + 1
         return
     with open(item.path, "rb", buffering=1 << 20) as file:
@@ -34,7 +39,8 @@ def lines(item: Input, part: Slice, data: bytes | None) -> Iterator[tuple[int, f
             line = file.readline()
             if not line:
                 raise DataError(f"{item.path} became shorter while it was read: expected {part.stop} bytes, found {at}")
-            at += len(line)
+            line_at, at = at, at + len(line)
+            line = line if line_at else line.removeprefix(BOM)
             yield number, min((at - part.start) / length, 1.0), line
             number += 1
 
@@ -70,7 +76,7 @@ def read_txt(item: Input, part: Slice, options: SourceOptions, data: bytes | Non
     """Documents of a `.txt`: the file, or paragraphs separated by blank lines (owned by the slice they start in)."""
     if options.txt_documents == "file":
         content = data if data is not None else Path(item.path).read_bytes()
-        yield 0, 1.0, parse_line(content)
+        yield 0, 1.0, parse_line(content.removeprefix(BOM))
         return
     paragraph: list[bytes] = []
     first, share = 0, 0.0

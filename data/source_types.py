@@ -7,10 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megatron_ds.data.chat import BadConversation, parse_messages
-from megatron_ds.errors import nearest
+from megatron_ds.errors import DataError, nearest
 
 Kind = Literal["jsonl", "txt", "parquet", "arrow", "hub"]
 TxtDocuments = Literal["file", "line", "paragraph"]
+
+
+class UnusableInput(DataError):
+    """Inputs from which no dataset can be made as they are: what was made of them so far is of no further use."""
 
 
 @dataclass(frozen=True)

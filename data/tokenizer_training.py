@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,11 @@ from megatron_ds.errors import DataError
 Kind = Literal["bpe", "unigram", "wordpiece"]
 EOD = "<|endoftext|>"
 PIECE_BYTES = 4096
-"""SentencePiece trains on sentences and drops longer ones; documents are cut at line ends near this size."""
+"""SentencePiece trains on sentences and drops longer ones; documents are cut at line ends near this size, or in lines
+that are longer."""
+MAX_RUN = 256
+"""Training takes time in the square of a word's length: longer runs without a break are cut for it."""
+LONG_RUN = re.compile("|".join(rf"(?<!{kind}){kind}{{{MAX_RUN + 1},}}" for kind in (r"\w", r"\s", r"[^\w\s]")))
 
 
 def train_tokenizer(
@@ -24,6 +29,8 @@ def train_tokenizer(
     key: str = "text",
     max_megabytes: float | None = None,
     special_tokens: Sequence[str] = (),
+    show_progress: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Train on the texts of ``inputs`` and write a folder that :func:`load_tokenizer` and ``transformers`` load.
 
@@ -36,6 +43,8 @@ def train_tokenizer(
         key: of the text in a record.
         max_megabytes: read at most this much text (10^6 bytes); a sample is enough for a vocabulary.
         special_tokens: names of further special tokens, e.g. sentinels of fill-in-the-middle.
+        show_progress: bars on stderr.
+        say: called with what the user should know about the inputs.
 
     Raises:
         DataError: no text, a special token twice, or a vocabulary too small for the kind.
@@ -47,15 +56,50 @@ def train_tokenizer(
         raise DataError(f"vocab_size={vocab_size} is too small for {kind}: it needs at least {least} for its alphabet")
     if len(set(special_tokens)) < len(special_tokens) or EOD in special_tokens:
         raise DataError(f"special_tokens={list(special_tokens)} must differ from each other and from {EOD}")
-    texts = _limited(iterate_texts(inputs, key), max_megabytes)
+    cutter = _RunCutter()
+    texts = cutter(_shown(_limited(iterate_texts(inputs, key), max_megabytes), show_progress))
     if kind == "unigram":
         _train_unigram(texts, folder, vocab_size, special_tokens)
     else:
-        _train_hf(texts, folder, vocab_size, kind, special_tokens)
+        _train_hf(texts, folder, vocab_size, kind, special_tokens, show_progress)
+    if cutter.runs:
+        say(
+            f"{cutter.runs:,} runs of more than {MAX_RUN} characters without a break (the longest {cutter.longest:,}) "
+            f"were cut into pieces of {MAX_RUN} for training: it takes time in the square of their length"
+        )
     return folder
 
 
-def _train_hf(texts: Iterator[str], folder: Path, vocab_size: int, kind: Kind, extra: Sequence[str]) -> None:
+class _RunCutter:
+    """Cuts texts inside long runs of letters, of white space or of other signs; counts these runs."""
+
+    def __init__(self) -> None:
+        self.runs = self.longest = 0
+
+    def __call__(self, texts: Iterator[str]) -> Iterator[str]:
+        for text in texts:
+            at = 0
+            for run in LONG_RUN.finditer(text):
+                self.runs += 1
+                self.longest = max(self.longest, run.end() - run.start())
+                for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
+                    yield text[at:cut]
+                    at = cut
+            yield text[at:]
+
+
+def _shown(texts: Iterator[str], show_progress: bool) -> Iterator[str]:
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, desc="read", disable=not show_progress) as bar:
+        for text in texts:
+            yield text
+            bar.update(len(text))
+
+
+def _train_hf(
+    texts: Iterator[str], folder: Path, vocab_size: int, kind: Kind, extra: Sequence[str], show_progress: bool
+) -> None:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     if kind == "bpe":
@@ -67,7 +111,7 @@ def _train_hf(texts: Iterator[str], folder: Path, vocab_size: int, kind: Kind, e
             vocab_size=vocab_size,
             special_tokens=[EOD, *extra],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
+            show_progress=show_progress,
         )
         config = {"eos_token": EOD}
     else:
@@ -76,7 +120,7 @@ def _train_hf(texts: Iterator[str], folder: Path, vocab_size: int, kind: Kind, e
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         backend.decoder = decoders.WordPiece()
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *extra]
-        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+        trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=show_progress)
         config = {
             name: f"[{token}]"
             for name, token in (
@@ -129,7 +173,7 @@ def _pieces(texts: Iterator[str]) -> Iterator[str]:
     for text in texts:
         piece: list[str] = []
         size = 0
-        for line in text.splitlines(keepends=True):
+        for line in _lines(text):
             if size and size + len(line) > PIECE_BYTES:
                 yield "".join(piece)
                 piece, size = [], 0
@@ -137,6 +181,11 @@ def _pieces(texts: Iterator[str]) -> Iterator[str]:
             size += len(line)
         if piece:
             yield "".join(piece)
+
+
+def _lines(text: str) -> Iterator[str]:
+    for line in text.splitlines(keepends=True):
+        yield from (line[at : at + PIECE_BYTES] for at in range(0, len(line), PIECE_BYTES))
 
 
 def _limited(texts: Iterator[str], max_megabytes: float | None) -> Iterator[str]:

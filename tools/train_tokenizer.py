@@ -31,6 +31,8 @@ class TrainTokenizer:
     """Train on at most this many MB (10^6 bytes) of text; a sample of the corpus is enough."""
     special_tokens: tuple[str, ...] = ()
     """Further special tokens, e.g. the sentinels of fill-in-the-middle."""
+    quiet: bool = False
+    """No progress bars."""
 
 
 def main(options: TrainTokenizer) -> None:
@@ -43,6 +45,8 @@ def main(options: TrainTokenizer) -> None:
         options.key,
         options.max_megabytes,
         options.special_tokens,
+        show_progress=not options.quiet,
+        say=print,
     )
     tokenizer = load_tokenizer(folder)
     print(f"{folder}: {options.kind} with {tokenizer.vocab_size:,} entries, {time.perf_counter() - start:.1f} s")

@@ -19,7 +19,7 @@ from megatron_ds.data import source_tables, sources
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.part_writer import PartMaker, PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
-from megatron_ds.data.source_types import Block, Slice, SourceOptions
+from megatron_ds.data.source_types import Block, Slice, SourceOptions, TxtDocuments
 from megatron_ds.data.workers import Report
 from megatron_ds.errors import DataError
 
@@ -279,3 +279,28 @@ def test_the_tools_explain_themselves_and_exit_with_2(tmp_path: Path) -> None:
     assert wrong.returncode == 2 and wrong.stderr == "error: input 'nowhere' does not exist\n"
     shown = tool("preprocess_data.py", "--help").stdout
     assert "Worker processes. By default one a core" in " ".join(shown.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("documents", ["file", "line", "paragraph"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_the_byte_order_mark_is_no_text(tmp_path: Path, documents: TxtDocuments, compressed: bool) -> None:
+    """At the start of a file alone: elsewhere U+FEFF is a character."""
+    content = "\ufefffirst\n\nse\ufeffcond\n".encode()
+    path = tmp_path / ("in.txt.gz" if compressed else "in.txt")
+    path.write_bytes(gzip.compress(content) if compressed else content)
+    texts = run([path], tmp_path / "out", PreprocessOptions("bytes", source=SourceOptions(txt_documents=documents)))
+    assert "".join(texts).replace("\n", "") == "firstse\ufeffcond"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_its_inputs_ended_leaves_no_parts(tmp_path: Path, workers: int) -> None:
+    """The mended command runs: it is not refused for the parts of a run that nobody interrupted."""
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(jsonl(TEXTS) + b"{\n")
+    prefix = str(tmp_path / "out")
+    with pytest.raises(DataError, match="invalid JSON"):
+        preprocess([str(source)], prefix, PreprocessOptions("bytes", on_error="fatal"), workers)
+    with pytest.raises(DataError, match="the inputs hold no document with text"):
+        preprocess([str(source)], prefix, PreprocessOptions("bytes", source=SourceOptions("content")), workers)
+    assert not Path(f"{prefix}.parts").exists()
+    assert preprocess([str(source)], prefix, PreprocessOptions("bytes"), workers).documents == len(TEXTS)

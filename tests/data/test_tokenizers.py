@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from megatron_ds.data import tokenizer_training
 from megatron_ds.data.tiktoken_files import KNOWN
 from megatron_ds.data.tokenizer_training import Kind, train_tokenizer
 from megatron_ds.data.tokenizers import Tokenizer, byte_characters, load_tokenizer
@@ -145,6 +148,32 @@ def test_what_is_not_a_tokenizer(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"\x00\x01 not a tokenizer")
         with pytest.raises(DataError, match=f"{name} is not a"):
             load_tokenizer(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
+def test_long_runs_are_cut_for_training_and_said(tmp_path: Path, kind: Kind) -> None:
+    """Of letters, spaces and signs; what the trainer is given joins to the text, and a result comes of it."""
+    letters = np.random.default_rng(0).choice(list("abcdefgh"), 30_000)
+    text = "short words " + "".join(letters) + " " * 1000 + "é" * 256 + "!" * 257 + "\nlast"
+    (tmp_path / "in.txt").write_text(text)
+    cutter = tokenizer_training._RunCutter()
+    pieces = list(cutter(iter([text])))
+    assert "".join(pieces) == text and (cutter.runs, cutter.longest) == (3, 30_000)
+    assert all(len(run) <= 256 for piece in pieces for run in re.findall(r"\w+|\s+|[^\w\s]+", piece))
+    said: list[str] = []
+    trained = train_tokenizer([str(tmp_path / "in.txt")], tmp_path / "t", 400, kind, say=said.append)
+    assert load_tokenizer(trained).vocab_size == 400
+    assert said == [
+        "3 runs of more than 256 characters without a break (the longest 30,000) were cut into pieces of 256 for "
+        "training: it takes time in the square of their length"
+    ]
+
+
+def test_sentencepiece_is_given_long_lines_in_pieces() -> None:
+    """It drops what is longer than its sentences without a word."""
+    text = "word " * 10_000 + "\n" + "x\n" * 10
+    pieces = list(tokenizer_training._pieces(iter([text])))
+    assert "".join(pieces) == text and max(map(len, pieces)) <= tokenizer_training.PIECE_BYTES
 
 
 def test_vocabulary_too_small(corpus: Path, tmp_path: Path) -> None:
