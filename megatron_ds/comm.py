@@ -88,7 +88,7 @@ def broadcast(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """Give every rank of the axis the first one's ``tensor``, in place."""
     if axis.group is not None and tensor.numel():
         whole = tensor.contiguous()
-        dist.broadcast(whole, axis.ranks[0], group=axis.group)
+        dist.broadcast(movable(whole), axis.ranks[0], group=axis.group)
         if whole.data_ptr() != tensor.data_ptr():
             tensor.copy_(whole)
     return tensor
@@ -119,9 +119,19 @@ def all_gather_start(output: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> 
         finish = axis.exchange.gather_start(output, tensor, axis)
         if finish is not None:
             return Pending(output, then=finish)
+    if (moved := movable(output)) is not output:
+        gathering = all_gather_start(moved, movable(tensor), axis)
+        return Pending(output, then=lambda: gathering.wait())
     if _prefers_exchange(output, axis):
         return _exchange_all_gather(output, tensor, axis)
     return Pending(output, _all_gather(output, tensor, group=axis.group, async_op=True))
+
+
+def movable(tensor: torch.Tensor) -> torch.Tensor:
+    """The contiguous tensor, or its bytes where gloo has no name for the dtype: float8, int16, unsigned integers."""
+    known = (torch.int8, torch.uint8, torch.int32, torch.int64)
+    wide = tensor.dtype.is_complex or (tensor.dtype.is_floating_point and tensor.itemsize > 1)
+    return tensor if wide or tensor.dtype in known else tensor.view(-1).view(torch.uint8)
 
 
 def _prefers_exchange(whole: torch.Tensor, axis: Axis) -> bool:

@@ -109,6 +109,46 @@ def test_complex_parameters_equal_plain_torch(tmp_path: Path) -> None:
                     )
 
 
+ODD = (torch.int8, torch.int16, torch.uint16, torch.bool, torch.float8_e4m3fn)
+
+
+class Quantised(nn.Module):
+    """Frozen weights of other dtypes, which no two ranks begin with alike, beside trained ones."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        values = torch.randint(0, 4, (len(ODD), 8, 8))
+        self.weights = nn.ParameterList(nn.Parameter(v.to(d), requires_grad=False) for v, d in zip(values, ODD))
+        self.head = nn.Linear(8, 2).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.weights:
+            x = torch.tanh(x @ weight.double())
+        return self.head(x).square().mean()
+
+
+def quantised(stage: int) -> list[Tensor]:
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    blocks = nn.ModuleList([Quantised(rank), Quantised(10 + rank)])
+    zero = {"stage": stage, **({"persistence_threshold": 0} if stage == 3 else {})}
+    engine = megatron_ds.initialize(blocks, {"zero": zero}, torch.optim.SGD(blocks.parameters(), lr=0.1))
+    torch.stack([block(torch.ones(2, 8).double()) for block in blocks])  # also without an engine's forward
+    engine.backward(torch.stack([block(torch.ones(2, 8).double()) for block in blocks]).sum())
+    engine.step()
+    state = engine.state_dict()
+    engine.close()
+    return [value.double() for value in state.values()]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_frozen_parameters_of_any_dtype_are_rank_0s(apart: bool) -> None:
+    (want,) = run_ranks(quantised, 1, 0)
+    for stage in (1, 3):
+        for got in run_ranks(quantised, 2, stage, apart=apart):
+            assert all((mine - value).abs().max() < 1e-9 for mine, value in zip(got, want, strict=True))
+
+
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_dtypes_that_cannot_be_trained_are_named() -> None:
     model = nn.Linear(4, 4)

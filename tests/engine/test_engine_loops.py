@@ -66,20 +66,24 @@ def of_generator(d: Any, g: Any, noise: Tensor) -> Tensor:
     return softplus(-d(g(noise))).mean()
 
 
-def gan(stage: int, accumulation: int) -> list[States]:
+def gan(stage: int, accumulation: int, freezes: bool) -> list[States]:
+    """``freezes``: the discriminator while the generator trains, and so it needs no ``zero_grad``."""
     g = engine_of(net(1, WIDTH), stage, accumulation=accumulation)
     d = engine_of(net(2, 1), stage, accumulation=accumulation)
     axis = d.mesh.data
     for step in range(STEPS):
         real, noise, other = (parts(3 * step + i, axis.size, axis.rank, accumulation) for i in range(3))
         for x, z in zip(real, noise):
-            d.zero_grad()
+            if not freezes:
+                d.zero_grad()
             d.backward(of_discriminator(d, g, x, z))
             d.step()
+        d.module.requires_grad_(not freezes)
         for z in other:
             g.zero_grad()
             g.backward(of_generator(d, g, z))
             g.step()
+        d.module.requires_grad_(True)
     return close(g, d)
 
 
@@ -103,7 +107,8 @@ def by_ddp() -> list[States]:
 
 
 def gans() -> dict[Any, list[States]]:
-    return {(stage, accumulation): gan(stage, accumulation) for stage in STAGES for accumulation in (1, 2)}
+    cases = [(stage, *more) for stage in STAGES for more in ((1, False), (2, False), (2, True))]
+    return {case: gan(*case) for case in cases}
 
 
 def test_two_engines_in_a_gan_equal_plain_torch_and_ddp() -> None:
