@@ -31,6 +31,7 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from megatron_ds.data.chunk_checks import CheckedArray
 from megatron_ds.data.remote import is_url, open_remote
@@ -243,6 +244,10 @@ class IndexedDataset:
         """
         self.sums = sums
         self.tokens = CheckedArray(self.bin_path, self.dtype, sums["bin"])
+
+    def index_checksum(self) -> str:
+        """xxh3-64 of the mapped index, in hexadecimal."""
+        return xxhash.xxh3_64_hexdigest(self._index.data)
 
     def _array(self, dtype: str, offset: int, count: int) -> npt.NDArray:
         # A plain ndarray view: np.memmap's own indexing is several times slower than ndarray's.

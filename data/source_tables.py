@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_ds.data.source_text import STREAM_BLOCK
-from megatron_ds.data.source_types import Block, Input, Record, Slice, SourceOptions, check_record
+from megatron_ds.data.source_types import Block, Input, Problem, Record, Slice, SourceOptions, check_record
 from megatron_ds.errors import DataError, nearest
 
 
@@ -47,9 +48,17 @@ def read_parquet(item: Input, part: Slice, options: SourceOptions) -> Iterator[R
     total = max(sum(file.metadata.row_group(group).num_rows for group in groups), 1)
     number = 0
     for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[options.key]):
-        for value in batch.column(0).to_pylist():
+        for value in batch.column(0):
             number += 1
-            yield number - 1, number / total, check_record({options.key: value}, options)
+            yield number - 1, number / total, _checked(value.as_py, options)
+
+
+def _checked(read: Callable[[], Any], options: SourceOptions) -> str | Problem:
+    """The text of a row; a table may hold as text what is none, which shows when the value is read."""
+    try:
+        return check_record({options.key: read()}, options)
+    except UnicodeDecodeError as error:
+        return Problem("invalid UTF-8", str(error))
 
 
 def _open_arrow(item: Input, options: SourceOptions) -> Any:
@@ -82,9 +91,13 @@ def read_arrow(item: Input, part: Slice, options: SourceOptions) -> Iterator[Rec
     dataset = _open_arrow(item, options).select_columns([options.key])
     for start in range(part.start, part.stop, 256):
         stop = min(start + 256, part.stop)
-        for at, value in enumerate(dataset[start:stop][options.key], start):
+        try:
+            readers = [functools.partial(lambda value: value, value) for value in dataset[start:stop][options.key]]
+        except UnicodeDecodeError:  # one of them is no text: which?
+            readers = [functools.partial(lambda at: dataset[at][options.key], at) for at in range(start, stop)]
+        for at, read in enumerate(readers, start):
             share = (at + 1 - part.start) / (part.stop - part.start)
-            yield at - part.start, share, check_record({options.key: value}, options)
+            yield at - part.start, share, _checked(read, options)
 
 
 def hub_revision(item: Input) -> str:

@@ -304,3 +304,21 @@ def test_a_run_that_its_inputs_ended_leaves_no_parts(tmp_path: Path, workers: in
         preprocess([str(source)], prefix, PreprocessOptions("bytes", source=SourceOptions("content")), workers)
     assert not Path(f"{prefix}.parts").exists()
     assert preprocess([str(source)], prefix, PreprocessOptions("bytes"), workers).documents == len(TEXTS)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_table_that_holds_as_text_what_is_none(tmp_path: Path, kind: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    column = pyarrow.array([b"one", b"\xff\xfe", b"three"], pyarrow.binary()).view(pyarrow.utf8())
+    source = tmp_path / f"in.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), source)
+    else:
+        import datasets
+
+        datasets.Dataset(datasets.table.InMemoryTable(pyarrow.table({"text": column}))).save_to_disk(str(source))
+    assert run([source], tmp_path / "out") == ["one", "three"]
+    (bad,) = map(json.loads, (tmp_path / "out.bad.jsonl").open())
+    assert (bad["line"], bad["reason"]) == (2, "invalid UTF-8")
