@@ -1,7 +1,13 @@
-"""The frame of the data tools: options in, one line per error out."""
+"""The frame of the command line tools: options in, one line per error out."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
+import os
+import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -10,17 +16,81 @@ from megatron_ds.errors import MegatronDSError
 
 Options = TypeVar("Options")
 
+# The system's refusals; any other OSError is a defect of this library and keeps its traceback.
+_REFUSALS = frozenset(
+    (
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+        *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENXIO, errno.EMFILE, errno.ENFILE),
+        *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY, errno.ETXTBSY),
+    )
+)
+# Libraries written in Rust (tokenizers, safetensors) report the system's refusal with types of their own.
+_RUST_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+_WAYS_OUT = {
+    errno.EMFILE: "; allow more open files with `ulimit -n`",
+    errno.ENOSPC: "; free some space, or choose another place",
+    errno.EDQUOT: "; free some space, or choose another place",
+}
+
 
 def run(main: Callable[[Options], None], options: type[Options], description: str | None) -> None:
-    """Parse the command line into ``options`` and call ``main``. Exit status: 0, 2 for an error that the input
-    caused (one message, no traceback), 130 when interrupted from the keyboard."""
+    """Parse the command line into ``options``, call ``main`` and exit as :func:`guarded` says."""
     import tyro  # not at the top: worker processes import the tools' modules again and need no parser
 
+    # Lines that belong together are one paragraph to tyro; examples stay lines of their own where they are indented.
+    shown = None if description is None else re.sub(r"^(?=python )", "    ", description, flags=re.MULTILINE)
+    sys.exit(guarded(lambda: main(tyro.cli(options, description=shown))))
+
+
+def say(text: str, code: int = 2) -> int:
+    """Print the last word of a program, and return its exit status."""
+    with contextlib.suppress(OSError, AttributeError):  # a stderr that is full, or closed
+        print(text, file=sys.stderr, flush=True)
+    return code
+
+
+def guarded(program: Callable[[], int | None], say: Callable[[str, int], int] = say) -> int:
+    """Run a program and return its exit status.
+
+    What it returned, or 0; 2 for an error that the input or the system caused (one message, no traceback); 130 when it
+    was interrupted from the keyboard; 141 when the reader of its output has gone (``| head``).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold what the locale's encoding lacks
     try:
-        main(tyro.cli(options, description=description))
+        try:
+            code = program() or 0
+        except SystemExit as left:  # --help
+            code = left.code if isinstance(left.code, int) else 0 if left.code is None else say(str(left.code), 1)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _leave_stdout()
+        return 128 + signal.SIGPIPE
     except MegatronDSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return say(f"error: {error}", 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return say("interrupted", 128 + signal.SIGINT)
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        _leave_stdout()
+        return say(f"error: {_described(error)}", 2)
+    except Exception as error:
+        found = _RUST_OS_ERROR.search(str(error))
+        if found is None:
+            raise
+        return say(f"error: {error}{_WAYS_OUT.get(int(found[1]), '')}", 2)
+
+
+def _described(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{error.strerror or error}{_WAYS_OUT.get(error.errno or 0, '')}"
+
+
+def _leave_stdout() -> None:
+    """What is still buffered goes nowhere: else Python's end fails once more."""
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

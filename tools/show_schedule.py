@@ -12,14 +12,12 @@ last stage (the output head) or slow transfers:
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from megatron_ds.errors import DataError, MegatronDSError
+from megatron_ds.data.cli import run
+from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.pipeline.draw import draw_png, draw_text
 from megatron_ds.pipeline.passes import add_communication, hoist_receives
 from megatron_ds.pipeline.placement import PlacementKind
@@ -28,6 +26,8 @@ from megatron_ds.pipeline.schedules import activation_bound, build_schedule
 from megatron_ds.pipeline.simulate import Costs, simulate
 from megatron_ds.pipeline.timeline import Timeline
 from megatron_ds.pipeline.validate import validate
+
+MOST_ACTIONS = 50_000  # some seconds, and far more than a screen shows
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ShowSchedule:
     """Also write the drawing, to scale, to this PNG file."""
     width: int = 100
     """Columns of the text drawing."""
-    color: bool = sys.stdout.isatty()
+    color: bool = sys.stdout is not None and sys.stdout.isatty()
     """Forward on blue, backward on green. By default only when the output is a terminal."""
 
 
@@ -85,6 +85,12 @@ def main(options: ShowSchedule) -> None:
 
 
 def _schedule(options: ShowSchedule) -> Schedule:
+    actions = 2 * options.pp * options.chunks * options.micro_batches
+    if actions > MOST_ACTIONS:
+        raise ConfigError(
+            f"pp={options.pp} x chunks={options.chunks} x micro_batches={options.micro_batches} have {actions:,} "
+            f"forwards and backwards, and at most {MOST_ACTIONS:,} are drawn; a smaller pipeline has the same shape"
+        )
     return build_schedule(options.schedule, options.pp, options.micro_batches, options.chunks, options.placement)
 
 
@@ -111,10 +117,4 @@ def _recorded(folder: Path) -> Timeline:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(ShowSchedule, description=__doc__))
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except MegatronDSError as error:
-        sys.exit(f"error: {error}")
+    run(main, ShowSchedule, __doc__)

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ds.checkpoint.together import merged
+from megatron_ds.data.cli import guarded, say
 from megatron_ds.errors import ConfigError, MegatronDSError
 from megatron_ds.mesh import init_process_group
 from megatron_ds.train.bounded import BoundedStore, StoreSilentError, in_thread
@@ -332,23 +333,27 @@ def _text(error: BaseException | None) -> str:
 
 
 def run_main(main: Callable[[Place], int]) -> int:
-    """Call ``main`` with this process's place; a user's mistake is one line, said once, and exit code 2."""
+    """Call ``main`` with this process's place and return its exit code; a mistake of the user's is one line, said once,
+    and exit code 2."""
     place = Place()
-    end_with_launcher()
-    try:
+
+    def start() -> int:
+        nonlocal place
         place = Place.from_environment()
         return main(place)
-    except MegatronDSError as error:
+
+    def speak(text: str, code: int) -> int:
+        if place.rank > 0 and code == 128 + signal.SIGINT:
+            return code
         if place.rank > 0:
             # Nearly always every rank has found the same; rank 0 says it, and its end is the end of the job. A rank
             # that is still there after that speaks too: first one a node, then all.
             time.sleep(_RANK_0_SPEAKS_FIRST * (1 if place.local_rank == 0 else 2))
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        if place.rank == 0:
-            print("interrupted", file=sys.stderr, flush=True)
-        return 130
+        return say(text, code)
+
+    end_with_launcher()
+    try:
+        return guarded(start, speak)
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
