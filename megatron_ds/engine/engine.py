@@ -215,7 +215,6 @@ class Engine:
         """What an optimizer does to the weights between two steps, as Schedule-Free's ``eval()``."""
         self.require_between_steps("a change of the weights by their optimizer")
         self.zero.change(change)
-        self._intact.note_values()
 
     def _finished(self, result: StepResult) -> StepResult:
         self._begin_anew()
@@ -310,8 +309,6 @@ class Engine:
         chosen = self.module.parameters() if parameters is None else parameters
         with self.tensors().gathered([chosen] if isinstance(chosen, nn.Parameter) else list(chosen), write):
             yield
-        if write:
-            self._intact.note_values()
 
     def get_parameter(self, name: str) -> Tensor:
         """The whole master weight, in fp32 (fp64), on every rank."""

@@ -1,9 +1,8 @@
 """Whether the model is still the one that the engine took over: changed behind its back it trains wrongly, silently.
 
-After ``model.half()`` or ``parameter.data = ...`` updates go to memory that the model no longer uses; and in half
-precision a value set in place lasts until the master weight overwrites it. So each step looks, before it updates: some
-tenths of a microsecond a parameter and a module. What was trained may be frozen for a while. A parameter unfrozen or
-added later is no error unless the optimizer has it: somebody else may train it.
+After ``model.half()`` or ``parameter.data = ...`` updates go to memory that the model no longer uses. So each step
+looks, before it updates: some tenths of a microsecond a parameter and a module. What was trained may be frozen for a
+while. A parameter unfrozen or added later is no error unless the optimizer has it: somebody else may train it.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from megatron_ds.shard import real_dtype, spec_of
-from megatron_ds.zero.buckets import state_dtype
+from megatron_ds.shard import spec_of
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 _AGAIN = "; change that before initialize(), or call engine.close() and initialize() again"
@@ -23,15 +21,13 @@ _AGAIN = "; change that before initialize(), or call engine.close() and initiali
 
 @dataclass
 class _Seen:
-    """A parameter as it was. ``pointer``: where its values lie, ``version``: how often they were written in place;
-    None where that may change."""
+    """A parameter as it was. ``pointer``: where its values lie; None where that may change."""
 
     name: str
     parameter: nn.Parameter
     trained: bool
     shape: torch.Size
     pointer: int | None = None
-    version: int | None = None
 
 
 class Intact:
@@ -54,14 +50,6 @@ class Intact:
         self._note_structure()
         for seen in self._whole:
             seen.pointer = seen.parameter.data_ptr()
-        self.note_values()
-
-    def note_values(self) -> None:
-        """What the parameters are now is as it should be."""
-        for seen in self._whole:
-            dtype = real_dtype(seen.parameter.dtype)
-            if state_dtype(dtype) != dtype:
-                seen.version = seen.parameter._version
 
     def fault(self) -> str | None:
         """What has changed and what to do, or None."""
@@ -91,13 +79,6 @@ class Intact:
                     f"{seen.name} has left the engine's memory, as after model.half(), model.to(...) or parameter.data "
                     f"= ...: updates would not reach the model{_AGAIN}; precision.dtype gives the dtype, "
                     "engine.set_parameter() values"
-                )
-        for seen in self._whole:
-            if seen.version is not None and seen.parameter._version != seen.version:
-                return (
-                    f"{seen.name} was written in place, in {str(seen.parameter.dtype).removeprefix('torch.')}: the "
-                    "update would overwrite it with its master weight; use engine.set_parameter(), or write within "
-                    "`with engine.gathered([parameter], write=True)`"
                 )
         return None
 

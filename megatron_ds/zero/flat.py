@@ -11,6 +11,7 @@ them::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from megatron_ds.zero.memory import GradientPool, TransientGradients, TransientP
 from megatron_ds.zero.sink import GradSink
 from megatron_ds.zero.state import BucketState
 from megatron_ds.zero.store import Store
+from megatron_ds.zero.writes import masters_follow, take_replaced
 
 _NORM_ROW = 4096
 
@@ -101,6 +103,9 @@ class FlatBucket:
         rows = (*(("master",) if wide != dtype else ()), *state_kinds(config))
         self.state = BucketState(name, rows if layout.key.trainable else (), layout.shard_size, wide, stores.state)
         self.optimizer: Update | None = None  # a slice of nothing but padding has nothing to update
+        self._versions = [parameter._version for parameter in parameters]
+        self._looks = 2.0  # the next so many updates look at every element
+        self._arrived: torch.Tensor | None = None  # what _digest() was when the parameters came
         self._bound = False  # the optimizer has the state's tensors for good
         ends = [0, *(slot.start + slot.numel for slot in layout.slots)]
         starts = [*(slot.start for slot in layout.slots), layout.size]
@@ -129,7 +134,7 @@ class FlatBucket:
         if isinstance(self.parameters, TransientParameters):
             self.parameters.holding.hold().copy_(comm.slice_dim0(self.parameters.whole, self.shard))
             self.parameters.holding.let_go(changed=True)
-            self.parameters.free()
+            self.parameters.discard()
         if self.gradients is None or not self.segments:
             return
         with self.held(changed=True) as segments:
@@ -309,17 +314,22 @@ class FlatBucket:
 
     # Parameters
 
-    def update(self, change: Callable[[Update], None]) -> None:
-        """Call ``change``, an optimizer step, with the rule over this rank's slice; the parameters follow."""
+    def update(self, change: Callable[[Update], None], look: bool = False) -> None:
+        """Call ``change``, an optimizer step, with the rule over this rank's slice; the parameters follow.
+
+        ``look``: at each element of them, whether it was written since the step before.
+        """
         if self.optimizer is None:
             return
         frozen = [slot.spec.name for slot, p in zip(self.layout.slots, self.tensors) if not p.requires_grad]
         self.optimizer.frozen = frozenset(frozen)
         if self._bound:
+            self._masters_follow(look)
             change(self.optimizer)
             self.master_to_parameters()
             return
         with self.held(changed=True) as segments:
+            self._masters_follow(look)
             self.optimizer.bind(segments)
             change(self.optimizer)
             self.master_to_parameters()
@@ -331,13 +341,58 @@ class FlatBucket:
             self.state.let_go(changed=False)
             self._let_shard_go(changed=True)
 
-    def take_over(self) -> None:
-        """Make shard and master weights what the whole parameters are."""
+    def _masters_follow(self, look: bool) -> None:
+        """Master weights of their own become what was written into the low-precision parameters."""
+        if "master" in self.state.rows:
+            found = masters_follow(self.state.hold()["master"], self._hold_shard(), look or self._looks > 0)
+            self._let_shard_go(changed=False)
+            self.state.let_go(changed=found)
+            self._looks = math.inf if found else self._looks - 1  # who writes once does so again
+
+    def keep_writes(self) -> None:
+        """Shard and master weights become what was written into the parameters; no peer may be reading the shard."""
         if isinstance(self.parameters, TransientParameters):
-            self.parameters.holding.hold().copy_(comm.slice_dim0(self.parameters.whole, self.shard))
+            self._write_back()
+            self.parameters.write_back()
+        if self.gradients is not None and self.segments and (self.resident or self._is_written()):
+            self._masters_follow(look=True)
+        self._versions = [parameter._version for parameter in self.tensors]
+
+    def release(self) -> None:
+        """Give the memory of whole parameters of a unit back. What was written into them stays."""
+        assert isinstance(self.parameters, TransientParameters)
+        self._write_back()
+        self.parameters.free()
+
+    def _write_back(self) -> None:
+        """What was written is in the buffer, and in the shard where that is offloaded."""
+        assert isinstance(self.parameters, TransientParameters)
+        if not self.parameters.is_gathered:
+            return
+        whole, replaced = self.parameters.whole, False
+        start, size = whole.data_ptr(), whole.element_size()
+        for slot, parameter in zip(self.layout.slots, self.tensors):
+            if slot.numel and parameter.data_ptr() != start + slot.start * size:
+                take_replaced(slot.spec, parameter, whole.narrow(0, slot.start, slot.numel))
+                replaced = True
+        arrived, digest = self._arrived, self._digest()
+        differs = arrived is not None and digest is not None and bool(arrived != digest)
+        if not self.parameters.holding.resident and (replaced or differs or self._is_written()):
+            self._looks = math.inf
+            self.parameters.holding.hold().copy_(comm.slice_dim0(whole, self.shard))
             self.parameters.holding.let_go(changed=True)
-        if self.gradients is not None:
-            self._parameters_to_master()
+
+    def _digest(self) -> torch.Tensor | None:
+        """A sum that tells a write of an offloaded shard, which is not here to be compared. To ask a GPU means to wait
+        for it: there only in the first steps, and where something was found."""
+        assert isinstance(self.parameters, TransientParameters)
+        whole = self.parameters.whole
+        if self.parameters.holding.resident or not (whole.device.type == "cpu" or self._looks > 0):
+            return None
+        return comm.slice_dim0(whole, self.shard).view(torch.int64).sum()
+
+    def _is_written(self) -> bool:
+        return any(parameter._version != seen for parameter, seen in zip(self.tensors, self._versions))
 
     def start_gather(self) -> None:
         """Start to collect every rank's slice of the parameters, in place."""
@@ -350,6 +405,8 @@ class FlatBucket:
             return False
         self._gathering.wait()
         self._gathering = None
+        if isinstance(self.parameters, TransientParameters):
+            self._arrived = self._digest()
         return True
 
 

@@ -193,6 +193,9 @@ class TransientParameters:
     copied at all: a gather waits until every peer has published its shard. Whoever changes a shard must know that no
     peer is reading.
 
+    What a module writes into ``whole`` stays: it goes into the shard when ``whole`` is freed. In shared memory it stays
+    in this rank's view until :meth:`write_back`, when no peer reads.
+
     Args:
         store: where the shard lives if it is offloaded; None: in device memory, or in the arena.
     """
@@ -211,6 +214,8 @@ class TransientParameters:
         self._arena = arena
         self._view: PrivateView | None = None
         self._taken = size == 0
+        self._gathered = False  # ``whole`` has the values
+        self._written = False  # this rank's view has, and stays until they are in the shard
         if arena is not None and store is None:
             shards, self._view = arena.take_common(size, dtype)
             self.whole = self._view.tensor
@@ -232,6 +237,11 @@ class TransientParameters:
         return self._taken
 
     @property
+    def is_gathered(self) -> bool:
+        """Whether ``whole`` has the values."""
+        return self._gathered
+
+    @property
     def is_collective(self) -> bool:
         """Whether a gather takes all ranks of the axis at the same time."""
         return self._view is None and self.axis.group is not None
@@ -244,27 +254,56 @@ class TransientParameters:
         return self.whole
 
     def free(self) -> None:
+        """Give the memory back; what was written stays."""
+        if self._view is None:
+            self.write_back()
+        elif self._written or self._view.written():
+            self._written = True
+            self._taken = self._gathered = False
+            return
+        self.discard()
+
+    def write_back(self) -> None:
+        """The shard, where it is resident, becomes what ``whole`` is. In shared memory no peer may be reading."""
+        if self._view is None and self._gathered and self.holding.resident:
+            self.shard.copy_(comm.slice_dim0(self.whole, self.axis))
+        elif self._view is not None and (self._written or (self._gathered and self._view.written())):
+            self.shard.copy_(comm.slice_dim0(self.whole, self.axis))
+            self._written = True
+
+    def discard(self) -> None:
+        """Give the memory back, and what was written."""
         if self._view is None:
             self.whole.untyped_storage().resize_(0)
         else:
             self._view.forget()
         self._taken = self.whole.numel() == 0
+        self._gathered = self._written = False
 
     def all_gather_start(self) -> Pending:
         """Take the memory and collect every rank's ``shard`` in it."""
         self.take()
         if self._view is not None:
-            assert self._arena is not None
-            return Pending(self.whole, then=self._arena.wait_published)
+            return Pending(self.whole, then=self._look)
         if self.holding.resident:
-            return comm.all_gather_start(self.whole, self.shard, self.axis)
+            gathering = comm.all_gather_start(self.whole, self.shard, self.axis)
+            return Pending(self.whole, then=lambda: self._arrived(gathering))
         self.holding.read_start()
 
         def fetch_and_gather() -> None:
-            comm.all_gather_start(self.whole, self.holding.hold(), self.axis).wait()
+            self._arrived(comm.all_gather_start(self.whole, self.holding.hold(), self.axis))
             self.holding.let_go(changed=False)
 
         return Pending(self.whole, then=fetch_and_gather)
+
+    def _arrived(self, gathering: Pending) -> None:
+        gathering.wait()
+        self._gathered = True
+
+    def _look(self) -> None:
+        assert self._arena is not None
+        self._arena.wait_published()
+        self._gathered = True
 
 
 def _peers(axis: Axis) -> list[int]:

@@ -23,6 +23,7 @@ from megatron_ds.zero.buckets import ParameterInfo, plan_buckets, state_dtype
 from megatron_ds.zero.budget import RankBytes
 from megatron_ds.zero.estimate import ModelSize
 from megatron_ds.zero.flat import FlatBucket
+from megatron_ds.zero.memory import TransientParameters
 from megatron_ds.zero.offload import OffloadPlan, Stores
 from megatron_ds.zero.plan import choose_units, gradient_pools, numbers_of_units, share_memory
 from megatron_ds.zero.reducer import WINDOW, Phase, Reducer
@@ -271,7 +272,8 @@ class ZeroOptimizer:
         for bucket, following in zip(order, [*order[1:], None]):
             if following is not None:
                 following.prefetch()
-            bucket.update(change)
+            # One after the other, besides those in which something was found.
+            bucket.update(change, bucket is order[self._count % len(order)])
             if bucket.layout.key.unit is None:
                 bucket.start_gather()
         self._publish()
@@ -281,6 +283,7 @@ class ZeroOptimizer:
         """Drop the gradients of this step; parameters and state stay as they are."""
         self.reducer.expect(Phase.REDUCED, "skip")
         self._before_change()
+        self._publish()
         self.reducer.phase = Phase.IDLE
 
     def _finish_gathers(self) -> None:
@@ -314,7 +317,7 @@ class ZeroOptimizer:
             if write:
                 self._meet()
                 for bucket in touched:
-                    bucket.take_over()
+                    bucket.keep_writes()
         if write:
             self._publish()
 
@@ -329,6 +332,10 @@ class ZeroOptimizer:
             self.gatherer.require_one_order(self.shard)
             self.gatherer.free_all()
         self._meet()
+        for bucket in self._all:
+            if isinstance(bucket.parameters, TransientParameters):
+                bucket.parameters.write_back()
+                bucket.parameters.discard()
 
     def _publish(self) -> None:
         """Signals that this rank has changed its parameters; a peer's gather reads them from now on."""
@@ -372,7 +379,13 @@ class ZeroOptimizer:
         replicas included: all ranks of the shard axis call it, fill the tensors and call :meth:`refresh_parameters`.
         """
         if for_load:
+            self._before_change()
+        else:
             self._meet()
+        for bucket in self._all:
+            bucket.keep_writes()
+        if not for_load:
+            self._publish()
         found: list[Piece] = []
 
         for bucket in self._all:

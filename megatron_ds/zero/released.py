@@ -24,7 +24,7 @@ class Adopter(Protocol):
 # What may be asked of a parameter whose values are not here.
 _ATTRIBUTES = (
     "shape dtype device requires_grad grad grad_fn is_leaf ndim layout itemsize nbytes name names is_cpu is_cuda "
-    "is_meta is_nested is_quantized is_sparse _backward_hooks"
+    "is_meta is_nested is_quantized is_sparse _backward_hooks _version"
 )
 _METHODS = (
     "size dim numel nelement element_size stride ndimension is_contiguous is_floating_point is_complex requires_grad_ "

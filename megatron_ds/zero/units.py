@@ -327,7 +327,7 @@ class Gatherer:
         self._idle.clear()
 
     def _free(self, bucket: FlatBucket) -> None:
-        cast(TransientParameters, bucket.parameters).free()
+        bucket.release()
         self._mark_released(bucket)
 
     def _is_gathered(self, bucket: FlatBucket) -> bool:

@@ -88,7 +88,7 @@ def reads(shared_memory: bool) -> dict[str, bool]:
         zero.refresh_parameters()
 
     def written() -> None:
-        with late(mesh, "take_over"), zero.gathered(made.parameters(), write=True):
+        with late(mesh, "keep_writes"), zero.gathered(made.parameters(), write=True):
             for parameter in made.parameters():
                 parameter.data.mul_(0.5)
 
@@ -134,4 +134,4 @@ def slow_evaluation(gradients_first: bool) -> bool:
 
 @pytest.mark.parametrize("gradients_first", [False, True])
 def test_peers_do_not_change_what_a_slow_rank_still_computes_with(gradients_first: bool) -> None:
-    assert run_ranks(slow_evaluation, 2, gradients_first) == [True, True]
+    assert run_ranks(slow_evaluation, 2, gradients_first, apart=False) == [True, True]

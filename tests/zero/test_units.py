@@ -164,7 +164,7 @@ def out_of_order(shared_memory: bool) -> str:
 def test_an_order_of_modules_that_would_mix_shards_is_named() -> None:
     for message in run_ranks(out_of_order, 2, False):
         assert re.match(r"gather number \d of this step was of the unit of 1\..* on rank 0, but of 2\.", message)
-    assert run_ranks(out_of_order, 2, True) == ["", ""], "in shared memory every rank looks for itself"
+    assert run_ranks(out_of_order, 2, True, apart=False) == ["", ""], "in shared memory every rank looks for itself"
 
 
 def between_uses() -> Any:

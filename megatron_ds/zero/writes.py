@@ -1,0 +1,56 @@
+"""Parameters that are written in place, by a module in its forward or by a loop: the written values hold, as in DDP.
+
+A codebook, a momentum encoder or clipped weights are written by all ranks alike, without a word to the optimizer. What
+is kept of a parameter between uses (a shard at stage 3, a master weight in half precision) has to become what was
+written. A version counter cannot tell: a write through ``.data`` has none. So the values are compared.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ds.shard import ShardSpec, shaped_as
+
+_CHUNK_CPU, _CHUNK = 1 << 14, 1 << 24  # elements compared at a time: of a cache, of a device's memory
+_EVERY = 509  # elements from one that is looked at to the next: a prime, so that they lie in all columns of a matrix
+
+
+def masters_follow(master: Tensor, shard: Tensor, thorough: bool) -> bool:
+    """Sets master weights to the values of ``shard`` where it is not what they round to; True if there may be such.
+
+    Args:
+        thorough: look at every element. On a CPU that takes as long as a third of the update; without it some are
+            looked at first, and all only if one of those was written. On a GPU it is always so: there it takes no
+            time to speak of, where to ask would mean to wait.
+    """
+    on_cpu = shard.device.type == "cpu"
+    if on_cpu and not thorough and torch.equal(shard[::_EVERY], master[::_EVERY].to(shard.dtype)):
+        return False
+    found, size = not on_cpu, _CHUNK_CPU if on_cpu else _CHUNK
+    for whole, low in zip(master.split(size), shard.split(size)):
+        rounded = whole.to(low.dtype)
+        if on_cpu and torch.equal(rounded, low):
+            continue
+        whole.copy_(torch.where(rounded == low, whole, low.to(whole.dtype)))
+        found = True
+    return found
+
+
+def take_replaced(spec: ShardSpec, parameter: nn.Parameter, place: Tensor) -> None:
+    """A parameter whose memory was exchanged (``parameter.data = ...``) lies in ``place`` again, its part of a flat
+    buffer, with the new values.
+
+    Raises:
+        RuntimeError: its shape is another one now.
+    """
+    shape = (*parameter.shape, 2) if parameter.is_complex() else tuple(parameter.shape)
+    if shape != spec.local_shape:
+        raise RuntimeError(
+            f"{spec.name} was given the shape {list(shape)} by parameter.data = ..., but has "
+            f"{list(spec.local_shape)}; change the model before initialize(), or call engine.close() and initialize() "
+            "again"
+        )
+    part = shaped_as(place, parameter)
+    part.copy_(parameter.data)
+    parameter.data = part
