@@ -137,6 +137,7 @@ def norm_backward_parts_kernel(
     grad_stride, grad_summed_stride, summed_stride, rows, columns, threshold, scale,
     RMS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SUMMED: tl.constexpr, DROP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    ahead: tl.constexpr = 1 if HAS_BIAS else 2
     c0 = tl.arange(0, BLOCK)
     c1, c2, c3 = BLOCK + c0, 2 * BLOCK + c0, 3 * BLOCK + c0
     nothing = tl.zeros((BLOCK,), tl.float32)
@@ -158,9 +159,10 @@ def norm_backward_parts_kernel(
             also += row * grad_summed_stride
         to, to_dropped = out + row * columns, dropped + row * columns
         products, gradients = nothing, nothing
-        for start in range(0, columns, 2 * BLOCK):
-            # Loads of two parts are under way at once; for all four there are no registers.
-            for part in tl.static_range(2):
+        for start in range(0, columns, ahead * BLOCK):
+            # Loads of two parts are under way at once; for all four there are no registers, and beside the bias's sums
+            # not for two.
+            for part in tl.static_range(ahead):
                 g, unit, w = load_part(own_grad, own, weight, mu, r, start + part * BLOCK + c0, columns)
                 products += g * w * unit
                 gradients += g * w

@@ -324,7 +324,7 @@ def forward(
         return
     q, k, v = (_rows(x) for x in (q, k, v))
     b, n, s, d = q.shape
-    tile = _tiles("forward", block, d, q.dtype)
+    tile = _tiles("forward", block, d, q.dtype, s % block == 0)
     with on_device_of(q):
         forward_kernel[(triton.cdiv(s, tile["TM"]) * b * n,)](
             q, k, v, out, lse, layout[0], *layout[1:5], layout[9], scale,
@@ -349,12 +349,12 @@ def backward(
     sizes = n // groups, s, triton.cdiv(s, block)
     inputs = *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     with on_device_of(q):
-        tile = _tiles("query", block, d, q.dtype)
+        tile = _tiles("query", block, d, q.dtype, s % block == 0)
         query_kernel[(triton.cdiv(s, tile["TM"]) * b * n,)](
             grad, q, k, v, out, lse, delta, dq, layout[0], *layout[1:5], layout[9], scale,
             *inputs, *out.stride()[:3], *dq.stride()[:3], n, *sizes, BLOCK=block, **shape, **tile,
         )  # fmt: skip
-        tile = _tiles("key", block, d, q.dtype)
+        tile = _tiles("key", block, d, q.dtype, s % block == 0)
         short, long = layout[10:]
         columns = block // tile["TN"]
         lists = layout[0], *layout[5:10]
@@ -397,7 +397,7 @@ def _shape(length: int, head_dim: int, block: int, dtype: torch.dtype) -> dict[s
     }
 
 
-def _tiles(kernel: str, block: int, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+def _tiles(kernel: str, block: int, head_dim: int, dtype: torch.dtype, even: bool) -> dict[str, int]:
     """Queries and keys a tile, warps and pipeline stages: in half precision those that were fastest on an H200."""
     wide = head_dim > 64
     if dtype == torch.float32:  # three tf32 products keep both halves of their operands in registers
@@ -411,7 +411,9 @@ def _tiles(kernel: str, block: int, head_dim: int, dtype: torch.dtype) -> dict[s
         keys = 32 if not wide or head_dim & (head_dim - 1) else 64
         tm, tn, stages = min(block, 64), min(block, keys), 2
     else:
-        # At wide heads a few registers spill, 32 to 48 bytes a thread; the widest tiles without were 15% slower.
-        tm, tn, stages = max(16, min(64, block // 2 if wide else block)), min(block, 128 if wide else 64), 2
+        # At wide heads a few registers spill, 32 to 48 bytes a thread; the widest tiles without were 15% slower. Masks
+        # of a sequence that ends inside a block take more: 64 queries a tile would spill 80 bytes with Triton 3.8.
+        most = 64 if even or not wide else 32
+        tm, tn, stages = max(16, min(most, block // 2 if wide else block)), min(block, 128 if wide else 64), 2
     warps = {16: 1, 32: 2, 64: 4, 128: 8}[max(tm, tn)]
     return {"TM": tm, "TN": tn, "num_warps": warps, "num_stages": stages}
