@@ -402,7 +402,7 @@ def _tiles(kernel: str, block: int, head_dim: int, dtype: torch.dtype, even: boo
     wide = head_dim > 64
     if dtype == torch.float32:  # three tf32 products keep both halves of their operands in registers
         side = 16 if wide else min(block, 32)
-        warps = {"forward": 4, "query": 2, "key": 8}[kernel] if wide else 8 if side == 32 else 4
+        warps = {"forward": 4, "query": 4, "key": 8}[kernel] if wide else 8 if side == 32 else 4
         return {"TM": side, "TN": side, "num_warps": warps, "num_stages": 1}
     if kernel == "forward":
         tm, tn, stages = min(block, 64 if wide else 128), min(block, 64), 3
