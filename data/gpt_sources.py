@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_ds.data.blend_sources import Weighted, blend_of_splits, splits_of_blends
 from megatron_ds.data.conversation_dataset import ConversationDataset
@@ -20,12 +21,16 @@ from megatron_ds.errors import DataError
 
 @dataclass(frozen=True)
 class GPTSources:
-    """Samples by split; None where the split has no weight. ``notes``: what a run should say about its data."""
+    """Samples by split; None where the split has no weight. ``notes``: what a run should say about its data.
+
+    ``identity``: what the order and the content of the samples follow from besides the seed, as JSON values.
+    """
 
     train: SampleSource
     valid: SampleSource | None = None
     test: SampleSource | None = None
     notes: tuple[str, ...] = ()
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,15 @@ def open_sources(
         found = blend_of_splits(blend, split, least, seed, make, opener)
     if found["train"] is None:
         raise DataError(f"split={split!r} gives no weight to train; its first number must be positive")
-    return GPTSources(found["train"], found["valid"], found["test"], tuple(make.notes))
+    weights = {name: [w for w, _ in weighted] for name, weighted in (split_blends or {"": blend}).items()}
+    identity = {
+        "datasets": opener.opened,
+        "weights": weights,
+        "split": None if split_blends else split,
+        "sequence_length": sequence_length,
+        "conversations": options.conversations,
+    }
+    return GPTSources(found["train"], found["valid"], found["test"], tuple(make.notes), identity)
 
 
 @dataclass
@@ -105,10 +118,20 @@ class _Opener:
     cache_dir: Path | None
     makers: dict[str, tuple[str, str]] = field(default_factory=dict)
     """By the fingerprint of a tokenizer: (its name, the first dataset that it made)."""
+    opened: list[dict[str, Any]] = field(default_factory=list)
+    """What was opened, in order, by its content."""
 
     def __call__(self, prefix: str) -> IndexedDataset:
         indexed = IndexedDataset(prefix, self.cache_dir)
-        check_token_ids(indexed, self.vocab_size, "model.vocab_size", self.cache_dir)
+        found = check_token_ids(indexed, self.vocab_size, "model.vocab_size", self.cache_dir)
+        self.opened.append(
+            {
+                "prefix": prefix,
+                "documents": indexed.num_documents,
+                "tokens": indexed.num_tokens,
+                "checksums": [found.bin_xxh3, found.idx_xxh3, found.mask_xxh3],
+            }
+        )
         made_with = (read_manifest(indexed.prefix) or {}).get("tokenizer")
         if made_with is None:
             return indexed

@@ -110,4 +110,4 @@ def mask_sources(
 
     train, valid, test = (masked(source) for source in (sources.train, sources.valid, sources.test))
     assert train is not None
-    return GPTSources(train, valid, test, sources.notes)
+    return GPTSources(train, valid, test, sources.notes, sources.identity)

@@ -306,6 +306,9 @@ class DataConfig(_Section):
         description="bert: chance of a token to be predicted. Of these 80% are masked, 10% are random, 10% stay.",
     )
     prefetch: int = Field(2, ge=0, description="Global batches read ahead by a background thread.")
+    changed: Literal["refuse", "accept"] = Field(
+        "refuse", description="What a run does that is resumed and finds other data than it was trained on."
+    )
 
 
 class TrainConfig(_Section):
@@ -334,8 +337,17 @@ class CheckpointConfig(_Section):
 
     save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: only at the end.")
     save_at_end: bool = Field(True, description="Write a checkpoint after the last step.")
-    keep_last: int | None = Field(None, gt=0, description="Older checkpoints are deleted. Default: keep all.")
+    keep_last: int | None = Field(
+        None,
+        gt=0,
+        description="Older checkpoints are deleted, but for the newest that a good step followed. Default: keep all.",
+    )
     resume: bool = Field(False, description="Continue from the latest checkpoint in output, if there is one.")
+    resume_from: int | str | None = Field(
+        None,
+        description="Continue from another checkpoint, optimizer state and all: a step of output's, last-good (the "
+        "newest of them whose every checksum is right), or a path.",
+    )
     init_from: str | None = Field(
         None,
         description="Checkpoint of which a new run takes the weights (not the optimizer state) and the model's "

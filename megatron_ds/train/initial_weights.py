@@ -30,9 +30,9 @@ def model_defaults(config: RunConfig) -> dict[str, Any]:
     path = config.checkpoint.init_from
     if path is None:
         return {}
-    output = Output(config.output)
-    if config.checkpoint.resume and output.has_checkpoint:
-        path = str(output.checkpoints)  # what it started from may be gone by now
+    source = Output(config.output).resume_path(config)
+    if source is not None:
+        path = str(source)  # what it started from may be gone by now
     try:
         return {"model": _saved_model(path).model_dump(mode="json")}
     except CheckpointError:

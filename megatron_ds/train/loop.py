@@ -22,8 +22,10 @@ from megatron_ds.mesh import Mesh
 from megatron_ds.optim.schedule import rate_change
 from megatron_ds.train.build import Parts
 from megatron_ds.train.callbacks import Callback
+from megatron_ds.train.keeping import Keeper
 from megatron_ds.train.metrics import Speedometer
-from megatron_ds.train.output import Output
+from megatron_ds.train.output import Output, check_data, check_settings
+from megatron_ds.train.step import StepResult
 
 # Seconds within which two SIGINTs are one: under torchrun a Ctrl-C comes from the terminal and from torchrun.
 ONE_CTRL_C = 1.0
@@ -41,6 +43,7 @@ class Loop:
 
     Args:
         evaluation: makes the validation batches anew for each evaluation; None: there is no validation data.
+        data: what the samples are made from (:attr:`GPTSources.identity`): kept in checkpoints, compared on resuming.
     """
 
     def __init__(
@@ -53,12 +56,19 @@ class Loop:
         speedometer: Speedometer,
         evaluation: Evaluation | None = None,
         callbacks: Sequence[Callback] = (),
+        data: Mapping[str, Any] | None = None,
     ):
         self.config, self.mesh, self.parts, self.loader = config, mesh, parts, loader
         self.output, self.speedometer, self.evaluation = output, speedometer, evaluation
         self.callbacks = list(callbacks)
+        self.data = None if data is None else dict(data)
         self.step = 0
         self.skipped = 0
+        self.skipped_in_a_row = 0
+        self._put_off = False
+        self.keeper = Keeper(
+            output.checkpoints, config.checkpoint.keep_last, mesh.world, lambda text: self._call("on_message", text)
+        )
         self._asked_to_stop = threading.Event()
 
     def ask_to_stop(self) -> None:
@@ -72,7 +82,6 @@ class Loop:
     def run(self) -> bool:
         """Train to the end; False if the run was asked to stop before it (everything is saved then)."""
         total = self.config.train.steps
-        skipped_in_a_row = 0
         stopped = False
         with stop_signals(self._asked_to_stop):
             for callback in self.callbacks:
@@ -91,19 +100,30 @@ class Loop:
                     tokens = sum(batch["tokens"].numel() for batch in own)
                     self.speedometer.add(tokens * self.mesh.dp.size, result.targets)
                     self._call("on_step", step, result, self.speedometer.read())
-                    self.skipped += result.skipped
-                    skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
-                    if skipped_in_a_row >= self.config.train.max_skipped_steps:
-                        raise TrainingDivergedError(
-                            f"{skipped_in_a_row} steps in a row, up to step {step}, had NaN or Inf gradients "
-                            f"(train.max_skipped_steps={self.config.train.max_skipped_steps}); lower optimizer.lr, "
-                            "or look at the data of these steps; the last checkpoint is untouched"
-                        )
+                    self._count(result)
                     self._evaluate_and_save(step, total, stopped)
             finally:
                 self.loader.close()
                 self._call("on_end")
         return self.step >= total
+
+    def _count(self, result: StepResult) -> None:
+        """Take note of whether the step was skipped; too many in a row end the run.
+
+        Raises:
+            TrainingDivergedError: on every rank.
+        """
+        self.skipped += result.skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+        if not result.skipped:
+            self.keeper.good_step()
+        most = self.config.train.max_skipped_steps
+        if self.skipped_in_a_row >= most:
+            raise TrainingDivergedError(
+                f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, had NaN or Inf gradients "
+                f"(train.max_skipped_steps={most}); lower optimizer.lr, or look at the data of these steps; "
+                + self.keeper.go_back()
+            )
 
     def _call(self, event: str, *arguments: object) -> None:
         """Tell the callbacks. One that cannot write is left out from then on: that is no reason to lose the run."""
@@ -121,8 +141,15 @@ class Loop:
             loss = self.parts.step.evaluate(self._to_device(batch) for batch in self.evaluation())
             self._call("on_evaluation", step, loss)
             self.speedometer.restart()
-        due = checkpoint.save_every and step % checkpoint.save_every == 0
+        due = bool(checkpoint.save_every) and (self._put_off or step % checkpoint.save_every == 0)
         last = stopped or (at_end and checkpoint.save_at_end)
+        if due and self.skipped_in_a_row and not last:
+            # Whether the weights are good shows in a step that is not skipped.
+            if not self._put_off:
+                self._call("on_message", f"checkpoint of step {step} put off: its gradients are NaN or Inf")
+            self._put_off = True
+            return
+        self._put_off = False
         if due or last:
             try:
                 saved = self.save()
@@ -135,6 +162,11 @@ class Loop:
                 if last:
                     why = "" if at_end else "asked to stop: "
                     how = "" if at_end else "; continue with --checkpoint.resume and the same output"
+                    if self.skipped_in_a_row and (good := self.keeper.proven()) is not None:
+                        how += (
+                            f". Its last {self.skipped_in_a_row} steps had NaN or Inf gradients: should they go on so, "
+                            f"--checkpoint.resume-from {good} continues from before them"
+                        )
                     self._call("on_message", f"{why}saved step {step} in {saved}{how}")
             self.speedometer.restart()
 
@@ -167,33 +199,40 @@ class Loop:
             "optimizer_count": self.parts.optimizer.count,
             "next_learning_rate": self.parts.step.next_rate,
             "loss_scaler": self.parts.scaler.state_dict(),
+            "data": self.data,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "unproven": self.keeper.unproven,
         }
-        return save(
-            self.output.checkpoints,
-            self.step,
-            self.parts.optimizer.pieces(),
-            meta,
-            self.mesh.world,
-            self.config.checkpoint.keep_last,
-            replace=True,
-        )
+        pieces = self.parts.optimizer.pieces()
+        saved = save(self.output.checkpoints, self.step, pieces, meta, self.mesh.world, replace=True)
+        self.keeper.saved(self.step)
+        return saved
 
-    def resume(self) -> str:
-        """Continue from the latest checkpoint of the output directory.
+    def resume(self, path: Path | None = None) -> list[str]:
+        """Continue from the latest checkpoint of the output directory, or from another one.
 
         Returns:
-            What is to be said of the learning rate, where it is not the one that the run would have gone on with.
+            What is to be said: of data that changed, and of the learning rate where it is not the one that the run
+            would have gone on with.
+
+        Raises:
+            CheckpointError: it cannot be loaded. ConfigError: it is of another model, seed or data. On every rank.
         """
-        meta = load(self.output.checkpoints, self.parts.optimizer.pieces(for_load=True), self.mesh.world)
+        source = self.output.checkpoints if path is None else path
+        meta = load(source, self.parts.optimizer.pieces(for_load=True), self.mesh.world)
+        said = [] if path is None else check_settings(meta["config"], self.config, str(source))
+        said += check_data(meta.get("data"), self.data, self.config.data.changed)
         self.parts.optimizer.count = int(meta["optimizer_count"])
         self.parts.optimizer.refresh_parameters()
         self.parts.scaler.load_state_dict(meta["loss_scaler"])
         self.step = int(meta["step"])
         self.skipped = int(meta.get("skipped_steps", 0))
+        self.skipped_in_a_row = int(meta.get("skipped_in_a_row", 0))
+        self.keeper.started_from(self.step, meta.get("unproven"))
         self.loader.load_state_dict({"consumed": int(meta["consumed"])})
         now = self.parts.step.next_rate
         ends = _schedule_end(meta["config"]), _schedule_end(self.config.to_dict())
-        return rate_change(float(meta.get("next_learning_rate", now)), now, *ends)
+        return [*said, rate_change(float(meta.get("next_learning_rate", now)), now, *ends)]
 
     def _to_device(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
         if self.mesh.device.type == "cpu":

@@ -22,12 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ds.checkpoint.directory import steps_in
-from megatron_ds.config import RunConfig, load_toml, to_toml
+from megatron_ds.checkpoint.manifest import step_name
+from megatron_ds.config import RunConfig, from_dict, load_toml, to_toml
 from megatron_ds.data.cache import locked
 from megatron_ds.errors import ConfigError
 
 # A run that goes on with another one of these would be another run.
 _FIXED = ("model", "seed")
+_OF_ONE_START = ("output", "checkpoint.resume", "checkpoint.resume_from", "data.changed")
+LAST_GOOD = "last-good"
 
 
 class Output:
@@ -42,6 +45,19 @@ class Output:
         self.tensorboard = self.root / "tensorboard"
         self.timeline = self.root / "timeline"
 
+    def resume_path(self, config: RunConfig) -> Path | None:
+        """What a run continues from: a run's directory (its latest is meant), or one step's; None: it starts anew.
+
+        For ``last-good`` it is the directory, in which the step is still to be found.
+        """
+        wanted = config.checkpoint.resume_from
+        if wanted is None:
+            return self.checkpoints if config.checkpoint.resume and self.has_checkpoint else None
+        if wanted == LAST_GOOD:
+            return self.checkpoints
+        text = str(wanted)
+        return self.checkpoints / step_name(int(text)) if text.isascii() and text.isdigit() else Path(text)
+
     @property
     def has_checkpoint(self) -> bool:
         """Whether there is something to resume from, were it damaged: then loading it says so."""
@@ -54,7 +70,7 @@ class Output:
             What a resumed run does differently from now on, as ``key: before -> now``.
 
         Raises:
-            ConfigError: the directory holds a run and ``checkpoint.resume`` is off, or that run's model or seed is
+            ConfigError: the directory holds a run that this one does not continue, or that run's model or seed is
                 another one; or the directory cannot be written.
         """
         existing = self.root
@@ -62,7 +78,14 @@ class Output:
             existing = existing.parent
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise ConfigError(f"output={str(self.root)!r} cannot be made: {existing} is not a writable directory")
-        if not config.checkpoint.resume:
+        source = self.resume_path(config)
+        own = source is not None and source.absolute().is_relative_to(self.checkpoints.absolute())
+        if source is not None and not own and not source.exists():
+            raise ConfigError(
+                f"checkpoint.resume_from={config.checkpoint.resume_from!r} does not exist; give {LAST_GOOD}, a step of "
+                f"{self.checkpoints}, or a path"
+            )
+        if not (own or (source is None and config.checkpoint.resume)):
             holds = "checkpoints" if self.has_checkpoint else "metrics.jsonl" if _size(self.metrics) else ""
             # A config.toml alone is of a run that ended in its first step: nothing is lost with it.
             if holds:
@@ -80,14 +103,7 @@ class Output:
                 f"checkpoint.resume: the settings of before cannot be compared: {error}; remove {self.config} to "
                 "resume without that"
             ) from None
-        changes = list(_changes(before.to_dict(), config.to_dict()))
-        refused = [text for key, text in changes if key.split(".")[0] in _FIXED]
-        if refused:
-            raise ConfigError(
-                f"checkpoint.resume: the run in {str(self.root)!r} is of another model or seed ({'; '.join(refused)}); "
-                f"use its settings (--config {self.config}), or another output directory"
-            )
-        return [text for _, text in changes]
+        return check_settings(before.to_dict(), config, str(self.root), f"its settings (--config {self.config})")
 
     @contextlib.contextmanager
     def owned(self, config: RunConfig) -> Iterator[None]:
@@ -120,7 +136,7 @@ class Output:
             ConfigError: the disk is full, or the like.
         """
         try:
-            _replace(self.config, to_toml(config).encode())
+            _replace(self.config, to_toml(_for_good(config)).encode())
             return self.truncate_metrics(steps)
         except OSError as error:
             raise ConfigError(f"output={str(self.root)!r} cannot be written: {error}") from None
@@ -144,6 +160,68 @@ class Output:
                     shown = ", ".join(damaged[:8]) + ", ..." * (len(damaged) > 8)
                     notes.append(f"{path}: {len(damaged)} damaged or cut-off lines were dropped (line {shown})")
         return notes
+
+
+def check_settings(before: dict[str, Any], config: RunConfig, where: str, way_out: str = "its settings") -> list[str]:
+    """What a run does differently from the one that it continues, as ``key: before -> now``.
+
+    Raises:
+        ConfigError: the model or the seed is another one.
+    """
+    whole = from_dict(RunConfig, before, where).to_dict()
+    changes = list(_changes(whole, config.to_dict()))
+    refused = [text for key, text in changes if key.split(".")[0] in _FIXED]
+    if refused:
+        raise ConfigError(
+            f"checkpoint.resume: the run in {where!r} is of another model or seed ({'; '.join(refused)}); use "
+            f"{way_out}, or another output directory"
+        )
+    return [text for _, text in changes]
+
+
+def check_data(before: dict[str, Any] | None, now: dict[str, Any] | None, changed: str) -> list[str]:
+    """How the data differs from the data that a run was trained on before, where ``data.changed`` accepts that.
+
+    Raises:
+        ConfigError: it differs, and that is not accepted.
+    """
+    if before is None or now is None or _content(before) == _content(now):
+        return []
+    text = "; ".join(_data_changes(before, now))
+    if changed == "accept":
+        return [f"data changed, as accepted: {text}"]
+    raise ConfigError(
+        f"checkpoint.resume: the data is not what this run was trained on ({text}): samples would come in another "
+        "order, and some that were kept for validation would be trained on. Use the data of before, or continue on "
+        "purpose with --data.changed accept"
+    )
+
+
+def _data_changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    old, new = before.get("datasets", []), now.get("datasets", [])
+    if len(old) != len(new):
+        yield f"{len(old)} datasets -> {len(new)}"
+    for one, other in zip(old, new):
+        if _content(one) != _content(other):
+            sizes = [f"{d['documents']:,} documents of {d['tokens']:,} tokens" for d in (one, other)]
+            yield f"{other['prefix']}: {sizes[0]} -> {sizes[1] if sizes[0] != sizes[1] else 'as many, but others'}"
+    for key in sorted((before.keys() | now.keys()) - {"datasets"}):
+        if before.get(key) != now.get(key):
+            yield f"{key}: {before.get(key)} -> {now.get(key)}"
+
+
+def _content(identity: Any) -> Any:
+    """An identity of data without the places where it lies."""
+    if isinstance(identity, dict):
+        return {key: _content(value) for key, value in identity.items() if key != "prefix"}
+    return [_content(item) for item in identity] if isinstance(identity, list | tuple) else identity
+
+
+def _for_good(config: RunConfig) -> RunConfig:
+    """The settings without those that are meant once, for this start: the next one must not go back again."""
+    checkpoint = config.checkpoint.model_copy(update={"resume_from": None})
+    data = config.data.model_copy(update={"changed": "refuse"})
+    return config.model_copy(update={"checkpoint": checkpoint, "data": data})
 
 
 def _size(path: Path) -> int:
@@ -174,5 +252,5 @@ def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> I
         key, old = prefix + name, before.get(name)
         if isinstance(value, dict) and isinstance(old, dict):
             yield from _changes(old, value, f"{key}.")
-        elif value != old and key not in ("output", "checkpoint.resume"):
+        elif value != old and key not in _OF_ONE_START:
             yield key, f"{key}: {old!r} -> {value!r}"

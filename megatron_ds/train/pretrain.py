@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from megatron_ds.checkpoint.directory import resolve
 from megatron_ds.checkpoint.hf_files import take_along
+from megatron_ds.checkpoint.last_good import last_good
 from megatron_ds.config import RunConfig, validate
 from megatron_ds.data.gpt_sources import GPTSources
 from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
@@ -22,7 +23,7 @@ from megatron_ds.train.initial_weights import check_model, load_weights
 from megatron_ds.train.launch import Place, job, keep_freed_memory, set_threads
 from megatron_ds.train.loop import Evaluation, Loop
 from megatron_ds.train.metrics import Speedometer, peak_tflops
-from megatron_ds.train.output import Output
+from megatron_ds.train.output import LAST_GOOD, Output
 
 
 def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callable[[RunConfig], GPTSources]) -> bool:
@@ -42,8 +43,8 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
             stack.enter_context(registry.use(config.kernels))
             registry.check_runnable(device, DTYPES[config.precision.dtype])
             changes = output.check(config)
-            resumes = config.checkpoint.resume and output.has_checkpoint
-            differs = [] if resumes else check_model(config)
+            source = output.resume_path(config)
+            differs = [] if source is not None else check_model(config)
             sources = open_sources(config)
         set_threads(place, config.threads)
         if device.type == "cpu":
@@ -79,10 +80,14 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
             speedometer,
             _evaluation(config, mesh, sources),
             callbacks,
+            sources.identity,
         )
         ranks.describe(loop.where)
-        if resumes:
-            changes = [*changes, loop.resume()]
+        if source is not None:
+            if config.checkpoint.resume_from == LAST_GOOD:
+                source, damaged = last_good(source, mesh.world)
+                changes = [*changes, *(f"passed over: {problem}" for problem in damaged)]
+            changes = [*changes, *loop.resume(None if source == output.checkpoints else source)]
         elif config.checkpoint.init_from:
             load_weights(config, model.tables, parts.optimizer, mesh)
         loop.check_room()
@@ -90,9 +95,9 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
             # Only now: whatever failed until here has left the directory as it was.
             for note in output.prepare(config, loop.step):
                 print(note, flush=True)
-            if config.checkpoint.resume:
+            if config.checkpoint.resume or source is not None:
                 print(_resumed(loop.step, config, changes), flush=True)
-            if config.checkpoint.init_from and not resumes:
+            if config.checkpoint.init_from and source is None:
                 take_along(resolve(config.checkpoint.init_from).parent, output.checkpoints)
                 print(f"weights from {config.checkpoint.init_from}", *differs, sep="\n  ", flush=True)
         return loop.run()
@@ -101,7 +106,7 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
 def _resumed(step: int, config: RunConfig, changes: Sequence[str]) -> str:
     if step == 0:
         return f"checkpoint.resume: no checkpoint in {config.output}, so this run starts from the beginning"
-    changed = "; ".join(filter(None, changes))
+    changed = "; ".join(filter(None, dict.fromkeys(changes)))
     text = f"resumed from step {step} of {config.train.steps}"
     if step >= config.train.steps:
         text = f"nothing to do: the run in {config.output} is at step {step}, and train.steps={config.train.steps}"

@@ -6,46 +6,23 @@ import fcntl
 import hashlib
 import os
 import shutil
-import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import planted_faults
 import pytest
-from started_ranks import TINY, pretrain_gpt, started
+from started_ranks import TINY, started
 
 from megatron_ds.data.indexed import IndexedDatasetWriter
 from megatron_ds.data.preprocess import PreprocessOptions, preprocess
-from megatron_ds.train.launch import run_main
 from megatron_ds.train.report import read_losses
 
+if TYPE_CHECKING:
+    from entry_point import Run
 
-class Outcome(types.SimpleNamespace):
-    """What a process would have ended with: ``code`` and ``error``, the one message."""
-
-    code: int
-    error: str
-    out: str
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """``run(*arguments)``: examples/pretrain_gpt.py with the smallest model, as a job of one in this process."""
-
-    def call(*arguments: str) -> Outcome:
-        monkeypatch.setattr("sys.argv", ["pretrain_gpt.py", *TINY, *arguments])
-        capfd.readouterr()
-        code = run_main(pretrain_gpt().main)
-        out, err = capfd.readouterr()
-        errors = [line for line in err.splitlines() if "Traceback" in line or line.startswith("error: ")]
-        assert len(errors) == (code != 0), err
-        return Outcome(code=code, error=err[err.index("error: ") :] if code else "", out=out + err)
-
-    return call
+pytest_plugins = ["entry_point"]
 
 
 def snapshot(folder: Path) -> dict[str, str]:
