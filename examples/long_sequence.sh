@@ -16,7 +16,7 @@ exec "$python" "$root/examples/pretrain_gpt.py" --config "$root/examples/configs
     --output runs/long-sequence \
     --mesh.tp 1 --mesh.pp 1 \
     --data.synthetic \
-    --train.sequence-length 8192 --train.global-batch 1 --train.micro-batch 1 --train.steps 5 --train.eval-every 0 \
+    --train.sequence-length 8192 --train.global-batch 1 --train.micro-batch 1 --train.steps 5 \
     --optimizer.warmup-steps 1 \
     --checkpoint.no-save-at-end \
     --model.attention.sparse.mode bigbird \

@@ -67,7 +67,8 @@ def take(arguments: list[str], flag: str) -> int | None:
         return None
     at = arguments.index(flag)
     value = arguments[at + 1 : at + 2]
-    if not value or not value[0].isdigit():
+    # Nine digits are more than any number of ranks.
+    if not value or not (value[0].isascii() and value[0].isdigit() and len(value[0]) < 10):
         raise ConfigError(f"{flag} needs a number, as in {flag} 8")
     del arguments[at : at + 2]
     return int(value[0])
@@ -87,8 +88,8 @@ def main(place: Place) -> int:
     if dry:
         check_model(config)
         m = config.mesh
-        config = config.model_copy(update={"data": config.data.model_copy(update={"synthetic": True})})
-        print(dry_run(config, model, world_size or m.tp * m.pp * m.cp * (m.dp or 1), rank or 0))
+        ranks = m.tp * m.pp * m.cp * (m.dp or 1) if world_size is None else world_size
+        print(dry_run(config, model, ranks, rank or 0))
         return 0
     pretrain(config, place, model, sources)
     return 0

@@ -62,6 +62,10 @@ class Axis:
         return self.rank == self.size - 1
 
 
+MOST_RANKS = 1 << 20
+"""Of a job: ten times the largest there is. More is a mistake, and lists of ranks would fill the memory."""
+
+
 @dataclass(frozen=True)
 class MeshShape:
     """The extents of the mesh, before any process group exists.
@@ -105,6 +109,8 @@ class MeshShape:
     @staticmethod
     def for_world(world_size: int, pp: int = 1, cp: int = 1, tp: int = 1, dp: int | None = None) -> MeshShape:
         """The mesh of ``world_size`` ranks with the given model-parallel extents; ``dp`` is what is left over."""
+        if not 0 < world_size <= MOST_RANKS:
+            raise ConfigError(f"world_size={world_size} is no number of ranks; start 1 to {MOST_RANKS}")
         model = pp * cp * tp
         if world_size % model:
             below, above = world_size // model * model, -(-world_size // model) * model

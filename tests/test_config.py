@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 import subprocess
 import sys
 import tomllib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +56,8 @@ REFUSED: list[tuple[int, dict[str, dict[str, Any]], str]] = [
     ),
     (
         1,
-        {"model": {"family": "bert"}, "data": {"conversations": True}},
+        {"model": {"family": "bert"}, "data": {"conversations": True, "synthetic": False, "prefix": "corpus"}},
         "data.conversations and data.fim.rate are for model.family='gpt': a BERT predicts masked tokens of texts",
-    ),
-    (
-        1,
-        {"data": {"mask_token": 3}},
-        "data.mask_token=3 does nothing: model.family='gpt' masks no tokens; use model.family='bert'",
     ),
     (
         1,
@@ -122,8 +119,14 @@ REFUSED: list[tuple[int, dict[str, dict[str, Any]], str]] = [
     (1, {"optimizer": {"lr": 1e-4, "min_lr": 1e-3}}, "optimizer.min_lr=0.001 is above optimizer.lr=0.0001"),
     (
         1,
-        {"precision": {"dtype": "bf16", "loss_scale": 128.0}},
-        "precision.loss_scale=128.0 is for fp16; precision.dtype is bf16",
+        {"precision": {"dtype": "fp16", "initial_loss_scale": 16.0, "min_loss_scale": 64.0}},
+        "precision.initial_loss_scale=16 is below precision.min_loss_scale=64",
+    ),
+    (
+        1,
+        {"train": {"global_batch": 1 << 20, "micro_batch": 1}},
+        "train.global_batch=1048576 is 1048576 micro-batches a replica and step, of which there may be 65536; raise "
+        "train.micro_batch",
     ),
     (2, {"mesh": {"cp": 2}}, "mesh.cp=2: context parallelism is not built yet; use mesh.cp=1"),
 ]
@@ -216,12 +219,31 @@ def test_a_bad_file_is_refused_with_its_name(tmp_path: Path, text: str, message:
     assert str(path) in str(refused.value) and message in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.mkdir(), "cannot be read: it is a directory, not a regular file"),
+        (os.mkfifo, "cannot be read: it is a FIFO, not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "cannot be read: it is a device, not a regular file"),
+        (lambda path: path.write_bytes(b"seed = 1\n# caf\xe9\n"), "not UTF-8, at byte 14; save it as UTF-8"),
+        (lambda path: path.write_text("x = " + "[" * 200_000), "not valid TOML: "),
+    ],
+)
+def test_what_is_no_configuration_file_is_one_error(
+    tmp_path: Path, make: Callable[[Path], object], message: str
+) -> None:
+    make(tmp_path / "run.toml")
+    with pytest.raises(ConfigError) as refused:
+        parse(["--config", str(tmp_path / "run.toml")])
+    assert str(refused.value).startswith(f"--config {tmp_path / 'run.toml'}") and message in str(refused.value)
+
+
 def test_a_missing_file_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^--config nowhere\.toml: no such file$"):
         load_toml("nowhere.toml")
 
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
 
 
 @st.composite
@@ -235,7 +257,7 @@ def configs(draw: st.DrawFn) -> RunConfig:
             "compile": draw(st.booleans()),
             "threads": draw(st.none() | positive),
             "model": {
-                "kv_heads": draw(st.none() | positive),
+                "kv_heads": draw(st.none() | st.integers(1, 1 << 16)),
                 "position": draw(st.sampled_from(["learned", "rope", "alibi"])),
                 "rope_scaling": draw(st.none() | st.dictionaries(st.from_regex(r"[a-z_]+", fullmatch=True), small)),
                 "hidden_dropout": draw(small),
@@ -247,7 +269,7 @@ def configs(draw: st.DrawFn) -> RunConfig:
                 "blend": draw(st.lists(st.tuples(small, TEXT), max_size=3)),
                 "fim": {"rate": draw(small), "tokens": draw(st.none() | st.tuples(TEXT, TEXT, TEXT))},
             },
-            "log": {"record_steps": draw(st.lists(st.integers(0, 99), max_size=3))},
+            "log": {"record_steps": draw(st.lists(st.integers(1, 99), max_size=3))},
         },
         "drawn",
     )

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from megatron_ds.config.schema import DataConfig, RunConfig
 
 _OWN_BLENDS = ("train_blend", "valid_blend", "test_blend")
-_DEFAULT_SPLIT = DataConfig.model_fields["split"].default
 
 
-def data_faults(config: RunConfig) -> Iterator[str]:
+def data_faults(config: RunConfig, needed: bool = True) -> Iterator[str]:
     """Why the data settings do not say one thing, if they do not. ``synthetic`` asks for none of them."""
     data = config.data
     if data.synthetic:
         return
     own = [f"data.{name}" for name in _OWN_BLENDS if getattr(data, name)]
     given = ["data.prefix"] * bool(data.prefix) + ["data.blend"] * bool(data.blend) + own[:1]
-    if not given:
+    if not given and needed:
         yield (
             "data.prefix is not set: give the path or URL of a .bin/.idx pair without its suffix "
             "(tools/preprocess_data.py makes one), data.blend for several, or --data.synthetic"
@@ -30,14 +28,9 @@ def data_faults(config: RunConfig) -> Iterator[str]:
         )
     if own and "data.train_blend" not in own:
         yield f"{own[0]} without data.train_blend: nothing to train on; give data.train_blend too, or data.blend"
-    if own and data.split != _DEFAULT_SPLIT:
-        yield (
-            f"data.split={data.split!r} does nothing: with {own[0]} every split has whole datasets of its own; leave "
-            "it out, or use data.blend"
-        )
     for name in ("blend", *_OWN_BLENDS):
         for weight, prefix in getattr(data, name):
-            if not 0 < weight < math.inf:
+            if not weight > 0:
                 yield f"data.{name}: the weight {weight:g} of {prefix!r} must be positive; leave it out for none"
     yield from _fim_faults(data)
 
@@ -65,11 +58,8 @@ def ramp_faults(config: RunConfig, portion: int) -> Iterator[str]:
     train = config.train
     if train.batch_ramp is None:
         return
-    start, increment, samples = train.batch_ramp
+    start, increment, _ = train.batch_ramp
     what = f"train.batch_ramp={list(train.batch_ramp)} (start, increment, samples)"
-    if min(start, increment, samples) < 1:
-        yield f"{what} must be three positive numbers"
-        return
     if start >= train.global_batch or (train.global_batch - start) % increment:
         yield (
             f"{what} does not lead to train.global_batch={train.global_batch}: {start} plus whole increments of "

@@ -11,11 +11,12 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from megatron_ds.config.schema import OptimizerConfig, PrecisionConfig, ZeroConfig, _Section
+from megatron_ds.config.unused import ENGINE, unused_faults
 from megatron_ds.config.zero import zero_faults
 from megatron_ds.errors import ConfigError
 
 # The optimizer section's other defaults here: whoever brings a model and a loop expects what plain torch does.
-_PLAIN = {"schedule": "constant", "clip_norm": 0.0}
+_PLAIN: dict[str, Any] = {"schedule": "constant", "clip_norm": 0.0}
 
 
 class WarmupSchedule(_Section):
@@ -145,9 +146,8 @@ def _nearest_accumulation(whole: int, portion: int) -> str:
 def engine_faults(config: EngineConfig, dp: int) -> Iterator[str]:
     """What does not fit together; a setting that would do nothing counts."""
     yield from zero_faults(config.zero, dp)
-    section, precision = config.optimizer, config.precision
-    if precision.dtype != "fp16" and precision.loss_scale is not None and not config.keeps_dtype:
-        yield f"precision.loss_scale={precision.loss_scale:g} is for fp16; precision.dtype is {precision.dtype}"
+    yield from unused_faults(config, ENGINE)
+    section = config.optimizer
     if section.min_lr > section.lr:
         yield f"optimizer.min_lr={section.min_lr:g} is above optimizer.lr={section.lr:g}"
     if config.torch_optimizer is not None and (given := config.optimizer_settings()):

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 
 from megatron_ds.config.schema import RunConfig
 from megatron_ds.errors import ConfigError, nearest
+from megatron_ds.files import read_text
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -54,11 +55,14 @@ def load_toml(path: str | Path) -> RunConfig:
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The plain values of a TOML file."""
     try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
+        return tomllib.loads(read_text(path))
     except FileNotFoundError:
         raise ConfigError(f"--config {path}: no such file") from None
-    except tomllib.TOMLDecodeError as invalid:
+    except OSError as error:
+        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {path}: not UTF-8, at byte {error.start}; save it as UTF-8") from None
+    except (tomllib.TOMLDecodeError, RecursionError) as invalid:
         raise ConfigError(f"--config {path}: not valid TOML: {invalid}") from None
 
 

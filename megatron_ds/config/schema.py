@@ -4,13 +4,53 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+import math
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from megatron_ds.mesh import MOST_RANKS
+
+Count = Annotated[int, Field(gt=0)]
+_MOST = 1 << 53  # a whole number that a float and JSON still hold exactly
+_MOST_LAYERS = 1 << 16  # and heads: what is made one by one
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    """A section of settings. Every value is of its field's type (no true for 1, no "3" for 3), every number finite and
+    every text something that can name a file: one rule, for all sections, files and command lines."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), strict=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return value  # it checks its own
+        if isinstance(value, bool) and get_origin(kind) is Literal and not any(v is value for v in get_args(kind)):
+            raise _fault(f"Input should be {' or '.join(map(repr, get_args(kind)))}")
+        return _checked(value)
+
+
+def _checked(value: Any) -> Any:
+    """The value, its lists as tuples; an error for a number or a text in it that can mean nothing."""
+    if isinstance(value, list | tuple):
+        return tuple(_checked(item) for item in value)
+    if isinstance(value, dict):
+        return {name: _checked(item) for name, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _fault("Input should be a finite number")
+    if isinstance(value, int) and abs(value) > _MOST:
+        raise _fault("Input should be at most 2^53 in size")
+    if isinstance(value, str) and (not value or "\0" in value):
+        raise _fault("Input should not be empty" if not value else "Input should not contain a NUL character")
+    return value
+
+
+def _fault(rule: str) -> PydanticCustomError:
+    return PydanticCustomError("meaningless", "{rule}", {"rule": rule})
 
 
 class SparseAttentionConfig(_Section):
@@ -34,7 +74,7 @@ class SparseAttentionConfig(_Section):
     num_different_global_patterns: int = Field(
         1, gt=0, description="fixed: heads take turns in which blocks of a window stand for it."
     )
-    local_window_blocks: tuple[int, ...] = Field((4,), description="variable: sizes of the windows; the last repeats.")
+    local_window_blocks: tuple[Count, ...] = Field((4,), description="variable: sizes of windows; the last repeats.")
     global_block_indices: tuple[int, ...] = Field((0,), description="variable, bslongformer: blocks that all see.")
     global_block_end_indices: tuple[int, ...] = Field(
         (), description="variable, bslongformer: ends of ranges that begin at global_block_indices."
@@ -65,12 +105,13 @@ class ModelConfig(_Section):
         description="gpt: a decoder that predicts the next token. bert: an encoder that sees both ways and predicts "
         "masked tokens.",
     )
-    num_layers: int = Field(12, gt=0, description="Transformer blocks.")
+    num_layers: int = Field(12, gt=0, le=_MOST_LAYERS, description="Transformer blocks.")
     hidden_size: int = Field(768, gt=0, description="Width of the residual stream.")
-    num_heads: int = Field(12, gt=0, description="Query heads.")
+    num_heads: int = Field(12, gt=0, le=_MOST_LAYERS, description="Query heads.")
     kv_heads: int | None = Field(
         None,
         gt=0,
+        le=_MOST_LAYERS,
         description="Key/value heads; fewer than num_heads is grouped-query attention. Default: num_heads.",
     )
     head_dim: int | None = Field(None, gt=0, description="Width of one head. Default: hidden_size / num_heads.")
@@ -145,10 +186,12 @@ class ModelConfig(_Section):
 class MeshConfig(_Section):
     """How many ranks along each axis; tp is kept inside a node."""
 
-    tp: int = Field(1, gt=0, description="Tensor-parallel ranks: each layer's matrices are split over them.")
-    pp: int = Field(1, gt=0, description="Pipeline stages: the layers are split over them.")
-    cp: int = Field(1, gt=0, description="Context-parallel ranks; only 1 for now.")
-    dp: int | None = Field(None, gt=0, description="Data-parallel replicas. Default: what the world size leaves.")
+    tp: int = Field(1, gt=0, le=MOST_RANKS, description="Tensor-parallel ranks, which share each layer's matrices.")
+    pp: int = Field(1, gt=0, le=MOST_RANKS, description="Pipeline stages: the layers are split over them.")
+    cp: int = Field(1, gt=0, le=MOST_RANKS, description="Context-parallel ranks; only 1 for now.")
+    dp: int | None = Field(
+        None, gt=0, le=MOST_RANKS, description="Data-parallel replicas. Default: what the world size leaves."
+    )
     sequence_parallel: bool = Field(
         True, description="Outside tensor-parallel layers split activations along the sequence over tp."
     )
@@ -165,7 +208,7 @@ class PipelineConfig(_Section):
     split: Literal["count", "cost"] = Field(
         "count", description="Layers a stage: evenly by count, or by cost with embedding and head counted."
     )
-    layers_per_stage: tuple[int, ...] | None = Field(None, description="Explicit split, e.g. 3 4 4 1; overrides split.")
+    layers_per_stage: tuple[Count, ...] | None = Field(None, description="Explicit split, e.g. 3 4 4 1, not split's.")
 
 
 class OffloadConfig(_Section):
@@ -239,11 +282,11 @@ class PrecisionConfig(_Section):
     """Number formats. Gradients are always accumulated and master weights kept in fp32 (fp64 for fp64)."""
 
     dtype: Literal["fp32", "bf16", "fp16", "fp64"] = Field("fp32", description="Format of weights and activations.")
-    loss_scale: float | None = Field(None, gt=0, description="Fixed fp16 loss scale. Default: dynamic.")
-    initial_loss_scale: float = Field(65536.0, gt=0, description="Where the dynamic fp16 loss scale starts.")
+    loss_scale: float | None = Field(None, gt=0, le=2.0**40, description="Fixed fp16 loss scale. Default: dynamic.")
+    initial_loss_scale: float = Field(65536.0, gt=0, le=2.0**40, description="Where the dynamic loss scale starts.")
     loss_scale_window: int = Field(1000, gt=0, description="Good steps before the scale doubles.")
     loss_scale_hysteresis: int = Field(2, gt=0, description="Overflowing steps before the scale halves.")
-    min_loss_scale: float = Field(1.0, gt=0, description="The scale never falls below this.")
+    min_loss_scale: float = Field(1.0, gt=0, le=2.0**40, description="The scale never falls below this.")
 
 
 class RecomputeConfig(_Section):
@@ -316,7 +359,7 @@ class TrainConfig(_Section):
 
     steps: int = Field(1000, gt=0, description="Optimizer steps of the whole run.")
     global_batch: int = Field(8, gt=0, description="Sequences an optimizer step.")
-    batch_ramp: tuple[int, int, int] | None = Field(
+    batch_ramp: tuple[Count, Count, Count] | None = Field(
         None,
         description="START INCREMENT SAMPLES: the batch grows from START to global_batch in equal parts of the first "
         "SAMPLES sequences.",
@@ -361,7 +404,7 @@ class LogConfig(_Section):
     every: int = Field(1, gt=0, description="Steps between lines and TensorBoard points.")
     tensorboard: bool = Field(True, description="Write TensorBoard events to output/tensorboard.")
     progress: bool = Field(True, description="Show a progress bar.")
-    record_steps: tuple[int, ...] = Field(
+    record_steps: tuple[Count, ...] = Field(
         (),
         description="Steps whose pipeline timeline is recorded to output/timeline for tools/show_schedule.py.",
     )

@@ -44,6 +44,14 @@ def sparse_faults(config: RunConfig) -> Iterator[str]:
                 f"data.{name} {which}: a layout is the same for all samples, documents are not; use "
                 f"--data.no-{name.replace('_', '-')}, or {_SECTION}.mode='none'"
             )
+    blocks = -(-length // sparse.block)
+    for name, most in (("global_block_indices", blocks - 1), ("global_block_end_indices", blocks)):
+        outside = [index for index in getattr(sparse, name) if name in own and not 0 <= index <= most]
+        if outside:
+            yield (
+                f"{_SECTION}.{name}: {outside[0]} is outside the {blocks} blocks of train.sequence_length={length}; "
+                f"use 0 to {most}"
+            )
     if length % sparse.block:
         below, above = length // sparse.block * sparse.block, -(-length // sparse.block) * sparse.block
         yield (

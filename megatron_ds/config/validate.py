@@ -8,13 +8,19 @@ from megatron_ds.config.data import data_faults, ramp_faults
 from megatron_ds.config.pipeline import pipeline_faults
 from megatron_ds.config.schema import RunConfig
 from megatron_ds.config.sparse import sparse_faults
+from megatron_ds.config.unused import PRETRAINING, unused_faults
 from megatron_ds.config.zero import zero_faults
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import MeshShape
 
+MOST_MICRO_BATCHES = 1 << 16
+"""Of a step: the schedule lists and checks each."""
 
-def validate(config: RunConfig, world_size: int) -> MeshShape:
+
+def validate(config: RunConfig, world_size: int, needs_data: bool = True) -> MeshShape:
     """The one pass over everything that has to fit together. Returns the mesh; raises ConfigError with all faults.
+
+    ``needs_data``: the run reads samples, so that it must be said where they come from.
 
     Runs before any process group exists and depends on the configuration and the world size alone, so that every
     rank comes to the same verdict.
@@ -64,11 +70,6 @@ def validate(config: RunConfig, world_size: int) -> MeshShape:
         "'rope' or 'none'",
     )
     check(
-        not m.causal or config.data.mask_token is None,
-        f"data.mask_token={config.data.mask_token} does nothing: model.family='gpt' masks no tokens; use "
-        "model.family='bert'",
-    )
-    check(
         m.causal or not (config.data.conversations or config.data.fim.rate),
         "data.conversations and data.fim.rate are for model.family='gpt': a BERT predicts masked tokens of texts",
     )
@@ -96,6 +97,11 @@ def validate(config: RunConfig, world_size: int) -> MeshShape:
         f"use {_around(train.global_batch, portion)}",
     )
     check(
+        train.global_batch // portion <= MOST_MICRO_BATCHES,
+        f"train.global_batch={train.global_batch} is {train.global_batch // portion} micro-batches a replica and step, "
+        f"of which there may be {MOST_MICRO_BATCHES}; raise train.micro_batch",
+    )
+    check(
         config.optimizer.warmup_steps <= (config.optimizer.decay_steps or train.steps),
         f"optimizer.warmup_steps={config.optimizer.warmup_steps} is more than the "
         f"{config.optimizer.decay_steps or train.steps} steps of the schedule",
@@ -104,12 +110,15 @@ def validate(config: RunConfig, world_size: int) -> MeshShape:
         config.optimizer.min_lr <= config.optimizer.lr,
         f"optimizer.min_lr={config.optimizer.min_lr} is above optimizer.lr={config.optimizer.lr}",
     )
+    precision = config.precision
     check(
-        config.precision.dtype == "fp16" or config.precision.loss_scale is None,
-        f"precision.loss_scale={config.precision.loss_scale} is for fp16; precision.dtype is {config.precision.dtype}",
+        precision.min_loss_scale <= precision.initial_loss_scale,
+        f"precision.initial_loss_scale={precision.initial_loss_scale:g} is below "
+        f"precision.min_loss_scale={precision.min_loss_scale:g}",
     )
     faults += pipeline_faults(config)
-    faults += data_faults(config)
+    faults += unused_faults(config, PRETRAINING)
+    faults += data_faults(config, needs_data)
     faults += ramp_faults(config, portion)
     faults += sparse_faults(config)
     faults += zero_faults(config.zero, shape.dp)

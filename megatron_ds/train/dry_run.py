@@ -112,9 +112,9 @@ def dry_run(config: RunConfig, model: Model, world_size: int, rank: int = 0) -> 
         ConfigError: what the real run would raise, and a rank outside the world.
     """
     start = time.perf_counter()
+    shape = validate(config, world_size, needs_data=False)
     if not 0 <= rank < world_size:
         raise ConfigError(f"--rank {rank} is not a rank of --world-size {world_size}; use 0 to {world_size - 1}")
-    shape = validate(config, world_size)
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if world_size > 1:

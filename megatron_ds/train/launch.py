@@ -25,7 +25,7 @@ import torch.distributed as dist
 from megatron_ds.checkpoint.together import merged
 from megatron_ds.data.cli import guarded, say
 from megatron_ds.errors import ConfigError, MegatronDSError
-from megatron_ds.mesh import init_process_group
+from megatron_ds.mesh import MOST_RANKS, init_process_group
 from megatron_ds.train.bounded import BoundedStore, StoreSilentError, in_thread
 from megatron_ds.train.failure import Watch
 
@@ -69,6 +69,8 @@ class Place:
             raise ConfigError(f"{', '.join(numbers)} in the environment must be numbers: {error}") from None
         if not (0 <= place.rank < place.world_size and 0 <= place.local_rank < place.local_world_size):
             raise ConfigError(f"{place}, from the environment, is not one of the ranks; start with torchrun")
+        if place.world_size > MOST_RANKS:
+            raise ConfigError(f"WORLD_SIZE={place.world_size} in the environment; a job has at most {MOST_RANKS} ranks")
         return place
 
     def device(self, wanted: str) -> torch.device:

@@ -13,8 +13,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from megatron_ds.checkpoint.directory import read_meta
 from megatron_ds.checkpoint.load import load
 from megatron_ds.checkpoint.save import check_room, save
+from megatron_ds.checkpoint.together import together
 from megatron_ds.config import RunConfig
 from megatron_ds.data.loader import BatchLoader, MicroBatch
 from megatron_ds.errors import CheckpointError, MegatronDSError
@@ -219,9 +221,11 @@ class Loop:
             CheckpointError: it cannot be loaded. ConfigError: it is of another model, seed or data. On every rank.
         """
         source = self.output.checkpoints if path is None else path
+        with together(self.mesh.world):
+            before = read_meta(source)
+        said = [] if path is None else check_settings(before.get("config", {}), self.config, str(source))
+        said += check_data(before.get("data"), self.data, self.config.data.changed)
         meta = load(source, self.parts.optimizer.pieces(for_load=True), self.mesh.world)
-        said = [] if path is None else check_settings(meta["config"], self.config, str(source))
-        said += check_data(meta.get("data"), self.data, self.config.data.changed)
         self.parts.optimizer.count = int(meta["optimizer_count"])
         self.parts.optimizer.refresh_parameters()
         self.parts.scaler.load_state_dict(meta["loss_scaler"])

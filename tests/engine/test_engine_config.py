@@ -56,7 +56,7 @@ def test_two_batch_sizes_give_the_third(
         ({"torch_optimizer": {"name": "SGD"}, "optimizer": {"lr": 1.0}}, 1, "are two optimizers"),
         ({"schedule": {"name": "WarmupDecayLR"}}, 1, "needs schedule.total_num_steps"),
         ({"zero": {"stage": 2, "offload_parameters": {"device": "cpu"}}}, 1, "at stage 3 only"),
-        ({"precision": {"dtype": "bf16", "loss_scale": 2.0}}, 1, "precision.loss_scale=2 is for fp16"),
+        ({"precision": {"dtype": "bf16", "loss_scale": 2.0}}, 1, "precision.loss_scale=2.0 does nothing"),
     ],
     ids=str,
 )  # fmt: skip

@@ -45,6 +45,11 @@ def snapshot(folder: Path) -> dict[str, str]:
         (["--config", "nowhere.toml"], "--config nowhere.toml: no such file"),
         (["--data.no-synthetic"], "data.prefix is not set"),
         (["--dry-run", "--world-size", "x"], "--world-size needs a number"),
+        (["--dry-run", "--world-size", "0"], "world_size=0 is no number of ranks; start 1 to"),
+        (["--dry-run", "--world-size", "-8"], "--world-size needs a number"),
+        (["--dry-run", "--world-size", "\u0662"], "--world-size needs a number"),
+        (["--dry-run", "--world-size", "999999999"], "world_size=999999999 is no number of ranks"),
+        (["--data.prefix", "corpus"], "data.prefix='corpus' does nothing: data.synthetic makes up the tokens"),
     ],
 )
 def test_what_cannot_run_is_refused(run: Run, tmp_path: Path, arguments: list[str], message: str) -> None:
