@@ -1,19 +1,21 @@
-"""Reading files that other people made: regular files alone, JSON of bounded size.
+"""Files that other people made, and a standard output that they closed: what a program meets outside of itself.
 
 A FIFO in a file's place would block its reader for ever, a device would never end, and a text of 200,000 brackets or
 of a terabyte would take the process with it. Every reader of small files goes through here.
 
-All functions raise ``OSError`` (cannot be opened, not a regular file, too large) or ``ValueError`` (not UTF-8, not
+The readers raise ``OSError`` (cannot be opened, not a regular file, too large) or ``ValueError`` (not UTF-8, not
 JSON, nested too deeply), which the caller turns into its own error with the name of the file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import stat
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -76,3 +78,69 @@ def _open(path: str | Path) -> int:
         code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
         raise OSError(code, f"it is {what}, not a regular file", str(path))
     return fd
+
+
+# --- standard output ------------------------------------------------------------------------------------------
+
+
+def say(text: str) -> None:
+    """Print a line at once. Where standard output is full or closed that is said, once, and no reason to end a run."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        _silence()
+        with contextlib.suppress(OSError):
+            print(f"standard output is lost, and not needed: {error.strerror}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def checked_output() -> Iterator[None]:
+    """For a whole program: what it printed has arrived, or it ends with one line (without one, where the reader of its
+    output has simply had enough, as ``head`` has)."""
+    failure: OSError | None = None
+    try:
+        yield
+    except OSError as error:
+        if not is_of_output(error):
+            raise
+        failure = error
+    except SystemExit:
+        failure = _flush()
+        if failure is None:
+            raise
+    else:
+        failure = _flush()
+    if failure is None:
+        return
+    _silence()
+    if isinstance(failure, BrokenPipeError):
+        raise SystemExit(128 + 13)  # as one that SIGPIPE ends
+    with contextlib.suppress(OSError):
+        print(f"error: standard output cannot be written: {failure.strerror}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def is_of_output(error: OSError) -> bool:
+    """Whether it is standard output that failed: a print leaves nothing behind that a flush could fail with again."""
+    try:
+        if sys.stdout is not None and error.filename is None:
+            os.write(sys.stdout.fileno(), b"\n")
+    except OSError as again:
+        return again.errno == error.errno
+    return False
+
+
+def _flush() -> OSError | None:
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        return error
+    return None
+
+
+def _silence() -> None:
+    """From now on what is printed goes nowhere, the interpreter's own flush at its end included."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

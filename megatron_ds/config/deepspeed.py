@@ -8,7 +8,6 @@ training arguments are, or refused. Whatever else is wrong is one error with eve
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from megatron_ds.config.deepspeed_optimizer import optimizer_of, scheduler_of
 from megatron_ds.config.engine import EngineConfig
 from megatron_ds.config.read import from_dict
 from megatron_ds.errors import ConfigError, nearest
+from megatron_ds.files import read_json
 
 
 def from_deepspeed(
@@ -59,7 +59,8 @@ def from_deepspeed(
             if not row.lets(value):
                 faults.append(f"{key}={value!r} is not supported: {row.instead}")
         elif isinstance(row, Noted):
-            if row.how:
+            taken = value is None or row.kind is None or _take(key, value, row.kind, 0, faults) is not None
+            if taken and row.how:
                 notes.append(f"{key}={value!r}: {row.how}")
         elif value is not None:
             _set(built, key, value, row, flat, faults, notes)
@@ -175,7 +176,7 @@ def _read(source: Mapping[str, Any] | str | Path) -> tuple[str, Mapping[str, Any
         return dict(pairs)
 
     try:
-        values = json.loads(Path(source).read_text(), object_pairs_hook=once)
+        values = read_json(source, pairs=once)
     except OSError as error:
         raise ConfigError(f"{source} cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -214,6 +215,19 @@ def coerce(value: Any, kind: type) -> Any:
     raise ValueError({int: "a whole number", float: "a number", str: "a string"}[kind])
 
 
+def _take(key: str, value: Any, kind: type, least: float, faults: list[str]) -> Any:
+    """The value, of its kind and not below ``least``; None with a fault where it is not."""
+    try:
+        value = coerce(value, kind)
+    except ValueError as error:
+        faults.append(f"{key}={value!r} must be {error}")
+        return None
+    if kind in (int, float) and value < least:
+        faults.append(f"{key}={value!r} is negative; use 0 for none, or leave it out")
+        return None
+    return value
+
+
 def _set(
     built: dict[str, Any],
     key: str,
@@ -223,16 +237,11 @@ def _set(
     faults: list[str],
     notes: list[str],
 ) -> None:
-    try:
-        value = coerce(value, row.kind)
-    except ValueError as error:
-        faults.append(f"{key}={value!r} must be {error}")
+    value = _take(key, value, row.kind, row.least, faults)
+    if value is None:
         return
     if not row.when(flat):
         notes.append(f"{key}={value!r}: not in use with the rest of this file")
-        return
-    if row.kind in (int, float) and value < row.least:
-        faults.append(f"{key}={value!r} is negative; use 0 for none, or leave it out")
         return
     value = row.convert(value)
     if value is None:

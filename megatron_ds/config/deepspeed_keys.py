@@ -32,8 +32,10 @@ class Becomes:
 
 @dataclass(frozen=True)
 class Noted:
+    """``kind`` of its value: bool, or int for a number that is not negative; None: not looked at here."""
+
     how: str
-    kinds: tuple[type, ...] = (bool, int, float, str, dict, list, type(None))
+    kind: type | None = bool
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,13 @@ def _offload(part: str, to: str) -> dict[str, Becomes | Noted | Refused]:
         f"{key}.device": Becomes(f"{to}.device", str),
         f"{key}.nvme_path": Becomes(f"{to}.path", str, when=offloads(part, "nvme")),
         f"{key}.pin_memory": Becomes(f"{to}.pin_memory", bool, when=offloads(part, "cpu", "nvme")),
-        f"{key}.buffer_count": Noted(_SWAP),
-        f"{key}.buffer_size": Noted(_SWAP),
+        f"{key}.buffer_count": Noted(_SWAP, int),
+        f"{key}.buffer_size": Noted(_SWAP, int),
         f"{key}.fast_init": Noted("swap files are written once in any case"),
         f"{key}.pipeline": Noted("transfers always overlap with the update"),
         f"{key}.pipeline_read": Noted("transfers always overlap with the update"),
         f"{key}.pipeline_write": Noted("transfers always overlap with the update"),
-        f"{key}.max_in_cpu": Noted("zero.host_memory_mb bounds host memory"),
+        f"{key}.max_in_cpu": Noted("zero.host_memory_mb bounds host memory", int),
     }
 
 
@@ -122,7 +124,10 @@ KEYS: Mapping[str, Becomes | Noted | Refused] = {
         "every optimizer is tried on the spot, and refused if it is not elementwise"
     ),
     "zero_force_ds_cpu_optimizer": Noted("torch's own fused optimizers run on any device"),
-    "aio": Noted(_SWAP),
+    **{
+        f"aio.{key}": Noted(_SWAP, int) for key in ("block_size", "queue_depth", "thread_count", "intra_op_parallelism")
+    },
+    **{f"aio.{key}": Noted(_SWAP) for key in ("single_submit", "overlap_events", "use_gds")},
     "activation_checkpointing.partition_activations": Refused(_CHECKPOINTING),
     "activation_checkpointing.cpu_checkpointing": Refused(_CHECKPOINTING),
     "activation_checkpointing.contiguous_memory_optimization": Refused(_CHECKPOINTING),
@@ -140,8 +145,10 @@ KEYS: Mapping[str, Becomes | Noted | Refused] = {
     "zero_optimization.reduce_scatter": Noted("gradients are reduced to the rank that keeps them"),
     "zero_optimization.reduce_bucket_size": Becomes("zero.bucket_mb", int, _megabytes),
     "zero_optimization.allgather_partitions": Noted("each bucket's parameters are gathered in one collective"),
-    "zero_optimization.allgather_bucket_size": Noted(_BUCKETS),
-    "zero_optimization.sub_group_size": Noted("the update goes bucket by bucket; their size is reduce_bucket_size"),
+    "zero_optimization.allgather_bucket_size": Noted(_BUCKETS, int),
+    "zero_optimization.sub_group_size": Noted(
+        "the update goes bucket by bucket; their size is reduce_bucket_size", int
+    ),
     "zero_optimization.round_robin_gradients": Noted("each bucket is cut over all ranks, so none has more work"),
     "zero_optimization.stage3_prefetch_bucket_size": Becomes(
         "zero.prefetch", int, lambda elements: int(elements > 0), _at_stage_3
@@ -149,14 +156,18 @@ KEYS: Mapping[str, Becomes | Noted | Refused] = {
     "zero_optimization.stage3_param_persistence_threshold": Becomes(
         "zero.persistence_threshold", int, when=_at_stage_3
     ),
-    "zero_optimization.stage3_max_live_parameters": Noted("the unit in use and those prefetched are whole, no more"),
-    "zero_optimization.stage3_max_reuse_distance": Noted("a unit is freed when its module is done"),
+    "zero_optimization.stage3_max_live_parameters": Noted(
+        "the unit in use and those prefetched are whole, no more", int
+    ),
+    "zero_optimization.stage3_max_reuse_distance": Noted("a unit is freed when its module is done", int),
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": Noted("save_pretrained always writes whole weights"),
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": Noted("save_pretrained always writes whole weights"),
     "zero_optimization.stage3_model_persistence_threshold": Noted(
-        "every parameter under stage3_param_persistence_threshold stays whole"
+        "every parameter under stage3_param_persistence_threshold stays whole", int
     ),
-    "zero_optimization.stage3_module_granularity_threshold": Noted("members of lists of modules are gathered as one"),
+    "zero_optimization.stage3_module_granularity_threshold": Noted(
+        "members of lists of modules are gathered as one", int
+    ),
     "zero_optimization.stage3_use_all_reduce_for_fetch_params": Noted("parameters come by all-gather"),
     "zero_optimization.log_trace_cache_warnings": Noted("there is no trace that could be wrong"),
     "zero_optimization.zero_hpz_partition_size": Becomes(
@@ -212,7 +223,7 @@ KEYS: Mapping[str, Becomes | Noted | Refused] = {
     "curriculum_learning": Refused("order the samples in your own sampler", ({}, {"enabled": False}, None)),
     "data_efficiency": Refused("order the samples in your own sampler", ({}, {"enabled": False}, None)),
     "progressive_layer_drop": Refused("drop layers in the model", ({}, {"enabled": False}, None)),
-    **{key: Noted("") for key in OPTIMIZER_KEYS},  # read together, by optimizer_of and scheduler_of
+    **{key: Noted("", None) for key in OPTIMIZER_KEYS},  # read together, by optimizer_of and scheduler_of
 }
 # Sections of which only known keys may be there; the others above are one value as a whole.
 SECTIONS = (
@@ -224,5 +235,6 @@ SECTIONS = (
     "activation_checkpointing",
     "zero_optimization",
     "data_types",
+    "aio",
 )
 TOP_LEVEL = tuple(dict.fromkeys(key.split(".")[0] for key in KEYS))

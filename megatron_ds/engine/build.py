@@ -135,6 +135,11 @@ def read_config(config: Configuration, auto: Mapping[str, Any] | None = None) ->
         if is_deepspeed(config):
             return from_deepspeed(config, auto)
         return from_dict(EngineConfig, dict(config), "config"), []
+    if not isinstance(config, str | Path):
+        raise ConfigError(
+            f"config is {config!r}, of type {type(config).__name__}; give an EngineConfig, a dictionary, or a path of "
+            "a TOML file or a DeepSpeed JSON"
+        )
     if str(config).endswith(".json"):
         return from_deepspeed(config, auto)
     return from_dict(EngineConfig, read_toml(config), str(config)), []

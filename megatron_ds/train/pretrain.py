@@ -12,6 +12,7 @@ from megatron_ds.checkpoint.last_good import last_good
 from megatron_ds.config import RunConfig, validate
 from megatron_ds.data.gpt_sources import GPTSources
 from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
+from megatron_ds.files import say
 from megatron_ds.kernels import registry
 from megatron_ds.mesh import Mesh
 from megatron_ds.pipeline.schedules import activation_bound
@@ -53,9 +54,9 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
         mesh = Mesh.create(shape, device, ranks.group_timeout(device))
         if mesh.rank == 0:
             stack.enter_context(output.owned(config))
-            print(mesh, *sources.notes, sep="\n", flush=True)
+            say("\n".join([str(mesh), *sources.notes]))
             if device.type == "cuda" or config.kernels != "auto":
-                print("kernels:", *registry.report(device, DTYPES[config.precision.dtype]), sep="\n  ", flush=True)
+                say("\n  ".join(["kernels:", *map(str, registry.report(device, DTYPES[config.precision.dtype]))]))
         parts = build(config, mesh, model)
         loader = BatchLoader(
             sources.train,
@@ -96,10 +97,10 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
             for note in output.prepare(config, loop.step):
                 print(note, flush=True)
             if config.checkpoint.resume or source is not None:
-                print(_resumed(loop.step, config, changes), flush=True)
+                say(_resumed(loop.step, config, changes))
             if config.checkpoint.init_from and source is None:
                 take_along(resolve(config.checkpoint.init_from).parent, output.checkpoints)
-                print(f"weights from {config.checkpoint.init_from}", *differs, sep="\n  ", flush=True)
+                say("\n  ".join([f"weights from {config.checkpoint.init_from}", *differs]))
         return loop.run()
 
 

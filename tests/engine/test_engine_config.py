@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,3 +100,22 @@ def test_warmup_schedules_update_by_update() -> None:
     cosine = config.schedule.model_copy(update={"name": "WarmupCosineLR", "cos_min_ratio": 0.1})
     assert warmup_rate(cosine, 2.0, 1) == 0.0 and warmup_rate(cosine, 2.0, 4) == pytest.approx(2.0 * 0.5)
     assert warmup_rate(cosine, 2.0, 11) == pytest.approx(2.0 * 0.1)
+
+
+@pytest.mark.parametrize("config", [7, 1.5, [], [("zero", {})], {1, 2}, b"run.toml"])
+def test_what_is_no_configuration_is_refused(config: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"give an EngineConfig, a dictionary, or a path of a TOML file or a DeepSpeed"
+    ):
+        read_config(config)
+
+
+@pytest.mark.parametrize("suffix", [".toml", ".json"])
+def test_what_is_no_configuration_file_is_refused(tmp_path: Path, suffix: str) -> None:
+    for name, make in (("directory", os.mkdir), ("FIFO", os.mkfifo)):
+        make(tmp_path / f"{name}{suffix}")
+        with pytest.raises(ConfigError, match=f"cannot be read: it is a {name}, not a regular file"):
+            read_config(tmp_path / f"{name}{suffix}")
+    (tmp_path / f"deep{suffix}").write_text(("x = " if suffix == ".toml" else "") + "[" * 200_000)
+    with pytest.raises(ConfigError, match="not valid"):
+        read_config(str(tmp_path / f"deep{suffix}"))
