@@ -59,8 +59,8 @@ def from_deepspeed(
             if not row.lets(value):
                 faults.append(f"{key}={value!r} is not supported: {row.instead}")
         elif isinstance(row, Noted):
-            taken = value is None or row.kind is None or _take(key, value, row.kind, 0, faults) is not None
-            if taken and row.how:
+            _look_at(key, value, row.kind, faults)
+            if row.how:
                 notes.append(f"{key}={value!r}: {row.how}")
         elif value is not None:
             _set(built, key, value, row, flat, faults, notes)
@@ -213,6 +213,22 @@ def coerce(value: Any, kind: type) -> Any:
     if kind is str and isinstance(value, str):
         return value
     raise ValueError({int: "a whole number", float: "a number", str: "a string"}[kind])
+
+
+def _look_at(key: str, value: Any, kind: type | Mapping[str, type] | None, faults: list[str]) -> None:
+    """A value that changes nothing has to be one that DeepSpeed would take all the same."""
+    if value is None or kind is None:
+        return
+    if isinstance(kind, type):
+        _take(key, value, kind, 0, faults)
+    elif not isinstance(value, Mapping):
+        faults.append(f"{key}={value!r} must be an object of settings")
+    else:
+        for name, member in value.items():
+            if name in kind:
+                _look_at(f"{key}.{name}", member, kind[name], faults)
+            else:
+                faults.append(f"unknown key {f'{key}.{name}'!r}{nearest(name, kind)}")
 
 
 def _take(key: str, value: Any, kind: type, least: float, faults: list[str]) -> Any:

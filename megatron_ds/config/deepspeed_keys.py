@@ -32,10 +32,11 @@ class Becomes:
 
 @dataclass(frozen=True)
 class Noted:
-    """``kind`` of its value: bool, or int for a number that is not negative; None: not looked at here."""
+    """``kind`` of its value: bool, or int for a number that is not negative; by name for the keys of a section; None: it
+    is not looked at here."""
 
     how: str
-    kind: type | None = bool
+    kind: type | Mapping[str, type] | None = bool
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ def _megabytes(elements: int) -> float:
 
 _BUCKETS = "parameters and gradients move in the same buckets; their size is reduce_bucket_size"
 _SWAP = "swap files are read and written by a few threads with buffers of their own"
+_AIO_NUMBERS = ("block_size", "queue_depth", "thread_count", "intra_op_parallelism")
+_AIO_SWITCHES = ("single_submit", "overlap_events", "use_gds")
 _CHECKPOINTING = (
     "it only configures deepspeed.checkpointing; call model.gradient_checkpointing_enable() on a transformers model, "
     "or torch.utils.checkpoint in your own"
@@ -124,10 +127,7 @@ KEYS: Mapping[str, Becomes | Noted | Refused] = {
         "every optimizer is tried on the spot, and refused if it is not elementwise"
     ),
     "zero_force_ds_cpu_optimizer": Noted("torch's own fused optimizers run on any device"),
-    **{
-        f"aio.{key}": Noted(_SWAP, int) for key in ("block_size", "queue_depth", "thread_count", "intra_op_parallelism")
-    },
-    **{f"aio.{key}": Noted(_SWAP) for key in ("single_submit", "overlap_events", "use_gds")},
+    "aio": Noted(_SWAP, {**dict.fromkeys(_AIO_NUMBERS, int), **dict.fromkeys(_AIO_SWITCHES, bool)}),
     "activation_checkpointing.partition_activations": Refused(_CHECKPOINTING),
     "activation_checkpointing.cpu_checkpointing": Refused(_CHECKPOINTING),
     "activation_checkpointing.contiguous_memory_optimization": Refused(_CHECKPOINTING),
@@ -235,6 +235,5 @@ SECTIONS = (
     "activation_checkpointing",
     "zero_optimization",
     "data_types",
-    "aio",
 )
 TOP_LEVEL = tuple(dict.fromkeys(key.split(".")[0] for key in KEYS))

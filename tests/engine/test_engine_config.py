@@ -104,9 +104,7 @@ def test_warmup_schedules_update_by_update() -> None:
 
 @pytest.mark.parametrize("config", [7, 1.5, [], [("zero", {})], {1, 2}, b"run.toml"])
 def test_what_is_no_configuration_is_refused(config: Any) -> None:
-    with pytest.raises(
-        ConfigError, match=r"give an EngineConfig, a dictionary, or a path of a TOML file or a DeepSpeed"
-    ):
+    with pytest.raises(ConfigError, match="give an EngineConfig, a dictionary, or a path of a TOML"):
         read_config(config)
 
 
