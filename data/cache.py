@@ -27,6 +27,8 @@ import numpy.typing as npt
 import safetensors.numpy
 import xxhash
 
+from megatron_ds.files import parse_json
+
 _TYPES = {"I64": "<i8", "I32": "<i4", "U8": "u1", "F64": "<f8"}
 T = TypeVar("T")
 
@@ -110,7 +112,7 @@ def cached_arrays(
             with open(open_plain(file, os.O_RDONLY), "rb") as opened:
                 raw = np.memmap(opened, np.uint8, "r")
             start = 8 + int(raw[:8].view("<u8")[0])
-            header = json.loads(raw[8:start].tobytes())
+            header = parse_json(raw[8:start].tobytes())
             metadata = header.pop("__metadata__")
             if metadata["key"] == text and metadata["xxh3"] == xxhash.xxh3_64_hexdigest(raw[start:].data):
                 return {

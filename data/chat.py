@@ -21,6 +21,7 @@ import xxhash
 from megatron_ds.data.special_tokens import read_json
 from megatron_ds.data.tokenizers import Tokenizer
 from megatron_ds.errors import DataError
+from megatron_ds.files import read_text
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -202,6 +203,6 @@ def load_template(spec: str | None, tokenizer: str, special: dict[str, str] | No
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the chat template {path} cannot be read: {error}") from None

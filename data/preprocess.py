@@ -35,6 +35,7 @@ from megatron_ds.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ds.data.verify import file_identity
 from megatron_ds.data.workers import run_tasks
 from megatron_ds.errors import DataError
+from megatron_ds.files import read_json
 
 VERSION = 1
 
@@ -136,7 +137,7 @@ def _start_or_continue(folder: Path, plan: dict[str, Any], restart: bool) -> Non
         temporary.write_text(json.dumps(plan, indent=1))
         temporary.replace(path)
         return
-    before = json.loads(path.read_text())
+    before = read_json(path)
     if difference := _first_difference(before, json.loads(json.dumps(plan))):
         raise DataError(
             f"{folder} holds the parts of a run that did not finish, with other inputs or settings: {difference}. "

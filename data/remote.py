@@ -26,6 +26,7 @@ import xxhash
 
 from megatron_ds.data.cache import locked
 from megatron_ds.errors import DataError
+from megatron_ds.files import read_json
 
 CHUNK_BYTES = 16 << 20
 OPTIONAL = ("manifest.json", "loss_mask")
@@ -192,7 +193,7 @@ def _identity(filesystem: Any, path: str, optional: bool) -> dict[str, Any] | No
 def _compare_with_cached(url: str, folder: Path, identity: dict[str, Any]) -> None:
     if not (folder / _COMPLETE).is_file():
         return
-    cached = json.loads((folder / _COMPLETE).read_text())["identity"]
+    cached = read_json(folder / _COMPLETE)["identity"]
     changed = [name for name in {**cached, **identity} if cached.get(name) != identity.get(name)]
     if changed:
         raise DataError(
@@ -228,7 +229,7 @@ def _manifest(prefix: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        files = json.loads(path.read_text())["files"]
+        files = read_json(path)["files"]
         return files if isinstance(files, dict) else {}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"the manifest {path} is damaged: {error!r}") from None

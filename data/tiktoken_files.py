@@ -21,6 +21,7 @@ import xxhash
 from megatron_ds.data.fast_bpe import byte_characters
 from megatron_ds.data.special_tokens import BOS_NAMES, EOD_NAMES, choose, read_special_tokens
 from megatron_ds.errors import DataError
+from megatron_ds.files import read_json
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -119,7 +120,7 @@ class TiktokenTokenizer:
         beside = self.path.with_suffix(".json")
         if beside.is_file():
             try:
-                settings = json.loads(beside.read_text())
+                settings = read_json(beside)
                 return str(settings["pattern"]), {str(k): int(v) for k, v in settings["special_tokens"].items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(

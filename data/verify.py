@@ -8,7 +8,6 @@ pass does not go unseen either (:mod:`megatron_ds.data.chunk_checks`).
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from megatron_ds.data.cache import cached_arrays, cached_json
 from megatron_ds.data.chunk_checks import CHUNK_BYTES, ChunkSums
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.errors import DataError
+from megatron_ds.files import read_json
 
 SCAN_BYTES = 16 << 20
 MASK_SUFFIX = "loss_mask"
@@ -92,9 +92,9 @@ def read_manifest(prefix: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text())
+        manifest = read_json(path)
         return manifest if isinstance(manifest["files"], dict) else None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}); delete it to use the dataset without its checksums") from None
 
 

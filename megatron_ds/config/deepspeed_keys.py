@@ -32,8 +32,8 @@ class Becomes:
 
 @dataclass(frozen=True)
 class Noted:
-    """``kind`` of its value: bool, or int for a number that is not negative; by name for the keys of a section; None: it
-    is not looked at here."""
+    """``kind`` of its value: bool, or int for a number that is not negative; of a section, those of its keys. None: it
+    is read elsewhere."""
 
     how: str
     kind: type | Mapping[str, type] | None = bool

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from megatron_ds.errors import CheckpointError, ConfigError, nearest
+from megatron_ds.files import check_regular
 from megatron_ds.rng import derive_seed
 
 Weights = str | Path | Callable[[nn.Module], None] | None
@@ -162,6 +163,7 @@ class _Folder:
         self.file_of: dict[str, Path] = {}
         for file in sorted(path.glob("*.safetensors")):
             try:
+                check_regular(file)
                 handle = self._files[file] = safe_open(file, "pt")
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{file} cannot be read: {error}") from error

@@ -22,6 +22,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from megatron_ds.errors import DataError, ScheduleError
+from megatron_ds.files import read_json
 from megatron_ds.pipeline.action import Action
 from megatron_ds.pipeline.placement import Placement
 from megatron_ds.pipeline.schedule import Schedule, peak_in_flight
@@ -129,7 +130,7 @@ def _read_events(path: Path) -> list[Event]:
     try:
         events = [
             Event(int(row["rank"]), Action.parse(row["action"]), float(row["start"]), float(row["end"]))
-            for row in json.loads(path.read_text(encoding="utf-8"))
+            for row in read_json(path)
         ]
     except (OSError, ValueError, KeyError, TypeError, ScheduleError) as error:
         raise DataError(

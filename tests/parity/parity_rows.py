@@ -266,10 +266,16 @@ def config_of(row: Row) -> RunConfig:
             **(_offload_of(row) if row.zero > 0 else {}),
         },
         # The learning rate never reaches the end of its decay, so that the last step changes the parameters too.
-        "optimizer": {"name": row.optimizer, "lr": 0.02, "momentum": 0.9, "clip_norm": 0.5, "warmup_steps": 1},
+        "optimizer": {
+            "name": row.optimizer,
+            "lr": 0.02,
+            "clip_norm": 0.5,
+            "warmup_steps": 1,
+            **({"momentum": 0.9} if row.optimizer == "sgd" else {}),
+        },
         "precision": {"dtype": "fp64"},
         "recompute": {"mode": row.recompute, "every": 2},
-        "data": {"synthetic": True, "document_masking": row.documents},
+        "data": {"prefix": "the test's own", "document_masking": row.documents},
         "train": {
             "steps": STEPS + 2,
             "global_batch": dp * row.accumulation * row.micro_batch,
