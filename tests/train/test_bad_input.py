@@ -79,7 +79,7 @@ def test_stages_without_layers_and_batches_without_samples_are_refused_on_all_ra
     own = [*TINY, "--mesh.pp", "3", "--train.global-batch", "3", "--train.micro-batch", "2"]
     with started(tmp_path / "log", [[*own, "--output", str(tmp_path / "run")]] * 3) as ranks:
         assert ranks.wait() == [2, 2, 2]
-        assert "model.num_layers=2 cannot fill mesh.pp=3 stages" in ranks.output(0)
+        assert "model.num_layers=2 cannot fill 3 stages (mesh.pp)" in ranks.output(0)
         assert "train.global_batch=3 is not a multiple of train.micro_batch=2 x dp=1" in ranks.output(0)
         assert ranks.everything().count("error: ") == 1
 
