@@ -95,7 +95,7 @@ def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callab
         if mesh.rank == 0:
             # Only now: whatever failed until here has left the directory as it was.
             for note in output.prepare(config, loop.step):
-                print(note, flush=True)
+                say(note)
             if config.checkpoint.resume or source is not None:
                 say(_resumed(loop.step, config, changes))
             if config.checkpoint.init_from and source is None:
