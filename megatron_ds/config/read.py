@@ -7,7 +7,7 @@ import io
 import json
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,8 +43,13 @@ def from_dict(config_class: type[C], values: dict[str, Any], source: str) -> C:
             if error["type"] == "extra_forbidden":
                 lines.append(f"unknown key {key!r}{nearest(key, known)}")
             else:
-                lines.append(f"{key} = {error['input']!r}: {error['msg']}")
+                lines.append(f"{key} = {error['input']!r}: {_rule(error)}")
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def _rule(error: Mapping[str, Any]) -> str:
+    """What pydantic says, our own rules in the same words as its."""
+    return str(error["msg"]).removeprefix("Value error, ")
 
 
 def load_toml(path: str | Path) -> RunConfig:
@@ -125,7 +130,7 @@ def _reason(left: SystemExit, printed: str) -> str:
     if cause is not None:
         section = _prefixes(RunConfig).get(cause.title, "")
         return "; ".join(
-            f"{section}{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in cause.errors()
+            f"{section}{'.'.join(map(str, e['loc']))} = {e['input']!r}: {_rule(e)}" for e in cause.errors()
         )
     lines = [line.strip("│ ") for line in printed.splitlines()]
     lines = [line for line in lines if line and not line.startswith(("╭", "╰", "─"))]
