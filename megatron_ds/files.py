@@ -15,7 +15,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -91,52 +91,6 @@ def say(text: str) -> None:
         _silence()
         with contextlib.suppress(OSError):
             print(f"standard output is lost, and not needed: {error.strerror}", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def checked_output() -> Iterator[None]:
-    """For a whole program: what it printed has arrived, or it ends with one line (without one, where the reader of its
-    output has simply had enough, as ``head`` has)."""
-    failure: OSError | None = None
-    try:
-        yield
-    except OSError as error:
-        if not is_of_output(error):
-            raise
-        failure = error
-    except SystemExit:
-        failure = _flush()
-        if failure is None:
-            raise
-    else:
-        failure = _flush()
-    if failure is None:
-        return
-    _silence()
-    if isinstance(failure, BrokenPipeError):
-        raise SystemExit(128 + 13)  # as one that SIGPIPE ends
-    with contextlib.suppress(OSError):
-        print(f"error: standard output cannot be written: {failure.strerror}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-def is_of_output(error: OSError) -> bool:
-    """Whether it is standard output that failed: a print leaves nothing behind that a flush could fail with again."""
-    try:
-        if sys.stdout is not None and error.filename is None:
-            os.write(sys.stdout.fileno(), b"\n")
-    except OSError as again:
-        return again.errno == error.errno
-    return False
-
-
-def _flush() -> OSError | None:
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        return error
-    return None
 
 
 def _silence() -> None:

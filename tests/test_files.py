@@ -13,8 +13,6 @@ import pytest
 
 from megatron_ds.files import check_regular, open_regular, parse_json, read_bytes, read_json, read_text
 
-ROOT = Path(__file__).parent.parent
-
 
 def a_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as own:
@@ -71,40 +69,17 @@ def test_what_is_right_is_read(tmp_path: Path) -> None:
 
 PROGRAM = """
 import sys
-from megatron_ds.files import checked_output, say
-with checked_output():
-    for number in range(2000):
-        {line}
+from megatron_ds.files import say
+for number in range(2000):
+    say(number)
 print("went on", file=sys.stderr)
 """
 
 
-@pytest.mark.parametrize(
-    ("line", "where", "code", "error"),
-    [
-        ("print(number)", "> /dev/full", 2, "error: standard output cannot be written: No space left on device\n"),
-        ("print(number, flush=True)", "> /dev/full", 2, "error: standard output cannot be written: No space left"),
-        ("sys.exit(print(number))", "> /dev/full", 2, "error: standard output cannot be written: No space left"),
-        ("print(number, flush=True)", "| true", 141, ""),
-        ("print(number)", "| (sleep 1; head -1) > /dev/null", 0, "went on\n"),  # all of it was in the pipe
-        ("print(number)", ">&-", 0, "went on\n"),
-        (
-            "say(number)",
-            "> /dev/full",
-            0,
-            "standard output is lost, and not needed: No space left",
-        ),
-    ],
-)
-def test_a_standard_output_that_takes_nothing(line: str, where: str, code: int, error: str) -> None:
-    command = f"set -o pipefail; {sys.executable} -c '{PROGRAM.format(line=line)}' {where}"
+@pytest.mark.parametrize("where", ["> /dev/full", "| true", ">&-"])
+def test_a_run_goes_on_without_a_standard_output(where: str) -> None:
+    command = f"set -o pipefail; {sys.executable} -c '{PROGRAM}' {where}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
-    assert done.returncode == code, done.stderr
-    assert error in done.stderr and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
-    assert done.stderr.count("standard output is lost") <= 1
-
-
-def test_the_example_says_that_its_settings_did_not_arrive() -> None:
-    command = f"{sys.executable} examples/pretrain_gpt.py --print-config > /dev/full"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert (done.returncode, done.stderr) == (2, "error: standard output cannot be written: No space left on device\n")
+    assert done.returncode == 0 and done.stderr.endswith("went on\n"), done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert done.stderr.count("standard output is lost, and not needed") == (where != ">&-")
