@@ -65,6 +65,8 @@ def from_deepspeed(
         elif value is not None:
             _set(built, key, value, row, flat, faults, notes)
     faults += _contradictions(flat)
+    # Where a file is silent they clip; the training arguments, where there are some, know better.
+    built.setdefault("optimizer", {}).setdefault("clip_norm", (auto or {}).get("gradient_clipping", _CLIP_NORM))
     optimizer_of(flat, built, faults)
     scheduler_of(flat, built, faults, notes)
     if faults:
@@ -131,8 +133,10 @@ def auto_values(
     return {key: value for key, value in values.items() if value is not None}
 
 
+_CLIP_NORM = 1.0
+"""Theirs where a file is silent on gradient_clipping."""
 _STEPS_PER_PRINT = 10
-"""Theirs where a file is silent. Here it counts only where there is something to print: a breakdown."""
+"""Where a file asks for a breakdown and not how often to print it."""
 
 # Filled in, but never compared: no training argument says them.
 _ONLY_FILLED = ("scheduler.params.warmup_min_lr", "zero_optimization.")

@@ -16,6 +16,21 @@ _SCHEDULER = {
     "WarmupLR": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type"),
     "WarmupDecayLR": ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "warmup_type", "total_num_steps"),
     "WarmupCosineLR": ("warmup_min_ratio", "cos_min_ratio", "warmup_num_steps", "warmup_type", "total_num_steps"),
+    "OneCycle": (
+        "cycle_min_lr", "cycle_max_lr", "decay_lr_rate", "cycle_first_step_size", "cycle_second_step_size",
+        "cycle_first_stair_count", "cycle_second_stair_count", "decay_step_size", "cycle_momentum", "cycle_min_mom",
+        "cycle_max_mom", "decay_mom_rate",
+    ),
+    "LRRangeTest": (
+        "lr_range_test_min_lr", "lr_range_test_step_size", "lr_range_test_step_rate", "lr_range_test_staircase",
+    ),
+}  # fmt: skip
+_FROM_ZERO = ("cycle_second_step_size", "cycle_first_stair_count", "cycle_second_stair_count", "decay_step_size")
+_TOTAL = {"total_num_steps": ", the updates of the run"}
+_NEEDED: dict[str, dict[str, str]] = {
+    "WarmupDecayLR": _TOTAL,
+    "WarmupCosineLR": _TOTAL,
+    "OneCycle": {"cycle_min_lr": "", "cycle_max_lr": ""},
 }
 OPTIMIZER_KEYS = (
     "optimizer.type",
@@ -67,10 +82,14 @@ def optimizer_of(flat: Mapping[str, Any], built: dict[str, Any], faults: list[st
             f"{', '.join(_TORCH)}, or give initialize() an elementwise optimizer of torch's kind"
         )
         return
-    params.pop("torch_adam", None)  # which of two implementations of the same update
+    # Which of two implementations of the same update; their defaults differ.
+    of_torch = params.pop("torch_adam", False) is True
     decoupled = params.pop("adam_w_mode", True) or name == "AdamW"
     if params.pop("bias_correction", True) is not True:
-        faults.append("optimizer.params.bias_correction=false is not supported: remove it")
+        faults.append(
+            "optimizer.params.bias_correction=false is not supported, and without it the update is another: remove it "
+            "to train with bias correction, or give initialize() an optimizer of your own that has none"
+        )
     if name == "Adam" and decoupled:
         name = "AdamW"  # there "Adam" decays as AdamW does, unless told otherwise
     unknown = [key for key in params if key not in _TORCH[name]]
@@ -81,6 +100,9 @@ def optimizer_of(flat: Mapping[str, Any], built: dict[str, Any], faults: list[st
         )
         return
     section = built.setdefault("optimizer", {})
+    # Where the file is silent, the defaults of the class that would be used there hold and not ours.
+    if name == "AdamW":
+        params.setdefault("weight_decay", 0.01 if of_torch else 0.0)
     if name != "AdamW" or params.get("amsgrad"):
         built["torch_optimizer"] = {"name": name, "params": params}
         return
@@ -88,9 +110,8 @@ def optimizer_of(flat: Mapping[str, Any], built: dict[str, Any], faults: list[st
     if not (isinstance(betas, list | tuple) and len(betas) == 2):
         faults.append(f"optimizer.params.betas={betas!r} must be two numbers")
         return
-    # Where the file is silent, that class's own defaults hold and not ours.
     section.update(name="adamw", lr=params.get("lr", 1e-3), beta1=betas[0], beta2=betas[1], eps=params.get("eps", 1e-8))
-    section["weight_decay"] = params.get("weight_decay", 0.01)
+    section["weight_decay"] = params["weight_decay"]
 
 
 def scheduler_of(flat: Mapping[str, Any], built: dict[str, Any], faults: list[str], notes: list[str]) -> None:
@@ -113,16 +134,18 @@ def scheduler_of(flat: Mapping[str, Any], built: dict[str, Any], faults: list[st
             # People keep one file and change the type.
             notes.append(f"scheduler.params.{key}={value!r}: {kind} does not use it")
             continue
-        if key.endswith("_steps"):
-            whole = isinstance(value, int | float) and math.isfinite(value) and value == int(value) and value >= 1
+        if key.endswith(("_steps", "_step_size", "_count")):
+            least = 0 if key in _FROM_ZERO else 1
+            whole = isinstance(value, int | float) and math.isfinite(value) and value == int(value) and value >= least
             if not whole or isinstance(value, bool):
-                faults.append(f"scheduler.params.{key}={value!r} must be a whole number above 0")
+                faults.append(f"scheduler.params.{key}={value!r} must be a whole number{' above 0' if least else ''}")
                 continue
             value = int(value)
         values[key] = value
+    for key in _NEEDED.get(kind, ()):
+        if key not in params:
+            faults.append(f"scheduler.type={kind!r} needs scheduler.params.{key}{_NEEDED[kind][key]}")
     total, warmup = values.get("total_num_steps"), values.get("warmup_num_steps", 1000)
-    if kind != "WarmupLR" and total is None and "scheduler.params.total_num_steps" not in " ".join(faults):
-        faults.append(f"scheduler.type={kind!r} needs scheduler.params.total_num_steps, the updates of the run")
-    elif total is not None and total < warmup:
+    if total is not None and total < warmup:
         faults.append(f"scheduler.params.total_num_steps={total} is less than warmup_num_steps={warmup}")
     built["schedule"] = values

@@ -19,19 +19,41 @@ from megatron_ds.errors import ConfigError
 _PLAIN: dict[str, Any] = {"schedule": "constant", "clip_norm": 0.0}
 
 
-class WarmupSchedule(_Section):
+class DeepSpeedSchedule(_Section):
     """The learning rate that DeepSpeed's scheduler of that name gives, update by update."""
 
-    name: Literal["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"] = Field(
-        description="Constant, linear or cosine after."
+    name: Literal["WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"] = Field(
+        description="A warm-up, then constant, linear or cosine; one cycle up and down, then a decay; or ever larger."
     )
-    warmup_num_steps: int = Field(1000, gt=0, description="Updates of warm-up.")
-    warmup_type: Literal["log", "linear"] = Field("log", description="Shape of the warm-up.")
+    warmup_num_steps: int = Field(1000, gt=0, description="Warmup*: updates of warm-up.")
+    warmup_type: Literal["log", "linear"] = Field("log", description="Warmup*: shape of the warm-up.")
     warmup_min_lr: float = Field(0.0, ge=0, description="WarmupLR, WarmupDecayLR: where the warm-up starts.")
-    warmup_max_lr: float = Field(0.001, ge=0, description="WarmupLR, WarmupDecayLR: where it ends; not optimizer.lr.")
+    warmup_max_lr: float | None = Field(
+        None, ge=0, description="Where it ends. Default: the optimizer's rate for WarmupLR, 0.001 for WarmupDecayLR."
+    )
     total_num_steps: int | None = Field(None, gt=0, description="WarmupDecayLR, WarmupCosineLR: updates of the run.")
-    warmup_min_ratio: float = Field(0.0, ge=0, description="WarmupCosineLR: start of the warm-up, of optimizer.lr.")
-    cos_min_ratio: float = Field(0.0001, ge=0, description="WarmupCosineLR: end of the decay, of optimizer.lr.")
+    warmup_min_ratio: float = Field(0.0, ge=0, description="WarmupCosineLR: start of the warm-up, of the rate.")
+    cos_min_ratio: float = Field(0.0001, ge=0, description="WarmupCosineLR: end of the decay, of the rate.")
+    cycle_min_lr: float | None = Field(None, ge=0, description="OneCycle: start and end of the cycle.")
+    cycle_max_lr: float | None = Field(None, ge=0, description="OneCycle: its top.")
+    cycle_first_step_size: int = Field(2000, gt=0, description="OneCycle: updates on the way up.")
+    cycle_second_step_size: int | None = Field(None, ge=0, description="OneCycle: and down. Default: as many.")
+    cycle_first_stair_count: int = Field(0, ge=0, description="OneCycle: stairs on the way up; 0 for a slope.")
+    cycle_second_stair_count: int | None = Field(None, ge=0, description="OneCycle: and down. Default: as many.")
+    decay_step_size: int = Field(0, ge=0, description="OneCycle: updates of one decay after the cycle; 0 for none.")
+    decay_lr_rate: float = Field(0.0, ge=0, description="OneCycle: the rate is divided by 1 + this, a decay.")
+    cycle_momentum: bool = Field(True, description="OneCycle: an optimizer's beta1 goes the other way; beta2 is 0.99.")
+    cycle_min_mom: float = Field(0.8, ge=0, lt=1, description="OneCycle: beta1 at the top.")
+    cycle_max_mom: float = Field(0.9, ge=0, lt=1, description="OneCycle: beta1 at the start and end of the cycle.")
+    decay_mom_rate: float = Field(0.0, ge=0, description="OneCycle: beta1 is multiplied by 1 + this, a decay.")
+    lr_range_test_min_lr: float = Field(0.001, ge=0, description="LRRangeTest: the first rate.")
+    lr_range_test_step_size: int = Field(2000, gt=0, description="LRRangeTest: updates of one rise.")
+    lr_range_test_step_rate: float = Field(1.0, ge=0, description="LRRangeTest: a rise, of the first rate.")
+    lr_range_test_staircase: bool = Field(False, description="LRRangeTest: rise at once, not little by little.")
+
+    @property
+    def sets_betas(self) -> bool:
+        return self.name == "OneCycle" and self.cycle_momentum
 
 
 class TorchOptimizerConfig(_Section):
@@ -72,7 +94,7 @@ class EngineConfig(_Section):
     zero: ZeroConfig = ZeroConfig()
     optimizer: OptimizerConfig = OptimizerConfig(**_PLAIN)
     torch_optimizer: TorchOptimizerConfig | None = None
-    schedule: WarmupSchedule | None = None
+    schedule: DeepSpeedSchedule | None = None
     precision: PrecisionConfig = PrecisionConfig()
     log: EngineLogConfig = EngineLogConfig()
 
@@ -168,13 +190,22 @@ def engine_faults(config: EngineConfig, dp: int) -> Iterator[str]:
     if schedule is not None:
         if "schedule" in section.model_fields_set and section.schedule != "constant":
             yield f"schedule.name={schedule.name!r} and optimizer.schedule={section.schedule!r}; use one of them"
-        if schedule.name != "WarmupLR" and schedule.total_num_steps is None:
+        yield from _schedule_faults(schedule)
+
+
+def _schedule_faults(schedule: DeepSpeedSchedule) -> Iterator[str]:
+    total = schedule.total_num_steps
+    if schedule.name in ("WarmupDecayLR", "WarmupCosineLR"):
+        if total is None:
             yield f"schedule.name={schedule.name!r} needs schedule.total_num_steps, the updates of the run"
-        elif schedule.name != "WarmupLR" and (schedule.total_num_steps or 0) < schedule.warmup_num_steps:
+        elif total < schedule.warmup_num_steps:
             yield (
-                f"schedule.total_num_steps={schedule.total_num_steps} is less than "
-                f"schedule.warmup_num_steps={schedule.warmup_num_steps}"
+                f"schedule.total_num_steps={total} is less than schedule.warmup_num_steps={schedule.warmup_num_steps}"
             )
+    if schedule.name == "OneCycle":
+        for bound in ("cycle_min_lr", "cycle_max_lr"):
+            if getattr(schedule, bound) is None:
+                yield f"schedule.name='OneCycle' needs schedule.{bound}"
 
 
 def validate_engine(config: EngineConfig, dp: int) -> BatchSizes:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from megatron_ds import comm
 from megatron_ds.checkpoint.together import exchange
 from megatron_ds.config.deepspeed import from_deepspeed, is_deepspeed
-from megatron_ds.config.engine import BatchSizes, EngineConfig, validate_engine
+from megatron_ds.config.engine import BatchSizes, DeepSpeedSchedule, EngineConfig, validate_engine
 from megatron_ds.config.read import from_dict, read_toml
 from megatron_ds.engine.engine import Engine
 from megatron_ds.engine.meta import Filler, Weights, has_memory, take_places
@@ -24,14 +24,14 @@ from megatron_ds.engine.stage import LossStage, loss_of_output
 from megatron_ds.engine.wrapped import plain_name, unwrapped
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh, MeshShape, init_process_group
+from megatron_ds.optim.deepspeed_schedule import scheduled_betas, scheduled_rate
 from megatron_ds.optim.factory import UpdateRule
 from megatron_ds.optim.loss_scaler import LossScaler
 from megatron_ds.optim.schedule import learning_rate
 from megatron_ds.optim.torch_rule import TorchRule
-from megatron_ds.optim.warmup import warmup_rate
 from megatron_ds.pipeline.executor import Executor
 from megatron_ds.pipeline.schedules import build_schedule
-from megatron_ds.shard import ShardSpec
+from megatron_ds.shard import ShardSpec, spec_of
 from megatron_ds.train.build import DTYPES
 from megatron_ds.train.launch import Place, connect, keep_freed_memory
 from megatron_ds.train.step import TrainStep
@@ -259,7 +259,14 @@ def _optimizer(
                 f"an optimizer is given, and the configuration has one too ({', '.join(said)}); remove one of them"
             )
         return given if isinstance(given, Optimizer) else given(parameters)
-    return torch_optimizer(config, parameters) if config.torch_optimizer is not None else None
+    if config.torch_optimizer is not None:
+        return torch_optimizer(config, parameters)
+    if config.schedule is not None and config.schedule.sets_betas and config.optimizer.name == "adamw":
+        decayed = [parameter for parameter in parameters if spec_of(parameter).weight_decay]
+        others = [parameter for parameter in parameters if not spec_of(parameter).weight_decay]
+        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        return torch_optimizer(config, [group for group in groups if group["params"]])
+    return None
 
 
 def torch_optimizer(config: EngineConfig, parameters: Iterable[Any]) -> Optimizer:
@@ -281,13 +288,12 @@ def torch_optimizer(config: EngineConfig, parameters: Iterable[Any]) -> Optimize
         raise ConfigError(f"torch_optimizer.params={params}: {error}") from None
 
 
-def rate_of(config: EngineConfig) -> Callable[[int], float]:
-    """The configuration's learning rate as a function of the update's number, from 1."""
+def rate_of(config: EngineConfig) -> Callable[[float, int], float]:
+    """The configuration's learning rate as a function of the optimizer's own rate and the update's number, from 1."""
     section, schedule = config.optimizer, config.schedule
     if schedule is not None:
-        base = config.torch_optimizer.params.get("lr", 1e-3) if config.torch_optimizer else section.lr
-        return lambda step: warmup_rate(schedule, base, step)
-    return lambda step: learning_rate(section, step, section.decay_steps or config.steps or 1)
+        return lambda lr, step: scheduled_rate(schedule, lr, step)
+    return lambda _, step: learning_rate(section, step, section.decay_steps or config.steps or 1)
 
 
 def _train_step(
@@ -317,24 +323,43 @@ def _train_step(
     def count(micro_batches: Sequence[Any]) -> Tensor:
         return torch.full((), float(len(micro_batches) if config.losses == "mean" else 1), device=device)
 
-    rate = rate_of(config)
+    return TrainStep(
+        executor,
+        zero,
+        mesh,
+        scaler,
+        clip_norm=config.optimizer.clip_norm,
+        rate=_rate(config, rule, lr_scheduler),
+        count=count,
+    )
+
+
+def _rate(config: EngineConfig, rule: TorchRule | None, lr_scheduler: Any) -> Callable[[int], float]:
+    """The learning rate of an update. An optimizer of torch has it set in its groups, unless a scheduler does."""
+    of_config = rate_of(config)
+    if rule is None:
+        return lr_scheduler if callable(lr_scheduler) else lambda step: of_config(config.optimizer.lr, step)
     if callable(lr_scheduler):
-        rate = lr_scheduler
-    elif rule is not None and (lr_scheduler is not None or config.schedule is None):
-        own = rule
-        rate = lambda step: own.learning_rate  # noqa: E731
-    elif rule is not None:
-        rate = _set_by(rule.optimizer, rate)
-    return TrainStep(executor, zero, mesh, scaler, clip_norm=config.optimizer.clip_norm, rate=rate, count=count)
+        return _set_by(rule.optimizer, lambda _, step: lr_scheduler(step), None)
+    if lr_scheduler is not None or config.schedule is None:
+        return lambda step: rule.learning_rate
+    return _set_by(rule.optimizer, of_config, config.schedule if config.schedule.sets_betas else None)
 
 
-def _set_by(optimizer: Optimizer, rate: Callable[[int], float]) -> Callable[[int], float]:
-    """A schedule of the configuration over an optimizer of torch: what it says is what every group has."""
+def _set_by(
+    optimizer: Optimizer, rate: Callable[[float, int], float], betas: DeepSpeedSchedule | None
+) -> Callable[[int], float]:
+    """A schedule over an optimizer of torch: what it makes of each group's own rate is what the group has."""
+    own = [float(group["lr"]) for group in optimizer.param_groups]
 
     def set_rate(step: int) -> float:
-        value = rate(step)
-        for group in optimizer.param_groups:
-            group["lr"] = value
-        return value
+        for lr, group in zip(own, optimizer.param_groups):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate(lr, step))
+            else:
+                group["lr"] = rate(lr, step)
+            if betas is not None and "betas" in group:
+                group["betas"] = scheduled_betas(betas, step)
+        return float(optimizer.param_groups[0]["lr"])
 
     return set_rate

@@ -192,4 +192,6 @@ class Trainer(transformers.Trainer):
 def _factor(config: EngineConfig, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
     """The configuration's learning rate as a LambdaLR takes it: by updates done, relative to the optimizer's own."""
     rate, base = rate_of(config), optimizer.param_groups[0]["lr"]
-    return lambda done: rate(done + 1) / base if base else 0.0
+    if config.schedule is not None and config.schedule.sets_betas:
+        raise ConfigError("the Trainer's scheduler sets learning rates alone; set OneCycle's cycle_momentum to false")
+    return lambda done: rate(base, done + 1) / base if base else 0.0

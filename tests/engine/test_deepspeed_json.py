@@ -55,7 +55,7 @@ HONOURED: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
     ("fp16.loss_scale_window", 500, {"fp16.enabled": True}, {"precision.loss_scale_window": 500}),
     ("fp16.hysteresis", 3, {"fp16.enabled": True}, {"precision.loss_scale_hysteresis": 3}),
     ("fp16.min_loss_scale", 2, {"fp16.enabled": True}, {"precision.min_loss_scale": 2.0}),
-    ("optimizer.type", "Adam", {}, {"optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.weight_decay": 0.01}),
+    ("optimizer.type", "Adam", {}, {"optimizer.name": "adamw", "optimizer.lr": 1e-3, "optimizer.weight_decay": 0.0}),
     ("optimizer.params.lr", 3e-5, {"optimizer.type": "AdamW"}, {"optimizer.lr": 3e-5}),
     (
         "optimizer.params.betas",
@@ -305,7 +305,7 @@ def test_what_a_file_leaves_out_or_switches_off(values: dict[str, Any], becomes:
 def test_a_null_is_no_contradiction_of_the_training_arguments() -> None:
     auto = auto_values(clip_norm=1.0, micro_batch=2, accumulation=1, dp=1)
     values = {"gradient_clipping": None, "train_micro_batch_size_per_gpu": 2}
-    assert from_deepspeed(values, auto, must_match=True)[0].optimizer.clip_norm == 0.0
+    assert from_deepspeed(values, auto, must_match=True)[0].optimizer.clip_norm == 1.0
 
 
 def test_a_whole_file_as_people_have_it(tmp_path: Path) -> None:
@@ -388,7 +388,6 @@ FAULTS = [
     ({"train_batch_size": math.inf}, "train_batch_size=inf must be a whole number"),
     ({ZERO: {"stage": 3, "zero_hpz_partition_size": "8"}}, "zero_hpz_partition_size='8' must be a whole number"),
     ({"optimizer": {"type": "AdamX"}}, "did you mean 'Adam'"),
-    ({"scheduler": {"type": "OneCycle"}}, "use one of WarmupLR, WarmupDecayLR, WarmupCosineLR"),
     ({"scheduler": {"type": "WarmupDecayLR", "params": {}}}, "needs scheduler.params.total_num_steps"),
     (
         {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 5, "warmup_num_steps": 10}}},

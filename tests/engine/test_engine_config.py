@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from megatron_ds.config.read import from_dict
 from megatron_ds.engine import read_config
 from megatron_ds.errors import ConfigError
 from megatron_ds.optim.schedule import learning_rate
-from megatron_ds.optim.warmup import warmup_rate
 
 BATCHES = [
     ({}, 4, (None, None, 1)),
@@ -77,29 +75,6 @@ def test_the_defaults_are_plain_torchs_but_only_where_nothing_is_said() -> None:
     assert EngineConfig().optimizer.clip_norm == 0.0 and EngineConfig().optimizer.schedule == "constant"
     said = EngineConfig(optimizer={"lr": 1e-3, "clip_norm": 2.0, "schedule": "linear"}, steps=10)  # type: ignore[arg-type]
     assert said.optimizer.clip_norm == 2.0 and learning_rate(said.optimizer, 10, 10) == 0.0
-
-
-def test_warmup_schedules_update_by_update() -> None:
-    """Against DeepSpeed's own description: the scheduler steps after an update, from place -1."""
-    config, _ = from_deepspeed(
-        {
-            "optimizer": {"type": "AdamW", "params": {"lr": 1.0}},
-            "scheduler": {
-                "type": "WarmupDecayLR",
-                "params": {"warmup_max_lr": 0.5, "warmup_num_steps": 4, "total_num_steps": 10, "warmup_type": "linear"},
-            },
-        }
-    )
-    assert config.schedule is not None
-    rates = [warmup_rate(config.schedule, 1.0, step) for step in range(1, 13)]
-    ramp, fall = [0.0, 0.0, 0.125, 0.25, 0.375], [0.5 * (10 - place) / 6 for place in range(4, 11)]
-    assert rates == pytest.approx([*ramp, *fall])
-    log = config.schedule.model_copy(update={"name": "WarmupLR", "warmup_type": "log"})
-    assert warmup_rate(log, 1.0, 4) == pytest.approx(0.5 * math.log(3) / math.log(4))
-    assert warmup_rate(log, 1.0, 100) == 0.5
-    cosine = config.schedule.model_copy(update={"name": "WarmupCosineLR", "cos_min_ratio": 0.1})
-    assert warmup_rate(cosine, 2.0, 1) == 0.0 and warmup_rate(cosine, 2.0, 4) == pytest.approx(2.0 * 0.5)
-    assert warmup_rate(cosine, 2.0, 11) == pytest.approx(2.0 * 0.1)
 
 
 @pytest.mark.parametrize("config", [7, 1.5, [], [("zero", {})], {1, 2}, b"run.toml"])
