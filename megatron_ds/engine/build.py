@@ -264,7 +264,7 @@ def _optimizer(
     if config.schedule is not None and config.schedule.sets_betas and config.optimizer.name == "adamw":
         decayed = [parameter for parameter in parameters if spec_of(parameter).weight_decay]
         others = [parameter for parameter in parameters if not spec_of(parameter).weight_decay]
-        groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
         return torch_optimizer(config, [group for group in groups if group["params"]])
     return None
 
