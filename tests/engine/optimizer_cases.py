@@ -121,6 +121,19 @@ class Clipping(torch.optim.SGD):
                 p.data.sub_(p.grad * (50 / norm).clamp(max=1), alpha=group["lr"])
 
 
+class Projecting(torch.optim.SGD):
+    """Leaves out of a step what lies along a matrix, where the gradient is almost across it, as AdamP and SGDP do."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                step = p.grad
+                along = (step * p).sum() / p.square().sum()
+                if p.dim() > 1 and along.abs() * p.norm() < 0.02 * step.norm():
+                    step = step - along * p
+                p.data.sub_(step, alpha=group["lr"])
+
+
 class Small(torch.optim.SGD):
     """Keeps another kind of state of large parameters, in blocks with a scale each, as 8-bit optimizers do."""
 

@@ -13,6 +13,7 @@ from optimizer_cases import (
     Counting,
     Distance,
     Late,
+    Projecting,
     ScheduleFree,
     Small,
     Wrapping,
@@ -78,6 +79,7 @@ def test_a_step_out_of_train_mode_is_the_optimizers_own_error() -> None:
     [
         (Distance, r"depends on the others that are updated with it \(group 0 'd': "),
         (Clipping, "depends on the others that are updated with it; use an elementwise one"),
+        (Projecting, "its update of a matrix is not that of its elements, one by one"),
         (Small, "it keeps 'state1', uint8 of shape [16384], for a parameter that is float64 of shape [16384]"),
         (Wrapping, "it wraps another optimizer, inner"),
         (Late, "it keeps before only from a later step on"),

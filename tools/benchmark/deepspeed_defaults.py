@@ -20,12 +20,13 @@ import torch
 UPDATES = 45
 
 
-def rates(section: dict[str, Any]) -> tuple[list[float], list[float]]:
+def rates(section: dict[str, Any]) -> tuple[list[float], list[Any]]:
     from deepspeed.runtime import lr_schedules
 
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=section["lr"])
     scheduler = getattr(lr_schedules, section["type"])(optimizer, **section["params"])
-    found, betas = [], []
+    found: list[float] = []
+    betas: list[Any] = []
     for _ in range(UPDATES):
         found.append(float(optimizer.param_groups[0]["lr"]))
         betas.append(list(optimizer.param_groups[0]["betas"]))
