@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from megatron_ds.config.deepspeed import from_deepspeed
 from megatron_ds.config.engine import EngineConfig, batch_sizes, validate_engine
 from megatron_ds.config.read import from_dict
 from megatron_ds.engine import read_config
