@@ -13,11 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_ds.convert.tables import export_hf
 from megatron_ds.data.corpus import build_corpus
 from megatron_ds.data.preprocess import PreprocessOptions, preprocess
 from megatron_ds.data.tokenizer_training import train_tokenizer
 from megatron_ds.data.tokenizers import load_tokenizer
-from megatron_ds.models.hf_tables import export_hf
 from megatron_ds.train.launch import gpu_count
 from megatron_ds.train.report import largest_difference, plot_losses, read_losses
 from megatron_ds.train.torchrun import run_job

@@ -17,7 +17,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from sklearn.datasets import load_digits
 
 import megatron_ds
-from megatron_ds.train.launch import Place, run_main
+from megatron_ds.train.launch import RankInfo, run_main
 
 NOISE = DDPMScheduler(num_train_timesteps=200)
 
@@ -67,7 +67,7 @@ def draw(model: UNet2DModel, path: str, device: torch.device) -> None:
     image.imsave(path, grid.clamp(-1, 1).cpu().numpy(), cmap="gray", dpi=100)
 
 
-def main(place: Place) -> int:
+def main(place: RankInfo) -> int:
     args = options()
     model = make_model(args.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)

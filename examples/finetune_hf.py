@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 import megatron_ds
 from megatron_ds.config.deepspeed import auto_values
-from megatron_ds.train.launch import Place, run_main
+from megatron_ds.train.launch import RankInfo, run_main
 
 
 def options() -> argparse.Namespace:
@@ -57,7 +57,7 @@ def make_model(args: argparse.Namespace) -> Any:
         return LlamaForCausalLM(LlamaConfig(vocab_size=256, max_position_embeddings=args.sequence, **sizes))
 
 
-def main(place: Place) -> int:
+def main(place: RankInfo) -> int:
     args = options()
     model = make_model(args)
     zero = {"stage": args.stage, "offload_optimizer": {"device": args.offload}}

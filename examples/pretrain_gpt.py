@@ -24,7 +24,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.models.families import model_of
 from megatron_ds.train.dry_run import dry_run
 from megatron_ds.train.initial_weights import check_model, model_defaults
-from megatron_ds.train.launch import Place, run_main
+from megatron_ds.train.launch import RankInfo, run_main
 from megatron_ds.train.pretrain import pretrain
 
 
@@ -74,7 +74,7 @@ def take(arguments: list[str], flag: str) -> int | None:
     return int(value[0])
 
 
-def main(place: Place) -> int:
+def main(place: RankInfo) -> int:
     arguments = sys.argv[1:]
     show = "--print-config" in arguments
     dry = "--dry-run" in arguments

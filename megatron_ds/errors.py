@@ -38,7 +38,7 @@ class EngineError(MegatronDSError):
     """An engine's methods were called in an order that cannot work, or its model was changed behind its back."""
 
 
-class ReleasedParameterError(MegatronDSError):
+class ShardedParameterError(MegatronDSError):
     """A parameter's values were asked for while ZeRO stage 3 has them sharded."""
 
 

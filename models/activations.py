@@ -24,11 +24,18 @@ _BLOCK = 64  # queries a block of the CPU's attention
 
 @dataclass(frozen=True)
 class _Layer:
-    """Bytes of one block: all that autograd keeps; that but for the attention core's; the core's arguments alone."""
+    """Bytes that one block keeps of a micro-batch.
 
-    plain: int
-    around_core: int
-    core_input: int
+    Attributes:
+        no_recompute: all that autograd keeps.
+        without_attention_core: the same without what the attention core keeps.
+        attention_core_inputs: the queries, keys and values that the core is called with.
+        input: the block's own input.
+    """
+
+    no_recompute: int
+    without_attention_core: int
+    attention_core_inputs: int
     input: int
 
 
@@ -50,16 +57,20 @@ def gpt_activations(config: RunConfig, span: StageSpan, tp: int, device: str) ->
         # The last norm, and the gradients that the loss computes along with itself, the weight's in fp32 at least.
         fixed += _norm(own, c.hidden_size, width, c.norm == "rmsnorm" and cpu) + places * c.hidden_size * width
         fixed += min(c.vocab_size, c.padded_vocab // tp) * c.hidden_size * max(width, 4)
-    plain = layers * layer.plain + fixed
+    no_recompute = layers * layer.no_recompute + fixed
     if recompute.mode == "selective":
         # Beside a fused core this can be more than without: its keys and values are copies, its arguments all of qkv.
-        kept = layers * (layer.around_core + layer.core_input) + fixed
-        return Activations(plain, kept, layer.plain - layer.around_core if layers else 0)
+        stored = layers * (layer.without_attention_core + layer.attention_core_inputs) + fixed
+        return Activations(no_recompute, stored, layer.no_recompute - layer.without_attention_core if layers else 0)
     every = {"full": 1, "every_n": recompute.every}.get(recompute.mode)
     if every is None:
-        return Activations(plain, plain, 0)
-    again = sum(index % every == 0 for index in range(span.first, span.last))
-    return Activations(plain, again * layer.input + (layers - again) * layer.plain + fixed, layer.plain * bool(again))
+        return Activations(no_recompute, no_recompute, 0)
+    recomputed = sum(index % every == 0 for index in range(span.first, span.last))
+    return Activations(
+        no_recompute,
+        recomputed * layer.input + (layers - recomputed) * layer.no_recompute + fixed,
+        layer.no_recompute * bool(recomputed),
+    )
 
 
 def _layer(config: RunConfig, tp: int, cpu: bool) -> _Layer:
@@ -81,14 +92,14 @@ def _layer(config: RunConfig, tp: int, cpu: bool) -> _Layer:
     whole = (heads + 2 * groups) * row
     core_input = whole + (turned or groups < heads) * heads * row + turned * groups * row
     core, has_whole = _core(config, heads, groups, row, whole, core_input, turned, cpu)
-    plain = around + core
+    no_recompute = around + core
     if c.qk_norm:
         normed = _norm(places * (heads + groups), c.head_size, width, cpu)
         if not (cpu and width == 2):  # the arguments are qkv itself, and queries copied out of it
             normed += (groups < heads) * heads * row - (heads + groups) * row
-            plain += whole * (not has_whole)
-        around, plain = around + normed, plain + normed
-    return _Layer(plain, around, core_input, stream)
+            no_recompute += whole * (not has_whole)
+        around, no_recompute = around + normed, no_recompute + normed
+    return _Layer(no_recompute, around, core_input, stream)
 
 
 def _core(

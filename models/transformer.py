@@ -94,7 +94,7 @@ class BlockParts(nn.Module):
             f"{name}.attention",
             c.hidden_size,
             c.groups,
-            c.queries_per_group,
+            c.queries_per_kv_head,
             c.head_size,
             causal=c.causal,
             bias=c.bias,

@@ -15,9 +15,9 @@ import pytest
 from torch import nn
 
 from megatron_ds.checkpoint import resolve
-from megatron_ds.checkpoint.hf_folder import HFFolder
 from megatron_ds.config import load_toml
 from megatron_ds.config.deepspeed import from_deepspeed
+from megatron_ds.convert.folder import HFFolder
 from megatron_ds.data.cache import cached_arrays, cached_json
 from megatron_ds.data.chat import load_template
 from megatron_ds.data.indexed import IndexedDataset, IndexedDatasetWriter

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, cast
 import torch
 import tyro
 
+from megatron_ds.convert.tables import export_hf, import_hf
 from megatron_ds.data.cli import run
 from megatron_ds.data.tokenizers import load_tokenizer
-from megatron_ds.models.hf_tables import export_hf, import_hf
 
 DType = Literal["float32", "bfloat16", "float16"]
 

@@ -1,4 +1,4 @@
-"""Load: every rank fills its pieces from whatever boxes the files hold, so any mesh loads from any mesh."""
+"""Load: every rank fills its flat shards from whatever boxes the files hold, so any mesh loads from any mesh."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_ds.checkpoint.directory import way_out
+from megatron_ds.checkpoint.flat_shards import FlatShard, by_holder
 from megatron_ds.checkpoint.manifest import Manifest
-from megatron_ds.checkpoint.pieces import Piece, by_holder
 from megatron_ds.checkpoint.reader import Checkpoint, Request
 from megatron_ds.checkpoint.together import exchange, group_device, together
 from megatron_ds.errors import CheckpointError
@@ -28,22 +28,22 @@ log = logging.getLogger(__name__)
 
 def load(
     path: str | Path,
-    pieces: Sequence[Piece],
+    flat_shards: Sequence[FlatShard],
     world: Axis | None = None,
     verify: bool = True,
     strict: bool = True,
     remedy: str = _ITS_OWN,
 ) -> dict[str, Any]:
-    """Fill each piece's ``data`` in place from a checkpoint, reading only what the pieces need.
+    """Fill each flat shard's ``data`` in place from a checkpoint, reading only what the flat shards need.
 
     Args:
         path: a run's checkpoint directory (its latest is loaded) or one step's directory.
-        pieces: what this rank holds: any cut of any mesh, any float dtype (values are converted), any device.
+        flat shards: what this rank holds: any cut of any mesh, any float dtype (values are converted), any device.
             Replicas are filled too. Every tensor in the checkpoint of a kind that is asked for must be asked for by
             some rank; kinds that no rank asks for (optimizer state, for evaluation) are left unread.
         world: the ranks that load together; None is one process alone.
         verify: check the checksum of every chunk that is touched.
-        strict: whether the names must be the same. If not, pieces that the checkpoint lacks stay as they are; the
+        strict: whether the names must be the same. If not, flat shards that the checkpoint lacks stay as they are; the
             names that only one of them has are logged by the first rank. Shapes have to be equal all the same.
         remedy: what to do about another model's checkpoint, for the message.
 
@@ -52,56 +52,62 @@ def load(
 
     Raises:
         CheckpointError: the same on every rank: missing, incomplete, truncated or damaged files, or another model's
-            checkpoint (the names and shapes that differ are listed). The pieces may be partly filled after damage;
+            checkpoint (the names and shapes that differ are listed). The flat shards may be partly filled after damage;
             they are untouched after a mismatch of names or shapes.
     """
     world = world or Axis("world")
     with together(world):
         checkpoint = Checkpoint(path, verify)
     with checkpoint:
-        found = differences(checkpoint.manifest, pieces, world)
-        common = [piece for piece in pieces if (piece.kind, piece.name) in checkpoint.manifest.tensors]
+        found = differences(checkpoint.manifest, flat_shards, world)
+        common = [
+            flat_shard
+            for flat_shard in flat_shards
+            if (flat_shard.kind, flat_shard.name) in checkpoint.manifest.tensors
+        ]
         if strict or found[_SHAPES] or not any(exchange(world, "some" if common else "")):
             _require_none(found, checkpoint.directory, remedy)
         else:
-            pieces = common
+            flat_shards = common
             if any(found.values()) and world.is_first:
                 log.warning("%s was loaded by name; %s", checkpoint.directory, "; ".join(_lines(found)))
         with together(world):
             try:
                 with torch.no_grad():
-                    for holder, group in by_holder(pieces):
-                        held = None if holder is None else holder.hold()
+                    for holder, group in by_holder(flat_shards):
+                        held = None if holder is None else holder.acquire()
                         checkpoint.fill(_requests(checkpoint, group, held))
                         if holder is not None:
-                            holder.let_go(changed=True)
+                            holder.release(changed=True)
             except CheckpointError as error:
                 hint = way_out(checkpoint.directory.parent, besides=checkpoint.directory)
                 raise CheckpointError(f"{error}{hint}") from error
     return checkpoint.meta
 
 
-def compare(manifest: Manifest, directory: Path, pieces: Sequence[Piece], world: Axis | None = None) -> None:
+def compare(manifest: Manifest, directory: Path, flat_shards: Sequence[FlatShard], world: Axis | None = None) -> None:
     """One :class:`CheckpointError` on every rank that lists the :func:`differences`, if there are any."""
-    _require_none(differences(manifest, pieces, world or Axis("world")), directory, _ITS_OWN)
+    _require_none(differences(manifest, flat_shards, world or Axis("world")), directory, _ITS_OWN)
 
 
-def differences(manifest: Manifest, pieces: Sequence[Piece], world: Axis) -> dict[str, list[str]]:
-    """The names and shapes of all ranks' pieces against the manifest's: by kind of difference, on every rank alike."""
+def differences(manifest: Manifest, flat_shards: Sequence[FlatShard], world: Axis) -> dict[str, list[str]]:
+    """Names and shapes of all ranks' flat shards against the manifest's: by kind of difference, on every rank alike."""
     keys = list(manifest.tensors)
     place = {key: index for index, key in enumerate(keys)}
     asked = torch.zeros(len(keys) + 1, dtype=torch.int32)
     missing: list[str] = []
     shapes: list[str] = []
-    for piece in pieces:
-        key = (piece.kind, piece.name)
+    for flat_shard in flat_shards:
+        key = (flat_shard.kind, flat_shard.name)
         if key not in place:
             missing.append(_label(*key))
             continue
         asked[place[key]] = 1
         saved = manifest.tensors[key].shape
-        if saved != piece.global_shape:
-            shapes.append(f"{_label(*key)}: {list(saved)} in the checkpoint, {list(piece.global_shape)} in the model")
+        if saved != flat_shard.global_shape:
+            shapes.append(
+                f"{_label(*key)}: {list(saved)} in the checkpoint, {list(flat_shard.global_shape)} in the model"
+            )
     if world.group is not None:
         on_device = asked.to(group_device(world))
         dist.all_reduce(on_device, op=dist.ReduceOp.MAX, group=world.group)
@@ -127,13 +133,13 @@ def _lines(found: dict[str, list[str]]) -> list[str]:
     return [f"{title}: {_list(names)}" for title, names in found.items() if names]
 
 
-def _requests(checkpoint: Checkpoint, pieces: Sequence[Piece], held: torch.Tensor | None) -> list[Request]:
+def _requests(checkpoint: Checkpoint, flat_shards: Sequence[FlatShard], held: torch.Tensor | None) -> list[Request]:
     requests = []
-    for piece in pieces:
-        record = checkpoint.record(piece.name, piece.kind)
+    for flat_shard in flat_shards:
+        record = checkpoint.record(flat_shard.name, flat_shard.kind)
         begin = 0
-        for box in piece.boxes():
-            data = piece.tensor(held)[begin : begin + box.numel]
+        for box in flat_shard.boxes():
+            data = flat_shard.tensor(held)[begin : begin + box.numel]
             requests.append(Request(record, box, data.view(box.shape)))
             begin += box.numel
     return requests

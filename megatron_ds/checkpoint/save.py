@@ -23,6 +23,7 @@ import torch
 
 from megatron_ds.checkpoint.boxes import Box
 from megatron_ds.checkpoint.directory import LATEST, prepare_latest, steps_in
+from megatron_ds.checkpoint.flat_shards import FlatShard, by_holder
 from megatron_ds.checkpoint.manifest import (
     INCOMPLETE,
     REPLACED,
@@ -40,7 +41,6 @@ from megatron_ds.checkpoint.manifest import (
     write_text_durably,
 )
 from megatron_ds.checkpoint.manifest_file import MOST_BYTES, file_from_json, record_from_json, write_manifest
-from megatron_ds.checkpoint.pieces import Piece, by_holder
 from megatron_ds.checkpoint.safetensors_header import Entry, dtype_name, layout
 from megatron_ds.checkpoint.together import together, total
 from megatron_ds.checkpoint.values import encode
@@ -53,7 +53,7 @@ from megatron_ds.mesh import Axis
 def save(
     directory: str | Path,
     step: int,
-    pieces: Sequence[Piece],
+    flat_shards: Sequence[FlatShard],
     meta: dict[str, Any],
     world: Axis | None = None,
     keep_last: int | None = None,
@@ -64,7 +64,7 @@ def save(
     Args:
         directory: the run's checkpoint directory; made if absent.
         step: optimizer steps taken; names the checkpoint.
-        pieces: what this rank holds. Over all ranks every element of every tensor must occur once: leave replicas
+        flat shards: what this rank holds. Over all ranks every element of every tensor must occur once: leave replicas
             out, or divide them with :meth:`Piece.share`. The data must not change during the call.
         meta: plain values (configuration, consumed samples, ...), the same on every rank; rank 0's is stored, and comes
             back as it was given. See :mod:`megatron_ds.checkpoint.values`.
@@ -78,14 +78,14 @@ def save(
 
     Raises:
         CheckpointError: the same one on every rank: a value of ``meta`` that would not come back, no space, a write
-            that failed on some rank, an existing step, pieces that overlap or leave gaps. Nothing that existed before
+            that failed on some rank, an existing step, shards that overlap or leave gaps. Nothing that existed before
             has changed then.
     """
     directory, world = Path(directory), world or Axis("world")
     if keep_last is not None and keep_last < 1:
         raise CheckpointError(f"keep_last={keep_last} would remove the checkpoint being saved; use 1 or more")
     partial = directory / (step_name(step) + INCOMPLETE)
-    needed = total(world, sum(piece.data.nbytes for piece in pieces))
+    needed = total(world, sum(flat_shard.data.nbytes for flat_shard in flat_shards))
     try:
         with together(world):
             for name, value in meta.items():
@@ -93,7 +93,7 @@ def save(
             if world.rank == 0:
                 prepare(directory, step, needed, replace)
         with together(world):
-            write_rank(partial, world.rank, pieces)
+            write_rank(partial, world.rank, flat_shards)
         with together(world):
             if world.rank == 0:
                 commit(directory, step, world.size, meta, keep_last, replace)
@@ -104,13 +104,13 @@ def save(
     return directory / step_name(step)
 
 
-def check_room(directory: Path, pieces: Sequence[Piece], world: Axis) -> None:
+def check_room(directory: Path, flat_shards: Sequence[FlatShard], world: Axis) -> None:
     """Before the first of a run's checkpoints, which may be hours away: whether there is room for one. Writes nothing.
 
     Raises:
         CheckpointError: on every rank.
     """
-    needed = total(world, sum(piece.data.nbytes for piece in pieces))
+    needed = total(world, sum(flat_shard.data.nbytes for flat_shard in flat_shards))
     with together(world):
         if world.rank == 0:
             existing = directory.absolute()
@@ -151,40 +151,44 @@ def check_space(directory: Path, needed: int, what: str) -> None:
         )
 
 
-def write_rank(partial: Path, rank: int, pieces: Sequence[Piece]) -> FileRecord:
+def write_rank(partial: Path, rank: int, flat_shards: Sequence[FlatShard]) -> FileRecord:
     """Every rank: its safetensors file and the JSON that describes it, on disk when this returns."""
     if not partial.is_dir():
         raise CheckpointError(
             f"{partial}, made by rank 0, is not visible here; the checkpoint directory must be on a filesystem that "
             "all nodes share"
         )
-    ordered = sorted(pieces, key=lambda piece: -piece.data.dtype.itemsize)
+    ordered = sorted(flat_shards, key=lambda flat_shard: -flat_shard.data.dtype.itemsize)
     entries: list[Entry] = []
-    boxes: list[tuple[Piece, list[Box]]] = []
-    for piece in ordered:
-        boxes.append((piece, piece.boxes()))
+    boxes: list[tuple[FlatShard, list[Box]]] = []
+    for flat_shard in ordered:
+        boxes.append((flat_shard, flat_shard.boxes()))
         for box in boxes[-1][1]:
-            key = tensor_key(piece.kind, piece.name, piece.global_shape, box)
-            entries.append(Entry(key, dtype_name(piece.data.dtype), box.shape))
+            key = tensor_key(flat_shard.kind, flat_shard.name, flat_shard.global_shape, box)
+            entries.append(Entry(key, dtype_name(flat_shard.data.dtype), box.shape))
     planned = layout(entries, {"format": "pt"})
     starts = iter(planned.starts)
     merged = _Merged()
-    for piece, own in boxes:
+    for flat_shard, own in boxes:
         parts = tuple(Part(rank, box, next(starts)) for box in own)
-        merged.add(TensorRecord(piece.kind, piece.name, piece.global_shape, dtype_name(piece.data.dtype), parts))
-    on_gpu = any(piece.data.is_cuda for piece in pieces)
+        merged.add(
+            TensorRecord(
+                flat_shard.kind, flat_shard.name, flat_shard.global_shape, dtype_name(flat_shard.data.dtype), parts
+            )
+        )
+    on_gpu = any(flat_shard.data.is_cuda for flat_shard in flat_shards)
     if on_gpu:
         torch.cuda.synchronize()  # the writer's threads read on another stream than the one that made the data
     with ChunkedWriter(partial / rank_name(rank), planned, pin=on_gpu) as writer:
         for holder, group in by_holder(ordered):
-            held = None if holder is None else holder.hold()
+            held = None if holder is None else holder.acquire()
             if held is not None and held.is_cuda:
                 torch.cuda.synchronize()
-            for piece in group:
-                writer.write(piece.tensor(held))
+            for flat_shard in group:
+                writer.write(flat_shard.tensor(held))
             if holder is not None:
-                writer.settle()
-                holder.let_go(changed=False)
+                writer.write_back_initial()
+                holder.release(changed=False)
         file = writer.close()
     index = {
         "file": file_to_json(file),
@@ -270,7 +274,7 @@ def publish(directory: Path, final: Path, partial: Path, replace: bool = False) 
 
 
 class _Merged:
-    """Tensor records of several pieces or ranks, the parts of each tensor put together."""
+    """Tensor records of several flat shards or ranks, the parts of each tensor put together."""
 
     def __init__(self) -> None:
         self._records: dict[tuple[str, str], tuple[TensorRecord, list[Part]]] = {}

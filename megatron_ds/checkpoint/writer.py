@@ -74,7 +74,7 @@ class ChunkedWriter:
         """Append a contiguous tensor. It must not change until :meth:`close` returns."""
         self._queue(data.detach().reshape(-1).view(torch.uint8))
 
-    def settle(self) -> None:
+    def write_back_initial(self) -> None:
         """From now on the tensors written so far may change, or their memory go."""
         self._spans = [span.clone() for span in self._spans]
         for future in self._futures:

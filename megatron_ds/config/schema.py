@@ -154,7 +154,7 @@ class ModelConfig(_Section):
         return self.kv_heads or self.num_heads
 
     @property
-    def queries_per_group(self) -> int:
+    def queries_per_kv_head(self) -> int:
         return self.num_heads // self.groups
 
     @property

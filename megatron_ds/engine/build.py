@@ -33,7 +33,7 @@ from megatron_ds.pipeline.executor import Executor
 from megatron_ds.pipeline.schedules import build_schedule
 from megatron_ds.shard import ShardSpec, spec_of
 from megatron_ds.train.build import DTYPES
-from megatron_ds.train.launch import Place, connect, keep_freed_memory
+from megatron_ds.train.launch import RankInfo, connect, keep_freed_memory
 from megatron_ds.train.step import TrainStep
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
@@ -163,7 +163,7 @@ def name_parameters(model: nn.Module, decay_all: bool = False) -> dict[str, nn.P
 
 
 def _require_trainable(parameters: Mapping[str, nn.Parameter]) -> None:
-    taken = [name for name, parameter in parameters.items() if "grad_sink" in parameter.__dict__]
+    taken = [name for name, parameter in parameters.items() if "main_grad" in parameter.__dict__]
     if taken:
         raise ConfigError(
             f"{', '.join(taken[:3])}{', ...' if len(taken) > 3 else ''}: trained by an engine already; call its "
@@ -196,10 +196,10 @@ def _scaler(config: EngineConfig, parameters: Iterable[nn.Parameter], notes: lis
     return LossScaler()
 
 
-def _start(config: EngineConfig) -> Place:
+def _start(config: EngineConfig) -> RankInfo:
     """This process's place in the job, whose process group is there afterwards."""
     if not dist.is_initialized():
-        place = Place.from_environment()
+        place = RankInfo.from_environment()
         device = place.device(config.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -209,10 +209,10 @@ def _start(config: EngineConfig) -> Place:
             init_process_group(backend, place.rank, place.world_size, store, config.timeout)
         return place
     local = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device() if torch.cuda.is_available() else 0))
-    return Place(dist.get_rank(), dist.get_world_size(), local, int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)))
+    return RankInfo(dist.get_rank(), dist.get_world_size(), local, int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)))
 
 
-def _data_parallel(config: EngineConfig, place: Place) -> Mesh:
+def _data_parallel(config: EngineConfig, place: RankInfo) -> Mesh:
     device = place.device(config.device)
     if place.world_size > 1 and device.type == "cuda" and "nccl" not in dist.get_backend():
         device = torch.device("cpu")  # whoever made the process group chose it for tensors on the CPU

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ds import checkpoint
-from megatron_ds.checkpoint.pieces import Piece
+from megatron_ds.checkpoint.flat_shards import FlatShard
 from megatron_ds.checkpoint.together import exchange
 from megatron_ds.engine.wrapped import plain_name
 from megatron_ds.errors import CheckpointError
@@ -28,9 +28,9 @@ _REMEDY = (
 
 
 def save(engine: Engine, directory: str | Path, client_state: dict[str, Any], keep_last: int | None) -> Path:
-    pieces = engine.zero.pieces()
+    flat_shards = engine.zero.flat_shards()
     if engine.mesh.rank == 0:
-        pieces += _buffers(engine)
+        flat_shards += _buffers(engine)
     meta: dict[str, Any] = {
         "config": {"engine": engine.config.to_dict()},
         "step": engine.steps,
@@ -47,7 +47,7 @@ def save(engine: Engine, directory: str | Path, client_state: dict[str, Any], ke
     meta["late_parameters"] = late
     if hasattr(engine.lr_scheduler, "state_dict"):
         meta["lr_scheduler"] = engine.lr_scheduler.state_dict()
-    return checkpoint.save(directory, engine.steps, pieces, meta, engine.mesh.world, keep_last, replace=True)
+    return checkpoint.save(directory, engine.steps, flat_shards, meta, engine.mesh.world, keep_last, replace=True)
 
 
 def load(engine: Engine, path: str | Path, weights_only: bool, strict: bool) -> dict[str, Any]:
@@ -56,11 +56,11 @@ def load(engine: Engine, path: str | Path, weights_only: bool, strict: bool) -> 
             "load_checkpoint(strict=False) takes weights by name, and a step of the optimizer belongs to all of them; "
             "add weights_only=True"
         )
-    pieces = [p for p in engine.zero.pieces(for_load=True) if not weights_only or p.kind == "param"]
+    flat_shards = [p for p in engine.zero.flat_shards(for_load=True) if not weights_only or p.kind == "param"]
     if not weights_only:
         _check(engine, checkpoint.read_meta(path))
-    pieces += _buffers(engine)
-    meta = checkpoint.load(path, pieces, engine.mesh.world, strict=strict, remedy=_REMEDY)
+    flat_shards += _buffers(engine)
+    meta = checkpoint.load(path, flat_shards, engine.mesh.world, strict=strict, remedy=_REMEDY)
     if not weights_only:
         engine.zero.count = int(meta["optimizer_count"])
     engine.zero.refresh_parameters()
@@ -88,7 +88,7 @@ def _check(engine: Engine, meta: dict[str, Any]) -> None:
         )
 
 
-def _buffers(engine: Engine) -> list[Piece]:
+def _buffers(engine: Engine) -> list[FlatShard]:
     tensors, named = engine.tensors(), dict(engine.module.named_parameters(remove_duplicate=False))
     found = []
     for name in tensors.names():
@@ -96,5 +96,5 @@ def _buffers(engine: Engine) -> list[Piece]:
             buffer = tensors.buffer(name)
             if not buffer.is_contiguous():
                 raise CheckpointError(f"buffer {name} is not contiguous and cannot be filled from a file")
-            found.append(Piece.whole(plain_name(name), "buffer", as_real(buffer)))
+            found.append(FlatShard.whole(plain_name(name), "buffer", as_real(buffer)))
     return found

@@ -21,7 +21,7 @@ from megatron_ds.engine.buffers import BufferSync
 from megatron_ds.engine.clock import Clock
 from megatron_ds.engine.gradients import Placeholders
 from megatron_ds.engine.inputs import FirstInputs
-from megatron_ds.engine.intact import Intact
+from megatron_ds.engine.model_guard import ModelGuard
 from megatron_ds.engine.stage import LossStage, to_device
 from megatron_ds.engine.tensors import WholeTensors
 from megatron_ds.errors import EngineError
@@ -29,9 +29,9 @@ from megatron_ds.mesh import Mesh
 from megatron_ds.optim.factory import Update
 from megatron_ds.optim.torch_rule import TorchRule
 from megatron_ds.train.step import StepResult, TrainStep
+from megatron_ds.zero.main_grad import OwnBackward
 from megatron_ds.zero.optimizer import ZeroOptimizer
-from megatron_ds.zero.released import explained
-from megatron_ds.zero.sink import OwnBackward
+from megatron_ds.zero.placeholder import explained
 
 log = logging.getLogger(__name__)
 
@@ -87,9 +87,9 @@ class Engine:
         self._postponed = False  # step() was called since the last backward pass, and only accumulated
         self._placeholders = Placeholders(module.parameters())
         self._own = OwnBackward()
-        for sink in zero.reducer.sinks():
-            sink.own = self._own
-        self._intact = Intact(module, zero, optimizer)
+        for main_grad in zero.reducer.main_grads():
+            main_grad.own = self._own
+        self._model_guard = ModelGuard(module, zero, optimizer)
         self._buffers = BufferSync(module, mesh.data)
         train_step.asks = self._buffers.news
         self._clock = Clock(config.log, mesh, sizes.global_batch)
@@ -209,7 +209,7 @@ class Engine:
             return self._finished(self.train_step(taken))
 
     def _require_intact(self) -> None:
-        _raise(self._intact.fault())
+        _raise(self._model_guard.fault())
 
     def change_weights(self, change: Callable[[Update], None]) -> None:
         """What an optimizer does to the weights between two steps, as Schedule-Free's ``eval()``."""
@@ -232,7 +232,7 @@ class Engine:
         if self._stage.inputs is not None:
             self._advice.before([self._stage.inputs.compare(self.mesh.data, self.mesh.device)])
             self._stage.inputs = None
-        self._advice.after(result, self.train_step.seconds, self._intact.strays)
+        self._advice.after(result, self.train_step.seconds, self._model_guard.strays)
         self._stage.meter, self.train_step.timed = self._advice.meter, self._advice.times_steps
         return result
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds import comm
-from megatron_ds.checkpoint.pieces import Piece, by_holder
+from megatron_ds.checkpoint.flat_shards import FlatShard, by_holder
 from megatron_ds.errors import ConfigError, nearest
 from megatron_ds.mesh import Mesh
 from megatron_ds.shard import ShardSpec, as_real, real_dtype, spec_of
@@ -25,13 +25,13 @@ class WholeTensors:
     def __init__(self, module: nn.Module, zero: ZeroOptimizer, mesh: Mesh):
         self._module, self._zero, self._mesh = module, zero, mesh
         self._parameters = {spec_of(p).name: p for p in module.parameters()}
-        self._pieces: dict[tuple[str, str], list[Piece]] | None = None
+        self._pieces: dict[tuple[str, str], list[FlatShard]] | None = None
 
     def get(self, name: str, kind: str) -> Tensor:
         """Whole, in the dtype in which it is kept (fp32, or fp64), on the device."""
         self._check_kind(name, kind)
         if self._pieces is None:
-            self._pieces = _by_name(self._zero.pieces())
+            self._pieces = _by_name(self._zero.flat_shards())
         return self._sum(name, self._pieces.get((kind, name), []))
 
     def gradient(self, name: str) -> Tensor:
@@ -39,7 +39,7 @@ class WholeTensors:
         spec = self._spec(name)
         if not _is_trained(self._parameters[name]):
             raise ConfigError(f"{name} is frozen and has no gradient")
-        mine = [piece for piece in self._zero.gradient_pieces() if piece.name == name]
+        mine = [flat_shard for flat_shard in self._zero.gradient_shards() if flat_shard.name == name]
         return self._sum(name, mine if self._zero.owns(spec) else [])
 
     def set(self, name: str, kind: str, value: Tensor) -> None:
@@ -48,14 +48,14 @@ class WholeTensors:
         if tuple(value.shape) != spec.global_shape:
             raise ConfigError(f"{name} has shape {list(spec.global_shape)}, the value {list(value.shape)}")
         self._check_kind(name, kind)
-        pieces = [p for p in self._zero.pieces(for_load=True) if (p.kind, p.name) == (kind, name)]
+        flat_shards = [p for p in self._zero.flat_shards(for_load=True) if (p.kind, p.name) == (kind, name)]
         with torch.no_grad():
-            for holder, group in by_holder(pieces):
-                held = None if holder is None else holder.hold()
-                for piece in group:
-                    piece.tensor(held).copy_(spec.slice_of(value).reshape(-1)[piece.start : piece.stop])
+            for holder, group in by_holder(flat_shards):
+                held = None if holder is None else holder.acquire()
+                for flat_shard in group:
+                    flat_shard.tensor(held).copy_(spec.slice_of(value).reshape(-1)[flat_shard.start : flat_shard.stop])
                 if holder is not None:
-                    holder.let_go(changed=True)
+                    holder.release(changed=True)
         self._zero.refresh_parameters()
 
     @contextlib.contextmanager
@@ -102,20 +102,20 @@ class WholeTensors:
         assert value is not None
         return value
 
-    def _sum(self, name: str, pieces: Sequence[Piece]) -> Tensor:
-        """Over all ranks the pieces hold every element once."""
+    def _sum(self, name: str, flat_shards: Sequence[FlatShard]) -> Tensor:
+        """Over all ranks the flat shards hold every element once."""
         spec = self._spec(name)
         whole = torch.zeros(spec.global_shape, dtype=self._dtype(name), device=self._mesh.device)
-        for holder, group in by_holder(pieces):
-            held = None if holder is None else holder.hold()
-            for piece in group:
+        for holder, group in by_holder(flat_shards):
+            held = None if holder is None else holder.acquire()
+            for flat_shard in group:
                 begin = 0
-                for box in piece.boxes():
+                for box in flat_shard.boxes():
                     place = tuple(slice(o, o + s) for o, s in zip(box.offset, box.shape))
-                    whole[place] = piece.tensor(held)[begin : begin + box.numel].view(box.shape).to(whole)
+                    whole[place] = flat_shard.tensor(held)[begin : begin + box.numel].view(box.shape).to(whole)
                     begin += box.numel
             if holder is not None:
-                holder.let_go(changed=False)
+                holder.release(changed=False)
         comm.all_reduce(comm.movable(whole), self._mesh.world)  # one rank's and zeros: of bytes it is the same sum
         return torch.view_as_complex(whole) if self._parameters[name].is_complex() else whole
 
@@ -139,13 +139,13 @@ class WholeTensors:
 
 def _is_trained(parameter: nn.Parameter) -> bool:
     """Whether it has master weights, a gradient and state; also while it is frozen."""
-    return "grad_sink" in parameter.__dict__
+    return "main_grad" in parameter.__dict__
 
 
-def _by_name(pieces: Iterable[Piece]) -> dict[tuple[str, str], list[Piece]]:
-    found: dict[tuple[str, str], list[Piece]] = {}
-    for piece in pieces:
-        found.setdefault((piece.kind, piece.name), []).append(piece)
+def _by_name(flat_shards: Iterable[FlatShard]) -> dict[tuple[str, str], list[FlatShard]]:
+    found: dict[tuple[str, str], list[FlatShard]] = {}
+    for flat_shard in flat_shards:
+        found.setdefault((flat_shard.kind, flat_shard.name), []).append(flat_shard)
     return found
 
 

@@ -64,7 +64,7 @@ class SelfAttention(nn.Module):
         name: str,
         hidden_size: int,
         groups: int,
-        queries_per_group: int,
+        queries_per_kv_head: int,
         head_dim: int,
         *,
         causal: bool = True,
@@ -84,19 +84,19 @@ class SelfAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.queries_per_group, self.head_dim, self.causal = queries_per_group, head_dim, causal
+        self.queries_per_kv_head, self.head_dim, self.causal = queries_per_kv_head, head_dim, causal
         self.local_groups = groups // tp.size
         self.dropout, self.site, self.recompute_core = dropout, site, recompute_core
-        self.first_head = tp.rank * self.local_groups * queries_per_group
-        local_heads = self.local_groups * queries_per_group
-        slopes = alibi_slopes(groups * queries_per_group)[self.first_head : self.first_head + local_heads]
+        self.first_head = tp.rank * self.local_groups * queries_per_kv_head
+        local_heads = self.local_groups * queries_per_kv_head
+        slopes = alibi_slopes(groups * queries_per_kv_head)[self.first_head : self.first_head + local_heads]
         self.slopes: Tensor | None
         self.register_buffer("slopes", slopes.to(device) if alibi else None, persistent=False)
         make: dict[str, Any] = {"tp": tp, "sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
         self.qkv = ColumnParallelLinear(
             f"{name}.qkv",
             hidden_size,
-            (groups, queries_per_group + 2, head_dim),
+            (groups, queries_per_kv_head + 2, head_dim),
             shard_dim=0,
             bias=qkv_bias,
             init_std=init_std,
@@ -110,7 +110,7 @@ class SelfAttention(nn.Module):
         self.k_norm = norm(f"{name}.k_norm") if qk_norm else None
         self.out = RowParallelLinear(
             f"{name}.out",
-            groups * queries_per_group * head_dim,
+            groups * queries_per_kv_head * head_dim,
             hidden_size,
             bias=bias,
             init_std=out_std,
@@ -120,10 +120,10 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         qkv = self.qkv(x)
         s, b, _ = qkv.shape
-        qkv = qkv.view(s, b, self.local_groups, self.queries_per_group + 2, self.head_dim)
+        qkv = qkv.view(s, b, self.local_groups, self.queries_per_kv_head + 2, self.head_dim)
         # One split: slices would each fill a gradient of the whole with zeros in the backward pass.
-        q, k, v = qkv.split([self.queries_per_group, 1, 1], dim=-2)
-        heads = self.local_groups * self.queries_per_group
+        q, k, v = qkv.split([self.queries_per_kv_head, 1, 1], dim=-2)
+        heads = self.local_groups * self.queries_per_kv_head
         q, k, v = q.reshape(s, b, heads, self.head_dim), k.squeeze(-2), v.squeeze(-2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -151,8 +151,8 @@ class SelfAttention(nn.Module):
             return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
         if plain and self.causal and is_faster(q):
             return causal_attention(q, k, v)
-        if self.queries_per_group > 1:
-            k, v = (t.repeat_interleave(self.queries_per_group, dim=2) for t in (k, v))
+        if self.queries_per_kv_head > 1:
+            k, v = (t.repeat_interleave(self.queries_per_kv_head, dim=2) for t in (k, v))
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))  # [b, n, s, d]
         if dropped and inputs.keys is not None:
             out = self._dropout_attention(q, k, v, inputs, inputs.keys)

@@ -60,11 +60,11 @@ def _matrix(weight: Tensor) -> Tensor:
 
 def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
     """The weight's gradient from ``grad [s, b, out]`` and ``x [s, b, in]``: straight into the gradient buffer where an
-    optimizer gave the weight one (see ``zero/sink.py``), which spares a pass over memory."""
+    optimizer gave the weight one (see ``zero/main gradient.py``), which spares a pass over memory."""
     left, right = grad.reshape(-1, grad.shape[-1]).t(), x.reshape(-1, x.shape[-1])
-    sink = getattr(weight, "grad_sink", None)
-    if sink is not None:
-        sink.add_matmul(left, right)
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is not None:
+        main_grad.add_matmul(left, right)
         return None
     return left.mm(right).view(weight.shape)
 
@@ -72,9 +72,9 @@ def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
 def _bias_gradient(bias: Tensor, grad: Tensor) -> Tensor | None:
     """The bias's gradient, likewise."""
     total = sum_rows(grad).view(bias.shape)
-    sink = getattr(bias, "grad_sink", None)
-    if sink is not None:
-        sink.add(total)
+    main_grad = getattr(bias, "main_grad", None)
+    if main_grad is not None:
+        main_grad.add(total)
         return None
     return total.to(bias.dtype)
 
@@ -236,9 +236,9 @@ class _Lookup(torch.autograd.Function):
         (grad,) = grads
         if not ctx.needs_input_grad[1]:
             return None, None
-        sink = getattr(table, "grad_sink", None)
-        if sink is not None:
-            sink.add_rows(tokens.reshape(-1), grad.reshape(-1, grad.shape[-1]))
+        main_grad = getattr(table, "main_grad", None)
+        if main_grad is not None:
+            main_grad.add_rows(tokens.reshape(-1), grad.reshape(-1, grad.shape[-1]))
             return None, None
         if table.dtype not in (torch.float16, torch.bfloat16):
             return None, torch.ops.aten.embedding_dense_backward(grad, tokens, table.shape[0], -1, False)

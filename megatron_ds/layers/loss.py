@@ -152,9 +152,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 else comm.all_reduce_start(scaled, ctx.tp)
             )
         grad_weight = None
-        sink = getattr(weight, "grad_sink", None)
-        if grad_table is not None and sink is not None:
-            sink.add_scaled(grad_table, seed)
+        main_grad = getattr(weight, "main_grad", None)
+        if grad_table is not None and main_grad is not None:
+            main_grad.add_scaled(grad_table, seed)
         elif grad_table is not None:
             grad_weight = grad_table.new_zeros(ctx.shapes[1], dtype=ctx.dtype)
             grad_weight[: ctx.used] = grad_table * seed

@@ -58,13 +58,15 @@ class StageModule(Protocol):
 class Activations:
     """Bytes of one micro-batch on one rank, from its forward to its backward pass.
 
-    ``plain``: kept without recomputation. ``kept``: with the configured one. ``again``: what exists besides while one
-    part is computed again.
+    Attributes:
+        no_recompute: what would be stored without recomputation.
+        stored: what is stored with the configured recomputation.
+        recompute_peak: what exists besides while one part is computed again.
     """
 
-    plain: int
-    kept: int
-    again: int
+    no_recompute: int
+    stored: int
+    recompute_peak: int
 
 
 StageFactory = Callable[[RunConfig, StageSpan, Axis, torch.device, torch.dtype], nn.Module]
@@ -92,4 +94,4 @@ def largest_activations(model: Model, spans: Sequence[StageSpan], tp: int, devic
     """Of the one that keeps most, among a rank's stages; None where the model does not know."""
     if model.activations is None:
         return None
-    return max((model.activations(span, tp, device) for span in spans), key=lambda stage: stage.kept)
+    return max((model.activations(span, tp, device) for span in spans), key=lambda stage: stage.stored)

@@ -26,7 +26,7 @@ from megatron_ds.zero.advice import (
     recomputation_saves_little,
     stage_too_high,
 )
-from megatron_ds.zero.estimate import Layout, held, held_on_device
+from megatron_ds.zero.estimate import Layout, held, memory_bytes_on_device
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 ACHIEVED = 0.4
@@ -79,7 +79,7 @@ class RunAdvice:
             free = torch.cuda.mem_get_info(device)[1]
         else:  # as if all ranks were on this machine: rather too little advice than wrong advice
             free = peak + free_host_memory() // self.mesh.world.size
-        return stage_too_high(model, layout, free, max(0, peak - held_on_device(model, layout)))
+        return stage_too_high(model, layout, free, max(0, peak - memory_bytes_on_device(model, layout)))
 
 
 class AdviceCallback(Callback):
@@ -160,10 +160,10 @@ def recomputation(
 ) -> Advice | None:
     """Whether a run's recomputation is worth it. ``activations``: None if not known."""
     model, layout = zero.size, layout_of(zero, micro_batches)
-    if activations is None or held_on_device(model, layout) + in_flight * activations.plain < FLOOR:
+    if activations is None or memory_bytes_on_device(model, layout) + in_flight * activations.no_recompute < FLOOR:
         return None
     whole = layout.stage < 2 or layout.keep_whole
     gradients = model.parameters * model.wide // (1 if whole else layout.shard)
-    other = max(0, held_on_device(model, layout) - gradients)
-    of_one = (activations.plain, activations.kept, activations.again)
+    other = max(0, memory_bytes_on_device(model, layout) - gradients)
+    of_one = (activations.no_recompute, activations.stored, activations.recompute_peak)
     return recomputation_saves_little(micro_batches, in_flight, *of_one, gradients, other, whole, switch_off)

@@ -29,7 +29,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 
 
 @dataclass(frozen=True)
-class Parts:
+class RankRuntime:
     """One rank's share of a run."""
 
     stages: dict[int, nn.Module]
@@ -68,7 +68,7 @@ def spans_of(config: PipelineConfig, model: Model, pp: int) -> list[StageSpan]:
     )
 
 
-def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | None = None) -> Parts:
+def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | None = None) -> RankRuntime:
     """Everything one rank runs, with initial weights set.
 
     Args:
@@ -125,7 +125,7 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
         clip_norm=config.optimizer.clip_norm,
         rate=lambda update: learning_rate(config.optimizer, update, config.train.steps),
     )
-    return Parts(stages, executor, optimizer, step, scaler)
+    return RankRuntime(stages, executor, optimizer, step, scaler)
 
 
 def schedule_of(config: PipelineConfig, pp: int, micro_batches: int) -> Schedule:

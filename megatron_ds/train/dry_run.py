@@ -85,11 +85,11 @@ class DryRun:
     def _activations(self) -> list[str]:
         if self.activations is None:
             return ["  (activations are not known of this model)"]
-        kept, again = self.activations.kept, self.activations.again
+        stored, recompute_peak = self.activations.stored, self.activations.recompute_peak
         device = "a CPU" if self.config.device == "cpu" else "a GPU"
         return [
-            f"activations on {device}, estimated: {kept:,} bytes a micro-batch x {self.in_flight} in flight",
-            *_table({"kept": kept * self.in_flight, **({"recomputed": again} if again else {})}),
+            f"activations on {device}, estimated: {stored:,} bytes a micro-batch x {self.in_flight} in flight",
+            *_table({"kept": stored * self.in_flight, **({"recomputed": recompute_peak} if recompute_peak else {})}),
         ]
 
     def _offloaded(self) -> list[str]:

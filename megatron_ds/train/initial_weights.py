@@ -84,13 +84,13 @@ def load_weights(config: RunConfig, tables: Mapping[str, str], optimizer: ZeroOp
     directory, manifest = find(path)
     saved = model_config(manifest.meta, directory)
     weights = []
-    for piece in optimizer.pieces(for_load=True):
-        record = manifest.tensors.get(("param", piece.name))
-        if piece.kind == "param" and piece.name in tables and record is not None:
-            part = piece.first_rows(getattr(saved, tables[piece.name]), record.shape)
+    for flat_shard in optimizer.flat_shards(for_load=True):
+        record = manifest.tensors.get(("param", flat_shard.name))
+        if flat_shard.kind == "param" and flat_shard.name in tables and record is not None:
+            part = flat_shard.first_rows(getattr(saved, tables[flat_shard.name]), record.shape)
             weights += [] if part is None else [part]
-        elif piece.kind == "param":
-            weights.append(piece)
+        elif flat_shard.kind == "param":
+            weights.append(flat_shard)
     load(path, weights, mesh.world)
     optimizer.refresh_parameters()
 

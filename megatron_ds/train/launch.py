@@ -43,7 +43,7 @@ class StartError(MegatronDSError):
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """This process among the processes of the job."""
 
     rank: int = 0
@@ -52,19 +52,19 @@ class Place:
     local_world_size: int = 1
 
     @staticmethod
-    def from_environment() -> Place:
+    def from_environment() -> RankInfo:
         """What ``torchrun`` set; a job of one where it set nothing."""
         numbers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         keys = (*numbers, "MASTER_ADDR", "MASTER_PORT")
         if not any(key in os.environ for key in numbers):
-            return Place()
+            return RankInfo()
         missing = [key for key in keys if key not in os.environ]
         if missing:
             raise ConfigError(
                 f"the environment has some of {', '.join(keys)} but lacks {', '.join(missing)}; start with torchrun"
             )
         try:
-            place = Place(*(int(os.environ[key]) for key in numbers))
+            place = RankInfo(*(int(os.environ[key]) for key in numbers))
         except ValueError as error:
             raise ConfigError(f"{', '.join(numbers)} in the environment must be numbers: {error}") from None
         if not (0 <= place.rank < place.world_size and 0 <= place.local_rank < place.local_world_size):
@@ -101,7 +101,7 @@ def end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def set_threads(place: Place, threads: int | None) -> None:
+def set_threads(place: RankInfo, threads: int | None) -> None:
     """One share of the node's cores a rank, unless told otherwise."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(threads or max(1, available // place.local_world_size))
@@ -131,7 +131,7 @@ def give_back_freed_memory() -> None:
 
 
 @contextlib.contextmanager
-def job(place: Place, timeout: float) -> Iterator[Job]:
+def job(place: RankInfo, timeout: float) -> Iterator[Job]:
     """The ranks of a run, for the time of the run; nothing at all for a job of one.
 
     Args:
@@ -160,7 +160,7 @@ def job(place: Place, timeout: float) -> Iterator[Job]:
 class Job:
     """What the ranks do together besides training. ``watch`` is there once the job has started."""
 
-    def __init__(self, place: Place, timeout: float, store: dist.Store | None):
+    def __init__(self, place: RankInfo, timeout: float, store: dist.Store | None):
         self.place, self.timeout = place, timeout
         self.store = None if store is None else BoundedStore(store, timeout)
         self.watch: Watch | None = None
@@ -250,7 +250,7 @@ class Job:
             self.watch.describe = where
 
 
-def connect(place: Place, timeout: float) -> dist.Store:
+def connect(place: RankInfo, timeout: float) -> dist.Store:
     """The store where the ranks of this job meet. Raises StartError if they do not."""
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     limit = timedelta(seconds=timeout)
@@ -301,7 +301,7 @@ def _lost(error: RuntimeError) -> StartError:
     )
 
 
-def _part(store: BoundedStore, place: Place) -> None:
+def _part(store: BoundedStore, place: RankInfo) -> None:
     """End together: under torchrun the first process to end ends all, and rank 0 may be the store's home."""
     with contextlib.suppress(RuntimeError):
         said = store(lambda store: store.add("said", 1), _PARTING)
@@ -334,14 +334,14 @@ def _text(error: BaseException | None) -> str:
     return f"{type(error).__name__}: {error}" if _is_defect(error) else str(error)
 
 
-def run_main(main: Callable[[Place], int]) -> int:
+def run_main(main: Callable[[RankInfo], int]) -> int:
     """Call ``main`` with this process's place and return its exit code; a mistake of the user's is one line, said once,
     and exit code 2."""
-    place = Place()
+    place = RankInfo()
 
     def start() -> int:
         nonlocal place
-        place = Place.from_environment()
+        place = RankInfo.from_environment()
         return main(place)
 
     def speak(text: str, code: int) -> int:

@@ -22,7 +22,7 @@ from megatron_ds.data.loader import BatchLoader, MicroBatch
 from megatron_ds.errors import CheckpointError, MegatronDSError
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.schedule import rate_change
-from megatron_ds.train.build import Parts
+from megatron_ds.train.build import RankRuntime
 from megatron_ds.train.callbacks import Callback
 from megatron_ds.train.keeping import Keeper
 from megatron_ds.train.metrics import Speedometer
@@ -52,7 +52,7 @@ class Loop:
         self,
         config: RunConfig,
         mesh: Mesh,
-        parts: Parts,
+        parts: RankRuntime,
         loader: BatchLoader,
         output: Output,
         speedometer: Speedometer,
@@ -182,7 +182,7 @@ class Loop:
         """
         wanted = self.config.checkpoint
         if self.step < self.config.train.steps and (wanted.save_every or wanted.save_at_end):
-            check_room(self.output.checkpoints, self.parts.optimizer.pieces(), self.mesh.world)
+            check_room(self.output.checkpoints, self.parts.optimizer.flat_shards(), self.mesh.world)
 
     def save(self) -> Path:
         """Write a checkpoint of this moment; the one before stays until this one is complete.
@@ -205,8 +205,8 @@ class Loop:
             "skipped_in_a_row": self.skipped_in_a_row,
             "unproven": self.keeper.unproven,
         }
-        pieces = self.parts.optimizer.pieces()
-        saved = save(self.output.checkpoints, self.step, pieces, meta, self.mesh.world, replace=True)
+        flat_shards = self.parts.optimizer.flat_shards()
+        saved = save(self.output.checkpoints, self.step, flat_shards, meta, self.mesh.world, replace=True)
         self.keeper.saved(self.step)
         return saved
 
@@ -225,7 +225,7 @@ class Loop:
             before = read_meta(source)
         said = [] if path is None else check_settings(before.get("config", {}), self.config, str(source))
         said += check_data(before.get("data"), self.data, self.config.data.changed)
-        meta = load(source, self.parts.optimizer.pieces(for_load=True), self.mesh.world)
+        meta = load(source, self.parts.optimizer.flat_shards(for_load=True), self.mesh.world)
         self.parts.optimizer.count = int(meta["optimizer_count"])
         self.parts.optimizer.refresh_parameters()
         self.parts.scaler.load_state_dict(meta["loss_scaler"])

@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 from megatron_ds.checkpoint.directory import resolve
-from megatron_ds.checkpoint.hf_files import take_along
 from megatron_ds.checkpoint.last_good import last_good
 from megatron_ds.config import RunConfig, validate
+from megatron_ds.convert.carried_files import take_along
 from megatron_ds.data.gpt_sources import GPTSources
 from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
 from megatron_ds.files import say
@@ -18,16 +18,16 @@ from megatron_ds.mesh import Mesh
 from megatron_ds.pipeline.schedules import activation_bound
 from megatron_ds.pipeline.stage import Model, largest_activations
 from megatron_ds.train.advice import AdviceCallback, RunAdvice, known_beforehand
-from megatron_ds.train.build import DTYPES, Parts, batch_ramp, build, num_micro_batches, schedule_of, spans_of
+from megatron_ds.train.build import DTYPES, RankRuntime, batch_ramp, build, num_micro_batches, schedule_of, spans_of
 from megatron_ds.train.callbacks import Callback, default_callbacks
 from megatron_ds.train.initial_weights import check_model, load_weights
-from megatron_ds.train.launch import Place, job, keep_freed_memory, set_threads
+from megatron_ds.train.launch import RankInfo, job, keep_freed_memory, set_threads
 from megatron_ds.train.loop import Evaluation, Loop
 from megatron_ds.train.metrics import Speedometer, peak_tflops
 from megatron_ds.train.output import LAST_GOOD, Output
 
 
-def pretrain(config: RunConfig, place: Place, model: Model, open_sources: Callable[[RunConfig], GPTSources]) -> bool:
+def pretrain(config: RunConfig, place: RankInfo, model: Model, open_sources: Callable[[RunConfig], GPTSources]) -> bool:
     """Train; True when all steps are done, False when asked to stop before that (everything is saved).
 
     All that can be wrong with the input is found before the process group exists, for every rank alike.
@@ -115,7 +115,7 @@ def _resumed(step: int, config: RunConfig, changes: Sequence[str]) -> str:
 
 
 def _advice(
-    config: RunConfig, place: Place, mesh: Mesh, model: Model, parts: Parts, callbacks: Sequence[Callback]
+    config: RunConfig, place: RankInfo, mesh: Mesh, model: Model, parts: RankRuntime, callbacks: Sequence[Callback]
 ) -> AdviceCallback:
     """Says on rank 0, through the other callbacks, what the settings cost more than they need to."""
 

@@ -28,7 +28,7 @@ from megatron_ds.pipeline.executor import Executor
 from megatron_ds.shared_memory import SharedExchange
 from megatron_ds.train.launch import give_back_freed_memory
 from megatron_ds.zero.optimizer import ZeroOptimizer
-from megatron_ds.zero.released import explained
+from megatron_ds.zero.placeholder import explained
 
 MicroBatch = Mapping[str, Tensor]
 
@@ -171,7 +171,7 @@ class TrainStep:
 
     def _clip_elements(self, bound: float) -> None:
         """Every element of the reduced gradients to ``[-bound, bound]``, wherever it is kept."""
-        gradients = [piece.data for piece in self.optimizer.gradient_pieces()]
+        gradients = [flat_shard.data for flat_shard in self.optimizer.gradient_shards()]
         if gradients:
             torch._foreach_clamp_min_(gradients, -bound)
             torch._foreach_clamp_max_(gradients, bound)

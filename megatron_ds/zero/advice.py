@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_ds.optim.loss_scaler import LossScaler
-from megatron_ds.zero.estimate import Layout, ModelSize, held_on_device, moved
+from megatron_ds.zero.estimate import Layout, ModelSize, communication_bytes, memory_bytes_on_device
 
 HARDLY = 0.1
 """Less than this share of the peak is not worth computing the forward pass twice for."""
@@ -54,19 +54,23 @@ def stage_too_high(model: ModelSize, layout: Layout, free: int, activations: int
         free: bytes of the device for everything. activations: what of them activations and buffers will take.
     """
     room = free - activations
-    here = moved(model, layout)
+    here = communication_bytes(model, layout)
     lower = [
         replace(layout, stage=stage, keep_whole=False, parameter_ratio=0.0) for stage in range(1, max(layout.stage, 1))
     ]
-    fitting = [other for other in lower if held_on_device(model, other) <= room and moved(model, other) < here - TRIFLE]
+    fitting = [
+        other
+        for other in lower
+        if memory_bytes_on_device(model, other) <= room and communication_bytes(model, other) < here - TRIFLE
+    ]
     if not fitting:
         return None
-    best = min(fitting, key=lambda other: (moved(model, other), other.stage))
+    best = min(fitting, key=lambda other: (communication_bytes(model, other), other.stage))
     return Advice(
         "stage",
         f"zero.stage={layout.stage} sends {_gb(here)} a rank and step; stage {best.stage} would send "
-        f"{_gb(moved(model, best))}, and its {_gb(held_on_device(model, best))} of parameters, gradients and optimizer "
-        f"state a rank with {_gb(activations)} of activations fit into {_gb(free)}",
+        f"{_gb(communication_bytes(model, best))}, and its {_gb(memory_bytes_on_device(model, best))} of parameters, "
+        f"gradients and optimizer state a rank with {_gb(activations)} of activations fit into {_gb(free)}",
         f"use zero.stage={best.stage}",
     )
 

@@ -63,7 +63,7 @@ def held(model: ModelSize, layout: Layout) -> dict[str, int]:
     }
 
 
-def held_on_device(model: ModelSize, layout: Layout) -> int:
+def memory_bytes_on_device(model: ModelSize, layout: Layout) -> int:
     """Bytes of :func:`held` that are not offloaded. Whole gradients that stay during accumulation count."""
     parts = held(model, layout)
     if layout.keep_whole and layout.micro_batches > 1:
@@ -72,7 +72,7 @@ def held_on_device(model: ModelSize, layout: Layout) -> int:
     return stay + parts["gradients"] + round(parts["state"] * (1 - layout.state_ratio))
 
 
-def moved(model: ModelSize, layout: Layout) -> int:
+def communication_bytes(model: ModelSize, layout: Layout) -> int:
     """Bytes one rank sends over the shard axis in a step (and receives as many).
 
     A ring's reduce-scatter or all-gather of a buffer sends ``(n - 1) / n`` of it. Gradients are reduced once a step at

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from megatron_ds import comm
-from megatron_ds.checkpoint.pieces import Piece
+from megatron_ds.checkpoint.flat_shards import FlatShard
 from megatron_ds.comm import Pending
 from megatron_ds.config import OptimizerConfig
 from megatron_ds.mesh import Axis
@@ -28,8 +28,8 @@ from megatron_ds.optim.factory import OptimizerSegment, Update, UpdateRule, make
 from megatron_ds.shard import shaped_as
 from megatron_ds.shared_memory import SharedArena
 from megatron_ds.zero.buckets import BucketLayout, Segment, state_dtype
+from megatron_ds.zero.main_grad import MainGradient
 from megatron_ds.zero.memory import GradientPool, TransientGradients, TransientParameters, WholeBuffer
-from megatron_ds.zero.sink import GradSink
 from megatron_ds.zero.state import BucketState
 from megatron_ds.zero.store import Store
 from megatron_ds.zero.writes import masters_follow, take_replaced
@@ -50,7 +50,7 @@ class FlatBucket:
 
     Args:
         parameters: the bucket's parameters, in the order of ``layout.slots``. Their values are taken over by
-            :meth:`absorb`; until then parameters of a unit have none.
+            :meth:`adopt_values`; until then parameters of a unit have none.
         axes: the axis over which the bucket is sharded, whose size is ``layout.shards``, and that of its replicas.
         also_over: axes besides the replicas over which the reduced shard is summed once more (tensor-parallel ranks
             that each saw a part of the sequence, pipeline stages that share the parameter). Summing the shard instead
@@ -65,7 +65,7 @@ class FlatBucket:
         state: master weights in fp32 (fp64 for fp64), each ``[size / shards]``, and the kinds of optimizer state.
             A parameter of that dtype is its own master weight.
         segments: this rank's part of the parameters.
-        sinks: where the gradient of each parameter goes, set by the owner.
+        main gradients: where the gradient of each parameter goes, set by the owner.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class FlatBucket:
         self.layout = layout
         self.shard, self.replicate = shard, _ = axes
         self.also_over = tuple(axis for axis in (self.replicate, *also_over) if axis.group is not None)
-        self.sinks: list[GradSink] = []
+        self.main_grads: list[MainGradient] = []
         self.tensors = list(parameters)
         device, dtype = parameters[0].device, layout.key.dtype
         name = f"the bucket of {layout.slots[0].spec.name}"
@@ -114,26 +114,26 @@ class FlatBucket:
         self._gathering: Pending | None = None
         self._remaining_axes: list[Axis] = []
 
-    def absorb(self) -> None:
+    def adopt_values(self) -> None:
         """Take over what the parameters hold: they become views of the flat buffer, and their old memory is free."""
         old = [parameter.detach() for parameter in self.tensors]
-        self.show()
+        self.view_parameters()
         for parameter, values in zip(self.tensors, old):
             parameter.data.copy_(values)
-        self.settle()
+        self.write_back_initial()
 
-    def show(self) -> None:
+    def view_parameters(self) -> None:
         """Make the parameters views of the flat buffer, whose memory is taken if it is not there."""
         if isinstance(self.parameters, TransientParameters):
             self.parameters.take()
         for slot, parameter in zip(self.layout.slots, self.tensors):
             parameter.data = shaped_as(self.parameters.whole.narrow(0, slot.start, slot.numel), parameter)
 
-    def settle(self) -> None:
+    def write_back_initial(self) -> None:
         """Set shard and master weights to what the parameters are, and free what is not kept."""
         if isinstance(self.parameters, TransientParameters):
-            self.parameters.holding.hold().copy_(comm.slice_dim0(self.parameters.whole, self.shard))
-            self.parameters.holding.let_go(changed=True)
+            self.parameters.holding.acquire().copy_(comm.slice_dim0(self.parameters.whole, self.shard))
+            self.parameters.holding.release(changed=True)
             self.parameters.discard()
         if self.gradients is None or not self.segments:
             return
@@ -156,8 +156,8 @@ class FlatBucket:
         ``changed``: it is written, and goes back to where it lives.
         """
         assert self.gradients is not None
-        rows = self.state.hold()
-        shard = self._hold_shard()
+        rows = self.state.acquire()
+        shard = self._acquire_shard()
         master = rows.pop("master", shard)
         try:
             yield [
@@ -172,19 +172,19 @@ class FlatBucket:
                 for segment in self.segments
             ]
         finally:
-            self._let_shard_go(changed)
-            self.state.let_go(changed)
+            self._release_shard(changed)
+            self.state.release(changed)
 
-    def _hold_shard(self) -> torch.Tensor:
+    def _acquire_shard(self) -> torch.Tensor:
         if isinstance(self.parameters, TransientParameters):
-            return self.parameters.holding.hold()
+            return self.parameters.holding.acquire()
         return self.parameters.shard
 
-    def _let_shard_go(self, changed: bool) -> None:
+    def _release_shard(self, changed: bool) -> None:
         if isinstance(self.parameters, TransientParameters):
-            self.parameters.holding.let_go(changed)
+            self.parameters.holding.release(changed)
 
-    def piece(self, kind: str, segment: Segment) -> Piece:
+    def flat_shard(self, kind: str, segment: Segment) -> FlatShard:
         """What a checkpoint keeps of a segment: ``"param"`` (its master weights) or a kind of optimizer state."""
         row = "master" if kind == "param" else kind
         if row in self.state.rows:
@@ -193,14 +193,14 @@ class FlatBucket:
             holding, offset = self.parameters.holding, segment.offset
         else:
             shard = self.parameters.shard.narrow(0, segment.offset, segment.numel)
-            return Piece.of(segment.spec, kind, shard, segment.start, segment.stop)
+            return FlatShard.of(segment.spec, kind, shard, segment.start, segment.stop)
         assert holding is not None
         if not holding.resident:
             dtype = holding.region.dtype
-            return Piece.held(segment.spec, kind, holding, offset, dtype, segment.start, segment.stop)
-        data = holding.hold().narrow(0, offset, segment.numel)
-        holding.let_go(changed=False)
-        return Piece.of(segment.spec, kind, data, segment.start, segment.stop)
+            return FlatShard.held(segment.spec, kind, holding, offset, dtype, segment.start, segment.stop)
+        data = holding.acquire().narrow(0, offset, segment.numel)
+        holding.release(changed=False)
+        return FlatShard.of(segment.spec, kind, data, segment.start, segment.stop)
 
     def prefetch(self) -> None:
         """Start to fetch what :meth:`update` needs."""
@@ -212,9 +212,9 @@ class FlatBucket:
     def _parameters_to_master(self) -> None:
         """Master weights of their own become what the shard is."""
         if "master" in self.state.rows:
-            self.state.hold()["master"].copy_(self._hold_shard())
-            self._let_shard_go(changed=False)
-            self.state.let_go(changed=True)
+            self.state.acquire()["master"].copy_(self._acquire_shard())
+            self._release_shard(changed=False)
+            self.state.release(changed=True)
 
     # Gradients
 
@@ -227,11 +227,11 @@ class FlatBucket:
         """Forget the gradients of the step before."""
         if isinstance(self.gradients, TransientGradients):
             self.gradients.empty = True
-        elif self.gradients is not None and self.sinks[0].view is None:
+        elif self.gradients is not None and self.main_grads[0].view is None:
             self._show_gradients(self.gradients.whole)
 
     def open(self) -> None:
-        """Take memory for whole gradients, and show the sinks their parts of it."""
+        """Take memory for whole gradients, and show the main gradients their parts of it."""
         assert isinstance(self.gradients, TransientGradients)
         whole = self.gradients.take()
         for begin, end in self._gaps:
@@ -239,27 +239,27 @@ class FlatBucket:
         self._show_gradients(whole)
 
     def _show_gradients(self, whole: torch.Tensor) -> None:
-        for slot, parameter, sink in zip(self.layout.slots, self.tensors, self.sinks):
-            sink.view = shaped_as(whole.narrow(0, slot.start, slot.numel), parameter)
-            sink.written = False
+        for slot, parameter, main_grad in zip(self.layout.slots, self.tensors, self.main_grads):
+            main_grad.view = shaped_as(whole.narrow(0, slot.start, slot.numel), parameter)
+            main_grad.written = False
 
     def start_reduce(self) -> None:
         """Start the first of the sums that make ``gradients.shard`` whole. Leave the buffer alone until the end."""
         assert self.gradients is not None
         if isinstance(self.gradients, TransientGradients) and self.gradients.whole is None:
             self.open()  # no gradient came; other ranks may have some
-        for sink in self.sinks:
-            if not sink.written:
-                assert sink.view is not None
-                sink.view.zero_()
+        for main_grad in self.main_grads:
+            if not main_grad.written:
+                assert main_grad.view is not None
+                main_grad.view.zero_()
         self._remaining_axes = list(self.also_over)
         if self.shard.group is not None or isinstance(self.gradients, TransientGradients):
             self._reducing = self.gradients.reduce_scatter_start()
         elif self._remaining_axes:
             self._reducing = comm.all_reduce_start(self.gradients.shard, self._remaining_axes.pop(0))
         if isinstance(self.gradients, TransientGradients):
-            for sink in self.sinks:
-                sink.view = None
+            for main_grad in self.main_grads:
+                main_grad.view = None
 
     def finish_reduce(self) -> None:
         """Wait for the sum that :meth:`start_reduce` started."""
@@ -337,16 +337,16 @@ class FlatBucket:
     def master_to_parameters(self) -> None:
         """The shard becomes what master weights of their own are."""
         if "master" in self.state.rows:
-            self._hold_shard().copy_(self.state.hold()["master"])
-            self.state.let_go(changed=False)
-            self._let_shard_go(changed=True)
+            self._acquire_shard().copy_(self.state.acquire()["master"])
+            self.state.release(changed=False)
+            self._release_shard(changed=True)
 
     def _masters_follow(self, look: bool) -> None:
         """Master weights of their own become what was written into the low-precision parameters."""
         if "master" in self.state.rows:
-            found = masters_follow(self.state.hold()["master"], self._hold_shard(), look or self._looks > 0)
-            self._let_shard_go(changed=False)
-            self.state.let_go(changed=found)
+            found = masters_follow(self.state.acquire()["master"], self._acquire_shard(), look or self._looks > 0)
+            self._release_shard(changed=False)
+            self.state.release(changed=found)
             self._looks = math.inf if found else self._looks - 1  # who writes once does so again
 
     def keep_writes(self) -> None:
@@ -379,8 +379,8 @@ class FlatBucket:
         differs = arrived is not None and digest is not None and bool(arrived != digest)
         if not self.parameters.holding.resident and (replaced or differs or self._is_written()):
             self._looks = math.inf
-            self.parameters.holding.hold().copy_(comm.slice_dim0(whole, self.shard))
-            self.parameters.holding.let_go(changed=True)
+            self.parameters.holding.acquire().copy_(comm.slice_dim0(whole, self.shard))
+            self.parameters.holding.release(changed=True)
 
     def _digest(self) -> torch.Tensor | None:
         """A sum that tells a write of an offloaded shard, which is not here to be compared. To ask a GPU means to wait

@@ -20,7 +20,7 @@ from megatron_ds.comm import Pending
 from megatron_ds.mesh import Axis
 from megatron_ds.shared_memory import PrivateView, SharedArena
 from megatron_ds.tokens import Tokens
-from megatron_ds.zero.state import Holding
+from megatron_ds.zero.state import RegionAccess
 from megatron_ds.zero.store import DeviceStore, Region, Store
 from megatron_ds.zero.store.device import ResidentRegion
 
@@ -224,7 +224,7 @@ class TransientParameters:
             self.whole = torch.empty(0, dtype=dtype, device=device)
             self.whole.set_(self.whole.untyped_storage(), 0, (size,))  # type: ignore[call-overload]
             region = (store or DeviceStore(device)).allocate(name, size // axis.size, dtype)
-        self.holding = Holding(region)
+        self.holding = RegionAccess(region)
 
     @property
     def shard(self) -> torch.Tensor:
@@ -291,8 +291,8 @@ class TransientParameters:
         self.holding.read_start()
 
         def fetch_and_gather() -> None:
-            self._arrived(comm.all_gather_start(self.whole, self.holding.hold(), self.axis))
-            self.holding.let_go(changed=False)
+            self._arrived(comm.all_gather_start(self.whole, self.holding.acquire(), self.axis))
+            self.holding.release(changed=False)
 
         return Pending(self.whole, then=fetch_and_gather)
 

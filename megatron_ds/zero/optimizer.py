@@ -1,8 +1,8 @@
 """ZeRO data parallelism (Rajbhandari et al. 2020): the numbers of plain data parallelism, the memory of a share.
 
 Each parameter bucket is reduced to the rank that owns a slice, updated there, and gathered again. Ranks are split in
-a *shard* axis, over which buckets are cut, and a *replicate* axis, over which the pieces are repeated: stage 1 shards
-over all data-parallel ranks, stage 0 is the same code with a shard axis of one.
+a *shard* axis, over which buckets are cut, and a *replicate* axis, over which those slices are repeated: stage 1
+shards over all data-parallel ranks, stage 0 is the same code with a shard axis of one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
-from megatron_ds.checkpoint.pieces import Piece
+from megatron_ds.checkpoint.flat_shards import FlatShard
 from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.optim.factory import Late, Update, UpdateRule, state_kinds
@@ -27,7 +27,7 @@ from megatron_ds.zero.memory import TransientParameters
 from megatron_ds.zero.offload import OffloadPlan, Stores
 from megatron_ds.zero.plan import choose_units, gradient_pools, numbers_of_units, share_memory
 from megatron_ds.zero.reducer import WINDOW, Phase, Reducer
-from megatron_ds.zero.room import require_room
+from megatron_ds.zero.room import check_capacity
 from megatron_ds.zero.units import Gatherer, Unit
 
 
@@ -102,7 +102,7 @@ class ZeroOptimizer:
         self._plan = OffloadPlan(config, layouts, len(self._kinds))
         if self._plan.offloads and device.type != "meta":
             needed = RankBytes(self._plan.bytes_held(self._infos, layouts), sum(self._plan.staging))
-            require_room(needed, config, self._parameters, device, mesh.world)
+            check_capacity(needed, config, self._parameters, device, mesh.world)
         self.stores = Stores(self._plan, device)
         self._arena = None
         if shared_memory:
@@ -139,21 +139,21 @@ class ZeroOptimizer:
             units.setdefault(bucket.layout.key.unit, []).append(bucket)
         if fill is None:
             for bucket in self._all:
-                bucket.absorb()
+                bucket.adopt_values()
             return
         # What is whole all the time is there first: a unit's module may set its small parameters along with its large.
         for bucket in units.get(None, []):
-            bucket.show()
+            bucket.view_parameters()
         for unit in sorted(units, key=lambda unit: (unit is None, unit or 0)):
             for bucket in units[unit]:
                 if unit is not None:
-                    bucket.show()
+                    bucket.view_parameters()
             fill([parameter for bucket in units[unit] for parameter in bucket.tensors])
             if unit is not None:
                 for bucket in units[unit]:
-                    bucket.settle()
+                    bucket.write_back_initial()
         for bucket in units.get(None, []):
-            bucket.settle()
+            bucket.write_back_initial()
 
     def _gatherer(self, root: nn.Module | None, modules: dict[nn.Module, list[nn.Parameter]]) -> Gatherer | None:
         if root is None or not modules:
@@ -234,15 +234,15 @@ class ZeroOptimizer:
             total += own if bucket.replicate.is_first else 0.0 * own
         return total
 
-    def gradient_pieces(self) -> list[Piece]:
+    def gradient_shards(self) -> list[FlatShard]:
         """The reduced gradients that this rank holds, of kind ``"gradient"``, in fp32 (fp64 for fp64 parameters).
 
         Between ``finish_gradients`` and ``step``: before clipping, multiplied by the loss scale. The data are views,
         which ``step`` may change. Replicas are included.
         """
-        self.reducer.expect(Phase.REDUCED, "gradient_pieces")
+        self.reducer.expect(Phase.REDUCED, "gradient_shards")
         return [
-            Piece.of(segment.spec, "gradient", bucket.gradient_of(segment), segment.start, segment.stop)
+            FlatShard.of(segment.spec, "gradient", bucket.gradient_of(segment), segment.start, segment.stop)
             for bucket in self.buckets
             for segment in bucket.segments
         ]
@@ -351,7 +351,7 @@ class ZeroOptimizer:
 
     @property
     def count(self) -> int:
-        """Updates so far: AdamW's step, which a checkpoint keeps beside the pieces."""
+        """Updates so far: AdamW's step, which a checkpoint keeps beside the flat shards."""
         return self._count
 
     @count.setter
@@ -372,7 +372,7 @@ class ZeroOptimizer:
             if bucket.optimizer is not None:
                 bucket.optimizer.load_late(late)
 
-    def pieces(self, for_load: bool = False) -> list[Piece]:
+    def flat_shards(self, for_load: bool = False) -> list[FlatShard]:
         """What a checkpoint keeps of this rank: master weights (``"param"``) and each kind of optimizer state.
 
         For saving, every element is listed by one rank of the world. ``for_load`` lists all that this rank holds,
@@ -386,19 +386,21 @@ class ZeroOptimizer:
             bucket.keep_writes()
         if not for_load:
             self._publish()
-        found: list[Piece] = []
+        found: list[FlatShard] = []
 
         for bucket in self._all:
             # Kind by kind: what one store holds together comes together.
             for kind in ("param", *(self._kinds if bucket.layout.key.trainable else ())):
                 found += [
-                    bucket.piece(kind, segment) for segment in bucket.segments if for_load or self.owns(segment.spec)
+                    bucket.flat_shard(kind, segment)
+                    for segment in bucket.segments
+                    if for_load or self.owns(segment.spec)
                 ]
         for info, parameter in zip(self._infos, self._parameters):
             shard, _ = self._axes[info.sharded_over]
             whole = not info.trainable and info.unit is None
             if whole and (for_load or (shard.is_first and self.owns(info.spec))):
-                found.append(Piece.of(info.spec, "param", as_real(parameter.data)))
+                found.append(FlatShard.of(info.spec, "param", as_real(parameter.data)))
         return found
 
     def owns(self, spec: ShardSpec) -> bool:

@@ -17,8 +17,8 @@ from torch import nn
 
 from megatron_ds.zero.buckets import Slot
 from megatron_ds.zero.flat import FlatBucket
+from megatron_ds.zero.main_grad import MainGradient
 from megatron_ds.zero.memory import TransientGradients
-from megatron_ds.zero.sink import GradSink
 
 WINDOW = 2
 """Bytes of reductions under way, in units of ``zero.bucket_mb``, before the oldest is waited for and given back."""
@@ -50,14 +50,14 @@ class BackwardContext:
         self.launched = 0
         self.kept: dict[int, list[Callable[[], None]]] = {}
 
-    def sinks(self) -> Iterator[GradSink]:
-        return (sink for bucket in self.buckets for sink in bucket.sinks)
+    def main_grads(self) -> Iterator[MainGradient]:
+        return (main_grad for bucket in self.buckets for main_grad in bucket.main_grads)
 
     def start_backward(self) -> None:
         for index, bucket in enumerate(self.buckets):
-            self.missing[index] = len(bucket.sinks)
-        for sink in self.sinks():
-            sink.writes = 0
+            self.missing[index] = len(bucket.main_grads)
+        for main_grad in self.main_grads():
+            main_grad.writes = 0
         self.launched = 0
         self.reducing = True
 
@@ -85,32 +85,32 @@ class Reducer:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for context in self.contexts.values():
             for index, bucket in enumerate(context.buckets):
-                bucket.sinks = [
+                bucket.main_grads = [
                     self._attach(context, index, slot, p) for slot, p in zip(bucket.layout.slots, bucket.tensors)
                 ]
 
-    def _attach(self, context: BackwardContext, bucket: int, slot: Slot, parameter: nn.Parameter) -> GradSink:
-        """Give the parameter its sink, and a hook that moves what autograd leaves in ``.grad`` there."""
-        if "grad_sink" in parameter.__dict__:
+    def _attach(self, context: BackwardContext, bucket: int, slot: Slot, parameter: nn.Parameter) -> MainGradient:
+        """Give the parameter its main gradient, and a hook that moves what autograd leaves in ``.grad`` there."""
+        if "main_grad" in parameter.__dict__:
             raise ValueError(f"{slot.spec.name} already belongs to a ZeroOptimizer; close() that one first")
-        sink = GradSink(
+        main_grad = MainGradient(
             slot.spec.name,
-            lambda sink: self._before_write(sink, context, bucket),
-            lambda sink: self._on_write(sink, context, bucket),
+            lambda main_grad: self._before_write(main_grad, context, bucket),
+            lambda main_grad: self._on_write(main_grad, context, bucket),
         )
         if isinstance(context.buckets[bucket].gradients, TransientGradients):
             # Known beforehand, so that the very first step frees gradients too: autograd gives each parameter one
-            # gradient a backward pass; who writes into the sink itself says how often.
-            sink.expected = parameter.__dict__.get("grad_writes", 1)
-        parameter.grad_sink = sink  # type: ignore[attr-defined]
+            # gradient a backward pass; who writes into the main gradient itself says how often.
+            main_grad.expected = parameter.__dict__.get("grad_writes", 1)
+        parameter.main_grad = main_grad  # type: ignore[attr-defined]
 
         def move(parameter: torch.Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
-            if gradient is not None:  # None: the layer wrote into the sink itself
-                sink.add(gradient)
+            if gradient is not None:  # None: the layer wrote into the main gradient itself
+                main_grad.add(gradient)
 
         self._hooks.append(parameter.register_post_accumulate_grad_hook(move))
-        return sink
+        return main_grad
 
     def close(self) -> None:
         """No more hooks."""
@@ -118,18 +118,18 @@ class Reducer:
             hook.remove()
         for bucket in self.buckets:
             for parameter in bucket.tensors:
-                del parameter.grad_sink  # type: ignore[attr-defined]
+                del parameter.main_grad  # type: ignore[attr-defined]
 
-    def sinks(self) -> Iterator[GradSink]:
-        return (sink for context in self.contexts.values() for sink in context.sinks())
+    def main_grads(self) -> Iterator[MainGradient]:
+        return (main_grad for context in self.contexts.values() for main_grad in context.main_grads())
 
     def start_step(self) -> None:
         """Forget the gradients of the step before."""
         for bucket in self.buckets:
             bucket.start_step()
-        for sink in self.sinks():
-            sink.written = False
-            sink.writes = 0
+        for main_grad in self.main_grads():
+            main_grad.written = False
+            main_grad.writes = 0
         for context in self.contexts.values():
             context.launched = 0
             context.reducing = False
@@ -164,13 +164,13 @@ class Reducer:
         self._expect_accumulating(context, "start_input_backward")
         if context is not None:
             kept = context.kept.setdefault(micro_batch, [])
-            for sink in context.sinks():
-                sink.kept = kept
+            for main_grad in context.main_grads():
+                main_grad.kept = kept
 
     def end_input_backward(self, stage: int) -> None:
         if stage in self.contexts:
-            for sink in self.contexts[stage].sinks():
-                sink.kept = None
+            for main_grad in self.contexts[stage].main_grads():
+                main_grad.kept = None
 
     @torch.no_grad()
     def add_weight_gradients(self, stage: int, micro_batch: int) -> None:
@@ -185,34 +185,36 @@ class Reducer:
         if context is not None and context.reducing:
             raise self._out_of_order(method, "in a backward pass that is reduced as it goes")
 
-    def _before_write(self, sink: GradSink, context: BackwardContext, bucket: int) -> None:
+    def _before_write(self, main_grad: MainGradient, context: BackwardContext, bucket: int) -> None:
         """A gradient comes for a bucket without a buffer."""
         if context.reducing and bucket < context.launched:
-            self._too_late(sink)
+            self._too_late(main_grad)
         if self.phase is not Phase.ACCUMULATING:
-            self._untimely(sink)
+            self._untimely(main_grad)
         context.buckets[bucket].open()
 
-    def _untimely(self, sink: GradSink) -> NoReturn:
-        raise RuntimeError(f"{sink.name} got a gradient {self.phase.value}; call start_step() before the backward pass")
-
-    def _too_late(self, sink: GradSink) -> NoReturn:
+    def _untimely(self, main_grad: MainGradient) -> NoReturn:
         raise RuntimeError(
-            f"{sink.name} got gradient number {sink.writes + 1} of a backward pass after its bucket had left, "
-            f"because earlier steps had {sink.expected}; set zero.overlap=false for a graph that changes"
+            f"{main_grad.name} got a gradient {self.phase.value}; call start_step() before the backward pass"
         )
 
-    def _on_write(self, sink: GradSink, context: BackwardContext, bucket: int) -> None:
+    def _too_late(self, main_grad: MainGradient) -> NoReturn:
+        raise RuntimeError(
+            f"{main_grad.name} got gradient number {main_grad.writes + 1} of a backward pass after its bucket had "
+            f"left, because earlier steps had {main_grad.expected}; set zero.overlap=false for a graph that changes"
+        )
+
+    def _on_write(self, main_grad: MainGradient, context: BackwardContext, bucket: int) -> None:
         if self.phase is not Phase.ACCUMULATING:
-            self._untimely(sink)
+            self._untimely(main_grad)
         if not context.reducing:
             return
         if bucket < context.launched:
-            sink.writes -= 1
-            self._too_late(sink)
+            main_grad.writes -= 1
+            self._too_late(main_grad)
         # How often a parameter is written in one backward pass is a property of the graph, learned from the step
         # before; so up to stage 1 the first step reduces everything at its end.
-        if sink.writes == sink.expected:
+        if main_grad.writes == main_grad.expected:
             context.missing[bucket] -= 1
             if self.overlap:
                 # One order on all ranks, whatever the order in which gradients come: collectives match by order.
@@ -244,8 +246,8 @@ class Reducer:
 
     def _launch_the_rest(self, context: BackwardContext) -> None:
         if context.reducing:
-            for sink in context.sinks():
-                sink.expected = max(sink.expected, sink.writes)
+            for main_grad in context.main_grads():
+                main_grad.expected = max(main_grad.expected, main_grad.writes)
         else:  # the rank had no backward pass of the stage in this step
             context.launched = 0
         while context.launched < len(context.buckets):

@@ -18,7 +18,7 @@ from megatron_ds.errors import ConfigError, OffloadError
 from megatron_ds.mesh import Axis
 from megatron_ds.zero.advice import Adviser
 from megatron_ds.zero.budget import Available, RankBytes, budget_faults, in_memory, probe, swap_bytes, swap_folders
-from megatron_ds.zero.trial import SwapTrial
+from megatron_ds.zero.reservation import SwapReservation
 
 _KINDS = ("parameters", "gradients", "master", "optimizer")
 _PLACES = ("device", "host", "disk")
@@ -27,7 +27,7 @@ _PLACES = ("device", "host", "disk")
 log = logging.getLogger(__name__)
 
 
-def require_room(
+def check_capacity(
     rank: RankBytes, zero: ZeroConfig, parameters: Sequence[torch.Tensor], device: torch.device, world: Axis
 ) -> None:
     """Raise on all ranks unless every node has room for its ranks. Collective over ``world``.
@@ -44,12 +44,12 @@ def require_room(
     node = _exchange_bytes(rank, _resident(parameters), world)
     # No rank takes anything before this, so that what the others' probes find free is what was.
     _agree(world, lambda: _shortages(rank, zero, device, node, world.is_first))
-    trial, agreed = SwapTrial(), False
+    reservation, agreed = SwapReservation(), False
     try:
-        _agree(world, lambda: trial.hold(swap_bytes(rank, zero)))
+        _agree(world, lambda: reservation.acquire(swap_bytes(rank, zero)))
         agreed = True
     finally:
-        trial.end(keep_folders=agreed)
+        reservation.end(keep_folders=agreed)
 
 
 def _agree(world: Axis, check: Callable[[], None]) -> None:

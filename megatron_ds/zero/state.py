@@ -16,7 +16,7 @@ from megatron_ds.zero.store import Region, Store
 from megatron_ds.zero.store.device import ResidentRegion
 
 
-class Holding:
+class RegionAccess:
     """One region and the tensor of it while somebody uses it. Uses may be nested; the outermost one moves data."""
 
     def __init__(self, region: Region):
@@ -28,12 +28,12 @@ class Holding:
         self._changed = False
 
     def read_start(self) -> None:
-        """Start to fetch it, so that a :meth:`hold` to come need not wait."""
+        """Start to fetch it, so that a :meth:`acquire` to come need not wait."""
         if self._coming is None and self._tensor is None:
             self._coming = self.region.read_start()
 
-    def hold(self) -> torch.Tensor:
-        """``[numel]`` on the compute device, until as many calls of :meth:`let_go`."""
+    def acquire(self) -> torch.Tensor:
+        """``[numel]`` on the compute device, until as many calls of :meth:`release`."""
         if self._tensor is None:
             self.read_start()
             assert self._coming is not None
@@ -41,7 +41,7 @@ class Holding:
         self._uses += 1
         return self._tensor
 
-    def let_go(self, changed: bool) -> None:
+    def release(self, changed: bool) -> None:
         self._changed |= changed
         self._uses -= 1
         if self._uses == 0:
@@ -59,7 +59,7 @@ class BucketState:
 
     def __init__(self, name: str, rows: Sequence[str], numel: int, dtype: torch.dtype, store: Store):
         self.rows, self.numel = tuple(rows), numel
-        self.holding = Holding(store.allocate(name, len(self.rows) * numel, dtype)) if rows else None
+        self.holding = RegionAccess(store.allocate(name, len(self.rows) * numel, dtype)) if rows else None
 
     @property
     def resident(self) -> bool:
@@ -74,10 +74,10 @@ class BucketState:
         if self.holding is not None:
             self.holding.read_start()
 
-    def hold(self) -> dict[str, torch.Tensor]:
+    def acquire(self) -> dict[str, torch.Tensor]:
         """Each row, ``[numel]``."""
-        return dict(zip(self.rows, self.holding.hold().split(self.numel))) if self.holding is not None else {}
+        return dict(zip(self.rows, self.holding.acquire().split(self.numel))) if self.holding is not None else {}
 
-    def let_go(self, changed: bool) -> None:
+    def release(self, changed: bool) -> None:
         if self.holding is not None:
-            self.holding.let_go(changed)
+            self.holding.release(changed)

@@ -25,7 +25,7 @@ from megatron_ds import comm
 from megatron_ds.mesh import Axis
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.memory import TransientParameters
-from megatron_ds.zero.released import ReleasedParameter
+from megatron_ds.zero.placeholder import ShardedPlaceholder
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -128,7 +128,7 @@ class Gatherer:
         self._running: list[tuple[Unit, _Use | None]] = []  # forwards under way, and what is to know of their backward
         self._hooks: list[Any] = []
         for bucket in self._buckets:
-            self._mark_released(bucket)
+            self._mark_sharded(bucket)
         for unit in units:
             self._hooks.append(unit.module.register_forward_pre_hook(self._before(unit), with_kwargs=True))
             self._hooks.append(unit.module.register_forward_hook(self._after(unit), always_call=True))
@@ -328,14 +328,14 @@ class Gatherer:
 
     def _free(self, bucket: FlatBucket) -> None:
         bucket.release()
-        self._mark_released(bucket)
+        self._mark_sharded(bucket)
 
     def _is_gathered(self, bucket: FlatBucket) -> bool:
-        return bool(bucket.tensors) and not isinstance(bucket.tensors[0], ReleasedParameter)
+        return bool(bucket.tensors) and not isinstance(bucket.tensors[0], ShardedPlaceholder)
 
-    def _mark_released(self, bucket: FlatBucket) -> None:
+    def _mark_sharded(self, bucket: FlatBucket) -> None:
         for parameter in bucket.tensors:
-            parameter.__class__ = ReleasedParameter
+            parameter.__class__ = ShardedPlaceholder
             parameter.zero_gatherer = self  # type: ignore[attr-defined]
 
     def adopt(self, parameter: nn.Parameter) -> bool:

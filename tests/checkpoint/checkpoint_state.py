@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_ds.checkpoint.flat_shards import FlatShard
 from megatron_ds.checkpoint.manifest import step_name
-from megatron_ds.checkpoint.pieces import Piece
 from megatron_ds.checkpoint.save import commit, prepare, write_rank
 from megatron_ds.shard import ShardedDim, ShardSpec
 
@@ -42,12 +42,12 @@ def pieces_of_rank(
     dtype: torch.dtype = torch.float32,
     kinds: tuple[str, ...] = KINDS,
     replicas: bool = False,
-) -> list[Piece]:
+) -> list[FlatShard]:
     """What rank (tp_rank, zero_rank) holds: its box, cut flat into ``zero`` shards. ``fill`` None gives NaN.
 
     With ``replicas`` tensor-parallel ranks other than 0 hold the tensors that are not cut as well.
     """
-    pieces = []
+    flat_shards = []
     for name, (shape, dim) in TENSORS.items():
         if dim is None:
             if tp_rank and not replicas:
@@ -62,8 +62,8 @@ def pieces_of_rank(
                 data = torch.full((stop - start,), float("nan"), dtype=dtype)
             else:
                 data = spec.slice_of(fill(name, kind, dtype)).flatten()[start:stop].clone()
-            pieces.append(Piece.of(spec, kind, data, start, stop))
-    return pieces
+            flat_shards.append(FlatShard.of(spec, kind, data, start, stop))
+    return flat_shards
 
 
 def save_virtually(
@@ -79,13 +79,13 @@ def save_virtually(
     return final
 
 
-def wrong_pieces(pieces: list[Piece], dtype: torch.dtype = torch.float32) -> list[str]:
-    """The pieces that do not hold exactly their part of the state."""
+def wrong_pieces(flat_shards: list[FlatShard], dtype: torch.dtype = torch.float32) -> list[str]:
+    """The flat shards that do not hold exactly their part of the state."""
     wrong = []
-    for piece in pieces:
-        end = [o + s for o, s in zip(piece.box_offset, piece.box_shape)]
-        box = tuple(slice(o, e) for o, e in zip(piece.box_offset, end))
-        want = whole(piece.name, piece.kind, dtype)[box].flatten()[piece.start : piece.stop]
-        if not torch.equal(piece.data, want.to(piece.data.dtype)):
-            wrong.append(f"{piece.kind} of {piece.name} [{piece.start}, {piece.stop})")
+    for flat_shard in flat_shards:
+        end = [o + s for o, s in zip(flat_shard.box_offset, flat_shard.box_shape)]
+        box = tuple(slice(o, e) for o, e in zip(flat_shard.box_offset, end))
+        want = whole(flat_shard.name, flat_shard.kind, dtype)[box].flatten()[flat_shard.start : flat_shard.stop]
+        if not torch.equal(flat_shard.data, want.to(flat_shard.data.dtype)):
+            wrong.append(f"{flat_shard.kind} of {flat_shard.name} [{flat_shard.start}, {flat_shard.stop})")
     return wrong

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_ds.checkpoint import Checkpoint, Piece, load
+from megatron_ds.checkpoint import Checkpoint, FlatShard, load
 from megatron_ds.checkpoint.meta import model_config
 from megatron_ds.models.families import class_of
 from megatron_ds.models.transformer import Transformer
@@ -120,8 +120,8 @@ def make_bert(**changes: Any) -> Any:
     return model
 
 
-def parameter_pieces(model: torch.nn.Module) -> list[Piece]:
-    return [Piece.of(spec_of(parameter), "param", parameter.data) for parameter in model.parameters()]
+def parameter_pieces(model: torch.nn.Module) -> list[FlatShard]:
+    return [FlatShard.of(spec_of(parameter), "param", parameter.data) for parameter in model.parameters()]
 
 
 def loaded(checkpoint: Path) -> Transformer:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ds.checkpoint.boxes import Box, intersection, rectangles
-from megatron_ds.checkpoint.pieces import Piece
+from megatron_ds.checkpoint.flat_shards import FlatShard
 from megatron_ds.shard import ShardedDim, ShardSpec
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
@@ -73,10 +73,10 @@ def test_a_range_outside_its_tensor_is_refused() -> None:
 def test_shares_of_a_piece_tile_it(count: int) -> None:
     spec = ShardSpec("w", (4, 6, 3), (ShardedDim(1, "tp", 1, 2),))
     whole = torch.arange(72.0).reshape(4, 6, 3)
-    piece = Piece.of(spec, "param", spec.slice_of(whole).contiguous())
+    flat_shard = FlatShard.of(spec, "param", spec.slice_of(whole).contiguous())
     got = torch.full((4, 6, 3), -1.0)
     for index in range(count):
-        share = piece.share(index, count)
+        share = flat_shard.share(index, count)
         begin = 0
         for box in share.boxes():
             got[box.slices_in(Box((0, 0, 0), (4, 6, 3)))] = share.data[begin : begin + box.numel].view(box.shape)
@@ -86,10 +86,10 @@ def test_shares_of_a_piece_tile_it(count: int) -> None:
 
 def test_a_piece_that_contradicts_itself_is_refused() -> None:
     with pytest.raises(ValueError, match="of 4 elements"):
-        Piece("w", "param", (4,), (0,), (4,), 0, 4, torch.zeros(3))
+        FlatShard("w", "param", (4,), (0,), (4,), 0, 4, torch.zeros(3))
     with pytest.raises(ValueError, match=r"range \[2, 6\) is not inside its box"):
-        Piece("w", "param", (4,), (0,), (4,), 2, 6, torch.zeros(4))
+        FlatShard("w", "param", (4,), (0,), (4,), 2, 6, torch.zeros(4))
     with pytest.raises(ValueError, match="not inside the tensor"):
-        Piece("w", "param", (4,), (2,), (4,), 0, 4, torch.zeros(4))
+        FlatShard("w", "param", (4,), (2,), (4,), 0, 4, torch.zeros(4))
     with pytest.raises(ValueError, match="not contiguous"):
-        Piece.of(ShardSpec("w", (3, 2)), "param", torch.zeros(2, 3).t())
+        FlatShard.of(ShardSpec("w", (3, 2)), "param", torch.zeros(2, 3).t())

@@ -15,7 +15,7 @@ import pytest
 import torch
 from checkpoint_state import pieces_of_rank, save_virtually, wrong_pieces
 
-from megatron_ds.checkpoint import Checkpoint, Piece, load, resolve, save
+from megatron_ds.checkpoint import Checkpoint, FlatShard, load, resolve, save
 from megatron_ds.checkpoint.direct_io import DirectFile
 from megatron_ds.checkpoint.manifest import INCOMPLETE
 from megatron_ds.checkpoint.save import prepare, write_rank
@@ -28,9 +28,9 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def load_all(path: Path) -> None:
-    pieces = pieces_of_rank(1, 0, 1, 0, fill=None)
-    load(path, pieces)
-    assert wrong_pieces(pieces) == []
+    flat_shards = pieces_of_rank(1, 0, 1, 0, fill=None)
+    load(path, flat_shards)
+    assert wrong_pieces(flat_shards) == []
 
 
 # --- kills ----------------------------------------------------------------------------------------------------
@@ -139,8 +139,8 @@ def test_a_file_of_another_save_is_found(tmp_path: Path) -> None:
 
 
 def test_damage_in_an_untouched_chunk_does_not_stop_a_load(tmp_path: Path) -> None:
-    big = Piece.whole("big", "param", torch.arange(6_000_000, dtype=torch.float32))
-    small = Piece.whole("small", "param", torch.ones(4, dtype=torch.float64))  # wider, so first in the file
+    big = FlatShard.whole("big", "param", torch.arange(6_000_000, dtype=torch.float32))
+    small = FlatShard.whole("small", "param", torch.ones(4, dtype=torch.float64))  # wider, so first in the file
     step = save(tmp_path, 1, [big, small], {})
     path = step / "rank-00000.safetensors"
     data = bytearray(path.read_bytes())
@@ -185,19 +185,21 @@ def test_a_newer_format_is_refused_by_its_version(tmp_path: Path, monkeypatch: p
 
 def test_another_model_is_named_tensor_by_tensor(tmp_path: Path) -> None:
     save_virtually(tmp_path, 1)
-    pieces = [piece for piece in pieces_of_rank(1, 0, 1, 0, fill=None) if piece.name != "scale"]
-    pieces += [Piece.whole(f"layers.{i}.new", "param", torch.zeros(1)) for i in range(30)]
-    shape = Piece.whole("layers.0.norm.weight", "exp_avg", torch.zeros(8))
-    pieces = [p for p in pieces if (p.name, p.kind) != ("layers.0.norm.weight", "exp_avg")] + [shape]
+    flat_shards = [flat_shard for flat_shard in pieces_of_rank(1, 0, 1, 0, fill=None) if flat_shard.name != "scale"]
+    flat_shards += [FlatShard.whole(f"layers.{i}.new", "param", torch.zeros(1)) for i in range(30)]
+    shape = FlatShard.whole("layers.0.norm.weight", "exp_avg", torch.zeros(8))
+    flat_shards = [p for p in flat_shards if (p.name, p.kind) != ("layers.0.norm.weight", "exp_avg")] + [shape]
     with pytest.raises(CheckpointError) as caught:
-        load(tmp_path, pieces)
+        load(tmp_path, flat_shards)
     lines = str(caught.value).splitlines()
     assert lines[0].endswith("holds another model than the one being loaded:")
     assert lines[1].startswith("  missing from the checkpoint: layers.0.new, ")
     assert lines[1].count(",") == 9 and lines[1].endswith("more")
     assert lines[2] == ("  in the checkpoint but not in the model: scale, exp_avg of scale, exp_avg_sq of scale")
     assert lines[3] == "  of another shape: exp_avg of layers.0.norm.weight: [7] in the checkpoint, [8] in the model"
-    assert all(torch.isnan(piece.data).all() for piece in pieces if piece.name == "embedding.weight")
+    assert all(
+        torch.isnan(flat_shard.data).all() for flat_shard in flat_shards if flat_shard.name == "embedding.weight"
+    )
 
 
 # --- no space -------------------------------------------------------------------------------------------------
@@ -216,12 +218,12 @@ def test_a_disk_that_fills_up_leaves_everything_as_it_was(tmp_path: Path, limit:
     """A real refusal by the kernel: the process may not make a file longer than ``limit`` bytes."""
     save_virtually(tmp_path, 1)
     before = contents(tmp_path)
-    piece = Piece.whole("w", "param", torch.zeros(1 << 20))
+    flat_shard = FlatShard.whole("w", "param", torch.zeros(1 << 20))
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
     try:
         with pytest.raises(CheckpointError, match="File too large"):
-            save(tmp_path, 2, [piece], {})
+            save(tmp_path, 2, [flat_shard], {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert contents(tmp_path) == before
@@ -236,7 +238,7 @@ def test_a_filesystem_without_direct_io_gets_the_same_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refuse_at: str
 ) -> None:
     real_open, real_write, real_read = os.open, os.pwrite, os.preadv
-    state = [*pieces_of_rank(1, 0, 1, 0), Piece.whole("big", "param", torch.arange(5_000_001.0))]
+    state = [*pieces_of_rank(1, 0, 1, 0), FlatShard.whole("big", "param", torch.arange(5_000_001.0))]
     direct = save(tmp_path / "direct", 1, state, {})
 
     def is_direct(fd: int) -> bool:
@@ -262,7 +264,7 @@ def test_a_filesystem_without_direct_io_gets_the_same_file(
     monkeypatch.setattr(os, "preadv", refusing(real_read))
     buffered = save(tmp_path / "buffered", 1, state, {})
     assert contents(direct) == contents(buffered)
-    targets = [Piece(**{**vars(p), "data": torch.zeros_like(p.data)}) for p in state]
+    targets = [FlatShard(**{**vars(p), "data": torch.zeros_like(p.data)}) for p in state]
     load(tmp_path / "buffered", targets)
     assert all(torch.equal(a.data, b.data) for a, b in zip(state, targets))
     assert "refuses direct I/O" in caplog.text
@@ -275,7 +277,7 @@ def test_direct_io_is_not_given_up_without_need(tmp_path: Path, caplog: pytest.L
     assert (tmp_path / "probe").stat().st_size == 10
     if not probe.direct:
         pytest.skip("the temporary directory's filesystem refuses O_DIRECT")
-    state = [Piece.whole("odd", "param", torch.arange(5_000_001.0)), Piece.whole("one", "param", torch.ones(1))]
+    state = [FlatShard.whole("odd", "param", torch.arange(5_000_001.0)), FlatShard.whole("one", "param", torch.ones(1))]
     save(tmp_path / "run", 1, state, {})
     load(tmp_path / "run", state)
     load(tmp_path / "run", state, verify=False)

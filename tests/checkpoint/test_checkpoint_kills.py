@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ds.checkpoint import Piece, load, resolve, save
+from megatron_ds.checkpoint import FlatShard, load, resolve, save
 from megatron_ds.checkpoint import writer as writer_module
 
 CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir", "write", "pwrite", "fsync", "ftruncate", "open", "remove")
@@ -51,13 +51,13 @@ def dies_at(number: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]
         yield done
 
 
-def piece(value: float) -> Piece:
-    return Piece.whole("w", "param", torch.full((1000,), value, dtype=torch.float64))
+def flat_shard(value: float) -> FlatShard:
+    return FlatShard.whole("w", "param", torch.full((1000,), value, dtype=torch.float64))
 
 
 def loaded(directory: Path) -> float:
     """The one value that the checkpoint which is found holds everywhere."""
-    target = piece(float("nan"))
+    target = flat_shard(float("nan"))
     meta = load(directory, [target])
     values = set(target.data.tolist())
     assert len(values) == 1 and values == {meta["value"]}
@@ -85,11 +85,11 @@ def test_whenever_a_save_dies_a_complete_checkpoint_is_found(
     while not finished:
         run = tmp_path / str(number)
         for old in before:
-            save(run, old, [piece(old)], {"value": old}, replace=True)
+            save(run, old, [flat_shard(old)], {"value": old}, replace=True)
         newest = before[-1]
         with dies_at(number, monkeypatch) as done:
             try:
-                save(run, step, [piece(100)], {"value": 100}, **options)
+                save(run, step, [flat_shard(100)], {"value": 100}, **options)
                 finished = True
             except Dead:
                 pass
@@ -101,7 +101,7 @@ def test_whenever_a_save_dies_a_complete_checkpoint_is_found(
             assert value == 100
         # An explicit path finds it too, and what the dead one left does not stop the next save, which clears it away.
         assert loaded(run / resolve(run).name) == value
-        save(run, step, [piece(200)], {"value": 200}, replace=True)
+        save(run, step, [flat_shard(200)], {"value": 200}, replace=True)
         assert loaded(run) == 200
         assert {path.name for path in run.iterdir()} <= {"latest", *(f"step-{n:08d}" for n in (*before, step))}
         number += 1

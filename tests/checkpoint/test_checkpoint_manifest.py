@@ -19,7 +19,7 @@ from checkpoint_state import pieces_of_rank, save_virtually, wrong_pieces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ds.checkpoint import Piece, load, resolve, save
+from megatron_ds.checkpoint import FlatShard, load, resolve, save
 from megatron_ds.checkpoint.boxes import Box, tiles
 from megatron_ds.checkpoint.last_good import last_good
 from megatron_ds.checkpoint.save import commit, prepare, write_rank
@@ -138,17 +138,17 @@ def test_every_field_is_checked(tmp_path: Path) -> None:
 
 def test_two_parts_that_cover_the_same_half(tmp_path: Path) -> None:
     """Numbers and bytes are right, one half is there twice and the other in no part."""
-    step = save(tmp_path, 1, [Piece.whole("w", "param", torch.arange(8.0))], {})
+    step = save(tmp_path, 1, [FlatShard.whole("w", "param", torch.arange(8.0))], {})
     bad = read_json(step)
     record = bad["tensors"]["param"]["w"]
     start = record["parts"][0]["start"]
     record["parts"] = [{"file": 0, "offset": [0], "shape": [4], "start": start + 16 * i} for i in range(2)]
     write_json(step, bad)
     with pytest.raises(CheckpointError, match=r"the parts of param of 'w' of shape \[8\] overlap or leave a gap"):
-        load(tmp_path, [Piece.whole("w", "param", torch.zeros(8))])
+        load(tmp_path, [FlatShard.whole("w", "param", torch.zeros(8))])
     record["parts"][1]["offset"] = [4]
     write_json(step, bad)
-    load(tmp_path, [target := Piece.whole("w", "param", torch.zeros(8))])
+    load(tmp_path, [target := FlatShard.whole("w", "param", torch.zeros(8))])
     assert torch.equal(target.data, torch.arange(8.0))
     record["parts"][1]["start"] = start + 12
     write_json(step, bad)
@@ -159,7 +159,7 @@ def test_two_parts_that_cover_the_same_half(tmp_path: Path) -> None:
 def test_ranks_that_save_the_same_half_are_refused(tmp_path: Path) -> None:
     partial = prepare(tmp_path, 1, 0)
     for rank in range(2):
-        write_rank(partial, rank, [Piece("w", "param", (8,), (0,), (8,), 0, 4, torch.zeros(4))])
+        write_rank(partial, rank, [FlatShard("w", "param", (8,), (0,), (8,), 0, 4, torch.zeros(4))])
     with pytest.raises(CheckpointError, match="two parts hold the same elements, and others are in none"):
         commit(tmp_path, 1, 2, {})
 
@@ -281,9 +281,9 @@ def test_the_last_good_one_is_found_by_its_contents(tmp_path: Path, ranks: int) 
         assert (name, passed) == other and name == "step-00000002"
     assert len(passed) == 2 and "step-00000004/rank-00001.safetensors is damaged" in passed[0]
     assert "step-00000003/rank-00004.safetensors is damaged" in passed[1]
-    pieces = pieces_of_rank(1, 0, 1, 0, fill=None)
-    load(tmp_path / "step-00000002", pieces)
-    assert wrong_pieces(pieces) == []
+    flat_shards = pieces_of_rank(1, 0, 1, 0, fill=None)
+    load(tmp_path / "step-00000002", flat_shards)
+    assert wrong_pieces(flat_shards) == []
 
 
 def test_steps_before_the_latest_come_before_those_after_it(tmp_path: Path) -> None:

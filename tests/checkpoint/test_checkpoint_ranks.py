@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from checkpoint_state import pieces_of_rank, wrong_pieces
 
-from megatron_ds.checkpoint import Piece, load, save
+from megatron_ds.checkpoint import FlatShard, load, save
 from megatron_ds.errors import CheckpointError
 from megatron_ds.mesh import Axis
 from megatron_ds.testing import run_ranks
@@ -21,12 +21,12 @@ def world_axis() -> Axis:
     return Axis("world", dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
 
 
-def my_pieces(tp: int, fill: bool) -> list[Piece]:
+def my_pieces(tp: int, fill: bool) -> list[FlatShard]:
     rank, zero = dist.get_rank(), dist.get_world_size() // tp
-    pieces = pieces_of_rank(tp, rank % tp, zero, rank // tp, **({} if fill else {"fill": None, "replicas": True}))
+    flat_shards = pieces_of_rank(tp, rank % tp, zero, rank // tp, **({} if fill else {"fill": None, "replicas": True}))
     if torch.cuda.is_available() and dist.get_backend() == "nccl":
-        pieces = [Piece(**{**vars(piece), "data": piece.data.cuda()}) for piece in pieces]
-    return pieces
+        flat_shards = [FlatShard(**{**vars(flat_shard), "data": flat_shard.data.cuda()}) for flat_shard in flat_shards]
+    return flat_shards
 
 
 def save_on_ranks(directory: str, step: int, tp: int) -> str:
@@ -34,9 +34,11 @@ def save_on_ranks(directory: str, step: int, tp: int) -> str:
 
 
 def load_on_ranks(directory: str, tp: int) -> tuple[list[str], dict[str, int]]:
-    pieces = my_pieces(tp, fill=False)
-    meta = load(directory, pieces, world_axis())
-    return wrong_pieces([Piece(**{**vars(piece), "data": piece.data.cpu()}) for piece in pieces]), meta
+    flat_shards = my_pieces(tp, fill=False)
+    meta = load(directory, flat_shards, world_axis())
+    return wrong_pieces(
+        [FlatShard(**{**vars(flat_shard), "data": flat_shard.data.cpu()}) for flat_shard in flat_shards]
+    ), meta
 
 
 def test_another_number_of_ranks_loads_the_same(tmp_path: Path) -> None:
@@ -66,7 +68,7 @@ def save_with_a_full_disk(directory: str, culprit: int, patched: str) -> str:
 
     if dist.get_rank() == culprit:
         setattr(os, patched, full)
-    big = Piece.whole(f"big.{dist.get_rank()}", "param", torch.zeros(5_000_000))
+    big = FlatShard.whole(f"big.{dist.get_rank()}", "param", torch.zeros(5_000_000))
     return message_of(lambda: save(directory, 2, [big], {}, world_axis()))
 
 
@@ -85,7 +87,7 @@ def test_one_ranks_failure_is_every_ranks(tmp_path: Path, culprit: int, patched:
 
 def save_of_a_bad_dtype(directory: str) -> str:
     bad = torch.zeros(2, dtype=torch.complex64 if dist.get_rank() == 1 else torch.float32)
-    return message_of(lambda: save(directory, 1, [Piece.whole("w", "param", bad)], {}, world_axis()))
+    return message_of(lambda: save(directory, 1, [FlatShard.whole("w", "param", bad)], {}, world_axis()))
 
 
 def test_a_defect_keeps_its_type_where_it_happened(tmp_path: Path) -> None:
@@ -97,14 +99,18 @@ def test_a_defect_keeps_its_type_where_it_happened(tmp_path: Path) -> None:
 
 def load_something_else(directory: str) -> str:
     """Rank 0 asks for a name that is not there, rank 1 for another shape; each differs, all must hear of both."""
-    pieces = my_pieces(1, fill=False)
+    flat_shards = my_pieces(1, fill=False)
     if dist.get_rank() == 0:
-        pieces = [p for p in pieces if p.name != "scale"] + [Piece.whole("extra", "param", torch.zeros(1))]
+        flat_shards = [p for p in flat_shards if p.name != "scale"] + [
+            FlatShard.whole("extra", "param", torch.zeros(1))
+        ]
     elif dist.get_rank() == 1:
-        pieces = [p for p in pieces if p.name != "scale"] + [Piece.whole("scale", "param", torch.zeros(3))]
+        flat_shards = [p for p in flat_shards if p.name != "scale"] + [
+            FlatShard.whole("scale", "param", torch.zeros(3))
+        ]
     else:
-        pieces = [p for p in pieces if p.name != "scale"]
-    return message_of(lambda: load(directory, pieces, world_axis()))
+        flat_shards = [p for p in flat_shards if p.name != "scale"]
+    return message_of(lambda: load(directory, flat_shards, world_axis()))
 
 
 def test_a_mismatch_is_the_same_message_everywhere(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from checkpoint_state import KINDS, TENSORS, pieces_of_rank, save_virtually, whole, wrong_pieces
 from safetensors import safe_open
 
-from megatron_ds.checkpoint import Checkpoint, Piece, load, read_meta, resolve, save
+from megatron_ds.checkpoint import Checkpoint, FlatShard, load, read_meta, resolve, save
 from megatron_ds.checkpoint.safetensors_header import ALIGNMENT
 from megatron_ds.errors import CheckpointError
 
@@ -20,7 +20,7 @@ MESHES = [(1, 1), (2, 1), (1, 3), (4, 2), (2, 5), (4, 16)]
 def test_any_mesh_loads_from_any_mesh(tmp_path: Path, saved: tuple[int, int]) -> None:
     save_virtually(tmp_path, 1, *saved)
     for tp, zero in MESHES[:-1]:
-        loaded: list[Piece] = []
+        loaded: list[FlatShard] = []
         for rank in range(tp * zero):
             loaded += pieces_of_rank(tp, rank % tp, zero, rank // tp, fill=None, replicas=True)
         load(tmp_path, loaded)
@@ -43,7 +43,7 @@ def test_values_are_converted_on_load(tmp_path: Path, saved_as: torch.dtype, loa
     loaded = pieces_of_rank(2, 1, 2, 1, fill=None, dtype=loaded_as, replicas=True)
     load(tmp_path, loaded)
     assert wrong_pieces(loaded) == []
-    assert {piece.data.dtype for piece in loaded} == {loaded_as}
+    assert {flat_shard.data.dtype for flat_shard in loaded} == {loaded_as}
 
 
 def test_tensors_of_several_dtypes_share_a_file(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_tensors_of_several_dtypes_share_a_file(tmp_path: Path) -> None:
         "c": torch.randn(7).to(torch.float8_e4m3fn),
         "d": torch.randn(2, 2),
     }
-    save(tmp_path, 7, [Piece.whole(name, "param", tensor) for name, tensor in tensors.items()], {})
+    save(tmp_path, 7, [FlatShard.whole(name, "param", tensor) for name, tensor in tensors.items()], {})
     with Checkpoint(tmp_path) as checkpoint:
         for name, tensor in tensors.items():
             got = checkpoint.read(name)
@@ -63,19 +63,19 @@ def test_tensors_of_several_dtypes_share_a_file(tmp_path: Path) -> None:
 def test_a_tensor_larger_than_a_chunk(tmp_path: Path) -> None:
     # 8 MB chunks: 3 files of about 12 MB, with a tensor that starts and ends inside chunks.
     tensor = torch.arange(9_000_001, dtype=torch.float32).view(-1, 1)
-    piece = Piece.whole("w", "param", tensor)
-    save(tmp_path, 1, [Piece.whole("first", "param", torch.ones(3)), piece], {})
-    got = Piece.whole("w", "param", torch.zeros_like(tensor)).share(1, 3)
-    rest = Piece.whole("first", "param", torch.zeros(3))
+    flat_shard = FlatShard.whole("w", "param", tensor)
+    save(tmp_path, 1, [FlatShard.whole("first", "param", torch.ones(3)), flat_shard], {})
+    got = FlatShard.whole("w", "param", torch.zeros_like(tensor)).share(1, 3)
+    rest = FlatShard.whole("first", "param", torch.zeros(3))
     load(tmp_path, [got, rest])
     assert torch.equal(got.data, tensor.flatten()[3_000_000:6_000_000])
 
 
 def test_meta_comes_back(tmp_path: Path) -> None:
     meta = {"config": {"model": {"num_layers": 2, "rope_scaling": None}}, "consumed_samples": 2**53 + 1, "lr": 0.1}
-    save(tmp_path, 3, [Piece.whole("w", "param", torch.ones(2))], meta)
+    save(tmp_path, 3, [FlatShard.whole("w", "param", torch.ones(2))], meta)
     assert read_meta(tmp_path) == meta
-    assert load(tmp_path, [Piece.whole("w", "param", torch.zeros(2))]) == meta
+    assert load(tmp_path, [FlatShard.whole("w", "param", torch.zeros(2))]) == meta
 
 
 def test_files_are_plain_safetensors_with_aligned_data(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_the_newest_are_kept_and_latest_follows(tmp_path: Path) -> None:
 
 
 def test_the_same_step_is_refused_or_replaced(tmp_path: Path) -> None:
-    one = [Piece.whole("w", "param", torch.ones(2))]
+    one = [FlatShard.whole("w", "param", torch.ones(2))]
     save(tmp_path, 5, one, {"run": 1})
     with pytest.raises(CheckpointError, match="step-00000005 exists already"):
         save(tmp_path, 5, one, {"run": 2})
@@ -141,26 +141,28 @@ def test_the_same_step_is_refused_or_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pieces", "message"),
     [
-        ([Piece("w", "param", (4,), (0,), (4,), 0, 3, torch.zeros(3))], "has 4 elements .* gave 3 to save"),
+        ([FlatShard("w", "param", (4,), (0,), (4,), 0, 3, torch.zeros(3))], "has 4 elements .* gave 3 to save"),
         (
             [
-                Piece("w", "param", (4,), (0,), (4,), 0, 3, torch.zeros(3)),
-                Piece("w", "param", (4,), (0,), (4,), 2, 4, torch.zeros(2)),
+                FlatShard("w", "param", (4,), (0,), (4,), 0, 3, torch.zeros(3)),
+                FlatShard("w", "param", (4,), (0,), (4,), 2, 4, torch.zeros(2)),
             ],
             "has 4 elements .* gave 5 to save",
         ),
         (
             [
-                Piece("w", "param", (4,), (0,), (4,), 0, 2, torch.zeros(2)),
-                Piece("w", "param", (4,), (0,), (4,), 2, 4, torch.zeros(2).double()),
+                FlatShard("w", "param", (4,), (0,), (4,), 0, 2, torch.zeros(2)),
+                FlatShard("w", "param", (4,), (0,), (4,), 2, 4, torch.zeros(2).double()),
             ],
             "all pieces of a tensor must agree",
         ),
     ],
 )
-def test_gaps_overlaps_and_contradictions_are_refused(tmp_path: Path, pieces: list[Piece], message: str) -> None:
+def test_gaps_overlaps_and_contradictions_are_refused(
+    tmp_path: Path, flat_shards: list[FlatShard], message: str
+) -> None:
     with pytest.raises(CheckpointError, match=message):
-        save(tmp_path, 1, pieces, {})
+        save(tmp_path, 1, flat_shards, {})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,11 +12,11 @@ import torch
 from hf_models import LLAMA3, MODELS, make
 from safetensors.torch import load_file, save_file
 
-from megatron_ds.checkpoint import Checkpoint, Piece, read_meta, save
+from megatron_ds.checkpoint import Checkpoint, FlatShard, read_meta, save
 from megatron_ds.config import ModelConfig
+from megatron_ds.convert.tables import export_hf, global_shapes, import_hf
 from megatron_ds.data.tokenizers import ByteTokenizer
 from megatron_ds.errors import CheckpointError, ConfigError
-from megatron_ds.models.hf_tables import export_hf, global_shapes, import_hf
 from megatron_ds.testing import run_ranks
 
 
@@ -89,16 +89,16 @@ def test_the_import_has_the_models_own_names_and_shapes(tmp_path: Path, name: st
 def test_files_are_cut_and_indexed(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from megatron_ds.checkpoint import hf
-    from megatron_ds.models.hf_tables import ARCHITECTURES
+    from megatron_ds.convert import hugging_face
+    from megatron_ds.convert.tables import ARCHITECTURES
 
     original = make("llama-gqa")
     original.save_pretrained(tmp_path / "hf", max_shard_size="12KB")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 4
-    hf.import_hf(tmp_path / "hf", tmp_path / "ours", ARCHITECTURES, file_bytes=10_000)
+    hugging_face.import_hf(tmp_path / "hf", tmp_path / "ours", ARCHITECTURES, file_bytes=10_000)
     step = tmp_path / "ours" / "step-00000000"
     assert len(list(step.glob("rank-*.safetensors"))) > 4
-    hf.export_hf(tmp_path / "ours", tmp_path / "back", ARCHITECTURES, file_bytes=10_000)
+    hugging_face.export_hf(tmp_path / "ours", tmp_path / "back", ARCHITECTURES, file_bytes=10_000)
     count = len(list((tmp_path / "back").glob("*.safetensors")))
     assert count > 4 and (tmp_path / "back" / f"model-00001-of-{count:05d}.safetensors").exists()
     assert differing(tensors_in(tmp_path / "hf"), tensors_in(tmp_path / "back")) == []
@@ -171,16 +171,16 @@ def write_a_large_model(directory: str) -> int:
 
 def convert_with_little_memory(directory: str) -> tuple[int, list[str]]:
     """There and back while the process may hold at most LIMIT more of memory of its own (RLIMIT_DATA)."""
-    from megatron_ds.checkpoint import hf
-    from megatron_ds.models.hf_tables import ARCHITECTURES
+    from megatron_ds.convert import hugging_face
+    from megatron_ds.convert.tables import ARCHITECTURES
 
     folder = Path(directory)
     size = write_a_large_model(str(folder / "ours"))  # also warms up whatever the libraries allocate once
     status = Path("/proc/self/status").read_text()
     held = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData"))
     resource.setrlimit(resource.RLIMIT_DATA, (held + LIMIT, held + LIMIT))
-    hf.export_hf(folder / "ours", folder / "hf", ARCHITECTURES, file_bytes=20_000_000)
-    hf.import_hf(folder / "hf", folder / "back", ARCHITECTURES, file_bytes=20_000_000)
+    hugging_face.export_hf(folder / "ours", folder / "hf", ARCHITECTURES, file_bytes=20_000_000)
+    hugging_face.import_hf(folder / "hf", folder / "back", ARCHITECTURES, file_bytes=20_000_000)
     with Checkpoint(folder / "ours") as one, Checkpoint(folder / "back") as two:
         return size, [name for name in one.names() if not torch.equal(one.read(name), two.read(name))]
 
@@ -197,8 +197,8 @@ def test_no_process_holds_the_whole_model(tmp_path: Path) -> None:
 def tiny_checkpoint(directory: Path, **model: Any) -> Path:
     fields: dict[str, Any] = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "vocab_size": 10, "vocab_multiple": 2}
     config = ModelConfig(**{**fields, **model})
-    pieces = [Piece.whole(name, "param", torch.zeros(shape)) for name, shape in global_shapes(config).items()]
-    return save(directory, 1, pieces, {"config": {"model": config.model_dump(mode="json")}})
+    flat_shards = [FlatShard.whole(name, "param", torch.zeros(shape)) for name, shape in global_shapes(config).items()]
+    return save(directory, 1, flat_shards, {"config": {"model": config.model_dump(mode="json")}})
 
 
 @pytest.mark.parametrize(
@@ -296,11 +296,11 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_does_not_fit_its_own_configuration(tmp_path: Path) -> None:
-    save(tmp_path / "none", 1, [Piece.whole("w", "param", torch.zeros(1))], {})
+    save(tmp_path / "none", 1, [FlatShard.whole("w", "param", torch.zeros(1))], {})
     with pytest.raises(CheckpointError, match=r"its meta has no config\.model"):
         export_hf(tmp_path / "none", tmp_path / "out")
     meta = read_meta(tiny_checkpoint(tmp_path / "ours"))
-    save(tmp_path / "other", 1, [Piece.whole("embedding.weight", "param", torch.zeros(10, 9))], meta)
+    save(tmp_path / "other", 1, [FlatShard.whole("embedding.weight", "param", torch.zeros(10, 9))], meta)
     with pytest.raises(CheckpointError, match=r"missing from the checkpoint: layers\.0\.att") as caught:
         export_hf(tmp_path / "other", tmp_path / "out")
     assert "embedding.weight: [10, 9] in the checkpoint, [10, 8] in the model" in str(caught.value)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from hf_models import make
 
-from megatron_ds.checkpoint import Checkpoint, Piece, save
-from megatron_ds.checkpoint.hf_files import take_along
+from megatron_ds.checkpoint import Checkpoint, FlatShard, save
+from megatron_ds.convert.carried_files import take_along
+from megatron_ds.convert.tables import export_hf, import_hf
 from megatron_ds.data.tokenizers import ByteTokenizer, load_tokenizer
 from megatron_ds.errors import CheckpointError
-from megatron_ds.models.hf_tables import export_hf, import_hf
 
 EOS = [128, 129, 130]
 FILES = {
@@ -48,8 +48,8 @@ def fine_tuned(start: Path, checkpoints: Path, **model: Any) -> Path:
     """A later checkpoint as a run that starts from ``start`` saves it; with other settings of the model, if told."""
     with Checkpoint(start) as source:
         meta = {"config": {"model": {**source.meta["config"]["model"], **model}}, "step": 3}
-        pieces = [Piece.whole(name, "param", source.read(name)) for name in source.names()]
-    save(checkpoints, 3, pieces, meta)
+        flat_shards = [FlatShard.whole(name, "param", source.read(name)) for name in source.names()]
+    save(checkpoints, 3, flat_shards, meta)
     take_along(start, checkpoints)
     return checkpoints
 

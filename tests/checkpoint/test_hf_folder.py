@@ -14,9 +14,9 @@ import torch
 from hf_models import LLAMA3, loaded, make, make_bert, our_logits, their_logits
 from safetensors.torch import load_file, save_file
 
-from megatron_ds.checkpoint.hf_settings import Settings
+from megatron_ds.convert.settings import Settings
+from megatron_ds.convert.tables import ARCHITECTURES, export_hf, import_hf
 from megatron_ds.errors import CheckpointError, ConfigError
-from megatron_ds.models.hf_tables import ARCHITECTURES, export_hf, import_hf
 
 TOKENS = torch.randint(0, 131, (2, 24), generator=torch.Generator().manual_seed(0))
 SHORT = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}

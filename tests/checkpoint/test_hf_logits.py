@@ -10,8 +10,8 @@ from hf_models import MODELS, loaded, make, our_logits, parameter_pieces
 
 from megatron_ds.checkpoint import Checkpoint, save
 from megatron_ds.config import ModelConfig
+from megatron_ds.convert.tables import export_hf, import_hf
 from megatron_ds.models.gpt import GPT
-from megatron_ds.models.hf_tables import export_hf, import_hf
 from megatron_ds.shard import spec_of
 
 TOKENS = torch.randint(0, 131, (2, 48), generator=torch.Generator().manual_seed(0))

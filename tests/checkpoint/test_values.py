@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ds.checkpoint import Piece, load, save
+from megatron_ds.checkpoint import FlatShard, load, save
 from megatron_ds.checkpoint.values import decode, encode
 from megatron_ds.errors import CheckpointError
 from megatron_ds.testing import run_ranks
@@ -58,8 +58,8 @@ def test_nan_comes_back() -> None:
 
 def test_values_of_a_checkpoint(tmp_path: Path) -> None:
     meta = {"client_state": VALUES, "numbers": {0: {"step": 3.0}}}
-    save(tmp_path, 1, [Piece.whole("w", "param", torch.ones(2))], meta)
-    assert same(load(tmp_path, [Piece.whole("w", "param", torch.zeros(2))]), meta)
+    save(tmp_path, 1, [FlatShard.whole("w", "param", torch.ones(2))], meta)
+    assert same(load(tmp_path, [FlatShard.whole("w", "param", torch.zeros(2))]), meta)
 
 
 class Named(tuple[int, ...]):
@@ -81,7 +81,7 @@ class Named(tuple[int, ...]):
 )
 def test_what_would_not_come_back_is_refused_by_name(value: Any, name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=name):
-        save(tmp_path, 1, [Piece.whole("w", "param", torch.ones(2))], {"state": value})
+        save(tmp_path, 1, [FlatShard.whole("w", "param", torch.ones(2))], {"state": value})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import megatron_ds
-from megatron_ds.errors import ReleasedParameterError
+from megatron_ds.errors import ShardedParameterError
 from megatron_ds.testing import run_ranks
 
 WIDTH, STEPS = 16, 3
@@ -174,7 +174,7 @@ def all_trained(stage: int, apart: bool) -> dict[str, Any]:
         zero["persistence_threshold"] = 0
     for name, kind in (KINDS | HELD).items():
         if apart and name in HELD:
-            with pytest.raises(ReleasedParameterError) as raised:
+            with pytest.raises(ShardedParameterError) as raised:
                 trained(kind, zero)
             found[name + ", not held"] = str(raised.value)
             zero = {**zero, "keep_whole": True}

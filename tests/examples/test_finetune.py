@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_ds.testing import run_ranks
-from megatron_ds.train.launch import Place
+from megatron_ds.train.launch import RankInfo
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ("finetune_hf", "finetune_diffusers_unet")
@@ -24,7 +24,7 @@ def run(name: str, *arguments: str) -> None:
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sys.argv = [f"{name}.py", *arguments]
-    assert module.main(Place()) == 0
+    assert module.main(RankInfo()) == 0
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -117,8 +117,8 @@ def run(case: Case) -> dict[str, float]:
         scaled = (got.double() - wanted).abs() / (tolerance * wanted.abs().nan_to_num(posinf=1.0).amax().clamp(min=1.0))
         same = (got == wanted) | (scaled <= 1e30)  # both infinite, or both numbers
         scaled = torch.where(got == wanted, 0.0, scaled)
-        intact = bool(buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all())
-        result[name] = float(scaled.max()) if bool(same.all()) and intact else float("inf")
+        model_guard = bool(buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all())
+        result[name] = float(scaled.max()) if bool(same.all()) and model_guard else float("inf")
     return result
 
 

@@ -17,7 +17,7 @@ from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear, l
 from megatron_ds.mesh import Axis
 from megatron_ds.models.bert import BERT
 from megatron_ds.models.gpt import GPT
-from megatron_ds.zero.sink import GradSink
+from megatron_ds.zero.main_grad import MainGradient
 
 TOKENS, H = 16384, 8
 HALF = (torch.bfloat16, torch.float16)
@@ -95,10 +95,10 @@ def test_layer_norm_gradients_are_fp32_until_they_are_a_parameters() -> None:
 
 def sink_of(parameter: nn.Parameter) -> Tensor:
     """The parameter's gradient buffer in fp32, attached as an optimizer would."""
-    sink = GradSink("p", lambda sink: None, lambda sink: None)
-    sink.view = torch.full(parameter.shape, torch.nan)
-    parameter.grad_sink = sink  # type: ignore[attr-defined]
-    return sink.view
+    main_grad = MainGradient("p", lambda main_grad: None, lambda main_grad: None)
+    main_grad.view = torch.full(parameter.shape, torch.nan)
+    parameter.main_grad = main_grad  # type: ignore[attr-defined]
+    return main_grad.view
 
 
 @pytest.mark.parametrize("name", ["column linear", "row linear"])

@@ -21,7 +21,7 @@ from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.rng import initialize_parameters
 from megatron_ds.shard import ShardedDim, spec_of
 from megatron_ds.testing import device_of_rank, run_ranks
-from megatron_ds.zero.sink import GradSink
+from megatron_ds.zero.main_grad import MainGradient
 
 S, B, H, FFN, VOCAB = 12, 2, 6, 12, 24
 
@@ -113,7 +113,7 @@ def on_a_rank(tp_size: int) -> int:
 
 
 def column_alone(tp: Axis, sequence_parallel: bool) -> None:
-    """A column layer's own output is a slice of the features; weights of more than two dims, frozen parts, sinks."""
+    """A column layer's own output is a slice of the features; more than two dims, frozen parts, main gradients."""
     where: dict[str, Any] = {"init_std": 0.5, "dtype": torch.float64}
     shape = (FFN, 3, 2)
     layer = ColumnParallelLinear(
@@ -126,24 +126,24 @@ def column_alone(tp: Axis, sequence_parallel: bool) -> None:
     weight, bias = one.weight.detach().reshape(-1, H), one.bias.detach().reshape(-1)
     want = F.linear(x, weight, bias)
     want_weight = spec_of(layer.weight).slice_of((grad.reshape(-1, FFN * 6).T @ x.reshape(-1, H)).view(*shape, H))
-    for x_needs, weight_needs, sink in ((True, True, True), (True, False, False), (False, True, False)):
+    for x_needs, weight_needs, main_grad in ((True, True, True), (True, False, False), (False, True, False)):
         own_x = part(x, tp, sequence_parallel).requires_grad_(x_needs)
         layer.weight.requires_grad_(weight_needs)
         layer.weight.grad = None
         buffer = torch.full_like(layer.weight, torch.nan)
-        if sink:
-            layer.weight.grad_sink = GradSink("c.weight", lambda sink: None, lambda sink: None)
-            layer.weight.grad_sink.view = buffer
+        if main_grad:
+            layer.weight.main_grad = MainGradient("c.weight", lambda main_grad: None, lambda main_grad: None)
+            layer.weight.main_grad.view = buffer
         got = layer(own_x)
         torch.testing.assert_close(got, want[..., own], rtol=0, atol=1e-12)
         got.backward(grad[..., own])
         if x_needs:
             want_x = part(grad @ weight, tp, sequence_parallel)
             torch.testing.assert_close(own_x.grad, want_x, rtol=0, atol=1e-12)
-        if sink:
+        if main_grad:
             assert layer.weight.grad is None
             torch.testing.assert_close(buffer, want_weight, rtol=0, atol=1e-12)
-            del layer.weight.grad_sink
+            del layer.weight.main_grad
         elif weight_needs:
             torch.testing.assert_close(layer.weight.grad, want_weight, rtol=0, atol=1e-12)
         else:

@@ -38,7 +38,7 @@ def configuration(
     )
 
 
-def kept(config: RunConfig, span: StageSpan) -> int:
+def stored(config: RunConfig, span: StageSpan) -> int:
     world = dist.get_world_size() if dist.is_initialized() else 1
     cpu = torch.device("cpu")
     mesh = Mesh.create(validate(config, world), cpu)
@@ -91,15 +91,15 @@ def test_the_estimate_is_what_autograd_keeps(
     activations = gpt_model(config).activations
     assert activations is not None
     estimate = activations(span, 1, "cpu")
-    measured = kept(config, span)
+    measured = stored(config, span)
     if mode == "full" and config.model.position == "rope":  # checkpoint holds the tables itself, unseen by hooks
         measured += 2 * 2 * length * config.model.head_size * DTYPES[dtype].itemsize
-    assert measured == pytest.approx(estimate.kept, rel=0.1)
-    assert mode != "none" or (estimate.kept, estimate.again) == (estimate.plain, 0)
+    assert measured == pytest.approx(estimate.stored, rel=0.1)
+    assert mode != "none" or (estimate.stored, estimate.recompute_peak) == (estimate.no_recompute, 0)
 
 
 def kept_by_each(configs: list[RunConfig]) -> list[int]:
-    return [kept(config, MIDDLE) for config in configs]
+    return [stored(config, MIDDLE) for config in configs]
 
 
 def test_tensor_and_sequence_parallelism_divide_what_they_say() -> None:
@@ -109,7 +109,7 @@ def test_tensor_and_sequence_parallelism_divide_what_they_say() -> None:
         for config, size in zip(configs, measured):
             activations = gpt_model(config).activations
             assert activations is not None
-            assert size == pytest.approx(activations(MIDDLE, 2, "cpu").kept, rel=0.1)
+            assert size == pytest.approx(activations(MIDDLE, 2, "cpu").stored, rel=0.1)
 
 
 def test_the_papers_layer() -> None:
@@ -121,5 +121,5 @@ def test_the_papers_layer() -> None:
         mesh = {"tp": 4, "sequence_parallel": parallel}
         activations = gpt_model(configuration(sizes, "none", "bf16", 2048, mesh)).activations
         assert activations is not None
-        layer = activations(StageSpan(0, 1, embedding=False, head=False), 4, "cuda").plain
+        layer = activations(StageSpan(0, 1, embedding=False, head=False), 4, "cuda").no_recompute
         assert layer == pytest.approx(want * place, rel=0.01)

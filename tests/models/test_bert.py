@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from parity_run import Outcome, ParityError, assert_parity, reference, train
 from torch import Tensor
 
-from megatron_ds.checkpoint import Checkpoint, Piece, load, save
+from megatron_ds.checkpoint import Checkpoint, FlatShard, load, save
 from megatron_ds.config import ModelConfig, RunConfig, from_dict, validate
+from megatron_ds.convert.tables import export_hf, import_hf
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.bert import BERT
 from megatron_ds.models.families import model_of
-from megatron_ds.models.hf_tables import export_hf, import_hf
 from megatron_ds.models.transformer import layer_costs
 from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.shard import spec_of
@@ -66,8 +66,8 @@ def randomised(model: BERT) -> BERT:
     return model.eval()
 
 
-def pieces(model: BERT) -> list[Piece]:
-    return [Piece.of(spec_of(parameter), "param", parameter.data) for parameter in model.parameters()]
+def pieces(model: BERT) -> list[FlatShard]:
+    return [FlatShard.of(spec_of(parameter), "param", parameter.data) for parameter in model.parameters()]
 
 
 def test_logits_and_loss_are_those_of_transformers(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from parity_run import Outcome, ParityError, assert_parity, reference, train
 
-from megatron_ds.checkpoint.hf_architecture import choose
 from megatron_ds.config import RunConfig, from_dict, load_toml, parse, to_toml, validate
 from megatron_ds.config.sparse import sparse_layout
+from megatron_ds.convert.architecture import choose
+from megatron_ds.convert.tables import ARCHITECTURES
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.gpt import GPT
-from megatron_ds.models.hf_tables import ARCHITECTURES
 from megatron_ds.models.transformer import layer_costs
 from megatron_ds.testing import device_of_rank, run_ranks
 

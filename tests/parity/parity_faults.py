@@ -31,10 +31,10 @@ from megatron_ds.train import build
 from megatron_ds.train.step import TrainStep
 from megatron_ds.zero import optimizer
 from megatron_ds.zero.flat import FlatBucket
+from megatron_ds.zero.main_grad import MainGradient
 from megatron_ds.zero.memory import GradientPool, TransientGradients, TransientParameters
 from megatron_ds.zero.optimizer import ZeroOptimizer
-from megatron_ds.zero.sink import GradSink
-from megatron_ds.zero.state import Holding
+from megatron_ds.zero.state import RegionAccess
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,14 @@ def no_sequence_gather_backward() -> AbstractContextManager[Any]:
 
 
 def gradient_doubled() -> AbstractContextManager[Any]:
-    wrote = GradSink._wrote
+    wrote = MainGradient._wrote
 
-    def doubled(sink: GradSink) -> None:
-        if sink.name == "layers.1.mlp.up.weight":
-            sink.view.mul_(2)
-        wrote(sink)
+    def doubled(main_grad: MainGradient) -> None:
+        if main_grad.name == "layers.1.mlp.up.weight":
+            main_grad.view.mul_(2)
+        wrote(main_grad)
 
-    return patch.object(GradSink, "_wrote", doubled)
+    return patch.object(MainGradient, "_wrote", doubled)
 
 
 def norm_gradients_not_summed_over_tp() -> AbstractContextManager[Any]:
@@ -125,8 +125,8 @@ def last_micro_batch_only() -> AbstractContextManager[Any]:
     start = ZeroOptimizer.start_backward
 
     def forget(zero: ZeroOptimizer, last: bool, stage: int) -> None:
-        for sink in zero.reducer.sinks():
-            sink.written = False
+        for main_grad in zero.reducer.main_grads():
+            main_grad.written = False
         start(zero, last, stage)
 
     return patch.object(ZeroOptimizer, "start_backward", forget)
@@ -141,8 +141,8 @@ def average_over_replicas() -> AbstractContextManager[Any]:
 
     def averaged(zero: ZeroOptimizer) -> None:
         finish(zero)
-        for piece in zero.gradient_pieces():
-            piece.data.div_(2)
+        for flat_shard in zero.gradient_shards():
+            flat_shard.data.div_(2)
 
     return patch.object(ZeroOptimizer, "finish_gradients", averaged)
 
@@ -320,8 +320,8 @@ def stale_unit() -> AbstractContextManager[Any]:
 
 
 def offloaded_state_not_written_back() -> AbstractContextManager[Any]:
-    let_go = Holding.let_go
-    return patch.object(Holding, "let_go", lambda holding, changed: let_go(holding, False))
+    release = RegionAccess.release
+    return patch.object(RegionAccess, "release", lambda holding, changed: release(holding, False))
 
 
 def hybrid_shards_not_summed_over_nodes() -> AbstractContextManager[Any]:

@@ -27,7 +27,7 @@ from megatron_ds.shard import ShardSpec, spec_of
 from megatron_ds.shared_memory import SharedExchange
 from megatron_ds.testing import device_of_rank
 from megatron_ds.train import build as build_module
-from megatron_ds.train.build import Parts, build
+from megatron_ds.train.build import RankRuntime, build
 
 TOLERANCE = 1e-9
 Array = npt.NDArray[np.floating[Any]]
@@ -112,7 +112,7 @@ class Outcome:
 def train(
     config: RunConfig,
     mesh: Mesh,
-    look: Callable[[Parts], None] | None = None,
+    look: Callable[[RankRuntime], None] | None = None,
     schedule: Schedule | None = None,
 ) -> Outcome:
     """Build the run of ``config`` on ``mesh`` and take the first steps.
@@ -133,9 +133,9 @@ def train(
     update = parts.optimizer.step
 
     def keep_gradients(*arguments: Any, **keywords: Any) -> None:
-        pieces = parts.optimizer.gradient_pieces()
+        flat_shards = parts.optimizer.gradient_shards()
         gradients.append(
-            [Part(p.name, p.global_shape, p.box_offset, p.box_shape, p.start, _copy(p.data)) for p in pieces]
+            [Part(p.name, p.global_shape, p.box_offset, p.box_shape, p.start, _copy(p.data)) for p in flat_shards]
         )
         update(*arguments, **keywords)
 

@@ -35,7 +35,7 @@ class PlainAttention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         result = []
         for sample in range(len(x)):
-            pieces = []
+            flat_shards = []
             for document in documents[sample].unique_consecutive():
                 here = documents[sample] == document
                 heads = [
@@ -48,8 +48,8 @@ class PlainAttention(nn.Module):
                     )
                     for head in range(self.heads)
                 ]
-                pieces.append(torch.cat(heads, dim=-1))
-            result.append(torch.cat(pieces))
+                flat_shards.append(torch.cat(heads, dim=-1))
+            result.append(torch.cat(flat_shards))
         return self.output(torch.stack(result))
 
     def head(self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, head: int) -> Tensor:

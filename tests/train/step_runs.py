@@ -21,7 +21,7 @@ from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.gpt import gpt_model
 from megatron_ds.shard import spec_of
 from megatron_ds.testing import device_of_rank
-from megatron_ds.train.build import Parts, build
+from megatron_ds.train.build import RankRuntime, build
 from megatron_ds.train.step import StepResult
 
 S = 16
@@ -93,7 +93,7 @@ def on_device(batches: Sequence[MicroBatch], mesh: Mesh) -> list[MicroBatch]:
     return [{name: tensor.to(mesh.device) for name, tensor in batch.items()} for batch in batches]
 
 
-def snapshot(parts: Parts) -> dict[str, Tensor]:
+def snapshot(parts: RankRuntime) -> dict[str, Tensor]:
     (stage,) = parts.stages.values()
     return {name: p.detach().cpu().clone() for name, p in stage.named_parameters()}
 
@@ -101,7 +101,7 @@ def snapshot(parts: Parts) -> dict[str, Tensor]:
 def steps(
     config: RunConfig,
     count: int,
-    before: Callable[[Parts, Mesh, int, list[MicroBatch]], None] | None = None,
+    before: Callable[[RankRuntime, Mesh, int, list[MicroBatch]], None] | None = None,
     stop_on: tuple[int, int] | None = None,
     consumed: int = 0,
 ) -> Ran:
@@ -135,7 +135,7 @@ def poisoned(config: RunConfig, count: int, rank: int, bad_step: int, value: flo
     whose gradient it appears after all reductions, as a flipped bit would.
     """
 
-    def before(parts: Parts, mesh: Mesh, step: int, batches: list[MicroBatch]) -> None:
+    def before(parts: RankRuntime, mesh: Mesh, step: int, batches: list[MicroBatch]) -> None:
         if mesh.rank != rank or step != bad_step:
             return
         (stage,) = parts.stages.values()
@@ -146,8 +146,8 @@ def poisoned(config: RunConfig, count: int, rank: int, bad_step: int, value: flo
 
         def finish_and_poison() -> None:
             finish()
-            piece = next(p for p in parts.optimizer.gradient_pieces() if p.name == where)
-            piece.data[0] = value
+            flat_shard = next(p for p in parts.optimizer.gradient_shards() if p.name == where)
+            flat_shard.data[0] = value
             parts.optimizer.finish_gradients = finish  # type: ignore[method-assign]
 
         parts.optimizer.finish_gradients = finish_and_poison  # type: ignore[method-assign]
@@ -172,7 +172,7 @@ def poison_second_forward(block: nn.Module, value: float) -> None:
 def masked(config: RunConfig, count: int, everywhere: bool) -> Ran:
     """No token counts on data-parallel rank 0, or on any."""
 
-    def before(parts: Parts, mesh: Mesh, step: int, batches: list[MicroBatch]) -> None:
+    def before(parts: RankRuntime, mesh: Mesh, step: int, batches: list[MicroBatch]) -> None:
         if everywhere or mesh.dp.rank == 0:
             for batch in batches:
                 batch["loss_mask"].zero_()
@@ -205,8 +205,8 @@ def gradients_and_update(config: RunConfig) -> tuple[StepResult, dict[str, Tenso
     update = parts.optimizer.step
 
     def look(lr: float, scale: float = 1.0) -> None:
-        for piece in parts.optimizer.gradient_pieces():
-            gradients[piece.name] = piece.data.clone().view(piece.global_shape)
+        for flat_shard in parts.optimizer.gradient_shards():
+            gradients[flat_shard.name] = flat_shard.data.clone().view(flat_shard.global_shape)
         update(lr, scale)
 
     parts.optimizer.step = look  # type: ignore[method-assign, assignment]

@@ -56,8 +56,8 @@ def allocated(config: RunConfig) -> tuple[dict[str, int], int]:
     found = {
         "parameters": _bytes(p for stage in parts.stages.values() for p in stage.parameters()),
         "gradients": _bytes(bucket.gradients.whole for bucket in buckets),
-        "master": sum(row.nbytes for b in buckets for kind, row in b.state.hold().items() if kind == "master"),
-        "optimizer": sum(row.nbytes for b in buckets for kind, row in b.state.hold().items() if kind != "master"),
+        "master": sum(row.nbytes for b in buckets for kind, row in b.state.acquire().items() if kind == "master"),
+        "optimizer": sum(row.nbytes for b in buckets for kind, row in b.state.acquire().items() if kind != "master"),
     }
     gc.collect()
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _float_tensors()}
@@ -182,8 +182,11 @@ def test_activations_are_those_of_the_micro_batches_in_flight() -> None:
         dry = dry_run(config, model, 2, stage)
         assert dry.activations == model.activations(dry.spans[stage], 1, "cuda") and dry.in_flight == 2 - stage
         text = str(dry)
-        assert f"{dry.activations.kept:,} bytes a micro-batch x {2 - stage} in flight" in text
-        assert f"{dry.activations.kept * (2 - stage):,} bytes" in text and f"{dry.activations.again:,} bytes" in text
+        assert f"{dry.activations.stored:,} bytes a micro-batch x {2 - stage} in flight" in text
+        assert (
+            f"{dry.activations.stored * (2 - stage):,} bytes" in text
+            and f"{dry.activations.recompute_peak:,} bytes" in text
+        )
     assert "not known" in str(dry_run(config, dataclasses.replace(model, activations=None), 2))
 
 

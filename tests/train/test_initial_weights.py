@@ -12,9 +12,9 @@ from started_ranks import arguments, pretrain_gpt, started
 
 from megatron_ds.checkpoint import Checkpoint, read_meta
 from megatron_ds.config import ModelConfig, load_toml
+from megatron_ds.convert.tables import import_hf
 from megatron_ds.data.synthetic import SyntheticDataset
 from megatron_ds.models.gpt import GPT
-from megatron_ds.models.hf_tables import import_hf
 from megatron_ds.train.launch import run_main
 
 # As of a training run, but for the model: that is the checkpoint's.

@@ -22,7 +22,7 @@ from started_ranks import Ranks, arguments, started, steps_done
 from megatron_ds.errors import ConfigError
 from megatron_ds.train.bounded import BoundedStore
 from megatron_ds.train.failure import Watch
-from megatron_ds.train.launch import Place, clear_launch_environment
+from megatron_ds.train.launch import RankInfo, clear_launch_environment
 from megatron_ds.train.loop import stop_signals
 
 pytestmark = pytest.mark.alone
@@ -239,16 +239,16 @@ def test_half_an_environment_is_refused(
         else:
             monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=message):
-        Place.from_environment()
+        RankInfo.from_environment()
 
 
 def test_a_whole_environment_and_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in _environment(1, 2):
         monkeypatch.delenv(name, raising=False)
-    assert Place.from_environment() == Place(0, 1, 0, 1)
+    assert RankInfo.from_environment() == RankInfo(0, 1, 0, 1)
     for name, value in _environment(1, 2).items():
         monkeypatch.setenv(name, value)
-    assert Place.from_environment() == Place(1, 2, 1, 2)
+    assert RankInfo.from_environment() == RankInfo(1, 2, 1, 2)
     assert not set(_environment(1, 2)) & set(clear_launch_environment())
 
 

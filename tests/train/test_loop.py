@@ -23,7 +23,7 @@ from megatron_ds.errors import CheckpointError
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.gpt import gpt_model
 from megatron_ds.train import loop as loop_module
-from megatron_ds.train.build import Parts, build
+from megatron_ds.train.build import RankRuntime, build
 from megatron_ds.train.callbacks import Callback
 from megatron_ds.train.loop import Loop, TrainingDivergedError
 from megatron_ds.train.metrics import Speedometer
@@ -85,14 +85,21 @@ def scripted(
     monkeypatch.setattr(loop_module, "save", save)
     parts = SimpleNamespace(
         step=Step(skipped),
-        optimizer=SimpleNamespace(count=0, pieces=list),
+        optimizer=SimpleNamespace(count=0, flat_shards=list),
         scaler=SimpleNamespace(state_dict=dict),
         executor=SimpleNamespace(where=lambda: ""),
     )
     loader = BatchLoader(SyntheticDataset(11, 4), 2, 1, prefetch=0)
     speed = Speedometer(1.0, 1, None)
     loop = Loop(
-        config, Mesh.single(), cast(Parts, parts), loader, Output(tmp_path), speed, lambda: [[]], callbacks=[recorder]
+        config,
+        Mesh.single(),
+        cast(RankRuntime, parts),
+        loader,
+        Output(tmp_path),
+        speed,
+        lambda: [[]],
+        callbacks=[recorder],
     )
     return loop, recorder
 
@@ -166,10 +173,10 @@ def test_real_nans_end_a_real_run_with_the_weights_untouched(tmp_path: Path) -> 
     loop = Loop(config, mesh, parts, loader, Output(tmp_path), Speedometer(1.0, 1, None))
     with torch.no_grad():
         next(iter(parts.stages[0].parameters())).view(-1)[0] = float("nan")
-    before = [piece.data.clone() for piece in parts.optimizer.pieces()]
+    before = [flat_shard.data.clone() for flat_shard in parts.optimizer.flat_shards()]
     with pytest.raises(TrainingDivergedError, match="3 steps in a row, up to step 3"):
         loop.run()
-    after = [piece.data for piece in parts.optimizer.pieces()]
+    after = [flat_shard.data for flat_shard in parts.optimizer.flat_shards()]
     assert all(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in zip(before, after))
     assert sum(int(torch.isnan(tensor).sum()) for tensor in after) == 1
     assert not Output(tmp_path).has_checkpoint

@@ -137,8 +137,8 @@ def train(config: RunConfig, stop_at: int) -> tuple[int, dict[str, torch.Tensor]
     start = loop.step
     loop.callbacks.append(StopAfter(loop, stop_at))
     loop.run()
-    pieces = {f"{p.kind}/{p.name}/{p.start}": p.data.clone() for p in parts.optimizer.pieces(for_load=True)}
-    return start, pieces
+    flat_shards = {f"{p.kind}/{p.name}/{p.start}": p.data.clone() for p in parts.optimizer.flat_shards(for_load=True)}
+    return start, flat_shards
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

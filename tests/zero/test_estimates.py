@@ -17,7 +17,7 @@ from megatron_ds.zero.advice import (
     stage_too_high,
 )
 from megatron_ds.zero.buckets import ParameterInfo, bytes_report, plan_buckets
-from megatron_ds.zero.estimate import Layout, ModelSize, held, held_on_device, moved
+from megatron_ds.zero.estimate import Layout, ModelSize, communication_bytes, held, memory_bytes_on_device
 
 GB = 10**9
 
@@ -32,7 +32,7 @@ def test_the_papers_figure_1() -> None:
         parts = held(model, Layout(stage, 64))
         # The paper's gradients are fp16; ours are summed in fp32.
         assert round((parts["parameters"] + parts["gradients"] / 2 + parts["state"]) / GB, 1) == gigabytes
-        assert held_on_device(model, Layout(stage, 64)) == sum(parts.values())
+        assert memory_bytes_on_device(model, Layout(stage, 64)) == sum(parts.values())
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 2), (torch.float32, 4), (torch.float64, 8)])
@@ -58,23 +58,34 @@ def test_the_papers_section_7(ranks: int) -> None:
     size = 4 << 20
     model = ModelSize(1 << 20, width=4)
     one = ring(size, ranks)
-    assert [moved(model, Layout(stage, ranks)) for stage in (0, 1, 2, 3)] == [2 * one, 2 * one, 2 * one, 3 * one]
-    assert [moved(model, Layout(stage, ranks, micro_batches=4)) for stage in (0, 1, 2, 3)] == [
+    assert [communication_bytes(model, Layout(stage, ranks)) for stage in (0, 1, 2, 3)] == [
+        2 * one,
+        2 * one,
+        2 * one,
+        3 * one,
+    ]
+    assert [communication_bytes(model, Layout(stage, ranks, micro_batches=4)) for stage in (0, 1, 2, 3)] == [
         2 * one,
         2 * one,
         (4 + 1) * one,
         (4 + 8) * one,
     ]
-    assert [moved(model, Layout(stage, ranks, 4, keep_whole=True)) for stage in (2, 3)] == [2 * one, 2 * one]
+    assert [communication_bytes(model, Layout(stage, ranks, 4, keep_whole=True)) for stage in (2, 3)] == [
+        2 * one,
+        2 * one,
+    ]
 
 
 def test_what_is_offloaded_or_kept_whole_changes_the_device() -> None:
     model = ModelSize(1_000_000)  # bf16: 2 MB, gradients 4 MB, state 12 MB
-    assert held_on_device(model, Layout(1, 4, state_ratio=0.5)) == 2_000_000 + 4_000_000 + 1_500_000
-    assert held_on_device(model, Layout(2, 4, keep_whole=True, micro_batches=2)) == 2_000_000 + 4_000_000 + 3_000_000
-    assert held_on_device(model, Layout(2, 4, keep_whole=True)) == 2_000_000 + 1_000_000 + 3_000_000
-    assert held_on_device(model, Layout(3, 4, state_ratio=1.0, parameter_ratio=1.0)) == 1_000_000
-    assert held_on_device(model, Layout(2, 4, parameter_ratio=1.0)) == 6_000_000
+    assert memory_bytes_on_device(model, Layout(1, 4, state_ratio=0.5)) == 2_000_000 + 4_000_000 + 1_500_000
+    assert (
+        memory_bytes_on_device(model, Layout(2, 4, keep_whole=True, micro_batches=2))
+        == 2_000_000 + 4_000_000 + 3_000_000
+    )
+    assert memory_bytes_on_device(model, Layout(2, 4, keep_whole=True)) == 2_000_000 + 1_000_000 + 3_000_000
+    assert memory_bytes_on_device(model, Layout(3, 4, state_ratio=1.0, parameter_ratio=1.0)) == 1_000_000
+    assert memory_bytes_on_device(model, Layout(2, 4, parameter_ratio=1.0)) == 6_000_000
 
 
 # --- advice ------------------------------------------------------------------------------------------------------

@@ -81,10 +81,10 @@ def reads(shared_memory: bool) -> dict[str, bool]:
     right["evaluated before a step"] = torch.equal(seen(made), of_copy(zero, made))
 
     def loaded() -> None:
-        for piece in zero.pieces(for_load=True):
+        for flat_shard in zero.flat_shards(for_load=True):
             time.sleep(LATE / 10 if mesh.rank == 1 else 0)
-            if piece.kind == "param":
-                piece.data.mul_(0.5)
+            if flat_shard.kind == "param":
+                flat_shard.data.mul_(0.5)
         zero.refresh_parameters()
 
     def written() -> None:

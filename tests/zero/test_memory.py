@@ -119,8 +119,8 @@ def by_kind(zero: ZeroOptimizer) -> dict[str, int]:
             tensors["parameters"].append(bucket.parameters.shard)
         assert bucket.gradients is not None
         tensors["gradients"].append(bucket.gradients.shard)
-        tensors["state"] += bucket.state.hold().values()
-        bucket.state.let_go(changed=False)
+        tensors["state"] += bucket.state.acquire().values()
+        bucket.state.release(changed=False)
     return {kind: sum(storages(of_kind).values()) for kind, of_kind in tensors.items()}
 
 

@@ -113,7 +113,7 @@ def test_on_the_meta_device_nothing_is_probed_or_made(
     place = {"cpu": "host", "nvme": "disk"}[device]
     assert zero.bytes_by_store()["master"][place] == 4 * ELEMENTS
     assert list(tmp_path.iterdir()) == []
-    assert all(bucket.state.hold()["master"].is_meta for bucket in zero.buckets)
+    assert all(bucket.state.acquire()["master"].is_meta for bucket in zero.buckets)
 
 
 def told(held: list[int]) -> str:
@@ -122,7 +122,7 @@ def told(held: list[int]) -> str:
     places = {kind: {"device": 0, "host": 0, "disk": 0} for kind in ("parameters", "gradients", "master", "optimizer")}
     places["optimizer"]["host"] = held[world.rank]
     try:
-        room.require_room(RankBytes(places), offload("cpu"), [], torch.device("cpu"), world)
+        room.check_capacity(RankBytes(places), offload("cpu"), [], torch.device("cpu"), world)
     except ConfigError as error:
         return str(error)
     return ""
@@ -213,7 +213,7 @@ def told_of_disk(folder: str, sizes: list[int]) -> list[str]:
         places = {kind: {"device": 0, "host": 0, "disk": 0} for kind in ("parameters", "gradients", "master")}
         held = RankBytes({**places, "optimizer": {"device": 0, "host": 0, "disk": size}})
         try:
-            room.require_room(held, offload("nvme", folder), [], torch.device("cpu"), world)
+            room.check_capacity(held, offload("nvme", folder), [], torch.device("cpu"), world)
             said.append("")
         except ConfigError as error:
             said.append(str(error))

@@ -20,7 +20,7 @@ from megatron_ds.config import ZeroConfig
 from megatron_ds.errors import ConfigError, OffloadError
 from megatron_ds.testing import run_ranks
 from megatron_ds.zero import optimizer as optimizer_module
-from megatron_ds.zero.trial import SwapTrial
+from megatron_ds.zero.trial import SwapReservation
 
 STATE = 12 * ELEMENTS
 """Bytes of master weights and AdamW's state over all ranks: 3.1 MB."""
@@ -46,14 +46,14 @@ def refusal(zero: ZeroConfig, nobody: bool = False) -> str:
     ``nobody``: this rank has no special rights when it looks at the folder.
     """
     patch, allocated = pytest.MonkeyPatch(), []
-    stores, require_room = optimizer_module.Stores, optimizer_module.require_room
+    stores, check_capacity = optimizer_module.Stores, optimizer_module.check_capacity
 
     def look(*given: Any) -> None:
         with as_nobody() if nobody else nullcontext():
-            require_room(*given)
+            check_capacity(*given)
 
     patch.setattr(optimizer_module, "Stores", lambda *given: allocated.append(given) or stores(*given))
-    patch.setattr(optimizer_module, "require_room", look)
+    patch.setattr(optimizer_module, "check_capacity", look)
     try:
         build(zero).close()
     except ConfigError as error:
@@ -202,9 +202,9 @@ def test_two_folders_on_one_disk_share_its_room(tmp_path: Path) -> None:
 
 
 def refused_trial(sizes: dict[str, int]) -> str:
-    trial = SwapTrial()
+    trial = SwapReservation()
     try:
-        trial.hold(sizes)
+        trial.acquire(sizes)
     except OffloadError as error:
         return str(error)
     finally:
@@ -213,8 +213,8 @@ def refused_trial(sizes: dict[str, int]) -> str:
 
 
 def test_a_trial_keeps_what_others_have_put_into_its_folders(tmp_path: Path) -> None:
-    trial = SwapTrial()
-    trial.hold({str(tmp_path / "a" / "b"): 4096})
+    trial = SwapReservation()
+    trial.acquire({str(tmp_path / "a" / "b"): 4096})
     (tmp_path / "a" / "theirs").write_text("")
     trial.end(keep_folders=False)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["theirs"]

@@ -27,7 +27,7 @@ from unit_models import (
 
 from megatron_ds.checkpoint.load import load
 from megatron_ds.checkpoint.save import save
-from megatron_ds.errors import ReleasedParameterError
+from megatron_ds.errors import ShardedParameterError
 from megatron_ds.mesh import Mesh
 from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import run_ranks
@@ -175,7 +175,7 @@ def between_uses() -> Any:
     weight = made.blocks[0].up.weight
     messages = []
     for touch in (lambda: weight + 1, lambda: weight.data, lambda: made.blocks[0].up.state_dict(), lambda: weight[0]):
-        with pytest.raises(ReleasedParameterError) as error:
+        with pytest.raises(ShardedParameterError) as error:
             touch()
         messages.append(str(error.value))
     known = {name: tuple(p.shape) for name, p in made.named_parameters()} == shapes
@@ -187,7 +187,7 @@ def between_uses() -> Any:
         weight.data.mul_(2)
     with zero.gathered(made.parameters()):
         doubled = torch.equal(weight.detach(), 2 * before)
-    with pytest.raises(ReleasedParameterError):
+    with pytest.raises(ShardedParameterError):
         weight.sum()
     zero.close()
     return messages, known, text, doubled, torch.equal(weight.detach(), 2 * before)
@@ -199,7 +199,7 @@ def test_a_released_parameter_knows_its_shape_and_names_the_way_out() -> None:
         for message in messages:
             assert "needs the values of blocks.0.up.weight [6, 8], which ZeRO stage 3 has sharded" in message
             assert "engine.gathered(parameter)" in message
-        assert text == "ReleasedParameter(blocks.0.up.weight, shape=[6, 8], its values are sharded)"
+        assert text == "ShardedPlaceholder(blocks.0.up.weight, shape=[6, 8], its values are sharded)"
 
 
 def test_units_are_the_innermost_blocks_and_what_lies_outside_of_them() -> None:
@@ -222,7 +222,7 @@ def save_after_two(setting: Setting, folder: str) -> None:
     made = model()
     zero = optimizer_of(made, mesh, setting)
     steps(made, zero, mesh, 1, range(2))
-    save(folder, 2, zero.pieces(), {"count": zero.count}, mesh.world)
+    save(folder, 2, zero.flat_shards(), {"count": zero.count}, mesh.world)
     zero.close()
 
 
@@ -234,7 +234,7 @@ def load_and_finish(setting: Setting, folder: str) -> dict[str, Tensor]:
     zero = optimizer_of(made, mesh, setting)
     with torch.no_grad():
         made(tokens_of(0).to(mesh.device), 0)  # what this has gathered is not what the checkpoint has
-    zero.count = load(folder, zero.pieces(for_load=True), mesh.world)["count"]
+    zero.count = load(folder, zero.flat_shards(for_load=True), mesh.world)["count"]
     zero.refresh_parameters()
     steps(made, zero, mesh, 1, range(2, 3))
     with zero.gathered(made.parameters()):

@@ -109,14 +109,14 @@ def build(mesh: Mesh, stage: int, name: str) -> tuple[ZeroOptimizer, list[nn.Par
 
 
 def one_step(shape: MeshShape, stage: int) -> tuple[float, dict[str, float], Held]:
-    """Squared norm, largest error of each local parameter, and the pieces for saving."""
+    """Squared norm, largest error of each local parameter, and the flat shards for saving."""
     mesh = Mesh.create(shape, torch.device("cpu"))
     zero, parameters = build(mesh, stage, "sgd")
     zero.start_step()
     zero.start_backward(last=True)
     for parameter in reversed(parameters):
         if parameter.requires_grad:
-            parameter.grad_sink.add(gradient(spec_of(parameter), mesh))  # type: ignore[attr-defined]
+            parameter.main_grad.add(gradient(spec_of(parameter), mesh))  # type: ignore[attr-defined]
     zero.finish_gradients()
     norm = comm.all_reduce(zero.norm_squared(), mesh.world).item()
     zero.step(LR, SCALE)
@@ -128,9 +128,9 @@ def one_step(shape: MeshShape, stage: int) -> tuple[float, dict[str, float], Hel
             want = want - LR * SCALE * summed(spec.name, shape)
         errors[spec.name] = (parameter.detach() - spec.slice_of(want)).abs().max().item()
     held: Held = {}
-    for piece in zero.pieces():
-        part = (piece.box_offset, piece.box_shape, piece.start, piece.stop, piece.data.clone())
-        held.setdefault((piece.kind, piece.name), []).append(part)
+    for flat_shard in zero.flat_shards():
+        part = (flat_shard.box_offset, flat_shard.box_shape, flat_shard.start, flat_shard.stop, flat_shard.data.clone())
+        held.setdefault((flat_shard.kind, flat_shard.name), []).append(part)
     return norm, errors, held
 
 
@@ -154,7 +154,7 @@ def test_sums_norm_and_pieces(shape: MeshShape, stage: int) -> None:
         assert norm == pytest.approx(squared, rel=1e-13), f"rank {rank}"
         assert max(errors.values()) < 1e-14, f"rank {rank}: {errors}"
 
-    # Together the pieces hold every element of every global tensor once.
+    # Together the flat shards hold every element of every global tensor once.
     for kind, names in (("param", global_names(shape)), ("momentum_buffer", trained)):
         for name in names:
             size = SHAPES[name.split(".")[-1]]
@@ -178,12 +178,12 @@ def reload(shape: MeshShape, stage: int) -> list[float]:
     """Fill what a rank holds from global tensors; refreshed parameters and the next update must follow from them."""
     mesh = Mesh.create(shape, torch.device("cpu"))
     zero, parameters = build(mesh, stage, "adamw")
-    for piece in zero.pieces(for_load=True):
-        box = tuple(slice(o, o + b) for o, b in zip(piece.box_offset, piece.box_shape))
-        values = random(f"loaded {piece.name}", piece.global_shape)
-        if piece.kind != "param":
-            values = values.abs() + (0.5 if piece.kind == "exp_avg_sq" else 0.0)
-        piece.data.copy_(values[box].flatten()[piece.start : piece.stop])
+    for flat_shard in zero.flat_shards(for_load=True):
+        box = tuple(slice(o, o + b) for o, b in zip(flat_shard.box_offset, flat_shard.box_shape))
+        values = random(f"loaded {flat_shard.name}", flat_shard.global_shape)
+        if flat_shard.kind != "param":
+            values = values.abs() + (0.5 if flat_shard.kind == "exp_avg_sq" else 0.0)
+        flat_shard.data.copy_(values[box].flatten()[flat_shard.start : flat_shard.stop])
     zero.refresh_parameters()
     zero.count = 9
     errors = []
@@ -223,7 +223,7 @@ def skipped_then_stepped() -> bool:
             for parameter in parameters:
                 if parameter.requires_grad:
                     bad = torch.full_like(parameter, float("nan")) if attempt < skips else None
-                    parameter.grad_sink.add(gradient(spec_of(parameter), mesh) if bad is None else bad)  # type: ignore[attr-defined]
+                    parameter.main_grad.add(gradient(spec_of(parameter), mesh) if bad is None else bad)  # type: ignore[attr-defined]
             zero.finish_gradients()
             norm = comm.all_reduce(zero.norm_squared(), mesh.world)
             if norm.isfinite():
@@ -250,7 +250,7 @@ def slow_reader() -> list[bool]:
         zero.start_step()
         zero.start_backward(last=True)
         for parameter in trained:
-            parameter.grad_sink.add(torch.full_like(parameter, value))  # type: ignore[attr-defined]
+            parameter.main_grad.add(torch.full_like(parameter, value))  # type: ignore[attr-defined]
         (context,) = zero.reducer.contexts.values()
         while context.launched < len(context.buckets):
             zero.reducer._launch(context)
@@ -261,8 +261,8 @@ def slow_reader() -> list[bool]:
             right.append(bool((own == value * mesh.data.size).all()))
         zero.skip()
     for value in (3.0, 4.0):
-        for piece in zero.pieces(for_load=True):
-            piece.data.fill_(value)
+        for flat_shard in zero.flat_shards(for_load=True):
+            flat_shard.data.fill_(value)
         for bucket in zero.buckets:
             bucket.start_gather()
         zero._publish()

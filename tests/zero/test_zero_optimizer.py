@@ -67,7 +67,7 @@ def train_half(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, i
             total.backward()
         zero.finish_gradients()
         zero.step(0.01, 0.25)
-    rows = [(kind, row.nbytes) for b in zero.buckets for kind, row in b.state.hold().items()]
+    rows = [(kind, row.nbytes) for b in zero.buckets for kind, row in b.state.acquire().items()]
     measured = {
         "parameters": sum(b.parameters.whole.nbytes for b in zero.buckets),
         "gradients": sum(b.gradients.whole.nbytes for b in zero.buckets),
@@ -154,13 +154,13 @@ def test_direct_writes_equal_autograd_in_any_mixture() -> None:
             zero.start_step()
             for _ in range(2):
                 for way in order.split():
-                    sink = parameters["a"].grad_sink  # type: ignore[attr-defined]
+                    main_grad = parameters["a"].main_grad  # type: ignore[attr-defined]
                     if way == "matmul":
-                        sink.add_matmul(left.t(), right)
+                        main_grad.add_matmul(left.t(), right)
                     elif way == "rows":
-                        sink.add_rows(indices, rows)
+                        main_grad.add_rows(indices, rows)
                     elif way == "scaled":
-                        sink.add_scaled(top, torch.tensor(0.3, dtype=torch.float64))
+                        main_grad.add_scaled(top, torch.tensor(0.3, dtype=torch.float64))
                     else:
                         (parameters["a"] * plain).sum().backward()
             zero.finish_gradients()
@@ -176,10 +176,10 @@ def test_half_precision_matmul_goes_to_the_fp32_buffer() -> None:
     zero = optimizer_of(parameters)
     left, right = torch.ones(33, 4, dtype=torch.bfloat16), torch.full((4, 7), 0.5, dtype=torch.bfloat16)
     zero.start_step()
-    sink = parameters["a"].grad_sink  # type: ignore[attr-defined]
-    sink.add_matmul(left, right)
-    sink.add_matmul(left, right)
-    assert sink.view.dtype == torch.float32 and torch.equal(sink.view, torch.full((33, 7), 4.0))
+    main_grad = parameters["a"].main_grad  # type: ignore[attr-defined]
+    main_grad.add_matmul(left, right)
+    main_grad.add_matmul(left, right)
+    assert main_grad.view.dtype == torch.float32 and torch.equal(main_grad.view, torch.full((33, 7), 4.0))
 
 
 def test_methods_out_of_order_say_so() -> None:
@@ -245,7 +245,7 @@ def test_no_parameters_at_all() -> None:
     zero.finish_gradients()
     assert zero.norm_squared() == 0
     zero.step(0.1)
-    assert zero.pieces() == [] and set(zero.bytes_report().values()) == {0}
+    assert zero.flat_shards() == [] and set(zero.bytes_report().values()) == {0}
 
 
 @pytest.mark.parametrize("numel", [0, 1, 4095, 4096, 3_000_000])

@@ -31,7 +31,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
-from megatron_ds.checkpoint import Piece, load, save
+from megatron_ds.checkpoint import FlatShard, load, save
 from megatron_ds.mesh import Axis
 from megatron_ds.shard import ShardedDim, ShardSpec
 from megatron_ds.testing import run_ranks
@@ -116,10 +116,10 @@ def drop_from_page_cache(path: Path) -> None:
             os.close(fd)
 
 
-def pieces(state: dict[str, torch.Tensor]) -> list[Piece]:
+def flat_shards(state: dict[str, torch.Tensor]) -> list[FlatShard]:
     rank, world = dist.get_rank(), dist.get_world_size()
     return [
-        Piece.of(
+        FlatShard.of(
             ShardSpec(key, (tensor.shape[0] * world, tensor.shape[1]), (ShardedDim(0, "tp", rank, world),)),
             "param",
             tensor,
@@ -133,11 +133,11 @@ def world_axis() -> Axis:
 
 
 def save_ours(path: Path, state: dict[str, torch.Tensor]) -> None:
-    save(path, 1, pieces(state), {}, world_axis())
+    save(path, 1, flat_shards(state), {}, world_axis())
 
 
 def load_ours(path: Path, state: dict[str, torch.Tensor]) -> None:
-    load(path, pieces(state), world_axis())
+    load(path, flat_shards(state), world_axis())
 
 
 def distributed(state: dict[str, torch.Tensor]) -> dict[str, DTensor]:

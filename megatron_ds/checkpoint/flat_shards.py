@@ -1,4 +1,4 @@
-"""A piece: the part of one global tensor that a rank holds, for saving it or for having it filled."""
+"""a flat shard: the part of one global tensor that a rank holds, for saving it or for having it filled."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from megatron_ds.shard import ShardSpec
 class Holder(Protocol):
     """Memory that is there only while it is held: state that lives on a disk, say."""
 
-    def hold(self) -> torch.Tensor:
-        """1-D, until :meth:`let_go`."""
+    def acquire(self) -> torch.Tensor:
+        """1-D, until :meth:`release`."""
         ...
 
-    def let_go(self, changed: bool) -> None: ...
+    def release(self, changed: bool) -> None: ...
 
 
 @dataclass(frozen=True)
-class Piece:
+class FlatShard:
     """A flat range of this rank's tensor-parallel box of a global tensor.
 
     Args:
@@ -70,7 +70,7 @@ class Piece:
             )
 
     @staticmethod
-    def of(spec: ShardSpec, kind: str, data: torch.Tensor, start: int = 0, stop: int | None = None) -> Piece:
+    def of(spec: ShardSpec, kind: str, data: torch.Tensor, start: int = 0, stop: int | None = None) -> FlatShard:
         """The range ``[start, stop)`` (default: all) of the local tensor that ``spec`` describes.
 
         ``data`` holds exactly that range and may have any contiguous shape.
@@ -79,32 +79,32 @@ class Piece:
             raise ValueError(f"{kind} of {spec.name}: data of shape {list(data.shape)} is not contiguous")
         stop = prod(spec.local_shape) if stop is None else stop
         flat = data.detach().view(-1)
-        return Piece(spec.name, kind, spec.global_shape, spec.offset, spec.local_shape, start, stop, flat)
+        return FlatShard(spec.name, kind, spec.global_shape, spec.offset, spec.local_shape, start, stop, flat)
 
     @staticmethod
     def held(
         spec: ShardSpec, kind: str, holder: Holder, offset: int, dtype: torch.dtype, start: int, stop: int
-    ) -> Piece:
+    ) -> FlatShard:
         """The range ``[start, stop)`` of the local tensor, which ``holder`` has from its element ``offset`` on."""
         data = torch.empty(stop - start, dtype=dtype, device="meta")
         place = (spec.name, kind, spec.global_shape, spec.offset, spec.local_shape)
-        return Piece(*place, start, stop, data, holder, offset)
+        return FlatShard(*place, start, stop, data, holder, offset)
 
     def tensor(self, held: torch.Tensor | None) -> torch.Tensor:
         """The elements: ``data``, or their part of what the holder gave."""
         return self.data if held is None else held.narrow(0, self.offset, self.stop - self.start)
 
     @staticmethod
-    def whole(name: str, kind: str, data: torch.Tensor) -> Piece:
+    def whole(name: str, kind: str, data: torch.Tensor) -> FlatShard:
         """All of a tensor."""
         shape = tuple(data.shape)
-        return Piece(name, kind, shape, (0,) * len(shape), shape, 0, data.numel(), data.detach().reshape(-1))
+        return FlatShard(name, kind, shape, (0,) * len(shape), shape, 0, data.numel(), data.detach().reshape(-1))
 
-    def share(self, index: int, count: int) -> Piece:
+    def share(self, index: int, count: int) -> FlatShard:
         """Share ``index`` of ``count`` near-equal cuts: ranks that hold the same copy divide the writing so."""
         size = self.stop - self.start
         begin, end = size * index // count, size * (index + 1) // count
-        return Piece(
+        return FlatShard(
             self.name,
             self.kind,
             self.global_shape,
@@ -117,10 +117,10 @@ class Piece:
             self.offset + begin,
         )
 
-    def first_rows(self, count: int, shape: tuple[int, ...]) -> Piece | None:
-        """What this piece holds of the first ``count`` rows (dim 0), as a piece of a tensor of another ``shape``.
+    def first_rows(self, count: int, shape: tuple[int, ...]) -> FlatShard | None:
+        """What this holds of the first ``count`` rows (dim 0), as a flat shard of a tensor of another ``shape``.
 
-        The two tensors differ in their number of rows alone. None: this piece holds none of those rows.
+        The two tensors differ in their number of rows alone. None: this flat shard holds none of those rows.
         """
         rows = min(count - self.box_offset[0], self.box_shape[0])
         stop = min(self.stop, rows * prod(self.box_shape[1:]))
@@ -128,17 +128,17 @@ class Piece:
             return None
         box_shape = (rows, *self.box_shape[1:])
         data = self.data[: stop - self.start]
-        return Piece(
+        return FlatShard(
             self.name, self.kind, shape, self.box_offset, box_shape, self.start, stop, data, self.holder, self.offset
         )
 
     def boxes(self) -> list[Box]:
-        """This piece as boxes in global coordinates, in the order in which ``data`` holds them."""
+        """This flat shard as boxes in global coordinates, in the order in which ``data`` holds them."""
         return [box.moved(self.box_offset) for box in rectangles(self.box_shape, self.start, self.stop)]
 
 
-def by_holder(pieces: Sequence[Piece]) -> Iterator[tuple[Holder | None, list[Piece]]]:
+def by_holder(flat_shards: Sequence[FlatShard]) -> Iterator[tuple[Holder | None, list[FlatShard]]]:
     """Runs of neighbours with the same holder, so that each is held once for all of them."""
-    for _, run in groupby(pieces, key=lambda piece: id(piece.holder)):
+    for _, run in groupby(flat_shards, key=lambda flat_shard: id(flat_shard.holder)):
         group = list(run)
         yield group[0].holder, group

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_ds.checkpoint.hf_architecture import Architecture, Rule, needs
-from megatron_ds.checkpoint.hf_settings import Settings, must_be
 from megatron_ds.config import ModelConfig
-from megatron_ds.errors import ConfigError
-from megatron_ds.models.hf_layouts import (
+from megatron_ds.convert.architecture import Architecture, Rule, needs
+from megatron_ds.convert.layouts import (
     global_shapes,
     grouped_qkv,
     same,
@@ -20,6 +18,8 @@ from megatron_ds.models.hf_layouts import (
     stacked_gate_up,
     vocabulary,
 )
+from megatron_ds.convert.settings import Settings, must_be
+from megatron_ds.errors import ConfigError
 
 LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _ROTARY_BUFFERS = (r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)

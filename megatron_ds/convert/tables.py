@@ -12,14 +12,12 @@ from typing import Any
 
 import torch
 
-from megatron_ds.checkpoint import hf
-from megatron_ds.checkpoint.hf import TokenizerLike
-from megatron_ds.checkpoint.hf_architecture import Architecture, Rule, needs
-from megatron_ds.checkpoint.hf_settings import Settings, must_be
 from megatron_ds.config import ModelConfig
-from megatron_ds.errors import ConfigError
-from megatron_ds.models.hf_bert import BERT_FOR_MASKED_LM
-from megatron_ds.models.hf_layouts import (
+from megatron_ds.convert import hugging_face
+from megatron_ds.convert.architecture import Architecture, Rule, needs
+from megatron_ds.convert.bert_table import BERT_FOR_MASKED_LM
+from megatron_ds.convert.hugging_face import TokenizerLike
+from megatron_ds.convert.layouts import (
     both,
     global_shapes,
     interleaved_qkv,
@@ -28,7 +26,9 @@ from megatron_ds.models.hf_layouts import (
     transposed,
     vocabulary,
 )
-from megatron_ds.models.hf_llama import LLAMAS
+from megatron_ds.convert.llama_table import LLAMAS
+from megatron_ds.convert.settings import Settings, must_be
+from megatron_ds.errors import ConfigError
 
 __all__ = ["ARCHITECTURES", "export_hf", "global_shapes", "import_hf"]
 
@@ -41,8 +41,8 @@ def export_hf(
     progress: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Path:
-    """:func:`megatron_ds.checkpoint.hf.export_hf` with the architectures of this module."""
-    return hf.export_hf(checkpoint, out_dir, ARCHITECTURES, dtype, tokenizer, progress, say=say)
+    """:func:`megatron_ds.convert.hugging_face.export_hf` with the architectures of this module."""
+    return hugging_face.export_hf(checkpoint, out_dir, ARCHITECTURES, dtype, tokenizer, progress, say=say)
 
 
 def import_hf(
@@ -53,8 +53,8 @@ def import_hf(
     progress: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Path:
-    """:func:`megatron_ds.checkpoint.hf.import_hf` with the architectures of this module."""
-    return hf.import_hf(hf_dir, out_dir, ARCHITECTURES, dtype, vocab_multiple, progress, say=say)
+    """:func:`megatron_ds.convert.hugging_face.import_hf` with the architectures of this module."""
+    return hugging_face.import_hf(hf_dir, out_dir, ARCHITECTURES, dtype, vocab_multiple, progress, say=say)
 
 
 # --- GPT-2 ----------------------------------------------------------------------------------------------------

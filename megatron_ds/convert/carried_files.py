@@ -11,8 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_ds.checkpoint.hf_folder import HFFolder
 from megatron_ds.checkpoint.writer import checksum
+from megatron_ds.convert.folder import HFFolder
 from megatron_ds.errors import CheckpointError
 from megatron_ds.files import read_bytes, read_json
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from megatron_ds.checkpoint.hf_settings import Settings
 from megatron_ds.config import ModelConfig
+from megatron_ds.convert.settings import Settings
 from megatron_ds.errors import ConfigError
 
 Shapes = dict[str, tuple[int, ...]]

@@ -30,7 +30,7 @@ class _Seen:
     pointer: int | None = None
 
 
-class Intact:
+class ModelGuard:
     """Looks at a model and an optimizer and compares them with what they were.
 
     Attributes:

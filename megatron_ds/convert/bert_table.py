@@ -1,14 +1,14 @@
-"""Hugging Face's names and configuration of BERT (``BertForMaskedLM``); see :mod:`.hf_tables` for the others."""
+"""Hugging Face's names and configuration of BERT (``BertForMaskedLM``); see :mod:`.tables` for the others."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from megatron_ds.checkpoint.hf_architecture import Architecture, Rule, needs
-from megatron_ds.checkpoint.hf_settings import Settings, must_be
 from megatron_ds.config import ModelConfig
+from megatron_ds.convert.architecture import Architecture, Rule, needs
+from megatron_ds.convert.layouts import both, global_shapes, same, separate_qkv, twice, vocabulary
+from megatron_ds.convert.settings import Settings, must_be
 from megatron_ds.errors import ConfigError
-from megatron_ds.models.hf_layouts import both, global_shapes, same, separate_qkv, twice, vocabulary
 
 ACTIVATIONS_TO_HF = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 ACTIVATIONS_FROM_HF = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}

@@ -3,9 +3,9 @@
 Autograd's way needs nothing of a layer: a hook moves ``param.grad`` over. A layer with a backward of its own can spare
 that pass over memory and write into the buffer itself::
 
-    sink = getattr(weight, "grad_sink", None)   # in an autograd.Function's backward
-    if sink is not None:
-        sink.add_matmul(grad_output.flatten(0, -2).t(), input.flatten(0, -2))
+    main gradient = getattr(weight, "grad_sink", None)   # in an autograd.Function's backward
+    if main gradient is not None:
+        main gradient.add_matmul(grad_output.flatten(0, -2).t(), input.flatten(0, -2))
         grad_weight = None                      # autograd is told there is nothing left to add
     else:
         grad_weight = grad_output.flatten(0, -2).t() @ input.flatten(0, -2)
@@ -65,7 +65,7 @@ class OwnBackward:
         return not self._running
 
 
-class GradSink:
+class MainGradient:
     """One parameter's gradient buffer and the count of writes into it.
 
     Args:
@@ -86,8 +86,8 @@ class GradSink:
     def __init__(
         self,
         name: str,
-        before_write: Callable[[GradSink], None],
-        on_write: Callable[[GradSink], None],
+        before_write: Callable[[MainGradient], None],
+        on_write: Callable[[MainGradient], None],
     ):
         self.name = name
         self.view: torch.Tensor | None = None

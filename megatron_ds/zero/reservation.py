@@ -18,14 +18,14 @@ from megatron_ds.errors import OffloadError
 from megatron_ds.zero.store.nvme import make_swap_file
 
 
-class SwapTrial:
+class SwapReservation:
     """The swap files of this rank that are on trial now."""
 
     def __init__(self) -> None:
         self._files: list[DirectFile] = []
         self._made: list[Path] = []  # folders that were not there, the outermost first
 
-    def hold(self, sizes: Mapping[str, int]) -> None:
+    def acquire(self, sizes: Mapping[str, int]) -> None:
         """Make a file of so many bytes in each folder. Where the filesystem cannot reserve, it stays empty.
 
         Raises:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_ds.checkpoint.hf_architecture import Rule, Shapes
 from megatron_ds.config import ModelConfig
+from megatron_ds.convert.architecture import Rule, Shapes
 from megatron_ds.models.families import class_of
 from megatron_ds.shard import spec_of
 
@@ -56,14 +56,14 @@ def twice(rule: Rule, also: str) -> Rule:
 def _qkv_shape(c: ModelConfig, theirs: Tensor) -> tuple[int, ...]:
     """Ours, of a weight or (no last dim) a bias."""
     last = (c.hidden_size,) if theirs.dim() > 1 else ()
-    return (c.groups, c.queries_per_group + 2, c.head_size, *last)
+    return (c.groups, c.queries_per_kv_head + 2, c.head_size, *last)
 
 
 def separate_qkv(ours: str, attention: str, what: str, names: Sequence[str] = ("q_proj", "k_proj", "v_proj")) -> Rule:
     """Llama, BERT: query ``[n d, h]``, key and value ``[g d, h]`` apart (or the biases, without ``h``)."""
 
     def split(c: ModelConfig, w: Tensor) -> Tensors:
-        q = c.queries_per_group
+        q = c.queries_per_kv_head
         return [part.reshape(-1, *w.shape[3:]) for part in (w[:, :q], w[:, q], w[:, q + 1])]
 
     def fuse(c: ModelConfig, ws: Tensors) -> Tensor:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
-from megatron_ds.checkpoint.hf_architecture import Architecture, Rule
-from megatron_ds.checkpoint.hf_folder import HFFolder
 from megatron_ds.config import ModelConfig
+from megatron_ds.convert.architecture import Architecture, Rule
+from megatron_ds.convert.folder import HFFolder
 from megatron_ds.errors import CheckpointError
 
 SHOWN = 10

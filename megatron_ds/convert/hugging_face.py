@@ -1,7 +1,7 @@
 """Conversion to and from Hugging Face, driven by tables: checkpoint to checkpoint, one tensor at a time.
 
 What an architecture calls things, and how its layouts differ from ours, is an :class:`Architecture`, which the
-caller passes in (``megatron_ds.models.hf_tables`` has them for the decoder). Here is what all of them need: choosing
+caller passes in (``megatron_ds.convert.tables`` has them for the decoder). Here is what all of them need: choosing
 one, planning, streaming, the files that ``transformers`` expects. A rule's two transforms are exact inverses, so
 import followed by export gives back every bit.
 """
@@ -19,20 +19,20 @@ import pydantic
 import torch
 from tqdm import tqdm
 
-from megatron_ds.checkpoint import hf_files
-from megatron_ds.checkpoint.hf_architecture import Architecture, Rule, architecture_of, choose
-from megatron_ds.checkpoint.hf_folder import HFFolder, file_name, write_index
-from megatron_ds.checkpoint.hf_match import Match
-from megatron_ds.checkpoint.hf_settings import KEPT, Settings, must_be
+from megatron_ds.checkpoint.flat_shards import FlatShard
 from megatron_ds.checkpoint.load import compare
 from megatron_ds.checkpoint.manifest import INCOMPLETE, step_name, sync_directory, write_text_durably
 from megatron_ds.checkpoint.meta import model_config
-from megatron_ds.checkpoint.pieces import Piece
 from megatron_ds.checkpoint.reader import Checkpoint
 from megatron_ds.checkpoint.save import check_space
 from megatron_ds.checkpoint.stream import FILE_BYTES, Plan, StreamWriter, TensorFiles, plan_bytes
 from megatron_ds.config import ModelConfig
 from megatron_ds.config.read import values_to_toml
+from megatron_ds.convert import carried_files
+from megatron_ds.convert.architecture import Architecture, Rule, architecture_of, choose
+from megatron_ds.convert.folder import HFFolder, file_name, write_index
+from megatron_ds.convert.match import Match
+from megatron_ds.convert.settings import KEPT, Settings, must_be
 from megatron_ds.errors import CheckpointError, ConfigError
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -80,13 +80,13 @@ def export_hf(
     out_dir = Path(out_dir)
     with Checkpoint(checkpoint) as source:
         config = model_config(source.meta, source.directory)
-        original = hf_files.settings(source.directory.parent, hf_files.CONFIG)
+        original = carried_files.settings(source.directory.parent, carried_files.CONFIG)
         # A model that came as one class goes out as that class, where another could express it too.
         architecture = choose(
             config, sorted(architectures, key=lambda a: a.name not in original.get("architectures", ()))
         )
         shapes = architecture.shapes(config)
-        whole = [Piece.whole(name, "param", torch.empty(shape, device="meta")) for name, shape in shapes.items()]
+        whole = [FlatShard.whole(name, "param", torch.empty(shape, device="meta")) for name, shape in shapes.items()]
         compare(source.manifest, source.directory, whole)
         plan: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         makers: dict[str, Rule] = {}
@@ -135,7 +135,7 @@ def import_hf(
     """Write a folder of ``transformers`` as checkpoint ``step-00000000`` under ``out_dir``.
 
     Args:
-        hf_dir: has config.json and weights; see :mod:`megatron_ds.checkpoint.hf_folder` for which are read.
+        hf_dir: has config.json and weights; see :mod:`megatron_ds.convert.folder` for which are read.
         out_dir: a checkpoint directory; tokenizer files are copied to ``tokenizer/`` in it and the other files that
             go with the model to ``hf/``, and ``model.toml`` holds the model's settings, as a file for ``--config``.
         architectures: those to choose from, by config.json's ``architectures`` or ``model_type``.
@@ -180,7 +180,7 @@ def import_hf(
             for name, tensor in _converted(writer.order, makers, make, plan):
                 writer.write(name, tensor)
                 bar.update(tensor.nbytes)
-        hf_files.keep(source, out_dir)
+        carried_files.keep(source, out_dir)
         write_text_durably(out_dir / MODEL_TOML, values_to_toml(meta["config"]))
     return out_dir / step_name(0)
 
@@ -242,13 +242,13 @@ def _write_rest(
     say: Callable[[str], None] | None,
 ) -> None:
     """Everything but the weights: what came with the model and has not changed, as it was."""
-    original = hf_files.settings(checkpoints, hf_files.CONFIG)
-    same = tokenizer is not None and hf_files.has_tokenizer(checkpoints, tokenizer.fingerprint)
-    hf_files.copy_out(checkpoints, folder, hf_files.REST)
+    original = carried_files.settings(checkpoints, carried_files.CONFIG)
+    same = tokenizer is not None and carried_files.has_tokenizer(checkpoints, tokenizer.fingerprint)
+    carried_files.copy_out(checkpoints, folder, carried_files.REST)
     if tokenizer is not None and not same:
         tokenizer.save_hf(folder)
     elif same or original.get("vocab_size") == config.vocab_size:
-        hf_files.copy_out(checkpoints, folder, hf_files.TOKENIZER)
+        carried_files.copy_out(checkpoints, folder, carried_files.TOKENIZER)
     elif original and say is not None:
         say(
             f"the vocabulary has {config.vocab_size} tokens where the original's has {original.get('vocab_size')}: no "
@@ -270,8 +270,8 @@ def _write_configs(
     Args:
         tokenizer: another one than the original's; its tokens end and begin a text from now on.
     """
-    original = hf_files.settings(checkpoints, hf_files.CONFIG)
-    generation = hf_files.settings(checkpoints, hf_files.GENERATION)
+    original = carried_files.settings(checkpoints, carried_files.CONFIG)
+    generation = carried_files.settings(checkpoints, carried_files.GENERATION)
     same_class = architecture.name in original.get("architectures", ())
     travels = KEPT | set(architecture.harmless if same_class else ())
     kept = {key: value for key, value in original.items() if key in travels}
@@ -290,8 +290,8 @@ def _write_configs(
         **special,
         "torch_dtype": str(widest).removeprefix("torch."),
     }
-    write_text_durably(folder / hf_files.CONFIG, json.dumps(value, indent=2) + "\n")
+    write_text_durably(folder / carried_files.CONFIG, json.dumps(value, indent=2) + "\n")
     if special or not generation:
         known = {**generation, **{name: value.get(name) for name in SPECIAL_TOKENS}}
         known = {name: token for name, token in known.items() if token is not None}
-        write_text_durably(folder / hf_files.GENERATION, json.dumps(known, indent=2) + "\n")
+        write_text_durably(folder / carried_files.GENERATION, json.dumps(known, indent=2) + "\n")

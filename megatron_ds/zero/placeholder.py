@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from megatron_ds.errors import ReleasedParameterError
+from megatron_ds.errors import ShardedParameterError
 from megatron_ds.shard import spec_of
 
 
@@ -44,7 +44,7 @@ def _harmless() -> frozenset[Any]:
 _HARMLESS = _harmless()
 
 
-class ReleasedParameter(nn.Parameter):
+class ShardedPlaceholder(nn.Parameter):
     """A parameter between two gathers: it knows its shape, and refuses to be computed with."""
 
     zero_gatherer: Adopter
@@ -54,13 +54,13 @@ class ReleasedParameter(nn.Parameter):
         kwargs = kwargs or {}
         if func not in _HARMLESS:
             for leaf in tree_flatten((args, kwargs))[0]:
-                if isinstance(leaf, ReleasedParameter) and not leaf.__dict__["zero_gatherer"].adopt(leaf):
-                    raise ReleasedParameterError(_explain(leaf, getattr(func, "__name__", str(func))))
+                if isinstance(leaf, ShardedPlaceholder) and not leaf.__dict__["zero_gatherer"].adopt(leaf):
+                    raise ShardedParameterError(_explain(leaf, getattr(func, "__name__", str(func))))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"ReleasedParameter({spec_of(self).name}, shape={list(self.shape)}, its values are sharded)"
+        return f"ShardedPlaceholder({spec_of(self).name}, shape={list(self.shape)}, its values are sharded)"
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def explained() -> Iterator[None]:
     except RuntimeError as error:
         if not any(words in str(error) for words in ("storage of size 0", "data is not allocated yet")):
             raise
-        raise ReleasedParameterError(
+        raise ShardedParameterError(
             "the backward pass needed a parameter that ZeRO stage 3 had freed: nothing had told it that the pass had "
             "come to that parameter's block. So it is with a gradient of a gradient (create_graph=True), and with a "
             "block that returns an iterator; set zero.keep_whole=true, with which gathered parameters stay until the "

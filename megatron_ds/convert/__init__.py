@@ -1,0 +1,1 @@
+"""Hugging Face models to checkpoints and back: what converts, and a table for each family."""
