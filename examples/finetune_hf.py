@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import megatron_ds
-from megatron_ds.config.deepspeed import auto_values
+from megatron_ds.deepspeed_json import auto_values
 from megatron_ds.train.launch import RankInfo, run_main
 
 

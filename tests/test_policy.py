@@ -27,7 +27,7 @@ ORDER = (
     ("host", "kernels", "mesh", "shard"),
     ("tokens",),
     ("comm", "config", "rng", "shared_memory"),
-    ("checkpoint", "data", "layers", "optim", "pipeline"),
+    ("checkpoint", "data", "deepspeed_json", "layers", "optim", "pipeline"),
     ("models", "zero"),
     ("convert",),
     ("inference", "planner", "train"),
@@ -38,6 +38,7 @@ ORDER = (
 # Tighter than the order: what these areas may import besides themselves.
 ONLY = {
     "data": {"errors", "files"},  # it gets dp_rank and dp_size as numbers
+    "deepspeed_json": {"errors", "files", "config"},  # from one kind of settings to another
     "kernels": {"errors"},
     "layers": {"errors", "kernels", "mesh", "shard", "comm", "rng"},  # sizes and a group, not the config of the run
 }

@@ -16,13 +16,13 @@ from torch import nn
 
 from megatron_ds.checkpoint import resolve
 from megatron_ds.config import load_toml
-from megatron_ds.config.deepspeed import from_deepspeed
 from megatron_ds.convert.folder import HFFolder
 from megatron_ds.data.cache import cached_arrays, cached_json
 from megatron_ds.data.chat import load_template
 from megatron_ds.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_ds.data.special_tokens import read_special_tokens
 from megatron_ds.data.verify import read_manifest
+from megatron_ds.deepspeed_json import from_deepspeed
 from megatron_ds.engine.meta import Filler
 from megatron_ds.errors import MegatronDSError
 from megatron_ds.pipeline.timeline import Timeline

@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 
 from megatron_ds import comm
 from megatron_ds.checkpoint.together import exchange
-from megatron_ds.config.deepspeed import from_deepspeed, is_deepspeed
 from megatron_ds.config.engine import BatchSizes, DeepSpeedSchedule, EngineConfig, validate_engine
 from megatron_ds.config.read import from_dict, read_toml
+from megatron_ds.deepspeed_json import from_deepspeed, is_deepspeed
 from megatron_ds.engine.engine import Engine
 from megatron_ds.engine.meta import Filler, Weights, has_memory, take_places
 from megatron_ds.engine.stage import LossStage, loss_of_output
@@ -68,7 +68,7 @@ def initialize(
             it. Or, without ``optimizer``, the learning rate as a function of the update's number, from 1.
         loss: what :meth:`Engine.train_batch` makes of a micro-batch: its mean loss. The default calls the model with it
             and takes ``.loss`` of the output.
-        auto: what ``"auto"`` in a DeepSpeed configuration stands for; see ``megatron_ds.config.deepspeed.auto_values``.
+        auto: what ``"auto"`` in a DeepSpeed configuration stands for; see ``megatron_ds.deepspeed_json.auto_values``.
         weights: where the values of parameters come from that were made in ``megatron_ds.empty_parameters()``: a
             folder of safetensors files, or what initialises a module's own parameters. Default: the modules themselves.
         unit_classes: stage 3: classes of modules that are gathered and freed as one. Default: members of lists of

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from megatron_ds.config import PrecisionConfig
-from megatron_ds.config.deepspeed import auto_values
 from megatron_ds.config.engine import EngineConfig
+from megatron_ds.deepspeed_json import auto_values
 from megatron_ds.engine import Engine, initialize, read_config
 from megatron_ds.engine.build import Configuration
 from megatron_ds.errors import ConfigError

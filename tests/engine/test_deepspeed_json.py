@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from megatron_ds.config.deepspeed import auto_values, from_deepspeed, is_deepspeed
-from megatron_ds.config.deepspeed_keys import KEYS
 from megatron_ds.config.engine import EngineConfig, batch_sizes
+from megatron_ds.deepspeed_json import auto_values, from_deepspeed, is_deepspeed
+from megatron_ds.deepspeed_json.keys import KEYS
 from megatron_ds.engine import read_config
 from megatron_ds.errors import ConfigError
 

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import megatron_ds
-from megatron_ds.config.deepspeed import from_deepspeed
 from megatron_ds.config.engine import EngineConfig
+from megatron_ds.deepspeed_json import from_deepspeed
 from megatron_ds.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

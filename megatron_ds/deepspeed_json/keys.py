@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ds.config.deepspeed_optimizer import OPTIMIZER_KEYS
+from megatron_ds.deepspeed_json.optimizer import OPTIMIZER_KEYS
 
 
 @dataclass(frozen=True)

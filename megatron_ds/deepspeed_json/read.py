@@ -1,6 +1,6 @@
 """A DeepSpeed JSON as an :class:`~megatron_ds.config.engine.EngineConfig`: every key honoured, noted or refused.
 
-:mod:`megatron_ds.config.deepspeed_keys` says what each key of such a file becomes here.
+:mod:`megatron_ds.deepspeed_json.keys` says what each key of such a file becomes here.
 
 Numbers may come as floats (``1e9``). ``"auto"`` is looked up in :func:`auto_values`, where the values of Hugging Face's
 training arguments are, or refused. Whatever else is wrong is one error with every fault in it.
@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_ds.config.deepspeed_keys import (
+from megatron_ds.config.engine import EngineConfig
+from megatron_ds.config.read import from_dict
+from megatron_ds.deepspeed_json.keys import (
     KEYS,
     SECTIONS,
     TOP_LEVEL,
@@ -24,9 +26,7 @@ from megatron_ds.config.deepspeed_keys import (
     offloads,
     stage_of,
 )
-from megatron_ds.config.deepspeed_optimizer import optimizer_of, scheduler_of
-from megatron_ds.config.engine import EngineConfig
-from megatron_ds.config.read import from_dict
+from megatron_ds.deepspeed_json.optimizer import optimizer_of, scheduler_of
 from megatron_ds.errors import ConfigError, nearest
 from megatron_ds.files import read_json
 
