@@ -68,9 +68,9 @@ def stage_too_high(model: ModelSize, layout: Layout, free: int, activations: int
     best = min(fitting, key=lambda other: (communication_bytes(model, other), other.stage))
     return Advice(
         "stage",
-        f"zero.stage={layout.stage} sends {_gb(here)} a rank and step; stage {best.stage} would send "
-        f"{_gb(communication_bytes(model, best))}, and its {_gb(memory_bytes_on_device(model, best))} of parameters, "
-        f"gradients and optimizer state a rank with {_gb(activations)} of activations fit into {_gb(free)}",
+        f"zero.stage={layout.stage} sends {gb(here)} a rank and step; stage {best.stage} would send "
+        f"{gb(communication_bytes(model, best))}, and its {gb(memory_bytes_on_device(model, best))} of parameters, "
+        f"gradients and optimizer state a rank with {gb(activations)} of activations fit into {gb(free)}",
         f"use zero.stage={best.stage}",
     )
 
@@ -103,7 +103,7 @@ def offload_outlasts_compute(
     fits = math.floor(100 * ratio * compute / transfer) / 100
     return Advice(
         f"{key}.ratio",
-        f"{key}.ratio={ratio:g} moves {_gb(offloaded)} in and out a rank and step, {transfer:.3g} s at "
+        f"{key}.ratio={ratio:g} moves {gb(offloaded)} in and out a rank and step, {transfer:.3g} s at "
         f"{read_rate / 1e9:.3g} and {write_rate / 1e9:.3g} GB/s for {ranks_sharing} rank(s), but a step computes for "
         f"{compute:.3g} s",
         f"use a ratio of at most {fits:g} if the rest fits on the device, or {math.ceil(transfer / compute)} times "
@@ -149,9 +149,9 @@ def recomputation_saves_little(
         action += ", and a smaller micro-batch: what is left is computed at once whatever the mode"
     return Advice(
         "recompute",
-        f"recomputation takes {_gb(in_flight * (activations - kept))} off the activations, but the peak only from "
-        f"{_gb(without)} to {_gb(with_it)}: with {micro_batches} micro-batches a step it is "
-        + ", ".join(f"{_gb(size)} {name}" for name, size in parts.items()),
+        f"recomputation takes {gb(in_flight * (activations - kept))} off the activations, but the peak only from "
+        f"{gb(without)} to {gb(with_it)}: with {micro_batches} micro-batches a step it is "
+        + ", ".join(f"{gb(size)} {name}" for name, size in parts.items()),
         action,
     )
 
@@ -227,5 +227,6 @@ class LossScaleWatch:
         return None
 
 
-def _gb(size: float) -> str:
+def gb(size: float) -> str:
+    """A number of bytes in GB, or in MB below 0.1 GB."""
     return f"{size / 1e9:.2f} GB" if size >= 1e8 or size == 0 else f"{size / 1e6:.3g} MB"

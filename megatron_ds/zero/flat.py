@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -24,6 +23,7 @@ from megatron_ds.checkpoint.flat_shards import FlatShard
 from megatron_ds.comm import Pending
 from megatron_ds.config import OptimizerConfig
 from megatron_ds.mesh import Axis
+from megatron_ds.optim.clip import squared_norm
 from megatron_ds.optim.factory import OptimizerSegment, Update, UpdateRule, make_update, state_kinds
 from megatron_ds.shard import shaped_as
 from megatron_ds.shared_memory import SharedArena
@@ -31,18 +31,8 @@ from megatron_ds.zero.buckets import BucketLayout, Segment, state_dtype
 from megatron_ds.zero.main_grad import MainGradient
 from megatron_ds.zero.memory import GradientPool, TransientGradients, TransientParameters, WholeBuffer
 from megatron_ds.zero.state import BucketState
-from megatron_ds.zero.store import Store
+from megatron_ds.zero.store import BucketStores
 from megatron_ds.zero.writes import masters_follow, take_replaced
-
-_NORM_ROW = 4096
-
-
-@dataclass(frozen=True)
-class BucketStores:
-    """Where a bucket's state lives between uses, and a unit's parameters (None: in device memory)."""
-
-    state: Store
-    parameters: Store | None = None
 
 
 class FlatBucket:
@@ -408,18 +398,3 @@ class FlatBucket:
         if isinstance(self.parameters, TransientParameters):
             self._arrived = self._digest()
         return True
-
-
-def squared_norm(flat: torch.Tensor) -> torch.Tensor:
-    """0-d float64 sum of squares of a 1-D tensor, in one pass at memory speed.
-
-    ``vector_norm`` adds fp32 squares in fp32: over 7 M normal numbers it comes out 4e-4 too small, and asking it for
-    float64 takes 30 times as long. Norms of short rows, added in float64, are right to 1e-8 at the same speed.
-    """
-    whole = flat.numel() // _NORM_ROW * _NORM_ROW
-    total = torch.zeros((), dtype=torch.float64, device=flat.device)
-    if whole:
-        total += torch.linalg.vector_norm(flat[:whole].view(-1, _NORM_ROW), dim=1).double().square().sum()
-    if whole < flat.numel():
-        total += torch.linalg.vector_norm(flat[whole:]).double().square()
-    return total

@@ -8,8 +8,7 @@ import torch
 
 from megatron_ds.config import OffloadConfig, ZeroConfig
 from megatron_ds.zero.buckets import BucketLayout, ParameterInfo, bytes_report, state_dtype
-from megatron_ds.zero.flat import BucketStores
-from megatron_ds.zero.store import DeviceStore, Store, create_store, placement
+from megatron_ds.zero.store import BucketStores, DeviceStore, Store, create_store, placement
 from megatron_ds.zero.store.blocks import BlockPool
 
 _OVERLAP = 3  # regions in staging: one is read, one updated, one written

@@ -20,14 +20,13 @@ from megatron_ds.optim.factory import Late, Update, UpdateRule, state_kinds
 from megatron_ds.shard import ShardSpec, as_real
 from megatron_ds.zero import buckets
 from megatron_ds.zero.buckets import ParameterInfo, plan_buckets, state_dtype
-from megatron_ds.zero.budget import RankBytes
+from megatron_ds.zero.capacity import RankBytes, check_capacity
 from megatron_ds.zero.estimate import ModelSize
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.memory import TransientParameters
 from megatron_ds.zero.offload import OffloadPlan, Stores
 from megatron_ds.zero.plan import choose_units, gradient_pools, numbers_of_units, share_memory
 from megatron_ds.zero.reducer import WINDOW, Phase, Reducer
-from megatron_ds.zero.room import check_capacity
 from megatron_ds.zero.units import Gatherer, Unit
 
 

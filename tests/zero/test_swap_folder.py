@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from small_disk import fill, largest_file, small_disk, used
-from test_room import ELEMENTS, build, offload
+from test_capacity import ELEMENTS, build, offload
 
 from megatron_ds.config import ZeroConfig
 from megatron_ds.errors import ConfigError, OffloadError
 from megatron_ds.testing import run_ranks
 from megatron_ds.zero import optimizer as optimizer_module
-from megatron_ds.zero.trial import SwapReservation
+from megatron_ds.zero.capacity import SwapReservation
 
 STATE = 12 * ELEMENTS
 """Bytes of master weights and AdamW's state over all ranks: 3.1 MB."""
@@ -167,7 +167,7 @@ def reserve_all(zero: ZeroConfig, blind: bool) -> str:
     """``blind``: the look at the disk tells of endless room, as where there is a quota."""
     patch = pytest.MonkeyPatch()
     if blind:
-        patch.setattr("megatron_ds.zero.budget.shutil.disk_usage", lambda folder: USAGE)
+        patch.setattr("megatron_ds.zero.capacity.shutil.disk_usage", lambda folder: USAGE)
     try:
         return refusal(zero)
     finally:
@@ -196,27 +196,27 @@ def test_two_folders_on_one_disk_share_its_room(tmp_path: Path) -> None:
     with small_disk(tmp_path, 12) as disk:
         sizes = {str(disk / "a"): 5_000_000, str(disk / "b"): 4_000_000}
         assert max(sizes.values()) < shutil.disk_usage(disk).free < sum(sizes.values())
-        assert refused_trial(sizes).startswith(f"4.0 MB for this rank's swap file in {disk}/b cannot be reserved")
+        assert refused_reservation(sizes).startswith(f"4.0 MB for this rank's swap file in {disk}/b cannot be reserved")
         assert not (disk / "a").exists() and not (disk / "b").exists()
-        assert refused_trial(dict.fromkeys(sizes, 3_000_000)) == ""
+        assert refused_reservation(dict.fromkeys(sizes, 3_000_000)) == ""
 
 
-def refused_trial(sizes: dict[str, int]) -> str:
-    trial = SwapReservation()
+def refused_reservation(sizes: dict[str, int]) -> str:
+    reservation = SwapReservation()
     try:
-        trial.acquire(sizes)
+        reservation.acquire(sizes)
     except OffloadError as error:
         return str(error)
     finally:
-        trial.end(keep_folders=False)
+        reservation.end(keep_folders=False)
     return ""
 
 
-def test_a_trial_keeps_what_others_have_put_into_its_folders(tmp_path: Path) -> None:
-    trial = SwapReservation()
-    trial.acquire({str(tmp_path / "a" / "b"): 4096})
+def test_a_reservation_keeps_what_others_have_put_into_its_folders(tmp_path: Path) -> None:
+    reservation = SwapReservation()
+    reservation.acquire({str(tmp_path / "a" / "b"): 4096})
     (tmp_path / "a" / "theirs").write_text("")
-    trial.end(keep_folders=False)
+    reservation.end(keep_folders=False)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["theirs"]
 
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Mesh, MeshShape
+from megatron_ds.optim.clip import squared_norm
 from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import run_ranks
-from megatron_ds.zero.flat import squared_norm
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 SHAPES = {"a": (33, 7), "b": (5,), "c": (64, 20), "d": (1,)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from megatron_ds.config import OffloadConfig
@@ -10,7 +12,15 @@ from megatron_ds.zero.store.device import DeviceStore
 from megatron_ds.zero.store.host import HostStore
 from megatron_ds.zero.store.nvme import NvmeStore
 
-__all__ = ["DeviceStore", "HostStore", "NvmeStore", "Region", "Store", "create_store", "placement"]
+__all__ = ["BucketStores", "DeviceStore", "HostStore", "NvmeStore", "Region", "Store", "create_store", "placement"]
+
+
+@dataclass(frozen=True)
+class BucketStores:
+    """Where a bucket's state lives between uses, and a unit's parameters (None: in device memory)."""
+
+    state: Store
+    parameters: Store | None = None
 
 
 def create_store(offload: OffloadConfig, device: torch.device, host_bytes: int) -> Store:

@@ -1,4 +1,4 @@
-"""An optimizer that offloads asks for room before it allocates: all ranks refuse alike, and a dry run makes no file."""
+"""An offloading optimizer checks capacity before it allocates: all ranks refuse alike, a dry run makes no file."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import run_ranks
+from megatron_ds.zero import capacity
 from megatron_ds.zero import optimizer as optimizer_module
-from megatron_ds.zero import room
-from megatron_ds.zero.budget import Available, RankBytes
+from megatron_ds.zero.capacity import Available, RankBytes
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 ELEMENTS = 1 << 18
@@ -50,8 +50,8 @@ def refused_by(hosts: dict[int, int], free: dict[int, int]) -> tuple[str, int]:
     """The error of this rank, and how much the optimizer had allocated by then. ``free`` bytes, by host."""
     rank, allocated = dist.get_rank(), []
     patch = pytest.MonkeyPatch()
-    patch.setattr(room, "_node", lambda: hosts[rank])
-    patch.setattr(room, "probe", lambda zero, device: Available(host=free[rank]))
+    patch.setattr(capacity, "_node", lambda: hosts[rank])
+    patch.setattr(capacity, "probe", lambda zero, device: Available(host=free[rank]))
     patch.setattr(optimizer_module, "share_memory", lambda *a, **k: allocated.append(a))
     patch.setattr(optimizer_module, "FlatBucket", lambda *a, **k: allocated.append(a))
     with pytest.raises(ConfigError) as refused:
@@ -75,7 +75,7 @@ def test_all_ranks_raise_what_one_nodes_ranks_find() -> None:
 
 def there_is_room(free: int) -> int:
     patch = pytest.MonkeyPatch()
-    patch.setattr(room, "probe", lambda zero, device: Available(host=free))
+    patch.setattr(capacity, "probe", lambda zero, device: Available(host=free))
     zero = build(offload("cpu"))
     patch.undo()
     return sum(zero.bytes_by_store()["optimizer"].values())
@@ -99,7 +99,7 @@ def test_a_bound_too_small_for_one_region_says_which_is_enough(tmp_path: Path) -
 
 
 def test_without_offload_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "probe", lambda *_: pytest.fail("probed"))
+    monkeypatch.setattr(capacity, "probe", lambda *_: pytest.fail("probed"))
     build(ZeroConfig())
 
 
@@ -107,7 +107,7 @@ def test_without_offload_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> No
 def test_on_the_meta_device_nothing_is_probed_or_made(
     device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "probe", lambda *_: pytest.fail("probed"))
+    monkeypatch.setattr(capacity, "probe", lambda *_: pytest.fail("probed"))
     path = str(tmp_path / "swap") if device == "nvme" else None
     zero = build(offload(device, path), "meta")
     place = {"cpu": "host", "nvme": "disk"}[device]
@@ -122,7 +122,7 @@ def told(held: list[int]) -> str:
     places = {kind: {"device": 0, "host": 0, "disk": 0} for kind in ("parameters", "gradients", "master", "optimizer")}
     places["optimizer"]["host"] = held[world.rank]
     try:
-        room.check_capacity(RankBytes(places), offload("cpu"), [], torch.device("cpu"), world)
+        capacity.check_capacity(RankBytes(places), offload("cpu"), [], torch.device("cpu"), world)
     except ConfigError as error:
         return str(error)
     return ""
@@ -130,7 +130,7 @@ def told(held: list[int]) -> str:
 
 def told_of_each(cases: list[list[int]]) -> list[str]:
     patch = pytest.MonkeyPatch()
-    patch.setattr(room, "probe", lambda zero, device: Available(host=100 * 10**9))
+    patch.setattr(capacity, "probe", lambda zero, device: Available(host=100 * 10**9))
     said = [told(case) for case in cases]
     patch.undo()
     return said
@@ -151,10 +151,10 @@ def control_group(limit: int) -> Iterator[Path]:
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "" and Path("/sys/fs/cgroup/cgroup.controllers").exists():
-            group, name = Path("/sys/fs/cgroup", path.lstrip("/"), f"room-{os.getpid()}"), "memory.max"
+            group, name = Path("/sys/fs/cgroup", path.lstrip("/"), f"capacity-{os.getpid()}"), "memory.max"
             break
         if "memory" in controllers.split(","):
-            group = Path("/sys/fs/cgroup/memory", path.lstrip("/"), f"room-{os.getpid()}")
+            group = Path("/sys/fs/cgroup/memory", path.lstrip("/"), f"capacity-{os.getpid()}")
             name = "memory.limit_in_bytes"
             break
     else:
@@ -207,16 +207,16 @@ def test_a_disk_is_asked_once_for_all_ranks_of_a_node(tmp_path: Path) -> None:
 
 def told_of_disk(folder: str, sizes: list[int]) -> list[str]:
     world = Axis("world", dist.get_rank(), 2, dist.group.WORLD, (0, 1))
-    said, patch, probe = [], pytest.MonkeyPatch(), room.probe
-    patch.setattr(room, "probe", lambda *given: (time.sleep(0.1 * world.rank), probe(*given))[1])
+    said, patch, probe = [], pytest.MonkeyPatch(), capacity.probe
+    patch.setattr(capacity, "probe", lambda *given: (time.sleep(0.1 * world.rank), probe(*given))[1])
     for size in sizes:
         places = {kind: {"device": 0, "host": 0, "disk": 0} for kind in ("parameters", "gradients", "master")}
         held = RankBytes({**places, "optimizer": {"device": 0, "host": 0, "disk": size}})
         try:
-            room.check_capacity(held, offload("nvme", folder), [], torch.device("cpu"), world)
+            capacity.check_capacity(held, offload("nvme", folder), [], torch.device("cpu"), world)
             said.append("")
         except ConfigError as error:
             said.append(str(error))
-        dist.barrier()  # the other rank's trial is over too
+        dist.barrier()  # the other rank's reservation is over too
     patch.undo()
     return said
