@@ -27,7 +27,7 @@ import numpy.typing as npt
 import safetensors.numpy
 import xxhash
 
-from megatron_ds.files import parse_json
+from megatron_ds.files import parse_json, replacing
 
 _TYPES = {"I64": "<i8", "I32": "<i4", "U8": "u1", "F64": "<f8"}
 T = TypeVar("T")
@@ -153,13 +153,8 @@ def cached(
             if (value := read(file)) is not None:
                 return value  # made by another process while this one waited
             built = build()
-            temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-            try:
+            with contextlib.suppress(OSError), replacing(file) as temporary:
                 write(temporary, built)
-                temporary.replace(file)
-            except OSError:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
             return built
     return build()
 

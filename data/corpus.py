@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ds.errors import DataError
+from megatron_ds.files import replacing
 
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__"})
 
@@ -46,9 +47,8 @@ def build_corpus(
         raise DataError(f"{root} holds no readable, non-empty *{suffix} file to build a corpus from")
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
     documents = text_bytes = 0
-    with temporary.open("w", encoding="utf-8") as lines:
+    with replacing(target) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for path in chosen:
             try:
                 text = path.read_bytes().decode("utf-8")
@@ -59,7 +59,6 @@ def build_corpus(
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
             documents += 1
             text_bytes += len(text.encode("utf-8"))
-    temporary.replace(target)
     return CorpusSummary(documents, text_bytes, skipped)
 
 

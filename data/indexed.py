@@ -36,6 +36,7 @@ import xxhash
 from megatron_ds.data.chunk_checks import CheckedArray
 from megatron_ds.data.remote import is_url, open_remote
 from megatron_ds.errors import DataError
+from megatron_ds.files import sync_and_close, temporary_beside
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -82,8 +83,8 @@ class IndexedDatasetWriter:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self._code = _dtype_code(self.dtype)
         bin_path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._temporary_bin = Path(f"{self.prefix}.bin.{os.getpid()}.tmp")
-        self._temporary_idx = Path(f"{self.prefix}.idx.{os.getpid()}.tmp")
+        self._temporary_bin = temporary_beside(f"{self.prefix}.bin")
+        self._temporary_idx = temporary_beside(f"{self.prefix}.idx")
         self._file = self._temporary_bin.open("wb")
         self._lengths = array("i")
         self._document_ends = array("q")
@@ -353,10 +354,3 @@ def _fitting(tokens: npt.NDArray, dtype: np.dtype) -> npt.NDArray:
             bad = low if low < limits.min else high
             raise DataError(f"token id {bad} does not fit {dtype.name} ({limits.min} to {limits.max})")
     return tokens.astype(dtype)
-
-
-def sync_and_close(file: IO[bytes]) -> None:
-    """Close a file once its bytes are on the disk, so that a later rename cannot outlive them."""
-    with file:
-        file.flush()
-        os.fsync(file.fileno())

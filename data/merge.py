@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_ds.data.indexed import COPY_BYTES, IndexedDataset, idx_path, sync_and_close, write_header
+from megatron_ds.data.indexed import COPY_BYTES, IndexedDataset, idx_path, write_header
 from megatron_ds.data.parts import INDEX_CHUNK, finish
 from megatron_ds.data.verify import ChunkedHash, Scan, checksum, read_manifest, verify
 from megatron_ds.errors import DataError
+from megatron_ds.files import sync_and_close, temporary_beside
 
 
 def merge_datasets(
@@ -39,7 +39,7 @@ def merge_datasets(
     scans = [verify(dataset) for dataset in datasets]
     dtype = datasets[0].dtype
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    temporary_bin, temporary_idx = (Path(f"{output}.{kind}.{os.getpid()}.tmp") for kind in ("bin", "idx"))
+    temporary_bin, temporary_idx = (temporary_beside(f"{output}.{kind}") for kind in ("bin", "idx"))
     try:
         whole = ChunkedHash()
         with temporary_bin.open("wb") as target:

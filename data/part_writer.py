@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,12 +14,12 @@ import xxhash
 
 from megatron_ds.data import chat
 from megatron_ds.data.chat import BadConversation, ChatTemplate, load_template
-from megatron_ds.data.indexed import sync_and_close
 from megatron_ds.data.parts import Counts
 from megatron_ds.data.source_types import Block, Input, Problem, Slice, SourceOptions, UnusableInput
 from megatron_ds.data.sources import read_block
 from megatron_ds.data.tokenizers import Ids, Tokenizer, load_tokenizer
 from megatron_ds.data.workers import Report
+from megatron_ds.files import sync_and_close, temporary_beside
 
 BATCH_BYTES = 1 << 20
 
@@ -85,7 +84,7 @@ class PartFile:
 
     def __init__(self, path: Path):
         self._path = path
-        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self._temporary = temporary_beside(path)
         self._file = self._temporary.open("wb")
         self._hash = xxhash.xxh3_64()
         self._bytes = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_ds.data.cache import cached_arrays, cached_json
-from megatron_ds.data.indexed import COPY_BYTES, IndexedDataset, publish, sync_and_close, write_header
+from megatron_ds.data.indexed import COPY_BYTES, IndexedDataset, publish, write_header
 from megatron_ds.data.source_types import UnusableInput
 from megatron_ds.data.verify import (
     MASK_SUFFIX,
@@ -30,6 +29,7 @@ from megatron_ds.data.verify import (
     sums_path,
 )
 from megatron_ds.errors import DataError
+from megatron_ds.files import replacing, sync_and_close, temporary_beside
 
 INDEX_CHUNK = 1 << 20
 
@@ -62,7 +62,7 @@ def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, pl
     lines: dict[int, int] = {}
     masked = bool(plan["settings"]["source"]["conversations"])
     names_of = {"bin": "bin", "idx": "idx", "bad": "bad.jsonl", **({"mask": MASK_SUFFIX} if masked else {})}
-    temporary = {kind: Path(f"{prefix}.{name}.{os.getpid()}.tmp") for kind, name in names_of.items()}
+    temporary = {kind: temporary_beside(f"{prefix}.{name}") for kind, name in names_of.items()}
     whole = {kind: ChunkedHash() for kind in ("bin", "mask")}
     with contextlib.ExitStack() as stack:
         targets = {kind: stack.enter_context(path.open("wb")) for kind, path in temporary.items() if kind != "idx"}
@@ -135,9 +135,8 @@ def finish(
     for path in (manifest_path(prefix), scan_path(prefix), sums_path(prefix)):
         path.unlink(missing_ok=True)
     publish(temporary_bin, temporary_idx, prefix)
-    temporary = Path(f"{prefix}.manifest.json.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-    temporary.replace(manifest_path(prefix))
+    with replacing(manifest_path(prefix)) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1) + "\n")
     cached_json(scan_path(prefix), dataset_identity(IndexedDataset(prefix)), lambda: asdict(found))
     cached_arrays(sums_path(prefix), sums_key(found), lambda: as_cached(chunks))
 

@@ -35,7 +35,7 @@ from megatron_ds.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ds.data.verify import file_identity
 from megatron_ds.data.workers import run_tasks
 from megatron_ds.errors import DataError
-from megatron_ds.files import read_json
+from megatron_ds.files import read_json, replacing
 
 VERSION = 1
 
@@ -133,9 +133,8 @@ def _start_or_continue(folder: Path, plan: dict[str, Any], restart: bool) -> Non
         shutil.rmtree(folder)
     if not folder.exists():
         folder.mkdir(parents=True)
-        temporary = folder / "plan.json.tmp"
-        temporary.write_text(json.dumps(plan, indent=1))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(plan, indent=1))
         return
     before = read_json(path)
     if difference := _first_difference(before, json.loads(json.dumps(plan))):

@@ -26,7 +26,7 @@ import xxhash
 
 from megatron_ds.data.cache import locked
 from megatron_ds.errors import DataError
-from megatron_ds.files import read_json
+from megatron_ds.files import read_json, replacing
 
 CHUNK_BYTES = 16 << 20
 OPTIONAL = ("manifest.json", "loss_mask")
@@ -236,9 +236,8 @@ def _manifest(prefix: str) -> dict[str, Any]:
 
 
 def _commit(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content))
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content))
 
 
 @contextlib.contextmanager

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_ds.checkpoint.manifest import (
-    MANIFEST,
-    REPLACED,
-    STEP,
-    Manifest,
-    step_of,
-    sync_directory,
-    write_text_durably,
-)
+from megatron_ds.checkpoint.manifest import MANIFEST, REPLACED, STEP, Manifest, step_of
 from megatron_ds.checkpoint.manifest_file import read_manifest
-from megatron_ds.checkpoint.writer import FileRecord, checksum
+from megatron_ds.checkpoint.writer import FileRecord
 from megatron_ds.errors import CheckpointError
-from megatron_ds.files import read_bytes
+from megatron_ds.files import checksum, read_bytes, replacing, sync_directory, write_text_durably
 
 LATEST = "latest"
 
@@ -47,19 +41,18 @@ def in_place(step: Path) -> Path:
 # --- latest ---------------------------------------------------------------------------------------------------
 
 
-def prepare_latest(directory: Path, name: str) -> Path:
-    """A durable file that says `the latest is name`, to be moved over ``latest`` with ``os.replace``.
-
-    So a reader sees the old pointer or the new one and nothing between, and a full disk is met before the move.
-    """
-    temporary = directory / f"{LATEST}.tmp"
-    write_text_durably(temporary, f"{name} {checksum(name.encode())}\n")
-    return temporary
+@contextmanager
+def replacing_latest(directory: Path, name: str) -> Iterator[None]:
+    """On leaving, ``latest`` names the checkpoint ``name``; a full disk is met before the body runs."""
+    with replacing(directory / LATEST) as pointer:
+        write_text_durably(pointer, f"{name} {checksum(name.encode())}\n")
+        yield
 
 
 def point_latest(directory: Path, name: str) -> None:
     """Make the checkpoint ``name`` the one that is loaded next."""
-    os.replace(prepare_latest(directory, name), directory / LATEST)
+    with replacing_latest(directory, name):
+        pass
     sync_directory(directory)
 
 

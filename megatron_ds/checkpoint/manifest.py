@@ -15,7 +15,6 @@ The first line of a manifest is the xxh3-64 of all bytes after that line, so tha
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,11 +22,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from megatron_ds.checkpoint.boxes import Box, tiles
 from megatron_ds.checkpoint.safetensors_header import DTYPES
 from megatron_ds.checkpoint.values import encode
 from megatron_ds.checkpoint.writer import CHUNK_BYTES, FileRecord
 from megatron_ds.errors import CheckpointError
+from megatron_ds.shard.boxes import Box, tiles
 
 FORMAT = "megatron-ds checkpoint"
 VERSION = 1
@@ -123,7 +122,7 @@ def check_complete(tensors: Iterable[TensorRecord]) -> None:
             )
 
 
-# --- names and small files ------------------------------------------------------------------------------------
+# --- names ----------------------------------------------------------------------------------------------------
 
 
 def step_name(step: int) -> str:
@@ -138,19 +137,3 @@ def step_of(path: Path) -> int | None:
 
 def rank_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
-
-
-def write_text_durably(path: Path, text: str) -> None:
-    """Write and fsync a small file (its directory entry is made durable by :func:`sync_directory`)."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -16,23 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ds.checkpoint.boxes import Box, tiles
-from megatron_ds.checkpoint.manifest import (
-    FORMAT,
-    INCOMPLETE,
-    MANIFEST,
-    VERSION,
-    Manifest,
-    Part,
-    TensorRecord,
-    step_of,
-    write_text_durably,
-)
-from megatron_ds.checkpoint.safetensors_header import ALIGNMENT, DTYPES
+from megatron_ds.checkpoint.manifest import FORMAT, INCOMPLETE, MANIFEST, VERSION, Manifest, Part, TensorRecord, step_of
+from megatron_ds.checkpoint.safetensors_header import DTYPES
 from megatron_ds.checkpoint.values import decode
-from megatron_ds.checkpoint.writer import FileRecord, checksum
+from megatron_ds.checkpoint.writer import FileRecord
 from megatron_ds.errors import CheckpointError
-from megatron_ds.files import parse_json, read_bytes
+from megatron_ds.files import checksum, parse_json, read_bytes, write_text_durably
+from megatron_ds.files.direct_io import ALIGNMENT
+from megatron_ds.shard.boxes import Box, tiles
 
 MOST_BYTES = 1 << 30  # of a manifest: some ten million parts
 MOST_CHUNK_BYTES = 64 << 20  # a reader's thread holds one chunk

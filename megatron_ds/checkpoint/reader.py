@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from megatron_ds.checkpoint.boxes import Box, intersection, rectangles
-from megatron_ds.checkpoint.direct_io import DirectFile, aligned_buffer, aligned_up
 from megatron_ds.checkpoint.directory import check_size, find
 from megatron_ds.checkpoint.manifest import Part, TensorRecord
-from megatron_ds.checkpoint.safetensors_header import ALIGNMENT, DTYPES
-from megatron_ds.checkpoint.writer import checksum
+from megatron_ds.checkpoint.safetensors_header import DTYPES
 from megatron_ds.errors import CheckpointError, nearest
+from megatron_ds.files import checksum
+from megatron_ds.files.direct_io import ALIGNMENT, DirectFile, aligned_buffer, aligned_up
+from megatron_ds.shard.boxes import Box, intersection, rectangles
 
 THREADS = 4
 

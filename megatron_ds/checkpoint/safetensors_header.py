@@ -13,7 +13,7 @@ from math import prod
 
 import torch
 
-ALIGNMENT = 4096
+from megatron_ds.files.direct_io import ALIGNMENT
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

@@ -21,9 +21,7 @@ from typing import Any
 
 import torch
 
-from megatron_ds.checkpoint.boxes import Box
-from megatron_ds.checkpoint.directory import LATEST, prepare_latest, steps_in
-from megatron_ds.checkpoint.flat_shards import FlatShard, by_holder
+from megatron_ds.checkpoint.directory import LATEST, replacing_latest, steps_in
 from megatron_ds.checkpoint.manifest import (
     INCOMPLETE,
     REPLACED,
@@ -36,9 +34,7 @@ from megatron_ds.checkpoint.manifest import (
     record_to_json,
     step_name,
     step_of,
-    sync_directory,
     tensor_key,
-    write_text_durably,
 )
 from megatron_ds.checkpoint.manifest_file import MOST_BYTES, file_from_json, record_from_json, write_manifest
 from megatron_ds.checkpoint.safetensors_header import Entry, dtype_name, layout
@@ -46,8 +42,10 @@ from megatron_ds.checkpoint.together import together, total
 from megatron_ds.checkpoint.values import encode
 from megatron_ds.checkpoint.writer import ChunkedWriter, FileRecord
 from megatron_ds.errors import CheckpointError
-from megatron_ds.files import read_json
+from megatron_ds.files import gb, read_json, sync_directory, write_text_durably
 from megatron_ds.mesh import Axis
+from megatron_ds.shard.boxes import Box
+from megatron_ds.shard.flat_shards import FlatShard, by_holder
 
 
 def save(
@@ -131,6 +129,8 @@ def prepare(directory: Path, step: int, needed: int, replace: bool = False) -> P
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.glob(f"step-*{INCOMPLETE}"):
         shutil.rmtree(leftover)
+    for pointer in directory.glob(f"{LATEST}.*.tmp"):
+        pointer.unlink()
     check_space(directory, needed, f"checkpoint of step {step}")
     partial = directory / (step_name(step) + INCOMPLETE)
     partial.mkdir()
@@ -146,8 +146,8 @@ def check_space(directory: Path, needed: int, what: str) -> None:
     wanted = needed + needed // 100 + (16 << 20)
     if wanted > free:
         raise CheckpointError(
-            f"{what} needs {_size(wanted)}, but {directory} has {_size(free)} free; free space there, keep fewer "
-            "checkpoints, or save elsewhere (existing checkpoints are untouched)"
+            f"{what} needs {gb(wanted)}, but {directory} has {gb(free)} free; free space there, keep "
+            "fewer checkpoints, or save elsewhere (existing checkpoints are untouched)"
         )
 
 
@@ -253,20 +253,18 @@ def publish(directory: Path, final: Path, partial: Path, replace: bool = False) 
     """
     if final.exists() and not replace:
         raise CheckpointError(f"{final} appeared while this checkpoint was being written; it was left as it is")
-    pointer = prepare_latest(directory, final.name)
     replaced = final.with_name(final.name + REPLACED)
-    if final.exists():
-        os.rename(final, replaced)
     try:
-        os.rename(partial, final)
-        sync_directory(directory)
-        os.replace(pointer, directory / LATEST)
+        with replacing_latest(directory, final.name):
+            if final.exists():
+                os.rename(final, replaced)
+            os.rename(partial, final)
+            sync_directory(directory)
     except BaseException:
-        if final.exists():
+        if not partial.exists():
             os.rename(final, partial)
         if replaced.exists():
             os.rename(replaced, final)
-        pointer.unlink(missing_ok=True)
         raise
     sync_directory(directory)
     if replaced.exists():
@@ -313,7 +311,3 @@ def _remove(old: Path) -> None:
 
 def _index_path(partial: Path, rank: int) -> Path:
     return partial / rank_name(rank).replace(".safetensors", ".json")
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

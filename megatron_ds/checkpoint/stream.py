@@ -10,19 +10,13 @@ from typing import Any
 
 import torch
 
-from megatron_ds.checkpoint.boxes import Box
-from megatron_ds.checkpoint.manifest import (
-    Manifest,
-    Part,
-    TensorRecord,
-    rank_name,
-    step_name,
-    sync_directory,
-)
+from megatron_ds.checkpoint.manifest import Manifest, Part, TensorRecord, rank_name, step_name
 from megatron_ds.checkpoint.manifest_file import write_manifest
 from megatron_ds.checkpoint.safetensors_header import Entry, Layout, dtype_name, layout
 from megatron_ds.checkpoint.save import prepare, publish
 from megatron_ds.checkpoint.writer import ChunkedWriter, FileRecord
+from megatron_ds.files import sync_directory
+from megatron_ds.shard.boxes import Box
 
 FILE_BYTES = 4_000_000_000
 

@@ -11,10 +11,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_ds.checkpoint.writer import checksum
 from megatron_ds.convert.folder import HFFolder
 from megatron_ds.errors import CheckpointError
-from megatron_ds.files import read_bytes, read_json
+from megatron_ds.files import checksum, read_bytes, read_json
 
 TOKENIZER, REST = "tokenizer", "hf"
 CONFIG, GENERATION = "config.json", "generation_config.json"

@@ -15,11 +15,10 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megatron_ds.checkpoint.manifest import write_text_durably
 from megatron_ds.checkpoint.safetensors_header import DTYPES
 from megatron_ds.checkpoint.stream import Plan, TensorFiles, plan_bytes
 from megatron_ds.errors import CheckpointError
-from megatron_ds.files import check_regular, read_json
+from megatron_ds.files import check_regular, read_json, write_text_durably
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

@@ -19,9 +19,8 @@ import pydantic
 import torch
 from tqdm import tqdm
 
-from megatron_ds.checkpoint.flat_shards import FlatShard
 from megatron_ds.checkpoint.load import compare
-from megatron_ds.checkpoint.manifest import INCOMPLETE, step_name, sync_directory, write_text_durably
+from megatron_ds.checkpoint.manifest import INCOMPLETE, step_name
 from megatron_ds.checkpoint.meta import model_config
 from megatron_ds.checkpoint.reader import Checkpoint
 from megatron_ds.checkpoint.save import check_space
@@ -34,6 +33,8 @@ from megatron_ds.convert.folder import HFFolder, file_name, write_index
 from megatron_ds.convert.match import Match
 from megatron_ds.convert.settings import KEPT, Settings, must_be
 from megatron_ds.errors import CheckpointError, ConfigError
+from megatron_ds.files import sync_directory, write_text_durably
+from megatron_ds.shard.flat_shards import FlatShard
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 MODEL_TOML = "model.toml"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.checkpoint.manifest import INCOMPLETE, sync_directory
+from megatron_ds.checkpoint.manifest import INCOMPLETE
 from megatron_ds.checkpoint.save import check_space
 from megatron_ds.checkpoint.stream import Plan, TensorFiles, plan_bytes
 from megatron_ds.checkpoint.together import together
@@ -20,6 +20,7 @@ from megatron_ds.convert.folder import file_name, write_index
 from megatron_ds.engine.tensors import WholeTensors
 from megatron_ds.engine.wrapped import plain_name
 from megatron_ds.errors import ConfigError
+from megatron_ds.files import sync_directory
 from megatron_ds.mesh import Mesh
 from megatron_ds.shard import spec_of
 

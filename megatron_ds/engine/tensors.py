@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds import comm
-from megatron_ds.checkpoint.flat_shards import FlatShard, by_holder
 from megatron_ds.errors import ConfigError, nearest
 from megatron_ds.mesh import Mesh
 from megatron_ds.shard import ShardSpec, as_real, real_dtype, spec_of
+from megatron_ds.shard.flat_shards import FlatShard, by_holder
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 

@@ -26,6 +26,7 @@ from megatron_ds.checkpoint.manifest import step_name
 from megatron_ds.config import RunConfig, from_dict, load_toml, to_toml
 from megatron_ds.data.cache import locked
 from megatron_ds.errors import ConfigError
+from megatron_ds.files import replacing
 
 # A run that goes on with another one of these would be another run.
 _FIXED = ("model", "seed")
@@ -136,7 +137,8 @@ class Output:
             ConfigError: the disk is full, or the like.
         """
         try:
-            _replace(self.config, to_toml(_for_good(config)).encode())
+            with replacing(self.config) as temporary:
+                temporary.write_bytes(to_toml(_for_good(config)).encode())
             return self.truncate_metrics(steps)
         except OSError as error:
             raise ConfigError(f"output={str(self.root)!r} cannot be written: {error}") from None
@@ -154,7 +156,8 @@ class Output:
                 told = [_step_of(line) for line in lines]
                 kept = [line for line, step in zip(lines, told) if step is not None and step <= steps]
                 if len(kept) < len(lines):
-                    _replace(path, b"".join(kept))
+                    with replacing(path) as temporary:
+                        temporary.write_bytes(b"".join(kept))
                 damaged = [str(number) for number, step in enumerate(told, start=1) if step is None]
                 if damaged:
                     shown = ", ".join(damaged[:8]) + ", ..." * (len(damaged) > 8)
@@ -226,15 +229,6 @@ def _for_good(config: RunConfig) -> RunConfig:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _step_of(line: bytes) -> int | None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_ds.files import gb
 from megatron_ds.optim.loss_scaler import LossScaler
 from megatron_ds.zero.estimate import Layout, ModelSize, communication_bytes, memory_bytes_on_device
 
@@ -225,8 +226,3 @@ class LossScaleWatch:
                 f"{lower}use precision.dtype='bf16', which needs no scale",
             )
         return None
-
-
-def gb(size: float) -> str:
-    """A number of bytes in GB, or in MB below 0.1 GB."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 or size == 0 else f"{size / 1e6:.3g} MB"

@@ -24,13 +24,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_ds import comm
-from megatron_ds.checkpoint.direct_io import DirectFile
 from megatron_ds.checkpoint.together import exchange, group_device, merged
 from megatron_ds.config import ZeroConfig
 from megatron_ds.errors import ConfigError, OffloadError
+from megatron_ds.files import gb
+from megatron_ds.files.direct_io import DirectFile
 from megatron_ds.host import filesystem, free_host_memory
 from megatron_ds.mesh import Axis
-from megatron_ds.zero.advice import Advice, Adviser, gb
+from megatron_ds.zero.advice import Advice, Adviser
 from megatron_ds.zero.store.nvme import make_swap_file
 
 log = logging.getLogger(__name__)
@@ -328,8 +329,8 @@ class SwapReservation:
                 file.reserve(0, size)
             except OSError as error:
                 raise OffloadError(
-                    f"{size / 1e6:,.1f} MB for this rank's swap file in {folder} cannot be reserved: {error.strerror}; "
-                    f"{shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there now, beside what other ranks on "
+                    f"{gb(size)} for this rank's swap file in {folder} cannot be reserved: {error.strerror}; "
+                    f"{gb(shutil.disk_usage(folder).free)} are free there now, beside what other ranks on "
                     "that disk have reserved, and a quota or `ulimit -f` may allow less. Make room, or use another "
                     "folder, a smaller offload ratio or more ranks"
                 ) from error

@@ -13,11 +13,11 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
-from megatron_ds.checkpoint.flat_shards import FlatShard
 from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.optim.factory import Late, Update, UpdateRule, state_kinds
 from megatron_ds.shard import ShardSpec, as_real
+from megatron_ds.shard.flat_shards import FlatShard
 from megatron_ds.zero import buckets
 from megatron_ds.zero.buckets import ParameterInfo, plan_buckets, state_dtype
 from megatron_ds.zero.capacity import RankBytes, check_capacity

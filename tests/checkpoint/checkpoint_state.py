@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_ds.checkpoint.flat_shards import FlatShard
 from megatron_ds.checkpoint.manifest import step_name
 from megatron_ds.checkpoint.save import commit, prepare, write_rank
 from megatron_ds.shard import ShardedDim, ShardSpec
+from megatron_ds.shard.flat_shards import FlatShard
 
 # name -> (shape, dim that tensor parallelism cuts or None)
 TENSORS: dict[str, tuple[tuple[int, ...], int | None]] = {

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ds.checkpoint.boxes import Box, intersection, rectangles
-from megatron_ds.checkpoint.flat_shards import FlatShard
 from megatron_ds.shard import ShardedDim, ShardSpec
+from megatron_ds.shard.boxes import Box, intersection, rectangles
+from megatron_ds.shard.flat_shards import FlatShard
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 

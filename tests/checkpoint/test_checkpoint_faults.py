@@ -16,10 +16,10 @@ import torch
 from checkpoint_state import pieces_of_rank, save_virtually, wrong_pieces
 
 from megatron_ds.checkpoint import Checkpoint, FlatShard, load, resolve, save
-from megatron_ds.checkpoint.direct_io import DirectFile
 from megatron_ds.checkpoint.manifest import INCOMPLETE
 from megatron_ds.checkpoint.save import prepare, write_rank
 from megatron_ds.errors import CheckpointError
+from megatron_ds.files.direct_io import DirectFile
 from megatron_ds.testing import RankFailed, run_ranks
 
 

@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ds.checkpoint import FlatShard, load, resolve, save
-from megatron_ds.checkpoint.boxes import Box, tiles
 from megatron_ds.checkpoint.last_good import last_good
 from megatron_ds.checkpoint.save import commit, prepare, write_rank
-from megatron_ds.checkpoint.writer import checksum
 from megatron_ds.errors import CheckpointError
+from megatron_ds.files import checksum
+from megatron_ds.shard.boxes import Box, tiles
 from megatron_ds.testing import run_ranks
 
 Json = dict[str, Any]

@@ -10,8 +10,8 @@ from checkpoint_state import KINDS, TENSORS, pieces_of_rank, save_virtually, who
 from safetensors import safe_open
 
 from megatron_ds.checkpoint import Checkpoint, FlatShard, load, read_meta, resolve, save
-from megatron_ds.checkpoint.safetensors_header import ALIGNMENT
 from megatron_ds.errors import CheckpointError
+from megatron_ds.files.direct_io import ALIGNMENT
 
 MESHES = [(1, 1), (2, 1), (1, 3), (4, 2), (2, 5), (4, 16)]
 
@@ -139,7 +139,7 @@ def test_the_same_step_is_refused_or_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pieces", "message"),
+    ("flat_shards", "message"),
     [
         ([FlatShard("w", "param", (4,), (0,), (4,), 0, 3, torch.zeros(3))], "has 4 elements .* gave 3 to save"),
         (

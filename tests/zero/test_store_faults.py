@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from small_disk import largest_file
 
-from megatron_ds.checkpoint.direct_io import DirectFile
 from megatron_ds.errors import OffloadError
+from megatron_ds.files.direct_io import DirectFile
 from megatron_ds.testing import RankFailed, run_ranks
 from megatron_ds.zero.store import NvmeStore
 from megatron_ds.zero.store.blocks import BlockPool

@@ -15,9 +15,9 @@ import torch
 from test_store_faults import close_cleanly, swap_file
 from torch import nn
 
-from megatron_ds.checkpoint.direct_io import DirectFile
 from megatron_ds.config import OffloadConfig, OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.errors import OffloadError
+from megatron_ds.files.direct_io import DirectFile
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.shard import ShardSpec
 from megatron_ds.zero.optimizer import ZeroOptimizer

@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from megatron_ds.checkpoint.direct_io import aligned_buffer
-from megatron_ds.checkpoint.writer import CHUNK_BYTES, checksum
+from megatron_ds.checkpoint.writer import CHUNK_BYTES
+from megatron_ds.files import checksum
+from megatron_ds.files.direct_io import aligned_buffer
 from megatron_ds.zero.store import NvmeStore
 from megatron_ds.zero.store.blocks import BlockPool
 

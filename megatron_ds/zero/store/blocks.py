@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from megatron_ds.checkpoint.direct_io import aligned_buffer, aligned_up
-from megatron_ds.checkpoint.safetensors_header import ALIGNMENT
+from megatron_ds.files.direct_io import ALIGNMENT, aligned_buffer, aligned_up
 
 Event = torch.cuda.Event
 

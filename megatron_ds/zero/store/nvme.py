@@ -27,10 +27,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_ds.checkpoint.direct_io import DirectFile, aligned_up
-from megatron_ds.checkpoint.writer import CHUNK_BYTES, THREADS, checksum
+from megatron_ds.checkpoint.writer import CHUNK_BYTES, THREADS
 from megatron_ds.comm import Pending
 from megatron_ds.errors import OffloadError
+from megatron_ds.files import checksum, gb
+from megatron_ds.files.direct_io import DirectFile, aligned_up
 from megatron_ds.zero.store.blocks import Block, BlockPool, Event, Streams
 
 
@@ -350,7 +351,7 @@ class NvmeStore:
         else:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 text += (
-                    f"In {self.folder} this rank's swap file takes {self._size / 1e9:.2f} GB and {free / 1e9:.2f} GB "
+                    f"In {self.folder} this rank's swap file takes {gb(self._size)} and {gb(free)} "
                     "are free; make room, or use another folder, a smaller offload ratio or more ranks. "
                 )
         return OffloadError(text.rstrip() if doing == "reserved" else text + _WAY_OUT)

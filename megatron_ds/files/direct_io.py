@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_ds.checkpoint.safetensors_header import ALIGNMENT
+ALIGNMENT = 4096
 
 log = logging.getLogger(__name__)
 

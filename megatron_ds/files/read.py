@@ -1,4 +1,4 @@
-"""Files that other people made, and a standard output that they closed: what a program meets outside of itself.
+"""Read small files that other people made: a regular file of bounded size, or one error at once.
 
 A FIFO in a file's place would block its reader for ever, a device would never end, and a text of 200,000 brackets or
 of a terabyte would take the process with it. Every reader of small files goes through here.
@@ -9,12 +9,10 @@ JSON, nested too deeply), which the caller turns into its own error with the nam
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import stat
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -78,23 +76,3 @@ def _open(path: str | Path) -> int:
         code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
         raise OSError(code, f"it is {what}, not a regular file", str(path))
     return fd
-
-
-# --- standard output ------------------------------------------------------------------------------------------
-
-
-def say(text: str) -> None:
-    """Print a line at once. Where standard output is full or closed that is said, once, and no reason to end a run."""
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        _silence()
-        with contextlib.suppress(OSError):
-            print(f"standard output is lost, and not needed: {error.strerror}", file=sys.stderr, flush=True)
-
-
-def _silence() -> None:
-    """From now on what is printed goes nowhere, the interpreter's own flush at its end included."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)

@@ -10,8 +10,8 @@ from typing import Protocol
 
 import torch
 
-from megatron_ds.checkpoint.boxes import Box, rectangles
 from megatron_ds.shard import ShardSpec
+from megatron_ds.shard.boxes import Box, rectangles
 
 
 class Holder(Protocol):

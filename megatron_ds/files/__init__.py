@@ -1,0 +1,32 @@
+"""Files: bounded readers, atomic writes, direct I/O (:mod:`.direct_io`), checksums, sizes as text."""
+
+from megatron_ds.files.read import (
+    MOST_BYTES,
+    check_regular,
+    open_regular,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_text,
+)
+from megatron_ds.files.standard_output import say
+from megatron_ds.files.text import checksum, gb
+from megatron_ds.files.write import replacing, sync_and_close, sync_directory, temporary_beside, write_text_durably
+
+__all__ = [
+    "MOST_BYTES",
+    "check_regular",
+    "checksum",
+    "gb",
+    "open_regular",
+    "parse_json",
+    "read_bytes",
+    "read_json",
+    "read_text",
+    "replacing",
+    "say",
+    "sync_and_close",
+    "sync_directory",
+    "temporary_beside",
+    "write_text_durably",
+]
