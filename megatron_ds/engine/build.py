@@ -25,8 +25,8 @@ from megatron_ds.engine.wrapped import plain_name, unwrapped
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh, MeshShape, init_process_group
 from megatron_ds.optim.deepspeed_schedule import scheduled_betas, scheduled_rate
-from megatron_ds.optim.factory import UpdateRule
 from megatron_ds.optim.loss_scaler import LossScaler
+from megatron_ds.optim.rule import UpdateRule
 from megatron_ds.optim.schedule import learning_rate
 from megatron_ds.optim.torch_rule import TorchRule
 from megatron_ds.pipeline.executor import Executor

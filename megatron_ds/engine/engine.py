@@ -26,7 +26,7 @@ from megatron_ds.engine.stage import LossStage, to_device
 from megatron_ds.engine.tensors import WholeTensors
 from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Mesh
-from megatron_ds.optim.factory import Update
+from megatron_ds.optim.rule import Update
 from megatron_ds.optim.torch_rule import TorchRule
 from megatron_ds.train.step import StepResult, TrainStep
 from megatron_ds.zero.main_grad import OwnBackward

@@ -132,7 +132,7 @@ class WholeTensors:
 
     def _check_kind(self, name: str, kind: str) -> None:
         self._spec(name)
-        kinds = ("param", *(self._zero._kinds if _is_trained(self._parameters[name]) else ()))
+        kinds = ("param", *self._zero.kinds_of(name))
         if kind not in kinds:
             raise ConfigError(f"{name} has no {kind!r}{nearest(kind, kinds)}; there is {', '.join(kinds)}")
 

@@ -6,84 +6,43 @@ step (a checkpoint at step 0 is like any other) and can be moved or saved withou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from megatron_ds.config import OptimizerConfig
-
-Late = Mapping[str, Mapping[str, float] | None]
-"""Numbers, such as AdamW's count of updates, of parameters that were frozen for a while and so have had fewer than the
-others; by name. None: no update yet."""
+from megatron_ds.optim.rule import Late, OptimizerSegment, RuleGroup, UpdateRule
 
 
-class Update(Protocol):
-    """An update rule over the segments of one bucket; :class:`SegmentOptimizer` says what the methods do.
+def as_rule(optimizer: OptimizerConfig | UpdateRule) -> UpdateRule:
+    """A rule of one's own as it is, or that of the settings."""
+    return ConfigRule(optimizer) if isinstance(optimizer, OptimizerConfig) else optimizer
 
-    Attributes:
-        frozen: names of parameters that the next step leaves alone, with their state: they are frozen for a while.
+
+class ConfigRule:
+    """The settings' AdamW or SGD for every parameter.
+
+    Args:
+        lr_factor: the learning rate as a multiple of the one that :meth:`SegmentOptimizer.step` is given.
     """
 
-    frozen: frozenset[str]
+    def __init__(self, config: OptimizerConfig, lr_factor: float = 1.0):
+        self._config, self._lr_factor = config, lr_factor
+        kinds: tuple[str, ...] = ("momentum_buffer",) if config.momentum > 0 else ()
+        self.group = RuleGroup(kinds=("exp_avg", "exp_avg_sq") if config.name == "adamw" else kinds)
 
-    def set_count(self, updates: int) -> None: ...
-
-    def late(self, updates: int) -> Late: ...
-
-    def load_late(self, late: Late) -> None: ...
-
-    def bind(self, segments: Sequence[OptimizerSegment]) -> None: ...
-
-    def step(self, lr: float, scale: float | torch.Tensor = 1.0) -> None: ...
-
-
-class UpdateRule(Protocol):
-    """An update rule of the user's own, in place of an :class:`~megatron_ds.config.OptimizerConfig`.
-
-    Attributes:
-        kinds: see :func:`state_kinds`.
-    """
-
-    kinds: tuple[str, ...]
+    def group_of(self, name: str) -> RuleGroup:
+        return self.group
 
     def begin_step(self) -> None:
-        """A step begins, on this rank and all others: every :class:`Update` made here will be stepped once."""
+        """Nothing is kept once for several buckets."""
 
-    def over(self, segments: Sequence[OptimizerSegment]) -> Update: ...
-
-
-def make_update(rule: OptimizerConfig | UpdateRule, segments: Sequence[OptimizerSegment]) -> Update:
-    """The rule over ``segments`` (at least one), all of one dtype and device."""
-    return SegmentOptimizer(rule, segments) if isinstance(rule, OptimizerConfig) else rule.over(segments)
-
-
-def state_kinds(config: OptimizerConfig | UpdateRule) -> tuple[str, ...]:
-    """Names of the state tensors the optimizer keeps for each parameter, each of the parameter's size."""
-    if not isinstance(config, OptimizerConfig):
-        return config.kinds
-    if config.name == "adamw":
-        return ("exp_avg", "exp_avg_sq")
-    return ("momentum_buffer",) if config.momentum > 0 else ()
-
-
-@dataclass
-class OptimizerSegment:
-    """One 1-D range of master weights with its gradient and its state, all views of flat buffers.
-
-    ``state`` has one tensor for each of :func:`state_kinds`, zero at the start of a run. ``name`` and ``start`` say of
-    which parameter, and from which of its elements on, it is the range.
-    """
-
-    master: torch.Tensor
-    gradient: torch.Tensor
-    state: dict[str, torch.Tensor]
-    weight_decay: bool
-    name: str = ""
-    start: int = 0
+    def over(self, segments: Sequence[OptimizerSegment]) -> SegmentOptimizer:
+        return SegmentOptimizer(self._config, segments, self.group.kinds, self._lr_factor)
 
 
 class SegmentOptimizer:
@@ -96,15 +55,20 @@ class SegmentOptimizer:
     100 MB and 1.4 s a rank.
     """
 
-    def __init__(self, config: OptimizerConfig, segments: Sequence[OptimizerSegment]):
-        self._config = config
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        segments: Sequence[OptimizerSegment],
+        kinds: Sequence[str],
+        lr_factor: float = 1.0,
+    ):
+        self._config, self._kinds, self._lr_factor = config, kinds, lr_factor
         self.frozen: frozenset[str] = frozenset()
         # AdamW counts the updates of each of its parameters in a tensor; here they are all one number.
         self._counts = torch.zeros(len(segments), dtype=torch.float32, device=segments[0].master.device)
         self.bind(segments)
 
     def bind(self, segments: Sequence[OptimizerSegment]) -> None:
-        """Take the same segments in other memory: what is offloaded lies in another buffer at each step."""
         config = self._config
         both = [(s, count) for s, count in zip(segments, self._counts.unbind())]
         self._groups = [
@@ -112,9 +76,7 @@ class SegmentOptimizer:
                 weight_decay=config.weight_decay if decayed else 0.0,
                 masters=[s.master for s, _ in both if s.weight_decay == decayed],
                 gradients=[s.gradient for s, _ in both if s.weight_decay == decayed],
-                states={
-                    kind: [s.state[kind] for s, _ in both if s.weight_decay == decayed] for kind in state_kinds(config)
-                },
+                states={kind: [s.state[kind] for s, _ in both if s.weight_decay == decayed] for kind in self._kinds},
                 counts=[count for s, count in both if s.weight_decay == decayed],
                 names=[s.name for s, _ in both if s.weight_decay == decayed],
             )
@@ -126,23 +88,19 @@ class SegmentOptimizer:
         self._wide = segments[0].master.dtype == torch.float64
 
     def set_count(self, updates: int) -> None:
-        """Say how many updates the state has seen (AdamW's bias correction), after loading a checkpoint."""
         self._counts.fill_(updates)
 
     def late(self, updates: int) -> Late:
-        """The parameters that have not had all of these updates."""
         counts = dict(zip(self._names, self._counts.tolist()))
         return {name: {"step": count} for name, count in counts.items() if count != updates}
 
     def load_late(self, late: Late) -> None:
-        """Take what :meth:`late` gave, after :meth:`set_count`."""
         for name, count in zip(self._names, self._counts.unbind()):
             if (numbers := late.get(name)) is not None:
                 count.fill_(numbers["step"])
 
     @torch.no_grad()
     def step(self, lr: float, scale: float | torch.Tensor = 1.0) -> None:
-        """One update with gradients multiplied by ``scale``. The gradients are no longer needed and may be changed."""
         inverse = None
         if isinstance(scale, torch.Tensor) or scale != 1.0:
             if self._wide:
@@ -157,7 +115,7 @@ class SegmentOptimizer:
         for group in self._groups:
             updated = group.without(self.frozen) if self.frozen else group
             if updated.masters:
-                self._update(updated, lr, inverse)
+                self._update(updated, lr * self._lr_factor, inverse)
 
     def _update(self, group: _Group, lr: float, inverse: torch.Tensor | None) -> None:
         c = self._config

@@ -22,8 +22,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from megatron_ds.errors import ConfigError
-from megatron_ds.optim.factory import Late, OptimizerSegment, Update
 from megatron_ds.optim.probe import StateTemplate, shaped, templates_of
+from megatron_ds.optim.rule import Late, OptimizerSegment, RuleGroup, Update
 from megatron_ds.optim.twin import Common, Twin
 from megatron_ds.shard import as_real, real_dtype
 
@@ -41,7 +41,6 @@ class TorchRule:
         parameters: name to parameter, each parameter once.
 
     Attributes:
-        kinds: names of the state tensors it keeps for each parameter, of the parameter's size.
         templates: of each group, what is kept of a parameter.
         before: what was kept once for many parameters when the step began; after: what the leader made of it.
 
@@ -63,7 +62,6 @@ class TorchRule:
             samples.append(next((self._initial[name] for name in candidates if self._initial[name]), {}))
             largest.append(max((parameters[name].numel() for name in members), default=0))
         self.templates = templates_of(optimizer, samples, largest)
-        self.kinds = tuple(dict.fromkeys(kind for template in self.templates for kind in template.kinds))
         self.before = self.after = Common.of(optimizer)
         self._updates: list[_TorchUpdate] = []
         self._leader = self._make_leader(samples)
@@ -74,7 +72,7 @@ class TorchRule:
             like = next((p for p in group["params"] if not p.is_meta), torch.empty(0))
             wide = torch.float64 if real_dtype(like.dtype) == torch.float64 else torch.float32
             master = torch.ones(_LEADER, dtype=wide, device=like.device)
-            state = {kind: torch.zeros_like(master) for kind in self.kinds}
+            state = {kind: torch.zeros_like(master) for kind in self.templates[index].kinds}
             segments.append(OptimizerSegment(master, torch.zeros_like(master), state, True, f"group {index}"))
         initial = [shaped(sample, segment.master) for sample, segment in zip(samples, segments)]
         return _TorchUpdate(self, segments, list(range(len(segments))), initial)
@@ -83,9 +81,12 @@ class TorchRule:
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
+    def group_of(self, name: str) -> RuleGroup:
+        return RuleGroup(kinds=tuple(self.templates[self._group_of[name]].kinds))
+
     def over(self, segments: Sequence[OptimizerSegment]) -> _TorchUpdate:
         # What the user's optimizer held of each parameter before, the segment's part of it.
-        initial = [_cut(self._initial[segment.name], segment, self.kinds) for segment in segments]
+        initial = [_cut(self._initial[segment.name], segment) for segment in segments]
         update = _TorchUpdate(self, segments, [self._group_of[segment.name] for segment in segments], initial)
         self._updates.append(update)
         return update
@@ -297,12 +298,12 @@ def _groups(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dic
     return found
 
 
-def _cut(state: Mapping[str, Any], segment: OptimizerSegment, kinds: Sequence[str]) -> dict[str, Any]:
+def _cut(state: Mapping[str, Any], segment: OptimizerSegment) -> dict[str, Any]:
     """The segment's part of a whole parameter's state."""
     stop = segment.start + segment.master.numel()
     return {
         key: value.flatten()[segment.start : stop].to(segment.master)
-        if key in kinds and isinstance(value, torch.Tensor)
+        if key in segment.state and isinstance(value, torch.Tensor)
         else copy.deepcopy(value)
         for key, value in state.items()
     }

@@ -18,6 +18,7 @@ from math import prod
 
 import torch
 
+from megatron_ds.optim.rule import STATELESS, RuleGroup, UpdateRule
 from megatron_ds.shard import ShardSpec, real_dtype, spec_of
 
 ALIGN = 32
@@ -30,7 +31,7 @@ class ParameterInfo:
 
     ``shared`` numbers the parameters that other pipeline stages hold too (a tied embedding); None for all others.
     ``unit`` numbers what stage 3 gathers and frees together (see ``zero/units.py``); None: the parameter stays whole.
-    ``stage`` is the pipeline stage whose backward pass completes the gradient.
+    ``stage`` is the pipeline stage whose backward pass completes the gradient. ``rule``: how it is updated.
     """
 
     spec: ShardSpec
@@ -39,6 +40,7 @@ class ParameterInfo:
     shared: int | None = None
     unit: int | None = None
     stage: int = 0
+    rule: RuleGroup = STATELESS
 
     @property
     def numel(self) -> int:
@@ -51,13 +53,18 @@ class ParameterInfo:
 
     @staticmethod
     def of(
-        parameter: torch.Tensor, shared: int | None = None, unit: int | None = None, stage: int = 0
+        parameter: torch.Tensor,
+        shared: int | None = None,
+        unit: int | None = None,
+        stage: int = 0,
+        rule: UpdateRule | None = None,
     ) -> ParameterInfo:
         """Of a local parameter on any device, the meta device included.
 
         Raises:
             TypeError: the parameter has no ``.shard``.
             ValueError: its shape is not the one its spec describes.
+            ConfigError: the rule does not update it.
         """
         spec = spec_of(parameter)
         shape = (*parameter.shape, 2) if parameter.is_complex() else tuple(parameter.shape)
@@ -65,7 +72,8 @@ class ParameterInfo:
             raise ValueError(
                 f"{spec.name} has shape {list(shape)}, but its ShardSpec describes {list(spec.local_shape)}"
             )
-        return ParameterInfo(spec, real_dtype(parameter.dtype), parameter.requires_grad, shared, unit, stage)
+        group = rule.group_of(spec.name) if rule is not None and parameter.requires_grad else STATELESS
+        return ParameterInfo(spec, real_dtype(parameter.dtype), parameter.requires_grad, shared, unit, stage, group)
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,8 @@ class BucketKey:
         sharded_over: mesh axes within the data axis over which the parameters are sharded already, so that ZeRO shards
             what is left of it.
         reduce_over: mesh axes over which gradients are to be summed besides.
-        shared, unit, stage: see :class:`ParameterInfo`; a shared parameter has a bucket to itself, of the same layout
-            on every stage that holds it.
+        shared, unit, stage, rule: see :class:`ParameterInfo`; a shared parameter has a bucket to itself, of the same
+            layout on every stage that holds it.
     """
 
     dtype: torch.dtype
@@ -87,6 +95,7 @@ class BucketKey:
     unit: int | None = None
     trainable: bool = True
     stage: int = 0
+    rule: RuleGroup = STATELESS
 
 
 @dataclass(frozen=True)
@@ -173,7 +182,8 @@ def plan_buckets(
         if not info.trainable and info.unit is None:
             continue
         reduce_over = info.spec.reduce_over if info.trainable else ()
-        key = BucketKey(info.dtype, info.sharded_over, reduce_over, info.shared, info.unit, info.trainable, info.stage)
+        over = (info.sharded_over, reduce_over)
+        key = BucketKey(info.dtype, *over, info.shared, info.unit, info.trainable, info.stage, info.rule)
         slots = open_slots.get(key, [])
         start = -(-(slots[-1].start + slots[-1].numel) // ALIGN) * ALIGN if slots else 0
         if slots and (start + info.numel) * state_dtype(info.dtype).itemsize > bucket_bytes:
@@ -187,15 +197,14 @@ def plan_buckets(
 
 
 def bytes_report(
-    parameters: Iterable[ParameterInfo], layouts: Iterable[BucketLayout], state_kinds: int, stage: int = 1
+    parameters: Iterable[ParameterInfo], layouts: Iterable[BucketLayout], stage: int = 1
 ) -> dict[str, int]:
     """Bytes one rank holds between steps, by kind: ``parameters``, ``gradients``, ``master``, ``optimizer``.
 
     Exact for the flat buffers, padding included: an fp32 or fp64 parameter is its own master, so that only half
-    precision has ``master`` bytes. ``state_kinds`` is the number of state tensors of the optimizer (AdamW: 2).
-    Frozen parameters count under ``parameters``. From stage 2 on a rank keeps its slice of the gradients, at stage 3
-    its slice of each unit's parameters; what is whole for a moment (a few buckets of gradients, the units in use)
-    comes on top.
+    precision has ``master`` bytes. Frozen parameters count under ``parameters``. From stage 2 on a rank keeps its slice
+    of the gradients, at stage 3 its slice of each unit's parameters; what is whole for a moment (a few buckets of
+    gradients, the units in use) comes on top.
     """
     report = dict.fromkeys(("parameters", "gradients", "master", "optimizer"), 0)
     report["parameters"] = sum(i.numel * i.dtype.itemsize for i in parameters if not i.trainable and i.unit is None)
@@ -208,5 +217,5 @@ def bytes_report(
         report["gradients"] += (layout.size if stage < 2 else layout.shard_size) * master.itemsize
         if master != layout.key.dtype:
             report["master"] += layout.shard_size * master.itemsize
-        report["optimizer"] += layout.shard_size * master.itemsize * state_kinds
+        report["optimizer"] += layout.shard_size * master.itemsize * len(layout.key.rule.kinds)
     return report

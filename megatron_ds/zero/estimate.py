@@ -12,16 +12,27 @@ The exact numbers of a model that has been built, padding and small parameters i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from megatron_ds.zero.buckets import ParameterInfo
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """``parameters`` elements of ``width`` bytes, and ``kinds`` tensors of optimizer state (AdamW: 2)."""
+    """``parameters`` elements of ``width`` bytes, and ``kinds`` elements of optimizer state for each (AdamW: 2)."""
 
     parameters: int
     width: int = 2
-    kinds: int = 2
+    kinds: float = 2
+
+    @staticmethod
+    def of(parameters: Iterable[ParameterInfo]) -> ModelSize:
+        """Of the trainable ones among a rank's parameters."""
+        trainable = [info for info in parameters if info.trainable]
+        numel = sum(info.numel for info in trainable)
+        state = sum(info.numel * len(info.rule.kinds) for info in trainable)
+        return ModelSize(numel, max((info.dtype.itemsize for info in trainable), default=4), state / max(numel, 1))
 
     @property
     def wide(self) -> int:
@@ -31,7 +42,7 @@ class ModelSize:
     @property
     def state(self) -> int:
         """Bytes of master weights (where the parameters are not their own) and of optimizer state, unsharded."""
-        return self.parameters * self.wide * (self.kinds + (self.width < self.wide))
+        return round(self.parameters * self.wide * (self.kinds + (self.width < self.wide)))
 
 
 @dataclass(frozen=True)

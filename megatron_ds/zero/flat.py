@@ -20,10 +20,9 @@ from torch import nn
 
 from megatron_ds import comm
 from megatron_ds.comm import Pending
-from megatron_ds.config import OptimizerConfig
 from megatron_ds.mesh import Axis
 from megatron_ds.optim.clip import squared_norm
-from megatron_ds.optim.factory import OptimizerSegment, Update, UpdateRule, make_update, state_kinds
+from megatron_ds.optim.rule import OptimizerSegment, Update, UpdateRule
 from megatron_ds.shard import shaped_as
 from megatron_ds.shard.flat_shards import FlatShard
 from megatron_ds.shared_memory import SharedArena
@@ -64,7 +63,7 @@ class FlatBucket:
         parameters: Sequence[nn.Parameter],
         axes: tuple[Axis, Axis],
         also_over: Sequence[Axis],
-        config: OptimizerConfig | UpdateRule,
+        rule: UpdateRule,
         arena: SharedArena | None,
         pool: GradientPool | None,
         stores: BucketStores,
@@ -88,9 +87,9 @@ class FlatBucket:
                 self.gradients = WholeBuffer.create(layout.size, wide, device, shard, arena)
             else:
                 self.gradients = TransientGradients(layout.size, shard, pool)
-        self.config = config
+        self.rule = rule
         self.segments = layout.segments(shard.rank)
-        rows = (*(("master",) if wide != dtype else ()), *state_kinds(config))
+        rows = (*(("master",) if wide != dtype else ()), *layout.key.rule.kinds)
         self.state = BucketState(name, rows if layout.key.trainable else (), layout.shard_size, wide, stores.state)
         self.optimizer: Update | None = None  # a slice of nothing but padding has nothing to update
         self._versions = [parameter._version for parameter in parameters]
@@ -128,7 +127,7 @@ class FlatBucket:
         if self.gradients is None or not self.segments:
             return
         with self.held(changed=True) as segments:
-            self.optimizer = make_update(self.config, segments)
+            self.optimizer = self.rule.over(segments)
             self._bound = self.resident
             if "master" in self.state.rows:
                 self._parameters_to_master()

@@ -26,13 +26,13 @@ class OffloadPlan:
             the check before the run to say.
     """
 
-    def __init__(self, config: ZeroConfig, layouts: Sequence[BucketLayout], kinds: int):
-        self.config, self.kinds = config, kinds
+    def __init__(self, config: ZeroConfig, layouts: Sequence[BucketLayout]):
+        self.config = config
         trainable = [layout for layout in layouts if layout.key.trainable]
         units = [layout for layout in layouts if layout.key.unit is not None]
         self.state = self._chosen(config.offload_optimizer, trainable)
         self.parameters = self._chosen(config.offload_parameters, units)
-        state = [state_bytes(layout, kinds) for layout in trainable if layout in self.state]
+        state = [state_bytes(layout) for layout in trainable if layout in self.state]
         parameters = [parameter_bytes(layout) for layout in units if layout in self.parameters]
         offloads = [(config.offload_optimizer, state), (config.offload_parameters, parameters)]
         resident = sum(sum(sizes) for offload, sizes in offloads if offload.device == "cpu")
@@ -73,7 +73,7 @@ class OffloadPlan:
         total: dict[str, dict[str, int]] = {}
         for layout in (None, *layouts):
             of = (parameters, []) if layout is None else ([], [layout])
-            for kind, size in bytes_report(*of, self.kinds, self.config.stage).items():
+            for kind, size in bytes_report(*of, self.config.stage).items():
                 of_kind = total.setdefault(kind, {"device": 0, "host": 0, "disk": 0})
                 of_kind["device" if layout is None else self.place(kind, layout)] += size
         return total
@@ -110,10 +110,10 @@ class Stores:
         self._parameters.close()
 
 
-def state_bytes(layout: BucketLayout, kinds: int) -> int:
+def state_bytes(layout: BucketLayout) -> int:
     """Bytes of a bucket's master weights and optimizer state on one rank."""
     wide = state_dtype(layout.key.dtype)
-    return (kinds + (wide != layout.key.dtype)) * layout.shard_size * wide.itemsize
+    return (len(layout.key.rule.kinds) + (wide != layout.key.dtype)) * layout.shard_size * wide.itemsize
 
 
 def parameter_bytes(layout: BucketLayout) -> int:

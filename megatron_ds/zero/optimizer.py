@@ -15,7 +15,8 @@ from torch import nn
 
 from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Axis, Mesh
-from megatron_ds.optim.factory import Late, Update, UpdateRule, state_kinds
+from megatron_ds.optim.factory import as_rule
+from megatron_ds.optim.rule import Late, Update, UpdateRule
 from megatron_ds.shard import ShardSpec, as_real
 from megatron_ds.shard.flat_shards import FlatShard
 from megatron_ds.zero import buckets
@@ -90,15 +91,15 @@ class ZeroOptimizer:
         shared = {id(parameter): number for number, (parameter, _) in enumerate(shared_over)}
         modules = choose_units(config, self.shard, root, unit_classes)
         unit_of = numbers_of_units(modules.values(), self._parameters, config.persistence_threshold)
+        self._rule = as_rule(optimizer_config)
         self._infos = [
-            ParameterInfo.of(p, shared.get(id(p)), unit_of.get(id(p)), (stage_of or {}).get(id(p), 0))
+            ParameterInfo.of(p, shared.get(id(p)), unit_of.get(id(p)), (stage_of or {}).get(id(p), 0), self._rule)
             for p in self._parameters
         ]
-        self._rule, self._kinds = optimizer_config, state_kinds(optimizer_config)
         layouts = plan_buckets(self._infos, config.bucket_mb * 1e6, lambda over: self._axes[over][0].size)
         device = self._parameters[0].device if self._parameters else mesh.device
         transient = config.stage >= 2 and self.shard.size > 1
-        self._plan = OffloadPlan(config, layouts, len(self._kinds))
+        self._plan = OffloadPlan(config, layouts)
         if self._plan.offloads and device.type != "meta":
             needed = RankBytes(self._plan.bytes_held(self._infos, layouts), sum(self._plan.staging))
             check_capacity(needed, config, self._parameters, device, mesh.world)
@@ -119,7 +120,7 @@ class ZeroOptimizer:
             pool = pools.get((state_dtype(key.dtype), key.sharded_over))
             arena = None if key.sharded_over else self._arena
             axes, stores = self._axes[key.sharded_over], self.stores.of(layout)
-            bucket = FlatBucket(layout, mine, axes, also_over, optimizer_config, arena, pool, stores)
+            bucket = FlatBucket(layout, mine, axes, also_over, self._rule, arena, pool, stores)
             self._all.append(bucket)
             if layout.key.trainable:
                 self.buckets.append(bucket)
@@ -254,8 +255,7 @@ class ZeroOptimizer:
         Buckets go in the order in which the next forward pass needs them.
         """
         self.reducer.expect(Phase.REDUCED, "step")
-        if not isinstance(self._rule, OptimizerConfig):
-            self._rule.begin_step()
+        self._rule.begin_step()
         self._update(lambda update: update.step(lr, scale))
         self._count += 1
         self.reducer.phase = Phase.IDLE
@@ -389,7 +389,7 @@ class ZeroOptimizer:
 
         for bucket in self._all:
             # Kind by kind: what one store holds together comes together.
-            for kind in ("param", *(self._kinds if bucket.layout.key.trainable else ())):
+            for kind in ("param", *bucket.layout.key.rule.kinds):
                 found += [
                     bucket.flat_shard(kind, segment)
                     for segment in bucket.segments
@@ -407,12 +407,14 @@ class ZeroOptimizer:
         _, replicate = self._axes[("ep",) if spec.is_sharded_over("ep") else ()]
         return replicate.is_first and not spec.replica
 
+    def kinds_of(self, name: str) -> tuple[str, ...]:
+        """The state tensors that are kept of a parameter of this rank; of a frozen one none."""
+        return next((info.rule.kinds for info in self._infos if info.spec.name == name), ())
+
     @property
     def size(self) -> ModelSize:
         """What estimates need to know of this rank's trainable parameters."""
-        trainable = [info for info in self._infos if info.trainable]
-        width = max((info.dtype.itemsize for info in trainable), default=4)
-        return ModelSize(sum(info.numel for info in trainable), width, len(self._kinds))
+        return ModelSize.of(self._infos)
 
     def bytes_by_store(self) -> dict[str, dict[str, int]]:
         """The same by where they live between steps: kind, then ``"device"``, ``"host"`` or ``"disk"``."""
@@ -421,7 +423,7 @@ class ZeroOptimizer:
     def bytes_report(self) -> dict[str, int]:
         """Bytes this rank holds, by kind; see :func:`megatron_ds.zero.buckets.bytes_report`."""
         layouts = [bucket.layout for bucket in self._all]
-        return buckets.bytes_report(self._infos, layouts, len(self._kinds), self.config.stage)
+        return buckets.bytes_report(self._infos, layouts, self.config.stage)
 
 
 def shard_axes(mesh: Mesh, config: ZeroConfig, sharded_over: tuple[str, ...] = ()) -> tuple[Axis, Axis]:

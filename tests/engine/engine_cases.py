@@ -169,7 +169,9 @@ def look(engine: Engine, ran: Ran) -> None:
     ran.parameters = {name: engine.get_parameter(name).cpu() for name, _ in engine.module.named_parameters()}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
-            ran.state[name] = {kind: engine.get_optimizer_state(name, kind).cpu() for kind in engine.zero._kinds}
+            ran.state[name] = {
+                kind: engine.get_optimizer_state(name, kind).cpu() for kind in engine.zero.kinds_of(name)
+            }
 
 
 def run(case: Case) -> Ran:

@@ -10,8 +10,9 @@ import torch
 
 from megatron_ds.config import OptimizerConfig, PrecisionConfig
 from megatron_ds.optim.clip import clip_coefficient
-from megatron_ds.optim.factory import OptimizerSegment, SegmentOptimizer, state_kinds
+from megatron_ds.optim.factory import ConfigRule
 from megatron_ds.optim.loss_scaler import LossScaler
+from megatron_ds.optim.rule import OptimizerSegment
 from megatron_ds.optim.schedule import learning_rate
 
 
@@ -150,11 +151,12 @@ def test_updates_equal_torchs_plain_loop(name: str, dtype: torch.dtype, scale: f
         momentum=0.7 if name == "sgd" else 0.0,
         weight_decay=0.2,
     )
+    rule = ConfigRule(config)
     generator = torch.Generator().manual_seed(4)
     segments, want = [], []
     for numel, decay in ((3, True), (1, False), (100, False), (40, True)):
         master = torch.randn(numel, generator=generator).to(dtype)
-        state = {kind: torch.zeros_like(master) for kind in state_kinds(config)}
+        state = {kind: torch.zeros_like(master) for kind in rule.group.kinds}
         segments.append(OptimizerSegment(master, torch.empty_like(master), state, decay))
         want.append(torch.nn.Parameter(master.clone()))
     groups = [
@@ -162,7 +164,7 @@ def test_updates_equal_torchs_plain_loop(name: str, dtype: torch.dtype, scale: f
         for decay in (True, False)
     ]
     reference = UNFUSED[name](groups)
-    optimizer = SegmentOptimizer(config, segments)
+    optimizer = rule.over(segments)
     factor = 0.3 if scale == "tensor" else float(scale)
     for step in range(4):
         for segment, parameter in zip(segments, want):

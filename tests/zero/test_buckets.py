@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from megatron_ds.optim.rule import RuleGroup
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
 from megatron_ds.zero.buckets import ALIGN, ParameterInfo, bytes_report, plan_buckets
 
+ADAMW = RuleGroup(kinds=("exp_avg", "exp_avg_sq"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 parameter_infos = st.lists(
@@ -73,12 +75,12 @@ def test_buckets_come_in_the_order_the_backward_pass_fills_them() -> None:
 def test_bytes_of_a_175b_model_on_one_of_1024_ranks() -> None:
     """The ZeRO paper's formula (Rajbhandari et al. 2020, section 5), with fp32 gradients: 2 + 4 + 12 / N bytes."""
     infos = [
-        ParameterInfo(ShardSpec(f"{layer}.{name}", shape, (ShardedDim(0, "tp", 0, 8),)), torch.bfloat16)
+        ParameterInfo(ShardSpec(f"{layer}.{name}", shape, (ShardedDim(0, "tp", 0, 8),)), torch.bfloat16, rule=ADAMW)
         for layer in range(12)
         for name, shape in (("qkv", (36864, 12288)), ("out", (12288, 12288)), ("up", (49152, 12288)))
     ]
     numel = sum(info.numel for info in infos)
-    report = bytes_report(infos, plan_buckets(infos, 25e6, 64), state_kinds=2)
+    report = bytes_report(infos, plan_buckets(infos, 25e6, 64))
     assert report["parameters"] == pytest.approx(2 * numel, rel=1e-4)
     assert report["gradients"] == pytest.approx(4 * numel, rel=1e-4)
     assert report["master"] == pytest.approx(4 * numel / 64, rel=1e-4)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_ds.optim.loss_scaler import LossScaler
+from megatron_ds.optim.rule import RuleGroup
 from megatron_ds.shard import ShardSpec
 from megatron_ds.zero.advice import (
     Advice,
@@ -37,8 +38,8 @@ def test_the_papers_figure_1() -> None:
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 2), (torch.float32, 4), (torch.float64, 8)])
 def test_what_is_held_is_what_the_layout_of_a_built_model_says(dtype: torch.dtype, width: int) -> None:
-    info = ParameterInfo(ShardSpec("w", (1 << 20,)), dtype)
-    built = bytes_report([info], plan_buckets([info], 1e6, 8), 2)
+    info = ParameterInfo(ShardSpec("w", (1 << 20,)), dtype, rule=RuleGroup(kinds=("exp_avg", "exp_avg_sq")))
+    built = bytes_report([info], plan_buckets([info], 1e6, 8))
     parts = held(ModelSize(1 << 20, width), Layout(1, 8))
     assert parts == {
         "parameters": built["parameters"],

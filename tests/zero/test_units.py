@@ -53,8 +53,8 @@ HYBRID = [Setting(stage, shard_size=2, accumulate=a) for stage, a in ((1, 1), (2
 
 
 @cache
-def want() -> dict[str, Tensor]:
-    return plain()
+def want(rules: str = "adamw") -> dict[str, Tensor]:
+    return plain(rules)
 
 
 @pytest.mark.parametrize(
@@ -251,8 +251,10 @@ def load_and_finish(setting: Setting, folder: str) -> dict[str, Tensor]:
         (Setting(2, offload="nvme"), 2, Setting(3, shared_memory=False), 4),
         (Setting(3), 4, Setting(0), 1),
         (Setting(3, shard_size=2), 4, Setting(2, offload="cpu"), 2),
+        (Setting(3, offload="nvme", rules="mixed"), 3, Setting(1, rules="mixed"), 2),
+        (Setting(1, rules="mixed"), 2, Setting(3, offload="cpu", shared_memory=False, rules="mixed"), 3),
     ],
-    ids=lambda value: f"{value.stage}{value.offload}" if isinstance(value, Setting) else str(value),
+    ids=lambda value: f"{value.stage}{value.offload}-{value.rules}" if isinstance(value, Setting) else str(value),
 )
 def test_any_stage_and_offload_is_resumed_by_any_other(
     saved: Setting, ranks: int, loaded: Setting, other_ranks: int, tmp_path: Any
@@ -264,6 +266,6 @@ def test_any_stage_and_offload_is_resumed_by_any_other(
         else run_ranks(load_and_finish, other_ranks, loaded, str(tmp_path))
     )
     for parameters in results:
-        for name, tensor in want().items():
+        for name, tensor in want(loaded.rules).items():
             error = (parameters[name] - tensor).abs().max().item() if tensor.numel() else 0.0
             assert error < 1e-11, f"{name} is off by {error}"

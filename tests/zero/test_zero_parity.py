@@ -30,6 +30,16 @@ CASES += [
         (1.0, 0.5, 1.0) * 4,
     )
 ]
+# Rules of two kinds, at every stage and on every store.
+CASES += [
+    Case(stage, 1, "mixed", clip, bucket_mb=bucket_mb, shared_memory=shared, offload=offload)
+    for (stage, offload), clip, bucket_mb, shared in zip(
+        [(0, "none"), *product((1, 2, 3), ("none", "cpu", "nvme"))],
+        (2.0, 0.0) * 5,
+        (0.0006, 1.0, 0.0001) * 4,
+        (False, *(True, False, False, True) * 3),
+    )
+]
 
 
 def check(results: list[Any]) -> None:

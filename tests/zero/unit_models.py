@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from megatron_ds import comm
 from megatron_ds.config import OffloadConfig, OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Mesh, MeshShape
+from megatron_ds.optim.factory import ConfigRule
+from megatron_ds.optim.rule import RulesByName, UpdateRule
 from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import device_of_rank
 from megatron_ds.zero.memory import TransientParameters
@@ -84,20 +86,23 @@ def tokens_of(step: int) -> Tensor:
     return torch.randint(0, 11, (SAMPLES, 5), generator=torch.Generator().manual_seed(step))
 
 
-def plain() -> dict[str, Tensor]:
-    """One process, torch alone."""
+def plain(rules: str = "adamw") -> dict[str, Tensor]:
+    """One process, torch alone, with one optimizer or with one for matrices and one for all else."""
     made = model()
     trained = [p for p in made.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    matrices, others = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
+    betas = (0.9, 0.95)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(matrices, LR, betas, weight_decay=0.1, foreach=False)]
+    if rules == "adamw":
+        optimizers.append(torch.optim.AdamW(others, LR, betas, weight_decay=0.0, foreach=False))
+    else:
+        optimizers.append(torch.optim.SGD(others, 0.5 * LR, momentum=0.9, foreach=False))
     for step in range(STEPS):
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         (made(tokens_of(step), step) / SAMPLES).backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
     return {name: p.detach() for name, p in made.named_parameters()}
 
 
@@ -112,6 +117,16 @@ class Setting:
     shard_size: int | None = None
     offload: str = "none"
     threshold: int = 1
+    rules: str = "adamw"
+
+
+def rule_of(rules: str) -> OptimizerConfig | UpdateRule:
+    """``"adamw"``, or ``"mixed"``: AdamW for matrices and SGD with momentum, at half the rate, for all else."""
+    adamw = OptimizerConfig(lr=LR, weight_decay=0.1)
+    if rules == "adamw":
+        return adamw
+    sgd = ConfigRule(OptimizerConfig(name="sgd", momentum=0.9), lr_factor=0.5)
+    return RulesByName({"*.bias": sgd, "*norm*": sgd, "tiny": sgd, "*": ConfigRule(adamw)})
 
 
 def optimizer_of(made: nn.Module, mesh: Mesh, setting: Setting) -> ZeroOptimizer:
@@ -134,7 +149,7 @@ def optimizer_of(made: nn.Module, mesh: Mesh, setting: Setting) -> ZeroOptimizer
         made.named_parameters(),
         mesh,
         config,
-        OptimizerConfig(lr=LR, weight_decay=0.1),
+        rule_of(setting.rules),
         PrecisionConfig(dtype="fp64"),
         shared_memory=setting.shared_memory,
         root=made,

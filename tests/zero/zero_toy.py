@@ -14,11 +14,14 @@ from megatron_ds import comm
 from megatron_ds.config import OffloadConfig, OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.optim.clip import clip_coefficient
+from megatron_ds.optim.factory import ConfigRule
+from megatron_ds.optim.rule import RulesByName, UpdateRule
 from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import device_of_rank
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 SAMPLES = 12
+BY_SGD = ("t*d", "bias", "out*")  # the tied matrix, a vector, and a matrix; as patterns
 STEPS = 4
 
 
@@ -37,8 +40,16 @@ class Case:
     persistence_threshold: int = 12  # stage 3: 11 elements and fewer stay whole
 
     @property
-    def optimizer_config(self) -> OptimizerConfig:
-        return OptimizerConfig(name=self.optimizer, lr=0.05, momentum=0.9, weight_decay=0.1, clip_norm=self.clip)
+    def rule(self) -> OptimizerConfig | UpdateRule:
+        """``"adamw"``, ``"sgd"``, or ``"mixed"``: SGD at twice the rate for :data:`BY_SGD`, AdamW for the others."""
+
+        def config(name: str) -> OptimizerConfig:
+            return OptimizerConfig(name=name, lr=0.05, momentum=0.9, weight_decay=0.1)  # type: ignore[arg-type]
+
+        if self.optimizer != "mixed":
+            return config(self.optimizer)
+        sgd = ConfigRule(config("sgd"), lr_factor=2.0)
+        return RulesByName({**dict.fromkeys(BY_SGD, sgd), "*": ConfigRule(config("adamw"))})
 
 
 class Toy(nn.Module):
@@ -84,15 +95,17 @@ def reference(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Gradient norms and final parameters of one process, plain autograd and torch.optim's unfused loop."""
     model = Toy()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    groups = [
-        {"params": [p for p in trainable.values() if p.dim() > 1], "weight_decay": 0.1},
-        {"params": [p for p in trainable.values() if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    optimizer: torch.optim.Optimizer
-    if case.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=0.05, betas=(0.9, 0.95), eps=1e-8, foreach=False)
-    else:
-        optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9, foreach=False)
+    by_sgd = {"adamw": (), "sgd": tuple(trainable), "mixed": ("tied", "bias", "output")}[case.optimizer]
+
+    def groups(of_sgd: bool) -> list[dict[str, Any]]:
+        mine = [p for name, p in trainable.items() if (name in by_sgd) == of_sgd]
+        return [
+            {"params": [p for p in mine if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in mine if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+
+    adamw = torch.optim.AdamW(groups(False), lr=0.05, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    sgd = torch.optim.SGD(groups(True), lr=0.05, momentum=0.9, foreach=False)
     norms = []
     for step in range(STEPS):
         for parameter in trainable.values():
@@ -104,9 +117,10 @@ def reference(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
             for gradient in gradients:
                 gradient.mul_(case.clip / norm)
         norms.append(norm.item())
-        for group in optimizer.param_groups:
-            group["lr"] = 0.05 / (step + 1)
-        optimizer.step()
+        for optimizer, factor in ((adamw, 1.0), (sgd, 2.0 if case.optimizer == "mixed" else 1.0)):
+            for group in optimizer.param_groups:
+                group["lr"] = factor * 0.05 / (step + 1)
+            optimizer.step()
     return norms, {name: p.detach() for name, p in model.named_parameters()}
 
 
@@ -129,7 +143,7 @@ def train(case: Case, mesh: Mesh) -> tuple[list[float], dict[str, torch.Tensor]]
             offload_optimizer=offload,
             offload_parameters=offload if case.stage == 3 else OffloadConfig(),
         ),
-        case.optimizer_config,
+        case.rule,
         PrecisionConfig(dtype="fp64"),
         shared_memory=case.shared_memory,
         root=model,

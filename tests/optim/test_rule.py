@@ -1,0 +1,37 @@
+"""Several update rules for one model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_ds.config import OptimizerConfig
+from megatron_ds.errors import ConfigError
+from megatron_ds.optim.factory import ConfigRule
+from megatron_ds.optim.rule import RuleGroup, RulesByName
+from megatron_ds.shard import ShardSpec
+from megatron_ds.zero.buckets import ParameterInfo, bytes_report, plan_buckets
+
+
+def parameter(name: str) -> torch.nn.Parameter:
+    made = torch.nn.Parameter(torch.zeros(64))
+    made.shard = ShardSpec(name, (64,))  # type: ignore[attr-defined]
+    return made
+
+
+def test_the_first_pattern_that_fits_decides_and_a_bucket_holds_one_group() -> None:
+    sgd, adamw = ConfigRule(OptimizerConfig(name="sgd", momentum=0.9)), ConfigRule(OptimizerConfig())
+    rules = RulesByName({"a.bias": adamw, "*.bias": sgd, "head": sgd, "*": adamw})
+    names = ["a.bias", "b.bias", "head", "body"]
+    assert [rules.group_of(name).number for name in names] == [0, 1, 1, 0]
+    infos = [ParameterInfo.of(parameter(name), rule=rules) for name in names]
+    layouts = plan_buckets(infos, 1e6, 2)
+    assert [[slot.spec.name for slot in layout.slots] for layout in layouts] == [["head", "b.bias"], ["body", "a.bias"]]
+    assert layouts[0].key.rule == RuleGroup(1, ("momentum_buffer",))
+    assert bytes_report(infos, layouts)["optimizer"] == 64 * 4 * (1 + 2)  # a half of two parameters, one and two kinds
+
+
+def test_a_parameter_without_a_rule_is_refused() -> None:
+    rules = RulesByName({"*.bias": ConfigRule(OptimizerConfig()), "head": ConfigRule(OptimizerConfig())})
+    with pytest.raises(ConfigError, match=r"no update rule for body, .* none of '\*\.bias', 'head'; add"):
+        ParameterInfo.of(parameter("body"), rule=rules)
