@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,22 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from megatron_ds.errors import ConfigError
 
 AXES = ("pp", "dp", "cp", "tp")
-
-
-class Exchange(Protocol):
-    """Another way than the group's own for some of an axis's collectives; see ``shared_memory.SharedExchange``.
-
-    Each method starts a collective and returns what finishes it, or None, on all ranks alike: not this way.
-    """
-
-    def sum_start(self, tensor: torch.Tensor, axis: Axis) -> Callable[[], object] | None:
-        """Sum ``tensor`` over the axis, in place."""
-
-    def scatter_sum_start(self, output: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> Callable[[], object] | None:
-        """Sum ``tensor`` over the axis and keep this rank's slice of dim 0 in ``output``, which may be that slice."""
-
-    def gather_start(self, output: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> Callable[[], object] | None:
-        """Concatenate every rank's ``tensor`` along dim 0; it may be this rank's slice of ``output``."""
+LAYERWISE = ("cp", "tp")
+"""Axes over which the work of one layer is divided."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +28,8 @@ class Axis:
     """One line of ranks through this rank. ``group`` is None when the line has one rank: nothing to talk to.
 
     ``ranks`` are the global ranks in group order. ``timeout``: seconds that ranks wait for each other (None: torch's
-    default). ``exchange`` is asked before the group.
+    default). ``layerwise``: every layer has collectives on it, so that buffers for them are worth keeping.
+    ``connections`` is where collectives keep what they have opened to the other ranks, by what it is.
     """
 
     name: str
@@ -51,7 +38,8 @@ class Axis:
     group: dist.ProcessGroup | None = None
     ranks: tuple[int, ...] = (0,)
     timeout: float | None = None
-    exchange: Exchange | None = field(default=None, repr=False, compare=False)
+    layerwise: bool = False
+    connections: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def is_first(self) -> bool:
@@ -60,6 +48,11 @@ class Axis:
     @property
     def is_last(self) -> bool:
         return self.rank == self.size - 1
+
+    @property
+    def peers(self) -> list[int]:
+        """The other ranks, by place in the line: the one before this rank first, then the one before that."""
+        return [(self.rank - step) % self.size for step in range(1, self.size)]
 
 
 MOST_RANKS = 1 << 20
@@ -252,7 +245,8 @@ class Mesh:
         return self._line(name, self.device_mesh[name])
 
     def _line(self, name: str, line: DeviceMesh) -> Axis:
-        return Axis(name, line.get_local_rank(), line.size(), line.get_group(), _ranks(line), self._seconds)
+        place = (name, line.get_local_rank(), line.size(), line.get_group(), _ranks(line))
+        return Axis(*place, self._seconds, layerwise=name in LAYERWISE)
 
     @property
     def _seconds(self) -> float | None:

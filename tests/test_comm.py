@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -11,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ds import comm
+from megatron_ds.comm import collectives
+from megatron_ds.comm.local.exchange import LocalExchange
 from megatron_ds.mesh import Axis, Mesh, MeshShape
-from megatron_ds.shared_memory import SharedExchange
 from megatron_ds.testing import device_of_rank, run_ranks
 
 ROWS, COLUMNS = 6, 2
@@ -26,15 +28,16 @@ def values(rank: int, rows: int = ROWS) -> Tensor:
     return torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
 
 
-def collectives(size: int) -> int:
+def every_collective(size: int) -> int:
     group = axis_of(size)
     everyone = [values(rank) for rank in range(size)]
     own, total = everyone[group.rank], sum(everyone)
     part = slice(group.rank * ROWS // size, (group.rank + 1) * ROWS // size)
     # Straight from rank to rank, by gloo's own algorithms, and through shared memory.
-    ways = [(group, 0), (group, comm.EXCHANGE_BYTES), (SharedExchange.on(group), comm.EXCHANGE_BYTES)]
+    elsewhere = replace(group, layerwise=False)
+    ways = [(elsewhere, 0), (elsewhere, collectives.EXCHANGE_BYTES), (group, collectives.EXCHANGE_BYTES)]
     for axis, limit in ways:
-        with patch.object(comm, "EXCHANGE_BYTES", limit), patch.object(SharedExchange, "SMALLEST", 1):
+        with patch.object(collectives, "EXCHANGE_BYTES", limit), patch.object(LocalExchange, "SMALLEST", 1):
             reduced = own.clone()
             assert comm.all_reduce(reduced, axis) is reduced
             torch.testing.assert_close(reduced, total)
@@ -65,16 +68,13 @@ def collectives(size: int) -> int:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_collectives(size: int) -> None:
-    assert run_ranks(collectives, size, size) == list(range(size))
+    assert run_ranks(every_collective, size, size) == list(range(size))
 
 
 # For each pair: whether all ranks have the same input, and whether all have the same output, which then counts once.
 PAIRS: dict[str, tuple[bool, bool]] = {
-    "copy_to_region": (True, False),
     "reduce_from_region": (False, True),
-    "gather_sequence": (False, False),
     "reduce_scatter_sequence": (False, False),
-    "scatter_sequence": (True, False),
 }
 
 
@@ -128,7 +128,7 @@ def test_one_rank_moves_nothing() -> None:
 def backward_leaves_its_input_alone() -> bool:
     """The gradient that arrives may be used elsewhere too; a reduction in place would change it there."""
     axis = axis_of(2)
-    for name in ("copy_to_region", "reduce_from_region"):
+    for name in PAIRS:
         x = values(axis.rank).requires_grad_()
         y = getattr(comm, name)(x, axis)
         grad = values(5 + axis.rank, rows=len(y))

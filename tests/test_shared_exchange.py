@@ -13,21 +13,23 @@ import torch
 import torch.distributed as dist
 
 from megatron_ds import comm
-from megatron_ds.comm import Pending
+from megatron_ds.comm import Pending, local
+from megatron_ds.comm.local.arena import SharedArena
+from megatron_ds.comm.local.exchange import LocalExchange
 from megatron_ds.mesh import Axis, Mesh, MeshShape
-from megatron_ds.shared_memory import SharedArena, SharedExchange
 from megatron_ds.testing import run_ranks
 
 COLUMNS = 4100  # with several rows, longer than what is added at a time
 
 
 def tp_axis() -> Axis:
-    return SharedExchange.on(Mesh.create(MeshShape(tp=dist.get_world_size()), torch.device("cpu")).tp)
+    return Mesh.create(MeshShape(tp=dist.get_world_size()), torch.device("cpu")).tp
 
 
-def exchange_of(axis: Axis) -> SharedExchange:
-    assert isinstance(axis.exchange, SharedExchange)
-    return axis.exchange
+def exchange_of(axis: Axis) -> LocalExchange:
+    found = local._exchange_on(axis)
+    assert found is not None
+    return found
 
 
 def values(number: int, rank: int, rows: int) -> torch.Tensor:

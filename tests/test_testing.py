@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ds.comm import local
+from megatron_ds.comm.local.arena import SharedArena
 from megatron_ds.mesh import Mesh, MeshShape
-from megatron_ds.shared_memory import SharedArena, SharedExchange
 from megatron_ds.testing import RankFailed, run_ranks
 
 pytestmark = pytest.mark.alone
@@ -55,7 +56,7 @@ def test_a_hang_ends_at_the_time_limit_with_stacks() -> None:
 
 def shares_memory() -> bool:
     mesh = Mesh.create(MeshShape(dp=dist.get_world_size()), torch.device("cpu"))
-    return SharedArena.create(1, mesh.data) is not None and SharedExchange.on(mesh.data).exchange is not None
+    return SharedArena.create(1, mesh.data) is not None and local._exchange_on(mesh.data) is not None
 
 
 @pytest.mark.parametrize("apart", [False, True])

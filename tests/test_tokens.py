@@ -15,10 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ds.comm.local.arena import SharedArena
+from megatron_ds.comm.local.tokens import Tokens
 from megatron_ds.mesh import Axis, Mesh, MeshShape
-from megatron_ds.shared_memory import SharedArena
 from megatron_ds.testing import run_ranks
-from megatron_ds.tokens import Tokens
 
 
 def data_axis(timeout: float | None = None) -> Axis:

@@ -21,7 +21,6 @@ from megatron_ds.pipeline.schedules import build_schedule, generator_of
 from megatron_ds.pipeline.split import split_layers
 from megatron_ds.pipeline.stage import Model, StageModule, StageSpan, stage_spans
 from megatron_ds.pipeline.validate import validate as validate_schedule
-from megatron_ds.shared_memory import SharedExchange
 from megatron_ds.train.step import TrainStep
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
@@ -79,10 +78,9 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
     replica_batch = config.train.micro_batch * mesh.shape.dp
     schedules = [schedule_of(config.pipeline, pp, size // replica_batch) for size in batch_ramp(config).sizes()]
     spans = spans_of(config.pipeline, model, pp)
-    tp = SharedExchange.on(mesh.tp) if device.type == "cpu" else mesh.tp
     dtype = DTYPES[config.precision.dtype]
     stages = {
-        number: model.make_stage(config, spans[number], tp, device, dtype)
+        number: model.make_stage(config, spans[number], mesh.tp, device, dtype)
         for number in schedules[-1].placement.stages_of(mesh.pp.rank)
     }
     shared = _tie_embeddings(stages, mesh)

@@ -25,7 +25,6 @@ from megatron_ds.mesh import Mesh
 from megatron_ds.optim.clip import clip_coefficient
 from megatron_ds.optim.loss_scaler import LossScaler
 from megatron_ds.pipeline.executor import Executor
-from megatron_ds.shared_memory import SharedExchange
 from megatron_ds.train.launch import give_back_freed_memory
 from megatron_ds.zero.optimizer import ZeroOptimizer
 from megatron_ds.zero.placeholder import explained
@@ -87,9 +86,6 @@ class TrainStep:
     ):
         self.executor, self.optimizer, self.mesh, self.scaler = executor, optimizer, mesh, scaler
         self.clip_norm, self.rate, self.count = clip_norm, rate, count
-        # Of one host's CPU ranks the step's few numbers go past gloo; elsewhere these are the axes themselves.
-        self._world = SharedExchange.on(mesh.world)
-        self._data = self._world if mesh.data.ranks == mesh.world.ranks else SharedExchange.on(mesh.data)
         self.clip_value: float | None = None
         self.asks: Callable[[], bool] = lambda: False
         self.timed, self.seconds = False, math.inf
@@ -109,7 +105,7 @@ class TrainStep:
         ``stop``: this rank wants the run to end; all ranks learn of it in this step's one metrics message.
         """
         # Exact up to 2^53.
-        count = comm.all_reduce(self.count(micro_batches).double(), self._data)
+        count = comm.all_reduce(self.count(micro_batches).double(), self.mesh.data)
         with explained():
             loss_sum = self.executor.run(micro_batches, self.begin(count))
         return self.finish(loss_sum, count, stop)
@@ -186,7 +182,7 @@ class TrainStep:
             for micro_batches in batches:
                 total[0] += self._own_loss(self.executor.run_forward(micro_batches))
                 total[1] += self._own_loss(self.count(micro_batches))
-            loss, count = comm.all_reduce(total, self._world).tolist()
+            loss, count = comm.all_reduce(total, self.mesh.world).tolist()
         finally:
             for module, training in modes:
                 module.training = training
@@ -201,4 +197,4 @@ class TrainStep:
         """``[3]`` float64: the step's one message between all ranks."""
         flag = torch.full((), float(stop), dtype=torch.float64, device=self.mesh.device)
         packed = torch.stack([norm_squared.double(), self._own_loss(loss_sum).double(), flag])
-        return comm.all_reduce(packed, self._world)
+        return comm.all_reduce(packed, self.mesh.world)

@@ -20,12 +20,12 @@ from torch import nn
 
 from megatron_ds import comm
 from megatron_ds.comm import Pending
+from megatron_ds.comm.local.arena import SharedArena
 from megatron_ds.mesh import Axis
 from megatron_ds.optim.clip import squared_norm
 from megatron_ds.optim.rule import OptimizerSegment, Update, UpdateRule
 from megatron_ds.shard import shaped_as
 from megatron_ds.shard.flat_shards import FlatShard
-from megatron_ds.shared_memory import SharedArena
 from megatron_ds.zero.buckets import BucketLayout, Segment, state_dtype
 from megatron_ds.zero.main_grad import MainGradient
 from megatron_ds.zero.memory import GradientPool, TransientGradients, TransientParameters, WholeBuffer

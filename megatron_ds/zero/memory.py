@@ -17,9 +17,9 @@ import torch
 
 from megatron_ds import comm
 from megatron_ds.comm import Pending
+from megatron_ds.comm.local.arena import PrivateView, SharedArena
+from megatron_ds.comm.local.tokens import Tokens
 from megatron_ds.mesh import Axis
-from megatron_ds.shared_memory import PrivateView, SharedArena
-from megatron_ds.tokens import Tokens
 from megatron_ds.zero.state import RegionAccess
 from megatron_ds.zero.store import DeviceStore, Region, Store
 from megatron_ds.zero.store.device import ResidentRegion

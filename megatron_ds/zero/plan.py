@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from megatron_ds.comm.local.arena import SharedArena
 from megatron_ds.config import ZeroConfig
 from megatron_ds.mesh import Axis
-from megatron_ds.shared_memory import SharedArena
 from megatron_ds.zero.buckets import BucketLayout, state_dtype
 from megatron_ds.zero.memory import GradientPool
 from megatron_ds.zero.offload import Stores

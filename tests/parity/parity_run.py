@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from parity_rows import STEPS, VOCABULARY, Row, config_of, reference_config, schedules_of
 
+from megatron_ds.comm.local.exchange import LocalExchange
 from megatron_ds.config import RunConfig, validate
 from megatron_ds.data.loader import BatchLoader, MicroBatch
 from megatron_ds.layers.position import rotary_table
@@ -24,7 +25,6 @@ from megatron_ds.pipeline.passes import make_ready
 from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.validate import validate as validate_schedule
 from megatron_ds.shard import ShardSpec, spec_of
-from megatron_ds.shared_memory import SharedExchange
 from megatron_ds.testing import device_of_rank
 from megatron_ds.train import build as build_module
 from megatron_ds.train.build import RankRuntime, build
@@ -192,13 +192,13 @@ def train_on_this_rank(rows: Sequence[Row], device: str | None = None) -> list[O
 def train_with_shared_memory(rows: Sequence[Row]) -> list[Outcome]:
     """The same, with every collective between layers through shared memory, of whatever size."""
     counts: list[int] = []
-    send = SharedExchange._send
+    send = LocalExchange._send
 
-    def counted(self: SharedExchange, *arguments: Any) -> Callable[[], None]:
+    def counted(self: LocalExchange, *arguments: Any) -> Callable[[], None]:
         counts.append(1)
         return send(self, *arguments)
 
-    with patch.object(SharedExchange, "SMALLEST", 1), patch.object(SharedExchange, "_send", counted):
+    with patch.object(LocalExchange, "SMALLEST", 1), patch.object(LocalExchange, "_send", counted):
         outcomes = train_on_this_rank(rows)
     assert len(counts) > 100
     return outcomes

@@ -12,10 +12,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_ds import comm
+from megatron_ds.comm import collectives
+from megatron_ds.comm.local.arena import SharedArena
+from megatron_ds.comm.local.tokens import Tokens
 from megatron_ds.mesh import Axis, Mesh, MeshShape
-from megatron_ds.shared_memory import SharedArena
 from megatron_ds.testing import run_ranks
-from megatron_ds.tokens import Tokens
 from megatron_ds.zero.memory import SharedWholeBuffer, WholeBuffer
 
 
@@ -30,7 +31,7 @@ def values(rank: int, numel: int) -> torch.Tensor:
 def exchange(numel: int, in_place: bool) -> tuple[bool, bool, bool]:
     axis = data_axis()
     tensor = values(axis.rank, numel)
-    assert comm._prefers_exchange(tensor, axis)
+    assert collectives._prefers_exchange(tensor, axis)
     want = sum((values(rank, numel) for rank in range(axis.size)), torch.zeros(numel, dtype=torch.float64))
     part = comm.slice_dim0(tensor, axis)
     output = part if in_place else torch.empty_like(part)

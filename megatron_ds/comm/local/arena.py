@@ -15,18 +15,17 @@ import mmap
 import os
 import secrets
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from megatron_ds.comm.local.tokens import PipeOffer, TokenPipes, Tokens
 from megatron_ds.host import free_host_memory
 from megatron_ds.mesh import Axis
-from megatron_ds.tokens import PipeOffer, TokenPipes, Tokens
 
 _PAGE = 4096
-_CHUNK = 1 << 16  # elements added at a time where there are several peers, so that the sum stays in the cache
 
 
 class SharedArena:
@@ -157,164 +156,9 @@ class PrivateView:
             self.pages.madvise(mmap.MADV_DONTNEED)
 
 
-@dataclass
-class _Slot:
-    """A piece of every rank's arena. ``free_after``: number of the exchange whose tokens prove that all have read it;
-    None while it is in use."""
-
-    blocks: list[torch.Tensor]  # by rank, bytes
-    free_after: int | None = -1
-
-
-class SharedExchange:
-    """Sums and gathers of activations between layers, for the ranks of one axis on one host.
-
-    A rank writes its tensor into its own part of a *slot* and sends its tokens; when it waits, it reads the peers'
-    parts. As with any collective all ranks start and wait in the same order, so they choose the same slots without
-    asking. A slot is free again once every peer is known to have read it: tokens have come of an exchange that they
-    started after they had. Where no slot is free, and for what is too small or too large, the group does it. Sums of a
-    few float64, which every train step needs, go as tokens and need no slot.
-
-    Measured with TP 2 on 2 cores (tools/benchmark, 3 MB a sum): 2,422 tokens/s against gloo's 2,271, and 2,321 against
-    2,030 with sequence parallelism, where two ranks that exchange nothing do 2,652.
-    """
-
-    SLOTS = 3  # two in turn, and one for what waits longer
-    SMALLEST, LARGEST = 1 << 18, 1 << 26  # bytes; below, gloo's one message is quicker than two tokens
-    NUMBERS = 8  # of float64, at most, go as tokens: a step's two messages cost a rank 2.5 ms of CPU time through gloo
-
-    def __init__(self) -> None:
-        self._numbers: SharedArena | None = None  # for its tokens alone
-        self._asked = False  # whether there can be one
-        self._arena: SharedArena | None = None
-        self._slots: list[_Slot] = []
-        self._slot_bytes = 0
-        self._started = 0  # exchanges so far; they are numbered from 0
-        self._confirmed = -1  # the latest of which this rank has all tokens
-
-    def sum_start(self, tensor: torch.Tensor, axis: Axis) -> Callable[[], None] | None:
-        if tensor.dtype == torch.float64 and 0 < tensor.numel() <= self.NUMBERS and tensor.device.type == "cpu":
-            return self._sum_numbers(tensor, axis)
-        slot = self._take(tensor, tensor, axis)
-        if slot is None:
-            return None
-        own = tensor.detach().view(-1)
-        parts = [_as(block, own) for block in slot.blocks]
-        parts[axis.rank].copy_(own)
-
-        def add_up() -> None:
-            step = _CHUNK if axis.size > 2 else own.numel()
-            for start in range(0, own.numel(), step):
-                first, second, *others = (part[start : start + step] for part in parts)
-                result = own[start : start + step]
-                torch.add(first, second, out=result)  # in rank order: the same bits on every rank
-                for other in others:
-                    result.add_(other)
-
-        return self._send(slot, axis, add_up)
-
-    def scatter_sum_start(self, output: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> Callable[[], None] | None:
-        slot = self._take(tensor, output, axis)
-        if slot is None:
-            return None
-        own, result = tensor.detach().view(axis.size, -1), output.detach().view(-1)
-        parts = [_as(block, own) for block in slot.blocks]
-        peers = _peers(axis)
-        for peer in peers:
-            parts[axis.rank][peer].copy_(own[peer])
-
-        def add_up() -> None:
-            torch.add(own[axis.rank], parts[peers[0]][axis.rank], out=result)
-            for peer in peers[1:]:
-                result.add_(parts[peer][axis.rank])
-
-        return self._send(slot, axis, add_up)
-
-    def gather_start(self, output: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> Callable[[], None] | None:
-        slot = self._take(output, tensor, axis)
-        if slot is None:
-            return None
-        result, own = output.detach().view(axis.size, -1), tensor.detach().view(-1)
-        parts = [_as(block, own) for block in slot.blocks]
-        parts[axis.rank].copy_(own)
-        if result[axis.rank].data_ptr() != own.data_ptr():
-            result[axis.rank].copy_(own)
-
-        def copy() -> None:
-            for peer in _peers(axis):
-                result[peer].copy_(parts[peer])
-
-        return self._send(slot, axis, copy)
-
-    def _sum_numbers(self, tensor: torch.Tensor, axis: Axis) -> Callable[[], None] | None:
-        """A few numbers need no memory: a token carries the bits of one."""
-        if not self._asked:
-            self._asked, self._numbers = True, SharedArena.create(1, axis)
-        if self._numbers is None:
-            return None
-        tokens = [self._numbers.tokens(bits) for bits in tensor.reshape(-1).view(torch.int64).tolist()]
-
-        def add_up() -> None:
-            by_rank = torch.tensor([token.wait() for token in tokens]).view(torch.float64).unbind(1)
-            total = by_rank[0].clone()
-            for other in by_rank[1:]:  # in rank order: the same bits on every rank
-                total += other
-            tensor.copy_(total.view(tensor.shape))
-
-        return add_up
-
-    def _take(self, whole: torch.Tensor, other: torch.Tensor, axis: Axis) -> _Slot | None:
-        """A free slot of at least the bytes of ``whole``, the same on all ranks."""
-        fits = self.SMALLEST <= whole.nbytes <= self.LARGEST and whole.device.type == "cpu"
-        if not (fits and whole.is_contiguous() and other.is_contiguous()):
-            return None
-        if whole.nbytes > self._slot_bytes:
-            self._slot_bytes = whole.nbytes
-            # What is under way keeps its slot of the old arena, and that memory, until it is done.
-            arena = SharedArena.create(SharedArena.bytes_for([(whole.nbytes, torch.uint8)] * self.SLOTS), axis)
-            if arena is None:
-                self._slot_bytes = self.LARGEST  # and do not ask again
-            self._arena = arena
-            self._slots = [_Slot(arena.take(whole.nbytes, torch.uint8)) for _ in range(self.SLOTS) if arena is not None]
-        for slot in self._slots:
-            if slot.free_after is not None and slot.free_after <= self._confirmed:
-                slot.free_after = None
-                return slot
-        return None
-
-    def _send(self, slot: _Slot, axis: Axis, read: Callable[[], None]) -> Callable[[], None]:
-        assert self._arena is not None
-        tokens, number = self._arena.tokens(), self._started
-        self._started += 1
-
-        def finish() -> None:
-            tokens.wait()
-            self._confirmed = max(self._confirmed, number)
-            read()
-            slot.free_after = self._started
-
-        return finish
-
-    @staticmethod
-    def on(axis: Axis) -> Axis:
-        """The axis with an exchange of its own, where its group is gloo's and the system can share memory."""
-        if axis.group is None or dist.get_backend(axis.group) != "gloo" or not hasattr(os, "memfd_create"):
-            return axis
-        return replace(axis, exchange=SharedExchange())
-
-
 def _pages(nbytes: int) -> int:
     """Rounded up to whole pages."""
     return -(-nbytes // _PAGE) * _PAGE
-
-
-def _as(block: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The first bytes of a block as a tensor of this shape and dtype."""
-    return block[: like.nbytes].view(like.dtype).view(like.shape)
-
-
-def _peers(axis: Axis) -> list[int]:
-    return [(axis.rank - step) % axis.size for step in range(1, axis.size)]
 
 
 def _offer(nbytes: int, nonce: int, needed: int, opened: contextlib.ExitStack) -> tuple[int, list[mmap.mmap]]:

@@ -109,7 +109,7 @@ class TokenPipes:
 
 
 class PipeOffer:
-    """The reading ends of one's pipes, which the peers open to write to. See :meth:`SharedArena.create`.
+    """The reading ends of one's pipes, which the peers open to write to. See ``arena.py``.
 
     The order: every rank makes an offer and sends its ``descriptors``; opens what it was offered; and when all have
     done so, takes its pipes with :meth:`accept`, or closes what it has.
