@@ -4,8 +4,8 @@ After Korthikanti et al. 2022 (arXiv 2205.05198), section 4: a layer keeps, in e
 places, 4 outside the tensor-parallel region (the inputs of two norms and two matmuls, which sequence parallelism alone
 divides) and ``3 + 1 + 8`` within it (queries, keys, values, the attention's output, and the MLP's two of four times the
 width). Where the code keeps other things than the paper's they are counted here as the code has them: dropout keeps no
-masks with the kernels, as they are computed again; the CPU's attention keeps probabilities of short sequences; the head
-keeps gradients and no logits.
+masks with the kernels, as they are computed again; attention by blocks of queries keeps probabilities of short
+sequences; the head keeps gradients and no logits.
 
 Shapes as in :mod:`.transformer`: ``s`` sequence, ``b`` micro-batch, ``h`` hidden, ``n`` heads, ``g`` key/value groups,
 ``d`` head dim, ``f`` features of the MLP; ``n``, ``g``, ``f`` divided over tp.
@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from megatron_ds.config import RunConfig
+from megatron_ds.kernels.block_attention import block_size, keeps_probabilities
 from megatron_ds.pipeline.stage import Activations, StageSpan
 
 _WIDTHS = (("fp32", 4), ("bf16", 2), ("fp16", 2), ("fp64", 8))
-_BLOCK = 64  # queries a block of the CPU's attention
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def gpt_activations(config: RunConfig, span: StageSpan, tp: int, device: str) ->
     fixed = 0
     if c.position == "rope":  # cos and sin, which all layers share
         fixed += 2 * places * c.head_size * width
+    if layers:
+        fixed += _shared_bias(config, c.num_heads // tp, cpu)
     if span.embedding:
         fixed += (c.embedding_norm + (cpu and c.hidden_dropout > 0)) * own * c.hidden_size * width
     if span.head:
@@ -91,7 +95,7 @@ def _layer(config: RunConfig, tp: int, cpu: bool) -> _Layer:
     turned = c.position == "rope" or c.qk_norm  # queries and keys are not parts of qkv any more
     whole = (heads + 2 * groups) * row
     core_input = whole + (turned or groups < heads) * heads * row + turned * groups * row
-    core, has_whole = _core(config, heads, groups, row, whole, core_input, turned, cpu)
+    core, has_whole = _core(config, heads, groups, row, whole, core_input, cpu)
     no_recompute = around + core
     if c.qk_norm:
         normed = _norm(places * (heads + groups), c.head_size, width, cpu)
@@ -103,28 +107,34 @@ def _layer(config: RunConfig, tp: int, cpu: bool) -> _Layer:
 
 
 def _core(
-    config: RunConfig, heads: int, groups: int, row: int, whole: int, core_input: int, turned: bool, cpu: bool
+    config: RunConfig, heads: int, groups: int, row: int, whole: int, core_input: int, cpu: bool
 ) -> tuple[int, bool]:
     """Bytes that the attention core keeps besides its output, and whether all of qkv is among them."""
     c, b, s = config.model, config.train.micro_batch, config.train.sequence_length
     width = dict(_WIDTHS)[config.precision.dtype]
     statistics = b * heads * s * (8 if cpu and width == 8 else 4)
-    copies = 3 * heads * row  # queries, and keys and values repeated for them
-    square = b * heads * s * s
     if c.attention.sparse.mode != "none":
         return core_input + statistics, True
-    if c.attention_dropout:
-        # Probabilities before and after, and what was dropped; the softmax of fp16 and of the reference in fp32, and
-        # the reference's mask.
-        softmax = max(4, width) if cpu or config.precision.dtype == "fp16" else width
-        return copies + square * (softmax + 2 * width + cpu), False
-    if c.position != "alibi" and not config.data.document_masking and cpu and (width == 2 or s <= 4 * c.head_size):
-        triangle = sum(min(_BLOCK, s - start) * min(start + _BLOCK, s) for start in range(0, s, _BLOCK))
-        return copies + (b * heads * triangle * width if s <= 4 * c.head_size else 0), False
-    if groups == heads:
-        copies = whole + 2 * heads * row * turned  # the values are a part of qkv, which stays as a whole
-    bias = square if c.position == "alibi" else b * s * s if config.data.document_masking else 0
-    return copies + statistics + bias * width, groups == heads
+    rules = c.position == "alibi" or config.data.document_masking
+    keeps = keeps_probabilities(s, c.head_size)
+    if c.attention_dropout or (cpu and (rules or width == 2 or keeps)):
+        # Copies of queries, keys and values, and the probabilities of short rows. Documents make them fewer.
+        block = block_size(torch.device("cpu" if cpu else "cuda"))
+        triangle = sum(min(block, s - start) * min(start + block, s) for start in range(0, s, block))
+        return whole + (b * heads * triangle * width if keeps else 0), False
+    if groups < heads and not cpu and (rules or width > 2):
+        return 3 * heads * row + statistics, False  # keys and values repeated for the queries
+    # Where nothing turned them, queries or at least keys and values are parts of qkv, which stays as a whole.
+    return core_input + statistics, True
+
+
+def _shared_bias(config: RunConfig, heads: int, cpu: bool) -> int:
+    """Bytes of the bias on the scores that all layers share: where a fused kernel has other rules than causality."""
+    c, b, s = config.model, config.train.micro_batch, config.train.sequence_length
+    if cpu or c.attention_dropout or not (c.position == "alibi" or config.data.document_masking):
+        return 0
+    shape = (heads if c.position == "alibi" else 1) * (b if config.data.document_masking else 1)
+    return shape * s * s * dict(_WIDTHS)[config.precision.dtype]
 
 
 def _norm(places: int, hidden: int, width: int, composed: bool) -> int:

@@ -21,12 +21,14 @@ from megatron_ds import comm
 from megatron_ds.config import ModelConfig, RecomputeConfig, RunConfig
 from megatron_ds.config.sparse import sparse_layout
 from megatron_ds.kernels.block_layout import BlockLayout
-from megatron_ds.layers.attention import AttentionInputs, SelfAttention
+from megatron_ds.kernels.documents import Documents
+from megatron_ds.layers.attention import AttentionConfig, AttentionInputs, SelfAttention
+from megatron_ds.layers.attention_cores import AttentionRules, make_core
 from megatron_ds.layers.linear import VocabParallelEmbedding, lookup, output_std, replicated_parameter
 from megatron_ds.layers.loss import linear_cross_entropy
 from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.norm import Norm
-from megatron_ds.layers.position import rotary_frequencies, rotary_table
+from megatron_ds.layers.position import alibi_slopes, rotary_frequencies, rotary_table
 from megatron_ds.mesh import Axis
 from megatron_ds.pipeline.stage import LayerCosts, Model, StageFactory, StageSpan
 from megatron_ds.rng import DropoutKeys, dropout, initialize_parameters
@@ -92,22 +94,10 @@ class BlockParts(nn.Module):
         )
         self.attention = SelfAttention(
             f"{name}.attention",
-            c.hidden_size,
-            c.groups,
-            c.queries_per_kv_head,
-            c.head_size,
-            causal=c.causal,
-            bias=c.bias,
-            qkv_bias=c.bias if c.qkv_bias is None else c.qkv_bias,
-            alibi=c.position == "alibi",
-            qk_norm=c.qk_norm,
-            norm_eps=c.norm_eps,
-            dropout=c.attention_dropout,
+            attention_config(c),
             site=self.site + 2,
             recompute_core=recompute_core,
             sequence_parallel=sequence_parallel,
-            init_std=c.init_std,
-            out_std=out_std,
             **where,
         )
         self.mlp_norm = Norm(f"{name}.mlp_norm", c.norm, c.hidden_size, c.norm_eps, partial=partial, **where)
@@ -208,6 +198,11 @@ class Transformer(nn.Module):
         frequencies = rotary_frequencies(c.head_size, c.rope_theta, c.rope_scaling) if c.position == "rope" else None
         self.frequencies: Tensor | None
         self.register_buffer("frequencies", None if frequencies is None else frequencies.to(device), persistent=False)
+        local = c.num_heads // tp.size
+        self.first_head = tp.rank * local
+        slopes = alibi_slopes(c.num_heads)[self.first_head :][:local] if c.position == "alibi" else None
+        self.slopes: Tensor | None
+        self.register_buffer("slopes", None if slopes is None else slopes.to(device), persistent=False)
 
     def _replicated(
         self, name: str, shape: tuple[int, ...], device: torch.device | str | None, dtype: torch.dtype | None
@@ -317,13 +312,22 @@ class Transformer(nn.Module):
         length = positions.shape[0]
         dtype = next(self.parameters()).dtype
         rotary = None if self.frequencies is None else rotary_table(positions, self.frequencies, dtype)
-        documents = micro_batch.get("document_ids")
-        same = None if documents is None else (documents.unsqueeze(2) == documents.unsqueeze(1)).unsqueeze(1)
         keys = None
         if self.training and (self.config.hidden_dropout or self.config.attention_dropout):
             offset = self.tp.rank * (length // self.tp.size) if self.sequence_parallel else 0
             keys = DropoutKeys(self.dropout_seed, micro_batch["sample_index"], offset)
-        return AttentionInputs(positions, rotary, same, keys, self._layout(length, positions.device))
+        documents = micro_batch.get("document_ids")
+        rules = AttentionRules(
+            causal=self.config.causal,
+            documents=None if documents is None else Documents.of_ids(documents),
+            slopes=self.slopes,
+            dropout=self.config.attention_dropout,
+            keys=keys,
+            first_head=self.first_head,
+            layout=self._layout(length, positions.device),
+        )
+        core = make_core(rules, length, self.config.head_size, positions.device, dtype)
+        return AttentionInputs(positions, core, rotary, keys)
 
     def _layout(self, length: int, device: torch.device) -> BlockLayout | None:
         """The blocks that this rank's heads compute: its slice of the whole model's, which knows no mesh."""
@@ -352,6 +356,22 @@ class Transformer(nn.Module):
     def shares_embedding(self) -> bool:
         """Whether this stage's embedding is tied to a copy on another stage."""
         return self.config.tied_embeddings and self.span.embedding != self.span.head
+
+
+def attention_config(c: ModelConfig) -> AttentionConfig:
+    """The sizes of the model's self-attention."""
+    return AttentionConfig(
+        c.hidden_size,
+        c.groups,
+        c.queries_per_kv_head,
+        c.head_size,
+        bias=c.bias,
+        qkv_bias=c.bias if c.qkv_bias is None else c.qkv_bias,
+        qk_norm=c.qk_norm,
+        norm_eps=c.norm_eps,
+        init_std=c.init_std,
+        out_std=output_std(c.init_std, c.num_layers),
+    )
 
 
 def layer_costs(m: ModelConfig, sequence_length: int) -> LayerCosts:

@@ -52,8 +52,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return torch.tensor(slopes)
 
 
-def alibi_bias(slopes: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[b, n, s, s]``: ``slope * (key position - query position)`` for positions ``[s, b]``."""
-    p = positions.t().to(torch.float32)
-    distance = p.unsqueeze(1) - p.unsqueeze(2)
-    return (slopes.to(p.device).view(1, -1, 1, 1) * distance.unsqueeze(1)).to(dtype)
+def alibi_bias(slopes: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """``[n, s, s]``: ``slope * (key - query)`` for ``slopes [n]``."""
+    places = torch.arange(length, dtype=torch.float32, device=slopes.device)
+    return (slopes.view(-1, 1, 1) * (places - places.unsqueeze(1))).to(dtype)

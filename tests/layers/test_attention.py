@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ds.layers.attention import AttentionInputs, SelfAttention
+from megatron_ds.kernels.documents import Documents
+from megatron_ds.layers.attention import AttentionConfig, AttentionInputs, SelfAttention
+from megatron_ds.layers.attention_cores import AttentionCore, AttentionRules, BlockCore, FusedCore, _bias, make_core
 from megatron_ds.layers.position import alibi_slopes, rotary_frequencies, rotary_table
 from megatron_ds.mesh import Axis
 from megatron_ds.rng import DropoutKeys, initialize_parameters, keep_mask
@@ -20,22 +22,12 @@ DOCUMENTS = torch.tensor([[0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 2, 2], [0, 1, 1
 
 
 def attention(groups: int = 2, queries: int = 2, seed: int = 1, **settings: Any) -> SelfAttention:
-    defaults = {
-        "bias": True,
-        "qkv_bias": True,
-        "alibi": False,
-        "qk_norm": False,
-        "norm_eps": 1e-5,
-        "dropout": 0.0,
-        "site": 3,
-        "recompute_core": False,
-        "tp": Axis("tp"),
-        "sequence_parallel": False,
-        "init_std": 0.4,
-        "out_std": 0.4,
-        "dtype": torch.float64,
-    }
-    layer = SelfAttention("attention", H, groups, queries, D, **{**defaults, **settings})
+    recompute, dtype = settings.pop("recompute_core", False), settings.pop("dtype", torch.float64)
+    sizes = {"bias": True, "qkv_bias": True, "qk_norm": False, "norm_eps": 1e-5, "init_std": 0.4, "out_std": 0.4}
+    config = AttentionConfig(H, groups, queries, D, **{**sizes, **settings})
+    layer = SelfAttention(
+        "attention", config, site=3, recompute_core=recompute, tp=Axis("tp"), sequence_parallel=False, dtype=dtype
+    )
     initialize_parameters(layer.parameters(), seed)
     with torch.no_grad():
         for number, parameter in enumerate(layer.parameters()):
@@ -44,13 +36,29 @@ def attention(groups: int = 2, queries: int = 2, seed: int = 1, **settings: Any)
     return layer
 
 
-def same_document() -> Tensor:
-    return (DOCUMENTS.unsqueeze(2) == DOCUMENTS.unsqueeze(1)).unsqueeze(1)
-
-
-def inputs(positions: Tensor, documents: bool, rope: bool, keys: DropoutKeys | None = None) -> AttentionInputs:
+def inputs(positions: Tensor, core: AttentionCore, rope: bool = False) -> AttentionInputs:
     rotary = rotary_table(positions, rotary_frequencies(D, 100.0), torch.float64) if rope else None
-    return AttentionInputs(positions, rotary, same_document() if documents else None, keys)
+    return AttentionInputs(positions, core, rotary)
+
+
+def rules(documents: bool = False, alibi: int = 0, dropout: float = 0.0, **settings: Any) -> AttentionRules:
+    """``alibi``: number of heads; 0: none."""
+    return AttentionRules(
+        documents=Documents.of_ids(DOCUMENTS) if documents else None,
+        slopes=alibi_slopes(alibi) if alibi else None,
+        dropout=dropout,
+        **{"keys": DropoutKeys(9, torch.arange(B)), **settings},
+    )
+
+
+def fused(rules: AttentionRules, dtype: torch.dtype = torch.float64) -> FusedCore:
+    """What a GPU would take."""
+    core = FusedCore(rules.causal, None if rules.plain else _bias(rules, S, torch.device("cpu"), dtype))
+    assert rules.plain or core.bias is not None
+    return core
+
+
+CORES = {"blocks": BlockCore, "fused": fused}
 
 
 def loop(layer: SelfAttention, x: Tensor, positions: Tensor, documents: Tensor, alibi: bool, rope: bool) -> Tensor:
@@ -106,11 +114,13 @@ def positions_of(documents: bool) -> Tensor:
 @pytest.mark.parametrize("groups, queries", [(3, 1), (2, 2), (1, 4)])
 @pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
 @pytest.mark.parametrize("kind", ["none", "rope", "alibi", "qk_norm"])
-def test_equals_a_loop(kind: str, documents: bool, groups: int, queries: int) -> None:
-    layer = attention(groups, queries, alibi=kind == "alibi", qk_norm=kind == "qk_norm")
+@pytest.mark.parametrize("core", CORES)
+def test_equals_a_loop(core: str, kind: str, documents: bool, groups: int, queries: int) -> None:
+    layer = attention(groups, queries, qk_norm=kind == "qk_norm")
     x, positions = activations(), positions_of(documents)
     rope = kind in ("rope", "qk_norm")
-    got = layer(x, inputs(positions, documents, rope))
+    what = rules(documents, groups * queries if kind == "alibi" else 0)
+    got = layer(x, inputs(positions, CORES[core](what), rope))
     ids = DOCUMENTS if documents else torch.zeros(B, S, dtype=torch.long)
     want = loop(layer, x, positions, ids, kind == "alibi", rope)
     # Rotary angles are fp32.
@@ -118,12 +128,14 @@ def test_equals_a_loop(kind: str, documents: bool, groups: int, queries: int) ->
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("alibi", [False, True])
-def test_no_gradient_from_the_future_or_another_document(alibi: bool, dropout: float) -> None:
-    layer = attention(alibi=alibi, dropout=dropout)
+@pytest.mark.parametrize("alibi", [0, 4])
+@pytest.mark.parametrize("core", CORES)
+def test_no_gradient_from_the_future_or_another_document(core: str, alibi: int, dropout: float) -> None:
+    if dropout and core == "fused":
+        assert isinstance(make_core(rules(True, alibi, dropout), S, D, torch.device("cuda"), torch.float32), BlockCore)
+        return
     x = activations().requires_grad_()
-    keys = DropoutKeys(1, torch.arange(B))
-    out = layer(x, inputs(positions_of(True), True, False, keys))
+    out = attention()(x, inputs(positions_of(True), CORES[core](rules(True, alibi, dropout))))
     for sample, query in product(range(B), range(S)):
         (grad,) = torch.autograd.grad(out[query, sample].sum(), x, retain_graph=True)
         reached = grad.abs().sum(-1)  # [s, b]
@@ -137,13 +149,12 @@ def test_no_gradient_from_the_future_or_another_document(alibi: bool, dropout: f
 def test_dropout_of_probabilities_is_keys_and_scale() -> None:
     """With values that are one-hot in the key, the output shows the dropped probabilities themselves."""
     s, p = 4, 0.4
-    layer = attention(1, 1, dropout=p)
     q = torch.zeros(s, 1, 1, s, dtype=torch.float64)  # equal scores: probabilities 1 / (t + 1)
     v = torch.eye(s, dtype=torch.float64).view(s, 1, 1, s)
     out = []
     for sample in range(400):
-        keys = DropoutKeys(1, torch.tensor([sample]))
-        out.append(layer._core(q, q, v, AttentionInputs(torch.arange(s).view(s, 1), keys=keys)).view(s, s))
+        core = BlockCore(AttentionRules(dropout=p, keys=DropoutKeys(1, torch.tensor([sample]))))
+        out.append(core.attend(q, q, v, 3).view(s, s))
     seen = torch.stack(out)
     for query, key in product(range(s), range(s)):
         values = seen[:, query, key].unique()
@@ -159,12 +170,12 @@ def test_dropout_of_probabilities_is_keys_and_scale() -> None:
 def test_scores_that_fp16_cannot_hold(dtype: torch.dtype) -> None:
     """64 products of 100 x 100: 640,000, and 80,000 after the scale; fp16 ends at 65,504."""
     s, d = 6, 64
-    layer = attention(1, 1, dropout=0.3)
+    core = BlockCore(AttentionRules(dropout=0.3, keys=DropoutKeys(1, torch.arange(1))))
     q = torch.full((s, 1, 1, d), 100.0, dtype=dtype, requires_grad=True)
     v = torch.linspace(0.0, 1.0, s * d).view(s, 1, 1, d)
     results = []
     for given in ((q, q, v.to(dtype)), (q.double(), q.double(), v.to(dtype).double())):
-        out = layer._core(*given, AttentionInputs(torch.arange(s).view(s, 1), keys=DropoutKeys(1, torch.arange(1))))
+        out = core.attend(*given)
         (gradient,) = torch.autograd.grad(out.double().sum(), q)
         results.append((out.double(), gradient.isfinite().all()))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=4 * torch.finfo(dtype).eps)
@@ -172,19 +183,19 @@ def test_scores_that_fp16_cannot_hold(dtype: torch.dtype) -> None:
 
 
 def test_without_dropout_keys_nothing_is_dropped() -> None:
-    layer, x = attention(dropout=0.5), activations()
-    torch.testing.assert_close(
-        layer(x, inputs(positions_of(False), False, False)), attention()(x, inputs(positions_of(False), False, False))
-    )
+    layer, x = attention(), activations()
+    outs = [layer(x, inputs(positions_of(False), BlockCore(r))) for r in (rules(dropout=0.5, keys=None), rules())]
+    assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_recomputation_gives_the_same_bits(dropout: float) -> None:
     results = []
     for recompute in (False, True):
-        layer = attention(dropout=dropout, recompute_core=recompute)
+        layer = attention(recompute_core=recompute)
         x = activations().requires_grad_()
-        layer(x, inputs(positions_of(True), True, True, DropoutKeys(9, torch.arange(B)))).square().sum().backward()
+        core = BlockCore(rules(True, dropout=dropout))
+        layer(x, inputs(positions_of(True), core, True)).square().sum().backward()
         results.append([x.grad, *(p.grad for p in layer.parameters())])
     assert all(a is not None and torch.equal(a, b) for a, b in zip(*results))
 
@@ -193,15 +204,15 @@ def test_recomputation_frees_the_scores() -> None:
     """What is kept for the backward pass holds no ``[s, s]`` tensor."""
     sizes = {}
     for recompute in (False, True):
-        layer, kept = attention(dropout=0.1, recompute_core=recompute), []
+        layer, kept = attention(recompute_core=recompute), []
 
         def keep(tensor: Tensor, kept: list[Tensor] = kept) -> Tensor:
             kept.append(tensor)
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            layer(activations(), inputs(positions_of(False), False, False, DropoutKeys(9, torch.arange(B))))
-        sizes[recompute] = sum(tuple(tensor.shape[-2:]) == (S, S) for tensor in kept)
+            layer(activations(), inputs(positions_of(False), BlockCore(rules(dropout=0.1))))
+        sizes[recompute] = sum(tuple(tensor.shape[-1:]) == (S,) for tensor in kept)
     assert sizes[False] > 0 and sizes[True] == 0
 
 
@@ -210,21 +221,36 @@ def test_dropout_decisions_are_keyed_by_global_head_and_key() -> None:
     s, b, p, site = 5, 2, 0.4, 3
     keys = DropoutKeys(1, torch.tensor([7, 8]))
     v = torch.eye(s, dtype=torch.float64).view(s, 1, 1, s).expand(s, b, 2, s)
-    for rank in (0, 1):
-        layer = attention(4, 1, dropout=p, site=site, tp=Axis("tp", rank, 2, None, (0, 1)))
-        got = layer._core(torch.zeros_like(v), torch.zeros_like(v), v, AttentionInputs(torch.zeros(s, b), keys=keys))
+    for first_head in (0, 2):
+        core = BlockCore(AttentionRules(dropout=p, keys=keys, first_head=first_head))
+        got = core.attend(torch.zeros_like(v), torch.zeros_like(v), v, site)
         for query, sample, head, key in product(range(s), range(b), range(2), range(s)):
             row = keys.row_keys(site, 1, query)[0, sample]
-            kept = key <= query and keep_mask(row, torch.tensor([(2 * rank + head) * s + key]), p).item()
+            kept = key <= query and keep_mask(row, torch.tensor([(first_head + head) * s + key]), p).item()
             assert (got.view(s, b, 2, s)[query, sample, head, key] != 0).item() == kept
 
 
-@pytest.mark.parametrize("settings", [{}, {"alibi": True}, {"dropout": 0.3}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"alibi": 4}, {"dropout": 0.3}, {"qk_norm": True}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_a_batch_of_nothing(dtype: torch.dtype, settings: dict[str, Any]) -> None:
-    layer = attention(**settings, dtype=dtype)
+    layer = attention(qk_norm=settings.get("qk_norm", False), dtype=dtype)
     x = torch.empty(S, 0, H, dtype=dtype, requires_grad=True)
-    out = layer(x, AttentionInputs(torch.empty(S, 0), keys=DropoutKeys(1, torch.arange(0))))
+    what = rules(**{k: v for k, v in settings.items() if k != "qk_norm"}, keys=DropoutKeys(1, torch.arange(0)))
+    out = layer(x, AttentionInputs(torch.empty(S, 0), make_core(what, S, D, torch.device("cpu"), dtype)))
     assert out.shape == x.shape
     out.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+
+
+def test_which_core_is_made() -> None:
+    """On a CPU blocks of queries, but for long rows in fp32; on a GPU they serve dropout alone."""
+    cpu, gpu, fp32, bf16 = torch.device("cpu"), torch.device("cuda"), torch.float32, torch.bfloat16
+    plain, dropping = rules(), rules(dropout=0.1)
+    documents = AttentionRules(documents=Documents.of_ids(torch.zeros(1, 1024, dtype=torch.int64)))
+    assert isinstance(make_core(plain, 256, 64, cpu, fp32), BlockCore)
+    assert isinstance(make_core(plain, 1024, 64, cpu, fp32), FusedCore)
+    assert isinstance(make_core(plain, 1024, 64, cpu, bf16), BlockCore)
+    assert isinstance(make_core(rules(causal=False), 256, 64, cpu, fp32), FusedCore)
+    assert isinstance(make_core(documents, 1024, 64, cpu, fp32), BlockCore)
+    assert isinstance(make_core(dropping, 1024, 64, gpu, bf16), BlockCore)
+    assert make_core(plain, 256, 64, gpu, bf16) == FusedCore(causal=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_ds import comm
 from megatron_ds.kernels import block_patterns
-from megatron_ds.kernels.causal_attention import causal_attention
+from megatron_ds.kernels.block_attention import block_attention
 from megatron_ds.kernels.norm import layer_norm
 from megatron_ds.kernels.sparse_attention import sparse_attention
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear, lookup
@@ -43,7 +43,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "column linear": linear(ColumnParallelLinear),
     "row linear": linear(RowParallelLinear),
     "lookup": lambda x: lookup(torch.zeros(3, dtype=torch.int64), x.view(S, H)),
-    "causal attention": lambda x: causal_attention(*[heads(x, (0, 1, 2, 3))] * 3),
+    "block attention": lambda x: block_attention(*[heads(x, (0, 1, 2, 3))] * 3, causal=True),
     "sparse attention": lambda x: sparse_attention(*[heads(x, (1, 2, 0, 3))] * 3, LAYOUT),
     "linear cross entropy": lambda x: linear_cross_entropy(
         x, torch.eye(H).requires_grad_(), LABELS, MASK, vocab_size=H, tp=ALONE

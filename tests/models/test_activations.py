@@ -52,6 +52,8 @@ def stored(config: RunConfig, span: StageSpan) -> int:
         "loss_mask": torch.ones(shape, dtype=torch.bool),
         "sample_index": torch.arange(shape[0]),
     }
+    if config.data.document_masking:
+        batch["document_ids"] = torch.arange(shape[1]).repeat(shape[0], 1) // 80
     known = {t.untyped_storage().data_ptr() for t in (*stage.parameters(), *stage.buffers(), *batch.values())}
     found: dict[int, torch.Tensor] = {}  # which keeps them alive, so that no address comes twice
 
@@ -76,7 +78,10 @@ CASES = [
     ({"hidden_dropout": 0.1}, "none", "fp32", 64),
     ({"attention_dropout": 0.1}, "none", "fp32", 64),
     ({"attention_dropout": 0.1}, "none", "bf16", 64),
+    ({"attention_dropout": 0.1}, "none", "fp32", 192),
     ({"position": "alibi", "embedding_norm": True}, "none", "fp32", 64),
+    ({"position": "alibi"}, "none", "fp32", 192),
+    ({**GQA, "attention_dropout": 0.1}, "none", "bf16", 192),
     ({"qk_norm": True}, "none", "fp32", 64),
     ({**GQA, "qk_norm": True}, "selective", "fp32", 192),
 ]  # fmt: skip
@@ -96,6 +101,17 @@ def test_the_estimate_is_what_autograd_keeps(
         measured += 2 * 2 * length * config.model.head_size * DTYPES[dtype].itemsize
     assert measured == pytest.approx(estimate.stored, rel=0.1)
     assert mode != "none" or (estimate.stored, estimate.recompute_peak) == (estimate.no_recompute, 0)
+
+
+def test_documents_keep_no_bias() -> None:
+    """Beside what is kept without them there are their bounds alone, at most; at 512 tokens a bias would be 4 MB."""
+    config = configuration({"max_positions": 512}, length=512)
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"document_masking": True, "synthetic": False, "prefix": "x"})}
+    )
+    activations = gpt_model(config).activations
+    assert activations is not None
+    assert stored(config, MIDDLE) == pytest.approx(activations(MIDDLE, 1, "cpu").stored, rel=0.1)
 
 
 def kept_by_each(configs: list[RunConfig]) -> list[int]:

@@ -9,6 +9,7 @@ import torch
 
 from megatron_ds.config import ModelConfig
 from megatron_ds.layers.attention import AttentionInputs
+from megatron_ds.layers.attention_cores import AttentionRules, BlockCore
 from megatron_ds.models.gpt import GPT, Block
 from megatron_ds.rng import DropoutKeys, keep_mask
 
@@ -23,7 +24,7 @@ def test_a_block_with_dropout_is_the_sum_of_its_parts(settings: dict[str, Any]) 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 2, 8, generator=generator, dtype=torch.float64)
     keys = DropoutKeys(7, torch.tensor([11, 12]))
-    inputs = AttentionInputs(torch.arange(5).unsqueeze(1).expand(5, 2), keys=keys)
+    inputs = AttentionInputs(torch.arange(5).unsqueeze(1).expand(5, 2), BlockCore(AttentionRules()), keys=keys)
 
     def dropped(y: torch.Tensor, site: int) -> torch.Tensor:
         kept = keep_mask(keys.row_keys(site, 5, 0), torch.arange(8), 0.4)
@@ -48,7 +49,7 @@ def test_a_block_with_dropout_compiles_whole_and_drops_the_same() -> None:
         compiled = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
         for seed, samples in ((7, [11, 12]), (8, [11, 12]), (9, [13, 12])):
             keys = DropoutKeys(seed, torch.tensor(samples))
-            inputs = AttentionInputs(torch.arange(5).unsqueeze(1).expand(5, 2), keys=keys)
+            inputs = AttentionInputs(torch.arange(5).unsqueeze(1).expand(5, 2), BlockCore(AttentionRules()), keys=keys)
             want = block(x, inputs)
             torch.testing.assert_close(compiled(x, inputs), want, rtol=0, atol=1e-13)
             results.append(want)

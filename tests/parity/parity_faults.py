@@ -200,13 +200,8 @@ def dropout_by_local_position() -> AbstractContextManager[Any]:
 
 
 def dropout_by_local_head() -> AbstractContextManager[Any]:
-    init = attention.SelfAttention.__init__
-
-    def local(layer: attention.SelfAttention, *arguments: Any, **keywords: Any) -> None:
-        init(layer, *arguments, **keywords)
-        layer.first_head = 0
-
-    return patch.object(attention.SelfAttention, "__init__", local)
+    rules = transformer.AttentionRules
+    return patch.object(transformer, "AttentionRules", lambda **settings: rules(**{**settings, "first_head": 0}))
 
 
 def dropout_by_local_sample() -> AbstractContextManager[Any]:
@@ -218,12 +213,12 @@ def dropout_by_local_sample() -> AbstractContextManager[Any]:
 
 
 def slopes_of_the_first_heads() -> AbstractContextManager[Any]:
-    slopes = attention.alibi_slopes
+    slopes = transformer.alibi_slopes
 
     def local(num_heads: int) -> Tensor:
         return slopes(num_heads // 2).repeat(2)
 
-    return patch.object(attention, "alibi_slopes", local)
+    return patch.object(transformer, "alibi_slopes", local)
 
 
 def stale_activation() -> AbstractContextManager[Any]:

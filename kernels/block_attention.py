@@ -1,0 +1,274 @@
+"""Attention by blocks of queries, in plain torch: memory grows with the sequence and not with its square.
+
+One block of queries at a time is multiplied with all the keys it may see. Causality, documents, ALiBi and dropout are
+applied to the block's scores, and no larger score matrix or mask is ever made. Key/value heads are not repeated: the
+queries of a group are rows of one matmul.
+
+On a CPU this is also the fast way: torch's own kernel (the flash one behind ``scaled_dot_product_attention``) computes
+its tiles at a fraction of the matmul rate, in bf16 more slowly than in fp32.
+
+Shapes: ``s`` sequence, ``b`` batch, ``n`` query heads, ``g`` key/value heads, ``d`` head dim; of one tile ``B``
+samples, ``Q`` queries and ``K`` keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ds.kernels.autograd import first_derivative_only
+from megatron_ds.kernels.documents import Documents
+from megatron_ds.kernels.dropout import keep_mask
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """Dropout of attention probabilities, decided by counters as in :mod:`.dropout`.
+
+    Attributes:
+        p: probability of dropping an element; those kept are scaled by ``1 / (1 - p)``.
+        row_keys: ``[s, b]`` int32, one for each query and sample.
+        first_head: number of this rank's first head in the whole model. Within a row an element is (global head, key).
+    """
+
+    p: float
+    row_keys: Tensor
+    first_head: int = 0
+
+
+def keeps_probabilities(length: int, head_dim: int) -> bool:
+    """Whether probabilities stay for the backward pass: where a row of them is no longer than an MLP's activations."""
+    return length <= 4 * head_dim
+
+
+def block_size(device: torch.device) -> int:
+    """Queries a block. On a CPU smaller blocks skip more of what lies above the diagonal, larger ones multiply at a
+    better rate; on a GPU the number of launches counts."""
+    return 64 if device.type == "cpu" else 512
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    documents: Documents | None = None,
+    slopes: Tensor | None = None,
+    dropout: Dropout | None = None,
+) -> Tensor:
+    """``dropout(softmax(q k^T / sqrt(d) + bias)) v`` over the keys that a query may see.
+
+    Scores are rounded to the inputs' dtype before the softmax, which computes in fp32; those of fp16, which ends at
+    65,504, are fp32 themselves. Where :func:`keeps_probabilities` says no, the backward pass computes them again.
+
+    Args:
+        q: ``[s, b, n, d]``, any strides.
+        k, v: ``[s, b, g, d]``, any strides; query head ``h`` uses key/value head ``h // (n / g)``.
+        causal: whether a query sees itself and those before it only.
+        documents: a query sees its own document only.
+        slopes: ``[n]`` ALiBi slopes (Press et al. 2021): the bias is ``slope * (key - query)``.
+
+    Returns:
+        ``[s, b, n * d]``.
+    """
+    starts, ends = (None, None) if documents is None else (documents.starts, documents.ends)
+    p, row_keys, first_head = (0.0, None, 0) if dropout is None else (dropout.p, dropout.row_keys, dropout.first_head)
+    out: Tensor = _BlockAttention.apply(q, k, v, starts, ends, slopes, row_keys, p, first_head, causal)
+    return out
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Some consecutive queries of some consecutive samples, and the consecutive keys that they may see.
+
+    Attributes:
+        crosses: whether the queries are, or may be, of more than one document.
+    """
+
+    samples: slice
+    queries: slice
+    keys: slice
+    crosses: bool
+
+    def of(self, tensor: Tensor, batch: int, places: slice) -> Tensor:
+        """``[b * heads, s, d] -> [B * heads, len(places), d]``, a view."""
+        heads = tensor.shape[0] // max(1, batch)
+        return tensor[self.samples.start * heads : self.samples.stop * heads, places]
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """How scores become probabilities, in the forward pass and again in the backward pass."""
+
+    shape: torch.Size  # of q
+    starts: Tensor | None
+    ends: Tensor | None
+    slopes: Tensor | None
+    row_keys: Tensor | None
+    p: float
+    first_head: int
+    causal: bool
+
+    def tiles(self, device: torch.device) -> Iterator[_Tile]:
+        """From the first queries to the last."""
+        s, b, size = *self.shape[:2], block_size(device)
+        if self.starts is None or self.ends is None or device.type != "cpu":
+            for start in range(0, s, size):
+                end = min(start + size, s)
+                keys = slice(0, end if self.causal else s)
+                yield _Tile(slice(0, b), slice(start, end), keys, self.starts is not None)
+            return
+        # The bounds are at hand, so keys that no query of a tile may see are left out.
+        last = [min(start + size, s) - 1 for start in range(0, s, size)]
+        bounds = zip(self.starts[:, ::size].tolist(), self.starts[:, last].tolist(), self.ends[:, last].tolist())
+        for sample, row in enumerate(bounds):
+            for start, first_key, last_start, last_end in zip(range(0, s, size), *row):
+                end = min(start + size, s)
+                keys = slice(first_key, end if self.causal else last_end)
+                yield _Tile(slice(sample, sample + 1), slice(start, end), keys, last_start != first_key)
+
+    def probabilities(self, queries: Tensor, keys: Tensor, tile: _Tile) -> Tensor:
+        """``[B * g, n / g * Q, K]`` of grouped queries and of keys from :func:`_for_scores`. Negative: dropped."""
+        dtype = queries.dtype
+        scores = queries.to(keys.dtype) @ keys.transpose(1, 2)
+        b, size, seen = (part.stop - part.start for part in (tile.samples, tile.queries, tile.keys))
+        by_head = scores.view(b, self.shape[2], size, seen)
+        if self.slopes is not None:
+            wide = torch.promote_types(dtype, torch.float32)
+            by_head = by_head.to(wide).add_(self.slopes.to(wide).view(-1, 1, 1) * self._distances(tile).to(wide))
+        # Adding -inf is one vectorised pass; masked_fill is not.
+        if self.causal:
+            own = by_head[..., tile.queries.start - tile.keys.start :]
+            own += own.new_full((size, size), float("-inf")).triu_(1)
+        if tile.crosses:
+            by_head += self._other_documents(tile, by_head.dtype)
+        probabilities = by_head.softmax(-1).to(dtype)
+        if self.row_keys is not None:
+            probabilities = torch.where(self._kept(tile, self.row_keys), probabilities, -probabilities)
+        return probabilities.view(scores.shape)
+
+    def _distances(self, tile: _Tile) -> Tensor:
+        """``[Q, K]`` key minus query."""
+        device = None if self.slopes is None else self.slopes.device
+        queries, keys = (torch.arange(p.start, p.stop, device=device) for p in (tile.queries, tile.keys))
+        return keys - queries.unsqueeze(1)
+
+    def _other_documents(self, tile: _Tile, dtype: torch.dtype) -> Tensor:
+        """``[B, 1, Q, K]``: -inf where the key is of another document than the query, else 0."""
+        assert self.starts is not None and self.ends is not None
+        starts, ends = (t[tile.samples, tile.queries].unsqueeze(-1) for t in (self.starts, self.ends))
+        keys = torch.arange(tile.keys.start, tile.keys.stop, device=starts.device)
+        outside = keys < starts if self.causal else (keys < starts) | (keys >= ends)
+        return torch.zeros(outside.shape, dtype=dtype, device=keys.device).masked_fill_(outside, float("-inf"))[:, None]
+
+    def _kept(self, tile: _Tile, row_keys: Tensor) -> Tensor:
+        """``[B, n, Q, K]`` bool: the elements that dropout keeps."""
+        s, _, n, _ = self.shape
+        rows = row_keys.t()[tile.samples, None, tile.queries].expand(-1, n, -1).contiguous()
+        heads = torch.arange(self.first_head, self.first_head + n, device=rows.device)
+        keys = torch.arange(tile.keys.start, tile.keys.stop, device=rows.device)
+        return keep_mask(rows, (keys + heads.unsqueeze(1) * s).unsqueeze(1), self.p)
+
+    def dropped(self, probabilities: Tensor) -> Tensor:
+        """What the values are multiplied with."""
+        return probabilities if self.row_keys is None else probabilities.relu().mul_(1.0 / (1.0 - self.p))
+
+    def before_dropout(self, grad: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the probabilities, and they themselves, from the gradient of :meth:`dropped`."""
+        if self.row_keys is None:
+            return grad, probabilities
+        return grad.mul_((probabilities > 0).to(grad.dtype)).mul_(1.0 / (1.0 - self.p)), probabilities.abs()
+
+
+class _BlockAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rules: Any) -> Tensor:
+        s, b, n, d = q.shape
+        ctx.scale, ctx.scores, ctx.group = 1.0 / math.sqrt(d), _Scores(q.shape, *rules), n // k.shape[2]
+        # The scale goes into the queries, the smallest tensor it can go into.
+        queries, keys, values = _heads(q).mul_(ctx.scale), _heads(k), _heads(v)
+        out = q.new_empty(s, b, n, d)
+        by_head = out.permute(1, 2, 0, 3)  # [b, n, s, d]
+        kept, wide_keys = [], _for_scores(keys)
+        for tile in ctx.scores.tiles(q.device):
+            own = _grouped(tile.of(queries, b, tile.queries), ctx.group)
+            probabilities = ctx.scores.probabilities(own, tile.of(wide_keys, b, tile.keys), tile)
+            part = ctx.scores.dropped(probabilities) @ tile.of(values, b, tile.keys)
+            by_head[tile.samples, :, tile.queries] = part.view(-1, n, own.shape[1] // ctx.group, d)
+            if keeps_probabilities(s, d):
+                kept.append(probabilities)
+        ctx.save_for_backward(queries, keys, values, *kept)
+        return out.view(s, b, n * d)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, values, *kept = ctx.saved_tensors
+        (s, b, n, d), group = ctx.scores.shape, ctx.group
+        grad = _heads(grads[0].view(s, b, n, d))
+        grad_q = grad.new_empty(s, b, n, d)
+        grad_queries = grad_q.permute(1, 2, 0, 3)
+        grad_keys, grad_values = _SumOfTiles(keys), _SumOfTiles(values)
+        wide_keys = keys if kept else _for_scores(keys)
+        # The last tile comes first: where it sees all keys, it begins the sums.
+        for number, tile in reversed(list(enumerate(ctx.scores.tiles(keys.device)))):
+            own, own_grad = (_grouped(tile.of(t, b, tile.queries), group) for t in (queries, grad))
+            seen = tile.of(keys, b, tile.keys)
+            p = kept[number] if kept else ctx.scores.probabilities(own, tile.of(wide_keys, b, tile.keys), tile)
+            grad_values.add(tile, b, ctx.scores.dropped(p).transpose(1, 2), own_grad)
+            grad_p, p = ctx.scores.before_dropout(own_grad @ tile.of(values, b, tile.keys).transpose(1, 2), p)
+            grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+            part = (grad_scores @ seen).mul_(ctx.scale)
+            grad_queries[tile.samples, :, tile.queries] = part.view(-1, n, own.shape[1] // group, d)
+            grad_keys.add(tile, b, grad_scores.transpose(1, 2), own)
+        grad_k, grad_v = (t.whole().view(b, n // group, s, d).permute(2, 0, 1, 3) for t in (grad_keys, grad_values))
+        return grad_q, grad_k, grad_v, *[None] * 7
+
+
+class _SumOfTiles:
+    """The gradient of keys or values ``like [b * g, s, d]``: a sum of products over tiles, in fp32 at least."""
+
+    def __init__(self, like: Tensor):
+        self.like = like
+        self.total: Tensor | None = None
+
+    def add(self, tile: _Tile, batch: int, left: Tensor, right: Tensor) -> None:
+        """Add ``left @ right`` (``[B * g, K, rows] @ [B * g, rows, d]``) to the tile's keys."""
+        dtype = torch.promote_types(self.like.dtype, torch.float32)
+        if self.total is None:
+            if (left.shape[0], left.shape[1]) == self.like.shape[:2]:
+                self.total = (left @ right).to(dtype)
+                return
+            self.total = torch.zeros_like(self.like, dtype=dtype)
+        own = tile.of(self.total, batch, tile.keys)
+        if own.dtype == left.dtype:
+            own.baddbmm_(left, right)
+        else:
+            own.add_(left @ right)
+
+    def whole(self) -> Tensor:
+        return torch.zeros_like(self.like) if self.total is None else self.total.to(self.like.dtype)
+
+
+def _heads(tensor: Tensor) -> Tensor:
+    """``[s, b, heads, d] -> [b * heads, s, d]``, a new contiguous tensor."""
+    s, b, heads, d = tensor.shape
+    new = tensor.new_empty(b, heads, s, d)
+    new.copy_(tensor.permute(1, 2, 0, 3))
+    return new.view(b * heads, s, d)
+
+
+def _grouped(tile: Tensor, group: int) -> Tensor:
+    """``[B * n, Q, d] -> [B * g, n / g * Q, d]``: the queries of a key/value head as rows of one matrix."""
+    return tile if group == 1 else tile.reshape(tile.shape[0] // group, group * tile.shape[1], tile.shape[2])
+
+
+def _for_scores(keys: Tensor) -> Tensor:
+    """The keys in the dtype that scores are computed in."""
+    return keys.float() if keys.dtype == torch.float16 else keys

@@ -1,0 +1,154 @@
+"""Attention cores: what happens to queries, keys and values, apart from the projections that make them.
+
+A core is made once a micro-batch, by :func:`make_core`, and serves all layers of a stage: it holds what they share
+(document bounds, ALiBi biases, a sparse layout) and knows no layer.
+
+Shapes: ``s`` sequence, ``b`` batch, ``n`` heads and ``g`` key/value heads on this rank, ``d`` head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ds.errors import ConfigError
+from megatron_ds.kernels.block_attention import Dropout, block_attention, keeps_probabilities
+from megatron_ds.kernels.block_layout import BlockLayout
+from megatron_ds.kernels.documents import Documents
+from megatron_ds.kernels.sparse_attention import sparse_attention
+from megatron_ds.layers.position import alibi_bias
+from megatron_ds.rng import DropoutKeys
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+class AttentionCore(Protocol):
+    """``softmax(q k^T / sqrt(d)) v`` over the keys that a query sees."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: int = 0) -> Tensor:
+        """``q [s, b, n, d]``, ``k, v [s, b, g, d]``, any strides -> ``[s, b, n * d]``.
+
+        Query head ``h`` uses key/value head ``h // (n / g)``. ``site`` is the number of this attention among the
+        model's dropouts.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class AttentionRules:
+    """Which keys a query sees, how scores are biased and which probabilities are dropped.
+
+    Attributes:
+        causal: a query sees itself and those before it only.
+        documents: a query sees its own document only.
+        slopes: ``[n]`` ALiBi slopes of this rank's heads.
+        dropout: probability of dropping a probability, with ``keys``; without them nothing is dropped.
+        first_head: number of this rank's first head in the whole model.
+        layout: the blocks that this rank's heads compute, in place of all other rules.
+    """
+
+    causal: bool = True
+    documents: Documents | None = None
+    slopes: Tensor | None = None
+    dropout: float = 0.0
+    keys: DropoutKeys | None = None
+    first_head: int = 0
+    layout: BlockLayout | None = None
+
+    @property
+    def drops(self) -> bool:
+        return self.dropout > 0.0 and self.keys is not None
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing but causality is asked for."""
+        return self.slopes is None and self.documents is None and not self.drops
+
+
+def make_core(
+    rules: AttentionRules, length: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> AttentionCore:
+    """The core for queries of ``length`` tokens.
+
+    On a CPU the fused kernel of torch is the fastest for long sequences in fp32 under no rule but causality, and
+    blocks of queries are for the rest; only they need no ``[s, s]`` matrix. On a GPU they serve dropout, whose
+    decisions a fused kernel makes in ways that depend on the mesh.
+    """
+    if rules.layout is not None:
+        if not rules.plain:
+            raise ConfigError(
+                "block-sparse attention has no ALiBi, document masks or attention dropout: a layout is the same "
+                "for every sample; use rotary or learned positions, no document_ids and attention_dropout=0"
+            )
+        return SparseCore(rules.layout)
+    on_cpu = device.type == "cpu"
+    faster = on_cpu and rules.causal and (dtype in HALF or keeps_probabilities(length, head_dim))
+    if rules.drops or faster or (on_cpu and not rules.plain):
+        return BlockCore(rules)
+    bias = None if rules.plain else _bias(rules, length, device, dtype)
+    return FusedCore(rules.causal, bias)
+
+
+@dataclass(frozen=True)
+class FusedCore:
+    """Torch's fused kernel, with a bias where there are other rules than causality.
+
+    Attributes:
+        bias: ``[b or 1, n or 1, s, s]`` added to the scores, -inf where a query does not see the key; else None.
+    """
+
+    causal: bool
+    bias: Tensor | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: int = 0) -> Tensor:
+        s, b, n, d = q.shape
+        # Of the GPU's kernels only those for half precision without a bias group queries themselves.
+        groups = q.device.type == "cpu" or (q.dtype in HALF and self.bias is None)
+        if n > k.shape[2] and not groups:
+            k, v = (t.repeat_interleave(n // t.shape[2], dim=2) for t in (k, v))
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+        causal = self.causal and self.bias is None
+        out = F.scaled_dot_product_attention(q, k, v, self.bias, is_causal=causal, enable_gqa=n > k.shape[1])
+        return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
+
+
+@dataclass(frozen=True)
+class BlockCore:
+    """One block of queries at a time against the keys that it sees; keeps no ``[s, s]`` matrix."""
+
+    rules: AttentionRules
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: int = 0) -> Tensor:
+        r = self.rules
+        dropout = None
+        if r.dropout > 0.0 and r.keys is not None:
+            # The sequence is whole here, so rows start at position 0.
+            dropout = Dropout(r.dropout, r.keys.row_keys(site, q.shape[0], 0), r.first_head)
+        return block_attention(q, k, v, causal=r.causal, documents=r.documents, slopes=r.slopes, dropout=dropout)
+
+
+@dataclass(frozen=True)
+class SparseCore:
+    """The live blocks of a layout and no others."""
+
+    layout: BlockLayout
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: int = 0) -> Tensor:
+        s, b, n, d = q.shape
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))
+        return sparse_attention(q, k, v, self.layout).permute(2, 0, 1, 3).reshape(s, b, n * d)
+
+
+def _bias(rules: AttentionRules, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """``[b or 1, n or 1, s, s]``: ALiBi, and -inf where a query does not see the key."""
+    seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=device)
+    if rules.causal:
+        seen = seen.tril()
+    if rules.documents is not None:
+        seen = seen & rules.documents.same()
+    zero = torch.zeros((), dtype=dtype, device=device)
+    return torch.where(seen, zero if rules.slopes is None else alibi_bias(rules.slopes, length, dtype), float("-inf"))
