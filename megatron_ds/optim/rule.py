@@ -27,10 +27,12 @@ class RuleGroup:
     Attributes:
         number: of the rule that updates them, among several.
         kinds: names of the state tensors that it keeps for each of them, each of the parameter's shape.
+        whole: an update needs all of a parameter, so that none is cut between ranks. Else it is elementwise.
     """
 
     number: int = 0
     kinds: tuple[str, ...] = ()
+    whole: bool = False
 
 
 STATELESS = RuleGroup()
@@ -41,8 +43,9 @@ STATELESS = RuleGroup()
 class OptimizerSegment:
     """One 1-D range of master weights with its gradient and its state, all views of flat buffers.
 
-    ``state`` has one tensor for each of the group's kinds, zero at the start of a run. ``name`` and ``start`` say of
-    which parameter, and from which of its elements on, it is the range.
+    Where the group's updates are of whole parameters, it is all of one, in its shape. ``state`` has one tensor for each
+    of the group's kinds, zero at the start of a run. ``name`` and ``start`` say of which parameter, and from which of
+    its elements on, it is the range.
     """
 
     master: torch.Tensor

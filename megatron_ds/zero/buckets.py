@@ -5,7 +5,8 @@ their gradients, and packed into buckets of about ``bucket_bytes`` of gradients.
 that are sharded over the same axes and whose gradients are summed over the same. Its size is a multiple of the number
 of shards, and rank ``r`` of the shard axis owns slice ``r`` of it, so that a parameter may lie on one rank, on several,
 or (smaller than the number of ranks) on a part of them. The part of one parameter in one slice is a :class:`Segment`:
-the unit that the optimizer and the checkpoint see.
+the unit that the optimizer and the checkpoint see. Where an update needs whole matrices, parameters are placed so that
+each lies in one slice; slices of less are padded to the fullest.
 
 Because nothing here touches memory, the bytes of any rank of any mesh can be counted on a laptop, exactly.
 """
@@ -13,11 +14,12 @@ Because nothing here touches memory, the bytes of any rank of any mesh can be co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
+from megatron_ds.errors import ConfigError
 from megatron_ds.optim.rule import STATELESS, RuleGroup, UpdateRule
 from megatron_ds.shard import ShardSpec, real_dtype, spec_of
 
@@ -64,7 +66,7 @@ class ParameterInfo:
         Raises:
             TypeError: the parameter has no ``.shard``.
             ValueError: its shape is not the one its spec describes.
-            ConfigError: the rule does not update it.
+            ConfigError: the rule does not update it, or cannot: it needs the whole of what is sharded already.
         """
         spec = spec_of(parameter)
         shape = (*parameter.shape, 2) if parameter.is_complex() else tuple(parameter.shape)
@@ -73,6 +75,11 @@ class ParameterInfo:
                 f"{spec.name} has shape {list(shape)}, but its ShardSpec describes {list(spec.local_shape)}"
             )
         group = rule.group_of(spec.name) if rule is not None and parameter.requires_grad else STATELESS
+        if group.whole and spec.local_shape != spec.global_shape:
+            raise ConfigError(
+                f"the update of {spec.name} is of whole parameters, and a rank has {list(spec.local_shape)} of its "
+                f"{list(spec.global_shape)}; use an elementwise rule such as AdamW for it, or mesh.tp=1"
+            )
         return ParameterInfo(spec, real_dtype(parameter.dtype), parameter.requires_grad, shared, unit, stage, group)
 
 
@@ -162,7 +169,8 @@ def plan_buckets(
 
     Args:
         parameters: in registration order; each once. Frozen ones get a place only in a unit, whose memory is sharded.
-        bucket_bytes: a bucket is closed before its gradients would exceed this; a larger parameter has its own.
+        bucket_bytes: a bucket is closed before its gradients would exceed this; a larger parameter has its own. One of
+            whole parameters takes more, until there may be as much for each shard as its largest parameter.
         shards: ranks over which each bucket is sharded, or a function that says so for a key's ``sharded_over``.
     """
     shards_of = shards if callable(shards) else lambda _: shards
@@ -170,11 +178,12 @@ def plan_buckets(
     closed: list[tuple[int, BucketLayout]] = []  # with the time at which the last gradient of the bucket is due
 
     def close(key: BucketKey, time: int) -> None:
-        slots = open_slots.pop(key)
-        used = slots[-1].start + slots[-1].numel
-        count = shards_of(key.sharded_over)
-        step = ALIGN * count
-        closed.append((time, BucketLayout(key, tuple(slots), -(-used // step) * step, count)))
+        slots, count = open_slots.pop(key), shards_of(key.sharded_over)
+        if key.rule.whole:
+            slots, used = _place_whole(slots, count)
+        else:
+            used = slots[-1].start + slots[-1].numel
+        closed.append((time, BucketLayout(key, tuple(slots), _aligned(used, ALIGN * count), count)))
 
     last_time: dict[BucketKey, int] = {}
     for time, index in enumerate(reversed(range(len(parameters)))):
@@ -185,8 +194,15 @@ def plan_buckets(
         over = (info.sharded_over, reduce_over)
         key = BucketKey(info.dtype, *over, info.shared, info.unit, info.trainable, info.stage, info.rule)
         slots = open_slots.get(key, [])
-        start = -(-(slots[-1].start + slots[-1].numel) // ALIGN) * ALIGN if slots else 0
-        if slots and (start + info.numel) * state_dtype(info.dtype).itemsize > bucket_bytes:
+        start = _aligned(slots[-1].start + slots[-1].numel, ALIGN) if slots else 0
+        most = bucket_bytes / state_dtype(info.dtype).itemsize
+        if info.rule.whole:
+            most = max(
+                most,
+                shards_of(key.sharded_over)
+                * max(_aligned(numel, ALIGN) for numel in (info.numel, *(slot.numel for slot in slots))),
+            )
+        if slots and start + info.numel > most:
             close(key, last_time[key])
             start = 0
         open_slots.setdefault(key, []).append(Slot(index, info.spec, start, info.numel))
@@ -194,6 +210,26 @@ def plan_buckets(
     for key in list(open_slots):
         close(key, last_time[key])
     return tuple(layout for _, layout in sorted(closed, key=lambda item: item[0]))
+
+
+def _place_whole(slots: Sequence[Slot], shards: int) -> tuple[list[Slot], int]:
+    """The same parameters, each in one of ``shards`` equal slices; and the size of all slices together.
+
+    The largest first, each into the slice that has least: at most 4/3 of the best (Graham 1969, theorem 2).
+    """
+    ends = [0] * shards
+    placed: list[tuple[int, int, Slot]] = []  # slice, and start in it
+    for slot in sorted(slots, key=lambda slot: -slot.numel):
+        least = ends.index(min(ends))
+        placed.append((least, ends[least], slot))
+        ends[least] += _aligned(slot.numel, ALIGN)
+    size = max(ends)
+    found = [replace(slot, start=of_slice * size + start) for of_slice, start, slot in placed]
+    return sorted(found, key=lambda slot: (slot.start, slot.numel)), size * shards
+
+
+def _aligned(numel: int, to: int) -> int:
+    return -(-numel // to) * to
 
 
 def bytes_report(

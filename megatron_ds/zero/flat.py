@@ -148,12 +148,17 @@ class FlatBucket:
         rows = self.state.acquire()
         shard = self._acquire_shard()
         master = rows.pop("master", shard)
+
+        def part(row: torch.Tensor, segment: Segment) -> torch.Tensor:
+            flat = row.narrow(0, segment.offset, segment.numel)
+            return flat.view(segment.spec.local_shape) if self.layout.key.rule.whole else flat
+
         try:
             yield [
                 OptimizerSegment(
-                    master=master.narrow(0, segment.offset, segment.numel),
-                    gradient=self.gradients.shard.narrow(0, segment.offset, segment.numel),
-                    state={kind: row.narrow(0, segment.offset, segment.numel) for kind, row in rows.items()},
+                    master=part(master, segment),
+                    gradient=part(self.gradients.shard, segment),
+                    state={kind: part(row, segment) for kind, row in rows.items()},
                     weight_decay=segment.spec.weight_decay,
                     name=segment.spec.name,
                     start=segment.start,

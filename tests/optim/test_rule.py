@@ -9,8 +9,16 @@ from megatron_ds.config import OptimizerConfig
 from megatron_ds.errors import ConfigError
 from megatron_ds.optim.factory import ConfigRule
 from megatron_ds.optim.rule import RuleGroup, RulesByName
-from megatron_ds.shard import ShardSpec
+from megatron_ds.shard import ShardedDim, ShardSpec
 from megatron_ds.zero.buckets import ParameterInfo, bytes_report, plan_buckets
+
+
+class Whole(ConfigRule):
+    """Says that its updates are of whole parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(OptimizerConfig())
+        self.group = RuleGroup(whole=True)
 
 
 def parameter(name: str) -> torch.nn.Parameter:
@@ -29,6 +37,13 @@ def test_the_first_pattern_that_fits_decides_and_a_bucket_holds_one_group() -> N
     assert [[slot.spec.name for slot in layout.slots] for layout in layouts] == [["head", "b.bias"], ["body", "a.bias"]]
     assert layouts[0].key.rule == RuleGroup(1, ("momentum_buffer",))
     assert bytes_report(infos, layouts)["optimizer"] == 64 * 4 * (1 + 2)  # a half of two parameters, one and two kinds
+
+
+def test_an_update_of_whole_matrices_needs_them_whole_on_a_rank() -> None:
+    made = torch.nn.Parameter(torch.zeros(8, 4))
+    made.shard = ShardSpec("w", (16, 4), (ShardedDim(0, "tp", 0, 2),))  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"update of w is of whole parameters, .* \[8, 4\] of its \[16, 4\]; .*tp=1"):
+        ParameterInfo.of(made, rule=Whole())
 
 
 def test_a_parameter_without_a_rule_is_refused() -> None:

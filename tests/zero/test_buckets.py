@@ -17,14 +17,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 parameter_infos = st.lists(
     st.builds(
-        lambda numel, dtype, partial, trainable, shared: ParameterInfo(
-            ShardSpec("p", (numel,), reduce_over=("tp",) if partial else ()), dtype, trainable, 0 if shared else None
+        lambda numel, dtype, partial, trainable, shared, whole: ParameterInfo(
+            ShardSpec("p", (numel,), reduce_over=("tp",) if partial else ()),
+            dtype,
+            trainable,
+            0 if shared else None,
+            rule=RuleGroup(whole=whole),
         ),
         numel=st.sampled_from([0, 1, 3, 31, 32, 33, 100, 1000]),
         dtype=st.sampled_from(DTYPES),
         partial=st.booleans(),
         trainable=st.booleans(),
         shared=st.booleans(),
+        whole=st.booleans(),
     ),
     max_size=30,
 )
@@ -50,7 +55,17 @@ def test_every_element_has_one_place(infos: list[ParameterInfo], shards: int, bu
             owners[slot.start : slot.start + slot.numel] += 1
         assert owners.max() <= 1 if layout.size else True  # no overlap
         itemsize = 8 if layout.key.dtype == torch.float64 else 4
-        assert len(layout.slots) == 1 or (layout.slots[-1].start + layout.slots[-1].numel) * itemsize <= bucket_bytes
+        largest = max(-(-slot.numel // ALIGN) * ALIGN for slot in layout.slots)
+        used = sum(-(-slot.numel // ALIGN) * ALIGN for slot in layout.slots)
+        if layout.key.rule.whole:
+            assert len(layout.slots) == 1 or used <= max(bucket_bytes / itemsize + ALIGN, shards * largest)
+            # Every parameter is one rank's, and no slice has more than the mean and the largest parameter.
+            pieces = [segment.slot.parameter for rank in range(shards) for segment in layout.segments(rank)]
+            assert sorted(pieces) == sorted(slot.parameter for slot in layout.slots if slot.numel)
+            assert layout.shard_size <= used / shards + largest
+        else:
+            end = layout.slots[-1].start + layout.slots[-1].numel
+            assert len(layout.slots) == 1 or end * itemsize <= bucket_bytes
         seen = torch.zeros(layout.size)
         for rank in range(shards):
             for segment in layout.segments(rank):

@@ -252,6 +252,7 @@ def load_and_finish(setting: Setting, folder: str) -> dict[str, Tensor]:
         (Setting(3), 4, Setting(0), 1),
         (Setting(3, shard_size=2), 4, Setting(2, offload="cpu"), 2),
         (Setting(3, offload="nvme", rules="mixed"), 3, Setting(1, rules="mixed"), 2),
+        (Setting(3, offload="nvme", rules="whole"), 3, Setting(2, rules="whole"), 2),
         (Setting(1, rules="mixed"), 2, Setting(3, offload="cpu", shared_memory=False, rules="mixed"), 3),
     ],
     ids=lambda value: f"{value.stage}{value.offload}-{value.rules}" if isinstance(value, Setting) else str(value),

@@ -32,7 +32,8 @@ CASES += [
 ]
 # Rules of two kinds, at every stage and on every store.
 CASES += [
-    Case(stage, 1, "mixed", clip, bucket_mb=bucket_mb, shared_memory=shared, offload=offload)
+    Case(stage, 1, rules, clip, bucket_mb=bucket_mb, shared_memory=shared, offload=offload)
+    for rules in ("mixed", "whole")
     for (stage, offload), clip, bucket_mb, shared in zip(
         [(0, "none"), *product((1, 2, 3), ("none", "cpu", "nvme"))],
         (2.0, 0.0) * 5,

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from whole_rule import Normalized, NormalizedRule
 
 from megatron_ds import comm
 from megatron_ds.config import OffloadConfig, OptimizerConfig, PrecisionConfig, ZeroConfig
@@ -93,6 +94,8 @@ def plain(rules: str = "adamw") -> dict[str, Tensor]:
     matrices, others = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
     betas = (0.9, 0.95)
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(matrices, LR, betas, weight_decay=0.1, foreach=False)]
+    if rules == "whole":
+        optimizers = [Normalized([p for p in matrices if p.numel()], LR)]
     if rules == "adamw":
         optimizers.append(torch.optim.AdamW(others, LR, betas, weight_decay=0.0, foreach=False))
     else:
@@ -121,12 +124,15 @@ class Setting:
 
 
 def rule_of(rules: str) -> OptimizerConfig | UpdateRule:
-    """``"adamw"``, or ``"mixed"``: AdamW for matrices and SGD with momentum, at half the rate, for all else."""
+    """``"adamw"``, ``"mixed"``: AdamW for matrices and SGD with momentum, at half the rate, for all else; or
+    ``"whole"``: a rule of whole matrices, and that SGD."""
     adamw = OptimizerConfig(lr=LR, weight_decay=0.1)
     if rules == "adamw":
         return adamw
     sgd = ConfigRule(OptimizerConfig(name="sgd", momentum=0.9), lr_factor=0.5)
-    return RulesByName({"*.bias": sgd, "*norm*": sgd, "tiny": sgd, "*": ConfigRule(adamw)})
+    return RulesByName(
+        {"*.bias": sgd, "*norm*": sgd, "tiny": sgd, "*": NormalizedRule() if rules == "whole" else ConfigRule(adamw)}
+    )
 
 
 def optimizer_of(made: nn.Module, mesh: Mesh, setting: Setting) -> ZeroOptimizer:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from whole_rule import Normalized, NormalizedRule
 
 from megatron_ds import comm
 from megatron_ds.config import OffloadConfig, OptimizerConfig, PrecisionConfig, ZeroConfig
@@ -21,6 +22,7 @@ from megatron_ds.testing import device_of_rank
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 SAMPLES = 12
+WHOLE = ("inputs", "tied", "rare", "output")
 BY_SGD = ("t*d", "bias", "out*")  # the tied matrix, a vector, and a matrix; as patterns
 STEPS = 4
 
@@ -41,13 +43,16 @@ class Case:
 
     @property
     def rule(self) -> OptimizerConfig | UpdateRule:
-        """``"adamw"``, ``"sgd"``, or ``"mixed"``: SGD at twice the rate for :data:`BY_SGD`, AdamW for the others."""
+        """``"adamw"``, ``"sgd"``, ``"mixed"``: SGD at twice the rate for :data:`BY_SGD`, AdamW for the others; or
+        ``"whole"``: a rule of whole matrices for all of them but those, AdamW for the others."""
 
         def config(name: str) -> OptimizerConfig:
             return OptimizerConfig(name=name, lr=0.05, momentum=0.9, weight_decay=0.1)  # type: ignore[arg-type]
 
-        if self.optimizer != "mixed":
+        if self.optimizer in ("adamw", "sgd"):
             return config(self.optimizer)
+        if self.optimizer == "whole":
+            return RulesByName({**dict.fromkeys(WHOLE, NormalizedRule()), "*": ConfigRule(config("adamw"))})
         sgd = ConfigRule(config("sgd"), lr_factor=2.0)
         return RulesByName({**dict.fromkeys(BY_SGD, sgd), "*": ConfigRule(config("adamw"))})
 
@@ -95,17 +100,19 @@ def reference(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Gradient norms and final parameters of one process, plain autograd and torch.optim's unfused loop."""
     model = Toy()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    by_sgd = {"adamw": (), "sgd": tuple(trainable), "mixed": ("tied", "bias", "output")}[case.optimizer]
+    by_others = {"adamw": (), "sgd": tuple(trainable), "mixed": ("tied", "bias", "output"), "whole": WHOLE}
 
-    def groups(of_sgd: bool) -> list[dict[str, Any]]:
-        mine = [p for name, p in trainable.items() if (name in by_sgd) == of_sgd]
+    def groups(of_others: bool) -> list[dict[str, Any]]:
+        mine = [p for name, p in trainable.items() if (name in by_others[case.optimizer]) == of_others]
         return [
             {"params": [p for p in mine if p.dim() > 1], "weight_decay": 0.1},
             {"params": [p for p in mine if p.dim() <= 1], "weight_decay": 0.0},
         ]
 
     adamw = torch.optim.AdamW(groups(False), lr=0.05, betas=(0.9, 0.95), eps=1e-8, foreach=False)
-    sgd = torch.optim.SGD(groups(True), lr=0.05, momentum=0.9, foreach=False)
+    others: torch.optim.Optimizer = torch.optim.SGD(groups(True), lr=0.05, momentum=0.9, foreach=False)
+    if case.optimizer == "whole":
+        others = Normalized([trainable[name] for name in WHOLE], 0.05)
     norms = []
     for step in range(STEPS):
         for parameter in trainable.values():
@@ -117,7 +124,7 @@ def reference(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
             for gradient in gradients:
                 gradient.mul_(case.clip / norm)
         norms.append(norm.item())
-        for optimizer, factor in ((adamw, 1.0), (sgd, 2.0 if case.optimizer == "mixed" else 1.0)):
+        for optimizer, factor in ((adamw, 1.0), (others, 2.0 if case.optimizer == "mixed" else 1.0)):
             for group in optimizer.param_groups:
                 group["lr"] = factor * 0.05 / (step + 1)
             optimizer.step()
