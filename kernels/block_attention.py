@@ -24,6 +24,7 @@ from torch import Tensor
 from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.kernels.documents import Documents
 from megatron_ds.kernels.dropout import keep_mask
+from megatron_ds.kernels.softmax import SOFTMAX, scaled_masked_softmax
 
 
 @dataclass(frozen=True)
@@ -139,19 +140,28 @@ class _Scores:
         scores = queries.to(keys.dtype) @ keys.transpose(1, 2)
         b, size, seen = (part.stop - part.start for part in (tile.samples, tile.queries, tile.keys))
         by_head = scores.view(b, self.shape[2], size, seen)
+        if self.row_keys is None:
+            return self._softmax(by_head, tile).to(dtype).view(scores.shape)
+        if SOFTMAX.choose(by_head) == "triton":
+            mask = ~self._other_documents(tile) if tile.crosses else None
+            weights = scaled_masked_softmax(by_head, causal=self.causal, mask=mask, slopes=self.slopes).to(dtype)
+        else:
+            weights = self._softmax(by_head, tile).to(dtype)
+        return torch.where(self._kept(tile, self.row_keys), weights, -weights).view(scores.shape)
+
+    def _softmax(self, scores: Tensor, tile: _Tile) -> Tensor:
+        """``[B, n, Q, K]``, in fp32 with ALiBi; ``scores`` are overwritten."""
         if self.slopes is not None:
-            wide = torch.promote_types(dtype, torch.float32)
-            by_head = by_head.to(wide).add_(self.slopes.to(wide).view(-1, 1, 1) * self._distances(tile).to(wide))
+            wide = torch.promote_types(scores.dtype, torch.float32)
+            scores = scores.to(wide).add_(self.slopes.to(wide).view(-1, 1, 1) * self._distances(tile).to(wide))
         # Adding -inf is one vectorised pass; masked_fill is not.
         if self.causal:
-            own = by_head[..., tile.queries.start - tile.keys.start :]
+            own, size = scores[..., tile.queries.start - tile.keys.start :], scores.shape[2]
             own += own.new_full((size, size), float("-inf")).triu_(1)
         if tile.crosses:
-            by_head += self._other_documents(tile, by_head.dtype)
-        probabilities = by_head.softmax(-1).to(dtype)
-        if self.row_keys is not None:
-            probabilities = torch.where(self._kept(tile, self.row_keys), probabilities, -probabilities)
-        return probabilities.view(scores.shape)
+            outside = self._other_documents(tile)
+            scores += scores.new_zeros(outside.shape).masked_fill_(outside, float("-inf"))
+        return scores.softmax(-1)
 
     def _distances(self, tile: _Tile) -> Tensor:
         """``[Q, K]`` key minus query."""
@@ -159,13 +169,12 @@ class _Scores:
         queries, keys = (torch.arange(p.start, p.stop, device=device) for p in (tile.queries, tile.keys))
         return keys - queries.unsqueeze(1)
 
-    def _other_documents(self, tile: _Tile, dtype: torch.dtype) -> Tensor:
-        """``[B, 1, Q, K]``: -inf where the key is of another document than the query, else 0."""
+    def _other_documents(self, tile: _Tile) -> Tensor:
+        """``[B, 1, Q, K]`` bool: whether the key is of another document than the query."""
         assert self.starts is not None and self.ends is not None
         starts, ends = (t[tile.samples, tile.queries].unsqueeze(-1) for t in (self.starts, self.ends))
         keys = torch.arange(tile.keys.start, tile.keys.stop, device=starts.device)
-        outside = keys < starts if self.causal else (keys < starts) | (keys >= ends)
-        return torch.zeros(outside.shape, dtype=dtype, device=keys.device).masked_fill_(outside, float("-inf"))[:, None]
+        return (keys < starts if self.causal else (keys < starts) | (keys >= ends)).unsqueeze(1)
 
     def _kept(self, tile: _Tile, row_keys: Tensor) -> Tensor:
         """``[B, n, Q, K]`` bool: the elements that dropout keeps."""
