@@ -90,6 +90,11 @@ class EngineConfig(_Section):
     decay: Literal["matrices", "all"] = Field(
         "matrices", description="What optimizer.weight_decay applies to: all but biases and norms, or every parameter."
     )
+    keep_freed_memory: bool = Field(
+        False,
+        description="On a CPU: the C library of this process keeps the memory of freed tensors for the next ones, "
+        "which spares up to a tenth of a step's time. It stays so after training.",
+    )
     cast_inputs: bool = Field(False, description="Floating-point inputs of forward() are cast to precision.dtype.")
     zero: ZeroConfig = ZeroConfig()
     optimizer: OptimizerConfig = OptimizerConfig(**_PLAIN)

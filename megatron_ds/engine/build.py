@@ -23,6 +23,7 @@ from megatron_ds.engine.meta import Filler, Weights, has_memory, take_places
 from megatron_ds.engine.stage import LossStage, loss_of_output
 from megatron_ds.engine.wrapped import plain_name, unwrapped
 from megatron_ds.errors import ConfigError
+from megatron_ds.host import give_back_freed_memory, keep_freed_memory
 from megatron_ds.mesh import Mesh, MeshShape, init_process_group
 from megatron_ds.optim.deepspeed_schedule import scheduled_betas, scheduled_rate
 from megatron_ds.optim.loss_scaler import LossScaler
@@ -33,7 +34,7 @@ from megatron_ds.pipeline.executor import Executor
 from megatron_ds.pipeline.schedules import build_schedule
 from megatron_ds.shard import ShardSpec, spec_of
 from megatron_ds.train.build import DTYPES
-from megatron_ds.train.launch import RankInfo, connect, keep_freed_memory
+from megatron_ds.train.launch import RankInfo, connect
 from megatron_ds.train.step import TrainStep
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
@@ -79,6 +80,8 @@ def initialize(
         ConfigError: on every rank, with every fault of the configuration.
     """
     settings, notes = read_config(config, auto)
+    if settings.keep_freed_memory:
+        keep_freed_memory()
     called, model = model, unwrapped(model)
     place = _start(settings)
     mesh = mesh or _data_parallel(settings, place)
@@ -116,6 +119,7 @@ def initialize(
     if filler is not None:
         filler.fill_rest()
     step = _train_step(settings, sizes, mesh, zero, scaler, rule, lr_scheduler, called, loss)
+    step.after_first = give_back_freed_memory if settings.keep_freed_memory else None
     engine = Engine(model, settings, sizes, mesh, zero, step, own, rule, lr_scheduler, place.local_world_size)
     if rule is not None:
         rule.serve_modes(engine.change_weights)
@@ -216,8 +220,6 @@ def _data_parallel(config: EngineConfig, place: RankInfo) -> Mesh:
     device = place.device(config.device)
     if place.world_size > 1 and device.type == "cuda" and "nccl" not in dist.get_backend():
         device = torch.device("cpu")  # whoever made the process group chose it for tensors on the CPU
-    if device.type == "cpu":
-        keep_freed_memory()
     return Mesh.create(MeshShape(dp=place.world_size), device, config.timeout)
 
 

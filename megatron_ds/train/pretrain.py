@@ -13,6 +13,7 @@ from megatron_ds.convert.carried_files import take_along
 from megatron_ds.data.gpt_sources import GPTSources
 from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
 from megatron_ds.files import say
+from megatron_ds.host import give_back_freed_memory, keep_freed_memory
 from megatron_ds.kernels import registry
 from megatron_ds.mesh import Mesh
 from megatron_ds.pipeline.schedules import activation_bound
@@ -21,7 +22,7 @@ from megatron_ds.train.advice import AdviceCallback, RunAdvice, known_beforehand
 from megatron_ds.train.build import DTYPES, RankRuntime, batch_ramp, build, num_micro_batches, schedule_of, spans_of
 from megatron_ds.train.callbacks import Callback, default_callbacks
 from megatron_ds.train.initial_weights import check_model, load_weights
-from megatron_ds.train.launch import RankInfo, job, keep_freed_memory, set_threads
+from megatron_ds.train.launch import RankInfo, job, set_threads
 from megatron_ds.train.loop import Evaluation, Loop
 from megatron_ds.train.metrics import Speedometer, peak_tflops
 from megatron_ds.train.output import LAST_GOOD, Output
@@ -48,8 +49,7 @@ def pretrain(config: RunConfig, place: RankInfo, model: Model, open_sources: Cal
             differs = [] if source is not None else check_model(config)
             sources = open_sources(config)
         set_threads(place, config.threads)
-        if device.type == "cpu":
-            keep_freed_memory()
+        keep_freed_memory()
         ranks.start(device)
         mesh = Mesh.create(shape, device, ranks.group_timeout(device))
         if mesh.rank == 0:
@@ -58,6 +58,7 @@ def pretrain(config: RunConfig, place: RankInfo, model: Model, open_sources: Cal
             if device.type == "cuda" or config.kernels != "auto":
                 say("\n  ".join(["kernels:", *map(str, registry.report(device, DTYPES[config.precision.dtype]))]))
         parts = build(config, mesh, model)
+        parts.step.after_first = give_back_freed_memory
         loader = BatchLoader(
             sources.train,
             batch_ramp(config),

@@ -25,7 +25,6 @@ from megatron_ds.mesh import Mesh
 from megatron_ds.optim.clip import clip_coefficient
 from megatron_ds.optim.loss_scaler import LossScaler
 from megatron_ds.pipeline.executor import Executor
-from megatron_ds.train.launch import give_back_freed_memory
 from megatron_ds.zero.optimizer import ZeroOptimizer
 from megatron_ds.zero.placeholder import explained
 
@@ -70,6 +69,7 @@ class TrainStep:
     Attributes:
         clip_value: bound of each element of the gradients, instead of ``clip_norm``; None for none.
         asks: whether this rank wants all ranks to talk after the step, which then learn of it as of ``stop``.
+        after_first: what is called once, after the next step.
         timed: measure ``seconds``, from the first forward pass to the end of the last backward pass. Waits for a GPU.
     """
 
@@ -87,12 +87,12 @@ class TrainStep:
         self.executor, self.optimizer, self.mesh, self.scaler = executor, optimizer, mesh, scaler
         self.clip_norm, self.rate, self.count = clip_norm, rate, count
         self.clip_value: float | None = None
+        self.after_first: Callable[[], None] | None = None
         self.asks: Callable[[], bool] = lambda: False
         self.timed, self.seconds = False, math.inf
         self._seeded = torch.ones((), dtype=torch.float64)
         self._reduced = False
         self._begun = 0.0
-        self._settled = mesh.device.type != "cpu"
 
     @property
     def next_rate(self) -> float:
@@ -160,9 +160,9 @@ class TrainStep:
                 self._clip_elements(self.clip_value * scale)
             clip = clip_coefficient(torch.tensor(norm_squared, dtype=torch.float64), self.clip_norm)
             self.optimizer.step(rate, clip.item() / scale)
-        if not self._settled:
-            give_back_freed_memory()
-            self._settled = True
+        if self.after_first is not None:
+            self.after_first()
+            self.after_first = None
         return StepResult(loss / max(counted, 1), norm, rate, int(counted), loss_scale, skipped, stopping > 0)
 
     def _clip_elements(self, bound: float) -> None:

@@ -121,3 +121,17 @@ def test_an_optimizer_of_ones_own_is_tried() -> None:
     net = torch.nn.Linear(2, 2)
     found = message(megatron_ds.initialize, net, None, Layerwise(net.parameters(), lr=0.1))
     assert "Layerwise cannot update sharded parameters" in found and "not that of its elements" in found
+
+
+def test_the_allocator_of_the_process_is_changed_only_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("keep_freed_memory", "give_back_freed_memory"):
+        monkeypatch.setattr(f"megatron_ds.engine.build.{name}", lambda name=name: calls.append(name))
+    for asked in (False, True):
+        assert calls == []
+        engine = megatron_ds.initialize(torch.nn.Linear(2, 1), {"device": "cpu", "keep_freed_memory": asked})
+        for _ in range(2):
+            engine.backward(engine(torch.ones(1, 2)).sum())
+            engine.step()
+        engine.close()
+    assert calls == ["keep_freed_memory", "give_back_freed_memory"]

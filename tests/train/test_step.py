@@ -23,12 +23,16 @@ from step_runs import (
     plain,
     poisoned,
     several,
+    steps,
 )
 from torch import Tensor
 
 from megatron_ds.config import RunConfig
+from megatron_ds.data.loader import MicroBatch
+from megatron_ds.mesh import Mesh
 from megatron_ds.models.gpt import GPT
 from megatron_ds.testing import run_ranks
+from megatron_ds.train.build import RankRuntime
 
 MESHES: list[dict[str, int]] = [{"tp": 2}, {"pp": 2}, {"dp": 2}, {"tp": 2, "pp": 2, "dp": 2}]
 
@@ -273,8 +277,13 @@ def test_a_step_after_an_evaluation_is_the_step_without_it() -> None:
     assert all(torch.equal(ran.parameters[2][name], tensor) for name, tensor in without.parameters[1].items())
 
 
-def test_what_was_freed_is_given_back_after_the_first_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    given_back: list[int] = []
-    monkeypatch.setattr("megatron_ds.train.step.give_back_freed_memory", lambda: given_back.append(1))
-    assert len(plain(configuration("fp64"), 3).results) == 3
-    assert given_back == [1]
+def test_what_is_to_be_done_after_the_first_step_is_done_once() -> None:
+    done: list[int] = []
+
+    def ask(parts: RankRuntime, mesh: Mesh, step: int, batches: list[MicroBatch]) -> None:
+        assert len(done) == min(step - 1, 1)
+        if step == 1:
+            parts.step.after_first = lambda: done.append(step)
+
+    assert len(steps(configuration("fp64"), 3, ask).results) == 3
+    assert done == [1]

@@ -11,10 +11,10 @@ import torch.distributed as dist
 from setting import Workload
 
 from megatron_ds.config import RunConfig, from_dict, validate
+from megatron_ds.host import give_back_freed_memory, keep_freed_memory
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.gpt import gpt_model
 from megatron_ds.train.build import build
-from megatron_ds.train.launch import keep_freed_memory
 
 _MICRO_BATCHES = 8
 
@@ -76,12 +76,12 @@ def training_step(
 ) -> Callable[[], torch.Tensor]:
     """The step of this rank on random tokens, in the job or on a mesh of ``world_size`` (1); ``layout`` is passed to
     :func:`configuration`."""
-    if device == "cpu":
-        keep_freed_memory()
+    keep_freed_memory()
     config = configuration(w, **layout)  # type: ignore[arg-type]
     shape = validate(config, world_size or (dist.get_world_size() if dist.is_initialized() else 1))
     mesh = Mesh.create(shape, torch.device(device))
     parts = build(config, mesh, gpt_model(config))
+    parts.step.after_first = give_back_freed_memory
     draw = w.batches(mesh.dp.rank, mesh.dp.size, device)
     size = config.train.micro_batch
 
