@@ -43,7 +43,7 @@ def from_deepspeed(
     Raises:
         ConfigError: with every fault that was found.
     """
-    name, values = _read(source)
+    name, values = read_values(source)
     flat = _flatten(values)
     faults: list[str] = []
     for key in flat:
@@ -168,7 +168,7 @@ _AUTO_KEYS = frozenset(
 )  # fmt: skip
 
 
-def _read(source: Mapping[str, Any] | str | Path) -> tuple[str, Mapping[str, Any]]:
+def read_values(source: Mapping[str, Any] | str | Path) -> tuple[str, Mapping[str, Any]]:
     if isinstance(source, Mapping):
         return "DeepSpeed configuration", source
 

@@ -83,7 +83,7 @@ def initialize(
     if settings.keep_freed_memory:
         keep_freed_memory()
     called, model = model, unwrapped(model)
-    place = _start(settings)
+    place = start_ranks(settings)
     mesh = mesh or _data_parallel(settings, place)
     if mesh.pp.size > 1 or mesh.cp.size > 1:
         raise ConfigError(
@@ -200,7 +200,7 @@ def _scaler(config: EngineConfig, parameters: Iterable[nn.Parameter], notes: lis
     return LossScaler()
 
 
-def _start(config: EngineConfig) -> RankInfo:
+def start_ranks(config: EngineConfig) -> RankInfo:
     """This process's place in the job, whose process group is there afterwards."""
     if not dist.is_initialized():
         place = RankInfo.from_environment()

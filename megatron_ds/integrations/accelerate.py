@@ -25,7 +25,7 @@ its ``dynamo_backend`` compiles the model, in place. A parameter's ``.grad`` can
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,61 +41,11 @@ from megatron_ds.deepspeed_json import auto_values
 from megatron_ds.engine import Engine, initialize, read_config
 from megatron_ds.engine.build import Configuration
 from megatron_ds.errors import ConfigError
+from megatron_ds.integrations.engine_module import EngineModel, EngineOptimizer
 from megatron_ds.train.step import StepResult, TrainStep
 
 ENGINE = "engine"
 """Folder of an engine's checkpoint, beside what Accelerate and the Trainer write."""
-
-
-class EngineModel(nn.Module):
-    """The model as other libraries take it: a module whose forward is the engine's."""
-
-    def __init__(self, engine: Engine):
-        super().__init__()
-        self.module = engine.module
-        self._engine = [engine]  # in a list, because the engine is not a part of the module
-
-    @property
-    def engine(self) -> Engine:
-        return self._engine[0]
-
-    def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        return self.engine(*arguments, **keywords)
-
-    def _get_name(self) -> str:
-        return self.module._get_name()  # libraries look the kind of a model up by it
-
-
-class EngineOptimizer(Optimizer):
-    """The optimizer as other libraries take it: settings are the user's optimizer's own, a step is the engine's."""
-
-    def __init__(self, engine: Engine, stepped: Callable[[StepResult], None]):
-        assert engine.optimizer is not None
-        self.engine, self.stepped = engine, stepped
-        self.defaults, self.state = engine.optimizer.defaults, engine.optimizer.state
-        self.param_groups = engine.optimizer.param_groups
-        for mode in ("train", "eval"):  # of Schedule-Free; other libraries call them where they are there
-            if hasattr(engine.optimizer, mode):
-                setattr(self, mode, getattr(engine.optimizer, mode))
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        if closure is not None:
-            raise ConfigError("a closure cannot be evaluated again on sharded gradients; call step() without one")
-        result = self.engine.step()
-        if result is not None:
-            self.stepped(result)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.engine.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Settings alone: the state is in the engine's checkpoints."""
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
-        return {"state": {}, "param_groups": groups}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved.items() if key != "params"})
 
 
 class Bridge:

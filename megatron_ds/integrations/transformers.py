@@ -28,11 +28,11 @@ from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.integrations.accelerate import (
     ENGINE,
     Bridge,
-    EngineModel,
     for_a_loop,
     hidden_size,
     with_precision,
 )
+from megatron_ds.integrations.engine_module import EngineModel
 
 
 @dataclass

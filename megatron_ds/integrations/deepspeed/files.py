@@ -1,0 +1,124 @@
+"""Checkpoints by tag: ``DIRECTORY/TAG`` holds one of this library's, ``DIRECTORY/latest`` the newest tag."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+
+from megatron_ds import checkpoint
+from megatron_ds.checkpoint.manifest import sync_directory, write_text_durably
+from megatron_ds.checkpoint.together import exchange, together
+from megatron_ds.engine.wrapped import plain_name
+from megatron_ds.errors import CheckpointError, ConfigError
+from megatron_ds.files import read_bytes
+
+if TYPE_CHECKING:
+    from megatron_ds.integrations.deepspeed.engine import DeepSpeedEngine
+
+_LATEST = "latest"
+_LONGEST_TAG = 4096
+_OWN = "micro_steps"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What of a checkpoint is loaded besides the weights. ``strict``: all of these, by name."""
+
+    module_only: bool
+    optimizer: bool
+    scheduler: bool
+    strict: bool
+
+
+def save_checkpoint(
+    engine: DeepSpeedEngine,
+    save_dir: str | os.PathLike[str],
+    tag: str | None,
+    client_state: dict[str, Any],
+    save_latest: bool,
+    exclude_frozen: bool,
+) -> None:
+    own = engine.engine
+    if exclude_frozen:
+        raise ConfigError("save_checkpoint(exclude_frozen_parameters=True): a checkpoint holds all parameters")
+    name = _agreed(engine, f"global_step{own.steps}" if tag is None else str(tag))
+    folder = Path(save_dir)
+    own.save_checkpoint(folder / name, {"client": client_state, _OWN: engine.micro_steps}, keep_last=1)
+    with together(own.mesh.world):
+        if save_latest and own.mesh.rank == 0:
+            temporary = folder / f"{_LATEST}.tmp"
+            write_text_durably(temporary, name)
+            os.replace(temporary, folder / _LATEST)
+            sync_directory(folder)
+
+
+def load_checkpoint(
+    engine: DeepSpeedEngine, load_dir: str | os.PathLike[str], tag: str | None, parts: Parts
+) -> tuple[str | None, dict[str, Any] | None]:
+    own, folder = engine.engine, Path(load_dir)
+    if tag is None:
+        found = exchange(own.mesh.world, _newest(folder) if own.mesh.rank == 0 else "")[0]
+        if not found:
+            return None, None
+        tag = found
+    path = folder / str(tag)
+    if own.lr_scheduler is None and engine.lr_scheduler is not None and parts.optimizer != parts.scheduler:
+        raise ConfigError(
+            f"load_optimizer_states={parts.optimizer} with load_lr_scheduler_states={parts.scheduler}: the "
+            "configuration's schedule goes by the optimizer's updates; load both, or neither"
+        )
+    kept = own.lr_scheduler.state_dict() if hasattr(own.lr_scheduler, "state_dict") else None
+    own.require_between_steps("load_checkpoint()")
+    state = own.load_checkpoint(path, weights_only=not parts.optimizer, strict=parts.strict or parts.optimizer)
+    meta = checkpoint.read_meta(path)
+    if kept is not None and parts.optimizer and not parts.scheduler:
+        own.lr_scheduler.load_state_dict(kept)
+    if kept is not None and parts.scheduler and not parts.optimizer and "lr_scheduler" in meta:
+        own.lr_scheduler.load_state_dict(meta["lr_scheduler"])
+    if not parts.module_only:
+        own.steps, own.skipped = int(meta["step"]), int(meta.get("skipped_steps", 0))
+        engine.micro_steps = int(state[_OWN])
+    return str(path), dict(state.get("client", {}))
+
+
+def _agreed(engine: DeepSpeedEngine, tag: str) -> str:
+    tags = exchange(engine.engine.mesh.world, json.dumps(tag))
+    if len(set(tags)) > 1:
+        raise CheckpointError(f"the ranks save different tags, {', '.join(dict.fromkeys(tags))}; give all the same")
+    if not tag or tag in (".", "..", _LATEST) or os.sep in tag:
+        raise ConfigError(f"tag={tag!r} is no name for a folder in the checkpoint's directory")
+    return tag
+
+
+def _newest(folder: Path) -> str:
+    path = folder / _LATEST
+    return read_bytes(path, _LONGEST_TAG).decode().strip() if path.is_file() else ""
+
+
+def save_weights(
+    engine: DeepSpeedEngine, save_dir: str | os.PathLike[str], name: str, exclude_frozen: bool = False
+) -> None:
+    own, folder = engine.engine, Path(save_dir)
+    path = folder / name
+    if path.suffix != ".safetensors":
+        path = path.with_name("model.safetensors" if path.stem == "pytorch_model" else f"{path.stem}.safetensors")
+    frozen = {n for n, p in own.module.named_parameters() if not p.requires_grad} if exclude_frozen else set()
+    whole: dict[str, torch.Tensor] = {}
+    for key, value in own.tensors().stream():
+        if own.mesh.rank == 0 and key not in frozen:
+            whole[plain_name(key)] = value.detach().contiguous().clone()
+    with together(own.mesh.world):
+        if own.mesh.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f"{path.name}.tmp")
+            safetensors.torch.save_file(whole, temporary, metadata={"format": "pt"})
+            os.replace(temporary, path)
+            sync_directory(folder)
+            if path.name != name:
+                print(f"megatron_ds: {folder / name} was asked for and would be a pickle: wrote {path}", flush=True)

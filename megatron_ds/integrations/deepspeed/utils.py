@@ -1,0 +1,63 @@
+"""``deepspeed.utils``: modules that are gathered as one, whole values of sharded parameters, the log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_ds.errors import ConfigError
+from megatron_ds.integrations.deepspeed.links import engine_of
+from megatron_ds.shard import spec_of
+
+logger = logging.getLogger("deepspeed")
+
+_LEAF = "_z3_leaf"
+
+
+def set_z3_leaf_modules(model: nn.Module, leaf_module_classes: Sequence[type[nn.Module] | str]) -> list[nn.Module]:
+    """Stage 3 gathers each module of these classes (or class names) as one; to be called before ``initialize()``.
+
+    Raises:
+        ConfigError: the model has none.
+    """
+    found = [
+        module
+        for module in model.modules()
+        if any(
+            type(module).__name__ == wanted if isinstance(wanted, str) else isinstance(module, wanted)
+            for wanted in leaf_module_classes
+        )
+    ]
+    if not found:
+        raise ConfigError(
+            f"no module of the model is one of {list(leaf_module_classes)}; it has "
+            f"{', '.join(sorted({type(module).__name__ for module in model.modules()})[:12])}"
+        )
+    for module in found:
+        setattr(module, _LEAF, True)
+    return found
+
+
+def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if getattr(module, _LEAF, False)]
+
+
+def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
+    """The whole master weight, on all ranks; None of a parameter that no engine trains."""
+    engine = engine_of(param)
+    return None if engine is None else engine.get_parameter(spec_of(param).name)
+
+
+def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
+    engine = engine_of(param)
+    return None if engine is None else engine.get_optimizer_state(spec_of(param).name, optim_state_key)
+
+
+def log_dist(message: str, ranks: Sequence[int] | None = None, level: int = logging.INFO) -> None:
+    """Logs on these ranks; on all of them for None or -1 among them."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if not ranks or -1 in ranks or rank in ranks:
+        logger.log(level, "[rank %d] %s", rank, message)
