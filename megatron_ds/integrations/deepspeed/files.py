@@ -12,11 +12,10 @@ import safetensors.torch
 import torch
 
 from megatron_ds import checkpoint
-from megatron_ds.checkpoint.manifest import sync_directory, write_text_durably
 from megatron_ds.checkpoint.together import exchange, together
 from megatron_ds.engine.wrapped import plain_name
 from megatron_ds.errors import CheckpointError, ConfigError
-from megatron_ds.files import read_bytes
+from megatron_ds.files import read_bytes, replacing, say, sync_directory, write_text_durably
 
 if TYPE_CHECKING:
     from megatron_ds.integrations.deepspeed.engine import DeepSpeedEngine
@@ -52,9 +51,8 @@ def save_checkpoint(
     own.save_checkpoint(folder / name, {"client": client_state, _OWN: engine.micro_steps}, keep_last=1)
     with together(own.mesh.world):
         if save_latest and own.mesh.rank == 0:
-            temporary = folder / f"{_LATEST}.tmp"
-            write_text_durably(temporary, name)
-            os.replace(temporary, folder / _LATEST)
+            with replacing(folder / _LATEST) as temporary:
+                write_text_durably(temporary, name)
             sync_directory(folder)
 
 
@@ -116,9 +114,8 @@ def save_weights(
     with together(own.mesh.world):
         if own.mesh.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f"{path.name}.tmp")
-            safetensors.torch.save_file(whole, temporary, metadata={"format": "pt"})
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                safetensors.torch.save_file(whole, temporary, metadata={"format": "pt"})
             sync_directory(folder)
             if path.name != name:
-                print(f"megatron_ds: {folder / name} was asked for and would be a pickle: wrote {path}", flush=True)
+                say(f"megatron_ds: {folder / name} was asked for and would be a pickle: wrote {path}")

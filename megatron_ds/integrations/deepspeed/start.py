@@ -17,6 +17,7 @@ from megatron_ds.config.engine import EngineConfig
 from megatron_ds.deepspeed_json import from_deepspeed, read_values
 from megatron_ds.engine.build import torch_optimizer
 from megatron_ds.errors import ConfigError
+from megatron_ds.files import say
 from megatron_ds.integrations.deepspeed.comm import init_distributed
 from megatron_ds.integrations.deepspeed.engine import ConfiguredScheduler, DeepSpeedEngine
 from megatron_ds.integrations.deepspeed.pipe import PipelineEngine, PipelineModule
@@ -75,7 +76,7 @@ def initialize(
     inner = megatron_ds.initialize(model, settings, made, scheduler, unit_classes=leaves)
     if inner.mesh.rank == 0:
         for note in notes:
-            print(f"megatron_ds: {name}: {note}", flush=True)
+            say(f"megatron_ds: {name}: {note}")
     kind = PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine
     engine = kind(inner, source, trains)
     if own_schedule:
