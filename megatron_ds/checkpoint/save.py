@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace as replaced_by
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def save(
         directory: the run's checkpoint directory; made if absent.
         step: optimizer steps taken; names the checkpoint.
         flat shards: what this rank holds. Over all ranks every element of every tensor must occur once: leave replicas
-            out, or divide them with :meth:`Piece.share`. The data must not change during the call.
+            out, or divide them with :func:`~megatron_ds.shard.flat_shards.share_out`. The data must not change during
+            the call.
         meta: plain values (configuration, consumed samples, ...), the same on every rank; rank 0's is stored, and comes
             back as it was given. See :mod:`megatron_ds.checkpoint.values`.
         world: the ranks that save together (``mesh.world``); None is one process alone.
@@ -151,8 +153,24 @@ def check_space(directory: Path, needed: int, what: str) -> None:
         )
 
 
+def stage(flat_shards: Sequence[FlatShard]) -> list[FlatShard]:
+    """A copy of the flat shards in host memory, made between two steps: training may go on while it is written."""
+    staged: list[FlatShard] = []
+    for holder, group in by_holder(flat_shards):
+        held = None if holder is None else holder.acquire()
+        for flat_shard in group:
+            data = flat_shard.tensor(held).detach().to("cpu", copy=True)
+            staged.append(replaced_by(flat_shard, data=data, holder=None, offset=0))
+        if holder is not None:
+            holder.release(changed=False)
+    return staged
+
+
 def write_rank(partial: Path, rank: int, flat_shards: Sequence[FlatShard]) -> FileRecord:
-    """Every rank: its safetensors file and the JSON that describes it, on disk when this returns."""
+    """Every rank: its safetensors file and the JSON that describes it, on disk when this returns.
+
+    No process group is used, and of what :func:`stage` gave nothing of the training: a thread of its own may write it.
+    """
     if not partial.is_dir():
         raise CheckpointError(
             f"{partial}, made by rank 0, is not visible here; the checkpoint directory must be on a filesystem that "

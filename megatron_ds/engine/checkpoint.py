@@ -7,6 +7,7 @@ settings and numbers of a torch optimizer, the scheduler's state and the caller'
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,12 @@ from megatron_ds.engine.wrapped import plain_name
 from megatron_ds.errors import CheckpointError
 from megatron_ds.shard import as_real
 from megatron_ds.shard.flat_shards import FlatShard
+from megatron_ds.train.keeping import Keeper
 
 if TYPE_CHECKING:
     from megatron_ds.engine.engine import Engine
 
+log = logging.getLogger(__name__)
 
 _REMEDY = (
     "where other parameters are trained than before, load the weights alone: load_checkpoint(..., weights_only=True); "
@@ -45,9 +48,14 @@ def save(engine: Engine, directory: str | Path, client_state: dict[str, Any], ke
     for text in exchange(engine.mesh.world, json.dumps(engine.zero.late())):
         late.update(json.loads(text))
     meta["late_parameters"] = late
+    keeper = Keeper(Path(directory), keep_last, engine.mesh.world, log.warning)
+    keeper.unproven = meta["unproven"] = engine.keeper.unproven
     if hasattr(engine.lr_scheduler, "state_dict"):
         meta["lr_scheduler"] = engine.lr_scheduler.state_dict()
-    return checkpoint.save(directory, engine.steps, flat_shards, meta, engine.mesh.world, keep_last, replace=True)
+    saved = checkpoint.save(directory, engine.steps, flat_shards, meta, engine.mesh.world, replace=True)
+    keeper.saved(engine.steps)
+    engine.keeper = keeper
+    return saved
 
 
 def load(engine: Engine, path: str | Path, weights_only: bool, strict: bool) -> dict[str, Any]:
@@ -74,6 +82,8 @@ def load(engine: Engine, path: str | Path, weights_only: bool, strict: bool) -> 
         engine.lr_scheduler.load_state_dict(meta["lr_scheduler"])
     engine.train_step.scaler.load_state_dict(meta["loss_scaler"])
     engine.steps, engine.skipped = int(meta["step"]), int(meta.get("skipped_steps", 0))
+    engine.keeper = Keeper(Path(path), None, engine.mesh.world, log.warning)
+    engine.keeper.started_from(engine.steps, meta.get("unproven"))
     return dict(meta.get("client_state", {}))
 
 

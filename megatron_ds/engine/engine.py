@@ -28,6 +28,7 @@ from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.rule import Update
 from megatron_ds.optim.torch_rule import TorchRule
+from megatron_ds.train.keeping import Keeper
 from megatron_ds.train.step import StepResult, TrainStep
 from megatron_ds.zero.main_grad import OwnBackward
 from megatron_ds.zero.optimizer import ZeroOptimizer
@@ -75,6 +76,7 @@ class Engine:
         self.optimizer, self.rule, self.lr_scheduler = optimizer, rule, lr_scheduler
         self.train_step = train_step
         self.steps = self.skipped = 0
+        self.keeper = Keeper(Path(), None, mesh.world, log.warning)
         self.last: StepResult | None = None
         (stage,) = train_step.executor.stages.values()
         assert isinstance(stage, LossStage)
@@ -224,6 +226,8 @@ class Engine:
         self.steps += 1
         self.skipped += result.skipped
         self.last = result
+        if not result.skipped:
+            self.keeper.good_step()
         if self.optimizer is not None:
             self.optimizer._opt_called = True  # type: ignore[attr-defined]  # or schedulers warn that it never steps
         if not result.skipped and _needs_nothing(getattr(self.lr_scheduler, "step", None)):
@@ -373,7 +377,7 @@ class Engine:
 
         Args:
             client_state: plain values, given back as they were by :meth:`load_checkpoint`; others are refused by name.
-            keep_last: remove all but the newest this many.
+            keep_last: remove all but the newest this many, and the newest that a step with finite gradients followed.
         """
         self.require_between_steps("save_checkpoint()")
         return checkpoint.save(self, directory, dict(client_state or {}), keep_last)

@@ -1,4 +1,4 @@
-"""a flat shard: the part of one global tensor that a rank holds, for saving it or for having it filled."""
+"""A flat shard: the part of one global tensor that a rank holds, for saving it or for having it filled."""
 
 from __future__ import annotations
 
@@ -100,22 +100,11 @@ class FlatShard:
         shape = tuple(data.shape)
         return FlatShard(name, kind, shape, (0,) * len(shape), shape, 0, data.numel(), data.detach().reshape(-1))
 
-    def share(self, index: int, count: int) -> FlatShard:
-        """Share ``index`` of ``count`` near-equal cuts: ranks that hold the same copy divide the writing so."""
-        size = self.stop - self.start
-        begin, end = size * index // count, size * (index + 1) // count
-        return FlatShard(
-            self.name,
-            self.kind,
-            self.global_shape,
-            self.box_offset,
-            self.box_shape,
-            self.start + begin,
-            self.start + end,
-            self.data[begin:end],
-            self.holder,
-            self.offset + begin,
-        )
+    def cut(self, begin: int, end: int) -> FlatShard:
+        """The elements ``[begin, end)`` of this flat shard."""
+        place = (self.name, self.kind, self.global_shape, self.box_offset, self.box_shape)
+        start, stop, data = self.start + begin, self.start + end, self.data[begin:end]
+        return FlatShard(*place, start, stop, data, self.holder, self.offset + begin)
 
     def first_rows(self, count: int, shape: tuple[int, ...]) -> FlatShard | None:
         """What this holds of the first ``count`` rows (dim 0), as a flat shard of a tensor of another ``shape``.
@@ -135,6 +124,25 @@ class FlatShard:
     def boxes(self) -> list[Box]:
         """This flat shard as boxes in global coordinates, in the order in which ``data`` holds them."""
         return [box.moved(self.box_offset) for box in rectangles(self.box_shape, self.start, self.stop)]
+
+
+def share_out(flat_shards: Sequence[FlatShard], index: int, count: int) -> list[FlatShard]:
+    """Share ``index`` of ``count`` near-equal shares of what ``count`` ranks hold alike; the shares tile it.
+
+    The list is cut as if it were laid end to end, so that all shares together have at most ``count - 1`` flat shards
+    more than the list.
+    """
+    total = sum(flat_shard.data.nbytes for flat_shard in flat_shards)
+    first, last = total * index // count, total * (index + 1) // count
+    found, place = [], 0
+    for flat_shard in flat_shards:
+        numel, width = flat_shard.data.numel(), flat_shard.data.itemsize
+        # An element belongs to the share in which its first byte lies.
+        begin, end = (min(max(-(-(edge - place) // width), 0), numel) for edge in (first, last))
+        if begin < end or (not numel and index == 0):
+            found.append(flat_shard.cut(begin, end))
+        place += numel * width
+    return found
 
 
 def by_holder(flat_shards: Sequence[FlatShard]) -> Iterator[tuple[Holder | None, list[FlatShard]]]:

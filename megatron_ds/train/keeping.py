@@ -14,6 +14,7 @@ from megatron_ds.checkpoint.directory import point_latest, steps_in
 from megatron_ds.checkpoint.manifest import step_of
 from megatron_ds.checkpoint.save import prune
 from megatron_ds.checkpoint.together import exchange
+from megatron_ds.errors import CheckpointError
 from megatron_ds.mesh import Axis
 
 
@@ -28,6 +29,8 @@ class Keeper:
     """
 
     def __init__(self, directory: Path, keep_last: int | None, world: Axis, say: Callable[[str], None]):
+        if keep_last is not None and keep_last < 1:
+            raise CheckpointError(f"keep_last={keep_last} would remove the checkpoint being saved; use 1 or more")
         self.directory, self.keep_last, self.world, self.say = directory, keep_last, world, say
         self.unproven: int | None = None
         self._newest: int | None = None

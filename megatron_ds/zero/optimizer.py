@@ -18,7 +18,7 @@ from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.optim.factory import as_rule
 from megatron_ds.optim.rule import Late, Update, UpdateRule
 from megatron_ds.shard import ShardSpec, as_real
-from megatron_ds.shard.flat_shards import FlatShard
+from megatron_ds.shard.flat_shards import FlatShard, share_out
 from megatron_ds.zero import buckets
 from megatron_ds.zero.buckets import ParameterInfo, plan_buckets, state_dtype
 from megatron_ds.zero.capacity import RankBytes, check_capacity
@@ -374,8 +374,9 @@ class ZeroOptimizer:
     def flat_shards(self, for_load: bool = False) -> list[FlatShard]:
         """What a checkpoint keeps of this rank: master weights (``"param"``) and each kind of optimizer state.
 
-        For saving, every element is listed by one rank of the world. ``for_load`` lists all that this rank holds,
-        replicas included: all ranks of the shard axis call it, fill the tensors and call :meth:`refresh_parameters`.
+        For saving, every element is listed by one rank of the world, and replicas share out what they hold alike.
+        ``for_load`` lists all that this rank holds: all ranks of the shard axis call it, fill the tensors and call
+        :meth:`refresh_parameters`.
         """
         if for_load:
             self._before_change()
@@ -386,20 +387,27 @@ class ZeroOptimizer:
         if not for_load:
             self._publish()
         found: list[FlatShard] = []
-
-        for bucket in self._all:
+        for over, (shard, replicate) in self._axes.items():
             # Kind by kind: what one store holds together comes together.
-            for kind in ("param", *bucket.layout.key.rule.kinds):
-                found += [
-                    bucket.flat_shard(kind, segment)
-                    for segment in bucket.segments
-                    if for_load or self.owns(segment.spec)
-                ]
-        for info, parameter in zip(self._infos, self._parameters):
-            shard, _ = self._axes[info.sharded_over]
-            whole = not info.trainable and info.unit is None
-            if whole and (for_load or (shard.is_first and self.owns(info.spec))):
-                found.append(FlatShard.of(info.spec, "param", as_real(parameter.data)))
+            cut = [
+                bucket.flat_shard(kind, segment)
+                for bucket in self._all
+                if bucket.layout.key.sharded_over == over
+                for kind in ("param", *bucket.layout.key.rule.kinds)
+                for segment in bucket.segments
+                if for_load or not segment.spec.replica
+            ]
+            whole = [
+                FlatShard.of(info.spec, "param", as_real(parameter.data))
+                for info, parameter in zip(self._infos, self._parameters)
+                if not info.trainable and info.unit is None and info.sharded_over == over
+                if for_load or not info.spec.replica
+            ]
+            if not for_load:
+                cut = share_out(cut, replicate.rank, replicate.size)
+                number = replicate.rank * shard.size + shard.rank
+                whole = share_out(whole, number, replicate.size * shard.size)
+            found += cut + whole
         return found
 
     def owns(self, spec: ShardSpec) -> bool:

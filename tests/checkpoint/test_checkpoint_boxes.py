@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_ds.shard import ShardedDim, ShardSpec
 from megatron_ds.shard.boxes import Box, intersection, rectangles
-from megatron_ds.shard.flat_shards import FlatShard
+from megatron_ds.shard.flat_shards import FlatShard, share_out
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 
@@ -69,19 +69,33 @@ def test_a_range_outside_its_tensor_is_refused() -> None:
         rectangles((2, 3), 2, 7)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_shares_of_a_piece_tile_it(count: int) -> None:
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 200])
+def test_what_replicas_share_out_is_all_of_it_once_in_near_equal_shares(count: int) -> None:
     spec = ShardSpec("w", (4, 6, 3), (ShardedDim(1, "tp", 1, 2),))
     whole = torch.arange(72.0).reshape(4, 6, 3)
-    flat_shard = FlatShard.of(spec, "param", spec.slice_of(whole).contiguous())
-    got = torch.full((4, 6, 3), -1.0)
-    for index in range(count):
-        share = flat_shard.share(index, count)
-        begin = 0
-        for box in share.boxes():
-            got[box.slices_in(Box((0, 0, 0), (4, 6, 3)))] = share.data[begin : begin + box.numel].view(box.shape)
+    held = [
+        FlatShard.of(spec, "param", spec.slice_of(whole).contiguous()),
+        FlatShard.whole("empty", "param", torch.empty(0, 5)),
+        FlatShard.whole("scalar", "param", torch.tensor(3.0, dtype=torch.float64)),
+        FlatShard.of(spec, "exp_avg", spec.slice_of(-whole).contiguous()),
+        FlatShard.whole("narrow", "param", torch.arange(17, dtype=torch.bfloat16)),
+    ]
+    got = {(s.kind, s.name): torch.full(s.global_shape, -99.0, dtype=torch.float64) for s in held}
+    shares = [share_out(held, index, count) for index in range(count)]
+    for flat_shard in (flat_shard for share in shares for flat_shard in share):
+        into, begin = got[flat_shard.kind, flat_shard.name], 0
+        for box in flat_shard.boxes():
+            place = box.slices_in(Box((0,) * into.dim(), tuple(into.shape)))
+            assert (into[place] == -99).all()
+            into[place] = flat_shard.data[begin : begin + box.numel].view(box.shape).double()
             begin += box.numel
-    assert torch.equal(got[:, 3:], whole[:, 3:]) and (got[:, :3] == -1).all()
+    assert torch.equal(got["param", "w"][:, 3:], whole[:, 3:].double()) and (got["param", "w"][:, :3] == -99).all()
+    assert torch.equal(got["exp_avg", "w"][:, 3:], -whole[:, 3:].double())
+    assert got["param", "scalar"] == 3 and torch.equal(got["param", "narrow"], torch.arange(17.0).double())
+    assert [s.name for share in shares for s in share].count("empty") == 1
+    assert sum(len(share) for share in shares) <= len(held) + count - 1
+    sizes = [sum(s.data.nbytes for s in share) for share in shares]
+    assert max(sizes) - min(sizes) <= 2 * 8
 
 
 def test_a_piece_that_contradicts_itself_is_refused() -> None:

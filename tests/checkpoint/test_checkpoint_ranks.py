@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from checkpoint_state import pieces_of_rank, wrong_pieces
 
 from megatron_ds.checkpoint import FlatShard, load, save
+from megatron_ds.checkpoint.save import commit, prepare, stage, write_rank
 from megatron_ds.errors import CheckpointError
 from megatron_ds.mesh import Axis
 from megatron_ds.testing import run_ranks
@@ -48,6 +50,30 @@ def test_another_number_of_ranks_loads_the_same(tmp_path: Path) -> None:
         assert run_ranks(load_on_ranks, world_size, str(tmp_path), tp) == [([], {"step": 3})] * world_size
 
 
+def write_without_a_group(directory: str) -> bool:
+    """Stage, go on training, end the process group; then write from a thread."""
+    partial, rank = Path(directory) / "step-00000005.incomplete", dist.get_rank()
+    if rank == 0:
+        prepare(Path(directory), 5, needed=0)
+    flat_shards = my_pieces(2, fill=True)
+    staged = stage(flat_shards)
+    for flat_shard in flat_shards:
+        flat_shard.data.fill_(-1)
+    dist.barrier()
+    dist.destroy_process_group()
+    thread = threading.Thread(target=write_rank, args=(partial, rank, staged))
+    thread.start()
+    thread.join()
+    return not dist.is_initialized()
+
+
+def test_what_is_staged_is_written_without_the_training(tmp_path: Path) -> None:
+    assert run_ranks(write_without_a_group, 2, str(tmp_path)) == [True, True]
+    commit(tmp_path, 5, 2, {"step": 5})
+    target = pieces_of_rank(1, 0, 1, 0, fill=None)
+    assert load(tmp_path, target) == {"step": 5} and wrong_pieces(target) == []
+
+
 def message_of(function: Callable[[], object]) -> str:
     try:
         function()
@@ -80,7 +106,7 @@ def test_one_ranks_failure_is_every_ranks(tmp_path: Path, culprit: int, patched:
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     messages = run_ranks(save_with_a_full_disk, 3, str(tmp_path), culprit, patched)
     assert messages == [f"rank {culprit}: OSError: [Errno 28] No space left on device"] * 3
-    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "latest.tmp"}
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert after == before
     assert not list(tmp_path.glob("step-00000002*"))
 

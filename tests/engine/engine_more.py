@@ -61,6 +61,21 @@ def saved_and_continued(case: Case, others: list[Case], folder: str) -> list[Ran
     return [go_on(other, folder) for other in others]
 
 
+def kept_while_steps_fail(folder: str) -> list[list[int]]:
+    """The checkpoints after each save with ``keep_last=1``: after two good steps, two skipped ones and a good one."""
+    engine = engine_of(Case("SGD"))
+    found = []
+    for factor in (1.0, 1.0, float("nan"), float("nan"), 1.0):
+        for batch in own_samples(engine, 0):
+            engine.backward(engine(batch) * factor)
+            engine.step()
+        engine.save_checkpoint(folder, keep_last=1)
+        found.append(sorted(int(path.name.removeprefix("step-")) for path in Path(folder).glob("step-*")))
+    assert engine.skipped == 2
+    close(engine)
+    return found
+
+
 def refusals(folder: str) -> dict[str, str]:
     found = {}
     engine = engine_of(Case("AdamW"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from engine_cases import Case, Ran, plain
-from engine_more import go_on, refusals, save_after_two, saved_and_continued
+from engine_more import go_on, kept_while_steps_fail, refusals, save_after_two, saved_and_continued
 from test_engine_parity import differs
 
 from megatron_ds.testing import run_ranks
@@ -38,6 +38,10 @@ def test_any_ranks_and_stage_to_any_other(tmp_path: Path) -> None:
     save_after_two(Case("SGD", 0), str(tmp_path / "of-1"))
     for ran in run_ranks(go_on, 3, Case("SGD", 3), str(tmp_path / "of-1")):
         check(Case("SGD"), ran)
+
+
+def test_the_newest_good_checkpoint_is_kept_while_steps_are_skipped(tmp_path: Path) -> None:
+    assert kept_while_steps_fail(str(tmp_path)) == [[1], [1, 2], [1, 3], [1, 4], [4, 5]]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
