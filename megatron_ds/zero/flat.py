@@ -178,6 +178,11 @@ class FlatBucket:
         if isinstance(self.parameters, TransientParameters):
             self.parameters.holding.release(changed)
 
+    def flat_shards(self, replicas: bool) -> list[FlatShard]:
+        """What a checkpoint keeps, kind by kind: what one store holds together comes together."""
+        kept = [segment for segment in self.segments if replicas or not segment.spec.replica]
+        return [self.flat_shard(kind, segment) for kind in ("param", *self.layout.key.rule.kinds) for segment in kept]
+
     def flat_shard(self, kind: str, segment: Segment) -> FlatShard:
         """What a checkpoint keeps of a segment: ``"param"`` (its master weights) or a kind of optimizer state."""
         row = "master" if kind == "param" else kind

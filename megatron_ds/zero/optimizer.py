@@ -388,15 +388,8 @@ class ZeroOptimizer:
             self._publish()
         found: list[FlatShard] = []
         for over, (shard, replicate) in self._axes.items():
-            # Kind by kind: what one store holds together comes together.
-            cut = [
-                bucket.flat_shard(kind, segment)
-                for bucket in self._all
-                if bucket.layout.key.sharded_over == over
-                for kind in ("param", *bucket.layout.key.rule.kinds)
-                for segment in bucket.segments
-                if for_load or not segment.spec.replica
-            ]
+            mine = [bucket for bucket in self._all if bucket.layout.key.sharded_over == over]
+            cut = [flat_shard for bucket in mine for flat_shard in bucket.flat_shards(for_load)]
             whole = [
                 FlatShard.of(info.spec, "param", as_real(parameter.data))
                 for info, parameter in zip(self._infos, self._parameters)
