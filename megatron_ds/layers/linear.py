@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from megatron_ds import comm
 from megatron_ds.kernels.accumulate import add_rows, sum_rows
 from megatron_ds.kernels.autograd import first_derivative_only
-from megatron_ds.kernels.linear import linear, linear_input_gradient
+from megatron_ds.layers.recipe import OwnPrecision, Recipe
 from megatron_ds.mesh import Axis
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
 
@@ -30,15 +30,15 @@ class _ColumnLinear(torch.autograd.Function):
     """``y = gather(x) @ w.T + b`` with the collective of each direction overlapped where something can hide it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, sequence_parallel: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Linear) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        ctx.tp, ctx.sequence_parallel = tp, sequence_parallel
-        whole = comm.gather_dim0(x, tp).wait() if sequence_parallel else x
-        return linear(whole, _matrix(weight), None if bias is None else bias.view(-1))
+        ctx.tp, ctx.sequence_parallel, ctx.recipe = layer.tp, layer.sequence_parallel, layer.recipe
+        whole = comm.gather_dim0(x, ctx.tp).wait() if ctx.sequence_parallel else x
+        return ctx.recipe.product(whole, _matrix(weight), None if bias is None else bias.view(-1))
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight, bias = ctx.saved_tensors
         tp: Axis = ctx.tp
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -47,26 +47,26 @@ class _ColumnLinear(torch.autograd.Function):
         gathered = comm.gather_dim0(x, tp) if ctx.sequence_parallel and need_weight else comm.Pending(x)
         reduced = None
         if need_x:
-            grad_x = linear_input_gradient(grad, _matrix(weight))
+            grad_x = ctx.recipe.input_gradient(grad, _matrix(weight))
             reduced = comm.scatter_sum_dim0(grad_x, tp) if ctx.sequence_parallel else comm.all_reduce_start(grad_x, tp)
-        grad_weight = _weight_gradient(weight, grad, gathered.wait()) if need_weight else None
+        grad_weight = _weight_gradient(ctx.recipe, weight, grad, gathered.wait()) if need_weight else None
         grad_bias = _bias_gradient(bias, grad) if need_bias else None
-        return reduced.wait() if reduced is not None else None, grad_weight, grad_bias, None, None
+        return reduced.wait() if reduced is not None else None, grad_weight, grad_bias, None
 
 
 def _matrix(weight: Tensor) -> Tensor:
     return weight.view(-1, weight.shape[-1])
 
 
-def _weight_gradient(weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
+def _weight_gradient(recipe: Recipe, weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
     """The weight's gradient from ``grad [s, b, out]`` and ``x [s, b, in]``: straight into the gradient buffer where an
-    optimizer gave the weight one (see ``zero/main gradient.py``), which spares a pass over memory."""
+    optimizer gave the weight one (see ``zero/main_grad.py``), which spares a pass over memory."""
     left, right = grad.reshape(-1, grad.shape[-1]).t(), x.reshape(-1, x.shape[-1])
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is not None:
-        main_grad.add_matmul(left, right)
+        main_grad.add_matmul(left, right, recipe.add_weight_gradient)
         return None
-    return left.mm(right).view(weight.shape)
+    return recipe.weight_gradient(left, right).view(weight.shape)
 
 
 def _bias_gradient(bias: Tensor, grad: Tensor) -> Tensor | None:
@@ -79,7 +79,16 @@ def _bias_gradient(bias: Tensor, grad: Tensor) -> Tensor | None:
     return total.to(bias.dtype)
 
 
-class ColumnParallelLinear(nn.Module):
+class _Linear(nn.Module):
+    """What the two linear layers have in common."""
+
+    def __init__(self, tp: Axis, sequence_parallel: bool):
+        super().__init__()
+        self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
+        self.recipe: Recipe = OwnPrecision()
+
+
+class ColumnParallelLinear(_Linear):
     """``[s(/tp), b, in] -> [s, b, prod(out_shape) / tp]``.
 
     Args:
@@ -103,8 +112,7 @@ class ColumnParallelLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
+        super().__init__(tp, sequence_parallel)
         placements = (ShardedDim.over(tp, shard_dim),)
         self.weight = empty_parameter(
             ShardSpec(f"{name}.weight", (*out_shape, in_features), placements, std=init_std), device, dtype
@@ -120,37 +128,38 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and self.tp.size == 1:
-            return F.linear(x, _matrix(self.weight), None if self.bias is None else self.bias.view(-1))
-        return _ColumnLinear.apply(x, self.weight, self.bias, self.tp, self.sequence_parallel)
+            return self.recipe.traced(x, _matrix(self.weight), None if self.bias is None else self.bias.view(-1))
+        return _ColumnLinear.apply(x, self.weight, self.bias, self)
 
 
 class _RowLinear(torch.autograd.Function):
     """``y = sum over ranks of x @ w.T, + b``, whole on every rank or scattered along the sequence."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: Axis, sequence_parallel: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Linear) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        ctx.tp, ctx.sequence_parallel = tp, sequence_parallel
+        ctx.tp, ctx.sequence_parallel, ctx.recipe = layer.tp, layer.sequence_parallel, layer.recipe
+        tp: Axis = ctx.tp
         if tp.size == 1:
-            return linear(x, weight, bias)
+            return ctx.recipe.product(x, weight, bias)
         # The first rank's product brings the bias, so that the sum has it once, without a pass of its own.
-        partial = linear(x, weight, bias if tp.is_first else None)
-        return comm.scatter_sum_dim0(partial, tp).wait() if sequence_parallel else comm.all_reduce(partial, tp)
+        partial = ctx.recipe.product(x, weight, bias if tp.is_first else None)
+        return comm.scatter_sum_dim0(partial, tp).wait() if ctx.sequence_parallel else comm.all_reduce(partial, tp)
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight, bias = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         gathered = comm.gather_dim0(grads[0], ctx.tp) if ctx.sequence_parallel else comm.Pending(grads[0])
         grad_bias = _bias_gradient(bias, grads[0]) if need_bias else None
         grad = gathered.wait()
-        grad_x = linear_input_gradient(grad, weight) if need_x else None
-        grad_weight = _weight_gradient(weight, grad, x) if need_weight else None
-        return grad_x, grad_weight, grad_bias, None, None
+        grad_x = ctx.recipe.input_gradient(grad, weight) if need_x else None
+        grad_weight = _weight_gradient(ctx.recipe, weight, grad, x) if need_weight else None
+        return grad_x, grad_weight, grad_bias, None
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(_Linear):
     """``[s, b, in / tp] -> [s(/tp), b, out]``: the ranks' partial products are summed, then the bias is added once."""
 
     def __init__(
@@ -166,8 +175,7 @@ class RowParallelLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
-        self.tp, self.sequence_parallel = tp, sequence_parallel and tp.size > 1
+        super().__init__(tp, sequence_parallel)
         self.weight = empty_parameter(
             ShardSpec(f"{name}.weight", (out_features, in_features), (ShardedDim.over(tp, 1),), std=init_std),
             device,
@@ -189,8 +197,8 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and self.tp.size == 1:
-            return F.linear(x, self.weight, self.bias)
-        return _RowLinear.apply(x, self.weight, self.bias, self.tp, self.sequence_parallel)
+            return self.recipe.traced(x, self.weight, self.bias)
+        return _RowLinear.apply(x, self.weight, self.bias, self)
 
 
 def replicated_parameter(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from math import prod
 from typing import Protocol
 
 import torch
+from torch import nn
 
-from megatron_ds.shard import ShardSpec
+from megatron_ds.shard import ShardSpec, spec_of
 from megatron_ds.shard.boxes import Box, rectangles
 
 
@@ -142,6 +143,21 @@ def share_out(flat_shards: Sequence[FlatShard], index: int, count: int) -> list[
         if begin < end or (not numel and index == 0):
             found.append(flat_shard.cut(begin, end))
         place += numel * width
+    return found
+
+
+def buffers_with_shards(stages: Iterable[nn.Module], for_load: bool, first_replica: bool) -> list[FlatShard]:
+    """What a checkpoint keeps besides parameters: buffers that have a :class:`ShardSpec`, such as a recipe's scales.
+
+    Args:
+        for_load: list all that this rank holds, and not what it saves alone.
+        first_replica: whether this rank is the first of those that hold the same parts; it saves.
+    """
+    found = []
+    for buffer in (buffer for stage in stages for buffer in stage.buffers() if hasattr(buffer, "shard")):
+        spec = spec_of(buffer)
+        if for_load or (first_replica and not spec.replica):
+            found.append(FlatShard.of(spec, "buffer", buffer))
     return found
 
 

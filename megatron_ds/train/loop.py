@@ -22,6 +22,7 @@ from megatron_ds.data.loader import BatchLoader, MicroBatch
 from megatron_ds.errors import CheckpointError, MegatronDSError
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.schedule import rate_change
+from megatron_ds.shard.flat_shards import FlatShard, buffers_with_shards
 from megatron_ds.train.build import RankRuntime
 from megatron_ds.train.callbacks import Callback
 from megatron_ds.train.keeping import Keeper
@@ -182,7 +183,7 @@ class Loop:
         """
         wanted = self.config.checkpoint
         if self.step < self.config.train.steps and (wanted.save_every or wanted.save_at_end):
-            check_room(self.output.checkpoints, self.parts.optimizer.flat_shards(), self.mesh.world)
+            check_room(self.output.checkpoints, self._flat_shards(), self.mesh.world)
 
     def save(self) -> Path:
         """Write a checkpoint of this moment; the one before stays until this one is complete.
@@ -205,7 +206,7 @@ class Loop:
             "skipped_in_a_row": self.skipped_in_a_row,
             "unproven": self.keeper.unproven,
         }
-        flat_shards = self.parts.optimizer.flat_shards()
+        flat_shards = self._flat_shards()
         saved = save(self.output.checkpoints, self.step, flat_shards, meta, self.mesh.world, replace=True)
         self.keeper.saved(self.step)
         return saved
@@ -225,7 +226,7 @@ class Loop:
             before = read_meta(source)
         said = [] if path is None else check_settings(before.get("config", {}), self.config, str(source))
         said += check_data(before.get("data"), self.data, self.config.data.changed)
-        meta = load(source, self.parts.optimizer.flat_shards(for_load=True), self.mesh.world)
+        meta = load(source, self._flat_shards(for_load=True), self.mesh.world)
         self.parts.optimizer.count = int(meta["optimizer_count"])
         self.parts.optimizer.refresh_parameters()
         self.parts.scaler.load_state_dict(meta["loss_scaler"])
@@ -237,6 +238,11 @@ class Loop:
         now = self.parts.step.next_rate
         ends = _schedule_end(meta["config"]), _schedule_end(self.config.to_dict())
         return [*said, rate_change(float(meta.get("next_learning_rate", now)), now, *ends)]
+
+    def _flat_shards(self, for_load: bool = False) -> list[FlatShard]:
+        """What a checkpoint keeps of this rank."""
+        buffers = buffers_with_shards(self.parts.stages.values(), for_load, self.mesh.data.is_first)
+        return [*self.parts.optimizer.flat_shards(for_load), *buffers]
 
     def _to_device(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
         if self.mesh.device.type == "cpu":

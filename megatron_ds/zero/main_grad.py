@@ -120,16 +120,16 @@ class MainGradient:
             view.copy_(gradient)
         self._wrote()
 
-    def add_matmul(self, left: torch.Tensor, right: torch.Tensor) -> None:
+    def add_matmul(self, left: torch.Tensor, right: torch.Tensor, add: Callable[..., None] = add_product) -> None:
         """Add ``left @ right`` (``[rows, k] @ [k, columns]``), where ``columns`` is the parameter's last dim.
 
-        See :func:`megatron_ds.kernels.accumulate.add_product`.
+        ``add(total, left, right, first)`` does it, see :func:`megatron_ds.kernels.accumulate.add_product`.
         """
-        if self._keep(self.add_matmul, left, right):
+        if self._keep(partial(self.add_matmul, add=add), left, right):
             return
         if (view := self._buffer()) is None:
             return
-        add_product(view.view(-1, view.shape[-1]), left, right, first=not self.written)
+        add(view.view(-1, view.shape[-1]), left, right, not self.written)
         self._wrote()
 
     def add_rows(self, indices: torch.Tensor, rows: torch.Tensor) -> None:

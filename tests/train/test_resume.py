@@ -14,8 +14,10 @@ from megatron_ds.config import RunConfig, from_dict, validate
 from megatron_ds.data.loader import BatchLoader
 from megatron_ds.data.synthetic import SyntheticDataset
 from megatron_ds.errors import DataError
+from megatron_ds.layers.recipe import OwnPrecision, use_recipe
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.gpt import gpt_model
+from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import device_of_rank, run_ranks
 from megatron_ds.train.build import build
 from megatron_ds.train.callbacks import Callback, MetricsFile
@@ -117,11 +119,28 @@ class StopAfter(Callback):
             self.loop.ask_to_stop()
 
 
-def train(config: RunConfig, stop_at: int) -> tuple[int, dict[str, torch.Tensor]]:
+class Fading(OwnPrecision):
+    """Outputs shrink from product to product: a scale that later steps depend on."""
+
+    scale: torch.Tensor
+
+    def __init__(self, weight: ShardSpec):
+        super().__init__()
+        self.add_state(weight, "scale", torch.ones(1, dtype=torch.float64))
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        self.scale.mul_(0.995)
+        return super().product(x, weight, bias) * self.scale
+
+
+def train(config: RunConfig, stop_at: int, recipe: type[Fading] | None = None) -> tuple[int, dict[str, torch.Tensor]]:
     """Run or continue up to step ``stop_at``; returns where it started and every weight this rank holds."""
     world_size = dist.get_world_size()
     mesh = Mesh.create(validate(config, world_size), device_of_rank(dist.get_rank(), world_size))
     parts = build(config, mesh, gpt_model(config))
+    if recipe is not None:
+        for stage in parts.stages.values():
+            use_recipe(stage, recipe)
     dataset = SyntheticDataset(config.model.vocab_size, config.train.sequence_length, config.seed)
     loader = BatchLoader(
         dataset, config.train.global_batch, config.train.micro_batch, mesh.dp.rank, mesh.dp.size, prefetch=0
@@ -154,6 +173,15 @@ def test_resume_on_the_same_mesh_is_bitwise(tmp_path: Path, dtype: str) -> None:
         assert want.keys() == got.keys()
         for name in want:
             assert torch.equal(want[name], got[name]), name
+
+
+def test_the_state_of_a_recipe_is_resumed_on_another_mesh(tmp_path: Path) -> None:
+    for folder, legs in (("whole", [({}, 6)]), ("parts", [({"pp": 2}, 2), ({"tp": 2}, 4), ({}, 6)])):
+        for mesh, stop_at in legs:
+            ranks = 1 if not mesh else 2
+            run_ranks(train, ranks, configuration(tmp_path / folder, "fp64", **mesh), stop_at, Fading)
+    whole = read_losses(tmp_path / "whole")
+    assert read_losses(tmp_path / "parts") == pytest.approx(whole, rel=1e-9) and len(whole) == 6
 
 
 MESHES = [{}, {"tp": 2}, {"pp": 2}, {"dp": 2}, {"tp": 2, "pp": 2}, {"pp": 4}, {"dp": 4}, {"tp": 2, "pp": 2, "dp": 2}]
