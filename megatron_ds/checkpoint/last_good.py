@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_ds.checkpoint.directory import look_at, read_latest, steps_in
 from megatron_ds.checkpoint.manifest import step_of
 from megatron_ds.checkpoint.reader import Checkpoint
-from megatron_ds.checkpoint.together import exchange, merged
+from megatron_ds.comm.together import exchange, merged
 from megatron_ds.errors import CheckpointError
 from megatron_ds.mesh import Axis
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_ds.checkpoint.directory import way_out
 from megatron_ds.checkpoint.manifest import Manifest
 from megatron_ds.checkpoint.reader import Checkpoint, Request
-from megatron_ds.checkpoint.together import exchange, group_device, together
+from megatron_ds.comm.together import exchange, group_device, together
 from megatron_ds.errors import CheckpointError
 from megatron_ds.mesh import Axis
 from megatron_ds.shard.flat_shards import FlatShard, by_holder

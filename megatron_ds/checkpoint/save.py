@@ -39,9 +39,9 @@ from megatron_ds.checkpoint.manifest import (
 )
 from megatron_ds.checkpoint.manifest_file import MOST_BYTES, file_from_json, record_from_json, write_manifest
 from megatron_ds.checkpoint.safetensors_header import Entry, dtype_name, layout
-from megatron_ds.checkpoint.together import together, total
 from megatron_ds.checkpoint.values import encode
 from megatron_ds.checkpoint.writer import ChunkedWriter, FileRecord
+from megatron_ds.comm.together import together, total
 from megatron_ds.errors import CheckpointError
 from megatron_ds.files import gb, read_json, sync_directory, write_text_durably
 from megatron_ds.mesh import Axis

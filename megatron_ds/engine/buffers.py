@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds import comm
-from megatron_ds.checkpoint.together import exchange
+from megatron_ds.comm.together import exchange
 from megatron_ds.mesh import Axis
 
 _ALIGN = 16  # bytes: no dtype is wider

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from megatron_ds import comm
-from megatron_ds.checkpoint.together import exchange
+from megatron_ds.comm.together import exchange
 from megatron_ds.config.engine import BatchSizes, DeepSpeedSchedule, EngineConfig, validate_engine
 from megatron_ds.config.read import from_dict, read_toml
 from megatron_ds.deepspeed_json import from_deepspeed, is_deepspeed

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ds import checkpoint
-from megatron_ds.checkpoint.together import exchange
+from megatron_ds.comm.together import exchange
 from megatron_ds.engine.wrapped import plain_name
 from megatron_ds.errors import CheckpointError
 from megatron_ds.shard import as_real

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from megatron_ds.checkpoint.manifest import INCOMPLETE
 from megatron_ds.checkpoint.save import check_space
 from megatron_ds.checkpoint.stream import Plan, TensorFiles, plan_bytes
-from megatron_ds.checkpoint.together import together
+from megatron_ds.comm.together import together
 from megatron_ds.convert.folder import file_name, write_index
 from megatron_ds.engine.tensors import WholeTensors
 from megatron_ds.engine.wrapped import plain_name

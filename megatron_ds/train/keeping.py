@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_ds.checkpoint.directory import point_latest, steps_in
 from megatron_ds.checkpoint.manifest import step_of
 from megatron_ds.checkpoint.save import prune
-from megatron_ds.checkpoint.together import exchange
+from megatron_ds.comm.together import exchange
 from megatron_ds.errors import CheckpointError
 from megatron_ds.mesh import Axis
 

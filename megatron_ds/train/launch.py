@@ -22,7 +22,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_ds.checkpoint.together import merged
+from megatron_ds.comm.together import merged
 from megatron_ds.data.cli import guarded, say
 from megatron_ds.errors import ConfigError, MegatronDSError
 from megatron_ds.mesh import MOST_RANKS, init_process_group

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_ds.checkpoint.directory import read_meta
 from megatron_ds.checkpoint.load import load
 from megatron_ds.checkpoint.save import check_room, save
-from megatron_ds.checkpoint.together import together
+from megatron_ds.comm.together import together
 from megatron_ds.config import RunConfig
 from megatron_ds.data.loader import BatchLoader, MicroBatch
 from megatron_ds.errors import CheckpointError, MegatronDSError

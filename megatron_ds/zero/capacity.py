@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ds import comm
-from megatron_ds.checkpoint.together import exchange, group_device, merged
+from megatron_ds.comm.together import exchange, group_device, merged
 from megatron_ds.config import ZeroConfig
 from megatron_ds.errors import ConfigError, OffloadError
 from megatron_ds.files import gb

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from megatron_ds import checkpoint
-from megatron_ds.checkpoint.together import exchange, together
+from megatron_ds.comm.together import exchange, together
 from megatron_ds.engine.wrapped import plain_name
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.files import read_bytes, replacing, say, sync_directory, write_text_durably
