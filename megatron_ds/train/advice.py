@@ -26,7 +26,6 @@ from megatron_ds.zero.advice import (
     recomputation_saves_little,
     stage_too_high,
 )
-from megatron_ds.zero.estimate import Layout, held, memory_bytes_on_device
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 ACHIEVED = 0.4
@@ -71,15 +70,16 @@ class RunAdvice:
             self._adviser([self._stage()])
 
     def _stage(self) -> Advice | None:
-        model, layout = self.zero.size, layout_of(self.zero, self.micro_batches)
-        if sum(held(model, Layout(0, 1)).values()) < FLOOR:
+        layout = self.zero.layout
+        if sum(layout.at_stage(0).bytes().by_kind.values()) < FLOOR:
             return None
         device, peak = self.mesh.device, peak_memory_bytes(self.mesh.device)
         if device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[1]
         else:  # as if all ranks were on this machine: rather too little advice than wrong advice
             free = peak + free_host_memory() // self.mesh.world.size
-        return stage_too_high(model, layout, free, max(0, peak - memory_bytes_on_device(model, layout)))
+        others = max(0, peak - layout.bytes(self.micro_batches).total("device"))
+        return stage_too_high(layout, self.micro_batches, free, others)
 
 
 class AdviceCallback(Callback):
@@ -93,19 +93,6 @@ class AdviceCallback(Callback):
 
     def on_step(self, step: int, result: StepResult, speed: Mapping[str, float]) -> None:
         self.advice.after_step(result)
-
-
-def layout_of(zero: ZeroOptimizer, micro_batches: int) -> Layout:
-    config = zero.config
-    state, parameters = config.offload_optimizer, config.offload_parameters
-    return Layout(
-        config.stage,
-        zero.shard.size if config.stage else zero.replicate.size,
-        micro_batches,
-        config.keep_whole,
-        state.ratio if state.device != "none" else 0.0,
-        parameters.ratio if parameters.device != "none" else 0.0,
-    )
 
 
 def known_beforehand(
@@ -159,11 +146,13 @@ def recomputation(
     switch_off: str = "recompute.mode='none'",
 ) -> Advice | None:
     """Whether a run's recomputation is worth it. ``activations``: None if not known."""
-    model, layout = zero.size, layout_of(zero, micro_batches)
-    if activations is None or memory_bytes_on_device(model, layout) + in_flight * activations.no_recompute < FLOOR:
+    held = zero.layout.bytes(micro_batches)
+    on_device = held.total("device")
+    if activations is None or on_device + in_flight * activations.no_recompute < FLOOR:
         return None
-    whole = layout.stage < 2 or layout.keep_whole
-    gradients = model.parameters * model.wide // (1 if whole else layout.shard)
-    other = max(0, memory_bytes_on_device(model, layout) - gradients)
+    gradients = held.total("device", ("gradients",))
+    whole = zero.layout.keeps_gradients_whole(micro_batches)
     of_one = (activations.no_recompute, activations.stored, activations.recompute_peak)
-    return recomputation_saves_little(micro_batches, in_flight, *of_one, gradients, other, whole, switch_off)
+    return recomputation_saves_little(
+        micro_batches, in_flight, *of_one, gradients, on_device - gradients, whole, switch_off
+    )

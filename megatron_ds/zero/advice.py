@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_ds.files import gb
 from megatron_ds.optim.loss_scaler import LossScaler
-from megatron_ds.zero.estimate import Layout, ModelSize, communication_bytes, memory_bytes_on_device
+from megatron_ds.zero.layout import ZeroLayout
 
 HARDLY = 0.1
 """Less than this share of the peak is not worth computing the forward pass twice for."""
@@ -48,31 +48,31 @@ class Adviser:
                 self._say(str(each))
 
 
-def stage_too_high(model: ModelSize, layout: Layout, free: int, activations: int) -> Advice | None:
+def stage_too_high(layout: ZeroLayout, micro_batches: int, free: int, activations: int) -> Advice | None:
     """A lower stage would fit on the device and move fewer bytes.
 
     Args:
+        micro_batches: of a step, on one rank.
         free: bytes of the device for everything. activations: what of them activations and buffers will take.
     """
-    room = free - activations
-    here = communication_bytes(model, layout)
-    lower = [
-        replace(layout, stage=stage, keep_whole=False, parameter_ratio=0.0) for stage in range(1, max(layout.stage, 1))
-    ]
+    stage, here = layout.config.stage, layout.communication_bytes(micro_batches)
+    lower = [layout.at_stage(below) for below in range(1, max(stage, 1))]
+    found = [(other.communication_bytes(micro_batches), other) for other in lower]
+    sizes = [other.bytes(micro_batches).total("device") for other in lower]
     fitting = [
-        other
-        for other in lower
-        if memory_bytes_on_device(model, other) <= room and communication_bytes(model, other) < here - TRIFLE
+        (sent, other.config.stage, size)
+        for (sent, other), size in zip(found, sizes)
+        if size <= free - activations and sent < here - TRIFLE
     ]
     if not fitting:
         return None
-    best = min(fitting, key=lambda other: (communication_bytes(model, other), other.stage))
+    sent, best, size = min(fitting)
     return Advice(
         "stage",
-        f"zero.stage={layout.stage} sends {gb(here)} a rank and step; stage {best.stage} would send "
-        f"{gb(communication_bytes(model, best))}, and its {gb(memory_bytes_on_device(model, best))} of parameters, "
-        f"gradients and optimizer state a rank with {gb(activations)} of activations fit into {gb(free)}",
-        f"use zero.stage={best.stage}",
+        f"zero.stage={stage} sends {gb(here)} a rank and step; stage {best} would send {gb(sent)}, and its {gb(size)} "
+        f"of parameters, gradients and optimizer state a rank with {gb(activations)} of activations fit into "
+        f"{gb(free)}",
+        f"use zero.stage={best}",
     )
 
 

@@ -13,7 +13,7 @@ Because nothing here touches memory, the bytes of any rank of any mesh can be co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -230,28 +230,3 @@ def _place_whole(slots: Sequence[Slot], shards: int) -> tuple[list[Slot], int]:
 
 def _aligned(numel: int, to: int) -> int:
     return -(-numel // to) * to
-
-
-def bytes_report(
-    parameters: Iterable[ParameterInfo], layouts: Iterable[BucketLayout], stage: int = 1
-) -> dict[str, int]:
-    """Bytes one rank holds between steps, by kind: ``parameters``, ``gradients``, ``master``, ``optimizer``.
-
-    Exact for the flat buffers, padding included: an fp32 or fp64 parameter is its own master, so that only half
-    precision has ``master`` bytes. Frozen parameters count under ``parameters``. From stage 2 on a rank keeps its slice
-    of the gradients, at stage 3 its slice of each unit's parameters; what is whole for a moment (a few buckets of
-    gradients, the units in use) comes on top.
-    """
-    report = dict.fromkeys(("parameters", "gradients", "master", "optimizer"), 0)
-    report["parameters"] = sum(i.numel * i.dtype.itemsize for i in parameters if not i.trainable and i.unit is None)
-    for layout in layouts:
-        master = state_dtype(layout.key.dtype)
-        kept = layout.size if layout.key.unit is None else layout.shard_size
-        report["parameters"] += kept * layout.key.dtype.itemsize
-        if not layout.key.trainable:
-            continue
-        report["gradients"] += (layout.size if stage < 2 else layout.shard_size) * master.itemsize
-        if master != layout.key.dtype:
-            report["master"] += layout.shard_size * master.itemsize
-        report["optimizer"] += layout.shard_size * master.itemsize * len(layout.key.rule.kinds)
-    return report

@@ -32,14 +32,10 @@ from megatron_ds.files.direct_io import DirectFile
 from megatron_ds.host import filesystem, free_host_memory
 from megatron_ds.mesh import Axis
 from megatron_ds.zero.advice import Advice, Adviser
+from megatron_ds.zero.layout import KINDS, PLACES, STATE, RankBytes
 from megatron_ds.zero.store.nvme import make_swap_file
 
 log = logging.getLogger(__name__)
-
-_KINDS = ("parameters", "gradients", "master", "optimizer")
-_PLACES = ("device", "host", "disk")
-STATE = ("master", "optimizer")
-"""Kinds that ``offload_optimizer`` moves."""
 
 
 @dataclass(frozen=True)
@@ -52,29 +48,6 @@ class Available:
     host: int
     device: int | None = None
     disk: Mapping[str, int] | None = None
-
-
-@dataclass(frozen=True)
-class RankBytes:
-    """What one rank needs.
-
-    Attributes:
-        held: bytes by kind (``"parameters"``, ``"gradients"``, ``"master"``, ``"optimizer"``) and place
-            (``"device"``, ``"host"``, ``"disk"``).
-        staging: host memory of transfers, which no ratio makes smaller.
-    """
-
-    held: Mapping[str, Mapping[str, int]]
-    staging: int = 0
-
-    def total(self, place: str, kinds: Sequence[str] | None = None) -> int:
-        return sum(places.get(place, 0) for kind, places in self.held.items() if kinds is None or kind in kinds)
-
-    def parts(self, place: str) -> str:
-        found = {kind: places.get(place, 0) for kind, places in self.held.items()}
-        if place == "host":
-            found["staging"] = self.staging
-        return ", ".join(f"{kind} {gb(size)}" for kind, size in found.items() if size)
 
 
 def check_capacity(
@@ -138,7 +111,7 @@ def _faults(rank: RankBytes, node: Sequence[RankBytes], there: Available, zero: 
     own = dataclasses.replace(there, host=1 << 62, disk=None)
     together = dataclasses.replace(there, device=None if there.device is None else 1 << 62)
     mean = RankBytes(
-        {k: {p: sum(r.held[k][p] for r in node) // len(node) for p in _PLACES} for k in _KINDS},
+        {k: {p: sum(r.held[k][p] for r in node) // len(node) for p in PLACES} for k in KINDS},
         sum(r.staging for r in node) // len(node),
     )
     shared = zero.model_copy(update={"host_memory_mb": None})
@@ -154,13 +127,13 @@ def _exchange_bytes(rank: RankBytes, resident: int, world: Axis) -> list[tuple[R
     """What every rank of this node will hold, with its parameters' bytes now."""
     if not _talks(world):
         return [(rank, resident)]
-    numbers = [_node(), resident, rank.staging, *(rank.held[kind][place] for kind in _KINDS for place in _PLACES)]
+    numbers = [_node(), resident, rank.staging, *(rank.held[kind][place] for kind in KINDS for place in PLACES)]
     row = torch.tensor([numbers], dtype=torch.int64, device=group_device(world))
     rows: list[list[int]] = comm.gather_dim0(row, world).wait().tolist()
     found = []
     for node, there, staging, *sizes in rows:
         if node == numbers[0]:
-            held = {k: dict(zip(_PLACES, sizes[i * len(_PLACES) :])) for i, k in enumerate(_KINDS)}
+            held = {k: dict(zip(PLACES, sizes[i * len(PLACES) :])) for i, k in enumerate(KINDS)}
             found.append((RankBytes(held, staging), there))
     return found
 
@@ -182,19 +155,19 @@ def capacity_faults(rank: RankBytes, ranks: int, there: Available, zero: ZeroCon
     on_host = rank.total("host") + rank.staging
     if zero.host_memory_mb is not None and on_host > zero.host_memory_mb * 1e6:
         faults.append(
-            f"offload takes {gb(on_host)} of host memory a rank ({rank.parts('host')}), more than "
+            f"offload takes {gb(on_host)} of host memory a rank ({_parts(rank, 'host')}), more than "
             f"zero.host_memory_mb={zero.host_memory_mb:g}; set it to {math.ceil(on_host / 1e6)}"
             + _or_ratio(rank, zero, "host", zero.host_memory_mb * 1e6 - rank.staging)
         )
     in_device = rank.total("device")
     if there.device is None:
         needed = on_host + in_device
-        described = f"{_join(rank.parts('device'), rank.parts('host'))}"
+        described = f"{_join(_parts(rank, 'device'), _parts(rank, 'host'))}"
     else:
-        needed, described = on_host, rank.parts("host")
+        needed, described = on_host, _parts(rank, "host")
         if in_device > there.device:
             faults.append(
-                f"a rank keeps {gb(in_device)} on its device ({rank.parts('device')}), but {gb(there.device)} are "
+                f"a rank keeps {gb(in_device)} on its device ({_parts(rank, 'device')}), but {gb(there.device)} are "
                 f"free there{_relief(rank, zero, in_device - there.device)}"
             )
     if ranks * needed > there.host:
@@ -212,11 +185,18 @@ def capacity_faults(rank: RankBytes, ranks: int, there: Available, zero: ZeroCon
         if ranks * here > free:
             faults.append(
                 f"{ranks} rank(s) on this node need {gb(ranks * here)} of swap files in {folder}, {gb(here)} each "
-                f"({rank.parts('disk')}), but {gb(free)} are free"
+                f"({_parts(rank, 'disk')}), but {gb(free)} are free"
                 + _spread(rank, ranks, zero, ("disk",), free, 0)
                 + _or_ratio(rank, zero, "disk", free / ranks)
             )
     return faults
+
+
+def _parts(rank: RankBytes, place: str) -> str:
+    found = {kind: places.get(place, 0) for kind, places in rank.held.items()}
+    if place == "host":
+        found["staging"] = rank.staging
+    return ", ".join(f"{kind} {gb(size)}" for kind, size in found.items() if size)
 
 
 def _on_disk(rank: RankBytes, zero: ZeroConfig, folder: str) -> int:

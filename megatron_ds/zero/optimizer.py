@@ -19,16 +19,14 @@ from megatron_ds.optim.factory import as_rule
 from megatron_ds.optim.rule import Late, Update, UpdateRule
 from megatron_ds.shard import ShardSpec, as_real
 from megatron_ds.shard.flat_shards import FlatShard, share_out
-from megatron_ds.zero import buckets
-from megatron_ds.zero.buckets import ParameterInfo, plan_buckets, state_dtype
-from megatron_ds.zero.capacity import RankBytes, check_capacity
-from megatron_ds.zero.estimate import ModelSize
+from megatron_ds.zero.allocate import RankMemory, take_values
+from megatron_ds.zero.capacity import check_capacity
 from megatron_ds.zero.flat import FlatBucket
+from megatron_ds.zero.gatherer import Gatherer
+from megatron_ds.zero.layout import ZeroLayout
 from megatron_ds.zero.memory import TransientParameters
-from megatron_ds.zero.offload import OffloadPlan, Stores
-from megatron_ds.zero.plan import choose_units, gradient_pools, numbers_of_units, share_memory
-from megatron_ds.zero.reducer import WINDOW, Phase, Reducer
-from megatron_ds.zero.units import Gatherer, Unit
+from megatron_ds.zero.reducer import Phase, Reducer
+from megatron_ds.zero.units import choose_units, describe
 
 
 class ZeroOptimizer:
@@ -88,85 +86,45 @@ class ZeroOptimizer:
         self._axes = {over: shard_axes(mesh, config, over) for over in kinds}
         self.shard, self.replicate = self._axes[()]
         self._parameters = unique(parameters)
-        shared = {id(parameter): number for number, (parameter, _) in enumerate(shared_over)}
-        modules = choose_units(config, self.shard, root, unit_classes)
-        unit_of = numbers_of_units(modules.values(), self._parameters, config.persistence_threshold)
         self._rule = as_rule(optimizer_config)
-        self._infos = [
-            ParameterInfo.of(p, shared.get(id(p)), unit_of.get(id(p)), (stage_of or {}).get(id(p), 0), self._rule)
-            for p in self._parameters
-        ]
-        layouts = plan_buckets(self._infos, config.bucket_mb * 1e6, lambda over: self._axes[over][0].size)
+        modules = choose_units(config, self.shard.size, root, unit_classes)
+        shared = {id(parameter): number for number, (parameter, _) in enumerate(shared_over)}
+        infos = describe(self._parameters, modules, config.persistence_threshold, self._rule, shared, stage_of or {})
+        sizes = {over: (shard.size, replicate.size) for over, (shard, replicate) in self._axes.items()}
+        self.layout = ZeroLayout.plan(infos, config, sizes)
         device = self._parameters[0].device if self._parameters else mesh.device
-        transient = config.stage >= 2 and self.shard.size > 1
-        self._plan = OffloadPlan(config, layouts)
-        if self._plan.offloads and device.type != "meta":
-            needed = RankBytes(self._plan.bytes_held(self._infos, layouts), sum(self._plan.staging))
-            check_capacity(needed, config, self._parameters, device, mesh.world)
-        self.stores = Stores(self._plan, device)
-        self._arena = None
-        if shared_memory:
-            self._arena = share_memory(config, layouts, self._parameters, self.shard, self.stores)
+        if self.layout.offloads and device.type != "meta":
+            check_capacity(self.layout.bytes(), config, self._parameters, device, mesh.world)
         shards = {over: shard for over, (shard, _) in self._axes.items()}
-        pools = gradient_pools(layouts, device, shards, self._arena) if transient else {}
-        self._all: list[FlatBucket] = []
-        self.buckets: list[FlatBucket] = []  # those with gradients
-        for layout in layouts:
-            key = layout.key
-            also_over = [mesh.axis(name) for name in key.reduce_over]
-            if key.shared is not None:
-                also_over.append(shared_over[key.shared][1])
-            mine = [self._parameters[slot.parameter] for slot in layout.slots]
-            pool = pools.get((state_dtype(key.dtype), key.sharded_over))
-            arena = None if key.sharded_over else self._arena
-            axes, stores = self._axes[key.sharded_over], self.stores.of(layout)
-            bucket = FlatBucket(layout, mine, axes, also_over, self._rule, arena, pool, stores)
-            self._all.append(bucket)
-            if layout.key.trainable:
-                self.buckets.append(bucket)
-        self._take_values(fill)
-        self.reducer = Reducer(
-            self.buckets, config.overlap, transient and not config.keep_whole, WINDOW * config.bucket_mb * 1e6
-        )
-        self.gatherer = self._gatherer(root, modules)
+        memory = RankMemory(self.layout, device, shards, shared_memory)
+        self.stores, self._arena = memory.stores, memory.arena()
+        self._all = [self._bucket(number, memory, mesh, shared_over) for number in range(len(self.layout.buckets))]
+        self.buckets = [bucket for bucket in self._all if bucket.layout.key.trainable]
+        take_values(self._all, fill)
+        each_backward = self.layout.frees_gradients and not config.keep_whole
+        self.reducer = Reducer(self.buckets, config.overlap, each_backward, self.layout.gradient_window)
+        self.gatherer = Gatherer.over(root, modules, self._all, config.prefetch) if root and modules else None
         self._publish()
         self._count = 0
 
-    def _take_values(self, fill: Callable[[list[nn.Parameter]], None] | None) -> None:
-        """Parameters become views of their buckets, with the values they had or those that ``fill`` gives them."""
-        units: dict[int | None, list[FlatBucket]] = {}
-        for bucket in self._all:
-            units.setdefault(bucket.layout.key.unit, []).append(bucket)
-        if fill is None:
-            for bucket in self._all:
-                bucket.adopt_values()
-            return
-        # What is whole all the time is there first: a unit's module may set its small parameters along with its large.
-        for bucket in units.get(None, []):
-            bucket.view_parameters()
-        for unit in sorted(units, key=lambda unit: (unit is None, unit or 0)):
-            for bucket in units[unit]:
-                if unit is not None:
-                    bucket.view_parameters()
-            fill([parameter for bucket in units[unit] for parameter in bucket.tensors])
-            if unit is not None:
-                for bucket in units[unit]:
-                    bucket.write_back_initial()
-        for bucket in units.get(None, []):
-            bucket.write_back_initial()
-
-    def _gatherer(self, root: nn.Module | None, modules: dict[nn.Module, list[nn.Parameter]]) -> Gatherer | None:
-        if root is None or not modules:
-            return None
-        names = {id(module): name for name, module in root.named_modules()}
-        owner = {id(p): bucket for bucket in self._all if bucket.layout.key.unit is not None for p in bucket.tensors}
-        units = []
-        # What is called first; a list of pipeline stages never is, its members are.
-        called = list(root) if isinstance(root, nn.ModuleList) else [root]
-        for module, parameters in {**{module: [] for module in called}, **modules}.items():
-            needed = {id(owner[id(p)]): owner[id(p)] for p in parameters if id(p) in owner}
-            units.append(Unit(names[id(module)], module, list(needed.values())))
-        return Gatherer(units, self._all, self.config.prefetch)
+    def _bucket(
+        self, number: int, memory: RankMemory, mesh: Mesh, shared_over: Sequence[tuple[nn.Parameter, Axis]]
+    ) -> FlatBucket:
+        layout = self.layout.buckets[number]
+        key = layout.key
+        also_over = [mesh.axis(name) for name in key.reduce_over]
+        if key.shared is not None:
+            also_over.append(shared_over[key.shared][1])
+        return FlatBucket(
+            layout,
+            [self._parameters[slot.parameter] for slot in layout.slots],
+            self._axes[key.sharded_over],
+            also_over,
+            self._rule,
+            memory.arena(key.sharded_over),
+            memory.pool(key.dtype, key.sharded_over),
+            memory.stores.of(number),
+        )
 
     def close(self) -> None:
         """Let go of the parameters: no more hooks. They stay views of the flat buffers, whole ones."""
@@ -392,7 +350,7 @@ class ZeroOptimizer:
             cut = [flat_shard for bucket in mine for flat_shard in bucket.flat_shards(for_load)]
             whole = [
                 FlatShard.of(info.spec, "param", as_real(parameter.data))
-                for info, parameter in zip(self._infos, self._parameters)
+                for info, parameter in zip(self.layout.parameters, self._parameters)
                 if not info.trainable and info.unit is None and info.sharded_over == over
                 if for_load or not info.spec.replica
             ]
@@ -410,21 +368,15 @@ class ZeroOptimizer:
 
     def kinds_of(self, name: str) -> tuple[str, ...]:
         """The state tensors that are kept of a parameter of this rank; of a frozen one none."""
-        return next((info.rule.kinds for info in self._infos if info.spec.name == name), ())
-
-    @property
-    def size(self) -> ModelSize:
-        """What estimates need to know of this rank's trainable parameters."""
-        return ModelSize.of(self._infos)
+        return next((info.rule.kinds for info in self.layout.parameters if info.spec.name == name), ())
 
     def bytes_by_store(self) -> dict[str, dict[str, int]]:
-        """The same by where they live between steps: kind, then ``"device"``, ``"host"`` or ``"disk"``."""
-        return self._plan.bytes_held(self._infos, [bucket.layout for bucket in self._all])
+        """Bytes this rank holds between steps: kind, then ``"device"``, ``"host"`` or ``"disk"``."""
+        return {kind: dict(places) for kind, places in self.layout.bytes().held.items()}
 
     def bytes_report(self) -> dict[str, int]:
-        """Bytes this rank holds, by kind; see :func:`megatron_ds.zero.buckets.bytes_report`."""
-        layouts = [bucket.layout for bucket in self._all]
-        return buckets.bytes_report(self._infos, layouts, self.config.stage)
+        """The same by kind, wherever they are; see :meth:`megatron_ds.zero.layout.ZeroLayout.bytes`."""
+        return self.layout.bytes().by_kind
 
 
 def shard_axes(mesh: Mesh, config: ZeroConfig, sharded_over: tuple[str, ...] = ()) -> tuple[Axis, Axis]:

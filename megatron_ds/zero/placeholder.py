@@ -15,7 +15,7 @@ from megatron_ds.shard import spec_of
 
 
 class Adopter(Protocol):
-    """Who gathers parameters; see :class:`~megatron_ds.zero.units.Gatherer`."""
+    """Who gathers parameters; see :class:`~megatron_ds.zero.gatherer.Gatherer`."""
 
     def adopt(self, parameter: nn.Parameter) -> bool:
         """Gather a released parameter for the innermost running module; False if none is running."""

@@ -20,9 +20,6 @@ from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.main_grad import MainGradient
 from megatron_ds.zero.memory import TransientGradients
 
-WINDOW = 2
-"""Bytes of reductions under way, in units of ``zero.bucket_mb``, before the oldest is waited for and given back."""
-
 
 class Phase(Enum):
     """Where a step stands. Gradients are only taken between ``start_step`` and ``finish_gradients``."""

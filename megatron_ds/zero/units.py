@@ -1,33 +1,54 @@
-"""Stage 3: a unit's parameters are whole while somebody computes with them, and a slice of them at all other times.
-
-A *unit* is what is gathered and freed together: a transformer block, an embedding, a head. Hooks on the unit's module
-gather before its forward and free after it; gather again when the first gradient of its outputs comes, and free when
-the gradients of its inputs are there. Everything is counted by use, so that a module may be used twice, be nested in
-another, be recomputed in the backward pass, or not be used at all.
-
-A parameter that is used outside of its own module (a tied head, say) is noticed when a running module touches it: it is
-gathered there and then, and belongs to what that module needs from then on.
-"""
+"""The units of stage 3: which modules are gathered and freed as one, and which parameters each needs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, cast
-from zlib import crc32
+from collections.abc import Iterable, Mapping, Sequence
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import nn
 
-from megatron_ds import comm
-from megatron_ds.mesh import Axis
-from megatron_ds.zero.flat import FlatBucket
-from megatron_ds.zero.memory import TransientParameters
-from megatron_ds.zero.placeholder import ShardedPlaceholder
+from megatron_ds.config import ZeroConfig
+from megatron_ds.optim.rule import UpdateRule
+from megatron_ds.zero.buckets import ParameterInfo
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def choose_units(
+    config: ZeroConfig, shard_ranks: int, root: nn.Module | None, classes: Sequence[type[nn.Module]]
+) -> dict[nn.Module, list[nn.Parameter]]:
+    """The units of stage 3 and what each needs; none at other stages."""
+    if config.stage < 3:
+        return {}
+    if root is None:
+        raise ValueError("zero.stage=3 needs root=, the module whose units are gathered and freed")
+    if shard_ranks == 1 and config.offload_parameters.device == "none":
+        return {}  # nothing to gather
+    return find_units(root, config.persistence_threshold, classes)
+
+
+def describe(
+    parameters: Sequence[nn.Parameter],
+    units: Mapping[nn.Module, Sequence[nn.Parameter]],
+    threshold: int,
+    rule: UpdateRule,
+    shared: Mapping[int, int],
+    stage_of: Mapping[int, int],
+) -> list[ParameterInfo]:
+    """What the layout needs to know of each parameter.
+
+    Args:
+        units: of :func:`choose_units`. A parameter of at least ``threshold`` elements belongs to the first unit that
+            needs it; a smaller one stays whole.
+        shared, stage_of: by the parameter's ``id``; see :class:`ParameterInfo`.
+    """
+    unit_of: dict[int, int] = {}
+    for number, needed in enumerate(units.values()):
+        for parameter in needed:
+            if parameter.numel() >= max(threshold, 1):
+                unit_of.setdefault(id(parameter), number)
+    return [
+        ParameterInfo.of(p, shared.get(id(p)), unit_of.get(id(p)), stage_of.get(id(p), 0), rule) for p in parameters
+    ]
 
 
 def find_units(
@@ -72,303 +93,3 @@ def _blocks(root: nn.Module) -> list[nn.Module]:
 
 def _is_large(parameters: Iterable[nn.Parameter], threshold: int) -> bool:
     return any(p.numel() >= max(threshold, 1) for p in parameters)
-
-
-class Unit:
-    """One hooked module, the buckets it needs, and how many uses hold them."""
-
-    def __init__(self, name: str, module: nn.Module, buckets: Sequence[FlatBucket]):
-        self.name, self.module = name, module
-        self.buckets = list(buckets)
-        self.running = 0  # forwards under way
-        self.backward = 0  # uses in their backward pass
-
-    @property
-    def holds(self) -> bool:
-        return self.running > 0 or self.backward > 0
-
-
-class _Use:
-    """One forward of a unit, and whether its backward has begun."""
-
-    def __init__(self, unit: Unit):
-        self.unit = unit
-        self.in_backward = False
-
-
-class Gatherer:
-    """Gathers and frees the buckets of units on this rank.
-
-    Args:
-        units: all hooked modules, the root first; parameters touched outside of their module are added to what the
-            innermost running one needs.
-        prefetch: how many units ahead are gathered, in the order of the step before.
-
-    All ranks must use the modules in the same order wherever a gather is a collective (not within one host);
-    :meth:`require_one_order` sees to it.
-    """
-
-    def __init__(self, units: Sequence[Unit], buckets: Sequence[FlatBucket], prefetch: int):
-        self.units = list(units)
-        self.prefetch = prefetch
-        self.keep = False  # what was gathered stays until free_all()
-        self._buckets = [b for b in buckets if isinstance(b.parameters, TransientParameters)]
-        self._owner = {id(p): bucket for bucket in self._buckets for p in bucket.tensors}
-        self._classes = {id(p): type(p) for bucket in self._buckets for p in bucket.tensors}
-        self._users: dict[int, list[Unit]] = {id(b): [] for b in self._buckets}
-        for unit in units:
-            for bucket in unit.buckets:
-                self._users[id(bucket)].append(unit)
-        self._explicit: dict[int, int] = {}  # bucket -> gathered() contexts open on it
-        self._idle: list[FlatBucket] = []  # nobody holds them; freed when the next gather needs memory
-        self._started: list[FlatBucket] = []  # gathers under way, begun ahead of use
-        self._order: list[FlatBucket] = []  # of this step's gathers
-        self._expected: list[FlatBucket] = []  # of the step before
-        self._orders: comm.Pending | None = None  # the ranks' orders of this step, being compared
-        self._running: list[tuple[Unit, _Use | None]] = []  # forwards under way, and what is to know of their backward
-        self._hooks: list[Any] = []
-        for bucket in self._buckets:
-            self._mark_sharded(bucket)
-        for unit in units:
-            self._hooks.append(unit.module.register_forward_pre_hook(self._before(unit), with_kwargs=True))
-            self._hooks.append(unit.module.register_forward_hook(self._after(unit), always_call=True))
-
-    def close(self) -> None:
-        """Remove the hooks; every parameter is left whole."""
-        self._gather(self._buckets)
-        for hook in self._hooks:
-            hook.remove()
-
-    # What the owner of the step calls
-
-    def start_step(self) -> None:
-        self._expected, self._order = self._order, []
-
-    def compare_orders_start(self, axis: Axis) -> None:
-        """Start to compare what the ranks of ``axis`` gathered in this step; :meth:`require_one_order` has the result.
-
-        In two parts, so that the host waits for no device here: by then it has waited for the gradient norm anyway.
-        """
-        if axis.group is None or not any(cast(TransientParameters, b.parameters).is_collective for b in self._buckets):
-            return
-        # Filled on the device: copying numbers there would wait for all that is queued, the whole backward pass.
-        digest = torch.full((2,), len(self._order), dtype=torch.int64, device=self._buckets[0].tensors[0].device)
-        digest[1:].fill_(crc32("\n".join(self._names()).encode()))
-        self._orders = comm.gather_dim0(digest, axis)
-
-    def _names(self) -> list[str]:
-        return [bucket.layout.slots[0].spec.name for bucket in self._order]
-
-    def require_one_order(self, axis: Axis) -> None:
-        """Raise on all ranks of ``axis`` if they gathered other units than each other in this step, or in other order.
-
-        Units of one size would be taken for each other, and nothing else would notice.
-        """
-        if self._orders is None:
-            return
-        everyone, self._orders = self._orders.wait().view(axis.size, 2).tolist(), None
-        if all(digest == everyone[0] for digest in everyone):
-            return
-        lists: list[Any] = [None] * axis.size
-        dist.all_gather_object(lists, self._names(), group=axis.group)
-        other = next(rank for rank in range(axis.size) if lists[rank] != lists[0])
-        at = next((i for i, pair in enumerate(zip(*(lists[0], lists[other]))) if pair[0] != pair[1]), None)
-        at = min(len(lists[0]), len(lists[other])) if at is None else at
-        said = [lists[rank][at] if at < len(lists[rank]) else "nothing more" for rank in (0, other)]
-        raise RuntimeError(
-            f"gather number {at + 1} of this step was of the unit of {said[0]} on rank {axis.ranks[0]}, but of "
-            f"{said[1]} on rank {axis.ranks[other]}: at stage 3 all ranks use the same modules in the same order, "
-            "because a gather takes a part of each; let every rank run every module (on zeros, say), or use stage 2"
-        )
-
-    def end_backward(self) -> None:
-        """A backward pass is over: units whose inputs need no gradient could not tell."""
-        for unit in self.units:
-            unit.backward = 0
-        self._free_idle()
-
-    def free_all(self) -> None:
-        """Before parameters change, or when a batch is over."""
-        for unit in self.units:
-            unit.running = unit.backward = 0
-        self._running.clear()
-        for bucket in self._started:  # begun for a use that did not come
-            bucket.finish_gather()
-            cast(TransientParameters, bucket.parameters).free()
-        self._started.clear()
-        for bucket in self._buckets:
-            if self._is_gathered(bucket):
-                self._free(bucket)
-        self._idle.clear()
-
-    @contextmanager
-    def gathered(self, buckets: Sequence[FlatBucket]) -> Iterator[None]:
-        """Hold these buckets whole."""
-        mine = [b for b in buckets if id(b) in self._users]
-        for bucket in mine:
-            self._explicit[id(bucket)] = self._explicit.get(id(bucket), 0) + 1
-        self._gather(mine)
-        try:
-            yield
-        finally:
-            for bucket in mine:
-                self._explicit[id(bucket)] -= 1
-                self._release(bucket)
-            self._free_idle()
-
-    def bucket_of(self, parameter: nn.Parameter) -> FlatBucket | None:
-        """The bucket that has to be gathered for this parameter; None where it is whole all the time."""
-        return self._owner.get(id(parameter))
-
-    # Hooks
-
-    def _before(self, unit: Unit) -> Any:
-        def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
-            use = _Use(unit) if torch.is_grad_enabled() else None
-            unit.running += 1
-            self._running.append((unit, use))
-            self._gather(unit.buckets)
-            if use is None:
-                return None
-            leaves, spec = tree_flatten((args, kwargs))
-            wanted = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-            if wanted:
-                marked = _AfterBackward.apply(self, use, *(leaves[i] for i in wanted))
-                for i, tensor in zip(wanted, marked):
-                    leaves[i] = tensor
-                args, kwargs = tree_unflatten(leaves, spec)
-            return args, kwargs
-
-        return before
-
-    def _after(self, unit: Unit) -> Any:
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            use, found = None, False
-            # An exception (recomputation stops early by one) may have left inner modules on the list.
-            while self._running and not found:
-                running, use = self._running.pop()
-                found = running is unit
-            unit.running = max(0, unit.running - 1)
-            if found and use is not None:
-                for tensor in _tensors(output):
-                    if tensor.requires_grad:
-                        tensor.register_hook(lambda gradient, use=use: self._begin_backward(use))
-            for bucket in unit.buckets:
-                self._release(bucket)
-
-        return after
-
-    def _begin_backward(self, use: _Use) -> None:
-        if not use.in_backward:
-            use.in_backward = True
-            use.unit.backward += 1
-            self._gather(use.unit.buckets)
-
-    def _end_backward(self, use: _Use) -> None:
-        if use.in_backward:
-            use.in_backward = False
-            use.unit.backward = max(0, use.unit.backward - 1)
-            for bucket in use.unit.buckets:
-                self._release(bucket)
-
-    # Gathering
-
-    def _gather(self, buckets: Sequence[FlatBucket]) -> None:
-        """Make them whole: all of them are under way before the first is waited for."""
-        missing = []
-        for bucket in buckets:
-            if not self._is_gathered(bucket):
-                missing.append(bucket)
-            elif bucket in self._idle:
-                self._idle.remove(bucket)
-        if not missing:
-            return
-        self._free_idle()
-        for bucket in missing:
-            self._start(bucket)
-        for bucket in missing:
-            self._started.remove(bucket)
-            bucket.finish_gather()
-            for parameter in bucket.tensors:
-                parameter.__class__ = self._classes[id(parameter)]
-        self._order += missing
-        for bucket in self._ahead():
-            self._start(bucket)
-
-    def _start(self, bucket: FlatBucket) -> None:
-        if bucket not in self._started and not self._is_gathered(bucket):
-            bucket.start_gather()
-            self._started.append(bucket)
-
-    def _ahead(self) -> list[FlatBucket]:
-        """What the step before gathered next, ``prefetch`` units of it, if this step has taken the same way so far."""
-        done = len(self._order)
-        found: list[FlatBucket] = []
-        if self.prefetch == 0 or self.keep or self._order[-1:] != self._expected[done - 1 : done]:
-            return found
-        units, last = 0, self._order[-1].layout.key.unit
-        for bucket in self._expected[done:]:
-            units += bucket.layout.key.unit != last
-            if units > self.prefetch:
-                break
-            last = bucket.layout.key.unit
-            found.append(bucket)
-        return found
-
-    def _release(self, bucket: FlatBucket) -> None:
-        """Nobody may need the bucket any more: then it is freed, at the latest when another one is gathered."""
-        held = any(user.holds for user in self._users[id(bucket)]) or self._explicit.get(id(bucket), 0)
-        if not held and not self.keep and self._is_gathered(bucket) and bucket not in self._idle:
-            self._idle.append(bucket)
-
-    def _free_idle(self) -> None:
-        for bucket in self._idle:
-            self._free(bucket)
-        self._idle.clear()
-
-    def _free(self, bucket: FlatBucket) -> None:
-        bucket.release()
-        self._mark_sharded(bucket)
-
-    def _is_gathered(self, bucket: FlatBucket) -> bool:
-        return bool(bucket.tensors) and not isinstance(bucket.tensors[0], ShardedPlaceholder)
-
-    def _mark_sharded(self, bucket: FlatBucket) -> None:
-        for parameter in bucket.tensors:
-            parameter.__class__ = ShardedPlaceholder
-            parameter.zero_gatherer = self  # type: ignore[attr-defined]
-
-    def adopt(self, parameter: nn.Parameter) -> bool:
-        """Gather a released parameter for the innermost running module; False if none is running."""
-        if not self._running:
-            return False
-        unit, bucket = self._running[-1][0], self._owner[id(parameter)]
-        if bucket not in unit.buckets:
-            unit.buckets.append(bucket)
-            self._users[id(bucket)].append(unit)
-        self._gather([bucket])
-        return True
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in what a module returns, also those that are attributes of an object (a dataclass, say)."""
-    for leaf in tree_flatten(output)[0]:
-        if isinstance(leaf, Tensor):
-            yield leaf
-        else:
-            yield from (value for value in getattr(leaf, "__dict__", {}).values() if isinstance(value, Tensor))
-
-
-class _AfterBackward(torch.autograd.Function):
-    """Identity on a unit's inputs, whose backward runs when the unit's own is over."""
-
-    @staticmethod
-    def forward(ctx: Any, gatherer: Gatherer, use: _Use, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.gatherer, ctx.use = gatherer, use
-        ctx.set_materialize_grads(False)
-        return tensors
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        ctx.gatherer._end_backward(ctx.use)
-        return None, None, *grads

@@ -149,7 +149,7 @@ def average_over_replicas() -> AbstractContextManager[Any]:
 
 def no_reduction_over_replicas() -> AbstractContextManager[Any]:
     return patch.object(
-        optimizer, "shard_axes", lambda mesh, config: (Axis("shard", ranks=(mesh.rank,)), Axis("replicate"))
+        optimizer, "shard_axes", lambda mesh, config, over: (Axis("shard", ranks=(mesh.rank,)), Axis("replicate"))
     )
 
 

@@ -12,12 +12,15 @@ import torch
 from started_ranks import TINY, started
 
 from megatron_ds.config import RunConfig, ZeroConfig, from_dict
-from megatron_ds.mesh import Axis, Mesh, MeshShape
+from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.optim.loss_scaler import LossScaler
+from megatron_ds.optim.rule import RuleGroup
 from megatron_ds.pipeline.stage import Activations
+from megatron_ds.shard import ShardSpec
 from megatron_ds.train.advice import RunAdvice, known_beforehand
 from megatron_ds.train.step import StepResult
-from megatron_ds.zero.estimate import ModelSize
+from megatron_ds.zero.buckets import ParameterInfo
+from megatron_ds.zero.layout import ZeroLayout
 
 
 def config(**sections: dict[str, Any]) -> RunConfig:
@@ -32,12 +35,13 @@ def config(**sections: dict[str, Any]) -> RunConfig:
 def zero_of(parameters: int = 10**9, **settings: Any) -> Any:
     """So many bf16 parameters over eight ranks, as far as advice asks."""
     places = {kind: {"device": 0, "host": 10**9, "disk": 0} for kind in ("parameters", "master", "optimizer")}
+    adamw = RuleGroup(kinds=("exp_avg", "exp_avg_sq"))
+    info = ParameterInfo(
+        ShardSpec("w", (parameters,)), torch.bfloat16, unit=0 if settings.get("stage") == 3 else None, rule=adamw
+    )
+    zero = ZeroConfig(**settings)
     return SimpleNamespace(
-        config=ZeroConfig(**settings),
-        size=ModelSize(parameters),
-        shard=Axis("shard", 0, 8),
-        replicate=Axis("replicate"),
-        bytes_by_store=lambda: places,
+        config=zero, layout=ZeroLayout.plan([info], zero, {(): (8, 1)}), bytes_by_store=lambda: places
     )
 
 

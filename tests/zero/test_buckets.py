@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from megatron_ds.config import ZeroConfig
 from megatron_ds.optim.rule import RuleGroup
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
-from megatron_ds.zero.buckets import ALIGN, ParameterInfo, bytes_report, plan_buckets
+from megatron_ds.zero.buckets import ALIGN, ParameterInfo, plan_buckets
+from megatron_ds.zero.layout import ZeroLayout
 
 ADAMW = RuleGroup(kinds=("exp_avg", "exp_avg_sq"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -95,7 +97,7 @@ def test_bytes_of_a_175b_model_on_one_of_1024_ranks() -> None:
         for name, shape in (("qkv", (36864, 12288)), ("out", (12288, 12288)), ("up", (49152, 12288)))
     ]
     numel = sum(info.numel for info in infos)
-    report = bytes_report(infos, plan_buckets(infos, 25e6, 64))
+    report = ZeroLayout.plan(infos, ZeroConfig(bucket_mb=25), {(): (64, 1)}).bytes().by_kind
     assert report["parameters"] == pytest.approx(2 * numel, rel=1e-4)
     assert report["gradients"] == pytest.approx(4 * numel, rel=1e-4)
     assert report["master"] == pytest.approx(4 * numel / 64, rel=1e-4)

@@ -10,11 +10,11 @@ import torch
 from megatron_ds.config import ZeroConfig
 from megatron_ds.zero.capacity import (
     Available,
-    RankBytes,
     capacity_faults,
     in_memory,
     probe,
 )
+from megatron_ds.zero.layout import RankBytes
 
 GB = 10**9
 CPU, NVME = {"device": "cpu"}, {"device": "nvme", "path": "/swap"}

@@ -1,13 +1,11 @@
-"""Bytes held and moved, and the advice that follows: each rule on a case that calls for it and one that does not."""
+"""The rules of advice: each on a case that calls for it and one that does not."""
 
 from __future__ import annotations
 
-import pytest
 import torch
+from test_layout import layout_of
 
 from megatron_ds.optim.loss_scaler import LossScaler
-from megatron_ds.optim.rule import RuleGroup
-from megatron_ds.shard import ShardSpec
 from megatron_ds.zero.advice import (
     Advice,
     Adviser,
@@ -17,84 +15,13 @@ from megatron_ds.zero.advice import (
     recomputation_saves_little,
     stage_too_high,
 )
-from megatron_ds.zero.buckets import ParameterInfo, bytes_report, plan_buckets
-from megatron_ds.zero.estimate import Layout, ModelSize, communication_bytes, held, memory_bytes_on_device
 
 GB = 10**9
 
 
-# --- estimates ---------------------------------------------------------------------------------------------------
-
-
-def test_the_papers_figure_1() -> None:
-    """7.5 billion parameters, 64 ranks, Adam in mixed precision: 120, 31.4, 16.6 and 1.9 GB."""
-    model = ModelSize(7_500_000_000)
-    for stage, gigabytes in enumerate((120.0, 31.4, 16.6, 1.9)):
-        parts = held(model, Layout(stage, 64))
-        # The paper's gradients are fp16; ours are summed in fp32.
-        assert round((parts["parameters"] + parts["gradients"] / 2 + parts["state"]) / GB, 1) == gigabytes
-        assert memory_bytes_on_device(model, Layout(stage, 64)) == sum(parts.values())
-
-
-@pytest.mark.parametrize(("dtype", "width"), [(torch.bfloat16, 2), (torch.float32, 4), (torch.float64, 8)])
-def test_what_is_held_is_what_the_layout_of_a_built_model_says(dtype: torch.dtype, width: int) -> None:
-    info = ParameterInfo(ShardSpec("w", (1 << 20,)), dtype, rule=RuleGroup(kinds=("exp_avg", "exp_avg_sq")))
-    built = bytes_report([info], plan_buckets([info], 1e6, 8))
-    parts = held(ModelSize(1 << 20, width), Layout(1, 8))
-    assert parts == {
-        "parameters": built["parameters"],
-        "gradients": built["gradients"],
-        "state": built["master"] + built["optimizer"],
-    }
-
-
-def ring(size: int, ranks: int) -> int:
-    """Bytes that one rank sends in a ring's reduce-scatter or all-gather: a piece a step, one step fewer than ranks."""
-    return sum(size // ranks for _ in range(ranks - 1))
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 8])
-def test_the_papers_section_7(ranks: int) -> None:
-    """Parameters and gradients of one width: stages 1 and 2 move what an all-reduce does, stage 3 half as much more."""
-    size = 4 << 20
-    model = ModelSize(1 << 20, width=4)
-    one = ring(size, ranks)
-    assert [communication_bytes(model, Layout(stage, ranks)) for stage in (0, 1, 2, 3)] == [
-        2 * one,
-        2 * one,
-        2 * one,
-        3 * one,
-    ]
-    assert [communication_bytes(model, Layout(stage, ranks, micro_batches=4)) for stage in (0, 1, 2, 3)] == [
-        2 * one,
-        2 * one,
-        (4 + 1) * one,
-        (4 + 8) * one,
-    ]
-    assert [communication_bytes(model, Layout(stage, ranks, 4, keep_whole=True)) for stage in (2, 3)] == [
-        2 * one,
-        2 * one,
-    ]
-
-
-def test_what_is_offloaded_or_kept_whole_changes_the_device() -> None:
-    model = ModelSize(1_000_000)  # bf16: 2 MB, gradients 4 MB, state 12 MB
-    assert memory_bytes_on_device(model, Layout(1, 4, state_ratio=0.5)) == 2_000_000 + 4_000_000 + 1_500_000
-    assert (
-        memory_bytes_on_device(model, Layout(2, 4, keep_whole=True, micro_batches=2))
-        == 2_000_000 + 4_000_000 + 3_000_000
-    )
-    assert memory_bytes_on_device(model, Layout(2, 4, keep_whole=True)) == 2_000_000 + 1_000_000 + 3_000_000
-    assert memory_bytes_on_device(model, Layout(3, 4, state_ratio=1.0, parameter_ratio=1.0)) == 1_000_000
-    assert memory_bytes_on_device(model, Layout(2, 4, parameter_ratio=1.0)) == 6_000_000
-
-
-# --- advice ------------------------------------------------------------------------------------------------------
-
-
 def test_stage_3_where_a_lower_one_fits() -> None:
-    model, layout = ModelSize(1 * GB), Layout(3, 8, micro_batches=2)
-    advice = stage_too_high(model, layout, free=80 * GB, activations=10 * GB)
+    layout = layout_of(3, 8, 1 * GB)
+    advice = stage_too_high(layout, 2, free=80 * GB, activations=10 * GB)
     # Stage 1: 2 + 4 + 12 / 8 = 7.5 GB; sends (4 + 2) * 7/8. Stage 3: (2 * 4 + 4 * 2) * 7/8.
     assert advice == Advice(
         "stage",
@@ -102,13 +29,12 @@ def test_stage_3_where_a_lower_one_fits() -> None:
         "gradients and optimizer state a rank with 10.00 GB of activations fit into 80.00 GB",
         "use zero.stage=1",
     )
-    assert stage_too_high(model, layout, free=17 * GB, activations=10 * GB) is not None, "stage 2 fits: 4 GB"
-    assert "zero.stage=2" in str(stage_too_high(model, layout, free=17 * GB, activations=10 * GB))
-    assert stage_too_high(model, layout, free=13 * GB, activations=10 * GB) is None, "nothing lower fits"
-    assert stage_too_high(model, Layout(1, 8), free=80 * GB, activations=0) is None
-    assert stage_too_high(model, Layout(3, 1), free=80 * GB, activations=0) is None, "one rank sends nothing"
-    assert stage_too_high(model, Layout(2, 8), free=80 * GB, activations=0) is None, "moves no more than stage 1"
-    assert stage_too_high(model, Layout(2, 8, micro_batches=2), free=80 * GB, activations=0) is not None
+    assert "zero.stage=2" in str(stage_too_high(layout, 2, free=17 * GB, activations=10 * GB)), "stage 2 fits: 4 GB"
+    assert stage_too_high(layout, 2, free=13 * GB, activations=10 * GB) is None, "nothing lower fits"
+    assert stage_too_high(layout_of(1, 8, GB), 1, free=80 * GB, activations=0) is None
+    assert stage_too_high(layout_of(3, 1, GB), 1, free=80 * GB, activations=0) is None, "one rank sends nothing"
+    assert stage_too_high(layout_of(2, 8, GB), 1, free=80 * GB, activations=0) is None, "moves no more than stage 1"
+    assert stage_too_high(layout_of(2, 8, GB), 2, free=80 * GB, activations=0) is not None
 
 
 def test_transfers_longer_than_compute() -> None:

@@ -19,6 +19,7 @@ from test_capacity import ELEMENTS, build, offload
 from megatron_ds.config import ZeroConfig
 from megatron_ds.errors import ConfigError, OffloadError
 from megatron_ds.testing import run_ranks
+from megatron_ds.zero import allocate
 from megatron_ds.zero import optimizer as optimizer_module
 from megatron_ds.zero.capacity import SwapReservation
 
@@ -46,13 +47,13 @@ def refusal(zero: ZeroConfig, nobody: bool = False) -> str:
     ``nobody``: this rank has no special rights when it looks at the folder.
     """
     patch, allocated = pytest.MonkeyPatch(), []
-    stores, check_capacity = optimizer_module.Stores, optimizer_module.check_capacity
+    stores, check_capacity = allocate.Stores, optimizer_module.check_capacity
 
     def look(*given: Any) -> None:
         with as_nobody() if nobody else nullcontext():
             check_capacity(*given)
 
-    patch.setattr(optimizer_module, "Stores", lambda *given: allocated.append(given) or stores(*given))
+    patch.setattr(allocate, "Stores", lambda *given: allocated.append(given) or stores(*given))
     patch.setattr(optimizer_module, "check_capacity", look)
     try:
         build(zero).close()

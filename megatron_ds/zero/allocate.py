@@ -1,0 +1,130 @@
+"""The flat memory of a rank, made once from its layout: stores, shared memory, gradient pools."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from megatron_ds.config import OffloadConfig
+from megatron_ds.mesh import Axis
+from megatron_ds.comm.local.arena import SharedArena
+from megatron_ds.zero.buckets import state_dtype
+from megatron_ds.zero.flat import FlatBucket
+from megatron_ds.zero.layout import ZeroLayout
+from megatron_ds.zero.memory import GradientPool
+from megatron_ds.zero.store import BucketStores, DeviceStore, Store, create_store
+
+
+class Stores:
+    """The stores of one optimizer. On the meta device there are none, whatever the layout: nothing holds anything."""
+
+    def __init__(self, layout: ZeroLayout, device: torch.device):
+        self._offload = layout.offload
+        self._device = DeviceStore(device)
+
+        def make(offload: OffloadConfig, chosen: frozenset[int], staging: int) -> Store:
+            if device.type == "meta" or offload.device == "none" or not chosen:
+                return self._device
+            return create_store(offload, device, staging)
+
+        placed, config = layout.offload, layout.config
+        self._state = make(config.offload_optimizer, placed.state, placed.staging[0])
+        self._parameters = make(config.offload_parameters, placed.parameters, placed.staging[1])
+
+    def of(self, bucket: int) -> BucketStores:
+        """Of the bucket with that number."""
+        return BucketStores(
+            self._state if bucket in self._offload.state else self._device,
+            self._parameters if bucket in self._offload.parameters else None,
+        )
+
+    def drain(self) -> None:
+        """Wait for everything under way; raise what failed."""
+        self._state.drain()
+        self._parameters.drain()
+
+    def close(self) -> None:
+        self._state.close()
+        self._parameters.close()
+
+
+class RankMemory:
+    """The memory of one rank from which its buckets take theirs.
+
+    Args:
+        shards: the shard axis of each ``sharded_over``.
+        share: let CPU ranks of one host read each other's parameters and gradients.
+    """
+
+    def __init__(self, layout: ZeroLayout, device: torch.device, shards: Mapping[tuple[str, ...], Axis], share: bool):
+        self.stores = Stores(layout, device)
+        self._arena = share_memory(layout, shards[()]) if share and device.type == "cpu" else None
+        sizes = layout.gradient_sizes() if layout.frees_gradients else {}
+        self._pools = {
+            (dtype, over): GradientPool(len(each), max(each), dtype, device, shards[over], self.arena(over))
+            for (dtype, over), each in sizes.items()
+        }
+
+    def arena(self, sharded_over: tuple[str, ...] = ()) -> SharedArena | None:
+        """Where parameters and gradients lie, of those buckets that are sharded over the whole data axis."""
+        return None if sharded_over else self._arena
+
+    def pool(self, dtype: torch.dtype, sharded_over: tuple[str, ...]) -> GradientPool | None:
+        """Where whole gradients of parameters of that dtype lie while they are filled; None: they are kept."""
+        return self._pools.get((state_dtype(dtype), sharded_over))
+
+
+def share_memory(layout: ZeroLayout, shard: Axis) -> SharedArena | None:
+    """Memory for parameters and gradients that the ranks of the shard axis share, where they can."""
+    wanted: list[tuple[int, torch.dtype]] = []
+    common: list[tuple[int, torch.dtype]] = []
+    passing: list[int] = []  # sizes of what is there for a moment only
+    transient = layout.config.stage >= 2
+    for number, bucket in enumerate(layout.buckets):
+        if bucket.key.sharded_over:
+            continue
+        if number not in layout.offload.parameters:
+            (wanted if bucket.key.unit is None else common).append((bucket.size, bucket.key.dtype))
+        if bucket.key.trainable and not transient:
+            wanted.append((bucket.size, state_dtype(bucket.key.dtype)))
+    kept = SharedArena.bytes_for(wanted)
+    for (dtype, over), sizes in layout.gradient_sizes().items() if transient else ():
+        if over:
+            continue
+        slots = [(GradientPool.stride(max(sizes)), dtype)] * len(sizes)
+        at_once = layout.gradient_window / (max(sizes) * dtype.itemsize) + 2
+        passing.append(SharedArena.bytes_for(slots[: math.ceil(at_once)]))
+        wanted += slots
+    return SharedArena.create(
+        SharedArena.bytes_for(wanted), shard, used=kept + sum(passing), common=SharedArena.bytes_for(common)
+    )
+
+
+def take_values(buckets: Iterable[FlatBucket], fill: Callable[[list[nn.Parameter]], None] | None) -> None:
+    """Parameters become views of their buckets, with the values they had or those that ``fill`` gives them."""
+    units: dict[int | None, list[FlatBucket]] = {}
+    for bucket in buckets:
+        units.setdefault(bucket.layout.key.unit, []).append(bucket)
+    if fill is None:
+        for bucket in buckets:
+            bucket.adopt_values()
+        return
+    # What is whole all the time is there first: a unit's module may set its small parameters along with its large.
+    for bucket in units.get(None, []):
+        bucket.view_parameters()
+    for unit in sorted(units, key=lambda unit: (unit is None, unit or 0)):
+        for bucket in units[unit]:
+            if unit is not None:
+                bucket.view_parameters()
+        fill([parameter for bucket in units[unit] for parameter in bucket.tensors])
+        if unit is not None:
+            _write_back(units[unit])
+    _write_back(units.get(None, []))
+
+
+def _write_back(buckets: Sequence[FlatBucket]) -> None:
+    for bucket in buckets:
+        bucket.write_back_initial()

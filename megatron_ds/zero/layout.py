@@ -1,0 +1,239 @@
+"""The ZeRO layout of one rank: what it holds, in which buckets, on which store. Pure data, made before any memory.
+
+A layout follows from descriptions of the parameters, the settings and the sizes of the shard axes. It needs no tensor
+and no process group, so that any rank of any mesh can be laid out on a laptop. The optimizer makes its memory from it;
+the dry run, the capacity check, the advice and the planner read the same bytes from it.
+
+Memory is that of Rajbhandari et al. 2020 (arXiv 1910.02054), section 5, communication that of section 7, with gradients
+that are summed in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_ds.config import OffloadConfig, ZeroConfig
+from megatron_ds.zero.buckets import BucketLayout, ParameterInfo, plan_buckets, state_dtype
+from megatron_ds.zero.store import placement
+from megatron_ds.zero.store.blocks import BlockPool
+
+STATE = ("master", "optimizer")
+"""Kinds of bytes that ``offload_optimizer`` moves."""
+KINDS = ("parameters", "gradients", *STATE)
+PLACES = ("device", "host", "disk")
+
+_PLACE_OF_STORE = (("none", "device"), ("cpu", "host"), ("nvme", "disk"))
+_WINDOW = 2  # buckets of gradients that are reduced at one time
+_OVERLAP = 3  # regions in staging: one is read, one updated, one written
+
+AxisSizes = Mapping[tuple[str, ...], tuple[int, int]]
+"""Ranks of the shard and of the replicate axis, by the mesh axes over which parameters are sharded already."""
+PoolKey = tuple[torch.dtype, tuple[str, ...]]
+"""The dtype in which gradients are summed, and the mesh axes over which their parameters are sharded already."""
+
+
+@dataclass(frozen=True)
+class RankBytes:
+    """What one rank needs between steps.
+
+    Attributes:
+        held: bytes by kind (``"parameters"``, ``"gradients"``, ``"master"``, ``"optimizer"``) and place
+            (``"device"``, ``"host"``, ``"disk"``).
+        staging: bytes of host memory for transfers to and from disk, which no ratio makes smaller.
+    """
+
+    held: Mapping[str, Mapping[str, int]]
+    staging: int = 0
+
+    def total(self, place: str, kinds: Sequence[str] | None = None) -> int:
+        return sum(places.get(place, 0) for kind, places in self.held.items() if kinds is None or kind in kinds)
+
+    @property
+    def by_kind(self) -> dict[str, int]:
+        return {kind: sum(places.values()) for kind, places in self.held.items()}
+
+
+@dataclass(frozen=True)
+class OffloadPlacement:
+    """Which buckets, by their number, are offloaded, and the staging memory of that.
+
+    Attributes:
+        state, parameters: buckets whose master weights and optimizer state, whose parameters are not on the device.
+        staging: host bytes for the staging buffers of the store of the state and of the parameters; 0 where it is not
+            on a disk. With ``host_memory_mb`` set they get what host-resident state leaves of it, but never less than
+            the largest region needs: to refuse that is for the capacity check.
+    """
+
+    state: frozenset[int]
+    parameters: frozenset[int]
+    staging: tuple[int, int]
+
+    @staticmethod
+    def of(config: ZeroConfig, buckets: Sequence[BucketLayout]) -> OffloadPlacement:
+        offloads = (config.offload_optimizer, config.offload_parameters)
+        state = _chosen(offloads[0], {i: b.size for i, b in enumerate(buckets) if b.key.trainable})
+        parameters = _chosen(offloads[1], {i: b.size for i, b in enumerate(buckets) if b.key.unit is not None})
+        sizes = [
+            [sum(state_bytes(buckets[i])) for i in sorted(state)],
+            [parameter_bytes(buckets[i]) for i in sorted(parameters)],
+        ]
+        resident = sum(sum(each) for offload, each in zip(offloads, sizes) if offload.device == "cpu")
+        costs = [
+            [BlockPool.cost(size) for size in each] if offload.device == "nvme" else []
+            for offload, each in zip(offloads, sizes)
+        ]
+        least = [max(each, default=0) for each in costs]
+        left = None if config.host_memory_mb is None else max(0, int(config.host_memory_mb * 1e6) - resident)
+
+        def share(needed: int, everything: int) -> int:
+            wanted = _OVERLAP * needed if left is None else left * needed // max(sum(least), 1)
+            return max(needed, min(wanted, everything))
+
+        return OffloadPlacement(state, parameters, (share(least[0], sum(costs[0])), share(least[1], sum(costs[1]))))
+
+
+@dataclass(frozen=True)
+class ZeroLayout:
+    """The parameters of one rank in buckets, and where every part of a bucket lives.
+
+    Attributes:
+        parameters: in registration order.
+        buckets: in the order in which a backward pass fills them; those of frozen parameters of a unit are among them.
+    """
+
+    config: ZeroConfig
+    parameters: tuple[ParameterInfo, ...]
+    axes: AxisSizes
+    buckets: tuple[BucketLayout, ...]
+    offload: OffloadPlacement
+
+    @staticmethod
+    def plan(parameters: Sequence[ParameterInfo], config: ZeroConfig, axes: AxisSizes) -> ZeroLayout:
+        buckets = plan_buckets(parameters, config.bucket_mb * 1e6, lambda over: axes[over][0])
+        return ZeroLayout(config, tuple(parameters), axes, buckets, OffloadPlacement.of(config, buckets))
+
+    def at_stage(self, stage: int) -> ZeroLayout:
+        """The same parameters on the same ranks at a stage below 3, parameters on the device."""
+        update = {"stage": stage, "keep_whole": False, "offload_parameters": OffloadConfig()}
+        parameters = [replace(info, unit=None) for info in self.parameters]
+        axes = self.axes if stage else {over: (1, shard * copies) for over, (shard, copies) in self.axes.items()}
+        return ZeroLayout.plan(parameters, self.config.model_copy(update=update), axes)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether anything is to leave the device, on any rank: one with few buckets may itself keep all of them."""
+        return any(o.device != "none" for o in (self.config.offload_optimizer, self.config.offload_parameters))
+
+    @property
+    def frees_gradients(self) -> bool:
+        """Whether whole gradients have memory only while a backward pass fills them."""
+        return self.config.stage >= 2 and self.axes[()][0] > 1
+
+    @property
+    def gradient_window(self) -> float:
+        """Bytes of gradients that are reduced at one time, where their buffers are given back."""
+        return _WINDOW * self.config.bucket_mb * 1e6
+
+    def gradient_sizes(self) -> dict[PoolKey, list[int]]:
+        """Elements of every bucket of gradients."""
+        sizes: dict[PoolKey, list[int]] = {}
+        for bucket in self.buckets:
+            if bucket.key.trainable:
+                key = (state_dtype(bucket.key.dtype), bucket.key.sharded_over)
+                sizes.setdefault(key, []).append(bucket.size)
+        return sizes
+
+    def keeps_gradients_whole(self, micro_batches: int) -> bool:
+        """Whether whole gradients stay from micro-batch to micro-batch of a step."""
+        return self.config.stage < 2 or (self.config.keep_whole and micro_batches > 1)
+
+    def bytes(self, micro_batches: int = 1) -> RankBytes:
+        """What this rank holds, exactly, padding included: between steps, or from micro-batch to micro-batch.
+
+        An fp32 or fp64 parameter is its own master weight, so that only half precision has ``master`` bytes. Frozen
+        parameters count under ``parameters``. From stage 2 on a rank keeps its slice of the gradients, at stage 3 its
+        slice of each unit's parameters; what is whole for a moment comes on top, see :meth:`transient_bytes`.
+        """
+        held = {kind: dict.fromkeys(PLACES, 0) for kind in KINDS}
+        whole = [info for info in self.parameters if not info.trainable and info.unit is None]
+        held["parameters"]["device"] = sum(info.numel * info.dtype.itemsize for info in whole)
+        stores, config = dict(_PLACE_OF_STORE), self.config
+        whole_gradients = self.keeps_gradients_whole(micro_batches)
+        for number, bucket in enumerate(self.buckets):
+            away = config.offload_parameters.device if number in self.offload.parameters else "none"
+            held["parameters"][stores[away]] += parameter_bytes(bucket)
+            if bucket.key.trainable:
+                held["gradients"]["device"] += gradient_bytes(bucket) // (1 if whole_gradients else bucket.shards)
+                away = config.offload_optimizer.device if number in self.offload.state else "none"
+                for kind, size in zip(STATE, state_bytes(bucket)):
+                    held[kind][stores[away]] += size
+        return RankBytes(held, sum(self.offload.staging))
+
+    def transient_bytes(self, micro_batches: int = 1) -> dict[str, int]:
+        """Device memory at most, besides :meth:`bytes`, of ``gradients`` and ``parameters`` that are whole for a while.
+
+        Of gradients those that are reduced at one time and two that are filled. Of parameters, at stage 3, the unit in
+        use and those that are gathered ahead of it; all of them with ``keep_whole``.
+        """
+        found = {"gradients": 0, "parameters": 0}
+        if self.frees_gradients and not self.keeps_gradients_whole(micro_batches):
+            for (dtype, _), sizes in self.gradient_sizes().items():
+                most = self.gradient_window + 2 * max(sizes) * dtype.itemsize
+                found["gradients"] += min(sum(sizes) * dtype.itemsize, int(most))
+        units: dict[int, int] = {}
+        for bucket in self.buckets:
+            if bucket.key.unit is not None:
+                size = bucket.size * bucket.key.dtype.itemsize
+                units[bucket.key.unit] = units.get(bucket.key.unit, 0) + size
+        sizes = [units[number] for number in sorted(units)]
+        at_once = len(sizes) if self.config.keep_whole else 1 + self.config.prefetch
+        found["parameters"] = max((sum(sizes[i : i + at_once]) for i in range(len(sizes))), default=0)
+        return found
+
+    def communication_bytes(self, micro_batches: int = 1) -> int:
+        """Bytes one rank sends over the shard and the replicate axis in a step (and receives as many).
+
+        A ring's reduce-scatter or all-gather of a buffer over ``n`` ranks sends ``(n - 1) / n`` of it, an all-reduce
+        twice as much. Gradients are reduced once a step at stages 0 and 1, after every micro-batch at stages 2 and 3;
+        parameters are gathered once a step up to stage 2, those of units at stage 3 for every forward and every
+        backward pass. ``keep_whole`` makes both once a step.
+        """
+        times = 1 if self.config.keep_whole else micro_batches
+        reductions = times if self.config.stage >= 2 else 1
+        gathers = 1 if self.config.keep_whole else 2 * times
+        sent = 0
+        for bucket in self.buckets:
+            shard, copies = self.axes[bucket.key.sharded_over]
+            whole = bucket.size * bucket.key.dtype.itemsize * (1 if bucket.key.unit is None else gathers)
+            if bucket.key.trainable:
+                whole += reductions * gradient_bytes(bucket)
+                sent += 2 * gradient_bytes(bucket) // shard * (copies - 1) // copies
+            sent += whole * (shard - 1) // shard
+        return sent
+
+
+def _chosen(offload: OffloadConfig, sizes: Mapping[int, int]) -> frozenset[int]:
+    if offload.device == "none":
+        return frozenset()
+    away = placement(list(sizes.values()), offload.ratio)
+    return frozenset(number for number, goes in zip(sizes, away) if goes)
+
+
+def state_bytes(bucket: BucketLayout) -> tuple[int, int]:
+    """Bytes of a bucket's master weights, and of its optimizer state, on one rank."""
+    wide = state_dtype(bucket.key.dtype)
+    row = bucket.shard_size * wide.itemsize
+    return row * (wide != bucket.key.dtype), row * len(bucket.key.rule.kinds)
+
+
+def parameter_bytes(bucket: BucketLayout) -> int:
+    """Bytes of a bucket's parameters that one rank keeps."""
+    return (bucket.size if bucket.key.unit is None else bucket.shard_size) * bucket.key.dtype.itemsize
+
+
+def gradient_bytes(bucket: BucketLayout) -> int:
+    """Bytes of a bucket's whole gradients."""
+    return bucket.size * state_dtype(bucket.key.dtype).itemsize
