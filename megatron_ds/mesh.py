@@ -190,20 +190,15 @@ class Mesh:
         self._timeout = timeout
         self.pp, self.dp, self.cp, self.tp = (self._axis(name) for name in AXES)
         if device_mesh is None:
-            self.data, self.world, self.pp_back = Axis("data"), Axis("world"), Axis("pp_back")
-            self.embedding, self.ep, self.expert_data = Axis("embedding"), Axis("ep"), Axis("expert_data")
-            return
-        if shape.dp > 1 and shape.cp > 1:
+            self.data = self._described("data", shape.dp * shape.cp, shape.tp)
+        elif shape.dp > 1 and shape.cp > 1:
             flat = device_mesh["dp", "cp"]._flatten("data", backend_override=_options(timeout))
             self.data = self._line("data", flat)
         else:  # the same ranks as those of the one that is longer, and so its group
             self.data = replace(self.dp if shape.dp > 1 else self.cp, name="data")
-        everyone = tuple(range(shape.world_size))
-        self.world = (
-            Axis("world", rank, shape.world_size, dist.group.WORLD, everyone, self._seconds)
-            if shape.world_size > 1
-            else Axis("world")
-        )
+        self.world = Axis("world", rank, shape.world_size, None, tuple(range(shape.world_size)), self._seconds)
+        if device_mesh is not None:
+            self.world = replace(self.world, group=dist.group.WORLD)
         lines = self._pipeline_lines()
         self.pp_back = self._extra_axis("pp_back", lines)
         self.embedding = self._extra_axis("embedding", [[line[0], line[-1]] for line in lines])
@@ -234,15 +229,26 @@ class Mesh:
         return Mesh(shape, device, dist.get_rank(), device_mesh, timeout)
 
     @staticmethod
+    def described(shape: MeshShape, rank: int) -> Mesh:
+        """The place of ``rank`` in a mesh of that shape, without process groups: to count what a rank holds."""
+        return Mesh(shape, torch.device("meta"), rank)
+
+    @staticmethod
     def single(device: torch.device | str = "cpu") -> Mesh:
         """The mesh of ones: the same code on one process, with no process group at all."""
         return Mesh(MeshShape(), torch.device(device))
 
     def _axis(self, name: str) -> Axis:
         size = getattr(self.shape, name)
-        if self.device_mesh is None or size == 1:
-            return Axis(name, ranks=(self.rank,))
-        return self._line(name, self.device_mesh[name])
+        if self.device_mesh is None:
+            return self._described(name, size, self.shape.rank_at(**{name: 1}) if size > 1 else 1)
+        return Axis(name, ranks=(self.rank,)) if size == 1 else self._line(name, self.device_mesh[name])
+
+    def _described(self, name: str, size: int, stride: int) -> Axis:
+        """An axis without a group, of this rank and others at multiples of ``stride`` from it."""
+        rank = self.rank // stride % size
+        first = self.rank - rank * stride
+        return Axis(name, rank, size, None, tuple(range(first, first + size * stride, stride)))
 
     def _line(self, name: str, line: DeviceMesh) -> Axis:
         place = (name, line.get_local_rank(), line.size(), line.get_group(), _ranks(line))
@@ -272,7 +278,9 @@ class Mesh:
         return self._split(lines, size, ("shard", "replicate"))
 
     def _data_lines(self) -> list[list[int]]:
-        """The global ranks of every line of ``data``."""
+        """The global ranks of every line of ``data``; of a mesh without groups its own."""
+        if self.device_mesh is None:
+            return [list(self.data.ranks)]
         e = self.shape
         return [
             [e.rank_at(pp=p, dp=d, cp=c, tp=t) for d in range(e.dp) for c in range(e.cp)]
@@ -289,7 +297,9 @@ class Mesh:
         return self._new_axis(names[0], blocks), self._new_axis(names[1], counterparts)
 
     def _pipeline_lines(self) -> list[list[int]]:
-        """The global ranks of every pipeline, in stage order."""
+        """The global ranks of every pipeline, in stage order; of a mesh without groups its own."""
+        if self.device_mesh is None:
+            return [list(self.pp.ranks)]
         extents = self.shape
         return [
             [extents.rank_at(pp=p, dp=d, cp=c, tp=t) for p in range(extents.pp)]
@@ -305,7 +315,9 @@ class Mesh:
     def _new_axis(self, name: str, lines: list[list[int]]) -> Axis:
         if len(lines[0]) == 1:
             return Axis(name, ranks=(self.rank,))
-        group, _ = dist.new_subgroups_by_enumeration(lines, timeout=self._timeout)
+        group = None
+        if self.device_mesh is not None:
+            group, _ = dist.new_subgroups_by_enumeration(lines, timeout=self._timeout)
         for line in lines:
             if self.rank in line:
                 return Axis(name, line.index(self.rank), len(line), group, tuple(line), self._seconds)

@@ -123,6 +123,23 @@ def test_axes_are_those_of_torchs_mesh_and_of_brute_force(shape: MeshShape) -> N
             assert repr(mesh).startswith(f"Mesh(rank {rank}: pp {place['pp']}/{shape.pp}, dp")
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=repr)
+def test_a_described_mesh_has_the_axes_of_a_real_one_without_groups(shape: MeshShape) -> None:
+    world = shape.world_size
+    names = (*AXES, "pp_back", "data", "world", "embedding", "ep", "expert_data")
+    for rank in sorted({0, 1, world // 3, world // 2, world - 1}):
+        with fake_rank(rank, world):
+            real = Mesh.create(shape, torch.device("cpu"))
+            wanted = [real.axis(name) for name in names]
+            wanted += real.split_data(shape.dp)
+        mesh = Mesh.described(shape, rank)
+        found = [mesh.axis(name) for name in names]
+        found += mesh.split_data(shape.dp)
+        for axis, other in zip(found, wanted):
+            assert axis.group is None
+            assert (axis.name, axis.rank, axis.size, axis.ranks) == (other.name, other.rank, other.size, other.ranks)
+
+
 def test_one_process_is_a_mesh_of_ones_without_groups() -> None:
     assert not dist.is_initialized()
     mesh = Mesh.single()

@@ -16,6 +16,7 @@ from megatron_ds.optim.loss_scaler import LossScaler
 from megatron_ds.optim.schedule import learning_rate
 from megatron_ds.pipeline.executor import Executor
 from megatron_ds.pipeline.passes import make_ready
+from megatron_ds.pipeline.placement import Placement
 from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.schedules import build_schedule, generator_of
 from megatron_ds.pipeline.split import split_layers
@@ -77,16 +78,9 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
     pp = mesh.pp.size
     replica_batch = config.train.micro_batch * mesh.shape.dp
     schedules = [schedule_of(config.pipeline, pp, size // replica_batch) for size in batch_ramp(config).sizes()]
-    spans = spans_of(config.pipeline, model, pp)
-    dtype = DTYPES[config.precision.dtype]
-    stages = {
-        number: model.make_stage(config, spans[number], mesh.tp, device, dtype)
-        for number in schedules[-1].placement.stages_of(mesh.pp.rank)
-    }
-    shared = _tie_embeddings(stages, mesh)
+    stages, shared = make_stages(config, mesh, model, device)
     for stage in stages.values():
         cast(StageModule, stage).initialize(config.seed)
-    first, *others = stages.values()
     optimizer = ZeroOptimizer(
         [parameter for stage in stages.values() for parameter in stage.named_parameters()],
         mesh,
@@ -94,9 +88,8 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
         config.optimizer,
         config.precision,
         shared_over=shared,
-        root=nn.ModuleList(stages.values()) if others else first,
-        # The first stage that holds a parameter is the last one whose backward pass uses it.
-        stage_of={id(p): number for number in sorted(stages, reverse=True) for p in stages[number].parameters()},
+        root=root_of(stages),
+        stage_of=stage_numbers(stages),
     )
     if config.compile:
         for stage in stages.values():
@@ -106,10 +99,10 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
         stages,
         pp=mesh.pp,
         pp_back=mesh.pp_back,
-        activation_shape=cast(StageModule, first).activation_shape(
+        activation_shape=cast(StageModule, next(iter(stages.values()))).activation_shape(
             config.train.micro_batch, config.train.sequence_length
         ),
-        dtype=dtype,
+        dtype=DTYPES[config.precision.dtype],
         device=device,
         gradients=optimizer,
         other_sizes=schedules[:-1],
@@ -124,6 +117,31 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
         rate=lambda update: learning_rate(config.optimizer, update, config.train.steps),
     )
     return RankRuntime(stages, executor, optimizer, step, scaler)
+
+
+def make_stages(
+    config: RunConfig, mesh: Mesh, model: Model, device: torch.device
+) -> tuple[dict[int, nn.Module], list[tuple[nn.Parameter, Axis]]]:
+    """This rank's stages by number, and the parameters of which a stage on another rank holds a copy."""
+    spans = spans_of(config.pipeline, model, mesh.pp.size)
+    placement = Placement.of(config.pipeline.placement, mesh.pp.size, config.pipeline.chunks)
+    dtype = DTYPES[config.precision.dtype]
+    stages = {
+        number: model.make_stage(config, spans[number], mesh.tp, device, dtype)
+        for number in placement.stages_of(mesh.pp.rank)
+    }
+    return stages, _tie_embeddings(stages, mesh)
+
+
+def root_of(stages: Mapping[int, nn.Module]) -> nn.Module:
+    """The one module that has all parameters of a rank's stages."""
+    first, *others = stages.values()
+    return nn.ModuleList(stages.values()) if others else first
+
+
+def stage_numbers(stages: Mapping[int, nn.Module]) -> dict[int, int]:
+    """By the ``id`` of a parameter, the first stage that holds it: the last one whose backward pass uses it."""
+    return {id(p): number for number in sorted(stages, reverse=True) for p in stages[number].parameters()}
 
 
 def schedule_of(config: PipelineConfig, pp: int, micro_batches: int) -> Schedule:

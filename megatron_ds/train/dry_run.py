@@ -1,7 +1,7 @@
-"""Build any rank of any mesh on one process, without memory: its layout, its exact bytes, the pipeline's bubble.
+"""Lay out any rank of any mesh on one process, without memory: its stages, its exact bytes, the pipeline's bubble.
 
-torch's fake process group stands in for the other ranks and the meta device for memory, so that what is counted is
-what the real run builds, at 8 ranks or 16,384.
+The stages are built on the meta device over a mesh without process groups, and laid out by the code that lays out the
+real run's, at 8 ranks or 16,384.
 """
 
 from __future__ import annotations
@@ -10,17 +10,14 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
-import torch.distributed as dist
-
 from megatron_ds.config import RunConfig, validate
 from megatron_ds.errors import ConfigError
-from megatron_ds.mesh import Mesh, MeshShape
+from megatron_ds.mesh import MeshShape
 from megatron_ds.pipeline.passes import make_ready
-from megatron_ds.pipeline.schedules import activation_bound
 from megatron_ds.pipeline.simulate import Costs, simulate
-from megatron_ds.pipeline.stage import Activations, Model, StageSpan, largest_activations
-from megatron_ds.train.build import build, num_micro_batches, schedule_of, spans_of
+from megatron_ds.pipeline.stage import Activations, Model, StageSpan
+from megatron_ds.train.build import num_micro_batches, schedule_of, spans_of
+from megatron_ds.train.rank_bytes import RankAccount, account_of
 
 
 @dataclass(frozen=True)
@@ -28,12 +25,7 @@ class DryRun:
     """What one rank of the run would be.
 
     Attributes:
-        bytes: by kind: parameters, gradients, master weights, optimizer state.
-        places: the same by kind and place: ``device``, ``host``, ``disk``.
-        local_parameters: elements on this rank.
-        activations: of one micro-batch, estimated for a GPU unless the configuration says CPU; None: not known.
-        stages: those of the rank, by their place in ``spans``.
-        in_flight: micro-batches whose activations this rank keeps at once.
+        account: its bytes; activations are estimated for a GPU unless the configuration says CPU.
         bubble: idle share of the pipeline's time, from the layers' FLOPs, a backward at twice a forward.
     """
 
@@ -41,14 +33,32 @@ class DryRun:
     shape: MeshShape
     rank: int
     spans: list[StageSpan]
-    stages: list[int]
-    bytes: dict[str, int]
-    places: dict[str, dict[str, int]]
-    local_parameters: int
+    account: RankAccount
     bubble: float
-    in_flight: int
-    activations: Activations | None
     seconds: float
+
+    @cached_property
+    def places(self) -> dict[str, dict[str, int]]:
+        """Bytes between steps by kind and place: ``device``, ``host``, ``disk``."""
+        return {kind: dict(places) for kind, places in self.account.layout.bytes().held.items()}
+
+    @cached_property
+    def bytes(self) -> dict[str, int]:
+        """The same by kind: parameters, gradients, master weights, optimizer state."""
+        return self.account.layout.bytes().by_kind
+
+    @property
+    def in_flight(self) -> int:
+        return self.account.in_flight
+
+    @property
+    def activations(self) -> Activations | None:
+        return self.account.activations
+
+    @cached_property
+    def local_parameters(self) -> int:
+        """Elements on this rank."""
+        return sum(info.numel for info in self.account.layout.parameters)
 
     @cached_property
     def total_bytes(self) -> int:
@@ -62,13 +72,13 @@ class DryRun:
                 self.shape.draw(mark=self.rank),
                 "",
                 f"rank {self.rank}: " + ", ".join(f"{axis} {index}" for axis, index in place.items()),
-                *(self._stage(stage) for stage in self.stages),
+                *(self._stage(stage) for stage in self.account.stages),
                 "layers a stage: " + " ".join(str(s.last - s.first) for s in self.spans),
                 f"parameters on this rank: {self.local_parameters:,}",
                 *_table({**self.bytes, "total": self.total_bytes}),
                 *self._offloaded(),
                 *self._activations(),
-                "  (communication buffers are not counted)",
+                *self._transient(),
                 f"schedule: {self.config.pipeline.schedule}, {batches} micro-batches, at most {self.in_flight} "
                 f"in flight on this rank, bubble {self.bubble:.1%} of the time",
                 f"built in {self.seconds:.1f} s",
@@ -92,6 +102,11 @@ class DryRun:
             *_table({"kept": stored * self.in_flight, **({"recomputed": recompute_peak} if recompute_peak else {})}),
         ]
 
+    def _transient(self) -> list[str]:
+        sizes = self.account.layout.transient_bytes(self.account.micro_batches)
+        there = {kind: size for kind, size in sizes.items() if size}
+        return ["whole for a moment, at most:", *_table(there)] if there else []
+
     def _offloaded(self) -> list[str]:
         """What lies where, if not all of it is on the device."""
         lines = []
@@ -106,7 +121,7 @@ def _table(sizes: dict[str, int]) -> list[str]:
 
 
 def dry_run(config: RunConfig, model: Model, world_size: int, rank: int = 0) -> DryRun:
-    """Build rank ``rank`` of a job of ``world_size`` ranks.
+    """Lay out rank ``rank`` of a job of ``world_size`` ranks.
 
     Raises:
         ConfigError: what the real run would raise, and a rank outside the world.
@@ -115,16 +130,7 @@ def dry_run(config: RunConfig, model: Model, world_size: int, rank: int = 0) -> 
     shape = validate(config, world_size, needs_data=False)
     if not 0 <= rank < world_size:
         raise ConfigError(f"--rank {rank} is not a rank of --world-size {world_size}; use 0 to {world_size - 1}")
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    if world_size > 1:
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    try:
-        mesh = Mesh.create(shape, torch.device("cpu"))
-        parts = build(config, mesh, model, torch.device("meta"))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    account = account_of(config, model, shape, rank)
     spans = spans_of(config.pipeline, model, shape.pp)
     batches = num_micro_batches(config, shape)
     forward = [
@@ -135,19 +141,4 @@ def dry_run(config: RunConfig, model: Model, world_size: int, rank: int = 0) -> 
     ]
     schedule = schedule_of(config.pipeline, shape.pp, batches)
     timeline = simulate(make_ready(schedule), Costs(forward=forward, backward=[2 * cost for cost in forward]))
-    return DryRun(
-        config,
-        shape,
-        rank,
-        spans,
-        sorted(parts.stages),
-        parts.optimizer.bytes_report(),
-        parts.optimizer.bytes_by_store(),
-        sum(parameter.numel() for stage in parts.stages.values() for parameter in stage.parameters()),
-        timeline.bubble_fraction,
-        activation_bound(config.pipeline.schedule, schedule)[mesh.pp.rank],
-        largest_activations(
-            model, [spans[stage] for stage in parts.stages], shape.tp, "cpu" if config.device == "cpu" else "cuda"
-        ),
-        time.perf_counter() - start,
-    )
+    return DryRun(config, shape, rank, spans, account, timeline.bubble_fraction, time.perf_counter() - start)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
+from megatron_ds.comm.local.arena import SharedArena
 from megatron_ds.config import OffloadConfig
 from megatron_ds.mesh import Axis
-from megatron_ds.comm.local.arena import SharedArena
 from megatron_ds.zero.buckets import state_dtype
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.layout import ZeroLayout

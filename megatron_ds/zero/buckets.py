@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 import torch
@@ -44,7 +45,7 @@ class ParameterInfo:
     stage: int = 0
     rule: RuleGroup = STATELESS
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return prod(self.spec.local_shape)
 
@@ -52,6 +53,11 @@ class ParameterInfo:
     def sharded_over(self) -> tuple[str, ...]:
         """The mesh axes within the data axis over which the parameter is sharded: that of the experts is one."""
         return ("ep",) if self.spec.is_sharded_over("ep") else ()
+
+    @cached_property
+    def bucket_key(self) -> BucketKey:
+        over = (self.sharded_over, self.spec.reduce_over if self.trainable else ())
+        return BucketKey(self.dtype, *over, self.shared, self.unit, self.trainable, self.stage, self.rule)
 
     @staticmethod
     def of(
@@ -174,41 +180,35 @@ def plan_buckets(
         shards: ranks over which each bucket is sharded, or a function that says so for a key's ``sharded_over``.
     """
     shards_of = shards if callable(shards) else lambda _: shards
-    open_slots: dict[BucketKey, list[Slot]] = {}
-    closed: list[tuple[int, BucketLayout]] = []  # with the time at which the last gradient of the bucket is due
+    filling: dict[BucketKey, tuple[list[Slot], int]] = {}  # with the time at which the last gradient is due
+    closed: list[tuple[int, BucketLayout]] = []
 
-    def close(key: BucketKey, time: int) -> None:
-        slots, count = open_slots.pop(key), shards_of(key.sharded_over)
+    def close(key: BucketKey, slots: list[Slot], time: int) -> None:
+        count = shards_of(key.sharded_over)
         if key.rule.whole:
             slots, used = _place_whole(slots, count)
         else:
             used = slots[-1].start + slots[-1].numel
         closed.append((time, BucketLayout(key, tuple(slots), _aligned(used, ALIGN * count), count)))
 
-    last_time: dict[BucketKey, int] = {}
     for time, index in enumerate(reversed(range(len(parameters)))):
         info = parameters[index]
         if not info.trainable and info.unit is None:
             continue
-        reduce_over = info.spec.reduce_over if info.trainable else ()
-        over = (info.sharded_over, reduce_over)
-        key = BucketKey(info.dtype, *over, info.shared, info.unit, info.trainable, info.stage, info.rule)
-        slots = open_slots.get(key, [])
+        key, numel = info.bucket_key, info.numel
+        slots, last = filling.get(key, ([], 0))
         start = _aligned(slots[-1].start + slots[-1].numel, ALIGN) if slots else 0
         most = bucket_bytes / state_dtype(info.dtype).itemsize
         if info.rule.whole:
-            most = max(
-                most,
-                shards_of(key.sharded_over)
-                * max(_aligned(numel, ALIGN) for numel in (info.numel, *(slot.numel for slot in slots))),
-            )
-        if slots and start + info.numel > most:
-            close(key, last_time[key])
-            start = 0
-        open_slots.setdefault(key, []).append(Slot(index, info.spec, start, info.numel))
-        last_time[key] = time
-    for key in list(open_slots):
-        close(key, last_time[key])
+            largest = max(numel, *(slot.numel for slot in slots), 0)
+            most = max(most, shards_of(key.sharded_over) * _aligned(largest, ALIGN))
+        if slots and start + numel > most:
+            close(key, slots, last)
+            slots, start = [], 0
+        slots.append(Slot(index, info.spec, start, numel))
+        filling[key] = slots, time
+    for key, (slots, last) in filling.items():
+        close(key, slots, last)
     return tuple(layout for _, layout in sorted(closed, key=lambda item: item[0]))
 
 

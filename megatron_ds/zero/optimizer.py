@@ -81,9 +81,7 @@ class ZeroOptimizer:
         stage_of: Mapping[int, int] | None = None,
     ):
         self.config = config
-        # By the axes over which a parameter is sharded already. All of a mesh's: making them is collective.
-        kinds: list[tuple[str, ...]] = [(), ("ep",)] if mesh.shape.ep > 1 else [()]
-        self._axes = {over: shard_axes(mesh, config, over) for over in kinds}
+        self._axes = data_axes(mesh, config)
         self.shard, self.replicate = self._axes[()]
         self._parameters = unique(parameters)
         self._rule = as_rule(optimizer_config)
@@ -377,6 +375,12 @@ class ZeroOptimizer:
     def bytes_report(self) -> dict[str, int]:
         """The same by kind, wherever they are; see :meth:`megatron_ds.zero.layout.ZeroLayout.bytes`."""
         return self.layout.bytes().by_kind
+
+
+def data_axes(mesh: Mesh, config: ZeroConfig) -> dict[tuple[str, ...], tuple[Axis, Axis]]:
+    """:func:`shard_axes` by the axes over which a parameter is sharded already. Collective: makes all of a mesh's."""
+    kinds: list[tuple[str, ...]] = [(), ("ep",)] if mesh.shape.ep > 1 else [()]
+    return {over: shard_axes(mesh, config, over) for over in kinds}
 
 
 def shard_axes(mesh: Mesh, config: ZeroConfig, sharded_over: tuple[str, ...] = ()) -> tuple[Axis, Axis]:

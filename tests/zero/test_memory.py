@@ -20,7 +20,7 @@ from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import run_ranks
-from megatron_ds.zero.memory import TransientParameters
+from megatron_ds.zero.memory import TransientGradients, TransientParameters
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 CPU = torch.device("cpu")
@@ -221,6 +221,52 @@ def test_the_peak_of_stage_3_falls_with_ranks_down_to_one_gathered_unit(prefetch
         if ranks > 1:
             assert 1 + prefetch < (peaks[-1] - share) / unit < 2 + prefetch, f"{ranks} ranks"
     assert peaks == sorted(peaks, reverse=True)
+
+
+def most_whole(settings: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+    """On a rank: the most bytes of whole gradients and parameters at one time in two steps; what the layout says."""
+    now, most, patch = {"gradients": 0, "parameters": 0}, {"gradients": 0, "parameters": 0}, pytest.MonkeyPatch()
+
+    def add(kind: str, size: int) -> None:
+        now[kind] += size
+        most[kind] = max(most[kind], now[kind])
+
+    def watch(cls: type, method: str, size_of: Any) -> None:
+        original = getattr(cls, method)
+
+        def watched(self: Any, *given: Any) -> Any:
+            before = size_of(self)
+            result = original(self, *given)
+            add(cls.__name__.removeprefix("Transient").lower(), size_of(self) - before)
+            return result
+
+        patch.setattr(cls, method, watched)
+
+    for method in ("take", "free"):
+        watch(TransientGradients, method, lambda owner: 0 if owner.whole is None else owner.whole.nbytes)
+    for method in ("take", "discard"):
+        watch(TransientParameters, method, lambda owner: owner.whole.untyped_storage().nbytes())
+    model = Stack(6, 64, torch.float32, 2)
+    zero, mesh = start(model, ZeroConfig(bucket_mb=64 * 64 * 4 / 1e6, persistence_threshold=0, **settings))
+    for sizes in (now, most):
+        sizes.update(gradients=0, parameters=0)
+    train(model, zero, mesh, steps=3)
+    patch.undo()  # close() gathers everything
+    zero.close()
+    return most, zero.layout.transient_bytes(micro_batches=2)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"stage": 3}, {"stage": 3, "prefetch": 0}, {"stage": 3, "keep_whole": True}], ids=str
+)
+def test_what_is_whole_for_a_moment_is_within_what_the_layout_says(settings: dict[str, Any]) -> None:
+    """A block is two buckets here. Gathered units to the byte; of gradients at least half of the bound is used."""
+    for found, said in run_ranks(most_whole, 2, settings):
+        assert found["parameters"] == said["parameters"] > 0
+        if settings.get("keep_whole"):
+            assert said["gradients"] == 0, "they stay, and are counted as held"
+        else:
+            assert said["gradients"] / 2 <= found["gradients"] <= said["gradients"]
 
 
 @pytest.mark.parametrize(("ranks", "bound"), [(1, 6), (2, 12)])

@@ -142,7 +142,7 @@ def test_a_limit_on_one_rank_that_no_look_at_the_disk_shows(tmp_path: Path) -> N
     folder = str(tmp_path / "swap")
     for said in run_ranks(refused_with_limit, 2, folder, STATE // 2 - 4096, timeout=20.0):
         assert said.startswith(
-            f"rank 1: {STATE / 2e6:.1f} MB for this rank's swap file in {folder} cannot be reserved: File too large"
+            f"rank 1: {STATE / 2e6:.3g} MB for this rank's swap file in {folder} cannot be reserved: File too large"
         )
         assert "a quota or `ulimit -f` may allow less" in said and "smaller offload ratio" in said
     assert list(tmp_path.iterdir()) == []
