@@ -59,7 +59,7 @@ class DeepSpeedSchedule(_Section):
 class TorchOptimizerConfig(_Section):
     """An optimizer of ``torch.optim`` by name, instead of the optimizer section's."""
 
-    name: str = Field(description="Class in torch.optim; elementwise ones only (not LBFGS, Adafactor, Muon).")
+    name: str = Field(description="Class in torch.optim; not LBFGS, SparseAdam or Adafactor.")
     params: dict[str, Any] = Field({}, description="Keyword arguments of the class; they apply to every parameter.")
 
 

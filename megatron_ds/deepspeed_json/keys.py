@@ -124,7 +124,7 @@ KEYS: Mapping[str, Becomes | Noted | Refused] = {
     "fp16.consecutive_hysteresis": Refused("an overflow's tolerance comes back when the scale doubles, not before"),
     "fp16.fp16_master_weights_and_grads": Refused("master weights and gradients are fp32"),
     "zero_allow_untested_optimizer": Noted(
-        "every optimizer is tried on the spot, and refused if it is not elementwise"
+        "every optimizer is tried on the spot, and refused if it cannot update shards"
     ),
     "zero_force_ds_cpu_optimizer": Noted("torch's own fused optimizers run on any device"),
     "aio": Noted(_SWAP, {**dict.fromkeys(_AIO_NUMBERS, int), **dict.fromkeys(_AIO_SWITCHES, bool)}),

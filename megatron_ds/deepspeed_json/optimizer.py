@@ -50,7 +50,7 @@ _TORCH = {
     "RAdam": ("lr", "betas", "eps", "weight_decay"),
     "Adadelta": ("lr", "rho", "eps", "weight_decay"),
 }
-_WHOLE = "updates a matrix or its whole layer at once, and a rank holds a flat part"
+_WHOLE = "is not made from a file"
 _COMPRESSED = "sends compressed gradients, and here they are summed in fp32"
 _OTHERS = {
     **dict.fromkeys(("Lamb", "FusedLamb", "Muon", "Adafactor"), _WHOLE),
@@ -79,7 +79,7 @@ def optimizer_of(flat: Mapping[str, Any], built: dict[str, Any], faults: list[st
         why = next((reason for other, reason in _OTHERS.items() if str(kind).lower() == other.lower()), None)
         faults.append(
             f"optimizer.type={kind!r} {why or 'is unknown' + nearest(str(kind), _TORCH)}; use one of "
-            f"{', '.join(_TORCH)}, or give initialize() an elementwise optimizer of torch's kind"
+            f"{', '.join(_TORCH)}, or give initialize() the optimizer itself"
         )
         return
     # Which of two implementations of the same update; their defaults differ.

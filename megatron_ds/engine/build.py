@@ -62,8 +62,8 @@ def initialize(
         model: any module, compiled or not. Its parameters become views of flat buffers; frozen ones are left alone.
         config: an :class:`~megatron_ds.config.engine.EngineConfig`, its fields as a dictionary or a TOML file, or a
             DeepSpeed dictionary or JSON file.
-        optimizer: any elementwise ``torch.optim`` optimizer over the model's parameters, or what makes one of them.
-            Default: the configuration's.
+        optimizer: any ``torch.optim`` optimizer over the model's parameters whose update of one depends on no other, or
+            what makes one of them. Default: the configuration's.
         lr_scheduler: a torch scheduler of that optimizer, which the engine steps after each update, unless it takes a
             metric (ReduceLROnPlateau): the loop steps that, on all ranks with the same metric, as ``eval_batch`` gives
             it. Or, without ``optimizer``, the learning rate as a function of the update's number, from 1.

@@ -5,6 +5,9 @@ updated with it. That is *tried*, in float64: twins of the optimizer update a ma
 and each of the parts alone. All must come out the same: the elements, what is kept of each parameter, and what is kept
 once for all of them. A norm of a matrix differs between the first two, a sum over all parameters (Prodigy's ``d``)
 between the last two.
+
+Where parts of a matrix come to something else than the matrix, the group's parameters are updated as wholes, each on
+one rank. Then each of them alone must come to what it comes to together with others.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -23,8 +27,6 @@ from megatron_ds.shard import real_dtype
 
 _WHY_NOT = {
     "LBFGS": "its line search evaluates the loss again and again through a closure",
-    "Adafactor": "it factors the second moment of a matrix into rows and columns",
-    "Muon": "it orthogonalises a matrix as a whole",
     "SparseAdam": "it takes sparse gradients, and flat gradients are dense",
 }
 _INSTEAD = "use an elementwise one such as AdamW, SGD, RMSprop, Adagrad or NAdam"
@@ -32,8 +34,11 @@ _INSTEAD = "use an elementwise one such as AdamW, SGD, RMSprop, Adagrad or NAdam
 # what is clipped or damped above or below some size is met.
 _SIZES = (1.0, 1.0, 0.5, 30.0, 1e-3, 1e3)
 _SMALL, _LARGE = 3, 1 << 14  # elements: an optimizer may keep another kind of state of large parameters
+# Two shapes of a parameter of so many dims.
+_SHAPES = ((6, 4, 2, 3, 2), (3, 5, 2, 2, 2))
 
 Sample = Mapping[str, Any]
+Shape = tuple[int, ...]
 
 
 @dataclass
@@ -44,11 +49,15 @@ class StateTemplate:
         kinds: tensors of the parameter's shape.
         numbers: single ones, plain or in a tensor of one element; their values are those after one step.
         rest: other plain values.
+        whole: the update is of whole parameters.
+        shape: of a small parameter that the optimizer can update.
     """
 
     kinds: list[str] = field(default_factory=list)
     numbers: dict[str, Any] = field(default_factory=dict)
     rest: dict[str, Any] = field(default_factory=dict)
+    whole: bool = False
+    shape: Shape = (_SMALL,)
 
     def fresh(self, numbers: Mapping[str, float]) -> dict[str, Any]:
         """A parameter's state but for its tensors, with the given numbers."""
@@ -59,12 +68,14 @@ class StateTemplate:
         return state
 
 
-def templates_of(optimizer: Optimizer, samples: Sequence[Sample], largest: Sequence[int]) -> list[StateTemplate]:
+def templates_of(
+    optimizer: Optimizer, samples: Sequence[Sample], shapes: Sequence[Sequence[Shape]]
+) -> list[StateTemplate]:
     """What the optimizer keeps of a parameter of each group.
 
     Args:
         samples: of each group, the state of one of its parameters if steps have been taken already, else nothing.
-        largest: elements of each group's largest parameter.
+        shapes: of each group's parameters.
 
     Raises:
         ConfigError: the optimizer cannot update sharded parameters; by its name, with the reason.
@@ -76,22 +87,33 @@ def templates_of(optimizer: Optimizer, samples: Sequence[Sample], largest: Seque
         if isinstance(value, Optimizer):
             raise refusal(optimizer, f"it wraps another optimizer, {attribute}, whose parameters are the whole ones")
     found = []
-    for index, sample in enumerate(samples):
-        _check_elementwise(optimizer, index, sample)
-        small, large = (
-            _template(optimizer, index, sample, numel) for numel in (_SMALL, max(_SMALL, min(largest[index], _LARGE)))
-        )
-        if (small.kinds, list(small.numbers)) != (large.kinds, list(large.numbers)):
-            raise refusal(optimizer, f"it keeps {large.kinds} of a large parameter and {small.kinds} of a small one")
-        found.append(small)
+    for index, (sample, members) in enumerate(zip(samples, shapes)):
+        if why_whole := _why_not_elementwise(optimizer, index, sample):
+            tried = _tried_shapes(members)
+            _check_independent(optimizer, index, sample, tried, why_whole)
+        else:
+            tried = [(_SMALL,), (max(_SMALL, min(max(map(prod, members), default=0), _LARGE)),)]
+        first, *others = (_template(optimizer, index, sample, shape) for shape in tried)
+        for other in others:
+            if (first.kinds, list(first.numbers)) != (other.kinds, list(other.numbers)):
+                reason = f"it keeps {other.kinds} of a parameter of shape {list(other.shape)} and {first.kinds} of one"
+                raise refusal(optimizer, f"{reason} of shape {list(first.shape)}")
+        first.whole = bool(why_whole)
+        found.append(first)
     return found
 
 
 def refusal(optimizer: Optimizer, reason: str) -> ConfigError:
-    return ConfigError(
-        f"{type(optimizer).__name__} cannot update sharded parameters: a rank holds a flat part of each and never the "
-        f"matrix, and {reason}; {_INSTEAD}"
-    )
+    return ConfigError(f"{type(optimizer).__name__} cannot update sharded parameters: {reason}; {_INSTEAD}")
+
+
+def _tried_shapes(members: Sequence[Shape]) -> list[Shape]:
+    """Small shapes of each number of dims that the parameters have, and one like the largest, of not too many."""
+    dims = {max(len(shape), 1) for shape in members} or {2}
+    largest = max(members, key=prod, default=())
+    each = round(_LARGE ** (1 / max(len(largest), 1)))
+    like_largest = [tuple(min(size, each) for size in largest)] if prod(largest) > _SMALL else []
+    return [shape[:dim] + (2,) * (dim - len(shape)) for dim in sorted(dims) for shape in _SHAPES] + like_largest
 
 
 @dataclass
@@ -137,7 +159,45 @@ def _run(
     return _Outcome(torch.cat([p.flatten() for p in parameters]), states, twin.common, keys)
 
 
-def _check_elementwise(optimizer: Optimizer, index: int, sample: Sample) -> None:
+def _check_independent(
+    optimizer: Optimizer, index: int, sample: Sample, shapes: Sequence[Shape], why_whole: str
+) -> None:
+    """Each whole parameter is updated as if there were no other."""
+    generator = torch.Generator().manual_seed(2)
+    starts = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    gradients = [
+        [size * torch.randn(start.shape, generator=generator, dtype=torch.float64) for start in starts]
+        for size in _SIZES
+    ]
+    try:
+        with torch.no_grad():
+            together = _run(optimizer, index, sample, starts, gradients)
+            alone = [
+                _run(optimizer, index, sample, [start], [[of_step[place]] for of_step in gradients])
+                for place, start in enumerate(starts)
+            ]
+    except Exception as error:
+        raise refusal(optimizer, f"{why_whole}, nor on whole parameters: {type(error).__name__}: {error}") from error
+    moved = next((text for one in alone if (text := one.common.difference(together.common))), None)
+    if not _equal(torch.cat([one.values for one in alone]), together.values) or moved is not None:
+        raise _dependent(optimizer, moved)
+    for one in alone:
+        _check_kept_at_once(optimizer, one)
+
+
+def _dependent(optimizer: Optimizer, moved: str | None) -> ConfigError:
+    seen = f" ({moved})" if moved else ""
+    return refusal(optimizer, f"its update of a parameter depends on the others that are updated with it{seen}")
+
+
+def _check_kept_at_once(optimizer: Optimizer, outcome: _Outcome) -> None:
+    late = set.union(*outcome.keys) ^ outcome.keys[0]
+    if late:
+        raise refusal(optimizer, f"it keeps {', '.join(sorted(map(str, late)))} only from a later step on")
+
+
+def _why_not_elementwise(optimizer: Optimizer, index: int, sample: Sample) -> str | None:
+    """Why the group's parameters are to be updated as wholes, or None."""
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(4, 6, generator=generator, dtype=torch.float64)
     sizes = torch.ones(24, dtype=torch.float64)
@@ -161,18 +221,15 @@ def _check_elementwise(optimizer: Optimizer, index: int, sample: Sample) -> None
             matrix = _run(optimizer, index, sample, [start], [[gradient] for gradient in gradients])
             both, first, second = over(*parts), over(parts[0]), over(parts[1])
     except Exception as error:
-        reason = f"it does not run on 1-D tensors and their gradients alone: {type(error).__name__}: {error}"
-        raise refusal(optimizer, reason) from error
+        return f"it does not run on 1-D tensors and their gradients alone ({type(error).__name__}: {error})"
     if not _equal(matrix.values, both.values) or not _equal_numbers(matrix.states[0], both.states):
-        raise refusal(optimizer, "its update of a matrix is not that of its elements, one by one")
+        return "its update of a matrix is not that of its elements, one by one"
     apart = torch.cat([first.values, second.values])
     moved = first.common.difference(second.common) or first.common.difference(both.common)
     if not _equal(both.values, apart) or moved is not None:
-        seen = f" ({moved})" if moved else ""
-        raise refusal(optimizer, f"its update of a parameter depends on the others that are updated with it{seen}")
-    late = set.union(*both.keys) ^ both.keys[0]
-    if late:
-        raise refusal(optimizer, f"it keeps {', '.join(sorted(map(str, late)))} only from a later step on")
+        raise _dependent(optimizer, moved)
+    _check_kept_at_once(optimizer, both)
+    return None
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -189,17 +246,17 @@ def _equal_numbers(of_matrix: Mapping[str, Any], of_parts: Sequence[Mapping[str,
     )
 
 
-def _template(optimizer: Optimizer, index: int, sample: Sample, numel: int) -> StateTemplate:
+def _template(optimizer: Optimizer, index: int, sample: Sample, shape: Shape) -> StateTemplate:
     """Of a parameter of the group's dtype and device, after one step."""
     group = optimizer.param_groups[index]
     like = group["params"][0] if group["params"] else torch.empty(0)
     device = torch.device("cpu") if like.is_meta else like.device
     start = torch.ones(
-        numel, dtype=torch.float64 if real_dtype(like.dtype) == torch.float64 else torch.float32, device=device
+        shape, dtype=torch.float64 if real_dtype(like.dtype) == torch.float64 else torch.float32, device=device
     )
     with torch.no_grad():
         state = _run(optimizer, index, sample, [start], [[torch.full_like(start, 0.5)]], plain=False).states[0]
-    found = StateTemplate()
+    found = StateTemplate(shape=shape)
     for key, value in state.items():
         if isinstance(value, torch.Tensor) and value.shape == start.shape and value.dtype == start.dtype:
             found.kinds.append(key)

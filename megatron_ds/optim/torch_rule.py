@@ -1,4 +1,4 @@
-"""Any elementwise ``torch.optim`` optimizer as an update rule over flat segments.
+"""Any ``torch.optim`` optimizer whose update is elementwise, or of whole parameters, as an update rule.
 
 The user's optimizer object stays the place of what is kept once for many parameters: learning rates and all else in
 ``param_groups``, so that torch's LR schedulers work on it and what an optimizer writes there can be read there. Its
@@ -27,8 +27,6 @@ from megatron_ds.optim.rule import Late, OptimizerSegment, RuleGroup, Update
 from megatron_ds.optim.twin import Common, Twin
 from megatron_ds.shard import as_real, real_dtype
 
-_LEADER = 3  # elements of the leader's parameters: more than one, so that tensors are told from numbers
-
 Scalars = dict[str, float]
 
 
@@ -45,7 +43,8 @@ class TorchRule:
         before: what was kept once for many parameters when the step began; after: what the leader made of it.
 
     Raises:
-        ConfigError: the optimizer is not elementwise, or it and the model do not hold the same parameters.
+        ConfigError: its update of a parameter depends on others or keeps what is no tensor of its shape, or it and the
+            model do not hold the same parameters.
     """
 
     def __init__(self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]):
@@ -54,14 +53,20 @@ class TorchRule:
         self._initial = {name: _real(optimizer.state.get(parameters[name], {})) for name in self._group_of}
         for parameter in parameters.values():
             optimizer.state.pop(parameter, None)
-        samples, largest = [], []
+        samples, shapes = [], []
         for index in range(len(optimizer.param_groups)):
             members = [name for name, of in self._group_of.items() if of == index]
             # Not of a 0-d parameter: its tensors could not be told from numbers.
             candidates = [n for n in [*members, *self._group_of] if parameters[n].dim() and parameters[n].numel()]
             samples.append(next((self._initial[name] for name in candidates if self._initial[name]), {}))
-            largest.append(max((parameters[name].numel() for name in members), default=0))
-        self.templates = templates_of(optimizer, samples, largest)
+            shapes.append([tuple(parameters[name].shape) for name in members])
+        self.templates = templates_of(optimizer, samples, shapes)
+        for name, index in self._group_of.items():
+            if self.templates[index].whole and parameters[name].is_complex():
+                raise ConfigError(
+                    f"{name} is complex, and {type(optimizer).__name__} updates whole parameters, which are real here; "
+                    "use an elementwise optimizer such as AdamW"
+                )
         self.before = self.after = Common.of(optimizer)
         self._updates: list[_TorchUpdate] = []
         self._leader = self._make_leader(samples)
@@ -71,7 +76,7 @@ class TorchRule:
         for index, group in enumerate(self.optimizer.param_groups):
             like = next((p for p in group["params"] if not p.is_meta), torch.empty(0))
             wide = torch.float64 if real_dtype(like.dtype) == torch.float64 else torch.float32
-            master = torch.ones(_LEADER, dtype=wide, device=like.device)
+            master = torch.ones(self.templates[index].shape, dtype=wide, device=like.device)
             state = {kind: torch.zeros_like(master) for kind in self.templates[index].kinds}
             segments.append(OptimizerSegment(master, torch.zeros_like(master), state, True, f"group {index}"))
         initial = [shaped(sample, segment.master) for sample, segment in zip(samples, segments)]
@@ -82,7 +87,8 @@ class TorchRule:
         return float(self.optimizer.param_groups[0]["lr"])
 
     def group_of(self, name: str) -> RuleGroup:
-        return RuleGroup(kinds=tuple(self.templates[self._group_of[name]].kinds))
+        template = self.templates[self._group_of[name]]
+        return RuleGroup(kinds=tuple(template.kinds), whole=template.whole)
 
     def over(self, segments: Sequence[OptimizerSegment]) -> _TorchUpdate:
         # What the user's optimizer held of each parameter before, the segment's part of it.
@@ -217,7 +223,7 @@ class _TorchUpdate:
         if found is not None:
             raise RuntimeError(
                 f"{type(self._rule.optimizer).__name__} came to other numbers for some parameters than for others "
-                f"({found}), and a rank sees a part of them; use an optimizer whose update is elementwise"
+                f"({found}), and a rank sees a part of them; use one whose update of a parameter depends on no other"
             )
 
     @torch.no_grad()
@@ -302,7 +308,7 @@ def _cut(state: Mapping[str, Any], segment: OptimizerSegment) -> dict[str, Any]:
     """The segment's part of a whole parameter's state."""
     stop = segment.start + segment.master.numel()
     return {
-        key: value.flatten()[segment.start : stop].to(segment.master)
+        key: value.flatten()[segment.start : stop].to(segment.master).view_as(segment.master)
         if key in segment.state and isinstance(value, torch.Tensor)
         else copy.deepcopy(value)
         for key, value in state.items()

@@ -134,6 +134,62 @@ class Projecting(torch.optim.SGD):
                 p.data.sub_(step, alpha=group["lr"])
 
 
+class LayerWise(torch.optim.Optimizer):
+    """Steps by the norm of each parameter, and keeps a number of each, as LARS and NovoGrad do."""
+
+    def __init__(self, params: Any, lr: float = 0.02):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state, square = self.state[p], float(p.grad.square().sum())
+                state["square"] = 0.9 * state.get("square", square) + 0.1 * square
+                momentum = state.setdefault("momentum", torch.zeros_like(p))
+                momentum.mul_(0.9).add_(p.grad / (state["square"] ** 0.5 + 1e-8))
+                p.data.sub_(momentum, alpha=group["lr"] * (0.1 + float(p.detach().norm())))
+
+
+class Orthogonal(torch.optim.Optimizer):
+    """The nearest orthogonal matrix to the momentum of each matrix, and SGD in groups that say so, as Muon's often do.
+
+    Groups that come are parted by the parameters' dims.
+    """
+
+    def __init__(self, groups: Any, lr: float = 0.05):
+        parameters = [p for group in groups for p in group["params"]]
+        parts = {matrices: [p for p in parameters if (p.dim() > 1) == matrices] for matrices in (True, False)}
+        super().__init__([{"params": part, "matrices": flag} for flag, part in parts.items()], {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                step = p.grad
+                if group["matrices"]:
+                    momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    momentum.mul_(0.9).add_(p.grad)
+                    left, _, right = torch.linalg.svd(momentum, full_matrices=False)
+                    step = left @ right
+                p.data.sub_(step, alpha=group["lr"])
+
+
+class Failing(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        raise ValueError("not today")
+
+
+class Shared(torch.optim.SGD):
+    """Steps by the norm of each parameter over that of all."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            total = torch.stack([p.norm() for p in group["params"]]).norm()
+            for p in group["params"]:
+                p.data.sub_(p.grad * p.norm() / total, alpha=group["lr"])
+
+
 class Small(torch.optim.SGD):
     """Keeps another kind of state of large parameters, in blocks with a scale each, as 8-bit optimizers do."""
 
@@ -186,6 +242,24 @@ class LaterDistance(torch.optim.SGD):
 
 Make = Callable[[Any], torch.optim.Optimizer]
 RIGHT: dict[str, Make] = {"Counting": Counting, "ScheduleFree": ScheduleFree, "KeyInState": KeyInState}
+
+
+def muon(groups: Any) -> torch.optim.Optimizer:
+    """torch's own, which takes matrices alone: the biases are frozen."""
+    parameters = [p for group in groups for p in group["params"]]
+    for parameter in parameters:
+        parameter.requires_grad_(parameter.dim() == 2)
+    return torch.optim.Muon([p for p in parameters if p.requires_grad], lr=0.02)
+
+
+# Those that update whole parameters.
+WHOLE: dict[str, Make] = {
+    "LayerWise": LayerWise,
+    "Orthogonal": Orthogonal,
+    "Projecting": lambda params: Projecting(params, lr=0.05),
+    "Muon": muon,
+}
+RIGHT.update(WHOLE)
 
 
 def model(seed: int = 3) -> nn.Sequential:

@@ -380,7 +380,7 @@ FAULTS = [
     ({ZERO: {"sub_group_size": -5}}, "sub_group_size=-5 is negative; use 0 for none"),
     ({ZERO: {"sub_group_size": math.inf}}, "sub_group_size=inf must be a whole number"),
     ({ZERO: {"contiguous_gradients": "yes"}}, "contiguous_gradients='yes' must be true or false"),
-    ({"optimizer": {"type": "Lamb"}}, "a rank holds a flat part; use one of Adam, AdamW"),
+    ({"optimizer": {"type": "Lamb"}}, "is not made from a file; use one of Adam, AdamW"),
     ({"optimizer": {"type": "Lion"}}, "'Lion' is not in torch.optim; use one of"),
     ({"optimizer": {"type": "OneBitAdam"}}, "sends compressed gradients"),
     ({"bfloat16": {"enabled": True}}, 'name the section "bf16"'),

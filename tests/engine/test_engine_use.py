@@ -102,25 +102,25 @@ def test_optimizer_and_model_have_to_be_of_one_another() -> None:
     own = torch.optim.SGD([p for p in net.parameters() if p.requires_grad])
     assert "is of another optimizer" in message(megatron_ds.initialize, net, None, own, schedule(other))
     assert "(optimizer.lr)" in message(megatron_ds.initialize, net, {"optimizer": {"lr": 1.0}}, own)
-    for cls, reason in ((torch.optim.LBFGS, "line search"), (torch.optim.Adafactor, "rows and columns")):
+    for cls, reason in ((torch.optim.LBFGS, "line search"), (torch.optim.Adafactor, "it keeps 'row_var'")):
         whole = cls([p for p in net.parameters() if p.requires_grad])  # type: ignore[operator]
         assert reason in message(megatron_ds.initialize, net, None, whole)
 
 
-class Layerwise(torch.optim.SGD):
-    """Elementwise by name only: the step of a matrix depends on its norm."""
+class OfAll(torch.optim.SGD):
+    """Elementwise by name only: a step depends on the norm of all gradients."""
 
     def step(self, closure: object = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            norm = sum(p.grad.square().sum() for p in group["params"]) ** 0.5
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.data.sub_(parameter.grad / parameter.grad.norm() * group["lr"])
+                parameter.data.sub_(parameter.grad / norm * group["lr"])
 
 
 def test_an_optimizer_of_ones_own_is_tried() -> None:
     net = torch.nn.Linear(2, 2)
-    found = message(megatron_ds.initialize, net, None, Layerwise(net.parameters(), lr=0.1))
-    assert "Layerwise cannot update sharded parameters" in found and "not that of its elements" in found
+    found = message(megatron_ds.initialize, net, None, OfAll(net.parameters(), lr=0.1))
+    assert "OfAll cannot update sharded parameters" in found and "depends on the others" in found
 
 
 def test_the_allocator_of_the_process_is_changed_only_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

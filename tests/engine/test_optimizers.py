@@ -12,9 +12,11 @@ from optimizer_cases import (
     Clipping,
     Counting,
     Distance,
+    Failing,
     Late,
-    Projecting,
+    LayerWise,
     ScheduleFree,
+    Shared,
     Small,
     Wrapping,
     later,
@@ -40,7 +42,7 @@ def test_numbers_that_an_optimizer_keeps_in_its_groups(world_size: int, resumed:
 def test_state_that_is_offloaded_follows(tmp_path: Path) -> None:
     """Its tensors are in other memory at every step, and an optimizer may have put its own in their place."""
     zero = {"offload_optimizer": {"device": "nvme", "path": str(tmp_path / "swap")}}
-    check(run_ranks(run_all, 2, ["Counting", "ScheduleFree"], [3], str(tmp_path), zero))
+    check(run_ranks(run_all, 2, ["Counting", "ScheduleFree", "LayerWise"], [3], str(tmp_path), zero))
 
 
 def check(ranks: list[Any]) -> None:
@@ -79,7 +81,12 @@ def test_a_step_out_of_train_mode_is_the_optimizers_own_error() -> None:
     [
         (Distance, r"depends on the others that are updated with it \(group 0 'd': "),
         (Clipping, "depends on the others that are updated with it; use an elementwise one"),
-        (Projecting, "its update of a matrix is not that of its elements, one by one"),
+        (Shared, "depends on the others that are updated with it; use"),
+        (
+            Failing,
+            "on 1-D tensors and their gradients alone (ValueError: not today), nor on whole parameters",
+        ),
+        (torch.optim.Adafactor, "it keeps 'row_var', float64 of shape [6, 1], for a parameter that is "),
         (Small, "it keeps 'state1', uint8 of shape [16384], for a parameter that is float64 of shape [16384]"),
         (Wrapping, "it wraps another optimizer, inner"),
         (Late, "it keeps before only from a later step on"),
@@ -91,6 +98,12 @@ def test_what_cannot_be_right_on_shards_is_refused(make: Any, reason: str) -> No
         megatron_ds.initialize(net, None, make(net.parameters(), lr=0.1))
     assert f"{make.__name__} cannot update sharded parameters" in str(refused.value)
     assert reason.replace("\\", "") in str(refused.value)
+
+
+def test_whole_matrices_that_are_complex_are_refused() -> None:
+    net = torch.nn.Linear(4, 4, dtype=torch.complex128)
+    with pytest.raises(ConfigError, match=r"weight is complex, and LayerWise updates whole parameters, which are real"):
+        megatron_ds.initialize(net, None, LayerWise(net.parameters()))
 
 
 def test_numbers_that_come_apart_later_are_an_error() -> None:

@@ -74,7 +74,7 @@ def refused_at_once(make: Any) -> str | None:
 
 
 def _reason(text: str) -> str:
-    return "refused: " + " ".join(text.split("and never the matrix, and ")[-1].split("; use an")[0].split())[:170]
+    return "refused: " + " ".join(text.split("sharded parameters: ")[-1].split("; use an")[0].split())[:170]
 
 
 def verdict(package: str, name: str) -> str:
