@@ -66,7 +66,9 @@ def from_deepspeed(
             _set(built, key, value, row, flat, faults, notes)
     faults += _contradictions(flat)
     # Where a file is silent they clip; the training arguments, where there are some, know better.
-    built.setdefault("optimizer", {}).setdefault("clip_norm", (auto or {}).get("gradient_clipping", _CLIP_NORM))
+    clip_norm = (auto or {}).get("gradient_clipping", _CLIP_NORM)
+    if clip_norm is not None:  # None: the loop clips by itself
+        built.setdefault("optimizer", {}).setdefault("clip_norm", clip_norm)
     optimizer_of(flat, built, faults)
     scheduler_of(flat, built, faults, notes)
     if faults:

@@ -74,7 +74,9 @@ def test_a_saved_state_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     check(alone[:2], want, 3)
     names = sorted(path.name for path in (tmp_path / "state").iterdir())
     assert "engine" in names and not any(name.startswith(("model", "pytorch_model")) for name in names), names
-    assert sorted(path.name for path in (tmp_path / "state" / "engine").glob("step-*")) == ["step-00000003"]
+    # The newest, and the newest that a good step followed: step 3 might yet turn out to have diverged.
+    kept = sorted(path.name for path in (tmp_path / "state" / "engine").glob("step-*"))
+    assert kept == ["step-00000002", "step-00000003"]
 
 
 def test_what_is_prepared_again_is_what_it_was() -> None:

@@ -118,9 +118,9 @@ def test_the_activations_are_those_that_plain_autograd_keeps(reentrant: bool) ->
     without = saved_by(Net(), samples)
     block = saved_by(Net().blocks[0], samples)
     assert found is not None
-    assert found.plain == pytest.approx(without, rel=0.02)
-    assert found.again == pytest.approx(block - 4096, rel=0.02)  # its input is kept
-    assert found.kept < 0.3 * without
+    assert found.no_recompute == pytest.approx(without, rel=0.02)
+    assert found.recompute_peak == pytest.approx(block - 4096, rel=0.02)  # its input is kept
+    assert found.stored < 0.3 * without
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.modules())
     gradients = [p.grad for p in net.parameters()]
     plain = Net()

@@ -44,7 +44,7 @@ def config(model: dict[str, Any] | None = None, **sections: dict[str, Any]) -> R
     values: dict[str, dict[str, Any]] = {
         "model": {**MODEL, **(model or {})},
         "precision": {"dtype": "fp64"},
-        "data": {"synthetic": True, "document_masking": True},
+        "data": {"prefix": "the test's own", "document_masking": True},
         "optimizer": {"lr": 0.02, "warmup_steps": 1, "clip_norm": 0.5},
         "train": {"steps": 5, "global_batch": 4, "micro_batch": 1, "sequence_length": LENGTH},
     }

@@ -174,7 +174,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, dict[str, Any]], str]] = [
     ),
     (
         BIGBIRD,
-        {"data": {"document_masking": True}},
+        {"data": {"prefix": "the test's own", "synthetic": False, "document_masking": True}},
         "data.document_masking with model.attention.sparse.mode='bigbird': a layout is the same for all samples, "
         "documents are not; use --data.no-document-masking, or model.attention.sparse.mode='none'",
     ),

@@ -133,7 +133,7 @@ def last_micro_batch_only() -> AbstractContextManager[Any]:
 
 
 def tied_embedding_not_summed() -> AbstractContextManager[Any]:
-    return patch.object(build, "_shared", lambda stage, mesh: [])
+    return patch.object(build, "_tie_embeddings", lambda stages, mesh: [])
 
 
 def average_over_replicas() -> AbstractContextManager[Any]:

@@ -131,5 +131,5 @@ def test_tool_errors_are_one_line(tmp_path: Path) -> None:
         (("--recorded", tmp_path), "error: " + str(tmp_path) + " holds no .json file"),
     ):
         done = run_tool(*arguments)
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert done.stderr.startswith(complaint) and done.stderr.count("\n") == 1

@@ -66,7 +66,7 @@ def of_copy(zero: ZeroOptimizer, made: Awkward) -> Tensor:
 def reads(shared_memory: bool) -> dict[str, bool]:
     mesh, made, right = mesh_of_ranks(), model(), {}
     first = seen(made)
-    with late(mesh, "settle"):
+    with late(mesh, "write_back_initial"):
         zero = optimizer_of(made, mesh, Setting(shared_memory=shared_memory, prefetch=0))
     right["after the start"] = torch.equal(seen(made), first)
     backward(made, zero, mesh, 0)
