@@ -6,6 +6,7 @@ Every checker is a function from one parsed file to its faults, and is shown a p
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -224,6 +225,33 @@ def second_derivatives_are_decided(path: str, tree: ast.Module) -> Iterator[str]
             yield f"{path}:{node.lineno}: mark {node.name}.backward with @first_derivative_only (kernels/autograd.py)"
 
 
+# What only one kind of machine gains by, and the one package that asks it.
+DOORS = {"megatron_ds/comm/local": "megatron_ds/comm"}
+
+
+def one_door(path: str, tree: ast.Module) -> Iterator[str]:
+    """Outside of such a folder nobody names what it defines; the package above it imports the folder itself alone."""
+    for folder, neighbours in DOORS.items():
+        door = folder.replace("/", ".")
+        if path.startswith(f"{folder}/"):
+            continue
+        for line, module in imports(tree):
+            through = path.startswith(f"{neighbours}/") and module == door
+            if f"{module}.".startswith(f"{door}.") and not through:
+                yield f"{path}:{line}: {module} is behind {neighbours}: ask that"
+        for node in (n for n in ast.walk(tree) if isinstance(n, ast.Name | ast.Attribute)):
+            name = node.id if isinstance(node, ast.Name) else node.attr
+            if name in _classes_in(folder):
+                yield f"{path}:{node.lineno}: {name} is behind {neighbours}: ask that"
+
+
+@functools.cache
+def _classes_in(folder: str) -> set[str]:
+    trees = [ast.parse((ROOT / path).read_text()) for path in sources(folder)]
+    names = (node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef))
+    return {name for name in names if not name.startswith("_")}
+
+
 EVERYWHERE = (*LIBRARY, *PROGRAMS)
 RULES: list[tuple[Checker, tuple[str, ...]]] = [
     (layering, EVERYWHERE),
@@ -234,6 +262,7 @@ RULES: list[tuple[Checker, tuple[str, ...]]] = [
     (no_bare_imports, (*EVERYWHERE, "tests")),
     (nothing_executable_is_loaded, EVERYWHERE),
     (second_derivatives_are_decided, EVERYWHERE),
+    (one_door, EVERYWHERE),
 ]
 
 
@@ -301,6 +330,11 @@ PLANTED = [
         "class _Own(autograd.Function):\n    @staticmethod\n    def backward(ctx, grad):\n        return grad",
         "mark _Own.backward",
     ),
+    (one_door, "megatron_ds/zero/flat.py", "from megatron_ds.comm import local", "is behind megatron_ds/comm"),
+    (one_door, "models/gpt.py", "from megatron_ds.comm.local.tokens import PipeOffer", "is behind megatron_ds/comm"),
+    (one_door, "megatron_ds/comm/buffers.py", "from megatron_ds.comm.local import arena", "is behind"),
+    (one_door, "megatron_ds/train/step.py", "def f(x):\n    return isinstance(x, LocalBuffers)", "LocalBuffers"),
+    (one_door, "megatron_ds/mesh.py", "import x\nx.arena.SharedArena.create(1, axis)", "SharedArena"),
 ]
 
 
@@ -323,6 +357,8 @@ INNOCENT = [
         "megatron_ds/comm/collectives.py",
         "TABLE = {'a': 1}\ndef f():\n    own = []\n    own.append(TABLE['a'])",
     ),
+    (one_door, "megatron_ds/comm/buffers.py", "from megatron_ds.comm import local\nlocal.open_buffers(a, b, c)"),
+    (one_door, "megatron_ds/comm/local/arena.py", "from megatron_ds.comm.local.tokens import Tokens"),
     (nothing_executable_is_loaded, "megatron_ds/x.py", "module.eval()\nnp.load('x', allow_pickle=False)"),
 ]
 

@@ -143,9 +143,3 @@ def scatter_sum_dim0(tensor: torch.Tensor, axis: Axis) -> Pending:
         return Pending(tensor)
     output = tensor.new_empty((tensor.shape[0] // axis.size, *tensor.shape[1:]))
     return reduce_scatter_start(output, tensor.contiguous(), axis)
-
-
-def slice_dim0(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """This rank's equal part of dim 0, as a view."""
-    size = tensor.shape[0] // axis.size
-    return tensor.narrow(0, axis.rank * size, size)

@@ -1,4 +1,4 @@
-"""A collective or a transfer in flight."""
+"""A collective or a transfer in flight, and the part of its result that is this rank's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+
+from megatron_ds.mesh import Axis
 
 
 class Pending:
@@ -37,3 +39,9 @@ class Pending:
         if not isinstance(self.result, torch.Tensor):
             self.result = self.result()
         return self.result
+
+
+def slice_dim0(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """This rank's equal part of dim 0, as a view."""
+    size = tensor.shape[0] // axis.size
+    return tensor.narrow(0, axis.rank * size, size)

@@ -1,20 +1,18 @@
-"""The flat memory of a rank, made once from its layout: stores, shared memory, gradient pools."""
+"""The flat memory of a rank, made once from its layout: stores and buffers."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from megatron_ds.comm.local.arena import SharedArena
+from megatron_ds.comm.buffers import Buffers, BufferSizes, GroupBuffers, Slots, open_buffers
 from megatron_ds.config import OffloadConfig
 from megatron_ds.mesh import Axis
 from megatron_ds.zero.buckets import state_dtype
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.layout import ZeroLayout
-from megatron_ds.zero.memory import GradientPool
 from megatron_ds.zero.store import BucketStores, DeviceStore, Store, create_store
 
 
@@ -57,50 +55,42 @@ class RankMemory:
     Args:
         shards: the shard axis of each ``sharded_over``.
         share: let CPU ranks of one host read each other's parameters and gradients.
+
+    Attributes:
+        buffers: of each ``sharded_over``, for parameters and gradients.
     """
 
     def __init__(self, layout: ZeroLayout, device: torch.device, shards: Mapping[tuple[str, ...], Axis], share: bool):
         self.stores = Stores(layout, device)
-        self._arena = share_memory(layout, shards[()]) if share and device.type == "cpu" else None
+        self.buffers: dict[tuple[str, ...], Buffers] = {
+            over: open_buffers(axis, device, buffer_sizes(layout, over)) if share else GroupBuffers(axis, device)
+            for over, axis in shards.items()
+        }
         sizes = layout.gradient_sizes() if layout.frees_gradients else {}
-        self._pools = {
-            (dtype, over): GradientPool(len(each), max(each), dtype, device, shards[over], self.arena(over))
+        self._slots = {
+            (dtype, over): self.buffers[over].slots(len(each), max(each), dtype)
             for (dtype, over), each in sizes.items()
         }
 
-    def arena(self, sharded_over: tuple[str, ...] = ()) -> SharedArena | None:
-        """Where parameters and gradients lie, of those buckets that are sharded over the whole data axis."""
-        return None if sharded_over else self._arena
-
-    def pool(self, dtype: torch.dtype, sharded_over: tuple[str, ...]) -> GradientPool | None:
+    def slots(self, dtype: torch.dtype, sharded_over: tuple[str, ...]) -> Slots | None:
         """Where whole gradients of parameters of that dtype lie while they are filled; None: they are kept."""
-        return self._pools.get((state_dtype(dtype), sharded_over))
+        return self._slots.get((state_dtype(dtype), sharded_over))
 
 
-def share_memory(layout: ZeroLayout, shard: Axis) -> SharedArena | None:
-    """Memory for parameters and gradients that the ranks of the shard axis share, where they can."""
-    wanted: list[tuple[int, torch.dtype]] = []
-    common: list[tuple[int, torch.dtype]] = []
-    passing: list[int] = []  # sizes of what is there for a moment only
-    transient = layout.config.stage >= 2
+def buffer_sizes(layout: ZeroLayout, over: tuple[str, ...]) -> BufferSizes:
+    """What will be taken for the buckets that are sharded over these axes already."""
+    sizes = BufferSizes(window=layout.gradient_window)
     for number, bucket in enumerate(layout.buckets):
-        if bucket.key.sharded_over:
+        if bucket.key.sharded_over != over:
             continue
         if number not in layout.offload.parameters:
-            (wanted if bucket.key.unit is None else common).append((bucket.size, bucket.key.dtype))
-        if bucket.key.trainable and not transient:
-            wanted.append((bucket.size, state_dtype(bucket.key.dtype)))
-    kept = SharedArena.bytes_for(wanted)
-    for (dtype, over), sizes in layout.gradient_sizes().items() if transient else ():
-        if over:
-            continue
-        slots = [(GradientPool.stride(max(sizes)), dtype)] * len(sizes)
-        at_once = layout.gradient_window / (max(sizes) * dtype.itemsize) + 2
-        passing.append(SharedArena.bytes_for(slots[: math.ceil(at_once)]))
-        wanted += slots
-    return SharedArena.create(
-        SharedArena.bytes_for(wanted), shard, used=kept + sum(passing), common=SharedArena.bytes_for(common)
-    )
+            (sizes.whole if bucket.key.unit is None else sizes.gathered).append((bucket.size, bucket.key.dtype))
+        if bucket.key.trainable and not layout.frees_gradients:
+            sizes.whole.append((bucket.size, state_dtype(bucket.key.dtype)))
+    for (dtype, sharded_over), each in layout.gradient_sizes().items() if layout.frees_gradients else ():
+        if sharded_over == over:
+            sizes.slots.append((len(each), max(each), dtype))
+    return sizes
 
 
 def take_values(buckets: Iterable[FlatBucket], fill: Callable[[list[nn.Parameter]], None] | None) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 
 from megatron_ds import comm
 from megatron_ds.comm import Pending
-from megatron_ds.comm.local.arena import SharedArena
+from megatron_ds.comm.buffers import Buffers, Slots
 from megatron_ds.mesh import Axis
 from megatron_ds.optim.clip import squared_norm
 from megatron_ds.optim.rule import OptimizerSegment, Update, UpdateRule
@@ -28,7 +28,7 @@ from megatron_ds.shard import shaped_as
 from megatron_ds.shard.flat_shards import FlatShard
 from megatron_ds.zero.buckets import BucketLayout, Segment, state_dtype
 from megatron_ds.zero.main_grad import MainGradient
-from megatron_ds.zero.memory import GradientPool, TransientGradients, TransientParameters, WholeBuffer
+from megatron_ds.zero.memory import TransientGradients, TransientParameters, WholeBuffer
 from megatron_ds.zero.state import BucketState
 from megatron_ds.zero.store import BucketStores
 from megatron_ds.zero.writes import masters_follow, take_replaced
@@ -44,8 +44,8 @@ class FlatBucket:
         also_over: axes besides the replicas over which the reduced shard is summed once more (tensor-parallel ranks
             that each saw a part of the sequence, pipeline stages that share the parameter). Summing the shard instead
             of the whole bucket moves ``1 / shards`` of the bytes.
-        arena: where parameters and gradients lie, if the ranks of the shard axis share memory.
-        pool: where whole gradients lie while they are filled; None: they are whole all the time.
+        buffers: of the shard axis, where parameters and gradients lie.
+        slots: where whole gradients lie while they are filled; None: they are whole all the time.
         stores: where the state, and at stage 3 the parameters' shard, live between uses.
 
     Attributes:
@@ -64,8 +64,8 @@ class FlatBucket:
         axes: tuple[Axis, Axis],
         also_over: Sequence[Axis],
         rule: UpdateRule,
-        arena: SharedArena | None,
-        pool: GradientPool | None,
+        buffers: Buffers,
+        slots: Slots | None,
         stores: BucketStores,
     ):
         self.layout = layout
@@ -73,20 +73,20 @@ class FlatBucket:
         self.also_over = tuple(axis for axis in (self.replicate, *also_over) if axis.group is not None)
         self.main_grads: list[MainGradient] = []
         self.tensors = list(parameters)
-        device, dtype = parameters[0].device, layout.key.dtype
+        dtype = layout.key.dtype
         name = f"the bucket of {layout.slots[0].spec.name}"
         self.parameters: WholeBuffer | TransientParameters
         if layout.key.unit is None:
-            self.parameters = WholeBuffer.create(layout.size, dtype, device, shard, arena)
+            self.parameters = WholeBuffer(name, layout.size, dtype, buffers)
         else:
-            self.parameters = TransientParameters(name, layout.size, dtype, device, shard, arena, stores.parameters)
+            self.parameters = TransientParameters(name, layout.size, dtype, buffers, stores.parameters)
         self.gradients: WholeBuffer | TransientGradients | None = None
         wide = state_dtype(dtype)
         if layout.key.trainable:
-            if pool is None:
-                self.gradients = WholeBuffer.create(layout.size, wide, device, shard, arena)
+            if slots is None:
+                self.gradients = WholeBuffer(name, layout.size, wide, buffers)
             else:
-                self.gradients = TransientGradients(layout.size, shard, pool)
+                self.gradients = TransientGradients(layout.size, shard, slots)
         self.rule = rule
         self.segments = layout.segments(shard.rank)
         rows = (*(("master",) if wide != dtype else ()), *layout.key.rule.kinds)
@@ -113,17 +113,13 @@ class FlatBucket:
 
     def view_parameters(self) -> None:
         """Make the parameters views of the flat buffer, whose memory is taken if it is not there."""
-        if isinstance(self.parameters, TransientParameters):
-            self.parameters.take()
+        self.parameters.take()
         for slot, parameter in zip(self.layout.slots, self.tensors):
             parameter.data = shaped_as(self.parameters.whole.narrow(0, slot.start, slot.numel), parameter)
 
     def write_back_initial(self) -> None:
         """Set shard and master weights to what the parameters are, and free what is not kept."""
-        if isinstance(self.parameters, TransientParameters):
-            self.parameters.holding.acquire().copy_(comm.slice_dim0(self.parameters.whole, self.shard))
-            self.parameters.holding.release(changed=True)
-            self.parameters.discard()
+        self.parameters.keep_slice()
         if self.gradients is None or not self.segments:
             return
         with self.held(changed=True) as segments:
@@ -135,8 +131,7 @@ class FlatBucket:
     @property
     def resident(self) -> bool:
         """Whether master weights and state are there all the time."""
-        transient = isinstance(self.parameters, TransientParameters) and not self.parameters.holding.resident
-        return self.state.resident and not transient
+        return self.state.resident and self.parameters.holding.resident
 
     @contextmanager
     def held(self, changed: bool) -> Iterator[list[OptimizerSegment]]:
@@ -146,7 +141,7 @@ class FlatBucket:
         """
         assert self.gradients is not None
         rows = self.state.acquire()
-        shard = self._acquire_shard()
+        shard = self.parameters.holding.acquire()
         master = rows.pop("master", shard)
 
         def part(row: torch.Tensor, segment: Segment) -> torch.Tensor:
@@ -166,17 +161,8 @@ class FlatBucket:
                 for segment in self.segments
             ]
         finally:
-            self._release_shard(changed)
-            self.state.release(changed)
-
-    def _acquire_shard(self) -> torch.Tensor:
-        if isinstance(self.parameters, TransientParameters):
-            return self.parameters.holding.acquire()
-        return self.parameters.shard
-
-    def _release_shard(self, changed: bool) -> None:
-        if isinstance(self.parameters, TransientParameters):
             self.parameters.holding.release(changed)
+            self.state.release(changed)
 
     def flat_shards(self, replicas: bool) -> list[FlatShard]:
         """What a checkpoint keeps, kind by kind: what one store holds together comes together."""
@@ -188,11 +174,8 @@ class FlatBucket:
         row = "master" if kind == "param" else kind
         if row in self.state.rows:
             holding, offset = self.state.holding, self.state.offset(row) + segment.offset
-        elif isinstance(self.parameters, TransientParameters):
-            holding, offset = self.parameters.holding, segment.offset
         else:
-            shard = self.parameters.shard.narrow(0, segment.offset, segment.numel)
-            return FlatShard.of(segment.spec, kind, shard, segment.start, segment.stop)
+            holding, offset = self.parameters.holding, segment.offset
         assert holding is not None
         if not holding.resident:
             dtype = holding.region.dtype
@@ -205,14 +188,13 @@ class FlatBucket:
         """Start to fetch what :meth:`update` needs."""
         if not self.resident and self.segments:  # a slice of padding is not updated
             self.state.read_start()
-            if isinstance(self.parameters, TransientParameters):
-                self.parameters.holding.read_start()
+            self.parameters.holding.read_start()
 
     def _parameters_to_master(self) -> None:
         """Master weights of their own become what the shard is."""
         if "master" in self.state.rows:
-            self.state.acquire()["master"].copy_(self._acquire_shard())
-            self._release_shard(changed=False)
+            self.state.acquire()["master"].copy_(self.parameters.holding.acquire())
+            self.parameters.holding.release(changed=False)
             self.state.release(changed=True)
 
     # Gradients
@@ -222,16 +204,26 @@ class FlatBucket:
         """Of all of its gradients."""
         return self.layout.size * state_dtype(self.layout.key.dtype).itemsize
 
+    @property
+    def frees_gradients(self) -> bool:
+        """Whether whole gradients have memory only while a backward pass fills them."""
+        return self.gradients is not None and self.gradients.transient
+
+    @property
+    def lacks_gradients(self) -> bool:
+        """Whether nothing of this step has been reduced into the shard that is kept."""
+        return self.gradients is not None and self.gradients.empty
+
     def start_step(self) -> None:
         """Forget the gradients of the step before."""
-        if isinstance(self.gradients, TransientGradients):
-            self.gradients.empty = True
-        elif self.gradients is not None and self.main_grads[0].view is None:
+        assert self.gradients is not None
+        self.gradients.start_step()
+        if self.gradients.whole is not None and self.main_grads[0].view is None:
             self._show_gradients(self.gradients.whole)
 
     def open(self) -> None:
         """Take memory for whole gradients, and show the main gradients their parts of it."""
-        assert isinstance(self.gradients, TransientGradients)
+        assert self.gradients is not None
         whole = self.gradients.take()
         for begin, end in self._gaps:
             whole[begin:end].zero_()
@@ -245,18 +237,17 @@ class FlatBucket:
     def start_reduce(self) -> None:
         """Start the first of the sums that make ``gradients.shard`` whole. Leave the buffer alone until the end."""
         assert self.gradients is not None
-        if isinstance(self.gradients, TransientGradients) and self.gradients.whole is None:
+        if self.gradients.whole is None:
             self.open()  # no gradient came; other ranks may have some
         for main_grad in self.main_grads:
             if not main_grad.written:
                 assert main_grad.view is not None
                 main_grad.view.zero_()
         self._remaining_axes = list(self.also_over)
-        if self.shard.group is not None or isinstance(self.gradients, TransientGradients):
-            self._reducing = self.gradients.reduce_scatter_start()
-        elif self._remaining_axes:
+        self._reducing = self.gradients.reduce_scatter_start()
+        if self._reducing is None and self._remaining_axes:
             self._reducing = comm.all_reduce_start(self.gradients.shard, self._remaining_axes.pop(0))
-        if isinstance(self.gradients, TransientGradients):
+        if self.frees_gradients:
             for main_grad in self.main_grads:
                 main_grad.view = None
 
@@ -268,8 +259,8 @@ class FlatBucket:
 
     def free_gradients(self) -> None:
         """Give whole gradients back where they are not kept. All ranks of the shard axis, in one order."""
-        if isinstance(self.gradients, TransientGradients):
-            self.gradients.free()
+        assert self.gradients is not None
+        self.gradients.free()
 
     def sum_over_remaining_axes(self) -> None:
         """The sums over the other axes, once a step."""
@@ -336,37 +327,36 @@ class FlatBucket:
     def master_to_parameters(self) -> None:
         """The shard becomes what master weights of their own are."""
         if "master" in self.state.rows:
-            self._acquire_shard().copy_(self.state.acquire()["master"])
+            self.parameters.holding.acquire().copy_(self.state.acquire()["master"])
             self.state.release(changed=False)
-            self._release_shard(changed=True)
+            self.parameters.holding.release(changed=True)
 
     def _masters_follow(self, look: bool) -> None:
         """Master weights of their own become what was written into the low-precision parameters."""
         if "master" in self.state.rows:
-            found = masters_follow(self.state.acquire()["master"], self._acquire_shard(), look or self._looks > 0)
-            self._release_shard(changed=False)
+            found = masters_follow(
+                self.state.acquire()["master"], self.parameters.holding.acquire(), look or self._looks > 0
+            )
+            self.parameters.holding.release(changed=False)
             self.state.release(changed=found)
             self._looks = math.inf if found else self._looks - 1  # who writes once does so again
 
     def keep_writes(self) -> None:
         """Shard and master weights become what was written into the parameters; no peer may be reading the shard."""
-        if isinstance(self.parameters, TransientParameters):
-            self._write_back()
-            self.parameters.write_back()
+        self._write_back()
+        self.parameters.write_back()
         if self.gradients is not None and self.segments and (self.resident or self._is_written()):
             self._masters_follow(look=True)
         self._versions = [parameter._version for parameter in self.tensors]
 
     def release(self) -> None:
         """Give the memory of whole parameters of a unit back. What was written into them stays."""
-        assert isinstance(self.parameters, TransientParameters)
         self._write_back()
         self.parameters.free()
 
     def _write_back(self) -> None:
         """What was written is in the buffer, and in the shard where that is offloaded."""
-        assert isinstance(self.parameters, TransientParameters)
-        if not self.parameters.is_gathered:
+        if not self.parameters.has_copy:
             return
         whole, replaced = self.parameters.whole, False
         start, size = whole.data_ptr(), whole.element_size()
@@ -384,7 +374,6 @@ class FlatBucket:
     def _digest(self) -> torch.Tensor | None:
         """A sum that tells a write of an offloaded shard, which is not here to be compared. To ask a GPU means to wait
         for it: there only in the first steps, and where something was found."""
-        assert isinstance(self.parameters, TransientParameters)
         whole = self.parameters.whole
         if self.parameters.holding.resident or not (whole.device.type == "cpu" or self._looks > 0):
             return None
@@ -395,8 +384,7 @@ class FlatBucket:
 
     def start_gather(self) -> None:
         """Start to collect every rank's slice of the parameters, in place."""
-        if self.shard.group is not None or isinstance(self.parameters, TransientParameters):
-            self._gathering = self.parameters.all_gather_start()
+        self._gathering = self.parameters.all_gather_start()
 
     def finish_gather(self) -> bool:
         """Wait for the gather; False if there was none under way."""
@@ -404,6 +392,5 @@ class FlatBucket:
             return False
         self._gathering.wait()
         self._gathering = None
-        if isinstance(self.parameters, TransientParameters):
-            self._arrived = self._digest()
+        self._arrived = self._digest()
         return True

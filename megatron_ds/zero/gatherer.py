@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from megatron_ds import comm
 from megatron_ds.mesh import Axis
 from megatron_ds.zero.flat import FlatBucket
-from megatron_ds.zero.memory import TransientParameters
 from megatron_ds.zero.placeholder import ShardedPlaceholder
 
 
@@ -66,7 +65,7 @@ class Gatherer:
         self.units = list(units)
         self.prefetch = prefetch
         self.keep = False  # what was gathered stays until free_all()
-        self._buckets = [b for b in buckets if isinstance(b.parameters, TransientParameters)]
+        self._buckets = [b for b in buckets if b.parameters.transient]
         self._owner = {id(p): bucket for bucket in self._buckets for p in bucket.tensors}
         self._classes = {id(p): type(p) for bucket in self._buckets for p in bucket.tensors}
         self._users: dict[int, list[Unit]] = {id(b): [] for b in self._buckets}
@@ -121,7 +120,7 @@ class Gatherer:
 
         In two parts, so that the host waits for no device here: by then it has waited for the gradient norm anyway.
         """
-        if axis.group is None or not any(cast(TransientParameters, b.parameters).is_collective for b in self._buckets):
+        if axis.group is None or not any(b.parameters.is_collective for b in self._buckets):
             return
         # Filled on the device: copying numbers there would wait for all that is queued, the whole backward pass.
         digest = torch.full((2,), len(self._order), dtype=torch.int64, device=self._buckets[0].tensors[0].device)
@@ -166,7 +165,7 @@ class Gatherer:
         self._running.clear()
         for bucket in self._started:  # begun for a use that did not come
             bucket.finish_gather()
-            cast(TransientParameters, bucket.parameters).free()
+            bucket.parameters.free()
         self._started.clear()
         for bucket in self._buckets:
             if self._is_gathered(bucket):

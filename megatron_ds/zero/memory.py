@@ -1,125 +1,67 @@
-"""The flat memory of a bucket, and the two collectives that it needs of it.
+"""The flat memory of a bucket: what is whole between two uses, and what is only this rank's slice of it.
 
-Between two uses a rank keeps a bucket either whole or as its own slice. :class:`WholeBuffer` is the first (parameters
-up to stage 2, gradients up to stage 1): the slice is a part of it. :class:`TransientGradients` and
-:class:`TransientParameters` are the second: the slice is memory of its own, and the whole is there for as long as it is
-written or read.
-
-Each has two ways to its peers: through the process group (NCCL, or gloo between hosts), or by reading their memory in
-an arena that the ranks of one host map, so that nothing is sent at all.
+:class:`WholeBuffer` is whole all the time (parameters up to stage 2, gradients up to stage 1): the slice is a part of
+it. :class:`TransientGradients` and :class:`TransientParameters` have memory of their own for the slice, and for the
+whole only as long as it is written or read. Buckets treat them alike: for what is always whole, taking and freeing do
+nothing. How the ranks reach each other's slices is for :mod:`megatron_ds.comm.buffers`.
 """
 
 from __future__ import annotations
-
-import heapq
 
 import torch
 
 from megatron_ds import comm
 from megatron_ds.comm import Pending
-from megatron_ds.comm.local.arena import PrivateView, SharedArena
-from megatron_ds.comm.local.tokens import Tokens
+from megatron_ds.comm.buffers import Buffers, GroupGathered, Slot, Slots
 from megatron_ds.mesh import Axis
 from megatron_ds.zero.state import RegionAccess
-from megatron_ds.zero.store import DeviceStore, Region, Store
+from megatron_ds.zero.store import Store
 from megatron_ds.zero.store.device import ResidentRegion
-
-_CHUNK = 1 << 16
-"""Elements added at a time where there are several peers, so that the sum stays in the cache between them."""
 
 
 class WholeBuffer:
     """``whole`` (``[size]``, zeros) and its slice ``shard`` (``[size / axis.size]``) that this rank owns."""
 
-    def __init__(self, whole: torch.Tensor, axis: Axis):
-        self.whole = whole
-        self.axis = axis
-        self.shard = comm.slice_dim0(whole, axis)
+    transient = False
+    is_collective = False
+    has_copy = False
+    empty = False
 
-    @staticmethod
-    def create(
-        size: int, dtype: torch.dtype, device: torch.device, axis: Axis, arena: SharedArena | None
-    ) -> WholeBuffer:
-        if arena is not None:
-            return SharedWholeBuffer(arena.take(size, dtype), axis, arena)
-        return WholeBuffer(torch.zeros(size, dtype=dtype, device=device), axis)
+    def __init__(self, name: str, size: int, dtype: torch.dtype, buffers: Buffers):
+        self._memory = buffers.whole(size, dtype)
+        self.whole: torch.Tensor = self._memory.whole
+        self.axis = buffers.axis
+        self.shard = comm.slice_dim0(self.whole, self.axis)
+        self.holding = RegionAccess(ResidentRegion(name, self.shard))
 
-    def reduce_scatter_start(self) -> Pending:
-        """Sum over the axis in place: afterwards ``shard`` holds the sum of all ranks' slices, the rest is void."""
-        return comm.reduce_scatter_start(self.shard, self.whole, self.axis)
+    def take(self) -> torch.Tensor:
+        return self.whole
 
-    def all_gather_start(self) -> Pending:
+    def reduce_scatter_start(self) -> Pending | None:
+        """Sum over the axis in place: afterwards ``shard`` holds the sum of all ranks' slices, the rest is void.
+
+        None on an axis of one rank, where there is nothing to sum.
+        """
+        return None if self.axis.group is None else self._memory.reduce_scatter_start()
+
+    def all_gather_start(self) -> Pending | None:
         """Collect every rank's ``shard`` in place."""
-        return comm.all_gather_start(self.whole, self.shard, self.axis)
+        return None if self.axis.group is None else self._memory.all_gather_start()
 
+    def start_step(self) -> None:
+        pass
 
-class SharedWholeBuffer(WholeBuffer):
-    """A buffer of which ``by_rank`` are all ranks' copies.
+    def write_back(self) -> None:
+        pass
 
-    A rank's copy is read by its peers until they have done their ``wait()``. Whoever writes it again must know that
-    they have: from any tokens that they sent afterwards. A reduction sends tokens that its buffer is complete; the
-    ``wait()`` of a gather waits until every peer has published its parameters.
-    """
+    def free(self) -> None:
+        pass
 
-    def __init__(self, by_rank: list[torch.Tensor], axis: Axis, arena: SharedArena):
-        super().__init__(by_rank[axis.rank], axis)
-        self._by_rank, self._arena = by_rank, arena
+    def discard(self) -> None:
+        pass
 
-    def reduce_scatter_start(self) -> Pending:
-        tokens = self._arena.tokens()
-
-        def add_up() -> None:
-            tokens.wait()
-            _add_peers(self.shard, [comm.slice_dim0(self._by_rank[peer], self.axis) for peer in _peers(self.axis)])
-
-        return Pending(self.shard, then=add_up)
-
-    def all_gather_start(self) -> Pending:
-        def copy() -> None:
-            self._arena.wait_published()
-            for peer in _peers(self.axis):
-                size = self.shard.numel()
-                part = slice(peer * size, (peer + 1) * size)
-                self.whole[part].copy_(self._by_rank[peer][part])
-
-        return Pending(self.whole, then=copy)
-
-
-class GradientPool:
-    """Memory for the whole gradients of a few buckets at a time, all of one dtype: slots that go from one to the next.
-
-    On one host the slots lie in an arena, as many as there are buckets; only those ever written take memory, and the
-    lowest free one is taken first. Which slot a bucket gets is each rank's own affair: it tells its peers.
-    """
-
-    def __init__(
-        self, slots: int, numel: int, dtype: torch.dtype, device: torch.device, axis: Axis, arena: SharedArena | None
-    ):
-        self.axis, self.dtype, self.device = axis, dtype, device
-        self._free = list(range(slots))
-        self._stride = self.stride(numel)
-        self.arena = arena
-        self._by_rank = None if arena is None else arena.take(slots * self._stride, dtype)
-
-    @staticmethod
-    def stride(numel: int) -> int:
-        """Elements from slot to slot: whole pages."""
-        return -(-numel // 1024) * 1024
-
-    def take(self, size: int) -> tuple[int, torch.Tensor]:
-        """A slot and its ``[size]`` elements, uninitialised."""
-        slot = heapq.heappop(self._free)
-        if self._by_rank is None:
-            return slot, torch.empty(size, dtype=self.dtype, device=self.device)
-        return slot, self.of_rank(self.axis.rank, slot, size)
-
-    def of_rank(self, rank: int, slot: int, size: int) -> torch.Tensor:
-        """The same of any rank of the axis that shares its memory."""
-        assert self._by_rank is not None
-        return self._by_rank[rank].narrow(0, slot * self._stride, size)
-
-    def give_back(self, slot: int) -> None:
-        heapq.heappush(self._free, slot)
+    def keep_slice(self) -> None:
+        pass
 
 
 class TransientGradients:
@@ -129,102 +71,63 @@ class TransientGradients:
     rounds add up in ``shard``; ``empty`` says that the next one is the first.
     """
 
-    def __init__(self, size: int, axis: Axis, pool: GradientPool):
-        self.axis, self.size = axis, size
-        self.shard = torch.zeros(size // axis.size, dtype=pool.dtype, device=pool.device)
-        self.whole: torch.Tensor | None = None
+    transient = True
+
+    def __init__(self, size: int, axis: Axis, slots: Slots):
+        self.size, self._slots = size, slots
+        self.shard = torch.zeros(size // axis.size, dtype=slots.dtype, device=slots.device)
         self.empty = True
-        self._pool = pool
-        self._slot = -1
-        self._read: Tokens | None = None
+        self._slot: Slot | None = None
+
+    @property
+    def whole(self) -> torch.Tensor | None:
+        return None if self._slot is None else self._slot.whole
 
     def take(self) -> torch.Tensor:
-        assert self.whole is None, "the gradients of the micro-batch before have not been freed"
-        self._slot, self.whole = self._pool.take(self.size)
-        return self.whole
+        assert self._slot is None, "the gradients of the micro-batch before have not been freed"
+        self._slot = self._slots.take(self.size)
+        return self._slot.whole
+
+    def start_step(self) -> None:
+        """Forget what ``shard`` holds."""
+        self.empty = True
 
     def reduce_scatter_start(self) -> Pending:
         """Add the sum over the axis of this rank's slice of ``whole`` to ``shard``."""
-        assert self.whole is not None
-        own = comm.slice_dim0(self.whole, self.axis)
-        arena = self._pool.arena
-        if arena is None:
-            scattering = comm.reduce_scatter_start(own, self.whole, self.axis)
-            return Pending(self.shard, then=lambda: self._add_to_shard(scattering.wait()))
-        tokens = arena.tokens(self._slot)
-
-        def add_up() -> None:
-            slots = tokens.wait()
-            theirs = [
-                comm.slice_dim0(self._pool.of_rank(peer, slots[peer], self.size), self.axis)
-                for peer in _peers(self.axis)
-            ]
-            if len(theirs) == 1 and self.empty:  # in one pass
-                torch.add(own, theirs[0], out=self.shard)
-                self.empty = False
-            else:
-                _add_peers(own, theirs)
-                self._add_to_shard(own)
-            self._read = arena.tokens()
-
-        return Pending(self.shard, then=add_up)
-
-    def _add_to_shard(self, summed: torch.Tensor) -> None:
-        self.shard.copy_(summed) if self.empty else self.shard.add_(summed)
-        self.empty = False
+        assert self._slot is not None
+        add, self.empty = not self.empty, False
+        return self._slot.reduce_scatter_start(self.shard, add)
 
     def free(self) -> None:
-        """Give ``whole`` back, once every peer has read it. Collective with shared memory: all ranks, in one order."""
-        if self._read is not None:
-            self._read.wait()
-            self._read = None
-        if self.whole is not None:
-            self._pool.give_back(self._slot)
-        self.whole = None
+        """Give ``whole`` back, once every peer has read it. Collective: all ranks, in one order."""
+        if self._slot is not None:
+            self._slot.free()
+            self._slot = None
 
 
 class TransientParameters:
     """A unit's parameters at stage 3: ``shard`` is kept, ``whole`` only while somebody computes with it.
 
-    ``whole`` is one tensor all the time, whose storage is empty between uses. So everything that autograd saved of it,
-    transposed views included, is good again as soon as it has been gathered once more.
-
-    In shared memory the shards of all ranks lie in a row, and ``whole`` is this rank's private view of them: nothing is
-    copied at all: a gather waits until every peer has published its shard. Whoever changes a shard must know that no
-    peer is reading.
-
-    What a module writes into ``whole`` stays: it goes into the shard when ``whole`` is freed. In shared memory it stays
-    in this rank's view until :meth:`write_back`, when no peer reads.
+    What a module writes into ``whole`` stays: it goes into the shard when ``whole`` is freed, or, where peers may be
+    reading the shard then, with the next :meth:`write_back`.
 
     Args:
-        store: where the shard lives if it is offloaded; None: in device memory, or in the arena.
+        store: where the shard lives if it is offloaded; None: where ``buffers`` has it.
     """
 
-    def __init__(
-        self,
-        name: str,
-        size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        axis: Axis,
-        arena: SharedArena | None,
-        store: Store | None,
-    ):
-        self.axis = axis
-        self._arena = arena
-        self._view: PrivateView | None = None
-        self._taken = size == 0
-        self._gathered = False  # ``whole`` has the values
-        self._written = False  # this rank's view has, and stays until they are in the shard
-        if arena is not None and store is None:
-            shards, self._view = arena.take_common(size, dtype)
-            self.whole = self._view.tensor
-            region: Region = ResidentRegion(name, comm.slice_dim0(shards, axis))
+    transient = True
+
+    def __init__(self, name: str, size: int, dtype: torch.dtype, buffers: Buffers, store: Store | None):
+        self.axis = axis = buffers.axis
+        if store is None:
+            self._memory = buffers.gathered(size, dtype)
+            assert self._memory.shard is not None
+            self.holding = RegionAccess(ResidentRegion(name, self._memory.shard))
         else:
-            self.whole = torch.empty(0, dtype=dtype, device=device)
-            self.whole.set_(self.whole.untyped_storage(), 0, (size,))  # type: ignore[call-overload]
-            region = (store or DeviceStore(device)).allocate(name, size // axis.size, dtype)
-        self.holding = RegionAccess(region)
+            self.holding = RegionAccess(store.allocate(name, size // axis.size, dtype))
+            shard = self.shard if self.holding.resident else None
+            self._memory = GroupGathered(size, dtype, buffers.device, axis, shard)
+        self.whole: torch.Tensor = self._memory.whole
 
     @property
     def shard(self) -> torch.Tensor:
@@ -234,86 +137,50 @@ class TransientParameters:
 
     @property
     def is_whole(self) -> bool:
-        return self._taken
+        return self._memory.is_whole
 
     @property
-    def is_gathered(self) -> bool:
-        """Whether ``whole`` has the values."""
-        return self._gathered
+    def has_copy(self) -> bool:
+        """Whether ``whole`` is a copy of all shards, in which something may have been written since."""
+        return self._memory.is_gathered
 
     @property
     def is_collective(self) -> bool:
         """Whether a gather takes all ranks of the axis at the same time."""
-        return self._view is None and self.axis.group is not None
+        return self._memory.is_collective
 
     def take(self) -> torch.Tensor:
         """Memory for ``whole``, uninitialised."""
-        if self._view is None:
-            self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
-        self._taken = True
+        self._memory.take()
         return self.whole
 
     def free(self) -> None:
         """Give the memory back; what was written stays."""
-        if self._view is None:
-            self.write_back()
-        elif self._written or self._view.written():
-            self._written = True
-            self._taken = self._gathered = False
-            return
-        self.discard()
+        self._memory.free()
 
     def write_back(self) -> None:
-        """The shard, where it is resident, becomes what ``whole`` is. In shared memory no peer may be reading."""
-        if self._view is None and self._gathered and self.holding.resident:
-            self.shard.copy_(comm.slice_dim0(self.whole, self.axis))
-        elif self._view is not None and (self._written or (self._gathered and self._view.written())):
-            self.shard.copy_(comm.slice_dim0(self.whole, self.axis))
-            self._written = True
+        """The shard, where it is resident, becomes what ``whole`` is. No peer may be reading."""
+        self._memory.write_back()
 
     def discard(self) -> None:
         """Give the memory back, and what was written."""
-        if self._view is None:
-            self.whole.untyped_storage().resize_(0)
-        else:
-            self._view.forget()
-        self._taken = self.whole.numel() == 0
-        self._gathered = self._written = False
+        self._memory.discard()
+
+    def keep_slice(self) -> None:
+        """The shard, wherever it lives, becomes what ``whole`` is, and ``whole`` is freed."""
+        self.holding.acquire().copy_(comm.slice_dim0(self.whole, self.axis))
+        self.holding.release(changed=True)
+        self.discard()
 
     def all_gather_start(self) -> Pending:
         """Take the memory and collect every rank's ``shard`` in it."""
-        self.take()
-        if self._view is not None:
-            return Pending(self.whole, then=self._look)
         if self.holding.resident:
-            gathering = comm.all_gather_start(self.whole, self.shard, self.axis)
-            return Pending(self.whole, then=lambda: self._arrived(gathering))
+            return self._memory.all_gather_start(self.shard)
+        self.take()
         self.holding.read_start()
 
         def fetch_and_gather() -> None:
-            self._arrived(comm.all_gather_start(self.whole, self.holding.acquire(), self.axis))
+            self._memory.all_gather_start(self.holding.acquire()).wait()
             self.holding.release(changed=False)
 
         return Pending(self.whole, then=fetch_and_gather)
-
-    def _arrived(self, gathering: Pending) -> None:
-        gathering.wait()
-        self._gathered = True
-
-    def _look(self) -> None:
-        assert self._arena is not None
-        self._arena.wait_published()
-        self._gathered = True
-
-
-def _peers(axis: Axis) -> list[int]:
-    """The other ranks, in the order in which comm's exchange adds them: the same bits on one host and on several."""
-    return [(axis.rank - step) % axis.size for step in range(1, axis.size)]
-
-
-def _add_peers(own: torch.Tensor, theirs: list[torch.Tensor]) -> None:
-    step = own.numel() if len(theirs) == 1 else _CHUNK
-    for start in range(0, own.numel(), max(step, 1)):
-        mine = own[start : start + step]
-        for other in theirs:
-            mine.add_(other[start : start + step])

@@ -24,7 +24,6 @@ from megatron_ds.zero.capacity import check_capacity
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.gatherer import Gatherer
 from megatron_ds.zero.layout import ZeroLayout
-from megatron_ds.zero.memory import TransientParameters
 from megatron_ds.zero.reducer import Phase, Reducer
 from megatron_ds.zero.units import choose_units, describe
 
@@ -95,7 +94,7 @@ class ZeroOptimizer:
             check_capacity(self.layout.bytes(), config, self._parameters, device, mesh.world)
         shards = {over: shard for over, (shard, _) in self._axes.items()}
         memory = RankMemory(self.layout, device, shards, shared_memory)
-        self.stores, self._arena = memory.stores, memory.arena()
+        self.stores, self._buffers = memory.stores, memory.buffers
         self._all = [self._bucket(number, memory, mesh, shared_over) for number in range(len(self.layout.buckets))]
         self.buckets = [bucket for bucket in self._all if bucket.layout.key.trainable]
         take_values(self._all, fill)
@@ -119,8 +118,8 @@ class ZeroOptimizer:
             self._axes[key.sharded_over],
             also_over,
             self._rule,
-            memory.arena(key.sharded_over),
-            memory.pool(key.dtype, key.sharded_over),
+            memory.buffers[key.sharded_over],
+            memory.slots(key.dtype, key.sharded_over),
             memory.stores.of(number),
         )
 
@@ -288,19 +287,18 @@ class ZeroOptimizer:
             self.gatherer.free_all()
         self._meet()
         for bucket in self._all:
-            if isinstance(bucket.parameters, TransientParameters):
-                bucket.parameters.write_back()
-                bucket.parameters.discard()
+            bucket.parameters.write_back()
+            bucket.parameters.discard()
 
     def _publish(self) -> None:
         """Signals that this rank has changed its parameters; a peer's gather reads them from now on."""
-        if self._arena is not None:
-            self._arena.publish()
+        for buffers in self._buffers.values():
+            buffers.publish()
 
     def _meet(self) -> None:
         """Wait until every peer is here and so reads nothing of this rank: before a write that is not a step's."""
-        if self._arena is not None:
-            self._arena.tokens().wait()
+        for buffers in self._buffers.values():
+            buffers.meet()
 
     # State
 

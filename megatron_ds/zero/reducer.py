@@ -18,7 +18,6 @@ from torch import nn
 from megatron_ds.zero.buckets import Slot
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.main_grad import MainGradient
-from megatron_ds.zero.memory import TransientGradients
 
 
 class Phase(Enum):
@@ -95,7 +94,7 @@ class Reducer:
             lambda main_grad: self._before_write(main_grad, context, bucket),
             lambda main_grad: self._on_write(main_grad, context, bucket),
         )
-        if isinstance(context.buckets[bucket].gradients, TransientGradients):
+        if context.buckets[bucket].frees_gradients:
             # Known beforehand, so that the very first step frees gradients too: autograd gives each parameter one
             # gradient a backward pass; who writes into the main gradient itself says how often.
             main_grad.expected = parameter.__dict__.get("grad_writes", 1)
@@ -267,9 +266,7 @@ class Reducer:
                     "has a W action for each"
                 )
             # Where each backward pass is reduced, there is nothing left of a stage that had one.
-            if not self.each_backward or any(
-                g.empty for b in context.buckets if isinstance(g := b.gradients, TransientGradients)
-            ):
+            if not self.each_backward or any(bucket.lacks_gradients for bucket in context.buckets):
                 self._launch_the_rest(context)
         self._wait_for_all()
         for context in self.contexts.values():

@@ -20,6 +20,7 @@ from parity_run import Outcome, train_on_this_rank
 from torch import Tensor
 
 from megatron_ds import comm
+from megatron_ds.comm.local.buffers import LocalSlots
 from megatron_ds.layers import attention, linear, loss, norm
 from megatron_ds.mesh import Axis
 from megatron_ds.models import transformer
@@ -32,7 +33,7 @@ from megatron_ds.train.step import TrainStep
 from megatron_ds.zero import optimizer
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.main_grad import MainGradient
-from megatron_ds.zero.memory import GradientPool, TransientGradients, TransientParameters
+from megatron_ds.zero.memory import TransientGradients, TransientParameters
 from megatron_ds.zero.optimizer import ZeroOptimizer
 from megatron_ds.zero.state import RegionAccess
 
@@ -295,12 +296,12 @@ def sharded_gradients_overwritten() -> AbstractContextManager[Any]:
 
 def own_slot_read_of_every_peer() -> AbstractContextManager[Any]:
     """A rank takes the slot that it uses itself for the one that its peer has written."""
-    of_rank = GradientPool.of_rank
+    of_rank = LocalSlots.of_rank
 
-    def own(pool: GradientPool, rank: int, slot: int, size: int) -> Tensor:
-        return of_rank(pool, pool.axis.rank, slot, size)
+    def own(slots: LocalSlots, rank: int, number: int, size: int) -> Tensor:
+        return of_rank(slots, slots.arena.axis.rank, number, size)
 
-    return patch.object(GradientPool, "of_rank", own)
+    return patch.object(LocalSlots, "of_rank", own)
 
 
 def stale_unit() -> AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from test_dry_run import LLAMA, configuration
 
+from megatron_ds.comm.local.buffers import LocalGathered
 from megatron_ds.config import RunConfig, from_dict, validate
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.gpt import gpt_model
@@ -58,7 +59,7 @@ def held_by_each(disk: str) -> list[tuple[ZeroLayout, dict[str, int]]]:
         for bucket in zero._all:
             if isinstance(bucket.parameters, WholeBuffer):
                 held["device"] += bucket.parameters.whole.nbytes
-            elif bucket.parameters._view is not None:  # in memory that ranks share, not in a store
+            elif isinstance(bucket.parameters._memory, LocalGathered):  # in memory that ranks share, not in a store
                 held["device"] += bucket.parameters.shard.nbytes
             if isinstance(bucket.gradients, WholeBuffer):
                 held["device"] += bucket.gradients.whole.nbytes

@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_ds import comm
-from megatron_ds.comm import collectives
+from megatron_ds.comm import BufferSizes, collectives, open_buffers
 from megatron_ds.comm.local.arena import SharedArena
+from megatron_ds.comm.local.buffers import LocalBuffers
 from megatron_ds.comm.local.tokens import Tokens
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.testing import run_ranks
-from megatron_ds.zero.memory import SharedWholeBuffer, WholeBuffer
 
 
 def data_axis() -> Axis:
@@ -55,10 +55,10 @@ def shared_rounds(sizes: list[int]) -> bool:
     """Several rounds over several buffers, each rank late in turn, must equal the sums of a private copy."""
     axis = data_axis()
     dtypes = (torch.float64, torch.float32)
-    arena = SharedArena.create(SharedArena.bytes_for(list(zip(sizes, dtypes))), axis)
-    assert arena is not None
-    buffers = [WholeBuffer.create(size, dtype, torch.device("cpu"), axis, arena) for size, dtype in zip(sizes, dtypes)]
-    assert all(isinstance(buffer, SharedWholeBuffer) and not buffer.whole.any() for buffer in buffers)
+    memory = open_buffers(axis, torch.device("cpu"), BufferSizes(whole=list(zip(sizes, dtypes))))
+    assert isinstance(memory, LocalBuffers)
+    buffers = [memory.whole(size, dtype) for size, dtype in zip(sizes, dtypes)]
+    assert not any(buffer.whole.any() for buffer in buffers)
     readers: list[Tokens] = []
     for round_ in range(6):
         for tokens in readers:
@@ -70,18 +70,18 @@ def shared_rounds(sizes: list[int]) -> bool:
         pending = [buffer.reduce_scatter_start() for buffer in buffers]
         for waiting in pending:
             waiting.wait()
-        readers = [arena.tokens()]
+        readers = [memory._arena.tokens()]
         for buffer in buffers:
             numel = buffer.whole.numel()
             want = sum((values(rank + round_, numel) for rank in range(axis.size)), torch.zeros(numel).double())
-            if not torch.equal(buffer.shard.double(), comm.slice_dim0(want, axis)):
+            if not torch.equal(comm.slice_dim0(buffer.whole, axis).double(), comm.slice_dim0(want, axis)):
                 return False
             pending_gather = buffer.all_gather_start()
-            arena.tokens().wait()  # each rank's slice is what it will be
+            memory.meet()  # each rank's slice is what it will be
             pending_gather.wait()
             if not torch.equal(buffer.whole.double(), want):
                 return False
-        readers.append(arena.tokens())
+        readers.append(memory._arena.tokens())
     for tokens in readers:
         tokens.wait()
     return True

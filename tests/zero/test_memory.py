@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_ds import comm
+from megatron_ds.comm.buffers import GroupGathered
 from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.shard import ShardSpec
@@ -231,21 +232,21 @@ def most_whole(settings: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]
         now[kind] += size
         most[kind] = max(most[kind], now[kind])
 
-    def watch(cls: type, method: str, size_of: Any) -> None:
+    def watch(kind: str, cls: type, method: str, size_of: Any) -> None:
         original = getattr(cls, method)
 
         def watched(self: Any, *given: Any) -> Any:
             before = size_of(self)
             result = original(self, *given)
-            add(cls.__name__.removeprefix("Transient").lower(), size_of(self) - before)
+            add(kind, size_of(self) - before)
             return result
 
         patch.setattr(cls, method, watched)
 
     for method in ("take", "free"):
-        watch(TransientGradients, method, lambda owner: 0 if owner.whole is None else owner.whole.nbytes)
+        watch("gradients", TransientGradients, method, lambda owner: 0 if owner.whole is None else owner.whole.nbytes)
     for method in ("take", "discard"):
-        watch(TransientParameters, method, lambda owner: owner.whole.untyped_storage().nbytes())
+        watch("parameters", GroupGathered, method, lambda owner: owner.whole.untyped_storage().nbytes())
     model = Stack(6, 64, torch.float32, 2)
     zero, mesh = start(model, ZeroConfig(bucket_mb=64 * 64 * 4 / 1e6, persistence_threshold=0, **settings))
     for sizes in (now, most):

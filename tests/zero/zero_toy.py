@@ -12,6 +12,7 @@ from torch import nn
 from whole_rule import Normalized, NormalizedRule
 
 from megatron_ds import comm
+from megatron_ds.comm.local.buffers import LocalBuffers
 from megatron_ds.config import OffloadConfig, OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.optim.clip import clip_coefficient
@@ -181,7 +182,7 @@ def train(case: Case, mesh: Mesh) -> tuple[list[float], dict[str, torch.Tensor]]
 
 
 def shares_memory(zero: ZeroOptimizer) -> bool:
-    return zero._arena is not None
+    return isinstance(zero._buffers[()], LocalBuffers)
 
 
 def on_cpu(mesh: Mesh) -> bool:

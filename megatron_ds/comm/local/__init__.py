@@ -10,12 +10,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from megatron_ds.comm.local.buffers import LocalBuffers
 from megatron_ds.comm.local.exchange import LocalExchange
 from megatron_ds.mesh import Axis
+
+if TYPE_CHECKING:
+    from megatron_ds.comm.buffers import BufferSizes
 
 _EXCHANGE = "local exchange"
 
@@ -46,3 +51,8 @@ def _exchange_on(axis: Axis) -> LocalExchange | None:
         axis.connections[_EXCHANGE] = LocalExchange(replace(axis, connections={})) if able else None
     found: LocalExchange | None = axis.connections[_EXCHANGE]
     return found
+
+
+def open_buffers(axis: Axis, device: torch.device, sizes: BufferSizes) -> LocalBuffers | None:
+    """Collective over ``axis``: memory for these buffers that all of its ranks map."""
+    return LocalBuffers.create(axis, sizes) if device.type == "cpu" else None
