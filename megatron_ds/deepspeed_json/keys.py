@@ -20,7 +20,7 @@ from megatron_ds.deepspeed_json.optimizer import OPTIMIZER_KEYS
 class Becomes:
     """``to``: dotted key of EngineConfig. ``when``: in which files; in others the key does nothing.
 
-    ``least``: the smallest legal number.
+    ``least``: the smallest legal number. ``remark``: a note where the key does something.
     """
 
     to: str
@@ -28,12 +28,13 @@ class Becomes:
     convert: Callable[[Any], Any] = lambda value: value
     when: Callable[[Mapping[str, Any]], bool] = lambda flat: True
     least: float = 0
+    remark: str = ""
 
 
 @dataclass(frozen=True)
 class Noted:
-    """``kind`` of its value: bool, or int for a number that is not negative; of a section, those of its keys. None: it
-    is read elsewhere."""
+    """``kind`` of its value: bool, or int or float for a number that is not negative; of a section, those of its keys.
+    object: any. None: it is read elsewhere."""
 
     how: str
     kind: type | Mapping[str, type] | None = bool
@@ -104,10 +105,25 @@ def _offload(part: str, to: str) -> dict[str, Becomes | Noted | Refused]:
     }
 
 
+_REMOVED = "DeepSpeed 0.19.8 has removed it; "
+_UNREAD = "DeepSpeed itself reads no such key"
+_COMPILE_NUMBERS = ("free_activation_threshold",)
+_COMPILE_SWITCHES = (
+    "autoep_non_moe", "free_activation", "offload_activation", "offload_activation_pin_memory", "offload_opt_states",
+    "double_buffer", "symmetric_memory", "debug_log", "offload_parameters", "sync_before_reduce", "sync_after_reduce",
+    "sync_before_allgather", "sync_after_allgather", "keep_int_input_tensors", "keep_all_input_tensors",
+)  # fmt: skip
+_PROFILER: Mapping[str, type] = {
+    "enabled": bool, "recompute_fwd_factor": float, "profile_step": int, "module_depth": object, "top_modules": int,
+    "detailed": bool, "output_file": object,
+}  # fmt: skip
+_COMMS: Mapping[str, type] = {"enabled": bool, "verbose": bool, "prof_all": bool, "debug": bool, "prof_ops": object}
+_OFF: tuple[Any, ...] = ({}, {"enabled": False}, None)
+
 KEYS: Mapping[str, Becomes | Noted | Refused] = {
-    "train_batch_size": Becomes("global_batch", int),
-    "train_micro_batch_size_per_gpu": Becomes("micro_batch", int),
-    "gradient_accumulation_steps": Becomes("accumulation", int),
+    "train_batch_size": Becomes("global_batch", int, least=1),
+    "train_micro_batch_size_per_gpu": Becomes("micro_batch", int, least=1),
+    "gradient_accumulation_steps": Becomes("accumulation", int, least=1),
     "gradient_clipping": Becomes("optimizer.clip_norm", float),
     "steps_per_print": Becomes("log.every", float, lambda steps: 0 if math.isinf(steps) else int(steps)),
     "wall_clock_breakdown": Becomes("log.breakdown", bool),
@@ -128,12 +144,12 @@ KEYS: Mapping[str, Becomes | Noted | Refused] = {
     ),
     "zero_force_ds_cpu_optimizer": Noted("torch's own fused optimizers run on any device"),
     "aio": Noted(_SWAP, {**dict.fromkeys(_AIO_NUMBERS, int), **dict.fromkeys(_AIO_SWITCHES, bool)}),
-    "activation_checkpointing.partition_activations": Refused(_CHECKPOINTING),
-    "activation_checkpointing.cpu_checkpointing": Refused(_CHECKPOINTING),
-    "activation_checkpointing.contiguous_memory_optimization": Refused(_CHECKPOINTING),
-    "activation_checkpointing.number_checkpoints": Refused(_CHECKPOINTING),
-    "activation_checkpointing.synchronize_checkpoint_boundary": Refused(_CHECKPOINTING),
-    "activation_checkpointing.profile": Refused(_CHECKPOINTING),
+    "activation_checkpointing.partition_activations": Noted(_CHECKPOINTING),
+    "activation_checkpointing.cpu_checkpointing": Noted(_CHECKPOINTING),
+    "activation_checkpointing.contiguous_memory_optimization": Noted(_CHECKPOINTING),
+    "activation_checkpointing.number_checkpoints": Noted(_CHECKPOINTING, int),
+    "activation_checkpointing.synchronize_checkpoint_boundary": Noted(_CHECKPOINTING),
+    "activation_checkpointing.profile": Noted(_CHECKPOINTING),
     "zero_optimization.stage": Becomes("zero.stage", int),
     **_offload("offload_optimizer", "zero.offload_optimizer"),
     "zero_optimization.offload_optimizer.ratio": Becomes(
@@ -174,8 +190,30 @@ KEYS: Mapping[str, Becomes | Noted | Refused] = {
         "zero.shard_size", int, lambda ranks: ranks if ranks > 1 else None
     ),
     "zero_optimization.mics_shard_size": Becomes(
-        "zero.shard_size", int, lambda ranks: ranks if ranks > 1 else None, least=-1
+        "zero.shard_size",
+        int,
+        lambda ranks: ranks if ranks > 1 else None,
+        least=-1,
+        remark=_REMOVED + "its name there is zero_hpz_partition_size now",
     ),
+    "zero_optimization.mics_hierarchical_params_gather": Refused(_REMOVED + "remove it"),
+    "zero_optimization.zeropp_loco_param": Refused(_REMOVED + "remove it", ({}, None)),
+    "zero_optimization.zenflow": Refused("every update is a whole one; remove it", ({}, None)),
+    "zero_optimization.offload_optimizer.super_offload": Refused("use pin_memory and ratio of the same section"),
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": Noted("a rank's update uses its torch threads", float),
+    "zero_optimization.cpu_offload_use_pin_memory": Noted("pin_memory of offload_optimizer says so"),
+    "zero_optimization.use_multi_rank_bucket_allreduce": Noted("each bucket is reduced to all its ranks at once"),
+    "zero_optimization.compute_grad_norm": Noted("the norm is always computed, as a step with NaN is skipped by it"),
+    "zero_optimization.stage3_allgather_sequential": Noted("parameters come by one all-gather a bucket"),
+    "zero_optimization.parameter_alignment": Noted("every parameter begins at an aligned address"),
+    "zero_optimization.pipeline_loading_checkpoint": Noted("a checkpoint is read tensor by tensor"),
+    "zero_optimization.override_module_apply": Noted("module.apply() is the model's own"),
+    "zero_optimization.enable_sanity_checks": Noted("the checks are always made"),
+    "zero_optimization.save_muon_momentum_buffer_in_memory": Noted("where state is kept is offload_optimizer's"),
+    **{
+        f"zero_optimization.leaf_module.{key}": Noted("what a module's forward touches is gathered for it", object)
+        for key in ("classes", "names", "name_suffixes")
+    },
     "zero_optimization.ignore_unused_parameters": Noted("a parameter that a step did not use has a gradient of zero"),
     "zero_optimization.load_from_fp32_weights": Noted("master weights are what a checkpoint holds"),
     "zero_optimization.elastic_checkpoint": Noted("any checkpoint loads on any number of ranks"),
@@ -183,52 +221,77 @@ KEYS: Mapping[str, Becomes | Noted | Refused] = {
     "zero_optimization.zero_quantized_weights": Refused("collectives are not quantised; remove it"),
     "zero_optimization.zero_quantized_gradients": Refused("collectives are not quantised; remove it"),
     "zero_optimization.zero_quantized_nontrainable_weights": Refused("collectives are not quantised; remove it"),
-    "zero_optimization.cpu_offload": Refused('use "offload_optimizer": {"device": "cpu"}'),
-    "zero_optimization.cpu_offload_params": Refused('use "offload_param": {"device": "cpu"}'),
     "zero_optimization.legacy_stage1": Refused("there is one stage 1; remove it"),
-    "gradient_predivide_factor": Refused("gradients are summed in fp32 and need no division before", (1, 1.0, None)),
-    "prescale_gradients": Refused("gradients are summed in fp32 and need no division before"),
-    "sparse_gradients": Refused("gradients are dense; use nn.Embedding(sparse=False)"),
+    "gradient_predivide_factor": Noted("gradients are summed in fp32 and need no division before", float),
+    "prescale_gradients": Noted("gradients are summed in fp32 and need no division before"),
+    "sparse_gradients": Refused(_REMOVED + "gradients are dense; use nn.Embedding(sparse=False)"),
+    "gradient_allreduce_op": Refused("gradients are averaged over the ranks; multiply the loss", ("mean", None)),
+    "managed_gradient_accumulation": Refused("use engine.set_gradient_accumulation_boundary()", (True, None)),
+    "disable_python_gc": Noted("Python's garbage collector is left alone"),
+    "use_data_before_expert_parallelism": Noted("there are no experts over ranks here"),
+    "vocabulary_size": Noted("DeepSpeed only warns of sizes that are no multiple of 8", int),
+    "log_level": Noted("set the level of the logger 'megatron_ds'", object),
+    "timers": Noted("see wall_clock_breakdown", object),
+    "weight_quantization": Refused("weights are not quantised; remove it", ({}, None)),
+    "expert_parallel": Refused("experts are the model's own; remove it", _OFF),
+    "datastates_ckpt": Refused("engine.save_checkpoint() writes one format", ({}, None)),
+    "data_parallel_size": Refused("all ranks are data-parallel; remove it", (None,)),
+    "sequence_parallel_size": Refused("use a model of megatron_ds.models; remove it", (1, None)),
+    "compile.deepcompile": Refused("call engine.compile()"),
+    "compile.passes": Refused("call engine.compile()", (None, [])),
+    **{f"compile.{key}": Noted("it is of deepcompile alone") for key in _COMPILE_SWITCHES},
+    **{f"compile.{key}": Noted("it is of deepcompile alone", int) for key in _COMPILE_NUMBERS},
+    "_comment": Noted("a comment", object),
+    "comms_config": Noted(_UNREAD, object),
+    "monitor_config": Noted(_UNREAD + "; its sections stand at the top", object),
+    "fp16.opt_level": Noted("it was of apex's amp", object),
+    "optimizer.legacy_fusion": Noted("torch's own fused optimizers run on any device"),
     "communication_data_type": Refused("gradients are summed in fp32", ("fp32", None)),
+    "data_types.param_dtype": Refused("use bf16 or fp16", (None,)),
+    "data_types.buffer_dtype": Refused("buffers keep their dtype", (None,)),
+    "data_types.keep_in_fp32_modules": Refused("buffers keep their dtype", (None, [])),
     "data_types.grad_accum_dtype": Refused("gradients are accumulated in fp32", ("fp32", None)),
-    "disable_allgather": Refused("remove it"),
+    "disable_allgather": Noted("each bucket's parameters are gathered in one collective"),
     "dump_state": Refused("print engine.config"),
     "memory_breakdown": Refused("print engine.bytes_table()"),
-    **{f"bfloat16.{key}": Refused('name the section "bf16"') for key in ("enabled",)},
     "bf16.bf16_master_weights_and_grads": Refused("master weights and gradients are fp32"),
     "bf16.bf16_optimizer_states": Refused("optimizer state is fp32"),
     "seq_parallel_communication_data_type": Refused("remove it", ("fp32", None)),
-    "dataloader_drop_last": Refused("give your DataLoader drop_last=True"),
-    "comet": Refused(_MONITOR, ({}, {"enabled": False}, None)),
-    "eigenvalue": Refused("remove it", ({}, {"enabled": False}, None)),
-    "quantize_training": Refused("remove it", ({}, {"enabled": False}, None)),
-    "hybrid_engine": Refused("generate with the model that save_pretrained writes", ({}, {"enabled": False}, None)),
-    "nebula": Refused("engine.save_checkpoint() writes to any mounted folder", ({}, {"enabled": False}, None)),
-    "amp": Refused('use "bf16" or "fp16"', ({}, {"enabled": False}, None)),
-    "torch_autocast": Refused("wrap your forward in torch.autocast", ({}, {"enabled": False}, None)),
-    "tensor_parallel": Refused("use a model of megatron_ds.models on a mesh with tp", ({}, None)),
+    "dataloader_drop_last": Noted("the loader of deepspeed.initialize(training_data=) does so; another has drop_last"),
+    "comet": Refused(_MONITOR, _OFF),
+    "eigenvalue": Refused(_REMOVED + "remove it", _OFF),
+    "quantize_training": Refused(_REMOVED + "remove it", _OFF),
+    "hybrid_engine": Refused("generate with the model that save_pretrained writes", _OFF),
+    "nebula": Refused(_REMOVED + "engine.save_checkpoint() writes to any mounted folder", _OFF),
+    "graph_harvesting": Refused(_REMOVED + "call engine.compile()"),
+    "amp": Refused(_REMOVED + 'use "bf16" or "fp16"', _OFF),
+    "torch_autocast": Refused("wrap your forward in torch.autocast", _OFF),
+    "tensor_parallel": Refused(
+        "use a model of megatron_ds.models on a mesh with tp", ({}, {"autotp_size": 0}, {"autotp_size": 1}, None)
+    ),
     "pipeline": Refused("use examples/pretrain_gpt.py with --mesh.pp", ({}, None)),
-    "sparse_attention": Refused("set model.attention.sparse of a model of megatron_ds.models", ({}, None)),
+    "sparse_attention": Refused(_REMOVED + "set model.attention.sparse of a model of megatron_ds.models", ({}, None)),
     "checkpoint": Refused(
         "engine.save_checkpoint() writes one format, safely, to a directory all ranks see", ({}, None)
     ),
-    "flops_profiler": Refused("use torch.profiler", ({}, {"enabled": False}, None)),
-    "comms_logger": Refused("use torch.profiler", ({}, {"enabled": False}, None)),
-    "tensorboard": Refused(_MONITOR, ({}, {"enabled": False}, None)),
-    "wandb": Refused(_MONITOR, ({}, {"enabled": False}, None)),
-    "csv_monitor": Refused(_MONITOR, ({}, {"enabled": False}, None)),
-    "autotuning": Refused("choose the stage and the micro-batch yourself", ({}, {"enabled": False}, None)),
-    "elasticity": Refused("start any number of ranks: a checkpoint loads on all", ({}, {"enabled": False}, None)),
-    "compression_training": Refused("compress with a tool of its own", ({}, None)),
-    "curriculum_learning": Refused("order the samples in your own sampler", ({}, {"enabled": False}, None)),
-    "data_efficiency": Refused("order the samples in your own sampler", ({}, {"enabled": False}, None)),
-    "progressive_layer_drop": Refused("drop layers in the model", ({}, {"enabled": False}, None)),
+    "flops_profiler": Noted("use torch.profiler", _PROFILER),
+    "comms_logger": Noted("use torch.profiler", _COMMS),
+    "tensorboard": Refused(_MONITOR, _OFF),
+    "wandb": Refused(_MONITOR, _OFF),
+    "csv_monitor": Refused(_MONITOR, _OFF),
+    "autotuning": Refused("choose the stage and the micro-batch yourself", _OFF),
+    "elasticity": Refused(_REMOVED + "start any number of ranks: a checkpoint loads on all", _OFF),
+    "compression_training": Refused(_REMOVED + "compress with a tool of its own", ({}, None)),
+    "curriculum_learning": Refused(_REMOVED + "order the samples in your own sampler", _OFF),
+    "data_efficiency": Refused("order the samples in your own sampler", _OFF),
+    "progressive_layer_drop": Refused(_REMOVED + "drop layers in the model", _OFF),
     **{key: Noted("", None) for key in OPTIMIZER_KEYS},  # read together, by optimizer_of and scheduler_of
 }
 # Sections of which only known keys may be there; the others above are one value as a whole.
 SECTIONS = (
     "bf16",
     "bfloat16",
+    "compile",
     "fp16",
     "optimizer",
     "scheduler",
@@ -236,4 +299,24 @@ SECTIONS = (
     "zero_optimization",
     "data_types",
 )
-TOP_LEVEL = tuple(dict.fromkeys(key.split(".")[0] for key in KEYS))
+# Other names that DeepSpeed takes: of the key, or of the section before a dot.
+ALIASES: Mapping[str, str] = {
+    "bfloat16": "bf16",
+    "zero_optimization.prefetch_bucket_size": "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.param_persistence_threshold": "zero_optimization.stage3_param_persistence_threshold",
+    "zero_optimization.model_persistence_threshold": "zero_optimization.stage3_model_persistence_threshold",
+    "zero_optimization.max_live_parameters": "zero_optimization.stage3_max_live_parameters",
+    "zero_optimization.max_reuse_distance": "zero_optimization.stage3_max_reuse_distance",
+    "zero_optimization.gather_16bit_weights_on_model_save": (
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save"
+    ),
+    "zero_optimization.module_granularity_threshold": "zero_optimization.stage3_module_granularity_threshold",
+    "zero_optimization.use_all_reduce_for_fetch_params": "zero_optimization.stage3_use_all_reduce_for_fetch_params",
+    "zero_optimization.allgather_sequential": "zero_optimization.stage3_allgather_sequential",
+}
+# Switches of older files: true is the other section's device "cpu".
+CPU_OFFLOAD: Mapping[str, str] = {
+    "zero_optimization.cpu_offload": "zero_optimization.offload_optimizer.device",
+    "zero_optimization.cpu_offload_param": "zero_optimization.offload_param.device",
+}
+TOP_LEVEL = tuple(dict.fromkeys(key.split(".")[0] for key in (*KEYS, *ALIASES)))

@@ -87,8 +87,8 @@ def optimizer_of(flat: Mapping[str, Any], built: dict[str, Any], faults: list[st
     decoupled = params.pop("adam_w_mode", True) or name == "AdamW"
     if params.pop("bias_correction", True) is not True:
         faults.append(
-            "optimizer.params.bias_correction=false is not supported, and without it the update is another: remove it "
-            "to train with bias correction, or give initialize() an optimizer of your own that has none"
+            "optimizer.params.bias_correction=false is not supported, and without it the update is another; give "
+            "initialize() optimizer=megatron_ds.integrations.deepspeed.ops.adam.FusedAdam(..., bias_correction=False)"
         )
     if name == "Adam" and decoupled:
         name = "AdamW"  # there "Adam" decays as AdamW does, unless told otherwise

@@ -16,6 +16,8 @@ from typing import Any
 from megatron_ds.config.engine import EngineConfig
 from megatron_ds.config.read import from_dict
 from megatron_ds.deepspeed_json.keys import (
+    ALIASES,
+    CPU_OFFLOAD,
     KEYS,
     SECTIONS,
     TOP_LEVEL,
@@ -46,6 +48,7 @@ def from_deepspeed(
     name, values = read_values(source)
     flat = _flatten(values)
     faults: list[str] = []
+    flat = _by_own_name(flat, faults)
     for key in flat:
         if key not in KEYS:
             faults.append(f"unknown key {key!r}{nearest(key, KEYS)}")
@@ -60,7 +63,7 @@ def from_deepspeed(
                 faults.append(f"{key}={value!r} is not supported: {row.instead}")
         elif isinstance(row, Noted):
             _look_at(key, value, row.kind, faults)
-            if row.how:
+            if row.how and not (isinstance(value, Mapping) and value.get("enabled") is False):
                 notes.append(f"{key}={value!r}: {row.how}")
         elif value is not None:
             _set(built, key, value, row, flat, faults, notes)
@@ -204,6 +207,26 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _by_own_name(flat: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    """Aliases become the key's own name; switches of older files the setting that they stand for."""
+    found: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, rest = key.partition(".")
+        own = ALIASES.get(key, f"{ALIASES[section]}.{rest}" if section in ALIASES and rest else key)
+        if own in found or (own != key and own in flat):
+            faults.append(f"{key} and {own} are two names of one key; keep one")
+        found[own] = value
+    for switch, device in CPU_OFFLOAD.items():
+        if switch in found and _look(switch, found[switch], faults) and found.setdefault(device, "cpu") == "none":
+            faults.append(f"{switch}=True and {device}='none' contradict one another; keep one")
+        found.pop(switch, None)
+    return found
+
+
+def _look(key: str, value: Any, faults: list[str]) -> bool:
+    return value is not None and _take(key, value, bool, 0, faults) is True
+
+
 def coerce(value: Any, kind: type) -> Any:
     """``value`` as a bool, int, float or str; integral floats are ints. ValueError says what is wrong."""
     if kind is bool or isinstance(value, bool):
@@ -223,7 +246,7 @@ def coerce(value: Any, kind: type) -> Any:
 
 def _look_at(key: str, value: Any, kind: type | Mapping[str, type] | None, faults: list[str]) -> None:
     """A value that changes nothing has to be one that DeepSpeed would take all the same."""
-    if value is None or kind is None:
+    if value is None or kind in (None, object):
         return
     if isinstance(kind, type):
         _take(key, value, kind, 0, faults)
@@ -245,7 +268,8 @@ def _take(key: str, value: Any, kind: type, least: float, faults: list[str]) -> 
         faults.append(f"{key}={value!r} must be {error}")
         return None
     if kind in (int, float) and value < least:
-        faults.append(f"{key}={value!r} is negative; use 0 for none, or leave it out")
+        remedy = "is negative; use 0 for none, or leave it out" if least < 1 else f"is less than {least}; leave it out"
+        faults.append(f"{key}={value!r} {remedy}")
         return None
     return value
 
@@ -268,6 +292,8 @@ def _set(
     value = row.convert(value)
     if value is None:
         return
+    if row.remark:
+        notes.append(f"{key}={value!r}: {row.remark}")
     *path, last = row.to.split(".")
     place = built
     for part in path:

@@ -138,13 +138,53 @@ NOTED: dict[str, Any] = {
     f"{ZERO}.stage3_gather_16bit_weights_on_model_save": True,
     f"{ZERO}.stage3_gather_fp16_weights_on_model_save": True,
     f"{ZERO}.round_robin_gradients": True,
+    **dict.fromkeys(
+        (
+            "activation_checkpointing.partition_activations",
+            "activation_checkpointing.cpu_checkpointing",
+            "activation_checkpointing.contiguous_memory_optimization",
+            "activation_checkpointing.synchronize_checkpoint_boundary",
+            "activation_checkpointing.profile",
+            "prescale_gradients",
+            "disable_allgather",
+            "dataloader_drop_last",
+            f"{ZERO}.parameter_alignment",
+        ),
+        True,
+    ),
+    "activation_checkpointing.number_checkpoints": 4,
+    "gradient_predivide_factor": 2.0,
+    "flops_profiler": {"enabled": True, "profile_step": 1, "module_depth": -1, "top_modules": 3, "detailed": True},
+    "comms_logger": {"enabled": True, "verbose": False, "prof_all": True, "debug": False},
+    "_comment": "from a colleague",
+    "comms_config": {"comms_logger": {"enabled": True}},
+    "monitor_config": {"tensorboard": {"enabled": False}},
+    "fp16.opt_level": "O2",
+    f"{ZERO}.leaf_module.classes": ["Experts"],
 }
+ALIASED: list[tuple[str, Any, str]] = [
+    ("bfloat16.enabled", True, "bf16.enabled"),
+    (f"{ZERO}.max_live_parameters", 1e9, f"{ZERO}.stage3_max_live_parameters"),
+    (f"{ZERO}.max_reuse_distance", 1e9, f"{ZERO}.stage3_max_reuse_distance"),
+    (f"{ZERO}.prefetch_bucket_size", 0, f"{ZERO}.stage3_prefetch_bucket_size"),
+    (f"{ZERO}.param_persistence_threshold", 7, f"{ZERO}.stage3_param_persistence_threshold"),
+    (f"{ZERO}.gather_16bit_weights_on_model_save", True, f"{ZERO}.stage3_gather_16bit_weights_on_model_save"),
+]
+REMOVED_THERE = [
+    "sparse_attention", "elasticity", "compression_training", "curriculum_learning", "progressive_layer_drop", "amp",
+    "eigenvalue", "nebula", "quantize_training", "sparse_gradients", "graph_harvesting",
+    f"{ZERO}.mics_hierarchical_params_gather", f"{ZERO}.zeropp_loco_param",
+]  # fmt: skip
 # Key, value that is refused, what the message says to do.
 REFUSED = [
-    ("activation_checkpointing.partition_activations", True, "gradient_checkpointing_enable"),
-    ("activation_checkpointing.cpu_checkpointing", True, "gradient_checkpointing_enable"),
-    ("activation_checkpointing.number_checkpoints", 4, "gradient_checkpointing_enable"),
-    (f"{ZERO}.cpu_offload", True, '"offload_optimizer": {"device": "cpu"}'),
+    ("gradient_allreduce_op", "sum", "multiply the loss"),
+    ("managed_gradient_accumulation", False, "set_gradient_accumulation_boundary"),
+    ("compile.deepcompile", True, "engine.compile()"),
+    ("tensor_parallel", {"autotp_size": 2}, "on a mesh with tp"),
+    ("data_types.param_dtype", "bf16", "use bf16 or fp16"),
+    ("sequence_parallel_size", 2, "megatron_ds.models"),
+    (f"{ZERO}.zenflow", {"topk_ratio": 0.1}, "every update is a whole one"),
+    (f"{ZERO}.offload_optimizer.super_offload", True, "pin_memory"),
     (f"{ZERO}.zero_quantized_weights", True, "not quantised"),
     ("amp", {"enabled": True}, '"bf16" or "fp16"'),
     ("sparse_attention", {"mode": "fixed"}, "model.attention.sparse"),
@@ -180,6 +220,36 @@ def test_a_key_is_refused_by_name_with_what_to_do(key: str, value: Any, instead:
 def test_a_refused_key_that_asks_for_nothing_is_let_be(key: str) -> None:
     harmless = KEYS[key].unless[0]  # type: ignore[union-attr]
     assert from_deepspeed(nested({key: harmless}))[0] == from_deepspeed({})[0]
+
+
+@pytest.mark.parametrize(("key", "value", "own"), ALIASED)
+def test_another_name_of_a_key_is_the_key(key: str, value: Any, own: str) -> None:
+    stage = {f"{ZERO}.stage": 3}
+    assert from_deepspeed(nested({**stage, key: value})) == from_deepspeed(nested({**stage, own: value}))
+    with pytest.raises(ConfigError, match="are two names of one key; keep one"):
+        from_deepspeed(nested({**stage, key: value, own: value}))
+
+
+def test_the_switches_of_older_files_are_the_device_cpu() -> None:
+    old = {"stage": 3, "cpu_offload": True, "cpu_offload_param": True, "cpu_offload_use_pin_memory": True}
+    new = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    assert from_deepspeed({ZERO: old})[0] == from_deepspeed({ZERO: new})[0]
+    assert from_deepspeed({ZERO: {"cpu_offload": False}})[0] == from_deepspeed({})[0]
+    with pytest.raises(ConfigError, match="cpu_offload=1 must be true or false"):
+        from_deepspeed({ZERO: {"stage": 1, "cpu_offload": 1}})
+    with pytest.raises(ConfigError, match="contradict one another"):
+        from_deepspeed({ZERO: {"stage": 1, "cpu_offload": True, "offload_optimizer": {"device": "none"}}})
+
+
+@pytest.mark.parametrize("key", REMOVED_THERE)
+def test_what_deepspeed_has_removed_says_so(key: str) -> None:
+    with pytest.raises(ConfigError, match=r"DeepSpeed 0\.19\.8 has removed it; \w+"):
+        from_deepspeed(nested({key: {"enabled": True}}))
+
+
+def test_a_removed_key_that_is_honoured_says_so_too() -> None:
+    config, notes = from_deepspeed({ZERO: {"stage": 3, "mics_shard_size": 2}})
+    assert config.zero.shard_size == 2 and "DeepSpeed 0.19.8 has removed it" in notes[0]
 
 
 PEOPLE_HAVE = [
@@ -383,7 +453,10 @@ FAULTS = [
     ({"optimizer": {"type": "Lamb"}}, "is not made from a file; use one of Adam, AdamW"),
     ({"optimizer": {"type": "Lion"}}, "'Lion' is not in torch.optim; use one of"),
     ({"optimizer": {"type": "OneBitAdam"}}, "sends compressed gradients"),
-    ({"bfloat16": {"enabled": True}}, 'name the section "bf16"'),
+    ({"train_batch_size": -1}, "train_batch_size=-1 is less than 1; leave it out"),
+    ({"optimizer": {"type": "Adam", "params": {"bias_correction": False}}}, "FusedAdam(..., bias_correction=False)"),
+    ({"flops_profiler": {"enabled": 1}}, "flops_profiler.enabled=1 must be true or false"),
+    ({"activation_checkpointing": {"profile": 3}}, "activation_checkpointing.profile=3 must be true or false"),
     ({"bf16": {"enabled": "auto"}}, "bf16.enabled='auto' stands for nothing here"),
     ({"train_batch_size": math.inf}, "train_batch_size=inf must be a whole number"),
     ({ZERO: {"stage": 3, "zero_hpz_partition_size": "8"}}, "zero_hpz_partition_size='8' must be a whole number"),
