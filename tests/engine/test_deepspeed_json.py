@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_ds.config.engine import EngineConfig, batch_sizes
-from megatron_ds.deepspeed_json import auto_values, from_deepspeed, is_deepspeed
+from megatron_ds.deepspeed_json import auto_values, from_deepspeed, is_deepspeed, reference
 from megatron_ds.deepspeed_json.keys import KEYS
 from megatron_ds.engine import read_config
 from megatron_ds.errors import ConfigError
@@ -495,3 +495,31 @@ def test_the_two_kinds_of_dictionary_are_told_apart() -> None:
     assert is_deepspeed({"train_batch_size": 1}) and not is_deepspeed({"accumulation": 1})
     with pytest.raises(ConfigError, match="train_batch_size are DeepSpeed's keys, zero are ours"):
         is_deepspeed({"train_batch_size": 1, "zero": {}})
+
+
+def test_the_table_in_the_documentation_is_the_codes() -> None:
+    shown = (Path(reference.__file__).parent / "README.md").read_text()
+    assert shown.splitlines() == list(reference.markdown())
+
+
+def test_the_table_has_the_type_of_every_key_that_is_read() -> None:
+    names = {bool: "bool", int: "int", float: "float", str: "string"}
+    for key, (kind, default, meaning) in reference.MEANINGS.items():
+        row: Any = KEYS[key]
+        declared = getattr(row, "kind", None)
+        # A whole number may be written as a float there.
+        near = {"int": {"int", "float"}, "float": {"float"}}.get(kind, {kind})
+        assert not isinstance(declared, type) or declared is object or names[declared] in near, key
+        of_kind: dict[str, Any] = {"bool": bool, "int": int, "float": float, "string": str, "list": (list, str)}
+        assert default is None or type(default) is of_kind[kind] or isinstance(default, of_kind[kind]), key
+        assert meaning.endswith(".") and len(meaning) > 8, key
+
+
+@pytest.mark.parametrize("key", [k for k, m in reference.MEANINGS.items() if m.default is not None])
+def test_the_default_of_a_key_may_be_written_out(key: str) -> None:
+    """What a silent file means, said: read without a fault, but for the names of what is refused here."""
+    default = reference.MEANINGS[key].default
+    if default == "auto" or key in ("optimizer.params.lr",) or key.startswith(("optimizer.params", "scheduler.params")):
+        return
+    config, _ = from_deepspeed(nested({f"{ZERO}.stage": 3, key: default}))
+    assert config.zero.stage == (0 if key == f"{ZERO}.stage" else 3)

@@ -20,11 +20,14 @@ from torch import nn
 import megatron_ds
 from megatron_ds.config.engine import EngineConfig
 from megatron_ds.deepspeed_json import from_deepspeed
+from megatron_ds.deepspeed_json.keys import ALIASES, CPU_OFFLOAD, KEYS
+from megatron_ds.deepspeed_json.reference import MEANINGS
 from megatron_ds.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 PEERS = ROOT / ".venv-bench/bin/python"
 LR, UPDATES = 0.02, 45
+ZERO = "zero_optimization"
 
 
 def log_up(i: int, steps: int) -> float:
@@ -237,6 +240,21 @@ def test_deepspeed_itself_has_the_same_defaults() -> None:
     ]
 
 
+@needs_peers
+def test_deepspeed_itself_has_the_keys_of_the_table_and_no_others() -> None:
+    theirs_by_key, tuned = theirs()["keys"], {key for key in KEYS if key.startswith("compile.")}
+    known = MEANINGS.keys() | ALIASES.keys() | CPU_OFFLOAD.keys() | tuned
+    assert not theirs_by_key.keys() - known
+    computed = {f"{ZERO}.leaf_module.classes", "steps_per_print"}
+    for key, (kind, default) in theirs_by_key.items():
+        if key in MEANINGS:
+            mine = MEANINGS[key]
+            assert default == mine.default or key in computed, (key, default)
+            assert kind in ("", mine.type), (key, kind)
+    sections = ("fp16.", "bf16.", ZERO)
+    assert not [key for key in MEANINGS if key.startswith(sections) and key not in theirs_by_key]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -245,7 +263,7 @@ def test_deepspeed_itself_has_the_same_defaults() -> None:
         ({"scheduler": {"type": "Cycle"}}, "use one of WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest"),
         (
             {"optimizer": {"type": "Adam", "params": {"bias_correction": False}}},
-            "the update is another: remove it to train with bias correction, or give initialize() an optimizer of your",
+            "the update is another; give initialize() optimizer=megatron_ds.integrations.deepspeed.ops.adam.FusedAdam",
         ),
     ],
 )

@@ -5,6 +5,7 @@ standard output, in its last line, a JSON object:
 
     rates, betas: of each section, the values of its first updates
     defaults: of the configuration's keys; of the optimizers' arguments
+    keys: of each key, its kind of value in JSON ("" where it is not declared) and its default
 """
 
 from __future__ import annotations
@@ -57,6 +58,75 @@ def defaults() -> dict[str, Any]:
     }
 
 
+# Where DeepSpeed declares no fields but reads a dictionary: the attribute of what it has read, by key.
+READ = {
+    **{
+        key: key
+        for key in (
+            "gradient_clipping", "steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer",
+            "zero_force_ds_cpu_optimizer", "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op",
+            "managed_gradient_accumulation", "disable_allgather", "disable_python_gc", "dump_state",
+            "memory_breakdown", "dataloader_drop_last", "log_level",
+        )
+    },
+    "communication_data_type": "communication_data_type",
+    "data_types.grad_accum_dtype": "grad_accum_dtype",
+    "data_types.param_dtype": "param_dtype",
+    "data_types.buffer_dtype": "buffer_dtype",
+    "data_types.keep_in_fp32_modules": "keep_in_fp32_modules",
+    "optimizer.legacy_fusion": "optimizer_legacy_fusion",
+    **{
+        f"activation_checkpointing.{key}": f"activation_checkpointing_config.{key}"
+        for key in (
+            "partition_activations", "contiguous_memory_optimization", "cpu_checkpointing", "number_checkpoints",
+            "synchronize_checkpoint_boundary", "profile",
+        )
+    },
+}  # fmt: skip
+KINDS = {bool: "bool", int: "int", float: "float", str: "string", list: "list"}
+
+
+def keys() -> dict[str, tuple[str, Any]]:
+    from deepspeed.compile.config import CompileConfig
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    zero = "zero_optimization"
+    sections: dict[str, Any] = {
+        "fp16": DeepSpeedFP16Config,
+        "bf16": DeepSpeedBF16Config,
+        "compile": CompileConfig,
+        zero: DeepSpeedZeroConfig,
+        f"{zero}.offload_param": DeepSpeedZeroOffloadParamConfig,
+        f"{zero}.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+        f"{zero}.leaf_module": DeepSpeedZeroLeafModuleConfig,
+    }
+    found: dict[str, tuple[str, Any]] = {}
+    for section, model in sections.items():
+        for name, field in model.model_fields.items():
+            key = f"{section}.{field.alias or name}"
+            if key in sections:
+                continue
+            default = field.get_default(call_default_factory=True)
+            default = getattr(default, "value", default)
+            declared = field.annotation
+            kind = KINDS.get(declared, "")
+            found[key] = (kind, default if isinstance(default, (bool, int, float, str, list)) else None)
+    silent = DeepSpeedConfig({"train_batch_size": 1})
+    for key, path in READ.items():
+        value: Any = silent
+        for part in path.split("."):
+            value = getattr(value, part)
+        found[key] = ("" if isinstance(value, str) else KINDS.get(type(value), ""), value)
+    return found
+
+
 def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     both = [rates(section) for section in json.load(sys.stdin)]
@@ -64,6 +134,7 @@ def main() -> None:
         "rates": [of_one[0] for of_one in both],
         "betas": [of_one[1] for of_one in both],
         "defaults": defaults(),
+        "keys": keys(),
     }
     print(json.dumps(found))
 
