@@ -197,7 +197,7 @@ def test_two_folders_on_one_disk_share_its_room(tmp_path: Path) -> None:
     with small_disk(tmp_path, 12) as disk:
         sizes = {str(disk / "a"): 5_000_000, str(disk / "b"): 4_000_000}
         assert max(sizes.values()) < shutil.disk_usage(disk).free < sum(sizes.values())
-        assert refused_reservation(sizes).startswith(f"4.0 MB for this rank's swap file in {disk}/b cannot be reserved")
+        assert refused_reservation(sizes).startswith(f"4 MB for this rank's swap file in {disk}/b cannot be reserved")
         assert not (disk / "a").exists() and not (disk / "b").exists()
         assert refused_reservation(dict.fromkeys(sizes, 3_000_000)) == ""
 
