@@ -19,7 +19,7 @@ from megatron_ds.kernels.activation import bias_gelu
 from megatron_ds.layers.attention import AttentionInputs
 from megatron_ds.layers.linear import replicated_parameter
 from megatron_ds.layers.norm import Norm
-from megatron_ds.mesh import Axis
+from megatron_ds.mesh import Mesh
 from megatron_ds.models.transformer import BlockParts, Transformer, model_of_stages, stage_settings
 from megatron_ds.pipeline.stage import Model, StageSpan
 from megatron_ds.rng import keys_of_rows
@@ -57,9 +57,9 @@ class BERT(Transformer):
 
     def build_head(self, **settings: Any) -> None:
         h = self.config.hidden_size
-        place = {"device": settings["device"], "dtype": settings["dtype"]}
+        place: dict[str, Any] = {"device": self.settings.device, "dtype": self.settings.dtype}
         bias = replicated_parameter("transform.bias", (h,), "zeros", self.tp, self.sequence_parallel, **place)
-        self.transform = Dense(self._replicated("transform.weight", (h, h), **place), bias)
+        self.transform = Dense(self._replicated("transform.weight", (h, h)), bias)
         self.transform_norm = Norm("transform_norm", self.config.norm, h, **settings)
 
     def head_input(self, x: Tensor) -> Tensor:
@@ -73,5 +73,5 @@ def bert_model(config: RunConfig) -> Model:
     return model_of_stages(config, _make_stage)
 
 
-def _make_stage(config: RunConfig, span: StageSpan, tp: Axis, device: torch.device, dtype: torch.dtype) -> BERT:
-    return BERT(config.model, span=span, tp=tp, device=device, dtype=dtype, **stage_settings(config))
+def _make_stage(config: RunConfig, span: StageSpan, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> BERT:
+    return BERT(config.model, stage_settings(config, span, mesh, device, dtype))

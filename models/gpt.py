@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_ds.config import RunConfig
 from megatron_ds.layers.attention import AttentionInputs
 from megatron_ds.layers.norm import Norm
-from megatron_ds.mesh import Axis
+from megatron_ds.mesh import Mesh
 from megatron_ds.models.activations import gpt_activations
 from megatron_ds.models.transformer import BlockParts, Transformer, model_of_stages, stage_settings
 from megatron_ds.pipeline.stage import Model, StageSpan
@@ -49,5 +49,5 @@ def gpt_model(config: RunConfig) -> Model:
     return replace(model_of_stages(config, _make_stage), activations=partial(gpt_activations, config))
 
 
-def _make_stage(config: RunConfig, span: StageSpan, tp: Axis, device: torch.device, dtype: torch.dtype) -> GPT:
-    return GPT(config.model, span=span, tp=tp, device=device, dtype=dtype, **stage_settings(config))
+def _make_stage(config: RunConfig, span: StageSpan, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> GPT:
+    return GPT(config.model, stage_settings(config, span, mesh, device, dtype))

@@ -9,6 +9,7 @@ A parameter's name does not depend on the stage it lives in: block 17 is ``layer
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -29,7 +30,7 @@ from megatron_ds.layers.loss import linear_cross_entropy
 from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.norm import Norm
 from megatron_ds.layers.position import alibi_slopes, rotary_frequencies, rotary_table
-from megatron_ds.mesh import Axis
+from megatron_ds.mesh import Mesh
 from megatron_ds.pipeline.stage import LayerCosts, Model, StageFactory, StageSpan
 from megatron_ds.rng import DropoutKeys, dropout, initialize_parameters
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
@@ -48,6 +49,37 @@ TABLES = MappingProxyType(
 # Dropout sites of a model: one of the embedding, then three a block.
 _EMBEDDING_SITE = 0
 _SITES_A_BLOCK = 3
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """What the layers of a stage depend on besides the model's own settings.
+
+    Attributes:
+        span: which part of the model to build; None: all of it.
+        sequence_parallel: split activations along the sequence over tp, outside of tensor-parallel layers.
+        dropout_seed: seed of the dropout decisions.
+    """
+
+    mesh: Mesh = field(default_factory=Mesh.single)
+    span: StageSpan | None = None
+    sequence_parallel: bool = False
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    dropout_seed: int = 0
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """The arguments of a layer that say where its parameters lie."""
+        return {"tp": self.mesh.tp, "device": self.device, "dtype": self.dtype}
+
+    @property
+    def partial(self) -> bool:
+        """Whether a tensor-parallel rank sees a part of the sequence alone, outside of tensor-parallel layers."""
+        return self.sequence_parallel and self.mesh.tp.size > 1
 
 
 class Table(nn.Module):
@@ -72,35 +104,23 @@ class BlockParts(nn.Module):
     Its dropout sites are ``site`` (attention output), ``site + 1`` (MLP output) and ``site + 2`` (probabilities).
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        index: int,
-        *,
-        tp: Axis,
-        sequence_parallel: bool,
-        recompute_core: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-    ):
+    def __init__(self, config: ModelConfig, index: int, settings: StageSettings):
         super().__init__()
         c, name = config, f"layers.{index}"
         self.hidden_dropout, self.site = c.hidden_dropout, 1 + index * _SITES_A_BLOCK
-        where: dict[str, Any] = {"tp": tp, "device": device, "dtype": dtype}
-        partial = sequence_parallel and tp.size > 1
+        sequence_parallel, where = settings.sequence_parallel, settings.where
+        norm: dict[str, Any] = {"partial": settings.partial, **where}
         out_std = output_std(c.init_std, c.num_layers)
-        self.attention_norm = Norm(
-            f"{name}.attention_norm", c.norm, c.hidden_size, c.norm_eps, partial=partial, **where
-        )
+        self.attention_norm = Norm(f"{name}.attention_norm", c.norm, c.hidden_size, c.norm_eps, **norm)
         self.attention = SelfAttention(
             f"{name}.attention",
             attention_config(c),
             site=self.site + 2,
-            recompute_core=recompute_core,
+            recompute_core=settings.recompute.mode == "selective",
             sequence_parallel=sequence_parallel,
             **where,
         )
-        self.mlp_norm = Norm(f"{name}.mlp_norm", c.norm, c.hidden_size, c.norm_eps, partial=partial, **where)
+        self.mlp_norm = Norm(f"{name}.mlp_norm", c.norm, c.hidden_size, c.norm_eps, **norm)
         self.mlp = MLP(
             f"{name}.mlp",
             c.hidden_size,
@@ -118,99 +138,68 @@ class Transformer(nn.Module):
     """The model, or one pipeline stage of it: embedding, blocks, and the loss over the vocabulary.
 
     A subclass says what a block is and what lies between the last block and the projection to the vocabulary.
-
-    Args:
-        span: which part to build; default: all of it.
-        dropout_seed: seed of the dropout decisions.
     """
 
     block: type[BlockParts]
     output_bias = False  # whether the projection to the vocabulary has a bias
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        tp: Axis | None = None,
-        sequence_parallel: bool = False,
-        span: StageSpan | None = None,
-        recompute: RecomputeConfig | None = None,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        dropout_seed: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
+    def __init__(self, config: ModelConfig, settings: StageSettings | None = None):
         super().__init__()
-        tp = tp or Axis("tp")
-        recompute = recompute or RecomputeConfig()
-        span = span or StageSpan(0, config.num_layers)
-        c = self.config = config
-        self.tp, self.span, self.dropout_seed = tp, span, dropout_seed
-        self.sequence_parallel = sequence_parallel and tp.size > 1
+        settings = settings or StageSettings()
+        c, s = config, settings
+        span = s.span or StageSpan(0, c.num_layers)
+        self.config, self.settings, self.span, self.tp = c, s, span, s.mesh.tp
+        self.sequence_parallel = s.partial
         self.layouts: dict[int, BlockLayout] = {}  # of block-sparse attention, by sequence length
-        self.label_smoothing, self.z_loss = label_smoothing, z_loss
-        where: dict[str, Any] = {"tp": tp, "device": device, "dtype": dtype}
         if span.embedding or (span.head and c.tied_embeddings):
             self.embedding = VocabParallelEmbedding(
                 "embedding",
                 c.padded_vocab,
                 c.hidden_size,
-                sequence_parallel=sequence_parallel,
+                sequence_parallel=s.sequence_parallel,
                 init_std=c.init_std,
                 replica=not span.embedding,
-                **where,
+                **s.where,
             )
             if span.embedding and span.head and c.tied_embeddings:
                 self.embedding.weight.grad_writes = 2  # type: ignore[attr-defined]  # the lookup's and the head's
         if span.embedding and c.position == "learned":
-            self.position = Table(self._replicated("position.weight", (c.max_positions, c.hidden_size), device, dtype))
+            self.position = Table(self._replicated("position.weight", (c.max_positions, c.hidden_size)))
         if span.embedding and c.token_types:
-            self.token_type = Table(
-                self._replicated("token_type.weight", (c.token_types, c.hidden_size), device, dtype)
-            )
-        norm: dict[str, Any] = {"eps": c.norm_eps, "partial": self.sequence_parallel, **where}
+            self.token_type = Table(self._replicated("token_type.weight", (c.token_types, c.hidden_size)))
+        norm: dict[str, Any] = {"eps": c.norm_eps, "partial": s.partial, **s.where}
         if span.embedding and c.embedding_norm:
             self.embedding_norm = Norm("embedding_norm", "layernorm", c.hidden_size, **norm)
-        self.layers = nn.ModuleDict(
-            {
-                str(i): self.block(
-                    c,
-                    i,
-                    sequence_parallel=sequence_parallel,
-                    recompute_core=recompute.mode == "selective",
-                    **where,
-                )
-                for i in range(span.first, span.last)
-            }
-        )
-        every = {"full": 1, "every_n": recompute.every}.get(recompute.mode)
+        self.layers = nn.ModuleDict({str(i): self.block(c, i, s) for i in range(span.first, span.last)})
+        every = {"full": 1, "every_n": s.recompute.every}.get(s.recompute.mode)
         self.recomputed = {str(i) for i in range(span.first, span.last) if every and i % every == 0}
         if span.head:
             self.build_head(**norm)
-            shape, shard = (c.padded_vocab, c.hidden_size), (ShardedDim.over(tp, 0),)
-            weight = None if c.tied_embeddings else ShardSpec("head.weight", shape, shard, std=c.init_std)
-            bias = ShardSpec("head.bias", shape[:1], shard, init="zeros", weight_decay=False)
-            self.head = Head(
-                None if weight is None else empty_parameter(weight, device, dtype),
-                empty_parameter(bias, device, dtype) if self.output_bias else None,
-            )
+            self.head = self._build_head_projection()
         frequencies = rotary_frequencies(c.head_size, c.rope_theta, c.rope_scaling) if c.position == "rope" else None
         self.frequencies: Tensor | None
-        self.register_buffer("frequencies", None if frequencies is None else frequencies.to(device), persistent=False)
-        local = c.num_heads // tp.size
-        self.first_head = tp.rank * local
+        self.register_buffer("frequencies", None if frequencies is None else frequencies.to(s.device), persistent=False)
+        local = c.num_heads // self.tp.size
+        self.first_head = self.tp.rank * local
         slopes = alibi_slopes(c.num_heads)[self.first_head :][:local] if c.position == "alibi" else None
         self.slopes: Tensor | None
-        self.register_buffer("slopes", None if slopes is None else slopes.to(device), persistent=False)
+        self.register_buffer("slopes", None if slopes is None else slopes.to(s.device), persistent=False)
 
-    def _replicated(
-        self, name: str, shape: tuple[int, ...], device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> nn.Parameter:
+    def _build_head_projection(self) -> Head:
+        c, s = self.config, self.settings
+        shape, shard = (c.padded_vocab, c.hidden_size), (ShardedDim.over(self.tp, 0),)
+        weight = ShardSpec("head.weight", shape, shard, std=c.init_std)
+        bias = ShardSpec("head.bias", shape[:1], shard, init="zeros", weight_decay=False)
+        return Head(
+            None if c.tied_embeddings else empty_parameter(weight, s.device, s.dtype),
+            empty_parameter(bias, s.device, s.dtype) if self.output_bias else None,
+        )
+
+    def _replicated(self, name: str, shape: tuple[int, ...]) -> nn.Parameter:
         """A matrix that every tensor-parallel rank holds whole and applies to its part of the sequence."""
         return replicated_parameter(
             name, shape, "normal", self.tp, self.sequence_parallel,
-            weight_decay=True, std=self.config.init_std, device=device, dtype=dtype,
+            weight_decay=True, std=self.config.init_std, device=self.settings.device, dtype=self.settings.dtype,
         )  # fmt: skip
 
     def build_head(self, **settings: Any) -> None:
@@ -262,8 +251,8 @@ class Transformer(nn.Module):
             bias=self.head.bias,
             tp=self.tp,
             sequence_parallel=self.sequence_parallel,
-            label_smoothing=self.label_smoothing if self.training else 0.0,
-            z_loss=self.z_loss if self.training else 0.0,
+            label_smoothing=self.settings.label_smoothing if self.training else 0.0,
+            z_loss=self.settings.z_loss if self.training else 0.0,
         )
 
     @property
@@ -315,7 +304,7 @@ class Transformer(nn.Module):
         keys = None
         if self.training and (self.config.hidden_dropout or self.config.attention_dropout):
             offset = self.tp.rank * (length // self.tp.size) if self.sequence_parallel else 0
-            keys = DropoutKeys(self.dropout_seed, micro_batch["sample_index"], offset)
+            keys = DropoutKeys(self.settings.dropout_seed, micro_batch["sample_index"], offset)
         documents = micro_batch.get("document_ids")
         rules = AttentionRules(
             causal=self.config.causal,
@@ -401,12 +390,18 @@ def model_of_stages(config: RunConfig, make_stage: StageFactory) -> Model:
     return Model(make_stage, m.num_layers, costs, flops, tables=TABLES)
 
 
-def stage_settings(config: RunConfig) -> dict[str, Any]:
-    """The arguments of :class:`Transformer` that come from the run and not from the rank."""
-    return {
-        "sequence_parallel": config.mesh.sequence_parallel,
-        "recompute": config.recompute,
-        "label_smoothing": config.train.label_smoothing,
-        "z_loss": config.train.z_loss,
-        "dropout_seed": config.seed,
-    }
+def stage_settings(
+    config: RunConfig, span: StageSpan, mesh: Mesh, device: torch.device, dtype: torch.dtype
+) -> StageSettings:
+    """Those of a run's stage ``span``."""
+    return StageSettings(
+        mesh,
+        span,
+        sequence_parallel=config.mesh.sequence_parallel,
+        recompute=config.recompute,
+        label_smoothing=config.train.label_smoothing,
+        z_loss=config.train.z_loss,
+        dropout_seed=config.seed,
+        device=device,
+        dtype=dtype,
+    )

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_ds.config import ModelConfig, RunConfig, load_toml, parse, validate
 from megatron_ds.models.families import class_of
+from megatron_ds.models.transformer import StageSettings
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -62,7 +63,7 @@ def test_the_model_has_the_published_number_of_parameters(name: str) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_built_model_has_the_counted_parameters(path: Path) -> None:
     model = load_toml(path).model
-    built = class_of(model)(model, device="meta")
+    built = class_of(model)(model, StageSettings(device="meta"))
     assert sum(parameter.numel() for parameter in built.parameters()) == counted(model, model.padded_vocab)
 
 

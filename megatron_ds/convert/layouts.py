@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_ds.config import ModelConfig
 from megatron_ds.convert.architecture import Rule, Shapes
 from megatron_ds.models.families import class_of
+from megatron_ds.models.transformer import StageSettings
 from megatron_ds.shard import spec_of
 
 Tensors = Sequence[Tensor]
@@ -22,7 +23,7 @@ Tensors = Sequence[Tensor]
 
 def global_shapes(config: ModelConfig) -> Shapes:
     """Name to global shape of every tensor of the model."""
-    specs = [spec_of(parameter) for parameter in class_of(config)(config, device="meta").parameters()]
+    specs = [spec_of(parameter) for parameter in class_of(config)(config, StageSettings(device="meta")).parameters()]
     return {spec.name: spec.global_shape for spec in specs}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds.config import RunConfig
-from megatron_ds.mesh import Axis
+from megatron_ds.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Activations:
     recompute_peak: int
 
 
-StageFactory = Callable[[RunConfig, StageSpan, Axis, torch.device, torch.dtype], nn.Module]
+StageFactory = Callable[[RunConfig, StageSpan, Mesh, torch.device, torch.dtype], nn.Module]
 
 
 @dataclass(frozen=True)

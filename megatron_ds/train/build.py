@@ -127,7 +127,7 @@ def make_stages(
     placement = Placement.of(config.pipeline.placement, mesh.pp.size, config.pipeline.chunks)
     dtype = DTYPES[config.precision.dtype]
     stages = {
-        number: model.make_stage(config, spans[number], mesh.tp, device, dtype)
+        number: model.make_stage(config, spans[number], mesh, device, dtype)
         for number in placement.stages_of(mesh.pp.rank)
     }
     return stages, _tie_embeddings(stages, mesh)

@@ -44,7 +44,7 @@ def trained(tp: int, stage: int, folder: str) -> tuple[list[float], list[float],
     mesh = Mesh.create(MeshShape(dp=world // tp, tp=tp), device_of_rank(rank, world))
     config = from_dict(RunConfig, SECTIONS, "test")
     span = StageSpan(0, config.model.num_layers)
-    net: Any = gpt_model(config).make_stage(config, span, mesh.tp, mesh.device, torch.float64)
+    net: Any = gpt_model(config).make_stage(config, span, mesh, mesh.device, torch.float64)
     net.initialize(config.seed)
     engine = megatron_ds.initialize(
         net,

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_ds.config import ModelConfig
 from megatron_ds.kernels import registry
 from megatron_ds.models.families import class_of
+from megatron_ds.models.transformer import StageSettings
 
 
 def whole_model(**settings: Any) -> None:
@@ -28,7 +29,7 @@ def whole_model(**settings: Any) -> None:
     }
     results = []
     for implementation, dtype in (("triton", torch.float32), ("reference", torch.float64)):
-        model = class_of(config)(config, label_smoothing=0.1, z_loss=0.01, dtype=dtype)
+        model = class_of(config)(config, StageSettings(label_smoothing=0.1, z_loss=0.01, dtype=dtype))
         model.initialize(1)
         with torch.no_grad():  # what is 0 at first hides what its gradient does
             for parameter in model.parameters():

@@ -42,7 +42,7 @@ def stored(config: RunConfig, span: StageSpan) -> int:
     world = dist.get_world_size() if dist.is_initialized() else 1
     cpu = torch.device("cpu")
     mesh = Mesh.create(validate(config, world), cpu)
-    stage = gpt_model(config).make_stage(config, span, mesh.tp, cpu, DTYPES[config.precision.dtype])
+    stage = gpt_model(config).make_stage(config, span, mesh, cpu, DTYPES[config.precision.dtype])
     stage.initialize(1)
     shape = (config.train.micro_batch, config.train.sequence_length)
     batch = {

@@ -18,7 +18,7 @@ from megatron_ds.convert.tables import export_hf, import_hf
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.bert import BERT
 from megatron_ds.models.families import model_of
-from megatron_ds.models.transformer import layer_costs
+from megatron_ds.models.transformer import StageSettings, layer_costs
 from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.shard import spec_of
 from megatron_ds.testing import device_of_rank, run_ranks
@@ -112,7 +112,7 @@ def test_logits_and_loss_are_those_of_transformers(tmp_path: Path) -> None:
 
 
 def test_a_token_hears_from_both_sides_and_only_its_document() -> None:
-    model = BERT(config().model, dtype=torch.float64)
+    model = BERT(config().model, StageSettings(dtype=torch.float64))
     model.initialize(3)
     documents = torch.arange(LENGTH).unsqueeze(0) // 40
     tokens = torch.randint(50, (1, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -126,7 +126,7 @@ def test_a_token_hears_from_both_sides_and_only_its_document() -> None:
 
 def test_the_head_costs_what_its_matrices_say() -> None:
     m = config().model
-    costs, net = layer_costs(m, LENGTH), BERT(m, device="meta", span=StageSpan(1, 2, embedding=False))
+    costs, net = layer_costs(m, LENGTH), BERT(m, StageSettings(device="meta", span=StageSpan(1, 2, embedding=False)))
     assert costs.head == 2 * (m.vocab_size * m.hidden_size + net.transform.weight.numel())
     assert model_of(config()).flops_per_token == 3 * (2 * costs.block + costs.head)
 
@@ -178,7 +178,7 @@ def test_all_blocks_live_is_dense_attention() -> None:
     """``sparse`` reaches the encoder, in both directions: all layouts are compared in tests/kernels."""
 
     def logits(mode: str) -> Tensor:
-        model = BERT(config({"attention": {"sparse": {"mode": mode}}}).model, dtype=torch.float64)
+        model = BERT(config({"attention": {"sparse": {"mode": mode}}}).model, StageSettings(dtype=torch.float64))
         model.initialize(3)
         tokens = torch.arange(LENGTH).unsqueeze(0) % 50
         with torch.no_grad():

@@ -11,13 +11,14 @@ from megatron_ds.config import ModelConfig
 from megatron_ds.layers.attention import AttentionInputs
 from megatron_ds.layers.attention_cores import AttentionRules, BlockCore
 from megatron_ds.models.gpt import GPT, Block
+from megatron_ds.models.transformer import StageSettings
 from megatron_ds.rng import DropoutKeys, keep_mask
 
 
 @pytest.mark.parametrize("settings", [{}, {"norm": "rmsnorm", "activation": "swiglu"}], ids=str)
 def test_a_block_with_dropout_is_the_sum_of_its_parts(settings: dict[str, Any]) -> None:
     config = ModelConfig(num_layers=2, hidden_size=8, num_heads=2, vocab_size=20, hidden_dropout=0.4, **settings)
-    model = GPT(config, dtype=torch.float64)
+    model = GPT(config, StageSettings(dtype=torch.float64))
     model.initialize(1)
     block = model.layers["1"]
     assert isinstance(block, Block)
@@ -40,7 +41,7 @@ def test_a_block_with_dropout_is_the_sum_of_its_parts(settings: dict[str, Any]) 
 def test_a_block_with_dropout_compiles_whole_and_drops_the_same() -> None:
     """Of other seeds, samples and sites too: what the compiler took for constants it must look at again."""
     config = ModelConfig(num_layers=2, hidden_size=8, num_heads=2, vocab_size=20, hidden_dropout=0.4)
-    model = GPT(config, dtype=torch.float64)
+    model = GPT(config, StageSettings(dtype=torch.float64))
     model.initialize(1)
     x = torch.randn(5, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     results = []

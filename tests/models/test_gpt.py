@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.config import ModelConfig, RecomputeConfig, RunConfig, from_dict
-from megatron_ds.mesh import Axis
+from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.models.gpt import GPT, gpt_model
-from megatron_ds.models.transformer import layer_costs
+from megatron_ds.models.transformer import StageSettings, layer_costs
 from megatron_ds.pipeline.split import split_layers
 from megatron_ds.pipeline.stage import StageSpan, stage_spans
 from megatron_ds.rng import DropoutKeys
@@ -47,9 +47,15 @@ def config(**settings: Any) -> ModelConfig:
 
 
 def model(settings: dict[str, Any], **keywords: Any) -> GPT:
-    result = GPT(config(**settings), dtype=torch.float64, dropout_seed=3, **keywords)
+    result = GPT(config(**settings), StageSettings(dtype=torch.float64, dropout_seed=3, **keywords))
     result.initialize(5)
     return result
+
+
+def with_tp(axis: Axis) -> Mesh:
+    mesh = Mesh.single()
+    mesh.tp = axis
+    return mesh
 
 
 def batch(documents: bool = True) -> dict[str, Tensor]:
@@ -98,7 +104,7 @@ def test_shards_are_slices_of_the_one_process_weights(settings: dict[str, Any], 
     whole = dict(model(settings).named_parameters())
     for rank in range(tp):
         axis = Axis("tp", rank, tp, None, tuple(range(tp)))
-        shard = model(settings, tp=axis, sequence_parallel=True)
+        shard = model(settings, mesh=with_tp(axis), sequence_parallel=True)
         assert {name for name, _ in shard.named_parameters()} == set(whole)
         for name, parameter in shard.named_parameters():
             spec = spec_of(parameter)
@@ -254,13 +260,13 @@ BLOOM_176B = {
 )
 def test_number_of_parameters(settings: dict[str, Any], published: int) -> None:
     m = ModelConfig(**{**settings, "vocab_multiple": 1})
-    assert sum(p.numel() for p in GPT(m, device="meta").parameters()) == published
+    assert sum(p.numel() for p in GPT(m, StageSettings(device="meta")).parameters()) == published
 
 
 def test_costs_are_two_flops_a_weight_and_the_attention_square() -> None:
     m = ModelConfig(**LLAMA3_8B)
     s = 8192
-    net = GPT(m, device="meta", span=StageSpan(0, 1))
+    net = GPT(m, StageSettings(device="meta", span=StageSpan(0, 1)))
     matrices = sum(p.numel() for name, p in net.layers.named_parameters() if "norm" not in name)
     costs = layer_costs(m, s)
     assert costs.block == 2 * matrices + 4 * s * m.hidden_size
@@ -281,7 +287,7 @@ def test_split_by_cost_takes_layers_from_the_stage_with_the_head() -> None:
 def test_activation_shape_is_what_a_stage_returns() -> None:
     first = model(GPT2, span=StageSpan(0, 2, head=False))
     assert first(batch()).shape == first.activation_shape(B, S) == (S, B, 24)
-    split = model(GPT2, tp=Axis("tp", 0, 2, None, (0, 1)), sequence_parallel=True)
+    split = model(GPT2, mesh=with_tp(Axis("tp", 0, 2, None, (0, 1))), sequence_parallel=True)
     assert split.activation_shape(B, S) == (S // 2, B, 24)
 
 

@@ -19,7 +19,7 @@ from megatron_ds.convert.tables import ARCHITECTURES
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.gpt import GPT
-from megatron_ds.models.transformer import layer_costs
+from megatron_ds.models.transformer import StageSettings, layer_costs
 from megatron_ds.testing import device_of_rank, run_ranks
 
 LENGTH = 128
@@ -98,7 +98,7 @@ def test_a_rank_with_other_heads_layouts_would_be_seen(one_process: Outcome) -> 
 
 
 def model_and_batch(sparse: dict[str, Any]) -> tuple[GPT, dict[str, torch.Tensor]]:
-    model = GPT(config(sparse).model, dtype=torch.float64)
+    model = GPT(config(sparse).model, StageSettings(dtype=torch.float64))
     model.initialize(1)
     tokens = torch.randint(50, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(LENGTH).expand(2, -1)

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_ds.config import ModelConfig, RunConfig, from_dict
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.gpt import GPT
+from megatron_ds.models.transformer import StageSettings
 
 
 def plain_state(ours: dict[str, Tensor], m: ModelConfig) -> dict[str, Tensor]:
@@ -74,7 +75,7 @@ def tensors(parts: list[Part]) -> dict[str, Tensor]:
 
 
 def initial(config: RunConfig) -> GPT:
-    model = GPT(config.model, dtype=torch.float64)
+    model = GPT(config.model, StageSettings(dtype=torch.float64))
     model.initialize(config.seed)
     return model
 
@@ -158,7 +159,7 @@ def compare(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float, w
 def random_model(**settings: Any) -> GPT:
     """A model in float64 whose biases and norm weights are not what they start as."""
     config = ModelConfig(num_layers=2, hidden_size=32, vocab_size=53, max_positions=25, init_std=0.2, **settings)
-    model = GPT(config, dtype=torch.float64)
+    model = GPT(config, StageSettings(dtype=torch.float64))
     model.initialize(3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():

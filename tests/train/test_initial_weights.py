@@ -15,6 +15,7 @@ from megatron_ds.config import ModelConfig, load_toml
 from megatron_ds.convert.tables import import_hf
 from megatron_ds.data.synthetic import SyntheticDataset
 from megatron_ds.models.gpt import GPT
+from megatron_ds.models.transformer import StageSettings
 from megatron_ds.train.launch import run_main
 
 # As of a training run, but for the model: that is the checkpoint's.
@@ -123,7 +124,7 @@ def test_what_is_meant_is_done_and_said(llama: Path, tmp_path: Path, run: Run) -
     assert "model.vocab_size: 131 -> 250 (rows of new tokens are as the initialiser gives them)\n" in shown
     assert "model.max_positions: 64 -> 80\n" in shown and "model.hidden_dropout: 0.0 -> 0.1\n" in shown
     with Checkpoint(output / "checkpoints") as now, Checkpoint(llama / "ours") as before:
-        new = GPT(ModelConfig(**now.meta["config"]["model"]), dtype=torch.float64)
+        new = GPT(ModelConfig(**now.meta["config"]["model"]), StageSettings(dtype=torch.float64))
         new.initialize(1234)
         for name, initial in (("embedding.weight", new.embedding.weight), ("head.weight", new.head.weight)):
             rows = now.read(name)

@@ -31,6 +31,7 @@ from megatron_ds.config import RunConfig
 from megatron_ds.data.loader import MicroBatch
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.gpt import GPT
+from megatron_ds.models.transformer import StageSettings
 from megatron_ds.testing import run_ranks
 from megatron_ds.train.build import RankRuntime
 
@@ -193,7 +194,7 @@ def test_loss_and_tokens_are_of_the_global_batch() -> None:
     """Initial loss from the model alone, over all four samples at once."""
     config = configuration()
     batch = {k: torch.from_numpy(v) for k, v in Samples(61, S, seed=1).batch(range(4)).items()}
-    net = GPT(config.model, dtype=torch.float64)
+    net = GPT(config.model, StageSettings(dtype=torch.float64))
     net.initialize(config.seed)
     mask = batch["loss_mask"]
     logits = net.eval().logits(batch)
@@ -256,7 +257,7 @@ def test_evaluation_is_the_mean_over_tokens_and_changes_nothing(mesh: dict[str, 
     }
     config = configuration(mesh=mesh, **regularised)
     rans = run_ranks(evaluating, max(1, world_size(mesh)), config, 3)
-    net = GPT(config.model, dtype=torch.float64)
+    net = GPT(config.model, StageSettings(dtype=torch.float64))
     net.initialize(config.seed)
     batch = {k: torch.from_numpy(v) for k, v in Samples(61, S, seed=1).batch(range(12)).items()}
     mask = batch["loss_mask"]
