@@ -46,6 +46,18 @@ class ShardedGradientError(MegatronDSError):
     """A parameter's ``.grad`` was computed with while an engine has the gradients sharded."""
 
 
+def divisors(number: int) -> str:
+    """``1, 2, 4 or 8``: what may divide ``number``, for an error message."""
+    found = [str(d) for d in range(1, number + 1) if number % d == 0]
+    return found[0] if len(found) == 1 else ", ".join(found[:-1]) + " or " + found[-1]
+
+
+def multiples_around(number: int, step: int) -> str:
+    """``96 or 104``: the multiples of ``step`` below and above ``number``, for an error message."""
+    below, above = number // step * step, -(-number // step) * step
+    return f"{below} or {above}" if below else str(above)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name closest to ``name``, or an empty string when none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -12,12 +12,14 @@ from test_config import SMALL, config
 
 from megatron_ds.config import RunConfig, from_dict, parse, validate
 from megatron_ds.config.engine import EngineConfig, validate_engine
-from megatron_ds.config.unused import ENGINE, PRETRAINING, Unused, unused_faults
+from megatron_ds.config.unused import ENGINE, PRETRAINING, TEXT, Unused, unused_faults
 from megatron_ds.errors import ConfigError
 
 Sections = dict[str, Any]
 
-# For each row of the table, in its order: settings beside which each of its keys does nothing, and does something.
+ROWS = (*PRETRAINING, *TEXT)
+
+# For each row of the tables, in its order: settings beside which each of its keys does nothing, and does something.
 REAL = {"synthetic": False, "prefix": "corpus"}
 FIM = {"rate": 0.5, "tokens": ("<P>", "<M>", "<S>")}
 OFF_AND_ON: list[tuple[Sections, Sections]] = [
@@ -28,17 +30,17 @@ OFF_AND_ON: list[tuple[Sections, Sections]] = [
     ({}, {"optimizer": {"schedule": "wsd"}}),
     ({"precision": {"dtype": "bf16"}}, {"precision": {"dtype": "fp16"}}),
     ({"precision": {"dtype": "fp16", "loss_scale": 4.0}}, {"precision": {"dtype": "fp16"}}),
+    ({}, {"checkpoint": {"resume": True}}),
+    ({"pipeline": {"layers_per_stage": (6,)}}, {}),
+    ({}, {"recompute": {"mode": "every_n"}}),
+    ({}, {"train": {"eval_every": 10}}),
+    ({"checkpoint": {"save_at_end": False}}, {}),
     ({}, {"data": REAL}),
     ({"data": {"synthetic": False, "train_blend": ((1.0, "a"),)}}, {"data": REAL}),
     ({}, {"data": {**REAL, "tokenizer": "t", "fim": FIM}}),
     ({}, {"model": {"family": "bert"}}),
     ({"data": {**REAL, "conversations": True}}, {"data": REAL}),
-    ({}, {"checkpoint": {"resume": True}}),
     ({"model": {"position": "learned"}}, {"model": {"position": "rope"}}),
-    ({"pipeline": {"layers_per_stage": (6,)}}, {}),
-    ({}, {"recompute": {"mode": "every_n"}}),
-    ({}, {"train": {"eval_every": 10}}),
-    ({"checkpoint": {"save_at_end": False}}, {}),
 ]
 
 # Another legal value than the default, where the one made from the default is none.
@@ -85,17 +87,17 @@ def changed(key: str, base: Sections) -> Sections:
     return new
 
 
-@pytest.mark.parametrize("row", range(len(PRETRAINING)))
+@pytest.mark.parametrize("row", range(len(ROWS)))
 def test_each_setting_is_a_fault_where_it_does_nothing_and_none_where_it_does(row: int) -> None:
-    assert len(OFF_AND_ON) == len(PRETRAINING)
+    assert len(OFF_AND_ON) == len(ROWS)
     off, on = OFF_AND_ON[row]
-    for key in PRETRAINING[row].keys:
+    for key in ROWS[row].keys:
         with pytest.raises(ConfigError, match=rf"{key}=.* does nothing: .*[a-z]+\.[a-z_]+|no-synthetic"):
             validate(config(**changed(key, off)), 1)
         used = config(**changed(key, on))
-        assert not [fault for fault in unused_faults(used, PRETRAINING) if fault.startswith(key)]
+        assert not [fault for fault in unused_faults(used, ROWS) if fault.startswith(key)]
     # And what is not made is no fault.
-    assert not [f for f in unused_faults(config(**off), PRETRAINING) if f.startswith(PRETRAINING[row].keys)]
+    assert not [f for f in unused_faults(config(**off), ROWS) if f.startswith(ROWS[row].keys)]
 
 
 def keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -106,7 +108,7 @@ def keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-@pytest.mark.parametrize(("table", "section"), [(PRETRAINING, RunConfig), (ENGINE, EngineConfig)])
+@pytest.mark.parametrize(("table", "section"), [(ROWS, RunConfig), (ENGINE, EngineConfig)])
 def test_the_table_names_settings_that_exist(table: tuple[Unused, ...], section: type[BaseModel]) -> None:
     assert {key for row in table for key in row.keys} <= set(keys(section))
 

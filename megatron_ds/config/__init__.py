@@ -6,30 +6,41 @@ an unknown key, a contradiction or a size that does not divide is a :class:`~meg
 names the values and what would work.
 """
 
-from megatron_ds.config.read import from_dict, load_toml, parse, to_toml
+from megatron_ds.config.read import from_dict, load_toml, parse, read_toml, to_toml
 from megatron_ds.config.schema import (
-    AttentionConfig,
+    BaseDataConfig,
+    BaseModelConfig,
+    BaseRunConfig,
+    BaseTrainConfig,
     CheckpointConfig,
-    DataConfig,
-    FIMConfig,
     LogConfig,
     MeshConfig,
-    ModelConfig,
     OffloadConfig,
     OptimizerConfig,
     PipelineConfig,
     PrecisionConfig,
     RecomputeConfig,
+    Section,
+    ZeroConfig,
+)
+from megatron_ds.config.text import (
+    AttentionConfig,
+    DataConfig,
+    FIMConfig,
+    ModelConfig,
     RunConfig,
     SparseAttentionConfig,
     TrainConfig,
-    ZeroConfig,
 )
-from megatron_ds.config.validate import divisors, validate
+from megatron_ds.config.validate import validate
 from megatron_ds.config.zero import zero_faults
 
 __all__ = [
     "AttentionConfig",
+    "BaseDataConfig",
+    "BaseModelConfig",
+    "BaseRunConfig",
+    "BaseTrainConfig",
     "CheckpointConfig",
     "DataConfig",
     "FIMConfig",
@@ -42,13 +53,14 @@ __all__ = [
     "PrecisionConfig",
     "RecomputeConfig",
     "RunConfig",
+    "Section",
     "SparseAttentionConfig",
     "TrainConfig",
     "ZeroConfig",
-    "divisors",
     "from_dict",
     "load_toml",
     "parse",
+    "read_toml",
     "to_toml",
     "validate",
     "zero_faults",

@@ -1,10 +1,12 @@
-"""What has to fit together in the settings of data and batches."""
+"""What has to fit together in the ``data`` section of a run on text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from megatron_ds.config.schema import DataConfig, RunConfig
+if TYPE_CHECKING:
+    from megatron_ds.config.text import DataConfig, RunConfig
 
 _OWN_BLENDS = ("train_blend", "valid_blend", "test_blend")
 
@@ -51,26 +53,3 @@ def _fim_faults(data: DataConfig) -> Iterator[str]:
             f"data.fim.rate={fim.rate:g} with data.conversations: a conversation is not rearranged; use "
             "data.fim.rate=0, or train on texts"
         )
-
-
-def ramp_faults(config: RunConfig, portion: int) -> Iterator[str]:
-    """Why the global batch cannot grow as ``train.batch_ramp`` says; ``portion`` is what divides every batch."""
-    train = config.train
-    if train.batch_ramp is None:
-        return
-    start, increment, _ = train.batch_ramp
-    what = f"train.batch_ramp={list(train.batch_ramp)} (start, increment, samples)"
-    if start >= train.global_batch or (train.global_batch - start) % increment:
-        yield (
-            f"{what} does not lead to train.global_batch={train.global_batch}: {start} plus whole increments of "
-            f"{increment} must make it; use an increment that divides {train.global_batch - start}"
-            if start < train.global_batch
-            else f"{what} starts at or above train.global_batch={train.global_batch}; start below it"
-        )
-    for name, value in (("start", start), ("increment", increment)):
-        if value % portion:
-            below, above = value // portion * portion, -(-value // portion) * portion
-            yield (
-                f"{what}: the {name} {value} is not a multiple of train.micro_batch={train.micro_batch} x "
-                f"dp={portion // train.micro_batch} = {portion}; use {f'{below} or ' if below else ''}{above}"
-            )

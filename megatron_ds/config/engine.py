@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from megatron_ds.config.schema import OptimizerConfig, PrecisionConfig, ZeroConfig, _Section
+from megatron_ds.config.schema import OptimizerConfig, PrecisionConfig, Section, ZeroConfig
 from megatron_ds.config.unused import ENGINE, unused_faults
 from megatron_ds.config.zero import zero_faults
 from megatron_ds.errors import ConfigError
@@ -19,7 +19,7 @@ from megatron_ds.errors import ConfigError
 _PLAIN: dict[str, Any] = {"schedule": "constant", "clip_norm": 0.0}
 
 
-class DeepSpeedSchedule(_Section):
+class DeepSpeedSchedule(Section):
     """The learning rate that DeepSpeed's scheduler of that name gives, update by update."""
 
     name: Literal["WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"] = Field(
@@ -56,21 +56,21 @@ class DeepSpeedSchedule(_Section):
         return self.name == "OneCycle" and self.cycle_momentum
 
 
-class TorchOptimizerConfig(_Section):
+class TorchOptimizerConfig(Section):
     """An optimizer of ``torch.optim`` by name, instead of the optimizer section's."""
 
     name: str = Field(description="Class in torch.optim; not LBFGS, SparseAdam or Adafactor.")
     params: dict[str, Any] = Field({}, description="Keyword arguments of the class; they apply to every parameter.")
 
 
-class EngineLogConfig(_Section):
+class EngineLogConfig(Section):
     """What rank 0 prints."""
 
     every: int = Field(0, ge=0, description="Steps between lines with loss, learning rate and speed; 0 for none.")
     breakdown: bool = Field(False, description="Seconds of forward, backward and step in those lines.")
 
 
-class EngineConfig(_Section):
+class EngineConfig(Section):
     """Train any ``nn.Module`` with ZeRO."""
 
     micro_batch: int | None = Field(None, gt=0, description="Samples a forward pass on one rank.")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_ds.config.schema import RunConfig
+from megatron_ds.config.schema import BaseRunConfig
 
 
-def pipeline_faults(config: RunConfig) -> list[str]:
+def pipeline_faults(config: BaseRunConfig) -> list[str]:
     """Every fault of how the layers are cut into stages and the stages placed on ranks."""
     section, num_layers, pp = config.pipeline, config.model.num_layers, config.mesh.pp
     num_stages = pp * section.chunks

@@ -15,11 +15,13 @@ import pydantic
 import tyro
 from pydantic import BaseModel
 
-from megatron_ds.config.schema import RunConfig
+from megatron_ds.config.schema import BaseRunConfig
+from megatron_ds.config.text import RunConfig
 from megatron_ds.errors import ConfigError, nearest
 from megatron_ds.files import read_text
 
 C = TypeVar("C", bound=BaseModel)
+R = TypeVar("R", bound=BaseRunConfig)
 
 
 def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
@@ -53,7 +55,7 @@ def _rule(error: Mapping[str, Any]) -> str:
 
 
 def load_toml(path: str | Path) -> RunConfig:
-    """The configuration of a TOML file; keys left out have their defaults."""
+    """The configuration of a TOML file of a run on text; keys left out have their defaults."""
     return from_dict(RunConfig, read_toml(path), str(path))
 
 
@@ -74,8 +76,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 def parse(
     arguments: Sequence[str] | None = None,
     description: str | None = None,
-    defaults: Callable[[RunConfig], dict[str, Any]] | None = None,
-) -> RunConfig:
+    defaults: Callable[[R], dict[str, Any]] | None = None,
+    config_class: type[R] = RunConfig,  # type: ignore[assignment]
+) -> R:
     """The configuration of ``[--config FILE] [--dotted.key value ...]``; later overrides win.
 
     ``--help`` shows each field with its meaning and its value after the file was read.
@@ -83,6 +86,7 @@ def parse(
     Args:
         defaults: given the settings as they are without it, values for those that are given nowhere, as nested plain
             values; for settings that follow from others.
+        config_class: the family's; default: a run on text.
     """
     rest = list(sys.argv[1:] if arguments is None else arguments)
     rest = [part for a in rest for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
@@ -97,10 +101,10 @@ def parse(
         del rest[at : at + 2]
         if "--config" in rest:
             raise ConfigError("--config is given twice; use one file, and options for what differs")
-    _reject_unknown_flags(rest)
-    config = _override(from_dict(RunConfig, given, source), rest, description)
+    _reject_unknown_flags(config_class, rest)
+    config = _override(from_dict(config_class, given, source), rest, description)
     values = {} if defaults is None else defaults(config)
-    return _override(from_dict(RunConfig, _under(values, given), source), rest, description) if values else config
+    return _override(from_dict(config_class, _under(values, given), source), rest, description) if values else config
 
 
 def _under(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -109,26 +113,26 @@ def _under(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return {**given, **sections}
 
 
-def _override(default: RunConfig, options: Sequence[str], description: str | None) -> RunConfig:
+def _override(default: R, options: Sequence[str], description: str | None) -> R:
     """``default`` with what the options of the command line say."""
     printed = io.StringIO()
     try:
         # Every rank parses: what tyro prints would be there once a rank, so it becomes part of the one error.
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(RunConfig, args=options, default=default, description=description)
+            return tyro.cli(type(default), args=options, default=default, description=description)
     except SystemExit as left:
         if not left.code:
             raise  # --help
-        raise ConfigError(f"command line: {_reason(left, printed.getvalue())}") from None
+        raise ConfigError(f"command line: {_reason(type(default), left, printed.getvalue())}") from None
 
 
-def _reason(left: SystemExit, printed: str) -> str:
+def _reason(config_class: type[BaseModel], left: SystemExit, printed: str) -> str:
     """Why tyro gave up: the field, its value and the rule where the schema refused it, else tyro's own words."""
     cause: BaseException | None = left
     while cause is not None and not isinstance(cause, pydantic.ValidationError):
         cause = cause.__context__
     if cause is not None:
-        section = _prefixes(RunConfig).get(cause.title, "")
+        section = _prefixes(config_class).get(cause.title, "")
         return "; ".join(
             f"{section}{'.'.join(map(str, e['loc']))} = {e['input']!r}: {_rule(e)}" for e in cause.errors()
         )
@@ -148,8 +152,8 @@ def _prefixes(section: type[BaseModel], prefix: str = "") -> dict[str, str]:
     return found
 
 
-def _reject_unknown_flags(arguments: Sequence[str]) -> None:
-    known = {key.replace("_", "-") for key in _known_keys(RunConfig)}
+def _reject_unknown_flags(config_class: type[BaseModel], arguments: Sequence[str]) -> None:
+    known = {key.replace("_", "-") for key in _known_keys(config_class)}
     known |= {_negated(key) for key in known} | {"help", "config"}
     for argument in arguments:
         if argument.startswith("--"):
@@ -164,7 +168,7 @@ def _negated(key: str) -> str:
     return f"{head}.no-{last}" if head else f"no-{last}"
 
 
-def to_toml(config: RunConfig) -> str:
+def to_toml(config: BaseRunConfig) -> str:
     """The configuration as a TOML file that reads back to the same values; unset optional keys are left out."""
     return values_to_toml(config.to_dict())
 

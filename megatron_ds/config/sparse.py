@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from megatron_ds.config.schema import RunConfig, SparseAttentionConfig
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, multiples_around
 from megatron_ds.kernels.block_layout import BlockLayout
 from megatron_ds.kernels.block_patterns import PATTERNS, parameters_of
+
+if TYPE_CHECKING:
+    from megatron_ds.config.text import RunConfig, SparseAttentionConfig
 
 _SECTION = "model.attention.sparse"
 
@@ -23,7 +26,7 @@ def sparse_faults(config: RunConfig) -> Iterator[str]:
     """Why a model cannot be trained with these settings, if it cannot."""
     m, sparse, length = config.model, config.model.attention.sparse, config.train.sequence_length
     own = set() if sparse.mode == "none" else parameters_of(sparse.mode) | {"block"}
-    default = SparseAttentionConfig()
+    default = type(sparse)()
     for name, value in sparse:
         if name not in (own | {"mode"}) and value != getattr(default, name):
             takes = f"takes {', '.join(sorted(own))}" if own else "takes no settings; choose another mode"
@@ -53,10 +56,9 @@ def sparse_faults(config: RunConfig) -> Iterator[str]:
                 f"use 0 to {most}"
             )
     if length % sparse.block:
-        below, above = length // sparse.block * sparse.block, -(-length // sparse.block) * sparse.block
         yield (
             f"train.sequence_length={length} is not a multiple of {_SECTION}.block={sparse.block}; use "
-            f"{f'{below} or ' if below else ''}{above}, or another block"
+            f"{multiples_around(length, sparse.block)}, or another block"
         )
     try:
         sparse_layout(sparse, length, m.num_heads, causal=m.causal)

@@ -85,8 +85,7 @@ _DATA = (
     "data.cache_dir",
 )
 
-PRETRAINING = (
-    *COMMON,
+TEXT = (
     Unused(_DATA, lambda c: not c.data.synthetic, "data.synthetic makes up the tokens; use --data.no-synthetic"),
     Unused(
         ("data.split",),
@@ -109,14 +108,18 @@ PRETRAINING = (
         "data.conversations keeps the conversations of a sequence apart anyway; leave it out",
     ),
     Unused(
-        ("data.changed",),
-        lambda c: c.checkpoint.resume or c.checkpoint.resume_from is not None,
-        "no run is resumed; use --checkpoint.resume",
-    ),
-    Unused(
         ("model.rope_theta", "model.rope_scaling"),
         lambda c: c.model.position == "rope",
         "model.position={c.model.position!r} has no rotary embeddings; use model.position='rope'",
+    ),
+)
+
+PRETRAINING = (
+    *COMMON,
+    Unused(
+        ("data.changed",),
+        lambda c: c.checkpoint.resume or c.checkpoint.resume_from is not None,
+        "no run is resumed; use --checkpoint.resume",
     ),
     Unused(
         ("pipeline.split",),

@@ -80,7 +80,7 @@ def export_hf(
     """
     out_dir = Path(out_dir)
     with Checkpoint(checkpoint) as source:
-        config = model_config(source.meta, source.directory)
+        config = model_config(ModelConfig, source.meta, source.directory)
         original = carried_files.settings(source.directory.parent, carried_files.CONFIG)
         # A model that came as one class goes out as that class, where another could express it too.
         architecture = choose(

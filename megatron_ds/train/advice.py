@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from megatron_ds.config import RunConfig
+from megatron_ds.config import BaseRunConfig
 from megatron_ds.host import free_host_memory
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.loss_scaler import LossScaler
@@ -96,7 +96,7 @@ class AdviceCallback(Callback):
 
 
 def known_beforehand(
-    config: RunConfig,
+    config: BaseRunConfig,
     zero: ZeroOptimizer,
     micro_batches: int,
     in_flight: int,

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from megatron_ds.config import PipelineConfig, RunConfig
+from megatron_ds.config import BaseRunConfig, PipelineConfig, RunConfig
 from megatron_ds.data.ramp import BatchRamp
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.optim.loss_scaler import LossScaler
@@ -39,14 +39,14 @@ class RankRuntime:
     scaler: LossScaler
 
 
-def batch_ramp(config: RunConfig) -> BatchRamp:
+def batch_ramp(config: BaseRunConfig) -> BatchRamp:
     """The global batch by samples consumed; without a ramp-up it is one size."""
     final = config.train.global_batch
     start, increment, samples = config.train.batch_ramp or (final, 1, 1)
     return BatchRamp(start, increment, samples, final)
 
 
-def num_micro_batches(config: RunConfig, shape: MeshShape) -> int:
+def num_micro_batches(config: BaseRunConfig, shape: MeshShape) -> int:
     """Micro-batches a replica of a step with the full global batch."""
     return config.train.global_batch // (config.train.micro_batch * shape.dp)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from megatron_ds.config import RunConfig
+from megatron_ds.config import BaseRunConfig
 from megatron_ds.mesh import Mesh
 from megatron_ds.pipeline.executor import Executor
 from megatron_ds.train.metrics import MeanSpeed, peak_memory_bytes
@@ -234,7 +234,7 @@ class TimelineRecorder(Callback):
         self.executor.recorded = None
 
 
-def default_callbacks(config: RunConfig, mesh: Mesh, executor: Executor, output: Output) -> list[Callback]:
+def default_callbacks(config: BaseRunConfig, mesh: Mesh, executor: Executor, output: Output) -> list[Callback]:
     """The callbacks that the configuration asks for on this rank."""
     callbacks: list[Callback] = []
     if config.log.record_steps and mesh.dp.is_first and mesh.cp.is_first and mesh.tp.is_first:

@@ -12,17 +12,14 @@ from typing import Any
 from megatron_ds.checkpoint.directory import find
 from megatron_ds.checkpoint.load import load
 from megatron_ds.checkpoint.meta import model_config
-from megatron_ds.config import ModelConfig, RunConfig
+from megatron_ds.config import BaseModelConfig, BaseRunConfig
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.mesh import Mesh
 from megatron_ds.train.output import Output
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
-# Settings that no weight depends on: a run may choose them anew.
-_FREE = ("attention_dropout", "hidden_dropout", "init_std", "vocab_multiple", "attention")
 
-
-def model_defaults(config: RunConfig) -> dict[str, Any]:
+def model_defaults(config: BaseRunConfig) -> dict[str, Any]:
     """The settings of a run that come from the checkpoint it starts from, under those that are given.
 
     Nothing where there is no such checkpoint, or it cannot be read: :func:`check_model` says that, on all ranks alike.
@@ -34,12 +31,12 @@ def model_defaults(config: RunConfig) -> dict[str, Any]:
     if source is not None:
         path = str(source)  # what it started from may be gone by now
     try:
-        return {"model": _saved_model(path).model_dump(mode="json")}
+        return {"model": _saved_model(config, path).model_dump(mode="json")}
     except CheckpointError:
         return {}
 
 
-def check_model(config: RunConfig) -> list[str]:
+def check_model(config: BaseRunConfig) -> list[str]:
     """Compare the run's model with the one whose weights it starts from. Reads only.
 
     Returns:
@@ -52,16 +49,14 @@ def check_model(config: RunConfig) -> list[str]:
     path = config.checkpoint.init_from
     if path is None:
         return []
-    old, new = _resolved(_saved_model(path)), _resolved(config.model)
+    old, new = _saved_model(config, path).resolved, config.model.resolved
     changed = {name: f"model.{name}: {old[name]!r} -> {new[name]!r}" for name in new if new[name] != old[name]}
-    grown = {"vocab_size": "rows of new tokens are as the initialiser gives them"}
-    if config.model.position == "learned":
-        grown["max_positions"] = "rows of new positions are as the initialiser gives them"
+    grown = config.model.growing
     refused, said = [], []
     for name, text in changed.items():
         if name in grown and new[name] > old[name]:
             said.append(f"{text} ({grown[name]})")
-        elif name in _FREE or (name == "max_positions" and name not in grown):
+        elif name in config.model.free:
             said.append(text)
         else:
             refused.append(f"{text} (it may only grow)" if name in grown else text)
@@ -73,7 +68,7 @@ def check_model(config: RunConfig) -> list[str]:
     return said
 
 
-def load_weights(config: RunConfig, tables: Mapping[str, str], optimizer: ZeroOptimizer, mesh: Mesh) -> None:
+def load_weights(config: BaseRunConfig, tables: Mapping[str, str], optimizer: ZeroOptimizer, mesh: Mesh) -> None:
     """Fill the parameters from the checkpoint; rows that it does not have keep their initial values.
 
     Args:
@@ -82,7 +77,7 @@ def load_weights(config: RunConfig, tables: Mapping[str, str], optimizer: ZeroOp
     path = config.checkpoint.init_from
     assert path is not None
     directory, manifest = find(path)
-    saved = model_config(manifest.meta, directory)
+    saved = model_config(type(config.model), manifest.meta, directory)
     weights = []
     for flat_shard in optimizer.flat_shards(for_load=True):
         record = manifest.tensors.get(("param", flat_shard.name))
@@ -95,17 +90,6 @@ def load_weights(config: RunConfig, tables: Mapping[str, str], optimizer: ZeroOp
     optimizer.refresh_parameters()
 
 
-def _saved_model(path: str) -> ModelConfig:
+def _saved_model(config: BaseRunConfig, path: str) -> BaseModelConfig:
     directory, manifest = find(path)
-    return model_config(manifest.meta, directory)
-
-
-def _resolved(model: ModelConfig) -> dict[str, Any]:
-    """The settings, with the values that their defaults stand for."""
-    return {
-        **model.model_dump(mode="json"),
-        "kv_heads": model.groups,
-        "head_dim": model.head_size,
-        "ffn_hidden_size": model.ffn_size,
-        "qkv_bias": model.bias if model.qkv_bias is None else model.qkv_bias,
-    }
+    return model_config(type(config.model), manifest.meta, directory)

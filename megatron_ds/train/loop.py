@@ -17,7 +17,7 @@ from megatron_ds.checkpoint.directory import read_meta
 from megatron_ds.checkpoint.load import load
 from megatron_ds.checkpoint.save import check_room, save
 from megatron_ds.comm.together import together
-from megatron_ds.config import RunConfig
+from megatron_ds.config import BaseRunConfig
 from megatron_ds.data.loader import BatchLoader, MicroBatch
 from megatron_ds.errors import CheckpointError, MegatronDSError
 from megatron_ds.mesh import Mesh
@@ -51,7 +51,7 @@ class Loop:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: BaseRunConfig,
         mesh: Mesh,
         parts: RankRuntime,
         loader: BatchLoader,

@@ -23,7 +23,7 @@ from typing import Any
 
 from megatron_ds.checkpoint.directory import steps_in
 from megatron_ds.checkpoint.manifest import step_name
-from megatron_ds.config import RunConfig, from_dict, load_toml, to_toml
+from megatron_ds.config import BaseRunConfig, from_dict, read_toml, to_toml
 from megatron_ds.data.cache import locked
 from megatron_ds.errors import ConfigError
 from megatron_ds.files import replacing
@@ -46,7 +46,7 @@ class Output:
         self.tensorboard = self.root / "tensorboard"
         self.timeline = self.root / "timeline"
 
-    def resume_path(self, config: RunConfig) -> Path | None:
+    def resume_path(self, config: BaseRunConfig) -> Path | None:
         """What a run continues from: a run's directory (its latest is meant), or one step's; None: it starts anew.
 
         For ``last-good`` it is the directory, in which the step is still to be found.
@@ -64,7 +64,7 @@ class Output:
         """Whether there is something to resume from, were it damaged: then loading it says so."""
         return (self.checkpoints / "latest").exists() or bool(steps_in(self.checkpoints))
 
-    def check(self, config: RunConfig) -> list[str]:
+    def check(self, config: BaseRunConfig) -> list[str]:
         """Refuse to mix two runs. Reads only.
 
         Returns:
@@ -98,7 +98,7 @@ class Output:
         if not self.config.exists():
             return []
         try:
-            before = load_toml(self.config)
+            before = from_dict(type(config), read_toml(self.config), str(self.config))
         except (ConfigError, OSError, ValueError) as error:
             raise ConfigError(
                 f"checkpoint.resume: the settings of before cannot be compared: {error}; remove {self.config} to "
@@ -107,7 +107,7 @@ class Output:
         return check_settings(before.to_dict(), config, str(self.root), f"its settings (--config {self.config})")
 
     @contextlib.contextmanager
-    def owned(self, config: RunConfig) -> Iterator[None]:
+    def owned(self, config: BaseRunConfig) -> Iterator[None]:
         """Make the directory and keep every other job out of it; on rank 0, after every rank has checked.
 
         Raises:
@@ -127,7 +127,7 @@ class Output:
             self.check(config)  # once more: a job that started together with this one may have been quicker
             yield
 
-    def prepare(self, config: RunConfig, steps: int) -> list[str]:
+    def prepare(self, config: BaseRunConfig, steps: int) -> list[str]:
         """Write the resolved configuration, and forget what was recorded beyond ``steps``.
 
         Returns:
@@ -165,13 +165,15 @@ class Output:
         return notes
 
 
-def check_settings(before: dict[str, Any], config: RunConfig, where: str, way_out: str = "its settings") -> list[str]:
+def check_settings(
+    before: dict[str, Any], config: BaseRunConfig, where: str, way_out: str = "its settings"
+) -> list[str]:
     """What a run does differently from the one that it continues, as ``key: before -> now``.
 
     Raises:
         ConfigError: the model or the seed is another one.
     """
-    whole = from_dict(RunConfig, before, where).to_dict()
+    whole = from_dict(type(config), before, where).to_dict()
     changes = list(_changes(whole, config.to_dict()))
     refused = [text for key, text in changes if key.split(".")[0] in _FIXED]
     if refused:
@@ -220,7 +222,7 @@ def _content(identity: Any) -> Any:
     return [_content(item) for item in identity] if isinstance(identity, list | tuple) else identity
 
 
-def _for_good(config: RunConfig) -> RunConfig:
+def _for_good(config: BaseRunConfig) -> BaseRunConfig:
     """The settings without those that are meant once, for this start: the next one must not go back again."""
     checkpoint = config.checkpoint.model_copy(update={"resume_from": None})
     data = config.data.model_copy(update={"changed": "refuse"})

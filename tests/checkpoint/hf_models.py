@@ -11,6 +11,7 @@ import torch
 
 from megatron_ds.checkpoint import Checkpoint, FlatShard, load
 from megatron_ds.checkpoint.meta import model_config
+from megatron_ds.config import ModelConfig
 from megatron_ds.models.families import class_of
 from megatron_ds.models.transformer import Transformer
 from megatron_ds.shard import spec_of
@@ -127,7 +128,7 @@ def parameter_pieces(model: torch.nn.Module) -> list[FlatShard]:
 def loaded(checkpoint: Path) -> Transformer:
     """The model in a checkpoint."""
     with Checkpoint(checkpoint) as opened:
-        config = model_config(opened.meta, opened.directory)
+        config = model_config(ModelConfig, opened.meta, opened.directory)
     model = class_of(config)(config)
     load(checkpoint, parameter_pieces(model))
     return model

@@ -1,0 +1,249 @@
+"""The sections of a run that trains a transformer on text, GPT or BERT, and what has to fit together in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from megatron_ds.config.data import data_faults
+from megatron_ds.config.schema import (
+    MOST_LAYERS,
+    BaseDataConfig,
+    BaseModelConfig,
+    BaseRunConfig,
+    BaseTrainConfig,
+    Count,
+    Section,
+)
+from megatron_ds.config.sparse import sparse_faults
+from megatron_ds.config.transformer import transformer_faults
+from megatron_ds.config.unused import TEXT, unused_faults
+from megatron_ds.mesh import MeshShape
+
+
+class SparseAttentionConfig(Section):
+    """Block-sparse attention: which blocks of the score matrix are computed. The same in every layer.
+
+    The parameters, and their names, are those of DeepSpeed's sparse attention; a mode takes those that its description
+    names and refuses the others. Blocks are counted in units of ``block`` tokens.
+    """
+
+    mode: Literal["none", "dense", "fixed", "variable", "bigbird", "bslongformer", "sliding_window"] = Field(
+        "none", description="none: ordinary attention. dense: every block, to compare with."
+    )
+    block: Literal[16, 32, 64, 128] = Field(64, description="Tokens along a block's side; 64 and 128 suit Hopper.")
+    different_layout_per_head: bool = Field(False, description="variable, bigbird: heads draw random blocks apart.")
+    num_local_blocks: int = Field(4, gt=0, description="fixed: blocks of a local window.")
+    num_global_blocks: int = Field(
+        1,
+        gt=0,
+        description="fixed: blocks that stand for a window. bigbird: first blocks that see all and all see.",
+    )
+    num_different_global_patterns: int = Field(
+        1, gt=0, description="fixed: heads take turns in which blocks of a window stand for it."
+    )
+    local_window_blocks: tuple[Count, ...] = Field((4,), description="variable: sizes of windows; the last repeats.")
+    global_block_indices: tuple[int, ...] = Field((0,), description="variable, bslongformer: blocks that all see.")
+    global_block_end_indices: tuple[int, ...] = Field(
+        (), description="variable, bslongformer: ends of ranges that begin at global_block_indices."
+    )
+    num_random_blocks: int | None = Field(
+        None, ge=0, description="variable, bigbird: random blocks a row of blocks. Default: 0, for bigbird 1."
+    )
+    num_sliding_window_blocks: int = Field(
+        3,
+        gt=0,
+        description="sliding_window, bigbird, bslongformer: width of the band around the diagonal, odd; causal "
+        "attention keeps its lower half.",
+    )
+    seed: int = Field(0, ge=0, description="variable, bigbird: random blocks follow from it, the head and the row.")
+
+
+class AttentionConfig(Section):
+    """How attention is computed."""
+
+    sparse: SparseAttentionConfig = SparseAttentionConfig()
+
+
+class ModelConfig(BaseModelConfig):
+    """The transformer. One description covers GPT-2, GPT-3, Llama 2/3 and BLOOM, and BERT."""
+
+    family: Literal["gpt", "bert"] = Field(
+        "gpt",
+        description="gpt: a decoder that predicts the next token. bert: an encoder that sees both ways and predicts "
+        "masked tokens.",
+    )
+    hidden_size: int = Field(768, gt=0, description="Width of the residual stream.")
+    num_heads: int = Field(12, gt=0, le=MOST_LAYERS, description="Query heads.")
+    kv_heads: int | None = Field(
+        None,
+        gt=0,
+        le=MOST_LAYERS,
+        description="Key/value heads; fewer than num_heads is grouped-query attention. Default: num_heads.",
+    )
+    head_dim: int | None = Field(None, gt=0, description="Width of one head. Default: hidden_size / num_heads.")
+    ffn_hidden_size: int | None = Field(
+        None,
+        gt=0,
+        description="Width inside the MLP. Default: 4 x hidden_size; gated 8/3 x, rounded up to 64.",
+    )
+    vocab_size: int = Field(50257, gt=0, description="Tokens of the tokenizer; ids are 0..vocab_size-1.")
+    vocab_multiple: int = Field(
+        128, gt=0, description="The embedding is padded to a multiple of this, which every tp must divide."
+    )
+    max_positions: int = Field(1024, gt=0, description="Longest sequence of learned positions, in tokens.")
+    position: Literal["learned", "rope", "alibi", "none"] = Field("learned", description="How positions enter.")
+    rope_theta: float = Field(10000.0, gt=0, description="Base wavelength of rotary embeddings.")
+    rope_scaling: dict[str, float | int | str | bool] | None = Field(
+        None,
+        description="Llama 3.1 rotary scaling: factor, low_freq_factor, high_freq_factor, "
+        "original_max_position_embeddings.",
+    )
+    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Normalisation layer.")
+    norm_eps: float = Field(1e-5, gt=0, description="Added to the variance.")
+    activation: Literal["gelu", "gelu_tanh", "swiglu", "geglu"] = Field(
+        "gelu_tanh", description="MLP non-linearity; swiglu and geglu are gated, which makes three matrices of two."
+    )
+    bias: bool = Field(True, description="Biases in the linear layers.")
+    qkv_bias: bool | None = Field(None, description="Bias of the query/key/value projection. Default: bias.")
+    tied_embeddings: bool = Field(True, description="The output head is the token embedding.")
+    qk_norm: bool = Field(False, description="RMS-normalise queries and keys a head.")
+    embedding_norm: bool = Field(False, description="LayerNorm after the embedding (BLOOM, BERT).")
+    token_types: int = Field(0, ge=0, description="Rows of a table added by token type (BERT: 2); 0: none.")
+    init_std: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
+    attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of attention probabilities.")
+    hidden_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the embedding and of each block's outputs.")
+    attention: AttentionConfig = AttentionConfig()
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees itself and those before it only."""
+        return self.family == "gpt"
+
+    @property
+    def groups(self) -> int:
+        """Key/value heads: the unit that tensor parallelism splits attention by."""
+        return self.kv_heads or self.num_heads
+
+    @property
+    def queries_per_kv_head(self) -> int:
+        return self.num_heads // self.groups
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies its features by a gate."""
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def ffn_size(self) -> int:
+        if self.ffn_hidden_size:
+            return self.ffn_hidden_size
+        return -(-8 * self.hidden_size // (3 * 64)) * 64 if self.gated else 4 * self.hidden_size
+
+    @property
+    def padded_vocab(self) -> int:
+        """Rows of the embedding: a multiple that does not come from the mesh, so that layouts never depend on it."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        return {
+            **self.model_dump(mode="json"),
+            "kv_heads": self.groups,
+            "head_dim": self.head_size,
+            "ffn_hidden_size": self.ffn_size,
+            "qkv_bias": self.bias if self.qkv_bias is None else self.qkv_bias,
+        }
+
+    @property
+    def free(self) -> frozenset[str]:
+        positions = () if self.position == "learned" else ("max_positions",)
+        return frozenset(("attention_dropout", "hidden_dropout", "init_std", "vocab_multiple", "attention", *positions))
+
+    @property
+    def growing(self) -> Mapping[str, str]:
+        grown = {"vocab_size": "rows of new tokens are as the initialiser gives them"}
+        if self.position == "learned":
+            grown["max_positions"] = "rows of new positions are as the initialiser gives them"
+        return grown
+
+
+class FIMConfig(Section):
+    """Fill-in-the-middle: texts rearranged, so that the model learns to write what is missing inside them."""
+
+    rate: float = Field(0.0, ge=0, le=1, description="Share of the documents that are rearranged; 0 for none.")
+    spm_rate: float = Field(
+        0.5, ge=0, le=1, description="Share of those in the order suffix, prefix, middle; the others: prefix, suffix."
+    )
+    tokens: tuple[str, str, str] | None = Field(
+        None, description="The prefix, middle and suffix sentinels: special tokens of data.tokenizer."
+    )
+
+
+class DataConfig(BaseDataConfig):
+    """Where the tokens come from: one dataset (prefix), a blend of several, or a blend for each split."""
+
+    prefix: str | None = Field(
+        None, description="Path or URL (s3://, gs://, ...: any of fsspec) of the dataset, without .bin/.idx."
+    )
+    blend: tuple[tuple[float, str], ...] = Field(
+        (), description="Several datasets: WEIGHT PREFIX WEIGHT PREFIX ..., by samples; each is divided by split."
+    )
+    train_blend: tuple[tuple[float, str], ...] = Field(
+        (), description="Whole datasets that are trained on, as in blend; split is not used then."
+    )
+    valid_blend: tuple[tuple[float, str], ...] = Field((), description="Beside train_blend: those evaluated on.")
+    test_blend: tuple[tuple[float, str], ...] = Field((), description="Beside train_blend: those kept for tests.")
+    split: str = Field("969,30,1", description="Weights of train, valid and test by tokens; cut between documents.")
+    tokenizer: str | None = Field(None, description="Tokenizer folder; checked against the dataset, and exported.")
+    synthetic: bool = Field(False, description="Random tokens instead of any dataset, for measuring speed.")
+    document_masking: bool = Field(
+        False, description="Attention and positions do not cross document boundaries in a packed sequence."
+    )
+    conversations: bool = Field(
+        False, description="Whole conversations to a sequence, apart from each other; the loss counts answers alone."
+    )
+    fim: FIMConfig = FIMConfig()
+    cache_dir: str | None = Field(
+        None,
+        description="Folder of the node for index caches and copies of remote datasets. Default: beside the data; "
+        "for URLs ~/.cache.",
+    )
+    mask_token: int | None = Field(
+        None, ge=0, description="bert: id in place of a masked token. Default: the tokenizer's [MASK]."
+    )
+    mask_probability: float = Field(
+        0.15,
+        gt=0,
+        le=1,
+        description="bert: chance of a token to be predicted. Of these 80% are masked, 10% are random, 10% stay.",
+    )
+
+
+class TrainConfig(BaseTrainConfig):
+    """How much, in what portions, and the loss over the vocabulary."""
+
+    sequence_length: int = Field(1024, gt=0, description="Tokens a sequence.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over the vocabulary.")
+    z_loss: float = Field(0.0, ge=0, description="Weight of the squared log-partition penalty.")
+
+
+class RunConfig(BaseRunConfig):
+    """Pretrain a GPT-style model on any mesh of ranks."""
+
+    output: str = Field("runs/gpt", description="Directory of checkpoints, logs and the resolved configuration.")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+
+    def faults(self, shape: MeshShape, needs_data: bool) -> Iterator[str]:
+        yield from transformer_faults(self)
+        yield from unused_faults(self, TEXT)
+        yield from data_faults(self, needs_data)
+        yield from sparse_faults(self)
