@@ -22,7 +22,8 @@ from math import gcd, lcm
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ds.data.gpt_dataset import Batch, SampleSource
+from megatron_ds.data.gpt_dataset import TextSource
+from megatron_ds.data.samples import Batch
 from megatron_ds.errors import DataError
 
 MAX_TOTAL = 1 << 30
@@ -160,7 +161,7 @@ class BlendedDataset:
     with. Args: ``sources`` with the same ``sequence_length``, ``weights``, one each, by *samples*.
     """
 
-    def __init__(self, sources: Sequence[SampleSource], weights: Sequence[float]):
+    def __init__(self, sources: Sequence[TextSource], weights: Sequence[float]):
         if len(sources) != len(weights):
             raise DataError(f"{len(sources)} datasets are blended with {len(weights)} weights; give one for each")
         lengths = {source.sequence_length for source in sources}

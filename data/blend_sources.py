@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from megatron_ds.data.blend import BlendedDataset
-from megatron_ds.data.gpt_dataset import SampleSource
+from megatron_ds.data.gpt_dataset import TextSource
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.order import key
 from megatron_ds.data.split import SPLITS, DocumentRange, split_documents
@@ -15,7 +15,7 @@ Weighted = Sequence[tuple[float, str]]
 """(weight by samples, prefix of a dataset), one for each dataset."""
 OpenDataset = Callable[[str], IndexedDataset]
 """Opens, and checks, the dataset of a prefix."""
-MakeSource = Callable[[IndexedDataset, DocumentRange | None, int], SampleSource]
+MakeSource = Callable[[IndexedDataset, DocumentRange | None, int], TextSource]
 """The samples of a range of documents (None: all) of a dataset, with a seed of its own."""
 
 
@@ -26,14 +26,14 @@ def blend_of_splits(
     seed: int,
     make: MakeSource,
     open_dataset: OpenDataset = IndexedDataset,
-) -> dict[str, SampleSource | None]:
+) -> dict[str, TextSource | None]:
     """Split every dataset alike, and blend the parts of each split: ``{"train": ..., "valid": ..., "test": ...}``.
 
     A split without weight is None. Raises :class:`DataError` as :func:`~megatron_ds.data.split.split_documents` does.
     """
     opened = [(weight, open_dataset(prefix)) for weight, prefix in blend]
     ranges = [split_documents(dataset, split, sequence_length) for _, dataset in opened]
-    found: dict[str, SampleSource | None] = {}
+    found: dict[str, TextSource | None] = {}
     for name in SPLITS:
         members = [
             (weight, make(dataset, documents[name], _seed(seed, number)))
@@ -46,7 +46,7 @@ def blend_of_splits(
 
 def splits_of_blends(
     blends: Mapping[str, Weighted], seed: int, make: MakeSource, open_dataset: OpenDataset = IndexedDataset
-) -> dict[str, SampleSource | None]:
+) -> dict[str, TextSource | None]:
     """A blend for each split, of whole datasets: ``blends`` maps train, valid and test to their datasets.
 
     Raises:
@@ -78,7 +78,7 @@ def _seed(seed: int, number: int) -> int:
     return key(seed, number) if number else seed
 
 
-def _blended(members: list[tuple[float, SampleSource]]) -> SampleSource | None:
+def _blended(members: list[tuple[float, TextSource]]) -> TextSource | None:
     if not members:
         return None
     if len(members) == 1:

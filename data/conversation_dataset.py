@@ -20,10 +20,10 @@ import numpy.typing as npt
 
 from megatron_ds.data.cache import cached_arrays
 from megatron_ds.data.chunk_checks import CheckedArray
-from megatron_ds.data.gpt_dataset import Batch
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.inspect import document_lengths
 from megatron_ds.data.order import order
+from megatron_ds.data.samples import Batch
 from megatron_ds.data.split import DocumentRange
 from megatron_ds.data.verify import MASK_SUFFIX, dataset_identity, mask_path
 from megatron_ds.errors import DataError
@@ -33,7 +33,7 @@ FORMAT = 2
 
 
 class ConversationDataset:
-    """A :class:`~megatron_ds.data.gpt_dataset.SampleSource` of packed conversations.
+    """A :class:`~megatron_ds.data.gpt_dataset.TextSource` of packed conversations.
 
     Args:
         indexed: tokens made by preprocessing with ``conversations``; ``PREFIX.loss_mask`` lies beside them.

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ds.data.gpt_dataset import Batch, GPTDataset
+from megatron_ds.data.gpt_dataset import GPTDataset
 from megatron_ds.data.order import key, mix, order
+from megatron_ds.data.samples import Batch
 from megatron_ds.data.tokenizers import Tokenizer
 from megatron_ds.errors import DataError
 

@@ -18,28 +18,21 @@ import numpy.typing as npt
 
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.order import order
+from megatron_ds.data.samples import Batch, SampleSource
 from megatron_ds.data.split import DocumentRange
 from megatron_ds.errors import DataError
 
-Batch = dict[str, npt.NDArray]
-"""``tokens``, ``labels`` and ``position_ids`` int64 [b, s], ``loss_mask`` bool [b, s], with document masking also
-``document_ids`` int64 [b, s]."""
 
-
-class SampleSource(Protocol):
-    """What a loader reads from: the samples of a run by their place in it.
-
-    ``batch`` is given places in the *consumed order* (0 is the first sample of the run) and ``rows`` places in the
-    *stored order* (``0 <= row < len(self)``); both return a :data:`Batch` in the order asked for.
-    """
+class TextSource(SampleSource, Protocol):
+    """Samples of text: ``tokens``, ``labels`` and ``position_ids`` int64 [b, s], ``loss_mask`` bool [b, s], with
+    document masking also ``document_ids`` int64 [b, s]."""
 
     sequence_length: int
 
-    def __len__(self) -> int: ...
 
-    def batch(self, indices: npt.ArrayLike) -> Batch: ...
-
-    def rows(self, rows: npt.ArrayLike) -> Batch: ...
+def leave_out(batch: Batch, real: npt.NDArray[np.bool_]) -> None:
+    """Let no token count of the samples that are not ``real`` (bool [b])."""
+    batch["loss_mask"] &= real[:, None]
 
 
 class GPTDataset:

@@ -10,8 +10,9 @@ from typing import Any
 from megatron_ds.data.blend_sources import Weighted, blend_of_splits, splits_of_blends
 from megatron_ds.data.conversation_dataset import ConversationDataset
 from megatron_ds.data.fim import FillInTheMiddle, FIMDataset, sentinels
-from megatron_ds.data.gpt_dataset import GPTDataset, SampleSource
+from megatron_ds.data.gpt_dataset import GPTDataset, TextSource
 from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.samples import Sources
 from megatron_ds.data.split import DocumentRange
 from megatron_ds.data.synthetic import SyntheticDataset
 from megatron_ds.data.tokenizers import Tokenizer, load_tokenizer
@@ -20,17 +21,12 @@ from megatron_ds.errors import DataError
 
 
 @dataclass(frozen=True)
-class GPTSources:
-    """Samples by split; None where the split has no weight. ``notes``: what a run should say about its data.
+class GPTSources(Sources):
+    """:class:`Sources` of text."""
 
-    ``identity``: what the order and the content of the samples follow from besides the seed, as JSON values.
-    """
-
-    train: SampleSource
-    valid: SampleSource | None = None
-    test: SampleSource | None = None
-    notes: tuple[str, ...] = ()
-    identity: Mapping[str, Any] = field(default_factory=dict)
+    train: TextSource
+    valid: TextSource | None = None
+    test: TextSource | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +169,7 @@ class _Maker:
                 raise DataError("fill-in-the-middle needs the names of its three sentinels, and a tokenizer with them")
             self.fim = sentinels(o.fim_tokens, self.tokenizer, self.vocab_size, o.fim_rate, o.fim_spm_rate)
 
-    def __call__(self, indexed: IndexedDataset, documents: DocumentRange | None, seed: int) -> SampleSource:
+    def __call__(self, indexed: IndexedDataset, documents: DocumentRange | None, seed: int) -> TextSource:
         if self.options.conversations:
             packed = ConversationDataset(indexed, self.sequence_length, documents, seed, cache_dir=self.cache_dir)
             if note := packed.describe_losses():

@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_ds.data.gpt_dataset import Batch, SampleSource
+from megatron_ds.data.samples import Batch, SampleSource
 from megatron_ds.errors import DataError
 
 MicroBatch = dict[str, torch.Tensor]
-"""The arrays of a :data:`~megatron_ds.data.gpt_dataset.Batch` as tensors, and ``sample_index`` int64 [b]: each
+"""The arrays of a :data:`~megatron_ds.data.samples.Batch` as tensors, and ``sample_index`` int64 [b]: each
 sample's place in the run's order, the same on every mesh (it keys dropout)."""
 BatchSize = int | Callable[[int], int]
 
@@ -127,14 +127,16 @@ def evaluation_batches(
     dataset: SampleSource,
     num_samples: int,
     micro_batch: int,
+    leave_out: Callable[[Batch, npt.NDArray[np.bool_]], None],
     dp_rank: int = 0,
     dp_size: int = 1,
     pin_memory: bool | None = None,
 ) -> Iterator[MicroBatch]:
     """The first ``num_samples`` rows (at most ``len(dataset)``) in stored order: the same ones at each evaluation.
 
-    Every rank gets the same number of micro-batches; places past the end repeat row 0 with an all-False
-    ``loss_mask`` and ``sample_index`` -1, so that a sum over unmasked tokens is the same for every ``dp_size``.
+    Every rank gets the same number of micro-batches; places past the end repeat row 0 with ``sample_index`` -1, and
+    ``leave_out`` makes these count nothing (it gets True for the others), so that sums are the same for every
+    ``dp_size``.
     """
     if pin_memory is None:
         pin_memory = torch.cuda.is_available()
@@ -145,7 +147,7 @@ def evaluation_batches(
     for places in rank_offsets(-(-count // together) * together, micro_batch, dp_rank, dp_size):
         real = places < count
         batch = dataset.rows(np.where(real, places, 0))
-        batch["loss_mask"] &= real[:, None]
+        leave_out(batch, real)
         yield to_tensors(batch, np.where(real, places, -1), pin_memory)
 
 

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ds.data.gpt_dataset import Batch, SampleSource
+from megatron_ds.data.gpt_dataset import TextSource
 from megatron_ds.data.gpt_sources import GPTSources
+from megatron_ds.data.samples import Batch
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.errors import DataError
 
@@ -23,7 +24,7 @@ _BY_PLACE, _BY_ROW = 1, 2
 
 
 class MaskedSource:
-    """A :class:`~megatron_ds.data.gpt_dataset.SampleSource` that masks another one's tokens.
+    """A :class:`~megatron_ds.data.gpt_dataset.TextSource` that masks another one's tokens.
 
     ``labels`` are the tokens themselves, not the next ones, and ``loss_mask`` is True where one was chosen.
 
@@ -40,7 +41,7 @@ class MaskedSource:
 
     def __init__(
         self,
-        source: SampleSource,
+        source: TextSource,
         *,
         mask_id: int,
         vocab_size: int,
@@ -101,7 +102,7 @@ def mask_sources(
         raise DataError(f"data.mask_token is not set and {whose}; set it to the id that replaces masked tokens")
     never = () if loaded is None else tuple(i for i in (loaded.eod_id, loaded.bos_id) if i is not None)
 
-    def masked(source: SampleSource | None) -> SampleSource | None:
+    def masked(source: TextSource | None) -> TextSource | None:
         if source is None:
             return None
         return MaskedSource(

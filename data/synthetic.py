@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ds.data.gpt_dataset import Batch
+from megatron_ds.data.samples import Batch
 
 
 class SyntheticDataset:
-    """Uniform random tokens, sample k from (seed, k) alone. A :class:`~megatron_ds.data.gpt_dataset.SampleSource`.
+    """Uniform random tokens, sample k from (seed, k) alone. A :class:`~megatron_ds.data.gpt_dataset.TextSource`.
 
     Args:
         vocab_size: ids are 0..vocab_size-1.

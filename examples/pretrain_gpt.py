@@ -14,51 +14,14 @@ Besides the settings below:
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import Any
 
-from megatron_ds.config import RunConfig, parse, to_toml
-from megatron_ds.data.gpt_sources import GPTSources, SampleOptions, open_sources
-from megatron_ds.data.masked_source import mask_sources
+from megatron_ds.config import parse, to_toml
 from megatron_ds.errors import ConfigError
-from megatron_ds.models.families import model_of
+from megatron_ds.models.families import task_of
 from megatron_ds.train.dry_run import dry_run
 from megatron_ds.train.initial_weights import check_model, model_defaults
 from megatron_ds.train.launch import RankInfo, run_main
 from megatron_ds.train.pretrain import pretrain
-
-
-def sources(config: RunConfig) -> GPTSources:
-    """The data that ``config.data`` describes, masked where the model predicts masked tokens."""
-    data, found = config.data, _texts(config)
-    if config.model.causal:
-        return found
-    common: dict[str, Any] = {"vocab_size": config.model.vocab_size, "seed": config.seed, "tokenizer": data.tokenizer}
-    return mask_sources(found, mask_id=data.mask_token, probability=data.mask_probability, **common)
-
-
-def _texts(config: RunConfig) -> GPTSources:
-    data = config.data
-    common: dict[str, Any] = {
-        "split": data.split,
-        "sequence_length": config.train.sequence_length,
-        "vocab_size": config.model.vocab_size,
-        "seed": config.seed,
-        "tokenizer": data.tokenizer,
-    }
-    if data.synthetic:
-        return open_sources(**common)
-    own = {"train": data.train_blend, "valid": data.valid_blend, "test": data.test_blend}
-    return open_sources(
-        data.prefix,
-        blend=data.blend,
-        split_blends=own if data.train_blend else None,
-        options=SampleOptions(
-            data.document_masking, data.conversations, data.fim.rate, data.fim.spm_rate, data.fim.tokens
-        ),
-        cache_dir=None if data.cache_dir is None else Path(data.cache_dir),
-        **common,
-    )
 
 
 def take(arguments: list[str], flag: str) -> int | None:
@@ -84,14 +47,14 @@ def main(place: RankInfo) -> int:
     if show:
         print(to_toml(config), end="")
         return 0
-    model = model_of(config)
+    task = task_of(config)
     if dry:
         check_model(config)
         m = config.mesh
         ranks = m.tp * m.pp * m.cp * (m.dp or 1) if world_size is None else world_size
-        print(dry_run(config, model, ranks, rank or 0))
+        print(dry_run(config, task, ranks, rank or 0))
         return 0
-    pretrain(config, place, model, sources)
+    pretrain(config, place, task)
     return 0
 
 

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_ds.config import RunConfig
+from megatron_ds.data.gpt_sources import GPTSources
+from megatron_ds.data.masked_source import mask_sources
 from megatron_ds.kernels.activation import bias_gelu
 from megatron_ds.layers.attention import AttentionInputs
 from megatron_ds.layers.linear import replicated_parameter
 from megatron_ds.layers.norm import Norm
-from megatron_ds.mesh import Mesh
-from megatron_ds.models.transformer import BlockParts, Transformer, model_of_stages, stage_settings
-from megatron_ds.pipeline.stage import Model, StageSpan
+from megatron_ds.models.text_task import TextTask
+from megatron_ds.models.transformer import BlockParts, Transformer
 from megatron_ds.rng import keys_of_rows
 
 
@@ -68,10 +67,18 @@ class BERT(Transformer):
         return self.transform_norm(bias_gelu(F.linear(x, self.transform.weight), self.transform.bias, approximate))
 
 
-def bert_model(config: RunConfig) -> Model:
-    """What training needs of the BERT that ``config.model`` describes."""
-    return model_of_stages(config, _make_stage)
+class BERTTask(TextTask):
+    """A BERT to the trainer: the same texts, masked."""
 
+    stage = BERT
 
-def _make_stage(config: RunConfig, span: StageSpan, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> BERT:
-    return BERT(config.model, stage_settings(config, span, mesh, device, dtype))
+    def open_sources(self) -> GPTSources:
+        data, config = self.config.data, self.config
+        return mask_sources(
+            super().open_sources(),
+            mask_id=data.mask_token,
+            probability=data.mask_probability,
+            vocab_size=config.model.vocab_size,
+            seed=config.seed,
+            tokenizer=data.tokenizer,
+        )

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from megatron_ds.config import ModelConfig, RunConfig
-from megatron_ds.models.bert import BERT, bert_model
-from megatron_ds.models.gpt import GPT, gpt_model
+from megatron_ds.models.bert import BERTTask
+from megatron_ds.models.gpt import GPTTask
+from megatron_ds.models.text_task import TextTask
 from megatron_ds.models.transformer import Transformer
-from megatron_ds.pipeline.stage import Model
 
-_CLASSES: Mapping[str, type[Transformer]] = MappingProxyType({"gpt": GPT, "bert": BERT})
-_MODELS: Mapping[str, Callable[[RunConfig], Model]] = MappingProxyType({"gpt": gpt_model, "bert": bert_model})
+_TASKS: Mapping[str, type[TextTask]] = MappingProxyType({"gpt": GPTTask, "bert": BERTTask})
 
 
 def class_of(config: ModelConfig) -> type[Transformer]:
-    return _CLASSES[config.family]
+    return _TASKS[config.family].stage
 
 
-def model_of(config: RunConfig) -> Model:
-    """What training needs of the model that ``config.model`` describes."""
-    return _MODELS[config.model.family](config)
+def task_of(config: RunConfig) -> TextTask:
+    """What the model that ``config.model`` describes is to the trainer."""
+    return _TASKS[config.model.family](config)

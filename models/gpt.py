@@ -5,20 +5,16 @@ Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden. What it shares with other mod
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from megatron_ds.config import RunConfig
 from megatron_ds.layers.attention import AttentionInputs
 from megatron_ds.layers.norm import Norm
-from megatron_ds.mesh import Mesh
 from megatron_ds.models.activations import gpt_activations
-from megatron_ds.models.transformer import BlockParts, Transformer, model_of_stages, stage_settings
-from megatron_ds.pipeline.stage import Model, StageSpan
+from megatron_ds.models.text_task import TextTask
+from megatron_ds.models.transformer import BlockParts, Transformer
+from megatron_ds.pipeline.stage import Activations, StageSpan
 from megatron_ds.rng import add_dropout, keys_of_rows
 
 
@@ -44,10 +40,10 @@ class GPT(Transformer):
         return self.final_norm(x)
 
 
-def gpt_model(config: RunConfig) -> Model:
-    """What training needs of the GPT that ``config.model`` describes."""
-    return replace(model_of_stages(config, _make_stage), activations=partial(gpt_activations, config))
+class GPTTask(TextTask):
+    """A GPT to the trainer."""
 
+    stage = GPT
 
-def _make_stage(config: RunConfig, span: StageSpan, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> GPT:
-    return GPT(config.model, stage_settings(config, span, mesh, device, dtype))
+    def activations(self, span: StageSpan, tp: int, device: str) -> Activations | None:
+        return gpt_activations(self.config, span, tp, device)

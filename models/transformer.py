@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ds import comm
-from megatron_ds.config import ModelConfig, RecomputeConfig, RunConfig
+from megatron_ds.config import ModelConfig, RecomputeConfig
 from megatron_ds.config.sparse import sparse_layout
 from megatron_ds.kernels.block_layout import BlockLayout
 from megatron_ds.kernels.documents import Documents
@@ -31,20 +30,11 @@ from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.norm import Norm
 from megatron_ds.layers.position import alibi_slopes, rotary_frequencies, rotary_table
 from megatron_ds.mesh import Mesh
-from megatron_ds.pipeline.stage import LayerCosts, Model, StageFactory, StageSpan
+from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.rng import DropoutKeys, dropout, initialize_parameters
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
 
 MicroBatch = Mapping[str, Tensor]
-
-TABLES = MappingProxyType(
-    {
-        "embedding.weight": "vocab_size",
-        "head.weight": "vocab_size",
-        "head.bias": "vocab_size",
-        "position.weight": "max_positions",
-    }
-)
 
 # Dropout sites of a model: one of the embedding, then three a block.
 _EMBEDDING_SITE = 0
@@ -221,11 +211,6 @@ class Transformer(nn.Module):
         module = getattr(self, name, None)
         return None if module is None else module.weight
 
-    def activation_shape(self, micro_batch: int, sequence_length: int) -> tuple[int, int, int]:
-        """Shape of what flows between stages."""
-        length = sequence_length // self.tp.size if self.sequence_parallel else sequence_length
-        return length, micro_batch, self.config.hidden_size
-
     def forward(self, micro_batch: MicroBatch, hidden: Tensor | None = None) -> Tensor:
         """Run this stage on one micro-batch.
 
@@ -360,48 +345,4 @@ def attention_config(c: ModelConfig) -> AttentionConfig:
         norm_eps=c.norm_eps,
         init_std=c.init_std,
         out_std=output_std(c.init_std, c.num_layers),
-    )
-
-
-def layer_costs(m: ModelConfig, sequence_length: int) -> LayerCosts:
-    """Forward FLOPs a token: 2 a matmul weight, plus ``4 s n d`` for the two attention matmuls a block.
-
-    The convention of the PaLM paper (Chowdhery et al. 2022, appendix B): attention counts the full square although
-    it is causal, norms and embedding lookups count nothing. Training costs three times this. Sparse attention counts
-    its live blocks.
-    """
-    n, g, d, h = m.num_heads, m.groups, m.head_size, m.hidden_size
-    sparse = m.attention.sparse
-    density = 1.0 if sparse.mode == "none" else sparse_layout(sparse, sequence_length, n, causal=m.causal).density()
-    attention = (n + 2 * g) * d * h + n * d * h
-    mlp = (3 if m.gated else 2) * m.ffn_size * h
-    return LayerCosts(
-        block=2.0 * (attention + mlp) + 4.0 * density * sequence_length * n * d,
-        embedding=0.0,
-        head=2.0 * (m.vocab_size if m.causal else m.vocab_size + h) * h,
-    )
-
-
-def model_of_stages(config: RunConfig, make_stage: StageFactory) -> Model:
-    """What training needs of a model whose blocks are alike, from the function that builds a stage of it."""
-    m = config.model
-    costs = layer_costs(m, config.train.sequence_length)
-    flops = 3.0 * (m.num_layers * costs.block + costs.head)
-    return Model(make_stage, m.num_layers, costs, flops, tables=TABLES)
-
-
-def stage_settings(
-    config: RunConfig, span: StageSpan, mesh: Mesh, device: torch.device, dtype: torch.dtype
-) -> StageSettings:
-    """Those of a run's stage ``span``."""
-    return StageSettings(
-        mesh,
-        span,
-        sequence_parallel=config.mesh.sequence_parallel,
-        recompute=config.recompute,
-        label_smoothing=config.train.label_smoothing,
-        z_loss=config.train.z_loss,
-        dropout_seed=config.seed,
-        device=device,
-        dtype=dtype,
     )

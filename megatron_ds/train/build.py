@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from megatron_ds.config import BaseRunConfig, PipelineConfig, RunConfig
+from megatron_ds.config import BaseRunConfig, PipelineConfig
 from megatron_ds.data.ramp import BatchRamp
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.optim.loss_scaler import LossScaler
@@ -20,9 +20,10 @@ from megatron_ds.pipeline.placement import Placement
 from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.schedules import build_schedule, generator_of
 from megatron_ds.pipeline.split import split_layers
-from megatron_ds.pipeline.stage import Model, StageModule, StageSpan, stage_spans
+from megatron_ds.pipeline.stage import StageModule, StageSpan, stage_spans
 from megatron_ds.pipeline.validate import validate as validate_schedule
 from megatron_ds.train.step import TrainStep
+from megatron_ds.train.task import Task
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -51,24 +52,24 @@ def num_micro_batches(config: BaseRunConfig, shape: MeshShape) -> int:
     return config.train.global_batch // (config.train.micro_batch * shape.dp)
 
 
-def spans_of(config: PipelineConfig, model: Model, pp: int) -> list[StageSpan]:
+def spans_of(config: PipelineConfig, task: Task, pp: int) -> list[StageSpan]:
     """The layers of every stage. The embedding and the head count as cost where the split is by cost."""
     num_stages = pp * config.chunks
     if config.layers_per_stage is not None:
-        return stage_spans(split_layers(model.num_layers, num_stages, mode=list(config.layers_per_stage)))
+        return stage_spans(split_layers(task.num_layers, num_stages, mode=list(config.layers_per_stage)))
     return stage_spans(
         split_layers(
-            model.num_layers,
+            task.num_layers,
             num_stages,
-            layer_cost=model.costs.block,
-            first_cost=model.costs.embedding,
-            last_cost=model.costs.head,
+            layer_cost=task.costs.block,
+            first_cost=task.costs.embedding,
+            last_cost=task.costs.head,
             mode=config.split,
         )
     )
 
 
-def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | None = None) -> RankRuntime:
+def build(config: BaseRunConfig, mesh: Mesh, task: Task, device: torch.device | None = None) -> RankRuntime:
     """Everything one rank runs, with initial weights set.
 
     Args:
@@ -78,7 +79,7 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
     pp = mesh.pp.size
     replica_batch = config.train.micro_batch * mesh.shape.dp
     schedules = [schedule_of(config.pipeline, pp, size // replica_batch) for size in batch_ramp(config).sizes()]
-    stages, shared = make_stages(config, mesh, model, device)
+    stages, shared = make_stages(config, mesh, task, device)
     for stage in stages.values():
         cast(StageModule, stage).initialize(config.seed)
     optimizer = ZeroOptimizer(
@@ -99,9 +100,7 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
         stages,
         pp=mesh.pp,
         pp_back=mesh.pp_back,
-        activation_shape=cast(StageModule, next(iter(stages.values()))).activation_shape(
-            config.train.micro_batch, config.train.sequence_length
-        ),
+        activation_shape=task.activation_shape(mesh),
         dtype=DTYPES[config.precision.dtype],
         device=device,
         gradients=optimizer,
@@ -114,21 +113,21 @@ def build(config: RunConfig, mesh: Mesh, model: Model, device: torch.device | No
         mesh,
         scaler,
         clip_norm=config.optimizer.clip_norm,
+        count=task.count,
         rate=lambda update: learning_rate(config.optimizer, update, config.train.steps),
     )
     return RankRuntime(stages, executor, optimizer, step, scaler)
 
 
 def make_stages(
-    config: RunConfig, mesh: Mesh, model: Model, device: torch.device
+    config: BaseRunConfig, mesh: Mesh, task: Task, device: torch.device
 ) -> tuple[dict[int, nn.Module], list[tuple[nn.Parameter, Axis]]]:
     """This rank's stages by number, and the parameters of which a stage on another rank holds a copy."""
-    spans = spans_of(config.pipeline, model, mesh.pp.size)
+    spans = spans_of(config.pipeline, task, mesh.pp.size)
     placement = Placement.of(config.pipeline.placement, mesh.pp.size, config.pipeline.chunks)
     dtype = DTYPES[config.precision.dtype]
     stages = {
-        number: model.make_stage(config, spans[number], mesh, device, dtype)
-        for number in placement.stages_of(mesh.pp.rank)
+        number: task.make_stage(spans[number], mesh, device, dtype) for number in placement.stages_of(mesh.pp.rank)
     }
     return stages, _tie_embeddings(stages, mesh)
 

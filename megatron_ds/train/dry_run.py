@@ -10,14 +10,15 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_ds.config import RunConfig, validate
+from megatron_ds.config import BaseRunConfig, validate
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import MeshShape
 from megatron_ds.pipeline.passes import make_ready
 from megatron_ds.pipeline.simulate import Costs, simulate
-from megatron_ds.pipeline.stage import Activations, Model, StageSpan
+from megatron_ds.pipeline.stage import Activations, StageSpan
 from megatron_ds.train.build import num_micro_batches, schedule_of, spans_of
 from megatron_ds.train.rank_bytes import RankAccount, account_of
+from megatron_ds.train.task import Task
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class DryRun:
         bubble: idle share of the pipeline's time, from the layers' FLOPs, a backward at twice a forward.
     """
 
-    config: RunConfig
+    config: BaseRunConfig
     shape: MeshShape
     rank: int
     spans: list[StageSpan]
@@ -120,7 +121,7 @@ def _table(sizes: dict[str, int]) -> list[str]:
     return [f"  {kind:<10}  {size:>18,} bytes  {size / 2**30:9.3f} GiB" for kind, size in sizes.items()]
 
 
-def dry_run(config: RunConfig, model: Model, world_size: int, rank: int = 0) -> DryRun:
+def dry_run(config: BaseRunConfig, task: Task, world_size: int, rank: int = 0) -> DryRun:
     """Lay out rank ``rank`` of a job of ``world_size`` ranks.
 
     Raises:
@@ -130,13 +131,13 @@ def dry_run(config: RunConfig, model: Model, world_size: int, rank: int = 0) -> 
     shape = validate(config, world_size, needs_data=False)
     if not 0 <= rank < world_size:
         raise ConfigError(f"--rank {rank} is not a rank of --world-size {world_size}; use 0 to {world_size - 1}")
-    account = account_of(config, model, shape, rank)
-    spans = spans_of(config.pipeline, model, shape.pp)
+    account = account_of(config, task, shape, rank)
+    spans = spans_of(config.pipeline, task, shape.pp)
     batches = num_micro_batches(config, shape)
     forward = [
-        model.costs.block * (span.last - span.first)
-        + model.costs.embedding * span.embedding
-        + model.costs.head * span.head
+        task.costs.block * (span.last - span.first)
+        + task.costs.embedding * span.embedding
+        + task.costs.head * span.head
         for span in spans
     ]
     schedule = schedule_of(config.pipeline, shape.pp, batches)

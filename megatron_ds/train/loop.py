@@ -46,7 +46,7 @@ class Loop:
 
     Args:
         evaluation: makes the validation batches anew for each evaluation; None: there is no validation data.
-        data: what the samples are made from (:attr:`GPTSources.identity`): kept in checkpoints, compared on resuming.
+        data: what the samples are made from (:attr:`Sources.identity`): kept in checkpoints, compared on resuming.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class Loop:
                     result = self.parts.step(self._to_device(own), self._asked_to_stop.is_set())
                     self.step = step
                     stopped = result.stop
-                    tokens = sum(batch["tokens"].numel() for batch in own)
-                    self.speedometer.add(tokens * self.mesh.dp.size, result.targets)
+                    samples = sum(len(batch["sample_index"]) for batch in own)
+                    self.speedometer.add(samples * self.mesh.dp.size, result.targets)
                     self._call("on_step", step, result, self.speedometer.read())
                     self._count(result)
                     self._evaluate_and_save(step, total, stopped)

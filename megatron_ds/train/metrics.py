@@ -55,10 +55,12 @@ class Speedometer:
         flops_per_token: model FLOPs of forward and backward (the model states its convention).
         ranks: ranks of the job.
         peak: of one device in TFLOP/s, or None.
+        tokens_per_sample: positions that the model computes of a sample.
     """
 
-    def __init__(self, flops_per_token: float, ranks: int, peak: float | None):
+    def __init__(self, flops_per_token: float, ranks: int, peak: float | None, tokens_per_sample: int = 1):
         self.flops_per_token, self.ranks, self.peak = flops_per_token, ranks, peak
+        self.tokens_per_sample = tokens_per_sample
         self.restart()
 
     @contextlib.contextmanager
@@ -68,8 +70,8 @@ class Speedometer:
         yield
         self.waited += time.perf_counter() - begin
 
-    def add(self, tokens: int, targets: int) -> None:
-        self.tokens += tokens
+    def add(self, samples: int, targets: int) -> None:
+        self.tokens += samples * self.tokens_per_sample
         self.targets += targets
 
     def restart(self) -> None:

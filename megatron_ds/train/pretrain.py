@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from megatron_ds.checkpoint.directory import resolve
 from megatron_ds.checkpoint.last_good import last_good
-from megatron_ds.config import RunConfig, validate
+from megatron_ds.config import BaseRunConfig, validate
 from megatron_ds.convert.carried_files import take_along
-from megatron_ds.data.gpt_sources import GPTSources
 from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
+from megatron_ds.data.samples import SampleSource
 from megatron_ds.files import say
 from megatron_ds.host import give_back_freed_memory, keep_freed_memory
 from megatron_ds.kernels import registry
 from megatron_ds.mesh import Mesh
 from megatron_ds.pipeline.schedules import activation_bound
-from megatron_ds.pipeline.stage import Model, largest_activations
 from megatron_ds.train.advice import AdviceCallback, RunAdvice, known_beforehand
 from megatron_ds.train.build import DTYPES, RankRuntime, batch_ramp, build, num_micro_batches, schedule_of, spans_of
 from megatron_ds.train.callbacks import Callback, default_callbacks
@@ -26,15 +25,13 @@ from megatron_ds.train.launch import RankInfo, job, set_threads
 from megatron_ds.train.loop import Evaluation, Loop
 from megatron_ds.train.metrics import Speedometer, peak_tflops
 from megatron_ds.train.output import LAST_GOOD, Output
+from megatron_ds.train.task import Task, largest_activations
 
 
-def pretrain(config: RunConfig, place: RankInfo, model: Model, open_sources: Callable[[RunConfig], GPTSources]) -> bool:
+def pretrain(config: BaseRunConfig, place: RankInfo, task: Task) -> bool:
     """Train; True when all steps are done, False when asked to stop before that (everything is saved).
 
     All that can be wrong with the input is found before the process group exists, for every rank alike.
-
-    Args:
-        open_sources: opens and checks the data that ``config.data`` describes.
     """
     output = Output(config.output)
     with contextlib.ExitStack() as stack:
@@ -47,7 +44,7 @@ def pretrain(config: RunConfig, place: RankInfo, model: Model, open_sources: Cal
             changes = output.check(config)
             source = output.resume_path(config)
             differs = [] if source is not None else check_model(config)
-            sources = open_sources(config)
+            sources = task.open_sources()
         set_threads(place, config.threads)
         keep_freed_memory()
         ranks.start(device)
@@ -57,7 +54,7 @@ def pretrain(config: RunConfig, place: RankInfo, model: Model, open_sources: Cal
             say("\n".join([str(mesh), *sources.notes]))
             if device.type == "cuda" or config.kernels != "auto":
                 say("\n  ".join(["kernels:", *map(str, registry.report(device, DTYPES[config.precision.dtype]))]))
-        parts = build(config, mesh, model)
+        parts = build(config, mesh, task)
         parts.step.after_first = give_back_freed_memory
         loader = BatchLoader(
             sources.train,
@@ -69,10 +66,13 @@ def pretrain(config: RunConfig, place: RankInfo, model: Model, open_sources: Cal
             pin_memory=device.type == "cuda",
         )
         speedometer = Speedometer(
-            model.flops_per_token, shape.world_size, config.log.peak_tflops or peak_tflops(device)
+            task.flops_per_token,
+            shape.world_size,
+            config.log.peak_tflops or peak_tflops(device),
+            task.tokens_per_sample,
         )
         callbacks = default_callbacks(config, mesh, parts.executor, output)
-        callbacks.append(_advice(config, place, mesh, model, parts, callbacks))
+        callbacks.append(_advice(config, place, mesh, task, parts, callbacks))
         loop = Loop(
             config,
             mesh,
@@ -80,7 +80,7 @@ def pretrain(config: RunConfig, place: RankInfo, model: Model, open_sources: Cal
             loader,
             output,
             speedometer,
-            _evaluation(config, mesh, sources),
+            _evaluation(config, mesh, task, sources.valid),
             callbacks,
             sources.identity,
         )
@@ -91,7 +91,7 @@ def pretrain(config: RunConfig, place: RankInfo, model: Model, open_sources: Cal
                 changes = [*changes, *(f"passed over: {problem}" for problem in damaged)]
             changes = [*changes, *loop.resume(None if source == output.checkpoints else source)]
         elif config.checkpoint.init_from:
-            load_weights(config, model.tables, parts.optimizer, mesh)
+            load_weights(config, task.tables, parts.optimizer, mesh)
         loop.check_room()
         if mesh.rank == 0:
             # Only now: whatever failed until here has left the directory as it was.
@@ -105,7 +105,7 @@ def pretrain(config: RunConfig, place: RankInfo, model: Model, open_sources: Cal
         return loop.run()
 
 
-def _resumed(step: int, config: RunConfig, changes: Sequence[str]) -> str:
+def _resumed(step: int, config: BaseRunConfig, changes: Sequence[str]) -> str:
     if step == 0:
         return f"checkpoint.resume: no checkpoint in {config.output}, so this run starts from the beginning"
     changed = "; ".join(filter(None, dict.fromkeys(changes)))
@@ -116,7 +116,7 @@ def _resumed(step: int, config: RunConfig, changes: Sequence[str]) -> str:
 
 
 def _advice(
-    config: RunConfig, place: RankInfo, mesh: Mesh, model: Model, parts: RankRuntime, callbacks: Sequence[Callback]
+    config: BaseRunConfig, place: RankInfo, mesh: Mesh, task: Task, parts: RankRuntime, callbacks: Sequence[Callback]
 ) -> AdviceCallback:
     """Says on rank 0, through the other callbacks, what the settings cost more than they need to."""
 
@@ -125,31 +125,36 @@ def _advice(
             callback.on_message(text)
 
     micro_batches, pp = num_micro_batches(config, mesh.shape), mesh.pp
-    spans = spans_of(config.pipeline, model, pp.size)
+    spans = spans_of(config.pipeline, task, pp.size)
     schedule = schedule_of(config.pipeline, pp.size, micro_batches)
     known = known_beforehand(
         config,
         parts.optimizer,
         micro_batches,
         activation_bound(config.pipeline.schedule, schedule)[pp.rank],
-        largest_activations(model, [spans[stage] for stage in parts.stages], mesh.tp.size, mesh.device.type),
-        model.flops_per_token * config.train.global_batch * config.train.sequence_length / mesh.world.size,
+        largest_activations(task, [spans[stage] for stage in parts.stages], mesh.tp.size, mesh.device.type),
+        task.flops_per_token * config.train.global_batch * task.tokens_per_sample / mesh.world.size,
         config.log.peak_tflops or peak_tflops(mesh.device),
         place.local_world_size,
     )
     return AdviceCallback(RunAdvice(parts.optimizer, parts.scaler, mesh, micro_batches, say), known)
 
 
-def _evaluation(config: RunConfig, mesh: Mesh, sources: GPTSources) -> Evaluation | None:
+def _evaluation(config: BaseRunConfig, mesh: Mesh, task: Task, valid: SampleSource | None) -> Evaluation | None:
     """Makes the validation batches, cut into portions of a training step's micro-batches."""
-    valid = sources.valid
     if valid is None or not config.train.eval_every:
         return None
 
     def batches() -> Iterator[Sequence[MicroBatch]]:
         samples = config.train.eval_batches * config.train.global_batch
         stream = evaluation_batches(
-            valid, samples, config.train.micro_batch, mesh.dp.rank, mesh.dp.size, mesh.device.type == "cuda"
+            valid,
+            samples,
+            config.train.micro_batch,
+            task.leave_out,
+            mesh.dp.rank,
+            mesh.dp.size,
+            mesh.device.type == "cuda",
         )
         while portion := list(itertools.islice(stream, num_micro_batches(config, mesh.shape))):
             yield portion

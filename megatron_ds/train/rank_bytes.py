@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megatron_ds.config import RunConfig
+from megatron_ds.config import BaseRunConfig
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.optim.factory import as_rule
 from megatron_ds.pipeline.placement import Placement
 from megatron_ds.pipeline.schedules import generator_of
-from megatron_ds.pipeline.stage import Activations, Model, StageSpan, largest_activations
+from megatron_ds.pipeline.stage import Activations, StageSpan
 from megatron_ds.train.build import make_stages, num_micro_batches, root_of, spans_of, stage_numbers
+from megatron_ds.train.task import Task, largest_activations
 from megatron_ds.zero.buckets import ParameterInfo
 from megatron_ds.zero.layout import ZeroLayout
 from megatron_ds.zero.optimizer import data_axes
@@ -82,7 +83,7 @@ class StageBook:
         return len(self._stages)
 
     def parameters(
-        self, config: RunConfig, model: Model, mesh: Mesh, spans: list[StageSpan], shard_ranks: int
+        self, config: BaseRunConfig, task: Task, mesh: Mesh, spans: list[StageSpan], shard_ranks: int
     ) -> tuple[ParameterInfo, ...]:
         """Of the stages ``spans`` of this rank, in units for ``shard_ranks`` if ZeRO's stage is 3."""
         kinds = tuple((span.last - span.first, span.embedding, span.head) for span in spans)
@@ -92,7 +93,7 @@ class StageBook:
         key = (stage_key, config.optimizer, zero.persistence_threshold if gathers else None)
         if key not in self._found:
             if stage_key not in self._stages:
-                self._stages[stage_key] = make_stages(config, mesh, model, torch.device("meta"))
+                self._stages[stage_key] = make_stages(config, mesh, task, torch.device("meta"))
             stages, shared_over = self._stages[stage_key]
             root = root_of(stages)
             parameters = list(dict.fromkeys(root.parameters()))
@@ -105,7 +106,7 @@ class StageBook:
 
 
 def account_of(
-    config: RunConfig, model: Model, shape: MeshShape, rank: int, book: StageBook | None = None
+    config: BaseRunConfig, task: Task, shape: MeshShape, rank: int, book: StageBook | None = None
 ) -> RankAccount:
     """What rank ``rank`` of a mesh of that shape needs.
 
@@ -115,15 +116,15 @@ def account_of(
     mesh = Mesh.described(shape, rank)
     placement = Placement.of(config.pipeline.placement, shape.pp, config.pipeline.chunks)
     numbers = placement.stages_of(mesh.pp.rank)
-    all_spans = spans_of(config.pipeline, model, shape.pp)
+    all_spans = spans_of(config.pipeline, task, shape.pp)
     spans = [all_spans[number] for number in numbers]
     axes = {over: (shard.size, copies.size) for over, (shard, copies) in data_axes(mesh, config.zero).items()}
-    infos = (book or StageBook()).parameters(config, model, mesh, spans, axes[()][0])
+    infos = (book or StageBook()).parameters(config, task, mesh, spans, axes[()][0])
     batches = num_micro_batches(config, shape)
     return RankAccount(
         ZeroLayout.plan(infos, config.zero, axes),
         tuple(numbers),
         batches,
         generator_of(config.pipeline.schedule).max_in_flight(mesh.pp.rank, placement, batches),
-        largest_activations(model, spans, shape.tp, "cpu" if config.device == "cpu" else "cuda"),
+        largest_activations(task, spans, shape.tp, "cpu" if config.device == "cpu" else "cuda"),
     )

@@ -1,10 +1,10 @@
 """The one train step: the sole owner of loss normalisation, loss scaling, clipping and the decision to skip.
 
-The loss of a step is a sum over the *global* batch divided by a count. In pretraining both are over unmasked target
-tokens; for a user's own model (``megatron_ds.engine``) the sum is of the micro-batches' losses and the count is of
-micro-batches. Each rank counts before the forward pass, the counts are summed over the data axis, and the gradient that
-seeds every backward pass is ``loss_scale / count``. Everything after that is a sum: over micro-batches, over
-tensor-parallel ranks, over replicas. Nothing is ever averaged, so no mean of means can arise.
+The loss of a step is a sum over the *global* batch divided by a count. What counts, the task says (a language model's
+unmasked target tokens); for a user's own model (``megatron_ds.engine``) the sum is of the micro-batches' losses and the
+count is of micro-batches. Each rank counts before the forward pass, the counts are summed over the data axis, and the
+gradient that seeds every backward pass is ``loss_scale / count``. Everything after that is a sum: over micro-batches,
+over tensor-parallel ranks, over replicas. Nothing is ever averaged, so no mean of means can arise.
 
 A step is :meth:`TrainStep.begin`, the backward passes, :meth:`TrainStep.finish`: in one call where the executor runs
 the micro-batches, apart where the user does.
@@ -38,7 +38,7 @@ class StepResult:
     Attributes:
         loss: the global batch's sum divided by ``targets``.
         grad_norm: global L2 norm before clipping (NaN or Inf when the step was skipped).
-        targets: what the loss was divided by: unmasked targets of the global batch, or micro-batches of an Engine.
+        targets: what the loss was divided by: what the task counts of the global batch, or micro-batches of an Engine.
         skipped: gradients were not finite, and no weight changed.
         stop: some rank asked to stop after this step.
     """
@@ -50,11 +50,6 @@ class StepResult:
     loss_scale: float
     skipped: bool
     stop: bool
-
-
-def count_tokens(micro_batches: Sequence[MicroBatch]) -> Tensor:
-    """Unmasked target tokens of this rank's micro-batches, 0-d."""
-    return torch.stack([batch["loss_mask"].sum() for batch in micro_batches]).sum()
 
 
 class TrainStep:
@@ -82,7 +77,7 @@ class TrainStep:
         *,
         clip_norm: float,
         rate: Callable[[int], float],
-        count: Callable[[Sequence[MicroBatch]], Tensor] = count_tokens,
+        count: Callable[[Sequence[MicroBatch]], Tensor],
     ):
         self.executor, self.optimizer, self.mesh, self.scaler = executor, optimizer, mesh, scaler
         self.clip_norm, self.rate, self.count = clip_norm, rate, count

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_ds.data.blend_sources import blend_of_splits, splits_of_blends
-from megatron_ds.data.gpt_dataset import GPTDataset, SampleSource
+from megatron_ds.data.gpt_dataset import GPTDataset, TextSource
 from megatron_ds.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_ds.data.split import DocumentRange
 from megatron_ds.errors import DataError
@@ -16,7 +16,7 @@ from megatron_ds.errors import DataError
 S = 4
 
 
-def make(dataset: IndexedDataset, documents: DocumentRange | None, seed: int) -> SampleSource:
+def make(dataset: IndexedDataset, documents: DocumentRange | None, seed: int) -> TextSource:
     return GPTDataset(dataset, S, documents, seed)
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ds.data.gpt_dataset import Batch, GPTDataset
+from megatron_ds.data.gpt_dataset import GPTDataset, leave_out
 from megatron_ds.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
+from megatron_ds.data.samples import Batch
 from megatron_ds.errors import DataError
 
 SEQUENCE = 4
@@ -159,7 +160,7 @@ def test_no_thread_is_left(dataset: GPTDataset) -> None:
 
 @pytest.mark.parametrize("micro_batch, dp_size", [(1, 1), (2, 2), (4, 3), (32, 1), (1, 7)])
 def test_evaluation_counts_each_row_once_on_every_mesh(dataset: GPTDataset, micro_batch: int, dp_size: int) -> None:
-    ranks = [list(evaluation_batches(dataset, 10, micro_batch, r, dp_size)) for r in range(dp_size)]
+    ranks = [list(evaluation_batches(dataset, 10, micro_batch, leave_out, r, dp_size)) for r in range(dp_size)]
     assert len({len(batches) for batches in ranks}) == 1  # no rank waits for another in a collective
     rows: dict[int, MicroBatch] = {}
     for batch in (b for batches in ranks for b in batches):
@@ -175,7 +176,7 @@ def test_evaluation_counts_each_row_once_on_every_mesh(dataset: GPTDataset, micr
 
 
 def test_evaluation_of_more_rows_than_there_are(dataset: GPTDataset) -> None:
-    batches = list(evaluation_batches(dataset, 10**9, 7))
+    batches = list(evaluation_batches(dataset, 10**9, 7, leave_out))
     indices = torch.cat([b["sample_index"] for b in batches])
     assert indices.tolist() == [*range(30), *[-1] * 5]
-    assert list(evaluation_batches(dataset, 0, 7)) == []
+    assert list(evaluation_batches(dataset, 0, 7, leave_out)) == []

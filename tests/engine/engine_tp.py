@@ -14,7 +14,7 @@ from megatron_ds.config import RunConfig, from_dict
 from megatron_ds.data.synthetic import SyntheticDataset
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh, MeshShape
-from megatron_ds.models.gpt import gpt_model
+from megatron_ds.models.gpt import GPTTask
 from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.testing import device_of_rank
 
@@ -44,7 +44,7 @@ def trained(tp: int, stage: int, folder: str) -> tuple[list[float], list[float],
     mesh = Mesh.create(MeshShape(dp=world // tp, tp=tp), device_of_rank(rank, world))
     config = from_dict(RunConfig, SECTIONS, "test")
     span = StageSpan(0, config.model.num_layers)
-    net: Any = gpt_model(config).make_stage(config, span, mesh, mesh.device, torch.float64)
+    net: Any = GPTTask(config).make_stage(span, mesh, mesh.device, torch.float64)
     net.initialize(config.seed)
     engine = megatron_ds.initialize(
         net,

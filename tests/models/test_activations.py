@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megatron_ds.config import RunConfig, from_dict, validate
 from megatron_ds.mesh import Mesh
-from megatron_ds.models.gpt import gpt_model
+from megatron_ds.models.gpt import GPTTask
 from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.testing import run_ranks
 from megatron_ds.train.build import DTYPES
@@ -42,7 +42,8 @@ def stored(config: RunConfig, span: StageSpan) -> int:
     world = dist.get_world_size() if dist.is_initialized() else 1
     cpu = torch.device("cpu")
     mesh = Mesh.create(validate(config, world), cpu)
-    stage = gpt_model(config).make_stage(config, span, mesh, cpu, DTYPES[config.precision.dtype])
+    task = GPTTask(config)
+    stage = task.make_stage(span, mesh, cpu, DTYPES[config.precision.dtype])
     stage.initialize(1)
     shape = (config.train.micro_batch, config.train.sequence_length)
     batch = {
@@ -63,7 +64,7 @@ def stored(config: RunConfig, span: StageSpan) -> int:
 
     hidden = None
     if not span.embedding:
-        hidden = torch.zeros(stage.activation_shape(*shape), dtype=DTYPES[config.precision.dtype], requires_grad=True)
+        hidden = torch.zeros(task.activation_shape(mesh), dtype=DTYPES[config.precision.dtype], requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         stage(batch, hidden)
     return sum(t.untyped_storage().nbytes() for place, t in found.items() if place not in known)
@@ -93,7 +94,7 @@ def test_the_estimate_is_what_autograd_keeps(
     model: dict[str, Any], mode: str, dtype: str, length: int, span: StageSpan
 ) -> None:
     config = configuration(model, mode, dtype, length)
-    activations = gpt_model(config).activations
+    activations = GPTTask(config).activations
     assert activations is not None
     estimate = activations(span, 1, "cpu")
     measured = stored(config, span)
@@ -109,7 +110,7 @@ def test_documents_keep_no_bias() -> None:
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"document_masking": True, "synthetic": False, "prefix": "x"})}
     )
-    activations = gpt_model(config).activations
+    activations = GPTTask(config).activations
     assert activations is not None
     assert stored(config, MIDDLE) == pytest.approx(activations(MIDDLE, 1, "cpu").stored, rel=0.1)
 
@@ -123,7 +124,7 @@ def test_tensor_and_sequence_parallelism_divide_what_they_say() -> None:
     configs = [configuration(model, mesh=mesh) for mesh in meshes for model in ({}, GQA)]
     for measured in run_ranks(kept_by_each, 2, configs):
         for config, size in zip(configs, measured):
-            activations = gpt_model(config).activations
+            activations = GPTTask(config).activations
             assert activations is not None
             assert size == pytest.approx(activations(MIDDLE, 2, "cpu").stored, rel=0.1)
 
@@ -135,7 +136,7 @@ def test_the_papers_layer() -> None:
     place = 2 * 2048 * 1024
     for parallel, want in ((True, 32 / 4), (False, 8 + 24 / 4)):
         mesh = {"tp": 4, "sequence_parallel": parallel}
-        activations = gpt_model(configuration(sizes, "none", "bf16", 2048, mesh)).activations
+        activations = GPTTask(configuration(sizes, "none", "bf16", 2048, mesh)).activations
         assert activations is not None
         layer = activations(StageSpan(0, 1, embedding=False, head=False), 4, "cuda").no_recompute
         assert layer == pytest.approx(want * place, rel=0.01)

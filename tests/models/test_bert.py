@@ -17,8 +17,9 @@ from megatron_ds.config import ModelConfig, RunConfig, from_dict, validate
 from megatron_ds.convert.tables import export_hf, import_hf
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.bert import BERT
-from megatron_ds.models.families import model_of
-from megatron_ds.models.transformer import StageSettings, layer_costs
+from megatron_ds.models.families import task_of
+from megatron_ds.models.text_task import layer_costs
+from megatron_ds.models.transformer import StageSettings
 from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.shard import spec_of
 from megatron_ds.testing import device_of_rank, run_ranks
@@ -128,7 +129,7 @@ def test_the_head_costs_what_its_matrices_say() -> None:
     m = config().model
     costs, net = layer_costs(m, LENGTH), BERT(m, StageSettings(device="meta", span=StageSpan(1, 2, embedding=False)))
     assert costs.head == 2 * (m.vocab_size * m.hidden_size + net.transform.weight.numel())
-    assert model_of(config()).flops_per_token == 3 * (2 * costs.block + costs.head)
+    assert task_of(config()).flops_per_token == 3 * (2 * costs.block + costs.head)
 
 
 # --- on meshes --------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from megatron_ds.config import ModelConfig, RecomputeConfig, RunConfig, from_dict
 from megatron_ds.mesh import Axis, Mesh
-from megatron_ds.models.gpt import GPT, gpt_model
-from megatron_ds.models.transformer import StageSettings, layer_costs
+from megatron_ds.models.gpt import GPT, GPTTask
+from megatron_ds.models.text_task import layer_costs
+from megatron_ds.models.transformer import StageSettings
 from megatron_ds.pipeline.split import split_layers
 from megatron_ds.pipeline.stage import StageSpan, stage_spans
 from megatron_ds.rng import DropoutKeys
@@ -272,23 +273,27 @@ def test_costs_are_two_flops_a_weight_and_the_attention_square() -> None:
     assert costs.block == 2 * matrices + 4 * s * m.hidden_size
     assert costs.head == 2 * m.vocab_size * m.hidden_size
     run = from_dict(RunConfig, {"model": LLAMA3_8B, "train": {"sequence_length": s}}, "test")
-    parts = gpt_model(run)
+    parts = GPTTask(run)
     assert parts.flops_per_token == 3 * (32 * costs.block + costs.head)
     assert parts.num_layers == 32
 
 
 def test_split_by_cost_takes_layers_from_the_stage_with_the_head() -> None:
     run = from_dict(RunConfig, {"model": LLAMA3_8B}, "test")
-    costs = gpt_model(run).costs
+    costs = GPTTask(run).costs
     split = split_layers(32, 8, costs.block, costs.embedding, costs.head, "cost")
     assert sum(split) == 32 and split[-1] < min(split[:-1])
 
 
 def test_activation_shape_is_what_a_stage_returns() -> None:
+    run = from_dict(
+        RunConfig,
+        {"model": config(**GPT2).model_dump(), "train": {"sequence_length": S, "micro_batch": B}},
+        "test",
+    )
     first = model(GPT2, span=StageSpan(0, 2, head=False))
-    assert first(batch()).shape == first.activation_shape(B, S) == (S, B, 24)
-    split = model(GPT2, mesh=with_tp(Axis("tp", 0, 2, None, (0, 1))), sequence_parallel=True)
-    assert split.activation_shape(B, S) == (S // 2, B, 24)
+    assert first(batch()).shape == GPTTask(run).activation_shape(Mesh.single()) == (S, B, 24)
+    assert GPTTask(run).activation_shape(with_tp(Axis("tp", 0, 2, None, (0, 1)))) == (S // 2, B, 24)
 
 
 def test_a_later_stage_says_what_it_misses() -> None:

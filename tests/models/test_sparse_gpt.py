@@ -19,7 +19,8 @@ from megatron_ds.convert.tables import ARCHITECTURES
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.gpt import GPT
-from megatron_ds.models.transformer import StageSettings, layer_costs
+from megatron_ds.models.text_task import layer_costs
+from megatron_ds.models.transformer import StageSettings
 from megatron_ds.testing import device_of_rank, run_ranks
 
 LENGTH = 128

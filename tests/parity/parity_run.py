@@ -20,7 +20,7 @@ from megatron_ds.data.loader import BatchLoader, MicroBatch
 from megatron_ds.layers.position import rotary_table
 from megatron_ds.mesh import Mesh
 from megatron_ds.models import transformer
-from megatron_ds.models.families import model_of
+from megatron_ds.models.families import task_of
 from megatron_ds.pipeline.passes import make_ready
 from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.validate import validate as validate_schedule
@@ -125,7 +125,7 @@ def train(
     if schedule is not None:
         validate_schedule(make_ready(schedule))
     with patch.object(build_module, "schedule_of", lambda *_: schedule) if schedule else nullcontext():
-        parts = build(config, mesh, model_of(config))
+        parts = build(config, mesh, task_of(config))
     if look is not None:
         look(parts)
     whole = {id(p): p for stage in parts.stages.values() for p in stage.parameters()}.values()

@@ -18,7 +18,7 @@ from megatron_ds.config import RunConfig, from_dict, validate
 from megatron_ds.data.loader import BatchLoader, MicroBatch
 from megatron_ds.data.synthetic import SyntheticDataset
 from megatron_ds.mesh import Mesh, MeshShape
-from megatron_ds.models.gpt import gpt_model
+from megatron_ds.models.gpt import GPTTask
 from megatron_ds.shard import spec_of
 from megatron_ds.testing import device_of_rank
 from megatron_ds.train.build import RankRuntime, build
@@ -110,7 +110,7 @@ def steps(
     ``consumed``: samples to leave out first.
     """
     mesh = on_mesh(config)
-    parts = build(config, mesh, gpt_model(config))
+    parts = build(config, mesh, GPTTask(config))
     loader = loader_of(config, mesh, consumed)
     ran = Ran(parameters=[snapshot(parts)])
     for step in range(1, count + 1):
@@ -183,7 +183,7 @@ def masked(config: RunConfig, count: int, everywhere: bool) -> Ran:
 def evaluating(config: RunConfig, batches: int) -> Ran:
     """Evaluate, step, evaluate twice."""
     mesh = on_mesh(config)
-    parts = build(config, mesh, gpt_model(config))
+    parts = build(config, mesh, GPTTask(config))
     loader = loader_of(config, mesh)
     data = [on_device(next(loader), mesh) for _ in range(batches)]
     ran = Ran(parameters=[snapshot(parts)])
@@ -199,7 +199,7 @@ def evaluating(config: RunConfig, batches: int) -> Ran:
 def gradients_and_update(config: RunConfig) -> tuple[StepResult, dict[str, Tensor], dict[str, Tensor]]:
     """One process: the result of a step, its gradients before clipping, and what it changed."""
     mesh = on_mesh(config)
-    parts = build(config, mesh, gpt_model(config))
+    parts = build(config, mesh, GPTTask(config))
     before = snapshot(parts)
     gradients: dict[str, Tensor] = {}
     update = parts.optimizer.step
@@ -225,6 +225,6 @@ def norm_of(tensors: dict[str, Tensor]) -> float:
 
 def decays(config: RunConfig) -> dict[str, bool]:
     """Whether each parameter of the whole model decays."""
-    parts = build(config, Mesh.single(), gpt_model(config))
+    parts = build(config, Mesh.single(), GPTTask(config))
     (stage,) = parts.stages.values()
     return {name: spec_of(p).weight_decay for name, p in stage.named_parameters()}

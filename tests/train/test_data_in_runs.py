@@ -21,6 +21,7 @@ from megatron_ds.data.preprocess import preprocess
 from megatron_ds.data.source_types import SourceOptions
 from megatron_ds.data.tokenizer_training import train_tokenizer
 from megatron_ds.data.tokenizers import load_tokenizer
+from megatron_ds.models.families import task_of
 from megatron_ds.train.launch import run_main
 from megatron_ds.train.report import read_losses
 
@@ -35,8 +36,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def sources(*arguments: str) -> GPTSources:
-    found: GPTSources = pretrain_gpt().sources(parse([*REAL, *arguments]))
-    return found
+    return task_of(parse([*REAL, *arguments])).open_sources()
 
 
 def metrics(output: Path) -> list[dict[str, Any]]:

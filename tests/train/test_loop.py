@@ -21,7 +21,7 @@ from megatron_ds.data.loader import BatchLoader, to_tensors
 from megatron_ds.data.synthetic import SyntheticDataset
 from megatron_ds.errors import CheckpointError
 from megatron_ds.mesh import Mesh
-from megatron_ds.models.gpt import gpt_model
+from megatron_ds.models.gpt import GPTTask
 from megatron_ds.train import loop as loop_module
 from megatron_ds.train.build import RankRuntime, build
 from megatron_ds.train.callbacks import Callback
@@ -90,7 +90,7 @@ def scripted(
         executor=SimpleNamespace(where=lambda: ""),
     )
     loader = BatchLoader(SyntheticDataset(11, 4), 2, 1, prefetch=0)
-    speed = Speedometer(1.0, 1, None)
+    speed = Speedometer(1.0, 1, None, tokens_per_sample=4)
     loop = Loop(
         config,
         Mesh.single(),
@@ -168,7 +168,7 @@ def test_so_many_skipped_steps_in_a_row_end_the_run_and_fewer_do_not(
 def test_real_nans_end_a_real_run_with_the_weights_untouched(tmp_path: Path) -> None:
     config = parse([*TINY, "--output", str(tmp_path), "--train.max-skipped-steps", "3"])
     mesh = Mesh.single()
-    parts = build(config, mesh, gpt_model(config))
+    parts = build(config, mesh, GPTTask(config))
     loader = BatchLoader(SyntheticDataset(61, 8), 4, 1, prefetch=0)
     loop = Loop(config, mesh, parts, loader, Output(tmp_path), Speedometer(1.0, 1, None))
     with torch.no_grad():
@@ -276,7 +276,7 @@ def test_the_loop_says_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def direct_loss(config: RunConfig, output: Path) -> float:
     """Row by row, token by token: the mean of -log softmax over the valid documents' predictions, in float64."""
     mesh = Mesh.single()
-    parts = build(config, mesh, gpt_model(config))
+    parts = build(config, mesh, GPTTask(config))
     loader = BatchLoader(SyntheticDataset(61, 8), 4, 1, prefetch=0)
     loop = Loop(config, mesh, parts, loader, Output(output), Speedometer(1.0, 1, None))
     loop.resume()

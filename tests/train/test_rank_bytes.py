@@ -14,7 +14,7 @@ from test_dry_run import LLAMA, configuration
 from megatron_ds.comm.local.buffers import LocalGathered
 from megatron_ds.config import RunConfig, from_dict, validate
 from megatron_ds.mesh import Mesh, MeshShape
-from megatron_ds.models.gpt import gpt_model
+from megatron_ds.models.gpt import GPTTask
 from megatron_ds.testing import run_ranks
 from megatron_ds.train.build import build
 from megatron_ds.train.rank_bytes import StageBook, account_of
@@ -54,7 +54,7 @@ def held_by_each(disk: str) -> list[tuple[ZeroLayout, dict[str, int]]]:
     found = []
     for config in configurations(disk):
         mesh = Mesh.create(validate(config, dist.get_world_size()), torch.device("cpu"))
-        zero = build(config, mesh, gpt_model(config)).optimizer
+        zero = build(config, mesh, GPTTask(config)).optimizer
         held = dict.fromkeys(PLACES, 0)
         for bucket in zero._all:
             if isinstance(bucket.parameters, WholeBuffer):
@@ -77,7 +77,7 @@ def test_the_account_is_that_of_the_real_run_on_every_rank(tmp_path: Path) -> No
     book = StageBook()
     for rank, results in enumerate(run_ranks(held_by_each, 4, str(tmp_path), timeout=120.0)):
         for config, (layout, held) in zip(configurations(str(tmp_path)), results):
-            account = account_of(config, gpt_model(config), validate(config, 4), rank, book)
+            account = account_of(config, GPTTask(config), validate(config, 4), rank, book)
             found = account.layout.bytes()
             assert found == layout.bytes() and account.layout.offload == layout.offload, config
             sizes = [(b.size, b.shards, b.key.unit, b.key.shared) for b in account.layout.buckets]
@@ -92,7 +92,7 @@ def test_a_published_model_has_its_published_size() -> None:
     """Llama 3.1 405B: 405,853,388,800 parameters over the stages, each counted once."""
     config = from_dict(RunConfig, {"model": LLAMA_405B, "data": {"synthetic": True}}, "test")
     shape, book = MeshShape(pp=9), StageBook()
-    accounts = [account_of(config, gpt_model(config), shape, rank, book) for rank in range(9)]
+    accounts = [account_of(config, GPTTask(config), shape, rank, book) for rank in range(9)]
     assert sum(info.numel for account in accounts for info in account.layout.parameters) == 405_853_388_800
     assert book.built == 3, "the first, the last, and one for all stages between them"
 
@@ -100,7 +100,7 @@ def test_a_published_model_has_its_published_size() -> None:
 def test_kinds_and_places_add_up() -> None:
     """What a rank needs at the fullest moment: activations of those in flight, and what is recomputed of one."""
     config = configuration({"pp": 2, "dp": 2}, LLAMA, "bf16", zero={"stage": 2}, recompute={"mode": "full"})
-    account = account_of(config, gpt_model(config), MeshShape(pp=2, dp=2), 0)
+    account = account_of(config, GPTTask(config), MeshShape(pp=2, dp=2), 0)
     found, kept = account.bytes(), account.activations
     assert kept is not None and account.in_flight == 2
     assert found["activations"] == {"device": 2 * kept.stored + kept.recompute_peak}
@@ -128,7 +128,7 @@ def test_a_thousand_layouts_build_each_kind_of_stage_once(layouts: int) -> None:
     ):
         update = {"zero": base.zero.model_copy(update={"stage": stage})}
         config = base.model_copy(update={**update, "recompute": base.recompute.model_copy(update={"mode": mode})})
-        account = account_of(config, gpt_model(config), MeshShape(pp=pp, dp=dp, tp=tp), dp * tp, book)
+        account = account_of(config, GPTTask(config), MeshShape(pp=pp, dp=dp, tp=tp), dp * tp, book)
         smallest = min(smallest, account.total("device"))
         seen += 1
     assert seen == layouts and book.built == len(pps) * len(tps)

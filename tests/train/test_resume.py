@@ -16,7 +16,7 @@ from megatron_ds.data.synthetic import SyntheticDataset
 from megatron_ds.errors import DataError
 from megatron_ds.layers.recipe import OwnPrecision, use_recipe
 from megatron_ds.mesh import Mesh
-from megatron_ds.models.gpt import gpt_model
+from megatron_ds.models.gpt import GPTTask
 from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import device_of_rank, run_ranks
 from megatron_ds.train.build import build
@@ -137,7 +137,7 @@ def train(config: RunConfig, stop_at: int, recipe: type[Fading] | None = None) -
     """Run or continue up to step ``stop_at``; returns where it started and every weight this rank holds."""
     world_size = dist.get_world_size()
     mesh = Mesh.create(validate(config, world_size), device_of_rank(dist.get_rank(), world_size))
-    parts = build(config, mesh, gpt_model(config))
+    parts = build(config, mesh, GPTTask(config))
     if recipe is not None:
         for stage in parts.stages.values():
             use_recipe(stage, recipe)

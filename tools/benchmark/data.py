@@ -28,7 +28,7 @@ from megatron_ds.data.cli import run
 from megatron_ds.data.conversation_dataset import ConversationDataset
 from megatron_ds.data.corpus import build_corpus
 from megatron_ds.data.fim import FillInTheMiddle, FIMDataset
-from megatron_ds.data.gpt_dataset import GPTDataset, SampleSource
+from megatron_ds.data.gpt_dataset import GPTDataset, TextSource
 from megatron_ds.data.indexed import IndexedDataset, write_header
 from megatron_ds.data.loader import BatchLoader
 from megatron_ds.data.tokenizer_training import train_tokenizer
@@ -287,7 +287,7 @@ def loader(folder: Path, sequence: int = 2048, micro_batch: int = 8, steps: int 
         verify(one)  # warms the file, and fetches the remote one
     print(f"\nloader: sequences of {sequence}, micro-batches of {micro_batch}, {dataset.num_tokens:,} tokens")
     plain = GPTDataset(dataset, sequence)
-    kinds: dict[str, SampleSource] = {
+    kinds: dict[str, TextSource] = {
         "plain": plain,
         "document masking": GPTDataset(dataset, sequence, None, 0, True, True, True),
         "blend of three": BlendedDataset([GPTDataset(dataset, sequence, seed=n) for n in range(3)], [0.5, 0.3, 0.2]),

@@ -13,7 +13,7 @@ from setting import Workload
 from megatron_ds.config import RunConfig, from_dict, validate
 from megatron_ds.host import give_back_freed_memory, keep_freed_memory
 from megatron_ds.mesh import Mesh
-from megatron_ds.models.gpt import gpt_model
+from megatron_ds.models.gpt import GPTTask
 from megatron_ds.train.build import build
 
 _MICRO_BATCHES = 8
@@ -80,7 +80,7 @@ def training_step(
     config = configuration(w, **layout)  # type: ignore[arg-type]
     shape = validate(config, world_size or (dist.get_world_size() if dist.is_initialized() else 1))
     mesh = Mesh.create(shape, torch.device(device))
-    parts = build(config, mesh, gpt_model(config))
+    parts = build(config, mesh, GPTTask(config))
     parts.step.after_first = give_back_freed_memory
     draw = w.batches(mesh.dp.rank, mesh.dp.size, device)
     size = config.train.micro_batch

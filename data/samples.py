@@ -1,0 +1,40 @@
+"""What a run reads: samples by their place in it, whatever is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+Batch = dict[str, npt.NDArray]
+"""Arrays by name, samples along dim 0; a family says which."""
+
+
+class SampleSource(Protocol):
+    """What a loader reads from: the samples of a run by their place in it.
+
+    ``batch`` is given places in the *consumed order* (0 is the first sample of the run) and ``rows`` places in the
+    *stored order* (``0 <= row < len(self)``); both return a :data:`Batch` in the order asked for.
+    """
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: npt.ArrayLike) -> Batch: ...
+
+    def rows(self, rows: npt.ArrayLike) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Samples by split; None where the split has no weight. ``notes``: what a run should say about its data.
+
+    ``identity``: what the order and the content of the samples follow from besides the seed, as JSON values.
+    """
+
+    train: SampleSource
+    valid: SampleSource | None = None
+    test: SampleSource | None = None
+    notes: tuple[str, ...] = ()
+    identity: Mapping[str, Any] = field(default_factory=dict)
