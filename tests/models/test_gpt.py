@@ -135,7 +135,7 @@ def test_recomputation_changes_no_bit(settings: dict[str, Any]) -> None:
     settings = {**settings, "hidden_dropout": 0.1, "attention_dropout": 0.1}
     want = None
     for recompute in (
-        None,
+        RecomputeConfig(),
         RecomputeConfig(mode="selective"),
         RecomputeConfig(mode="full"),
         RecomputeConfig(mode="every_n", every=3),

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from megatron_ds import testing
-from megatron_ds.train.launch import run_main
+from megatron_ds.train.launch import RankInfo, run_main
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,12 +100,14 @@ def started(
     arguments: Sequence[Sequence[str]],
     fault: Callable[[int], None] | None = None,
     environment: Sequence[dict[str, str]] | None = None,
+    main: Callable[[RankInfo], int] | None = None,
 ) -> Iterator[Ranks]:
     """One rank for each list of ``arguments``.
 
     Args:
         fault: a module-level function, called with the rank in its process before training.
         environment: by rank, what to set besides (or instead of) what torchrun would.
+        main: a module-level function, what each rank runs; default: examples/pretrain_gpt.py's.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(testing._PRELOAD)
@@ -123,7 +125,7 @@ def started(
             env |= environment[rank] if environment is not None else {}
             path = folder / f"rank-{rank}.txt"
             path.touch()
-            process = context.Process(target=_run, args=(rank, list(own), env, str(path), fault), daemon=True)
+            process = context.Process(target=_run, args=(rank, list(own), env, str(path), fault, main), daemon=True)
             with testing._plain_main(_run):
                 process.start()
             processes.append(process)
@@ -136,7 +138,12 @@ def started(
 
 
 def _run(
-    rank: int, arguments: list[str], environment: dict[str, str], path: str, fault: Callable[[int], None] | None
+    rank: int,
+    arguments: list[str],
+    environment: dict[str, str],
+    path: str,
+    fault: Callable[[int], None] | None,
+    main: Callable[[RankInfo], int] | None,
 ) -> None:
     file = os.open(path, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
@@ -148,6 +155,6 @@ def _run(
     sys.argv = ["pretrain_gpt.py", *arguments]
     if fault is not None:
         fault(rank)
-    code = run_main(pretrain_gpt().main)
+    code = run_main(main or pretrain_gpt().main)
     sys.stdout.flush()
     sys.exit(code)
