@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_ds.config import parse, to_toml
+from megatron_ds.config import RunConfig, parse, to_toml
 from megatron_ds.errors import ConfigError
 from megatron_ds.models.families import task_of
 from megatron_ds.train.dry_run import dry_run
@@ -43,7 +43,7 @@ def main(place: RankInfo) -> int:
     dry = "--dry-run" in arguments
     arguments = [a for a in arguments if a not in ("--print-config", "--dry-run")]
     world_size, rank = (take(arguments, "--world-size"), take(arguments, "--rank")) if dry else (None, None)
-    config = parse(arguments, __doc__, model_defaults)
+    config = parse(arguments, __doc__, model_defaults, RunConfig)
     if show:
         print(to_toml(config), end="")
         return 0
