@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ds.config import OptimizerConfig
+from megatron_ds.config import OptimizerConfig, ZeroConfig
 from megatron_ds.errors import ConfigError
 from megatron_ds.optim.factory import ConfigRule
 from megatron_ds.optim.rule import RuleGroup, RulesByName
 from megatron_ds.shard import ShardedDim, ShardSpec
-from megatron_ds.zero.buckets import ParameterInfo, bytes_report, plan_buckets
+from megatron_ds.zero.buckets import ParameterInfo
+from megatron_ds.zero.layout import ZeroLayout
 
 
 class Whole(ConfigRule):
@@ -33,10 +34,11 @@ def test_the_first_pattern_that_fits_decides_and_a_bucket_holds_one_group() -> N
     names = ["a.bias", "b.bias", "head", "body"]
     assert [rules.group_of(name).number for name in names] == [0, 1, 1, 0]
     infos = [ParameterInfo.of(parameter(name), rule=rules) for name in names]
-    layouts = plan_buckets(infos, 1e6, 2)
+    layout = ZeroLayout.plan(infos, ZeroConfig(), {(): (2, 1)})
+    layouts = layout.buckets
     assert [[slot.spec.name for slot in layout.slots] for layout in layouts] == [["head", "b.bias"], ["body", "a.bias"]]
     assert layouts[0].key.rule == RuleGroup(1, ("momentum_buffer",))
-    assert bytes_report(infos, layouts)["optimizer"] == 64 * 4 * (1 + 2)  # a half of two parameters, one and two kinds
+    assert layout.bytes().by_kind["optimizer"] == 64 * 4 * (1 + 2)  # a half of two parameters, one and two kinds
 
 
 def test_an_update_of_whole_matrices_needs_them_whole_on_a_rank() -> None:
