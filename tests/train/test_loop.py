@@ -85,9 +85,10 @@ def scripted(
     monkeypatch.setattr(loop_module, "save", save)
     parts = SimpleNamespace(
         step=Step(skipped),
-        optimizer=SimpleNamespace(count=0, flat_shards=list),
+        optimizer=SimpleNamespace(count=0, flat_shards=lambda for_load: []),
         scaler=SimpleNamespace(state_dict=dict),
         executor=SimpleNamespace(where=lambda: ""),
+        stages={},
     )
     loader = BatchLoader(SyntheticDataset(11, 4), 2, 1, prefetch=0)
     speed = Speedometer(1.0, 1, None, tokens_per_sample=4)
