@@ -1,12 +1,12 @@
-"""Where a parameter's gradient goes: into its part of a flat buffer, by whichever way it comes.
+"""Main gradients (``main_grad``): a parameter's part of a flat fp32 buffer, into which its gradient is added.
 
 Autograd's way needs nothing of a layer: a hook moves ``param.grad`` over. A layer with a backward of its own can spare
 that pass over memory and write into the buffer itself::
 
-    main gradient = getattr(weight, "grad_sink", None)   # in an autograd.Function's backward
-    if main gradient is not None:
-        main gradient.add_matmul(grad_output.flatten(0, -2).t(), input.flatten(0, -2))
-        grad_weight = None                      # autograd is told there is nothing left to add
+    main_grad = getattr(weight, "main_grad", None)   # in an autograd.Function's backward
+    if main_grad is not None:
+        main_grad.add_matmul(grad_output.flatten(0, -2).t(), input.flatten(0, -2))
+        grad_weight = None                           # autograd is told there is nothing left to add
     else:
         grad_weight = grad_output.flatten(0, -2).t() @ input.flatten(0, -2)
 
