@@ -17,6 +17,7 @@ from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear, l
 from megatron_ds.mesh import Axis
 from megatron_ds.models.bert import BERT
 from megatron_ds.models.gpt import GPT
+from megatron_ds.models.transformer import StageSettings
 from megatron_ds.zero.main_grad import MainGradient
 
 TOKENS, H = 16384, 8
@@ -129,7 +130,7 @@ def test_every_parameter_of_a_model_in_bf16(family: type[GPT] | type[BERT]) -> N
     if family is BERT:
         sizes |= {"family": "bert", "token_types": 2, "embedding_norm": True, "attention_dropout": 0.0}
     config = ModelConfig(**{**sizes, "hidden_dropout": 0.0, "attention_dropout": 0.0})
-    half, wide = (family(config, dtype=dtype) for dtype in (torch.bfloat16, torch.float64))
+    half, wide = (family(config, StageSettings(dtype=dtype)) for dtype in (torch.bfloat16, torch.float64))
     half.initialize(1)
     with torch.no_grad():
         for ours, exact in zip(half.parameters(), wide.parameters()):
