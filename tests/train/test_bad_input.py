@@ -360,8 +360,8 @@ def test_a_disk_without_room_is_seen_before_writing(run: Run, tmp_path: Path, mo
     real = os.statvfs
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result([*real(path)[:3], 0, 0, *real(path)[5:]]))
     done = run("--output", str(tmp_path / "run"))
-    assert done.code == 2 and "a checkpoint of this run needs 17.07 MB, but " in done.error
-    assert f"{tmp_path / 'run'} has 0.00 MB free" in done.error and snapshot(tmp_path) == {}
+    assert done.code == 2 and "a checkpoint of this run needs 17.1 MB, but " in done.error
+    assert f"{tmp_path / 'run'} has 0.00 GB free" in done.error and snapshot(tmp_path) == {}
     assert run("--output", str(tmp_path / "run"), "--checkpoint.no-save-at-end").code == 0
 
 
