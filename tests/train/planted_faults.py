@@ -116,14 +116,14 @@ def disk_is_full_from_step_3(rank: int) -> None:
 
 def lacks_the_data(rank: int) -> None:
     """What the other ranks find, this one's machine does not have."""
-    from megatron_ds.data import gpt_sources
     from megatron_ds.errors import DataError
+    from megatron_ds.models import text_task
 
     def refuse(*arguments: Any, **settings: Any) -> None:
         raise DataError("no such dataset here")
 
     if rank == 1:
-        gpt_sources.open_sources = refuse  # type: ignore[assignment]
+        text_task.open_sources = refuse  # type: ignore[assignment]
 
 
 def advises_small_runs(rank: int) -> None:

@@ -22,7 +22,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import run_ranks
-from megatron_ds.zero import allocate, capacity
+from megatron_ds.zero import capacity
 from megatron_ds.zero import optimizer as optimizer_module
 from megatron_ds.zero.capacity import Available
 from megatron_ds.zero.layout import RankBytes
@@ -53,7 +53,7 @@ def refused_by(hosts: dict[int, int], free: dict[int, int]) -> tuple[str, int]:
     patch = pytest.MonkeyPatch()
     patch.setattr(capacity, "_node", lambda: hosts[rank])
     patch.setattr(capacity, "probe", lambda zero, device: Available(host=free[rank]))
-    patch.setattr(allocate, "share_memory", lambda *a, **k: allocated.append(a))
+    patch.setattr(optimizer_module, "RankMemory", lambda *a, **k: allocated.append(a))
     patch.setattr(optimizer_module, "FlatBucket", lambda *a, **k: allocated.append(a))
     with pytest.raises(ConfigError) as refused:
         build(offload("cpu"))
