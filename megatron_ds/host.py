@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import resource
+import sys
 from pathlib import Path
+
+import torch
 
 
 def free_host_memory(proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> int:
@@ -35,6 +39,19 @@ def _left_in_group(folder: Path, limit: str, used: str, cache: str, otherwise: i
     except OSError:
         return otherwise  # no such controller at this level
     return otherwise if most == "max" else int(most) - taken + int(stat.get(cache, 0))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of this rank: allocated by torch on a GPU, resident of the process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    if status.exists():
+        # Not ru_maxrss: across an exec that keeps the peak of the process before, here the launcher's.
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        return int(lines["VmHWM"].split()[0]) * 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024
 
 
 def filesystem(folder: Path, mounts: str = "/proc/mounts") -> str:

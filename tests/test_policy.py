@@ -29,7 +29,7 @@ ORDER = (
     ("comm", "config", "rng"),
     ("checkpoint", "data", "deepspeed_json", "layers", "optim", "pipeline"),
     ("models", "zero"),
-    ("convert",),
+    ("advice", "convert"),
     ("inference", "planner", "train"),
     ("engine",),
     ("integrations", "testing"),

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from megatron_ds.advice.engine_advice import EngineAdvice
 from megatron_ds.config.engine import BatchSizes, EngineConfig
 from megatron_ds.engine import checkpoint, pretrained
-from megatron_ds.engine.advice import EngineAdvice
 from megatron_ds.engine.buffers import BufferSync
 from megatron_ds.engine.clock import Clock
 from megatron_ds.engine.gradients import Placeholders
-from megatron_ds.engine.inputs import FirstInputs
 from megatron_ds.engine.model_guard import ModelGuard
 from megatron_ds.engine.stage import LossStage, to_device
 from megatron_ds.engine.tensors import WholeTensors
@@ -98,8 +97,7 @@ class Engine:
         self._advice = EngineAdvice(
             zero, train_step.scaler, mesh, sizes.accumulation, log.warning, module, ranks_sharing
         )
-        stage.meter, stage.inputs = self._advice.meter, FirstInputs() if mesh.data.size > 1 else None
-        train_step.timed = self._advice.times_steps
+        stage.observer, train_step.timed = self._advice.observer, self._advice.times_steps
 
     # Training
 
@@ -233,11 +231,8 @@ class Engine:
         if not result.skipped and _needs_nothing(getattr(self.lr_scheduler, "step", None)):
             self.lr_scheduler.step()
         self._clock.finished(self.steps, result)
-        if self._stage.inputs is not None:
-            self._advice.before([self._stage.inputs.compare(self.mesh.data, self.mesh.device)])
-            self._stage.inputs = None
-        self._advice.after(result, self.train_step.seconds, self._model_guard.strays)
-        self._stage.meter, self.train_step.timed = self._advice.meter, self._advice.times_steps
+        self._advice.after(result.skipped, result.learning_rate, self.train_step.seconds, self._model_guard.strays)
+        self._stage.observer, self.train_step.timed = self._advice.observer, self._advice.times_steps
         return result
 
     @torch.no_grad()

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.engine.activations import ActivationMeter
-from megatron_ds.engine.inputs import FirstInputs
 from megatron_ds.errors import EngineError
 
 
@@ -37,14 +35,17 @@ def loss_of_output(model: Any, micro_batch: Any) -> Tensor:
 class LossStage(nn.Module):
     """A model as the one stage of a pipeline: from a micro-batch to its loss.
 
-    ``cast``: the dtype in which the model gets its floating-point inputs; None leaves them.
+    Args:
+        cast: the dtype in which the model gets its floating-point inputs; None leaves them.
+
+    Attributes:
+        observer: entered around each forward pass with the model's inputs, if there is one.
     """
 
     def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Tensor], cast: torch.dtype | None):
         super().__init__()
         self.model, self.loss, self.cast = model, loss, cast
-        self.meter: ActivationMeter | None = None
-        self.inputs: FirstInputs | None = None
+        self.observer: Callable[[Any], contextlib.AbstractContextManager[None]] | None = None
 
     def forward(self, micro_batch: Any, hidden: Tensor | None = None) -> Tensor:
         return self.loss(self.call, micro_batch)
@@ -52,9 +53,9 @@ class LossStage(nn.Module):
     def call(self, *arguments: Any, **keywords: Any) -> Any:
         if self.cast is not None:
             arguments, keywords = map_tensors(self._cast, arguments), map_tensors(self._cast, keywords)
-        if self.inputs is not None and self.model.training and torch.is_grad_enabled():
-            self.inputs.see((arguments, keywords))
-        with self.meter.forward() if self.meter is not None else contextlib.nullcontext():
+        if self.observer is None:
+            return self.model(*arguments, **keywords)
+        with self.observer((arguments, keywords)):
             return self.model(*arguments, **keywords)
 
     def _cast(self, tensor: Tensor) -> Tensor:

@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from megatron_ds.advice.rules import Advice
+from megatron_ds.advice.run_advice import RunAdvice
 from megatron_ds.config import BaseRunConfig
+from megatron_ds.host import peak_memory_bytes
 from megatron_ds.mesh import Mesh
 from megatron_ds.pipeline.executor import Executor
-from megatron_ds.train.metrics import MeanSpeed, peak_memory_bytes
+from megatron_ds.train.metrics import MeanSpeed
 from megatron_ds.train.output import Output
 from megatron_ds.train.step import StepResult
 
@@ -232,6 +235,19 @@ class TimelineRecorder(Callback):
         ]
         (folder / f"rank-{self.executor.pp.rank:05d}.json").write_text(json.dumps(events))
         self.executor.recorded = None
+
+
+class AdviceCallback(Callback):
+    """Gives advice while the run is under way; ``known``: what is known when it starts."""
+
+    def __init__(self, advice: RunAdvice, known: list[Advice | None]):
+        self.advice, self.known = advice, known
+
+    def on_start(self, step: int, total_steps: int, skipped: int) -> None:
+        self.advice.before(self.known)
+
+    def on_step(self, step: int, result: StepResult, speed: Mapping[str, float]) -> None:
+        self.advice.after_step(result.skipped)
 
 
 def default_callbacks(config: BaseRunConfig, mesh: Mesh, executor: Executor, output: Output) -> list[Callback]:

@@ -7,11 +7,8 @@ its tokens, and a packed conversation only its answers: FLOPs are those of all t
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 
@@ -33,19 +30,6 @@ def peak_tflops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in _PEAKS if key in name), None)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of this rank: allocated by torch on a GPU, resident of the process on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Not ru_maxrss: across an exec that keeps the peak of the process before, here the launcher's.
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        return int(lines["VmHWM"].split()[0]) * 1024
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident if sys.platform == "darwin" else resident * 1024
 
 
 class Speedometer:

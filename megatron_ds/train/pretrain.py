@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 
+from megatron_ds.advice.run_advice import RunAdvice, known_beforehand
 from megatron_ds.checkpoint.directory import resolve
 from megatron_ds.checkpoint.last_good import last_good
 from megatron_ds.config import BaseRunConfig, validate
@@ -17,9 +18,8 @@ from megatron_ds.host import give_back_freed_memory, keep_freed_memory
 from megatron_ds.kernels import registry
 from megatron_ds.mesh import Mesh
 from megatron_ds.pipeline.schedules import activation_bound
-from megatron_ds.train.advice import AdviceCallback, RunAdvice, known_beforehand
 from megatron_ds.train.build import DTYPES, RankRuntime, batch_ramp, build, num_micro_batches, schedule_of, spans_of
-from megatron_ds.train.callbacks import Callback, default_callbacks
+from megatron_ds.train.callbacks import AdviceCallback, Callback, default_callbacks
 from megatron_ds.train.initial_weights import check_model, load_weights
 from megatron_ds.train.launch import RankInfo, job, set_threads
 from megatron_ds.train.loop import Evaluation, Loop

@@ -31,7 +31,6 @@ from megatron_ds.files import gb
 from megatron_ds.files.direct_io import DirectFile
 from megatron_ds.host import filesystem, free_host_memory
 from megatron_ds.mesh import Axis
-from megatron_ds.zero.advice import Advice, Adviser
 from megatron_ds.zero.layout import KINDS, PLACES, STATE, RankBytes
 from megatron_ds.zero.store.nvme import make_swap_file
 
@@ -98,7 +97,9 @@ def _shortages(
 ) -> None:
     """Raise what is short, as far as it can be asked."""
     if advises:
-        Adviser(log.warning)(in_memory(folder) for folder in swap_folders(zero))
+        for folder in swap_folders(zero):
+            if warning := in_memory(folder):
+                log.warning(warning)
     there = probe(zero, device)
     there = dataclasses.replace(there, host=there.host + sum(resident for _, resident in node))
     faults = _faults(rank, [held for held, _ in node], there, zero)
@@ -258,15 +259,14 @@ def swap_bytes(rank: RankBytes, zero: ZeroConfig) -> dict[str, int]:
     return {folder: _on_disk(rank, zero, folder) for folder in swap_folders(zero)}
 
 
-def in_memory(folder: str, mounts: str = "/proc/mounts") -> Advice | None:
+def in_memory(folder: str, mounts: str = "/proc/mounts") -> str | None:
     """A folder for swap files that is not on a disk at all."""
     kind = filesystem(_existing(Path(folder)), mounts)
     if kind not in ("tmpfs", "ramfs"):
         return None
-    return Advice(
-        "swap folder",
-        f"the folder for swap files {folder} is on a {kind}, which is host memory: nothing is saved by it",
-        "give a folder on a local disk, or use device='cpu'",
+    return (
+        f"the folder for swap files {folder} is on a {kind}, which is host memory: nothing is saved by it; give a "
+        "folder on a local disk, or use device='cpu'"
     )
 
 

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_ds.train import advice, launch
+from megatron_ds.advice import rules, run_advice
+from megatron_ds.train import launch
 from megatron_ds.train.step import StepResult, TrainStep
-from megatron_ds.zero import advice as rules
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 
@@ -128,4 +128,4 @@ def lacks_the_data(rank: int) -> None:
 
 def advises_small_runs(rank: int) -> None:
     """No fault: every run is large enough for advice on its memory."""
-    advice.FLOOR, rules.TRIFLE = 0.0, 0
+    run_advice.FLOOR, rules.TRIFLE = 0.0, 0

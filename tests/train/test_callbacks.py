@@ -18,11 +18,12 @@ from small_disk import largest_file
 from started_ranks import TINY, pretrain_gpt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_ds.host import peak_memory_bytes
 from megatron_ds.mesh import Mesh
 from megatron_ds.testing import run_ranks
 from megatron_ds.train.callbacks import LossLines, MetricsFile, ProgressBar, TensorBoard
 from megatron_ds.train.launch import run_main
-from megatron_ds.train.metrics import Speedometer, peak_memory_bytes, peak_tflops
+from megatron_ds.train.metrics import Speedometer, peak_tflops
 from megatron_ds.train.report import read_losses
 from megatron_ds.train.step import StepResult, TrainStep
 
@@ -235,7 +236,7 @@ def resident_and_peaks() -> tuple[int, int, int]:
 
 def test_the_peak_is_of_this_process_and_not_of_what_started_it() -> None:
     """`ru_maxrss` is the larger of both: an exec keeps it."""
-    code = "import torch; from megatron_ds.train.metrics import peak_memory_bytes as p; print(p(torch.device('cpu')))"
+    code = "import torch; from megatron_ds.host import peak_memory_bytes as p; print(p(torch.device('cpu')))"
     launcher = f"import os, sys; x = b'1' * (900 << 20); os.execv(sys.executable, [sys.executable, '-c', {code!r}])"
     done = subprocess.run([sys.executable, "-c", launcher], capture_output=True, text=True, check=True)
     assert 50 << 20 < int(done.stdout) < 800 << 20

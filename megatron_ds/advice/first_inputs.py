@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from megatron_ds import comm
+from megatron_ds.advice.rules import Advice
 from megatron_ds.mesh import Axis
-from megatron_ds.zero.advice import Advice
 
 _BYTES = 1 << 20  # of a tensor that are looked at
 

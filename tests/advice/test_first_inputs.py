@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import megatron_ds
-from megatron_ds.engine.inputs import FirstInputs, same_inputs
+from megatron_ds.advice.first_inputs import FirstInputs, same_inputs
 from megatron_ds.testing import run_ranks
 
 

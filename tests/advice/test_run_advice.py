@@ -11,14 +11,13 @@ import pytest
 import torch
 from started_ranks import TINY, started
 
+from megatron_ds.advice.run_advice import RunAdvice, known_beforehand
 from megatron_ds.config import RunConfig, ZeroConfig, from_dict
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.optim.loss_scaler import LossScaler
 from megatron_ds.optim.rule import RuleGroup
 from megatron_ds.pipeline.stage import Activations
 from megatron_ds.shard import ShardSpec
-from megatron_ds.train.advice import RunAdvice, known_beforehand
-from megatron_ds.train.step import StepResult
 from megatron_ds.zero.buckets import ParameterInfo
 from megatron_ds.zero.layout import ZeroLayout
 
@@ -45,22 +44,18 @@ def zero_of(parameters: int = 10**9, **settings: Any) -> Any:
     )
 
 
-def result(skipped: bool = False) -> StepResult:
-    return StepResult(1.0, 1.0, 1e-3, 8, 1.0, skipped, False)
-
-
 @pytest.mark.parametrize(("free", "told"), [(80, 1), (1, 0)])
 def test_rank_0_is_told_of_the_stage_once_after_the_second_step(
     free: int, told: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_ds.train.advice.free_host_memory", lambda: free * 10**9)
-    monkeypatch.setattr("megatron_ds.train.advice.peak_memory_bytes", lambda device: 5 * 10**9)
+    monkeypatch.setattr("megatron_ds.advice.run_advice.free_host_memory", lambda: free * 10**9)
+    monkeypatch.setattr("megatron_ds.advice.run_advice.peak_memory_bytes", lambda device: 5 * 10**9)
     mesh, said = Mesh.create(MeshShape(), torch.device("cpu")), []
     advice = RunAdvice(zero_of(stage=3), LossScaler(), mesh, 4, said.append)
-    advice.after_step(result())
+    advice.after_step(False)
     assert said == []
     for _ in range(5):
-        advice.after_step(result())
+        advice.after_step(False)
     assert len(said) == told and all("use zero.stage=1" in text for text in said)
 
 
@@ -70,7 +65,7 @@ def test_rank_0_is_told_of_a_loss_scale_at_its_floor() -> None:
     advice = RunAdvice(zero_of(), scaler, mesh, 1, said.append)
     for _ in range(3):
         scaler.update(True)
-        advice.after_step(result(skipped=True))
+        advice.after_step(skipped=True)
     assert len(said) == 1 and "min_loss_scale=1" in said[0]
 
 
@@ -94,12 +89,12 @@ def test_a_run_is_told_beforehand_of_transfers_and_recomputation() -> None:
 
 
 def test_a_small_run_is_told_nothing_of_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_ds.train.advice.free_host_memory", lambda: 80 * 10**9)
+    monkeypatch.setattr("megatron_ds.advice.run_advice.free_host_memory", lambda: 80 * 10**9)
     mesh, said = Mesh.create(MeshShape(), torch.device("cpu")), []
     for parameters, told in ((10**7, 0), (10**8, 1)):  # 180 MB and 1.8 GB of parameters, gradients and state
         advice = RunAdvice(zero_of(stage=3, parameters=parameters), LossScaler(), mesh, 4, said.append)
         for _ in range(3):
-            advice.after_step(result())
+            advice.after_step(False)
         assert len(said) == told
 
 

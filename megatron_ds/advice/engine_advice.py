@@ -1,23 +1,25 @@
 """Advice on a user's model and settings, with numbers that its first steps give: how long they compute, what they keep.
 
-The rules are :mod:`megatron_ds.zero.advice`; each is said once, on rank 0.
+The rules are :mod:`megatron_ds.advice.rules`; each is said once, on rank 0.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from megatron_ds.engine.activations import ActivationMeter, recomputes
+from megatron_ds.advice import rules
+from megatron_ds.advice.activation_meter import ActivationMeter, recomputes
+from megatron_ds.advice.first_inputs import FirstInputs
+from megatron_ds.advice.rules import Advice
+from megatron_ds.advice.run_advice import RATES, SETTLED, RunAdvice, recomputation
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.loss_scaler import LossScaler
-from megatron_ds.train.advice import RATES, SETTLED, RunAdvice, recomputation
-from megatron_ds.train.step import StepResult
-from megatron_ds.zero import advice as rules
-from megatron_ds.zero.advice import Advice
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 
@@ -28,7 +30,6 @@ class EngineAdvice(RunAdvice):
         ranks_sharing: ranks of this node, which share its disk.
 
     Attributes:
-        meter: to be entered around forward passes; None: nothing is measured.
         times_steps: whether :meth:`after` wants to know how long a step computes.
     """
 
@@ -45,30 +46,47 @@ class EngineAdvice(RunAdvice):
         super().__init__(zero, scaler, mesh, micro_batches, say)
         self.module, self.ranks_sharing = module, ranks_sharing
         first = mesh.rank == 0
-        self.meter = ActivationMeter(module) if first and micro_batches > 1 and recomputes(module) else None
+        self._meter = ActivationMeter(module) if first and micro_batches > 1 and recomputes(module) else None
+        self._inputs = FirstInputs() if mesh.data.size > 1 else None
         self.times_steps = first and zero.config.offload_optimizer.device != "none"
         self._seconds = math.inf
         self._number = 0
 
-    def after(self, result: StepResult, seconds: float, strays: Mapping[str, nn.Parameter]) -> None:
-        """Say what a step has shown.
+    @property
+    def observer(self) -> Callable[[Any], contextlib.AbstractContextManager[None]] | None:
+        """To be entered, with what the model is called with, around its forward passes. None: nothing is measured."""
+        return self._observe if self._meter is not None or self._inputs is not None else None
+
+    @contextlib.contextmanager
+    def _observe(self, inputs: Any) -> Iterator[None]:
+        if self._inputs is not None and self.module.training and torch.is_grad_enabled():
+            self._inputs.see(inputs)
+        with self._meter.forward() if self._meter is not None else contextlib.nullcontext():
+            yield
+
+    def after(self, skipped: bool, lr: float, seconds: float, strays: Mapping[str, nn.Parameter]) -> None:
+        """Say what a step has shown. Collective over the data axis after the first step.
 
         Args:
+            skipped, lr: whether the step's gradients were not finite, and the learning rate of its update.
             seconds: that the step took from its first forward pass to the end of its last backward pass.
             strays: parameters that require a gradient, but did not when the engine was made.
         """
-        self.after_step(result)
+        if self._inputs is not None:
+            self.before([self._inputs.compare(self.mesh.data, self.mesh.device)])
+            self._inputs = None
+        self.after_step(skipped)
         if self.mesh.rank != 0:
             return
         if strays:
-            self._adviser([_untrained(strays, result.learning_rate)])
+            self._adviser([_untrained(strays, lr)])
         if self._number >= SETTLED:
             return
         self._number += 1
         self._seconds = min(self._seconds, seconds)  # the first one also sets things up
-        found = [self._masters(result.learning_rate)]
-        if self.meter is not None:
-            kept, self.meter = self.meter.result(), None
+        found = [self._masters(lr)]
+        if self._meter is not None:
+            kept, self._meter = self._meter.result(), None
             found.append(
                 recomputation(self.zero, self.micro_batches, 1, kept, "model.gradient_checkpointing_disable()")
             )

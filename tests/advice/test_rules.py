@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from test_layout import layout_of
 
-from megatron_ds.optim.loss_scaler import LossScaler
-from megatron_ds.zero.advice import (
+from megatron_ds.advice.rules import (
     Advice,
     Adviser,
     LossScaleWatch,
@@ -15,6 +14,7 @@ from megatron_ds.zero.advice import (
     recomputation_saves_little,
     stage_too_high,
 )
+from megatron_ds.optim.loss_scaler import LossScaler
 
 GB = 10**9
 

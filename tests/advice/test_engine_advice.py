@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import megatron_ds
-from megatron_ds.engine.activations import ActivationMeter
+from megatron_ds.advice import rules, run_advice
+from megatron_ds.advice.activation_meter import ActivationMeter
 from megatron_ds.testing import run_ranks
-from megatron_ds.train import advice
-from megatron_ds.zero import advice as rules
 
 
 class Block(nn.Module):
@@ -70,7 +69,7 @@ def trained(said: list[str], net: nn.Module, samples: Tensor, config: dict[str, 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Messages so far, of runs of which none is too small."""
-    monkeypatch.setattr(advice, "FLOOR", 0.0)
+    monkeypatch.setattr(run_advice, "FLOOR", 0.0)
     monkeypatch.setattr(rules, "TRIFLE", 0)
     return _heard()
 
@@ -188,7 +187,7 @@ def test_transfers_that_take_longer_than_the_measured_compute(
         engine = megatron_ds.initialize(net, config)
         places = engine.zero.bytes_by_store()
         away = places["master"]["host"] + places["optimizer"]["host"]
-        monkeypatch.setitem(advice.RATES, "cpu", (away / (0.1 * slower), 1e12, True))
+        monkeypatch.setitem(run_advice.RATES, "cpu", (away / (0.1 * slower), 1e12, True))
         for _ in range(3):
             if batches:
                 engine.train_batch([(torch.randn(2, 16),)] * 2)
@@ -208,13 +207,13 @@ def test_transfers_that_take_longer_than_the_measured_compute(
 
 def test_an_offload_that_is_a_trifle_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = _heard()
-    monkeypatch.setitem(advice.RATES, "cpu", (1.0, 1.0, True))
+    monkeypatch.setitem(run_advice.RATES, "cpu", (1.0, 1.0, True))
     config = {"zero": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
     assert trained(found, Net(), torch.randn(2, 16), config) == []
 
 
 def recomputing(stage: int) -> list[str]:
-    advice.FLOOR = 0.0
+    run_advice.FLOOR = 0.0
     zero = {"stage": stage, **({"persistence_threshold": 20} if stage == 3 else {})}
     return trained(_heard(), Net(64, False), torch.randn(2, 64), {"accumulation": 3, "zero": zero})
 
@@ -232,7 +231,7 @@ def test_sharded_parameters_are_no_activations() -> None:
 
 def on_a_rank(folder: str) -> list[str]:
     rules.TRIFLE = 0
-    advice.RATES["nvme"] = (1e3, 1e3, False)
+    run_advice.RATES["nvme"] = (1e3, 1e3, False)
     config = {"zero": {"stage": 2, "offload_optimizer": {"device": "nvme", "path": folder}}}
     samples = torch.randn(2, 16, generator=torch.Generator().manual_seed(dist.get_rank()))
     return trained(_heard(), Net(), samples, config)

@@ -1,24 +1,16 @@
 """Warnings for settings that work and cost more than they need to, said once on rank 0 while a run is under way.
 
-The rules are :mod:`megatron_ds.zero.advice`; here they get their numbers: from the optimizer, from what the first steps
-took of the device, and from the model's FLOPs.
+The rules are :mod:`megatron_ds.advice.rules`. Here they get their numbers: from the optimizer, from what the first
+steps took of the device, and from the model's FLOPs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 
-from megatron_ds.config import BaseRunConfig
-from megatron_ds.host import free_host_memory
-from megatron_ds.mesh import Mesh
-from megatron_ds.optim.loss_scaler import LossScaler
-from megatron_ds.pipeline.stage import Activations
-from megatron_ds.train.callbacks import Callback
-from megatron_ds.train.metrics import peak_memory_bytes
-from megatron_ds.train.step import StepResult
-from megatron_ds.zero.advice import (
+from megatron_ds.advice.rules import (
     Advice,
     Adviser,
     LossScaleWatch,
@@ -26,6 +18,11 @@ from megatron_ds.zero.advice import (
     recomputation_saves_little,
     stage_too_high,
 )
+from megatron_ds.config import BaseRunConfig
+from megatron_ds.host import free_host_memory, peak_memory_bytes
+from megatron_ds.mesh import Mesh
+from megatron_ds.optim.loss_scaler import LossScaler
+from megatron_ds.pipeline.stage import Activations
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 ACHIEVED = 0.4
@@ -61,11 +58,11 @@ class RunAdvice:
         if self.mesh.rank == 0:
             self._adviser(advice)
 
-    def after_step(self, result: StepResult) -> None:
+    def after_step(self, skipped: bool) -> None:
         if self.mesh.rank != 0:
             return
         self._steps += 1
-        self._adviser([self._watch(self.scaler, result.skipped)])
+        self._adviser([self._watch(self.scaler, skipped)])
         if self._steps == SETTLED and self.zero.config.stage >= 2:
             self._adviser([self._stage()])
 
@@ -80,19 +77,6 @@ class RunAdvice:
             free = peak + free_host_memory() // self.mesh.world.size
         others = max(0, peak - layout.bytes(self.micro_batches).total("device"))
         return stage_too_high(layout, self.micro_batches, free, others)
-
-
-class AdviceCallback(Callback):
-    """The same as a callback of the loop, with advice that is ``known`` when it starts."""
-
-    def __init__(self, advice: RunAdvice, known: list[Advice | None]):
-        self.advice, self.known = advice, known
-
-    def on_start(self, step: int, total_steps: int, skipped: int) -> None:
-        self.advice.before(self.known)
-
-    def on_step(self, step: int, result: StepResult, speed: Mapping[str, float]) -> None:
-        self.advice.after_step(result)
 
 
 def known_beforehand(
