@@ -41,19 +41,7 @@ def merge_datasets(
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     temporary_bin, temporary_idx = (temporary_beside(f"{output}.{kind}") for kind in ("bin", "idx"))
     try:
-        whole = ChunkedHash()
-        with temporary_bin.open("wb") as target:
-            for dataset, scan in zip(datasets, scans):
-                digest = xxhash.xxh3_64()
-                with dataset.bin_path.open("rb") as source:
-                    while chunk := source.read(COPY_BYTES):
-                        digest.update(chunk)
-                        whole.update(chunk)
-                        target.write(chunk)
-                        progress(len(chunk))
-                if digest.hexdigest() != scan.bin_xxh3:
-                    raise DataError(f"{dataset.bin_path} changed while it was copied; merge again")
-            sync_and_close(target)
+        whole = _copy_tokens(datasets, scans, temporary_bin, progress)
         _write_index(temporary_idx, datasets, dtype)
         described = whole.describe()
         manifest = {
@@ -79,6 +67,26 @@ def merge_datasets(
         temporary_bin.unlink(missing_ok=True)
         temporary_idx.unlink(missing_ok=True)
     return manifest
+
+
+def _copy_tokens(
+    datasets: list[IndexedDataset], scans: list[Scan], path: Path, progress: Callable[[int], None]
+) -> ChunkedHash:
+    """Lay the datasets' tokens end to end in a new file, each compared with the checksum of its scan on the way."""
+    whole = ChunkedHash()
+    with path.open("wb") as target:
+        for dataset, scan in zip(datasets, scans):
+            digest = xxhash.xxh3_64()
+            with dataset.bin_path.open("rb") as source:
+                while chunk := source.read(COPY_BYTES):
+                    digest.update(chunk)
+                    whole.update(chunk)
+                    target.write(chunk)
+                    progress(len(chunk))
+            if digest.hexdigest() != scan.bin_xxh3:
+                raise DataError(f"{dataset.bin_path} changed while it was copied; merge again")
+        sync_and_close(target)
+    return whole
 
 
 def _check_together(datasets: list[IndexedDataset], output: str) -> None:

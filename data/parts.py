@@ -73,13 +73,7 @@ def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, pl
             for kind in ("bin", "mask") if masked else ("bin",):
                 _copy_part(folder / f"{name}.{kind}", summary["files"][kind], targets[kind], whole[kind])
             counts.add(Counts(**summary["counts"]))
-            with (folder / f"{name}.bad").open("rb") as records:
-                for line in records:
-                    record = json.loads(line)
-                    number = record.pop("input")
-                    record = {"file": plan["inputs"][number]["path"], **record}
-                    record["line"] += 1 + lines.get(number, 0)
-                    targets["bad"].write(json.dumps(record).encode() + b"\n")
+            _copy_bad_records(folder / f"{name}.bad", targets["bad"], plan["inputs"], lines)
             for number, read in summary["lines"].items():
                 lines[int(number)] = lines.get(int(number), 0) + read
         for target in targets.values():
@@ -121,6 +115,17 @@ def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, pl
     chunks = {"bin": whole["bin"].sums(), **({MASK_SUFFIX: whole["mask"].sums()} if masked else {})}
     finish(prefix, temporary["bin"], temporary["idx"], manifest, found, chunks)
     return counts
+
+
+def _copy_bad_records(part: Path, target: IO[bytes], inputs: list[dict[str, Any]], lines: dict[int, int]) -> None:
+    """``lines``: of each input, those that the parts before this one read; a part counts from its own first line."""
+    with part.open("rb") as records:
+        for line in records:
+            record = json.loads(line)
+            number = record.pop("input")
+            record = {"file": inputs[number]["path"], **record}
+            record["line"] += 1 + lines.get(number, 0)
+            target.write(json.dumps(record).encode() + b"\n")
 
 
 def finish(

@@ -3,7 +3,6 @@
 1. Rank 0 checks the space and makes ``step-N.incomplete/``.
 2. Every rank writes ``rank-R.safetensors`` and, beside it, ``rank-R.json``: that file's checksums and contents.
 3. Rank 0 merges those into ``manifest.json``, renames the directory to ``step-N`` and replaces ``latest``.
-4. Only then are older checkpoints pruned.
 
 Each step ends when all ranks agree that it succeeded. If it did not, every rank raises the same error, what was
 written is removed, and the checkpoints before it and ``latest`` are as they were. A kill at any point leaves at worst
@@ -55,7 +54,6 @@ def save(
     flat_shards: Sequence[FlatShard],
     meta: dict[str, Any],
     world: Axis | None = None,
-    keep_last: int | None = None,
     replace: bool = False,
 ) -> Path:
     """Write checkpoint ``step`` under ``directory`` (which all ranks must see), durably, and point ``latest`` at it.
@@ -69,8 +67,6 @@ def save(
         meta: plain values (configuration, consumed samples, ...), the same on every rank; rank 0's is stored, and comes
             back as it was given. See :mod:`megatron_ds.checkpoint.values`.
         world: the ranks that save together (``mesh.world``); None is one process alone.
-        keep_last: after the commit, remove all but the newest this many of the checkpoints up to ``step``. None keeps
-            all. Later steps (of a run that was taken up again from an earlier one) are left alone.
         replace: overwrite a checkpoint of the same step instead of refusing.
 
     Returns:
@@ -82,8 +78,6 @@ def save(
             has changed then.
     """
     directory, world = Path(directory), world or Axis("world")
-    if keep_last is not None and keep_last < 1:
-        raise CheckpointError(f"keep_last={keep_last} would remove the checkpoint being saved; use 1 or more")
     partial = directory / (step_name(step) + INCOMPLETE)
     needed = total(world, sum(flat_shard.data.nbytes for flat_shard in flat_shards))
     try:
@@ -96,7 +90,7 @@ def save(
             write_rank(partial, world.rank, flat_shards)
         with together(world):
             if world.rank == 0:
-                commit(directory, step, world.size, meta, keep_last, replace)
+                commit(directory, step, world.size, meta, replace)
     except BaseException:
         if world.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -217,15 +211,8 @@ def write_rank(partial: Path, rank: int, flat_shards: Sequence[FlatShard]) -> Fi
     return file
 
 
-def commit(
-    directory: Path,
-    step: int,
-    world_size: int,
-    meta: dict[str, Any],
-    keep_last: int | None = None,
-    replace: bool = False,
-) -> Path:
-    """Rank 0, when every rank has written: the manifest, the rename, ``latest``, and then the pruning."""
+def commit(directory: Path, step: int, world_size: int, meta: dict[str, Any], replace: bool = False) -> Path:
+    """Rank 0, when every rank has written: the manifest, the rename, and ``latest``."""
     final = directory / step_name(step)
     partial = directory / (step_name(step) + INCOMPLETE)
     files: list[FileRecord] = []
@@ -242,8 +229,6 @@ def commit(
         _index_path(partial, rank).unlink()
     sync_directory(partial)
     publish(directory, final, partial, replace)
-    if keep_last is not None:
-        prune(directory, step, keep_last)
     return final
 
 

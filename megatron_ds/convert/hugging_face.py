@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,14 +89,7 @@ def export_hf(
         shapes = architecture.shapes(config)
         whole = [FlatShard.whole(name, "param", torch.empty(shape, device="meta")) for name, shape in shapes.items()]
         compare(source.manifest, source.directory, whole)
-        plan: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        makers: dict[str, Rule] = {}
-        for rule in architecture.expanded(config):
-            kept = dtype or source.dtype(rule.ours)
-            parts = rule.to_hf(config, torch.empty(shapes[rule.ours], device="meta"))
-            for name, part in zip(rule.theirs, parts):
-                plan[name] = (tuple(part.shape), kept)
-                makers[name] = rule
+        plan, makers = _plan_export(source, architecture, config, shapes, dtype)
         partial = _new_folder(out_dir, plan_bytes(plan))
 
         def make(rule: Rule) -> Iterable[tuple[str, torch.Tensor]]:
@@ -111,16 +104,31 @@ def export_hf(
             files.finish()
             write_index(partial, _STEM, files, plan)
             _write_rest(partial, architecture, config, plan, source.directory.parent, tokenizer, say)
-            sync_directory(partial)
-            if out_dir.exists():
-                out_dir.rmdir()
-            partial.rename(out_dir)
-            sync_directory(out_dir.parent)
+            _publish(partial, out_dir)
         except BaseException:
             files.abort()
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return out_dir
+
+
+def _plan_export(
+    source: Checkpoint,
+    architecture: Architecture,
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype | None,
+) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], dict[str, Rule]]:
+    """By exported name: shape and dtype, and the rule that makes the tensor."""
+    plan: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    makers: dict[str, Rule] = {}
+    for rule in architecture.expanded(config):
+        kept = dtype or source.dtype(rule.ours)
+        parts = rule.to_hf(config, torch.empty(shapes[rule.ours], device="meta"))
+        for name, part in zip(rule.theirs, parts):
+            plan[name] = (tuple(part.shape), kept)
+            makers[name] = rule
+    return plan, makers
 
 
 def import_hf(
@@ -161,15 +169,7 @@ def import_hf(
     for note in (*source.notes, *match.notes):
         if say is not None:
             say(f"{source.path}: {note}")
-    plan: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for rule in match.rules:
-        theirs = {source.dtypes[match.names[name]] for name in rule.theirs}
-        if len(theirs) > 1 and dtype is None:
-            found = ", ".join(sorted(map(str, theirs)))
-            raise CheckpointError(
-                f"{source.path}: {', '.join(rule.theirs)} have dtypes {found}; choose one with --dtype"
-            )
-        plan[rule.ours] = (shapes[rule.ours], dtype or theirs.pop())
+    plan = {rule.ours: (shapes[rule.ours], dtype or _dtype_of(source, match, rule)) for rule in match.rules}
     meta = {"config": {"model": config.model_dump(mode="json")}}
     makers = {rule.ours: rule for rule in match.rules}
 
@@ -184,6 +184,15 @@ def import_hf(
         carried_files.keep(source, out_dir)
         write_text_durably(out_dir / MODEL_TOML, values_to_toml(meta["config"]))
     return out_dir / step_name(0)
+
+
+def _dtype_of(source: HFFolder, match: Match, rule: Rule) -> torch.dtype:
+    """The one dtype of the tensors that a rule reads; a :class:`CheckpointError` where they have several."""
+    dtypes = {source.dtypes[match.names[name]] for name in rule.theirs}
+    if len(dtypes) > 1:
+        found = ", ".join(sorted(map(str, dtypes)))
+        raise CheckpointError(f"{source.path}: {', '.join(rule.theirs)} have dtypes {found}; choose one with --dtype")
+    return dtypes.pop()
 
 
 def _describe(
@@ -231,6 +240,15 @@ def _new_folder(out_dir: Path, needed: int) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     return partial
+
+
+def _publish(partial: Path, out_dir: Path) -> None:
+    """Give a complete folder its name."""
+    sync_directory(partial)
+    if out_dir.exists():
+        out_dir.rmdir()
+    partial.rename(out_dir)
+    sync_directory(out_dir.parent)
 
 
 def _write_rest(

@@ -17,7 +17,7 @@ from checkpoint_state import pieces_of_rank, save_virtually, wrong_pieces
 
 from megatron_ds.checkpoint import Checkpoint, FlatShard, load, resolve, save
 from megatron_ds.checkpoint.manifest import INCOMPLETE
-from megatron_ds.checkpoint.save import prepare, write_rank
+from megatron_ds.checkpoint.save import prepare, prune, write_rank
 from megatron_ds.errors import CheckpointError
 from megatron_ds.files.direct_io import DirectFile
 from megatron_ds.testing import RankFailed, run_ranks
@@ -43,7 +43,8 @@ def killed_in(where: str, directory: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(shutil if where == "rmtree" else os, where, die)
-    save_virtually(Path(directory), 2, tp=1, zero=2, keep_last=1)
+    save_virtually(Path(directory), 2, tp=1, zero=2)
+    prune(Path(directory), 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,8 @@ def test_a_kill_at_any_point_leaves_a_good_latest(tmp_path: Path, where: str, su
     assert resolve(tmp_path).name == f"step-{survivor:08d}"
     load_all(tmp_path)
     # The next save removes what the dead one left, whatever it was.
-    save_virtually(tmp_path, 3, keep_last=1)
+    save_virtually(tmp_path, 3)
+    prune(tmp_path, 3, 1)
     assert resolve(tmp_path).name == "step-00000003"
     assert not list(tmp_path.glob(f"*{INCOMPLETE}"))
     load_all(tmp_path)

@@ -18,6 +18,7 @@ import torch
 
 from megatron_ds.checkpoint import FlatShard, load, resolve, save
 from megatron_ds.checkpoint import writer as writer_module
+from megatron_ds.checkpoint.save import prune
 
 CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir", "write", "pwrite", "fsync", "ftruncate", "open", "remove")
 
@@ -64,13 +65,13 @@ def loaded(directory: Path) -> float:
     return float(values.pop())
 
 
-# What is there before (the step of each save), and what the save that dies is told.
-CASES: dict[str, tuple[list[int], int, dict[str, Any]]] = {
-    "a new step": ([1], 2, {}),
-    "the same step again": ([7], 7, {"replace": True}),
-    "the same step beside another": ([6, 7], 7, {"replace": True, "keep_last": 1}),
-    "an older step again": ([6, 7], 6, {"replace": True}),
-    "pruning": ([1, 2, 3], 4, {"keep_last": 1}),
+# What is there before (the step of each save), the step of the save that dies, whether it prunes.
+CASES: dict[str, tuple[list[int], int, bool]] = {
+    "a new step": ([1], 2, False),
+    "the same step again": ([7], 7, False),
+    "the same step beside another": ([6, 7], 7, True),
+    "an older step again": ([6, 7], 6, False),
+    "pruning": ([1, 2, 3], 4, True),
 }
 
 
@@ -78,7 +79,7 @@ CASES: dict[str, tuple[list[int], int, dict[str, Any]]] = {
 def test_whenever_a_save_dies_a_complete_checkpoint_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    before, step, options = CASES[case]
+    before, step, pruning = CASES[case]
     monkeypatch.setattr(os, "fsync", lambda fd: None)  # counted like the others; a disk's time tells nothing here
     number, finished = 0, False
     found = set()
@@ -89,7 +90,9 @@ def test_whenever_a_save_dies_a_complete_checkpoint_is_found(
         newest = before[-1]
         with dies_at(number, monkeypatch) as done:
             try:
-                save(run, step, [flat_shard(100)], {"value": 100}, **options)
+                save(run, step, [flat_shard(100)], {"value": 100}, replace=step in before)
+                if pruning:
+                    prune(run, step, keep_last=1)
                 finished = True
             except Dead:
                 pass

@@ -32,7 +32,7 @@ def my_pieces(tp: int, fill: bool) -> list[FlatShard]:
 
 
 def save_on_ranks(directory: str, step: int, tp: int) -> str:
-    return str(save(directory, step, my_pieces(tp, fill=True), {"step": step}, world_axis(), keep_last=2))
+    return str(save(directory, step, my_pieces(tp, fill=True), {"step": step}, world_axis()))
 
 
 def load_on_ranks(directory: str, tp: int) -> tuple[list[str], dict[str, int]]:

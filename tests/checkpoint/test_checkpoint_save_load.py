@@ -10,6 +10,7 @@ from checkpoint_state import KINDS, TENSORS, pieces_of_rank, save_virtually, who
 from safetensors import safe_open
 
 from megatron_ds.checkpoint import Checkpoint, FlatShard, load, read_meta, resolve, save
+from megatron_ds.checkpoint.save import prune
 from megatron_ds.errors import CheckpointError
 from megatron_ds.files.direct_io import ALIGNMENT
 
@@ -118,11 +119,13 @@ def test_reader_names_shapes_and_values(tmp_path: Path) -> None:
 
 def test_the_newest_are_kept_and_latest_follows(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
-        save_virtually(tmp_path, step, tp=1, zero=1, keep_last=2)
+        save_virtually(tmp_path, step, tp=1, zero=1)
+        prune(tmp_path, step, 2)
         assert resolve(tmp_path).name == f"step-{step:08d}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000030", "step-00000040"]
     # Taken up again from step 30: the later step of the abandoned line is nobody's to remove.
-    save_virtually(tmp_path, 35, tp=1, zero=1, keep_last=1)
+    save_virtually(tmp_path, 35, tp=1, zero=1)
+    prune(tmp_path, 35, 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000035", "step-00000040"]
     assert resolve(tmp_path).name == "step-00000035"
 
@@ -164,8 +167,3 @@ def test_gaps_overlaps_and_contradictions_are_refused(
     with pytest.raises(CheckpointError, match=message):
         save(tmp_path, 1, flat_shards, {})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_keep_last_of_zero_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="keep_last=0"):
-        save(tmp_path, 1, [], {}, keep_last=0)

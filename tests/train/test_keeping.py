@@ -16,6 +16,7 @@ from megatron_ds.checkpoint import Checkpoint, resolve
 from megatron_ds.checkpoint.directory import steps_in
 from megatron_ds.config import load_toml
 from megatron_ds.data.indexed import IndexedDatasetWriter
+from megatron_ds.errors import CheckpointError
 from megatron_ds.mesh import Axis
 from megatron_ds.train.keeping import Keeper
 from megatron_ds.train.report import read_losses
@@ -249,3 +250,8 @@ def test_the_same_data_elsewhere_is_the_same_data(run: Run, tmp_path: Path) -> N
     assert done.code == 0, done.error
     manifest = (tmp_path / "run" / "checkpoints" / "step-00000006" / "manifest.json").read_text()
     assert json.loads(manifest)["meta"]["data"]["datasets"][0]["tokens"] == 1000
+
+
+def test_keeping_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="keep_last=0 would remove the checkpoint being saved; use 1 or more"):
+        Keeper(tmp_path, 0, Axis("world"), print)
