@@ -4,8 +4,7 @@ One block of queries at a time is multiplied with all the keys it may see. Causa
 applied to the block's scores, and no larger score matrix or mask is ever made. Key/value heads are not repeated: the
 queries of a group are rows of one matmul.
 
-On a CPU this is also the fast way: torch's own kernel (the flash one behind ``scaled_dot_product_attention``) computes
-its tiles at a fraction of the matmul rate, in bf16 more slowly than in fp32.
+On a CPU this is mostly the fast way too, see :mod:`.cpu.attention_route`.
 
 Shapes: ``s`` sequence, ``b`` batch, ``n`` query heads, ``g`` key/value heads, ``d`` head dim; of one tile ``B``
 samples, ``Q`` queries and ``K`` keys.
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_ds.kernels.autograd import first_derivative_only
+from megatron_ds.kernels.cpu import attention_route
 from megatron_ds.kernels.documents import Documents
 from megatron_ds.kernels.dropout import keep_mask
 from megatron_ds.kernels.softmax import SOFTMAX, scaled_masked_softmax
@@ -48,9 +48,21 @@ def keeps_probabilities(length: int, head_dim: int) -> bool:
 
 
 def block_size(device: torch.device) -> int:
-    """Queries a block. On a CPU smaller blocks skip more of what lies above the diagonal, larger ones multiply at a
-    better rate; on a GPU the number of launches counts."""
-    return 64 if device.type == "cpu" else 512
+    """Queries a block. On a GPU the number of launches counts."""
+    return attention_route.QUERIES if device.type == "cpu" else 512
+
+
+def is_preferred(on_cpu: bool, half: bool, keeps: bool, causal: bool, other_rules: bool, drops: bool) -> bool:
+    """Whether attention goes by blocks of queries, and not to torch's fused kernel.
+
+    Dropout always does: a fused kernel makes its decisions in ways that depend on the mesh.
+
+    Args:
+        half: inputs are of half precision.
+        keeps: :func:`keeps_probabilities`.
+        other_rules: documents or ALiBi.
+    """
+    return drops or (on_cpu and attention_route.prefers_blocks(half, keeps, causal, other_rules))
 
 
 def block_attention(

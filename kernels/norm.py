@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ds.kernels.accumulate import layer_norm_gradients
 from megatron_ds.kernels.autograd import first_derivative_only
+from megatron_ds.kernels.cpu.half_layer_norm import HalfLayerNorm
 from megatron_ds.kernels.dropout import dropout_add, threshold
 from megatron_ds.kernels.registry import Op, below_autograd, define
 
@@ -28,7 +28,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16):
-        return _HalfLayerNorm.apply(x, weight, bias, eps)
+        return HalfLayerNorm.apply(x, weight, bias, eps)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
@@ -68,24 +68,6 @@ def add_norm(
     if kind == "rmsnorm":
         return F.rms_norm(summed, weight.shape, weight, eps), summed
     return layer_norm_reference(summed, weight, bias, eps), summed
-
-
-class _HalfLayerNorm(torch.autograd.Function):
-    """torch's LayerNorm on a CPU in half precision, but for its backward pass, which adds up in that precision."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        shift = None if bias is None else bias.float()
-        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight.float(), shift, eps)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        return y
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        d_x, d_weight, d_bias = layer_norm_gradients(grads[0], x, weight, bias, mean, rstd)
-        return d_x, d_weight.to(weight.dtype), None if bias is None or d_bias is None else d_bias.to(bias.dtype), None
 
 
 class _Norm(torch.autograd.Function):

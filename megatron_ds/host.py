@@ -1,9 +1,7 @@
-"""The memory and the files of the machine that this process runs on: what is left, and what the allocator keeps."""
+"""The memory and the files of the machine that this process runs on: what is left, and what the process took."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import resource
 import sys
 from pathlib import Path
@@ -63,26 +61,3 @@ def filesystem(folder: Path, mounts: str = "/proc/mounts") -> str:
         if path.is_relative_to(place) and len(place.parts) >= best:
             best, kind = len(place.parts), found
     return kind
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next ones. It changes the whole process.
-
-    By default every large temporary is mapped and unmapped anew: 100,000 page faults a step of a small model on a CPU,
-    6% of the CPU time in fp32 and 11% in bf16. Where the C library is another one, nothing happens.
-    """
-    mmap_threshold, trim_threshold, arena_max = -3, -1, -8  # from malloc.h
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, (1 << 31) - 1)
-        libc.mallopt(arena_max, 1)
-
-
-def give_back_freed_memory() -> None:
-    """After a first step: what building the model has freed, and what lies between the step's tensors.
-
-    The steps that follow settle in less: 10 MiB of 700 in bf16 and 25 of 815 in fp32, two ranks at stage 2.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ds.config import RunConfig
-from megatron_ds.kernels.block_attention import block_size, keeps_probabilities
+from megatron_ds.kernels.block_attention import block_size, is_preferred, keeps_probabilities
 from megatron_ds.pipeline.stage import Activations, StageSpan
 
 _WIDTHS = (("fp32", 4), ("bf16", 2), ("fp16", 2), ("fp64", 8))
@@ -117,7 +117,7 @@ def _core(
         return core_input + statistics, True
     rules = c.position == "alibi" or config.data.document_masking
     keeps = keeps_probabilities(s, c.head_size)
-    if c.attention_dropout or (cpu and (rules or width == 2 or keeps)):
+    if is_preferred(cpu, width == 2, keeps, c.causal, rules, c.attention_dropout > 0):
         # Copies of queries, keys and values, and the probabilities of short rows. Documents make them fewer.
         block = block_size(torch.device("cpu" if cpu else "cuda"))
         triangle = sum(min(block, s - start) * min(start + block, s) for start in range(0, s, block))

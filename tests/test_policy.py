@@ -245,6 +245,17 @@ def one_door(path: str, tree: ast.Module) -> Iterator[str]:
                 yield f"{path}:{node.lineno}: {name} is behind {neighbours}: ask that"
 
 
+CPU_ONLY = {"mkldnn", "mallopt", "malloc_trim"}
+
+
+def cpu_routes_have_one_home(path: str, tree: ast.Module) -> Iterator[str]:
+    """oneDNN's private products and the allocator's settings are asked for in kernels/cpu alone."""
+    if not path.startswith("kernels/cpu/"):
+        for node in (n for n in ast.walk(tree) if isinstance(n, ast.Attribute)):
+            if node.attr in CPU_ONLY:
+                yield f"{path}:{node.lineno}: {node.attr} belongs in kernels/cpu"
+
+
 @functools.cache
 def _classes_in(folder: str) -> set[str]:
     trees = [ast.parse((ROOT / path).read_text()) for path in sources(folder)]
@@ -263,6 +274,7 @@ RULES: list[tuple[Checker, tuple[str, ...]]] = [
     (nothing_executable_is_loaded, EVERYWHERE),
     (second_derivatives_are_decided, EVERYWHERE),
     (one_door, EVERYWHERE),
+    (cpu_routes_have_one_home, LIBRARY),
 ]
 
 
@@ -334,6 +346,7 @@ PLANTED = [
     (one_door, "models/gpt.py", "from megatron_ds.comm.local.tokens import PipeOffer", "is behind megatron_ds/comm"),
     (one_door, "megatron_ds/comm/buffers.py", "from megatron_ds.comm.local import arena", "is behind"),
     (one_door, "megatron_ds/train/step.py", "def f(x):\n    return isinstance(x, LocalBuffers)", "LocalBuffers"),
+    (cpu_routes_have_one_home, "kernels/norm.py", "torch.ops.mkldnn._linear_pointwise(x, w, b)", "in kernels/cpu"),
     (one_door, "megatron_ds/mesh.py", "import x\nx.arena.SharedArena.create(1, axis)", "SharedArena"),
 ]
 
@@ -359,6 +372,7 @@ INNOCENT = [
     ),
     (one_door, "megatron_ds/comm/buffers.py", "from megatron_ds.comm import local\nlocal.open_buffers(a, b, c)"),
     (one_door, "megatron_ds/comm/local/arena.py", "from megatron_ds.comm.local.tokens import Tokens"),
+    (cpu_routes_have_one_home, "kernels/cpu/onednn.py", "torch.ops.mkldnn._linear_pointwise(x, w, b)"),
     (nothing_executable_is_loaded, "megatron_ds/x.py", "module.eval()\nnp.load('x', allow_pickle=False)"),
 ]
 

@@ -23,7 +23,7 @@ from megatron_ds.engine.meta import Filler, Weights, has_memory, take_places
 from megatron_ds.engine.stage import LossStage, loss_of_output
 from megatron_ds.engine.wrapped import plain_name, unwrapped
 from megatron_ds.errors import ConfigError
-from megatron_ds.host import give_back_freed_memory, keep_freed_memory
+from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
 from megatron_ds.mesh import Mesh, MeshShape, init_process_group
 from megatron_ds.optim.deepspeed_schedule import scheduled_betas, scheduled_rate
 from megatron_ds.optim.loss_scaler import LossScaler

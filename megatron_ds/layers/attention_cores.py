@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.errors import ConfigError
-from megatron_ds.kernels.block_attention import Dropout, block_attention, keeps_probabilities
+from megatron_ds.kernels.block_attention import Dropout, block_attention, is_preferred, keeps_probabilities
 from megatron_ds.kernels.block_layout import BlockLayout
 from megatron_ds.kernels.documents import Documents
 from megatron_ds.kernels.sparse_attention import sparse_attention
@@ -72,12 +72,7 @@ class AttentionRules:
 def make_core(
     rules: AttentionRules, length: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> AttentionCore:
-    """The core for queries of ``length`` tokens.
-
-    On a CPU the fused kernel of torch is the fastest for long sequences in fp32 under no rule but causality, and
-    blocks of queries are for the rest; only they need no ``[s, s]`` matrix. On a GPU they serve dropout, whose
-    decisions a fused kernel makes in ways that depend on the mesh.
-    """
+    """The core for queries of ``length`` tokens."""
     if rules.layout is not None:
         if not rules.plain:
             raise ConfigError(
@@ -85,9 +80,14 @@ def make_core(
                 "for every sample; use rotary or learned positions, no document_ids and attention_dropout=0"
             )
         return SparseCore(rules.layout)
-    on_cpu = device.type == "cpu"
-    faster = on_cpu and rules.causal and (dtype in HALF or keeps_probabilities(length, head_dim))
-    if rules.drops or faster or (on_cpu and not rules.plain):
+    if is_preferred(
+        device.type == "cpu",
+        dtype in HALF,
+        keeps_probabilities(length, head_dim),
+        rules.causal,
+        not rules.plain,
+        rules.drops,
+    ):
         return BlockCore(rules)
     bias = None if rules.plain else _bias(rules, length, device, dtype)
     return FusedCore(rules.causal, bias)

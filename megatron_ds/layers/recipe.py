@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from megatron_ds.kernels.accumulate import add_product
 from megatron_ds.kernels.autograd import first_derivative_only
-from megatron_ds.kernels.linear import linear, linear_input_gradient
+from megatron_ds.kernels.matmul import linear, linear_input_gradient
 from megatron_ds.shard import ShardedDim, ShardSpec
 
 

@@ -14,8 +14,8 @@ from megatron_ds.convert.carried_files import take_along
 from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
 from megatron_ds.data.samples import SampleSource
 from megatron_ds.files import say
-from megatron_ds.host import give_back_freed_memory, keep_freed_memory
 from megatron_ds.kernels import registry
+from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
 from megatron_ds.mesh import Mesh
 from megatron_ds.pipeline.schedules import activation_bound
 from megatron_ds.train.build import DTYPES, RankRuntime, batch_ramp, build, num_micro_batches, schedule_of, spans_of

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds.config import ModelConfig
-from megatron_ds.kernels.accumulate import add_product, layer_norm_gradients
+from megatron_ds.kernels.accumulate import add_product
 from megatron_ds.kernels.activation import bias_gelu
+from megatron_ds.kernels.cpu.half_layer_norm import layer_norm_gradients
 from megatron_ds.kernels.norm import add_norm, layer_norm, rms_norm
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear, lookup
 from megatron_ds.mesh import Axis

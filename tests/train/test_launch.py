@@ -324,7 +324,7 @@ _KEEPS_AND_GIVES_BACK = """
 import re
 import torch
 from pathlib import Path
-from megatron_ds.host import give_back_freed_memory, keep_freed_memory
+from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
 
 def resident():
     return int(re.findall(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[0]) / 1024

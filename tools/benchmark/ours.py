@@ -11,7 +11,7 @@ import torch.distributed as dist
 from setting import Workload
 
 from megatron_ds.config import RunConfig, from_dict, validate
-from megatron_ds.host import give_back_freed_memory, keep_freed_memory
+from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.gpt import GPTTask
 from megatron_ds.train.build import build

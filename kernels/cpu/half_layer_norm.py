@@ -1,0 +1,60 @@
+"""LayerNorm on a CPU in half precision: torch's own sums the gradients of its weights in that precision.
+
+Shapes: ``x [..., h]``, ``weight [h]``, ``bias [h]``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ds.kernels.autograd import first_derivative_only
+
+_BLOCK_ELEMENTS = 256 * 384  # converted to fp32 at a time, so that they stay in the cache
+
+
+class HalfLayerNorm(torch.autograd.Function):
+    """torch's forward pass, and a backward pass that adds up in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        shift = None if bias is None else bias.float()
+        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight.float(), shift, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        d_x, d_weight, d_bias = layer_norm_gradients(grads[0], x, weight, bias, mean, rstd)
+        return d_x, d_weight.to(weight.dtype), None if bias is None or d_bias is None else d_bias.to(bias.dtype), None
+
+
+def layer_norm_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of ``x [..., h]``, ``weight`` and ``bias`` (``[h]``, fp32).
+
+    torch's kernel on blocks of rows in fp32. ``mean`` and ``rstd`` ``[..., 1]`` are the forward pass's, in fp32.
+    """
+    columns = x.shape[-1]
+    grads, rows = grad.reshape(-1, columns), x.reshape(-1, columns)
+    out = torch.empty_like(rows)
+    d_weight = weight.new_zeros(columns, dtype=torch.float32)
+    d_bias = None if bias is None else torch.zeros_like(d_weight)
+    wide, wide_bias = weight.float(), None if bias is None else bias.float()
+    block = max(1, _BLOCK_ELEMENTS // max(1, columns))
+    for g, v, result, mu, r in zip(
+        *(t.split(block) for t in (grads, rows, out, mean.reshape(-1, 1), rstd.reshape(-1, 1)))
+    ):
+        d, w, b = torch.ops.aten.native_layer_norm_backward(
+            g.float(), v.float(), [columns], mu, r, wide, wide_bias, [True, True, bias is not None]
+        )
+        result.copy_(d)
+        d_weight += w
+        if d_bias is not None:
+            d_bias += b
+    return out.view(x.shape), d_weight, d_bias

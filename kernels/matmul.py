@@ -1,0 +1,18 @@
+"""Matrix products of a linear layer, by the fastest route the device has. Not differentiable."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ds.kernels.cpu import onednn
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias``: ``[..., in]``, ``[out, in]``, ``[out]`` -> ``[..., out]``."""
+    return onednn.product(x, weight, bias) if onednn.is_faster(x) else F.linear(x, weight, bias)
+
+
+def linear_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """``grad @ weight``: ``[..., out]``, ``[out, in]`` -> ``[..., in]``."""
+    return onednn.product(grad, weight.t(), None) if onednn.is_faster(grad) else grad.matmul(weight)
