@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from megatron_ds.data.blend import BlendedDataset
+from megatron_ds.data.document_split import SPLITS, DocumentRange, split_documents
 from megatron_ds.data.gpt_dataset import TextSource
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.order import key
-from megatron_ds.data.split import SPLITS, DocumentRange, split_documents
 from megatron_ds.errors import DataError, nearest
 
 Weighted = Sequence[tuple[float, str]]
@@ -29,7 +29,7 @@ def blend_of_splits(
 ) -> dict[str, TextSource | None]:
     """Split every dataset alike, and blend the parts of each split: ``{"train": ..., "valid": ..., "test": ...}``.
 
-    A split without weight is None. Raises :class:`DataError` as :func:`~megatron_ds.data.split.split_documents` does.
+    A split without weight is None. Raises DataError as :func:`~megatron_ds.data.document_split.split_documents` does.
     """
     opened = [(weight, open_dataset(prefix)) for weight, prefix in blend]
     ranges = [split_documents(dataset, split, sequence_length) for _, dataset in opened]

@@ -16,10 +16,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron_ds.data.document_split import DocumentRange
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.order import order
 from megatron_ds.data.samples import Batch, SampleSource
-from megatron_ds.data.split import DocumentRange
 from megatron_ds.errors import DataError
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from megatron_ds.data.blend_sources import Weighted, blend_of_splits, splits_of_blends
 from megatron_ds.data.conversation_dataset import ConversationDataset
+from megatron_ds.data.document_split import DocumentRange
 from megatron_ds.data.fim import FillInTheMiddle, FIMDataset, sentinels
 from megatron_ds.data.gpt_dataset import GPTDataset, TextSource
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.samples import Sources
-from megatron_ds.data.split import DocumentRange
 from megatron_ds.data.synthetic import SyntheticDataset
 from megatron_ds.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ds.data.verify import check_token_ids, read_manifest

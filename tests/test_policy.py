@@ -391,6 +391,19 @@ def test_no_file_hides_a_second_idea() -> None:
     assert not long, f"over 450 lines: {long}"
 
 
+# Modules that are named for what another library calls them, for a section of the configuration, or for an op's twin.
+SAME_BY_DESIGN = ("kernels/triton/", "megatron_ds/config/", "megatron_ds/deepspeed_json/", "megatron_ds/integrations/")
+
+
+def test_no_two_modules_have_one_name() -> None:
+    own = [path for path in sources(*LIBRARY) if not path.startswith(SAME_BY_DESIGN)]
+    homes: dict[str, list[str]] = {}
+    for path in own:
+        homes.setdefault(Path(path).name, []).append(path)
+    twice = {name: paths for name, paths in homes.items() if len(paths) > 1 and name not in ("__init__.py", "norm.py")}
+    assert not twice, f"a search finds the wrong one: {twice}"
+
+
 def test_linked_folders_are_relative_symlinks_without_init() -> None:
     for folder in LINKED:
         link = ROOT / "megatron_ds" / folder

@@ -23,7 +23,7 @@ from megatron_ds.data.indexed import IndexedDataset, IndexedDatasetWriter
 from megatron_ds.data.special_tokens import read_special_tokens
 from megatron_ds.data.verify import read_manifest
 from megatron_ds.deepspeed_json import from_deepspeed
-from megatron_ds.engine.meta import Filler
+from megatron_ds.engine.without_memory import Filler
 from megatron_ds.errors import MegatronDSError
 from megatron_ds.pipeline.timeline import Timeline
 

@@ -25,7 +25,7 @@ from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.schedules import activation_bound, build_schedule
 from megatron_ds.pipeline.simulate import Costs, simulate
 from megatron_ds.pipeline.timeline import Timeline
-from megatron_ds.pipeline.validate import validate
+from megatron_ds.pipeline.validator import validate
 
 MOST_ACTIONS = 50_000  # some seconds, and far more than a screen shows
 

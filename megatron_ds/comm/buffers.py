@@ -3,7 +3,7 @@
 An owner of such buffers (ZeRO) takes them all at the start, from :func:`open_buffers`. There are three kinds, by when
 the whole buffer has memory: always (:class:`WholeMemory`), while one round of gradients is summed (:class:`Slots`),
 while somebody reads the gathered values (:class:`GatheredMemory`). Here is the way through the process group; ranks of
-one host read each other's memory instead (``local/buffers.py``), and nothing is sent at all.
+one host read each other's memory instead (``local/shared_buffers.py``), and nothing is sent at all.
 """
 
 from __future__ import annotations

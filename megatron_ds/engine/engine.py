@@ -17,11 +17,11 @@ from torch.optim import Optimizer
 from megatron_ds.advice.engine_advice import EngineAdvice
 from megatron_ds.config.engine import BatchSizes, EngineConfig
 from megatron_ds.engine import checkpoint, pretrained
-from megatron_ds.engine.buffers import BufferSync
+from megatron_ds.engine.buffer_sync import BufferSync
 from megatron_ds.engine.clock import Clock
 from megatron_ds.engine.gradients import Placeholders
+from megatron_ds.engine.loss_stage import LossStage, to_device
 from megatron_ds.engine.model_guard import ModelGuard
-from megatron_ds.engine.stage import LossStage, to_device
 from megatron_ds.engine.tensors import WholeTensors
 from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Mesh

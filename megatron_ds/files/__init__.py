@@ -1,6 +1,8 @@
 """Files: bounded readers, atomic writes, direct I/O (:mod:`.direct_io`), checksums, sizes as text."""
 
-from megatron_ds.files.read import (
+from megatron_ds.files.byte_text import checksum, gb
+from megatron_ds.files.standard_output import say
+from megatron_ds.files.whole_files import (
     MOST_BYTES,
     check_regular,
     open_regular,
@@ -9,8 +11,6 @@ from megatron_ds.files.read import (
     read_json,
     read_text,
 )
-from megatron_ds.files.standard_output import say
-from megatron_ds.files.text import checksum, gb
 from megatron_ds.files.write import replacing, sync_and_close, sync_directory, temporary_beside, write_text_durably
 
 __all__ = [

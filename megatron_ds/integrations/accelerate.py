@@ -39,7 +39,7 @@ from megatron_ds.config import PrecisionConfig
 from megatron_ds.config.engine import EngineConfig
 from megatron_ds.deepspeed_json import auto_values
 from megatron_ds.engine import Engine, initialize, read_config
-from megatron_ds.engine.build import Configuration
+from megatron_ds.engine.assemble import Configuration
 from megatron_ds.errors import ConfigError
 from megatron_ds.integrations.engine_module import EngineModel, EngineOptimizer
 from megatron_ds.train.step import StepResult, TrainStep

@@ -23,7 +23,7 @@ from megatron_ds.config import OptimizerConfig
 from megatron_ds.config.engine import EngineConfig
 from megatron_ds.deepspeed_json import auto_values, from_deepspeed, is_deepspeed
 from megatron_ds.engine import Engine, initialize, read_config
-from megatron_ds.engine.build import rate_of, torch_optimizer
+from megatron_ds.engine.assemble import rate_of, torch_optimizer
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.integrations.accelerate import (
     ENGINE,

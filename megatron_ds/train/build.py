@@ -12,16 +12,16 @@ from torch import nn
 from megatron_ds.config import BaseRunConfig, PipelineConfig
 from megatron_ds.data.ramp import BatchRamp
 from megatron_ds.mesh import Axis, Mesh, MeshShape
+from megatron_ds.optim.learning_rate import learning_rate
 from megatron_ds.optim.loss_scaler import LossScaler
-from megatron_ds.optim.schedule import learning_rate
 from megatron_ds.pipeline.executor import Executor
+from megatron_ds.pipeline.layer_split import split_layers
 from megatron_ds.pipeline.passes import make_ready
 from megatron_ds.pipeline.placement import Placement
 from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.schedules import build_schedule, generator_of
-from megatron_ds.pipeline.split import split_layers
 from megatron_ds.pipeline.stage import StageModule, StageSpan, stage_spans
-from megatron_ds.pipeline.validate import validate as validate_schedule
+from megatron_ds.pipeline.validator import validate as validate_schedule
 from megatron_ds.train.step import TrainStep
 from megatron_ds.train.task import Task
 from megatron_ds.zero.optimizer import ZeroOptimizer

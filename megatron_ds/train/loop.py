@@ -21,7 +21,7 @@ from megatron_ds.config import BaseRunConfig
 from megatron_ds.data.loader import BatchLoader, MicroBatch
 from megatron_ds.errors import CheckpointError, MegatronDSError
 from megatron_ds.mesh import Mesh
-from megatron_ds.optim.schedule import rate_change
+from megatron_ds.optim.learning_rate import rate_change
 from megatron_ds.shard.flat_shards import FlatShard, buffers_with_shards
 from megatron_ds.train.build import RankRuntime
 from megatron_ds.train.callbacks import Callback

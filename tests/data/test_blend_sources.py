@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from megatron_ds.data.blend_sources import blend_of_splits, splits_of_blends
+from megatron_ds.data.document_split import DocumentRange
 from megatron_ds.data.gpt_dataset import GPTDataset, TextSource
 from megatron_ds.data.indexed import IndexedDataset, IndexedDatasetWriter
-from megatron_ds.data.split import DocumentRange
 from megatron_ds.errors import DataError
 
 S = 4

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import megatron_ds
 from megatron_ds import comm
-from megatron_ds.engine import buffers
+from megatron_ds.engine import buffer_sync
 from megatron_ds.testing import run_ranks
 
 STEPS = 4
@@ -159,7 +159,7 @@ def sent() -> tuple[list[int], list[int]]:
         return broadcast(tensor, axis)
 
     broadcast = comm.broadcast
-    with patch.object(buffers.comm, "broadcast", counted):
+    with patch.object(buffer_sync.comm, "broadcast", counted):
         for step in range(4):
             engine.backward(engine(batches(step, 1)[0].float()))
             engine.step()

@@ -12,7 +12,7 @@ from megatron_ds.config.engine import EngineConfig, batch_sizes, validate_engine
 from megatron_ds.config.read import from_dict
 from megatron_ds.engine import read_config
 from megatron_ds.errors import ConfigError
-from megatron_ds.optim.schedule import learning_rate
+from megatron_ds.optim.learning_rate import learning_rate
 
 BATCHES = [
     ({}, 4, (None, None, 1)),

@@ -126,7 +126,7 @@ def test_an_optimizer_of_ones_own_is_tried() -> None:
 def test_the_allocator_of_the_process_is_changed_only_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     for name in ("keep_freed_memory", "give_back_freed_memory"):
-        monkeypatch.setattr(f"megatron_ds.engine.build.{name}", lambda name=name: calls.append(name))
+        monkeypatch.setattr(f"megatron_ds.engine.assemble.{name}", lambda name=name: calls.append(name))
     for asked in (False, True):
         assert calls == []
         engine = megatron_ds.initialize(torch.nn.Linear(2, 1), {"device": "cpu", "keep_freed_memory": asked})

@@ -15,7 +15,7 @@ from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.models.gpt import GPT, GPTTask
 from megatron_ds.models.text_task import layer_costs
 from megatron_ds.models.transformer import StageSettings
-from megatron_ds.pipeline.split import split_layers
+from megatron_ds.pipeline.layer_split import split_layers
 from megatron_ds.pipeline.stage import StageSpan, stage_spans
 from megatron_ds.rng import DropoutKeys
 from megatron_ds.shard import spec_of

@@ -11,9 +11,9 @@ import torch
 from megatron_ds.config import OptimizerConfig, PrecisionConfig
 from megatron_ds.optim.clip import clip_coefficient
 from megatron_ds.optim.factory import ConfigRule
+from megatron_ds.optim.learning_rate import learning_rate
 from megatron_ds.optim.loss_scaler import LossScaler
 from megatron_ds.optim.rule import OptimizerSegment
-from megatron_ds.optim.schedule import learning_rate
 
 
 def rates(total: int, **options: Any) -> list[float]:

@@ -20,7 +20,7 @@ from parity_run import Outcome, train_on_this_rank
 from torch import Tensor
 
 from megatron_ds import comm
-from megatron_ds.comm.local.buffers import LocalSlots
+from megatron_ds.comm.local.shared_buffers import LocalSlots
 from megatron_ds.layers import attention, linear, loss, norm
 from megatron_ds.mesh import Axis
 from megatron_ds.models import transformer

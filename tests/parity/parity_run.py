@@ -23,7 +23,7 @@ from megatron_ds.models import transformer
 from megatron_ds.models.families import task_of
 from megatron_ds.pipeline.passes import make_ready
 from megatron_ds.pipeline.schedule import Schedule
-from megatron_ds.pipeline.validate import validate as validate_schedule
+from megatron_ds.pipeline.validator import validate as validate_schedule
 from megatron_ds.shard import ShardSpec, spec_of
 from megatron_ds.testing import device_of_rank
 from megatron_ds.train import build as build_module

@@ -10,7 +10,7 @@ from megatron_ds.errors import ConfigError, ScheduleError
 from megatron_ds.pipeline.passes import add_communication, hoist_receives
 from megatron_ds.pipeline.schedule import Schedule, in_flight, peak_in_flight
 from megatron_ds.pipeline.schedules import SCHEDULES, activation_bound, build_schedule
-from megatron_ds.pipeline.validate import validate
+from megatron_ds.pipeline.validator import validate
 
 names = st.sampled_from(sorted(SCHEDULES))
 pps = st.integers(1, 9)

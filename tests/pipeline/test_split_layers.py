@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ds.errors import ConfigError
-from megatron_ds.pipeline.split import split_layers
+from megatron_ds.pipeline.layer_split import split_layers
 
 
 @settings(derandomize=True, deadline=None)

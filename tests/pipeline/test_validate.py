@@ -16,7 +16,7 @@ from megatron_ds.pipeline.placement import Placement
 from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.schedules import activation_bound, build_schedule
 from megatron_ds.pipeline.schedules.one_f_one_b import max_in_flight
-from megatron_ds.pipeline.validate import validate
+from megatron_ds.pipeline.validator import validate
 
 
 def read(*ranks: str) -> Schedule:

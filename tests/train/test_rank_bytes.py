@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from test_dry_run import LLAMA, configuration
 
-from megatron_ds.comm.local.buffers import LocalGathered
+from megatron_ds.comm.local.shared_buffers import LocalGathered
 from megatron_ds.config import RunConfig, from_dict, validate
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.gpt import GPTTask

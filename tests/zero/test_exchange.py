@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_ds import comm
 from megatron_ds.comm import BufferSizes, collectives, open_buffers
 from megatron_ds.comm.local.arena import SharedArena
-from megatron_ds.comm.local.buffers import LocalBuffers
+from megatron_ds.comm.local.shared_buffers import LocalBuffers
 from megatron_ds.comm.local.tokens import Tokens
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.testing import run_ranks

@@ -12,7 +12,7 @@ from torch import nn
 from whole_rule import Normalized, NormalizedRule
 
 from megatron_ds import comm
-from megatron_ds.comm.local.buffers import LocalBuffers
+from megatron_ds.comm.local.shared_buffers import LocalBuffers
 from megatron_ds.config import OffloadConfig, OptimizerConfig, PrecisionConfig, ZeroConfig
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.optim.clip import clip_coefficient

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from megatron_ds.comm.local.buffers import LocalBuffers
 from megatron_ds.comm.local.exchange import LocalExchange
+from megatron_ds.comm.local.shared_buffers import LocalBuffers
 from megatron_ds.mesh import Axis
 
 if TYPE_CHECKING:

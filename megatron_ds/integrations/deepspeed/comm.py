@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ds.config.engine import EngineConfig
-from megatron_ds.engine.build import start_ranks
+from megatron_ds.engine.assemble import start_ranks
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import init_process_group
 

@@ -15,7 +15,7 @@ import megatron_ds
 from megatron_ds.config import OptimizerConfig
 from megatron_ds.config.engine import EngineConfig
 from megatron_ds.deepspeed_json import from_deepspeed, read_values
-from megatron_ds.engine.build import torch_optimizer
+from megatron_ds.engine.assemble import torch_optimizer
 from megatron_ds.errors import ConfigError
 from megatron_ds.files import say
 from megatron_ds.integrations.deepspeed.comm import init_distributed

@@ -9,7 +9,7 @@ import torch
 from megatron_ds.config import OffloadConfig
 from megatron_ds.zero.store.base import Region, Store, placement
 from megatron_ds.zero.store.device import DeviceStore
-from megatron_ds.zero.store.host import HostStore
+from megatron_ds.zero.store.host_memory import HostStore
 from megatron_ds.zero.store.nvme import NvmeStore
 
 __all__ = ["BucketStores", "DeviceStore", "HostStore", "NvmeStore", "Region", "Store", "create_store", "placement"]

@@ -19,16 +19,16 @@ from megatron_ds.config.engine import BatchSizes, DeepSpeedSchedule, EngineConfi
 from megatron_ds.config.read import from_dict, read_toml
 from megatron_ds.deepspeed_json import from_deepspeed, is_deepspeed
 from megatron_ds.engine.engine import Engine
-from megatron_ds.engine.meta import Filler, Weights, has_memory, take_places
-from megatron_ds.engine.stage import LossStage, loss_of_output
+from megatron_ds.engine.loss_stage import LossStage, loss_of_output
+from megatron_ds.engine.without_memory import Filler, Weights, has_memory, take_places
 from megatron_ds.engine.wrapped import plain_name, unwrapped
 from megatron_ds.errors import ConfigError
 from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
 from megatron_ds.mesh import Mesh, MeshShape, init_process_group
 from megatron_ds.optim.deepspeed_schedule import scheduled_betas, scheduled_rate
+from megatron_ds.optim.learning_rate import learning_rate
 from megatron_ds.optim.loss_scaler import LossScaler
 from megatron_ds.optim.rule import UpdateRule
-from megatron_ds.optim.schedule import learning_rate
 from megatron_ds.optim.torch_rule import TorchRule
 from megatron_ds.pipeline.executor import Executor
 from megatron_ds.pipeline.schedules import build_schedule
