@@ -174,6 +174,24 @@ class PrecisionConfig(Section):
     loss_scale_window: int = Field(1000, gt=0, description="Good steps before the scale doubles.")
     loss_scale_hysteresis: int = Field(2, gt=0, description="Overflowing steps before the scale halves.")
     min_loss_scale: float = Field(1.0, gt=0, le=2.0**40, description="The scale never falls below this.")
+    fp8: Literal["none", "tensorwise", "rowwise", "blockwise"] = Field(
+        "none",
+        description="Products of linear layers in FP8, with a scale for a sequence and a weight, for a token and a "
+        "row, or for 128 features of a token and 128 x 128 of a weight. The embedding, the head and norms stay.",
+    )
+    fp8_gradients: Literal["e4m3", "e5m2"] | None = Field(
+        None, description="FP8 format of output gradients. Default: e5m2 for tensorwise, e4m3 for the others."
+    )
+    fp8_weight_gradient: bool = Field(True, description="Weight gradients in FP8 too, else in precision.dtype.")
+    fp8_power_of_two: bool = Field(False, description="Scales are powers of two, so that scaling never rounds.")
+    fp8_block: int = Field(128, gt=0, description="Side of a block of blockwise; CUDA has 128 alone.")
+    fp8_min_features: int = Field(
+        2048, ge=0, description="Layers with fewer input or output features stay: they gain nothing on a GPU."
+    )
+    fp8_exclude: tuple[str, ...] = Field(
+        (), description="Patterns of layers that stay, such as layers.0.* or *.mlp.down."
+    )
+    fp8_emulate: bool = Field(False, description="Compute FP8 on a device without it, such as a CPU: slow, for tests.")
 
 
 class RecomputeConfig(Section):

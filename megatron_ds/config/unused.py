@@ -70,6 +70,23 @@ COMMON = (
         lambda c: _scales_loss(c) and c.precision.loss_scale is None,
         "there is a dynamic loss scale with precision.dtype='fp16' and without precision.loss_scale alone",
     ),
+    Unused(
+        (
+            "precision.fp8_gradients",
+            "precision.fp8_weight_gradient",
+            "precision.fp8_power_of_two",
+            "precision.fp8_min_features",
+            "precision.fp8_exclude",
+            "precision.fp8_emulate",
+        ),
+        lambda c: c.precision.fp8 != "none",
+        "precision.fp8='none' has no products in FP8; use precision.fp8='blockwise' or another",
+    ),
+    Unused(
+        ("precision.fp8_block",),
+        lambda c: c.precision.fp8 == "blockwise",
+        "precision.fp8={c.precision.fp8!r} has no blocks; use precision.fp8='blockwise'",
+    ),
 )
 
 _DATA = (

@@ -61,12 +61,11 @@ def _matrix(weight: Tensor) -> Tensor:
 def _weight_gradient(recipe: Recipe, weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
     """The weight's gradient from ``grad [s, b, out]`` and ``x [s, b, in]``: straight into the gradient buffer where an
     optimizer gave the weight one (see ``zero/main_grad.py``), which spares a pass over memory."""
-    left, right = grad.reshape(-1, grad.shape[-1]).t(), x.reshape(-1, x.shape[-1])
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is not None:
-        main_grad.add_matmul(left, right, recipe.add_weight_gradient)
+        main_grad.add_matmul(grad, x, recipe.add_weight_gradient)
         return None
-    return recipe.weight_gradient(left, right).view(weight.shape)
+    return recipe.weight_gradient(grad, x).view(weight.shape)
 
 
 def _bias_gradient(bias: Tensor, grad: Tensor) -> Tensor | None:

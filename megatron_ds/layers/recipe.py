@@ -6,7 +6,8 @@ under ``torch.compile``. :class:`OwnPrecision` is what a layer begins with; :fun
 A recipe may have state, such as the scales of an FP8 format. It lives in buffers that :meth:`Recipe.add_state` makes:
 they have a global name and a shard like a parameter, and a checkpoint keeps them.
 
-Shapes: ``x [..., in]``, ``weight [out, in]``, ``bias [out]``, ``grad [..., out]``.
+Shapes: ``x [..., in]``, ``weight [out, in]``, ``bias [out]``, ``grad [..., out]``. Activations and their gradients come
+as the layer has them, ``[s, b, ...]``, so that a recipe knows the sequences.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ class Recipe(nn.Module):
         """``grad @ weight``: ``[..., in]``."""
         raise NotImplementedError
 
-    def weight_gradient(self, left: Tensor, right: Tensor) -> Tensor:
-        """``left @ right``: ``[out, in]``, of the tokens' ``grad.T [out, tokens]`` and ``x [tokens, in]``."""
+    def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        """``grad.T @ x`` over all tokens: ``[..., out]``, ``[..., in] -> [out, in]``."""
         raise NotImplementedError
 
-    def add_weight_gradient(self, total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    def add_weight_gradient(self, total: Tensor, grad: Tensor, x: Tensor, first: bool) -> None:
         """Add :meth:`weight_gradient` to the main gradient ``total [out, in]``; ``first``: set it."""
-        gradient = self.weight_gradient(left, right)
+        gradient = self.weight_gradient(grad, x)
         total.copy_(gradient) if first else total.add_(gradient)
 
     def traced(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -82,14 +83,18 @@ class OwnPrecision(Recipe):
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         return linear_input_gradient(grad, weight)
 
-    def weight_gradient(self, left: Tensor, right: Tensor) -> Tensor:
-        return left.mm(right)
+    def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        return _over_tokens(grad).t().mm(_over_tokens(x))
 
-    def add_weight_gradient(self, total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-        add_product(total, left, right, first)
+    def add_weight_gradient(self, total: Tensor, grad: Tensor, x: Tensor, first: bool) -> None:
+        add_product(total, _over_tokens(grad).t(), _over_tokens(x), first)
 
     def traced(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
+
+
+def _over_tokens(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 class _Traced(torch.autograd.Function):
@@ -104,9 +109,8 @@ class _Traced(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         (grad,), recipe = grads, ctx.recipe
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_weight = recipe.weight_gradient(rows.t(), x.reshape(-1, x.shape[-1]))
-        return recipe.input_gradient(grad, weight), grad_weight, rows.sum(0) if ctx.needs_input_grad[2] else None, None
+        grad_bias = _over_tokens(grad).sum(0) if ctx.needs_input_grad[2] else None
+        return recipe.input_gradient(grad, weight), recipe.weight_gradient(grad, x), grad_bias, None
 
 
 def use_recipe(model: nn.Module, make: Callable[[ShardSpec], Recipe]) -> None:

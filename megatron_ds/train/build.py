@@ -11,6 +11,8 @@ from torch import nn
 
 from megatron_ds.config import BaseRunConfig, PipelineConfig
 from megatron_ds.data.ramp import BatchRamp
+from megatron_ds.errors import ConfigError
+from megatron_ds.layers import float8
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.optim.learning_rate import learning_rate
 from megatron_ds.optim.loss_scaler import LossScaler
@@ -119,6 +121,29 @@ def build(config: BaseRunConfig, mesh: Mesh, task: Task, device: torch.device | 
     return RankRuntime(stages, executor, optimizer, step, scaler)
 
 
+def low_precision(config: BaseRunConfig, shape: MeshShape, task: Task, device: torch.device | None) -> list[str]:
+    """Which layers compute in FP8, as a note for the user, and whether they can; laid out without memory.
+
+    Args:
+        device: where the run computes; None: not known, as in a dry run.
+
+    Raises:
+        ConfigError: a layer or the device cannot do it.
+    """
+    precision = config.precision
+    if precision.fp8 == "none":
+        return []
+    span = StageSpan(0, task.num_layers)
+    mesh = Mesh.described(MeshShape(tp=shape.tp), 0)
+    model = task.make_stage(span, mesh, torch.device("meta"), DTYPES[precision.dtype])
+    note, faults = float8.describe(model, precision)
+    if device is not None:
+        faults += filter(None, [float8.device_fault(device, precision)])
+    if faults:
+        raise ConfigError("\n".join(faults))
+    return [note]
+
+
 def make_stages(
     config: BaseRunConfig, mesh: Mesh, task: Task, device: torch.device
 ) -> tuple[dict[int, nn.Module], list[tuple[nn.Parameter, Axis]]]:
@@ -129,6 +154,9 @@ def make_stages(
     stages = {
         number: task.make_stage(spans[number], mesh, device, dtype) for number in placement.stages_of(mesh.pp.rank)
     }
+    if config.precision.fp8 != "none":
+        for stage in stages.values():
+            float8.use_float8(stage, config.precision)
     return stages, _tie_embeddings(stages, mesh)
 
 

@@ -16,7 +16,7 @@ from megatron_ds.mesh import MeshShape
 from megatron_ds.pipeline.passes import make_ready
 from megatron_ds.pipeline.simulate import Costs, simulate
 from megatron_ds.pipeline.stage import Activations, StageSpan
-from megatron_ds.train.build import num_micro_batches, schedule_of, spans_of
+from megatron_ds.train.build import low_precision, num_micro_batches, schedule_of, spans_of
 from megatron_ds.train.rank_bytes import RankAccount, account_of
 from megatron_ds.train.task import Task
 
@@ -28,6 +28,7 @@ class DryRun:
     Attributes:
         account: its bytes; activations are estimated for a GPU unless the configuration says CPU.
         bubble: idle share of the pipeline's time, from the layers' FLOPs, a backward at twice a forward.
+        notes: what the configuration chose by a rule, such as which layers compute in FP8.
     """
 
     config: BaseRunConfig
@@ -37,6 +38,7 @@ class DryRun:
     account: RankAccount
     bubble: float
     seconds: float
+    notes: list[str]
 
     @cached_property
     def places(self) -> dict[str, dict[str, int]]:
@@ -82,6 +84,7 @@ class DryRun:
                 *self._transient(),
                 f"schedule: {self.config.pipeline.schedule}, {batches} micro-batches, at most {self.in_flight} "
                 f"in flight on this rank, bubble {self.bubble:.1%} of the time",
+                *self.notes,
                 f"built in {self.seconds:.1f} s",
             ]
         )
@@ -131,6 +134,7 @@ def dry_run(config: BaseRunConfig, task: Task, world_size: int, rank: int = 0) -
     shape = validate(config, world_size, needs_data=False)
     if not 0 <= rank < world_size:
         raise ConfigError(f"--rank {rank} is not a rank of --world-size {world_size}; use 0 to {world_size - 1}")
+    notes = low_precision(config, shape, task, device=None)
     account = account_of(config, task, shape, rank)
     spans = spans_of(config.pipeline, task, shape.pp)
     batches = num_micro_batches(config, shape)
@@ -142,4 +146,4 @@ def dry_run(config: BaseRunConfig, task: Task, world_size: int, rank: int = 0) -
     ]
     schedule = schedule_of(config.pipeline, shape.pp, batches)
     timeline = simulate(make_ready(schedule), Costs(forward=forward, backward=[2 * cost for cost in forward]))
-    return DryRun(config, shape, rank, spans, account, timeline.bubble_fraction, time.perf_counter() - start)
+    return DryRun(config, shape, rank, spans, account, timeline.bubble_fraction, time.perf_counter() - start, notes)

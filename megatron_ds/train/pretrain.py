@@ -18,7 +18,16 @@ from megatron_ds.kernels import registry
 from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
 from megatron_ds.mesh import Mesh
 from megatron_ds.pipeline.schedules import activation_bound
-from megatron_ds.train.build import DTYPES, RankRuntime, batch_ramp, build, num_micro_batches, schedule_of, spans_of
+from megatron_ds.train.build import (
+    DTYPES,
+    RankRuntime,
+    batch_ramp,
+    build,
+    low_precision,
+    num_micro_batches,
+    schedule_of,
+    spans_of,
+)
 from megatron_ds.train.callbacks import AdviceCallback, Callback, default_callbacks
 from megatron_ds.train.initial_weights import check_model, load_weights
 from megatron_ds.train.launch import RankInfo, job, set_threads
@@ -45,13 +54,14 @@ def pretrain(config: BaseRunConfig, place: RankInfo, task: Task) -> bool:
             source = output.resume_path(config)
             differs = [] if source is not None else check_model(config)
             sources = task.open_sources()
+            notes = [*sources.notes, *low_precision(config, shape, task, device)]
         set_threads(place, config.threads)
         keep_freed_memory()
         ranks.start(device)
         mesh = Mesh.create(shape, device, ranks.group_timeout(device))
         if mesh.rank == 0:
             stack.enter_context(output.owned(config))
-            say("\n".join([str(mesh), *sources.notes]))
+            say("\n".join([str(mesh), *notes]))
             if device.type == "cuda" or config.kernels != "auto":
                 say("\n  ".join(["kernels:", *map(str, registry.report(device, DTYPES[config.precision.dtype]))]))
         parts = build(config, mesh, task)

@@ -123,7 +123,8 @@ class MainGradient:
     def add_matmul(self, left: torch.Tensor, right: torch.Tensor, add: Callable[..., None] = add_product) -> None:
         """Add ``left @ right`` (``[rows, k] @ [k, columns]``), where ``columns`` is the parameter's last dim.
 
-        ``add(total, left, right, first)`` does it, see :func:`megatron_ds.kernels.accumulate.add_product`.
+        ``add(total, left, right, first)`` does it, see :func:`megatron_ds.kernels.accumulate.add_product`; another
+        ``add`` may take its operands in another shape.
         """
         if self._keep(partial(self.add_matmul, add=add), left, right):
             return

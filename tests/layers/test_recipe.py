@@ -44,8 +44,8 @@ class Factors(Recipe):
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
         return 3.0 * (grad @ weight)
 
-    def weight_gradient(self, left: Tensor, right: Tensor) -> Tensor:
-        return 5.0 * (left @ right)
+    def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        return 5.0 * torch.einsum("sbo,sbi->oi", grad, x)
 
 
 def pair(tp: Axis, sequence_parallel: bool = False) -> nn.Sequential:

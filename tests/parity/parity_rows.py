@@ -89,12 +89,14 @@ class Row:
     qk_norm: bool = False
     overlap: bool = True
     bucket_mb: float = 25.0
+    fp8: str = "none"  # a factor of its own rows: rounding would hide small mistakes of the others
 
     def __str__(self) -> str:
         flags = [name for name in SETTINGS if getattr(self, name) is True]
         values = [self.architecture, self.recompute, self.split, self.schedule, self.stages, self.optimizer]
         values.append(f"zero{self.zero}" + (self.offload if self.offload != "none" else ""))
         values += [f"{self.accumulation}x{self.micro_batch}", f"bucket{self.bucket_mb:g}"]
+        values += [self.fp8] if self.fp8 != "none" else []
         return "tp{}-pp{}-dp{}-".format(*self.mesh) + "-".join(values + flags)
 
     @property
@@ -225,6 +227,14 @@ def _offload_of(row: Row) -> dict[str, Any]:
     }
 
 
+def _fp8_of(row: Row) -> dict[str, Any]:
+    """All layers in FP8, with blocks of which the small model has several."""
+    if row.fp8 == "none":
+        return {}
+    block = {"fp8_block": 4} if row.fp8 == "blockwise" else {}
+    return {"fp8": row.fp8, "fp8_min_features": 0, "fp8_emulate": True, **block}
+
+
 def config_of(row: Row) -> RunConfig:
     """The run of a row: the smallest model that its mesh can split, with padding rows that are a whole rank's share."""
     tp, pp, dp = row.mesh
@@ -236,7 +246,7 @@ def config_of(row: Row) -> RunConfig:
         "num_heads": 2 * groups if row.architecture == "llama" else groups,
         "kv_heads": groups,
         "head_dim": 4,
-        "ffn_hidden_size": tp * -(-20 // tp),
+        "ffn_hidden_size": tp * -(-20 // tp) if row.fp8 == "none" else 4 * tp * -(-5 // tp),
         "vocab_size": VOCABULARY,
         "vocab_multiple": 8 * tp,
         "max_positions": sequence_length(tp),
@@ -273,7 +283,7 @@ def config_of(row: Row) -> RunConfig:
             "warmup_steps": 1,
             **({"momentum": 0.9} if row.optimizer == "sgd" else {}),
         },
-        "precision": {"dtype": "fp64"},
+        "precision": {"dtype": "fp64", **_fp8_of(row)},
         "recompute": {"mode": row.recompute, "every": 2},
         "data": {"prefix": "the test's own", "document_masking": row.documents},
         "train": {

@@ -1,0 +1,230 @@
+"""FP8 recipes of a linear layer: its three products in eight-bit floating point, the same on every mesh.
+
+Both operands of a product are quantised from what the layer has in high precision, with scales of the moment (*dynamic
+scaling*), so that there is no state. What shares a scale (see :class:`~megatron_ds.kernels.float8.Block`):
+
+=========== ============================ ====================== =======================================
+recipe      activations and gradients    weights                weight gradient, whose sum is over tokens
+=========== ============================ ====================== =======================================
+tensorwise  a sequence                   the whole weight       a sequence
+rowwise     a token                      a row (or column)      a feature of a sequence
+blockwise   128 features of a token      128 x 128              128 tokens of a feature
+=========== ============================ ====================== =======================================
+
+No scale depends on the mesh. A scale never spans two sequences, so that how samples are put on replicas and into
+micro-batches is no matter; where tensor parallelism cuts what shares a scale, its amax is reduced over tp; and blocks
+of features are not cut (:func:`fault`). The layer gathers sequence-parallel activations before it asks the recipe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_ds import comm
+from megatron_ds.config import PrecisionConfig
+from megatron_ds.kernels.float8 import CUDA_MULTIPLE, E4M3, E5M2, Block, Float8, block_amax, product, quantize
+from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_ds.layers.recipe import OwnPrecision, Recipe
+from megatron_ds.mesh import Axis
+from megatron_ds.shard import spec_of
+
+Linear = ColumnParallelLinear | RowParallelLinear
+
+FIRST_CAPABILITY = (8, 9)
+CUDA_BLOCK = 128
+
+
+class Float8Recipe(Recipe):
+    """The products of one linear layer in FP8.
+
+    Args:
+        settings: ``precision.fp8*``.
+        cut: which dim of the weight tp cuts, ``"out"`` or ``"in"``.
+    """
+
+    def __init__(self, settings: PrecisionConfig, tp: Axis, cut: str):
+        super().__init__()
+        self.settings, self.tp, self.cut = settings, tp, cut
+        self.high = OwnPrecision()
+        wanted = settings.fp8_gradients or ("e5m2" if settings.fp8 == "tensorwise" else "e4m3")
+        self.gradient_format = E5M2 if wanted == "e5m2" else E4M3
+        size = settings.fp8_block
+        whole = {"tensorwise": Block(None, None), "rowwise": Block(1, None)}
+        self.block = whole.get(settings.fp8, Block(1, size))
+        self.weight_block = whole.get(settings.fp8, Block(size, size))
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = self._times_weight(x, E4M3, weight, over="in")
+        return out if bias is None else out + bias
+
+    def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
+        return self._times_weight(grad, self.gradient_format, weight.t(), over="out")
+
+    def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        if not self.settings.fp8_weight_gradient:
+            return self.high.weight_gradient(grad, x)
+        return self._wide_weight_gradient(grad, x).to(x.dtype)
+
+    def add_weight_gradient(self, total: Tensor, grad: Tensor, x: Tensor, first: bool) -> None:
+        if not self.settings.fp8_weight_gradient:
+            return self.high.add_weight_gradient(total, grad, x, first)
+        gradient = self._wide_weight_gradient(grad, x)
+        total.copy_(gradient) if first else total.add_(gradient)
+        return None
+
+    def _times_weight(self, x: Tensor, dtype: torch.dtype, weight: Tensor, over: str) -> Tensor:
+        """``x [s, b, k] @ weight.T``, ``weight [n, k]``; ``over``: which dim of the layer's weight k is."""
+        cut = self.cut == over
+        sequences = self.block.rows is None
+        rows = _sequences(x) if sequences else x.reshape(1, -1, x.shape[-1])
+        left = _flat(self._quantize(rows, self.block, dtype, k_cut=cut))
+        right = self._quantize(weight, self.weight_block, E4M3, rows_cut=not cut, k_cut=cut)
+        out = product(left, right, x.dtype)
+        if sequences:
+            out = out.view(*rows.shape[:2], -1).transpose(0, 1)
+        return out.reshape(*x.shape[:-1], -1)
+
+    def _wide_weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        """``[out, in]`` in fp32 (fp64 for fp64): the sum over sequences of products of which each sums over one."""
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        left, right = (
+            self._quantize(_sequences(tensor).transpose(1, 2), self.block, dtype, rows_cut=self.cut == dim)
+            for tensor, dtype, dim in ((grad, self.gradient_format, "out"), (x, E4M3, "in"))
+        )
+        total = product(_of(left, 0), _of(right, 0), wide)
+        for sequence in range(1, left.values.shape[0]):
+            total.add_(product(_of(left, sequence), _of(right, sequence), wide))
+        return total
+
+    def _quantize(
+        self, x: Tensor, block: Block, dtype: torch.dtype, rows_cut: bool = False, k_cut: bool = False
+    ) -> Float8:
+        """``rows_cut``, ``k_cut``: tp cuts that dim of ``x [..., rows, k]``."""
+        amax = block_amax(x, block)
+        if self.tp.size > 1 and ((rows_cut and block.rows is None) or (k_cut and block.k is None)):
+            amax = comm.all_reduce(amax, self.tp, dist.ReduceOp.MAX)
+        return quantize(x, amax, block, dtype, self.settings.fp8_power_of_two)
+
+
+def _sequences(x: Tensor) -> Tensor:
+    """``[s, b, k] -> [b, s, k]``."""
+    return x.reshape(x.shape[0], -1, x.shape[-1]).transpose(0, 1)
+
+
+def _flat(x: Float8) -> Float8:
+    """``[g, rows, k] -> [g * rows, k]``, with a scale a row (or finer) where there are several ``g``."""
+    groups, rows, k = x.values.shape
+    if groups == 1:
+        return _of(x, 0)
+    scale = x.scale.expand(groups, rows, 1).reshape(-1, 1)
+    return Float8(x.values.reshape(-1, k), scale, Block(1, None))
+
+
+def _of(x: Float8, group: int) -> Float8:
+    return Float8(x.values[group], x.scale[group], x.block)
+
+
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, Linear]]:
+    """The layers that have a recipe, by global name (``layers.3.mlp.up``)."""
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            yield spec_of(module.weight).name.removesuffix(".weight"), module
+
+
+def global_features(layer: Linear) -> tuple[int, int]:
+    """Output and input features of the whole layer."""
+    *out, features = spec_of(layer.weight).global_shape
+    return math.prod(out), features
+
+
+def why_not(name: str, layer: Linear, settings: PrecisionConfig) -> str | None:
+    """Why the layer stays in ``precision.dtype``, or None. The same on every mesh: it goes by the global shape."""
+    for pattern in settings.fp8_exclude:
+        if fnmatchcase(name, pattern):
+            return f"excluded by {pattern!r}"
+    if min(global_features(layer)) < settings.fp8_min_features:
+        return f"fewer than precision.fp8_min_features={settings.fp8_min_features} features in or out"
+    return None
+
+
+def use_float8(model: nn.Module, settings: PrecisionConfig) -> None:
+    """Give the chosen layers of a stage their recipe."""
+    for name, layer in linear_layers(model):
+        if why_not(name, layer, settings) is None:
+            cut = "in" if isinstance(layer, RowParallelLinear) else "out"
+            layer.recipe = Float8Recipe(settings, layer.tp, cut)
+
+
+def describe(model: nn.Module, settings: PrecisionConfig) -> tuple[str, list[str]]:
+    """For the whole model: what to tell of the choice, and what is wrong with it."""
+    layers = list(linear_layers(model))
+    faults = [
+        f"precision.fp8_exclude has {pattern!r}, which names no linear layer; they are {_some([n for n, _ in layers])}"
+        for pattern in settings.fp8_exclude
+        if not any(fnmatchcase(name, pattern) for name, _ in layers)
+    ]
+    reasons: dict[str, list[str]] = {}
+    chosen = []
+    for name, layer in layers:
+        reason = why_not(name, layer, settings)
+        if reason is not None:
+            reasons.setdefault(reason, []).append(name)
+        else:
+            chosen.append(name)
+            faults += filter(None, [fault(name, layer, settings)])
+    if not chosen:
+        left = "; ".join(f"{reason}: {_some(names)}" for reason, names in reasons.items())
+        faults.append(
+            f"precision.fp8={settings.fp8!r} finds no layer to compute in FP8 ({left or 'the model has none'})"
+        )
+    text = f"FP8 ({settings.fp8}): {len(chosen)} of {len(layers)} linear layers"
+    notes = [f"{len(names)} stay in {settings.dtype}, {reason}: {_some(names)}" for reason, names in reasons.items()]
+    return "; ".join([text, *notes]), faults
+
+
+def fault(name: str, layer: Linear, settings: PrecisionConfig) -> str | None:
+    """What FP8 products cannot do with this rank's shape: checked on every device, though a CPU would take it."""
+    out, features = math.prod(layer.weight.shape[:-1]), layer.weight.shape[-1]
+    multiple = min(CUDA_MULTIPLE, settings.fp8_block)
+    if out % multiple or features % multiple:
+        return (
+            f"{name} is {out} x {features} on a tensor-parallel rank, and FP8 takes multiples of {multiple}; change "
+            f"the model's size or mesh.tp={layer.tp.size}, or leave it out: precision.fp8_exclude=[{name!r}]"
+        )
+    if settings.fp8 != "blockwise" or layer.tp.size == 1:
+        return None
+    dim = spec_of(layer.weight).placements[0].dim
+    uncut = features if dim == layer.weight.dim() - 1 else math.prod(layer.weight.shape[dim:-1])
+    if uncut % settings.fp8_block:
+        return (
+            f"{name} has {uncut} consecutive features on a tensor-parallel rank, which cuts a block of "
+            f"precision.fp8_block={settings.fp8_block}; use another mesh.tp or precision.fp8='rowwise'"
+        )
+    return None
+
+
+def device_fault(device: torch.device, settings: PrecisionConfig) -> str | None:
+    """Why the device cannot compute in FP8."""
+    if settings.fp8_emulate:
+        return None
+    if device.type != "cuda":
+        return f"precision.fp8={settings.fp8!r}: {device.type} has no FP8; emulate it with precision.fp8_emulate=true"
+    if torch.cuda.get_device_capability(device) < FIRST_CAPABILITY:
+        have = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        return (
+            f"precision.fp8={settings.fp8!r}: {torch.cuda.get_device_name(device)} has compute capability {have} and "
+            "FP8 begins with 8.9; emulate it with precision.fp8_emulate=true"
+        )
+    if settings.fp8 == "blockwise" and settings.fp8_block != CUDA_BLOCK:
+        return f"precision.fp8_block={settings.fp8_block}: CUDA has blocks of {CUDA_BLOCK}; leave it out"
+    return None
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

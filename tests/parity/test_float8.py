@@ -1,0 +1,85 @@
+"""FP8 on a mesh: with the products carried in float64, a run has the one-process run's numbers to 1e-9.
+
+A scale that depended on the mesh would round every value another way, and show at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from parity_rows import Mesh3, Row, config_of, matrix, reference_config
+from parity_run import Outcome, ParityError, assert_parity, reference, train_on_this_rank
+
+from megatron_ds.config import RunConfig
+from megatron_ds.layers import float8
+from megatron_ds.testing import run_ranks
+
+RECIPES = ("tensorwise", "rowwise", "blockwise")
+MESHES: tuple[Mesh3, ...] = ((2, 1, 1), (4, 1, 1), (1, 1, 3), (1, 2, 2), (2, 2, 2))
+# Of the mesh's rows in the matrix one for each recipe: with and without sequence parallelism, recomputation, stages of
+# ZeRO, micro-batches of one and of several sequences.
+ROWS = [
+    replace(row, fp8=fp8)
+    for mesh in MESHES
+    for fp8, row in zip(RECIPES, [row for row in matrix() if row.mesh == mesh][MESHES.index(mesh) % 2 :])
+]
+
+
+@cache
+def job(mesh: Mesh3) -> dict[Row, list[Outcome]]:
+    rows = [row for row in ROWS if row.mesh == mesh]
+    ranks = run_ranks(train_on_this_rank, rows[0].world_size, rows)
+    return {row: [outcomes[i] for outcomes in ranks] for i, row in enumerate(rows)}
+
+
+@cache
+def one_process(config: str) -> Outcome:
+    return reference(RunConfig.model_validate_json(config))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_same_numbers_as_one_process(row: Row) -> None:
+    assert_parity(job(row.mesh)[row], one_process(reference_config(config_of(row)).model_dump_json()))
+
+
+def test_the_rows_differ_in_what_could_change_a_scale() -> None:
+    assert {row.sequence_parallel for row in ROWS if row.mesh[0] > 1} == {False, True}
+    assert {row.micro_batch for row in ROWS} == {1, 2} and {row.accumulation for row in ROWS} == {1, 4}
+    assert len({row.architecture for row in ROWS}) == 4 and len({row.recompute for row in ROWS}) == 4
+
+
+# --- planted faults ----------------------------------------------------------------------------------------------
+
+
+def scales_of_this_rank_alone() -> Any:
+    """The amax of a part of what shares a scale."""
+    return patch.object(float8.comm, "all_reduce", lambda tensor, axis, op=None: tensor)
+
+
+def scales_over_the_micro_batch() -> Any:
+    """One scale for all sequences of a micro-batch."""
+    return patch.object(float8, "_sequences", lambda x: x.reshape(1, -1, x.shape[-1]).transpose(0, 1)[None, :, 0])
+
+
+def train_with_fault(row: Row, fault: Callable[[], Any]) -> Outcome:
+    with fault():
+        return train_on_this_rank([row])[0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "row"),
+    [
+        (scales_of_this_rank_alone, Row((2, 1, 1), fp8="rowwise")),
+        (scales_over_the_micro_batch, Row((1, 1, 2), micro_batch=2, fp8="blockwise")),
+    ],
+    ids=["this_rank_alone", "over_the_micro_batch"],
+)
+def test_a_scale_that_depends_on_the_mesh_shows(fault: Callable[[], Any], row: Row) -> None:
+    want = reference(reference_config(config_of(row)))
+    with pytest.raises(ParityError, match="first gradient that differs"):
+        assert_parity(run_ranks(train_with_fault, row.world_size, row, fault), want)
