@@ -173,6 +173,11 @@ def _nearest_accumulation(whole: int, portion: int) -> str:
 def engine_faults(config: EngineConfig, dp: int) -> Iterator[str]:
     """What does not fit together; a setting that would do nothing counts."""
     yield from zero_faults(config.zero, dp)
+    if config.precision.fp8 != "none":
+        yield (
+            f"precision.fp8={config.precision.fp8!r} is for the linear layers of this library's own models; leave it "
+            "out, or train the model by examples/pretrain_gpt.py"
+        )
     yield from unused_faults(config, ENGINE)
     section = config.optimizer
     if section.min_lr > section.lr:

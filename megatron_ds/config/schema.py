@@ -176,8 +176,7 @@ class PrecisionConfig(Section):
     min_loss_scale: float = Field(1.0, gt=0, le=2.0**40, description="The scale never falls below this.")
     fp8: Literal["none", "tensorwise", "rowwise", "blockwise"] = Field(
         "none",
-        description="Products of linear layers in FP8, with a scale for a sequence and a weight, for a token and a "
-        "row, or for 128 features of a token and 128 x 128 of a weight. The embedding, the head and norms stay.",
+        description="Products of linear layers in FP8: what shares a scale. The embedding, head and norms stay.",
     )
     fp8_gradients: Literal["e4m3", "e5m2"] | None = Field(
         None, description="FP8 format of output gradients. Default: e5m2 for tensorwise, e4m3 for the others."

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ds.config.engine import EngineConfig, batch_sizes, validate_engine
+from megatron_ds.config.engine import EngineConfig, batch_sizes, engine_faults, validate_engine
 from megatron_ds.config.read import from_dict
 from megatron_ds.engine import read_config
 from megatron_ds.errors import ConfigError
@@ -91,3 +91,8 @@ def test_what_is_no_configuration_file_is_refused(tmp_path: Path, suffix: str) -
     (tmp_path / f"deep{suffix}").write_text(("x = " if suffix == ".toml" else "") + "[" * 200_000)
     with pytest.raises(ConfigError, match="not valid"):
         read_config(str(tmp_path / f"deep{suffix}"))
+
+
+def test_fp8_of_a_users_model_is_refused() -> None:
+    config = EngineConfig(precision={"fp8": "rowwise"})  # type: ignore[arg-type]
+    assert ["own models" in fault for fault in engine_faults(config, 1)] == [True]

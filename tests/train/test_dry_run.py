@@ -240,3 +240,18 @@ def test_what_the_real_run_would_refuse_is_refused() -> None:
         wrong = configuration({"pp": 2}, pipeline={"layers_per_stage": [1, 1]})
         dry_run(wrong, GPTTask(wrong), 2)
     assert not dist.is_initialized()
+
+
+def test_the_layers_in_fp8_are_said_and_what_a_gpu_refuses_is_found() -> None:
+    fp8 = {"dtype": "bf16", "fp8": "blockwise", "fp8_min_features": 32, "fp8_block": 16}
+    sizes = {"num_layers": 2, "hidden_size": 64, "kv_heads": 4, "ffn_hidden_size": 128}
+    config = from_dict(RunConfig, {**configuration({"tp": 2, "pp": 2}, sizes).to_dict(), "precision": fp8}, "test")
+    assert "FP8 (blockwise): 8 of 8 linear layers" in str(dry_run(config, GPTTask(config), 4))
+    for change, message in (
+        ({"fp8_min_features": 65}, "finds no layer to compute in FP8"),
+        ({"fp8_block": 128}, r"layers.0.attention.qkv has 96 consecutive features"),
+        ({"fp8_exclude": ("layers.7.*",)}, "names no linear layer; they are layers.0.attention.qkv"),
+    ):
+        wrong = config.model_copy(update={"precision": config.precision.model_copy(update=change)})
+        with pytest.raises(ConfigError, match=message):
+            dry_run(wrong, GPTTask(wrong), 4)
