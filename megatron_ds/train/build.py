@@ -12,7 +12,7 @@ from torch import nn
 from megatron_ds.config import BaseRunConfig, PipelineConfig
 from megatron_ds.data.ramp import BatchRamp
 from megatron_ds.errors import ConfigError
-from megatron_ds.layers import float8
+from megatron_ds.layers.float8_recipe import describe, device_fault, use_float8
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.optim.learning_rate import learning_rate
 from megatron_ds.optim.loss_scaler import LossScaler
@@ -136,9 +136,9 @@ def low_precision(config: BaseRunConfig, shape: MeshShape, task: Task, device: t
     span = StageSpan(0, task.num_layers)
     mesh = Mesh.described(MeshShape(tp=shape.tp), 0)
     model = task.make_stage(span, mesh, torch.device("meta"), DTYPES[precision.dtype])
-    note, faults = float8.describe(model, precision)
+    note, faults = describe(model, precision)
     if device is not None:
-        faults += filter(None, [float8.device_fault(device, precision)])
+        faults += filter(None, [device_fault(device, precision)])
     if faults:
         raise ConfigError("\n".join(faults))
     return [note]
@@ -156,7 +156,7 @@ def make_stages(
     }
     if config.precision.fp8 != "none":
         for stage in stages.values():
-            float8.use_float8(stage, config.precision)
+            use_float8(stage, config.precision)
     return stages, _tie_embeddings(stages, mesh)
 
 

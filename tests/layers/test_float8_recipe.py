@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron_ds.config import PrecisionConfig
 from megatron_ds.kernels.float8 import E4M3, E5M2, Block, block_amax, quantize
-from megatron_ds.layers import float8
+from megatron_ds.layers import float8_recipe as float8
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.layers.recipe import OwnPrecision
 from megatron_ds.mesh import Axis, Mesh, MeshShape

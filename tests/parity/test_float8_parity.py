@@ -16,7 +16,7 @@ from parity_rows import Mesh3, Row, config_of, matrix, reference_config
 from parity_run import Outcome, ParityError, assert_parity, reference, train_on_this_rank
 
 from megatron_ds.config import RunConfig
-from megatron_ds.layers import float8
+from megatron_ds.layers import float8_recipe as float8
 from megatron_ds.testing import run_ranks
 
 RECIPES = ("tensorwise", "rowwise", "blockwise")

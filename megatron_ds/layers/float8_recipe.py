@@ -21,13 +21,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ds import comm
-from megatron_ds.config import PrecisionConfig
 from megatron_ds.kernels.float8 import CUDA_MULTIPLE, E4M3, E5M2, Block, Float8, block_amax, product, quantize
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.layers.recipe import OwnPrecision, Recipe
@@ -40,6 +40,37 @@ FIRST_CAPABILITY = (8, 9)
 CUDA_BLOCK = 128
 
 
+class Float8Settings(Protocol):
+    """The part of a run's ``precision`` that is read here; its configuration says what each means."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def fp8(self) -> str: ...
+
+    @property
+    def fp8_gradients(self) -> str | None: ...
+
+    @property
+    def fp8_weight_gradient(self) -> bool: ...
+
+    @property
+    def fp8_power_of_two(self) -> bool: ...
+
+    @property
+    def fp8_block(self) -> int: ...
+
+    @property
+    def fp8_min_features(self) -> int: ...
+
+    @property
+    def fp8_exclude(self) -> Sequence[str]: ...
+
+    @property
+    def fp8_emulate(self) -> bool: ...
+
+
 class Float8Recipe(Recipe):
     """The products of one linear layer in FP8.
 
@@ -48,7 +79,7 @@ class Float8Recipe(Recipe):
         cut: which dim of the weight tp cuts, ``"out"`` or ``"in"``.
     """
 
-    def __init__(self, settings: PrecisionConfig, tp: Axis, cut: str):
+    def __init__(self, settings: Float8Settings, tp: Axis, cut: str):
         super().__init__()
         self.settings, self.tp, self.cut = settings, tp, cut
         self.high = OwnPrecision()
@@ -143,7 +174,7 @@ def global_features(layer: Linear) -> tuple[int, int]:
     return math.prod(out), features
 
 
-def why_not(name: str, layer: Linear, settings: PrecisionConfig) -> str | None:
+def why_not(name: str, layer: Linear, settings: Float8Settings) -> str | None:
     """Why the layer stays in ``precision.dtype``, or None. The same on every mesh: it goes by the global shape."""
     for pattern in settings.fp8_exclude:
         if fnmatchcase(name, pattern):
@@ -153,7 +184,7 @@ def why_not(name: str, layer: Linear, settings: PrecisionConfig) -> str | None:
     return None
 
 
-def use_float8(model: nn.Module, settings: PrecisionConfig) -> None:
+def use_float8(model: nn.Module, settings: Float8Settings) -> None:
     """Give the chosen layers of a stage their recipe."""
     for name, layer in linear_layers(model):
         if why_not(name, layer, settings) is None:
@@ -161,7 +192,7 @@ def use_float8(model: nn.Module, settings: PrecisionConfig) -> None:
             layer.recipe = Float8Recipe(settings, layer.tp, cut)
 
 
-def describe(model: nn.Module, settings: PrecisionConfig) -> tuple[str, list[str]]:
+def describe(model: nn.Module, settings: Float8Settings) -> tuple[str, list[str]]:
     """For the whole model: what to tell of the choice, and what is wrong with it."""
     layers = list(linear_layers(model))
     faults = [
@@ -188,7 +219,7 @@ def describe(model: nn.Module, settings: PrecisionConfig) -> tuple[str, list[str
     return "; ".join([text, *notes]), faults
 
 
-def fault(name: str, layer: Linear, settings: PrecisionConfig) -> str | None:
+def fault(name: str, layer: Linear, settings: Float8Settings) -> str | None:
     """What FP8 products cannot do with this rank's shape: checked on every device, though a CPU would take it."""
     out, features = math.prod(layer.weight.shape[:-1]), layer.weight.shape[-1]
     multiple = min(CUDA_MULTIPLE, settings.fp8_block)
@@ -209,7 +240,7 @@ def fault(name: str, layer: Linear, settings: PrecisionConfig) -> str | None:
     return None
 
 
-def device_fault(device: torch.device, settings: PrecisionConfig) -> str | None:
+def device_fault(device: torch.device, settings: Float8Settings) -> str | None:
     """Why the device cannot compute in FP8."""
     if settings.fp8_emulate:
         return None
