@@ -17,7 +17,7 @@ from megatron_ds.comm.collectives import (
     scatter_sum_dim0,
 )
 from megatron_ds.comm.pending import Pending, slice_dim0
-from megatron_ds.comm.regions import reduce_from_region, reduce_scatter_sequence
+from megatron_ds.comm.regions import gather_from_region, reduce_from_region, reduce_scatter_sequence
 
 __all__ = [
     "BufferSizes",
@@ -29,6 +29,7 @@ __all__ = [
     "all_reduce_start",
     "broadcast",
     "gather_dim0",
+    "gather_from_region",
     "movable",
     "open_buffers",
     "reduce_from_region",

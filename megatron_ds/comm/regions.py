@@ -1,11 +1,12 @@
 """Collectives that autograd can go through, each forward beside its backward.
 
-================================  ===================  =================
+================================  ===================  ===================================
 function                          forward              backward
-================================  ===================  =================
+================================  ===================  ===================================
 :func:`reduce_from_region`        all-reduce           identity
 :func:`reduce_scatter_sequence`   reduce-scatter dim 0 all-gather dim 0
-================================  ===================  =================
+:func:`gather_from_region`        all-gather dim 0     own part of dim 0, or reduce-scatter
+================================  ===================  ===================================
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from megatron_ds.comm.collectives import all_reduce, gather_dim0, scatter_sum_dim0
+from megatron_ds.comm.pending import slice_dim0
 from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.mesh import Axis
 
@@ -42,6 +44,19 @@ class _ReduceScatterSequence(torch.autograd.Function):
         return gather_dim0(grads[0], ctx.axis).wait(), None
 
 
+class _GatherFromRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis, partial: bool) -> torch.Tensor:
+        ctx.axis, ctx.partial = axis, partial
+        return gather_dim0(tensor, axis).wait()
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        own = scatter_sum_dim0(grads[0], ctx.axis).wait() if ctx.partial else slice_dim0(grads[0], ctx.axis)
+        return own, None, None
+
+
 def reduce_from_region(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """Leave a tensor-parallel region: the partial results of all ranks add up, and every rank has the sum."""
     return tensor if axis.group is None else _ReduceFromRegion.apply(tensor, axis)
@@ -50,3 +65,11 @@ def reduce_from_region(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
 def reduce_scatter_sequence(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """``[s, b, h] partial -> [s / tp, b, h]`` summed: enter a sequence-parallel region."""
     return tensor if axis.group is None else _ReduceScatterSequence.apply(tensor, axis)
+
+
+def gather_from_region(tensor: torch.Tensor, axis: Axis, partial: bool) -> torch.Tensor:
+    """``[n / tp, ...] -> [n, ...]``, whole on every rank.
+
+    ``partial``: each rank uses the result on its own part of the sequence, so that the ranks' gradients add up.
+    """
+    return tensor if axis.group is None else _GatherFromRegion.apply(tensor, axis, partial)

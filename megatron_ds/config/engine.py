@@ -124,7 +124,7 @@ class EngineConfig(Section):
 
     def optimizer_settings(self) -> list[str]:
         """Settings of an update rule that were made: they contradict an optimizer that the caller brings."""
-        given = sorted(self.optimizer.model_fields_set - {"clip_norm"})
+        given = sorted(self.optimizer.model_fields_set - {"clip_norm", "ema_decay", "ema_warmup"})
         return [f"optimizer.{name}" for name in given if getattr(self.optimizer, name) != _PLAIN.get(name)]
 
 

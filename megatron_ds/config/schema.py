@@ -163,6 +163,10 @@ class OptimizerConfig(Section):
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD's momentum.")
     weight_decay: float = Field(0.1, ge=0, description="Decay of matrices; biases and norms are never decayed.")
     clip_norm: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 turns clipping off.")
+    ema_decay: float = Field(
+        0.0, ge=0, lt=1, description="Decay of an exponential moving average of the weights, kept beside them; 0: none."
+    )
+    ema_warmup: bool = Field(True, description="The average forgets early weights sooner: (1 + n) / (10 + n) at most.")
 
 
 class PrecisionConfig(Section):

@@ -41,6 +41,9 @@ COMMON = (
         "optimizer.name={c.optimizer.name!r} has optimizer.momentum alone; use that, or optimizer.name='adamw'",
     ),
     Unused(
+        ("optimizer.ema_warmup",), lambda c: c.optimizer.ema_decay > 0, "optimizer.ema_decay=0 keeps no average; set it"
+    ),
+    Unused(
         ("optimizer.min_lr",),
         lambda c: c.optimizer.schedule != "constant",
         "optimizer.schedule='constant' never leaves optimizer.lr; use another schedule",

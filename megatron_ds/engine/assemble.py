@@ -26,6 +26,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
 from megatron_ds.mesh import Mesh, MeshShape, init_process_group
 from megatron_ds.optim.deepspeed_schedule import scheduled_betas, scheduled_rate
+from megatron_ds.optim.ema import averaged
 from megatron_ds.optim.learning_rate import learning_rate
 from megatron_ds.optim.loss_scaler import LossScaler
 from megatron_ds.optim.rule import UpdateRule
@@ -104,7 +105,7 @@ def initialize(
         own is None or lr_scheduler.optimizer is not own
     ):
         raise ConfigError("lr_scheduler is of another optimizer than the one given; give initialize() both")
-    update: UpdateRule | Any = rule or settings.optimizer
+    update: UpdateRule | Any = averaged(rule, settings.optimizer) if rule is not None else settings.optimizer
     filler = Filler(model, settings.seed, weights) if empty else None
     zero = ZeroOptimizer(
         list(parameters.items()),

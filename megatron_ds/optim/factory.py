@@ -15,12 +15,13 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from megatron_ds.config import OptimizerConfig
+from megatron_ds.optim.ema import averaged
 from megatron_ds.optim.rule import Late, OptimizerSegment, RuleGroup, UpdateRule
 
 
 def as_rule(optimizer: OptimizerConfig | UpdateRule) -> UpdateRule:
     """A rule of one's own as it is, or that of the settings."""
-    return ConfigRule(optimizer) if isinstance(optimizer, OptimizerConfig) else optimizer
+    return averaged(ConfigRule(optimizer), optimizer) if isinstance(optimizer, OptimizerConfig) else optimizer
 
 
 class ConfigRule:

@@ -15,11 +15,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from parity_schedules import schedule_of_row
 
-from megatron_ds.config import RunConfig, from_dict
+from megatron_ds.config import BaseRunConfig, RunConfig, from_dict
 from megatron_ds.pipeline.placement import Placement
 from megatron_ds.pipeline.schedule import Schedule
 
@@ -61,6 +61,7 @@ _NEEDS = {
 ROWS_A_MESH = 4
 STEPS = 3
 Mesh3 = tuple[int, int, int]
+C = TypeVar("C", bound=BaseRunConfig)
 
 
 @dataclass(frozen=True)
@@ -298,11 +299,11 @@ def config_of(row: Row) -> RunConfig:
     return from_dict(RunConfig, values, str(row))
 
 
-def reference_config(config: RunConfig) -> RunConfig:
+def reference_config(config: C) -> C:
     """The same run on one process: one micro-batch, one stage, nothing recomputed, sharded or overlapped."""
     values = config.to_dict()
     values["mesh"] = {"sequence_parallel": False}
     values["pipeline"] = values["recompute"] = {}
     values["zero"] = {"stage": 0, "overlap": False}
     values["train"]["micro_batch"] = config.train.global_batch
-    return from_dict(RunConfig, values, "the one-process run")
+    return from_dict(type(config), values, "the one-process run")

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from parity_rows import STEPS, VOCABULARY, Row, config_of, reference_config, schedules_of
 
 from megatron_ds.comm.local.exchange import LocalExchange
-from megatron_ds.config import RunConfig, validate
+from megatron_ds.config import BaseRunConfig, RunConfig, validate
 from megatron_ds.data.loader import BatchLoader, MicroBatch
+from megatron_ds.data.samples import SampleSource
 from megatron_ds.layers.position import rotary_table
 from megatron_ds.mesh import Mesh
 from megatron_ds.models import transformer
@@ -25,9 +26,11 @@ from megatron_ds.pipeline.passes import make_ready
 from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.validator import validate as validate_schedule
 from megatron_ds.shard import ShardSpec, spec_of
+from megatron_ds.shard.flat_shards import FlatShard
 from megatron_ds.testing import device_of_rank
 from megatron_ds.train import build as build_module
 from megatron_ds.train.build import RankRuntime, build
+from megatron_ds.train.task import Task
 
 TOLERANCE = 1e-9
 Array = npt.NDArray[np.floating[Any]]
@@ -72,8 +75,13 @@ class Samples:
 
 def steps_of(config: RunConfig, mesh: Mesh) -> list[list[MicroBatch]]:
     """This rank's micro-batches of the first steps."""
+    samples = Samples(config.train.sequence_length, config.data.document_masking, config.model.vocab_size)
+    return first_steps(config, mesh, samples)
+
+
+def first_steps(config: BaseRunConfig, mesh: Mesh, samples: SampleSource) -> list[list[MicroBatch]]:
+    """The same of any samples."""
     train = config.train
-    samples = Samples(train.sequence_length, config.data.document_masking, config.model.vocab_size)
     loader = BatchLoader(samples, train.global_batch, train.micro_batch, mesh.dp.rank, mesh.dp.size, prefetch=0)
     return [[{k: t.to(mesh.device) for k, t in batch.items()} for batch in next(loader)] for _ in range(STEPS)]
 
@@ -102,11 +110,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one rank saw: loss, gradient norm and its parts of the gradients of each step, and of the parameters."""
+    """What one rank saw: loss, gradient norm and its parts of the gradients of each step, and of the parameters and
+    their moving averages, where there are some."""
 
     scalars: list[tuple[float, float]]
     gradients: list[list[Part]]
     parameters: list[Part]
+    averages: list[Part]
 
 
 def train(
@@ -121,11 +131,23 @@ def train(
         look: called with the parts before the first step.
         schedule: what runs instead of the configuration's schedule.
     """
+    return train_task(config, mesh, task_of(config), steps_of(config, mesh), look, schedule)
+
+
+def train_task(
+    config: BaseRunConfig,
+    mesh: Mesh,
+    task: Task,
+    steps: Sequence[Sequence[MicroBatch]],
+    look: Callable[[RankRuntime], None] | None = None,
+    schedule: Schedule | None = None,
+) -> Outcome:
+    """The same of any family, on these batches."""
     torch.manual_seed(mesh.rank)  # nothing may depend on it
     if schedule is not None:
         validate_schedule(make_ready(schedule))
     with patch.object(build_module, "schedule_of", lambda *_: schedule) if schedule else nullcontext():
-        parts = build(config, mesh, task_of(config))
+        parts = build(config, mesh, task)
     if look is not None:
         look(parts)
     whole = {id(p): p for stage in parts.stages.values() for p in stage.parameters()}.values()
@@ -133,18 +155,20 @@ def train(
     update = parts.optimizer.step
 
     def keep_gradients(*arguments: Any, **keywords: Any) -> None:
-        flat_shards = parts.optimizer.gradient_shards()
-        gradients.append(
-            [Part(p.name, p.global_shape, p.box_offset, p.box_shape, p.start, _copy(p.data)) for p in flat_shards]
-        )
+        gradients.append(_parts_of(parts.optimizer.gradient_shards()))
         update(*arguments, **keywords)
 
     parts.optimizer.step = keep_gradients  # type: ignore[method-assign]
-    results = [parts.step(batches) for batches in steps_of(config, mesh)]
+    results = [parts.step(batches) for batches in steps]
     assert not any(result.skipped for result in results)
     with parts.optimizer.gathered(whole):
         parameters = [_whole(spec_of(p), p) for p in whole]
-    return Outcome([(r.loss, r.grad_norm) for r in results], gradients, parameters)
+    averages = [shard for shard in parts.optimizer.flat_shards() if shard.kind == "ema"]
+    return Outcome([(r.loss, r.grad_norm) for r in results], gradients, parameters, _parts_of(averages))
+
+
+def _parts_of(flat_shards: Sequence[FlatShard]) -> list[Part]:
+    return [Part(p.name, p.global_shape, p.box_offset, p.box_shape, p.start, _copy(p.data)) for p in flat_shards]
 
 
 def _copy(tensor: torch.Tensor) -> Array:
@@ -225,6 +249,10 @@ def assert_parity(ranks: Sequence[Outcome], want: Outcome) -> None:
     found = _tensor_differences([outcome.parameters for outcome in ranks], want.parameters, order)
     if found:
         lines.append(f"first parameter that differs: {found}")
+    averages = [outcome.averages for outcome in ranks]
+    found = _tensor_differences(averages, want.averages, order) if want.averages or any(averages) else None
+    if found:
+        lines.append(f"first moving average that differs: {found}")
     if lines:
         raise ParityError("\n".join(lines))
 

@@ -1,0 +1,221 @@
+"""The sections of a run that trains a diffusion transformer, and what has to fit together in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field
+
+from megatron_ds.config.schema import BaseDataConfig, BaseModelConfig, BaseRunConfig, BaseTrainConfig, Section
+from megatron_ds.config.unused import Unused, unused_faults
+from megatron_ds.errors import divisors, multiples_around
+from megatron_ds.mesh import MeshShape
+
+
+class DiTConfig(BaseModelConfig):
+    """A diffusion transformer with adaLN-Zero (Peebles and Xie 2023), conditioned on a class."""
+
+    family: Literal["dit"] = "dit"
+    num_layers: int = Field(12, gt=0, le=1 << 16, description="Layers (blocks), which pipeline stages share out.")
+    hidden_size: int = Field(384, gt=0, description="Width of the tokens; a multiple of 4.")
+    num_heads: int = Field(6, gt=0, description="Attention heads.")
+    ffn_hidden_size: int | None = Field(None, gt=0, description="Width of the MLP. Default: 4 x hidden_size.")
+    image_size: int = Field(32, gt=0, description="Height and width of the images, or of their latents.")
+    channels: int = Field(4, gt=0, description="Channels of the images, or of their latents.")
+    patch_size: int = Field(2, gt=0, description="Height and width of the patch that is one token.")
+    num_classes: int = Field(
+        1000, gt=0, description="Classes. Row num_classes of the table is 'no class', which guidance needs."
+    )
+    norm_eps: float = Field(1e-6, gt=0, description="Added to the variance before an MLP; in all other norms 1e-6 is.")
+    init_std: float | None = Field(
+        None,
+        gt=0,
+        description="Standard deviation of the blocks' initial weights. Default: Xavier's, hidden_size^-0.5.",
+    )
+    zero_init_std: float = Field(
+        0.0, ge=0, description="Of the weights that adaLN-Zero starts at zero; above 0 for tests of gradients."
+    )
+
+    @property
+    def ffn_size(self) -> int:
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Patches of an image."""
+        return self.grid**2
+
+    @property
+    def patch_elements(self) -> int:
+        """Numbers in a patch."""
+        return self.patch_size**2 * self.channels
+
+    @property
+    def std(self) -> float:
+        return self.init_std or self.hidden_size**-0.5
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        return {**self.model_dump(mode="json"), "ffn_hidden_size": self.ffn_size}
+
+    @property
+    def free(self) -> frozenset[str]:
+        return frozenset(("init_std", "zero_init_std"))
+
+
+class ObjectiveConfig(Section):
+    """What the model predicts, at which noise levels, and how errors are weighted."""
+
+    prediction: Literal["epsilon", "v", "x0", "flow"] = Field(
+        "epsilon",
+        description="The noise, the velocity of Salimans and Ho 2022, the image, or noise - image (rectified flow).",
+    )
+    schedule: Literal["linear", "scaled_linear", "cosine", "flow"] = Field(
+        "linear",
+        description="Noise by time: betas (or their roots) from beta_start to beta_end, a cosine, or for prediction "
+        "flow the straight line.",
+    )
+    num_timesteps: int = Field(1000, gt=1, description="Steps of the noise schedule; what the model sees as time.")
+    beta_start: float = Field(1e-4, gt=0, lt=1, description="First beta of the linear schedules.")
+    beta_end: float = Field(0.02, gt=0, lt=1, description="Last beta of the linear schedules.")
+    zero_terminal_snr: bool = Field(
+        False, description="Rescale the schedule so that its last step is noise alone (Lin et al. 2024)."
+    )
+    density: Literal["uniform", "logit_normal"] = Field(
+        "uniform", description="Of the training times; logit_normal (Esser et al. 2024) looks at the middle more."
+    )
+    logit_mean: float = Field(0.0, description="Mean of the logit of logit_normal times.")
+    logit_std: float = Field(1.0, gt=0, description="Standard deviation of it.")
+    shift: float = Field(1.0, gt=0, description="flow: times move to s t / (1 + (s - 1) t); above 1 to more noise.")
+    shift_base_tokens: int | None = Field(
+        None, gt=0, description="flow: multiply shift by sqrt(tokens / this): larger images need more noise."
+    )
+    min_snr: float | None = Field(
+        None, gt=0, description="Weigh errors by the signal-to-noise ratio clamped at this (Hang et al. 2023); often 5."
+    )
+    condition_dropout: float = Field(
+        0.1, ge=0, lt=1, description="Share of samples trained without their class, for guidance."
+    )
+
+    @property
+    def is_flow(self) -> bool:
+        return self.schedule == "flow"
+
+
+class DiffusionDataConfig(BaseDataConfig):
+    """Where the images come from."""
+
+    source: Literal["digits", "synthetic"] = Field(
+        "synthetic",
+        description="scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, or noise for measuring speed.",
+    )
+    valid: int = Field(128, gt=0, description="digits: images kept for validation.")
+
+
+class DiffusionTrainConfig(BaseTrainConfig):
+    """How much, and in what portions."""
+
+    global_batch: int = Field(64, gt=0, description="Images an optimizer step.")
+    micro_batch: int = Field(8, gt=0, description="Images a forward pass on one replica.")
+
+
+class DiffusionRun(BaseRunConfig):
+    """Train a diffusion transformer on any mesh of ranks."""
+
+    output: str = Field("runs/dit", description="Directory of checkpoints, logs and the resolved configuration.")
+    model: DiTConfig = DiTConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    data: DiffusionDataConfig = DiffusionDataConfig()
+    train: DiffusionTrainConfig = DiffusionTrainConfig()
+
+    def faults(self, shape: MeshShape, needs_data: bool) -> Iterator[str]:
+        yield from _model_faults(self, shape.tp)
+        yield from _objective_faults(self.objective)
+        yield from unused_faults(self, _UNUSED)
+        if self.data.source == "digits" and (self.model.image_size, self.model.channels) != (8, 1):
+            yield (
+                f"data.source='digits' has images of 8 x 8 x 1, not model.image_size={self.model.image_size} and "
+                f"model.channels={self.model.channels}; use 8 and 1"
+            )
+        if self.data.source == "digits" and self.model.num_classes < 10:
+            yield f"model.num_classes={self.model.num_classes} is less than the 10 of data.source='digits'; use 10"
+
+
+_UNUSED = (
+    Unused(
+        ("objective.logit_mean", "objective.logit_std"),
+        lambda c: c.objective.density == "logit_normal",
+        "objective.density={c.objective.density!r}; use 'logit_normal'",
+    ),
+    Unused(
+        ("objective.shift", "objective.shift_base_tokens"),
+        lambda c: c.objective.is_flow,
+        "objective.schedule={c.objective.schedule!r} is not shifted; use 'flow'",
+    ),
+    Unused(
+        ("objective.beta_start", "objective.beta_end"),
+        lambda c: c.objective.schedule in ("linear", "scaled_linear"),
+        "objective.schedule={c.objective.schedule!r} has no betas of its own; use 'linear' or 'scaled_linear'",
+    ),
+    Unused(
+        ("objective.zero_terminal_snr",),
+        lambda c: not c.objective.is_flow,
+        "objective.schedule='flow' ends in noise alone anyway",
+    ),
+    Unused(("data.valid",), lambda c: c.data.source == "digits", "data.source={c.data.source!r} has no end"),
+)
+
+
+def _model_faults(run: DiffusionRun, tp: int) -> Iterator[str]:
+    m = run.model
+    if m.image_size % m.patch_size:
+        yield (
+            f"model.image_size={m.image_size} is not a multiple of model.patch_size={m.patch_size}; patch_size may be "
+            f"{divisors(m.image_size)}"
+        )
+    if m.hidden_size % m.num_heads:
+        yield (
+            f"model.hidden_size={m.hidden_size} is not a multiple of model.num_heads={m.num_heads}; use "
+            f"{multiples_around(m.hidden_size, m.num_heads)}"
+        )
+    if m.hidden_size % 4:
+        yield (
+            f"model.hidden_size={m.hidden_size} is not a multiple of 4, a sine and a cosine of each of two positions; "
+            f"use {multiples_around(m.hidden_size, 4)}"
+        )
+    if m.num_heads % tp:
+        yield (f"model.num_heads={m.num_heads} cannot be split over mesh.tp={tp}; tp may be {divisors(m.num_heads)}")
+    for name, size in (("hidden_size", m.hidden_size), ("ffn_hidden_size", m.ffn_size)):
+        if size % tp:
+            yield f"model.{name}={size} cannot be split over mesh.tp={tp}; use {multiples_around(size, tp)}"
+    if run.mesh.sequence_parallel and tp > 1 and m.tokens % tp:
+        yield (
+            f"the {m.tokens} patches of an image cannot be split over mesh.tp={tp} for sequence parallelism; use "
+            "another model.patch_size, or --mesh.no-sequence-parallel"
+        )
+
+
+def _objective_faults(o: ObjectiveConfig) -> Iterator[str]:
+    if (o.prediction == "flow") != o.is_flow:
+        way = "schedule='flow'" if o.prediction == "flow" else "prediction='flow'"
+        yield (
+            f"objective.prediction={o.prediction!r} with objective.schedule={o.schedule!r}: rectified flow predicts "
+            f"the velocity of its own schedule; use objective.{way}, or another of both"
+        )
+    if o.schedule in ("linear", "scaled_linear") and o.beta_start >= o.beta_end:
+        yield f"objective.beta_start={o.beta_start} is not below objective.beta_end={o.beta_end}; betas grow with time"
+    if o.zero_terminal_snr and o.prediction == "epsilon":
+        yield (
+            "objective.zero_terminal_snr with objective.prediction='epsilon': of noise alone the noise says nothing "
+            "about the image; use 'v' or 'x0'"
+        )

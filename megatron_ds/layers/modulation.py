@@ -1,0 +1,59 @@
+"""adaLN: shifts, scales and gates of a block from a condition, split over the tensor-parallel axis.
+
+Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_ds import comm
+from megatron_ds.mesh import Axis
+from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
+
+
+class Modulation(nn.Module):
+    """``[b, h] -> count x [b, h]``, one linear layer whose outputs are split over tp and gathered.
+
+    The weight is a third of a diffusion transformer's; the gathered outputs are ``count / s`` of an activation. The
+    input's gradient is a rank's share alone: what made the condition sums its gradients over tp (``partial``).
+
+    Args:
+        partial: each tensor-parallel rank applies the outputs to its part of the sequence.
+        std: of initial weights; 0 is adaLN-Zero, which makes every block the identity.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        count: int,
+        *,
+        tp: Axis,
+        partial: bool,
+        std: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.tp, self.partial, self.count = tp, partial, count
+        split = (ShardedDim.over(tp, 1),)
+        weight = ShardSpec(f"{name}.weight", (count, size, size), split, init="normal" if std else "zeros", std=std)
+        bias = ShardSpec(f"{name}.bias", (count, size), split, init="zeros", weight_decay=False)
+        self.weight = empty_parameter(weight, device, dtype)
+        self.bias = empty_parameter(bias, device, dtype)
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
+        own = F.linear(condition, self.weight.flatten(0, 1), self.bias.flatten())  # [b, count * h / tp]
+        own = own.view(condition.shape[0], self.count, -1)
+        if self.tp.size == 1:
+            return own.unbind(1)
+        whole = comm.gather_from_region(own.permute(2, 1, 0), self.tp, self.partial)  # [h, count, b]
+        return whole.permute(1, 2, 0).contiguous().unbind(0)
+
+
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """``layer_norm(x) (1 + scale) + shift``, without weights: ``x [s, b, h]``, the others ``[b, h]``."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)

@@ -1,0 +1,136 @@
+"""Rows of the parity matrix for a diffusion transformer: meshes crossed with the settings that act on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from parity_rows import STEPS, Mesh3, reference_config
+from parity_run import Outcome, first_steps, train_task
+
+from megatron_ds.config import from_dict, validate
+from megatron_ds.config.diffusion import DiffusionRun
+from megatron_ds.data.image_samples import DiffusionSamples, SyntheticImages
+from megatron_ds.data.samples import Batch
+from megatron_ds.mesh import Mesh
+from megatron_ds.models.dit_task import DiTTask
+from megatron_ds.testing import device_of_rank
+
+
+@dataclass(frozen=True)
+class DiTRow:
+    """One run: every second sample in seven counts nothing."""
+
+    mesh: Mesh3  # tp, pp, dp
+    sequence_parallel: bool = True
+    zero: int = 1
+    recompute: str = "none"
+    accumulation: int = 2
+    micro_batch: int = 2
+    ema: bool = True
+    optimizer: str = "adamw"
+    objective: tuple[str, str] = ("epsilon", "linear")
+    min_snr: bool = False
+    chunks: int = 1
+
+    def __str__(self) -> str:
+        values = [self.recompute, self.optimizer, *self.objective, f"zero{self.zero}"]
+        values += [f"{self.accumulation}x{self.micro_batch}"]
+        flags = [name for name in ("sequence_parallel", "ema", "min_snr") if getattr(self, name)]
+        return "tp{}-pp{}-dp{}-".format(*self.mesh) + "-".join(values + flags)
+
+
+ROWS = [
+    DiTRow((2, 2, 2)),
+    DiTRow((2, 2, 2), False, 2, "full", ema=False, optimizer="sgd", objective=("v", "cosine"), min_snr=True),
+    DiTRow((2, 2, 2), True, 3, "selective", objective=("flow", "flow"), chunks=2),
+    DiTRow((4, 2, 1), True, 0, "every_n", 4, 1, objective=("x0", "scaled_linear"), min_snr=True),
+    DiTRow((4, 2, 1), False, 0, "selective", 1, 2, optimizer="sgd"),
+    DiTRow((1, 2, 4), True, 3, "full", 1, 1, objective=("v", "linear")),
+    DiTRow((1, 2, 4), True, 2, "none", 4, 1, ema=False),
+    DiTRow((2, 1, 4), True, 2, "every_n", 2, 1, objective=("flow", "flow"), min_snr=True),
+    DiTRow((2, 1, 4), False, 3, "none", 1, 1),
+    DiTRow((1, 4, 1), True, 0, "none", 4, 2),
+    DiTRow((4, 1, 2), True, 1, "full", 1, 1, optimizer="sgd"),
+]
+
+
+def config_of(row: DiTRow) -> DiffusionRun:
+    tp, pp, dp = row.mesh
+    prediction, schedule = row.objective
+    values: dict[str, Any] = {
+        "model": {
+            "num_layers": max(3, pp * row.chunks),
+            "hidden_size": 16,
+            "num_heads": 4,
+            "ffn_hidden_size": 24,
+            "image_size": 4,
+            "channels": 3,
+            "patch_size": 1 if tp == 1 else 2,
+            "num_classes": 5,
+            "zero_init_std": 0.2,
+        },
+        "objective": {
+            "prediction": prediction,
+            "schedule": schedule,
+            "min_snr": 5.0 if row.min_snr else None,
+            "condition_dropout": 0.3,
+            **({"density": "logit_normal", "shift": 3.0, "shift_base_tokens": 9} if schedule == "flow" else {}),
+        },
+        "mesh": {"tp": tp, "pp": pp, "dp": dp, "sequence_parallel": row.sequence_parallel},
+        "pipeline": {"schedule": "gpipe" if row.chunks > 1 else "1f1b", "chunks": row.chunks},
+        "zero": {"stage": row.zero, **({"persistence_threshold": 40} if row.zero == 3 else {})},
+        "optimizer": {
+            "name": row.optimizer,
+            "lr": 0.02,
+            "clip_norm": 0.5,
+            "warmup_steps": 1,
+            "ema_decay": 0.9 if row.ema else 0.0,
+            **({"momentum": 0.9} if row.optimizer == "sgd" else {}),
+        },
+        "precision": {"dtype": "fp64"},
+        "recompute": {"mode": row.recompute},
+        "train": {
+            "steps": STEPS + 2,
+            "global_batch": dp * row.accumulation * row.micro_batch,
+            "micro_batch": row.micro_batch,
+        },
+    }
+    return from_dict(DiffusionRun, values, str(row))
+
+
+class Samples(DiffusionSamples):
+    """Random images of which one in seven counts nothing."""
+
+    def __init__(self, config: DiffusionRun):
+        m = config.model
+        images = SyntheticImages((m.channels, m.image_size, m.image_size), m.num_classes)
+        super().__init__(images, config.seed, m.num_classes, config.objective.condition_dropout)
+
+    def batch(self, indices: Any) -> Batch:
+        return {**super().batch(indices), "counts": np.asarray(indices) % 7 != 3}
+
+
+def run(config: DiffusionRun, mesh: Mesh) -> Outcome:
+    return train_task(config, mesh, DiTTask(config), first_steps(config, mesh, Samples(config)))
+
+
+def one_process(config: DiffusionRun) -> Outcome:
+    return run(reference_config(config), Mesh.single())
+
+
+def run_rows(rows: Sequence[DiTRow]) -> list[Outcome]:
+    """Inside a job: rows of one mesh."""
+    world = dist.get_world_size()
+    configs = [config_of(row) for row in rows]
+    mesh = Mesh.create(validate(configs[0], world), device_of_rank(dist.get_rank(), world))
+    for config in configs:
+        validate(config, world)
+    return [run(config, mesh) for config in configs]
+
+
+def by_mesh(rows: Sequence[DiTRow]) -> Mapping[Mesh3, list[DiTRow]]:
+    return {mesh: [row for row in rows if row.mesh == mesh] for mesh in dict.fromkeys(row.mesh for row in rows)}
