@@ -25,6 +25,7 @@ FIM = {"rate": 0.5, "tokens": ("<P>", "<M>", "<S>")}
 OFF_AND_ON: list[tuple[Sections, Sections]] = [
     ({}, {"optimizer": {"name": "sgd"}}),
     ({"optimizer": {"name": "sgd"}}, {}),
+    ({}, {"optimizer": {"ema_decay": 0.9}}),
     ({"optimizer": {"schedule": "constant"}}, {}),
     ({"optimizer": {"schedule": "inverse_sqrt"}}, {"optimizer": {"schedule": "wsd"}}),
     ({}, {"optimizer": {"schedule": "wsd"}}),

@@ -17,7 +17,6 @@ class DiTConfig(BaseModelConfig):
     """A diffusion transformer with adaLN-Zero (Peebles and Xie 2023), conditioned on a class."""
 
     family: Literal["dit"] = "dit"
-    num_layers: int = Field(12, gt=0, le=1 << 16, description="Layers (blocks), which pipeline stages share out.")
     hidden_size: int = Field(384, gt=0, description="Width of the tokens; a multiple of 4.")
     num_heads: int = Field(6, gt=0, description="Attention heads.")
     ffn_hidden_size: int | None = Field(None, gt=0, description="Width of the MLP. Default: 4 x hidden_size.")
