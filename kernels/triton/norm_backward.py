@@ -285,20 +285,12 @@ def norm_backward(
     flags = {"RMS": rms, "HAS_SUMMED": more, "DROP": drop}
     with on_device_of(summed):
         if columns <= MOST_COLUMNS:
-            # Of many short rows 16 elements a thread would need more registers than there are.
-            block, tile_rows, warps = tile_of(columns, 2048 if columns > 256 else 1024)
-            warps = max(4, warps)
-            programs = min(triton.cdiv(count, tile_rows), processors(summed) * max(1, 16 // warps))
-            # Registers for the next rows are there in half precision only, and not beside everything else at the
-            # widest tiles: Triton 3.7.1 spills 8 to 16 bytes there.
-            crowded = more and drop and block > (2048 if has_bias else 4096)
-            prefetch = rows.dtype.itemsize == 2 and not crowded
+            tile = _whole_row_tile(columns, rows.dtype.itemsize == 2, more and drop, has_bias)
+            programs = min(triton.cdiv(count, tile["ROWS"]), processors(summed) * max(1, 16 // tile["num_warps"]))
             partial = rows.new_empty((sums, programs, columns), dtype=torch.float32)
             norm_backward_kernel[(programs,)](
                 grads, also, rows, keys, weight, mean, rstd, out, dropped, partial,
-                *strides, count, columns, threshold, 1.0 / (1.0 - p),
-                HAS_BIAS=has_bias, ROWS=tile_rows, BLOCK=block, num_warps=warps,
-                PREFETCH=prefetch, **flags,
+                *strides, count, columns, threshold, 1.0 / (1.0 - p), HAS_BIAS=has_bias, **tile, **flags,
             )  # fmt: skip
         elif columns <= MOST_SUMS and rows.dtype.itemsize == 2:
             apart = has_bias and (more or drop)
@@ -317,14 +309,31 @@ def norm_backward(
                 grads, also, rows, keys, weight, mean, rstd, out, dropped,
                 *strides, columns, threshold, 1.0 / (1.0 - p), BLOCK=TILE, num_warps=8, **flags,
             )  # fmt: skip
-            tiles = triton.cdiv(columns, 512)
-            programs = min(triton.cdiv(count, 8), max(1, processors(summed) * 4 // tiles))
-            partial = rows.new_empty((sums, programs, columns), dtype=torch.float32)
-            norm_weight_kernel[(tiles, programs)](
-                grads, rows, mean, rstd, partial, grads.stride(0), rows.stride(0), count, columns,
-                RMS=rms, HAS_BIAS=has_bias, ROWS=8, BLOCK=512, num_warps=8,
-            )  # fmt: skip
+            partial = _parameter_sums(grads, rows, mean, rstd, rms, has_bias)
     return out, dropped, partial.sum(1)
+
+
+def _whole_row_tile(columns: int, half: bool, crowded: bool, has_bias: bool) -> dict[str, int]:
+    """Of the kernel that holds whole rows; ``crowded``: it has a summed gradient and dropout to hold besides."""
+    # Of many short rows 16 elements a thread would need more registers than there are.
+    block, rows, warps = tile_of(columns, 2048 if columns > 256 else 1024)
+    # Registers for the next rows are there in half precision only, and not beside everything else at the widest tiles:
+    # Triton 3.7.1 spills 8 to 16 bytes there.
+    prefetch = half and not (crowded and block > (2048 if has_bias else 4096))
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(4, warps), "PREFETCH": prefetch}
+
+
+def _parameter_sums(grads: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor, rms: bool, has_bias: bool) -> Tensor:
+    """``[1 or 2, programs, columns]``: each program's part of the gradients of weight and bias."""
+    count, columns = rows.shape
+    tiles = triton.cdiv(columns, 512)
+    programs = min(triton.cdiv(count, 8), max(1, processors(rows) * 4 // tiles))
+    partial = rows.new_empty((2 if has_bias else 1, programs, columns), dtype=torch.float32)
+    norm_weight_kernel[(tiles, programs)](
+        grads, rows, mean, rstd, partial, grads.stride(0), rows.stride(0), count, columns,
+        RMS=rms, HAS_BIAS=has_bias, ROWS=8, BLOCK=512, num_warps=8,
+    )  # fmt: skip
+    return partial
 
 
 def tile_of(columns: int, elements: int) -> tuple[int, int, int]:

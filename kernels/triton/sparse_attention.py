@@ -18,55 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_ds.kernels.triton.attention_tiles import load_mask, load_tile, place_of_program, store_tile
 from megatron_ds.kernels.triton.common import on_device_of
 
 _LOG2_E = 1.4426950408889634
 LOG2_E = tl.constexpr(_LOG2_E)
-
-
-@triton.jit
-def place_of_program(tiles):
-    """(tile of the sequence, batch * heads + head). Both in the grid's first number: the others end at 65,535."""
-    return tl.program_id(0) % tiles, tl.program_id(0) // tiles
-
-
-@triton.jit
-def load_tile(
-    base, first, stride, length, ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr
-):
-    """``[ROWS, D]`` from row ``first`` on; zeros behind the end of the sequence and of the head dim."""
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, D)
-    # The first row's place may be beyond 2^31 elements; what follows inside the tile is not.
-    at = base + first.to(tl.int64) * stride + row[:, None] * stride + column[None, :]
-    if EVEN and HEAD_DIM == D:
-        tile = tl.load(at)
-    elif EVEN:
-        tile = tl.load(at, mask=column[None, :] < HEAD_DIM, other=0.0)
-    else:
-        tile = tl.load(at, mask=(first + row < length)[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
-    return tile
-
-
-@triton.jit
-def store_tile(
-    base, first, stride, length, tile, ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr
-):
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, D)
-    at = base + first.to(tl.int64) * stride + row[:, None] * stride + column[None, :]
-    tile = tile.to(base.dtype.element_ty)
-    if EVEN and HEAD_DIM == D:
-        tl.store(at, tile)
-    else:
-        tl.store(at, tile, mask=(first + row < length)[:, None] & (column < HEAD_DIM)[None, :])
-
-
-@triton.jit
-def load_mask(masks, number, query, key, TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr):
-    """``[TM, TN]`` of a partial block's mask, from ``query, key`` inside the block on."""
-    at = (query + tl.arange(0, TM))[:, None] * BLOCK + (key + tl.arange(0, TN))[None, :]
-    return tl.load(masks + number.to(tl.int64) * (BLOCK * BLOCK) + at) != 0
 
 
 @triton.jit

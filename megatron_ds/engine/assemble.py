@@ -29,7 +29,6 @@ from megatron_ds.optim.deepspeed_schedule import scheduled_betas, scheduled_rate
 from megatron_ds.optim.ema import averaged
 from megatron_ds.optim.learning_rate import learning_rate
 from megatron_ds.optim.loss_scaler import LossScaler
-from megatron_ds.optim.rule import UpdateRule
 from megatron_ds.optim.torch_rule import TorchRule
 from megatron_ds.pipeline.executor import Executor
 from megatron_ds.pipeline.schedules import build_schedule
@@ -86,33 +85,19 @@ def initialize(
     called, model = model, unwrapped(model)
     place = start_ranks(settings)
     mesh = mesh or _data_parallel(settings, place)
-    if mesh.pp.size > 1 or mesh.cp.size > 1:
-        raise ConfigError(
-            f"initialize() trains one whole model a rank of mesh.data, and this mesh has pp={mesh.pp.size}, "
-            f"cp={mesh.cp.size}; use a mesh of dp and tp, or a family of megatron_ds.models with megatron_ds.train"
-        )
-    sizes = validate_engine(settings, mesh.data.size)
-    _agree(settings, mesh)
-    dtype = None if settings.keeps_dtype else DTYPES[settings.precision.dtype]
-    empty = take_places(model, mesh.device, dtype)
-    _place_model(model, mesh, dtype)
-    parameters = name_parameters(model, settings.decay == "all")
-    _require_trainable(parameters)
+    sizes = _checked(settings, mesh)
+    parameters, filler = _prepare(model, mesh, settings, weights)
     scaler = _scaler(settings, parameters.values(), notes)
     own = _optimizer(settings, optimizer, [p for p in parameters.values() if p.requires_grad])
     rule = TorchRule(own, parameters) if own is not None else None
-    if isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler) and (
-        own is None or lr_scheduler.optimizer is not own
-    ):
+    if isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler) and lr_scheduler.optimizer is not own:
         raise ConfigError("lr_scheduler is of another optimizer than the one given; give initialize() both")
-    update: UpdateRule | Any = averaged(rule, settings.optimizer) if rule is not None else settings.optimizer
-    filler = Filler(model, settings.seed, weights) if empty else None
+    update = averaged(rule, settings.optimizer) if rule is not None else settings.optimizer
     zero = ZeroOptimizer(
         list(parameters.items()),
         mesh,
         settings.zero,
         update,
-        settings.precision,
         root=model,
         unit_classes=unit_classes,
         fill=filler,
@@ -148,6 +133,35 @@ def read_config(config: Configuration, auto: Mapping[str, Any] | None = None) ->
     if str(config).endswith(".json"):
         return from_deepspeed(config, auto)
     return from_dict(EngineConfig, read_toml(config), str(config)), []
+
+
+def _checked(config: EngineConfig, mesh: Mesh) -> BatchSizes:
+    """What each rank computes of a batch. Raises ConfigError on all ranks alike."""
+    if mesh.pp.size > 1 or mesh.cp.size > 1:
+        raise ConfigError(
+            f"initialize() trains one whole model a rank of mesh.data, and this mesh has pp={mesh.pp.size}, "
+            f"cp={mesh.cp.size}; use a mesh of dp and tp, or a family of megatron_ds.models with megatron_ds.train"
+        )
+    sizes = validate_engine(config, mesh.data.size)
+    prints = exchange(mesh.world, config.fingerprint())
+    others = [rank for rank, text in enumerate(prints) if text != prints[0]]
+    if others:
+        raise ConfigError(
+            f"ranks {', '.join(map(str, others[:8]))} were given another configuration than rank 0; give all the same"
+        )
+    return sizes
+
+
+def _prepare(
+    model: nn.Module, mesh: Mesh, config: EngineConfig, weights: Weights
+) -> tuple[dict[str, nn.Parameter], Filler | None]:
+    """The model's parameters by name, in their dtype; and what gives values to those that have none yet."""
+    dtype = None if config.keeps_dtype else DTYPES[config.precision.dtype]
+    empty = take_places(model, mesh.device, dtype)
+    _place_model(model, mesh, dtype)
+    parameters = name_parameters(model, config.decay == "all")
+    _require_trainable(parameters)
+    return parameters, Filler(model, config.seed, weights) if empty else None
 
 
 def name_parameters(model: nn.Module, decay_all: bool = False) -> dict[str, nn.Parameter]:
@@ -222,15 +236,6 @@ def _data_parallel(config: EngineConfig, place: RankInfo) -> Mesh:
     if place.world_size > 1 and device.type == "cuda" and "nccl" not in dist.get_backend():
         device = torch.device("cpu")  # whoever made the process group chose it for tensors on the CPU
     return Mesh.create(MeshShape(dp=place.world_size), device, config.timeout)
-
-
-def _agree(config: EngineConfig, mesh: Mesh) -> None:
-    prints = exchange(mesh.world, config.fingerprint())
-    others = [rank for rank, text in enumerate(prints) if text != prints[0]]
-    if others:
-        raise ConfigError(
-            f"ranks {', '.join(map(str, others[:8]))} were given another configuration than rank 0; give all the same"
-        )
 
 
 @torch.no_grad()

@@ -89,7 +89,6 @@ def build(config: BaseRunConfig, mesh: Mesh, task: Task, device: torch.device | 
         mesh,
         config.zero,
         config.optimizer,
-        config.precision,
         shared_over=shared,
         root=root_of(stages),
         stage_of=stage_numbers(stages),

@@ -12,7 +12,7 @@ from megatron_ds.checkpoint.last_good import last_good
 from megatron_ds.config import BaseRunConfig, validate
 from megatron_ds.convert.carried_files import take_along
 from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
-from megatron_ds.data.samples import SampleSource
+from megatron_ds.data.samples import SampleSource, Sources
 from megatron_ds.files import say
 from megatron_ds.kernels import registry
 from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
@@ -66,34 +66,9 @@ def pretrain(config: BaseRunConfig, place: RankInfo, task: Task) -> bool:
                 say("\n  ".join(["kernels:", *map(str, registry.report(device, DTYPES[config.precision.dtype]))]))
         parts = build(config, mesh, task)
         parts.step.after_first = give_back_freed_memory
-        loader = BatchLoader(
-            sources.train,
-            batch_ramp(config),
-            config.train.micro_batch,
-            mesh.dp.rank,
-            mesh.dp.size,
-            prefetch=config.data.prefetch,
-            pin_memory=device.type == "cuda",
-        )
-        speedometer = Speedometer(
-            task.flops_per_token,
-            shape.world_size,
-            config.log.peak_tflops or peak_tflops(device),
-            task.tokens_per_sample,
-        )
         callbacks = default_callbacks(config, mesh, parts.executor, output)
         callbacks.append(_advice(config, place, mesh, task, parts, callbacks))
-        loop = Loop(
-            config,
-            mesh,
-            parts,
-            loader,
-            output,
-            speedometer,
-            _evaluation(config, mesh, task, sources.valid),
-            callbacks,
-            sources.identity,
-        )
+        loop = _loop(config, mesh, task, parts, output, sources, callbacks)
         ranks.describe(loop.where)
         if source is not None:
             if config.checkpoint.resume_from == LAST_GOOD:
@@ -113,6 +88,34 @@ def pretrain(config: BaseRunConfig, place: RankInfo, task: Task) -> bool:
                 take_along(resolve(config.checkpoint.init_from).parent, output.checkpoints)
                 say("\n  ".join([f"weights from {config.checkpoint.init_from}", *differs]))
         return loop.run()
+
+
+def _loop(
+    config: BaseRunConfig,
+    mesh: Mesh,
+    task: Task,
+    parts: RankRuntime,
+    output: Output,
+    sources: Sources,
+    callbacks: list[Callback],
+) -> Loop:
+    loader = BatchLoader(
+        sources.train,
+        batch_ramp(config),
+        config.train.micro_batch,
+        mesh.dp.rank,
+        mesh.dp.size,
+        prefetch=config.data.prefetch,
+        pin_memory=mesh.device.type == "cuda",
+    )
+    speedometer = Speedometer(
+        task.flops_per_token,
+        mesh.world.size,
+        config.log.peak_tflops or peak_tflops(mesh.device),
+        task.tokens_per_sample,
+    )
+    evaluation = _evaluation(config, mesh, task, sources.valid)
+    return Loop(config, mesh, parts, loader, output, speedometer, evaluation, callbacks, sources.identity)
 
 
 def _resumed(step: int, config: BaseRunConfig, changes: Sequence[str]) -> str:

@@ -21,9 +21,9 @@ from megatron_ds.pipeline.schedules import generator_of
 from megatron_ds.pipeline.stage import Activations, StageSpan
 from megatron_ds.train.build import make_stages, num_micro_batches, root_of, spans_of, stage_numbers
 from megatron_ds.train.task import Task, largest_activations
+from megatron_ds.zero.allocate import data_axes
 from megatron_ds.zero.buckets import ParameterInfo
 from megatron_ds.zero.layout import ZeroLayout
-from megatron_ds.zero.optimizer import data_axes
 from megatron_ds.zero.units import choose_units, describe
 
 

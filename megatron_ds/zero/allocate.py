@@ -1,4 +1,4 @@
-"""The flat memory of a rank, made once from its layout: stores and buffers."""
+"""The flat memory of a rank, made once from its layout: the axes it is cut over, stores and buffers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,31 @@ import torch
 from torch import nn
 
 from megatron_ds.comm.buffers import Buffers, BufferSizes, GroupBuffers, Slots, open_buffers
-from megatron_ds.config import OffloadConfig
-from megatron_ds.mesh import Axis
+from megatron_ds.config import OffloadConfig, ZeroConfig
+from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.zero.buckets import state_dtype
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.layout import ZeroLayout
 from megatron_ds.zero.store import BucketStores, DeviceStore, Store, create_store
+
+
+def data_axes(mesh: Mesh, config: ZeroConfig) -> dict[tuple[str, ...], tuple[Axis, Axis]]:
+    """:func:`shard_axes` by the axes over which a parameter is sharded already. Collective: makes all of a mesh's."""
+    kinds: list[tuple[str, ...]] = [(), ("ep",)] if mesh.shape.ep > 1 else [()]
+    return {over: shard_axes(mesh, config, over) for over in kinds}
+
+
+def shard_axes(mesh: Mesh, config: ZeroConfig, sharded_over: tuple[str, ...] = ()) -> tuple[Axis, Axis]:
+    """The shard and the replicate axis of parameters that are sharded over ``sharded_over`` already.
+
+    Their product is what those leave of ``mesh.data``. Collective if ``config.shard_size`` is set.
+    """
+    data = mesh.data_besides(sharded_over)
+    if config.stage == 0:
+        return Axis("shard", ranks=(mesh.rank,)), data
+    if config.shard_size is not None and config.shard_size < data.size:
+        return mesh.split_data(config.shard_size, sharded_over)
+    return data, Axis("replicate", ranks=(mesh.rank,))
 
 
 class Stores:

@@ -13,13 +13,13 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
-from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
+from megatron_ds.config import OptimizerConfig, ZeroConfig
 from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.optim.factory import as_rule
 from megatron_ds.optim.rule import Late, Update, UpdateRule
 from megatron_ds.shard import ShardSpec, as_real
 from megatron_ds.shard.flat_shards import FlatShard, share_out
-from megatron_ds.zero.allocate import RankMemory, take_values
+from megatron_ds.zero.allocate import RankMemory, data_axes, take_values
 from megatron_ds.zero.capacity import check_capacity
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.gatherer import Gatherer
@@ -71,7 +71,6 @@ class ZeroOptimizer:
         mesh: Mesh,
         config: ZeroConfig,
         optimizer_config: OptimizerConfig | UpdateRule,
-        precision: PrecisionConfig,
         shared_over: Sequence[tuple[nn.Parameter, Axis]] = (),
         shared_memory: bool = True,
         root: nn.Module | None = None,
@@ -373,25 +372,6 @@ class ZeroOptimizer:
     def bytes_report(self) -> dict[str, int]:
         """The same by kind, wherever they are; see :meth:`megatron_ds.zero.layout.ZeroLayout.bytes`."""
         return self.layout.bytes().by_kind
-
-
-def data_axes(mesh: Mesh, config: ZeroConfig) -> dict[tuple[str, ...], tuple[Axis, Axis]]:
-    """:func:`shard_axes` by the axes over which a parameter is sharded already. Collective: makes all of a mesh's."""
-    kinds: list[tuple[str, ...]] = [(), ("ep",)] if mesh.shape.ep > 1 else [()]
-    return {over: shard_axes(mesh, config, over) for over in kinds}
-
-
-def shard_axes(mesh: Mesh, config: ZeroConfig, sharded_over: tuple[str, ...] = ()) -> tuple[Axis, Axis]:
-    """The shard and the replicate axis of parameters that are sharded over ``sharded_over`` already.
-
-    Their product is what those leave of ``mesh.data``. Collective if ``config.shard_size`` is set.
-    """
-    data = mesh.data_besides(sharded_over)
-    if config.stage == 0:
-        return Axis("shard", ranks=(mesh.rank,)), data
-    if config.shard_size is not None and config.shard_size < data.size:
-        return mesh.split_data(config.shard_size, sharded_over)
-    return data, Axis("replicate", ranks=(mesh.rank,))
 
 
 def unique(parameters: Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:

@@ -30,7 +30,7 @@ from megatron_ds.rng import DropoutKeys
 from megatron_ds.shard import ShardSpec
 from megatron_ds.train import build
 from megatron_ds.train.step import TrainStep
-from megatron_ds.zero import optimizer
+from megatron_ds.zero import allocate
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.main_grad import MainGradient
 from megatron_ds.zero.memory import TransientGradients, TransientParameters
@@ -150,7 +150,7 @@ def average_over_replicas() -> AbstractContextManager[Any]:
 
 def no_reduction_over_replicas() -> AbstractContextManager[Any]:
     return patch.object(
-        optimizer, "shard_axes", lambda mesh, config, over: (Axis("shard", ranks=(mesh.rank,)), Axis("replicate"))
+        allocate, "shard_axes", lambda mesh, config, over: (Axis("shard", ranks=(mesh.rank,)), Axis("replicate"))
     )
 
 

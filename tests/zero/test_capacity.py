@@ -17,7 +17,7 @@ import torch.distributed as dist
 from small_disk import small_disk
 from torch import nn
 
-from megatron_ds.config import OffloadConfig, OptimizerConfig, PrecisionConfig, ZeroConfig
+from megatron_ds.config import OffloadConfig, OptimizerConfig, ZeroConfig
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.shard import ShardSpec
@@ -40,7 +40,7 @@ def parameter(device: str = "cpu") -> nn.Parameter:
 def build(zero: ZeroConfig, device: str = "cpu") -> ZeroOptimizer:
     world = dist.get_world_size() if dist.is_initialized() else 1
     mesh = Mesh.create(MeshShape(dp=world), torch.device("cpu"))
-    return ZeroOptimizer([parameter(device)], mesh, zero, OptimizerConfig(), PrecisionConfig(dtype="bf16"))
+    return ZeroOptimizer([parameter(device)], mesh, zero, OptimizerConfig())
 
 
 def offload(device: str, path: str | None = None, **rest: Any) -> ZeroConfig:

@@ -17,7 +17,7 @@ from torch import nn
 
 from megatron_ds import comm
 from megatron_ds.comm.buffers import GroupGathered
-from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
+from megatron_ds.config import OptimizerConfig, ZeroConfig
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import run_ranks
@@ -64,13 +64,11 @@ class Stack(nn.Module):
 
 def start(model: Stack, config: ZeroConfig) -> tuple[ZeroOptimizer, Mesh]:
     mesh = Mesh.create(MeshShape(dp=dist.get_world_size()), CPU)
-    dtype = "bf16" if next(model.parameters()).dtype == torch.bfloat16 else "fp32"
     zero = ZeroOptimizer(
         model.named_parameters(),
         mesh,
         config,
         OptimizerConfig(lr=1e-3),
-        PrecisionConfig(dtype=dtype),  # type: ignore[arg-type]
         shared_memory=False,  # a page that several ranks share counts for each of them
         root=model,
         fill=Stack.fill,

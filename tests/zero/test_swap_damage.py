@@ -15,7 +15,7 @@ import torch
 from test_store_faults import close_cleanly, swap_file
 from torch import nn
 
-from megatron_ds.config import OffloadConfig, OptimizerConfig, PrecisionConfig, ZeroConfig
+from megatron_ds.config import OffloadConfig, OptimizerConfig, ZeroConfig
 from megatron_ds.errors import OffloadError
 from megatron_ds.files.direct_io import DirectFile
 from megatron_ds.mesh import Mesh, MeshShape
@@ -188,7 +188,6 @@ class Run:
             Mesh.create(MeshShape(), CPU),
             ZeroConfig(stage=3, bucket_mb=0.0006, persistence_threshold=0, **both),
             OptimizerConfig(lr=0.05),
-            PrecisionConfig(),
             root=self.model,
         )
 

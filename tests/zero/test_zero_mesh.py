@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_ds import comm
-from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
+from megatron_ds.config import OptimizerConfig, ZeroConfig
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter, spec_of
 from megatron_ds.testing import run_ranks
@@ -102,7 +102,6 @@ def build(mesh: Mesh, stage: int, name: str) -> tuple[ZeroOptimizer, list[nn.Par
         mesh,
         ZeroConfig(stage=stage, bucket_mb=0.0004),  # type: ignore[arg-type]
         OptimizerConfig(name=name, lr=LR, weight_decay=0.0, momentum=0.9),  # type: ignore[arg-type]
-        PrecisionConfig(dtype="fp64"),
         shared_over=tied,
     )
     return zero, parameters

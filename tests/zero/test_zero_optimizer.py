@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_ds.config import OptimizerConfig, PrecisionConfig, ZeroConfig
+from megatron_ds.config import OptimizerConfig, ZeroConfig
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.optim.clip import squared_norm
 from megatron_ds.shard import ShardSpec
@@ -36,7 +36,6 @@ def optimizer_of(
         mesh or Mesh.single(),
         ZeroConfig(stage=stage, bucket_mb=0.004, overlap=overlap),  # type: ignore[arg-type]
         OptimizerConfig(**{"lr": 0.01, **options}),
-        PrecisionConfig(),
     )
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from whole_rule import Normalized, NormalizedRule
 
 from megatron_ds import comm
-from megatron_ds.config import OffloadConfig, OptimizerConfig, PrecisionConfig, ZeroConfig
+from megatron_ds.config import OffloadConfig, OptimizerConfig, ZeroConfig
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.optim.factory import ConfigRule
 from megatron_ds.optim.rule import RulesByName, UpdateRule
@@ -156,7 +156,6 @@ def optimizer_of(made: nn.Module, mesh: Mesh, setting: Setting) -> ZeroOptimizer
         mesh,
         config,
         rule_of(setting.rules),
-        PrecisionConfig(dtype="fp64"),
         shared_memory=setting.shared_memory,
         root=made,
     )

@@ -13,7 +13,7 @@ from whole_rule import Normalized, NormalizedRule
 
 from megatron_ds import comm
 from megatron_ds.comm.local.shared_buffers import LocalBuffers
-from megatron_ds.config import OffloadConfig, OptimizerConfig, PrecisionConfig, ZeroConfig
+from megatron_ds.config import OffloadConfig, OptimizerConfig, ZeroConfig
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.optim.clip import clip_coefficient
 from megatron_ds.optim.factory import ConfigRule
@@ -152,7 +152,6 @@ def train(case: Case, mesh: Mesh) -> tuple[list[float], dict[str, torch.Tensor]]
             offload_parameters=offload if case.stage == 3 else OffloadConfig(),
         ),
         case.rule,
-        PrecisionConfig(dtype="fp64"),
         shared_memory=case.shared_memory,
         root=model,
     )

@@ -118,13 +118,12 @@ def dtensor_tp(w: Workload, sequence_parallel: bool) -> Step:
     as if it were whole: another order of the same rows, hence the same model with its heads relabelled.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
         ParallelStyle,
         RowwiseParallel,
         SequenceParallel,
-        loss_parallel,
         parallelize_module,
     )
 
@@ -145,7 +144,14 @@ def dtensor_tp(w: Workload, sequence_parallel: bool) -> Step:
             plan[name] = SequenceParallel(use_local_output=True)
     parallelize_module(model, mesh, plan)
     model.head.weight = model.tokens.weight
-    # Fused AdamW and the norm want lists of one kind of tensor.
+    return _dtensor_step(model, w)
+
+
+def _dtensor_step(model: GPT, w: Workload) -> Step:
+    """Fused AdamW and the norm want lists of one kind of tensor."""
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.parallel import loss_parallel
+
     parameters = list(model.parameters())
     kinds = [[p for p in parameters if isinstance(p, DTensor) == kind] for kind in (True, False)]
     groups = [
