@@ -78,12 +78,7 @@ def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, pl
                 lines[int(number)] = lines.get(int(number), 0) + read
         for target in targets.values():
             sync_and_close(target)
-    bad = Path(f"{prefix}.bad.jsonl")
-    if counts.problems:
-        temporary["bad"].replace(bad)
-    else:
-        temporary["bad"].unlink()
-        bad.unlink(missing_ok=True)
+    _publish_bad_records(temporary["bad"], Path(f"{prefix}.bad.jsonl"), bool(counts.problems))
     if not counts.documents:
         for kind in ("bin", "mask"):
             temporary[kind].unlink() if kind in temporary else None
@@ -115,6 +110,14 @@ def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, pl
     chunks = {"bin": whole["bin"].sums(), **({MASK_SUFFIX: whole["mask"].sums()} if masked else {})}
     finish(prefix, temporary["bin"], temporary["idx"], manifest, found, chunks)
     return counts
+
+
+def _publish_bad_records(temporary: Path, published: Path, any_bad: bool) -> None:
+    if any_bad:
+        temporary.replace(published)
+    else:
+        temporary.unlink()
+        published.unlink(missing_ok=True)
 
 
 def _copy_bad_records(part: Path, target: IO[bytes], inputs: list[dict[str, Any]], lines: dict[int, int]) -> None:

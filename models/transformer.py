@@ -100,7 +100,6 @@ class BlockParts(nn.Module):
         self.hidden_dropout, self.site = c.hidden_dropout, 1 + index * _SITES_A_BLOCK
         sequence_parallel, where = settings.sequence_parallel, settings.where
         norm: dict[str, Any] = {"partial": settings.partial, **where}
-        out_std = output_std(c.init_std, c.num_layers)
         self.attention_norm = Norm(f"{name}.attention_norm", c.norm, c.hidden_size, c.norm_eps, **norm)
         self.attention = SelfAttention(
             f"{name}.attention",
@@ -118,8 +117,7 @@ class BlockParts(nn.Module):
             c.activation,
             bias=c.bias,
             sequence_parallel=sequence_parallel,
-            init_std=c.init_std,
-            out_std=out_std,
+            stds=(c.init_std, output_std(c.init_std, c.num_layers)),
             **where,
         )
 

@@ -70,18 +70,15 @@ def initialize(
         loss: what :meth:`Engine.train_batch` makes of a micro-batch: its mean loss. The default calls the model with it
             and takes ``.loss`` of the output.
         auto: what ``"auto"`` in a DeepSpeed configuration stands for; see ``megatron_ds.deepspeed_json.auto_values``.
-        weights: where the values of parameters come from that were made in ``megatron_ds.empty_parameters()``: a
-            folder of safetensors files, or what initialises a module's own parameters. Default: the modules themselves.
-        unit_classes: stage 3: classes of modules that are gathered and freed as one. Default: members of lists of
-            modules, as transformer blocks are.
+        weights: the values of parameters made in ``megatron_ds.empty_parameters()``: a folder of safetensors files,
+            or what initialises a module's own parameters. Default: the modules themselves.
+        unit_classes: stage 3: classes of modules gathered and freed as one. Default: the members of module lists.
         mesh: of a model that is sharded over tensor-parallel ranks already. Default: all ranks data-parallel.
 
     Raises:
         ConfigError: on every rank, with every fault of the configuration.
     """
     settings, notes = read_config(config, auto)
-    if settings.keep_freed_memory:
-        keep_freed_memory()
     called, model = model, unwrapped(model)
     place = start_ranks(settings)
     mesh = mesh or _data_parallel(settings, place)
@@ -89,30 +86,26 @@ def initialize(
     parameters, filler = _prepare(model, mesh, settings, weights)
     scaler = _scaler(settings, parameters.values(), notes)
     own = _optimizer(settings, optimizer, [p for p in parameters.values() if p.requires_grad])
+    _check_scheduler(lr_scheduler, own)
     rule = TorchRule(own, parameters) if own is not None else None
-    if isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler) and lr_scheduler.optimizer is not own:
-        raise ConfigError("lr_scheduler is of another optimizer than the one given; give initialize() both")
     update = averaged(rule, settings.optimizer) if rule is not None else settings.optimizer
     zero = ZeroOptimizer(
-        list(parameters.items()),
-        mesh,
-        settings.zero,
-        update,
-        root=model,
-        unit_classes=unit_classes,
-        fill=filler,
+        parameters.items(), mesh, settings.zero, update, root=model, unit_classes=unit_classes, fill=filler
     )
     if filler is not None:
         filler.fill_rest()
     step = _train_step(settings, sizes, mesh, zero, scaler, rule, lr_scheduler, called, loss)
-    step.after_first = give_back_freed_memory if settings.keep_freed_memory else None
     engine = Engine(model, settings, sizes, mesh, zero, step, own, rule, lr_scheduler, place.local_world_size)
     if rule is not None:
         rule.serve_modes(engine.change_weights)
-    if mesh.rank == 0:
-        for note in notes:
-            print(f"megatron_ds: {note}", flush=True)
+    for note in notes if mesh.rank == 0 else ():
+        print(f"megatron_ds: {note}", flush=True)
     return engine
+
+
+def _check_scheduler(lr_scheduler: Any, optimizer: Optimizer | None) -> None:
+    if isinstance(lr_scheduler, torch.optim.lr_scheduler.LRScheduler) and lr_scheduler.optimizer is not optimizer:
+        raise ConfigError("lr_scheduler is of another optimizer than the one given; give initialize() both")
 
 
 def read_config(config: Configuration, auto: Mapping[str, Any] | None = None) -> tuple[EngineConfig, list[str]]:
@@ -156,6 +149,8 @@ def _prepare(
     model: nn.Module, mesh: Mesh, config: EngineConfig, weights: Weights
 ) -> tuple[dict[str, nn.Parameter], Filler | None]:
     """The model's parameters by name, in their dtype; and what gives values to those that have none yet."""
+    if config.keep_freed_memory:
+        keep_freed_memory()
     dtype = None if config.keeps_dtype else DTYPES[config.precision.dtype]
     empty = take_places(model, mesh.device, dtype)
     _place_model(model, mesh, dtype)
@@ -331,15 +326,10 @@ def _train_step(
     def count(micro_batches: Sequence[Any]) -> Tensor:
         return torch.full((), float(len(micro_batches) if config.losses == "mean" else 1), device=device)
 
-    return TrainStep(
-        executor,
-        zero,
-        mesh,
-        scaler,
-        clip_norm=config.optimizer.clip_norm,
-        rate=_rate(config, rule, lr_scheduler),
-        count=count,
-    )
+    rate = _rate(config, rule, lr_scheduler)
+    step = TrainStep(executor, zero, mesh, scaler, clip_norm=config.optimizer.clip_norm, rate=rate, count=count)
+    step.after_first = give_back_freed_memory if config.keep_freed_memory else None
+    return step
 
 
 def _rate(config: EngineConfig, rule: TorchRule | None, lr_scheduler: Any) -> Callable[[int], float]:

@@ -29,6 +29,7 @@ from megatron_ds.optim.rule import Update
 from megatron_ds.optim.torch_rule import TorchRule
 from megatron_ds.train.keeping import Keeper
 from megatron_ds.train.step import StepResult, TrainStep
+from megatron_ds.zero.layout import bytes_table
 from megatron_ds.zero.main_grad import OwnBackward
 from megatron_ds.zero.optimizer import ZeroOptimizer
 from megatron_ds.zero.placeholder import explained
@@ -342,13 +343,7 @@ class Engine:
 
     def bytes_table(self) -> str:
         """The same by where they live between steps, as a table."""
-        by_store = self.zero.bytes_by_store()
-        stores = list(dict.fromkeys(store for of_kind in by_store.values() for store in of_kind))
-        total = {store: sum(of_kind.get(store, 0) for of_kind in by_store.values()) for store in stores}
-        lines = [f"{'bytes on this rank':<20}" + "".join(f"{store:>18}" for store in stores)]
-        for kind, of_kind in [*by_store.items(), ("total", total)]:
-            lines.append(f"{kind:<20}" + "".join(f"{of_kind.get(store, 0):>18,}" for store in stores))
-        return "\n".join(lines)
+        return bytes_table(self.zero.bytes_by_store())
 
     def close(self) -> None:
         """Let go of the model, whose parameters are whole and stay; it may be given to another engine. On all ranks."""

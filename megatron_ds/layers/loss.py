@@ -15,6 +15,7 @@ Padding rows of the weight take no part: they are sliced off before the matmul, 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,23 +57,35 @@ def linear_cross_entropy(
         bias: ``[v / tp]``, added to the logits.
     """
     _check_labels(labels, loss_mask, vocab_size)
-    first = tp.rank * weight.shape[0]
-    used = min(max(vocab_size - first, 0), weight.shape[0])
-    return _LinearCrossEntropy.apply(
-        hidden,
-        weight,
-        bias,
-        labels,
-        loss_mask,
-        first,
-        used,
-        vocab_size,
-        tp,
-        sequence_parallel,
-        label_smoothing,
-        z_loss,
-        torch.is_grad_enabled(),
-    )
+    rules = _Rules(vocab_size, tp, weight.shape[0], label_smoothing, z_loss, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, loss_mask, rules, sequence_parallel)
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What a loss is of, and over which rows of the vocabulary.
+
+    Attributes:
+        rows: of the padded vocabulary on this rank.
+        grad_enabled: inside an autograd function the grad mode is always off, and needs_input_grad does not know of it.
+    """
+
+    vocab_size: int
+    tp: Axis
+    rows: int
+    label_smoothing: float
+    z_loss: float
+    grad_enabled: bool
+
+    @property
+    def first(self) -> int:
+        """Number of this rank's first row."""
+        return self.tp.rank * self.rows
+
+    @property
+    def used(self) -> int:
+        """Rows of this rank that are no padding."""
+        return min(max(self.vocab_size - self.first, 0), self.rows)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -84,21 +97,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         loss_mask: Tensor,
-        first: int,
-        used: int,
-        vocab_size: int,
-        tp: Axis,
+        rules: _Rules,
         sequence_parallel: bool,
-        label_smoothing: float,
-        z_loss: float,
-        grad_enabled: bool,
     ) -> Tensor:
-        # Inside a Function the grad mode is always off, and needs_input_grad does not know of it.
-        need_hidden, need_weight, need_bias = (grad_enabled and needed for needed in ctx.needs_input_grad[:3])
-        whole = comm.gather_dim0(hidden, tp).wait() if sequence_parallel else hidden
+        need_hidden, need_weight, need_bias = (rules.grad_enabled and needed for needed in ctx.needs_input_grad[:3])
+        whole = comm.gather_dim0(hidden, rules.tp).wait() if sequence_parallel else hidden
         x = whole.reshape(-1, whole.shape[-1])
         labels, mask = labels.reshape(-1), loss_mask.reshape(-1)
-        table, shift = weight[:used], None if bias is None else bias[:used]
+        table, shift = weight[: rules.used], None if bias is None else bias[: rules.used]
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
         grad_x = torch.empty_like(x) if need_hidden else None
         # Summed over chunks in fp32: bf16 would lose what the later chunks add.
@@ -109,17 +115,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = max(16, CHUNK_BYTES.get(x.device.type, 16 << 20) // (weight.shape[0] * accumulate.itemsize))
         for start in range(0, x.shape[0], chunk):
             part = slice(start, start + chunk)
-            loss, dz = _chunk(
-                _logits(x[part], table, shift),
-                labels[part],
-                mask[part],
-                first,
-                vocab_size,
-                tp,
-                label_smoothing,
-                z_loss,
-                want_gradient=need_hidden or need_weight or need_bias,
-            )
+            want_gradient = need_hidden or need_weight or need_bias
+            loss, dz = _chunk(_logits(x[part], table, shift), labels[part], mask[part], rules, want_gradient)
             total += loss
             if dz is None:
                 continue
@@ -134,7 +131,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_table is not None and x.shape[0] == 0:
             grad_table.zero_()
         ctx.shapes = (whole.shape, weight.shape)
-        ctx.tp, ctx.sequence_parallel, ctx.used, ctx.dtype = tp, sequence_parallel, used, weight.dtype
+        ctx.tp, ctx.sequence_parallel, ctx.used, ctx.dtype = rules.tp, sequence_parallel, rules.used, weight.dtype
         ctx.save_for_backward(grad_x, grad_table, grad_shift, weight)
         return total
 
@@ -162,7 +159,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_shift is not None:
             grad_bias = grad_shift.new_zeros(ctx.shapes[1][:1], dtype=ctx.dtype)
             grad_bias[: ctx.used] = grad_shift * seed
-        return (pending.wait() if pending is not None else None, grad_weight, grad_bias, *[None] * 10)
+        return (pending.wait() if pending is not None else None, grad_weight, grad_bias, *[None] * 4)
 
 
 def cross_entropy(
@@ -192,37 +189,17 @@ def cross_entropy(
     counts = labels != ignore_index
     mask = counts if loss_mask is None else counts & loss_mask
     _check_labels(labels, mask, vocab_size)
-    options = (vocab_size, tp, label_smoothing, z_loss, torch.is_grad_enabled())
-    return _CrossEntropy.apply(logits, labels, mask, *options)
+    rules = _Rules(vocab_size, tp, logits.shape[-1], label_smoothing, z_loss, torch.is_grad_enabled())
+    return _CrossEntropy.apply(logits, labels, mask, rules)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        labels: Tensor,
-        mask: Tensor,
-        vocab_size: int,
-        tp: Axis,
-        label_smoothing: float,
-        z_loss: float,
-        grad_enabled: bool,
-    ) -> Tensor:
-        first = tp.rank * logits.shape[-1]
-        used = min(max(vocab_size - first, 0), logits.shape[-1])
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, mask: Tensor, rules: _Rules) -> Tensor:
+        used = rules.used
         rows = logits.detach().view(-1, logits.shape[-1])
-        loss, gradient = _chunk(
-            rows[:, :used],
-            labels.reshape(-1),
-            mask.reshape(-1),
-            first,
-            vocab_size,
-            tp,
-            label_smoothing,
-            z_loss,
-            want_gradient=grad_enabled and ctx.needs_input_grad[0],
-        )
+        want_gradient = rules.grad_enabled and ctx.needs_input_grad[0]
+        loss, gradient = _chunk(rows[:, :used], labels.reshape(-1), mask.reshape(-1), rules, want_gradient)
         if gradient is not None:
             # In half precision the reference computes in fp32 beside the logits; a kernel has left it here already.
             if gradient.data_ptr() != rows.data_ptr():
@@ -235,7 +212,7 @@ class _CrossEntropy(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0], *[None] * 7
+        return gradient * grads[0], *[None] * 3
 
 
 def _check_labels(labels: Tensor, mask: Tensor, vocab_size: int) -> None:
@@ -249,21 +226,14 @@ def _check_labels(labels: Tensor, mask: Tensor, vocab_size: int) -> None:
 
 
 def _chunk(
-    logits: Tensor,
-    labels: Tensor,
-    mask: Tensor,
-    first: int,
-    vocab_size: int,
-    tp: Axis,
-    label_smoothing: float,
-    z_loss: float,
-    want_gradient: bool,
+    logits: Tensor, labels: Tensor, mask: Tensor, rules: _Rules, want_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Loss sum of one chunk, and the gradient of its logits written over them.
 
     ``logits`` ``[t, used]`` of this rank's real rows; ``labels`` and ``mask`` ``[t]``.
     """
-    local = labels - first
+    tp, label_smoothing, z_loss, vocab_size = rules.tp, rules.label_smoothing, rules.z_loss, rules.vocab_size
+    local = labels - rules.first
     stats, scratch = token_statistics(logits, local, want_sum=label_smoothing > 0.0)
     if tp.group is None:
         top, total, target, sum_of_logits = stats

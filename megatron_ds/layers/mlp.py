@@ -22,7 +22,7 @@ class MLP(nn.Module):
     """``[s(/tp), b, h] -> [s(/tp), b, h]`` through ``ffn`` features split over tp.
 
     ``activation``: ``"gelu"`` (erf), ``"gelu_tanh"``, or ``"swiglu"`` and ``"geglu"`` (Shazeer 2020, eq. 6), whose
-    weight is ``[2, ffn, h]``, gate first.
+    weight is ``[2, ffn, h]``, gate first. ``stds``: initial standard deviations of the first and of the second matrix.
     """
 
     def __init__(
@@ -35,8 +35,7 @@ class MLP(nn.Module):
         bias: bool,
         tp: Axis,
         sequence_parallel: bool,
-        init_std: float,
-        out_std: float,
+        stds: tuple[float, float],
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -51,13 +50,13 @@ class MLP(nn.Module):
         }
         if self.gate is not None:
             self.gate_up = ColumnParallelLinear(
-                f"{name}.gate_up", hidden_size, (2, ffn_size), shard_dim=1, init_std=init_std, **make
+                f"{name}.gate_up", hidden_size, (2, ffn_size), shard_dim=1, init_std=stds[0], **make
             )
         else:
             self.up = ColumnParallelLinear(
-                f"{name}.up", hidden_size, (ffn_size,), shard_dim=0, init_std=init_std, **make
+                f"{name}.up", hidden_size, (ffn_size,), shard_dim=0, init_std=stds[0], **make
             )
-        self.down = RowParallelLinear(f"{name}.down", ffn_size, hidden_size, init_std=out_std, **make)
+        self.down = RowParallelLinear(f"{name}.down", ffn_size, hidden_size, init_std=stds[1], **make)
         self._compiled: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:

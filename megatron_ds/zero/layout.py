@@ -237,3 +237,13 @@ def parameter_bytes(bucket: BucketLayout) -> int:
 def gradient_bytes(bucket: BucketLayout) -> int:
     """Bytes of a bucket's whole gradients."""
     return bucket.size * state_dtype(bucket.key.dtype).itemsize
+
+
+def bytes_table(by_store: Mapping[str, Mapping[str, int]]) -> str:
+    """Bytes of a rank by kind and by where they live between steps, as a table."""
+    stores = list(dict.fromkeys(store for of_kind in by_store.values() for store in of_kind))
+    total = {store: sum(of_kind.get(store, 0) for of_kind in by_store.values()) for store in stores}
+    lines = [f"{'bytes on this rank':<20}" + "".join(f"{store:>18}" for store in stores)]
+    for kind, of_kind in [*by_store.items(), ("total", total)]:
+        lines.append(f"{kind:<20}" + "".join(f"{of_kind.get(store, 0):>18,}" for store in stores))
+    return "\n".join(lines)

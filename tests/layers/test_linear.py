@@ -81,8 +81,7 @@ def mlp(activation: str, bias: bool) -> Callable[[Axis, bool], nn.Module]:
         bias=bias,
         tp=tp,
         sequence_parallel=sp,
-        init_std=0.5,
-        out_std=0.5,
+        stds=(0.5, 0.5),
         dtype=torch.float64,
     )
 

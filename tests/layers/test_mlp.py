@@ -23,8 +23,7 @@ def mlp_of(activation: str, dtype: torch.dtype) -> MLP:
         bias=True,
         tp=Axis("tp"),
         sequence_parallel=False,
-        init_std=1.0,
-        out_std=1.0,
+        stds=(1.0, 1.0),
         dtype=dtype,
     )
     initialize_parameters(mlp.parameters(), 1)

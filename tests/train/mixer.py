@@ -75,7 +75,7 @@ class Block(nn.Module):
     def __init__(self, c: MixerConfig, index: int, where: Mapping[str, Any]):
         super().__init__()
         name = f"layers.{index}"
-        sizes: dict[str, Any] = {"bias": True, "sequence_parallel": False, "init_std": 0.3, "out_std": 0.3, **where}
+        sizes: dict[str, Any] = {"bias": True, "sequence_parallel": False, "stds": (0.3, 0.3), **where}
         self.patch_norm = Norm(f"{name}.patch_norm", "layernorm", c.hidden_size, 1e-5, partial=False, **where)
         self.patches = MLP(f"{name}.patches", PATCHES, c.features, "gelu", **sizes)
         self.channel_norm = Norm(f"{name}.channel_norm", "layernorm", c.hidden_size, 1e-5, partial=False, **where)

@@ -168,7 +168,7 @@ def _dtensor_step(model: GPT, w: Workload) -> Step:
             logits = model(tokens)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
             loss.backward()
-        norms = [nn.utils.get_total_norm([p.grad for p in kind]) for kind in kinds if kind]
+        norms = [nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds if kind]
         full = [n.full_tensor() if isinstance(n, DTensor) else n for n in norms]
         total = torch.linalg.vector_norm(torch.stack(full))
         for kind in kinds:
