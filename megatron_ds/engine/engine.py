@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from megatron_ds.engine.model_guard import ModelGuard
 from megatron_ds.engine.tensors import WholeTensors
 from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Mesh
+from megatron_ds.optim.learning_rate import step_scheduler
 from megatron_ds.optim.rule import Update
 from megatron_ds.optim.torch_rule import TorchRule
 from megatron_ds.train.keeping import Keeper
@@ -229,8 +229,8 @@ class Engine:
             self.keeper.good_step()
         if self.optimizer is not None:
             self.optimizer._opt_called = True  # type: ignore[attr-defined]  # or schedulers warn that it never steps
-        if not result.skipped and _needs_nothing(getattr(self.lr_scheduler, "step", None)):
-            self.lr_scheduler.step()
+        if not result.skipped:
+            step_scheduler(self.lr_scheduler)
         self._clock.finished(self.steps, result)
         self._advice.after(result.skipped, result.learning_rate, self.train_step.seconds, self._model_guard.strays)
         self._stage.observer, self.train_step.timed = self._advice.observer, self._advice.times_steps
@@ -385,16 +385,6 @@ class Engine:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that the model's ``from_pretrained`` loads, one tensor at a time."""
         pretrained.save(self.module, self.tensors(), self.mesh, Path(folder))
-
-
-def _needs_nothing(step: Any) -> bool:
-    """Whether it can be called as it is. ``ReduceLROnPlateau.step`` takes a metric, which only the loop knows."""
-    if step is None:
-        return False
-    return all(
-        p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        for p in signature(step).parameters.values()
-    )
 
 
 def _raise(fault: str | None) -> None:

@@ -1,8 +1,10 @@
-"""Learning rate as a pure function of the step."""
+"""Learning rate as a pure function of the step, and torch's schedulers."""
 
 from __future__ import annotations
 
 import math
+from inspect import signature
+from typing import Any
 
 from megatron_ds.config import OptimizerConfig
 
@@ -73,3 +75,13 @@ def _progress(step: int, start: float, end: int) -> float:
     if step >= end:
         return 1.0
     return max(0.0, (step - start) / (end - start))
+
+
+def step_scheduler(scheduler: Any) -> None:
+    """Steps a torch scheduler that needs nothing for it. ``ReduceLROnPlateau`` takes a metric: the loop steps it."""
+    step = getattr(scheduler, "step", None)
+    if step is not None and all(
+        p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        for p in signature(step).parameters.values()
+    ):
+        step()
