@@ -99,8 +99,7 @@ class Block(nn.Module):
             "gelu_tanh",
             bias=True,
             sequence_parallel=s.sequence_parallel,
-            init_std=c.std,
-            out_std=c.std,
+            stds=(c.std, c.std),
             **s.where,
         )
 
