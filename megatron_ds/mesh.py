@@ -258,6 +258,15 @@ class Mesh:
     def _seconds(self) -> float | None:
         return None if self._timeout is None else self._timeout.total_seconds()
 
+    def against_the_flow(self) -> tuple[Axis, Axis]:
+        """:attr:`pp` and :attr:`pp_back` once more, for what goes from a later rank to an earlier one, and back.
+
+        Where ranks hold several stages, activations flow both ways between two ranks. In one group of NCCL each would
+        wait until the other has arrived. Collective over the world; makes two groups.
+        """
+        lines = self._pipeline_lines()
+        return self._extra_axis("pp_against", lines), self._extra_axis("pp_back_against", lines)
+
     def data_besides(self, axes: Iterable[str]) -> Axis:
         """The ranks that hold the same part of a parameter that is sharded over ``axes``: those ZeRO shards over."""
         return self.expert_data if "ep" in axes else self.data

@@ -103,7 +103,9 @@ class Executor:
         schedule: compute actions of all ranks, as ``build_schedule`` returns them (transfers are added here).
         other_sizes: the same for other numbers of micro-batches, where steps differ in it (batch ramp-up).
         stages: this rank's stages by global stage index, as the schedule places them.
-        pp, pp_back: the pipeline axis with the groups that carry activations down and gradients back.
+        pp, pp_back: the pipeline axis with the groups that carry activations to later ranks and gradients back.
+        against: the same for activations to earlier ranks and gradients back, where several stages of a rank make
+            them flow both ways; see :meth:`megatron_ds.mesh.Mesh.against_the_flow`.
         activation_shape, dtype, device: of what flows between stages: ``[s, b, h]``, the same for every micro-batch.
         gradients: who collects the gradients; default: they stay in ``.grad``.
 
@@ -118,6 +120,7 @@ class Executor:
         *,
         pp: Axis,
         pp_back: Axis,
+        against: tuple[Axis, Axis] | None = None,
         activation_shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
@@ -125,7 +128,7 @@ class Executor:
         other_sizes: Sequence[Schedule] = (),
     ):
         self.stages = dict(stages)
-        self.pp, self.pp_back = pp, pp_back
+        self.pp, self.pp_back, self._against = pp, pp_back, against
         self.activation_shape, self.dtype, self.device = activation_shape, dtype, device
         self.gradients = gradients or LeftToAutograd()
         self.placement = schedule.placement
@@ -161,16 +164,24 @@ class Executor:
         there. With receives posted ahead that could be a circle.
         """
         for source, target, op in links:
-            axis = self._axis(op)
+            axis = self._axis(op, source, target)
             token = torch.zeros(1, device=self.device)
             if axis.group is not None and axis.rank == source:
                 dist.send(token, axis.ranks[target], group=axis.group)
             elif axis.group is not None and axis.rank == target:
                 dist.recv(token, axis.ranks[source], group=axis.group)
 
-    def _axis(self, op: Op) -> Axis:
-        """Activations and gradients have a group each; see :class:`~megatron_ds.mesh.Mesh`."""
-        return self.pp if op is Op.SEND_F or op is Op.RECV_F else self.pp_back
+    def _axis(self, op: Op, source: int, target: int) -> Axis:
+        """Between two ranks activations and gradients have a group for each direction, with one order of transfers."""
+        back = op is Op.SEND_B or op is Op.RECV_B
+        if (source > target) == back:
+            return self.pp_back if back else self.pp
+        if self._against is None:
+            raise ScheduleError(
+                f"the schedule sends {'gradients' if back else 'activations'} from rank {source} to rank {target} of "
+                "the pipeline too, against their flow; give the executor against=mesh.against_the_flow()"
+            )
+        return self._against[back]
 
     @property
     def has_last_stage(self) -> bool:
@@ -301,16 +312,18 @@ class Executor:
         return tensor
 
     def _post_receive(self, action: Action, run: _Run) -> None:
-        axis = self._axis(action.op)
-        source = axis.ranks[self.placement.rank_of(action.counterpart.stage)]
+        sender = self.placement.rank_of(action.counterpart.stage)
+        axis = self._axis(action.op, sender, self.pp.rank)
+        source = axis.ranks[sender]
         buffer = torch.empty(self.activation_shape, dtype=self.dtype, device=self.device)
         work = dist.irecv(buffer, source, group=axis.group)
         assert work is not None
         run.receives[action] = (work, buffer)
 
     def _send(self, action: Action, run: _Run) -> None:
-        axis = self._axis(action.op)
-        target = axis.ranks[self.placement.rank_of(action.counterpart.stage)]
+        receiver = self.placement.rank_of(action.counterpart.stage)
+        axis = self._axis(action.op, self.pp.rank, receiver)
+        target = axis.ranks[receiver]
         tensor = run.handed_over.pop(action).contiguous()
         if len(run.sends) >= MAX_SENDS:
             run.sends.pop(0)[0].wait()

@@ -101,6 +101,7 @@ def build(config: BaseRunConfig, mesh: Mesh, task: Task, device: torch.device | 
         stages,
         pp=mesh.pp,
         pp_back=mesh.pp_back,
+        against=mesh.against_the_flow() if schedules[-1].placement.chunks > 1 else None,
         activation_shape=task.activation_shape(mesh),
         dtype=DTYPES[config.precision.dtype],
         device=device,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -104,6 +106,7 @@ def make(
         stages,
         pp=mesh.pp,
         pp_back=mesh.pp_back,
+        against=mesh.against_the_flow() if schedule.placement.chunks > 1 else None,
         activation_shape=SHAPE,
         dtype=torch.float64,
         device=mesh.device,
@@ -161,6 +164,30 @@ def run_sizes(pp: int, counts: tuple[int, ...]) -> list[Ran]:
 
 def run_given(actions: list[list[str]], num_stages: int, count: int, placement: Placement | None = None) -> Ran:
     return run(Schedule.of([[Action.parse(a) for a in rank] for rank in actions], placement), num_stages, count)
+
+
+def transfers(schedule: Schedule, num_stages: int, count: int) -> list[tuple[str, int, int]]:
+    """On a rank: (group, from, to) of everything that it sends, the first transfers of each link included."""
+    found = []
+
+    def noted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def send(tensor: Tensor, target: int, group: Any) -> Any:
+            found.append((group.group_name, dist.get_rank(), target))
+            return real(tensor, target, group=group)
+
+        return send
+
+    with patch.object(dist, "send", noted(dist.send)), patch.object(dist, "isend", noted(dist.isend)):
+        run(schedule, num_stages, count)
+    return found
+
+
+def run_against_the_flow(schedule: Schedule) -> None:
+    """An executor that is given no groups for that."""
+    mesh = mesh_of(len(schedule))
+    stages = {i: Stage(i, schedule.num_stages) for i in schedule.placement.stages_of(mesh.pp.rank)}
+    axes = {"pp": mesh.pp, "pp_back": mesh.pp_back}
+    Executor(schedule, stages, **axes, activation_shape=SHAPE, dtype=torch.float64, device=mesh.device)
 
 
 def run_unfit(schedule: Schedule, stages: Sequence[int], others: Sequence[Schedule]) -> None:

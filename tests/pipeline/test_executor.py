@@ -13,17 +13,19 @@ from executor_toy import (
     expected,
     fail_on_stage,
     outlive_a_failed_stage,
+    run_against_the_flow,
     run_given,
     run_schedules,
     run_sizes,
     run_twice,
     run_unfit,
+    transfers,
     wrong_count,
 )
 
 from megatron_ds.errors import ScheduleError
 from megatron_ds.pipeline.action import Op
-from megatron_ds.pipeline.placement import Placement
+from megatron_ds.pipeline.placement import Placement, PlacementKind
 from megatron_ds.pipeline.schedule import peak_in_flight
 from megatron_ds.pipeline.schedules import activation_bound, build_schedule
 from megatron_ds.pipeline.timeline import Timeline
@@ -119,6 +121,25 @@ def test_several_stages_on_one_rank() -> None:
     backwards = [[f"{s}{op}{i}" for s in v.stages_of(rank)[::-1] for i in range(3) for op in "BW"] for rank in (0, 1)]
     schedule = [f + b for f, b in zip(forwards, backwards)]
     check(run_ranks(run_given, 2, schedule, 4, 3, v), 4, 3, last_rank=0)
+
+
+@pytest.mark.parametrize("placement", ["looped", "v"])
+def test_between_two_ranks_each_group_carries_one_direction(placement: PlacementKind) -> None:
+    """NCCL runs a group's transfers between two ranks in the order they were issued: with both ways in one group each
+    rank would wait for what the other sends after its own receive."""
+    schedule = build_schedule("gpipe", 2, 3, chunks=2, placement=placement)
+    sent = [transfer for rank in run_ranks(transfers, 2, schedule, 4, 3) for transfer in rank]
+    assert {(source, target) for _, source, target in sent} == {(0, 1), (1, 0)}
+    directions: dict[str, set[tuple[int, int]]] = {}
+    for group, source, target in sent:
+        directions.setdefault(group, set()).add((source, target))
+    assert len(directions) == 4 and all(len(ways) == 1 for ways in directions.values()), directions
+
+
+def test_an_executor_without_groups_against_the_flow_says_so() -> None:
+    looped = build_schedule("gpipe", 2, 2, chunks=2)
+    with pytest.raises(RankFailed, match=r"sends \w+ from rank . to rank .*against=mesh\.against_the_flow"):
+        run_ranks(run_against_the_flow, 2, looped)
 
 
 def test_stages_and_schedule_have_to_fit() -> None:
