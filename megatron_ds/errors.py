@@ -38,6 +38,10 @@ class EngineError(MegatronDSError):
     """An engine's methods were called in an order that cannot work, or its model was changed behind its back."""
 
 
+class ReplicaError(MegatronDSError):
+    """Copies of a parameter that must be equal differ: the run is no longer that of one model."""
+
+
 class ShardedParameterError(MegatronDSError):
     """A parameter's values were asked for while ZeRO stage 3 has them sharded."""
 

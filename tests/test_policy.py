@@ -185,6 +185,13 @@ def no_bare_imports(path: str, tree: ast.Module) -> Iterator[str]:
             yield f"{path}:{line}: import megatron_ds.{module}: the bare name may be another package"
 
 
+PICKLED_MESSAGES = {
+    "all_gather_object",
+    "gather_object",
+    "broadcast_object_list",
+    "send_object_list",
+    "recv_object_list",
+}
 EXECUTABLE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 
 
@@ -202,6 +209,8 @@ def nothing_executable_is_loaded(path: str, tree: ast.Module) -> Iterator[str]:
         weights_only = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
         if path == "megatron_ds/convert/folder.py" and weights_only:
             continue  # files that others publish in no other form, by the reader that runs none of their code
+        if ast.unparse(node.func).split(".")[-1] in PICKLED_MESSAGES and area(path) != "tools":
+            yield f"{path}:{node.lineno}: {ast.unparse(node.func)}() is a pickle; use comm.together.exchange"
         if ast.unparse(node.func) in ("torch.load", "torch.save", "torch.jit.load"):
             yield f"{path}:{node.lineno}: {ast.unparse(node.func)}() is a pickle"
         if any(k.arg == "allow_pickle" and not _is_false(k.value) for k in node.keywords):
@@ -362,6 +371,7 @@ PLANTED = [
     (nothing_executable_is_loaded, "megatron_ds/checkpoint/load.py", "import torch\ntorch.load('x')", "torch.load()"),
     (nothing_executable_is_loaded, "megatron_ds/convert/folder.py", "torch.load('x')", "torch.load()"),
     (nothing_executable_is_loaded, "data/cache.py", "import pickle", "pickle can run code"),
+    (nothing_executable_is_loaded, "megatron_ds/zero/gatherer.py", "dist.all_gather_object(a, b)", "is a pickle"),
     (nothing_executable_is_loaded, "data/cache.py", "np.load('x', allow_pickle=True)", "allow_pickle"),
     (
         second_derivatives_are_decided,

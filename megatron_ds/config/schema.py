@@ -228,6 +228,12 @@ class BaseTrainConfig(Section):
     micro_batch: int = Field(1, gt=0, description="Samples a forward pass on one replica.")
     eval_every: int = Field(0, ge=0, description="Steps between evaluations; 0 for none.")
     eval_batches: int = Field(8, gt=0, description="Global batches an evaluation.")
+    check_replicas_every: int = Field(
+        100,
+        ge=0,
+        description="Steps from one comparison of the weights that tensor-parallel ranks hold a copy of to the next, "
+        "one small message; 0: none.",
+    )
     max_skipped_steps: int = Field(
         50, gt=0, description="Consecutive steps skipped for NaN or Inf gradients before the run is stopped."
     )

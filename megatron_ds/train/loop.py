@@ -29,6 +29,7 @@ from megatron_ds.train.keeping import Keeper
 from megatron_ds.train.metrics import Speedometer
 from megatron_ds.train.output import Output, check_data, check_settings
 from megatron_ds.train.step import StepResult
+from megatron_ds.zero.replicas import check_replicas
 
 # Seconds within which two SIGINTs are one: under torchrun a Ctrl-C comes from the terminal and from torchrun.
 ONE_CTRL_C = 1.0
@@ -104,6 +105,9 @@ class Loop:
                     self.speedometer.add(samples * self.mesh.dp.size, result.targets)
                     self._call("on_step", step, result, self.speedometer.read())
                     self._count(result)
+                    every = self.config.train.check_replicas_every
+                    if every and step % every == 0:
+                        check_replicas(self.parts.optimizer, self.mesh)
                     self._evaluate_and_save(step, total, stopped)
             finally:
                 self.loader.close()

@@ -17,11 +17,11 @@ from typing import Any
 from zlib import crc32
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from megatron_ds import comm
+from megatron_ds.comm.together import exchange
 from megatron_ds.mesh import Axis
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.placeholder import ShardedPlaceholder
@@ -140,8 +140,7 @@ class Gatherer:
         everyone, self._orders = self._orders.wait().view(axis.size, 2).tolist(), None
         if all(digest == everyone[0] for digest in everyone):
             return
-        lists: list[Any] = [None] * axis.size
-        dist.all_gather_object(lists, self._names(), group=axis.group)
+        lists = [text.splitlines() for text in exchange(axis, "\n".join(self._names()))]
         other = next(rank for rank in range(axis.size) if lists[rank] != lists[0])
         at = next((i for i, pair in enumerate(zip(*(lists[0], lists[other]))) if pair[0] != pair[1]), None)
         at = min(len(lists[0]), len(lists[other])) if at is None else at

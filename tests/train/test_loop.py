@@ -105,6 +105,16 @@ def scripted(
     return loop, recorder
 
 
+@pytest.mark.parametrize(("every", "steps"), [(2, [2, 4, 6]), (0, [])])
+def test_copies_of_weights_are_compared_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, steps: list[int]
+) -> None:
+    loop, _ = scripted(tmp_path, monkeypatch, train={"steps": 6, "check_replicas_every": every})
+    compared: list[int] = []
+    monkeypatch.setattr(loop_module, "check_replicas", lambda zero, mesh: compared.append(loop.step))
+    assert loop.run() and compared == steps
+
+
 def events(recorder: Recorder, *kinds: str) -> list[tuple[Any, ...]]:
     return [event for event in recorder.events if event[0] in kinds]
 
