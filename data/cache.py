@@ -29,6 +29,7 @@ import xxhash
 
 from megatron_ds.files import parse_json, replacing
 
+MOST_BYTES = 16 << 20  # of a JSON file that is kept here
 _TYPES = {"I64": "<i8", "I32": "<i4", "U8": "u1", "F64": "<f8"}
 T = TypeVar("T")
 
@@ -36,7 +37,8 @@ T = TypeVar("T")
 def candidates(path: Path, cache_dir: Path | None = None) -> list[Path]:
     """Where a cached file may be: in ``cache_dir`` if that is given, else at ``path``, else in a folder of this
     user's in the node's temporary directory, named after ``path``."""
-    unique = f"{xxhash.xxh3_64_hexdigest(str(path.resolve()).encode())}-{path.name}"
+    whole = path.parent.resolve() / path.name  # the file itself may be a link to nowhere, or to itself
+    unique = f"{xxhash.xxh3_64_hexdigest(str(whole).encode())}-{path.name}"
     first = cache_dir / unique if cache_dir is not None else path
     own = _own_folder()
     return [first] if own is None else [first, own / unique]
@@ -81,17 +83,22 @@ def cached_json(path: Path, key: dict[str, Any], build: Callable[[], Any], cache
     """
 
     def read(file: Path) -> Any:
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-            with open(open_plain(file, os.O_RDONLY), encoding="utf-8") as opened:
-                content = json.load(opened)
-            if content["key"] == json.loads(json.dumps(key)):
-                return content["value"]
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            with open(open_plain(file, os.O_RDONLY), "rb") as opened:
+                content = parse_json(opened.read(MOST_BYTES))
+            value = content["value"]
+            if content["key"] == json.loads(json.dumps(key)) and content["xxh3"] == _digest(value):
+                return value
         return None
 
     def write(file: Path, value: Any) -> None:
-        _write_new(file, json.dumps({"key": key, "value": value}, indent=1).encode() + b"\n")
+        _write_new(file, json.dumps({"key": key, "xxh3": _digest(value), "value": value}, indent=1).encode() + b"\n")
 
     return cached(candidates(path, cache_dir), read, build, write)
+
+
+def _digest(value: Any) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(value).encode())
 
 
 def cached_arrays(

@@ -195,7 +195,8 @@ def load_template(spec: str | None, tokenizer: str, special: dict[str, str] | No
         return ChatTemplate(_read_text(folder / "chat_template.jinja"), special)
     source = read_json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(source, list):  # several named ones
-        source = next((entry["template"] for entry in source if entry.get("name") == "default"), None)
+        entries = (entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default")
+        source = next((entry.get("template") for entry in entries), None)
     if isinstance(source, str):
         return ChatTemplate(source, special)
     raise DataError(f"the tokenizer {tokenizer} has no chat template; give a Jinja file, or 'chatml'")

@@ -207,8 +207,8 @@ class IndexedDataset:
         if size < HEADER.size:
             state = "is empty" if size == 0 else "is cut off inside its header"
             raise DataError(f"{self.idx_path} {state}: expected at least {HEADER.size} bytes, found {size}")
-        self._index = np.memmap(self.idx_path, dtype=np.uint8, mode="r")
-        magic, version, code, sequences, bounds = HEADER.unpack(self._index[: HEADER.size].tobytes())
+        with self.idx_path.open("rb") as index:
+            magic, version, code, sequences, bounds = HEADER.unpack(index.read(HEADER.size))
         if magic != MAGIC:
             raise DataError(f"{self.idx_path} is not a dataset index: it starts with {magic!r}, not {MAGIC!r}")
         if version != VERSION:
@@ -226,6 +226,7 @@ class IndexedDataset:
             )
         if not sequences or bounds < 2:
             raise DataError(f"{self.idx_path} holds no document ({sequences} sequences): the dataset is empty")
+        self._index = np.memmap(self.idx_path, dtype=np.uint8, mode="r")
         at = HEADER.size
         self.lengths: npt.NDArray[np.int32] = self._array("<i4", at, sequences)
         self.offsets: npt.NDArray[np.int64] = self._array("<i8", at + 4 * sequences, sequences)

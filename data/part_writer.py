@@ -14,7 +14,7 @@ import xxhash
 
 from megatron_ds.data import chat
 from megatron_ds.data.chat import BadConversation, ChatTemplate, load_template
-from megatron_ds.data.parts import Counts
+from megatron_ds.data.parts import Counts, summary_text
 from megatron_ds.data.source_types import Block, Input, Problem, Slice, SourceOptions, UnusableInput
 from megatron_ds.data.sources import read_block
 from megatron_ds.data.tokenizers import Ids, Tokenizer, load_tokenizer
@@ -134,7 +134,7 @@ class PartWriter:
         self._write(batch, 1.0)
         files = {kind: file.commit() for kind, file in self.files.items()}
         commit = PartFile(self._base.with_suffix(".json"))
-        commit.write(json.dumps({"counts": asdict(self.counts), "lines": self.lines, "files": files}).encode())
+        commit.write(summary_text({"counts": asdict(self.counts), "lines": self.lines, "files": files}))
         commit.commit()
 
     def _records(self) -> Iterator[tuple[Slice, int, float, str | Problem]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,9 +30,10 @@ from megatron_ds.data.verify import (
     sums_path,
 )
 from megatron_ds.errors import DataError
-from megatron_ds.files import replacing, sync_and_close, temporary_beside
+from megatron_ds.files import parse_json, read_bytes, replacing, sync_and_close, temporary_beside
 
 INDEX_CHUNK = 1 << 20
+PLAN = "plan.json"
 
 
 @dataclass
@@ -53,6 +55,42 @@ class Counts:
             self.problems[reason] = self.problems.get(reason, 0) + count
 
 
+def summary_text(summary: dict[str, Any]) -> bytes:
+    """The ``.json`` of a part: its checksum, a new line, and the JSON."""
+    body = json.dumps(summary).encode()
+    return f"{xxhash.xxh3_64_hexdigest(body)}\n".encode() + body
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """What :func:`summary_text` made; a ``ValueError`` where it was damaged."""
+    digest, _, body = read_bytes(path).partition(b"\n")
+    if digest != xxhash.xxh3_64_hexdigest(body).encode():
+        raise ValueError(f"{path} is damaged: it does not match its checksum")
+    summary: dict[str, Any] = parse_json(body)
+    return summary
+
+
+def keep_intact(folder: Path) -> set[str]:
+    """The parts of a run that did not finish whose every byte is right. What else it left, but its plan, is removed."""
+    intact = {path.stem for path in folder.glob("*-*.json") if _is_intact(path)}
+    for path in folder.iterdir():
+        if path.stem not in intact and path.name != PLAN:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return intact
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        for kind, expected in read_summary(path)["files"].items():
+            part = path.with_suffix(f".{kind}")
+            size = part.stat().st_size if part.is_file() else -1
+            if size != expected["bytes"] or checksum(part) != expected["xxh3"]:
+                return False
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, plan: dict[str, Any]) -> Counts:
     """Lay the parts end to end, each checked against its checksum, and write index, manifest and bad-record list.
 
@@ -67,7 +105,7 @@ def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, pl
     with contextlib.ExitStack() as stack:
         targets = {kind: stack.enter_context(path.open("wb")) for kind, path in temporary.items() if kind != "idx"}
         for name in names:
-            summary = json.loads((folder / f"{name}.json").read_text())
+            summary = read_summary(folder / f"{name}.json")
             _check_part(folder / f"{name}.len", summary["files"]["len"])
             _check_part(folder / f"{name}.bad", summary["files"]["bad"])
             for kind in ("bin", "mask") if masked else ("bin",):
@@ -82,8 +120,10 @@ def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, pl
     if not counts.documents:
         for kind in ("bin", "mask"):
             temporary[kind].unlink() if kind in temporary else None
+        paths = [str(item["path"]) for item in plan["inputs"]]
+        shown = ", ".join(paths[:4]) + f" and {len(paths) - 4} more" * (len(paths) > 4)
         raise UnusableInput(
-            f"the inputs hold no document with text: {sum(counts.problems.values())} records were bad "
+            f"the inputs hold no document with text ({shown}): {sum(counts.problems.values())} records were bad "
             f"({describe_problems(counts.problems) or 'there were none at all'})"
         )
 
@@ -186,8 +226,7 @@ def _check_part(path: Path, expected: dict[str, Any]) -> None:
 
 def _compare(path: Path, expected: dict[str, Any], size: int, digest: str) -> None:
     if size != expected["bytes"] or digest != expected["xxh3"]:
-        path.with_suffix(".json").unlink()  # so that the next run makes this part again
         raise DataError(
             f"{path} is damaged: expected {expected['bytes']} bytes with checksum {expected['xxh3']}, found {size} "
-            f"with {digest}; run the same command again to make this part anew"
+            f"with {digest}: it changed under way; run the same command again to make this part anew"
         )

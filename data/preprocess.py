@@ -2,8 +2,8 @@
 
 Each block of the inputs (:mod:`megatron_ds.data.sources`) becomes a *part* in ``PREFIX.parts/``: its tokens, its
 lengths, and a JSON file with counts and checksums that appears last and makes the part valid. A run skips the parts
-that are there, so a run after a kill continues; parts are named by their block, so the merged dataset is the same
-bytes whoever made them. The merge copies, and does not tokenise again.
+that are there and whole, so a run after a kill continues; parts are named by their block, so the merged dataset is
+the same bytes whoever made them. The merge copies, and does not tokenise again.
 
 Memory is bounded: a worker holds one batch of text (:data:`megatron_ds.data.part_writer.BATCH_BYTES`), and no block
 waits in a queue.
@@ -27,7 +27,7 @@ from megatron_ds.data.cache import locked
 from megatron_ds.data.chat import load_template
 from megatron_ds.data.indexed import dtype_for_vocabulary
 from megatron_ds.data.part_writer import Job, PartMaker, PreprocessOptions
-from megatron_ds.data.parts import Counts, merge_parts
+from megatron_ds.data.parts import PLAN, Counts, keep_intact, merge_parts
 from megatron_ds.data.source_tables import hub_revision
 from megatron_ds.data.source_types import Block, Input, UnusableInput
 from megatron_ds.data.sources import find_inputs, plan_blocks
@@ -128,7 +128,7 @@ def _identity(item: Input) -> dict[str, Any]:
 
 
 def _start_or_continue(folder: Path, plan: dict[str, Any], restart: bool) -> None:
-    path = folder / "plan.json"
+    path = folder / PLAN
     if folder.exists() and (restart or not path.is_file()):
         shutil.rmtree(folder)
     if not folder.exists():
@@ -136,7 +136,12 @@ def _start_or_continue(folder: Path, plan: dict[str, Any], restart: bool) -> Non
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(plan, indent=1))
         return
-    before = read_json(path)
+    try:
+        before = read_json(path)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}, of a run that did not finish, is damaged: {error}. Start anew with --restart"
+        ) from None
     if difference := _first_difference(before, json.loads(json.dumps(plan))):
         raise DataError(
             f"{folder} holds the parts of a run that did not finish, with other inputs or settings: {difference}. "
@@ -169,7 +174,7 @@ def _make_parts(job: Job, workers: int, show_progress: bool) -> list[str]:
     """Make every part that is not there yet; the names of all, in order."""
     from tqdm import tqdm
 
-    folder = Path(job.folder)
+    there = keep_intact(Path(job.folder))
     names: list[str] = []
     bar = tqdm(
         total=sum(item.size for item in job.inputs),
@@ -182,7 +187,7 @@ def _make_parts(job: Job, workers: int, show_progress: bool) -> list[str]:
     done = documents = tokens = 0.0
 
     def is_done(number: int, block: int) -> bool:
-        return (folder / f"{number:06d}-{block:06d}.json").is_file()
+        return f"{number:06d}-{block:06d}" in there
 
     def missing() -> Iterator[Block]:
         for block in plan_blocks(job.inputs, job.options.source, is_done):

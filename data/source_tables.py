@@ -30,7 +30,7 @@ def _open_parquet(item: Input, options: SourceOptions) -> Any:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(item.path)
+        file = pyarrow.parquet.ParquetFile(item.path, page_checksum_verification=True)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"{item.path} is not a readable parquet file: {error}") from None
     _check_column(item, options, file.schema_arrow.names)

@@ -112,20 +112,25 @@ def plan_blocks(
 
 
 def read_block(inputs: list[Input], block: Block, options: SourceOptions) -> Iterator[tuple[Slice, Record]]:
-    """Every record of a block."""
+    """Every record of a block; a file that cannot be read any more is a DataError."""
     for part in block.slices:
         item = inputs[part.input]
-        if item.kind == "parquet":
-            records = source_tables.read_parquet(item, part, options)
-        elif item.kind == "arrow":
-            records = source_tables.read_arrow(item, part, options)
-        elif item.kind == "txt" and options.txt_documents != "line":
-            records = source_text.read_txt(item, part, options, block.data)
-        else:
-            parse = source_text.parse_line if item.kind == "txt" else source_text.json_parser(options)
-            records = ((n, share, parse(line)) for n, share, line in source_text.lines(item, part, block.data))
-        for record in records:
-            yield part, record
+        try:
+            for record in _read_slice(item, part, block, options):
+                yield part, record
+        except OSError as error:
+            raise DataError(f"{item.path} cannot be read, or is damaged: {error}") from None
+
+
+def _read_slice(item: Input, part: Slice, block: Block, options: SourceOptions) -> Iterator[Record]:
+    if item.kind == "parquet":
+        return source_tables.read_parquet(item, part, options)
+    if item.kind == "arrow":
+        return source_tables.read_arrow(item, part, options)
+    if item.kind == "txt" and options.txt_documents != "line":
+        return source_text.read_txt(item, part, options, block.data)
+    parse = source_text.parse_line if item.kind == "txt" else source_text.json_parser(options)
+    return ((n, share, parse(line)) for n, share, line in source_text.lines(item, part, block.data))
 
 
 def iterate_texts(specs: list[str], key: str = "text", options: SourceOptions | None = None) -> Iterator[str]:

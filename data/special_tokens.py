@@ -55,7 +55,7 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
     )
     for file, content in (first, second):
         for setting in SETTINGS:
-            if (text := _text(content.get(setting))) and setting not in names:
+            if (text := _text(content.get(setting), folder / file, setting)) and setting not in names:
                 names[setting], origins[setting] = text, file
     added: dict[int, dict[str, Any]] = {}
     try:
@@ -76,9 +76,12 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
-def _text(token: Any) -> str:
-    """The text of a token that a configuration gives as a string or as an AddedToken written out."""
-    return str(token.get("content") or "") if isinstance(token, dict) else str(token or "")
+def _text(token: Any, path: Path, setting: str) -> str:
+    """The text of a token that a configuration gives as a string or as an AddedToken written out; empty for none."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str | None):
+        raise DataError(f"{path} says {setting}={str(token)[:80]}, which is no token's text")
+    return text or ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

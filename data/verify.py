@@ -8,6 +8,7 @@ pass does not go unseen either (:mod:`megatron_ds.data.chunk_checks`).
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,15 @@ class Scan:
 def file_identity(path: Path) -> dict[str, Any]:
     """What tells a file from every other version of itself without reading it all: its size, its times of change
     (contents, and inode) and a checksum of 16 pieces spread over it."""
-    status = path.stat()
     digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        for number in range(SAMPLES):
-            file.seek(max(0, (status.st_size - SAMPLE_BYTES) * number // (SAMPLES - 1)))
-            digest.update(file.read(SAMPLE_BYTES))
+    try:
+        status = path.stat()
+        with path.open("rb") as file:
+            for number in range(SAMPLES):
+                file.seek(max(0, (status.st_size - SAMPLE_BYTES) * number // (SAMPLES - 1)))
+                digest.update(file.read(SAMPLE_BYTES))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
     return {
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
@@ -89,13 +93,25 @@ def sums_path(prefix: str) -> Path:
 def read_manifest(prefix: str) -> dict[str, Any] | None:
     """How the dataset was made, if this library made it: inputs, settings, tokenizer, counts, checksums."""
     path = manifest_path(prefix)
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
-        manifest = read_json(path)
-        return manifest if isinstance(manifest["files"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}); delete it to use the dataset without its checksums") from None
+        manifest: dict[str, Any] = read_json(path)
+        for kind in ("bin", "idx", *(manifest["files"].keys() & {MASK_SUFFIX})):
+            _texts(manifest["files"][kind], "xxh3")
+        if manifest.get("tokenizer") is not None:
+            _texts(manifest["tokenizer"], "spec", "xxh3")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is damaged ({type(error).__name__}: {error}); delete it to use the dataset without its checksums"
+        ) from None
+    return manifest
+
+
+def _texts(values: dict[str, Any], *names: str) -> None:
+    wrong = [name for name in names if not isinstance(values[name], str)]
+    if wrong:
+        raise TypeError(f"{wrong[0]} is {values[wrong[0]]!r}, not a text")
 
 
 def verify(dataset: IndexedDataset, cache_dir: Path | None = None) -> Scan:

@@ -99,7 +99,7 @@ def save(
 
 
 def check_room(directory: Path, flat_shards: Sequence[FlatShard], world: Axis) -> None:
-    """Before the first of a run's checkpoints, which may be hours away: whether there is room for one. Writes nothing.
+    """Before the first of a run's checkpoints, which may be hours away: whether one can be written. Writes nothing.
 
     Raises:
         CheckpointError: on every rank.
@@ -111,6 +111,8 @@ def check_room(directory: Path, flat_shards: Sequence[FlatShard], world: Axis) -
             while not existing.exists():
                 existing = existing.parent
             check_space(existing, needed, "a checkpoint of this run")
+            if (directory / LATEST).is_dir():
+                raise CheckpointError(f"{directory / LATEST} is a directory, where a file has to be written; remove it")
 
 
 def prepare(directory: Path, step: int, needed: int, replace: bool = False) -> Path:

@@ -69,7 +69,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"--config {path}: not UTF-8, at byte {error.start}; save it as UTF-8") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as invalid:
+    except (ValueError, RecursionError) as invalid:  # an integer of over 4,300 digits: a plain ValueError
         raise ConfigError(f"--config {path}: not valid TOML: {invalid}") from None
 
 

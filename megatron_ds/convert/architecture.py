@@ -107,7 +107,8 @@ def architecture_of(config: dict[str, Any], architectures: Sequence[Architecture
             return architecture
     known = ", ".join(architecture.name for architecture in architectures)
     raise ConfigError(
-        f"architectures={names} (model_type={config.get('model_type')!r}) is not supported; known: {known}"
+        f"architectures={names} (model_type={config.get('model_type')!r}) of config.json is not supported; "
+        f"known: {known}"
     )
 
 

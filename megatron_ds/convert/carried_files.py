@@ -7,7 +7,6 @@ along, and an export writes what has not changed as it was.
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,7 @@ def keep(source: HFFolder, out_dir: Path) -> None:
     """
     for name in _travelling(source):
         kept = TOKENIZER if _is_tokenizers(name) else REST
-        target = out_dir / kept / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.inside(name), target)
+        _copy(source.inside(name), out_dir / kept / name)
 
 
 def take_along(checkpoints: Path, out_dir: Path) -> None:
@@ -47,17 +44,30 @@ def take_along(checkpoints: Path, out_dir: Path) -> None:
         CheckpointError: it cannot be read, or not be written.
     """
     for kept in (TOKENIZER, REST):
-        if (checkpoints / kept).is_dir() and not (out_dir / kept).exists():
-            try:
-                shutil.copytree(checkpoints / kept, out_dir / kept)
-            except OSError as error:  # copytree's own error is one of them
-                raise CheckpointError(f"{checkpoints / kept} cannot be copied to {out_dir / kept}: {error}") from error
+        if not (out_dir / kept).exists():
+            copy_out(checkpoints, out_dir / kept, kept)
 
 
 def copy_out(checkpoints: Path, folder: Path, kept: str) -> None:
-    """Copy one of the two into an exported folder."""
-    if (checkpoints / kept).is_dir():
-        shutil.copytree(checkpoints / kept, folder, dirs_exist_ok=True)
+    """Copy one of the two into a folder. It came with a checkpoint, from wherever that came: no link is followed.
+
+    Raises:
+        CheckpointError: a file of it cannot be read, or not be written.
+    """
+    for path in sorted((checkpoints / kept).rglob("*")):
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a link, and nothing outside {checkpoints / kept} is read; remove it")
+        if not path.is_dir():
+            _copy(path, folder / path.relative_to(checkpoints / kept))
+
+
+def _copy(path: Path, target: Path) -> None:
+    """Copy a regular file of bounded size: these are texts and settings."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(read_bytes(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be copied to {target}: {error}") from error
 
 
 def settings(checkpoints: Path, name: str) -> dict[str, Any]:

@@ -201,7 +201,7 @@ class _Pickled:
         except Exception as error:  # the reader raises many kinds, some of modules that are not imported here
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{path} cannot be read by torch's weights-only reader: {reason}") from error
-        if not isinstance(state, dict) or not state or not all(_plain(value) for value in state.values()):
+        if not isinstance(state, dict) or not state or not all(_plain(*item) for item in state.items()):
             raise CheckpointError(f"{path} does not hold a model's state: names and dense tensors")
         self._state: dict[str, torch.Tensor] = state
         self.found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
@@ -210,5 +210,10 @@ class _Pickled:
         return self._state[name].detach()
 
 
-def _plain(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
+def _plain(name: Any, value: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and not value.is_quantized
+    )

@@ -88,9 +88,8 @@ class Timeline:
         ran it; DataError where a stage ran on none.
         """
         rank_of = {event.action.stage: event.rank for event in self.compute}
-        missing = set(range(max(rank_of, default=-1) + 1)) - rank_of.keys()
-        if missing:
-            raise DataError(f"no rank ran stage {min(missing)}; give the files of all ranks")
+        if (missing := _first_missing(rank_of)) is not None:
+            raise DataError(f"no rank ran stage {missing}; give the files of all ranks")
         placement = Placement(self.num_ranks, tuple(rank_of[stage] for stage in range(len(rank_of))))
         return Schedule.of(([event.action for event in events] for events in self.by_rank), placement)
 
@@ -117,13 +116,17 @@ class Timeline:
         events = [event for path in paths for event in _read_events(Path(path))]
         if not events:
             raise DataError("the files hold no pipeline event; record at least one step first")
-        missing = set(range(max(event.rank for event in events))) - {event.rank for event in events}
-        if missing:
-            raise DataError(f"no events of rank {', '.join(map(str, sorted(missing)))}; give the files of all ranks")
+        if (missing := _first_missing(event.rank for event in events)) is not None:
+            raise DataError(f"no events of rank {missing}; give the files of all ranks")
         first = min(event.start for event in events)
         # The sort is stable: events of no length that start together keep the order in which they were written.
         events.sort(key=attrgetter("rank", "start"))
         return Timeline(tuple(Event(e.rank, e.action, e.start - first, e.end - first) for e in events), unit)
+
+
+def _first_missing(numbers: Iterable[int]) -> int | None:
+    """The lowest number from 0 on that is not among ``numbers``, which a file may hold of any size; None below them."""
+    return next((at for at, number in enumerate(sorted(set(numbers))) if at != number), None)
 
 
 def _read_events(path: Path) -> list[Event]:

@@ -26,7 +26,8 @@ from megatron_ds.checkpoint.manifest import step_name
 from megatron_ds.config import BaseRunConfig, from_dict, read_toml, to_toml
 from megatron_ds.data.cache import locked
 from megatron_ds.errors import ConfigError
-from megatron_ds.files import replacing
+from megatron_ds.files import read_bytes, replacing
+from megatron_ds.train.report import MOST_BYTES
 
 # A run that goes on with another one of these would be another run.
 _FIXED = ("model", "seed")
@@ -152,7 +153,7 @@ class Output:
         notes = []
         for path in (self.metrics, self.evaluation):
             with contextlib.suppress(FileNotFoundError):
-                lines = path.read_bytes().splitlines(keepends=True)
+                lines = read_bytes(path, MOST_BYTES).splitlines(keepends=True)
                 told = [_step_of(line) for line in lines]
                 kept = [line for line, step in zip(lines, told) if step is not None and step <= steps]
                 if len(kept) < len(lines):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ds.errors import DataError
+from megatron_ds.files import parse_json, read_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+MOST_BYTES = 1 << 30
+"""Of a run's metrics: some millions of steps."""
 
 
 def read_losses(output: str | Path) -> list[float]:
@@ -23,14 +26,18 @@ def read_losses(output: str | Path) -> list[float]:
     path = Path(output) / "metrics.jsonl"
     lines: list[dict[str, Any]] = []
     try:
-        for text in path.read_bytes().splitlines():
-            lines.append(json.loads(text))
+        for text in read_bytes(path, MOST_BYTES).splitlines():
+            lines.append(parse_json(text))
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; is {output} the output directory of a run?") from None
     except ValueError as error:
         raise DataError(
             f"{path}, line {len(lines) + 1} is damaged ({error}); resuming the run drops a line that a crash cut off"
         ) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    if not all(isinstance(line, dict) and {"step", "loss"} <= line.keys() for line in lines):
+        raise DataError(f"{path} has lines without step and loss; the run's metrics are damaged")
     steps = [line["step"] for line in lines]
     if steps != list(range(1, len(steps) + 1)):
         raise DataError(f"{path} does not hold steps 1 to {len(steps)} in order; the run's metrics are damaged")

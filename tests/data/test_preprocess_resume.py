@@ -188,8 +188,6 @@ def test_a_damaged_part_is_made_again(interrupted: tuple[Path, Path], suffix: st
     content = bytearray(part.read_bytes())
     content[0] ^= 1
     part.write_bytes(content)
-    with pytest.raises(DataError, match=rf"000000-000000\{suffix} is damaged: .* run the same command again"):
-        run([source], prefix)
     assert run([source], prefix) == TEXTS
 
 
