@@ -32,7 +32,7 @@ from megatron_ds.data.preprocess import preprocess
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.deepspeed_json import from_deepspeed
 from megatron_ds.engine import read_config
-from megatron_ds.engine.meta import Filler
+from megatron_ds.engine.without_memory import Filler
 from megatron_ds.files import checksum
 from megatron_ds.pipeline.timeline import Timeline
 from megatron_ds.train.report import read_losses
