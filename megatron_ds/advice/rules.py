@@ -184,9 +184,9 @@ def untrained(names: Sequence[str]) -> Advice:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return Advice(
         "untrained",
-        f"{names[0]}{more} did not require a gradient when initialize() was called, or were not there: the engine "
-        "does not train them, and gradients that autograd leaves in them are this rank's alone",
-        "unfreeze or add them before initialize(), and freeze again what has to wait: that may change between steps",
+        f"{names[0]}{more} are not among what the engine trains: the optimizer does not have them, or they were not "
+        "there when initialize() was called, and gradients that autograd leaves in them are this rank's alone",
+        "give the optimizer all that will ever be unfrozen, or add_param_group(); add new ones before initialize()",
     )
 
 

@@ -5,6 +5,7 @@ runs the same code as a cluster. The differentiable ones (``regions.py``) keep e
 backward. What only ranks of one host gain by is behind ``local/``, which nobody but this package asks.
 """
 
+from megatron_ds.comm.agreement import Agreement, open_agreement
 from megatron_ds.comm.buffers import Buffers, BufferSizes, GroupBuffers, open_buffers
 from megatron_ds.comm.collectives import (
     all_gather_start,
@@ -20,6 +21,7 @@ from megatron_ds.comm.pending import Pending, slice_dim0
 from megatron_ds.comm.regions import gather_from_region, reduce_from_region, reduce_scatter_sequence
 
 __all__ = [
+    "Agreement",
     "BufferSizes",
     "Buffers",
     "GroupBuffers",
@@ -31,6 +33,7 @@ __all__ = [
     "gather_dim0",
     "gather_from_region",
     "movable",
+    "open_agreement",
     "open_buffers",
     "reduce_from_region",
     "reduce_scatter_sequence",

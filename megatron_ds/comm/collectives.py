@@ -36,11 +36,11 @@ def all_reduce_start(tensor: torch.Tensor, axis: Axis, op: Any = dist.ReduceOp.S
     return Pending(tensor, dist.all_reduce(tensor, op, group=axis.group, async_op=True))
 
 
-def broadcast(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Give every rank of the axis the first one's ``tensor``, in place."""
+def broadcast(tensor: torch.Tensor, axis: Axis, source: int = 0) -> torch.Tensor:
+    """Give every rank of the axis the ``tensor`` of one of them, by its rank in the axis, in place."""
     if axis.group is not None and tensor.numel():
         whole = tensor.contiguous()
-        dist.broadcast(movable(whole), axis.ranks[0], group=axis.group)
+        dist.broadcast(movable(whole), axis.ranks[source], group=axis.group)
         if whole.data_ptr() != tensor.data_ptr():
             tensor.copy_(whole)
     return tensor

@@ -22,10 +22,13 @@ class BufferSync:
     Which ones are written is looked for at the end of the first step by their values, which sees writes through
     ``.data`` too, and after it by their version counters, which costs next to nothing. The ranks agree on the names,
     as a buffer may be written on some of them only.
+
+    Attributes:
+        source: the rank of ``axis`` whose buffers all get; another than the first where that one has no more batches.
     """
 
     def __init__(self, module: nn.Module, axis: Axis):
-        self._module, self._axis = module, axis
+        self._module, self._axis, self.source = module, axis, 0
         self._due = axis.size > 1  # the next training forward begins with a broadcast
         self._written: list[str] | None = None  # None: not known yet, and all are broadcast
         self._first = {name: buffer.detach().clone() for name, buffer in self._named()} if self._due else {}
@@ -79,11 +82,11 @@ class BufferSync:
         sizes = [-(-b.nbytes // _ALIGN) * _ALIGN for b in buffers]
         packed = torch.zeros(sum(sizes), dtype=torch.uint8, device=buffers[0].device)
         parts = [part[: b.nbytes].view(b.dtype).view(b.shape) for part, b in zip(packed.split(sizes), buffers)]
-        if self._axis.is_first:
+        if self._axis.rank == self.source:
             for part, buffer in zip(parts, buffers):
                 part.copy_(buffer)
-        comm.broadcast(packed, self._axis)
-        if not self._axis.is_first:
+        comm.broadcast(packed, self._axis, self.source)
+        if self._axis.rank != self.source:
             for part, buffer in zip(parts, buffers):
                 buffer.copy_(part)
 

@@ -11,13 +11,16 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from megatron_ds import checkpoint
 from megatron_ds.comm.together import exchange
 from megatron_ds.engine.wrapped import plain_name
 from megatron_ds.errors import CheckpointError
-from megatron_ds.shard import as_real
+from megatron_ds.shard import as_real, spec_of
 from megatron_ds.shard.flat_shards import FlatShard
 from megatron_ds.train.keeping import Keeper
+from megatron_ds.zero.main_grad import is_trained
 
 if TYPE_CHECKING:
     from megatron_ds.engine.engine import Engine
@@ -41,6 +44,7 @@ def save(engine: Engine, directory: str | Path, client_state: dict[str, Any], ke
         "optimizer_count": engine.zero.count,
         "loss_scaler": engine.train_step.scaler.state_dict(),
         "client_state": client_state,
+        "trained": sorted(name for name, p in _parameters(engine).items() if is_trained(p)),
     }
     if engine.rule is not None:
         meta["torch_optimizer"] = engine.rule.state_dict()
@@ -64,9 +68,11 @@ def load(engine: Engine, path: str | Path, weights_only: bool, strict: bool) -> 
             "load_checkpoint(strict=False) takes weights by name, and a step of the optimizer belongs to all of them; "
             "add weights_only=True"
         )
-    flat_shards = [p for p in engine.zero.flat_shards(for_load=True) if not weights_only or p.kind == "param"]
     if not weights_only:
-        _check(engine, checkpoint.read_meta(path))
+        meta = checkpoint.read_meta(path)
+        _check(engine, meta)
+        _train_as_saved(engine, meta)
+    flat_shards = [p for p in engine.zero.flat_shards(for_load=True) if not weights_only or p.kind == "param"]
     flat_shards += _buffers(engine)
     meta = checkpoint.load(path, flat_shards, engine.mesh.world, strict=strict, remedy=_REMEDY)
     if not weights_only:
@@ -85,6 +91,20 @@ def load(engine: Engine, path: str | Path, weights_only: bool, strict: bool) -> 
     engine.keeper = Keeper(Path(path), None, engine.mesh.world, log.warning)
     engine.keeper.started_from(engine.steps, meta.get("unproven"))
     return dict(meta.get("client_state", {}))
+
+
+def _train_as_saved(engine: Engine, meta: dict[str, Any]) -> None:
+    """What had been unfrozen when the checkpoint was written has its state here too, frozen or not."""
+    mine, rule = _parameters(engine), engine.rule
+    known = None if rule is None else {id(p) for group in rule.optimizer.param_groups for p in group["params"]}
+    late = {name: mine[name] for name in meta.get("trained", ()) if name in mine and not is_trained(mine[name])}
+    late = {name: p for name, p in late.items() if known is None or id(p) in known}
+    if late:
+        engine.train_also(late)
+
+
+def _parameters(engine: Engine) -> dict[str, nn.Parameter]:
+    return {spec_of(parameter).name: parameter for parameter in engine.module.parameters()}
 
 
 def _check(engine: Engine, meta: dict[str, Any]) -> None:

@@ -19,17 +19,18 @@ from megatron_ds.engine import checkpoint, pretrained
 from megatron_ds.engine.buffer_sync import BufferSync
 from megatron_ds.engine.clock import Clock
 from megatron_ds.engine.gradients import Placeholders
+from megatron_ds.engine.inspection import Inspection
+from megatron_ds.engine.join import JoinableEngine, Mode, UnevenInputs, awaited
 from megatron_ds.engine.loss_stage import LossStage, to_device
 from megatron_ds.engine.model_guard import ModelGuard
-from megatron_ds.engine.tensors import WholeTensors
 from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.learning_rate import step_scheduler
 from megatron_ds.optim.rule import Update
 from megatron_ds.optim.torch_rule import TorchRule
+from megatron_ds.shard import spec_of
 from megatron_ds.train.keeping import Keeper
 from megatron_ds.train.step import StepResult, TrainStep
-from megatron_ds.zero.layout import bytes_table
 from megatron_ds.zero.main_grad import OwnBackward
 from megatron_ds.zero.optimizer import ZeroOptimizer
 from megatron_ds.zero.placeholder import explained
@@ -37,7 +38,7 @@ from megatron_ds.zero.placeholder import explained
 log = logging.getLogger(__name__)
 
 
-class Engine:
+class Engine(JoinableEngine, Inspection):
     """Trains ``module``; made by :func:`megatron_ds.initialize`.
 
     Either whole batches, ``engine.train_batch(micro_batches)``, or a loop of one's own::
@@ -72,6 +73,7 @@ class Engine:
         lr_scheduler: Any,
         ranks_sharing: int = 1,
     ):
+        super().__init__()
         self.module, self.config, self.sizes, self.mesh, self.zero = module, config, sizes, mesh, zero
         self.optimizer, self.rule, self.lr_scheduler = optimizer, rule, lr_scheduler
         self.train_step = train_step
@@ -87,18 +89,34 @@ class Engine:
         self._complete = False  # its last one has been
         self._deferred = False
         self._postponed = False  # step() was called since the last backward pass, and only accumulated
-        self._placeholders = Placeholders(module.parameters())
         self._own = OwnBackward()
-        for main_grad in zero.reducer.main_grads():
-            main_grad.own = self._own
-        self._model_guard = ModelGuard(module, zero, optimizer)
+        self._look_at_model()
         self._buffers = BufferSync(module, mesh.data)
+        self._uneven = UnevenInputs(self)
         train_step.asks = self._buffers.news
         self._clock = Clock(config.log, mesh, sizes.global_batch)
         self._advice = EngineAdvice(
             zero, train_step.scaler, mesh, sizes.accumulation, log.warning, module, ranks_sharing
         )
         stage.observer, train_step.timed = self._advice.observer, self._advice.times_steps
+
+    def _look_at_model(self) -> None:
+        """What is kept of the parameters that are trained."""
+        self._placeholders = Placeholders(self.module.parameters())
+        for main_grad in self.zero.reducer.main_grads():
+            main_grad.own = self._own
+        self._model_guard = ModelGuard(self.module, self.zero, self.optimizer)
+
+    def train_also(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Give gradients and state to what was frozen so far; a step does so with what it finds unfrozen.
+
+        Between two steps, on all ranks alike.
+        """
+        self.require_between_steps("unfreezing")
+        if self.rule is not None:
+            self.rule.train_also(list(parameters), {spec_of(p).name: p for p in self.module.parameters()})
+        self.zero.train_also(parameters.values())
+        self._look_at_model()
 
     # Training
 
@@ -109,17 +127,27 @@ class Engine:
         """The model's own forward."""
         self._notice_zeroing()
         self._placeholders.remove()
-        if self.module.training:
-            last = not self._deferred and self._done + 1 >= self.sizes.accumulation
-            self._buffers.before_forward(last and torch.is_grad_enabled())
-            if torch.is_grad_enabled():
-                self._begin()
-        with self._clock.timing("forward"):
-            return self._stage.call(*arguments, **keywords)
+        mode = Mode.of(self.module.training, torch.is_grad_enabled(), self._next_is_last)
+        with awaited(self, "forward pass"):
+            self._uneven.announce("forward", mode)
+            self._before_forward(mode)
+            with self._clock.timing("forward"):
+                return self._stage.call(*arguments, **keywords)
+
+    @property
+    def _next_is_last(self) -> bool:
+        """Whether the next micro-batch is the last one of the step."""
+        return not self._deferred and self._done + 1 >= self.sizes.accumulation
+
+    def _before_forward(self, mode: Mode) -> None:
+        if mode >= Mode.TRAINING:
+            self._buffers.before_forward(mode == Mode.LAST)
+        if mode >= Mode.WITH_GRADIENTS:
+            self._begin()
 
     def _begin(self) -> Tensor:
         if self._seed is None:
-            self._require_intact()
+            self._require_ready()
             self._seed = self.train_step.begin(self._count(self.sizes.accumulation))
         return self._seed
 
@@ -127,7 +155,7 @@ class Engine:
         """What a step's loss is divided by, over all ranks."""
         each = micro_batches if self.config.losses == "mean" else 1
         # Filled on the device: copying a number there would wait for the update of the step before.
-        return torch.full((), float(each * self.mesh.data.size), dtype=torch.float64, device=self.mesh.device)
+        return torch.full((), float(each * self._uneven.divisor), dtype=torch.float64, device=self.mesh.device)
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> Tensor:
         """Gradients of a micro-batch. With the step's last one they are reduced over the ranks meanwhile.
@@ -147,17 +175,22 @@ class Engine:
             )
         self._placeholders.remove()
         _raise(self._own.fault())
-        seed = self._begin()
-        self._complete = not self._deferred and self._done + 1 >= self.sizes.accumulation
-        self.zero.start_backward(self._complete)
-        with self._clock.timing("backward"), explained(), self._own.running():
-            torch.autograd.backward(loss, seed.to(loss.dtype), retain_graph=retain_graph)
-            self.zero.end_backward()
-        self._done += 1
-        self._postponed = False
+        last = self._next_is_last
+        self._uneven.announce("backward", last)
+        self._backward(last, lambda seed: torch.autograd.backward(loss, seed.to(loss.dtype), retain_graph=retain_graph))
         self._loss_sum += loss.detach()
         self._placeholders.put()
         return loss
+
+    def _backward(self, last: bool, compute: Callable[[Tensor], None]) -> None:
+        seed = self._begin()
+        self._complete = last
+        self.zero.start_backward(last)
+        with self._clock.timing("backward"), awaited(self, "backward pass"), explained(), self._own.running():
+            compute(seed)
+            self.zero.end_backward()
+        self._done += 1
+        self._postponed = False
 
     @property
     def is_boundary(self) -> bool:
@@ -186,8 +219,12 @@ class Engine:
         if not (self._complete or partial):
             self._postponed = True
             return None
+        self._uneven.announce("step")
+        return self._update()
+
+    def _update(self) -> StepResult:
         self._require_intact()
-        with self._clock.timing("step"):
+        with self._clock.timing("step"), awaited(self, "update"):
             result = self.train_step.finish(self._loss_sum, self._count(self._done))
         return self._finished(result)
 
@@ -204,10 +241,23 @@ class Engine:
         if self._seed is not None:  # a forward pass that nobody needed began the step
             self._drop_gradients()
         self.module.train()
-        self._require_intact()
+        if self._join_config.enable:  # by parts, which ranks without a batch follow
+            for batch in taken:
+                self.backward(self._stage.loss(self, batch))
+            self._uneven.announce("step")
+            return self._update()
+        self._require_ready()
         self._buffers.before_forward(last=True)
-        with self._clock.timing("step"), self._own.running():
+        with self._clock.timing("step"), awaited(self, "train_batch()"), self._own.running():
             return self._finished(self.train_step(taken))
+
+    def _require_ready(self) -> None:
+        """Before a step: what was unfrozen since the last one is trained from now on."""
+        if late := self._model_guard.late():
+            for parameter in late.values():
+                parameter.grad = None  # of a backward pass that no step took
+            self.train_also(late)
+        self._require_intact()
 
     def _require_intact(self) -> None:
         _raise(self._model_guard.fault())
@@ -278,6 +328,10 @@ class Engine:
             self._drop_gradients()
 
     def _drop_gradients(self) -> None:
+        self._uneven.announce("zero_grad")
+        self._drop()
+
+    def _drop(self) -> None:
         self.train_step.reduce()
         self.zero.skip()
         self._begin_anew()
@@ -293,57 +347,8 @@ class Engine:
 
     def _share_buffers(self) -> None:
         if self._done == 0:
+            self._uneven.announce("buffers")
             self._buffers.share()
-
-    # Seeing inside
-
-    def tensors(self) -> WholeTensors:
-        """The whole tensors behind the shards, of this moment."""
-        return WholeTensors(self.module, self.zero, self.mesh)
-
-    @contextlib.contextmanager
-    def gathered(
-        self, parameters: nn.Parameter | Iterable[nn.Parameter] | None = None, write: bool = False
-    ) -> Iterator[None]:
-        """The parameters (default: all) are whole inside. ``write``: what rank 0 changed holds everywhere after."""
-        chosen = self.module.parameters() if parameters is None else parameters
-        with self.tensors().gathered([chosen] if isinstance(chosen, nn.Parameter) else list(chosen), write):
-            yield
-
-    def get_parameter(self, name: str) -> Tensor:
-        """The whole master weight, in fp32 (fp64), on every rank."""
-        return self.tensors().get(name, "param")
-
-    def set_parameter(self, name: str, value: Tensor) -> None:
-        """Set it on all ranks, which give the same value."""
-        self.tensors().set(name, "param", value)
-
-    def get_optimizer_state(self, name: str, kind: str) -> Tensor:
-        """A parameter's whole optimizer state, such as ``"exp_avg"``."""
-        return self.tensors().get(name, kind)
-
-    def set_optimizer_state(self, name: str, kind: str, value: Tensor) -> None:
-        self.tensors().set(name, kind, value)
-
-    def get_gradient(self, name: str) -> Tensor:
-        """A parameter's whole gradient, averaged and before clipping, between the step's last backward and step()."""
-        if not self._complete:
-            raise EngineError("gradients are whole between the last backward() of a step and step() only")
-        self.train_step.reduce()
-        return self.tensors().gradient(name) / self.train_step.excess(self._count(self._done))
-
-    def state_dict(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Every parameter and persistent buffer, whole, as ``module.state_dict()`` would be on one process."""
-        self._share_buffers()
-        return dict(self.tensors().stream(device))
-
-    def bytes_report(self) -> dict[str, int]:
-        """Bytes this rank holds, by kind."""
-        return self.zero.bytes_report()
-
-    def bytes_table(self) -> str:
-        """The same by where they live between steps, as a table."""
-        return bytes_table(self.zero.bytes_by_store())
 
     def close(self) -> None:
         """Let go of the model, whose parameters are whole and stay; it may be given to another engine. On all ranks."""

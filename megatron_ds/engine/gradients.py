@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_ds.errors import EngineError, ShardedGradientError
 from megatron_ds.shard import spec_of
+from megatron_ds.zero.main_grad import is_trained
 
 # What may be asked of a gradient that is not here.
 _ATTRIBUTES = "shape dtype device layout ndim requires_grad grad_fn is_leaf is_sparse is_cpu is_cuda is_meta"
@@ -65,7 +66,7 @@ class Placeholders:
     """Puts them there and takes them away; made once, because a large model has thousands of parameters."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
-        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self._parameters = [parameter for parameter in parameters if is_trained(parameter)]
         self._gradients: list[ShardedGradient] = []
         self._there = False
 

@@ -7,6 +7,7 @@ while. A parameter unfrozen or added later is no error unless the optimizer has 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from megatron_ds.shard import spec_of
+from megatron_ds.zero.main_grad import is_trained
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 _AGAIN = "; change that before initialize(), or call engine.close() and initialize() again"
@@ -34,16 +36,16 @@ class ModelGuard:
     """Looks at a model and an optimizer and compares them with what they were.
 
     Attributes:
-        strays: parameters that require a gradient now and did not, or were not there, before; by name.
+        strays: parameters that require a gradient now and are not trained by the engine; by name.
     """
 
     def __init__(self, module: nn.Module, zero: ZeroOptimizer, optimizer: Optimizer | None):
         self._module, self._optimizer = module, optimizer
-        self._groups = self._number_of_parameters()
+        self._groups = {id(parameter) for parameter in self._optimized()}
         self.strays: dict[str, nn.Parameter] = {}
         self._added: dict[str, nn.Parameter] = {}
         sharded = zero.gatherer
-        self._seen = [_Seen(spec_of(p).name, p, p.requires_grad, p.shape) for p in module.parameters()]
+        self._seen = [_Seen(spec_of(p).name, p, is_trained(p), p.shape) for p in module.parameters()]
         self._whole = [s for s in self._seen if s.trained and (sharded is None or not sharded.bucket_of(s.parameter))]
         self._children: list[tuple[nn.Module, list[nn.Module | None]]] = []
         self._own: list[tuple[nn.Module, list[nn.Parameter | None]]] = []
@@ -55,16 +57,22 @@ class ModelGuard:
         """What has changed and what to do, or None."""
         return self._fault_of_structure() or self._fault_of_parameters() or self._fault_of_optimizer()
 
+    def late(self) -> dict[str, nn.Parameter]:
+        """What was unfrozen since and is to be trained: the optimizer has it, or trains all (the configuration's)."""
+        unfrozen = {s.name: s.parameter for s in self._seen if s.parameter.requires_grad and not s.trained}
+        if not unfrozen or self._optimizer is None:
+            return unfrozen
+        optimized = {id(parameter) for parameter in self._optimized()}
+        return {name: parameter for name, parameter in unfrozen.items() if id(parameter) in optimized}
+
     def _fault_of_parameters(self) -> str | None:
         self.strays = {s.name: s.parameter for s in self._seen if s.parameter.requires_grad and not s.trained}
-        groups = self._optimizer.param_groups if self.strays and self._optimizer else []
-        optimized = {id(parameter) for group in groups for parameter in group["params"]}
-        for name, parameter in self.strays.items():
-            if id(parameter) in optimized:
+        for name, parameter in self.late().items() if self.strays else ():
+            del self.strays[name]
+            if parameter.grad is not None:
                 return (
-                    f"{name} requires a gradient now and is the optimizer's, but was frozen at initialize(), which "
-                    "gave it no gradient and no state; unfreeze it before initialize() and freeze it again right "
-                    "after, until its time comes: requires_grad_() may change between steps"
+                    f"{name} was unfrozen in the middle of a step, of which it got a part of the gradient; call "
+                    "requires_grad_() between step() and the next forward pass"
                 )
         self.strays.update(self._added)
         for seen in self._seen:
@@ -101,7 +109,9 @@ class ModelGuard:
         return None
 
     def _fault_of_optimizer(self) -> str | None:
-        if self._number_of_parameters() == self._groups:
+        known = {id(seen.parameter) for seen in self._seen}
+        now = {id(parameter) for parameter in self._optimized()}
+        if self._groups <= now and now - self._groups <= known:
             return None
         return f"the optimizer's groups have other parameters than at initialize(), which takes them over once{_AGAIN}"
 
@@ -110,5 +120,6 @@ class ModelGuard:
         self._children = [(m, list(m._modules.values())) for m in modules if m._modules]
         self._own = [(m, list(m._parameters.values())) for m in modules if m._parameters]
 
-    def _number_of_parameters(self) -> int:
-        return sum(len(group["params"]) for group in self._optimizer.param_groups) if self._optimizer else 0
+    def _optimized(self) -> Iterator[nn.Parameter]:
+        for group in self._optimizer.param_groups if self._optimizer is not None else ():
+            yield from group["params"]

@@ -16,6 +16,7 @@ from megatron_ds.errors import ConfigError, nearest
 from megatron_ds.mesh import Mesh
 from megatron_ds.shard import ShardSpec, as_real, real_dtype, spec_of
 from megatron_ds.shard.flat_shards import FlatShard, by_holder
+from megatron_ds.zero.main_grad import is_trained
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 
@@ -37,7 +38,7 @@ class WholeTensors:
     def gradient(self, name: str) -> Tensor:
         """Whole and as reduced, between reduction and update."""
         spec = self._spec(name)
-        if not _is_trained(self._parameters[name]):
+        if not is_trained(self._parameters[name]):
             raise ConfigError(f"{name} is frozen and has no gradient")
         mine = [flat_shard for flat_shard in self._zero.gradient_shards() if flat_shard.name == name]
         return self._sum(name, mine if self._zero.owns(spec) else [])
@@ -121,7 +122,7 @@ class WholeTensors:
 
     def _dtype(self, name: str) -> torch.dtype:
         dtype = real_dtype(self._parameters[name].dtype)
-        if not _is_trained(self._parameters[name]):
+        if not is_trained(self._parameters[name]):
             return dtype
         return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -135,11 +136,6 @@ class WholeTensors:
         kinds = ("param", *self._zero.kinds_of(name))
         if kind not in kinds:
             raise ConfigError(f"{name} has no {kind!r}{nearest(kind, kinds)}; there is {', '.join(kinds)}")
-
-
-def _is_trained(parameter: nn.Parameter) -> bool:
-    """Whether it has master weights, a gradient and state; also while it is frozen."""
-    return "main_grad" in parameter.__dict__
 
 
 def _by_name(flat_shards: Iterable[FlatShard]) -> dict[tuple[str, str], list[FlatShard]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
 from megatron_ds.engine import Engine
@@ -13,8 +15,8 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.train.step import StepResult
 
 
-class EngineModel(nn.Module):
-    """The model as other libraries take it: a module whose forward is the engine's."""
+class EngineModel(nn.Module, Joinable):
+    """The model as other libraries take it: a module whose forward is the engine's, and which torch's Join takes."""
 
     def __init__(self, engine: Engine):
         super().__init__()
@@ -27,6 +29,25 @@ class EngineModel(nn.Module):
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         return self.engine(*arguments, **keywords)
+
+    @property
+    def _join_config(self) -> Any:
+        return self.engine._join_config
+
+    @_join_config.setter
+    def _join_config(self, config: Any) -> None:
+        self.engine._join_config = config
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        return self.engine.join_hook(**kwargs)
+
+    @property
+    def join_device(self) -> torch.device:
+        return self.engine.join_device
+
+    @property
+    def join_process_group(self) -> Any:
+        return self.engine.join_process_group
 
     def _get_name(self) -> str:
         return self.module._get_name()  # libraries look the kind of a model up by it

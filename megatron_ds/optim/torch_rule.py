@@ -14,7 +14,8 @@ is an error; :mod:`megatron_ds.optim.probe` refuses such optimizers beforehand.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,10 +50,17 @@ class TorchRule:
 
     def __init__(self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]):
         self.optimizer = optimizer
-        self._group_of = _groups(optimizer, parameters)
-        self._initial = {name: _real(optimizer.state.get(parameters[name], {})) for name in self._group_of}
+        self._group_of = _groups(optimizer, parameters, [name for name, p in parameters.items() if p.requires_grad])
+        self._initial = {name: _real(optimizer.state.get(p, {})) for name, p in parameters.items()}
         for parameter in parameters.values():
             optimizer.state.pop(parameter, None)
+        self.templates: list[StateTemplate] = []
+        self._updates: list[_TorchUpdate] = []
+        self._try_groups(parameters)
+
+    def _try_groups(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """What each group keeps of a parameter, and a leader with a parameter in each."""
+        optimizer = self.optimizer
         samples, shapes = [], []
         for index in range(len(optimizer.param_groups)):
             members = [name for name, of in self._group_of.items() if of == index]
@@ -68,8 +76,18 @@ class TorchRule:
                     "use an elementwise optimizer such as AdamW"
                 )
         self.before = self.after = Common.of(optimizer)
-        self._updates: list[_TorchUpdate] = []
         self._leader = self._make_leader(samples)
+
+    def train_also(self, names: Collection[str], parameters: Mapping[str, nn.Parameter]) -> None:
+        """Parameters are trained that were frozen so far; the optimizer may have got groups for them meanwhile.
+
+        Raises:
+            ConfigError: it cannot update them, or has them in no group.
+        """
+        numbers = self.numbers()
+        self._group_of |= _groups(self.optimizer, parameters, names)
+        self._try_groups(parameters)
+        self._leader.load_numbers(numbers)
 
     def _make_leader(self, samples: Sequence[Mapping[str, Any]]) -> _TorchUpdate:
         segments = []
@@ -84,7 +102,7 @@ class TorchRule:
 
     @property
     def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+        return float(self.optimizer.param_groups[0].get("lr", math.nan))
 
     def group_of(self, name: str) -> RuleGroup:
         template = self.templates[self._group_of[name]]
@@ -281,8 +299,8 @@ def _real(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: as_real(value) if isinstance(value, torch.Tensor) else value for key, value in state.items()}
 
 
-def _groups(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
-    """Name to group of every parameter that is updated."""
+def _groups(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], trained: Collection[str]) -> dict[str, int]:
+    """Name to group of every parameter that is ``trained``."""
     name_of = {id(parameter): name for name, parameter in parameters.items()}
     found: dict[str, int] = {}
     for index, group in enumerate(optimizer.param_groups):
@@ -293,15 +311,14 @@ def _groups(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> dic
                     f"group {index} of the optimizer holds a parameter of shape {list(parameter.shape)} that is not "
                     "the model's; make the optimizer of model.parameters(), after the model has its final parameters"
                 )
-            if parameter.requires_grad:
-                found[name] = index
-    lost = [name for name, parameter in parameters.items() if parameter.requires_grad and name not in found]
+            found[name] = index
+    lost = [name for name in trained if name not in found]
     if lost:
         raise ConfigError(
             f"{', '.join(lost[:5])}{f' and {len(lost) - 5} more' if len(lost) > 5 else ''} would get gradients but are "
             "in no group of the optimizer; add them, or freeze them with requires_grad_(False)"
         )
-    return found
+    return {name: found[name] for name in trained}
 
 
 def _cut(state: Mapping[str, Any], segment: OptimizerSegment) -> dict[str, Any]:

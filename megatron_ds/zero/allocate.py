@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from megatron_ds.comm.buffers import Buffers, BufferSizes, GroupBuffers, Slots, open_buffers
 from megatron_ds.config import OffloadConfig, ZeroConfig
 from megatron_ds.mesh import Axis, Mesh
+from megatron_ds.optim.rule import UpdateRule
 from megatron_ds.zero.buckets import state_dtype
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.layout import ZeroLayout
@@ -80,6 +82,7 @@ class RankMemory:
     """
 
     def __init__(self, layout: ZeroLayout, device: torch.device, shards: Mapping[tuple[str, ...], Axis], share: bool):
+        self._layout = layout
         self.stores = Stores(layout, device)
         self.buffers: dict[tuple[str, ...], Buffers] = {
             over: open_buffers(axis, device, buffer_sizes(layout, over)) if share else GroupBuffers(axis, device)
@@ -90,6 +93,26 @@ class RankMemory:
             (dtype, over): self.buffers[over].slots(len(each), max(each), dtype)
             for (dtype, over), each in sizes.items()
         }
+
+    def buckets(
+        self,
+        parameters: Sequence[nn.Parameter],
+        mesh: Mesh,
+        axes: Mapping[tuple[str, ...], tuple[Axis, Axis]],
+        shared_over: Sequence[tuple[nn.Parameter, Axis]],
+        rule: UpdateRule,
+    ) -> list[FlatBucket]:
+        """The buckets of the layout over ``parameters``, all that it was made for; see :class:`ZeroOptimizer`."""
+        found = []
+        for number, layout in enumerate(self._layout.buckets):
+            key = layout.key
+            also_over = [mesh.axis(name) for name in key.reduce_over]
+            if key.shared is not None:
+                also_over.append(shared_over[key.shared][1])
+            mine = [parameters[slot.parameter] for slot in layout.slots]
+            memory = self.buffers[key.sharded_over], self.slots(key.dtype, key.sharded_over), self.stores.of(number)
+            found.append(FlatBucket(layout, mine, axes[key.sharded_over], also_over, rule, *memory))
+        return found
 
     def slots(self, dtype: torch.dtype, sharded_over: tuple[str, ...]) -> Slots | None:
         """Where whole gradients of parameters of that dtype lie while they are filled; None: they are kept."""
@@ -132,6 +155,21 @@ def take_values(buckets: Iterable[FlatBucket], fill: Callable[[list[nn.Parameter
         if unit is not None:
             _write_back(units[unit])
     _write_back(units.get(None, []))
+
+
+def move_values(
+    buckets: Sequence[FlatBucket],
+    added: Sequence[FlatBucket],
+    gathered: Callable[[list[nn.Parameter]], AbstractContextManager[None]],
+) -> None:
+    """Parameters move with their values into the ``added`` buckets, out of those where they were, unit by unit."""
+    for unit in dict.fromkeys(bucket.layout.key.unit for bucket in added):
+        mine = [bucket for bucket in added if bucket.layout.key.unit == unit]
+        with gathered([parameter for bucket in mine for parameter in bucket.tensors]):
+            take_values(mine, None)
+            moved = {slot.parameter for bucket in mine for slot in bucket.layout.slots}
+            for bucket in buckets:
+                bucket.forget(moved)
 
 
 def _write_back(buckets: Sequence[FlatBucket]) -> None:

@@ -13,7 +13,7 @@ Because nothing here touches memory, the bytes of any rank of any mesh can be co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
@@ -66,8 +66,11 @@ class ParameterInfo:
         unit: int | None = None,
         stage: int = 0,
         rule: UpdateRule | None = None,
+        trainable: bool | None = None,
     ) -> ParameterInfo:
         """Of a local parameter on any device, the meta device included.
+
+        ``trainable``: whether it has a gradient and state. Default: as ``requires_grad`` says now.
 
         Raises:
             TypeError: the parameter has no ``.shard``.
@@ -80,13 +83,14 @@ class ParameterInfo:
             raise ValueError(
                 f"{spec.name} has shape {list(shape)}, but its ShardSpec describes {list(spec.local_shape)}"
             )
-        group = rule.group_of(spec.name) if rule is not None and parameter.requires_grad else STATELESS
+        trainable = parameter.requires_grad if trainable is None else trainable
+        group = rule.group_of(spec.name) if rule is not None and trainable else STATELESS
         if group.whole and spec.local_shape != spec.global_shape:
             raise ConfigError(
                 f"the update of {spec.name} is of whole parameters, and a rank has {list(spec.local_shape)} of its "
                 f"{list(spec.global_shape)}; use an elementwise rule such as AdamW for it, or mesh.tp=1"
             )
-        return ParameterInfo(spec, real_dtype(parameter.dtype), parameter.requires_grad, shared, unit, stage, group)
+        return ParameterInfo(spec, real_dtype(parameter.dtype), trainable, shared, unit, stage, group)
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,15 @@ class BucketLayout:
     @property
     def shard_size(self) -> int:
         return self.size // self.shards
+
+    @property
+    def due(self) -> int:
+        """Orders buckets as a backward pass fills them: by the parameter of each that was registered first."""
+        return -min(slot.parameter for slot in self.slots)
+
+    def without(self, parameters: Container[int]) -> BucketLayout:
+        """The rest of it when these parameters, by number, have moved elsewhere; their places stay empty."""
+        return replace(self, slots=tuple(slot for slot in self.slots if slot.parameter not in parameters))
 
     def segments(self, rank: int) -> list[Segment]:
         """The non-empty parts of parameters in the slice of shard ``rank``, in order of offset."""
@@ -230,3 +243,18 @@ def _place_whole(slots: Sequence[Slot], shards: int) -> tuple[list[Slot], int]:
 
 def _aligned(numel: int, to: int) -> int:
     return -(-numel // to) * to
+
+
+def owned_ranges(segments: Sequence[Segment]) -> list[tuple[int, int]]:
+    """Runs of segments in a slice that are not replicas; padding between them is zero and may be included."""
+    ranges: list[tuple[int, int]] = []
+    open_run = False
+    for segment in segments:
+        if segment.spec.replica:
+            open_run = False
+        elif open_run:
+            ranges[-1] = (ranges[-1][0], segment.offset + segment.numel)
+        else:
+            ranges.append((segment.offset, segment.offset + segment.numel))
+            open_run = True
+    return ranges

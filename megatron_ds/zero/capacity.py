@@ -146,7 +146,8 @@ def _node() -> int:
 
 
 def _resident(parameters: Sequence[torch.Tensor]) -> int:
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters if p.is_cpu}
+    with torch._C.DisableTorchFunctionSubclass():  # some may be sharded already
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters if p.is_cpu}
     return sum(storages.values())
 
 

@@ -12,7 +12,7 @@ them::
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -26,7 +26,7 @@ from megatron_ds.optim.clip import squared_norm
 from megatron_ds.optim.rule import OptimizerSegment, Update, UpdateRule
 from megatron_ds.shard import shaped_as
 from megatron_ds.shard.flat_shards import FlatShard
-from megatron_ds.zero.buckets import BucketLayout, Segment, state_dtype
+from megatron_ds.zero.buckets import BucketLayout, Segment, owned_ranges, state_dtype
 from megatron_ds.zero.main_grad import MainGradient
 from megatron_ds.zero.memory import TransientGradients, TransientParameters, WholeBuffer
 from megatron_ds.zero.state import BucketState
@@ -127,6 +127,14 @@ class FlatBucket:
             self._bound = self.resident
             if "master" in self.state.rows:
                 self._parameters_to_master()
+
+    def forget(self, parameters: Container[int]) -> None:
+        """These parameters, by number, have moved to other buckets."""
+        kept = [slot.parameter not in parameters for slot in self.layout.slots]
+        self.tensors = [tensor for tensor, stays in zip(self.tensors, kept) if stays]
+        self._versions = [version for version, stays in zip(self._versions, kept) if stays]
+        self.layout = self.layout.without(parameters)
+        self.segments = self.layout.segments(self.shard.rank)
 
     @property
     def resident(self) -> bool:
@@ -276,7 +284,7 @@ class FlatBucket:
         """
         assert self.gradients is not None
         total = torch.zeros((), dtype=torch.float64, device=self.gradients.shard.device)
-        for begin, end in self._owned_ranges():
+        for begin, end in owned_ranges(self.segments):
             total += squared_norm(self.gradients.shard[begin:end])
         for segment in self.segments:
             if segment.spec.replica:
@@ -287,20 +295,6 @@ class FlatBucket:
         """``[numel]``: the reduced gradient of a segment, a view."""
         assert self.gradients is not None
         return self.gradients.shard.narrow(0, segment.offset, segment.numel)
-
-    def _owned_ranges(self) -> list[tuple[int, int]]:
-        """Runs of segments in the slice that are not replicas; padding between them is zero and may be included."""
-        ranges: list[tuple[int, int]] = []
-        open_run = False
-        for segment in self.segments:
-            if segment.spec.replica:
-                open_run = False
-            elif open_run:
-                ranges[-1] = (ranges[-1][0], segment.offset + segment.numel)
-            else:
-                ranges.append((segment.offset, segment.offset + segment.numel))
-                open_run = True
-        return ranges
 
     # Parameters
 
@@ -385,6 +379,16 @@ class FlatBucket:
     def start_gather(self) -> None:
         """Start to collect every rank's slice of the parameters, in place."""
         self._gathering = self.parameters.all_gather_start()
+
+    def cancel_gather(self) -> None:
+        """A gather was begun for a use that did not come. Of a shard that is fetched first it has not begun."""
+        if self.parameters.holding.resident:
+            self.finish_gather()
+        else:
+            self._gathering = None
+            self.parameters.holding.acquire()
+            self.parameters.holding.release(changed=False)
+        self.parameters.free()
 
     def finish_gather(self) -> bool:
         """Wait for the gather; False if there was none under way."""

@@ -11,20 +11,24 @@ gathered there and then, and belongs to what that module needs from then on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from megatron_ds import comm
-from megatron_ds.comm.together import exchange
+from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Axis
 from megatron_ds.zero.flat import FlatBucket
+from megatron_ds.zero.gather_order import OrderComparison
+from megatron_ds.zero.memory import TransientParameters
 from megatron_ds.zero.placeholder import ShardedPlaceholder
+
+FORWARD_END = "the end of a forward pass"
+_NEEDS = "gather "
 
 
 class Unit:
@@ -56,16 +60,30 @@ class Gatherer:
         units: all hooked modules, the root first; parameters touched outside of their module are added to what the
             innermost running one needs.
         prefetch: how many units ahead are gathered, in the order of the step before.
+        axis: the ranks that gather together.
+        ends: modules after whose forward the ranks come together.
 
-    All ranks must use the modules in the same order wherever a gather is a collective (not within one host);
-    :meth:`require_one_order` sees to it.
+    Ranks may use different modules, or the same in another order. Within one host a gather is each rank's own affair.
+    Elsewhere it takes all ranks: before each the ranks say what they need, and all take part in what any of them
+    needs; who waits for something else, at a place that all come to (:meth:`meet`), does so too. Where the host must
+    not wait for that (NCCL) the order has to be the same on all ranks; see ``gather_order.py``.
     """
 
-    def __init__(self, units: Sequence[Unit], buckets: Sequence[FlatBucket], prefetch: int):
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        buckets: Sequence[FlatBucket],
+        prefetch: int,
+        axis: Axis,
+        ends: Collection[nn.Module] = (),
+    ):
         self.units = list(units)
         self.prefetch = prefetch
+        self.axis, self._ends = axis, ends
         self.keep = False  # what was gathered stays until free_all()
         self._buckets = [b for b in buckets if b.parameters.transient]
+        self._numbers = {id(b): number for number, b in enumerate(self._buckets) if b.parameters.is_collective}
+        self._agreement = comm.open_agreement(axis) if self._numbers else None
         self._owner = {id(p): bucket for bucket in self._buckets for p in bucket.tensors}
         self._classes = {id(p): type(p) for bucket in self._buckets for p in bucket.tensors}
         self._users: dict[int, list[Unit]] = {id(b): [] for b in self._buckets}
@@ -77,7 +95,7 @@ class Gatherer:
         self._started: list[FlatBucket] = []  # gathers under way, begun ahead of use
         self._order: list[FlatBucket] = []  # of this step's gathers
         self._expected: list[FlatBucket] = []  # of the step before
-        self._orders: comm.Pending | None = None  # the ranks' orders of this step, being compared
+        self._comparison: OrderComparison | None = None  # of the ranks' orders of this step
         self._running: list[tuple[Unit, _Use | None]] = []  # forwards under way, and what is to know of their backward
         self._hooks: list[Any] = []
         for bucket in self._buckets:
@@ -92,6 +110,7 @@ class Gatherer:
         modules: Mapping[nn.Module, Sequence[nn.Parameter]],
         buckets: Sequence[FlatBucket],
         prefetch: int,
+        axis: Axis,
     ) -> Gatherer:
         """Of the units ``modules`` of ``root``, each with the parameters that it needs."""
         names = {id(module): name for name, module in root.named_modules()}
@@ -102,54 +121,74 @@ class Gatherer:
         for module, parameters in {**{module: [] for module in called}, **modules}.items():
             needed = {id(owner[id(p)]): owner[id(p)] for p in parameters if id(p) in owner}
             units.append(Unit(names[id(module)], module, list(needed.values())))
-        return Gatherer(units, buckets, prefetch)
+        return Gatherer(units, buckets, prefetch, axis, called)
 
     def close(self) -> None:
         """Remove the hooks; every parameter is left whole."""
         self._gather(self._buckets)
+        self.detach()
+
+    def detach(self) -> None:
+        """Remove the hooks, and leave the parameters as they are to another gatherer."""
         for hook in self._hooks:
             hook.remove()
+        for bucket in self._buckets:
+            for parameter in bucket.tensors:
+                parameter.__class__ = self._classes[id(parameter)]
 
     # What the owner of the step calls
 
     def start_step(self) -> None:
         self._expected, self._order = self._order, []
 
-    def compare_orders_start(self, axis: Axis) -> None:
-        """Start to compare what the ranks of ``axis`` gathered in this step; :meth:`require_one_order` has the result.
+    def meet(self, place: str) -> None:
+        """Wait until all ranks are at this place, and until then take part in what they gather on their way.
 
-        In two parts, so that the host waits for no device here: by then it has waited for the gradient norm anyway.
+        For what all ranks do together, and whoever has not come to it may still need a gather. Only there a rank waits
+        where a gather takes all ranks.
+
+        Raises:
+            EngineError: on all ranks, if some of them are at another place, with nothing to gather.
         """
-        if axis.group is None or not any(b.parameters.is_collective for b in self._buckets):
-            return
-        # Filled on the device: copying numbers there would wait for all that is queued, the whole backward pass.
-        digest = torch.full((2,), len(self._order), dtype=torch.int64, device=self._buckets[0].tensors[0].device)
-        digest[1:].fill_(crc32("\n".join(self._names()).encode()))
-        self._orders = comm.gather_dim0(digest, axis)
+        while self._agreement is not None and (said := self._agreement.differences(place)):
+            for bucket in self._needed(said):
+                self._serve(bucket)
 
-    def _names(self) -> list[str]:
-        return [bucket.layout.slots[0].spec.name for bucket in self._order]
+    def _agreed(self, wanted: Sequence[FlatBucket]) -> list[FlatBucket]:
+        """What is gathered next where that takes all ranks: what this rank wants, and what any other does."""
+        numbers = [self._numbers[id(bucket)] for bucket in wanted if id(bucket) in self._numbers]
+        if self._agreement is None or not numbers:
+            return list(wanted)
+        said = self._agreement.differences(_NEEDS + " ".join(map(str, numbers)))
+        return self._needed(said) if said else list(wanted)
 
-    def require_one_order(self, axis: Axis) -> None:
-        """Raise on all ranks of ``axis`` if they gathered other units than each other in this step, or in other order.
+    def _needed(self, said: Sequence[str]) -> list[FlatBucket]:
+        """What any rank has said that it needs, in one order on all of them."""
+        needed = {int(number) for text in said if text.startswith(_NEEDS) for number in text[len(_NEEDS) :].split()}
+        if not needed:
+            other = next(rank for rank, text in enumerate(said) if text != said[0])
+            raise EngineError(
+                f"rank {self.axis.ranks[0]} is at {said[0]}, rank {self.axis.ranks[other]} at {said[other]}: at stage "
+                "3 a gather takes all ranks, which have to go the same way through forward, backward and step; let "
+                "every rank do so, with `with engine.join():` around the loop where some have fewer batches"
+            )
+        return [self._buckets[number] for number in sorted(needed)]
 
-        Units of one size would be taken for each other, and nothing else would notice.
-        """
-        if self._orders is None:
-            return
-        everyone, self._orders = self._orders.wait().view(axis.size, 2).tolist(), None
-        if all(digest == everyone[0] for digest in everyone):
-            return
-        lists = [text.splitlines() for text in exchange(axis, "\n".join(self._names()))]
-        other = next(rank for rank in range(axis.size) if lists[rank] != lists[0])
-        at = next((i for i, pair in enumerate(zip(*(lists[0], lists[other]))) if pair[0] != pair[1]), None)
-        at = min(len(lists[0]), len(lists[other])) if at is None else at
-        said = [lists[rank][at] if at < len(lists[rank]) else "nothing more" for rank in (0, other)]
-        raise RuntimeError(
-            f"gather number {at + 1} of this step was of the unit of {said[0]} on rank {axis.ranks[0]}, but of "
-            f"{said[1]} on rank {axis.ranks[other]}: at stage 3 all ranks use the same modules in the same order, "
-            "because a gather takes a part of each; let every rank run every module (on zeros, say), or use stage 2"
-        )
+    def _serve(self, bucket: FlatBucket) -> None:
+        assert isinstance(bucket.parameters, TransientParameters)
+        bucket.parameters.serve()
+
+    def compare_orders_start(self) -> None:
+        """Start to compare what the ranks gathered in this step, where they have not agreed on it before."""
+        if self._agreement is None and self._numbers:
+            names = [bucket.layout.slots[0].spec.name for bucket in self._order]
+            self._comparison = OrderComparison(self.axis, names, self._buckets[0].tensors[0].device)
+
+    def require_one_order(self) -> None:
+        """Raise on all ranks if they gathered other units than each other in this step, or in other order."""
+        if self._comparison is not None:
+            comparison, self._comparison = self._comparison, None
+            comparison.require_one()
 
     def end_backward(self) -> None:
         """A backward pass is over: units whose inputs need no gradient could not tell."""
@@ -162,9 +201,8 @@ class Gatherer:
         for unit in self.units:
             unit.running = unit.backward = 0
         self._running.clear()
-        for bucket in self._started:  # begun for a use that did not come
-            bucket.finish_gather()
-            bucket.parameters.free()
+        for bucket in self._started:
+            bucket.cancel_gather()
         self._started.clear()
         for bucket in self._buckets:
             if self._is_gathered(bucket):
@@ -225,6 +263,8 @@ class Gatherer:
                         tensor.register_hook(lambda gradient, use=use: self._begin_backward(use))
             for bucket in unit.buckets:
                 self._release(bucket)
+            if module in self._ends and not self._running:
+                self.meet(FORWARD_END)
 
         return after
 
@@ -254,21 +294,28 @@ class Gatherer:
         if not missing:
             return
         self._free_idle()
-        for bucket in missing:
-            self._start(bucket)
+        self._start_all(missing)
+        away = [bucket for bucket in missing if not bucket.parameters.holding.resident]
+        for bucket in self._agreed(away):
+            bucket.finish_gather() if bucket in away else self._serve(bucket)
         for bucket in missing:
             self._started.remove(bucket)
             bucket.finish_gather()
             for parameter in bucket.tensors:
                 parameter.__class__ = self._classes[id(parameter)]
         self._order += missing
-        for bucket in self._ahead():
-            self._start(bucket)
+        self._start_all(self._ahead())
 
-    def _start(self, bucket: FlatBucket) -> None:
-        if bucket not in self._started and not self._is_gathered(bucket):
-            bucket.start_gather()
-            self._started.append(bucket)
+    def _start_all(self, wanted: Sequence[FlatBucket]) -> None:
+        """Start to gather these, or to fetch the shard that is to be gathered."""
+        wanted = [b for b in wanted if b not in self._started and not self._is_gathered(b)]
+        here = [bucket for bucket in wanted if bucket.parameters.holding.resident]
+        for bucket in [*self._agreed(here), *(bucket for bucket in wanted if bucket not in here)]:
+            if bucket in wanted:
+                bucket.start_gather()
+                self._started.append(bucket)
+            else:
+                self._serve(bucket)
 
     def _ahead(self) -> list[FlatBucket]:
         """What the step before gathered next, ``prefetch`` units of it, if this step has taken the same way so far."""

@@ -122,6 +122,26 @@ class ZeroLayout:
         axes = self.axes if stage else {over: (1, shard * copies) for over, (shard, copies) in self.axes.items()}
         return ZeroLayout.plan(parameters, self.config.model_copy(update=update), axes)
 
+    def of_these(self, infos: Mapping[int, ParameterInfo]) -> ZeroLayout:
+        """Of the parameters with these numbers, as ``infos`` describes them, and of no others."""
+        others = [replace(info, trainable=False, unit=None) for info in self.parameters]
+        parameters = [infos.get(number, info) for number, info in enumerate(others)]
+        return ZeroLayout.plan(parameters, self.config, self.axes)
+
+    def with_added(self, added: ZeroLayout, infos: Mapping[int, ParameterInfo]) -> ZeroLayout:
+        """Both, after the parameters of ``infos`` have moved into the buckets of ``added``."""
+        parameters = tuple(infos.get(number, info) for number, info in enumerate(self.parameters))
+        found = [(bucket.without(infos), self.offload, number) for number, bucket in enumerate(self.buckets)]
+        found += [(bucket, added.offload, number) for number, bucket in enumerate(added.buckets)]
+        found = sorted((each for each in found if each[0].slots), key=lambda each: each[0].due)
+        mine, theirs = self.offload.staging, added.offload.staging
+        offload = OffloadPlacement(
+            frozenset(now for now, (_, offload, number) in enumerate(found) if number in offload.state),
+            frozenset(now for now, (_, offload, number) in enumerate(found) if number in offload.parameters),
+            (mine[0] + theirs[0], mine[1] + theirs[1]),
+        )
+        return ZeroLayout(self.config, parameters, self.axes, tuple(bucket for bucket, _, _ in found), offload)
+
     @property
     def offloads(self) -> bool:
         """Whether anything is to leave the device, on any rank: one with few buckets may itself keep all of them."""

@@ -65,6 +65,11 @@ class OwnBackward:
         return not self._running
 
 
+def is_trained(parameter: torch.Tensor) -> bool:
+    """Whether it has a gradient buffer, and with it master weights and state; also while it is frozen."""
+    return "main_grad" in parameter.__dict__
+
+
 class MainGradient:
     """One parameter's gradient buffer and the count of writes into it.
 

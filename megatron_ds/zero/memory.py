@@ -119,6 +119,7 @@ class TransientParameters:
 
     def __init__(self, name: str, size: int, dtype: torch.dtype, buffers: Buffers, store: Store | None):
         self.axis = axis = buffers.axis
+        self._spare = (size, dtype, buffers.device, axis, None)
         if store is None:
             self._memory = buffers.gathered(size, dtype)
             assert self._memory.shard is not None
@@ -148,6 +149,11 @@ class TransientParameters:
     def is_collective(self) -> bool:
         """Whether a gather takes all ranks of the axis at the same time."""
         return self._memory.is_collective
+
+    def serve(self) -> None:
+        """Take part in a gather that peers need, and leave ``whole`` as it is."""
+        GroupGathered(*self._spare).all_gather_start(self.holding.acquire()).wait()
+        self.holding.release(changed=False)
 
     def take(self) -> torch.Tensor:
         """Memory for ``whole``, uninitialised."""

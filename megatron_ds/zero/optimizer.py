@@ -13,19 +13,21 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
+from megatron_ds.comm.buffers import Buffers
 from megatron_ds.config import OptimizerConfig, ZeroConfig
 from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.optim.factory import as_rule
 from megatron_ds.optim.rule import Late, Update, UpdateRule
 from megatron_ds.shard import ShardSpec, as_real
 from megatron_ds.shard.flat_shards import FlatShard, share_out
-from megatron_ds.zero.allocate import RankMemory, data_axes, take_values
+from megatron_ds.zero.allocate import RankMemory, Stores, data_axes, move_values, take_values
+from megatron_ds.zero.buckets import ParameterInfo
 from megatron_ds.zero.capacity import check_capacity
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.gatherer import Gatherer
 from megatron_ds.zero.layout import ZeroLayout
 from megatron_ds.zero.reducer import Phase, Reducer
-from megatron_ds.zero.units import choose_units, describe
+from megatron_ds.zero.units import choose_units, describe, unique
 
 
 class ZeroOptimizer:
@@ -88,39 +90,39 @@ class ZeroOptimizer:
         infos = describe(self._parameters, modules, config.persistence_threshold, self._rule, shared, stage_of or {})
         sizes = {over: (shard.size, replicate.size) for over, (shard, replicate) in self._axes.items()}
         self.layout = ZeroLayout.plan(infos, config, sizes)
-        device = self._parameters[0].device if self._parameters else mesh.device
-        if self.layout.offloads and device.type != "meta":
-            check_capacity(self.layout.bytes(), config, self._parameters, device, mesh.world)
-        shards = {over: shard for over, (shard, _) in self._axes.items()}
-        memory = RankMemory(self.layout, device, shards, shared_memory)
-        self.stores, self._buffers = memory.stores, memory.buffers
-        self._all = [self._bucket(number, memory, mesh, shared_over) for number in range(len(self.layout.buckets))]
-        self.buckets = [bucket for bucket in self._all if bucket.layout.key.trainable]
+        self._mesh, self._shared_over, self._shared_memory = mesh, shared_over, shared_memory
+        self.stores: list[Stores] = []
+        self._buffers: list[Buffers] = []
+        self._all = self._allocate(self.layout)
         take_values(self._all, fill)
-        each_backward = self.layout.frees_gradients and not config.keep_whole
-        self.reducer = Reducer(self.buckets, config.overlap, each_backward, self.layout.gradient_window)
-        self.gatherer = Gatherer.over(root, modules, self._all, config.prefetch) if root and modules else None
+        self._root, self._modules, self._count = root, modules, 0
+        self.gatherer: Gatherer | None = None
+        self._attach()
         self._publish()
-        self._count = 0
 
-    def _bucket(
-        self, number: int, memory: RankMemory, mesh: Mesh, shared_over: Sequence[tuple[nn.Parameter, Axis]]
-    ) -> FlatBucket:
-        layout = self.layout.buckets[number]
-        key = layout.key
-        also_over = [mesh.axis(name) for name in key.reduce_over]
-        if key.shared is not None:
-            also_over.append(shared_over[key.shared][1])
-        return FlatBucket(
-            layout,
-            [self._parameters[slot.parameter] for slot in layout.slots],
-            self._axes[key.sharded_over],
-            also_over,
-            self._rule,
-            memory.buffers[key.sharded_over],
-            memory.slots(key.dtype, key.sharded_over),
-            memory.stores.of(number),
-        )
+    def _allocate(self, layout: ZeroLayout) -> list[FlatBucket]:
+        """The buckets of a layout, with memory of their own. Collective."""
+        device = self._parameters[0].device if self._parameters else self._mesh.device
+        if layout.offloads and device.type != "meta":
+            check_capacity(layout.bytes(), self.config, self._parameters, device, self._mesh.world)
+        shards = {over: shard for over, (shard, _) in self._axes.items()}
+        memory = RankMemory(layout, device, shards, self._shared_memory)
+        self.stores.append(memory.stores)
+        self._buffers += memory.buffers.values()
+        return memory.buckets(self._parameters, self._mesh, self._axes, self._shared_over, self._rule)
+
+    def _attach(self) -> None:
+        """Hooks on parameters and modules, for the buckets that there are."""
+        self.buckets = [bucket for bucket in self._all if bucket.layout.key.trainable]
+        each = self.layout.frees_gradients and not self.config.keep_whole
+        self.reducer = Reducer(self.buckets, self.config.overlap, each, self.layout.gradient_window, self._meet_at)
+        if self._root is not None and self._modules:
+            axis = self.shard if len(self._axes) == 1 else self._mesh.data
+            self.gatherer = Gatherer.over(self._root, self._modules, self._all, self.config.prefetch, axis)
+
+    def _meet_at(self, place: str) -> None:
+        if self.gatherer is not None:
+            self.gatherer.meet(place)
 
     def close(self) -> None:
         """Let go of the parameters: no more hooks. They stay views of the flat buffers, whole ones."""
@@ -128,8 +130,32 @@ class ZeroOptimizer:
             if self.gatherer is not None:
                 self.gatherer.close()  # gathers, which fails where a store has
         finally:
-            self.stores.close()
+            for stores in self.stores:
+                stores.close()
             self.reducer.close()
+
+    def train_also(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give gradients and state to parameters that were frozen so far. Between two steps, on all ranks alike.
+
+        They get buckets of their own. Values stay, and everything else is left alone.
+        """
+        self.reducer.expect(Phase.IDLE, "train_also")
+        self._before_change()
+        wanted = {id(parameter) for parameter in parameters}
+        infos = {
+            number: ParameterInfo.of(p, info.shared, info.unit, info.stage, self._rule, trainable=True)
+            for number, (info, p) in enumerate(zip(self.layout.parameters, self._parameters))
+            if id(p) in wanted
+        }
+        buckets = self._allocate(added := self.layout.of_these(infos))
+        move_values(self._all, buckets, self.gathered)
+        self.reducer.close()
+        if self.gatherer is not None:
+            self.gatherer.detach()
+        self.layout = self.layout.with_added(added, infos)
+        self._all = sorted([b for b in self._all if b.tensors] + buckets, key=lambda b: b.layout.due)
+        self._attach()
+        self._publish()
 
     # Gradients
 
@@ -169,7 +195,7 @@ class ZeroOptimizer:
         """Reduce what is left and wait; afterwards every slice holds its sum over the global batch."""
         self.reducer.finish()
         if self.gatherer is not None:
-            self.gatherer.compare_orders_start(self.shard)
+            self.gatherer.compare_orders_start()
             self.gatherer.free_all()
         if self.buckets:
             self.buckets[-1].prefetch()
@@ -282,7 +308,7 @@ class ZeroOptimizer:
         An evaluation may have left a unit whole, in the middle of a step too.
         """
         if self.gatherer is not None:
-            self.gatherer.require_one_order(self.shard)
+            self.gatherer.require_one_order()
             self.gatherer.free_all()
         self._meet()
         for bucket in self._all:
@@ -291,12 +317,12 @@ class ZeroOptimizer:
 
     def _publish(self) -> None:
         """Signals that this rank has changed its parameters; a peer's gather reads them from now on."""
-        for buffers in self._buffers.values():
+        for buffers in self._buffers:
             buffers.publish()
 
     def _meet(self) -> None:
         """Wait until every peer is here and so reads nothing of this rank: before a write that is not a step's."""
-        for buffers in self._buffers.values():
+        for buffers in self._buffers:
             buffers.meet()
 
     # State
@@ -372,12 +398,3 @@ class ZeroOptimizer:
     def bytes_report(self) -> dict[str, int]:
         """The same by kind, wherever they are; see :meth:`megatron_ds.zero.layout.ZeroLayout.bytes`."""
         return self.layout.bytes().by_kind
-
-
-def unique(parameters: Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
-    """The parameters in order, each once; pairs give their second part."""
-    seen: dict[int, nn.Parameter] = {}
-    for item in parameters:
-        parameter = item[1] if isinstance(item, tuple) else item
-        seen.setdefault(id(parameter), parameter)
-    return list(seen.values())

@@ -66,12 +66,22 @@ class Reducer:
         overlap: reduce during the backward pass and not after it; the same bits.
         each_backward: reduce in every backward pass and not only in a step's last one.
         window: bytes of reductions under way at one time, where their buffers are to be given back.
+        meet: called before a reduction starts and when a backward pass is over, with a name of the place: for ranks
+            that take their gradients in another order, so that they start reductions at the same point of theirs.
     """
 
-    def __init__(self, buckets: Sequence[FlatBucket], overlap: bool, each_backward: bool, window: float):
+    def __init__(
+        self,
+        buckets: Sequence[FlatBucket],
+        overlap: bool,
+        each_backward: bool,
+        window: float,
+        meet: Callable[[str], None],
+    ):
         self.buckets = list(buckets)
         self.overlap, self.each_backward, self.window = overlap, each_backward, window
         self.phase = Phase.IDLE
+        self._meet = meet
         stages = dict.fromkeys(bucket.layout.key.stage for bucket in self.buckets)
         self.contexts = {
             stage: BackwardContext([b for b in self.buckets if b.layout.key.stage == stage]) for stage in stages
@@ -105,7 +115,10 @@ class Reducer:
             if gradient is not None:  # None: the layer wrote into the main gradient itself
                 main_grad.add(gradient)
 
+        trained = parameter.requires_grad
+        parameter.requires_grad_(True)  # without which there is no hook; it may be frozen for a while
         self._hooks.append(parameter.register_post_accumulate_grad_hook(move))
+        parameter.requires_grad_(trained)
         return main_grad
 
     def close(self) -> None:
@@ -144,13 +157,11 @@ class Reducer:
         context = self.contexts.get(stage)
         if context is None or not context.reducing:
             return
+        # Before another stage's buckets leave, and whatever else the ranks do next: one order of all on all ranks.
+        self._launch_the_rest(context)
         if self.each_backward:
-            self._launch_the_rest(context)
             self._wait_for_all()
             context.reducing = False
-        elif len(self.contexts) > 1:
-            # Before another stage's buckets leave, so that all ranks have one order of all buckets.
-            self._launch_the_rest(context)
 
     # A backward pass in two actions: B computes the input gradients, W the weight gradients.
 
@@ -220,6 +231,7 @@ class Reducer:
     def _launch(self, context: BackwardContext) -> None:
         """Start the reduction of the next bucket. Of buffers that are to be given back, few are under way at a time."""
         bucket = context.buckets[context.launched]
+        self._meet(f"the reduction of the bucket of {bucket.layout.slots[0].spec.name}")
         bucket.start_reduce()
         context.launched += 1
         self._waiting.append(bucket)
@@ -250,6 +262,7 @@ class Reducer:
             self._launch(context)
 
     def _wait_for_all(self) -> None:
+        self._meet("the end of a backward pass")
         while self._waiting:
             self._finish_oldest()
         for bucket in self._finished:

@@ -93,3 +93,12 @@ def _blocks(root: nn.Module) -> list[nn.Module]:
 
 def _is_large(parameters: Iterable[nn.Parameter], threshold: int) -> bool:
     return any(p.numel() >= max(threshold, 1) for p in parameters)
+
+
+def unique(parameters: Iterable[nn.Parameter] | Iterable[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
+    """The parameters in order, each once; pairs give their second part."""
+    seen: dict[int, nn.Parameter] = {}
+    for item in parameters:
+        parameter = item[1] if isinstance(item, tuple) else item
+        seen.setdefault(id(parameter), parameter)
+    return list(seen.values())

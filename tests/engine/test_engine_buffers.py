@@ -154,9 +154,9 @@ def sent() -> tuple[list[int], list[int]]:
     engine = megatron_ds.initialize(net, {}, torch.optim.SGD(net.parameters(), lr=0.1))
     sizes: list[int] = []
 
-    def counted(tensor: Tensor, axis: Any) -> Tensor:
+    def counted(tensor: Tensor, axis: Any, source: int) -> Tensor:
         sizes.append(tensor.nbytes)
-        return broadcast(tensor, axis)
+        return broadcast(tensor, axis, source)
 
     broadcast = comm.broadcast
     with patch.object(buffer_sync.comm, "broadcast", counted):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engine_more import message
+from optimizer_cases import LayerWise
 from torch import Tensor, nn
 
 import megatron_ds
@@ -15,6 +16,7 @@ from megatron_ds.engine import Engine
 from megatron_ds.testing import run_ranks
 
 TURNS = ["a", "a", "b", "a b", "b", "a", "", "a b"]
+LATE_TURNS = ["a", "a", "a body", "b body", "a b body", "b", "a b body"]
 RESUMED_AT = 4
 OPTIMIZERS: dict[str, Any] = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
@@ -22,6 +24,17 @@ OPTIMIZERS: dict[str, Any] = {
     "NAdam": lambda p: torch.optim.NAdam(p, lr=1e-2),
 }
 CASES = [(stage, name) for stage in (0, 1, 2, 3) for name in (None, "AdamW")] + [(1, "NAdam"), (3, "SGD")]
+LATE_CASES: list[tuple[int, str | None, str]] = [
+    (0, "AdamW", "none"),
+    (1, None, "cpu"),
+    (1, "NAdam", "none"),
+    (2, "AdamW", "nvme"),
+    (2, "groups", "none"),
+    (3, None, "none"),
+    (3, "SGD", "nvme"),
+    (3, "groups", "cpu"),
+    (3, "LayerWise", "none"),
+]
 
 
 class Adapted(nn.Module):
@@ -43,7 +56,8 @@ class Adapted(nn.Module):
 
     def set_adapters(self, names: str) -> None:
         for name, adapter in self.adapters.items():
-            adapter.requires_grad_(name in names)
+            adapter.requires_grad_(name in names.split())
+        self.body.requires_grad_("body" in names.split())
 
 
 def samples(step: int) -> Tensor:
@@ -112,13 +126,107 @@ def test_adapters_take_turns_as_in_plain_torch(tmp_path: Path) -> None:
                     assert (state[key] - value).abs().max() < 1e-9, (ranks, stage, name, key)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_what_was_frozen_from_the_start_is_named_where_the_optimizer_has_it(stage: int) -> None:
+def add_unfrozen(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """A group of its own for what is unfrozen, as gradual unfreezing is often written."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if new := [p for p in trained(model) if id(p) not in known]:
+        optimizer.add_param_group({"params": new, "lr": 3e-2})
+
+
+def late_turns(
+    engine: Engine | None, model: Adapted, optimizer: torch.optim.Optimizer | None, numbers: range, adds: bool
+) -> None:
+    for number in numbers:
+        model.set_adapters(LATE_TURNS[number])
+        if adds and optimizer is not None:
+            add_unfrozen(optimizer, model)
+        if engine is not None:
+            axis = engine.mesh.data
+            engine.backward(engine(samples(number).chunk(axis.size)[axis.rank]))
+            engine.step()
+            assert not engine._model_guard.strays
+        elif optimizer is not None:
+            optimizer.zero_grad()
+            model(samples(number)).backward()
+            optimizer.step()
+
+
+def late_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    made: torch.optim.Optimizer
+    if name == "groups":
+        made = torch.optim.AdamW(trained(model), lr=1e-2, weight_decay=0.1)
+    elif name == "LayerWise":
+        made = LayerWise(model.parameters())
+    else:
+        made = OPTIMIZERS[name](model.parameters())
+    return made
+
+
+def late_engine(stage: int, name: str | None, offload: str, seed: int, folder: str) -> Engine:
+    model = Adapted(seed)
+    model.set_adapters(LATE_TURNS[0])
+    place = {"device": offload, **({"path": folder} if offload == "nvme" else {})}
+    zero: dict[str, Any] = {"stage": stage, "bucket_mb": 0.0005}
+    if stage == 3:
+        zero |= {"persistence_threshold": 0, "offload_parameters": place}
+    config: dict[str, Any] = {"zero": {**zero, "offload_optimizer": place} if offload != "none" else zero}
+    if offload == "none":
+        config["zero"].pop("offload_parameters", None)
+    if name is None:
+        config |= {"optimizer": {"lr": 1e-2, "beta2": 0.999, "weight_decay": 0.1}, "decay": "all"}
+        return megatron_ds.initialize(model, config)
+    return megatron_ds.initialize(model, config, late_optimizer(name, model))
+
+
+def late_run(stage: int, name: str | None, offload: str, folder: str) -> dict[str, Tensor]:
+    engine = late_engine(stage, name, offload, 1, folder)
+    before = engine.bytes_report()
+    late_turns(engine, engine.module, engine.optimizer, range(RESUMED_AT), name == "groups")
+    assert engine.bytes_report()["gradients"] > before["gradients"]
+    engine.save_checkpoint(folder)
+    late_turns(engine, engine.module, engine.optimizer, range(RESUMED_AT, len(LATE_TURNS)), name == "groups")
+    state = engine.state_dict()
+    engine.close()
+    again = late_engine(stage, name, offload, 9, folder)
+    if name == "groups":  # as plain torch wants it: the same groups before their state is loaded
+        model = again.module
+        for turn in LATE_TURNS[:RESUMED_AT]:
+            model.set_adapters(turn)
+            add_unfrozen(again.optimizer, model)
+        model.set_adapters(LATE_TURNS[0])
+    again.load_checkpoint(folder)
+    late_turns(again, again.module, again.optimizer, range(RESUMED_AT, len(LATE_TURNS)), name == "groups")
+    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
+    again.close()
+    return state
+
+
+def all_late_runs(folder: str) -> dict[Any, dict[str, Tensor]]:
+    return {case: late_run(*case, f"{folder}/{'-'.join(map(str, case))}") for case in LATE_CASES}
+
+
+def late_plain(name: str) -> dict[str, Tensor]:
     model = Adapted()
-    engine = megatron_ds.initialize(model, {"zero": {"stage": stage}}, torch.optim.SGD(model.parameters()))
-    turns(engine, range(1))
+    model.set_adapters(LATE_TURNS[0])
+    optimizer = late_optimizer(name, model)
+    late_turns(None, model, optimizer, range(len(LATE_TURNS)), name == "groups")
+    return model.state_dict()
+
+
+@pytest.mark.parametrize(("ranks", "apart"), [(1, False), (2, False), (2, True)])
+def test_what_is_unfrozen_late_trains_as_in_plain_torch(ranks: int, apart: bool, tmp_path: Path) -> None:
+    want = {name: late_plain(name) for name in {name or "AdamW" for _, name, _ in LATE_CASES}}
+    for found in run_ranks(all_late_runs, ranks, str(tmp_path), apart=apart):
+        for (stage, name, offload), state in found.items():
+            for key, value in want[name or "AdamW"].items():
+                assert (state[key] - value).abs().max() < 1e-9, (ranks, stage, name, offload, key)
+
+
+def test_what_is_unfrozen_in_the_middle_of_a_step_is_named() -> None:
+    model = Adapted()
+    engine = megatron_ds.initialize(model, {"accumulation": 2}, torch.optim.SGD(model.parameters()))
+    engine.backward(engine(samples(0)))
     model.body.requires_grad_(True)
-    said = message(engine.train_batch, [samples(0)])
-    assert "body.weight requires a gradient now and is the optimizer's, but was frozen at initialize()" in said
-    assert "unfreeze it before initialize() and freeze it again right after" in said
+    engine.backward(engine(samples(1)))
+    assert "body.weight was unfrozen in the middle of a step, of which it got a part" in message(engine.step)
     engine.close()

@@ -172,7 +172,7 @@ def test_what_the_engine_does_not_train_is_said_once(way: str, caplog: pytest.Lo
     for _ in range(3):
         engine.train_batch([x])
     name = WEIGHT if way == "unfrozen" else "adapter.weight"
-    assert [text.partition(" did not require")[0] for text in caplog.messages] == [f"{name} and 1 more"]
+    assert [text.partition(" are not among")[0] for text in caplog.messages] == [f"{name} and 1 more"]
     engine.close()
 
 
@@ -246,3 +246,61 @@ def test_a_closed_engine_leaves_the_model_for_the_next() -> None:
             assert got.keys() == dict(net.named_parameters()).keys()
             for name, value in net.named_parameters():
                 assert (got[name] - value).abs().max() < 1e-9, (stage, name)
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.table = nn.Embedding(6, 8).double()
+        self.body = nn.Linear(8, 8).double()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.body(self.table(tokens)).square().mean()
+
+    def resize(self) -> None:
+        """As ``resize_token_embeddings``: another table, with the old rows in it."""
+        old, self.table = self.table, nn.Embedding(9, 8).double()
+        with torch.no_grad():
+            self.table.weight.fill_(0.5)[:6] = old.weight
+
+
+def resized(stage: int) -> tuple[str, dict[str, Tensor]]:
+    model = Tokens()
+    config = {"zero": {"stage": stage, **({"persistence_threshold": 0} if stage == 3 else {})}}
+    engine = megatron_ds.initialize(model, config, adamw(model))
+    tokens = torch.arange(6).roll(1)[None]
+    for _ in range(2):
+        engine.train_batch([tokens])
+    with engine.gathered():
+        model.resize()
+    said = ""
+    try:
+        engine.train_batch([tokens])
+    except MegatronDSError as error:
+        said = str(error)
+    engine.close()
+    engine = megatron_ds.initialize(model, config, adamw(model))
+    for _ in range(2):
+        engine.train_batch([tokens + 3])
+    state = engine.state_dict()
+    engine.close()
+    return said, state
+
+
+def test_after_a_resized_table_closing_and_initializing_again_trains_as_in_plain_torch() -> None:
+    model = Tokens()
+    for add in (0, 3):
+        optimizer = adamw(model)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.arange(6).roll(1)[None] + add).backward()
+            optimizer.step()
+        if not add:
+            model.resize()
+    for stage in (0, 1, 2, 3):
+        for said, state in run_ranks(resized, 2, stage):
+            assert "table.weight is no longer a parameter of the model" in said
+            assert "call engine.close() and initialize() again" in said
+            for name, value in model.state_dict().items():
+                assert (state[name] - value).abs().max() < 1e-12, (stage, name)

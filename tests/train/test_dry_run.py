@@ -129,7 +129,7 @@ def kept_by_each(configs: list[RunConfig]) -> list[Any]:
         shards = [bucket.gradients.shard.nbytes for bucket in zero.buckets if bucket.gradients is not None]
         whole = [b.parameters.whole.nbytes for b in zero._all if b.layout.key.unit is None]
         units = [b.parameters.holding.region for b in zero._all if b.layout.key.unit is not None]
-        away = [zero.stores._state.bytes(), zero.stores._parameters.bytes()]
+        away = [zero.stores[0]._state.bytes(), zero.stores[0]._parameters.bytes()]
         parameters = sum(whole) + sum(region.numel * region.dtype.itemsize for region in units)
         found.append((sum(shards), parameters, sum(held["disk"] for held in away)))
         zero.close()

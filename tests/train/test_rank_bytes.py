@@ -65,7 +65,9 @@ def held_by_each(disk: str) -> list[tuple[ZeroLayout, dict[str, int]]]:
                 held["device"] += bucket.gradients.whole.nbytes
             elif bucket.gradients is not None:
                 held["device"] += bucket.gradients.shard.nbytes
-        for store in {id(s): s for s in (zero.stores._device, zero.stores._state, zero.stores._parameters)}.values():
+        for store in {
+            id(s): s for s in (zero.stores[0]._device, zero.stores[0]._state, zero.stores[0]._parameters)
+        }.values():
             for place, size in store.bytes().items():
                 held[place] += size
         found.append((zero.layout, held))

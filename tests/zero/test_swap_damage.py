@@ -199,7 +199,7 @@ class Run:
         self.zero.end_backward()
         self.zero.finish_gradients()
         self.zero.step(0.05)
-        self.zero.stores.drain()
+        self.zero.stores[0].drain()
 
     def regions(self, kind: str) -> list[Any]:
         return [(bucket.state if kind == "state" else bucket.parameters).holding.region for bucket in self.zero.buckets]
@@ -216,7 +216,7 @@ def run(io: str, tmp_path: Path) -> Iterator[Callable[[], Run]]:
 
     yield start
     for each in runs:
-        each.zero.stores.close()  # what the optimizer gathers to close itself cannot be read any more
+        each.zero.stores[0].close()  # what the optimizer gathers to close itself cannot be read any more
 
 
 @pytest.mark.parametrize("kind", ["state", "parameters"])

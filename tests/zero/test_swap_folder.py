@@ -223,5 +223,5 @@ def test_a_reservation_keeps_what_others_have_put_into_its_folders(tmp_path: Pat
 
 def test_a_run_that_is_let_in_uses_the_folder(tmp_path: Path) -> None:
     zero = build(offload("nvme", str(tmp_path / "swap" / "here")))
-    assert zero.stores._state.bytes()["disk"] == STATE and (tmp_path / "swap" / "here").is_dir()
+    assert zero.stores[0]._state.bytes()["disk"] == STATE and (tmp_path / "swap" / "here").is_dir()
     zero.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +26,7 @@ from unit_models import (
     train,
 )
 
+from megatron_ds import comm
 from megatron_ds.checkpoint.load import load
 from megatron_ds.checkpoint.save import save
 from megatron_ds.errors import ShardedParameterError
@@ -138,8 +140,16 @@ def test_all_of_the_next_unit_is_under_way_while_one_is_computed() -> None:
     assert run_ranks(gathers, 2, 2)[0][: len(two)] == two
 
 
-def out_of_order(shared_memory: bool) -> str:
-    """Rank 1 runs two blocks of one size the other way round, in the forward and so in the backward pass."""
+def out_of_order(shared_memory: bool, agree: bool) -> str:
+    """Rank 1 runs two blocks of one size the other way round, in the forward and so in the backward pass.
+
+    ``agree``: ranks say what they gather, as they do but under NCCL.
+    """
+    with nullcontext() if agree else patch.object(comm, "open_agreement", lambda axis: None):
+        return other_way_round(shared_memory)
+
+
+def other_way_round(shared_memory: bool) -> str:
     mesh = mesh_of_ranks()
     blocks = nn.ModuleList(Block(6) for _ in range(3)).double()
     for name, parameter in blocks.named_parameters():
@@ -162,9 +172,10 @@ def out_of_order(shared_memory: bool) -> str:
 
 
 def test_an_order_of_modules_that_would_mix_shards_is_named() -> None:
-    for message in run_ranks(out_of_order, 2, False):
+    for message in run_ranks(out_of_order, 2, False, False):
         assert re.match(r"gather number \d of this step was of the unit of 1\..* on rank 0, but of 2\.", message)
-    assert run_ranks(out_of_order, 2, True, apart=False) == ["", ""], "in shared memory every rank looks for itself"
+    assert run_ranks(out_of_order, 2, True, False, apart=False) == ["", ""], "each rank looks for itself"
+    assert run_ranks(out_of_order, 2, False, True) == ["", ""], "all take part in what any rank needs"
 
 
 def between_uses() -> Any:

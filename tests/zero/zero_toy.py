@@ -181,7 +181,7 @@ def train(case: Case, mesh: Mesh) -> tuple[list[float], dict[str, torch.Tensor]]
 
 
 def shares_memory(zero: ZeroOptimizer) -> bool:
-    return isinstance(zero._buffers[()], LocalBuffers)
+    return isinstance(zero._buffers[0], LocalBuffers)
 
 
 def on_cpu(mesh: Mesh) -> bool:

@@ -1,0 +1,81 @@
+"""What an engine's shards hold, as whole tensors by name: parameters, gradients, optimizer state; and bytes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ds.engine.tensors import WholeTensors
+from megatron_ds.errors import EngineError
+from megatron_ds.mesh import Mesh
+from megatron_ds.train.step import TrainStep
+from megatron_ds.zero.layout import bytes_table
+from megatron_ds.zero.optimizer import ZeroOptimizer
+
+
+class Inspection:
+    """The methods of an engine that look inside. Every rank calls each of them alike, and what it gives is on all."""
+
+    module: nn.Module
+    mesh: Mesh
+    zero: ZeroOptimizer
+    train_step: TrainStep
+    _done: int
+    _complete: bool
+
+    if TYPE_CHECKING:  # the engine's
+
+        def _count(self, micro_batches: int) -> Tensor: ...
+        def _share_buffers(self) -> None: ...
+
+    def tensors(self) -> WholeTensors:
+        """The whole tensors behind the shards, of this moment."""
+        return WholeTensors(self.module, self.zero, self.mesh)
+
+    @contextlib.contextmanager
+    def gathered(
+        self, parameters: nn.Parameter | Iterable[nn.Parameter] | None = None, write: bool = False
+    ) -> Iterator[None]:
+        """The parameters (default: all) are whole inside. ``write``: what rank 0 changed holds everywhere after."""
+        chosen = self.module.parameters() if parameters is None else parameters
+        with self.tensors().gathered([chosen] if isinstance(chosen, nn.Parameter) else list(chosen), write):
+            yield
+
+    def get_parameter(self, name: str) -> Tensor:
+        """The whole master weight, in fp32 (fp64), on every rank."""
+        return self.tensors().get(name, "param")
+
+    def set_parameter(self, name: str, value: Tensor) -> None:
+        """Set it on all ranks, which give the same value."""
+        self.tensors().set(name, "param", value)
+
+    def get_optimizer_state(self, name: str, kind: str) -> Tensor:
+        """A parameter's whole optimizer state, such as ``"exp_avg"``."""
+        return self.tensors().get(name, kind)
+
+    def set_optimizer_state(self, name: str, kind: str, value: Tensor) -> None:
+        self.tensors().set(name, kind, value)
+
+    def get_gradient(self, name: str) -> Tensor:
+        """A parameter's whole gradient, averaged and before clipping, between the step's last backward and step()."""
+        if not self._complete:
+            raise EngineError("gradients are whole between the last backward() of a step and step() only")
+        self.train_step.reduce()
+        return self.tensors().gradient(name) / self.train_step.excess(self._count(self._done))
+
+    def state_dict(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Every parameter and persistent buffer, whole, as ``module.state_dict()`` would be on one process."""
+        self._share_buffers()
+        return dict(self.tensors().stream(device))
+
+    def bytes_report(self) -> dict[str, int]:
+        """Bytes this rank holds, by kind."""
+        return self.zero.bytes_report()
+
+    def bytes_table(self) -> str:
+        """The same by where they live between steps, as a table."""
+        return bytes_table(self.zero.bytes_by_store())
