@@ -30,11 +30,12 @@ test: $(INSTALLED) ## Run the test suite (on NCCL where there are several GPUs, 
 test-faults: $(INSTALLED) ## Thousands of kills, damaged and malicious files and wrong settings (an hour on two cores)
 	@$(RUN) -m pytest tests/faults --faults full -n auto $(ARGS)
 
-lint: $(INSTALLED) ## Check with ruff (lint and format) and mypy
+lint: $(INSTALLED) ## Check with ruff (lint and format) and mypy; say where torch has a newer release than the pin
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
 	@$(RUN) -m mypy -p megatron_ds
 	@$(RUN) -m mypy tools examples
+	@$(RUN) tools/newest_releases.py
 
 format: $(INSTALLED) ## Fix what ruff can fix and format every file
 	@$(RUN) -m ruff check --fix

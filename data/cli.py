@@ -42,14 +42,14 @@ def run(main: Callable[[Options], None], options: type[Options], description: st
     sys.exit(guarded(lambda: main(tyro.cli(options, description=shown))))
 
 
-def say(text: str, code: int = 2) -> int:
+def print_error(text: str, code: int = 2) -> int:
     """Print the last word of a program, and return its exit status."""
     with contextlib.suppress(OSError, AttributeError):  # a stderr that is full, or closed
         print(text, file=sys.stderr, flush=True)
     return code
 
 
-def guarded(program: Callable[[], int | None], say: Callable[[str, int], int] = say) -> int:
+def guarded(program: Callable[[], int | None], report: Callable[[str, int], int] = print_error) -> int:
     """Run a program and return its exit status.
 
     What it returned, or 0; 2 for an error that the input or the system caused (one message, no traceback); 130 when it
@@ -62,7 +62,7 @@ def guarded(program: Callable[[], int | None], say: Callable[[str, int], int] = 
         try:
             code = program() or 0
         except SystemExit as left:  # --help
-            code = left.code if isinstance(left.code, int) else 0 if left.code is None else say(str(left.code), 1)
+            code = left.code if isinstance(left.code, int) else 0 if left.code is None else report(str(left.code), 1)
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
@@ -70,19 +70,19 @@ def guarded(program: Callable[[], int | None], say: Callable[[str, int], int] = 
         _leave_stdout()
         return 128 + signal.SIGPIPE
     except MegatronDSError as error:
-        return say(f"error: {error}", 2)
+        return report(f"error: {error}", 2)
     except KeyboardInterrupt:
-        return say("interrupted", 128 + signal.SIGINT)
+        return report("interrupted", 128 + signal.SIGINT)
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
         _leave_stdout()
-        return say(f"error: {_described(error)}", 2)
+        return report(f"error: {_described(error)}", 2)
     except Exception as error:
         found = _RUST_OS_ERROR.search(str(error))
         if found is None:
             raise
-        return say(f"error: {error}{_WAYS_OUT.get(int(found[1]), '')}", 2)
+        return report(f"error: {error}{_WAYS_OUT.get(int(found[1]), '')}", 2)
 
 
 def _described(error: OSError) -> str:

@@ -30,7 +30,7 @@ def train_tokenizer(
     max_megabytes: float | None = None,
     special_tokens: Sequence[str] = (),
     show_progress: bool = False,
-    say: Callable[[str], None] = lambda _: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Train on the texts of ``inputs`` and write a folder that :func:`load_tokenizer` and ``transformers`` load.
 
@@ -44,7 +44,7 @@ def train_tokenizer(
         max_megabytes: read at most this much text (10^6 bytes); a sample is enough for a vocabulary.
         special_tokens: names of further special tokens, e.g. sentinels of fill-in-the-middle.
         show_progress: bars on stderr.
-        say: called with what the user should know about the inputs.
+        warn: called with what the user should know about the inputs.
 
     Raises:
         DataError: no text, a special token twice, or a vocabulary too small for the kind.
@@ -63,7 +63,7 @@ def train_tokenizer(
     else:
         _train_hf(texts, folder, vocab_size, kind, special_tokens, show_progress)
     if cutter.runs:
-        say(
+        warn(
             f"{cutter.runs:,} runs of more than {MAX_RUN} characters without a break (the longest {cutter.longest:,}) "
             f"were cut into pieces of {MAX_RUN} for training: it takes time in the square of their length"
         )

@@ -215,11 +215,3 @@ def _rank_main(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # the parent has everything; tearing groups down one by one only costs time
-
-
-def is_float64_close(got: torch.Tensor, want: torch.Tensor, tolerance: float = 1e-9) -> bool:
-    """Equal shapes, no NaN, and every element within ``tolerance`` of ``max(1, |want|)``."""
-    if got.shape != want.shape:
-        return False
-    error = (got.double() - want.double()).abs()
-    return bool((error <= tolerance * want.double().abs().clamp(min=1.0)).all())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -61,6 +62,18 @@ def test_every_dependency_is_pinned_to_a_version_that_pyproject_admits() -> None
         assert requirement.specifier.contains(version), f"{requirement} does not admit the pinned {version}"
     torch = next(requirement for requirement in REQUIRED if requirement.name == "torch")
     assert torch.specifier.contains("2.11.0") and not torch.specifier.contains("2.10.0")
+
+
+def test_lint_says_where_a_newer_torch_is_out() -> None:
+    code = runpy.run_path(str(ROOT / "tools" / "newest_releases.py"))
+    out = {"torch": "2.14.1", "triton": "3.7.1"}
+    pins = "# torch==9\ntorch==2.13.0\ntriton==3.7.1\n"
+    (line,) = code["report"](pins, out.get)
+    assert line.startswith("torch 2.13.0 is pinned, 2.14.1 is out")
+    assert code["report"](pins, {"torch": "2.9.1", "triton": "3.7.1"}.get) == [], "2.9 is older than 2.13"
+    unknown = code["report"](pins, lambda package: None)
+    assert len(unknown) == 2 and "triton 3.7.1 is pinned; its newest release is not known" in unknown[1]
+    assert "tools/newest_releases.py" in make("-n", "lint")
 
 
 def test_every_import_is_declared() -> None:

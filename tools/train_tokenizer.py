@@ -46,7 +46,7 @@ def main(options: TrainTokenizer) -> None:
         options.max_megabytes,
         options.special_tokens,
         show_progress=not options.quiet,
-        say=print,
+        warn=print,
     )
     tokenizer = load_tokenizer(folder)
     print(f"{folder}: {options.kind} with {tokenizer.vocab_size:,} entries, {time.perf_counter() - start:.1f} s")

@@ -31,8 +31,8 @@ class ActivationMeter:
 
     def __init__(self, module: nn.Module):
         self._buffers = {buffer.untyped_storage().data_ptr() for buffer in module.buffers()}
-        self._kept: dict[int, int] = {}  # bytes by storage
-        self._again: list[dict[int, int]] = []  # the same of each part that is computed again
+        self._stored: dict[int, int] = {}  # bytes by storage
+        self._recomputed: list[dict[int, int]] = []  # the same of each part that is computed again
         self._inside: list[nn.Module] = []
         self._open: list[Any] = []
         self._forward = self._used = False
@@ -48,7 +48,7 @@ class ActivationMeter:
             yield
             return
         self._used = self._forward = True
-        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda saved: saved):
+        with torch.autograd.graph.saved_tensors_hooks(self._store, lambda saved: saved):
             yield
         self._forward = False
 
@@ -57,12 +57,12 @@ class ActivationMeter:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        sizes = [sum(part.values()) for part in self._again]
-        kept = sum(self._kept.values())
-        return Activations(kept + sum(sizes), kept, max(sizes)) if any(sizes) else None
+        sizes = [sum(part.values()) for part in self._recomputed]
+        stored = sum(self._stored.values())
+        return Activations(stored + sum(sizes), stored, max(sizes)) if any(sizes) else None
 
-    def _keep(self, saved: Tensor) -> Tensor:
-        self._add(self._kept, saved)
+    def _store(self, saved: Tensor) -> Tensor:
+        self._add(self._stored, saved)
         return saved
 
     def _add(self, where: dict[int, int], saved: Any) -> None:
@@ -93,11 +93,11 @@ class ActivationMeter:
             if top is not None or task == -1 or task != self._task:
                 return
         found: dict[int, int] = {}
-        self._again.append(found)
+        self._recomputed.append(found)
         pack, unpack = top or ((lambda saved: saved), (lambda saved: saved))
 
         def count(saved: Tensor) -> Any:
-            if not (type(saved) is Tensor and saved.untyped_storage().data_ptr() in self._kept):
+            if not (type(saved) is Tensor and saved.untyped_storage().data_ptr() in self._stored):
                 self._add(found, saved)
             return pack(saved)
 
@@ -108,7 +108,7 @@ class ActivationMeter:
 
     def _inputs(self, args: Any, kwargs: Any) -> None:
         for leaf in tree_leaves((args, kwargs)):
-            self._add(self._kept, leaf)
+            self._add(self._stored, leaf)
 
     def _leave(self, part: nn.Module, args: Any, output: Any) -> None:
         if self._inside and self._inside[-1] is part:

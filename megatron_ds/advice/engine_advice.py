@@ -39,11 +39,11 @@ class EngineAdvice(RunAdvice):
         scaler: LossScaler,
         mesh: Mesh,
         micro_batches: int,
-        say: Callable[[str], object],
+        warn: Callable[[str], object],
         module: nn.Module,
         ranks_sharing: int,
     ):
-        super().__init__(zero, scaler, mesh, micro_batches, say)
+        super().__init__(zero, scaler, mesh, micro_batches, warn)
         self.module, self.ranks_sharing = module, ranks_sharing
         first = mesh.rank == 0
         self._meter = ActivationMeter(module) if first and micro_batches > 1 and recomputes(module) else None

@@ -35,17 +35,17 @@ class Advice:
 
 
 class Adviser:
-    """Says each rule's advice once. ``say``: takes a line; give it on one rank."""
+    """Gives each rule's advice once. ``warn``: takes a line; give it on one rank."""
 
-    def __init__(self, say: Callable[[str], object]):
-        self._say = say
-        self._said: set[str] = set()
+    def __init__(self, warn: Callable[[str], object]):
+        self._warn = warn
+        self._given: set[str] = set()
 
     def __call__(self, advice: Iterable[Advice | None]) -> None:
         for each in advice:
-            if each is not None and each.rule not in self._said:
-                self._said.add(each.rule)
-                self._say(str(each))
+            if each is not None and each.rule not in self._given:
+                self._given.add(each.rule)
+                self._warn(str(each))
 
 
 def stage_too_high(layout: ZeroLayout, micro_batches: int, free: int, activations: int) -> Advice | None:
@@ -115,9 +115,9 @@ def offload_outlasts_compute(
 def recomputation_saves_little(
     micro_batches: int,
     in_flight: int,
-    activations: int,
-    kept: int,
-    transient: int,
+    no_recompute: int,
+    stored: int,
+    recompute_peak: int,
     gradients: int,
     other: int,
     whole_gradients: bool,
@@ -130,27 +130,27 @@ def recomputation_saves_little(
 
     Args:
         in_flight: micro-batches whose activations are kept at once (1 without a pipeline).
-        activations: bytes of one micro-batch without recomputation. kept: with it.
-        transient: bytes of the part that is computed again at a time, and whatever recomputation does not touch
+        no_recompute: bytes of one micro-batch's activations without recomputation. stored: with it.
+        recompute_peak: bytes of the part that is computed again at a time, and whatever recomputation does not touch
             (logits).
         gradients: bytes that stay while micro-batches accumulate. other: parameters and state on the device.
         whole_gradients: they are not sharded during accumulation.
         switch_off: what ends the recomputation.
     """
-    with_it = other + gradients + in_flight * kept + transient
-    without = other + gradients + in_flight * activations
-    if micro_batches < 2 or kept >= activations or without - with_it >= HARDLY * without:
+    with_it = other + gradients + in_flight * stored + recompute_peak
+    without = other + gradients + in_flight * no_recompute
+    if micro_batches < 2 or stored >= no_recompute or without - with_it >= HARDLY * without:
         return None
-    parts = {"gradients": gradients, "parameters and state": other, "activations": in_flight * kept + transient}
+    parts = {"gradients": gradients, "parameters and state": other, "activations": in_flight * stored + recompute_peak}
     largest = max(parts, key=lambda name: parts[name])
     action = f"use {switch_off}"
-    if whole_gradients and gradients > in_flight * activations:
+    if whole_gradients and gradients > in_flight * no_recompute:
         action += ", or free the gradients instead: zero.stage=2 keeps a rank's share of them between micro-batches"
     elif micro_batches > 1 and largest == "activations":
         action += ", and a smaller micro-batch: what is left is computed at once whatever the mode"
     return Advice(
         "recompute",
-        f"recomputation takes {gb(in_flight * (activations - kept))} off the activations, but the peak only from "
+        f"recomputation takes {gb(in_flight * (no_recompute - stored))} off the activations, but the peak only from "
         f"{gb(without)} to {gb(with_it)}: with {micro_batches} micro-batches a step it is "
         + ", ".join(f"{gb(size)} {name}" for name, size in parts.items()),
         action,

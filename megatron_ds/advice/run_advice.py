@@ -41,16 +41,16 @@ class RunAdvice:
 
     Args:
         micro_batches: of a step, on one rank.
-        say: takes a line; called on rank 0 alone.
+        warn: takes a line; called on rank 0 alone.
     """
 
     def __init__(
-        self, zero: ZeroOptimizer, scaler: LossScaler, mesh: Mesh, micro_batches: int, say: Callable[[str], object]
+        self, zero: ZeroOptimizer, scaler: LossScaler, mesh: Mesh, micro_batches: int, warn: Callable[[str], object]
     ):
         self.zero, self.scaler, self.mesh = zero, scaler, mesh
         self.micro_batches = micro_batches
         self._watch = LossScaleWatch()
-        self._adviser = Adviser(say)
+        self._adviser = Adviser(warn)
         self._steps = 0
 
     def before(self, advice: list[Advice | None]) -> None:

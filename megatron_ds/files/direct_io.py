@@ -50,7 +50,7 @@ class DirectFile:
             if not existed:
                 path.unlink(missing_ok=True)  # Linux creates the file before it refuses the flag
             self.fd = os.open(path, flags, 0o644)
-            self._say_buffered()
+            self._warn_buffered()
 
     @staticmethod
     def create(path: Path, size: int) -> DirectFile:
@@ -148,9 +148,9 @@ class DirectFile:
         with self._falling_back:
             if self.direct:
                 fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) & ~os.O_DIRECT)
-                self._say_buffered()
+                self._warn_buffered()
 
-    def _say_buffered(self) -> None:
+    def _warn_buffered(self) -> None:
         self.direct = False
         log.warning("%s: the filesystem refuses direct I/O; the page cache is used (slower)", self.path)
 

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ds.kernels.rotary import rotate_reference
-
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None) -> Tensor:
     """``[d / 2]`` fp32 angles a position (Su et al. 2021, eq. 15).
@@ -36,11 +34,6 @@ def rotary_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> 
     angles = positions.unsqueeze(-1).to(torch.float32) * frequencies.to(positions.device)
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``x`` ``[s, b, n, d]`` alone; :func:`megatron_ds.kernels.rotary.rotary` turns queries and keys at once."""
-    return rotate_reference(x, cos, sin)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

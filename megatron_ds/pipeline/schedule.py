@@ -72,11 +72,6 @@ class Schedule:
     def has_transfers(self) -> bool:
         return any(not action.op.is_compute for rank in self.actions for action in rank)
 
-    @property
-    def splits_backward(self) -> bool:
-        """Whether weight gradients are actions of their own (``W``)."""
-        return any(action.op is Op.W for rank in self.actions for action in rank)
-
     def compute_only(self) -> Schedule:
         """The schedule without its transfers."""
         return self.with_actions([action for action in rank if action.op.is_compute] for rank in self.actions)

@@ -112,8 +112,8 @@ class MetricsFile(Callback):
     was deleted, with its directory or without, is begun anew. Either is said.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], None]):
-        self.path, self.say = path, say
+    def __init__(self, path: Path, warn: Callable[[str], None]):
+        self.path, self.warn = path, warn
         self._waiting: dict[Path, list[bytes]] = {path: [], path.with_name("evaluation.jsonl"): []}
         self._exists: set[Path] = set()
         self._stuck: set[Path] = set()
@@ -169,7 +169,7 @@ class MetricsFile(Callback):
 
     def _tell(self, text: str) -> None:
         with contextlib.suppress(OSError):  # a closed terminal
-            self.say(text)
+            self.warn(text)
 
 
 class TensorBoard(Callback):

@@ -133,15 +133,15 @@ class Watch:
         first = self._claim(text)
         if first.rank != self.rank:
             if not (mistake and first.text == text):
-                self._say_stops(first)
+                self._report_stop(first)
         elif mistake:
-            _say(f"error: {error}")
+            _report(f"error: {error}")
         elif peer:
-            self._say_peer(text, own)
+            self._report_peer(text, own)
         elif isinstance(error, KeyboardInterrupt):
-            _say("interrupted")
+            _report("interrupted")
         else:
-            _say(f"rank {self.rank} failed:\n" + "".join(traceback.format_exception(error)).rstrip())
+            _report(f"rank {self.rank} failed:\n" + "".join(traceback.format_exception(error)).rstrip())
         self._answer(own)
         if self.rank == 0 and not (peer and first.rank == self.rank):
             self._roll_call()  # the store may live here: stay until the others know
@@ -162,13 +162,13 @@ class Watch:
             end = "gone without a word, it or its torchrun, and the job's store with it"
         return FirstFailure(0, end, said=False) if self.rank > 0 and _PEER.search(text) else own
 
-    def _say_stops(self, first: FirstFailure) -> None:
+    def _report_stop(self, first: FirstFailure) -> None:
         if self.local_rank == 0 or not first.said:
-            _say(f"rank {self.rank} stops: rank {first.rank}: {first.text}")
+            _report(f"rank {self.rank} stops: rank {first.rank}: {first.text}")
 
     # The roll call
 
-    def _say_peer(self, text: str, own: Whereabouts) -> None:
+    def _report_peer(self, text: str, own: Whereabouts) -> None:
         """This rank lost a peer, or waited for it in vain, and nobody has said why."""
         late = _TIMEOUT.search(text) is not None
         places = {**self._roll_call(), self.rank: own}
@@ -191,7 +191,7 @@ class Watch:
             lines.append(f"  rank {rank}: {places[rank].text}{since}")
         if len(order) > _SHOWN:
             lines.append(f"  ... and {len(order) - _SHOWN} more")
-        _say("\n".join(lines))
+        _report("\n".join(lines))
 
     def _answer(self, place: Whereabouts) -> None:
         text = json.dumps(asdict(place))
@@ -268,9 +268,9 @@ class Watch:
         text = f"timeout: {self._place.text}"
         first = first or self._claim(text)
         if first.rank == self.rank:
-            self._say_peer(text, replace(self._place, seconds=int(time.monotonic() - self._since)))
+            self._report_peer(text, replace(self._place, seconds=int(time.monotonic() - self._since)))
         else:
-            self._say_stops(first)
+            self._report_stop(first)
         sys.stdout.flush()
         os._exit(1)
 
@@ -291,5 +291,5 @@ def _plain(error: BaseException) -> str:
     return re.sub(r"^\[[^\]]*\] ", "", lines[0]).partition(". This is typically")[0]
 
 
-def _say(text: str) -> None:
+def _report(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -22,16 +22,16 @@ class Keeper:
     """Removes old checkpoints on rank 0, and remembers which ones are not proven.
 
     Args:
-        say: where to say that an old checkpoint could not be removed; that ends no run.
+        warn: told of an old checkpoint that could not be removed; that ends no run.
 
     Attributes:
         unproven: the first checkpoint after which no step had finite gradients yet.
     """
 
-    def __init__(self, directory: Path, keep_last: int | None, world: Axis, say: Callable[[str], None]):
+    def __init__(self, directory: Path, keep_last: int | None, world: Axis, warn: Callable[[str], None]):
         if keep_last is not None and keep_last < 1:
             raise CheckpointError(f"keep_last={keep_last} would remove the checkpoint being saved; use 1 or more")
-        self.directory, self.keep_last, self.world, self.say = directory, keep_last, world, say
+        self.directory, self.keep_last, self.world, self.warn = directory, keep_last, world, warn
         self.unproven: int | None = None
         self._newest: int | None = None
 
@@ -86,4 +86,4 @@ class Keeper:
             try:
                 prune(self.directory, self._newest, self.keep_last, self.unproven)
             except OSError as error:
-                self.say(f"an old checkpoint cannot be removed, training goes on: {error}")
+                self.warn(f"an old checkpoint cannot be removed, training goes on: {error}")

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ds.comm.together import merged
-from megatron_ds.data.cli import guarded, say
+from megatron_ds.data.cli import guarded, print_error
 from megatron_ds.errors import ConfigError, MegatronDSError
 from megatron_ds.mesh import MOST_RANKS, init_process_group
 from megatron_ds.train.bounded import BoundedStore, StoreSilentError, in_thread
@@ -328,7 +328,7 @@ def run_main(main: Callable[[RankInfo], int]) -> int:
             # Nearly always every rank has found the same; rank 0 says it, and its end is the end of the job. A rank
             # that is still there after that speaks too: first one a node, then all.
             time.sleep(_RANK_0_SPEAKS_FIRST * (1 if place.local_rank == 0 else 2))
-        return say(text, code)
+        return print_error(text, code)
 
     end_with_launcher()
     try:

@@ -57,7 +57,13 @@ def test_transfers_longer_than_compute() -> None:
 
 def test_recomputation_under_accumulation() -> None:
     """A 1 B model at stage 1: 4 GB of whole gradients and 8 GB of the rest, whatever recomputation does."""
-    sizes = {"activations": 1 * GB, "kept": GB // 10, "transient": GB // 2, "gradients": 4 * GB, "other": 8 * GB}
+    sizes = {
+        "no_recompute": 1 * GB,
+        "stored": GB // 10,
+        "recompute_peak": GB // 2,
+        "gradients": 4 * GB,
+        "other": 8 * GB,
+    }
     advice = recomputation_saves_little(micro_batches=8, in_flight=1, whole_gradients=True, **sizes)
     assert advice is not None and str(advice) == (
         "recomputation takes 0.90 GB off the activations, but the peak only from 13.00 GB to 12.60 GB: with 8 "
@@ -67,9 +73,9 @@ def test_recomputation_under_accumulation() -> None:
     )
     assert recomputation_saves_little(1, 1, whole_gradients=True, **sizes) is None, "nothing accumulates"
     assert recomputation_saves_little(8, 8, whole_gradients=True, **sizes) is None, "eight in flight: 7 GB saved"
-    sizes["kept"] = sizes["activations"]
+    sizes["stored"] = sizes["no_recompute"]
     assert recomputation_saves_little(8, 1, whole_gradients=True, **sizes) is None, "nothing is recomputed"
-    logits = {"activations": 20 * GB, "kept": 1 * GB, "transient": 18 * GB, "gradients": 0, "other": 1 * GB}
+    logits = {"no_recompute": 20 * GB, "stored": 1 * GB, "recompute_peak": 18 * GB, "gradients": 0, "other": 1 * GB}
     found = recomputation_saves_little(8, 1, whole_gradients=False, **logits)
     assert found is not None and "a smaller micro-batch" in found.action
 

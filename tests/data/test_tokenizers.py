@@ -161,7 +161,7 @@ def test_long_runs_are_cut_for_training_and_said(tmp_path: Path, kind: Kind) -> 
     assert "".join(pieces) == text and (cutter.runs, cutter.longest) == (3, 30_000)
     assert all(len(run) <= 256 for piece in pieces for run in re.findall(r"\w+|\s+|[^\w\s]+", piece))
     said: list[str] = []
-    trained = train_tokenizer([str(tmp_path / "in.txt")], tmp_path / "t", 400, kind, say=said.append)
+    trained = train_tokenizer([str(tmp_path / "in.txt")], tmp_path / "t", 400, kind, warn=said.append)
     assert load_tokenizer(trained).vocab_size == 400
     assert said == [
         "3 runs of more than 256 characters without a break (the longest 30,000) were cut into pieces of 256 for "

