@@ -60,20 +60,23 @@ def gpt_activations(config: RunConfig, span: StageSpan, tp: int, device: str) ->
     if span.head:
         # The last norm, and the gradients that the loss computes along with itself, the weight's in fp32 at least.
         fixed += _norm(own, c.hidden_size, width, c.norm == "rmsnorm" and cpu) + places * c.hidden_size * width
-        fixed += min(c.vocab_size, c.padded_vocab // tp) * c.hidden_size * max(width, 4)
+    loss = span.head * min(c.vocab_size, c.padded_vocab // tp) * c.hidden_size * max(width, 4)
+    fixed += loss
     no_recompute = layers * layer.no_recompute + fixed
     if recompute.mode == "selective":
         # Beside a fused core this can be more than without: its keys and values are copies, its arguments all of qkv.
         stored = layers * (layer.without_attention_core + layer.attention_core_inputs) + fixed
-        return Activations(no_recompute, stored, layer.no_recompute - layer.without_attention_core if layers else 0)
+        peak = layer.no_recompute - layer.without_attention_core if layers else 0
+        return Activations(no_recompute, stored, peak, loss)
     every = {"full": 1, "every_n": recompute.every}.get(recompute.mode)
     if every is None:
-        return Activations(no_recompute, no_recompute, 0)
+        return Activations(no_recompute, no_recompute, 0, loss)
     recomputed = sum(index % every == 0 for index in range(span.first, span.last))
     return Activations(
         no_recompute,
         recomputed * layer.input + (layers - recomputed) * layer.no_recompute + fixed,
         layer.no_recompute * bool(recomputed),
+        loss,
     )
 
 

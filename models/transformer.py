@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ from megatron_ds.rng import DropoutKeys, dropout, initialize_parameters
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
 
 MicroBatch = Mapping[str, Tensor]
+Part = Literal["whole", "before loss", "loss"]
 
 # Dropout sites of a model: one of the embedding, then three a block.
 _EMBEDDING_SITE = 0
@@ -209,7 +210,9 @@ class Transformer(nn.Module):
         module = getattr(self, name, None)
         return None if module is None else module.weight
 
-    def forward(self, micro_batch: MicroBatch, hidden: Tensor | None = None) -> Tensor:
+    defers_loss = True  # what follows takes ``part``
+
+    def forward(self, micro_batch: MicroBatch, hidden: Tensor | None = None, part: Part = "whole") -> Tensor:
         """Run this stage on one micro-batch.
 
         Args:
@@ -217,13 +220,14 @@ class Transformer(nn.Module):
                 ``sample_index`` ``[b]`` int64; ``document_ids`` ``[b, s]`` where documents are kept apart,
                 ``token_type_ids`` ``[b, s]`` where types differ (default: all 0).
             hidden: the previous stage's output; None on the first stage.
+            part: of the last stage: all, what lies before the loss, or the loss alone of that (then ``hidden``).
 
         Returns:
             On the last stage the *sum* of the losses of the unmasked tokens (a scalar, fp32 or fp64); on the others
             the activation for the next stage.
         """
-        x = self.hidden_states(micro_batch, hidden)
-        if not self.span.head:
+        x = hidden if part == "loss" and hidden is not None else self.hidden_states(micro_batch, hidden)
+        if not self.span.head or part == "before loss":
             return x
         return linear_cross_entropy(
             self.head_input(x),

@@ -136,7 +136,8 @@ def recomputation(
         return None
     gradients = held.total("device", ("gradients",))
     whole = zero.layout.keeps_gradients_whole(micro_batches)
-    of_one = (activations.no_recompute, activations.stored, activations.recompute_peak)
+    once = activations.loss * (in_flight - 1) // in_flight  # of a micro-batch's share, as the losses come one by one
+    of_one = (activations.no_recompute - once, activations.stored - once, activations.recompute_peak)
     return recomputation_saves_little(
         micro_batches, in_flight, *of_one, gradients, on_device - gradients, whole, switch_off
     )

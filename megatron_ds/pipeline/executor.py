@@ -3,6 +3,10 @@
 It knows modules, tensors and two process groups, and neither models nor schedules' reasons. A stage is any module
 called as ``stage(micro_batch, hidden)`` that returns the activation for the next stage, or on the last stage the
 scalar *sum* of its losses (see ``train/step.py`` for who normalises it).
+
+A loss that computes its gradients along with itself keeps a whole gradient of the output weights until its backward
+pass. Where forward passes of other micro-batches come between (GPipe), a stage that can (``defers_loss``) computes its
+loss when its backward pass begins, so that one such gradient exists at a time.
 """
 
 from __future__ import annotations
@@ -79,6 +83,7 @@ class _InFlight:
     hidden: Tensor | None
     output: GradientEdge
     dtype: torch.dtype
+    before_loss: Tensor | None = None  # where the loss is computed later: what it is computed of
 
 
 @dataclass
@@ -94,6 +99,8 @@ class _Run:
     sends: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
     # Between two stages of one rank a tensor is handed over without a transfer.
     handed_over: dict[Action, Tensor] = field(default_factory=dict)
+    # Forwards of the last stage whose loss is computed with the backward.
+    deferred: frozenset[Action] = frozenset()
 
 
 class Executor:
@@ -236,6 +243,8 @@ class Executor:
         # The last action of each stage that adds to its gradients.
         last = {action.stage: action for action in actions if action.op is (Op.W if action.stage in split else Op.B)}
         run = _Run(micro_batches, seed, torch.zeros((), dtype=torch.float64, device=self.device))
+        if seed is not None:
+            run.deferred = self._deferred_losses(actions)
         for action in actions:
             self._doing = action
             if action.op.is_receive:
@@ -270,24 +279,47 @@ class Executor:
         self._doing = None
         return run.loss
 
+    def _deferred_losses(self, actions: Sequence[Action]) -> frozenset[Action]:
+        """The forwards of the last stage that are not followed by their own backward."""
+        last = self.placement.num_stages - 1
+        if not getattr(self.stages.get(last), "defers_loss", False):
+            return frozenset()
+        computes = [action for action in actions if action.op.is_compute]
+        followed = zip(computes, [*computes[1:], None])
+        return frozenset(
+            action
+            for action, following in followed
+            if action.stage == last and action.op is Op.F and following != Action(last, Op.B, action.micro_batch)
+        )
+
     def _forward(self, action: Action, hidden: Tensor | None, run: _Run) -> None:
         if hidden is not None and run.seed is not None:
             hidden.requires_grad_()
-        output = self.stages[action.stage](run.micro_batches[action.micro_batch], hidden)
-        if action.stage == self.placement.num_stages - 1:
+        later = action in run.deferred
+        more = {"part": "before loss"} if later else {}
+        output = self.stages[action.stage](run.micro_batches[action.micro_batch], hidden, **more)
+        if later:
+            pass
+        elif action.stage == self.placement.num_stages - 1:
             run.loss += output.detach()
         else:
             self._hand_over(Action(action.stage, Op.SEND_F, action.micro_batch), output.detach(), run)
         if run.seed is not None:
-            kept = _InFlight(hidden, get_gradient_edge(output), output.dtype)
+            kept = _InFlight(hidden, get_gradient_edge(output), output.dtype, output if later else None)
             run.in_flight[action.stage, action.micro_batch] = kept
 
     def _backward(self, action: Action, grad: Tensor | None, run: _Run) -> None:
         kept = run.in_flight.pop((action.stage, action.micro_batch))
+        output: GradientEdge | Tensor = kept.output
+        if kept.before_loss is not None:
+            batch = run.micro_batches[action.micro_batch]
+            output = loss = self.stages[action.stage](batch, kept.before_loss, part="loss")
+            kept.dtype = loss.dtype
+            run.loss += loss.detach()
         if grad is None:
             assert run.seed is not None
             grad = run.seed.to(kept.dtype)
-        torch.autograd.backward(kept.output, grad)
+        torch.autograd.backward(output, grad)
         if kept.hidden is not None:
             assert kept.hidden.grad is not None
             self._hand_over(Action(action.stage, Op.SEND_B, action.micro_batch), kept.hidden.grad, run)

@@ -59,8 +59,14 @@ class Activations:
         no_recompute: what would be stored without recomputation.
         stored: what is stored with the configured recomputation.
         recompute_peak: what exists besides while one part is computed again.
+        loss: what of ``stored`` the loss holds of the output weights' gradients, which one micro-batch has at a time.
     """
 
     no_recompute: int
     stored: int
     recompute_peak: int
+    loss: int = 0
+
+    def of(self, in_flight: int) -> int:
+        """Bytes that so many micro-batches store, whose losses are computed one at a time."""
+        return self.stored * in_flight - self.loss * max(0, in_flight - 1)

@@ -101,9 +101,11 @@ class DryRun:
             return ["  (activations are not known of this model)"]
         stored, recompute_peak = self.activations.stored, self.activations.recompute_peak
         device = "a CPU" if self.config.device == "cpu" else "a GPU"
+        kinds = {"kept": self.activations.of(self.in_flight), "recomputed": recompute_peak}
+        once = f", {self.activations.loss:,} of them once" if self.activations.loss and self.in_flight > 1 else ""
         return [
-            f"activations on {device}, estimated: {stored:,} bytes a micro-batch x {self.in_flight} in flight",
-            *_table({"kept": stored * self.in_flight, **({"recomputed": recompute_peak} if recompute_peak else {})}),
+            f"activations on {device}, estimated: {stored:,} bytes a micro-batch x {self.in_flight} in flight{once}",
+            *_table({kind: size for kind, size in kinds.items() if size or kind == "kept"}),
         ]
 
     def _transient(self) -> list[str]:

@@ -56,8 +56,8 @@ class RankAccount:
         for kind, size in self.layout.transient_bytes(self.micro_batches).items():
             found[f"whole {kind}"] = {"device": size}
         if self.activations is not None:
-            kept = self.activations.stored * self.in_flight + self.activations.recompute_peak
-            found["activations"] = {"device": kept}
+            stored = self.activations.of(self.in_flight)
+            found["activations"] = {"device": stored + self.activations.recompute_peak}
         return found
 
     def total(self, place: str) -> int:

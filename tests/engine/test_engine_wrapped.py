@@ -81,7 +81,7 @@ def all_trained(how: str, folder: str) -> list[Ran]:
 def test_a_compiled_model_trains_and_is_saved_as_it_is_without(how: str, tmp_path: Path) -> None:
     losses, parameters = plain("gpt2")
     own = [name for name, _ in made("gpt2").named_parameters()]
-    for rank in run_ranks(all_trained, 2, how, str(tmp_path)):
+    for rank in run_ranks(all_trained, 2, how, str(tmp_path), timeout=280):
         for got, loaded, names in rank:
             assert got == pytest.approx(losses, rel=1e-9)
             assert loaded.keys() == parameters.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 from unittest.mock import patch
 
@@ -11,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.config import ModelConfig, RecomputeConfig, RunConfig, from_dict
+from megatron_ds.kernels.accumulate import add_product
 from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.models.gpt import GPT, GPTTask
 from megatron_ds.models.text_task import layer_costs
 from megatron_ds.models.transformer import StageSettings
+from megatron_ds.pipeline.executor import Executor
 from megatron_ds.pipeline.layer_split import split_layers
+from megatron_ds.pipeline.schedules import build_schedule
 from megatron_ds.pipeline.stage import StageSpan, stage_spans
 from megatron_ds.rng import DropoutKeys
 from megatron_ds.shard import spec_of
@@ -314,3 +318,34 @@ def test_no_two_dropouts_of_the_model_make_the_same_decisions() -> None:
     with patch.object(DropoutKeys, "row_keys", spy):
         net(batch())
     assert len(sites) == len(set(sites)) == 1 + 3 * 4
+
+
+def test_of_many_micro_batches_in_flight_one_holds_a_gradient_of_the_output_weights() -> None:
+    """GPipe computes a loss when its backward pass begins: the numbers of 1F1B, bit for bit, with one such gradient."""
+    found = []
+    for name in ("1f1b", "gpipe"):
+        net, mesh = model(LLAMA), Mesh.single()
+        alive: list[weakref.ref[Tensor]] = []
+        counts: list[int] = []
+
+        def noted(total: Tensor, *operands: Any, alive: Any = alive, counts: Any = counts, **more: Any) -> None:
+            if not any(seen() is total for seen in alive):
+                alive.append(weakref.ref(total))
+            counts.append(sum(seen() is not None for seen in alive))
+            add_product(total, *operands, **more)
+
+        executor = Executor(
+            build_schedule(name, 1, 4),
+            {0: net},
+            pp=mesh.pp,
+            pp_back=mesh.pp_back,
+            activation_shape=(),
+            dtype=torch.float64,
+            device=mesh.device,
+        )
+        with patch("megatron_ds.layers.loss.add_product", noted):
+            total = executor.run([batch()] * 4, torch.tensor(0.5, dtype=torch.float64))
+        assert len(counts) >= 4 and max(counts) == 1, name
+        found.append([total, *(p.grad for p in net.parameters())])
+    for one, other in zip(*found):
+        assert one is not None and other is not None and torch.equal(one, other)
