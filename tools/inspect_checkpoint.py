@@ -41,11 +41,11 @@ class Inspect:
 def main(options: Inspect) -> None:
     console = Console()
     with Checkpoint(options.checkpoint) as checkpoint:
-        manifest = checkpoint.manifest
-        size = sum(file.size for file in manifest.files)
+        index = checkpoint.manifest.index
+        size = sum(index.file_sizes(0, index.sizes.files))
         console.print(
             f"{checkpoint.directory}: step {checkpoint.step}, saved by {checkpoint.world_size} "
-            f"rank{'s' * (checkpoint.world_size != 1)}, {len(manifest.files)} files, {decimal(size)}"
+            f"rank{'s' * (checkpoint.world_size != 1)}, {index.sizes.files} files, {decimal(size)}"
         )
         console.print(_kinds(checkpoint))
         console.print(_tensors(checkpoint, options.kind, options.layers))
@@ -77,7 +77,7 @@ def _tensors(checkpoint: Checkpoint, kind: str, every_layer: bool) -> Table:
         counts = rows.setdefault(key, [0, 0, 0])
         counts[0] += 1
         counts[1] += prod(record.shape)
-        counts[2] += len(record.parts)
+        counts[2] += record.count
     table = Table("tensor", "shape", "dtype", "tensors", "elements", "parts")
     table.columns[0].overflow = "fold"  # a name cut short is no name
     for key, counts in rows.items():

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_ds.checkpoint.manifest import MANIFEST, REPLACED, STEP, Manifest, step_of
-from megatron_ds.checkpoint.manifest_file import read_manifest
-from megatron_ds.checkpoint.writer import FileRecord
+from megatron_ds.checkpoint.manifest import MANIFEST, REPLACED, STEP, Manifest, rank_name, step_of
+from megatron_ds.checkpoint.manifest_file import check_size, read_manifest
 from megatron_ds.errors import CheckpointError
 from megatron_ds.files import checksum, read_bytes, replacing, sync_directory, write_text_durably
 
@@ -74,8 +72,11 @@ def read_latest(directory: Path) -> str:
 # --- what a path means ----------------------------------------------------------------------------------------
 
 
-def find(path: str | Path) -> tuple[Path, Manifest]:
+def find(path: str | Path, share: tuple[int, int] = (0, 0)) -> tuple[Path, Manifest]:
     """The step directory that ``path`` means, and its manifest: itself, or the one that its ``latest`` points to.
+
+    Args:
+        share: (this one, of how many): which of the checkpoint's files to look for, see :func:`look_at`.
 
     Raises:
         CheckpointError: there is none, or it is damaged or incomplete (naming another that looks whole).
@@ -95,7 +96,7 @@ def find(path: str | Path) -> tuple[Path, Manifest]:
         except CheckpointError as error:
             raise CheckpointError(str(error) + way_out(path)) from None
     try:
-        return in_place(step), look_at(in_place(step))
+        return in_place(step), look_at(in_place(step), share)
     except CheckpointError as error:
         raise CheckpointError(str(error) + way_out(directory, besides=step)) from None
 
@@ -110,28 +111,23 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     return find(path)[1].meta
 
 
-def look_at(step: Path) -> Manifest:
+def look_at(step: Path, share: tuple[int, int] = (0, 1)) -> Manifest:
     """The manifest, after a quick look: it is right, and each file is there and has its size.
+
+    Args:
+        share: (this one, of how many): of ranks that look together each looks for its part of the files. Of 0: none.
 
     Raises:
         CheckpointError: what is wrong.
     """
     manifest = read_manifest(step)
-    for file in manifest.files:
-        check_size(step, file)
+    own, shares = share
+    if shares:
+        files = manifest.index.sizes.files
+        first, last = files * own // shares, files * (own + 1) // shares
+        for number, size in enumerate(manifest.index.file_sizes(first, last), first):
+            check_size(step / rank_name(number), size)
     return manifest
-
-
-def check_size(directory: Path, file: FileRecord) -> None:
-    path = directory / file.name
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise CheckpointError(f"{path} is missing: {error.strerror}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} is not a regular file")
-    if status.st_size != file.size:
-        raise CheckpointError(f"{path} has {status.st_size} bytes instead of {file.size}: it was truncated or replaced")
 
 
 def way_out(directory: Path, besides: Path | None = None) -> str:

@@ -47,9 +47,9 @@ def _in_order(directory: Path) -> list[str]:
 def _problem(step: Path, world: Axis) -> str:
     """What is wrong with this rank's share of a checkpoint's files."""
     try:
-        look_at(step)
+        look_at(step, (world.rank, world.size))
         with Checkpoint(step) as checkpoint:
-            problems = checkpoint.check_everything(files=range(world.rank, len(checkpoint.manifest.files), world.size))
+            problems = checkpoint.check_everything(share=(world.rank, world.size))
     except (CheckpointError, OSError) as error:
         return str(error)
     return "; ".join(problems[:3])

@@ -57,7 +57,7 @@ def load(
     """
     world = world or Axis("world")
     with together(world):
-        checkpoint = Checkpoint(path, verify)
+        checkpoint = Checkpoint(path, verify, (world.rank, world.size))
     with checkpoint:
         found = differences(checkpoint.manifest, flat_shards, world)
         common = [

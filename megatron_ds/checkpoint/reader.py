@@ -11,22 +11,23 @@ the chunks and copying from the mapping cost 0.7-1.2 CPU seconds a GB where this
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_ds.checkpoint.directory import check_size, find
-from megatron_ds.checkpoint.manifest import Part, TensorRecord
+from megatron_ds.checkpoint.directory import find
+from megatron_ds.checkpoint.index import Part, TensorRecord
+from megatron_ds.checkpoint.manifest import rank_name
+from megatron_ds.checkpoint.manifest_file import check_size
 from megatron_ds.checkpoint.safetensors_header import DTYPES
 from megatron_ds.errors import CheckpointError, nearest
 from megatron_ds.files import checksum
 from megatron_ds.files.direct_io import ALIGNMENT, DirectFile, aligned_buffer, aligned_up
-from megatron_ds.shard.boxes import Box, intersection, rectangles
+from megatron_ds.shard.boxes import Box, flat_range, intersection, rectangles
 
 THREADS = 4
 
@@ -42,7 +43,7 @@ class Request:
 
 @dataclass(frozen=True)
 class _Copy:
-    """The bytes ``[first, last)`` of a chunk's file hold what ``shared`` asks of ``part`` (among other elements)."""
+    """The bytes ``[first, last)`` of a part's file hold what ``shared`` asks of it (among other elements)."""
 
     request: Request
     part: Part
@@ -57,6 +58,7 @@ class Checkpoint:
     Args:
         path: a run's checkpoint directory (its latest is meant) or one step's directory.
         verify: take the checksum of every chunk that is read; otherwise only the bytes that are needed are read.
+        share: (this one, of how many): which files to look for now; the others are when they are needed. Of 0: none.
 
     Attributes:
         directory: the step's directory. step, world_size: of the save. meta: what ``save`` was given.
@@ -65,8 +67,9 @@ class Checkpoint:
         CheckpointError: missing, incomplete or damaged, here or at the read that touches the damage.
     """
 
-    def __init__(self, path: str | Path, verify: bool = True):
-        self.directory, self.manifest = find(path)
+    def __init__(self, path: str | Path, verify: bool = True, share: tuple[int, int] = (0, 0)):
+        self.directory, self.manifest = find(path, share)
+        self._index = self.manifest.index
         self.verify = verify
         self.step, self.world_size, self.meta = self.manifest.step, self.manifest.world_size, self.manifest.meta
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint-reader")
@@ -94,8 +97,10 @@ class Checkpoint:
     def read(self, name: str, kind: str = "param") -> torch.Tensor:
         """The whole tensor, in the dtype it was saved in, as a new CPU tensor."""
         record = self.record(name, kind)
+        box = Box((0,) * len(record.shape), record.shape)
+        self._index.parts(record, box)  # a shape that no file bears out must not ask for memory
         whole = torch.empty(record.shape, dtype=DTYPES[record.dtype])
-        self.fill([Request(record, Box((0,) * len(record.shape), record.shape), whole)])
+        self.fill([Request(record, box, whole)])
         return whole
 
     def fill(self, requests: Sequence[Request]) -> None:
@@ -104,31 +109,42 @@ class Checkpoint:
         Raises:
             CheckpointError: a chunk that was needed is damaged or cannot be read.
         """
+        chunk_bytes = self._index.chunk_bytes
         jobs: dict[tuple[int, int], list[_Copy]] = {}
+        parts: set[tuple[TensorRecord, Part]] = set()
         for request in requests:
             for copy in self._copies(request):
-                chunks = range(copy.first // self.manifest.chunk_bytes, -(-copy.last // self.manifest.chunk_bytes))
-                for chunk in chunks:
+                parts.add((request.record, copy.part))
+                for chunk in range(copy.first // chunk_bytes, -(-copy.last // chunk_bytes)):
                     jobs.setdefault((copy.part.file, chunk), []).append(copy)
+        self._index.check_apart(parts)
         # In file order, so that the disk reads forward.
-        self._run([self._pool.submit(self._read_chunk, *key, jobs[key]) for key in sorted(jobs)])
+        self._run([self._submit(file, chunk, jobs[file, chunk]) for file, chunk in sorted(jobs)])
 
     def check_everything(
-        self, each: Callable[[int], None] = lambda size: None, files: Iterable[int] | None = None
+        self, each: Callable[[int], None] = lambda size: None, share: tuple[int, int] = (0, 1)
     ) -> list[str]:
-        """Read and check every byte, or those of some files; the list of what is wrong. ``each`` is told the bytes of
-        each file done."""
+        """Read and check every byte; the list of what is wrong.
+
+        Args:
+            each: told the bytes of each file done.
+            share: (this one, of how many): only these files. The first share's caller checks the index as well.
+        """
         problems: list[str] = []
-        for index in range(len(self.manifest.files)) if files is None else files:
-            file = self.manifest.files[index]
+        try:
+            if share[0] == 0:
+                self._index.check(self.manifest.tensors.values())
+        except CheckpointError as wrong:
+            problems.append(str(wrong))
+        for number in range(share[0], self._index.sizes.files, share[1]):
             try:
-                self._file(index)
-                chunks = -(-file.size // self.manifest.chunk_bytes)
-                futures = [self._pool.submit(self._read_chunk, index, chunk, None) for chunk in range(chunks)]
+                size = self._index.file_size(number)
+                self._file(number)
+                futures = [self._submit(number, chunk, None) for chunk in range(-(-size // self._index.chunk_bytes))]
                 problems += [str(error) for future in futures if (error := future.exception()) is not None]
-            except CheckpointError as error:
-                problems.append(str(error))
-            each(file.size)
+                each(size)
+            except CheckpointError as wrong:
+                problems.append(str(wrong))
         return problems
 
     def close(self) -> None:
@@ -145,49 +161,47 @@ class Checkpoint:
 
     def _copies(self, request: Request) -> list[_Copy]:
         record, box = request.record, request.box
-        width = DTYPES[record.dtype].itemsize
-        copies, found = [], 0
-        for part in record.parts:
-            shared = intersection(part.box, box)
-            if shared is None:
-                continue
-            found += shared.numel
+        if any(o + s > size for o, s, size in zip(box.offset, box.shape, record.shape)):
+            raise ValueError(f"{record}: {box} is not inside its shape {list(record.shape)}")
+        copies = []
+        for part, shared in self._index.parts(record, box):
             self._file(part.file)
-            ends = tuple(o + s - 1 for o, s in zip(shared.offset, shared.shape))
-            first = part.start + _flat_index(shared.offset, part.box) * width
-            copies.append(_Copy(request, part, shared, first, part.start + (_flat_index(ends, part.box) + 1) * width))
-        if found != box.numel:
-            raise ValueError(f"{record.kind} of {record.name}: {box} is not inside its shape {list(record.shape)}")
+            begin, end = flat_range(shared.moved(tuple(-o for o in part.box.offset)), part.box.shape)
+            copies.append(
+                _Copy(request, part, shared, part.start + begin * record.width, part.start + end * record.width)
+            )
         return copies
 
-    def _file(self, index: int) -> DirectFile:
+    def _file(self, number: int) -> DirectFile:
         """The open file, its size checked."""
-        if index not in self._open:
-            file = self.manifest.files[index]
-            check_size(self.directory, file)
-            self._open[index] = DirectFile.open(self.directory / file.name)
-        return self._open[index]
+        if number not in self._open:
+            path = self.directory / rank_name(number)
+            check_size(path, self._index.file_size(number))
+            self._open[number] = DirectFile.open(path)
+        return self._open[number]
 
-    def _read_chunk(self, index: int, chunk: int, copies: list[_Copy] | None) -> None:
-        """Read one chunk, check it, and copy out of it; no copies: only check it."""
-        file, chunk_bytes = self.manifest.files[index], self.manifest.chunk_bytes
-        start, stop = chunk * chunk_bytes, min((chunk + 1) * chunk_bytes, file.size)
-        check = self.verify or copies is None
-        if not check and copies:
+    def _submit(self, file: int, chunk: int, copies: list[_Copy] | None) -> Future[None]:
+        start = chunk * self._index.chunk_bytes
+        stop = min(start + self._index.chunk_bytes, self._index.file_size(file))
+        digest = None
+        if self.verify or copies is None:
+            digest = self._index.checksum(file, chunk)
+        else:
             start = max(start, min(copy.first for copy in copies) // ALIGNMENT * ALIGNMENT)
             stop = min(stop, max(copy.last for copy in copies))
+        return self._pool.submit(self._read, self._open[file], start, stop, digest, copies or [])
+
+    def _read(self, file: DirectFile, start: int, stop: int, digest: str | None, copies: list[_Copy]) -> None:
+        """Read a chunk, or the needed bytes of it, compare it with its checksum, and copy out of it."""
         if not hasattr(self._local, "buffer"):
-            pin = any(copy.request.target.is_cuda for copy in copies or ())
-            self._local.buffer = aligned_buffer(chunk_bytes, pin)
+            pin = any(copy.request.target.is_cuda for copy in copies)
+            self._local.buffer = aligned_buffer(self._index.chunk_bytes, pin)
         size = stop - start
-        filled = self._open[index].read(self._local.buffer[: aligned_up(size)].numpy().data, start)
+        filled = file.read(self._local.buffer[: aligned_up(size)].numpy().data, start)
         buffer: torch.Tensor = self._local.buffer[:size]
-        wrong = check and checksum(buffer.numpy().data) != file.checksums[chunk]
-        if filled < size or wrong:
-            raise CheckpointError(
-                f"{self.directory / file.name} is damaged: its bytes {start}-{stop} do not match their checksum"
-            )
-        for copy in copies or ():
+        if filled < size or (digest is not None and checksum(buffer.numpy().data) != digest):
+            raise CheckpointError(f"{file.path} is damaged: its bytes {start}-{stop} do not match their checksum")
+        for copy in copies:
             _copy_out(copy, buffer, start)
 
     @staticmethod
@@ -219,8 +233,3 @@ def _copy_out(copy: _Copy, buffer: torch.Tensor, start: int) -> None:
             source = buffer[place : place + size].view(dtype).view(box.shape)
             request.target[shared.slices_in(request.box)].copy_(source[shared.slices_in(held)])
         place += size
-
-
-def _flat_index(index: tuple[int, ...], box: Box) -> int:
-    """Row-major place of a global index within ``box``."""
-    return sum((i - o) * prod(box.shape[dim + 1 :]) for dim, (i, o) in enumerate(zip(index, box.offset)))

@@ -2,7 +2,8 @@
 
 1. Rank 0 checks the space and makes ``step-N.incomplete/``.
 2. Every rank writes ``rank-R.safetensors`` and, beside it, ``rank-R.json``: that file's checksums and contents.
-3. Rank 0 merges those into ``manifest.json``, renames the directory to ``step-N`` and replaces ``latest``.
+3. Rank 0 merges those into ``manifest.json`` and ``manifest.index``, renames the directory to ``step-N`` and replaces
+   ``latest``.
 
 Each step ends when all ranks agree that it succeeded. If it did not, every rank raises the same error, what was
 written is removed, and the checkpoints before it and ``latest`` are as they were. A kill at any point leaves at worst
@@ -22,29 +23,16 @@ from typing import Any
 import torch
 
 from megatron_ds.checkpoint.directory import LATEST, replacing_latest, steps_in
-from megatron_ds.checkpoint.manifest import (
-    INCOMPLETE,
-    REPLACED,
-    Manifest,
-    Part,
-    TensorRecord,
-    check_complete,
-    file_to_json,
-    rank_name,
-    record_to_json,
-    step_name,
-    step_of,
-    tensor_key,
-)
-from megatron_ds.checkpoint.manifest_file import MOST_BYTES, file_from_json, record_from_json, write_manifest
-from megatron_ds.checkpoint.safetensors_header import Entry, dtype_name, layout
+from megatron_ds.checkpoint.index import IndexBuilder
+from megatron_ds.checkpoint.manifest import INCOMPLETE, REPLACED, rank_name, step_name, step_of, tensor_key
+from megatron_ds.checkpoint.manifest_file import MOST_BYTES, write_manifest
+from megatron_ds.checkpoint.safetensors_header import Entry, Layout, dtype_name, layout
 from megatron_ds.checkpoint.values import encode
 from megatron_ds.checkpoint.writer import ChunkedWriter, FileRecord
 from megatron_ds.comm.together import together, total
 from megatron_ds.errors import CheckpointError
 from megatron_ds.files import gb, read_json, sync_directory, write_text_durably
 from megatron_ds.mesh import Axis
-from megatron_ds.shard.boxes import Box
 from megatron_ds.shard.flat_shards import FlatShard, by_holder
 
 
@@ -173,23 +161,7 @@ def write_rank(partial: Path, rank: int, flat_shards: Sequence[FlatShard]) -> Fi
             "all nodes share"
         )
     ordered = sorted(flat_shards, key=lambda flat_shard: -flat_shard.data.dtype.itemsize)
-    entries: list[Entry] = []
-    boxes: list[tuple[FlatShard, list[Box]]] = []
-    for flat_shard in ordered:
-        boxes.append((flat_shard, flat_shard.boxes()))
-        for box in boxes[-1][1]:
-            key = tensor_key(flat_shard.kind, flat_shard.name, flat_shard.global_shape, box)
-            entries.append(Entry(key, dtype_name(flat_shard.data.dtype), box.shape))
-    planned = layout(entries, {"format": "pt"})
-    starts = iter(planned.starts)
-    merged = _Merged()
-    for flat_shard, own in boxes:
-        parts = tuple(Part(rank, box, next(starts)) for box in own)
-        merged.add(
-            TensorRecord(
-                flat_shard.kind, flat_shard.name, flat_shard.global_shape, dtype_name(flat_shard.data.dtype), parts
-            )
-        )
+    planned, tensors, rows = _plan(rank, ordered)
     on_gpu = any(flat_shard.data.is_cuda for flat_shard in flat_shards)
     if on_gpu:
         torch.cuda.synchronize()  # the writer's threads read on another stream than the one that made the data
@@ -204,29 +176,45 @@ def write_rank(partial: Path, rank: int, flat_shards: Sequence[FlatShard]) -> Fi
                 writer.write_back_initial()
                 holder.release(changed=False)
         file = writer.close()
-    index = {
-        "file": file_to_json(file),
-        "tensors": [{"kind": r.kind, "name": r.name, "record": record_to_json(r)} for r in merged.records().values()],
-    }
+    index = {"size": file.size, "checksums": file.checksums, "tensors": tensors, "rows": rows}
     write_text_durably(_index_path(partial, rank), json.dumps(index))
     sync_directory(partial)
     return file
+
+
+def _plan(rank: int, flat_shards: Sequence[FlatShard]) -> tuple[Layout, list[list[Any]], list[list[int]]]:
+    """A rank's file, and what it holds, as :meth:`IndexBuilder.add_parts` takes it; all rows of one width."""
+    dims = max((len(flat_shard.global_shape) for flat_shard in flat_shards), default=0)
+    entries: list[Entry] = []
+    tensors: list[list[Any]] = []
+    places: list[tuple[int, ...]] = []
+    for flat_shard in flat_shards:
+        kind, name, shape, dtype = (
+            flat_shard.kind,
+            flat_shard.name,
+            flat_shard.global_shape,
+            dtype_name(flat_shard.data.dtype),
+        )
+        boxes = flat_shard.boxes()
+        filler = dims - len(shape)
+        for box in boxes:
+            entries.append(Entry(tensor_key(kind, name, shape, box), dtype, box.shape))
+            places.append((*box.offset, *(0,) * filler, *box.shape, *(1,) * filler))
+        tensors.append([kind, name, shape, dtype, len(boxes)])
+    planned = layout(entries, {"format": "pt"})
+    return planned, tensors, [[rank, start, *place] for start, place in zip(planned.starts, places)]
 
 
 def commit(directory: Path, step: int, world_size: int, meta: dict[str, Any], replace: bool = False) -> Path:
     """Rank 0, when every rank has written: the manifest, the rename, and ``latest``."""
     final = directory / step_name(step)
     partial = directory / (step_name(step) + INCOMPLETE)
-    files: list[FileRecord] = []
-    merged = _Merged()
+    contents = IndexBuilder()
     for rank in range(world_size):
         index = read_json(_index_path(partial, rank), MOST_BYTES)
-        files.append(file_from_json(index["file"]))
-        for record in index["tensors"]:
-            merged.add(record_from_json(record["kind"], record["name"], record["record"]))
-    tensors = merged.records()
-    check_complete(tensors.values())
-    write_manifest(partial, Manifest(step, world_size, meta, tuple(files), tensors))
+        contents.add_file(FileRecord(rank_name(rank), index["size"], index["checksums"]))
+        contents.add_parts(index["tensors"], index["rows"])
+    write_manifest(partial, step, world_size, meta, contents)
     for rank in range(world_size):
         _index_path(partial, rank).unlink()
     sync_directory(partial)
@@ -274,28 +262,6 @@ def publish(directory: Path, final: Path, partial: Path, replace: bool = False) 
     sync_directory(directory)
     if replaced.exists():
         shutil.rmtree(replaced)
-
-
-class _Merged:
-    """Tensor records of several flat shards or ranks, the parts of each tensor put together."""
-
-    def __init__(self) -> None:
-        self._records: dict[tuple[str, str], tuple[TensorRecord, list[Part]]] = {}
-
-    def add(self, new: TensorRecord) -> None:
-        old, parts = self._records.setdefault((new.kind, new.name), (new, []))
-        if (old.shape, old.dtype) != (new.shape, new.dtype):
-            raise CheckpointError(
-                f"{new.kind} of {new.name} is {old.dtype} of shape {list(old.shape)} in one piece and {new.dtype} of "
-                f"shape {list(new.shape)} in another; all pieces of a tensor must agree"
-            )
-        parts.extend(new.parts)
-
-    def records(self) -> dict[tuple[str, str], TensorRecord]:
-        return {
-            key: TensorRecord(record.kind, record.name, record.shape, record.dtype, tuple(parts))
-            for key, (record, parts) in self._records.items()
-        }
 
 
 def _recover_replaced(moved: Path) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from megatron_ds.checkpoint.manifest import Manifest, Part, TensorRecord, rank_name, step_name
+from megatron_ds.checkpoint.index import IndexBuilder
+from megatron_ds.checkpoint.manifest import rank_name, step_name
 from megatron_ds.checkpoint.manifest_file import write_manifest
 from megatron_ds.checkpoint.safetensors_header import Entry, Layout, dtype_name, layout
 from megatron_ds.checkpoint.save import prepare, publish
 from megatron_ds.checkpoint.writer import ChunkedWriter, FileRecord
 from megatron_ds.files import sync_directory
-from megatron_ds.shard.boxes import Box
 
 FILE_BYTES = 4_000_000_000
 
@@ -146,14 +146,14 @@ class StreamWriter:
         self.write = self._files.write
 
     def commit(self) -> Path:
+        contents = IndexBuilder()
         files = self._files.finish()
-        tensors: dict[tuple[str, str], TensorRecord] = {}
+        for file in files:
+            contents.add_file(file)
         for name, (shape, dtype) in self._plan.items():
-            file, start = self._files.place[name]
-            box = Box((0,) * len(shape), shape)
-            parts = (Part(file, box, start),) if box.numel else ()
-            tensors[self.kind, name] = TensorRecord(self.kind, name, shape, dtype_name(dtype), parts)
-        write_manifest(self._partial, Manifest(self.step, len(files), self.meta, tuple(files), tensors))
+            rows = [[*self._files.place[name], *(0,) * len(shape), *shape]] if prod(shape) else []
+            contents.add_parts([(self.kind, name, shape, dtype_name(dtype), len(rows))], rows)
+        write_manifest(self._partial, self.step, len(files), self.meta, contents)
         sync_directory(self._partial)
         final = self.directory / step_name(self.step)
         publish(self.directory, final, self._partial)

@@ -81,7 +81,7 @@ def test_an_incomplete_directory_is_not_read(tmp_path: Path) -> None:
 
 # --- damage ---------------------------------------------------------------------------------------------------
 
-FILES = ["latest", "manifest.json", "rank-00000.safetensors", "rank-00003.safetensors"]
+FILES = ["latest", "manifest.json", "manifest.index", "rank-00000.safetensors", "rank-00003.safetensors"]
 
 
 def damaged_file(directory: Path, name: str) -> Path:
@@ -175,7 +175,7 @@ def test_nothing_to_load(tmp_path: Path, make: Callable[[Path], None], message: 
 
 
 def test_a_newer_format_is_refused_by_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_ds.checkpoint.manifest.VERSION", 99)
+    monkeypatch.setattr("megatron_ds.checkpoint.manifest_file.VERSION", 99)
     save_virtually(tmp_path, 1)
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match=r"version 99.*use a newer megatron-ds"):

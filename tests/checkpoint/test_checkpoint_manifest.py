@@ -19,7 +19,9 @@ from checkpoint_state import pieces_of_rank, save_virtually, wrong_pieces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ds.checkpoint import FlatShard, load, resolve, save
+from megatron_ds.checkpoint import Checkpoint, FlatShard, load, resolve, save
+from megatron_ds.checkpoint.directory import find
+from megatron_ds.checkpoint.index import BlockFile, IndexSizes, Words, write_blocks
 from megatron_ds.checkpoint.last_good import last_good
 from megatron_ds.checkpoint.save import commit, prepare, write_rank
 from megatron_ds.errors import CheckpointError
@@ -42,9 +44,47 @@ def write_json(step: Path, value: Json) -> None:
     (step / "manifest.json").write_text(f'{{"checksum":"{checksum(body.encode())}",\n{body}')
 
 
-def part(value: Json, index: int = 0) -> Json:
-    found: Json = value["tensors"]["param"]["embedding.weight"]["parts"][index]
-    return found
+def as_format_1(step: Path) -> Json:
+    """Make a step's manifest one of format 1, from what its safetensors files say of themselves; its contents."""
+    value = read_json(step)
+    del value["index"]
+    tensors: Json = {
+        kind: {name: {**record, "parts": []} for name, record in named.items()}
+        for kind, named in value["tensors"].items()
+    }
+    files = []
+    for number, path in enumerate(sorted(step.glob("*.safetensors"))):
+        data = path.read_bytes()
+        chunks = [data[start : start + (8 << 20)] for start in range(0, len(data), 8 << 20)]
+        files.append({"name": path.name, "size": len(data), "checksums": [checksum(chunk) for chunk in chunks]})
+        header = 8 + int.from_bytes(data[:8], "little")
+        for key, entry in json.loads(data[8:header]).items():
+            if key == "__metadata__":
+                continue
+            kind, _, name = key.partition("/")
+            name, _, place = name.partition("@")
+            offset = [int(text) for text in place.split(",")] if place else [0] * len(entry["shape"])
+            start = header + entry["data_offsets"][0]
+            part = {"file": number, "offset": offset, "shape": entry["shape"], "start": start}
+            tensors[kind][name]["parts"].append(part)
+    value = {**value, "version": 1, "files": files, "tensors": tensors}
+    (step / "manifest.index").unlink()
+    write_json(step, value)
+    return value
+
+
+def read_index(step: Path) -> tuple[Json, IndexSizes, Words]:
+    """The manifest, and all words of the index."""
+    value = read_json(step)
+    described = dict(value["index"])
+    digest = described.pop("checksum")
+    sizes = IndexSizes(**described)
+    return value, sizes, BlockFile(step / "manifest.index", sizes.words, digest)(0, sizes.words).copy()
+
+
+def write_index(step: Path, value: Json, words: Words) -> None:
+    """With right checksums."""
+    write_json(step, {**value, "index": {**value["index"], "checksum": write_blocks(step / "manifest.index", words)}})
 
 
 def at(*path: str | int) -> Callable[[Json, Any], None]:
@@ -64,24 +104,41 @@ def at(*path: str | int) -> Callable[[Json, Any], None]:
 
 EMBEDDING = ("tensors", "param", "embedding.weight")
 PART = (*EMBEDDING, "parts", 0)
-WRONG: list[tuple[Callable[[Json, Any], None], Any, str]] = [
-    *(
-        (at(name), ..., f"lacks ['{name}']")
-        for name in ("step", "world_size", "meta", "chunk_bytes", "files", "tensors")
-    ),
+Wrong = list[tuple[Callable[[Json, Any], None], Any, str]]
+IN_BOTH: Wrong = [
+    *((at(name), ..., f"lacks ['{name}']") for name in ("step", "world_size", "meta", "chunk_bytes", "tensors")),
     *((at("step"), bad, "step is ") for bad in (-1, 1.0, True, "1", None, 1 << 70)),
     *((at("world_size"), bad, "world_size is ") for bad in (0, -4, [], "6")),
     (at("meta"), [], "meta is [], not an object"),
     *((at("chunk_bytes"), bad, "chunk_bytes is ") for bad in (0, -1, 1 << 60, 4097, 8.0, "8")),
     (at("chunk_bytes"), 4096, "checksums"),
+    (at("tensors"), [], "tensors is [], not an object"),
+    (at("tensors", "param"), 3, "tensors 'param' is 3, not an object"),
+    (at("version"), 0, "version 0; this library reads"),
+    (at(*EMBEDDING), [], "not an object"),
+    (at(*EMBEDDING, "dtype"), "F128", "has dtype 'F128', not one of"),
+    (at(*EMBEDDING, "dtype"), ["F32"], "has dtype ['F32'], not one of"),
+    (at(*EMBEDDING, "dtype"), "F64", "at byte"),
+    (at(*EMBEDDING, "shape"), [-24, 6], "the shape of param of 'embedding.weight' is -24"),
+    (at(*EMBEDDING, "shape"), [24, 6.0], "is 6.0"),
+    (at(*EMBEDDING, "shape"), [1 << 62, 1 << 62, 0], "more elements than can be counted"),
+    (at(*EMBEDDING, "parts"), ..., "lacks ['parts']"),
+]
+SHAPES: Wrong = [
+    *((at(*EMBEDDING, "shape"), bad, "overlap or leave a gap") for bad in ([48, 6], [1 << 50, 6])),
+    (at(*EMBEDDING, "shape"), [20, 6], "overlap or leave a gap|which is not inside it"),
+    (at(*EMBEDDING, "shape"), [24], "overlap or leave a gap|which is not inside it"),
+    (at(*EMBEDDING, "shape"), [12, 12], "overlap or leave a gap|which is not inside it"),
+]
+IN_FORMAT_1: Wrong = [
+    (at("files"), ..., "lacks ['files']"),
     (at("files"), {}, "files: {}, not a list"),
     (at("files"), [], "is in file 0, but only 0 are listed"),
     (at("files", 0), None, "a file is None"),
-    (at("files", 0, "name"), "../rank-00000.safetensors", "is not inside the checkpoint"),
-    (at("files", 0, "name"), "/etc/passwd", "is not inside the checkpoint"),
-    (at("files", 0, "name"), "..", "is not inside the checkpoint"),
-    (at("files", 0, "name"), 7, "is not inside the checkpoint"),
-    (at("files", 0, "name"), "rank-00001.safetensors", "it lists a file twice"),
+    (at("files", 0, "name"), "../rank-00000.safetensors", "is not the rank-00000.safetensors of this place"),
+    (at("files", 0, "name"), "/etc/passwd", "is not the rank-00000.safetensors of this place"),
+    (at("files", 0, "name"), 7, "is not the rank-00000.safetensors of this place"),
+    (at("files", 0, "name"), "rank-00001.safetensors", "is not the rank-00000.safetensors of this place"),
     (at("files", 0, "size"), 1 << 60, "checksums"),
     (at("files", 0, "size"), -1, "the size of rank-00000.safetensors is -1"),
     (at("files", 0, "size"), 4096, "which has 4096"),
@@ -89,19 +146,7 @@ WRONG: list[tuple[Callable[[Json, Any], None], Any, str]] = [
     (at("files", 0, "checksums"), [7], "not 16 hexadecimal digits"),
     (at("files", 0, "checksums"), ["0123456789ABCDEF"], "not 16 hexadecimal digits"),
     (at("files", 0, "more"), 1, "has the unknown ['more']"),
-    (at("tensors"), [], "tensors is [], not an object"),
-    (at("tensors", "param"), 3, "tensors 'param' is 3, not an object"),
-    (at(*EMBEDDING), [], "not an object"),
-    (at(*EMBEDDING, "dtype"), "F128", "has dtype 'F128', not one of"),
-    (at(*EMBEDDING, "dtype"), ["F32"], "has dtype ['F32'], not one of"),
-    (at(*EMBEDDING, "dtype"), "F64", "of rank-"),
-    (at(*EMBEDDING, "shape"), [-24, 6], "the shape of param of 'embedding.weight' is -24"),
-    (at(*EMBEDDING, "shape"), [24, 6.0], "is 6.0"),
-    (at(*EMBEDDING, "shape"), [1 << 62, 1 << 62, 0], "more elements than can be counted"),
-    (at(*EMBEDDING, "shape"), [48, 6], "overlap or leave a gap"),
-    (at(*EMBEDDING, "shape"), [24], "which is not inside it"),
     (at(*EMBEDDING, "parts"), [], "overlap or leave a gap"),
-    (at(*EMBEDDING, "parts"), ..., "lacks ['parts']"),
     (at(*PART), ..., "overlap or leave a gap"),
     (at(*PART, "file"), 6, "is in file 6, but only 6 are listed"),
     (at(*PART, "file"), -1, "is -1"),
@@ -113,6 +158,50 @@ WRONG: list[tuple[Callable[[Json, Any], None], Any, str]] = [
     (at(*PART, "shape"), [1, 1 << 60], "which is not inside it"),
     (at(*PART, "shape"), [4], "which is not inside it"),
 ]
+IN_FORMAT_2: Wrong = [
+    (at("index"), ..., "lacks ['index']"),
+    (at("index"), 5, "the index is 5, not an object"),
+    (at("index", "checksum"), 5, "the index has the checksum 5"),
+    (at("index", "checksum"), "0123456789abcdef", "its block 0 does not match its checksum"),
+    (at("index", "files"), -1, "a size of the index is -1"),
+    (at("index", "files"), 1 << 70, "a size of the index is 11805"),
+    (at("index", "files"), 7, "it was truncated or replaced"),
+    (at("index", "parts"), 3, "not a whole number from 0 to"),
+    (at("index", "parts"), 1 << 40, "parts, and the index 1099511627776"),
+    (at("index", "dims"), 3, "and the parts of the index 3 dims"),
+    (at("index", "dims"), 1 << 40, "the dims of the index is 1099511627776"),
+    (at(*EMBEDDING, "parts"), 1 << 40, "not a whole number from 0 to"),
+    (at(*EMBEDDING, "parts"), 0, "parts, and the index"),
+]
+# Of a row of the index: column, value.
+IN_A_FILE: list[tuple[int, int, str]] = [
+    (0, -1, "has 1 checksums"),
+    (0, 1 << 60, "has 1 checksums"),
+    (0, 4096, "it was truncated or replaced"),
+    (1, 1, "checksums"),
+    (1, 1 << 62, "checksums"),
+    (1, -1, "checksums"),
+]
+REACH, FILE, START, OFFSET, SHAPE = 0, 1, 2, 3, 7
+IN_A_PART: list[tuple[int, int, str]] = [
+    (REACH, 0, "overlap or leave a gap"),
+    (REACH, -(1 << 63), "overlap or leave a gap"),
+    (FILE, 6, "is in file 6, but only 6 are listed"),
+    (FILE, -1, "is in file -1, but"),
+    (START, 1 << 40, "which has"),
+    (START, (1 << 63) - 1, "which has"),
+    (START, -4, "at bytes -4-"),
+    (START, 4097, "at bytes 4097-"),
+    (OFFSET, 23, "which is not inside it"),
+    (OFFSET, -1, "which is not inside it"),
+    (OFFSET, 1, "overlap or leave a gap"),
+    (OFFSET + 2, 1, "which is not inside it"),
+    (SHAPE, 1, "overlap or leave a gap"),
+    (SHAPE, 0, "which is not inside it"),
+    (SHAPE, -4, "which is not inside it"),
+    (SHAPE + 1, 1 << 60, "which is not inside it"),
+    (SHAPE + 2, 0, "which is not inside it"),
+]
 
 
 def fresh(tmp_path: Path) -> Path:
@@ -120,39 +209,85 @@ def fresh(tmp_path: Path) -> Path:
     return save_virtually(tmp_path, 2)
 
 
-def test_every_field_is_checked(tmp_path: Path) -> None:
+def check_refused(directory: Path, message: str) -> None:
+    with pytest.raises(CheckpointError) as refused:
+        load(directory, pieces_of_rank(1, 0, 1, 0, fill=None))
+    assert message in str(refused.value), (message, str(refused.value))
+    assert "step-00000001 looks whole" in str(refused.value)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_every_field_is_checked(tmp_path: Path, version: int) -> None:
     step = fresh(tmp_path)
-    good = read_json(step)
+    good = as_format_1(step) if version == 1 else read_json(step)
     write_json(step, good)
-    assert resolve(tmp_path) == step
-    for number, (put, new, message) in enumerate(WRONG):
+    load(tmp_path, flat_shards := pieces_of_rank(1, 0, 1, 0, fill=None))
+    assert wrong_pieces(flat_shards) == []
+    for put, new, message in [*IN_BOTH, *(IN_FORMAT_1 if version == 1 else IN_FORMAT_2)]:
         bad = copy.deepcopy(good)
         put(bad, new)
         write_json(step, bad)
-        with pytest.raises(CheckpointError) as refused:
-            load(tmp_path, pieces_of_rank(1, 0, 1, 0, fill=None))
-        text = str(refused.value)
-        assert message in text and "manifest.json is malformed: " in text, (number, message, text)
-        assert "step-00000001 looks whole" in text
+        check_refused(tmp_path, message)
+    for put, new, message in SHAPES:
+        bad = copy.deepcopy(good)
+        put(bad, new)
+        write_json(step, bad)
+        with pytest.raises(CheckpointError, match=message), Checkpoint(step) as checkpoint:
+            checkpoint.read("embedding.weight")
 
 
-def test_two_parts_that_cover_the_same_half(tmp_path: Path) -> None:
+def test_every_number_of_the_index_is_checked(tmp_path: Path) -> None:
+    step = fresh(tmp_path)
+    value, sizes, good = read_index(step)
+    assert (sizes.files, sizes.dims) == (6, 4)
+    first = len(good) - sizes.parts * sizes.row + find(step)[1].tensors["param", "embedding.weight"].first * sizes.row
+    for start, cases in ((0, IN_A_FILE), (first, IN_A_PART)):
+        for column, new, message in cases:
+            bad = good.copy()
+            bad[start + column] = new
+            write_index(step, value, bad)
+            check_refused(tmp_path, message)
+            with Checkpoint(step) as checkpoint:
+                assert checkpoint.check_everything()
+    # Nobody reads wrong values by these, but a whole check finds them.
+    for place, new in ((1, good[1] + 1), (2 * sizes.files, 7), (first, good[first] + 1)):
+        bad = good.copy()
+        bad[place] = new
+        write_index(step, value, bad)
+        with Checkpoint(step) as checkpoint:
+            assert checkpoint.check_everything(), place
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_two_parts_that_cover_the_same_half(tmp_path: Path, version: int) -> None:
     """Numbers and bytes are right, one half is there twice and the other in no part."""
-    step = save(tmp_path, 1, [FlatShard.whole("w", "param", torch.arange(8.0))], {})
-    bad = read_json(step)
-    record = bad["tensors"]["param"]["w"]
-    start = record["parts"][0]["start"]
-    record["parts"] = [{"file": 0, "offset": [0], "shape": [4], "start": start + 16 * i} for i in range(2)]
-    write_json(step, bad)
+    data = torch.arange(8.0)
+    halves = [FlatShard("w", "param", (8,), (0,), (8,), 4 * i, 4 * i + 4, data[4 * i : 4 * i + 4]) for i in range(2)]
+    step = save(tmp_path, 1, halves, {})
+    first = as_format_1(step) if version == 1 else None
+
+    def change(part: int, name: str, by: int) -> None:
+        """Adds to a number of a part."""
+        if first is not None:
+            record = first["tensors"]["param"]["w"]["parts"][part]
+            if name == "start":
+                record["start"] += by
+            else:
+                record["offset"][0] += by
+            write_json(step, first)
+            return
+        value, sizes, words = read_index(step)
+        words[len(words) - (2 - part) * sizes.row + {"start": START, "offset": OFFSET}[name]] += by
+        write_index(step, value, words)
+
+    change(1, "offset", -4)
     with pytest.raises(CheckpointError, match=r"the parts of param of 'w' of shape \[8\] overlap or leave a gap"):
         load(tmp_path, [FlatShard.whole("w", "param", torch.zeros(8))])
-    record["parts"][1]["offset"] = [4]
-    write_json(step, bad)
+    change(1, "offset", 4)
     load(tmp_path, [target := FlatShard.whole("w", "param", torch.zeros(8))])
     assert torch.equal(target.data, torch.arange(8.0))
-    record["parts"][1]["start"] = start + 12
-    write_json(step, bad)
-    with pytest.raises(CheckpointError, match=f"two parts lie at byte {start + 12} of rank-00000.safetensors"):
+    change(1, "start", -4)
+    with pytest.raises(CheckpointError, match=r"two parts lie at byte \d+ of file 0"):
         load(tmp_path, [target])
 
 
@@ -184,7 +319,10 @@ def test_latest_points_to_a_step_beside_it(tmp_path: Path, name: str) -> None:
         resolve(tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["latest", "step-00000002/manifest.json", "step-00000002/rank-00003.safetensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["latest", "step-00000002/manifest.json", "step-00000002/manifest.index", "step-00000002/rank-00003.safetensors"],
+)
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
 def test_what_is_no_file_is_refused_at_once(tmp_path: Path, name: str, make: Callable[[Path], None]) -> None:
     fresh(tmp_path)
