@@ -142,9 +142,14 @@ class Index:
             shared = intersection(part.box, box)
             if shared is not None:
                 found.append((part, shared))
-        whole = len(found) == 1 and found[0][1] == box
-        if not whole and not tiles(box.shape, [shared.moved(tuple(-o for o in box.offset)) for _, shared in found]):
-            raise self._do_not_tile(record)
+        if len(found) != 1 or found[0][1] != box:
+            here = tuple(-o for o in box.offset)
+            try:
+                tiled = tiles(box.shape, [shared.moved(here) for _, shared in found])
+            except ValueError as error:  # so many of so many dims that it would take for ever
+                raise self._wrong(f"{record} has {error}") from None
+            if not tiled:
+                raise self._do_not_tile(record)
         return found
 
     def check_apart(self, parts: Iterable[tuple[TensorRecord, Part]]) -> None:
@@ -175,8 +180,7 @@ class Index:
 
     def _parts(self, record: TensorRecord, first: int, stop: int) -> list[Part]:
         """Some rows of a tensor, each inside its tensor and its file."""
-        width, dims = self.sizes.row, len(record.shape)
-        at = self._parts_at
+        at, width, dims = self._parts_at, self.sizes.row, len(record.shape)
         found = []
         for row in self._read(at + first * width, at + stop * width).reshape(-1, width).tolist():
             _, file, start, *rest = row
@@ -190,9 +194,9 @@ class Index:
                 )
             if not 0 <= file < self.sizes.files:
                 raise self._wrong(f"{record} is in file {file}, but only {self.sizes.files} are listed")
-            size, stop = self.file_size(file), start + box.numel * record.width
-            if start < 0 or stop > size or start % record.width:
-                raise self._wrong(f"{record} is at bytes {start}-{stop} of file {file}, which has {size}")
+            size, end = self.file_size(file), start + box.numel * record.width
+            if start < 0 or end > size or start % record.width:
+                raise self._wrong(f"{record} is at bytes {start}-{end} of file {file}, which has {size}")
             found.append(Part(file, box, start))
         return found
 
