@@ -1,8 +1,10 @@
 """How fast a checkpoint reaches the disk and comes back: ours, torch's DCP and ``safetensors.save_file``, interleaved.
 
 Every rank holds its half of the same fp32 tensors. A save counts from a barrier until every rank's bytes are durable
-(fsync) and, where the format has one, the checkpoint is committed. Loads start with the files dropped from the page
-cache. "disk" is the same bytes written with direct I/O from four threads and nothing else: the rate to aim at.
+(fsync) and, where the format has one, the checkpoint is committed. A cold load starts with the files dropped from the
+page cache, a warm one follows at once. "disk" is the same bytes written with direct I/O from four threads and nothing
+else: the rate to aim at. Beside each rate stand the CPU seconds of all ranks for 1 GB (what the kernel's own threads do
+is not in them): they decide the order where the disk is fast or the cores are busy.
 
     python tools/benchmark/checkpoint.py --gigabytes 1 --ranks 2 --repeats 3
 """
@@ -36,6 +38,7 @@ from megatron_ds.mesh import Axis
 from megatron_ds.shard import ShardedDim, ShardSpec
 from megatron_ds.testing import run_ranks
 
+KINDS = ("save", "load, cold", "load, warm")
 COLUMNS = 1024
 TENSOR_ROWS = 4096  # 16 MB a tensor in fp32: about a layer's matrix of a 1B model
 
@@ -61,27 +64,31 @@ def main(options: Options) -> None:
     table = Table(
         title=f"{options.gigabytes:g} GB from {options.ranks} ranks, GB/s, median of {options.repeats} (lowest-highest)"
     )
-    for column in ("", "save", "load, cold"):
+    for column in ("", *KINDS):
         table.add_column(column, justify="left" if not column else "right")
     for name in METHODS:
-        cells = []
-        for what in ("save", "load"):
-            rates = sorted(options.gigabytes / seconds for seconds in results.get((name, what), []))
-            text = f"{statistics.median(rates):.2f} ({rates[0]:.2f}-{rates[-1]:.2f})" if rates else ""
-            cells.append(text)
-        table.add_row(name, *cells)
-    Console().print(table)
+        table.add_row(name, *(_cell(results.get((name, what), []), options.gigabytes) for what in KINDS))
+    Console(width=112).print(table)
 
 
-def measure(folder: str, gigabytes: float, repeats: int) -> dict[tuple[str, str], list[float]]:
-    """On every rank: all methods, interleaved. Returns seconds by (method, "save" or "load")."""
+def _cell(runs: list[tuple[float, float]], gigabytes: float) -> str:
+    """``runs``: wall-clock and CPU seconds."""
+    if not runs:
+        return ""
+    rates = sorted(gigabytes / wall for wall, _ in runs)
+    cpu = statistics.median(cpu for _, cpu in runs) / gigabytes
+    return f"{statistics.median(rates):.2f} ({rates[0]:.2f}-{rates[-1]:.2f}), {cpu:.2f} s"
+
+
+def measure(folder: str, gigabytes: float, repeats: int) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """On every rank: all methods, interleaved. Wall-clock and CPU seconds by method and one of :data:`KINDS`."""
     warnings.simplefilter("ignore")
     rank, world = dist.get_rank(), dist.get_world_size()
     count = max(1, round(gigabytes * 1e9 / (4 * COLUMNS * TENSOR_ROWS)))
     rows = round(gigabytes * 1e9 / count / 4 / COLUMNS / world)
     generator = torch.Generator().manual_seed(rank)
     state = {f"layers.{i}.weight": torch.randn(rows, COLUMNS, generator=generator) for i in range(count)}
-    seconds: dict[tuple[str, str], list[float]] = {}
+    seconds: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for repeat in range(repeats):
         for name, (saver, loader) in METHODS.items():
             path = Path(folder) / f"{name.replace(' ', '-')}-{repeat}"
@@ -90,7 +97,8 @@ def measure(folder: str, gigabytes: float, repeats: int) -> dict[tuple[str, str]
             if loader is not None:
                 drop_from_page_cache(path)
                 target = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
-                seconds.setdefault((name, "load"), []).append(timed(lambda: loader(path, target)))  # noqa: B023
+                for kind in KINDS[1:]:
+                    seconds.setdefault((name, kind), []).append(timed(lambda: loader(path, target)))  # noqa: B023
                 if not all(torch.equal(target[key], state[key]) for key in state):
                     raise AssertionError(f"{name} did not load what it saved")
             dist.barrier()
@@ -99,12 +107,14 @@ def measure(folder: str, gigabytes: float, repeats: int) -> dict[tuple[str, str]
     return seconds
 
 
-def timed(function: Callable[[], None]) -> float:
+def timed(function: Callable[[], None]) -> tuple[float, float]:
+    """Seconds until all ranks are done, and CPU seconds of all ranks."""
     dist.barrier()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     function()
-    dist.barrier()
-    return time.perf_counter() - start
+    spent = torch.tensor([time.process_time() - cpu])
+    dist.all_reduce(spent)
+    return time.perf_counter() - start, float(spent)
 
 
 def drop_from_page_cache(path: Path) -> None:
