@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import product
 from math import prod
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ds.shard import ShardedDim, ShardSpec
-from megatron_ds.shard.boxes import Box, intersection, rectangles
+from megatron_ds.shard.boxes import Box, intersection, rectangles, tiles
 from megatron_ds.shard.flat_shards import FlatShard, share_out
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
@@ -107,3 +109,49 @@ def test_a_piece_that_contradicts_itself_is_refused() -> None:
         FlatShard("w", "param", (4,), (2,), (4,), 0, 4, torch.zeros(4))
     with pytest.raises(ValueError, match="not contiguous"):
         FlatShard.of(ShardSpec("w", (3, 2)), "param", torch.zeros(2, 3).t())
+
+
+# --- tiling ---------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def boxes_of(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
+    """A shape and boxes inside it: cut out of it at random places, and then, at times, one of them spoilt."""
+    shape = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
+    boxes = [Box((0,) * len(shape), shape)]
+    for _ in range(draw(st.integers(0, 6))):
+        index, dim = draw(st.integers(0, len(boxes) - 1)), draw(st.integers(0, max(0, len(shape) - 1)))
+        box = boxes[index]
+        if not shape or box.shape[dim] < 2:
+            continue
+        cut = draw(st.integers(1, box.shape[dim] - 1))
+        low, high = list(box.shape), list(box.shape)
+        low[dim], high[dim] = cut, box.shape[dim] - cut
+        moved = list(box.offset)
+        moved[dim] += cut
+        boxes[index : index + 1] = [Box(box.offset, tuple(low)), Box(tuple(moved), tuple(high))]
+    match draw(st.integers(0, 3)):
+        case 1:
+            boxes.append(draw(st.sampled_from(boxes)))
+        case 2:
+            boxes.pop(draw(st.integers(0, len(boxes) - 1)))
+        case 3:
+            boxes[draw(st.integers(0, len(boxes) - 1))] = draw(st.sampled_from(boxes))
+    return shape, boxes
+
+
+@settings(max_examples=300, deadline=None)
+@given(boxes_of())
+def test_tiling_is_what_counting_every_element_says(drawn: tuple[tuple[int, ...], list[Box]]) -> None:
+    shape, boxes = drawn
+    count = np.zeros(shape, int)
+    for box in boxes:
+        count[tuple(slice(o, o + s) for o, s in zip(box.offset, box.shape))] += 1
+    assert tiles(shape, boxes) == bool((count == 1).all())
+
+
+def test_boxes_that_would_take_for_ever_are_refused() -> None:
+    corners = [Box(index, (1,) * 40) for index in product((0, 1), *[(0,)] * 39)]
+    with pytest.raises(ValueError, match="2 boxes that cut 40 dims"):
+        tiles((2,) * 40, corners)
+    assert prod((2,) * 40) == 1 << 40

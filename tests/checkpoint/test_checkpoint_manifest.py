@@ -7,17 +7,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from itertools import product
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from checkpoint_state import pieces_of_rank, save_virtually, wrong_pieces
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from megatron_ds.checkpoint import Checkpoint, FlatShard, load, resolve, save
 from megatron_ds.checkpoint.directory import find
@@ -26,7 +21,6 @@ from megatron_ds.checkpoint.last_good import last_good
 from megatron_ds.checkpoint.save import commit, prepare, write_rank
 from megatron_ds.errors import CheckpointError
 from megatron_ds.files import checksum
-from megatron_ds.shard.boxes import Box, tiles
 from megatron_ds.testing import run_ranks
 
 Json = dict[str, Any]
@@ -338,52 +332,6 @@ def test_a_manifest_that_is_no_object(tmp_path: Path, text: str) -> None:
     (step / "manifest.json").write_text(f'{{"checksum":"{checksum(text.encode())}",\n{text}')
     with pytest.raises(CheckpointError, match=r"manifest\.json is malformed: "):
         resolve(tmp_path)
-
-
-# --- tiling ---------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def boxes_of(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
-    """A shape and boxes inside it: cut out of it at random places, and then, at times, one of them spoilt."""
-    shape = tuple(draw(st.lists(st.integers(0, 4), max_size=3)))
-    boxes = [Box((0,) * len(shape), shape)]
-    for _ in range(draw(st.integers(0, 6))):
-        index, dim = draw(st.integers(0, len(boxes) - 1)), draw(st.integers(0, max(0, len(shape) - 1)))
-        box = boxes[index]
-        if not shape or box.shape[dim] < 2:
-            continue
-        cut = draw(st.integers(1, box.shape[dim] - 1))
-        low, high = list(box.shape), list(box.shape)
-        low[dim], high[dim] = cut, box.shape[dim] - cut
-        moved = list(box.offset)
-        moved[dim] += cut
-        boxes[index : index + 1] = [Box(box.offset, tuple(low)), Box(tuple(moved), tuple(high))]
-    match draw(st.integers(0, 3)):
-        case 1:
-            boxes.append(draw(st.sampled_from(boxes)))
-        case 2:
-            boxes.pop(draw(st.integers(0, len(boxes) - 1)))
-        case 3:
-            boxes[draw(st.integers(0, len(boxes) - 1))] = draw(st.sampled_from(boxes))
-    return shape, boxes
-
-
-@settings(max_examples=300, deadline=None)
-@given(boxes_of())
-def test_tiling_is_what_counting_every_element_says(drawn: tuple[tuple[int, ...], list[Box]]) -> None:
-    shape, boxes = drawn
-    count = np.zeros(shape, int)
-    for box in boxes:
-        count[tuple(slice(o, o + s) for o, s in zip(box.offset, box.shape))] += 1
-    assert tiles(shape, boxes) == bool((count == 1).all())
-
-
-def test_boxes_that_would_take_for_ever_are_refused() -> None:
-    corners = [Box(index, (1,) * 40) for index in product((0, 1), *[(0,)] * 39)]
-    with pytest.raises(ValueError, match="2 boxes that cut 40 dims"):
-        tiles((2,) * 40, corners)
-    assert prod((2,) * 40) == 1 << 40
 
 
 # --- the last good one ----------------------------------------------------------------------------------------
