@@ -19,6 +19,7 @@ from started_ranks import TINY
 
 from megatron_ds.checkpoint import save
 from megatron_ds.checkpoint.directory import steps_in
+from megatron_ds.checkpoint.save import prune
 from megatron_ds.config import RunConfig, parse
 from megatron_ds.convert.tables import export_hf, import_hf
 from megatron_ds.data import source_text, sources
@@ -41,8 +42,10 @@ def no_waiting_for_disks(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- saving -----------------------------------------------------------------------------------------------------
 
 
-def write_step(directory: Path, step: int, **more: object) -> None:
-    save(directory, step, flat_shards(step), {"step": step, "data": [1]}, **more)  # type: ignore[arg-type]
+def write_step(directory: Path, step: int, replace: bool = False, keep_last: int | None = None) -> None:
+    save(directory, step, flat_shards(step), {"step": step, "data": [1]}, replace=replace)
+    if keep_last is not None:
+        prune(directory, step, keep_last)
 
 
 @pytest.fixture(scope="module")
