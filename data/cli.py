@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import math
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from megatron_ds.errors import MegatronDSError
+from megatron_ds.errors import ConfigError, MegatronDSError
 
 Options = TypeVar("Options")
 
@@ -39,7 +40,16 @@ def run(main: Callable[[Options], None], options: type[Options], description: st
 
     # Lines that belong together are one paragraph to tyro; examples stay lines of their own where they are indented.
     shown = None if description is None else re.sub(r"^(?=python )", "    ", description, flags=re.MULTILINE)
-    sys.exit(guarded(lambda: main(tyro.cli(options, description=shown))))
+    sys.exit(guarded(lambda: main(_finite(tyro.cli(options, description=shown)))))
+
+
+def _finite(options: Options) -> Options:
+    """The options; an error for a number among them that means nothing."""
+    for name, value in vars(options).items():
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, float) and not math.isfinite(item):
+                raise ConfigError(f"--{name.replace('_', '-')} {item}: not a finite number")
+    return options
 
 
 def print_error(text: str, code: int = 2) -> int:

@@ -96,7 +96,7 @@ def draw_histogram_png(histogram: LengthHistogram, path: Path, title: str) -> No
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.set_title(title)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
 
 
 def sample_documents(dataset: IndexedDataset, count: int, seed: int = 0) -> list[int]:

@@ -65,7 +65,17 @@ def _file_input(path: Path) -> Input:
     found = _kind_of(path)
     if found is None:
         raise DataError(f"input {path} has suffix {path.suffix!r}, not one of {_known()}")
+    if path.suffix == ".json" and _first_byte(path) == b"[":
+        raise DataError(
+            f"input {path} is one JSON array, and a record a line is read; write it as such: "
+            f"jq -c '.[]' {path} > {path.with_suffix('.jsonl')}"
+        )
     return Input(str(path), found[0], found[1], path.stat().st_size)
+
+
+def _first_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4096).lstrip()[:1]
 
 
 def block_bytes(inputs: list[Input]) -> int:

@@ -46,6 +46,8 @@ def _checked(value: Any) -> Any:
         raise ValueError("Input should be at most 2^53 in size")
     if isinstance(value, str) and (not value or "\0" in value):
         raise ValueError("Input should not be empty" if not value else "Input should not contain a NUL character")
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("Input should be valid Unicode; a path of other letters needs a locale like LC_ALL=C.UTF-8")
     return value
 
 

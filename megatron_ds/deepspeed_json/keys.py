@@ -55,10 +55,14 @@ def stage_of(flat: Mapping[str, Any]) -> int:
     return int(number(flat, "zero_optimization.stage"))
 
 
+MOST = 1 << 63
+"""Of a whole number in a file, which may have thousands of digits."""
+
+
 def number(flat: Mapping[str, Any], key: str) -> float:
     """0 for what is no number: that is told where the key's own turn comes."""
     value = flat.get(key)
-    return value if isinstance(value, int | float) and math.isfinite(value) else 0
+    return value if isinstance(value, int | float) and abs(value) <= MOST else 0
 
 
 def _at_stage_3(flat: Mapping[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from megatron_ds.deepspeed_json.keys import (
     ALIASES,
     CPU_OFFLOAD,
     KEYS,
+    MOST,
     SECTIONS,
     TOP_LEVEL,
     Becomes,
@@ -234,6 +235,8 @@ def coerce(value: Any, kind: type) -> Any:
             return value
         raise ValueError("true or false" if kind is bool else "a number" if kind in (int, float) else "a string")
     if kind in (int, float) and isinstance(value, int | float):
+        if isinstance(value, int) and abs(value) > MOST:
+            raise ValueError("at most 2^63 in size")
         if kind is int and not (math.isfinite(value) and value == int(value)):
             raise ValueError("a whole number")
         if math.isnan(value):

@@ -56,7 +56,7 @@ def largest_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, i
 def plot_losses(curves: Mapping[str, Sequence[float]], path: str | Path, title: str) -> None:
     """Loss over steps as a PNG; where there are two curves, their difference below on a logarithmic axis."""
     figure = draw_losses(curves, title)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
 
 
 def draw_losses(curves: Mapping[str, Sequence[float]], title: str) -> Figure:

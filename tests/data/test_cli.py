@@ -118,6 +118,10 @@ def test_a_path_that_the_locale_cannot_print(tmp_path: Path) -> None:
     done = tool("build_corpus.py", *arguments, env=ascii_only, stdout=subprocess.PIPE)
     assert done.returncode == 0, done.stderr
     assert output.exists() and "1 documents" in done.stdout
+    prefix = tmp_path / "größe"
+    arguments = ["--input", output, "--tokenizer", "bytes", "--output-prefix", prefix, "--workers", "0"]
+    done = tool("preprocess_data.py", *arguments, env=ascii_only, stdout=subprocess.PIPE)
+    assert done.returncode == 0 and Path(f"{prefix}.idx").exists(), done.stderr
 
 
 def test_examples_in_the_help_are_lines_of_their_own() -> None:

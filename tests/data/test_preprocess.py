@@ -234,6 +234,10 @@ def test_inputs_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("a,b")
     with pytest.raises(DataError, match=r"in\.csv has suffix '\.csv', not one of \.jsonl"):
         preprocess([str(tmp_path / "in.csv")], tmp_path / "out", PreprocessOptions("bytes"))
+    (tmp_path / "in.json").write_text('\n[{"text": "a"},\n {"text": "b"}]')
+    with pytest.raises(DataError, match=r"in\.json is one JSON array, .*: jq -c '\.\[\]' .*in\.json > .*in\.jsonl$"):
+        preprocess([str(tmp_path / "in.json")], tmp_path / "out", PreprocessOptions("bytes"))
+    (tmp_path / "in.json").unlink()
     with pytest.raises(DataError, match=r"holds no input: expected \.jsonl"):
         preprocess([str(tmp_path)], tmp_path / "out", PreprocessOptions("bytes"))
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS))[:-20])

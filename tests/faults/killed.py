@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 SECONDS = 120
 """Within which what is killed has ended, or hangs."""
 
@@ -78,6 +80,8 @@ def _forked(work: Callable[[], object], at: int, after: float) -> str:
 
 def _child(work: Callable[[], object], at: int, after: float, pipe: int) -> None:
     told = ""
+    # Its own is a semaphore that forks share: one that is killed while it has it would leave it taken.
+    tqdm.set_lock(threading.RLock())
     try:
         os.fsync = os.fdatasync = lambda fd: None  # what a process has written stays when it is killed
         nowhere = os.open(os.devnull, os.O_WRONLY)

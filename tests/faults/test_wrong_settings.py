@@ -6,6 +6,7 @@ Every field of a run's configuration, of an engine's and of a DeepSpeed file, an
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import importlib.util
 import io
@@ -88,10 +89,17 @@ def finite(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-@pytest.mark.trials(8, 250)
-def test_a_run(draw: random.Random, place: Path) -> None:
+@pytest.fixture(scope="module")
+def tiny() -> dict[str, Any]:
+    """The settings of the smallest run there is."""
+    return parse([*TINY], config_class=RunConfig).to_dict()
+
+
+@pytest.mark.trials(40, 250)
+def test_a_run(draw: random.Random, tiny: dict[str, Any], place: Path) -> None:
     """What is taken can be built: the dry run of its first and last rank, whose settings read back alike."""
-    values = parse([*TINY, "--output", str(place / "run")], config_class=RunConfig).to_dict()
+    values = copy.deepcopy(tiny)
+    values["output"] = str(place / "run")
     changed = put_wrong(draw, values)
 
     def build() -> None:
@@ -102,7 +110,7 @@ def test_a_run(draw: random.Random, place: Path) -> None:
         world = m.tp * m.pp * m.cp * (m.dp or 1)
         validate(config, world)
         if world <= 64 and config.model.num_layers <= 64:
-            text = dry_run(config, task_of(config), world, world - 1)
+            text = str(dry_run(config, task_of(config), world, world - 1))
             assert "nan" not in text.split() and "inf" not in text.split()
 
     refused(build, *changed, *(name.replace("_", "-") for name in changed), "world_size", "data.", "model.", "train.")
@@ -239,10 +247,11 @@ def test_a_tool(draw: random.Random, made: Path, place: Path, name: str, monkeyp
 
 
 @pytest.mark.trials(2, 60)
-def test_the_command_line_of_a_run(draw: random.Random, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_of_a_run(
+    draw: random.Random, tiny: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With one more option that may be odd it shows its settings, or says in one line what is wrong."""
-    config = parse([*TINY], config_class=RunConfig).to_dict()
-    names = [".".join(path).replace("_", "-") for path in sorted(fields(config))]
+    names = [".".join(path).replace("_", "-") for path in sorted(fields(tiny))]
     arguments = [*TINY, "--output", str(place / "run"), "--print-config"]
     for name in draw.sample(names, draw.choice((1, 1, 2))):
         arguments += draw.choice(
