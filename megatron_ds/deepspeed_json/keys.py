@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ds.deepspeed_json.optimizer import OPTIMIZER_KEYS
+from megatron_ds.deepspeed_json.optimizer import MOST, OPTIMIZER_KEYS
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,6 @@ class Refused:
 
 def stage_of(flat: Mapping[str, Any]) -> int:
     return int(number(flat, "zero_optimization.stage"))
-
-
-MOST = 1 << 63
-"""Of a whole number in a file, which may have thousands of digits."""
 
 
 def number(flat: Mapping[str, Any], key: str) -> float:

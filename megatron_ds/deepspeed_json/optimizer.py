@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_ds.errors import nearest
+
+MOST = 1 << 63
+"""Of a whole number in a file, which may have thousands of digits."""
 
 _PARAMS = (
     "lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "momentum", "bias_correction", "amsgrad",
@@ -136,7 +138,7 @@ def scheduler_of(flat: Mapping[str, Any], built: dict[str, Any], faults: list[st
             continue
         if key.endswith(("_steps", "_step_size", "_count")):
             least = 0 if key in _FROM_ZERO else 1
-            whole = isinstance(value, int | float) and math.isfinite(value) and value == int(value) and value >= least
+            whole = isinstance(value, int | float) and abs(value) <= MOST and value == int(value) and value >= least
             if not whole or isinstance(value, bool):
                 faults.append(f"scheduler.params.{key}={value!r} must be a whole number{' above 0' if least else ''}")
                 continue

@@ -19,7 +19,6 @@ from megatron_ds.deepspeed_json.keys import (
     ALIASES,
     CPU_OFFLOAD,
     KEYS,
-    MOST,
     SECTIONS,
     TOP_LEVEL,
     Becomes,
@@ -29,7 +28,7 @@ from megatron_ds.deepspeed_json.keys import (
     offloads,
     stage_of,
 )
-from megatron_ds.deepspeed_json.optimizer import optimizer_of, scheduler_of
+from megatron_ds.deepspeed_json.optimizer import MOST, optimizer_of, scheduler_of
 from megatron_ds.errors import ConfigError, nearest
 from megatron_ds.files import read_json
 
@@ -322,15 +321,14 @@ def _contradictions(flat: Mapping[str, Any]) -> list[str]:
         if offloads(part, "nvme")(flat) and not flat.get(f"{zero}.{part}.nvme_path"):
             found.append(f"{zero}.{part}.device='nvme' needs {zero}.{part}.nvme_path, a folder on a local disk")
     whole, micro, steps = (
-        flat.get(k) for k in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        number(flat, k) for k in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     )
-    known = all(isinstance(n, int | float) and math.isfinite(n) and n > 0 for n in (whole, micro, steps))
-    if known and whole % (micro * steps):  # type: ignore[operator]
-        below = int(whole // (micro * steps) * micro * steps)  # type: ignore[operator]
+    if min(whole, micro, steps) > 0 and whole % (micro * steps):
+        below = int(whole // (micro * steps) * micro * steps)
         found.append(
             f"train_batch_size={whole} is no multiple of train_micro_batch_size_per_gpu={micro} x "
             f"gradient_accumulation_steps={steps}, for any number of ranks; use "
-            f"{f'{below} or ' if below else ''}{below + int(micro * steps)}"  # type: ignore[operator]
+            f"{f'{below} or ' if below else ''}{below + int(micro * steps)}"
         )
     if number(flat, f"{zero}.zero_hpz_partition_size") > 1 and number(flat, f"{zero}.mics_shard_size") > 1:
         found.append(
