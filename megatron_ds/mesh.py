@@ -286,6 +286,16 @@ class Mesh:
             lines = [line[offset :: self.shape.ep] for line in lines for offset in range(self.shape.ep)]
         return self._split(lines, size, ("shard", "replicate"))
 
+    def add_stages_axis(self, name: str, stages: Iterable[int]) -> Axis:
+        """An axis of each pipeline's ranks that hold these stages, which :meth:`axis` knows by ``name`` from now on.
+
+        Collective over the world. On a rank of another stage it is an axis of that rank alone.
+        """
+        chosen = list(stages)
+        axis = self._new_axis(name, [[line[stage] for stage in chosen] for line in self._pipeline_lines()])
+        setattr(self, name, axis)
+        return axis
+
     def _data_lines(self) -> list[list[int]]:
         """The global ranks of every line of ``data``; of a mesh without groups its own."""
         if self.device_mesh is None:

@@ -19,7 +19,7 @@ from megatron_ds.config.engine import BatchSizes, DeepSpeedSchedule, EngineConfi
 from megatron_ds.config.read import from_dict, read_toml
 from megatron_ds.deepspeed_json import from_deepspeed, is_deepspeed
 from megatron_ds.engine.engine import Engine
-from megatron_ds.engine.loss_stage import LossStage, loss_of_output
+from megatron_ds.engine.loss_stage import LossStage, is_stage, loss_of_output
 from megatron_ds.engine.without_memory import Filler, Weights, has_memory, take_places
 from megatron_ds.engine.wrapped import plain_name, unwrapped
 from megatron_ds.errors import ConfigError
@@ -81,8 +81,8 @@ def initialize(
     settings, notes = read_config(config, auto)
     called, model = model, unwrapped(model)
     place = start_ranks(settings)
-    mesh = mesh or _data_parallel(settings, place)
-    sizes = _checked(settings, mesh)
+    mesh = mesh or mesh_of(settings, place)
+    sizes = _checked(settings, mesh, is_stage(model))
     parameters, filler = _prepare(model, mesh, settings, weights)
     scaler = _scaler(settings, parameters.values(), notes)
     own = _optimizer(settings, optimizer, [p for p in parameters.values() if p.requires_grad])
@@ -128,12 +128,13 @@ def read_config(config: Configuration, auto: Mapping[str, Any] | None = None) ->
     return from_dict(EngineConfig, read_toml(config), str(config)), []
 
 
-def _checked(config: EngineConfig, mesh: Mesh) -> BatchSizes:
-    """What each rank computes of a batch. Raises ConfigError on all ranks alike."""
-    if mesh.pp.size > 1 or mesh.cp.size > 1:
+def _checked(config: EngineConfig, mesh: Mesh, stage: bool) -> BatchSizes:
+    """What each rank computes of a batch. Raises ConfigError on all ranks alike. ``stage``: the model is one of many."""
+    if mesh.cp.size > 1 or (mesh.pp.size > 1 and (mesh.tp.size > 1 or not stage)):
         raise ConfigError(
             f"initialize() trains one whole model a rank of mesh.data, and this mesh has pp={mesh.pp.size}, "
-            f"cp={mesh.cp.size}; use a mesh of dp and tp, or a family of megatron_ds.models with megatron_ds.train"
+            f"cp={mesh.cp.size}; use a mesh of dp and tp, or a family of megatron_ds.models with megatron_ds.train, or "
+            "with pp alone a PipelineModule of megatron_ds.integrations.deepspeed"
         )
     sizes = validate_engine(config, mesh.data.size)
     prints = exchange(mesh.world, config.fingerprint())
@@ -226,11 +227,12 @@ def start_ranks(config: EngineConfig) -> RankInfo:
     return RankInfo(dist.get_rank(), dist.get_world_size(), local, int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)))
 
 
-def _data_parallel(config: EngineConfig, place: RankInfo) -> Mesh:
+def mesh_of(config: EngineConfig, place: RankInfo, pp: int = 1) -> Mesh:
+    """All ranks of the job data-parallel, in ``pp`` pipeline stages."""
     device = place.device(config.device)
     if place.world_size > 1 and device.type == "cuda" and "nccl" not in dist.get_backend():
         device = torch.device("cpu")  # whoever made the process group chose it for tensors on the CPU
-    return Mesh.create(MeshShape(dp=place.world_size), device, config.timeout)
+    return Mesh.create(MeshShape.for_world(place.world_size, pp), device, config.timeout)
 
 
 @torch.no_grad()
@@ -310,14 +312,14 @@ def _train_step(
     model: nn.Module,
     loss: Callable[[Any, Any], Tensor],
 ) -> TrainStep:
-    schedule = build_schedule("gpipe", mesh.pp.size, sizes.accumulation)
+    schedule = build_schedule("1f1b" if mesh.pp.size > 1 else "gpipe", mesh.pp.size, sizes.accumulation)
     device = mesh.device
     executor = Executor(
         schedule,
         {mesh.pp.rank: LossStage(model, loss, DTYPES[config.precision.dtype] if config.cast_inputs else None)},
         pp=mesh.pp,
         pp_back=mesh.pp_back,
-        activation_shape=(),  # one stage: nothing flows between
+        activation_shape=None,  # a stage's output says it itself
         dtype=torch.float32,
         device=device,
         gradients=zero,

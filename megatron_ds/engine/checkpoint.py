@@ -34,9 +34,7 @@ _REMEDY = (
 
 
 def save(engine: Engine, directory: str | Path, client_state: dict[str, Any], keep_last: int | None) -> Path:
-    flat_shards = engine.zero.flat_shards()
-    if engine.mesh.rank == 0:
-        flat_shards += _buffers(engine)
+    flat_shards = engine.zero.flat_shards() + _own_buffers(engine)
     meta: dict[str, Any] = {
         "config": {"engine": engine.config.to_dict()},
         "step": engine.steps,
@@ -116,6 +114,16 @@ def _check(engine: Engine, meta: dict[str, Any]) -> None:
             f"the checkpoint's optimizer state is of {saved or 'the built-in optimizer'}, this engine's optimizer is "
             f"{mine or 'the built-in one'}; use the same, or load_checkpoint(..., weights_only=True)"
         )
+
+
+def _own_buffers(engine: Engine) -> list[FlatShard]:
+    """Those that this rank saves: of each pipeline stage one rank, without what an earlier stage has too."""
+    mesh = engine.mesh
+    found = _buffers(engine)
+    earlier = exchange(mesh.pp, "\n".join(buffer.name for buffer in found))[: mesh.pp.rank]
+    saved = {name for text in earlier for name in text.split("\n")}
+    first = mesh.data.is_first and mesh.tp.is_first
+    return [buffer for buffer in found if first and buffer.name not in saved]
 
 
 def _buffers(engine: Engine) -> list[FlatShard]:

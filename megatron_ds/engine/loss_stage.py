@@ -32,8 +32,17 @@ def loss_of_output(model: Any, micro_batch: Any) -> Tensor:
     return output
 
 
+def is_stage(model: nn.Module) -> bool:
+    """Whether a module is one stage of several, by ``stage_output(call, micro_batch, hidden)``.
+
+    That gives what the next stage gets as ``hidden``, a 1-d floating-point tensor; the last stage's gives the loss.
+    ``hidden`` is None on the first stage; ``call`` calls the module.
+    """
+    return hasattr(model, "stage_output")
+
+
 class LossStage(nn.Module):
-    """A model as the one stage of a pipeline: from a micro-batch to its loss.
+    """A model as a stage of a pipeline, mostly its only one: from a micro-batch to its loss.
 
     Args:
         cast: the dtype in which the model gets its floating-point inputs; None leaves them.
@@ -48,7 +57,11 @@ class LossStage(nn.Module):
         self.observer: Callable[[Any], contextlib.AbstractContextManager[None]] | None = None
 
     def forward(self, micro_batch: Any, hidden: Tensor | None = None) -> Tensor:
-        return self.loss(self.call, micro_batch)
+        if not is_stage(self.model):
+            return self.loss(self.call, micro_batch)
+        stage: Any = self.model
+        output: Tensor = stage.stage_output(self.call, micro_batch, hidden)
+        return output
 
     def call(self, *arguments: Any, **keywords: Any) -> Any:
         if self.cast is not None:

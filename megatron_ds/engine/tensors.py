@@ -117,7 +117,10 @@ class WholeTensors:
                     begin += box.numel
             if holder is not None:
                 holder.release(changed=False)
-        comm.all_reduce(comm.movable(whole), self._mesh.world)  # one rank's and zeros: of bytes it is the same sum
+        # Of one rank's bytes and zeros it is the same sum. Of a pipeline only the stages that have it take part.
+        stages = self._mesh.pp.size > 1
+        for axis in [self._mesh.data, *map(self._mesh.axis, spec.reduce_over)] if stages else [self._mesh.world]:
+            comm.all_reduce(comm.movable(whole), axis)
         return torch.view_as_complex(whole) if self._parameters[name].is_complex() else whole
 
     def _dtype(self, name: str) -> torch.dtype:

@@ -27,6 +27,7 @@ from megatron_ds.pipeline.action import MAX_SENDS, Action, Op
 from megatron_ds.pipeline.passes import make_ready
 from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.timeline import Event
+from megatron_ds.pipeline.transfers import Receive, Send, SizedReceive
 
 MicroBatch = Mapping[str, Tensor]
 
@@ -95,8 +96,8 @@ class _Run:
     loss: Tensor
     in_flight: dict[tuple[int, int], _InFlight] = field(default_factory=dict)
     # Posted receives and issued sends. A send keeps its tensor alive until it is done.
-    receives: dict[Action, tuple[dist.Work, Tensor]] = field(default_factory=dict)
-    sends: list[tuple[dist.Work, Tensor]] = field(default_factory=list)
+    receives: dict[Action, Receive | SizedReceive] = field(default_factory=dict)
+    sends: list[Send] = field(default_factory=list)
     # Between two stages of one rank a tensor is handed over without a transfer.
     handed_over: dict[Action, Tensor] = field(default_factory=dict)
     # Forwards of the last stage whose loss is computed with the backward.
@@ -114,6 +115,7 @@ class Executor:
         against: the same for activations to earlier ranks and gradients back, where several stages of a rank make
             them flow both ways; see :meth:`megatron_ds.mesh.Mesh.against_the_flow`.
         activation_shape, dtype, device: of what flows between stages: ``[s, b, h]``, the same for every micro-batch.
+            With None as the shape it is 1-d, and of a length and a dtype that it says itself.
         gradients: who collects the gradients; default: they stay in ``.grad``.
 
     Raises:
@@ -128,7 +130,7 @@ class Executor:
         pp: Axis,
         pp_back: Axis,
         against: tuple[Axis, Axis] | None = None,
-        activation_shape: tuple[int, ...],
+        activation_shape: tuple[int, ...] | None,
         dtype: torch.dtype,
         device: torch.device,
         gradients: Gradients | None = None,
@@ -274,8 +276,8 @@ class Executor:
                 self.gradients.end_backward(action.stage)
             else:
                 raise ScheduleError(f"{action} is no action that the executor knows; it runs {', '.join(Op)}")
-        for work, _ in run.sends:
-            work.wait()
+        for sent in run.sends:
+            sent.wait()
         self._doing = None
         return run.loss
 
@@ -336,10 +338,9 @@ class Executor:
             return run.handed_over.pop(receive)
         if receive not in run.receives:
             return None
-        work, tensor = run.receives.pop(receive)
         action, self._doing = self._doing, receive
         with self._recording(receive):
-            work.wait()
+            tensor = run.receives.pop(receive).wait()
         self._doing = action
         return tensor
 
@@ -347,10 +348,10 @@ class Executor:
         sender = self.placement.rank_of(action.counterpart.stage)
         axis = self._axis(action.op, sender, self.pp.rank)
         source = axis.ranks[sender]
-        buffer = torch.empty(self.activation_shape, dtype=self.dtype, device=self.device)
-        work = dist.irecv(buffer, source, group=axis.group)
-        assert work is not None
-        run.receives[action] = (work, buffer)
+        if self.activation_shape is None:
+            run.receives[action] = SizedReceive(self.device, source, axis.group)
+        else:
+            run.receives[action] = Receive(self.activation_shape, self.dtype, self.device, source, axis.group)
 
     def _send(self, action: Action, run: _Run) -> None:
         receiver = self.placement.rank_of(action.counterpart.stage)
@@ -358,11 +359,9 @@ class Executor:
         target = axis.ranks[receiver]
         tensor = run.handed_over.pop(action).contiguous()
         if len(run.sends) >= MAX_SENDS:
-            run.sends.pop(0)[0].wait()
+            run.sends.pop(0).wait()
         with self._recording(action):
-            work = dist.isend(tensor, target, group=axis.group)
-        assert work is not None
-        run.sends.append((work, tensor))
+            run.sends.append(Send(tensor, self.activation_shape is None, target, axis.group))
 
     def _recording(self, action: Action) -> _Stopwatch:
         return _Stopwatch(self, action)

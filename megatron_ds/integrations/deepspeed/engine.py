@@ -54,13 +54,16 @@ class DeepSpeedEngine(EngineModel):
         Args:
             scale_wrt_gas: False takes the loss as it is.
         """
+        self._require_trains()
+        scaled = loss / self.gradient_accumulation_steps() if scale_wrt_gas else loss
+        with self.engine.no_sync():  # whether another pass follows is known in step() alone
+            return self.engine.backward(scaled, retain_graph)
+
+    def _require_trains(self) -> None:
         if not self._trains:
             raise EngineError(
                 "this engine has no optimizer; give deepspeed.initialize() optimizer=, or its configuration one"
             )
-        scaled = loss / self.gradient_accumulation_steps() if scale_wrt_gas else loss
-        with self.engine.no_sync():  # whether another pass follows is known in step() alone
-            return self.engine.backward(scaled, retain_graph)
 
     def step(self, lr_kwargs: Any = None) -> None:
         """Updates the model at the boundary of gradient accumulation; counts a micro-batch otherwise."""

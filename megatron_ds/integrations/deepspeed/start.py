@@ -15,7 +15,7 @@ import megatron_ds
 from megatron_ds.config import OptimizerConfig
 from megatron_ds.config.engine import EngineConfig
 from megatron_ds.deepspeed_json import from_deepspeed, read_values
-from megatron_ds.engine.assemble import torch_optimizer
+from megatron_ds.engine.assemble import mesh_of, start_ranks, torch_optimizer
 from megatron_ds.errors import ConfigError
 from megatron_ds.files import say
 from megatron_ds.integrations.deepspeed.comm import init_distributed
@@ -68,16 +68,21 @@ def initialize(
     unused = [key for key in client if values.pop(key, None) is not None]
     settings, notes = from_deepspeed(values)
     notes += [f"{key}: not in use, as deepspeed.initialize() was given one" for key in unused]
-    settings = settings.model_copy(update={"losses": "sum"})  # backward() divides by the accumulation
+    piped = isinstance(model, PipelineModule)
+    if not piped:
+        settings = settings.model_copy(update={"losses": "sum"})  # backward() divides by the accumulation
+    mesh = mesh_of(settings, start_ranks(settings), model.num_stages if isinstance(model, PipelineModule) else 1)
+    if isinstance(model, PipelineModule):
+        model.tie(mesh)
     settings, made, trains = _optimizer(settings, optimizer, _parameters(model, model_parameters))
     own_schedule = lr_scheduler is None and settings.schedule is not None and trains
     scheduler = lr_scheduler(made) if callable(lr_scheduler) else lr_scheduler
     leaves = list(dict.fromkeys(type(module) for module in get_z3_leaf_modules(model)))
-    inner = megatron_ds.initialize(model, settings, made, scheduler, unit_classes=leaves)
+    inner = megatron_ds.initialize(model, settings, made, scheduler, mesh=mesh, unit_classes=leaves)
     if inner.mesh.rank == 0:
         for note in notes:
             say(f"megatron_ds: {name}: {note}")
-    kind = PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine
+    kind = PipelineEngine if piped else DeepSpeedEngine
     engine = kind(inner, source, trains)
     if own_schedule:
         engine.lr_scheduler = ConfiguredScheduler(engine)
@@ -110,8 +115,7 @@ def _parameters(model: nn.Module, given: Parameters | nn.Module | None) -> list[
     source = model if given is None else given
     found: list[Any] = list(source.parameters() if isinstance(source, nn.Module) else source)
     if found and isinstance(found[0], dict):
-        groups = [{**group, "params": [p for p in _listed(group["params"]) if p.requires_grad]} for group in found]
-        return [group for group in groups if group["params"]]
+        return [{**group, "params": [p for p in _listed(group["params"]) if p.requires_grad]} for group in found]
     return [parameter for parameter in found if parameter.requires_grad]
 
 
