@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,6 @@ from megatron_ds.testing import run_ranks
 
 ROOT = Path(__file__).parents[2]
 CONFIG = scripts.config(2, 2, **scripts.CLASSIFIER)
-
-
-@pytest.fixture(autouse=True)
-def no_process_group_is_left() -> Iterator[None]:
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 class Model(nn.Module):

@@ -92,7 +92,9 @@ def gan(ranks: int, dtype: torch.dtype) -> list[Ran]:
 
 
 def pipeline(ranks: int, dtype: torch.dtype) -> list[Ran]:
-    made = [layer.build() if hasattr(layer, "build") else layer for layer in scripts.layers(deepspeed)]
+    specs = scripts.layers(deepspeed)
+    for _ in range(2):  # the first time to count the parameters, by which the layers are shared out
+        made = [layer.build() if hasattr(layer, "build") else layer for layer in specs]
     model = nn.ModuleDict({str(i): layer for i, layer in enumerate(made) if isinstance(layer, nn.Module)}).to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY)
     samples, labels = (part.chunk(ranks) for part in scripts.data())

@@ -13,9 +13,11 @@ import torch
 
 from megatron_ds import checkpoint
 from megatron_ds.comm.together import exchange, together
+from megatron_ds.engine import Engine
 from megatron_ds.engine.wrapped import plain_name
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.files import read_bytes, replacing, say, sync_directory, write_text_durably
+from megatron_ds.shard import spec_of
 
 if TYPE_CHECKING:
     from megatron_ds.integrations.deepspeed.engine import DeepSpeedEngine
@@ -48,12 +50,26 @@ def save_checkpoint(
         raise ConfigError("save_checkpoint(exclude_frozen_parameters=True): a checkpoint holds all parameters")
     name = _agreed(engine, f"global_step{own.steps}" if tag is None else str(tag))
     folder = Path(save_dir)
-    own.save_checkpoint(folder / name, {"client": client_state, _OWN: engine.micro_steps}, keep_last=1)
+    state = {"client": client_state, _OWN: engine.micro_steps, **_for_zero_to_fp32(own)}
+    own.save_checkpoint(folder / name, state, keep_last=1)
     with together(own.mesh.world):
         if save_latest and own.mesh.rank == 0:
             with replacing(folder / _LATEST) as temporary:
                 write_text_durably(temporary, name)
             sync_directory(folder)
+
+
+def _for_zero_to_fp32(engine: Engine) -> dict[str, Any]:
+    """What ``zero_to_fp32`` needs to know of the model: its frozen parameters, and other names of shared ones."""
+    frozen = [spec_of(p).name for p in engine.module.parameters() if not p.requires_grad]
+    named = engine.module.named_parameters(remove_duplicate=False)
+    names = [(plain_name(name), spec_of(parameter).name) for name, parameter in named]
+    own = {"frozen": frozen, "aliases": {alias: name for alias, name in names if alias != name}}
+    stages = [json.loads(text) for text in exchange(engine.mesh.pp, json.dumps(own))]
+    return {
+        "frozen": [name for stage in stages for name in stage["frozen"]],
+        "aliases": {alias: name for stage in stages for alias, name in stage["aliases"].items()},
+    }
 
 
 def load_checkpoint(
