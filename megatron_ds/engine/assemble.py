@@ -129,7 +129,7 @@ def read_config(config: Configuration, auto: Mapping[str, Any] | None = None) ->
 
 
 def _checked(config: EngineConfig, mesh: Mesh, stage: bool) -> BatchSizes:
-    """What each rank computes of a batch. Raises ConfigError on all ranks alike. ``stage``: the model is one of many."""
+    """What each rank computes of a batch. ConfigError on all ranks alike. ``stage``: the model is one of several."""
     if mesh.cp.size > 1 or (mesh.pp.size > 1 and (mesh.tp.size > 1 or not stage)):
         raise ConfigError(
             f"initialize() trains one whole model a rank of mesh.data, and this mesh has pp={mesh.pp.size}, "

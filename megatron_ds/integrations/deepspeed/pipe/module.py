@@ -20,7 +20,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.integrations.deepspeed.comm import init_distributed
 from megatron_ds.integrations.deepspeed.pipe.packed import pack, unpack
 from megatron_ds.mesh import Mesh
-from megatron_ds.pipeline.split import split_layers
+from megatron_ds.pipeline.layer_split import split_layers
 from megatron_ds.shard import ShardSpec, as_real
 
 
@@ -197,7 +197,7 @@ class PipelineModule(nn.Module):
         return any(True for module in modules for _ in module.parameters())
 
     def stage_output(self, call: Callable[[Any], Any], micro_batch: Any, hidden: Tensor | None) -> Tensor:
-        """What the pipeline carries on: the output as one flat tensor, or the loss. See ``engine.loss_stage.is_stage``."""
+        """The output as one flat tensor for the next stage, or the loss; see ``engine.loss_stage.is_stage``."""
         output = call(micro_batch[0] if hidden is None else unpack(hidden))
         if not self.is_last:
             return pack(output, hidden)
