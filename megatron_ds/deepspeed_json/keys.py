@@ -46,8 +46,8 @@ class Refused:
     unless: tuple[Any, ...] = (False, None)
 
     def lets(self, value: Any) -> bool:
-        """Whether this value asks for nothing. A section that is not enabled does not, whatever else is in it."""
-        off = isinstance(value, Mapping) and value.get("enabled") is False and {"enabled": False} in self.unless
+        """Whether this value asks for nothing. A section that is not enabled, or does not say so, does not."""
+        off = isinstance(value, Mapping) and value.get("enabled", False) is False and {"enabled": False} in self.unless
         return off or any(value == other and type(value) is type(other) for other in self.unless)
 
 
@@ -118,6 +118,14 @@ _PROFILER: Mapping[str, type] = {
     "detailed": bool, "output_file": object,
 }  # fmt: skip
 _COMMS: Mapping[str, type] = {"enabled": bool, "verbose": bool, "prof_all": bool, "debug": bool, "prof_ops": object}
+_PIPELINE: Mapping[str, type] = {
+    "stages": object, "partition": object, "seed_layers": bool, "activation_checkpoint_interval": int,
+    "pipe_partitioned": bool, "grad_partitioned": bool, "use_reentrant": bool,
+}  # fmt: skip
+_TENSOR_PARALLEL = (
+    "dtype", "tp_overlap_comm", "vocab_parallel_lm_head", "vocab_parallel_ce_backend", "tp", "tensor_parallel",
+    "injection_policy_tuple", "partition_config", "preset_model", "keep_module_on_host", "kernel_inject",
+)  # fmt: skip
 _OFF: tuple[Any, ...] = ({}, {"enabled": False}, None)
 
 KEYS: Mapping[str, Becomes | Noted | Refused] = {
@@ -234,7 +242,7 @@ KEYS: Mapping[str, Becomes | Noted | Refused] = {
     "timers": Noted("see wall_clock_breakdown", object),
     "weight_quantization": Refused("weights are not quantised; remove it", ({}, None)),
     "expert_parallel": Refused("experts are the model's own; remove it", _OFF),
-    "datastates_ckpt": Refused("engine.save_checkpoint() writes one format", ({}, None)),
+    "datastates_ckpt": Refused("engine.save_checkpoint() writes one format", _OFF),
     "data_parallel_size": Refused("all ranks are data-parallel; remove it", (None,)),
     "sequence_parallel_size": Refused("use a model of megatron_ds.models; remove it", (1, None)),
     "compile.deepcompile": Refused("call engine.compile()"),
@@ -266,14 +274,18 @@ KEYS: Mapping[str, Becomes | Noted | Refused] = {
     "graph_harvesting": Refused(_REMOVED + "call engine.compile()"),
     "amp": Refused(_REMOVED + 'use "bf16" or "fp16"', _OFF),
     "torch_autocast": Refused("wrap your forward in torch.autocast", _OFF),
-    "tensor_parallel": Refused(
-        "use a model of megatron_ds.models on a mesh with tp", ({}, {"autotp_size": 0}, {"autotp_size": 1}, None)
-    ),
-    "pipeline": Refused("use examples/pretrain_gpt.py with --mesh.pp", ({}, None)),
+    "tensor_parallel.autotp_size": Refused("use a model of megatron_ds.models on a mesh with tp", (0, 1, None)),
+    **{f"tensor_parallel.{key}": Noted("it is of autotp_size alone", object) for key in _TENSOR_PARALLEL},
+    "pipeline": Noted("PipelineModule's own arguments say so", _PIPELINE),
     "sparse_attention": Refused(_REMOVED + "set model.attention.sparse of a model of megatron_ds.models", ({}, None)),
-    "checkpoint": Refused(
-        "engine.save_checkpoint() writes one format, safely, to a directory all ranks see", ({}, None)
+    "checkpoint.tag_validation": Noted("ranks that save different tags are always told", object),
+    "checkpoint.checkpoint_serialization": Noted("tensors are written by several threads, with checksums"),
+    "checkpoint.parallel_write": Noted("every rank writes its part", {"pipeline_stage": bool}),
+    "checkpoint.load_universal": Refused(
+        "any checkpoint loads on any number of ranks; tools/zero_to_fp32.py reads the weights of DeepSpeed's own"
     ),
+    "checkpoint.use_node_local_storage": Refused("engine.save_checkpoint() writes to a directory that all ranks see"),
+    "checkpoint.writer": Refused("engine.save_checkpoint() writes one format, safely", ({}, None)),
     "flops_profiler": Noted("use torch.profiler", _PROFILER),
     "comms_logger": Noted("use torch.profiler", _COMMS),
     "tensorboard": Refused(_MONITOR, _OFF),
@@ -291,6 +303,7 @@ KEYS: Mapping[str, Becomes | Noted | Refused] = {
 SECTIONS = (
     "bf16",
     "bfloat16",
+    "checkpoint",
     "compile",
     "fp16",
     "optimizer",
@@ -298,6 +311,7 @@ SECTIONS = (
     "activation_checkpointing",
     "zero_optimization",
     "data_types",
+    "tensor_parallel",
 )
 # Other names that DeepSpeed takes: of the key, or of the section before a dot.
 ALIASES: Mapping[str, str] = {

@@ -53,10 +53,12 @@ _TORCH = {
     "Adadelta": ("lr", "rho", "eps", "weight_decay"),
 }
 _WHOLE = "is not made from a file"
-_COMPRESSED = "sends compressed gradients, and here they are summed in fp32"
+_COMPRESSED = "sends compressed gradients, and here they are summed in fp32; DeepSpeed 0.19.8 has removed it too"
+_WIDTHS = "scales rates by widths that the package mup has noted on the model; give initialize() one of mup.optim"
 _OTHERS = {
     **dict.fromkeys(("Lamb", "FusedLamb", "Muon", "Adafactor"), _WHOLE),
     **dict.fromkeys(("OneBitAdam", "ZeroOneAdam", "OneBitLamb"), _COMPRESSED),
+    **dict.fromkeys(("MuAdam", "MuAdamW", "MuSGD"), _WIDTHS),
     "LBFGS": "evaluates the loss again and again",
     "SparseAdam": "takes sparse gradients, and here they are dense",
     "Lion": "is not in torch.optim",

@@ -7,20 +7,11 @@ compared with DeepSpeed's own by ``tools/benchmark/deepspeed_defaults.py``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
 
 from megatron_ds.deepspeed_json.keys import ALIASES, CPU_OFFLOAD, KEYS, Becomes, Noted, Refused
+from megatron_ds.deepspeed_json.meaning import B, F, I, L, Meaning, O, S
+from megatron_ds.deepspeed_json.sections import SECTION_MEANINGS
 
-
-class Meaning(NamedTuple):
-    """``type``: as JSON has it. ``default``: what a file that is silent means; None: nothing, or it is computed."""
-
-    type: str
-    default: Any
-    meaning: str
-
-
-B, I, F, S, O, L = "bool", "int", "float", "string", "object", "list"  # noqa: E741
 _M = Meaning
 _TOP: Mapping[str, Meaning] = {
     "train_batch_size": _M(I, None, "Samples of an update: micro-batch x accumulation x ranks."),
@@ -137,8 +128,6 @@ _SECTIONS: Mapping[str, Meaning] = {
     f"{_AC}.synchronize_checkpoint_boundary": _M(B, False, "Wait for the device at each."),
     f"{_AC}.profile": _M(B, False, "Log the time of each."),
     "aio": _M(O, None, "Asynchronous I/O with swap files: sizes, depth, threads."),
-    "compile.deepcompile": _M(B, False, "Compile the model with communication in its graph."),
-    "compile.passes": _M(L, None, "Passes of that compiler."),
     "flops_profiler": _M(O, None, "Print FLOPs and times of a step's modules."),
     "comms_logger": _M(O, None, "Log collectives."),
     "tensorboard": _M(O, None, "Write metrics for TensorBoard."),
@@ -152,7 +141,6 @@ _SECTIONS: Mapping[str, Meaning] = {
     "tensor_parallel": _M(O, None, "Split the model's layers over ranks."),
     "expert_parallel": _M(O, None, "Split experts over ranks."),
     "pipeline": _M(O, None, "Stages of a PipelineModule."),
-    "checkpoint": _M(O, None, "How checkpoints are written."),
     "datastates_ckpt": _M(O, None, "Write them with DataStates."),
     "weight_quantization": _M(O, None, "Quantise weights for inference."),
     "data_efficiency": _M(O, None, "Curriculum learning and random layer-token dropping."),
@@ -193,10 +181,19 @@ _RULES: Mapping[str, Meaning] = {
     f"{_S}.lr_range_test_step_rate": _M(F, 1.0, "LRRangeTest: a rise, of the first rate."),
     f"{_S}.lr_range_test_staircase": _M(B, False, "LRRangeTest: rise at once."),
 }
-MEANINGS: Mapping[str, Meaning] = {**_TOP, **_PRECISION, **_ZERO, **_SECTIONS, **_RULES}
+MEANINGS: Mapping[str, Meaning] = {**_TOP, **_PRECISION, **_ZERO, **_SECTIONS, **SECTION_MEANINGS, **_RULES}
+
+
+def row_of(key: str) -> Becomes | Noted | Refused:
+    """What a key becomes here: its own row, or that of the section around it."""
+    while key not in KEYS:
+        key = key.rpartition(".")[0]
+    return KEYS[key]
 
 
 def _here(key: str) -> str:
+    if key not in KEYS:
+        return "as the section"
     row = KEYS[key]
     if isinstance(row, Becomes):
         return f"`{row.to}`"

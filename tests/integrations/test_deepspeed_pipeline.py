@@ -299,6 +299,11 @@ def test_stages_that_cannot_be_are_refused(arguments: dict[str, Any], message: s
         deepspeed.PipelineModule([nn.Linear(2, 2), torch.tanh], **arguments)
 
 
+def test_an_argument_that_is_none_is_refused() -> None:
+    with pytest.raises(TypeError, match="takes no stages; it takes activation_checkpoint_func"):
+        deepspeed.PipelineModule([nn.Linear(2, 2)], num_stages=1, stages=2)
+
+
 def idle_stage() -> str:
     topology = deepspeed.pipe.PipeDataParallelTopology(num_pp=2, num_dp=1)
     model = deepspeed.PipelineModule([nn.Linear(2, 2), torch.tanh], topology=topology)

@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -124,7 +125,50 @@ def keys() -> dict[str, tuple[str, Any]]:
         for part in path.split("."):
             value = getattr(value, part)
         found[key] = ("" if isinstance(value, str) else KINDS.get(type(value), ""), value)
+    return found | inside(silent)
+
+
+# Attributes of what DeepSpeed has read that are no keys of a file.
+NO_KEYS = ("autotuning.start_step", "autotuning.end_step", "expert_parallel._load_balance_coeff_explicit")
+
+
+def inside(silent: Any) -> dict[str, tuple[str, Any]]:
+    """The keys of the sections that are one value to the reader, from what DeepSpeed makes of an empty file."""
+    from deepspeed.comm.config import CommsLoggerConfig
+
+    sections = {
+        "flops_profiler": silent.flops_profiler_config,
+        "comms_logger": CommsLoggerConfig(),
+        "timers.throughput": silent.timers_config,
+        **{name: getattr(silent.monitor_config, name) for name in ("tensorboard", "wandb", "comet", "csv_monitor")},
+        "autotuning": silent.autotuning_config,
+        "hybrid_engine": silent.hybrid_engine,
+        "tensor_parallel": silent.tensor_parallel_config,
+        "expert_parallel": silent.expert_parallel_config,
+        "pipeline": silent.pipeline,
+        "checkpoint": silent.checkpoint_config,
+        "datastates_ckpt": silent.datastates_config,
+        "data_efficiency": silent.data_efficiency_config,
+        "aio": silent.aio_config,
+    }
+    found: dict[str, tuple[str, Any]] = {}
+    for name, section in sections.items():
+        for key, value in members(name, section):
+            if key not in NO_KEYS:
+                plain = value is None or isinstance(value, (bool, int, float, str, list))
+                found[key] = ("" if isinstance(value, str) else KINDS.get(type(value), ""), value if plain else None)
     return found
+
+
+def members(name: str, section: Any) -> Iterator[tuple[str, Any]]:
+    fields = getattr(type(section), "model_fields", {})
+    values = section if isinstance(section, dict) else vars(section)
+    for key, value in values.items():
+        own = f"{name}.{(fields[key].alias if key in fields else None) or key}"
+        if (isinstance(value, dict) and value) or hasattr(type(value), "model_fields"):
+            yield from members(own, value)
+        else:
+            yield own, value
 
 
 def main() -> None:

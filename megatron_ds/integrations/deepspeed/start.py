@@ -22,6 +22,7 @@ from megatron_ds.integrations.deepspeed.comm import init_distributed
 from megatron_ds.integrations.deepspeed.engine import ConfiguredScheduler, DeepSpeedEngine
 from megatron_ds.integrations.deepspeed.pipe import PipelineEngine, PipelineModule
 from megatron_ds.integrations.deepspeed.utils import get_z3_leaf_modules
+from megatron_ds.mesh import Mesh
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
@@ -68,12 +69,7 @@ def initialize(
     unused = [key for key in client if values.pop(key, None) is not None]
     settings, notes = from_deepspeed(values)
     notes += [f"{key}: not in use, as deepspeed.initialize() was given one" for key in unused]
-    piped = isinstance(model, PipelineModule)
-    if not piped:
-        settings = settings.model_copy(update={"losses": "sum"})  # backward() divides by the accumulation
-    mesh = mesh_of(settings, start_ranks(settings), model.num_stages if isinstance(model, PipelineModule) else 1)
-    if isinstance(model, PipelineModule):
-        model.tie(mesh)
+    settings, mesh = _mesh(settings, model)
     settings, made, trains = _optimizer(settings, optimizer, _parameters(model, model_parameters))
     own_schedule = lr_scheduler is None and settings.schedule is not None and trains
     scheduler = lr_scheduler(made) if callable(lr_scheduler) else lr_scheduler
@@ -82,7 +78,7 @@ def initialize(
     if inner.mesh.rank == 0:
         for note in notes:
             say(f"megatron_ds: {name}: {note}")
-    kind = PipelineEngine if piped else DeepSpeedEngine
+    kind = PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine
     engine = kind(inner, source, trains)
     if own_schedule:
         engine.lr_scheduler = ConfiguredScheduler(engine)
@@ -90,6 +86,17 @@ def initialize(
         drop_last = values.get("dataloader_drop_last") is True
         engine.training_dataloader = _loader(engine, training_data, collate_fn, drop_last)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _mesh(settings: EngineConfig, model: nn.Module) -> tuple[EngineConfig, Mesh]:
+    """The ranks, in as many stages as the model has; and what the settings say of a step's losses."""
+    place = start_ranks(settings)
+    if not isinstance(model, PipelineModule):
+        # backward() divides by the accumulation.
+        return settings.model_copy(update={"losses": "sum"}), mesh_of(settings, place)
+    mesh = mesh_of(settings, place, model.num_stages)
+    model.tie(mesh)
+    return settings, mesh
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -23,6 +23,8 @@ from megatron_ds.mesh import Mesh
 from megatron_ds.pipeline.layer_split import split_layers
 from megatron_ds.shard import ShardSpec, as_real
 
+_OTHERS = ("activation_checkpoint_func", "checkpointable_layers", "dynamic_shape", "seed_fn")
+
 
 class LayerSpec:
     """A layer that is built later: a class and its arguments."""
@@ -77,7 +79,8 @@ class PipelineModule(nn.Module):
         partition_method: ``"parameters"``, ``"uniform"``, or ``"type:REGEX"``: what each stage gets an equal part of,
             as nearly as can be: trained parameters, layers, or layers of a class that the expression finds.
         activation_checkpoint_interval: layers that are recomputed as one in the backward pass; 0 for none.
-        checkpointable_layers: names of the classes that are; default: all that have parameters.
+        others: ``checkpointable_layers``, names of the classes that are (default: all that have parameters);
+            ``activation_checkpoint_func``; ``seed_fn``; ``dynamic_shape``, as shapes may be in any case.
 
     Raises:
         ConfigError: stages that do not divide the ranks or the layers, a topology of model-parallel ranks.
@@ -90,20 +93,21 @@ class PipelineModule(nn.Module):
         topology: Any = None,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         seed_layers: bool = False,
-        seed_fn: Callable[[int], Any] | None = None,
         base_seed: int = 1234,
         partition_method: str = "parameters",
         activation_checkpoint_interval: int = 0,
-        activation_checkpoint_func: Callable[..., Any] | None = None,
-        checkpointable_layers: list[str] | None = None,
-        dynamic_shape: bool = False,
+        **others: Any,
     ):
         super().__init__()
+        unknown = sorted(others.keys() - _OTHERS)
+        if unknown:
+            raise TypeError(f"PipelineModule takes no {', '.join(unknown)}; it takes {', '.join(_OTHERS)} besides")
         self.num_stages = _stages(num_stages, topology)
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.stage_id = rank // (world // self.num_stages)
-        self.loss_fn, self.interval, self._eligible = loss_fn, activation_checkpoint_interval, checkpointable_layers
-        self._checkpoint = activation_checkpoint_func or functools.partial(
+        self.loss_fn, self.interval = loss_fn, activation_checkpoint_interval
+        self._eligible: list[str] | None = others.get("checkpointable_layers")
+        self._checkpoint: Callable[..., Any] = others.get("activation_checkpoint_func") or functools.partial(
             torch.utils.checkpoint.checkpoint, use_reentrant=False
         )
         specs = list(layers)
@@ -112,7 +116,7 @@ class PipelineModule(nn.Module):
         self.tied_modules = nn.ModuleDict()
         self.tied_stages: dict[str, list[int]] = {}
         self.forward_funcs: list[Callable[[Any], Any]] = []
-        seed = (seed_fn or _seed) if seed_layers else None
+        seed = (others.get("seed_fn") or _seed) if seed_layers else None
         for stage in range(self.num_stages):
             for index in range(self.parts[stage], self.parts[stage + 1]):
                 if seed is not None:
