@@ -13,7 +13,8 @@ one rank. Then each of them alone must come to what it comes to together with ot
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from torch.optim import Optimizer
 
 from megatron_ds.errors import ConfigError
-from megatron_ds.optim.twin import IMPLEMENTATION, Common, Twin
+from megatron_ds.optim.twin import IMPLEMENTATION, Common, Twin, changed, copied
 from megatron_ds.shard import real_dtype
 
 _WHY_NOT = {
@@ -86,6 +87,30 @@ def templates_of(
     for attribute, value in vars(optimizer).items():
         if isinstance(value, Optimizer):
             raise refusal(optimizer, f"it wraps another optimizer, {attribute}, whose parameters are the whole ones")
+    with _unchanged_objects(optimizer):
+        return _try_groups(optimizer, samples, shapes)
+
+
+@contextmanager
+def _unchanged_objects(optimizer: Optimizer) -> Iterator[None]:
+    """Steps inside write no object that is an attribute: all twins have the same one.
+
+    Raises:
+        ConfigError: one did; it is as it was before.
+    """
+    objects = {name: value for name, value in vars(optimizer).items() if type(getattr(value, "__dict__", None)) is dict}
+    before = {name: {key: copied(part) for key, part in vars(value).items()} for name, value in objects.items()}
+    yield
+    for name, value in objects.items():
+        if changed(vars(value), before[name]):
+            vars(value).clear()
+            vars(value).update(before[name])
+            raise refusal(optimizer, f"it keeps numbers in its attribute {name}, a {type(value).__name__}")
+
+
+def _try_groups(
+    optimizer: Optimizer, samples: Sequence[Sample], shapes: Sequence[Sequence[Shape]]
+) -> list[StateTemplate]:
     found = []
     for index, (sample, members) in enumerate(zip(samples, shapes)):
         if why_whole := _why_not_elementwise(optimizer, index, sample):

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -129,6 +130,7 @@ class TorchRule:
         for index, group in changes.groups.items():
             self.optimizer.param_groups[index].update(group)
         self.optimizer.state.update(changes.state)
+        vars(self.optimizer).update(changes.attributes)
 
     def serve_modes(self, change: Callable[[Callable[[Update], None]], None]) -> None:
         """``optimizer.train()`` and ``.eval()``, of an optimizer that has both, act on the weights that it updates.
@@ -156,8 +158,9 @@ class TorchRule:
         common = Common.of(self.optimizer)
         return {
             "class": type(self.optimizer).__name__,
-            "groups": list(common.groups.values()),
+            "groups": [{key: _in_words(value) for key, value in group.items()} for group in common.groups.values()],
             "state": common.state,
+            "attributes": common.attributes,
             "numbers": self.numbers(),
         }
 
@@ -181,6 +184,7 @@ class TorchRule:
         for key in made.state:
             state.pop(key, None)
         _restore(state, saved.get("state", {}))
+        vars(self.optimizer).update(saved.get("attributes", {}))
         numbers = {int(group): of_group for group, of_group in saved["numbers"].items()}
         for update in [self._leader, *self._updates]:
             update.load_numbers(numbers)
@@ -332,11 +336,22 @@ def _cut(state: Mapping[str, Any], segment: OptimizerSegment) -> dict[str, Any]:
     }
 
 
+def _in_words(value: Any) -> Any:
+    """A setting that says how to compute, and never changes: no file holds the object."""
+    return str(value) if isinstance(value, torch.dtype | Enum) else value
+
+
 def _restore(mine: dict[Any, Any], saved: Mapping[Any, Any]) -> None:
     """Values that are in tensors stay in them."""
     for key, value in saved.items():
         old = mine.get(key)
         if isinstance(old, torch.Tensor):
             old.fill_(value)
+        elif isinstance(old, torch.dtype | Enum):
+            if str(old) != value:
+                raise ConfigError(
+                    f"the checkpoint's optimizer has {key}={value}, this one {old}; make it with the same, or load the "
+                    "weights alone"
+                )
         else:
             mine[key] = value

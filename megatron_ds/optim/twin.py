@@ -2,8 +2,9 @@
 
 Besides state of each parameter, an optimizer keeps values once for many of them (:class:`Common`): the settings of its
 groups, among which some count steps or write what they found (``group["step"]``, Schedule-Free's ``weight_sum`` and
-``train_mode``), and entries of ``optimizer.state`` under a key that is no parameter (MADGRAD's ``"k"``). All twins
-begin a step with the same ones, whatever they did with them before.
+``train_mode``), entries of ``optimizer.state`` under a key that is no parameter (MADGRAD's ``"k"``), and numbers in
+attributes of the optimizer itself (StableSPAM's ``total_step``). All twins begin a step with the same ones, whatever
+they did with them before.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ class Common:
     Attributes:
         groups: index of a group to its settings, all but ``"params"``.
         state: what ``optimizer.state`` holds under keys that are no parameters.
+        attributes: numbers among the optimizer's own attributes.
     """
 
     groups: dict[int, dict[str, Any]]
     state: dict[Any, Any]
+    attributes: dict[str, float]
 
     @staticmethod
     def of(optimizer: Optimizer) -> Common:
@@ -42,19 +45,22 @@ class Common:
                 for index, group in enumerate(optimizer.param_groups)
             },
             {key: copied(value) for key, value in optimizer.state.items() if not isinstance(key, torch.Tensor)},
+            {key: value for key, value in vars(optimizer).items() if type(value) in (int, float)},
         )
 
     def changes_from(self, before: Common) -> Common:
         """What is not as it was."""
         return Common(
-            {index: _changed(group, before.groups[index]) for index, group in self.groups.items()},
-            _changed(self.state, before.state),
+            {index: changed(group, before.groups[index]) for index, group in self.groups.items()},
+            changed(self.state, before.state),
+            changed(self.attributes, before.attributes),
         )
 
     def difference(self, other: Common) -> str | None:
         """The first value that the two do not share, in words; groups that only one of them has do not count."""
         pairs = [(f"group {i} ", self.groups[i], other.groups[i]) for i in self.groups if i in other.groups]
-        for where, mine, others in [*pairs, ("state ", self.state, other.state)]:
+        pairs += [("state ", self.state, other.state), ("attribute ", self.attributes, other.attributes)]
+        for where, mine, others in pairs:
             for key in dict.fromkeys([*mine, *others]):
                 if key not in mine or key not in others or _differ(mine[key], others[key]):
                     return f"{where}{key!r}: {mine.get(key)} and {others.get(key)}"
@@ -94,6 +100,7 @@ class Twin:
         for key in [key for key in state if not isinstance(key, torch.Tensor)]:
             del state[key]
         state.update({key: copied(value) for key, value in common.state.items()})
+        vars(self.optimizer).update(common.attributes)
 
     @property
     def common(self) -> Common:
@@ -103,7 +110,7 @@ class Twin:
             self._indices[place]: {key: value for key, value in group.items() if key not in IMPLEMENTATION}
             for place, group in mine.groups.items()
         }
-        return Common(groups, mine.state)
+        return Common(groups, mine.state, mine.attributes)
 
     def _choose_implementation(self, group: dict[str, Any]) -> None:
         """torch's fused update where it has one and nobody chose another implementation.
@@ -125,7 +132,8 @@ def copied(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
 
 
-def _changed(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> dict[Any, Any]:
+def changed(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> dict[Any, Any]:
+    """What ``now`` has besides, or otherwise."""
     return {key: value for key, value in now.items() if key not in before or _differ(value, before[key])}
 
 

@@ -24,7 +24,7 @@ class Counting(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Any, lr: float = 0.02, betas: tuple[float, float] = (0.9, 0.99)):
-        super().__init__(params, {"lr": lr, "betas": betas, "limit": float("inf")})
+        super().__init__(params, {"lr": lr, "betas": betas, "limit": float("inf"), "computes_in": torch.float64})
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
@@ -80,19 +80,24 @@ class ScheduleFree(torch.optim.Optimizer):
 
 
 class KeyInState(torch.optim.Optimizer):
-    """Counts steps under a key of ``optimizer.state`` that is no parameter, in a tensor, as MADGRAD does."""
+    """Counts steps under a key of ``optimizer.state`` that is no parameter, in a tensor, as MADGRAD does.
 
-    def __init__(self, params: Any, lr: float = 0.05):
-        super().__init__(params, {"lr": lr})
+    And in an attribute of its own, as StableSPAM does. Its groups have no ``lr``, as A2Grad's.
+    """
+
+    def __init__(self, params: Any, rate: float = 0.05):
+        super().__init__([{"params": group["params"]} for group in params], {"rate": rate})
+        self.total_step = 0
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         count = self.state.setdefault("k", torch.tensor([0]))  # type: ignore[arg-type, call-overload]
+        self.total_step += 1
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     momentum.mul_(0.9).add_(p.grad)
-                    p.data.sub_(momentum, alpha=group["lr"] / float(count + 1) ** 0.5)
+                    p.data.sub_(momentum, alpha=group["rate"] / float(count + 1) ** 0.5 / (1 + 0.1 * self.total_step))
         count += 1
 
 
@@ -226,6 +231,21 @@ class Late(torch.optim.SGD):
                     self.state[p]["before"] = p.grad.clone()
                 self.state[p]["step"] = count + 1
                 p.data.sub_(p.grad, alpha=group["lr"])
+
+
+class Warming(torch.optim.SGD):
+    """Counts in an object of its own, as schedules inside of optimizers do."""
+
+    class Count:
+        steps = 0
+
+    def __init__(self, params: Any, lr: float = 0.1):
+        super().__init__(params, lr=lr)
+        self.warmup = Warming.Count()
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.warmup.steps += 1
+        super().step()
 
 
 class LaterDistance(torch.optim.SGD):

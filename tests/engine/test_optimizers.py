@@ -18,6 +18,7 @@ from optimizer_cases import (
     ScheduleFree,
     Shared,
     Small,
+    Warming,
     Wrapping,
     later,
     model,
@@ -90,6 +91,7 @@ def test_a_step_out_of_train_mode_is_the_optimizers_own_error() -> None:
         (Small, "it keeps 'state1', uint8 of shape [16384], for a parameter that is float64 of shape [16384]"),
         (Wrapping, "it wraps another optimizer, inner"),
         (Late, "it keeps before only from a later step on"),
+        (Warming, "it keeps numbers in its attribute warmup, a Count"),
     ],
 )
 def test_what_cannot_be_right_on_shards_is_refused(make: Any, reason: str) -> None:
@@ -104,6 +106,20 @@ def test_whole_matrices_that_are_complex_are_refused() -> None:
     net = torch.nn.Linear(4, 4, dtype=torch.complex128)
     with pytest.raises(ConfigError, match=r"weight is complex, and LayerWise updates whole parameters, which are real"):
         megatron_ds.initialize(net, None, LayerWise(net.parameters()))
+
+
+def test_a_setting_of_another_kind_than_in_the_checkpoint_is_named(tmp_path: Path) -> None:
+    for dtype in (torch.float64, torch.float32):
+        net = model()
+        optimizer = Counting(net.parameters())
+        optimizer.param_groups[0]["computes_in"] = dtype
+        engine = megatron_ds.initialize(net, None, optimizer)
+        if dtype == torch.float64:
+            engine.save_checkpoint(tmp_path)
+        else:
+            with pytest.raises(ConfigError, match=r"has computes_in=torch.float64, this one torch.float32"):
+                engine.load_checkpoint(tmp_path)
+        engine.close()
 
 
 def test_numbers_that_come_apart_later_are_an_error() -> None:
