@@ -173,6 +173,11 @@ def _nearest_accumulation(whole: int, portion: int) -> str:
 def engine_faults(config: EngineConfig, dp: int) -> Iterator[str]:
     """What does not fit together; a setting that would do nothing counts."""
     yield from zero_faults(config.zero, dp)
+    if config.optimizer.name == "muon":
+        yield (
+            "optimizer.name='muon' knows the matrices of this library's own models; give torch.optim.Muon over those "
+            "of yours to initialize(optimizer=...)"
+        )
     if config.precision.fp8 != "none":
         yield (
             f"precision.fp8={config.precision.fp8!r} is for the linear layers of this library's own models; leave it "

@@ -150,7 +150,11 @@ class ZeroConfig(Section):
 class OptimizerConfig(Section):
     """The update rule. Learning rates are per step."""
 
-    name: Literal["adamw", "sgd"] = Field("adamw", description="torch's fused AdamW, or SGD with momentum.")
+    name: Literal["adamw", "sgd", "muon"] = Field(
+        "adamw",
+        description="torch's fused AdamW, SGD with momentum, or Muon for the matrices of linear layers with AdamW "
+        "for the rest.",
+    )
     lr: float = Field(3e-4, gt=0, description="Peak learning rate.")
     min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the decay.")
     schedule: Literal["cosine", "linear", "constant", "inverse_sqrt", "wsd"] = Field(
@@ -163,6 +167,13 @@ class OptimizerConfig(Section):
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the second moment.")
     eps: float = Field(1e-8, gt=0, description="AdamW's denominator offset.")
     momentum: float = Field(0.0, ge=0, lt=1, description="SGD's momentum.")
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum.")
+    muon_nesterov: bool = Field(True, description="Muon's momentum is Nesterov's.")
+    muon_steps: int = Field(5, gt=0, le=100, description="Muon's Newton-Schulz iterations.")
+    muon_dtype: Literal["bf16", "fp32", "fp64"] = Field("bf16", description="Format of Muon's iterations.")
+    muon_adjust: Literal["match_rms_adamw", "original"] = Field(
+        "match_rms_adamw", description="Muon's update by a matrix's size: as large as AdamW's, or sqrt(rows / columns)."
+    )
     weight_decay: float = Field(0.1, ge=0, description="Decay of matrices; biases and norms are never decayed.")
     clip_norm: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 turns clipping off.")
     ema_decay: float = Field(

@@ -37,8 +37,13 @@ COMMON = (
     ),
     Unused(
         ("optimizer.beta1", "optimizer.beta2", "optimizer.eps"),
-        lambda c: c.optimizer.name == "adamw",
+        lambda c: c.optimizer.name != "sgd",
         "optimizer.name={c.optimizer.name!r} has optimizer.momentum alone; use that, or optimizer.name='adamw'",
+    ),
+    Unused(
+        tuple(f"optimizer.muon_{name}" for name in ("momentum", "nesterov", "steps", "dtype", "adjust")),
+        lambda c: c.optimizer.name == "muon",
+        "optimizer.name={c.optimizer.name!r} has nothing of Muon's; use optimizer.name='muon'",
     ),
     Unused(
         ("optimizer.ema_warmup",), lambda c: c.optimizer.ema_decay > 0, "optimizer.ema_decay=0 keeps no average; set it"

@@ -20,6 +20,7 @@ from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.layers.norm import Norm
 from megatron_ds.mesh import Axis
 from megatron_ds.rng import DropoutKeys
+from megatron_ds.shard import Matrices
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class SelfAttention(nn.Module):
             shard_dim=0,
             bias=c.qkv_bias,
             init_std=c.init_std,
+            matrices=Matrices(1, (c.queries_per_kv_head, 1, 1)),
             **make,
         )
         # Each rank's gradient of these weights covers its own heads only, with or without sequence parallelism.

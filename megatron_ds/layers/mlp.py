@@ -13,6 +13,7 @@ from megatron_ds.kernels.activation import GELU, SILU, bias_gelu, gated
 from megatron_ds.kernels.cpu.compiled_activation import compiled_activation
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.mesh import Axis
+from megatron_ds.shard import Matrices
 
 # What the gate of a gated MLP goes through.
 GATES: Mapping[str, str] = MappingProxyType({"swiglu": SILU, "geglu": GELU})
@@ -50,7 +51,13 @@ class MLP(nn.Module):
         }
         if self.gate is not None:
             self.gate_up = ColumnParallelLinear(
-                f"{name}.gate_up", hidden_size, (2, ffn_size), shard_dim=1, init_std=stds[0], **make
+                f"{name}.gate_up",
+                hidden_size,
+                (2, ffn_size),
+                shard_dim=1,
+                init_std=stds[0],
+                matrices=Matrices(0, (1, 1)),
+                **make,
             )
         else:
             self.up = ColumnParallelLinear(

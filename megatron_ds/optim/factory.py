@@ -6,7 +6,7 @@ step (a checkpoint at step 0 is like any other) and can be moved or saved withou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +15,25 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from megatron_ds.config import OptimizerConfig
+from megatron_ds.mesh import Axis
 from megatron_ds.optim.ema import averaged
+from megatron_ds.optim.muon import MuonRule
 from megatron_ds.optim.rule import Late, OptimizerSegment, RuleGroup, UpdateRule
+from megatron_ds.shard import spec_of
 
 
-def as_rule(optimizer: OptimizerConfig | UpdateRule) -> UpdateRule:
-    """A rule of one's own as it is, or that of the settings."""
-    return averaged(ConfigRule(optimizer), optimizer) if isinstance(optimizer, OptimizerConfig) else optimizer
+def as_rule(optimizer: OptimizerConfig | UpdateRule, parameters: Iterable[torch.Tensor], tp: Axis) -> UpdateRule:
+    """A rule of one's own as it is, or that of the settings for these parameters of a rank."""
+    if not isinstance(optimizer, OptimizerConfig):
+        return optimizer
+    rule: UpdateRule = ConfigRule(optimizer)
+    if optimizer.name == "muon":
+        rule = MuonRule(optimizer, [spec_of(parameter) for parameter in parameters], tp, others=rule)
+    return averaged(rule, optimizer)
 
 
 class ConfigRule:
-    """The settings' AdamW or SGD for every parameter.
+    """The settings' AdamW or SGD for every parameter; AdamW beside Muon.
 
     Args:
         lr_factor: the learning rate as a multiple of the one that :meth:`SegmentOptimizer.step` is given.
@@ -34,7 +42,7 @@ class ConfigRule:
     def __init__(self, config: OptimizerConfig, lr_factor: float = 1.0):
         self._config, self._lr_factor = config, lr_factor
         kinds: tuple[str, ...] = ("momentum_buffer",) if config.momentum > 0 else ()
-        self.group = RuleGroup(kinds=("exp_avg", "exp_avg_sq") if config.name == "adamw" else kinds)
+        self.group = RuleGroup(kinds=kinds if config.name == "sgd" else ("exp_avg", "exp_avg_sq"))
 
     def group_of(self, name: str) -> RuleGroup:
         return self.group
@@ -120,7 +128,7 @@ class SegmentOptimizer:
 
     def _update(self, group: _Group, lr: float, inverse: torch.Tensor | None) -> None:
         c = self._config
-        if c.name == "adamw":
+        if c.name != "sgd":
             adamw(
                 group.masters,
                 group.gradients,

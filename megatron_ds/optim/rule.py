@@ -27,12 +27,14 @@ class RuleGroup:
     Attributes:
         number: of the rule that updates them, among several.
         kinds: names of the state tensors that it keeps for each of them, each of the parameter's shape.
-        whole: an update needs all of a parameter, so that none is cut between ranks. Else it is elementwise.
+        whole: an update needs all of a parameter, so that ZeRO cuts none between ranks. Else it is elementwise.
+        gathers: and the rule itself brings together what other axes cut, such as tensor parallelism.
     """
 
     number: int = 0
     kinds: tuple[str, ...] = ()
     whole: bool = False
+    gathers: bool = False
 
 
 STATELESS = RuleGroup()

@@ -1,8 +1,10 @@
 """Which part of which global tensor a rank holds: shards, boxes of a tensor, flat ranges of a shard."""
 
 from megatron_ds.shard.spec import (
+    WHOLE,
     Init,
     Line,
+    Matrices,
     ShardedDim,
     ShardSpec,
     as_real,
@@ -13,8 +15,10 @@ from megatron_ds.shard.spec import (
 )
 
 __all__ = [
+    "WHOLE",
     "Init",
     "Line",
+    "Matrices",
     "ShardSpec",
     "ShardedDim",
     "as_real",

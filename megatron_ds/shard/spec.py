@@ -47,6 +47,24 @@ class ShardedDim:
 
 
 @dataclass(frozen=True)
+class Matrices:
+    """What a linear layer's weight is made of: matrices ``[out, in]`` side by side along ``dim``, of ``sizes`` each.
+
+    No sizes: the weight is one matrix. All dims but the last are output features.
+    """
+
+    dim: int = 0
+    sizes: tuple[int, ...] = ()
+
+    def split(self, whole: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The matrices of a whole weight, as views in its dims."""
+        return whole.split(self.sizes, dim=self.dim) if self.sizes else (whole,)
+
+
+WHOLE = Matrices()
+
+
+@dataclass(frozen=True)
 class ShardSpec:
     """What a local parameter is a part of.
 
@@ -63,6 +81,7 @@ class ShardSpec:
             norm and not saved.
         init: how the global tensor is initialised, from (seed, name) alone; ``std`` for ``"normal"``.
         weight_decay: whether the optimizer decays it (matrices yes; biases and norms no).
+        matrices: of the weight of a linear layer, for optimizers of whole matrices; None: it is no such weight.
     """
 
     name: str
@@ -73,6 +92,7 @@ class ShardSpec:
     init: Init = "normal"
     std: float = 0.02
     weight_decay: bool = True
+    matrices: Matrices | None = None
 
     @property
     def local_shape(self) -> tuple[int, ...]:

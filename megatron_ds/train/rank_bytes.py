@@ -99,7 +99,7 @@ class StageBook:
             parameters = list(dict.fromkeys(root.parameters()))
             shared = {id(parameter): number for number, (parameter, _) in enumerate(shared_over)}
             units = choose_units(zero, shard_ranks, root, ())
-            rule = as_rule(config.optimizer)
+            rule = as_rule(config.optimizer, parameters, mesh.tp)
             infos = describe(parameters, units, zero.persistence_threshold, rule, shared, stage_numbers(stages))
             self._found[key] = tuple(infos)
         return self._found[key]

@@ -85,7 +85,7 @@ class ParameterInfo:
             )
         trainable = parameter.requires_grad if trainable is None else trainable
         group = rule.group_of(spec.name) if rule is not None and trainable else STATELESS
-        if group.whole and spec.local_shape != spec.global_shape:
+        if group.whole and not group.gathers and spec.local_shape != spec.global_shape:
             raise ConfigError(
                 f"the update of {spec.name} is of whole parameters, and a rank has {list(spec.local_shape)} of its "
                 f"{list(spec.global_shape)}; use an elementwise rule such as AdamW for it, or mesh.tp=1"

@@ -84,7 +84,7 @@ class ZeroOptimizer:
         self._axes = data_axes(mesh, config)
         self.shard, self.replicate = self._axes[()]
         self._parameters = unique(parameters)
-        self._rule = as_rule(optimizer_config)
+        self._rule = as_rule(optimizer_config, self._parameters, mesh.tp)
         modules = choose_units(config, self.shard.size, root, unit_classes)
         shared = {id(parameter): number for number, (parameter, _) in enumerate(shared_over)}
         infos = describe(self._parameters, modules, config.persistence_threshold, self._rule, shared, stage_of or {})

@@ -93,6 +93,6 @@ def test_what_is_no_configuration_file_is_refused(tmp_path: Path, suffix: str) -
         read_config(str(tmp_path / f"deep{suffix}"))
 
 
-def test_fp8_of_a_users_model_is_refused() -> None:
-    config = EngineConfig(precision={"fp8": "rowwise"})  # type: ignore[arg-type]
-    assert ["own models" in fault for fault in engine_faults(config, 1)] == [True]
+@pytest.mark.parametrize("section", [{"precision": {"fp8": "rowwise"}}, {"optimizer": {"name": "muon"}}], ids=str)
+def test_what_is_for_our_own_models_is_refused(section: Any) -> None:
+    assert ["own models" in fault for fault in engine_faults(EngineConfig(**section), 1)] == [True]

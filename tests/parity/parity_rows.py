@@ -39,7 +39,7 @@ SETTINGS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "schedule": ("1f1b", "gpipe"),
         "stages": ("one", "looped", "v"),  # how many a rank holds, and where they lie
         "split_backward": (False, True),  # weight gradients in actions of their own
-        "optimizer": ("adamw", "sgd"),
+        "optimizer": ("adamw", "sgd", "muon"),
         "smoothing": (False, True),  # label smoothing and z-loss
         "dropout": (False, True),
         "documents": (False, True),
@@ -283,6 +283,7 @@ def config_of(row: Row) -> RunConfig:
             "clip_norm": 0.5,
             "warmup_steps": 1,
             **({"momentum": 0.9} if row.optimizer == "sgd" else {}),
+            **({"muon_dtype": "fp64"} if row.optimizer == "muon" else {}),
         },
         "precision": {"dtype": "fp64", **_fp8_of(row)},
         "recompute": {"mode": row.recompute, "every": 2},
