@@ -24,6 +24,7 @@ from megatron_ds.comm.local.shared_buffers import LocalSlots
 from megatron_ds.layers import attention, linear, loss, norm
 from megatron_ds.mesh import Axis
 from megatron_ds.models import transformer
+from megatron_ds.optim.muon import MuonUpdate, orthogonalize
 from megatron_ds.pipeline.action import Action
 from megatron_ds.pipeline.executor import Executor
 from megatron_ds.rng import DropoutKeys
@@ -324,6 +325,17 @@ def hybrid_shards_not_summed_over_nodes() -> AbstractContextManager[Any]:
     return patch.object(FlatBucket, "sum_over_remaining_axes", lambda bucket: None)
 
 
+def matrices_of_this_rank_alone() -> AbstractContextManager[Any]:
+    """Newton-Schulz on a shard: an update of the right size in the wrong direction."""
+
+    def alone(self: MuonUpdate, segments: Any, directions: Any) -> Any:
+        for direction in directions:
+            matrix = orthogonalize(direction.reshape(-1, direction.shape[-1]), 5, direction.dtype)
+            yield matrix.view(direction.shape)
+
+    return patch.object(MuonUpdate, "_orthogonal", alone)
+
+
 FAULTS = (
     Fault(TP, no_forward_all_reduce, "loss of step 1"),
     Fault(TP, no_backward_all_reduce, "gradient norm of step 1"),
@@ -346,6 +358,7 @@ FAULTS = (
     Fault(Row((2, 1, 1), dropout=True), dropout_by_local_head, "loss of step 1"),
     Fault(Row((1, 1, 2), dropout=True), dropout_by_local_sample, "loss of step 1"),
     Fault(Row((2, 1, 1), architecture="bloom"), slopes_of_the_first_heads, "loss of step 1"),
+    Fault(Row((2, 1, 1), optimizer="muon"), matrices_of_this_rank_alone, "loss of step 2"),
     Fault(PP, stale_activation, "loss of step 1"),
     Fault(PP, gradient_of_another_micro_batch, "gradient norm of step 1"),
     Fault(PP, layer_dropped, "loss of step 1"),
