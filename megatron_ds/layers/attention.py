@@ -20,7 +20,7 @@ from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.layers.norm import Norm
 from megatron_ds.mesh import Axis
 from megatron_ds.rng import DropoutKeys
-from megatron_ds.shard import Matrices
+from megatron_ds.shard import Matrices, consists_of
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,9 @@ class SelfAttention(nn.Module):
             shard_dim=0,
             bias=c.qkv_bias,
             init_std=c.init_std,
-            matrices=Matrices(1, (c.queries_per_kv_head, 1, 1)),
             **make,
         )
+        consists_of(self.qkv.weight, Matrices(1, (c.queries_per_kv_head, 1, 1)))
         # Each rank's gradient of these weights covers its own heads only, with or without sequence parallelism.
         norm = partial(
             Norm, kind="rmsnorm", size=c.head_dim, eps=c.norm_eps, tp=tp, partial=True, device=device, dtype=dtype

@@ -23,7 +23,7 @@ from megatron_ds.kernels.accumulate import add_rows, sum_rows
 from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.layers.recipe import OwnPrecision, Recipe
 from megatron_ds.mesh import Axis
-from megatron_ds.shard import WHOLE, Matrices, ShardedDim, ShardSpec, empty_parameter
+from megatron_ds.shard import WHOLE, ShardedDim, ShardSpec, empty_parameter
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -95,7 +95,6 @@ class ColumnParallelLinear(_Linear):
         in_features: width of the input, whole on every rank.
         out_shape: the output features as a shape; the weight is ``[*out_shape, in_features]``.
         shard_dim: the dim of ``out_shape`` that is split, e.g. heads of ``[groups, heads, head_dim]``.
-        matrices: which of the outputs are a matrix of their own, such as queries, keys and values.
     """
 
     def __init__(
@@ -109,13 +108,12 @@ class ColumnParallelLinear(_Linear):
         tp: Axis,
         sequence_parallel: bool,
         init_std: float,
-        matrices: Matrices = WHOLE,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__(tp, sequence_parallel)
         placements = (ShardedDim.over(tp, shard_dim),)
-        spec = ShardSpec(f"{name}.weight", (*out_shape, in_features), placements, std=init_std, matrices=matrices)
+        spec = ShardSpec(f"{name}.weight", (*out_shape, in_features), placements, std=init_std, matrices=WHOLE)
         self.weight = empty_parameter(spec, device, dtype)
         self.bias = (
             empty_parameter(

@@ -13,7 +13,7 @@ from megatron_ds.kernels.activation import GELU, SILU, bias_gelu, gated
 from megatron_ds.kernels.cpu.compiled_activation import compiled_activation
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.mesh import Axis
-from megatron_ds.shard import Matrices
+from megatron_ds.shard import Matrices, consists_of
 
 # What the gate of a gated MLP goes through.
 GATES: Mapping[str, str] = MappingProxyType({"swiglu": SILU, "geglu": GELU})
@@ -56,9 +56,9 @@ class MLP(nn.Module):
                 (2, ffn_size),
                 shard_dim=1,
                 init_std=stds[0],
-                matrices=Matrices(0, (1, 1)),
                 **make,
             )
+            consists_of(self.gate_up.weight, Matrices(0, (1, 1)))
         else:
             self.up = ColumnParallelLinear(
                 f"{name}.up", hidden_size, (ffn_size,), shard_dim=0, init_std=stds[0], **make

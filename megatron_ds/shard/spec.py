@@ -9,7 +9,7 @@ that only one tensor-parallel size understands.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -127,6 +127,11 @@ class ShardSpec:
             size = whole.shape[cut.dim] // cut.count
             whole = whole.narrow(cut.dim, cut.index * size, size)
         return whole
+
+
+def consists_of(weight: nn.Parameter, matrices: Matrices) -> None:
+    """Say of a fused weight of a linear layer which matrices it is made of."""
+    weight.shard = replace(spec_of(weight), matrices=matrices)  # type: ignore[attr-defined]
 
 
 def empty_parameter(
