@@ -11,16 +11,19 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 test test-faults: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-faults lint format bench bench-gpu bench-kernels constraints clean
+.PHONY: help install train train-diffusion test test-faults lint format bench bench-gpu bench-kernels constraints clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo "Arguments are passed on with ARGS, e.g. make test ARGS='-k mesh'. Python: make PYTHON=python3.12 install"
 
 install: $(INSTALLED) ## Set up .venv with everything that the other targets need (they do it by themselves)
 
 train: $(INSTALLED) ## Train a small Llama on 8 ranks from raw text to a Hugging Face model
 	@$(RUN) examples/demo.py $(ARGS)
+
+train-diffusion: $(INSTALLED) ## Train a diffusion transformer on 8 ranks that draws digits
+	@$(RUN) examples/demo_diffusion.py $(ARGS)
 
 test: $(INSTALLED) ## Run the test suite (on NCCL where there are several GPUs, else on gloo)
 	@$(RUN) -m pytest -n auto --dist loadfile -m 'not alone' $(ARGS); many=$$?; \

@@ -20,9 +20,10 @@ from megatron_ds.data.tokenizer_training import train_tokenizer
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.train.launch import gpu_count
 from megatron_ds.train.report import largest_difference, plot_losses, read_losses
-from megatron_ds.train.torchrun import run_job
+from megatron_ds.train.torchrun import mesh_for, run_script
 
 HERE = Path(__file__).parent
+SCRIPT = HERE / "pretrain_gpt.py"
 PROMPT = "def __init__(self"
 
 
@@ -38,24 +39,6 @@ def prepare_data(folder: Path) -> list[str]:
         preprocess([str(corpus)], prefix, PreprocessOptions(str(tokenizer), append_eod=True))
     # No test split: a Python without its own tests has so few files that a thousandth of them is none.
     return ["--data.prefix", str(prefix), "--data.tokenizer", str(tokenizer), "--data.split", "970,30,0"]
-
-
-def mesh_for(gpus: int) -> tuple[int, list[str]]:
-    """Ranks and mesh settings: 8 ranks on a CPU or 8 GPUs, else the largest mesh that the GPUs hold."""
-    ranks = 8 if gpus in (0, 8) or gpus > 8 else 4 if gpus >= 4 else min(gpus, 2)
-    tp, pp = {8: (2, 2), 4: (2, 2), 2: (2, 1), 1: (1, 1)}[ranks]
-    if 0 < gpus < 8:
-        print(f"{gpus} GPU(s), not 8: training on {ranks} rank(s), TP {tp} x PP {pp} x DP {ranks // (tp * pp)}")
-    return ranks, ["--mesh.tp", str(tp), "--mesh.pp", str(pp)]
-
-
-def train(ranks: int, arguments: list[str]) -> None:
-    """Run examples/pretrain_gpt.py on this many ranks; a failure ends the demo with its exit code."""
-    launcher = ["-m", "megatron_ds.train.torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, str(HERE / "pretrain_gpt.py"), *arguments]
-    status = run_job(command)
-    if status:
-        sys.exit(status)
 
 
 def generate(folder: Path) -> str:
@@ -80,10 +63,11 @@ def main() -> None:
     ranks, mesh = mesh_for(gpu_count())
     name = time.strftime("%Y%m%d-%H%M%S")
     many, one = root / f"{name}-{ranks}-ranks", root / f"{name}-1-process"
-    train(ranks, [*settings, *mesh, "--output", str(many)])
+    run_script(SCRIPT, ranks, [*settings, *mesh, "--output", str(many)])
     print("\nthe same seed on one process:", flush=True)
     # One thread: two that share busy cores wait for each other, and a step took 17 s instead of half a second.
-    train(
+    run_script(
+        SCRIPT,
         1,
         [
             *settings,

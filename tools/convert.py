@@ -1,7 +1,9 @@
-"""Convert models between this library's checkpoints and Hugging Face folders, one tensor at a time.
+"""Convert models between this library's checkpoints and folders of transformers or diffusers, one tensor at a time.
 
 python tools/convert.py to-hf runs/first/checkpoints exported/ --tokenizer runs/tokenizer --dtype bfloat16
 python tools/convert.py from-hf ~/models/Llama-3.2-1B runs/llama/checkpoints
+python tools/convert.py to-diffusers runs/digits/checkpoints exported/ --pipeline
+python tools/convert.py from-diffusers exported/transformer runs/dit/checkpoints
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ from typing import Annotated, Any, Literal, cast
 import torch
 import tyro
 
+from megatron_ds.convert.dit import export_pipeline, export_transformer, import_transformer
 from megatron_ds.convert.tables import export_hf, import_hf
 from megatron_ds.data.cli import run
 from megatron_ds.data.tokenizers import load_tokenizer
+from megatron_ds.errors import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -49,10 +53,53 @@ class FromHf:
     """Pad the vocabulary's rows with zeros to a multiple of this; tensor parallelism must divide it. Default: 128."""
 
 
-Command = Annotated[ToHf, tyro.conf.subcommand("to-hf")] | Annotated[FromHf, tyro.conf.subcommand("from-hf")]
+@dataclass(frozen=True)
+class ToDiffusers:
+    """Write a checkpoint's diffusion transformer as a folder that `DiTTransformer2DModel` or `DiTPipeline` loads."""
+
+    checkpoint: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CHECKPOINT")]]
+    """A run's checkpoint directory (its latest is meant) or one step's directory."""
+    output: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
+    """The folder to make; it must not exist or be empty."""
+    pipeline: bool = False
+    """A whole `DiTPipeline`: the model, its noise schedule and a decoder."""
+    vae: Path | None = None
+    """With --pipeline: folder of the VAE whose latents the model was trained on; default: it was trained on pixels."""
+    weights: Literal["average", "last"] | None = None
+    """The moving average of the weights or those of the last step. Default: the average where there is one."""
 
 
-def main(command: ToHf | FromHf) -> None:
+@dataclass(frozen=True)
+class FromDiffusers:
+    """Write a `DiTTransformer2DModel` as checkpoint step-00000000, to train or to sample from."""
+
+    model: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
+    """The folder with config.json and diffusion_pytorch_model.safetensors."""
+    output: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CHECKPOINTS")]]
+    """The checkpoint directory; model.toml in it holds the model's settings."""
+
+
+Command = (
+    Annotated[ToHf, tyro.conf.subcommand("to-hf")]
+    | Annotated[FromHf, tyro.conf.subcommand("from-hf")]
+    | Annotated[ToDiffusers, tyro.conf.subcommand("to-diffusers")]
+    | Annotated[FromDiffusers, tyro.conf.subcommand("from-diffusers")]
+)
+
+
+def main(command: ToHf | FromHf | ToDiffusers | FromDiffusers) -> None:
+    if isinstance(command, ToDiffusers):
+        if command.vae is not None and not command.pipeline:
+            raise ConfigError("--vae does nothing: the transformer alone has no decoder; add --pipeline")
+        average = None if command.weights is None else command.weights == "average"
+        if command.pipeline:
+            print(export_pipeline(command.checkpoint, command.output, command.vae, average))
+        else:
+            print(export_transformer(command.checkpoint, command.output, average))
+        return
+    if isinstance(command, FromDiffusers):
+        print(import_transformer(command.model, command.output))
+        return
     dtype = None if command.dtype is None else getattr(torch, command.dtype)
     if isinstance(command, ToHf):
         tokenizer = None if command.tokenizer is None else load_tokenizer(command.tokenizer)

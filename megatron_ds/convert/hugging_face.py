@@ -90,7 +90,7 @@ def export_hf(
         whole = [FlatShard.whole(name, "param", torch.empty(shape, device="meta")) for name, shape in shapes.items()]
         compare(source.manifest, source.directory, whole)
         plan, makers = _plan_export(source, architecture, config, shapes, dtype)
-        partial = _new_folder(out_dir, plan_bytes(plan))
+        partial = new_folder(out_dir, plan_bytes(plan))
 
         def make(rule: Rule) -> Iterable[tuple[str, torch.Tensor]]:
             return zip(rule.theirs, rule.to_hf(config, source.read(rule.ours)))
@@ -104,7 +104,7 @@ def export_hf(
             files.finish()
             write_index(partial, _STEM, files, plan)
             _write_rest(partial, architecture, config, plan, source.directory.parent, tokenizer, say)
-            _publish(partial, out_dir)
+            publish_folder(partial, out_dir)
         except BaseException:
             files.abort()
             shutil.rmtree(partial, ignore_errors=True)
@@ -230,7 +230,7 @@ def _bar(plan: Plan, title: str, show: bool) -> tqdm:
     return tqdm(total=plan_bytes(plan), desc=title, unit="B", unit_scale=True, disable=not show)
 
 
-def _new_folder(out_dir: Path, needed: int) -> Path:
+def new_folder(out_dir: Path, needed: int) -> Path:
     """The empty folder that becomes ``out_dir`` when it is complete."""
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ConfigError(f"{out_dir} exists and is not an empty directory; export to another, or remove it first")
@@ -242,7 +242,7 @@ def _new_folder(out_dir: Path, needed: int) -> Path:
     return partial
 
 
-def _publish(partial: Path, out_dir: Path) -> None:
+def publish_folder(partial: Path, out_dir: Path) -> None:
     """Give a complete folder its name."""
     sync_directory(partial)
     if out_dir.exists():

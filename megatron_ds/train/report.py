@@ -53,13 +53,15 @@ def largest_difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, i
     return largest, differences.index(largest) + 1
 
 
-def plot_losses(curves: Mapping[str, Sequence[float]], path: str | Path, title: str) -> None:
+def plot_losses(
+    curves: Mapping[str, Sequence[float]], path: str | Path, title: str, unit: str = "nats a token"
+) -> None:
     """Loss over steps as a PNG; where there are two curves, their difference below on a logarithmic axis."""
-    figure = draw_losses(curves, title)
+    figure = draw_losses(curves, title, unit)
     figure.savefig(path, dpi=110, format="png")
 
 
-def draw_losses(curves: Mapping[str, Sequence[float]], title: str) -> Figure:
+def draw_losses(curves: Mapping[str, Sequence[float]], title: str, unit: str = "nats a token") -> Figure:
     """The picture of :func:`plot_losses` as a figure of matplotlib."""
     from matplotlib.figure import Figure
 
@@ -72,7 +74,7 @@ def draw_losses(curves: Mapping[str, Sequence[float]], title: str) -> Figure:
         styles = [{"linewidth": 3.5, "alpha": 0.45}, {"linewidth": 1.2, "color": "black", "linestyle": "--"}]
     for (name, losses), style in zip(curves.items(), styles):
         axes[0][0].plot(range(1, len(losses) + 1), losses, label=name, **style)
-    axes[0][0].set_ylabel("loss (nats a token)")
+    axes[0][0].set_ylabel(f"loss ({unit})")
     axes[0][0].set_title(title)
     axes[0][0].legend()
     axes[0][0].grid(alpha=0.3)

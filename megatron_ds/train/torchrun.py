@@ -85,6 +85,23 @@ def run_job(command: list[str]) -> int:
     return code or (128 + asked[0] if asked else 0)
 
 
+def run_script(script: Path, ranks: int, arguments: list[str]) -> None:
+    """Run a pretraining example on this many ranks of this machine; a failure ends this program with its exit code."""
+    launcher = ["-m", "megatron_ds.train.torchrun", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    status = run_job([sys.executable, *launcher, str(script), *arguments])
+    if status:
+        sys.exit(status)
+
+
+def mesh_for(gpus: int) -> tuple[int, list[str]]:
+    """Ranks and mesh settings of a demonstration: 8 ranks on a CPU or 8 GPUs, else the largest mesh of the GPUs."""
+    ranks = 8 if gpus in (0, 8) or gpus > 8 else 4 if gpus >= 4 else min(gpus, 2)
+    tp, pp = {8: (2, 2), 4: (2, 2), 2: (2, 1), 1: (1, 1)}[ranks]
+    if 0 < gpus < 8:
+        print(f"{gpus} GPU(s), not 8: training on {ranks} rank(s), TP {tp} x PP {pp} x DP {ranks // (tp * pp)}")
+    return ranks, ["--mesh.tp", str(tp), "--mesh.pp", str(pp)]
+
+
 def conclude(codes: dict[int, int], twice: bool) -> tuple[int, str]:
     """Exit code and last line for a job of which some ranks failed.
 

@@ -1,0 +1,123 @@
+"""Sampling: every scheduler finds the image that a perfect model knows, and every mesh draws the same images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from dit_checkpoints import configuration, write_checkpoint
+from torch import Tensor
+
+from megatron_ds.config.diffusion import DiffusionRun
+from megatron_ds.errors import ConfigError
+from megatron_ds.mesh import Mesh, MeshShape
+from megatron_ds.models import diffusion
+from megatron_ds.models.samplers import Sampler, make_scheduler, run_of_checkpoint, save_grid
+from megatron_ds.testing import device_of_rank, run_ranks
+
+COSINE = {"prediction": "v", "schedule": "cosine"}
+FLOW = {"prediction": "flow", "schedule": "flow", "shift": 3.0}
+
+
+def perfect(run: DiffusionRun, known: Tensor) -> Any:
+    """What a model predicts that was trained on one image alone, by the objective's own formulas."""
+
+    def predict(images: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        share = time.double() / 1000
+        if not run.objective.is_flow:
+            share = (time.double() + 0.5) / 1000  # Euler's times lie between the steps
+        else:  # noise_levels shifts what it is given
+            share = share / (3 - 2 * share)
+        levels = diffusion.noise_levels(run.objective, share.clamp(1e-9, 1 - 1e-9), tokens=16)
+        sigma = levels.sigma.clamp(min=1e-6).view(-1, 1, 1, 1)
+        noise = (images.double() - levels.alpha.view(-1, 1, 1, 1) * known) / sigma
+        return diffusion.target(run.objective, levels, known.expand_as(noise), noise).float()
+
+    return predict
+
+
+@pytest.mark.parametrize(
+    ("objective", "names"),
+    [
+        ({}, ("ddpm", "ddim", "euler", "dpm++")),
+        (COSINE, ("ddpm", "ddim", "euler", "dpm++")),
+        ({"prediction": "x0"}, ("ddim", "euler")),
+        (FLOW, ("flow", "dpm++")),
+    ],
+    ids=["epsilon", "v", "x0", "flow"],
+)
+def test_every_scheduler_finds_the_image_that_a_perfect_model_knows(
+    objective: dict[str, Any], names: tuple[str, ...], tmp_path: Path
+) -> None:
+    run = configuration(objective)
+    write_checkpoint(tmp_path, run)
+    sampler = Sampler(run, tmp_path, "param", Mesh.single())
+    known = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
+    sampler.predict = perfect(run, known)  # type: ignore[method-assign]
+    for name in names:
+        drawn = sampler.sample([0, 1], name, 25, seed=3)
+        assert (drawn - known).abs().max() < 0.05, name
+
+
+def draw_on(folder: str, objectives: list[tuple[dict[str, Any], str]], meshes: list[tuple[int, int]]) -> list[Any]:
+    """Inside a job, on several meshes."""
+    place, world = device_of_rank(dist.get_rank(), dist.get_world_size()), dist.get_world_size()
+    return [draw(folder, objectives, Mesh.create(MeshShape.for_world(world, tp=tp, pp=pp), place)) for tp, pp in meshes]
+
+
+def draw(folder: str, objectives: list[tuple[dict[str, Any], str]], mesh: Mesh) -> list[Tensor]:
+    drawn = []
+    for number, (objective, scheduler) in enumerate(objectives):
+        meta = {"config": configuration(objective).to_dict()}
+        run = run_of_checkpoint(meta, "test", mesh.tp.size, mesh.pp.size, mesh.world.size)
+        sampler = Sampler(run, f"{folder}/{number}", "ema", mesh)
+        drawn.append(sampler.sample([1, 2, 1000], scheduler, 2, guidance=2.0, seed=7, batch=2))
+    return drawn
+
+
+def test_every_mesh_draws_the_same_images(tmp_path: Path) -> None:
+    objectives = [({}, "ddpm"), (COSINE, "euler"), (FLOW, "flow")]
+    for number, (objective, _) in enumerate(objectives):
+        write_checkpoint(tmp_path / str(number), configuration(objective))
+    alone = draw(str(tmp_path), objectives, Mesh.single())
+    ranks = run_ranks(draw_on, 4, str(tmp_path), objectives, [(2, 2), (1, 2)])
+    for drawn in (mesh for rank in ranks for mesh in rank):
+        for one, other in zip(alone, drawn):
+            assert one.shape == (3, 1, 8, 8) and one.std() > 0.1
+            torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3)
+            assert (one[0] - one[1]).abs().max() > 0.1
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
+    run = configuration()
+    write_checkpoint(tmp_path, run)
+    sampler = Sampler(run, tmp_path, "param", Mesh.single())
+    with pytest.raises(ConfigError, match=r"class 1001 is none of the model's, 0 to 999, or 1000 for none"):
+        sampler.sample([0, 1001], "ddim", 1)
+    with pytest.raises(ConfigError, match=r"no scheduler 'flow' for objective\.schedule='linear'; use one of 'ddpm'"):
+        make_scheduler(run.objective, "flow")
+    with pytest.raises(ConfigError, match=r"use one of 'dpm\+\+', 'flow'"):
+        make_scheduler(configuration(FLOW).objective, "ddim")
+    with pytest.raises(ConfigError, match="does not hold a diffusion transformer"):
+        run_of_checkpoint({"config": {"model": {"family": "gpt"}}}, "x", 1, 1, 1)
+    with pytest.raises(ConfigError, match=r"model\.num_heads=2 cannot be split over mesh\.tp=4"):
+        run_of_checkpoint({"config": run.to_dict()}, "x", 4, 1, 4)
+    with pytest.raises(ConfigError, match=r"pp=3 stages for model\.num_layers=2"):
+        run_of_checkpoint({"config": run.to_dict()}, "x", 1, 3, 3)
+    with pytest.raises(ConfigError, match="images of 4 channels cannot be shown"):
+        save_grid(torch.zeros(1, 4, 8, 8), 1, tmp_path / "x.png")
+
+
+def test_the_grid_has_each_image_in_its_place(tmp_path: Path) -> None:
+    from matplotlib import image
+
+    images = torch.linspace(-1, 1, 5).view(5, 1, 1, 1).expand(-1, 1, 8, 8)
+    save_grid(images, 3, tmp_path / "grid.png")
+    shown = image.imread(tmp_path / "grid.png")
+    assert shown.shape[:2] == (2 * 50, 3 * 50)
+    found = [shown[50 * (i // 3) + 25, 50 * (i % 3) + 25, 0] for i in range(5)]
+    assert found == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=0.01)
+    assert shown[0, :, 0] == pytest.approx(0.5, abs=0.01)  # the line between

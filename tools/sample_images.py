@@ -1,0 +1,76 @@
+"""Draw images with a trained diffusion transformer, as one PNG with a row of images for each class.
+
+python tools/sample_images.py runs/digits/checkpoints --output digits.png --classes 0 1 2 3 --guidance 2
+torchrun --nproc-per-node 4 tools/sample_images.py runs/digits/checkpoints --tp 2 --pp 2
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from megatron_ds.checkpoint import Checkpoint
+from megatron_ds.convert.dit import kind_of
+from megatron_ds.mesh import Mesh, MeshShape
+from megatron_ds.models.samplers import Sampler, make_scheduler, run_of_checkpoint, save_grid
+from megatron_ds.train.launch import RankInfo, job, run_main, set_threads
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to draw, and by which ranks. An image is the same on every mesh."""
+
+    checkpoint: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="CHECKPOINT")]]
+    """A run's checkpoint directory (its latest is meant) or one step's directory."""
+    output: Path = Path("samples.png")
+    """The PNG file."""
+    classes: tuple[int, ...] = tuple(range(10))
+    """A row for each."""
+    columns: int = 10
+    """Images of each class."""
+    scheduler: Literal["ddpm", "ddim", "euler", "dpm++", "flow"] | None = None
+    """Default: ddim, or flow for a model of rectified flow."""
+    steps: int = 50
+    """Evaluations of the model for an image."""
+    guidance: float = 2.0
+    """1: the class as trained; above 1: further away from no class."""
+    weights: Literal["average", "last"] | None = None
+    """The moving average of the weights or those of the last step. Default: the average where there is one."""
+    seed: int = 0
+    batch: int = 64
+    """Images that a replica draws at once."""
+    tp: int = 1
+    pp: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def main(place: RankInfo) -> int:
+    options = tyro.cli(Options, description=__doc__)
+    with job(place, 600.0) as ranks:
+        with ranks.checking(hashlib.sha256(repr(options).encode()).hexdigest()):
+            device = place.device(options.device)
+            with Checkpoint(options.checkpoint) as source:
+                kind = kind_of(source, None if options.weights is None else options.weights == "average")
+                where = str(source.directory)
+                run = run_of_checkpoint(source.meta, where, options.tp, options.pp, place.world_size)
+            scheduler = options.scheduler or ("flow" if run.objective.is_flow else "ddim")
+            make_scheduler(run.objective, scheduler)
+        set_threads(place, None)
+        ranks.start(device)
+        shape = MeshShape.for_world(place.world_size, pp=options.pp, tp=options.tp)
+        mesh = Mesh.create(shape, device, ranks.group_timeout(device))
+        labels = [label for label in options.classes for _ in range(options.columns)]
+        sampler = Sampler(run, options.checkpoint, kind, mesh)
+        images = sampler.sample(labels, scheduler, options.steps, options.guidance, options.seed, options.batch)
+        if mesh.rank == 0:
+            save_grid(images, options.columns, options.output)
+            print(options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))
