@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What the pretraining scripts share: torchrun on one node or many, or the dry run. Sourced, not run: a script sets
-# DESCRIPTION, CONFIG (a file in examples/configs) and DRY_RUN_WORLD_SIZE, then calls `launch "$@"`.
+# DESCRIPTION, CONFIG (a file in examples/configs) and DRY_RUN_WORLD_SIZE, perhaps ENTRY, then calls `launch "$@"`.
 
 usage() {
     cat <<TEXT
@@ -11,7 +11,7 @@ usage: $0 [--dry-run [--world-size N] [--rank R]] [--dotted.key VALUE ...]
   --dry-run       build one rank of the mesh without memory or other ranks and print the layout, the bytes a rank
                   needs and the pipeline's bubble (world size $DRY_RUN_WORLD_SIZE unless given here or by NNODES and GPUS_PER_NODE)
   --dotted.key    any setting of examples/configs/$CONFIG, e.g. --data.prefix corpus/text_document --mesh.tp 4;
-                  all of them: python examples/pretrain_gpt.py --help
+                  all of them: python examples/${ENTRY:-pretrain_gpt.py} --help
 
 environment (run the same command on every node, with its own NODE_RANK):
   GPUS_PER_NODE   ranks a node                              (default: its GPUs; 1 where there is none)
@@ -58,7 +58,7 @@ launch() {
         exit 2
     fi
 
-    local entry=("$root/examples/pretrain_gpt.py" --config "$root/examples/configs/$CONFIG")
+    local entry=("$root/examples/${ENTRY:-pretrain_gpt.py}" --config "$root/examples/configs/$CONFIG")
     if $dry_run; then
         exec "$python" "${entry[@]}" --dry-run --world-size "${world_size:-$dry_world}" --rank "${rank:-0}" "${passed[@]}"
     fi

@@ -124,6 +124,11 @@ def config_of(script: Path) -> str:
     return str(EXAMPLES / "configs" / name.group(1))
 
 
+def entry_of(script: Path) -> str:
+    name = re.search(r"^ENTRY=(\S+)$", script.read_text(), re.MULTILINE)
+    return str(EXAMPLES / ("pretrain_gpt.py" if name is None else name.group(1)))
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_starts_torchrun_on_this_node(script: Path, echo: dict[str, str]) -> None:
     done = run(script, "--data.prefix", "a path/corpus", "--mesh.tp", "4", env=echo)
@@ -131,7 +136,7 @@ def test_a_script_starts_torchrun_on_this_node(script: Path, echo: dict[str, str
         *["-m", "megatron_ds.train.torchrun"],
         *["--nnodes", "1", "--node-rank", "0", "--nproc-per-node", "1"],
         *["--master-addr", "localhost", "--master-port", "29500"],
-        *[str(EXAMPLES / "pretrain_gpt.py"), "--config", config_of(script)],
+        *[entry_of(script), "--config", config_of(script)],
         *["--data.prefix", "a path/corpus", "--mesh.tp", "4"],
     ]
 
@@ -166,7 +171,7 @@ def test_a_dry_run_starts_one_process(
         default = re.search(r"^DRY_RUN_WORLD_SIZE=(\d+)$", script.read_text(), re.MULTILINE)
         assert default is not None
         assert done.stdout.splitlines() == [
-            *[str(EXAMPLES / "pretrain_gpt.py"), "--config", config_of(script)],
+            *[entry_of(script), "--config", config_of(script)],
             *["--dry-run", "--world-size", world_size or default.group(1), "--rank", rank, "--train.steps", "3"],
         ]
 

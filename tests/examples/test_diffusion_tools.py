@@ -79,3 +79,19 @@ def test_a_model_goes_to_diffusers_and_comes_back(tmp_path: Path, capsys: pytest
     wrong = convert.ToDiffusers(tmp_path / "run", tmp_path / "x", vae=tmp_path)
     assert guarded(lambda: convert.main(wrong)) == 2
     assert "--vae does nothing" in capsys.readouterr().err
+
+
+def test_the_demos_configuration_is_laid_out_on_8_and_on_many_ranks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = importlib.util.spec_from_file_location("pretrain_dit", TOOLS.parent / "examples" / "pretrain_dit.py")
+    assert spec is not None and spec.loader is not None
+    entry = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(entry)
+    config = str(TOOLS.parent / "examples" / "configs" / "diffusion" / "digits.toml")
+    for world, batch in ((8, 64), (4096, 16384)):
+        more = ["--world-size", str(world), "--rank", str(world - 1), "--train.global-batch", str(batch)]
+        monkeypatch.setattr("sys.argv", ["pretrain_dit.py", "--config", config, "--dry-run", *more])
+        assert run_main(entry.main) == 0
+        shown = capsys.readouterr().out
+        assert f"mesh of {world} ranks: pp=2" in shown and "layers 2 to 3 with head" in shown
