@@ -137,6 +137,11 @@ class DiffusionRun(BaseRunConfig):
     data: DiffusionDataConfig = DiffusionDataConfig()
     train: DiffusionTrainConfig = DiffusionTrainConfig()
 
+    @property
+    def fixed(self) -> frozenset[str]:
+        names = ("prediction", "schedule", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr")
+        return super().fixed | {f"objective.{name}" for name in names}
+
     def faults(self, shape: MeshShape, needs_data: bool) -> Iterator[str]:
         yield from _model_faults(self, shape.tp)
         yield from _objective_faults(self.objective)

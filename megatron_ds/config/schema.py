@@ -314,6 +314,11 @@ class BaseRunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
+    @property
+    def fixed(self) -> frozenset[str]:
+        """Sections and dotted settings that a run cannot change when it continues: what its weights mean."""
+        return frozenset(("model", "seed"))
+
     def faults(self, shape: MeshShape, needs_data: bool) -> Iterator[str]:
         """What does not fit together in the family's own settings: a sentence each, with the way out."""
         yield from ()

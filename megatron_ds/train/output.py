@@ -30,7 +30,6 @@ from megatron_ds.files import read_bytes, replacing
 from megatron_ds.train.report import MOST_BYTES
 
 # A run that goes on with another one of these would be another run.
-_FIXED = ("model", "seed")
 _OF_ONE_START = ("output", "checkpoint.resume", "checkpoint.resume_from", "data.changed")
 LAST_GOOD = "last-good"
 
@@ -176,7 +175,7 @@ def check_settings(
     """
     whole = from_dict(type(config), before, where).to_dict()
     changes = list(_changes(whole, config.to_dict()))
-    refused = [text for key, text in changes if key.split(".")[0] in _FIXED]
+    refused = [text for key, text in changes if config.fixed & {key, key.split(".")[0]}]
     if refused:
         raise ConfigError(
             f"checkpoint.resume: the run in {where!r} is of another model or seed ({'; '.join(refused)}); use "

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DiTTransformer2DModel
 from dit_checkpoints import configuration, write_checkpoint
 from matplotlib import image
 
+from megatron_ds.checkpoint import Checkpoint
 from megatron_ds.data.cli import guarded
 from megatron_ds.train.launch import run_main
 
-TOOLS = Path(__file__).parents[2] / "tools"
+TOOLS, EXAMPLES = (Path(__file__).parents[2] / name for name in ("tools", "examples"))
 
 
-def tool(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", TOOLS / f"{name}.py")
+def tool(name: str, folder: Path = TOOLS) -> Any:
+    spec = importlib.util.spec_from_file_location(f"{name}_tool", folder / f"{name}.py")
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = loaded  # dataclasses and tyro look their annotations up there
@@ -30,6 +33,13 @@ def tool(name: str) -> Any:
 def sample(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr("sys.argv", ["sample_images.py", *map(str, arguments)])
     return run_main(tool("sample_images").main)
+
+
+def pretrain(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """examples/pretrain_dit.py with the demo's configuration."""
+    config = EXAMPLES / "configs" / "diffusion" / "digits.toml"
+    monkeypatch.setattr("sys.argv", ["pretrain_dit.py", "--config", *map(str, (config, *arguments))])
+    return run_main(tool("pretrain_dit", EXAMPLES).main)
 
 
 def test_a_grid_has_a_row_for_each_class(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -84,14 +94,45 @@ def test_a_model_goes_to_diffusers_and_comes_back(tmp_path: Path, capsys: pytest
 def test_the_demos_configuration_is_laid_out_on_8_and_on_many_ranks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = importlib.util.spec_from_file_location("pretrain_dit", TOOLS.parent / "examples" / "pretrain_dit.py")
-    assert spec is not None and spec.loader is not None
-    entry = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(entry)
-    config = str(TOOLS.parent / "examples" / "configs" / "diffusion" / "digits.toml")
     for world, batch in ((8, 64), (4096, 16384)):
         more = ["--world-size", str(world), "--rank", str(world - 1), "--train.global-batch", str(batch)]
-        monkeypatch.setattr("sys.argv", ["pretrain_dit.py", "--config", config, "--dry-run", *more])
-        assert run_main(entry.main) == 0
+        assert pretrain(monkeypatch, "--dry-run", *more) == 0
         shown = capsys.readouterr().out
         assert f"mesh of {world} ranks: pp=2" in shown and "layers 2 to 3 with head" in shown
+
+
+def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights, AdamW's moments and the moving average; and what they mean cannot be changed."""
+    small = [
+        *("--model.num-layers", 2, "--model.hidden-size", 16, "--model.num-heads", 2, "--mesh.tp", 1, "--mesh.pp", 1),
+        *(
+            "--train.global-batch",
+            8,
+            "--train.micro-batch",
+            4,
+            "--optimizer.schedule",
+            "constant",
+            "--optimizer.min-lr",
+            0,
+        ),
+        *("--optimizer.warmup-steps", 0, "--train.eval-every", 2, "--train.eval-batches", 1, "--threads", 1),
+        *("--log.no-tensorboard", "--log.no-progress", "--device", "cpu"),
+    ]
+    once, twice = [*small, "--output", tmp_path / "once"], [*small, "--output", tmp_path / "twice"]
+    assert pretrain(monkeypatch, *once, "--train.steps", 4) == 0
+    assert pretrain(monkeypatch, *twice, "--train.steps", 2) == 0
+    resumed = [*twice, "--train.steps", 4, "--checkpoint.resume"]
+    assert pretrain(monkeypatch, *resumed, "--objective.prediction", "epsilon") == 2
+    assert "of another model or seed (objective.prediction: 'v' -> 'epsilon')" in capsys.readouterr().err
+    assert pretrain(monkeypatch, *resumed, "--objective.min-snr", 5) == 0  # how errors are weighted may
+    assert pretrain(monkeypatch, *twice, "--train.steps", 2) == 2  # it would overwrite the run
+    shutil.rmtree(tmp_path / "twice")
+    assert pretrain(monkeypatch, *twice, "--train.steps", 2) == 0
+    assert pretrain(monkeypatch, *resumed) == 0
+    with Checkpoint(tmp_path / "once" / "checkpoints") as one, Checkpoint(tmp_path / "twice" / "checkpoints") as two:
+        for kind in ("param", "ema", "exp_avg", "exp_avg_sq"):
+            assert one.names(kind) == two.names(kind) and len(one.names(kind)) == 31
+            assert all(torch.equal(one.read(name, kind), two.read(name, kind)) for name in one.names(kind))
+        assert not torch.equal(one.read("final.weight", "ema"), one.read("final.weight"))
