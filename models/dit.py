@@ -27,7 +27,7 @@ from megatron_ds.layers.attention_cores import AttentionRules, make_core
 from megatron_ds.layers.linear import lookup, replicated_parameter
 from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.modulation import Modulation, modulated_norm
-from megatron_ds.models import diffusion
+from megatron_ds.models import objectives
 from megatron_ds.models.transformer import StageSettings, Table
 from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.rng import initialize_parameters
@@ -143,14 +143,14 @@ class DiT(nn.Module):
             the others the activation for the next stage.
         """
         dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
-        levels = diffusion.noise_levels(self.objective, micro_batch["time"], self.config.tokens)
+        levels = objectives.noise_levels(self.objective, micro_batch["time"], self.config.tokens)
         image, noise = micro_batch["images"].to(dtype), micro_batch["noise"].to(dtype)
-        x, condition = self._blocks(diffusion.noisy(levels, image, noise), levels.time, micro_batch["labels"], hidden)
+        x, condition = self._blocks(objectives.noisy(levels, image, noise), levels.time, micro_batch["labels"], hidden)
         if not self.span.head:
             return torch.cat([x, condition.unsqueeze(0)])
-        wanted = diffusion.target(self.objective, levels, image, noise)
+        wanted = objectives.target(self.objective, levels, image, noise)
         error = self._predict(x, condition).to(dtype) - self._own(to_patches(wanted, self.config.patch_size, last=True))
-        weight = diffusion.weight(self.objective, levels).to(dtype) * micro_batch["counts"]
+        weight = objectives.weight(self.objective, levels).to(dtype) * micro_batch["counts"]
         loss = (error.square().sum((0, 2)) * weight).sum()
         return comm.reduce_from_region(loss, self.tp) if self.partial else loss
 

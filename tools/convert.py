@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, cast
 import torch
 import tyro
 
-from megatron_ds.convert.dit import export_pipeline, export_transformer, import_transformer
+from megatron_ds.convert.dit_folder import export_pipeline, export_transformer, import_transformer
 from megatron_ds.convert.tables import export_hf, import_hf
 from megatron_ds.data.cli import run
 from megatron_ds.data.tokenizers import load_tokenizer

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import tyro
 
 from megatron_ds.checkpoint import Checkpoint
-from megatron_ds.convert.dit import kind_of
+from megatron_ds.convert.dit_folder import kind_of
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.samplers import Sampler, make_scheduler, run_of_checkpoint, save_grid
 from megatron_ds.train.launch import RankInfo, job, run_main, set_threads

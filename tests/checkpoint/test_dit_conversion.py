@@ -15,7 +15,7 @@ from megatron_ds.checkpoint import Checkpoint
 from megatron_ds.checkpoint.load import load
 from megatron_ds.config import from_dict
 from megatron_ds.config.diffusion import DiffusionRun
-from megatron_ds.convert.dit import export_pipeline, export_transformer, identity_vae, import_transformer
+from megatron_ds.convert.dit_folder import export_pipeline, export_transformer, identity_vae, import_transformer
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.samplers import Sampler

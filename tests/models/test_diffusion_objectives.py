@@ -11,7 +11,7 @@ from diffusers.training_utils import compute_snr
 
 from megatron_ds.config import from_dict
 from megatron_ds.config.diffusion import ObjectiveConfig
-from megatron_ds.models import diffusion
+from megatron_ds.models import objectives
 
 
 def objective(**values: Any) -> ObjectiveConfig:
@@ -37,7 +37,7 @@ def test_discrete_schedules_are_those_of_diffusers(
     other = DDPMScheduler(
         100, beta_schedule=theirs, beta_start=start, beta_end=end, rescale_betas_zero_snr=zero_snr
     ).alphas_cumprod
-    levels = diffusion.noise_levels(c, (torch.arange(100, dtype=torch.float64) + 0.5) / 100, tokens=16)
+    levels = objectives.noise_levels(c, (torch.arange(100, dtype=torch.float64) + 0.5) / 100, tokens=16)
     assert torch.equal(levels.time, torch.arange(100, dtype=torch.float64))
     torch.testing.assert_close(levels.alpha**2, other.double(), rtol=0, atol=2e-6)
     torch.testing.assert_close(levels.alpha**2 + levels.sigma**2, torch.ones(100, dtype=torch.float64))
@@ -55,8 +55,8 @@ def test_the_target_and_the_noisy_image_give_the_image_back(prediction: str) -> 
     scheduler.set_timesteps(1000)
     generator = torch.Generator().manual_seed(0)
     image, noise = torch.randn(2, 2, 1, 4, 4, generator=generator, dtype=torch.float64)
-    levels = diffusion.noise_levels(c, torch.tensor([0.3005, 0.3005], dtype=torch.float64), tokens=4)
-    noisy, target = diffusion.noisy(levels, image, noise), diffusion.target(c, levels, image, noise)
+    levels = objectives.noise_levels(c, torch.tensor([0.3005, 0.3005], dtype=torch.float64), tokens=4)
+    noisy, target = objectives.noisy(levels, image, noise), objectives.target(c, levels, image, noise)
     torch.testing.assert_close(noisy, scheduler.add_noise(image, noise, levels.time.long()), rtol=0, atol=1e-5)
     found = scheduler.step(target, 300, noisy, generator=generator).pred_original_sample
     torch.testing.assert_close(found, image, rtol=0, atol=1e-4)
@@ -65,24 +65,24 @@ def test_the_target_and_the_noisy_image_give_the_image_back(prediction: str) -> 
 def test_flow_goes_straight_from_the_image_to_the_noise() -> None:
     c = objective(prediction="flow", schedule="flow", shift=3.0)
     u = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
-    levels = diffusion.noise_levels(c, u, tokens=16)
+    levels = objectives.noise_levels(c, u, tokens=16)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(sigmas=u.flip(0).tolist())
     torch.testing.assert_close(levels.sigma.flip(0).float(), scheduler.sigmas[:-1], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(levels.time.flip(0).float(), scheduler.timesteps, rtol=1e-5, atol=1e-3)
     image, noise = torch.randn(2, 50, 3, 2, 2, dtype=torch.float64)
-    velocity = diffusion.target(c, levels, image, noise)
+    velocity = objectives.target(c, levels, image, noise)
     at = levels.sigma.view(-1, 1, 1, 1)
-    torch.testing.assert_close(diffusion.noisy(levels, image, noise) - at * velocity, image)
+    torch.testing.assert_close(objectives.noisy(levels, image, noise) - at * velocity, image)
     # Esser et al. 2024, eq. 23: with four times the tokens, twice the shift.
     far = objective(prediction="flow", schedule="flow", shift=3.0, shift_base_tokens=16)
-    assert diffusion.shift_of(far, 64) == 2 * diffusion.shift_of(far, 16) == 6.0
+    assert objectives.shift_of(far, 64) == 2 * objectives.shift_of(far, 16) == 6.0
 
 
 def test_logit_normal_times_have_a_normal_logit() -> None:
     c = objective(prediction="flow", schedule="flow", density="logit_normal", logit_mean=0.5, logit_std=2.0)
     u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    logit = torch.logit(diffusion.noise_levels(c, u, tokens=4).sigma)
+    logit = torch.logit(objectives.noise_levels(c, u, tokens=4).sigma)
     assert logit.mean().item() == pytest.approx(0.5, abs=1e-3) and logit.std().item() == pytest.approx(2.0, abs=1e-2)
 
 
@@ -90,25 +90,25 @@ def test_logit_normal_times_have_a_normal_logit() -> None:
 def test_min_snr_weights_are_those_of_the_training_scripts(prediction: str) -> None:
     c = objective(prediction=prediction, schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, min_snr=5.0)
     scheduler = DDPMScheduler(1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    levels = diffusion.noise_levels(c, (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000, tokens=4)
+    levels = objectives.noise_levels(c, (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000, tokens=4)
     snr = compute_snr(scheduler, torch.arange(1000)).double()
     want = snr.clamp(max=5.0) / (snr if prediction == "epsilon" else snr + 1)
-    torch.testing.assert_close(diffusion.weight(c, levels), want, rtol=1e-3, atol=0)
+    torch.testing.assert_close(objectives.weight(c, levels), want, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(("prediction", "schedule"), [("x0", "cosine"), ("v", "cosine"), ("flow", "flow")])
 def test_min_snr_is_one_weight_of_the_images_error_whatever_is_predicted(prediction: str, schedule: str) -> None:
     c = objective(prediction=prediction, schedule=schedule, min_snr=5.0)
-    levels = diffusion.noise_levels(c, torch.linspace(0.05, 0.95, 7, dtype=torch.float64), tokens=4)
+    levels = objectives.noise_levels(c, torch.linspace(0.05, 0.95, 7, dtype=torch.float64), tokens=4)
     generator = torch.Generator().manual_seed(0)
     image, noise, wrong = torch.randn(3, 7, 1, 2, 2, dtype=torch.float64, generator=generator)
-    x_t = diffusion.noisy(levels, image, noise)
+    x_t = objectives.noisy(levels, image, noise)
     alpha, sigma = levels.alpha.view(-1, 1, 1, 1), levels.sigma.view(-1, 1, 1, 1)
     predicted = {  # what says that the image is `wrong`
         "x0": wrong,
         "v": (alpha * x_t - wrong) / sigma,
         "flow": (x_t - wrong) / sigma,
     }[prediction]
-    error = (predicted - diffusion.target(c, levels, image, noise)).square().sum((1, 2, 3))
+    error = (predicted - objectives.target(c, levels, image, noise)).square().sum((1, 2, 3))
     want = (wrong - image).square().sum((1, 2, 3)) * (levels.alpha / levels.sigma).square().clamp(max=5.0)
-    torch.testing.assert_close(diffusion.weight(c, levels) * error, want)
+    torch.testing.assert_close(objectives.weight(c, levels) * error, want)

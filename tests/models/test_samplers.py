@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_ds.config.diffusion import DiffusionRun
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh, MeshShape
-from megatron_ds.models import diffusion
+from megatron_ds.models import objectives
 from megatron_ds.models.samplers import Sampler, make_scheduler, run_of_checkpoint, save_grid
 from megatron_ds.testing import device_of_rank, run_ranks
 
@@ -31,10 +31,10 @@ def perfect(run: DiffusionRun, known: Tensor) -> Any:
             share = (time.double() + 0.5) / 1000  # Euler's times lie between the steps
         else:  # noise_levels shifts what it is given
             share = share / (3 - 2 * share)
-        levels = diffusion.noise_levels(run.objective, share.clamp(1e-9, 1 - 1e-9), tokens=16)
+        levels = objectives.noise_levels(run.objective, share.clamp(1e-9, 1 - 1e-9), tokens=16)
         sigma = levels.sigma.clamp(min=1e-6).view(-1, 1, 1, 1)
         noise = (images.double() - levels.alpha.view(-1, 1, 1, 1) * known) / sigma
-        return diffusion.target(run.objective, levels, known.expand_as(noise), noise).float()
+        return objectives.target(run.objective, levels, known.expand_as(noise), noise).float()
 
     return predict
 
