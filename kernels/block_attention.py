@@ -1,8 +1,8 @@
 """Attention by blocks of queries, in plain torch: memory grows with the sequence and not with its square.
 
-One block of queries at a time is multiplied with all the keys it may see. Causality, documents, ALiBi and dropout are
-applied to the block's scores, and no larger score matrix or mask is ever made. Key/value heads are not repeated: the
-queries of a group are rows of one matmul.
+One block of queries at a time is multiplied with all the keys it may see. Causality, documents, sliding windows, ALiBi,
+soft caps and dropout are applied to the block's scores, and no larger score matrix or mask is ever made. Key/value heads
+are not repeated: the queries of a group are rows of one matmul.
 
 On a CPU this is mostly the fast way too, see :mod:`.cpu.attention_route`.
 
@@ -52,17 +52,17 @@ def block_size(device: torch.device) -> int:
     return attention_route.QUERIES if device.type == "cpu" else 512
 
 
-def is_preferred(on_cpu: bool, half: bool, keeps: bool, causal: bool, other_rules: bool, drops: bool) -> bool:
+def is_preferred(on_cpu: bool, half: bool, keeps: bool, causal: bool, other_rules: bool, alone: bool) -> bool:
     """Whether attention goes by blocks of queries, and not to torch's fused kernel.
 
-    Dropout always does: a fused kernel makes its decisions in ways that depend on the mesh.
+    Dropout and soft caps always do: a fused kernel drops in ways that depend on the mesh, and caps nothing.
 
     Args:
         half: inputs are of half precision.
         keeps: :func:`keeps_probabilities`.
-        other_rules: documents or ALiBi.
+        other_rules: documents, ALiBi, a window. alone: what blocks alone can do: dropout or a soft cap.
     """
-    return drops or (on_cpu and attention_route.prefers_blocks(half, keeps, causal, other_rules))
+    return alone or (on_cpu and attention_route.prefers_blocks(half, keeps, causal, other_rules))
 
 
 def block_attention(
@@ -74,6 +74,8 @@ def block_attention(
     documents: Documents | None = None,
     slopes: Tensor | None = None,
     dropout: Dropout | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """``dropout(softmax(q k^T / sqrt(d) + bias)) v`` over the keys that a query may see.
 
@@ -86,13 +88,16 @@ def block_attention(
         causal: whether a query sees itself and those before it only.
         documents: a query sees its own document only.
         slopes: ``[n]`` ALiBi slopes (Press et al. 2021): the bias is ``slope * (key - query)``.
+        window: a query sees only the keys that are fewer places than this away from it.
+        softcap: scores are ``softcap * tanh(scores / softcap)`` (Gemma 2, section 2).
 
     Returns:
         ``[s, b, n * d]``.
     """
     starts, ends = (None, None) if documents is None else (documents.starts, documents.ends)
     p, row_keys, first_head = (0.0, None, 0) if dropout is None else (dropout.p, dropout.row_keys, dropout.first_head)
-    out: Tensor = _BlockAttention.apply(q, k, v, starts, ends, slopes, row_keys, p, first_head, causal)
+    rules = (starts, ends, slopes, row_keys, p, first_head, causal, window, softcap)
+    out: Tensor = _BlockAttention.apply(q, k, v, *rules)
     return out
 
 
@@ -119,6 +124,7 @@ class _Tile:
 class _Scores:
     """How scores become probabilities, in the forward pass and again in the backward pass."""
 
+    device: torch.device
     shape: torch.Size  # of q
     starts: Tensor | None
     ends: Tensor | None
@@ -127,15 +133,21 @@ class _Scores:
     p: float
     first_head: int
     causal: bool
+    window: int | None
+    softcap: float | None
 
-    def tiles(self, device: torch.device) -> Iterator[_Tile]:
+    @property
+    def kept(self) -> bool:
+        """Whether probabilities stay for the backward pass, which needs the scores themselves where they are capped."""
+        return self.softcap is None and keeps_probabilities(self.shape[0], self.shape[3])
+
+    def tiles(self) -> Iterator[_Tile]:
         """From the first queries to the last."""
-        s, b, size = *self.shape[:2], block_size(device)
-        if self.starts is None or self.ends is None or device.type != "cpu":
+        s, b, size = *self.shape[:2], block_size(self.device)
+        if self.starts is None or self.ends is None or self.device.type != "cpu":
             for start in range(0, s, size):
                 end = min(start + size, s)
-                keys = slice(0, end if self.causal else s)
-                yield _Tile(slice(0, b), slice(start, end), keys, self.starts is not None)
+                yield _Tile(slice(0, b), slice(start, end), self._near(start, end, 0, s), self.starts is not None)
             return
         # The bounds are at hand, so keys that no query of a tile may see are left out.
         last = [min(start + size, s) - 1 for start in range(0, s, size)]
@@ -143,19 +155,32 @@ class _Scores:
         for sample, row in enumerate(bounds):
             for start, first_key, last_start, last_end in zip(range(0, s, size), *row):
                 end = min(start + size, s)
-                keys = slice(first_key, end if self.causal else last_end)
+                keys = self._near(start, end, first_key, last_end)
                 yield _Tile(slice(sample, sample + 1), slice(start, end), keys, last_start != first_key)
 
-    def probabilities(self, queries: Tensor, keys: Tensor, tile: _Tile) -> Tensor:
-        """``[B * g, n / g * Q, K]`` of grouped queries and of keys from :func:`_for_scores`. Negative: dropped."""
-        dtype = queries.dtype
+    def _near(self, start: int, end: int, first_key: int, last_key: int) -> slice:
+        """Of the keys ``first_key .. last_key`` those that a query of ``start .. end`` may see."""
+        reach = last_key if self.window is None else self.window - 1
+        return slice(max(first_key, start - reach), end if self.causal else min(last_key, end + reach))
+
+    def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """``[B * g, n / g * Q, K]`` of grouped queries and of keys from :func:`_for_scores`, capped."""
         scores = queries.to(keys.dtype) @ keys.transpose(1, 2)
+        return scores if self.softcap is None else scores.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def slope_of_cap(self, scores: Tensor) -> Tensor | None:
+        """The derivative of the capped scores with respect to the others."""
+        return None if self.softcap is None else 1.0 - (scores / self.softcap).square_()
+
+    def probabilities(self, scores: Tensor, tile: _Tile, dtype: torch.dtype) -> Tensor:
+        """``[B * g, n / g * Q, K]`` of :meth:`scores`, which are overwritten. Negative: dropped."""
         b, size, seen = (part.stop - part.start for part in (tile.samples, tile.queries, tile.keys))
         by_head = scores.view(b, self.shape[2], size, seen)
         if self.row_keys is None:
             return self._softmax(by_head, tile).to(dtype).view(scores.shape)
         if SOFTMAX.choose(by_head) == "triton":
-            mask = ~self._other_documents(tile) if tile.crosses else None
+            hidden = self._hidden(tile)
+            mask = None if hidden is None else ~hidden
             weights = scaled_masked_softmax(by_head, causal=self.causal, mask=mask, slopes=self.slopes).to(dtype)
         else:
             weights = self._softmax(by_head, tile).to(dtype)
@@ -165,21 +190,29 @@ class _Scores:
         """``[B, n, Q, K]``, in fp32 with ALiBi; ``scores`` are overwritten."""
         if self.slopes is not None:
             wide = torch.promote_types(scores.dtype, torch.float32)
-            scores = scores.to(wide).add_(self.slopes.to(wide).view(-1, 1, 1) * self._distances(tile).to(wide))
+            distances = self._distances(tile, self.slopes.device).to(wide)
+            scores = scores.to(wide).add_(self.slopes.to(wide).view(-1, 1, 1) * distances)
         # Adding -inf is one vectorised pass; masked_fill is not.
         if self.causal:
             own, size = scores[..., tile.queries.start - tile.keys.start :], scores.shape[2]
             own += own.new_full((size, size), float("-inf")).triu_(1)
-        if tile.crosses:
-            outside = self._other_documents(tile)
-            scores += scores.new_zeros(outside.shape).masked_fill_(outside, float("-inf"))
+        hidden = self._hidden(tile)
+        if hidden is not None:
+            scores += scores.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
         return scores.softmax(-1)
 
-    def _distances(self, tile: _Tile) -> Tensor:
+    def _distances(self, tile: _Tile, device: torch.device) -> Tensor:
         """``[Q, K]`` key minus query."""
-        device = None if self.slopes is None else self.slopes.device
         queries, keys = (torch.arange(p.start, p.stop, device=device) for p in (tile.queries, tile.keys))
         return keys - queries.unsqueeze(1)
+
+    def _hidden(self, tile: _Tile) -> Tensor | None:
+        """``[B or 1, 1, Q, K]`` bool: the keys of another document or outside the window; None if there are none."""
+        farthest = max(tile.queries.stop - tile.keys.start, tile.keys.stop - tile.queries.start) - 1
+        if self.window is None or farthest < self.window:
+            return self._other_documents(tile) if tile.crosses else None
+        outside = self._distances(tile, self.device).abs() >= self.window
+        return outside[None, None] | self._other_documents(tile) if tile.crosses else outside[None, None]
 
     def _other_documents(self, tile: _Tile) -> Tensor:
         """``[B, 1, Q, K]`` bool: whether the key is of another document than the query."""
@@ -211,18 +244,19 @@ class _BlockAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rules: Any) -> Tensor:
         s, b, n, d = q.shape
-        ctx.scale, ctx.scores, ctx.group = 1.0 / math.sqrt(d), _Scores(q.shape, *rules), n // k.shape[2]
+        ctx.scale, ctx.scores, ctx.group = 1.0 / math.sqrt(d), _Scores(q.device, q.shape, *rules), n // k.shape[2]
         # The scale goes into the queries, the smallest tensor it can go into.
         queries, keys, values = _heads(q).mul_(ctx.scale), _heads(k), _heads(v)
         out = q.new_empty(s, b, n, d)
         by_head = out.permute(1, 2, 0, 3)  # [b, n, s, d]
         kept, wide_keys = [], _for_scores(keys)
-        for tile in ctx.scores.tiles(q.device):
+        for tile in ctx.scores.tiles():
             own = _grouped(tile.of(queries, b, tile.queries), ctx.group)
-            probabilities = ctx.scores.probabilities(own, tile.of(wide_keys, b, tile.keys), tile)
+            scores = ctx.scores.scores(own, tile.of(wide_keys, b, tile.keys))
+            probabilities = ctx.scores.probabilities(scores, tile, q.dtype)
             part = ctx.scores.dropped(probabilities) @ tile.of(values, b, tile.keys)
             by_head[tile.samples, :, tile.queries] = part.view(-1, n, own.shape[1] // ctx.group, d)
-            if keeps_probabilities(s, d):
+            if ctx.scores.kept:
                 kept.append(probabilities)
         ctx.save_for_backward(queries, keys, values, *kept)
         return out.view(s, b, n * d)
@@ -238,18 +272,26 @@ class _BlockAttention(torch.autograd.Function):
         grad_keys, grad_values = _SumOfTiles(keys), _SumOfTiles(values)
         wide_keys = keys if kept else _for_scores(keys)
         # The last tile comes first: where it sees all keys, it begins the sums.
-        for number, tile in reversed(list(enumerate(ctx.scores.tiles(keys.device)))):
+        for number, tile in reversed(list(enumerate(ctx.scores.tiles()))):
             own, own_grad = (_grouped(tile.of(t, b, tile.queries), group) for t in (queries, grad))
             seen = tile.of(keys, b, tile.keys)
-            p = kept[number] if kept else ctx.scores.probabilities(own, tile.of(wide_keys, b, tile.keys), tile)
+            slope = None
+            if kept:
+                p = kept[number]
+            else:
+                scores = ctx.scores.scores(own, tile.of(wide_keys, b, tile.keys))
+                slope = ctx.scores.slope_of_cap(scores)
+                p = ctx.scores.probabilities(scores, tile, keys.dtype)
             grad_values.add(tile, b, ctx.scores.dropped(p).transpose(1, 2), own_grad)
             grad_p, p = ctx.scores.before_dropout(own_grad @ tile.of(values, b, tile.keys).transpose(1, 2), p)
             grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+            if slope is not None:
+                grad_scores.mul_(slope)
             part = (grad_scores @ seen).mul_(ctx.scale)
             grad_queries[tile.samples, :, tile.queries] = part.view(-1, n, own.shape[1] // group, d)
             grad_keys.add(tile, b, grad_scores.transpose(1, 2), own)
         grad_k, grad_v = (t.whole().view(b, n // group, s, d).permute(2, 0, 1, 3) for t in (grad_keys, grad_values))
-        return grad_q, grad_k, grad_v, *[None] * 7
+        return grad_q, grad_k, grad_v, *[None] * 9
 
 
 class _SumOfTiles:

@@ -36,7 +36,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` (Zhang and Sennrich 2019)."""
     if NORM.choose(x) == "triton":
         return torch.ops.megatron_ds.norm(x, None, None, weight, None, eps, 0.0, True)[0]
-    return F.rms_norm(x, weight.shape, weight, eps)
+    return rms_norm_reference(x, weight, eps)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """In the weight's dtype, where that is wider than ``x``'s."""
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
 
 def add_norm(
@@ -66,7 +71,7 @@ def add_norm(
         return y, summed
     summed = dropout_add(x, residual, p, row_keys)
     if kind == "rmsnorm":
-        return F.rms_norm(summed, weight.shape, weight, eps), summed
+        return rms_norm_reference(summed, weight, eps), summed
     return layer_norm_reference(summed, weight, bias, eps), summed
 
 

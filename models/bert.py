@@ -1,7 +1,8 @@
 """BERT: an encoder that sees both ways and predicts masked tokens, whole or one pipeline stage of it.
 
-Devlin et al. 2018: attention without a causal mask, norms behind the residual sums, and between the last block and the
-vocabulary one more layer. There is no next-sentence loss (Liu et al. 2019 found it to be of no use).
+Devlin et al. 2018: attention without a causal mask, norms behind the residual sums unless ``norm_position`` says
+otherwise, and between the last block and the vocabulary one more layer. There is no next-sentence loss (Liu et al. 2019
+found it to be of no use).
 
 Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden. What it shares with other models is in :mod:`.transformer`.
 """
@@ -16,30 +17,16 @@ from torch import Tensor, nn
 from megatron_ds.data.gpt_sources import GPTSources
 from megatron_ds.data.masked_source import mask_sources
 from megatron_ds.kernels.activation import bias_gelu
-from megatron_ds.layers.attention import AttentionInputs
 from megatron_ds.layers.linear import replicated_parameter
 from megatron_ds.layers.norm import Norm
 from megatron_ds.models.text_task import TextTask
-from megatron_ds.models.transformer import BlockParts, Transformer
-from megatron_ds.rng import keys_of_rows
-
-
-class PostNormBlock(BlockParts):
-    """``x = norm(x + attention(x))``, then ``x = norm(x + mlp(x))``."""
-
-    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        attended = self.attention(x, inputs)
-        keys = keys_of_rows(attended, self.hidden_dropout, inputs.keys, self.site)
-        x, _ = self.attention_norm(attended, residual=x, p=self.hidden_dropout, row_keys=keys)
-        y = self.mlp(x)
-        keys = keys_of_rows(y, self.hidden_dropout, inputs.keys, self.site + 1)
-        return self.mlp_norm(y, residual=x, p=self.hidden_dropout, row_keys=keys)[0]
+from megatron_ds.models.transformer import Transformer
 
 
 class Dense(nn.Module):
     """A linear layer that every tensor-parallel rank holds whole."""
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter):
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None):
         super().__init__()
         self.weight, self.bias = weight, bias
 
@@ -51,19 +38,19 @@ class BERT(Transformer):
     ``document_ids`` keep padding apart too.
     """
 
-    block = PostNormBlock
-    output_bias = True
-
     def build_head(self, **settings: Any) -> None:
         h = self.config.hidden_size
         place: dict[str, Any] = {"device": self.settings.device, "dtype": self.settings.dtype}
-        bias = replicated_parameter("transform.bias", (h,), "zeros", self.tp, self.sequence_parallel, **place)
+        bias = None
+        if self.config.bias:
+            bias = replicated_parameter("transform.bias", (h,), "zeros", self.tp, self.sequence_parallel, **place)
         self.transform = Dense(self._replicated("transform.weight", (h, h)), bias)
         self.transform_norm = Norm("transform_norm", self.config.norm, h, **settings)
 
     def head_input(self, x: Tensor) -> Tensor:
         # The published models have the erf form here and in the blocks alike.
-        approximate = "tanh" if self.config.activation == "gelu_tanh" else "none"
+        approximate = "tanh" if self.config.activation in ("gelu_tanh", "geglu_tanh") else "none"
+        x = super().head_input(x)
         return self.transform_norm(bias_gelu(F.linear(x, self.transform.weight), self.transform.bias, approximate))
 
 

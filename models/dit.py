@@ -86,7 +86,7 @@ class Block(nn.Module):
         self.modulation = Modulation(f"{name}.modulation", h, 6, partial=s.partial, std=c.zero_init_std, **s.where)
         self.attention = SelfAttention(
             f"{name}.attention",
-            AttentionConfig(h, c.num_heads, 1, c.head_size, True, True, False, c.norm_eps, c.std, c.std),
+            AttentionConfig(h, c.num_heads, 1, c.head_size, True, True, None, c.norm_eps, c.std, c.std),
             site=0,
             recompute_core=s.recompute.mode == "selective",
             sequence_parallel=s.sequence_parallel,

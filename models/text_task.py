@@ -29,7 +29,7 @@ class TextTask:
             "embedding.weight": "vocab_size",
             "head.weight": "vocab_size",
             "head.bias": "vocab_size",
-            "position.weight": "max_positions",
+            "position.weight": "position_rows",
         }
     )
     leave_out = staticmethod(gpt_dataset.leave_out)
@@ -101,11 +101,15 @@ def layer_costs(m: ModelConfig, sequence_length: int) -> LayerCosts:
 
     The convention of the PaLM paper (Chowdhery et al. 2022, appendix B): attention counts the full square although
     it is causal, norms and embedding lookups count nothing. Training costs three times this. Sparse attention counts
-    its live blocks.
+    its live blocks, a layer with a window the keys inside it; a block is the average of all layers.
     """
     n, g, d, h = m.num_heads, m.groups, m.head_size, m.hidden_size
     sparse = m.attention.sparse
     density = 1.0 if sparse.mode == "none" else sparse_layout(sparse, sequence_length, n, causal=m.causal).density()
+    if m.window is not None:
+        seen = min(sequence_length, m.window if m.causal else 2 * m.window - 1)
+        share = sum(m.has_window(i) for i in range(m.num_layers)) / m.num_layers
+        density = share * seen / sequence_length + 1.0 - share
     attention = (n + 2 * g) * d * h + n * d * h
     mlp = (3 if m.gated else 2) * m.ffn_size * h
     return LayerCosts(

@@ -22,14 +22,14 @@ from megatron_ds.config import ModelConfig, RecomputeConfig
 from megatron_ds.config.sparse import sparse_layout
 from megatron_ds.kernels.block_layout import BlockLayout
 from megatron_ds.kernels.documents import Documents
-from megatron_ds.layers.attention import AttentionConfig, AttentionInputs, SelfAttention
+from megatron_ds.layers.attention import AttentionInputs
 from megatron_ds.layers.attention_cores import AttentionRules, make_core
-from megatron_ds.layers.linear import VocabParallelEmbedding, lookup, output_std, replicated_parameter
-from megatron_ds.layers.loss import linear_cross_entropy
-from megatron_ds.layers.mlp import MLP
+from megatron_ds.layers.linear import VocabParallelEmbedding, lookup, replicated_parameter
+from megatron_ds.layers.loss import capped, linear_cross_entropy
 from megatron_ds.layers.norm import Norm
-from megatron_ds.layers.position import alibi_slopes, rotary_frequencies, rotary_table
+from megatron_ds.layers.position import Rotary, alibi_slopes, rotary_table
 from megatron_ds.mesh import Mesh
+from megatron_ds.models.block import SITES_A_BLOCK, Block, norm_settings
 from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.rng import DropoutKeys, dropout, initialize_parameters
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
@@ -37,9 +37,8 @@ from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
 MicroBatch = Mapping[str, Tensor]
 Part = Literal["whole", "before loss", "loss"]
 
-# Dropout sites of a model: one of the embedding, then three a block.
+# Dropout sites of a model: one of the embedding, then those of the blocks.
 _EMBEDDING_SITE = 0
-_SITES_A_BLOCK = 3
 
 
 @dataclass(frozen=True)
@@ -89,48 +88,11 @@ class Head(nn.Module):
         self.weight, self.bias = weight, bias
 
 
-class BlockParts(nn.Module):
-    """The sub-layers of transformer block ``index`` and their two norms; in which order they act, subclasses say.
-
-    Its dropout sites are ``site`` (attention output), ``site + 1`` (MLP output) and ``site + 2`` (probabilities).
-    """
-
-    def __init__(self, config: ModelConfig, index: int, settings: StageSettings):
-        super().__init__()
-        c, name = config, f"layers.{index}"
-        self.hidden_dropout, self.site = c.hidden_dropout, 1 + index * _SITES_A_BLOCK
-        sequence_parallel, where = settings.sequence_parallel, settings.where
-        norm: dict[str, Any] = {"partial": settings.partial, **where}
-        self.attention_norm = Norm(f"{name}.attention_norm", c.norm, c.hidden_size, c.norm_eps, **norm)
-        self.attention = SelfAttention(
-            f"{name}.attention",
-            attention_config(c),
-            site=self.site + 2,
-            recompute_core=settings.recompute.mode == "selective",
-            sequence_parallel=sequence_parallel,
-            **where,
-        )
-        self.mlp_norm = Norm(f"{name}.mlp_norm", c.norm, c.hidden_size, c.norm_eps, **norm)
-        self.mlp = MLP(
-            f"{name}.mlp",
-            c.hidden_size,
-            c.ffn_size,
-            c.activation,
-            bias=c.bias,
-            sequence_parallel=sequence_parallel,
-            stds=(c.init_std, output_std(c.init_std, c.num_layers)),
-            **where,
-        )
-
-
 class Transformer(nn.Module):
     """The model, or one pipeline stage of it: embedding, blocks, and the loss over the vocabulary.
 
-    A subclass says what a block is and what lies between the last block and the projection to the vocabulary.
+    A norm lies between the last block and the vocabulary, unless each block ends with one. A subclass says what else.
     """
-
-    block: type[BlockParts]
-    output_bias = False  # whether the projection to the vocabulary has a bias
 
     def __init__(self, config: ModelConfig, settings: StageSettings | None = None):
         super().__init__()
@@ -153,26 +115,50 @@ class Transformer(nn.Module):
             if span.embedding and span.head and c.tied_embeddings:
                 self.embedding.weight.grad_writes = 2  # type: ignore[attr-defined]  # the lookup's and the head's
         if span.embedding and c.position == "learned":
-            self.position = Table(self._replicated("position.weight", (c.max_positions, c.hidden_size)))
+            self.position = Table(self._replicated("position.weight", (c.position_rows, c.hidden_size)))
         if span.embedding and c.token_types:
             self.token_type = Table(self._replicated("token_type.weight", (c.token_types, c.hidden_size)))
-        norm: dict[str, Any] = {"eps": c.norm_eps, "partial": s.partial, **s.where}
+        norm: dict[str, Any] = {**norm_settings(c), "partial": s.partial, **s.where}
         if span.embedding and c.embedding_norm:
             self.embedding_norm = Norm("embedding_norm", "layernorm", c.hidden_size, **norm)
-        self.layers = nn.ModuleDict({str(i): self.block(c, i, s) for i in range(span.first, span.last)})
+        self.layers = nn.ModuleDict({str(i): self._build_block(i) for i in range(span.first, span.last)})
         every = {"full": 1, "every_n": s.recompute.every}.get(s.recompute.mode)
         self.recomputed = {str(i) for i in range(span.first, span.last) if every and i % every == 0}
         if span.head:
+            if c.resolved["norm_position"] != "post":
+                self.final_norm = Norm("final_norm", c.norm, c.hidden_size, **norm)
             self.build_head(**norm)
             self.head = self._build_head_projection()
-        frequencies = rotary_frequencies(c.head_size, c.rope_theta, c.rope_scaling) if c.position == "rope" else None
-        self.frequencies: Tensor | None
-        self.register_buffer("frequencies", None if frequencies is None else frequencies.to(s.device), persistent=False)
+        # Of the layers that see all, and of those with a window.
+        self.rotary = self._rotary()
+        for kind, rotary in self.rotary.items():
+            self.register_buffer(f"{kind}_frequencies", rotary.frequencies().to(s.device), persistent=False)
         local = c.num_heads // self.tp.size
         self.first_head = self.tp.rank * local
         slopes = alibi_slopes(c.num_heads)[self.first_head :][:local] if c.position == "alibi" else None
         self.slopes: Tensor | None
         self.register_buffer("slopes", None if slopes is None else slopes.to(s.device), persistent=False)
+
+    def _build_block(self, index: int) -> Block:
+        s = self.settings
+        return Block(
+            self.config,
+            index,
+            site=1 + index * SITES_A_BLOCK,
+            sequence_parallel=s.sequence_parallel,
+            partial=s.partial,
+            recompute=s.recompute,
+            where=s.where,
+        )
+
+    def _rotary(self) -> dict[str, Rotary]:
+        c = self.config
+        if c.position != "rope":
+            return {}
+        full = window = Rotary(c.rotary_dim or c.head_size, c.rope_theta, c.rope_scaling)
+        if c.window_rope_theta is not None:
+            window = Rotary(full.dim, c.window_rope_theta)
+        return {"full": full, "window": window}
 
     def _build_head_projection(self) -> Head:
         c, s = self.config, self.settings
@@ -181,7 +167,7 @@ class Transformer(nn.Module):
         bias = ShardSpec("head.bias", shape[:1], shard, init="zeros", weight_decay=False)
         return Head(
             None if c.tied_embeddings else empty_parameter(weight, s.device, s.dtype),
-            empty_parameter(bias, s.device, s.dtype) if self.output_bias else None,
+            empty_parameter(bias, s.device, s.dtype) if c.resolved["head_bias"] else None,
         )
 
     def _replicated(self, name: str, shape: tuple[int, ...]) -> nn.Parameter:
@@ -192,12 +178,11 @@ class Transformer(nn.Module):
         )  # fmt: skip
 
     def build_head(self, **settings: Any) -> None:
-        """Add the layers of :meth:`head_input`; ``settings`` are a norm's: eps, tp, partial, device, dtype."""
-        raise NotImplementedError
+        """Add what :meth:`head_input` has besides the last norm; ``settings`` are a norm's."""
 
     def head_input(self, x: Tensor) -> Tensor:
         """From the last block's output to what the projection to the vocabulary is applied to."""
-        raise NotImplementedError
+        return self.final_norm(x) if hasattr(self, "final_norm") else x
 
     def initialize(self, seed: int) -> None:
         """Set every weight from (seed, its global name); padding rows of the vocabulary are zero."""
@@ -240,6 +225,7 @@ class Transformer(nn.Module):
             sequence_parallel=self.sequence_parallel,
             label_smoothing=self.settings.label_smoothing if self.training else 0.0,
             z_loss=self.settings.z_loss if self.training else 0.0,
+            softcap=self.config.logit_softcap,
         )
 
     @property
@@ -248,10 +234,12 @@ class Transformer(nn.Module):
 
     def hidden_states(self, micro_batch: MicroBatch, hidden: Tensor | None = None) -> Tensor:
         """The output of this stage's blocks."""
-        inputs = self._inputs(micro_batch)
-        x = self._embed(micro_batch, inputs) if self.span.embedding else hidden
+        kinds = {self.config.has_window(int(name)) for name in self.layers} or {False}
+        shared = {window: self._inputs(micro_batch, window) for window in kinds}
+        x = self._embed(micro_batch, shared[min(kinds)]) if self.span.embedding else hidden
         assert x is not None, "a stage without the embedding needs the previous stage's output"
         for name, block in self.layers.items():
+            inputs = shared[self.config.has_window(int(name))]
             if name in self.recomputed and torch.is_grad_enabled():
                 x = checkpoint(block, x, inputs, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -263,14 +251,19 @@ class Transformer(nn.Module):
         x = self.head_input(self.hidden_states(micro_batch, hidden))
         if self.sequence_parallel:
             x = comm.gather_dim0(x, self.tp).wait()
-        local = F.linear(x, self.output_weight, self.head.bias).permute(2, 1, 0)
+        scores = F.linear(x, self.output_weight, self.head.bias)
+        if self.config.logit_softcap is not None:
+            scores = capped(scores, self.config.logit_softcap)
+        local = scores.permute(2, 1, 0)
         return comm.gather_dim0(local, self.tp).wait()[: self.config.vocab_size].permute(1, 2, 0)
 
     def _embed(self, micro_batch: MicroBatch, inputs: AttentionInputs) -> Tensor:
         tokens = micro_batch["tokens"].t()
         x = self.embedding(tokens)
+        if self.config.embedding_scale != 1.0:
+            x = x * x.new_full((), self.config.embedding_scale)  # rounded to the dtype, as Gemma's is
         if self.config.position == "learned":
-            x = x + lookup(self._own(inputs.positions), self.position.weight)
+            x = x + lookup(self._own(inputs.positions) + self.config.position_offset, self.position.weight)
         if self.config.token_types:
             types = micro_batch.get("token_type_ids")
             types = torch.zeros_like(tokens) if types is None else types.t()
@@ -283,11 +276,12 @@ class Transformer(nn.Module):
         """This rank's part of ``[s, b]``."""
         return comm.slice_dim0(of_sequence, self.tp) if self.sequence_parallel else of_sequence
 
-    def _inputs(self, micro_batch: MicroBatch) -> AttentionInputs:
+    def _inputs(self, micro_batch: MicroBatch, window: bool) -> AttentionInputs:
+        """What the layers with a window share, or those without."""
         positions = micro_batch["position_ids"].t()
         length = positions.shape[0]
         dtype = next(self.parameters()).dtype
-        rotary = None if self.frequencies is None else rotary_table(positions, self.frequencies, dtype)
+        size = self.config.window if window else None
         keys = None
         if self.training and (self.config.hidden_dropout or self.config.attention_dropout):
             offset = self.tp.rank * (length // self.tp.size) if self.sequence_parallel else 0
@@ -297,13 +291,25 @@ class Transformer(nn.Module):
             causal=self.config.causal,
             documents=None if documents is None else Documents.of_ids(documents),
             slopes=self.slopes,
+            window=size if size is not None and size < length else None,
+            softcap=self.config.attention_softcap,
             dropout=self.config.attention_dropout,
             keys=keys,
             first_head=self.first_head,
             layout=self._layout(length, positions.device),
         )
         core = make_core(rules, length, self.config.head_size, positions.device, dtype)
-        return AttentionInputs(positions, core, rotary, keys)
+        return AttentionInputs(
+            positions, core, self._rotary_table(positions, "window" if window else "full", dtype), keys
+        )
+
+    def _rotary_table(self, positions: Tensor, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        if not self.rotary:
+            return None
+        rotary, length = self.rotary[kind], positions.shape[0]
+        fixed: Tensor = getattr(self, f"{kind}_frequencies")
+        frequencies = rotary.frequencies(length) if rotary.depends_on(length) else fixed
+        return rotary_table(positions, frequencies, dtype, rotary.amplitude)
 
     def _layout(self, length: int, device: torch.device) -> BlockLayout | None:
         """The blocks that this rank's heads compute: its slice of the whole model's, which knows no mesh."""
@@ -322,7 +328,7 @@ class Transformer(nn.Module):
         Traced whole, blocks on a CPU lose the matmuls and the attention that are faster than the compiler's: 2,322 ms
         a step where eager takes 2,116 (fp32, 6 layers of 384); with the activations alone compiled bf16 gains 7%.
         """
-        for block in cast(Iterable[BlockParts], self.layers.values()):
+        for block in cast(Iterable[Block], self.layers.values()):
             if next(self.parameters()).device.type == "cpu":
                 block.mlp.compile_activation()
             else:
@@ -332,19 +338,3 @@ class Transformer(nn.Module):
     def shares_embedding(self) -> bool:
         """Whether this stage's embedding is tied to a copy on another stage."""
         return self.config.tied_embeddings and self.span.embedding != self.span.head
-
-
-def attention_config(c: ModelConfig) -> AttentionConfig:
-    """The sizes of the model's self-attention."""
-    return AttentionConfig(
-        c.hidden_size,
-        c.groups,
-        c.queries_per_kv_head,
-        c.head_size,
-        bias=c.bias,
-        qkv_bias=c.bias if c.qkv_bias is None else c.qkv_bias,
-        qk_norm=c.qk_norm,
-        norm_eps=c.norm_eps,
-        init_std=c.init_std,
-        out_std=output_std(c.init_std, c.num_layers),
-    )

@@ -18,7 +18,7 @@ from megatron_ds.comm.collectives import (
     scatter_sum_dim0,
 )
 from megatron_ds.comm.pending import Pending, slice_dim0
-from megatron_ds.comm.regions import gather_from_region, reduce_from_region, reduce_scatter_sequence
+from megatron_ds.comm.regions import gather_from_region, reduce_from_region, reduce_scatter_sequence, sum_over_region
 
 __all__ = [
     "Agreement",
@@ -40,4 +40,5 @@ __all__ = [
     "reduce_scatter_start",
     "scatter_sum_dim0",
     "slice_dim0",
+    "sum_over_region",
 ]

@@ -4,6 +4,7 @@
 function                          forward              backward
 ================================  ===================  ===================================
 :func:`reduce_from_region`        all-reduce           identity
+:func:`sum_over_region`           all-reduce           all-reduce
 :func:`reduce_scatter_sequence`   reduce-scatter dim 0 all-gather dim 0
 :func:`gather_from_region`        all-gather dim 0     own part of dim 0, or reduce-scatter
 ================================  ===================  ===================================
@@ -30,6 +31,18 @@ class _ReduceFromRegion(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grads[0], None
+
+
+class _SumOverRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        return all_reduce(tensor.clone(memory_format=torch.contiguous_format), axis)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return all_reduce(grads[0].clone(memory_format=torch.contiguous_format), ctx.axis), None
 
 
 class _ReduceScatterSequence(torch.autograd.Function):
@@ -60,6 +73,11 @@ class _GatherFromRegion(torch.autograd.Function):
 def reduce_from_region(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """Leave a tensor-parallel region: the partial results of all ranks add up, and every rank has the sum."""
     return tensor if axis.group is None else _ReduceFromRegion.apply(tensor, axis)
+
+
+def sum_over_region(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """A sum over all ranks inside a tensor-parallel region, where each rank goes on to use it in its own way."""
+    return tensor if axis.group is None else _SumOverRegion.apply(tensor, axis)
 
 
 def reduce_scatter_sequence(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:

@@ -41,6 +41,12 @@ def sparse_faults(config: RunConfig) -> Iterator[str]:
         )
     if m.position == "alibi":
         yield f"model.position='alibi' {which}: sparse attention has no biases; use 'rope', 'learned' or 'none'"
+    for name in ("window", "attention_softcap"):
+        if getattr(m, name) is not None:
+            yield (
+                f"model.{name}={getattr(m, name)} {which}: a layout stands in for all rules of dense attention; leave "
+                f"it out, or use {_SECTION}.mode='none' (mode='sliding_window' is a window of blocks)"
+            )
     for name in ("document_masking", "conversations"):
         if getattr(config.data, name):
             yield (

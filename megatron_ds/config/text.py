@@ -68,7 +68,7 @@ class AttentionConfig(Section):
 
 
 class ModelConfig(BaseModelConfig):
-    """The transformer. One description covers GPT-2, GPT-3, Llama 2/3 and BLOOM, and BERT."""
+    """The transformer. One description covers the decoders and encoders that `tools/convert.py` knows."""
 
     family: Literal["gpt", "bert"] = Field(
         "gpt",
@@ -95,22 +95,62 @@ class ModelConfig(BaseModelConfig):
     )
     max_positions: int = Field(1024, gt=0, description="Longest sequence of learned positions, in tokens.")
     position: Literal["learned", "rope", "alibi", "none"] = Field("learned", description="How positions enter.")
+    position_offset: int = Field(
+        0, ge=0, description="Row of the learned positions that the first token takes (OPT, RoBERTa: 2)."
+    )
     rope_theta: float = Field(10000.0, gt=0, description="Base wavelength of rotary embeddings.")
     rope_scaling: dict[str, float | int | str | bool] | None = Field(
         None,
-        description="Llama 3.1 rotary scaling: factor, low_freq_factor, high_freq_factor, "
-        "original_max_position_embeddings.",
+        description="Rotary scaling: rope_type (llama3, the default, linear, dynamic or yarn) and what it takes, by "
+        "transformers' names: factor, original_max_position_embeddings, ...",
     )
+    rotary_dim: int | None = Field(None, gt=0, description="First dims of a head that are rotated. Default: all.")
+    rotary_interleaved: bool = Field(
+        False, description="Dims 2i and 2i + 1 turn together (GPT-J), not i and i + rotary_dim / 2."
+    )
+    window: int | None = Field(
+        None, gt=0, description="Sliding window: a token sees those fewer places than this away. Default: all."
+    )
+    attention_pattern: tuple[Literal["window", "full"], ...] = Field(
+        ("window",), description="Which layers have the window, repeated over the layers (Gemma 2: window full)."
+    )
+    window_rope_theta: float | None = Field(
+        None, gt=0, description="rope_theta of the layers with a window, which have no rope_scaling then (Gemma 3)."
+    )
+    attention_scalar: float | None = Field(
+        None, gt=0, description="Scores are divided by its square root. Default: head_dim."
+    )
+    attention_softcap: float | None = Field(None, gt=0, description="Scores are capped: c tanh(score / c) (Gemma 2).")
+    logit_softcap: float | None = Field(None, gt=0, description="The same of the logits.")
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="Normalisation layer.")
     norm_eps: float = Field(1e-5, gt=0, description="Added to the variance.")
-    activation: Literal["gelu", "gelu_tanh", "swiglu", "geglu"] = Field(
+    norm_bias: bool = Field(True, description="LayerNorms have a bias.")
+    zero_centered_norm: bool = Field(False, description="A norm's weight is kept as its difference from 1 (Gemma).")
+    norm_position: Literal["pre", "post", "output", "sandwich"] | None = Field(
+        None,
+        description="Where a layer f has its norms. pre: x + f(norm(x)). post: norm(x + f(x)). output: x + norm(f(x)) "
+        "(OLMo 2). sandwich: x + norm(f(norm(x))) (Gemma 2). Default: pre; bert: post.",
+    )
+    first_norm: bool = Field(True, description="The first block has an attention norm (ModernBERT: none).")
+    residual: Literal["sequential", "parallel", "parallel_one_norm"] = Field(
+        "sequential",
+        description="parallel: attention and MLP both take the block's input, each behind its norm (GPT-NeoX) or both "
+        "behind one (GPT-J, Falcon).",
+    )
+    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu", "geglu_tanh"] = Field(
         "gelu_tanh", description="MLP non-linearity; swiglu and geglu are gated, which makes three matrices of two."
     )
     bias: bool = Field(True, description="Biases in the linear layers.")
     qkv_bias: bool | None = Field(None, description="Bias of the query/key/value projection. Default: bias.")
+    mlp_bias: bool | None = Field(None, description="Biases of the MLP. Default: bias.")
+    head_bias: bool | None = Field(None, description="Bias of the output head. Default: with bert, not with gpt.")
     tied_embeddings: bool = Field(True, description="The output head is the token embedding.")
-    qk_norm: bool = Field(False, description="RMS-normalise queries and keys a head.")
+    qk_norm: bool = Field(False, description="RMS-normalise queries and keys.")
+    qk_norm_over: Literal["head", "projection"] = Field(
+        "head", description="qk_norm: each head's apart, or those of all heads at once (OLMo 2)."
+    )
     embedding_norm: bool = Field(False, description="LayerNorm after the embedding (BLOOM, BERT).")
+    embedding_scale: float = Field(1.0, gt=0, description="Factor of the token embedding (Gemma: sqrt(hidden_size)).")
     token_types: int = Field(0, ge=0, description="Rows of a table added by token type (BERT: 2); 0: none.")
     init_std: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of attention probabilities.")
@@ -138,7 +178,7 @@ class ModelConfig(BaseModelConfig):
     @property
     def gated(self) -> bool:
         """Whether the MLP multiplies its features by a gate."""
-        return self.activation in ("swiglu", "geglu")
+        return self.activation in ("swiglu", "geglu", "geglu_tanh")
 
     @property
     def ffn_size(self) -> int:
@@ -152,13 +192,28 @@ class ModelConfig(BaseModelConfig):
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @property
+    def position_rows(self) -> int:
+        """Rows of the learned positions."""
+        return self.max_positions + self.position_offset
+
+    def has_window(self, layer: int) -> bool:
+        return self.window is not None and self.attention_pattern[layer % len(self.attention_pattern)] == "window"
+
+    @property
     def resolved(self) -> dict[str, Any]:
+        followed = {"qkv_bias": self.bias, "mlp_bias": self.bias, "head_bias": not self.causal}
         return {
             **self.model_dump(mode="json"),
             "kv_heads": self.groups,
             "head_dim": self.head_size,
             "ffn_hidden_size": self.ffn_size,
-            "qkv_bias": self.bias if self.qkv_bias is None else self.qkv_bias,
+            "rotary_dim": self.rotary_dim or self.head_size,
+            "attention_scalar": self.attention_scalar or float(self.head_size),
+            "norm_position": self.norm_position or ("pre" if self.causal else "post"),
+            **{
+                name: default if getattr(self, name) is None else getattr(self, name)
+                for name, default in followed.items()
+            },
         }
 
     @property

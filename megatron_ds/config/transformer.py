@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from megatron_ds.errors import divisors, multiples_around
@@ -11,7 +12,17 @@ from megatron_ds.errors import divisors, multiples_around
 if TYPE_CHECKING:
     from megatron_ds.config.text import ModelConfig, RunConfig
 
-_ROPE_SCALING = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+_CONTEXT = "original_max_position_embeddings"
+_YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+# Of each kind of rotary scaling what it needs, and what it may have, by the names that transformers has for them.
+ROPE_SCALING: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = MappingProxyType(
+    {
+        "linear": (("factor",), ()),
+        "dynamic": (("factor", _CONTEXT), ()),
+        "llama3": (("factor", "low_freq_factor", "high_freq_factor", _CONTEXT), ()),
+        "yarn": (("factor", _CONTEXT), _YARN),
+    }
+)
 
 
 def transformer_faults(config: RunConfig) -> Iterator[str]:
@@ -19,6 +30,7 @@ def transformer_faults(config: RunConfig) -> Iterator[str]:
     yield from _attention_faults(config.model)
     yield from _split_faults(config.model, config.mesh.tp)
     yield from _position_faults(config.model, config.train.sequence_length)
+    yield from _block_faults(config.model)
     m, mesh, length = config.model, config.mesh, config.train.sequence_length
     if not m.causal and (config.data.conversations or config.data.fim.rate):
         yield "data.conversations and data.fim.rate are for model.family='gpt': a BERT predicts masked tokens of texts"
@@ -61,18 +73,54 @@ def _split_faults(m: ModelConfig, tp: int) -> Iterator[str]:
         )
 
 
+def _block_faults(m: ModelConfig) -> Iterator[str]:
+    place = m.resolved["norm_position"]
+    if m.residual != "sequential" and place != "pre":
+        yield (
+            f"model.residual={m.residual!r} with model.norm_position={place!r}: attention and MLP side by side have "
+            "their norms before them; use model.norm_position='pre', or model.residual='sequential'"
+        )
+    if len(m.attention_pattern) > m.num_layers or not m.attention_pattern:
+        yield (
+            f"model.attention_pattern has {len(m.attention_pattern)} entries for model.num_layers={m.num_layers} "
+            f"layers; use 1 to {m.num_layers}, which are repeated"
+        )
+
+
 def _position_faults(m: ModelConfig, length: int) -> Iterator[str]:
-    if m.position == "rope" and m.head_size % 2:
-        yield f"rotary positions need an even head_dim, not {m.head_size}"
+    rotated = m.rotary_dim or m.head_size
+    if m.position == "rope" and rotated % 2:
+        name = "head_dim" if m.rotary_dim is None else "rotary_dim"
+        yield f"rotary positions need an even {name}, not {rotated}; use {multiples_around(rotated, 2)}"
+    if rotated > m.head_size:
+        yield f"model.rotary_dim={m.rotary_dim} is more than the {m.head_size} dims of a head; use that or fewer"
     if m.position == "alibi" and not m.causal:
         yield (
             "model.position='alibi' with model.family='bert': ALiBi's bias is for tokens that look back; use "
             "'learned', 'rope' or 'none'"
         )
-    if m.rope_scaling is not None and not set(m.rope_scaling) >= _ROPE_SCALING:
-        yield f"model.rope_scaling={m.rope_scaling} lacks {sorted(_ROPE_SCALING - set(m.rope_scaling))}"
+    if m.rope_scaling is not None:
+        yield from _scaling_faults(dict(m.rope_scaling))
     if m.position == "learned" and length > m.max_positions:
         yield (
             f"train.sequence_length={length} is longer than model.max_positions={m.max_positions}; "
             "raise max_positions or shorten the sequence"
         )
+
+
+def _scaling_faults(scaling: dict[str, float | int | str | bool]) -> Iterator[str]:
+    kind = scaling.pop("rope_type", "llama3")
+    if kind not in ROPE_SCALING:
+        yield f"model.rope_scaling.rope_type={kind!r} is not known; use {', '.join(ROPE_SCALING)}"
+        return
+    needed, optional = ROPE_SCALING[str(kind)]
+    lacking, unknown = sorted(set(needed) - set(scaling)), sorted(set(scaling) - {*needed, *optional})
+    if lacking:
+        yield f"model.rope_scaling={scaling} lacks {lacking}"
+    if unknown:
+        yield f"model.rope_scaling={scaling} has {unknown}, which rope_type={kind!r} does not take; leave them out"
+    for name in set(scaling) & {*needed, *optional}:
+        value, switch = scaling[name], name == "truncate"
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        if not (isinstance(value, bool) if switch else number):
+            yield f"model.rope_scaling.{name}={value!r} should be {'true or false' if switch else 'a positive number'}"

@@ -133,9 +133,45 @@ TEXT = (
         "data.conversations keeps the conversations of a sequence apart anyway; leave it out",
     ),
     Unused(
-        ("model.rope_theta", "model.rope_scaling"),
+        (
+            "model.rope_theta",
+            "model.rope_scaling",
+            "model.rotary_dim",
+            "model.rotary_interleaved",
+            "model.window_rope_theta",
+        ),
         lambda c: c.model.position == "rope",
         "model.position={c.model.position!r} has no rotary embeddings; use model.position='rope'",
+    ),
+    Unused(
+        ("model.position_offset",),
+        lambda c: c.model.position == "learned",
+        "model.position={c.model.position!r} has no table of positions; use model.position='learned'",
+    ),
+    Unused(
+        ("model.attention_pattern", "model.window_rope_theta"),
+        lambda c: c.model.window is not None,
+        "no layer has a window; set model.window",
+    ),
+    Unused(
+        ("model.window",),
+        lambda c: any(c.model.has_window(i) for i in range(len(c.model.attention_pattern))),
+        "model.attention_pattern gives it to no layer; have 'window' in it",
+    ),
+    Unused(
+        ("model.qk_norm_over",),
+        lambda c: c.model.qk_norm,
+        "queries and keys have no norm; set model.qk_norm",
+    ),
+    Unused(
+        ("model.norm_bias",),
+        lambda c: c.model.norm == "layernorm" or c.model.embedding_norm,
+        "model.norm='rmsnorm' never has a bias; use model.norm='layernorm'",
+    ),
+    Unused(
+        ("model.first_norm",),
+        lambda c: c.model.resolved["norm_position"] in ("pre", "sandwich"),
+        "with model.norm_position={c.model.resolved[norm_position]!r} no block begins with a norm; use 'pre'",
     ),
 )
 

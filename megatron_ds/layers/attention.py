@@ -6,9 +6,9 @@ Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden, ``g`` key/value heads on this
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_ds.kernels.rotary import rotary
 from megatron_ds.layers.attention_cores import AttentionCore
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
-from megatron_ds.layers.norm import Norm
+from megatron_ds.layers.norm import Norm, SplitRMSNorm
 from megatron_ds.mesh import Axis
 from megatron_ds.rng import DropoutKeys
 from megatron_ds.shard import Matrices, consists_of
@@ -25,12 +25,12 @@ from megatron_ds.shard import Matrices, consists_of
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What every block of a stage shares for one micro-batch, computed once.
+    """What the blocks of a stage that see the same keys share for one micro-batch, computed once.
 
     Attributes:
         positions: ``[s, b]`` int64.
         core: what happens to queries, keys and values.
-        rotary: cos and sin ``[s, b, 1, d]``, or None.
+        rotary: cos and sin ``[s, b, 1, r]`` for the first ``r`` dims of a head, or None.
         keys: of the dropouts outside the core; None in evaluation.
     """
 
@@ -47,6 +47,8 @@ class AttentionConfig:
     Attributes:
         kv_heads: key/value heads; tensor parallelism splits by them.
         init_std: of the first projection's weight; ``out_std`` of the second's.
+        qk_norm: RMSNorm of queries and keys, of each ``"head"`` or of all heads at once (``"projection"``).
+        score_scalar: scores are divided by its square root; None: by that of ``head_dim``, as a core does.
     """
 
     hidden_size: int
@@ -55,10 +57,18 @@ class AttentionConfig:
     head_dim: int
     bias: bool
     qkv_bias: bool
-    qk_norm: bool
+    qk_norm: Literal["head", "projection"] | None
     norm_eps: float
     init_std: float
     out_std: float
+    zero_centered_norm: bool = False
+    rotary_interleaved: bool = False
+    score_scalar: float | None = None
+
+    @property
+    def query_factor(self) -> float | None:
+        """What queries are multiplied with, so that a core which divides by sqrt(head_dim) divides by another root."""
+        return None if self.score_scalar in (None, self.head_dim) else math.sqrt(self.head_dim / self.score_scalar)
 
 
 class SelfAttention(nn.Module):
@@ -97,12 +107,9 @@ class SelfAttention(nn.Module):
             **make,
         )
         consists_of(self.qkv.weight, Matrices(1, (c.queries_per_kv_head, 1, 1)))
-        # Each rank's gradient of these weights covers its own heads only, with or without sequence parallelism.
-        norm = partial(
-            Norm, kind="rmsnorm", size=c.head_dim, eps=c.norm_eps, tp=tp, partial=True, device=device, dtype=dtype
-        )
-        self.q_norm = norm(f"{name}.q_norm") if c.qk_norm else None
-        self.k_norm = norm(f"{name}.k_norm") if c.qk_norm else None
+        place: dict[str, Any] = {"tp": tp, "device": device, "dtype": dtype}
+        self.q_norm = _qk_norm(f"{name}.q_norm", c, c.kv_heads * c.queries_per_kv_head, **place)
+        self.k_norm = _qk_norm(f"{name}.k_norm", c, c.kv_heads, **place)
         self.out = RowParallelLinear(
             f"{name}.out",
             c.kv_heads * c.queries_per_kv_head * c.head_dim,
@@ -120,12 +127,31 @@ class SelfAttention(nn.Module):
         q, k, v = qkv.split([c.queries_per_kv_head, 1, 1], dim=-2)
         q, k, v = q.reshape(s, b, self.local_kv_heads * c.queries_per_kv_head, c.head_dim), k.squeeze(-2), v.squeeze(-2)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         if inputs.rotary is not None:
-            q, k = rotary(q, k, *inputs.rotary)
+            q, k = rotary(q, k, *inputs.rotary, interleaved=c.rotary_interleaved)
+        if c.query_factor is not None:
+            q = q * c.query_factor
         attend = inputs.core.attend
         if self.recompute_core and torch.is_grad_enabled():
             attended = checkpoint(attend, q, k, v, self.site, use_reentrant=False, preserve_rng_state=False)
         else:
             attended = attend(q, k, v, self.site)
         return self.out(attended)
+
+
+def _qk_norm(name: str, c: AttentionConfig, heads: int, **place: Any) -> Norm | SplitRMSNorm | None:
+    """The norm of the queries or keys of ``heads`` heads."""
+    if c.qk_norm is None:
+        return None
+    if c.qk_norm == "projection":
+        return SplitRMSNorm(name, heads * c.head_dim, c.norm_eps, zero_centered=c.zero_centered_norm, **place)
+    # Each rank's gradient of the weight covers its own heads only, with or without sequence parallelism.
+    return Norm(name, "rmsnorm", c.head_dim, c.norm_eps, partial=True, zero_centered=c.zero_centered_norm, **place)
+
+
+def _normed(norm: Norm | SplitRMSNorm, x: Tensor) -> Tensor:
+    """``x [s, b, heads, d]``."""
+    if isinstance(norm, Norm):
+        return norm(x)
+    return norm(x.flatten(2)).view(x.shape)

@@ -46,6 +46,8 @@ class AttentionRules:
         causal: a query sees itself and those before it only.
         documents: a query sees its own document only.
         slopes: ``[n]`` ALiBi slopes of this rank's heads.
+        window: a query sees only the keys that are fewer places than this away from it.
+        softcap: scores are ``softcap * tanh(scores / softcap)``, before any mask.
         dropout: probability of dropping a probability, with ``keys``; without them nothing is dropped.
         first_head: number of this rank's first head in the whole model.
         layout: the blocks that this rank's heads compute, in place of all other rules.
@@ -54,6 +56,8 @@ class AttentionRules:
     causal: bool = True
     documents: Documents | None = None
     slopes: Tensor | None = None
+    window: int | None = None
+    softcap: float | None = None
     dropout: float = 0.0
     keys: DropoutKeys | None = None
     first_head: int = 0
@@ -66,7 +70,8 @@ class AttentionRules:
     @property
     def plain(self) -> bool:
         """Whether nothing but causality is asked for."""
-        return self.slopes is None and self.documents is None and not self.drops
+        rules = (self.slopes, self.documents, self.window, self.softcap)
+        return all(rule is None for rule in rules) and not self.drops
 
 
 def make_core(
@@ -76,8 +81,8 @@ def make_core(
     if rules.layout is not None:
         if not rules.plain:
             raise ConfigError(
-                "block-sparse attention has no ALiBi, document masks or attention dropout: a layout is the same "
-                "for every sample; use rotary or learned positions, no document_ids and attention_dropout=0"
+                "block-sparse attention has no ALiBi, window, softcap, document masks or attention dropout: a layout "
+                "is all there is, and the same for every sample; use rotary or learned positions, and none of these"
             )
         return SparseCore(rules.layout)
     if is_preferred(
@@ -86,7 +91,7 @@ def make_core(
         keeps_probabilities(length, head_dim),
         rules.causal,
         not rules.plain,
-        rules.drops,
+        rules.drops or rules.softcap is not None,
     ):
         return BlockCore(rules)
     bias = None if rules.plain else _bias(rules, length, device, dtype)
@@ -128,7 +133,10 @@ class BlockCore:
         if r.dropout > 0.0 and r.keys is not None:
             # The sequence is whole here, so rows start at position 0.
             dropout = Dropout(r.dropout, r.keys.row_keys(site, q.shape[0], 0), r.first_head)
-        return block_attention(q, k, v, causal=r.causal, documents=r.documents, slopes=r.slopes, dropout=dropout)
+        return block_attention(
+            q, k, v, causal=r.causal, documents=r.documents, slopes=r.slopes, dropout=dropout, window=r.window,
+            softcap=r.softcap,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,9 @@ def _bias(rules: AttentionRules, length: int, device: torch.device, dtype: torch
     seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=device)
     if rules.causal:
         seen = seen.tril()
+    if rules.window is not None:
+        places = torch.arange(length, device=device)
+        seen = seen & ((places - places.unsqueeze(1)).abs() < rules.window)
     if rules.documents is not None:
         seen = seen & rules.documents.same()
     zero = torch.zeros((), dtype=dtype, device=device)

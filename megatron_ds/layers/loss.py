@@ -45,6 +45,7 @@ def linear_cross_entropy(
     sequence_parallel: bool = False,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """Sum of the losses of the unmasked tokens, a scalar in fp32 (fp64 for fp64 inputs), equal on every rank.
 
@@ -55,9 +56,10 @@ def linear_cross_entropy(
         loss_mask: ``[s, b]`` bool, True where the token counts.
         vocab_size: real tokens; rows of the global table beyond it are padding.
         bias: ``[v / tp]``, added to the logits.
+        softcap: the logits are ``softcap * tanh(logits / softcap)`` (Gemma 2, section 2).
     """
     _check_labels(labels, loss_mask, vocab_size)
-    rules = _Rules(vocab_size, tp, weight.shape[0], label_smoothing, z_loss, torch.is_grad_enabled())
+    rules = _Rules(vocab_size, tp, weight.shape[0], label_smoothing, z_loss, torch.is_grad_enabled(), softcap)
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels, loss_mask, rules, sequence_parallel)
 
 
@@ -76,6 +78,7 @@ class _Rules:
     label_smoothing: float
     z_loss: float
     grad_enabled: bool
+    softcap: float | None = None
 
     @property
     def first(self) -> int:
@@ -162,6 +165,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (pending.wait() if pending is not None else None, grad_weight, grad_bias, *[None] * 4)
 
 
+def capped(logits: Tensor, softcap: float) -> Tensor:
+    """``softcap * tanh(logits / softcap)``, in place."""
+    return logits.div_(softcap).tanh_().mul_(softcap)
+
+
 def cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -234,6 +242,9 @@ def _chunk(
     """
     tp, label_smoothing, z_loss, vocab_size = rules.tp, rules.label_smoothing, rules.z_loss, rules.vocab_size
     local = labels - rules.first
+    slope = None
+    if rules.softcap is not None:
+        slope = 1.0 - capped(logits, rules.softcap).div(rules.softcap).square_()
     stats, scratch = token_statistics(logits, local, want_sum=label_smoothing > 0.0)
     if tp.group is None:
         top, total, target, sum_of_logits = stats
@@ -261,7 +272,7 @@ def _chunk(
         z_loss=z_loss,
         vocab_size=vocab_size,
     )
-    return loss, gradient
+    return loss, gradient if slope is None else gradient.mul_(slope)
 
 
 def _logits(x: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The two-matmul MLP: GELU, or SwiGLU and GeGLU with gate and up projection in one matmul."""
+"""The two-matmul MLP: GELU or ReLU, or SwiGLU and GeGLU with gate and up projection in one matmul."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.kernels.activation import GELU, SILU, bias_gelu, gated
+from megatron_ds.kernels.activation import GELU, GELU_TANH, SILU, bias_gelu, gated
 from megatron_ds.kernels.cpu.compiled_activation import compiled_activation
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.mesh import Axis
 from megatron_ds.shard import Matrices, consists_of
 
 # What the gate of a gated MLP goes through.
-GATES: Mapping[str, str] = MappingProxyType({"swiglu": SILU, "geglu": GELU})
+GATES: Mapping[str, str] = MappingProxyType({"swiglu": SILU, "geglu": GELU, "geglu_tanh": GELU_TANH})
 
 
 class MLP(nn.Module):
     """``[s(/tp), b, h] -> [s(/tp), b, h]`` through ``ffn`` features split over tp.
 
-    ``activation``: ``"gelu"`` (erf), ``"gelu_tanh"``, or ``"swiglu"`` and ``"geglu"`` (Shazeer 2020, eq. 6), whose
-    weight is ``[2, ffn, h]``, gate first. ``stds``: initial standard deviations of the first and of the second matrix.
+    ``activation``: ``"gelu"`` (erf), ``"gelu_tanh"``, ``"relu"``, or ``"swiglu"``, ``"geglu"`` (erf) and
+    ``"geglu_tanh"`` (Shazeer 2020, eq. 6), whose weight is ``[2, ffn, h]``, gate first. ``stds``: initial standard
+    deviations of the first and of the second matrix.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class MLP(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        self.relu = activation == "relu"
         self.gate, self.approximate = GATES.get(activation), "tanh" if activation == "gelu_tanh" else "none"
         make: dict[str, Any] = {
             "bias": bias,
@@ -74,8 +76,9 @@ class MLP(nn.Module):
     def _activate(self, x: Tensor) -> Tensor:
         if self.gate is not None:
             return gated(x, self.gate)
-        return bias_gelu(x, None, self.approximate)
+        return x.relu() if self.relu else bias_gelu(x, None, self.approximate)
 
     def compile_activation(self) -> None:
         """``torch.compile`` the activation alone."""
-        self._compiled = compiled_activation(self.gate, self.approximate)
+        if not self.relu:  # which has nothing to gain
+            self._compiled = compiled_activation(self.gate, self.approximate)

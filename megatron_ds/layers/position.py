@@ -7,33 +7,101 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def rotary_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None = None) -> Tensor:
-    """``[d / 2]`` fp32 angles a position (Su et al. 2021, eq. 15).
+@dataclass(frozen=True)
+class Rotary:
+    """The rotary embedding of some layers (Su et al. 2021).
 
-    ``scaling`` is Llama 3.1's: wavelengths longer than the original context are stretched by ``factor``, short ones
-    kept, and those between blended.
+    Attributes:
+        dim: rotated dims of a head. theta: base wavelength.
+        scaling: how a model trained on short sequences is stretched to longer ones; ``rope_type`` is
+
+            * linear (Chen et al. 2023): all wavelengths times ``factor``;
+            * dynamic: theta grows with the sequence where that is longer than the original context;
+            * llama3 (the default): wavelengths longer than the original context times ``factor``, short ones kept,
+              and those between blended;
+            * yarn (Peng et al. 2023): the same by dims instead of wavelengths, and cos and sin scaled.
     """
-    frequencies = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    if not scaling:
-        return frequencies
-    factor, low, high = (float(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
-    context = float(scaling["original_max_position_embeddings"])
-    periods_in_context = context * frequencies / (2 * math.pi)
-    keep = ((periods_in_context - low) / (high - low)).clamp(0.0, 1.0)
-    return frequencies * keep + frequencies / factor * (1.0 - keep)
+
+    dim: int
+    theta: float
+    scaling: Mapping[str, Any] | None = None
+
+    @property
+    def kind(self) -> str | None:
+        return None if self.scaling is None else str(self.scaling.get("rope_type", "llama3"))
+
+    def depends_on(self, length: int) -> bool:
+        """Whether the frequencies of a sequence of ``length`` tokens are not those of shorter ones."""
+        return self.kind == "dynamic" and length > self._context
+
+    @property
+    def _context(self) -> float:
+        return float((self.scaling or {})["original_max_position_embeddings"])
+
+    def frequencies(self, length: int = 0) -> Tensor:
+        """``[dim / 2]`` fp32 angles a position (eq. 15), in a sequence of ``length`` tokens."""
+        scaling, theta = self.scaling or {}, self.theta
+        factor = float(scaling.get("factor", 1.0))
+        if self.depends_on(length):
+            theta *= (factor * length / self._context - (factor - 1.0)) ** (self.dim / (self.dim - 2))
+        plain = 1.0 / theta ** (torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim)
+        if self.kind == "linear":
+            return plain / factor
+        if self.kind == "llama3":
+            low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+            periods_in_context = self._context * plain / (2 * math.pi)
+            keep = ((periods_in_context - low) / (high - low)).clamp(0.0, 1.0)
+        elif self.kind == "yarn":
+            keep = self._kept_by_yarn(scaling)
+        else:
+            return plain
+        return plain * keep + plain / factor * (1.0 - keep)
+
+    def _kept_by_yarn(self, scaling: Mapping[str, Any]) -> Tensor:
+        """``[dim / 2]``: 1 where a wavelength stays, 0 where it is stretched (section 3.2)."""
+
+        def dim_that_turns(times: float) -> float:
+            return self.dim * math.log(self._context / (times * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        low = dim_that_turns(float(scaling.get("beta_fast", 32)))
+        high = dim_that_turns(float(scaling.get("beta_slow", 1)))
+        if scaling.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.dim - 1)
+        places = torch.arange(self.dim // 2, dtype=torch.float32)
+        return 1.0 - ((places - low) / (high - low or 0.001)).clamp(0.0, 1.0)
+
+    @property
+    def amplitude(self) -> float:
+        """Factor of cos and sin (YaRN, eq. 22)."""
+        if self.kind != "yarn" or self.scaling is None:
+            return 1.0
+        scaling, factor = self.scaling, float(self.scaling["factor"])
+        if "attention_factor" in scaling:
+            return float(scaling["attention_factor"])
+
+        def of(scale: float) -> float:
+            return 1.0 if factor <= 1.0 else 0.1 * scale * math.log(factor) + 1.0
+
+        if "mscale" in scaling and "mscale_all_dim" in scaling:
+            return of(float(scaling["mscale"])) / of(float(scaling["mscale_all_dim"]))
+        return of(1.0)
 
 
-def rotary_table(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin ``[s, b, 1, d]`` of positions ``[s, b]``, in the "half" layout (dim i pairs with i + d / 2)."""
+def rotary_table(
+    positions: Tensor, frequencies: Tensor, dtype: torch.dtype, amplitude: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """cos and sin ``[s, b, 1, d]``, times ``amplitude``, of positions ``[s, b]``: the angles of d / 2 planes, twice."""
     angles = positions.unsqueeze(-1).to(torch.float32) * frequencies.to(positions.device)
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return (angles.cos() * amplitude).to(dtype), (angles.sin() * amplitude).to(dtype)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

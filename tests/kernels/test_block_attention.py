@@ -49,14 +49,26 @@ def test_output_and_gradients_in_float64(s: int, n: int, g: int, d: int) -> None
 
 
 def by_scores(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, ids: Tensor | None, slopes: Tensor | None, dropout: Dropout | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    ids: Tensor | None,
+    slopes: Tensor | None,
+    dropout: Dropout | None,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     """The definition: whole score matrices ``[b, n, s, s]``, each rule written out."""
     s, b, n, d = q.shape
     k, v = (t.repeat_interleave(n // t.shape[2], dim=2) for t in (k, v))
     scores = torch.einsum("sbnd,tbnd->bnst", q, k) / d**0.5
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     places = torch.arange(s)
     seen = torch.ones(b, 1, s, s, dtype=torch.bool)
+    if window is not None:
+        seen = seen & ((places - places.unsqueeze(1)).abs() < window)
     if causal:
         seen = seen & (places <= places.unsqueeze(1))
     if ids is not None:
@@ -71,7 +83,7 @@ def by_scores(
     return torch.einsum("bnst,tbnd->sbnd", probabilities, v).reshape(s, b, n * d)
 
 
-@pytest.mark.parametrize("rule", ["documents", "alibi", "dropout", "all"])
+@pytest.mark.parametrize("rule", ["documents", "alibi", "dropout", "window", "softcap", "all"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
 @pytest.mark.parametrize(("s", "n", "g", "d"), [(30, 2, 2, 8), (130, 6, 2, 8), (130, 4, 4, 40)])
 def test_rules_in_float64(s: int, n: int, g: int, d: int, causal: bool, rule: str) -> None:
@@ -85,6 +97,8 @@ def test_rules_in_float64(s: int, n: int, g: int, d: int, causal: bool, rule: st
         "ids": ids if rule in ("documents", "all") else None,
         "slopes": slopes if rule in ("alibi", "all") else None,
         "dropout": dropout if rule in ("dropout", "all") else None,
+        "window": 20 if rule in ("window", "all") else None,
+        "softcap": 0.7 if rule in ("softcap", "all") else None,
     }
     fused, q, k, v = projections(s, n, g, d)
     want = by_scores(q, k, v, causal, **given)
@@ -100,22 +114,25 @@ def test_the_bounds_of_documents() -> None:
     assert documents.same()[1, 0].tolist() == [[True, True, False, False]] * 2 + [[False, False, True, True]] * 2
 
 
-def test_keys_of_other_documents_are_not_multiplied() -> None:
-    """FLOPs of 8 documents of 64 tokens, counted by torch: 1 / 4.5 of the causal ones of 512."""
+def test_keys_that_are_not_seen_are_not_multiplied() -> None:
+    """FLOPs counted by torch: 8 documents of 64 tokens have 1 / 4.5 of the causal ones of 512, and a window that
+    reaches one block back multiplies two blocks of keys a block of queries, but for the first."""
     from torch.utils.flop_counter import FlopCounterMode
 
     q = torch.randn(512, 2, 2, 8, requires_grad=True)
-    counted = {}
-    for size in (512, 64):
-        ids = (torch.arange(512) // size).expand(2, -1)
-        with FlopCounterMode(display=False) as counter:
-            block_attention(q, q, q, causal=True, documents=Documents.of_ids(ids)).sum().backward()
-        counted[size] = counter.get_total_flops()
+    one, eight = (Documents.of_ids((torch.arange(512) // size).expand(2, -1)) for size in (512, 64))
     blocks = 512 // block_size(q.device)
-    assert counted[512] / counted[64] == pytest.approx((blocks + 1) / 2)
+    counted = []
+    for documents, window in ((one, None), (eight, None), (one, block_size(q.device) + 1)):
+        with FlopCounterMode(display=False) as counter:
+            block_attention(q, q, q, causal=True, documents=documents, window=window).sum().backward()
+        counted.append(counter.get_total_flops())
+    everything = blocks * (blocks + 1) / 2
+    assert counted[0] / counted[1] == pytest.approx(everything / blocks)
+    assert counted[0] / counted[2] == pytest.approx(everything / (2 * blocks - 1))
 
 
-@pytest.mark.parametrize("rule", ["documents", "alibi", "dropout"])
+@pytest.mark.parametrize("rule", ["documents", "alibi", "dropout", "window", "softcap"])
 def test_memory_does_not_grow_with_the_square_of_the_sequence(rule: str) -> None:
     """What autograd keeps of four times the tokens is four times as much."""
     kept = {}
@@ -125,6 +142,8 @@ def test_memory_does_not_grow_with_the_square_of_the_sequence(rule: str) -> None
             "documents": {"documents": Documents.of_ids(ids)},
             "alibi": {"slopes": torch.ones(2)},
             "dropout": {"dropout": Dropout(0.1, torch.zeros(s, 1, dtype=torch.int32))},
+            "window": {"window": 100},
+            "softcap": {"softcap": 5.0},
         }[rule]
         sizes: list[int] = []
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_ds.kernels.documents import Documents
 from megatron_ds.layers.attention import AttentionConfig, AttentionInputs, SelfAttention
 from megatron_ds.layers.attention_cores import AttentionCore, AttentionRules, BlockCore, FusedCore, _bias, make_core
-from megatron_ds.layers.position import alibi_slopes, rotary_frequencies, rotary_table
+from megatron_ds.layers.position import Rotary, alibi_slopes, rotary_table
 from megatron_ds.mesh import Axis
 from megatron_ds.rng import DropoutKeys, initialize_parameters, keep_mask
 
@@ -23,7 +23,7 @@ DOCUMENTS = torch.tensor([[0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 2, 2], [0, 1, 1
 
 def attention(groups: int = 2, queries: int = 2, seed: int = 1, **settings: Any) -> SelfAttention:
     recompute, dtype = settings.pop("recompute_core", False), settings.pop("dtype", torch.float64)
-    sizes = {"bias": True, "qkv_bias": True, "qk_norm": False, "norm_eps": 1e-5, "init_std": 0.4, "out_std": 0.4}
+    sizes = {"bias": True, "qkv_bias": True, "qk_norm": None, "norm_eps": 1e-5, "init_std": 0.4, "out_std": 0.4}
     config = AttentionConfig(H, groups, queries, D, **{**sizes, **settings})
     layer = SelfAttention(
         "attention", config, site=3, recompute_core=recompute, tp=Axis("tp"), sequence_parallel=False, dtype=dtype
@@ -37,7 +37,7 @@ def attention(groups: int = 2, queries: int = 2, seed: int = 1, **settings: Any)
 
 
 def inputs(positions: Tensor, core: AttentionCore, rope: bool = False) -> AttentionInputs:
-    rotary = rotary_table(positions, rotary_frequencies(D, 100.0), torch.float64) if rope else None
+    rotary = rotary_table(positions, Rotary(D, 100.0).frequencies(), torch.float64) if rope else None
     return AttentionInputs(positions, core, rotary)
 
 
@@ -74,7 +74,7 @@ def loop(layer: SelfAttention, x: Tensor, positions: Tensor, documents: Tensor, 
         if norm is not None:
             vector = vector / (vector.square().mean() + 1e-5).sqrt() * norm.weight
         if rope:
-            angles = position * rotary_frequencies(D, 100.0)
+            angles = position * Rotary(D, 100.0).frequencies()
             turned = torch.complex(vector[: D // 2], vector[D // 2 :]) * torch.polar(torch.ones(D // 2), angles)
             vector = torch.cat((turned.real, turned.imag)).double()
         return vector
@@ -116,7 +116,7 @@ def positions_of(documents: bool) -> Tensor:
 @pytest.mark.parametrize("kind", ["none", "rope", "alibi", "qk_norm"])
 @pytest.mark.parametrize("core", CORES)
 def test_equals_a_loop(core: str, kind: str, documents: bool, groups: int, queries: int) -> None:
-    layer = attention(groups, queries, qk_norm=kind == "qk_norm")
+    layer = attention(groups, queries, qk_norm="head" if kind == "qk_norm" else None)
     x, positions = activations(), positions_of(documents)
     rope = kind in ("rope", "qk_norm")
     what = rules(documents, groups * queries if kind == "alibi" else 0)
@@ -230,10 +230,10 @@ def test_dropout_decisions_are_keyed_by_global_head_and_key() -> None:
             assert (got.view(s, b, 2, s)[query, sample, head, key] != 0).item() == kept
 
 
-@pytest.mark.parametrize("settings", [{}, {"alibi": 4}, {"dropout": 0.3}, {"qk_norm": True}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"alibi": 4}, {"dropout": 0.3}, {"qk_norm": "head"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_a_batch_of_nothing(dtype: torch.dtype, settings: dict[str, Any]) -> None:
-    layer = attention(qk_norm=settings.get("qk_norm", False), dtype=dtype)
+    layer = attention(qk_norm=settings.get("qk_norm"), dtype=dtype)
     x = torch.empty(S, 0, H, dtype=dtype, requires_grad=True)
     what = rules(**{k: v for k, v in settings.items() if k != "qk_norm"}, keys=DropoutKeys(1, torch.arange(0)))
     out = layer(x, AttentionInputs(torch.empty(S, 0), make_core(what, S, D, torch.device("cpu"), dtype)))

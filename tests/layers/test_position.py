@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_ds.kernels.rotary import rotate_reference
-from megatron_ds.layers.position import alibi_bias, alibi_slopes, rotary_frequencies, rotary_table
+from megatron_ds.layers.position import Rotary, alibi_bias, alibi_slopes, rotary_table
 
 LLAMA31 = {
     "factor": 8.0,
@@ -32,7 +32,7 @@ def test_rotary_equals_transformers(head_dim: int, theta: float, scaling: dict[s
         else {"rope_theta": theta, "rope_type": "default"},
     )
     rotary = llama.LlamaRotaryEmbedding(config)
-    frequencies = rotary_frequencies(head_dim, theta, scaling)
+    frequencies = Rotary(head_dim, theta, scaling).frequencies()
     torch.testing.assert_close(frequencies, rotary.inv_freq, rtol=1e-6, atol=0)
     positions = torch.tensor([[0, 1, 2, 3, 100], [5, 4, 0, 1, 8191]])  # [b, s]
     x = torch.randn(2, 5, 3, head_dim, generator=torch.Generator().manual_seed(0))  # [b, s, n, d]
@@ -46,7 +46,7 @@ def test_rotary_equals_transformers(head_dim: int, theta: float, scaling: dict[s
 
 
 def test_llama3_scaling_is_continuous_and_keeps_and_stretches() -> None:
-    scaled, plain = rotary_frequencies(128, 500000.0, LLAMA31), rotary_frequencies(128, 500000.0)
+    scaled, plain = Rotary(128, 500000.0, LLAMA31).frequencies(), Rotary(128, 500000.0).frequencies()
     wavelengths = 2 * math.pi / plain
     short, long = wavelengths < 8192 / 4, wavelengths > 8192
     assert short.any() and long.any() and not (short | long).all()
@@ -57,7 +57,7 @@ def test_llama3_scaling_is_continuous_and_keeps_and_stretches() -> None:
 
 
 def test_rotary_is_the_rotation_of_the_paper_and_relative() -> None:
-    frequencies = rotary_frequencies(8, 10000.0)
+    frequencies = Rotary(8, 10000.0).frequencies()
     x = torch.randn(2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def at(vector: torch.Tensor, position: int) -> torch.Tensor:

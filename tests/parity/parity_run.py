@@ -189,8 +189,8 @@ def rotary_tables_of_the_cpu() -> Iterator[None]:
     """Rotary angles are fp32 by definition, and sines of them on two devices differ in the last bit, by 6e-8: inside,
     all are computed on the CPU, so that everything else can be compared to 1e-9."""
 
-    def table(positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        both = rotary_table(positions.cpu(), frequencies.cpu(), dtype)
+    def table(positions: torch.Tensor, frequencies: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+        both = rotary_table(positions.cpu(), frequencies.cpu(), *rest)
         return tuple(part.to(positions.device) for part in both)
 
     with patch.object(transformer, "rotary_table", table):

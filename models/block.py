@@ -1,0 +1,136 @@
+"""The transformer block: attention and MLP, their norms and residual sums, in every order that models have them.
+
+Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden; a block maps ``[s(/tp), b, h]`` to the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from megatron_ds.config import ModelConfig, RecomputeConfig
+from megatron_ds.layers.attention import AttentionConfig, AttentionInputs, SelfAttention
+from megatron_ds.layers.linear import output_std
+from megatron_ds.layers.mlp import MLP
+from megatron_ds.layers.norm import Norm
+from megatron_ds.rng import add_dropout, keys_of_rows
+
+SITES_A_BLOCK = 3
+"""Dropouts of a block: of the attention's output, of the MLP's, and of the attention's probabilities."""
+
+
+class Block(nn.Module):
+    """Block ``index`` of a model.
+
+    ``config.norm_position`` says where the norms are, ``config.residual`` whether the MLP follows the attention or
+    stands beside it. Dropout sites are ``site`` (attention output), ``site + 1`` (MLP output) and ``site + 2``
+    (probabilities).
+
+    Args:
+        where: the mesh axis, device and dtype of the parameters.
+        partial: a tensor-parallel rank sees a part of the sequence alone, outside of tensor-parallel layers.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        *,
+        site: int,
+        sequence_parallel: bool,
+        partial: bool,
+        recompute: RecomputeConfig,
+        where: dict[str, Any],
+    ):
+        super().__init__()
+        c, name = config, f"layers.{index}"
+        self.hidden_dropout, self.site = c.hidden_dropout, site
+        self.parallel = c.residual != "sequential"
+        position = c.resolved["norm_position"]
+        self.norm_last = position == "post"
+        before, after = position != "output", position in ("output", "sandwich")
+
+        def norm(title: str, there: bool) -> Norm | None:
+            if not there:
+                return None
+            return Norm(f"{name}.{title}", c.norm, c.hidden_size, **norm_settings(c), partial=partial, **where)
+
+        self.attention_norm = norm("attention_norm", before and (c.first_norm or index > 0 or self.norm_last))
+        self.attention = SelfAttention(
+            f"{name}.attention",
+            attention_config(c),
+            site=site + 2,
+            recompute_core=recompute.mode == "selective",
+            sequence_parallel=sequence_parallel,
+            **where,
+        )
+        self.attention_output_norm = norm("attention_output_norm", after)
+        self.mlp_norm = norm("mlp_norm", before and c.residual != "parallel_one_norm")
+        self.mlp = MLP(
+            f"{name}.mlp",
+            c.hidden_size,
+            c.ffn_size,
+            c.activation,
+            bias=c.resolved["mlp_bias"],
+            sequence_parallel=sequence_parallel,
+            stds=(c.init_std, output_std(c.init_std, c.num_layers)),
+            **where,
+        )
+        self.mlp_output_norm = norm("mlp_output_norm", after)
+
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        if self.norm_last:
+            return self._norm_last(x, inputs)
+        normed = _normed(self.attention_norm, x)
+        attended = _normed(self.attention_output_norm, self.attention(normed, inputs))
+        if self.parallel:
+            y = self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
+            x = add_dropout(attended, x, self.hidden_dropout, inputs.keys, self.site)
+        else:
+            normed, x = self._add(self.mlp_norm, attended, x, inputs, self.site)
+            y = _normed(self.mlp_output_norm, self.mlp(normed))
+        return add_dropout(y, x, self.hidden_dropout, inputs.keys, self.site + 1)
+
+    def _norm_last(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        """``x = norm(x + attention(x))``, then ``x = norm(x + mlp(x))``."""
+        x, _ = self._add(self.attention_norm, self.attention(x, inputs), x, inputs, self.site)
+        return self._add(self.mlp_norm, self.mlp(x), x, inputs, self.site + 1)[0]
+
+    def _add(
+        self, norm: Norm | None, y: Tensor, x: Tensor, inputs: AttentionInputs, site: int
+    ) -> tuple[Tensor, Tensor]:
+        """``x + dropout(y)``: normed, in one pass, and as it is."""
+        if norm is None:
+            x = add_dropout(y, x, self.hidden_dropout, inputs.keys, site)
+            return x, x
+        keys = keys_of_rows(y, self.hidden_dropout, inputs.keys, site)
+        return norm(y, residual=x, p=self.hidden_dropout, row_keys=keys)
+
+
+def _normed(norm: Norm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
+
+
+def norm_settings(c: ModelConfig) -> dict[str, Any]:
+    """The arguments of every norm over the residual stream."""
+    return {"eps": c.norm_eps, "bias": c.norm_bias, "zero_centered": c.zero_centered_norm}
+
+
+def attention_config(c: ModelConfig) -> AttentionConfig:
+    """The sizes of the model's self-attention."""
+    return AttentionConfig(
+        c.hidden_size,
+        c.groups,
+        c.queries_per_kv_head,
+        c.head_size,
+        bias=c.bias,
+        qkv_bias=c.resolved["qkv_bias"],
+        qk_norm=c.qk_norm_over if c.qk_norm else None,
+        norm_eps=c.norm_eps,
+        init_std=c.init_std,
+        out_std=output_std(c.init_std, c.num_layers),
+        zero_centered_norm=c.zero_centered_norm,
+        rotary_interleaved=c.rotary_interleaved,
+        score_scalar=c.attention_scalar,
+    )
