@@ -1,8 +1,8 @@
 """Attention by blocks of queries, in plain torch: memory grows with the sequence and not with its square.
 
 One block of queries at a time is multiplied with all the keys it may see. Causality, documents, sliding windows, ALiBi,
-soft caps and dropout are applied to the block's scores, and no larger score matrix or mask is ever made. Key/value heads
-are not repeated: the queries of a group are rows of one matmul.
+soft caps and dropout are applied to the block's scores, and no larger score matrix or mask is ever made. Key and value
+heads are not repeated: the queries of a group are rows of one matmul.
 
 On a CPU this is mostly the fast way too, see :mod:`.cpu.attention_route`.
 

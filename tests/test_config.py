@@ -80,7 +80,7 @@ REFUSED: list[tuple[int, dict[str, dict[str, Any]], str]] = [
     (
         1,
         {"model": {"position": "rope", "head_dim": 7}},
-        "rotary positions need an even head_dim, not 7",
+        "rotary positions need an even head_dim, not 7; use 6 or 8",
     ),
     (
         1,

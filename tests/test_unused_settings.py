@@ -22,6 +22,7 @@ ROWS = (*PRETRAINING, *TEXT)
 # For each row of the tables, in its order: settings beside which each of its keys does nothing, and does something.
 REAL = {"synthetic": False, "prefix": "corpus"}
 FIM = {"rate": 0.5, "tokens": ("<P>", "<M>", "<S>")}
+WINDOW = {"window": 4, "attention_pattern": ("window", "full")}
 OFF_AND_ON: list[tuple[Sections, Sections]] = [
     ({}, {"optimizer": {"name": "sgd"}}),
     ({"optimizer": {"name": "sgd"}}, {}),
@@ -41,7 +42,13 @@ OFF_AND_ON: list[tuple[Sections, Sections]] = [
     ({}, {"data": {**REAL, "tokenizer": "t", "fim": FIM}}),
     ({}, {"model": {"family": "bert"}}),
     ({"data": {**REAL, "conversations": True}}, {"data": REAL}),
-    ({"model": {"position": "learned"}}, {"model": {"position": "rope"}}),
+    ({"model": {"position": "learned"}}, {"model": {"position": "rope", **WINDOW}}),
+    ({"model": {"position": "rope"}}, {"model": {"position": "learned"}}),
+    ({"model": {"position": "rope"}}, {"model": {"position": "rope", **WINDOW}}),
+    ({"model": {"attention_pattern": ("full",)}}, {}),
+    ({}, {"model": {"qk_norm": True}}),
+    ({"model": {"norm": "rmsnorm"}}, {}),
+    ({"model": {"norm_position": "output"}}, {}),
 ]
 
 # Another legal value than the default, where the one made from the default is none.
@@ -53,6 +60,8 @@ VALUES: dict[str, Any] = {
     "data.fim.tokens": ("<A>", "<B>", "<C>"),
     "data.changed": "accept",
     "pipeline.split": "cost",
+    "model.qk_norm_over": "projection",
+    "model.attention_pattern": ("full", "window"),
     "model.rope_scaling": {
         "factor": 8.0,
         "low_freq_factor": 1.0,

@@ -201,19 +201,23 @@ class ModelConfig(BaseModelConfig):
 
     @property
     def resolved(self) -> dict[str, Any]:
-        followed = {"qkv_bias": self.bias, "mlp_bias": self.bias, "head_bias": not self.causal}
-        return {
-            **self.model_dump(mode="json"),
+        one_theta = self.window is not None and self.position == "rope" and self.rope_scaling is None
+        followed = {
             "kv_heads": self.groups,
             "head_dim": self.head_size,
             "ffn_hidden_size": self.ffn_size,
-            "rotary_dim": self.rotary_dim or self.head_size,
-            "attention_scalar": self.attention_scalar or float(self.head_size),
-            "norm_position": self.norm_position or ("pre" if self.causal else "post"),
-            **{
-                name: default if getattr(self, name) is None else getattr(self, name)
-                for name, default in followed.items()
-            },
+            "rotary_dim": self.head_size,
+            "window_rope_theta": self.rope_theta if one_theta else None,
+            "attention_scalar": float(self.head_size),
+            "norm_position": "pre" if self.causal else "post",
+            "qkv_bias": self.bias,
+            "mlp_bias": self.bias,
+            "head_bias": not self.causal,
+        }
+        return {
+            **self.model_dump(mode="json"),
+            "attention_pattern": ["window" if self.has_window(i) else "full" for i in range(self.num_layers)],
+            **{name: value for name, value in followed.items() if getattr(self, name) is None},
         }
 
     @property

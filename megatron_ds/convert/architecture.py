@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from megatron_ds.config import ModelConfig
+from megatron_ds.convert.fields import Translation
 from megatron_ds.convert.settings import Settings
 from megatron_ds.errors import ConfigError
 
@@ -43,12 +45,9 @@ class Architecture:
     Args:
         name: the class (``LlamaForCausalLM``). model_type: its ``model_type`` in config.json.
         prefix: of the base model's names (``model.``), which some published files leave out.
-        rules: config to the rules of its tensors, ``{i}`` not yet replaced.
-        shapes: config to our global shapes; the names must be those of the rules.
-        to_config: config to what config.json says beyond ``architectures`` and the like.
-        from_config: config.json to the fields of :class:`ModelConfig`; a :class:`ConfigError` that names the field
-            where our model has no such thing.
-        problems: config to what this class cannot express, each naming the field.
+        table: config to the rules of all tensors that such a model can have, ``{i}`` not yet replaced.
+        shapes: config to our global shapes.
+        settings: the translations of its config.json.
         ignored: patterns of names in published files that hold no weights (masks, cached angles).
         dropped: patterns of weights that ours has no use for (heads of other losses); that they are left out is said.
         copies: tensors that files may hold a second time, to the names they are tied to. Where a file's two differ,
@@ -60,24 +59,50 @@ class Architecture:
     name: str
     model_type: str
     prefix: str
-    rules: Callable[[ModelConfig], Sequence[Rule]]
+    table: Callable[[ModelConfig], Sequence[Rule]]
     shapes: Callable[[ModelConfig], Shapes]
-    to_config: Callable[[ModelConfig], dict[str, Any]]
-    from_config: Callable[[Settings], dict[str, Any]]
-    problems: Callable[[ModelConfig], list[str]]
+    settings: tuple[Translation, ...]
     ignored: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     copies: Mapping[str, str] = field(default_factory=dict)
     renamed: tuple[tuple[str, str], ...] = ()
     harmless: tuple[str, ...] = ()
 
+    def to_config(self, config: ModelConfig) -> dict[str, Any]:
+        """What config.json says beyond ``architectures`` and the like."""
+        model = config.resolved
+        return {key: value for part in self.settings for key, value in part.write(model).items()}
+
+    def from_config(self, config: Settings) -> dict[str, Any]:
+        """The fields of :class:`ModelConfig`; a :class:`ConfigError` that names what our model does not have."""
+        return {name: value for part in self.settings for name, value in part.read(config).items()}
+
+    def problems(self, config: ModelConfig) -> list[str]:
+        """What this class cannot express: the settings that do not come back from its config.json."""
+        wanted = config.resolved
+        try:
+            found = ModelConfig(**self.from_config(Settings(self.to_config(config)))).resolved
+        except (ConfigError, ValidationError) as error:
+            return [str(error)]
+        return [
+            f"model.{name}={found[name]!r} (it is {value!r})"
+            for name, value in wanted.items()
+            if name not in config.free and found[name] != value
+        ]
+
+    def rules(self, config: ModelConfig) -> list[Rule]:
+        """Those of tensors that the model has, ``{i}`` not yet replaced."""
+        layers, shapes = {0, config.num_layers - 1}, self.shapes(config)
+        return [rule for rule in self.table(config) if any(rule.of_layer(i).ours in shapes for i in layers)]
+
     def expanded(self, config: ModelConfig) -> list[Rule]:
         """The rules with every layer written out, layer by layer: the order in which published files hold them."""
-        rules = self.rules(config)
+        rules, shapes = self.table(config), self.shapes(config)
         layered = [rule for rule in rules if "{i}" in rule.ours]
         first = rules.index(layered[0])
         before, after = rules[:first], [rule for rule in rules[first:] if rule not in layered]
-        return [*before, *(rule.of_layer(i) for i in range(config.num_layers) for rule in layered), *after]
+        every = [*before, *(rule.of_layer(i) for i in range(config.num_layers) for rule in layered), *after]
+        return [rule for rule in every if rule.ours in shapes]
 
 
 def choose(config: ModelConfig, architectures: Sequence[Architecture]) -> Architecture:
@@ -93,7 +118,7 @@ def choose(config: ModelConfig, architectures: Sequence[Architecture]) -> Archit
         if not problems:
             return architecture
     # How positions enter tells the families apart; after that, the fewest obstacles.
-    problems, closest = min(found, key=lambda pair: (any("model.position" in text for text in pair[0]), len(pair[0])))
+    problems, closest = min(found, key=lambda pair: (any("model.position=" in text for text in pair[0]), len(pair[0])))
     raise ConfigError(
         f"no Hugging Face architecture known here can express this model; the closest, {closest.name}, needs "
         f"{'; '.join(problems)}"
@@ -106,18 +131,22 @@ def architecture_of(config: dict[str, Any], architectures: Sequence[Architecture
         if architecture.name in names or (not names and architecture.model_type == config.get("model_type")):
             return architecture
     known = ", ".join(architecture.name for architecture in architectures)
+    near = min(
+        ((architecture.name, _missing(config, architecture)) for architecture in architectures),
+        key=lambda pair: len(pair[1]),
+    )
     raise ConfigError(
-        f"architectures={names} (model_type={config.get('model_type')!r}) of config.json is not supported; "
-        f"known: {known}"
+        f"architectures={names} (model_type={config.get('model_type')!r}) is not supported; known: {known}. The "
+        f"nearest is {near[0]}, which is not enough: {near[1] or 'the settings are known, but not the class'}"
     )
 
 
-def needs(config: ModelConfig, **fields: Any) -> list[str]:
-    """``field=value (is ...)`` for every field that is not what an architecture needs. A tuple lists choices."""
-    problems = []
-    for name, wanted in fields.items():
-        choices = wanted if isinstance(wanted, tuple) else (wanted,)
-        value = getattr(config, name)
-        if value not in choices:
-            problems.append(f"model.{name}={' or '.join(map(repr, choices))} (it is {value!r})")
-    return problems
+def _missing(config: dict[str, Any], architecture: Architecture) -> str:
+    """What of a config.json an architecture does not know."""
+    settings = Settings(dict(config))
+    try:
+        architecture.from_config(settings)
+        settings.check_all_read(architecture.harmless)
+    except ConfigError as error:
+        return str(error)
+    return ""

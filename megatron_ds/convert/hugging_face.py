@@ -305,8 +305,8 @@ def _write_configs(
         "architectures": [architecture.name],
         "model_type": architecture.model_type,
         **kept,
-        **architecture.to_config(config),
         **special,
+        **architecture.to_config(config),
         "torch_dtype": str(widest).removeprefix("torch."),
     }
     write_text_durably(folder / carried_files.CONFIG, json.dumps(value, indent=2) + "\n")

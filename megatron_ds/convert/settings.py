@@ -53,6 +53,10 @@ class Settings(dict[str, Any]):
         value = super().get(key)
         return default if value is None else value
 
+    def has(self, key: str) -> bool:
+        """Whether the file says something of it; does not count as reading."""
+        return super().get(key) is not None
+
     def inner(self, key: str) -> Settings | None:
         """The object at ``key``, whose keys are noted too; None where there is none."""
         value = self.get(key)

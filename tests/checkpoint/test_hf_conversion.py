@@ -56,8 +56,6 @@ def test_import_then_export_is_bitwise(tmp_path: Path, name: str, dtype: torch.d
     before, after = original.config.to_dict(), again.config.to_dict()
     # What is new in the second is what the first left to defaults; nothing they both say may differ, except names.
     cosmetic = {"_name_or_path", "architectures", "n_inner", "seq_length"}
-    if name == "mistral-window":  # no sequence reaches it, so there is none
-        cosmetic.add("sliding_window")
     assert {key for key in before if before[key] != after.get(key)} <= cosmetic
     tokens = torch.arange(40).view(2, 20) * 3 % 131
     with torch.no_grad():
@@ -205,9 +203,12 @@ def tiny_checkpoint(directory: Path, **model: Any) -> Path:
     ("model", "message"),
     [
         ({"norm": "rmsnorm"}, r"GPT2LMHeadModel, needs model\.norm='layernorm' \(it is 'rmsnorm'\)"),
-        ({"kv_heads": 1}, r"GPT2LMHeadModel, needs model\.kv_heads=None or 2 \(it is 1\)"),
-        ({"head_dim": 6}, r"needs model\.head_dim=None or 4 \(it is 6\)"),
-        ({"bias": False}, r"needs model\.bias=True \(it is False\)"),
+        ({"kv_heads": 1}, r"GPT2LMHeadModel, needs model\.kv_heads=2 \(it is 1\)"),
+        ({"head_dim": 6}, r"needs model\.head_dim=4 \(it is 6\)"),
+        ({"qkv_bias": False}, r"needs model\.qkv_bias=True \(it is False\)"),
+        ({"logit_softcap": 30.0}, r"needs model\.logit_softcap=None \(it is 30\.0\)"),
+        ({"window": 4}, r"needs model\.window=None \(it is 4\)"),
+        ({"activation": "relu"}, r"GPT2LMHeadModel, needs model\.activation='gelu_tanh' \(it is 'relu'\)"),
         ({"position": "none"}, r"needs model\.position='learned' \(it is 'none'\)"),
         ({"position": "alibi"}, r"BloomForCausalLM, needs model\.embedding_norm=True"),
         (
@@ -233,13 +234,32 @@ def test_a_model_that_hugging_face_cannot_express(tmp_path: Path, model: dict[st
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ("gpt2", {"activation_function": "relu"}, "activation_function='relu' is not supported; known: gelu_new"),
         ("llama-gqa", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ("llama-gqa", {"mlp_bias": True}, "attention_bias=False with mlp_bias=True"),
-        ("llama-gqa", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window=True"),
-        ("mistral-window", {"sliding_window": 32}, "sliding_window=32 .* set max_position_embeddings to 32"),
-        ("phi3", {"sliding_window": 63}, "sliding_window=63 in config.json is not supported"),
+        (
+            "llama-gqa",
+            {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}},
+            "rope_type='longrope'.*: 'default'",
+        ),
+        ("llama-gqa", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "without original_max_position_emb"),
+        ("phi3", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type='yarn'.* known: 'default'$"),
         ("phi3", {"embd_pdrop": 0.0}, "embd_pdrop=0.0"),
-        ("phi3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}}, "partial_rotary_factor"),
+        (
+            "qwen2",
+            {"layer_types": ["sliding_attention"] * 3},
+            "and use_sliding_window is false.*; one of them is wrong",
+        ),
+        ("gemma2", {"layer_types": ["full_attention"]}, "layer_types in config.json has 1 entries for 3 layers"),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "'chunked_attention', which is not supported; known"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ("opt", {"word_embed_proj_dim": 12}, "word_embed_proj_dim=12 .* only hidden_size=24"),
+        ("falcon-7b", {"alibi": True}, "alibi=True"),
+        ("falcon-7b", {"num_ln_in_parallel_attn": 2}, "no model that Falcon's own code can run"),
+        ("modernbert", {"mlp_dropout": 0.1}, "mlp_dropout=0.1"),
+        ("modernbert", {"classifier_bias": True}, "classifier_bias=True beside attention_bias=False"),
+        (
+            "mistral",
+            {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 8},
+            "The nearest is MistralForCausalLM, which is not enough: .*num_local_experts=8",
+        ),
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
         ("gpt2", {"architectures": ["T5Model"]}, "T5Model.*not supported; known: GPT2LMHeadModel, LlamaForCausalLM"),
         ("llama-gqa", {"vocab_size": 0}, "vocab_size"),

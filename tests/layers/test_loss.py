@@ -41,6 +41,7 @@ class Case:
     scale: float = 1.0
     dtype: torch.dtype = torch.float64
     biased: bool = False
+    softcap: float | None = None
 
 
 def bias_of(case: Case) -> Tensor:
@@ -68,6 +69,8 @@ def expected(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     logits = (hidden @ weight[: case.vocab].T)[mask]
     if case.biased:
         logits = logits + bias[: case.vocab]
+    if case.softcap is not None:
+        logits = case.softcap * (logits / case.softcap).tanh()
     total = F.cross_entropy(logits, labels[mask], reduction="sum", label_smoothing=case.smoothing)
     total = total + case.z_loss * logits.logsumexp(-1).square().sum()
     (total * SEED_GRADIENT).backward()
@@ -97,6 +100,7 @@ def computed(case: Case, tp: Axis) -> tuple[Tensor, Tensor, Tensor, Tensor | Non
             sequence_parallel=case.sequence_parallel,
             label_smoothing=case.smoothing,
             z_loss=case.z_loss,
+            softcap=case.softcap,
         )
     (total * SEED_GRADIENT).backward()
     assert own_hidden.grad is not None and own_weight.grad is not None
@@ -145,6 +149,9 @@ CASES = [
 CASES += [Case(sequence=s, batch=1, chunk_bytes=1, smoothing=0.1, z_loss=0.1, masked=0.2) for s in (15, 16, 17, 32, 33)]
 # A rank's real rows decide how much memory its logits need; they must not decide where tokens are cut.
 CASES += [Case(vocab=50, sequence=36, chunk_bytes=24 * 8 * size) for size in (17, 24, 36)]
+CASES += [
+    Case(softcap=cap, smoothing=0.1, z_loss=0.1, biased=True, chunk_bytes=size) for cap, size in ((3.0, 1), (0.5, None))
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

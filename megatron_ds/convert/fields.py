@@ -1,0 +1,401 @@
+"""How the settings of a config.json are ours: small two-way translations, of which a family's table is made.
+
+Each has ``read``, from a config.json to fields of :class:`ModelConfig`, and ``write``, from a model's resolved settings
+to keys of config.json. A model can be expressed by a class where what is written reads back as the same settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from megatron_ds.config.transformer import ROPE_SCALING
+from megatron_ds.convert.settings import Settings, must_be
+from megatron_ds.errors import ConfigError
+
+Values = Mapping[str, Any]
+
+
+class Translation(Protocol):
+    """Some settings of a model, at Hugging Face and here."""
+
+    def read(self, config: Settings) -> dict[str, Any]: ...
+
+    def write(self, model: Values) -> dict[str, Any]: ...
+
+
+class _Required:
+    """No default: a config.json without the key says nothing of the model."""
+
+
+REQUIRED = _Required()
+GELUS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting that both have.
+
+    Attributes:
+        ours, theirs: its names. default: the class's own, for files that leave the key out.
+        values: their values to ours, where they differ; of several for one of ours the first is written.
+        null: a null in the file means none, and not the default. older: names that older files have for it.
+    """
+
+    ours: str
+    theirs: str
+    default: Any = REQUIRED
+    values: Mapping[Any, Any] | None = None
+    null: bool = False
+    older: tuple[str, ...] = ()
+
+    def read(self, config: Settings) -> dict[str, Any]:
+        name = next((name for name in (self.theirs, *self.older) if config.has(name)), self.theirs)
+        if name not in config and self.default is REQUIRED:
+            value = config[self.theirs]
+        else:
+            value = config.get(name, None if self.null and name in config else self.default)
+            value = config[name] if value is REQUIRED else value
+        if self.values is None or value is None:
+            return {self.ours: value}
+        if value not in self.values:
+            known = ", ".join(map(str, self.values))
+            raise ConfigError(f"{name}={value!r} in {config.where} is not supported; known: {known}")
+        return {self.ours: self.values[value]}
+
+    def write(self, model: Values) -> dict[str, Any]:
+        value = model[self.ours]
+        if self.values is not None:
+            same = [theirs for theirs, ours in self.values.items() if ours == value]
+            value = (same or list(self.values))[0]
+        return {self.theirs: value}
+
+
+@dataclass(frozen=True)
+class Same:
+    """One setting of ours for several of theirs, which must agree."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    default: Any
+    why: str = "they must be the same here"
+
+    def read(self, config: Settings) -> dict[str, Any]:
+        found = {name: config.get(name, self.default) for name in self.theirs}
+        first, *others = found
+        for other in others:
+            if found[other] != found[first]:
+                raise ConfigError(
+                    f"{other}={found[other]} beside {first}={found[first]} in {config.where} is not supported; "
+                    f"{self.why}"
+                )
+        return {self.ours: found[first]}
+
+    def write(self, model: Values) -> dict[str, Any]:
+        return dict.fromkeys(self.theirs, model[self.ours])
+
+
+def dropouts(*theirs: str, default: float = 0.0) -> Same:
+    return Same("hidden_dropout", theirs, default, "they must be the same here; dropout is no part of a trained model")
+
+
+class Ours:
+    """What every model of the class is here."""
+
+    def __init__(self, **fields: Any):
+        self.fields = fields
+
+    def read(self, config: Settings) -> dict[str, Any]:
+        return dict(self.fields)
+
+    def write(self, model: Values) -> dict[str, Any]:
+        return {}
+
+
+class Fixed:
+    """Their settings that have one value here. ``written``: config.json says so."""
+
+    def __init__(self, written: bool = False, **theirs: Any):
+        self.written, self.theirs = written, theirs
+
+    def read(self, config: Settings) -> dict[str, Any]:
+        must_be(config, **self.theirs)
+        return {}
+
+    def write(self, model: Values) -> dict[str, Any]:
+        return dict(self.theirs) if self.written else {}
+
+
+class EmbeddingRoot:
+    """Gemma: token embeddings are multiplied with the root of their width."""
+
+    def read(self, config: Settings) -> dict[str, Any]:
+        return {"embedding_scale": float(config["hidden_size"] ** 0.5)}
+
+    def write(self, model: Values) -> dict[str, Any]:
+        return {}
+
+
+class QueryScalar:
+    """Gemma's ``query_pre_attn_scalar``."""
+
+    def read(self, config: Settings) -> dict[str, Any]:
+        return {"attention_scalar": float(config.get("query_pre_attn_scalar", 256))}
+
+    def write(self, model: Values) -> dict[str, Any]:
+        value = model["attention_scalar"]
+        return {"query_pre_attn_scalar": int(value) if value == int(value) else value}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions, in the words of ``transformers`` 4 and of 5.
+
+    Attributes:
+        theta: default of the base wavelength. theta_key: what older files call it.
+        fraction_key: what older files call the share of a head's dims that is rotated; None: the class rotates all.
+        kinds: of scaling that the class knows.
+    """
+
+    theta: float = 10000.0
+    theta_key: str = "rope_theta"
+    fraction_key: str | None = None
+    fraction: float = 1.0
+    kinds: tuple[str, ...] = ("linear", "dynamic", "llama3", "yarn")
+
+    def read(self, config: Settings) -> dict[str, Any]:
+        must_be(config, rope_interleaved=False)
+        theta, fraction = config.get(self.theta_key, self.theta), self.fraction
+        if self.fraction_key is None:
+            must_be(config, partial_rotary_factor=1.0)
+        else:
+            fraction = config.get(self.fraction_key, fraction)
+        newer, older = config.inner("rope_parameters"), config.inner("rope_scaling")
+        found = [self.one(config, rope, theta, fraction) for rope in (older, newer) if rope is not None]
+        if len(found) == 2 and found[0] != found[1]:
+            raise ConfigError(
+                f"config.json has rope_scaling={dict(older or {})} and rope_parameters={dict(newer or {})}, which "
+                "differ; remove one of them"
+            )
+        # `transformers` lets rope_scaling win where a file has both.
+        return found[0] if found else self._fields(config, theta, fraction, None)
+
+    def one(self, config: Settings, rope: Settings, theta: float, fraction: float) -> dict[str, Any]:
+        """Of one object of rotary settings, and the values of what it leaves out."""
+        kind, older = rope.get("rope_type"), rope.get("type")
+        kind = kind or older or "default"
+        theta, share = rope.get("rope_theta", theta), rope.get("partial_rotary_factor", fraction)
+        if self.fraction_key is None and share != 1.0:
+            raise ConfigError(f"partial_rotary_factor={share} in {rope.where} is not supported, only 1.0")
+        if kind not in ("default", *self.kinds):
+            known = ", ".join(map(repr, ("default", *self.kinds)))
+            raise ConfigError(f"rope_type={kind!r} in {rope.where} is not supported; known: {known}")
+        return self._fields(config, theta, share, None if kind == "default" else self._scaling(config, rope, kind))
+
+    def _scaling(self, config: Settings, rope: Settings, kind: str) -> dict[str, Any]:
+        needed, optional = ROPE_SCALING[kind]
+        values = {name: rope.get(name) for name in (*needed, *optional)}
+        if kind == "dynamic":  # the class takes the model's own
+            values["original_max_position_embeddings"] = config["max_position_embeddings"]
+        lacking = [name for name in needed if values[name] is None]
+        if lacking:
+            raise ConfigError(
+                f"{rope.where} has rope_type={kind!r} without {', '.join(lacking)}, and what was trained with cannot "
+                "be guessed; write them into the file, as the model's authors give them"
+            )
+        given = {name: value for name, value in values.items() if value is not None}
+        return given if kind == "llama3" else {"rope_type": kind, **given}
+
+    def _fields(self, config: Settings, theta: float, fraction: float, scaling: Any) -> dict[str, Any]:
+        fields = {"position": "rope", "rope_theta": float(theta), "rope_scaling": scaling}
+        if fraction == 1.0:
+            return fields
+        size = dict.get(config, "head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        return {**fields, "rotary_dim": int(size * fraction)}
+
+    def write(self, model: Values) -> dict[str, Any]:
+        scaling = model["rope_scaling"] or {}
+        parameters: dict[str, Any] = {
+            "rope_type": scaling.get("rope_type", "llama3" if scaling else "default"),
+            **scaling,
+        }
+        if parameters["rope_type"] == "dynamic":
+            del parameters["original_max_position_embeddings"]
+        fraction = {}
+        if self.fraction_key is not None:
+            share = _share(model["rotary_dim"], model["head_dim"])
+            fraction, parameters["partial_rotary_factor"] = {self.fraction_key: share}, share
+        written = {
+            self.theta_key: model["rope_theta"],
+            "rope_scaling": dict(parameters) if scaling else None,
+            "rope_parameters": {**parameters, "rope_theta": model["rope_theta"]},
+            **fraction,
+        }
+        if parameters["rope_type"] == "dynamic":
+            written["max_position_embeddings"] = scaling["original_max_position_embeddings"]
+        return written
+
+
+def _share(part: int, whole: int) -> float:
+    """The number whose product with ``whole`` is ``part`` when it is rounded down."""
+    share = part / whole
+    while int(whole * share) < part:
+        share = math.nextafter(share, 2.0)
+    return share
+
+
+@dataclass(frozen=True)
+class Window:
+    """The sliding window of a class whose layers all have it; null is none, whatever the class's default."""
+
+    default: int | None = None
+
+    def read(self, config: Settings) -> dict[str, Any]:
+        return {"window": config.get("sliding_window", None if "sliding_window" in config else self.default)}
+
+    def write(self, model: Values) -> dict[str, Any]:
+        return {"sliding_window": model["window"]}
+
+
+@dataclass(frozen=True)
+class LayerTypes:
+    """The sliding windows of some of the layers: ``layer_types``, or a number in older files.
+
+    Attributes:
+        pattern: the layers of a class whose files say nothing, repeated. every: a key of older files: how many layers
+            a repetition has, of which one sees all.
+        size: the window's default. full_first: that layer is the first of a repetition.
+    """
+
+    pattern: tuple[str, ...]
+    size: int
+    every: str | None = None
+    full_first: bool = False
+
+    def read(self, config: Settings) -> dict[str, Any]:
+        layers = config["num_hidden_layers"]
+        pattern, every = self.pattern, config.get(self.every) if self.every else None
+        if every is not None:
+            local = ("window",) * (every - 1)
+            pattern = ("full", *local) if self.full_first else (*local, "full")
+        types = config.get("layer_types")
+        kinds = [pattern[i % len(pattern)] for i in range(layers)] if types is None else [self._kind(t) for t in types]
+        if len(kinds) != layers:
+            raise ConfigError(f"layer_types in {config.where} has {len(kinds)} entries for {layers} layers")
+        size = self.window(config)
+        if size is None or "window" not in kinds:
+            return {"window": None}
+        period = next(p for p in range(1, layers + 1) if all(kinds[i] == kinds[i % p] for i in range(layers)))
+        return {"window": size, "attention_pattern": tuple(kinds[:period])}
+
+    def _kind(self, theirs: str) -> str:
+        kinds = {"sliding_attention": "window", "full_attention": "full"}
+        if theirs not in kinds:
+            raise ConfigError(f"layer_types has {theirs!r}, which is not supported; known: {', '.join(kinds)}")
+        return kinds[theirs]
+
+    def window(self, config: Settings) -> int | None:
+        value: int | None = config.get("sliding_window", self.size)
+        return value
+
+    def write(self, model: Values) -> dict[str, Any]:
+        kinds = {"window": "sliding_attention", "full": "full_attention"}
+        return {
+            "layer_types": [kinds[kind] for kind in model["attention_pattern"]],
+            "sliding_window": self.size if model["window"] is None else model["window"],
+        }
+
+
+class QwenWindows(LayerTypes):
+    """Qwen: layers from ``max_window_layers`` on, where ``use_sliding_window`` says so."""
+
+    def read(self, config: Settings) -> dict[str, Any]:
+        must_be(config, use_mrope=False)
+        first, layers = config.get("max_window_layers", 28), config["num_hidden_layers"]
+        pattern = tuple("window" if i >= first else "full" for i in range(layers))
+        return (
+            LayerTypes(pattern, self.size).read(config)
+            if config.get("use_sliding_window", False)
+            else self._none(config)
+        )
+
+    def _none(self, config: Settings) -> dict[str, Any]:
+        if "sliding_attention" in config.get("layer_types", ()):
+            raise ConfigError(
+                f"layer_types has 'sliding_attention' and use_sliding_window is false in {config.where}; one of them "
+                "is wrong: set use_sliding_window to true, or the layers to 'full_attention'"
+            )
+        config.get("sliding_window")
+        return {"window": None}
+
+    def write(self, model: Values) -> dict[str, Any]:
+        written = super().write(model)
+        used = model["window"] is not None
+        first = next((i for i, kind in enumerate(model["attention_pattern"]) if kind == "window"), 0)
+        if not used:
+            del written["sliding_window"]
+        return {**written, "use_sliding_window": used, **({"max_window_layers": first} if used else {})}
+
+
+class ModernBertWindows(LayerTypes):
+    """ModernBERT counts the window's both sides together."""
+
+    def window(self, config: Settings) -> int | None:
+        return int(config.get("local_attention", self.size)) // 2 + 1
+
+    def write(self, model: Values) -> dict[str, Any]:
+        written = super().write(model)
+        del written["sliding_window"]
+        size = self.size if model["window"] is None else 2 * (model["window"] - 1)
+        return {**written, "local_attention": size}
+
+
+@dataclass(frozen=True)
+class RopeOfLayers:
+    """Rotary positions of a base wavelength for layers with a window and another for those without.
+
+    Attributes:
+        full, local: what older files call them; ``thetas``: their defaults. windows: which layers those are.
+    """
+
+    full: str
+    local: str
+    thetas: tuple[float, float]
+    windows: LayerTypes
+    rope: Rope = field(default_factory=lambda: Rope(kinds=("linear", "llama3", "yarn")))
+
+    def read(self, config: Settings) -> dict[str, Any]:
+        thetas = config.get(self.full, self.thetas[0]), config.get(self.local, self.thetas[1])
+        both, scaling = config.inner("rope_parameters"), config.inner("rope_scaling")
+        full = None if both is None else both.inner("full_attention")
+        local = None if both is None else both.inner("sliding_attention")
+        given = scaling or full
+        fields = self.rope._fields(config, thetas[0], 1.0, None)
+        if full is not None:
+            fields = self.rope.one(config, full, thetas[0], 1.0)
+        if scaling is not None and given is not full:
+            fields = self.rope.one(config, scaling, fields["rope_theta"], 1.0)
+        of_window = float(thetas[1])
+        if local is not None:
+            found = self.rope.one(config, local, thetas[1], 1.0)
+            of_window = found["rope_theta"]
+            if found["rope_scaling"]:
+                raise ConfigError(f"rotary scaling of layers with a window ({local.where}) is not supported; remove it")
+        if self.windows.read(config)["window"] is not None:
+            fields["window_rope_theta"] = of_window
+        return fields
+
+    def write(self, model: Values) -> dict[str, Any]:
+        one = self.rope.write(model)
+        local = model["window_rope_theta"] or (model["rope_theta"] if model["window"] else self.thetas[1])
+        return {
+            self.full: model["rope_theta"],
+            self.local: local,
+            "rope_scaling": one["rope_scaling"],
+            "rope_parameters": {
+                "full_attention": one["rope_parameters"],
+                "sliding_attention": {"rope_type": "default", "rope_theta": local},
+            },
+        }
