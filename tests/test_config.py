@@ -90,6 +90,38 @@ REFUSED: list[tuple[int, dict[str, dict[str, Any]], str]] = [
     ),
     (
         1,
+        {"model": {"position": "rope", "rope_scaling": {"rope_type": "longrope"}}},
+        "model.rope_scaling.rope_type='longrope' is not known; use linear, dynamic, llama3, yarn",
+    ),
+    (
+        1,
+        {"model": {"position": "rope", "rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}}},
+        "model.rope_scaling={'factor': 2.0, 'beta': 1} has ['beta'], which rope_type='linear' does not take; leave "
+        "them out",
+    ),
+    (
+        1,
+        {"model": {"position": "rope", "rope_scaling": {"rope_type": "linear", "factor": -1.0}}},
+        "model.rope_scaling.factor=-1.0 should be a positive number",
+    ),
+    (
+        1,
+        {"model": {"position": "rope", "rotary_dim": 16}},
+        "model.rotary_dim=16 is more than the 8 dims of a head; use that or fewer",
+    ),
+    (
+        1,
+        {"model": {"residual": "parallel", "norm_position": "post"}},
+        "model.residual='parallel' with model.norm_position='post': attention and MLP side by side have their norms "
+        "before them; use model.norm_position='pre', or model.residual='sequential'",
+    ),
+    (
+        1,
+        {"model": {"window": 4, "attention_pattern": ("full",) * 6 + ("window",)}},
+        "model.attention_pattern has 7 entries for model.num_layers=6 layers; use 1 to 6, which are repeated",
+    ),
+    (
+        1,
         {"model": {"max_positions": 16}},
         "train.sequence_length=32 is longer than model.max_positions=16; raise max_positions or shorten the sequence",
     ),

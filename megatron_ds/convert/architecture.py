@@ -75,7 +75,10 @@ class Architecture:
 
     def from_config(self, config: Settings) -> dict[str, Any]:
         """The fields of :class:`ModelConfig`; a :class:`ConfigError` that names what our model does not have."""
-        return {name: value for part in self.settings for name, value in part.read(config).items()}
+        try:
+            return {name: value for part in self.settings for name, value in part.read(config).items()}
+        except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise ConfigError(f"{config.where} has a value of a wrong type or size: {error}") from error
 
     def problems(self, config: ModelConfig) -> list[str]:
         """What this class cannot express: the settings that do not come back from its config.json."""
@@ -131,22 +134,22 @@ def architecture_of(config: dict[str, Any], architectures: Sequence[Architecture
         if architecture.name in names or (not names and architecture.model_type == config.get("model_type")):
             return architecture
     known = ", ".join(architecture.name for architecture in architectures)
-    near = min(
-        ((architecture.name, _missing(config, architecture)) for architecture in architectures),
-        key=lambda pair: len(pair[1]),
+    (_, missing), near = min(
+        ((_missing(config, architecture), architecture.name) for architecture in architectures),
+        key=lambda pair: pair[0][0],
     )
     raise ConfigError(
         f"architectures={names} (model_type={config.get('model_type')!r}) is not supported; known: {known}. The "
-        f"nearest is {near[0]}, which is not enough: {near[1] or 'the settings are known, but not the class'}"
+        f"nearest is {near}, which is not enough: {missing or 'the settings are known, but not the class'}"
     )
 
 
-def _missing(config: dict[str, Any], architecture: Architecture) -> str:
-    """What of a config.json an architecture does not know."""
+def _missing(config: dict[str, Any], architecture: Architecture) -> tuple[int, str]:
+    """How many of a config.json's settings an architecture does not know, and which; most where one contradicts it."""
     settings = Settings(dict(config))
     try:
         architecture.from_config(settings)
         settings.check_all_read(architecture.harmless)
     except ConfigError as error:
-        return str(error)
-    return ""
+        return len(settings.unread(architecture.harmless)) or len(config), str(error)
+    return 0, ""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from megatron_ds.config.schema import MOST_LAYERS
 from megatron_ds.config.transformer import ROPE_SCALING
 from megatron_ds.convert.settings import Settings, must_be
 from megatron_ds.errors import ConfigError
@@ -259,6 +260,14 @@ class Window:
         return {"sliding_window": model["window"]}
 
 
+def _layers(config: Settings) -> int:
+    """Before a list of so many is made."""
+    layers = config["num_hidden_layers"]
+    if not isinstance(layers, int) or not 0 < layers <= MOST_LAYERS:
+        raise ConfigError(f"num_hidden_layers={layers!r} in {config.where} should be 1 to {MOST_LAYERS}")
+    return layers
+
+
 @dataclass(frozen=True)
 class LayerTypes:
     """The sliding windows of some of the layers: ``layer_types``, or a number in older files.
@@ -275,7 +284,7 @@ class LayerTypes:
     full_first: bool = False
 
     def read(self, config: Settings) -> dict[str, Any]:
-        layers = config["num_hidden_layers"]
+        layers = _layers(config)
         pattern, every = self.pattern, config.get(self.every) if self.every else None
         if every is not None:
             local = ("window",) * (every - 1)
@@ -313,7 +322,7 @@ class QwenWindows(LayerTypes):
 
     def read(self, config: Settings) -> dict[str, Any]:
         must_be(config, use_mrope=False)
-        first, layers = config.get("max_window_layers", 28), config["num_hidden_layers"]
+        first, layers = config.get("max_window_layers", 28), _layers(config)
         pattern = tuple("window" if i >= first else "full" for i in range(layers))
         return (
             LayerTypes(pattern, self.size).read(config)

@@ -68,13 +68,17 @@ class Settings(dict[str, Any]):
         self._inner.append(found)
         return found
 
-    def check_all_read(self, harmless: Collection[str] = ()) -> None:
-        """A :class:`ConfigError` that lists the keys that nothing has read; those without a value say nothing."""
-        left = [
+    def unread(self, harmless: Collection[str] = ()) -> list[str]:
+        """The keys that nothing has read; those without a value say nothing."""
+        return [
             key
             for key, value in self.items()
             if key not in self._read and key not in _HARMLESS and key not in harmless and value not in (None, {}, [])
         ]
+
+    def check_all_read(self, harmless: Collection[str] = ()) -> None:
+        """A :class:`ConfigError` that lists what is not read."""
+        left = self.unread(harmless)
         if left:
             said = ", ".join(f"{key}={self[key]!r}" for key in left)
             raise ConfigError(

@@ -232,7 +232,7 @@ def test_a_model_that_hugging_face_cannot_express(tmp_path: Path, model: dict[st
     ("name", "change", "message"),
     [
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
-        ("gpt2", {"activation_function": "relu"}, "activation_function='relu' is not supported; known: gelu_new"),
+        ("gpt2", {"activation_function": "relu"}, "'relu' in config.json is not supported; known: gelu_new"),
         ("llama-gqa", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         (
             "llama-gqa",
@@ -250,6 +250,9 @@ def test_a_model_that_hugging_face_cannot_express(tmp_path: Path, model: dict[st
         ("gemma2", {"layer_types": ["full_attention"]}, "layer_types in config.json has 1 entries for 3 layers"),
         ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "'chunked_attention', which is not supported; known"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        ("gemma2", {"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 in config.json should be 1 to 65536"),
+        ("gemma2", {"hidden_size": "24"}, "config.json has a value of a wrong type or size"),
+        ("falcon-7b", {"num_attention_heads": 0}, "describes a model that is not supported"),
         ("opt", {"word_embed_proj_dim": 12}, "word_embed_proj_dim=12 .* only hidden_size=24"),
         ("falcon-7b", {"alibi": True}, "alibi=True"),
         ("falcon-7b", {"num_ln_in_parallel_attn": 2}, "no model that Falcon's own code can run"),

@@ -128,13 +128,7 @@ def test_keys_outside_of_a_window_cost_nothing() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({**GPTJ, "norm_position": "post"}, "'parallel_one_norm' with model.norm_position='post': attention and MLP"),
-        ({"window": 4, "attention_pattern": ("full", "full", "window")}, "has 3 entries for model.num_layers=2 layers"),
         ({"position": "rope", "rotary_dim": 3}, "need an even rotary_dim, not 3; use 2 or 4"),
-        ({"position": "rope", "rotary_dim": 8}, "rotary_dim=8 is more than the 4 dims of a head"),
-        ({"position": "rope", "rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not known; use linear"),
-        ({"position": "rope", "rope_scaling": {**YARN, "beta": 1}}, r"has \['beta'\], which rope_type='yarn' does not"),
-        ({"position": "rope", "rope_scaling": {**YARN, "factor": -1.0}}, "factor=-1.0 should be a positive number"),
         ({"position": "rope", "rope_scaling": {**YARN, "truncate": 1}}, "truncate=1 should be true or false"),
         ({"window": 4, "attention": {"sparse": {"mode": "dense", "block": 16}}}, "model.window=4 with model.attention"),
         ({"attention_softcap": 4.0, "attention": {"sparse": {"mode": "dense", "block": 16}}}, "softcap=4.0 with"),
