@@ -146,10 +146,10 @@ def architecture_of(config: dict[str, Any], architectures: Sequence[Architecture
 
 def _missing(config: dict[str, Any], architecture: Architecture) -> tuple[int, str]:
     """How many of a config.json's settings an architecture does not know, and which; most where one contradicts it."""
-    settings = Settings(dict(config))
+    settings, harmless = Settings(dict(config)), architecture.harmless
     try:
         architecture.from_config(settings)
-        settings.check_all_read(architecture.harmless)
     except ConfigError as error:
-        return len(settings.unread(architecture.harmless)) or len(config), str(error)
-    return 0, ""
+        return len(config), str(error)
+    left = settings.unread(harmless)
+    return len(left), ", ".join(f"{key}={settings[key]!r}" for key in left)
