@@ -10,7 +10,8 @@ import torch
 from megatron_ds.config import ModelConfig
 from megatron_ds.layers.attention import AttentionInputs
 from megatron_ds.layers.attention_cores import AttentionRules, BlockCore
-from megatron_ds.models.gpt import GPT, Block
+from megatron_ds.models.block import Block
+from megatron_ds.models.gpt import GPT
 from megatron_ds.models.transformer import StageSettings
 from megatron_ds.rng import DropoutKeys, keep_mask
 
