@@ -7,7 +7,7 @@ without a traceback; anything else that escapes is a defect of this library and 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class MegatronDSError(Exception):
@@ -52,7 +52,12 @@ class ShardedGradientError(MegatronDSError):
 
 def divisors(number: int) -> str:
     """``1, 2, 4 or 8``: what may divide ``number``, for an error message."""
-    found = [str(d) for d in range(1, number + 1) if number % d == 0]
+    return one_of([d for d in range(1, number + 1) if number % d == 0])
+
+
+def one_of(numbers: Sequence[int]) -> str:
+    """``1, 2 or 4``, for an error message."""
+    found = [str(number) for number in numbers]
     return found[0] if len(found) == 1 else ", ".join(found[:-1]) + " or " + found[-1]
 
 

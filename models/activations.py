@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ds.config import RunConfig
+from megatron_ds.config import ModelConfig, RunConfig
 from megatron_ds.kernels.block_attention import block_size, is_preferred, keeps_probabilities
 from megatron_ds.pipeline.stage import Activations, StageSpan
 
@@ -51,10 +51,10 @@ def gpt_activations(config: RunConfig, span: StageSpan, tp: int, device: str) ->
     layer = _layer(config, tp, cpu)
     layers = span.last - span.first
     fixed = 0
-    if c.position == "rope":  # cos and sin, which all layers share
-        fixed += 2 * places * c.head_size * width
-    if layers:
-        fixed += _shared_bias(config, c.num_heads // tp, cpu)
+    windows = {c.has_window(index) for index in range(span.first, span.last)}
+    if c.position == "rope":  # cos and sin, which the layers with a window share, and those without
+        fixed += 2 * places * (c.rotary_dim or c.head_size) * width * max(1, len(windows))
+    fixed += sum(_shared_bias(config, c.num_heads // tp, cpu, window) for window in windows)
     if span.embedding:
         fixed += (c.embedding_norm + (cpu and c.hidden_dropout > 0)) * own * c.hidden_size * width
     if span.head:
@@ -85,10 +85,11 @@ def _layer(config: RunConfig, tp: int, cpu: bool) -> _Layer:
     width = dict(_WIDTHS)[config.precision.dtype]
     places = b * s
     own = places // tp if config.mesh.sequence_parallel else places
-    heads, groups = c.num_heads // tp, c.groups // tp
+    heads, groups = c.num_heads // tp, max(1, c.groups // tp)
     row = places * c.head_size * width  # of one head
     stream = own * c.hidden_size * width
-    around = 2 * _norm(own, c.hidden_size, width, c.norm == "rmsnorm" and cpu) + 2 * stream
+    before, after, inputs = _norms_and_inputs(c)
+    around = (before + after) * _norm(own, c.hidden_size, width, c.norm == "rmsnorm" and cpu) + inputs * stream
     if cpu and c.hidden_dropout:
         around += 2 * stream  # masks
     # gelu keeps its argument; a gate's product its two factors and the argument.
@@ -118,9 +119,10 @@ def _core(
     statistics = b * heads * s * (8 if cpu and width == 8 else 4)
     if c.attention.sparse.mode != "none":
         return core_input + statistics, True
-    rules = c.position == "alibi" or config.data.document_masking
-    keeps = keeps_probabilities(s, c.head_size)
-    if is_preferred(cpu, width == 2, keeps, c.causal, rules, c.attention_dropout > 0):
+    rules = c.position == "alibi" or config.data.document_masking or c.window is not None
+    keeps = keeps_probabilities(s, c.head_size) and c.attention_softcap is None
+    alone = c.attention_dropout > 0 or c.attention_softcap is not None
+    if is_preferred(cpu, width == 2, keeps, c.causal, rules or alone, alone):
         # Copies of queries, keys and values, and the probabilities of short rows. Documents make them fewer.
         block = block_size(torch.device("cpu" if cpu else "cuda"))
         triangle = sum(min(block, s - start) * min(start + block, s) for start in range(0, s, block))
@@ -131,10 +133,21 @@ def _core(
     return core_input + statistics, True
 
 
-def _shared_bias(config: RunConfig, heads: int, cpu: bool) -> int:
-    """Bytes of the bias on the scores that all layers share: where a fused kernel has other rules than causality."""
+def _norms_and_inputs(c: ModelConfig) -> tuple[int, int, int]:
+    """Norms before layers and behind them, and how often the width of the stream stays as a matmul's input."""
+    place = c.resolved["norm_position"]
+    if c.residual == "parallel_one_norm":
+        return 1, 0, 1
+    if c.residual == "parallel":  # both norms keep the same argument
+        return 1, 0, 2
+    return {"pre": (2, 0, 2), "post": (2, 0, 2), "output": (0, 2, 2), "sandwich": (2, 2, 2)}[place]
+
+
+def _shared_bias(config: RunConfig, heads: int, cpu: bool, window: bool) -> int:
+    """Bytes of the bias on the scores that layers share: where a fused kernel has other rules than causality."""
     c, b, s = config.model, config.train.micro_batch, config.train.sequence_length
-    if cpu or c.attention_dropout or not (c.position == "alibi" or config.data.document_masking):
+    alone = c.attention_dropout > 0 or c.attention_softcap is not None
+    if cpu or alone or not (c.position == "alibi" or config.data.document_masking or window):
         return 0
     shape = (heads if c.position == "alibi" else 1) * (b if config.data.document_masking else 1)
     return shape * s * s * dict(_WIDTHS)[config.precision.dtype]

@@ -33,6 +33,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "data": {"synthetic": True},
 }
 
+BY_SIX = {"vocab_multiple": 6}  # what six tensor-parallel ranks can split
+
 
 def config(**sections: dict[str, Any]) -> RunConfig:
     """A small legal run, with the given fields of the given sections changed."""
@@ -65,7 +67,22 @@ REFUSED: list[tuple[int, dict[str, dict[str, Any]], str]] = [
         {"model": {"hidden_size": 50}},
         "model.hidden_size=50 is not a multiple of model.num_heads=6; use 48 or 54, or set model.head_dim",
     ),
-    (4, {"mesh": {"tp": 4}}, "model.kv_heads=2 cannot be split over mesh.tp=4; tp may be 1 or 2"),
+    (4, {"mesh": {"tp": 4}}, "model.kv_heads=2 cannot be split over mesh.tp=4; tp may be 1, 2 or 6"),
+    (
+        6,
+        {
+            "mesh": {"tp": 6, "sequence_parallel": False},
+            "model": {"qk_norm": True, "qk_norm_over": "projection", **BY_SIX},
+        },
+        "model.kv_heads=2 are fewer than mesh.tp=6, and the norm over all of them (model.qk_norm_over='projection') is "
+        "not known to be of repeated heads; use mesh.tp=2 or fewer",
+    ),
+    (
+        6,
+        {"mesh": {"tp": 6, "sequence_parallel": False}, "precision": {"fp8": "blockwise"}, "model": BY_SIX},
+        "precision.fp8='blockwise' with model.kv_heads=2 < mesh.tp=6: what repeats key/value heads has no products in "
+        "FP8; use mesh.tp=2 or fewer",
+    ),
     (
         2,
         {"mesh": {"tp": 2}, "model": {"ffn_hidden_size": 99}},

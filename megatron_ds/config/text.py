@@ -81,7 +81,8 @@ class ModelConfig(BaseModelConfig):
         None,
         gt=0,
         le=MOST_LAYERS,
-        description="Key/value heads; fewer than num_heads is grouped-query attention. Default: num_heads.",
+        description="Key/value heads; fewer than num_heads is grouped-query attention; repeated where "
+        "they are fewer than mesh.tp. Default: num_heads.",
     )
     head_dim: int | None = Field(None, gt=0, description="Width of one head. Default: hidden_size / num_heads.")
     ffn_hidden_size: int | None = Field(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from megatron_ds.errors import divisors, multiples_around
+from megatron_ds.errors import divisors, multiples_around, one_of
 
 if TYPE_CHECKING:
     from megatron_ds.config.text import ModelConfig, RunConfig
@@ -31,6 +31,12 @@ def transformer_faults(config: RunConfig) -> Iterator[str]:
     yield from _split_faults(config.model, config.mesh.tp)
     yield from _position_faults(config.model, config.train.sequence_length)
     yield from _block_faults(config.model)
+    if config.model.groups < config.mesh.tp and config.precision.fp8 != "none":
+        yield (
+            f"precision.fp8={config.precision.fp8!r} with model.kv_heads={config.model.groups} < mesh.tp="
+            f"{config.mesh.tp}: what repeats key/value heads has no products in FP8; use mesh.tp="
+            f"{config.model.groups} or fewer"
+        )
     m, mesh, length = config.model, config.mesh, config.train.sequence_length
     if not m.causal and (config.data.conversations or config.data.fim.rate):
         yield "data.conversations and data.fim.rate are for model.family='gpt': a BERT predicts masked tokens of texts"
@@ -55,10 +61,17 @@ def _attention_faults(m: ModelConfig) -> Iterator[str]:
 
 
 def _split_faults(m: ModelConfig, tp: int) -> Iterator[str]:
-    if m.groups % tp:
+    if m.groups % tp and (tp % m.groups or m.num_heads % tp):
+        heads = m.num_heads
+        may = [t for t in range(1, heads + 1) if heads % t == 0 and (m.groups % t == 0 or t % m.groups == 0)]
         yield (
             f"model.{'num_heads' if m.kv_heads is None else 'kv_heads'}={m.groups} cannot be split over "
-            f"mesh.tp={tp}; tp may be {divisors(m.groups)}"
+            f"mesh.tp={tp}; tp may be {one_of(may)}"
+        )
+    elif m.groups < tp and m.qk_norm and m.qk_norm_over == "projection":
+        yield (
+            f"model.kv_heads={m.groups} are fewer than mesh.tp={tp}, and the norm over all of them "
+            f"(model.qk_norm_over='projection') is not known to be of repeated heads; use mesh.tp={m.groups} or fewer"
         )
     if m.ffn_size % tp:
         yield (

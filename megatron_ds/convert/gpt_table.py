@@ -328,7 +328,7 @@ FALCON = Architecture(
         Key("bias", "bias", False),
         Rope(),
         _FalconBlocks(),
-        Fixed(alibi=False),
+        Fixed(alibi=False, apply_residual_connection_post_layernorm=False),
     ),
     copies={"lm_head.weight": "transformer.word_embeddings.weight"},
 )

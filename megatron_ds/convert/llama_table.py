@@ -245,8 +245,10 @@ LLAMAS: tuple[Architecture, ...] = (
             Window(),
             dropouts("residual_dropout", "embedding_dropout"),
             Ours(norm="layernorm"),
-            Fixed(mlp_type="default", norm_type="layer_norm"),
+            Fixed(mlp_type="default", norm_type="layer_norm", activation_function="gelu_pytorch_tanh"),
+            Fixed(scale_attn_weights=True),
         ),
+        harmless=("layer_norm_epsilon", "scale_attention_softmax_in_fp32", "attention_softmax_in_fp32"),
         **_COMMON,
     ),
 )

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ds.kernels.rotary import rotary
 from megatron_ds.layers.attention_cores import AttentionCore
-from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_ds.layers.linear import ColumnParallelLinear, RepeatedKVLinear, RowParallelLinear
 from megatron_ds.layers.norm import Norm, SplitRMSNorm
 from megatron_ds.mesh import Axis
 from megatron_ds.rng import DropoutKeys
@@ -45,7 +45,7 @@ class AttentionConfig:
     """Sizes of the whole model's self-attention.
 
     Attributes:
-        kv_heads: key/value heads; tensor parallelism splits by them.
+        kv_heads: key/value heads; tensor parallelism splits by them, and repeats them where there are fewer than ranks.
         init_std: of the first projection's weight; ``out_std`` of the second's.
         qk_norm: RMSNorm of queries and keys, of each ``"head"`` or of all heads at once (``"projection"``).
         score_scalar: scores are divided by its square root; None: by that of ``head_dim``, as a core does.
@@ -94,18 +94,17 @@ class SelfAttention(nn.Module):
     ):
         super().__init__()
         c = self.config = config
-        self.local_kv_heads = c.kv_heads // tp.size
+        self.local_kv_heads = max(1, c.kv_heads // tp.size)
+        self.local_queries = c.kv_heads * c.queries_per_kv_head // tp.size // self.local_kv_heads  # a key/value head
         self.site, self.recompute_core = site, recompute_core
         make: dict[str, Any] = {"tp": tp, "sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
-        self.qkv = ColumnParallelLinear(
-            f"{name}.qkv",
-            c.hidden_size,
-            (c.kv_heads, c.queries_per_kv_head + 2, c.head_dim),
-            shard_dim=0,
-            bias=c.qkv_bias,
-            init_std=c.init_std,
-            **make,
-        )
+        shape = (c.kv_heads, c.queries_per_kv_head + 2, c.head_dim)
+        make_qkv: dict[str, Any] = {**make, "bias": c.qkv_bias, "init_std": c.init_std}
+        self.qkv: ColumnParallelLinear | RepeatedKVLinear
+        if c.kv_heads < tp.size:
+            self.qkv = RepeatedKVLinear(f"{name}.qkv", c.hidden_size, shape, **make_qkv)
+        else:
+            self.qkv = ColumnParallelLinear(f"{name}.qkv", c.hidden_size, shape, shard_dim=0, **make_qkv)
         consists_of(self.qkv.weight, Matrices(1, (c.queries_per_kv_head, 1, 1)))
         place: dict[str, Any] = {"tp": tp, "device": device, "dtype": dtype}
         self.q_norm = _qk_norm(f"{name}.q_norm", c, c.kv_heads * c.queries_per_kv_head, **place)
@@ -122,10 +121,10 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         c, qkv = self.config, self.qkv(x)
         s, b, _ = qkv.shape
-        qkv = qkv.view(s, b, self.local_kv_heads, c.queries_per_kv_head + 2, c.head_dim)
+        qkv = qkv.view(s, b, self.local_kv_heads, self.local_queries + 2, c.head_dim)
         # One split: slices would each fill a gradient of the whole with zeros in the backward pass.
-        q, k, v = qkv.split([c.queries_per_kv_head, 1, 1], dim=-2)
-        q, k, v = q.reshape(s, b, self.local_kv_heads * c.queries_per_kv_head, c.head_dim), k.squeeze(-2), v.squeeze(-2)
+        q, k, v = qkv.split([self.local_queries, 1, 1], dim=-2)
+        q, k, v = q.reshape(s, b, self.local_kv_heads * self.local_queries, c.head_dim), k.squeeze(-2), v.squeeze(-2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
         if inputs.rotary is not None:

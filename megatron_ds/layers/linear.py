@@ -130,6 +130,49 @@ class ColumnParallelLinear(_Linear):
         return _ColumnLinear.apply(x, self.weight, self.bias, self)
 
 
+class RepeatedKVLinear(_Linear):
+    """Query/key/value projection of fewer key/value heads than ranks: ``[s(/tp), b, h] -> [s, b, (q + 2) * d]``.
+
+    A rank computes ``q = heads / tp`` queries of one key/value head, and that head's key and value, as the other ranks
+    of it do. Its queries, key and value are no slice of the weight, so every rank holds all of it, and the gradient is
+    summed over tp.
+
+    Args:
+        out_shape: key/value heads, queries of each and 2, head dim; the weight is ``[*out_shape, in_features]``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_shape: tuple[int, int, int],
+        *,
+        bias: bool,
+        tp: Axis,
+        sequence_parallel: bool,
+        init_std: float,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(tp, sequence_parallel)
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = replicated_parameter(
+            f"{name}.weight", (*out_shape, in_features), "normal", tp, True, weight_decay=True, std=init_std, **place
+        )
+        self.bias = replicated_parameter(f"{name}.bias", out_shape, "zeros", tp, True, **place) if bias else None
+        ranks = tp.size // out_shape[0]  # of a key/value head
+        self.queries = (out_shape[1] - 2) // ranks
+        self.kv_head, self.first_query = tp.rank // ranks, tp.rank % ranks * self.queries
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _ColumnLinear.apply(x, self._own(self.weight), None if self.bias is None else self._own(self.bias), self)
+
+    def _own(self, parameter: Tensor) -> Tensor:
+        """``[q + 2, d, ...]`` of a parameter."""
+        head = parameter[self.kv_head]
+        return torch.cat((head[self.first_query : self.first_query + self.queries], head[-2:]))
+
+
 class _RowLinear(torch.autograd.Function):
     """``y = sum over ranks of x @ w.T, + b``, whole on every rank or scattered along the sequence."""
 

@@ -327,6 +327,58 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "n_inner": None, "num_attention_heads": 8, "offset_alibi": 100, "pretraining_tp": 1, "skip_bias_add": True,
         "skip_bias_add_qkv": False, "slow_but_exact": False, "seq_length": 2048, "unk_token_id": 0,
     },
+    "Olmo2ForCausalLM": {
+        "hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 1, "intermediate_size": 40, "vocab_size": 9,
+        "attention_bias": False, "num_key_value_heads": 6, "rope_theta": 500000, "rope_scaling": None,
+        "rms_norm_eps": 1e-06,
+    },
+    "Gemma2ForCausalLM": {
+        "hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 2, "intermediate_size": 40, "vocab_size": 9,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "cache_implementation": "hybrid",
+        "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
+        "sliding_window": 4096, "rope_theta": 10000.0, "attention_bias": False, "head_dim": 8,
+    },
+    "Gemma3ForCausalLM": {
+        "hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 2, "intermediate_size": 40, "vocab_size": 9,
+        "attn_logit_softcapping": None, "final_logit_softcapping": None, "cache_implementation": "hybrid",
+        "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "rope_local_base_freq": 10000,
+        "rope_theta": 1000000, "rope_scaling": None, "sliding_window": 512, "sliding_window_pattern": 6,
+    },
+    "Starcoder2ForCausalLM": {
+        "hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 1, "intermediate_size": 40, "vocab_size": 9,
+        "activation_function": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh", "mlp_type": "default",
+        "norm_epsilon": 1e-05, "norm_type": "layer_norm", "rope_theta": 999999.4420358813, "sliding_window": 4096,
+        "use_bias": True, "residual_dropout": 0.1, "embedding_dropout": 0.1, "layer_norm_epsilon": 1e-05,
+        "scale_attention_softmax_in_fp32": True, "scale_attn_weights": True, "attention_softmax_in_fp32": True,
+    },
+    "GPTNeoXForCausalLM": {
+        "hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 1, "intermediate_size": 40, "vocab_size": 9,
+        "classifier_dropout": 0.1, "rotary_emb_base": 10000, "rotary_pct": 0.25, "use_parallel_residual": True,
+        "layer_norm_eps": 1e-05, "hidden_act": "gelu_fast", "attention_dropout": 0.0, "rope_scaling": None,
+    },
+    "GPTJForCausalLM": {
+        "n_embd": 24, "n_head": 6, "n_layer": 1, "rotary": True, "rotary_dim": 4, "scale_attn_weights": True,
+        "summary_activation": None, "summary_first_dropout": 0.1, "tie_word_embeddings": False, "n_inner": None,
+        "gradient_checkpointing": False, "task_specific_params": {"text-generation": {"do_sample": True}},
+    },
+    "OPTForCausalLM": {
+        "hidden_size": 24, "num_attention_heads": 6, "activation_dropout": 0.0, "do_layer_norm_before": True,
+        "layerdrop": 0.0, "_remove_final_layer_norm": False, "word_embed_proj_dim": 24, "enable_bias": True,
+        "layer_norm_elementwise_affine": True, "prefix": "</s>", "init_std": 0.02,
+    },
+    "FalconForCausalLM": {
+        "alibi": False, "apply_residual_connection_post_layernorm": False, "bias": False, "multi_query": True,
+        "new_decoder_architecture": False, "parallel_attn": True, "hidden_size": 4544, "num_attention_heads": 71,
+    },
+    "RobertaForMaskedLM": {"type_vocab_size": 1, "max_position_embeddings": 514, "layer_norm_eps": 1e-05},
+    "ModernBertForMaskedLM": {
+        "attention_bias": False, "classifier_activation": "gelu", "classifier_bias": False, "classifier_dropout": 0.0,
+        "classifier_pooling": "mean", "decoder_bias": True, "deterministic_flash_attn": False, "norm_bias": False,
+        "global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "hidden_activation": "gelu", "mlp_dropout": 0.0,
+        "initializer_cutoff_factor": 2.0, "layer_norm_eps": 1e-05, "local_attention": 128, "local_rope_theta": 10000.0,
+        "num_hidden_layers": 22, "reference_compile": None, "repad_logits_with_grad": False,
+        "sparse_pred_ignore_index": -100, "sparse_prediction": False, "gradient_checkpointing": False,
+    },
     "BertForMaskedLM": {
         "directionality": "bidi", "pooler_fc_size": 768, "pooler_num_attention_heads": 12, "pooler_num_fc_layers": 3,
         "pooler_size_per_head": 128, "pooler_type": "first_token_transform", "position_embedding_type": "absolute",

@@ -17,6 +17,7 @@ from megatron_ds.train.build import DTYPES
 
 LLAMA = {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "tied_embeddings": False}
 GQA = {**LLAMA, "kv_heads": 2}
+WINDOWS = {"window": 40, "attention_pattern": ("window", "full")}
 MIDDLE, ENDS = StageSpan(1, 4, embedding=False, head=False), StageSpan(0, 3)
 
 
@@ -85,6 +86,10 @@ CASES = [
     ({**GQA, "attention_dropout": 0.1}, "none", "bf16", 192),
     ({"qk_norm": True}, "none", "fp32", 64),
     ({**GQA, "qk_norm": True}, "selective", "fp32", 192),
+    ({**LLAMA, **WINDOWS, "norm_position": "sandwich"}, "none", "fp32", 192),
+    ({**GQA, "norm_position": "output", "attention_softcap": 5.0}, "none", "fp32", 64),
+    ({"residual": "parallel"}, "none", "bf16", 64),
+    ({"residual": "parallel_one_norm", "position": "rope", "rotary_dim": 8}, "none", "fp32", 192),
 ]  # fmt: skip
 
 

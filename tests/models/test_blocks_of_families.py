@@ -45,6 +45,7 @@ MODERNBERT: dict[str, Any] = {
     "activation": "geglu", "first_norm": False, "embedding_norm": True, "window_rope_theta": 100.0,
 }  # fmt: skip
 OPT = {"position_offset": 2, "activation": "relu", "norm_position": "post"}
+KV2 = {"num_heads": 8, "head_dim": 2, "kv_heads": 2, "position": "alibi", "vocab_multiple": 32}
 # ranks, model settings, other sections; each model is compared with its own run on one process.
 RUNS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "gemma-tp2-pp2-sp": (4, {**GEMMA, **DROPOUT}, {"mesh": {"tp": 2, "pp": 2}, "recompute": {"mode": "selective"}}),
@@ -56,6 +57,8 @@ RUNS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     ),
     "neox-pp2": (2, {**GPTJ, "residual": "parallel"}, {"mesh": {"pp": 2}}),
     "modernbert-tp2-sp": (2, MODERNBERT, {"mesh": {"tp": 2}}),
+    "kv1-tp4-sp": (4, {**GEMMA, "kv_heads": 1, "bias": True, **DROPOUT}, {"mesh": {"tp": 4}}),
+    "kv2-tp4-zero2": (8, KV2, {"mesh": {"tp": 4, "sequence_parallel": False}, "zero": {"stage": 2}}),
     "opt-tp2-sp": (2, OPT, {"mesh": {"tp": 2}}),
 }
 

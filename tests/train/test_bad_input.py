@@ -59,7 +59,18 @@ def test_what_cannot_run_is_refused(run: Run, tmp_path: Path, arguments: list[st
 
 
 def test_all_that_tensor_parallelism_cannot_divide_is_said_at_once_for_all_ranks(tmp_path: Path) -> None:
-    wrong = ["--model.kv-heads", "1", "--model.vocab-multiple", "1", "--train.sequence-length", "7"]
+    wrong = [
+        "--model.num-heads",
+        "3",
+        "--model.kv-heads",
+        "1",
+        "--model.head-dim",
+        "4",
+        "--model.vocab-multiple",
+        "1",
+        "--train.sequence-length",
+        "7",
+    ]
     own = [*TINY, "--mesh.tp", "2", "--output", str(tmp_path / "run"), *wrong, "--model.ffn-hidden-size", "33"]
     with started(tmp_path / "log", [own, own]) as ranks:
         assert ranks.wait() == [2, 2]
