@@ -139,7 +139,8 @@ def architecture_of(config: dict[str, Any], architectures: Sequence[Architecture
         key=lambda pair: pair[0][0],
     )
     raise ConfigError(
-        f"architectures={names} (model_type={config.get('model_type')!r}) is not supported; known: {known}. The "
+        f"architectures={names} (model_type={config.get('model_type')!r}) of config.json is not supported; "
+        f"known: {known}. The "
         f"nearest is {near}, which is not enough: {missing or 'the settings are known, but not the class'}"
     )
 
