@@ -32,6 +32,8 @@ OFF_AND_ON: list[tuple[Sections, Sections]] = [
     ({}, {"optimizer": {"schedule": "wsd"}}),
     ({"precision": {"dtype": "bf16"}}, {"precision": {"dtype": "fp16"}}),
     ({"precision": {"dtype": "fp16", "loss_scale": 4.0}}, {"precision": {"dtype": "fp16"}}),
+    ({}, {"precision": {"fp8": "tensorwise"}}),
+    ({"precision": {"fp8": "rowwise"}}, {"precision": {"fp8": "blockwise"}}),
     ({}, {"checkpoint": {"resume": True}}),
     ({"pipeline": {"layers_per_stage": (6,)}}, {}),
     ({}, {"recompute": {"mode": "every_n"}}),
@@ -60,6 +62,8 @@ VALUES: dict[str, Any] = {
     "data.fim.tokens": ("<A>", "<B>", "<C>"),
     "data.changed": "accept",
     "pipeline.split": "cost",
+    "precision.fp8_gradients": "e4m3",
+    "precision.fp8_exclude": ("a",),
     "model.qk_norm_over": "projection",
     "model.attention_pattern": ("full", "window"),
     "model.rope_scaling": {

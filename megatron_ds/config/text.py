@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import Field
@@ -217,7 +217,7 @@ class ModelConfig(BaseModelConfig):
         }
         return {
             **self.model_dump(mode="json"),
-            "attention_pattern": ["window" if self.has_window(i) else "full" for i in range(self.num_layers)],
+            "attention_pattern": list(shortest(["full", "window"][self.has_window(i)] for i in range(self.num_layers))),
             **{name: value for name, value in followed.items() if getattr(self, name) is None},
         }
 
@@ -232,6 +232,13 @@ class ModelConfig(BaseModelConfig):
         if self.position == "learned":
             grown["max_positions"] = "rows of new positions are as the initialiser gives them"
         return grown
+
+
+def shortest(layers: Iterable[str]) -> tuple[str, ...]:
+    """The beginning of which all layers are repetitions, where it is short; else all of them."""
+    kinds = tuple(layers)
+    periods = (p for p in range(1, 65) if all(kinds[i] == kinds[i % p] for i in range(len(kinds))))
+    return kinds[: next(periods, None)]
 
 
 class FIMConfig(Section):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_ds.config.schema import MOST_LAYERS
+from megatron_ds.config.text import shortest
 from megatron_ds.config.transformer import ROPE_SCALING
 from megatron_ds.convert.settings import Settings, must_be
 from megatron_ds.errors import ConfigError
@@ -296,8 +297,7 @@ class LayerTypes:
         size = self.window(config)
         if size is None or "window" not in kinds:
             return {"window": None}
-        period = next(p for p in range(1, layers + 1) if all(kinds[i] == kinds[i % p] for i in range(layers)))
-        return {"window": size, "attention_pattern": tuple(kinds[:period])}
+        return {"window": size, "attention_pattern": shortest(kinds)}
 
     def _kind(self, theirs: str) -> str:
         kinds = {"sliding_attention": "window", "full_attention": "full"}
@@ -312,9 +312,14 @@ class LayerTypes:
     def write(self, model: Values) -> dict[str, Any]:
         kinds = {"window": "sliding_attention", "full": "full_attention"}
         return {
-            "layer_types": [kinds[kind] for kind in model["attention_pattern"]],
+            "layer_types": [kinds[kind] for kind in _every_layer(model)],
             "sliding_window": self.size if model["window"] is None else model["window"],
         }
+
+
+def _every_layer(model: Values) -> list[str]:
+    pattern = model["attention_pattern"]
+    return [pattern[i % len(pattern)] for i in range(model["num_layers"])]
 
 
 class QwenWindows(LayerTypes):
@@ -342,7 +347,7 @@ class QwenWindows(LayerTypes):
     def write(self, model: Values) -> dict[str, Any]:
         written = super().write(model)
         used = model["window"] is not None
-        first = next((i for i, kind in enumerate(model["attention_pattern"]) if kind == "window"), 0)
+        first = next((i for i, kind in enumerate(_every_layer(model)) if kind == "window"), 0)
         if not used:
             del written["sliding_window"]
         return {**written, "use_sliding_window": used, **({"max_window_layers": first} if used else {})}

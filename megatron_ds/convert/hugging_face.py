@@ -207,9 +207,12 @@ def _describe(
     if vocab_multiple is not None:
         fields["vocab_multiple"] = vocab_multiple
     try:
-        return architecture, ModelConfig(**fields)
+        config = ModelConfig(**fields)
     except pydantic.ValidationError as error:
         raise ConfigError(f"{source.path / 'config.json'} describes a model that is not supported: {error}") from error
+    # Written out, so that what was left to a default reads the same as what was given.
+    sizes = {"kv_heads": config.groups, "head_dim": config.head_size, "ffn_hidden_size": config.ffn_size}
+    return architecture, config.model_copy(update=sizes)
 
 
 def _converted(
