@@ -133,7 +133,7 @@ def test_no_logit_hears_from_a_later_token() -> None:
 
 def test_documents_and_alibi_are_refused_by_the_layer_too() -> None:
     model, batch = model_and_batch(BIGBIRD)
-    with pytest.raises(ConfigError, match="no ALiBi, document masks or attention dropout"):
+    with pytest.raises(ConfigError, match="no ALiBi, window, softcap, document masks or attention dropout"):
         model.logits({**batch, "document_ids": batch["tokens"] * 0})
 
 
