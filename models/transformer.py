@@ -25,7 +25,7 @@ from megatron_ds.kernels.documents import Documents
 from megatron_ds.layers.attention import AttentionInputs
 from megatron_ds.layers.attention_cores import AttentionRules, make_core
 from megatron_ds.layers.linear import VocabParallelEmbedding, lookup, replicated_parameter
-from megatron_ds.layers.loss import capped, linear_cross_entropy
+from megatron_ds.layers.loss import Logits, capped, linear_cross_entropy
 from megatron_ds.layers.norm import Norm
 from megatron_ds.layers.position import Rotary, alibi_slopes, rotary_table
 from megatron_ds.mesh import Mesh
@@ -220,12 +220,11 @@ class Transformer(nn.Module):
             micro_batch["labels"].t(),
             micro_batch["loss_mask"].t(),
             vocab_size=self.config.vocab_size,
-            bias=self.head.bias,
+            logits=Logits(self.head.bias, self.config.logit_softcap),
             tp=self.tp,
             sequence_parallel=self.sequence_parallel,
             label_smoothing=self.settings.label_smoothing if self.training else 0.0,
             z_loss=self.settings.z_loss if self.training else 0.0,
-            softcap=self.config.logit_softcap,
         )
 
     @property

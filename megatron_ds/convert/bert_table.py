@@ -6,17 +6,8 @@ from typing import Any
 
 from megatron_ds.config import ModelConfig
 from megatron_ds.convert.architecture import Architecture, Rule
-from megatron_ds.convert.fields import (
-    Fixed,
-    Key,
-    ModernBertWindows,
-    Ours,
-    Rope,
-    RopeOfLayers,
-    Same,
-    Translation,
-    Values,
-)
+from megatron_ds.convert.attention_fields import ModernBertWindows, Rope, RopeOfLayers
+from megatron_ds.convert.fields import Fixed, Key, Ours, Same, Translation, Values
 from megatron_ds.convert.layouts import (
     Layout,
     global_shapes,

@@ -10,21 +10,8 @@ from typing import Any
 
 from megatron_ds.config import ModelConfig
 from megatron_ds.convert.architecture import Architecture, Rule
-from megatron_ds.convert.fields import (
-    GELUS,
-    EmbeddingRoot,
-    Fixed,
-    Key,
-    LayerTypes,
-    Ours,
-    QueryScalar,
-    QwenWindows,
-    Rope,
-    RopeOfLayers,
-    Translation,
-    Window,
-    dropouts,
-)
+from megatron_ds.convert.attention_fields import LayerTypes, QwenWindows, Rope, RopeOfLayers, Window
+from megatron_ds.convert.fields import GELUS, EmbeddingRoot, Fixed, Key, Ours, QueryScalar, Translation, dropouts
 from megatron_ds.convert.layouts import (
     Layout,
     global_shapes,

@@ -33,6 +33,19 @@ from megatron_ds.mesh import Axis
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 
 
+@dataclass(frozen=True)
+class Logits:
+    """What is done to ``hidden @ weight.T``.
+
+    Attributes:
+        bias: ``[v / tp]``, added.
+        softcap: then they are ``softcap * tanh(logits / softcap)`` (Gemma 2, section 2).
+    """
+
+    bias: Tensor | None = None
+    softcap: float | None = None
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -40,12 +53,11 @@ def linear_cross_entropy(
     loss_mask: Tensor,
     *,
     vocab_size: int,
-    bias: Tensor | None = None,
+    logits: Logits | None = None,
     tp: Axis,
     sequence_parallel: bool = False,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    softcap: float | None = None,
 ) -> Tensor:
     """Sum of the losses of the unmasked tokens, a scalar in fp32 (fp64 for fp64 inputs), equal on every rank.
 
@@ -55,9 +67,9 @@ def linear_cross_entropy(
         labels: ``[s, b]`` int64 in ``0..vocab_size-1`` wherever ``loss_mask`` is True.
         loss_mask: ``[s, b]`` bool, True where the token counts.
         vocab_size: real tokens; rows of the global table beyond it are padding.
-        bias: ``[v / tp]``, added to the logits.
-        softcap: the logits are ``softcap * tanh(logits / softcap)`` (Gemma 2, section 2).
+        logits: what they are besides ``hidden @ weight.T``.
     """
+    bias, softcap = (None, None) if logits is None else (logits.bias, logits.softcap)
     _check_labels(labels, loss_mask, vocab_size)
     rules = _Rules(vocab_size, tp, weight.shape[0], label_smoothing, z_loss, torch.is_grad_enabled(), softcap)
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels, loss_mask, rules, sequence_parallel)

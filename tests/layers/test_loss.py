@@ -95,12 +95,11 @@ def computed(case: Case, tp: Axis) -> tuple[Tensor, Tensor, Tensor, Tensor | Non
             labels,
             mask,
             vocab_size=case.vocab,
-            bias=own_bias,
+            logits=loss.Logits(own_bias, case.softcap),
             tp=tp,
             sequence_parallel=case.sequence_parallel,
             label_smoothing=case.smoothing,
             z_loss=case.z_loss,
-            softcap=case.softcap,
         )
     (total * SEED_GRADIENT).backward()
     assert own_hidden.grad is not None and own_weight.grad is not None
@@ -314,7 +313,9 @@ def test_no_value_is_asked_for_on_the_way(implementation: str) -> None:
         hidden, table, bias = make(20, 2, WIDTH), make(512, WIDTH), make(512)
         labels, mask = (torch.empty(40, 2, dtype=dtype) for dtype in (torch.int64, torch.bool))
         options: dict[str, Any] = {"vocab_size": 1000, "tp": tp, "label_smoothing": 0.1, "z_loss": 0.1}
-        total = linear_cross_entropy(hidden, table, labels, mask, bias=bias, sequence_parallel=True, **options)
+        total = linear_cross_entropy(
+            hidden, table, labels, mask, logits=loss.Logits(bias), sequence_parallel=True, **options
+        )
         gradients = torch.autograd.grad(total, (hidden, table, bias))
         assert [g.shape for g in gradients] == [x.shape for x in (hidden, table, bias)]
         with pytest.raises(DataDependentOutputException):
