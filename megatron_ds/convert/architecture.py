@@ -10,8 +10,8 @@ import torch
 from pydantic import ValidationError
 
 from megatron_ds.config import ModelConfig
-from megatron_ds.convert.fields import Translation
 from megatron_ds.convert.settings import Settings
+from megatron_ds.convert.translations import Translation
 from megatron_ds.errors import ConfigError
 
 Shapes = dict[str, tuple[int, ...]]

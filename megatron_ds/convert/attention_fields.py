@@ -9,8 +9,8 @@ from typing import Any
 from megatron_ds.config.schema import MOST_LAYERS
 from megatron_ds.config.text import shortest
 from megatron_ds.config.transformer import ROPE_SCALING
-from megatron_ds.convert.fields import Values
 from megatron_ds.convert.settings import Settings, must_be
+from megatron_ds.convert.translations import Values
 from megatron_ds.errors import ConfigError
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from megatron_ds.config import ModelConfig
 from megatron_ds.convert.architecture import Architecture, Rule
 from megatron_ds.convert.attention_fields import ModernBertWindows, Rope, RopeOfLayers
-from megatron_ds.convert.fields import Fixed, Key, Ours, Same, Translation, Values
 from megatron_ds.convert.layouts import (
     Layout,
     global_shapes,
@@ -20,6 +19,7 @@ from megatron_ds.convert.layouts import (
     vocabulary,
 )
 from megatron_ds.convert.settings import Settings
+from megatron_ds.convert.translations import Fixed, Key, Ours, Same, Translation, Values
 
 
 def _encoder(model: str) -> list[Rule]:

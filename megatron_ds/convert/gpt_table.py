@@ -7,9 +7,9 @@ from typing import Any
 from megatron_ds.config import ModelConfig
 from megatron_ds.convert.architecture import Architecture, Rule
 from megatron_ds.convert.attention_fields import Rope
-from megatron_ds.convert.fields import GELUS, Fixed, Key, Ours, Same, Translation, Values, dropouts
 from megatron_ds.convert.layouts import Layout, conv, global_shapes, interleaved_qkv, rules, separate_qkv, stacked_qkv
 from megatron_ds.convert.settings import Settings
+from megatron_ds.convert.translations import GELUS, Fixed, Key, Ours, Same, Translation, Values, dropouts
 from megatron_ds.errors import ConfigError
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from megatron_ds.config import ModelConfig
 from megatron_ds.convert.architecture import Architecture, Rule
 from megatron_ds.convert.attention_fields import LayerTypes, QwenWindows, Rope, RopeOfLayers, Window
-from megatron_ds.convert.fields import GELUS, EmbeddingRoot, Fixed, Key, Ours, QueryScalar, Translation, dropouts
 from megatron_ds.convert.layouts import (
     Layout,
     global_shapes,
@@ -21,6 +20,7 @@ from megatron_ds.convert.layouts import (
     separate_qkv,
     stacked_gate_up,
 )
+from megatron_ds.convert.translations import GELUS, EmbeddingRoot, Fixed, Key, Ours, QueryScalar, Translation, dropouts
 
 
 def _table(**other: str | Layout) -> list[Rule]:
