@@ -26,6 +26,7 @@ WINDOW = {"window": 4, "attention_pattern": ("window", "full")}
 OFF_AND_ON: list[tuple[Sections, Sections]] = [
     ({}, {"optimizer": {"name": "sgd"}}),
     ({"optimizer": {"name": "sgd"}}, {}),
+    ({}, {"optimizer": {"name": "muon"}}),
     ({}, {"optimizer": {"ema_decay": 0.9}}),
     ({"optimizer": {"schedule": "constant"}}, {}),
     ({"optimizer": {"schedule": "inverse_sqrt"}}, {"optimizer": {"schedule": "wsd"}}),
@@ -62,6 +63,8 @@ VALUES: dict[str, Any] = {
     "data.fim.tokens": ("<A>", "<B>", "<C>"),
     "data.changed": "accept",
     "pipeline.split": "cost",
+    "optimizer.muon_dtype": "fp32",
+    "optimizer.muon_adjust": "original",
     "precision.fp8_gradients": "e4m3",
     "precision.fp8_exclude": ("a",),
     "model.qk_norm_over": "projection",

@@ -156,7 +156,9 @@ def make_bert(**changes: Any) -> Any:
 
     sizes = {"vocab_size": 131, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = BertConfig(**{**sizes, "intermediate_size": 40, "max_position_embeddings": 64, **changes})
-    model = BertForMaskedLM(config).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of the initial weights, under what is added
+        model = BertForMaskedLM(config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
