@@ -308,7 +308,8 @@ class Gatherer:
 
     def _start_all(self, wanted: Sequence[FlatBucket]) -> None:
         """Start to gather these, or to fetch the shard that is to be gathered."""
-        wanted = [b for b in wanted if b not in self._started and not self._is_gathered(b)]
+        # Each once: what comes next may be the same unit twice, for two micro-batches.
+        wanted = [b for b in dict.fromkeys(wanted) if b not in self._started and not self._is_gathered(b)]
         here = [bucket for bucket in wanted if bucket.parameters.holding.resident]
         for bucket in [*self._agreed(here), *(bucket for bucket in wanted if bucket not in here)]:
             if bucket in wanted:
