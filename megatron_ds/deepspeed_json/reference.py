@@ -184,11 +184,11 @@ _RULES: Mapping[str, Meaning] = {
 MEANINGS: Mapping[str, Meaning] = {**_TOP, **_PRECISION, **_ZERO, **_SECTIONS, **SECTION_MEANINGS, **_RULES}
 
 
-def row_of(key: str) -> Becomes | Noted | Refused:
-    """What a key becomes here: its own row, or that of the section around it."""
-    while key not in KEYS:
+def row_of(key: str) -> Becomes | Noted | Refused | None:
+    """What a key becomes here: its own row, or that of the section around it; None: a section whose keys have rows."""
+    while key and key not in KEYS:
         key = key.rpartition(".")[0]
-    return KEYS[key]
+    return KEYS.get(key)
 
 
 def _here(key: str) -> str:

@@ -43,20 +43,20 @@ _THROUGHPUT = {
 }
 _TENSORBOARD = {
     "enabled": _M(B, False, "Write metrics."),
-    "output_path": _M(S, "", "Folder."),
+    "output_path": _M(S, "", "Folder of its files."),
     "job_name": _M(S, "DeepSpeedJobName", "Folder inside it."),
 }
 _WANDB = {
     "enabled": _M(B, False, "Send metrics."),
     "group": _M(S, None, "Group of runs."),
-    "team": _M(S, None, "Owner."),
-    "project": _M(S, "deepspeed", "Project."),
+    "team": _M(S, None, "Owner of the run."),
+    "project": _M(S, "deepspeed", "Project of the run."),
 }
 _COMET = {
     "enabled": _M(B, False, "Send metrics."),
     "samples_log_interval": _M(I, 100, "Samples between two points."),
-    "project": _M(S, None, "Project."),
-    "workspace": _M(S, None, "Owner."),
+    "project": _M(S, None, "Project of the run."),
+    "workspace": _M(S, None, "Owner of the run."),
     "api_key": _M(S, None, "Key of the account."),
     "experiment_name": _M(S, None, "Name of the run."),
     "experiment_key": _M(S, None, "Run to go on with."),
@@ -64,7 +64,7 @@ _COMET = {
     "mode": _M(S, None, "Start a run, take up one, or either."),
 }
 _AUTOTUNING = {
-    "enabled": _M(B, False, "Search."),
+    "enabled": _M(B, False, "Search for settings."),
     "fast": _M(B, True, "Try micro-batches of the best stage alone."),
     "results_dir": _M(S, "autotuning_results", "Folder of the results."),
     "exps_dir": _M(S, "autotuning_exps", "Folder of the trials."),
@@ -193,9 +193,9 @@ _SAMPLING = {
 }
 _LTD = {
     "enabled": _M(B, False, "Leave tokens out of middle layers."),
-    "total_layer_num": _M(I, None, "Layers."),
+    "total_layer_num": _M(I, None, "Layers of the model."),
     "random_ltd_layer_num": _M(I, None, "Layers that leave some out."),
-    "random_ltd_layer_id": _M(L, None, "Which."),
+    "random_ltd_layer_id": _M(L, None, "Which layers drop tokens."),
     "model_mask_name": _M(S, None, "Argument with the attention mask."),
     "model_type": _M(S, None, "decoder or encoder."),
     "hidden_state_order": _M(S, None, "Order of the hidden state's dims."),
