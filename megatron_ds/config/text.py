@@ -102,8 +102,7 @@ class ModelConfig(BaseModelConfig):
     rope_theta: float = Field(10000.0, gt=0, description="Base wavelength of rotary embeddings.")
     rope_scaling: dict[str, float | int | str | bool] | None = Field(
         None,
-        description="Rotary scaling: rope_type (llama3, the default, linear, dynamic or yarn) and what it takes, by "
-        "transformers' names: factor, original_max_position_embeddings, ...",
+        description="Rotary scaling by transformers' names: rope_type (llama3, linear, dynamic, yarn), factor, ...",
     )
     rotary_dim: int | None = Field(None, gt=0, description="First dims of a head that are rotated. Default: all.")
     rotary_interleaved: bool = Field(
@@ -129,8 +128,8 @@ class ModelConfig(BaseModelConfig):
     zero_centered_norm: bool = Field(False, description="A norm's weight is kept as its difference from 1 (Gemma).")
     norm_position: Literal["pre", "post", "output", "sandwich"] | None = Field(
         None,
-        description="Where a layer f has its norms. pre: x + f(norm(x)). post: norm(x + f(x)). output: x + norm(f(x)) "
-        "(OLMo 2). sandwich: x + norm(f(norm(x))) (Gemma 2). Default: pre; bert: post.",
+        description="pre: x + f(norm(x)). post: norm(x + f(x)). output: x + norm(f(x)) (OLMo 2). sandwich: both "
+        "(Gemma 2). Default: pre; bert: post.",
     )
     first_norm: bool = Field(True, description="The first block has an attention norm (ModernBERT: none).")
     residual: Literal["sequential", "parallel", "parallel_one_norm"] = Field(

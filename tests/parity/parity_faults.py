@@ -5,7 +5,6 @@ Every fault of :data:`FAULTS` has a row on which it must show, and which passes 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -182,12 +181,9 @@ def norm_of_the_own_stage() -> AbstractContextManager[Any]:
 
 def smoothing_over_the_local_vocabulary() -> AbstractContextManager[Any]:
     chunk = loss._chunk
-    signature = inspect.signature(chunk)
 
-    def local(*arguments: Any, **keywords: Any) -> Any:
-        bound = signature.bind(*arguments, **keywords)
-        bound.arguments["vocab_size"] = bound.arguments["logits"].shape[1]
-        return chunk(*bound.args, **bound.kwargs)
+    def local(logits: Tensor, labels: Tensor, mask: Tensor, rules: Any, want_gradient: bool) -> Any:
+        return chunk(logits, labels, mask, replace(rules, vocab_size=logits.shape[1]), want_gradient)
 
     return patch.object(loss, "_chunk", local)
 
