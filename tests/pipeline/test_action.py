@@ -92,9 +92,9 @@ def test_no_torch_behind_the_pure_part() -> None:
         "schedules",
         "simulate",
         "timeline",
-        "validate",
+        "validator",
         "draw",
-        "split",
+        "layer_split",
     ]
     code = f"import sys; {'; '.join(f'import megatron_ds.pipeline.{n}' for n in names)}; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
