@@ -108,7 +108,7 @@ def product(a: Float8, b: Float8, out: torch.dtype) -> Tensor:
     """``a @ b.T``: ``[m, k]``, ``[n, k] -> [m, n]`` of dtype ``out``, summed in fp32 (in fp64 if ``out`` is fp64).
 
     Where no scale changes along k, ``torch.nn.functional.scaled_mm`` does it, on a CPU too. Otherwise, and in float64,
-    it is the product of what the tensors stand for.
+    the dequantized tensors are multiplied.
     """
     if (
         out == torch.float64

@@ -20,7 +20,7 @@ from megatron_ds.layers.linear import ColumnParallelLinear, RepeatedKVLinear, Ro
 from megatron_ds.layers.norm import Norm, SplitRMSNorm
 from megatron_ds.mesh import Axis
 from megatron_ds.rng import DropoutKeys
-from megatron_ds.shard import Matrices, consists_of
+from megatron_ds.shard import Matrices, set_matrices
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class SelfAttention(nn.Module):
             self.qkv = RepeatedKVLinear(f"{name}.qkv", c.hidden_size, shape, **make_qkv)
         else:
             self.qkv = ColumnParallelLinear(f"{name}.qkv", c.hidden_size, shape, shard_dim=0, **make_qkv)
-        consists_of(self.qkv.weight, Matrices(1, (c.queries_per_kv_head, 1, 1)))
+        set_matrices(self.qkv.weight, Matrices(1, (c.queries_per_kv_head, 1, 1)))
         place: dict[str, Any] = {"tp": tp, "device": device, "dtype": dtype}
         self.q_norm = _qk_norm(f"{name}.q_norm", c, c.kv_heads * c.queries_per_kv_head, **place)
         self.k_norm = _qk_norm(f"{name}.k_norm", c, c.kv_heads, **place)

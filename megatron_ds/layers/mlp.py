@@ -13,7 +13,7 @@ from megatron_ds.kernels.activation import GELU, GELU_TANH, SILU, bias_gelu, gat
 from megatron_ds.kernels.cpu.compiled_activation import compiled_activation
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.mesh import Axis
-from megatron_ds.shard import Matrices, consists_of
+from megatron_ds.shard import Matrices, set_matrices
 
 # What the gate of a gated MLP goes through.
 GATES: Mapping[str, str] = MappingProxyType({"swiglu": SILU, "geglu": GELU, "geglu_tanh": GELU_TANH})
@@ -60,7 +60,7 @@ class MLP(nn.Module):
                 init_std=stds[0],
                 **make,
             )
-            consists_of(self.gate_up.weight, Matrices(0, (1, 1)))
+            set_matrices(self.gate_up.weight, Matrices(0, (1, 1)))
         else:
             self.up = ColumnParallelLinear(
                 f"{name}.up", hidden_size, (ffn_size,), shard_dim=0, init_std=stds[0], **make

@@ -8,9 +8,9 @@ from megatron_ds.shard.spec import (
     ShardedDim,
     ShardSpec,
     as_real,
-    consists_of,
     empty_parameter,
     real_dtype,
+    set_matrices,
     shaped_as,
     spec_of,
 )
@@ -23,9 +23,9 @@ __all__ = [
     "ShardSpec",
     "ShardedDim",
     "as_real",
-    "consists_of",
     "empty_parameter",
     "real_dtype",
+    "set_matrices",
     "shaped_as",
     "spec_of",
 ]

@@ -129,8 +129,8 @@ class ShardSpec:
         return whole
 
 
-def consists_of(weight: nn.Parameter, matrices: Matrices) -> None:
-    """Say of a fused weight of a linear layer which matrices it is made of."""
+def set_matrices(weight: nn.Parameter, matrices: Matrices) -> None:
+    """Set the matrices that a fused weight of a linear layer is made of."""
     weight.shard = replace(spec_of(weight), matrices=matrices)  # type: ignore[attr-defined]
 
 

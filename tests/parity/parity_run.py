@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -27,7 +28,7 @@ from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.validator import validate as validate_schedule
 from megatron_ds.shard import ShardSpec, spec_of
 from megatron_ds.shard.flat_shards import FlatShard
-from megatron_ds.testing import device_of_rank
+from megatron_ds.testing import device_of_rank, run_ranks
 from megatron_ds.train import build as build_module
 from megatron_ds.train.build import RankRuntime, build
 from megatron_ds.train.task import Task
@@ -211,6 +212,18 @@ def train_on_this_rank(rows: Sequence[Row], device: str | None = None) -> list[O
         except Exception as error:
             raise RuntimeError(f"row {row} failed") from error
     return outcomes
+
+
+@cache
+def one_process(config: str) -> Outcome:
+    """The run on one process that a configuration, as JSON, describes; each once."""
+    return reference(RunConfig.model_validate_json(config))
+
+
+def run_rows(rows: Sequence[Row]) -> dict[Row, list[Outcome]]:
+    """Rows of one mesh in one job: the outcomes of all ranks."""
+    ranks = run_ranks(train_on_this_rank, rows[0].world_size, rows)
+    return {row: [outcomes[i] for outcomes in ranks] for i, row in enumerate(rows)}
 
 
 def train_with_shared_memory(rows: Sequence[Row]) -> list[Outcome]:

@@ -13,9 +13,16 @@ from unittest.mock import patch
 
 import pytest
 from parity_rows import Mesh3, Row, config_of, matrix, reference_config
-from parity_run import Outcome, ParityError, assert_parity, reference, train_on_this_rank
+from parity_run import (
+    Outcome,
+    ParityError,
+    assert_parity,
+    one_process,
+    reference,
+    run_rows,
+    train_on_this_rank,
+)
 
-from megatron_ds.config import RunConfig
 from megatron_ds.layers import float8_recipe as float8
 from megatron_ds.testing import run_ranks
 
@@ -32,14 +39,7 @@ ROWS = [
 
 @cache
 def job(mesh: Mesh3) -> dict[Row, list[Outcome]]:
-    rows = [row for row in ROWS if row.mesh == mesh]
-    ranks = run_ranks(train_on_this_rank, rows[0].world_size, rows)
-    return {row: [outcomes[i] for outcomes in ranks] for i, row in enumerate(rows)}
-
-
-@cache
-def one_process(config: str) -> Outcome:
-    return reference(RunConfig.model_validate_json(config))
+    return run_rows([row for row in ROWS if row.mesh == mesh])
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)

@@ -7,9 +7,9 @@ from functools import cache
 
 import pytest
 from parity_rows import SETTINGS, Mesh3, Row, config_of, matrix, meshes, pairs_of, reference_config, wanted_pairs
-from parity_run import Outcome, assert_parity, reference, train_on_this_rank, train_with_shared_memory
+from parity_run import Outcome, assert_parity, one_process, run_rows, train_with_shared_memory
 
-from megatron_ds.config import RunConfig, validate
+from megatron_ds.config import validate
 from megatron_ds.testing import run_ranks
 
 ROWS = matrix()
@@ -18,14 +18,7 @@ ROWS = matrix()
 @cache
 def job(mesh: Mesh3) -> dict[Row, list[Outcome]]:
     """Every row of a mesh, run in one job: the outcomes of all ranks."""
-    rows = [row for row in ROWS if row.mesh == mesh]
-    ranks = run_ranks(train_on_this_rank, rows[0].world_size, rows)
-    return {row: [outcomes[i] for outcomes in ranks] for i, row in enumerate(rows)}
-
-
-@cache
-def one_process(config: str) -> Outcome:
-    return reference(RunConfig.model_validate_json(config))
+    return run_rows([row for row in ROWS if row.mesh == mesh])
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
