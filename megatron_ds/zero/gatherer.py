@@ -79,7 +79,7 @@ class Gatherer:
     ):
         self.units = list(units)
         self.prefetch = prefetch
-        self.axis, self._ends = axis, ends
+        self.axis = axis
         self.keep = False  # what was gathered stays until free_all()
         self._buckets = [b for b in buckets if b.parameters.transient]
         self._numbers = {id(b): number for number, b in enumerate(self._buckets) if b.parameters.is_collective}
@@ -103,6 +103,8 @@ class Gatherer:
         for unit in units:
             self._hooks.append(unit.module.register_forward_pre_hook(self._before(unit), with_kwargs=True))
             self._hooks.append(unit.module.register_forward_hook(self._after(unit), always_call=True))
+        for module in ends:  # not after one that failed: the other ranks may wait for what it has not gathered
+            self._hooks.append(module.register_forward_hook(self._at_end))
 
     @staticmethod
     def over(
@@ -263,10 +265,12 @@ class Gatherer:
                         tensor.register_hook(lambda gradient, use=use: self._begin_backward(use))
             for bucket in unit.buckets:
                 self._release(bucket)
-            if module in self._ends and not self._running:
-                self.meet(FORWARD_END)
 
         return after
+
+    def _at_end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._running:
+            self.meet(FORWARD_END)
 
     def _begin_backward(self, use: _Use) -> None:
         if not use.in_backward:

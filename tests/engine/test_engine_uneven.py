@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import megatron_ds
 from megatron_ds.errors import EngineError
 from megatron_ds.testing import run_ranks
+from megatron_ds.zero.gatherer import FORWARD_END, Gatherer
 
 STEPS = 4
 
@@ -242,3 +243,30 @@ def test_a_rank_that_waits_for_one_without_a_batch_says_so(stage: int, apart: bo
     waited, left = run_ranks(left_alone, 2, stage, apart=apart)
     assert not left and re.match(r"rank 0 waited for others in the (for|back)ward pass of step 3, and they did", waited)
     assert "within timeout=5 s" in waited and "put `with engine.join():` around the loop" in waited
+
+
+class Failing(Normed):
+    fails = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fails:
+            raise KeyError("of the user's module")
+        return super().forward(x)
+
+
+def meetings_of(failing: bool) -> list[str]:
+    """The places at which a rank meets the others in a forward pass."""
+    model, places = Failing(), []
+    engine = megatron_ds.initialize(model, {"zero": STAGE_3}, adam(model))
+    engine(sample(dist.get_rank(), 0))
+    model.fails = failing
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyError):
+        patch.setattr(Gatherer, "meet", lambda gatherer, place: places.append(place))
+        engine(sample(dist.get_rank(), 0))
+    return places
+
+
+def test_a_forward_that_fails_is_not_followed_by_a_meeting() -> None:
+    """The others may wait for a gather that the rank did not come to: they would take its message for their part."""
+    assert run_ranks(meetings_of, 2, False, apart=True) == [[FORWARD_END]] * 2
+    assert run_ranks(meetings_of, 2, True, apart=True) == [[]] * 2
