@@ -49,6 +49,7 @@ OFF_AND_ON: list[tuple[Sections, Sections]] = [
     ({"model": {"position": "rope"}}, {"model": {"position": "learned"}}),
     ({"model": {"position": "rope"}}, {"model": {"position": "rope", **WINDOW}}),
     ({"model": {"attention_pattern": ("full",)}}, {}),
+    ({}, {"model": {"family": "bert"}}),
     ({}, {"model": {"qk_norm": True}}),
     ({"model": {"norm": "rmsnorm"}}, {}),
     ({"model": {"norm_position": "output"}}, {}),

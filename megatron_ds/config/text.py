@@ -152,6 +152,10 @@ class ModelConfig(BaseModelConfig):
     embedding_norm: bool = Field(False, description="LayerNorm after the embedding (BLOOM, BERT).")
     embedding_scale: float = Field(1.0, gt=0, description="Factor of the token embedding (Gemma: sqrt(hidden_size)).")
     token_types: int = Field(0, ge=0, description="Rows of a table added by token type (BERT: 2); 0: none.")
+    sentence_head: bool = Field(
+        False,
+        description="bert: a pooler and a next-sentence head, which have no loss here and stay as they are loaded.",
+    )
     init_std: float = Field(0.02, gt=0, description="Standard deviation of initial weights.")
     attention_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of attention probabilities.")
     hidden_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the embedding and of each block's outputs.")

@@ -159,6 +159,11 @@ TEXT = (
         "model.attention_pattern gives it to no layer; have 'window' in it",
     ),
     Unused(
+        ("model.sentence_head",),
+        lambda c: not c.model.causal,
+        "model.family='gpt' scores no pairs of sentences; use model.family='bert'",
+    ),
+    Unused(
         ("model.qk_norm_over",),
         lambda c: c.model.qk_norm,
         "queries and keys have no norm; set model.qk_norm",

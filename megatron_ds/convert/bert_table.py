@@ -61,6 +61,15 @@ def _bert(c: ModelConfig) -> list[Rule]:
     return [*_encoder("bert"), *last]
 
 
+def _sentences(c: ModelConfig) -> list[Rule]:
+    pooler, head = "bert.pooler.dense", "cls.seq_relationship"
+    more = [("pooler", pooler), ("sentence", head)]
+    return [
+        *_bert(c),
+        *(same(f"{ours}.{what}", f"{theirs}.{what}") for ours, theirs in more for what in ("weight", "bias")),
+    ]
+
+
 def _roberta(c: ModelConfig) -> list[Rule]:
     last = _head("lm_head.dense", "lm_head.layer_norm", "lm_head.bias", "lm_head.decoder", c.tied_embeddings)
     return [*_encoder("roberta"), *last]
@@ -143,16 +152,14 @@ _MODERNBERT: tuple[Translation, ...] = (
 _POOLER = tuple(
     f"pooler_{what}" for what in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
 )
+_BERT_SETTINGS = _settings(
+    {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
+    30522,
+    Key("max_positions", "max_position_embeddings", 512),
+)
 _BERT: dict[str, Any] = {
-    "table": _bert,
     "shapes": global_shapes,
-    "settings": _settings(
-        {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
-        30522,
-        Key("max_positions", "max_position_embeddings", 512),
-    ),
     "ignored": (r"embeddings\.position_ids",),
-    "dropped": (r"pooler\..*", r"cls\.seq_relationship\..*"),
     "copies": {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -163,7 +170,23 @@ _BERT: dict[str, Any] = {
 }
 
 BERTS: tuple[Architecture, ...] = (
-    Architecture("BertForMaskedLM", "bert", "bert.", **_BERT),
+    Architecture(
+        "BertForMaskedLM",
+        "bert",
+        "bert.",
+        _bert,
+        settings=_BERT_SETTINGS,
+        dropped=(r"pooler\..*", r"cls\.seq_relationship\..*"),
+        **_BERT,
+    ),
+    Architecture(
+        "BertForPreTraining",
+        "bert",
+        "bert.",
+        _sentences,
+        settings=(*_BERT_SETTINGS, Ours(sentence_head=True)),
+        **_BERT,
+    ),
     Architecture(
         "RobertaForMaskedLM",
         "roberta",

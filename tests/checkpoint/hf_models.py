@@ -70,6 +70,7 @@ _gptj = _family("GPTJ", {**_GPT2, **_ENDS, "rotary_dim": 4})
 _opt = _family("OPT", {**_OPT, "max_position_embeddings": 64, "word_embed_proj_dim": 24})
 _falcon = _family("Falcon", {**_FALCON, "max_position_embeddings": 64})
 _roberta = _family("Roberta", {**_BERT, "max_position_embeddings": 66, "type_vocab_size": 1}, "ForMaskedLM")
+_berts = {head: _family("Bert", _BERT, head) for head in ("ForMaskedLM", "ForPreTraining")}
 _modernbert = _family("ModernBert", {**_BERT, "num_hidden_layers": 5, "pad_token_id": 0}, "ForMaskedLM")
 
 
@@ -133,6 +134,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "falcon-40b": lambda: _falcon(new_decoder_architecture=True, num_kv_heads=2),
     "falcon-11b": lambda: _falcon(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1),
     "falcon-sequential": lambda: _falcon(parallel_attn=False, multi_query=False, bias=True),
+    "bert": _berts["ForMaskedLM"],
+    "bert-pretraining": _berts["ForPreTraining"],
     "roberta": _roberta,
     "modernbert": lambda: _modernbert(local_attention=10),
 }
@@ -186,13 +189,17 @@ def our_logits(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
         return model.eval().logits(batch)
 
 
+def logits_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """``[b, s, v]`` of a model of ``transformers``."""
+    with torch.no_grad():
+        out = model(tokens)
+    logits: torch.Tensor = out.prediction_logits if "prediction_logits" in out else out.logits
+    return logits
+
+
 def their_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """The same of the model that ``transformers`` loads from a folder."""
     import transformers
 
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    with torch.no_grad():
-        logits: torch.Tensor = (
-            getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
-        )
-    return logits
+    return logits_of(getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval(), tokens)

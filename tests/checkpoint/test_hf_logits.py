@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
-from hf_models import FAMILIES, MODELS, loaded, make, our_logits, parameter_pieces, their_logits
-from safetensors.torch import load_file
+from hf_models import FAMILIES, MODELS, loaded, logits_of, make, our_logits, parameter_pieces, their_logits
+from safetensors.torch import load_file, save_file
 
 from megatron_ds.checkpoint import Checkpoint, save
 from megatron_ds.config import ModelConfig
 from megatron_ds.convert.tables import export_hf, import_hf
+from megatron_ds.models.bert import BERT
 from megatron_ds.models.gpt import GPT
 from megatron_ds.shard import spec_of
 
@@ -68,8 +71,7 @@ def test_a_family_goes_both_ways(tmp_path: Path, name: str) -> None:
     theirs.save_pretrained(tmp_path / "hf")
     import_hf(tmp_path / "hf", tmp_path / "ours")
     model = loaded(tmp_path / "ours")
-    with torch.no_grad():
-        want = theirs(TOKENS).logits
+    want = logits_of(theirs, TOKENS)
     assert largest_difference(our_logits(model, TOKENS), want) < 1e-5
     export_hf(tmp_path / "ours", tmp_path / "back")
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("hf", "back"))
@@ -79,3 +81,28 @@ def test_a_family_goes_both_ways(tmp_path: Path, name: str) -> None:
     weight = dict(model.named_parameters())["layers.1.attention.qkv.weight"].data
     weight[:, -2, [0, 1]] = weight[:, -2, [1, 0]]
     assert largest_difference(our_logits(model, TOKENS), want) > 1e-4
+
+
+def test_the_next_sentence_head_goes_both_ways(tmp_path: Path) -> None:
+    """BertForPreTraining, in the names of the first files too; what it says of pairs of sentences is the same."""
+    theirs, types = make("bert-pretraining"), (TOKENS % 2)
+    theirs.save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    old = {
+        re.sub("Norm.weight$", "Norm.gamma", re.sub("Norm.bias$", "Norm.beta", n)): t
+        for n, t in load_file(file).items()
+    }
+    save_file(old, file, {"format": "pt"})
+    with torch.no_grad():
+        want = theirs(TOKENS, token_type_ids=types).seq_relationship_logits
+    for folder in ("hf", "back"):
+        import_hf(tmp_path / folder, tmp_path / f"{folder}-ours")
+        model = cast(BERT, loaded(tmp_path / f"{folder}-ours"))
+        positions = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
+        with torch.no_grad():
+            found = model.eval().sentence_logits({"tokens": TOKENS, "token_type_ids": types, "position_ids": positions})
+        assert largest_difference(found, want) < 1e-5
+        if folder == "hf":
+            export_hf(tmp_path / "hf-ours", tmp_path / "back")
+    again = type(theirs).from_pretrained(tmp_path / "back").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in theirs.state_dict().items())

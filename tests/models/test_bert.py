@@ -168,6 +168,35 @@ def test_every_mesh_trains_what_one_process_trains(name: str) -> None:
     assert_parity(run_ranks(train_on_this_rank, world, run, False), reference(run))
 
 
+@pytest.mark.parametrize("zero", [1, 3])
+def test_training_leaves_a_next_sentence_head_as_it_is(zero: int) -> None:
+    """Weight decay too, although nothing of the loss reaches it."""
+    run = config({"sentence_head": True}, optimizer={"weight_decay": 0.5}, zero={"stage": zero})
+    model = BERT(run.model, StageSettings(dtype=torch.float64))
+    model.initialize(run.seed)
+    before = {spec_of(p).name: p.detach().numpy() for p in model.parameters()}
+    parts = [part for outcome in run_ranks(train_on_this_rank, 2, run, False) for part in outcome.parameters]
+    same = {part.name for part in parts if (part.of(before[part.name]) == part.values).all()}
+    assert same == {f"{module}.{what}" for module in ("pooler", "sentence") for what in ("weight", "bias")}
+    assert {part.name for part in parts} == before.keys()
+
+
+def sentence_logits_of(run: RunConfig) -> Tensor:
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    mesh = Mesh.create(validate(run, world), torch.device("cpu")) if world > 1 else Mesh.single()
+    model = BERT(run.model, StageSettings(mesh, sequence_parallel=True, dtype=torch.float64))
+    model.initialize(7)
+    tokens = torch.arange(2 * LENGTH).view(2, LENGTH) % 50
+    with torch.no_grad():
+        return model.eval().sentence_logits({"tokens": tokens, "position_ids": torch.arange(LENGTH).expand(2, LENGTH)})
+
+
+def test_the_next_sentence_head_on_a_mesh() -> None:
+    run = config({"sentence_head": True}, mesh={"tp": 2})
+    for logits in run_ranks(sentence_logits_of, 2, run):
+        torch.testing.assert_close(logits, sentence_logits_of(run), rtol=0, atol=1e-11)
+
+
 def test_a_gradient_that_is_not_summed_would_be_seen() -> None:
     world, model, sections = RUNS["sparse-tp2-sp"]
     run = config(model, **sections)
