@@ -32,6 +32,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "train": {"global_batch": 8, "micro_batch": 2, "sequence_length": 32, "steps": 100},
     "data": {"synthetic": True},
 }
+LONGROPE = {
+    "rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 8, "short_factor": [1.0, 1.0],
+    "long_factor": [1.0, 2.0],
+}  # fmt: skip
 
 BY_SIX = {"vocab_multiple": 6}  # what six tensor-parallel ranks can split
 
@@ -107,14 +111,19 @@ REFUSED: list[tuple[int, dict[str, dict[str, Any]], str]] = [
     ),
     (
         1,
-        {"model": {"position": "rope", "rope_scaling": {"rope_type": "longrope"}}},
-        "model.rope_scaling.rope_type='longrope' is not known; use linear, dynamic, llama3, yarn",
+        {"model": {"position": "rope", "rope_scaling": {"rope_type": "ntk"}}},
+        "model.rope_scaling.rope_type='ntk' is not known; use linear, dynamic, llama3, yarn, longrope",
     ),
     (
         1,
         {"model": {"position": "rope", "rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}}},
         "model.rope_scaling={'factor': 2.0, 'beta': 1} has ['beta'], which rope_type='linear' does not take; leave "
         "them out",
+    ),
+    (
+        1,
+        {"model": {"position": "rope", "head_dim": 4, "rope_scaling": {**LONGROPE, "long_factor": [1.0]}}},
+        "model.rope_scaling.long_factor=(1.0,) should be 2 positive numbers, one for every two rotated dims of a head",
     ),
     (
         1,

@@ -100,9 +100,10 @@ class ModelConfig(BaseModelConfig):
         0, ge=0, description="Row of the learned positions that the first token takes (OPT, RoBERTa: 2)."
     )
     rope_theta: float = Field(10000.0, gt=0, description="Base wavelength of rotary embeddings.")
-    rope_scaling: dict[str, float | int | str | bool] | None = Field(
+    rope_scaling: dict[str, float | int | str | bool | tuple[float, ...]] | None = Field(
         None,
-        description="Rotary scaling by transformers' names: rope_type (llama3, linear, dynamic, yarn), factor, ...",
+        description="Rotary scaling by transformers' names: rope_type (llama3, linear, dynamic, yarn, longrope), "
+        "factor, ...",
     )
     rotary_dim: int | None = Field(None, gt=0, description="First dims of a head that are rotated. Default: all.")
     rotary_interleaved: bool = Field(

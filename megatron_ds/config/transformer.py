@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_ds.errors import divisors, multiples_around, one_of
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _CONTEXT = "original_max_position_embeddings"
 _YARN = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")
+_FACTORS = ("short_factor", "long_factor")
 # Of each kind of rotary scaling what it needs, and what it may have, by the names that transformers has for them.
 ROPE_SCALING: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = MappingProxyType(
     {
@@ -21,6 +22,7 @@ ROPE_SCALING: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = MappingPro
         "dynamic": (("factor", _CONTEXT), ()),
         "llama3": (("factor", "low_freq_factor", "high_freq_factor", _CONTEXT), ()),
         "yarn": (("factor", _CONTEXT), _YARN),
+        "longrope": (("factor", _CONTEXT, *_FACTORS), ("attention_factor",)),
     }
 )
 
@@ -113,7 +115,7 @@ def _position_faults(m: ModelConfig, length: int) -> Iterator[str]:
             "'learned', 'rope' or 'none'"
         )
     if m.rope_scaling is not None:
-        yield from _scaling_faults(dict(m.rope_scaling))
+        yield from _scaling_faults(dict(m.rope_scaling), rotated // 2)
     if m.position == "learned" and length > m.max_positions:
         yield (
             f"train.sequence_length={length} is longer than model.max_positions={m.max_positions}; "
@@ -121,7 +123,7 @@ def _position_faults(m: ModelConfig, length: int) -> Iterator[str]:
         )
 
 
-def _scaling_faults(scaling: dict[str, float | int | str | bool]) -> Iterator[str]:
+def _scaling_faults(scaling: dict[str, Any], planes: int) -> Iterator[str]:
     kind = scaling.pop("rope_type", "llama3")
     if kind not in ROPE_SCALING:
         yield f"model.rope_scaling.rope_type={kind!r} is not known; use {', '.join(ROPE_SCALING)}"
@@ -134,6 +136,15 @@ def _scaling_faults(scaling: dict[str, float | int | str | bool]) -> Iterator[st
         yield f"model.rope_scaling={scaling} has {unknown}, which rope_type={kind!r} does not take; leave them out"
     for name in set(scaling) & {*needed, *optional}:
         value, switch = scaling[name], name == "truncate"
-        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-        if not (isinstance(value, bool) if switch else number):
+        if name in _FACTORS:
+            if not (isinstance(value, tuple | list) and len(value) == planes and all(map(_positive, value))):
+                yield (
+                    f"model.rope_scaling.{name}={value!r} should be {planes} positive numbers, one for every two "
+                    "rotated dims of a head"
+                )
+        elif not (isinstance(value, bool) if switch else _positive(value)):
             yield f"model.rope_scaling.{name}={value!r} should be {'true or false' if switch else 'a positive number'}"
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,8 @@ from megatron_ds.convert.settings import Settings, must_be
 from megatron_ds.convert.translations import Values
 from megatron_ds.errors import ConfigError
 
+_CONTEXT = "original_max_position_embeddings"
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -21,14 +24,18 @@ class Rope:
     Attributes:
         theta: default of the base wavelength. theta_key: what older files call it.
         fraction_key: what older files call the share of a head's dims that is rotated; None: the class rotates all.
-        kinds: of scaling that the class knows.
+        kinds: of scaling that the class knows. older_kinds: their names in older files.
+        context: ``original_max_position_embeddings`` of a class whose files have it beside the rotary settings; what
+            stands there goes before what stands among them.
     """
 
     theta: float = 10000.0
     theta_key: str = "rope_theta"
     fraction_key: str | None = None
     fraction: float = 1.0
-    kinds: tuple[str, ...] = ("linear", "dynamic", "llama3", "yarn")
+    kinds: tuple[str, ...] = ("linear", "dynamic", "llama3", "yarn", "longrope")
+    older_kinds: Mapping[str, str] = field(default_factory=dict)
+    context: int | None = None
 
     def read(self, config: Settings) -> dict[str, Any]:
         must_be(config, rope_interleaved=False)
@@ -51,6 +58,7 @@ class Rope:
         """Of one object of rotary settings, and the values of what it leaves out."""
         kind, older = rope.get("rope_type"), rope.get("type")
         kind = kind or older or "default"
+        kind = self.older_kinds.get(kind, kind)
         theta, share = rope.get("rope_theta", theta), rope.get("partial_rotary_factor", fraction)
         if self.fraction_key is None and share != 1.0:
             raise ConfigError(f"partial_rotary_factor={share} in {rope.where} is not supported, only 1.0")
@@ -63,7 +71,11 @@ class Rope:
         needed, optional = ROPE_SCALING[kind]
         values = {name: rope.get(name) for name in (*needed, *optional)}
         if kind == "dynamic":  # the class takes the model's own
-            values["original_max_position_embeddings"] = config["max_position_embeddings"]
+            values[_CONTEXT] = config["max_position_embeddings"]
+        elif _CONTEXT in needed:
+            values[_CONTEXT] = config.get(_CONTEXT, self.context) or values[_CONTEXT]
+        if kind == "longrope" and values["factor"] is None and values[_CONTEXT]:
+            values["factor"] = config["max_position_embeddings"] / values[_CONTEXT]
         lacking = [name for name in needed if values[name] is None]
         if lacking:
             raise ConfigError(
@@ -87,7 +99,7 @@ class Rope:
             **scaling,
         }
         if parameters["rope_type"] == "dynamic":
-            del parameters["original_max_position_embeddings"]
+            del parameters[_CONTEXT]
         fraction = {}
         if self.fraction_key is not None:
             share = _share(model["rotary_dim"], model["head_dim"])
@@ -99,7 +111,9 @@ class Rope:
             **fraction,
         }
         if parameters["rope_type"] == "dynamic":
-            written["max_position_embeddings"] = scaling["original_max_position_embeddings"]
+            written["max_position_embeddings"] = scaling[_CONTEXT]
+        elif self.context is not None and _CONTEXT in scaling:
+            written[_CONTEXT] = scaling[_CONTEXT]
         return written
 
 

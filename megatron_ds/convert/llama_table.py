@@ -140,14 +140,19 @@ LLAMAS: tuple[Architecture, ...] = (
         _phi3,
         settings=_settings(
             _SILU,
-            Rope(fraction_key="partial_rotary_factor", kinds=()),
+            Rope(
+                fraction_key="partial_rotary_factor",
+                kinds=("longrope",),
+                older_kinds={"su": "longrope", "yarn": "longrope"},
+                context=4096,
+            ),
             _NO_BIAS,
             Window(),
             dropouts("resid_pdrop", "embd_pdrop"),
             eps=1e-5,
             positions=4096,
         ),
-        harmless=("original_max_position_embeddings",),  # says something for long sequences alone, which scale
+        harmless=("original_max_position_embeddings",),  # says nothing without rotary scaling
         **_COMMON,
     ),
     Architecture(

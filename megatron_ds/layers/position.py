@@ -26,7 +26,9 @@ class Rotary:
             * dynamic: theta grows with the sequence where that is longer than the original context;
             * llama3 (the default): wavelengths longer than the original context times ``factor``, short ones kept,
               and those between blended;
-            * yarn (Peng et al. 2023): the same by dims instead of wavelengths, and cos and sin scaled.
+            * yarn (Peng et al. 2023): the same by dims instead of wavelengths, and cos and sin scaled;
+            * longrope (Ding et al. 2024): each wavelength times its own factor, of which there is one list for
+              sequences of the original context and one for longer ones, and cos and sin scaled.
     """
 
     dim: int
@@ -39,7 +41,7 @@ class Rotary:
 
     def depends_on(self, length: int) -> bool:
         """Whether the frequencies of a sequence of ``length`` tokens are not those of shorter ones."""
-        return self.kind == "dynamic" and length > self._context
+        return self.kind in ("dynamic", "longrope") and length > self._context
 
     @property
     def _context(self) -> float:
@@ -49,11 +51,13 @@ class Rotary:
         """``[dim / 2]`` fp32 angles a position (eq. 15), in a sequence of ``length`` tokens."""
         scaling, theta = self.scaling or {}, self.theta
         factor = float(scaling.get("factor", 1.0))
-        if self.depends_on(length):
+        if self.kind == "dynamic" and self.depends_on(length):
             theta *= (factor * length / self._context - (factor - 1.0)) ** (self.dim / (self.dim - 2))
         plain = 1.0 / theta ** (torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim)
         if self.kind == "linear":
             return plain / factor
+        if self.kind == "longrope":
+            return plain / torch.tensor(scaling["long_factor" if self.depends_on(length) else "short_factor"])
         if self.kind == "llama3":
             low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
             periods_in_context = self._context * plain / (2 * math.pi)
@@ -80,12 +84,14 @@ class Rotary:
 
     @property
     def amplitude(self) -> float:
-        """Factor of cos and sin (YaRN, eq. 22)."""
-        if self.kind != "yarn" or self.scaling is None:
+        """Factor of cos and sin (YaRN, eq. 22; LongRoPE, as published with Phi-3)."""
+        if self.kind not in ("yarn", "longrope") or self.scaling is None:
             return 1.0
         scaling, factor = self.scaling, float(self.scaling["factor"])
         if "attention_factor" in scaling:
             return float(scaling["attention_factor"])
+        if self.kind == "longrope":
+            return math.sqrt(1.0 + max(0.0, math.log(factor)) / math.log(self._context))
 
         def of(scale: float) -> float:
             return 1.0 if factor <= 1.0 else 0.1 * scale * math.log(factor) + 1.0

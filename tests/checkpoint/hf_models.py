@@ -96,6 +96,35 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "mistral-7b": lambda: _mistral(sliding_window=12, rms_norm_eps=1e-5),
     "phi3-mini": lambda: _phi3(num_key_value_heads=6, sliding_window=20),
     "phi4-mini": lambda: _phi3(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+    "phi3-mini-128k": lambda: _phi3(
+        num_key_value_heads=6,
+        max_position_embeddings=1024,
+        original_max_position_embeddings=32,
+        rope_scaling={"type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [1.3, 4.0]},
+    ),
+    "phi3-medium-short": lambda: _phi3(
+        max_position_embeddings=1024,
+        original_max_position_embeddings=64,
+        rope_scaling={"type": "longrope", "short_factor": [1.02, 1.1], "long_factor": [1.3, 4.0]},
+    ),
+    "phi4-mini-long": lambda: _phi3(
+        hidden_size=48,
+        max_position_embeddings=1024,
+        original_max_position_embeddings=32,
+        partial_rotary_factor=0.75,
+        tie_word_embeddings=True,
+        rope_scaling={"type": "longrope", "short_factor": [1.0, 1.5, 1.0], "long_factor": [1.0, 1.2, 7.0]},
+    ),
+    "llama-longrope": lambda: _llama(
+        rope_parameters=_rope(
+            "longrope",
+            1e4,
+            short_factor=[1, 1.1],
+            long_factor=[1.3, 4.0],
+            original_max_position_embeddings=40,
+            attention_factor=1.25,
+        )
+    ),
     "llama-attention-bias": lambda: _llama(attention_bias=True),
     "llama-mlp-bias": lambda: _llama(mlp_bias=True),
     "llama-linear": lambda: _llama(rope_parameters=_rope("linear", 1e4)),

@@ -236,11 +236,11 @@ def test_a_model_that_hugging_face_cannot_express(tmp_path: Path, model: dict[st
         ("llama-gqa", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         (
             "llama-gqa",
-            {"rope_parameters": {"rope_type": "longrope", "factor": 2.0}},
-            "rope_type='longrope'.*: 'default'",
+            {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 16}},
+            "has rope_type='longrope' without short_factor, long_factor, and what",
         ),
         ("llama-gqa", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "without original_max_position_emb"),
-        ("phi3", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type='yarn'.* known: 'default'$"),
+        ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'.* known: 'default', 'longrope'$"),
         ("phi3", {"embd_pdrop": 0.0}, "embd_pdrop=0.0"),
         (
             "qwen2",
@@ -351,3 +351,25 @@ def test_both_spellings_of_rope_scaling_are_read(tmp_path: Path) -> None:
     model = read_meta(tmp_path / "ours")["config"]["model"]
     assert model["rope_theta"] == 5e5
     assert model["rope_scaling"] == {key: value for key, value in LLAMA3.items() if key != "rope_type"}
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
+@pytest.mark.parametrize("context", [32, None])
+def test_the_older_names_of_longrope_and_where_its_context_stands(
+    tmp_path: Path, kind: str, context: int | None
+) -> None:
+    """Phi-3's: beside the scaling, where it is 4096 if nothing is said, whatever the scaling says."""
+    make("phi3-mini-128k").save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    del config["rope_parameters"]
+    lists = {"short_factor": [1.0, 1.1], "long_factor": [1.3, 4.0]}
+    scaling = {"type": kind, "original_max_position_embeddings": 7, **lists}
+    own = {"original_max_position_embeddings": context, "max_position_embeddings": 16384}
+    path.write_text(json.dumps({**config, **own, "rope_scaling": scaling}))
+    import_hf(tmp_path / "hf", tmp_path / "ours")
+    found = read_meta(tmp_path / "ours")["config"]["model"]["rope_scaling"]
+    trained = context or 4096
+    assert found == {
+        "rope_type": "longrope", "original_max_position_embeddings": trained, "factor": 16384 / trained, **lists
+    }  # fmt: skip
