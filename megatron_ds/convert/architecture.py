@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from megatron_ds.config import ModelConfig
-from megatron_ds.convert.settings import Settings
-from megatron_ds.convert.translations import Translation
+from megatron_ds.convert.settings import Settings, listed
+from megatron_ds.convert.translations import Fixed, Translation
 from megatron_ds.errors import ConfigError
 
 Shapes = dict[str, tuple[int, ...]]
+
+# Of every class here: a decoder or an encoder alone.
+_WHOLE = Fixed(is_encoder_decoder=False, tie_encoder_decoder=False, add_cross_attention=False)
+# How many settings that are not understood the same name makes up for.
+_NAMESAKE = 16
 
 
 @dataclass(frozen=True)
@@ -75,10 +81,17 @@ class Architecture:
 
     def from_config(self, config: Settings) -> dict[str, Any]:
         """The fields of :class:`ModelConfig`; a :class:`ConfigError` that names what our model does not have."""
-        try:
-            return {name: value for part in self.settings for name, value in part.read(config).items()}
-        except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-            raise ConfigError(f"{config.where} has a value of a wrong type or size: {error}") from error
+        return {name: value for part in (_WHOLE, *self.settings) for name, value in _read(part, config).items()}
+
+    def gaps(self, config: Settings) -> list[str]:
+        """What this class does not understand of the config.json of another."""
+        found = []
+        for part in (_WHOLE, *self.settings):
+            try:
+                _read(part, config)
+            except ConfigError as error:
+                found.append(str(error))
+        return [*dict.fromkeys(found), *config.said(config.unread(self.harmless))]
 
     def problems(self, config: ModelConfig) -> list[str]:
         """What this class cannot express: the settings that do not come back from its config.json."""
@@ -108,6 +121,13 @@ class Architecture:
         return [rule for rule in every if rule.ours in shapes]
 
 
+def _read(part: Translation, config: Settings) -> dict[str, Any]:
+    try:
+        return part.read(config)
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise ConfigError(f"{config.where} has a value of a wrong type or size: {error}") from error
+
+
 def choose(config: ModelConfig, architectures: Sequence[Architecture]) -> Architecture:
     """The first architecture that can express the model; a :class:`ConfigError` that says what is in the way."""
     sparse = config.attention.sparse.mode
@@ -130,27 +150,25 @@ def choose(config: ModelConfig, architectures: Sequence[Architecture]) -> Archit
 
 def architecture_of(config: dict[str, Any], architectures: Sequence[Architecture]) -> Architecture:
     names = config.get("architectures") or []
+    if not isinstance(names, list):
+        raise ConfigError(f"architectures={names!r} of config.json is no list of classes")
     for architecture in architectures:
         if architecture.name in names or (not names and architecture.model_type == config.get("model_type")):
             return architecture
     known = ", ".join(architecture.name for architecture in architectures)
-    (_, missing), near = min(
-        ((_missing(config, architecture), architecture.name) for architecture in architectures),
-        key=lambda pair: pair[0][0],
-    )
+    nearest, gaps = _nearest(config, str([*names, config.get("model_type")][0]), architectures)
     raise ConfigError(
-        f"architectures={names} (model_type={config.get('model_type')!r}) of config.json is not supported; "
-        f"known: {known}. The "
-        f"nearest is {near}, which is not enough: {missing or 'the settings are known, but not the class'}"
+        f"architectures={names} (model_type={config.get('model_type')!r}) of config.json is not supported. The "
+        f"nearest is {nearest}, which is not enough: "
+        f"{listed(gaps) or 'its settings are understood, but it is another class'}. Known: {known}"
     )
 
 
-def _missing(config: dict[str, Any], architecture: Architecture) -> tuple[int, str]:
-    """How many of a config.json's settings an architecture does not know, and which; most where one contradicts it."""
-    settings, harmless = Settings(dict(config)), architecture.harmless
-    try:
-        architecture.from_config(settings)
-    except ConfigError as error:
-        return len(config), str(error)
-    left = settings.unread(harmless)
-    return len(left), ", ".join(f"{key}={settings[key]!r}" for key in left)
+def _nearest(config: dict[str, Any], name: str, architectures: Sequence[Architecture]) -> tuple[str, list[str]]:
+    """The class that understands most of a config.json, where a common part of the names counts too, and its gaps."""
+    text = config.get("text_config")  # of a model of texts and images
+    inner = text if isinstance(text, dict) else {}
+    flat = {**inner, **{key: value for key, value in config.items() if key != "text_config" or not inner}}
+    gaps = {architecture.name: architecture.gaps(Settings(dict(flat))) for architecture in architectures}
+    nearest = min(gaps, key=lambda known: len(gaps[known]) - _NAMESAKE * SequenceMatcher(None, name, known).ratio())
+    return nearest, gaps[nearest]

@@ -31,7 +31,7 @@ from megatron_ds.convert import carried_files
 from megatron_ds.convert.architecture import Architecture, Rule, architecture_of, choose
 from megatron_ds.convert.folder import HFFolder, file_name, write_index
 from megatron_ds.convert.match import Match
-from megatron_ds.convert.settings import KEPT, Settings, must_be
+from megatron_ds.convert.settings import KEPT, Settings
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.files import sync_directory, write_text_durably
 from megatron_ds.shard.flat_shards import FlatShard
@@ -201,7 +201,6 @@ def _describe(
     """What a folder's config.json describes, every setting of it read or known to be harmless."""
     settings = Settings(source.config)
     architecture = architecture_of(settings, architectures)
-    must_be(settings, is_encoder_decoder=False, tie_encoder_decoder=False, add_cross_attention=False)
     fields = architecture.from_config(settings)
     settings.check_all_read(architecture.harmless)
     if vocab_multiple is not None:

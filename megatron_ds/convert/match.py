@@ -10,9 +10,8 @@ import torch
 from megatron_ds.config import ModelConfig
 from megatron_ds.convert.architecture import Architecture, Rule
 from megatron_ds.convert.folder import HFFolder
+from megatron_ds.convert.settings import listed
 from megatron_ds.errors import CheckpointError
-
-SHOWN = 10
 
 
 class Match:
@@ -33,7 +32,7 @@ class Match:
         self._used = {name for name in self.names if self._known(name, architecture.ignored)}
         dropped = [name for name in self.names if self._known(name, architecture.dropped)]
         if dropped:
-            self.notes.append(f"left out, for the model here has no use for them: {_shown(dropped)}")
+            self.notes.append(f"left out, for the model here has no use for them: {listed(dropped)}")
             self._used.update(dropped)
         self.config = self._with_copies(config)
         self.rules = architecture.expanded(self.config)
@@ -115,12 +114,8 @@ class Match:
         yield f"{self.source.path} does not hold the {self.architecture.name} it describes:"
         for title, found in problems.items():
             if found:
-                yield f"  {title}: {_shown(found)}"
+                yield f"  {title}: {listed(found)}"
 
     def _known(self, name: str, patterns: Sequence[str]) -> bool:
         prefix = re.escape(self.architecture.prefix)
         return any(re.fullmatch(f"({prefix})?{pattern}", name) for pattern in patterns)
-
-
-def _shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from megatron_ds.errors import ConfigError
 
+SHOWN = 10  # entries of a list in a message
 # How text is generated. Ours is a trainer: these go with the model, untouched.
 GENERATION = frozenset((
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "mask_token_id", "cls_token_id",
@@ -76,17 +77,26 @@ class Settings(dict[str, Any]):
             if key not in self._read and key not in _HARMLESS and key not in harmless and value not in (None, {}, [])
         ]
 
+    def said(self, keys: Iterable[str]) -> list[str]:
+        """Each with its value, of which long lists and inner objects are cut."""
+        values = {key: repr(self[key]) for key in keys}
+        return [f"{key}={value if len(value) <= 60 else value[:57] + '...'}" for key, value in values.items()]
+
     def check_all_read(self, harmless: Collection[str] = ()) -> None:
         """A :class:`ConfigError` that lists what is not read."""
-        left = self.unread(harmless)
+        left = self.said(self.unread(harmless))
         if left:
-            said = ", ".join(f"{key}={self[key]!r}" for key in left)
             raise ConfigError(
-                f"{self.where} has settings that are not known here, so the model may compute something else: {said}. "
-                "If they change nothing, remove them from the file"
+                f"{self.where} has settings that are not known here, so the model may compute something else: "
+                f"{listed(left)}. If they change nothing, remove them from the file"
             )
         for inner in self._inner:
             inner.check_all_read()
+
+
+def listed(found: Sequence[str]) -> str:
+    """The first ones of a list that may be long, and how many more there are."""
+    return ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
 
 
 def must_be(config: Settings, **fields: Any) -> None:
