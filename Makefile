@@ -8,10 +8,10 @@ ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # One compute thread a process: multi-rank runs would otherwise have ranks x cores threads on the same cores.
-test test-faults: export OMP_NUM_THREADS := 1
+test test-apart test-faults: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install train train-diffusion test test-faults lint format bench bench-gpu bench-kernels constraints clean
+.PHONY: help install train train-diffusion test test-apart test-faults lint format bench bench-gpu bench-kernels constraints clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,6 +29,9 @@ test: $(INSTALLED) ## Run the test suite (on NCCL where there are several GPUs, 
 	@$(RUN) -m pytest -n auto --dist loadfile -m 'not alone' $(ARGS); many=$$?; \
 	$(RUN) -m pytest -n auto --dist loadfile -m alone $(ARGS); few=$$?; \
 	case "$$many $$few" in "0 0" | "0 5" | "5 0") ;; *) exit 1 ;; esac  # 5: ARGS chose none of these
+
+test-apart: $(INSTALLED) ## The tests of ZeRO and of the engine with ranks that share no memory, as on hosts of their own
+	@RANKS_APART=1 $(RUN) -m pytest tests/zero tests/engine -n auto --dist loadfile $(ARGS)
 
 test-faults: $(INSTALLED) ## Thousands of kills, damaged and malicious files and wrong settings (an hour on two cores)
 	@$(RUN) -m pytest tests/faults --faults full -n auto $(ARGS)

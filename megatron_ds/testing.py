@@ -4,7 +4,7 @@ A ``forkserver`` that has torch imported starts 8 gloo ranks in a fraction of a 
 afford hundreds of multi-rank rows. On a machine with enough GPUs the same tests run on NCCL.
 
 Ranks of one host share memory where ranks of several gather and send: ``run_ranks(..., apart=True)`` runs them as
-several hosts would, and with ``RANKS_APART=1`` in the environment so does every test.
+several hosts would, and with ``RANKS_APART=1`` in the environment (``make test-apart``) so does every test.
 """
 
 from __future__ import annotations

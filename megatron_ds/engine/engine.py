@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 
 from megatron_ds.advice.engine_advice import EngineAdvice
 from megatron_ds.config.engine import BatchSizes, EngineConfig
-from megatron_ds.engine import checkpoint, pretrained
 from megatron_ds.engine.buffer_sync import BufferSync
 from megatron_ds.engine.clock import Clock
+from megatron_ds.engine.files import Files
 from megatron_ds.engine.gradients import Placeholders
-from megatron_ds.engine.inspection import Inspection
-from megatron_ds.engine.join import JoinableEngine, Mode, UnevenInputs, awaited
+from megatron_ds.engine.join import JoinableEngine, Mode, UnevenInputs
+from megatron_ds.engine.late_ranks import LateRanks
 from megatron_ds.engine.loss_stage import LossStage, to_device
 from megatron_ds.engine.model_guard import ModelGuard
 from megatron_ds.errors import EngineError
@@ -38,7 +38,7 @@ from megatron_ds.zero.placeholder import explained
 log = logging.getLogger(__name__)
 
 
-class Engine(JoinableEngine, Inspection):
+class Engine(JoinableEngine, Files):
     """Trains ``module``; made by :func:`megatron_ds.initialize`.
 
     Either whole batches, ``engine.train_batch(micro_batches)``, or a loop of one's own::
@@ -93,6 +93,7 @@ class Engine(JoinableEngine, Inspection):
         self._look_at_model()
         self._buffers = BufferSync(module, mesh.data)
         self._uneven = UnevenInputs(self)
+        self._late = LateRanks(mesh.world, config.timeout, log.warning)
         train_step.asks = self._buffers.news
         self._clock = Clock(config.log, mesh, sizes.global_batch)
         self._advice = EngineAdvice(
@@ -128,7 +129,7 @@ class Engine(JoinableEngine, Inspection):
         self._notice_zeroing()
         self._placeholders.remove()
         mode = Mode.of(self.module.training, torch.is_grad_enabled(), self._next_is_last)
-        with awaited(self, "forward pass"):
+        with self._awaited("forward pass"):
             self._uneven.announce("forward", mode)
             self._before_forward(mode)
             with self._clock.timing("forward"):
@@ -186,7 +187,7 @@ class Engine(JoinableEngine, Inspection):
         seed = self._begin()
         self._complete = last
         self.zero.start_backward(last)
-        with self._clock.timing("backward"), awaited(self, "backward pass"), explained(), self._own.running():
+        with self._clock.timing("backward"), self._awaited("backward pass"), explained(), self._own.running():
             compute(seed)
             self.zero.end_backward()
         self._done += 1
@@ -224,7 +225,7 @@ class Engine(JoinableEngine, Inspection):
 
     def _update(self) -> StepResult:
         self._require_intact()
-        with self._clock.timing("step"), awaited(self, "update"):
+        with self._clock.timing("step"), self._awaited("update"):
             result = self.train_step.finish(self._loss_sum, self._count(self._done))
         return self._finished(result)
 
@@ -248,7 +249,7 @@ class Engine(JoinableEngine, Inspection):
             return self._update()
         self._require_ready()
         self._buffers.before_forward(last=True)
-        with self._clock.timing("step"), awaited(self, "train_batch()"), self._own.running():
+        with self._clock.timing("step"), self._awaited("train_batch()"), self._own.running():
             return self._finished(self.train_step(taken))
 
     def _require_ready(self) -> None:
@@ -291,7 +292,8 @@ class Engine(JoinableEngine, Inspection):
         """Mean loss of a micro-batch, or of a list of them, over all ranks; in evaluation mode."""
         batches = micro_batches if isinstance(micro_batches, list) else [micro_batches]
         self._share_buffers()
-        return self.train_step.evaluate([[to_device(batch, self.mesh.device) for batch in batches]])
+        with self._awaited("evaluation"):
+            return self.train_step.evaluate([[to_device(batch, self.mesh.device) for batch in batches]])
 
     def train(self, mode: bool = True) -> Engine:
         if not mode:
@@ -353,43 +355,8 @@ class Engine(JoinableEngine, Inspection):
     def close(self) -> None:
         """Let go of the model, whose parameters are whole and stay; it may be given to another engine. On all ranks."""
         self._placeholders.remove()
+        self._late.close()
         self.zero.close()
-
-    # Files
-
-    def require_between_steps(self, what: str) -> None:
-        """Raise EngineError in the middle of a step: its gradients so far are in no checkpoint."""
-        if self._done:
-            raise EngineError(
-                f"{what} after {self._done} of a step's micro-batches, whose gradients no checkpoint holds; finish the "
-                "step first, with step(partial=True) if no more micro-batches come"
-            )
-
-    def save_checkpoint(
-        self, directory: str | Path, client_state: Mapping[str, Any] | None = None, keep_last: int | None = None
-    ) -> Path:
-        """Write ``directory/step-N``, which any number of ranks at any stage can load; see ``megatron_ds.checkpoint``.
-
-        Args:
-            client_state: plain values, given back as they were by :meth:`load_checkpoint`; others are refused by name.
-            keep_last: remove all but the newest this many, and the newest that a step with finite gradients followed.
-        """
-        self.require_between_steps("save_checkpoint()")
-        return checkpoint.save(self, directory, dict(client_state or {}), keep_last)
-
-    def load_checkpoint(self, path: str | Path, weights_only: bool = False, strict: bool = True) -> dict[str, Any]:
-        """Continue from the latest checkpoint in ``path``, or from one ``step-N``; returns its client state.
-
-        Args:
-            weights_only: start anew from the weights alone.
-            strict: False, with ``weights_only``: take what has the same name; rank 0 logs what has not.
-        """
-        self.require_between_steps("load_checkpoint()")
-        return checkpoint.load(self, path, weights_only, strict)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that the model's ``from_pretrained`` loads, one tensor at a time."""
-        pretrained.save(self.module, self.tensors(), self.mesh, Path(folder))
 
 
 def _raise(fault: str | None) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from megatron_ds.engine.late_ranks import LateRanks
 from megatron_ds.engine.tensors import WholeTensors
 from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Mesh
@@ -24,13 +25,19 @@ class Inspection:
     mesh: Mesh
     zero: ZeroOptimizer
     train_step: TrainStep
+    steps: int
     _done: int
     _complete: bool
+    _late: LateRanks
 
     if TYPE_CHECKING:  # the engine's
 
         def _count(self, micro_batches: int) -> Tensor: ...
         def _share_buffers(self) -> None: ...
+
+    def _awaited(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """Around what takes all ranks, of which some may not come."""
+        return self._late.awaited(what, self.steps + 1)
 
     def tensors(self) -> WholeTensors:
         """The whole tensors behind the shards, of this moment."""
@@ -69,8 +76,9 @@ class Inspection:
 
     def state_dict(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Every parameter and persistent buffer, whole, as ``module.state_dict()`` would be on one process."""
-        self._share_buffers()
-        return dict(self.tensors().stream(device))
+        with self._awaited("state_dict()"):
+            self._share_buffers()
+            return dict(self.tensors().stream(device))
 
     def bytes_report(self) -> dict[str, int]:
         """Bytes this rank holds, by kind."""

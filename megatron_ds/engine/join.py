@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,6 @@ from megatron_ds.zero.gatherer import FORWARD_END
 if TYPE_CHECKING:
     from megatron_ds.engine.engine import Engine
 
-_TIMEOUT = re.compile(r"time(d |-)?out", re.IGNORECASE)  # of a process group, and of our own tokens
 _KINDS = ("no further batch", "forward", "backward", "step", "buffers", "zero_grad")
 
 
@@ -42,21 +40,6 @@ class Mode(IntEnum):
         if not training:
             return Mode.EVALUATION
         return Mode.TRAINING if not with_gradients else Mode.LAST if last else Mode.WITH_GRADIENTS
-
-
-@contextlib.contextmanager
-def awaited(engine: Engine, what: str) -> Iterator[None]:
-    """Around what takes all ranks: a time-out says what this rank waited in, and what may have kept the others."""
-    try:
-        yield
-    except RuntimeError as error:
-        if _TIMEOUT.search(str(error)) is None:
-            raise
-        raise EngineError(
-            f"rank {engine.mesh.rank} waited for others in the {what} of step {engine.steps + 1}, and they did not "
-            f"come within timeout={engine.config.timeout:g} s: where ranks have different numbers of batches, put "
-            "`with engine.join():` around the loop; where one is busy with something else, raise `timeout`"
-        ) from error
 
 
 class UnevenInputs:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import linecache
 import os
 import re
 import signal
@@ -25,36 +24,18 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
-from types import CodeType
-
-import torch
-import torch.distributed as dist
 
 from megatron_ds.errors import MegatronDSError
 from megatron_ds.train.bounded import BoundedStore, StoreSilentError, end_within
+from megatron_ds.train.whereabouts import Line, Whereabouts, innermost, main_thread, note_of, notes_of, waits_in
 
 _FAILED = "failed"
 _SHOWN = 16
 # What gloo and NCCL say, and our own tokens, when a peer is gone or does not come.
 _PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|time(d |-)?out|gloo|nccl", re.IGNORECASE)
 _TIMEOUT = re.compile(r"time(d |-)?out", re.IGNORECASE)
-_WAITS = re.compile(r"\b(wait|barrier|synchronize|tolist|item|poll|select)\(")
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_TORCH_DISTRIBUTED = os.path.dirname(dist.__file__) + os.sep  # makes process groups through the store, in C
 _ANSWERS_WITHIN = 4.0  # seconds in which a store that is there answers
 _LAST_WORDS_TAKE = 30.0  # seconds at most from a rank's failure to its end
-
-Line = tuple[CodeType, int]
-
-
-@dataclass(frozen=True)
-class Whereabouts:
-    """Where a rank is. ``waits``: for other ranks, as far as the line it stands in tells; ``seconds``: how long."""
-
-    text: str = ""
-    waits: bool = False
-    seconds: int = 0
 
 
 @dataclass(frozen=True)
@@ -196,7 +177,7 @@ class Watch:
     def _answer(self, place: Whereabouts) -> None:
         text = json.dumps(asdict(place))
         with contextlib.suppress(Exception):
-            self.store(lambda store: store.set(f"where/{self.rank}", text), self._answers_within)
+            self.store(lambda store: store.set(note_of(self.rank), text), self._answers_within)
 
     def _roll_call(self) -> dict[int, Whereabouts]:
         """The other ranks' answers, of those that give one in time."""
@@ -205,7 +186,7 @@ class Watch:
         deadline = time.monotonic() + 2 * self.interval + 1
         try:
             while missing and time.monotonic() < deadline:
-                found = self.store(partial(_notes, missing), self._answers_within)
+                found = self.store(partial(notes_of, missing), self._answers_within)
                 answers |= {rank: Whereabouts(**json.loads(text)) for rank, text in found.items()}
                 missing = [rank for rank in missing if rank not in answers]
                 time.sleep(0.05)
@@ -240,25 +221,14 @@ class Watch:
 
     def _look(self) -> None:
         """Where the main thread is now, and since when."""
-        lines = []
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        while frame is not None:
-            lines.append((frame.f_code, frame.f_lineno or 0))  # None between two lines
-            frame = frame.f_back
-        source = linecache.getline(lines[0][0].co_filename, lines[0][1]) if lines else ""
-        inside = bool(lines) and lines[0][0].co_filename.startswith(_TORCH_DISTRIBUTED)
-        place = Whereabouts(self._text(lines), inside or _WAITS.search(source) is not None)
+        lines = main_thread()
+        place = Whereabouts(self._text(lines), waits_in(lines))
         if place != self._place:
             self._place, self._since = place, time.monotonic()
 
     def _text(self, lines: Sequence[Line]) -> str:
-        """What this rank is doing, with its innermost line and the next two outside of torch."""
-        outside = [line for line in lines[1:] if not line[0].co_filename.startswith(_TORCH)]
-        shown = []
-        for code, number in [*lines[:1], *outside[:2]]:
-            path = Path(code.co_filename)
-            shown.append(f"{path.parent.name}/{path.name}:{number} {code.co_name}")
-        return f"{self.describe()}: {' < '.join(shown)}"
+        """What this rank is doing, and in which lines."""
+        return f"{self.describe()}: {innermost(lines)}"
 
     def _end(self, first: FirstFailure | None) -> None:
         """End the process from this thread: the main thread does not come back, or not from another's failure."""
@@ -278,11 +248,6 @@ class Watch:
 def _ranks(ranks: Sequence[int]) -> str:
     more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:_SHOWN]))}{more}"
-
-
-def _notes(ranks: Sequence[int], store: dist.Store) -> dict[int, bytes]:
-    """What these ranks have answered, of those that have."""
-    return {rank: store.get(f"where/{rank}") for rank in ranks if store.check([f"where/{rank}"])}
 
 
 def _plain(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import tempfile
 from typing import Any, NamedTuple
@@ -224,9 +225,13 @@ def test_a_join_that_cannot_go_on_says_so_on_all_ranks() -> None:
     assert "backward on rank 0, buffers on rank 1" in differs
 
 
-def left_alone(stage: int) -> str:
-    """Rank 1 has a batch less, and waits where rank 0 does not come to."""
+def left_alone(stage: int) -> tuple[str, list[str]]:
+    """Rank 1 has a batch less, and waits where rank 0 does not come to. The error and the warnings."""
     model, rank, text = Normed(), dist.get_rank(), ""
+    warnings: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("megatron_ds.engine.engine").addHandler(handler)
     engine = megatron_ds.initialize(model, {"zero": {"stage": stage}, "timeout": 5.0}, adam(model))
     try:
         for number in range(3 - rank):
@@ -235,13 +240,21 @@ def left_alone(stage: int) -> str:
     except EngineError as error:
         text = str(error)
     dist.barrier()
-    return text
+    return text, warnings
 
 
 @pytest.mark.parametrize(("stage", "apart"), [(2, False), (3, True)])
 def test_a_rank_that_waits_for_one_without_a_batch_says_so(stage: int, apart: bool) -> None:
-    waited, left = run_ranks(left_alone, 2, stage, apart=apart)
-    assert not left and re.match(r"rank 0 waited for others in the (for|back)ward pass of step 3, and they did", waited)
+    (waited, warnings), (left, none) = run_ranks(left_alone, 2, stage, apart=apart)
+    (warning,) = (text for text in warnings if "has waited" in text)
+    said = r"rank 0 has waited \d s in the (for|back)ward pass of step 3: rank 1 is after the update of step 2, at .*"
+    assert re.match(said, warning) and " left_alone" in warning and "`with engine.join():`" in warning
+    assert "rank 1 is after the update of step 2" in waited
+    assert (
+        not left
+        and not none
+        and re.match(r"rank 0 waited for others in the (for|back)ward pass of step 3, and they did", waited)
+    )
     assert "within timeout=5 s" in waited and "put `with engine.join():` around the loop" in waited
 
 

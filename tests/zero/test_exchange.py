@@ -89,7 +89,8 @@ def shared_rounds(sizes: list[int]) -> bool:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_shared_buffers_never_show_a_round_too_early_or_too_late(world_size: int) -> None:
-    assert run_ranks(shared_rounds, world_size, [world_size * 70_000, world_size * 3]) == [True] * world_size
+    sizes = [world_size * 70_000, world_size * 3]
+    assert run_ranks(shared_rounds, world_size, sizes, apart=False) == [True] * world_size
 
 
 def refused(how: str) -> Any:
@@ -126,4 +127,4 @@ def taken() -> None:
 
 def test_an_arena_gives_no_more_than_it_has() -> None:
     with pytest.raises(AssertionError, match="the arena has 4096 bytes, 8192 were asked for"):
-        run_ranks(taken, 2)
+        run_ranks(taken, 2, apart=False)
