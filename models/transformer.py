@@ -8,7 +8,7 @@ A parameter's name does not depend on the stage it lives in: block 17 is ``layer
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -23,7 +23,7 @@ from megatron_ds.config.sparse import sparse_layout
 from megatron_ds.kernels.block_layout import BlockLayout
 from megatron_ds.kernels.documents import Documents
 from megatron_ds.layers.attention import AttentionInputs
-from megatron_ds.layers.attention_cores import AttentionRules, make_core
+from megatron_ds.layers.attention_cores import AttentionRules, MakeCore, make_core
 from megatron_ds.layers.linear import VocabParallelEmbedding, lookup, replicated_parameter
 from megatron_ds.layers.loss import Logits, capped, linear_cross_entropy
 from megatron_ds.layers.norm import Norm
@@ -231,10 +231,12 @@ class Transformer(nn.Module):
     def output_weight(self) -> nn.Parameter:
         return cast(nn.Parameter, self.embedding.weight if self.config.tied_embeddings else self.head.weight)
 
-    def hidden_states(self, micro_batch: MicroBatch, hidden: Tensor | None = None) -> Tensor:
-        """The output of this stage's blocks."""
+    def hidden_states(
+        self, micro_batch: MicroBatch, hidden: Tensor | None = None, make_core: MakeCore = make_core
+    ) -> Tensor:
+        """The output of this stage's blocks; ``make_core`` says where their keys and values are."""
         kinds = {self.config.has_window(int(name)) for name in self.layers} or {False}
-        shared = {window: self._inputs(micro_batch, window) for window in kinds}
+        shared = {window: self._inputs(micro_batch, window, make_core) for window in kinds}
         x = self._embed(micro_batch, shared[min(kinds)]) if self.span.embedding else hidden
         assert x is not None, "a stage without the embedding needs the previous stage's output"
         for name, block in self.layers.items():
@@ -250,11 +252,13 @@ class Transformer(nn.Module):
         x = self.head_input(self.hidden_states(micro_batch, hidden))
         if self.sequence_parallel:
             x = comm.gather_dim0(x, self.tp).wait()
-        scores = F.linear(x, self.output_weight, self.head.bias)
-        if self.config.logit_softcap is not None:
-            scores = capped(scores, self.config.logit_softcap)
-        local = scores.permute(2, 1, 0)
+        local = self.local_logits(x).permute(2, 1, 0)
         return comm.gather_dim0(local, self.tp).wait()[: self.config.vocab_size].permute(1, 2, 0)
+
+    def local_logits(self, x: Tensor, linear: Callable[..., Tensor] = F.linear) -> Tensor:
+        """``[..., h] -> [..., v / tp]`` of the padded vocabulary, from what :meth:`head_input` gives."""
+        scores = linear(x, self.output_weight, self.head.bias)
+        return scores if self.config.logit_softcap is None else capped(scores, self.config.logit_softcap)
 
     def _embed(self, micro_batch: MicroBatch, inputs: AttentionInputs) -> Tensor:
         tokens = micro_batch["tokens"].t()
@@ -275,12 +279,11 @@ class Transformer(nn.Module):
         """This rank's part of ``[s, b]``."""
         return comm.slice_dim0(of_sequence, self.tp) if self.sequence_parallel else of_sequence
 
-    def _inputs(self, micro_batch: MicroBatch, window: bool) -> AttentionInputs:
+    def _inputs(self, micro_batch: MicroBatch, window: bool, make_core: MakeCore) -> AttentionInputs:
         """What the layers with a window share, or those without."""
         positions = micro_batch["position_ids"].t()
         length = positions.shape[0]
         dtype = next(self.parameters()).dtype
-        size = self.config.window if window else None
         keys = None
         if self.training and (self.config.hidden_dropout or self.config.attention_dropout):
             offset = self.tp.rank * (length // self.tp.size) if self.sequence_parallel else 0
@@ -290,7 +293,7 @@ class Transformer(nn.Module):
             causal=self.config.causal,
             documents=None if documents is None else Documents.of_ids(documents),
             slopes=self.slopes,
-            window=size if size is not None and size < length else None,
+            window=self.config.window if window else None,
             softcap=self.config.attention_softcap,
             dropout=self.config.attention_dropout,
             keys=keys,

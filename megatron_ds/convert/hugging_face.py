@@ -163,7 +163,7 @@ def import_hf(
             f"{out_dir / step_name(0)} exists already; import into another folder, or remove it first"
         )
     source = HFFolder(Path(hf_dir))
-    architecture, config = _describe(source, architectures, vocab_multiple)
+    architecture, config = described(source, architectures, vocab_multiple)
     match = Match(source, architecture, config)
     config, shapes = match.config, architecture.shapes(match.config)
     for note in (*source.notes, *match.notes):
@@ -195,7 +195,7 @@ def _dtype_of(source: HFFolder, match: Match, rule: Rule) -> torch.dtype:
     return dtypes.pop()
 
 
-def _describe(
+def described(
     source: HFFolder, architectures: Sequence[Architecture], vocab_multiple: int | None
 ) -> tuple[Architecture, ModelConfig]:
     """What a folder's config.json describes, every setting of it read or known to be harmless."""

@@ -8,7 +8,8 @@ Shapes: ``s`` sequence, ``b`` batch, ``n`` heads and ``g`` key/value heads on th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -74,10 +75,16 @@ class AttentionRules:
         return all(rule is None for rule in rules) and not self.drops
 
 
+MakeCore = Callable[[AttentionRules, int, int, torch.device, torch.dtype], AttentionCore]
+"""Makes a core of the rules, the sequence's length, the head dim, the device and the dtype."""
+
+
 def make_core(
     rules: AttentionRules, length: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> AttentionCore:
     """The core for queries of ``length`` tokens."""
+    if rules.window is not None and rules.window >= length:
+        rules = replace(rules, window=None)
     if rules.layout is not None:
         if not rules.plain:
             raise ConfigError(

@@ -1,0 +1,204 @@
+"""Which tokens of which sequences the next step computes: continuous batching with chunked prefill.
+
+Each step takes the tokens that running sequences have pending, one in decoding, and fills what is left of its budget
+with prompts, which may be cut into chunks. Where blocks run out, the youngest sequence gives up its own and is computed
+again later (preemption by recomputation); the oldest one is never asked to, so that something always ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from megatron_ds.errors import ConfigError
+from megatron_ds.inference.block_pool import BlockPool
+from megatron_ds.inference.sequence import Sequence, Status
+
+_PROMPT_LOGPROBS_ROWS = 256
+"""Tokens of a chunk whose logits are all wanted: they are whole rows of the vocabulary."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens ``start`` to ``start + count`` of a sequence."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the next token follows from it."""
+        return self.start + self.count == len(self.sequence.tokens)
+
+
+@dataclass
+class Plan:
+    """One step. ``copies``: (from, to) of blocks, before anything is written."""
+
+    spans: list[Span] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(span.count for span in self.spans)
+
+
+class Batcher:
+    """Queue, seats and blocks of all sequences.
+
+    Args:
+        seats: sequences that run at one time at most.
+        budget: tokens of a step at most.
+
+    A chunk of a prompt ends where a block does. So which tokens are computed together with a token, in its own
+    sequence, does not depend on what else runs, and neither does its result, bit for bit, where the kernels allow it.
+    """
+
+    def __init__(self, pool: BlockPool, seats: int, budget: int):
+        if budget < seats + pool.size:
+            raise ConfigError(
+                f"max_num_batched_tokens={budget} is less than max_num_seqs={seats} and a block of {pool.size} tokens: "
+                f"prompts might wait for ever; give {seats + pool.size} at least, or fewer sequences"
+            )
+        self.pool, self.seats, self.budget = pool, seats, budget
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def fork(self, sequence: Sequence, sample: Sequence) -> None:
+        """Another sample of the same prompt, which ``sequence`` has computed: it shares its blocks until it writes."""
+        prompt = len(sequence.request.tokens)
+        count = self.pool.needed(prompt)
+        if sequence.computed >= prompt and len(sequence.blocks) >= count:
+            sample.blocks, sample.computed = sequence.blocks[:count], prompt - 1
+            sample.digests = sequence.digests[: (prompt - 1) // self.pool.size]
+            self.pool.hold(sample.blocks)
+        self.waiting.append(sample)
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """It runs no more, whether it waited or ran."""
+        if sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        sequence.status, sequence.reason = Status.FINISHED, reason
+        self._give_back(sequence)
+
+    def plan(self) -> Plan:
+        plan, left, index = Plan(), self.budget, 0
+        preempted = False
+        while index < len(self.running):
+            sequence = self.running[index]
+            count = self._count(sequence, left)
+            if count and not self._reserve(sequence, count, plan):
+                preempted = True
+                self._make_room()
+                continue
+            if count:
+                plan.spans.append(Span(sequence, sequence.computed, count))
+                left -= count
+            index += 1
+        while self.waiting and not preempted and len(self.running) < self.seats:
+            count = self._admit(self.waiting[0], left, plan)
+            if not count:
+                break
+            sequence = self.waiting.popleft()
+            sequence.status = Status.RUNNING
+            self.running.append(sequence)
+            plan.spans.append(Span(sequence, sequence.computed, count))
+            left -= count
+        return plan
+
+    def computed(self, span: Span) -> None:
+        """The keys and values of a span are in its blocks."""
+        sequence, pool = span.sequence, self.pool
+        sequence.computed += span.count
+        while pool.share and (len(sequence.digests) + 1) * pool.size <= sequence.computed:
+            number = len(sequence.digests)
+            digest = self._digest(sequence, number, sequence.digests[-1] if number else b"")
+            sequence.digests.append(digest)
+            pool.publish(sequence.blocks[number], digest)
+
+    def _digest(self, sequence: Sequence, number: int, before: bytes) -> bytes:
+        size = self.pool.size
+        return self.pool.hash_of(before, sequence.tokens[number * size : (number + 1) * size])
+
+    def _count(self, sequence: Sequence, left: int) -> int:
+        if sequence.request.params.prompt_logprobs is not None and sequence.computed < len(sequence.request.tokens):
+            left = min(left, max(_PROMPT_LOGPROBS_ROWS, self.pool.size))
+        if sequence.pending <= left:
+            return sequence.pending
+        end = (sequence.computed + left) // self.pool.size * self.pool.size
+        return max(0, end - sequence.computed)
+
+    def _admit(self, sequence: Sequence, left: int, plan: Plan) -> int:
+        """Tokens of a waiting sequence that this step computes, with blocks for them; 0 and nothing has changed."""
+        found = [] if sequence.blocks else self._find(sequence)
+        if found:
+            self.pool.hold([block for block, _ in found])
+            sequence.blocks = [block for block, _ in found]
+            sequence.digests = [digest for _, digest in found]
+            sequence.computed = sequence.cached = len(found) * self.pool.size
+        count = self._count(sequence, left)
+        spare = self.pool.count // 100 if self.running else 0
+        room = self.pool.needed(sequence.computed + count) - len(sequence.blocks) + spare <= self.pool.free
+        if count and room and self._reserve(sequence, count, plan):
+            return count
+        if found:
+            self._give_back(sequence)
+            sequence.cached = 0
+        if not self.running and not plan.spans and count:
+            # Nobody runs who could give blocks back: those of samples that wait are all there is.
+            self._make_room()
+        return 0
+
+    def _find(self, sequence: Sequence) -> list[tuple[int, bytes]]:
+        """Blocks with the beginning of its text. One token at least is left to compute: the next follows from it."""
+        found: list[tuple[int, bytes]] = []
+        if not self.pool.share or sequence.request.params.prompt_logprobs is not None:
+            return found
+        digest = b""
+        for number in range((len(sequence.tokens) - 1) // self.pool.size):
+            digest = self._digest(sequence, number, digest)
+            block = self.pool.find(digest)
+            if block is None:
+                break
+            found.append((block, digest))
+        return found
+
+    def _reserve(self, sequence: Sequence, count: int, plan: Plan) -> bool:
+        """Blocks of its own for the next tokens of a sequence."""
+        first = sequence.computed // self.pool.size
+        copy = first < len(sequence.blocks) and self.pool.is_shared(sequence.blocks[first])
+        needed = self.pool.needed(sequence.computed + count) - len(sequence.blocks)
+        blocks = self.pool.allocate(needed + copy)
+        if blocks is None:
+            return False
+        if copy:
+            own, shared = blocks.pop(), sequence.blocks[first]
+            plan.copies.append((shared, own))
+            sequence.blocks[first] = own
+            self.pool.release([shared])
+        sequence.blocks += blocks
+        return True
+
+    def _make_room(self) -> None:
+        """Take the blocks of the last sample that waits with some, else those of the youngest that runs."""
+        for sequence in reversed(self.waiting):
+            if sequence.blocks:
+                self._give_back(sequence)
+                return
+        sequence = self.running.pop()
+        sequence.status = Status.WAITING
+        sequence.preempted += 1
+        self.preemptions += 1
+        self._give_back(sequence)
+        self.waiting.appendleft(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks, sequence.digests, sequence.computed = [], [], 0

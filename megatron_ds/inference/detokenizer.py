@@ -1,0 +1,84 @@
+"""The text of an answer while it grows: never half a character, never a part of a text at which it stops."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from typing import Protocol
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+class Decoder(Protocol):
+    """What is needed of a tokenizer."""
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class Detokenizer:
+    """Of one answer.
+
+    Args:
+        tokenizer: None: there is no text.
+        prompt: the tokens before the answer, whose last ones decide how its first ones read.
+        stops: texts at which the answer ends; ``keep_stop``: they are part of it.
+        hidden: tokens that are not part of the text.
+
+    Attributes:
+        text: what is certain so far. stopped: the stop text that was found.
+    """
+
+    CONTEXT = 6
+    """Tokens of the prompt that are decoded with the first of the answer."""
+
+    def __init__(
+        self,
+        tokenizer: Decoder | None,
+        prompt: Sequence[int],
+        stops: Sequence[str] = (),
+        keep_stop: bool = False,
+        hidden: Container[int] = (),
+    ):
+        self.tokenizer, self.stops, self.keep_stop, self.hidden = tokenizer, tuple(stops), keep_stop, hidden
+        self.text, self.stopped = "", None
+        self._held = ""  # whole characters that may begin a stop text
+        self._context = [token for token in prompt if token not in hidden][-self.CONTEXT :]
+        self._new: list[int] = []
+
+    stopped: str | None
+
+    def add(self, token: int) -> None:
+        if self.tokenizer is None or token in self.hidden or self.stopped is not None:
+            return
+        self._new.append(token)
+        before = self.tokenizer.decode(self._context)
+        now = self.tokenizer.decode([*self._context, *self._new])
+        if (now.endswith(_UNFINISHED) and len(self._new) < 16) or len(now) < len(before):
+            return  # the bytes of a character that is not complete
+        self._context, self._new = (self._context + self._new)[-max(self.CONTEXT, len(self._new)) :], []
+        self._append(now[len(before) :])
+
+    def finish(self) -> None:
+        """No more tokens come: what was held back is text, with a mark for each character that never was complete."""
+        if self.tokenizer is not None and self.stopped is None:
+            if self._new:
+                before = self.tokenizer.decode(self._context)
+                self._held += self.tokenizer.decode([*self._context, *self._new])[len(before) :]
+                self._new = []
+            self.text, self._held = self.text + self._held, ""
+
+    def _append(self, text: str) -> None:
+        pending = self._held + text
+        places = [(pending.find(stop), stop) for stop in self.stops if stop in pending]
+        if places:
+            place, stop = min(places)
+            self.text += pending[: place + len(stop) if self.keep_stop else place]
+            self.stopped, self._held = stop, ""
+            return
+        keep = max((_overlap(pending, stop) for stop in self.stops), default=0)
+        self.text += pending[: len(pending) - keep]
+        self._held = pending[len(pending) - keep :]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of ``text`` with which ``stop`` begins."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,0 +1,279 @@
+"""``LLM``: a model that generates text, with the arguments and methods that the field knows from vLLM."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from megatron_ds.data.chat import ChatTemplate, load_template
+from megatron_ds.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
+from megatron_ds.errors import ConfigError, DataError
+from megatron_ds.host import free_host_memory
+from megatron_ds.inference import served_model
+from megatron_ds.inference.batching import Batcher
+from megatron_ds.inference.block_pool import BlockPool
+from megatron_ds.inference.model_runner import CacheSize, ModelRunner
+from megatron_ds.inference.outputs import RequestOutput
+from megatron_ds.inference.ranks import Ranks
+from megatron_ds.inference.sampling_params import SamplingParams
+from megatron_ds.inference.serving_engine import ServingEngine, TextEnds
+from megatron_ds.mesh import MeshShape
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A decoder that serves requests.
+
+    Args:
+        model: a run's checkpoint directory or one step's, or a folder of ``transformers``.
+        tokenizer: where its tokenizer is, if not with the model.
+        tensor_parallel_size, pipeline_parallel_size: ranks that the layers' weights, and the layers, are split over.
+            The other ranks are started by this process, unless ``torchrun`` has started it.
+        dtype: ``auto`` (what most weights have), ``bfloat16``, ``float16``, ``float32`` or ``float64``.
+        max_model_len: tokens of prompt and answer together at most. Default: what the model was made for.
+        max_num_seqs: sequences that are computed at one time at most.
+        max_num_batched_tokens: tokens of a step at most; longer prompts are computed in chunks.
+        gpu_memory_utilization: the part of a GPU's memory (on a CPU: of what is free) for weights and cache.
+        num_blocks: blocks of the key/value cache, instead of what the memory allows.
+        block_size: tokens of a block.
+        kv_cache_dtype: ``auto`` (the model's) or one of the names of ``dtype``.
+        enable_prefix_caching: texts with the same beginning share its keys and values.
+        seed: of the draws of requests that have none of their own; None: a new one for each.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: the model cannot be read or served like this.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        tokenizer: str | Path | None = None,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 64,
+        max_num_batched_tokens: int = 2048,
+        gpu_memory_utilization: float = 0.9,
+        num_blocks: int | None = None,
+        block_size: int = 32,
+        kv_cache_dtype: str = "auto",
+        enable_prefix_caching: bool = True,
+        seed: int | None = None,
+        device: str = "auto",
+        place: tuple[int, int] | None = None,
+    ):
+        given = {name: value for name, value in locals().items() if name not in ("self", "place")}
+        if not 0.0 < gpu_memory_utilization <= 1.0:
+            raise ConfigError(f"gpu_memory_utilization={gpu_memory_utilization}; use a part from 0 to 1")
+        source = served_model.find(model)
+        own = source.dtype if dtype == "auto" else _dtype("dtype", dtype)
+        self.max_model_len = served_model.text_length(source, max_model_len)
+        self.model, self.seed, self.config = Path(model), seed, source.config
+        self.tokenizer, self._template = _tokenizer(tokenizer or source.tokenizer)
+        ends = _ends(source.generation, self.tokenizer)
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+        shape = MeshShape(pp=pipeline_parallel_size, tp=tensor_parallel_size)
+        self._ranks = Ranks(shape, device, settings, place)
+        mesh = self._ranks.mesh
+        stage = served_model.build(source, mesh, own)
+        cache_dtype = own if kv_cache_dtype == "auto" else _dtype("kv_cache_dtype", kv_cache_dtype)
+        layers, kv_heads = len(stage.layers), max(1, source.config.groups // mesh.tp.size)
+        block = 2 * layers * block_size * kv_heads * source.config.head_size * cache_dtype.itemsize
+        most = max_num_seqs * -(-self.max_model_len // block_size)
+        blocks = num_blocks or min(most, _memory(mesh.device, gpu_memory_utilization) // block)
+        if blocks * block_size < min(self.max_model_len, 2 * block_size):
+            raise ConfigError(
+                f"there is memory for {max(blocks, 0)} blocks of {block} bytes of the key/value cache, which is no "
+                f"text of {self.max_model_len} tokens; raise gpu_memory_utilization={gpu_memory_utilization}, lower "
+                "max_model_len, or split the model over more ranks (tensor_parallel_size)"
+            )
+        blocks = _smallest(blocks, mesh.world)
+        pool = BlockPool(blocks, block_size, enable_prefix_caching)
+        runner = ModelRunner(stage, mesh, CacheSize(blocks, block_size, cache_dtype))
+        batcher = Batcher(pool, max_num_seqs, max(max_num_batched_tokens, 0))
+        self.engine = ServingEngine(runner, batcher, mesh, self.max_model_len, self.tokenizer, ends)
+        self._numbers = itertools.count()
+        self._open = True
+
+    # Prompts
+
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        """The tokens of a text, with those that begin one; tokens stay as they are."""
+        if not isinstance(prompt, str):
+            return [int(token) for token in prompt]
+        tokenizer = self._require_tokenizer()
+        if isinstance(tokenizer, HFTokenizer):
+            return list(tokenizer.backend.encode(prompt).ids)
+        ids = [int(token) for token in tokenizer.encode_batch([prompt])[0]]
+        return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+        """The tokens of a conversation by the model's chat template, up to where the answer begins."""
+        if self._template is None:
+            raise ConfigError(f"{self.model} has no chat template; put a chat_template.jinja beside its tokenizer")
+        text = self._template.render([dict(message) for message in messages], add_generation_prompt=True, **variables)
+        return [int(token) for token in self._require_tokenizer().encode_marked(text)[0]]
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ConfigError(f"{self.model} has no tokenizer; name one (tokenizer=...), or give prompts as token ids")
+        return self.tokenizer
+
+    # Answers
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """The answers to all prompts, in their order. On ranks of ``torchrun`` but the first: an empty list."""
+        if self._ranks.mesh.rank > 0:
+            self.follow()
+            return []
+        several: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
+        params = sampling_params or SamplingParams()
+        each = [params] * len(several) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(several):
+            raise ConfigError(f"{len(several)} prompts and {len(each)} sampling_params; give one for all, or one each")
+        names: list[str] = []
+        try:
+            for prompt, of_prompt in zip(several, each):
+                names.append(self.add(prompt, of_prompt))
+            done = self._finished(names, use_tqdm)
+        except BaseException:
+            for name in names:
+                self.engine.abort(name)
+            raise
+        return [done[name] for name in names]
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """The answers to one conversation or several, by the model's chat template."""
+        several: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        return self.generate([self.render_chat(one) for one in several], sampling_params, use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """What there is of the answer, after every step."""
+        name = self.add(prompt, sampling_params or SamplingParams())
+        finished = False
+        try:
+            while not finished:
+                for output in self.step():
+                    if output.request_id == name:
+                        finished = output.finished
+                        yield output
+        finally:
+            if not finished:
+                self.engine.abort(name)
+
+    def add(self, prompt: Prompt, params: SamplingParams) -> str:
+        """Queue a request; returns its id. :meth:`step` serves it."""
+        name = f"request-{next(self._numbers)}"
+        seeded = params
+        if params.seed is None and self.seed is not None:
+            from dataclasses import replace
+
+            seeded = replace(params, seed=self.seed)
+        self.engine.add(name, self.tokenize(prompt), seeded, prompt if isinstance(prompt, str) else None)
+        return name
+
+    def step(self) -> list[RequestOutput]:
+        """Compute one batch of what is queued; returns the requests that have got further."""
+        self._ranks.require_alive()
+        return self.engine.step()
+
+    def _finished(self, names: Sequence[str], show: bool) -> dict[str, RequestOutput]:
+        done: dict[str, RequestOutput] = {}
+        wanted = set(names)
+        with tqdm(total=len(names), desc="prompts", disable=not show, unit="prompt") as bar:
+            while len(done) < len(wanted):
+                for output in self.step():
+                    if output.finished and output.request_id in wanted:
+                        done[output.request_id] = output
+                        bar.update()
+                bar.set_postfix_str(f"{self.engine.counters.answer_tokens} tokens", refresh=False)
+        return done
+
+    # The end
+
+    def follow(self) -> None:
+        """On the other ranks: take part until the first one closes."""
+        self.engine.follow()
+
+    def close(self) -> None:
+        """End the ranks that this process has started."""
+        if self._open and self._ranks.mesh.rank == 0:
+            self.engine.stop()
+        if self._open:
+            self._open = False
+            self._ranks.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def _is_one(prompts: Any) -> bool:
+    return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+
+
+def _dtype(setting: str, name: str) -> torch.dtype:
+    if name not in served_model.DTYPES:
+        raise ConfigError(f"{setting}={name!r}; use 'auto' or one of {', '.join(map(repr, served_model.DTYPES))}")
+    return served_model.DTYPES[name]
+
+
+def _tokenizer(path: str | Path | None) -> tuple[Tokenizer | None, ChatTemplate | None]:
+    if path is None:
+        return None, None
+    tokenizer = load_tokenizer(path)
+    try:
+        return tokenizer, load_template(None, str(path), tokenizer.special)
+    except DataError:
+        return tokenizer, None
+
+
+def _ends(generation: Mapping[str, Any], tokenizer: Tokenizer | None) -> TextEnds:
+    """The tokens that end an answer, by what came with the model; by the tokenizer where nothing did."""
+    said = generation.get("eos_token_id")
+    eos = tuple(said) if isinstance(said, list) else () if said is None else (int(said),)
+    if tokenizer is None:
+        return TextEnds(eos)
+    if not eos and tokenizer.eod_id is not None:
+        eos = (tokenizer.eod_id,)
+    hidden = {tokenizer.token_id(text) for text in tokenizer.special.values()} | set(eos)
+    if isinstance(tokenizer, HFTokenizer):
+        added = tokenizer.backend.get_added_tokens_decoder()
+        hidden |= {number for number, token in added.items() if token.special}
+    return TextEnds(eos, frozenset(token for token in hidden if token is not None))
+
+
+def _memory(device: torch.device, part: float) -> int:
+    """Bytes for the cache, the weights being there."""
+    if device.type == "cuda":
+        free, whole = torch.cuda.mem_get_info(device)
+        return int(whole * part) - (whole - free)
+    return int(free_host_memory() * part)
+
+
+def _smallest(blocks: int, world: Any) -> int:
+    """The number of blocks that every rank has memory for."""
+    from megatron_ds.comm.together import exchange
+
+    return min(int(text) for text in exchange(world, str(blocks)))

@@ -1,0 +1,76 @@
+"""One step of the model on a rank: tokens in, the logits of the wanted rows out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ds.inference.batching import Plan, Span
+from megatron_ds.inference.paged_cache import PagedBatch, PagedCache, PagedSpan
+from megatron_ds.mesh import Mesh
+from megatron_ds.models.block import SITES_A_BLOCK
+from megatron_ds.models.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """``blocks`` of ``size`` tokens each, kept in ``dtype``."""
+
+    blocks: int
+    size: int
+    dtype: torch.dtype
+
+
+class ModelRunner:
+    """A stage of the model with its part of the key/value cache.
+
+    Args:
+        model: in evaluation mode, without sequence parallelism. size: of the cache.
+    """
+
+    def __init__(self, model: Transformer, mesh: Mesh, size: CacheSize):
+        self.model, self.mesh, self.block_size = model, mesh, size.size
+        self.device = mesh.device
+        c = model.config
+        # Fewer key/value heads than ranks: each rank computes one of them, as others do.
+        kv_heads = max(1, c.groups // mesh.tp.size)
+        layers = [int(name) for name in model.layers]
+        self.cache = PagedCache(layers, size.blocks, size.size, kv_heads, c.head_size, size.dtype, self.device)
+        self.dtype = next(model.parameters()).dtype
+
+    @torch.inference_mode()
+    def run(self, plan: Plan, rows: Many[int]) -> Tensor | None:
+        """Logits ``[len(rows), v / tp]`` of these rows of the step, in the model's dtype, on the last stage."""
+        self.cache.copy(plan.copies)
+        tokens = [span.sequence.tokens[span.start : span.start + span.count] for span in plan.spans]
+        places = [range(span.start, span.start + span.count) for span in plan.spans]
+        micro_batch = {
+            "tokens": torch.tensor([[t for of_span in tokens for t in of_span]], device=self.device),
+            "position_ids": torch.tensor([[p for of_span in places for p in of_span]], device=self.device),
+        }
+        batch = PagedBatch(self.cache, self._paged(plan.spans), lambda site: (site - 1) // SITES_A_BLOCK)
+        pp = self.mesh.pp
+        hidden = None
+        if not pp.is_first:
+            hidden = torch.empty(plan.tokens, 1, self.model.config.hidden_size, dtype=self.dtype, device=self.device)
+            dist.recv(hidden, group=pp.group, group_src=pp.rank - 1)
+        hidden = self.model.hidden_states(micro_batch, hidden, batch.make_core)
+        if not pp.is_last:
+            dist.send(hidden.contiguous(), group=pp.group, group_dst=pp.rank + 1)
+            return None
+        wanted = self.model.head_input(hidden[torch.tensor(rows, dtype=torch.int64, device=self.device)])
+        return self.model.local_logits(wanted)[:, 0]
+
+    def _paged(self, spans: Many[Span]) -> list[PagedSpan]:
+        found, first = [], 0
+        within = torch.arange(self.block_size)
+        for span in spans:
+            blocks = torch.tensor(span.sequence.blocks)
+            slots = (blocks.unsqueeze(1) * self.block_size + within).flatten()[: span.start + span.count]
+            found.append(PagedSpan(first, span.count, span.start, slots.to(self.device)))
+            first += span.count
+        return found

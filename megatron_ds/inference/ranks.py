@@ -1,0 +1,89 @@
+"""The ranks that serve one model: this process and those that it starts, or the ranks of ``torchrun``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ds.errors import ConfigError
+from megatron_ds.mesh import Mesh, MeshShape, init_process_group
+
+FOREVER = 10 * 365 * 86400.0
+"""Seconds: a rank without requests waits for the next one."""
+
+
+class Ranks:
+    """The mesh of a served model.
+
+    Args:
+        shape: of the mesh; settings: of the :class:`~megatron_ds.inference.llm.LLM`, for the ranks that are started.
+        place: (rank, port of the store) of a rank that was started so; None: the first one.
+    """
+
+    def __init__(self, shape: MeshShape, device: str, settings: Mapping[str, Any], place: tuple[int, int] | None):
+        self._children: list[subprocess.Popen[bytes]] = []
+        self.owns_group = False
+        world, by_torchrun = shape.world_size, int(os.environ.get("WORLD_SIZE", "1")) > 1
+        rank = place[0] if place is not None else int(os.environ.get("RANK", "0")) if by_torchrun else 0
+        local = int(os.environ.get("LOCAL_RANK", "0")) if by_torchrun and place is None else rank
+        self.device = _device(device, local)
+        if world > 1 and not dist.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            if by_torchrun and place is None:
+                store: dist.Store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world)
+            else:
+                wait = timedelta(seconds=600)
+                port = place[1] if place is not None else 0
+                store = dist.TCPStore("127.0.0.1", port, world, rank == 0, wait, wait_for_workers=False)
+                if rank == 0:
+                    self._children = [_start(other, store.port, settings) for other in range(1, world)]
+            init_process_group(backend, rank, world, store, FOREVER)
+            self.owns_group = True
+        if world > 1 and dist.get_world_size() != world:
+            raise ConfigError(
+                f"tensor_parallel_size x pipeline_parallel_size = {world}, but the job has {dist.get_world_size()} "
+                "ranks; start as many, or let the first process start them"
+            )
+        self.mesh = Mesh.create(shape, self.device, FOREVER if world > 1 else None)
+
+    def close(self) -> None:
+        """The others have been told to stop."""
+        for child in self._children:
+            try:
+                child.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                child.kill()
+        if self.owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+            self.owns_group = False
+
+    def require_alive(self) -> None:
+        """Raises :class:`ConfigError` where a rank that was started has ended: the others wait for it for ever."""
+        for child in self._children:
+            if child.poll() is not None:
+                raise ConfigError(f"a rank of the served model ended with exit code {child.returncode}: see its output")
+
+
+def _device(wanted: str, local: int) -> torch.device:
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device={wanted!r}; use 'auto', 'cpu' or 'cuda'")
+    count = torch.cuda.device_count() if torch.cuda.is_available() and wanted != "cpu" else 0
+    if wanted == "cuda" and local >= count:
+        raise ConfigError(f"device='cuda', but there are {count} GPUs; use device='cpu', or fewer ranks")
+    if local < count:
+        torch.cuda.set_device(local)
+        return torch.device("cuda", local)
+    return torch.device("cpu")
+
+
+def _start(rank: int, port: int, settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "megatron_ds.inference.follower", str(rank), str(port), json.dumps(settings)]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL)

@@ -1,0 +1,71 @@
+"""A request and its samples, as the engine follows them from the prompt to the end of the answer."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from megatron_ds.inference.sampling_params import SamplingParams
+
+Logprobs = dict[int, float]
+"""Log-probabilities by token id, the chosen token's first."""
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass
+class Request:
+    """What a user has asked for. ``tokens``: of the prompt."""
+
+    id: str
+    tokens: list[int]
+    params: SamplingParams
+    seed: int
+    arrived: float = 0.0
+    prompt: str | None = None
+    prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sample of a request.
+
+    Attributes:
+        tokens: of the prompt and of the answer so far.
+        computed: how many of them have their keys and values in ``blocks``.
+        digests: of the full blocks so far.
+        reason: why it has finished: ``stop``, ``length`` or ``abort``.
+        stop: the text or token at which it has.
+    """
+
+    request: Request
+    index: int
+    tokens: list[int]
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    status: Status = Status.WAITING
+    reason: str | None = None
+    stop: str | int | None = None
+    logprobs: list[Logprobs] = field(default_factory=list)
+    processed_logprobs: list[Logprobs] = field(default_factory=list)
+    cumulative: float = 0.0
+    cached: int = 0
+    preempted: int = 0
+
+    @property
+    def answer(self) -> list[int]:
+        return self.tokens[len(self.request.tokens) :]
+
+    @property
+    def answered(self) -> int:
+        return len(self.tokens) - len(self.request.tokens)
+
+    @property
+    def pending(self) -> int:
+        """Tokens without keys and values; the last one's logits give the next token."""
+        return len(self.tokens) - self.computed

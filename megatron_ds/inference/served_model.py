@@ -1,0 +1,165 @@
+"""A model to serve, from a checkpoint of ours or a folder of ``transformers``, on a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ds.checkpoint.load import load
+from megatron_ds.checkpoint.meta import model_config
+from megatron_ds.checkpoint.reader import Checkpoint
+from megatron_ds.config import ModelConfig
+from megatron_ds.convert import carried_files
+from megatron_ds.convert.folder import HFFolder
+from megatron_ds.convert.hugging_face import described
+from megatron_ds.convert.match import Match
+from megatron_ds.convert.tables import ARCHITECTURES
+from megatron_ds.errors import ConfigError
+from megatron_ds.mesh import Mesh
+from megatron_ds.models.families import class_of
+from megatron_ds.models.transformer import StageSettings, Transformer
+from megatron_ds.pipeline.layer_split import split_layers
+from megatron_ds.pipeline.stage import stage_spans
+from megatron_ds.shard import spec_of
+from megatron_ds.shard.flat_shards import FlatShard
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of a model before any of its weights is read.
+
+    Attributes:
+        weights: the files as ``transformers`` has them, or a checkpoint's directory.
+        dtype: that most of its weights have.
+        tokenizer: the folder with its tokenizer, where there is one.
+        generation: what generation_config.json and config.json say of generation.
+        longest: tokens of a text that the model was made for; None: nothing says it.
+    """
+
+    config: ModelConfig
+    weights: Match | Path
+    dtype: torch.dtype
+    tokenizer: Path | None
+    generation: Mapping[str, Any]
+    longest: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def find(path: str | Path) -> Source:
+    """The model at ``path``.
+
+    Raises:
+        CheckpointError, ConfigError: there is none, or none of a family that can be served.
+    """
+    path = Path(path)
+    source = _in_folder(path) if (path / "config.json").is_file() else _in_checkpoint(path)
+    c = source.config
+    if not c.causal:
+        raise ConfigError(f"{path} holds a {c.family} model, which is no decoder: only those generate text")
+    scaling = (c.rope_scaling or {}).get("rope_type") if c.position == "rope" else None
+    if scaling in ("dynamic", "longrope"):
+        raise ConfigError(
+            f"{path}: rope_scaling of type {scaling!r} turns all keys anew when a text grows, which a key/value cache "
+            "cannot; generate with transformers, or convert the model to another scaling"
+        )
+    if c.attention.sparse.mode != "none":
+        raise ConfigError(f"{path} has block-sparse attention, whose blocks a key/value cache does not serve")
+    return source
+
+
+def _in_folder(path: Path) -> Source:
+    folder = HFFolder(path)
+    architecture, config = described(folder, ARCHITECTURES, None)
+    match = Match(folder, architecture, config)
+    dtypes = [folder.dtypes[match.names[name]] for rule in match.rules for name in rule.theirs]
+    generation = dict(folder.config)
+    if (path / "generation_config.json").is_file():
+        generation |= folder.json("generation_config.json")
+    return Source(
+        match.config, match, max(set(dtypes), key=dtypes.count), _tokenizer_in(path), generation,
+        _longest(match.config, generation.get("max_position_embeddings")), (*folder.notes, *match.notes),
+    )  # fmt: skip
+
+
+def _longest(c: ModelConfig, said: Any) -> int | None:
+    if c.position == "learned":
+        return c.max_positions
+    return said if isinstance(said, int) and said > 0 else None
+
+
+def _in_checkpoint(path: Path) -> Source:
+    with Checkpoint(path) as checkpoint:
+        config = model_config(ModelConfig, checkpoint.meta, checkpoint.directory)
+        dtypes = [checkpoint.dtype(name) for name in checkpoint.names()]
+        home = checkpoint.directory.parent
+        trained = checkpoint.meta.get("config", {}).get("train", {}).get("sequence_length")
+    generation: dict[str, Any] = {}
+    for name in (carried_files.CONFIG, carried_files.GENERATION):
+        generation |= carried_files.settings(home, name)
+    longest = _longest(config, generation.get("max_position_embeddings", trained))
+    tokenizer = _tokenizer_in(home / "tokenizer")
+    return Source(config, path, max(set(dtypes), key=dtypes.count), tokenizer, generation, longest)
+
+
+def _tokenizer_in(folder: Path) -> Path | None:
+    names = ("tokenizer.json", "tokenizer.model")
+    return folder if any((folder / name).is_file() for name in names) else None
+
+
+def build(source: Source, mesh: Mesh, dtype: torch.dtype) -> Transformer:
+    """The stage of this rank, with its part of the weights, in evaluation mode.
+
+    Raises:
+        ConfigError: the mesh cannot split it; CheckpointError: on every rank, where weights cannot be read.
+    """
+    c = source.config
+    _require_split(c, mesh)
+    span = stage_spans(split_layers(c.num_layers, mesh.pp.size))[mesh.pp.rank]
+    model = class_of(c)(c, StageSettings(mesh, span, device=mesh.device, dtype=dtype)).eval()
+    model.requires_grad_(False)
+    if isinstance(source.weights, Path):
+        load(source.weights, [FlatShard.of(spec_of(p), "param", p.data) for p in model.parameters()], mesh.world)
+        return model
+    rules = {rule.ours: rule for rule in source.weights.rules}
+    for parameter in model.parameters():
+        spec = spec_of(parameter)
+        rule = rules[spec.name]
+        parameter.data.copy_(spec.slice_of(rule.from_hf(c, source.weights.read(rule))))
+    return model
+
+
+def _require_split(c: ModelConfig, mesh: Mesh) -> None:
+    tp, pp = mesh.tp.size, mesh.pp.size
+    if c.num_heads % tp or c.padded_vocab % tp or c.ffn_size % tp or (c.groups % tp and tp % c.groups):
+        raise ConfigError(
+            f"tensor_parallel_size={tp} does not divide {c.num_heads} heads, {c.groups} key/value heads, a "
+            f"feed-forward width of {c.ffn_size} and a vocabulary of {c.padded_vocab}; choose a divisor of all"
+        )
+    if pp > c.num_layers:
+        raise ConfigError(f"pipeline_parallel_size={pp} is more than the {c.num_layers} layers; use as many at most")
+
+
+def text_length(source: Source, asked: int | None) -> int:
+    """Tokens that a text may have: what is asked for, else what the model was made for.
+
+    Raises:
+        ConfigError: the model has no positions for so many.
+    """
+    longest = source.longest
+    if asked is None:
+        return longest or 2048
+    if asked < 2 or (longest is not None and asked > longest):
+        most = "any number from 2 on" if longest is None else f"2 to {longest}"
+        raise ConfigError(f"max_model_len={asked}: the model was made for {most} tokens")
+    return asked
