@@ -59,7 +59,7 @@ bench-kernels: $(INSTALLED) ## Check and measure each Triton kernel on a GPU bes
 constraints: ## Renew constraints.txt with the newest releases that pyproject.toml admits (torch and triton keep theirs)
 	@rm -rf build/fresh && $(PYTHON) -m venv build/fresh
 	@grep -E '^(torch|triton)==' constraints.txt > build/torch.txt
-	@build/fresh/bin/python -m pip install -qq -c build/torch.txt -e '.[dev,hf]'
+	@build/fresh/bin/python -m pip install -qq -c build/torch.txt -e '.[dev,hf,serve]'
 	@sed '/^[^#]/d' constraints.txt > build/constraints.txt
 	@build/fresh/bin/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' >> build/constraints.txt
 	@mv build/constraints.txt constraints.txt && rm -rf build/fresh build/torch.txt
@@ -78,6 +78,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(RUN) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@start=$$(date +%s) \
 	&& $(RUN) -m pip install -qq "$$(grep '^torch==' constraints.txt)" \
-	&& $(RUN) -m pip install -qq -c constraints.txt -e '.[dev,hf]' \
+	&& $(RUN) -m pip install -qq -c constraints.txt -e '.[dev,hf,serve]' \
 	&& echo "Installed in $$(( $$(date +%s) - start )) s."
 	@touch $@

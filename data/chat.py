@@ -61,7 +61,9 @@ class ChatTemplate:
         self._special = special or {}
         self.fingerprint = xxhash.xxh3_64_hexdigest(json.dumps([source, self._special]).encode())
 
-    def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: list[dict[str, Any]], add_generation_prompt: bool = False, tools: list[Any] | None = None
+    ) -> str:
         """Raises :class:`BadConversation`, whatever the template does wrong: it runs for one record of many."""
         from megatron_ds.data.template_sandbox import render
 
@@ -70,7 +72,7 @@ class ChatTemplate:
                 self._template,
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
-                tools=None,
+                tools=tools,
                 **self._special,
             )
         except Exception as error:

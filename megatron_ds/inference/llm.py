@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from megatron_ds.data.chat import ChatTemplate, load_template
+from megatron_ds.data.chat import BadConversation, ChatTemplate, load_template
 from megatron_ds.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.host import free_host_memory
@@ -111,17 +112,32 @@ class LLM:
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
         tokenizer = self._require_tokenizer()
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ConfigError("the prompt has half of a surrogate pair, which is no character: give valid Unicode")
         if isinstance(tokenizer, HFTokenizer):
             return list(tokenizer.backend.encode(prompt).ids)
         ids = [int(token) for token in tokenizer.encode_batch([prompt])[0]]
         return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
-        """The tokens of a conversation by the model's chat template, up to where the answer begins."""
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> list[int]:
+        """The tokens of a conversation by the model's chat template, up to where the answer begins.
+
+        Raises:
+            ConfigError: there is no template, or it refuses the conversation.
+        """
         if self._template is None:
             raise ConfigError(f"{self.model} has no chat template; put a chat_template.jinja beside its tokenizer")
-        text = self._template.render([dict(message) for message in messages], add_generation_prompt=True, **variables)
+        try:
+            text = self._template.render(
+                [dict(message) for message in messages], add_generation_prompt=True, tools=tools
+            )
+        except BadConversation as error:
+            raise ConfigError(str(error)) from None
         return [int(token) for token in self._require_tokenizer().encode_marked(text)[0]]
+
+    def token_text(self, token: int) -> str:
+        """A token as a text of its own."""
+        return self._require_tokenizer().decode([token]) if self.tokenizer is not None else f"token_id:{token}"
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -183,13 +199,13 @@ class LLM:
     def add(self, prompt: Prompt, params: SamplingParams) -> str:
         """Queue a request; returns its id. :meth:`step` serves it."""
         name = f"request-{next(self._numbers)}"
-        seeded = params
-        if params.seed is None and self.seed is not None:
-            from dataclasses import replace
-
-            seeded = replace(params, seed=self.seed)
-        self.engine.add(name, self.tokenize(prompt), seeded, prompt if isinstance(prompt, str) else None)
+        text = prompt if isinstance(prompt, str) else None
+        self.engine.add(name, self.tokenize(prompt), self.seeded(params), text)
         return name
+
+    def seeded(self, params: SamplingParams) -> SamplingParams:
+        """With this model's seed where the request has none of its own."""
+        return replace(params, seed=self.seed) if params.seed is None and self.seed is not None else params
 
     def step(self) -> list[RequestOutput]:
         """Compute one batch of what is queued; returns the requests that have got further."""

@@ -95,7 +95,8 @@ class Sampler:
             of_row = {int(tokens[place]): float(chosen[place])}
             count = counts[index] or 0
             for token, value in zip(ids[place, :count].tolist(), values[place, :count].tolist()):
-                of_row.setdefault(token, value)
+                if value > -torch.inf:  # the others are not possible
+                    of_row.setdefault(token, value)
             found[index] = of_row
         return found
 
@@ -142,25 +143,25 @@ class Sampler:
         """``logits [v]`` in place: penalties, biases and what is not allowed."""
         params = row.params
         if params.repetition_penalty != 1.0:
-            local = self._local({*row.prompt, *row.answer})
+            local = self._local({*row.prompt, *row.answer}, len(logits))
             of_seen = logits[local]
             factor = params.repetition_penalty
             logits[local] = torch.where(of_seen > 0, of_seen / factor, of_seen * factor)
         if params.presence_penalty or params.frequency_penalty:
             counts = Counter(row.answer)
-            for token in self._local(counts).tolist():
+            for token in self._local(counts, len(logits)).tolist():
                 logits[token] -= params.presence_penalty + params.frequency_penalty * counts[token + self.first]
         for token, bias in params.logit_bias.items():
             if 0 <= token - self.first < len(logits):
                 logits[token - self.first] += bias
         if row.banned:
-            logits[self._local(row.banned)] = -torch.inf
+            logits[self._local(row.banned, len(logits))] = -torch.inf
         if not params.greedy:
             logits /= params.temperature
 
-    def _local(self, tokens: Sequence[int] | set[int] | Counter[int]) -> Tensor:
-        count = self.vocab_size - self.first
-        return torch.tensor([t - self.first for t in sorted(tokens) if 0 <= t - self.first < count], dtype=torch.int64)
+    def _local(self, tokens: Sequence[int] | set[int] | Counter[int], width: int) -> Tensor:
+        """Which of the ``width`` tokens of this rank they are."""
+        return torch.tensor([t - self.first for t in sorted(tokens) if 0 <= t - self.first < width], dtype=torch.int64)
 
     def _kept(self, scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
         """``scores [r, v]`` with -inf where top-k, top-p and min-p leave a token out."""
@@ -182,15 +183,15 @@ class Sampler:
         """``[r]``: the smallest score that top-k and top-p keep, found among ``count`` tokens of each rank."""
         values, _ = self._most_probable(scores, count)
         width = values.shape[1]
-        where = {"device": values.device}
-        places = torch.arange(width, **where).expand_as(values)
-        limits = torch.tensor([min(top, width) for top in tops], **where).unsqueeze(1)
+        at = values.device
+        places = torch.arange(width, device=at).expand_as(values)
+        limits = torch.tensor([min(top, width) for top in tops], device=at).unsqueeze(1)
         by_count = values.gather(1, limits - 1).squeeze(1)
-        by_count[torch.tensor([top > width for top in tops], **where)] = -torch.inf
-        mass = torch.tensor(masses, dtype=torch.float64, **where)
+        by_count[torch.tensor([top > width for top in tops], device=at)] = -torch.inf
+        mass = torch.tensor(masses, dtype=torch.float64, device=at)
         # Of what top-k leaves, and of everything where it leaves all.
         inside = values.masked_fill(places >= limits, -torch.inf).double()
-        everything = torch.tensor([top > width for top in tops], **where)
+        everything = torch.tensor([top > width for top in tops], device=at)
         total = torch.where(everything, self._log_total(scores.double()), inside.logsumexp(1))
         probabilities = (inside - total.unsqueeze(1)).exp()
         before = probabilities.cumsum(1) - probabilities

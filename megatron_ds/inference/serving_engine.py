@@ -79,7 +79,8 @@ class ServingEngine:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.runner, self.batcher, self.mesh = runner, batcher, mesh
-        self.max_model_len, self.tokenizer, self.ends = max_model_len, tokenizer, ends or TextEnds()
+        self.tokenizer, self.ends = tokenizer, ends or TextEnds()
+        self.max_model_len = min(max_model_len, batcher.pool.count * batcher.pool.size)
         self.counters = Counters()
         self._clock = clock
         config = runner.model.config
@@ -113,15 +114,8 @@ class ServingEngine:
             raise ConfigError("the prompt is empty; give one token at least, for example the one that begins a text")
         if len(tokens) >= self.max_model_len:
             raise ConfigError(
-                f"the prompt has {len(tokens)} tokens, and prompt and answer may have max_model_len="
-                f"{self.max_model_len} together: shorten it"
-            )
-        pool = self.batcher.pool
-        longest = min(len(tokens) + (params.max_tokens or self.max_model_len), self.max_model_len)
-        if pool.needed(longest) > pool.count:
-            raise ConfigError(
-                f"prompt and answer may have {longest} tokens, and the cache has memory for {pool.count * pool.size}: "
-                "shorten them, or give the cache more memory (num_blocks or gpu_memory_utilization)"
+                f"the prompt has {len(tokens)} tokens, and prompt and answer may have {self.max_model_len} together: "
+                "shorten it, or serve with a longer max_model_len or more memory for the cache"
             )
         if outside := [t for t in (*tokens, *params.stop_token_ids) if not 0 <= t < self.vocab_size]:
             raise ConfigError(f"token {outside[0]} is none of the model's, 0 to {self.vocab_size - 1}")

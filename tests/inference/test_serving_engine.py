@@ -21,7 +21,9 @@ ALL = VOCAB
 MODELS = {name: stage_of(config_of(name), Mesh.single()) for name in FAMILIES}
 
 
-def serve(engine: ServingEngine, arrivals: dict[int, list[Any]], aborts: dict[int, list[str]]) -> dict[str, RequestOutput]:
+def serve(
+    engine: ServingEngine, arrivals: dict[int, list[Any]], aborts: dict[int, list[str]]
+) -> dict[str, RequestOutput]:
     """What came of the requests that arrive at these steps."""
     done: dict[str, RequestOutput] = {}
     last = max([*arrivals, *aborts])
@@ -129,7 +131,12 @@ def on_mesh(shape: MeshShape, family: str) -> list[Any]:
 
 @pytest.mark.parametrize(
     ("shape", "family"),
-    [(MeshShape(tp=2), "gemma"), (MeshShape(tp=4), "llama"), (MeshShape(pp=2), "bloom"), (MeshShape(pp=2, tp=2), "gpt2")],
+    [
+        (MeshShape(tp=2), "gemma"),
+        (MeshShape(tp=4), "llama"),
+        (MeshShape(pp=2), "bloom"),
+        (MeshShape(pp=2, tp=2), "gpt2"),
+    ],
 )
 def test_every_mesh_gives_the_tokens_and_logits_of_one_process(shape: MeshShape, family: str) -> None:
     want = {name: rest for name, *rest in on_mesh(MeshShape(), family)}

@@ -1,0 +1,278 @@
+"""OpenAI's HTTP interface: what its requests mean here, and what its answers look like.
+
+Of the Completions and Chat Completions API as the ``openai`` client 3 speaks it. Further settings of vLLM's server are
+taken beside them (``top_k``, ``min_p``, ``repetition_penalty``, ...). A field that is not known is refused: it might
+have meant something.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron_ds.errors import ConfigError
+from megatron_ds.inference.outputs import CompletionOutput, RequestOutput
+from megatron_ds.inference.sampling_params import SamplingParams
+from megatron_ds.inference.sequence import Logprobs
+
+_SAMPLING = (
+    "n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "top_k", "min_p",
+    "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos", "include_stop_str_in_output",
+    "skip_special_tokens", "prompt_logprobs", "processed_logprobs",
+)  # fmt: skip
+_NOTHING = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+"""Fields that say something to OpenAI, and nothing to a server of one's own."""
+_MOST_PROMPTS, _MOST_MESSAGES = 256, 4096
+
+
+class BadRequest(Exception):
+    """A request that cannot be served. ``parameter``: the field that is wrong; ``status``: of the HTTP answer."""
+
+    def __init__(self, message: str, parameter: str | None = None, status: int = 400):
+        super().__init__(message)
+        self.parameter, self.status = parameter, status
+
+    def body(self) -> dict[str, Any]:
+        kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
+        return {"error": {"message": str(self), "type": kind, "param": self.parameter, "code": None}}
+
+
+class Texts(Protocol):
+    """What is needed of the model's tokenizer."""
+
+    def tokenize(self, prompt: str | Sequence[int]) -> list[int]: ...
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> list[int]: ...
+
+    def token_text(self, token: int) -> str: ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request of a client: its prompts as tokens, and how it wants the answer."""
+
+    chat: bool
+    model: str
+    prompts: tuple[tuple[int, ...], ...]
+    params: SamplingParams
+    stream: bool
+    usage_in_stream: bool
+    echo: bool = False
+
+
+def read_call(body: Any, chat: bool, model: str, texts: Texts) -> Call:
+    """What a client's JSON asks for.
+
+    Raises:
+        BadRequest: something in it is not as it must be, or not served here.
+    """
+    if not isinstance(body, dict):
+        raise BadRequest("the body must be a JSON object")
+    fields = dict(body)
+    for name in _NOTHING:
+        fields.pop(name, None)
+    asked = fields.pop("model", model)
+    if asked != model:
+        raise BadRequest(f"the model {asked!r} is not served here; use {model!r}", "model", 404)
+    stream = _flag(fields, "stream")
+    options = fields.pop("stream_options", None) or {}
+    if not isinstance(options, dict) or set(options) - {"include_usage"} or (options and not stream):
+        raise BadRequest("stream_options takes include_usage, of a stream", "stream_options")
+    usage = bool(options.get("include_usage", False))
+    settings = {name: fields.pop(name) for name in _SAMPLING if name in fields}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    stop = fields.pop("stop", None)
+    settings["stop"] = () if stop is None else stop
+    settings["logit_bias"] = fields.pop("logit_bias", None) or {}
+    limit = fields.pop("max_completion_tokens", None) if chat else None
+    limit = fields.pop("max_tokens", None) if limit is None else limit
+    settings["max_tokens"] = limit if limit is not None or chat else 16
+    echo = False
+    if chat:
+        _read_chat_logprobs(fields, settings)
+        prompts: tuple[tuple[int, ...], ...] = (_read_messages(fields, texts),)
+    else:
+        settings["logprobs"] = fields.pop("logprobs", None)
+        echo = _flag(fields, "echo")
+        prompts = _read_prompts(fields, texts)
+        if fields.pop("best_of", None) not in (None, 1, settings.get("n", 1)):
+            raise BadRequest("best_of is not served; use n", "best_of")
+    if unknown := [name for name, value in fields.items() if value is not None]:
+        raise BadRequest(f"{unknown[0]!r} is no field that is served here", unknown[0])
+    try:
+        return Call(chat, model, prompts, SamplingParams(**settings), stream, usage, echo)
+    except ConfigError as error:
+        raise BadRequest(str(error), str(error).partition("=")[0]) from None
+
+
+def _flag(fields: dict[str, Any], name: str) -> bool:
+    value = fields.pop(name, None)
+    if value not in (None, True, False):
+        raise BadRequest(f"{name} must be true or false", name)
+    return bool(value)
+
+
+def _read_chat_logprobs(fields: dict[str, Any], settings: dict[str, Any]) -> None:
+    top = fields.pop("top_logprobs", None)
+    if _flag(fields, "logprobs"):
+        settings["logprobs"] = 0 if top is None else top
+    elif top:
+        raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
+
+
+def _read_prompts(fields: dict[str, Any], texts: Texts) -> tuple[tuple[int, ...], ...]:
+    prompt = fields.pop("prompt", None)
+    one = isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and _is_id(prompt[0]))
+    several = [prompt] if one else prompt
+    if not isinstance(several, list) or not several:
+        raise BadRequest("prompt must be a text, a list of texts, token ids, or a list of these", "prompt")
+    if len(several) > _MOST_PROMPTS:
+        raise BadRequest(f"{len(several)} prompts; {_MOST_PROMPTS} are the most", "prompt")
+    found = []
+    for each in several:
+        if not isinstance(each, str) and not (isinstance(each, list) and all(_is_id(token) for token in each)):
+            raise BadRequest("a prompt is neither a text nor a list of token ids", "prompt")
+        found.append(tuple(_tokens(lambda each=each: texts.tokenize(each))))
+    return tuple(found)
+
+
+def _read_messages(fields: dict[str, Any], texts: Texts) -> tuple[int, ...]:
+    messages = fields.pop("messages", None)
+    tools, choice = fields.pop("tools", None), fields.pop("tool_choice", None)
+    if not isinstance(messages, list) or not 0 < len(messages) <= _MOST_MESSAGES:
+        raise BadRequest(f"messages must be a list of 1 to {_MOST_MESSAGES} messages", "messages")
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise BadRequest("tools must be a list of objects", "tools")
+    if choice not in (None, "none", "auto"):
+        raise BadRequest("tool_choice takes 'none' and 'auto': tools are shown to the model, not forced", "tool_choice")
+    read = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise BadRequest(f"message {number} has no role", "messages")
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+            if not all(isinstance(part, str) for part in parts):
+                raise BadRequest(f"message {number} has a part that is no text: only texts are served", "messages")
+            content = "".join(part for part in parts if part is not None)
+        if not isinstance(content, str) and not (content is None and "tool_calls" in message):
+            raise BadRequest(f"message {number} has no content", "messages")
+        read.append({**message, "content": content or ""})
+    shown = None if choice == "none" else tools
+    return tuple(_tokens(lambda: texts.render_chat(read, shown)))
+
+
+def _tokens(make: Any) -> list[int]:
+    try:
+        found: list[int] = make()
+    except (ConfigError, UnicodeError) as error:
+        raise BadRequest(str(error)) from None
+    return found
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+# Answers
+
+
+class Answers:
+    """The bodies of the answers to one call, whole or in pieces as they come."""
+
+    def __init__(self, call: Call, name: str, texts: Texts):
+        self.call, self.name, self.texts = call, name, texts
+        self.created = int(time.time())
+        self._sent: dict[tuple[int, int], tuple[int, int]] = {}  # characters (-1: all) and tokens
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        n = self.call.params.n
+        choices = [
+            self._choice(prompt * n + sample.index, sample, sample.text, 0, self._echoed(output))
+            for prompt, output in enumerate(outputs)
+            for sample in output.outputs
+        ]
+        kind = "chat.completion" if self.call.chat else "text_completion"
+        return {**self._head(kind), "choices": choices, "usage": _usage(outputs)}
+
+    def pieces(self, prompt: int, output: RequestOutput) -> list[dict[str, Any]]:
+        """What has come since the last call, a body for each sample."""
+        found = []
+        for sample in output.outputs:
+            key = (prompt, sample.index)
+            begun = key in self._sent
+            characters, tokens = self._sent.get(key, (0, 0))
+            text = sample.text[max(characters, 0) :]
+            if characters < 0 or (begun and not text and sample.finish_reason is None):
+                continue  # it has ended, or there is nothing new
+            self._sent[key] = (-1 if sample.finish_reason else len(sample.text), len(sample.token_ids))
+            index = prompt * self.call.params.n + sample.index
+            echoed = "" if begun else self._echoed(output)
+            found.append(self._piece([self._choice(index, sample, text, tokens, echoed, first=not begun)]))
+        return found
+
+    def last_piece(self, outputs: Sequence[RequestOutput]) -> dict[str, Any] | None:
+        """How many tokens there were, where that was asked for."""
+        return {**self._piece([]), "usage": _usage(outputs)} if self.call.usage_in_stream else None
+
+    def _piece(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self.call.chat else "text_completion"
+        return {**self._head(kind), "choices": choices}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.name, "object": kind, "created": self.created, "model": self.call.model}
+
+    def _echoed(self, output: RequestOutput) -> str:
+        return "".join(self.texts.token_text(token) for token in output.prompt_token_ids) if self.call.echo else ""
+
+    def _choice(
+        self, index: int, sample: CompletionOutput, text: str, since: int, echoed: str, first: bool | None = None
+    ) -> dict[str, Any]:
+        """``first``: whether it is a sample's first piece; None: it is the whole. ``since``: tokens sent before."""
+        logprobs = None if sample.logprobs is None else sample.logprobs[since:]
+        ids = sample.token_ids[since:]
+        common = {"index": index, "finish_reason": sample.finish_reason, "stop_reason": sample.stop_reason}
+        if not self.call.chat:
+            shown = None if logprobs is None else self._completion_logprobs(ids, logprobs)
+            return {**common, "text": echoed + text, "logprobs": shown}
+        shown = None if logprobs is None else {"content": self._chat_logprobs(ids, logprobs), "refusal": None}
+        message = {"content": text} if first is False else {"role": "assistant", "content": text}
+        return {**common, "message" if first is None else "delta": message, "logprobs": shown}
+
+    def _completion_logprobs(self, ids: Sequence[int], logprobs: Sequence[Logprobs]) -> dict[str, Any]:
+        words = [self.texts.token_text(token) for token in ids]
+        offsets = [sum(map(len, words[:place])) for place in range(len(words))]
+        tops = [{self.texts.token_text(t): value for t, value in of_token.items()} for of_token in logprobs]
+        values = [of_token[token] for token, of_token in zip(ids, logprobs)]
+        return {"tokens": words, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
+
+    def _chat_logprobs(self, ids: Sequence[int], logprobs: Sequence[Logprobs]) -> list[dict[str, Any]]:
+        def entry(token: int, value: float) -> dict[str, Any]:
+            text = self.texts.token_text(token)
+            return {"token": text, "logprob": max(value, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
+
+        most = self.call.params.logprobs or 0
+        return [
+            {**entry(token, of_token[token]), "top_logprobs": [entry(*pair) for pair in _top(of_token, most)]}
+            for token, of_token in zip(ids, logprobs)
+        ]
+
+
+def _top(of_token: Logprobs, count: int) -> list[tuple[int, float]]:
+    return sorted(of_token.items(), key=lambda pair: -pair[1])[:count]
+
+
+def _usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    answer = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
+    cached = {"cached_tokens": sum(output.cached for output in outputs)}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+        "prompt_tokens_details": cached,
+    }

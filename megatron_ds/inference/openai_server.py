@@ -1,0 +1,347 @@
+"""An HTTP server with OpenAI's interface: one thread computes, one event loop talks to the clients."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from megatron_ds.errors import ConfigError
+from megatron_ds.inference.llm import LLM
+from megatron_ds.inference.openai_protocol import Answers, BadRequest, Call, read_call
+from megatron_ds.inference.outputs import RequestOutput
+
+log = logging.getLogger(__name__)
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+"""Bounds of the histogram of the time to the first token."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes on.
+
+    Attributes:
+        requests: prompts that are served or wait at one time; more are told to come back later (429).
+        body_bytes: of a request. seconds: that a request may take; then it is ended.
+        api_key: that clients must give; None: none.
+    """
+
+    requests: int = 256
+    body_bytes: int = 4 << 20
+    seconds: float = 600.0
+    api_key: str | None = None
+
+
+class EngineThread:
+    """Runs the steps; other threads ask it for requests and hear of what comes of them."""
+
+    def __init__(self, llm: LLM):
+        self.llm = llm
+        self.failure: BaseException | None = None
+        self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._heard: dict[str, Callable[[RequestOutput | BaseException], None]] = {}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def under_way(self) -> int:
+        return len(self._heard)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._asked.put(None)
+        self._thread.join(timeout=60)
+
+    def add(self, name: str, call: Call, prompt: int, hear: Callable[[RequestOutput | BaseException], None]) -> None:
+        self._heard[name] = hear
+
+        def begin() -> None:
+            try:
+                self.llm.engine.add(name, call.prompts[prompt], self.llm.seeded(call.params))
+            except ConfigError as error:
+                self._tell(name, BadRequest(str(error)))
+
+        self._asked.put(begin)
+
+    def abort(self, name: str) -> None:
+        if self._heard.pop(name, None) is not None:
+            self._asked.put(lambda: self.llm.engine.abort(name))
+
+    def _tell(self, name: str, what: RequestOutput | BaseException) -> None:
+        ended = not isinstance(what, RequestOutput) or what.finished
+        hear = self._heard.pop(name, None) if ended else self._heard.get(name)
+        if hear is not None:
+            with contextlib.suppress(RuntimeError):  # its event loop is closed
+                hear(what)
+
+    def _run(self) -> None:
+        try:
+            while True:
+                wait = not self.llm.engine.has_work
+                with contextlib.suppress(queue.Empty):
+                    while True:
+                        asked = self._asked.get(block=wait)
+                        if asked is None:
+                            return
+                        asked()
+                        wait = False
+                if self.llm.engine.has_work:
+                    for output in self.llm.step():
+                        self._tell(output.request_id, output)
+        except BaseException as error:
+            log.exception("the engine has failed; /health says so from now on")
+            self.failure = error
+            for name in list(self._heard):
+                self._tell(name, BadRequest(f"the engine has failed: {type(error).__name__}: {error}", status=500))
+
+
+class Server:
+    """The application: ``app`` is ASGI. Args: ``model``, the name under which clients ask for the model."""
+
+    def __init__(self, llm: LLM, model: str, limits: Limits | None = None):
+        self.llm, self.model, self.limits = llm, model, limits or Limits()
+        self.engine = EngineThread(llm)
+        self.started = int(time.time())
+        self.refused = 0
+        registry = CollectorRegistry()
+        registry.register(self)
+        self._registry = registry
+        routes = [
+            Route("/v1/models", self._guarded(self._models)),
+            Route("/v1/completions", self._guarded(self._completions), methods=["POST"]),
+            Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
+            Route("/tokenize", self._guarded(self._tokenize), methods=["POST"]),
+            Route("/health", self._health),
+            Route("/metrics", self._metrics),
+        ]
+        handlers: Any = {BadRequest: _refused, HTTPException: _not_found, Exception: _defect}
+        self.app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        self.engine.start()
+        yield
+        await asyncio.to_thread(self.engine.stop)
+
+    # Endpoints
+
+    def _guarded(self, endpoint: Callable[[Request], Any]) -> Callable[[Request], Any]:
+        async def guarded(request: Request) -> Response:
+            key = self.limits.api_key
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
+                raise BadRequest("give the server's API key as a bearer token", status=401)
+            answer: Response = await endpoint(request)
+            return answer
+
+        return guarded
+
+    async def _models(self, request: Request) -> Response:
+        about = {"id": self.model, "object": "model", "created": self.started, "owned_by": "megatron-ds"}
+        return JSONResponse({"object": "list", "data": [{**about, "max_model_len": self.llm.engine.max_model_len}]})
+
+    async def _health(self, request: Request) -> Response:
+        if self.engine.failure is not None:
+            return JSONResponse({"status": "failed", "error": str(self.engine.failure)}, 503)
+        return JSONResponse({"status": "ok"})
+
+    async def _metrics(self, request: Request) -> Response:
+        return Response(generate_latest(self._registry), media_type="text/plain; version=0.0.4")
+
+    async def _tokenize(self, request: Request) -> Response:
+        body = await self._json(request)
+        prompt = body.get("prompt") if isinstance(body, dict) else None
+        if not isinstance(prompt, str):
+            raise BadRequest("prompt must be a text", "prompt")
+        tokens = read_call({"prompt": prompt}, False, self.model, self.llm).prompts[0]
+        return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self.llm.engine.max_model_len})
+
+    async def _completions(self, request: Request) -> Response:
+        return await self._answer(request, chat=False)
+
+    async def _chat(self, request: Request) -> Response:
+        return await self._answer(request, chat=True)
+
+    async def _answer(self, request: Request, chat: bool) -> Response:
+        body = await self._json(request)
+        call = read_call(body, chat, self.model, self.llm)
+        if self.engine.under_way + len(call.prompts) > self.limits.requests:
+            self.refused += 1
+            raise BadRequest(f"{self.engine.under_way} requests are under way; come back later", status=429)
+        if self.engine.failure is not None:
+            raise BadRequest("the engine has failed; see /health", status=503)
+        served = _Served(self.engine, call, self.limits.seconds)
+        answers = Answers(call, ("chatcmpl-" if chat else "cmpl-") + served.name, self.llm)
+        if call.stream:
+            first = await self._first(request, served)
+            pieces = _pieces(served, answers, first)
+            return StreamingResponse(pieces, media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        while not served.finished:
+            await self._first(request, served)
+        return JSONResponse(answers.whole(served.outputs))
+
+    async def _first(self, request: Request, served: _Served) -> tuple[int, RequestOutput]:
+        """What comes next, as long as the client is there."""
+        waiting = asyncio.ensure_future(served.next())
+        try:
+            while not (await asyncio.wait({waiting}, timeout=0.5))[0]:
+                if await request.is_disconnected():
+                    raise BadRequest("the client has left", status=499)
+            return await waiting
+        except BaseException:
+            waiting.cancel()
+            served.abort()
+            raise
+
+    async def _json(self, request: Request) -> Any:
+        data = bytearray()
+        try:
+            async with asyncio.timeout(30):
+                async for chunk in request.stream():
+                    data += chunk
+                    if len(data) > self.limits.body_bytes:
+                        most = self.limits.body_bytes
+                        raise BadRequest(f"the body is longer than {most} bytes", status=413)
+            return json.loads(data)
+        except TimeoutError:
+            raise BadRequest("the body has not come within 30 s", status=408) from None
+        except ClientDisconnect:
+            raise BadRequest("the client has left", status=499) from None
+        except (ValueError, RecursionError) as error:
+            raise BadRequest(f"the body is no JSON: {error}") from None
+
+    # Prometheus
+
+    def collect(self) -> Any:
+        """What ``/metrics`` shows, at this moment; called by the registry."""
+        engine, batcher = self.llm.engine, self.llm.engine.batcher
+        counters = engine.counters
+        used = 1.0 - batcher.pool.free / batcher.pool.count
+        for name, text, value in (
+            ("running", "Sequences that are computed.", len(batcher.running)),
+            ("waiting", "Sequences that wait.", len(batcher.waiting)),
+            ("kv_cache_usage_ratio", "Blocks of the key/value cache that are held.", used),
+        ):
+            yield GaugeMetricFamily(f"megatron_ds_{name}", text, value)
+        for name, text, value in (
+            ("prompt_tokens", "Tokens of prompts.", counters.prompt_tokens),
+            ("cached_prompt_tokens", "Tokens of prompts that were in the cache.", counters.cached_tokens),
+            ("generation_tokens", "Tokens of answers.", counters.answer_tokens),
+            ("steps", "Batches.", counters.steps),
+            ("preemptions", "Sequences that gave up their blocks and were computed again.", batcher.preemptions),
+            ("refused", "Requests that were told to come back later.", self.refused),
+        ):
+            yield CounterMetricFamily(f"megatron_ds_{name}", text, value)
+        finished = CounterMetricFamily("megatron_ds_finished", "Answers by how they ended.", labels=["reason"])
+        for reason, count in list(counters.finished.items()):
+            finished.add_metric([reason], count)
+        yield finished
+        times = list(counters.first_token_seconds)
+        buckets = [(str(bound), float(sum(t <= bound for t in times))) for bound in _SECONDS]
+        name, text = "megatron_ds_time_to_first_token_seconds", "From a request's arrival to its first token."
+        yield HistogramMetricFamily(name, text, buckets=[*buckets, ("+Inf", float(len(times)))], sum_value=sum(times))
+
+
+class _Served:
+    """The prompts of one call on their way through the engine."""
+
+    def __init__(self, engine: EngineThread, call: Call, seconds: float):
+        self.name = secrets.token_hex(12)
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, RequestOutput | BaseException]] = asyncio.Queue()
+        self._deadline = self._loop.time() + seconds
+        self._latest: list[RequestOutput | None] = [None] * len(call.prompts)
+        for prompt in range(len(call.prompts)):
+            engine.add(self._of(prompt), call, prompt, self._hear(prompt))
+
+    def _of(self, prompt: int) -> str:
+        return f"{self.name}-{prompt}"
+
+    def _hear(self, prompt: int) -> Callable[[RequestOutput | BaseException], None]:
+        def hear(what: RequestOutput | BaseException) -> None:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (prompt, what))
+
+        return hear
+
+    @property
+    def outputs(self) -> list[RequestOutput]:
+        return [output for output in self._latest if output is not None]
+
+    @property
+    def finished(self) -> bool:
+        return all(output is not None and output.finished for output in self._latest)
+
+    async def next(self) -> tuple[int, RequestOutput]:
+        """The prompt that has got further, and what there is of its answers."""
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                prompt, what = await self._queue.get()
+        except TimeoutError:
+            raise BadRequest("the request has taken too long", status=504) from None
+        if isinstance(what, BaseException):
+            raise what
+        self._latest[prompt] = what
+        return prompt, what
+
+    def abort(self) -> None:
+        for prompt in range(len(self._latest)):
+            self._engine.abort(self._of(prompt))
+
+
+async def _pieces(served: _Served, answers: Answers, first: tuple[int, RequestOutput]) -> AsyncIterator[str]:
+    """Server-sent events. Where the client leaves, the request ends with this generator."""
+    try:
+        prompt, output = first
+        while True:
+            for piece in answers.pieces(prompt, output):
+                yield _event(piece)
+            if served.finished:
+                break
+            prompt, output = await served.next()
+        last = answers.last_piece(served.outputs)
+        if last is not None:
+            yield _event(last)
+        yield "data: [DONE]\n\n"
+    except BadRequest as error:
+        yield _event(error.body())
+    finally:
+        served.abort()
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body)}\n\n"
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, BadRequest)
+    headers = {"retry-after": "1"} if error.status == 429 else None
+    return JSONResponse(error.body(), error.status, headers)
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse(BadRequest(error.detail, status=error.status_code).body(), error.status_code)
+
+
+async def _defect(request: Request, error: Exception) -> Response:
+    return JSONResponse(BadRequest(f"{type(error).__name__}: {error}", status=500).body(), 500)

@@ -1,0 +1,79 @@
+"""The block pool as a state machine beside a slow account of who holds what."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from megatron_ds.inference.block_pool import BlockPool
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Holders are lists of blocks; a block is free if it stands in none of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockPool(7, 4)
+        self.held: list[list[int]] = []
+        self.known: dict[bytes, int] = {}
+
+    @rule(count=st.integers(0, 9))
+    def allocate(self, count: int) -> None:
+        free = 7 - len({block for blocks in self.held for block in blocks})
+        blocks = self.pool.allocate(count)
+        assert (blocks is None) == (count > free)
+        if blocks is not None:
+            assert len(set(blocks)) == count and not {b for held in self.held for b in held} & set(blocks)
+            self.held.append(blocks)
+            self.known = {digest: block for digest, block in self.known.items() if block not in blocks}
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        self.pool.release(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        blocks = self.held[data.draw(st.integers(0, len(self.held) - 1))]
+        self.pool.hold(blocks)
+        self.held.append(list(blocks))
+
+    @precondition(lambda self: any(self.held))
+    @rule(data=st.data(), tokens=st.integers(0, 5))
+    def publish(self, data: st.DataObject, tokens: int) -> None:
+        block = data.draw(st.sampled_from(sorted({b for blocks in self.held for b in blocks})))
+        digest = self.pool.hash_of(b"", [tokens] * 4)
+        if digest not in self.known:
+            self.known = {d: b for d, b in self.known.items() if b != block}
+            self.known[digest] = block
+        self.pool.publish(block, digest)
+
+    @rule(tokens=st.integers(0, 5))
+    def find(self, tokens: int) -> None:
+        block = self.pool.find(self.pool.hash_of(b"", [tokens] * 4))
+        assert block == self.known.get(self.pool.hash_of(b"", [tokens] * 4))
+        if block is not None:
+            self.pool.hold([block])  # free or not, it is taken with what is in it
+            self.held.append([block])
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        holders = [block for blocks in self.held for block in blocks]
+        assert self.pool.free == 7 - len(set(holders))
+        assert all(self.pool.is_shared(block) == (holders.count(block) > 1) for block in range(7))
+
+
+PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestPool = PoolMachine.TestCase
+
+
+def test_a_block_given_back_twice_is_a_defect() -> None:
+    pool = BlockPool(2, 4)
+    blocks = pool.allocate(1)
+    assert blocks is not None
+    pool.release(blocks)
+    with pytest.raises(RuntimeError, match="more often"):
+        pool.release(blocks)

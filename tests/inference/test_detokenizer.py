@@ -1,0 +1,63 @@
+"""The growing text: what it says at last is the whole text decoded at once, and it takes nothing back."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ds.data.tokenizers import ByteTokenizer
+from megatron_ds.inference.detokenizer import Detokenizer
+
+TEXTS = st.text(alphabet="aä中🙂 \nx", max_size=30)
+
+
+def grown(ids: Sequence[int], stops: Sequence[str] = (), keep: bool = False) -> tuple[list[str], Detokenizer]:
+    detokenizer = Detokenizer(ByteTokenizer(), list(b"prompt \xf0"), stops, keep)
+    seen = []
+    for token in ids:
+        detokenizer.add(token)
+        seen.append(detokenizer.text)
+    detokenizer.finish()
+    return [*seen, detokenizer.text], detokenizer
+
+
+@given(text=TEXTS)
+def test_the_text_grows_by_whole_characters(text: str) -> None:
+    detokenizer = Detokenizer(ByteTokenizer(), [])
+    for token in text.encode():
+        before = detokenizer.text
+        detokenizer.add(token)
+        assert detokenizer.text.startswith(before) and text.startswith(detokenizer.text)
+    detokenizer.finish()
+    assert detokenizer.text == text
+
+
+@given(text=TEXTS, stops=st.lists(st.text(alphabet="aä中 x", min_size=1, max_size=3), max_size=3), keep=st.booleans())
+def test_it_ends_before_the_first_stop_text(text: str, stops: list[str], keep: bool) -> None:
+    detokenizer = Detokenizer(ByteTokenizer(), [], stops, keep)
+    for token in text.encode():
+        detokenizer.add(token)
+        assert text.startswith(detokenizer.text), "a part of a stop text was shown"
+        if detokenizer.stopped is not None:
+            break
+    detokenizer.finish()
+    # The slow way: after each character, whether a stop text is there.
+    want = text
+    for end in range(1, len(text) + 1):
+        found = [(text[:end].find(stop), stop) for stop in stops if stop in text[:end]]
+        if found:
+            place, stop = min(found)
+            want = text[: place + len(stop) if keep else place]
+            break
+    assert detokenizer.text == want
+
+
+@pytest.mark.parametrize("ids", [[0xF0, 0x9F], [0xFF] * 20, [0xE4, 0x61]])
+def test_bytes_that_are_no_text_are_marked_in_the_end(ids: list[int]) -> None:
+    seen, detokenizer = grown(ids)
+    assert "\N{REPLACEMENT CHARACTER}" in detokenizer.text
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))

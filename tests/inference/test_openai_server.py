@@ -1,0 +1,269 @@
+"""The server as its clients see it: the official client, a load with clients that leave, and requests meant to harm."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import uvicorn
+from hf_models import _llama
+
+from megatron_ds.data.tokenizers import ByteTokenizer
+from megatron_ds.inference import LLM, SamplingParams
+from megatron_ds.inference.openai_server import Limits, Server
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if tools %}T{{ tools|length }}{% endif %}>"
+)
+KEY = "secret"
+
+
+class Running:
+    """A server on a port of its own, in a thread."""
+
+    def __init__(self, folder: Path, **limits: Any):
+        self.llm = LLM(folder, num_blocks=40, block_size=8, max_model_len=120, max_num_seqs=8)
+        self.server = Server(self.llm, "tiny", Limits(api_key=KEY, **limits))
+        listening = socket.socket()
+        listening.bind(("127.0.0.1", 0))
+        self.port = listening.getsockname()[1]
+        self._uvicorn = uvicorn.Server(uvicorn.Config(self.server.app, log_level="error", timeout_graceful_shutdown=5))
+        self._thread = threading.Thread(target=self._uvicorn.run, kwargs={"sockets": [listening]})
+        self._thread.start()
+        while not self._uvicorn.started:
+            time.sleep(0.01)
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=KEY, max_retries=0, timeout=60)
+
+    def post(self, path: str, data: bytes, key: str = KEY) -> tuple[int, Any]:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data)
+        request.add_header("authorization", f"Bearer {key}")
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
+            return answer.read().decode()
+
+    def idle(self) -> bool:
+        """Within some seconds: nobody waits or runs, and every block is free."""
+        deadline = time.monotonic() + 60
+        pool, batcher = self.llm.engine.batcher.pool, self.llm.engine.batcher
+        while time.monotonic() < deadline:
+            if not (batcher.running or batcher.waiting or self.llm.engine.has_work or self.server.engine.under_way):
+                return pool.free == pool.count
+            time.sleep(0.02)
+        return False
+
+    def close(self) -> None:
+        self._uvicorn.should_exit = True
+        self._thread.join(timeout=60)
+        self.llm.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose vocabulary is bytes."""
+    path = tmp_path_factory.mktemp("model")
+    model = _llama(vocab_size=257, max_position_embeddings=256, bos_token_id=None, eos_token_id=256)
+    model.save_pretrained(path)
+    ByteTokenizer().save_hf(path)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def running(folder: Path) -> Iterator[Running]:
+    server = Running(folder, requests=64, body_bytes=200_000)
+    yield server
+    server.close()
+
+
+def test_the_official_client_gets_what_the_engine_says(running: Running, folder: Path) -> None:
+    client = running.client
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    with LLM(folder, block_size=8) as llm:
+        params = SamplingParams(temperature=0.8, seed=5, max_tokens=12, logprobs=2, n=2)
+        want = llm.generate("hello", params, use_tqdm=False)[0]
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": "hello",
+        "temperature": 0.8,
+        "seed": 5,
+        "max_tokens": 12,
+        "n": 2,
+    }
+    whole = client.completions.create(**asked, logprobs=2)
+    assert [choice.text for choice in whole.choices] == [sample.text for sample in want.outputs]
+    assert whole.usage is not None and whole.usage.completion_tokens == sum(len(s.token_ids) for s in want.outputs)
+    shown = whole.choices[0].logprobs
+    assert shown is not None and shown.token_logprobs is not None
+    assert shown.token_logprobs == [of[t] for t, of in zip(want.outputs[0].token_ids, want.outputs[0].logprobs or [])]
+    texts = ["", ""]
+    usage = None
+    for piece in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+        usage = piece.usage or usage
+        for choice in piece.choices:
+            texts[choice.index] += choice.text
+    assert texts == [sample.text for sample in want.outputs]
+    assert usage is not None and usage.total_tokens == whole.usage.total_tokens
+
+
+def test_conversations_go_through_the_template(running: Running, folder: Path) -> None:
+    client = running.client
+    messages: list[Any] = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    tools: list[Any] = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    asked: dict[str, Any] = {"model": "tiny", "messages": messages, "temperature": 0, "max_completion_tokens": 8}
+    with LLM(folder, block_size=8) as llm:
+        greedy = SamplingParams(temperature=0.0, max_tokens=8)
+        plain, shown = llm.generate(["<user>hi>", "<user>hiT1>"], greedy, use_tqdm=False)
+    answer = client.chat.completions.create(**asked, logprobs=True, top_logprobs=3)
+    assert answer.choices[0].message.content == plain.outputs[0].text
+    assert answer.choices[0].logprobs is not None and len(answer.choices[0].logprobs.content[0].top_logprobs) == 3
+    assert client.chat.completions.create(**asked, tools=tools).choices[0].message.content == shown.outputs[0].text
+    stream = client.chat.completions.create(**asked, stream=True)
+    assert "".join(piece.choices[0].delta.content or "" for piece in stream) == plain.outputs[0].text
+    tokens = running.post("/tokenize", b'{"prompt": "abc"}')[1]
+    assert tokens["tokens"] == [97, 98, 99]
+
+
+def test_stop_texts_end_an_answer_and_are_not_shown(running: Running) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "x", "temperature": 1.5, "seed": 3, "max_tokens": 60}
+    whole = running.client.completions.create(**asked).choices[0].text
+    stop = whole[10:12]
+    choice = running.client.completions.create(**asked, stop=[stop]).choices[0]
+    assert choice.text == whole[: whole.find(stop)] and choice.finish_reason == "stop"
+
+
+DEEP = b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+HOSTILE: dict[str, tuple[bytes, int]] = {
+    "no json": (b"\xff\xfe{", 400),
+    "deep": (DEEP, 413),
+    "deep, but short": (b"[" * 90_000, 400),
+    "long": (b'{"prompt": "' + b"a" * 300_000 + b'"}', 413),
+    "a list": (b"[]", 400),
+    "huge n": (b'{"prompt": "a", "n": 1000000000}', 400),
+    "negative": (b'{"prompt": "a", "max_tokens": -5}', 400),
+    "nan": (b'{"prompt": "a", "temperature": NaN}', 400),
+    "infinite": (b'{"prompt": "a", "top_p": 1e999}', 400),
+    "text for a number": (b'{"prompt": "a", "temperature": "hot"}', 400),
+    "too long for the model": (b'{"prompt": "' + b"a" * 500 + b'"}', 400),
+    "empty": (b'{"prompt": ""}', 400),
+    "no prompt": (b"{}", 400),
+    "token outside": (b'{"prompt": [3, 99999]}', 400),
+    "huge token": (b'{"prompt": [' + b"9" * 4000 + b"]}", 400),
+    "another model": (b'{"model": "gpt-4", "prompt": "a"}', 404),
+    "unknown field": (b'{"prompt": "a", "suffix": "b"}', 400),
+    "bias": (b'{"prompt": "a", "logit_bias": {"x": 1}}', 400),
+    "surrogate": (b'{"prompt": "\\ud800"}', 400),
+    "many prompts": (b'{"prompt": [' + b'"a",' * 1000 + b'"a"]}', 400),
+    "stop": (b'{"prompt": "a", "stop": [""]}', 400),
+    "stream options": (b'{"prompt": "a", "stream_options": {"include_usage": true}}', 400),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_request_is_refused_and_the_server_lives(running: Running, name: str) -> None:
+    data, status = HOSTILE[name]
+    found, body = running.post("/v1/completions", data)
+    assert found == status and body["error"]["message"], body
+    if name in ("no json", "deep, but short", "surrogate"):
+        wrapped = data if name != "surrogate" else b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
+        assert running.post("/v1/chat/completions", wrapped)[0] == 400
+    assert running.post("/v1/completions", b'{"prompt": "a", "max_tokens": 1}')[0] == 200
+
+
+def test_a_key_a_path_and_a_method_are_asked_for(running: Running) -> None:
+    assert running.post("/v1/completions", b'{"prompt": "a"}', key="wrong")[0] == 401
+    assert running.post("/v1/embeddings", b"{}")[0] == 404
+    assert running.post("/v1/models", b"{}")[0] == 405
+    assert json.loads(running.get("/health")) == {"status": "ok"}
+
+
+async def one_client(port: int, draw: random.Random) -> str:
+    """Asks for something, and leaves in the middle one time in three."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    stream = draw.random() < 0.6
+    body = json.dumps(
+        {
+            "prompt": "".join(draw.choice("abc") for _ in range(draw.randrange(1, 60))),
+            "max_tokens": draw.randrange(1, 40),
+            "stream": stream,
+            "n": draw.choice([1, 1, 2]),
+            "ignore_eos": True,
+        }
+    ).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\nconnection: close\r\n"
+    writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+    try:
+        if draw.random() < 0.33:
+            await asyncio.sleep(draw.random() * 0.2)
+            if draw.random() < 0.5:
+                await reader.read(50)
+            writer.transport.abort()
+            return "left"
+        answer = await asyncio.wait_for(reader.read(), 120)
+    finally:
+        writer.close()
+    status = answer.split(b" ", 2)[1].decode()
+    if status == "200":
+        assert (b"data: [DONE]" in answer) == stream
+        assert b'"finish_reason": "length"' in answer or b'"finish_reason":"length"' in answer
+    return status
+
+
+def test_a_load_with_clients_that_leave_loses_nothing(running: Running) -> None:
+    draws = [random.Random(number) for number in range(200)]
+
+    async def load() -> list[str]:
+        gate = asyncio.Semaphore(40)
+
+        async def one(draw: random.Random) -> str:
+            async with gate:
+                return await one_client(running.port, draw)
+
+        return await asyncio.gather(*(one(draw) for draw in draws))
+
+    found = asyncio.run(load())
+    assert set(found) <= {"200", "429", "left"} and found.count("200") > 90 and found.count("left") > 40
+    assert running.idle(), "blocks or requests are left"
+    shown = running.get("/metrics")
+    assert "megatron_ds_time_to_first_token_seconds_bucket" in shown and "megatron_ds_running 0.0" in shown
+
+
+def test_more_than_the_server_takes_is_told_to_come_back(folder: Path) -> None:
+    server = Running(folder, requests=2)
+    try:
+        assert server.post("/v1/completions", b'{"prompt": ["a", "b", "c"]}')[0] == 429
+        assert server.post("/v1/completions", b'{"prompt": ["a", "b"], "max_tokens": 1}')[0] == 200
+    finally:
+        server.close()
+
+
+def test_a_failed_engine_answers_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Running(folder)
+    try:
+        monkeypatch.setattr(server.llm.engine, "_sample", lambda *_: 1 / 0)
+        status, body = server.post("/v1/completions", b'{"prompt": "a"}')
+        assert status == 500 and "ZeroDivisionError" in body["error"]["message"]
+        assert server.post("/v1/completions", b'{"prompt": "a"}')[0] == 503
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            server.get("/health")
+    finally:
+        server.close()
