@@ -19,11 +19,13 @@ from megatron_ds.host import free_host_memory
 from megatron_ds.inference import served_model
 from megatron_ds.inference.batching import Batcher
 from megatron_ds.inference.block_pool import BlockPool
+from megatron_ds.inference.invariant_recipe import BatchInvariant
 from megatron_ds.inference.model_runner import CacheSize, ModelRunner
 from megatron_ds.inference.outputs import RequestOutput
 from megatron_ds.inference.ranks import Ranks
 from megatron_ds.inference.sampling_params import SamplingParams
 from megatron_ds.inference.serving_engine import ServingEngine, TextEnds
+from megatron_ds.layers.recipe import OwnPrecision, Recipe, use_recipe
 from megatron_ds.mesh import MeshShape
 
 Prompt = str | Sequence[int]
@@ -45,6 +47,9 @@ class LLM:
         num_blocks: blocks of the key/value cache, instead of what the memory allows.
         block_size: tokens of a block.
         kv_cache_dtype: ``auto`` (the model's) or one of the names of ``dtype``.
+        batch_invariant: a request's logits do not depend, bit for bit, on what is computed with it: on a CPU, in
+            bfloat16, float16 or float32, as long as it is not preempted. Products of many rows take two to four times
+            as long.
         enable_prefix_caching: texts with the same beginning share its keys and values.
         seed: of the draws of requests that have none of their own; None: a new one for each.
 
@@ -68,6 +73,7 @@ class LLM:
         block_size: int = 32,
         kv_cache_dtype: str = "auto",
         enable_prefix_caching: bool = True,
+        batch_invariant: bool = False,
         seed: int | None = None,
         device: str = "auto",
         place: tuple[int, int] | None = None,
@@ -99,7 +105,10 @@ class LLM:
             )
         blocks = _smallest(blocks, mesh.world)
         pool = BlockPool(blocks, block_size, enable_prefix_caching)
-        runner = ModelRunner(stage, mesh, CacheSize(blocks, block_size, cache_dtype))
+        recipe: Recipe = BatchInvariant() if batch_invariant else OwnPrecision()
+        if batch_invariant:
+            use_recipe(stage, lambda spec: BatchInvariant())
+        runner = ModelRunner(stage, mesh, CacheSize(blocks, block_size, cache_dtype), recipe)
         batcher = Batcher(pool, max_num_seqs, max(max_num_batched_tokens, 0))
         self.engine = ServingEngine(runner, batcher, mesh, self.max_model_len, self.tokenizer, ends)
         self._numbers = itertools.count()

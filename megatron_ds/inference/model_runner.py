@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_ds.inference.batching import Plan, Span
 from megatron_ds.inference.paged_cache import PagedBatch, PagedCache, PagedSpan
+from megatron_ds.layers.recipe import OwnPrecision, Recipe
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.block import SITES_A_BLOCK
 from megatron_ds.models.transformer import Transformer
@@ -30,11 +31,12 @@ class ModelRunner:
 
     Args:
         model: in evaluation mode, without sequence parallelism. size: of the cache.
+        head_recipe: of the product with the vocabulary.
     """
 
-    def __init__(self, model: Transformer, mesh: Mesh, size: CacheSize):
+    def __init__(self, model: Transformer, mesh: Mesh, size: CacheSize, head_recipe: Recipe | None = None):
         self.model, self.mesh, self.block_size = model, mesh, size.size
-        self.device = mesh.device
+        self.device, self.head_recipe = mesh.device, head_recipe or OwnPrecision()
         c = model.config
         # Fewer key/value heads than ranks: each rank computes one of them, as others do.
         kv_heads = max(1, c.groups // mesh.tp.size)
@@ -63,7 +65,7 @@ class ModelRunner:
             dist.send(hidden.contiguous(), group=pp.group, group_dst=pp.rank + 1)
             return None
         wanted = self.model.head_input(hidden[torch.tensor(rows, dtype=torch.int64, device=self.device)])
-        return self.model.local_logits(wanted)[:, 0]
+        return self.model.local_logits(wanted, self.head_recipe.product)[:, 0]
 
     def _paged(self, spans: Many[Span]) -> list[PagedSpan]:
         found, first = [], 0
