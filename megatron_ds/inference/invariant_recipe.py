@@ -12,7 +12,6 @@ from torch import Tensor
 
 from megatron_ds.layers.recipe import OwnPrecision
 
-
 TILE = 32
 
 
@@ -26,7 +25,6 @@ class BatchInvariant(OwnPrecision):
 
     def _of_tile(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         count = rows.shape[0]
-        if count < TILE and rows.dtype not in (torch.bfloat16, torch.float16):
-            # The kernels of the wider dtypes change with every number of rows: it is always the same.
+        if count < TILE:
             rows = torch.cat((rows, rows.new_zeros(TILE - count, rows.shape[1])))
         return super().product(rows, weight, bias)[:count]

@@ -119,8 +119,8 @@ class Sampler:
         return comm.gather_dim0(tensor.unsqueeze(0).contiguous(), self.tp).wait()
 
     def _log_total(self, logits: Tensor) -> Tensor:
-        """``[r]``: the logarithm of the sum of all exponentials."""
-        return self._gather(logits.logsumexp(1)).logsumexp(0)
+        """``[r]`` fp64: the logarithm of the sum of all exponentials, row by row: the same bits in any batch."""
+        return self._gather(torch.stack([row.double().logsumexp(0) for row in logits])).logsumexp(0)
 
     def _values_at(self, logits: Tensor, tokens: Tensor) -> Tensor:
         local = tokens - self.first
@@ -192,7 +192,7 @@ class Sampler:
         # Of what top-k leaves, and of everything where it leaves all.
         inside = values.masked_fill(places >= limits, -torch.inf).double()
         everything = torch.tensor([top > width for top in tops], device=at)
-        total = torch.where(everything, self._log_total(scores.double()), inside.logsumexp(1))
+        total = torch.where(everything, self._log_total(scores), inside.logsumexp(1))
         probabilities = (inside - total.unsqueeze(1)).exp()
         before = probabilities.cumsum(1) - probabilities
         kept = (before < mass.unsqueeze(1)).sum(1)
