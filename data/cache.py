@@ -167,9 +167,8 @@ def cached(
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    """Write a file that is not there yet: what lies there, of a process that died or of somebody else, goes."""
-    path.unlink(missing_ok=True)
-    with open(open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
+    """Write a file that was just made, and nothing that somebody put in its place."""
+    with open(open_plain(path, os.O_WRONLY | os.O_TRUNC), "wb") as file:
         file.write(content)
 
 

@@ -96,7 +96,8 @@ def guarded(program: Callable[[], int | None], report: Callable[[str, int], int]
 
 
 def _described(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename is not None else ""
+    name = error.filename if error.filename2 is None else error.filename2  # of a rename, the name that was asked for
+    where = f"{name}: " if name is not None else ""
     return f"{where}{error.strerror or error}{_WAYS_OUT.get(error.errno or 0, '')}"
 
 

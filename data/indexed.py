@@ -19,6 +19,7 @@ Shape legend: ``S`` sequences, ``D`` documents + 1.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import struct
@@ -83,8 +84,9 @@ class IndexedDatasetWriter:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self._code = _dtype_code(self.dtype)
         bin_path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._temporary_bin = temporary_beside(f"{self.prefix}.bin")
-        self._temporary_idx = temporary_beside(f"{self.prefix}.idx")
+        self._temporary = contextlib.ExitStack()
+        self._temporary_bin = self._temporary.enter_context(temporary_beside(f"{self.prefix}.bin"))
+        self._temporary_idx = self._temporary.enter_context(temporary_beside(f"{self.prefix}.idx"))
         self._file = self._temporary_bin.open("wb")
         self._lengths = array("i")
         self._document_ends = array("q")
@@ -138,12 +140,12 @@ class IndexedDatasetWriter:
             index.write(((np.cumsum(lengths, dtype=np.int64) - lengths) * self.dtype.itemsize).astype("<i8").tobytes())
             index.write(np.concatenate([[0], ends]).astype("<i8").tobytes())
             sync_and_close(index)
-        publish(self._temporary_bin, self._temporary_idx, self.prefix)
+        with self._temporary:
+            publish(self._temporary_bin, self._temporary_idx, self.prefix)
 
     def abort(self) -> None:
         self._file.close()
-        for path in (self._temporary_bin, self._temporary_idx):
-            path.unlink(missing_ok=True)
+        self._temporary.close()
 
     def __enter__(self) -> IndexedDatasetWriter:
         return self

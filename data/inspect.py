@@ -11,6 +11,7 @@ import numpy.typing as npt
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.order import permute
 from megatron_ds.data.tokenizers import Tokenizer
+from megatron_ds.errors import DataError
 
 CHUNK = 1 << 20
 
@@ -106,9 +107,19 @@ def sample_documents(dataset: IndexedDataset, count: int, seed: int = 0) -> list
 
 
 def show_document(dataset: IndexedDataset, document: int, tokenizer: Tokenizer | None, tokens: int = 64) -> str:
-    """The beginning of a document: its ids, or their text where a tokenizer is given."""
+    """The beginning of a document: its ids, or their text where a tokenizer is given.
+
+    Raises:
+        DataError: the tokenizer has no such ids.
+    """
     ids = dataset.document(document)
-    begin = ids[:tokens]
+    begin = ids[:tokens].tolist()
     more = f" ... {ids.size - tokens:,} more tokens" if ids.size > tokens else ""
-    shown = repr(tokenizer.decode(begin.tolist())) if tokenizer is not None else str(begin.tolist())
-    return f"document {document:,} ({ids.size:,} tokens): {shown}{more}"
+    if tokenizer is not None:
+        if foreign := [i for i in begin if not 0 <= i < tokenizer.vocab_size]:
+            raise DataError(
+                f"document {document:,} has token id {foreign[0]}, and the tokenizer has {tokenizer.vocab_size:,} "
+                "entries; give --tokenizer the one that made the data, or look at its counts alone with --samples 0"
+            )
+        return f"document {document:,} ({ids.size:,} tokens): {tokenizer.decode(begin)!r}{more}"
+    return f"document {document:,} ({ids.size:,} tokens): {begin}{more}"

@@ -39,8 +39,7 @@ def merge_datasets(
     scans = [verify(dataset) for dataset in datasets]
     dtype = datasets[0].dtype
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    temporary_bin, temporary_idx = (temporary_beside(f"{output}.{kind}") for kind in ("bin", "idx"))
-    try:
+    with temporary_beside(f"{output}.bin") as temporary_bin, temporary_beside(f"{output}.idx") as temporary_idx:
         whole = _copy_tokens(datasets, scans, temporary_bin, progress)
         _write_index(temporary_idx, datasets, dtype)
         described = whole.describe()
@@ -63,9 +62,6 @@ def merge_datasets(
         low, high = min(scan.min_id for scan in scans), max(scan.max_id for scan in scans)
         found = Scan(low, high, described["xxh3"], manifest["files"]["idx"]["xxh3"])
         finish(output, temporary_bin, temporary_idx, manifest, found, {"bin": whole.sums()})
-    finally:
-        temporary_bin.unlink(missing_ok=True)
-        temporary_idx.unlink(missing_ok=True)
     return manifest
 
 

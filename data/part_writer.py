@@ -19,7 +19,7 @@ from megatron_ds.data.source_types import Block, Input, Problem, Slice, SourceOp
 from megatron_ds.data.sources import read_block
 from megatron_ds.data.tokenizers import Ids, Tokenizer, load_tokenizer
 from megatron_ds.data.workers import Report
-from megatron_ds.files import sync_and_close, temporary_beside
+from megatron_ds.files import sync_and_close
 
 BATCH_BYTES = 1 << 20
 
@@ -80,11 +80,14 @@ class PartMaker:
 
 
 class PartFile:
-    """One file of a part: under another name until it is complete and on the disk."""
+    """One file of a part: under another name until it is complete and on the disk.
+
+    A leftover under that name is removed with all else that belongs to no whole part (:func:`.parts.keep_intact`).
+    """
 
     def __init__(self, path: Path):
         self._path = path
-        self._temporary = temporary_beside(path)
+        self._temporary = path.with_name(f"{path.name}.tmp")
         self._file = self._temporary.open("wb")
         self._hash = xxhash.xxh3_64()
         self._bytes = 0

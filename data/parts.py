@@ -96,11 +96,20 @@ def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, pl
 
     The index is written chunk by chunk: memory does not grow with the number of documents.
     """
+    names_of = {"bin": "bin", "idx": "idx", "bad": "bad.jsonl"}
+    if plan["settings"]["source"]["conversations"]:
+        names_of["mask"] = MASK_SUFFIX
+    with contextlib.ExitStack() as stack:
+        temporary = {kind: stack.enter_context(temporary_beside(f"{prefix}.{name}")) for kind, name in names_of.items()}
+        return _merge_into(temporary, folder, names, prefix, dtype, plan)
+
+
+def _merge_into(
+    temporary: dict[str, Path], folder: Path, names: list[str], prefix: str, dtype: np.dtype, plan: dict[str, Any]
+) -> Counts:
     counts = Counts()
     lines: dict[int, int] = {}
-    masked = bool(plan["settings"]["source"]["conversations"])
-    names_of = {"bin": "bin", "idx": "idx", "bad": "bad.jsonl", **({"mask": MASK_SUFFIX} if masked else {})}
-    temporary = {kind: temporary_beside(f"{prefix}.{name}") for kind, name in names_of.items()}
+    masked = "mask" in temporary
     whole = {kind: ChunkedHash() for kind in ("bin", "mask")}
     with contextlib.ExitStack() as stack:
         targets = {kind: stack.enter_context(path.open("wb")) for kind, path in temporary.items() if kind != "idx"}
@@ -116,10 +125,9 @@ def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, pl
                 lines[int(number)] = lines.get(int(number), 0) + read
         for target in targets.values():
             sync_and_close(target)
-    _publish_bad_records(temporary["bad"], Path(f"{prefix}.bad.jsonl"), bool(counts.problems))
+    bad = Path(f"{prefix}.bad.jsonl")
+    temporary["bad"].replace(bad) if counts.problems else bad.unlink(missing_ok=True)
     if not counts.documents:
-        for kind in ("bin", "mask"):
-            temporary[kind].unlink() if kind in temporary else None
         paths = [str(item["path"]) for item in plan["inputs"]]
         shown = ", ".join(paths[:4]) + f" and {len(paths) - 4} more" * (len(paths) > 4)
         raise UnusableInput(
@@ -150,14 +158,6 @@ def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, pl
     chunks = {"bin": whole["bin"].sums(), **({MASK_SUFFIX: whole["mask"].sums()} if masked else {})}
     finish(prefix, temporary["bin"], temporary["idx"], manifest, found, chunks)
     return counts
-
-
-def _publish_bad_records(temporary: Path, published: Path, any_bad: bool) -> None:
-    if any_bad:
-        temporary.replace(published)
-    else:
-        temporary.unlink()
-        published.unlink(missing_ok=True)
 
 
 def _copy_bad_records(part: Path, target: IO[bytes], inputs: list[dict[str, Any]], lines: dict[int, int]) -> None:

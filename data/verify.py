@@ -272,10 +272,10 @@ def check_token_ids(
                 if tokenizer
                 else ""
             )
+            larger = f", or a vocab_size of at least {found.max_id + 1}" if found.min_id >= 0 else ""
             raise DataError(
                 f"{dataset.bin_path} has token id {int(dataset.tokens[at])} at token {at} (document {document}, place "
-                f"{at - dataset.document_start(document)}), and ids up to {found.max_id}; {what} has {vocab_size} "
-                f"entries, 0 to {vocab_size - 1}.{made} Use the tokenizer that made the data, or a vocab_size of at "
-                f"least {found.max_id + 1}"
+                f"{at - dataset.document_start(document)}), and ids from {found.min_id} to {found.max_id}; {what} has "
+                f"{vocab_size} entries, 0 to {vocab_size - 1}.{made} Use the tokenizer that made the data{larger}"
             )
     raise DataError(f"{dataset.bin_path} changed while it was read")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
-from megatron_ds.files import check_regular, open_regular, parse_json, read_bytes, read_json, read_text
+from megatron_ds.files import check_regular, open_regular, parse_json, read_bytes, read_json, read_text, replacing
 
 
 def a_socket(path: Path) -> None:
@@ -63,6 +66,35 @@ def test_what_is_right_is_read(tmp_path: Path) -> None:
         assert file.read(3) == b'{"a'
     (tmp_path / "link").symlink_to("x")
     assert read_bytes(tmp_path / "link") == (tmp_path / "x").read_bytes()
+
+
+# --- writing --------------------------------------------------------------------------------------------------
+
+
+def write_forever(path: Path, ready: Connection) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        ready.send(None)
+        signal.pause()
+
+
+def test_the_next_writer_removes_what_a_killed_one_left_and_nothing_else(tmp_path: Path) -> None:
+    names = ("x.old.tmp", "x.0123456.tmp", "xx.01234567.tmp")  # of somebody else
+    for name in names:
+        (tmp_path / name).write_text("precious")
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    other = context.Process(target=write_forever, args=(tmp_path / "x", theirs))
+    other.start()
+    ours.recv()
+    for text in ("beside it", "after it"):
+        with replacing(tmp_path / "x") as temporary:
+            temporary.write_text(text)
+        assert (tmp_path / "x").read_text() == text
+        assert len(list(tmp_path.iterdir())) == len(names) + 1 + other.is_alive()
+        other.kill()
+        other.join()
+    assert all((tmp_path / name).read_text() == "precious" for name in names)
 
 
 # --- standard output ------------------------------------------------------------------------------------------

@@ -116,8 +116,6 @@ def prepare(directory: Path, step: int, needed: int, replace: bool = False) -> P
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.glob(f"step-*{INCOMPLETE}"):
         shutil.rmtree(leftover)
-    for pointer in directory.glob(f"{LATEST}.*.tmp"):
-        pointer.unlink()
     check_space(directory, needed, f"checkpoint of step {step}")
     partial = directory / (step_name(step) + INCOMPLETE)
     partial.mkdir()

@@ -17,24 +17,37 @@ from megatron_ds.files import checksum, read_bytes, read_json
 TOKENIZER, REST = "tokenizer", "hf"
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
-# What belongs to a tokenizer, and the kinds of all that travels: texts and settings. Weights and code do not.
+# What belongs to a tokenizer, and the kinds of all that travels: texts, settings, pictures. Weights and code do not.
 _TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja",
-    "chat_template.*", "*.model", "*.tiktoken",
+    "chat_template.*", "*.model", "*.tiktoken", "*.spm",
 )  # fmt: skip
-_KINDS = ("", ".json", ".txt", ".md", ".jinja", ".model", ".tiktoken", ".pdf", ".rst")
+_KINDS = (
+    "", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".xml", ".txt", ".md", ".rst", ".html", ".pdf", ".csv", ".tsv",
+    ".bib", ".cff", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".jinja", ".model", ".tiktoken", ".spm", ".vocab",
+)  # fmt: skip
+_CONVERTED = (".safetensors", ".bin", ".index.json")
 _TEMPLATES = "additional_chat_templates"
 
 
-def keep(source: HFFolder, out_dir: Path) -> None:
+def keep(source: HFFolder, out_dir: Path) -> list[str]:
     """Copy what travels from a folder to beside its checkpoint.
+
+    Returns:
+        The names of what stays behind, besides the weights: code, folders, formats of others.
 
     Raises:
         CheckpointError: a file of it cannot be read, or is a link out of the folder.
     """
-    for name in _travelling(source):
-        kept = TOKENIZER if _is_tokenizers(name) else REST
-        _copy(source.inside(name), out_dir / kept / name)
+    stays = []
+    for folder in (source.path, source.path / _TEMPLATES):
+        for path in sorted(folder.glob("[!.]*")):
+            name = str(path.relative_to(source.path))
+            if _travels(path):
+                _copy(source.inside(name), out_dir / (TOKENIZER if _is_tokenizers(name) else REST) / name)
+            elif name != _TEMPLATES and not name.endswith(_CONVERTED):
+                stays.append(name + "/" * path.is_dir())
+    return stays
 
 
 def take_along(checkpoints: Path, out_dir: Path) -> None:
@@ -89,15 +102,8 @@ def has_tokenizer(checkpoints: Path, fingerprint: str) -> bool:
     return any(file.is_file() and checksum(read_bytes(file)) == fingerprint for file in files)
 
 
-def _travelling(source: HFFolder) -> list[str]:
-    folders = [source.path, source.path / _TEMPLATES]
-    names = [str(path.relative_to(source.path)) for folder in folders for path in sorted(folder.glob("*"))]
-    return [name for name in names if _travels(source.path / name)]
-
-
 def _travels(path: Path) -> bool:
-    hidden = path.name.startswith(".")
-    return not (hidden or path.is_dir() or path.suffix not in _KINDS or path.name.endswith(".index.json"))
+    return path.suffix in _KINDS and not path.is_dir() and not path.name.endswith(".index.json")
 
 
 def _is_tokenizers(name: str) -> bool:

@@ -181,7 +181,9 @@ def import_hf(
             for name, tensor in _converted(writer.order, makers, make, plan):
                 writer.write(name, tensor)
                 bar.update(tensor.nbytes)
-        carried_files.keep(source, out_dir)
+        stays = carried_files.keep(source, out_dir)
+        if stays and say is not None:
+            say(f"{source.path}: not taken along: {', '.join(stays[:8])}{', ...' * (len(stays) > 8)}")
         write_text_durably(out_dir / MODEL_TOML, values_to_toml(meta["config"]))
     return out_dir / step_name(0)
 

@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 
-def temporary_beside(path: str | Path) -> Path:
-    """Where this process writes a file that will get the name ``path`` once it is complete."""
-    return Path(f"{path}.{os.getpid()}.tmp")
+@contextmanager
+def temporary_beside(path: str | Path) -> Iterator[Path]:
+    """Yields the path of a new file to write, for the caller to rename to ``path``; on leaving it is removed otherwise.
+
+    It is locked meanwhile. What a process that was killed has left beside ``path`` is not locked any more, and removed
+    first: whatever its host or container was, where process ids would say nothing.
+    """
+    path = Path(path)
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
+        _remove_unlocked(leftover)
+    while True:
+        temporary = Path(f"{path}.{secrets.token_hex(4)}.tmp")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # another process removes it
+                continue
+            except OSError:  # where files cannot be locked nothing is removed
+                pass
+            if not temporary.exists():
+                continue
+            yield temporary
+            return
+        finally:
+            try:
+                temporary.unlink(missing_ok=True)
+            finally:
+                os.close(descriptor)
+
+
+def _remove_unlocked(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -20,12 +60,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Left by an exception, ``path`` is as it was and the temporary file is removed.
     """
-    temporary = temporary_beside(path)
-    try:
+    with temporary_beside(path) as temporary:
         yield temporary
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text_durably(path: Path, text: str) -> None:

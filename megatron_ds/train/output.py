@@ -137,9 +137,10 @@ class Output:
             ConfigError: the disk is full, or the like.
         """
         try:
+            notes = self.truncate_metrics(steps)
             with replacing(self.config) as temporary:
                 temporary.write_bytes(to_toml(_for_good(config)).encode())
-            return self.truncate_metrics(steps)
+            return notes
         except OSError as error:
             raise ConfigError(f"output={str(self.root)!r} cannot be written: {error}") from None
 
@@ -149,19 +150,20 @@ class Output:
         Returns:
             Which lines were damaged, to be said.
         """
-        notes = []
-        for path in (self.metrics, self.evaluation):
+        notes, found = [], {}
+        for path in (self.metrics, self.evaluation):  # both are read before either is written
             with contextlib.suppress(FileNotFoundError):
-                lines = read_bytes(path, MOST_BYTES).splitlines(keepends=True)
-                told = [_step_of(line) for line in lines]
-                kept = [line for line, step in zip(lines, told) if step is not None and step <= steps]
-                if len(kept) < len(lines):
-                    with replacing(path) as temporary:
-                        temporary.write_bytes(b"".join(kept))
-                damaged = [str(number) for number, step in enumerate(told, start=1) if step is None]
-                if damaged:
-                    shown = ", ".join(damaged[:8]) + ", ..." * (len(damaged) > 8)
-                    notes.append(f"{path}: {len(damaged)} damaged or cut-off lines were dropped (line {shown})")
+                found[path] = read_bytes(path, MOST_BYTES).splitlines(keepends=True)
+        for path, lines in found.items():
+            told = [_step_of(line) for line in lines]
+            kept = [line for line, step in zip(lines, told) if step is not None and step <= steps]
+            if len(kept) < len(lines):
+                with replacing(path) as temporary:
+                    temporary.write_bytes(b"".join(kept))
+            damaged = [str(number) for number, step in enumerate(told, start=1) if step is None]
+            if damaged:
+                shown = ", ".join(damaged[:8]) + ", ..." * (len(damaged) > 8)
+                notes.append(f"{path}: {len(damaged)} damaged or cut-off lines were dropped (line {shown})")
         return notes
 
 

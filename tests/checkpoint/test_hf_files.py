@@ -25,6 +25,8 @@ FILES = {
     "LICENSE": "Own licence",
     "USE_POLICY.md": "Be kind",
     "README.md": "---\nlicense: own\n---\n# A card",
+    "results.yaml": "a: 1",
+    "picture.png": "a picture of the card",
 }
 NOT_TAKEN = {"modeling.py": "import os", ".gitattributes": "x", "notes.pt": "x", "original/params.json": "{}"}
 
@@ -58,7 +60,9 @@ def fine_tuned(start: Path, checkpoints: Path, **model: Any) -> Path:
 def test_import_training_and_export_change_none_of_it(folder: Path, tmp_path: Path, tokenizer: str | None) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    import_hf(folder, tmp_path / "ours")
+    said: list[str] = []
+    import_hf(folder, tmp_path / "ours", say=said.append)
+    assert said == [f"{folder}: not taken along: modeling.py, notes.pt, original/"]
     run = fine_tuned(tmp_path / "ours", tmp_path / "run")
     given = None if tokenizer is None else load_tokenizer(str(tmp_path / "ours" / "tokenizer"))
     export_hf(run, tmp_path / "back", tokenizer=given)

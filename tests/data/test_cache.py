@@ -186,7 +186,7 @@ def test_a_temporary_folder_that_is_not_ours_is_neither_believed_nor_written(
 def test_links_and_pipes_in_place_of_files_are_not_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
-    for name in ("x", "x.lock", f"x.{os.getpid()}.tmp"):
+    for name in ("x", "x.lock", "x.01234567.tmp"):
         for make in (lambda path: path.symlink_to(victim), os.mkfifo):
             folder = tmp_path / f"{name}-{make.__name__}"
             folder.mkdir()

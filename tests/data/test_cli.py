@@ -106,7 +106,8 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, command: lis
         assert "Traceback" not in done.stderr, "its files may go there, or beside it"
         return
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and not last.startswith(f"error: {filled[-1]}."), "a name that nobody has given"
 
 
 def test_a_path_that_the_locale_cannot_print(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from megatron_ds.data.merge import merge_datasets
 from megatron_ds.data.part_writer import PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
 from megatron_ds.data.tokenizers import load_tokenizer
-from megatron_ds.data.verify import read_manifest, verify
+from megatron_ds.data.verify import check_token_ids, read_manifest, verify
 from megatron_ds.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -113,6 +113,18 @@ def test_samples_are_different_documents(folder: Path) -> None:
     assert sample_documents(dataset, 10) == [0, 1, 2]
     assert len(sample_documents(dataset, 2)) == 2
     assert show_document(dataset, 0, None, 1) == "document 0 (2 tokens): [8] ... 1 more tokens"
+
+
+@pytest.mark.parametrize("foreign", [257, 1 << 31, 1 << 40, -5])
+def test_ids_that_the_tokenizer_does_not_have(tmp_path: Path, foreign: int) -> None:
+    with IndexedDatasetWriter(tmp_path / "x", "int64") as writer:
+        writer.add_document([1, 2, foreign])
+    with pytest.raises(DataError, match=f"token id {foreign}, and the tokenizer has 257 entries; give --tokenizer"):
+        show_document(IndexedDataset(tmp_path / "x"), 0, load_tokenizer("bytes"))
+    assert show_document(IndexedDataset(tmp_path / "x"), 0, load_tokenizer("bytes"), 2).startswith("document 0 (3 tok")
+    with pytest.raises(DataError, match=f"has token id {foreign} at token 2") as caught:
+        check_token_ids(IndexedDataset(tmp_path / "x"), 100, "the model")
+    assert ("a vocab_size of at least" in str(caught.value)) == (foreign > 0)
 
 
 def test_tools(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,10 @@ def test_damaged_metrics_are_said_and_damaged_settings_name_the_way_on(
     error = capfd.readouterr().err
     assert f"remove {run}/config.toml to resume without that" in error and "Traceback" not in error
     (run / "config.toml").unlink()
+    os.mkfifo(run / "evaluation.jsonl")
+    assert run_main(pretrain_gpt().main) == 2 and "it is a FIFO, not a regular file" in capfd.readouterr().err
+    assert not (run / "config.toml").exists(), "a start that fails changes nothing"
+    (run / "evaluation.jsonl").unlink()
     assert run_main(pretrain_gpt().main) == 0
     assert f"{run}/metrics.jsonl: 3 damaged or cut-off lines were dropped (line 2, 3, 4)\n" in capfd.readouterr().out
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 5]

@@ -51,7 +51,7 @@ class Launched:
 
 
 @contextlib.contextmanager
-def _launched(folder: Path, module: str, *more: str) -> Iterator[Launched]:
+def launched(folder: Path, module: str, *more: str) -> Iterator[Launched]:
     run, path = folder / "run", folder / "log"
     command = _torchrun(2, *arguments(run, "--train.steps", "100000", *more), module=module)
     with path.open("w") as log:
@@ -91,7 +91,7 @@ in_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds
 def test_a_signal_to_the_launcher_saves_and_ends_well(
     tmp_path: Path, number: signal.Signals, to: Callable[[int, int], None]
 ) -> None:
-    with _launched(tmp_path, OURS) as job:
+    with launched(tmp_path, OURS) as job:
         to(job.launcher.pid, number)
         code, text = job.ended()
         assert code == 0, text
@@ -102,7 +102,7 @@ def test_a_signal_to_the_launcher_saves_and_ends_well(
 
 @in_proc
 def test_a_second_ctrl_c_ends_a_rank_too_that_no_longer_listens(tmp_path: Path) -> None:
-    with _launched(tmp_path, OURS, "--checkpoint.save-every", "2") as job:
+    with launched(tmp_path, OURS, "--checkpoint.save-every", "2") as job:
         os.kill(job.ranks[1], signal.SIGSTOP)  # so that the step never ends
         before = complete(job)
         start = time.monotonic()
@@ -119,7 +119,7 @@ def test_a_second_ctrl_c_ends_a_rank_too_that_no_longer_listens(tmp_path: Path) 
 
 @in_proc
 def test_a_rank_killed_under_the_launcher_is_named_last_and_the_account_of_the_others_before(tmp_path: Path) -> None:
-    with _launched(tmp_path, OURS) as job:
+    with launched(tmp_path, OURS) as job:
         start = time.monotonic()
         os.kill(job.ranks[1], signal.SIGKILL)
         code, text = job.ended()
@@ -132,11 +132,11 @@ def test_a_rank_killed_under_the_launcher_is_named_last_and_the_account_of_the_o
 @in_proc
 @pytest.mark.parametrize("module", [OURS, TORCHS])
 def test_the_ranks_of_a_launcher_that_was_killed_save_and_end(tmp_path: Path, module: str) -> None:
-    with _launched(tmp_path, module, "--mesh.tp", "2") as job:
+    with launched(tmp_path, module, "--mesh.tp", "2") as job:
         job.launcher.kill()
         job.launcher.wait()
         until = time.monotonic() + 60
-        while any(_runs(rank) for rank in job.ranks):
+        while any(runs(rank) for rank in job.ranks):
             assert time.monotonic() < until, job.log.read_text()
             time.sleep(0.05)
         text = job.log.read_text()
@@ -144,7 +144,7 @@ def test_the_ranks_of_a_launcher_that_was_killed_save_and_end(tmp_path: Path, mo
         assert module == TORCHS or "frame #" not in text, "the launcher's store went with it: that is no news"
 
 
-def _runs(process: int) -> bool:
+def runs(process: int) -> bool:
     """Not gone and not only waiting for its new parent to take note of its end."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

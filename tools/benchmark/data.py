@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_ds.data.blend import BlendedDataset
+from megatron_ds.data.chunk_checks import CheckedArray
 from megatron_ds.data.cli import run
 from megatron_ds.data.conversation_dataset import ConversationDataset
 from megatron_ds.data.corpus import build_corpus
@@ -304,6 +305,33 @@ def loader(folder: Path, sequence: int = 2048, micro_batch: int = 8, steps: int 
                     next(batches)
                 rate = steps * micro_batch * 4 * sequence / (time.perf_counter() - start)
             print(f"{name + ', read ahead' * (prefetch > 0):<46}{rate / 1e6:>8.1f} million tokens/s")
+    checks_of_first_use(folder, sequence, micro_batch * 4, steps)
+
+
+def checks_of_first_use(folder: Path, sequence: int, batch: int, steps: int) -> None:
+    """What comparing each chunk's checksum when it is first read adds to a step, at the beginning of a run."""
+    dataset = IndexedDataset(folder / "loader")
+    verify(dataset)
+    seconds: list[float] = []
+    compare = CheckedArray._compare
+
+    def timed(array: CheckedArray, chunk: int) -> None:
+        start = time.perf_counter()
+        compare(array, chunk)
+        seconds.append(time.perf_counter() - start)
+
+    samples = GPTDataset(dataset, sequence)
+    CheckedArray._compare = timed  # type: ignore[method-assign]
+    try:
+        samples.rows(np.random.default_rng(0).permutation(len(samples))[: batch * steps].tolist())
+    finally:
+        CheckedArray._compare = compare  # type: ignore[method-assign]
+    a_step = sum(seconds) / steps
+    print(
+        f"checksums at first use: {len(seconds) / steps:.1f} chunks of 64 KB a step of {batch * sequence:,} tokens, "
+        f"{statistics.median(seconds) * 1e6:.1f} µs each: {a_step * 1e3:.3f} ms, which is 1% of a step at "
+        f"{batch * sequence / a_step / 1e8:,.1f} million tokens/s a rank"
+    )
 
 
 if __name__ == "__main__":
