@@ -33,7 +33,7 @@ test: $(INSTALLED) ## Run the test suite (on NCCL where there are several GPUs, 
 test-apart: $(INSTALLED) ## The tests of ZeRO and of the engine with ranks that share no memory, as on hosts of their own
 	@RANKS_APART=1 $(RUN) -m pytest tests/zero tests/engine -n auto --dist loadfile $(ARGS)
 
-test-faults: $(INSTALLED) ## Thousands of kills, damaged and malicious files and wrong settings (an hour on two cores)
+test-faults: $(INSTALLED) ## Thousands of kills, damaged and malicious files and wrong settings (half an hour on two cores)
 	@$(RUN) -m pytest tests/faults --faults full -n auto $(ARGS)
 
 lint: $(INSTALLED) ## Check with ruff (lint and format) and mypy; say where torch has a newer release than the pin

@@ -37,7 +37,7 @@ T = TypeVar("T")
 def candidates(path: Path, cache_dir: Path | None = None) -> list[Path]:
     """Where a cached file may be: in ``cache_dir`` if that is given, else at ``path``, else in a folder of this
     user's in the node's temporary directory, named after ``path``."""
-    whole = path.parent.resolve() / path.name  # the file itself may be a link to nowhere, or to itself
+    whole = Path(os.path.realpath(path.parent)) / path.name  # the file itself may be a link to nowhere, or to itself
     unique = f"{xxhash.xxh3_64_hexdigest(os.fsencode(whole))}-{path.name}"
     first = cache_dir / unique if cache_dir is not None else path
     own = _own_folder()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def _check_together(datasets: list[IndexedDataset], output: str) -> None:
     first = datasets[0]
     first_made = (read_manifest(first.prefix) or {}).get("tokenizer")
     for dataset in datasets:
-        if idx_path(output).resolve() == dataset.idx_path.resolve():
+        if os.path.realpath(idx_path(output)) == os.path.realpath(dataset.idx_path):
             raise DataError(f"{output} is to be written and is one of the datasets to merge; choose another name")
         if dataset.dtype != first.dtype:
             raise DataError(

@@ -45,7 +45,7 @@ def find_inputs(specs: list[str]) -> list[Input]:
         elif path.is_file():
             inputs.append(_file_input(path))
         else:
-            raise DataError(f"input {spec!r} does not exist")
+            raise DataError(f"input {spec!r} {'is no regular file' if path.exists() else 'does not exist'}")
     if not inputs:
         raise DataError("no input was given")
     return inputs

@@ -8,6 +8,7 @@ tokenizer folder runs.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -299,7 +300,7 @@ class SentencePieceTokenizer:
 
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        if self.path.resolve() != (target / "tokenizer.model").resolve():
+        if os.path.realpath(self.path) != os.path.realpath(target / "tokenizer.model"):
             shutil.copyfile(self.path, target / "tokenizer.model")
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def filesystem(folder: Path, mounts: str = "/proc/mounts") -> str:
     """The type of the filesystem that a folder is on."""
-    best, kind, path = -1, "", folder.resolve()
+    best, kind, path = -1, "", Path(os.path.realpath(folder))
     for line in Path(mounts).read_text().splitlines():
         where, found = line.split(" ")[1:3]
         place = Path(where.replace("\\040", " "))

@@ -8,6 +8,7 @@ folder is read, whatever a name in an index or a link says.
 from __future__ import annotations
 
 import json
+import os
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,16 +105,16 @@ class HFFolder:
             CheckpointError: it cannot be read, or lies elsewhere: by ``..``, by an absolute path or by a link. The
                 links of the hub's cache, from a snapshot to the blobs of the same repository, are followed.
         """
-        path, home = self.path / name, self.path.resolve()
+        path, home = self.path / name, Path(os.path.realpath(self.path))
         roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
         outside = Path(name).is_absolute() or ".." in Path(name).parts
         try:
-            if outside or not any(path.resolve().is_relative_to(root) for root in roots):
+            if outside or not any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots):
                 raise CheckpointError(
                     f"{self.path}: {name} leads out of the folder, and nothing outside it is read; copy the file there"
                 )
             check_regular(path)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from None
         return path
 

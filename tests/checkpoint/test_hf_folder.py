@@ -14,6 +14,7 @@ import torch
 from hf_models import LLAMA3, loaded, make, make_bert, our_logits, their_logits
 from safetensors.torch import load_file, save_file
 
+from megatron_ds.convert.folder import HFFolder
 from megatron_ds.convert.settings import Settings
 from megatron_ds.convert.tables import ARCHITECTURES, export_hf, import_hf
 from megatron_ds.errors import CheckpointError, ConfigError
@@ -129,6 +130,12 @@ def test_nothing_outside_the_folder_is_read(sharded: Path, tmp_path: Path) -> No
         if kept is not None:
             (sharded / name).write_bytes(kept)
     import_hf(sharded, tmp_path / "ours")
+
+
+def test_a_folder_that_is_a_link_to_itself_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(CheckpointError, match=r"loop/config\.json cannot be read: .* levels of symbolic links"):
+        HFFolder(tmp_path / "loop")
 
 
 def test_the_links_of_the_hubs_cache_are_followed(llama: Path, tmp_path: Path) -> None:

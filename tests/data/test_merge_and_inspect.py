@@ -51,6 +51,9 @@ def test_what_does_not_merge(folder: Path) -> None:
         merge_datasets([str(folder / "a"), str(folder / "b")], folder / "b")
     with pytest.raises(DataError, match="no dataset to merge"):
         merge_datasets([], folder / "all")
+    (folder / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match="loop"):
+        merge_datasets([str(folder / "a")], folder / "loop" / "x")
     assert not list(folder.glob("all*"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -231,6 +232,9 @@ def test_nothing_to_read(tmp_path: Path, content: bytes, message: str) -> None:
 def test_inputs_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="input 'nowhere' does not exist"):
         preprocess(["nowhere"], tmp_path / "out", PreprocessOptions("bytes"))
+    os.mkfifo(tmp_path / "fifo.jsonl")
+    with pytest.raises(DataError, match=r"fifo\.jsonl' is no regular file"):
+        preprocess([str(tmp_path / "fifo.jsonl")], tmp_path / "out", PreprocessOptions("bytes"))
     (tmp_path / "in.csv").write_text("a,b")
     with pytest.raises(DataError, match=r"in\.csv has suffix '\.csv', not one of \.jsonl"):
         preprocess([str(tmp_path / "in.csv")], tmp_path / "out", PreprocessOptions("bytes"))
