@@ -97,6 +97,16 @@ def test_the_next_writer_removes_what_a_killed_one_left_and_nothing_else(tmp_pat
     assert all((tmp_path / name).read_text() == "precious" for name in names)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/null")])
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    """As ``--output /dev/null`` would, given by root."""
+    make(tmp_path / "x")
+    before = (tmp_path / "x").lstat()
+    with pytest.raises(OSError, match="it is no regular file, and is not replaced by one"), replacing(tmp_path / "x"):
+        pytest.fail("what it would be replaced by is made in vain")
+    assert os.path.samestat(before, (tmp_path / "x").lstat()) and len(list(tmp_path.iterdir())) == 1
+
+
 # --- standard output ------------------------------------------------------------------------------------------
 
 PROGRAM = """

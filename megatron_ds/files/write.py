@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import os
@@ -19,13 +20,22 @@ def temporary_beside(path: str | Path) -> Iterator[Path]:
 
     It is locked meanwhile. What a process that was killed has left beside ``path`` is not locked any more, and removed
     first: whatever its host or container was, where process ids would say nothing.
+
+    Raises:
+        OSError: it cannot be made; or ``path`` is a directory, a device or the like, which a file must not replace.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        code = errno.EISDIR if path.is_dir() else errno.EEXIST
+        raise OSError(code, "it is no regular file, and is not replaced by one", str(path))
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.tmp"):
         _remove_unlocked(leftover)
     while True:
         temporary = Path(f"{path}.{secrets.token_hex(4)}.tmp")
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None  # the name that was given
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
