@@ -12,6 +12,7 @@ from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.order import permute
 from megatron_ds.data.tokenizers import Tokenizer
 from megatron_ds.errors import DataError
+from megatron_ds.files import replacing
 
 CHUNK = 1 << 20
 
@@ -97,7 +98,8 @@ def draw_histogram_png(histogram: LengthHistogram, path: Path, title: str) -> No
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.set_title(title)
     axes.legend()
-    figure.savefig(path, dpi=120, format="png")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def sample_documents(dataset: IndexedDataset, count: int, seed: int = 0) -> list[int]:

@@ -19,6 +19,7 @@ from megatron_ds.checkpoint.load import load
 from megatron_ds.config.diffusion import DiffusionRun, ObjectiveConfig
 from megatron_ds.config.read import from_dict
 from megatron_ds.errors import ConfigError
+from megatron_ds.files import replacing
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.dit import DiT
 from megatron_ds.models.transformer import StageSettings
@@ -232,7 +233,8 @@ def save_grid(images: Tensor, columns: int, path: str | Path) -> None:
     shown = shown.repeat_interleave(larger, 2).repeat_interleave(larger, 3)
     grid.flatten(0, 1)[:n, :, 1:-1, 1:-1] = shown
     whole = grid.permute(0, 3, 1, 4, 2).reshape(rows * grid.shape[3], columns * grid.shape[4], channels)
-    image.imsave(path, (whole.expand(-1, -1, 3) * 255).round().byte().numpy())
+    with replacing(Path(path)) as temporary:
+        image.imsave(temporary, (whole.expand(-1, -1, 3) * 255).round().byte().numpy(), format="png")
 
 
 def _generator(scheduler: Any, generators: list[torch.Generator]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_ds.files import replacing
 from megatron_ds.pipeline.action import Action, Op
 from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.simulate import play
@@ -212,4 +213,5 @@ def draw_png(timeline: Timeline, path: Path | str, title: str) -> None:
         handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.3,
         ncols=len(handles), frameon=False, fontsize=10, handlelength=1.2, handleheight=1.0,
     )  # fmt: skip
-    figure.savefig(path, format="png")
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary, format="png")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ds.errors import DataError
-from megatron_ds.files import parse_json, read_bytes
+from megatron_ds.files import parse_json, read_bytes, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,7 +58,8 @@ def plot_losses(
 ) -> None:
     """Loss over steps as a PNG; where there are two curves, their difference below on a logarithmic axis."""
     figure = draw_losses(curves, title, unit)
-    figure.savefig(path, dpi=110, format="png")
+    with replacing(Path(path)) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def draw_losses(curves: Mapping[str, Sequence[float]], title: str, unit: str = "nats a token") -> Figure:
