@@ -83,6 +83,7 @@ class LLM:
             raise ConfigError(f"gpu_memory_utilization={gpu_memory_utilization}; use a part from 0 to 1")
         source = served_model.find(model)
         own = source.dtype if dtype == "auto" else _dtype("dtype", dtype)
+        served_model.require_split(source.config, tensor_parallel_size, pipeline_parallel_size)
         self.max_model_len = served_model.text_length(source, max_model_len)
         self.model, self.seed, self.config = Path(model), seed, source.config
         self.tokenizer, self._template = _tokenizer(tokenizer or source.tokenizer)

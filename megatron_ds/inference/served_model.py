@@ -121,10 +121,9 @@ def build(source: Source, mesh: Mesh, dtype: torch.dtype) -> Transformer:
     """The stage of this rank, with its part of the weights, in evaluation mode.
 
     Raises:
-        ConfigError: the mesh cannot split it; CheckpointError: on every rank, where weights cannot be read.
+        CheckpointError: on every rank, where weights cannot be read.
     """
     c = source.config
-    _require_split(c, mesh)
     span = stage_spans(split_layers(c.num_layers, mesh.pp.size))[mesh.pp.rank]
     model = class_of(c)(c, StageSettings(mesh, span, device=mesh.device, dtype=dtype)).eval()
     model.requires_grad_(False)
@@ -139,8 +138,10 @@ def build(source: Source, mesh: Mesh, dtype: torch.dtype) -> Transformer:
     return model
 
 
-def _require_split(c: ModelConfig, mesh: Mesh) -> None:
-    tp, pp = mesh.tp.size, mesh.pp.size
+def require_split(c: ModelConfig, tp: int, pp: int) -> None:
+    """Raises :class:`ConfigError` where a model cannot be split over ``tp x pp`` ranks."""
+    if tp < 1 or pp < 1:
+        raise ConfigError(f"tensor_parallel_size={tp} and pipeline_parallel_size={pp} must be 1 or more")
     if c.num_heads % tp or c.padded_vocab % tp or c.ffn_size % tp or (c.groups % tp and tp % c.groups):
         raise ConfigError(
             f"tensor_parallel_size={tp} does not divide {c.num_heads} heads, {c.groups} key/value heads, a "

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hf_models import FAMILIES, MODELS, make
+from hf_models import FAMILIES, MODELS, _llama, make
 
-from megatron_ds.errors import ConfigError
-from megatron_ds.inference import LLM, SamplingParams
+from megatron_ds.convert.tables import import_hf
+from megatron_ds.data.tokenizers import ByteTokenizer
+from megatron_ds.errors import ConfigError, MegatronDSError
+from megatron_ds.inference import LLM, RequestOutput, SamplingParams
 
 REFUSED = {"roberta": "no decoder", "modernbert": "no decoder", "llama-dynamic": "turns all keys anew"}
 DECODERS = sorted({**MODELS, **FAMILIES}.keys() - REFUSED)
@@ -46,3 +50,101 @@ def test_what_cannot_be_served_is_refused(tmp_path: Path, name: str, why: str) -
     make(name).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=why):
         LLM(tmp_path)
+
+
+# --- as a user calls it -------------------------------------------------------------------------------------------
+
+VOCAB = 257
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of bytes with what comes with a published model."""
+    path = tmp_path_factory.mktemp("model")
+    model = _llama(
+        vocab_size=VOCAB, max_position_embeddings=128, bos_token_id=None, eos_token_id=256, num_key_value_heads=2
+    )
+    model.save_pretrained(path)
+    ByteTokenizer().save_hf(path)
+    (path / "generation_config.json").write_text('{"eos_token_id": [256, 10]}')
+    (path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}:")
+    return path
+
+
+def answers(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [sample.token_ids for output in outputs for sample in output.outputs]
+
+
+def test_ranks_that_the_first_one_starts_give_the_same_tokens(folder: Path) -> None:
+    params = SamplingParams(seed=1, max_tokens=8, n=2)
+    with LLM(folder) as one:
+        want = answers(one.generate(["abc", "de"], params, use_tqdm=False))
+    with LLM(folder, tensor_parallel_size=2) as two:
+        assert answers(two.generate(["abc", "de"], params, use_tqdm=False)) == want
+
+
+def test_a_checkpoint_is_served_as_the_folder_that_it_came_from(folder: Path, tmp_path: Path) -> None:
+    import_hf(folder, tmp_path / "run")
+    params = SamplingParams(temperature=0.0, max_tokens=12)
+    with LLM(folder) as theirs, LLM(tmp_path / "run") as ours:
+        assert ours.max_model_len == theirs.max_model_len == 128
+        assert ours.engine.ends.eos == theirs.engine.ends.eos == (256, 10)
+        want = answers(theirs.generate("what", params, use_tqdm=False))
+        assert answers(ours.generate("what", params, use_tqdm=False)) == want
+        assert answers(ours.chat([{"role": "user", "content": "what"}], params, use_tqdm=False)) == answers(
+            theirs.generate("what:", params, use_tqdm=False)
+        )
+
+
+def test_a_stream_grows_into_the_whole_answer(folder: Path) -> None:
+    params = SamplingParams(seed=4, max_tokens=20, ignore_eos=True)
+    with LLM(folder) as llm:
+        (whole,) = llm.generate("ab", params, use_tqdm=False)
+        seen = [output.outputs[0].text for output in llm.stream("ab", params)]
+        assert seen[-1] == whole.outputs[0].text and len(seen) == 20
+        assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))
+        next(llm.stream("ab", params))  # left in the middle
+        gc.collect()
+        llm.step()
+        assert not llm.engine.has_work and llm.engine.batcher.pool.free == llm.engine.batcher.pool.count
+
+
+def test_an_answer_ends_at_every_end_of_the_model(folder: Path) -> None:
+    with LLM(folder) as llm:
+        bias = SamplingParams(temperature=0.0, logit_bias={10: 100.0}, max_tokens=5)
+        (output,) = llm.generate("ab", bias, use_tqdm=False)
+        assert output.outputs[0].token_ids == [10] and output.outputs[0].finish_reason == "stop"
+        later = SamplingParams(temperature=0.0, logit_bias={10: 100.0}, max_tokens=5, min_tokens=3)
+        (output,) = llm.generate("ab", later, use_tqdm=False)
+        ids = output.outputs[0].token_ids
+        assert len(ids) == 4 and ids[-1] == 10 and 10 not in ids[:3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"dtype": "int3"}, "dtype='int3'"),
+        ({"max_model_len": 5000}, "max_model_len=5000: the model was made for 2 to 128"),
+        ({"tensor_parallel_size": 5}, "tensor_parallel_size=5 does not divide"),
+        ({"num_blocks": 1}, "no text of 128 tokens"),
+        ({"max_num_batched_tokens": 20}, "max_num_batched_tokens=20 is less than"),
+        ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization"),
+        ({"device": "tpu"}, "device='tpu'"),
+        ({"tokenizer": "/nowhere"}, "does not exist"),
+    ],
+)
+def test_settings_that_cannot_be_served_say_what_can(folder: Path, settings: dict[str, Any], what: str) -> None:
+    with pytest.raises(MegatronDSError, match=what):
+        LLM(folder, **settings)
+
+
+def test_a_folder_without_a_model_and_without_a_tokenizer(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(MegatronDSError, match="no checkpoint"):
+        LLM(tmp_path)
+    _llama().save_pretrained(tmp_path / "bare")
+    with LLM(tmp_path / "bare") as llm:
+        with pytest.raises(ConfigError, match="has no tokenizer"):
+            llm.generate("text", use_tqdm=False)
+        with pytest.raises(ConfigError, match="prompt is empty"):
+            llm.generate([[]], use_tqdm=False)
+        assert len(llm.generate([5, 6], GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == 10
