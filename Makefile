@@ -25,6 +25,9 @@ train: $(INSTALLED) ## Train a small Llama on 8 ranks from raw text to a Hugging
 train-diffusion: $(INSTALLED) ## Train a diffusion transformer on 8 ranks that draws digits
 	@$(RUN) examples/demo_diffusion.py $(ARGS)
 
+serve-demo: $(INSTALLED) ## Serve the model that `make train` exported, and stream one answer
+	@$(RUN) examples/serve_demo.py $(ARGS)
+
 test: $(INSTALLED) ## Run the test suite (on NCCL where there are several GPUs, else on gloo)
 	@$(RUN) -m pytest -n auto --dist loadfile -m 'not alone' $(ARGS); many=$$?; \
 	$(RUN) -m pytest -n auto --dist loadfile -m alone $(ARGS); few=$$?; \

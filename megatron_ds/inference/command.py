@@ -14,8 +14,10 @@ from megatron_ds.errors import ConfigError, MegatronDSError
 
 DESCRIPTION = """Serve a model to OpenAI clients: /v1/completions, /v1/chat/completions, /v1/models.
 
-megatron-ds serve runs/demo/hf --port 8000
-megatron-ds serve runs/llama --tensor-parallel-size 2 --api-key secret
+megatron-ds serve runs/mine/hf --port 8000
+
+megatron-ds serve runs/mine/checkpoints --tensor-parallel-size 2 --api-key secret
+
 curl localhost:8000/v1/completions -d '{"prompt": "Once", "max_tokens": 20}'
 """
 
