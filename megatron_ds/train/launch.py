@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -232,6 +233,8 @@ def connect(place: RankInfo, timeout: float) -> dist.Store:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     limit = timedelta(seconds=timeout)
     try:
+        if place.rank > 0:
+            _reach(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout)
         # A server that takes the connection and says nothing is no case of torch's own timeout.
         joining = in_thread(lambda: next(dist.rendezvous("env://", place.rank, place.world_size, timeout=limit)))
         store, _, _ = joining.result(timeout + _TORCH_TIMES_OUT_FIRST)
@@ -240,14 +243,30 @@ def connect(place: RankInfo, timeout: float) -> dist.Store:
             f"rank {place.rank} of {place.world_size}: what listens at MASTER_ADDR:MASTER_PORT={address} has not "
             f"answered in {timeout:.0f} s; it is stopped, or not this job's rank 0: choose another port"
         ) from None
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OverflowError, ConnectionError) as error:
         raise StartError(
             f"rank {place.rank} of {place.world_size} could not join the others at MASTER_ADDR:MASTER_PORT={address}: "
-            f"{str(error).splitlines()[0]}. Are all {place.world_size} ranks started, is the address rank 0's machine, "
-            "and the port free there?"
+            f"{str(error).splitlines()[0].rstrip('.')}. Are all {place.world_size} ranks started, is the address rank 0's "
+            "machine, and the port free there?"
         ) from error
     store.set_timeout(timedelta(seconds=timeout))
     return dist.PrefixStore("megatron_ds", store)
+
+
+def _reach(host: str, port: int, seconds: float) -> None:
+    """Wait until somebody listens there; a ConnectionError where nobody does.
+
+    torch waits too, but says in 25 C++ frames that it did so in vain, above the line that says where.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.create_connection((host, port), max(end - time.monotonic(), 0.1)):
+                return
+        except OSError as error:  # also a name that is not known yet
+            if time.monotonic() >= end:
+                raise ConnectionError(f"no connection in {seconds:.0f} s: {error}") from None
+        time.sleep(0.1)
 
 
 def _set(store: BoundedStore, key: str, value: str) -> None:
