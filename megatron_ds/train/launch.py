@@ -244,9 +244,10 @@ def connect(place: RankInfo, timeout: float) -> dist.Store:
             f"answered in {timeout:.0f} s; it is stopped, or not this job's rank 0: choose another port"
         ) from None
     except (RuntimeError, ValueError, OverflowError, ConnectionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
         raise StartError(
             f"rank {place.rank} of {place.world_size} could not join the others at MASTER_ADDR:MASTER_PORT={address}: "
-            f"{str(error).splitlines()[0].rstrip('.')}. Are all {place.world_size} ranks started, is the address rank 0's "
+            f"{reason}. Are all {place.world_size} ranks started, is the address rank 0's "
             "machine, and the port free there?"
         ) from error
     store.set_timeout(timedelta(seconds=timeout))
