@@ -68,6 +68,14 @@ def strip_suffix(path: str | os.PathLike[str]) -> str:
     return text[:-4] if text.endswith((".bin", ".idx")) else text
 
 
+def new_prefix(path: str | os.PathLike[str]) -> str:
+    """The prefix of a dataset that is to be written; a :class:`DataError` where it would have no name."""
+    prefix = strip_suffix(path)
+    if Path(prefix).name in ("", ".."):
+        raise DataError(f"the output prefix {os.fspath(path)!r} names a folder; give a path with a name, as runs/data")
+    return prefix
+
+
 class IndexedDatasetWriter:
     """Writes one dataset; nothing appears under its final name before :meth:`close` has written everything.
 
@@ -80,7 +88,7 @@ class IndexedDatasetWriter:
     """
 
     def __init__(self, prefix: str | os.PathLike[str], dtype: npt.DTypeLike):
-        self.prefix = strip_suffix(prefix)
+        self.prefix = new_prefix(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self._code = _dtype_code(self.dtype)
         bin_path(self.prefix).parent.mkdir(parents=True, exist_ok=True)

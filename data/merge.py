@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_ds.data.indexed import COPY_BYTES, IndexedDataset, idx_path, write_header
+from megatron_ds.data.indexed import COPY_BYTES, IndexedDataset, idx_path, new_prefix, write_header
 from megatron_ds.data.parts import INDEX_CHUNK, finish
 from megatron_ds.data.verify import ChunkedHash, Scan, checksum, read_manifest, verify
 from megatron_ds.errors import DataError
@@ -33,7 +33,7 @@ def merge_datasets(
     Raises:
         DataError: datasets that do not belong together, a damaged one, or the output among the inputs.
     """
-    output = str(output_prefix)
+    output = new_prefix(output_prefix)
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     _check_together(datasets, output)
     manifests = [read_manifest(dataset.prefix) for dataset in datasets]

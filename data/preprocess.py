@@ -25,7 +25,7 @@ import numpy as np
 
 from megatron_ds.data.cache import locked
 from megatron_ds.data.chat import load_template
-from megatron_ds.data.indexed import dtype_for_vocabulary
+from megatron_ds.data.indexed import dtype_for_vocabulary, new_prefix
 from megatron_ds.data.part_writer import Job, PartMaker, PreprocessOptions
 from megatron_ds.data.parts import PLAN, Counts, keep_intact, merge_parts
 from megatron_ds.data.source_tables import hub_revision
@@ -60,10 +60,10 @@ def preprocess(
 
     Raises:
         DataError: nothing to read, no EOD/BOS token where one is asked for, a bad record with
-            ``on_error="fatal"``, inputs or options that are not those of the interrupted run, another run at work
-            on the same prefix, a worker that died.
+            ``on_error="fatal"``, an output prefix without a name, inputs or options that are not those of the
+            interrupted run, another run at work on the same prefix, a worker that died.
     """
-    prefix = str(output_prefix)
+    prefix = new_prefix(output_prefix)
     tokenizer = load_tokenizer(options.tokenizer)
     for wanted, token, what in (
         (options.append_eod, tokenizer.eod_id, "end-of-document"),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ds.data.cli import run
+from megatron_ds.data.indexed import strip_suffix
 from megatron_ds.data.merge import merge_datasets
 
 
@@ -28,7 +29,8 @@ def main(options: MergeDatasets) -> None:
     with tqdm(unit="B", unit_scale=True, desc="merge", disable=options.quiet) as bar:
         manifest = merge_datasets(options.input, options.output_prefix, lambda size: bar.update(size) and None)
     counts = manifest["counts"]
-    print(f"{options.output_prefix}.bin/.idx: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+    prefix = strip_suffix(options.output_prefix)
+    print(f"{prefix}.bin/.idx: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
 
 
 if __name__ == "__main__":

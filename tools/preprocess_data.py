@@ -17,6 +17,7 @@ from typing import Literal
 
 from megatron_ds.data.chat import load_template, split_markers
 from megatron_ds.data.cli import run
+from megatron_ds.data.indexed import strip_suffix
 from megatron_ds.data.part_writer import PreprocessOptions
 from megatron_ds.data.parts import describe_problems
 from megatron_ds.data.preprocess import preprocess
@@ -88,13 +89,13 @@ def main(options: PreprocessData) -> None:
         options.restart,
         show_progress=not options.quiet,
     )
-    seconds = time.perf_counter() - start
+    seconds, prefix = time.perf_counter() - start, strip_suffix(options.output_prefix)
     print(
-        f"{options.output_prefix}.bin/.idx: {counts.documents:,} documents, {counts.tokens:,} tokens from "
+        f"{prefix}.bin/.idx: {counts.documents:,} documents, {counts.tokens:,} tokens from "
         f"{counts.text_bytes / 1e6:.1f} MB of text in {seconds:.1f} s ({counts.text_bytes / 1e6 / seconds:.1f} MB/s)"
     )
     if counts.problems:
-        print(f"left out: {describe_problems(counts.problems)}; see {options.output_prefix}.bad.jsonl")
+        print(f"left out: {describe_problems(counts.problems)}; see {prefix}.bad.jsonl")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from preprocess_helpers import REPOSITORY, TEXTS, Killed, blocks_of, jsonl, run,
 
 from megatron_ds.data import source_tables, sources
 from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.merge import merge_datasets
 from megatron_ds.data.part_writer import PartMaker, PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
 from megatron_ds.data.source_types import Block, Slice, SourceOptions, TxtDocuments
@@ -250,6 +251,21 @@ def test_inputs_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "in.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"in\.parquet is not a readable parquet file"):
         preprocess([str(tmp_path / "in.parquet")], tmp_path / "other", PreprocessOptions("bytes"))
+
+
+def test_a_prefix_that_names_a_file_or_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in.txt").write_text("text")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for prefix in (".", "..", "/", "", "x/.."):
+        with pytest.raises(DataError, match="names a folder; give a path with a name"):
+            preprocess(["../in.txt"], prefix, PreprocessOptions("bytes"), 0)
+        with pytest.raises(DataError, match="names a folder; give a path with a name"):
+            merge_datasets(["../in"], prefix)
+    assert not list(Path.cwd().iterdir())
+    preprocess(["../in.txt"], "../named.bin", PreprocessOptions("bytes"), 0)
+    merge_datasets(["../named"], "../merged.idx")
+    assert IndexedDataset("../named").num_tokens == IndexedDataset("../merged").num_tokens == 4
 
 
 def test_a_missing_column_is_named_with_the_nearest(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import numpy as np
 
@@ -321,11 +322,8 @@ def checks_of_first_use(folder: Path, sequence: int, batch: int, steps: int) -> 
         seconds.append(time.perf_counter() - start)
 
     samples = GPTDataset(dataset, sequence)
-    CheckedArray._compare = timed  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(CheckedArray, "_compare", timed):
         samples.rows(np.random.default_rng(0).permutation(len(samples))[: batch * steps].tolist())
-    finally:
-        CheckedArray._compare = compare  # type: ignore[method-assign]
     a_step = sum(seconds) / steps
     print(
         f"checksums at first use: {len(seconds) / steps:.1f} chunks of 64 KB a step of {batch * sequence:,} tokens, "
