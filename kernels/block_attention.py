@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ds.kernels.alibi import Alibi
 from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.kernels.cpu import attention_route
 from megatron_ds.kernels.documents import Documents
@@ -72,7 +73,7 @@ def block_attention(
     *,
     causal: bool,
     documents: Documents | None = None,
-    slopes: Tensor | None = None,
+    alibi: Alibi | None = None,
     dropout: Dropout | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -87,7 +88,7 @@ def block_attention(
         k, v: ``[s, b, g, d]``, any strides; query head ``h`` uses key/value head ``h // (n / g)``.
         causal: whether a query sees itself and those before it only.
         documents: a query sees its own document only.
-        slopes: ``[n]`` ALiBi slopes (Press et al. 2021): the bias is ``slope * (key - query)``.
+        alibi: the biases of the ``n`` heads.
         window: a query sees only the keys that are fewer places than this away from it.
         softcap: scores are ``softcap * tanh(scores / softcap)`` (Gemma 2, section 2).
 
@@ -96,7 +97,8 @@ def block_attention(
     """
     starts, ends = (None, None) if documents is None else (documents.starts, documents.ends)
     p, row_keys, first_head = (0.0, None, 0) if dropout is None else (dropout.p, dropout.row_keys, dropout.first_head)
-    rules = (starts, ends, slopes, row_keys, p, first_head, causal, window, softcap)
+    slopes, rounded = (None, None) if alibi is None else (alibi.slopes, alibi.rounded)
+    rules = (starts, ends, slopes, rounded, row_keys, p, first_head, causal, window, softcap)
     out: Tensor = _BlockAttention.apply(q, k, v, *rules)
     return out
 
@@ -129,6 +131,7 @@ class _Scores:
     starts: Tensor | None
     ends: Tensor | None
     slopes: Tensor | None
+    rounded: float | None
     row_keys: Tensor | None
     p: float
     first_head: int
@@ -178,7 +181,7 @@ class _Scores:
         by_head = scores.view(b, self.shape[2], size, seen)
         if self.row_keys is None:
             return self._softmax(by_head, tile).to(dtype).view(scores.shape)
-        if SOFTMAX.choose(by_head) == "triton":
+        if SOFTMAX.choose(by_head) == "triton" and self.rounded is None:
             hidden = self._hidden(tile)
             mask = None if hidden is None else ~hidden
             weights = scaled_masked_softmax(by_head, causal=self.causal, mask=mask, slopes=self.slopes).to(dtype)
@@ -190,8 +193,8 @@ class _Scores:
         """``[B, n, Q, K]``, in fp32 with ALiBi; ``scores`` are overwritten."""
         if self.slopes is not None:
             wide = torch.promote_types(scores.dtype, torch.float32)
-            distances = self._distances(tile, self.slopes.device).to(wide)
-            scores = scores.to(wide).add_(self.slopes.to(wide).view(-1, 1, 1) * distances)
+            places = self._places(tile, self.slopes.device)
+            scores = scores.to(wide).add_(Alibi(self.slopes, self.rounded).bias(*places, wide))
         # Adding -inf is one vectorised pass; masked_fill is not.
         if self.causal:
             own, size = scores[..., tile.queries.start - tile.keys.start :], scores.shape[2]
@@ -201,17 +204,18 @@ class _Scores:
             scores += scores.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
         return scores.softmax(-1)
 
-    def _distances(self, tile: _Tile, device: torch.device) -> Tensor:
-        """``[Q, K]`` key minus query."""
+    def _places(self, tile: _Tile, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of the queries ``[Q]`` and of the keys ``[K]``."""
         queries, keys = (torch.arange(p.start, p.stop, device=device) for p in (tile.queries, tile.keys))
-        return keys - queries.unsqueeze(1)
+        return queries, keys
 
     def _hidden(self, tile: _Tile) -> Tensor | None:
         """``[B or 1, 1, Q, K]`` bool: the keys of another document or outside the window; None if there are none."""
         farthest = max(tile.queries.stop - tile.keys.start, tile.keys.stop - tile.queries.start) - 1
         if self.window is None or farthest < self.window:
             return self._other_documents(tile) if tile.crosses else None
-        outside = self._distances(tile, self.device).abs() >= self.window
+        queries, keys = self._places(tile, self.device)
+        outside = (keys - queries.unsqueeze(1)).abs() >= self.window
         return outside[None, None] | self._other_documents(tile) if tile.crosses else outside[None, None]
 
     def _other_documents(self, tile: _Tile) -> Tensor:
@@ -291,7 +295,7 @@ class _BlockAttention(torch.autograd.Function):
             grad_queries[tile.samples, :, tile.queries] = part.view(-1, n, own.shape[1] // group, d)
             grad_keys.add(tile, b, grad_scores.transpose(1, 2), own)
         grad_k, grad_v = (t.whole().view(b, n // group, s, d).permute(2, 0, 1, 3) for t in (grad_keys, grad_values))
-        return grad_q, grad_k, grad_v, *[None] * 9
+        return grad_q, grad_k, grad_v, *[None] * 10
 
 
 class _SumOfTiles:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_ds import comm
 from megatron_ds.config import ModelConfig, RecomputeConfig
 from megatron_ds.config.sparse import sparse_layout
+from megatron_ds.kernels.alibi import Alibi
 from megatron_ds.kernels.block_layout import BlockLayout
 from megatron_ds.kernels.documents import Documents
 from megatron_ds.layers.attention import AttentionInputs
@@ -292,7 +293,7 @@ class Transformer(nn.Module):
         rules = AttentionRules(
             causal=self.config.causal,
             documents=None if documents is None else Documents.of_ids(documents),
-            slopes=self.slopes,
+            alibi=self._alibi(),
             window=self.config.window if window else None,
             softcap=self.config.attention_softcap,
             dropout=self.config.attention_dropout,
@@ -304,6 +305,12 @@ class Transformer(nn.Module):
         return AttentionInputs(
             positions, core, self._rotary_table(positions, "window" if window else "full", dtype), keys
         )
+
+    def _alibi(self) -> Alibi | None:
+        """Of this rank's heads."""
+        if self.slopes is None:
+            return None
+        return Alibi(self.slopes, self.config.head_size**-0.5 if self.config.alibi == "rounded" else None)
 
     def _rotary_table(self, positions: Tensor, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         if not self.rotary:

@@ -46,6 +46,7 @@ OFF_AND_ON: list[tuple[Sections, Sections]] = [
     ({}, {"model": {"family": "bert"}}),
     ({"data": {**REAL, "conversations": True}}, {"data": REAL}),
     ({"model": {"position": "learned"}}, {"model": {"position": "rope", **WINDOW}}),
+    ({"model": {"position": "rope"}}, {"model": {"position": "alibi"}}),
     ({"model": {"position": "rope"}}, {"model": {"position": "learned"}}),
     ({"model": {"position": "rope"}}, {"model": {"position": "rope", **WINDOW}}),
     ({"model": {"attention_pattern": ("full",)}}, {}),
@@ -69,6 +70,7 @@ VALUES: dict[str, Any] = {
     "precision.fp8_gradients": "e4m3",
     "precision.fp8_exclude": ("a",),
     "model.qk_norm_over": "projection",
+    "model.alibi": "rounded",
     "model.attention_pattern": ("full", "window"),
     "model.rope_scaling": {
         "factor": 8.0,

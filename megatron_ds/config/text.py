@@ -96,6 +96,10 @@ class ModelConfig(BaseModelConfig):
     )
     max_positions: int = Field(1024, gt=0, description="Longest sequence of learned positions, in tokens.")
     position: Literal["learned", "rope", "alibi", "none"] = Field("learned", description="How positions enter.")
+    alibi: Literal["exact", "rounded"] = Field(
+        "exact",
+        description="ALiBi's biases; rounded: to bf16, and divided by sqrt(head_dim) as scores are (Falcon-RW).",
+    )
     position_offset: int = Field(
         0, ge=0, description="Row of the learned positions that the first token takes (OPT, RoBERTa: 2)."
     )

@@ -144,6 +144,11 @@ TEXT = (
         "model.position={c.model.position!r} has no rotary embeddings; use model.position='rope'",
     ),
     Unused(
+        ("model.alibi",),
+        lambda c: c.model.position == "alibi",
+        "model.position={c.model.position!r} has no such biases; use model.position='alibi'",
+    ),
+    Unused(
         ("model.position_offset",),
         lambda c: c.model.position == "learned",
         "model.position={c.model.position!r} has no table of positions; use model.position='learned'",

@@ -198,6 +198,18 @@ class _FalconBlocks:
         }
 
 
+class _FalconPositions:
+    """Falcon: rotary, or (RW) ALiBi, whose biases are rounded and scaled."""
+
+    def read(self, config: Settings) -> dict[str, Any]:
+        rope = Rope().read(config)
+        return {"position": "alibi", "alibi": "rounded"} if config.get("alibi", False) else rope
+
+    def write(self, model: Values) -> dict[str, Any]:
+        alibi = model["position"] == "alibi"
+        return {"alibi": alibi, **({} if alibi else Rope().write(model))}
+
+
 _BLOOM_KERNELS = (
     *("slow_but_exact", "masked_softmax_fusion", "attention_softmax_in_fp32", "bias_dropout_fusion"),
     *("skip_bias_add", "skip_bias_add_qkv", "offset_alibi"),
@@ -327,9 +339,9 @@ FALCON = Architecture(
         Key("max_positions", "max_position_embeddings", 2048),
         Key("activation", "activation", "gelu", GELUS),
         Key("bias", "bias", False),
-        Rope(),
+        _FalconPositions(),
         _FalconBlocks(),
-        Fixed(alibi=False, apply_residual_connection_post_layernorm=False),
+        Fixed(apply_residual_connection_post_layernorm=False),
     ),
     copies={"lm_head.weight": "transformer.word_embeddings.weight"},
 )

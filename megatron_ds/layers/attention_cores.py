@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.errors import ConfigError
+from megatron_ds.kernels.alibi import Alibi
 from megatron_ds.kernels.block_attention import Dropout, block_attention, is_preferred, keeps_probabilities
 from megatron_ds.kernels.block_layout import BlockLayout
 from megatron_ds.kernels.documents import Documents
 from megatron_ds.kernels.sparse_attention import sparse_attention
-from megatron_ds.layers.position import alibi_bias
 from megatron_ds.rng import DropoutKeys
 
 HALF = (torch.bfloat16, torch.float16)
@@ -46,7 +46,7 @@ class AttentionRules:
     Attributes:
         causal: a query sees itself and those before it only.
         documents: a query sees its own document only.
-        slopes: ``[n]`` ALiBi slopes of this rank's heads.
+        alibi: the biases of this rank's heads.
         window: a query sees only the keys that are fewer places than this away from it.
         softcap: scores are ``softcap * tanh(scores / softcap)``, before any mask.
         dropout: probability of dropping a probability, with ``keys``; without them nothing is dropped.
@@ -56,7 +56,7 @@ class AttentionRules:
 
     causal: bool = True
     documents: Documents | None = None
-    slopes: Tensor | None = None
+    alibi: Alibi | None = None
     window: int | None = None
     softcap: float | None = None
     dropout: float = 0.0
@@ -71,7 +71,7 @@ class AttentionRules:
     @property
     def plain(self) -> bool:
         """Whether nothing but causality is asked for."""
-        rules = (self.slopes, self.documents, self.window, self.softcap)
+        rules = (self.alibi, self.documents, self.window, self.softcap)
         return all(rule is None for rule in rules) and not self.drops
 
 
@@ -141,7 +141,7 @@ class BlockCore:
             # The sequence is whole here, so rows start at position 0.
             dropout = Dropout(r.dropout, r.keys.row_keys(site, q.shape[0], 0), r.first_head)
         return block_attention(
-            q, k, v, causal=r.causal, documents=r.documents, slopes=r.slopes, dropout=dropout, window=r.window,
+            q, k, v, causal=r.causal, documents=r.documents, alibi=r.alibi, dropout=dropout, window=r.window,
             softcap=r.softcap,
         )  # fmt: skip
 
@@ -161,12 +161,15 @@ class SparseCore:
 def _bias(rules: AttentionRules, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """``[b or 1, n or 1, s, s]``: ALiBi, and -inf where a query does not see the key."""
     seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=device)
+    places = torch.arange(length, device=device)
     if rules.causal:
         seen = seen.tril()
     if rules.window is not None:
-        places = torch.arange(length, device=device)
         seen = seen & ((places - places.unsqueeze(1)).abs() < rules.window)
     if rules.documents is not None:
         seen = seen & rules.documents.same()
     zero = torch.zeros((), dtype=dtype, device=device)
-    return torch.where(seen, zero if rules.slopes is None else alibi_bias(rules.slopes, length, dtype), float("-inf"))
+    if rules.alibi is not None:
+        wide = torch.promote_types(dtype, torch.float32)
+        zero = rules.alibi.bias(places, places, wide).to(dtype)
+    return torch.where(seen, zero, float("-inf"))

@@ -117,9 +117,3 @@ def alibi_slopes(num_heads: int) -> Tensor:
     slopes = [2.0 ** (-8.0 * (i + 1) / power) for i in range(power)]
     slopes += [2.0 ** (-4.0 * (2 * i + 1) / power) for i in range(num_heads - power)]
     return torch.tensor(slopes)
-
-
-def alibi_bias(slopes: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """``[n, s, s]``: ``slope * (key - query)`` for ``slopes [n]``."""
-    places = torch.arange(length, dtype=torch.float32, device=slopes.device)
-    return (slopes.view(-1, 1, 1) * (places - places.unsqueeze(1))).to(dtype)

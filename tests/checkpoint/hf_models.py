@@ -162,6 +162,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "falcon-7b": _falcon,
     "falcon-40b": lambda: _falcon(new_decoder_architecture=True, num_kv_heads=2),
     "falcon-11b": lambda: _falcon(new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1),
+    "falcon-rw-1b": lambda: _falcon(
+        alibi=True, parallel_attn=False, multi_query=False, bias=True, num_attention_heads=12, hidden_size=48
+    ),
     "falcon-sequential": lambda: _falcon(parallel_attn=False, multi_query=False, bias=True),
     "bert": _berts["ForMaskedLM"],
     "bert-pretraining": _berts["ForPreTraining"],

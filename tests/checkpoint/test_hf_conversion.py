@@ -254,7 +254,7 @@ def test_a_model_that_hugging_face_cannot_express(tmp_path: Path, model: dict[st
         ("gemma2", {"hidden_size": "24"}, "config.json has a value of a wrong type or size"),
         ("falcon-7b", {"num_attention_heads": 0}, "describes a model that is not supported"),
         ("opt", {"word_embed_proj_dim": 12}, "word_embed_proj_dim=12 .* only hidden_size=24"),
-        ("falcon-7b", {"alibi": True}, "alibi=True"),
+        ("falcon-7b", {"parallel_attn": False, "new_decoder_architecture": True}, "no model that Falcon's own code"),
         ("falcon-7b", {"num_ln_in_parallel_attn": 2}, "no model that Falcon's own code can run"),
         ("modernbert", {"mlp_dropout": 0.1}, "mlp_dropout=0.1"),
         ("modernbert", {"classifier_bias": True}, "classifier_bias=True beside attention_bias=False"),

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ds.kernels.alibi import Alibi
 from megatron_ds.kernels.block_attention import Dropout, block_attention, block_size
 from megatron_ds.kernels.documents import Documents
 from megatron_ds.kernels.dropout import keep_mask
@@ -54,7 +55,7 @@ def by_scores(
     v: Tensor,
     causal: bool,
     ids: Tensor | None,
-    slopes: Tensor | None,
+    alibi: Alibi | None,
     dropout: Dropout | None,
     window: int | None,
     softcap: float | None,
@@ -73,8 +74,12 @@ def by_scores(
         seen = seen & (places <= places.unsqueeze(1))
     if ids is not None:
         seen = seen & (ids.unsqueeze(2) == ids.unsqueeze(1)).unsqueeze(1)
-    if slopes is not None:
-        scores = scores + slopes.double().view(-1, 1, 1) * (places - places.unsqueeze(1))
+    if alibi is not None:
+        by_place = [[float(slope * place) for place in range(s)] for slope in alibi.slopes.double()]
+        if alibi.rounded is not None:
+            by_place = [[float(slope.bfloat16() * torch.tensor(i)) for i in range(s)] for slope in alibi.slopes]
+        table = torch.tensor(by_place, dtype=torch.float64) * (alibi.rounded or 1.0)
+        scores = scores + table.unsqueeze(1)
     probabilities = scores.masked_fill(~seen, float("-inf")).softmax(-1)
     if dropout is not None:
         columns = places + s * (dropout.first_head + torch.arange(n)).unsqueeze(1)
@@ -83,7 +88,7 @@ def by_scores(
     return torch.einsum("bnst,tbnd->sbnd", probabilities, v).reshape(s, b, n * d)
 
 
-@pytest.mark.parametrize("rule", ["documents", "alibi", "dropout", "window", "softcap", "all"])
+@pytest.mark.parametrize("rule", ["documents", "alibi", "rounded alibi", "dropout", "window", "softcap", "all"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
 @pytest.mark.parametrize(("s", "n", "g", "d"), [(30, 2, 2, 8), (130, 6, 2, 8), (130, 4, 4, 40)])
 def test_rules_in_float64(s: int, n: int, g: int, d: int, causal: bool, rule: str) -> None:
@@ -91,11 +96,11 @@ def test_rules_in_float64(s: int, n: int, g: int, d: int, causal: bool, rule: st
     ids = (torch.rand(3, s, generator=generator) < 0.04).cumsum(1)
     ids[1] = 0  # a sample that is one document
     ids[2, 64:] += 1  # and one with a boundary between two blocks
-    slopes = 2.0 ** -torch.arange(1.0, n + 1)
+    slopes = 2.0 ** (-0.3 * torch.arange(1.0, n + 1))
     dropout = Dropout(0.3, torch.randint(2**31, (s, 3), generator=generator).to(torch.int32), 5)
     given: dict[str, Any] = {
         "ids": ids if rule in ("documents", "all") else None,
-        "slopes": slopes if rule in ("alibi", "all") else None,
+        "alibi": Alibi(slopes, 0.3 if "rounded" in rule else None) if "alibi" in rule or rule == "all" else None,
         "dropout": dropout if rule in ("dropout", "all") else None,
         "window": 20 if rule in ("window", "all") else None,
         "softcap": 0.7 if rule in ("softcap", "all") else None,
@@ -140,7 +145,7 @@ def test_memory_does_not_grow_with_the_square_of_the_sequence(rule: str) -> None
         ids = (torch.arange(s) // 100).expand(1, -1)
         given: dict[str, Any] = {
             "documents": {"documents": Documents.of_ids(ids)},
-            "alibi": {"slopes": torch.ones(2)},
+            "alibi": {"alibi": Alibi(torch.ones(2))},
             "dropout": {"dropout": Dropout(0.1, torch.zeros(s, 1, dtype=torch.int32))},
             "window": {"window": 100},
             "softcap": {"softcap": 5.0},

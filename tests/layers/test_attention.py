@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ds.kernels.alibi import Alibi
 from megatron_ds.kernels.documents import Documents
 from megatron_ds.layers.attention import AttentionConfig, AttentionInputs, SelfAttention
 from megatron_ds.layers.attention_cores import AttentionCore, AttentionRules, BlockCore, FusedCore, _bias, make_core
@@ -45,7 +46,7 @@ def rules(documents: bool = False, alibi: int = 0, dropout: float = 0.0, **setti
     """``alibi``: number of heads; 0: none."""
     return AttentionRules(
         documents=Documents.of_ids(DOCUMENTS) if documents else None,
-        slopes=alibi_slopes(alibi) if alibi else None,
+        alibi=Alibi(alibi_slopes(alibi)) if alibi else None,
         dropout=dropout,
         **{"keys": DropoutKeys(9, torch.arange(B)), **settings},
     )

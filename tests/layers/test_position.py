@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ds.kernels.alibi import Alibi
 from megatron_ds.kernels.rotary import rotate_reference
-from megatron_ds.layers.position import Rotary, alibi_bias, alibi_slopes, rotary_table
+from megatron_ds.layers.position import Rotary, alibi_slopes, rotary_table
 
 LLAMA31 = {
     "factor": 8.0,
@@ -90,6 +91,15 @@ def test_slopes_equal_blooms_for_every_number_of_heads() -> None:
 
 def test_bias_is_slope_times_distance() -> None:
     slopes = alibi_slopes(3)
-    bias = alibi_bias(slopes, 4, torch.float64)
+    bias = Alibi(slopes).bias(torch.arange(4), torch.arange(4), torch.float64)
     want = [[[slope * (key - query) for key in range(4)] for query in range(4)] for slope in slopes.tolist()]
     assert bias.tolist() == want
+
+
+def test_rounded_bias_is_falcons() -> None:
+    falcon = pytest.importorskip("transformers.models.falcon.modeling_falcon")
+    heads, length = 12, 600
+    theirs = falcon.build_alibi_tensor(torch.ones(1, length, dtype=torch.int64), heads, torch.float32) * 0.25
+    places = torch.arange(length)
+    bias = Alibi(alibi_slopes(heads), 0.25).bias(places[-1:], places, torch.float64)
+    assert torch.equal(bias, (theirs - theirs[..., -1:]).double())

@@ -45,7 +45,7 @@ MODERNBERT: dict[str, Any] = {
     "activation": "geglu", "first_norm": False, "embedding_norm": True, "window_rope_theta": 100.0,
 }  # fmt: skip
 OPT = {"position_offset": 2, "activation": "relu", "norm_position": "post"}
-KV2 = {"num_heads": 8, "head_dim": 2, "kv_heads": 2, "position": "alibi", "vocab_multiple": 32}
+KV2 = {"num_heads": 8, "head_dim": 2, "kv_heads": 2, "position": "alibi", "alibi": "rounded", "vocab_multiple": 32}
 # ranks, model settings, other sections; each model is compared with its own run on one process.
 RUNS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "gemma-tp2-pp2-sp": (4, {**GEMMA, **DROPOUT}, {"mesh": {"tp": 2, "pp": 2}, "recompute": {"mode": "selective"}}),
