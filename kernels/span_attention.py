@@ -8,22 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_ds.kernels.alibi import Alibi
+
 
 def span_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     window: int | None = None,
-    slopes: Tensor | None = None,
+    alibi: Alibi | None = None,
     softcap: float | None = None,
+    first: int = 0,
 ) -> Tensor:
     """Causal attention of the last ``c`` of ``l`` tokens.
 
     Args:
         q: ``[c, n, d]``. k, v: ``[l, g, d]``; query head ``h`` uses key/value head ``h // (n / g)``.
         window: a query sees only the keys that are fewer places than this before it.
-        slopes: ``[n]`` of ALiBi: ``slope * (key - query)`` is added to the scores.
+        alibi: biases of the ``n`` heads, added to the scores.
         softcap: scores are ``softcap * tanh(scores / softcap)``, before anything else is done to them.
+        first: place of the first key in the text, which biases that are rounded depend on.
 
     Returns:
         ``[c, n, d]``.
@@ -33,9 +37,10 @@ def span_attention(
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     hides = c > 1 or (window is not None and window < length)
     bias = _bias(c, length, window, q) if hides else None
-    if slopes is not None:
-        alibi = slopes.view(-1, 1, 1) * _distance(c, length, q.device)
-        bias = alibi.to(q.dtype) if bias is None else alibi.to(q.dtype) + bias
+    if alibi is not None:
+        places = torch.arange(first, first + length, device=q.device)
+        of_places = alibi.bias(places[length - c :], places, torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        bias = of_places if bias is None else of_places + bias
     if softcap is None:
         out = F.scaled_dot_product_attention(
             q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), bias, enable_gqa=n > groups

@@ -102,8 +102,9 @@ class PagedCore:
                     keys.index_select(0, seen).to(q.dtype),
                     values.index_select(0, seen).to(q.dtype),
                     window=self.rules.window,
-                    slopes=self.rules.slopes,
+                    alibi=self.rules.alibi,
                     softcap=self.rules.softcap,
+                    first=first,
                 )
         return out.flatten(1).unsqueeze(1)
 

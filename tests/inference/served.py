@@ -25,6 +25,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"norm": "rmsnorm", "position": "rope", "activation": "swiglu", "bias": False, "kv_heads": 2},
     "gpt2": {"position": "learned", "max_positions": 96},
     "bloom": {"position": "alibi", "embedding_norm": True},
+    "falcon-rw": {"position": "alibi", "alibi": "rounded", "window": 9},
     "gemma": {"norm": "rmsnorm", "position": "rope", "window": 7, "window_every": 2, "attention_softcap": 3.0,
               "logit_softcap": 5.0, "bias": False, "kv_heads": 2},
 }  # fmt: skip

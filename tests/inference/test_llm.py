@@ -16,7 +16,13 @@ from megatron_ds.data.tokenizers import ByteTokenizer
 from megatron_ds.errors import ConfigError, MegatronDSError
 from megatron_ds.inference import LLM, RequestOutput, SamplingParams
 
-REFUSED = {"roberta": "no decoder", "modernbert": "no decoder", "llama-dynamic": "turns all keys anew"}
+REFUSED = {
+    **dict.fromkeys(("bert", "bert-pretraining", "roberta", "modernbert"), "no decoder"),
+    **dict.fromkeys(
+        ("llama-dynamic", "llama-longrope", "phi3-mini-128k", "phi3-medium-short", "phi4-mini-long"),
+        "turns all keys anew",
+    ),
+}
 DECODERS = sorted({**MODELS, **FAMILIES}.keys() - REFUSED)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
 
