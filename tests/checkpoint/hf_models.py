@@ -221,9 +221,9 @@ def our_logits(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
         return model.eval().logits(batch)
 
 
-def logits_of(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+def logits_of(model: Any, tokens: torch.Tensor, grad: bool = False) -> torch.Tensor:
     """``[b, s, v]`` of a model of ``transformers``."""
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         out = model(tokens)
     logits: torch.Tensor = out.prediction_logits if "prediction_logits" in out else out.logits
     return logits

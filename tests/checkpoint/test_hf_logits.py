@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hf_models import FAMILIES, MODELS, loaded, logits_of, make, our_logits, parameter_pieces, their_logits
 from safetensors.torch import load_file, save_file
 
@@ -16,6 +17,7 @@ from megatron_ds.config import ModelConfig
 from megatron_ds.convert.tables import export_hf, import_hf
 from megatron_ds.models.bert import BERT
 from megatron_ds.models.gpt import GPT
+from megatron_ds.models.transformer import Transformer
 from megatron_ds.shard import spec_of
 
 TOKENS = torch.randint(2, 131, (2, 48), generator=torch.Generator().manual_seed(0))
@@ -64,15 +66,29 @@ def test_an_exported_model_computes_the_same_logits(tmp_path: Path, name: str) -
     assert largest_difference(our_logits(model, TOKENS), want) < 1e-5
 
 
+def gradients_of_the_embedding(model: Transformer, theirs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the summed loss of the tokens in another order: ours, which went back through all, and theirs."""
+    labels = TOKENS.roll(7, 1)
+    places = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
+    batch = {"tokens": TOKENS, "labels": labels, "position_ids": places, "loss_mask": torch.ones_like(TOKENS).bool()}
+    model({**batch, "sample_index": torch.arange(2)}).backward()
+    F.cross_entropy(logits_of(theirs, TOKENS, grad=True).flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    ours, gradient = model.embedding.weight.grad, theirs.get_input_embeddings().weight.grad
+    assert ours is not None
+    return ours[:131], gradient
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_goes_both_ways(tmp_path: Path, name: str) -> None:
-    """Equal logits in, every bit and the class and equal logits out."""
+    """Equal logits and gradients in, every bit and the class and equal logits out."""
     theirs = make(name)
     theirs.save_pretrained(tmp_path / "hf")
     import_hf(tmp_path / "hf", tmp_path / "ours")
     model = loaded(tmp_path / "ours")
     want = logits_of(theirs, TOKENS)
     assert largest_difference(our_logits(model, TOKENS), want) < 1e-5
+    ours, gradient = gradients_of_the_embedding(model, theirs)
+    assert largest_difference(ours, gradient) < 1e-5 * gradient.abs().max()
     export_hf(tmp_path / "ours", tmp_path / "back")
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("hf", "back"))
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
