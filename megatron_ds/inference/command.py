@@ -44,6 +44,8 @@ class Serve:
     """Ranks that the layers are split over."""
     dtype: Literal["auto", "bfloat16", "float16", "float32", "float64"] = "auto"
     """auto: what most weights have."""
+    quantization: Literal["int8", "w8a8", "fp8", "int4"] | None = None
+    """Weights of fewer bits. Default: as they are."""
     max_model_len: int | None = None
     """Tokens of prompt and answer. Default: what the model was made for."""
     max_num_seqs: int = 64
@@ -83,8 +85,8 @@ def serve(options: Serve) -> int:
     engine = {
         name: getattr(o, name)
         for name in (
-            "tokenizer", "tensor_parallel_size", "pipeline_parallel_size", "dtype", "max_model_len", "max_num_seqs",
-            "max_num_batched_tokens", "gpu_memory_utilization", "num_blocks", "kv_cache_dtype",
+            "tokenizer", "tensor_parallel_size", "pipeline_parallel_size", "dtype", "quantization", "max_model_len",
+            "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "num_blocks", "kv_cache_dtype",
             "enable_prefix_caching", "device",
         )
     }  # fmt: skip

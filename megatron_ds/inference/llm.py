@@ -22,11 +22,13 @@ from megatron_ds.inference.block_pool import BlockPool
 from megatron_ds.inference.invariant_recipe import BatchInvariant
 from megatron_ds.inference.model_runner import CacheSize, ModelRunner
 from megatron_ds.inference.outputs import RequestOutput
+from megatron_ds.inference.quantized_recipes import quantize_model
 from megatron_ds.inference.ranks import Ranks
 from megatron_ds.inference.sampling_params import SamplingParams
 from megatron_ds.inference.serving_engine import ServingEngine, TextEnds
-from megatron_ds.layers.recipe import OwnPrecision, Recipe, use_recipe
+from megatron_ds.layers.recipe import Recipe, use_recipe
 from megatron_ds.mesh import MeshShape
+from megatron_ds.models.transformer import Transformer
 
 Prompt = str | Sequence[int]
 
@@ -40,6 +42,8 @@ class LLM:
         tensor_parallel_size, pipeline_parallel_size: ranks that the layers' weights, and the layers, are split over.
             The other ranks are started by this process, unless ``torchrun`` has started it.
         dtype: ``auto`` (what most weights have), ``bfloat16``, ``float16``, ``float32`` or ``float64``.
+        quantization: weights of fewer bits, ``int8``, ``w8a8``, ``fp8`` or ``int4``; see
+            :mod:`megatron_ds.inference.quantized_recipes`.
         max_model_len: tokens of prompt and answer together at most. Default: what the model was made for.
         max_num_seqs: sequences that are computed at one time at most.
         max_num_batched_tokens: tokens of a step at most; longer prompts are computed in chunks.
@@ -65,6 +69,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         pipeline_parallel_size: int = 1,
         dtype: str = "auto",
+        quantization: str | None = None,
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         max_num_batched_tokens: int = 2048,
@@ -93,6 +98,7 @@ class LLM:
         self._ranks = Ranks(shape, device, settings, place)
         mesh = self._ranks.mesh
         stage = served_model.build(source, mesh, own)
+        head = _recipes(stage, quantization, batch_invariant)
         cache_dtype = own if kv_cache_dtype == "auto" else _dtype("kv_cache_dtype", kv_cache_dtype)
         layers, kv_heads = len(stage.layers), max(1, source.config.groups // mesh.tp.size)
         block = 2 * layers * block_size * kv_heads * source.config.head_size * cache_dtype.itemsize
@@ -106,10 +112,7 @@ class LLM:
             )
         blocks = _smallest(blocks, mesh.world)
         pool = BlockPool(blocks, block_size, enable_prefix_caching)
-        recipe: Recipe = BatchInvariant() if batch_invariant else OwnPrecision()
-        if batch_invariant:
-            use_recipe(stage, lambda spec: BatchInvariant())
-        runner = ModelRunner(stage, mesh, CacheSize(blocks, block_size, cache_dtype), recipe)
+        runner = ModelRunner(stage, mesh, CacheSize(blocks, block_size, cache_dtype), head)
         batcher = Batcher(pool, max_num_seqs, max(max_num_batched_tokens, 0))
         self.engine = ServingEngine(runner, batcher, mesh, self.max_model_len, self.tokenizer, ends)
         self._numbers = itertools.count()
@@ -288,6 +291,17 @@ def _ends(generation: Mapping[str, Any], tokenizer: Tokenizer | None) -> TextEnd
         added = tokenizer.backend.get_added_tokens_decoder()
         hidden |= {number for number, token in added.items() if token.special}
     return TextEnds(eos, frozenset(token for token in hidden if token is not None))
+
+
+def _recipes(stage: Transformer, quantization: str | None, batch_invariant: bool) -> Recipe | None:
+    """How the layers of a stage multiply; returns how its head does."""
+    if quantization is None:
+        if batch_invariant:
+            use_recipe(stage, lambda spec: BatchInvariant())
+        return BatchInvariant() if batch_invariant else None
+    if batch_invariant:
+        raise ConfigError("batch_invariant=True goes with quantization=None: quantised products have no such kernels")
+    return quantize_model(stage, stage.output_weight if stage.span.head else None, quantization)
 
 
 def _memory(device: torch.device, part: float) -> int:

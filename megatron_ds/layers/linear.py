@@ -165,9 +165,9 @@ class RepeatedKVLinear(_Linear):
         self.kv_head, self.first_query = tp.rank // ranks, tp.rank % ranks * self.queries
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ColumnLinear.apply(x, self._own(self.weight), None if self.bias is None else self._own(self.bias), self)
+        return _ColumnLinear.apply(x, self.own(self.weight), None if self.bias is None else self.own(self.bias), self)
 
-    def _own(self, parameter: Tensor) -> Tensor:
+    def own(self, parameter: Tensor) -> Tensor:
         """``[q + 2, d, ...]`` of a parameter."""
         head = parameter[self.kv_head]
         return torch.cat((head[self.first_query : self.first_query + self.queries], head[-2:]))

@@ -1,0 +1,95 @@
+"""Quantised weights: the closed form of their products, the same on every mesh, near the unquantised model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_models import _llama
+from served import config_of, engine_of, stage_of
+
+from megatron_ds.errors import ConfigError
+from megatron_ds.inference import LLM, SamplingParams
+from megatron_ds.inference.model_runner import CacheSize, ModelRunner
+from megatron_ds.inference.quantized_recipes import SCHEMES, quantize_model
+from megatron_ds.mesh import Mesh, MeshShape
+from megatron_ds.testing import run_ranks
+
+WORST = {"int8": 0.011, "w8a8": 0.015, "fp8": 0.05, "int4": 0.16}
+"""Relative error of a product of normal numbers, a little above what the bits give (measured: two thirds of it)."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_products_are_those_of_the_dequantised_weight(scheme: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = (torch.randn(48, 96) * torch.rand(48, 1)).to(dtype)
+    recipe = SCHEMES[scheme](weight, None)
+    dequantized = recipe.dequantized()
+    relative = (dequantized - weight.double()).norm() / weight.double().norm()
+    assert relative < WORST[scheme], "the weight"
+    for count in (1, 8, 33):
+        x = torch.randn(count, 96).to(dtype)
+        out, want = recipe.product(x, weight, None).double(), x.double() @ dequantized.t()
+        relative = (out - want).norm() / want.norm()
+        inputs = WORST[scheme] if scheme in ("w8a8", "fp8") else 0.0
+        exact = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype]
+        assert relative < inputs + exact, count
+        assert scheme not in ("w8a8", "fp8") or relative > 1e-4, "the inputs were not quantised"
+
+
+def logprobs_of(scheme: str, ranks: int) -> Any:
+    mesh = Mesh.create(MeshShape(tp=ranks), torch.device("cpu"))
+    config = config_of("llama").model_copy(update={"hidden_size": 128, "ffn_hidden_size": 128, "vocab_multiple": 16})
+    model = stage_of(config, mesh)
+    head = quantize_model(model, model.output_weight, scheme)
+    engine = engine_of(model, mesh)
+    engine.runner = ModelRunner(model, mesh, CacheSize(64, 4, torch.float64), head)
+    if mesh.rank > 0:
+        engine.follow()
+        return None
+    engine.add("a", [3, 1, 4, 1, 5], SamplingParams(temperature=0.0, max_tokens=6, logprobs=3))
+    while engine.has_work:
+        output = engine.step()[0]
+    engine.stop()
+    return output.outputs[0].token_ids, output.outputs[0].logprobs
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_mesh_has_the_same_quantised_model(scheme: str) -> None:
+    tokens, want = logprobs_of(scheme, 1)
+    found, logprobs = run_ranks(logprobs_of, 2, scheme, 2)[0]
+    assert found == tokens
+    for mine, theirs in zip(logprobs, want, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-9)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_served_model_stays_near_itself_and_gives_memory_back(tmp_path: Path, scheme: str) -> None:
+    torch.manual_seed(0)
+    _llama(hidden_size=192, intermediate_size=256).to(torch.bfloat16).save_pretrained(tmp_path)
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    tokens = list(range(3, 60))
+    sums = []
+    for quantization in (None, scheme):
+        with LLM(tmp_path, quantization=quantization) as llm:
+            (output,) = llm.generate(tokens, params, use_tqdm=False)
+            sums.append(sum(of[t] for t, of in zip(tokens[1:], (output.prompt_logprobs or [])[1:]) if of is not None))
+            linears = llm.engine.runner.model.layers["0"].mlp
+            held = sum(p.untyped_storage().nbytes() for p in linears.parameters())
+            held += sum(b.untyped_storage().nbytes() for b in linears.buffers())
+            whole = 2 * sum(p.numel() for p in linears.parameters())
+            assert held < (1.01 if quantization is None else 0.35 if scheme == "int4" else 0.54) * whole
+    assert sums[1] != sums[0] and abs(sums[1] - sums[0]) / 56 < 0.05, "log-probability of a token"
+
+
+def test_schemes_and_layers_that_do_not_go_together(tmp_path: Path) -> None:
+    _llama(hidden_size=24).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="quantization='int5'; use one of 'int8', 'w8a8', 'fp8', 'int4'"):
+        LLM(tmp_path, quantization="int5")
+    with pytest.raises(ConfigError, match="24 on a rank; use 'int8'"):
+        LLM(tmp_path, quantization="int4")
+    with pytest.raises(ConfigError, match="batch_invariant=True goes with quantization=None"):
+        LLM(tmp_path, quantization="int8", batch_invariant=True)
