@@ -100,8 +100,9 @@ def check_room(directory: Path, flat_shards: Sequence[FlatShard], world: Axis) -
             while not existing.exists():
                 existing = existing.parent
             check_space(existing, needed, "a checkpoint of this run")
-            if (directory / LATEST).is_dir():
-                raise CheckpointError(f"{directory / LATEST} is a directory, where a file has to be written; remove it")
+            latest = directory / LATEST
+            if latest.exists() and not latest.is_file():
+                raise CheckpointError(f"{latest} is no regular file, where one has to be written; remove it")
 
 
 def prepare(directory: Path, step: int, needed: int, replace: bool = False) -> Path:
