@@ -149,6 +149,7 @@ LLAMAS: tuple[Architecture, ...] = (
             _NO_BIAS,
             Window(),
             dropouts("resid_pdrop", "embd_pdrop"),
+            Fixed(mlp_bias=False, lm_head_bias=False, full_attn_mod=1, interpolate_factor=1),  # Phi-4-mini's
             eps=1e-5,
             positions=4096,
         ),
@@ -201,7 +202,7 @@ LLAMAS: tuple[Architecture, ...] = (
             Key("logit_softcap", "final_logit_softcapping", 30.0, null=True),
             positions=8192,
         ),
-        harmless=("cache_implementation",),
+        harmless=("cache_implementation", "sliding_window_size"),
         **_COMMON,
     ),
     Architecture(
@@ -240,7 +241,10 @@ LLAMAS: tuple[Architecture, ...] = (
             Fixed(mlp_type="default", norm_type="layer_norm", activation_function="gelu_pytorch_tanh"),
             Fixed(scale_attn_weights=True),
         ),
-        harmless=("layer_norm_epsilon", "scale_attention_softmax_in_fp32", "attention_softmax_in_fp32"),
+        harmless=(
+            *("layer_norm_epsilon", "rms_norm_eps"),
+            *("scale_attention_softmax_in_fp32", "attention_softmax_in_fp32"),
+        ),
         **_COMMON,
     ),
 )

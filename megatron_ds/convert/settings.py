@@ -24,7 +24,7 @@ BOOKKEEPING = frozenset((
     "use_cache", "output_past", "output_attentions", "output_hidden_states", "return_dict", "use_return_dict",
     "torchscript", "use_bfloat16", "tf_legacy_loss", "gradient_checkpointing", "chunk_size_feed_forward",
     "pretraining_tp", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset", "is_decoder",
-    "auto_map", "transformers.js_config", "unsloth_version", "unsloth_fixed",
+    "auto_map", "transformers.js_config", "unsloth_version", "unsloth_fixed", "custom_pipeline", "custom_pipelines",
 ))  # fmt: skip
 # Written anew by every save.
 REWRITTEN = frozenset(("architectures", "model_type", "_name_or_path", "transformers_version", "torch_dtype", "dtype"))

@@ -15,8 +15,7 @@ from hf_models import LLAMA3, loaded, make, make_bert, our_logits, their_logits
 from safetensors.torch import load_file, save_file
 
 from megatron_ds.convert.folder import HFFolder
-from megatron_ds.convert.settings import Settings
-from megatron_ds.convert.tables import ARCHITECTURES, export_hf, import_hf
+from megatron_ds.convert.tables import export_hf, import_hf
 from megatron_ds.errors import CheckpointError, ConfigError
 
 TOKENS = torch.randint(0, 131, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -299,106 +298,3 @@ def test_a_setting_that_is_not_understood_is_refused(
     with pytest.raises(ConfigError, match=message):
         import_hf(llama, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
-
-
-# What the published files of each family hold besides sizes and what every file has.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "GPT2LMHeadModel": {
-        "n_ctx": 1024, "summary_type": "cls_index", "summary_use_proj": True, "summary_activation": None,
-        "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "resid_pdrop": 0.1, "embd_pdrop": 0.1,
-        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}, "n_special": 0,
-        "predict_special_tokens": True, "output_past": True, "pruned_heads": {}, "gradient_checkpointing": False,
-        "reorder_and_upcast_attn": False, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-    },
-    "LlamaForCausalLM": {
-        "hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 1, "intermediate_size": 40, "vocab_size": 9,
-        "pretraining_tp": 1, "rope_scaling": None, "rope_theta": 10000.0, "rope_interleaved": False, "mlp_bias": False,
-        "is_llama_config": True, "max_sequence_length": 2048, "attention_bias": False, "unsloth_version": "2024.9",
-        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
-    },
-    "Qwen2ForCausalLM": {
-        "hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 1, "intermediate_size": 40, "vocab_size": 9,
-        "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 21, "use_mrope": False,
-    },
-    "MistralForCausalLM": {
-        "hidden_size": 24, "num_attention_heads": 8, "num_hidden_layers": 1, "intermediate_size": 40, "vocab_size": 9,
-        "sliding_window": None, "rope_theta": 1000000.0, "attention_dropout": 0.0, "head_dim": 128,
-    },
-    "Phi3ForCausalLM": {
-        "hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 1, "intermediate_size": 40, "vocab_size": 9,
-        "attention_bias": False, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "original_max_position_embeddings": 16384,
-        "max_position_embeddings": 16384, "rope_scaling": None, "sliding_window": None, "auto_map": {"a": "b"},
-    },
-    "BloomForCausalLM": {
-        "attention_softmax_in_fp32": True, "bias_dropout_fusion": True, "masked_softmax_fusion": True, "n_embed": 64,
-        "n_inner": None, "num_attention_heads": 8, "offset_alibi": 100, "pretraining_tp": 1, "skip_bias_add": True,
-        "skip_bias_add_qkv": False, "slow_but_exact": False, "seq_length": 2048, "unk_token_id": 0,
-    },
-    "Olmo2ForCausalLM": {
-        "hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 1, "intermediate_size": 40, "vocab_size": 9,
-        "attention_bias": False, "num_key_value_heads": 6, "rope_theta": 500000, "rope_scaling": None,
-        "rms_norm_eps": 1e-06,
-    },
-    "Gemma2ForCausalLM": {
-        "hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 2, "intermediate_size": 40, "vocab_size": 9,
-        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "cache_implementation": "hybrid",
-        "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
-        "sliding_window": 4096, "rope_theta": 10000.0, "attention_bias": False, "head_dim": 8,
-    },
-    "Gemma3ForCausalLM": {
-        "hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 2, "intermediate_size": 40, "vocab_size": 9,
-        "attn_logit_softcapping": None, "final_logit_softcapping": None, "cache_implementation": "hybrid",
-        "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "rope_local_base_freq": 10000,
-        "rope_theta": 1000000, "rope_scaling": None, "sliding_window": 512, "sliding_window_pattern": 6,
-    },
-    "Starcoder2ForCausalLM": {
-        "hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 1, "intermediate_size": 40, "vocab_size": 9,
-        "activation_function": "gelu_pytorch_tanh", "hidden_act": "gelu_pytorch_tanh", "mlp_type": "default",
-        "norm_epsilon": 1e-05, "norm_type": "layer_norm", "rope_theta": 999999.4420358813, "sliding_window": 4096,
-        "use_bias": True, "residual_dropout": 0.1, "embedding_dropout": 0.1, "layer_norm_epsilon": 1e-05,
-        "scale_attention_softmax_in_fp32": True, "scale_attn_weights": True, "attention_softmax_in_fp32": True,
-    },
-    "GPTNeoXForCausalLM": {
-        "hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 1, "intermediate_size": 40, "vocab_size": 9,
-        "classifier_dropout": 0.1, "rotary_emb_base": 10000, "rotary_pct": 0.25, "use_parallel_residual": True,
-        "layer_norm_eps": 1e-05, "hidden_act": "gelu_fast", "attention_dropout": 0.0, "rope_scaling": None,
-    },
-    "GPTJForCausalLM": {
-        "n_embd": 24, "n_head": 6, "n_layer": 1, "rotary": True, "rotary_dim": 4, "scale_attn_weights": True,
-        "summary_activation": None, "summary_first_dropout": 0.1, "tie_word_embeddings": False, "n_inner": None,
-        "gradient_checkpointing": False, "task_specific_params": {"text-generation": {"do_sample": True}},
-    },
-    "OPTForCausalLM": {
-        "hidden_size": 24, "num_attention_heads": 6, "activation_dropout": 0.0, "do_layer_norm_before": True,
-        "layerdrop": 0.0, "_remove_final_layer_norm": False, "word_embed_proj_dim": 24, "enable_bias": True,
-        "layer_norm_elementwise_affine": True, "prefix": "</s>", "init_std": 0.02,
-    },
-    "FalconForCausalLM": {
-        "alibi": False, "apply_residual_connection_post_layernorm": False, "bias": False, "multi_query": True,
-        "new_decoder_architecture": False, "parallel_attn": True, "hidden_size": 4544, "num_attention_heads": 71,
-    },
-    "RobertaForMaskedLM": {"type_vocab_size": 1, "max_position_embeddings": 514, "layer_norm_eps": 1e-05},
-    "ModernBertForMaskedLM": {
-        "attention_bias": False, "classifier_activation": "gelu", "classifier_bias": False, "classifier_dropout": 0.0,
-        "classifier_pooling": "mean", "decoder_bias": True, "deterministic_flash_attn": False, "norm_bias": False,
-        "global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "hidden_activation": "gelu", "mlp_dropout": 0.0,
-        "initializer_cutoff_factor": 2.0, "layer_norm_eps": 1e-05, "local_attention": 128, "local_rope_theta": 10000.0,
-        "num_hidden_layers": 22, "reference_compile": None, "repad_logits_with_grad": False,
-        "sparse_pred_ignore_index": -100, "sparse_prediction": False, "gradient_checkpointing": False,
-    },
-    "BertForMaskedLM": {
-        "directionality": "bidi", "pooler_fc_size": 768, "pooler_num_attention_heads": 12, "pooler_num_fc_layers": 3,
-        "pooler_size_per_head": 128, "pooler_type": "first_token_transform", "position_embedding_type": "absolute",
-        "classifier_dropout": None, "gradient_checkpointing": False, "is_decoder": False,
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_what_published_files_hold_is_known(name: str) -> None:
-    [architecture] = [architecture for architecture in ARCHITECTURES if architecture.name == name]
-    settings = Settings({**PUBLISHED[name], "_name_or_path": "x", "torch_dtype": "float16", "eos_token_id": [1, 2]})
-    architecture.from_config(settings)
-    settings.check_all_read(architecture.harmless)
-    with pytest.raises(ConfigError, match=r"not known here.*: unheard_of=1\."):
-        Settings({"unheard_of": 1}).check_all_read(architecture.harmless)
