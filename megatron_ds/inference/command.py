@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -107,7 +109,10 @@ def serve(options: Serve) -> int:
             timeout_graceful_shutdown=int(o.request_timeout),
             h11_max_incomplete_event_size=65536,
         )
-        uvicorn.Server(config).run(sockets=[listening])
+        # uvicorn answers what is under way and raises the signal again: here, so that the other ranks end as well.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        with contextlib.suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listening])
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -11,7 +12,12 @@ from megatron_ds.inference.llm import LLM
 
 def main(rank: str, port: str, settings: str) -> None:
     values = json.loads(settings)
-    LLM(Path(values.pop("model")), **values, place=(int(rank), int(port))).follow()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first rank, which tells the others
+    llm = LLM(Path(values.pop("model")), **values, place=(int(rank), int(port)))
+    try:
+        llm.follow()
+    except RuntimeError as error:
+        sys.exit(f"rank {rank} ends: the first rank of the served model is gone ({str(error).splitlines()[0]})")
 
 
 if __name__ == "__main__":

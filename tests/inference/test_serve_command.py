@@ -1,0 +1,92 @@
+"""``megatron-ds serve`` as a process: what it says, how it ends, and its mistakes in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+
+import pytest
+from hf_models import _llama
+
+from megatron_ds.data.tokenizers import ByteTokenizer
+
+COMMAND = [sys.executable, "-m", "megatron_ds.inference.command"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny-llama")
+    _llama(vocab_size=257, max_position_embeddings=4096, bos_token_id=None, eos_token_id=256).save_pretrained(path)
+    ByteTokenizer().save_hf(path)
+    return path
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_what_is_under_way_is_answered_before_it_ends(folder: Path) -> None:
+    """With two ranks, of which the signal reaches the first."""
+    command = [*COMMAND, "serve", str(folder), "--port", "0", "--tensor-parallel-size", "2", "--max-num-seqs", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    assert server.stdout is not None
+    said, answers = [], []
+    try:
+        for line in server.stdout:
+            said.append(line)
+            if "http://" in line:
+                break
+        assert re.fullmatch(r"tiny-llama\d+: texts of up to 4096 tokens, .* at http://127.0.0.1:\d+/v1\n", said[-1])
+        address = said[-1].split()[-1]
+        body = json.dumps({"prompt": "abc", "max_tokens": 150, "ignore_eos": True, "stream": True}).encode()
+        with urllib.request.urlopen(urllib.request.Request(f"{address}/completions", body), timeout=240) as answer:
+            answers.append(answer.readline().decode())
+            server.send_signal(signal.SIGTERM)
+            answers += [line.decode() for line in answer]
+        assert '"finish_reason": "length"' in "".join(answers) and answers[-2] == "data: [DONE]\n"
+        rest = server.communicate(timeout=240)[0]
+        assert server.returncode == 0 and not rest, rest
+    finally:
+        server.kill()
+
+
+def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    port = str(taken.getsockname()[1])
+    cases = [
+        (["serve", str(folder), "--port", port], f"cannot listen at 127.0.0.1:{port}: .*; choose another with --port"),
+        (["serve", str(folder), "--port", "99999999"], "cannot listen at"),
+        (["serve", str(tmp_path), "--port", "0"], "no checkpoint"),
+    ]
+    results: dict[int, tuple[int, str]] = {}
+    threads = [
+        threading.Thread(target=lambda i=i, case=case: results.__setitem__(i, run(*case[0])))
+        for i, case in enumerate(cases)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    taken.close()
+    for i, (_, what) in enumerate(cases):
+        code, said = results[i]
+        assert code == 2 and re.match(f"error: .*{what}", said) and said.count("\n") == 1, said
+
+
+def test_help_teaches(folder: Path) -> None:
+    code, said = run("serve", "--help")
+    assert code == 0 and "megatron-ds serve runs/mine/hf --port 8000\n" in said and "--tensor-parallel-size" in said
+    assert run("--help") == (0, "usage: megatron-ds serve FOLDER ...   (megatron-ds serve --help says what else)\n")
+    assert run("train")[0] == 2
