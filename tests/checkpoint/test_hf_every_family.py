@@ -83,6 +83,7 @@ ONE_EACH = {
 
 def test_there_is_a_model_of_every_class() -> None:
     assert [architecture.name for architecture in ARCHITECTURES] == list(ONE_EACH)
+    assert PUBLISHED.keys() == ONE_EACH.keys()
     assert set(ONE_EACH.values()) <= {*MODELS, *FAMILIES}
 
 
@@ -137,6 +138,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Qwen2ForCausalLM": {
         "hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 1, "intermediate_size": 40, "vocab_size": 9,
         "sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 21, "use_mrope": False,
+    },
+    "Qwen3ForCausalLM": {
+        "hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 2, "intermediate_size": 40, "vocab_size": 9,
+        "attention_bias": False, "head_dim": 128, "max_window_layers": 36, "rope_scaling": None, "rope_theta": 1000000,
+        "sliding_window": None, "use_sliding_window": False, "layer_types": ["full_attention"] * 2,
     },
     "MistralForCausalLM": {
         "hidden_size": 24, "num_attention_heads": 8, "num_hidden_layers": 1, "intermediate_size": 40, "vocab_size": 9,
@@ -208,6 +214,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 22, "reference_compile": None, "repad_logits_with_grad": False,
         "sparse_pred_ignore_index": -100, "sparse_prediction": False, "gradient_checkpointing": False,
     },
+    "BertForPreTraining": {"type_vocab_size": 2, "position_embedding_type": "absolute", "use_cache": True},
     "BertForMaskedLM": {
         "directionality": "bidi", "pooler_fc_size": 768, "pooler_num_attention_heads": 12, "pooler_num_fc_layers": 3,
         "pooler_size_per_head": 128, "pooler_type": "first_token_transform", "position_embedding_type": "absolute",
