@@ -20,16 +20,21 @@ _PROMPT_LOGPROBS_ROWS = 256
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens ``start`` to ``start + count`` of a sequence."""
+    """Tokens ``start`` to ``start + count`` of a sequence, of which the last are a guess where there is a ``draft``."""
 
     sequence: Sequence
     start: int
     count: int
+    draft: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.sequence.tokens[self.start : self.start + self.count], *self.draft]
 
     @property
     def is_last(self) -> bool:
         """Whether the next token follows from it."""
-        return self.start + self.count == len(self.sequence.tokens)
+        return self.start + self.count - len(self.draft) == len(self.sequence.tokens)
 
 
 @dataclass
@@ -50,18 +55,19 @@ class Batcher:
     Args:
         seats: sequences that run at one time at most.
         budget: tokens of a step at most.
+        drafts: tokens that are guessed at most for a sequence and a step.
 
     A chunk of a prompt ends where a block does. So which tokens are computed together with a token, in its own
     sequence, does not depend on what else runs, and neither does its result, bit for bit, where the kernels allow it.
     """
 
-    def __init__(self, pool: BlockPool, seats: int, budget: int):
+    def __init__(self, pool: BlockPool, seats: int, budget: int, drafts: int = 0):
         if budget < seats + pool.size:
             raise ConfigError(
                 f"max_num_batched_tokens={budget} is less than max_num_seqs={seats} and a block of {pool.size} tokens: "
                 f"prompts might wait for ever; give {seats + pool.size} at least, or fewer sequences"
             )
-        self.pool, self.seats, self.budget = pool, seats, budget
+        self.pool, self.seats, self.budget, self.drafts = pool, seats, budget, drafts
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -99,8 +105,9 @@ class Batcher:
                 self._make_room()
                 continue
             if count:
-                plan.spans.append(Span(sequence, sequence.computed, count))
-                left -= count
+                draft = self._draft(sequence, left - count, plan) if sequence.pending == 1 else ()
+                plan.spans.append(Span(sequence, sequence.computed, count + len(draft), draft))
+                left -= count + len(draft)
             index += 1
         while self.waiting and not preempted and len(self.running) < self.seats:
             count = self._admit(self.waiting[0], left, plan)
@@ -113,10 +120,16 @@ class Batcher:
             left -= count
         return plan
 
-    def computed(self, span: Span) -> None:
-        """The keys and values of a span are in its blocks."""
-        sequence, pool = span.sequence, self.pool
-        sequence.computed += span.count
+    def _draft(self, sequence: Sequence, left: int, plan: Plan) -> tuple[int, ...]:
+        """A guess of the next tokens, where there is room for them that nobody waits for."""
+        most = min(self.drafts, left, sequence.room - 1)
+        draft = guess(sequence.tokens, most) if most > 0 and not self.waiting else ()
+        return draft if draft and self._reserve(sequence, 1 + len(draft), plan) else ()
+
+    def computed(self, sequence: Sequence, count: int) -> None:
+        """The keys and values of so many more of its tokens are in its blocks."""
+        pool = self.pool
+        sequence.computed += count
         while pool.share and (len(sequence.digests) + 1) * pool.size <= sequence.computed:
             number = len(sequence.digests)
             digest = self._digest(sequence, number, sequence.digests[-1] if number else b"")
@@ -174,7 +187,7 @@ class Batcher:
         """Blocks of its own for the next tokens of a sequence."""
         first = sequence.computed // self.pool.size
         copy = first < len(sequence.blocks) and self.pool.is_shared(sequence.blocks[first])
-        needed = self.pool.needed(sequence.computed + count) - len(sequence.blocks)
+        needed = max(0, self.pool.needed(sequence.computed + count) - len(sequence.blocks))
         blocks = self.pool.allocate(needed + copy)
         if blocks is None:
             return False
@@ -202,3 +215,13 @@ class Batcher:
     def _give_back(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
         sequence.blocks, sequence.digests, sequence.computed = [], [], 0
+
+
+def guess(tokens: list[int], most: int, longest: int = 3, back: int = 2048) -> tuple[int, ...]:
+    """What followed when the last tokens came before ("prompt lookup"): up to ``most`` tokens, or none."""
+    for size in range(min(longest, len(tokens) - 1), 0, -1):
+        end = tokens[-size:]
+        for start in range(len(tokens) - size - 1, max(-1, len(tokens) - back), -1):
+            if tokens[start : start + size] == end:
+                return tuple(tokens[start + size : start + size + most])
+    return ()

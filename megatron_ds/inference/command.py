@@ -60,6 +60,8 @@ class Serve:
     """Blocks of the key/value cache. Default: what fits."""
     kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """auto: the model's."""
+    num_speculative_tokens: int = 0
+    """Guess so many tokens from what followed the same words before; answers stay the same."""
     enable_prefix_caching: bool = True
     """Share keys and values of texts that begin alike."""
     max_requests: int = 256
@@ -89,7 +91,7 @@ def serve(options: Serve) -> int:
         for name in (
             "tokenizer", "tensor_parallel_size", "pipeline_parallel_size", "dtype", "quantization", "max_model_len",
             "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "num_blocks", "kv_cache_dtype",
-            "enable_prefix_caching", "device",
+            "enable_prefix_caching", "num_speculative_tokens", "device",
         )
     }  # fmt: skip
     with LLM(o.model, **engine) as llm:

@@ -54,6 +54,8 @@ class LLM:
         batch_invariant: a request's logits do not depend, bit for bit, on what is computed with it: on a CPU, in
             bfloat16, float16 or float32, as long as it is not preempted. Products of many rows take two to four times
             as long.
+        num_speculative_tokens: tokens that are guessed at most, from what followed the same words before, and checked
+            in the same step. The answers stay what they are, draws included; text that repeats itself comes faster.
         enable_prefix_caching: texts with the same beginning share its keys and values.
         seed: of the draws of requests that have none of their own; None: a new one for each.
 
@@ -79,6 +81,7 @@ class LLM:
         kv_cache_dtype: str = "auto",
         enable_prefix_caching: bool = True,
         batch_invariant: bool = False,
+        num_speculative_tokens: int = 0,
         seed: int | None = None,
         device: str = "auto",
         place: tuple[int, int] | None = None,
@@ -86,6 +89,8 @@ class LLM:
         given = {name: value for name, value in locals().items() if name not in ("self", "place")}
         if not 0.0 < gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization={gpu_memory_utilization}; use a part from 0 to 1")
+        if not 0 <= num_speculative_tokens <= 64:
+            raise ConfigError(f"num_speculative_tokens={num_speculative_tokens}; use 0 to 64")
         source = served_model.find(model)
         own = source.dtype if dtype == "auto" else _dtype("dtype", dtype)
         served_model.require_split(source.config, tensor_parallel_size, pipeline_parallel_size)
@@ -113,7 +118,7 @@ class LLM:
         blocks = _smallest(blocks, mesh.world)
         pool = BlockPool(blocks, block_size, enable_prefix_caching)
         runner = ModelRunner(stage, mesh, CacheSize(blocks, block_size, cache_dtype), head)
-        batcher = Batcher(pool, max_num_seqs, max(max_num_batched_tokens, 0))
+        batcher = Batcher(pool, max_num_seqs, max_num_batched_tokens, num_speculative_tokens)
         self.engine = ServingEngine(runner, batcher, mesh, self.max_model_len, self.tokenizer, ends)
         self._numbers = itertools.count()
         self._open = True

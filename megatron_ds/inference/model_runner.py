@@ -48,7 +48,7 @@ class ModelRunner:
     def run(self, plan: Plan, rows: Many[int]) -> Tensor | None:
         """Logits ``[len(rows), v / tp]`` of these rows of the step, in the model's dtype, on the last stage."""
         self.cache.copy(plan.copies)
-        tokens = [span.sequence.tokens[span.start : span.start + span.count] for span in plan.spans]
+        tokens = [span.tokens for span in plan.spans]
         places = [range(span.start, span.start + span.count) for span in plan.spans]
         micro_batch = {
             "tokens": torch.tensor([[t for of_span in tokens for t in of_span]], device=self.device),

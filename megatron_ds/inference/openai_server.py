@@ -246,6 +246,7 @@ class Server:
             ("prompt_tokens", "Tokens of prompts.", counters.prompt_tokens),
             ("cached_prompt_tokens", "Tokens of prompts that were in the cache.", counters.cached_tokens),
             ("generation_tokens", "Tokens of answers.", counters.answer_tokens),
+            ("guessed_tokens", "Tokens of answers that were guessed and right.", counters.drafted_tokens),
             ("steps", "Batches.", counters.steps),
             ("preemptions", "Sequences that gave up their blocks and were computed again.", batcher.preemptions),
             ("refused", "Requests that were told to come back later.", self.refused),

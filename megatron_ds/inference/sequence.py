@@ -40,6 +40,7 @@ class Sequence:
         digests: of the full blocks so far.
         reason: why it has finished: ``stop``, ``length`` or ``abort``.
         stop: the text or token at which it has.
+        room: tokens that it may still get, before each step of decoding.
     """
 
     request: Request
@@ -56,6 +57,7 @@ class Sequence:
     cumulative: float = 0.0
     cached: int = 0
     preempted: int = 0
+    room: int = 0
 
     @property
     def answer(self) -> list[int]:

@@ -39,12 +39,13 @@ class TextEnds:
 
 @dataclass
 class Counters:
-    """Since the start: tokens of prompts and answers, and how many of the prompts' were in the cache."""
+    """Since the start: tokens of prompts and answers; how many were in the cache, and how many were guessed."""
 
     steps: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     answer_tokens: int = 0
+    drafted_tokens: int = 0
     finished: dict[str, int] = field(default_factory=dict)
     first_token_seconds: list[float] = field(default_factory=list)
 
@@ -156,7 +157,7 @@ class ServingEngine:
             rows, wanted = self._rows(plan.spans)
             logits = self.runner.run(plan, rows)
             for span in plan.spans:
-                self.batcher.computed(span)
+                self.batcher.computed(span.sequence, span.count - len(span.draft))
             with torch.inference_mode():
                 self._sample(plan.spans, wanted, logits)
             changed.update(dict.fromkeys(span.sequence.request.id for span in plan.spans if span.is_last or wanted))
@@ -205,8 +206,9 @@ class ServingEngine:
                 rows += range(first, first + span.count)
                 wanted.append((span, span.count))
             elif span.is_last:
-                rows.append(first + span.count - 1)
-                wanted.append((span, 1))
+                count = 1 + len(span.draft)
+                rows += range(first + span.count - count, first + span.count)
+                wanted.append((span, count))
             first += span.count
         return rows, wanted
 
@@ -218,20 +220,37 @@ class ServingEngine:
         if logits is not None:
             logits = self.sampler.mask_padding(logits)
             self._prompt_logprobs(wanted, logits)
-            ends, row = [], 0
+            ends: list[int] = []
+            row = 0
             for span, count in wanted:
                 row += count
                 if span.is_last:
-                    ends.append(row - 1)
-            sampled = self.sampler.sample(logits[ends], [self._row(span.sequence) for span in last]) if last else None
-            if sampled is not None:
+                    ends += range(row - 1 - len(span.draft), row)
+            if last:
+                asked = [self._row(span, place) for span in last for place in range(1 + len(span.draft))]
+                sampled = self.sampler.sample(logits[ends], asked)
                 found = [sampled.tokens, _listed(sampled.logprobs), _listed(sampled.processed)]
         if mesh.pp.size > 1:
             found = _from_last(mesh.pp, found)
         if found is None:
             return
-        for span, token, own, processed in zip(last, *found):
-            self._append(span.sequence, token, _as_logprobs(own), _as_logprobs(processed))
+        of_rows = zip(*found)
+        for span in last:
+            self._follow(span, [next(of_rows) for _ in range(1 + len(span.draft))])
+
+    def _follow(self, span: Span, rows: Many[Any]) -> None:
+        """Take the token of each row as long as the draft has guessed the one before: the others saw a wrong text."""
+        sequence = span.sequence
+        for place, (token, own, processed) in enumerate(rows):
+            self._append(sequence, token, _as_logprobs(own), _as_logprobs(processed))
+            if sequence.status is Status.FINISHED:
+                return
+            if span.draft[place : place + 1] != (token,):
+                break
+            self.batcher.computed(sequence, 1)
+            self.counters.drafted_tokens += 1
+        most = sequence.request.params.max_tokens or self.max_model_len
+        sequence.room = min(self.max_model_len, len(sequence.request.tokens) + most) - len(sequence.tokens)
 
     def _prompt_logprobs(self, wanted: list[tuple[Span, int]], logits: Tensor) -> None:
         row = 0
@@ -249,13 +268,14 @@ class ServingEngine:
                 request.prompt_logprobs += self.sampler.logprobs(own, torch.tensor(tokens, dtype=torch.int64), asked)
             row += count
 
-    def _row(self, sequence: Sequence) -> Row:
-        params = sequence.request.params
+    def _row(self, span: Span, place: int) -> Row:
+        """Of the token that follows ``place`` tokens of the span's draft."""
+        request, sequence = span.sequence.request, span.sequence
+        answer = [*sequence.answer, *span.draft[:place]]
         banned: tuple[int, ...] = ()
-        if sequence.answered < params.min_tokens:
-            banned = (*self.ends.eos, *params.stop_token_ids)
-        request = sequence.request
-        return Row(params, request.seed, sequence.index, request.tokens, sequence.answer, banned)
+        if len(answer) < request.params.min_tokens:
+            banned = (*self.ends.eos, *request.params.stop_token_ids)
+        return Row(request.params, request.seed, sequence.index, request.tokens, answer, banned)
 
     def _append(self, sequence: Sequence, token: int, own: Any, processed: Any) -> None:
         request, params = sequence.request, sequence.request.params

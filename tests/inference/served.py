@@ -55,12 +55,13 @@ def engine_of(
     share: bool = True,
     ends: TextEnds | None = None,
     longest: int = 90,
+    drafts: int = 0,
 ) -> ServingEngine:
     mesh = mesh or Mesh.single()
     pool = BlockPool(blocks, size, share)
     dtype = next(model.parameters()).dtype
     runner = ModelRunner(model, mesh, CacheSize(blocks, size, dtype))
-    return ServingEngine(runner, Batcher(pool, seats, budget), mesh, longest, None, ends)
+    return ServingEngine(runner, Batcher(pool, seats, budget, drafts), mesh, longest, None, ends)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import FAMILIES, VOCAB, config_of, engine_of, stage_of, whole_logits
 
+from megatron_ds.inference.batching import guess
 from megatron_ds.inference.outputs import RequestOutput
 from megatron_ds.inference.sampling_params import SamplingParams
 from megatron_ds.inference.serving_engine import ServingEngine
@@ -79,7 +80,8 @@ def test_any_schedule_gives_the_logits_of_the_whole_text(seed: int, family: str)
     size, seats = draw.randrange(1, 9), draw.randrange(1, 6)
     blocks = -(-60 // size) + draw.randrange(0, 10)
     budget = seats + size + draw.randrange(0, 20)
-    engine = engine_of(MODELS[family], None, blocks, size, seats, budget, share=draw.random() < 0.7, longest=60)
+    share, drafts = draw.random() < 0.7, draw.choice([0, 0, 4])
+    engine = engine_of(MODELS[family], None, blocks, size, seats, budget, share, longest=60, drafts=drafts)
     shared = [draw.randrange(VOCAB) for _ in range(20)]
     arrivals: dict[int, list[Any]] = {}
     aborts: dict[int, list[str]] = {}
@@ -116,9 +118,40 @@ def test_a_shared_beginning_is_computed_once() -> None:
     check(MODELS["llama"], second)
 
 
+def test_guesses_change_nothing_but_the_number_of_steps() -> None:
+    """Greedy and drawn, with stops, penalties and minimum lengths; the model is made to repeat itself."""
+    requests = [
+        ("greedy", [1, 2, 3] * 4, SamplingParams(temperature=0.0, max_tokens=30, logprobs=1)),
+        ("drawn", [5, 6] * 6, SamplingParams(seed=3, top_k=2, max_tokens=30, logprobs=1)),
+        ("ends", [9, 9, 9], SamplingParams(temperature=0.0, logit_bias={9: 50.0}, max_tokens=20)),
+        ("stops", [7, 8] * 5, SamplingParams(temperature=0.0, max_tokens=30, stop_token_ids=[7], min_tokens=4)),
+        ("penalised", [4] * 8, SamplingParams(seed=1, frequency_penalty=0.3, repetition_penalty=1.1, max_tokens=25)),
+    ]
+    found = []
+    for drafts in (0, 5):
+        engine = engine_of(MODELS["llama"], drafts=drafts, longest=60)
+        done = serve(engine, {0: list(requests)}, {})
+        found.append({name: output.outputs[0] for name, output in done.items()})
+        check(MODELS["llama"], done["greedy"])
+        check(MODELS["llama"], done["drawn"])
+        assert (engine.counters.drafted_tokens > 20) == (drafts > 0)
+        assert engine.batcher.pool.free == engine.batcher.pool.count
+    for name, without in found[0].items():
+        assert found[1][name].token_ids == without.token_ids, name
+        assert found[1][name].finish_reason == without.finish_reason
+
+
+def test_a_guess_is_what_followed_the_same_tokens() -> None:
+    assert guess([1, 2, 3, 4, 1, 2, 3], 2) == (4, 1)
+    assert guess([5, 1, 2, 9, 7, 2, 8, 1, 2], 3) == (9, 7, 2)
+    assert guess([1, 2, 3], 4) == () == guess([1], 4)
+
+
 def on_mesh(shape: MeshShape, family: str) -> list[Any]:
     mesh = Mesh.create(shape, torch.device("cpu"))
-    engine = engine_of(stage_of(config_of(family), mesh), mesh, blocks=20, size=4, seats=3, budget=16, longest=60)
+    engine = engine_of(
+        stage_of(config_of(family), mesh), mesh, blocks=20, size=4, seats=3, budget=16, longest=60, drafts=3
+    )
     if mesh.rank > 0:
         engine.follow()
         return []
