@@ -14,7 +14,7 @@ import pytest
 from started_ranks import arguments, started, steps_done
 from test_torchrun import OURS, TORCHS, in_proc, launched, runs
 
-from megatron_ds.checkpoint.directory import resolve, steps_in
+from megatron_ds.checkpoint.directory import steps_in
 from megatron_ds.train.report import read_losses
 
 pytestmark = pytest.mark.alone
@@ -41,7 +41,7 @@ def ranks_of(mesh: str) -> int:
 
 def options(mesh: str) -> list[str]:
     own = ["--optimizer.decay-steps", str(STEPS), "--model.hidden-dropout", "0.1", "--timeout", "10"]
-    own += ["--checkpoint.save-every", "1", "--checkpoint.keep-last", "2", "--log.no-progress"]
+    own += ["--checkpoint.save-every", "3", "--checkpoint.keep-last", "2", "--log.no-progress"]
     return [*MESHES[mesh], *own, "--checkpoint.resume"]
 
 
@@ -91,7 +91,7 @@ def test_ranks(draw: random.Random, whole: Callable[[str], Path], place: Path) -
         assert "Traceback" not in ranks.everything()
     assert steps_done(output) < STEPS, "it was over before that"
     kept = steps_in(output / "checkpoints")
-    assert kept or steps_done(output) < 2
+    assert kept or steps_done(output) < 4
     finish(place / "again", output, mesh)
     assert read_losses(output) == read_losses(whole(mesh))
     final = Path("checkpoints") / f"step-{STEPS:08d}"
@@ -118,9 +118,10 @@ def test_a_launcher(draw: random.Random, whole: Callable[[str], Path], place: Pa
             assert time.monotonic() < until, job.log.read_text()
             time.sleep(0.05)
         assert "Traceback" not in job.log.read_text(), job.log.read_text()
-    done, found = steps_done(output), resolve(output / "checkpoints").name
-    print(f"{done} steps, {found}")
-    assert with_rank is not None or found == f"step-{done:08d}"
+    done, kept = steps_done(output), [path.name for path in steps_in(output / "checkpoints")]
+    print(f"{done} steps, {kept}")
+    assert kept or done < 4
+    assert with_rank is not None or kept[-1] == f"step-{done:08d}"
     losses = read_losses(whole(mesh))
     assert read_losses(output)[:STEPS] == losses[:done]
     finish(place / "again", output, mesh, done + 2)
