@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 test test-apart test-faults: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install train train-diffusion test test-apart test-faults lint format bench bench-gpu bench-kernels constraints clean
+.PHONY: help install train train-diffusion test test-apart test-faults lint format bench bench-inference bench-gpu bench-kernels constraints clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,9 @@ format: $(INSTALLED) ## Fix what ruff can fix and format every file
 
 bench: $(INSTALLED) ## Measure speed beside the peers on this machine's CPU and print the table
 	@$(RUN) tools/benchmark/run.py $(ARGS)
+
+bench-inference: $(INSTALLED) ## Measure generation beside transformers on this machine's CPU
+	@$(RUN) tools/benchmark/inference.py $(ARGS)
 
 bench-gpu: $(INSTALLED) ## Measure tokens/s, memory and MFU on one GPU beside a compiled torch loop
 	@$(RUN) tools/benchmark/gpu.py $(ARGS)
