@@ -20,6 +20,8 @@ from megatron_ds.config.read import from_dict, read_toml
 from megatron_ds.deepspeed_json import from_deepspeed, is_deepspeed
 from megatron_ds.engine.engine import Engine
 from megatron_ds.engine.loss_stage import LossStage, is_stage, loss_of_output
+from megatron_ds.engine.model_check import check_model
+from megatron_ds.engine.model_guard import require_trainable_dtype
 from megatron_ds.engine.without_memory import Filler, Weights, has_memory, take_places
 from megatron_ds.engine.wrapped import plain_name, unwrapped
 from megatron_ds.errors import ConfigError
@@ -88,16 +90,15 @@ def initialize(
     own = _optimizer(settings, optimizer, [p for p in parameters.values() if p.requires_grad])
     _check_scheduler(lr_scheduler, own)
     rule = TorchRule(own, parameters) if own is not None else None
+    rate = _rate(settings, rule, lr_scheduler)
     update = averaged(rule, settings.optimizer) if rule is not None else settings.optimizer
     zero = ZeroOptimizer(
         parameters.items(), mesh, settings.zero, update, root=model, unit_classes=unit_classes, fill=filler
     )
     if filler is not None:
         filler.fill_rest()
-    step = _train_step(settings, sizes, mesh, zero, scaler, rule, lr_scheduler, called, loss)
+    step = _train_step(settings, sizes, mesh, zero, scaler, rate, called, loss)
     engine = Engine(model, settings, sizes, mesh, zero, step, own, rule, lr_scheduler, place.local_world_size)
-    if rule is not None:
-        rule.serve_modes(engine.change_weights)
     for note in notes if mesh.rank == 0 else ():
         print(f"megatron_ds: {note}", flush=True)
     return engine
@@ -152,6 +153,7 @@ def _prepare(
     """The model's parameters by name, in their dtype; and what gives values to those that have none yet."""
     if config.keep_freed_memory:
         keep_freed_memory()
+    check_model(model)
     dtype = None if config.keeps_dtype else DTYPES[config.precision.dtype]
     empty = take_places(model, mesh.device, dtype)
     _place_model(model, mesh, dtype)
@@ -185,14 +187,10 @@ def _require_trainable(parameters: Mapping[str, nn.Parameter]) -> None:
             "close() first, or train what shares parameters in one engine"
         )
     for name, parameter in parameters.items():
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        if parameter.requires_grad and parameter.is_floating_point() and parameter.itemsize == 1:
-            raise ConfigError(
-                f"{name} is of dtype {dtype}, to which autograd rounds its gradient: most of it becomes 0. Keep it in "
-                "bfloat16 and let forward() cast it, or freeze it with requires_grad_(False)"
-            )
+        if parameter.requires_grad:
+            require_trainable_dtype(name, parameter)
         if parameter.dtype == torch.complex32:
-            raise ConfigError(f"{name} is of dtype {dtype}, with which little can be computed; make it complex64")
+            raise ConfigError(f"{name} is of dtype complex32, with which little can be computed; make it complex64")
 
 
 def _scaler(config: EngineConfig, parameters: Iterable[nn.Parameter], notes: list[str]) -> LossScaler:
@@ -307,8 +305,7 @@ def _train_step(
     mesh: Mesh,
     zero: ZeroOptimizer,
     scaler: LossScaler,
-    rule: TorchRule | None,
-    lr_scheduler: Any,
+    rate: Callable[[int], float],
     model: nn.Module,
     loss: Callable[[Any, Any], Tensor],
 ) -> TrainStep:
@@ -328,7 +325,6 @@ def _train_step(
     def count(micro_batches: Sequence[Any]) -> Tensor:
         return torch.full((), float(len(micro_batches) if config.losses == "mean" else 1), device=device)
 
-    rate = _rate(config, rule, lr_scheduler)
     step = TrainStep(executor, zero, mesh, scaler, clip_norm=config.optimizer.clip_norm, rate=rate, count=count)
     step.after_first = give_back_freed_memory if config.keep_freed_memory else None
     return step
@@ -350,6 +346,12 @@ def _set_by(
     optimizer: Optimizer, rate: Callable[[float, int], float], betas: DeepSpeedSchedule | None
 ) -> Callable[[int], float]:
     """A schedule over an optimizer of torch: what it makes of each group's own rate is what the group has."""
+    without = [number for number, group in enumerate(optimizer.param_groups) if "lr" not in group]
+    if without:
+        raise ConfigError(
+            f"group {without[0]} of {type(optimizer).__name__} has no 'lr' that a schedule could set; give it one, or "
+            "remove `schedule` (lr_scheduler)"
+        )
     own = [float(group["lr"]) for group in optimizer.param_groups]
 
     def set_rate(step: int) -> float:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_ds import checkpoint
 from megatron_ds.comm.together import exchange
@@ -46,10 +47,7 @@ def save(engine: Engine, directory: str | Path, client_state: dict[str, Any], ke
     }
     if engine.rule is not None:
         meta["torch_optimizer"] = engine.rule.state_dict()
-    late: dict[str, Any] = {}
-    for text in exchange(engine.mesh.world, json.dumps(engine.zero.late())):
-        late.update(json.loads(text))
-    meta["late_parameters"] = late
+    meta["late_parameters"] = late_parameters(engine)
     keeper = Keeper(Path(directory), keep_last, engine.mesh.world, log.warning)
     keeper.unproven = meta["unproven"] = engine.keeper.unproven
     if hasattr(engine.lr_scheduler, "state_dict"):
@@ -58,6 +56,14 @@ def save(engine: Engine, directory: str | Path, client_state: dict[str, Any], ke
     keeper.saved(engine.steps)
     engine.keeper = keeper
     return saved
+
+
+def late_parameters(engine: Engine) -> dict[str, Any]:
+    """What :meth:`ZeroOptimizer.load_late` takes, of all ranks."""
+    late: dict[str, Any] = {}
+    for text in exchange(engine.mesh.world, json.dumps(engine.zero.late())):
+        late.update(json.loads(text))
+    return late
 
 
 def load(engine: Engine, path: str | Path, weights_only: bool, strict: bool) -> dict[str, Any]:
@@ -71,8 +77,9 @@ def load(engine: Engine, path: str | Path, weights_only: bool, strict: bool) -> 
         _check(engine, meta)
         _train_as_saved(engine, meta)
     flat_shards = [p for p in engine.zero.flat_shards(for_load=True) if not weights_only or p.kind == "param"]
-    flat_shards += _buffers(engine)
-    meta = checkpoint.load(path, flat_shards, engine.mesh.world, strict=strict, remedy=_REMEDY)
+    buffers = _buffers(engine)
+    meta = checkpoint.load(path, flat_shards + buffers, engine.mesh.world, strict=strict, remedy=_REMEDY)
+    _take_copies(engine, buffers)
     if not weights_only:
         engine.zero.count = int(meta["optimizer_count"])
     engine.zero.refresh_parameters()
@@ -127,12 +134,17 @@ def _own_buffers(engine: Engine) -> list[FlatShard]:
 
 
 def _buffers(engine: Engine) -> list[FlatShard]:
+    """Each in its own memory, or in a copy where that is not contiguous; :func:`_take_copies` is for those."""
+    return [FlatShard.whole(name, "buffer", buffer.contiguous()) for name, buffer in _named_buffers(engine)]
+
+
+def _take_copies(engine: Engine, read: Sequence[FlatShard]) -> None:
+    """Buffers that are not contiguous become what was read into their copies."""
+    for (_, buffer), copy in zip(_named_buffers(engine), read):
+        if not buffer.is_contiguous():
+            buffer.copy_(copy.tensor(None).view(buffer.shape))
+
+
+def _named_buffers(engine: Engine) -> list[tuple[str, Tensor]]:
     tensors, named = engine.tensors(), dict(engine.module.named_parameters(remove_duplicate=False))
-    found = []
-    for name in tensors.names():
-        if name not in named:
-            buffer = tensors.buffer(name)
-            if not buffer.is_contiguous():
-                raise CheckpointError(f"buffer {name} is not contiguous and cannot be filled from a file")
-            found.append(FlatShard.whole(plain_name(name), "buffer", as_real(buffer)))
-    return found
+    return [(plain_name(name), as_real(tensors.buffer(name))) for name in tensors.names() if name not in named]

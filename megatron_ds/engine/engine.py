@@ -22,7 +22,7 @@ from megatron_ds.engine.gradients import Placeholders
 from megatron_ds.engine.join import JoinableEngine, Mode, UnevenInputs
 from megatron_ds.engine.late_ranks import LateRanks
 from megatron_ds.engine.loss_stage import LossStage, to_device
-from megatron_ds.engine.model_guard import ModelGuard
+from megatron_ds.engine.model_guard import ModelGuard, require_trainable_dtype
 from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.learning_rate import step_scheduler
@@ -90,7 +90,7 @@ class Engine(JoinableEngine, Files):
         self._deferred = False
         self._postponed = False  # step() was called since the last backward pass, and only accumulated
         self._own = OwnBackward()
-        self._look_at_model()
+        self.look_at_model()
         self._buffers = BufferSync(module, mesh.data)
         self._uneven = UnevenInputs(self)
         self._late = LateRanks(mesh.world, config.timeout, log.warning)
@@ -100,8 +100,10 @@ class Engine(JoinableEngine, Files):
             zero, train_step.scaler, mesh, sizes.accumulation, log.warning, module, ranks_sharing
         )
         stage.observer, train_step.timed = self._advice.observer, self._advice.times_steps
+        if rule is not None:
+            rule.serve_modes(self.change_weights)
 
-    def _look_at_model(self) -> None:
+    def look_at_model(self) -> None:
         """What is kept of the parameters that are trained."""
         self._placeholders = Placeholders(self.module.parameters())
         for main_grad in self.zero.reducer.main_grads():
@@ -114,10 +116,12 @@ class Engine(JoinableEngine, Files):
         Between two steps, on all ranks alike.
         """
         self.require_between_steps("unfreezing")
+        for name, parameter in parameters.items():
+            require_trainable_dtype(name, parameter)
         if self.rule is not None:
             self.rule.train_also(list(parameters), {spec_of(p).name: p for p in self.module.parameters()})
         self.zero.train_also(parameters.values())
-        self._look_at_model()
+        self.look_at_model()
 
     # Training
 

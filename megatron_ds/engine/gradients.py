@@ -56,9 +56,10 @@ class ShardedGradient(Tensor):
 def _refusal(args: Any, kwargs: Any) -> ShardedGradientError:
     name = next(leaf.parameter_name for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, ShardedGradient))
     return ShardedGradientError(
-        f"{name}.grad: the engine keeps gradients in parts over the ranks, and they are not here; to look at one use "
-        f"engine.get_gradient({name!r}) between the last backward() of a step and step(); to clip, optimizer.clip_norm "
-        "in the configuration, or an Accelerator's clip_grad_norm_ or clip_grad_value_"
+        f"{name}.grad: the engine keeps gradients in parts over the ranks, and they are not here; to update call "
+        "engine.step(), which scales the loss of fp16 by itself, and not the optimizer's or a GradScaler's; to look at "
+        f"one use engine.get_gradient({name!r}) between the last backward() of a step and step(); to clip, "
+        "optimizer.clip_norm in the configuration, or an Accelerator's clip_grad_norm_ or clip_grad_value_"
     )
 
 

@@ -14,11 +14,22 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from megatron_ds.errors import ConfigError
 from megatron_ds.shard import spec_of
 from megatron_ds.zero.main_grad import is_trained
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 _AGAIN = "; change that before initialize(), or call engine.close() and initialize() again"
+
+
+def require_trainable_dtype(name: str, parameter: nn.Parameter) -> None:
+    """Raise ConfigError if gradients of the parameter would be rounded away."""
+    if parameter.is_floating_point() and parameter.itemsize == 1:
+        raise ConfigError(
+            f"{name} is of dtype {str(parameter.dtype).removeprefix('torch.')}, to which autograd rounds its gradient: "
+            "most of it becomes 0. Keep it in bfloat16 and let forward() cast it, or freeze it with "
+            "requires_grad_(False)"
+        )
 
 
 @dataclass

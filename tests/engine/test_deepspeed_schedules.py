@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_more import message
 from torch import nn
 
 import megatron_ds
@@ -179,6 +180,27 @@ def test_a_function_of_the_step_sets_the_rate_of_an_optimizer_of_torch() -> None
         engine.train_batch([torch.ones(1, 2, dtype=torch.float64)])
     assert torch.allclose(net.weight, begin - 0.75, atol=1e-12)
     engine.close()
+
+
+class Halving(torch.optim.Optimizer):
+    """Without a learning rate."""
+
+    def __init__(self, parameters: Any):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad, alpha=0.5)
+
+
+def test_a_schedule_needs_a_rate_to_set() -> None:
+    net = nn.Linear(2, 1)
+    for config, scheduler in (({}, lambda step: 0.1), ({"scheduler": {"type": "WarmupLR", "params": {}}}, None)):
+        said = message(megatron_ds.initialize, net, config, Halving(net.parameters()), scheduler)
+        assert "group 0 of Halving has no 'lr' that a schedule could set; give it one, or remove" in said
+    megatron_ds.initialize(net, {}, Halving(net.parameters())).close()
 
 
 def config_of(optimizer: dict[str, Any] | None = None, **rest: Any) -> EngineConfig:

@@ -156,7 +156,10 @@ def test_dtypes_that_cannot_be_trained_are_named() -> None:
     said = message(megatron_ds.initialize, model)
     assert "weight is of dtype float8_e4m3fn" in said and "requires_grad_(False)" in said
     model.weight.requires_grad_(False)
-    megatron_ds.initialize(model).close()
+    engine = megatron_ds.initialize(model)
+    model.weight.requires_grad_(True)  # later, which is no better
+    assert "weight is of dtype float8_e4m3fn" in message(engine.train_batch, [torch.ones(4)])
+    engine.close()
     model.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.complex32))
     assert "make it complex64" in message(megatron_ds.initialize, model)
 

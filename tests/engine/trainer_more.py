@@ -62,7 +62,6 @@ def trainer_of(output: str, config: Any, model: Any, init: Any = None, **more: A
         output_dir=output,
         per_device_train_batch_size=4 // world,
         per_device_eval_batch_size=4 // world,
-        gradient_accumulation_steps=2,
         learning_rate=1e-2,
         max_grad_norm=0.5,
         use_cpu=True,
@@ -70,7 +69,13 @@ def trainer_of(output: str, config: Any, model: Any, init: Any = None, **more: A
         logging_steps=1,
         disable_tqdm=True,
         seed=11,
-        **{"max_steps": 4, "save_strategy": "no", **more, **({} if config is None else {"deepspeed": config})},
+        **{
+            "gradient_accumulation_steps": 2,
+            "max_steps": 4,
+            "save_strategy": "no",
+            **more,
+            **({} if config is None else {"deepspeed": config}),
+        },
     )
     rows = dataset()
     datasets = {"train_dataset": rows[:40], "eval_dataset": rows[40:]}
@@ -141,6 +146,17 @@ def adapted(output: str, config: Any) -> dict[str, Any]:
     return end(trainer)
 
 
+def habits(output: str, config: Any) -> dict[str, Any]:
+    """Recomputed, with smoothed labels and a scheduler of its own; the epoch leaves a remainder of one."""
+    rates = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 1e-3}, "warmup_steps": 1}
+    more = {"gradient_checkpointing": True, "label_smoothing_factor": 0.1}
+    epoch = {"max_steps": -1, "num_train_epochs": 1, "gradient_accumulation_steps": 3}
+    trainer = trainer_of(output, config, llama(), **rates, **more, **epoch)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    return end(trainer)
+
+
 def resumed(output: str, config: Any, kind: Any, step: int) -> dict[str, Any]:
     model = kind()
     with torch.no_grad():
@@ -151,7 +167,7 @@ def resumed(output: str, config: Any, kind: Any, step: int) -> dict[str, Any]:
     return end(trainer)
 
 
-CASES = {"frozen": frozen, "best": best_of_few, "twice": twice, "anew": anew, "adapted": adapted}
+CASES = {"frozen": frozen, "best": best_of_few, "twice": twice, "anew": anew, "adapted": adapted, "habits": habits}
 
 
 def everything(output: str) -> dict[str, Any]:

@@ -1,0 +1,49 @@
+"""What no engine can train as plain torch does, told before anything is changed."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from megatron_ds.errors import ConfigError
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ConfigError, with the way out."""
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise ConfigError(
+            f"{lazy[0]} has no shape yet; call the model once with a batch, as lazy modules want, before initialize()"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            raise ConfigError(
+                f"{name or 'the model'} gives a sparse gradient, and flat buckets are dense; make it with sparse=False"
+            )
+    _require_own_memory(model)
+
+
+def _require_own_memory(model: nn.Module) -> None:
+    """Parameters move to flat buffers one by one, so that two tensors that are one memory now would come apart."""
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    places = [(*_range(tensor), name) for name, tensor in tensors.items() if _has_range(tensor)]
+    for (_, end, first), (start, _, second) in pairwise(sorted(places)):
+        if start < end and (tensors[first].requires_grad or tensors[second].requires_grad):
+            raise ConfigError(
+                f"{first} and {second} are two tensors in one memory, as after a.weight.data = b.weight.data, and "
+                "would come apart; tie parameters by a.weight = b.weight; a buffer that shows one may be a property"
+            )
+
+
+def _has_range(tensor: Tensor) -> bool:
+    plain = type(tensor.data) is Tensor and tensor.layout == torch.strided
+    return plain and not tensor.is_meta and tensor.numel() > 0
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """The first byte and the one after the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
