@@ -189,6 +189,9 @@ class PrecisionConfig(Section):
     loss_scale: float | None = Field(None, gt=0, le=2.0**40, description="Fixed fp16 loss scale. Default: dynamic.")
     initial_loss_scale: float = Field(65536.0, gt=0, le=2.0**40, description="Where the dynamic loss scale starts.")
     loss_scale_window: int = Field(1000, gt=0, description="Good steps before the scale doubles.")
+    loss_scale_wait: int = Field(
+        0, ge=0, description="Good steps at the start and after an overflow that the window does not count."
+    )
     loss_scale_hysteresis: int = Field(2, gt=0, description="Overflowing steps before the scale halves.")
     min_loss_scale: float = Field(1.0, gt=0, le=2.0**40, description="The scale never falls below this.")
     fp8: Literal["none", "tensorwise", "rowwise", "blockwise"] = Field(

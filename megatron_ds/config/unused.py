@@ -72,6 +72,7 @@ COMMON = (
         (
             "precision.initial_loss_scale",
             "precision.loss_scale_window",
+            "precision.loss_scale_wait",
             "precision.loss_scale_hysteresis",
             "precision.min_loss_scale",
         ),

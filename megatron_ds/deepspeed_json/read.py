@@ -8,7 +8,9 @@ training arguments are, or refused. Whatever else is wrong is one error with eve
 
 from __future__ import annotations
 
+import base64
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from megatron_ds.deepspeed_json.keys import (
 )
 from megatron_ds.deepspeed_json.optimizer import MOST, optimizer_of, scheduler_of
 from megatron_ds.errors import ConfigError, nearest
-from megatron_ds.files import read_json
+from megatron_ds.files import parse_json, read_json
 
 
 def from_deepspeed(
@@ -78,6 +80,9 @@ def from_deepspeed(
         raise ConfigError(f"{name}: " + (faults[0] if len(faults) == 1 else "".join(f"\n  - {f}" for f in faults)))
     built.setdefault("zero", {}).setdefault("stage", 0)
     built["decay"] = "all"
+    precision = built.get("precision", {})
+    if precision.get("dtype") == "fp16" and "loss_scale" not in precision:
+        precision["loss_scale_wait"] = 1
     if built.get("log", {}).get("breakdown"):
         built["log"].setdefault("every", _STEPS_PER_PRINT)
     return from_dict(EngineConfig, built, name), notes
@@ -174,6 +179,7 @@ _AUTO_KEYS = frozenset(
 
 
 def read_values(source: Mapping[str, Any] | str | Path) -> tuple[str, Mapping[str, Any]]:
+    """A name for messages, and the values: of a dictionary, a JSON file, or JSON text in URL-safe base 64."""
     if isinstance(source, Mapping):
         return "DeepSpeed configuration", source
 
@@ -184,8 +190,9 @@ def read_values(source: Mapping[str, Any] | str | Path) -> tuple[str, Mapping[st
             raise ConfigError(f"{source}: {', '.join(map(repr, twice))} stands there twice; keep one")
         return dict(pairs)
 
+    text = None if os.path.isfile(source) else _decoded(str(source))
     try:
-        values = read_json(source, pairs=once)
+        values = read_json(source, pairs=once) if text is None else parse_json(text, once)
     except OSError as error:
         raise ConfigError(f"{source} cannot be read: {error.strerror}") from None
     except ValueError as error:
@@ -193,6 +200,15 @@ def read_values(source: Mapping[str, Any] | str | Path) -> tuple[str, Mapping[st
     if not isinstance(values, dict):
         raise ConfigError(f"{source} holds {type(values).__name__}, not an object of settings")
     return str(source), values
+
+
+def _decoded(source: str) -> str | None:
+    """The JSON object that ``source`` is in base 64; None: it is none."""
+    try:
+        text = base64.urlsafe_b64decode(source).decode()
+    except ValueError:
+        return None
+    return text if text.lstrip().startswith("{") else None
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -211,6 +227,8 @@ def _by_own_name(flat: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
     """Aliases become the key's own name; switches of older files the setting that they stand for."""
     found: dict[str, Any] = {}
     for key, value in flat.items():
+        if key == "zero_optimization" and isinstance(value, bool):  # as the first files had it
+            key, value = "zero_optimization.stage", int(value)
         section, _, rest = key.partition(".")
         own = ALIASES.get(key, f"{ALIASES[section]}.{rest}" if section in ALIASES and rest else key)
         if own in found or (own != key and own in flat):

@@ -17,6 +17,7 @@ class LossScaler:
     Args:
         scale: current factor, a power of two for exactness.
         window: good steps in a row after which the scale doubles.
+        wait: good steps at the start and after an overflow that do not count towards the window.
         hysteresis: overflowing steps that are tolerated before the scale halves: with 2, the first overflow only
             uses up the tolerance and the second halves, and so does each further one until the scale next doubles,
             which restores the tolerance.
@@ -30,10 +31,13 @@ class LossScaler:
     hysteresis: int = 2
     min_scale: float = 1.0
     max_scale: float = 2.0**40
-    good_steps: int = 0
+    wait: int = 0
+    good_steps: int | None = None
     tolerance: int | None = None
 
     def __post_init__(self) -> None:
+        if self.good_steps is None:
+            self.good_steps = -self.wait
         if self.tolerance is None:
             self.tolerance = self.hysteresis
 
@@ -48,6 +52,7 @@ class LossScaler:
             scale=config.initial_loss_scale,
             dynamic=True,
             window=config.loss_scale_window,
+            wait=config.loss_scale_wait,
             hysteresis=config.loss_scale_hysteresis,
             min_scale=config.min_loss_scale,
         )
@@ -56,9 +61,9 @@ class LossScaler:
         """Take note of a finished step: ``found_inf`` if its gradients overflowed and it was skipped."""
         if not self.dynamic:
             return
-        assert self.tolerance is not None
+        assert self.tolerance is not None and self.good_steps is not None
         if found_inf:
-            self.good_steps = 0
+            self.good_steps = -self.wait
             self.tolerance = max(0, self.tolerance - 1)
             if self.tolerance == 0:
                 self.scale = max(self.scale / 2.0, self.min_scale)
@@ -76,7 +81,7 @@ class LossScaler:
 
     def state_dict(self) -> dict[str, float | int]:
         """Plain numbers for a JSON checkpoint."""
-        assert self.tolerance is not None
+        assert self.tolerance is not None and self.good_steps is not None
         return {"scale": self.scale, "good_steps": self.good_steps, "tolerance": self.tolerance}
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:

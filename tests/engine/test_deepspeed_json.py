@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import math
@@ -51,7 +52,7 @@ HONOURED: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
     ("fp16.enabled", True, {}, {"precision.dtype": "fp16", "precision.loss_scale": None}),
     ("fp16.auto_cast", True, {"fp16.enabled": True}, {"cast_inputs": True}),
     ("fp16.loss_scale", 128, {"fp16.enabled": True}, {"precision.loss_scale": 128.0}),
-    ("fp16.loss_scale", 0, {"fp16.enabled": True}, {"precision.loss_scale": None}),
+    ("fp16.loss_scale", 0, {"fp16.enabled": True}, {"precision.loss_scale": None, "precision.loss_scale_wait": 1}),
     ("fp16.initial_scale_power", 12, {"fp16.enabled": True}, {"precision.initial_loss_scale": 4096.0}),
     ("fp16.loss_scale_window", 500, {"fp16.enabled": True}, {"precision.loss_scale_window": 500}),
     ("fp16.hysteresis", 3, {"fp16.enabled": True}, {"precision.loss_scale_hysteresis": 3}),
@@ -238,6 +239,7 @@ def test_the_switches_of_older_files_are_the_device_cpu() -> None:
     new = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     assert from_deepspeed({ZERO: old})[0] == from_deepspeed({ZERO: new})[0]
     assert from_deepspeed({ZERO: {"cpu_offload": False}})[0] == from_deepspeed({})[0]
+    assert [from_deepspeed({ZERO: on})[0].zero.stage for on in (True, False)] == [1, 0]
     with pytest.raises(ConfigError, match="cpu_offload=1 must be true or false"):
         from_deepspeed({ZERO: {"stage": 1, "cpu_offload": 1}})
     with pytest.raises(ConfigError, match="contradict one another"):
@@ -455,7 +457,10 @@ FAULTS = [
     ({ZERO: {"contiguous_gradients": "yes"}}, "contiguous_gradients='yes' must be true or false"),
     ({"optimizer": {"type": "Lamb"}}, "is not made from a file; use one of Adam, AdamW"),
     ({"optimizer": {"type": "Lion"}}, "'Lion' is not in torch.optim; use one of"),
-    ({"optimizer": {"type": "OneBitAdam"}}, "sends compressed gradients"),
+    ({"optimizer": {"type": "Muon"}}, "is not made from a file; use one of Adam, AdamW"),
+    *(({"optimizer": {"type": kind}}, "sends compressed gradients") for kind in ("OneBitAdam", "ZeroOneAdam")),
+    ({"optimizer": {"type": "OneBitLamb"}}, "DeepSpeed 0.19.8 has removed it too; use one of"),
+    *(({"optimizer": {"type": f"Mu{kind}"}}, "initialize() one of mup.optim") for kind in ("Adam", "AdamW", "SGD")),
     ({"train_batch_size": -1}, "train_batch_size=-1 is less than 1; leave it out"),
     ({"optimizer": {"type": "Adam", "params": {"bias_correction": False}}}, "FusedAdam(..., bias_correction=False)"),
     ({"flops_profiler": {"enabled": 1}}, "flops_profiler.enabled=1 must be true or false"),
@@ -482,6 +487,15 @@ def test_a_contradiction_is_one_error_with_the_numbers(values: dict[str, Any], m
     with pytest.raises(ConfigError) as refused:
         from_deepspeed(values)
     assert message in str(refused.value)
+
+
+def test_a_file_may_come_as_text_in_base_64() -> None:
+    """As DeepSpeed takes it; a path that is not there stays one."""
+    text = base64.urlsafe_b64encode(json.dumps({ZERO: {"stage": 2}}).encode()).decode()
+    assert from_deepspeed(text)[0].zero.stage == 2
+    for other in ("none.json", "nonsense", text[:-2], base64.urlsafe_b64encode(b"[1]").decode()):
+        with pytest.raises(ConfigError, match=f"{other} cannot be read: No such file"):
+            from_deepspeed(other)
 
 
 def test_a_key_that_stands_there_twice_is_refused(tmp_path: Path) -> None:

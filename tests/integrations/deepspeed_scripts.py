@@ -246,8 +246,9 @@ def listed(state: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def run(deepspeed: Any, wanted: list[str], dtype: torch.dtype) -> dict[str, Ran]:
-    """``SCRIPT:STAGE`` each."""
-    return {one: globals()[one.partition(":")[0]](deepspeed, int(one.partition(":")[2]), dtype) for one in wanted}
+    """``SCRIPT:STAGE`` each, of this module or of ``deepspeed_small``."""
+    scripts = vars(importlib.import_module("deepspeed_small")) | globals()
+    return {one: scripts[one.partition(":")[0]](deepspeed, int(one.partition(":")[2]), dtype) for one in wanted}
 
 
 def main(wanted: list[str]) -> None:

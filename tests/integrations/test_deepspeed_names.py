@@ -76,6 +76,10 @@ def test_an_engine_answers_to_the_names_of_scripts() -> None:
     assert engine.lr_scheduler.get_last_lr() == engine.get_lr() and engine.lr_scheduler.last_batch_iteration == 1
     assert engine.optimizer.param_groups[0]["weight_decay"] == scripts.DECAY and not engine.optimizer.overflow
     assert engine.eval().training is False and engine.module.training is False and engine.train().training
+    assert not engine.is_compiled
+    engine.compile(backend="eager")
+    steps(engine, 2)
+    assert engine.is_compiled and engine.global_steps == 3
     engine.destroy()
     assert not hasattr(engine.module.body[0].weight, "deepspeed_engine")
 
@@ -169,7 +173,7 @@ def resumed(folder: str, stage: int) -> list[Any]:
 def test_a_checkpoint_by_tag_goes_on_where_it_was(ranks: int, tmp_path: Path) -> None:
     for path, client, same, micro, steps_, rates, anew in run_ranks(resumed, ranks, str(tmp_path), 2):
         assert path == str(tmp_path / "global_step3") and client == {"epoch": 3, 1: (2.5, None)} and same
-        assert (micro, steps_, anew) == (12, 6, 0) and rates == [scripts.LR]
+        assert (micro, steps_, anew) == (6, 6, 0) and rates == [scripts.LR]
     assert (tmp_path / "latest").read_text() == "global_step3" and (tmp_path / "best").is_dir()
 
 
@@ -194,6 +198,31 @@ def test_a_checkpoint_in_parts(tmp_path: Path) -> None:
         engine.save_checkpoint(tmp_path, exclude_frozen_parameters=True)
     with pytest.raises(ConfigError, match="no name for a folder"):
         engine.save_checkpoint(tmp_path, tag="../b")
+
+
+@pytest.mark.parametrize("head", ["other", None])
+def test_weights_of_the_same_name_are_loaded_into_another_model(head: str | None, tmp_path: Path) -> None:
+    def with_head(name: str | None, seed: int = 4) -> Any:
+        model = nn.Sequential()
+        model.add_module("body", scripts.net(seed, 3))
+        if name is not None:
+            model.add_module(name, nn.Linear(3, 1))
+        return deepspeed.initialize(model=model, config=CONFIG)[0]
+
+    saved = with_head("head", 3)
+    saved.save_checkpoint(tmp_path)
+    want = {name: value for name, value in saved.module_state_dict().items() if name.startswith("body")}
+    parts: list[dict[str, Any]] = [{"load_module_only": True}, {}]
+    for options in (*parts, {"load_module_strict": False}):
+        with pytest.raises(CheckpointError, match=r"(?s)head.*load_module_only=True, load_module_strict=False"):
+            with_head(head).load_checkpoint(tmp_path, **options)
+    for options in (parts[0], {"load_optimizer_states": False, "load_lr_scheduler_states": False}):
+        again = with_head(head)
+        before = again.module_state_dict()
+        again.load_checkpoint(tmp_path, load_module_strict=False, **options)
+        found = again.module_state_dict()
+        assert len(want) == 4 and all(torch.equal(found[name], value) for name, value in want.items())
+        assert all(torch.equal(found[name], before[name]) for name in found.keys() - want.keys())
 
 
 def test_weights_are_written_as_safetensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -365,6 +394,19 @@ def test_tied_layers_and_recomputed_ones() -> None:
         engine.train_batch()
 
 
+def test_a_pipelines_own_data_comes_in_its_order() -> None:
+    """Where other engines shuffle it."""
+    model = deepspeed.PipelineModule([nn.Linear(6, 3)], num_stages=1, loss_fn=nn.functional.cross_entropy)
+    config = scripts.config(0, 1, optimizer=scripts.CLASSIFIER["optimizer"])
+    rows = torch.utils.data.TensorDataset(*scripts.data())
+    for module, ordered in ((model, True), (scripts.net(1, 3), False)):
+        loader = deepspeed.initialize(model=module, config=config, training_data=rows)[2]
+        labels = torch.cat([label for _, label in loader])
+        assert torch.equal(labels, scripts.data()[1]) is ordered and len(labels) == scripts.SAMPLES
+    endless = deepspeed.utils.RepeatingLoader([1, 2])
+    assert [next(endless) for _ in range(5)] == [1, 2, 1, 2, 1] and iter(endless) is endless
+
+
 def test_activation_checkpointing_is_torchs() -> None:
     calls = []
 
@@ -395,7 +437,7 @@ ALONE = """
 from megatron_ds.integrations import deepspeed
 deepspeed.init_distributed(dist_backend="gloo")
 deepspeed.init_distributed()
-deepspeed.comm.barrier()
+deepspeed.comm.barrier(deepspeed.comm.get_world_group())
 print(deepspeed.comm.get_rank(), deepspeed.comm.get_world_size(), deepspeed.comm.get_local_rank())
 deepspeed.utils.logger.setLevel("INFO")
 deepspeed.utils.log_dist("hello", [0])

@@ -93,6 +93,15 @@ def test_hysteresis_tolerates_overflows_until_the_scale_grows_again() -> None:
     assert scaler.at_floor
 
 
+def test_good_steps_that_do_not_count_put_the_doubling_off() -> None:
+    scaler = LossScaler.from_config(PrecisionConfig(dtype="fp16", loss_scale_window=2, loss_scale_wait=1))
+    trace = []
+    for found_inf in [False] * 5 + [True] * 2 + [False] * 5:
+        scaler.update(found_inf)
+        trace.append(scaler.scale / 65536)
+    assert trace == [1, 1, 2, 2, 4, 4, 2, 2, 2, 4, 4, 8]
+
+
 def test_loss_scaler_resumes_exactly() -> None:
     config = PrecisionConfig(dtype="fp16", loss_scale_window=4, initial_loss_scale=256.0)
     whole, first = LossScaler.from_config(config), LossScaler.from_config(config)

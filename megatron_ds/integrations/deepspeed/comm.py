@@ -53,5 +53,9 @@ def get_local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def get_world_group() -> Any:
+    return dist.group.WORLD
+
+
 def __getattr__(name: str) -> Any:
     return getattr(dist, name)

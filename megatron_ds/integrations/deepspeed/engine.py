@@ -118,6 +118,10 @@ class DeepSpeedEngine(EngineModel):
         """Compiles the model in place."""
         self.engine.module.compile(backend=backend, **(compile_kwargs or {}))
 
+    @property
+    def is_compiled(self) -> bool:
+        return self.engine.module._compiled_call_impl is not None
+
     def destroy(self) -> None:
         """Give the model back, whole, as it is trained."""
         unlink(self.engine.module.parameters())

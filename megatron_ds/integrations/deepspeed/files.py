@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _LATEST = "latest"
 _LONGEST_TAG = 4096
-_OWN = "micro_steps"
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def save_checkpoint(
         raise ConfigError("save_checkpoint(exclude_frozen_parameters=True): a checkpoint holds all parameters")
     name = _agreed(engine, f"global_step{own.steps}" if tag is None else str(tag))
     folder = Path(save_dir)
-    state = {"client": client_state, _OWN: engine.micro_steps, **_for_zero_to_fp32(own)}
+    state = {"client": client_state, **_for_zero_to_fp32(own)}
     own.save_checkpoint(folder / name, state, keep_last=1)
     with together(own.mesh.world):
         if save_latest and own.mesh.rank == 0:
@@ -89,7 +88,10 @@ def load_checkpoint(
         )
     kept = own.lr_scheduler.state_dict() if hasattr(own.lr_scheduler, "state_dict") else None
     own.require_between_steps("load_checkpoint()")
-    state = own.load_checkpoint(path, weights_only=not parts.optimizer, strict=parts.strict or parts.optimizer)
+    try:
+        state = own.load_checkpoint(path, weights_only=not parts.optimizer, strict=parts.strict or parts.optimizer)
+    except CheckpointError as error:
+        raise CheckpointError(_in_words_of_deepspeed(str(error))) from None
     meta = checkpoint.read_meta(path)
     if kept is not None and parts.optimizer and not parts.scheduler:
         own.lr_scheduler.load_state_dict(kept)
@@ -97,8 +99,12 @@ def load_checkpoint(
         own.lr_scheduler.load_state_dict(meta["lr_scheduler"])
     if not parts.module_only:
         own.steps, own.skipped = int(meta["step"]), int(meta.get("skipped_steps", 0))
-        engine.micro_steps = int(state[_OWN])
     return str(path), dict(state.get("client", {}))
+
+
+def _in_words_of_deepspeed(advice: str) -> str:
+    theirs = advice.replace("weights_only=True", "load_module_only=True")
+    return theirs.replace(" strict=False", " load_module_strict=False")
 
 
 def _agreed(engine: DeepSpeedEngine, tag: str) -> str:

@@ -152,9 +152,10 @@ def _optimizer(
 def _loader(
     engine: DeepSpeedEngine, data: Dataset[Any], collate_fn: Callable[[list[Any]], Any] | None, drop_last: bool
 ) -> DataLoader[Any]:
-    """Micro-batches of this rank's share of the data, shuffled as by a ``DistributedSampler``."""
-    axis = engine.engine.mesh.data
-    sampler: Any = None if isinstance(data, IterableDataset) else DistributedSampler(data, axis.size, axis.rank)
+    """Micro-batches of this rank's share of the data: shuffled, but for a pipeline, as in DeepSpeed."""
+    axis, shuffle = engine.engine.mesh.data, not isinstance(engine, PipelineEngine)
+    iterable = isinstance(data, IterableDataset)
+    sampler: Any = None if iterable else DistributedSampler(data, axis.size, axis.rank, shuffle)
     return DataLoader(
         data,
         batch_size=engine.train_micro_batch_size_per_gpu(),

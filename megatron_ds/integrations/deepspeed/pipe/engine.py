@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from megatron_ds.errors import ConfigError, EngineError
 from megatron_ds.integrations.deepspeed.engine import DeepSpeedEngine
 from megatron_ds.integrations.deepspeed.pipe.module import PipelineModule
+from megatron_ds.integrations.deepspeed.utils import RepeatingLoader
 
 
 class PipelineEngine(DeepSpeedEngine):
@@ -106,7 +106,7 @@ class PipelineEngine(DeepSpeedEngine):
                 raise EngineError(
                     "train_batch() without an iterator takes training_data, which initialize() was not given"
                 )
-            self._batches = itertools.chain.from_iterable(itertools.repeat(self.training_dataloader))
+            self._batches = iter(RepeatingLoader(self.training_dataloader))
         return self._batches
 
     def _by_batch_alone(self, *_: Any, **__: Any) -> Any:

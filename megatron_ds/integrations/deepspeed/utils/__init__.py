@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,6 +16,24 @@ from megatron_ds.shard import spec_of
 logger = logging.getLogger("deepspeed")
 
 _LEAF = "_z3_leaf"
+
+
+class RepeatingLoader:
+    """The batches of ``loader`` without end: it is begun again where it ends."""
+
+    def __init__(self, loader: Iterable[Any]):
+        self.loader = loader
+        self._batches = iter(loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            self._batches = iter(self.loader)
+            return next(self._batches)
 
 
 def set_z3_leaf_modules(model: nn.Module, leaf_module_classes: Sequence[type[nn.Module] | str]) -> list[nn.Module]:
