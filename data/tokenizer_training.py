@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -58,16 +60,33 @@ def train_tokenizer(
         raise DataError(f"special_tokens={list(special_tokens)} must differ from each other and from {EOD}")
     cutter = _RunCutter()
     texts = cutter(_shown(_limited(iterate_texts(inputs, key), max_megabytes), show_progress))
-    if kind == "unigram":
-        _train_unigram(texts, folder, vocab_size, special_tokens)
-    else:
-        _train_hf(texts, folder, vocab_size, kind, special_tokens, show_progress)
+    with _written_whole(folder) as partial:
+        if kind == "unigram":
+            _train_unigram(texts, partial, vocab_size, special_tokens)
+        else:
+            _train_hf(texts, partial, vocab_size, kind, special_tokens, show_progress)
     if cutter.runs:
         warn(
             f"{cutter.runs:,} runs of more than {MAX_RUN} characters without a break (the longest {cutter.longest:,}) "
             f"were cut into pieces of {MAX_RUN} for training: it takes time in the square of their length"
         )
     return folder
+
+
+@contextlib.contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, whose files go to ``folder``, which exists, once all of them are complete."""
+    partial = Path(f"{folder.absolute()}.incomplete")
+    if partial.is_dir():  # of a process that was killed
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        yield partial
+        # What a tokenizer is found by comes last.
+        for path in sorted(partial.iterdir(), key=lambda path: path.stem == "tokenizer"):
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(partial)
 
 
 class _RunCutter:

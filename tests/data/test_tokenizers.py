@@ -176,6 +176,24 @@ def test_sentencepiece_is_given_long_lines_in_pieces() -> None:
     assert "".join(pieces) == text and max(map(len, pieces)) <= tokenizer_training.PIECE_BYTES
 
 
+def test_training_that_is_stopped_leaves_no_half_of_a_tokenizer(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_ds.data.tokenizer_training.json.dumps", stop)  # tokenizer.json is written by then
+        with pytest.raises(KeyboardInterrupt):
+            train_tokenizer([str(corpus)], tmp_path / "t", 300)
+    assert [path.name for path in tmp_path.rglob("t*")] == ["t"]
+    (tmp_path / "t.incomplete").mkdir()
+    (tmp_path / "t.incomplete" / "left").touch()
+    train_tokenizer([str(corpus)], tmp_path / "t", 300)
+    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert not (tmp_path / "t.incomplete").exists()
+
+
 def test_vocabulary_too_small(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="vocab_size=100 is too small for bpe: it needs at least 257"):
         train_tokenizer([str(corpus)], tmp_path, 100)
