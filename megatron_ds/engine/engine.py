@@ -23,6 +23,7 @@ from megatron_ds.engine.join import JoinableEngine, Mode, UnevenInputs
 from megatron_ds.engine.late_ranks import LateRanks
 from megatron_ds.engine.loss_stage import LossStage, to_device
 from megatron_ds.engine.model_guard import ModelGuard, require_trainable_dtype
+from megatron_ds.engine.resizing import resizing
 from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.learning_rate import step_scheduler
@@ -122,6 +123,14 @@ class Engine(JoinableEngine, Files):
             self.rule.train_also(list(parameters), {spec_of(p).name: p for p in self.module.parameters()})
         self.zero.train_also(parameters.values())
         self.look_at_model()
+
+    def resizing(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, parameters may get another shape, as by ``model.resize_token_embeddings(n)``, on all ranks alike.
+
+        Afterwards those are trained in place of the old ones. Rows that there were keep their master weights and state,
+        new ones have rank 0's values and a state of zero. Between two steps.
+        """
+        return resizing(self)
 
     # Training
 

@@ -19,6 +19,7 @@ from megatron_ds.shard import spec_of
 from megatron_ds.zero.main_grad import is_trained
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
+_RESIZING = "; change its shape inside `with engine.resizing():`, or call engine.close() and initialize() again"
 _AGAIN = "; change that before initialize(), or call engine.close() and initialize() again"
 
 
@@ -90,7 +91,7 @@ class ModelGuard:
             if seen.parameter.shape != seen.shape:
                 return (
                     f"{seen.name} has shape {list(seen.parameter.shape)} now and had {list(seen.shape)} at "
-                    f"initialize(), as after resize_token_embeddings(): its gradient and state lack the rest{_AGAIN}"
+                    f"initialize(), as after resize_token_embeddings(): its gradient and state lack the rest{_RESIZING}"
                 )
         for seen in self._whole:
             if seen.parameter.data_ptr() != seen.pointer:
@@ -114,7 +115,7 @@ class ModelGuard:
         there = {id(parameter) for parameter in now.values()}
         for seen in self._seen:
             if seen.trained and id(seen.parameter) not in there:
-                return f"{seen.name} is no longer a parameter of the model, but would still be updated{_AGAIN}"
+                return f"{seen.name} is no longer a parameter of the model, but would still be updated{_RESIZING}"
         self._added = {name: p for name, p in now.items() if p.requires_grad and id(p) not in known}
         self._note_structure()
         return None

@@ -18,6 +18,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -56,7 +57,7 @@ class TorchRule:
         for parameter in parameters.values():
             optimizer.state.pop(parameter, None)
         self.templates: list[StateTemplate] = []
-        self._updates: list[_TorchUpdate] = []
+        self._updates: WeakSet[_TorchUpdate] = WeakSet()  # the buckets keep them
         self._try_groups(parameters)
 
     def _try_groups(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -90,6 +91,12 @@ class TorchRule:
         self._try_groups(parameters)
         self._leader.load_numbers(numbers)
 
+    def replace(self, old: nn.Parameter, new: nn.Parameter, name: str) -> None:
+        """``new`` takes the place of ``old`` in its group, without what was held of that before the first step."""
+        for group in self.optimizer.param_groups:
+            group["params"][:] = [new if parameter is old else parameter for parameter in group["params"]]
+        self._initial[name] = {}
+
     def _make_leader(self, samples: Sequence[Mapping[str, Any]]) -> _TorchUpdate:
         segments = []
         for index, group in enumerate(self.optimizer.param_groups):
@@ -113,7 +120,7 @@ class TorchRule:
         # What the user's optimizer held of each parameter before, the segment's part of it.
         initial = [_cut(self._initial[segment.name], segment) for segment in segments]
         update = _TorchUpdate(self, segments, [self._group_of[segment.name] for segment in segments], initial)
-        self._updates.append(update)
+        self._updates.add(update)
         return update
 
     def begin_step(self) -> None:
@@ -185,7 +192,10 @@ class TorchRule:
             state.pop(key, None)
         _restore(state, saved.get("state", {}))
         vars(self.optimizer).update(saved.get("attributes", {}))
-        numbers = {int(group): of_group for group, of_group in saved["numbers"].items()}
+        self.load_numbers({int(group): of_group for group, of_group in saved["numbers"].items()})
+
+    def load_numbers(self, numbers: Mapping[int, Scalars]) -> None:
+        """Give the parameters of each group these :meth:`numbers`; a group without has not been updated."""
         for update in [self._leader, *self._updates]:
             update.load_numbers(numbers)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -155,21 +154,6 @@ def take_values(buckets: Iterable[FlatBucket], fill: Callable[[list[nn.Parameter
         if unit is not None:
             _write_back(units[unit])
     _write_back(units.get(None, []))
-
-
-def move_values(
-    buckets: Sequence[FlatBucket],
-    added: Sequence[FlatBucket],
-    gathered: Callable[[list[nn.Parameter]], AbstractContextManager[None]],
-) -> None:
-    """Parameters move with their values into the ``added`` buckets, out of those where they were, unit by unit."""
-    for unit in dict.fromkeys(bucket.layout.key.unit for bucket in added):
-        mine = [bucket for bucket in added if bucket.layout.key.unit == unit]
-        with gathered([parameter for bucket in mine for parameter in bucket.tensors]):
-            take_values(mine, None)
-            moved = {slot.parameter for bucket in mine for slot in bucket.layout.slots}
-            for bucket in buckets:
-                bucket.forget(moved)
 
 
 def _write_back(buckets: Sequence[FlatBucket]) -> None:

@@ -104,7 +104,7 @@ class Gatherer:
             self._hooks.append(unit.module.register_forward_pre_hook(self._before(unit), with_kwargs=True))
             self._hooks.append(unit.module.register_forward_hook(self._after(unit), always_call=True))
         for module in ends:  # not after one that failed: the other ranks may wait for what it has not gathered
-            self._hooks.append(module.register_forward_hook(self._at_end))
+            self._hooks.append(module.register_forward_hook(lambda m, *_, end=module: self._at_end(m is end)))
 
     @staticmethod
     def over(
@@ -230,10 +230,12 @@ class Gatherer:
         """The bucket that has to be gathered for this parameter; None where it is whole all the time."""
         return self._owner.get(id(parameter))
 
-    # Hooks
+    # Hooks. They are functions, which a copy of the model shares, and do nothing there.
 
     def _before(self, unit: Unit) -> Any:
         def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if module is not unit.module:
+                return None
             use = _Use(unit) if torch.is_grad_enabled() else None
             unit.running += 1
             self._running.append((unit, use))
@@ -254,6 +256,8 @@ class Gatherer:
     def _after(self, unit: Unit) -> Any:
         def after(module: nn.Module, args: Any, output: Any) -> None:
             use, found = None, False
+            if module is not unit.module:
+                return
             # An exception (recomputation stops early by one) may have left inner modules on the list.
             while self._running and not found:
                 running, use = self._running.pop()
@@ -268,8 +272,8 @@ class Gatherer:
 
         return after
 
-    def _at_end(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._running:
+    def _at_end(self, here: bool) -> None:
+        if here and not self._running:
             self.meet(FORWARD_END)
 
     def _begin_backward(self, use: _Use) -> None:

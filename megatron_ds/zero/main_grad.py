@@ -18,9 +18,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import NoReturn
 
 import torch
 
+from megatron_ds.errors import EngineError
 from megatron_ds.kernels.accumulate import add_product, add_rows
 
 
@@ -103,6 +105,12 @@ class MainGradient:
         self.kept: list[Callable[[], None]] | None = None
         self._before_write = before_write
         self._on_write = on_write
+
+    def __reduce__(self) -> NoReturn:
+        raise EngineError(
+            f"{self.name} is trained by an engine, and torch.save(model) would write that too; save "
+            "engine.state_dict(), or call engine.close() first"
+        )
 
     def _keep(self, write: Callable[..., None], *operands: torch.Tensor) -> bool:
         """Whether the write is left for later, with its operands."""

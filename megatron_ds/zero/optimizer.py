@@ -20,17 +20,17 @@ from megatron_ds.optim.factory import as_rule
 from megatron_ds.optim.rule import Late, Update, UpdateRule
 from megatron_ds.shard import ShardSpec, as_real
 from megatron_ds.shard.flat_shards import FlatShard, share_out
-from megatron_ds.zero.allocate import RankMemory, Stores, data_axes, move_values, take_values
-from megatron_ds.zero.buckets import ParameterInfo
+from megatron_ds.zero.allocate import RankMemory, Stores, data_axes, take_values
 from megatron_ds.zero.capacity import check_capacity
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.gatherer import Gatherer
 from megatron_ds.zero.layout import ZeroLayout
+from megatron_ds.zero.moves import MovableParameters
 from megatron_ds.zero.reducer import Phase, Reducer
 from megatron_ds.zero.units import choose_units, describe, unique
 
 
-class ZeroOptimizer:
+class ZeroOptimizer(MovableParameters):
     """Owns gradients, master weights and optimizer state of this rank's parameters, and updates them.
 
     One step::
@@ -85,9 +85,12 @@ class ZeroOptimizer:
         self.shard, self.replicate = self._axes[()]
         self._parameters = unique(parameters)
         self._rule = as_rule(optimizer_config, self._parameters, mesh.tp)
-        modules = choose_units(config, self.shard.size, root, unit_classes)
+        self._root, self._unit_classes, self._count = root, unit_classes, 0
+        self._choose_units()
         shared = {id(parameter): number for number, (parameter, _) in enumerate(shared_over)}
-        infos = describe(self._parameters, modules, config.persistence_threshold, self._rule, shared, stage_of or {})
+        infos = describe(
+            self._parameters, self._modules, config.persistence_threshold, self._rule, shared, stage_of or {}
+        )
         sizes = {over: (shard.size, replicate.size) for over, (shard, replicate) in self._axes.items()}
         self.layout = ZeroLayout.plan(infos, config, sizes)
         self._mesh, self._shared_over, self._shared_memory = mesh, shared_over, shared_memory
@@ -95,10 +98,13 @@ class ZeroOptimizer:
         self._buffers: list[Buffers] = []
         self._all = self._allocate(self.layout)
         take_values(self._all, fill)
-        self._root, self._modules, self._count = root, modules, 0
         self.gatherer: Gatherer | None = None
         self._attach()
         self._publish()
+
+    def _choose_units(self) -> None:
+        """The modules that are gathered and freed, as the model has them now."""
+        self._modules = choose_units(self.config, self.shard.size, self._root, self._unit_classes)
 
     def _allocate(self, layout: ZeroLayout) -> list[FlatBucket]:
         """The buckets of a layout, with memory of their own. Collective."""
@@ -133,29 +139,6 @@ class ZeroOptimizer:
             for stores in self.stores:
                 stores.close()
             self.reducer.close()
-
-    def train_also(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Give gradients and state to parameters that were frozen so far. Between two steps, on all ranks alike.
-
-        They get buckets of their own. Values stay, and everything else is left alone.
-        """
-        self.reducer.expect(Phase.IDLE, "train_also")
-        self._before_change()
-        wanted = {id(parameter) for parameter in parameters}
-        infos = {
-            number: ParameterInfo.of(p, info.shared, info.unit, info.stage, self._rule, trainable=True)
-            for number, (info, p) in enumerate(zip(self.layout.parameters, self._parameters))
-            if id(p) in wanted
-        }
-        buckets = self._allocate(added := self.layout.of_these(infos))
-        move_values(self._all, buckets, self.gathered)
-        self.reducer.close()
-        if self.gatherer is not None:
-            self.gatherer.detach()
-        self.layout = self.layout.with_added(added, infos)
-        self._all = sorted([b for b in self._all if b.tensors] + buckets, key=lambda b: b.layout.due)
-        self._attach()
-        self._publish()
 
     # Gradients
 

@@ -7,6 +7,7 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def looking_by_engine(stage: int) -> dict[str, Tensor]:
 
 
 def looking_by_engines() -> list[dict[str, Tensor]]:
-    return [looking_by_engine(stage) for stage in (0, 1, 2)]
+    return [looking_by_engine(stage) for stage in (0, 1, 2, 3)]
 
 
 def plain_looking() -> dict[str, Tensor]:
@@ -123,11 +124,13 @@ def test_what_would_come_apart_is_refused(make: Callable[[], nn.Module], said: s
     assert re.search(said, message(megatron_ds.initialize, make()))
 
 
-def test_what_is_the_engines_is_not_left_to_torch() -> None:
+def test_what_is_the_engines_is_not_left_to_torch(tmp_path: Path) -> None:
     model = nn.Linear(3, 1)
     optimizer = adamw(model)
     engine = megatron_ds.initialize(model, {}, optimizer)
     engine.backward(engine(torch.ones(2, 3)).sum())
     assert "engine.step()" in message(optimizer.step)
     engine.step()
+    assert "save engine.state_dict()" in message(torch.save, model, tmp_path / "model.pt")
     engine.close()
+    torch.save(model, tmp_path / "model.pt")
