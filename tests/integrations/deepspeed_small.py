@@ -453,7 +453,7 @@ def collectives(deepspeed: Any, stage: int, dtype: torch.dtype) -> Ran:
     comm.broadcast_object_list(objects, src=len(parts) - 1)
     comm.barrier()
     found = [comm.is_initialized(), value.item(), *torch.cat(parts).tolist(), objects[0]["rank"]]
-    return Ran([float(number) for number in (*found, comm.get_local_rank())], [], {})
+    return Ran([float(number) for number in found], [], {})
 
 
 def pipeline_evaluated(deepspeed: Any, stage: int, dtype: torch.dtype) -> Ran:

@@ -39,6 +39,8 @@ RUNS = {
     2: [
         *(f"checkpoint:{stage}" for stage in STAGES),
         *("names:2", "names:3", "classifier:1", "classifier:3", "gan_frozen:2", "gan_frozen:3"),
+        *(f"{name}:3" for name in ("evaluated", "own_boundary", "scaled", "generated", "low_rank", "half_weights")),
+        *("parts_of_a_checkpoint:2", "leaf_modules:3", "built_sharded:3", "several_groups:1", "collectives:0"),
         *("pipeline:1", "pipeline_of_two:1"),  # last: after a pipeline it saves no checkpoint of another model
     ],
 }
