@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import itertools
 import json
 import logging
+import math
 import queue
 import secrets
 import threading
@@ -27,11 +29,9 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.inference.llm import LLM
 from megatron_ds.inference.openai_protocol import Answers, BadRequest, Call, read_call
 from megatron_ds.inference.outputs import RequestOutput
+from megatron_ds.inference.serving_engine import FIRST_TOKEN_BOUNDS
 
 log = logging.getLogger(__name__)
-
-_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-"""Bounds of the histogram of the time to the first token."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ class EngineThread:
                 self._tell(name, BadRequest(str(error)))
 
         self._asked.put(begin)
+        if self.failure is not None:  # between a client's question and this: nobody will begin it
+            self._tell(name, BadRequest("the engine has failed; see /health", status=503))
 
     def abort(self, name: str) -> None:
         if self._heard.pop(name, None) is not None:
@@ -256,10 +258,10 @@ class Server:
         for reason, count in list(counters.finished.items()):
             finished.add_metric([reason], count)
         yield finished
-        times = list(counters.first_token_seconds)
-        buckets = [(str(bound), float(sum(t <= bound for t in times))) for bound in _SECONDS]
+        sums = itertools.accumulate(counters.first_tokens)
+        buckets = [("+Inf" if math.isinf(bound) else str(bound), n) for bound, n in zip(FIRST_TOKEN_BOUNDS, sums)]
         name, text = "megatron_ds_time_to_first_token_seconds", "From a request's arrival to its first token."
-        yield HistogramMetricFamily(name, text, buckets=[*buckets, ("+Inf", float(len(times)))], sum_value=sum(times))
+        yield HistogramMetricFamily(name, text, buckets=buckets, sum_value=counters.first_token_seconds)
 
 
 class _Served:

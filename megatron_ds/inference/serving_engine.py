@@ -7,6 +7,7 @@ message a step, and everything else follows on each rank by itself.
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import time
 from collections.abc import Callable, Container, Iterable
@@ -28,6 +29,9 @@ from megatron_ds.inference.sampling_params import SamplingParams
 from megatron_ds.inference.sequence import Request, Sequence, Status
 from megatron_ds.mesh import Axis, Mesh
 
+FIRST_TOKEN_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, math.inf)
+"""Seconds."""
+
 
 @dataclass(frozen=True)
 class TextEnds:
@@ -39,7 +43,10 @@ class TextEnds:
 
 @dataclass
 class Counters:
-    """Since the start: tokens of prompts and answers; how many were in the cache, and how many were guessed."""
+    """Since the start: tokens of prompts and answers; how many were in the cache, and how many were guessed.
+
+    ``first_tokens``: requests by the time to their first token, up to each of :data:`FIRST_TOKEN_BOUNDS`.
+    """
 
     steps: int = 0
     prompt_tokens: int = 0
@@ -47,7 +54,14 @@ class Counters:
     answer_tokens: int = 0
     drafted_tokens: int = 0
     finished: dict[str, int] = field(default_factory=dict)
-    first_token_seconds: list[float] = field(default_factory=list)
+    first_tokens: list[int] = field(default_factory=lambda: [0] * len(FIRST_TOKEN_BOUNDS))
+    first_token_seconds: float = 0.0
+
+    def first_token(self, seconds: float) -> None:
+        """A request has got its first token, so long after it came."""
+        place = next(i for i, bound in enumerate(FIRST_TOKEN_BOUNDS) if seconds <= bound)
+        self.first_tokens[place] += 1
+        self.first_token_seconds += seconds
 
 
 @dataclass
@@ -282,7 +296,7 @@ class ServingEngine:
         live = self._live[request.id]
         text = live.texts[live.samples.index(sequence)]
         if not sequence.answered:
-            self.counters.first_token_seconds.append(self._clock() - request.arrived)
+            self.counters.first_token(self._clock() - request.arrived)
             if sequence.index == 0:
                 self._fork(live)
         sequence.tokens.append(token)
