@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 test test-apart test-faults: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install train train-diffusion test test-apart test-faults lint format bench bench-inference bench-gpu bench-kernels constraints clean
+.PHONY: help install train train-diffusion serve-demo test test-apart test-faults lint format bench bench-inference bench-gpu bench-kernels constraints clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))

@@ -121,7 +121,7 @@ def test_a_target_installs_first_when_it_is_the_first_command(target: str, tmp_p
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     plan = make("-n", target, cwd=tmp_path)
-    torch, rest = plan.index("grep '^torch=='"), plan.index("-c constraints.txt -e '.[dev,hf]'")
+    torch, rest = plan.index("grep '^torch=='"), plan.index("-c constraints.txt -e '.[dev,hf,serve]'")
     assert torch < rest < plan.rindex(".venv/bin/python")
 
 

@@ -1,0 +1,83 @@
+"""LoRA adapters of `peft` that take turns (``set_adapter``): the numbers of plain torch, in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import megatron_ds
+from megatron_ds.testing import run_ranks
+
+TURNS = ("a", "a", "b", "b", "a", "b")
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+
+
+def adapted() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    lora = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.0, "init_lora_weights": False}
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2))
+    model = peft.get_peft_model(model, peft.LoraConfig(**lora), adapter_name="a")
+    model.add_adapter("b", peft.LoraConfig(**lora))
+    model.set_adapter("a")
+    return model.double()
+
+
+def adam(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(list(model.parameters()), lr=1e-2)
+
+
+def sample(rank: int, step: int) -> Tensor:
+    return torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def by_torch(ranks: int) -> dict[str, Tensor]:
+    model = adapted()
+    optimizer = adam(model)
+    for step, turn in enumerate(TURNS):
+        model.set_adapter(turn)
+        for rank in range(ranks):
+            tokens = sample(rank, step)
+            (model(input_ids=tokens, labels=tokens).loss / ranks).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return {name: value.detach() for name, value in model.named_parameters() if "lora" in name}
+
+
+def by_engine(stages: tuple[int, ...], folder: str) -> list[dict[str, Tensor]]:
+    """With a resume in the middle."""
+    found = []
+    for stage in stages:
+        model = adapted()
+        engine = megatron_ds.initialize(model, {"zero": {"stage": stage}}, adam(model))
+        for step, turn in enumerate(TURNS):
+            if step == 3:
+                engine.save_checkpoint(f"{folder}/{stage}")
+                engine.close()
+                model = adapted()
+                engine = megatron_ds.initialize(model, {"zero": {"stage": stage}}, adam(model))
+                engine.load_checkpoint(f"{folder}/{stage}")
+            model.set_adapter(turn)
+            tokens = sample(dist.get_rank() if dist.is_initialized() else 0, step)
+            engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+            engine.step()
+        found.append({name: value.clone() for name, value in engine.state_dict().items() if "lora" in name})
+        engine.close()
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "apart"), [(1, False), (2, False), (2, True)])
+def test_adapters_of_peft_take_turns_as_in_plain_torch(tmp_path: Path, ranks: int, apart: bool) -> None:
+    want = by_torch(ranks)
+    assert len(want) == 16
+    for of_stage in run_ranks(by_engine, ranks, (0, 2, 3), str(tmp_path), apart=apart)[0]:
+        assert of_stage.keys() == want.keys()
+        for name, value in want.items():
+            assert (of_stage[name] - value).abs().max() < 1e-12, name
