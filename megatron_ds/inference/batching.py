@@ -49,6 +49,15 @@ class Plan:
         return sum(span.count for span in self.spans)
 
 
+def require_budget(seats: int, budget: int, size: int) -> None:
+    """Raises :class:`ConfigError` where a step could hold no block of ``size`` tokens of a prompt."""
+    if seats < 1 or size < 1 or budget < seats + size:
+        raise ConfigError(
+            f"max_num_batched_tokens={budget} is less than max_num_seqs={seats} and a block of {size} tokens: prompts "
+            f"might wait for ever; give {max(seats, 1) + max(size, 1)} at least, or fewer sequences"
+        )
+
+
 class Batcher:
     """Queue, seats and blocks of all sequences.
 
@@ -62,11 +71,7 @@ class Batcher:
     """
 
     def __init__(self, pool: BlockPool, seats: int, budget: int, drafts: int = 0):
-        if budget < seats + pool.size:
-            raise ConfigError(
-                f"max_num_batched_tokens={budget} is less than max_num_seqs={seats} and a block of {pool.size} tokens: "
-                f"prompts might wait for ever; give {seats + pool.size} at least, or fewer sequences"
-            )
+        require_budget(seats, budget, pool.size)
         self.pool, self.seats, self.budget, self.drafts = pool, seats, budget, drafts
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import signal
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -86,14 +87,8 @@ def serve(options: Serve) -> int:
 
     o = options
     listening = _listen(o.host, o.port)
-    engine = {
-        name: getattr(o, name)
-        for name in (
-            "tokenizer", "tensor_parallel_size", "pipeline_parallel_size", "dtype", "quantization", "max_model_len",
-            "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization", "num_blocks", "kv_cache_dtype",
-            "enable_prefix_caching", "num_speculative_tokens", "device",
-        )
-    }  # fmt: skip
+    taken = inspect.signature(LLM).parameters.keys() - {"model"}
+    engine = {field.name: getattr(o, field.name) for field in fields(o) if field.name in taken}
     with LLM(o.model, **engine) as llm:
         limits = Limits(o.max_requests, int(o.max_body_mb * 1e6), o.request_timeout, o.api_key)
         name = o.served_model_name or o.model.resolve().name

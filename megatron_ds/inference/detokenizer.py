@@ -39,12 +39,11 @@ class Detokenizer:
         hidden: Container[int] = (),
     ):
         self.tokenizer, self.stops, self.keep_stop, self.hidden = tokenizer, tuple(stops), keep_stop, hidden
-        self.text, self.stopped = "", None
+        self.text = ""
+        self.stopped: str | None = None
         self._held = ""  # whole characters that may begin a stop text
         self._context = [token for token in prompt if token not in hidden][-self.CONTEXT :]
         self._new: list[int] = []
-
-    stopped: str | None
 
     def add(self, token: int) -> None:
         if self.tokenizer is None or token in self.hidden or self.stopped is not None:

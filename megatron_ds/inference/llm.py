@@ -12,22 +12,23 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from megatron_ds.comm.together import exchange
 from megatron_ds.data.chat import BadConversation, ChatTemplate, load_template
 from megatron_ds.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.host import free_host_memory
 from megatron_ds.inference import served_model
-from megatron_ds.inference.batching import Batcher
+from megatron_ds.inference.batching import Batcher, require_budget
 from megatron_ds.inference.block_pool import BlockPool
 from megatron_ds.inference.invariant_recipe import BatchInvariant
-from megatron_ds.inference.model_runner import CacheSize, ModelRunner
+from megatron_ds.inference.model_runner import CacheSize, ModelRunner, local_kv_heads
 from megatron_ds.inference.outputs import RequestOutput
-from megatron_ds.inference.quantized_recipes import quantize_model
+from megatron_ds.inference.quantized_recipes import quantize_model, require_scheme
 from megatron_ds.inference.ranks import Ranks
 from megatron_ds.inference.sampling_params import SamplingParams
 from megatron_ds.inference.serving_engine import ServingEngine, TextEnds
 from megatron_ds.layers.recipe import Recipe, use_recipe
-from megatron_ds.mesh import MeshShape
+from megatron_ds.mesh import Axis, MeshShape
 from megatron_ds.models.transformer import Transformer
 
 Prompt = str | Sequence[int]
@@ -91,8 +92,11 @@ class LLM:
             raise ConfigError(f"gpu_memory_utilization={gpu_memory_utilization}; use a part from 0 to 1")
         if not 0 <= num_speculative_tokens <= 64:
             raise ConfigError(f"num_speculative_tokens={num_speculative_tokens}; use 0 to 64")
+        _require_recipes(quantization, batch_invariant)
+        require_budget(max_num_seqs, max_num_batched_tokens, block_size)
         source = served_model.find(model)
         own = source.dtype if dtype == "auto" else _dtype("dtype", dtype)
+        cache_dtype = own if kv_cache_dtype == "auto" else _dtype("kv_cache_dtype", kv_cache_dtype)
         served_model.require_split(source.config, tensor_parallel_size, pipeline_parallel_size)
         self.max_model_len = served_model.text_length(source, max_model_len)
         self.model, self.seed, self.config = Path(model), seed, source.config
@@ -104,18 +108,17 @@ class LLM:
         mesh = self._ranks.mesh
         stage = served_model.build(source, mesh, own)
         head = _recipes(stage, quantization, batch_invariant)
-        cache_dtype = own if kv_cache_dtype == "auto" else _dtype("kv_cache_dtype", kv_cache_dtype)
-        layers, kv_heads = len(stage.layers), max(1, source.config.groups // mesh.tp.size)
-        block = 2 * layers * block_size * kv_heads * source.config.head_size * cache_dtype.itemsize
+        of_token = 2 * len(stage.layers) * local_kv_heads(stage) * source.config.head_size * cache_dtype.itemsize
+        block = block_size * of_token
         most = max_num_seqs * -(-self.max_model_len // block_size)
-        blocks = num_blocks or min(most, _memory(mesh.device, gpu_memory_utilization) // block)
+        # The smallest of all ranks' before anything is made of it: an error is one on all of them.
+        blocks = _smallest(num_blocks or min(most, _memory(mesh.device, gpu_memory_utilization) // block), mesh.world)
         if blocks * block_size < min(self.max_model_len, 2 * block_size):
             raise ConfigError(
                 f"there is memory for {max(blocks, 0)} blocks of {block} bytes of the key/value cache, which is no "
                 f"text of {self.max_model_len} tokens; raise gpu_memory_utilization={gpu_memory_utilization}, lower "
                 "max_model_len, or split the model over more ranks (tensor_parallel_size)"
             )
-        blocks = _smallest(blocks, mesh.world)
         pool = BlockPool(blocks, block_size, enable_prefix_caching)
         runner = ModelRunner(stage, mesh, CacheSize(blocks, block_size, cache_dtype), head)
         batcher = Batcher(pool, max_num_seqs, max_num_batched_tokens, num_speculative_tokens)
@@ -298,14 +301,21 @@ def _ends(generation: Mapping[str, Any], tokenizer: Tokenizer | None) -> TextEnd
     return TextEnds(eos, frozenset(token for token in hidden if token is not None))
 
 
+def _require_recipes(quantization: str | None, batch_invariant: bool) -> None:
+    if quantization is not None:
+        require_scheme(quantization)
+        if batch_invariant:
+            raise ConfigError(
+                "batch_invariant=True goes with quantization=None: quantised products have no such kernels"
+            )
+
+
 def _recipes(stage: Transformer, quantization: str | None, batch_invariant: bool) -> Recipe | None:
     """How the layers of a stage multiply; returns how its head does."""
     if quantization is None:
         if batch_invariant:
             use_recipe(stage, lambda spec: BatchInvariant())
         return BatchInvariant() if batch_invariant else None
-    if batch_invariant:
-        raise ConfigError("batch_invariant=True goes with quantization=None: quantised products have no such kernels")
     return quantize_model(stage, stage.output_weight if stage.span.head else None, quantization)
 
 
@@ -317,8 +327,6 @@ def _memory(device: torch.device, part: float) -> int:
     return int(free_host_memory() * part)
 
 
-def _smallest(blocks: int, world: Any) -> int:
+def _smallest(blocks: int, world: Axis) -> int:
     """The number of blocks that every rank has memory for."""
-    from megatron_ds.comm.together import exchange
-
     return min(int(text) for text in exchange(world, str(blocks)))

@@ -26,6 +26,11 @@ class CacheSize:
     dtype: torch.dtype
 
 
+def local_kv_heads(model: Transformer) -> int:
+    """Key/value heads on this rank; where there are fewer than ranks, each computes one of them, as others do."""
+    return max(1, model.config.groups // model.tp.size)
+
+
 class ModelRunner:
     """A stage of the model with its part of the key/value cache.
 
@@ -37,11 +42,9 @@ class ModelRunner:
     def __init__(self, model: Transformer, mesh: Mesh, size: CacheSize, head_recipe: Recipe | None = None):
         self.model, self.mesh, self.block_size = model, mesh, size.size
         self.device, self.head_recipe = mesh.device, head_recipe or OwnPrecision()
-        c = model.config
-        # Fewer key/value heads than ranks: each rank computes one of them, as others do.
-        kv_heads = max(1, c.groups // mesh.tp.size)
         layers = [int(name) for name in model.layers]
-        self.cache = PagedCache(layers, size.blocks, size.size, kv_heads, c.head_size, size.dtype, self.device)
+        heads, head_dim = local_kv_heads(model), model.config.head_size
+        self.cache = PagedCache(layers, size.blocks, size.size, heads, head_dim, size.dtype, self.device)
         self.dtype = next(model.parameters()).dtype
 
     @torch.inference_mode()

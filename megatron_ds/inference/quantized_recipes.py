@@ -177,6 +177,12 @@ SCHEMES: Mapping[str, Callable[[Tensor, Axis | None], _Quantized]] = MappingProx
 )
 
 
+def require_scheme(scheme: str) -> None:
+    """Raises :class:`ConfigError` where there is no such scheme."""
+    if scheme not in SCHEMES:
+        raise ConfigError(f"quantization={scheme!r}; use one of {', '.join(map(repr, SCHEMES))}, or None")
+
+
 def quantize_model(model: nn.Module, head: Tensor | None, scheme: str) -> Recipe | None:
     """Give every linear layer of ``model`` its weight in fewer bits, and the memory of the old ones back.
 
@@ -190,8 +196,7 @@ def quantize_model(model: nn.Module, head: Tensor | None, scheme: str) -> Recipe
     Raises:
         ConfigError: no such scheme, or a layer that it cannot serve.
     """
-    if scheme not in SCHEMES:
-        raise ConfigError(f"quantization={scheme!r}; use one of {', '.join(map(repr, SCHEMES))}, or None")
+    require_scheme(scheme)
     for module in list(model.modules()):
         if not isinstance(getattr(module, "recipe", None), Recipe):
             continue

@@ -168,13 +168,14 @@ class ServingEngine:
                 if span.start == span.sequence.cached and not span.sequence.answered:
                     self.counters.cached_tokens += span.sequence.cached
                     self._live[span.sequence.request.id].cached = span.sequence.cached
+            last = [span.sequence.request.id for span in plan.spans if span.is_last]  # before they get more tokens
             rows, wanted = self._rows(plan.spans)
             logits = self.runner.run(plan, rows)
             for span in plan.spans:
                 self.batcher.computed(span.sequence, span.count - len(span.draft))
             with torch.inference_mode():
                 self._sample(plan.spans, wanted, logits)
-            changed.update(dict.fromkeys(span.sequence.request.id for span in plan.spans if span.is_last or wanted))
+            changed.update(dict.fromkeys(last))
         return [self._output(name) for name in list(changed) if name in self._live]
 
     def _take(self, event: list[Any]) -> str | None:
