@@ -103,8 +103,7 @@ class LLM:
         self.tokenizer, self._template = _tokenizer(tokenizer or source.tokenizer)
         ends = _ends(source.generation, self.tokenizer)
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
-        shape = MeshShape(pp=pipeline_parallel_size, tp=tensor_parallel_size)
-        self._ranks = Ranks(shape, device, settings, place)
+        self._ranks = Ranks(MeshShape(pp=pipeline_parallel_size, tp=tensor_parallel_size), device, settings, place)
         mesh = self._ranks.mesh
         stage = served_model.build(source, mesh, own)
         head = _recipes(stage, quantization, batch_invariant)
