@@ -1,8 +1,4 @@
-"""Weights of fewer bits for linear layers that only compute forward.
-
-A weight ``[out, in]`` becomes whole numbers (or FP8) and a scale for each output, over what tensor parallelism does not
-cut: of a layer that is split along its inputs the largest magnitude is taken over all ranks. So the quantised weights,
-and in float64 the results, are those of one process on every mesh.
+"""Products with weights of fewer bits, for linear layers that only compute forward.
 
 =========  =======================================  ===========================
 scheme     weights                                  inputs
@@ -13,7 +9,8 @@ scheme     weights                                  inputs
 ``int4``   4 bits, a scale for 32 of an output's    as they are
 =========  =======================================  ===========================
 
-The vocabulary's projection has 8 bits under ``int4`` too; embeddings, norms and biases keep their dtype.
+The vocabulary's projection has 8 bits under ``int4`` too, unless a folder says otherwise; embeddings, norms and biases
+keep their dtype.
 """
 
 from __future__ import annotations
@@ -22,33 +19,24 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_ds import comm
 from megatron_ds.errors import ConfigError
-from megatron_ds.kernels.float8 import E4M3, SMALLEST_AMAX
+from megatron_ds.inference.quantized_weights import LARGEST, QuantizedWeight, largest, quantize
+from megatron_ds.kernels.float8 import E4M3
 from megatron_ds.layers.linear import RepeatedKVLinear, RowParallelLinear
 from megatron_ds.layers.recipe import Recipe, linear
 from megatron_ds.mesh import Axis
 
-GROUP = 32
-"""Inputs that share a scale in four bits."""
 _FEW_ROWS = 8
 """Up to so many rows a CPU reads the packed weights; beyond, it is faster to widen them first (4,096 x 768, bf16)."""
 
 
-def _largest(x: Tensor, dim: int, tp: Axis | None) -> Tensor:
-    """The largest magnitudes along ``dim``, fp32 or wider, over the ranks of ``tp``: ``[..., 1]``."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    amax = x.abs().amax(dim, keepdim=True).to(wide).clamp(min=SMALLEST_AMAX)
-    return amax if tp is None or tp.size == 1 else comm.all_reduce(amax, tp, dist.ReduceOp.MAX)
-
-
 class _Quantized(Recipe):
-    """Args: ``weight [out, in]`` of this rank; ``tp``: the ranks among which the inputs are split, or None."""
+    """Args: ``weight [out, in]`` of this rank; ``tp``: the ranks among which the inputs are split, or None;
+    ``dtype``: of inputs and products."""
 
-    def __init__(self, weight: Tensor, tp: Axis | None):
+    def __init__(self, weight: QuantizedWeight, tp: Axis | None, dtype: torch.dtype):
         super().__init__()
         self.tp = tp
 
@@ -61,22 +49,21 @@ class _Quantized(Recipe):
         """``[t, in] -> [t, out]``."""
         raise NotImplementedError
 
-    def dequantized(self) -> Tensor:
-        """``[out, in]`` fp64: the weight that the products are those of."""
-        raise NotImplementedError
 
+class _ScaledOutputs(_Quantized):
+    """A scale for each output."""
 
-class Int8(_Quantized):
-    """Weights only."""
-
-    def __init__(self, weight: Tensor, tp: Axis | None):
-        super().__init__(weight, tp)
-        scale = _largest(weight, 1, tp) / 127
-        self.register_buffer("values", (weight.to(scale.dtype) / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale.squeeze(1))
+    def __init__(self, weight: QuantizedWeight, tp: Axis | None, dtype: torch.dtype):
+        super().__init__(weight, tp, dtype)
+        self.register_buffer("values", weight.values)
+        self.register_buffer("scale", weight.scale.squeeze(1))
 
     values: Tensor
     scale: Tensor
+
+
+class Int8(_ScaledOutputs):
+    """Weights only."""
 
     def rows(self, x: Tensor) -> Tensor:
         if x.shape[0] <= _FEW_ROWS and x.dtype is torch.bfloat16 and x.device.type == "cpu":
@@ -84,15 +71,12 @@ class Int8(_Quantized):
         # Whole numbers up to 127 are exact in every dtype; the scale comes last.
         return linear(x, self.values.to(x.dtype), None) * self.scale.to(x.dtype)
 
-    def dequantized(self) -> Tensor:
-        return self.values.double() * self.scale.double().unsqueeze(1)
 
-
-class Int8Inputs(Int8):
+class Int8Inputs(_ScaledOutputs):
     """Weights and inputs: products of whole numbers, exact in int32."""
 
     def rows(self, x: Tensor) -> Tensor:
-        scale = _largest(x, 1, self.tp) / 127
+        scale = largest(x, 1, self.tp) / LARGEST["w8a8"]
         values = (x.to(scale.dtype) / scale).round().to(torch.int8)
         count = values.shape[0]
         if x.device.type == "cuda" and count <= 16:  # where cuBLAS takes 17 rows at least
@@ -101,20 +85,11 @@ class Int8Inputs(Int8):
         return (sums.to(scale.dtype) * scale * self.scale.to(scale.dtype)).to(x.dtype)
 
 
-class Float8Inputs(_Quantized):
+class Float8Inputs(_ScaledOutputs):
     """Weights and inputs in e4m3."""
 
-    def __init__(self, weight: Tensor, tp: Axis | None):
-        super().__init__(weight, tp)
-        scale = _largest(weight, 1, tp) / torch.finfo(E4M3).max
-        self.register_buffer("values", (weight.to(scale.dtype) / scale).to(E4M3))
-        self.register_buffer("scale", scale.squeeze(1))
-
-    values: Tensor
-    scale: Tensor
-
     def rows(self, x: Tensor) -> Tensor:
-        scale = _largest(x, 1, self.tp) / torch.finfo(E4M3).max
+        scale = largest(x, 1, self.tp) / LARGEST["fp8"]
         values = (x.to(scale.dtype) / scale).to(E4M3)
         if x.device.type == "cuda" and x.dtype is torch.bfloat16:
             scales = scale.float(), self.scale.float().unsqueeze(0)
@@ -123,34 +98,24 @@ class Float8Inputs(_Quantized):
         sums = linear(values.to(x.dtype), self.values.to(x.dtype), None)
         return (sums.to(scale.dtype) * scale * self.scale.to(scale.dtype)).to(x.dtype)
 
-    def dequantized(self) -> Tensor:
-        return self.values.double() * self.scale.double().unsqueeze(1)
-
 
 class Int4(_Quantized):
     """Weights only, in groups of inputs."""
 
-    def __init__(self, weight: Tensor, tp: Axis | None):
-        super().__init__(weight, tp)
-        out, inputs = weight.shape
-        if inputs % GROUP:
-            raise ConfigError(
-                f"quantization='int4' shares scales among {GROUP} inputs, and a layer here has {inputs} on a rank; use "
-                "'int8', or fewer ranks"
-            )
-        groups = weight.view(out, -1, GROUP)
-        scale = _largest(groups, 2, None) / 7
-        values = (groups.to(scale.dtype) / scale).round().clamp(-8, 7).to(torch.int32).view(out, inputs)
-        self._packs = weight.dtype is torch.bfloat16 and weight.device.type == "cpu" and out % 16 == 0
+    def __init__(self, weight: QuantizedWeight, tp: Axis | None, dtype: torch.dtype):
+        super().__init__(weight, tp, dtype)
+        values, scale = weight.values, weight.scale
+        self.group = values.shape[1] // scale.shape[1]
+        self._packs = dtype is torch.bfloat16 and values.device.type == "cpu" and values.shape[0] % 16 == 0
         if self._packs:
-            values = torch._convert_weight_to_int4pack_for_cpu(values + 8, 2)
-            pairs = torch.stack((scale.squeeze(2).t(), torch.zeros_like(scale.squeeze(2).t())), dim=2)
+            values = torch._convert_weight_to_int4pack_for_cpu(values.to(torch.int32) + 8, 2)
+            pairs = torch.stack((scale.t(), torch.zeros_like(scale.t())), dim=2)
             self.register_buffer("pairs", pairs.to(torch.bfloat16).contiguous())
             self.register_buffer("values", values)
             return
-        self.register_buffer("scale", scale.squeeze(2))
-        low, high = values.view(out, -1, 2).unbind(2)
-        self.register_buffer("values", ((low + 8) | (high + 8) << 4).to(torch.uint8))
+        self.register_buffer("scale", scale)
+        low, high = (values + 8).to(torch.uint8).view(len(values), -1, 2).unbind(2)
+        self.register_buffer("values", low | high << 4)
 
     values: Tensor
     scale: Tensor
@@ -158,29 +123,21 @@ class Int4(_Quantized):
 
     def rows(self, x: Tensor) -> Tensor:
         if self._packs:
-            return torch._weight_int4pack_mm_for_cpu(x.contiguous(), self.values, GROUP, self.pairs)
-        return linear(x, self._widened(x.dtype), None)
-
-    def _widened(self, dtype: torch.dtype) -> Tensor:
+            return torch._weight_int4pack_mm_for_cpu(x.contiguous(), self.values, self.group, self.pairs)
         pairs = torch.stack((self.values & 15, self.values >> 4), dim=2).to(torch.int8).flatten(1) - 8
-        return (pairs.view(len(pairs), -1, GROUP).to(dtype) * self.scale.to(dtype).unsqueeze(2)).flatten(1)
-
-    def dequantized(self) -> Tensor:
-        if not self._packs:
-            return self._widened(torch.float64)
-        whole = torch.eye(self.pairs.shape[0] * GROUP, dtype=torch.bfloat16)
-        return self.rows(whole).t().double()
+        groups = pairs.view(len(pairs), -1, self.group).to(x.dtype)
+        return linear(x, (groups * self.scale.to(x.dtype).unsqueeze(2)).flatten(1), None)
 
 
-SCHEMES: Mapping[str, Callable[[Tensor, Axis | None], _Quantized]] = MappingProxyType(
+RECIPES: Mapping[str, Callable[[QuantizedWeight, Axis | None, torch.dtype], Recipe]] = MappingProxyType(
     {"int8": Int8, "w8a8": Int8Inputs, "fp8": Float8Inputs, "int4": Int4}
 )
 
 
 def require_scheme(scheme: str) -> None:
     """Raises :class:`ConfigError` where there is no such scheme."""
-    if scheme not in SCHEMES:
-        raise ConfigError(f"quantization={scheme!r}; use one of {', '.join(map(repr, SCHEMES))}, or None")
+    if scheme not in RECIPES:
+        raise ConfigError(f"quantization={scheme!r}; use one of {', '.join(map(repr, RECIPES))}, or None")
 
 
 def quantize_model(model: nn.Module, head: Tensor | None, scheme: str) -> Recipe | None:
@@ -197,14 +154,33 @@ def quantize_model(model: nn.Module, head: Tensor | None, scheme: str) -> Recipe
         ConfigError: no such scheme, or a layer that it cannot serve.
     """
     require_scheme(scheme)
-    for module in list(model.modules()):
-        if not isinstance(getattr(module, "recipe", None), Recipe):
-            continue
+    for module in linear_layers(model):
         weight: Tensor = module.weight  # type: ignore[assignment]
-        own = module.own(weight) if isinstance(module, RepeatedKVLinear) else weight
-        split = module.tp if isinstance(module, RowParallelLinear) else None
-        module.recipe = SCHEMES[scheme](own.detach().reshape(-1, own.shape[-1]), split)
-        weight.data = weight.new_zeros(()).expand(weight.shape)  # its shape, and the memory of one element
+        use_weight(module, quantize(rows_of(module, weight.detach()), scheme, _split(module)))
     if head is None:
         return None
-    return (Int8 if scheme == "int4" else SCHEMES[scheme])(head.detach(), None)
+    of_head = "int8" if scheme == "int4" else scheme
+    return RECIPES[of_head](quantize(head.detach(), of_head), None, head.dtype)
+
+
+def linear_layers(model: nn.Module) -> list[nn.Module]:
+    """Those with a recipe, which a scheme replaces."""
+    return [module for module in model.modules() if isinstance(getattr(module, "recipe", None), Recipe)]
+
+
+def rows_of(module: nn.Module, of_weight: Tensor) -> Tensor:
+    """``[out, ...]`` of what a layer computes with, of its weight's values or scales on this rank."""
+    own = module.own(of_weight) if isinstance(module, RepeatedKVLinear) else of_weight
+    return own.reshape(-1, own.shape[-1])
+
+
+def use_weight(module: nn.Module, quantized: QuantizedWeight) -> None:
+    """Let a linear layer multiply by ``quantized``; its parameter keeps its shape and the memory of one element."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    module.recipe = RECIPES[quantized.scheme](quantized, _split(module), weight.dtype)
+    weight.data = weight.new_zeros(()).expand(weight.shape)
+
+
+def _split(module: nn.Module) -> Axis | None:
+    """The ranks among which a layer's inputs are split."""
+    return module.tp if isinstance(module, RowParallelLinear) else None

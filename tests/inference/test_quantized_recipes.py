@@ -13,7 +13,8 @@ from served import config_of, engine_of, stage_of
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference import LLM, SamplingParams
 from megatron_ds.inference.model_runner import CacheSize, ModelRunner
-from megatron_ds.inference.quantized_recipes import SCHEMES, quantize_model
+from megatron_ds.inference.quantized_recipes import RECIPES, quantize_model
+from megatron_ds.inference.quantized_weights import quantize
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.testing import run_ranks
 
@@ -22,12 +23,12 @@ WORST = {"int8": 0.011, "w8a8": 0.015, "fp8": 0.05, "int4": 0.16}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", RECIPES)
 def test_products_are_those_of_the_dequantised_weight(scheme: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight = (torch.randn(48, 96) * torch.rand(48, 1)).to(dtype)
-    recipe = SCHEMES[scheme](weight, None)
-    dequantized = recipe.dequantized()
+    quantized = quantize(weight, scheme)
+    recipe, dequantized = RECIPES[scheme](quantized, None, dtype), quantized.dequantized()
     relative = (dequantized - weight.double()).norm() / weight.double().norm()
     assert relative < WORST[scheme], "the weight"
     for count in (1, 8, 33):
@@ -57,7 +58,7 @@ def logprobs_of(scheme: str, ranks: int) -> Any:
     return output.outputs[0].token_ids, output.outputs[0].logprobs
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", RECIPES)
 def test_every_mesh_has_the_same_quantised_model(scheme: str) -> None:
     tokens, want = logprobs_of(scheme, 1)
     found, logprobs = run_ranks(logprobs_of, 2, scheme, 2)[0]
@@ -66,7 +67,7 @@ def test_every_mesh_has_the_same_quantised_model(scheme: str) -> None:
         assert mine == pytest.approx(theirs, abs=1e-9)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", RECIPES)
 def test_a_served_model_stays_near_itself_and_gives_memory_back(tmp_path: Path, scheme: str) -> None:
     torch.manual_seed(0)
     _llama(hidden_size=192, intermediate_size=256).to(torch.bfloat16).save_pretrained(tmp_path)
