@@ -101,6 +101,22 @@ def _digest(value: Any) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(value).encode())
 
 
+def first_difference(before: Any, now: Any, where: str = "") -> str:
+    """Where two JSON values first differ, and how, for an error message; empty where they are equal."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in {**before, **now}:
+            label = f"{before['path']}: {name}" if "path" in before and name != "path" else f"{where}{name}"
+            if found := first_difference(before.get(name), now.get(name), f"{label}." if "path" not in before else ""):
+                return found if found.startswith(label) else f"{label}{found}"
+        return ""
+    if isinstance(before, list) and isinstance(now, list):
+        for one, other in zip(before, now):
+            if found := first_difference(one, other):
+                return found
+        return f" had {len(before)} entries, now {len(now)}" if len(before) != len(now) else ""
+    return f" was {before!r}, is now {now!r}" if before != now else ""
+
+
 def cached_arrays(
     path: Path,
     key: dict[str, Any],

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ds.data.cache import locked
+from megatron_ds.data.cache import first_difference, locked
 from megatron_ds.data.chat import load_template
 from megatron_ds.data.indexed import dtype_for_vocabulary, new_prefix
 from megatron_ds.data.part_writer import Job, PartMaker, PreprocessOptions
@@ -142,31 +142,16 @@ def _start_or_continue(folder: Path, plan: dict[str, Any], restart: bool) -> Non
         raise DataError(
             f"{path}, of a run that did not finish, is damaged: {error}. Start anew with --restart"
         ) from None
-    if difference := _first_difference(before, json.loads(json.dumps(plan))):
+    if difference := first_difference(before, json.loads(json.dumps(plan))):
         raise DataError(
             f"{folder} holds the parts of a run that did not finish, with other inputs or settings: {difference}. "
             "Restore them to continue it, or start anew with --restart"
         )
 
 
-def _first_difference(before: Any, now: Any, where: str = "") -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in {**before, **now}:
-            label = f"{before['path']}: {name}" if "path" in before and name != "path" else f"{where}{name}"
-            if found := _first_difference(before.get(name), now.get(name), f"{label}." if "path" not in before else ""):
-                return found if found.startswith(label) else f"{label}{found}"
-        return ""
-    if isinstance(before, list) and isinstance(now, list):
-        for one, other in zip(before, now):
-            if found := _first_difference(one, other):
-                return found
-        return f" had {len(before)} entries, now {len(now)}" if len(before) != len(now) else ""
-    return f" was {before!r}, is now {now!r}" if before != now else ""
-
-
 def _check_unchanged(inputs: list[Input], plan: dict[str, Any]) -> None:
     now = [{"path": i.path, **_identity(i)} for i in inputs]
-    if difference := _first_difference(plan["inputs"], now):
+    if difference := first_difference(plan["inputs"], now):
         raise DataError(f"an input changed while it was read: {difference}. Start anew with --restart")
 
 

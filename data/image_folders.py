@@ -1,0 +1,119 @@
+"""A folder of image files: a class for each subfolder, or captions beside the images.
+
+Captions are in ``x.txt`` beside ``x.jpg``, or in ``metadata.jsonl`` with ``file_name`` and ``text`` (as in the image
+folders of `datasets`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from megatron_ds.errors import DataError
+from megatron_ds.files import parse_json, read_bytes, read_text
+
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
+METADATA = "metadata.jsonl"
+_MOST_BYTES = 1 << 30  # of one image
+
+
+class ImageFolder:
+    """An :class:`~megatron_ds.data.image_source.ImageSource`, sorted by path.
+
+    Raises:
+        DataError: no image in it; some images with captions and others without; a damaged ``metadata.jsonl``.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        paths = sorted(p.relative_to(folder) for p in found)
+        if not paths:
+            raise DataError(f"{folder} holds no image file ({', '.join(sorted(SUFFIXES))})")
+        self._paths = [str(path) for path in paths]
+        self._captions = _captions(folder, paths)
+        self.captioned = self._captions is not None
+        parents = {path.parts[0] for path in paths if len(path.parts) > 1}
+        in_classes = not self.captioned and all(len(path.parts) > 1 for path in paths)
+        self.classes = tuple(sorted(parents)) if in_classes else ()
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        self.labels = np.array([numbers[path.parts[0]] for path in paths], np.int64) if in_classes else None
+        self.identity = self._identity()
+
+    def _identity(self) -> Mapping[str, Any]:
+        """Of names, sizes and captions: reading every byte of a million files would take an hour."""
+        digest = xxhash.xxh3_128()
+        for row, path in enumerate(self._paths):
+            caption = self._captions[row] if self._captions is not None else ""
+            digest.update(f"{path}\0{(self._folder / path).stat().st_size}\0{caption}\0".encode())
+        return {"images": "folder", "number": len(self), "listing": digest.hexdigest()}
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def name(self, row: int) -> str:
+        return str(self._folder / self._paths[row])
+
+    def content(self, row: int) -> bytes:
+        try:
+            return read_bytes(self._folder / self._paths[row], _MOST_BYTES)
+        except OSError as error:
+            raise DataError(f"{self.name(row)} cannot be read: {error}") from None
+
+    def caption(self, row: int) -> str:
+        return "" if self._captions is None else self._captions[row]
+
+
+def _captions(folder: Path, paths: list[Path]) -> list[str] | None:
+    """Of each image; None where there are none at all."""
+    metadata = folder / METADATA
+    listed = _read_metadata(metadata) if metadata.is_file() else {}
+    beside = {path: (folder / path).with_suffix(".txt") for path in paths}
+    found = [
+        listed[str(path)] if str(path) in listed else _read_caption(beside[path]) if beside[path].is_file() else None
+        for path in paths
+    ]
+    missing = [path for path, caption in zip(paths, found) if caption is None]
+    if len(missing) == len(paths):
+        return None
+    if missing:
+        raise DataError(
+            f"{len(missing)} of the {len(paths)} images in {folder} have no caption, {missing[0]} first: write one to "
+            f"{missing[0].with_suffix('.txt')} beside it or to {METADATA} (an empty one counts), or move the image away"
+        )
+    return [caption for caption in found if caption is not None]
+
+
+def _read_caption(path: Path) -> str:
+    try:
+        return read_text(path).strip()
+    except (OSError, ValueError) as error:
+        raise DataError(f"the caption {path} cannot be read: {error}") from None
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    """File name to caption."""
+    try:
+        lines = read_bytes(path).splitlines()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    captions = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line)
+            name, text = record["file_name"], record["text"]
+            if not isinstance(name, str) or not isinstance(text, str):
+                raise TypeError("file_name and text are not both texts")
+        except (ValueError, LookupError, TypeError) as error:
+            raise DataError(
+                f"{path}, line {number}: {type(error).__name__} {error}; each line is a JSON object such as "
+                '{"file_name": "0001.png", "text": "a cat"}'
+            ) from None
+        captions[str(Path(name))] = text
+    return captions

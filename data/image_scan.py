@@ -1,0 +1,63 @@
+"""The sizes of all images of a source, from the headers of their files: read once, then kept beside the source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ds.data.cache import cached_arrays
+from megatron_ds.data.image_source import ImageSource
+from megatron_ds.data.image_transforms import UndecodableImage, size_of
+from megatron_ds.errors import DataError
+
+OnError = Literal["skip", "fail"]
+_SHOWN = 3
+
+
+def image_sizes(source: ImageSource, path: Path, cache_dir: Path | None = None) -> npt.NDArray[np.int64]:
+    """Height and width of each image once it is turned, int64 ``[rows, 2]``; zeros where the file is no image.
+
+    Args:
+        path: where the source is; the result is kept beside it.
+        cache_dir: a folder to keep it in instead.
+    """
+
+    def size(row: int) -> tuple[int, int]:
+        try:
+            return size_of(source.content(row))
+        except UndecodableImage:
+            return 0, 0
+
+    def build() -> dict[str, npt.NDArray]:
+        with ThreadPoolExecutor() as pool:
+            return {"sizes": np.array(list(pool.map(size, range(len(source)))), np.int64).reshape(-1, 2)}
+
+    beside = path.with_name(f"{path.name}.image-sizes")
+    return cached_arrays(beside, dict(source.identity), build, cache_dir)["sizes"]
+
+
+def usable_rows(source: ImageSource, sizes: npt.NDArray[np.int64], on_error: OnError) -> npt.NDArray[np.int64]:
+    """The rows whose files begin as images do.
+
+    Raises:
+        DataError: none does; or one does not, and ``on_error`` is ``"fail"``.
+    """
+    good = sizes[:, 0] > 0
+    if not good.all() and (on_error == "fail" or not good.any()):
+        bad = [source.name(row) for row in np.flatnonzero(~good)[:_SHOWN].tolist()]
+        raise DataError(undecodable(bad, int((~good).sum()), len(source)))
+    return np.flatnonzero(good)
+
+
+def undecodable(names: Sequence[str], count: int, total: int) -> str:
+    """An error's text: some of the names, and how many there are."""
+    more = f" and {count - len(names)} more" if count > len(names) else ""
+    return (
+        f"{count} of {total} images cannot be decoded: {', '.join(names)}{more}; remove or replace them, or leave them "
+        "out with on_error=skip"
+    )

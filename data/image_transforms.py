@@ -1,0 +1,117 @@
+"""An image's file into pixels: decoded, turned as its EXIF data say, resized, cropped and perhaps mirrored.
+
+By Pillow, which gives up Python's lock while it works: threads decode in parallel.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile, ImageOps
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none whose decoder is another program
+_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)  # an EXIF tag, and its values that swap height and width
+
+
+class UndecodableImage(Exception):
+    """A file that is no image, or a damaged one. The message says why in a few words."""
+
+
+@dataclass(frozen=True)
+class Crop:
+    """How an image gets the size of its bucket: resized until it covers it, then cropped.
+
+    Args:
+        height, width: in pixels.
+        place: where the crop is: in the middle, or ``y`` and ``x`` of 0 to 1 say where between both ends.
+        flip: mirrored left to right.
+    """
+
+    height: int
+    width: int
+    place: Literal["centre"] | tuple[float, float] = "centre"
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """``values`` float32 ``[channels, height, width]`` of -1 to 1; sizes and offsets in pixels, vertical first.
+
+    ``crop_top_left``: in the resized image, as SDXL is told.
+    """
+
+    values: npt.NDArray[np.float32]
+    original_size: tuple[int, int]
+    crop_top_left: tuple[int, int]
+
+
+def size_of(content: bytes) -> tuple[int, int]:
+    """Height and width once it is turned, from the file's header alone.
+
+    Raises:
+        UndecodableImage: the header is not one of an image.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            width, height = image.size
+            # Of a PNG without EXIF data in its header Pillow would decode all to look behind the pixels.
+            described = image.format != "PNG" or "exif" in image.info
+            turned = described and image.getexif().get(_ORIENTATION) in _TRANSPOSED
+    except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
+        raise UndecodableImage(_reason(error)) from None
+    return (width, height) if turned else (height, width)
+
+
+def load_pixels(content: bytes, crop: Crop, channels: int = 3) -> Pixels:
+    """Decode an image and bring it to a size.
+
+    Raises:
+        UndecodableImage: it cannot be decoded to its end.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+            image = _plain(ImageOps.exif_transpose(opened), channels)
+    except Exception as error:
+        raise UndecodableImage(_reason(error)) from None
+    width, height = image.size
+    scale = max(crop.height / height, crop.width / width)
+    resized = max(round(height * scale), crop.height), max(round(width * scale), crop.width)
+    if resized != (height, width):
+        image = image.resize((resized[1], resized[0]), Image.Resampling.LANCZOS)
+    spare = resized[0] - crop.height, resized[1] - crop.width
+    part = (0.5, 0.5) if crop.place == "centre" else crop.place
+    top, left = (
+        min(int((free + 1) * share), free) if crop.place != "centre" else free // 2 for free, share in zip(spare, part)
+    )
+    values = np.asarray(image, np.float32).reshape(*resized, channels)
+    values = values[top : top + crop.height, left : left + crop.width]
+    if crop.flip:
+        values = values[:, ::-1]
+        left = spare[1] - left  # where the crop is in the mirrored image
+    pixels = np.ascontiguousarray(values.transpose(2, 0, 1)) / np.float32(127.5) - np.float32(1)
+    return Pixels(pixels, (height, width), (top, left))
+
+
+def _plain(image: Image.Image, channels: int) -> Image.Image:
+    """One or three channels of 8 bits; what is transparent becomes white."""
+    mode = {1: "L", 3: "RGB"}[channels]
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        solid = image.convert("RGBA")
+        white = Image.new("RGBA", solid.size, "white")
+        image = Image.alpha_composite(white, solid)
+    elif image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255
+        image = image.point(lambda value: value / 256).convert("L")
+    return image.convert(mode)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"it is none of {', '.join(FORMATS)}"
+    return str(error) or type(error).__name__
+
+
+assert not ImageFile.LOAD_TRUNCATED_IMAGES, "a truncated image would be trained on as if it were grey"

@@ -1,0 +1,193 @@
+"""Frozen encoders from local folders: a VAE of `diffusers`, text encoders of `transformers`; and what identifies them.
+
+Weights are read from safetensors files alone, and no code from a model's folder is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_ds.errors import DataError
+from megatron_ds.files import read_bytes, read_json
+
+_WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors")
+_TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "UMT5EncoderModel")
+_MOST_TOKENS = 512  # of a text: tokenizers without a limit of their own say 10^30
+TextStates = Literal["penultimate", "last"]
+
+
+def model_identity(folder: Path) -> dict[str, str]:
+    """A model's class, and checksums of its configuration and of its weights: of their values, not of their files.
+
+    Raises:
+        DataError: the folder lacks ``config.json`` or safetensors files, or they cannot be read.
+    """
+    config = _config(folder)
+    kept = {name: value for name, value in config.items() if not name.startswith("_") and "version" not in name}
+    kept.pop("torch_dtype", kept.pop("dtype", None))  # how they were saved; the weights say it themselves
+    digest = xxhash.xxh3_128()
+    for name, path in sorted(_tensors(folder)):
+        with safe_open(path, "pt") as file:
+            value = file.get_tensor(name)
+        digest.update(f"{name}\0{value.dtype}\0{list(value.shape)}\0".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data if value.numel() else b"")
+    settings = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:32]
+    return {"class": _class(config), "config": settings, "weights": digest.hexdigest()}
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = read_json(path)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}; give the folder of one model, as save_pretrained writes it"
+        ) from None
+    if not isinstance(config, dict):
+        raise DataError(f"{path} holds no JSON object")
+    return config
+
+
+def _class(config: Mapping[str, Any]) -> str:
+    return str(config.get("_class_name") or (config.get("architectures") or [""])[0])
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Name and file of each tensor."""
+    paths = sorted(path for path in folder.glob("*.safetensors") if _WEIGHTS.fullmatch(path.name))
+    if not paths:
+        raise DataError(
+            f"{folder} holds no weights in model.safetensors or diffusion_pytorch_model.safetensors; other formats can "
+            "hold code and are not read: save the model with save_pretrained"
+        )
+    for path in paths:
+        try:
+            with safe_open(path, "pt") as file:
+                yield from ((name, path) for name in file.keys())  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{path} cannot be read: {error}") from None
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """What a model is trained on is ``(latent - shift) * scale``; a latent has one place for ``factor`` pixels."""
+
+    scale: float
+    shift: float
+    factor: int
+
+    @staticmethod
+    def read(folder: Path) -> VaeConfig:
+        """Of a folder's VAE.
+
+        Raises:
+            DataError: it is no ``AutoencoderKL``, or normalises each channel by itself.
+        """
+        config = _config(folder)
+        if (found := _class(config)) != "AutoencoderKL":
+            raise DataError(f"{folder} holds {found or 'a model of no known class'}, not AutoencoderKL of diffusers")
+        if config.get("latents_mean") is not None or config.get("latents_std") is not None:
+            raise DataError(f"{folder}: a VAE with latents_mean and latents_std for each channel is not built here")
+        factor = 2 ** (len(config.get("block_out_channels", (64,))) - 1)
+        return VaeConfig(float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0), factor)
+
+
+def text_class(folder: Path) -> str:
+    """Of a folder's text encoder; a ``DataError`` for one that is not known."""
+    if (name := _class(_config(folder))) not in _TEXT_CLASSES:
+        raise DataError(f"{folder} holds {name or 'a model of no known class'}; use {' or '.join(_TEXT_CLASSES)}")
+    return name
+
+
+class ImageEncoder:
+    """A VAE's encoder: pixels to the mean and the standard deviation of their latent."""
+
+    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype):
+        from diffusers import AutoencoderKL
+
+        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+        self._vae = vae.to(device).eval().requires_grad_(False)
+        self._device, self._dtype = device, dtype
+
+    @torch.no_grad()
+    def encode(self, pixels: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Mean and standard deviation, both float32 ``[b, c, h / factor, w / factor]``."""
+        images = torch.from_numpy(pixels).to(self._device, self._dtype)
+        found = self._vae.encode(images).latent_dist
+        return _array(found.mean), _array(found.std)
+
+
+class TextEncoder:
+    """One or more text encoders side by side.
+
+    Args:
+        folders, tokenizers: of each, in order.
+        states: ``"penultimate"`` takes the hidden states before the last layer, as SDXL does, and ``"last"`` those
+            after it. Those of several encoders are joined along their channels; the pooled state is the last one's.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        tokenizers: Sequence[Path],
+        states: TextStates,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        import transformers
+
+        self._states, self._device = states, device
+        self._encoders, self._tokenizers = [], []
+        for folder, words in zip(folders, tokenizers, strict=True):
+            model = getattr(transformers, text_class(folder)).from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, local_files_only=True
+            )
+            self._encoders.append(model.to(device).eval().requires_grad_(False))
+            self._tokenizers.append(transformers.AutoTokenizer.from_pretrained(words, local_files_only=True))
+        self._lengths = [min(t.model_max_length, _MOST_TOKENS) for t in self._tokenizers]
+        if len(set(self._lengths)) > 1:
+            raise DataError(f"text encoders of {self._lengths} tokens cannot be joined along their channels")
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> dict[str, npt.NDArray[np.float32]]:
+        """``text`` float32 ``[b, tokens, channels]``; ``pooled`` ``[b, channels]`` where the last encoder has one."""
+        states, pooled = [], None
+        for encoder, tokenizer, length in zip(self._encoders, self._tokenizers, self._lengths):
+            ids = tokenizer(
+                list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            ).input_ids
+            out = encoder(ids.to(self._device), output_hidden_states=True)
+            states.append(out.hidden_states[-2] if self._states == "penultimate" else out.last_hidden_state)
+            pooled = out.get("text_embeds", out.get("pooler_output"))
+        found = {"text": _array(torch.cat(states, dim=-1))}
+        return found if pooled is None else {**found, "pooled": _array(pooled)}
+
+
+def tokenizer_identity(folder: Path) -> str:
+    """A checksum of the small files of a tokenizer's folder."""
+    digest = xxhash.xxh3_128()
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "spiece.model")
+    there = [name for name in names if (folder / name).is_file()]
+    if not there:
+        raise DataError(f"{folder} holds no tokenizer ({', '.join(names)})")
+    for name in there:
+        digest.update(name.encode() + b"\0" + read_bytes(folder / name))
+    return digest.hexdigest()
+
+
+def _array(values: Tensor) -> npt.NDArray[np.float32]:
+    found: npt.NDArray[np.float32] = values.float().cpu().numpy()
+    return found

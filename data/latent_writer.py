@@ -1,0 +1,312 @@
+"""Writes a cache of latents: every rank encodes its share of the shards, each with its own batch size.
+
+The plan cuts the images into shards by bucket and row before anything is encoded, and a batch never crosses a shard:
+what a rounding of the encoder depends on (which images are in a batch, and how many) is the same for every number of
+ranks, and so are the bytes. A run after a kill keeps the shards that are there and whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megatron_ds.data import noise
+from megatron_ds.data.aspect_buckets import Size, make_buckets, nearest_bucket
+from megatron_ds.data.cache import first_difference
+from megatron_ds.data.image_scan import OnError, usable_rows
+from megatron_ds.data.image_source import ImageSource
+from megatron_ds.data.image_transforms import Crop, Pixels, UndecodableImage, load_pixels
+from megatron_ds.data.latent_cache import EMPTY, PLAN, VERSION, Arrays, Plan, Shard, shard_name, write_shard
+from megatron_ds.data.latent_encoders import (
+    ImageEncoder,
+    TextEncoder,
+    TextStates,
+    VaeConfig,
+    model_identity,
+    text_class,
+    tokenizer_identity,
+)
+from megatron_ds.errors import DataError, multiples_around
+
+DType = Literal["float32", "bfloat16", "float16"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EncoderFolders:
+    """``text`` and ``tokenizers``: none, one or more, in pairs."""
+
+    vae: Path
+    text: tuple[Path, ...] = ()
+    tokenizers: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """What a cache depends on besides the images and the encoders.
+
+    Args:
+        resolution, bucket_step, max_ratio: see :func:`~megatron_ds.data.aspect_buckets.make_buckets`.
+        crop: in the middle of an image, or at a place that follows from ``seed`` and its row.
+        batch: images encoded at once.
+        shard_rows: images in a file, at most.
+        dtype: in which the encoders compute.
+        store: in which results are kept.
+        spread: keep the standard deviation of latents, so that each epoch can draw others.
+        text_states: see :class:`~megatron_ds.data.latent_encoders.TextEncoder`.
+        on_error: leave images out that cannot be decoded, or end.
+    """
+
+    resolution: int
+    bucket_step: int
+    max_ratio: float
+    crop: Literal["centre", "random"] = "centre"
+    seed: int = 0
+    batch: int = 8
+    shard_rows: int = 256
+    dtype: DType = "float32"
+    store: Literal["float32", "float16"] = "float32"
+    spread: bool = True
+    text_states: TextStates = "penultimate"
+    on_error: OnError = "skip"
+
+
+@dataclass(frozen=True)
+class ShardRows:
+    """Rows of the source, int64, in one bucket."""
+
+    number: int
+    bucket: Size
+    rows: npt.NDArray[np.int64]
+
+
+class CacheWriter:
+    """A cache that is to be written, the same on every rank.
+
+    Args:
+        sizes: of the source's images, see :func:`~megatron_ds.data.image_scan.image_sizes`.
+
+    Raises:
+        DataError: no image that can be used, encoders that cannot, or a folder that holds another cache.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        sizes: npt.NDArray[np.int64],
+        encoders: EncoderFolders,
+        settings: CacheSettings,
+        folder: Path,
+    ):
+        if len(encoders.text) != len(encoders.tokenizers):
+            raise DataError(
+                f"{len(encoders.text)} text encoders with {len(encoders.tokenizers)} tokenizers; give each its own"
+            )
+        if encoders.text and not source.captioned:
+            raise DataError("the images have no captions to encode; write them beside the images, or give no encoder")
+        vae = VaeConfig.read(encoders.vae)
+        for text in encoders.text:
+            text_class(text)
+        if settings.bucket_step % vae.factor:
+            raise DataError(
+                f"--bucket-step {settings.bucket_step}: the VAE makes one of {vae.factor} pixels; use "
+                f"{multiples_around(settings.bucket_step, vae.factor)}"
+            )
+        self._source, self._encoders, self._settings, self.folder = source, encoders, settings, folder
+        self._loaded: Encoders | None = None
+        buckets = make_buckets(settings.resolution, settings.bucket_step, settings.max_ratio)
+        rows = usable_rows(source, sizes, settings.on_error)
+        self.unreadable = len(source) - len(rows)
+        self.shards = list(_cut(rows, nearest_bucket(sizes[rows], buckets), buckets, settings.shard_rows))
+        self.plan = Plan(
+            {
+                "version": VERSION,
+                "source": dict(source.identity),
+                "classes": list(source.classes),
+                "settings": asdict(settings),
+                "vae": model_identity(encoders.vae),
+                "text": [
+                    {**model_identity(folder), "tokenizer": tokenizer_identity(words)}
+                    for folder, words in zip(encoders.text, encoders.tokenizers)
+                ],
+                "scale": vae.scale,
+                "shift": vae.shift,
+                "shards": len(self.shards),
+            }
+        )
+        if (folder / PLAN).exists() and (difference := first_difference(Plan.read(folder).values, self.plan.values)):
+            raise DataError(
+                f"{folder} holds a cache of other images, settings or encoders: {difference}. Restore them to continue "
+                "it, or write into another folder"
+            )
+
+    def begin(self) -> None:
+        """Makes the folder and says in it what will be there; for one rank."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.plan.write(self.folder)
+
+    def share(self, rank: int, world_size: int) -> list[ShardRows]:
+        return self.shards[rank::world_size]
+
+    def write(self, shards: Sequence[ShardRows], device: torch.device, on_progress: Callable[[int], None]) -> int:
+        """Write those of the shards that are not there yet, whole; the number of images left out of all.
+
+        Raises:
+            DataError: a latent or an embedding that is not finite, or an image that cannot be decoded.
+        """
+        left_out = 0
+        missing = []
+        for shard in shards:
+            done = self._there(shard)
+            missing += [shard] if done is None else []
+            left_out += 0 if done is None else len(done.bad)
+            on_progress(0 if done is None else len(shard.rows))
+        if missing:
+            encoders = self._load_encoders(device)
+            with ThreadPoolExecutor() as pool:
+                for shard in missing:
+                    left_out += self._write(shard, encoders, pool, on_progress)
+        return left_out
+
+    def write_empty(self, device: torch.device) -> None:
+        """The embeddings of the empty text; for one rank."""
+        path = self.folder / EMPTY
+        if self._encoders.text and not _is_whole(path, self.plan):
+            arrays = self._load_encoders(device).texts([""], ["the empty text"])
+            write_shard(path, self.plan, arrays, [])
+
+    def _load_encoders(self, device: torch.device) -> Encoders:
+        if self._loaded is None:
+            self._loaded = Encoders(self._encoders, self._settings, device)
+        return self._loaded
+
+    def _there(self, shard: ShardRows) -> Shard | None:
+        path = self.folder / shard_name(shard.number)
+        return Shard.open(path, self.plan) if _is_whole(path, self.plan) else None
+
+    def _write(
+        self, shard: ShardRows, encoders: Encoders, pool: ThreadPoolExecutor, on_progress: Callable[[int], None]
+    ) -> int:
+        size = self._settings.batch
+        batches = [shard.rows[start : start + size].tolist() for start in range(0, len(shard.rows), size)]
+        parts: list[Arrays] = []
+        bad: list[tuple[int, str]] = []
+        for rows, loaded in zip(batches, _ahead(pool, lambda row: self._load(row, shard.bucket), batches)):
+            bad += [(row, image) for row, image in zip(rows, loaded) if isinstance(image, str)]
+            good = [(row, image) for row, image in zip(rows, loaded) if isinstance(image, Pixels)]
+            if good:
+                parts.append(self._encode(good, shard.bucket, encoders))
+            on_progress(len(rows))
+        if parts:
+            arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        else:
+            arrays = {"latents": np.zeros((0, 1, 1, 1), np.float32)}
+        write_shard(self.folder / shard_name(shard.number), self.plan, arrays, bad)
+        return len(bad)
+
+    def _load(self, row: int, bucket: Size) -> Pixels | str:
+        """An image, or why there is none."""
+        s = self._settings
+        place: Literal["centre"] | tuple[float, float] = "centre"
+        if s.crop == "random":
+            y, x = noise.uniform(s.seed, noise.CROP, [row], 2)[0].tolist()
+            place = y, x
+        try:
+            return load_pixels(self._source.content(row), Crop(*bucket, place))
+        except UndecodableImage as error:
+            if s.on_error == "fail":
+                raise DataError(
+                    f"{self._source.name(row)} cannot be decoded: {error}; remove it, or leave such images out with "
+                    "--on-error skip"
+                ) from None
+            return str(error)
+
+    def _encode(self, images: list[tuple[int, Pixels]], bucket: Size, encoders: Encoders) -> Arrays:
+        names = [self._source.name(row) for row, _ in images]
+        arrays = encoders.images(np.stack([image.values for _, image in images]), names)
+        if self._encoders.text:
+            arrays |= encoders.texts([self._source.caption(row) for row, _ in images], names)
+        if self._source.labels is not None:
+            arrays["labels"] = self._source.labels[[row for row, _ in images]]
+        arrays["original_size"] = np.array([image.original_size for _, image in images], np.int64)
+        arrays["crop_top_left"] = np.array([image.crop_top_left for _, image in images], np.int64)
+        arrays["target_size"] = np.array([bucket] * len(images), np.int64)
+        return arrays
+
+
+class Encoders:
+    """The encoders on a device; results in the dtype that is stored, and finite."""
+
+    def __init__(self, folders: EncoderFolders, settings: CacheSettings, device: torch.device):
+        dtype = getattr(torch, settings.dtype)
+        self._settings = settings
+        self._image = ImageEncoder(folders.vae, device, dtype)
+        self._text = None
+        if folders.text:
+            self._text = TextEncoder(folders.text, folders.tokenizers, settings.text_states, device, dtype)
+
+    def images(self, pixels: npt.NDArray[np.float32], names: Sequence[str]) -> Arrays:
+        mean, std = self._image.encode(pixels)
+        found = {"latents": mean, "latents_std": std} if self._settings.spread else {"latents": mean}
+        return self._stored(found, names)
+
+    def texts(self, texts: Sequence[str], names: Sequence[str]) -> Arrays:
+        assert self._text is not None
+        return self._stored(self._text.encode(texts), names)
+
+    def _stored(self, arrays: Arrays, names: Sequence[str]) -> Arrays:
+        for name, array in arrays.items():
+            finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
+            if not finite.all():
+                raise DataError(
+                    f"{name} of {names[int(finite.argmin())]} are not finite: the encoder overflows in "
+                    f"{self._settings.dtype}; use --dtype {'bfloat16 or ' * (self._settings.dtype == 'float16')}float32"
+                )
+            with np.errstate(over="ignore"):
+                arrays[name] = array.astype(self._settings.store)
+            if not np.isfinite(arrays[name]).all():
+                raise DataError(
+                    f"{name} are up to {np.abs(array).max():.3g}: too much for --store float16; use float32"
+                )
+        return arrays
+
+
+def _cut(
+    rows: npt.NDArray[np.int64], places: npt.NDArray[np.int64], buckets: Sequence[Size], shard_rows: int
+) -> Iterator[ShardRows]:
+    number = 0
+    for place, bucket in enumerate(buckets):
+        here = rows[places == place]
+        for start in range(0, len(here), shard_rows):
+            yield ShardRows(number, bucket, here[start : start + shard_rows])
+            number += 1
+
+
+def _is_whole(path: Path, plan: Plan) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        Shard.open(path, plan).check()
+    except DataError:
+        return False
+    return True
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, load: Callable[[int], T], batches: Iterable[list[int]], depth: int = 2
+) -> Iterator[list[T]]:
+    """Each batch loaded by the pool's threads, at most ``depth`` batches ahead of need."""
+    waiting: list[Any] = []
+    for batch in batches:
+        waiting.append([pool.submit(load, row) for row in batch])
+        if len(waiting) > depth:
+            yield [future.result() for future in waiting.pop(0)]
+    for futures in waiting:
+        yield [future.result() for future in futures]

@@ -1,0 +1,145 @@
+"""Encode images by a VAE, and their captions by text encoders, once: training then reads latents and embeddings.
+
+python tools/cache_latents.py photos --vae sd-vae --output cache --resolution 256
+torchrun --nproc-per-node 8 tools/cache_latents.py photos --vae sdxl/vae --output cache --resolution 1024 \\
+    --max-ratio 2 --text-encoder sdxl/text_encoder sdxl/text_encoder_2 --tokenizer sdxl/tokenizer sdxl/tokenizer_2
+
+All ranks write the same files as one would. The same command again continues after a kill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from megatron_ds.data.cache import locked
+from megatron_ds.data.image_scan import image_sizes
+from megatron_ds.data.image_source import open_images
+from megatron_ds.data.latent_cache import LatentCache
+from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders
+from megatron_ds.errors import DataError
+from megatron_ds.train.launch import RankInfo, job, run_main
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which images, encoded how."""
+
+    images: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="IMAGES")]]
+    """A folder of images: a class for each subfolder, or captions in x.txt beside x.jpg or in metadata.jsonl."""
+    vae: Path
+    """Folder of an `AutoencoderKL` of diffusers."""
+    output: Path
+    """The folder to make, or to continue."""
+    resolution: int
+    """Height and width in pixels, or of the square with as many pixels as the buckets have at most."""
+    bucket_step: int = 64
+    """Heights and widths are multiples of this."""
+    max_ratio: float = 1.0
+    """Longest side by shortest of the aspect-ratio buckets; 1: squares alone."""
+    crop: Literal["centre", "random"] = "centre"
+    """Where, or anywhere by --seed and the image's row."""
+    text_encoder: tuple[Path, ...] = ()
+    """Folders of CLIP or T5 encoders of transformers; of two the states are joined along their channels, as SDXL's."""
+    tokenizer: tuple[Path, ...] = ()
+    """Of each text encoder, in the same order."""
+    text_states: Literal["penultimate", "last"] | None = None
+    """Hidden states before the last layer or after it. Default: penultimate for several encoders, last for one."""
+    batch: int = 8
+    """Images that a rank encodes at once."""
+    shard_rows: int = 256
+    """Images in a file, at most."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """In which encoders compute. Many VAEs overflow in float16, SDXL's first one among them: that is an error."""
+    store: Literal["float32", "float16"] = "float32"
+    """In which results are kept."""
+    spread: bool = True
+    """Keep the standard deviation of latents beside their mean, so that each epoch can draw others."""
+    on_error: Literal["skip", "fail"] = "skip"
+    """Leave out and count images that cannot be decoded, or end at the first."""
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @property
+    def settings(self) -> CacheSettings:
+        states = self.text_states or ("penultimate" if len(self.text_encoder) > 1 else "last")
+        if min(self.batch, self.shard_rows) < 1:
+            raise DataError(f"--batch {self.batch} --shard-rows {self.shard_rows}: use 1 or more of each")
+        return CacheSettings(
+            self.resolution,
+            self.bucket_step,
+            self.max_ratio,
+            crop=self.crop,
+            seed=self.seed,
+            batch=self.batch,
+            shard_rows=self.shard_rows,
+            dtype=self.dtype,
+            store=self.store,
+            spread=self.spread,
+            text_states=states,
+            on_error=self.on_error,
+        )
+
+
+def main(place: RankInfo) -> int:
+    options = tyro.cli(Options, description=__doc__)
+    with job(place, 600.0) as ranks, contextlib.ExitStack() as stack:
+        with ranks.checking(hashlib.sha256(repr(options).encode()).hexdigest()):
+            device = place.device(options.device)
+            source = open_images(options.images)
+            encoders = EncoderFolders(options.vae, options.text_encoder, options.tokenizer)
+            sizes = image_sizes(source, options.images)
+            writer = CacheWriter(source, sizes, encoders, options.settings, options.output)
+            if place.rank == 0:
+                writer.begin()
+                stack.enter_context(_alone(options.output))
+        if options.text_encoder:
+            from transformers.utils import logging
+
+            logging.disable_progress_bar()  # of a second's reading, across the bar of hours
+        # What a sum rounds to depends on the threads that share it: start a rank for each core instead.
+        if device.type == "cpu":
+            torch.set_num_threads(1)
+        shards = writer.share(place.rank, place.world_size)
+        if place.rank == 0:
+            writer.write_empty(device)
+        with _progress(sum(len(shard.rows) for shard in shards), place.rank == 0) as advance:
+            left_out = writer.write(shards, device, advance)
+        if left_out:
+            print(f"rank {place.rank}: left out {left_out} images that cannot be decoded to their end")
+        if place.rank == 0 and writer.unreadable:
+            print(f"left out {writer.unreadable} files that are no images")
+        if place.world_size == 1:
+            cache = LatentCache(options.output)
+            sizes_text = ", ".join(f"{len(rows)} of {h} x {w}" for (h, w), rows in cache.buckets.items())
+            print(f"{options.output}: {len(cache)} latents: {sizes_text}")
+    return 0
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    try:
+        with locked(folder / "lock", wait=False):
+            yield
+    except BlockingIOError:
+        raise DataError(f"another run is writing {folder}; wait for it, or stop it") from None
+
+
+@contextlib.contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A bar with images/s and the time left, of this rank's share, which is like the others'."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="image", desc="encode", smoothing=0.05, disable=not shown) as bar:
+        yield bar.update
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))
