@@ -28,6 +28,7 @@ from megatron_ds.layers.linear import lookup, replicated_parameter
 from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.modulation import Modulation, modulated_norm
 from megatron_ds.models import objectives
+from megatron_ds.models.patches import Grid, from_patches, grid_of, sine_positions, to_patches
 from megatron_ds.models.transformer import StageSettings, Table
 from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.rng import initialize_parameters
@@ -117,6 +118,7 @@ class DiT(nn.Module):
         c, s = config, settings or StageSettings()
         span = s.span or StageSpan(0, c.num_layers)
         self.config, self.objective, self.span, self.tp, self.partial = c, objective, span, s.mesh.tp, s.partial
+        self.positions: dict[Grid, Tensor] = {}
         if span.embedding:
             std = (2 / (c.patch_elements + c.hidden_size)) ** 0.5
             self.patches = Affine("patches", c.patch_elements, c.hidden_size, std, partial=s.partial, **s.where)
@@ -142,39 +144,43 @@ class DiT(nn.Module):
             On the last stage the *sum* of the squared errors of the samples that count (a scalar, fp32 or fp64); on
             the others the activation for the next stage.
         """
+        c = self.config
         dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
-        levels = objectives.noise_levels(self.objective, micro_batch["time"], self.config.tokens)
         image, noise = micro_batch["images"].to(dtype), micro_batch["noise"].to(dtype)
-        x, condition = self._blocks(objectives.noisy(levels, image, noise), levels.time, micro_batch["labels"], hidden)
+        levels = objectives.noise_levels(self.objective, micro_batch["time"], math.prod(grid_of(image, c.patch_size)))
+        seen = {**micro_batch, "images": objectives.noisy(levels, image, noise), "time": levels.time}
+        x, condition = self._blocks(seen, hidden)
         if not self.span.head:
             return torch.cat([x, condition.unsqueeze(0)])
         wanted = objectives.target(self.objective, levels, image, noise)
-        error = self._predict(x, condition).to(dtype) - self._own(to_patches(wanted, self.config.patch_size, last=True))
+        error = self._predict(x, condition).to(dtype) - self._own(to_patches(wanted, c.patch_size, last=True))
         weight = objectives.weight(self.objective, levels).to(dtype) * micro_batch["counts"]
         loss = (error.square().sum((0, 2)) * weight).sum()
         return comm.reduce_from_region(loss, self.tp) if self.partial else loss
 
-    def predict(self, image: Tensor, time: Tensor, labels: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """What the model predicts of noisy images ``[b, c, H, W]`` at ``time`` ``[b]``, in their shape and dtype; on a
-        stage without the head, the activation for the next one."""
-        x, condition = self._blocks(image, time, labels, hidden)
+    def predict(self, micro_batch: MicroBatch, hidden: Tensor | None = None) -> Tensor:
+        """What the model predicts of noisy ``images`` ``[b, c, H, W]`` at ``time`` ``[b]`` (a step of the schedule)
+        with ``labels`` ``[b]``, in their shape and dtype; on a stage without the head, the activation for the next."""
+        x, condition = self._blocks(micro_batch, hidden)
         if not self.span.head:
             return torch.cat([x, condition.unsqueeze(0)])
-        found = self._predict(x, condition)
+        found, image = self._predict(x, condition), micro_batch["images"]
         if self.partial:
             found = comm.gather_dim0(found, self.tp).wait()
-        return from_patches(found, self.config.patch_size, self.config.grid).to(image.dtype)
+        return from_patches(found, self.config.patch_size, grid_of(image, self.config.patch_size)).to(image.dtype)
 
-    def _blocks(self, image: Tensor, time: Tensor, labels: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The output of this stage's blocks ``[s(/tp), b, h]``, and the condition ``[b, h]``."""
+    def _blocks(self, seen: MicroBatch, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The output of this stage's blocks ``[s(/tp), b, h]``, and the condition ``[b, h]``; ``seen`` has what the
+        model sees, noisy images and the step of the schedule."""
+        grid = grid_of(seen["images"], self.config.patch_size)
         if self.span.embedding:
-            x = self._embed(image)
-            condition = self.condition(time, labels)
+            x = self._embed(seen["images"], grid)
+            condition = self.condition(seen["time"], seen["labels"])
         else:
             assert hidden is not None, "a stage without the embedding needs the previous stage's output"
             x, row = hidden.split([hidden.shape[0] - 1, 1])
             condition = row.squeeze(0)
-        inputs, active = self._inputs(x.dtype, x.device), F.silu(condition)
+        inputs, active = self._inputs(grid, x.dtype, x.device), F.silu(condition)
         for name, block in self.layers.items():
             if name in self.recomputed and torch.is_grad_enabled():
                 x = checkpoint(block, x, active, inputs, use_reentrant=False, preserve_rng_state=False)
@@ -182,14 +188,15 @@ class DiT(nn.Module):
                 x = block(x, active, inputs)
         return x, condition
 
-    def _embed(self, image: Tensor) -> Tensor:
-        weight = self.patches.weight
-        patches = to_patches(image, self.config.patch_size).to(weight.dtype)
-        positions = position_table(self.config.hidden_size, self.config.grid).to(weight)
-        return self.patches(self._own(patches)) + self._own(positions).unsqueeze(1)
+    def _embed(self, image: Tensor, grid: Grid) -> Tensor:
+        c, weight = self.config, self.patches.weight
+        if grid not in self.positions:
+            self.positions[grid] = sine_positions(c.hidden_size, grid, c.grid, c.position_grid).to(weight)
+        patches = to_patches(image, c.patch_size).to(weight.dtype)
+        return self.patches(self._own(patches)) + self._own(self.positions[grid]).unsqueeze(1)
 
-    def _inputs(self, dtype: torch.dtype, device: torch.device) -> AttentionInputs:
-        length = self.config.tokens
+    def _inputs(self, grid: Grid, dtype: torch.dtype, device: torch.device) -> AttentionInputs:
+        length = math.prod(grid)
         core = make_core(AttentionRules(causal=False), length, self.config.head_size, device, dtype)
         return AttentionInputs(torch.arange(length, device=device).unsqueeze(1), core)
 
@@ -211,33 +218,15 @@ class DiT(nn.Module):
                 block.compile()
 
 
+def activation_shape(c: DiTConfig, parts: int, micro_batch: MicroBatch) -> tuple[int, ...]:
+    """Of what flows between stages, with the sequence cut into ``parts``: the patches, and the condition."""
+    image = micro_batch["images"]
+    return math.prod(grid_of(image, c.patch_size)) // parts + 1, len(image), c.hidden_size
+
+
 def time_sines(time: Tensor) -> Tensor:
     """``[b] -> [b, 256]`` fp32, cosines first. In half precision times above 256 would be the same."""
     half = TIME_CHANNELS // 2
     exponents = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=time.device) / (half - 1)
     angles = time.float().unsqueeze(1) * exponents.exp()
     return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def position_table(size: int, grid: int) -> Tensor:
-    """``[grid * grid, size]`` fp32: sines and cosines of a patch's column, then of its row (row-major patches)."""
-    frequencies = 10000.0 ** (-torch.arange(size // 4, dtype=torch.float64) / (size / 4.0))
-    angles = torch.arange(grid, dtype=torch.float64).unsqueeze(1) * frequencies
-    one = torch.cat([angles.sin(), angles.cos()], dim=1)  # [grid, size / 2]
-    columns, rows = one.repeat(grid, 1), one.repeat_interleave(grid, 0)
-    return torch.cat([columns, rows], dim=1).float()
-
-
-def to_patches(image: Tensor, patch: int, last: bool = False) -> Tensor:
-    """``[b, c, H, W] -> [s, b, p * p * c]``, features ordered channel, row, column; ``last``: row, column, channel."""
-    b, c, height, width = image.shape
-    cut = image.view(b, c, height // patch, patch, width // patch, patch)
-    order = (2, 4, 0, 3, 5, 1) if last else (2, 4, 0, 1, 3, 5)
-    return cut.permute(*order).reshape(-1, b, c * patch * patch)
-
-
-def from_patches(patches: Tensor, patch: int, grid: int) -> Tensor:
-    """``[s, b, p * p * c] -> [b, c, H, W]``, from features ordered row, column, channel."""
-    b = patches.shape[1]
-    cut = patches.view(grid, grid, b, patch, patch, -1).permute(2, 5, 0, 3, 1, 4)
-    return cut.reshape(b, -1, grid * patch, grid * patch)

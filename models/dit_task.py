@@ -15,7 +15,7 @@ from megatron_ds.config.diffusion import DiffusionRun, DiTConfig
 from megatron_ds.data.image_samples import DiffusionSamples, Digits, Images, SyntheticImages
 from megatron_ds.data.samples import Batch, Sources
 from megatron_ds.mesh import Mesh
-from megatron_ds.models.dit import TIME_CHANNELS, DiT, MicroBatch
+from megatron_ds.models.dit import TIME_CHANNELS, DiT, MicroBatch, activation_shape
 from megatron_ds.models.transformer import StageSettings
 from megatron_ds.pipeline.stage import Activations, LayerCosts, StageSpan
 
@@ -49,9 +49,9 @@ class DiTTask:
         )
         return DiT(c.model, c.objective, settings)
 
-    def activation_shape(self, mesh: Mesh) -> tuple[int, ...]:
+    def activation_shape(self, mesh: Mesh, micro_batch: MicroBatch) -> tuple[int, ...]:
         parts = mesh.tp.size if self.config.mesh.sequence_parallel else 1
-        return self.config.model.tokens // parts + 1, self.config.train.micro_batch, self.config.model.hidden_size
+        return activation_shape(self.config.model, parts, micro_batch)
 
     def activations(self, span: StageSpan, tp: int, device: str) -> Activations | None:
         return None
@@ -69,9 +69,8 @@ class DiTTask:
         return DiffusionSamples(images, c.seed, c.model.num_classes, c.objective.condition_dropout)
 
     def count(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Elements of the images, or of their latents."""
-        elements = self.config.model.channels * self.config.model.image_size**2
-        return torch.stack([batch["counts"].sum() for batch in micro_batches]).sum() * elements
+        """Elements of the images, or of their latents, whose size is a micro-batch's own."""
+        return torch.stack([batch["counts"].sum() * batch["images"][0].numel() for batch in micro_batches]).sum()
 
     def leave_out(self, batch: Batch, real: npt.NDArray[np.bool_]) -> None:
         batch["counts"] &= real

@@ -7,6 +7,7 @@ from a generator of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +22,7 @@ from megatron_ds.config.read import from_dict
 from megatron_ds.errors import ConfigError
 from megatron_ds.files import replacing
 from megatron_ds.mesh import Mesh, MeshShape
-from megatron_ds.models.dit import DiT
+from megatron_ds.models.dit import DiT, activation_shape
 from megatron_ds.models.transformer import StageSettings
 from megatron_ds.pipeline.executor import Executor
 from megatron_ds.pipeline.layer_split import split_layers
@@ -108,7 +109,7 @@ class _Predictor(nn.Module):
         self.found: list[Tensor] = []
 
     def forward(self, micro_batch: Mapping[str, Tensor], hidden: Tensor | None = None) -> Tensor:
-        out = self.stage.predict(micro_batch["images"], micro_batch["time"], micro_batch["labels"], hidden)
+        out = self.stage.predict(micro_batch, hidden)
         if not self.stage.span.head:
             return out
         self.found.append(out)
@@ -128,7 +129,6 @@ class Sampler:
 
     def __init__(self, run: DiffusionRun, checkpoint: str | Path, kind: str, mesh: Mesh):
         self.run, self.mesh = run, mesh
-        self._executors: dict[int, Executor] = {}
         span = stage_spans(split_layers(run.model.num_layers, mesh.pp.size))[mesh.pp.rank]
         settings = StageSettings(
             mesh, span, sequence_parallel=run.mesh.sequence_parallel, device=mesh.device, dtype=torch.float32
@@ -137,6 +137,16 @@ class Sampler:
         shards = [FlatShard.of(spec_of(p), kind, p.data) for p in stage.parameters()]
         load(checkpoint, shards, mesh.world)
         self._stage = _Predictor(stage)
+        parts = mesh.tp.size if stage.partial else 1
+        self._executor = Executor(
+            build_schedule("gpipe", mesh.pp.size, 1),
+            {mesh.pp.rank: self._stage},
+            pp=mesh.pp,
+            pp_back=mesh.pp_back,
+            activation_shape=partial(activation_shape, run.model, parts),
+            dtype=torch.float32,
+            device=mesh.device,
+        )
 
     @torch.no_grad()
     def predict(self, images: Tensor, time: Tensor, labels: Tensor) -> Tensor:
@@ -147,25 +157,9 @@ class Sampler:
             for i, t, y in zip(images.chunk(parts), time.chunk(parts), labels.chunk(parts))
         ]
         self._stage.found.clear()
-        size = len(images) // parts
-        if size not in self._executors:
-            self._executors[size] = self._executor(size)
-        self._executors[size].run_forward(micro_batches)
+        self._executor.run_forward(micro_batches)
         found = torch.cat(self._stage.found) if self._stage.found else torch.zeros_like(images)
         return comm.all_reduce(found, self.mesh.pp)  # zeros but from the last stage
-
-    def _executor(self, micro_batch: int) -> Executor:
-        m, mesh = self.run.model, self.mesh
-        rows = m.tokens // (mesh.tp.size if self._stage.stage.partial else 1) + 1
-        return Executor(
-            build_schedule("gpipe", mesh.pp.size, 1),
-            {mesh.pp.rank: self._stage},
-            pp=mesh.pp,
-            pp_back=mesh.pp_back,
-            activation_shape=(rows, micro_batch, m.hidden_size),
-            dtype=torch.float32,
-            device=mesh.device,
-        )
 
     def sample(
         self, labels: Sequence[int], scheduler: str, steps: int, guidance: float = 1.0, seed: int = 0, batch: int = 64

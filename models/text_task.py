@@ -61,9 +61,10 @@ class TextTask:
         )
         return self.stage(c.model, settings)
 
-    def activation_shape(self, mesh: Mesh) -> tuple[int, ...]:
-        train, parts = self.config.train, mesh.tp.size if self.config.mesh.sequence_parallel else 1
-        return train.sequence_length // parts, train.micro_batch, self.config.model.hidden_size
+    def activation_shape(self, mesh: Mesh, micro_batch: MicroBatch) -> tuple[int, ...]:
+        batch, length = micro_batch["tokens"].shape
+        parts = mesh.tp.size if self.config.mesh.sequence_parallel else 1
+        return length // parts, batch, self.config.model.hidden_size
 
     def activations(self, span: StageSpan, tp: int, device: str) -> Activations | None:
         return None

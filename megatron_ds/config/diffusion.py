@@ -20,9 +20,17 @@ class DiTConfig(BaseModelConfig):
     hidden_size: int = Field(384, gt=0, description="Width of the tokens; a multiple of 4.")
     num_heads: int = Field(6, gt=0, description="Attention heads.")
     ffn_hidden_size: int | None = Field(None, gt=0, description="Width of the MLP. Default: 4 x hidden_size.")
-    image_size: int = Field(32, gt=0, description="Height and width of the images, or of their latents.")
+    image_size: int = Field(
+        32, gt=0, description="Height and width of the images, or of their latents; of buckets, the usual one."
+    )
     channels: int = Field(4, gt=0, description="Channels of the images, or of their latents.")
     patch_size: int = Field(2, gt=0, description="Height and width of the patch that is one token.")
+    position_grid: int | None = Field(
+        None,
+        gt=0,
+        description="Patches along a side of the largest grid, of which each image is the middle (Stable Diffusion 3). "
+        "Default: positions of an image of another size are stretched to those of image_size.",
+    )
     num_classes: int = Field(
         1000, gt=0, description="Classes. Row num_classes of the table is 'no class', which guidance needs."
     )
@@ -182,11 +190,7 @@ _UNUSED = (
 
 def _model_faults(run: DiffusionRun, tp: int) -> Iterator[str]:
     m = run.model
-    if m.image_size % m.patch_size:
-        yield (
-            f"model.image_size={m.image_size} is not a multiple of model.patch_size={m.patch_size}; patch_size may be "
-            f"{divisors(m.image_size)}"
-        )
+    yield from image_faults(run, m.image_size, m.image_size, tp)
     if m.hidden_size % m.num_heads:
         yield (
             f"model.hidden_size={m.hidden_size} is not a multiple of model.num_heads={m.num_heads}; use "
@@ -202,10 +206,28 @@ def _model_faults(run: DiffusionRun, tp: int) -> Iterator[str]:
     for name, size in (("hidden_size", m.hidden_size), ("ffn_hidden_size", m.ffn_size)):
         if size % tp:
             yield f"model.{name}={size} cannot be split over mesh.tp={tp}; use {multiples_around(size, tp)}"
-    if run.mesh.sequence_parallel and tp > 1 and m.tokens % tp:
+
+
+def image_faults(run: DiffusionRun, height: int, width: int, tp: int) -> Iterator[str]:
+    """Why the model cannot be trained on images, or latents, of this size."""
+    m = run.model
+    named = f"model.image_size={height}" if height == width == m.image_size else f"images of {height} x {width}"
+    for size in dict.fromkeys((height, width)):
+        if size % m.patch_size:
+            yield (
+                f"{named}: {size} is not a multiple of model.patch_size={m.patch_size}; patch_size may be "
+                f"{divisors(size)}"
+            )
+        if m.position_grid is not None and size // m.patch_size > m.position_grid:
+            yield (
+                f"{named} has {size // m.patch_size} patches along a side, more than model.position_grid="
+                f"{m.position_grid}; raise that, or leave it out"
+            )
+    tokens = (height // m.patch_size) * (width // m.patch_size)
+    if run.mesh.sequence_parallel and tp > 1 and tokens % tp:
         yield (
-            f"the {m.tokens} patches of an image cannot be split over mesh.tp={tp} for sequence parallelism; use "
-            "another model.patch_size, or --mesh.no-sequence-parallel"
+            f"the {tokens} patches of an image ({named}) cannot be split over mesh.tp={tp} for sequence parallelism; "
+            "use another model.patch_size, or --mesh.no-sequence-parallel"
         )
 
 

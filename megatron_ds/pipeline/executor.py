@@ -12,7 +12,7 @@ loss when its backward pass begins, so that one such gradient exists at a time.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -114,8 +114,10 @@ class Executor:
         pp, pp_back: the pipeline axis with the groups that carry activations to later ranks and gradients back.
         against: the same for activations to earlier ranks and gradients back, where several stages of a rank make
             them flow both ways; see :meth:`megatron_ds.mesh.Mesh.against_the_flow`.
-        activation_shape, dtype, device: of what flows between stages: ``[s, b, h]``, the same for every micro-batch.
-            With None as the shape it is 1-d, and of a length and a dtype that it says itself.
+        activation_shape: of what flows between stages, ``[s, b, h]``, for a micro-batch: sizes may differ between
+            micro-batches, and all ranks of a pipeline have the same ones. With None it is 1-d, and of a length and a
+            dtype that it says itself.
+        dtype, device: of what flows.
         gradients: who collects the gradients; default: they stay in ``.grad``.
 
     Raises:
@@ -130,7 +132,7 @@ class Executor:
         pp: Axis,
         pp_back: Axis,
         against: tuple[Axis, Axis] | None = None,
-        activation_shape: tuple[int, ...] | None,
+        activation_shape: Callable[[MicroBatch], tuple[int, ...]] | None,
         dtype: torch.dtype,
         device: torch.device,
         gradients: Gradients | None = None,
@@ -351,7 +353,8 @@ class Executor:
         if self.activation_shape is None:
             run.receives[action] = SizedReceive(self.device, source, axis.group)
         else:
-            run.receives[action] = Receive(self.activation_shape, self.dtype, self.device, source, axis.group)
+            shape = self.activation_shape(run.micro_batches[action.micro_batch])
+            run.receives[action] = Receive(shape, self.dtype, self.device, source, axis.group)
 
     def _send(self, action: Action, run: _Run) -> None:
         receiver = self.placement.rank_of(action.counterpart.stage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -102,7 +103,7 @@ def build(config: BaseRunConfig, mesh: Mesh, task: Task, device: torch.device | 
         pp=mesh.pp,
         pp_back=mesh.pp_back,
         against=mesh.against_the_flow() if schedules[-1].placement.chunks > 1 else None,
-        activation_shape=task.activation_shape(mesh),
+        activation_shape=partial(task.activation_shape, mesh),
         dtype=DTYPES[config.precision.dtype],
         device=device,
         gradients=optimizer,

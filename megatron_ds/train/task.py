@@ -49,7 +49,7 @@ class Task(Protocol):
     def make_stage(self, span: StageSpan, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """A :class:`~megatron_ds.pipeline.stage.StageModule`; the last stage returns the *sum* of the losses."""
 
-    def activation_shape(self, mesh: Mesh) -> tuple[int, ...]:
+    def activation_shape(self, mesh: Mesh, micro_batch: MicroBatch) -> tuple[int, ...]:
         """Of what flows between stages."""
 
     def activations(self, span: StageSpan, tp: int, device: str) -> Activations | None:

@@ -48,7 +48,8 @@ def test_what_is_imported_predicts_the_same_and_is_exported_with_the_same_bits(t
     load(step, [FlatShard.of(spec_of(p), "param", p.data) for p in ours.parameters()])
     images, times, labels = torch.randn(4, 3, 8, 8), torch.tensor([0.0, 999, 257, 300]), torch.tensor([0, 7, 3, 6])
     with torch.no_grad():
-        got, want = ours.predict(images, times, labels), model(images, timestep=times, class_labels=labels).sample
+        got = ours.predict({"images": images, "time": times, "labels": labels})
+        want = model(images, timestep=times, class_labels=labels).sample
     assert want.abs().max() > 0.5
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 

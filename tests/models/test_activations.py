@@ -65,7 +65,9 @@ def stored(config: RunConfig, span: StageSpan) -> int:
 
     hidden = None
     if not span.embedding:
-        hidden = torch.zeros(task.activation_shape(mesh), dtype=DTYPES[config.precision.dtype], requires_grad=True)
+        hidden = torch.zeros(
+            task.activation_shape(mesh, batch), dtype=DTYPES[config.precision.dtype], requires_grad=True
+        )
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         stage(batch, hidden)
     return sum(t.untyped_storage().nbytes() for place, t in found.items() if place not in known)

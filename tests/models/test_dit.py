@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import PatchEmbed
 from torch import Tensor
 
 from megatron_ds.config import from_dict, validate
@@ -16,6 +17,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.dit import DiT
 from megatron_ds.models.dit_task import DiTTask
+from megatron_ds.models.patches import sine_positions
 from megatron_ds.pipeline.stage import StageSpan
 
 LAYERS, HIDDEN, HEADS, CLASSES = 2, 24, 3, 10
@@ -143,19 +145,43 @@ def test_predictions_are_those_of_diffusers() -> None:
     images = torch.randn(5, 3, 8, 8, dtype=torch.float64, generator=generator)
     times, labels = torch.tensor([0.0, 999, 3, 500, 257]), torch.tensor([0, CLASSES, 3, 9, 1])
     with torch.no_grad():
-        got, want = model.predict(images, times, labels), other(images, timestep=times, class_labels=labels).sample
+        got = model.predict({"images": images, "time": times, "labels": labels})
+        want = other(images, timestep=times, class_labels=labels).sample
     assert got.abs().max() > 0.5
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+def test_a_wide_image_is_seen_as_by_diffusers() -> None:
+    """Its model puts the patches together as a square one, so that what its last layer gives is compared."""
+    model = built(configuration())
+    other = diffusers_model({name: p.detach() for name, p in model.named_parameters()})
+    images, time, labels = torch.randn(2, 3, 4, 16, dtype=torch.float64), torch.tensor([7.0, 900]), torch.tensor([1, 2])
+    found: list[Tensor] = []
+    other.proj_out_2.register_forward_hook(lambda module, inputs, output: found.append(output))
+    with torch.no_grad():
+        got = model.predict({"images": images, "time": time, "labels": labels})
+        other(images, timestep=time, class_labels=labels)
+    want = torch.einsum("bhwpqc->bchpwq", found[0].view(2, 2, 8, 2, 2, 3)).reshape(2, 3, 4, 16)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("grid", "base", "largest"), [((4, 4), 4, None), ((2, 8), 4, None), ((3, 6), 4, 9)])
+def test_positions_have_the_bits_of_diffusers(grid: tuple[int, int], base: int, largest: int | None) -> None:
+    theirs = PatchEmbed(base, base, patch_size=1, in_channels=1, embed_dim=24, pos_embed_max_size=largest, bias=False)
+    torch.nn.init.zeros_(theirs.proj.weight)
+    assert torch.equal(sine_positions(24, grid, base, largest), theirs(torch.zeros(1, 1, *grid))[0])
 
 
 def test_a_new_model_predicts_nothing_and_its_blocks_do_nothing() -> None:
     values = configuration().to_dict()
     values["model"]["zero_init_std"] = 0.0
     model = built(from_dict(DiffusionRun, values, "test"))
-    assert model.predict(torch.ones(1, 3, 8, 8), torch.ones(1), torch.zeros(1, dtype=torch.long)).abs().max() == 0
+    seen = {"images": torch.ones(1, 3, 8, 8), "time": torch.ones(1), "labels": torch.zeros(1, dtype=torch.long)}
+    assert model.predict(seen).abs().max() == 0
     x = torch.randn(16, 2, HIDDEN, dtype=torch.float64)
     block = model.layers["0"]
-    assert torch.equal(block(x, torch.randn(2, HIDDEN, dtype=torch.float64), model._inputs(x.dtype, x.device)), x)
+    condition, inputs = torch.randn(2, HIDDEN, dtype=torch.float64), model._inputs((4, 4), x.dtype, x.device)
+    assert torch.equal(block(x, condition, inputs), x)
 
 
 def test_padded_rows_of_an_evaluation_count_nothing() -> None:
@@ -173,12 +199,17 @@ def test_padded_rows_of_an_evaluation_count_nothing() -> None:
 @pytest.mark.parametrize(
     ("values", "world", "message"),
     [
-        ({"model": {"patch_size": 3}}, 1, r"model\.image_size=32 is not a multiple of .*; patch_size may be 1, 2, 4"),
+        (
+            {"model": {"patch_size": 3}},
+            1,
+            r"model\.image_size=32: 32 is not a multiple of .*; patch_size may be 1, 2, 4",
+        ),
         ({"model": {"num_heads": 5}}, 1, r"model\.hidden_size=384 is not a multiple of model\.num_heads=5; use"),
         ({"model": {"hidden_size": 6, "num_heads": 1}}, 1, r"model\.hidden_size=6 is not a multiple of 4"),
         ({"mesh": {"tp": 4}}, 4, r"model\.num_heads=6 cannot be split over mesh\.tp=4; tp may be 1, 2, 3 or 6"),
         ({"mesh": {"tp": 2}, "model": {"ffn_hidden_size": 9}}, 2, r"model\.ffn_hidden_size=9 cannot be split"),
-        ({"mesh": {"tp": 3}}, 3, r"the 256 patches of an image cannot be split over mesh\.tp=3"),
+        ({"model": {"position_grid": 15}}, 1, r"16 patches along a side, more than model\.position_grid=15"),
+        ({"mesh": {"tp": 3}}, 3, r"the 256 patches of an image .* cannot be split over mesh\.tp=3"),
         ({"objective": {"prediction": "flow"}}, 1, r"objective\.prediction='flow' with objective\.schedule='linear'"),
         ({"objective": {"schedule": "flow"}}, 1, r"use objective\.prediction='flow', or another of both"),
         ({"objective": {"beta_start": 0.1}}, 1, r"objective\.beta_start=0\.1 is not below objective\.beta_end=0\.02"),

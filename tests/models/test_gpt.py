@@ -296,8 +296,9 @@ def test_activation_shape_is_what_a_stage_returns() -> None:
         "test",
     )
     first = model(GPT2, span=StageSpan(0, 2, head=False))
-    assert first(batch()).shape == GPTTask(run).activation_shape(Mesh.single()) == (S, B, 24)
-    assert GPTTask(run).activation_shape(with_tp(Axis("tp", 0, 2, None, (0, 1)))) == (S // 2, B, 24)
+    assert first(batch()).shape == GPTTask(run).activation_shape(Mesh.single(), batch()) == (S, B, 24)
+    halves = with_tp(Axis("tp", 0, 2, None, (0, 1)))
+    assert GPTTask(run).activation_shape(halves, batch()) == (S // 2, B, 24)
 
 
 def test_a_later_stage_says_what_it_misses() -> None:
@@ -339,7 +340,7 @@ def test_of_many_micro_batches_in_flight_one_holds_a_gradient_of_the_output_weig
             {0: net},
             pp=mesh.pp,
             pp_back=mesh.pp_back,
-            activation_shape=(),
+            activation_shape=None,
             dtype=torch.float64,
             device=mesh.device,
         )

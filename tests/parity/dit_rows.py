@@ -10,6 +10,7 @@ import numpy as np
 import torch.distributed as dist
 from parity_rows import STEPS, Mesh3, reference_config
 from parity_run import Outcome, first_steps, train_task
+from torch import Tensor
 
 from megatron_ds.config import from_dict, validate
 from megatron_ds.config.diffusion import DiffusionRun
@@ -35,11 +36,12 @@ class DiTRow:
     objective: tuple[str, str] = ("epsilon", "linear")
     min_snr: bool = False
     chunks: int = 1
+    buckets: bool = False  # images of half the width between others: one a micro-batch
 
     def __str__(self) -> str:
         values = [self.recompute, self.optimizer, *self.objective, f"zero{self.zero}"]
         values += [f"{self.accumulation}x{self.micro_batch}"]
-        flags = [name for name in ("sequence_parallel", "ema", "min_snr") if getattr(self, name)]
+        flags = [name for name in ("sequence_parallel", "ema", "min_snr", "buckets") if getattr(self, name)]
         return "tp{}-pp{}-dp{}-".format(*self.mesh) + "-".join(values + flags)
 
 
@@ -50,8 +52,8 @@ ROWS = [
     DiTRow((4, 2, 1), True, 0, "every_n", 4, 1, objective=("x0", "scaled_linear"), min_snr=True),
     DiTRow((4, 2, 1), False, 0, "selective", 1, 2, optimizer="sgd"),
     DiTRow((1, 2, 4), True, 3, "full", 1, 1, objective=("v", "linear")),
-    DiTRow((1, 2, 4), True, 2, "none", 4, 1, ema=False),
-    DiTRow((2, 1, 4), True, 2, "every_n", 2, 1, objective=("flow", "flow"), min_snr=True),
+    DiTRow((1, 2, 4), True, 2, "none", 4, 1, ema=False, buckets=True),
+    DiTRow((2, 1, 4), True, 2, "every_n", 2, 1, objective=("flow", "flow"), min_snr=True, buckets=True),
     DiTRow((2, 1, 4), False, 3, "none", 1, 1),
     DiTRow((1, 4, 1), True, 0, "none", 4, 2),
     DiTRow((4, 1, 2), True, 1, "full", 1, 1, optimizer="sgd"),
@@ -114,12 +116,23 @@ class Samples(DiffusionSamples):
         return {**super().batch(indices), "counts": np.asarray(indices) % 7 != 3}
 
 
-def run(config: DiffusionRun, mesh: Mesh) -> Outcome:
-    return train_task(config, mesh, DiTTask(config), first_steps(config, mesh, Samples(config)))
+def run(config: DiffusionRun, mesh: Mesh, buckets: bool) -> Outcome:
+    steps = first_steps(config, mesh, Samples(config))
+    if buckets:
+        steps = [[_narrow(batch) if batch["images"][0, 0, 0, 0] > 0 else batch for batch in step] for step in steps]
+    return train_task(config, mesh, DiTTask(config), steps)
 
 
-def one_process(config: DiffusionRun) -> Outcome:
-    return run(reference_config(config), Mesh.single())
+def _narrow(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    half = batch["images"].shape[-1] // 2
+    return {**batch, **{name: batch[name][..., :half] for name in ("images", "noise")}}
+
+
+def one_process(row: DiTRow) -> Outcome:
+    config = reference_config(config_of(row))
+    if row.buckets:  # no one micro-batch has images of two sizes
+        config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": row.micro_batch})})
+    return run(config, Mesh.single(), row.buckets)
 
 
 def run_rows(rows: Sequence[DiTRow]) -> list[Outcome]:
@@ -129,7 +142,7 @@ def run_rows(rows: Sequence[DiTRow]) -> list[Outcome]:
     mesh = Mesh.create(validate(configs[0], world), device_of_rank(dist.get_rank(), world))
     for config in configs:
         validate(config, world)
-    return [run(config, mesh) for config in configs]
+    return [run(config, mesh, row.buckets) for config, row in zip(configs, rows)]
 
 
 def by_mesh(rows: Sequence[DiTRow]) -> Mapping[Mesh3, list[DiTRow]]:

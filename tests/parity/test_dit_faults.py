@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from dit_rows import DiTRow, config_of, one_process, run_rows
+from dit_rows import DiTRow, one_process, run_rows
 from parity_run import Outcome, ParityError, assert_parity
 from torch import Tensor
 
@@ -41,10 +41,10 @@ def the_average_is_not_stepped() -> AbstractContextManager[Any]:
 def the_condition_is_dropped_on_one_stage() -> AbstractContextManager[Any]:
     real = DiT._blocks
 
-    def blocks(self: DiT, image: Tensor, time: Tensor, labels: Tensor, hidden: Tensor | None) -> Any:
+    def blocks(self: DiT, seen: Mapping[str, Tensor], hidden: Tensor | None) -> Any:
         if hidden is not None:
             hidden = torch.cat([hidden[:-1], torch.zeros_like(hidden[-1:])])
-        return real(self, image, time, labels, hidden)
+        return real(self, seen, hidden)
 
     return patch.object(DiT, "_blocks", blocks)
 
@@ -109,7 +109,7 @@ def with_each_fault(row: DiTRow) -> list[Outcome]:
 def test_each_fault_is_found(row: DiTRow) -> None:
     tp, pp, dp = row.mesh
     ranks = run_ranks(with_each_fault, tp * pp * dp, row)
-    want = one_process(config_of(row))
+    want = one_process(row)
     for i, (_, shows_in) in enumerate(FAULTS[row]):
         with pytest.raises(ParityError) as failure:
             assert_parity([outcomes[i] for outcomes in ranks], want)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 
 import pytest
-from dit_rows import ROWS, by_mesh, config_of, one_process, run_rows
+from dit_rows import ROWS, by_mesh, one_process, run_rows
 from parity_rows import Mesh3
 from parity_run import assert_parity
 
@@ -17,4 +17,4 @@ def test_same_numbers_as_one_process(mesh: Mesh3) -> None:
     rows = by_mesh(ROWS)[mesh]
     ranks = run_ranks(run_rows, prod(mesh), rows)
     for i, row in enumerate(rows):
-        assert_parity([outcomes[i] for outcomes in ranks], one_process(config_of(row)))
+        assert_parity([outcomes[i] for outcomes in ranks], one_process(row))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -23,7 +23,6 @@ from megatron_ds.pipeline.timeline import Event
 from megatron_ds.testing import device_of_rank
 
 WIDTH = 3
-SHAPE = (2, WIDTH)
 
 
 class Stage(nn.Module):
@@ -46,15 +45,20 @@ class Stage(nn.Module):
         return (out * micro_batch["target"]).sum() if self.is_last else out
 
 
+def shape_of(micro_batch: Mapping[str, Tensor]) -> tuple[int, ...]:
+    return micro_batch["input"].shape
+
+
 def micro_batches(count: int) -> list[dict[str, Tensor]]:
+    """Of unequal sizes."""
     result = []
     for number in range(count):
-        generator = torch.Generator().manual_seed(100 + number)
+        generator, shape = torch.Generator().manual_seed(100 + number), (2 + number % 3, WIDTH)
         result.append(
             {
                 "number": torch.tensor(number),
-                "input": torch.randn(SHAPE, generator=generator, dtype=torch.float64),
-                "target": torch.randn(SHAPE, generator=generator, dtype=torch.float64),
+                "input": torch.randn(shape, generator=generator, dtype=torch.float64),
+                "target": torch.randn(shape, generator=generator, dtype=torch.float64),
             }
         )
     return result
@@ -107,7 +111,7 @@ def make(
         pp=mesh.pp,
         pp_back=mesh.pp_back,
         against=mesh.against_the_flow() if schedule.placement.chunks > 1 else None,
-        activation_shape=SHAPE,
+        activation_shape=shape_of,
         dtype=torch.float64,
         device=mesh.device,
         gradients=announced,
@@ -187,7 +191,7 @@ def run_against_the_flow(schedule: Schedule) -> None:
     mesh = mesh_of(len(schedule))
     stages = {i: Stage(i, schedule.num_stages) for i in schedule.placement.stages_of(mesh.pp.rank)}
     axes = {"pp": mesh.pp, "pp_back": mesh.pp_back}
-    Executor(schedule, stages, **axes, activation_shape=SHAPE, dtype=torch.float64, device=mesh.device)
+    Executor(schedule, stages, **axes, activation_shape=shape_of, dtype=torch.float64, device=mesh.device)
 
 
 def run_unfit(schedule: Schedule, stages: Sequence[int], others: Sequence[Schedule]) -> None:
@@ -198,7 +202,7 @@ def run_unfit(schedule: Schedule, stages: Sequence[int], others: Sequence[Schedu
         {i: Stage(i, schedule.num_stages) for i in stages},
         pp=mesh.pp,
         pp_back=mesh.pp_back,
-        activation_shape=SHAPE,
+        activation_shape=shape_of,
         dtype=torch.float64,
         device=mesh.device,
         other_sizes=others,
@@ -244,7 +248,7 @@ def outlive_a_failed_stage(pp: int, bad: int, timeout: float) -> tuple[str, floa
         stages,
         pp=mesh.pp,
         pp_back=mesh.pp_back,
-        activation_shape=SHAPE,
+        activation_shape=shape_of,
         dtype=torch.float64,
         device=mesh.device,
     )

@@ -153,7 +153,7 @@ class MixerTask:
     def make_stage(self, span: StageSpan, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Mixer:
         return Mixer(self.config.model, span, {"tp": mesh.tp, "device": device, "dtype": dtype})
 
-    def activation_shape(self, mesh: Mesh) -> tuple[int, ...]:
+    def activation_shape(self, mesh: Mesh, micro_batch: Mapping[str, Tensor]) -> tuple[int, ...]:
         return PATCHES, self.config.train.micro_batch, self.config.model.hidden_size
 
     def activations(self, span: StageSpan, tp: int, device: str) -> Activations | None:
