@@ -50,6 +50,19 @@ def keep(source: HFFolder, out_dir: Path) -> list[str]:
     return stays
 
 
+def copy_all(source: HFFolder, out_dir: Path) -> None:
+    """Copy what travels from a folder to another, but for config.json.
+
+    Raises:
+        CheckpointError: a file of it cannot be read, or is a link out of the folder.
+    """
+    for folder in (source.path, source.path / _TEMPLATES):
+        for path in sorted(folder.glob("[!.]*")):
+            name = str(path.relative_to(source.path))
+            if _travels(path) and name != CONFIG:
+                _copy(source.inside(name), out_dir / name)
+
+
 def take_along(checkpoints: Path, out_dir: Path) -> None:
     """Copy what lies beside a run's checkpoints to beside another's, which starts from them.
 

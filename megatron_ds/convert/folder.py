@@ -67,10 +67,7 @@ class HFFolder:
         self.notes: list[str] = []
         self._open_files: OrderedDict[str, _Weights] = OrderedDict()
         self.config: dict[str, Any] = self.json("config.json")
-        quantised = self.config.get("quantization_config") or self.config.get("compression_config")
-        if quantised:
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-            raise CheckpointError(f"{path} is quantised (quant_method={method!r}): {_DEQUANTISE}")
+        self.require_plain()
         files, listed = self._weight_files()
         self._file_of: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -89,6 +86,13 @@ class HFFolder:
                     f"{path}: the index says that {name} is in {file}, but it is in "
                     f"{self._file_of.get(name, 'no file')}: index and shards are of different saves"
                 )
+
+    def require_plain(self) -> None:
+        """A :class:`CheckpointError` where config.json says that the weights are quantised."""
+        quantised = self.config.get("quantization_config") or self.config.get("compression_config")
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+            raise CheckpointError(f"{self.path} is quantised (quant_method={method!r}): {_DEQUANTISE}")
 
     def check_dtype(self, name: str) -> None:
         """A :class:`CheckpointError` where a weight is kept in a format of quantisation."""

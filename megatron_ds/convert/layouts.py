@@ -58,8 +58,7 @@ def twice(rule: Rule, also: str) -> Rule:
 
 def _qkv_shape(c: ModelConfig, theirs: Tensor) -> tuple[int, ...]:
     """Ours, of a weight or (no last dim) a bias."""
-    last = (c.hidden_size,) if theirs.dim() > 1 else ()
-    return (c.groups, c.queries_per_kv_head + 2, c.head_size, *last)
+    return (c.groups, c.queries_per_kv_head + 2, c.head_size, *theirs.shape[1:])
 
 
 def separate_qkv(attention: str, names: Sequence[str] = ("q_proj", "k_proj", "v_proj")) -> Layout:

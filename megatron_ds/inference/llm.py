@@ -44,7 +44,8 @@ class LLM:
             The other ranks are started by this process, unless ``torchrun`` has started it.
         dtype: ``auto`` (what most weights have), ``bfloat16``, ``float16``, ``float32`` or ``float64``.
         quantization: weights of fewer bits, ``int8``, ``w8a8``, ``fp8`` or ``int4``; see
-            :mod:`megatron_ds.inference.quantized_recipes`.
+            :mod:`megatron_ds.inference.quantized_recipes`. A folder of ``tools/quantize.py`` needs none: its weights
+            have them already.
         max_model_len: tokens of prompt and answer together at most. Default: what the model was made for.
         max_num_seqs: sequences that are computed at one time at most.
         max_num_batched_tokens: tokens of a step at most; longer prompts are computed in chunks.
@@ -92,9 +93,9 @@ class LLM:
             raise ConfigError(f"gpu_memory_utilization={gpu_memory_utilization}; use a part from 0 to 1")
         if not 0 <= num_speculative_tokens <= 64:
             raise ConfigError(f"num_speculative_tokens={num_speculative_tokens}; use 0 to 64")
-        _require_recipes(quantization, batch_invariant)
         require_budget(max_num_seqs, max_num_batched_tokens, block_size)
         source = served_model.find(model)
+        _require_recipes(quantization, source, batch_invariant)
         own = source.dtype if dtype == "auto" else _dtype("dtype", dtype)
         cache_dtype = own if kv_cache_dtype == "auto" else _dtype("kv_cache_dtype", kv_cache_dtype)
         served_model.require_split(source.config, tensor_parallel_size, pipeline_parallel_size)
@@ -106,7 +107,7 @@ class LLM:
         self._ranks = Ranks(MeshShape(pp=pipeline_parallel_size, tp=tensor_parallel_size), device, settings, place)
         mesh = self._ranks.mesh
         stage = served_model.build(source, mesh, own)
-        head = _recipes(stage, quantization, batch_invariant)
+        head = _recipes(stage, None if source.quantization else quantization, batch_invariant)
         of_token = 2 * len(stage.layers) * local_kv_heads(stage) * source.config.head_size * cache_dtype.itemsize
         block = block_size * of_token
         most = max_num_seqs * -(-self.max_model_len // block_size)
@@ -300,13 +301,16 @@ def _ends(generation: Mapping[str, Any], tokenizer: Tokenizer | None) -> TextEnd
     return TextEnds(eos, frozenset(token for token in hidden if token is not None))
 
 
-def _require_recipes(quantization: str | None, batch_invariant: bool) -> None:
+def _require_recipes(quantization: str | None, source: served_model.Source, batch_invariant: bool) -> None:
     if quantization is not None:
         require_scheme(quantization)
-        if batch_invariant:
-            raise ConfigError(
-                "batch_invariant=True goes with quantization=None: quantised products have no such kernels"
-            )
+    if source.quantization is not None and quantization not in (None, source.quantization):
+        raise ConfigError(
+            f"quantization={quantization!r}, but the weights are {source.quantization!r} already; leave it out, or "
+            "serve the unquantised model"
+        )
+    if batch_invariant and (quantization or source.quantization):
+        raise ConfigError("batch_invariant=True goes with quantization=None: quantised products have no such kernels")
 
 
 def _recipes(stage: Transformer, quantization: str | None, batch_invariant: bool) -> Recipe | None:

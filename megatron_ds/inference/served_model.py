@@ -18,7 +18,10 @@ from megatron_ds.convert.folder import HFFolder
 from megatron_ds.convert.hugging_face import described
 from megatron_ds.convert.match import Match
 from megatron_ds.convert.tables import ARCHITECTURES
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import CheckpointError, ConfigError
+from megatron_ds.files import read_json
+from megatron_ds.inference.quantized_folder import QuantizedFolder, weight_of
+from megatron_ds.inference.quantized_recipes import linear_layers, use_weight
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.families import class_of
 from megatron_ds.models.transformer import StageSettings, Transformer
@@ -45,6 +48,7 @@ class Source:
         tokenizer: the folder with its tokenizer, where there is one.
         generation: what generation_config.json and config.json say of generation.
         longest: tokens of a text that the model was made for; None: nothing says it.
+        quantization: the scheme of the linear layers' weights in the files; None: they are whole.
     """
 
     config: ModelConfig
@@ -54,6 +58,7 @@ class Source:
     generation: Mapping[str, Any]
     longest: int | None = None
     notes: tuple[str, ...] = ()
+    quantization: str | None = None
 
 
 def find(path: str | Path) -> Source:
@@ -79,17 +84,29 @@ def find(path: str | Path) -> Source:
 
 
 def _in_folder(path: Path) -> Source:
-    folder = HFFolder(path)
+    quantized = _says_quantized(path)
+    folder = QuantizedFolder(path) if quantized else HFFolder(path)
     architecture, config = described(folder, ARCHITECTURES, None)
     match = Match(folder, architecture, config)
-    dtypes = [folder.dtypes[match.names[name]] for rule in match.rules for name in rule.theirs]
+    names = [match.names[name] for rule in match.rules for name in rule.theirs]
+    plain = names if not isinstance(folder, QuantizedFolder) else [n for n in names if n not in folder.quantized]
+    dtypes = [folder.dtypes[name] for name in plain]
     generation = dict(folder.config)
     if (path / "generation_config.json").is_file():
         generation |= folder.json("generation_config.json")
     return Source(
         match.config, match, max(set(dtypes), key=dtypes.count), _tokenizer_in(path), generation,
         _longest(match.config, generation.get("max_position_embeddings")), (*folder.notes, *match.notes),
+        folder.scheme if isinstance(folder, QuantizedFolder) else None,
     )  # fmt: skip
+
+
+def _says_quantized(path: Path) -> bool:
+    try:
+        said = read_json(path / "config.json")
+    except (OSError, ValueError):
+        return False  # the folder's reader says what is wrong
+    return isinstance(said, dict) and bool(said.get("quantization_config"))
 
 
 def _longest(c: ModelConfig, said: Any) -> int | None:
@@ -131,10 +148,22 @@ def build(source: Source, mesh: Mesh, dtype: torch.dtype) -> Transformer:
         load(source.weights, [FlatShard.of(spec_of(p), "param", p.data) for p in model.parameters()], mesh.world)
         return model
     rules = {rule.ours: rule for rule in source.weights.rules}
+    folder, names = source.weights.source, source.weights.names
+    layers = {spec_of(layer.weight).name: layer for layer in linear_layers(model)}  # type: ignore[arg-type]
     for parameter in model.parameters():
         spec = spec_of(parameter)
         rule = rules[spec.name]
-        parameter.data.copy_(spec.slice_of(rule.from_hf(c, source.weights.read(rule))))
+        theirs = [names[name] for name in rule.theirs]
+        if isinstance(folder, QuantizedFolder) and folder.quantized.intersection(theirs):
+            if spec.name not in layers or not folder.quantized.issuperset(theirs):
+                raise CheckpointError(
+                    f"{folder.path}: of {', '.join(theirs)}, some are quantised and some are not, or they are of no "
+                    "linear layer of a block, which alone may be"
+                )
+            layer, parts = layers[spec.name], [folder.read_quantized(name) for name in theirs]
+            use_weight(layer, weight_of(layer, rule, c, parts))
+        else:
+            parameter.data.copy_(spec.slice_of(rule.from_hf(c, source.weights.read(rule))))
     return model
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_ds.config import ModelConfig
+from megatron_ds.inference import served_model
 from megatron_ds.inference.batching import Batcher
 from megatron_ds.inference.block_pool import BlockPool
 from megatron_ds.inference.model_runner import CacheSize, ModelRunner
 from megatron_ds.inference.serving_engine import ServingEngine, TextEnds
-from megatron_ds.mesh import Mesh
+from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.gpt import GPT
 from megatron_ds.models.transformer import StageSettings, Transformer
 from megatron_ds.pipeline.layer_split import split_layers
@@ -70,3 +72,12 @@ def whole_logits(model: Transformer, tokens: Sequence[int]) -> Tensor:
     ids = torch.tensor([list(tokens)])
     batch = {"tokens": ids, "position_ids": torch.arange(ids.shape[1]).unsqueeze(0)}
     return model.logits(batch)[0]
+
+
+@torch.no_grad()
+def folder_logits(folder: Path, tokens: Tensor, tp: int = 1) -> Tensor:
+    """``[1, s, v]`` of a folder's model, split over ``tp`` ranks, for ``tokens [1, s]``."""
+    mesh = Mesh.create(MeshShape(tp=tp), torch.device("cpu")) if tp > 1 else Mesh.single()
+    source = served_model.find(folder)
+    model = served_model.build(source, mesh, source.dtype)
+    return model.logits({"tokens": tokens, "position_ids": torch.arange(tokens.shape[1]).unsqueeze(0)})
