@@ -20,7 +20,7 @@ from megatron_ds.inference.sequence import Logprobs
 _SAMPLING = (
     "n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "top_k", "min_p",
     "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos", "include_stop_str_in_output",
-    "skip_special_tokens", "prompt_logprobs", "processed_logprobs",
+    "skip_special_tokens", "prompt_logprobs", "processed_logprobs", "structured_outputs",
 )  # fmt: skip
 _NOTHING = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 """Fields that say something to OpenAI, and nothing to a server of one's own."""
@@ -91,6 +91,7 @@ def read_call(body: Any, chat: bool, model: str, texts: Texts) -> Call:
     limit = fields.pop("max_completion_tokens", None) if chat else None
     limit = fields.pop("max_tokens", None) if limit is None else limit
     settings["max_tokens"] = limit if limit is not None or chat else 16
+    _read_response_format(fields, settings)
     echo = False
     if chat:
         _read_chat_logprobs(fields, settings)
@@ -114,6 +115,24 @@ def _flag(fields: dict[str, Any], name: str) -> bool:
     if value not in (None, True, False):
         raise BadRequest(f"{name} must be true or false", name)
     return bool(value)
+
+
+def _read_response_format(fields: dict[str, Any], settings: dict[str, Any]) -> None:
+    asked = fields.pop("response_format", None)
+    form = asked if isinstance(asked, dict) else {}
+    kind, inner = form.get("type"), form.get("json_schema")
+    if asked is None or kind == "text":
+        return
+    schema = inner.get("schema") if isinstance(inner, dict) else None
+    if kind not in ("json_object", "json_schema") or (kind == "json_schema" and not isinstance(schema, dict)):
+        raise BadRequest(
+            "response_format takes {'type': 'text'}, {'type': 'json_object'} or {'type': 'json_schema', "
+            "'json_schema': {'schema': {...}}}",
+            "response_format",
+        )
+    if "structured_outputs" in settings:
+        raise BadRequest("response_format and structured_outputs say the same thing twice", "response_format")
+    settings["structured_outputs"] = {"json_object": True} if kind == "json_object" else {"json": schema}
 
 
 def _read_chat_logprobs(fields: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -192,7 +211,10 @@ class Answers:
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         n = self.call.params.n
         choices = [
-            self._choice(prompt * n + sample.index, sample, sample.text, 0, self._echoed(output))
+            {
+                **self._choice(prompt * n + sample.index, sample, sample.text, 0, self._echoed(output)),
+                **self._of_prompt(output),
+            }
             for prompt, output in enumerate(outputs)
             for sample in output.outputs
         ]
@@ -212,7 +234,8 @@ class Answers:
             self._sent[key] = (-1 if sample.finish_reason else len(sample.text), len(sample.token_ids))
             index = prompt * self.call.params.n + sample.index
             echoed = "" if begun else self._echoed(output)
-            found.append(self._piece([self._choice(index, sample, text, tokens, echoed, first=not begun)]))
+            choice = self._choice(index, sample, text, tokens, echoed, first=not begun)
+            found.append(self._piece([choice if begun else {**choice, **self._of_prompt(output)}]))
         return found
 
     def last_piece(self, outputs: Sequence[RequestOutput]) -> dict[str, Any] | None:
@@ -235,13 +258,28 @@ class Answers:
         """``first``: whether it is a sample's first piece; None: it is the whole. ``since``: tokens sent before."""
         logprobs = None if sample.logprobs is None else sample.logprobs[since:]
         ids = sample.token_ids[since:]
-        common = {"index": index, "finish_reason": sample.finish_reason, "stop_reason": sample.stop_reason}
+        common: dict[str, Any] = {
+            "index": index, "finish_reason": sample.finish_reason, "stop_reason": sample.stop_reason
+        }  # fmt: skip
+        if sample.processed_logprobs is not None:
+            common["processed_logprobs"] = self._completion_logprobs(ids, sample.processed_logprobs[since:])
         if not self.call.chat:
             shown = None if logprobs is None else self._completion_logprobs(ids, logprobs)
             return {**common, "text": echoed + text, "logprobs": shown}
         shown = None if logprobs is None else {"content": self._chat_logprobs(ids, logprobs), "refusal": None}
         message = {"content": text} if first is False else {"role": "assistant", "content": text}
         return {**common, "message" if first is None else "delta": message, "logprobs": shown}
+
+    def _of_prompt(self, output: RequestOutput) -> dict[str, Any]:
+        """Log-probabilities of the prompt's tokens by id, as vLLM's server has them, where they were asked for."""
+        if output.prompt_logprobs is None:
+            return {}
+        said: list[dict[str, Any] | None] = []
+        for of_token in output.prompt_logprobs:
+            entries = of_token or {}
+            shown = {str(t): {"logprob": v, "decoded_token": self.texts.token_text(t)} for t, v in entries.items()}
+            said.append(None if of_token is None else shown)
+        return {"prompt_logprobs": said}
 
     def _completion_logprobs(self, ids: Sequence[int], logprobs: Sequence[Logprobs]) -> dict[str, Any]:
         words = [self.texts.token_text(token) for token in ids]

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_ds import comm
 from megatron_ds.errors import ConfigError
-from megatron_ds.mesh import Mesh, MeshShape, init_process_group
+from megatron_ds.mesh import Axis, Mesh, MeshShape, init_process_group
 
 FOREVER = 10 * 365 * 86400.0
 """Seconds: a rank without requests waits for the next one."""
@@ -87,3 +88,26 @@ def _device(wanted: str, local: int) -> torch.device:
 def _start(rank: int, port: int, settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "megatron_ds.inference.follower", str(rank), str(port), json.dumps(settings)]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+
+
+def from_first(axis: Axis, value: Any) -> Any:
+    """What the first rank of the axis says to all, as JSON."""
+    return _told(axis, value, 0)
+
+
+def from_last(axis: Axis, value: Any) -> Any:
+    """What the last rank of the axis says to all, as JSON."""
+    return _told(axis, value, axis.size - 1)
+
+
+def _told(axis: Axis, value: Any, source: int) -> Any:
+    if axis.size == 1:
+        return value
+    text = json.dumps(value).encode() if axis.rank == source else b""
+    size = torch.tensor([len(text)])
+    comm.broadcast(size, axis, source)
+    data = torch.empty(int(size), dtype=torch.uint8)
+    if axis.rank == source:
+        data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    comm.broadcast(data, axis, source)
+    return json.loads(bytes(data.numpy()))

@@ -29,7 +29,12 @@ _CANDIDATES = 1024
 
 @dataclass(frozen=True)
 class Row:
-    """What the sampler must know of a sequence. ``prompt``, ``answer``: its tokens; ``banned``: not allowed now."""
+    """What the sampler must know of a sequence.
+
+    Attributes:
+        prompt, answer: its tokens. banned: tokens that are not allowed now. allowed: bool ``[v]`` of the whole
+            vocabulary, those that are; None: all.
+    """
 
     params: SamplingParams
     seed: int
@@ -37,6 +42,7 @@ class Row:
     prompt: Sequence[int]
     answer: Sequence[int]
     banned: Sequence[int] = ()
+    allowed: Tensor | None = None
 
 
 @dataclass
@@ -156,6 +162,9 @@ class Sampler:
                 logits[token - self.first] += bias
         if row.banned:
             logits[self._local(row.banned, len(logits))] = -torch.inf
+        if row.allowed is not None:
+            own = row.allowed[self.first : self.first + len(logits)].to(logits.device)
+            logits[: len(own)].masked_fill_(~own, -torch.inf)
         if not params.greedy:
             logits /= params.temperature
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from megatron_ds.errors import ConfigError
+from megatron_ds.inference.structured import form_faults
 
 _MOST_SAMPLES, _MOST_LOGPROBS, _MOST_STOPS = 128, 1000, 64
 
@@ -33,6 +34,8 @@ class SamplingParams:
         processed_logprobs: likewise, of the distribution that was drawn from.
         prompt_logprobs: likewise of the prompt's tokens, by the model.
         logit_bias: added to the logits of these tokens.
+        structured_outputs: the form of the answer, one of ``{"json": schema}``, ``{"json_object": True}``,
+            ``{"regex": text}``, ``{"choice": texts}`` and ``{"grammar": text}`` (Lark); JSON comes without blanks.
         skip_special_tokens: whether special tokens are left out of the text.
         detokenize: whether there is to be a text at all.
     """
@@ -56,6 +59,7 @@ class SamplingParams:
     processed_logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    structured_outputs: Mapping[str, Any] | None = None
     skip_special_tokens: bool = True
     detokenize: bool = True
 
@@ -110,6 +114,11 @@ class SamplingParams:
             yield "stop needs detokenize=True; use stop_token_ids"
         if not isinstance(self.stop_token_ids, list | tuple) or not all(_is_id(i) for i in self.stop_token_ids):
             yield f"stop_token_ids={self.stop_token_ids!r} is no list of token ids"
+        if self.structured_outputs is not None:
+            if fault := form_faults(self.structured_outputs):
+                yield fault
+            if self.min_tokens or self.ignore_eos:
+                yield "structured_outputs says where the answer ends; leave out min_tokens and ignore_eos"
         if not isinstance(self.logit_bias, Mapping):
             yield f"logit_bias={self.logit_bias!r} does not give numbers to token ids"
             return

@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 
 from megatron_ds.inference.sampling_params import SamplingParams
+from megatron_ds.inference.structured import Matcher
 
 Logprobs = dict[int, float]
 """Log-probabilities by token id, the chosen token's first."""
@@ -41,6 +42,7 @@ class Sequence:
         reason: why it has finished: ``stop``, ``length`` or ``abort``.
         stop: the text or token at which it has.
         room: tokens that it may still get, before each step of decoding.
+        matcher: of the form that the answer must have, if it must.
     """
 
     request: Request
@@ -58,6 +60,7 @@ class Sequence:
     cached: int = 0
     preempted: int = 0
     room: int = 0
+    matcher: Matcher | None = None
 
     @property
     def answer(self) -> list[int]:

@@ -6,7 +6,6 @@ message a step, and everything else follows on each rank by itself.
 
 from __future__ import annotations
 
-import json
 import math
 import secrets
 import time
@@ -18,16 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ds import comm
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference.batching import Batcher, Span
 from megatron_ds.inference.detokenizer import Decoder, Detokenizer
 from megatron_ds.inference.model_runner import ModelRunner
 from megatron_ds.inference.outputs import CompletionOutput, RequestOutput
+from megatron_ds.inference.ranks import from_first, from_last
 from megatron_ds.inference.sampler import Row, Sampler
 from megatron_ds.inference.sampling_params import SamplingParams
 from megatron_ds.inference.sequence import Request, Sequence, Status
-from megatron_ds.mesh import Axis, Mesh
+from megatron_ds.inference.structured import Structures
+from megatron_ds.mesh import Mesh
 
 FIRST_TOKEN_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, math.inf)
 """Seconds."""
@@ -101,6 +101,7 @@ class ServingEngine:
         config = runner.model.config
         width = config.padded_vocab // mesh.tp.size
         self.vocab_size = config.vocab_size
+        self._structures = Structures(tokenizer, self.ends.eos, config.vocab_size)
         self.sampler = Sampler(mesh.tp, mesh.tp.rank * width, config.vocab_size)
         self._live: dict[str, _Live] = {}
         self._events: list[list[Any]] = []
@@ -136,6 +137,8 @@ class ServingEngine:
             raise ConfigError(f"token {outside[0]} is none of the model's, 0 to {self.vocab_size - 1}")
         if params.stop and self.tokenizer is None:
             raise ConfigError("stop needs a tokenizer; use stop_token_ids")
+        if params.structured_outputs is not None:
+            self._structures.check(params.structured_outputs)
 
     def abort(self, request_id: str) -> None:
         """Stop serving a request, if it is being served."""
@@ -146,17 +149,17 @@ class ServingEngine:
     def step(self) -> list[RequestOutput]:
         """Compute one batch; on the first rank. Returns the requests that have got tokens, or have ended."""
         events, self._events = self._events, []
-        return self._step(_from_first(self.mesh.world, events))
+        return self._step(from_first(self.mesh.world, events))
 
     def follow(self) -> None:
         """On the other ranks: take part in every step, until the first rank says :meth:`stop`."""
-        while ["stop"] not in (events := _from_first(self.mesh.world, None)):
+        while ["stop"] not in (events := from_first(self.mesh.world, None)):
             self._step(events)
 
     def stop(self) -> None:
         """On the first rank: the others need not wait for steps any more."""
         if self.mesh.world.size > 1:
-            _from_first(self.mesh.world, [["stop"]])
+            from_first(self.mesh.world, [["stop"]])
 
     def _step(self, events: Iterable[list[Any]]) -> list[RequestOutput]:
         ended = [self._take(event) for event in events]
@@ -185,7 +188,7 @@ class ServingEngine:
             tokens, params, seed, prompt = rest
             params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
             request = Request(name, tokens, SamplingParams(**params), seed, self._clock(), prompt)
-            first = Sequence(request, 0, list(tokens))
+            first = self._sequence(request, 0)
             self._live[name] = _Live(request, [first], [self._text(request)])
             self.counters.prompt_tokens += len(tokens)
             self.batcher.add(first)
@@ -197,6 +200,11 @@ class ServingEngine:
             if sequence.status is not Status.FINISHED:
                 self._finish(sequence, "abort")
         return str(name)
+
+    def _sequence(self, request: Request, index: int) -> Sequence:
+        form = request.params.structured_outputs
+        matcher = None if form is None else self._structures.matcher(form)
+        return Sequence(request, index, list(request.tokens), matcher=matcher)
 
     def _text(self, request: Request) -> Detokenizer:
         params = request.params
@@ -246,7 +254,7 @@ class ServingEngine:
                 sampled = self.sampler.sample(logits[ends], asked)
                 found = [sampled.tokens, _listed(sampled.logprobs), _listed(sampled.processed)]
         if mesh.pp.size > 1:
-            found = _from_last(mesh.pp, found)
+            found = from_last(mesh.pp, found)
         if found is None:
             return
         of_rows = zip(*found)
@@ -290,7 +298,8 @@ class ServingEngine:
         banned: tuple[int, ...] = ()
         if len(answer) < request.params.min_tokens:
             banned = (*self.ends.eos, *request.params.stop_token_ids)
-        return Row(request.params, request.seed, sequence.index, request.tokens, answer, banned)
+        allowed = None if sequence.matcher is None else sequence.matcher.allowed(span.draft[:place])
+        return Row(request.params, request.seed, sequence.index, request.tokens, answer, banned, allowed)
 
     def _append(self, sequence: Sequence, token: int, own: Any, processed: Any) -> None:
         request, params = sequence.request, sequence.request.params
@@ -313,16 +322,20 @@ class ServingEngine:
             self._finish(sequence, "stop")
             return
         text.add(token)
+        if sequence.matcher is not None:
+            sequence.matcher.take(token)
         if text.stopped is not None:
             sequence.stop = text.stopped
             self._finish(sequence, "stop")
+        elif sequence.matcher is not None and (why := sequence.matcher.ended):
+            self._finish(sequence, why)
         elif sequence.answered == params.max_tokens or len(sequence.tokens) == self.max_model_len:
             self._finish(sequence, "length")
 
     def _fork(self, live: _Live) -> None:
         """The other samples of the prompt, now that it is computed."""
         for index in range(1, live.request.params.n):
-            sample = Sequence(live.request, index, list(live.request.tokens))
+            sample = self._sequence(live.request, index)
             live.samples.append(sample)
             live.texts.append(self._text(live.request))
             self.batcher.fork(live.samples[0], sample)
@@ -371,25 +384,3 @@ def _listed(found: Iterable[dict[int, float] | None]) -> list[list[tuple[int, fl
 
 def _as_logprobs(pairs: Iterable[tuple[int, float]] | None) -> dict[int, float] | None:
     return None if pairs is None else {int(token): float(value) for token, value in pairs}
-
-
-def _from_first(axis: Axis, value: Any) -> Any:
-    return _told(axis, value, 0)
-
-
-def _from_last(axis: Axis, value: Any) -> Any:
-    return _told(axis, value, axis.size - 1)
-
-
-def _told(axis: Axis, value: Any, source: int) -> Any:
-    """What one rank of the axis says to all, as JSON."""
-    if axis.size == 1:
-        return value
-    text = json.dumps(value).encode() if axis.rank == source else b""
-    size = torch.tensor([len(text)])
-    comm.broadcast(size, axis, source)
-    data = torch.empty(int(size), dtype=torch.uint8)
-    if axis.rank == source:
-        data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    comm.broadcast(data, axis, source)
-    return json.loads(bytes(data.numpy()))

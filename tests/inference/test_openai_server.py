@@ -116,6 +116,14 @@ def test_the_official_client_gets_what_the_engine_says(running: Running, folder:
     shown = whole.choices[0].logprobs
     assert shown is not None and shown.token_logprobs is not None
     assert shown.token_logprobs == [of[t] for t, of in zip(want.outputs[0].token_ids, want.outputs[0].logprobs or [])]
+    (both,) = client.completions.create(
+        model="tiny", prompt="hello", temperature=0.5, seed=1, max_tokens=3, logprobs=0,
+        extra_body={"top_k": 2, "processed_logprobs": 5, "prompt_logprobs": 1},
+    ).choices  # fmt: skip
+    assert both.logprobs is not None and both.logprobs.token_logprobs[0] < -0.1
+    assert [len(of_token) for of_token in both.processed_logprobs["top_logprobs"]] == [2, 2, 2]
+    of_prompt = both.prompt_logprobs
+    assert of_prompt[0] is None and of_prompt[1][str(ord("e"))]["decoded_token"] == "e" and len(of_prompt) == 5
     texts = ["", ""]
     usage = None
     for piece in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
@@ -138,6 +146,9 @@ def test_conversations_go_through_the_template(running: Running, folder: Path) -
     assert answer.choices[0].message.content == plain.outputs[0].text
     assert answer.choices[0].logprobs is not None and len(answer.choices[0].logprobs.content[0].top_logprobs) == 3
     assert client.chat.completions.create(**asked, tools=tools).choices[0].message.content == shown.outputs[0].text
+    pets: Any = {"type": "json_schema", "json_schema": {"name": "pet", "schema": {"enum": ["cat", "dog"]}}}
+    pet = client.chat.completions.create(**asked, response_format=pets).choices[0]
+    assert pet.message.content in ('"cat"', '"dog"') and pet.finish_reason == "stop"
     stream = client.chat.completions.create(**asked, stream=True)
     assert "".join(piece.choices[0].delta.content or "" for piece in stream) == plain.outputs[0].text
     tokens = running.post("/tokenize", b'{"prompt": "abc"}')[1]
