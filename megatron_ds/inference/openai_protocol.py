@@ -284,7 +284,9 @@ class Answers:
     def _completion_logprobs(self, ids: Sequence[int], logprobs: Sequence[Logprobs]) -> dict[str, Any]:
         words = [self.texts.token_text(token) for token in ids]
         offsets = [sum(map(len, words[:place])) for place in range(len(words))]
-        tops = [{self.texts.token_text(t): value for t, value in of_token.items()} for of_token in logprobs]
+        # Halves of characters have one text: of those the most probable one is shown, which comes last here.
+        ordered = [sorted(of_token.items(), key=lambda pair: pair[1]) for of_token in logprobs]
+        tops = [{self.texts.token_text(token): value for token, value in pairs} for pairs in ordered]
         values = [of_token[token] for token, of_token in zip(ids, logprobs)]
         return {"tokens": words, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import re
 import socket
@@ -118,10 +119,12 @@ def test_the_official_client_gets_what_the_engine_says(running: Running, folder:
     assert shown.token_logprobs == [of[t] for t, of in zip(want.outputs[0].token_ids, want.outputs[0].logprobs or [])]
     (both,) = client.completions.create(
         model="tiny", prompt="hello", temperature=0.5, seed=1, max_tokens=3, logprobs=0,
+        logit_bias={"97": 50, "98": 50},
         extra_body={"top_k": 2, "processed_logprobs": 5, "prompt_logprobs": 1},
     ).choices  # fmt: skip
     assert both.logprobs is not None and both.logprobs.token_logprobs[0] < -0.1
-    assert [len(of_token) for of_token in both.processed_logprobs["top_logprobs"]] == [2, 2, 2]
+    for of_token in both.processed_logprobs["top_logprobs"]:
+        assert of_token.keys() == {"a", "b"} and sum(map(math.exp, of_token.values())) == pytest.approx(1)
     of_prompt = both.prompt_logprobs
     assert of_prompt[0] is None and of_prompt[1][str(ord("e"))]["decoded_token"] == "e" and len(of_prompt) == 5
     texts = ["", ""]
