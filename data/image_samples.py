@@ -1,30 +1,45 @@
-"""Images as a diffusion model is trained on them: each with noise, a time and perhaps without its class."""
+"""Images as a diffusion model is trained on them: each with noise, a time and perhaps without its condition."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_ds.data import noise
-from megatron_ds.data.order import order
+from megatron_ds.data.aspect_buckets import BucketOrder, Size
 from megatron_ds.data.samples import Batch
 
-_EVALUATION = 1 << 62  # indices of the noise of evaluated rows: no run trains on so many samples
+EVALUATION = 1 << 62
+"""Added to the indices of the random numbers of evaluated rows: no run trains on so many samples."""
 
 
 class Images(Protocol):
-    """Images by their row, the same on every rank."""
+    """Images by their row, the same on every rank.
 
-    def __len__(self) -> int: ...
+    Attributes:
+        buckets: (height, width) to the rows that have them.
+        empty: the fields of a text condition of no text, with a first dim 1; empty without text.
+    """
 
-    def images(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """``[b, channels, height, width]``, of about -1 to 1."""
-        ...
+    @property
+    def buckets(self) -> Mapping[Size, npt.NDArray[np.int64]]: ...
 
-    def labels(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """``[b]``, from 0."""
+    @property
+    def empty(self) -> Mapping[str, npt.NDArray]: ...
+
+    def load(self, rows: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]) -> Batch:
+        """Rows of one bucket: ``images`` float32 ``[b, channels, height, width]`` of about -1 to 1, with ``labels``
+        int64 ``[b]`` from 0 or the fields of a text condition.
+
+        An image that cannot be decoded is zeros and False in ``counts`` bool ``[b]``; without that field all count.
+
+        Args:
+            keys: each sample's index, for random numbers such as the place of a crop.
+        """
         ...
 
 
@@ -32,37 +47,42 @@ class DiffusionSamples:
     """A :class:`~megatron_ds.data.samples.SampleSource`.
 
     A batch has ``images`` and ``noise`` float32 ``[b, channels, height, width]``, ``time`` float64 ``[b]`` uniform in
-    (0, 1), from which the objective makes its noise levels, ``labels`` int64 ``[b]`` and ``counts`` bool ``[b]``.
+    (0, 1), from which the objective makes its noise levels, ``counts`` bool ``[b]``, and ``labels`` int64 ``[b]`` or
+    the fields of a text condition. ``rows`` has rows of one bucket in a block, as ``batch`` does.
 
     Args:
         no_class: the label of a sample whose class is dropped, with probability ``dropout``; not in evaluation.
+        block: samples in a row that are of one bucket.
     """
 
-    def __init__(self, images: Images, seed: int, no_class: int, dropout: float):
+    def __init__(self, images: Images, seed: int, no_class: int, dropout: float, block: int = 1):
         self._images, self._seed, self._no_class, self._dropout = images, seed, no_class, dropout
+        self.order = BucketOrder(seed, list(images.buckets.values()), block)
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.order)
 
     def batch(self, indices: npt.ArrayLike) -> Batch:
         places = np.asarray(indices, np.int64)
-        batch = self._batch(order(self._seed, places, len(self)), places)
+        batch = self._batch(self.order.rows(places), places)
         dropped = noise.uniform(self._seed, noise.CONDITION, places)[:, 0] < self._dropout
-        batch["labels"] = np.where(dropped, self._no_class, batch["labels"])
+        if "labels" in batch:
+            batch["labels"] = np.where(dropped, self._no_class, batch["labels"])
+        for name, empty in self._images.empty.items():
+            batch[name] = np.where(dropped.reshape(-1, *[1] * (empty.ndim - 1)), empty, batch[name])
         return batch
 
     def rows(self, rows: npt.ArrayLike) -> Batch:
         wanted = np.asarray(rows, np.int64)
-        return self._batch(wanted, wanted + _EVALUATION)
+        return self._batch(self.order.stored(wanted), wanted + EVALUATION)
 
     def _batch(self, rows: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]) -> Batch:
-        images = self._images.images(rows)
+        batch = self._images.load(rows, keys)
         return {
-            "images": images,
-            "noise": noise.normal(self._seed, noise.NOISE, keys, images.shape[1:]),
-            "time": noise.uniform(self._seed, noise.TIME, keys)[:, 0],
-            "labels": self._images.labels(rows),
             "counts": np.ones(len(rows), bool),
+            **batch,
+            "noise": noise.normal(self._seed, noise.NOISE, keys, batch["images"].shape[1:]),
+            "time": noise.uniform(self._seed, noise.TIME, keys)[:, 0],
         }
 
 
@@ -75,15 +95,11 @@ class Digits:
         images, labels = load_digits(return_X_y=True)
         self._images = (images[first:last] / 8.0 - 1.0).astype(np.float32).reshape(-1, 1, 8, 8)
         self._labels = labels[first:last].astype(np.int64)
+        self.buckets = {(8, 8): np.arange(len(self._labels))}
+        self.empty: Mapping[str, npt.NDArray] = MappingProxyType({})
 
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def images(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        return self._images[rows]
-
-    def labels(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        return self._labels[rows]
+    def load(self, rows: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]) -> Batch:
+        return {"images": self._images[rows], "labels": self._labels[rows]}
 
 
 class SyntheticImages:
@@ -91,12 +107,9 @@ class SyntheticImages:
 
     def __init__(self, shape: tuple[int, int, int], num_classes: int):
         self._shape, self._num_classes = shape, num_classes
+        self.buckets = {shape[1:]: np.arange(1 << 20)}
+        self.empty: Mapping[str, npt.NDArray] = MappingProxyType({})
 
-    def __len__(self) -> int:
-        return 1 << 20
-
-    def images(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        return noise.normal(0, noise.NOISE, rows, self._shape)
-
-    def labels(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        return (rows % self._num_classes).astype(np.int64)
+    def load(self, rows: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]) -> Batch:
+        labels = (rows % self._num_classes).astype(np.int64)
+        return {"images": noise.normal(0, noise.NOISE, rows, self._shape), "labels": labels}

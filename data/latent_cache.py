@@ -195,6 +195,11 @@ class LatentCache:
         return {bucket: np.concatenate(found[bucket]) for bucket in sorted(found)}
 
     @cached_property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """Of every row, without a look at the rest of them."""
+        return np.concatenate([shard.file.get_tensor("labels") for shard in self._shards if len(shard.sums)])
+
+    @cached_property
     def identity(self) -> dict[str, Any]:
         content = xxhash.xxh3_128()
         for shard in self._shards:

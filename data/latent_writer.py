@@ -7,7 +7,7 @@ ranks, and so are the bytes. A run after a kill keeps the shards that are there 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_ds.data import noise
-from megatron_ds.data.aspect_buckets import Size, make_buckets, nearest_bucket
+from megatron_ds.data.aspect_buckets import Size, bucket_rows, make_buckets
 from megatron_ds.data.cache import first_difference
 from megatron_ds.data.image_scan import OnError, usable_rows
 from megatron_ds.data.image_source import ImageSource
@@ -124,7 +124,7 @@ class CacheWriter:
         buckets = make_buckets(settings.resolution, settings.bucket_step, settings.max_ratio)
         rows = usable_rows(source, sizes, settings.on_error)
         self.unreadable = len(source) - len(rows)
-        self.shards = list(_cut(rows, nearest_bucket(sizes[rows], buckets), buckets, settings.shard_rows))
+        self.shards = list(_cut(bucket_rows(rows, sizes[rows], buckets), settings.shard_rows))
         self.plan = Plan(
             {
                 "version": VERSION,
@@ -278,15 +278,9 @@ class Encoders:
         return arrays
 
 
-def _cut(
-    rows: npt.NDArray[np.int64], places: npt.NDArray[np.int64], buckets: Sequence[Size], shard_rows: int
-) -> Iterator[ShardRows]:
-    number = 0
-    for place, bucket in enumerate(buckets):
-        here = rows[places == place]
-        for start in range(0, len(here), shard_rows):
-            yield ShardRows(number, bucket, here[start : start + shard_rows])
-            number += 1
+def _cut(buckets: Mapping[Size, npt.NDArray[np.int64]], shard_rows: int) -> Iterator[ShardRows]:
+    parts = [(b, rows[i : i + shard_rows]) for b, rows in buckets.items() for i in range(0, len(rows), shard_rows)]
+    return (ShardRows(number, bucket, rows) for number, (bucket, rows) in enumerate(parts))
 
 
 def _is_whole(path: Path, plan: Plan) -> bool:

@@ -26,6 +26,11 @@ class SampleSource(Protocol):
     def rows(self, rows: npt.ArrayLike) -> Batch: ...
 
 
+LATENTS = "latents"
+"""Of :attr:`Sources.identity`: the VAE whose latents a model is trained on, with their ``scale`` and ``shift``. Without
+it images are pixels. A run cannot go on with others: what its weights have learnt would be about something else."""
+
+
 @dataclass(frozen=True)
 class Sources:
     """Samples by split; None where the split has no weight. ``notes``: what a run should say about its data.

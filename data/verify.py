@@ -61,6 +61,11 @@ def file_identity(path: Path) -> dict[str, Any]:
     }
 
 
+def content_identity(path: Path) -> dict[str, Any]:
+    """As :func:`file_identity`, and the same for a copy of the file."""
+    return {name: value for name, value in file_identity(path).items() if name != "mtime_ns"}
+
+
 def dataset_identity(dataset: IndexedDataset) -> dict[str, Any]:
     """Identity of its files; with the inode's change time, which no tool sets back."""
     paths = {"bin": dataset.bin_path, "idx": dataset.idx_path, MASK_SUFFIX: mask_path(dataset.prefix)}

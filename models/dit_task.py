@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_ds.config.diffusion import DiffusionRun, DiTConfig
-from megatron_ds.data.image_samples import DiffusionSamples, Digits, Images, SyntheticImages
 from megatron_ds.data.samples import Batch, Sources
 from megatron_ds.mesh import Mesh
+from megatron_ds.models.diffusion_sources import open_diffusion_sources
 from megatron_ds.models.dit import TIME_CHANNELS, DiT, MicroBatch, activation_shape
 from megatron_ds.models.transformer import StageSettings
 from megatron_ds.pipeline.stage import Activations, LayerCosts, StageSpan
@@ -57,16 +57,7 @@ class DiTTask:
         return None
 
     def open_sources(self) -> Sources:
-        data, m = self.config.data, self.config.model
-        if data.source == "digits":
-            train, valid = Digits(data.valid), self._samples(Digits(0, data.valid))
-            return Sources(self._samples(train), valid, identity={"images": "digits", "number": len(train)})
-        made_up = SyntheticImages((m.channels, m.image_size, m.image_size), m.num_classes)
-        return Sources(self._samples(made_up), identity={"images": "synthetic"})
-
-    def _samples(self, images: Images) -> DiffusionSamples:
-        c = self.config
-        return DiffusionSamples(images, c.seed, c.model.num_classes, c.objective.condition_dropout)
+        return open_diffusion_sources(self.config)
 
     def count(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Elements of the images, or of their latents, whose size is a micro-batch's own."""

@@ -23,7 +23,7 @@ EXTRAS = {name: [Requirement(text) for text in texts] for name, texts in PROJECT
 PINS = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
 
 # Modules that come with a declared dependency: its own requirement, and part of what it is, or its other name.
-COMES_WITH = {"pyarrow": "datasets", "yaml": "datasets", "sklearn": "scikit_learn"}
+COMES_WITH = {"PIL": "pillow", "pyarrow": "datasets", "yaml": "datasets", "sklearn": "scikit_learn"}
 
 
 def python_files(*folders: str) -> list[Path]:

@@ -15,6 +15,7 @@ import tyro
 
 from megatron_ds.checkpoint import Checkpoint
 from megatron_ds.convert.dit_folder import kind_of
+from megatron_ds.data.latent_decoder import LatentDecoder, check_decoder
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.samplers import Sampler, make_scheduler, run_of_checkpoint, save_grid
 from megatron_ds.train.launch import RankInfo, job, run_main, set_threads
@@ -41,6 +42,8 @@ class Options:
     weights: Literal["average", "last"] | None = None
     """The moving average of the weights or those of the last step. Default: the average where there is one."""
     seed: int = 0
+    vae: Path | None = None
+    """Folder of the VAE whose latents the model was trained on; they are decoded with the checkpoint's own scale."""
     batch: int = 64
     """Images that a replica draws at once."""
     tp: int = 1
@@ -55,7 +58,8 @@ def main(place: RankInfo) -> int:
             device = place.device(options.device)
             with Checkpoint(options.checkpoint) as source:
                 kind = kind_of(source, None if options.weights is None else options.weights == "average")
-                where = str(source.directory)
+                where, meta = str(source.directory), source.meta
+                check_decoder(meta, options.vae, where)
                 run = run_of_checkpoint(source.meta, where, options.tp, options.pp, place.world_size)
             scheduler = options.scheduler or ("flow" if run.objective.is_flow else "ddim")
             make_scheduler(run.objective, scheduler)
@@ -67,6 +71,8 @@ def main(place: RankInfo) -> int:
         sampler = Sampler(run, options.checkpoint, kind, mesh)
         images = sampler.sample(labels, scheduler, options.steps, options.guidance, options.seed, options.batch)
         if mesh.rank == 0:
+            if options.vae is not None:
+                images = LatentDecoder(options.vae, meta, device).decode(images)
             save_grid(images, options.columns, options.output)
             print(options.output)
     return 0

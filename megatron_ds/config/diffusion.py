@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from megatron_ds.config.schema import BaseDataConfig, BaseModelConfig, BaseRunConfig, BaseTrainConfig, Section
+from megatron_ds.config.image_data import UNUSED as IMAGE_DATA_UNUSED
+from megatron_ds.config.image_data import DiffusionDataConfig, image_data_faults
+from megatron_ds.config.schema import BaseModelConfig, BaseRunConfig, BaseTrainConfig, Section
 from megatron_ds.config.unused import Unused, unused_faults
 from megatron_ds.errors import divisors, multiples_around
 from megatron_ds.mesh import MeshShape
@@ -119,16 +121,6 @@ class ObjectiveConfig(Section):
         return self.schedule == "flow"
 
 
-class DiffusionDataConfig(BaseDataConfig):
-    """Where the images come from."""
-
-    source: Literal["digits", "synthetic"] = Field(
-        "synthetic",
-        description="scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, or noise for measuring speed.",
-    )
-    valid: int = Field(128, gt=0, description="digits: images kept for validation.")
-
-
 class DiffusionTrainConfig(BaseTrainConfig):
     """How much, and in what portions."""
 
@@ -154,13 +146,7 @@ class DiffusionRun(BaseRunConfig):
         yield from _model_faults(self, shape.tp)
         yield from _objective_faults(self.objective)
         yield from unused_faults(self, _UNUSED)
-        if self.data.source == "digits" and (self.model.image_size, self.model.channels) != (8, 1):
-            yield (
-                f"data.source='digits' has images of 8 x 8 x 1, not model.image_size={self.model.image_size} and "
-                f"model.channels={self.model.channels}; use 8 and 1"
-            )
-        if self.data.source == "digits" and self.model.num_classes < 10:
-            yield f"model.num_classes={self.model.num_classes} is less than the 10 of data.source='digits'; use 10"
+        yield from image_data_faults(self)
 
 
 _UNUSED = (
@@ -184,7 +170,7 @@ _UNUSED = (
         lambda c: not c.objective.is_flow,
         "objective.schedule='flow' ends in noise alone anyway",
     ),
-    Unused(("data.valid",), lambda c: c.data.source == "digits", "data.source={c.data.source!r} has no end"),
+    *IMAGE_DATA_UNUSED,
 )
 
 

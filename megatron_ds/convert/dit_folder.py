@@ -30,6 +30,7 @@ from megatron_ds.config.read import from_dict, values_to_toml
 from megatron_ds.convert.folder import file_name, write_index
 from megatron_ds.convert.hugging_face import MODEL_TOML, new_folder, publish_folder
 from megatron_ds.convert.settings import Settings, must_be
+from megatron_ds.data.latent_decoder import check_decoder, latents_of
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.files import read_json, write_text_durably
 from megatron_ds.models.dit import DiT
@@ -310,6 +311,7 @@ def export_pipeline(
     with Checkpoint(checkpoint) as source:
         config = model_config(DiTConfig, source.meta, source.directory)
         objective = from_dict(ObjectiveConfig, source.meta["config"].get("objective", {}), str(source.directory))
+        _check_latents(source, None if vae is None else Path(vae))
     if objective.is_flow:
         raise ConfigError(
             "DiTPipeline knows no scheduler of rectified flow; export the transformer alone, or sample with "
@@ -344,6 +346,16 @@ def export_pipeline(
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return folder
+
+
+def _check_latents(source: Checkpoint, vae: Path | None) -> None:
+    """A `DiTPipeline` decodes with the VAE's own scale and knows no shift."""
+    check_decoder(source.meta, vae, source.directory)
+    if (trained := latents_of(source.meta)) is not None and trained["shift"]:
+        raise ConfigError(
+            f"{source.directory}: latents are shifted by {trained['shift']}, which DiTPipeline does not undo; export "
+            "the transformer alone, or sample with tools/sample_images.py"
+        )
 
 
 def identity_vae(channels: int) -> Any:

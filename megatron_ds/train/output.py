@@ -25,6 +25,7 @@ from megatron_ds.checkpoint.directory import steps_in
 from megatron_ds.checkpoint.manifest import step_name
 from megatron_ds.config import BaseRunConfig, from_dict, read_toml, to_toml
 from megatron_ds.data.cache import locked
+from megatron_ds.data.samples import LATENTS
 from megatron_ds.errors import ConfigError
 from megatron_ds.files import read_bytes, replacing
 from megatron_ds.train.report import MOST_BYTES
@@ -190,10 +191,16 @@ def check_data(before: dict[str, Any] | None, now: dict[str, Any] | None, change
     """How the data differs from the data that a run was trained on before, where ``data.changed`` accepts that.
 
     Raises:
-        ConfigError: it differs, and that is not accepted.
+        ConfigError: it differs, and that is not accepted, or is of another VAE or scale of latents.
     """
     if before is None or now is None or _content(before) == _content(now):
         return []
+    if before.get(LATENTS) != now.get(LATENTS):
+        raise ConfigError(
+            f"checkpoint.resume: this run was trained on {_latents(before)}, and the data has {_latents(now)}: the "
+            "model would see and draw something else than it has learnt. Use the data of before, or start a run of its "
+            "own with checkpoint.init_from"
+        )
     text = "; ".join(_data_changes(before, now))
     if changed == "accept":
         return [f"data changed, as accepted: {text}"]
@@ -202,6 +209,11 @@ def check_data(before: dict[str, Any] | None, now: dict[str, Any] | None, change
         "order, and some that were kept for validation would be trained on. Use the data of before, or continue on "
         "purpose with --data.changed accept"
     )
+
+
+def _latents(identity: dict[str, Any]) -> str:
+    found = identity.get(LATENTS)
+    return "pixels" if found is None else f"latents of scale {found['scale']}, shift {found['shift']}, {found['vae']}"
 
 
 def _data_changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:

@@ -1,0 +1,177 @@
+"""Tar shards as WebDataset has them: ``key.jpg`` with ``key.txt`` or ``key.cls`` or ``key.json``, read at random.
+
+Each member's place is looked up once and kept beside the shards. A caption is the text of ``key.txt``, or ``caption``
+or ``text`` of ``key.json``; a class is the number in ``key.cls``, or ``label`` of ``key.json``.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ds.data.cache import cached_arrays
+from megatron_ds.data.image_folders import SUFFIXES
+from megatron_ds.data.verify import content_identity
+from megatron_ds.errors import DataError
+from megatron_ds.files import parse_json
+
+_NONE = (-1, -1, -1)
+_PLACES = ("image", "text")
+_MOST_TEXT = 1 << 20
+
+
+@dataclass
+class _Sample:
+    """``image`` and ``text``: number of the tar, offset and size."""
+
+    key: str
+    image: tuple[int, int, int] = _NONE
+    text: tuple[int, int, int] = _NONE
+    described: dict[str, Any] = field(default_factory=dict)
+    label: int = -1
+
+
+def find_tars(path: Path) -> list[Path]:
+    """The shards of a folder, or the one that ``path`` is."""
+    if path.is_file():
+        return [path] if path.suffix == ".tar" else []
+    return sorted(path.rglob("*.tar"))
+
+
+class TarImages:
+    """An :class:`~megatron_ds.data.image_source.ImageSource`, in the order of the shards' names and members.
+
+    Raises:
+        DataError: no tar, a compressed or damaged one, no image in them, or captions or classes of some alone.
+    """
+
+    def __init__(self, path: Path, tars: Sequence[Path], cache_dir: Path | None = None):
+        if not tars:
+            raise DataError(f"{path} holds no .tar; compressed ones cannot be read at random: decompress them")
+        self._tars = list(tars)
+        self.identity: Mapping[str, Any] = {"images": "tar", "shards": [content_identity(tar) for tar in tars]}
+        beside = path.with_name(f"{path.name}.image-index")
+        index = cached_arrays(beside, dict(self.identity), self._index, cache_dir)
+        self._places = {kind: index[kind] for kind in _PLACES}
+        self._names, self._ends = index["names"], index["ends"]
+        if not len(self):
+            raise DataError(f"{path}: the tars hold no image ({', '.join(sorted(SUFFIXES))})")
+        self.captioned = bool((index["captioned"] >= 0).all())
+        self.labels = index["labels"] if bool((index["labels"] >= 0).all()) else None
+        self.classes: tuple[str, ...] = ()
+        for what, kept in (("caption", index["captioned"] >= 0), ("class", index["labels"] >= 0)):
+            if kept.any() and not kept.all():
+                row = int(kept.argmin())
+                raise DataError(
+                    f"{int((~kept).sum())} of the {len(self)} images in {path} have no {what}, {self.name(row)} first; "
+                    "give all one, or none"
+                )
+
+    def _index(self) -> dict[str, npt.NDArray]:
+        with ThreadPoolExecutor() as pool:
+            per_tar = pool.map(lambda numbered: list(_samples(*numbered)), enumerate(self._tars))
+            samples = [sample for found in per_tar for sample in found]
+        names = [sample.key.encode() for sample in samples]
+        return {
+            **{
+                kind: np.array([getattr(sample, kind) for sample in samples], np.int64).reshape(-1, 3)
+                for kind in _PLACES
+            },
+            "captioned": np.array([sample.text[0] for sample in samples], np.int64),
+            "labels": np.array([sample.label for sample in samples], np.int64),
+            "names": np.frombuffer(b"".join(names), np.uint8),
+            "ends": np.cumsum([len(name) for name in names], dtype=np.int64),
+        }
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def name(self, row: int) -> str:
+        start = int(self._ends[row - 1]) if row else 0
+        key = self._names[start : int(self._ends[row])].tobytes().decode()
+        return f"{self._tars[int(self._places['image'][row, 0])]}: {key}"
+
+    def content(self, row: int) -> bytes:
+        return self._read("image", row)
+
+    def caption(self, row: int) -> str:
+        return "" if not self.captioned else _caption(self._read("text", row))
+
+    def _read(self, kind: str, row: int) -> bytes:
+        number, offset, size = self._places[kind][row].tolist()
+        return _member(self._tars[number], offset, size)
+
+
+def _member(tar: Path, offset: int, size: int) -> bytes:
+    try:
+        with tar.open("rb") as file:
+            file.seek(offset)
+            content = file.read(size)
+    except OSError as error:
+        raise DataError(f"{tar} cannot be read: {error}") from None
+    if len(content) != size:
+        raise DataError(f"{tar} is cut off: it ends before a member that it had when it was indexed")
+    return content
+
+
+def _samples(number: int, path: Path) -> Iterator[_Sample]:
+    """The images of a shard in the order of their first members."""
+    found: dict[str, _Sample] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                folder, _, file = member.name.rpartition("/")
+                base, _, suffix = file.partition(".")
+                if member.isreg() and base:
+                    key = f"{folder}/{base}" if folder else base
+                    _add(found.setdefault(key, _Sample(key)), suffix.lower(), number, path, member)
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{path} cannot be read as an uncompressed tar: {error}") from None
+    yield from (sample for sample in found.values() if sample.image != _NONE)
+
+
+def _add(sample: _Sample, suffix: str, number: int, path: Path, member: tarfile.TarInfo) -> None:
+    place = (number, member.offset_data, member.size)
+    if f".{suffix}" in SUFFIXES:
+        sample.image = place
+        return
+    if suffix not in ("txt", "cls", "json") or member.size > _MOST_TEXT:
+        return
+    content = _member(path, member.offset_data, member.size)
+    try:
+        if suffix == "txt":
+            sample.text = place
+        elif suffix == "cls":
+            sample.label = int(content)
+        else:
+            described = parse_json(content)
+            if sample.text == _NONE and _described(described) is not None:
+                sample.text = place
+            if sample.label < 0 and isinstance(described.get("label"), int):
+                sample.label = described["label"]
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path}: {member.name} cannot be read: {error}") from None
+
+
+def _described(values: Mapping[str, Any]) -> str | None:
+    text = values.get("caption", values.get("text"))
+    return text if isinstance(text, str) else None
+
+
+def _caption(content: bytes) -> str:
+    """Of a text file, or of a JSON object."""
+    text = content.decode("utf-8", errors="replace").strip()
+    if text.startswith("{"):
+        try:
+            described = _described(parse_json(content))
+        except (ValueError, AttributeError):
+            return text
+        return text if described is None else described.strip()
+    return text

@@ -1,0 +1,203 @@
+"""Images from folders, tars and image sets of `datasets`: the same images are the same samples, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from small_images import CROPS, encoded, photograph, write_captions, write_classes
+
+from megatron_ds.data.aspect_buckets import bucket_rows, make_buckets
+from megatron_ds.data.image_samples import DiffusionSamples
+from megatron_ds.data.image_scan import image_sizes, usable_rows
+from megatron_ds.data.image_source import ImageSource, open_images
+from megatron_ds.data.image_transforms import Crop, UndecodableImage, load_pixels, size_of
+from megatron_ds.data.stored_images import Augmentation, DecodedImages, split_rows
+from megatron_ds.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ten images with classes, and the five with captions, as a folder, as tars and as an image set."""
+    import datasets
+
+    root = tmp_path_factory.mktemp("images")
+    labelled, described = open_images(write_classes(root / "classes")), open_images(write_captions(root / "captions"))
+    assert labelled.labels is not None
+    (root / "class-tars").mkdir()
+    for shard, rows in enumerate((range(6), range(6, 10))):
+        members = [
+            (f"{row:04d}.{kind}", content)
+            for row in rows
+            for kind, content in (("cls", str(labelled.labels[row]).encode()), ("png", labelled.content(row)))
+        ]
+        write_tar(root / "class-tars" / f"{shard}.tar", members)
+    members = [(f"some/{row}.jpg", described.content(row)) for row in range(5)]
+    members += [(f"some/{row}.txt", described.caption(row).encode()) for row in range(4)]
+    write_tar(root / "caption.tar", [*members, ("some/4.json", b'{"caption": "a temple with 4 roofs", "width": 3}')])
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["china", "flower"])})
+    images = [{"bytes": labelled.content(row), "path": None} for row in range(10)]
+    table = datasets.Dataset.from_dict({"image": images, "label": labelled.labels.tolist()}, features=kinds)
+    table.save_to_disk(str(root / "set"))
+    datasets.DatasetDict({"train": table}).save_to_disk(str(root / "splits"))
+    (root / "parquet").mkdir()
+    table.to_parquet(str(root / "parquet" / "0.parquet"))
+    return root
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def samples_of(path: Path, **augmentation: object) -> DiffusionSamples:
+    source = open_images(path)
+    sizes = image_sizes(source, path)
+    rows = usable_rows(source, sizes, "skip")
+    buckets = bucket_rows(rows, sizes[rows], make_buckets(32, 8, 2.0))
+    images = DecodedImages(source, buckets, Augmentation(workers=2, **augmentation), 3, 3)  # type: ignore[arg-type]
+    return DiffusionSamples(images, 3, 10, 0.1, block=2)
+
+
+@pytest.mark.parametrize("kind", ["class-tars", "set", "parquet"])
+def test_the_same_images_are_the_same_samples(
+    kind: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    folder, other = (
+        samples_of(root / "classes", crop="random", flip=True),
+        samples_of(root / kind, crop="random", flip=True),
+    )
+    assert len(folder) == len(other) == 10
+    for places in (np.arange(2), np.arange(14, 16), np.arange(102, 104)):
+        one, two = folder.batch(places), other.batch(places)
+        assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
+    plain = samples_of(root / "classes")
+    whole = [
+        np.concatenate([s.batch(np.arange(p, p + 2))["images"][:, :, :8, :8] for p in range(0, 40, 2)])
+        for s in (folder, plain)
+    ]
+    assert (
+        0.6 < np.mean([not np.array_equal(one, two) for one, two in zip(*whole)]) < 1
+    )  # squares that are not mirrored
+
+
+def test_captions(root: Path, tmp_path: Path) -> None:
+    wanted = [f"a temple with {number} roofs" for number in range(5)]
+    folder = tmp_path / "listed"
+    folder.mkdir()
+    for number in range(5):
+        shutil.copy(root / "captions" / f"{number}.png", folder)
+    lines = [f'{{"file_name": "{n}.png", "text": "{text}"}}\n' for n, text in enumerate(wanted)]
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    for source in map(open_images, (root / "captions", folder, root / "caption.tar")):
+        assert source.captioned and source.labels is None
+        assert [source.caption(row) for row in range(len(source))] == wanted
+    (folder / "metadata.jsonl").write_text("".join(lines[:3]))
+    with pytest.raises(DataError, match=r"2 of the 5 images in .* have no caption, 3.png first: write one to 3.txt"):
+        open_images(folder)
+    (folder / "metadata.jsonl").write_text("".join(lines) + '{"file_name": 7}')
+    with pytest.raises(DataError, match=r"metadata.jsonl, line 6: KeyError 'text'"):
+        open_images(folder)
+
+
+def test_a_file_is_turned_resized_cropped_and_mirrored() -> None:
+    image = photograph("china").crop((0, 0, 90, 60))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by 90 degrees
+    content = encoded(image.transpose(Image.Transpose.ROTATE_90), "PNG", exif=turned)
+    assert size_of(content) == (60, 90) == size_of(encoded(image))
+    whole = np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1
+    assert np.abs(load_pixels(content, Crop(60, 90)).values - whole).max() < 1e-6
+    found = load_pixels(content, Crop(60, 40, (0.0, 1.0 - 1e-9)))
+    assert np.abs(found.values - whole[:, :, 50:]).max() < 1e-6
+    assert found.crop_top_left == (0, 50) and found.original_size == (60, 90)
+    mirrored = load_pixels(content, Crop(60, 40, (0.0, 1.0 - 1e-9), flip=True))
+    assert np.array_equal(mirrored.values, found.values[:, :, ::-1]) and mirrored.crop_top_left == (0, 0)
+    assert load_pixels(content, Crop(60, 40)).crop_top_left == (0, 25)
+    half = np.asarray(image.resize((45, 30), Image.Resampling.LANCZOS), np.float32).transpose(2, 0, 1) / 127.5 - 1
+    assert np.abs(load_pixels(content, Crop(30, 45)).values - half).max() < 1e-6
+    grey = load_pixels(content, Crop(60, 90), channels=1)
+    assert grey.values.shape == (1, 60, 90)
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert (load_pixels(encoded(clear), Crop(4, 4)).values == 1).all()  # what is transparent is white
+    deep = Image.fromarray(np.full((4, 4), 65535, np.uint16))
+    assert load_pixels(encoded(deep), Crop(4, 4), 1).values.min() > 0.98
+    for bad in (b"", b"%!PS-Adobe-3.0 EPSF-3.0\n", content[: len(content) // 2]):
+        with pytest.raises(UndecodableImage):
+            load_pixels(bad, Crop(60, 90))
+
+
+def test_an_image_that_does_not_decode_counts_nothing_or_ends_the_run(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(root / "classes", tmp_path / "classes")
+    path = tmp_path / "classes" / "china" / "1.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    samples = samples_of(tmp_path / "classes", on_error="skip")
+    batches = [samples.batch(np.arange(place, place + 2)) for place in range(0, 20, 2)]
+    counts = np.concatenate([batch["counts"] for batch in batches])
+    assert counts.tolist().count(False) == 2  # once an epoch
+    assert sum(not batch["images"][at].any() for batch in batches for at in range(2)) == 2
+    assert len(caplog.messages) == 1 and "china/1.png cannot be decoded and counts nothing" in caplog.text
+    fatal = samples_of(tmp_path / "classes", on_error="fail")
+    with pytest.raises(DataError, match=r"china/1.png cannot be decoded: .*data.on_error=skip"):
+        for place in range(0, 20, 2):
+            fatal.batch(np.arange(place, place + 2))
+
+
+def test_a_tar_that_is_damaged_or_no_longer_the_same(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tars"
+    shutil.copytree(root / "class-tars", folder)
+    source = open_images(folder)
+    first = folder / "0.tar"
+    content = first.read_bytes()
+    first.write_bytes(content[: len(content) // 4])
+    with pytest.raises(DataError, match="is cut off: it ends before a member"):
+        source.content(5)
+    with pytest.raises(DataError, match=r"0.tar cannot be read as an uncompressed tar"):
+        open_images(folder)
+    first.write_bytes(content)
+    again = open_images(folder)
+    assert again.identity == source.identity and again.content(5) == source.content(5)
+    image = again.content(0)
+    write_tar(first, [("0.png", image), ("0.cls", b"1"), ("1.png", image)])
+    with pytest.raises(DataError, match=r"1 of the 6 images in .* have no class, .*0.tar: 1 first"):
+        open_images(folder)
+    write_tar(first, [("0.png", image), ("0.cls", b"one")])
+    with pytest.raises(DataError, match=r"0.tar: 0.cls cannot be read: invalid literal"):
+        open_images(folder)
+
+
+def test_what_holds_no_images(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write_tar(tmp_path / "text.tar", [("0.txt", b"a")])
+    for path, kind, message in (
+        (tmp_path / "empty", None, "holds no image file"),
+        (tmp_path / "empty", "tar", "holds no .tar; compressed ones cannot be read at random"),
+        (tmp_path / "empty", "dataset", "no image set of `datasets`"),
+        (tmp_path / "text.tar", None, "the tars hold no image"),
+        (tmp_path / "nowhere", None, "does not exist"),
+        (root / "splits", None, "holds several splits; give one: .*/splits/train"),
+    ):
+        with pytest.raises(DataError, match=message):
+            open_images(path, kind)  # type: ignore[arg-type]
+    for name in ("a", "b"):
+        (tmp_path / "empty" / f"{name}.png").write_text("no image")
+    source: ImageSource = open_images(tmp_path / "empty")
+    sizes = image_sizes(source, tmp_path / "empty")
+    with pytest.raises(DataError, match=r"2 of 2 images cannot be decoded: .*a.png, .*b.png; remove"):
+        usable_rows(source, sizes, "skip")
+    with pytest.raises(DataError, match=r"data.valid=10 of 10 images leaves none"):
+        split_rows(np.arange(10), 10)
+    train, valid = split_rows(np.arange(10), 3)
+    assert valid.tolist() == [0, 3, 6] and sorted([*train, *valid]) == list(range(10)) and len(CROPS) == 5
