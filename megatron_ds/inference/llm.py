@@ -23,6 +23,7 @@ from megatron_ds.inference.block_pool import BlockPool
 from megatron_ds.inference.invariant_recipe import BatchInvariant
 from megatron_ds.inference.model_runner import CacheSize, ModelRunner, local_kv_heads
 from megatron_ds.inference.outputs import RequestOutput
+from megatron_ds.inference.packed_recipe import pack_model
 from megatron_ds.inference.quantized_recipes import quantize_model, require_scheme
 from megatron_ds.inference.ranks import Ranks
 from megatron_ds.inference.sampling_params import SamplingParams
@@ -120,7 +121,7 @@ class LLM:
                 "max_model_len, or split the model over more ranks (tensor_parallel_size)"
             )
         pool = BlockPool(blocks, block_size, enable_prefix_caching)
-        runner = ModelRunner(stage, mesh, CacheSize(blocks, block_size, cache_dtype), head)
+        runner = ModelRunner(stage, mesh, CacheSize(blocks, block_size, cache_dtype), head, batch_invariant)
         batcher = Batcher(pool, max_num_seqs, max_num_batched_tokens, num_speculative_tokens)
         self.engine = ServingEngine(runner, batcher, mesh, self.max_model_len, self.tokenizer, ends)
         self._numbers = itertools.count()
@@ -315,10 +316,11 @@ def _require_recipes(quantization: str | None, source: served_model.Source, batc
 
 def _recipes(stage: Transformer, quantization: str | None, batch_invariant: bool) -> Recipe | None:
     """How the layers of a stage multiply; returns how its head does."""
+    if batch_invariant:
+        use_recipe(stage, lambda spec: BatchInvariant())
+        return BatchInvariant()
     if quantization is None:
-        if batch_invariant:
-            use_recipe(stage, lambda spec: BatchInvariant())
-        return BatchInvariant() if batch_invariant else None
+        return pack_model(stage)
     return quantize_model(stage, stage.output_weight if stage.span.head else None, quantization)
 
 

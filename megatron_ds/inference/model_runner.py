@@ -37,10 +37,13 @@ class ModelRunner:
     Args:
         model: in evaluation mode, without sequence parallelism. size: of the cache.
         head_recipe: of the product with the vocabulary.
+        apart: attend to texts one by one, so that no bit depends on what else is computed.
     """
 
-    def __init__(self, model: Transformer, mesh: Mesh, size: CacheSize, head_recipe: Recipe | None = None):
-        self.model, self.mesh, self.block_size = model, mesh, size.size
+    def __init__(
+        self, model: Transformer, mesh: Mesh, size: CacheSize, head_recipe: Recipe | None = None, apart: bool = False
+    ):
+        self.model, self.mesh, self.apart = model, mesh, apart
         self.device, self.head_recipe = mesh.device, head_recipe or OwnPrecision()
         layers = [int(name) for name in model.layers]
         heads, head_dim = local_kv_heads(model), model.config.head_size
@@ -57,7 +60,7 @@ class ModelRunner:
             "tokens": torch.tensor([[t for of_span in tokens for t in of_span]], device=self.device),
             "position_ids": torch.tensor([[p for of_span in places for p in of_span]], device=self.device),
         }
-        batch = PagedBatch(self.cache, self._paged(plan.spans), lambda site: (site - 1) // SITES_A_BLOCK)
+        batch = PagedBatch(self.cache, _paged(plan.spans), lambda site: (site - 1) // SITES_A_BLOCK, self.apart)
         pp = self.mesh.pp
         hidden = None
         if not pp.is_first:
@@ -70,12 +73,10 @@ class ModelRunner:
         wanted = self.model.head_input(hidden[torch.tensor(rows, dtype=torch.int64, device=self.device)])
         return self.model.local_logits(wanted, self.head_recipe.product)[:, 0]
 
-    def _paged(self, spans: Many[Span]) -> list[PagedSpan]:
-        found, first = [], 0
-        within = torch.arange(self.block_size)
-        for span in spans:
-            blocks = torch.tensor(span.sequence.blocks)
-            slots = (blocks.unsqueeze(1) * self.block_size + within).flatten()[: span.start + span.count]
-            found.append(PagedSpan(first, span.count, span.start, slots.to(self.device)))
-            first += span.count
-        return found
+
+def _paged(spans: Many[Span]) -> list[PagedSpan]:
+    found, first = [], 0
+    for span in spans:
+        found.append(PagedSpan(first, span.count, span.start, span.sequence.blocks))
+        first += span.count
+    return found

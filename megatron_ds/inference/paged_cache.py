@@ -1,7 +1,7 @@
 """The key/value cache in blocks, and the attention core that reads and writes it.
 
-Shapes: ``t`` tokens of a step, ``n`` heads and ``g`` key/value heads on this rank, ``d`` head dim, ``l`` tokens that a
-query may see.
+Shapes: ``t`` tokens of a step, ``n`` heads and ``g`` key/value heads on this rank, ``d`` head dim; ``b`` texts that are
+attended to together, ``c`` queries and ``l`` keys of each.
 """
 
 from __future__ import annotations
@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_ds.errors import ConfigError
-from megatron_ds.kernels.span_attention import span_attention
+from megatron_ds.kernels.span_attention import span_attention, span_bias
 from megatron_ds.layers.attention_cores import AttentionRules
+
+_SHORT = 64
+"""Texts of fewer tokens are padded to the longest of them, longer ones to less than twice their length."""
+_KEPT_BIASES = 1 << 23
+"""Elements of the biases of a step that are kept for all layers; more of them are made again by each."""
 
 
 class PagedCache:
@@ -34,7 +40,7 @@ class PagedCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ):
-        self.size = size
+        self.size, self.device = size, device
         shape = (blocks * size, kv_heads, head_dim)
         self.keys = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
         self.values = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
@@ -49,13 +55,17 @@ class PagedCache:
 
 @dataclass(frozen=True)
 class PagedSpan:
-    """Where a span's tokens are: rows ``first`` to ``first + count`` of the step, places ``start`` ... of the text,
-    whose tokens lie at ``slots [start + count]`` of the cache."""
+    """Rows ``first`` to ``first + count`` of the step: the tokens of a text from place ``start`` on, whose keys and
+    values are in ``blocks``."""
 
     first: int
     count: int
     start: int
-    slots: Tensor
+    blocks: list[int]
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count
 
 
 class PagedBatch:
@@ -63,26 +73,91 @@ class PagedBatch:
 
     Args:
         layer_of: from the number of an attention (its dropout site) to that of its layer.
+        apart: attend to the rows of one block of one text at a time: always the same ones together, whatever else is
+            computed.
     """
 
-    def __init__(self, cache: PagedCache, spans: Sequence[PagedSpan], layer_of: Callable[[int], int]):
-        self.cache, self.spans, self.layer_of = cache, spans, layer_of
-        self.written = torch.cat([span.slots[span.start :] for span in spans])
+    def __init__(
+        self, cache: PagedCache, spans: Sequence[PagedSpan], layer_of: Callable[[int], int], apart: bool = False
+    ):
+        self.cache, self.layer_of = cache, layer_of
+        self.slots = [_slots(span, cache.size) for span in spans]
+        written = [slots[span.start :] for span, slots in zip(spans, self.slots)]
+        self.written = torch.from_numpy(np.concatenate(written)).to(cache.device)
+        self.together = _apart(spans, cache.size) if apart else _together(spans)
 
     def make_core(
         self, rules: AttentionRules, length: int, head_dim: int, device: torch.device, dtype: torch.dtype
     ) -> PagedCore:
         if rules.layout is not None or not rules.causal:
             raise ConfigError("a key/value cache serves causal attention over all keys or a window, no sparse layout")
-        return PagedCore(self, rules)
+        tiles = [self._tile(numbered, rules) for numbered in self.together]
+        heads = 1 if rules.alibi is None else len(rules.alibi.slopes)
+        keep = heads * sum(tile.queries.numel() * tile.places.shape[1] for tile in tiles) <= _KEPT_BIASES
+        return PagedCore(self, rules, tiles, [tile.bias(rules, dtype) for tile in tiles] if keep else None)
+
+    def _tile(self, numbered: Sequence[tuple[int, PagedSpan]], rules: AttentionRules) -> _Tile:
+        spans = [span for _, span in numbered]
+        firsts = [0 if rules.window is None else max(0, span.start - rules.window + 1) for span in spans]
+        slots = [self.slots[number][first : span.stop] for (number, span), first in zip(numbered, firsts)]
+        most, count, device = max(map(len, slots)), spans[0].count, self.cache.device
+        padded = any(len(of_span) < most for of_span in slots)
+        every = np.empty((len(spans), most), np.int64)
+        for row, of_span in zip(every, slots):
+            row[: len(of_span)] = of_span
+            row[len(of_span) :] = of_span[0]  # hidden from the query; its own, for nobody reads the keys of others
+        plain = rules.window is None and rules.alibi is None and rules.softcap is None
+        return _Tile(
+            _index(np.concatenate([np.arange(span.first, span.first + count) for span in spans]), device),
+            _index(every.ravel(), device),
+            torch.tensor([[span.start] for span in spans], device=device) + torch.arange(count, device=device),
+            torch.tensor([[first] for first in firsts], device=device) + torch.arange(most, device=device),
+            causal=plain and count > 1 and spans[0].start == 0,
+            sees_all=rules.alibi is None and count == 1 and not padded,
+        )
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Queries that are attended to in one call, as many of each text.
+
+    Attributes:
+        rows: of the step, those of one text after those of another.
+        slots: of the cache, where their keys and values are, likewise.
+        queries, places: of queries and keys in their texts, ``[b, c]`` and ``[b, l]``.
+        causal: no rule but causality holds, and the queries are those of all keys.
+        sees_all: every query sees every key, without a bias.
+    """
+
+    rows: slice | Tensor
+    slots: slice | Tensor
+    queries: Tensor
+    places: Tensor
+    causal: bool
+    sees_all: bool
+
+    def bias(self, rules: AttentionRules, dtype: torch.dtype) -> Tensor | None:
+        if self.causal or self.sees_all:
+            return None
+        return span_bias(self.queries, self.places, dtype, rules.window, rules.alibi)
+
+    def read(self, of_layer: Tensor, dtype: torch.dtype) -> Tensor:
+        """``[b, l, g, d]`` of the cache's keys or values."""
+        return _rows(of_layer, self.slots).view(*self.places.shape, *of_layer.shape[1:]).to(dtype)
 
 
 @dataclass(frozen=True)
 class PagedCore:
-    """Writes the keys and values of the step, and attends to those of each span's text."""
+    """Writes the keys and values of the step, and attends to those of each span's text.
+
+    Attributes:
+        biases: of the tiles, for all layers; None: they are made by each.
+    """
 
     batch: PagedBatch
     rules: AttentionRules
+    tiles: list[_Tile]
+    biases: list[Tensor | None] | None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: int = 0) -> Tensor:
         """``q [t, 1, n, d]``, ``k, v [t, 1, g, d]`` -> ``[t, 1, n * d]``."""
@@ -90,27 +165,57 @@ class PagedCore:
         keys, values = self.batch.cache.keys[layer], self.batch.cache.values[layer]
         keys.index_copy_(0, self.batch.written, k[:, 0].to(keys.dtype))
         values.index_copy_(0, self.batch.written, v[:, 0].to(values.dtype))
-        out = torch.empty_like(q[:, 0])
-        for span in self.batch.spans:
-            # Rows of one block of the text at a time: always the same ones together, whatever the chunk.
-            for begin, end in _tiles(span.start, span.start + span.count, self.batch.cache.size):
-                first = 0 if self.rules.window is None else max(0, begin - self.rules.window + 1)
-                seen = span.slots[first:end]
-                rows = slice(span.first + begin - span.start, span.first + end - span.start)
-                out[rows] = span_attention(
-                    q[rows, 0],
-                    keys.index_select(0, seen).to(q.dtype),
-                    values.index_select(0, seen).to(q.dtype),
-                    window=self.rules.window,
-                    alibi=self.rules.alibi,
-                    softcap=self.rules.softcap,
-                    first=first,
-                )
+        q = q[:, 0]
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        for number, tile in enumerate(self.tiles):
+            bias = tile.bias(self.rules, q.dtype) if self.biases is None else self.biases[number]
+            found = span_attention(
+                _rows(q, tile.rows).reshape(*tile.queries.shape, *q.shape[1:]),
+                tile.read(keys, q.dtype),
+                tile.read(values, q.dtype),
+                bias,
+                tile.causal,
+                self.rules.softcap,
+            ).flatten(0, 1)
+            if isinstance(tile.rows, slice):
+                out[tile.rows] = found
+            else:
+                out.index_copy_(0, tile.rows, found)
         return out.flatten(1).unsqueeze(1)
 
 
-def _tiles(start: int, stop: int, size: int) -> Iterable[tuple[int, int]]:
-    while start < stop:
-        end = min(stop, start // size * size + size)
-        yield start, end
-        start = end
+def _slots(span: PagedSpan, size: int) -> np.ndarray:
+    """Where the tokens of a text are in the cache, up to the end of the span."""
+    return (np.array(span.blocks)[:, None] * size + np.arange(size)).ravel()[: span.stop]
+
+
+def _together(spans: Iterable[PagedSpan]) -> list[list[tuple[int, PagedSpan]]]:
+    """Numbered spans that are attended to in one call: those of one token and of about as long texts, or one alone."""
+    found: dict[tuple[int, int], list[tuple[int, PagedSpan]]] = {}
+    for number, span in enumerate(spans):
+        key = (-1, (span.start // _SHORT).bit_length()) if span.count == 1 else (number, 0)
+        found.setdefault(key, []).append((number, span))
+    return list(found.values())
+
+
+def _apart(spans: Iterable[PagedSpan], size: int) -> list[list[tuple[int, PagedSpan]]]:
+    """Numbered spans, cut where blocks end."""
+    found = []
+    for number, span in enumerate(spans):
+        start = span.start
+        while start < span.stop:
+            end = min(span.stop, start // size * size + size)
+            found.append([(number, PagedSpan(span.first + start - span.start, end - start, start, span.blocks))])
+            start = end
+    return found
+
+
+def _index(numbers: np.ndarray, device: torch.device | str) -> slice | Tensor:
+    """A slice, which copies nothing, where they are consecutive."""
+    if bool((np.diff(numbers) == 1).all()):
+        return slice(int(numbers[0]), int(numbers[-1]) + 1)
+    return torch.from_numpy(numbers).to(device)
+
+
+def _rows(x: Tensor, index: slice | Tensor) -> Tensor:
+    return x[index] if isinstance(index, slice) else x.index_select(0, index)

@@ -178,6 +178,11 @@ def use_weight(module: nn.Module, quantized: QuantizedWeight) -> None:
     """Let a linear layer multiply by ``quantized``; its parameter keeps its shape and the memory of one element."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     module.recipe = RECIPES[quantized.scheme](quantized, _split(module), weight.dtype)
+    release(weight)
+
+
+def release(weight: Tensor) -> None:
+    """Give back the memory of a weight that a recipe has in another form; it keeps its shape."""
     weight.data = weight.new_zeros(()).expand(weight.shape)
 
 

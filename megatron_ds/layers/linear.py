@@ -26,6 +26,17 @@ from megatron_ds.mesh import Axis
 from megatron_ds.shard import WHOLE, ShardedDim, ShardSpec, empty_parameter
 
 
+def _column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Linear) -> Tensor:
+    if torch.is_grad_enabled():
+        return _ColumnLinear.apply(x, weight, bias, layer)
+    return _column_product(x, weight, bias, layer)  # autograd's own time is felt where there are few tokens
+
+
+def _column_product(x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Linear) -> Tensor:
+    whole = comm.gather_dim0(x, layer.tp).wait() if layer.sequence_parallel else x
+    return layer.recipe.product(whole, _matrix(weight), None if bias is None else bias.view(-1))
+
+
 class _ColumnLinear(torch.autograd.Function):
     """``y = gather(x) @ w.T + b`` with the collective of each direction overlapped where something can hide it."""
 
@@ -33,8 +44,7 @@ class _ColumnLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Linear) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.tp, ctx.sequence_parallel, ctx.recipe = layer.tp, layer.sequence_parallel, layer.recipe
-        whole = comm.gather_dim0(x, ctx.tp).wait() if ctx.sequence_parallel else x
-        return ctx.recipe.product(whole, _matrix(weight), None if bias is None else bias.view(-1))
+        return _column_product(x, weight, bias, layer)
 
     @staticmethod
     @first_derivative_only
@@ -127,7 +137,7 @@ class ColumnParallelLinear(_Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and self.tp.size == 1:
             return self.recipe.traced(x, _matrix(self.weight), None if self.bias is None else self.bias.view(-1))
-        return _ColumnLinear.apply(x, self.weight, self.bias, self)
+        return _column_linear(x, self.weight, self.bias, self)
 
 
 class RepeatedKVLinear(_Linear):
@@ -165,12 +175,21 @@ class RepeatedKVLinear(_Linear):
         self.kv_head, self.first_query = tp.rank // ranks, tp.rank % ranks * self.queries
 
     def forward(self, x: Tensor) -> Tensor:
-        return _ColumnLinear.apply(x, self.own(self.weight), None if self.bias is None else self.own(self.bias), self)
+        return _column_linear(x, self.own(self.weight), None if self.bias is None else self.own(self.bias), self)
 
     def own(self, parameter: Tensor) -> Tensor:
         """``[q + 2, d, ...]`` of a parameter."""
         head = parameter[self.kv_head]
         return torch.cat((head[self.first_query : self.first_query + self.queries], head[-2:]))
+
+
+def _row_product(x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Linear) -> Tensor:
+    tp = layer.tp
+    # The first rank's product brings the bias, so that the sum has it once, without a pass of its own.
+    partial = layer.recipe.product(x, weight, bias if tp.is_first else None)
+    if tp.size == 1:
+        return partial
+    return comm.scatter_sum_dim0(partial, tp).wait() if layer.sequence_parallel else comm.all_reduce(partial, tp)
 
 
 class _RowLinear(torch.autograd.Function):
@@ -180,12 +199,7 @@ class _RowLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Linear) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.tp, ctx.sequence_parallel, ctx.recipe = layer.tp, layer.sequence_parallel, layer.recipe
-        tp: Axis = ctx.tp
-        if tp.size == 1:
-            return ctx.recipe.product(x, weight, bias)
-        # The first rank's product brings the bias, so that the sum has it once, without a pass of its own.
-        partial = ctx.recipe.product(x, weight, bias if tp.is_first else None)
-        return comm.scatter_sum_dim0(partial, tp).wait() if ctx.sequence_parallel else comm.all_reduce(partial, tp)
+        return _row_product(x, weight, bias, layer)
 
     @staticmethod
     @first_derivative_only
@@ -242,6 +256,8 @@ class RowParallelLinear(_Linear):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and self.tp.size == 1:
             return self.recipe.traced(x, self.weight, self.bias)
+        if not torch.is_grad_enabled():
+            return _row_product(x, self.weight, self.bias, self)
         return _RowLinear.apply(x, self.weight, self.bias, self)
 
 
