@@ -55,6 +55,7 @@ class DatasetImages:
         names = getattr(table.features[label], "names", None) if label is not None else None
         self.classes: tuple[str, ...] = tuple(names or ())
         self.identity: Mapping[str, Any] = {"images": "dataset", "files": [content_identity(file) for file in files]}
+        self.modified = ""  # the identity has a checksum
 
     def __len__(self) -> int:
         return len(self._table)

@@ -42,15 +42,18 @@ class ImageFolder:
         self.classes = tuple(sorted(parents)) if in_classes else ()
         numbers = {name: number for number, name in enumerate(self.classes)}
         self.labels = np.array([numbers[path.parts[0]] for path in paths], np.int64) if in_classes else None
-        self.identity = self._identity()
-
-    def _identity(self) -> Mapping[str, Any]:
-        """Of names, sizes and captions: reading every byte of a million files would take an hour."""
-        digest = xxhash.xxh3_128()
+        # Reading every byte of a million files would take an hour.
+        listing, times = xxhash.xxh3_128(), xxhash.xxh3_128()
         for row, path in enumerate(self._paths):
-            caption = self._captions[row] if self._captions is not None else ""
-            digest.update(f"{path}\0{(self._folder / path).stat().st_size}\0{caption}\0".encode())
-        return {"images": "folder", "number": len(self), "listing": digest.hexdigest()}
+            status = (folder / path).stat()
+            listing.update(f"{path}\0{status.st_size}\0{self.caption(row)}\0".encode())
+            times.update(f"{status.st_mtime_ns}\0".encode())
+        self.identity: Mapping[str, Any] = {
+            "images": "folder",
+            "number": len(self),
+            "listing": listing.hexdigest(),
+        }
+        self.modified = times.hexdigest()
 
     def __len__(self) -> int:
         return len(self._paths)

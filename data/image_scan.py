@@ -38,7 +38,7 @@ def image_sizes(source: ImageSource, path: Path, cache_dir: Path | None = None) 
             return {"sizes": np.array(list(pool.map(size, range(len(source)))), np.int64).reshape(-1, 2)}
 
     beside = path.with_name(f"{path.name}.image-sizes")
-    return cached_arrays(beside, dict(source.identity), build, cache_dir)["sizes"]
+    return cached_arrays(beside, {**source.identity, "modified": source.modified}, build, cache_dir)["sizes"]
 
 
 def usable_rows(source: ImageSource, sizes: npt.NDArray[np.int64], on_error: OnError) -> npt.NDArray[np.int64]:

@@ -21,13 +21,15 @@ class ImageSource(Protocol):
         classes: the names of the classes in the order of their labels; empty where they have none.
         labels: int64 ``[rows]``, or None where images have no class.
         captioned: whether images have captions.
-        identity: what tells these images from others, as JSON values.
+        identity: what tells these images from others, also where a copy of them lies, as JSON values.
+        modified: what changes besides whenever a file is written.
     """
 
     classes: tuple[str, ...]
     labels: npt.NDArray[np.int64] | None
     captioned: bool
     identity: Mapping[str, Any]
+    modified: str
 
     def __len__(self) -> int: ...
 

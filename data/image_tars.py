@@ -57,6 +57,7 @@ class TarImages:
             raise DataError(f"{path} holds no .tar; compressed ones cannot be read at random: decompress them")
         self._tars = list(tars)
         self.identity: Mapping[str, Any] = {"images": "tar", "shards": [content_identity(tar) for tar in tars]}
+        self.modified = ""  # the identity has a checksum
         beside = path.with_name(f"{path.name}.image-index")
         index = cached_arrays(beside, dict(self.identity), self._index, cache_dir)
         self._places = {kind: index[kind] for kind in _PLACES}

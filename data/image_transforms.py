@@ -16,6 +16,9 @@ from PIL import Image, ImageFile, ImageOps
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none whose decoder is another program
 _ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)  # an EXIF tag, and its values that swap height and width
 
+Place = tuple[int, int]
+"""Vertical first, in pixels."""
+
 
 class UndecodableImage(Exception):
     """A file that is no image, or a damaged one. The message says why in a few words."""
@@ -80,20 +83,29 @@ def load_pixels(content: bytes, crop: Crop, channels: int = 3) -> Pixels:
     width, height = image.size
     scale = max(crop.height / height, crop.width / width)
     resized = max(round(height * scale), crop.height), max(round(width * scale), crop.width)
-    if resized != (height, width):
-        image = image.resize((resized[1], resized[0]), Image.Resampling.LANCZOS)
     spare = resized[0] - crop.height, resized[1] - crop.width
     part = (0.5, 0.5) if crop.place == "centre" else crop.place
     top, left = (
         min(int((free + 1) * share), free) if crop.place != "centre" else free // 2 for free, share in zip(spare, part)
     )
-    values = np.asarray(image, np.float32).reshape(*resized, channels)
-    values = values[top : top + crop.height, left : left + crop.width]
+    cut = _part(image, resized, (top, left), (crop.height, crop.width))
+    values = np.asarray(cut, np.float32).reshape(crop.height, crop.width, channels)
     if crop.flip:
         values = values[:, ::-1]
         left = spare[1] - left  # where the crop is in the mirrored image
     pixels = np.ascontiguousarray(values.transpose(2, 0, 1)) / np.float32(127.5) - np.float32(1)
     return Pixels(pixels, (height, width), (top, left))
+
+
+def _part(image: Image.Image, resized: Place, corner: Place, size: Place) -> Image.Image:
+    """``size`` from ``corner`` of what the image is when it is ``resized``, without a look at the rest of it."""
+    (top, left), (height, width) = corner, size
+    if resized == (image.height, image.width):
+        return image.crop((left, top, left + width, top + height))
+    across, down = image.width / resized[1], image.height / resized[0]
+    box = left * across, top * down, min((left + width) * across, image.width), min((top + height) * down, image.height)
+    # A gap of 3: what is much too large is first halved and halved again, which nobody can see.
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
 
 def _plain(image: Image.Image, channels: int) -> Image.Image:

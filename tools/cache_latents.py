@@ -33,7 +33,8 @@ class Options:
     """Which images, encoded how."""
 
     images: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="IMAGES")]]
-    """A folder of images: a class for each subfolder, or captions in x.txt beside x.jpg or in metadata.jsonl."""
+    """A folder of images (a class for each subfolder, or captions in x.txt beside x.jpg or in metadata.jsonl), tar
+    shards of key.jpg with key.txt or key.cls, or an image set of `datasets`."""
     vae: Path
     """Folder of an `AutoencoderKL` of diffusers."""
     output: Path

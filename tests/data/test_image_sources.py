@@ -80,6 +80,8 @@ def test_the_same_images_are_the_same_samples(
     for places in (np.arange(2), np.arange(14, 16), np.arange(102, 104)):
         one, two = folder.batch(places), other.batch(places)
         assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
+        alone = folder.batch(places[1:])  # a sample is the same whatever is read beside it
+        assert all(np.array_equal(one[name][1:], alone[name]) for name in one)
     plain = samples_of(root / "classes")
     whole = [
         np.concatenate([s.batch(np.arange(p, p + 2))["images"][:, :, :8, :8] for p in range(0, 40, 2)])
@@ -125,6 +127,8 @@ def test_a_file_is_turned_resized_cropped_and_mirrored() -> None:
     assert load_pixels(content, Crop(60, 40)).crop_top_left == (0, 25)
     half = np.asarray(image.resize((45, 30), Image.Resampling.LANCZOS), np.float32).transpose(2, 0, 1) / 127.5 - 1
     assert np.abs(load_pixels(content, Crop(30, 45)).values - half).max() < 1e-6
+    part = load_pixels(content, Crop(30, 20, (0.0, 1.0 - 1e-9)))  # as if all had been resized, within a rounding
+    assert np.abs(part.values - half[:, :, 25:]).max() < 1.5 / 127.5 and part.crop_top_left == (0, 25)
     grey = load_pixels(content, Crop(60, 90), channels=1)
     assert grey.values.shape == (1, 60, 90)
     clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
@@ -153,6 +157,14 @@ def test_an_image_that_does_not_decode_counts_nothing_or_ends_the_run(
     with pytest.raises(DataError, match=r"china/1.png cannot be decoded: .*data.on_error=skip"):
         for place in range(0, 20, 2):
             fatal.batch(np.arange(place, place + 2))
+
+
+def test_an_image_that_was_replaced_is_measured_anew(tmp_path: Path) -> None:
+    wide = photograph("china").crop((0, 0, 60, 40))
+    (tmp_path / "x").mkdir()
+    for image, size in ((wide, [40, 60]), (wide.transpose(Image.Transpose.ROTATE_90), [60, 40])):
+        (tmp_path / "x" / "a.bmp").write_bytes(encoded(image, "BMP"))  # of as many bytes
+        assert image_sizes(open_images(tmp_path / "x"), tmp_path / "x").tolist() == [size]
 
 
 def test_a_tar_that_is_damaged_or_no_longer_the_same(root: Path, tmp_path: Path) -> None:
