@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ds.data.verify import content_identity
+from megatron_ds.data.verify import files_identity
 from megatron_ds.errors import DataError
 
 _CAPTIONS, _LABELS = ("text", "caption"), ("label", "labels")
@@ -54,7 +54,7 @@ class DatasetImages:
             self.labels = np.array(table.with_format("numpy")[label][:], np.int64)
         names = getattr(table.features[label], "names", None) if label is not None else None
         self.classes: tuple[str, ...] = tuple(names or ())
-        self.identity: Mapping[str, Any] = {"images": "dataset", "files": [content_identity(file) for file in files]}
+        self.identity: Mapping[str, Any] = {"images": "dataset", **files_identity(files)}
         self.modified = ""  # the identity has a checksum
 
     def __len__(self) -> int:
@@ -63,7 +63,7 @@ class DatasetImages:
     def name(self, row: int) -> str:
         return f"{self._path}: row {row}"
 
-    def content(self, row: int) -> bytes:
+    def content(self, row: int, most: int | None = None) -> bytes:
         try:
             image = self._table[row][self._image] or {}
             if (content := image.get("bytes")) is None:

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from megatron_ds.errors import DataError
-from megatron_ds.files import parse_json, read_bytes, read_text
+from megatron_ds.files import open_regular, parse_json, read_bytes, read_text
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
 METADATA = "metadata.jsonl"
@@ -61,9 +61,10 @@ class ImageFolder:
     def name(self, row: int) -> str:
         return str(self._folder / self._paths[row])
 
-    def content(self, row: int) -> bytes:
+    def content(self, row: int, most: int | None = None) -> bytes:
         try:
-            return read_bytes(self._folder / self._paths[row], _MOST_BYTES)
+            with open_regular(self._folder / self._paths[row]) as file:
+                return file.read(_MOST_BYTES if most is None else most)
         except OSError as error:
             raise DataError(f"{self.name(row)} cannot be read: {error}") from None
 

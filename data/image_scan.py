@@ -17,6 +17,7 @@ from megatron_ds.errors import DataError
 
 OnError = Literal["skip", "fail"]
 _SHOWN = 3
+_HEADER_BYTES = 64 << 10
 
 
 def image_sizes(source: ImageSource, path: Path, cache_dir: Path | None = None) -> npt.NDArray[np.int64]:
@@ -28,10 +29,12 @@ def image_sizes(source: ImageSource, path: Path, cache_dir: Path | None = None) 
     """
 
     def size(row: int) -> tuple[int, int]:
-        try:
-            return size_of(source.content(row))
-        except UndecodableImage:
-            return 0, 0
+        for most in (_HEADER_BYTES, None):  # few formats say their size further on
+            try:
+                return size_of(source.content(row, most))
+            except UndecodableImage:
+                pass
+        return 0, 0
 
     def build() -> dict[str, npt.NDArray]:
         with ThreadPoolExecutor() as pool:

@@ -37,8 +37,8 @@ class ImageSource(Protocol):
         """Of the image, for messages."""
         ...
 
-    def content(self, row: int) -> bytes:
-        """The image's file."""
+    def content(self, row: int, most: int | None = None) -> bytes:
+        """The image's file, or so many bytes of its beginning at least."""
         ...
 
     def caption(self, row: int) -> str: ...

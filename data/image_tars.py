@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from megatron_ds.data.cache import cached_arrays
 from megatron_ds.data.image_folders import SUFFIXES
-from megatron_ds.data.verify import content_identity
+from megatron_ds.data.verify import files_identity
 from megatron_ds.errors import DataError
 from megatron_ds.files import parse_json
 
@@ -56,7 +56,7 @@ class TarImages:
         if not tars:
             raise DataError(f"{path} holds no .tar; compressed ones cannot be read at random: decompress them")
         self._tars = list(tars)
-        self.identity: Mapping[str, Any] = {"images": "tar", "shards": [content_identity(tar) for tar in tars]}
+        self.identity: Mapping[str, Any] = {"images": "tar", **files_identity(tars)}
         self.modified = ""  # the identity has a checksum
         beside = path.with_name(f"{path.name}.image-index")
         index = cached_arrays(beside, dict(self.identity), self._index, cache_dir)
@@ -99,15 +99,15 @@ class TarImages:
         key = self._names[start : int(self._ends[row])].tobytes().decode()
         return f"{self._tars[int(self._places['image'][row, 0])]}: {key}"
 
-    def content(self, row: int) -> bytes:
-        return self._read("image", row)
+    def content(self, row: int, most: int | None = None) -> bytes:
+        return self._read("image", row, most)
 
     def caption(self, row: int) -> str:
         return "" if not self.captioned else _caption(self._read("text", row))
 
-    def _read(self, kind: str, row: int) -> bytes:
+    def _read(self, kind: str, row: int, most: int | None = None) -> bytes:
         number, offset, size = self._places[kind][row].tolist()
-        return _member(self._tars[number], offset, size)
+        return _member(self._tars[number], offset, size if most is None else min(size, most))
 
 
 def _member(tar: Path, offset: int, size: int) -> bytes:

@@ -9,6 +9,7 @@ pass does not go unseen either (:mod:`megatron_ds.data.chunk_checks`).
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,13 @@ def file_identity(path: Path) -> dict[str, Any]:
     }
 
 
-def content_identity(path: Path) -> dict[str, Any]:
-    """As :func:`file_identity`, and the same for a copy of the file."""
-    return {name: value for name, value in file_identity(path).items() if name != "mtime_ns"}
+def files_identity(paths: Sequence[Path]) -> dict[str, Any]:
+    """The number of files, and a checksum of what :func:`file_identity` says of each: the same for copies of them."""
+    digest = xxhash.xxh3_128()
+    for path in paths:
+        found = file_identity(path)
+        digest.update(f"{found['size']} {found['sampled_xxh3']}\n".encode())
+    return {"files": len(paths), "xxh3": digest.hexdigest()}
 
 
 def dataset_identity(dataset: IndexedDataset) -> dict[str, Any]:

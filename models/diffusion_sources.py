@@ -115,6 +115,12 @@ def _sources(
     samples = DiffusionSamples(train, c.seed, c.model.num_classes, dropout, block)
     kept = None
     if valid is not None:
+        largest = max(map(len, valid.buckets.values()))
+        if len(valid.buckets) > 1 and largest < c.train.micro_batch:
+            raise DataError(
+                f"data.valid={c.data.valid}: no bucket keeps the {c.train.micro_batch} images of train.micro_batch for "
+                f"validation, {largest} at most; keep more of them, or none with data.valid=0"
+            )
         kept = DiffusionSamples(valid, c.seed, c.model.num_classes, dropout, c.train.micro_batch)
     said = [*notes, *_bucket_notes(train, samples, block)]
     if len(train.buckets) > 1:

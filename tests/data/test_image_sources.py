@@ -167,6 +167,25 @@ def test_an_image_that_was_replaced_is_measured_anew(tmp_path: Path) -> None:
         assert image_sizes(open_images(tmp_path / "x"), tmp_path / "x").tolist() == [size]
 
 
+def test_sizes_are_read_from_the_first_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").mkdir()
+    wide = photograph("china").crop((0, 0, 600, 400))
+    for name, format in (("a.jpg", "JPEG"), ("b.png", "PNG"), ("c.tif", "TIFF"), ("d.webp", "WEBP")):
+        (tmp_path / "x" / name).write_bytes(encoded(wide, format))
+    source, read = open_images(tmp_path / "x"), []
+    content = source.content
+
+    def counted(row: int, most: int | None = None) -> bytes:
+        read.append((row, most))
+        return content(row, most)
+
+    monkeypatch.setattr(source, "content", counted)
+    monkeypatch.setattr("megatron_ds.data.image_scan._HEADER_BYTES", 4096)
+    assert image_sizes(source, tmp_path / "x").tolist() == [[400, 600]] * 4
+    assert sorted(row for row, most in read if most is None) in ([], [2], [3], [2, 3])
+    assert len(image_sizes(source, tmp_path / "x")) == 4 and len(read) <= 6  # the second time nothing is read
+
+
 def test_a_tar_that_is_damaged_or_no_longer_the_same(root: Path, tmp_path: Path) -> None:
     folder = tmp_path / "tars"
     shutil.copytree(root / "class-tars", folder)

@@ -181,6 +181,10 @@ def test_what_is_trained_on_is_decoded_as_it_was_encoded(root: Path, monkeypatch
         (["--data.bucket-batch", "64"], "none of 3 buckets has the 64 images"),
         (["--data.bucket-step", "12"], "model.image_size=32 is not a multiple of data.bucket_step=12"),
         (["--data.valid", "10"], "data.valid=10 of 10 images leaves none"),
+        (
+            ["--train.micro-batch", "4", "--data.bucket-batch", "4", "--data.valid", "3"],
+            "data.valid=3: no bucket keeps the 4 images of train.micro_batch",
+        ),
         (["--model.channels", "4"], "images of data.source='folder' have 1 or 3"),
         (["--data.source", "digits"], "data.path"),
         (["--data.source", "tar"], "holds no .tar"),
