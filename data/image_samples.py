@@ -111,5 +111,24 @@ class SyntheticImages:
         self.empty: Mapping[str, npt.NDArray] = MappingProxyType({})
 
     def load(self, rows: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]) -> Batch:
-        labels = (rows % self._num_classes).astype(np.int64)
-        return {"images": noise.normal(0, noise.NOISE, rows, self._shape), "labels": labels}
+        return {"images": noise.normal(0, noise.NOISE, rows, self._shape), **self.condition(rows)}
+
+    def condition(self, rows: npt.NDArray[np.int64]) -> Batch:
+        return {"labels": (rows % self._num_classes).astype(np.int64)}
+
+
+class SyntheticTexts(SyntheticImages):
+    """The same with noise as embeddings of texts.
+
+    Args:
+        text: tokens of a text and the width of their embeddings. pooled: width of the one embedding of a text.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], text: tuple[int, int], pooled: int):
+        super().__init__(shape, 1)
+        self._texts = {"text": text, "pooled": (pooled,)}
+        self.empty = {name: np.zeros((1, *size), np.float32) for name, size in self._texts.items()}
+
+    def condition(self, rows: npt.NDArray[np.int64]) -> Batch:
+        sizes = enumerate(self._texts.items())
+        return {name: noise.normal(number, noise.TEXT, rows, size) for number, (name, size) in sizes}

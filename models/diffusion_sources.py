@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from megatron_ds.config.diffusion import DiffusionRun, image_faults
 from megatron_ds.data.aspect_buckets import Size, bucket_rows, make_buckets
-from megatron_ds.data.image_samples import DiffusionSamples, Digits, Images, SyntheticImages
+from megatron_ds.data.image_samples import DiffusionSamples, Digits, Images, SyntheticImages, SyntheticTexts
 from megatron_ds.data.image_scan import image_sizes, usable_rows
 from megatron_ds.data.image_source import open_images
 from megatron_ds.data.latent_cache import LatentCache
@@ -20,22 +20,23 @@ from megatron_ds.data.stored_images import Augmentation, DecodedImages, LatentIm
 from megatron_ds.errors import ConfigError, DataError
 
 
-def open_diffusion_sources(config: DiffusionRun, fields: Sequence[str] = ("labels",)) -> Sources:
-    """Images, or latents, with their noise.
-
-    Args:
-        fields: of the condition: ``labels``, or the names of what text encoders make.
+def open_diffusion_sources(config: DiffusionRun) -> Sources:
+    """Images, or latents, with their noise and what the model is told.
 
     Raises:
         DataError: images that cannot be read or decoded, without classes or captions, or with one class alone.
         ConfigError: a size or a class that the model does not have.
     """
     data, m = config.data, config.model
+    fields = ("text", "pooled") if m.has_text else ("labels",)
     if data.source == "digits":
         train, valid = Digits(data.valid), Digits(0, data.valid) if data.valid else None
         return _sources(config, train, valid, {"images": "digits", "number": sum(map(len, train.buckets.values()))})
     if data.source == "synthetic":
-        made_up = SyntheticImages((m.channels, m.image_size, m.image_size), m.num_classes)
+        shape = (m.channels, m.image_size, m.image_size)
+        made_up = SyntheticImages(shape, m.num_classes)
+        if m.has_text:
+            made_up = SyntheticTexts(shape, (m.text_tokens, m.text_size), m.pooled_size)
         return _sources(config, made_up, None, {"images": "synthetic"})
     return _cached(config, fields) if data.source == "latents" else _decoded(config, fields)
 
@@ -52,6 +53,8 @@ def _cached(config: DiffusionRun, fields: Sequence[str]) -> Sources:
     kept = LatentImages(cache, config.seed, fields, valid) if data.valid else None
     if "labels" in fields:
         _check_labels(config, cache.labels)
+    else:
+        _check_texts(config, images.empty)
     scale = {"scale": cache.scale, "shift": cache.shift, "vae": cache.encoder}
     identity = {**cache.identity, LATENTS: scale, "valid": data.valid}
     notes = [f"{data.path}: {len(cache.bad)} images could not be decoded and are not in it"] if cache.bad else []
@@ -142,6 +145,16 @@ def _bucket_notes(images: Images, samples: DiffusionSamples, block: int) -> list
             "data.bucket_batch sees them"
         )
     return notes
+
+
+def _check_texts(config: DiffusionRun, empty: Mapping[str, npt.NDArray[Any]]) -> None:
+    m = config.model
+    for name, size in (("text", (m.text_tokens, m.text_size)), ("pooled", (m.pooled_size,))):
+        if (found := empty[name].shape[1:]) != size:
+            setting = "model.text_tokens and model.text_size" if name == "text" else "model.pooled_size"
+            raise ConfigError(
+                f"{config.data.path} has {name!r} of {list(found)} a sample, not {list(size)}; set {setting}"
+            )
 
 
 def _check_labels(config: DiffusionRun, labels: npt.NDArray[np.int64]) -> None:

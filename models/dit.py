@@ -1,19 +1,21 @@
-"""DiT: a transformer of image patches with adaLN-Zero (Peebles and Xie 2023), whole or one pipeline stage of it.
+"""DiT: a transformer of image patches with adaLN-Zero (Peebles and Xie 2023), told a class, or told a text by joint
+blocks (MMDiT, Esser et al. 2024); whole or one pipeline stage of it.
 
-Shapes: ``s`` patches, ``b`` batch, ``h`` hidden, ``c`` channels, ``p`` patch size. Between stages flows
-``[s + 1, b, h]``, or ``[s / tp + 1, b, h]`` under sequence parallelism: the last row is the condition, time plus class.
-It travels because that is ``1 / s`` of what flows anyway. To compute it again on each stage, every stage would hold the
-embeddings (44 MB with their optimizer state in DiT-XL/2) and all stages sum their gradients in each step.
+Shapes: ``s`` patches, ``t`` text tokens, ``b`` batch, ``h`` hidden, ``c`` channels, ``p`` patch size. Between stages
+flows ``[s + t + 1, b, h]`` (``t`` is 0 with a class), or ``[s / tp + t / tp + 1, b, h]`` under sequence parallelism:
+the image's stream, the text's, and as the last row the condition.
 
-Every tensor-parallel rank holds the whole condition. Its gradient is a rank's share alone, since adaLN's weights are
-split, and adds up over stages on its way back; the embeddings' gradients are summed over tp.
+The condition travels because that is ``1 / s`` of what flows anyway. To compute it again on each stage, every stage
+would hold the embeddings (44 MB with their optimizer state in DiT-XL/2) and all stages sum their gradients in each
+step. The text's stream has to travel: each block changes it. It is 4% of what flows at 1024 pixels (154 tokens beside
+4,096 patches). Its gradients, and those of the condition, add up over stages on their way back.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,108 +24,37 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ds import comm
 from megatron_ds.config.diffusion import DiTConfig, ObjectiveConfig
-from megatron_ds.layers.attention import AttentionConfig, AttentionInputs, SelfAttention
+from megatron_ds.layers.attention import AttentionInputs
 from megatron_ds.layers.attention_cores import AttentionRules, make_core
-from megatron_ds.layers.linear import lookup, replicated_parameter
 from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.modulation import Modulation, modulated_norm
 from megatron_ds.models import objectives
-from megatron_ds.models.patches import Grid, from_patches, grid_of, sine_positions, to_patches
-from megatron_ds.models.transformer import StageSettings, Table
+from megatron_ds.models.conditions import Affine, ClassCondition, TextCondition
+from megatron_ds.models.dit_blocks import NORM_EPS, Streams, make_block
+from megatron_ds.models.patches import Grid, from_patches, grid_of, rotary_positions, sine_positions, to_patches
+from megatron_ds.models.transformer import MicroBatch, StageSettings
 from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.rng import initialize_parameters
 
-MicroBatch = Mapping[str, Tensor]
-TIME_CHANNELS = 256
-NORM_EPS = 1e-6
-
-
-class Affine(nn.Module):
-    """A linear layer that every tensor-parallel rank holds whole.
-
-    Args:
-        partial: each rank's gradient is a share that is summed over tp.
-        std: of initial weights; 0 starts them at zero.
-    """
-
-    def __init__(self, name: str, inputs: int, outputs: int, std: float, *, partial: bool, **where: Any):
-        super().__init__()
-        tp = where.pop("tp")
-        shape, init = (outputs, inputs), "normal" if std else "zeros"
-        self.weight = replicated_parameter(
-            f"{name}.weight", shape, init, tp, partial, weight_decay=True, std=std, **where
-        )
-        self.bias = replicated_parameter(f"{name}.bias", (outputs,), "zeros", tp, partial, **where)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-class Condition(nn.Module):
-    """Time and class to ``[b, h]``: two layers over sines of the time, plus a row of the class's table."""
-
-    def __init__(self, c: DiTConfig, s: StageSettings):
-        super().__init__()
-        h, partial = c.hidden_size, s.mesh.tp.size > 1
-        self.time_in = Affine("condition.time_in", TIME_CHANNELS, h, 0.02, partial=partial, **s.where)
-        self.time_out = Affine("condition.time_out", h, h, 0.02, partial=partial, **s.where)
-        table = replicated_parameter(
-            "condition.classes.weight", (c.num_classes + 1, h), "normal", partial=partial, **s.where
-        )
-        self.classes = Table(table)
-
-    def forward(self, time: Tensor, labels: Tensor) -> Tensor:
-        sines = time_sines(time).to(self.time_in.weight.dtype)
-        return self.time_out(F.silu(self.time_in(sines))) + lookup(labels, self.classes.weight)
-
-
-class Block(nn.Module):
-    """``x + gate attention(adaLN(x))``, then ``x + gate mlp(adaLN(x))``; the gates start at zero."""
-
-    def __init__(self, c: DiTConfig, index: int, s: StageSettings):
-        super().__init__()
-        name, h = f"layers.{index}", c.hidden_size
-        self.mlp_norm_eps = c.norm_eps
-        self.modulation = Modulation(f"{name}.modulation", h, 6, partial=s.partial, std=c.zero_init_std, **s.where)
-        self.attention = SelfAttention(
-            f"{name}.attention",
-            AttentionConfig(h, c.num_heads, 1, c.head_size, True, True, None, c.norm_eps, c.std, c.std),
-            site=0,
-            recompute_core=s.recompute.mode == "selective",
-            sequence_parallel=s.sequence_parallel,
-            **s.where,
-        )
-        self.mlp = MLP(
-            f"{name}.mlp",
-            h,
-            c.ffn_size,
-            "gelu_tanh",
-            bias=True,
-            sequence_parallel=s.sequence_parallel,
-            stds=(c.std, c.std),
-            **s.where,
-        )
-
-    def forward(self, x: Tensor, condition: Tensor, inputs: AttentionInputs) -> Tensor:
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(condition)
-        x = torch.addcmul(x, gate, self.attention(modulated_norm(x, shift, scale, NORM_EPS), inputs))
-        return torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, mlp_shift, mlp_scale, self.mlp_norm_eps)))
-
 
 class DiT(nn.Module):
-    """The model, or one pipeline stage of it."""
+    """The model, or one pipeline stage of it.
+
+    A micro-batch has ``labels`` int64 ``[b]``, or ``text`` ``[b, t, text_size]`` and ``pooled`` ``[b, pooled_size]``.
+    """
 
     def __init__(self, config: DiTConfig, objective: ObjectiveConfig, settings: StageSettings | None = None):
         super().__init__()
         c, s = config, settings or StageSettings()
         span = s.span or StageSpan(0, c.num_layers)
         self.config, self.objective, self.span, self.tp, self.partial = c, objective, span, s.mesh.tp, s.partial
-        self.positions: dict[Grid, Tensor] = {}
+        self.positions: dict[tuple[Grid, int], tuple[Tensor, ...]] = {}
         if span.embedding:
-            std = (2 / (c.patch_elements + c.hidden_size)) ** 0.5
-            self.patches = Affine("patches", c.patch_elements, c.hidden_size, std, partial=s.partial, **s.where)
-            self.condition = Condition(c, s)
-        self.layers = nn.ModuleDict({str(i): Block(c, i, s) for i in range(span.first, span.last)})
+            self.patches = Affine("patches", c.patch_elements, c.hidden_size, partial=s.partial, **s.where)
+            self.condition = (TextCondition if c.has_text else ClassCondition)(c, s)
+            if c.has_text:
+                self.text = Affine("text", c.text_size, c.hidden_size, partial=s.partial, **s.where)
+        self.layers = nn.ModuleDict({str(i): make_block(i, c, s) for i in range(span.first, span.last)})
         every = {"full": 1, "every_n": s.recompute.every}.get(s.recompute.mode)
         self.recomputed = {str(i) for i in range(span.first, span.last) if every and i % every == 0}
         if span.head:
@@ -131,7 +62,8 @@ class DiT(nn.Module):
             self.final_modulation = Modulation(
                 "final_modulation", c.hidden_size, 2, partial=s.partial, std=std, **s.where
             )
-            self.final = Affine("final", c.hidden_size, c.patch_elements, std, partial=s.partial, **s.where)
+            features = c.patch_size**2 * c.out_channels
+            self.final = Affine("final", c.hidden_size, features, std, partial=s.partial, **s.where)
 
     def initialize(self, seed: int) -> None:
         """Set every weight from (seed, its global name)."""
@@ -141,69 +73,90 @@ class DiT(nn.Module):
         """Run this stage on one micro-batch of :class:`~megatron_ds.data.image_samples.DiffusionSamples`.
 
         Returns:
-            On the last stage the *sum* of the squared errors of the samples that count (a scalar, fp32 or fp64); on
-            the others the activation for the next stage.
+            On the last stage the *sum* of the squared errors of the samples that count, and of what learned variances
+            add to them (a scalar, fp32 or fp64); on the others the activation for the next stage.
         """
         c = self.config
         dtype = torch.promote_types(next(self.parameters()).dtype, torch.float32)
         image, noise = micro_batch["images"].to(dtype), micro_batch["noise"].to(dtype)
         levels = objectives.noise_levels(self.objective, micro_batch["time"], math.prod(grid_of(image, c.patch_size)))
         seen = {**micro_batch, "images": objectives.noisy(levels, image, noise), "time": levels.time}
-        x, condition = self._blocks(seen, hidden)
+        streams, condition = self._blocks(seen, hidden)
         if not self.span.head:
-            return torch.cat([x, condition.unsqueeze(0)])
-        wanted = objectives.target(self.objective, levels, image, noise)
-        error = self._predict(x, condition).to(dtype) - self._own(to_patches(wanted, c.patch_size, last=True))
-        weight = objectives.weight(self.objective, levels).to(dtype) * micro_batch["counts"]
-        loss = (error.square().sum((0, 2)) * weight).sum()
+            return torch.cat([*streams, condition.unsqueeze(0)])
+        found = self._predict(streams, condition).to(dtype).unflatten(-1, (c.patch_size**2, c.out_channels))
+        error = found[..., : c.channels] - self._cut(objectives.target(self.objective, levels, image, noise))
+        losses = error.square().sum((0, 2, 3)) * objectives.weight(self.objective, levels).to(dtype)
+        if c.learned_variance:
+            known = self._cut(image), self._cut(noise)
+            losses = losses + objectives.variance_bound(self.objective, levels, *known, *found.chunk(2, -1))
+        loss = (losses * micro_batch["counts"]).sum()
         return comm.reduce_from_region(loss, self.tp) if self.partial else loss
 
-    def predict(self, micro_batch: MicroBatch, hidden: Tensor | None = None) -> Tensor:
+    def predict(self, seen: MicroBatch, hidden: Tensor | None = None) -> Tensor:
         """What the model predicts of noisy ``images`` ``[b, c, H, W]`` at ``time`` ``[b]`` (a step of the schedule)
-        with ``labels`` ``[b]``, in their shape and dtype; on a stage without the head, the activation for the next."""
-        x, condition = self._blocks(micro_batch, hidden)
+        with their class or text, in their shape and dtype; learned variances are as many channels behind it. On a stage
+        without the head, the activation for the next.
+        """
+        streams, condition = self._blocks(seen, hidden)
         if not self.span.head:
-            return torch.cat([x, condition.unsqueeze(0)])
-        found, image = self._predict(x, condition), micro_batch["images"]
+            return torch.cat([*streams, condition.unsqueeze(0)])
+        found, image = self._predict(streams, condition), seen["images"]
         if self.partial:
             found = comm.gather_dim0(found, self.tp).wait()
         return from_patches(found, self.config.patch_size, grid_of(image, self.config.patch_size)).to(image.dtype)
 
-    def _blocks(self, seen: MicroBatch, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The output of this stage's blocks ``[s(/tp), b, h]``, and the condition ``[b, h]``; ``seen`` has what the
-        model sees, noisy images and the step of the schedule."""
-        grid = grid_of(seen["images"], self.config.patch_size)
+    def _blocks(self, seen: MicroBatch, hidden: Tensor | None) -> tuple[Streams, Tensor]:
+        """What this stage's blocks make of the streams, and the condition ``[b, h]``; ``seen`` has what the model
+        sees, noisy images and the step of the schedule."""
         if self.span.embedding:
-            x = self._embed(seen["images"], grid)
-            condition = self.condition(seen["time"], seen["labels"])
+            streams, condition = self._embed(seen), self.condition(seen)
         else:
             assert hidden is not None, "a stage without the embedding needs the previous stage's output"
-            x, row = hidden.split([hidden.shape[0] - 1, 1])
-            condition = row.squeeze(0)
-        inputs, active = self._inputs(grid, x.dtype, x.device), F.silu(condition)
+            parts = self.tp.size if self.partial else 1
+            *rows, row = hidden.split([*(length // parts for length in stream_lengths(self.config, seen)), 1])
+            streams, condition = tuple(rows), row.squeeze(0)
+        inputs, active = self._inputs(seen, streams[0].dtype), F.silu(condition)
         for name, block in self.layers.items():
             if name in self.recomputed and torch.is_grad_enabled():
-                x = checkpoint(block, x, active, inputs, use_reentrant=False, preserve_rng_state=False)
+                streams = checkpoint(block, streams, active, inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, active, inputs)
-        return x, condition
+                streams = block(streams, active, inputs)
+        return streams, condition
 
-    def _embed(self, image: Tensor, grid: Grid) -> Tensor:
-        c, weight = self.config, self.patches.weight
-        if grid not in self.positions:
-            self.positions[grid] = sine_positions(c.hidden_size, grid, c.grid, c.position_grid).to(weight)
-        patches = to_patches(image, c.patch_size).to(weight.dtype)
-        return self.patches(self._own(patches)) + self._own(self.positions[grid]).unsqueeze(1)
+    def _embed(self, seen: MicroBatch) -> Streams:
+        c, like = self.config, self.patches.weight
+        grid = grid_of(seen["images"], c.patch_size)
+        x = self.patches(self._own(to_patches(seen["images"], c.patch_size).to(like.dtype)))
+        if c.positions == "sines":
+            if (grid, 0) not in self.positions:
+                table = sine_positions(c.hidden_size, grid, c.grid, c.position_grid)
+                self.positions[grid, 0] = (table.unsqueeze(1).to(like),)
+            x = x + self._own(self.positions[grid, 0][0])
+        return (x, self.text(self._own(seen["text"].transpose(0, 1).to(like.dtype)))) if c.has_text else (x,)
 
-    def _inputs(self, grid: Grid, dtype: torch.dtype, device: torch.device) -> AttentionInputs:
-        length = math.prod(grid)
-        core = make_core(AttentionRules(causal=False), length, self.config.head_size, device, dtype)
-        return AttentionInputs(torch.arange(length, device=device).unsqueeze(1), core)
+    def _inputs(self, seen: MicroBatch, dtype: torch.dtype) -> AttentionInputs:
+        c, image = self.config, seen["images"]
+        lengths, grid = stream_lengths(c, seen), grid_of(image, c.patch_size)
+        core = make_core(AttentionRules(causal=False), sum(lengths), c.head_size, image.device, dtype)
+        rotary = None
+        if c.positions == "rope":
+            key = grid, sum(lengths)
+            if key not in self.positions:
+                tables = rotary_positions(c.head_size, grid, sum(lengths[1:]))
+                self.positions[key] = tuple(table.to(image.device, dtype) for table in tables)
+            rotary = cast(tuple[Tensor, Tensor], self.positions[key])
+        return AttentionInputs(torch.arange(sum(lengths), device=image.device).unsqueeze(1), core, rotary)
 
-    def _predict(self, x: Tensor, condition: Tensor) -> Tensor:
+    def _predict(self, streams: Streams, condition: Tensor) -> Tensor:
         """``[s(/tp), b, p * p * c]``."""
         shift, scale = self.final_modulation(F.silu(condition))
-        return self.final(modulated_norm(x, shift, scale, NORM_EPS))
+        return self.final(modulated_norm(streams[0], shift, scale, NORM_EPS))
+
+    def _cut(self, image: Tensor) -> Tensor:
+        """This rank's patches of an image, ``[s(/tp), b, p * p, c]``."""
+        patches = self._own(to_patches(image, self.config.patch_size, last=True))
+        return patches.unflatten(-1, (self.config.patch_size**2, -1))
 
     def _own(self, of_sequence: Tensor) -> Tensor:
         """This rank's part of dim 0."""
@@ -211,22 +164,21 @@ class DiT(nn.Module):
 
     def compile_blocks(self) -> None:
         """``torch.compile`` whole blocks on a GPU, only the activations on a CPU, as of a text's transformer."""
-        for block in cast(Iterable[Block], self.layers.values()):
-            if next(self.parameters()).device.type == "cpu":
-                block.mlp.compile_activation()
-            else:
+        for block in cast(Iterable[nn.Module], self.layers.values()):
+            if next(self.parameters()).device.type != "cpu":
                 block.compile()
+                continue
+            for mlp in (module for module in block.modules() if isinstance(module, MLP)):
+                mlp.compile_activation()
+
+
+def stream_lengths(c: DiTConfig, micro_batch: MicroBatch) -> tuple[int, ...]:
+    """Positions of each stream: the patches and, where the model is told one, the text's tokens."""
+    patches = math.prod(grid_of(micro_batch["images"], c.patch_size))
+    return (patches, micro_batch["text"].shape[1]) if c.has_text else (patches,)
 
 
 def activation_shape(c: DiTConfig, parts: int, micro_batch: MicroBatch) -> tuple[int, ...]:
-    """Of what flows between stages, with the sequence cut into ``parts``: the patches, and the condition."""
-    image = micro_batch["images"]
-    return math.prod(grid_of(image, c.patch_size)) // parts + 1, len(image), c.hidden_size
-
-
-def time_sines(time: Tensor) -> Tensor:
-    """``[b] -> [b, 256]`` fp32, cosines first. In half precision times above 256 would be the same."""
-    half = TIME_CHANNELS // 2
-    exponents = -math.log(10000.0) * torch.arange(half, dtype=torch.float32, device=time.device) / (half - 1)
-    angles = time.float().unsqueeze(1) * exponents.exp()
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
+    """Of what flows between stages, with sequences cut into ``parts``: the streams, and the condition."""
+    rows = sum(length // parts for length in stream_lengths(c, micro_batch))
+    return rows + 1, len(micro_batch["images"]), c.hidden_size

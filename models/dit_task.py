@@ -14,9 +14,10 @@ from torch import Tensor
 from megatron_ds.config.diffusion import DiffusionRun, DiTConfig
 from megatron_ds.data.samples import Batch, Sources
 from megatron_ds.mesh import Mesh
+from megatron_ds.models.conditions import TIME_CHANNELS
 from megatron_ds.models.diffusion_sources import open_diffusion_sources
-from megatron_ds.models.dit import TIME_CHANNELS, DiT, MicroBatch, activation_shape
-from megatron_ds.models.transformer import StageSettings
+from megatron_ds.models.dit import DiT, activation_shape
+from megatron_ds.models.transformer import MicroBatch, StageSettings
 from megatron_ds.pipeline.stage import Activations, LayerCosts, StageSpan
 
 
@@ -35,7 +36,8 @@ class DiTTask:
 
     @property
     def flops_per_token(self) -> float:
-        return 3.0 * (self.num_layers * self.costs.block + self.costs.embedding + self.costs.head)
+        every = self.num_layers * self.costs.block + self.costs.embedding + self.costs.head
+        return 3.0 * (every - unused_flops(self.config.model))
 
     def make_stage(self, span: StageSpan, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> DiT:
         c = self.config
@@ -70,9 +72,21 @@ class DiTTask:
 def layer_costs(m: DiTConfig) -> LayerCosts:
     """Forward FLOPs a token, 2 a multiply-add: matmul weights, the two attention matmuls, and what a sample's condition
     costs shared by its tokens."""
-    h = m.hidden_size
+    h, streams = m.hidden_size, 1 + m.has_text
+    mlp = (3 if m.activation == "swiglu" else 2) * h * m.ffn_size
+    condition = TIME_CHANNELS * h + h * h + m.has_text * (m.pooled_size * h + h * h)
+    ends = m.patches * m.patch_elements * h
     return LayerCosts(
-        block=2.0 * (4 * h * h + 2 * h * m.ffn_size) + 4.0 * m.tokens * h + 12.0 * h * h / m.tokens,
-        embedding=2.0 * m.patch_elements * h + 2.0 * (TIME_CHANNELS * h + h * h) / m.tokens,
-        head=2.0 * m.patch_elements * h + 4.0 * h * h / m.tokens,
+        block=2.0 * (4 * h * h + mlp) + 4.0 * m.tokens * h + streams * 12.0 * h * h / m.tokens,
+        embedding=2.0 * (ends + m.has_text * m.text_tokens * m.text_size * h + condition) / m.tokens,
+        head=(2.0 * ends * m.out_channels / m.channels + 4.0 * h * h) / m.tokens,
     )
+
+
+def unused_flops(m: DiTConfig) -> float:
+    """Of :func:`layer_costs`, a token: what the last joint block does not compute, since nobody reads its text."""
+    if not m.has_text:
+        return 0.0
+    h = m.hidden_size
+    mlp = (3 if m.activation == "swiglu" else 2) * h * m.ffn_size
+    return (2.0 * m.text_tokens * (h * h + mlp) + 8.0 * h * h) / m.tokens

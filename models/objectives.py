@@ -105,5 +105,46 @@ def weight(c: ObjectiveConfig, levels: NoiseLevels) -> Tensor:
     return clamped if c.prediction == "x0" else clamped * levels.sigma**2
 
 
+def variance_bound(
+    c: ObjectiveConfig, levels: NoiseLevels, image: Tensor, noise: Tensor, predicted: Tensor, variance: Tensor
+) -> Tensor:
+    """``[b]``: ``vlb_weight`` times the variational bound in bits, summed over a sample's elements, of one step in
+    place of all ``num_timesteps`` (Nichol and Dhariwal 2021, eq. 16).
+
+    The mean is ``predicted`` without its gradient, so that the bound trains variances alone; they lie between the two
+    bounds of eq. 15, at -1 the lower one. All of ``[s, b, p * p, c]``.
+    """
+    step, predicted = levels.time.long(), predicted.detach()
+    beta = betas(c).to(image.device)
+    kept = (1 - beta).cumprod(0)
+    before = torch.cat([kept.new_ones(1), kept[:-1]])
+    posterior = beta * (1 - before) / (1 - kept)
+    posterior = torch.cat([posterior[1:2], posterior[1:]])[step]  # the first is 0, which has no logarithm
+
+    def of(values: Tensor) -> Tensor:
+        return values.to(image.dtype).view(-1, 1, 1)
+
+    alpha, sigma = of(levels.alpha), of(levels.sigma)
+    seen = alpha * image + sigma * noise
+    if c.prediction == "epsilon":
+        found = (seen - sigma * predicted) / alpha
+    else:
+        found = predicted if c.prediction == "x0" else alpha * seen - sigma * predicted
+    share, low, high = (variance + 1) / 2, of(posterior.log()), of(beta[step].log())
+    log_variance = share * high + (1 - share) * low
+    distance = of((beta * before.sqrt() / (1 - kept))[step]) * (image - found)
+    divergence = 0.5 * (log_variance - low - 1 + (low - log_variance).exp() + distance**2 * (-log_variance).exp())
+    bound = torch.where(of(step == 0) > 0, _of_first_step(image, found, log_variance), divergence)
+    return c.vlb_weight * c.num_timesteps / math.log(2) * bound.flatten(2).sum((0, 2))
+
+
+def _of_first_step(image: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """``-log`` of the share of a normal distribution in the pixel's 1/255 of the way from -1 to 1 (Ho et al. 2020, eq.
+    13)."""
+    above, below = (torch.special.ndtr((image + edge / 255 - mean) * (-0.5 * log_variance).exp()) for edge in (1, -1))
+    above, below = above.where(image <= 0.999, 1.0), below.where(image >= -0.999, 0.0)
+    return -(above - below).clamp(min=1e-12).log()
+
+
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.dtype).view(-1, *(1,) * (like.dim() - 1))

@@ -51,3 +51,16 @@ def sine_positions(size: int, grid: Grid, base: int, largest: int | None = None)
 
     rows, columns = grid
     return torch.cat([along(columns).repeat(rows, 1), along(rows).repeat_interleave(columns, 0)], dim=1).float()
+
+
+def rotary_positions(head_size: int, grid: Grid, text: int) -> tuple[Tensor, Tensor]:
+    """cos and sin ``[s + text, 1, 1, head_size]`` fp64: half of a head's planes turn by a patch's row, the others by
+    its column (2-D rotary, Heo et al. 2024, section 3.1); those of text do not turn."""
+    rows, columns = grid
+    frequencies = 1.0 / 10000.0 ** (torch.arange(head_size // 4, dtype=torch.float64) / (head_size // 4))
+    row = torch.arange(rows, dtype=torch.float64).repeat_interleave(columns)
+    column = torch.arange(columns, dtype=torch.float64).repeat(rows)
+    planes = torch.cat([torch.outer(row, frequencies), torch.outer(column, frequencies)], dim=1)
+    angles = torch.cat([planes, planes.new_zeros(text, head_size // 2)])
+    whole = torch.cat([angles, angles], dim=1)[:, None, None]
+    return whole.cos(), whole.sin()

@@ -6,7 +6,9 @@ from a generator of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -17,11 +19,12 @@ from torch import Tensor, nn
 
 from megatron_ds import comm
 from megatron_ds.checkpoint.load import load
-from megatron_ds.config.diffusion import DiffusionRun, ObjectiveConfig
+from megatron_ds.config.diffusion import DiffusionRun, DiTConfig, ObjectiveConfig, image_faults
 from megatron_ds.config.read import from_dict
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, multiples_around
 from megatron_ds.files import replacing
 from megatron_ds.mesh import Mesh, MeshShape
+from megatron_ds.models import objectives
 from megatron_ds.models.dit import DiT, activation_shape
 from megatron_ds.models.transformer import StageSettings
 from megatron_ds.pipeline.executor import Executor
@@ -41,15 +44,18 @@ SCHEDULERS: Mapping[str, str] = MappingProxyType(
         "flow": "FlowMatchEulerDiscreteScheduler",
     }
 )
+Told = Mapping[str, Tensor]
+"""What a model is told of each image: ``labels``, or ``text`` and ``pooled``; a first dim of images."""
 _BETAS = MappingProxyType({"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"})
 _PREDICTIONS = MappingProxyType({"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"})
 
 
-def make_scheduler(c: ObjectiveConfig, name: str, shift: float = 1.0) -> Any:
+def make_scheduler(c: ObjectiveConfig, name: str, shift: float = 1.0, learned_variance: bool = False) -> Any:
     """The scheduler of `diffusers` that goes with what the model was trained for.
 
     Args:
         shift: of rectified flow's times.
+        learned_variance: of each step, which ``"ddpm"`` alone uses.
 
     Raises:
         ConfigError: no such scheduler, or it is of another objective.
@@ -78,6 +84,8 @@ def make_scheduler(c: ObjectiveConfig, name: str, shift: float = 1.0) -> Any:
         }
         if name in ("ddpm", "ddim"):
             settings["clip_sample"] = False
+        if name == "ddpm" and learned_variance:
+            settings["variance_type"] = "learned_range"
     return make(**settings)
 
 
@@ -116,6 +124,17 @@ class _Predictor(nn.Module):
         return out.new_zeros(())
 
 
+@dataclass(frozen=True)
+class _Drawing:
+    """How images are drawn, besides what is in them. ``shape``: channels, height, width."""
+
+    shape: tuple[int, int, int]
+    scheduler: str
+    steps: int
+    guidance: float
+    seed: int
+
+
 class Sampler:
     """A checkpoint's model on a mesh.
 
@@ -149,68 +168,115 @@ class Sampler:
         )
 
     @torch.no_grad()
-    def predict(self, images: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+    def predict(self, images: Tensor, time: Tensor, told: Told) -> Tensor:
         """The model's prediction, on every rank of tp and pp. All of ``images`` are this replica's."""
         parts = self.mesh.pp.size if len(images) % self.mesh.pp.size == 0 else 1
-        micro_batches = [
-            {"images": i, "time": t, "labels": y}
-            for i, t, y in zip(images.chunk(parts), time.chunk(parts), labels.chunk(parts))
-        ]
+        seen = {"images": images, "time": time, **told}
+        cut = {name: tensor.chunk(parts) for name, tensor in seen.items()}
         self._stage.found.clear()
-        self._executor.run_forward(micro_batches)
-        found = torch.cat(self._stage.found) if self._stage.found else torch.zeros_like(images)
+        self._executor.run_forward([{name: of[i] for name, of in cut.items()} for i in range(parts)])
+        nothing = images.new_zeros(len(images), self.run.model.out_channels, *images.shape[2:])
+        found = torch.cat(self._stage.found) if self._stage.found else nothing
         return comm.all_reduce(found, self.mesh.pp)  # zeros but from the last stage
 
     def sample(
-        self, labels: Sequence[int], scheduler: str, steps: int, guidance: float = 1.0, seed: int = 0, batch: int = 64
+        self,
+        wanted: Sequence[int] | Told,
+        scheduler: str,
+        steps: int,
+        guidance: float = 1.0,
+        seed: int = 0,
+        batch: int = 64,
+        size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Images of these classes, fp32 ``[n, channels, height, width]`` on every rank.
+        """Images of these classes or texts, fp32 ``[n, channels, height, width]`` on every rank.
 
         Args:
-            guidance: 1 follows the class as trained; above 1 further away from 'no class' (Ho and Salimans 2022).
+            wanted: labels; or ``text`` ``[n, t, text_size]`` and ``pooled`` ``[n, pooled_size]``, and, where samples
+                without a text were trained with other embeddings than zeros, those as ``empty.text`` and
+                ``empty.pooled``, with a first dim 1.
+            guidance: 1 follows what is wanted as trained; above 1 further away from 'no class' or that text (Ho and
+                Salimans 2022).
             batch: images that a replica draws at once.
+            size: height and width of the images, or of their latents. Default: ``model.image_size``.
 
         Raises:
-            ConfigError: a class or a scheduler that the model does not have.
+            ConfigError: a class, a text, a size or a scheduler that the model does not have.
         """
-        wrong = [label for label in labels if not 0 <= label <= self.run.model.num_classes]
-        if wrong:
-            raise ConfigError(
-                f"class {wrong[0]} is none of the model's, 0 to {self.run.model.num_classes - 1}, or "
-                f"{self.run.model.num_classes} for none"
-            )
-        dp = self.mesh.dp
-        together = batch * dp.size
+        c, dp, device = self.run.model, self.mesh.dp, self.mesh.device
+        height, width = size or (c.image_size, c.image_size)
+        tp = self.mesh.tp.size if self._stage.stage.partial else 1
+        if faults := [*image_faults(self.run, height, width, tp), *told_faults(c, wanted, tp)]:
+            raise ConfigError("; ".join(faults))
+        told, without = told_and_not(c, wanted)
+        told, without = ({name: t.to(device) for name, t in of.items()} for of in (told, without))
+        total = len(next(iter(told.values())))
+        draw = _Drawing((c.channels, height, width), scheduler, steps, guidance, seed)
         drawn = []
-        for first in range(0, len(labels), together):
-            size = min(batch, -(-(len(labels) - first) // dp.size))
-            numbers = [min(first + dp.rank * size + i, len(labels) - 1) for i in range(size)]
-            own = self._draw(numbers, [labels[n] for n in numbers], scheduler, steps, guidance, seed)
-            drawn.append(comm.gather_dim0(own, dp).wait()[: len(labels) - first])
+        for first in range(0, total, batch * dp.size):
+            size_here = min(batch, -(-(total - first) // dp.size))
+            numbers = [min(first + dp.rank * size_here + i, total - 1) for i in range(size_here)]
+            own = self._draw(numbers, {name: tensor[numbers] for name, tensor in told.items()}, without, draw)
+            drawn.append(comm.gather_dim0(own, dp).wait()[: total - first])
         return torch.cat(drawn)
 
-    def _draw(
-        self, numbers: Sequence[int], classes: Sequence[int], name: str, steps: int, guidance: float, seed: int
-    ) -> Tensor:
-        m, device = self.run.model, self.mesh.device
-        scheduler = make_scheduler(self.run.objective, name, self.run.objective.shift)
-        scheduler.set_timesteps(steps, device=device)
-        generators = [torch.Generator().manual_seed(derive_seed(seed, "image", number)) for number in numbers]
-        shape = (m.channels, m.image_size, m.image_size)
-        images = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    def _draw(self, numbers: Sequence[int], told: Told, without: Told, how: _Drawing) -> Tensor:
+        m, device, objective = self.run.model, self.mesh.device, self.run.objective
+        shift = objectives.shift_of(objective, math.prod(how.shape[1:]) // m.patch_size**2)
+        scheduler = make_scheduler(objective, how.scheduler, shift, m.learned_variance)
+        scheduler.set_timesteps(how.steps, device=device)
+        generators = [torch.Generator().manual_seed(derive_seed(how.seed, "image", number)) for number in numbers]
+        images = torch.stack([torch.randn(how.shape, generator=g) for g in generators]).to(device)
         images = images * getattr(scheduler, "init_noise_sigma", 1.0)
-        labels = torch.tensor(classes, device=device)
-        guided = guidance != 1.0
-        both = torch.cat([labels, torch.full_like(labels, m.num_classes)]) if guided else labels
+        guided = how.guidance != 1.0
+        if guided:
+            told = {name: torch.cat([t, without[name].expand_as(t)]) for name, t in told.items()}
         for time in scheduler.timesteps:
             seen = scheduler.scale_model_input(images, time) if hasattr(scheduler, "scale_model_input") else images
             seen = torch.cat([seen, seen]) if guided else seen
-            found = self.predict(seen, time.expand(len(seen)), both)
+            found = self.predict(seen, time.expand(len(seen)), told)
+            found, variance = found.split([m.channels, m.out_channels - m.channels], dim=1)
             if guided:
-                with_class, without = found.chunk(2)
-                found = without + guidance * (with_class - without)
+                wanted, other = found.chunk(2)
+                found, variance = other + how.guidance * (wanted - other), variance.chunk(2)[0]
+            if how.scheduler == "ddpm":
+                found = torch.cat([found, variance], dim=1)
             images = scheduler.step(found, time, images, **_generator(scheduler, generators)).prev_sample
         return images
+
+
+def told_faults(c: DiTConfig, wanted: Sequence[int] | Told, tp: int) -> Iterator[str]:
+    """Why the model cannot be told that, if it cannot; ``tp``: the ranks over which a text is split."""
+    if not isinstance(wanted, Mapping):
+        if c.has_text:
+            yield "the model is told texts and no classes; give their embeddings, with --text FILE"
+        elif wrong := [label for label in wanted if not 0 <= label <= c.num_classes]:
+            yield (f"class {wrong[0]} is none of the model's, 0 to {c.num_classes - 1}, or {c.num_classes} for none")
+        return
+    if not c.has_text:
+        yield "the model is told classes and no texts; use --classes"
+        return
+    names = ("text", "pooled")
+    if missing := [name for name in names if name not in wanted]:
+        yield f"there is no {missing[0]!r} among the embeddings: {', '.join(map(repr, wanted))}"
+        return
+    n, tokens = wanted["text"].shape[:2]
+    shapes = {"text": (n, tokens, c.text_size), "pooled": (n, c.pooled_size)}
+    shapes |= {f"empty.{name}": (1, *shapes[name][1:]) for name in names}
+    for name, shape in shapes.items():
+        if name in wanted and wanted[name].shape != shape:
+            yield f"{name!r} has the shape {list(wanted[name].shape)}, and the model takes {list(shape)}"
+    if tokens % tp:
+        ways = multiples_around(tokens, tp)
+        yield f"texts of {tokens} tokens cannot be split over tp={tp}; use {ways}, or another tp"
+
+
+def told_and_not(c: DiTConfig, wanted: Sequence[int] | Told) -> tuple[Told, Told]:
+    """What the model is told of each image, and for guidance, with a first dim 1, what of none."""
+    if not isinstance(wanted, Mapping):
+        return {"labels": torch.tensor(wanted)}, {"labels": torch.tensor([c.num_classes])}
+    told = {name: wanted[name] for name in ("text", "pooled")}
+    return told, {name: wanted.get(f"empty.{name}", torch.zeros_like(t[:1])) for name, t in told.items()}
 
 
 def save_grid(images: Tensor, columns: int, path: str | Path) -> None:

@@ -16,26 +16,41 @@ from megatron_ds.mesh import MeshShape
 
 
 class DiTConfig(BaseModelConfig):
-    """A diffusion transformer with adaLN-Zero (Peebles and Xie 2023), conditioned on a class."""
+    """A diffusion transformer with adaLN-Zero (Peebles and Xie 2023), told a class or a text (Esser et al. 2024)."""
 
     family: Literal["dit"] = "dit"
     hidden_size: int = Field(384, gt=0, description="Width of the tokens; a multiple of 4.")
     num_heads: int = Field(6, gt=0, description="Attention heads.")
     ffn_hidden_size: int | None = Field(None, gt=0, description="Width of the MLP. Default: 4 x hidden_size.")
+    activation: Literal["gelu_tanh", "swiglu"] = Field("gelu_tanh", description="Of the MLPs.")
+    qk_norm: bool = Field(False, description="RMSNorm of the queries and keys of each head.")
     image_size: int = Field(
         32, gt=0, description="Height and width of the images, or of their latents; of buckets, the usual one."
     )
     channels: int = Field(4, gt=0, description="Channels of the images, or of their latents.")
+    learned_variance: bool = Field(
+        False, description="Predict the variance of each step too, from twice the channels (Nichol and Dhariwal 2021)."
+    )
     patch_size: int = Field(2, gt=0, description="Height and width of the patch that is one token.")
+    positions: Literal["sines", "rope"] = Field(
+        "sines",
+        description="Sines of row and column added to the patches, or half of each head's planes turned by each.",
+    )
     position_grid: int | None = Field(
         None,
         gt=0,
         description="Patches along a side of the largest grid, of which each image is the middle (Stable Diffusion 3). "
         "Default: positions of an image of another size are stretched to those of image_size.",
     )
+    condition: Literal["class", "text"] = Field(
+        "class", description="What the model is told: a class, or a text through joint blocks of two streams."
+    )
     num_classes: int = Field(
         1000, gt=0, description="Classes. Row num_classes of the table is 'no class', which guidance needs."
     )
+    text_size: int = Field(4096, gt=0, description="text: width of the embeddings of a text's tokens.")
+    text_tokens: int = Field(154, gt=0, description="text: embeddings of a text.")
+    pooled_size: int = Field(2048, gt=0, description="text: width of the one embedding of a whole text.")
     norm_eps: float = Field(1e-6, gt=0, description="Added to the variance before an MLP; in all other norms 1e-6 is.")
     init_std: float | None = Field(
         None,
@@ -60,14 +75,28 @@ class DiTConfig(BaseModelConfig):
         return self.image_size // self.patch_size
 
     @property
-    def tokens(self) -> int:
-        """Patches of an image."""
+    def has_text(self) -> bool:
+        return self.condition == "text"
+
+    @property
+    def patches(self) -> int:
+        """Of an image."""
         return self.grid**2
+
+    @property
+    def tokens(self) -> int:
+        """Positions that attention sees together: patches of an image, and the tokens of a text."""
+        return self.patches + (self.text_tokens if self.has_text else 0)
 
     @property
     def patch_elements(self) -> int:
         """Numbers in a patch."""
         return self.patch_size**2 * self.channels
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of what is predicted."""
+        return self.channels * (1 + self.learned_variance)
 
     @property
     def std(self) -> float:
@@ -112,8 +141,11 @@ class ObjectiveConfig(Section):
     min_snr: float | None = Field(
         None, gt=0, description="Weigh errors by the signal-to-noise ratio clamped at this (Hang et al. 2023); often 5."
     )
+    vlb_weight: float = Field(
+        0.001, gt=0, description="model.learned_variance: of the variational bound beside the squared error."
+    )
     condition_dropout: float = Field(
-        0.1, ge=0, lt=1, description="Share of samples trained without their class, for guidance."
+        0.1, ge=0, lt=1, description="Share of samples trained without their class or text, for guidance."
     )
 
     @property
@@ -170,12 +202,37 @@ _UNUSED = (
         lambda c: not c.objective.is_flow,
         "objective.schedule='flow' ends in noise alone anyway",
     ),
+    Unused(
+        ("model.num_classes",),
+        lambda c: not c.model.has_text,
+        "model.condition='text' has no classes; use model.condition='class'",
+    ),
+    Unused(
+        ("model.text_size", "model.text_tokens", "model.pooled_size"),
+        lambda c: c.model.has_text,
+        "model.condition='class' sees no text; use model.condition='text'",
+    ),
+    Unused(
+        ("objective.vlb_weight",),
+        lambda c: c.model.learned_variance,
+        "no variances are learned; set model.learned_variance",
+    ),
+    Unused(
+        ("model.position_grid",),
+        lambda c: c.model.positions == "sines",
+        "model.positions='rope' counts from the image's corner; use model.positions='sines'",
+    ),
     *IMAGE_DATA_UNUSED,
 )
 
 
 def _model_faults(run: DiffusionRun, tp: int) -> Iterator[str]:
     m = run.model
+    if m.learned_variance and run.objective.is_flow:
+        yield (
+            "model.learned_variance with objective.schedule='flow': the steps of rectified flow have no variances; "
+            "leave it out, or use another schedule"
+        )
     yield from image_faults(run, m.image_size, m.image_size, tp)
     if m.hidden_size % m.num_heads:
         yield (
@@ -187,6 +244,18 @@ def _model_faults(run: DiffusionRun, tp: int) -> Iterator[str]:
             f"model.hidden_size={m.hidden_size} is not a multiple of 4, a sine and a cosine of each of two positions; "
             f"use {multiples_around(m.hidden_size, 4)}"
         )
+    if m.positions == "rope" and not m.hidden_size % m.num_heads and m.head_size % 4:
+        yield (
+            f"model.positions='rope' with heads of {m.head_size}: planes of two dims turn by row and as many by column;"
+            f" use a model.num_heads that makes them a multiple of 4, or model.positions='sines'"
+        )
+    if run.mesh.sequence_parallel and tp > 1 and m.has_text and m.text_tokens % tp:
+        yield (
+            f"model.text_tokens={m.text_tokens} cannot be split over mesh.tp={tp} for sequence parallelism; use "
+            f"{multiples_around(m.text_tokens, tp)}, or --mesh.no-sequence-parallel"
+        )
+    if m.has_text and run.data.source == "digits":
+        yield "data.source='digits' has classes and no texts; use model.condition='class', or data.source='synthetic'"
     if m.num_heads % tp:
         yield (f"model.num_heads={m.num_heads} cannot be split over mesh.tp={tp}; tp may be {divisors(m.num_heads)}")
     for name, size in (("hidden_size", m.hidden_size), ("ffn_hidden_size", m.ffn_size)):

@@ -1,7 +1,7 @@
-"""A diffusion transformer to and from folders of `diffusers`: `DiTTransformer2DModel`, and `DiTPipeline` around it.
+"""A diffusion transformer to and from folders of `diffusers`, and `DiTPipeline` around it.
 
-One tensor at a time, by exact pairs of transforms: what is imported and exported again has the same bits. Each block of
-`diffusers` has embeddings of time and class of its own, which are copies of one in published models; ours is one.
+One tensor at a time, by the exact pairs of transforms of :mod:`.dit_tables`: what is imported and exported again has
+the same bits.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,10 @@ from megatron_ds.checkpoint.safetensors_header import DTYPES
 from megatron_ds.checkpoint.stream import FILE_BYTES, StreamWriter, TensorFiles, plan_bytes
 from megatron_ds.config.diffusion import DiTConfig, ObjectiveConfig
 from megatron_ds.config.read import from_dict, values_to_toml
+from megatron_ds.convert.dit_tables import Table, table_named, table_of
 from megatron_ds.convert.folder import file_name, write_index
 from megatron_ds.convert.hugging_face import MODEL_TOML, new_folder, publish_folder
-from megatron_ds.convert.settings import Settings, must_be
+from megatron_ds.convert.settings import Settings
 from megatron_ds.data.latent_decoder import check_decoder, latents_of
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.files import read_json, write_text_durably
@@ -39,81 +39,8 @@ from megatron_ds.models.transformer import StageSettings
 from megatron_ds.shard import spec_of
 from megatron_ds.shard.flat_shards import FlatShard
 
-CLASS, STEM = "DiTTransformer2DModel", "diffusion_pytorch_model"
+STEM = "diffusion_pytorch_model"
 NO_CLASS = 1000  # the label that DiTPipeline takes for guidance, whatever the model
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One of our tensors, what it is called in `diffusers`, and the two transforms, to theirs and back.
-
-    ``copies``: ``theirs`` are all the same tensor.
-    """
-
-    ours: str
-    theirs: tuple[str, ...]
-    split: Callable[[Tensor], Sequence[Tensor]] = lambda w: (w,)
-    join: Callable[[Sequence[Tensor]], Tensor] = lambda ws: ws[0]
-    copies: bool = False
-
-
-def rules(c: DiTConfig) -> list[Rule]:
-    """Of every tensor."""
-    h, p, blocks = c.hidden_size, c.patch_size, [f"transformer_blocks.{i}" for i in range(c.num_layers)]
-
-    def same(ours: str, theirs: str) -> list[Rule]:
-        return [Rule(f"{ours}.{kind}", (f"{theirs}.{kind}",)) for kind in ("weight", "bias")]
-
-    def copied(ours: str, theirs: str) -> Rule:
-        names = tuple(f"{block}.norm1.emb.{theirs}" for block in blocks)
-        return Rule(ours, names, lambda w: (w,) * len(names), copies=True)
-
-    def stacked(ours: str, theirs: str, count: int) -> list[Rule]:
-        def join(ws: Sequence[Tensor]) -> Tensor:
-            return ws[0].view(count, h, *ws[0].shape[1:])
-
-        return [
-            Rule(f"{ours}.{kind}", (f"{theirs}.{kind}",), lambda w: (w.flatten(0, 1),), join)
-            for kind in ("weight", "bias")
-        ]
-
-    def qkv(ours: str, theirs: str) -> list[Rule]:
-        def split(w: Tensor) -> list[Tensor]:
-            return [w[:, part].reshape(h, *w.shape[3:]) for part in range(3)]
-
-        def join(ws: Sequence[Tensor]) -> Tensor:
-            return torch.stack([w.view(c.num_heads, c.head_size, *w.shape[1:]) for w in ws], dim=1)
-
-        return [
-            Rule(f"{ours}.{kind}", tuple(f"{theirs}.to_{part}.{kind}" for part in "qkv"), split, join)
-            for kind in ("weight", "bias")
-        ]
-
-    embedder = [("time_in", "linear_1"), ("time_out", "linear_2")]
-    found = [
-        Rule(
-            "patches.weight",
-            ("pos_embed.proj.weight",),
-            lambda w: (w.view(h, c.channels, p, p),),
-            lambda ws: ws[0].reshape(h, -1),
-        ),
-        Rule("patches.bias", ("pos_embed.proj.bias",)),
-        *(
-            copied(f"condition.{ours}.{kind}", f"timestep_embedder.{theirs}.{kind}")
-            for ours, theirs in embedder
-            for kind in ("weight", "bias")
-        ),
-        copied("condition.classes.weight", "class_embedder.embedding_table.weight"),
-    ]
-    for i, block in enumerate(blocks):
-        found += [
-            *stacked(f"layers.{i}.modulation", f"{block}.norm1.linear", 6),
-            *qkv(f"layers.{i}.attention.qkv", f"{block}.attn1"),
-            *same(f"layers.{i}.attention.out", f"{block}.attn1.to_out.0"),
-            *same(f"layers.{i}.mlp.up", f"{block}.ff.net.0.proj"),
-            *same(f"layers.{i}.mlp.down", f"{block}.ff.net.2"),
-        ]
-    return [*found, *stacked("final_modulation", "proj_out_1", 2), *same("final", "proj_out_2")]
 
 
 def global_shapes(c: DiTConfig) -> dict[str, tuple[int, ...]]:
@@ -122,58 +49,10 @@ def global_shapes(c: DiTConfig) -> dict[str, tuple[int, ...]]:
     return {spec.name: spec.global_shape for spec in specs}
 
 
-def to_config(c: DiTConfig) -> dict[str, Any]:
-    """config.json of the model."""
-    if c.ffn_size != 4 * c.hidden_size:
-        raise ConfigError(f"{CLASS} has an MLP of 4 x the width: model.ffn_hidden_size={c.ffn_size} cannot be exported")
-    return {
-        "_class_name": CLASS,
-        "num_attention_heads": c.num_heads,
-        "attention_head_dim": c.head_size,
-        "in_channels": c.channels,
-        "out_channels": c.channels,
-        "num_layers": c.num_layers,
-        "attention_bias": True,
-        "sample_size": c.image_size,
-        "patch_size": c.patch_size,
-        "activation_fn": "gelu-approximate",
-        "num_embeds_ada_norm": c.num_classes,
-        "norm_type": "ada_norm_zero",
-        "norm_elementwise_affine": False,
-        "norm_eps": c.norm_eps,
-    }
-
-
-def from_config(values: dict[str, Any], where: str) -> DiTConfig:
-    """The model that a config.json describes, every setting of it read or refused."""
-    config = Settings(values, where)
-    must_be(config, attention_bias=True, activation_fn="gelu-approximate", norm_type="ada_norm_zero", dropout=0.0)
-    must_be(config, norm_elementwise_affine=False, upcast_attention=False)
-    channels = config.get("in_channels", 4)
-    if config.get("out_channels", channels) != channels:
-        raise ConfigError(
-            f"{where}: out_channels={config['out_channels']} beside in_channels={channels}: learned variances are not "
-            "built here, only models that predict as many channels as they see"
-        )
-    heads = config.get("num_attention_heads", 16)
-    fields = {
-        "num_layers": config.get("num_layers", 28),
-        "hidden_size": heads * config.get("attention_head_dim", 72),
-        "num_heads": heads,
-        "image_size": config.get("sample_size", 32),
-        "channels": channels,
-        "patch_size": config.get("patch_size", 2),
-        "num_classes": config.get("num_embeds_ada_norm", 1000),
-        "norm_eps": config.get("norm_eps", 1e-5),
-    }
-    config.check_all_read(("_class_name", "_diffusers_version", "norm_num_groups", "_name_or_path"))
-    return from_dict(DiTConfig, fields, where)
-
-
 def export_transformer(
     checkpoint: str | Path, folder: str | Path, average: bool | None = None, file_bytes: int = FILE_BYTES
 ) -> Path:
-    """Write a checkpoint's model as a folder that ``DiTTransformer2DModel.from_pretrained`` loads.
+    """Write a checkpoint's model as a folder that ``from_pretrained`` of its class of `diffusers` loads.
 
     Args:
         average: the moving average of the weights, or the weights. Default: the average where there is one.
@@ -182,11 +61,14 @@ def export_transformer(
     with Checkpoint(checkpoint) as source:
         config = model_config(DiTConfig, source.meta, source.directory)
         kind = kind_of(source, average)
-        described, shapes = to_config(config), global_shapes(config)
+        table = table_of(config)
+        described, shapes = table.to_config(config), global_shapes(config)
         whole = [FlatShard.whole(name, kind, torch.empty(shape, device="meta")) for name, shape in shapes.items()]
         compare(source.manifest, source.directory, whole)
-        made_by = {name: rule for rule in rules(config) for name in rule.theirs}
-        plan = {}
+        made_by = {name: rule for rule in table.rules(config) for name in rule.theirs}
+        constants = dict(table.constants(config))
+        dtype = DTYPES[source.record("patches.weight", kind).dtype]
+        plan = {name: (tuple(tensor.shape), dtype) for name, tensor in constants.items()}
         for name, rule in made_by.items():
             part = rule.split(torch.empty(shapes[rule.ours], device="meta"))[rule.theirs.index(name)]
             plan[name] = tuple(part.shape), DTYPES[source.record(rule.ours, kind).dtype]
@@ -194,6 +76,9 @@ def export_transformer(
         files = TensorFiles(unfinished, plan, partial(file_name, STEM), file_bytes=file_bytes)
         try:
             for name in files.order:
+                if name in constants:
+                    files.write(name, constants[name].to(dtype))
+                    continue
                 rule = made_by[name]
                 files.write(name, rule.split(source.read(rule.ours, kind))[rule.theirs.index(name)].contiguous())
             files.finish()
@@ -216,7 +101,7 @@ def kind_of(source: Checkpoint, average: bool | None) -> str:
 
 
 def import_transformer(folder: str | Path, out_dir: str | Path) -> Path:
-    """Write a folder of ``DiTTransformer2DModel`` as checkpoint ``step-00000000`` under ``out_dir``."""
+    """Write a model's folder of `diffusers` as checkpoint ``step-00000000`` under ``out_dir``."""
     folder, out_dir = Path(folder), Path(out_dir)
     if (out_dir / step_name(0)).exists():
         raise CheckpointError(f"{out_dir / step_name(0)} exists already; import into another folder, or remove it")
@@ -225,12 +110,13 @@ def import_transformer(folder: str | Path, out_dir: str | Path) -> Path:
         values = read_json(where)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{where} cannot be read: {error}") from error
-    config = from_config(values, str(where))
+    table = table_named(str(values.get("_class_name")), str(where))
+    config = table.from_config(Settings(values, str(where)))
     weights = _Weights(folder)
-    table, shapes = rules(config), global_shapes(config)
-    _require_tensors(weights, table, shapes, folder)
-    plan = {rule.ours: (shapes[rule.ours], weights.found[rule.theirs[0]][1]) for rule in table}
-    by_name = {rule.ours: rule for rule in table}
+    rules, shapes = table.rules(config), global_shapes(config)
+    _require_tensors(weights, table, config, shapes, folder)
+    plan = {rule.ours: (shapes[rule.ours], weights.found[rule.theirs[0]][1]) for rule in rules}
+    by_name = {rule.ours: rule for rule in rules}
     meta = {"config": {"model": config.model_dump(mode="json")}}
     with StreamWriter(out_dir, 0, meta, plan) as writer:
         for name in writer.order:
@@ -247,12 +133,21 @@ def import_transformer(folder: str | Path, out_dir: str | Path) -> Path:
 
 
 def _require_tensors(
-    weights: _Weights, table: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]], folder: Path
+    weights: _Weights, table: Table, config: DiTConfig, shapes: Mapping[str, tuple[int, ...]], folder: Path
 ) -> None:
-    """A :class:`CheckpointError` that names what is missing, unknown or of another shape."""
+    """A :class:`CheckpointError` that names what is missing, unknown, of another shape or not what it has to be."""
     problems: list[str] = []
     known: set[str] = set()
-    for rule in table:
+    for name, wanted in table.constants(config).items():
+        known.add(name)
+        if name not in weights.found:
+            continue  # it follows from the configuration
+        there, dtype = weights.read(name), weights.found[name][1]
+        # A published table was computed elsewhere and rounded: to bf16, by at most 2^-8.
+        close = 1e-5 if dtype in (torch.float32, torch.float64) else 2**-8
+        if there.shape != wanted.shape or not torch.allclose(there.float(), wanted, rtol=0, atol=close):
+            problems.append(f"{name} is not the table of sines that the configuration describes")
+    for rule in table.rules(config):
         for name, part in zip(rule.theirs, rule.split(torch.empty(shapes[rule.ours], device="meta"))):
             known.add(name)
             if name not in weights.found:
@@ -262,7 +157,7 @@ def _require_tensors(
     problems += [f"{name} is unknown" for name in sorted(weights.found.keys() - known)]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(f"{folder} does not hold the {CLASS} it describes: {'; '.join(problems[:5])}{more}")
+        raise CheckpointError(f"{folder} does not hold the {table.name} it describes: {'; '.join(problems[:5])}{more}")
 
 
 class _Weights:
@@ -312,6 +207,11 @@ def export_pipeline(
         config = model_config(DiTConfig, source.meta, source.directory)
         objective = from_dict(ObjectiveConfig, source.meta["config"].get("objective", {}), str(source.directory))
         _check_latents(source, None if vae is None else Path(vae))
+    if config.has_text:
+        raise ConfigError(
+            "DiTPipeline samples classes, and this model is told texts; export the transformer alone and put it beside "
+            "the encoders and the VAE of a StableDiffusion3Pipeline"
+        )
     if objective.is_flow:
         raise ConfigError(
             "DiTPipeline knows no scheduler of rectified flow; export the transformer alone, or sample with "
@@ -337,7 +237,7 @@ def export_pipeline(
             "_class_name": "DiTPipeline",
             "_diffusers_version": diffusers.__version__,
             "scheduler": ["diffusers", "DDIMScheduler"],
-            "transformer": ["diffusers", CLASS],
+            "transformer": ["diffusers", table_of(config).name],
             "vae": ["diffusers", name],
         }
         write_text_durably(unfinished / "model_index.json", json.dumps(index, indent=2) + "\n")

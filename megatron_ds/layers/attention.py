@@ -71,22 +71,14 @@ class AttentionConfig:
         return None if self.score_scalar in (None, self.head_dim) else math.sqrt(self.head_dim / self.score_scalar)
 
 
-class SelfAttention(nn.Module):
-    """``[s(/tp), b, h] -> [s(/tp), b, h]``.
-
-    Args:
-        site: dropout site number of the attention probabilities.
-        recompute_core: compute the attention core again in the backward pass (selective recomputation,
-            Korthikanti et al. 2022, section 5).
-    """
+class HeadProjection(nn.Module):
+    """``[s(/tp), b, h]`` to the queries, keys and values of this rank's heads, with their norms."""
 
     def __init__(
         self,
         name: str,
         config: AttentionConfig,
         *,
-        site: int,
-        recompute_core: bool,
         tp: Axis,
         sequence_parallel: bool,
         device: torch.device | str | None = None,
@@ -96,7 +88,6 @@ class SelfAttention(nn.Module):
         c = self.config = config
         self.local_kv_heads = max(1, c.kv_heads // tp.size)
         self.local_queries = c.kv_heads * c.queries_per_kv_head // tp.size // self.local_kv_heads  # a key/value head
-        self.site, self.recompute_core = site, recompute_core
         make: dict[str, Any] = {"tp": tp, "sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
         shape = (c.kv_heads, c.queries_per_kv_head + 2, c.head_dim)
         make_qkv: dict[str, Any] = {**make, "bias": c.qkv_bias, "init_std": c.init_std}
@@ -109,6 +100,33 @@ class SelfAttention(nn.Module):
         place: dict[str, Any] = {"tp": tp, "device": device, "dtype": dtype}
         self.q_norm = _qk_norm(f"{name}.q_norm", c, c.kv_heads * c.queries_per_kv_head, **place)
         self.k_norm = _qk_norm(f"{name}.k_norm", c, c.kv_heads, **place)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``q [s, b, n, d]``, ``k, v [s, b, g, d]``, before rotary."""
+        c, qkv = self.config, self.qkv(x)
+        s, b, _ = qkv.shape
+        qkv = qkv.view(s, b, self.local_kv_heads, self.local_queries + 2, c.head_dim)
+        # One split: slices would each fill a gradient of the whole with zeros in the backward pass.
+        q, k, v = qkv.split([self.local_queries, 1, 1], dim=-2)
+        q, k, v = q.reshape(s, b, self.local_kv_heads * self.local_queries, c.head_dim), k.squeeze(-2), v.squeeze(-2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
+        return q, k, v
+
+
+class SelfAttention(HeadProjection):
+    """``[s(/tp), b, h] -> [s(/tp), b, h]``.
+
+    Args:
+        site: dropout site number of the attention probabilities.
+        recompute_core: compute the attention core again in the backward pass (selective recomputation,
+            Korthikanti et al. 2022, section 5).
+    """
+
+    def __init__(self, name: str, config: AttentionConfig, *, site: int, recompute_core: bool, **make: Any):
+        super().__init__(name, config, **make)
+        c = config
+        self.site, self.recompute_core = site, recompute_core
         self.out = RowParallelLinear(
             f"{name}.out",
             c.kv_heads * c.queries_per_kv_head * c.head_dim,
@@ -119,24 +137,19 @@ class SelfAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        c, qkv = self.config, self.qkv(x)
-        s, b, _ = qkv.shape
-        qkv = qkv.view(s, b, self.local_kv_heads, self.local_queries + 2, c.head_dim)
-        # One split: slices would each fill a gradient of the whole with zeros in the backward pass.
-        q, k, v = qkv.split([self.local_queries, 1, 1], dim=-2)
-        q, k, v = q.reshape(s, b, self.local_kv_heads * self.local_queries, c.head_dim), k.squeeze(-2), v.squeeze(-2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
+        return self.out(self.attend(*self.heads(x), inputs))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
+        """``[s, b, n * d]``: the attention core, behind rotary."""
+        c = self.config
         if inputs.rotary is not None:
             q, k = rotary(q, k, *inputs.rotary, interleaved=c.rotary_interleaved)
         if c.query_factor is not None:
             q = q * c.query_factor
         attend = inputs.core.attend
         if self.recompute_core and torch.is_grad_enabled():
-            attended = checkpoint(attend, q, k, v, self.site, use_reentrant=False, preserve_rng_state=False)
-        else:
-            attended = attend(q, k, v, self.site)
-        return self.out(attended)
+            return checkpoint(attend, q, k, v, self.site, use_reentrant=False, preserve_rng_state=False)
+        return attend(q, k, v, self.site)
 
 
 def _qk_norm(name: str, c: AttentionConfig, heads: int, **place: Any) -> Norm | SplitRMSNorm | None:

@@ -38,8 +38,11 @@ def theirs(**more: Any) -> DiTTransformer2DModel:
     return model
 
 
-def test_what_is_imported_predicts_the_same_and_is_exported_with_the_same_bits(tmp_path: Path) -> None:
-    model = theirs()
+@pytest.mark.parametrize("more", [{}, {"out_channels": 6}], ids=["as many channels", "learned variances"])
+def test_what_is_imported_predicts_the_same_and_is_exported_with_the_same_bits(
+    more: dict[str, Any], tmp_path: Path
+) -> None:
+    model = theirs(**more)
     model.save_pretrained(tmp_path / "theirs")
     step = import_transformer(tmp_path / "theirs", tmp_path / "ours")
     with Checkpoint(step) as saved:
@@ -73,7 +76,7 @@ def test_what_is_imported_predicts_the_same_and_is_exported_with_the_same_bits(t
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: theirs(out_channels=6), r"out_channels=6 beside in_channels=3: learned variances are not built"),
+        (lambda: theirs(out_channels=5), r"out_channels=5 beside in_channels=3: .* twice as many"),
         (lambda: theirs(activation_fn="geglu"), r"activation_fn='geglu' .* is not supported"),
         (lambda: _with_other_embeddings(), r"norm1\.emb\..* in other blocks differ\. Here all blocks share one"),
     ],
@@ -126,8 +129,9 @@ def test_the_average_is_exported_where_there_is_one(tmp_path: Path) -> None:
         export_transformer(tmp_path / "one", tmp_path / "one-None")
 
 
-def test_a_pipeline_of_diffusers_draws_the_images_that_ours_draws(tmp_path: Path) -> None:
-    config = configuration({"prediction": "v", "schedule": "cosine"})
+@pytest.mark.parametrize("learned_variance", [False, True])
+def test_a_pipeline_of_diffusers_draws_the_images_that_ours_draws(learned_variance: bool, tmp_path: Path) -> None:
+    config = configuration({"prediction": "v", "schedule": "cosine"}, learned_variance=learned_variance)
     write_checkpoint(tmp_path / "run", config)
     pipeline = DiTPipeline.from_pretrained(export_pipeline(tmp_path / "run", tmp_path / "pipeline"))
     pipeline.set_progress_bar_config(disable=True)

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from dit_checkpoints import configuration, write_checkpoint
 from matplotlib import image
+from safetensors.torch import save_file
 
 from megatron_ds.checkpoint import Checkpoint
 from megatron_ds.data.cli import guarded
@@ -54,6 +55,23 @@ def test_a_grid_has_a_row_for_each_class(monkeypatch: pytest.MonkeyPatch, tmp_pa
         sample(monkeypatch, *common, "--output", last, "--classes", 4, 5, 6, "--columns", 2, "--weights", "last") == 0
     )
     assert last.read_bytes() != grid.read_bytes()
+
+
+def test_a_grid_has_a_row_for_each_text(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = {"condition": "text", "num_classes": 1000, "text_size": 6, "text_tokens": 4, "pooled_size": 5}
+    write_checkpoint(tmp_path / "run", configuration({"prediction": "flow", "schedule": "flow"}, **text))
+    prompts, grid = tmp_path / "prompts.safetensors", tmp_path / "grid.png"
+    save_file({"text": torch.randn(2, 3, 6), "pooled": torch.randn(2, 5)}, prompts)
+    common = (tmp_path / "run", "--steps", 2, "--device", "cpu", "--output", grid, "--text", prompts)
+    assert sample(monkeypatch, *common, "--columns", 3, "--size", 8, 4) == 0
+    assert image.imread(grid).shape[:2] == (2 * 50, 3 * 26)
+    assert sample(monkeypatch, *common, "--classes", 3) == 2
+    assert "an image is of a class or of a text; give one of them" in capsys.readouterr().err
+    prompts.write_bytes(b"")
+    assert sample(monkeypatch, *common) == 2
+    assert f"--text {prompts} cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

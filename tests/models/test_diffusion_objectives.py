@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -112,3 +113,45 @@ def test_min_snr_is_one_weight_of_the_images_error_whatever_is_predicted(predict
     error = (predicted - objectives.target(c, levels, image, noise)).square().sum((1, 2, 3))
     want = (wrong - image).square().sum((1, 2, 3)) * (levels.alpha / levels.sigma).square().clamp(max=5.0)
     torch.testing.assert_close(objectives.weight(c, levels) * error, want)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+def test_learned_variances_are_trained_by_the_variational_bound(prediction: str) -> None:
+    """Of every step but the first the divergence of two normal distributions, of the first a share of one."""
+    c = ObjectiveConfig(prediction=prediction, schedule="cosine", num_timesteps=20, vlb_weight=0.25)
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 20, 4, 2)
+    image, noise, error, variance = torch.randn((4, *shape), generator=generator, dtype=torch.float64)
+    image[0, 0, 0, 0], image[1, 0, 0, 0], image[2, 0] = -1.0, 1.0, image[2, 0].clamp(-0.9, 0.9)
+    levels = objectives.noise_levels(c, (torch.arange(20, dtype=torch.float64) + 0.5) / 20, tokens=4)
+    predicted = {"epsilon": noise, "x0": image}.get(prediction)
+    alpha, sigma = (values.view(20, 1, 1) for values in (levels.alpha, levels.sigma))
+    if predicted is None:
+        predicted = alpha * noise - sigma * image
+    predicted = (predicted + 0.1 * error).requires_grad_()
+    variance.requires_grad_()
+    got = objectives.variance_bound(c, levels, image, noise, predicted, variance)
+
+    beta = objectives.betas(c)
+    kept = (1 - beta).cumprod(0)
+    seen = alpha * image + sigma * noise
+    one = torch.autograd.grad(got.sum(), [predicted, variance], allow_unused=True)
+    assert one[0] is None and one[1].abs().min(0).values.max() > 0  # the mean learns nothing by it
+    with torch.no_grad():
+        scale = {"epsilon": -sigma / alpha, "v": -sigma, "x0": torch.ones(1)}[prediction]
+        found = image + scale * 0.1 * error
+        for t in range(20):
+            before = kept[t - 1] if t else torch.ones(())
+            posterior = beta * (1 - torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])) / (1 - kept)
+            low = posterior[max(t, 1)]
+            std = (variance[:, t] + 1).div(2).mul(beta[t].log() - low.log()).add(low.log()).exp().sqrt()
+            first, second = before.sqrt() * beta[t] / (1 - kept[t]), (1 - beta[t]).sqrt() * (1 - before) / (1 - kept[t])
+            if t:
+                true = torch.distributions.Normal(first * image[:, t] + second * seen[:, t], low.sqrt())
+                model = torch.distributions.Normal(first * found[:, t] + second * seen[:, t], std)
+                want = torch.distributions.kl_divergence(true, model)
+            else:
+                model, x = torch.distributions.Normal(found[:, t], std), image[:, t]
+                above = torch.where(x > 0.999, 1.0, model.cdf(x + 1 / 255))
+                want = -(above - torch.where(x < -0.999, 0.0, model.cdf(x - 1 / 255))).clamp(min=1e-12).log()
+            torch.testing.assert_close(got[t], 0.25 * 20 * want.sum() / math.log(2), rtol=1e-7, atol=1e-9)

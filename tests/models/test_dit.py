@@ -180,8 +180,8 @@ def test_a_new_model_predicts_nothing_and_its_blocks_do_nothing() -> None:
     assert model.predict(seen).abs().max() == 0
     x = torch.randn(16, 2, HIDDEN, dtype=torch.float64)
     block = model.layers["0"]
-    condition, inputs = torch.randn(2, HIDDEN, dtype=torch.float64), model._inputs((4, 4), x.dtype, x.device)
-    assert torch.equal(block(x, condition, inputs), x)
+    condition = torch.randn(2, HIDDEN, dtype=torch.float64)
+    assert torch.equal(block((x,), condition, model._inputs(seen, x.dtype))[0], x)
 
 
 def test_padded_rows_of_an_evaluation_count_nothing() -> None:
@@ -214,6 +214,12 @@ def test_padded_rows_of_an_evaluation_count_nothing() -> None:
         ({"objective": {"schedule": "flow"}}, 1, r"use objective\.prediction='flow', or another of both"),
         ({"objective": {"beta_start": 0.1}}, 1, r"objective\.beta_start=0\.1 is not below objective\.beta_end=0\.02"),
         ({"objective": {"zero_terminal_snr": True}}, 1, r"of noise alone the noise says nothing .*; use 'v' or 'x0'"),
+        ({"objective": {"vlb_weight": 0.5}}, 1, r"objective\.vlb_weight=0\.5 does nothing: .* model\.learned_variance"),
+        (
+            {"model": {"learned_variance": True}, "objective": {"prediction": "flow", "schedule": "flow"}},
+            1,
+            r"rectified flow have no variances",
+        ),
         ({"objective": {"shift": 3.0}}, 1, r"objective\.shift=3\.0 does nothing: .* use 'flow'"),
         ({"objective": {"logit_std": 3.0}}, 1, r"objective\.logit_std=3\.0 does nothing"),
         ({"data": {"source": "digits"}}, 1, r"data\.source='digits' has images of 8 x 8 x 1"),

@@ -15,17 +15,19 @@ from megatron_ds.config.diffusion import DiffusionRun
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models import objectives
-from megatron_ds.models.samplers import Sampler, make_scheduler, run_of_checkpoint, save_grid
+from megatron_ds.models.samplers import Sampler, make_scheduler, run_of_checkpoint, save_grid, told_faults
 from megatron_ds.testing import device_of_rank, run_ranks
 
 COSINE = {"prediction": "v", "schedule": "cosine"}
+Drawn = tuple[dict[str, Any], str, dict[str, Any]]
+"""An objective, a scheduler and settings of the model."""
 FLOW = {"prediction": "flow", "schedule": "flow", "shift": 3.0}
 
 
 def perfect(run: DiffusionRun, known: Tensor) -> Any:
     """What a model predicts that was trained on one image alone, by the objective's own formulas."""
 
-    def predict(images: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+    def predict(images: Tensor, time: Tensor, told: Any) -> Tensor:
         share = time.double() / 1000
         if not run.objective.is_flow:
             share = (time.double() + 0.5) / 1000  # Euler's times lie between the steps
@@ -62,31 +64,43 @@ def test_every_scheduler_finds_the_image_that_a_perfect_model_knows(
         assert (drawn - known).abs().max() < 0.05, name
 
 
-def draw_on(folder: str, objectives: list[tuple[dict[str, Any], str]], meshes: list[tuple[int, int]]) -> list[Any]:
+TEXT = {"condition": "text", "num_classes": 1000, "text_size": 6, "text_tokens": 4, "pooled_size": 5}
+
+
+def wanted(run: DiffusionRun) -> Any:
+    if not run.model.has_text:
+        return [1, 2, 1000]
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"text": (3, 4, 6), "pooled": (3, 5), "empty.text": (1, 4, 6)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def draw_on(folder: str, objectives: list[Drawn], meshes: list[tuple[int, int]]) -> list[Any]:
     """Inside a job, on several meshes."""
     place, world = device_of_rank(dist.get_rank(), dist.get_world_size()), dist.get_world_size()
     return [draw(folder, objectives, Mesh.create(MeshShape.for_world(world, tp=tp, pp=pp), place)) for tp, pp in meshes]
 
 
-def draw(folder: str, objectives: list[tuple[dict[str, Any], str]], mesh: Mesh) -> list[Tensor]:
+def draw(folder: str, objectives: list[Drawn], mesh: Mesh) -> list[Tensor]:
     drawn = []
-    for number, (objective, scheduler) in enumerate(objectives):
-        meta = {"config": configuration(objective).to_dict()}
+    for number, (objective, scheduler, model) in enumerate(objectives):
+        meta = {"config": configuration(objective, **model).to_dict()}
         run = run_of_checkpoint(meta, "test", mesh.tp.size, mesh.pp.size, mesh.world.size)
         sampler = Sampler(run, f"{folder}/{number}", "ema", mesh)
-        drawn.append(sampler.sample([1, 2, 1000], scheduler, 2, guidance=2.0, seed=7, batch=2))
+        drawn.append(sampler.sample(wanted(run), scheduler, 2, guidance=2.0, seed=7, batch=2, size=(8, 12)))
     return drawn
 
 
 def test_every_mesh_draws_the_same_images(tmp_path: Path) -> None:
-    objectives = [({}, "ddpm"), (COSINE, "euler"), (FLOW, "flow")]
-    for number, (objective, _) in enumerate(objectives):
-        write_checkpoint(tmp_path / str(number), configuration(objective))
+    objectives: list[Drawn] = [({}, "ddpm", {}), (COSINE, "euler", {}), (FLOW, "flow", TEXT)]
+    objectives.append(({}, "ddpm", {"learned_variance": True}))
+    for number, (objective, _, model) in enumerate(objectives):
+        write_checkpoint(tmp_path / str(number), configuration(objective, **model))
     alone = draw(str(tmp_path), objectives, Mesh.single())
     ranks = run_ranks(draw_on, 4, str(tmp_path), objectives, [(2, 2), (1, 2)])
     for drawn in (mesh for rank in ranks for mesh in rank):
         for one, other in zip(alone, drawn):
-            assert one.shape == (3, 1, 8, 8) and one.std() > 0.1
+            assert one.shape == (3, 1, 8, 12) and one.std() > 0.1
             torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-3)
             assert (one[0] - one[1]).abs().max() > 0.1
 
@@ -107,6 +121,19 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
         run_of_checkpoint({"config": run.to_dict()}, "x", 4, 1, 4)
     with pytest.raises(ConfigError, match=r"pp=3 stages for model\.num_layers=2"):
         run_of_checkpoint({"config": run.to_dict()}, "x", 1, 3, 3)
+    with pytest.raises(ConfigError, match=r"images of 8 x 7: 7 is not a multiple of model\.patch_size=2"):
+        sampler.sample([0], "ddim", 1, size=(8, 7))
+    with pytest.raises(ConfigError, match="the model is told classes and no texts; use --classes"):
+        sampler.sample({"text": torch.zeros(1, 2, 3)}, "ddim", 1)
+    told = run.model.model_copy(update={"condition": "text", "text_size": 6, "pooled_size": 5})
+    good = {"text": torch.zeros(2, 5, 6), "pooled": torch.zeros(2, 5)}
+    for wrong, tp, message in (
+        ([1], 1, "told texts and no classes; give their embeddings, with --text FILE"),
+        ({"text": good["text"]}, 1, "there is no 'pooled' among the embeddings: 'text'"),
+        ({**good, "pooled": torch.zeros(2, 6)}, 1, "'pooled' has the shape [2, 6], and the model takes [2, 5]"),
+        (good, 2, "texts of 5 tokens cannot be split over tp=2; use 4 or 6"),
+    ):
+        assert message in next(told_faults(told, wrong, tp))
     with pytest.raises(ConfigError, match="images of 4 channels cannot be shown"):
         save_grid(torch.zeros(1, 4, 8, 8), 1, tmp_path / "x.png")
 

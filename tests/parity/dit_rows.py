@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from megatron_ds.config import from_dict, validate
 from megatron_ds.config.diffusion import DiffusionRun
-from megatron_ds.data.image_samples import DiffusionSamples, SyntheticImages
 from megatron_ds.data.samples import Batch
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.dit_task import DiTTask
@@ -37,26 +37,38 @@ class DiTRow:
     min_snr: bool = False
     chunks: int = 1
     buckets: bool = False  # images of half the width between others: one a micro-batch
+    model: tuple[str, ...] = ()  # text, qk_norm, rope, swiglu, variance
 
     def __str__(self) -> str:
         values = [self.recompute, self.optimizer, *self.objective, f"zero{self.zero}"]
-        values += [f"{self.accumulation}x{self.micro_batch}"]
+        values += [f"{self.accumulation}x{self.micro_batch}", *self.model]
         flags = [name for name in ("sequence_parallel", "ema", "min_snr", "buckets") if getattr(self, name)]
         return "tp{}-pp{}-dp{}-".format(*self.mesh) + "-".join(values + flags)
 
 
+TEXT = MappingProxyType({"text_size": 10, "text_tokens": 4, "pooled_size": 6})
+ALL = ("qk_norm", "rope", "swiglu")
 ROWS = [
     DiTRow((2, 2, 2)),
     DiTRow((2, 2, 2), False, 2, "full", ema=False, optimizer="sgd", objective=("v", "cosine"), min_snr=True),
+    DiTRow((2, 2, 2), True, 2, "none", accumulation=1, model=("variance",)),
     DiTRow((2, 2, 2), True, 3, "selective", objective=("flow", "flow"), chunks=2),
     DiTRow((4, 2, 1), True, 0, "every_n", 4, 1, objective=("x0", "scaled_linear"), min_snr=True),
     DiTRow((4, 2, 1), False, 0, "selective", 1, 2, optimizer="sgd"),
     DiTRow((1, 2, 4), True, 3, "full", 1, 1, objective=("v", "linear")),
     DiTRow((1, 2, 4), True, 2, "none", 4, 1, ema=False, buckets=True),
     DiTRow((2, 1, 4), True, 2, "every_n", 2, 1, objective=("flow", "flow"), min_snr=True, buckets=True),
-    DiTRow((2, 1, 4), False, 3, "none", 1, 1),
+    DiTRow((2, 1, 4), False, 3, "none", 1, 1, model=ALL),
     DiTRow((1, 4, 1), True, 0, "none", 4, 2),
     DiTRow((4, 1, 2), True, 1, "full", 1, 1, optimizer="sgd"),
+    DiTRow((2, 2, 2), True, 1, "none", objective=("flow", "flow"), model=("text",)),
+    DiTRow((2, 2, 2), False, 2, "full", 2, 2, ema=False, optimizer="sgd", model=("text", *ALL)),
+    DiTRow((2, 2, 2), True, 3, "selective", 4, 1, chunks=2, buckets=True, model=("text", "rope")),
+    DiTRow((4, 2, 1), True, 0, "every_n", 4, 1, objective=("v", "cosine"), model=("text", "qk_norm")),
+    DiTRow((4, 2, 1), False, 0, "selective", 1, 2, optimizer="sgd", model=("text", "swiglu")),
+    DiTRow((1, 2, 4), True, 3, "full", 1, 1, objective=("flow", "flow"), min_snr=True, model=("text", *ALL)),
+    DiTRow((2, 1, 4), True, 2, "every_n", 2, 1, buckets=True, model=("text", "qk_norm", "rope")),
+    DiTRow((1, 4, 1), True, 0, "none", 4, 2, ema=False, model=("text",)),
 ]
 
 
@@ -72,8 +84,12 @@ def config_of(row: DiTRow) -> DiffusionRun:
             "image_size": 4,
             "channels": 3,
             "patch_size": 1 if tp == 1 else 2,
-            "num_classes": 5,
             "zero_init_std": 0.2,
+            **({"condition": "text", **TEXT} if "text" in row.model else {"num_classes": 5}),
+            "learned_variance": "variance" in row.model,
+            "qk_norm": "qk_norm" in row.model,
+            "positions": "rope" if "rope" in row.model else "sines",
+            "activation": "swiglu" if "swiglu" in row.model else "gelu_tanh",
         },
         "objective": {
             "prediction": prediction,
@@ -104,16 +120,18 @@ def config_of(row: DiTRow) -> DiffusionRun:
     return from_dict(DiffusionRun, values, str(row))
 
 
-class Samples(DiffusionSamples):
+class Samples:
     """Random images of which one in seven counts nothing."""
 
     def __init__(self, config: DiffusionRun):
-        m = config.model
-        images = SyntheticImages((m.channels, m.image_size, m.image_size), m.num_classes)
-        super().__init__(images, config.seed, m.num_classes, config.objective.condition_dropout)
+        self._made_up = DiTTask(config).open_sources().train
+        self.rows = self._made_up.rows
+
+    def __len__(self) -> int:
+        return len(self._made_up)
 
     def batch(self, indices: Any) -> Batch:
-        return {**super().batch(indices), "counts": np.asarray(indices) % 7 != 3}
+        return {**self._made_up.batch(indices), "counts": np.asarray(indices) % 7 != 3}
 
 
 def run(config: DiffusionRun, mesh: Mesh, buckets: bool) -> Outcome:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from megatron_ds.comm import regions
 from megatron_ds.data import noise
-from megatron_ds.models import dit
-from megatron_ds.models.dit import Condition, DiT
+from megatron_ds.layers.norm import Norm
+from megatron_ds.models import conditions, dit
+from megatron_ds.models.conditions import TimeEmbedding
+from megatron_ds.models.dit import DiT
 from megatron_ds.optim.ema import AveragedUpdate
 from megatron_ds.testing import run_ranks
 
@@ -50,14 +52,14 @@ def the_condition_is_dropped_on_one_stage() -> AbstractContextManager[Any]:
 
 
 def the_conditions_gradient_stays_a_share() -> AbstractContextManager[Any]:
-    real = Condition.__init__
+    real = TimeEmbedding.__init__
 
-    def init(self: Condition, c: Any, s: Any) -> None:
-        make = dit.replicated_parameter
-        with patch.object(dit, "replicated_parameter", lambda *a, **k: _whole_gradient(make, *a, **k)):
-            real(self, c, s)
+    def init(self: TimeEmbedding, *arguments: Any, **settings: Any) -> None:
+        make = conditions.replicated_parameter
+        with patch.object(conditions, "replicated_parameter", lambda *a, **k: _whole_gradient(make, *a, **k)):
+            real(self, *arguments, **settings)
 
-    return patch.object(Condition, "__init__", init)
+    return patch.object(TimeEmbedding, "__init__", init)
 
 
 def _whole_gradient(make: Any, *arguments: Any, **settings: Any) -> Any:
@@ -79,7 +81,25 @@ def the_loss_stays_a_share() -> AbstractContextManager[Any]:
     return patch.object(dit.comm, "reduce_from_region", lambda tensor, axis: tensor)
 
 
+def norms_of_queries_stay_a_share() -> AbstractContextManager[Any]:
+    real = Norm.__init__
+    return patch.object(Norm, "__init__", lambda self, *a, **k: real(self, *a, **{**k, "partial": False}))
+
+
+def the_text_is_dropped_on_one_stage() -> AbstractContextManager[Any]:
+    real = DiT._blocks
+
+    def blocks(self: DiT, seen: Mapping[str, Tensor], hidden: Tensor | None) -> Any:
+        if hidden is not None:
+            rows = seen["text"].shape[1]
+            hidden = torch.cat([hidden[: -rows - 1], torch.zeros_like(hidden[-rows - 1 : -1]), hidden[-1:]])
+        return real(self, seen, hidden)
+
+    return patch.object(DiT, "_blocks", blocks)
+
+
 TWO_BY_TWO, TENSOR_PARALLEL = DiTRow((1, 2, 2)), DiTRow((2, 1, 1))
+TEXT, TEXT_PARALLEL = DiTRow((1, 2, 1), model=("text",)), DiTRow((2, 1, 1), model=("text", "qk_norm"))
 FAULTS: Mapping[DiTRow, tuple[tuple[Patch, str], ...]] = MappingProxyType(
     {
         TWO_BY_TWO: (
@@ -91,6 +111,14 @@ FAULTS: Mapping[DiTRow, tuple[tuple[Patch, str], ...]] = MappingProxyType(
             (the_conditions_gradient_stays_a_share, "step 1: condition.time_in.weight"),
             (shares_of_modulation_are_not_summed, "step 1: condition.time_in.weight"),
             (the_loss_stays_a_share, "loss of step 1"),
+        ),
+        TEXT: (
+            (the_condition_is_dropped_on_one_stage, "loss of step 1"),
+            (the_text_is_dropped_on_one_stage, "loss of step 1"),
+        ),
+        TEXT_PARALLEL: (
+            (the_conditions_gradient_stays_a_share, "step 1: condition.time_in.weight"),
+            (norms_of_queries_stay_a_share, "step 1: layers.0.image.attention.q_norm.weight"),
         ),
     }
 )
