@@ -150,10 +150,11 @@ def _bucket_notes(images: Images, samples: DiffusionSamples, block: int) -> list
 def _check_texts(config: DiffusionRun, empty: Mapping[str, npt.NDArray[Any]]) -> None:
     m = config.model
     for name, size in (("text", (m.text_tokens, m.text_size)), ("pooled", (m.pooled_size,))):
-        if (found := empty[name].shape[1:]) != size:
+        found = empty[name].shape[1:]
+        if found != size:
             setting = "model.text_tokens and model.text_size" if name == "text" else "model.pooled_size"
             raise ConfigError(
-                f"{config.data.path} has {name!r} of {list(found)} a sample, not {list(size)}; set {setting}"
+                f"{config.data.path}: {name!r} is {list(found)} a sample, not {list(size)}; set {setting}"
             )
 
 
