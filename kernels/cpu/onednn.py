@@ -1,8 +1,8 @@
-"""oneDNN's matrix products on a CPU in fp32.
+"""oneDNN's matrix products on a CPU: in fp32, with weights in its own order, and of int8.
 
-They are 8 to 12% faster than the BLAS call behind ``torch.nn.functional.linear``, for ``y = x w^T + b`` and for
-``dx = dy w`` alike, and as exact. For ``dw = dy^T x`` BLAS is as good, and accumulates in place. Half precision takes
-oneDNN's route in torch already.
+Those in fp32 are 8 to 12% faster than the BLAS call behind ``torch.nn.functional.linear``, for ``y = x w^T + b`` and
+for ``dx = dy w`` alike, and as exact. For ``dw = dy^T x`` BLAS is as good, and accumulates in place. Half precision
+takes oneDNN's route in torch already, but puts the weight into its order each time.
 """
 
 from __future__ import annotations
@@ -44,3 +44,24 @@ def packed(weight: Tensor) -> Tensor:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias``: ``[..., in]``, ``[out, in]``, ``[out]`` -> ``[..., out]``. Not differentiable."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def can_multiply_int8(weight: Tensor) -> bool:
+    """Whether this machine multiplies by :func:`packed_int8` weights: without VNNI sums may overflow."""
+    there = weight.device.type == "cpu" and weight.dtype is torch.int8 and torch.backends.mkldnn.is_available()
+    return there and torch.cpu._is_vnni_supported()
+
+
+def packed_int8(weight: Tensor) -> Tensor:
+    """A copy of ``weight [out, in]`` int8 for :func:`int8_product`."""
+    return torch.ops.onednn.qlinear_prepack(weight, None)
+
+
+def int8_product(x: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
+    """``x @ weight.T * scale``: ``[t, in]`` int8, packed ``[out, in]``, ``[out]`` fp32 -> ``[t, out]`` fp32.
+
+    ``zeros``: ``[out]`` int32, the zero points.
+    """
+    return torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, 0, weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )

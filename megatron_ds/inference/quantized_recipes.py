@@ -23,13 +23,15 @@ from torch import Tensor, nn
 
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference.quantized_weights import LARGEST, QuantizedWeight, largest, quantize
+from megatron_ds.kernels.cpu import int4_product, onednn
 from megatron_ds.kernels.float8 import E4M3
 from megatron_ds.layers.linear import RepeatedKVLinear, RowParallelLinear
 from megatron_ds.layers.recipe import Recipe, linear
 from megatron_ds.mesh import Axis
 
-_FEW_ROWS = 8
-"""Up to so many rows a CPU reads the packed weights; beyond, it is faster to widen them first (4,096 x 768, bf16)."""
+_HALF = (torch.bfloat16, torch.float16)
+_DIGIT = 254
+"""Units of a low digit in one of the high digit: what is left of that, half a unit at most, is 127 at most."""
 
 
 class _Quantized(Recipe):
@@ -55,21 +57,38 @@ class _ScaledOutputs(_Quantized):
 
     def __init__(self, weight: QuantizedWeight, tp: Axis | None, dtype: torch.dtype):
         super().__init__(weight, tp, dtype)
-        self.register_buffer("values", weight.values)
         self.register_buffer("scale", weight.scale.squeeze(1))
+        self.packs = dtype in _HALF and onednn.can_multiply_int8(weight.values)
+        if self.packs:
+            self.packed = onednn.packed_int8(weight.values)
+            self.register_buffer("wide_scale", self.scale.float())
+            self.register_buffer("zeros", torch.zeros_like(self.scale, dtype=torch.int32))
+        else:
+            self.register_buffer("values", weight.values)
 
     values: Tensor
     scale: Tensor
+    wide_scale: Tensor
+    zeros: Tensor
+
+    def sums(self, x: Tensor) -> Tensor:
+        """``x [t, in]`` int8, times the packed weight -> ``[t, out]`` fp32."""
+        return onednn.int8_product(x, self.packed, self.wide_scale, self.zeros)
 
 
 class Int8(_ScaledOutputs):
-    """Weights only."""
+    """Weights only. On a CPU an input is two digits of seven bits and a sign, relative to its token's largest."""
 
     def rows(self, x: Tensor) -> Tensor:
-        if x.shape[0] <= _FEW_ROWS and x.dtype is torch.bfloat16 and x.device.type == "cpu":
-            return torch._weight_int8pack_mm(x, self.values, self.scale.to(x.dtype))
-        # Whole numbers up to 127 are exact in every dtype; the scale comes last.
-        return linear(x, self.values.to(x.dtype), None) * self.scale.to(x.dtype)
+        if not self.packs:
+            # Whole numbers up to 127 are exact in every dtype; the scale comes last.
+            return linear(x, self.values.to(x.dtype), None) * self.scale.to(x.dtype)
+        scale = largest(x, 1, None) / 127
+        relative = x / scale
+        high = relative.round()
+        low = relative.sub_(high).mul_(_DIGIT).round_()
+        of_high, of_low = self.sums(torch.cat((high, low)).to(torch.int8)).chunk(2)
+        return of_high.add_(of_low, alpha=1 / _DIGIT).mul_(scale).to(x.dtype)
 
 
 class Int8Inputs(_ScaledOutputs):
@@ -77,7 +96,9 @@ class Int8Inputs(_ScaledOutputs):
 
     def rows(self, x: Tensor) -> Tensor:
         scale = largest(x, 1, self.tp) / LARGEST["w8a8"]
-        values = (x.to(scale.dtype) / scale).round().to(torch.int8)
+        values = (x.to(scale.dtype) / scale).round_().to(torch.int8)
+        if self.packs:
+            return self.sums(values).mul_(scale).to(x.dtype)
         count = values.shape[0]
         if x.device.type == "cuda" and count <= 16:  # where cuBLAS takes 17 rows at least
             values = torch.cat((values, values.new_zeros(32 - count, values.shape[1])))
@@ -108,10 +129,10 @@ class Int4(_Quantized):
         self.group = values.shape[1] // scale.shape[1]
         self._packs = dtype is torch.bfloat16 and values.device.type == "cpu" and values.shape[0] % 16 == 0
         if self._packs:
-            values = torch._convert_weight_to_int4pack_for_cpu(values.to(torch.int32) + 8, 2)
-            pairs = torch.stack((scale.t(), torch.zeros_like(scale.t())), dim=2)
-            self.register_buffer("pairs", pairs.to(torch.bfloat16).contiguous())
-            self.register_buffer("values", values)
+            in_order, pairs = int4_product.packed(values, scale)
+            self.register_buffer("pairs", pairs)
+            self.register_buffer("values", in_order)
+            self._widens = int4_product.can_widen(values, in_order)
             return
         self.register_buffer("scale", scale)
         low, high = (values + 8).to(torch.uint8).view(len(values), -1, 2).unbind(2)
@@ -123,7 +144,7 @@ class Int4(_Quantized):
 
     def rows(self, x: Tensor) -> Tensor:
         if self._packs:
-            return torch._weight_int4pack_mm_for_cpu(x.contiguous(), self.values, self.group, self.pairs)
+            return int4_product.product(x, self.values, self.pairs, self._widens)
         pairs = torch.stack((self.values & 15, self.values >> 4), dim=2).to(torch.int8).flatten(1) - 8
         groups = pairs.view(len(pairs), -1, self.group).to(x.dtype)
         return linear(x, (groups * self.scale.to(x.dtype).unsqueeze(2)).flatten(1), None)

@@ -33,6 +33,7 @@ from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.inference import LLM, SamplingParams
 from megatron_ds.inference.quantized_export import compare, export_quantized
 from megatron_ds.inference.quantized_folder import packed, unpacked
+from megatron_ds.inference.quantized_recipes import linear_layers
 from megatron_ds.testing import run_ranks
 
 SCHEMES = ("int8", "w8a8", "fp8", "int4")
@@ -113,6 +114,9 @@ def test_the_folder_is_what_quantising_in_memory_gives(tmp_path: Path, scheme: s
         assert states[0].keys() == states[1].keys() and len(states[0]) >= 8
         for name, value in states[0].items():
             assert torch.equal(value.view(torch.uint8), states[1][name].view(torch.uint8)), name
+        for mine, theirs in zip(*(linear_layers(layer) for layer in layers), strict=True):
+            x = torch.randn(3, mine.weight.shape[-1], dtype=torch.bfloat16)
+            assert torch.equal(mine.recipe.product(x, None, None), theirs.recipe.product(x, None, None))
         params = SamplingParams(temperature=0.0, max_tokens=4)
         assert two.generate([[5, 6, 7]], params, use_tqdm=False)[0].outputs[0].token_ids
     difference = compare(tmp_path / "whole", folder, [list(range(3, 40)), list(range(20, 60))])
