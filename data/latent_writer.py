@@ -123,7 +123,7 @@ class CacheWriter:
         self._loaded: Encoders | None = None
         buckets = make_buckets(settings.resolution, settings.bucket_step, settings.max_ratio)
         rows = usable_rows(source, sizes, settings.on_error)
-        self.unreadable = len(source) - len(rows)
+        self.unreadable = [source.name(row) for row in np.flatnonzero(sizes[:, 0] == 0).tolist()]
         self.shards = list(_cut(bucket_rows(rows, sizes[rows], buckets), settings.shard_rows))
         self.plan = Plan(
             {
@@ -155,25 +155,25 @@ class CacheWriter:
     def share(self, rank: int, world_size: int) -> list[ShardRows]:
         return self.shards[rank::world_size]
 
-    def write(self, shards: Sequence[ShardRows], device: torch.device, on_progress: Callable[[int], None]) -> int:
-        """Write those of the shards that are not there yet, whole; the number of images left out of all.
+    def write(self, shards: Sequence[ShardRows], device: torch.device, on_progress: Callable[[int], None]) -> list[str]:
+        """Write those of the shards that are not there yet, whole; a line for each image left out of all.
 
         Raises:
             DataError: a latent or an embedding that is not finite, or an image that cannot be decoded.
         """
-        left_out = 0
+        bad: list[tuple[int, str]] = []
         missing = []
         for shard in shards:
             done = self._there(shard)
             missing += [shard] if done is None else []
-            left_out += 0 if done is None else len(done.bad)
+            bad += () if done is None else done.bad
             on_progress(0 if done is None else len(shard.rows))
         if missing:
             encoders = self._load_encoders(device)
             with ThreadPoolExecutor() as pool:
                 for shard in missing:
-                    left_out += self._write(shard, encoders, pool, on_progress)
-        return left_out
+                    bad += self._write(shard, encoders, pool, on_progress)
+        return [f"{self._source.name(row)}: {why}" for row, why in bad]
 
     def write_empty(self, device: torch.device) -> None:
         """The embeddings of the empty text; for one rank."""
@@ -193,7 +193,7 @@ class CacheWriter:
 
     def _write(
         self, shard: ShardRows, encoders: Encoders, pool: ThreadPoolExecutor, on_progress: Callable[[int], None]
-    ) -> int:
+    ) -> list[tuple[int, str]]:
         size = self._settings.batch
         batches = [shard.rows[start : start + size].tolist() for start in range(0, len(shard.rows), size)]
         parts: list[Arrays] = []
@@ -209,7 +209,7 @@ class CacheWriter:
         else:
             arrays = {"latents": np.zeros((0, 1, 1, 1), np.float32)}
         write_shard(self.folder / shard_name(shard.number), self.plan, arrays, bad)
-        return len(bad)
+        return bad
 
     def _load(self, row: int, bucket: Size) -> Pixels | str:
         """An image, or why there is none."""

@@ -93,7 +93,9 @@ def _decoded(config: DiffusionRun, fields: Sequence[str]) -> Sources:
     identity = {**source.identity, "valid": data.valid, "crop": data.crop, "flip": data.flip}
     notes = []
     if len(rows) < len(source):
-        notes = [f"{path}: {len(source) - len(rows)} of {len(source)} files are no images and are left out"]
+        first = source.name(int(np.flatnonzero(sizes[:, 0] == 0)[0]))
+        left_out = len(source) - len(rows)
+        notes = [f"{path}: {left_out} of {len(source)} files are no images and are left out, {first} first"]
     return _sources(config, train, valid, identity, notes)
 
 

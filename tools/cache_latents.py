@@ -27,6 +27,8 @@ from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFo
 from megatron_ds.errors import DataError
 from megatron_ds.train.launch import RankInfo, job, run_main
 
+_SHOWN = 20
+
 
 @dataclass(frozen=True)
 class Options:
@@ -113,15 +115,20 @@ def main(place: RankInfo) -> int:
             writer.write_empty(device)
         with _progress(sum(len(shard.rows) for shard in shards), place.rank == 0) as advance:
             left_out = writer.write(shards, device, advance)
-        if left_out:
-            print(f"rank {place.rank}: left out {left_out} images that cannot be decoded to their end")
-        if place.rank == 0 and writer.unreadable:
-            print(f"left out {writer.unreadable} files that are no images")
+        _say_left_out("which cannot be decoded to their end", left_out)
+        if place.rank == 0:
+            _say_left_out("which are no images", writer.unreadable)
         if place.world_size == 1:
             cache = LatentCache(options.output)
             sizes_text = ", ".join(f"{len(rows)} of {h} x {w}" for (h, w), rows in cache.buckets.items())
             print(f"{options.output}: {len(cache)} latents: {sizes_text}")
     return 0
+
+
+def _say_left_out(what: str, lines: list[str]) -> None:
+    if lines:
+        more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+        print("\n  ".join([f"left out {len(lines)}, {what}:", *lines[:_SHOWN], *more]))
 
 
 @contextlib.contextmanager

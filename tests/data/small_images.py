@@ -46,7 +46,7 @@ def write_captions(folder: Path) -> Path:
     return folder
 
 
-def write_vae(folder: Path, scale: float = 0.25, seed: int = 0) -> Path:
+def write_vae(folder: Path, scale: float = 0.25, seed: int = 0, shift: float | None = 0.5) -> Path:
     """An ``AutoencoderKL`` that makes 4 channels of a quarter of the height and width."""
     from diffusers import AutoencoderKL
 
@@ -59,7 +59,7 @@ def write_vae(folder: Path, scale: float = 0.25, seed: int = 0) -> Path:
         layers_per_block=1,
         latent_channels=4,
         scaling_factor=scale,
-        shift_factor=0.5,
+        shift_factor=shift,
     )
     vae.save_pretrained(folder)
     return folder

@@ -43,7 +43,9 @@ def writer(images: Path, encoders: EncoderFolders, output: Path, settings: Cache
     return CacheWriter(source, image_sizes(source, images), encoders, settings, output)
 
 
-def write(root: Path, output: Path, rank: int = 0, world_size: int = 1, settings: CacheSettings = SETTINGS) -> int:
+def write(
+    root: Path, output: Path, rank: int = 0, world_size: int = 1, settings: CacheSettings = SETTINGS
+) -> list[str]:
     made = writer(root / "classes", EncoderFolders(root / "vae"), output, settings)
     made.begin()
     return made.write(made.share(rank, world_size), torch.device("cpu"), lambda _: None)
@@ -167,6 +169,11 @@ def test_text_is_encoded_as_sdxl_and_as_one_encoder_do(folders: Path, tmp_path: 
     found = last.rows([0])
     torch.testing.assert_close(torch.from_numpy(found["text"]), out.last_hidden_state, atol=2e-3, rtol=1e-3)
     assert np.array_equal(sample_latents(found, 0, [5]), found["latents"])
+    with pytest.raises(DataError, match=r"other images, settings or encoders: text had 1 entries, now 2"):
+        writer(folders / "captions", EncoderFolders(folders / "vae", both, both), tmp_path / "one", settings)
+    other = EncoderFolders(folders / "vae", both[::-1], both)
+    with pytest.raises(DataError, match=r"encoders: text\.?class was 'CLIPTextModel', is now 'CLIPTextModelWith"):
+        writer(folders / "captions", other, tmp_path / "two")
     (tmp_path / "two" / "empty.safetensors").unlink()
     with pytest.raises(DataError, match="is missing"):
         _ = LatentCache(tmp_path / "two").empty
@@ -194,7 +201,11 @@ def test_images_that_do_not_decode_are_left_out_or_fatal(folders: Path, tmp_path
     whole = tmp_path / "classes" / "china" / "1.png"
     whole.write_bytes(whole.read_bytes()[:3000])  # its header is right
     (tmp_path / "classes" / "china" / "3.png").write_text("no image")
-    assert write(tmp_path, tmp_path / "skipped") == 1
+    (left_out,) = write(tmp_path, tmp_path / "skipped")
+    assert left_out.startswith(f"{whole}: ") and "truncated" in left_out
+    assert write(tmp_path, tmp_path / "skipped") == [left_out]
+    made = writer(tmp_path / "classes", EncoderFolders(tmp_path / "vae"), tmp_path / "skipped")
+    assert made.unreadable == [str(tmp_path / "classes" / "china" / "3.png")]
     cache = LatentCache(tmp_path / "skipped")
     assert len(cache) == 8 and [row for row, _ in cache.bad] == [1] and "truncated" in cache.bad[0][1]
     fatal = dataclasses.replace(SETTINGS, on_error="fail")
@@ -253,6 +264,7 @@ def test_the_tool_writes_and_goes_on(
     images = tmp_path / "photos"
     images.mkdir()
     photograph("china").save(images / "wide.jpg")
+    (images / "x.jpg").write_text("no image")
     common = [images, "--vae", folders / "vae", "--output", tmp_path / "cache", "--resolution", 32, "--device", "cpu"]
     threads = torch.get_num_threads()
 
@@ -264,7 +276,8 @@ def test_the_tool_writes_and_goes_on(
             torch.set_num_threads(threads)
 
     assert call("--bucket-step", 32) == 0
-    assert "1 latents: 1 of 8 x 8" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 latents: 1 of 8 x 8" in said and f"left out 1, which are no images:\n  {images}/x.jpg\n" in said
     before = contents(tmp_path / "cache")
     assert call("--bucket-step", 32) == 0 and contents(tmp_path / "cache") == before
     assert call("--bucket-step", 32, "--dtype", "bfloat16") == 2

@@ -25,7 +25,8 @@ from megatron_ds.data.image_transforms import Crop, load_pixels
 from megatron_ds.data.latent_cache import LatentCache
 from megatron_ds.data.latent_decoder import LatentDecoder
 from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, DataError
+from megatron_ds.files import read_json
 from megatron_ds.train.launch import run_main
 from megatron_ds.train.report import read_losses
 
@@ -117,7 +118,7 @@ def test_latents_of_another_scale_are_refused_on_resuming_and_on_drawing(
 ) -> None:
     run = [*SMALL, *LATENTS, "--output", tmp_path / "run", "--train.steps", 2]
     assert train(monkeypatch, *run, "--data.path", root / "cache") == 0
-    write_vae(root / "other-vae", scale=0.5)
+    write_vae(root / "other-vae", scale=0.5, shift=None)
     write_cache(root, "other", "other-vae")
     capsys.readouterr()
     resumed = [*run, "--checkpoint.resume", "--data.changed", "accept"]
@@ -150,6 +151,14 @@ def test_latents_of_another_scale_are_refused_on_resuming_and_on_drawing(
     assert sample("--vae", root / "vae") == 0 and (tmp_path / "x.png").exists()
     with pytest.raises(ConfigError, match=r"latents are shifted by 0.5, which DiTPipeline does not undo"):
         export_pipeline(tmp_path / "run" / "checkpoints", tmp_path / "pipeline", root / "vae")
+    run = [*SMALL, *LATENTS, "--output", tmp_path / "unshifted", "--train.steps", 1]
+    assert train(monkeypatch, *run, "--data.path", root / "other") == 0
+    checkpoints, exported = tmp_path / "unshifted" / "checkpoints", tmp_path / "pipeline"
+    for vae, problem in ((root / "vae", "configuration .its scaling_factor"), (None, "give its folder with --vae")):
+        with pytest.raises(DataError, match=problem):
+            export_pipeline(checkpoints, exported, vae)
+    export_pipeline(checkpoints, exported, root / "other-vae")
+    assert read_json(exported / "vae" / "config.json")["scaling_factor"] == 0.5
 
 
 def test_what_is_trained_on_is_decoded_as_it_was_encoded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +233,7 @@ def test_folders_that_cannot_be_trained_on(
         assert message in capsys.readouterr().err
     skipped = [*folder_run(root, tmp_path / "x"), "--train.steps", 1, "--data.path", broken, "--data.on-error", "skip"]
     assert train(monkeypatch, *skipped) == 0
-    assert "2 of 10 files are no images and are left out" in capsys.readouterr().out
+    assert f"2 of 10 files are no images and are left out, {broken}/china/0.png first" in capsys.readouterr().out
     for more, message in (
         (["--model.channels", 3], "has latents of 4 channels, not model.channels=3"),
         (["--data.path", root], "cache.json is missing or damaged"),
