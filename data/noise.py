@@ -14,7 +14,7 @@ import numpy.typing as npt
 from megatron_ds.data.order import key, mix_array
 
 # What the numbers are for; each purpose has its own.
-NOISE, TIME, CONDITION, FLIP, CROP, LATENT, TEXT = range(7)
+NOISE, TIME, CONDITION, FLIP, CROP, LATENT, TEXT, OFFSET = range(8)
 _DOMAIN = 0x6E6F697365  # apart from the keys of the samples' order
 
 

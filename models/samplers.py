@@ -46,8 +46,8 @@ SCHEDULERS: Mapping[str, str] = MappingProxyType(
 )
 Told = Mapping[str, Tensor]
 """What a model is told of each image: ``labels``, or ``text`` and ``pooled``; a first dim of images."""
-_BETAS = MappingProxyType({"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"})
-_PREDICTIONS = MappingProxyType({"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"})
+BETAS = MappingProxyType({"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"})
+PREDICTIONS = MappingProxyType({"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"})
 
 
 def make_scheduler(c: ObjectiveConfig, name: str, shift: float = 1.0, learned_variance: bool = False) -> Any:
@@ -75,10 +75,10 @@ def make_scheduler(c: ObjectiveConfig, name: str, shift: float = 1.0, learned_va
         settings |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
     else:
         settings |= {
-            "beta_schedule": _BETAS[c.schedule],
+            "beta_schedule": BETAS[c.schedule],
             "beta_start": c.beta_start,
             "beta_end": c.beta_end,
-            "prediction_type": _PREDICTIONS[c.prediction],
+            "prediction_type": PREDICTIONS[c.prediction],
             "rescale_betas_zero_snr": c.zero_terminal_snr,
             "timestep_spacing": "trailing",
         }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,14 +235,17 @@ class Engine(JoinableEngine, Files):
         self._uneven.announce("step")
         return self._update()
 
-    def _update(self) -> StepResult:
+    def _update(self, stop: bool = False) -> StepResult:
         self._require_intact()
         with self._clock.timing("step"), self._awaited("update"):
-            result = self.train_step.finish(self._loss_sum, self._count(self._done))
+            result = self.train_step.finish(self._loss_sum, self._count(self._done), stop)
         return self._finished(result)
 
-    def train_batch(self, micro_batches: Iterable[Any]) -> StepResult:
-        """One optimizer step on the next ``accumulation`` of this rank's micro-batches, of an iterator or a list."""
+    def train_batch(self, micro_batches: Iterable[Any], stop: bool = False) -> StepResult:
+        """One optimizer step on the next ``accumulation`` of this rank's micro-batches, of an iterator or a list.
+
+        ``stop``: this rank wants the loop to end; in the result's ``stop`` all ranks learn of it.
+        """
         self._notice_zeroing()
         if self._done:
             raise EngineError(f"train_batch() in the middle of a step of {self._done} micro-batches; call step() first")
@@ -259,11 +261,11 @@ class Engine(JoinableEngine, Files):
             for batch in taken:
                 self.backward(self._stage.loss(self, batch))
             self._uneven.announce("step")
-            return self._update()
+            return self._update(stop)
         self._require_ready()
         self._buffers.before_forward(last=True)
         with self._clock.timing("step"), self._awaited("train_batch()"), self._own.running():
-            return self._finished(self.train_step(taken))
+            return self._finished(self.train_step(taken, stop))
 
     def _require_ready(self) -> None:
         """Before a step: what was unfrozen since the last one is trained from now on."""
@@ -283,9 +285,8 @@ class Engine(JoinableEngine, Files):
 
     def _finished(self, result: StepResult) -> StepResult:
         self._begin_anew()
-        if result.stop:
+        if self.train_step.heard:
             self._buffers.agree()
-            result = replace(result, stop=False)
         self.steps += 1
         self.skipped += result.skipped
         self.last = result

@@ -49,7 +49,13 @@ class Files(Inspection):
         with self._awaited("load_checkpoint()"):
             return checkpoint.load(cast("Engine", self), path, weights_only, strict)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that the model's ``from_pretrained`` loads, one tensor at a time."""
+    def save_pretrained(self, folder: str | Path, average: bool | None = None) -> None:
+        """Write a folder that the model's ``from_pretrained`` loads, one tensor at a time.
+
+        ``average``: the moving average of the weights, or the weights. Default: the average where there is one.
+        """
+        if average and not self.keeps_average:
+            raise EngineError("there is no moving average of the weights to save; set optimizer.ema_decay")
+        tensors = self.tensors(self.keeps_average if average is None else average)
         with self._awaited("save_pretrained()"):
-            pretrained.save(self.module, self.tensors(), self.mesh, Path(folder))
+            pretrained.save(self.module, tensors, self.mesh, Path(folder))

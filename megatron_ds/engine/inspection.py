@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from megatron_ds.config.engine import EngineConfig
 from megatron_ds.engine.late_ranks import LateRanks
 from megatron_ds.engine.tensors import WholeTensors
 from megatron_ds.errors import EngineError
@@ -22,6 +23,7 @@ class Inspection:
     """The methods of an engine that look inside. Every rank calls each of them alike, and what it gives is on all."""
 
     module: nn.Module
+    config: EngineConfig
     mesh: Mesh
     zero: ZeroOptimizer
     train_step: TrainStep
@@ -39,9 +41,14 @@ class Inspection:
         """Around what takes all ranks, of which some may not come."""
         return self._late.awaited(what, self.steps + 1)
 
-    def tensors(self) -> WholeTensors:
-        """The whole tensors behind the shards, of this moment."""
-        return WholeTensors(self.module, self.zero, self.mesh)
+    def tensors(self, average: bool = False) -> WholeTensors:
+        """The whole tensors behind the shards, of this moment; ``average``: of parameters their moving average."""
+        return WholeTensors(self.module, self.zero, self.mesh, average)
+
+    @property
+    def keeps_average(self) -> bool:
+        """Whether there is a moving average of the weights: ``optimizer.ema_decay`` is set."""
+        return self.config.optimizer.ema_decay > 0
 
     @contextlib.contextmanager
     def gathered(
@@ -74,11 +81,14 @@ class Inspection:
         self.train_step.reduce()
         return self.tensors().gradient(name) / self.train_step.excess(self._count(self._done))
 
-    def state_dict(self, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Every parameter and persistent buffer, whole, as ``module.state_dict()`` would be on one process."""
+    def state_dict(self, device: torch.device | str = "cpu", average: bool = False) -> dict[str, Tensor]:
+        """Every parameter and persistent buffer, whole, as ``module.state_dict()`` would be on one process.
+
+        ``average``: the moving average of the parameters that are trained.
+        """
         with self._awaited("state_dict()"):
             self._share_buffers()
-            return dict(self.tensors().stream(device))
+            return dict(self.tensors(average).stream(device))
 
     def bytes_report(self) -> dict[str, int]:
         """Bytes this rank holds, by kind."""

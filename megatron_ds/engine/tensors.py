@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megatron_ds import comm
 from megatron_ds.errors import ConfigError, nearest
 from megatron_ds.mesh import Mesh
+from megatron_ds.optim.ema import EMA
 from megatron_ds.shard import ShardSpec, as_real, real_dtype, spec_of
 from megatron_ds.shard.flat_shards import FlatShard, by_holder
 from megatron_ds.zero.main_grad import is_trained
@@ -21,10 +22,14 @@ from megatron_ds.zero.optimizer import ZeroOptimizer
 
 
 class WholeTensors:
-    """The tensors of a model and of its optimizer, by name, as they are when this object is made."""
+    """The tensors of a model and of its optimizer, by name, as they are when this object is made.
 
-    def __init__(self, module: nn.Module, zero: ZeroOptimizer, mesh: Mesh):
-        self._module, self._zero, self._mesh = module, zero, mesh
+    Args:
+        average: :meth:`parameter`, and with it :meth:`stream`, gives the moving average of what is trained.
+    """
+
+    def __init__(self, module: nn.Module, zero: ZeroOptimizer, mesh: Mesh, average: bool = False):
+        self._module, self._zero, self._mesh, self._average = module, zero, mesh, average
         self._parameters = {spec_of(p).name: p for p in module.parameters()}
         self._pieces: dict[tuple[str, str], list[FlatShard]] | None = None
 
@@ -93,6 +98,8 @@ class WholeTensors:
     def parameter(self, name: str) -> Tensor:
         """Whole, in the parameter's own dtype."""
         parameter = self._parameters[name]
+        if self._average and EMA in self._zero.kinds_of(name):
+            return self.get(name, EMA).to(parameter.dtype)
         if self._zero.config.stage < 3 and not self._spec(name).placements:
             return parameter.detach()
         return self.get(name, "param").to(parameter.dtype)

@@ -63,7 +63,7 @@ class TrainStep:
 
     Attributes:
         clip_value: bound of each element of the gradients, instead of ``clip_norm``; None for none.
-        asks: whether this rank wants all ranks to talk after the step, which then learn of it as of ``stop``.
+        asks: whether this rank wants all ranks to talk after the step. heard: whether any did so in the last one.
         after_first: what is called once, after the next step.
         timed: measure ``seconds``, from the first forward pass to the end of the last backward pass. Waits for a GPU.
     """
@@ -84,6 +84,7 @@ class TrainStep:
         self.clip_value: float | None = None
         self.after_first: Callable[[], None] | None = None
         self.asks: Callable[[], bool] = lambda: False
+        self.heard = False
         self.timed, self.seconds = False, math.inf
         self._seeded = torch.ones((), dtype=torch.float64)
         self._reduced = False
@@ -139,10 +140,11 @@ class TrainStep:
                 torch.cuda.synchronize(self.mesh.device)
             self.seconds = time.perf_counter() - self._begun
         self.reduce()
-        summed = self._sum_over_world(self.optimizer.norm_squared(), loss_sum, stop or self.asks())
+        summed = self._sum_over_world(self.optimizer.norm_squared(), loss_sum, stop)
         # All that the host needs to know of the device, in its one wait for it: the update runs on behind the host.
         known = torch.stack([*summed, count.double(), self._difference(count).double()]).tolist()
-        norm_squared, loss, stopping, counted, difference = known
+        norm_squared, loss, stopping, asking, counted, difference = known
+        self.heard = asking > 0
         scale = self.scaler.scale * difference
         norm_squared /= scale * scale
         skipped = not math.isfinite(norm_squared)
@@ -189,7 +191,10 @@ class TrainStep:
         return value if speaks else torch.zeros_like(value)
 
     def _sum_over_world(self, norm_squared: Tensor, loss_sum: Tensor, stop: bool) -> Tensor:
-        """``[3]`` float64: the step's one message between all ranks."""
-        flag = torch.full((), float(stop), dtype=torch.float64, device=self.mesh.device)
-        packed = torch.stack([norm_squared.double(), self._own_loss(loss_sum).double(), flag])
+        """``[4]`` float64: the step's one message between all ranks."""
+        # Filled on the device: copying a number there would wait for all that is queued.
+        flags = [
+            torch.full((), float(flag), dtype=torch.float64, device=self.mesh.device) for flag in (stop, self.asks())
+        ]
+        packed = torch.stack([norm_squared.double(), self._own_loss(loss_sum).double(), *flags])
         return comm.all_reduce(packed, self.mesh.world)
