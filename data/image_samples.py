@@ -53,10 +53,14 @@ class DiffusionSamples:
     Args:
         no_class: the label of a sample whose class is dropped, with probability ``dropout``; not in evaluation.
         block: samples in a row that are of one bucket.
+        noise_offset: how much of a number that all pixels of a channel share is added to the noise.
     """
 
-    def __init__(self, images: Images, seed: int, no_class: int, dropout: float, block: int = 1):
+    def __init__(
+        self, images: Images, seed: int, no_class: int, dropout: float, block: int = 1, noise_offset: float = 0.0
+    ):
         self._images, self._seed, self._no_class, self._dropout = images, seed, no_class, dropout
+        self._noise_offset = noise_offset
         self.order = BucketOrder(seed, list(images.buckets.values()), block)
 
     def __len__(self) -> int:
@@ -78,10 +82,14 @@ class DiffusionSamples:
 
     def _batch(self, rows: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]) -> Batch:
         batch = self._images.load(rows, keys)
+        shape = batch["images"].shape[1:]
+        drawn = noise.normal(self._seed, noise.NOISE, keys, shape)
+        if self._noise_offset:
+            drawn += np.float32(self._noise_offset) * noise.normal(self._seed, noise.OFFSET, keys, (shape[0], 1, 1))
         return {
             "counts": np.ones(len(rows), bool),
             **batch,
-            "noise": noise.normal(self._seed, noise.NOISE, keys, batch["images"].shape[1:]),
+            "noise": drawn,
             "time": noise.uniform(self._seed, noise.TIME, keys)[:, 0],
         }
 

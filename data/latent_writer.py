@@ -55,6 +55,7 @@ class CacheSettings:
     Args:
         resolution, bucket_step, max_ratio: see :func:`~megatron_ds.data.aspect_buckets.make_buckets`.
         crop: in the middle of an image, or at a place that follows from ``seed`` and its row.
+        flip: mirror half of the images, which ones follows from ``seed`` and their rows.
         batch: images encoded at once.
         shard_rows: images in a file, at most.
         dtype: in which the encoders compute.
@@ -68,6 +69,7 @@ class CacheSettings:
     bucket_step: int
     max_ratio: float
     crop: Literal["centre", "random"] = "centre"
+    flip: bool = False
     seed: int = 0
     batch: int = 8
     shard_rows: int = 256
@@ -218,8 +220,9 @@ class CacheWriter:
         if s.crop == "random":
             y, x = noise.uniform(s.seed, noise.CROP, [row], 2)[0].tolist()
             place = y, x
+        flip = s.flip and noise.uniform(s.seed, noise.FLIP, [row]).item() < 0.5
         try:
-            return load_pixels(self._source.content(row), Crop(*bucket, place))
+            return load_pixels(self._source.content(row), Crop(*bucket, place, flip))
         except UndecodableImage as error:
             if s.on_error == "fail":
                 raise DataError(

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
 # What the pretraining scripts share: torchrun on one node or many, or the dry run. Sourced, not run: a script sets
 # DESCRIPTION, CONFIG (a file in examples/configs) and DRY_RUN_WORLD_SIZE, perhaps ENTRY, then calls `launch "$@"`.
+# A script with options of its own calls `start_ranks program.py ...`.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 usage() {
     cat <<TEXT
@@ -24,9 +27,8 @@ TEXT
 }
 
 launch() {
-    local root python dry_run=false passed=()
-    root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-    python="${PYTHON:-$root/.venv/bin/python}"
+    local python dry_run=false passed=()
+    python="$(find_python)"
     local dry_world="$DRY_RUN_WORLD_SIZE"
     if [[ -n "${GPUS_PER_NODE:-}" ]]; then
         dry_world=$((${NNODES:-1} * GPUS_PER_NODE))
@@ -53,12 +55,7 @@ launch() {
         esac
         shift
     done
-    if ! command -v "$python" >/dev/null; then
-        echo "error: no $python; run 'make install' in $root, or set PYTHON" >&2
-        exit 2
-    fi
-
-    local entry=("$root/examples/${ENTRY:-pretrain_gpt.py}" --config "$root/examples/configs/$CONFIG")
+    local entry=("$ROOT/examples/${ENTRY:-pretrain_gpt.py}" --config "$ROOT/examples/configs/$CONFIG")
     if $dry_run; then
         exec "$python" "${entry[@]}" --dry-run --world-size "${world_size:-$dry_world}" --rank "${rank:-0}" "${passed[@]}"
     fi
@@ -67,6 +64,23 @@ launch() {
         exit 2
     fi
 
+    start_ranks "${entry[@]}" "${passed[@]}"
+}
+
+# The Python that runs everything.
+find_python() {
+    local python="${PYTHON:-$ROOT/.venv/bin/python}"
+    if ! command -v "$python" >/dev/null; then
+        echo "error: no $python; run 'make install' in $ROOT, or set PYTHON" >&2
+        exit 2
+    fi
+    echo "$python"
+}
+
+# A program and its arguments on every rank of this node.
+start_ranks() {
+    local python
+    python="$(find_python)"
     # torchrun, of the same installation as $python, which leaves SIGTERM and Ctrl-C to its ranks: they save and exit 0.
     exec "$python" -m megatron_ds.train.torchrun \
         --nnodes "${NNODES:-1}" \
@@ -74,7 +88,7 @@ launch() {
         --nproc-per-node "${GPUS_PER_NODE:-$(count_gpus)}" \
         --master-addr "${MASTER_ADDR:-localhost}" \
         --master-port "${MASTER_PORT:-29500}" \
-        "${entry[@]}" "${passed[@]}"
+        "$@"
 }
 
 count_gpus() {

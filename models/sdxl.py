@@ -18,6 +18,11 @@ from megatron_ds.models import objectives
 from megatron_ds.models.samplers import BETAS, PREDICTIONS
 
 Batch = Mapping[str, Tensor]
+SIZES = ("original_size", "crop_top_left", "target_size")
+"""Vertical and horizontal pixels of an image, of what was cut off at its top and left, and of what is left; in this
+order the UNet takes them."""
+CONDITION = ("text", "pooled", *SIZES)
+"""Fields of a micro-batch: ``text`` ``[b, s, channels]``, ``pooled`` ``[b, channels]``, and sizes ``[b, 2]`` each."""
 
 
 def objective_of(
@@ -56,10 +61,8 @@ def objective_of(
 def denoising_loss(objective: ObjectiveConfig, dtype: torch.dtype) -> Callable[[Callable[..., Any], Batch], Tensor]:
     """The loss of a micro-batch: 0-d, the mean over its samples of each one's weighted mean squared error.
 
-    A micro-batch has ``latents`` and ``noise`` ``[b, c, h, w]``, ``time`` float64 ``[b]`` uniform in (0, 1), ``text``
-    ``[b, s, channels]``, ``pooled`` ``[b, channels]`` and ``time_ids`` ``[b, 6]``: height and width of the original,
-    top and left of the crop, height and width of the target, in pixels. They stay in fp32, and so do their sines:
-    bf16 has no odd number above 256.
+    A micro-batch is one of :class:`~megatron_ds.data.image_samples.DiffusionSamples` with :data:`CONDITION`. Sizes in
+    pixels stay in fp32, and so do their sines: bf16 has no odd number above 256.
 
     Args:
         dtype: of the UNet's weights and of what it computes.
@@ -67,9 +70,10 @@ def denoising_loss(objective: ObjectiveConfig, dtype: torch.dtype) -> Callable[[
 
     def loss(unet: Callable[..., Any], batch: Batch) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
-        latents, noise = batch["latents"].to(wide), batch["noise"].to(wide)
+        latents, noise = batch["images"].to(wide), batch["noise"].to(wide)
         levels = objectives.noise_levels(objective, batch["time"], latents[0, 0].numel())
-        sizes = {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"]}
+        pixels = torch.cat([batch[name] for name in SIZES], dim=1).float()
+        sizes = {"text_embeds": batch["pooled"].to(dtype), "time_ids": pixels}
         seen = objectives.noisy(levels, latents, noise).to(dtype)
         predicted = unet(seen, levels.time, batch["text"].to(dtype), added_cond_kwargs=sizes).sample.to(wide)
         error = (predicted - objectives.target(objective, levels, latents, noise)).square().flatten(1).mean(1)

@@ -49,6 +49,8 @@ class Options:
     """Longest side by shortest of the aspect-ratio buckets; 1: squares alone."""
     crop: Literal["centre", "random"] = "centre"
     """Where, or anywhere by --seed and the image's row."""
+    flip: bool = False
+    """Mirror half of the images, by --seed and the image's row."""
     text_encoder: tuple[Path, ...] = ()
     """Folders of CLIP or T5 encoders of transformers; of two the states are joined along their channels, as SDXL's."""
     tokenizer: tuple[Path, ...] = ()
@@ -80,6 +82,7 @@ class Options:
             self.bucket_step,
             self.max_ratio,
             crop=self.crop,
+            flip=self.flip,
             seed=self.seed,
             batch=self.batch,
             shard_rows=self.shard_rows,

@@ -45,9 +45,12 @@ class MadeUpLatents:
         self._rows: dict[str, npt.NDArray] = {
             name: random.normal(size=(number, *shape)).astype(np.float32) for name, shape in shapes.items()
         }
+        self.folder = Path("made up")
+        self.empty = {name: np.full((1, *shape), 0.5, np.float32) for name, shape in SHAPES.items()}
         self._rows["latents_std"] = np.full((number, 4, 8, 8), std, np.float32)
         for name, low, high in (("original_size", 16, 99), ("crop_top_left", 0, 9), ("target_size", 16, 17)):
             self._rows[name] = random.integers(low, high, (number, 2))
+        self.fields = tuple(self._rows)
         self.buckets = {(8, 8): np.arange(number)}
         self.scale, self.shift, self.identity = 0.5, 0.0, {"images": "made up", "number": number}
 

@@ -18,11 +18,12 @@ import megatron_ds
 from megatron_ds.config.diffusion import ObjectiveConfig
 from megatron_ds.config.engine import EngineConfig
 from megatron_ds.data import noise
-from megatron_ds.data.latent_samples import LatentSamples
+from megatron_ds.data.image_samples import DiffusionSamples
 from megatron_ds.data.loader import BatchLoader
+from megatron_ds.data.stored_images import LatentImages
 from megatron_ds.engine.layout import layout_of
 from megatron_ds.integrations.sdxl.training import learning_rates
-from megatron_ds.models.sdxl import denoising_loss, objective_of
+from megatron_ds.models.sdxl import CONDITION, denoising_loss, objective_of
 from megatron_ds.optim.ema import AveragedUpdate
 from megatron_ds.testing import run_ranks
 
@@ -42,9 +43,9 @@ class Run:
     bytes: dict[str, int] = field(default_factory=dict)  # that an engine's rank holds
 
 
-def samples() -> LatentSamples:
-    empty = {name: np.full((1, *shape), 0.5, np.float32) for name, shape in (("text", (5, 24)), ("pooled", (16,)))}
-    return LatentSamples(MadeUpLatents(6), seed=3, dropout=0.4, empty=empty, noise_offset=0.1)
+def samples() -> DiffusionSamples:
+    images = LatentImages(MadeUpLatents(6), 3, CONDITION)  # type: ignore[arg-type]
+    return DiffusionSamples(images, 3, no_class=0, dropout=0.4, block=BATCH, noise_offset=0.1)
 
 
 def objective(prediction: str) -> ObjectiveConfig:
@@ -76,8 +77,9 @@ def by_a_plain_loop(prediction: str) -> Run:
         for batch in next(loader):
             time = (batch["time"] * 1000).long()
             alpha, sigma = (value[time].view(-1, 1, 1, 1) for value in (kept.sqrt(), (1 - kept).sqrt()))
-            latents, drawn = batch["latents"].double(), batch["noise"].double()
-            sizes = {"text_embeds": batch["pooled"].double(), "time_ids": batch["time_ids"]}
+            latents, drawn = batch["images"].double(), batch["noise"].double()
+            time_ids = torch.cat([batch["original_size"], batch["crop_top_left"], batch["target_size"]], 1)
+            sizes = {"text_embeds": batch["pooled"].double(), "time_ids": time_ids}
             seen = alpha * latents + sigma * drawn
             out = model(seen, time, batch["text"].double(), added_cond_kwargs=sizes).sample
             snr = kept[time] / (1 - kept[time])
@@ -267,11 +269,12 @@ def test_sizes_and_times_stay_in_fp32() -> None:
         return mock.Mock(sample=torch.zeros_like(seen))
 
     (batch,) = next(BatchLoader(samples(), 2, 2, prefetch=0))
-    batch["time_ids"][0, 0] = 1023
+    batch["original_size"][0] = torch.tensor([1023, 767])
     loss = denoising_loss(objective("epsilon"), torch.bfloat16)(spy, batch)
     assert loss.dtype == torch.float32
     assert {called[name].dtype for name in ("seen", "text", "text_embeds")} == {torch.bfloat16}
-    assert called["time_ids"].dtype == torch.float32 and called["time_ids"][0, 0] == 1023
+    assert called["time_ids"].dtype == torch.float32
+    assert called["time_ids"][0].tolist() == [1023, 767, *batch["crop_top_left"][0], *batch["target_size"][0]]
     assert called["time"].dtype == torch.float64
 
 

@@ -13,10 +13,11 @@ import torch
 from megatron_ds.checkpoint import read_meta
 from megatron_ds.checkpoint.directory import steps_in
 from megatron_ds.config.diffusion import ObjectiveConfig
-from megatron_ds.data.latent_samples import Latents
+from megatron_ds.data.latent_cache import LatentCache
 from megatron_ds.data.loader import BatchLoader
 from megatron_ds.engine import Engine
 from megatron_ds.errors import CheckpointError, ConfigError
+from megatron_ds.models.samplers import PREDICTIONS
 from megatron_ds.train.callbacks import MetricsFile
 from megatron_ds.train.loop import stop_signals
 
@@ -24,13 +25,10 @@ CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 
 
-def identity_of(objective: ObjectiveConfig, seed: int, latents: Latents, rank: int | None) -> dict[str, Any]:
+def identity_of(objective: ObjectiveConfig, seed: int, latents: LatentCache, rank: int | None) -> dict[str, Any]:
     """What a run that is resumed must have in common with the run before, as JSON values."""
     return {
-        "prediction_type": objective.prediction,
-        "noise schedule": objective.model_dump(
-            mode="json", include={"schedule", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr"}
-        ),
+        **_objective(objective),
         "seed": seed,
         "rank of LoRA": rank,
         "scale and shift of the latents": [latents.scale, latents.shift],
@@ -38,32 +36,55 @@ def identity_of(objective: ObjectiveConfig, seed: int, latents: Latents, rank: i
     }
 
 
+def _objective(objective: ObjectiveConfig) -> dict[str, Any]:
+    names = {"schedule", "num_timesteps", "beta_start", "beta_end", "zero_terminal_snr"}
+    return {
+        "prediction_type": PREDICTIONS[objective.prediction],
+        "noise schedule": objective.model_dump(mode="json", include=names),
+    }
+
+
+def check_output(output: Path, asked: str | None, objective: ObjectiveConfig) -> None:
+    """What can be seen before images are encoded.
+
+    Raises:
+        ConfigError: a new run where there are checkpoints. CheckpointError: those are of another objective.
+    """
+    found = steps_in(output / CHECKPOINTS)
+    if asked is None and found:
+        raise ConfigError(
+            f"{output / CHECKPOINTS} holds checkpoints of a run; add --resume_from_checkpoint latest to go on with it, "
+            "or give another --output_dir"
+        )
+    if path := _path_of(output, asked):
+        _require_same(path, _objective(objective))
+
+
 def checkpoint_to_resume(output: Path, asked: str | None, identity: Mapping[str, Any]) -> Path | None:
-    """The checkpoint that a run goes on from, which is of the same identity; None: it begins.
+    """The checkpoint that a run goes on from; None: it begins.
 
     Args:
         asked: ``"latest"``, a checkpoint's name or its path; None: a new run is meant.
 
     Raises:
-        ConfigError: a new run where there are checkpoints. CheckpointError: it is not there, or of another run.
+        CheckpointError: it is not there, or of a run of another identity.
     """
+    if path := _path_of(output, asked):
+        _require_same(path, identity)
+    return path
+
+
+def _path_of(output: Path, asked: str | None) -> Path | None:
     directory = output / CHECKPOINTS
-    if asked is None:
-        if steps_in(directory):
-            raise ConfigError(
-                f"{directory} holds checkpoints of a run; add --resume_from_checkpoint latest to go on with it, or "
-                "give another --output_dir"
-            )
+    if asked is None or (asked == LATEST and not steps_in(directory)):
         return None
-    if asked == LATEST:
-        if not steps_in(directory):
-            return None
-        path = directory
-    else:
-        path = Path(asked) if Path(asked).exists() else directory / asked
+    return directory if asked == LATEST else Path(asked) if Path(asked).exists() else directory / asked
+
+
+def _require_same(path: Path, identity: Mapping[str, Any]) -> None:
     before = read_meta(path).get("client_state", {}).get("identity")
     if before is None:
-        raise CheckpointError(f"{path} was not written by this script")
+        raise CheckpointError(f"{path} was written by another script: it does not say what was trained")
     differs = [
         f"{name}: {before.get(name)} there, {value} here"
         for name, value in identity.items()
@@ -74,7 +95,6 @@ def checkpoint_to_resume(output: Path, asked: str | None, identity: Mapping[str,
             f"{path} is of another run: {'; '.join(differs)}. Give what was given then, or start a new run in another "
             "--output_dir"
         )
-    return path
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,76 @@
+"""The latents and texts that SDXL is trained on: encoded once by all ranks, each its part, then read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_ds.comm.together import together
+from megatron_ds.data.image_samples import DiffusionSamples
+from megatron_ds.data.image_scan import image_sizes
+from megatron_ds.data.image_source import open_images
+from megatron_ds.data.latent_cache import LatentCache
+from megatron_ds.data.latent_encoders import model_identity
+from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders
+from megatron_ds.data.stored_images import LatentImages
+from megatron_ds.errors import DataError
+from megatron_ds.mesh import Mesh
+from megatron_ds.models.sdxl import CONDITION
+
+_ENCODERS, _TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
+
+
+def write_latents(
+    mesh: Mesh, images: Path, base: Path, vae: Path, settings: CacheSettings, folder: Path
+) -> LatentCache:
+    """Encode a folder of images with captions by a pipeline's encoders, where that has not been done yet. On all ranks.
+
+    Raises:
+        DataError: images or captions are missing, encoders overflow, or the folder holds another cache.
+    """
+    encoders = EncoderFolders(vae, tuple(base / name for name in _ENCODERS), tuple(base / name for name in _TOKENIZERS))
+    with together(mesh.world):
+        source = open_images(images)
+        writer = CacheWriter(source, image_sizes(source, images), encoders, settings, folder)
+        if mesh.rank == 0:
+            writer.begin()
+    with together(mesh.world):
+        if mesh.rank == 0:
+            writer.write_empty(mesh.device)
+        shards = writer.share(mesh.rank, mesh.world.size)
+        with tqdm(total=sum(len(shard.rows) for shard in shards), desc="encode", disable=mesh.rank > 0) as bar:
+            writer.write(shards, mesh.device, bar.update)
+    with together(mesh.world):
+        return LatentCache(folder)
+
+
+def open_latents(folder: Path, vae: Path) -> LatentCache:
+    """A cache that `tools/cache_latents.py` wrote.
+
+    Raises:
+        DataError: it is not finished, damaged, or of another VAE than the one that is to decode.
+    """
+    cache = LatentCache(folder)
+    if (mine := model_identity(vae)) != cache.encoder:
+        raise DataError(
+            f"{folder} has latents of the VAE {cache.encoder['weights']}, and {vae} is {mine['weights']}; give the VAE "
+            "they were made by with --pretrained_vae_model_name_or_path, or encode the images again"
+        )
+    return cache
+
+
+def samples_of(
+    cache: LatentCache, seed: int, empty_prompts: float, zeros: bool, noise_offset: float, block: int
+) -> DiffusionSamples:
+    """Samples with noise, a time and perhaps no text, all by (seed, place in the run).
+
+    Args:
+        zeros: what stands for no text is zero, and not the embedding of the empty text.
+        block: samples of a micro-batch, which have one size.
+    """
+    images = LatentImages(cache, seed, CONDITION)
+    if zeros:
+        images.empty = {name: np.zeros_like(empty) for name, empty in images.empty.items()}
+    return DiffusionSamples(images, seed, 0, empty_prompts, block, noise_offset)
