@@ -28,7 +28,7 @@ from megatron_ds.data.loader import BatchLoader
 from megatron_ds.engine import Engine
 from megatron_ds.engine.assemble import mesh_of, start_ranks
 from megatron_ds.errors import ConfigError, multiples_around
-from megatron_ds.integrations.sdxl import folders, latents, memory, training
+from megatron_ds.integrations.sdxl import folders, gpu_memory, latents, training
 from megatron_ds.models.samplers import PREDICTIONS
 from megatron_ds.models.sdxl import denoising_loss, objective_of
 from megatron_ds.train.launch import RankInfo, run_main
@@ -141,10 +141,10 @@ def dry_run(args: argparse.Namespace) -> str:
         unet = folders.prepare_unet(UNet2DConditionModel.from_config(config), args.rank, checkpointing=False)
     torch.nn.Module.to(unet, DTYPES[args.mixed_precision][1])
     again = args.gradient_checkpointing
-    activations = memory.activation_bytes(unet, args.train_batch_size, args.resolution, again)
+    activations = gpu_memory.activation_bytes(unet, args.train_batch_size, args.resolution, again)
     what = f"{args.train_batch_size} x {args.resolution} x {args.resolution} pixels, "
     what += "with" if again else "without"
-    return memory.memory_table(unet, engine_settings(args), activations, f"{what} --gradient_checkpointing")
+    return gpu_memory.memory_table(unet, engine_settings(args), activations, f"{what} --gradient_checkpointing")
 
 
 def main(place: RankInfo) -> int:

@@ -21,7 +21,7 @@ from megatron_ds.data import noise
 from megatron_ds.data.image_samples import DiffusionSamples
 from megatron_ds.data.loader import BatchLoader
 from megatron_ds.data.stored_images import LatentImages
-from megatron_ds.engine.layout import layout_of
+from megatron_ds.engine.model_layout import layout_of
 from megatron_ds.integrations.sdxl.training import learning_rates
 from megatron_ds.models.sdxl import CONDITION, denoising_loss, objective_of
 from megatron_ds.optim.ema import AveragedUpdate

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds.config.engine import EngineConfig
-from megatron_ds.engine.layout import layout_of
+from megatron_ds.engine.model_layout import layout_of
+from megatron_ds.kernels.autograd import first_derivative_only
 
 GPUS = (1, 2, 4, 8)
 CARDS = (24, 40, 80)
@@ -25,6 +26,11 @@ class _FlashAttention(torch.autograd.Function):
         output = torch.empty_like(query)
         ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
         return output
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError("what a forward pass keeps is counted; no backward pass follows")
 
 
 @contextmanager
