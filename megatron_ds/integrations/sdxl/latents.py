@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+from transformers.utils import logging
 
 from megatron_ds.comm.together import together
 from megatron_ds.data.image_samples import DiffusionSamples
@@ -30,6 +31,7 @@ def write_latents(
     Raises:
         DataError: images or captions are missing, encoders overflow, or the folder holds another cache.
     """
+    logging.disable_progress_bar()  # of a second's reading, across the bar of hours
     encoders = EncoderFolders(vae, tuple(base / name for name in _ENCODERS), tuple(base / name for name in _TOKENIZERS))
     with together(mesh.world):
         source = open_images(images)
