@@ -22,7 +22,7 @@ def is_dataset(path: Path) -> bool:
 def _parquet(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if path.suffix == ".parquet" else []
-    return sorted(path.rglob("*.parquet"))
+    return sorted(file for file in path.rglob("*.parquet") if file.is_file())
 
 
 class DatasetImages:
@@ -46,12 +46,24 @@ class DatasetImages:
             )
         self._table = table.cast_column(images[0], datasets.Image(decode=False))
         self._image = images[0]
-        self._caption = next((name for name in _CAPTIONS if name in table.features), None)
+        texts = (name for name in _CAPTIONS if getattr(table.features.get(name), "dtype", "") == "string")
+        self._caption = next(texts, None)
         self.captioned = self._caption is not None
+        if self._caption is not None and (missing := table[self._caption][:].count(None)):
+            raise DataError(
+                f"{missing} of the {len(table)} images in {path} have no {self._caption}; an empty one counts, or "
+                "filter them out"
+            )
         label = next((name for name in _LABELS if name in table.features), None)
         self.labels = None
         if label is not None:
-            self.labels = np.array(table.with_format("numpy")[label][:], np.int64)
+            try:
+                self.labels = np.array(table[label][:], np.int64)
+            except (TypeError, ValueError) as error:
+                raise DataError(
+                    f"{path}: the column {label} holds no class numbers ({error}); use datasets.ClassLabel, or "
+                    "another name"
+                ) from None
         names = getattr(table.features[label], "names", None) if label is not None else None
         self.classes: tuple[str, ...] = tuple(names or ())
         self.identity: Mapping[str, Any] = {"images": "dataset", **files_identity(files)}

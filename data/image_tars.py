@@ -42,7 +42,7 @@ def find_tars(path: Path) -> list[Path]:
     """The shards of a folder, or the one that ``path`` is."""
     if path.is_file():
         return [path] if path.suffix == ".tar" else []
-    return sorted(path.rglob("*.tar"))
+    return sorted(tar for tar in path.rglob("*.tar") if tar.is_file())
 
 
 class TarImages:

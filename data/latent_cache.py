@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_ds.data import noise
 from megatron_ds.errors import DataError
-from megatron_ds.files import parse_json, read_json, replacing
+from megatron_ds.files import check_regular, parse_json, read_json, replacing
 
 VERSION = 1
 PLAN, EMPTY = "cache.json", "empty.safetensors"
@@ -82,6 +82,7 @@ class Shard:
             DataError: it is missing, damaged, or of another plan.
         """
         try:
+            check_regular(path)
             file = safe_open(path, "np")
             meta = parse_json(file.metadata()[_META])
             sums, fields = file.get_tensor(SUMS), tuple(sorted(set(file.keys()) - {SUMS}))

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ds.errors import DataError
-from megatron_ds.files import read_bytes, read_json
+from megatron_ds.files import check_regular, read_bytes, read_json
 
 _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors")
 _TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "UMT5EncoderModel")
@@ -75,6 +75,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Path]]:
         )
     for path in paths:
         try:
+            check_regular(path)
             with safe_open(path, "pt") as file:
                 yield from ((name, path) for name in file.keys())  # noqa: SIM118
         except (OSError, SafetensorError) as error:

@@ -209,6 +209,27 @@ def test_a_tar_that_is_damaged_or_no_longer_the_same(root: Path, tmp_path: Path)
         open_images(folder)
 
 
+def test_columns_of_an_image_set_that_say_nothing(root: Path, tmp_path: Path) -> None:
+    import datasets
+
+    table = datasets.load_from_disk(str(root / "set")).remove_columns("label")
+    for name, values, message in (
+        ("label", ["cat"] * 10, "the column label holds no class numbers"),
+        ("label", [None, *range(9)], "the column label holds no class numbers"),
+        ("text", [None, *["a"] * 9], "1 of the 10 images in .* have no text"),
+    ):
+        table.add_column(name, values).save_to_disk(str(tmp_path / message[:9]))
+        with pytest.raises(DataError, match=message):
+            open_images(tmp_path / message[:9])
+        shutil.rmtree(tmp_path / message[:9])
+    table.remove_columns("image").add_column("x", ["a"] * 10).save_to_disk(str(tmp_path / "none"))
+    with pytest.raises(DataError, match="has 10 rows and 0 columns of images among x"):
+        open_images(tmp_path / "none")
+    table.add_column("text", ["a", "b"] * 5).add_column("caption", [["c"]] * 10).save_to_disk(str(tmp_path / "good"))
+    source = open_images(tmp_path / "good")
+    assert source.captioned and source.caption(3) == "b" and source.labels is None
+
+
 def test_what_holds_no_images(root: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_tar(tmp_path / "text.tar", [("0.txt", b"a")])

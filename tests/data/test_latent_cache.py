@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -98,6 +99,10 @@ def test_three_ranks_write_the_files_of_one(folders: Path, classes: Path) -> Non
 def test_a_run_that_was_killed_goes_on_and_damage_is_noticed(folders: Path, classes: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
     shutil.copytree(classes, again)
+    (again / "shard-00001.safetensors").unlink()
+    os.mkfifo(again / "shard-00001.safetensors")
+    with pytest.raises(DataError, match="it is a FIFO, not a regular file"):
+        LatentCache(again)
     (again / "shard-00001.safetensors").unlink()
     with pytest.raises(DataError, match=r"shard-00001.safetensors is missing: the cache is not finished"):
         LatentCache(again)
