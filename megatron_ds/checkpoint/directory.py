@@ -42,7 +42,10 @@ def in_place(step: Path) -> Path:
 @contextmanager
 def replacing_latest(directory: Path, name: str) -> Iterator[None]:
     """On leaving, ``latest`` names the checkpoint ``name``; a full disk is met before the body runs."""
-    with replacing(directory / LATEST) as pointer:
+    present = directory / LATEST
+    if present.exists() and not present.is_file() and not present.is_dir():
+        present.unlink()  # a FIFO, or a link to a device, under a name that is ours: it only keeps training from saving
+    with replacing(present) as pointer:
         write_text_durably(pointer, f"{name} {checksum(name.encode())}\n")
         yield
 

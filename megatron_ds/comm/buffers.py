@@ -91,6 +91,9 @@ class GatheredMemory(Protocol):
     def all_gather_start(self, shard: torch.Tensor) -> Pending:
         """Take the memory and collect every rank's ``shard`` in it."""
 
+    def serve(self, shard: torch.Tensor) -> None:
+        """Take part in a gather that peers need, where it takes all ranks, and leave ``whole`` as it is."""
+
     def write_back(self) -> None:
         """``shard``, if it is here, becomes what was written into ``whole``. No peer may be reading."""
 
@@ -114,6 +117,9 @@ class Buffers(Protocol):
 
     def gathered(self, size: int, dtype: torch.dtype) -> GatheredMemory:
         """With a shard of zeros."""
+
+    def gather_exactly(self) -> None:
+        """From now on gathered values are those of the shards, bit for bit, however they are sent."""
 
     def publish(self) -> None:
         """Signals that this rank has changed its slices; gathers of its peers read them from now on."""
@@ -142,6 +148,9 @@ class GroupBuffers:
     def gathered(self, size: int, dtype: torch.dtype) -> GatheredMemory:
         shard = torch.zeros(size // self.axis.size, dtype=dtype, device=self.device)
         return GroupGathered(size, dtype, self.device, self.axis, shard)
+
+    def gather_exactly(self) -> None:
+        pass
 
     def publish(self) -> None:
         pass
@@ -200,13 +209,19 @@ class GroupGathered:
 
     def all_gather_start(self, shard: torch.Tensor) -> Pending:
         self.take()
-        gathering = all_gather_start(self.whole, shard, self._axis)
+        gathering = self._gather_start(self.whole, shard)
 
         def arrived() -> None:
             gathering.wait()
             self.is_gathered = True
 
         return Pending(self.whole, then=arrived)
+
+    def serve(self, shard: torch.Tensor) -> None:
+        self._gather_start(torch.empty(self.whole.numel(), dtype=shard.dtype, device=shard.device), shard).wait()
+
+    def _gather_start(self, whole: torch.Tensor, shard: torch.Tensor) -> Pending:
+        return all_gather_start(whole, shard, self._axis)
 
     def write_back(self) -> None:
         if self.is_gathered and self.shard is not None:

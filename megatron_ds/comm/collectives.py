@@ -75,6 +75,14 @@ def all_gather_start(output: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> 
     return Pending(output, _all_gather(output, tensor, group=axis.group, async_op=True))
 
 
+def all_to_all_start(output: torch.Tensor, tensor: torch.Tensor, axis: Axis) -> Pending:
+    """Row ``r`` of ``tensor`` goes to rank ``r``, whose row of this rank's number it becomes; contiguous both."""
+    if axis.group is None:
+        output.copy_(tensor)
+        return Pending(output)
+    return Pending(output, dist.all_to_all_single(output, tensor, group=axis.group, async_op=True))
+
+
 def movable(tensor: torch.Tensor) -> torch.Tensor:
     """The contiguous tensor, or its bytes where gloo has no name for the dtype: float8, int16, unsigned integers."""
     known = (torch.int8, torch.uint8, torch.int32, torch.int64)

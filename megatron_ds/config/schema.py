@@ -138,6 +138,19 @@ class ZeroConfig(Section):
     persistence_threshold: int = Field(
         10_000, ge=0, description="Stage 3: parameters with fewer elements than this stay whole on every rank."
     )
+    quantized_weights: Literal["none", "int8", "fp8"] = Field(
+        "none", description="Stage 3: weights are gathered in 8 bits by blocks of 256 (ZeRO++); masters stay exact."
+    )
+    quantized_gradients: Literal["none", "int8", "int4"] = Field(
+        "none", description="Gradients are sent in 8 or 4 bits by blocks of 256 (ZeRO++), and summed in fp32."
+    )
+    quantized_stochastic: bool = Field(False, description="Round those gradients up or down by chance, without bias.")
+    secondary_size: int | None = Field(
+        None,
+        gt=1,
+        description="Ranks of a node. Stage 3: weights once gathered are kept by the node, sharded, and gathered there "
+        "again (ZeRO++'s hpZ). Quantised gradients are summed in the node before they leave it.",
+    )
     offload_optimizer: OffloadConfig = OffloadConfig()
     offload_parameters: OffloadConfig = OffloadConfig()
     host_memory_mb: float | None = Field(

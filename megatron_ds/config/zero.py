@@ -26,6 +26,7 @@ def zero_faults(zero: ZeroConfig, data_size: int) -> Iterator[str]:
         value = getattr(zero, name)
         if zero.stage < 3 and value != ZeroConfig.model_fields[name].default:
             yield f"zero.{name}={value} does nothing: with zero.stage={zero.stage} parameters stay whole; use stage 3"
+    yield from _quantized_faults(zero, data_size)
     if zero.offload_parameters.device != "none" and zero.stage < 3:
         yield (
             f"zero.offload_parameters.device={zero.offload_parameters.device!r} with zero.stage={zero.stage}: "
@@ -43,6 +44,42 @@ def zero_faults(zero: ZeroConfig, data_size: int) -> Iterator[str]:
         yield (
             f"zero.host_memory_mb={zero.host_memory_mb:g} does nothing: nothing is offloaded; set "
             "zero.offload_optimizer.device or zero.offload_parameters.device"
+        )
+
+
+def _quantized_faults(zero: ZeroConfig, data_size: int) -> Iterator[str]:
+    weights, gradients, size = zero.quantized_weights, zero.quantized_gradients, zero.secondary_size
+    sharded = min(zero.shard_size or data_size, data_size)
+    if weights != "none" and zero.stage < 3:
+        yield (
+            f"zero.quantized_weights={weights!r} does nothing: with zero.stage={zero.stage} no weights are gathered "
+            "before their use; use zero.stage=3"
+        )
+    if gradients != "none" and zero.stage == 0:
+        yield f"zero.quantized_gradients={gradients!r} does nothing: zero.stage=0 scatters no gradients; use 1, 2 or 3"
+    if size is not None and zero.stage < 3 and (gradients == "none" or zero.stage == 0):
+        yield (
+            f"zero.secondary_size={size} does nothing with zero.stage={zero.stage} and zero.quantized_gradients="
+            f"{gradients!r}: no weights are gathered again and no gradients are quantised; use zero.stage=3"
+        )
+    named = [
+        f"zero.{name}={value!r}"
+        for name, value in (("quantized_weights", weights), ("quantized_gradients", gradients))
+        if value != "none"
+    ]
+    if named and sharded == 1:
+        yield f"{', '.join(named)} does nothing: state is sharded over one rank, which sends nothing; use more ranks"
+    if zero.quantized_stochastic and gradients == "none":
+        yield "zero.quantized_stochastic does nothing with zero.quantized_gradients='none'; use 'int8' or 'int4'"
+    if size is not None and zero.shard_size is not None:
+        yield f"zero.secondary_size={size} and zero.shard_size={zero.shard_size} both group the ranks; use one"
+    elif size is not None and data_size % size:
+        legal = ", ".join(str(d) for d in range(2, data_size + 1) if data_size % d == 0)
+        yield f"zero.secondary_size={size} does not divide dp={data_size}; use one of {legal or 'no value at all'}"
+    if zero.offload_parameters.device != "none" and (weights != "none" or size is not None):
+        yield (
+            "zero.offload_parameters keeps weights as they are on their way; leave out zero.quantized_weights and "
+            "zero.secondary_size"
         )
 
 

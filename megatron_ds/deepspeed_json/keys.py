@@ -195,14 +195,20 @@ KEYS: Mapping[str, Becomes | Noted | Refused] = {
     "zero_optimization.stage3_use_all_reduce_for_fetch_params": Noted("parameters come by all-gather"),
     "zero_optimization.log_trace_cache_warnings": Noted("there is no trace that could be wrong"),
     "zero_optimization.zero_hpz_partition_size": Becomes(
-        "zero.shard_size", int, lambda ranks: ranks if ranks > 1 else None
+        "zero.secondary_size", int, lambda ranks: ranks if ranks > 1 else None
+    ),
+    "zero_optimization.zero_quantized_weights": Becomes(
+        "zero.quantized_weights", bool, lambda on: "int8" if on else None
+    ),
+    "zero_optimization.zero_quantized_gradients": Becomes(
+        "zero.quantized_gradients", bool, lambda on: "int4" if on else None
     ),
     "zero_optimization.mics_shard_size": Becomes(
         "zero.shard_size",
         int,
         lambda ranks: ranks if ranks > 1 else None,
         least=-1,
-        remark=_REMOVED + "its name there is zero_hpz_partition_size now",
+        remark=_REMOVED + "shards of a node are zero.shard_size here",
     ),
     "zero_optimization.mics_hierarchical_params_gather": Refused(_REMOVED + "remove it"),
     "zero_optimization.zeropp_loco_param": Refused(_REMOVED + "remove it", ({}, None)),
@@ -226,9 +232,9 @@ KEYS: Mapping[str, Becomes | Noted | Refused] = {
     "zero_optimization.load_from_fp32_weights": Noted("master weights are what a checkpoint holds"),
     "zero_optimization.elastic_checkpoint": Noted("any checkpoint loads on any number of ranks"),
     "zero_optimization.memory_efficient_linear": Noted("weights are gathered in place, and not kept for the backward"),
-    "zero_optimization.zero_quantized_weights": Refused("collectives are not quantised; remove it"),
-    "zero_optimization.zero_quantized_gradients": Refused("collectives are not quantised; remove it"),
-    "zero_optimization.zero_quantized_nontrainable_weights": Refused("collectives are not quantised; remove it"),
+    "zero_optimization.zero_quantized_nontrainable_weights": Refused(
+        "weights are gathered alike, frozen or not; use zero_quantized_weights"
+    ),
     "zero_optimization.legacy_stage1": Refused("there is one stage 1; remove it"),
     "gradient_predivide_factor": Noted("gradients are summed in fp32 and need no division before", float),
     "prescale_gradients": Noted("gradients are summed in fp32 and need no division before"),

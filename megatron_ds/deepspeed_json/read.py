@@ -348,8 +348,4 @@ def _contradictions(flat: Mapping[str, Any]) -> list[str]:
             f"gradient_accumulation_steps={steps}, for any number of ranks; use "
             f"{f'{below} or ' if below else ''}{below + int(micro * steps)}"
         )
-    if number(flat, f"{zero}.zero_hpz_partition_size") > 1 and number(flat, f"{zero}.mics_shard_size") > 1:
-        found.append(
-            f"{zero}.zero_hpz_partition_size and {zero}.mics_shard_size both set the ranks of a shard; use one"
-        )
     return found

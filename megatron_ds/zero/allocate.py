@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from megatron_ds.comm.buffers import Buffers, BufferSizes, GroupBuffers, Slots, open_buffers
+from megatron_ds.comm.quantized_buffers import Quantization, QuantizedBuffers
 from megatron_ds.config import OffloadConfig, ZeroConfig
 from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.optim.rule import UpdateRule
@@ -69,24 +70,45 @@ class Stores:
         self._parameters.close()
 
 
+def quantization(mesh: Mesh, config: ZeroConfig) -> Quantization | None:
+    """How weights and gradients are sent; None: as they are. Collective if ``config.secondary_size`` is set."""
+    weights, gradients = (None if f == "none" else f for f in (config.quantized_weights, config.quantized_gradients))
+    node = None if config.secondary_size is None else mesh.split_data(config.secondary_size)
+    if weights is None and gradients is None and node is None:
+        return None
+    return Quantization(weights, gradients, config.quantized_stochastic, node)
+
+
 class RankMemory:
     """The memory of one rank from which its buckets take theirs.
 
     Args:
         shards: the shard axis of each ``sharded_over``.
         share: let CPU ranks of one host read each other's parameters and gradients.
+        how: these are sent, if not as they are; then nothing is shared, so that the numbers are those of any hosts.
 
     Attributes:
         buffers: of each ``sharded_over``, for parameters and gradients.
     """
 
-    def __init__(self, layout: ZeroLayout, device: torch.device, shards: Mapping[tuple[str, ...], Axis], share: bool):
-        self._layout = layout
+    def __init__(
+        self,
+        layout: ZeroLayout,
+        device: torch.device,
+        shards: Mapping[tuple[str, ...], Axis],
+        share: bool,
+        how: Quantization | None = None,
+    ):
+        self._layout, self._how = layout, how
         self.stores = Stores(layout, device)
-        self.buffers: dict[tuple[str, ...], Buffers] = {
-            over: open_buffers(axis, device, buffer_sizes(layout, over)) if share else GroupBuffers(axis, device)
-            for over, axis in shards.items()
-        }
+        self.buffers: dict[tuple[str, ...], Buffers] = {}
+        for over, axis in shards.items():
+            if how is not None:
+                self.buffers[over] = QuantizedBuffers(axis, device, how)
+            elif share:
+                self.buffers[over] = open_buffers(axis, device, buffer_sizes(layout, over))
+            else:
+                self.buffers[over] = GroupBuffers(axis, device)
         sizes = layout.gradient_sizes() if layout.frees_gradients else {}
         self._slots = {
             (dtype, over): self.buffers[over].slots(len(each), max(each), dtype)
@@ -110,7 +132,7 @@ class RankMemory:
                 also_over.append(shared_over[key.shared][1])
             mine = [parameters[slot.parameter] for slot in layout.slots]
             memory = self.buffers[key.sharded_over], self.slots(key.dtype, key.sharded_over), self.stores.of(number)
-            found.append(FlatBucket(layout, mine, axes[key.sharded_over], also_over, rule, *memory))
+            found.append(FlatBucket(layout, mine, axes[key.sharded_over], also_over, rule, *memory, self._how))
         return found
 
     def slots(self, dtype: torch.dtype, sharded_over: tuple[str, ...]) -> Slots | None:

@@ -161,6 +161,14 @@ class BucketLayout:
         """Orders buckets as a backward pass fills them: by the parameter of each that was registered first."""
         return -min(slot.parameter for slot in self.slots)
 
+    def clear_padding(self, whole: torch.Tensor) -> None:
+        """Set what lies between and behind the parameters to zero, in the flat buffer of the bucket."""
+        ends = [0, *(slot.start + slot.numel for slot in self.slots)]
+        starts = [*(slot.start for slot in self.slots), self.size]
+        for end, start in zip(ends, starts):
+            if end < start:
+                whole[end:start].zero_()
+
     def without(self, parameters: Container[int]) -> BucketLayout:
         """The rest of it when these parameters, by number, have moved elsewhere; their places stay empty."""
         return replace(self, slots=tuple(slot for slot in self.slots if slot.parameter not in parameters))

@@ -21,6 +21,7 @@ from torch import nn
 from megatron_ds import comm
 from megatron_ds.comm import Pending
 from megatron_ds.comm.buffers import Buffers, Slots
+from megatron_ds.comm.quantized_buffers import Quantization, sum_start
 from megatron_ds.mesh import Axis
 from megatron_ds.optim.clip import squared_norm
 from megatron_ds.optim.rule import OptimizerSegment, Update, UpdateRule
@@ -47,6 +48,7 @@ class FlatBucket:
         buffers: of the shard axis, where parameters and gradients lie.
         slots: where whole gradients lie while they are filled; None: they are whole all the time.
         stores: where the state, and at stage 3 the parameters' shard, live between uses.
+        how: gradients are sent over the replicas, if not as they are.
 
     Attributes:
         parameters, gradients: flat buffers; ``.whole`` is ``[size]``, ``.shard`` this rank's ``[size / shards]`` of it.
@@ -67,10 +69,12 @@ class FlatBucket:
         buffers: Buffers,
         slots: Slots | None,
         stores: BucketStores,
+        how: Quantization | None = None,
     ):
         self.layout = layout
         self.shard, self.replicate = shard, _ = axes
         self.also_over = tuple(axis for axis in (self.replicate, *also_over) if axis.group is not None)
+        self._sent = {} if how is None else {self.replicate.name: how}  # over tp and stages as they are
         self.main_grads: list[MainGradient] = []
         self.tensors = list(parameters)
         dtype = layout.key.dtype
@@ -96,9 +100,6 @@ class FlatBucket:
         self._looks = 2.0  # the next so many updates look at every element
         self._arrived: torch.Tensor | None = None  # what _digest() was when the parameters came
         self._bound = False  # the optimizer has the state's tensors for good
-        ends = [0, *(slot.start + slot.numel for slot in layout.slots)]
-        starts = [*(slot.start for slot in layout.slots), layout.size]
-        self._gaps = [(end, start) for end, start in zip(ends, starts) if end < start]  # padding, always zero
         self._reducing: Pending | None = None
         self._gathering: Pending | None = None
         self._remaining_axes: list[Axis] = []
@@ -113,7 +114,7 @@ class FlatBucket:
 
     def view_parameters(self) -> None:
         """Make the parameters views of the flat buffer, whose memory is taken if it is not there."""
-        self.parameters.take()
+        self.layout.clear_padding(self.parameters.take())
         for slot, parameter in zip(self.layout.slots, self.tensors):
             parameter.data = shaped_as(self.parameters.whole.narrow(0, slot.start, slot.numel), parameter)
 
@@ -143,10 +144,7 @@ class FlatBucket:
 
     @contextmanager
     def held(self, changed: bool) -> Iterator[list[OptimizerSegment]]:
-        """What the optimizer sees of each of ``segments``, for as long as the context lasts.
-
-        ``changed``: it is written, and goes back to where it lives.
-        """
+        """What the optimizer sees of each segment; ``changed``: it is written, and goes back to where it lives."""
         assert self.gradients is not None
         rows = self.state.acquire()
         shard = self.parameters.holding.acquire()
@@ -233,8 +231,7 @@ class FlatBucket:
         """Take memory for whole gradients, and show the main gradients their parts of it."""
         assert self.gradients is not None
         whole = self.gradients.take()
-        for begin, end in self._gaps:
-            whole[begin:end].zero_()
+        self.layout.clear_padding(whole)
         self._show_gradients(whole)
 
     def _show_gradients(self, whole: torch.Tensor) -> None:
@@ -254,7 +251,8 @@ class FlatBucket:
         self._remaining_axes = list(self.also_over)
         self._reducing = self.gradients.reduce_scatter_start()
         if self._reducing is None and self._remaining_axes:
-            self._reducing = comm.all_reduce_start(self.gradients.shard, self._remaining_axes.pop(0))
+            axis = self._remaining_axes.pop(0)
+            self._reducing = sum_start(self.gradients.shard, axis, self._sent.get(axis.name))
         if self.frees_gradients:
             for main_grad in self.main_grads:
                 main_grad.view = None
@@ -274,7 +272,7 @@ class FlatBucket:
         """The sums over the other axes, once a step."""
         assert self.gradients is not None
         for axis in self._remaining_axes:
-            comm.all_reduce(self.gradients.shard, axis)
+            sum_start(self.gradients.shard, axis, self._sent.get(axis.name)).wait()
         self._remaining_axes = []
 
     def norm_squared(self) -> torch.Tensor:

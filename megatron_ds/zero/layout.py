@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_ds.config import OffloadConfig, ZeroConfig
+from megatron_ds.kernels.quantized_blocks import packed_bytes
 from megatron_ds.zero.buckets import BucketLayout, ParameterInfo, plan_buckets, state_dtype
 from megatron_ds.zero.store import placement
 from megatron_ds.zero.store.blocks import BlockPool
@@ -117,7 +118,12 @@ class ZeroLayout:
 
     def at_stage(self, stage: int) -> ZeroLayout:
         """The same parameters on the same ranks at a stage below 3, parameters on the device."""
-        update = {"stage": stage, "keep_whole": False, "offload_parameters": OffloadConfig()}
+        update = {
+            "stage": stage,
+            "keep_whole": False,
+            "offload_parameters": OffloadConfig(),
+            "quantized_weights": "none",
+        }
         parameters = [replace(info, unit=None) for info in self.parameters]
         axes = self.axes if stage else {over: (1, shard * copies) for over, (shard, copies) in self.axes.items()}
         return ZeroLayout.plan(parameters, self.config.model_copy(update=update), axes)
@@ -185,6 +191,12 @@ class ZeroLayout:
         for number, bucket in enumerate(self.buckets):
             away = config.offload_parameters.device if number in self.offload.parameters else "none"
             held["parameters"][stores[away]] += parameter_bytes(bucket)
+            if config.secondary_size is not None and bucket.key.unit is not None:
+                held["parameters"]["device"] += bucket.size // config.secondary_size * bucket.key.dtype.itemsize
+                if config.quantized_weights != "none":  # what peers got is kept as well, to tell what is written
+                    held["parameters"]["device"] += packed_bytes(
+                        bucket.shard_size, config.quantized_weights, bucket.key.dtype
+                    )
             if bucket.key.trainable:
                 held["gradients"]["device"] += gradient_bytes(bucket) // (1 if whole_gradients else bucket.shards)
                 away = config.offload_optimizer.device if number in self.offload.state else "none"
@@ -224,15 +236,31 @@ class ZeroLayout:
         times = 1 if self.config.keep_whole else micro_batches
         reductions = times if self.config.stage >= 2 else 1
         gathers = 1 if self.config.keep_whole else 2 * times
+        weights, gradients = self.config.quantized_weights, self.config.quantized_gradients
         sent = 0
         for bucket in self.buckets:
             shard, copies = self.axes[bucket.key.sharded_over]
-            whole = bucket.size * bucket.key.dtype.itemsize * (1 if bucket.key.unit is None else gathers)
+            whole = bucket.size * bucket.key.dtype.itemsize
+            near = self.config.secondary_size or shard
+            if bucket.key.unit is not None:
+                again = gathers - 1 if self.config.secondary_size else 0  # from the second shard, as it is
+                packed = _sent_bytes(bucket, weights, bucket.key.dtype)
+                sent += (gathers - again) * packed * (shard - 1) // shard + again * whole * (near - 1) // near
+            else:
+                sent += whole * (shard - 1) // shard
             if bucket.key.trainable:
-                whole += reductions * gradient_bytes(bucket)
-                sent += 2 * gradient_bytes(bucket) // shard * (copies - 1) // copies
-            sent += whole * (shard - 1) // shard
+                packed = _sent_bytes(bucket, gradients, state_dtype(bucket.key.dtype))
+                if gradients == "none":
+                    near = shard
+                sent += reductions * packed * (near - 1) // near
+                sent += reductions * (packed // near) * (shard // near - 1) // (shard // near)
+                sent += 2 * packed // shard * (copies - 1) // copies
         return sent
+
+
+def _sent_bytes(bucket: BucketLayout, form: str, dtype: torch.dtype) -> int:
+    """Of a whole bucket in a format of :mod:`megatron_ds.kernels.quantized_blocks`, or as it is."""
+    return bucket.size * dtype.itemsize if form == "none" else packed_bytes(bucket.size, form, dtype)
 
 
 def _chosen(offload: OffloadConfig, sizes: Mapping[int, int]) -> frozenset[int]:

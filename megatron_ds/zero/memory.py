@@ -119,7 +119,6 @@ class TransientParameters:
 
     def __init__(self, name: str, size: int, dtype: torch.dtype, buffers: Buffers, store: Store | None):
         self.axis = axis = buffers.axis
-        self._spare = (size, dtype, buffers.device, axis, None)
         if store is None:
             self._memory = buffers.gathered(size, dtype)
             assert self._memory.shard is not None
@@ -152,7 +151,7 @@ class TransientParameters:
 
     def serve(self) -> None:
         """Take part in a gather that peers need, and leave ``whole`` as it is."""
-        GroupGathered(*self._spare).all_gather_start(self.holding.acquire()).wait()
+        self._memory.serve(self.holding.acquire())
         self.holding.release(changed=False)
 
     def take(self) -> torch.Tensor:

@@ -20,7 +20,7 @@ from megatron_ds.optim.factory import as_rule
 from megatron_ds.optim.rule import Late, Update, UpdateRule
 from megatron_ds.shard import ShardSpec, as_real
 from megatron_ds.shard.flat_shards import FlatShard, share_out
-from megatron_ds.zero.allocate import RankMemory, Stores, data_axes, take_values
+from megatron_ds.zero.allocate import RankMemory, Stores, data_axes, quantization, take_values
 from megatron_ds.zero.capacity import check_capacity
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.gatherer import Gatherer
@@ -94,6 +94,7 @@ class ZeroOptimizer(MovableParameters):
         sizes = {over: (shard.size, replicate.size) for over, (shard, replicate) in self._axes.items()}
         self.layout = ZeroLayout.plan(infos, config, sizes)
         self._mesh, self._shared_over, self._shared_memory = mesh, shared_over, shared_memory
+        self._quantization = quantization(mesh, config)
         self.stores: list[Stores] = []
         self._buffers: list[Buffers] = []
         self._all = self._allocate(self.layout)
@@ -112,7 +113,7 @@ class ZeroOptimizer(MovableParameters):
         if layout.offloads and device.type != "meta":
             check_capacity(layout.bytes(), self.config, self._parameters, device, self._mesh.world)
         shards = {over: shard for over, (shard, _) in self._axes.items()}
-        memory = RankMemory(layout, device, shards, self._shared_memory)
+        memory = RankMemory(layout, device, shards, self._shared_memory, self._quantization)
         self.stores.append(memory.stores)
         self._buffers += memory.buffers.values()
         return memory.buckets(self._parameters, self._mesh, self._axes, self._shared_over, self._rule)
@@ -134,6 +135,9 @@ class ZeroOptimizer(MovableParameters):
         """Let go of the parameters: no more hooks. They stay views of the flat buffers, whole ones."""
         try:
             if self.gatherer is not None:
+                self.gatherer.free_all()
+                for buffers in self._buffers:
+                    buffers.gather_exactly()
                 self.gatherer.close()  # gathers, which fails where a store has
         finally:
             for stores in self.stores:

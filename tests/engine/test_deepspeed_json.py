@@ -119,7 +119,9 @@ HONOURED: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
     (f"{ZERO}.stage3_prefetch_bucket_size", 0, {f"{ZERO}.stage": 3}, {"zero.prefetch": 0}),
     (f"{ZERO}.stage3_prefetch_bucket_size", 0.9 * 4e6, {f"{ZERO}.stage": 3}, {"zero.prefetch": 1}),
     (f"{ZERO}.stage3_param_persistence_threshold", 1e5, {f"{ZERO}.stage": 3}, {"zero.persistence_threshold": 100000}),
-    (f"{ZERO}.zero_hpz_partition_size", 8, {f"{ZERO}.stage": 3}, {"zero.shard_size": 8}),
+    (f"{ZERO}.zero_hpz_partition_size", 8, {f"{ZERO}.stage": 3}, {"zero.secondary_size": 8}),
+    (f"{ZERO}.zero_quantized_weights", True, {f"{ZERO}.stage": 3}, {"zero.quantized_weights": "int8"}),
+    (f"{ZERO}.zero_quantized_gradients", True, {f"{ZERO}.stage": 3}, {"zero.quantized_gradients": "int4"}),
 ]
 # These change no result, whatever their value: there is a note.
 NOTED: dict[str, Any] = {
@@ -187,7 +189,7 @@ REFUSED = [
     ("sequence_parallel_size", 2, "megatron_ds.models"),
     (f"{ZERO}.zenflow", {"topk_ratio": 0.1}, "every update is a whole one"),
     (f"{ZERO}.offload_optimizer.super_offload", True, "pin_memory"),
-    (f"{ZERO}.zero_quantized_weights", True, "not quantised"),
+    (f"{ZERO}.zero_quantized_nontrainable_weights", True, "use zero_quantized_weights"),
     ("amp", {"enabled": True}, '"bf16" or "fp16"'),
     ("sparse_attention", {"mode": "fixed"}, "model.attention.sparse"),
     ("checkpoint.load_universal", True, "any checkpoint loads on any number of ranks"),

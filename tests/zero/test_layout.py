@@ -74,6 +74,14 @@ def test_the_papers_section_7(ranks: int) -> None:
     assert [sent(stage) for stage in (0, 1, 2, 3)] == [2 * one, 2 * one, 2 * one, 3 * one]
     assert [sent(stage, 4) for stage in (0, 1, 2, 3)] == [2 * one, 2 * one, (4 + 1) * one, (4 + 8) * one]
     assert [sent(stage, 4, keep_whole=True) for stage in (2, 3)] == [2 * one, 2 * one]
+    int8, int4 = (round(one * part) for part in (260 / 1024, 132 / 1024))  # of fp32: values, and a scale for 256
+    assert sent(2, quantized_gradients="int8") == int8 + one and sent(1, quantized_gradients="int4") == int4 + one
+    assert sent(3, 4, quantized_weights="int8") == 4 * one + 8 * int8
+    if ranks == 8:  # in nodes of 2: half goes inside, of what is left three quarters between; gathered once over all
+        inside, between = size // 2, size // 2 * 3 // 4
+        assert sent(3, 2, secondary_size=2, quantized_weights="int8", quantized_gradients="int8") == (
+            int8 + 3 * inside + 2 * (inside + between) * 260 // 1024
+        )
     # Slices are summed over replicas, as an all-reduce does, once a step.
     assert sent(2, 4, copies=2) == (4 + 1) * one + 2 * ring(size // ranks, 2)
 

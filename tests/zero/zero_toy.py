@@ -41,6 +41,10 @@ class Case:
     offload: str = "none"
     ratio: float = 1.0
     persistence_threshold: int = 12  # stage 3: 11 elements and fewer stay whole
+    weights: str = "none"  # how they, and gradients, are sent
+    gradients: str = "none"
+    secondary: int | None = None
+    shard_size: int | None = None
 
     @property
     def rule(self) -> OptimizerConfig | UpdateRule:
@@ -148,6 +152,10 @@ def train(case: Case, mesh: Mesh) -> tuple[list[float], dict[str, torch.Tensor]]
             overlap=case.overlap,
             keep_whole=case.keep_whole,
             **({"persistence_threshold": case.persistence_threshold} if case.stage == 3 else {}),
+            quantized_weights=case.weights,  # type: ignore[arg-type]
+            quantized_gradients=case.gradients,  # type: ignore[arg-type]
+            secondary_size=case.secondary,
+            shard_size=case.shard_size,
             offload_optimizer=offload,
             offload_parameters=offload if case.stage == 3 else OffloadConfig(),
         ),
@@ -156,7 +164,8 @@ def train(case: Case, mesh: Mesh) -> tuple[list[float], dict[str, torch.Tensor]]
         root=model,
     )
     can_share = mesh.data.size > 1 and on_cpu(mesh) and hasattr(os, "memfd_create")
-    assert shares_memory(zero) == (case.shared_memory and case.stage >= 1 and can_share)
+    as_it_is = case.weights == case.gradients == "none" and case.secondary is None
+    assert shares_memory(zero) == (case.shared_memory and case.stage >= 1 and can_share and as_it_is)
     norms = []
     for step in range(STEPS):
         zero.start_step()
@@ -174,10 +183,8 @@ def train(case: Case, mesh: Mesh) -> tuple[list[float], dict[str, torch.Tensor]]
         squared = comm.all_reduce(zero.norm_squared(), mesh.world)
         norms.append(squared.sqrt().item())
         zero.step(0.05 / (step + 1), clip_coefficient(squared, case.clip))
-    with zero.gathered(model.parameters()):
-        parameters = {name: p.detach().clone().cpu() for name, p in model.named_parameters()}
     zero.close()
-    return norms, parameters
+    return norms, {name: p.detach().clone().cpu() for name, p in model.named_parameters()}
 
 
 def shares_memory(zero: ZeroOptimizer) -> bool:

@@ -49,6 +49,9 @@ class LocalBuffers:
     def gathered(self, size: int, dtype: torch.dtype) -> LocalGathered:
         return LocalGathered(self._arena, size, dtype)
 
+    def gather_exactly(self) -> None:
+        pass
+
     def publish(self) -> None:
         self._arena.publish()
 
@@ -172,6 +175,9 @@ class LocalGathered:
             self.is_gathered = True
 
         return Pending(self.whole, then=look)
+
+    def serve(self, shard: torch.Tensor) -> None:
+        """Nothing: a gather is each rank's own affair."""
 
     def write_back(self) -> None:
         if self._written or (self.is_gathered and self._view.written()):

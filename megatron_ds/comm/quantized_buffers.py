@@ -1,0 +1,207 @@
+"""Flat buffers whose bytes are quantised on their way, for links that are slower than the ranks (ZeRO++).
+
+After Wang et al. 2023 (arXiv 2306.10209): gathered weights in 8 bits (section 3.1), a second shard of the weights
+inside a node (3.2), and gradients that go all-to-all in 8 or 4 bits and are summed in fp32 (3.3). What a rank owns
+stays exact: its shard of weights, master weights and gradient sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_ds.comm.buffers import GatheredMemory, GroupBuffers, GroupGathered, Slot, Slots, WholeMemory
+from megatron_ds.comm.collectives import all_gather_start, all_reduce_start, all_to_all_start
+from megatron_ds.comm.pending import Pending, slice_dim0
+from megatron_ds.kernels.quantized_blocks import pack, packed_bytes, unpack
+from megatron_ds.mesh import Axis
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the buffers of an axis are sent.
+
+    Attributes:
+        weights, gradients: the format (see :mod:`megatron_ds.kernels.quantized_blocks`); None: as they are.
+        stochastic: gradients are rounded up or down by chance.
+        node: the axis cut in two, where it is: neighbours (of one node), and their counterparts of all nodes.
+    """
+
+    weights: str | None = None
+    gradients: str | None = None
+    stochastic: bool = False
+    node: tuple[Axis, Axis] | None = None
+
+
+class QuantizedBuffers(GroupBuffers):
+    """In this rank's own memory, sent as ``how`` says."""
+
+    def __init__(self, axis: Axis, device: torch.device, how: Quantization):
+        super().__init__(axis, device)
+        self.how = how
+        self.version = 0
+        self.exact = False
+
+    def whole(self, size: int, dtype: torch.dtype) -> WholeMemory:
+        memory = super().whole(size, dtype)
+        return memory if self.how.gradients is None else _Whole(memory, self.axis, self.how)
+
+    def slots(self, number: int, size: int, dtype: torch.dtype) -> Slots:
+        memory = super().slots(number, size, dtype)
+        return memory if self.how.gradients is None else _Slots(memory, self.axis, self.how)
+
+    def gathered(self, size: int, dtype: torch.dtype) -> GatheredMemory:
+        if self.how.weights is None and self.how.node is None:
+            return super().gathered(size, dtype)
+        return QuantizedGathered(size, dtype, self)
+
+    def gather_exactly(self) -> None:
+        self.exact = True
+        self.version += 1
+
+    def publish(self) -> None:
+        self.version += 1
+
+
+class _Whole:
+    """Gradients; see :class:`~megatron_ds.comm.buffers.WholeMemory`."""
+
+    def __init__(self, memory: WholeMemory, axis: Axis, how: Quantization):
+        self.whole, self._axis, self._how = memory.whole, axis, how
+        self.all_gather_start = memory.all_gather_start
+
+    def reduce_scatter_start(self) -> Pending:
+        return reduce_scatter_start(slice_dim0(self.whole, self._axis), self.whole, False, self._axis, self._how)
+
+
+class _Slots:
+    def __init__(self, memory: Slots, axis: Axis, how: Quantization):
+        self.dtype, self.device = memory.dtype, memory.device
+        self._memory, self._axis, self._how = memory, axis, how
+
+    def take(self, size: int) -> Slot:
+        return _Slot(self._memory.take(size), self._axis, self._how)
+
+
+class _Slot:
+    def __init__(self, slot: Slot, axis: Axis, how: Quantization):
+        self.whole, self.free = slot.whole, slot.free
+        self._axis, self._how = axis, how
+
+    def reduce_scatter_start(self, shard: Tensor, add: bool) -> Pending:
+        return reduce_scatter_start(shard, self.whole, add, self._axis, self._how)
+
+
+class QuantizedGathered(GroupGathered):
+    """Gathered in fewer bits: ``whole`` has the values that all ranks have, in its own slice too; ``shard`` is exact.
+
+    With a node: the first gather after a change goes over all ranks, and what came is kept, sharded over the node, from
+    which further gathers take it.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, buffers: QuantizedBuffers):
+        axis = buffers.axis
+        self._exact = torch.zeros(size // axis.size, dtype=dtype, device=buffers.device)
+        super().__init__(size, dtype, buffers.device, axis, self._exact)
+        self._buffers, self._how = buffers, buffers.how
+        self._sent: Tensor | None = None  # what peers got of this rank's shard, for as long as something is gathered
+        self._second: Tensor | None = None
+        self._version = -1
+
+    def _gather_start(self, whole: Tensor, shard: Tensor) -> Pending:
+        node, form = self._how.node, None if self._buffers.exact or not len(shard) else self._how.weights
+        if self._second is not None and node is not None and self._version == self._buffers.version:
+            return all_gather_start(whole, self._second, node[0])
+        sent = shard.unsqueeze(0) if form is None else pack(shard.unsqueeze(0), form)
+        self._sent = None if form is None else sent
+        received = whole.view(self._axis.size, -1) if form is None else sent.new_empty(self._axis.size, sent.shape[1])
+        gathering = all_gather_start(received, sent, self._axis)
+
+        def arrived() -> None:
+            gathering.wait()
+            if form is not None:
+                for part, of_rank in zip(whole.chunk(self._axis.size), received):
+                    part.copy_(unpack(of_rank.unsqueeze(0), part.numel(), form, part.dtype)[0])
+            if node is not None:
+                self._second, self._version = slice_dim0(whole, node[0]).clone(), self._buffers.version
+
+        return Pending(whole, then=arrived)
+
+    def write_back(self) -> None:
+        """Only what was written: the rest of the shard is more exact than what was gathered of it."""
+        if not self.is_gathered:
+            return
+        own, exact, came = slice_dim0(self.whole, self._axis), self._exact, self._exact
+        if self._sent is not None and self._how.weights is not None:
+            came = unpack(self._sent, len(exact), self._how.weights, exact.dtype)[0]
+        exact.copy_(torch.where((own == came) | (own.isnan() & came.isnan()), exact, own))
+
+    def discard(self) -> None:
+        super().discard()
+        if self._how.node is None:  # else further gathers bring the same values
+            self._sent = None
+
+
+def reduce_scatter_start(output: Tensor, whole: Tensor, add: bool, axis: Axis, how: Quantization) -> Pending:
+    """Sum this rank's slice of ``whole`` over the axis into ``output`` (or ``add`` it), what others send quantised.
+
+    Over the node first, where there is one: then between nodes goes what was summed in each of them.
+    """
+    count = whole.numel() // axis.size
+    if not count:
+        return Pending(output)
+    if how.node is None:
+        rows = whole.view(axis.size, 1, count)
+        exchange = _exchange_start(rows, axis, how)
+        return Pending(output, then=lambda: _put(output, exchange.wait()[0], add))
+    near, far = how.node
+    rows = whole.view(far.size, near.size, count).transpose(0, 1)  # by neighbour, what it owns and its counterparts do
+    inside = _exchange_start(rows, near, how)
+
+    def between() -> None:
+        summed = inside.wait().unsqueeze(1)  # [nodes, 1, count]
+        _put(output, _exchange_start(summed, far, how).wait()[0], add)
+
+    return Pending(output, then=between)
+
+
+def _put(output: Tensor, total: Tensor, add: bool) -> None:
+    output.add_(total) if add else output.copy_(total)
+
+
+def _exchange_start(rows: Tensor, axis: Axis, how: Quantization) -> Pending:
+    """``[ranks, k, count]``, the first dim by receiver, to the sum of what came for this rank, ``[k, count]``."""
+    form, (ranks, k, count) = how.gradients, rows.shape
+    assert form is not None
+    sent = pack(rows.reshape(ranks * k, count), form, how.stochastic).view(ranks, -1)
+    received = torch.empty_like(sent)
+    exchange = all_to_all_start(received, sent, axis)
+    total = rows[axis.rank].clone()  # what stays here is not rounded
+
+    def add_up() -> None:
+        exchange.wait()
+        for peer in range(ranks):  # in one order: the same bits in every run
+            if peer != axis.rank:
+                total.add_(unpack(received[peer].view(k, -1), count, form, total.dtype))
+
+    return Pending(total, then=add_up)
+
+
+def sum_start(tensor: Tensor, axis: Axis, how: Quantization | None) -> Pending:
+    """Sum in place over an axis: each rank sums a part, and all get it in the same rounded form."""
+    if how is None or how.gradients is None or not tensor.numel():
+        return all_reduce_start(tensor, axis)
+    form = how.gradients
+    count = -(-tensor.numel() // axis.size)
+    rows = torch.nn.functional.pad(tensor, (0, count * axis.size - tensor.numel())).view(axis.size, 1, count)
+    exchange = _exchange_start(rows, axis, how)
+
+    def finish() -> None:
+        sent = pack(exchange.wait(), form, how.stochastic)
+        packed = sent.new_empty(axis.size, packed_bytes(count, form, tensor.dtype))
+        all_gather_start(packed, sent, axis).wait()
+        tensor.copy_(unpack(packed, count, form, tensor.dtype).flatten()[: tensor.numel()])
+
+    return Pending(tensor, then=finish)

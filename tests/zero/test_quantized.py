@@ -1,0 +1,197 @@
+"""Quantised collectives: the way of every number with an exact format, then the formats as they are.
+
+With a format that loses nothing, every path (two levels, a second shard, replicas) has to equal one process.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zero_toy import STEPS, Case, Toy, reference, train
+
+from megatron_ds.comm import quantized_buffers
+from megatron_ds.config import OptimizerConfig, ZeroConfig
+from megatron_ds.config.zero import zero_faults
+from megatron_ds.mesh import Mesh, MeshShape
+from megatron_ds.shard import ShardSpec
+from megatron_ds.testing import run_ranks
+from megatron_ds.zero.optimizer import ZeroOptimizer
+
+CASES = [
+    Case(
+        stage,
+        accumulate,
+        optimizer,
+        2.0,
+        bucket_mb=bucket_mb,
+        weights="int8" if stage == 3 else "none",
+        gradients=gradients,
+        secondary=secondary,
+        shard_size=shard_size,
+        keep_whole=stage > 1 and accumulate == 3,
+    )
+    for (stage, gradients, secondary), (accumulate, optimizer, bucket_mb), shard_size in zip(
+        product((1, 2, 3), ("int8", "int4"), (None, 2)),
+        [(1, "adamw", 0.0006), (3, "sgd", 0.0001), (2, "whole", 1.0), (3, "mixed", 0.0006)] * 3,
+        (None, None, 2, None, None, None) * 2,
+    )
+    if secondary is None or shard_size is None
+] + [
+    Case(3, 2, "adamw", secondary=2),
+    Case(3, 2, "adamw", weights="int8", gradients="int8", secondary=4),  # one node alone
+    Case(3, 1, "sgd", weights="fp8"),
+    Case(2, 2, "adamw", gradients="int8", shard_size=2),
+]
+
+
+def exact_pack(x: Tensor, form: str, stochastic: bool = False) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def exact_unpack(data: Tensor, count: int, form: str, dtype: torch.dtype) -> Tensor:
+    return data.contiguous().view(dtype)
+
+
+def exact_bytes(count: int, form: str, dtype: torch.dtype) -> int:
+    return count * dtype.itemsize
+
+
+def with_an_exact_format(cases: list[Case]) -> list[Any]:
+    mesh = Mesh.create(MeshShape(dp=torch.distributed.get_world_size()), torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, other in (("pack", exact_pack), ("unpack", exact_unpack), ("packed_bytes", exact_bytes)):
+            patch.setattr(quantized_buffers, name, other)
+        return [train(case, mesh) for case in cases]
+
+
+def test_every_way_is_that_of_one_process() -> None:
+    assert len(CASES) > 10
+    for rank, of_rank in enumerate(run_ranks(with_an_exact_format, 4, CASES)):
+        for case, (norms, parameters) in zip(CASES, of_rank, strict=True):
+            want_norms, want = reference(case)
+            assert norms == pytest.approx(want_norms, rel=1e-12) and len(norms) == STEPS, f"rank {rank}, {case}"
+            for name, tensor in want.items():
+                error = (parameters[name] - tensor).abs().max().item() if tensor.numel() else 0.0
+                assert error < 1e-12, f"rank {rank}, {case}: {name} is off by {error}"
+
+
+NEAR = {"int8": 0.02, "fp8": 0.08, "int4": 0.25}
+
+
+def as_it_is(cases: list[Case]) -> list[Any]:
+    mesh = Mesh.create(MeshShape(dp=torch.distributed.get_world_size()), torch.device("cpu"))
+    return [train(case, mesh) for case in cases]
+
+
+def test_in_few_bits_ranks_agree_and_stay_near() -> None:
+    cases = [case for case in CASES if case.optimizer == "sgd"] + [
+        Case(1, 2, "sgd", gradients="int4", shard_size=2), Case(3, 2, "sgd", weights="fp8", gradients="int8")
+    ]  # fmt: skip
+    ranks = run_ranks(as_it_is, 4, cases)
+    for number, case in enumerate(cases):
+        want_norms, want = reference(case)
+        found = [of_rank[number] for of_rank in ranks]
+        form = max((f for f in (case.weights, case.gradients) if f != "none"), key=lambda f: NEAR[f])
+        assert 0 < abs(found[0][0][0] / want_norms[0] - 1) < NEAR[form], f"{case}: the first norm"
+        start = dict(Toy().named_parameters())
+        moved = torch.cat([(tensor - start[name]).flatten() for name, tensor in want.items()]).norm()
+        off = torch.cat([(found[0][1][name] - tensor).flatten() for name, tensor in want.items()]).norm()
+        assert 0 < off <= 2 * NEAR[form] * moved, case
+        for name in want:
+            for other in found[1:]:
+                assert torch.equal(found[0][1][name], other[1][name]), f"{case}: ranks differ in {name}"
+
+
+class Writes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(20, 20, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.square().sum()
+
+
+def shards_after_looking(dtype: torch.dtype) -> list[dict[str, Any]]:
+    """What masters and gathered weights are after gathers, and after writes into what was gathered."""
+    mesh = Mesh.create(MeshShape(dp=2), torch.device("cpu"))
+    model = Writes().to(dtype)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        p.shard = ShardSpec(name, tuple(p.shape))
+    config = ZeroConfig(stage=3, quantized_weights="int8", persistence_threshold=0)
+    zero = ZeroOptimizer(model.named_parameters(), mesh, config, OptimizerConfig(), root=model)
+
+    def masters() -> dict[str, Tensor]:
+        found = {}
+        for flat in zero.flat_shards():
+            if flat.kind == "param":
+                whole = torch.zeros(
+                    flat.numel if hasattr(flat, "numel") else flat.stop - flat.start, dtype=torch.float64
+                )
+                whole.copy_(flat.tensor(None).flatten())
+                found[f"{flat.name}:{flat.start}"] = whole
+        return found
+
+    exact = masters()
+    with torch.no_grad():
+        model(torch.ones(1, 20, dtype=dtype))
+    with zero.gathered(model.parameters()):
+        seen = {name: p.detach().clone() for name, p in model.named_parameters()}
+    looked = masters()
+    with zero.gathered(model.parameters(), write=True), torch.no_grad():
+        model.layers[1].weight[3] = 2.0  # type: ignore[index]
+    written = masters()
+    zero.close()
+    return [{"before": before, "exact": exact, "seen": seen, "looked": looked, "written": written,
+             "after": {name: p.detach().clone() for name, p in model.named_parameters()}}]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_rank_owns_stays_exact(dtype: torch.dtype) -> None:
+    ranks = [found[0] for found in run_ranks(shards_after_looking, 2, dtype)]
+    for found in ranks:
+        assert found["exact"].keys() == found["looked"].keys() and found["exact"]
+        for name, values in found["exact"].items():
+            assert torch.equal(found["looked"][name], values), f"{name} has changed by being looked at"
+        for name, values in found["before"].items():
+            assert not torch.equal(found["seen"][name], values), "what is gathered is rounded"
+            assert (found["seen"][name] - values).abs().max() <= values.abs().max() / 127
+            assert torch.equal(found["seen"][name], ranks[0]["seen"][name]), "and alike on all ranks"
+            want = values.clone()
+            if name == "layers.1.weight":
+                want[3] = 2.0
+            assert torch.equal(found["after"][name], want), f"{name} after close()"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stage": 2, "quantized_weights": "int8"}, "zero.quantized_weights='int8' does nothing: with zero.stage=2"),
+        ({"stage": 0, "quantized_gradients": "int4"}, "zero.quantized_gradients='int4' does nothing: zero.stage=0"),
+        ({"stage": 3, "quantized_weights": "fp8", "shard_size": 1}, "sharded over one rank, which sends nothing"),
+        ({"stage": 2, "quantized_stochastic": True}, "zero.quantized_stochastic does nothing"),
+        ({"stage": 2, "secondary_size": 2}, "zero.secondary_size=2 does nothing with zero.stage=2"),
+        ({"stage": 3, "secondary_size": 3}, "zero.secondary_size=3 does not divide dp=8; use one of 2, 4, 8"),
+        ({"stage": 3, "secondary_size": 2, "shard_size": 4}, "both group the ranks; use one"),
+        (
+            {"stage": 3, "secondary_size": 2, "offload_parameters": {"device": "cpu"}},
+            "leave out zero.quantized_weights",
+        ),
+    ],
+)
+def test_settings_that_would_do_nothing(settings: dict[str, Any], message: str) -> None:
+    assert any(message in fault for fault in zero_faults(ZeroConfig(**settings), 8)), settings
+
+
+def test_every_setting_that_does_something_is_taken() -> None:
+    for case in CASES:
+        config = ZeroConfig(stage=case.stage, quantized_weights=case.weights, quantized_gradients=case.gradients,
+                            secondary_size=case.secondary, shard_size=case.shard_size)  # fmt: skip
+        assert not list(zero_faults(config, 4)), case
