@@ -170,6 +170,47 @@ def test_what_a_rank_owns_stays_exact(dtype: torch.dtype) -> None:
             assert torch.equal(found["after"][name], want), f"{name} after close()"
 
 
+def resumed(weights: str, stochastic: bool) -> list[bool]:
+    """Whether a run that goes on from the shards of another equals that one, bit for bit."""
+    mesh = Mesh.create(MeshShape(dp=4), torch.device("cpu"))
+    config = ZeroConfig(stage=3, quantized_weights=weights, quantized_gradients="int8", secondary_size=2,  # type: ignore
+                        quantized_stochastic=stochastic, persistence_threshold=0)  # fmt: skip
+
+    def made() -> tuple[Writes, ZeroOptimizer]:
+        model = Writes().to(torch.bfloat16)
+        for name, p in model.named_parameters():
+            p.shard = ShardSpec(name, tuple(p.shape))  # type: ignore[attr-defined]
+        return model, ZeroOptimizer(model.named_parameters(), mesh, config, OptimizerConfig(), root=model)
+
+    def train_on(model: Writes, zero: ZeroOptimizer, steps: range) -> None:
+        for step in steps:
+            zero.start_step()
+            x = torch.randn(3, 20, generator=torch.Generator().manual_seed(100 * step + mesh.rank))
+            zero.start_backward(True)
+            model(x.to(torch.bfloat16)).backward()
+            zero.end_backward()
+            zero.finish_gradients()
+            zero.step(0.01)
+
+    one, two = made(), made()
+    train_on(*one, range(2))
+    for mine, theirs in zip(two[1].flat_shards(for_load=True), one[1].flat_shards(for_load=True), strict=True):
+        mine.tensor(None).copy_(theirs.tensor(None))
+    two[1].count = one[1].count
+    for _, zero in (one, two):
+        zero.refresh_parameters()
+    for model, zero in (one, two):
+        train_on(model, zero, range(2, 4))
+    every = zip(one[1].flat_shards(), two[1].flat_shards(), strict=True)
+    return [torch.equal(a.tensor(None), b.tensor(None)) for a, b in every]
+
+
+@pytest.mark.parametrize(("weights", "stochastic"), [("int8", True), ("fp8", False)])
+def test_a_resumed_run_goes_on_with_the_same_bits(weights: str, stochastic: bool) -> None:
+    for equal in run_ranks(resumed, 4, weights, stochastic):
+        assert all(equal) and len(equal) >= 2
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
