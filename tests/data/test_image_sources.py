@@ -222,7 +222,7 @@ def test_columns_of_an_image_set_that_say_nothing(root: Path, tmp_path: Path) ->
         with pytest.raises(DataError, match=message):
             open_images(tmp_path / message[:9])
         shutil.rmtree(tmp_path / message[:9])
-    table.remove_columns("image").add_column("x", ["a"] * 10).save_to_disk(str(tmp_path / "none"))
+    table.add_column("x", ["a"] * 10).remove_columns("image").save_to_disk(str(tmp_path / "none"))
     with pytest.raises(DataError, match="has 10 rows and 0 columns of images among x"):
         open_images(tmp_path / "none")
     table.add_column("text", ["a", "b"] * 5).add_column("caption", [["c"]] * 10).save_to_disk(str(tmp_path / "good"))
