@@ -1,4 +1,4 @@
-"""How much a GPT keeps from the forward to the backward pass of one micro-batch on one rank.
+"""How much a stage keeps from the forward to the backward pass of one micro-batch on one rank; a GPT's layers.
 
 After Korthikanti et al. 2022 (arXiv 2205.05198), section 4: a layer keeps, in elements for each of the ``s b h``
 places, 4 outside the tensor-parallel region (the inputs of two norms and two matmuls, which sequence parallelism alone
@@ -13,19 +13,25 @@ Shapes as in :mod:`.transformer`: ``s`` sequence, ``b`` micro-batch, ``h`` hidde
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from megatron_ds.config import ModelConfig, RunConfig
+from megatron_ds.config import BaseRunConfig, ModelConfig, RecomputeConfig, RunConfig
 from megatron_ds.kernels.block_attention import block_size, is_preferred, keeps_probabilities
 from megatron_ds.pipeline.stage import Activations, StageSpan
 
 _WIDTHS = (("fp32", 4), ("bf16", 2), ("fp16", 2), ("fp64", 8))
 
 
+def width_of(config: BaseRunConfig) -> int:
+    """Bytes of an element of the activations."""
+    return dict(_WIDTHS)[config.precision.dtype]
+
+
 @dataclass(frozen=True)
-class _Layer:
+class LayerBytes:
     """Bytes that one block keeps of a micro-batch.
 
     Attributes:
@@ -45,7 +51,7 @@ def gpt_activations(config: RunConfig, span: StageSpan, tp: int, device: str) ->
     """Of the stage ``span`` over ``tp`` ranks on ``device`` (``"cpu"``, or ``"cuda"`` with its kernels)."""
     c, train, recompute = config.model, config.train, config.recompute
     places = train.micro_batch * train.sequence_length
-    width = dict(_WIDTHS)[config.precision.dtype]
+    width = width_of(config)
     own = places // tp if config.mesh.sequence_parallel else places
     cpu = device == "cpu"
     layer = _layer(config, tp, cpu)
@@ -59,37 +65,41 @@ def gpt_activations(config: RunConfig, span: StageSpan, tp: int, device: str) ->
         fixed += (c.embedding_norm + (cpu and c.hidden_dropout > 0)) * own * c.hidden_size * width
     if span.head:
         # The last norm, and the gradients that the loss computes along with itself, the weight's in fp32 at least.
-        fixed += _norm(own, c.hidden_size, width, c.norm == "rmsnorm" and cpu) + places * c.hidden_size * width
+        fixed += norm_bytes(own, c.hidden_size, width, c.norm == "rmsnorm" and cpu) + places * c.hidden_size * width
     loss = span.head * min(c.vocab_size, c.padded_vocab // tp) * c.hidden_size * max(width, 4)
     fixed += loss
-    no_recompute = layers * layer.no_recompute + fixed
+    return stage_activations(span.first, [layer] * layers, recompute, fixed, loss)
+
+
+def stage_activations(
+    first: int, layers: Sequence[LayerBytes], recompute: RecomputeConfig, fixed: int, loss: int = 0
+) -> Activations:
+    """Of a stage of these layers, of which the first has the number ``first``, and of what it keeps besides."""
+    no_recompute = sum(layer.no_recompute for layer in layers) + fixed
     if recompute.mode == "selective":
         # Beside a fused core this can be more than without: its keys and values are copies, its arguments all of qkv.
-        stored = layers * (layer.without_attention_core + layer.attention_core_inputs) + fixed
-        peak = layer.no_recompute - layer.without_attention_core if layers else 0
+        stored = sum(layer.without_attention_core + layer.attention_core_inputs for layer in layers) + fixed
+        peak = max((layer.no_recompute - layer.without_attention_core for layer in layers), default=0)
         return Activations(no_recompute, stored, peak, loss)
     every = {"full": 1, "every_n": recompute.every}.get(recompute.mode)
     if every is None:
         return Activations(no_recompute, no_recompute, 0, loss)
-    recomputed = sum(index % every == 0 for index in range(span.first, span.last))
-    return Activations(
-        no_recompute,
-        recomputed * layer.input + (layers - recomputed) * layer.no_recompute + fixed,
-        layer.no_recompute * bool(recomputed),
-        loss,
-    )
+    recomputed = [layer for index, layer in enumerate(layers, first) if index % every == 0]
+    spared = sum(layer.no_recompute - layer.input for layer in recomputed)
+    peak = max((layer.no_recompute for layer in recomputed), default=0)
+    return Activations(no_recompute, no_recompute - spared, peak, loss)
 
 
-def _layer(config: RunConfig, tp: int, cpu: bool) -> _Layer:
+def _layer(config: RunConfig, tp: int, cpu: bool) -> LayerBytes:
     c, b, s = config.model, config.train.micro_batch, config.train.sequence_length
-    width = dict(_WIDTHS)[config.precision.dtype]
+    width = width_of(config)
     places = b * s
     own = places // tp if config.mesh.sequence_parallel else places
     heads, groups = c.num_heads // tp, max(1, c.groups // tp)
     row = places * c.head_size * width  # of one head
     stream = own * c.hidden_size * width
     before, after, inputs = _norms_and_inputs(c)
-    around = (before + after) * _norm(own, c.hidden_size, width, c.norm == "rmsnorm" and cpu) + inputs * stream
+    around = (before + after) * norm_bytes(own, c.hidden_size, width, c.norm == "rmsnorm" and cpu) + inputs * stream
     if cpu and c.hidden_dropout:
         around += 2 * stream  # masks
     # gelu keeps its argument; a gate's product its two factors and the argument.
@@ -102,12 +112,12 @@ def _layer(config: RunConfig, tp: int, cpu: bool) -> _Layer:
     core, has_whole = _core(config, heads, groups, row, whole, core_input, cpu)
     no_recompute = around + core
     if c.qk_norm:
-        normed = _norm(places * (heads + groups), c.head_size, width, cpu)
+        normed = norm_bytes(places * (heads + groups), c.head_size, width, cpu)
         if not (cpu and width == 2):  # the arguments are qkv itself, and queries copied out of it
             normed += (groups < heads) * heads * row - (heads + groups) * row
             no_recompute += whole * (not has_whole)
         around, no_recompute = around + normed, no_recompute + normed
-    return _Layer(no_recompute, around, core_input, stream)
+    return LayerBytes(no_recompute, around, core_input, stream)
 
 
 def _core(
@@ -115,7 +125,7 @@ def _core(
 ) -> tuple[int, bool]:
     """Bytes that the attention core keeps besides its output, and whether all of qkv is among them."""
     c, b, s = config.model, config.train.micro_batch, config.train.sequence_length
-    width = dict(_WIDTHS)[config.precision.dtype]
+    width = width_of(config)
     statistics = b * heads * s * (8 if cpu and width == 8 else 4)
     if c.attention.sparse.mode != "none":
         return core_input + statistics, True
@@ -150,9 +160,9 @@ def _shared_bias(config: RunConfig, heads: int, cpu: bool, window: bool) -> int:
     if cpu or alone or not (c.position == "alibi" or config.data.document_masking or window):
         return 0
     shape = (heads if c.position == "alibi" else 1) * (b if config.data.document_masking else 1)
-    return shape * s * s * dict(_WIDTHS)[config.precision.dtype]
+    return shape * s * s * width_of(config)
 
 
-def _norm(places: int, hidden: int, width: int, composed: bool) -> int:
+def norm_bytes(places: int, hidden: int, width: int, composed: bool) -> int:
     """A norm's argument and its statistics. torch composes RMSNorm on a CPU, which keeps a product too, in fp32."""
     return places * (hidden * (2 * max(width, 4) if composed else width) + (4 if composed else 8))

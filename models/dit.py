@@ -119,9 +119,9 @@ class DiT(nn.Module):
         inputs, active = self._inputs(seen, streams[0].dtype), F.silu(condition)
         for name, block in self.layers.items():
             if name in self.recomputed and torch.is_grad_enabled():
-                streams = checkpoint(block, streams, active, inputs, use_reentrant=False, preserve_rng_state=False)
+                streams = checkpoint(block, active, inputs, *streams, use_reentrant=False, preserve_rng_state=False)
             else:
-                streams = block(streams, active, inputs)
+                streams = block(active, inputs, *streams)
         return streams, condition
 
     def _embed(self, seen: MicroBatch) -> Streams:

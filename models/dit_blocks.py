@@ -47,8 +47,7 @@ class Block(nn.Module):
             **s.where,
         )
 
-    def forward(self, streams: Streams, condition: Tensor, inputs: AttentionInputs) -> Streams:
-        (x,) = streams
+    def forward(self, condition: Tensor, inputs: AttentionInputs, x: Tensor) -> Streams:
         shift, scale, *rest = self.modulation(condition)
         return (self.add(x, self.attention(modulated_norm(x, shift, scale, NORM_EPS), inputs), *rest),)
 
@@ -80,8 +79,7 @@ class JointBlock(nn.Module):
         self.image = Block(f"{name}.image", c, s)
         self.text = LastText(f"{name}.text", c, s) if last else Block(f"{name}.text", c, s)
 
-    def forward(self, streams: Streams, condition: Tensor, inputs: AttentionInputs) -> Streams:
-        image, text = streams
+    def forward(self, condition: Tensor, inputs: AttentionInputs, image: Tensor, text: Tensor) -> Streams:
         shift, scale, *rest = self.image.modulation(condition)
         text_shift, text_scale, *text_rest = self.text.modulation(condition)
         heads = self.image.attention.heads(modulated_norm(image, shift, scale, NORM_EPS))

@@ -17,6 +17,7 @@ from megatron_ds.mesh import Mesh
 from megatron_ds.models.conditions import TIME_CHANNELS
 from megatron_ds.models.diffusion_sources import open_diffusion_sources
 from megatron_ds.models.dit import DiT, activation_shape
+from megatron_ds.models.dit_activations import dit_activations
 from megatron_ds.models.transformer import MicroBatch, StageSettings
 from megatron_ds.pipeline.stage import Activations, LayerCosts, StageSpan
 
@@ -55,8 +56,8 @@ class DiTTask:
         parts = mesh.tp.size if self.config.mesh.sequence_parallel else 1
         return activation_shape(self.config.model, parts, micro_batch)
 
-    def activations(self, span: StageSpan, tp: int, device: str) -> Activations | None:
-        return None
+    def activations(self, span: StageSpan, tp: int, device: str) -> Activations:
+        return dit_activations(self.config, span, tp, device)
 
     def open_sources(self) -> Sources:
         return open_diffusion_sources(self.config)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import shutil
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, SD3Transformer2DModel
 from dit_checkpoints import configuration, write_checkpoint
 from matplotlib import image
 from safetensors.torch import save_file
 
 from megatron_ds.checkpoint import Checkpoint
+from megatron_ds.config import from_dict
+from megatron_ds.config.diffusion import DiffusionRun
+from megatron_ds.convert.dit_folder import global_shapes
+from megatron_ds.convert.dit_tables import SD3
 from megatron_ds.data.cli import guarded
 from megatron_ds.train.launch import run_main
 
@@ -36,9 +43,9 @@ def sample(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return run_main(tool("sample_images").main)
 
 
-def pretrain(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """examples/pretrain_dit.py with the demo's configuration."""
-    config = EXAMPLES / "configs" / "diffusion" / "digits.toml"
+def pretrain(monkeypatch: pytest.MonkeyPatch, *arguments: object, name: str = "digits") -> int:
+    """examples/pretrain_dit.py with the demo's configuration, or another."""
+    config = EXAMPLES / "configs" / "diffusion" / f"{name}.toml"
     monkeypatch.setattr("sys.argv", ["pretrain_dit.py", "--config", *map(str, (config, *arguments))])
     return run_main(tool("pretrain_dit", EXAMPLES).main)
 
@@ -109,14 +116,45 @@ def test_a_model_goes_to_diffusers_and_comes_back(tmp_path: Path, capsys: pytest
     assert "--vae does nothing" in capsys.readouterr().err
 
 
-def test_the_demos_configuration_is_laid_out_on_8_and_on_many_ranks(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "world", "batch", "shown"),
+    [
+        ("digits", 8, 64, "layers 2 to 3 with head"),
+        ("digits", 4096, 16384, "layers 2 to 3 with head"),
+        ("dit-xl2-256", 8, 256, "parameters on this rank: 674,834,720"),
+        ("dit-xl2-512", 1024, 16384, "layers 0 to 27 with embedding and head"),
+        ("mmdit-8b", 256, 4096, "layers 19 to 37 with head"),
+        ("mmdit-8b", 16384, 65536, "layers 19 to 37 with head"),
+    ],
+)
+def test_every_configuration_is_laid_out_on_its_ranks_and_on_many(
+    name: str, world: int, batch: int, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for world, batch in ((8, 64), (4096, 16384)):
-        more = ["--world-size", str(world), "--rank", str(world - 1), "--train.global-batch", str(batch)]
-        assert pretrain(monkeypatch, "--dry-run", *more) == 0
-        shown = capsys.readouterr().out
-        assert f"mesh of {world} ranks: pp=2" in shown and "layers 2 to 3 with head" in shown
+    more = ["--world-size", str(world), "--rank", str(world - 1), "--train.global-batch", str(batch)]
+    assert pretrain(monkeypatch, "--dry-run", *more, name=name) == 0
+    said = capsys.readouterr().out
+    assert f"mesh of {world} ranks: pp=" in said and shown in said and "activations on a GPU, estimated: " in said
+
+
+def test_a_size_without_a_configuration_is_said() -> None:
+    script = ["bash", str(EXAMPLES / "pretrain_dit_xl2.sh"), "--pixels", "300", "--dry-run"]
+    ran = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2 and ran.stderr == "error: --pixels 300 has no configuration; use 256 or 512\n"
+
+
+def test_models_have_the_published_number_of_parameters() -> None:
+    """DiT-XL/2's weights are published with the positions among them; the joint model is counted by `diffusers`."""
+    found = {}
+    for path in (EXAMPLES / "configs" / "diffusion").glob("*.toml"):
+        config = from_dict(DiffusionRun, tomllib.loads(path.read_text()), path.stem)
+        found[path.stem] = sum(math.prod(shape) for shape in global_shapes(config.model).values())
+        assert path.stem == "digits" or f"{found[path.stem]:,}" in path.read_text()
+        if path.stem == "mmdit-8b":
+            settings = {k: v for k, v in SD3.to_config(config.model).items() if not k.startswith("_")}
+    assert found.keys() == {"digits", "dit-xl2-256", "dit-xl2-512", "mmdit-8b"}
+    assert found["dit-xl2-256"] == found["dit-xl2-512"] == 675_129_632 - 256 * 1152
+    with torch.device("meta"):
+        assert found["mmdit-8b"] == sum(p.numel() for p in SD3Transformer2DModel(**settings).parameters())
 
 
 def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(

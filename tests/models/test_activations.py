@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from kept_bytes import kept_bytes
 
 from megatron_ds.config import RunConfig, from_dict, validate
 from megatron_ds.mesh import Mesh
@@ -44,8 +45,6 @@ def stored(config: RunConfig, span: StageSpan) -> int:
     cpu = torch.device("cpu")
     mesh = Mesh.create(validate(config, world), cpu)
     task = GPTTask(config)
-    stage = task.make_stage(span, mesh, cpu, DTYPES[config.precision.dtype])
-    stage.initialize(1)
     shape = (config.train.micro_batch, config.train.sequence_length)
     batch = {
         "tokens": torch.zeros(shape, dtype=torch.int64),
@@ -56,21 +55,7 @@ def stored(config: RunConfig, span: StageSpan) -> int:
     }
     if config.data.document_masking:
         batch["document_ids"] = torch.arange(shape[1]).repeat(shape[0], 1) // 80
-    known = {t.untyped_storage().data_ptr() for t in (*stage.parameters(), *stage.buffers(), *batch.values())}
-    found: dict[int, torch.Tensor] = {}  # which keeps them alive, so that no address comes twice
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    hidden = None
-    if not span.embedding:
-        hidden = torch.zeros(
-            task.activation_shape(mesh, batch), dtype=DTYPES[config.precision.dtype], requires_grad=True
-        )
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        stage(batch, hidden)
-    return sum(t.untyped_storage().nbytes() for place, t in found.items() if place not in known)
+    return kept_bytes(task, config, span, mesh, batch)
 
 
 CASES = [

@@ -181,7 +181,7 @@ def test_a_new_model_predicts_nothing_and_its_blocks_do_nothing() -> None:
     x = torch.randn(16, 2, HIDDEN, dtype=torch.float64)
     block = model.layers["0"]
     condition = torch.randn(2, HIDDEN, dtype=torch.float64)
-    assert torch.equal(block((x,), condition, model._inputs(seen, x.dtype))[0], x)
+    assert torch.equal(block(condition, model._inputs(seen, x.dtype), x)[0], x)
 
 
 def test_padded_rows_of_an_evaluation_count_nothing() -> None:

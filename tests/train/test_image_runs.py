@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from dit_rank import main
-from small_images import write_classes, write_vae
+from small_images import write_captions, write_classes, write_text_encoder, write_vae
 from started_ranks import started
 
 from megatron_ds.checkpoint import Checkpoint
@@ -246,3 +246,28 @@ def test_folders_that_cannot_be_trained_on(
     assert train(monkeypatch, *run, "--model.image-size", 32) == 2
     assert "has images of 16 x 16 alone; use model.image_size=16" in capsys.readouterr().err
     assert np.array_equal(LatentCache(root / "squares").labels, [0] * 5 + [1] * 5)
+
+
+def test_texts_of_a_cache_train_joint_blocks(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_captions(tmp_path / "captions")
+    write_text_encoder(tmp_path / "text", 16, projected=True)
+    source, folder = open_images(tmp_path / "captions"), tmp_path / "texts"
+    sizes = image_sizes(source, tmp_path / "captions")
+    encoders = EncoderFolders(root / "vae", (tmp_path / "text",), (tmp_path / "text",))
+    writer = CacheWriter(source, sizes, encoders, CacheSettings(64, 16, 2.0, batch=2), folder)
+    writer.begin()
+    writer.write_empty(torch.device("cpu"))
+    writer.write(writer.share(0, 1), torch.device("cpu"), lambda _: None)
+    empty = LatentCache(folder).empty
+    (_, tokens, width), (_, pooled) = empty["text"].shape, empty["pooled"].shape
+    run = [*SMALL, *LATENTS, "--data.path", folder, "--train.steps", 2, "--model.condition", "text"]
+    sizes_of_text = ["--model.text-size", width, "--model.text-tokens", tokens, "--model.pooled-size", pooled]
+    assert train(monkeypatch, *run, *sizes_of_text, "--output", tmp_path / "run") == 0
+    assert all(np.isfinite(read_losses(tmp_path / "run")))
+    capsys.readouterr()
+    assert train(monkeypatch, *run, *sizes_of_text[:4], "--output", tmp_path / "x") == 2
+    assert f"'pooled' is [{pooled}] a sample, not [2048]; set model.pooled_size" in capsys.readouterr().err
+    assert train(monkeypatch, *run, *sizes_of_text[:2], "--output", tmp_path / "x") == 2
+    assert "set model.text_tokens and model.text_size" in capsys.readouterr().err
