@@ -110,9 +110,8 @@ class Sampler:
 
     def _argmax(self, scores: Tensor) -> Tensor:
         """``[r]``: of equals the smallest id."""
-        values = scores.max(1).values
-        places = torch.arange(scores.shape[1], device=scores.device).expand_as(scores)
-        ids = places.masked_fill(scores != values.unsqueeze(1), scores.shape[1]).min(1).values + self.first
+        values, ids = scores.max(1)  # torch's, too, is the first of equals
+        ids = ids + self.first
         if self.tp.size == 1:
             return ids
         every = self._gather(values.double())  # [tp, r]

@@ -93,6 +93,19 @@ def test_penalties_biases_and_bans_are_the_closed_forms() -> None:
         assert value == pytest.approx(float(want.log_softmax(-1)[token]), abs=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_of_equals_in_a_wide_row_the_smallest_id_is_taken(dtype: torch.dtype) -> None:
+    """Which threads and vectors reduce apart; a tie of half precision is common."""
+    width = 70001
+    logits = torch.zeros(4, width).to(dtype)
+    places = [(69999, 70000), (5, 40000), (33, 34, 35, 69990), (0, 16, 17)]
+    for of_row, ties in zip(logits, places, strict=True):
+        of_row[list(ties)] = 1.0
+    sampler = Sampler(Axis("tp"), 0, width)
+    found = sampler.sample(sampler.mask_padding(logits), [row(SamplingParams(temperature=0.0))] * 4)
+    assert found.tokens == [min(ties) for ties in places]
+
+
 def test_of_equals_the_smallest_id_is_taken_and_top_k_1_is_greedy() -> None:
     logits = torch.zeros(2, VOCAB)
     logits[:, [9, 4, 30]] = 1.0

