@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_ds import comm
 from megatron_ds.config import OptimizerConfig
+from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Axis
 from megatron_ds.optim.rule import Late, OptimizerSegment, RuleGroup, Update, UpdateRule
 from megatron_ds.shard import ShardSpec
@@ -60,12 +61,22 @@ class MuonRule:
         specs: of the parameters of this rank.
         tp: the axis over which weights are cut.
         others: updates what is no matrix.
+
+    Raises:
+        ConfigError: a weight is cut over another axis than ``tp``.
     """
 
     def __init__(self, config: OptimizerConfig, specs: Sequence[ShardSpec], tp: Axis, others: UpdateRule):
         self.config, self.tp = config, tp
         self.specs: Mapping[str, ShardSpec] = {spec.name: spec for spec in specs if spec.matrices is not None}
         self._others = others
+        for spec in self.specs.values():
+            for cut in spec.placements:
+                if cut.count > 1 and cut.axis != tp.name:
+                    raise ConfigError(
+                        f"optimizer.name='muon' takes whole matrices, and {spec.name} is cut over mesh.{cut.axis}, "
+                        "over which Muon does not gather; use optimizer.name='adamw'"
+                    )
 
     def group_of(self, name: str) -> RuleGroup:
         if name in self.specs:

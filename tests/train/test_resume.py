@@ -85,7 +85,14 @@ def test_damaged_metrics_are_said_and_damaged_settings_name_the_way_on(
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 5]
 
 
+FP8 = {"fp8": "blockwise", "fp8_block": 8, "fp8_emulate": True, "fp8_min_features": 0}
+FEW_BITS = {"stage": 3, "quantized_weights": "int8", "quantized_gradients": "int4", "secondary_size": 2,
+            "quantized_stochastic": True, "persistence_threshold": 0}  # fmt: skip
+
+
 def configuration(output: Path, dtype: str, **mesh: int) -> RunConfig:
+    """``dtype``: of the parameters; ``fp8``: products in it, ``sent``: what ZeRO sends in few bits, both of bf16."""
+    precision = {"dtype": "bf16", **(FP8 if dtype == "fp8" else {})} if dtype in ("fp8", "sent") else {"dtype": dtype}
     return from_dict(
         RunConfig,
         {
@@ -104,7 +111,8 @@ def configuration(output: Path, dtype: str, **mesh: int) -> RunConfig:
             },
             "mesh": mesh,
             "train": {"steps": 6, "global_batch": 8, "micro_batch": 1, "sequence_length": 16},
-            "precision": {"dtype": dtype},
+            "precision": precision,
+            "zero": FEW_BITS if dtype == "sent" else {},
             "optimizer": {"lr": 1e-2, "warmup_steps": 2, "min_lr": 1e-3},
             "checkpoint": {"resume": True},
             "data": {"synthetic": True},
@@ -165,9 +173,9 @@ def train(config: RunConfig, stop_at: int, recipe: type[Fading] | None = None) -
     return start, flat_shards
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp8", "sent"])
 def test_resume_on_the_same_mesh_is_bitwise(tmp_path: Path, dtype: str) -> None:
-    mesh = {"tp": 2, "pp": 2}
+    mesh = {"dp": 4} if dtype == "sent" else {"tp": 2, "pp": 2}
     whole = run_ranks(train, 4, configuration(tmp_path / "whole", dtype, **mesh), 6)
     first = run_ranks(train, 4, configuration(tmp_path / "parts", dtype, **mesh), 3)
     second = run_ranks(train, 4, configuration(tmp_path / "parts", dtype, **mesh), 6)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from megatron_ds.config import OptimizerConfig
+from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Axis
 from megatron_ds.optim.factory import as_rule
 from megatron_ds.optim.muon import COEFFICIENTS, MOMENTUM, MuonRule, orthogonalize, size_factor
 from megatron_ds.optim.rule import OptimizerSegment
-from megatron_ds.shard import WHOLE, Matrices, ShardSpec
+from megatron_ds.shard import WHOLE, Matrices, ShardedDim, ShardSpec
 
 F64 = torch.float64
 
@@ -139,3 +140,11 @@ def test_an_update_is_as_large_as_adamws() -> None:
         update = orthogonalize(random(*shape), 5, F64) * size_factor(*shape, "match_rms_adamw")
         rms = update.square().mean().sqrt().item()
         assert math.isclose(rms, 0.2, rel_tol=0.3)
+
+
+def test_weights_cut_over_other_axes_than_tp_are_refused() -> None:
+    config = OptimizerConfig(name="muon")
+    cut = ShardSpec("experts.up", (4, 8, 6), placements=(ShardedDim(0, "ep", 0, 2),), matrices=WHOLE)
+    with pytest.raises(ConfigError, match=r"experts.up is cut over mesh.ep, .* use optimizer.name='adamw'"):
+        rule_of(config, cut)
+    rule_of(config, ShardSpec("up", (8, 6), placements=(ShardedDim(0, "tp", 1, 2),), matrices=WHOLE))
