@@ -59,8 +59,8 @@ def open_images(path: str | Path, kind: Kind | None = None, cache_dir: Path | No
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path} does not exist; give a folder of images, tar shards, or an image set of `datasets`")
-    tars = image_tars.find_tars(path)
-    if kind == "tar" or (kind is None and tars):
+    tars = image_tars.find_tars(path) if kind in (None, "tar") else []
+    if kind == "tar" or tars:
         return image_tars.TarImages(path, tars, cache_dir)
     if kind == "dataset" or (kind is None and image_datasets.is_dataset(path)):
         return image_datasets.DatasetImages(path)
