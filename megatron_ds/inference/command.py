@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import tyro
 
 from megatron_ds.errors import ConfigError, MegatronDSError
+from megatron_ds.kernels.cpu.allocator import keep_freed_memory
 
 DESCRIPTION = """Serve a model to OpenAI clients: /v1/completions, /v1/chat/completions, /v1/models.
 
@@ -90,6 +91,7 @@ def serve(options: Serve) -> int:
     taken = inspect.signature(LLM).parameters.keys() - {"model"}
     engine = {field.name: getattr(o, field.name) for field in fields(o) if field.name in taken}
     with LLM(o.model, **engine) as llm:
+        keep_freed_memory()  # of the steps, not of what loading has freed
         limits = Limits(o.max_requests, int(o.max_body_mb * 1e6), o.request_timeout, o.api_key)
         name = o.served_model_name or o.model.resolve().name
         app = Server(llm, name, limits).app

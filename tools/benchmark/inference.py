@@ -45,8 +45,10 @@ Generate = Callable[[list[list[int]], int], None]
 
 def ours(folder: str, quantization: str | None) -> Generate:
     from megatron_ds.inference import LLM, SamplingParams
+    from megatron_ds.kernels.cpu.allocator import keep_freed_memory
 
     llm = LLM(folder, dtype="bfloat16", quantization=quantization, num_blocks=400, enable_prefix_caching=False)
+    keep_freed_memory()  # as `megatron-ds serve` does
 
     def generate(prompts: list[list[int]], count: int) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
