@@ -60,8 +60,8 @@ class Serve:
     """Part of the GPU's memory (of a CPU's free memory) to use."""
     num_blocks: int | None = None
     """Blocks of the key/value cache. Default: what fits."""
-    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """auto: the model's."""
+    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8"] = "auto"
+    """auto: the model's; fp8: half of 16 bits' memory, with a scale for each token and head."""
     num_speculative_tokens: int = 0
     """Guess so many tokens from what followed the same words before; answers stay the same."""
     enable_prefix_caching: bool = True

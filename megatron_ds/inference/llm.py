@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from megatron_ds.inference.invariant_recipe import BatchInvariant
 from megatron_ds.inference.model_runner import CacheSize, ModelRunner, local_kv_heads
 from megatron_ds.inference.outputs import RequestOutput
 from megatron_ds.inference.packed_recipe import pack_model
+from megatron_ds.inference.pages import Pages
 from megatron_ds.inference.quantized_recipes import quantize_model, require_scheme
 from megatron_ds.inference.ranks import Ranks
 from megatron_ds.inference.sampling_params import SamplingParams
@@ -33,6 +34,7 @@ from megatron_ds.mesh import Axis, MeshShape
 from megatron_ds.models.transformer import Transformer
 
 Prompt = str | Sequence[int]
+CACHE_DTYPES: Mapping[str, torch.dtype] = MappingProxyType({**served_model.DTYPES, "fp8": torch.float8_e4m3fn})
 
 
 class LLM:
@@ -53,7 +55,8 @@ class LLM:
         gpu_memory_utilization: the part of a GPU's memory (on a CPU: of what is free) for weights and cache.
         num_blocks: blocks of the key/value cache, instead of what the memory allows.
         block_size: tokens of a block.
-        kv_cache_dtype: ``auto`` (the model's) or one of the names of ``dtype``.
+        kv_cache_dtype: ``auto`` (the model's), one of the names of ``dtype``, or ``fp8``: e4m3 with a scale for each
+            token and head.
         batch_invariant: a request's logits do not depend, bit for bit, on what is computed with it: on a CPU, in
             bfloat16, float16 or float32, as long as it is not preempted. Products of many rows take two to four times
             as long.
@@ -98,7 +101,7 @@ class LLM:
         source = served_model.find(model)
         _require_recipes(quantization, source, batch_invariant)
         own = source.dtype if dtype == "auto" else _dtype("dtype", dtype)
-        cache_dtype = own if kv_cache_dtype == "auto" else _dtype("kv_cache_dtype", kv_cache_dtype)
+        cache_dtype = own if kv_cache_dtype == "auto" else _dtype("kv_cache_dtype", kv_cache_dtype, CACHE_DTYPES)
         served_model.require_split(source.config, tensor_parallel_size, pipeline_parallel_size)
         self.max_model_len = served_model.text_length(source, max_model_len)
         self.model, self.seed, self.config = Path(model), seed, source.config
@@ -109,8 +112,8 @@ class LLM:
         mesh = self._ranks.mesh
         stage = served_model.build(source, mesh, own)
         head = _recipes(stage, None if source.quantization else quantization, batch_invariant)
-        of_token = 2 * len(stage.layers) * local_kv_heads(stage) * source.config.head_size * cache_dtype.itemsize
-        block = block_size * of_token
+        of_token = Pages.bytes_of_token(local_kv_heads(stage), source.config.head_size, cache_dtype)
+        block = block_size * 2 * len(stage.layers) * of_token
         most = max_num_seqs * -(-self.max_model_len // block_size)
         # The smallest of all ranks' before anything is made of it: an error is one on all of them.
         blocks = _smallest(num_blocks or min(most, _memory(mesh.device, gpu_memory_utilization) // block), mesh.world)
@@ -271,10 +274,10 @@ def _is_one(prompts: Any) -> bool:
     return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
 
 
-def _dtype(setting: str, name: str) -> torch.dtype:
-    if name not in served_model.DTYPES:
-        raise ConfigError(f"{setting}={name!r}; use 'auto' or one of {', '.join(map(repr, served_model.DTYPES))}")
-    return served_model.DTYPES[name]
+def _dtype(setting: str, name: str, known: Mapping[str, torch.dtype] = served_model.DTYPES) -> torch.dtype:
+    if name not in known:
+        raise ConfigError(f"{setting}={name!r}; use 'auto' or one of {', '.join(map(repr, known))}")
+    return known[name]
 
 
 def _tokenizer(path: str | Path | None) -> tuple[Tokenizer | None, ChatTemplate | None]:

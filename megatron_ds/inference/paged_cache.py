@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_ds.errors import ConfigError
+from megatron_ds.inference.pages import Pages
 from megatron_ds.kernels.span_attention import span_attention, span_bias
 from megatron_ds.layers.attention_cores import AttentionRules
 
@@ -41,16 +42,18 @@ class PagedCache:
         device: torch.device | str,
     ):
         self.size, self.device = size, device
-        shape = (blocks * size, kv_heads, head_dim)
-        self.keys = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
-        self.values = {layer: torch.zeros(shape, dtype=dtype, device=device) for layer in layers}
+        numbers = list(layers)
+
+        def made() -> dict[int, Pages]:
+            return {layer: Pages(blocks * size, kv_heads, head_dim, dtype, device) for layer in numbers}
+
+        self.keys, self.values = made(), made()
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Blocks to blocks, (from, to) each."""
         for source, target in copies:
             for of_layer in (*self.keys.values(), *self.values.values()):
-                from_, to = source * self.size, target * self.size
-                of_layer[to : to + self.size] = of_layer[from_ : from_ + self.size]
+                of_layer.copy(*(slice(block * self.size, (block + 1) * self.size) for block in (source, target)))
 
 
 @dataclass(frozen=True)
@@ -141,9 +144,10 @@ class _Tile:
             return None
         return span_bias(self.queries, self.places, dtype, rules.window, rules.alibi)
 
-    def read(self, of_layer: Tensor, dtype: torch.dtype) -> Tensor:
+    def read(self, of_layer: Pages, dtype: torch.dtype) -> Tensor:
         """``[b, l, g, d]`` of the cache's keys or values."""
-        return _rows(of_layer, self.slots).view(*self.places.shape, *of_layer.shape[1:]).to(dtype)
+        found = of_layer.read(self.slots, dtype)
+        return found.view(*self.places.shape, *found.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -163,14 +167,16 @@ class PagedCore:
         """``q [t, 1, n, d]``, ``k, v [t, 1, g, d]`` -> ``[t, 1, n * d]``."""
         layer = self.batch.layer_of(site)
         keys, values = self.batch.cache.keys[layer], self.batch.cache.values[layer]
-        keys.index_copy_(0, self.batch.written, k[:, 0].to(keys.dtype))
-        values.index_copy_(0, self.batch.written, v[:, 0].to(values.dtype))
+        keys.write(self.batch.written, k[:, 0])
+        values.write(self.batch.written, v[:, 0])
         q = q[:, 0]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         for number, tile in enumerate(self.tiles):
             bias = tile.bias(self.rules, q.dtype) if self.biases is None else self.biases[number]
             found = span_attention(
-                _rows(q, tile.rows).reshape(*tile.queries.shape, *q.shape[1:]),
+                (q[tile.rows] if isinstance(tile.rows, slice) else q.index_select(0, tile.rows)).reshape(
+                    *tile.queries.shape, *q.shape[1:]
+                ),
                 tile.read(keys, q.dtype),
                 tile.read(values, q.dtype),
                 bias,
@@ -215,7 +221,3 @@ def _index(numbers: np.ndarray, device: torch.device | str) -> slice | Tensor:
     if bool((np.diff(numbers) == 1).all()):
         return slice(int(numbers[0]), int(numbers[-1]) + 1)
     return torch.from_numpy(numbers).to(device)
-
-
-def _rows(x: Tensor, index: slice | Tensor) -> Tensor:
-    return x[index] if isinstance(index, slice) else x.index_select(0, index)

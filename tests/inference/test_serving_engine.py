@@ -83,7 +83,7 @@ def test_any_schedule_gives_the_logits_of_the_whole_text(seed: int, family: str)
     share, drafts = draw.random() < 0.7, draw.choice([0, 0, 4])
     engine = engine_of(MODELS[family], None, blocks, size, seats, budget, share, longest=60, drafts=drafts)
     for of_layer in (*engine.runner.cache.keys.values(), *engine.runner.cache.values.values()):
-        of_layer.fill_(torch.nan)  # what a text has not written is not read, hidden from its queries or not
+        of_layer.data.fill_(torch.nan)  # what a text has not written is not read, hidden from its queries or not
     shared = [draw.randrange(VOCAB) for _ in range(20)]
     arrivals: dict[int, list[Any]] = {}
     aborts: dict[int, list[str]] = {}

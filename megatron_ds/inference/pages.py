@@ -1,0 +1,49 @@
+"""Rows of keys or values that are written and read by their places, in the model's precision or in eight bits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_ds.kernels.float8 import E4M3, SMALLEST_AMAX
+
+
+class Pages:
+    """``[slots, g, d]`` in a dtype. In e4m3 each row of a head has a scale of its own, so none leaves its range."""
+
+    def __init__(self, slots: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str):
+        self._float8 = dtype == E4M3
+        # Bytes: not every operation knows FP8.
+        kept = torch.uint8 if self._float8 else dtype
+        self.data = torch.zeros(slots, heads, head_dim, dtype=kept, device=device)
+        self.scale = torch.zeros(slots, heads, 1, dtype=torch.float32, device=device) if self._float8 else None
+
+    @staticmethod
+    def bytes_of_token(heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        return heads * (head_dim * dtype.itemsize + (4 if dtype == E4M3 else 0))
+
+    def write(self, slots: Tensor, rows: Tensor) -> None:
+        """``rows [t, g, d]`` to ``slots [t]``."""
+        if self.scale is None:
+            self.data.index_copy_(0, slots, rows.to(self.data.dtype))
+            return
+        wide = rows.float()
+        scale = wide.abs().amax(2, keepdim=True).clamp(min=SMALLEST_AMAX) / torch.finfo(E4M3).max
+        self.data.index_copy_(0, slots, (wide / scale).to(E4M3).view(torch.uint8))
+        self.scale.index_copy_(0, slots, scale)
+
+    def read(self, slots: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """``[t, g, d]``."""
+        rows = _rows(self.data, slots)
+        if self.scale is None:
+            return rows.to(dtype)
+        return rows.view(E4M3).to(dtype) * _rows(self.scale, slots).to(dtype)
+
+    def copy(self, source: slice, target: slice) -> None:
+        for tensor in (self.data, self.scale):
+            if tensor is not None:
+                tensor[target] = tensor[source]
+
+
+def _rows(x: Tensor, index: slice | Tensor) -> Tensor:
+    return x[index] if isinstance(index, slice) else x.index_select(0, index)
