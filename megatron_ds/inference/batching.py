@@ -76,6 +76,7 @@ class Batcher:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self.guesses: dict[tuple[str, int], list[int]] | None = None  # of a draft model; None: what came before is
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -128,7 +129,11 @@ class Batcher:
     def _draft(self, sequence: Sequence, left: int, plan: Plan) -> tuple[int, ...]:
         """A guess of the next tokens, where there is room for them that nobody waits for."""
         most = min(self.drafts, left, sequence.room - 1)
-        draft = guess(sequence.tokens, most) if most > 0 and not self.waiting else ()
+        draft: tuple[int, ...] = ()
+        if most > 0 and not self.waiting and self.guesses is None:
+            draft = guess(sequence.tokens, most)
+        elif most > 0 and not self.waiting and self.guesses is not None:
+            draft = tuple(self.guesses.get((sequence.request.id, sequence.index), ())[:most])
         return draft if draft and self._reserve(sequence, 1 + len(draft), plan) else ()
 
     def computed(self, sequence: Sequence, count: int) -> None:

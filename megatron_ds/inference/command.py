@@ -64,6 +64,8 @@ class Serve:
     """auto: the model's; fp8: half of 16 bits' memory, with a scale for each token and head."""
     num_speculative_tokens: int = 0
     """Guess so many tokens from what followed the same words before; answers stay the same."""
+    speculative_model: Path | None = None
+    """A small model of the same vocabulary that guesses them instead."""
     enable_prefix_caching: bool = True
     """Share keys and values of texts that begin alike."""
     max_requests: int = 256

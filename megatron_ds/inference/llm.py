@@ -20,6 +20,7 @@ from megatron_ds.host import free_host_memory
 from megatron_ds.inference import served_model
 from megatron_ds.inference.batching import Batcher, require_budget
 from megatron_ds.inference.block_pool import BlockPool
+from megatron_ds.inference.draft_model import DraftModel
 from megatron_ds.inference.invariant_recipe import BatchInvariant
 from megatron_ds.inference.model_runner import CacheSize, ModelRunner, local_kv_heads
 from megatron_ds.inference.outputs import RequestOutput
@@ -30,7 +31,7 @@ from megatron_ds.inference.ranks import Ranks
 from megatron_ds.inference.sampling_params import SamplingParams
 from megatron_ds.inference.serving_engine import ServingEngine, TextEnds
 from megatron_ds.layers.recipe import Recipe, use_recipe
-from megatron_ds.mesh import Axis, MeshShape
+from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.models.transformer import Transformer
 
 Prompt = str | Sequence[int]
@@ -62,6 +63,7 @@ class LLM:
             as long.
         num_speculative_tokens: tokens that are guessed at most, from what followed the same words before, and checked
             in the same step. The answers stay what they are, draws included; text that repeats itself comes faster.
+        speculative_model: a small model of the same vocabulary that guesses instead, as many tokens.
         enable_prefix_caching: texts with the same beginning share its keys and values.
         seed: of the draws of requests that have none of their own; None: a new one for each.
 
@@ -88,18 +90,17 @@ class LLM:
         enable_prefix_caching: bool = True,
         batch_invariant: bool = False,
         num_speculative_tokens: int = 0,
+        speculative_model: str | Path | None = None,
         seed: int | None = None,
         device: str = "auto",
         place: tuple[int, int] | None = None,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "place")}
-        if not 0.0 < gpu_memory_utilization <= 1.0:
-            raise ConfigError(f"gpu_memory_utilization={gpu_memory_utilization}; use a part from 0 to 1")
-        if not 0 <= num_speculative_tokens <= 64:
-            raise ConfigError(f"num_speculative_tokens={num_speculative_tokens}; use 0 to 64")
+        _require_parts(gpu_memory_utilization, num_speculative_tokens)
         require_budget(max_num_seqs, max_num_batched_tokens, block_size)
         source = served_model.find(model)
         _require_recipes(quantization, source, batch_invariant)
+        small = _small(speculative_model, num_speculative_tokens, source)
         own = source.dtype if dtype == "auto" else _dtype("dtype", dtype)
         cache_dtype = own if kv_cache_dtype == "auto" else _dtype("kv_cache_dtype", kv_cache_dtype, CACHE_DTYPES)
         served_model.require_split(source.config, tensor_parallel_size, pipeline_parallel_size)
@@ -112,21 +113,21 @@ class LLM:
         mesh = self._ranks.mesh
         stage = served_model.build(source, mesh, own)
         head = _recipes(stage, None if source.quantization else quantization, batch_invariant)
-        of_token = Pages.bytes_of_token(local_kv_heads(stage), source.config.head_size, cache_dtype)
-        block = block_size * 2 * len(stage.layers) * of_token
+        draft = _draft_model(small, own, mesh, max_num_batched_tokens, num_speculative_tokens)
+        of_layer = 2 * Pages.bytes_of_token(local_kv_heads(stage), source.config.head_size, cache_dtype)
+        block = block_size * (of_layer * len(stage.layers) + (draft.bytes_of_token() if draft else 0))
         most = max_num_seqs * -(-self.max_model_len // block_size)
+        most = num_blocks or min(most, _memory(mesh.device, gpu_memory_utilization) // block)
         # The smallest of all ranks' before anything is made of it: an error is one on all of them.
-        blocks = _smallest(num_blocks or min(most, _memory(mesh.device, gpu_memory_utilization) // block), mesh.world)
+        blocks = _smallest(most, mesh.world)
         if blocks * block_size < min(self.max_model_len, 2 * block_size):
-            raise ConfigError(
-                f"there is memory for {max(blocks, 0)} blocks of {block} bytes of the key/value cache, which is no "
-                f"text of {self.max_model_len} tokens; raise gpu_memory_utilization={gpu_memory_utilization}, lower "
-                "max_model_len, or split the model over more ranks (tensor_parallel_size)"
-            )
+            raise _no_memory(blocks, block, self.max_model_len, gpu_memory_utilization)
         pool = BlockPool(blocks, block_size, enable_prefix_caching)
         runner = ModelRunner(stage, mesh, CacheSize(blocks, block_size, cache_dtype), head, batch_invariant)
         batcher = Batcher(pool, max_num_seqs, max_num_batched_tokens, num_speculative_tokens)
-        self.engine = ServingEngine(runner, batcher, mesh, self.max_model_len, self.tokenizer, ends)
+        if draft is not None:
+            draft.open(blocks, block_size)
+        self.engine = ServingEngine(runner, batcher, mesh, self.max_model_len, self.tokenizer, ends, draft)
         self._numbers = itertools.count()
         self._open = True
 
@@ -305,6 +306,29 @@ def _ends(generation: Mapping[str, Any], tokenizer: Tokenizer | None) -> TextEnd
     return TextEnds(eos, frozenset(token for token in hidden if token is not None))
 
 
+def _require_parts(gpu_memory_utilization: float, num_speculative_tokens: int) -> None:
+    if not 0.0 < gpu_memory_utilization <= 1.0:
+        raise ConfigError(f"gpu_memory_utilization={gpu_memory_utilization}; use a part from 0 to 1")
+    if not 0 <= num_speculative_tokens <= 64:
+        raise ConfigError(f"num_speculative_tokens={num_speculative_tokens}; use 0 to 64")
+
+
+def _draft_model(
+    source: served_model.Source | None, dtype: torch.dtype, mesh: Mesh, budget: int, most: int
+) -> DraftModel | None:
+    """Whole, on the first rank."""
+    return None if source is None or mesh.rank > 0 else DraftModel(source, dtype, mesh.device, budget, most)
+
+
+def _small(path: str | Path | None, most: int, source: served_model.Source) -> served_model.Source | None:
+    """The model that guesses."""
+    if path is None:
+        return None
+    if not most:
+        raise ConfigError("speculative_model guesses num_speculative_tokens=0 tokens; give a number, for example 4")
+    return DraftModel.find(path, source.config.vocab_size)
+
+
 def _require_recipes(quantization: str | None, source: served_model.Source, batch_invariant: bool) -> None:
     if quantization is not None:
         require_scheme(quantization)
@@ -325,6 +349,14 @@ def _recipes(stage: Transformer, quantization: str | None, batch_invariant: bool
     if quantization is None:
         return pack_model(stage)
     return quantize_model(stage, stage.output_weight if stage.span.head else None, quantization)
+
+
+def _no_memory(blocks: int, block: int, longest: int, part: float) -> ConfigError:
+    return ConfigError(
+        f"there is memory for {max(blocks, 0)} blocks of {block} bytes of the key/value cache, which is no text of "
+        f"{longest} tokens; raise gpu_memory_utilization={part}, lower max_model_len, or split the model over more "
+        "ranks (tensor_parallel_size)"
+    )
 
 
 def _memory(device: torch.device, part: float) -> int:

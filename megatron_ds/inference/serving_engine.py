@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference.batching import Batcher, Span
 from megatron_ds.inference.detokenizer import Decoder, Detokenizer
+from megatron_ds.inference.draft_model import DraftModel
 from megatron_ds.inference.model_runner import ModelRunner
 from megatron_ds.inference.outputs import CompletionOutput, RequestOutput
 from megatron_ds.inference.ranks import from_first, from_last
@@ -81,6 +82,7 @@ class ServingEngine:
         runner: this rank's stage. batcher: the same on every rank.
         tokenizer: None: requests come as tokens, and answers have no text.
         max_model_len: tokens of prompt and answer together at most.
+        draft_model: guesses what follows; on the first rank, where it does.
     """
 
     def __init__(
@@ -91,13 +93,14 @@ class ServingEngine:
         max_model_len: int,
         tokenizer: Decoder | None = None,
         ends: TextEnds | None = None,
+        draft_model: DraftModel | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.runner, self.batcher, self.mesh = runner, batcher, mesh
         self.tokenizer, self.ends = tokenizer, ends or TextEnds()
         self.max_model_len = min(max_model_len, batcher.pool.count * batcher.pool.size)
         self.counters = Counters()
-        self._clock = clock
+        self._clock, self._draft_model = clock, draft_model
         config = runner.model.config
         width = config.padded_vocab // mesh.tp.size
         self.vocab_size = config.vocab_size
@@ -149,6 +152,9 @@ class ServingEngine:
     def step(self) -> list[RequestOutput]:
         """Compute one batch; on the first rank. Returns the requests that have got tokens, or have ended."""
         events, self._events = self._events, []
+        if self._draft_model is not None:
+            waits = bool(self.batcher.waiting) or any(event[0] == "add" for event in events)  # nobody is guessed for
+            events.append(["guess", [] if waits else self._draft_model.guess(self.batcher.running)])
         return self._step(from_first(self.mesh.world, events))
 
     def follow(self) -> None:
@@ -184,6 +190,9 @@ class ServingEngine:
     def _take(self, event: list[Any]) -> str | None:
         """Returns the id of a request that has ended by it."""
         kind, name, *rest = event
+        if kind == "guess":
+            self.batcher.guesses = {(request, index): tokens for request, index, tokens in name}
+            return None
         if kind == "add":
             tokens, params, seed, prompt = rest
             params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
