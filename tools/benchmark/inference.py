@@ -164,6 +164,7 @@ def main() -> None:
             for name in names:
                 print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
                 found[name].append(run(name, interpreters[name], folder, options.threads))
+                print(found[name][-1], file=sys.stderr, flush=True)
     show(found, rate, options.threads)
 
 
@@ -175,7 +176,7 @@ def make_model(folder: Path) -> None:
 
 
 def run(name: str, interpreter: str, folder: str, threads: int) -> dict[str, float]:
-    command = [interpreter, __file__, "--one", name, folder, "--threads", str(threads)]
+    command = [interpreter, "-P", __file__, "--one", name, folder, "--threads", str(threads)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     if interpreter != sys.executable:
         environment = {**environment, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": ""}
