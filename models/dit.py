@@ -24,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ds import comm
 from megatron_ds.config.diffusion import DiTConfig, ObjectiveConfig
+from megatron_ds.config.sparse import layout_of_rank
+from megatron_ds.kernels.block_layout import BlockLayout
 from megatron_ds.layers.attention import AttentionInputs
 from megatron_ds.layers.attention_cores import AttentionRules, make_core
 from megatron_ds.layers.mlp import MLP
@@ -48,6 +50,7 @@ class DiT(nn.Module):
         c, s = config, settings or StageSettings()
         span = s.span or StageSpan(0, c.num_layers)
         self.config, self.objective, self.span, self.tp, self.partial = c, objective, span, s.mesh.tp, s.partial
+        self.layouts: dict[int, BlockLayout] = {}  # of block-sparse attention, by the length of a sequence
         self.positions: dict[tuple[Grid, int], tuple[Tensor, ...]] = {}
         if span.embedding:
             self.patches = Affine("patches", c.patch_elements, c.hidden_size, partial=s.partial, **s.where)
@@ -138,7 +141,8 @@ class DiT(nn.Module):
     def _inputs(self, seen: MicroBatch, dtype: torch.dtype) -> AttentionInputs:
         c, image = self.config, seen["images"]
         lengths, grid = stream_lengths(c, seen), grid_of(image, c.patch_size)
-        core = make_core(AttentionRules(causal=False), sum(lengths), c.head_size, image.device, dtype)
+        rules = AttentionRules(causal=False, layout=self._layout(sum(lengths), image.device))
+        core = make_core(rules, sum(lengths), c.head_size, image.device, dtype)
         rotary = None
         if c.positions == "rope":
             key = grid, sum(lengths)
@@ -147,6 +151,16 @@ class DiT(nn.Module):
                 self.positions[key] = tuple(table.to(image.device, dtype) for table in tables)
             rotary = cast(tuple[Tensor, Tensor], self.positions[key])
         return AttentionInputs(torch.arange(sum(lengths), device=image.device).unsqueeze(1), core, rotary)
+
+    def _layout(self, length: int, device: torch.device) -> BlockLayout | None:
+        """The blocks of attention that this rank's heads compute; None: all."""
+        c = self.config
+        if c.attention.sparse.mode == "none":
+            return None
+        if length not in self.layouts:
+            layout = layout_of_rank(c.attention.sparse, length, c.num_heads, self.tp.rank, self.tp.size, causal=False)
+            self.layouts[length] = layout.to(device)
+        return self.layouts[length]
 
     def _predict(self, streams: Streams, condition: Tensor) -> Tensor:
         """``[s(/tp), b, p * p * c]``."""

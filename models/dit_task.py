@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_ds.config.diffusion import DiffusionRun, DiTConfig
+from megatron_ds.config.sparse import sparse_layout
 from megatron_ds.data.samples import Batch, Sources
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.conditions import TIME_CHANNELS
@@ -71,14 +72,15 @@ class DiTTask:
 
 
 def layer_costs(m: DiTConfig) -> LayerCosts:
-    """Forward FLOPs a token, 2 a multiply-add: matmul weights, the two attention matmuls, and what a sample's condition
-    costs shared by its tokens."""
-    h, streams = m.hidden_size, 1 + m.has_text
+    """Forward FLOPs a token, 2 a multiply-add: matmul weights, the two attention matmuls (of sparse attention its live
+    blocks), and what a sample's condition costs shared by its tokens."""
+    h, streams, sparse = m.hidden_size, 1 + m.has_text, m.attention.sparse
+    density = 1.0 if sparse.mode == "none" else sparse_layout(sparse, m.tokens, m.num_heads, causal=False).density()
     mlp = (3 if m.activation == "swiglu" else 2) * h * m.ffn_size
     condition = TIME_CHANNELS * h + h * h + m.has_text * (m.pooled_size * h + h * h)
     ends = m.patches * m.patch_elements * h
     return LayerCosts(
-        block=2.0 * (4 * h * h + mlp) + 4.0 * m.tokens * h + streams * 12.0 * h * h / m.tokens,
+        block=2.0 * (4 * h * h + mlp) + 4.0 * density * m.tokens * h + streams * 12.0 * h * h / m.tokens,
         embedding=2.0 * (ends + m.has_text * m.text_tokens * m.text_size * h + condition) / m.tokens,
         head=(2.0 * ends * m.out_channels / m.channels + 4.0 * h * h) / m.tokens,
     )

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ds import comm
 from megatron_ds.config import ModelConfig, RecomputeConfig
-from megatron_ds.config.sparse import sparse_layout
+from megatron_ds.config.sparse import layout_of_rank
 from megatron_ds.kernels.alibi import Alibi
 from megatron_ds.kernels.block_layout import BlockLayout
 from megatron_ds.kernels.documents import Documents
@@ -326,9 +326,8 @@ class Transformer(nn.Module):
         if sparse.mode == "none":
             return None
         if length not in self.layouts:
-            local = heads // self.tp.size
-            whole = sparse_layout(sparse, length, heads, causal=self.config.causal)
-            self.layouts[length] = whole.of_heads(self.tp.rank * local, local).to(device)
+            layout = layout_of_rank(sparse, length, heads, self.tp.rank, self.tp.size, causal=self.config.causal)
+            self.layouts[length] = layout.to(device)
         return self.layouts[length]
 
     def compile_blocks(self) -> None:

@@ -23,13 +23,12 @@ from megatron_ds.config.schema import (
     Section,
     ZeroConfig,
 )
+from megatron_ds.config.sparse import AttentionConfig, SparseAttentionConfig
 from megatron_ds.config.text import (
-    AttentionConfig,
     DataConfig,
     FIMConfig,
     ModelConfig,
     RunConfig,
-    SparseAttentionConfig,
     TrainConfig,
 )
 from megatron_ds.config.validate import validate

@@ -10,6 +10,7 @@ from pydantic import Field
 from megatron_ds.config.image_data import UNUSED as IMAGE_DATA_UNUSED
 from megatron_ds.config.image_data import DiffusionDataConfig, image_data_faults
 from megatron_ds.config.schema import BaseModelConfig, BaseRunConfig, BaseTrainConfig, Section
+from megatron_ds.config.sparse import AttentionConfig, layout_faults, unused_parameters
 from megatron_ds.config.unused import Unused, unused_faults
 from megatron_ds.errors import divisors, multiples_around
 from megatron_ds.mesh import MeshShape
@@ -24,6 +25,7 @@ class DiTConfig(BaseModelConfig):
     ffn_hidden_size: int | None = Field(None, gt=0, description="Width of the MLP. Default: 4 x hidden_size.")
     activation: Literal["gelu_tanh", "swiglu"] = Field("gelu_tanh", description="Of the MLPs.")
     qk_norm: bool = Field(False, description="RMSNorm of the queries and keys of each head.")
+    attention: AttentionConfig = AttentionConfig()
     image_size: int = Field(
         32, gt=0, description="Height and width of the images, or of their latents; of buckets, the usual one."
     )
@@ -233,6 +235,7 @@ def _model_faults(run: DiffusionRun, tp: int) -> Iterator[str]:
             "model.learned_variance with objective.schedule='flow': the steps of rectified flow have no variances; "
             "leave it out, or use another schedule"
         )
+    yield from unused_parameters(m.attention.sparse)
     yield from image_faults(run, m.image_size, m.image_size, tp)
     if m.hidden_size % m.num_heads:
         yield (
@@ -279,6 +282,11 @@ def image_faults(run: DiffusionRun, height: int, width: int, tp: int) -> Iterato
                 f"{m.position_grid}; raise that, or leave it out"
             )
     tokens = (height // m.patch_size) * (width // m.patch_size)
+    if m.attention.sparse.mode != "none":
+        length = tokens + m.text_tokens * m.has_text
+        beside = f" beside {m.text_tokens} tokens of text" if m.has_text else ""
+        what = f"a sequence of {length} ({tokens} patches of {named}{beside})"
+        yield from layout_faults(m.attention.sparse, length, m.num_heads, False, what)
     if run.mesh.sequence_parallel and tp > 1 and tokens % tp:
         yield (
             f"the {tokens} patches of an image ({named}) cannot be split over mesh.tp={tp} for sequence parallelism; "

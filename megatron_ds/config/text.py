@@ -14,57 +14,12 @@ from megatron_ds.config.schema import (
     BaseModelConfig,
     BaseRunConfig,
     BaseTrainConfig,
-    Count,
     Section,
 )
-from megatron_ds.config.sparse import sparse_faults
+from megatron_ds.config.sparse import AttentionConfig, sparse_faults
 from megatron_ds.config.transformer import transformer_faults
 from megatron_ds.config.unused import TEXT, unused_faults
 from megatron_ds.mesh import MeshShape
-
-
-class SparseAttentionConfig(Section):
-    """Block-sparse attention: which blocks of the score matrix are computed. The same in every layer.
-
-    The parameters, and their names, are those of DeepSpeed's sparse attention; a mode takes those that its description
-    names and refuses the others. Blocks are counted in units of ``block`` tokens.
-    """
-
-    mode: Literal["none", "dense", "fixed", "variable", "bigbird", "bslongformer", "sliding_window"] = Field(
-        "none", description="none: ordinary attention. dense: every block, to compare with."
-    )
-    block: Literal[16, 32, 64, 128] = Field(64, description="Tokens along a block's side; 64 and 128 suit Hopper.")
-    different_layout_per_head: bool = Field(False, description="variable, bigbird: heads draw random blocks apart.")
-    num_local_blocks: int = Field(4, gt=0, description="fixed: blocks of a local window.")
-    num_global_blocks: int = Field(
-        1,
-        gt=0,
-        description="fixed: blocks that stand for a window. bigbird: first blocks that see all and all see.",
-    )
-    num_different_global_patterns: int = Field(
-        1, gt=0, description="fixed: heads take turns in which blocks of a window stand for it."
-    )
-    local_window_blocks: tuple[Count, ...] = Field((4,), description="variable: sizes of windows; the last repeats.")
-    global_block_indices: tuple[int, ...] = Field((0,), description="variable, bslongformer: blocks that all see.")
-    global_block_end_indices: tuple[int, ...] = Field(
-        (), description="variable, bslongformer: ends of ranges that begin at global_block_indices."
-    )
-    num_random_blocks: int | None = Field(
-        None, ge=0, description="variable, bigbird: random blocks a row of blocks. Default: 0, for bigbird 1."
-    )
-    num_sliding_window_blocks: int = Field(
-        3,
-        gt=0,
-        description="sliding_window, bigbird, bslongformer: width of the band around the diagonal, odd; causal "
-        "attention keeps its lower half.",
-    )
-    seed: int = Field(0, ge=0, description="variable, bigbird: random blocks follow from it, the head and the row.")
-
-
-class AttentionConfig(Section):
-    """How attention is computed."""
-
-    sparse: SparseAttentionConfig = SparseAttentionConfig()
 
 
 class ModelConfig(BaseModelConfig):

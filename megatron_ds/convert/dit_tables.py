@@ -130,6 +130,10 @@ def _dit_rules(c: DiTConfig) -> list[Rule]:
 
 
 def _refuse(c: DiTConfig, name: str, **wanted: Any) -> None:
+    if c.attention.sparse.mode != "none":
+        raise ConfigError(
+            f"model.attention.sparse.mode={c.attention.sparse.mode!r} cannot be exported: {name} attends to all patches"
+        )
     for setting, value in wanted.items():
         if c.resolved[setting] != value:
             said = f"model.{setting}={c.resolved[setting]!r}"

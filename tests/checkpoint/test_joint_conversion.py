@@ -101,6 +101,7 @@ def test_what_diffusers_has_no_class_for_is_refused(tmp_path: Path) -> None:
         (
             ({"activation": "swiglu"}, r"model\.activation='swiglu' cannot be exported: SD3Transformer2DModel has"),
             ({"positions": "rope"}, r"model\.positions='rope' cannot be exported"),
+            ({"attention": {"sparse": {"mode": "dense"}}}, r"sparse\.mode='dense' cannot be exported: SD3Transformer"),
             ({"norm_eps": 1e-5}, r"model\.norm_eps=1e-05 cannot be exported"),
         )
     ):

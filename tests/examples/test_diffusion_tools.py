@@ -136,6 +136,14 @@ def test_every_configuration_is_laid_out_on_its_ranks_and_on_many(
     assert f"mesh of {world} ranks: pp=" in said and shown in said and "activations on a GPU, estimated: " in said
 
 
+def test_a_dry_run_says_which_layers_compute_in_fp8(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fp8 = ("--precision.fp8", "blockwise", "--precision.fp8-min-features", 1024)
+    assert pretrain(monkeypatch, "--dry-run", *fp8, name="dit-xl2-256") == 0
+    assert "FP8 (blockwise): 112 of 112 linear layers" in capsys.readouterr().out
+
+
 def test_a_size_without_a_configuration_is_said() -> None:
     script = ["bash", str(EXAMPLES / "pretrain_dit_xl2.sh"), "--pixels", "300", "--dry-run"]
     ran = subprocess.run(script, capture_output=True, text=True, check=False)

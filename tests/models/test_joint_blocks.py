@@ -121,10 +121,39 @@ def test_costs_are_what_a_forward_pass_multiplies(model: dict[str, Any]) -> None
     assert 2 * task.tokens_per_sample * task.flops_per_token / 3 == pytest.approx(counter.get_total_flops(), rel=1e-12)
 
 
+def test_sparse_attention_sees_the_blocks_of_its_layout() -> None:
+    """48 patches and 16 tokens of text are four blocks: all of them as without a layout, some of them as it says."""
+    sizes = {"image_size": 16, "text_tokens": 16, "num_layers": 1, "num_heads": 2, "hidden_size": 32}
+    found = {}
+    for mode, more in (("none", {}), ("dense", {"block": 16}), ("sliding_window", {"block": 16})):
+        if mode == "sliding_window":
+            more = {**more, "num_sliding_window_blocks": 1}
+        config = configuration(**sizes, attention={"sparse": {"mode": mode, **more}})
+        made_up = DiTTask(config).open_sources().train.batch(range(1))
+        seen = {**to_tensors(made_up, made_up["counts"]), "time": torch.tensor([300.0])}
+        seen["images"] = seen["images"][:, :, :12].double()
+        found[mode] = [built(config).predict(seen)]
+        seen["images"] = torch.cat([seen["images"][:, :, :-1], seen["images"][:, :, -1:] + 1], dim=2)
+        found[mode].append(built(config).predict(seen))
+    for one, other in zip(found["none"], found["dense"]):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    before, after = found["sliding_window"]
+    # A block is two rows of patches: the last row of pixels is seen in its own block alone.
+    assert torch.equal(before[:, :, :8], after[:, :, :8]) and not torch.equal(before[:, :, 8:], after[:, :, 8:])
+    assert not torch.equal(found["none"][0][:, :, :8], found["none"][1][:, :, :8])
+
+
 @pytest.mark.parametrize(
     ("values", "world", "message"),
     [
         ({"model": {**TEXT, "text_tokens": 5}, "mesh": {"tp": 2}}, 2, r"model\.text_tokens=5 cannot be .* use 4 or 6"),
+        (
+            {"model": {**TEXT, "attention": {"sparse": {"mode": "sliding_window"}}}},
+            1,
+            r"a sequence of 261 \(256 patches of model\.image_size=32 beside 5 tokens of text\) is not a multiple of",
+        ),
+        ({"model": {"attention": {"sparse": {"num_random_blocks": 3}}}}, 1, r"num_random_blocks=3 does nothing"),
+        ({"mesh": {"cp": 2}}, 2, r"mesh\.cp=2: context parallelism is not built yet; use mesh\.cp=1"),
         ({"model": {"text_size": 5}}, 1, r"model\.text_size=5 does nothing: .* use model\.condition='text'"),
         ({"model": {**TEXT, "num_classes": 5}}, 1, r"model\.num_classes=5 does nothing: .* use model\.condition='cl"),
         ({"model": {"positions": "rope", "num_heads": 64}}, 1, r"'rope' with heads of 6: .* a multiple of 4"),

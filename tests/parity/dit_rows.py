@@ -37,16 +37,19 @@ class DiTRow:
     min_snr: bool = False
     chunks: int = 1
     buckets: bool = False  # images of half the width between others: one a micro-batch
-    model: tuple[str, ...] = ()  # text, qk_norm, rope, swiglu, variance
+    fp8: str = "none"
+    model: tuple[str, ...] = ()  # text, qk_norm, rope, swiglu, variance, sparse
 
     def __str__(self) -> str:
         values = [self.recompute, self.optimizer, *self.objective, f"zero{self.zero}"]
         values += [f"{self.accumulation}x{self.micro_batch}", *self.model]
+        values += [self.fp8] if self.fp8 != "none" else []
         flags = [name for name in ("sequence_parallel", "ema", "min_snr", "buckets") if getattr(self, name)]
         return "tp{}-pp{}-dp{}-".format(*self.mesh) + "-".join(values + flags)
 
 
-TEXT = MappingProxyType({"text_size": 10, "text_tokens": 4, "pooled_size": 6})
+TEXT = MappingProxyType({"text_size": 10, "pooled_size": 6})
+SPARSE = MappingProxyType({"mode": "bslongformer", "block": 16, "num_sliding_window_blocks": 1})
 ALL = ("qk_norm", "rope", "swiglu")
 ROWS = [
     DiTRow((2, 2, 2)),
@@ -69,24 +72,34 @@ ROWS = [
     DiTRow((1, 2, 4), True, 3, "full", 1, 1, objective=("flow", "flow"), min_snr=True, model=("text", *ALL)),
     DiTRow((2, 1, 4), True, 2, "every_n", 2, 1, buckets=True, model=("text", "qk_norm", "rope")),
     DiTRow((1, 4, 1), True, 0, "none", 4, 2, ema=False, model=("text",)),
+    DiTRow((2, 2, 2), True, 1, "none", 1, 1, ema=False, model=("text", "sparse")),
+    DiTRow((2, 1, 4), False, 1, "none", 1, 1, ema=False, model=("sparse",)),
+    DiTRow((2, 2, 2), True, 1, "full", 1, 2, ema=False, model=("text",), fp8="rowwise"),
+    DiTRow((2, 1, 4), False, 1, "none", 2, 1, ema=False, model=("text", "swiglu"), fp8="tensorwise"),
+    DiTRow((2, 1, 4), True, 1, "none", 1, 1, ema=False, fp8="blockwise"),
 ]
 
 
 def config_of(row: DiTRow) -> DiffusionRun:
     tp, pp, dp = row.mesh
     prediction, schedule = row.objective
+    text = {**TEXT, "text_tokens": 16 if "sparse" in row.model else 4}  # with the patches whole blocks
+    fp8 = {} if row.fp8 == "none" else {"fp8": row.fp8, "fp8_min_features": 0, "fp8_emulate": True}
+    if row.fp8 == "blockwise":
+        fp8["fp8_block"] = 4
     values: dict[str, Any] = {
         "model": {
             "num_layers": max(3, pp * row.chunks),
             "hidden_size": 16,
             "num_heads": 4,
             "ffn_hidden_size": 24,
-            "image_size": 4,
+            "image_size": 8 if "sparse" in row.model else 4,
             "channels": 3,
-            "patch_size": 1 if tp == 1 else 2,
+            "patch_size": 1 if tp == 1 or "sparse" in row.model else 2,
             "zero_init_std": 0.2,
-            **({"condition": "text", **TEXT} if "text" in row.model else {"num_classes": 5}),
+            **({"condition": "text", **text} if "text" in row.model else {"num_classes": 5}),
             "learned_variance": "variance" in row.model,
+            "attention": {"sparse": dict(SPARSE) if "sparse" in row.model else {}},
             "qk_norm": "qk_norm" in row.model,
             "positions": "rope" if "rope" in row.model else "sines",
             "activation": "swiglu" if "swiglu" in row.model else "gelu_tanh",
@@ -109,7 +122,7 @@ def config_of(row: DiTRow) -> DiffusionRun:
             "ema_decay": 0.9 if row.ema else 0.0,
             **({"momentum": 0.9} if row.optimizer == "sgd" else {}),
         },
-        "precision": {"dtype": "fp64"},
+        "precision": {"dtype": "fp64", **fp8},
         "recompute": {"mode": row.recompute},
         "train": {
             "steps": STEPS + 2,
