@@ -148,8 +148,8 @@ class ZeroConfig(Section):
     secondary_size: int | None = Field(
         None,
         gt=1,
-        description="Ranks of a node. Stage 3: weights once gathered are kept by the node, sharded, and gathered there "
-        "again (ZeRO++'s hpZ). Quantised gradients are summed in the node before they leave it.",
+        description="Ranks of a node: stage 3 gathers weights a second time from its shards alone (ZeRO++'s hpZ), and "
+        "quantised gradients are summed in it first.",
     )
     offload_optimizer: OffloadConfig = OffloadConfig()
     offload_parameters: OffloadConfig = OffloadConfig()
