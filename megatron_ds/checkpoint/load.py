@@ -137,11 +137,7 @@ def _requests(checkpoint: Checkpoint, flat_shards: Sequence[FlatShard], held: to
     requests = []
     for flat_shard in flat_shards:
         record = checkpoint.record(flat_shard.name, flat_shard.kind)
-        begin = 0
-        for box in flat_shard.boxes():
-            data = flat_shard.tensor(held)[begin : begin + box.numel]
-            requests.append(Request(record, box, data.view(box.shape)))
-            begin += box.numel
+        requests += [Request(record, box, part) for box, part in flat_shard.parts(held)]
     return requests
 
 

@@ -170,7 +170,7 @@ def write_rank(partial: Path, rank: int, flat_shards: Sequence[FlatShard]) -> Fi
             if held is not None and held.is_cuda:
                 torch.cuda.synchronize()
             for flat_shard in group:
-                writer.write(flat_shard.tensor(held))
+                writer.write(flat_shard.row_major(held))
             if holder is not None:
                 writer.write_back_initial()
                 holder.release(changed=False)

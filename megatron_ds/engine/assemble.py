@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -34,7 +35,7 @@ from megatron_ds.optim.loss_scaler import LossScaler
 from megatron_ds.optim.torch_rule import TorchRule
 from megatron_ds.pipeline.executor import Executor
 from megatron_ds.pipeline.schedules import build_schedule
-from megatron_ds.shard import ShardSpec, spec_of
+from megatron_ds.shard import ShardSpec, memory_order, spec_of
 from megatron_ds.train.build import DTYPES
 from megatron_ds.train.launch import RankInfo, connect
 from megatron_ds.train.step import TrainStep
@@ -158,6 +159,7 @@ def _prepare(
     empty = take_places(model, mesh.device, dtype)
     _place_model(model, mesh, dtype)
     parameters = name_parameters(model, config.decay == "all")
+    _take_orders(parameters, mesh)
     _require_trainable(parameters)
     return parameters, Filler(model, config.seed, weights) if empty else None
 
@@ -174,9 +176,19 @@ def name_parameters(model: nn.Module, decay_all: bool = False) -> dict[str, nn.P
         if not isinstance(spec, ShardSpec) or "named_by_engine" in parameter.__dict__:
             parameter.named_by_engine = True  # type: ignore[attr-defined]
             shape = (*parameter.shape, 2) if parameter.is_complex() else tuple(parameter.shape)
-            spec = ShardSpec(plain_name(name), shape, weight_decay=parameter.dim() > 1)
+            order = () if parameter.is_complex() else memory_order(parameter)
+            spec = ShardSpec(plain_name(name), shape, weight_decay=parameter.dim() > 1, order=order)
         parameter.shard = replace(spec, weight_decay=True) if decay_all else spec  # type: ignore[attr-defined]
     return {parameter.shard.name: parameter for parameter in parameters.values()}  # type: ignore[attr-defined]
+
+
+def _take_orders(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> None:
+    """Every rank lays its parameters out in memory as rank 0 does: they share the same flat buffers."""
+    mine = {name: spec_of(p).order for name, p in parameters.items() if spec_of(p).order}
+    theirs = json.loads(exchange(mesh.data, json.dumps(mine))[0])
+    for name, parameter in parameters.items():
+        if (order := tuple(theirs.get(name, ()))) != spec_of(parameter).order:
+            parameter.shard = replace(spec_of(parameter), order=order)  # type: ignore[attr-defined]
 
 
 def _require_trainable(parameters: Mapping[str, nn.Parameter]) -> None:

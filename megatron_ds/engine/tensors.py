@@ -59,7 +59,8 @@ class WholeTensors:
             for holder, group in by_holder(flat_shards):
                 held = None if holder is None else holder.acquire()
                 for flat_shard in group:
-                    flat_shard.tensor(held).copy_(spec.slice_of(value).reshape(-1)[flat_shard.start : flat_shard.stop])
+                    for box, part in flat_shard.parts(held):
+                        part.copy_(value[box.slices])
                 if holder is not None:
                     holder.release(changed=True)
         self._zero.refresh_parameters()
@@ -117,11 +118,8 @@ class WholeTensors:
         for holder, group in by_holder(flat_shards):
             held = None if holder is None else holder.acquire()
             for flat_shard in group:
-                begin = 0
-                for box in flat_shard.boxes():
-                    place = tuple(slice(o, o + s) for o, s in zip(box.offset, box.shape))
-                    whole[place] = flat_shard.tensor(held)[begin : begin + box.numel].view(box.shape).to(whole)
-                    begin += box.numel
+                for box, part in flat_shard.parts(held):
+                    whole[box.slices] = part.to(whole)
             if holder is not None:
                 holder.release(changed=False)
         # Of one rank's bytes and zeros it is the same sum. Of a pipeline only the stages that have it take part.

@@ -47,7 +47,7 @@ class OptimizerSegment:
 
     Where the group's updates are of whole parameters, it is all of one, in its shape. ``state`` has one tensor for each
     of the group's kinds, zero at the start of a run. ``name`` and ``start`` say of which parameter, and from which of
-    its elements on, it is the range.
+    its elements on, it is the range; ``order`` in which order of its dims they lie (empty: row-major).
     """
 
     master: torch.Tensor
@@ -56,6 +56,7 @@ class OptimizerSegment:
     weight_decay: bool
     name: str = ""
     start: int = 0
+    order: tuple[int, ...] = ()
 
 
 class Update(Protocol):

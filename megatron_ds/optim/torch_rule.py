@@ -337,13 +337,17 @@ def _groups(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], traine
 
 def _cut(state: Mapping[str, Any], segment: OptimizerSegment) -> dict[str, Any]:
     """The segment's part of a whole parameter's state."""
-    stop = segment.start + segment.master.numel()
     return {
-        key: value.flatten()[segment.start : stop].to(segment.master).view_as(segment.master)
-        if key in segment.state and isinstance(value, torch.Tensor)
-        else copy.deepcopy(value)
+        key: _part(value, segment) if key in segment.state and isinstance(value, torch.Tensor) else copy.deepcopy(value)
         for key, value in state.items()
     }
+
+
+def _part(value: torch.Tensor, segment: OptimizerSegment) -> torch.Tensor:
+    if value.shape == segment.master.shape:
+        return value.to(segment.master)
+    flat = (value.permute(segment.order) if segment.order else value).flatten()
+    return flat[segment.start : segment.start + segment.master.numel()].to(segment.master).view_as(segment.master)
 
 
 def _in_words(value: Any) -> Any:

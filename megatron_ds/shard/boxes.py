@@ -26,6 +26,11 @@ class Box:
     def numel(self) -> int:
         return prod(self.shape)
 
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """The index of this box in the whole tensor."""
+        return tuple(slice(start, start + size) for start, size in zip(self.offset, self.shape))
+
     def moved(self, by: tuple[int, ...]) -> Box:
         return Box(tuple(o + b for o, b in zip(self.offset, by)), self.shape)
 

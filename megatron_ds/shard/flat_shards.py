@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from megatron_ds.shard import ShardSpec, spec_of
+from megatron_ds.shard import ShardSpec, in_order, memory_order, spec_of
 from megatron_ds.shard.boxes import Box, rectangles
 
 
@@ -34,9 +34,10 @@ class FlatShard:
         kind: ``"param"``, or the optimizer state it is (``"exp_avg"``, ``"exp_avg_sq"``, ...).
         global_shape: shape of the whole tensor.
         box_offset, box_shape: this rank's tensor-parallel box (``ShardSpec.offset``, ``.local_shape``).
-        start, stop: the flat row-major range of the box that this rank holds, in elements.
+        start, stop: the flat range of the box that this rank holds, in elements.
         data: 1-D, contiguous, ``stop - start`` elements, any float dtype, on any device. The meta device where
             ``holder`` has the elements, from its ``offset`` on.
+        order: the box's dims from the slowest to the fastest along that range; empty: row-major.
     """
 
     name: str
@@ -49,6 +50,7 @@ class FlatShard:
     data: torch.Tensor
     holder: Holder | None = None
     offset: int = 0
+    order: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.data.dim() != 1 or self.data.numel() != self.stop - self.start or not self.data.is_contiguous():
@@ -74,13 +76,16 @@ class FlatShard:
     def of(spec: ShardSpec, kind: str, data: torch.Tensor, start: int = 0, stop: int | None = None) -> FlatShard:
         """The range ``[start, stop)`` (default: all) of the local tensor that ``spec`` describes.
 
-        ``data`` holds exactly that range and may have any contiguous shape.
+        ``data`` holds exactly that range: 1-D in the spec's order, or all of it in any dense shape.
         """
-        if not data.is_contiguous():
+        order = spec.order if data.dim() == 1 else memory_order(data)
+        dense = data.permute(order) if order and data.dim() > 1 else data
+        if not dense.is_contiguous():
             raise ValueError(f"{kind} of {spec.name}: data of shape {list(data.shape)} is not contiguous")
         stop = prod(spec.local_shape) if stop is None else stop
-        flat = data.detach().view(-1)
-        return FlatShard(spec.name, kind, spec.global_shape, spec.offset, spec.local_shape, start, stop, flat)
+        flat = dense.detach().view(-1)
+        place = (spec.name, kind, spec.global_shape, spec.offset, spec.local_shape)
+        return FlatShard(*place, start, stop, flat, order=order)
 
     @staticmethod
     def held(
@@ -89,7 +94,7 @@ class FlatShard:
         """The range ``[start, stop)`` of the local tensor, which ``holder`` has from its element ``offset`` on."""
         data = torch.empty(stop - start, dtype=dtype, device="meta")
         place = (spec.name, kind, spec.global_shape, spec.offset, spec.local_shape)
-        return FlatShard(*place, start, stop, data, holder, offset)
+        return FlatShard(*place, start, stop, data, holder, offset, spec.order)
 
     def tensor(self, held: torch.Tensor | None) -> torch.Tensor:
         """The elements: ``data``, or their part of what the holder gave."""
@@ -105,13 +110,15 @@ class FlatShard:
         """The elements ``[begin, end)`` of this flat shard."""
         place = (self.name, self.kind, self.global_shape, self.box_offset, self.box_shape)
         start, stop, data = self.start + begin, self.start + end, self.data[begin:end]
-        return FlatShard(*place, start, stop, data, self.holder, self.offset + begin)
+        return FlatShard(*place, start, stop, data, self.holder, self.offset + begin, self.order)
 
     def first_rows(self, count: int, shape: tuple[int, ...]) -> FlatShard | None:
         """What this holds of the first ``count`` rows (dim 0), as a flat shard of a tensor of another ``shape``.
 
-        The two tensors differ in their number of rows alone. None: this flat shard holds none of those rows.
+        The two tensors differ in their number of rows alone. None: this flat shard holds none of those rows. Rows must
+        lie one after the other.
         """
+        assert self.order[:1] in ((), (0,)), "dim 0 is not the slowest in memory"
         rows = min(count - self.box_offset[0], self.box_shape[0])
         stop = min(self.stop, rows * prod(self.box_shape[1:]))
         if rows <= 0 or stop <= self.start:
@@ -119,12 +126,31 @@ class FlatShard:
         box_shape = (rows, *self.box_shape[1:])
         data = self.data[: stop - self.start]
         return FlatShard(
-            self.name, self.kind, shape, self.box_offset, box_shape, self.start, stop, data, self.holder, self.offset
+            *(self.name, self.kind, shape, self.box_offset, box_shape, self.start, stop, data),
+            *(self.holder, self.offset, self.order),
         )
 
     def boxes(self) -> list[Box]:
         """This flat shard as boxes in global coordinates, in the order in which ``data`` holds them."""
-        return [box.moved(self.box_offset) for box in rectangles(self.box_shape, self.start, self.stop)]
+        if not self.order:
+            return [box.moved(self.box_offset) for box in rectangles(self.box_shape, self.start, self.stop)]
+        places = [self.order.index(dim) for dim in range(len(self.order))]
+        found = rectangles(tuple(self.box_shape[dim] for dim in self.order), self.start, self.stop)
+        turned = [Box(*(tuple(sizes[p] for p in places) for sizes in (box.offset, box.shape))) for box in found]
+        return [box.moved(self.box_offset) for box in turned]
+
+    def parts(self, held: torch.Tensor | None = None) -> Iterator[tuple[Box, torch.Tensor]]:
+        """Each of :meth:`boxes` with its elements, a view of the box's shape; ``held``: what the holder gave."""
+        data, begin = self.tensor(held), 0
+        for box in self.boxes():
+            yield box, in_order(data[begin : begin + box.numel], box.shape, self.order)
+            begin += box.numel
+
+    def row_major(self, held: torch.Tensor | None = None) -> torch.Tensor:
+        """1-D: the elements box by box, each row-major, as files hold them. A copy where memory has another order."""
+        if not self.order or self.start == self.stop:
+            return self.tensor(held)
+        return torch.cat([part.reshape(-1) for _, part in self.parts(held)])
 
 
 def share_out(flat_shards: Sequence[FlatShard], index: int, count: int) -> list[FlatShard]:

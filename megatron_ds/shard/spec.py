@@ -82,6 +82,8 @@ class ShardSpec:
         init: how the global tensor is initialised, from (seed, name) alone; ``std`` for ``"normal"``.
         weight_decay: whether the optimizer decays it (matrices yes; biases and norms no).
         matrices: of the weight of a linear layer, for optimizers of whole matrices; None: it is no such weight.
+        order: the dims of this rank's shard from the slowest to the fastest in memory, as :func:`memory_order` says;
+            empty: row-major. Flat buffers hold a parameter in this order, files all of them row-major.
     """
 
     name: str
@@ -93,6 +95,7 @@ class ShardSpec:
     std: float = 0.02
     weight_decay: bool = True
     matrices: Matrices | None = None
+    order: tuple[int, ...] = ()
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -157,7 +160,24 @@ def shaped_as(flat: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A flat range of real numbers as a view that has the parameter's shape, and is complex where it is."""
     if parameter.is_complex():
         return torch.view_as_complex(flat.view(*parameter.shape, 2))
-    return flat.view(parameter.shape)
+    return in_order(flat, tuple(parameter.shape), spec_of(parameter).order)
+
+
+def memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The dims of a dense tensor from the slowest to the fastest in memory: channels-last is ``(0, 2, 3, 1)``.
+
+    Empty where it is row-major, or not dense.
+    """
+    strides, dims = tensor.stride(), range(tensor.dim())
+    order = tuple(sorted(dims, key=lambda dim: -strides[dim]))
+    return order if order != tuple(dims) and tensor.permute(order).is_contiguous() else ()
+
+
+def in_order(flat: torch.Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> torch.Tensor:
+    """A flat range as a view of that shape, whose dims lie in memory in that order (empty: row-major)."""
+    if not order:
+        return flat.view(shape)
+    return flat.view([shape[dim] for dim in order]).permute([order.index(dim) for dim in range(len(shape))])
 
 
 def spec_of(parameter: torch.Tensor) -> ShardSpec:

@@ -25,7 +25,7 @@ from megatron_ds.comm.quantized_buffers import Quantization, sum_start
 from megatron_ds.mesh import Axis
 from megatron_ds.optim.clip import squared_norm
 from megatron_ds.optim.rule import OptimizerSegment, Update, UpdateRule
-from megatron_ds.shard import shaped_as
+from megatron_ds.shard import in_order, shaped_as
 from megatron_ds.shard.flat_shards import FlatShard
 from megatron_ds.zero.buckets import BucketLayout, Segment, owned_ranges, state_dtype
 from megatron_ds.zero.main_grad import MainGradient
@@ -152,7 +152,8 @@ class FlatBucket:
 
         def part(row: torch.Tensor, segment: Segment) -> torch.Tensor:
             flat = row.narrow(0, segment.offset, segment.numel)
-            return flat.view(segment.spec.local_shape) if self.layout.key.rule.whole else flat
+            spec = segment.spec
+            return in_order(flat, spec.local_shape, spec.order) if self.layout.key.rule.whole else flat
 
         try:
             yield [
@@ -163,6 +164,7 @@ class FlatBucket:
                     weight_decay=segment.spec.weight_decay,
                     name=segment.spec.name,
                     start=segment.start,
+                    order=segment.spec.order,
                 )
                 for segment in self.segments
             ]
