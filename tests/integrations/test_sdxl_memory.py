@@ -73,7 +73,7 @@ def test_the_full_unet_is_built_without_memory_and_its_table_says_what_fits() ->
     with torch.device("meta"):
         unet = torch.nn.Module.to(UNet2DConditionModel.from_config(json.loads(CONFIG.read_text())), torch.bfloat16)
     whole, again = (activation_bytes(unet, 1, 1024, checkpointing) for checkpointing in (False, True))
-    assert activation_bytes(unet, 2, 1024, True) > 1.8 * again and whole > 5 * again
+    assert whole > 5 * again
     shown = memory_table(unet, {"precision": {"dtype": "bf16"}}, again, "one image").splitlines()
     assert f"{PUBLISHED:,} parameters" in shown[0]
     exact = {line[:28].strip(): line[28:].split() for line in shown if "ZeRO" in line and line.count(",") >= 8}
