@@ -9,31 +9,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
-from unittest.mock import patch
 
 import pytest
+from float8_faults import scales_of_this_rank_alone, scales_over_the_micro_batch, train_with_fault
 from parity_rows import Mesh3, Row, config_of, matrix, reference_config
-from parity_run import (
-    Outcome,
-    ParityError,
-    assert_parity,
-    one_process,
-    reference,
-    run_rows,
-    train_on_this_rank,
-)
+from parity_run import Outcome, ParityError, assert_parity, one_process, reference, run_rows
 
-from megatron_ds.layers import float8_recipe as float8
 from megatron_ds.testing import run_ranks
 
 RECIPES = ("tensorwise", "rowwise", "blockwise")
+MATRIX = matrix()
 MESHES: tuple[Mesh3, ...] = ((2, 1, 1), (4, 1, 1), (1, 1, 3), (1, 2, 2), (2, 2, 2))
 # Of the mesh's rows in the matrix one for each recipe: with and without sequence parallelism, recomputation, stages of
 # ZeRO, micro-batches of one and of several sequences.
 ROWS = [
     replace(row, fp8=fp8)
     for mesh in MESHES
-    for fp8, row in zip(RECIPES, [row for row in matrix() if row.mesh == mesh][MESHES.index(mesh) % 2 :])
+    for fp8, row in zip(RECIPES, [row for row in MATRIX if row.mesh == mesh][MESHES.index(mesh) % 2 :])
 ]
 
 
@@ -54,21 +46,6 @@ def test_the_rows_differ_in_what_could_change_a_scale() -> None:
 
 
 # --- planted faults ----------------------------------------------------------------------------------------------
-
-
-def scales_of_this_rank_alone() -> Any:
-    """The amax of a part of what shares a scale."""
-    return patch.object(float8.comm, "all_reduce", lambda tensor, axis, op=None: tensor)
-
-
-def scales_over_the_micro_batch() -> Any:
-    """One scale for all sequences of a micro-batch."""
-    return patch.object(float8, "_sequences", lambda x: x.reshape(1, -1, x.shape[-1]).transpose(0, 1)[None, :, 0])
-
-
-def train_with_fault(row: Row, fault: Callable[[], Any]) -> Outcome:
-    with fault():
-        return train_on_this_rank([row])[0]
 
 
 @pytest.mark.parametrize(

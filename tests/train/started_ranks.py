@@ -110,7 +110,7 @@ def started(
         main: a module-level function, what each rank runs; default: examples/pretrain_gpt.py's.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(testing._PRELOAD)
+    context.set_forkserver_preload(testing.modules_to_preload())
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
