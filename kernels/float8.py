@@ -121,7 +121,10 @@ def product(a: Float8, b: Float8, out: torch.dtype) -> Tensor:
     kind = ScalingType.TensorWise if a.scale.numel() == b.scale.numel() == 1 else ScalingType.RowWise
     scales = [a.scale, b.scale]
     if kind == ScalingType.RowWise:
-        scales = [x.scale.expand(x.values.shape[0], 1).contiguous() for x in (a, b)]
+        # Blocks of several rows that are as long as k have a scale for all of their rows.
+        rows = [len(x.values) for x in (a, b)]
+        spread = [_spread(x.scale, count, x.values.shape[1], x.block) for x, count in zip((a, b), rows)]
+        scales = [scale.expand(count, 1).contiguous() for scale, count in zip(spread, rows)]
     # CUDA's row-wise product writes bf16 alone.
     written = torch.bfloat16 if kind == ScalingType.RowWise and left.is_cuda else out
     result: Tensor = F.scaled_mm(

@@ -131,6 +131,8 @@ PAIRS = [
     (Block(1, None), Block(None, None)),
     (Block(1, 4), Block(4, 4)),
     (Block(1, 4), Block(1, 4)),
+    (Block(1, 32), Block(2, 32)),  # as long as k, or longer, and several of them along the rows
+    (Block(3, None), Block(2, None)),
 ]
 
 
