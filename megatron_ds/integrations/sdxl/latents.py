@@ -41,9 +41,12 @@ def write_latents(
     with together(mesh.world):
         if mesh.rank == 0:
             writer.write_empty(mesh.device)
-        shards = writer.share(mesh.rank, mesh.world.size)
-        with tqdm(total=sum(len(shard.rows) for shard in shards), desc="encode", disable=mesh.rank > 0) as bar:
-            writer.write(shards, mesh.device, bar.update)
+    shards = writer.share(mesh.rank, mesh.world.size)
+    with tqdm(total=sum(len(shard.rows) for shard in shards), desc="encode", disable=mesh.rank > 0) as bar:
+        # They meet after every shard: over all of a large set one may fall behind by more than the group waits.
+        for number in range(-(-len(writer.shards) // mesh.world.size)):
+            with together(mesh.world):
+                writer.write(shards[number : number + 1], mesh.device, bar.update)
     with together(mesh.world):
         return LatentCache(folder)
 
