@@ -1,4 +1,4 @@
-"""Folders of quantised weights as compressed-tensors keeps them, which transformers and vLLM read as well.
+"""Folders of quantised weights as compressed-tensors keeps them, which transformers reads as well.
 
 =========  ====================================================  =======================  =========================
 scheme     tensors of a linear layer                             format in config.json    shared scale
