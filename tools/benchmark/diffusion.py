@@ -1,0 +1,186 @@
+"""Training speed of a diffusion transformer on this machine's CPU, beside a plain loop over the model of diffusers.
+
+Two models: that of `make train-diffusion` (8 x 8 pixels), and DiT-S/8 (latents of 32 x 32 x 4). Both loops predict the
+noise of the same images, with AdamW and clipping; bf16 is autocast in the plain loop. Contenders run one after the
+other, each in processes of its own with one thread a rank, and the table shows the median of the rounds' ratios: of one
+process to the plain loop, of two ranks to twice what one of ours does in the same round.
+
+python tools/benchmark/diffusion.py --rounds 3 --json diffusion.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+BATCH, SECONDS = 32, 6.0
+MODELS: dict[str, dict[str, Any]] = {
+    "digits": {"hidden_size": 96, "num_layers": 4, "num_heads": 4, "image_size": 8, "channels": 1, "patch_size": 2,
+               "num_classes": 10},
+    "DiT-S/8": {"hidden_size": 384, "num_layers": 12, "num_heads": 6, "image_size": 32, "channels": 4, "patch_size": 8,
+                "num_classes": 1000},
+}  # fmt: skip
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "diffusers": {},
+    "ours": {},
+    "ours ZeRO-1 x2": {"dp": 2},
+    "ours TP 2": {"tp": 2},
+}
+
+Step = Callable[[], float]
+
+
+def batch_of(model: dict[str, Any], count: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (count, model["channels"], model["image_size"], model["image_size"])
+    return {
+        "images": torch.randn(shape, generator=generator),
+        "noise": torch.randn(shape, generator=generator),
+        "time": torch.rand(count, generator=generator, dtype=torch.float64),
+        "labels": torch.randint(model["num_classes"], (count,), generator=generator),
+        "counts": torch.ones(count, dtype=torch.bool),
+    }
+
+
+def plain(model: dict[str, Any], dtype: str) -> Step:
+    """The loop that one would write around the model of diffusers."""
+    from diffusers import DDPMScheduler, DiTTransformer2DModel
+
+    net = DiTTransformer2DModel(
+        num_attention_heads=model["num_heads"],
+        attention_head_dim=model["hidden_size"] // model["num_heads"],
+        in_channels=model["channels"],
+        out_channels=model["channels"],
+        num_layers=model["num_layers"],
+        sample_size=model["image_size"],
+        patch_size=model["patch_size"],
+        num_embeds_ada_norm=model["num_classes"],
+    ).train()
+    schedule = DDPMScheduler()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+    batch = batch_of(model, BATCH)
+    times = (batch["time"] * len(schedule)).long()
+
+    def step() -> float:
+        noisy = schedule.add_noise(batch["images"], batch["noise"], times)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16"):
+            found = net(noisy, timestep=times, class_labels=batch["labels"]).sample
+        loss = (found.float() - batch["noise"]).square().mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def ours(model: dict[str, Any], dtype: str, layout: dict[str, Any]) -> Step:
+    from megatron_ds.config import from_dict, validate
+    from megatron_ds.config.diffusion import DiffusionRun
+    from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
+    from megatron_ds.mesh import Mesh
+    from megatron_ds.models.dit_task import DiTTask
+    from megatron_ds.train.build import build
+
+    keep_freed_memory()
+    ranks = max(layout.values(), default=1)
+    settings = {
+        "output": tempfile.gettempdir() + "/megatron-ds-benchmark",  # nothing is written there
+        "model": model,
+        "mesh": {**layout, "sequence_parallel": False},
+        "optimizer": {"lr": 1e-4, "clip_norm": 1.0, "schedule": "constant", "weight_decay": 0.01},
+        "precision": {"dtype": dtype},
+        "train": {"global_batch": BATCH, "micro_batch": BATCH // layout.get("dp", 1)},
+    }
+    config = from_dict(DiffusionRun, settings, "benchmark")
+    mesh = Mesh.create(validate(config, ranks), torch.device("cpu"))
+    parts = build(config, mesh, DiTTask(config))
+    parts.step.after_first = give_back_freed_memory
+    size = config.train.micro_batch
+    own = {name: value[mesh.dp.rank * size :][:size] for name, value in batch_of(model, BATCH).items()}
+    return lambda: float(parts.step([own]).loss)
+
+
+def measure(name: str, model: str, dtype: str) -> None:
+    """Print images a second, on the first rank."""
+    torch.set_num_threads(1)
+    layout = LAYOUTS[name]
+    if layout:
+        dist.init_process_group("gloo")
+    step = plain(MODELS[model], dtype) if name == "diffusers" else ours(MODELS[model], dtype, layout)
+    first = step()
+    for _ in range(2):
+        step()
+    times: list[float] = []
+    # Of several ranks all stop after as many steps: the first one's clock decides before each is counted.
+    begin = time.perf_counter()
+    step()
+    count = max(5, int(SECONDS / (time.perf_counter() - begin)))
+    if layout:
+        counts = torch.tensor([count])
+        dist.broadcast(counts, 0)
+        count = int(counts)
+    for _ in range(count):
+        begin = time.perf_counter()
+        last = step()
+        times.append(time.perf_counter() - begin)
+    if not layout or dist.get_rank() == 0:
+        print(json.dumps({"rate": BATCH / statistics.median(times), "first": first, "last": last}), flush=True)
+
+
+def run(name: str, model: str, dtype: str) -> dict[str, float]:
+    ranks = max(LAYOUTS[name].values(), default=1)
+    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, *launcher, __file__, "--measure", name, model, dtype]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        sys.exit(f"{name} ({model}, {dtype}) has failed:\n{done.stderr[-3000:]}")
+    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="each runs every contender once; %(default)s")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measure(*options.measure)
+        return
+    cases = [(model, dtype) for model in MODELS for dtype in ("fp32", "bf16")]
+    found: dict[tuple[str, str, str], list[float]] = {}
+    with tqdm(total=options.rounds * len(cases) * len(LAYOUTS), unit="run") as bar:
+        for _ in range(options.rounds):
+            for model, dtype in cases:
+                for name in LAYOUTS:
+                    bar.set_description(f"{name}, {model}, {dtype}")
+                    found.setdefault((name, model, dtype), []).append(run(name, model, dtype)["rate"])
+                    bar.update()
+    print(f"{'model':<10}{'':<6}{'contender':<18}{'images/s':>10}{'ratio':>8}  of")
+    for (name, model, dtype), rates in found.items():
+        one = found[("ours" if " " in name else "diffusers", model, dtype)]
+        factor = 2.0 if " " in name else 1.0
+        ratio = statistics.median(rate / (factor * other) for rate, other in zip(rates, one))
+        said = "2 x ours on one process" if " " in name else "diffusers"
+        print(f"{model:<10}{dtype:<6}{name:<18}{statistics.median(rates):>10.1f}{ratio:>8.3f}  {said}")
+    if options.json:
+        options.json.write_text(json.dumps([[*key, rates] for key, rates in found.items()]) + "\n")
+
+
+if __name__ == "__main__":
+    main()
