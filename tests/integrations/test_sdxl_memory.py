@@ -84,3 +84,10 @@ def test_the_full_unet_is_built_without_memory_and_its_table_says_what_fits() ->
         assert 0 <= size - (2 + 20 / ranks) * PUBLISHED < 1e-4 * size
     fits = [line for line in shown if line.startswith("ZeRO-2 ") and "from" in line]
     assert fits and fits[0].split()[1:] == ["from", "4", "GPUs", "from", "2", "GPUs", "from", "1", "GPU"]
+
+
+def test_activations_grow_with_the_images() -> None:
+    unet = tiny_unet().to("meta")
+    for checkpointing in (False, True):
+        one, two = (activation_bytes(unet, batch, 64, checkpointing) for batch in (1, 2))
+        assert 1.8 * one < two <= 2 * one, checkpointing
