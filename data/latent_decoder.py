@@ -21,7 +21,7 @@ def latents_of(meta: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def check_decoder(meta: Mapping[str, Any], vae: Path | None, where: object) -> None:
-    """Is this the VAE of the latents that a checkpoint's model was trained on?
+    """Require the VAE of the latents that a checkpoint's model was trained on.
 
     Raises:
         DataError: it is another, is missing, or the model was trained on pixels.

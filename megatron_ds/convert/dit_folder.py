@@ -10,7 +10,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,11 @@ from megatron_ds.checkpoint.manifest import step_name
 from megatron_ds.checkpoint.meta import model_config
 from megatron_ds.checkpoint.reader import Checkpoint
 from megatron_ds.checkpoint.safetensors_header import DTYPES
-from megatron_ds.checkpoint.stream import FILE_BYTES, StreamWriter, TensorFiles, plan_bytes
+from megatron_ds.checkpoint.stream import FILE_BYTES, StreamWriter
 from megatron_ds.config.diffusion import DiTConfig, ObjectiveConfig
 from megatron_ds.config.read import from_dict, values_to_toml
 from megatron_ds.convert.dit_tables import Table, table_named, table_of
-from megatron_ds.convert.folder import file_name, write_index
-from megatron_ds.convert.hugging_face import MODEL_TOML, new_folder, publish_folder
+from megatron_ds.convert.hugging_face import MODEL_TOML, exported_folder, new_folder, publish_folder
 from megatron_ds.convert.settings import Settings
 from megatron_ds.data.latent_decoder import check_decoder, latents_of
 from megatron_ds.errors import CheckpointError, ConfigError
@@ -72,23 +70,14 @@ def export_transformer(
         for name, rule in made_by.items():
             part = rule.split(torch.empty(shapes[rule.ours], device="meta"))[rule.theirs.index(name)]
             plan[name] = tuple(part.shape), DTYPES[source.record(rule.ours, kind).dtype]
-        unfinished = new_folder(folder, plan_bytes(plan))
-        files = TensorFiles(unfinished, plan, partial(file_name, STEM), file_bytes=file_bytes)
-        try:
+        with exported_folder(folder, plan, STEM, file_bytes) as (unfinished, files):
             for name in files.order:
                 if name in constants:
                     files.write(name, constants[name].to(dtype))
                     continue
                 rule = made_by[name]
                 files.write(name, rule.split(source.read(rule.ours, kind))[rule.theirs.index(name)].contiguous())
-            files.finish()
-            write_index(unfinished, STEM, files, plan)
             write_text_durably(unfinished / "config.json", json.dumps(described, indent=2) + "\n")
-            publish_folder(unfinished, folder)
-        except BaseException:
-            files.abort()
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
     return folder
 
 

@@ -12,6 +12,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,25 +91,16 @@ def export_hf(
         whole = [FlatShard.whole(name, "param", torch.empty(shape, device="meta")) for name, shape in shapes.items()]
         compare(source.manifest, source.directory, whole)
         plan, makers = _plan_export(source, architecture, config, shapes, dtype)
-        partial = new_folder(out_dir, plan_bytes(plan))
 
         def make(rule: Rule) -> Iterable[tuple[str, torch.Tensor]]:
             return zip(rule.theirs, rule.to_hf(config, source.read(rule.ours)))
 
-        files = TensorFiles(partial, plan, functools.partial(file_name, _STEM), file_bytes=file_bytes)
-        try:
+        with exported_folder(out_dir, plan, _STEM, file_bytes) as (partial, files):
             with _bar(plan, f"{architecture.name} to {out_dir.name}", progress) as bar:
                 for name, tensor in _converted(files.order, makers, make, plan):
                     files.write(name, tensor)
                     bar.update(tensor.nbytes)
-            files.finish()
-            write_index(partial, _STEM, files, plan)
             _write_rest(partial, architecture, config, plan, source.directory.parent, tokenizer, say)
-            publish_folder(partial, out_dir)
-        except BaseException:
-            files.abort()
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
     return out_dir
 
 
@@ -232,6 +224,34 @@ def _converted(
 
 def _bar(plan: Plan, title: str, show: bool) -> tqdm:
     return tqdm(total=plan_bytes(plan), desc=title, unit="B", unit_scale=True, disable=not show)
+
+
+@contextmanager
+def exported_folder(
+    out_dir: Path, plan: Plan, stem: str, file_bytes: int = FILE_BYTES
+) -> Iterator[tuple[Path, TensorFiles]]:
+    """The folder that becomes ``out_dir`` when it is complete, and the safetensors files of its weights.
+
+    Inside, everything in ``plan`` is written in the files' order, and what else belongs to the folder. On leaving comes
+    the index, and the folder gets its name; by an exception it is removed.
+
+    Args:
+        stem: of the files' names: ``model`` in transformers' folders.
+
+    Raises:
+        ConfigError: ``out_dir`` holds something.
+    """
+    partial = new_folder(out_dir, plan_bytes(plan))
+    files = TensorFiles(partial, plan, functools.partial(file_name, stem), file_bytes=file_bytes)
+    try:
+        yield partial, files
+        files.finish()
+        write_index(partial, stem, files, plan)
+        publish_folder(partial, out_dir)
+    except BaseException:
+        files.abort()
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def new_folder(out_dir: Path, needed: int) -> Path:

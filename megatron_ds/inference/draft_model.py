@@ -46,7 +46,8 @@ class DraftModel:
 
     def __init__(self, source: served_model.Source, dtype: torch.dtype, device: torch.device, budget: int, most: int):
         self.source, self._dtype, self._budget, self._most = source, dtype, budget, most
-        self._stage = served_model.build(source, Mesh.single(device), dtype)
+        self._mesh = Mesh.single(device)
+        self._stage = served_model.build(source, self._mesh, dtype)
         self._followed: dict[tuple[str, int], _Followed] = {}
 
     @staticmethod
@@ -68,11 +69,7 @@ class DraftModel:
     def open(self, blocks: int, size: int) -> None:
         """Take memory for as many tokens as the model's own cache has."""
         self._pool = BlockPool(blocks, size, share=False)
-        self._runner = ModelRunner(self._stage, Mesh.single(self._stage_device), CacheSize(blocks, size, self._dtype))
-
-    @property
-    def _stage_device(self) -> torch.device:
-        return next(self._stage.parameters()).device
+        self._runner = ModelRunner(self._stage, self._mesh, CacheSize(blocks, size, self._dtype))
 
     @property
     def free(self) -> int:

@@ -11,7 +11,11 @@ from megatron_ds.models.transformer import Transformer
 
 
 class PackedWeight(Recipe):
-    """Args: ``weight [out, in]`` of this rank."""
+    """The forward product of a linear layer with a copy of its weight in oneDNN's order.
+
+    Args:
+        weight: ``[out, in]`` of this rank.
+    """
 
     def __init__(self, weight: Tensor):
         super().__init__()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ds.checkpoint.stream import Plan, TensorFiles, plan_bytes
+from megatron_ds.checkpoint.stream import Plan, plan_bytes
 from megatron_ds.config import ModelConfig
 from megatron_ds.convert import carried_files
 from megatron_ds.convert.architecture import Rule
-from megatron_ds.convert.folder import HFFolder, file_name, write_index
-from megatron_ds.convert.hugging_face import described, new_folder, publish_folder
+from megatron_ds.convert.folder import HFFolder
+from megatron_ds.convert.hugging_face import described, exported_folder
 from megatron_ds.convert.match import Match
 from megatron_ds.convert.tables import ARCHITECTURES
 from megatron_ds.errors import ConfigError
@@ -59,9 +57,7 @@ def export_quantized(model: str | Path, output: str | Path, scheme: str, progres
     match = Match(folder, architecture, config)
     fewer = set(_of_linear_layers(match.config, match.rules, architecture.name))
     plan = _plan(match, fewer, scheme)
-    partial = new_folder(output, plan_bytes(plan))
-    files = TensorFiles(partial, plan, functools.partial(file_name, "model"))
-    try:
+    with exported_folder(output, plan, "model") as (partial, files):
         waiting: dict[str, Tensor] = {}
         with tqdm(total=plan_bytes(plan), unit="B", unit_scale=True, disable=not progress, desc=scheme) as bar:
             for name in files.order:
@@ -70,15 +66,8 @@ def export_quantized(model: str | Path, output: str | Path, scheme: str, progres
                 tensor = waiting.pop(name)
                 files.write(name, tensor)
                 bar.update(tensor.nbytes)
-        files.finish()
-        write_index(partial, "model", files, plan)
         carried_files.copy_all(folder, partial)
         _write_config(partial, folder, match, scheme)
-        publish_folder(partial, output)
-    except BaseException:
-        files.abort()
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return output
 
 

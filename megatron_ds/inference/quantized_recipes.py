@@ -35,8 +35,12 @@ _DIGIT = 254
 
 
 class _Quantized(Recipe):
-    """Args: ``weight [out, in]`` of this rank; ``tp``: the ranks among which the inputs are split, or None;
-    ``dtype``: of inputs and products."""
+    """The forward product of a linear layer whose weight has fewer bits.
+
+    Args:
+        weight: of this rank. tp: the ranks among which the inputs are split, or None.
+        dtype: of inputs and products.
+    """
 
     def __init__(self, weight: QuantizedWeight, tp: Axis | None, dtype: torch.dtype):
         super().__init__()
