@@ -95,7 +95,7 @@ def _layer(config: RunConfig, tp: int, cpu: bool) -> LayerBytes:
     width = width_of(config)
     places = b * s
     own = places // tp if config.mesh.sequence_parallel else places
-    heads, groups = c.num_heads // tp, max(1, c.groups // tp)
+    heads, groups = c.num_heads // tp, max(1, c.num_kv_heads // tp)
     row = places * c.head_size * width  # of one head
     stream = own * c.hidden_size * width
     before, after, inputs = _norms_and_inputs(c)

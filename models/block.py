@@ -121,7 +121,7 @@ def attention_config(c: ModelConfig) -> AttentionConfig:
     """The sizes of the model's self-attention."""
     return AttentionConfig(
         c.hidden_size,
-        c.groups,
+        c.num_kv_heads,
         c.queries_per_kv_head,
         c.head_size,
         bias=c.bias,

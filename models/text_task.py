@@ -104,7 +104,7 @@ def layer_costs(m: ModelConfig, sequence_length: int) -> LayerCosts:
     it is causal, norms and embedding lookups count nothing. Training costs three times this. Sparse attention counts
     its live blocks, a layer with a window the keys inside it; a block is the average of all layers.
     """
-    n, g, d, h = m.num_heads, m.groups, m.head_size, m.hidden_size
+    n, g, d, h = m.num_heads, m.num_kv_heads, m.head_size, m.hidden_size
     sparse = m.attention.sparse
     density = 1.0 if sparse.mode == "none" else sparse_layout(sparse, sequence_length, n, causal=m.causal).density()
     if m.window is not None:

@@ -252,7 +252,7 @@ def test_divisors_are_the_numbers_that_divide(number: int) -> None:
 
 
 def test_derived_sizes() -> None:
-    assert config().model.kv_heads == 2 and config(model={"kv_heads": None}).model.groups == 6
+    assert config().model.kv_heads == 2 and config(model={"kv_heads": None}).model.num_kv_heads == 6
     assert config(model={"hidden_size": 4096, "activation": "swiglu"}).model.ffn_size == 10944  # 10922.67, up to 64
     assert config(model={"activation": "gelu"}).model.ffn_size == 192
     assert config(model={"vocab_size": 50257}).model.padded_vocab == 50304

@@ -36,7 +36,7 @@ PUBLISHED = {
 
 def counted(m: ModelConfig, vocabulary: int) -> int:
     """Parameters in closed form, term by term, from the papers' description of the architecture."""
-    h, ffn, heads, groups, head = m.hidden_size, m.ffn_size, m.num_heads, m.groups, m.head_size
+    h, ffn, heads, groups, head = m.hidden_size, m.ffn_size, m.num_heads, m.num_kv_heads, m.head_size
     norm = 2 * h if m.norm == "layernorm" else h
     attention = h * head * (heads + 2 * groups) + heads * head * h
     mlp = (3 if m.activation == "swiglu" else 2) * h * ffn

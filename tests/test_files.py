@@ -111,9 +111,9 @@ def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path, make: Callable[
 
 PROGRAM = """
 import sys
-from megatron_ds.files import say
+from megatron_ds.files import print_line
 for number in range(2000):
-    say(number)
+    print_line(number)
 print("went on", file=sys.stderr)
 """
 

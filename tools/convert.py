@@ -103,9 +103,9 @@ def main(command: ToHf | FromHf | ToDiffusers | FromDiffusers) -> None:
     dtype = None if command.dtype is None else getattr(torch, command.dtype)
     if isinstance(command, ToHf):
         tokenizer = None if command.tokenizer is None else load_tokenizer(command.tokenizer)
-        written = export_hf(command.checkpoint, command.output, dtype, tokenizer, progress=True, say=print)
+        written = export_hf(command.checkpoint, command.output, dtype, tokenizer, progress=True, warn=print)
     else:
-        written = import_hf(command.model, command.output, dtype, command.vocab_multiple, progress=True, say=print)
+        written = import_hf(command.model, command.output, dtype, command.vocab_multiple, progress=True, warn=print)
     print(written)
 
 

@@ -127,13 +127,13 @@ class ModelConfig(BaseModelConfig):
         return self.family == "gpt"
 
     @property
-    def groups(self) -> int:
+    def num_kv_heads(self) -> int:
         """Key/value heads: the unit that tensor parallelism splits attention by."""
         return self.kv_heads or self.num_heads
 
     @property
     def queries_per_kv_head(self) -> int:
-        return self.num_heads // self.groups
+        return self.num_heads // self.num_kv_heads
 
     @property
     def head_size(self) -> int:
@@ -167,7 +167,7 @@ class ModelConfig(BaseModelConfig):
     def resolved(self) -> dict[str, Any]:
         one_theta = self.window is not None and self.position == "rope" and self.rope_scaling is None
         followed = {
-            "kv_heads": self.groups,
+            "kv_heads": self.num_kv_heads,
             "head_dim": self.head_size,
             "ffn_hidden_size": self.ffn_size,
             "rotary_dim": self.head_size,

@@ -33,11 +33,11 @@ def transformer_faults(config: RunConfig) -> Iterator[str]:
     yield from _split_faults(config.model, config.mesh.tp)
     yield from _position_faults(config.model, config.train.sequence_length)
     yield from _block_faults(config.model)
-    if config.model.groups < config.mesh.tp and config.precision.fp8 != "none":
+    if config.model.num_kv_heads < config.mesh.tp and config.precision.fp8 != "none":
         yield (
-            f"precision.fp8={config.precision.fp8!r} with model.kv_heads={config.model.groups} < mesh.tp="
+            f"precision.fp8={config.precision.fp8!r} with model.kv_heads={config.model.num_kv_heads} < mesh.tp="
             f"{config.mesh.tp}: what repeats key/value heads has no products in FP8; use mesh.tp="
-            f"{config.model.groups} or fewer"
+            f"{config.model.num_kv_heads} or fewer"
         )
     m, mesh, length = config.model, config.mesh, config.train.sequence_length
     if not m.causal and (config.data.conversations or config.data.fim.rate):
@@ -50,9 +50,9 @@ def transformer_faults(config: RunConfig) -> Iterator[str]:
 
 
 def _attention_faults(m: ModelConfig) -> Iterator[str]:
-    if m.num_heads % m.groups:
+    if m.num_heads % m.num_kv_heads:
         yield (
-            f"model.num_heads={m.num_heads} is not a multiple of model.kv_heads={m.groups}; "
+            f"model.num_heads={m.num_heads} is not a multiple of model.kv_heads={m.num_kv_heads}; "
             f"kv_heads may be {divisors(m.num_heads)}"
         )
     if m.head_dim is None and m.hidden_size % m.num_heads:
@@ -63,17 +63,20 @@ def _attention_faults(m: ModelConfig) -> Iterator[str]:
 
 
 def _split_faults(m: ModelConfig, tp: int) -> Iterator[str]:
-    if m.groups % tp and (tp % m.groups or m.num_heads % tp):
+    if m.num_kv_heads % tp and (tp % m.num_kv_heads or m.num_heads % tp):
         heads = m.num_heads
-        may = [t for t in range(1, heads + 1) if heads % t == 0 and (m.groups % t == 0 or t % m.groups == 0)]
+        may = [
+            t for t in range(1, heads + 1) if heads % t == 0 and (m.num_kv_heads % t == 0 or t % m.num_kv_heads == 0)
+        ]
         yield (
-            f"model.{'num_heads' if m.kv_heads is None else 'kv_heads'}={m.groups} cannot be split over "
+            f"model.{'num_heads' if m.kv_heads is None else 'kv_heads'}={m.num_kv_heads} cannot be split over "
             f"mesh.tp={tp}; tp may be {one_of(may)}"
         )
-    elif m.groups < tp and m.qk_norm and m.qk_norm_over == "projection":
+    elif m.num_kv_heads < tp and m.qk_norm and m.qk_norm_over == "projection":
         yield (
-            f"model.kv_heads={m.groups} are fewer than mesh.tp={tp}, and the norm over all of them "
-            f"(model.qk_norm_over='projection') is not known to be of repeated heads; use mesh.tp={m.groups} or fewer"
+            f"model.kv_heads={m.num_kv_heads} are fewer than mesh.tp={tp}, and the norm over all of them "
+            "(model.qk_norm_over='projection') is not known to be of repeated heads; use "
+            f"mesh.tp={m.num_kv_heads} or fewer"
         )
     if m.ffn_size % tp:
         yield (

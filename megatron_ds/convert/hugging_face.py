@@ -60,7 +60,7 @@ def export_hf(
     tokenizer: TokenizerLike | None = None,
     progress: bool = False,
     file_bytes: int = FILE_BYTES,
-    say: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Path:
     """Write a checkpoint's model as a folder that ``transformers``' ``from_pretrained`` loads.
 
@@ -73,7 +73,7 @@ def export_hf(
             with the model, if it did.
         progress: show a progress bar.
         file_bytes: the size of one file at most, unless a single tensor is larger.
-        say: told what a user should know of the result.
+        warn: told what a user should know of the result.
 
     Raises:
         CheckpointError: of the checkpoint; or its tensors are not those of its configuration.
@@ -100,7 +100,7 @@ def export_hf(
                 for name, tensor in _converted(files.order, makers, make, plan):
                     files.write(name, tensor)
                     bar.update(tensor.nbytes)
-            _write_rest(partial, architecture, config, plan, source.directory.parent, tokenizer, say)
+            _write_rest(partial, architecture, config, plan, source.directory.parent, tokenizer, warn)
     return out_dir
 
 
@@ -131,7 +131,7 @@ def import_hf(
     vocab_multiple: int | None = None,
     progress: bool = False,
     file_bytes: int = FILE_BYTES,
-    say: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Path:
     """Write a folder of ``transformers`` as checkpoint ``step-00000000`` under ``out_dir``.
 
@@ -143,7 +143,7 @@ def import_hf(
         dtype: of the checkpoint's tensors; None keeps theirs.
         vocab_multiple: the vocabulary's rows are padded with zeros to a multiple of this; None: the default of
             :class:`ModelConfig`.
-        progress, file_bytes, say: as for :func:`export_hf`.
+        progress, file_bytes, warn: as for :func:`export_hf`.
 
     Raises:
         ConfigError: the model's architecture or a feature of it is not supported (named).
@@ -159,8 +159,8 @@ def import_hf(
     match = Match(source, architecture, config)
     config, shapes = match.config, architecture.shapes(match.config)
     for note in (*source.notes, *match.notes):
-        if say is not None:
-            say(f"{source.path}: {note}")
+        if warn is not None:
+            warn(f"{source.path}: {note}")
     plan = {rule.ours: (shapes[rule.ours], dtype or _dtype_of(source, match, rule)) for rule in match.rules}
     meta = {"config": {"model": config.model_dump(mode="json")}}
     makers = {rule.ours: rule for rule in match.rules}
@@ -174,8 +174,8 @@ def import_hf(
                 writer.write(name, tensor)
                 bar.update(tensor.nbytes)
         stays = carried_files.keep(source, out_dir)
-        if stays and say is not None:
-            say(f"{source.path}: not taken along: {', '.join(stays[:8])}{', ...' * (len(stays) > 8)}")
+        if stays and warn is not None:
+            warn(f"{source.path}: not taken along: {', '.join(stays[:8])}{', ...' * (len(stays) > 8)}")
         write_text_durably(out_dir / MODEL_TOML, values_to_toml(meta["config"]))
     return out_dir / step_name(0)
 
@@ -204,7 +204,7 @@ def described(
     except pydantic.ValidationError as error:
         raise ConfigError(f"{source.path / 'config.json'} describes a model that is not supported: {error}") from error
     # Written out, so that what was left to a default reads the same as what was given.
-    sizes = {"kv_heads": config.groups, "head_dim": config.head_size, "ffn_hidden_size": config.ffn_size}
+    sizes = {"kv_heads": config.num_kv_heads, "head_dim": config.head_size, "ffn_hidden_size": config.ffn_size}
     return architecture, config.model_copy(update=sizes)
 
 
@@ -282,7 +282,7 @@ def _write_rest(
     plan: Plan,
     checkpoints: Path,
     tokenizer: TokenizerLike | None,
-    say: Callable[[str], None] | None,
+    warn: Callable[[str], None] | None,
 ) -> None:
     """Everything but the weights: what came with the model and has not changed, as it was."""
     original = carried_files.settings(checkpoints, carried_files.CONFIG)
@@ -292,8 +292,8 @@ def _write_rest(
         tokenizer.save_hf(folder)
     elif same or original.get("vocab_size") == config.vocab_size:
         carried_files.copy_out(checkpoints, folder, carried_files.TOKENIZER)
-    elif original and say is not None:
-        say(
+    elif original and warn is not None:
+        warn(
             f"the vocabulary has {config.vocab_size} tokens where the original's has {original.get('vocab_size')}: no "
             "tokenizer goes with the model; name the one it was trained with (--tokenizer)"
         )

@@ -58,7 +58,7 @@ def twice(rule: Rule, also: str) -> Rule:
 
 def _qkv_shape(c: ModelConfig, theirs: Tensor) -> tuple[int, ...]:
     """Ours, of a weight or (no last dim) a bias."""
-    return (c.groups, c.queries_per_kv_head + 2, c.head_size, *theirs.shape[1:])
+    return (c.num_kv_heads, c.queries_per_kv_head + 2, c.head_size, *theirs.shape[1:])
 
 
 def separate_qkv(attention: str, names: Sequence[str] = ("q_proj", "k_proj", "v_proj")) -> Layout:
@@ -69,7 +69,7 @@ def separate_qkv(attention: str, names: Sequence[str] = ("q_proj", "k_proj", "v_
         return [part.reshape(-1, *w.shape[3:]) for part in (w[:, :q], w[:, q], w[:, q + 1])]
 
     def fuse(c: ModelConfig, ws: Tensors) -> Tensor:
-        per_group = [w.view(c.groups, -1, c.head_size, *w.shape[1:]) for w in ws]
+        per_group = [w.view(c.num_kv_heads, -1, c.head_size, *w.shape[1:]) for w in ws]
         return torch.cat(per_group, dim=1)
 
     def make(ours: str, layer: str, what: str) -> Rule:
@@ -121,7 +121,7 @@ def grouped_qkv(name: str) -> Layout:
         apart = separate_qkv("")(ours, layer, what)
 
         def split(c: ModelConfig, ws: Tensors) -> Tensor:
-            sizes = [c.num_heads * c.head_size, c.groups * c.head_size, c.groups * c.head_size]
+            sizes = [c.num_heads * c.head_size, c.num_kv_heads * c.head_size, c.num_kv_heads * c.head_size]
             return apart.from_hf(c, ws[0].split(sizes))
 
         return Rule(ours, (f"{layer}.{name}.{what}",), lambda c, w: (torch.cat(list(apart.to_hf(c, w))),), split)

@@ -30,10 +30,10 @@ def export_hf(
     dtype: torch.dtype | None = None,
     tokenizer: TokenizerLike | None = None,
     progress: bool = False,
-    say: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Path:
     """:func:`megatron_ds.convert.hugging_face.export_hf` with the architectures of this module."""
-    return hugging_face.export_hf(checkpoint, out_dir, ARCHITECTURES, dtype, tokenizer, progress, say=say)
+    return hugging_face.export_hf(checkpoint, out_dir, ARCHITECTURES, dtype, tokenizer, progress, warn=warn)
 
 
 def import_hf(
@@ -42,7 +42,7 @@ def import_hf(
     dtype: torch.dtype | None = None,
     vocab_multiple: int | None = None,
     progress: bool = False,
-    say: Callable[[str], None] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Path:
     """:func:`megatron_ds.convert.hugging_face.import_hf` with the architectures of this module."""
-    return hugging_face.import_hf(hf_dir, out_dir, ARCHITECTURES, dtype, vocab_multiple, progress, say=say)
+    return hugging_face.import_hf(hf_dir, out_dir, ARCHITECTURES, dtype, vocab_multiple, progress, warn=warn)

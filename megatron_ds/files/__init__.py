@@ -1,7 +1,7 @@
 """Files: bounded readers, atomic writes, direct I/O (:mod:`.direct_io`), checksums, sizes as text."""
 
 from megatron_ds.files.byte_text import checksum, gb
-from megatron_ds.files.standard_output import say
+from megatron_ds.files.standard_output import print_line
 from megatron_ds.files.whole_files import (
     MOST_BYTES,
     check_regular,
@@ -20,11 +20,11 @@ __all__ = [
     "gb",
     "open_regular",
     "parse_json",
+    "print_line",
     "read_bytes",
     "read_json",
     "read_text",
     "replacing",
-    "say",
     "sync_and_close",
     "sync_directory",
     "temporary_beside",

@@ -7,7 +7,7 @@ import os
 import sys
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print a line at once. Where standard output is full or closed that is said, once, and no reason to end a run."""
     try:
         print(text, flush=True)

@@ -28,7 +28,7 @@ class CacheSize:
 
 def local_kv_heads(model: Transformer) -> int:
     """Key/value heads on this rank; where there are fewer than ranks, each computes one of them, as others do."""
-    return max(1, model.config.groups // model.tp.size)
+    return max(1, model.config.num_kv_heads // model.tp.size)
 
 
 class ModelRunner:

@@ -171,9 +171,9 @@ def require_split(c: ModelConfig, tp: int, pp: int) -> None:
     """Raises :class:`ConfigError` where a model cannot be split over ``tp x pp`` ranks."""
     if tp < 1 or pp < 1:
         raise ConfigError(f"tensor_parallel_size={tp} and pipeline_parallel_size={pp} must be 1 or more")
-    if c.num_heads % tp or c.padded_vocab % tp or c.ffn_size % tp or (c.groups % tp and tp % c.groups):
+    if c.num_heads % tp or c.padded_vocab % tp or c.ffn_size % tp or (c.num_kv_heads % tp and tp % c.num_kv_heads):
         raise ConfigError(
-            f"tensor_parallel_size={tp} does not divide {c.num_heads} heads, {c.groups} key/value heads, a "
+            f"tensor_parallel_size={tp} does not divide {c.num_heads} heads, {c.num_kv_heads} key/value heads, a "
             f"feed-forward width of {c.ffn_size} and a vocabulary of {c.padded_vocab}; choose a divisor of all"
         )
     if pp > c.num_layers:

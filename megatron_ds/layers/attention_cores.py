@@ -69,7 +69,7 @@ class AttentionRules:
         return self.dropout > 0.0 and self.keys is not None
 
     @property
-    def plain(self) -> bool:
+    def only_causal(self) -> bool:
         """Whether nothing but causality is asked for."""
         rules = (self.alibi, self.documents, self.window, self.softcap)
         return all(rule is None for rule in rules) and not self.drops
@@ -86,7 +86,7 @@ def make_core(
     if rules.window is not None and rules.window >= length:
         rules = replace(rules, window=None)
     if rules.layout is not None:
-        if not rules.plain:
+        if not rules.only_causal:
             raise ConfigError(
                 "block-sparse attention has no ALiBi, window, softcap, document masks or attention dropout: a layout "
                 "is all there is, and the same for every sample; use rotary or learned positions, and none of these"
@@ -97,11 +97,11 @@ def make_core(
         dtype in HALF,
         keeps_probabilities(length, head_dim),
         rules.causal,
-        not rules.plain,
+        not rules.only_causal,
         rules.drops or rules.softcap is not None,
     ):
         return BlockCore(rules)
-    bias = None if rules.plain else _bias(rules, length, device, dtype)
+    bias = None if rules.only_causal else _bias(rules, length, device, dtype)
     return FusedCore(rules.causal, bias)
 
 

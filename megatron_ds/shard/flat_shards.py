@@ -16,7 +16,7 @@ from megatron_ds.shard.boxes import Box, rectangles
 
 
 class Holder(Protocol):
-    """Memory that is there only while it is held: state that lives on a disk, say."""
+    """Memory that exists only between ``acquire`` and ``release``, like optimizer state on a disk."""
 
     def acquire(self) -> torch.Tensor:
         """1-D, until :meth:`release`."""
@@ -88,7 +88,7 @@ class FlatShard:
         return FlatShard(*place, start, stop, flat, order=order)
 
     @staticmethod
-    def held(
+    def from_holder(
         spec: ShardSpec, kind: str, holder: Holder, offset: int, dtype: torch.dtype, start: int, stop: int
     ) -> FlatShard:
         """The range ``[start, stop)`` of the local tensor, which ``holder`` has from its element ``offset`` on."""
@@ -96,9 +96,9 @@ class FlatShard:
         place = (spec.name, kind, spec.global_shape, spec.offset, spec.local_shape)
         return FlatShard(*place, start, stop, data, holder, offset, spec.order)
 
-    def tensor(self, held: torch.Tensor | None) -> torch.Tensor:
+    def tensor(self, acquired: torch.Tensor | None) -> torch.Tensor:
         """The elements: ``data``, or their part of what the holder gave."""
-        return self.data if held is None else held.narrow(0, self.offset, self.stop - self.start)
+        return self.data if acquired is None else acquired.narrow(0, self.offset, self.stop - self.start)
 
     @staticmethod
     def whole(name: str, kind: str, data: torch.Tensor) -> FlatShard:
@@ -139,18 +139,18 @@ class FlatShard:
         turned = [Box(*(tuple(sizes[p] for p in places) for sizes in (box.offset, box.shape))) for box in found]
         return [box.moved(self.box_offset) for box in turned]
 
-    def parts(self, held: torch.Tensor | None = None) -> Iterator[tuple[Box, torch.Tensor]]:
-        """Each of :meth:`boxes` with its elements, a view of the box's shape; ``held``: what the holder gave."""
-        data, begin = self.tensor(held), 0
+    def parts(self, acquired: torch.Tensor | None = None) -> Iterator[tuple[Box, torch.Tensor]]:
+        """Each of :meth:`boxes` with its elements, a view of the box's shape; ``acquired``: what the holder gave."""
+        data, begin = self.tensor(acquired), 0
         for box in self.boxes():
             yield box, in_order(data[begin : begin + box.numel], box.shape, self.order)
             begin += box.numel
 
-    def row_major(self, held: torch.Tensor | None = None) -> torch.Tensor:
+    def row_major(self, acquired: torch.Tensor | None = None) -> torch.Tensor:
         """1-D: the elements box by box, each row-major, as files hold them. A copy where memory has another order."""
         if not self.order or self.start == self.stop:
-            return self.tensor(held)
-        return torch.cat([part.reshape(-1) for _, part in self.parts(held)])
+            return self.tensor(acquired)
+        return torch.cat([part.reshape(-1) for _, part in self.parts(acquired)])
 
 
 def share_out(flat_shards: Sequence[FlatShard], index: int, count: int) -> list[FlatShard]:

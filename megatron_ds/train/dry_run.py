@@ -43,7 +43,7 @@ class DryRun:
     @cached_property
     def places(self) -> dict[str, dict[str, int]]:
         """Bytes between steps by kind and place: ``device``, ``host``, ``disk``."""
-        return {kind: dict(places) for kind, places in self.account.layout.bytes().held.items()}
+        return {kind: dict(places) for kind, places in self.account.layout.bytes().memory.items()}
 
     @cached_property
     def bytes(self) -> dict[str, int]:

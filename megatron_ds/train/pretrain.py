@@ -13,7 +13,7 @@ from megatron_ds.config import BaseRunConfig, validate
 from megatron_ds.convert.carried_files import take_along
 from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
 from megatron_ds.data.samples import SampleSource, Sources
-from megatron_ds.files import say
+from megatron_ds.files import print_line
 from megatron_ds.kernels import registry
 from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
 from megatron_ds.mesh import Mesh
@@ -61,9 +61,10 @@ def pretrain(config: BaseRunConfig, place: RankInfo, task: Task) -> bool:
         mesh = Mesh.create(shape, device, ranks.group_timeout(device))
         if mesh.rank == 0:
             stack.enter_context(output.owned(config))
-            say("\n".join([str(mesh), *notes]))
+            print_line("\n".join([str(mesh), *notes]))
             if device.type == "cuda" or config.kernels != "auto":
-                say("\n  ".join(["kernels:", *map(str, registry.report(device, DTYPES[config.precision.dtype]))]))
+                kernels = registry.report(device, DTYPES[config.precision.dtype])
+                print_line("\n  ".join(["kernels:", *map(str, kernels)]))
         parts = build(config, mesh, task)
         parts.step.after_first = give_back_freed_memory
         callbacks = default_callbacks(config, mesh, parts.executor, output)
@@ -81,12 +82,12 @@ def pretrain(config: BaseRunConfig, place: RankInfo, task: Task) -> bool:
         if mesh.rank == 0:
             # Only now: whatever failed until here has left the directory as it was.
             for note in output.prepare(config, loop.step):
-                say(note)
+                print_line(note)
             if config.checkpoint.resume or source is not None:
-                say(_resumed(loop.step, config, changes))
+                print_line(_resumed(loop.step, config, changes))
             if config.checkpoint.init_from and source is None:
                 take_along(resolve(config.checkpoint.init_from).parent, output.checkpoints)
-                say("\n  ".join([f"weights from {config.checkpoint.init_from}", *differs]))
+                print_line("\n  ".join([f"weights from {config.checkpoint.init_from}", *differs]))
         return loop.run()
 
 
@@ -133,7 +134,7 @@ def _advice(
 ) -> AdviceCallback:
     """Says on rank 0, through the other callbacks, what the settings cost more than they need to."""
 
-    def say(text: str) -> None:
+    def message(text: str) -> None:
         for callback in callbacks:
             callback.on_message(text)
 
@@ -150,7 +151,7 @@ def _advice(
         config.log.peak_tflops or peak_tflops(mesh.device),
         place.local_world_size,
     )
-    return AdviceCallback(RunAdvice(parts.optimizer, parts.scaler, mesh, micro_batches, say), known)
+    return AdviceCallback(RunAdvice(parts.optimizer, parts.scaler, mesh, micro_batches, message), known)
 
 
 def _evaluation(config: BaseRunConfig, mesh: Mesh, task: Task, valid: SampleSource | None) -> Evaluation | None:

@@ -51,7 +51,7 @@ class RankAccount:
         parameters`` of buckets that are sharded otherwise.
         """
         held = self.layout.bytes(self.micro_batches)
-        found = {kind: dict(places) for kind, places in held.held.items()}
+        found = {kind: dict(places) for kind, places in held.memory.items()}
         found["staging"] = {"host": held.staging}
         for kind, size in self.layout.transient_bytes(self.micro_batches).items():
             found[f"whole {kind}"] = {"device": size}

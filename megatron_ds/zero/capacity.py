@@ -112,7 +112,7 @@ def _faults(rank: RankBytes, node: Sequence[RankBytes], there: Available, zero: 
     own = dataclasses.replace(there, host=1 << 62, disk=None)
     together = dataclasses.replace(there, device=None if there.device is None else 1 << 62)
     mean = RankBytes(
-        {k: {p: sum(r.held[k][p] for r in node) // len(node) for p in PLACES} for k in KINDS},
+        {k: {p: sum(r.memory[k][p] for r in node) // len(node) for p in PLACES} for k in KINDS},
         sum(r.staging for r in node) // len(node),
     )
     shared = zero.model_copy(update={"host_memory_mb": None})
@@ -128,7 +128,7 @@ def _exchange_bytes(rank: RankBytes, resident: int, world: Axis) -> list[tuple[R
     """What every rank of this node will hold, with its parameters' bytes now."""
     if not _talks(world):
         return [(rank, resident)]
-    numbers = [_node(), resident, rank.staging, *(rank.held[kind][place] for kind in KINDS for place in PLACES)]
+    numbers = [_node(), resident, rank.staging, *(rank.memory[kind][place] for kind in KINDS for place in PLACES)]
     row = torch.tensor([numbers], dtype=torch.int64, device=group_device(world))
     rows: list[list[int]] = comm.gather_dim0(row, world).wait().tolist()
     found = []
@@ -195,7 +195,7 @@ def capacity_faults(rank: RankBytes, ranks: int, there: Available, zero: ZeroCon
 
 
 def _parts(rank: RankBytes, place: str) -> str:
-    found = {kind: places.get(place, 0) for kind, places in rank.held.items()}
+    found = {kind: places.get(place, 0) for kind, places in rank.memory.items()}
     if place == "host":
         found["staging"] = rank.staging
     return ", ".join(f"{kind} {gb(size)}" for kind, size in found.items() if size)
@@ -206,7 +206,7 @@ def _on_disk(rank: RankBytes, zero: ZeroConfig, folder: str) -> int:
     size = 0
     for offload, of_state in ((zero.offload_optimizer, True), (zero.offload_parameters, False)):
         if offload.device == "nvme" and offload.path == folder:
-            size += sum(places.get("disk", 0) for kind, places in rank.held.items() if (kind in STATE) == of_state)
+            size += sum(places.get("disk", 0) for kind, places in rank.memory.items() if (kind in STATE) == of_state)
     return size
 
 

@@ -123,7 +123,7 @@ class FlatBucket:
         self.parameters.keep_slice()
         if self.gradients is None or not self.segments:
             return
-        with self.held(changed=True) as segments:
+        with self.acquire_segments(changed=True) as segments:
             self.optimizer = self.rule.over(segments)
             self._bound = self.resident
             if "master" in self.state.rows:
@@ -143,7 +143,7 @@ class FlatBucket:
         return self.state.resident and self.parameters.holding.resident
 
     @contextmanager
-    def held(self, changed: bool) -> Iterator[list[OptimizerSegment]]:
+    def acquire_segments(self, changed: bool) -> Iterator[list[OptimizerSegment]]:
         """What the optimizer sees of each segment; ``changed``: it is written, and goes back to where it lives."""
         assert self.gradients is not None
         rows = self.state.acquire()
@@ -187,7 +187,7 @@ class FlatBucket:
         assert holding is not None
         if not holding.resident:
             dtype = holding.region.dtype
-            return FlatShard.held(segment.spec, kind, holding, offset, dtype, segment.start, segment.stop)
+            return FlatShard.from_holder(segment.spec, kind, holding, offset, dtype, segment.start, segment.stop)
         data = holding.acquire().narrow(0, offset, segment.numel)
         holding.release(changed=False)
         return FlatShard.of(segment.spec, kind, data, segment.start, segment.stop)
@@ -312,7 +312,7 @@ class FlatBucket:
             change(self.optimizer)
             self.master_to_parameters()
             return
-        with self.held(changed=True) as segments:
+        with self.acquire_segments(changed=True) as segments:
             self._masters_follow(look)
             self.optimizer.bind(segments)
             change(self.optimizer)

@@ -41,20 +41,20 @@ class RankBytes:
     """What one rank needs between steps.
 
     Attributes:
-        held: bytes by kind (``"parameters"``, ``"gradients"``, ``"master"``, ``"optimizer"``) and place
+        memory: bytes by kind (``"parameters"``, ``"gradients"``, ``"master"``, ``"optimizer"``) and place
             (``"device"``, ``"host"``, ``"disk"``).
         staging: bytes of host memory for transfers to and from disk, which no ratio makes smaller.
     """
 
-    held: Mapping[str, Mapping[str, int]]
+    memory: Mapping[str, Mapping[str, int]]
     staging: int = 0
 
     def total(self, place: str, kinds: Sequence[str] | None = None) -> int:
-        return sum(places.get(place, 0) for kind, places in self.held.items() if kinds is None or kind in kinds)
+        return sum(places.get(place, 0) for kind, places in self.memory.items() if kinds is None or kind in kinds)
 
     @property
     def by_kind(self) -> dict[str, int]:
-        return {kind: sum(places.values()) for kind, places in self.held.items()}
+        return {kind: sum(places.values()) for kind, places in self.memory.items()}
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,8 @@ class MainGradient:
         written: whether the buffer holds anything yet: the first write overwrites, so that it need not be zeroed.
         writes: writes since the start of the backward pass that is to be reduced; ``expected``: how many it takes.
         own: if there, only gradients of its backward passes are kept.
-        kept: while a list, writes are not done but appended to it, to be called later: where a schedule computes input
-            gradients and weight gradients in actions of their own.
+        deferred: while a list, writes are appended to it and called later: where a schedule computes input gradients
+            and weight gradients in actions of their own.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class MainGradient:
         self.writes = 0
         self.expected = 0
         self.own: OwnBackward | None = None
-        self.kept: list[Callable[[], None]] | None = None
+        self.deferred: list[Callable[[], None]] | None = None
         self._before_write = before_write
         self._on_write = on_write
 
@@ -114,9 +114,9 @@ class MainGradient:
 
     def _keep(self, write: Callable[..., None], *operands: torch.Tensor) -> bool:
         """Whether the write is left for later, with its operands."""
-        if self.kept is None:
+        if self.deferred is None:
             return False
-        self.kept.append(partial(write, *(operand.detach() for operand in operands)))  # not the graph behind them
+        self.deferred.append(partial(write, *(operand.detach() for operand in operands)))  # not the graph behind them
         return True
 
     def add(self, gradient: torch.Tensor) -> None:

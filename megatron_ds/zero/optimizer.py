@@ -380,7 +380,7 @@ class ZeroOptimizer(MovableParameters):
 
     def bytes_by_store(self) -> dict[str, dict[str, int]]:
         """Bytes this rank holds between steps: kind, then ``"device"``, ``"host"`` or ``"disk"``."""
-        return {kind: dict(places) for kind, places in self.layout.bytes().held.items()}
+        return {kind: dict(places) for kind, places in self.layout.bytes().memory.items()}
 
     def bytes_report(self) -> dict[str, int]:
         """The same by kind, wherever they are; see :meth:`megatron_ds.zero.layout.ZeroLayout.bytes`."""

@@ -36,7 +36,7 @@ class BackwardContext:
         reducing: in a backward pass that is reduced as it goes.
         missing: for each bucket, parameters yet to come in it.
         launched: buckets whose reduction was started.
-        kept: of each micro-batch whose ``W`` action is to come, the writes that its ``B`` action left for it.
+        deferred: of each micro-batch whose ``W`` action is to come, the writes that its ``B`` action left for it.
     """
 
     def __init__(self, buckets: Sequence[FlatBucket]):
@@ -44,7 +44,7 @@ class BackwardContext:
         self.reducing = False
         self.missing = [0] * len(self.buckets)
         self.launched = 0
-        self.kept: dict[int, list[Callable[[], None]]] = {}
+        self.deferred: dict[int, list[Callable[[], None]]] = {}
 
     def main_grads(self) -> Iterator[MainGradient]:
         return (main_grad for bucket in self.buckets for main_grad in bucket.main_grads)
@@ -142,7 +142,7 @@ class Reducer:
         for context in self.contexts.values():
             context.launched = 0
             context.reducing = False
-            context.kept.clear()
+            context.deferred.clear()
         self.phase = Phase.ACCUMULATING
 
     def start_backward(self, last: bool, stage: int) -> None:
@@ -170,22 +170,22 @@ class Reducer:
         context = self.contexts.get(stage)
         self._expect_accumulating(context, "start_input_backward")
         if context is not None:
-            kept = context.kept.setdefault(micro_batch, [])
+            deferred = context.deferred.setdefault(micro_batch, [])
             for main_grad in context.main_grads():
-                main_grad.kept = kept
+                main_grad.deferred = deferred
 
     def end_input_backward(self, stage: int) -> None:
         if stage in self.contexts:
             for main_grad in self.contexts[stage].main_grads():
-                main_grad.kept = None
+                main_grad.deferred = None
 
     @torch.no_grad()
     def add_weight_gradients(self, stage: int, micro_batch: int) -> None:
-        """Compute and add what was kept of a micro-batch."""
+        """Compute and add the deferred weight gradients of a micro-batch."""
         if stage in self.contexts:
-            kept = self.contexts[stage].kept.pop(micro_batch)
-            while kept:  # each one's operands are freed as soon as it is computed
-                kept.pop(0)()
+            deferred = self.contexts[stage].deferred.pop(micro_batch)
+            while deferred:  # each one's operands are freed as soon as it is computed
+                deferred.pop(0)()
 
     def _expect_accumulating(self, context: BackwardContext | None, method: str) -> None:
         self.expect(Phase.ACCUMULATING, method)
@@ -273,10 +273,10 @@ class Reducer:
         """Reduce what is left and wait; afterwards every slice holds its sum over the global batch."""
         self.expect(Phase.ACCUMULATING, "finish_gradients")
         for context in self.contexts.values():
-            if context.kept:
+            if context.deferred:
                 raise RuntimeError(
-                    f"the weight gradients of micro-batches {sorted(context.kept)} were never computed; the schedule "
-                    "has a W action for each"
+                    f"the weight gradients of micro-batches {sorted(context.deferred)} were never computed; the "
+                    "schedule has a W action for each"
                 )
             # Where each backward pass is reduced, there is nothing left of a stage that had one.
             if not self.each_backward or any(bucket.lacks_gradients for bucket in context.buckets):

@@ -106,7 +106,7 @@ def test_files_of_any_dtype_and_sharding_are_the_same_model(tmp_path: Path, name
         form(folder, tensors)
         ours, back = tmp_path / f"ours-{number}", tmp_path / f"back-{number}"
         notes: list[str] = []
-        import_hf(folder, ours, say=notes.append)
+        import_hf(folder, ours, warn=notes.append)
         assert [("weights_only" in note) for note in notes] == [True] * (form in (one_pickle, pickled_shards))
         with Checkpoint(ours) as checkpoint:
             found = {checkpoint.dtype(key) for key in checkpoint.names()}

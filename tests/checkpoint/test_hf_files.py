@@ -61,7 +61,7 @@ def test_import_training_and_export_change_none_of_it(folder: Path, tmp_path: Pa
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     said: list[str] = []
-    import_hf(folder, tmp_path / "ours", say=said.append)
+    import_hf(folder, tmp_path / "ours", warn=said.append)
     assert said == [f"{folder}: not taken along: modeling.py, notes.pt, original/"]
     run = fine_tuned(tmp_path / "ours", tmp_path / "run")
     given = None if tokenizer is None else load_tokenizer(str(tmp_path / "ours" / "tokenizer"))
@@ -94,7 +94,7 @@ def test_a_grown_vocabulary_does_not_take_the_smaller_tokenizer(folder: Path, tm
     import_hf(folder, tmp_path / "ours")
     run = fine_tuned(tmp_path / "ours", tmp_path / "run", vocab_size=140)
     notes: list[str] = []
-    export_hf(run, tmp_path / "back", say=notes.append)
+    export_hf(run, tmp_path / "back", warn=notes.append)
     assert not (tmp_path / "back" / "tokenizer.json").exists() and (tmp_path / "back" / "LICENSE").exists()
     assert len(notes) == 1 and "140 tokens where the original's has 131: no tokenizer goes with the model" in notes[0]
 

@@ -51,7 +51,7 @@ def configure(folder: Path, **values: Any) -> None:
 def check_equal(folder: Path, said: str = "") -> None:
     """The import computes what `transformers` computes of the folder, and so does its export; ``said`` is said."""
     notes: list[str] = []
-    import_hf(folder, folder.parent / "ours", say=notes.append)
+    import_hf(folder, folder.parent / "ours", warn=notes.append)
     want = their_logits(folder, TOKENS)
     assert (our_logits(loaded(folder.parent / "ours"), TOKENS) - want).abs().max() < 1e-5
     export_hf(folder.parent / "ours", folder.parent / "back")

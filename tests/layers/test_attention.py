@@ -54,8 +54,8 @@ def rules(documents: bool = False, alibi: int = 0, dropout: float = 0.0, **setti
 
 def fused(rules: AttentionRules, dtype: torch.dtype = torch.float64) -> FusedCore:
     """What a GPU would take."""
-    core = FusedCore(rules.causal, None if rules.plain else _bias(rules, S, torch.device("cpu"), dtype))
-    assert rules.plain or core.bias is not None
+    core = FusedCore(rules.causal, None if rules.only_causal else _bias(rules, S, torch.device("cpu"), dtype))
+    assert rules.only_causal or core.bias is not None
     return core
 
 

@@ -92,12 +92,12 @@ def test_the_main_gradient_gets_the_recipes_product(later: bool) -> None:
     use_recipe(layer, Factors)
     main_grad = MainGradient("weight", lambda main_grad: None, lambda main_grad: None)
     main_grad.view = torch.full((H, FFN), 7.0, dtype=torch.float64)
-    main_grad.kept = [] if later else None
+    main_grad.deferred = [] if later else None
     layer.weight.main_grad = main_grad
     for _ in range(2):
         layer(x).backward(grad)
-    if main_grad.kept is not None:
-        writes, main_grad.kept = main_grad.kept, None
+    if main_grad.deferred is not None:
+        writes, main_grad.deferred = main_grad.deferred, None
         assert len(writes) == 2 and not main_grad.written
         for write in writes:
             write()

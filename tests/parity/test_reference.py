@@ -60,7 +60,7 @@ def plain_of(m: ModelConfig, architecture: str, length: int) -> PlainGPT:
         layers=m.num_layers,
         width=m.hidden_size,
         heads=m.num_heads,
-        kv_heads=m.groups,
+        kv_heads=m.num_kv_heads,
         head_dim=m.head_size,
         inner=m.ffn_size,
         vocabulary=m.vocab_size,

@@ -16,7 +16,7 @@ from megatron_ds.comm.together import exchange, together
 from megatron_ds.engine import Engine
 from megatron_ds.engine.wrapped import plain_name
 from megatron_ds.errors import CheckpointError, ConfigError
-from megatron_ds.files import read_bytes, replacing, say, sync_directory, write_text_durably
+from megatron_ds.files import print_line, read_bytes, replacing, sync_directory, write_text_durably
 from megatron_ds.shard import spec_of
 
 if TYPE_CHECKING:
@@ -140,4 +140,4 @@ def save_weights(
                 safetensors.torch.save_file(whole, temporary, metadata={"format": "pt"})
             sync_directory(folder)
             if path.name != name:
-                say(f"megatron_ds: {folder / name} was asked for and would be a pickle: wrote {path}")
+                print_line(f"megatron_ds: {folder / name} was asked for and would be a pickle: wrote {path}")

@@ -17,7 +17,7 @@ from megatron_ds.config.engine import EngineConfig
 from megatron_ds.deepspeed_json import from_deepspeed, read_values
 from megatron_ds.engine.assemble import mesh_of, start_ranks, torch_optimizer
 from megatron_ds.errors import ConfigError
-from megatron_ds.files import say
+from megatron_ds.files import print_line
 from megatron_ds.integrations.deepspeed.comm import init_distributed
 from megatron_ds.integrations.deepspeed.engine import ConfiguredScheduler, DeepSpeedEngine
 from megatron_ds.integrations.deepspeed.pipe import PipelineEngine, PipelineModule
@@ -77,7 +77,7 @@ def initialize(
     inner = megatron_ds.initialize(model, settings, made, scheduler, mesh=mesh, unit_classes=leaves)
     if inner.mesh.rank == 0:
         for note in notes:
-            say(f"megatron_ds: {name}: {note}")
+            print_line(f"megatron_ds: {name}: {note}")
     kind = PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine
     engine = kind(inner, source, trains)
     if own_schedule:
