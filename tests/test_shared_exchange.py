@@ -89,10 +89,6 @@ def few_numbers() -> list[list[float]]:
         pending = [comm.all_reduce_start(tensor, axis) for tensor in tensors]
         for work, tensor in zip(pending[::-1], tensors[::-1]):
             assert work.wait() is tensor
-        with pytest.raises(AssertionError, match="the group was asked"):
-            comm.all_reduce(torch.zeros(9, dtype=torch.float64), axis)
-        with pytest.raises(AssertionError, match="the group was asked"):
-            comm.all_reduce(torch.zeros(2), axis)
     return [tensor.flatten().tolist() for tensor in tensors]
 
 
@@ -115,14 +111,15 @@ def one_after_the_other() -> tuple[int, int]:
     for number in range(20):
         pending, want = start("sum", number, 8, axis)
         assert torch.equal(pending.wait(), want)
-    small = torch.ones(8)
-    comm.all_reduce(small, axis)
-    assert torch.equal(small, torch.full((8,), 2.0))
+    for size in range(1, 100):  # of many sizes, which share slots
+        small = torch.ones(size)
+        comm.all_reduce(small, axis)
+        assert torch.equal(small, torch.full((size,), 2.0))
     return exchange_of(axis)._started, len(exchange_of(axis)._slots)
 
 
-def test_what_is_never_under_way_together_always_finds_a_slot_and_the_small_go_the_groups_way() -> None:
-    assert run_ranks(one_after_the_other, 2) == [(20, 3)] * 2
+def test_what_is_never_under_way_together_always_finds_a_slot() -> None:
+    assert run_ranks(one_after_the_other, 2) == [(119, 3)] * 2
 
 
 def without_memory() -> int:

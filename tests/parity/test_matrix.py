@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 from parity_rows import SETTINGS, Mesh3, Row, config_of, matrix, meshes, pairs_of, reference_config, wanted_pairs
-from parity_run import Outcome, assert_parity, one_process, run_rows, train_with_shared_memory
+from parity_run import Outcome, assert_parity, one_process, run_rows, train_through_the_group
 
 from megatron_ds.config import validate
 from megatron_ds.testing import run_ranks
@@ -54,15 +54,15 @@ def test_the_matrix_is_the_same_in_every_session() -> None:
 
 
 @cache
-def through_shared_memory() -> dict[Row, list[Outcome]]:
-    """Rows of one mesh, in one job whose tensor-parallel ranks share memory for tensors of any size."""
+def through_the_group() -> dict[Row, list[Outcome]]:
+    """Rows of one mesh, in one job whose tensor-parallel ranks share no memory."""
     rows = [row for row in ROWS if row.mesh == (4, 2, 1)]
-    ranks = run_ranks(train_with_shared_memory, 8, rows)
+    ranks = run_ranks(train_through_the_group, 8, rows)
     return {row: [outcomes[i] for outcomes in ranks] for i, row in enumerate(rows)}
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.mesh == (4, 2, 1)], ids=str)
-def test_the_same_through_shared_memory(row: Row) -> None:
-    """The rows' own tensors are too small for it."""
-    outcomes = through_shared_memory()[row]
+def test_the_same_between_hosts(row: Row) -> None:
+    """In all other rows ranks of one host share memory."""
+    outcomes = through_the_group()[row]
     assert_parity(outcomes, one_process(reference_config(config_of(row)).model_dump_json()))

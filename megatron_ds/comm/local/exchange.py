@@ -28,15 +28,17 @@ class LocalExchange:
     A rank writes its tensor into its own part of a *slot* and sends its tokens; when it waits, it reads the peers'
     parts. As with any collective all ranks start and wait in the same order, so they choose the same slots without
     asking. A slot is free again once every peer is known to have read it: tokens have come of an exchange that they
-    started after they had. Where no slot is free, and for what is too small or too large, the group does it. Sums of a
-    few float64, which every train step needs, go as tokens and need no slot.
+    started after they had. Where no slot is free, and for what is too large, the group does it. Sums of a few float64,
+    which every train step needs, go as tokens and need no slot.
 
     Measured with TP 2 on 2 cores (tools/benchmark, 3 MB a sum): 2,422 tokens/s against gloo's 2,271, and 2,321 against
-    2,030 with sequence parallelism, where two ranks that exchange nothing do 2,652.
+    2,030 with sequence parallelism, where two ranks that exchange nothing do 2,652. Small tensors gain most: a step of
+    a diffusion transformer with sums of 25 KB takes 22 ms instead of 50, with 200 KB on four ranks 80 instead of 196.
     """
 
     SLOTS = 3  # two in turn, and one for what waits longer
-    SMALLEST, LARGEST = 1 << 18, 1 << 26  # bytes; below, gloo's one message is quicker than two tokens
+    LARGEST = 1 << 26  # bytes
+    FIRST = 1 << 18  # bytes of a slot at least: small tensors come in many sizes, and a larger one makes all slots anew
     NUMBERS = 8  # of float64, at most, go as tokens: a step's two messages cost a rank 2.5 ms of CPU time through gloo
 
     def __init__(self, axis: Axis):
@@ -122,17 +124,17 @@ class LocalExchange:
 
     def _take(self, whole: torch.Tensor, other: torch.Tensor) -> _Slot | None:
         """A free slot of at least the bytes of ``whole``, the same on all ranks."""
-        fits = self.axis.layerwise and self.SMALLEST <= whole.nbytes <= self.LARGEST and whole.device.type == "cpu"
+        fits = self.axis.layerwise and 0 < whole.nbytes <= self.LARGEST and whole.device.type == "cpu"
         if not (fits and whole.is_contiguous() and other.is_contiguous()):
             return None
         if whole.nbytes > self._slot_bytes:
-            self._slot_bytes = whole.nbytes
+            self._slot_bytes = size = max(whole.nbytes, self.FIRST)
             # What is under way keeps its slot of the old arena, and that memory, until it is done.
-            arena = SharedArena.create(SharedArena.bytes_for([(whole.nbytes, torch.uint8)] * self.SLOTS), self.axis)
+            arena = SharedArena.create(SharedArena.bytes_for([(size, torch.uint8)] * self.SLOTS), self.axis)
             if arena is None:
                 self._slot_bytes = self.LARGEST  # and do not ask again
             self._arena = arena
-            self._slots = [_Slot(arena.take(whole.nbytes, torch.uint8)) for _ in range(self.SLOTS) if arena is not None]
+            self._slots = [_Slot(arena.take(size, torch.uint8)) for _ in range(self.SLOTS) if arena is not None]
         for slot in self._slots:
             if slot.free_after is not None and slot.free_after <= self._confirmed:
                 slot.free_after = None
