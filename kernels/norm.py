@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.kernels.autograd import first_derivative_only
+from megatron_ds.kernels.column_sums import ColumnSums, with_bias_gradient
 from megatron_ds.kernels.cpu.half_layer_norm import HalfLayerNorm
 from megatron_ds.kernels.dropout import dropout_add, threshold
 from megatron_ds.kernels.registry import Op, below_autograd, define
@@ -22,7 +23,7 @@ NORM = Op("norm", twin="norm")
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """``(x - mean) / sqrt(var + eps) * weight + bias`` (Ba et al. 2016)."""
     if NORM.choose(x) == "triton":
-        return torch.ops.megatron_ds.norm(x, None, None, weight, bias, eps, 0.0, False)[0]
+        return torch.ops.megatron_ds.norm(x, None, None, weight, bias, None, eps, 0.0, False)[0]
     return layer_norm_reference(x, weight, bias, eps)
 
 
@@ -35,7 +36,7 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: fl
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x / sqrt(mean(x^2) + eps) * weight`` (Zhang and Sennrich 2019)."""
     if NORM.choose(x) == "triton":
-        return torch.ops.megatron_ds.norm(x, None, None, weight, None, eps, 0.0, True)[0]
+        return torch.ops.megatron_ds.norm(x, None, None, weight, None, None, eps, 0.0, True)[0]
     return rms_norm_reference(x, weight, eps)
 
 
@@ -54,12 +55,15 @@ def add_norm(
     kind: str = "layernorm",
     p: float = 0.0,
     row_keys: Tensor | None = None,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The seam of two transformer sub-layers in one pass: ``summed = residual + dropout(x)``, then its norm.
 
     Args:
         kind: ``"layernorm"`` or ``"rmsnorm"``.
         p, row_keys: as in :func:`megatron_ds.kernels.dropout.dropout_add`.
+        x_bias: ``[h]``, a bias that ``x`` has in it already, as in
+            :func:`megatron_ds.kernels.column_sums.with_bias_gradient`.
 
     Returns:
         The norm of ``summed``, and ``summed`` itself, the next residual; both in the dtype that torch promotes ``x``
@@ -67,9 +71,9 @@ def add_norm(
     """
     if NORM.choose(x) == "triton":
         keys, p = (None, 0.0) if row_keys is None or p == 0.0 else (row_keys, p)
-        y, summed, _, _ = torch.ops.megatron_ds.norm(x, residual, keys, weight, bias, eps, p, kind == "rmsnorm")
+        y, summed, _, _ = torch.ops.megatron_ds.norm(x, residual, keys, weight, bias, x_bias, eps, p, kind == "rmsnorm")
         return y, summed
-    summed = dropout_add(x, residual, p, row_keys)
+    summed = dropout_add(x if x_bias is None else with_bias_gradient(x, x_bias), residual, p, row_keys)
     if kind == "rmsnorm":
         return rms_norm_reference(summed, weight, eps), summed
     return layer_norm_reference(summed, weight, bias, eps), summed
@@ -86,14 +90,15 @@ class _Norm(torch.autograd.Function):
         row_keys: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
+        x_bias: Tensor | None,
         eps: float,
         p: float,
         rms: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with below_autograd():
-            y, summed, mean, rstd = torch.ops.megatron_ds.norm(x, residual, row_keys, weight, bias, eps, p, rms)
-        ctx.save_for_backward(x if residual is None else summed, row_keys, weight, mean, rstd)
-        ctx.p, ctx.rms, ctx.bias_dtype = p, rms, None if bias is None else bias.dtype
+            y, summed, mean, rstd = torch.ops.megatron_ds.norm(x, residual, row_keys, weight, bias, x_bias, eps, p, rms)
+        ctx.save_for_backward(x if residual is None else summed, row_keys, weight, bias, x_bias, mean, rstd)
+        ctx.p, ctx.rms = p, rms
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
         ctx.fused = residual is not None
         ctx.set_materialize_grads(False)
@@ -104,17 +109,18 @@ class _Norm(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad, grad_summed = grads[:2]
-        summed, row_keys, weight, mean, rstd = ctx.saved_tensors
+        summed, row_keys, weight, bias, x_bias, mean, rstd = ctx.saved_tensors
         grad_summed = grad_summed if ctx.fused else None
         if grad is None:
             grad = torch.zeros_like(summed)
-        d_summed, dropped, parameters = torch.ops.megatron_ds.norm_backward(
-            grad, grad_summed, summed, row_keys, weight, mean, rstd, ctx.p, ctx.rms, ctx.bias_dtype is not None
-        )
-        d_bias = None if ctx.bias_dtype is None else parameters[1].to(ctx.bias_dtype)
+        with ColumnSums((weight, bias, x_bias), ctx.needs_input_grad[3:6]) as sums:
+            d_summed, dropped = torch.ops.megatron_ds.norm_backward(
+                grad, grad_summed, summed, row_keys, weight, mean, rstd, sums.totals, sums.keep, ctx.p, ctx.rms,
+                bias is not None,
+            )  # fmt: skip
         d_x = (d_summed if row_keys is None else dropped).to(ctx.dtypes[0])
         d_residual = d_summed.to(ctx.dtypes[1]) if ctx.fused else None
-        return d_x, d_residual, None, parameters[0].to(weight.dtype), d_bias, None, None, None
+        return d_x, d_residual, None, *sums.gradients, None, None, None
 
 
 def _norm_fake(
@@ -123,6 +129,7 @@ def _norm_fake(
     row_keys: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
+    x_bias: Tensor | None,
     eps: float,
     p: float,
     rms: bool,
@@ -135,26 +142,15 @@ def _norm_fake(
 
 
 def _norm_backward_fake(
-    grad: Tensor,
-    grad_summed: Tensor | None,
-    summed: Tensor,
-    row_keys: Tensor | None,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    p: float,
-    rms: bool,
-    has_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dropped = summed.new_empty(0 if row_keys is None else summed.shape)
-    parameters = summed.new_empty((2 if has_bias else 1, summed.shape[-1]), dtype=torch.float32)
-    return summed.new_empty(summed.shape), dropped, parameters
+    grad: Tensor, grad_summed: Tensor | None, summed: Tensor, row_keys: Tensor | None, *others: Any
+) -> tuple[Tensor, Tensor]:
+    return summed.new_empty(summed.shape), summed.new_empty(0 if row_keys is None else summed.shape)
 
 
 define(
-    "norm(Tensor x, Tensor? residual, Tensor? row_keys, Tensor weight, Tensor? bias, float eps, float p, bool rms)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda x, residual, row_keys, weight, bias, eps, p, rms: NORM.load(x).norm(
+    "norm(Tensor x, Tensor? residual, Tensor? row_keys, Tensor weight, Tensor? bias, Tensor? x_bias, float eps,"
+    " float p, bool rms) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda x, residual, row_keys, weight, bias, x_bias, eps, p, rms: NORM.load(x).norm(
         x, residual, row_keys, weight, bias, eps, p, threshold(p), rms
     ),
     _norm_fake,
@@ -162,9 +158,11 @@ define(
 )
 define(
     "norm_backward(Tensor grad, Tensor? grad_summed, Tensor summed, Tensor? row_keys, Tensor weight, Tensor mean,"
-    " Tensor rstd, float p, bool rms, bool has_bias) -> (Tensor, Tensor, Tensor)",
-    lambda grad, grad_summed, summed, row_keys, weight, mean, rstd, p, rms, has_bias: NORM.load(summed).norm_backward(
-        grad, grad_summed, summed, row_keys, weight, mean, rstd, p, threshold(p), rms, has_bias
+    " Tensor rstd, Tensor(a!)[] totals, bool[] keep, float p, bool rms, bool has_bias) -> (Tensor, Tensor)",
+    lambda grad, grad_summed, summed, row_keys, weight, mean, rstd, totals, keep, p, rms, has_bias: NORM.load(
+        summed
+    ).norm_backward(
+        grad, grad_summed, summed, row_keys, weight, mean, rstd, totals, keep, p, threshold(p), rms, has_bias
     ),
     _norm_backward_fake,
 )

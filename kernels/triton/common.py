@@ -13,6 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+STAGES = 3
+"""Rows or tiles of a walking kernel that are under way at once: loads of the next two fill shared memory meanwhile."""
+
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensor's."""
@@ -22,6 +25,13 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
 def processors(x: Tensor) -> int:
     """Streaming multiprocessors of the tensor's device; under the interpreter a number that tests can reason with."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.device.type == "cuda" else 2
+
+
+def persistent(x: Tensor, tiles: int, warps: int, resident: int) -> int:
+    """Programs of a kernel that walks over ``tiles``, with ``resident`` warps an SM; none has more than one tile less
+    than another."""
+    most = processors(x) * max(1, resident // warps)
+    return triton.cdiv(tiles, triton.cdiv(tiles, most))
 
 
 def elementwise_tile(rows: int, columns: int, elements: int = 1024) -> tuple[tuple[int, int], dict[str, int]]:
@@ -38,6 +48,12 @@ def as_rows(x: Tensor) -> Tensor:
     """``[..., n]`` as ``[rows, n]`` with neighbouring columns side by side; a copy only where no view will do."""
     x = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.new_empty(x.shape[:-1].numel(), 0)
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+@triton.jit
+def sum_pair(a, b):
+    """Row sums ``[rows, 1]`` of two ``[rows, columns]``, by one reduction: the threads meet once."""
+    return tl.split(tl.sum(tl.join(a, b), axis=1, keep_dims=True))
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from megatron_ds import comm
 from megatron_ds.kernels.accumulate import add_rows, sum_rows
 from megatron_ds.kernels.autograd import first_derivative_only
+from megatron_ds.kernels.column_sums import add_to_gradient
 from megatron_ds.layers.recipe import OwnPrecision, Recipe
 from megatron_ds.mesh import Axis
 from megatron_ds.shard import WHOLE, ShardedDim, ShardSpec, empty_parameter
@@ -80,12 +81,7 @@ def _weight_gradient(recipe: Recipe, weight: Tensor, grad: Tensor, x: Tensor) ->
 
 def _bias_gradient(bias: Tensor, grad: Tensor) -> Tensor | None:
     """The bias's gradient, likewise."""
-    total = sum_rows(grad).view(bias.shape)
-    main_grad = getattr(bias, "main_grad", None)
-    if main_grad is not None:
-        main_grad.add(total)
-        return None
-    return total.to(bias.dtype)
+    return add_to_gradient(bias, sum_rows(grad))
 
 
 class _Linear(nn.Module):

@@ -131,7 +131,7 @@ class MainGradient:
             view.add_(gradient)
         else:
             view.copy_(gradient)
-        self._wrote()
+        self.wrote()
 
     def add_matmul(self, left: torch.Tensor, right: torch.Tensor, add: Callable[..., None] = add_product) -> None:
         """Add ``left @ right`` (``[rows, k] @ [k, columns]``), where ``columns`` is the parameter's last dim.
@@ -144,7 +144,7 @@ class MainGradient:
         if (view := self._buffer()) is None:
             return
         add(view.view(-1, view.shape[-1]), left, right, not self.written)
-        self._wrote()
+        self.wrote()
 
     def add_rows(self, indices: torch.Tensor, rows: torch.Tensor) -> None:
         """Add ``rows[i]`` to row ``indices[i]`` of a 2-D parameter (``[n]``, ``[n, columns]``); indices may repeat.
@@ -159,7 +159,7 @@ class MainGradient:
         if not self.written:
             view.zero_()
         add_rows(view, indices, rows)
-        self._wrote()
+        self.wrote()
 
     def add_scaled(self, gradient: torch.Tensor, factor: torch.Tensor) -> None:
         """Add ``gradient * factor`` (a scalar) in one pass. Rows that ``gradient`` lacks at the end are zero."""
@@ -173,7 +173,16 @@ class MainGradient:
         else:
             torch.mul(gradient, factor, out=rows)
             view[gradient.shape[0] :].zero_()
-        self._wrote()
+        self.wrote()
+
+    def for_kernel(self) -> tuple[torch.Tensor, bool] | None:
+        """For a kernel that adds the gradient itself: where, and whether to keep what is there (else overwrite it).
+
+        After the launch comes :meth:`wrote`. None: not here and now; the gradient goes through :meth:`add`.
+        """
+        if self.deferred is not None or (view := self._buffer()) is None:
+            return None
+        return view, self.written
 
     def _buffer(self) -> torch.Tensor | None:
         """Where to write; None: nowhere, the gradient is another's."""
@@ -184,7 +193,8 @@ class MainGradient:
             assert self.view is not None
         return self.view
 
-    def _wrote(self) -> None:
+    def wrote(self) -> None:
+        """A write is done."""
         self.written = True
         self.writes += 1
         self._on_write(self)

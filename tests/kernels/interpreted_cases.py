@@ -24,6 +24,7 @@ from megatron_ds.kernels.dropout import dropout_add, keep_mask
 from megatron_ds.kernels.norm import add_norm, layer_norm, rms_norm
 from megatron_ds.kernels.rotary import rotary
 from megatron_ds.kernels.softmax import scaled_masked_softmax
+from megatron_ds.zero.main_grad import MainGradient
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CASES: dict[str, Callable[[], None]] = {}
@@ -66,6 +67,50 @@ for dtype in DTYPES:
                         partial(fused, kind=kind, p=p),
                         x, x, w, bias, partial(keys, 3, 3),
                     )  # fmt: skip
+for kind, bias, columns in (
+    ("layernorm", True, 37),
+    ("rmsnorm", False, 37),
+    ("layernorm", True, 4100),
+    ("layernorm", True, 12345),
+):
+    # The bias of the layer before, whose gradient is the column sums of what that layer gets.
+    def seam(x: Tensor, r: Tensor, w: Tensor, b: Tensor | None, x_bias: Tensor, k: Tensor, kind: str, p: float) -> Any:
+        return add_norm(x, r, w, b, 1e-5, kind=kind, p=p, row_keys=k, x_bias=x_bias)
+
+    half = torch.bfloat16 if columns > 37 else torch.float16
+    x, w = partial(normal, 7, 1, columns, dtype=half), partial(normal, columns, dtype=half)
+    for p in (0.0, 0.3) if columns == 37 else (0.3,):
+        inputs = x, x, w, w if bias else nothing, w, partial(keys, 7, 1)
+        add(f"add_norm {kind} {columns} bias before p={p}", partial(seam, kind=kind, p=p), *inputs)
+
+
+def main_gradients() -> None:
+    """A kernel adds to main gradients itself: the first write overwrites, later ones add, and each is counted."""
+    written: list[str] = []
+    results = []
+    for implementation in ("triton", "reference"):
+        torch.manual_seed(0)
+        x, r = (normal(5, 12).requires_grad_() for _ in range(2))
+        parameters = [normal(12).requires_grad_() for _ in range(3)]
+        if implementation == "triton":
+            for name, parameter in zip(("weight", "bias", "x_bias"), parameters):
+                parameter.main_grad = main = MainGradient(
+                    name, lambda main: None, lambda main: written.append(main.name)
+                )
+                main.view = torch.full((12,), torch.nan)
+        w, b, x_bias = parameters
+        with registry.use(implementation):
+            for _ in range(2):
+                add_norm(x, r, w, b, 1e-5, x_bias=x_bias)[0].square().sum().backward()
+        results.append([p.main_grad.view if implementation == "triton" else p.grad for p in parameters])
+        if implementation == "triton":
+            assert all(p.grad is None for p in parameters)
+    assert written == ["weight", "bias", "x_bias"] * 2, written
+    for got, want in zip(*results):
+        close("main gradient", got, want.double(), 1e-5)
+
+
+CASES["norm main gradients"] = main_gradients
 # More rows than the programs of a persistent backward pass hold at once; rows that a program's tile does not fill.
 add(
     "layer_norm many rows", partial(layer_norm, eps=1e-5), lambda: normal(1061, 8), lambda: normal(8), lambda: normal(8)

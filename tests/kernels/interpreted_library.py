@@ -32,8 +32,8 @@ def op_check(name: str, *arguments: Any) -> None:
 
 X, W, R, LONG = normal(3, 8), normal(8), torch.rand(3), torch.tensor([1, 2, 9])
 OPERATORS: dict[str, tuple[Any, ...]] = {
-    "norm": (X.clone(), X.clone(), keys(3), W.clone(), W.clone(), 1e-5, 0.2, False),
-    "norm_backward": (X, X, X, keys(3), W, R, R, 0.2, False, True),
+    "norm": (X.clone(), X.clone(), keys(3), W.clone(), W.clone(), W.clone(), 1e-5, 0.2, False),
+    "norm_backward": (X, X, X, keys(3), W, R, R, [W.clone() for _ in "wbx"], [True, False, True], 0.2, False, True),
     "dropout_add": (X.clone(), X.clone(), keys(3), 0.2),
     "gated": (X.clone(), "silu"),
     "gated_backward": (X[:, :4].contiguous(), X, "silu"),
@@ -53,7 +53,7 @@ def op_check_statistics() -> None:
     torch.library.opcheck(torch.ops.megatron_ds.logit_gradient_.default, given)
 
 
-LIBRARY["opcheck norm alone"] = partial(op_check, "norm", X.clone(), None, None, W.clone(), None, 1e-5, 0.0, True)
+LIBRARY["opcheck norm alone"] = partial(op_check, "norm", X.clone(), None, None, W.clone(), None, None, 1e-5, 0.0, True)
 LIBRARY["opcheck cross entropy"] = op_check_statistics
 
 

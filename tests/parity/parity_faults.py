@@ -82,14 +82,14 @@ def no_sequence_gather_backward() -> AbstractContextManager[Any]:
 
 
 def gradient_doubled() -> AbstractContextManager[Any]:
-    wrote = MainGradient._wrote
+    wrote = MainGradient.wrote
 
     def doubled(main_grad: MainGradient) -> None:
         if main_grad.name == "layers.1.mlp.up.weight":
             main_grad.view.mul_(2)
         wrote(main_grad)
 
-    return patch.object(MainGradient, "_wrote", doubled)
+    return patch.object(MainGradient, "wrote", doubled)
 
 
 def norm_gradients_not_summed_over_tp() -> AbstractContextManager[Any]:

@@ -1,0 +1,89 @@
+"""Gradients of vectors that are column sums: those of biases and of the weights of norms.
+
+A kernel that walks over a gradient anyway makes its column sums as well, and one more launch adds them to the gradients
+of all of its parameters. So a bias need not get its gradient from the layer that adds it: that layer takes it detached,
+and the operator behind it, whose backward pass writes the gradient of the layer's result, takes it too
+(``x_bias``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ds.kernels.accumulate import sum_rows
+from megatron_ds.kernels.autograd import first_derivative_only
+
+
+def with_bias_gradient(x: Tensor, bias: Tensor) -> Tensor:
+    """``x [..., columns]``, which has ``bias [columns]`` in it already, detached: the bias gets its gradient here."""
+    return _WithBiasGradient.apply(x, bias)
+
+
+class _WithBiasGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(bias)
+        return x.view_as(x)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (bias,) = ctx.saved_tensors
+        return grads[0], add_to_gradient(bias, sum_rows(grads[0])) if ctx.needs_input_grad[1] else None
+
+
+def add_to_gradient(bias: Tensor, total: Tensor) -> Tensor | None:
+    """Add it to the bias's main gradient; where there is none, what autograd gets."""
+    main_grad = getattr(bias, "main_grad", None)
+    if main_grad is None:
+        return total.view(bias.shape).to(bias.dtype)
+    main_grad.add(total.view(bias.shape))
+    return None
+
+
+class ColumnSums:
+    """Where a backward kernel leaves the column sums that are the gradients of some parameters.
+
+    A context: inside it ``totals`` are to be written, added to what is there where ``keep`` says so. Those are the main
+    gradients where parameters have them. Afterwards ``gradients`` are what autograd gets, one a parameter.
+
+    Args:
+        parameters: None for one that there is not.
+        needed: whether each of them wants its gradient.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor | None], needed: Sequence[bool]):
+        self._main: list[Any] = [
+            getattr(p, "main_grad", None) if need else None for p, need in zip(parameters, needed, strict=True)
+        ]
+        places = [None if main is None else main.for_kernel() for main in self._main]
+        # Of one dtype, as they are written by one launch.
+        dtypes = {p.dtype for p in parameters if p is not None} | {place[0].dtype for place in places if place}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        self._parameters, self._direct = parameters, [place is not None for place in places]
+        self.totals, self.keep = [], []
+        for parameter, place in zip(parameters, places):
+            if parameter is not None:
+                total, keep = place or (parameter.new_empty(parameter.shape, dtype=dtype), False)
+                self.totals.append(total.view(-1))
+                self.keep.append(keep)
+        self.gradients: list[Tensor | None] = []
+
+    def __enter__(self) -> ColumnSums:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        totals = iter(self.totals)
+        for parameter, main, direct in zip(self._parameters, self._main, self._direct):
+            total = None if parameter is None else next(totals).view(parameter.shape)
+            if main is not None and error is None:
+                if direct:
+                    main.wrote()
+                else:
+                    main.add(total)
+                total = None
+            self.gradients.append(None if total is None or parameter is None else total.to(parameter.dtype))
