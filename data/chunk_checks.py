@@ -18,6 +18,8 @@ from megatron_ds.errors import DataError
 
 CHUNK_BYTES = 1 << 16
 """A row reads one or two chunks. Larger ones cost more for each row, smaller ones more memory: this is 0.01%."""
+FETCH_BYTES = 16 << 20
+"""A chunk of a remote file, fetched at once."""
 
 
 class ChunkSums:
@@ -49,21 +51,45 @@ class ChunkSums:
         return np.array(self._sums, np.uint64)
 
 
+class StreamSums:
+    """xxh3-64 of a stream, of its chunks of :data:`FETCH_BYTES` for the manifest, and of those of
+    :data:`CHUNK_BYTES`."""
+
+    def __init__(self) -> None:
+        self._whole = xxhash.xxh3_64()
+        self._large, self._small = ChunkSums(FETCH_BYTES), ChunkSums(CHUNK_BYTES)
+        self._bytes = 0
+
+    def update(self, content: bytes | memoryview) -> None:
+        self._bytes += len(content)
+        for part in (self._whole, self._large, self._small):
+            part.update(content)
+
+    def describe(self) -> dict[str, Any]:
+        """``bytes``, ``xxh3`` and ``chunks`` for a manifest. Ends the stream."""
+        chunks = [f"{digest:016x}" for digest in self._large.finish().tolist()]
+        return {"bytes": self._bytes, "xxh3": self._whole.hexdigest(), "chunks": chunks}
+
+    def sums(self) -> npt.NDArray[np.uint64]:
+        """Of the small chunks. Ends the stream."""
+        return self._small.finish()
+
+
 class CheckedArray:
     """Looks like the array of a whole file where a dataset needs it: ``size``, ``dtype``, an index or a slice.
 
     Args:
         path: of the file, mapped read-only.
         dtype: of its elements.
-        sums: uint64, one a chunk of :data:`CHUNK_BYTES`, as :class:`ChunkSums` made them.
+        sums: uint64, one a chunk, as :class:`ChunkSums` made them.
     """
 
-    def __init__(self, path: Path, dtype: npt.DTypeLike, sums: npt.NDArray[np.uint64]):
+    def __init__(self, path: Path, dtype: npt.DTypeLike, sums: npt.NDArray[np.uint64], chunk_bytes: int = CHUNK_BYTES):
         self.path, self.dtype = path, np.dtype(dtype)
         # Plain ndarray views: np.memmap's own indexing is several times slower.
         self._content: npt.NDArray[np.uint8] = np.frombuffer(np.memmap(path, np.uint8, "r"), np.uint8)
         self._array: npt.NDArray = self._content.view(self.dtype)
-        self._sums = sums
+        self._sums, self._chunk_bytes = sums, chunk_bytes
         self._compared = bytearray(sums.size)
         self.size = int(self._array.size)
 
@@ -71,16 +97,21 @@ class CheckedArray:
         start, stop, step = where.indices(self.size) if isinstance(where, slice) else (where, where + 1, 1)
         assert step == 1 and start >= 0, "elements are read in runs, from the start on"
         if stop > start:
-            first = start * self.dtype.itemsize // CHUNK_BYTES
-            last = (stop * self.dtype.itemsize - 1) // CHUNK_BYTES
+            first = start * self.dtype.itemsize // self._chunk_bytes
+            last = (stop * self.dtype.itemsize - 1) // self._chunk_bytes
             for chunk in range(first, last + 1):
                 if not self._compared[chunk]:
                     self._compare(chunk)
+                    self._compared[chunk] = 1
         return self._array[where]
 
+    def _chunk(self, chunk: int) -> tuple[int, npt.NDArray[np.uint8]]:
+        """Where a chunk starts, and its bytes."""
+        start = chunk * self._chunk_bytes
+        return start, self._content[start : start + self._chunk_bytes]
+
     def _compare(self, chunk: int) -> None:
-        start = chunk * CHUNK_BYTES
-        content = self._content[start : start + CHUNK_BYTES]
+        start, content = self._chunk(chunk)
         found = xxhash.xxh3_64_intdigest(content.data)
         if found != int(self._sums[chunk]):
             raise DataError(
@@ -88,4 +119,3 @@ class CheckedArray:
                 f"checksum {found:016x}, not {int(self._sums[chunk]):016x}. It was damaged or changed since: copy it "
                 "again, or preprocess again"
             )
-        self._compared[chunk] = 1

@@ -20,12 +20,13 @@ import numpy.typing as npt
 
 from megatron_ds.data.cache import cached_arrays
 from megatron_ds.data.chunk_checks import CheckedArray
+from megatron_ds.data.dataset_files import MASK_SUFFIX, mask_path
 from megatron_ds.data.document_split import DocumentRange
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.inspect import document_lengths
 from megatron_ds.data.order import order
 from megatron_ds.data.samples import Batch
-from megatron_ds.data.verify import MASK_SUFFIX, dataset_identity, mask_path
+from megatron_ds.data.verify import dataset_identity
 from megatron_ds.errors import DataError
 
 CHUNK_TOKENS = 1 << 24

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_ds.data.blend_sources import Weighted, blend_of_splits, splits_of_blends
 from megatron_ds.data.conversation_dataset import ConversationDataset
+from megatron_ds.data.dataset_files import read_manifest
 from megatron_ds.data.document_split import DocumentRange
 from megatron_ds.data.fim import FillInTheMiddle, FIMDataset, sentinels
 from megatron_ds.data.gpt_dataset import GPTDataset, TextSource
@@ -16,7 +17,7 @@ from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.samples import Sources
 from megatron_ds.data.synthetic import SyntheticDataset
 from megatron_ds.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_ds.data.verify import check_token_ids, read_manifest
+from megatron_ds.data.verify import check_token_ids
 from megatron_ds.errors import DataError
 
 

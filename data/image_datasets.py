@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ds.data.verify import files_identity
+from megatron_ds.data.dataset_files import files_identity
 from megatron_ds.errors import DataError
 
 _CAPTIONS, _LABELS = ("text", "caption"), ("label", "labels")

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ds.data.cache import cached_arrays
+from megatron_ds.data.dataset_files import files_identity
 from megatron_ds.data.image_folders import SUFFIXES
-from megatron_ds.data.verify import files_identity
 from megatron_ds.errors import DataError
 from megatron_ds.files import parse_json
 

@@ -19,16 +19,12 @@ Shape legend: ``S`` sequences, ``D`` documents + 1.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import struct
-from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +33,6 @@ import xxhash
 from megatron_ds.data.chunk_checks import CheckedArray
 from megatron_ds.data.remote import is_url, open_remote
 from megatron_ds.errors import DataError
-from megatron_ds.files import sync_and_close, temporary_beside
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -46,7 +41,6 @@ DTYPES: dict[int, np.dtype] = {
     code: np.dtype(name).newbyteorder("<")
     for code, name in {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 6: "f8", 7: "f4", 8: "u2"}.items()
 }
-COPY_BYTES = 8 << 20
 
 
 def dtype_for_vocabulary(vocab_size: int) -> np.dtype:
@@ -76,107 +70,9 @@ def new_prefix(path: str | os.PathLike[str]) -> str:
     return prefix
 
 
-class IndexedDatasetWriter:
-    """Writes one dataset; nothing appears under its final name before :meth:`close` has written everything.
-
-    Args:
-        prefix: path without suffix; ``prefix.bin`` and ``prefix.idx`` are replaced if they exist.
-        dtype: of a token, one of :data:`DTYPES`.
-
-    As a context manager it closes on success and leaves no file behind after an exception. Memory: 4 bytes a
-    sequence and 8 a document, until closed.
-    """
-
-    def __init__(self, prefix: str | os.PathLike[str], dtype: npt.DTypeLike):
-        self.prefix = new_prefix(prefix)
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        self._code = _dtype_code(self.dtype)
-        bin_path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = contextlib.ExitStack()
-        self._temporary_bin = self._temporary.enter_context(temporary_beside(f"{self.prefix}.bin"))
-        self._temporary_idx = self._temporary.enter_context(temporary_beside(f"{self.prefix}.idx"))
-        self._file = self._temporary_bin.open("wb")
-        self._lengths = array("i")
-        self._document_ends = array("q")
-
-    def add_document(self, tokens: npt.ArrayLike) -> None:
-        """One document of one sequence. Ids that do not fit the dtype are refused."""
-        self.add_sequence(tokens)
-        self.end_document()
-
-    def add_sequence(self, tokens: npt.ArrayLike) -> None:
-        """One sequence ``[n]``; the document goes on until :meth:`end_document`."""
-        values = np.asarray(tokens)
-        self._file.write(_fitting(values, self.dtype).tobytes())
-        self._lengths.append(values.size)
-
-    def end_document(self) -> None:
-        self._document_ends.append(len(self._lengths))
-
-    def add_documents(self, tokens: npt.NDArray, lengths: npt.NDArray) -> None:
-        """Many one-sequence documents at once: ``tokens [sum(lengths)]`` laid end to end, ``lengths [n]``."""
-        if int(np.sum(lengths, dtype=np.int64)) != tokens.size:
-            raise ValueError(f"lengths sum to {np.sum(lengths)}, but there are {tokens.size} tokens")
-        self._file.write(_fitting(tokens, self.dtype).tobytes())
-        ends = len(self._lengths) + np.arange(1, lengths.size + 1, dtype=np.int64)
-        self._lengths.frombytes(np.asarray(lengths, np.int32).tobytes())
-        self._document_ends.frombytes(ends.tobytes())
-
-    def add_dataset(self, other: IndexedDataset) -> None:
-        """All of another dataset of the same dtype, by copying bytes."""
-        if other.dtype != self.dtype:
-            raise DataError(
-                f"{other.bin_path} holds {other.dtype.name} tokens, but {self.prefix}.bin is {self.dtype.name}; "
-                "datasets can be merged only within one dtype: preprocess them with the same tokenizer"
-            )
-        with other.bin_path.open("rb") as source:
-            shutil.copyfileobj(source, self._file, COPY_BYTES)
-        ends = np.asarray(other.document_bounds[1:]) + len(self._lengths)
-        self._lengths.frombytes(np.asarray(other.lengths, np.int32).tobytes())
-        self._document_ends.frombytes(ends.astype(np.int64).tobytes())
-
-    def close(self) -> None:
-        """Write the index and move both files to their final names (the index last: with it the dataset exists)."""
-        lengths = np.frombuffer(self._lengths, np.int32)
-        ends = np.frombuffer(self._document_ends, np.int64)
-        if lengths.size and (not ends.size or ends[-1] != lengths.size):
-            raise ValueError("the last document was not ended: call end_document() before close()")
-        sync_and_close(self._file)
-        with self._temporary_idx.open("wb") as index:
-            write_header(index, self.dtype, lengths.size, ends.size)
-            index.write(lengths.astype("<i4").tobytes())
-            index.write(((np.cumsum(lengths, dtype=np.int64) - lengths) * self.dtype.itemsize).astype("<i8").tobytes())
-            index.write(np.concatenate([[0], ends]).astype("<i8").tobytes())
-            sync_and_close(index)
-        with self._temporary:
-            publish(self._temporary_bin, self._temporary_idx, self.prefix)
-
-    def abort(self) -> None:
-        self._file.close()
-        self._temporary.close()
-
-    def __enter__(self) -> IndexedDatasetWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.abort()
-
-
-def write_header(index: IO[bytes], dtype: np.dtype, num_sequences: int, num_documents: int) -> None:
+def header(dtype: np.dtype, num_sequences: int, num_documents: int) -> bytes:
     """The 34 bytes in front of the index arrays."""
-    index.write(HEADER.pack(MAGIC, VERSION, _dtype_code(dtype), num_sequences, num_documents + 1))
-
-
-def publish(temporary_bin: Path, temporary_idx: Path, prefix: str) -> None:
-    """Give a complete pair of files their final names; a crash in between leaves no readable dataset."""
-    idx_path(prefix).unlink(missing_ok=True)  # never an old index beside new tokens
-    temporary_bin.replace(bin_path(prefix))
-    temporary_idx.replace(idx_path(prefix))
+    return HEADER.pack(MAGIC, VERSION, dtype_code(dtype), num_sequences, num_documents + 1)
 
 
 class IndexedDataset:
@@ -348,20 +244,8 @@ class IndexedDataset:
         return bisect_right(range(self.num_documents), token, key=self.document_start) - 1
 
 
-def _dtype_code(dtype: np.dtype) -> int:
+def dtype_code(dtype: np.dtype) -> int:
     for code, known in DTYPES.items():
         if known == dtype:
             return code
     raise DataError(f"an indexed dataset cannot hold {dtype}; use one of {[d.name for d in DTYPES.values()]}")
-
-
-def _fitting(tokens: npt.NDArray, dtype: np.dtype) -> npt.NDArray:
-    """``tokens`` as ``dtype``, refusing ids that would wrap around."""
-    if tokens.dtype == dtype or not tokens.size:
-        return tokens.astype(dtype, copy=False)
-    if dtype.kind in "iu":
-        low, high, limits = int(tokens.min()), int(tokens.max()), np.iinfo(dtype)
-        if low < limits.min or high > limits.max:
-            bad = low if low < limits.min else high
-            raise DataError(f"token id {bad} does not fit {dtype.name} ({limits.min} to {limits.max})")
-    return tokens.astype(dtype)

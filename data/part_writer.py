@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from megatron_ds.data import chat
 from megatron_ds.data.chat import BadConversation, ChatTemplate, load_template
-from megatron_ds.data.parts import Counts, summary_text
+from megatron_ds.data.dataset_files import checksum
+from megatron_ds.data.indexed_writer import IndexedDatasetWriter
+from megatron_ds.data.parts import BAD, SUMMARY, Counts, Part
 from megatron_ds.data.source_types import Block, Input, Problem, Slice, SourceOptions, UnusableInput
 from megatron_ds.data.sources import read_block
 from megatron_ds.data.tokenizers import Ids, Tokenizer, load_tokenizer
 from megatron_ds.data.workers import Report
-from megatron_ds.files import sync_and_close
+from megatron_ds.files import replacing, sync_and_close
 
 BATCH_BYTES = 1 << 20
 
@@ -79,49 +80,33 @@ class PartMaker:
         PartWriter(self.job, self.tokenizer, self.template, block, report).run()
 
 
-class PartFile:
-    """One file of a part: under another name until it is complete and on the disk.
-
-    A leftover under that name is removed with all else that belongs to no whole part (:func:`.parts.keep_intact`).
-    """
-
-    def __init__(self, path: Path):
-        self._path = path
-        self._temporary = path.with_name(f"{path.name}.tmp")
-        self._file = self._temporary.open("wb")
-        self._hash = xxhash.xxh3_64()
-        self._bytes = 0
-
-    def write(self, content: bytes | npt.NDArray) -> None:
-        raw = content.data if isinstance(content, np.ndarray) else content
-        self._file.write(raw)
-        self._hash.update(raw)
-        self._bytes += content.nbytes if isinstance(content, np.ndarray) else len(content)
-
-    def commit(self) -> dict[str, Any]:
-        """Give it its name; its size and checksum."""
-        sync_and_close(self._file)
-        self._temporary.replace(self._path)
-        return {"bytes": self._bytes, "xxh3": self._hash.hexdigest()}
-
-
 class PartWriter:
-    """Turns one block into one part: ``.bin`` tokens, ``.len`` int32 lengths, ``.bad`` records left out, ``.mask``
-    for conversations (one byte a token: 1 where it is learnt), and at last ``.json``, which makes the part valid."""
+    """Turns one block into one part: a dataset, ``.bad`` records left out, and ``.part``, which makes it valid."""
 
     def __init__(self, job: Job, tokenizer: Tokenizer, template: ChatTemplate | None, block: Block, report: Report):
         self.job, self.tokenizer, self.template, self.block, self.report = job, tokenizer, template, block, report
         self.dtype = np.dtype(job.dtype)
         self.counts = Counts()
         self.lines: dict[int, int] = {}
-        self._base = Path(job.folder) / block.name
-        kinds = ("bin", "len", "bad", "mask") if template else ("bin", "len", "bad")
-        self.files = {kind: PartFile(self._base.with_suffix(f".{kind}")) for kind in kinds}
         self._reported = 0.0
         self._bos = tokenizer.bos_id if job.options.prepend_bos else None
         self._eod = tokenizer.eod_id if job.options.append_eod else None
 
     def run(self) -> None:
+        base = Path(self.job.folder) / self.block.name
+        bad = base.with_suffix(BAD)
+        with (
+            IndexedDatasetWriter(base, self.dtype, masked=self.template is not None) as self._dataset,
+            replacing(bad) as temporary,
+            temporary.open("wb") as self._bad,
+        ):
+            self._write_all()
+            sync_and_close(self._bad)
+        self.counts.max_id = self._dataset.found.max_id
+        checksums = {f".{kind}": file["xxh3"] for kind, file in self._dataset.files.items()}
+        Part(self.counts, self.lines, {**checksums, BAD: checksum(bad)}).write(base.with_suffix(SUMMARY))
+
+    def _write_all(self) -> None:
         batch: list[_Item] = []
         size = 0
         for part, number, share, text in self._records():
@@ -135,10 +120,6 @@ class PartWriter:
                 self._write(batch, share)
                 batch, size = [], 0
         self._write(batch, 1.0)
-        files = {kind: file.commit() for kind, file in self.files.items()}
-        commit = PartFile(self._base.with_suffix(".json"))
-        commit.write(summary_text({"counts": asdict(self.counts), "lines": self.lines, "files": files}))
-        commit.commit()
 
     def _records(self) -> Iterator[tuple[Slice, int, float, str | Problem]]:
         """(slice, number in it, share of the block that was read, text)."""
@@ -161,7 +142,7 @@ class PartWriter:
             )
         self.counts.problems[problem.reason] = self.counts.problems.get(problem.reason, 0) + 1
         record = {"input": part.input, "line": number, "reason": problem.reason, "detail": problem.detail}
-        self.files["bad"].write(json.dumps(record).encode() + b"\n")
+        self._bad.write(json.dumps(record).encode() + b"\n")
 
     def _write(self, items: list[_Item], share: float) -> None:
         tokens: list[npt.NDArray] = []
@@ -175,14 +156,10 @@ class PartWriter:
             masks.append(mask)
             lengths.append(ids.size)
         if tokens:
-            joined = np.concatenate(tokens)
-            self.files["bin"].write(joined)
-            self.files["len"].write(np.array(lengths, "<i4"))
-            if self.template:
-                self.files["mask"].write(np.concatenate(masks))
+            learnt = np.concatenate(masks) if self.template else None
+            self._dataset.add_documents(np.concatenate(tokens), np.array(lengths), learnt)
             self.counts.documents += len(lengths)
-            self.counts.tokens += joined.size
-            self.counts.max_id = max(self.counts.max_id, int(joined.max()))
+            self.counts.tokens += sum(lengths)
         self.report((share - self._reported) * self.block.weight, len(lengths), sum(lengths))
         self._reported = share
 
@@ -243,13 +220,10 @@ def _utf8_size(text: str) -> int:
 
 
 def _lines_before(item: Input, start: int) -> int:
-    """Lines of a plain file that start before byte ``start``."""
-    if start == 0:
-        return 0
+    """Lines of a plain file before byte ``start``."""
     lines = 0
     with open(item.path, "rb") as file:
-        left = start - 1
-        while left > 0 and (chunk := file.read(min(left, 1 << 20))):
+        while start > 0 and (chunk := file.read(min(start, 1 << 20))):
             lines += chunk.count(b"\n")
-            left -= len(chunk)
-    return lines + 1
+            start -= len(chunk)
+    return lines

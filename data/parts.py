@@ -1,39 +1,30 @@
-"""Parts and whole datasets into one dataset, by copying."""
+"""The parts of a preprocessing run: what is kept of a run that did not finish, and how all become one dataset.
+
+A part is a dataset of one block, with the list of the records that were left out of it. Its ``.part`` file says what
+is in it, with a checksum of each of its files, and appears last: it makes the part valid.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-import numpy.typing as npt
 import xxhash
 
-from megatron_ds.data.cache import cached_arrays, cached_json
-from megatron_ds.data.indexed import COPY_BYTES, IndexedDataset, publish, write_header
+from megatron_ds.data.dataset_files import MASK_SUFFIX, checksum
+from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.source_types import UnusableInput
-from megatron_ds.data.verify import (
-    MASK_SUFFIX,
-    ChunkedHash,
-    Scan,
-    as_cached,
-    checksum,
-    dataset_identity,
-    manifest_path,
-    scan_path,
-    sums_key,
-    sums_path,
-)
+from megatron_ds.data.verify import Scan
 from megatron_ds.errors import DataError
-from megatron_ds.files import parse_json, read_bytes, replacing, sync_and_close, temporary_beside
+from megatron_ds.files import parse_json, read_bytes, sync_and_close, temporary_beside
 
-INDEX_CHUNK = 1 << 20
 PLAN = "plan.json"
+SUMMARY, BAD = ".part", ".bad"
 
 
 @dataclass
@@ -55,24 +46,51 @@ class Counts:
             self.problems[reason] = self.problems.get(reason, 0) + count
 
 
-def summary_text(summary: dict[str, Any]) -> bytes:
-    """The ``.json`` of a part: its checksum, a new line, and the JSON."""
-    body = json.dumps(summary).encode()
-    return f"{xxhash.xxh3_64_hexdigest(body)}\n".encode() + body
+@dataclass(frozen=True)
+class Part:
+    """What a ``.part`` file says.
+
+    Attributes:
+        lines: by the number of an input, how many of its records were read.
+        checksums: by the suffix of each file.
+    """
+
+    counts: Counts
+    lines: dict[int, int]
+    checksums: dict[str, str]
+
+    def write(self, path: Path) -> None:
+        body = json.dumps(asdict(self)).encode()
+        with temporary_beside(path) as temporary:
+            with temporary.open("wb") as file:
+                file.write(f"{xxhash.xxh3_64_hexdigest(body)}\n".encode() + body)
+                sync_and_close(file)
+            temporary.replace(path)
+
+    @staticmethod
+    def read(path: Path) -> Part:
+        """A ``DataError`` where it is not what was written."""
+        digest, _, body = read_bytes(path).partition(b"\n")
+        _compare(path, xxhash.xxh3_64_hexdigest(body), digest.decode("ascii", "replace"))
+        found = parse_json(body)
+        lines = {int(number): read for number, read in found["lines"].items()}
+        return Part(Counts(**found["counts"]), lines, found["checksums"])
+
+    def check(self, path: Path, suffixes: Iterable[str]) -> None:
+        """Compare those of its files, of which ``path`` is the ``.part``."""
+        for suffix in suffixes:
+            file = path.with_suffix(suffix)
+            _compare(file, checksum(file), self.checksums[suffix])
 
 
-def read_summary(path: Path) -> dict[str, Any]:
-    """What :func:`summary_text` made; a ``ValueError`` where it was damaged."""
-    digest, _, body = read_bytes(path).partition(b"\n")
-    if digest != xxhash.xxh3_64_hexdigest(body).encode():
-        raise ValueError(f"{path} is damaged: it does not match its checksum")
-    summary: dict[str, Any] = parse_json(body)
-    return summary
+def _compare(path: Path, digest: str, expected: str) -> None:
+    if digest != expected:
+        raise DataError(f"{path} does not match its checksum: it was damaged; run the same command again")
 
 
 def keep_intact(folder: Path) -> set[str]:
     """The parts of a run that did not finish whose every byte is right. What else it left, but its plan, is removed."""
-    intact = {path.stem for path in folder.glob("*-*.json") if _is_intact(path)}
+    intact = {path.stem for path in folder.glob(f"*{SUMMARY}") if _is_intact(path)}
     for path in folder.iterdir():
         if path.stem not in intact and path.name != PLAN:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -81,52 +99,32 @@ def keep_intact(folder: Path) -> set[str]:
 
 def _is_intact(path: Path) -> bool:
     try:
-        for kind, expected in read_summary(path)["files"].items():
-            part = path.with_suffix(f".{kind}")
-            size = part.stat().st_size if part.is_file() else -1
-            if size != expected["bytes"] or checksum(part) != expected["xxh3"]:
-                return False
-    except (OSError, ValueError):
+        part = Part.read(path)
+        part.check(path, part.checksums)
+    except (OSError, DataError):
         return False
     return True
 
 
-def merge_parts(folder: Path, names: list[str], prefix: str, dtype: np.dtype, plan: dict[str, Any]) -> Counts:
-    """Lay the parts end to end, each checked against its checksum, and write index, manifest and bad-record list.
-
-    The index is written chunk by chunk: memory does not grow with the number of documents.
-    """
-    names_of = {"bin": "bin", "idx": "idx", "bad": "bad.jsonl"}
-    if plan["settings"]["source"]["conversations"]:
-        names_of["mask"] = MASK_SUFFIX
-    with contextlib.ExitStack() as stack:
-        temporary = {kind: stack.enter_context(temporary_beside(f"{prefix}.{name}")) for kind, name in names_of.items()}
-        return _merge_into(temporary, folder, names, prefix, dtype, plan)
-
-
-def _merge_into(
-    temporary: dict[str, Path], folder: Path, names: list[str], prefix: str, dtype: np.dtype, plan: dict[str, Any]
-) -> Counts:
-    counts = Counts()
-    lines: dict[int, int] = {}
-    masked = "mask" in temporary
-    whole = {kind: ChunkedHash() for kind in ("bin", "mask")}
-    with contextlib.ExitStack() as stack:
-        targets = {kind: stack.enter_context(path.open("wb")) for kind, path in temporary.items() if kind != "idx"}
-        for name in names:
-            summary = read_summary(folder / f"{name}.json")
-            _check_part(folder / f"{name}.len", summary["files"]["len"])
-            _check_part(folder / f"{name}.bad", summary["files"]["bad"])
-            for kind in ("bin", "mask") if masked else ("bin",):
-                _copy_part(folder / f"{name}.{kind}", summary["files"][kind], targets[kind], whole[kind])
-            counts.add(Counts(**summary["counts"]))
-            _copy_bad_records(folder / f"{name}.bad", targets["bad"], plan["inputs"], lines)
-            for number, read in summary["lines"].items():
-                lines[int(number)] = lines.get(int(number), 0) + read
-        for target in targets.values():
+def merge_parts(folder: Path, names: Sequence[str], output: IndexedDatasetWriter, plan: dict[str, Any]) -> Counts:
+    """Lay the parts end to end, each compared with its checksums, with a manifest and a list of bad records."""
+    counts, lines = Counts(), dict[int, int]()
+    bad = Path(f"{output.prefix}.bad.jsonl")
+    with temporary_beside(bad) as temporary:
+        with temporary.open("wb") as target:
+            for name in names:
+                path = folder / f"{name}{SUMMARY}"
+                part = Part.read(path)
+                part.check(path, [BAD])  # the writer compares the others when it copies them
+                if part.counts.documents:
+                    sums = (part.checksums.get(suffix, "") for suffix in (".bin", ".idx", f".{MASK_SUFFIX}"))
+                    output.add_dataset(IndexedDataset(folder / name), Scan(0, part.counts.max_id, *sums))
+                counts.add(part.counts)
+                _copy_bad_records(path.with_suffix(BAD), target, plan["inputs"], lines)
+                for number, read in part.lines.items():
+                    lines[number] = lines.get(number, 0) + read
             sync_and_close(target)
-    bad = Path(f"{prefix}.bad.jsonl")
-    temporary["bad"].replace(bad) if counts.problems else bad.unlink(missing_ok=True)
+        temporary.replace(bad) if counts.problems else bad.unlink(missing_ok=True)
     if not counts.documents:
         paths = [str(item["path"]) for item in plan["inputs"]]
         shown = ", ".join(paths[:4]) + f" and {len(paths) - 4} more" * (len(paths) > 4)
@@ -134,29 +132,7 @@ def _merge_into(
             f"the inputs hold no document with text ({shown}): {sum(counts.problems.values())} records were bad "
             f"({describe_problems(counts.problems) or 'there were none at all'})"
         )
-
-    def lengths() -> Iterator[npt.NDArray[np.int64]]:
-        for name in names:
-            part = folder / f"{name}.len"
-            yield np.fromfile(part, "<i4").astype(np.int64)
-
-    with temporary["idx"].open("wb") as index:
-        write_index(index, dtype, counts.documents, lengths)
-        sync_and_close(index)
-    files = {
-        "bin": whole["bin"].describe(),
-        "idx": {"bytes": temporary["idx"].stat().st_size, "xxh3": checksum(temporary["idx"])},
-        **({MASK_SUFFIX: whole["mask"].describe()} if masked else {}),
-    }
-    manifest = {**plan, "counts": asdict(counts), "dtype": dtype.name, "files": files}
-    mask = Path(f"{prefix}.{MASK_SUFFIX}")
-    mask.unlink(missing_ok=True)
-    if masked:
-        temporary["mask"].replace(mask)
-    sums = {kind: str(file["xxh3"]) for kind, file in files.items()}
-    found = Scan(0, counts.max_id, sums["bin"], sums["idx"], sums.get(MASK_SUFFIX, ""))
-    chunks = {"bin": whole["bin"].sums(), **({MASK_SUFFIX: whole["mask"].sums()} if masked else {})}
-    finish(prefix, temporary["bin"], temporary["idx"], manifest, found, chunks)
+    output.close({**plan, "counts": asdict(counts)})
     return counts
 
 
@@ -171,62 +147,5 @@ def _copy_bad_records(part: Path, target: IO[bytes], inputs: list[dict[str, Any]
             target.write(json.dumps(record).encode() + b"\n")
 
 
-def finish(
-    prefix: str,
-    temporary_bin: Path,
-    temporary_idx: Path,
-    manifest: dict[str, Any],
-    found: Scan,
-    chunks: dict[str, npt.NDArray[np.uint64]],
-) -> None:
-    """Publish a dataset with its manifest, and with the scan and checksums of chunks that its maker knows already."""
-    for path in (manifest_path(prefix), scan_path(prefix), sums_path(prefix)):
-        path.unlink(missing_ok=True)
-    publish(temporary_bin, temporary_idx, prefix)
-    with replacing(manifest_path(prefix)) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-    cached_json(scan_path(prefix), dataset_identity(IndexedDataset(prefix)), lambda: asdict(found))
-    cached_arrays(sums_path(prefix), sums_key(found), lambda: as_cached(chunks))
-
-
-def write_index(
-    index: IO[bytes], dtype: np.dtype, documents: int, lengths: Callable[[], Iterable[npt.NDArray[np.int64]]]
-) -> None:
-    """The index of one-sequence documents whose lengths ``lengths()`` yields in chunks (it is called twice)."""
-    write_header(index, dtype, documents, documents)
-    for chunk in lengths():
-        index.write(chunk.astype("<i4").tobytes())
-    at = 0
-    for chunk in lengths():
-        ends = at + np.cumsum(chunk * dtype.itemsize)
-        index.write((ends - chunk * dtype.itemsize).astype("<i8").tobytes())
-        at = int(ends[-1]) if ends.size else at
-    for start in range(0, documents + 1, INDEX_CHUNK):
-        index.write(np.arange(start, min(start + INDEX_CHUNK, documents + 1), dtype="<i8").tobytes())
-
-
 def describe_problems(problems: dict[str, int]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in sorted(problems.items()))
-
-
-def _copy_part(path: Path, expected: dict[str, Any], target: IO[bytes], whole: ChunkedHash) -> None:
-    digest, size = xxhash.xxh3_64(), 0
-    with path.open("rb") as source:
-        while chunk := source.read(COPY_BYTES):
-            digest.update(chunk)
-            whole.update(chunk)
-            target.write(chunk)
-            size += len(chunk)
-    _compare(path, expected, size, digest.hexdigest())
-
-
-def _check_part(path: Path, expected: dict[str, Any]) -> None:
-    _compare(path, expected, path.stat().st_size, checksum(path))
-
-
-def _compare(path: Path, expected: dict[str, Any], size: int, digest: str) -> None:
-    if size != expected["bytes"] or digest != expected["xxh3"]:
-        raise DataError(
-            f"{path} is damaged: expected {expected['bytes']} bytes with checksum {expected['xxh3']}, found {size} "
-            f"with {digest}: it changed under way; run the same command again to make this part anew"
-        )

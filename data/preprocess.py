@@ -1,9 +1,9 @@
 """Raw text to `.bin/.idx`, by worker processes, so that it can be stopped at any moment and finished later.
 
-Each block of the inputs (:mod:`megatron_ds.data.sources`) becomes a *part* in ``PREFIX.parts/``: its tokens, its
-lengths, and a JSON file with counts and checksums that appears last and makes the part valid. A run skips the parts
-that are there and whole, so a run after a kill continues; parts are named by their block, so the merged dataset is
-the same bytes whoever made them. The merge copies, and does not tokenise again.
+Each block of the inputs (:mod:`megatron_ds.data.sources`) becomes a *part* in ``PREFIX.parts/``
+(:mod:`megatron_ds.data.parts`). A run skips the parts that are there and whole, so a run after a kill continues; parts
+are named by their block, so the merged dataset is the same bytes whoever made them. The merge copies, and does not
+tokenise again.
 
 Memory is bounded: a worker holds one batch of text (:data:`megatron_ds.data.part_writer.BATCH_BYTES`), and no block
 waits in a queue.
@@ -21,18 +21,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_ds.data.cache import first_difference, locked
 from megatron_ds.data.chat import load_template
+from megatron_ds.data.dataset_files import file_identity
 from megatron_ds.data.indexed import dtype_for_vocabulary, new_prefix
+from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.part_writer import Job, PartMaker, PreprocessOptions
 from megatron_ds.data.parts import PLAN, Counts, keep_intact, merge_parts
 from megatron_ds.data.source_tables import hub_revision
 from megatron_ds.data.source_types import Block, Input, UnusableInput
 from megatron_ds.data.sources import find_inputs, plan_blocks
 from megatron_ds.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_ds.data.verify import file_identity
 from megatron_ds.data.workers import run_tasks
 from megatron_ds.errors import DataError
 from megatron_ds.files import read_json, replacing
@@ -88,7 +87,8 @@ def preprocess(
         try:
             parts = _make_parts(job, os.cpu_count() or 1 if workers is None else workers, show_progress)
             _check_unchanged(found, plan)
-            counts = merge_parts(folder, parts, prefix, np.dtype(job.dtype), plan)
+            with IndexedDatasetWriter(prefix, job.dtype, options.source.conversations) as output:
+                counts = merge_parts(folder, parts, output, plan)
         except UnusableInput:
             shutil.rmtree(folder)  # the way on is another input or setting, to which these parts do not belong
             raise

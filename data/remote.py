@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
+from megatron_ds.data import chunk_checks, dataset_files
 from megatron_ds.data.cache import locked
+from megatron_ds.data.chunk_checks import CheckedArray
 from megatron_ds.errors import DataError
-from megatron_ds.files import read_json, replacing
+from megatron_ds.files import checksum, read_json, replacing
 
-CHUNK_BYTES = 16 << 20
 OPTIONAL = ("manifest.json", "loss_mask")
 _COMPLETE = "fetched.json"
 """Says which version of the remote files a folder of the cache belongs to; written last."""
@@ -95,81 +95,67 @@ def open_remote(url: str, cache_dir: Path | None = None) -> RemoteDataset:
                 for suffix, length in (("bin", size), ("bin.sums", 8 * _chunks(size))):
                     with open(f"{prefix}.{suffix}", "wb") as file:
                         file.truncate(length)
-                _commit(folder / _COMPLETE, {"url": url, "identity": identity})
+                with replacing(folder / _COMPLETE) as temporary:
+                    temporary.write_text(json.dumps({"url": url, "identity": identity}))
     sums = _manifest(prefix).get("bin", {}).get("chunks", [])
     if sums and len(sums) != _chunks(identity["bin"]["size"]):
         raise DataError(f"{url}.manifest.json has checksums of {len(sums)} chunks; .bin does not have as many")
     return RemoteDataset(url, prefix, identity, bool(sums), tuple(sums), filesystem, f"{path}.bin")
 
 
-class RemoteTokens:
-    """Looks like the array of all tokens where a dataset needs it: ``size``, ``dtype``, an index or a slice."""
+class RemoteTokens(CheckedArray):
+    """The tokens of a remote dataset: a chunk is fetched when the first process of the node reads it."""
 
     def __init__(self, remote: RemoteDataset, dtype: np.dtype):
-        self._remote, self.dtype = remote, dtype
-        with _writing(Path(remote.prefix).parent):
-            self._file = open(f"{remote.prefix}.bin", "r+b", buffering=0)  # noqa: SIM115  (kept open for its lifetime)
-            self._sums_file = open(f"{remote.prefix}.bin.sums", "r+b", buffering=0)  # noqa: SIM115
-        self._bytes = remote.identity["bin"]["size"]
-        self._map: npt.NDArray = np.memmap(self._file, dtype=dtype, mode="r")
-        self._content: npt.NDArray[np.uint8] = np.memmap(self._file, dtype=np.uint8, mode="r")
-        self._sums: npt.NDArray[np.uint64] = np.memmap(self._sums_file, dtype="<u8", mode="r")
-        self._compared = np.zeros(self._sums.size, bool)
+        self._remote = remote
         self._mutex = threading.Lock()
-        self.size = int(self._map.size)
+        path = Path(f"{remote.prefix}.bin")
+        with _writing(path.parent):
+            self._file = open(path, "r+b", buffering=0)  # noqa: SIM115  (kept open for its lifetime)
+            self._sums_file = open(f"{path}.sums", "r+b", buffering=0)  # noqa: SIM115
+        super().__init__(path, dtype, np.memmap(self._sums_file, dtype="<u8", mode="r"), chunk_checks.FETCH_BYTES)
 
-    def __getitem__(self, where: int | slice) -> Any:
-        start, stop, step = where.indices(self.size) if isinstance(where, slice) else (where, where + 1, 1)
-        if stop > start:
-            first, last = start * self.dtype.itemsize // CHUNK_BYTES, (stop * self.dtype.itemsize - 1) // CHUNK_BYTES
-            for chunk in range(first, last + 1):
-                if not self._compared[chunk]:
-                    self._fetch(chunk)
-        assert step == 1, "tokens are read in runs"
-        return self._map[where]
-
-    def _fetch(self, chunk: int) -> None:
+    def _compare(self, chunk: int) -> None:
         """Make sure that the chunk is there and is what arrived."""
-        start = chunk * CHUNK_BYTES
-        stop = min(start + CHUNK_BYTES, self._bytes)
+        start, content = self._chunk(chunk)
         # The lock on a byte of the file keeps other processes out, the mutex other threads of this one.
         with self._mutex:
             fcntl.lockf(self._sums_file, fcntl.LOCK_EX, 1, chunk)
             try:
                 if not self._sums[chunk]:
-                    with _told(self._remote.url):
-                        content = self._remote.filesystem.cat_file(self._remote.bin_path, start=start, end=stop)
-                    self._check(chunk, content, stop - start)
-                    with _writing(Path(self._remote.prefix).parent):
-                        os.pwrite(self._file.fileno(), content, start)
-                        os.fdatasync(
-                            self._file.fileno()
-                        )  # the checksum must not survive a crash that its chunk did not
-                        os.pwrite(self._sums_file.fileno(), struct.pack("<Q", _sum(content)), 8 * chunk)
-                elif _sum(self._content[start:stop].data) != self._sums[chunk]:
-                    folder = Path(self._remote.prefix).parent
+                    self._fetch(chunk, start, content.size)
+                elif _sum(content.data) != self._sums[chunk]:
                     raise DataError(
-                        f"{self._remote.prefix}.bin, the copy of {self._remote.url}.bin on this node, is damaged in "
-                        f"chunk {chunk} of {CHUNK_BYTES >> 20} MB: it is not what was fetched. Delete {folder} to "
-                        "fetch it again"
+                        f"{self.path}, the copy of {self._remote.url}.bin on this node, is damaged in {_named(chunk)}: "
+                        f"it is not what was fetched. Delete {self.path.parent} to fetch it again"
                     )
-                self._compared[chunk] = True
             finally:
                 fcntl.lockf(self._sums_file, fcntl.LOCK_UN, 1, chunk)
 
-    def _check(self, chunk: int, content: bytes, expected: int) -> None:
-        where = f"{self._remote.url}.bin, chunk {chunk} of {CHUNK_BYTES >> 20} MB"
-        if len(content) != expected:
-            raise DataError(
-                f"{where}: expected {expected} bytes, found {len(content)}: the file changed or was cut off"
-            )
-        if self._remote.chunk_sums:
-            found = xxhash.xxh3_64_hexdigest(content)
-            if found != self._remote.chunk_sums[chunk]:
-                raise DataError(
-                    f"{where} is not what was written: its checksum is {found}, but the manifest says "
-                    f"{self._remote.chunk_sums[chunk]}. It was damaged, swapped or changed: copy it there again"
-                )
+    def _fetch(self, chunk: int, start: int, size: int) -> None:
+        remote, where = self._remote, f"{self._remote.url}.bin, {_named(chunk)}"
+        with _told(remote.url):
+            content = remote.filesystem.cat_file(remote.bin_path, start=start, end=start + size)
+        if len(content) != size:
+            raise DataError(f"{where}: expected {size} bytes, found {len(content)}: the file changed or was cut off")
+        if remote.chunk_sums:
+            _compare(where, checksum(content), remote.chunk_sums[chunk])
+        with _writing(self.path.parent):
+            os.pwrite(self._file.fileno(), content, start)
+            os.fdatasync(self._file.fileno())  # the checksum must not survive a crash that its chunk did not
+            os.pwrite(self._sums_file.fileno(), struct.pack("<Q", _sum(content)), 8 * chunk)
+
+
+def _named(chunk: int) -> str:
+    return f"chunk {chunk} of {chunk_checks.FETCH_BYTES >> 20} MB"
+
+
+def _compare(what: str, digest: str, stated: str) -> None:
+    if digest != stated:
+        raise DataError(
+            f"{what} is not the file that was written: its checksum is {digest}, but the manifest says {stated}. It "
+            "was damaged, swapped or changed: copy it there again"
+        )
 
 
 def _sum(content: bytes | memoryview) -> int:
@@ -178,7 +164,7 @@ def _sum(content: bytes | memoryview) -> int:
 
 
 def _chunks(size: int) -> int:
-    return -(-size // CHUNK_BYTES)
+    return -(-size // chunk_checks.FETCH_BYTES)
 
 
 def _identity(filesystem: Any, path: str, optional: bool) -> dict[str, Any] | None:
@@ -205,39 +191,21 @@ def _compare_with_cached(url: str, folder: Path, identity: dict[str, Any]) -> No
 def _check_arrived(url: str, prefix: str, identity: dict[str, Any]) -> None:
     """Sizes of what was fetched, and checksums where the manifest has them."""
     stated = _manifest(prefix)
-    for name in identity:
-        if name == "bin":
-            continue
+    for name in identity.keys() - {"bin"}:
         content_path = Path(f"{prefix}.{name}")
         size = content_path.stat().st_size
         if size != identity[name]["size"]:
             raise DataError(f"{url}.{name}: expected {identity[name]['size']} bytes, found {size}")
         if name in stated:
-            found = xxhash.xxh3_64_hexdigest(content_path.read_bytes())
-            if found != stated[name]["xxh3"]:
-                raise DataError(
-                    f"{url}.{name} is not the file that was written: its checksum is {found}, but the manifest says "
-                    f"{stated[name]['xxh3']}. It was damaged, swapped or changed: copy it there again"
-                )
+            _compare(f"{url}.{name}", dataset_files.checksum(content_path), stated[name]["xxh3"])
     if "bin" in stated and stated["bin"]["bytes"] != identity["bin"]["size"]:
         raise DataError(f"{url}.bin: expected {stated['bin']['bytes']} bytes, found {identity['bin']['size']}")
 
 
 def _manifest(prefix: str) -> dict[str, Any]:
     """The ``files`` of the manifest that was fetched, empty without one."""
-    path = Path(f"{prefix}.manifest.json")
-    if not path.is_file():
-        return {}
-    try:
-        files = read_json(path)["files"]
-        return files if isinstance(files, dict) else {}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"the manifest {path} is damaged: {error!r}") from None
-
-
-def _commit(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content))
+    files: dict[str, Any] = (dataset_files.read_manifest(prefix) or {}).get("files", {})
+    return files
 
 
 @contextlib.contextmanager

@@ -115,26 +115,18 @@ def hub_revision(item: Input) -> str:
         raise DataError(f"{item.path} was not found on the hub: {type(error).__name__}: {error}") from None
 
 
-def hub_blocks(
-    number: int, item: Input, options: SourceOptions, is_done: Callable[[int, int], bool]
-) -> Iterator[Block]:
-    """Records as JSON lines, so that they are read like those of any compressed `.jsonl`; nothing is stored."""
+def hub_lines(item: Input, options: SourceOptions) -> Iterator[tuple[bytes, int]]:
+    """Records as JSON lines, some MB at a time, to be read like those of any compressed `.jsonl`; nothing is stored."""
     lines: list[bytes] = []
-    size = at = block = row = 0
+    size = 0
     for record in _stream(item, options):
         value = {options.key: record[options.key]} if options.key in record else {}
         lines.append(json.dumps(value).encode() + b"\n")
         size += len(lines[-1])
         if size >= STREAM_BLOCK:
-            yield _hub_block(number, block, at, size, row, b"" if is_done(number, block) else b"".join(lines))
-            at, block, row = at + size, block + 1, row + len(lines)
+            yield b"".join(lines), 0
             lines, size = [], 0
-    if lines:
-        yield _hub_block(number, block, at, size, row, b"".join(lines))
-
-
-def _hub_block(number: int, block: int, at: int, size: int, row: int, data: bytes) -> Block:
-    return Block(number, block, (Slice(number, at, at + size, row),), 0, data)
+    yield b"".join(lines), 0
 
 
 def _hub_name(item: Input) -> tuple[str, str | None]:

@@ -1,49 +1,92 @@
-"""Text inputs: lines and paragraphs of plain files by byte range, and compressed files as they come."""
+"""Text inputs: lines, paragraphs or whole files, by ranges of bytes that end where a record ends."""
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO
 
-from megatron_ds.data.source_types import Block, Input, Problem, Record, Slice, SourceOptions, check_record
+from megatron_ds.data.source_types import Block, Input, IsDone, Problem, Record, Slice, SourceOptions, check_record
 from megatron_ds.errors import DataError
 
 STREAM_BLOCK = 8 << 20
 MAX_FILE_DOCUMENT = 256 << 20
-
-
 BOM = b"\xef\xbb\xbf"
 """The byte order mark that some editors put in front of UTF-8: no part of the text."""
 
 
-def lines(item: Input, part: Slice, data: bytes | None) -> Iterator[tuple[int, float, bytes]]:
-    """The lines that start inside the slice, with their number in it and the share read so far."""
-    length = max(part.stop - part.start, 1)
-    if data is not None:
-        at = number = 0
-        while at < len(data):
-            end = data.find(b"\n", at) + 1 or len(data)
-            line = data[at:end]
-            yield number, end / len(data), line.removeprefix(BOM) if part.start == at == 0 else line
-            at, number = end, number + 1
-        return
-    with open(item.path, "rb", buffering=1 << 20) as file:
-        if part.start:
-            file.seek(part.start - 1)
-            file.readline()  # the line that began before
-        at, number = file.tell(), 0
-        while at < part.stop:
-            line = file.readline(MAX_FILE_DOCUMENT + 1)
-            if len(line) > MAX_FILE_DOCUMENT:
-                raise DataError(f"{item.path} has a line of more than {MAX_FILE_DOCUMENT >> 20} MB: is it a text?")
-            if not line:
-                raise DataError(f"{item.path} became shorter while it was read: expected {part.stop} bytes, found {at}")
-            line_at, at = at, at + len(line)
-            line = line if line_at else line.removeprefix(BOM)
-            yield number, min((at - part.start) / length, 1.0), line
-            number += 1
+def cut_file(item: Input, options: SourceOptions, size: int) -> Iterator[tuple[int, int]]:
+    """Where slices of about ``size`` bytes start and stop."""
+    start = 0
+    with open(item.path, "rb") as file:
+        while start < item.size:
+            stop = start + size
+            if stop < item.size:
+                file.seek(stop - 1)
+                _read_line(item, file)
+                while is_paragraphs(item, options) and _read_line(item, file).strip():
+                    pass
+                stop = file.tell()
+            yield start, min(stop, item.size)
+            start = stop
+
+
+def is_whole(item: Input, options: SourceOptions) -> bool:
+    """Whether the file is one document."""
+    return item.kind == "txt" and options.txt_documents == "file"
+
+
+def is_paragraphs(item: Input, options: SourceOptions) -> bool:
+    return item.kind == "txt" and options.txt_documents == "paragraph"
+
+
+def read_text_slice(item: Input, part: Slice, options: SourceOptions, data: bytes | None) -> Iterator[Record]:
+    """The records of a slice; ``data`` is its content where the file cannot be entered in the middle."""
+    parse = parse_line if item.kind == "txt" else json_parser(options)
+    with open(item.path, "rb", buffering=1 << 20) if data is None else io.BytesIO(data) as file:
+        if data is None:
+            file.seek(part.start)
+        if is_whole(item, options):
+            yield 0, 1.0, parse(file.read().removeprefix(BOM))
+            return
+        pieces = _lines(item, part, file)
+        for number, share, piece in _paragraphs(pieces) if is_paragraphs(item, options) else pieces:
+            yield number, share, parse(piece)
+
+
+def _lines(item: Input, part: Slice, file: IO[bytes]) -> Iterator[tuple[int, float, bytes]]:
+    """The lines of the slice, with their number in it and the share read so far."""
+    at, number, length = part.start, 0, part.stop - part.start
+    while at < part.stop:
+        line = _read_line(item, file)
+        if not line:
+            raise DataError(f"{item.path} became shorter while it was read: expected {part.stop} bytes, found {at}")
+        at += len(line)
+        yield number, (at - part.start) / length, line if number or part.start else line.removeprefix(BOM)
+        number += 1
+
+
+def _read_line(item: Input, file: IO[bytes]) -> bytes:
+    line = file.readline(MAX_FILE_DOCUMENT + 1)
+    if len(line) > MAX_FILE_DOCUMENT:
+        raise DataError(f"{item.path} has a line of more than {MAX_FILE_DOCUMENT >> 20} MB: is it a text?")
+    return line
+
+
+def _paragraphs(lines: Iterator[tuple[int, float, bytes]]) -> Iterator[tuple[int, float, bytes]]:
+    """What stands between blank lines."""
+    paragraph: list[bytes] = []
+    first = 0
+    for number, share, line in lines:
+        if line.strip():
+            first = first if paragraph else number
+            paragraph.append(line)
+        elif paragraph:
+            yield first, share, b"".join(paragraph)
+            paragraph = []
+    if paragraph:
+        yield first, 1.0, b"".join(paragraph)
 
 
 def parse_line(line: bytes) -> str | Problem:
@@ -73,89 +116,51 @@ def json_parser(options: SourceOptions) -> Callable[[bytes], str | Problem]:
     return parse
 
 
-def read_txt(item: Input, part: Slice, options: SourceOptions, data: bytes | None) -> Iterator[Record]:
-    """Documents of a `.txt`: the file, or paragraphs separated by blank lines (owned by the slice they start in)."""
-    if options.txt_documents == "file":
-        content = data if data is not None else Path(item.path).read_bytes()
-        yield 0, 1.0, parse_line(content.removeprefix(BOM))
-        return
-    paragraph: list[bytes] = []
-    first, share = 0, 0.0
-    # The paragraph that runs over the end of the slice belongs to it; the one that runs over its start does not.
-    skipping = data is None and part.start > 0 and not _after_blank_line(item.path, part.start)
-    number = -1
-    for number, share, line in lines(item, part, data):
-        blank = not line.strip()
-        if skipping:
-            skipping = not blank
-        elif not blank:
-            first = first if paragraph else number
-            paragraph.append(line)
-        elif paragraph:
-            yield first, share, parse_line(b"".join(paragraph))
-            paragraph = []
-    if paragraph:
-        if data is None:
-            paragraph += _rest_of_paragraph(item.path, part.stop)
-        yield first, share, parse_line(b"".join(paragraph))
-
-
-def _after_blank_line(path: str, start: int) -> bool:
-    """Whether the first line that starts at or after ``start`` follows a blank one."""
-    with open(path, "rb") as file:
-        back = max(0, start - (1 << 16))
-        file.seek(back)
-        before = file.read(start - 1 - back) + file.readline()
-    return not before.splitlines()[-1].strip() if before else True
-
-
-def _rest_of_paragraph(path: str, stop: int) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        file.seek(stop - 1)
-        file.readline()
-        for line in file:
-            if not line.strip():
-                return
-            yield line
-
-
-def open_compressed(item: Input, raw: IO[bytes]) -> IO[bytes]:
-    """The text of a compressed file. Unlike zstandard's reader, this one says where a file was cut off."""
+def decompressed(item: Input, options: SourceOptions) -> Iterator[tuple[bytes, int]]:
+    """The text of a compressed file, some MB at a time, each with the bytes that were read for it."""
     import pyarrow
 
-    stream: IO[bytes] = pyarrow.CompressedInputStream(raw, {".gz": "gzip", ".zst": "zstd"}[item.compression])
-    return stream
+    with open(item.path, "rb") as raw:
+        # Unlike zstandard's reader, this one says where a file was cut off.
+        stream = pyarrow.CompressedInputStream(raw, {".gz": "gzip", ".zst": "zstd"}[item.compression])
+        before = 0
+        while True:
+            try:
+                chunk = stream.read(MAX_FILE_DOCUMENT if is_whole(item, options) else STREAM_BLOCK)
+            except Exception as error:
+                raise DataError(f"{item.path} is damaged or truncated: {error}") from None
+            if not chunk:
+                return
+            yield chunk, raw.tell() - before
+            before = raw.tell()
 
 
 def stream_blocks(
-    number: int, item: Input, options: SourceOptions, is_done: Callable[[int, int], bool]
+    number: int, item: Input, options: SourceOptions, chunks: Iterable[tuple[bytes, int]], is_done: IsDone
 ) -> Iterator[Block]:
-    """The blocks of a compressed file, cut at line ends (or paragraphs, or not at all); empty where ``is_done``."""
-    whole = item.kind == "txt" and options.txt_documents == "file"
-    limit = MAX_FILE_DOCUMENT if whole else STREAM_BLOCK
-    separator = b"\n\n" if item.kind == "txt" and options.txt_documents == "paragraph" else b"\n"
+    """The blocks of a text that cannot be entered in the middle: they carry it, but where ``is_done``.
+
+    Args:
+        chunks: of the text, with their weights; cut at line ends (or paragraphs, or not at all).
+    """
+    whole, separator = is_whole(item, options), b"\n\n" if is_paragraphs(item, options) else b"\n"
     rest = b""
-    at = block = consumed = lines = 0
-    with open(item.path, "rb") as raw:
-        stream = open_compressed(item, raw)
-        while True:
-            try:
-                chunk = stream.read(limit)
-            except Exception as error:
-                raise DataError(f"{item.path} is damaged or truncated: {error}") from None
-            data = rest + chunk
-            if whole and len(data) > MAX_FILE_DOCUMENT:
-                raise DataError(huge_document(item, len(data)))
-            end = len(data) if not chunk else 0 if whole else data.rfind(separator) + 1
-            if end:
-                weight = raw.tell() - consumed
-                consumed = raw.tell()
-                kept = b"" if is_done(number, block) else data[:end]
-                yield Block(number, block, (Slice(number, at, at + end, lines),), weight, kept)
-                at, block, lines = at + end, block + 1, lines + data.count(b"\n", 0, end)
-            rest = data[end:]
-            if not chunk:
-                return
+    at = block = lines = weight = 0
+
+    def made(data: bytes) -> Block:
+        content = b"" if is_done(number, block) else data
+        return Block(number, block, (Slice(number, at, at + len(data), lines),), weight, content)
+
+    for chunk, more in chunks:
+        rest, weight = rest + chunk, weight + more
+        if whole and len(rest) > MAX_FILE_DOCUMENT:
+            raise DataError(huge_document(item, len(rest)))
+        if end := 0 if whole else rest.rfind(separator) + 1:
+            yield made(rest[:end])
+            at, block, lines = at + end, block + 1, lines + rest.count(b"\n", 0, end)
+            rest, weight = rest[end:], 0
+    if rest:
+        yield made(rest)
 
 
 def huge_document(item: Input, size: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -83,6 +84,8 @@ class SourceOptions:
     conversations: bool = False
 
 
+IsDone = Callable[[int, int], bool]
+"""Whether the block of this (input, number) was made before."""
 Record = tuple[int, float, "str | Problem"]
 """(number of the record or line within its slice, share of the slice that was read, the text)."""
 

@@ -2,18 +2,18 @@
 
 The cut depends on the inputs alone, not on the number of workers, so that a run that was interrupted, or one with
 other workers, makes the same blocks. A *block* is a list of *slices*; a slice of a line-based file is a byte range
-that owns the lines starting in it, of a parquet file a range of row groups, of a saved ``datasets`` dataset a range
-of rows. A compressed file cannot be entered in the middle: its blocks are cut while it is decompressed and carry
+that begins and ends where a record does, of a parquet file a range of row groups, of a saved ``datasets`` dataset a
+range of rows. A compressed file cannot be entered in the middle: its blocks are cut while it is decompressed and carry
 their bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ds.data import source_tables, source_text
-from megatron_ds.data.source_types import Block, Input, Kind, Problem, Record, Slice, SourceOptions
+from megatron_ds.data.source_types import Block, Input, IsDone, Kind, Problem, Record, Slice, SourceOptions
 from megatron_ds.errors import DataError
 
 SUFFIXES: dict[str, Kind] = {
@@ -83,42 +83,40 @@ def block_bytes(inputs: list[Input]) -> int:
     return min(max(sum(i.size for i in inputs) // 64, MIN_BLOCK), MAX_BLOCK)
 
 
-def plan_blocks(
-    inputs: list[Input], options: SourceOptions, is_done: Callable[[int, int], bool] = lambda *_: False
-) -> Iterator[Block]:
+def plan_blocks(inputs: list[Input], options: SourceOptions, is_done: IsDone = lambda *_: False) -> Iterator[Block]:
     """All blocks in order. ``is_done(input, number)`` spares the bytes of blocks that need not be read again."""
     size = block_bytes(inputs)
     group: list[Slice] = []
     grouped = 0
     for number, item in enumerate(inputs):
-        whole_file = item.kind == "txt" and options.txt_documents == "file"
-        small = not item.compression and item.kind in ("jsonl", "txt") and (whole_file or item.size < size)
-        if whole_file and not item.compression and item.size > source_text.MAX_FILE_DOCUMENT:
+        plain = item.kind in ("jsonl", "txt") and not item.compression
+        whole = plain and source_text.is_whole(item, options)
+        if whole and item.size > source_text.MAX_FILE_DOCUMENT:
             raise DataError(source_text.huge_document(item, item.size))
-        if small:  # many small files share a block
-            if group and grouped + item.size > size:
-                yield Block(group[0].input, 0, tuple(group), grouped)
-                group, grouped = [], 0
-            group.append(Slice(number, 0, item.size))
-            grouped += item.size
-            continue
-        if group:
+        small = plain and (whole or item.size < size)  # many small files share a block
+        if group and (not small or grouped + item.size > size):
             yield Block(group[0].input, 0, tuple(group), grouped)
             group, grouped = [], 0
-        if item.kind == "parquet":
-            yield from source_tables.plan_parquet(number, item, options, size)
-        elif item.kind == "arrow":
-            yield from source_tables.plan_arrow(number, item, options, size)
-        elif item.kind == "hub":
-            yield from source_tables.hub_blocks(number, item, options, is_done)
-        elif item.compression:
-            yield from source_text.stream_blocks(number, item, options, is_done)
+        if small:
+            group.append(Slice(number, 0, item.size))
+            grouped += item.size
         else:
-            for at, start in enumerate(range(0, item.size, size)):
-                stop = min(start + size, item.size)
-                yield Block(number, at, (Slice(number, start, stop),), stop - start)
+            yield from _blocks_of(number, item, options, size, is_done)
     if group:
         yield Block(group[0].input, 0, tuple(group), grouped)
+
+
+def _blocks_of(number: int, item: Input, options: SourceOptions, size: int, is_done: IsDone) -> Iterator[Block]:
+    if item.kind == "parquet":
+        return source_tables.plan_parquet(number, item, options, size)
+    if item.kind == "arrow":
+        return source_tables.plan_arrow(number, item, options, size)
+    if item.kind == "hub":
+        return source_text.stream_blocks(number, item, options, source_tables.hub_lines(item, options), is_done)
+    if item.compression:
+        return source_text.stream_blocks(number, item, options, source_text.decompressed(item, options), is_done)
+    ranges = source_text.cut_file(item, options, size)
+    return (Block(number, at, (Slice(number, a, b),), b - a) for at, (a, b) in enumerate(ranges))
 
 
 def read_block(inputs: list[Input], block: Block, options: SourceOptions) -> Iterator[tuple[Slice, Record]]:
@@ -137,10 +135,7 @@ def _read_slice(item: Input, part: Slice, block: Block, options: SourceOptions) 
         return source_tables.read_parquet(item, part, options)
     if item.kind == "arrow":
         return source_tables.read_arrow(item, part, options)
-    if item.kind == "txt" and options.txt_documents != "line":
-        return source_text.read_txt(item, part, options, block.data)
-    parse = source_text.parse_line if item.kind == "txt" else source_text.json_parser(options)
-    return ((n, share, parse(line)) for n, share, line in source_text.lines(item, part, block.data))
+    return source_text.read_text_slice(item, part, options, block.data)
 
 
 def iterate_texts(specs: list[str], key: str = "text", options: SourceOptions | None = None) -> Iterator[str]:

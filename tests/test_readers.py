@@ -19,9 +19,10 @@ from megatron_ds.config import load_toml
 from megatron_ds.convert.folder import HFFolder
 from megatron_ds.data.cache import cached_arrays, cached_json
 from megatron_ds.data.chat import load_template
-from megatron_ds.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_ds.data.dataset_files import read_manifest
+from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.special_tokens import read_special_tokens
-from megatron_ds.data.verify import read_manifest
 from megatron_ds.deepspeed_json import from_deepspeed
 from megatron_ds.engine.without_memory import Filler
 from megatron_ds.errors import MegatronDSError

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_ds.data.cli import run
+from megatron_ds.data.dataset_files import read_manifest
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.inspect import (
     draw_histogram,
@@ -20,7 +21,7 @@ from megatron_ds.data.inspect import (
 )
 from megatron_ds.data.parts import describe_problems
 from megatron_ds.data.tokenizers import load_tokenizer
-from megatron_ds.data.verify import read_manifest, verify
+from megatron_ds.data.verify import verify
 
 if TYPE_CHECKING:
     Positional = str

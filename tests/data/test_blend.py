@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from megatron_ds.data.blend import MAX_TOTAL, BlendedDataset, BlendSchedule
 from megatron_ds.data.gpt_dataset import GPTDataset
-from megatron_ds.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.loader import BatchLoader
 from megatron_ds.errors import DataError
 

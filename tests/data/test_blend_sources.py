@@ -10,7 +10,8 @@ import pytest
 from megatron_ds.data.blend_sources import blend_of_splits, splits_of_blends
 from megatron_ds.data.document_split import DocumentRange
 from megatron_ds.data.gpt_dataset import GPTDataset, TextSource
-from megatron_ds.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.errors import DataError
 
 S = 4

@@ -14,7 +14,8 @@ from megatron_ds.data import verify as verify_module
 from megatron_ds.data.chunk_checks import CHUNK_BYTES, CheckedArray, ChunkSums
 from megatron_ds.data.conversation_dataset import ConversationDataset
 from megatron_ds.data.gpt_dataset import GPTDataset
-from megatron_ds.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.merge import merge_datasets
 from megatron_ds.data.verify import dataset_identity, verify
 from megatron_ds.errors import DataError

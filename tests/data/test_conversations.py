@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from megatron_ds.data import conversation_dataset
 from megatron_ds.data.chat import CHATML, BadConversation, ChatTemplate, load_template, parse_messages
 from megatron_ds.data.conversation_dataset import ConversationDataset, best_fit_decreasing
-from megatron_ds.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.part_writer import PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
 from megatron_ds.data.source_types import SourceOptions

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from megatron_ds.data.fim import FillInTheMiddle, FIMDataset
 from megatron_ds.data.gpt_dataset import GPTDataset
-from megatron_ds.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.errors import DataError
 
 PREFIX, MIDDLE, SUFFIX, EOD = 900, 901, 902, 903

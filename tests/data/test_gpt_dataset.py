@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from megatron_ds.data.document_split import parse_split, split_documents
 from megatron_ds.data.gpt_dataset import GPTDataset
-from megatron_ds.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.errors import DataError
 
 

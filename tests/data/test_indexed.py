@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ds.data.indexed import DTYPES, IndexedDataset, IndexedDatasetWriter, dtype_for_vocabulary
-from megatron_ds.data.verify import check_token_ids, verify
+from megatron_ds.data.indexed import DTYPES, IndexedDataset, dtype_for_vocabulary
+from megatron_ds.data.indexed_writer import IndexedDatasetWriter
+from megatron_ds.data.verify import check_token_ids, scan, verify
 from megatron_ds.errors import DataError
 
 DOCUMENTS = [[[3, 1, 4], [1, 5]], [[9, 2, 6, 5, 3]], [[5]], [[8, 9, 7, 9]]]
@@ -75,12 +76,14 @@ def test_merge_by_copy(tmp_path: Path) -> None:
     write(tmp_path / "a", DOCUMENTS[:2])
     write(tmp_path / "b", DOCUMENTS[2:])
     with IndexedDatasetWriter(tmp_path / "all", "uint16") as writer:
-        writer.add_dataset(IndexedDataset(tmp_path / "a"))
-        writer.add_dataset(IndexedDataset(tmp_path / "b"))
+        for name in ("a", "b"):
+            dataset = IndexedDataset(tmp_path / name)
+            writer.add_dataset(dataset, verify(dataset))
+    assert writer.found == scan(IndexedDataset(tmp_path / "all"))[0]
     assert indexed_reference.read(tmp_path / "all") == (8, DOCUMENTS)
-    refused = pytest.raises(DataError, match=r"a\.bin holds uint16 tokens, but .* is int32")
+    refused = pytest.raises(DataError, match=r"b\.bin holds uint16 tokens, but .* is int32")
     with refused, IndexedDatasetWriter(tmp_path / "other", "int32") as writer:
-        writer.add_dataset(IndexedDataset(tmp_path / "a"))
+        writer.add_dataset(dataset, verify(dataset))
     assert not list(tmp_path.glob("other*"))
 
 

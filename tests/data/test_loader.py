@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megatron_ds.data.gpt_dataset import GPTDataset, leave_out
-from megatron_ds.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
 from megatron_ds.data.samples import Batch
 from megatron_ds.errors import DataError

@@ -10,14 +10,17 @@ import indexed_reference
 import numpy as np
 import pytest
 
-from megatron_ds.data import inspect, merge
-from megatron_ds.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_ds.data import indexed_writer, inspect
+from megatron_ds.data.dataset_files import read_manifest
+from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.inspect import document_lengths, draw_histogram, length_histogram, sample_documents, show_document
 from megatron_ds.data.merge import merge_datasets
 from megatron_ds.data.part_writer import PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
+from megatron_ds.data.source_types import SourceOptions
 from megatron_ds.data.tokenizers import load_tokenizer
-from megatron_ds.data.verify import check_token_ids, read_manifest, verify
+from megatron_ds.data.verify import check_token_ids, verify
 from megatron_ds.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -33,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("names", ["a", "ab", "cba", "aca"])
 def test_merged_documents_follow_each_other(folder: Path, names: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge, "INDEX_CHUNK", 2)
+    monkeypatch.setattr(indexed_writer, "INDEX_CHUNK", 2)
     copied: list[int] = []
     merge_datasets([str(folder / name) for name in names], folder / "all", copied.append)
     expected = [document for name in names for document in SETS[name]]
@@ -69,6 +72,20 @@ def test_a_damaged_dataset_is_not_merged(tmp_path: Path) -> None:
     (tmp_path / "b.bin").write_bytes(content)
     with pytest.raises(DataError, match=r"b\.bin is not the file that was written"):
         merge_datasets([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "other")
+
+
+def test_merged_conversations_keep_what_is_learnt(tmp_path: Path) -> None:
+    chat = '{"text": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    (tmp_path / "in.jsonl").write_text(chat * 3)
+    options = PreprocessOptions("bytes", source=SourceOptions(conversations=True), chat_template="chatml")
+    preprocess([str(tmp_path / "in.jsonl")], tmp_path / "a", options, 0)
+    merge_datasets([str(tmp_path / "a")] * 2, tmp_path / "all")
+    assert (tmp_path / "all.loss_mask").read_bytes() == (tmp_path / "a.loss_mask").read_bytes() * 2
+    assert verify(IndexedDataset(tmp_path / "all")).mask_xxh3
+    (tmp_path / "in.txt").write_text("some text to tokenise")
+    preprocess([str(tmp_path / "in.txt")], tmp_path / "b", PreprocessOptions("bytes"), 0)
+    with pytest.raises(DataError, match=r"a holds conversations and .*b texts; merge each kind by itself"):
+        merge_datasets([str(tmp_path / "b"), str(tmp_path / "a")], tmp_path / "other")
 
 
 def test_other_tokenizers_are_not_merged(tmp_path: Path) -> None:

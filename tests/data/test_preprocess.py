@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import indexed_reference
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from preprocess_helpers import REPOSITORY, TEXTS, Killed, blocks_of, jsonl, run, texts_of
 
-from megatron_ds.data import source_tables, sources
+from megatron_ds.data import source_tables, source_text, sources
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.merge import merge_datasets
 from megatron_ds.data.part_writer import PartMaker, PreprocessOptions
@@ -141,14 +142,16 @@ def test_the_cut_into_blocks_never_shows(
     inputs = sources.find_inputs([str(path)])
     options = SourceOptions(txt_documents=documents)  # type: ignore[arg-type]
 
-    def read(ranges: list[tuple[int, int]]) -> list[str]:
+    def read(ranges: Iterable[tuple[int, int]]) -> list[str]:
         found = []
         for start, stop in ranges:
             block = Block(0, 0, (Slice(0, start, stop),), stop - start)
             found += [text for _, (_, _, text) in sources.read_block(inputs, block, options) if isinstance(text, str)]
         return found
 
-    pieces = [(start, min(start + size, total)) for start in range(0, total, size)]
+    pieces = list(source_text.cut_file(inputs[0], options, size))
+    assert [start for start, _ in pieces] == [0, *(stop for _, stop in pieces[:-1])] and pieces[-1][1] == total
+    assert all(stop - start >= size for start, stop in pieces[:-1])
     assert read(pieces) == read([(0, total)])
     if documents == "line":
         assert read(pieces) == [line for line in lines if line]

@@ -95,7 +95,7 @@ def test_killed_at_random_moments_and_continued(tmp_path: Path) -> None:
     draw = random.Random(1)
     for wanted in (0, 1, 4, 9, 13):  # parts that are there when the signal is sent, or shortly before
         process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
-        while process.poll() is None and len(list(tmp_path.glob("killed.parts/*-*.json"))) < wanted:
+        while process.poll() is None and len(list(tmp_path.glob("killed.parts/*.part"))) < wanted:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.01))
         finished_before = process.poll() is not None
@@ -181,7 +181,7 @@ def test_changed_settings_are_noticed(interrupted: tuple[Path, Path]) -> None:
         run([source, source], prefix)
 
 
-@pytest.mark.parametrize("suffix", [".bin", ".len"])
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".part"])
 def test_a_damaged_part_is_made_again(interrupted: tuple[Path, Path], suffix: str) -> None:
     source, prefix = interrupted
     (part,) = Path(f"{prefix}.parts").glob(f"*{suffix}")

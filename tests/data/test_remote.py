@@ -11,7 +11,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from megatron_ds.data import remote
+from megatron_ds.data import chunk_checks
 from megatron_ds.data.gpt_dataset import GPTDataset
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.part_writer import PreprocessOptions
@@ -25,7 +25,7 @@ URL = "memory://bucket/set"
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "CHUNK_BYTES", 256)
+    monkeypatch.setattr(chunk_checks, "FETCH_BYTES", 256)
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_what_cannot_be_read(tmp_path: Path, memory: Any) -> None:
 
 
 def _read_all(url: str, cache: Path, expected: list[int], barrier: Any, log: Path) -> None:
-    remote.CHUNK_BYTES = 256
+    chunk_checks.FETCH_BYTES = 256
     real = fsspec.implementations.local.LocalFileSystem.cat_file
 
     def cat_file(self: Any, path: str, start: int = 0, end: int = 0, **more: Any) -> bytes:

@@ -15,7 +15,7 @@ import planted_faults
 import pytest
 from started_ranks import TINY, started
 
-from megatron_ds.data.indexed import IndexedDatasetWriter
+from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.preprocess import PreprocessOptions, preprocess
 from megatron_ds.train.report import read_losses
 

@@ -53,7 +53,7 @@ def test_tensorboard_holds_every_named_value_of_a_run_and_of_its_continuation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     common = [a for a in TINY if a != "--log.no-tensorboard"] + ["--log.peak-tflops", "0.5", "--train.eval-every", "2"]
-    from megatron_ds.data.indexed import IndexedDatasetWriter
+    from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 
     with IndexedDatasetWriter(tmp_path / "text", "uint16") as writer:
         for document in range(40):

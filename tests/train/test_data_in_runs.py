@@ -14,7 +14,8 @@ from megatron_ds.config import parse
 from megatron_ds.data.blend import BlendSchedule
 from megatron_ds.data.gpt_dataset import GPTDataset
 from megatron_ds.data.gpt_sources import GPTSources
-from megatron_ds.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.order import key
 from megatron_ds.data.part_writer import PreprocessOptions
 from megatron_ds.data.preprocess import preprocess

@@ -15,7 +15,7 @@ import torch
 from megatron_ds.checkpoint import Checkpoint, resolve
 from megatron_ds.checkpoint.directory import steps_in
 from megatron_ds.config import load_toml
-from megatron_ds.data.indexed import IndexedDatasetWriter
+from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.errors import CheckpointError
 from megatron_ds.mesh import Axis
 from megatron_ds.train.keeping import Keeper

@@ -31,7 +31,7 @@ from megatron_ds.data.conversation_dataset import ConversationDataset
 from megatron_ds.data.corpus import build_corpus
 from megatron_ds.data.fim import FillInTheMiddle, FIMDataset
 from megatron_ds.data.gpt_dataset import GPTDataset, TextSource
-from megatron_ds.data.indexed import IndexedDataset, write_header
+from megatron_ds.data.indexed import IndexedDataset, header
 from megatron_ds.data.loader import BatchLoader
 from megatron_ds.data.tokenizer_training import train_tokenizer
 from megatron_ds.data.verify import verify
@@ -253,7 +253,7 @@ def index(folder: Path, documents: int = 10_000_000, tokens: int = 10_000_000_00
     lengths = generator.exponential(tokens / documents, documents).astype(np.int64) + 1
     lengths[-1] += max(0, tokens - int(lengths.sum()))
     with (folder / "large.idx").open("wb") as file:
-        write_header(file, np.dtype("u2"), documents, documents)
+        file.write(header(np.dtype("u2"), documents, documents))
         file.write(lengths.astype("<i4").tobytes())
         file.write(((np.cumsum(lengths) - lengths) * 2).astype("<i8").tobytes())
         file.write(np.arange(documents + 1, dtype="<i8").tobytes())
@@ -274,7 +274,7 @@ def index(folder: Path, documents: int = 10_000_000, tokens: int = 10_000_000_00
 
 def loader(folder: Path, sequence: int = 2048, micro_batch: int = 8, steps: int = 100) -> None:
     """Tokens a second of one rank from a warm file, read in the training thread and ahead of it."""
-    from megatron_ds.data.indexed import IndexedDatasetWriter
+    from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 
     generator = np.random.default_rng(0)
     with IndexedDatasetWriter(folder / "loader", "uint16") as writer:
