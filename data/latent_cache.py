@@ -160,7 +160,7 @@ class LatentCache:
         buckets: (height, width) of latents to the rows that have them, int64.
         scale, shift: what a model is trained on is ``(latent - shift) * scale`` of the VAE's latent.
         encoder: identity of the VAE.
-        text_encoders: identities of the text encoders and tokenizers, in order.
+        texts: how texts were encoded, for :func:`~megatron_ds.data.prompts.encode_prompts`; None without texts.
         identity: what tells the cache's content from any other, as JSON values.
         bad: rows of the source that are left out, and why.
 
@@ -176,7 +176,9 @@ class LatentCache:
         self._starts = np.concatenate([[0], np.cumsum([len(shard.sums) for shard in self._shards])]).astype(np.int64)
         self.scale, self.shift = float(values["scale"]), float(values["shift"])
         self.encoder: dict[str, Any] = values["vae"]
-        self.text_encoders: list[dict[str, Any]] = values["text"]
+        settings = values["settings"]
+        how = {"states": settings["text_states"], "tokens": settings.get("text_tokens")}
+        self.texts: dict[str, Any] | None = {"encoders": values["text"], **how} if values["text"] else None
         self.classes: tuple[str, ...] = tuple(values["classes"])
         self.bad = tuple(line for shard in self._shards for line in shard.bad)
         self._plan = plan
@@ -238,7 +240,7 @@ class LatentCache:
     @cached_property
     def empty(self) -> Arrays:
         """``text`` and ``pooled`` of the empty text, with a first dim 1: what guidance needs. Empty without text."""
-        if not self.text_encoders:
+        if self.texts is None:
             return {}
         found = Shard.open(self.folder / EMPTY, self._plan).row(0)
         return {name: array.astype(np.float32) for name, array in found.items()}

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -25,7 +26,7 @@ from megatron_ds.files import check_regular, read_bytes, read_json
 
 _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors")
 _TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "UMT5EncoderModel")
-_MOST_TOKENS = 512  # of a text: tokenizers without a limit of their own say 10^30
+_T5_TOKENS = 256  # of a text, as pipelines of Stable Diffusion 3 take; T5's tokenizers know no limit that models share
 TextStates = Literal["penultimate", "last"]
 
 
@@ -106,11 +107,31 @@ class VaeConfig:
         return VaeConfig(float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0), factor)
 
 
+def text_identities(folders: Sequence[Path], tokenizers: Sequence[Path]) -> list[dict[str, str]]:
+    """Of text encoders with their tokenizers, in order.
+
+    Raises:
+        DataError: they are no pairs, or one cannot be read.
+    """
+    if len(folders) != len(tokenizers):
+        raise DataError(f"{len(folders)} text encoders with {len(tokenizers)} tokenizers; give each its own")
+    for folder in folders:
+        text_class(folder)
+    return [
+        {**model_identity(folder), "tokenizer": tokenizer_identity(words)} for folder, words in zip(folders, tokenizers)
+    ]
+
+
 def text_class(folder: Path) -> str:
     """Of a folder's text encoder; a ``DataError`` for one that is not known."""
     if (name := _class(_config(folder))) not in _TEXT_CLASSES:
         raise DataError(f"{folder} holds {name or 'a model of no known class'}; use {' or '.join(_TEXT_CLASSES)}")
     return name
+
+
+def is_t5(folder: Path) -> bool:
+    """Whether a text encoder sees texts of any length, by relative positions."""
+    return "T5" in text_class(folder)
 
 
 class ImageEncoder:
@@ -132,12 +153,17 @@ class ImageEncoder:
 
 
 class TextEncoder:
-    """One or more text encoders side by side.
+    """One or more text encoders side by side, as pipelines of Stable Diffusion join them.
+
+    Hidden states of CLIP encoders are joined along their channels, and a T5 encoder's behind them along the tokens,
+    where the narrower ones end in zeros. Pooled states are those of all CLIP encoders with a projection, or of the last
+    one without.
 
     Args:
         folders, tokenizers: of each, in order.
-        states: ``"penultimate"`` takes the hidden states before the last layer, as SDXL does, and ``"last"`` those
-            after it. Those of several encoders are joined along their channels; the pooled state is the last one's.
+        states: of CLIP encoders, ``"penultimate"`` takes the hidden states before the last layer, as SDXL and Stable
+            Diffusion 3 do, and ``"last"`` those after it. T5's are always the last.
+        tokens: of a text that T5 sees. Default: 256, or fewer where its tokenizer says so.
     """
 
     def __init__(
@@ -145,36 +171,53 @@ class TextEncoder:
         folders: Sequence[Path],
         tokenizers: Sequence[Path],
         states: TextStates,
+        tokens: int | None,
         device: torch.device,
         dtype: torch.dtype,
     ):
         import transformers
 
         self._states, self._device = states, device
-        self._encoders, self._tokenizers = [], []
-        for folder, words in zip(folders, tokenizers, strict=True):
+        self._encoders, self._tokenizers, self._lengths = [], [], []
+        self._is_t5 = [is_t5(folder) for folder in folders]
+        for folder, words, long in zip(folders, tokenizers, self._is_t5, strict=True):
             model = getattr(transformers, text_class(folder)).from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, local_files_only=True
             )
             self._encoders.append(model.to(device).eval().requires_grad_(False))
             self._tokenizers.append(transformers.AutoTokenizer.from_pretrained(words, local_files_only=True))
-        self._lengths = [min(t.model_max_length, _MOST_TOKENS) for t in self._tokenizers]
-        if len(set(self._lengths)) > 1:
-            raise DataError(f"text encoders of {self._lengths} tokens cannot be joined along their channels")
+            most = _T5_TOKENS if long else model.config.max_position_embeddings
+            own = min(self._tokenizers[-1].model_max_length, most)  # which is 10^30 where a tokenizer has no limit
+            self._lengths.append(tokens or own if long else own)
+        of_clip = [length for length, long in zip(self._lengths, self._is_t5) if not long]
+        if len(set(of_clip)) > 1:
+            raise DataError(f"CLIP encoders of {of_clip} tokens cannot be joined along their channels; use others")
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> dict[str, npt.NDArray[np.float32]]:
-        """``text`` float32 ``[b, tokens, channels]``; ``pooled`` ``[b, channels]`` where the last encoder has one."""
-        states, pooled = [], None
-        for encoder, tokenizer, length in zip(self._encoders, self._tokenizers, self._lengths):
+        """``text`` float32 ``[b, tokens, channels]``; ``pooled`` ``[b, channels]`` where an encoder has one."""
+        of_clip: list[Tensor] = []
+        of_t5: list[Tensor] = []
+        projected: list[Tensor] = []
+        pooled: list[Tensor] = []
+        for encoder, tokenizer, length, long in zip(self._encoders, self._tokenizers, self._lengths, self._is_t5):
             ids = tokenizer(
                 list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
             ).input_ids
             out = encoder(ids.to(self._device), output_hidden_states=True)
-            states.append(out.hidden_states[-2] if self._states == "penultimate" else out.last_hidden_state)
-            pooled = out.get("text_embeds", out.get("pooler_output"))
-        found = {"text": _array(torch.cat(states, dim=-1))}
-        return found if pooled is None else {**found, "pooled": _array(pooled)}
+            if long:
+                of_t5.append(out.last_hidden_state)
+                continue
+            of_clip.append(out.hidden_states[-2] if self._states == "penultimate" else out.last_hidden_state)
+            if "text_embeds" in out:
+                projected.append(out.text_embeds)
+            else:
+                pooled = [out.pooler_output]
+        states = [torch.cat(of_clip, dim=-1), *of_t5] if of_clip else of_t5
+        width = max(part.shape[-1] for part in states)
+        text = torch.cat([F.pad(part, (0, width - part.shape[-1])) for part in states], dim=1)
+        found = {"text": _array(text)}
+        return {**found, "pooled": _array(torch.cat(projected or pooled, dim=-1))} if of_clip else found
 
 
 def tokenizer_identity(folder: Path) -> str:

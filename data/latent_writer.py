@@ -7,6 +7,7 @@ ranks, and so are the bytes. A run after a kill keeps the shards that are there 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -29,9 +30,9 @@ from megatron_ds.data.latent_encoders import (
     TextEncoder,
     TextStates,
     VaeConfig,
+    is_t5,
     model_identity,
-    text_class,
-    tokenizer_identity,
+    text_identities,
 )
 from megatron_ds.errors import DataError, multiples_around
 
@@ -61,7 +62,7 @@ class CacheSettings:
         dtype: in which the encoders compute.
         store: in which results are kept.
         spread: keep the standard deviation of latents, so that each epoch can draw others.
-        text_states: see :class:`~megatron_ds.data.latent_encoders.TextEncoder`.
+        text_states, text_tokens: see :class:`~megatron_ds.data.latent_encoders.TextEncoder`.
         on_error: leave images out that cannot be decoded, or end.
     """
 
@@ -77,6 +78,7 @@ class CacheSettings:
     store: Literal["float32", "float16"] = "float32"
     spread: bool = True
     text_states: TextStates = "penultimate"
+    text_tokens: int | None = None
     on_error: OnError = "skip"
 
 
@@ -107,15 +109,13 @@ class CacheWriter:
         settings: CacheSettings,
         folder: Path,
     ):
-        if len(encoders.text) != len(encoders.tokenizers):
-            raise DataError(
-                f"{len(encoders.text)} text encoders with {len(encoders.tokenizers)} tokenizers; give each its own"
-            )
         if encoders.text and not source.captioned:
             raise DataError("the images have no captions to encode; write them beside the images, or give no encoder")
+        if settings.text_tokens is not None and not any(map(is_t5, encoders.text)):
+            raise DataError(
+                f"--text-tokens {settings.text_tokens} is of T5's texts, and no encoder is a T5; leave it out"
+            )
         vae = VaeConfig.read(encoders.vae)
-        for text in encoders.text:
-            text_class(text)
         if settings.bucket_step % vae.factor:
             raise DataError(
                 f"--bucket-step {settings.bucket_step}: the VAE makes one of {vae.factor} pixels; use "
@@ -134,10 +134,7 @@ class CacheWriter:
                 "classes": list(source.classes),
                 "settings": asdict(settings),
                 "vae": model_identity(encoders.vae),
-                "text": [
-                    {**model_identity(folder), "tokenizer": tokenizer_identity(words)}
-                    for folder, words in zip(encoders.text, encoders.tokenizers)
-                ],
+                "text": text_identities(encoders.text, encoders.tokenizers),
                 "scale": vae.scale,
                 "shift": vae.shift,
                 "shards": len(self.shards),
@@ -157,8 +154,17 @@ class CacheWriter:
     def share(self, rank: int, world_size: int) -> list[ShardRows]:
         return self.shards[rank::world_size]
 
-    def write(self, shards: Sequence[ShardRows], device: torch.device, on_progress: Callable[[int], None]) -> list[str]:
+    def write(
+        self,
+        shards: Sequence[ShardRows],
+        device: torch.device,
+        on_progress: Callable[[int], object],
+        on_present: Callable[[int], None] = lambda _: None,
+    ) -> list[str]:
         """Write those of the shards that are not there yet, whole; a line for each image left out of all.
+
+        Args:
+            on_progress, on_present: told of images that have been encoded, and of those that were before.
 
         Raises:
             DataError: a latent or an embedding that is not finite, or an image that cannot be decoded.
@@ -169,7 +175,7 @@ class CacheWriter:
             done = self._there(shard)
             missing += [shard] if done is None else []
             bad += () if done is None else done.bad
-            on_progress(0 if done is None else len(shard.rows))
+            on_present(0 if done is None else len(shard.rows))
         if missing:
             encoders = self._load_encoders(device)
             with ThreadPoolExecutor() as pool:
@@ -194,7 +200,7 @@ class CacheWriter:
         return Shard.open(path, self.plan) if _is_whole(path, self.plan) else None
 
     def _write(
-        self, shard: ShardRows, encoders: Encoders, pool: ThreadPoolExecutor, on_progress: Callable[[int], None]
+        self, shard: ShardRows, encoders: Encoders, pool: ThreadPoolExecutor, on_progress: Callable[[int], object]
     ) -> list[tuple[int, str]]:
         size = self._settings.batch
         batches = [shard.rows[start : start + size].tolist() for start in range(0, len(shard.rows), size)]
@@ -253,7 +259,8 @@ class Encoders:
         self._image = ImageEncoder(folders.vae, device, dtype)
         self._text = None
         if folders.text:
-            self._text = TextEncoder(folders.text, folders.tokenizers, settings.text_states, device, dtype)
+            how = settings.text_states, settings.text_tokens
+            self._text = TextEncoder(folders.text, folders.tokenizers, *how, device, dtype)
 
     def images(self, pixels: npt.NDArray[np.float32], names: Sequence[str]) -> Arrays:
         mean, std = self._image.encode(pixels)
@@ -279,6 +286,21 @@ class Encoders:
                     f"{name} are up to {np.abs(array).max():.3g}: too much for --store float16; use float32"
                 )
         return arrays
+
+
+@contextlib.contextmanager
+def encoding_progress(total: int, shown: bool) -> Iterator[tuple[Callable[[int], object], Callable[[int], None]]]:
+    """A bar with images/s and the time left, of this rank's share, which is like the others': how it goes on, and how
+    images are taken from it that were encoded before."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="image", desc="encode", smoothing=0.05, disable=not shown) as bar:
+
+        def leave_out(images: int) -> None:
+            bar.total -= images
+            bar.refresh()
+
+        yield bar.update, leave_out
 
 
 def _cut(buckets: Mapping[Size, npt.NDArray[np.int64]], shard_rows: int) -> Iterator[ShardRows]:

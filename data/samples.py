@@ -27,8 +27,9 @@ class SampleSource(Protocol):
 
 
 LATENTS = "latents"
-"""Of :attr:`Sources.identity`: the VAE whose latents a model is trained on, with their ``scale`` and ``shift``. Without
-it images are pixels. A run cannot go on with others: what its weights have learnt would be about something else."""
+"""Of :attr:`Sources.identity`: the ``vae`` whose latents a model is trained on, with their ``scale`` and ``shift``, and
+how its ``texts`` were encoded. Without it images are pixels. A run cannot go on with others: what its weights have
+learnt would be about something else."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 
 from megatron_ds.checkpoint import Checkpoint
 from megatron_ds.config.diffusion import DiffusionRun
-from megatron_ds.convert.dit_folder import export_pipeline
+from megatron_ds.convert.dit_pipelines import export_pipeline
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.samplers import Sampler, run_of_checkpoint, save_grid
 from megatron_ds.train.launch import gpu_count

@@ -55,8 +55,10 @@ def _cached(config: DiffusionRun, fields: Sequence[str]) -> Sources:
         _check_labels(config, cache.labels)
     else:
         _check_texts(config, images.empty)
-    scale = {"scale": cache.scale, "shift": cache.shift, "vae": cache.encoder}
-    identity = {**cache.identity, LATENTS: scale, "valid": data.valid}
+    latents = {"scale": cache.scale, "shift": cache.shift, "vae": cache.encoder}
+    if "text" in fields:
+        latents["texts"] = cache.texts
+    identity = {**cache.identity, LATENTS: latents, "valid": data.valid}
     notes = [f"{data.path}: {len(cache.bad)} images could not be decoded and are not in it"] if cache.bad else []
     return _sources(config, images, kept, identity, notes)
 

@@ -67,6 +67,11 @@ class DiTTask:
         """Elements of the images, or of their latents, whose size is a micro-batch's own."""
         return torch.stack([batch["counts"].sum() * batch["images"][0].numel() for batch in micro_batches]).sum()
 
+    def tokens(self, samples: int, targets: int) -> float:
+        """Of images of any size, but for those that count nothing."""
+        m = self.config.model
+        return targets / m.patch_elements + samples * (m.tokens - m.patches)
+
     def leave_out(self, batch: Batch, real: npt.NDArray[np.bool_]) -> None:
         batch["counts"] &= real
 

@@ -249,7 +249,7 @@ def told_faults(c: DiTConfig, wanted: Sequence[int] | Told, tp: int) -> Iterator
     """Why the model cannot be told that, if it cannot; ``tp``: the ranks over which a text is split."""
     if not isinstance(wanted, Mapping):
         if c.has_text:
-            yield "the model is told texts and no classes; give their embeddings, with --text FILE"
+            yield "the model is told texts and no classes; give them with --text, or their embeddings with --embeddings"
         elif wrong := [label for label in wanted if not 0 <= label <= c.num_classes]:
             yield (f"class {wrong[0]} is none of the model's, 0 to {c.num_classes - 1}, or {c.num_classes} for none")
         return

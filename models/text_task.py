@@ -69,6 +69,9 @@ class TextTask:
     def activations(self, span: StageSpan, tp: int, device: str) -> Activations | None:
         return None
 
+    def tokens(self, samples: int, targets: int) -> float:
+        return samples * self.tokens_per_sample
+
     def open_sources(self) -> GPTSources:
         data = self.config.data
         common: dict[str, Any] = {

@@ -4,6 +4,8 @@ python tools/cache_latents.py photos --vae sd-vae --output cache --resolution 25
 torchrun --nproc-per-node 8 tools/cache_latents.py photos --vae sdxl/vae --output cache --resolution 1024 \\
     --max-ratio 2 --text-encoder sdxl/text_encoder sdxl/text_encoder_2 --tokenizer sdxl/tokenizer sdxl/tokenizer_2
 
+As Stable Diffusion 3 has it, with its three encoders in their order: `text` is [77 + --text-tokens, 4096].
+
 All ranks write the same files as one would. The same command again continues after a kill.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,7 +25,7 @@ from megatron_ds.data.cache import locked
 from megatron_ds.data.image_scan import image_sizes
 from megatron_ds.data.image_source import open_images
 from megatron_ds.data.latent_cache import LatentCache
-from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders
+from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders, encoding_progress
 from megatron_ds.errors import DataError
 from megatron_ds.train.launch import RankInfo, job, run_main
 
@@ -52,11 +54,15 @@ class Options:
     flip: bool = False
     """Mirror half of the images, by --seed and the image's row."""
     text_encoder: tuple[Path, ...] = ()
-    """Folders of CLIP or T5 encoders of transformers; of two the states are joined along their channels, as SDXL's."""
+    """Folders of CLIP or T5 encoders of transformers. States of CLIP encoders are joined along their channels, those of
+    T5 behind them along the tokens, as Stable Diffusion 3 does."""
     tokenizer: tuple[Path, ...] = ()
     """Of each text encoder, in the same order."""
     text_states: Literal["penultimate", "last"] | None = None
-    """Hidden states before the last layer or after it. Default: penultimate for several encoders, last for one."""
+    """CLIP's hidden states before the last layer or after it. Default: penultimate for several encoders, last for
+    one."""
+    text_tokens: int | None = None
+    """Tokens of a text that T5 sees. Default: 256, or fewer where its tokenizer says so."""
     batch: int = 8
     """Images that a rank encodes at once."""
     shard_rows: int = 256
@@ -75,8 +81,9 @@ class Options:
     @property
     def settings(self) -> CacheSettings:
         states = self.text_states or ("penultimate" if len(self.text_encoder) > 1 else "last")
-        if min(self.batch, self.shard_rows) < 1:
-            raise DataError(f"--batch {self.batch} --shard-rows {self.shard_rows}: use 1 or more of each")
+        for name, value in (("batch", self.batch), ("shard-rows", self.shard_rows), ("text-tokens", self.text_tokens)):
+            if value is not None and value < 1:
+                raise DataError(f"--{name} {value}: use 1 or more")
         return CacheSettings(
             self.resolution,
             self.bucket_step,
@@ -90,6 +97,7 @@ class Options:
             store=self.store,
             spread=self.spread,
             text_states=states,
+            text_tokens=self.text_tokens,
             on_error=self.on_error,
         )
 
@@ -116,8 +124,8 @@ def main(place: RankInfo) -> int:
         shards = writer.share(place.rank, place.world_size)
         if place.rank == 0:
             writer.write_empty(device)
-        with _progress(sum(len(shard.rows) for shard in shards), place.rank == 0) as advance:
-            left_out = writer.write(shards, device, advance)
+        with encoding_progress(sum(len(shard.rows) for shard in shards), place.rank == 0) as (advance, leave_out):
+            left_out = writer.write(shards, device, advance, leave_out)
         _say_left_out("which cannot be decoded to their end", left_out)
         if place.rank == 0:
             _say_left_out("which are no images", writer.unreadable)
@@ -141,15 +149,6 @@ def _alone(folder: Path) -> Iterator[None]:
             yield
     except BlockingIOError:
         raise DataError(f"another run is writing {folder}; wait for it, or stop it") from None
-
-
-@contextlib.contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar with images/s and the time left, of this rank's share, which is like the others'."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="image", desc="encode", smoothing=0.05, disable=not shown) as bar:
-        yield bar.update
 
 
 if __name__ == "__main__":

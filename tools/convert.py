@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, cast
 import torch
 import tyro
 
-from megatron_ds.convert.dit_folder import export_pipeline, export_transformer, import_transformer
+from megatron_ds.convert.dit_folder import export_transformer, import_transformer
+from megatron_ds.convert.dit_pipelines import PipelineParts, export_pipeline
 from megatron_ds.convert.tables import export_hf, import_hf
 from megatron_ds.data.cli import run
 from megatron_ds.data.tokenizers import load_tokenizer
@@ -62,9 +63,14 @@ class ToDiffusers:
     output: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="FOLDER")]]
     """The folder to make; it must not exist or be empty."""
     pipeline: bool = False
-    """A whole `DiTPipeline`: the model, its noise schedule and a decoder."""
+    """A whole `DiTPipeline`, or `StableDiffusion3Pipeline` of a model that is told texts: the model, its noise
+    schedule, a decoder, and text encoders."""
     vae: Path | None = None
     """With --pipeline: folder of the VAE whose latents the model was trained on; default: it was trained on pixels."""
+    text_encoder: tuple[Path, ...] = ()
+    """With --pipeline: folders of the text encoders that tools/cache_latents.py was given, in its order."""
+    tokenizer: tuple[Path, ...] = ()
+    """Of each text encoder, in the same order."""
     weights: Literal["average", "last"] | None = None
     """The moving average of the weights or those of the last step. Default: the average where there is one."""
 
@@ -89,11 +95,13 @@ Command = (
 
 def main(command: ToHf | FromHf | ToDiffusers | FromDiffusers) -> None:
     if isinstance(command, ToDiffusers):
-        if command.vae is not None and not command.pipeline:
-            raise ConfigError("--vae does nothing: the transformer alone has no decoder; add --pipeline")
+        parts = {"vae": command.vae, "text-encoder": command.text_encoder, "tokenizer": command.tokenizer}
+        if not command.pipeline and (given := [name for name, value in parts.items() if value]):
+            raise ConfigError(f"--{given[0]} does nothing: it is no part of the transformer alone; add --pipeline")
         average = None if command.weights is None else command.weights == "average"
         if command.pipeline:
-            print(export_pipeline(command.checkpoint, command.output, command.vae, average))
+            beside = PipelineParts(command.vae, command.text_encoder, command.tokenizer)
+            print(export_pipeline(command.checkpoint, command.output, beside, average))
         else:
             print(export_transformer(command.checkpoint, command.output, average))
         return

@@ -1,4 +1,4 @@
-"""A diffusion transformer to and from folders of `diffusers`, and `DiTPipeline` around it.
+"""A diffusion transformer to and from folders of `diffusers`.
 
 One tensor at a time, by the exact pairs of transforms of :mod:`.dit_tables`: what is imported and exported again has
 the same bits.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,18 @@ from megatron_ds.checkpoint.reader import Checkpoint
 from megatron_ds.checkpoint.safetensors_header import DTYPES
 from megatron_ds.checkpoint.stream import FILE_BYTES, StreamWriter
 from megatron_ds.config.diffusion import DiTConfig, ObjectiveConfig
-from megatron_ds.config.read import from_dict, values_to_toml
+from megatron_ds.config.read import values_to_toml
 from megatron_ds.convert.dit_tables import Table, table_named, table_of
-from megatron_ds.convert.hugging_face import MODEL_TOML, exported_folder, new_folder, publish_folder
+from megatron_ds.convert.hugging_face import MODEL_TOML, exported_folder
 from megatron_ds.convert.settings import Settings
-from megatron_ds.data.latent_decoder import check_decoder, latents_of
-from megatron_ds.errors import CheckpointError, ConfigError
+from megatron_ds.errors import CheckpointError
 from megatron_ds.files import read_json, write_text_durably
 from megatron_ds.models.dit import DiT
-from megatron_ds.models.samplers import make_scheduler
 from megatron_ds.models.transformer import StageSettings
 from megatron_ds.shard import spec_of
 from megatron_ds.shard.flat_shards import FlatShard
 
 STEM = "diffusion_pytorch_model"
-NO_CLASS = 1000  # the label that DiTPipeline takes for guidance, whatever the model
 
 
 def global_shapes(c: DiTConfig) -> dict[str, tuple[int, ...]]:
@@ -178,104 +174,3 @@ class _Weights:
         with safe_open(self._files[name], "pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
-
-
-def export_pipeline(
-    checkpoint: str | Path, folder: str | Path, vae: str | Path | None = None, average: bool | None = None
-) -> Path:
-    """Write a checkpoint's model, its noise schedule and a decoder as a folder that ``DiTPipeline`` samples from.
-
-    Args:
-        vae: the folder of the `diffusers` VAE whose latents the model was trained on. Default: it was trained on
-            pixels, and a decoder that changes nothing is written.
-    """
-    import diffusers
-
-    folder = Path(folder)
-    with Checkpoint(checkpoint) as source:
-        config = model_config(DiTConfig, source.meta, source.directory)
-        objective = from_dict(ObjectiveConfig, source.meta["config"].get("objective", {}), str(source.directory))
-        _check_latents(source, None if vae is None else Path(vae))
-    if config.has_text:
-        raise ConfigError(
-            "DiTPipeline samples classes, and this model is told texts; export the transformer alone and put it beside "
-            "the encoders and the VAE of a StableDiffusion3Pipeline"
-        )
-    if objective.is_flow:
-        raise ConfigError(
-            "DiTPipeline knows no scheduler of rectified flow; export the transformer alone, or sample with "
-            "tools/sample_images.py"
-        )
-    if config.num_classes != NO_CLASS:
-        raise ConfigError(
-            f"DiTPipeline takes class {NO_CLASS} for 'no class', and this model has model.num_classes="
-            f"{config.num_classes}; train it with model.num_classes={NO_CLASS}, or export the transformer alone"
-        )
-    unfinished = new_folder(folder, 0)
-    try:
-        export_transformer(checkpoint, unfinished / "transformer", average)
-        make_scheduler(objective, "ddim").save_pretrained(unfinished / "scheduler")
-        if vae is None:
-            decoder = identity_vae(config.channels)
-            decoder.save_pretrained(unfinished / "vae")
-            name = type(decoder).__name__
-        else:
-            shutil.copytree(vae, unfinished / "vae")
-            name = str(read_json(unfinished / "vae" / "config.json")["_class_name"])
-        index = {
-            "_class_name": "DiTPipeline",
-            "_diffusers_version": diffusers.__version__,
-            "scheduler": ["diffusers", "DDIMScheduler"],
-            "transformer": ["diffusers", table_of(config).name],
-            "vae": ["diffusers", name],
-        }
-        write_text_durably(unfinished / "model_index.json", json.dumps(index, indent=2) + "\n")
-        publish_folder(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    return folder
-
-
-def _check_latents(source: Checkpoint, vae: Path | None) -> None:
-    """A `DiTPipeline` decodes with the VAE's own scale and knows no shift."""
-    check_decoder(source.meta, vae, source.directory)
-    if (trained := latents_of(source.meta)) is not None and trained["shift"]:
-        raise ConfigError(
-            f"{source.directory}: latents are shifted by {trained['shift']}, which DiTPipeline does not undo; export "
-            "the transformer alone, or sample with tools/sample_images.py"
-        )
-
-
-def identity_vae(channels: int) -> Any:
-    """A VAE of `diffusers` whose latents are the pixels: an ``AutoencoderTiny`` without blocks.
-
-    Its decoder bends latents by ``3 tanh(z / 3)``. Latents are therefore pixels / 100, where that is straight to 4e-6;
-    the ReLU between its two convolutions gets them once with each sign.
-    """
-    from diffusers import AutoencoderTiny
-
-    scale, width = 100.0, 2 * channels
-    vae = AutoencoderTiny(
-        in_channels=channels,
-        out_channels=channels,
-        encoder_block_out_channels=(width,),
-        decoder_block_out_channels=(width,),
-        latent_channels=channels,
-        num_encoder_blocks=(0,),
-        num_decoder_blocks=(0,),
-        scaling_factor=scale,
-    )
-    both = torch.cat([torch.eye(channels), -torch.eye(channels)])
-    first = torch.cat([torch.eye(channels), torch.zeros(channels, channels)])
-    # The encoder sees (x + 1) / 2, and the decoder's result is doubled and lowered by 1.
-    for layer, weight, bias in (
-        (vae.encoder.layers[0], first, 0.0),
-        (vae.encoder.layers[-1], first.t() * 2 / scale, -1 / scale),
-        (vae.decoder.layers[0], both, 0.0),
-        (vae.decoder.layers[-1], both.t() * scale / 2, 0.5),
-    ):
-        torch.nn.init.zeros_(layer.weight)
-        torch.nn.init.constant_(layer.bias, bias)
-        layer.weight.data[:, :, 1, 1] = weight
-    return vae

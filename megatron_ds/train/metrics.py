@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -39,12 +39,18 @@ class Speedometer:
         flops_per_token: model FLOPs of forward and backward (the model states its convention).
         ranks: ranks of the job.
         peak: of one device in TFLOP/s, or None.
-        tokens_per_sample: positions that the model computes of a sample.
+        tokens: positions that the model computed of so many samples with so many targets.
     """
 
-    def __init__(self, flops_per_token: float, ranks: int, peak: float | None, tokens_per_sample: int = 1):
+    def __init__(
+        self,
+        flops_per_token: float,
+        ranks: int,
+        peak: float | None,
+        tokens: Callable[[int, int], float] = lambda samples, targets: samples,
+    ):
         self.flops_per_token, self.ranks, self.peak = flops_per_token, ranks, peak
-        self.tokens_per_sample = tokens_per_sample
+        self.tokens_of = tokens
         self.restart()
 
     @contextlib.contextmanager
@@ -55,12 +61,12 @@ class Speedometer:
         self.waited += time.perf_counter() - begin
 
     def add(self, samples: int, targets: int) -> None:
-        self.tokens += samples * self.tokens_per_sample
+        self.tokens += self.tokens_of(samples, targets)
         self.targets += targets
 
     def restart(self) -> None:
         """Start a new interval here: time spent on starting, evaluation or saving is not training."""
-        self.tokens, self.targets, self.waited, self.start = 0, 0, 0.0, time.perf_counter()
+        self.tokens, self.targets, self.waited, self.start = 0.0, 0, 0.0, time.perf_counter()
 
     def read(self) -> dict[str, float]:
         """What the interval was like; starts a new one.

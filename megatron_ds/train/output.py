@@ -213,7 +213,10 @@ def check_data(before: dict[str, Any] | None, now: dict[str, Any] | None, change
 
 def _latents(identity: dict[str, Any]) -> str:
     found = identity.get(LATENTS)
-    return "pixels" if found is None else f"latents of scale {found['scale']}, shift {found['shift']}, {found['vae']}"
+    if found is None:
+        return "pixels"
+    texts = f", with texts of {found['texts']}" if "texts" in found else ""
+    return f"latents of scale {found['scale']}, shift {found['shift']}, {found['vae']}{texts}"
 
 
 def _data_changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:

@@ -113,7 +113,7 @@ def _loop(
         task.flops_per_token,
         mesh.world.size,
         config.log.peak_tflops or peak_tflops(mesh.device),
-        task.tokens_per_sample,
+        task.tokens,
     )
     evaluation = _evaluation(config, mesh, task, sources.valid)
     return Loop(config, mesh, parts, loader, output, speedometer, evaluation, callbacks, sources.identity)

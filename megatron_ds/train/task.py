@@ -26,7 +26,7 @@ class Task(Protocol):
         num_layers: blocks, which the stages share out.
         costs: of a block, and of what stands before the first and behind the last.
         flops_per_token: forward and backward; the family states its convention.
-        tokens_per_sample: positions that the model computes of a sample.
+        tokens_per_sample: positions that the model computes of a sample of the usual size.
         tables: tensors that may gain rows (for new tokens, for longer sequences): a tensor's name to the model setting
             that says how many of its rows are in use.
     """
@@ -60,6 +60,9 @@ class Task(Protocol):
 
     def count(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """What these add to the number by which the sum of the losses is divided, 0-d."""
+
+    def tokens(self, samples: int, targets: int) -> float:
+        """Positions that the model computed of so many samples, for which :meth:`count` was ``targets``."""
 
     def leave_out(self, batch: Batch, real: npt.NDArray[np.bool_]) -> None:
         """Let the samples that are not ``real`` (bool [b]) add nothing to the loss and to :meth:`count`."""

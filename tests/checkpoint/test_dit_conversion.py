@@ -15,7 +15,8 @@ from megatron_ds.checkpoint import Checkpoint
 from megatron_ds.checkpoint.load import load
 from megatron_ds.config import from_dict
 from megatron_ds.config.diffusion import DiffusionRun
-from megatron_ds.convert.dit_folder import export_pipeline, export_transformer, identity_vae, import_transformer
+from megatron_ds.convert.dit_folder import export_transformer, import_transformer
+from megatron_ds.convert.dit_pipelines import export_pipeline, identity_vae
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.samplers import Sampler
@@ -146,7 +147,7 @@ def test_a_pipeline_of_diffusers_draws_the_images_that_ours_draws(learned_varian
 
 def test_what_a_pipeline_cannot_sample_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "flow", configuration({"prediction": "flow", "schedule": "flow"}))
-    with pytest.raises(ConfigError, match="no scheduler of rectified flow"):
+    with pytest.raises(ConfigError, match="DiTPipeline knows no scheduler of rectified flow"):
         export_pipeline(tmp_path / "flow", tmp_path / "x")
     write_checkpoint(tmp_path / "few", configuration(num_classes=10))
     with pytest.raises(ConfigError, match=r"train it with model\.num_classes=1000"):

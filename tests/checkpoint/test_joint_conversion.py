@@ -16,7 +16,8 @@ from megatron_ds.checkpoint import Checkpoint
 from megatron_ds.checkpoint.load import load
 from megatron_ds.config import from_dict
 from megatron_ds.config.diffusion import DiffusionRun
-from megatron_ds.convert.dit_folder import export_pipeline, export_transformer, import_transformer
+from megatron_ds.convert.dit_folder import export_transformer, import_transformer
+from megatron_ds.convert.dit_pipelines import export_pipeline
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.shard import spec_of
 from megatron_ds.shard.flat_shards import FlatShard
@@ -108,7 +109,7 @@ def test_what_diffusers_has_no_class_for_is_refused(tmp_path: Path) -> None:
         write_checkpoint(tmp_path / str(number), configuration(**text, **model), average=False)
         with pytest.raises(ConfigError, match=message):
             export_transformer(tmp_path / str(number), tmp_path / "x")
-    with pytest.raises(ConfigError, match="DiTPipeline samples classes, and this model is told texts"):
+    with pytest.raises(ConfigError, match="told texts, and StableDiffusion3Pipeline knows no other than"):
         export_pipeline(tmp_path / "0", tmp_path / "x")
     write_checkpoint(tmp_path / "class", configuration(qk_norm=True), average=False)
     with pytest.raises(ConfigError, match=r"model\.qk_norm=True cannot be exported: DiTTransformer2DModel has False"):

@@ -11,6 +11,8 @@ from PIL import Image
 
 CROPS = ((0, 0, 120, 90), (100, 50, 220, 140), (300, 100, 390, 220), (200, 200, 320, 320), (0, 300, 90, 420))
 """Left, upper, right, lower: three shapes."""
+WORDS = ("<pad>", "<end>", "<unknown>", "a", "temple", "with", "roofs", *map(str, range(5)))
+"""What text encoders know."""
 
 
 def photograph(name: str) -> Image.Image:
@@ -68,12 +70,10 @@ def write_vae(folder: Path, scale: float = 0.25, seed: int = 0, shift: float | N
 def write_text_encoder(folder: Path, width: int, projected: bool, seed: int = 0) -> Path:
     """A CLIP text encoder of 2 layers, with a tokenizer of words in the same folder."""
     import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
     torch.manual_seed(seed)
-    words = ["<pad>", "<end>", "<unknown>", "a", "temple", "with", "roofs", *map(str, range(5))]
     config = transformers.CLIPTextConfig(
-        vocab_size=len(words),
+        vocab_size=len(WORDS),
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=2,
@@ -86,10 +86,38 @@ def write_text_encoder(folder: Path, width: int, projected: bool, seed: int = 0)
     )
     make = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
     make(config).save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unknown>"))
+    return _write_tokenizer(folder, 8)
+
+
+def write_t5(folder: Path, width: int) -> Path:
+    """A T5 encoder of 2 layers, likewise; its tokenizer takes texts of any length."""
+    import transformers
+
+    torch.manual_seed(2)
+    config = transformers.T5Config(
+        vocab_size=len(WORDS), d_model=width, d_kv=4, d_ff=2 * width, num_layers=2, num_heads=2, pad_token_id=0
+    )
+    transformers.T5EncoderModel(config).save_pretrained(folder)
+    return _write_tokenizer(folder, None)
+
+
+def _write_tokenizer(folder: Path, most: int | None) -> Path:
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>", model_max_length=8
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", unk_token="<unknown>", model_max_length=most
     )
     fast.save_pretrained(folder)
     return folder
+
+
+def sd3_encoders(folder: Path) -> list[Path]:
+    """Two CLIP encoders and a T5 as Stable Diffusion 3 has them: texts of [8 + T5's tokens, 48], pooled [40]."""
+    return [
+        write_text_encoder(folder / "clip-1", 16, projected=True),
+        write_text_encoder(folder / "clip-2", 24, projected=True, seed=1),
+        write_t5(folder / "t5", 48),
+    ]

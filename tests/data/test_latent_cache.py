@@ -159,7 +159,7 @@ def test_text_is_encoded_as_sdxl_and_as_one_encoder_do(folders: Path, tmp_path: 
         hidden, pooled = states(text)
         torch.testing.assert_close(torch.from_numpy(arrays["text"]), hidden)
         torch.testing.assert_close(torch.from_numpy(arrays["pooled"]), pooled)
-    assert [e["class"] for e in cache.text_encoders] == ["CLIPTextModel", "CLIPTextModelWithProjection"]
+    assert [e["class"] for e in cache.texts["encoders"]] == ["CLIPTextModel", "CLIPTextModelWithProjection"]
     one = EncoderFolders(folders / "vae", both[:1], both[:1])
     settings = dataclasses.replace(SETTINGS, text_states="last", store="float16", spread=False)
     made = writer(folders / "captions", one, tmp_path / "one", settings)

@@ -71,14 +71,14 @@ def test_a_grid_has_a_row_for_each_text(
     write_checkpoint(tmp_path / "run", configuration({"prediction": "flow", "schedule": "flow"}, **text))
     prompts, grid = tmp_path / "prompts.safetensors", tmp_path / "grid.png"
     save_file({"text": torch.randn(2, 3, 6), "pooled": torch.randn(2, 5)}, prompts)
-    common = (tmp_path / "run", "--steps", 2, "--device", "cpu", "--output", grid, "--text", prompts)
+    common = (tmp_path / "run", "--steps", 2, "--device", "cpu", "--output", grid, "--embeddings", prompts)
     assert sample(monkeypatch, *common, "--columns", 3, "--size", 8, 4) == 0
     assert image.imread(grid).shape[:2] == (2 * 50, 3 * 26)
     assert sample(monkeypatch, *common, "--classes", 3) == 2
     assert "an image is of a class or of a text; give one of them" in capsys.readouterr().err
     prompts.write_bytes(b"")
     assert sample(monkeypatch, *common) == 2
-    assert f"--text {prompts} cannot be read" in capsys.readouterr().err
+    assert f"--embeddings {prompts} cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

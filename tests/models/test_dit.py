@@ -193,6 +193,8 @@ def test_padded_rows_of_an_evaluation_count_nothing() -> None:
     tensors = to_tensors(batch, batch["labels"])
     alone = to_tensors(samples.rows([4]), batch["labels"][:1])
     assert task.count([tensors]) == task.count([alone]) == 3 * 8 * 8
+    narrow = {**alone, "images": alone["images"][..., :4]}
+    assert task.tokens(2, int(task.count([alone, narrow]))) == (8 * 8 + 8 * 4) / config.model.patch_size**2
     assert model(tensors).item() == pytest.approx(model(alone).item(), rel=1e-12)
 
 

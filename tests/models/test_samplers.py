@@ -128,7 +128,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
     told = run.model.model_copy(update={"condition": "text", "text_size": 6, "pooled_size": 5})
     good = {"text": torch.zeros(2, 5, 6), "pooled": torch.zeros(2, 5)}
     for wrong, tp, message in (
-        ([1], 1, "told texts and no classes; give their embeddings, with --text FILE"),
+        ([1], 1, "told texts and no classes; give them with --text, or their embeddings"),
         ({"text": good["text"]}, 1, "there is no 'pooled' among the embeddings: 'text'"),
         ({**good, "pooled": torch.zeros(2, 6)}, 1, "'pooled' has the shape [2, 6], and the model takes [2, 5]"),
         (good, 2, "texts of 5 tokens cannot be split over tp=2; use 4 or 6"),

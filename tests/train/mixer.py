@@ -166,6 +166,9 @@ class MixerTask:
     def count(self, micro_batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
         return torch.stack([batch["counts"].sum() for batch in micro_batches]).sum()
 
+    def tokens(self, samples: int, targets: int) -> float:
+        return samples * self.tokens_per_sample
+
     def leave_out(self, batch: Batch, real: npt.NDArray[np.bool_]) -> None:
         batch["counts"] &= real
 

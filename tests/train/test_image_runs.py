@@ -17,7 +17,7 @@ from small_images import write_captions, write_classes, write_text_encoder, writ
 from started_ranks import started
 
 from megatron_ds.checkpoint import Checkpoint
-from megatron_ds.convert.dit_folder import export_pipeline
+from megatron_ds.convert.dit_pipelines import PipelineParts, export_pipeline
 from megatron_ds.data import latent_decoder
 from megatron_ds.data.image_scan import image_sizes
 from megatron_ds.data.image_source import open_images
@@ -150,14 +150,14 @@ def test_latents_of_another_scale_are_refused_on_resuming_and_on_drawing(
     assert not (tmp_path / "x.png").exists()
     assert sample("--vae", root / "vae") == 0 and (tmp_path / "x.png").exists()
     with pytest.raises(ConfigError, match=r"latents are shifted by 0.5, which DiTPipeline does not undo"):
-        export_pipeline(tmp_path / "run" / "checkpoints", tmp_path / "pipeline", root / "vae")
+        export_pipeline(tmp_path / "run" / "checkpoints", tmp_path / "pipeline", PipelineParts(root / "vae"))
     run = [*SMALL, *LATENTS, "--output", tmp_path / "unshifted", "--train.steps", 1]
     assert train(monkeypatch, *run, "--data.path", root / "other") == 0
     checkpoints, exported = tmp_path / "unshifted" / "checkpoints", tmp_path / "pipeline"
     for vae, problem in ((root / "vae", "configuration .its scaling_factor"), (None, "give its folder with --vae")):
         with pytest.raises(DataError, match=problem):
-            export_pipeline(checkpoints, exported, vae)
-    export_pipeline(checkpoints, exported, root / "other-vae")
+            export_pipeline(checkpoints, exported, PipelineParts(vae))
+    export_pipeline(checkpoints, exported, PipelineParts(root / "other-vae"))
     assert read_json(exported / "vae" / "config.json")["scaling_factor"] == 0.5
 
 

@@ -91,7 +91,7 @@ def scripted(
         stages={},
     )
     loader = BatchLoader(SyntheticDataset(11, 4), 2, 1, prefetch=0)
-    speed = Speedometer(1.0, 1, None, tokens_per_sample=4)
+    speed = Speedometer(1.0, 1, None, tokens=lambda samples, targets: 4 * samples)
     loop = Loop(
         config,
         Mesh.single(),
