@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.kernels.autograd import first_derivative_only
+from megatron_ds.kernels.column_sums import ColumnSums, with_bias_gradient
 from megatron_ds.kernels.registry import Op, below_autograd, define
 
 GATED = Op("gated", twin="activation")
@@ -36,10 +37,15 @@ def gated_reference(x: Tensor, activation: str = SILU) -> Tensor:
     return _activate(gate, activation) * up
 
 
-def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none") -> Tensor:
-    """``gelu(x + bias)``: ``[..., f]``, ``[f]`` or None; ``approximate`` as in ``torch.nn.functional.gelu``."""
+def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str = "none", *, added: bool = False) -> Tensor:
+    """``gelu(x + bias)``: ``[..., f]``, ``[f]`` or None; ``approximate`` as in ``torch.nn.functional.gelu``.
+
+    ``added``: ``x`` has the bias in it already, as in :func:`megatron_ds.kernels.column_sums.with_bias_gradient`.
+    """
     if BIAS_GELU.choose(x) == "triton":
-        return torch.ops.megatron_ds.bias_gelu(x, bias, approximate)
+        return torch.ops.megatron_ds.bias_gelu(x, bias, approximate, added)
+    if added and bias is not None:
+        return bias_gelu_reference(with_bias_gradient(x, bias), None, approximate)
     return bias_gelu_reference(x, bias, approximate)
 
 
@@ -70,19 +76,20 @@ class _Gated(torch.autograd.Function):
 
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, approximate: str, added: bool) -> Tensor:
         ctx.save_for_backward(x, bias)
-        ctx.approximate = approximate
+        ctx.approximate, ctx.added = approximate, added
         with below_autograd():
-            return torch.ops.megatron_ds.bias_gelu(x, bias, approximate)
+            return torch.ops.megatron_ds.bias_gelu(x, bias, approximate, added)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
-        grad = torch.ops.megatron_ds.bias_gelu_backward(grads[0], x, bias, ctx.approximate)
-        # A column sum of what was just written; torch's own reduction is at the copy rate already.
-        return grad, None if bias is None else grad.sum(tuple(range(grad.dim() - 1))).to(bias.dtype), None
+        given = None if ctx.added else bias
+        with ColumnSums((bias,), ctx.needs_input_grad[1:2]) as sums:
+            grad = torch.ops.megatron_ds.bias_gelu_backward(grads[0], x, given, sums.totals, sums.keep, ctx.approximate)
+        return grad, sums.gradients[0], None, None
 
 
 define(
@@ -97,13 +104,14 @@ define(
     lambda grad, x, activation: x.new_empty(x.shape),
 )
 define(
-    "bias_gelu(Tensor x, Tensor? bias, str approximate) -> Tensor",
-    lambda x, bias, approximate: BIAS_GELU.load(x).bias_gelu(x, bias, approximate),
-    lambda x, bias, approximate: x.new_empty(x.shape),
+    "bias_gelu(Tensor x, Tensor? bias, str approximate, bool added) -> Tensor",
+    lambda x, bias, approximate, added: BIAS_GELU.load(x).bias_gelu(x, None if added else bias, approximate),
+    lambda x, *others: x.new_empty(x.shape),
     _BiasGelu,
 )
 define(
-    "bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias, str approximate) -> Tensor",
-    lambda grad, x, bias, approximate: BIAS_GELU.load(x).bias_gelu_backward(grad, x, bias, approximate),
-    lambda grad, x, bias, approximate: x.new_empty(x.shape),
+    "bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias, Tensor(a!)[] totals, bool[] keep, str approximate)"
+    " -> Tensor",
+    lambda grad, x, *others: BIAS_GELU.load(x).bias_gelu_backward(grad, x, *others),
+    lambda grad, x, *others: x.new_empty(x.shape),
 )

@@ -33,7 +33,16 @@ from megatron_ds.errors import ConfigError, nearest
 NAMESPACE = "megatron_ds"
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 # Where the ops are defined; `report` and `use` know an op by its module's Op objects.
-MODULES = ("norm", "dropout", "activation", "softmax", "cross_entropy", "rotary", "sparse_attention")
+MODULES = (
+    "norm",
+    "dropout",
+    "activation",
+    "softmax",
+    "cross_entropy",
+    "rotary",
+    "sparse_attention",
+    "square_sum",
+)
 
 
 @dataclass(frozen=True)

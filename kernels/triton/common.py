@@ -27,10 +27,12 @@ def processors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.device.type == "cuda" else 2
 
 
-def persistent(x: Tensor, tiles: int, warps: int, resident: int) -> int:
-    """Programs of a kernel that walks over ``tiles``, with ``resident`` warps an SM; none has more than one tile less
-    than another."""
-    most = processors(x) * max(1, resident // warps)
+def persistent(x: Tensor, tiles: int, warps: int, resident: int, strips: int = 1) -> int:
+    """Programs of a kernel that walk over ``tiles``, so many that ``resident`` warps an SM are busy with all strips.
+
+    None has more than one tile less than another.
+    """
+    most = max(1, processors(x) * max(1, resident // warps) // strips)
     return triton.cdiv(tiles, triton.cdiv(tiles, most))
 
 

@@ -22,8 +22,8 @@ from megatron_ds import comm
 from megatron_ds.comm import Pending
 from megatron_ds.comm.buffers import Buffers, Slots
 from megatron_ds.comm.quantized_buffers import Quantization, sum_start
+from megatron_ds.kernels.square_sum import square_sum
 from megatron_ds.mesh import Axis
-from megatron_ds.optim.clip import squared_norm
 from megatron_ds.optim.rule import OptimizerSegment, Update, UpdateRule
 from megatron_ds.shard import in_order, shaped_as
 from megatron_ds.shard.flat_shards import FlatShard
@@ -285,10 +285,10 @@ class FlatBucket:
         assert self.gradients is not None
         total = torch.zeros((), dtype=torch.float64, device=self.gradients.shard.device)
         for begin, end in owned_ranges(self.segments):
-            total += squared_norm(self.gradients.shard[begin:end])
+            total += square_sum(self.gradients.shard[begin:end])
         for segment in self.segments:
             if segment.spec.replica:
-                total += 0.0 * squared_norm(self.gradient_of(segment))
+                total += 0.0 * square_sum(self.gradient_of(segment))
         return total
 
     def gradient_of(self, segment: Segment) -> torch.Tensor:

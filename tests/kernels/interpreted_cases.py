@@ -24,6 +24,7 @@ from megatron_ds.kernels.dropout import dropout_add, keep_mask
 from megatron_ds.kernels.norm import add_norm, layer_norm, rms_norm
 from megatron_ds.kernels.rotary import rotary
 from megatron_ds.kernels.softmax import scaled_masked_softmax
+from megatron_ds.kernels.square_sum import square_sum
 from megatron_ds.zero.main_grad import MainGradient
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -159,6 +160,10 @@ for dtype in DTYPES:
             partial(normal, 3, 37, dtype=dtype),
             partial(normal, 37, dtype=dtype),
         )
+    # The matmul has added the bias; its gradient is the column sums, over several tiles of rows and strips of columns.
+    act = partial(bias_gelu, approximate="tanh", added=True)
+    x, bias_of_up = partial(normal, 40, 300, dtype=dtype), partial(normal, 300, dtype=dtype)
+    add(f"bias_gelu added {dtype}", act, x, bias_of_up)
 add("gated two blocks", gated, lambda: normal(2, 2 * 1100))
 add("gated strided", gated, lambda: strided(3, 2, 10))
 add("gated sliced", gated, lambda: sliced(3, 2, 10))
@@ -167,6 +172,23 @@ add("gated zero rows", gated, lambda: normal(0, 2, 8))
 add("bias_gelu no bias", bias_gelu, lambda: sliced(3, 37), nothing)
 add("bias_gelu extremes", bias_gelu, lambda: torch.tensor([[-1e4, -50.0, 0.0, 50.0, 1e4]]), lambda: torch.zeros(5))
 add("bias_gelu zero rows", bias_gelu, lambda: normal(0, 8), lambda: normal(8))
+
+# --- sums of squares --------------------------------------------------------------------------------------------
+
+
+def squares(count: int) -> None:
+    canaries = Canaries()
+    x = canaries.around(normal(count))
+    with registry.use("triton"), canaries.around_allocations():
+        got = square_sum(x)
+    canaries.check()
+    want = x.double().square().sum()
+    close("sum of squares", got, want, 1e-7)
+    close("the reference", square_sum(x), want, 1e-7)
+
+
+for count in (0, 5, 2048, 70_000):
+    CASES[f"square sum {count}"] = partial(squares, count)
 
 # --- dropout ----------------------------------------------------------------------------------------------------
 

@@ -37,8 +37,8 @@ OPERATORS: dict[str, tuple[Any, ...]] = {
     "dropout_add": (X.clone(), X.clone(), keys(3), 0.2),
     "gated": (X.clone(), "silu"),
     "gated_backward": (X[:, :4].contiguous(), X, "silu"),
-    "bias_gelu": (X.clone(), W.clone(), "none"),
-    "bias_gelu_backward": (X, X, W, "none"),
+    "bias_gelu": (X.clone(), W.clone(), "none", False),
+    "bias_gelu_backward": (X, X, W, [W.clone()], [True], "none"),
     "softmax": (normal(1, 1, 3, 8), None, None, 0.5, True),
     "softmax_backward": (normal(1, 1, 3, 8), torch.rand(1, 1, 3, 8), 0.5, True),
     "rotary": (normal(3, 1, 2, 4), normal(3, 1, 1, 4), *table(3, 1, 4, torch.float32), False, 0, False),
@@ -51,6 +51,7 @@ def op_check_statistics() -> None:
     torch.library.opcheck(torch.ops.megatron_ds.token_statistics.default, (X.detach().clone(), LONG, True))
     given = (X.detach().clone(), R, LONG, torch.ones(3, dtype=torch.bool), 0.1, 0.0, 8)
     torch.library.opcheck(torch.ops.megatron_ds.logit_gradient_.default, given)
+    torch.library.opcheck(torch.ops.megatron_ds.square_sum.default, (R,))
 
 
 LIBRARY["opcheck norm alone"] = partial(op_check, "norm", X.clone(), None, None, W.clone(), None, None, 1e-5, 0.0, True)

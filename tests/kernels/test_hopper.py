@@ -21,6 +21,7 @@ NARROW = {
     "norm_kernel": (12, 2),
     "norm_backward_kernel": (9, 2),
     "partial_sums_kernel": (1, 1),
+    "bias_gelu_sums_kernel": (0, 1),
     "norm_backward_parts_kernel": (5, 0),
     "norm_tiled_kernel": (1, 2),
     "norm_backward_tiled_kernel": (3, 0),
@@ -30,6 +31,7 @@ NARROW = {
     "token_statistics_kernel": (2, 4),
     "logit_gradient_kernel": (3, 0),
     "rotary_kernel": (2, 0),
+    "square_sum_kernel": (16, 1),  # the rest
 }
 # The last, masked tile of a vocabulary that is no multiple of 16 is narrow, and only that.
 RAGGED_TILE = 32
@@ -58,7 +60,9 @@ def activations(features: int, activation: str) -> None:
 
     if activation == "bias_gelu":
         module.bias_gelu(meta(8192, features), meta(features), "tanh")
-        module.bias_gelu_backward(meta(8192, features), meta(8192, features), meta(features), "tanh")
+        for totals in ([], [meta(features, dtype=SINGLE)]):
+            bias = None if totals else meta(features)
+            module.bias_gelu_backward(meta(8192, features), meta(8192, features), bias, totals, [True], "tanh")
     else:
         module.gated(meta(8192, 2 * features), activation)
         module.gated_backward(meta(8192, features), meta(8192, 2 * features), activation)
@@ -96,6 +100,12 @@ def rotary(interleaved: bool) -> None:
     rotary.rotary(q, k, cos, cos, interleaved, 0, False)
 
 
+def square_sum(count: int) -> None:
+    from megatron_ds.kernels.triton import square_sum as module
+
+    module.square_sum(meta(count, dtype=SINGLE))
+
+
 # Shapes of models that people train: Llama 8B and 70B, GPT-3, BLOOM, QK-norm of heads of 128, a 16k hidden size.
 LAUNCHES: dict[str, Callable[[], None]] = {
     "rms_norm 4096": lambda: norm(4096, HALF, rms=True),
@@ -116,6 +126,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "cross entropy 128256": lambda: cross_entropy(128256, 128256, HALF),
     # A vocabulary that is no multiple of 16 in a table padded to one: the whole tiles load wide all the same.
     "cross entropy 50257 of 50304": lambda: cross_entropy(50257, 50304, HALF),
+    "square sum beyond 2^31": lambda: square_sum(2**31 + 1024),
     "rotary 128": lambda: rotary(False),
     "rotary 128 interleaved": lambda: rotary(True),
 }

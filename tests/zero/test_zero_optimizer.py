@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_ds.config import OptimizerConfig, ZeroConfig
+from megatron_ds.kernels.square_sum import square_sum
 from megatron_ds.mesh import Mesh, MeshShape
-from megatron_ds.optim.clip import squared_norm
 from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import run_ranks
 from megatron_ds.zero.optimizer import ZeroOptimizer
@@ -251,4 +251,4 @@ def test_no_parameters_at_all() -> None:
 def test_squared_norm_is_right_where_fp32_sums_are_not(numel: int) -> None:
     flat = torch.randn(numel, generator=torch.Generator().manual_seed(1))
     want = flat.double().square().sum().item()
-    assert squared_norm(flat).item() == pytest.approx(want, rel=2e-7)
+    assert square_sum(flat).item() == pytest.approx(want, rel=2e-7)
