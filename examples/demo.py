@@ -9,7 +9,6 @@ ZeRO-1) on the CPU, or on the machine's GPUs; then once more on one process, to 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -18,9 +17,7 @@ from megatron_ds.data.corpus import build_corpus
 from megatron_ds.data.preprocess import PreprocessOptions, preprocess
 from megatron_ds.data.tokenizer_training import train_tokenizer
 from megatron_ds.data.tokenizers import load_tokenizer
-from megatron_ds.train.launch import gpu_count
-from megatron_ds.train.report import largest_difference, plot_losses, read_losses
-from megatron_ds.train.torchrun import mesh_for, run_script
+from megatron_ds.train.demonstration import run_twice
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "pretrain_gpt.py"
@@ -60,46 +57,11 @@ def main() -> None:
     root: Path = options.output
     settings = ["--config", str(HERE / "configs/demo.toml"), "--train.steps", str(options.steps)]
     settings += prepare_data(root / "data") + overrides
-    ranks, mesh = mesh_for(gpu_count())
-    name = time.strftime("%Y%m%d-%H%M%S")
-    many, one = root / f"{name}-{ranks}-ranks", root / f"{name}-1-process"
-    run_script(SCRIPT, ranks, [*settings, *mesh, "--output", str(many)])
-    print("\nthe same seed on one process:", flush=True)
-    # One thread: two that share busy cores wait for each other, and a step took 17 s instead of half a second.
-    run_script(
-        SCRIPT,
-        1,
-        [
-            *settings,
-            "--threads",
-            "1",
-            "--mesh.tp",
-            "1",
-            "--mesh.pp",
-            "1",
-            "--output",
-            str(one),
-            "--checkpoint.no-save-at-end",
-        ],
-    )
-    curves = {f"{ranks} ranks": read_losses(many), "1 process": read_losses(one)}
-    plot_losses(curves, root / "loss.png", "demo: the same seed on two meshes")
-    export_hf(many / "checkpoints", many / "hf", tokenizer=load_tokenizer(root / "data/tokenizer"))
-    difference, step = largest_difference(*curves.values())
-    losses = curves[f"{ranks} ranks"]
-    print(f"\nloss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps")
-    print(f"largest difference between {ranks} ranks and 1 process: {difference:.2e} (step {step}), in fp32")
-    print(f"sample by transformers:\n---\n{generate(many / 'hf')}\n---")
-    for what, path in (
-        ("loss curve", root / "loss.png"),
-        ("checkpoint", many / "checkpoints"),
-        ("Hugging Face model", many / "hf"),
-        ("TensorBoard", many / "tensorboard"),
-    ):
-        print(f"{what:<20}{path}")
-    print(f"{time.perf_counter() - start:.0f} s in all")
-    if difference > 1e-3:
-        sys.exit(f"error: the losses differ by {difference:.2e}, more than rounding explains (1e-3)")
+    runs = run_twice(SCRIPT, settings, root, "demo: the same seed on two meshes", "nats a token", start)
+    exported = runs.output / "hf"
+    export_hf(runs.output / "checkpoints", exported, tokenizer=load_tokenizer(root / "data/tokenizer"))
+    sample = f"sample by transformers:\n---\n{generate(exported)}\n---"
+    runs.report([sample], [("Hugging Face model", exported)])
 
 
 if __name__ == "__main__":

@@ -21,9 +21,7 @@ from megatron_ds.config.diffusion import DiffusionRun
 from megatron_ds.convert.dit_pipelines import export_pipeline
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.samplers import Sampler, run_of_checkpoint, save_grid
-from megatron_ds.train.launch import gpu_count
-from megatron_ds.train.report import largest_difference, plot_losses, read_losses
-from megatron_ds.train.torchrun import mesh_for, run_script
+from megatron_ds.train.demonstration import run_twice
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "pretrain_dit.py"
@@ -78,37 +76,21 @@ def main() -> None:
     root: Path = options.output
     settings = ["--config", str(HERE / "configs/diffusion/digits.toml"), "--train.steps", str(options.steps)]
     settings += overrides
-    ranks, mesh = mesh_for(gpu_count())
-    name = time.strftime("%Y%m%d-%H%M%S")
-    many, one = root / f"{name}-{ranks}-ranks", root / f"{name}-1-process"
-    run_script(SCRIPT, ranks, [*settings, *mesh, "--output", str(many)])
-    print("\nthe same seed on one process:", flush=True)
-    alone = ["--threads", "1", "--mesh.tp", "1", "--mesh.pp", "1", "--checkpoint.no-save-at-end"]
-    run_script(SCRIPT, 1, [*settings, *alone, "--output", str(one)])
-    curves = {f"{ranks} ranks": read_losses(many), "1 process": read_losses(one)}
-    plot_losses(curves, root / "loss.png", "digits: the same seed on two meshes", "squared error")
-    images, labels = draw(many / "checkpoints")
+    runs = run_twice(SCRIPT, settings, root, "digits: the same seed on two meshes", "squared error", start)
+    checkpoints = runs.output / "checkpoints"
+    images, labels = draw(checkpoints)
     save_grid(images[:100], 10, root / "samples.png")
     drawn, real = accuracy(images, labels)
-    pipeline = export_pipeline(many / "checkpoints", many / "pipeline")
+    pipeline = export_pipeline(checkpoints, runs.output / "pipeline")
     draw_with_diffusers(pipeline, root / "samples-diffusers.png")
-    difference, step = largest_difference(*curves.values())
-    losses = curves[f"{ranks} ranks"]
-    print(f"\nloss {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps")
-    print(f"largest difference between {ranks} ranks and 1 process: {difference:.2e} (step {step}), in fp32")
-    print(f"of {len(labels)} drawn digits a classifier recognises {drawn:.1%}; of real ones {real:.1%}")
-    for what, path in (
-        ("loss curve", root / "loss.png"),
-        ("drawn digits", root / "samples.png"),
-        ("by diffusers", root / "samples-diffusers.png"),
-        ("checkpoint", many / "checkpoints"),
-        ("DiTPipeline", pipeline),
-        ("TensorBoard", many / "tensorboard"),
-    ):
-        print(f"{what:<20}{path}")
-    print(f"{time.perf_counter() - start:.0f} s in all")
-    if difference > 1e-3:
-        sys.exit(f"error: the losses differ by {difference:.2e}, more than rounding explains (1e-3)")
+    runs.report(
+        [f"of {len(labels)} drawn digits a classifier recognises {drawn:.1%}; of real ones {real:.1%}"],
+        [
+            ("drawn digits", root / "samples.png"),
+            ("by diffusers", root / "samples-diffusers.png"),
+            ("DiTPipeline", pipeline),
+        ],
+    )
     if drawn < 0.9:
         sys.exit(f"error: only {drawn:.1%} of the drawn digits are recognised, fewer than 90%")
 

@@ -93,15 +93,6 @@ def run_script(script: Path, ranks: int, arguments: list[str]) -> None:
         sys.exit(status)
 
 
-def mesh_for(gpus: int) -> tuple[int, list[str]]:
-    """Ranks and mesh settings of a demonstration: 8 ranks on a CPU or 8 GPUs, else the largest mesh of the GPUs."""
-    ranks = 8 if gpus in (0, 8) or gpus > 8 else 4 if gpus >= 4 else min(gpus, 2)
-    tp, pp = {8: (2, 2), 4: (2, 2), 2: (2, 1), 1: (1, 1)}[ranks]
-    if 0 < gpus < 8:
-        print(f"{gpus} GPU(s), not 8: training on {ranks} rank(s), TP {tp} x PP {pp} x DP {ranks // (tp * pp)}")
-    return ranks, ["--mesh.tp", str(tp), "--mesh.pp", str(pp)]
-
-
 def conclude(codes: dict[int, int], twice: bool) -> tuple[int, str]:
     """Exit code and last line for a job of which some ranks failed.
 

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_ds.config import RunConfig, from_dict, load_toml, parse
 from megatron_ds.config.diffusion import DiffusionRun
+from megatron_ds.train.demonstration import mesh_for
 from megatron_ds.train.launch import run_main
 
 ROOT = Path(__file__).parents[2]
@@ -133,7 +134,7 @@ def test_a_dry_run_without_a_world_size_is_of_the_meshs_own(
 def test_the_demo_takes_the_largest_mesh_that_fits_and_says_when_it_is_smaller(
     gpus: int, ranks: int, product: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    got, settings = module("demo").mesh_for(gpus)
+    got, settings = mesh_for(gpus)
     options = dict(zip(settings[::2], settings[1::2]))
     assert got == ranks and int(options["--mesh.tp"]) * int(options["--mesh.pp"]) == product
     assert ranks % product == 0
@@ -141,10 +142,9 @@ def test_the_demo_takes_the_largest_mesh_that_fits_and_says_when_it_is_smaller(
 
 
 def test_the_demos_batch_divides_on_every_mesh_it_may_choose() -> None:
-    demo = module("demo")
     config = load_toml(EXAMPLES / "configs" / "demo.toml")
     for gpus in range(10):
-        ranks, settings = demo.mesh_for(gpus)
+        ranks, settings = mesh_for(gpus)
         options = dict(zip(settings[::2], settings[1::2]))
         dp = ranks // (int(options["--mesh.tp"]) * int(options["--mesh.pp"]))
         portion = config.train.micro_batch * dp

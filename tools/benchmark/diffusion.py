@@ -1,11 +1,13 @@
 """Training speed of a diffusion transformer on this machine's CPU, beside a plain loop over the model of diffusers.
 
-Two models: that of `make train-diffusion` (8 x 8 pixels), and DiT-S/8 (latents of 32 x 32 x 4). Both loops predict the
-noise of the same images, with AdamW and clipping; bf16 is autocast in the plain loop. Contenders run one after the
-other, each in processes of its own with one thread a rank, and the table shows the median of the rounds' ratios: of one
-process to the plain loop, of two ranks to twice what one of ours does in the same round.
+Two models: that of `make train-diffusion` (8 x 8 pixels), and DiT-S/8 (latents of 32 x 32 x 4), both on steps of 2,048
+tokens as GPT's rows in `run.py` have them. Both loops predict the noise of the same images, with AdamW and clipping;
+bf16 is autocast in the plain loop. Contenders run one after the other, each in processes of its own with one thread a
+rank, and the table shows the median and the range of the rounds' ratios: of one process to the plain loop, of two ranks
+to twice what one of ours does in the same round. Two ranks that exchange nothing are what the machine allows.
 
 python tools/benchmark/diffusion.py --rounds 3 --json diffusion.json
+python tools/benchmark/diffusion.py --rounds 1 --only fp32 digits
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-BATCH, SECONDS = 32, 6.0
+BATCH, SECONDS = 128, 5.0
 MODELS: dict[str, dict[str, Any]] = {
     "digits": {"hidden_size": 96, "num_layers": 4, "num_heads": 4, "image_size": 8, "channels": 1, "patch_size": 2,
                "num_classes": 10},
@@ -36,8 +38,10 @@ MODELS: dict[str, dict[str, Any]] = {
 LAYOUTS: dict[str, dict[str, Any]] = {
     "diffusers": {},
     "ours": {},
-    "ours ZeRO-1 x2": {"dp": 2},
+    "ours apart": {"apart": 2},
+    "ours ZeRO-1": {"dp": 2},
     "ours TP 2": {"tp": 2},
+    "ours TP 2 + SP": {"tp": 2, "sequence_parallel": True},
 }
 
 Step = Callable[[], float]
@@ -97,20 +101,21 @@ def ours(model: dict[str, Any], dtype: str, layout: dict[str, Any]) -> Step:
     from megatron_ds.train.build import build
 
     keep_freed_memory()
+    layout = dict(layout)
+    size = BATCH // layout.get("dp", 1) // (apart := layout.pop("apart", 1))
     ranks = max(layout.values(), default=1)
     settings = {
         "output": tempfile.gettempdir() + "/megatron-ds-benchmark",  # nothing is written there
         "model": model,
-        "mesh": {**layout, "sequence_parallel": False},
+        "mesh": {"sequence_parallel": False, **layout},
         "optimizer": {"lr": 1e-4, "clip_norm": 1.0, "schedule": "constant", "weight_decay": 0.01},
         "precision": {"dtype": dtype},
-        "train": {"global_batch": BATCH, "micro_batch": BATCH // layout.get("dp", 1)},
+        "train": {"global_batch": BATCH // apart, "micro_batch": size},
     }
     config = from_dict(DiffusionRun, settings, "benchmark")
     mesh = Mesh.create(validate(config, ranks), torch.device("cpu"))
     parts = build(config, mesh, DiTTask(config))
     parts.step.after_first = give_back_freed_memory
-    size = config.train.micro_batch
     own = {name: value[mesh.dp.rank * size :][:size] for name, value in batch_of(model, BATCH).items()}
     return lambda: float(parts.step([own]).loss)
 
@@ -123,13 +128,11 @@ def measure(name: str, model: str, dtype: str) -> None:
         dist.init_process_group("gloo")
     step = plain(MODELS[model], dtype) if name == "diffusers" else ours(MODELS[model], dtype, layout)
     first = step()
-    for _ in range(2):
-        step()
     times: list[float] = []
-    # Of several ranks all stop after as many steps: the first one's clock decides before each is counted.
+    # Of several ranks all stop after as many steps: the first one's clock decides beforehand.
     begin = time.perf_counter()
     step()
-    count = max(5, int(SECONDS / (time.perf_counter() - begin)))
+    count = max(3, int(SECONDS / (time.perf_counter() - begin)))
     if layout:
         counts = torch.tensor([count])
         dist.broadcast(counts, 0)
@@ -156,13 +159,16 @@ def run(name: str, model: str, dtype: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="each runs every contender once; %(default)s")
+    parser.add_argument("--only", nargs="+", default=[], help="of fp32 and bf16, digits and DiT-S/8; default: all")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         measure(*options.measure)
         return
-    cases = [(model, dtype) for model in MODELS for dtype in ("fp32", "bf16")]
+    dtypes = [dtype for dtype in ("fp32", "bf16") if dtype in options.only] or ["fp32", "bf16"]
+    models = [model for model in MODELS if model in options.only] or list(MODELS)
+    cases = [(model, dtype) for model in models for dtype in dtypes]
     found: dict[tuple[str, str, str], list[float]] = {}
     with tqdm(total=options.rounds * len(cases) * len(LAYOUTS), unit="run") as bar:
         for _ in range(options.rounds):
@@ -171,13 +177,15 @@ def main() -> None:
                     bar.set_description(f"{name}, {model}, {dtype}")
                     found.setdefault((name, model, dtype), []).append(run(name, model, dtype)["rate"])
                     bar.update()
-    print(f"{'model':<10}{'':<6}{'contender':<18}{'images/s':>10}{'ratio':>8}  of")
+    print(f"{'model':<10}{'':<6}{'contender':<18}{'images/s':>10}{'ratio':>8}  range, of")
     for (name, model, dtype), rates in found.items():
         one = found[("ours" if " " in name else "diffusers", model, dtype)]
         factor = 2.0 if " " in name else 1.0
-        ratio = statistics.median(rate / (factor * other) for rate, other in zip(rates, one))
+        ratios = [rate / (factor * other) for rate, other in zip(rates, one)]
+        spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
         said = "2 x ours on one process" if " " in name else "diffusers"
-        print(f"{model:<10}{dtype:<6}{name:<18}{statistics.median(rates):>10.1f}{ratio:>8.3f}  {said}")
+        figures = f"{statistics.median(rates):>10.1f}{statistics.median(ratios):>8.3f}  {spread}"
+        print(f"{model:<10}{dtype:<6}{name:<18}{figures}, {said}")
     if options.json:
         options.json.write_text(json.dumps([[*key, rates] for key, rates in found.items()]) + "\n")
 
