@@ -9,6 +9,9 @@ The condition travels because that is ``1 / s`` of what flows anyway. To compute
 would hold the embeddings (44 MB with their optimizer state in DiT-XL/2) and all stages sum their gradients in each
 step. The text's stream has to travel: each block changes it. It is 4% of what flows at 1024 pixels (154 tokens beside
 4,096 patches). Its gradients, and those of the condition, add up over stages on their way back.
+
+Context parallelism is not built (``mesh.cp`` is 1, as for texts). Two places would know of it: :meth:`DiT._own`, which
+cuts every sequence of patches, targets and text, and the attention core, which then sees the keys of other ranks too.
 """
 
 from __future__ import annotations

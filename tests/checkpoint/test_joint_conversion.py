@@ -9,18 +9,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
-from dit_checkpoints import configuration, model_of, write_checkpoint
+from dit_checkpoints import assert_same_bits, configuration, imported, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from megatron_ds.checkpoint import Checkpoint
-from megatron_ds.checkpoint.load import load
-from megatron_ds.config import from_dict
-from megatron_ds.config.diffusion import DiffusionRun
 from megatron_ds.convert.dit_folder import export_transformer, import_transformer
 from megatron_ds.convert.dit_pipelines import export_pipeline
 from megatron_ds.errors import CheckpointError, ConfigError
-from megatron_ds.shard import spec_of
-from megatron_ds.shard.flat_shards import FlatShard
 
 NAME = "diffusion_pytorch_model.safetensors"
 
@@ -45,11 +39,7 @@ def test_what_is_imported_predicts_the_same_and_is_exported_with_the_same_bits(
 ) -> None:
     model = theirs(**more)
     model.save_pretrained(tmp_path / "theirs")
-    step = import_transformer(tmp_path / "theirs", tmp_path / "ours")
-    with Checkpoint(step) as saved:
-        config = from_dict(DiffusionRun, saved.meta["config"], "test")
-    ours = model_of(config, 9)
-    load(step, [FlatShard.of(spec_of(p), "param", p.data) for p in ours.parameters()])
+    step, ours = imported(tmp_path / "theirs", tmp_path / "ours")
     images, times = torch.randn(3, 4, 12, 20), torch.tensor([0.0, 999.5, 257])
     text, pooled = torch.randn(3, 7, 12), torch.randn(3, 5)
     with torch.no_grad():
@@ -65,10 +55,7 @@ def test_what_is_imported_predicts_the_same_and_is_exported_with_the_same_bits(
     assert load_file(tmp_path / "again" / NAME).keys() == state.keys()
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, state[name]), name
-    import_transformer(tmp_path / "again", tmp_path / "ours again")
-    with Checkpoint(tmp_path / "ours again") as one, Checkpoint(step) as two:
-        assert one.names() == two.names()
-        assert all(torch.equal(one.read(name), two.read(name)) for name in one.names())
+    assert_same_bits(import_transformer(tmp_path / "again", tmp_path / "ours again"), step)
 
 
 def test_what_would_compute_something_else_is_refused(tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 
+from megatron_ds.checkpoint import Checkpoint
+from megatron_ds.checkpoint.load import load
 from megatron_ds.checkpoint.save import save
 from megatron_ds.config import from_dict
 from megatron_ds.config.diffusion import DiffusionRun
+from megatron_ds.convert.dit_folder import import_transformer
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.dit import DiT
 from megatron_ds.models.dit_task import DiTTask
@@ -37,6 +40,21 @@ def model_of(config: DiffusionRun, seed: int) -> DiT:
     model = DiTTask(config).make_stage(StageSpan(0, config.model.num_layers), mesh, mesh.device, torch.float32)
     model.initialize(seed)
     return model
+
+
+def imported(folder: Path, out_dir: Path) -> tuple[Path, DiT]:
+    """A model of `diffusers` as a checkpoint, and loaded from it."""
+    step = import_transformer(folder, out_dir)
+    with Checkpoint(step) as saved:
+        model = model_of(from_dict(DiffusionRun, saved.meta["config"], "test"), 9)
+    load(step, [FlatShard.of(spec_of(p), "param", p.data) for p in model.parameters()])
+    return step, model
+
+
+def assert_same_bits(checkpoint: Path, other: Path) -> None:
+    with Checkpoint(checkpoint) as one, Checkpoint(other) as two:
+        assert one.names() == two.names()
+        assert all(torch.equal(one.read(name), two.read(name)) for name in one.names())
 
 
 def write_checkpoint(folder: Path, config: DiffusionRun, average: bool = True) -> Path:

@@ -252,14 +252,16 @@ def test_texts_of_a_cache_train_joint_blocks(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_captions(tmp_path / "captions")
-    write_text_encoder(tmp_path / "text", 16, projected=True)
-    source, folder = open_images(tmp_path / "captions"), tmp_path / "texts"
+    source = open_images(tmp_path / "captions")
     sizes = image_sizes(source, tmp_path / "captions")
-    encoders = EncoderFolders(root / "vae", (tmp_path / "text",), (tmp_path / "text",))
-    writer = CacheWriter(source, sizes, encoders, CacheSettings(64, 16, 2.0, batch=2), folder)
-    writer.begin()
-    writer.write_empty(torch.device("cpu"))
-    writer.write(writer.share(0, 1), torch.device("cpu"), lambda _: None)
+    for seed, name in enumerate(("texts", "other-texts")):
+        words = write_text_encoder(tmp_path / f"encoder-{seed}", 16, projected=True, seed=seed)
+        encoders = EncoderFolders(root / "vae", (words,), (words,))
+        writer = CacheWriter(source, sizes, encoders, CacheSettings(64, 16, 2.0, batch=2), tmp_path / name)
+        writer.begin()
+        writer.write_empty(torch.device("cpu"))
+        writer.write(writer.share(0, 1), torch.device("cpu"), lambda _: None)
+    folder = tmp_path / "texts"
     empty = LatentCache(folder).empty
     (_, tokens, width), (_, pooled) = empty["text"].shape, empty["pooled"].shape
     run = [*SMALL, *LATENTS, "--data.path", folder, "--train.steps", 2, "--model.condition", "text"]
@@ -267,6 +269,9 @@ def test_texts_of_a_cache_train_joint_blocks(
     assert train(monkeypatch, *run, *sizes_of_text, "--output", tmp_path / "run") == 0
     assert all(np.isfinite(read_losses(tmp_path / "run")))
     capsys.readouterr()
+    again = [*run, *sizes_of_text, "--output", tmp_path / "run", "--checkpoint.resume", "--train.steps", 3]
+    assert train(monkeypatch, *again, "--data.path", tmp_path / "other-texts") == 2
+    assert "with texts of {'encoders': [{'class': 'CLIPTextModelWithProjection'" in capsys.readouterr().err
     assert train(monkeypatch, *run, *sizes_of_text[:4], "--output", tmp_path / "x") == 2
     assert f"'pooled' is [{pooled}] a sample, not [2048]; set model.pooled_size" in capsys.readouterr().err
     assert train(monkeypatch, *run, *sizes_of_text[:2], "--output", tmp_path / "x") == 2
