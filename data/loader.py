@@ -158,6 +158,24 @@ def to_tensors(batch: Batch, sample_index: npt.NDArray[np.int64], pin_memory: bo
     return {name: tensor.pin_memory() for name, tensor in tensors.items()} if pin_memory else tensors
 
 
+def to_device(batch: MicroBatch, device: torch.device) -> MicroBatch:
+    """Start the copy of a micro-batch from the host to a GPU; on a CPU the batch itself.
+
+    With ``document_ids [b, s]`` come ``document_bounds``, which stay on the host: int32 [documents + 1], where the
+    documents (runs of equal ids in a row) begin and end, row after row. Their number and the longest of them decide
+    how attention is launched, and nothing may wait for the GPU to know them.
+    """
+    if device.type == "cpu":
+        return batch
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+    if (ids := batch.get("document_ids")) is not None:
+        first = torch.ones_like(ids, dtype=torch.bool)
+        first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+        begins = first.flatten().nonzero().squeeze(1)
+        moved["document_bounds"] = torch.cat((begins, torch.tensor([ids.numel()]))).to(torch.int32)
+    return moved
+
+
 class _ReadAhead(Iterator[tuple[list[MicroBatch], int]]):
     """Runs an iterator in a thread, at most ``depth`` items ahead; its exceptions appear in the consumer."""
 

@@ -20,6 +20,7 @@ import torch
 
 from megatron_ds.config import BaseRunConfig, ModelConfig, RecomputeConfig, RunConfig
 from megatron_ds.kernels.block_attention import block_size, is_preferred, keeps_probabilities
+from megatron_ds.kernels.varlen_attention import takes_varlen
 from megatron_ds.pipeline.stage import Activations, StageSpan
 
 _WIDTHS = (("fp32", 4), ("bf16", 2), ("fp16", 2), ("fp64", 8))
@@ -137,6 +138,10 @@ def _core(
         block = block_size(torch.device("cpu" if cpu else "cuda"))
         triangle = sum(min(block, s - start) * min(start + block, s) for start in range(0, s, block))
         return whole + (b * heads * triangle * width if keeps else 0), False
+    cut = config.data.document_masking or c.window is not None
+    if takes_varlen(not cpu, width == 2, c.head_size, cut, c.position == "alibi"):
+        # A batch of several rows is copied to have one row behind the other, and its output back.
+        return (core_input + statistics, True) if b == 1 else (whole + heads * row + statistics, False)
     if groups < heads and not cpu and (rules or width > 2):
         return 3 * heads * row + statistics, False  # keys and values repeated for the queries
     # Where nothing turned them, queries or at least keys and values are parts of qkv, which stays as a whole.
@@ -157,7 +162,10 @@ def _shared_bias(config: RunConfig, heads: int, cpu: bool, window: bool) -> int:
     """Bytes of the bias on the scores that layers share: where a fused kernel has other rules than causality."""
     c, b, s = config.model, config.train.micro_batch, config.train.sequence_length
     alone = c.attention_dropout > 0 or c.attention_softcap is not None
-    if cpu or alone or not (c.position == "alibi" or config.data.document_masking or window):
+    cut = config.data.document_masking or window
+    if cpu or alone or not (c.position == "alibi" or cut):
+        return 0
+    if takes_varlen(True, width_of(config) == 2, c.head_size, cut, c.position == "alibi"):
         return 0
     shape = (heads if c.position == "alibi" else 1) * (b if config.data.document_masking else 1)
     return shape * s * s * width_of(config)

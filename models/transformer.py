@@ -204,7 +204,8 @@ class Transformer(nn.Module):
         Args:
             micro_batch: ``tokens``, ``labels``, ``position_ids`` ``[b, s]`` int64, ``loss_mask`` ``[b, s]`` bool,
                 ``sample_index`` ``[b]`` int64; ``document_ids`` ``[b, s]`` where documents are kept apart,
-                ``token_type_ids`` ``[b, s]`` where types differ (default: all 0).
+                their bounds ``document_bounds`` on the host (without them a GPU is waited for), ``token_type_ids``
+                ``[b, s]`` where types differ (default: all 0).
             hidden: the previous stage's output; None on the first stage.
             part: of the last stage: all, what lies before the loss, or the loss alone of that (then ``hidden``).
 
@@ -292,7 +293,7 @@ class Transformer(nn.Module):
         documents = micro_batch.get("document_ids")
         rules = AttentionRules(
             causal=self.config.causal,
-            documents=None if documents is None else Documents.of_ids(documents),
+            documents=None if documents is None else Documents.of_ids(documents, micro_batch.get("document_bounds")),
             alibi=self._alibi(),
             window=self.config.window if window else None,
             softcap=self.config.attention_softcap,

@@ -22,9 +22,8 @@ from megatron_ds.kernels.block_attention import Dropout, block_attention, is_pre
 from megatron_ds.kernels.block_layout import BlockLayout
 from megatron_ds.kernels.documents import Documents
 from megatron_ds.kernels.sparse_attention import sparse_attention
+from megatron_ds.kernels.varlen_attention import HALF, takes_varlen, varlen_attention
 from megatron_ds.rng import DropoutKeys
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 class AttentionCore(Protocol):
@@ -101,6 +100,9 @@ def make_core(
         rules.drops or rules.softcap is not None,
     ):
         return BlockCore(rules)
+    cut = rules.documents is not None or rules.window is not None
+    if takes_varlen(device.type == "cuda", dtype in HALF, head_dim, cut, rules.alibi is not None):
+        return VarlenCore(rules.causal, rules.window, rules.documents)
     bias = None if rules.only_causal else _bias(rules, length, device, dtype)
     return FusedCore(rules.causal, bias)
 
@@ -126,6 +128,22 @@ class FusedCore:
         causal = self.causal and self.bias is None
         out = F.scaled_dot_product_attention(q, k, v, self.bias, is_causal=causal, enable_gqa=n > k.shape[1])
         return out.permute(2, 0, 1, 3).reshape(s, b, n * d)
+
+
+class VarlenCore:
+    """The rows of a batch, or their documents, one behind the other: no mask, and no work outside of them."""
+
+    def __init__(self, causal: bool, window: int | None = None, documents: Documents | None = None):
+        self.causal, self.window = causal, window
+        self.bounds = None if documents is None else documents.cumulative()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: int = 0) -> Tensor:
+        s, b, n, d = q.shape
+        if self.bounds is None:
+            self.bounds = torch.arange(0, b * s + 1, s, dtype=torch.int32, device=q.device), s
+        q, k, v = (t.transpose(0, 1).reshape(b * s, -1, d) for t in (q, k, v))
+        out = varlen_attention(q, k, v, *self.bounds, causal=self.causal, window=self.window)
+        return out.view(b, s, n * d).transpose(0, 1).contiguous()
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from megatron_ds.checkpoint.load import load
 from megatron_ds.checkpoint.save import check_room, save
 from megatron_ds.comm.together import together
 from megatron_ds.config import BaseRunConfig
-from megatron_ds.data.loader import BatchLoader, MicroBatch
+from megatron_ds.data.loader import BatchLoader, MicroBatch, to_device
 from megatron_ds.errors import CheckpointError, MegatronDSError
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.learning_rate import rate_change
@@ -249,9 +249,7 @@ class Loop:
         return [*self.parts.optimizer.flat_shards(for_load), *buffers]
 
     def _to_device(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
-        if self.mesh.device.type == "cpu":
-            return batches
-        return [{name: t.to(self.mesh.device, non_blocking=True) for name, t in batch.items()} for batch in batches]
+        return [to_device(batch, self.mesh.device) for batch in batches]
 
 
 def _schedule_end(config: Mapping[str, Any]) -> int:

@@ -12,8 +12,17 @@ from torch import Tensor
 
 from megatron_ds.kernels.alibi import Alibi
 from megatron_ds.kernels.documents import Documents
+from megatron_ds.kernels.varlen_attention import takes_varlen
 from megatron_ds.layers.attention import AttentionConfig, AttentionInputs, SelfAttention
-from megatron_ds.layers.attention_cores import AttentionCore, AttentionRules, BlockCore, FusedCore, _bias, make_core
+from megatron_ds.layers.attention_cores import (
+    AttentionCore,
+    AttentionRules,
+    BlockCore,
+    FusedCore,
+    VarlenCore,
+    _bias,
+    make_core,
+)
 from megatron_ds.layers.position import Rotary, alibi_slopes, rotary_table
 from megatron_ds.mesh import Axis
 from megatron_ds.rng import DropoutKeys, initialize_parameters, keep_mask
@@ -59,7 +68,14 @@ def fused(rules: AttentionRules, dtype: torch.dtype = torch.float64) -> FusedCor
     return core
 
 
-CORES = {"blocks": BlockCore, "fused": fused}
+def varlen(rules: AttentionRules) -> AttentionCore:
+    """What a GPU takes in half precision; here by the reference."""
+    if rules.alibi is not None or rules.drops:
+        pytest.skip("sequences of various lengths know no ALiBi and no dropout: another core is made")
+    return VarlenCore(rules.causal, rules.window, rules.documents)
+
+
+CORES = {"blocks": BlockCore, "fused": fused, "varlen": varlen}
 
 
 def loop(layer: SelfAttention, x: Tensor, positions: Tensor, documents: Tensor, alibi: bool, rope: bool) -> Tensor:
@@ -255,3 +271,8 @@ def test_which_core_is_made() -> None:
     assert isinstance(make_core(documents, 1024, 64, cpu, fp32), BlockCore)
     assert isinstance(make_core(dropping, 1024, 64, gpu, bf16), BlockCore)
     assert make_core(plain, 256, 64, gpu, bf16) == FusedCore(causal=True)
+    assert isinstance(make_core(rules(window=5), 256, 64, gpu, bf16), VarlenCore)
+    assert make_core(rules(window=300), 256, 64, gpu, bf16) == FusedCore(causal=True), "all is within the window"
+    assert isinstance(make_core(rules(window=5, softcap=3.0), 256, 64, gpu, bf16), BlockCore)
+    for cut, others, head_dim, half in ((True, True, 64, True), (True, False, 64, False), (True, False, 63, True)):
+        assert not takes_varlen(True, half, head_dim, cut, others)
