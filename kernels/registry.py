@@ -42,6 +42,7 @@ MODULES = (
     "rotary",
     "sparse_attention",
     "square_sum",
+    "float8",
 )
 
 

@@ -14,12 +14,19 @@ blockwise   128 features of a token      128 x 128              128 tokens of a 
 No scale depends on the mesh. A scale never spans two sequences, so that how samples are put on replicas and into
 micro-batches is no matter; where tensor parallelism cuts what shares a scale, its amax is reduced over tp; and blocks
 of features are not cut (:func:`fault`). The layer gathers sequence-parallel activations before it asks the recipe.
+
+A weight is quantised once a step, from what the optimizer has left: inside :func:`weights_kept`, which the step holds
+around its micro-batches, when no weight changes. Outside of it nothing is kept, so that a step of the optimizer, a
+checkpoint that is loaded and a write by the user need not be noticed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol
 
@@ -28,16 +35,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ds import comm
-from megatron_ds.kernels.float8 import CUDA_MULTIPLE, E4M3, E5M2, Block, Float8, block_amax, product, quantize
+from megatron_ds.kernels.float8 import (
+    CUDA_BLOCK,
+    CUDA_MULTIPLE,
+    E4M3,
+    E5M2,
+    FIRST_CAPABILITY,
+    Block,
+    Float8,
+    block_amax,
+    block_amax_both,
+    has_tensor_cores,
+    product,
+    quantize,
+    quantize_both,
+)
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.layers.recipe import OwnPrecision, Recipe
 from megatron_ds.mesh import Axis
 from megatron_ds.shard import spec_of
 
 Linear = ColumnParallelLinear | RowParallelLinear
-
-FIRST_CAPABILITY = (8, 9)
-CUDA_BLOCK = 128
 
 
 class Float8Settings(Protocol):
@@ -71,6 +89,24 @@ class Float8Settings(Protocol):
     def fp8_emulate(self) -> bool: ...
 
 
+@dataclass
+class KeptWeight:
+    """What follows from a weight for as long as it does not change.
+
+    Attributes:
+        whole: its values are kept. Else the amax alone, where a scale spans whole rows: ZeRO stage 3 would hold in FP8
+            what it frees in high precision.
+        version: torch's counter of the weight, which a write in place raises.
+        amax: of the weight ``[out, in]`` and of its transpose.
+        both: those, quantised.
+    """
+
+    whole: bool
+    version: int | None = None
+    amax: tuple[Tensor | None, Tensor | None] | None = None
+    both: tuple[Float8, Float8] | None = None
+
+
 class Float8Recipe(Recipe):
     """The products of one linear layer in FP8.
 
@@ -90,12 +126,35 @@ class Float8Recipe(Recipe):
         self.block = whole.get(settings.fp8, Block(1, size))
         self.weight_block = whole.get(settings.fp8, Block(size, size))
 
+        self._kept: KeptWeight | None = None
+        self._ahead: tuple[weakref.ref[Tensor], Float8] | None = None  # a gradient, and its transpose quantised
+
+    def keep_weight(self, whole: bool) -> None:
+        """The weight does not change until :meth:`forget`."""
+        self._kept = KeptWeight(whole)
+
+    def forget(self) -> None:
+        self._kept = self._ahead = None
+
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = self._times_weight(x, E4M3, weight, over="in")
+        out = self._forward(x, weight)
         return out if bias is None else out + bias
 
+    def _forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        right, cut = self._weight(weight, "in"), self.cut == "in"
+        if self.block.rows is None:  # a scale a sequence
+            return self._by_sequence(self._quantize(_sequences(x), self.block, E4M3, k_cut=cut), right, x)
+        rows = x.reshape(-1, x.shape[-1])
+        return product(self._quantize(rows, self.block, E4M3, k_cut=cut), right, x.dtype).view(*x.shape[:-1], -1)
+
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
-        return self._times_weight(grad, self.gradient_format, weight.t(), over="out")
+        right, cut, rows = self._weight(weight, "out"), self.cut == "out", _sequences(grad)
+        if not self.settings.fp8_weight_gradient or torch.compiler.is_compiling():
+            left = self._quantize(rows, self.block, self.gradient_format, k_cut=cut)
+        else:
+            left, transposed = self._quantize_both(rows, self.block, self.gradient_format, k_cut=cut)
+            self._ahead = weakref.ref(grad), transposed
+        return self._by_sequence(left, right, grad)
 
     def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         if not self.settings.fp8_weight_gradient:
@@ -109,38 +168,86 @@ class Float8Recipe(Recipe):
         total.copy_(gradient) if first else total.add_(gradient)
         return None
 
-    def _times_weight(self, x: Tensor, dtype: torch.dtype, weight: Tensor, over: str) -> Tensor:
-        """``x [s, b, k] @ weight.T``, ``weight [n, k]``; ``over``: which dim of the layer's weight k is."""
-        cut = self.cut == over
-        sequences = self.block.rows is None
-        rows = _sequences(x) if sequences else x.reshape(1, -1, x.shape[-1])
-        left = _flat(self._quantize(rows, self.block, dtype, k_cut=cut))
-        right = self._quantize(weight, self.weight_block, E4M3, rows_cut=not cut, k_cut=cut)
-        out = product(left, right, x.dtype)
-        if sequences:
-            out = out.view(*rows.shape[:2], -1).transpose(0, 1)
-        return out.reshape(*x.shape[:-1], -1)
+    def _by_sequence(self, left: Float8, right: Float8, like: Tensor) -> Tensor:
+        """``left [b, s, k]`` times ``right [n, k]``, as ``[s, b, n]``; ``like [s, (b,) k]``."""
+        out = product(_flat(left), right, like.dtype)
+        return out.view(*left.values.shape[:2], -1).transpose(0, 1).reshape(*like.shape[:-1], -1)
 
     def _wide_weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """``[out, in]`` in fp32 (fp64 for fp64): the sum over sequences of products of which each sums over one."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        left, right = (
-            self._quantize(_sequences(tensor).transpose(1, 2), self.block, dtype, rows_cut=self.cut == dim)
-            for tensor, dtype, dim in ((grad, self.gradient_format, "out"), (x, E4M3, "in"))
-        )
+        ahead, self._ahead = (None, None) if torch.compiler.is_compiling() else (self._ahead, None)
+        if ahead is not None and ahead[0]() is grad:
+            left = ahead[1]
+        else:
+            left = self._features(grad, self.gradient_format, "out")
+        right = self._features(x, E4M3, "in")
         total = product(_of(left, 0), _of(right, 0), wide)
         for sequence in range(1, left.values.shape[0]):
             total.add_(product(_of(left, sequence), _of(right, sequence), wide))
         return total
 
+    def _features(self, x: Tensor, dtype: torch.dtype, dim: str) -> Float8:
+        """``[s, b, features]`` quantised as ``[b, features, s]``."""
+        return self._quantize(_sequences(x).transpose(1, 2), self.block, dtype, rows_cut=self.cut == dim)
+
+    def _weight(self, weight: Tensor, over: str) -> Float8:
+        """``[out, in]`` quantised for a product that sums over that dim of it, as ``[n, k]``."""
+        block, kept = self.weight_block, None if torch.compiler.is_compiling() else self._kept
+        rows_cut, k_cut = self.cut == "out", self.cut == "in"
+        if kept is not None and kept.version != weight._version:
+            kept = self._kept = KeptWeight(kept.whole, weight._version)
+        if kept is not None and kept.whole:
+            if kept.both is None:
+                kept.both = self._quantize_both(weight, block, E4M3, rows_cut, k_cut)
+            return kept.both[over == "out"]
+        x = weight if over == "in" else weight.t()
+        if kept is None or block.k is not None:
+            return self._quantize(x, block, E4M3, rows_cut=self.cut != over, k_cut=self.cut == over)
+        if kept.amax is None:
+            kept.amax = self._amax_both(weight, block, rows_cut, k_cut)
+        return quantize(x, kept.amax[over == "out"], block, E4M3, self.settings.fp8_power_of_two)
+
     def _quantize(
         self, x: Tensor, block: Block, dtype: torch.dtype, rows_cut: bool = False, k_cut: bool = False
     ) -> Float8:
         """``rows_cut``, ``k_cut``: tp cuts that dim of ``x [..., rows, k]``."""
-        amax = block_amax(x, block)
-        if self.tp.size > 1 and ((rows_cut and block.rows is None) or (k_cut and block.k is None)):
-            amax = comm.all_reduce(amax, self.tp, dist.ReduceOp.MAX)
+        amax = None
+        if block.k is None:  # else no scale is cut
+            amax = self._reduced(block_amax(x, block), k_cut or (rows_cut and block.rows is None))
         return quantize(x, amax, block, dtype, self.settings.fp8_power_of_two)
+
+    def _quantize_both(
+        self, x: Tensor, block: Block, dtype: torch.dtype, rows_cut: bool = False, k_cut: bool = False
+    ) -> tuple[Float8, Float8]:
+        """``x [..., rows, k]`` and its transpose."""
+        amax = self._amax_both(x, block, rows_cut, k_cut)
+        return quantize_both(x, amax, block, dtype, self.settings.fp8_power_of_two)
+
+    def _amax_both(self, x: Tensor, block: Block, rows_cut: bool, k_cut: bool) -> tuple[Tensor | None, Tensor | None]:
+        if block.k is not None:
+            return None, None
+        first, second = block_amax_both(x, block)
+        if block.is_square:
+            whole = self._reduced(first, rows_cut or k_cut)
+            return whole, whole.mT
+        return self._reduced(first, k_cut), self._reduced(second, rows_cut)
+
+    def _reduced(self, amax: Tensor, cut: bool) -> Tensor:
+        return comm.all_reduce(amax, self.tp, dist.ReduceOp.MAX) if cut and self.tp.size > 1 else amax
+
+
+@contextmanager
+def weights_kept(models: Iterable[nn.Module], whole: bool) -> Iterator[None]:
+    """Inside no weight changes, and each is quantised once; ``whole``: see :class:`KeptWeight`."""
+    recipes = [module for model in models for module in model.modules() if isinstance(module, Float8Recipe)]
+    for recipe in recipes:
+        recipe.keep_weight(whole)
+    try:
+        yield
+    finally:
+        for recipe in recipes:
+            recipe.forget()
 
 
 def _sequences(x: Tensor) -> Tensor:
@@ -149,12 +256,12 @@ def _sequences(x: Tensor) -> Tensor:
 
 
 def _flat(x: Float8) -> Float8:
-    """``[g, rows, k] -> [g * rows, k]``, with a scale a row (or finer) where there are several ``g``."""
+    """``[g, rows, k] -> [g * rows, k]``, with scales a row where there are several ``g``."""
     groups, rows, k = x.values.shape
     if groups == 1:
         return _of(x, 0)
-    scale = x.scale.expand(groups, rows, 1).reshape(-1, 1)
-    return Float8(x.values.reshape(-1, k), scale, Block(1, None))
+    scale = x.scale.expand(groups, rows, -1).reshape(-1, x.scale.shape[-1])
+    return Float8(x.values.reshape(-1, k), scale, Block(1, x.block.k))
 
 
 def _of(x: Float8, group: int) -> Float8:
@@ -246,11 +353,11 @@ def device_fault(device: torch.device, settings: Float8Settings) -> str | None:
         return None
     if device.type != "cuda":
         return f"precision.fp8={settings.fp8!r}: {device.type} has no FP8; emulate it with precision.fp8_emulate=true"
-    if torch.cuda.get_device_capability(device) < FIRST_CAPABILITY:
-        have = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    if not has_tensor_cores(device):
+        have, first = (".".join(map(str, c)) for c in (torch.cuda.get_device_capability(device), FIRST_CAPABILITY))
         return (
             f"precision.fp8={settings.fp8!r}: {torch.cuda.get_device_name(device)} has compute capability {have} and "
-            "FP8 begins with 8.9; emulate it with precision.fp8_emulate=true"
+            f"FP8 begins with {first}; emulate it with precision.fp8_emulate=true"
         )
     if settings.fp8 == "blockwise" and settings.fp8_block != CUDA_BLOCK:
         return f"precision.fp8_block={settings.fp8_block}: CUDA has blocks of {CUDA_BLOCK}; leave it out"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,7 @@ class TrainStep:
         rate: learning rate of an update, from its number (the first is 1). A skipped step is no update: a warm-up
             that meets the overflows of a high loss scale is as long as it was asked to be.
         count: what a rank's micro-batches add to the number by which the loss is divided, 0-d.
+        weights_fixed: a context around the executor's micro-batches, in which no weight changes.
 
     Attributes:
         clip_value: bound of each element of the gradients, instead of ``clip_norm``; None for none.
@@ -78,9 +80,11 @@ class TrainStep:
         clip_norm: float,
         rate: Callable[[int], float],
         count: Callable[[Sequence[MicroBatch]], Tensor],
+        weights_fixed: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self.executor, self.optimizer, self.mesh, self.scaler = executor, optimizer, mesh, scaler
         self.clip_norm, self.rate, self.count = clip_norm, rate, count
+        self.weights_fixed = weights_fixed
         self.clip_value: float | None = None
         self.after_first: Callable[[], None] | None = None
         self.asks: Callable[[], bool] = lambda: False
@@ -102,7 +106,7 @@ class TrainStep:
         """
         # Exact up to 2^53.
         count = comm.all_reduce(self.count(micro_batches).double(), self.mesh.data)
-        with explained():
+        with explained(), self.weights_fixed():
             loss_sum = self.executor.run(micro_batches, self.begin(count))
         return self.finish(loss_sum, count, stop)
 
@@ -176,9 +180,10 @@ class TrainStep:
             stage.eval()
         try:
             total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-            for micro_batches in batches:
-                total[0] += self._own_loss(self.executor.run_forward(micro_batches))
-                total[1] += self._own_loss(self.count(micro_batches))
+            with self.weights_fixed():
+                for micro_batches in batches:
+                    total[0] += self._own_loss(self.executor.run_forward(micro_batches))
+                    total[1] += self._own_loss(self.count(micro_batches))
             loss, count = comm.all_reduce(total, self.mesh.world).tolist()
         finally:
             for module, training in modes:

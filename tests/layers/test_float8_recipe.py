@@ -206,3 +206,15 @@ def test_a_device_without_fp8_is_refused_unless_asked_to_emulate() -> None:
     fault = float8.device_fault(torch.device("cpu"), wanted)
     assert fault == "precision.fp8='blockwise': cpu has no FP8; emulate it with precision.fp8_emulate=true"
     assert float8.device_fault(torch.device("cpu"), wanted.model_copy(update={"fp8_emulate": True})) is None
+
+
+def test_a_write_inside_a_run_is_noticed() -> None:
+    layer: Any = pair(Axis("tp"))[2]
+    float8.use_float8(layer, settings("tensorwise"))
+    x = random(S, B, FFN // 2)
+    with torch.no_grad(), float8.weights_kept([layer], whole=True):
+        layer(x)
+        layer.weight.mul_(-2.0)
+        got = layer(x)
+    torch.testing.assert_close(got, layer(x), rtol=0, atol=0)
+    assert layer.recipe._kept is None

@@ -1,0 +1,232 @@
+"""Casts to FP8 and the product of tensors with scales for blocks.
+
+A program takes a tile, loads it once and writes it as it is and transposed: a layer's weight gradient sums over the
+other dim, and tensor cores take 8-bit operands with the summed dim last alone. Where a tile holds whole blocks
+(128 x 128) it finds their scales too, so that amax, cast and transpose are one read. Scales of whole rows or tensors
+need a read of their own before it.
+
+Shapes: ``x [g, rows, columns]`` with any strides; a scale each ``[g, row blocks, column blocks]``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_ds.kernels.triton.common import on_device_of
+
+TILE = {"ROWS": 64, "COLUMNS": 128}  # of the kernels whose blocks are rows or tensors
+
+
+@triton.jit
+def tile_at(program, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The group, the number of the tile along rows and along columns, and the tile's rows and columns."""
+    across = tl.cdiv(columns, COLUMNS)
+    down = tl.cdiv(rows, ROWS)
+    group = (program // (across * down)).to(tl.int64)
+    tile_row = program // across % down
+    tile_column = program % across
+    row = tile_row.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tile_column.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    return group, tile_row, tile_column, row, column
+
+
+@triton.jit
+def magnitude(x):
+    """A NaN counts as an infinity: maxima over NaN differ between devices."""
+    return tl.where(x == x, tl.abs(x), float("inf"))
+
+
+@triton.jit
+def scale_of(amax, SMALLEST: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """:func:`megatron_ds.kernels.float8.scale_of`."""
+    scale = tl.div_rn(tl.maximum(amax, SMALLEST), tl.full(amax.shape, LIMIT, tl.float32))
+    if POWER_OF_TWO:  # the exponent, one more where there is a mantissa; an infinity stays
+        scale = ((scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def amax_kernel(
+    x, by_row, by_column, x_group, x_row, x_column, rows, columns,
+    WHOLE: tl.constexpr, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """The tile's amax, or those of its rows and of its columns: ``[g, rows, tiles]``, ``[g, columns, tiles]``."""
+    group, tile_row, tile_column, row, column = tile_at(tl.program_id(0), rows, columns, ROWS, COLUMNS)
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    at = x + group * x_group + row[:, None] * x_row + column[None, :] * x_column
+    found = magnitude(tl.load(at, mask=inside, other=0.0).to(tl.float32))
+    if WHOLE:
+        tl.store(by_row + tl.program_id(0), tl.max(tl.max(found, 1), 0))
+    else:
+        if PLAIN:
+            of_row = (group * rows + row) * tl.cdiv(columns, COLUMNS) + tile_column
+            tl.store(by_row + of_row, tl.max(found, 1), mask=row < rows)
+        if TRANSPOSED:
+            of_column = (group * columns + column) * tl.cdiv(rows, ROWS) + tile_row
+            tl.store(by_column + of_column, tl.max(found, 0), mask=column < columns)
+
+
+@triton.jit
+def cast_kernel(
+    x, out, out_t, scale, scale_t, x_group, x_row, x_column, rows, columns,
+    WHOLE: tl.constexpr, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """By scales of whole tensors or rows; of the transpose, columns."""
+    group, _, _, row, column = tile_at(tl.program_id(0), rows, columns, ROWS, COLUMNS)
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    at = x + group * x_group + row[:, None] * x_row + column[None, :] * x_column
+    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    element = out.dtype.element_ty
+    if PLAIN:
+        of_row = tl.load(scale + (group + 0 * row if WHOLE else group * rows + row), mask=row < rows, other=1.0)
+        to = out + (group * rows + row[:, None]) * columns + column[None, :]
+        tl.store(to, tl.div_rn(value, of_row[:, None]).to(element), mask=inside)
+    if TRANSPOSED:
+        of_column = group + 0 * column if WHOLE else group * columns + column
+        by = tl.load(scale_t + of_column, mask=column < columns, other=1.0)
+        to = out_t + (group * columns + column[:, None]) * rows + row[None, :]
+        tl.store(to, tl.trans(tl.div_rn(value, by[None, :]).to(element)), mask=tl.trans(inside))
+
+
+@triton.jit
+def block_cast_kernel(
+    x, out, out_t, scale, scale_t, x_group, x_row, x_column, rows, columns,
+    SQUARE: tl.constexpr, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    SMALLEST: tl.constexpr, LIMIT: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """A tile is one block, or a block each row; of the transpose, each column."""
+    group, tile_row, tile_column, row, column = tile_at(tl.program_id(0), rows, columns, SIDE, SIDE)
+    inside = (row[:, None] < rows) & (column[None, :] < columns)
+    at = x + group * x_group + row[:, None] * x_row + column[None, :] * x_column
+    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    found = magnitude(value)
+    element = out.dtype.element_ty
+    across = tl.cdiv(columns, SIDE)
+    down = tl.cdiv(rows, SIDE)
+    of_rows = tl.max(found, 1)
+    if SQUARE:
+        of_rows = tl.full((SIDE,), 0.0, tl.float32) + tl.max(of_rows, 0)
+    by_row = scale_of(of_rows, SMALLEST, LIMIT, POWER_OF_TWO)
+    if PLAIN:
+        to = out + (group * rows + row[:, None]) * columns + column[None, :]
+        tl.store(to, tl.div_rn(value, by_row[:, None]).to(element), mask=inside)
+        if SQUARE:
+            tl.store(scale + (group * down + tile_row) * across + tile_column, tl.max(by_row, 0))
+        else:
+            tl.store(scale + (group * rows + row) * across + tile_column, by_row, mask=row < rows)
+    if TRANSPOSED:
+        by_column = by_row if SQUARE else scale_of(tl.max(found, 0), SMALLEST, LIMIT, POWER_OF_TWO)
+        to = out_t + (group * columns + column[:, None]) * rows + row[None, :]
+        tl.store(to, tl.trans(tl.div_rn(value, by_column[None, :]).to(element)), mask=tl.trans(inside))
+        if SQUARE:
+            tl.store(scale_t + (group * across + tile_column) * down + tile_row, tl.max(by_column, 0))
+        else:
+            tl.store(scale_t + (group * columns + column) * down + tile_row, by_column, mask=column < columns)
+
+
+@triton.jit
+def block_product_kernel(
+    a, b, out, a_scale, b_scale, m, n, k, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """``a [m, k] @ b [n, k].T``, one block of k at a time, each added in fp32 with its scales."""
+    blocks = tl.cdiv(k, SIDE)
+    across = tl.cdiv(n, TILE_N)
+    first_row = tl.program_id(0) // across * TILE_M
+    first_column = tl.program_id(0) % across * TILE_N
+    # One 64-bit offset a program and 32-bit ones inside its tile: 64-bit ones for each element spill registers.
+    row = tl.arange(0, TILE_M)
+    column = tl.arange(0, TILE_N)
+    left_rows = a + first_row.to(tl.int64) * k
+    right_rows = b + first_column.to(tl.int64) * k
+    row_inside = first_row + row < m
+    column_inside = first_column + column < n
+    of_rows = a_scale + (first_row + row) // A_ROWS * blocks
+    of_columns = b_scale + (first_column + column) // B_ROWS * blocks
+    total = tl.zeros((TILE_M, TILE_N), tl.float32)
+    for block in range(blocks):
+        at = block * SIDE + tl.arange(0, SIDE)
+        in_row = at[None, :] < k
+        in_column = at[:, None] < k
+        left = tl.load(left_rows + (row[:, None] * k + at[None, :]), mask=row_inside[:, None] & in_row, other=0.0)
+        right = tl.load(
+            right_rows + (column[None, :] * k + at[:, None]), mask=column_inside[None, :] & in_column, other=0.0
+        )
+        by_row = tl.load(of_rows + block, mask=row_inside, other=0.0)
+        by_column = tl.load(of_columns + block, mask=column_inside, other=0.0)
+        total += tl.dot(left, right) * by_row[:, None] * by_column[None, :]
+    to = out + first_row.to(tl.int64) * n + first_column + (row[:, None] * n + column[None, :])
+    tl.store(to, total.to(out.dtype.element_ty), mask=row_inside[:, None] & column_inside[None, :])
+
+
+def _launch(x: Tensor, rows: int, columns: int) -> tuple[tuple[int], tuple[int, ...]]:
+    """The grid of tiles, and what every kernel wants to know of ``x``."""
+    groups, height, width = x.shape
+    return (groups * triton.cdiv(height, rows) * triton.cdiv(width, columns),), (*x.stride(), height, width)
+
+
+def amax(x: Tensor, whole: bool, plain: bool, transposed: bool) -> tuple[Tensor, Tensor]:
+    """Of whole tensors ``[g, 1, 1]``, or of rows ``[g, rows, 1]`` and of columns ``[g, columns, 1]``; fp32."""
+    groups, rows, columns = x.shape
+    grid, facts = _launch(x, TILE["ROWS"], TILE["COLUMNS"])
+    across, down = triton.cdiv(columns, TILE["COLUMNS"]), triton.cdiv(rows, TILE["ROWS"])
+    shapes = ((groups, 1, across * down), (0, 1)) if whole else ((groups, rows, across), (groups, columns, down))
+    by_row, by_column = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    with on_device_of(x):
+        amax_kernel[grid](x, by_row, by_column, *facts, WHOLE=whole, PLAIN=plain, TRANSPOSED=transposed, **TILE)
+    first = by_row.amax(-1, keepdim=True)
+    return first, first.clone() if whole else by_column.amax(-1, keepdim=True)
+
+
+def cast(
+    x: Tensor, scale: Tensor, scale_t: Tensor, whole: bool, plain: bool, transposed: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``[g, rows, columns]`` and its transpose by given scales."""
+    groups, rows, columns = x.shape
+    out = x.new_empty((groups, rows, columns) if plain else (0,), dtype=dtype)
+    out_t = x.new_empty((groups, columns, rows) if transposed else (0,), dtype=dtype)
+    grid, facts = _launch(x, TILE["ROWS"], TILE["COLUMNS"])
+    scales = scale.contiguous(), scale_t.contiguous()
+    with on_device_of(x):
+        cast_kernel[grid](x, out, out_t, *scales, *facts, WHOLE=whole, PLAIN=plain, TRANSPOSED=transposed, **TILE)
+    return out, out_t
+
+
+def block_cast(
+    x: Tensor, side: int, square: bool, plain: bool, transposed: bool, dtype: torch.dtype, power_of_two: bool,
+    smallest: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """``[g, rows, columns]`` and its transpose by blocks of ``side``, and the scales of both."""
+    groups, rows, columns = x.shape
+    across, down = triton.cdiv(columns, side), triton.cdiv(rows, side)
+    out = x.new_empty((groups, rows, columns) if plain else (0,), dtype=dtype)
+    out_t = x.new_empty((groups, columns, rows) if transposed else (0,), dtype=dtype)
+    scale = x.new_empty((groups, down if square else rows, across) if plain else (0,), dtype=torch.float32)
+    scale_t = x.new_empty((groups, across if square else columns, down) if transposed else (0,), dtype=torch.float32)
+    grid, facts = _launch(x, side, side)
+    with on_device_of(x):
+        block_cast_kernel[grid](
+            x, out, out_t, scale, scale_t, *facts, SQUARE=square, PLAIN=plain, TRANSPOSED=transposed,
+            POWER_OF_TWO=power_of_two, SMALLEST=smallest, LIMIT=torch.finfo(dtype).max, SIDE=side, num_warps=8,
+        )  # fmt: skip
+    return out, out_t, scale, scale_t
+
+
+def block_product(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, a_rows: int, b_rows: int, side: int, dtype: torch.dtype
+) -> Tensor:
+    """``[m, k] @ [n, k].T``, with scales of ``a_rows x side`` and ``b_rows x side``."""
+    (m, k), n = a.shape, b.shape[0]
+    out = a.new_empty((m, n), dtype=dtype)
+    tile = {"TILE_M": 128, "TILE_N": 128} if m > 64 else {"TILE_M": 64, "TILE_N": 128}
+    grid = (triton.cdiv(m, tile["TILE_M"]) * triton.cdiv(n, tile["TILE_N"]),)
+    scales = a_scale.contiguous(), b_scale.contiguous()
+    with on_device_of(a):
+        block_product_kernel[grid](
+            a.contiguous(), b.contiguous(), out, *scales, m, n, k, A_ROWS=a_rows, B_ROWS=b_rows, SIDE=side,
+            num_warps=8, num_stages=3, **tile,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,153 @@
+"""Weights are quantised once a step, and never from what they were before somebody wrote to them.
+
+Each run is compared, bit for bit, with itself where nothing is kept: every product quantises the weight it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from parity_rows import Row, config_of
+from parity_run import steps_of
+from torch import Tensor
+
+from megatron_ds.config import validate
+from megatron_ds.layers import float8_recipe as float8
+from megatron_ds.mesh import Mesh
+from megatron_ds.models.families import task_of
+from megatron_ds.testing import run_ranks
+from megatron_ds.train.build import RankRuntime, build
+
+LONG = Row((1, 1, 1), accumulation=2, recompute="full", architecture="llama", tied=False)
+ALONE = [replace(LONG, fp8=fp8) for fp8 in ("tensorwise", "rowwise", "blockwise")]
+CUT = [replace(LONG, mesh=(2, 1, 1), fp8=fp8, sequence_parallel=fp8 == "rowwise") for fp8 in ("tensorwise", "rowwise")]
+SHARDED = [
+    replace(LONG, mesh=(1, 1, 2), fp8="rowwise", zero=1, split_backward=True),
+    replace(LONG, mesh=(1, 1, 2), fp8="blockwise", zero=2),
+    replace(LONG, mesh=(1, 1, 2), fp8="rowwise", zero=3),
+    replace(LONG, mesh=(1, 1, 2), fp8="rowwise", zero=3, keep_whole=True),
+]
+FIRST = 2.0**40  # a loss scale with which the gradients of fp16 overflow
+
+
+@torch.no_grad()
+def writes(parts: RankRuntime, step: int) -> None:
+    """What a user does to the weights before a step; after all of them nothing of the first values is left."""
+    parameters = [p for stage in parts.stages.values() for p in stage.parameters()]
+    optimizer = parts.optimizer
+    if step == 0:
+        return
+    if step == 4:  # a checkpoint, or averaged weights in place of the weights
+        shards = optimizer.flat_shards(for_load=True)
+        averages = {(s.name, s.start): s.data.clone() for s in shards if s.kind == "ema"}
+        for shard in shards:
+            if shard.kind == "param":
+                shard.data.copy_(averages[shard.name, shard.start])
+        optimizer.refresh_parameters()
+        return
+    with optimizer.gathered(parameters, write=True):
+        for p in parameters:
+            if step == 1:
+                p.mul_(1.25)
+            elif step == 2:
+                p.data.mul_(0.75)  # torch's version counter does not see it
+            else:
+                p.data = p.data * 1.5
+
+
+@contextmanager
+def counted(parts: RankRuntime) -> Iterator[list[int]]:
+    """How often a weight was quantised, or its amax found: of each step."""
+    counts = [0]
+    quantize, both = float8.quantize, float8.quantize_both
+    layers = [layer for stage in parts.stages.values() for _, layer in float8.linear_layers(stage)]
+
+    def count(x: Tensor) -> None:
+        counts[-1] += any(x.data_ptr() == layer.weight.data_ptr() for layer in layers)
+
+    def one(x: Tensor, *rest: Any) -> Any:
+        count(x)
+        return quantize(x, *rest)
+
+    def two(x: Tensor, *rest: Any) -> Any:
+        count(x)
+        return both(x, *rest)
+
+    with patch.object(float8, "quantize", one), patch.object(float8, "quantize_both", two):
+        yield counts
+
+
+def run(row: Row, mesh: Mesh, kept: bool, half: bool) -> tuple[list[Any], list[int], int]:
+    """Losses, norms and final weights; how often weights were quantised in each step; the layers in FP8."""
+    values = config_of(row).to_dict()
+    values["optimizer"]["ema_decay"] = 0.5
+    values["train"]["steps"] = 8
+    if half:
+        values["precision"] |= {"dtype": "fp16", "initial_loss_scale": FIRST}
+    config = type(config_of(row)).model_validate(values)
+    parts = build(config, mesh, task_of(config))
+    if not kept:
+        parts.step.weights_fixed = nullcontext
+    batches, results = steps_of(config, mesh), []
+    with counted(parts) as counts:
+        for step in range(5):
+            if not half:
+                writes(parts, step)
+            results.append(parts.step(batches[step % len(batches)]))
+            counts.append(0)
+    parameters = [p for stage in parts.stages.values() for p in stage.parameters()]
+    with parts.optimizer.gathered(parameters):
+        weights = [p.detach().clone() for p in parameters]
+    layers = [layer for stage in parts.stages.values() for _, layer in float8.linear_layers(stage)]
+    assert all(isinstance(layer.recipe, float8.Float8Recipe) for layer in layers)
+    return [*((r.loss, r.grad_norm, r.skipped) for r in results), *weights], counts[:-1], len(layers)
+
+
+def both_ways(rows: list[Row], half: bool = False) -> list[tuple[list[int], list[int], int]]:
+    """The counts, with and without what is kept; the numbers are the same, or this raises."""
+    mesh = Mesh.single()
+    if dist.is_initialized():
+        mesh = Mesh.create(validate(config_of(rows[0]), dist.get_world_size()), torch.device("cpu"))
+    found = []
+    for row in rows:
+        (got, counts, layers), (want, often, _) = (run(row, mesh, kept, half) for kept in (True, False))
+        assert len({str(values[0]) for values in got[:5]}) == 5 or half, "every step has its own loss"
+        assert not half or [skipped for *_, skipped in got[:2]] == [True, True]
+        for number, (a, b) in enumerate(zip(got, want, strict=True)):
+            same = torch.equal(a, b) if isinstance(a, Tensor) else repr(a) == repr(b)
+            assert same, f"{row}: result {number} is {a} with what is kept, and {b} without"
+        found.append((counts, often, layers))
+    return found
+
+
+@pytest.mark.parametrize("rows", [ALONE, CUT, SHARDED], ids=["alone", "tensor_parallel", "zero"])
+def test_once_a_step_and_with_the_same_bits(rows: list[Row]) -> None:
+    tp, pp, dp = rows[0].mesh
+    for of_rank in run_ranks(both_ways, tp * pp * dp, rows):
+        for row, (counts, often, layers) in zip(rows, of_rank, strict=True):
+            if row.zero == 3 and not row.keep_whole:
+                continue  # the values go with the gathered weights, whose memory changes: only the bits are compared
+            assert counts == [layers] * 5, f"{row}: {counts}"
+            assert often == [layers * 2 * 3] * 5  # forward, recomputation and backward of two micro-batches
+
+
+def test_a_skipped_step_changes_nothing() -> None:
+    run_ranks(both_ways, 1, [ALONE[2]], True)
+
+
+def test_a_weight_that_is_never_forgotten_shows() -> None:
+    """The comparison notices what it is there for."""
+
+    def keep_on(recipe: float8.Float8Recipe, whole: bool) -> None:
+        recipe._kept = recipe._kept or float8.KeptWeight(whole)
+
+    forgetful = patch.multiple(float8.Float8Recipe, forget=lambda recipe: None, keep_weight=keep_on)
+    with forgetful, pytest.raises(AssertionError, match="with what is kept"):
+        both_ways([ALONE[0]])
