@@ -184,6 +184,7 @@ class OptimizerConfig(Section):
     muon_nesterov: bool = Field(True, description="Muon's momentum is Nesterov's.")
     muon_steps: int = Field(5, gt=0, le=100, description="Muon's Newton-Schulz iterations.")
     muon_dtype: Literal["bf16", "fp32", "fp64"] = Field("bf16", description="Format of Muon's iterations.")
+    muon_heads: bool = Field(False, description="Muon takes each head's queries, keys and values as one matrix.")
     muon_adjust: Literal["match_rms_adamw", "original"] = Field(
         "match_rms_adamw", description="Muon's update by a matrix's size: as large as AdamW's, or sqrt(rows / columns)."
     )

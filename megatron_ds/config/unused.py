@@ -41,7 +41,7 @@ COMMON = (
         "optimizer.name={c.optimizer.name!r} has optimizer.momentum alone; use that, or optimizer.name='adamw'",
     ),
     Unused(
-        tuple(f"optimizer.muon_{name}" for name in ("momentum", "nesterov", "steps", "dtype", "adjust")),
+        tuple(f"optimizer.muon_{name}" for name in ("momentum", "nesterov", "steps", "dtype", "heads", "adjust")),
         lambda c: c.optimizer.name == "muon",
         "optimizer.name={c.optimizer.name!r} has nothing of Muon's; use optimizer.name='muon'",
     ),

@@ -96,7 +96,7 @@ class HeadProjection(nn.Module):
             self.qkv = RepeatedKVLinear(f"{name}.qkv", c.hidden_size, shape, **make_qkv)
         else:
             self.qkv = ColumnParallelLinear(f"{name}.qkv", c.hidden_size, shape, shard_dim=0, **make_qkv)
-        set_matrices(self.qkv.weight, Matrices(1, (c.queries_per_kv_head, 1, 1)))
+        set_matrices(self.qkv.weight, Matrices(1, (c.queries_per_kv_head, 1, 1), heads=2))
         place: dict[str, Any] = {"tp": tp, "device": device, "dtype": dtype}
         self.q_norm = _qk_norm(f"{name}.q_norm", c, c.kv_heads * c.queries_per_kv_head, **place)
         self.k_norm = _qk_norm(f"{name}.k_norm", c, c.kv_heads, **place)

@@ -4,9 +4,10 @@ Keller Jordan et al. 2024 (kellerjordan.github.io/posts/muon), with the scale of
 section 2.2), under which an update is as large as AdamW's and both take the same learning rate.
 
 A matrix is what a linear layer multiplies by: of a fused weight queries, keys and values are one each, and gate and up
-projection. Which rows those are follows from the global shape (:class:`~megatron_ds.shard.Matrices`), and the
-iteration sees whole matrices: ZeRO puts each on one rank, and what tensor parallelism cuts is gathered. So an update
-is the same on every mesh.
+projection; or, with ``muon_heads``, each head of a query, key or value. Which rows those are follows from the global
+shape (:class:`~megatron_ds.shard.Matrices`), and the iteration sees whole matrices: ZeRO puts each on one rank, and
+what tensor parallelism cuts is gathered. A mesh that puts whole matrices on other ranks (heads, experts) cuts none. So
+an update is the same on every mesh.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from megatron_ds.config import OptimizerConfig
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Axis
 from megatron_ds.optim.rule import Late, OptimizerSegment, RuleGroup, Update, UpdateRule
-from megatron_ds.shard import ShardSpec
+from megatron_ds.shard import Matrices, ShardSpec
 
 MOMENTUM = "momentum_buffer"
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -32,16 +33,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
 
 def orthogonalize(matrix: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """The matrix with all singular values near 1, by Newton-Schulz iterations: ``[m, n] -> [m, n]`` of ``dtype``."""
+    """Matrices with all singular values near 1, by Newton-Schulz iterations: ``[(l,) m, n]``, of ``dtype``."""
     a, b, c = COEFFICIENTS
     x = matrix.to(dtype)
-    tall = x.shape[0] > x.shape[1]
-    x = x.t() if tall else x
-    x = x / x.norm().clamp(min=EPS)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS)
+    add = torch.addmm if x.dim() == 2 else torch.baddbmm
     for _ in range(steps):
-        gram = x @ x.t()
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.t() if tall else x
+        gram = x @ x.mT
+        x = add(x, add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def size_factor(rows: int, columns: int, adjust: str) -> float:
@@ -63,7 +65,7 @@ class MuonRule:
         others: updates what is no matrix.
 
     Raises:
-        ConfigError: a weight is cut over another axis than ``tp``.
+        ConfigError: a matrix is cut over another axis than ``tp``.
     """
 
     def __init__(self, config: OptimizerConfig, specs: Sequence[ShardSpec], tp: Axis, others: UpdateRule):
@@ -72,11 +74,15 @@ class MuonRule:
         self._others = others
         for spec in self.specs.values():
             for cut in spec.placements:
-                if cut.count > 1 and cut.axis != tp.name:
+                if cut.count > 1 and cut.axis != tp.name and cut.dim >= self.matrices_of(spec).leading:
                     raise ConfigError(
                         f"optimizer.name='muon' takes whole matrices, and {spec.name} is cut over mesh.{cut.axis}, "
                         "over which Muon does not gather; use optimizer.name='adamw'"
                     )
+
+    def matrices_of(self, spec: ShardSpec) -> Matrices:
+        assert spec.matrices is not None
+        return spec.matrices.by_head() if self.config.muon_heads else spec.matrices
 
     def group_of(self, name: str) -> RuleGroup:
         if name in self.specs:
@@ -132,7 +138,8 @@ class MuonUpdate:
         tp = self._rule.tp
         specs = [self._rule.specs[segment.name] for segment in segments]
         for number, (spec, direction) in enumerate(zip(specs, directions)):
-            cut = next((p for p in spec.placements if p.count > 1), None)
+            leading = self._rule.matrices_of(spec).leading
+            cut = next((p for p in spec.placements if p.count > 1 and p.dim >= leading), None)
             if cut is None:
                 yield self._of_matrices(spec, direction)
                 continue
@@ -147,12 +154,12 @@ class MuonUpdate:
 
     def _of_matrices(self, spec: ShardSpec, whole: Tensor) -> Tensor:
         """Each matrix of a whole weight made orthogonal and scaled; of the weight's shape and dtype."""
-        config, matrices = self._rule.config, spec.matrices
-        assert matrices is not None
+        config, matrices = self._rule.config, self._rule.matrices_of(spec)
         found = []
         for part in matrices.split(whole):
-            matrix = part.reshape(-1, part.shape[-1])
-            rows, columns = matrix.shape
+            matrix = part.reshape(part.shape[: matrices.leading].numel(), -1, part.shape[-1])
+            matrix = matrix if matrices.leading else matrix[0]
+            rows, columns = matrix.shape[-2:]
             update = orthogonalize(matrix, config.muon_steps, DTYPES[config.muon_dtype]).to(whole.dtype)
             found.append((update * size_factor(rows, columns, config.muon_adjust)).view(part.shape))
         return torch.cat(found, dim=matrices.dim) if len(found) > 1 else found[0]

@@ -50,11 +50,21 @@ class ShardedDim:
 class Matrices:
     """What a linear layer's weight is made of: matrices ``[out, in]`` side by side along ``dim``, of ``sizes`` each.
 
-    No sizes: the weight is one matrix. All dims but the last are output features.
+    No sizes: the weight is one matrix. All dims but the last, and the leading ones, are output features.
+
+    Args:
+        leading: so many dims at the front number matrices of their own, as experts do.
+        heads: so many dims at the front number heads, which may be taken as matrices of their own too.
     """
 
     dim: int = 0
     sizes: tuple[int, ...] = ()
+    leading: int = 0
+    heads: int = 0
+
+    def by_head(self) -> Matrices:
+        """One matrix a head, where there are heads."""
+        return Matrices(leading=self.heads) if self.heads else self
 
     def split(self, whole: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The matrices of a whole weight, as views in its dims."""

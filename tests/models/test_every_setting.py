@@ -166,6 +166,7 @@ OPTIMIZERS: dict[str, Sections] = {
     "adamw": {},
     "sgd": {"name": "sgd", "schedule": "constant", "clip_norm": 0.5, "weight_decay": 0.1},
     "muon": {"name": "muon", "schedule": "wsd", "ema_decay": 0.5, "min_lr": 1e-3, "warmup_steps": 2},
+    "muon by heads": {"name": "muon", "muon_heads": True},
     "muon in double": {"name": "muon", "muon_dtype": "fp32", "muon_adjust": "original", "muon_nesterov": False},
     "linear": {"schedule": "linear", "decay_steps": 20, "ema_decay": 0.9, "ema_warmup": False},
     "inverse root": {"schedule": "inverse_sqrt", "warmup_steps": 3, "momentum": 0.0},

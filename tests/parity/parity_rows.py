@@ -90,6 +90,7 @@ class Row:
     qk_norm: bool = False
     overlap: bool = True
     bucket_mb: float = 25.0
+    muon_heads: bool = False
     fp8: str = "none"  # a factor of its own rows: rounding would hide small mistakes of the others
 
     def __str__(self) -> str:
@@ -283,7 +284,7 @@ def config_of(row: Row) -> RunConfig:
             "clip_norm": 0.5,
             "warmup_steps": 1,
             **({"momentum": 0.9} if row.optimizer == "sgd" else {}),
-            **({"muon_dtype": "fp64"} if row.optimizer == "muon" else {}),
+            **({"muon_dtype": "fp64", "muon_heads": row.muon_heads} if row.optimizer == "muon" else {}),
         },
         "precision": {"dtype": "fp64", **_fp8_of(row)},
         "recompute": {"mode": row.recompute, "every": 2},

@@ -142,9 +142,46 @@ def test_an_update_is_as_large_as_adamws() -> None:
         assert math.isclose(rms, 0.2, rel_tol=0.3)
 
 
-def test_weights_cut_over_other_axes_than_tp_are_refused() -> None:
+EXACT = OptimizerConfig(name="muon", weight_decay=0.0, muon_momentum=0.0, muon_nesterov=False, muon_dtype="fp64")
+QKV = Matrices(1, (2, 1, 1), heads=2)  # of [kv heads, queries + key + value, d, in]
+
+
+def moved(config: OptimizerConfig, spec: ShardSpec, gradient: Tensor) -> Tensor:
+    """By one update with a learning rate of -1."""
+    part = segment(spec.name, torch.zeros_like(gradient), (MOMENTUM,))
+    part.gradient.copy_(gradient)
+    rule_of(config, spec).over([part]).step(-1.0)
+    return part.master
+
+
+def test_each_head_may_be_a_matrix() -> None:
+    gradient = random(3, 4, 2, 10)
+    got = moved(EXACT.model_copy(update={"muon_heads": True}), ShardSpec("qkv", (3, 4, 2, 10), matrices=QKV), gradient)
+    for group in range(3):
+        for head in range(4):
+            want = closed_form(gradient[group, head], 5) * size_factor(2, 10, "match_rms_adamw")
+            torch.testing.assert_close(got[group, head], want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("matrices", "axis", "heads"),
+    [(Matrices(leading=1), "ep", False), (Matrices(2, (3, 3), leading=1), "ep", False), (QKV, "tp", True)],
+    ids=["experts", "gate and up of experts", "heads"],
+)
+def test_what_an_axis_puts_elsewhere_whole_is_updated_where_it_is(matrices: Matrices, axis: str, heads: bool) -> None:
+    """Without a gather: a rule of another rank is not asked."""
+    shape, config = (4, 4, 6, 5), EXACT.model_copy(update={"muon_heads": heads})
+    gradient = random(*shape)
+    want = moved(config, ShardSpec("w", shape, matrices=matrices), gradient)
+    for index in range(2):
+        spec = ShardSpec("w", shape, placements=(ShardedDim(0, axis, index, 2),), matrices=matrices)
+        got = moved(config, spec, spec.slice_of(gradient).contiguous())
+        torch.testing.assert_close(got, spec.slice_of(want), rtol=0, atol=1e-13)
+
+
+def test_matrices_cut_over_other_axes_than_tp_are_refused() -> None:
     config = OptimizerConfig(name="muon")
-    cut = ShardSpec("experts.up", (4, 8, 6), placements=(ShardedDim(0, "ep", 0, 2),), matrices=WHOLE)
+    cut = ShardSpec("experts.up", (4, 8, 6), placements=(ShardedDim(1, "ep", 0, 2),), matrices=Matrices(leading=1))
     with pytest.raises(ConfigError, match=r"experts.up is cut over mesh.ep, .* use optimizer.name='adamw'"):
         rule_of(config, cut)
     rule_of(config, ShardSpec("up", (8, 6), placements=(ShardedDim(0, "tp", 1, 2),), matrices=WHOLE))
