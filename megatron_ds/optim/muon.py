@@ -65,13 +65,18 @@ class MuonRule:
         others: updates what is no matrix.
 
     Raises:
-        ConfigError: a matrix is cut over another axis than ``tp``.
+        ConfigError: no parameter is a weight of a linear layer, or a matrix is cut over another axis than ``tp``.
     """
 
     def __init__(self, config: OptimizerConfig, specs: Sequence[ShardSpec], tp: Axis, others: UpdateRule):
         self.config, self.tp = config, tp
         self.specs: Mapping[str, ShardSpec] = {spec.name: spec for spec in specs if spec.matrices is not None}
         self._others = others
+        if specs and not self.specs:
+            raise ConfigError(
+                f"optimizer.name='muon' finds no matrix among {len(specs)} parameters ({specs[0].name} is the first): "
+                "none is the weight of a linear layer; use optimizer.name='adamw'"
+            )
         for spec in self.specs.values():
             for cut in spec.placements:
                 if cut.count > 1 and cut.axis != tp.name and cut.dim >= self.matrices_of(spec).leading:

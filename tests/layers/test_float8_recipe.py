@@ -190,10 +190,15 @@ def test_layers_are_chosen_by_name_and_global_size() -> None:
 
 
 def test_shapes_that_tensor_cores_refuse_are_refused_on_a_cpu() -> None:
-    """Of a rank: 2 x 8 of 16 features on two ranks."""
-    layer = RowParallelLinear("down", 24, 16, bias=False, tp=Axis("tp"), sequence_parallel=False, init_std=1.0)
-    fault = float8.fault("down", layer, PrecisionConfig(fp8="rowwise"))
-    assert fault is not None and fault.startswith("down is 16 x 24 on a tensor-parallel rank, and FP8 takes multiples")
+    for fp8 in RECIPES:
+        for features, out in ((24, 16), (16, 24)):
+            layer = RowParallelLinear(
+                "down", features, out, bias=False, tp=Axis("tp"), sequence_parallel=False, init_std=1.0
+            )
+            fault = float8.fault("down", layer, PrecisionConfig(fp8=fp8))  # type: ignore[arg-type]
+            assert fault is not None and fault.startswith(
+                f"down is {out} x {features} on a tensor-parallel rank, and FP8 takes multiples of 16; change"
+            )
     cut = Mesh.described(MeshShape(tp=2), 0).tp
     layer = RowParallelLinear("down", 320, 16, bias=False, tp=cut, sequence_parallel=False, init_std=1.0)
     assert float8.fault("down", layer, PrecisionConfig(fp8="rowwise")) is None
@@ -206,6 +211,20 @@ def test_a_device_without_fp8_is_refused_unless_asked_to_emulate() -> None:
     fault = float8.device_fault(torch.device("cpu"), wanted)
     assert fault == "precision.fp8='blockwise': cpu has no FP8; emulate it with precision.fp8_emulate=true"
     assert float8.device_fault(torch.device("cpu"), wanted.model_copy(update={"fp8_emulate": True})) is None
+
+
+def test_a_gpu_is_asked_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, wanted = torch.device("cuda"), PrecisionConfig(fp8="blockwise")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert float8.device_fault(gpu, wanted) == (
+        "precision.fp8='blockwise': A100 has compute capability 8.0 and FP8 begins with 8.9; emulate it with "
+        "precision.fp8_emulate=true"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert float8.device_fault(gpu, wanted) is None
+    fault = float8.device_fault(gpu, wanted.model_copy(update={"fp8_block": 64}))
+    assert fault == "precision.fp8_block=64: CUDA has blocks of 128; leave it out"
 
 
 def test_a_write_inside_a_run_is_noticed() -> None:

@@ -12,7 +12,9 @@ from parity_run import Outcome, assert_parity, one_process, steps_of, train_task
 from megatron_ds.config import RunConfig, from_dict, validate
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.families import task_of
+from megatron_ds.optim.muon import MOMENTUM
 from megatron_ds.testing import run_ranks
+from megatron_ds.train.build import build
 
 
 def config(mesh: Mesh3, heads: bool, kv_heads: int) -> RunConfig:
@@ -51,3 +53,22 @@ def test_same_numbers_as_one_process(name: str) -> None:
     if RUNS[name][1]:
         plain = one_process(reference_config(config(RUNS[name][0], False, RUNS[name][2])).model_dump_json())
         assert plain.scalars[-1] != want.scalars[-1], "heads are other matrices"
+
+
+def test_an_overflow_in_half_precision_leaves_the_momentum_as_it_was() -> None:
+    """A step that is taken first, so that there is some; then one whose loss scale overflows."""
+    mesh, values = Mesh.single(), config((1, 1, 1), False, 2).to_dict()
+    values["precision"] = {"dtype": "fp16", "initial_loss_scale": 8.0}
+    half = from_dict(RunConfig, values, "the test")
+    parts, batches = build(half, mesh, task_of(half)), steps_of(half, mesh)
+    assert not any(parts.step(batch).skipped for batch in batches[:2])  # the first has a learning rate of 0
+    before = {(s.kind, s.name): s.data.clone() for s in parts.optimizer.flat_shards()}
+    parts.scaler.scale = 2.0**40
+    assert parts.step(batches[2]).skipped
+    after = {(s.kind, s.name): s.data for s in parts.optimizer.flat_shards()}
+    assert {kind for kind, _ in before} == {"param", MOMENTUM, "exp_avg", "exp_avg_sq"}
+    assert any(data.any() for (kind, _), data in before.items() if kind == MOMENTUM)
+    assert all(torch.equal(after[key], data) for key, data in before.items())
+    parts.scaler.scale = 8.0
+    assert not parts.step(batches[2]).skipped
+    assert all(data.isfinite().all() for data in after.values()), "and nothing of it is left"

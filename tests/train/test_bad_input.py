@@ -240,8 +240,9 @@ def test_a_run_is_not_continued_as_another(run: Run, finished: Path, arguments: 
 
 
 def test_what_a_resumed_run_does_differently_is_said(run: Run, finished: Path) -> None:
-    done = run("--output", str(finished), "--checkpoint.resume", "--train.steps", "6", "--optimizer.lr", "0.01")
-    assert done.code == 0
+    fp8 = ["--precision.fp8", "rowwise", "--precision.fp8-min-features", "0", "--precision.fp8-emulate"]
+    done = run("--output", str(finished), "--checkpoint.resume", "--train.steps", "6", "--optimizer.lr", "0.01", *fp8)
+    assert done.code == 0 and "precision.fp8: 'none' -> 'rowwise'" in done.out
     assert "resumed from step 4 of 6, with other settings than before: optimizer.lr: 0.0003 -> 0.01" in done.out
     assert "train.steps: 4 -> 6" in done.out and len(read_losses(finished)) == 6
 

@@ -91,8 +91,11 @@ FEW_BITS = {"stage": 3, "quantized_weights": "int8", "quantized_gradients": "int
 
 
 def configuration(output: Path, dtype: str, **mesh: int) -> RunConfig:
-    """``dtype``: of the parameters; ``fp8``: products in it, ``sent``: what ZeRO sends in few bits, both of bf16."""
+    """``dtype``: of the parameters. ``fp8``: products in it, ``sent``: what ZeRO sends in few bits, both of bf16;
+    ``muon``: the optimizer, of fp32."""
     precision = {"dtype": "bf16", **(FP8 if dtype == "fp8" else {})} if dtype in ("fp8", "sent") else {"dtype": dtype}
+    if dtype == "muon":
+        precision = {}
     return from_dict(
         RunConfig,
         {
@@ -113,7 +116,12 @@ def configuration(output: Path, dtype: str, **mesh: int) -> RunConfig:
             "train": {"steps": 6, "global_batch": 8, "micro_batch": 1, "sequence_length": 16},
             "precision": precision,
             "zero": FEW_BITS if dtype == "sent" else {},
-            "optimizer": {"lr": 1e-2, "warmup_steps": 2, "min_lr": 1e-3},
+            "optimizer": {
+                "lr": 1e-2,
+                "warmup_steps": 2,
+                "min_lr": 1e-3,
+                "name": "muon" if dtype == "muon" else "adamw",
+            },
             "checkpoint": {"resume": True},
             "data": {"synthetic": True},
         },
@@ -173,7 +181,7 @@ def train(config: RunConfig, stop_at: int, recipe: type[Fading] | None = None) -
     return start, flat_shards
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp8", "sent"])
+@pytest.mark.parametrize("dtype", ["muon", "bf16", "fp16", "fp8", "sent"])
 def test_resume_on_the_same_mesh_is_bitwise(tmp_path: Path, dtype: str) -> None:
     mesh = {"dp": 4} if dtype == "sent" else {"tp": 2, "pp": 2}
     whole = run_ranks(train, 4, configuration(tmp_path / "whole", dtype, **mesh), 6)

@@ -179,6 +179,11 @@ def test_what_an_axis_puts_elsewhere_whole_is_updated_where_it_is(matrices: Matr
         torch.testing.assert_close(got, spec.slice_of(want), rtol=0, atol=1e-13)
 
 
+def test_a_model_without_matrices_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"finds no matrix among 2 parameters \(table is the first\).*'adamw'"):
+        rule_of(OptimizerConfig(name="muon"), ShardSpec("table", (4, 8)), ShardSpec("norm.weight", (8,)))
+
+
 def test_matrices_cut_over_other_axes_than_tp_are_refused() -> None:
     config = OptimizerConfig(name="muon")
     cut = ShardSpec("experts.up", (4, 8, 6), placements=(ShardedDim(1, "ep", 0, 2),), matrices=Matrices(leading=1))
