@@ -53,7 +53,7 @@ from megatron_ds.kernels.float8 import (
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.layers.recipe import OwnPrecision, Recipe
 from megatron_ds.mesh import Axis
-from megatron_ds.shard import spec_of
+from megatron_ds.shard import ShardSpec, spec_of
 
 Linear = ColumnParallelLinear | RowParallelLinear
 
@@ -121,11 +121,8 @@ class Float8Recipe(Recipe):
         self.high = OwnPrecision()
         wanted = settings.fp8_gradients or ("e5m2" if settings.fp8 == "tensorwise" else "e4m3")
         self.gradient_format = E5M2 if wanted == "e5m2" else E4M3
-        size = settings.fp8_block
-        whole = {"tensorwise": Block(None, None), "rowwise": Block(1, None)}
-        self.block = whole.get(settings.fp8, Block(1, size))
-        self.weight_block = whole.get(settings.fp8, Block(size, size))
-
+        self.weight_block = weight_block(settings)
+        self.block = Block(None if self.weight_block.rows is None else 1, self.weight_block.k)
         self._kept: KeptWeight | None = None
         self._ahead: tuple[weakref.ref[Tensor], Float8] | None = None  # a gradient, and its transpose quantised
 
@@ -275,26 +272,43 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, Linear]]:
             yield spec_of(module.weight).name.removesuffix(".weight"), module
 
 
-def global_features(layer: Linear) -> tuple[int, int]:
-    """Output and input features of the whole layer."""
-    *out, features = spec_of(layer.weight).global_shape
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Output and input features of a weight."""
+    *out, features = shape
     return math.prod(out), features
 
 
-def why_not(name: str, layer: Linear, settings: Float8Settings) -> str | None:
-    """Why the layer stays in ``precision.dtype``, or None. The same on every mesh: it goes by the global shape."""
+def why_not(spec: ShardSpec, settings: Float8Settings) -> str | None:
+    """Why the layer of a weight stays in ``precision.dtype``, or None. The same on every mesh: by the global shape."""
     for pattern in settings.fp8_exclude:
-        if fnmatchcase(name, pattern):
+        if fnmatchcase(spec.name.removesuffix(".weight"), pattern):
             return f"excluded by {pattern!r}"
-    if min(global_features(layer)) < settings.fp8_min_features:
+    if min(matrix_shape(spec.global_shape)) < settings.fp8_min_features:
         return f"fewer than precision.fp8_min_features={settings.fp8_min_features} features in or out"
     return None
 
 
+def kept_bytes(specs: Iterable[ShardSpec], settings: Float8Settings) -> int:
+    """What :func:`weights_kept` keeps of the weights among a rank's parameters: each twice, with fp32 scales."""
+    total = 0
+    for spec in specs if settings.fp8 != "none" else ():
+        if spec.matrices is not None and why_not(spec, settings) is None:
+            out, features = matrix_shape(spec.local_shape)
+            block = weight_block(settings)
+            scales = sum(math.prod(block.grid(*shape)[:2]) for shape in ((out, features), (features, out)))
+            total += 2 * out * features + scales * torch.float32.itemsize
+    return total
+
+
+def weight_block(settings: Float8Settings) -> Block:
+    whole = {"tensorwise": Block(None, None), "rowwise": Block(1, None)}
+    return whole.get(settings.fp8, Block(settings.fp8_block, settings.fp8_block))
+
+
 def use_float8(model: nn.Module, settings: Float8Settings) -> None:
     """Give the chosen layers of a stage their recipe."""
-    for name, layer in linear_layers(model):
-        if why_not(name, layer, settings) is None:
+    for _, layer in linear_layers(model):
+        if why_not(spec_of(layer.weight), settings) is None:
             cut = "in" if isinstance(layer, RowParallelLinear) else "out"
             layer.recipe = Float8Recipe(settings, layer.tp, cut)
 
@@ -310,7 +324,7 @@ def describe(model: nn.Module, settings: Float8Settings) -> tuple[str, list[str]
     reasons: dict[str, list[str]] = {}
     chosen = []
     for name, layer in layers:
-        reason = why_not(name, layer, settings)
+        reason = why_not(spec_of(layer.weight), settings)
         if reason is not None:
             reasons.setdefault(reason, []).append(name)
         else:
@@ -328,7 +342,7 @@ def describe(model: nn.Module, settings: Float8Settings) -> tuple[str, list[str]
 
 def fault(name: str, layer: Linear, settings: Float8Settings) -> str | None:
     """What FP8 products cannot do with this rank's shape: checked on every device, though a CPU would take it."""
-    out, features = math.prod(layer.weight.shape[:-1]), layer.weight.shape[-1]
+    out, features = matrix_shape(layer.weight.shape)
     multiple = min(CUDA_MULTIPLE, settings.fp8_block)
     if out % multiple or features % multiple:
         return (

@@ -109,9 +109,8 @@ class DryRun:
         ]
 
     def _transient(self) -> list[str]:
-        sizes = self.account.layout.transient_bytes(self.account.micro_batches)
-        there = {kind: size for kind, size in sizes.items() if size}
-        return ["whole for a moment, at most:", *_table(there)] if there else []
+        there = {kind: size for kind, size in self.account.transient_bytes().items() if size}
+        return ["for a moment, at most:", *_table(there)] if there else []
 
     def _offloaded(self) -> list[str]:
         """What lies where, if not all of it is on the device."""

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from megatron_ds.config import BaseRunConfig
+from megatron_ds.layers.float8_recipe import kept_bytes
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.optim.factory import as_rule
 from megatron_ds.pipeline.placement import Placement
@@ -35,6 +36,7 @@ class RankAccount:
         stages: those of the rank, by number.
         micro_batches: of a step. in_flight: those whose activations the rank keeps at once.
         activations: of one micro-batch; None: not known of this model.
+        fp8_weights: bytes of weights that a step keeps in FP8 besides.
     """
 
     layout: ZeroLayout
@@ -42,23 +44,29 @@ class RankAccount:
     micro_batches: int
     in_flight: int
     activations: Activations | None
+    fp8_weights: int = 0
 
     def bytes(self) -> dict[str, dict[str, int]]:
         """By kind, then ``device``, ``host`` or ``disk``; at the fullest moment of a step.
 
         Kinds: ``parameters``, ``gradients``, ``master``, ``optimizer`` and ``staging`` exactly; ``activations`` as the
         model estimates them, with what exists while one part is recomputed; at most ``whole gradients`` and ``whole
-        parameters`` of buckets that are sharded otherwise.
+        parameters`` of buckets that are sharded otherwise; ``weights in FP8``.
         """
         held = self.layout.bytes(self.micro_batches)
         found = {kind: dict(places) for kind, places in held.memory.items()}
         found["staging"] = {"host": held.staging}
-        for kind, size in self.layout.transient_bytes(self.micro_batches).items():
-            found[f"whole {kind}"] = {"device": size}
+        for kind, size in self.transient_bytes().items():
+            found[kind] = {"device": size}
         if self.activations is not None:
             stored = self.activations.of(self.in_flight)
             found["activations"] = {"device": stored + self.activations.recompute_peak}
         return found
+
+    def transient_bytes(self) -> dict[str, int]:
+        """At most, on the device, besides what is held: whole buckets, and weights in FP8."""
+        sizes = self.layout.transient_bytes(self.micro_batches)
+        return {**{f"whole {kind}": size for kind, size in sizes.items()}, "weights in FP8": self.fp8_weights}
 
     def total(self, place: str) -> int:
         return sum(places.get(place, 0) for places in self.bytes().values())
@@ -121,10 +129,13 @@ def account_of(
     axes = {over: (shard.size, copies.size) for over, (shard, copies) in data_axes(mesh, config.zero).items()}
     infos = (book or StageBook()).parameters(config, task, mesh, spans, axes[()][0])
     batches = num_micro_batches(config, shape)
+    freed = not config.zero.keep_whole and any(info.unit is not None for info in infos)
+    specs = [] if freed else [info.spec for info in infos]
     return RankAccount(
         ZeroLayout.plan(infos, config.zero, axes),
         tuple(numbers),
         batches,
         generator_of(config.pipeline.schedule).max_in_flight(mesh.pp.rank, placement, batches),
         largest_activations(task, spans, shape.tp, "cpu" if config.device == "cpu" else "cuda"),
+        kept_bytes(specs, config.precision),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -24,6 +25,7 @@ from megatron_ds.mesh import Mesh
 from megatron_ds.models.families import task_of
 from megatron_ds.testing import run_ranks
 from megatron_ds.train.build import RankRuntime, build
+from megatron_ds.train.rank_bytes import account_of
 
 LONG = Row((1, 1, 1), accumulation=2, recompute="full", architecture="llama", tied=False)
 ALONE = [replace(LONG, fp8=fp8) for fp8 in ("tensorwise", "rowwise", "blockwise")]
@@ -84,6 +86,17 @@ def counted(parts: RankRuntime) -> Iterator[list[int]]:
         yield counts
 
 
+@contextmanager
+def measured(parts: RankRuntime, expected: int) -> Iterator[None]:
+    """What is kept at the end of a run has the bytes of the dry run."""
+    whole = parts.optimizer.gatherer is None or parts.optimizer.config.keep_whole
+    with float8.weights_kept(parts.stages.values(), whole):
+        yield
+        recipes = [layer.recipe for stage in parts.stages.values() for _, layer in float8.linear_layers(stage)]
+        both = [found for recipe in recipes for found in recipe._kept.both or ()]  # type: ignore[union-attr]
+        assert sum(found.values.nbytes + found.scale.nbytes for found in both) == expected
+
+
 def run(row: Row, mesh: Mesh, kept: bool, half: bool) -> tuple[list[Any], list[int], int]:
     """Losses, norms and final weights; how often weights were quantised in each step; the layers in FP8."""
     values = config_of(row).to_dict()
@@ -93,8 +106,8 @@ def run(row: Row, mesh: Mesh, kept: bool, half: bool) -> tuple[list[Any], list[i
         values["precision"] |= {"dtype": "fp16", "initial_loss_scale": FIRST}
     config = type(config_of(row)).model_validate(values)
     parts = build(config, mesh, task_of(config))
-    if not kept:
-        parts.step.weights_fixed = nullcontext
+    expected = account_of(config, task_of(config), mesh.shape, mesh.rank).fp8_weights
+    parts.step.weights_fixed = partial(measured, parts, expected) if kept else nullcontext
     batches, results = steps_of(config, mesh), []
     with counted(parts) as counts:
         for step in range(5):
