@@ -97,8 +97,8 @@ class _Slot:
 class QuantizedGathered(GroupGathered):
     """Gathered in fewer bits: ``whole`` has the values that all ranks have, in its own slice too; ``shard`` is exact.
 
-    With a node: the first gather after a change goes over all ranks, and what came is kept, sharded over the node, from
-    which further gathers take it.
+    A shard is quantised once for all gathers until it changes. With a node: the first gather after a change goes over
+    all ranks, and what came is kept, sharded over the node, from which further gathers take it.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, buffers: QuantizedBuffers):
@@ -106,7 +106,8 @@ class QuantizedGathered(GroupGathered):
         self._exact = torch.zeros(size // axis.size, dtype=dtype, device=buffers.device)
         super().__init__(size, dtype, buffers.device, axis, self._exact)
         self._buffers, self._how = buffers, buffers.how
-        self._sent: Tensor | None = None  # what peers got of this rank's shard, for as long as something is gathered
+        self._sent: Tensor | None = None  # what peers got of this rank's shard; None: as it is
+        self._sent_version = -1  # the buffers' version of which that is
         self._second: Tensor | None = None
         self._version = -1
 
@@ -114,8 +115,12 @@ class QuantizedGathered(GroupGathered):
         node, form = self._how.node, None if self._buffers.exact or not len(shard) else self._how.weights
         if self._second is not None and node is not None and self._version == self._buffers.version:
             return all_gather_start(whole, self._second, node[0])
-        sent = shard.unsqueeze(0) if form is None else pack(shard.unsqueeze(0), form)
-        self._sent = None if form is None else sent
+        sent = shard.unsqueeze(0)
+        if form is None:
+            self._sent = None
+        elif self._sent is None or self._sent_version != self._buffers.version:
+            self._sent, self._sent_version = pack(sent, form), self._buffers.version
+        sent = sent if self._sent is None else self._sent
         received = whole.view(self._axis.size, -1) if form is None else sent.new_empty(self._axis.size, sent.shape[1])
         gathering = all_gather_start(received, sent, self._axis)
 
@@ -136,12 +141,11 @@ class QuantizedGathered(GroupGathered):
         own, exact, came = slice_dim0(self.whole, self._axis), self._exact, self._exact
         if self._sent is not None and self._how.weights is not None:
             came = unpack(self._sent, len(exact), self._how.weights, exact.dtype)[0]
+        # A fifth of the time of what follows on a CPU; a GPU would have to be waited for.
+        if own.device.type == "cpu" and torch.equal(own.view(torch.uint8), came.view(torch.uint8)):
+            return
         exact.copy_(torch.where((own == came) | (own.isnan() & came.isnan()), exact, own))
-
-    def discard(self) -> None:
-        super().discard()
-        if self._how.node is None:  # else further gathers bring the same values
-            self._sent = None
+        self._sent_version = -1  # and still what `whole` is compared with until the next gather
 
 
 def reduce_scatter_start(output: Tensor, whole: Tensor, add: bool, axis: Axis, how: Quantization) -> Pending:

@@ -191,9 +191,10 @@ class ZeroLayout:
         for number, bucket in enumerate(self.buckets):
             away = config.offload_parameters.device if number in self.offload.parameters else "none"
             held["parameters"][stores[away]] += parameter_bytes(bucket)
-            if config.secondary_size is not None and bucket.key.unit is not None:
-                held["parameters"]["device"] += bucket.size // config.secondary_size * bucket.key.dtype.itemsize
-                if config.quantized_weights != "none":  # what peers got is kept as well, to tell what is written
+            if bucket.key.unit is not None:
+                if config.secondary_size is not None:
+                    held["parameters"]["device"] += bucket.size // config.secondary_size * bucket.key.dtype.itemsize
+                if config.quantized_weights != "none":  # the shard as it is sent
                     held["parameters"]["device"] += packed_bytes(
                         bucket.shard_size, config.quantized_weights, bucket.key.dtype
                     )

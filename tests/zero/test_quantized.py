@@ -16,6 +16,7 @@ from zero_toy import STEPS, Case, Toy, reference, train
 from megatron_ds.comm import quantized_buffers
 from megatron_ds.config import OptimizerConfig, ZeroConfig
 from megatron_ds.config.zero import zero_faults
+from megatron_ds.kernels.quantized_blocks import pack
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import run_ranks
@@ -168,6 +169,66 @@ def test_what_a_rank_owns_stays_exact(dtype: torch.dtype) -> None:
             if name == "layers.1.weight":
                 want[3] = 2.0
             assert torch.equal(found["after"][name], want), f"{name} after close()"
+
+
+class WritesInForward(Writes):
+    """As a codebook does, alike on all ranks; in place, and in a way that no version counter sees."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, layer in enumerate(self.layers):
+            x = torch.tanh(layer(x))
+            if number == 1:
+                layer.weight.data[3].mul_(1.5)  # type: ignore[operator, union-attr, index]
+        return x.square().sum()
+
+
+def packed_in_training(secondary: int | None, writes: bool, always: bool) -> tuple[list[int], list[Tensor]]:
+    """How often a shard was quantised in each step of three micro-batches, and the weights after three steps."""
+    mesh = Mesh.create(MeshShape(dp=2), torch.device("cpu"))
+    model = (WritesInForward if writes else Writes)()
+    for name, p in model.named_parameters():
+        p.shard = ShardSpec(name, tuple(p.shape))  # type: ignore[attr-defined]
+    config = ZeroConfig(stage=3, quantized_weights="int8", secondary_size=secondary, persistence_threshold=0)
+    zero = ZeroOptimizer(model.named_parameters(), mesh, config, OptimizerConfig(), root=model)
+    counts: list[int] = []
+
+    def counted(*arguments: Any) -> Tensor:
+        counts[-1] += 1
+        return pack(*arguments)
+
+    start = quantized_buffers.QuantizedGathered._gather_start
+
+    def as_if_changed(memory: Any, *arguments: Any) -> Any:
+        memory._sent_version = -1
+        return start(memory, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantized_buffers, "pack", counted)
+        if always:
+            patch.setattr(quantized_buffers.QuantizedGathered, "_gather_start", as_if_changed)
+        for step in range(3):
+            counts.append(0)
+            zero.start_step()
+            for micro_batch in range(3):
+                x = torch.randn(3, 20, generator=torch.Generator().manual_seed(10 * step + micro_batch + mesh.rank))
+                zero.start_backward(micro_batch == 2)
+                model(x).backward()
+                zero.end_backward()
+            zero.finish_gradients()
+            zero.step(0.01)
+    zero.close()
+    return counts, [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize(("secondary", "writes"), [(None, False), (2, False), (None, True)])
+def test_a_shard_is_quantised_once_a_step_and_after_a_write(secondary: int | None, writes: bool) -> None:
+    kept = run_ranks(packed_in_training, 2, secondary, writes, False)
+    anew = run_ranks(packed_in_training, 2, secondary, writes, True)
+    for (counts, ours), (others, theirs) in zip(kept, anew, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        if not writes:
+            assert counts == [2, 2, 2], "one a unit"
+        assert secondary is not None or others > counts
 
 
 def resumed(weights: str, stochastic: bool) -> list[bool]:
