@@ -79,9 +79,15 @@ class Float8:
         return Float8(self.values.mT.contiguous(), self.scale.mT.contiguous(), self.block)
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA device, as ``torch.compile`` can trace it."""
+    found = torch.cuda.get_device_properties(device)
+    return found.major, found.minor
+
+
 def has_tensor_cores(device: torch.device) -> bool:
     """Whether a CUDA device computes in FP8."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
+    return device.type == "cuda" and capability(device) >= FIRST_CAPABILITY
 
 
 def _takes_twin(x: Tensor, block: Block) -> bool:
@@ -290,7 +296,7 @@ def torch_multiplies(device: torch.device, blocks: bool) -> bool:
     if not blocks or not has_tensor_cores(device):
         return not blocks and (device.type == "cpu" or has_tensor_cores(device))
     version = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
-    return torch.cuda.get_device_capability(device)[0] == 9 and version >= (12, 9)
+    return capability(device)[0] == 9 and version >= (12, 9)
 
 
 def _twin_multiplies(a: Float8, b: Float8, out: torch.dtype) -> bool:

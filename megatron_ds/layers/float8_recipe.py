@@ -45,6 +45,7 @@ from megatron_ds.kernels.float8 import (
     Float8,
     block_amax,
     block_amax_both,
+    capability,
     has_tensor_cores,
     product,
     quantize,
@@ -368,9 +369,10 @@ def device_fault(device: torch.device, settings: Float8Settings) -> str | None:
     if device.type != "cuda":
         return f"precision.fp8={settings.fp8!r}: {device.type} has no FP8; emulate it with precision.fp8_emulate=true"
     if not has_tensor_cores(device):
-        have, first = (".".join(map(str, c)) for c in (torch.cuda.get_device_capability(device), FIRST_CAPABILITY))
+        have, first = (".".join(map(str, c)) for c in (capability(device), FIRST_CAPABILITY))
+        name = torch.cuda.get_device_properties(device).name
         return (
-            f"precision.fp8={settings.fp8!r}: {torch.cuda.get_device_name(device)} has compute capability {have} and "
+            f"precision.fp8={settings.fp8!r}: {name} has compute capability {have} and "
             f"FP8 begins with {first}; emulate it with precision.fp8_emulate=true"
         )
     if settings.fp8 == "blockwise" and settings.fp8_block != CUDA_BLOCK:

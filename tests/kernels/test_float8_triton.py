@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import float8_interpreted
 import pytest
@@ -151,7 +152,8 @@ def test_a_layout_that_cuda_refuses_is_refused_by_the_check() -> None:
 def test_torch_multiplies_where_it_has_the_product(
     capability: tuple[int, int], cuda: str, rows: bool, blocks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    properties = SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     device = torch.device("cuda")
     assert [torch_multiplies(device, of_blocks) for of_blocks in (False, True)] == [rows, blocks]

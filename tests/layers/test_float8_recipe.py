@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,13 +216,13 @@ def test_a_device_without_fp8_is_refused_unless_asked_to_emulate() -> None:
 
 def test_a_gpu_is_asked_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, wanted = torch.device("cuda"), PrecisionConfig(fp8="blockwise")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    properties = SimpleNamespace(name="A100", major=8, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert float8.device_fault(gpu, wanted) == (
         "precision.fp8='blockwise': A100 has compute capability 8.0 and FP8 begins with 8.9; emulate it with "
         "precision.fp8_emulate=true"
     )
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    properties.major = 9
     assert float8.device_fault(gpu, wanted) is None
     fault = float8.device_fault(gpu, wanted.model_copy(update={"fp8_block": 64}))
     assert fault == "precision.fp8_block=64: CUDA has blocks of 128; leave it out"

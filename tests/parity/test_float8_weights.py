@@ -115,6 +115,11 @@ def run(row: Row, mesh: Mesh, kept: bool, half: bool) -> tuple[list[Any], list[i
                 writes(parts, step)
             results.append(parts.step(batches[step % len(batches)]))
             counts.append(0)
+    shards = parts.optimizer.flat_shards()
+    assert {(s.kind, s.data.dtype) for s in shards if s.kind != "ema"} == {
+        (kind, torch.float32 if half else torch.float64) for kind in ("param", "exp_avg", "exp_avg_sq")
+    }, "a checkpoint holds masters and moments"
+    assert not [name for stage in parts.stages.values() for name, _ in stage.named_buffers() if "recipe" in name]
     parameters = [p for stage in parts.stages.values() for p in stage.parameters()]
     with parts.optimizer.gathered(parameters):
         weights = [p.detach().clone() for p in parameters]
