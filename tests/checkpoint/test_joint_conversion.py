@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ds.convert.dit_folder import export_transformer, import_transformer
 from megatron_ds.convert.dit_pipelines import export_pipeline
-from megatron_ds.errors import CheckpointError, ConfigError
+from megatron_ds.errors import CheckpointError, ConfigError, DataError
 
 NAME = "diffusion_pytorch_model.safetensors"
 
@@ -98,6 +98,10 @@ def test_what_diffusers_has_no_class_for_is_refused(tmp_path: Path) -> None:
             export_transformer(tmp_path / str(number), tmp_path / "x")
     with pytest.raises(ConfigError, match="told texts, and StableDiffusion3Pipeline knows no other than"):
         export_pipeline(tmp_path / "0", tmp_path / "x")
+    flow = configuration({"prediction": "flow", "schedule": "flow"}, **text)
+    write_checkpoint(tmp_path / "flow", flow, average=False)
+    with pytest.raises(DataError, match=r"not trained on texts of tools/cache_latents.py; what encodes prompts is unk"):
+        export_pipeline(tmp_path / "flow", tmp_path / "x")
     write_checkpoint(tmp_path / "class", configuration(qk_norm=True), average=False)
     with pytest.raises(ConfigError, match=r"model\.qk_norm=True cannot be exported: DiTTransformer2DModel has False"):
         export_transformer(tmp_path / "class", tmp_path / "x")

@@ -18,7 +18,7 @@ from small_images import sd3_encoders, write_vae
 from megatron_ds.checkpoint.save import save
 from megatron_ds.convert.dit_pipelines import PipelineParts, export_pipeline
 from megatron_ds.data.latent_decoder import LatentDecoder
-from megatron_ds.data.latent_encoders import VaeConfig, model_identity, text_identities
+from megatron_ds.data.latent_encoders import TextEncoder, VaeConfig, model_identity, text_identities
 from megatron_ds.data.prompts import check_text_encoders, encode_prompts
 from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.mesh import Mesh
@@ -173,3 +173,5 @@ def test_what_the_pipeline_would_compute_in_another_way_is_refused(
         with pytest.raises(error, match=message):
             export_pipeline(source, tmp_path / "x", given)
     assert not list(tmp_path.glob("x*"))
+    with pytest.raises(DataError, match=r"CLIP encoders of \[7, 8\] tokens cannot be joined"):
+        TextEncoder([first, second], [other, second], "last", None, torch.device("cpu"), torch.float32)

@@ -247,6 +247,9 @@ def test_encoders_that_cannot_be_used(folders: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             writer(folders / "captions", encoders, tmp_path / "x")
+    with pytest.raises(DataError, match="--text-tokens 5 is of T5's texts, and no encoder is a T5; leave it out"):
+        long = dataclasses.replace(SETTINGS, text_tokens=5)
+        writer(folders / "captions", EncoderFolders(vae, (text,), (text,)), tmp_path / "x", long)
     with pytest.raises(DataError, match="the images have no captions to encode"):
         writer(folders / "classes", EncoderFolders(vae, (text,), (text,)), tmp_path / "x")
     copy = tmp_path / "vae"
@@ -285,6 +288,7 @@ def test_the_tool_writes_and_goes_on(
     assert "1 latents: 1 of 8 x 8" in said and f"left out 1, which are no images:\n  {images}/x.jpg\n" in said
     before = contents(tmp_path / "cache")
     assert call("--bucket-step", 32) == 0 and contents(tmp_path / "cache") == before
+    assert call("--text-tokens", 0) == 2 and "--text-tokens 0: use 1 or more" in capsys.readouterr().err
     assert call("--bucket-step", 32, "--dtype", "bfloat16") == 2
     assert "settings.dtype was 'float32', is now 'bfloat16'" in capsys.readouterr().err
     assert json.loads(before["cache.json"])["plan"]["settings"]["resolution"] == 32
