@@ -56,11 +56,11 @@ bench: $(INSTALLED) ## Measure speed beside the peers on this machine's CPU and 
 bench-inference: $(INSTALLED) ## Measure generation beside transformers on this machine's CPU
 	@$(RUN) tools/benchmark/inference.py $(ARGS)
 
-bench-gpu: $(INSTALLED) ## Measure tokens/s, memory and MFU on one GPU beside a compiled torch loop
+bench-gpu: $(INSTALLED) ## Measure one GPU in nine minutes: products, attention, kernels, whole steps beside compiled torch
 	@$(RUN) tools/benchmark/gpu.py $(ARGS)
 
 bench-kernels: $(INSTALLED) ## Check and measure each Triton kernel on a GPU beside torch, torch.compile and FlexAttention
-	@$(RUN) tools/benchmark/kernels.py $(ARGS)
+	@$(RUN) tools/benchmark/kernel_benchmark.py $(ARGS)
 
 constraints: ## Renew constraints.txt with the newest releases that pyproject.toml admits (torch and triton keep theirs)
 	@rm -rf build/fresh && $(PYTHON) -m venv build/fresh

@@ -19,10 +19,10 @@ FOLDER = Path(__file__).parents[2] / "tools" / "benchmark"
 
 
 def load() -> tuple[Any, Any]:
-    """``kernels.py``, under another name: its own is that of a package which others look for; and ``kernel_cases``."""
+    """``kernel_benchmark`` and ``kernel_cases``."""
     modules = []
-    for file, name in (("kernel_cases", "kernel_cases"), ("kernels", "kernel_benchmark")):
-        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{file}.py")
+    for name in ("kernel_cases", "kernel_benchmark"):
+        spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module  # dataclasses look their module up, and one finds the other

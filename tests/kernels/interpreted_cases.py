@@ -262,6 +262,18 @@ add(
     nothing,
     nothing,
 )
+# Rows that end in each of the four quarters, see no key, or are shorter than the three first.
+for dtype, q, k in ((torch.float32, 21, 18), (torch.bfloat16, 18, 18), (torch.float16, 3, 23)):
+    x = partial(normal, 1, 2, q, k, dtype=dtype)
+    add(f"softmax quarters {q}x{k}", partial(attend, causal=True), x, nothing, nothing)
+    add(
+        f"softmax quarters {q}x{k} masked",
+        partial(attend, causal=True),
+        x,
+        lambda q=q, k=k: torch.rand(1, 1, q, k) > 0.3,
+        lambda: torch.tensor([0.5, 0.25]),
+        no_gradient=[1, 2],
+    )
 add("softmax zero rows", partial(attend, causal=True), lambda: normal(0, 2, 3, 7), nothing, nothing)
 
 

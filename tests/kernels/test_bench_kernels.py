@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "benchmark" / "kernels.py"
+SCRIPT = Path(__file__).parents[2] / "tools" / "benchmark" / "kernel_benchmark.py"
 
 
 def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:

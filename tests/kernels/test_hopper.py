@@ -28,6 +28,7 @@ NARROW = {
     "norm_weight_kernel": (4, 2),
     "dropout_add_kernel": (1, 0),
     "softmax_kernel": (1, 0),
+    "softmax_causal_kernel": (1, 0),
     "token_statistics_kernel": (2, 4),
     "logit_gradient_kernel": (3, 0),
     "rotary_kernel": (2, 0),

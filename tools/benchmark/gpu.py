@@ -1,170 +1,149 @@
-"""GPT-2 124M and a 1.3B Llama in bf16 on one GPU, beside a compiled plain torch loop of the same: `make bench-gpu`.
+"""Everything about speed on one GPU, in nine minutes: `make bench-gpu`.
 
-Every run is a fresh process; contestants take turns, and a ratio is taken within a round. MFU follows the PaLM paper
-(arXiv 2204.02311, appendix B): (6 N + 12 L h s) FLOPs a token, N without embedding tables but with the head, causal
-attention counted as the full square, against the device's dense bf16 peak.
+The parts go from what the machine can reach (copies, products, attention) over the kernels to whole training steps of
+GPT-2 124M and a 1.3B Llama in bf16, beside a compiled plain torch loop. Each part is a process of its own, so that one
+that fails or hangs costs itself alone; the next one imports torch while it runs. Each prints a table as it ends, and
+all rows go to one JSON file. What no time is left for is named.
 
-The plain loop keeps fp32 weights and casts by autocast; ours keeps bf16 weights and fp32 masters.
+    python tools/benchmark/gpu.py --parts products attention
+    python tools/benchmark/gpu.py --tiny          # any machine: the code runs, its figures mean nothing
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
+import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import gpu_parts
+import gpu_steps
 import torch
-from run import Figures
-from setting import Workload, measure, report
+from gpu_clock import Bench, Row, table
 
-from megatron_ds.train.metrics import peak_tflops
 
-GPT2_124M = Workload(layers=12, hidden=768, heads=12, sequence=1024, vocab=50304, dtype="bf16")
-LLAMA_1B = Workload(family="llama", layers=24, hidden=2048, heads=16, sequence=2048, vocab=32000, dtype="bf16")
-MODELS = {"GPT-2 124M": GPT2_124M, "Llama 1.3B": LLAMA_1B}
-# Sequences a micro-batch, by the device's memory in GiB: the largest power of two that the plain loop's logits allow.
-MICRO_BATCH = {"GPT-2 124M": ((70, 32), (35, 16), (20, 8), (0, 2)), "Llama 1.3B": ((70, 4), (35, 1), (0, 1))}
-ACCUMULATE = 4
-CONTESTANTS = {
-    "plain-compile": "plain torch loop, torch.compile, autocast",
-    "ours-compile": "megatron-ds --compile",
-    "ours": "megatron-ds",
-    "ours-offload": "megatron-ds, optimizer state on the host",
+@dataclass(frozen=True)
+class Part:
+    """What runs, and the seconds that it is given."""
+
+    run: Callable[[Bench], None]
+    seconds: float
+
+
+PARTS = {
+    "machine": Part(gpu_parts.machine, 20),
+    "products": Part(gpu_parts.products, 40),
+    "attention": Part(gpu_parts.attention, 20),
+    "gpt2": Part(gpu_steps.gpt2, 40),
+    "llama": Part(gpu_steps.llama, 60),
+    "kernels": Part(gpu_parts.our_kernels, 130),
+    "flags": Part(gpu_steps.flags, 90),
+    "compiled": Part(gpu_steps.compiled, 100),
+    "plain": Part(gpu_steps.beside_plain, 100),
 }
-REFERENCE = "plain-compile"
+LEAST = 15.0  # seconds that are worth starting a part for
+START = 120.0  # for a process to import torch
+GRACE = 10.0  # for the row that is being measured when a part's time is over
 
 
-def workload(model: str, micro_batch: int | None, smoke: bool) -> Workload:
-    w = MODELS[model]
-    if smoke:
-        return replace(w, layers=2, hidden=64, heads=2, sequence=32, vocab=256, batch=4, accumulate=2)
-    if micro_batch is None:
-        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-        micro_batch = next(size for least, size in MICRO_BATCH[model] if memory >= least)
-    return replace(w, batch=micro_batch * ACCUMULATE, accumulate=ACCUMULATE)
+def work(name: str, rows: Path, seconds: float, tiny: bool, wait: bool) -> list[Row]:
+    """Run one part in this process; with ``wait``, once a line comes in with the seconds that it has."""
+    if wait:
+        rows.touch()  # ready
+        seconds = float(sys.stdin.readline())
+    device = "cuda" if torch.cuda.is_available() and not tiny else "cpu"
+    with rows.open("a", encoding="utf-8", buffering=1) as file:
+        bench = Bench(tiny, device, time.perf_counter() + seconds, lambda row: print(json.dumps(row), file=file))
+        try:
+            PARTS[name].run(bench)
+        except Exception as error:
+            bench.row("the part ended early", note=f"{type(error).__name__}: {error}"[:300])
+    return bench.rows
 
 
-def work(contestant: str, w: Workload, warmup: int, steps: int, device: str) -> None:
-    """Run one contestant in this process and report it."""
-    cuda = device == "cuda"
-    compiled = contestant.endswith("-compile")
-    if contestant == REFERENCE:
-        import plain
+class Worker:
+    """The process of a part, which waits for its turn with torch imported."""
 
-        torch.set_float32_matmul_precision("high")
-        step = plain.plain(w, compiled, device)
-    else:
-        import ours
+    def __init__(self, name: str, folder: Path, tiny: bool):
+        self.name, self.rows, self.log = name, folder / f"{name}.jsonl", folder / f"{name}.log"
+        command = [sys.executable, __file__, "--part", name, "--rows", str(self.rows), *(["--tiny"] if tiny else [])]
+        self._output = self.log.open("w", encoding="utf-8")
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=self._output, stderr=subprocess.STDOUT, text=True
+        )
 
-        step = ours.training_step(w, device, compiled=compiled, offload="cpu" if "offload" in contestant else "none")
-    figures = measure(step, w, warmup, steps, torch.cuda.synchronize if cuda else lambda: None)
-    if cuda:
-        figures["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        figures["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
-    report({"name": contestant, "torch": torch.__version__, **figures}, w)
+    def finish(self, seconds: float) -> list[Row]:
+        """Let it run for so long; what it found, and how it ended if not well."""
+        note = ""
+        self._wait_until_ready()
+        try:
+            self._process.communicate(f"{seconds}\n", timeout=seconds + GRACE)
+        except subprocess.TimeoutExpired:
+            note = f"stopped after {seconds + GRACE:.0f} s"
+        except BrokenPipeError:
+            self._process.wait(GRACE)
+        finally:
+            self.stop()
+        if not note and self._process.returncode:
+            last = " | ".join(self.log.read_text(encoding="utf-8").strip().splitlines()[-3:])
+            note = f"exit status {self._process.returncode}: {last}"[:400]
+        rows = [json.loads(line) for line in self.rows.read_text().splitlines()] if self.rows.exists() else []
+        return rows + ([{"name": "the part ended early", "note": note}] if note else [])
+
+    def _wait_until_ready(self) -> None:
+        end = time.perf_counter() + START
+        while not self.rows.exists() and self._process.poll() is None and time.perf_counter() < end:
+            time.sleep(0.1)
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._output.close()
 
 
-def run_once(contestant: str, model: str, args: argparse.Namespace) -> Figures:
-    import json
-
+def run(names: list[str], seconds: float, tiny: bool, out: Path) -> dict[str, list[Row]]:
+    """All of these parts, within so many seconds; prints their tables and writes the file after each."""
+    end = time.perf_counter() + seconds
+    found: dict[str, list[Row]] = {}
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as folder:
-        out = Path(folder) / "figures.json"
-        command = [sys.executable, __file__, *sys.argv[1:], "--worker", contestant, "--models", model]
-        done = subprocess.run(
-            command,
-            env={**os.environ, "BENCHMARK_OUT": str(out)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=args.limit,
-            check=False,
-        )
-        if done.returncode or not out.exists():
-            return {"error": " | ".join(done.stdout.strip().splitlines()[-3:])}
-        figures: Figures = json.loads(out.read_text())
-        return figures
-
-
-def rows(model: str, rounds: list[dict[str, Figures]], w: Workload, peak: float | None) -> list[list[str]]:
-    """One row a contestant: medians over rounds, ratios within each."""
-    lines = []
-    for name, what in CONTESTANTS.items():
-        if not any(name in r for r in rounds):
-            continue
-        good = [r[name] for r in rounds if "error" not in r.get(name, {"error": ""})]
-        if not good:
-            lines.append([model, what, "failed: " + rounds[-1].get(name, {}).get("error", "not run")[-160:]])
-            continue
-        rate = statistics.median(f["tokens_per_s"] for f in good)
-        ratios = [r[name]["tokens_per_s"] / r[REFERENCE]["tokens_per_s"] for r in rounds if _both(r, name)]
-        tflops = rate * w.flops_per_token / 1e12
-        memory = statistics.median(f.get("allocated_gib", f["rss_mib"] / 1024) for f in good)
-        lines.append(
-            [
-                model,
-                what,
-                f"{rate:,.0f}",
-                f"{statistics.median(ratios):.3f}" if ratios else "-",
-                f"{tflops:,.1f}",
-                f"{tflops / peak:.1%}" if peak else "peak unknown",
-                f"{memory:.2f}",
-                f"{good[-1]['loss'][0]:.3f} -> {good[-1]['loss'][1]:.3f}",
-            ]
-        )
-    return lines
-
-
-def _both(figures: dict[str, Figures], name: str) -> bool:
-    return all("tokens_per_s" in figures.get(key, {}) for key in (name, REFERENCE))
-
-
-def table(lines: list[list[str]]) -> str:
-    head = ["model", "", "tokens/s", "ratio", "TFLOP/s", "MFU", "peak GiB", "loss"]
-    widths = [max(len(line[i]) for line in [head, *lines] if len(line) == len(head)) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(n) for c, n in zip(line, widths)).rstrip() for line in [head, *lines])
+        waiting = Worker(names[0], Path(folder), tiny)
+        for name, following in zip(names, [*names[1:], None]):
+            worker, began = waiting, time.perf_counter()
+            if following is not None:
+                waiting = Worker(following, Path(folder), tiny)
+            left = end - began - GRACE
+            if left < LEAST:
+                worker.stop()
+                found[name] = [{"name": "left out", "note": f"{max(left, 0.0):.0f} s were left"}]
+            else:
+                found[name] = worker.finish(min(PARTS[name].seconds, left))
+            print(f"\n{name}, {time.perf_counter() - began:.0f} s\n{table(found[name])}", flush=True)
+            out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure training on one GPU beside a plain compiled torch loop.")
-    parser.add_argument("--rounds", type=int, default=3, help="times that every contestant runs")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of a run")
-    parser.add_argument("--warmup", type=int, default=4, help="steps of a run before the clock starts")
-    parser.add_argument("--micro-batch", type=int, help="sequences a micro-batch; default: by the GPU's memory")
-    parser.add_argument(
-        "--contestants",
-        nargs="*",
-        choices=list(CONTESTANTS),
-        default=list(CONTESTANTS),
-        help=f"run only these; ratios are to {REFERENCE}",
-    )
-    parser.add_argument("--models", nargs="*", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--limit", type=float, default=900.0, help="seconds that one run may take")
-    parser.add_argument("--smoke", action="store_true", help="tiny models, on a CPU too: the script runs, no figures")
-    parser.add_argument("--worker", choices=list(CONTESTANTS), help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description="Measure products, attention, kernels and steps on one GPU.")
+    parser.add_argument("--parts", nargs="*", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--seconds", type=float, default=540.0, help="for all parts together; what is left is named")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes on the CPU: everything runs, no figures")
+    parser.add_argument("--json", type=Path, default=Path("build/gpu.json"))
+    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not args.smoke:
+    if not torch.cuda.is_available() and not args.tiny:
         print("no CUDA device: not measured")
-        return
-    if args.worker:
-        work(args.worker, workload(args.models[0], args.micro_batch, args.smoke), args.warmup, args.steps, device)
-        return
-    peak = peak_tflops(torch.device(device))
-    name = torch.cuda.get_device_name(0) if device == "cuda" else "CPU, tiny models: no figures to quote"
-    print(f"{name}, torch {torch.__version__}, dense bf16 peak {peak or 'unknown'} TFLOP/s", flush=True)
-    lines: list[list[Any]] = []
-    for model in args.models:
-        w = workload(model, args.micro_batch, args.smoke)
-        rounds = [{c: run_once(c, model, args) for c in args.contestants} for _ in range(args.rounds)]
-        print(f"{model}: {w.accumulate} micro-batches of {w.batch // w.accumulate} x {w.sequence} tokens", flush=True)
-        lines += rows(model, rounds, w, peak)
-    print(table(lines))
+    elif args.part:
+        work(args.part, args.rows, 0.0, args.tiny, wait=True)
+    else:
+        run(args.parts, args.seconds, args.tiny, args.json)
 
 
 if __name__ == "__main__":

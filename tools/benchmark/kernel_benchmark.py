@@ -7,7 +7,7 @@ ops the bytes of each input read once and each output written once, as a share o
 measured to have; for matrix products FLOPs, as a share of its measured matmul rate. Without a CUDA device nothing is
 measured, and it says so.
 
-    python tools/benchmark/kernels.py --only norm --json kernels.json --plot kernels.png
+    python tools/benchmark/kernel_benchmark.py --only norm --json kernels.json --plot kernels.png
 """
 
 from __future__ import annotations
@@ -202,9 +202,9 @@ def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def compile_ahead(processes: int) -> None:
-    """Compile what is to be measured in so many processes; the compilers' caches on the disk keep it."""
-    commands = [[sys.executable, __file__, *sys.argv[1:], "--part", f"{i}/{processes}"] for i in range(processes)]
+def compile_ahead(processes: int, arguments: Sequence[str]) -> None:
+    """Compile what these arguments measure in so many processes; the compilers' caches on the disk keep it."""
+    commands = [[sys.executable, __file__, *arguments, "--part", f"{i}/{processes}"] for i in range(processes)]
     # Beside each other they need no threads of their own, and a part that fails is compiled when it is measured.
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
     silent = subprocess.DEVNULL
@@ -366,7 +366,7 @@ def main() -> int:
         compile_part(chosen[number::count], only, not arguments.check)
         return 0
     if arguments.processes > 1:
-        compile_ahead(arguments.processes)
+        compile_ahead(arguments.processes, sys.argv[1:])
     if arguments.check:
         wrong = {f"{case.op} {case.shape}": fault for case in chosen if (fault := fault_of(case))}
         for name, fault in wrong.items():

@@ -1,0 +1,116 @@
+"""`make bench-gpu` on a machine without a GPU: every part's code runs on tiny sizes, and one that fails is named."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "tools" / "benchmark"
+SCRIPTS = ("gpu", "gpu_clock", "gpu_parts", "gpu_steps", "kernel_benchmark", "kernel_cases", "ours", "plain", "setting")
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[Any]:
+    """The script, as it is when it runs by itself."""
+    before = {name: sys.modules.pop(name, None) for name in SCRIPTS}
+    with patch.object(sys, "path", [str(FOLDER), *sys.path]):
+        yield importlib.import_module("gpu")
+    for name in SCRIPTS:
+        sys.modules.pop(name, None)
+    sys.modules.update({name: module for name, module in before.items() if module is not None})
+
+
+PARTS = ("machine", "products", "attention", "gpt2", "llama", "kernels", "flags", "compiled", "plain")
+ROWS = {
+    "machine": "copy of 32 MiB",
+    "products": "cpu Llama head, 8192 rows weight gradient, bf16",
+    "attention": "Llama math views of [s, b, n, 3, d]",
+    "gpt2": "  on the GPU",
+    "llama": "Llama, micro-batch 16",
+    "kernels": "rms_norm 256x16, 32 warps an SM",
+    "flags": "Llama, rotary in plain torch",
+    "compiled": "Llama, compiled blocks",
+    "plain": "Llama, ours over plain, 2",
+}
+
+
+def test_every_part_is_tested(gpu: Any) -> None:
+    assert tuple(gpu.PARTS) == PARTS == tuple(ROWS)
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_runs(name: str, gpu: Any, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    with patch.object(sys.modules["kernel_cases"], "DEVICE", "cpu"):
+        rows = gpu.work(name, tmp_path / "rows.jsonl", 600.0, tiny=True, wait=False)
+    torch.set_num_threads(threads)
+    failed = {row["name"]: row["note"] for row in rows if "note" in row}
+    # What needs a GPU, and what the library has not got yet; nothing else may lack figures.
+    allowed = {"clocks": "FileNotFoundError"} if name == "machine" else {}
+    notes = {key: note for key, note in failed.items() if not note.startswith("there is no") and key not in allowed}
+    assert not notes, notes
+    assert ROWS[name] in [row["name"] for row in rows], [row["name"] for row in rows]
+    assert [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()] == rows
+    assert all(row["name"] in gpu.table(rows) for row in rows)
+
+
+def test_a_part_that_fails_costs_itself_alone(gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In processes: one is killed, one ends by itself; and one for which no time is left is not begun."""
+    finish = gpu.Worker.finish
+
+    def late(worker: Any, seconds: float) -> Any:
+        if worker.name == "products":
+            worker._process.kill()
+        return finish(worker, seconds)
+
+    with patch.object(gpu.Worker, "finish", late):
+        found = gpu.run(["products", "machine"], 600.0, True, tmp_path / "new" / "gpu.json")
+    assert json.loads((tmp_path / "new" / "gpu.json").read_text()) == found
+    assert {row["name"] for row in found["machine"]} > {"versions", "copy of 1024 MiB"}
+    assert found["products"][-1]["name"] == "the part ended early"
+    assert gpu.run(["machine"], 0.0, True, tmp_path / "gpu.json")["machine"][0]["name"] == "left out"
+    assert "products, " in capsys.readouterr().out
+
+
+def test_a_row_that_fails_costs_itself_alone(gpu: Any) -> None:
+    bench = sys.modules["gpu_clock"].Bench(True, "cpu", time.perf_counter() + 60.0)
+    bench.each("wrong", lambda: 1 / 0)
+    bench.each("right", lambda: {"ms": 1.0})
+    bench.ends = 0.0
+    bench.each("late", lambda: {"ms": 1.0})
+    assert [row.get("note", row.get("ms")) for row in bench.rows] == [
+        "ZeroDivisionError: division by zero",
+        1.0,
+        "no time left",
+    ]
+
+
+def test_the_classes_of_kernels(gpu: Any) -> None:
+    """Names as the profiler gives them on an H200."""
+    steps = sys.modules["gpu_steps"]
+    names = {
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x256x64": "products",
+        "nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNT": "products",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop": "attention",
+        "void pytorch_flash::flash_fwd_kernel<...>": "attention",
+        "norm_backward_kernel": "norms",
+        "partial_sums_kernel": "partial sums",
+        "bias_gelu_sums_kernel": "activation",
+        "Memcpy DtoD (Device -> Device)": "copies",
+        "void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add<float>>": "elementwise",
+        "void at::native::reduce_kernel<512, 1, ReduceOp<float>>": "reductions",
+        "adamw_kernel": "update",
+        "token_statistics_kernel": "loss",
+    }
+    for name, known in names.items():
+        assert list(steps.by_class([(0.0, 2.0, name)])) == [known], name
+    assert steps.busy_and_gaps([(0.0, 2.0, "a"), (1.0, 3.0, "b"), (1.5, 2.5, "c"), (5.0, 6.0, "d")]) == (4.0, 2.0)
