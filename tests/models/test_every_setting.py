@@ -182,7 +182,7 @@ def optimized(config: RunConfig) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_accepted_setting_of_an_optimizer_changes_its_updates(name: str) -> None:
-    small = {"num_layers": 1, "hidden_size": 8, "num_heads": 1, "ffn_hidden_size": 8, "init_std": 0.2}
+    small = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "ffn_hidden_size": 8, "init_std": 0.2}
     train_section = {**BASE["train"], "sequence_length": 8, "steps": 40}
     base = {**BASE, "model": {**BASE["model"], **small}, "train": train_section}
     base["optimizer"] = {"lr": 0.02, **OPTIMIZERS[name]}
