@@ -61,7 +61,7 @@ class StreamSums:
         self._bytes = 0
 
     def update(self, content: bytes | memoryview) -> None:
-        self._bytes += len(content)
+        self._bytes += memoryview(content).nbytes
         for part in (self._whole, self._large, self._small):
             part.update(content)
 

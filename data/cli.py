@@ -40,7 +40,8 @@ def run(main: Callable[[Options], None], options: type[Options], description: st
 
     # Lines that belong together are one paragraph to tyro; examples stay lines of their own where they are indented.
     shown = None if description is None else re.sub(r"^(?=python )", "    ", description, flags=re.MULTILINE)
-    sys.exit(guarded(lambda: main(_finite(tyro.cli(options, description=shown)))))
+    flat = (tyro.conf.OmitArgPrefixes,)  # the settings of a part of the library are options like the tool's own
+    sys.exit(guarded(lambda: main(_finite(tyro.cli(options, description=shown, config=flat)))))
 
 
 def _finite(options: Options) -> Options:

@@ -122,8 +122,10 @@ class IndexedDatasetWriter:
 
     def _add_tokens(self, tokens: npt.NDArray) -> None:
         if tokens.size:
-            self._write("bin", _fitting(tokens, self.dtype).tobytes())
-            self._low, self._high = min(self._low, tokens.min()), max(self._high, tokens.max())
+            self._write("bin", np.ascontiguousarray(_fitting(tokens, self.dtype)).data)
+            self._high = max(self._high, tokens.max())
+            if self.dtype.kind != "u":
+                self._low = min(self._low, tokens.min())
 
     def _add_lengths(self, lengths: npt.NDArray) -> None:
         self._lengths.write(lengths.astype("<i4").tobytes())
@@ -134,7 +136,7 @@ class IndexedDatasetWriter:
         self._documents += ends.size
         self._ended = int(ends[-1]) if ends.size else self._ended
 
-    def _write(self, kind: str, content: bytes) -> None:
+    def _write(self, kind: str, content: bytes | memoryview) -> None:
         self._open[kind].write(content)
         self._sums[kind].update(content)
 

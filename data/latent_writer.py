@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -51,35 +51,43 @@ class EncoderFolders:
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """What a cache depends on besides the images and the encoders.
-
-    Args:
-        resolution, bucket_step, max_ratio: see :func:`~megatron_ds.data.aspect_buckets.make_buckets`.
-        crop: in the middle of an image, or at a place that follows from ``seed`` and its row.
-        flip: mirror half of the images, which ones follows from ``seed`` and their rows.
-        batch: images encoded at once.
-        shard_rows: images in a file, at most.
-        dtype: in which the encoders compute.
-        store: in which results are kept.
-        spread: keep the standard deviation of latents, so that each epoch can draw others.
-        text_states, text_tokens: see :class:`~megatron_ds.data.latent_encoders.TextEncoder`.
-        on_error: leave images out that cannot be decoded, or end.
-    """
+    """What a cache depends on besides the images and the encoders."""
 
     resolution: int
-    bucket_step: int
-    max_ratio: float
+    """Height and width in pixels, or of the square with as many pixels as the buckets have at most."""
+    bucket_step: int = 64
+    """Heights and widths are multiples of this."""
+    max_ratio: float = 1.0
+    """Longest side by shortest of the aspect-ratio buckets; 1: squares alone."""
     crop: Literal["centre", "random"] = "centre"
+    """Where, or anywhere by --seed and the image's row."""
     flip: bool = False
+    """Mirror half of the images, by --seed and the image's row."""
     seed: int = 0
     batch: int = 8
+    """Images that a rank encodes at once."""
     shard_rows: int = 256
+    """Images in a file, at most."""
     dtype: DType = "float32"
+    """In which encoders compute. Many VAEs overflow in float16, SDXL's first one among them: that is an error."""
     store: Literal["float32", "float16"] = "float32"
+    """In which results are kept."""
     spread: bool = True
-    text_states: TextStates = "penultimate"
+    """Keep the standard deviation of latents beside their mean, so that each epoch can draw others."""
+    text_states: TextStates | None = None
+    """CLIP's hidden states before the last layer or after it. Default: penultimate for several encoders, last for
+    one."""
     text_tokens: int | None = None
+    """Tokens of a text that T5 sees. Default: 256, or fewer where its tokenizer says so."""
     on_error: OnError = "skip"
+    """Leave out and count images that cannot be decoded, or end at the first."""
+
+    def for_encoders(self, count: int) -> CacheSettings:
+        """With the hidden states that so many text encoders are asked for."""
+        for name, value in (("batch", self.batch), ("shard-rows", self.shard_rows), ("text-tokens", self.text_tokens)):
+            if value is not None and value < 1:
+                raise DataError(f"--{name} {value}: use 1 or more")
+        return replace(self, text_states=self.text_states or ("penultimate" if count > 1 else "last"))
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,7 @@ class CacheWriter:
     ):
         if encoders.text and not source.captioned:
             raise DataError("the images have no captions to encode; write them beside the images, or give no encoder")
+        settings = settings.for_encoders(len(encoders.text))
         if settings.text_tokens is not None and not any(map(is_t5, encoders.text)):
             raise DataError(
                 f"--text-tokens {settings.text_tokens} is of T5's texts, and no encoder is a T5; leave it out"
@@ -259,6 +268,7 @@ class Encoders:
         self._image = ImageEncoder(folders.vae, device, dtype)
         self._text = None
         if folders.text:
+            assert settings.text_states is not None
             how = settings.text_states, settings.text_tokens
             self._text = TextEncoder(folders.text, folders.tokenizers, *how, device, dtype)
 

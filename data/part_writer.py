@@ -27,23 +27,21 @@ BATCH_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class PreprocessOptions:
-    """What the output depends on, apart from the inputs.
-
-    Args:
-        tokenizer: for :func:`load_tokenizer`.
-        append_eod, prepend_bos: put the tokenizer's end-of-document, begin-of-sequence token around each document.
-        on_error: bad records (invalid JSON, missing key, invalid UTF-8, empty) are written to
-            ``PREFIX.bad.jsonl`` and skipped, or the first one ends the run.
-        source: how records become texts, or conversations.
-        chat_template: for :func:`megatron_ds.data.chat.load_template`; used for conversations only.
-    """
+    """What the output depends on, apart from the inputs."""
 
     tokenizer: str
+    """A folder or tokenizer.json of Hugging Face tokenizers, a SentencePiece .model, a .tiktoken
+    file, or the word bytes."""
     append_eod: bool = False
+    """End each document with the tokenizer's end-of-document token, unless it ends with one already."""
     prepend_bos: bool = False
+    """Begin each document with the tokenizer's begin-of-sequence token, unless it begins with one already."""
     on_error: Literal["skip", "fatal"] = "skip"
+    """Bad records (invalid JSON, missing key, invalid UTF-8, empty, refused by tokenizer or chat template): leave them
+    out and list them in PREFIX.bad.jsonl, or stop."""
     source: SourceOptions = field(default_factory=SourceOptions)
     chat_template: str | None = None
+    """How conversations are written: a Jinja file, or chatml. By default the tokenizer's own template."""
 
 
 @dataclass(frozen=True)

@@ -69,19 +69,16 @@ class Problem:
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """How records become texts.
-
-    Args:
-        key: of the text in a record.
-        txt_documents: what one document of a `.txt` is.
-        dataset_split: which split of a ``datasets`` dataset.
-        conversations: the value of the key is a list of messages, not a text.
-    """
+    """How records become texts."""
 
     key: str = "text"
+    """The key of the text in a JSON record, or the column of a table."""
     txt_documents: TxtDocuments = "file"
+    """What one document of a .txt is: the file, a line, or a paragraph (blank lines between)."""
     dataset_split: str = "train"
+    """Which split of a saved or hub dataset."""
     conversations: bool = False
+    """The value of the key is a list of messages (role and content): learn the assistant's answers alone."""
 
 
 IsDone = Callable[[int, int], bool]

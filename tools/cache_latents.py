@@ -43,63 +43,13 @@ class Options:
     """Folder of an `AutoencoderKL` of diffusers."""
     output: Path
     """The folder to make, or to continue."""
-    resolution: int
-    """Height and width in pixels, or of the square with as many pixels as the buckets have at most."""
-    bucket_step: int = 64
-    """Heights and widths are multiples of this."""
-    max_ratio: float = 1.0
-    """Longest side by shortest of the aspect-ratio buckets; 1: squares alone."""
-    crop: Literal["centre", "random"] = "centre"
-    """Where, or anywhere by --seed and the image's row."""
-    flip: bool = False
-    """Mirror half of the images, by --seed and the image's row."""
+    settings: tyro.conf.OmitArgPrefixes[CacheSettings]
     text_encoder: tuple[Path, ...] = ()
     """Folders of CLIP or T5 encoders of transformers. States of CLIP encoders are joined along their channels, those of
     T5 behind them along the tokens, as Stable Diffusion 3 does."""
     tokenizer: tuple[Path, ...] = ()
     """Of each text encoder, in the same order."""
-    text_states: Literal["penultimate", "last"] | None = None
-    """CLIP's hidden states before the last layer or after it. Default: penultimate for several encoders, last for
-    one."""
-    text_tokens: int | None = None
-    """Tokens of a text that T5 sees. Default: 256, or fewer where its tokenizer says so."""
-    batch: int = 8
-    """Images that a rank encodes at once."""
-    shard_rows: int = 256
-    """Images in a file, at most."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """In which encoders compute. Many VAEs overflow in float16, SDXL's first one among them: that is an error."""
-    store: Literal["float32", "float16"] = "float32"
-    """In which results are kept."""
-    spread: bool = True
-    """Keep the standard deviation of latents beside their mean, so that each epoch can draw others."""
-    on_error: Literal["skip", "fail"] = "skip"
-    """Leave out and count images that cannot be decoded, or end at the first."""
-    seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    @property
-    def settings(self) -> CacheSettings:
-        states = self.text_states or ("penultimate" if len(self.text_encoder) > 1 else "last")
-        for name, value in (("batch", self.batch), ("shard-rows", self.shard_rows), ("text-tokens", self.text_tokens)):
-            if value is not None and value < 1:
-                raise DataError(f"--{name} {value}: use 1 or more")
-        return CacheSettings(
-            self.resolution,
-            self.bucket_step,
-            self.max_ratio,
-            crop=self.crop,
-            flip=self.flip,
-            seed=self.seed,
-            batch=self.batch,
-            shard_rows=self.shard_rows,
-            dtype=self.dtype,
-            store=self.store,
-            spread=self.spread,
-            text_states=states,
-            text_tokens=self.text_tokens,
-            on_error=self.on_error,
-        )
 
 
 def main(place: RankInfo) -> int:

@@ -228,6 +228,8 @@ def test_images_that_do_not_decode_are_left_out_or_fatal(folders: Path, tmp_path
         ({"bucket_step": 6}, "--bucket-step 6: the VAE makes one of 4 pixels; use 4 or 8"),
         ({"resolution": 50}, "50 is no multiple of 16; use 48 or 64"),
         ({"max_ratio": 0.5}, "use 1 for squares alone"),
+        ({"batch": 0}, "--batch 0: use 1 or more"),
+        ({"text_tokens": 0}, "--text-tokens 0: use 1 or more"),
     ],
 )
 def test_settings_that_cannot_work(change: dict[str, Any], message: str, folders: Path, tmp_path: Path) -> None:

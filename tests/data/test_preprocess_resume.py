@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import multiprocessing
 import os
 import random
 import re
@@ -84,27 +85,32 @@ def test_the_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
     assert capfd.readouterr().err == ""
 
 
+def _preprocess_alone(source: Path, prefix: Path) -> None:
+    os.setsid()  # its workers are of its group
+    preprocess([str(source)], prefix, PreprocessOptions("bytes"), 2)
+
+
 def test_killed_at_random_moments_and_continued(tmp_path: Path) -> None:
-    """The real tool, its whole process group, SIGKILL: while it starts, between and inside blocks, and in the merge."""
+    """The whole process group, SIGKILL: while it starts, between and inside blocks, and in the merge."""
     source = tmp_path / "in.jsonl"
     source.write_bytes(jsonl([f"{i} {t}" * 200 for i in range(40) for t in TEXTS]))  # about 13 MB, 13 blocks
     run([source], tmp_path / "whole", workers=0)
     prefix = tmp_path / "killed"
-    command = [sys.executable, str(REPOSITORY / "tools/preprocess_data.py"), "--input", str(source), "--quiet"]
-    command += ["--tokenizer", "bytes", "--output-prefix", str(prefix), "--workers", "2"]
     draw = random.Random(1)
     for wanted in (0, 1, 4, 9, 13):  # parts that are there when the signal is sent, or shortly before
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
-        while process.poll() is None and len(list(tmp_path.glob("killed.parts/*.part"))) < wanted:
+        # Forked: what a new interpreter imports before it begins would take longer than all else here.
+        process = multiprocessing.get_context("fork").Process(target=_preprocess_alone, args=(source, prefix))
+        process.start()
+        assert process.pid is not None
+        while process.is_alive() and len(list(tmp_path.glob("killed.parts/*.part"))) < wanted:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.01))
-        finished_before = process.poll() is not None
-        assert not (finished_before and wanted < 13), process.communicate()[1].decode()
+        assert process.is_alive() or wanted == 13, "it ended before it was killed"
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert finished.returncode == 0, finished.stderr
+        process.kill()  # before it had a group of its own
+        process.join()
+    run([source], prefix, workers=2)
     assert outputs(prefix) == outputs(tmp_path / "whole")
 
 
