@@ -12,7 +12,7 @@ from interpreter_worker import close, compare
 from torch import Tensor
 
 from megatron_ds.kernels import block_patterns, registry
-from megatron_ds.kernels.activation import bias_gelu
+from megatron_ds.kernels.activation import bias_gelu, gated
 from megatron_ds.kernels.dropout import dropout_add
 from megatron_ds.kernels.norm import add_norm, layer_norm, rms_norm
 from megatron_ds.kernels.softmax import scaled_masked_softmax
@@ -81,6 +81,31 @@ def masks_beyond_two_billion() -> None:
 
 
 UNUSUAL["softmax masks beyond 2^31"] = masks_beyond_two_billion
+
+
+def rows_beyond_two_billion() -> None:
+    """Rows whose place 32 bits do not hold, forward and backward. Memory is committed as it is used."""
+    far = torch.empty((1 << 31) + 64, dtype=torch.float16).as_strided((3, 24), (1 << 30, 1))
+    far.copy_(torch.randn(3, 24))
+    w = normal(24, dtype=torch.float16)
+    functions: list[Callable[[Tensor], Tensor]] = [
+        lambda x: rms_norm(x, w, 1e-5),
+        lambda x: add_norm(x, x, w, w, 1e-5)[0],
+        gated,
+        lambda x: bias_gelu(x, w, added=True),
+        lambda x: scaled_masked_softmax(x.view(1, 1, 3, 24), causal=True),
+    ]
+    for function in functions:
+        results = []
+        for rows in (far, far.contiguous()):
+            leaf = rows.detach().requires_grad_()
+            with registry.use("triton"):
+                y = function(leaf)
+                results.append((y, *torch.autograd.grad(y.square().sum(), leaf)))
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+UNUSUAL["rows beyond 2^31"] = rows_beyond_two_billion
 
 
 def block_masks_beyond_two_billion() -> None:

@@ -28,7 +28,7 @@ CANARY_ELEMENTS = 4096
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
-def run_cases(file: str, seconds: float = 240.0) -> dict[str, str]:
+def run_cases(file: str, seconds: float = 900.0) -> dict[str, str]:
     """Every case of the file, in one interpreted process: name to traceback, empty where it passed."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, file]
