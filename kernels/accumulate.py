@@ -11,21 +11,23 @@ import torch
 from torch import Tensor
 
 from megatron_ds.kernels.cpu import blocked_sums
+from megatron_ds.kernels.registry import on_gpu
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     """``total += left @ right`` (``[rows, k] @ [k, columns]``), for weight gradients; ``first``: ``=`` and not ``+=``.
 
     So ``total`` need not be zeroed before: for an 8192 x 384 table that took 4 ms on a CPU. A product of its dtype is
-    accumulated in place. Products of half precision come out in fp32 on a GPU, and in fp16 on a CPU too, where no
-    faster route is lost by it: what fp16 cannot hold would be infinite before it is added, whatever the loss scale.
-    In bf16 on a CPU torch has no such product, and each is rounded once before it is added.
+    accumulated in place, and so is one of half precision on a GPU: it is rounded nowhere, and passes through no memory
+    of its own. In fp16 a product comes out in fp32 on a CPU too, where no faster route is lost by it: what fp16 cannot
+    hold would be infinite before it is added, whatever the loss scale. In bf16 on a CPU torch has no such product, and
+    each is rounded once before it is added.
     """
-    if left.dtype != total.dtype and total.is_cuda:
+    if left.dtype != total.dtype and on_gpu(total):
         if first:
             torch.mm(left, right, out_dtype=total.dtype, out=total)
         else:
-            total.add_(torch.mm(left, right, out_dtype=total.dtype))
+            torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
         return
     if left.dtype == torch.float16:
         left, right = left.to(total.dtype), right.to(total.dtype)
@@ -39,7 +41,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None
 
 def add_rows(total: Tensor, indices: Tensor, rows: Tensor) -> None:
     """``total[indices[i]] += rows[i]`` (``[n]``, ``[n, columns]``), for embedding tables; indices may repeat."""
-    if total.is_cuda:
+    if on_gpu(total):
         # index_add_ adds repeated rows in any order there; this sorts them, and gives the same bits every time.
         total.index_put_((indices,), rows.to(total.dtype), accumulate=True)
     else:
@@ -53,6 +55,6 @@ def sum_rows(x: Tensor) -> Tensor:
     in fp32 on a CPU as well and rounds the sum once.
     """
     x = x.reshape(-1, x.shape[-1])
-    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+    if on_gpu(x) and x.dtype in (torch.float16, torch.bfloat16):
         return x.sum(0, dtype=torch.float32)
     return blocked_sums.sum_rows(x) if x.dtype == torch.float16 else x.sum(0)

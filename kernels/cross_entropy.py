@@ -39,6 +39,7 @@ def logit_gradient(
     target: Tensor,
     mask: Tensor,
     *,
+    seed: Tensor | None = None,
     label_smoothing: float,
     z_loss: float,
     vocab_size: int,
@@ -50,13 +51,22 @@ def logit_gradient(
         top: ``[t]``, the first row of this rank's statistics.
         lse: ``[t]``, log of the sum of exponentials over the whole vocabulary.
         mask: ``[t]`` bool; rows of tokens that do not count are zero.
+        seed: 0-d, what the gradient is multiplied with, before it is rounded to the dtype of the logits; None: 1.
         vocab_size: size of the whole vocabulary.
     """
     if CROSS_ENTROPY.choose(scratch) == "triton":
-        torch.ops.megatron_ds.logit_gradient_(scratch, lse, target, mask, label_smoothing, z_loss, vocab_size)
+        torch.ops.megatron_ds.logit_gradient_(scratch, lse, target, mask, seed, label_smoothing, z_loss, vocab_size)
         return scratch
     return logit_gradient_reference(
-        scratch, top, lse, target, mask, label_smoothing=label_smoothing, z_loss=z_loss, vocab_size=vocab_size
+        scratch,
+        top,
+        lse,
+        target,
+        mask,
+        seed=seed,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        vocab_size=vocab_size,
     )
 
 
@@ -87,6 +97,7 @@ def logit_gradient_reference(
     target: Tensor,
     mask: Tensor,
     *,
+    seed: Tensor | None = None,
     label_smoothing: float,
     z_loss: float,
     vocab_size: int,
@@ -94,14 +105,17 @@ def logit_gradient_reference(
     if not scratch.shape[1]:
         return scratch
     here = (target >= 0) & (target < scratch.shape[1])
+    weight = mask.to(scratch.dtype)  # of each token
+    if seed is not None:
+        weight = weight * seed.to(scratch.dtype)
     factor = (top - lse).exp()
     if z_loss:
         factor = factor * (1.0 + 2.0 * z_loss * lse)
-    factor = factor.masked_fill(~mask, 0.0)
+    factor = (factor * weight).masked_fill(~mask, 0.0)  # a token that does not count may have any logits
     gradient = scratch.mul_(factor.unsqueeze(1))
     if label_smoothing:
-        gradient.sub_(mask.to(gradient.dtype).unsqueeze(1) * (label_smoothing / vocab_size))
-    hit = (here & mask).to(gradient.dtype).mul(label_smoothing - 1.0)
+        gradient.sub_(weight.unsqueeze(1) * (label_smoothing / vocab_size))
+    hit = weight.masked_fill(~here, 0.0).mul(label_smoothing - 1.0)
     return gradient.scatter_add_(1, target.masked_fill(~here, 0).unsqueeze(1), hit.unsqueeze(1))
 
 
@@ -111,8 +125,8 @@ define(
     lambda logits, target, want_sum: logits.new_empty((4, logits.shape[0]), dtype=torch.float32),
 )
 define(
-    "logit_gradient_(Tensor(a!) logits, Tensor lse, Tensor target, Tensor mask, float label_smoothing, float z_loss,"
-    " int vocab_size) -> ()",
+    "logit_gradient_(Tensor(a!) logits, Tensor lse, Tensor target, Tensor mask, Tensor? seed, float label_smoothing,"
+    " float z_loss, int vocab_size) -> ()",
     lambda logits, *rest: CROSS_ENTROPY.load(logits).logit_gradient_(logits, *rest),
     lambda logits, *rest: None,
 )

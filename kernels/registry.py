@@ -10,10 +10,11 @@ Every op of this folder has one public function. It asks its :class:`Op` which i
         return swiglu_reference(x)
 
 The rule, and there is no other: a CUDA tensor in one of the op's dtypes takes Triton, anything else the reference,
-unless :func:`use` says otherwise. Nothing falls back: what was chosen runs or raises, and :func:`report` tells what is
-chosen and why. The reference is the meaning of the op and differentiable by autograd, in float64 too, and
-``torch.compile`` traces into it. The twin stands behind an operator of ``torch.library`` (:func:`define`), so that
-``torch.compile`` keeps it whole, and its module is imported when it first runs: importing this package needs no Triton.
+unless :func:`use` says otherwise (or :func:`meta_as`, of tensors without memory). Nothing falls back: what was chosen
+runs or raises, and :func:`report` tells what is chosen and why. The reference is the meaning of the op and
+differentiable by autograd, in float64 too, and ``torch.compile`` traces into it. The twin stands behind an operator of
+``torch.library`` (:func:`define`), so that ``torch.compile`` keeps it whole, and its module is imported when it first
+runs: importing this package needs no Triton.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Op:
     def choose(self, x: Tensor) -> str:
         """``"triton"`` or ``"reference"`` for an input like ``x``; raises ConfigError for what cannot run."""
         wanted = _SELECTION.wanted(self.name)
-        if wanted == "reference" or (wanted == "auto" and (x.device.type != "cuda" or x.dtype not in self.dtypes)):
+        if wanted == "reference" or (wanted == "auto" and not (on_gpu(x) and x.dtype in self.dtypes)):
             return "reference"
         self.check_dtype(x.dtype)
         return "triton"
@@ -93,18 +94,36 @@ class Choice:
 
 
 class _Selection:
-    """What :func:`use` has set. One for the process and not one a thread: the autograd engine recomputes checkpointed
-    layers in threads of its own, which must choose as the forward pass did. ``torch.compile`` guards on it."""
+    """What :func:`use` and :func:`meta_as` have set. One for the process and not one a thread: the autograd engine
+    recomputes checkpointed layers in threads of its own, which must choose as the forward pass did. ``torch.compile``
+    guards on it."""
 
     def __init__(self) -> None:
         self.everywhere = "auto"
         self.by_op: Mapping[str, str] = {}
+        self.meta = "meta"
 
     def wanted(self, op: str) -> str:
         return self.by_op.get(op, self.everywhere)
 
 
 _SELECTION = _Selection()
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether ``x`` takes a GPU's way: the fused kernels, and sums over tokens that come out in fp32."""
+    return (_SELECTION.meta if x.is_meta else x.device.type) == "cuda"
+
+
+@contextmanager
+def meta_as(device_type: str) -> Iterator[None]:
+    """Tensors on the meta device go the way of this device while the context lasts: what it would run can be counted
+    without it."""
+    before, _SELECTION.meta = _SELECTION.meta, device_type
+    try:
+        yield
+    finally:
+        _SELECTION.meta = before
 
 
 @contextmanager

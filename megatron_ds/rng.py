@@ -120,11 +120,6 @@ def dropout(x: Tensor, p: float, keys: DropoutKeys | None, site: int) -> Tensor:
     return dropout_add(x, None, p, keys_of_rows(x, p, keys, site))
 
 
-def add_dropout(x: Tensor, residual: Tensor, p: float, keys: DropoutKeys | None, site: int) -> Tensor:
-    """``residual + dropout(x)``, all ``[s, b, h]``."""
-    return dropout_add(x, residual, p, keys_of_rows(x, p, keys, site))
-
-
 def keys_of_rows(x: Tensor, p: float, keys: DropoutKeys | None, site: int) -> Tensor | None:
     """``[s, b]`` row keys of a dropout of ``x`` ``[s, b, h]``; None where nothing is dropped."""
     return None if keys is None or p == 0.0 else keys.row_keys(site, x.shape[0], keys.position_offset)

@@ -1,23 +1,49 @@
 """The transformer block: attention and MLP, their norms and residual sums, in every order that models have them.
 
-Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden; a block maps ``[s(/tp), b, h]`` to the same.
+Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden. A block maps the residual stream, ``[s(/tp), b, h]``, to the same.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from megatron_ds.config import ModelConfig, RecomputeConfig
+from megatron_ds.kernels.dropout import dropout_add
 from megatron_ds.layers.attention import AttentionConfig, AttentionInputs, SelfAttention
 from megatron_ds.layers.linear import output_std
 from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.norm import Norm
-from megatron_ds.rng import add_dropout, keys_of_rows
+from megatron_ds.rng import keys_of_rows
 
 SITES_A_BLOCK = 3
 """Dropouts of a block: of the attention's output, of the MLP's, and of the attention's probabilities."""
+
+
+class Stream(NamedTuple):
+    """The residual stream between two blocks: ``residual + dropout(branch)``, where the last sum is yet to be made.
+
+    The next norm makes it in its own pass over memory.
+
+    Attributes:
+        branch: the output of the last sub-layer; None: the sum is made.
+        row_keys: of the branch's dropout; None: nothing of it is dropped.
+    """
+
+    residual: Tensor
+    branch: Tensor | None = None
+    row_keys: Tensor | None = None
+
+    def sum(self, p: float) -> Tensor:
+        return self.residual if self.branch is None else dropout_add(self.branch, self.residual, p, self.row_keys)
+
+    def normed(self, norm: Norm | None, p: float) -> tuple[Tensor, Tensor]:
+        """``norm`` of the stream, and the stream as it is."""
+        if norm is None or self.branch is None:
+            x = self.sum(p)
+            return _normed(norm, x), x
+        return norm(self.branch, self.residual, p, self.row_keys)
 
 
 class Block(nn.Module):
@@ -79,33 +105,34 @@ class Block(nn.Module):
         )
         self.mlp_output_norm = norm("mlp_output_norm", after)
 
-    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+    def forward(self, stream: Stream, inputs: AttentionInputs) -> Stream:
+        p = self.hidden_dropout
         if self.norm_last:
-            return self._norm_last(x, inputs)
-        normed = _normed(self.attention_norm, x)
-        attended = _normed(self.attention_output_norm, self.attention(normed, inputs))
+            return self._norm_last(stream.sum(p), inputs)
+        normed, x = stream.normed(self.attention_norm, p)
+        attended = self._after_attention(x, normed, inputs)
         if self.parallel:
-            y = self.mlp(normed if self.mlp_norm is None else self.mlp_norm(x))
-            x = add_dropout(attended, x, self.hidden_dropout, inputs.keys, self.site)
+            normed = normed if self.mlp_norm is None else self.mlp_norm(x)
+            x = attended.sum(p)
         else:
-            normed, x = self._add(self.mlp_norm, attended, x, inputs, self.site)
-            y = _normed(self.mlp_output_norm, self.mlp(normed))
-        return add_dropout(y, x, self.hidden_dropout, inputs.keys, self.site + 1)
+            normed, x = attended.normed(self.mlp_norm, p)
+        return self._after_mlp(x, normed, inputs)
 
-    def _norm_last(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+    def _norm_last(self, x: Tensor, inputs: AttentionInputs) -> Stream:
         """``x = norm(x + attention(x))``, then ``x = norm(x + mlp(x))``."""
-        x, _ = self._add(self.attention_norm, self.attention(x, inputs), x, inputs, self.site)
-        return self._add(self.mlp_norm, self.mlp(x), x, inputs, self.site + 1)[0]
+        x, _ = self._after_attention(x, x, inputs).normed(self.attention_norm, self.hidden_dropout)
+        x, _ = self._after_mlp(x, x, inputs).normed(self.mlp_norm, self.hidden_dropout)
+        return Stream(x)
 
-    def _add(
-        self, norm: Norm | None, y: Tensor, x: Tensor, inputs: AttentionInputs, site: int
-    ) -> tuple[Tensor, Tensor]:
-        """``x + dropout(y)``: normed, in one pass, and as it is."""
-        if norm is None:
-            x = add_dropout(y, x, self.hidden_dropout, inputs.keys, site)
-            return x, x
-        keys = keys_of_rows(y, self.hidden_dropout, inputs.keys, site)
-        return norm(y, residual=x, p=self.hidden_dropout, row_keys=keys)
+    def _after_attention(self, x: Tensor, normed: Tensor, inputs: AttentionInputs) -> Stream:
+        return self._stream(x, self.attention(normed, inputs), self.attention_output_norm, inputs, 0)
+
+    def _after_mlp(self, x: Tensor, normed: Tensor, inputs: AttentionInputs) -> Stream:
+        return self._stream(x, self.mlp(normed), self.mlp_output_norm, inputs, 1)
+
+    def _stream(self, x: Tensor, y: Tensor, norm: Norm | None, inputs: AttentionInputs, sub_layer: int) -> Stream:
+        """``x`` and the output ``y`` of a sub-layer, which may have a norm of its own."""
+        return Stream(x, _normed(norm, y), keys_of_rows(y, self.hidden_dropout, inputs.keys, self.site + sub_layer))
 
 
 def _normed(norm: Norm | None, x: Tensor) -> Tensor:

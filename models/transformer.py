@@ -30,7 +30,7 @@ from megatron_ds.layers.loss import Logits, capped, linear_cross_entropy
 from megatron_ds.layers.norm import Norm
 from megatron_ds.layers.position import Rotary, alibi_slopes, rotary_table
 from megatron_ds.mesh import Mesh
-from megatron_ds.models.block import SITES_A_BLOCK, Block, norm_settings
+from megatron_ds.models.block import SITES_A_BLOCK, Block, Stream, norm_settings
 from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.rng import DropoutKeys, dropout, initialize_parameters
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
@@ -196,9 +196,15 @@ class Transformer(nn.Module):
         module = getattr(self, name, None)
         return None if module is None else module.weight
 
-    defers_loss = True  # what follows takes ``part``
+    defers_loss = True  # what follows takes ``part`` and ``seed``
 
-    def forward(self, micro_batch: MicroBatch, hidden: Tensor | None = None, part: Part = "whole") -> Tensor:
+    def forward(
+        self,
+        micro_batch: MicroBatch,
+        hidden: Tensor | None = None,
+        part: Part = "whole",
+        seed: Tensor | None = None,
+    ) -> Tensor:
         """Run this stage on one micro-batch.
 
         Args:
@@ -208,6 +214,7 @@ class Transformer(nn.Module):
                 ``[b, s]`` where types differ (default: all 0).
             hidden: the previous stage's output; None on the first stage.
             part: of the last stage: all, what lies before the loss, or the loss alone of that (then ``hidden``).
+            seed: what the backward pass of the loss will be called with, where it follows at once; 0-d.
 
         Returns:
             On the last stage the *sum* of the losses of the unmasked tokens (a scalar, fp32 or fp64); on the others
@@ -227,6 +234,7 @@ class Transformer(nn.Module):
             sequence_parallel=self.sequence_parallel,
             label_smoothing=self.settings.label_smoothing if self.training else 0.0,
             z_loss=self.settings.z_loss if self.training else 0.0,
+            seed=seed,
         )
 
     @property
@@ -241,13 +249,16 @@ class Transformer(nn.Module):
         shared = {window: self._inputs(micro_batch, window, make_core) for window in kinds}
         x = self._embed(micro_batch, shared[min(kinds)]) if self.span.embedding else hidden
         assert x is not None, "a stage without the embedding needs the previous stage's output"
+        stream, p = Stream(x), self.config.hidden_dropout
         for name, block in self.layers.items():
             inputs = shared[self.config.has_window(int(name))]
             if name in self.recomputed and torch.is_grad_enabled():
-                x = checkpoint(block, x, inputs, use_reentrant=False, preserve_rng_state=False)
+                # All that is kept of a block is one tensor, the sum.
+                whole = Stream(stream.sum(p))
+                stream = checkpoint(block, whole, inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, inputs)
-        return x
+                stream = block(stream, inputs)
+        return stream.sum(p)
 
     def logits(self, micro_batch: MicroBatch, hidden: Tensor | None = None) -> Tensor:
         """``[b, s, vocab_size]``, whole on every rank of tp; for evaluation, without gradients through tp."""

@@ -70,7 +70,7 @@ def gradient_of(z, column, lse, factor, label, hit, spread):
 
 @triton.jit
 def logit_gradient_kernel(
-    logits, lse, target, mask, stride, columns, z_loss, hit, spread, BLOCK: tl.constexpr
+    logits, lse, target, mask, seed, stride, columns, z_loss, hit, spread, BLOCK: tl.constexpr
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
@@ -86,6 +86,9 @@ def logit_gradient_kernel(
         factor = 1.0 + 2.0 * tl.cast(z_loss, tl.float32) * own_lse
         label = tl.load(target + token) - start
         h, s = tl.cast(hit, tl.float32), tl.cast(spread, tl.float32)
+        if seed is not None:
+            own_seed = tl.load(seed).to(tl.float32)
+            factor, h, s = factor * own_seed, h * own_seed, s * own_seed
         if start + BLOCK <= columns:
             z = tl.load(row + column).to(tl.float32)
             tl.store(row + column, gradient_of(z, column, own_lse, factor, label, h, s).to(logits.dtype.element_ty))
@@ -110,15 +113,23 @@ def token_statistics(logits: Tensor, target: Tensor, want_sum: bool) -> Tensor:
 
 
 def logit_gradient_(
-    logits: Tensor, lse: Tensor, target: Tensor, mask: Tensor, label_smoothing: float, z_loss: float, vocab_size: int
+    logits: Tensor,
+    lse: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    seed: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    vocab_size: int,
 ) -> None:
     _check(logits)
     if logits.numel():
         grid = (logits.shape[0], triton.cdiv(logits.shape[1], GRADIENT_BLOCK))
         with on_device_of(logits):
             logit_gradient_kernel[grid](
-                logits, lse.contiguous(), target.contiguous(), mask.contiguous(), logits.stride(0), logits.shape[1],
-                z_loss, 1.0 - label_smoothing, label_smoothing / vocab_size, BLOCK=GRADIENT_BLOCK, num_warps=4,
+                logits, lse.contiguous(), target.contiguous(), mask.contiguous(), seed, logits.stride(0),
+                logits.shape[1], z_loss, 1.0 - label_smoothing,
+                label_smoothing / vocab_size, BLOCK=GRADIENT_BLOCK, num_warps=4,
             )  # fmt: skip
 
 

@@ -6,8 +6,10 @@ For a token with logits ``z``, target ``y``, vocabulary ``V``, smoothing ``e`` a
     dz   = softmax(z) (1 + 2 w lse) - (1 - e) onehot(y) - e / V
 
 The logits never exist as a whole: tokens are taken in chunks, and when gradients are wanted each chunk's are computed
-at once, in place of its logits, and multiplied into the gradients of the hidden states and of the weight. The
-backward pass then only scales those by the incoming gradient, which is one number for the whole micro-batch.
+at once, in place of its logits, and multiplied into the gradients of the hidden states and of the weight. The gradient
+that comes into the backward pass is one number for the whole micro-batch. Where it is known beforehand (``seed``) the
+logits' gradients are multiplied with it before they are rounded, and the weight's gradient goes straight into its main
+gradient; else the backward pass scales what was kept.
 
 Ranks exchange one packed message a chunk: (max, sum of exponentials, target logit, sum of logits) a token.
 Padding rows of the weight take no part: they are sliced off before the matmul, so their gradient is exactly zero.
@@ -15,6 +17,8 @@ Padding rows of the weight take no part: they are sliced off before the matmul, 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +30,13 @@ from megatron_ds import comm
 from megatron_ds.kernels.accumulate import add_product
 from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.kernels.cross_entropy import CROSS_ENTROPY, logit_gradient, token_statistics
+from megatron_ds.kernels.registry import on_gpu
 from megatron_ds.mesh import Axis
 
-# Tokens a chunk are chosen so that a chunk's logits take about this many bytes: small enough to stay near the cache
-# on a CPU and not to matter beside the weights on a GPU, large enough for full matmul speed.
-CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+# Tokens of a chunk: on a CPU so many that its logits take about these bytes and stay near the cache. On a GPU at least
+# so many, and all that one chunk more would not leave: each chunk reads and writes the whole gradient of the weight.
+CHUNK_BYTES = 16 << 20
+GPU_CHUNK_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ def linear_cross_entropy(
     sequence_parallel: bool = False,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Sum of the losses of the unmasked tokens, a scalar in fp32 (fp64 for fp64 inputs), equal on every rank.
 
@@ -68,10 +75,15 @@ def linear_cross_entropy(
         loss_mask: ``[s, b]`` bool, True where the token counts.
         vocab_size: real tokens; rows of the global table beyond it are padding.
         logits: what they are besides ``hidden @ weight.T``.
+        seed: 0-d, the gradient of the sum that the backward pass will be called with, where it follows at once: the
+            weight's main gradient is then written here already.
     """
     bias, softcap = (None, None) if logits is None else (logits.bias, logits.softcap)
     _check_labels(labels, loss_mask, vocab_size)
-    rules = _Rules(vocab_size, tp, weight.shape[0], label_smoothing, z_loss, torch.is_grad_enabled(), softcap)
+    grad_enabled = torch.is_grad_enabled()
+    if hidden.dtype == torch.float16:
+        seed = None  # the loss scale is in it: logits' gradients times that could leave fp16's range
+    rules = _Rules(vocab_size, tp, weight.shape[0], label_smoothing, z_loss, grad_enabled, softcap, seed)
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels, loss_mask, rules, sequence_parallel)
 
 
@@ -81,6 +93,7 @@ class _Rules:
 
     Attributes:
         rows: of the padded vocabulary on this rank.
+        seed: see :func:`linear_cross_entropy`.
         grad_enabled: inside an autograd function the grad mode is always off, and needs_input_grad does not know of it.
     """
 
@@ -91,6 +104,14 @@ class _Rules:
     z_loss: float
     grad_enabled: bool
     softcap: float | None = None
+    seed: Tensor | None = None
+
+    def chunk(self, x: Tensor, accumulate: torch.dtype) -> int:
+        """Tokens of a chunk. By all rows of the table, not by those used, which differ: all ranks must cut alike."""
+        if not on_gpu(x):
+            return max(16, CHUNK_BYTES // (self.rows * accumulate.itemsize))
+        count = max(1, x.shape[0] // GPU_CHUNK_TOKENS)
+        return -(-x.shape[0] // (count * 256)) * 256
 
     @property
     def first(self) -> int:
@@ -121,32 +142,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels, mask = labels.reshape(-1), loss_mask.reshape(-1)
         table, shift = weight[: rules.used], None if bias is None else bias[: rules.used]
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
-        grad_x = torch.empty_like(x) if need_hidden else None
-        # Summed over chunks in fp32: bf16 would lose what the later chunks add.
-        grad_table = torch.empty_like(table, dtype=accumulate) if need_weight else None
-        grad_shift = torch.zeros_like(table[:, 0], dtype=accumulate) if need_bias else None
-        total = torch.zeros((), dtype=accumulate, device=x.device)
-        # By the rows of the table and not by those used, which differ: all ranks must cut the tokens alike.
-        chunk = max(16, CHUNK_BYTES.get(x.device.type, 16 << 20) // (weight.shape[0] * accumulate.itemsize))
-        for start in range(0, x.shape[0], chunk):
-            part = slice(start, start + chunk)
-            want_gradient = need_hidden or need_weight or need_bias
-            loss, dz = _chunk(_logits(x[part], table, shift), labels[part], mask[part], rules, want_gradient)
-            total += loss
-            if dz is None:
-                continue
-            if grad_shift is not None:
-                grad_shift += dz.sum(0, dtype=accumulate)
-            dz = dz.to(x.dtype)
-            if grad_x is not None:
-                torch.mm(dz, table, out=grad_x[part])
-            if grad_table is not None:
-                add_product(grad_table, dz.t(), x[part], first=start == 0)
-            del dz  # before the next chunk's logits
-        if grad_table is not None and x.shape[0] == 0:
-            grad_table.zero_()
+        with _weight_gradient(weight, rules, accumulate, need_weight) as (add, grad_table, seed):
+            grad_x = torch.empty_like(x) if need_hidden else None
+            grad_shift = torch.zeros_like(table[:, 0], dtype=accumulate) if need_bias else None
+            total = torch.zeros((), dtype=accumulate, device=x.device)
+            chunk = max(1, rules.chunk(x, accumulate))
+            for start in range(0, x.shape[0], chunk):
+                part = slice(start, start + chunk)
+                want_gradient = need_hidden or need_weight or need_bias
+                logits = _logits(x[part], table, shift)
+                loss, dz = _chunk(logits, labels[part], mask[part], rules, seed, want_gradient)
+                del logits
+                total += loss
+                if dz is None:
+                    continue
+                if grad_shift is not None:
+                    grad_shift += dz.sum(0, dtype=accumulate)
+                dz = dz.to(x.dtype)
+                if grad_x is not None:
+                    torch.mm(dz, table, out=grad_x[part])
+                if add is not None:
+                    add(dz.t(), x[part])
+                del dz  # before the next chunk's logits
         ctx.shapes = (whole.shape, weight.shape)
         ctx.tp, ctx.sequence_parallel, ctx.used, ctx.dtype = rules.tp, sequence_parallel, rules.used, weight.dtype
+        ctx.scaled = seed is not None
         ctx.save_for_backward(grad_x, grad_table, grad_shift, weight)
         return total
 
@@ -157,7 +177,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (seed,) = grads
         pending = None
         if grad_x is not None:
-            scaled = (grad_x * seed).to(grad_x.dtype).view(ctx.shapes[0])
+            scaled = grad_x if ctx.scaled else (grad_x * seed).to(grad_x.dtype)
+            scaled = scaled.view(ctx.shapes[0])
             pending = (
                 comm.scatter_sum_dim0(scaled, ctx.tp)
                 if ctx.sequence_parallel
@@ -173,8 +194,46 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_bias = None
         if grad_shift is not None:
             grad_bias = grad_shift.new_zeros(ctx.shapes[1][:1], dtype=ctx.dtype)
-            grad_bias[: ctx.used] = grad_shift * seed
+            grad_bias[: ctx.used] = grad_shift if ctx.scaled else grad_shift * seed
         return (pending.wait() if pending is not None else None, grad_weight, grad_bias, *[None] * 4)
+
+
+_Add = Callable[[Tensor, Tensor], None]
+
+
+@contextmanager
+def _weight_gradient(
+    weight: Tensor, rules: _Rules, accumulate: torch.dtype, needed: bool
+) -> Iterator[tuple[_Add | None, Tensor | None, Tensor | None]]:
+    """Where the products that make the weight's gradient are added up.
+
+    Yields:
+        What adds a product. The sum that is to be scaled in the backward pass; None where it is the main gradient. What
+        the logits' gradients are to be multiplied with; None where the backward pass does so.
+    """
+    main_grad = getattr(weight, "main_grad", None)
+    if not needed:
+        yield None, None, rules.seed
+        return
+    opened = None if rules.seed is None or main_grad is None else main_grad.for_kernel()
+    if opened is None or main_grad is None:
+        # Summed over chunks in fp32: bf16 would lose what the later chunks add.
+        total, holds = weight.new_empty((rules.used, weight.shape[1]), dtype=accumulate), False
+    else:
+        total, holds = opened[0][: rules.used], opened[1]
+        if not holds:
+            opened[0][rules.used :].zero_()
+
+    def add(left: Tensor, right: Tensor) -> None:
+        nonlocal holds
+        add_product(total, left, right, not holds)
+        holds = True
+
+    yield add, total if opened is None else None, None if opened is None else rules.seed
+    if not holds:
+        total.zero_()  # no token
+    if opened is not None and main_grad is not None:
+        main_grad.wrote()
 
 
 def capped(logits: Tensor, softcap: float) -> Tensor:
@@ -219,7 +278,7 @@ class _CrossEntropy(torch.autograd.Function):
         used = rules.used
         rows = logits.detach().view(-1, logits.shape[-1])
         want_gradient = rules.grad_enabled and ctx.needs_input_grad[0]
-        loss, gradient = _chunk(rows[:, :used], labels.reshape(-1), mask.reshape(-1), rules, want_gradient)
+        loss, gradient = _chunk(rows[:, :used], labels.reshape(-1), mask.reshape(-1), rules, None, want_gradient)
         if gradient is not None:
             # In half precision the reference computes in fp32 beside the logits; a kernel has left it here already.
             if gradient.data_ptr() != rows.data_ptr():
@@ -246,9 +305,9 @@ def _check_labels(labels: Tensor, mask: Tensor, vocab_size: int) -> None:
 
 
 def _chunk(
-    logits: Tensor, labels: Tensor, mask: Tensor, rules: _Rules, want_gradient: bool
+    logits: Tensor, labels: Tensor, mask: Tensor, rules: _Rules, seed: Tensor | None, want_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss sum of one chunk, and the gradient of its logits written over them.
+    """Loss sum of one chunk, and the gradient of its logits, times ``seed``, written over them.
 
     ``logits`` ``[t, used]`` of this rank's real rows; ``labels`` and ``mask`` ``[t]``.
     """
@@ -280,6 +339,7 @@ def _chunk(
         lse,
         local,
         mask,
+        seed=seed,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         vocab_size=vocab_size,

@@ -4,9 +4,9 @@ It knows modules, tensors and two process groups, and neither models nor schedul
 called as ``stage(micro_batch, hidden)`` that returns the activation for the next stage, or on the last stage the
 scalar *sum* of its losses (see ``train/step.py`` for who normalises it).
 
-A loss that computes its gradients along with itself keeps a whole gradient of the output weights until its backward
-pass. Where forward passes of other micro-batches come between (GPipe), a stage that can (``defers_loss``) computes its
-loss when its backward pass begins, so that one such gradient exists at a time.
+A loss that computes its gradients along with itself would keep a whole gradient of the output weights until its
+backward pass. So a last stage that can (``defers_loss``) computes its loss when its backward pass begins, and is told
+the gradient of it (``seed``): what comes for the weights goes straight where it is summed.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class _InFlight:
     hidden: Tensor | None
     output: GradientEdge
     dtype: torch.dtype
-    before_loss: Tensor | None = None  # where the loss is computed later: what it is computed of
+    before_loss: Tensor | None = None  # where the loss is computed with the backward: what it is computed of
 
 
 @dataclass
@@ -100,8 +100,6 @@ class _Run:
     sends: list[Send] = field(default_factory=list)
     # Between two stages of one rank a tensor is handed over without a transfer.
     handed_over: dict[Action, Tensor] = field(default_factory=dict)
-    # Forwards of the last stage whose loss is computed with the backward.
-    deferred: frozenset[Action] = frozenset()
 
 
 class Executor:
@@ -247,8 +245,6 @@ class Executor:
         # The last action of each stage that adds to its gradients.
         last = {action.stage: action for action in actions if action.op is (Op.W if action.stage in split else Op.B)}
         run = _Run(micro_batches, seed, torch.zeros((), dtype=torch.float64, device=self.device))
-        if seed is not None:
-            run.deferred = self._deferred_losses(actions)
         for action in actions:
             self._doing = action
             if action.op.is_receive:
@@ -283,28 +279,16 @@ class Executor:
         self._doing = None
         return run.loss
 
-    def _deferred_losses(self, actions: Sequence[Action]) -> frozenset[Action]:
-        """The forwards of the last stage that are not followed by their own backward."""
-        last = self.placement.num_stages - 1
-        if not getattr(self.stages.get(last), "defers_loss", False):
-            return frozenset()
-        computes = [action for action in actions if action.op.is_compute]
-        followed = zip(computes, [*computes[1:], None])
-        return frozenset(
-            action
-            for action, following in followed
-            if action.stage == last and action.op is Op.F and following != Action(last, Op.B, action.micro_batch)
-        )
-
     def _forward(self, action: Action, hidden: Tensor | None, run: _Run) -> None:
         if hidden is not None and run.seed is not None:
             hidden.requires_grad_()
-        later = action in run.deferred
+        stage, is_last = self.stages[action.stage], action.stage == self.placement.num_stages - 1
+        later = is_last and run.seed is not None and getattr(stage, "defers_loss", False)
         more = {"part": "before loss"} if later else {}
-        output = self.stages[action.stage](run.micro_batches[action.micro_batch], hidden, **more)
+        output = stage(run.micro_batches[action.micro_batch], hidden, **more)
         if later:
             pass
-        elif action.stage == self.placement.num_stages - 1:
+        elif is_last:
             run.loss += output.detach()
         else:
             self._hand_over(Action(action.stage, Op.SEND_F, action.micro_batch), output.detach(), run)
@@ -317,7 +301,7 @@ class Executor:
         output: GradientEdge | Tensor = kept.output
         if kept.before_loss is not None:
             batch = run.micro_batches[action.micro_batch]
-            output = loss = self.stages[action.stage](batch, kept.before_loss, part="loss")
+            output = loss = self.stages[action.stage](batch, kept.before_loss, part="loss", seed=run.seed)
             kept.dtype = loss.dtype
             run.loss += loss.detach()
         if grad is None:

@@ -49,7 +49,7 @@ for operator, arguments in OPERATORS.items():
 
 def op_check_statistics() -> None:
     torch.library.opcheck(torch.ops.megatron_ds.token_statistics.default, (X.detach().clone(), LONG, True))
-    given = (X.detach().clone(), R, LONG, torch.ones(3, dtype=torch.bool), 0.1, 0.0, 8)
+    given = (X.detach().clone(), R, LONG, torch.ones(3, dtype=torch.bool), torch.tensor(0.5), 0.1, 0.0, 8)
     torch.library.opcheck(torch.ops.megatron_ds.logit_gradient_.default, given)
     torch.library.opcheck(torch.ops.megatron_ds.square_sum.default, (R,))
 

@@ -91,7 +91,8 @@ def cross_entropy(columns: int, stride: int, dtype: torch.dtype) -> None:
     logits, target = meta(2048, stride, dtype=dtype)[:, :columns], meta(2048, dtype=torch.int64)
     cross_entropy.token_statistics(logits, target, True)
     mask = meta(2048, dtype=torch.bool)
-    cross_entropy.logit_gradient_(logits, meta(2048, dtype=SINGLE), target, mask, 0.1, 1e-4, columns)
+    seed = meta(1, dtype=torch.float64)
+    cross_entropy.logit_gradient_(logits, meta(2048, dtype=SINGLE), target, mask, seed, 0.1, 1e-4, columns)
 
 
 def rotary(interleaved: bool) -> None:

@@ -22,6 +22,7 @@ from megatron_ds.layers import loss
 from megatron_ds.layers.loss import cross_entropy, linear_cross_entropy
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.testing import device_of_rank, run_ranks
+from megatron_ds.zero.main_grad import MainGradient
 
 WIDTH = 8
 SEED_GRADIENT = 0.37
@@ -78,8 +79,20 @@ def expected(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     return total.detach(), hidden.grad, weight.grad, bias.grad
 
 
-def computed(case: Case, tp: Axis) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """This rank's loss, and gradients of its hidden states, of its rows and of their biases."""
+def main_gradient(weight: Tensor, value: float, written: bool) -> Tensor:
+    """Give ``weight`` a main gradient that holds ``value``; its buffer."""
+    main_grad = MainGradient("weight", lambda main_grad: None, lambda main_grad: None)
+    main_grad.view = torch.full_like(weight, value, dtype=torch.promote_types(weight.dtype, torch.float32))
+    main_grad.written = written
+    weight.main_grad = main_grad  # type: ignore[attr-defined]
+    return main_grad.view
+
+
+def computed(case: Case, tp: Axis, seeded: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """This rank's loss, and gradients of its hidden states, of its rows and of their biases.
+
+    ``seeded``: the loss is told what comes in the backward pass, and the rows have a main gradient.
+    """
     hidden, weight, labels, mask = data(case)
     rows = case.padded // tp.size
     part = case.sequence // tp.size
@@ -87,8 +100,9 @@ def computed(case: Case, tp: Axis) -> tuple[Tensor, Tensor, Tensor, Tensor | Non
     own_hidden = hidden[tp.rank * part : (tp.rank + 1) * part] if case.sequence_parallel else hidden
     own_hidden = own_hidden.clone().requires_grad_()
     own_bias = bias_of(case)[tp.rank * rows : (tp.rank + 1) * rows].clone().requires_grad_() if case.biased else None
-    sizes = {} if case.chunk_bytes is None else {"cpu": case.chunk_bytes, "cuda": case.chunk_bytes}
-    with patch.dict(loss.CHUNK_BYTES, sizes):
+    seed = torch.tensor(SEED_GRADIENT, dtype=torch.float64) if seeded else None
+    buffer = main_gradient(own_weight, torch.nan, False) if seeded else None
+    with patch.object(loss, "CHUNK_BYTES", case.chunk_bytes or loss.CHUNK_BYTES):
         total = linear_cross_entropy(
             own_hidden,
             own_weight,
@@ -100,14 +114,22 @@ def computed(case: Case, tp: Axis) -> tuple[Tensor, Tensor, Tensor, Tensor | Non
             sequence_parallel=case.sequence_parallel,
             label_smoothing=case.smoothing,
             z_loss=case.z_loss,
+            seed=seed,
         )
-    (total * SEED_GRADIENT).backward()
+    if seeded:
+        # The weight's gradient is there already, but in fp16, where the loss scale is in the seed.
+        assert buffer is not None and buffer.isfinite().all() == (case.dtype != torch.float16)
+        total.backward(torch.tensor(SEED_GRADIENT, dtype=total.dtype))
+        assert own_weight.grad is None
+        own_weight.grad = buffer.to(case.dtype)
+    else:
+        (total * SEED_GRADIENT).backward()
     assert own_hidden.grad is not None and own_weight.grad is not None
     return total.detach(), own_hidden.grad, own_weight.grad, None if own_bias is None else own_bias.grad
 
 
-def check(case: Case, tp: Axis, tolerance: float) -> None:
-    total, grad_hidden, grad_weight, grad_bias = computed(case, tp)
+def check(case: Case, tp: Axis, tolerance: float, seeded: bool = False) -> None:
+    total, grad_hidden, grad_weight, grad_bias = computed(case, tp, seeded)
     want_total, want_hidden, want_weight, want_bias = expected(case)
     rows, part = case.padded // tp.size, case.sequence // tp.size
     if case.sequence_parallel:
@@ -154,8 +176,31 @@ CASES += [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_one_process(case: Case) -> None:
-    check(case, Axis("tp"), 1e-12)
+@pytest.mark.parametrize("seeded", [False, True])
+def test_one_process(case: Case, seeded: bool) -> None:
+    check(case, Axis("tp"), 1e-12, seeded)
+
+
+def test_what_is_written_beforehand_adds_up() -> None:
+    """Of several micro-batches, and of a tied embedding's rows."""
+    case = Case(chunk_bytes=1)
+    (hidden, weight, labels, mask), (_, _, want, _) = data(case), expected(case)
+    buffer = main_gradient(weight.requires_grad_(), 2.0, True)
+    seed = torch.tensor(SEED_GRADIENT, dtype=torch.float64)
+    for micro_batch in (1, 2):
+        linear_cross_entropy(hidden, weight, labels, mask, vocab_size=case.vocab, tp=Axis("tp"), seed=seed).backward(
+            seed
+        )
+        assert (buffer - 2.0 - micro_batch * want).abs().max() < 1e-12
+    assert weight.main_grad.writes == 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("tokens", "chunks"), [(5, 1), (8191, 1), (16383, 1), (16384, 2), (32768, 4), (40000, 4)])
+def test_chunks_on_a_gpu_are_large(tokens: int, chunks: int) -> None:
+    rules = loss._Rules(50257, Axis("tp"), 50304, 0.0, 0.0, True)
+    with registry.meta_as("cuda"):
+        chunk = rules.chunk(torch.empty(tokens, WIDTH, device="meta"), torch.float32)
+    assert chunk % 256 == 0 and -(-tokens // chunk) == chunks and (chunks == 1 or chunk >= 8192)
 
 
 def check_unfused(tp: Axis) -> int:
@@ -199,7 +244,7 @@ def check_all(tp_size: int) -> int:
         check(case, mesh.tp, 1e-12)
         done += 1
         if case.sequence % tp_size == 0:
-            check(Case(**{**vars(case), "sequence_parallel": True}), mesh.tp, 1e-12)
+            check(Case(**{**vars(case), "sequence_parallel": True}), mesh.tp, 1e-12, seeded=True)
             done += 1
     return done
 
@@ -218,14 +263,16 @@ def test_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
     for smoothing, z_loss, chunk_bytes in ((0.0, 0.0, None), (0.1, 0.01, 1)):
         case = Case(smoothing=smoothing, z_loss=z_loss, chunk_bytes=chunk_bytes, dtype=dtype, biased=z_loss > 0)
         check(case, Axis("tp"), tolerance)
+        check(case, Axis("tp"), tolerance, seeded=True)
 
 
 def test_many_chunks_do_not_lose_weight_gradient_in_bf16() -> None:
     """The weight's gradient is a sum over all tokens, here 256 chunks that are equal but for rounding."""
     case = Case(sequence=4096, batch=1, chunk_bytes=1, dtype=torch.bfloat16, masked=0.0)
-    _, _, grad, _ = computed(case, Axis("tp"))
     _, _, want, _ = expected(case)
-    assert (grad.double() - want).norm() < 0.01 * want.norm()
+    for seeded in (False, True):
+        _, _, grad, _ = computed(case, Axis("tp"), seeded)
+        assert (grad.double() - want).norm() < 0.01 * want.norm()
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -245,12 +292,17 @@ def test_beside_the_gradients_there_is_one_chunk_of_logits(dtype: torch.dtype) -
     hidden, weight = (torch.randn(*shape, dtype=dtype) for shape in ((tokens, 1, width), (vocab, width)))
     labels, mask = torch.randint(vocab, (tokens, 1)), torch.ones(tokens, 1, dtype=torch.bool)
     options: dict[str, Any] = {"vocab_size": vocab, "tp": Axis("tp")}
-    with patch.dict(loss.CHUNK_BYTES, {"cpu": chunk * vocab * 4}):
+    logits = chunk * vocab * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
+    with patch.object(loss, "CHUNK_BYTES", chunk * vocab * 4):
         arguments = (hidden.requires_grad_(), weight.requires_grad_(), labels, mask)
         peak = peak_bytes(lambda: linear_cross_entropy(*arguments, **options))
-    gradients = hidden.nbytes + weight.numel() * 4  # the weight's in fp32
-    logits = chunk * vocab * (4 if dtype == torch.float32 else 4 + dtype.itemsize)
-    assert gradients + logits <= peak < gradients + logits + 200_000
+        gradients = hidden.nbytes + weight.numel() * 4  # the weight's in fp32
+        assert gradients + logits <= peak < gradients + logits + 200_000
+        # With a main gradient and a seed there is no other gradient of the weight.
+        main_gradient(weight, 0.0, True)
+        peak = peak_bytes(lambda: linear_cross_entropy(*arguments, seed=torch.tensor(0.5), **options))
+        blocks = 2 << 20 if dtype == torch.bfloat16 else 0  # of a product that is rounded before it is added
+        assert hidden.nbytes + logits <= peak < hidden.nbytes + logits + blocks + 200_000
 
 
 def test_large_logits_stay_finite() -> None:
@@ -307,7 +359,7 @@ def test_no_value_is_asked_for_on_the_way(implementation: str) -> None:
         registry.use({"cross_entropy": implementation}),
         patch.object(comm, "gather_dim0", gathered),
         patch.object(comm, "scatter_sum_dim0", lambda x, axis: comm.Pending(x[: len(x) // 2])),
-        patch.dict(loss.CHUNK_BYTES, {"cpu": 1 << 16}),
+        patch.object(loss, "CHUNK_BYTES", 1 << 16),
     ):
         make = partial(torch.empty, dtype=torch.bfloat16, requires_grad=True)
         hidden, table, bias = make(20, 2, WIDTH), make(512, WIDTH), make(512)
