@@ -44,6 +44,7 @@ MODULES = (
     "sparse_attention",
     "square_sum",
     "float8",
+    "adamw",
 )
 
 

@@ -15,11 +15,14 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from megatron_ds.config import OptimizerConfig
+from megatron_ds.kernels.adamw import ADAMW, AdamWNumbers, adamw_
 from megatron_ds.mesh import Axis
 from megatron_ds.optim.ema import averaged
 from megatron_ds.optim.muon import MuonRule
 from megatron_ds.optim.rule import Late, OptimizerSegment, RuleGroup, UpdateRule
 from megatron_ds.shard import spec_of
+
+_PADDING = 32  # elements, at most as many lie unused between two segments
 
 
 def as_rule(optimizer: OptimizerConfig | UpdateRule, parameters: Iterable[torch.Tensor], tp: Axis) -> UpdateRule:
@@ -73,12 +76,16 @@ class SegmentOptimizer:
     ):
         self._config, self._kinds, self._lr_factor = config, kinds, lr_factor
         self.frozen: frozenset[str] = frozenset()
-        # AdamW counts the updates of each of its parameters in a tensor; here they are all one number.
+        # torch's AdamW counts the updates of each of its parameters in a tensor.
         self._counts = torch.zeros(len(segments), dtype=torch.float32, device=segments[0].master.device)
+        self._updates = [0] * len(segments)  # the same numbers, known without a wait for the device
+        self.writes_low = config.name != "sgd" and ADAMW.choose(segments[0].master) == "triton"
         self.bind(segments)
 
     def bind(self, segments: Sequence[OptimizerSegment]) -> None:
-        config = self._config
+        config, self._segments = self._config, list(segments)
+        self._ranges: list[_Range] | None = None
+        self._ranges_without: frozenset[str] = frozenset()
         both = [(s, count) for s, count in zip(segments, self._counts.unbind())]
         self._groups = [
             _Group(
@@ -97,19 +104,44 @@ class SegmentOptimizer:
         self._wide = segments[0].master.dtype == torch.float64
 
     def set_count(self, updates: int) -> None:
-        self._counts.fill_(updates)
+        self._set_counts([updates] * len(self._names))
 
     def late(self, updates: int) -> Late:
-        counts = dict(zip(self._names, self._counts.tolist()))
-        return {name: {"step": count} for name, count in counts.items() if count != updates}
+        return {name: {"step": float(count)} for name, count in zip(self._names, self._updates) if count != updates}
 
     def load_late(self, late: Late) -> None:
-        for name, count in zip(self._names, self._counts.unbind()):
-            if (numbers := late.get(name)) is not None:
-                count.fill_(numbers["step"])
+        counts = zip(self._names, self._updates)
+        self._set_counts([count if (own := late.get(name)) is None else int(own["step"]) for name, count in counts])
+
+    def _set_counts(self, counts: list[int]) -> None:
+        self._updates, self._ranges = counts, None
+        for count, value in zip(self._counts.unbind(), counts):
+            count.fill_(value)
 
     @torch.no_grad()
     def step(self, lr: float, scale: float | torch.Tensor = 1.0) -> None:
+        if self.writes_low:
+            self._update_ranges(lr * self._lr_factor, scale)
+        else:
+            self._update_segments(lr, scale)
+        self._updates = [n + (name not in self.frozen) for n, name in zip(self._updates, self._names)]
+
+    def _update_ranges(self, lr: float, scale: float | torch.Tensor) -> None:
+        """In one pass over each range of flat memory; half-precision weights follow, and are followed."""
+        c = self._config
+        if self._ranges is None or self._ranges_without != self.frozen:
+            live = [i for i, name in enumerate(self._names) if name not in self.frozen]
+            self._ranges = _ranges([self._segments[i] for i in live], [self._updates[i] for i in live])
+            self._ranges_without = self.frozen
+        # A number is filled in on the device: copying it there would wait for all that is queued.
+        factor = self._counts.new_empty(())
+        factor.copy_(scale) if isinstance(scale, torch.Tensor) else factor.fill_(scale)
+        for one in self._ranges:
+            one.updates += 1
+            decay = c.weight_decay if one.weight_decay else 0.0
+            adamw_(*one.tensors, one.low, factor, AdamWNumbers(lr, c.beta1, c.beta2, c.eps, decay, one.updates))
+
+    def _update_segments(self, lr: float, scale: float | torch.Tensor) -> None:
         inverse = None
         if isinstance(scale, torch.Tensor) or scale != 1.0:
             if self._wide:
@@ -162,6 +194,50 @@ class SegmentOptimizer:
             nesterov=False,
             maximize=False,
         )
+
+
+@dataclass
+class _Range:
+    """Segments beside each other in flat memory, with one weight decay and as many updates.
+
+    ``tensors``: master weights, gradient, first and second moment. ``low``: half-precision weights, if they are others.
+    """
+
+    weight_decay: bool
+    updates: int
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+    low: torch.Tensor | None
+
+
+def _ranges(segments: Sequence[OptimizerSegment], updates: Sequence[int]) -> list[_Range]:
+    """Between two segments there may be padding, which is zero and stays so."""
+    found: list[_Range] = []
+    for segment, count in zip(segments, updates):
+        own = segment.master, segment.gradient, segment.state["exp_avg"], segment.state["exp_avg_sq"]
+        last = found[-1] if found else None
+        if last is not None and (last.weight_decay, last.updates) == (segment.weight_decay, count):
+            pairs = [*zip(last.tensors, own), *([(last.low, segment.low)] if last.low is not None else [])]
+            gaps = {_gap(a, b) for a, b in pairs}
+            gap = gaps.pop()
+            if not gaps and 0 <= gap <= _PADDING:
+                a, b, c, d = (_longer(tensor, gap + segment.master.numel()) for tensor in last.tensors)
+                last.tensors = a, b, c, d
+                last.low = None if last.low is None else _longer(last.low, gap + segment.master.numel())
+                continue
+        found.append(_Range(segment.weight_decay, count, own, segment.low))
+    return found
+
+
+def _gap(a: torch.Tensor, b: torch.Tensor | None) -> int:
+    """Elements between two tensors in one piece of memory; -1: they are in two."""
+    if b is None or a._base is None or a._base is not b._base:
+        return -1
+    return int(b.storage_offset()) - int(a.storage_offset()) - a.numel()
+
+
+def _longer(a: torch.Tensor, more: int) -> torch.Tensor:
+    assert a._base is not None
+    return a._base.as_strided((a.numel() + more,), (1,), a.storage_offset())
 
 
 @dataclass

@@ -47,7 +47,8 @@ class OptimizerSegment:
 
     Where the group's updates are of whole parameters, it is all of one, in its shape. ``state`` has one tensor for each
     of the group's kinds, zero at the start of a run. ``name`` and ``start`` say of which parameter, and from which of
-    its elements on, it is the range; ``order`` in which order of its dims they lie (empty: row-major).
+    its elements on, it is the range; ``order`` in which order of its dims they lie (empty: row-major). ``low``: the
+    same weights in half precision, where the master weights are of their own.
     """
 
     master: torch.Tensor
@@ -57,6 +58,7 @@ class OptimizerSegment:
     name: str = ""
     start: int = 0
     order: tuple[int, ...] = ()
+    low: torch.Tensor | None = None
 
 
 class Update(Protocol):

@@ -209,7 +209,7 @@ def plan_buckets(
         if key.rule.whole:
             slots, used = _place_whole(slots, count)
         else:
-            used = slots[-1].start + slots[-1].numel
+            slots, used = _place_by_decay(slots)
         closed.append((time, BucketLayout(key, tuple(slots), _aligned(used, ALIGN * count), count)))
 
     for time, index in enumerate(reversed(range(len(parameters)))):
@@ -231,6 +231,15 @@ def plan_buckets(
     for key, (slots, last) in filling.items():
         close(key, slots, last)
     return tuple(layout for _, layout in sorted(closed, key=lambda item: item[0]))
+
+
+def _place_by_decay(slots: Sequence[Slot]) -> tuple[list[Slot], int]:
+    """Parameters with weight decay and those without, each beside each other: an update goes over two ranges."""
+    placed, used = [], 0
+    for slot in sorted(slots, key=lambda slot: not slot.spec.weight_decay):
+        placed.append(replace(slot, start=_aligned(used, ALIGN)))
+        used = placed[-1].start + slot.numel
+    return placed, used
 
 
 def _place_whole(slots: Sequence[Slot], shards: int) -> tuple[list[Slot], int]:

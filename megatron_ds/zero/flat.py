@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ from megatron_ds.zero.main_grad import MainGradient
 from megatron_ds.zero.memory import TransientGradients, TransientParameters, WholeBuffer
 from megatron_ds.zero.state import BucketState
 from megatron_ds.zero.store import BucketStores
-from megatron_ds.zero.writes import masters_follow, take_replaced
+from megatron_ds.zero.writes import EVERYTHING, masters_follow, take_replaced
 
 
 class FlatBucket:
@@ -165,6 +165,7 @@ class FlatBucket:
                     name=segment.spec.name,
                     start=segment.start,
                     order=segment.spec.order,
+                    low=part(shard, segment) if "master" in self.state.rows else None,
                 )
                 for segment in self.segments
             ]
@@ -298,25 +299,24 @@ class FlatBucket:
 
     # Parameters
 
-    def update(self, change: Callable[[Update], None], look: bool = False) -> None:
-        """Call ``change``, an optimizer step, with the rule over this rank's slice; the parameters follow.
+    def update(self, change: Callable[[Update], None], look: slice | None = None, step: bool = False) -> None:
+        """Call ``change``, an optimizer ``step`` or another, with the rule over this rank's slice; parameters follow.
 
-        ``look``: at each element of them, whether it was written since the step before.
+        ``look``: at which elements of it, whether they were written since the step before.
         """
         if self.optimizer is None:
             return
         frozen = [slot.spec.name for slot, p in zip(self.layout.slots, self.tensors) if not p.requires_grad]
         self.optimizer.frozen = frozenset(frozen)
-        if self._bound:
-            self._masters_follow(look)
-            change(self.optimizer)
-            self.master_to_parameters()
-            return
-        with self.acquire_segments(changed=True) as segments:
-            self._masters_follow(look)
-            self.optimizer.bind(segments)
-            change(self.optimizer)
-            self.master_to_parameters()
+        with nullcontext() if self._bound else self.acquire_segments(changed=True) as segments:
+            if segments is not None:
+                self.optimizer.bind(segments)
+            if step and getattr(self.optimizer, "writes_low", False):
+                change(self.optimizer)
+            else:
+                self._masters_follow(look)
+                change(self.optimizer)
+                self.master_to_parameters()
 
     def master_to_parameters(self) -> None:
         """The shard becomes what master weights of their own are."""
@@ -325,12 +325,11 @@ class FlatBucket:
             self.state.release(changed=False)
             self.parameters.holding.release(changed=True)
 
-    def _masters_follow(self, look: bool) -> None:
+    def _masters_follow(self, look: slice | None) -> None:
         """Master weights of their own become what was written into the low-precision parameters."""
         if "master" in self.state.rows:
-            found = masters_follow(
-                self.state.acquire()["master"], self.parameters.holding.acquire(), look or self._looks > 0
-            )
+            master, shard = self.state.acquire()["master"], self.parameters.holding.acquire()
+            found = masters_follow(master, shard, EVERYTHING if self._looks > 0 else look)
             self.parameters.holding.release(changed=False)
             self.state.release(changed=found)
             self._looks = math.inf if found else self._looks - 1  # who writes once does so again
@@ -340,7 +339,7 @@ class FlatBucket:
         self._write_back()
         self.parameters.write_back()
         if self.gradients is not None and self.segments and (self.resident or self._is_written()):
-            self._masters_follow(look=True)
+            self._masters_follow(EVERYTHING)
         self._versions = [parameter._version for parameter in self.tensors]
 
     def release(self) -> None:

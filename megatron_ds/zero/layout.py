@@ -10,6 +10,7 @@ that are summed in fp32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -113,7 +114,11 @@ class ZeroLayout:
 
     @staticmethod
     def plan(parameters: Sequence[ParameterInfo], config: ZeroConfig, axes: AxisSizes) -> ZeroLayout:
-        buckets = plan_buckets(parameters, config.bucket_mb * 1e6, lambda over: axes[over][0])
+        """One rank alone, with nothing offloaded, exchanges nothing: few buckets make few launches."""
+        alone = all(size == 1 for sizes in axes.values() for size in sizes)
+        alone = alone and {config.offload_optimizer.device, config.offload_parameters.device} == {"none"}
+        size = math.inf if alone else config.bucket_mb * 1e6
+        buckets = plan_buckets(parameters, size, lambda over: axes[over][0])
         return ZeroLayout(config, tuple(parameters), axes, buckets, OffloadPlacement.of(config, buckets))
 
     def at_stage(self, stage: int) -> ZeroLayout:

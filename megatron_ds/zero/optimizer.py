@@ -223,7 +223,7 @@ class ZeroOptimizer(MovableParameters):
         """
         self.reducer.expect(Phase.REDUCED, "step")
         self._rule.begin_step()
-        self._update(lambda update: update.step(lr, scale))
+        self._update(lambda update: update.step(lr, scale), step=True)
         self._count += 1
         self.reducer.phase = Phase.IDLE
 
@@ -232,14 +232,17 @@ class ZeroOptimizer(MovableParameters):
         self.reducer.expect(Phase.IDLE, "a change of the weights by their optimizer")
         self._update(change)
 
-    def _update(self, change: Callable[[Update], None]) -> None:
+    def _update(self, change: Callable[[Update], None], step: bool = False) -> None:
         self._before_change()
         order = self.buckets[::-1]
+        size = max(1, int(self.config.bucket_mb * 1e6) // 4)
+        parts = [(b, slice(i, i + size)) for b in order for i in range(0, b.layout.shard_size, size)]
+        looked_at, look = parts[self._count % len(parts)] if parts else (None, None)
         for bucket, following in zip(order, [*order[1:], None]):
             if following is not None:
                 following.prefetch()
-            # One after the other, besides those in which something was found.
-            bucket.update(change, bucket is order[self._count % len(order)])
+            # One part after the other, besides buckets in which something was found.
+            bucket.update(change, look if bucket is looked_at else None, step)
             if bucket.layout.key.unit is None:
                 bucket.start_gather()
         self._publish()

@@ -14,27 +14,29 @@ from megatron_ds.shard import ShardSpec, shaped_as
 
 _CHUNK_CPU, _CHUNK = 1 << 14, 1 << 24  # elements compared at a time: of a cache, of a device's memory
 _EVERY = 509  # elements from one that is looked at to the next: a prime, so that they lie in all columns of a matrix
+EVERYTHING = slice(None)
 
 
-def masters_follow(master: Tensor, shard: Tensor, thorough: bool) -> bool:
+def masters_follow(master: Tensor, shard: Tensor, look: slice | None) -> bool:
     """Sets master weights to the values of ``shard`` where it is not what they round to; True if there may be such.
 
     Args:
-        thorough: look at every element. On a CPU that takes as long as a third of the update; without it some are
-            looked at first, and all only if one of those was written. On a GPU it is always so: there it takes no
-            time to speak of, where to ask would mean to wait.
+        look: at these elements, and some of all others; None: at those alone. Where one of them was written, at all.
+            To look at all on a CPU takes as long as a third of the update. On a GPU it is always done: there it takes
+            no time to speak of, where to ask would mean to wait.
     """
     on_cpu = shard.device.type == "cpu"
-    if on_cpu and not thorough and torch.equal(shard[::_EVERY], master[::_EVERY].to(shard.dtype)):
+    size = _CHUNK_CPU if on_cpu else _CHUNK
+    parts = [slice(None, None, _EVERY), slice(0, 0) if look is None else look]
+    if on_cpu and not any(
+        not torch.equal(whole.to(low.dtype), low)
+        for part in parts
+        for whole, low in zip(master[part].split(size), shard[part].split(size))
+    ):
         return False
-    found, size = not on_cpu, _CHUNK_CPU if on_cpu else _CHUNK
     for whole, low in zip(master.split(size), shard.split(size)):
-        rounded = whole.to(low.dtype)
-        if on_cpu and torch.equal(rounded, low):
-            continue
-        whole.copy_(torch.where(rounded == low, whole, low.to(whole.dtype)))
-        found = True
-    return found
+        whole.copy_(torch.where(whole.to(low.dtype) == low, whole, low.to(whole.dtype)))
+    return True
 
 
 def take_replaced(spec: ShardSpec, parameter: nn.Parameter, place: Tensor) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_ds.errors import ConfigError
 from megatron_ds.kernels import registry
 from megatron_ds.kernels.activation import bias_gelu, gated
+from megatron_ds.kernels.adamw import AdamWNumbers, adamw_
 from megatron_ds.kernels.cross_entropy import logit_gradient, token_statistics
 from megatron_ds.kernels.dropout import dropout_add, keep_mask
 from megatron_ds.kernels.norm import add_norm, layer_norm, rms_norm
@@ -374,6 +375,34 @@ def masked_logits() -> None:
 
 
 CASES["cross entropy -inf logits"] = masked_logits
+
+
+def adamw(low: torch.dtype | None) -> None:
+    """More than one program, the last one ragged; two weights in half precision were written by somebody else."""
+    master, gradient, first, second = (normal(3001) for _ in range(4))
+    second = second.square()
+    half = None if low is None else master.to(low)
+    if half is not None:
+        half[[7, 3000]] = torch.tensor([2.0, -0.5], dtype=low)
+    numbers = AdamWNumbers(0.1, 0.9, 0.95, 1e-6, 0.2, 3)
+    canaries, scale = Canaries(), torch.tensor(0.5)
+    own = [canaries.around(t) for t in (master, gradient, first, second)]
+    own_half = None if half is None else canaries.around(half)
+    exact = [t.double() for t in (master, gradient, first, second)]
+    exact_half = None if half is None else half.clone()
+    with registry.use("triton"):
+        adamw_(*own, own_half, scale, numbers)
+    with registry.use("reference"):
+        adamw_(*exact, exact_half, scale.double(), numbers)
+    canaries.check()
+    for name, a, b in zip(("master", "gradient", "first moment", "second moment"), own, exact):
+        close(name, a, b, 2e-6)
+    if own_half is not None and low is not None:
+        assert torch.equal(own_half, own[0].to(low))
+
+
+for kind in (None, torch.float16):  # the interpreter does not round to bf16 as a GPU does
+    CASES[f"adamw with weights in {kind}"] = partial(adamw, kind)
 
 # --- rotary -----------------------------------------------------------------------------------------------------
 

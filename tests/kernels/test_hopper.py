@@ -30,9 +30,10 @@ NARROW = {
     "softmax_kernel": (1, 0),
     "softmax_causal_kernel": (1, 0),
     "token_statistics_kernel": (2, 4),
-    "logit_gradient_kernel": (3, 0),
+    "logit_gradient_kernel": (4, 0),
     "rotary_kernel": (2, 0),
     "square_sum_kernel": (16, 1),  # the rest
+    "adamw_kernel": (1, 0),
 }
 # The last, masked tile of a vocabulary that is no multiple of 16 is narrow, and only that.
 RAGGED_TILE = 32
@@ -108,6 +109,14 @@ def square_sum(count: int) -> None:
     module.square_sum(meta(count, dtype=SINGLE))
 
 
+def adamw(low: torch.dtype | None) -> None:
+    from megatron_ds.kernels.triton.adamw import adamw_
+
+    x = meta(1 << 20, dtype=SINGLE)
+    half = None if low is None else meta(1 << 20, dtype=low)
+    adamw_(x, x, x, x, half, meta(1, dtype=SINGLE), 1e-4, 1e-5, 0.9, 0.95, 1e-8, 0.1, 0.05)
+
+
 # Shapes of models that people train: Llama 8B and 70B, GPT-3, BLOOM, QK-norm of heads of 128, a 16k hidden size.
 LAUNCHES: dict[str, Callable[[], None]] = {
     "rms_norm 4096": lambda: norm(4096, HALF, rms=True),
@@ -131,6 +140,8 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "square sum beyond 2^31": lambda: square_sum(2**31 + 1024),
     "rotary 128": lambda: rotary(False),
     "rotary 128 interleaved": lambda: rotary(True),
+    "adamw": lambda: adamw(None),
+    "adamw in half precision": lambda: adamw(HALF),
 }
 
 
