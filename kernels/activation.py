@@ -15,8 +15,8 @@ from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.kernels.column_sums import ColumnSums, with_bias_gradient
 from megatron_ds.kernels.registry import Op, below_autograd, define
 
-GATED = Op("gated", twin="activation")
-BIAS_GELU = Op("bias_gelu", twin="activation")
+GATED = Op("gated", twin="activation", fuses=True)
+BIAS_GELU = Op("bias_gelu", twin="activation", fuses=True)
 
 # Activation of the gate, by the name of the layer that it makes.
 SILU, GELU, GELU_TANH = "silu", "gelu", "gelu_tanh"

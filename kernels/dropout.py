@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_ds.kernels.registry import Op, below_autograd, define
 
-DROPOUT_ADD = Op("dropout_add", twin="dropout")
+DROPOUT_ADD = Op("dropout_add", twin="dropout", fuses=True)
 
 # Every column has a key of its own: its number times 2^32 / golden ratio, modulo 2^32 (Knuth's multiplicative hash).
 COLUMN_STEP = 0x9E3779B1

@@ -17,7 +17,7 @@ from megatron_ds.kernels.cpu.half_layer_norm import HalfLayerNorm
 from megatron_ds.kernels.dropout import dropout_add, threshold
 from megatron_ds.kernels.registry import Op, below_autograd, define
 
-NORM = Op("norm", twin="norm")
+NORM = Op("norm", twin="norm", fuses=True)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

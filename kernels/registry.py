@@ -12,9 +12,9 @@ Every op of this folder has one public function. It asks its :class:`Op` which i
 The rule, and there is no other: a CUDA tensor in one of the op's dtypes takes Triton, anything else the reference,
 unless :func:`use` says otherwise (or :func:`meta_as`, of tensors without memory). Nothing falls back: what was chosen
 runs or raises, and :func:`report` tells what is chosen and why. The reference is the meaning of the op and
-differentiable by autograd, in float64 too, and ``torch.compile`` traces into it. The twin stands behind an operator of
-``torch.library`` (:func:`define`), so that ``torch.compile`` keeps it whole, and its module is imported when it first
-runs: importing this package needs no Triton.
+differentiable by autograd, in float64 too. Inside ``torch.compile`` it is taken where the compiler can fuse it
+(``fuses``); another twin it keeps whole, as an operator of ``torch.library`` (:func:`define`). A twin's module is
+imported when it first runs: importing this package needs no Triton.
 """
 
 from __future__ import annotations
@@ -56,16 +56,21 @@ class Op:
         name: what :func:`use` and :func:`report` call it.
         twin: module below ``megatron_ds.kernels.triton`` with the Triton kernels.
         dtypes: what the twin computes with.
+        fuses: inside ``torch.compile`` the reference is taken, which the compiler fuses with what stands around it.
     """
 
     name: str
     twin: str
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+    fuses: bool = False
 
     def choose(self, x: Tensor) -> str:
         """``"triton"`` or ``"reference"`` for an input like ``x``; raises ConfigError for what cannot run."""
         wanted = _SELECTION.wanted(self.name)
-        if wanted == "reference" or (wanted == "auto" and not (on_gpu(x) and x.dtype in self.dtypes)):
+        if wanted == "reference":
+            return "reference"
+        traced = self.fuses and torch.compiler.is_compiling()
+        if wanted == "auto" and (traced or not on_gpu(x) or x.dtype not in self.dtypes):
             return "reference"
         self.check_dtype(x.dtype)
         return "triton"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_ds.kernels.registry import Op, below_autograd, define
 
-ROTARY = Op("rotary", twin="rotary")
+ROTARY = Op("rotary", twin="rotary", fuses=True)
 
 
 def rotary(

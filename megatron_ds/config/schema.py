@@ -313,7 +313,11 @@ class BaseRunConfig(Section):
     output: str = Field("runs/run", description="Directory of checkpoints, logs and the resolved configuration.")
     seed: int = Field(1234, ge=0, description="Initial weights, sample order and dropout follow from it.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where every local rank has a GPU.")
-    compile: bool = Field(False, description="torch.compile each block; on a CPU its activation.")
+    compile: bool = Field(
+        False,
+        description="torch.compile each block, from plain operators in place of fused kernels: on a GPU more launches "
+        "and bytes, see the README; on a CPU its activation alone.",
+    )
     kernels: Literal["auto", "reference", "triton"] = Field(
         "auto", description="Fused ops: auto is Triton on CUDA (not in fp64); reference is plain torch."
     )

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from megatron_ds.errors import ConfigError
 from megatron_ds.kernels import registry
 from megatron_ds.kernels.activation import GATED, gated
+from megatron_ds.kernels.cross_entropy import CROSS_ENTROPY
 from megatron_ds.kernels.norm import NORM, layer_norm, rms_norm
 from megatron_ds.kernels.registry import report, use
 
@@ -58,6 +59,22 @@ def test_contexts_nest_and_end() -> None:
     with pytest.raises(RuntimeError, match="inside"), use("reference"):
         raise RuntimeError("inside")
     assert chosen() == ("triton", "triton")
+
+
+def test_a_compiler_gets_what_it_can_fuse() -> None:
+    """And keeps the others whole, such as the loss."""
+
+    def chosen(x: torch.Tensor) -> tuple[str, ...]:
+        return tuple(op.choose(x) for op in (NORM, GATED, CROSS_ENTROPY))
+
+    x = torch.empty(2, 8, device="meta")
+    with registry.meta_as("cuda"):
+        assert chosen(x) == ("triton",) * 3
+        compiled = torch.compile(chosen, backend="eager", fullgraph=True)
+        assert compiled(x) == ("reference", "reference", "triton")
+        with use("triton"):
+            assert compiled(x) == ("triton",) * 3
+    assert chosen(x) == ("reference",) * 3
 
 
 def test_the_choice_is_reported_with_its_reason() -> None:

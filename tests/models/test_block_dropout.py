@@ -10,7 +10,7 @@ import torch
 from megatron_ds.config import ModelConfig
 from megatron_ds.layers.attention import AttentionInputs
 from megatron_ds.layers.attention_cores import AttentionRules, BlockCore
-from megatron_ds.models.block import Block
+from megatron_ds.models.block import Block, Stream
 from megatron_ds.models.gpt import GPT
 from megatron_ds.models.transformer import StageSettings
 from megatron_ds.rng import DropoutKeys, keep_mask
@@ -36,7 +36,12 @@ def test_a_block_with_dropout_is_the_sum_of_its_parts(settings: dict[str, Any]) 
     # The second block: sites 4 (attention), 5 (MLP) and 6 (probabilities) follow the embedding's 0 and the first's 3.
     first = x + dropped(block.attention(block.attention_norm(x), inputs), 4)
     want = first + dropped(block.mlp(block.mlp_norm(first)), 5)
-    torch.testing.assert_close(block(x, inputs), want, rtol=0, atol=1e-13)
+    torch.testing.assert_close(block(Stream(x), inputs).sum(0.4), want, rtol=0, atol=1e-13)
+    # The sum that the block before has left to it, and the one that it leaves itself.
+    before = Stream(x, first, keys.row_keys(3, 5, 0))
+    assert block(Stream(x), inputs).branch is not None
+    got, want = block(before, inputs).sum(0.4), block(Stream(x + dropped(first, 3)), inputs).sum(0.4)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
 
 
 def test_a_block_with_dropout_compiles_whole_and_drops_the_same() -> None:
@@ -48,11 +53,15 @@ def test_a_block_with_dropout_compiles_whole_and_drops_the_same() -> None:
     results = []
     for block in model.layers.values():
         assert isinstance(block, Block)
-        compiled = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
+
+        def run(x: torch.Tensor, inputs: AttentionInputs, block: Block = block) -> torch.Tensor:
+            return block(Stream(x, x.tanh(), inputs.keys.row_keys(40, 5, 0)), inputs).sum(0.4)  # type: ignore[union-attr]
+
+        compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
         for seed, samples in ((7, [11, 12]), (8, [11, 12]), (9, [13, 12])):
             keys = DropoutKeys(seed, torch.tensor(samples))
             inputs = AttentionInputs(torch.arange(5).unsqueeze(1).expand(5, 2), BlockCore(AttentionRules()), keys=keys)
-            want = block(x, inputs)
+            want = run(x, inputs)
             torch.testing.assert_close(compiled(x, inputs), want, rtol=0, atol=1e-13)
             results.append(want)
     assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
