@@ -5,7 +5,7 @@ places, 4 outside the tensor-parallel region (the inputs of two norms and two ma
 divides) and ``3 + 1 + 8`` within it (queries, keys, values, the attention's output, and the MLP's two of four times the
 width). Where the code keeps other things than the paper's they are counted here as the code has them: dropout keeps no
 masks with the kernels, as they are computed again; attention by blocks of queries keeps probabilities of short
-sequences; the head keeps gradients and no logits.
+sequences; the head keeps a gradient and no logits.
 
 Shapes as in :mod:`.transformer`: ``s`` sequence, ``b`` micro-batch, ``h`` hidden, ``n`` heads, ``g`` key/value groups,
 ``d`` head dim, ``f`` features of the MLP; ``n``, ``g``, ``f`` divided over tp.
@@ -65,9 +65,12 @@ def gpt_activations(config: RunConfig, span: StageSpan, tp: int, device: str) ->
     if span.embedding:
         fixed += (c.embedding_norm + (cpu and c.hidden_dropout > 0)) * own * c.hidden_size * width
     if span.head:
-        # The last norm, and the gradients that the loss computes along with itself, the weight's in fp32 at least.
+        # The last norm, and the gradient that the loss computes along with itself.
         fixed += norm_bytes(own, c.hidden_size, width, c.norm == "rmsnorm" and cpu) + places * c.hidden_size * width
-    loss = span.head * min(c.vocab_size, c.padded_vocab // tp) * c.hidden_size * max(width, 4)
+    # The weight's goes straight into the main gradient; in fp16 it is kept, in fp32, until it has been scaled.
+    loss = 0
+    if span.head and config.precision.dtype == "fp16":
+        loss = min(c.vocab_size, c.padded_vocab // tp) * c.hidden_size * 4
     fixed += loss
     return stage_activations(span.first, [layer] * layers, recompute, fixed, loss)
 

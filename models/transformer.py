@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -87,6 +88,11 @@ class Head(nn.Module):
     def __init__(self, weight: nn.Parameter | None, bias: nn.Parameter | None):
         super().__init__()
         self.weight, self.bias = weight, bias
+
+
+def _from_sum(block: Block, x: Tensor, inputs: AttentionInputs) -> Stream:
+    stream: Stream = block(Stream(x), inputs)
+    return stream
 
 
 class Transformer(nn.Module):
@@ -254,8 +260,9 @@ class Transformer(nn.Module):
             inputs = shared[self.config.has_window(int(name))]
             if name in self.recomputed and torch.is_grad_enabled():
                 # All that is kept of a block is one tensor, the sum.
-                whole = Stream(stream.sum(p))
-                stream = checkpoint(block, whole, inputs, use_reentrant=False, preserve_rng_state=False)
+                stream = checkpoint(
+                    partial(_from_sum, block), stream.sum(p), inputs, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 stream = block(stream, inputs)
         return stream.sum(p)
