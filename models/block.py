@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_ds.config import ModelConfig, RecomputeConfig
 from megatron_ds.kernels.dropout import dropout_add
 from megatron_ds.layers.attention import AttentionConfig, AttentionInputs, SelfAttention
-from megatron_ds.layers.linear import output_std
+from megatron_ds.layers.linear import BiasOffer, output_std
 from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.norm import Norm
 from megatron_ds.rng import keys_of_rows
@@ -29,11 +29,13 @@ class Stream(NamedTuple):
     Attributes:
         branch: the output of the last sub-layer; None: the sum is made.
         row_keys: of the branch's dropout; None: nothing of it is dropped.
+        offer: of the linear layer that gave the branch, if one did.
     """
 
     residual: Tensor
     branch: Tensor | None = None
     row_keys: Tensor | None = None
+    offer: BiasOffer | None = None
 
     def sum(self, p: float) -> Tensor:
         return self.residual if self.branch is None else dropout_add(self.branch, self.residual, p, self.row_keys)
@@ -43,7 +45,7 @@ class Stream(NamedTuple):
         if norm is None or self.branch is None:
             x = self.sum(p)
             return _normed(norm, x), x
-        return norm(self.branch, self.residual, p, self.row_keys)
+        return norm(self.branch, self.residual, p, self.row_keys, self.offer)
 
 
 class Block(nn.Module):
@@ -125,14 +127,19 @@ class Block(nn.Module):
         return Stream(x)
 
     def _after_attention(self, x: Tensor, normed: Tensor, inputs: AttentionInputs) -> Stream:
-        return self._stream(x, self.attention(normed, inputs), self.attention_output_norm, inputs, 0)
+        offer = BiasOffer()
+        return self._stream(x, self.attention(normed, inputs, offer), self.attention_output_norm, offer, inputs, 0)
 
     def _after_mlp(self, x: Tensor, normed: Tensor, inputs: AttentionInputs) -> Stream:
-        return self._stream(x, self.mlp(normed), self.mlp_output_norm, inputs, 1)
+        offer = BiasOffer()
+        return self._stream(x, self.mlp(normed, offer), self.mlp_output_norm, offer, inputs, 1)
 
-    def _stream(self, x: Tensor, y: Tensor, norm: Norm | None, inputs: AttentionInputs, sub_layer: int) -> Stream:
+    def _stream(
+        self, x: Tensor, y: Tensor, norm: Norm | None, offer: BiasOffer, inputs: AttentionInputs, sub_layer: int
+    ) -> Stream:
         """``x`` and the output ``y`` of a sub-layer, which may have a norm of its own."""
-        return Stream(x, _normed(norm, y), keys_of_rows(y, self.hidden_dropout, inputs.keys, self.site + sub_layer))
+        keys = keys_of_rows(y, self.hidden_dropout, inputs.keys, self.site + sub_layer)
+        return Stream(x, y, keys, offer) if norm is None else Stream(x, norm(y), keys)
 
 
 def _normed(norm: Norm | None, x: Tensor) -> Tensor:

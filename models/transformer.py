@@ -261,7 +261,11 @@ class Transformer(nn.Module):
             if name in self.recomputed and torch.is_grad_enabled():
                 # All that is kept of a block is one tensor, the sum.
                 stream = checkpoint(
-                    partial(_from_sum, block), stream.sum(p), inputs, use_reentrant=False, preserve_rng_state=False
+                    partial(_from_sum, cast(Block, block)),
+                    stream.sum(p),
+                    inputs,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                 )
             else:
                 stream = block(stream, inputs)

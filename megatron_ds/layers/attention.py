@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ds.kernels.rotary import rotary
 from megatron_ds.layers.attention_cores import AttentionCore
-from megatron_ds.layers.linear import ColumnParallelLinear, RepeatedKVLinear, RowParallelLinear
+from megatron_ds.layers.linear import BiasOffer, ColumnParallelLinear, RepeatedKVLinear, RowParallelLinear
 from megatron_ds.layers.norm import Norm, SplitRMSNorm
 from megatron_ds.mesh import Axis
 from megatron_ds.rng import DropoutKeys
@@ -136,8 +136,9 @@ class SelfAttention(HeadProjection):
             **make,
         )
 
-    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
-        return self.out(self.attend(*self.heads(x), inputs))
+    def forward(self, x: Tensor, inputs: AttentionInputs, offer: BiasOffer | None = None) -> Tensor:
+        """``offer``: for what is the only one to use the output."""
+        return self.out(self.attend(*self.heads(x), inputs), offer)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
         """``[s, b, n * d]``: the attention core, behind rotary."""

@@ -27,9 +27,37 @@ from megatron_ds.mesh import Axis
 from megatron_ds.shard import WHOLE, ShardedDim, ShardSpec, empty_parameter
 
 
-def _column_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Linear) -> Tensor:
+class BiasOffer:
+    """The bias of one use of a linear layer, for the operator behind it to make its gradient.
+
+    The gradient of a bias is the column sums of the gradient of the layer's output, and the operator that writes that
+    gradient has them at hand (``x_bias`` in :mod:`megatron_ds.kernels.norm`). Only what is the output's sole use may
+    take it. Where nobody does, the layer reads the gradient again.
+    """
+
+    __slots__ = ("_bias", "taken")  # and no attributes that look like a module's outputs
+
+    def __init__(self) -> None:
+        self._bias: Tensor | None = None
+        self.taken = False
+
+    def made(self, bias: Tensor | None) -> BiasOffer:
+        self._bias = bias
+        return self
+
+    def take(self) -> Tensor | None:
+        """The bias, if one is there and trained: its gradient is not made elsewhere."""
+        if self._bias is None or not self._bias.requires_grad or not torch.is_grad_enabled():
+            return None
+        self.taken = True
+        return self._bias
+
+
+def _column_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Linear, offer: BiasOffer | None = None
+) -> Tensor:
     if torch.is_grad_enabled():
-        return _ColumnLinear.apply(x, weight, bias, layer)
+        return _ColumnLinear.apply(x, weight, bias, layer, (offer or BiasOffer()).made(bias))
     return _column_product(x, weight, bias, layer)  # autograd's own time is felt where there are few tokens
 
 
@@ -42,14 +70,14 @@ class _ColumnLinear(torch.autograd.Function):
     """``y = gather(x) @ w.T + b`` with the collective of each direction overlapped where something can hide it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Linear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Linear, offer: BiasOffer) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        ctx.tp, ctx.sequence_parallel, ctx.recipe = layer.tp, layer.sequence_parallel, layer.recipe
+        ctx.tp, ctx.sequence_parallel, ctx.recipe, ctx.offer = layer.tp, layer.sequence_parallel, layer.recipe, offer
         return _column_product(x, weight, bias, layer)
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         tp: Axis = ctx.tp
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -61,8 +89,8 @@ class _ColumnLinear(torch.autograd.Function):
             grad_x = ctx.recipe.input_gradient(grad, _matrix(weight))
             reduced = comm.scatter_sum_dim0(grad_x, tp) if ctx.sequence_parallel else comm.all_reduce_start(grad_x, tp)
         grad_weight = _weight_gradient(ctx.recipe, weight, grad, gathered.wait()) if need_weight else None
-        grad_bias = _bias_gradient(bias, grad) if need_bias else None
-        return reduced.wait() if reduced is not None else None, grad_weight, grad_bias, None
+        grad_bias = _bias_gradient(bias, grad) if need_bias and not ctx.offer.taken else None
+        return reduced.wait() if reduced is not None else None, grad_weight, grad_bias, None, None
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -130,10 +158,10 @@ class ColumnParallelLinear(_Linear):
         )
         self.out_shape = self.weight.shape[:-1]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, offer: BiasOffer | None = None) -> Tensor:
         if torch.compiler.is_compiling() and self.tp.size == 1:
             return self.recipe.traced(x, _matrix(self.weight), None if self.bias is None else self.bias.view(-1))
-        return _column_linear(x, self.weight, self.bias, self)
+        return _column_linear(x, self.weight, self.bias, self, offer)
 
 
 class RepeatedKVLinear(_Linear):
@@ -192,22 +220,22 @@ class _RowLinear(torch.autograd.Function):
     """``y = sum over ranks of x @ w.T, + b``, whole on every rank or scattered along the sequence."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Linear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Linear, offer: BiasOffer) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        ctx.tp, ctx.sequence_parallel, ctx.recipe = layer.tp, layer.sequence_parallel, layer.recipe
+        ctx.tp, ctx.sequence_parallel, ctx.recipe, ctx.offer = layer.tp, layer.sequence_parallel, layer.recipe, offer
         return _row_product(x, weight, bias, layer)
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         gathered = comm.gather_dim0(grads[0], ctx.tp) if ctx.sequence_parallel else comm.Pending(grads[0])
-        grad_bias = _bias_gradient(bias, grads[0]) if need_bias else None
+        grad_bias = _bias_gradient(bias, grads[0]) if need_bias and not ctx.offer.taken else None
         grad = gathered.wait()
         grad_x = ctx.recipe.input_gradient(grad, weight) if need_x else None
         grad_weight = _weight_gradient(ctx.recipe, weight, grad, x) if need_weight else None
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 class RowParallelLinear(_Linear):
@@ -249,12 +277,12 @@ class RowParallelLinear(_Linear):
             else None
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, offer: BiasOffer | None = None) -> Tensor:
         if torch.compiler.is_compiling() and self.tp.size == 1:
             return self.recipe.traced(x, self.weight, self.bias)
         if not torch.is_grad_enabled():
             return _row_product(x, self.weight, self.bias, self)
-        return _RowLinear.apply(x, self.weight, self.bias, self)
+        return _RowLinear.apply(x, self.weight, self.bias, self, (offer or BiasOffer()).made(self.bias))
 
 
 def replicated_parameter(

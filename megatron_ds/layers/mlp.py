@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron_ds.kernels.activation import GELU, GELU_TANH, SILU, bias_gelu, gated
 from megatron_ds.kernels.cpu.compiled_activation import compiled_activation
-from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_ds.layers.linear import BiasOffer, ColumnParallelLinear, RowParallelLinear
 from megatron_ds.mesh import Axis
 from megatron_ds.shard import Matrices, set_matrices
 
@@ -68,10 +68,11 @@ class MLP(nn.Module):
         self.down = RowParallelLinear(f"{name}.down", ffn_size, hidden_size, init_std=stds[1], **make)
         self._compiled: Callable[[Tensor], Tensor] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, offer: BiasOffer | None = None) -> Tensor:
+        """``offer``: for what is the only one to use the output."""
         # The bias is already in: the matmul adds it at no cost.
         x = self.up(x) if self.gate is None else self.gate_up(x)
-        return self.down(self._compiled(x) if self._compiled is not None else self._activate(x))
+        return self.down(self._compiled(x) if self._compiled is not None else self._activate(x), offer)
 
     def _activate(self, x: Tensor) -> Tensor:
         if self.gate is not None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds import comm
-from megatron_ds.kernels.norm import add_norm, layer_norm, rms_norm
-from megatron_ds.layers.linear import replicated_parameter
+from megatron_ds.kernels.norm import NORM, add_norm, layer_norm, rms_norm
+from megatron_ds.layers.linear import BiasOffer, replicated_parameter
 from megatron_ds.mesh import Axis
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
 
@@ -50,12 +50,23 @@ class Norm(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, p: float = 0.0, row_keys: Tensor | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        p: float = 0.0,
+        row_keys: Tensor | None = None,
+        offer: BiasOffer | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """The norm of ``x``; with a residual, the norm of ``residual + dropout(x)``, and that sum itself."""
+        """The norm of ``x``; with a residual, the norm of ``residual + dropout(x)``, and that sum itself.
+
+        ``offer``: of the linear layer that gave ``x``. The kernel takes it; plain torch would gain nothing by it.
+        """
         weight = _from_zero(self.weight) if self.zero_centered else self.weight
         if residual is not None:
-            return add_norm(x, residual, weight, self.bias, self.eps, kind=self.kind, p=p, row_keys=row_keys)
+            x_bias = offer.take() if offer is not None and NORM.choose(x) == "triton" else None
+            return add_norm(
+                x, residual, weight, self.bias, self.eps, kind=self.kind, p=p, row_keys=row_keys, x_bias=x_bias
+            )
         if self.kind == "layernorm":
             return layer_norm(x, weight, self.bias, self.eps)
         return rms_norm(x, weight, self.eps)
