@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.kernels.activation import GELU, GELU_TANH, SILU, bias_gelu, gated
+from megatron_ds.kernels.activation import BIAS_GELU, GELU, GELU_TANH, SILU, bias_gelu, gated
 from megatron_ds.kernels.cpu.compiled_activation import compiled_activation
 from megatron_ds.layers.linear import BiasOffer, ColumnParallelLinear, RowParallelLinear
 from megatron_ds.mesh import Axis
@@ -70,14 +70,18 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, offer: BiasOffer | None = None) -> Tensor:
         """``offer``: for what is the only one to use the output."""
-        # The bias is already in: the matmul adds it at no cost.
-        x = self.up(x) if self.gate is None else self.gate_up(x)
-        return self.down(self._compiled(x) if self._compiled is not None else self._activate(x), offer)
+        # The bias is already in: the matmul adds it at no cost. Its gradient is the activation's to make.
+        between = BiasOffer()
+        x = self.gate_up(x) if self.gate is not None else self.up(x, between)
+        return self.down(self._compiled(x) if self._compiled is not None else self._activate(x, between), offer)
 
-    def _activate(self, x: Tensor) -> Tensor:
+    def _activate(self, x: Tensor, between: BiasOffer) -> Tensor:
         if self.gate is not None:
             return gated(x, self.gate)
-        return x.relu() if self.relu else bias_gelu(x, None, self.approximate)
+        if self.relu:
+            return x.relu()
+        bias = between.take() if BIAS_GELU.choose(x) == "triton" else None
+        return bias_gelu(x, bias, self.approximate, added=True)
 
     def compile_activation(self) -> None:
         """``torch.compile`` the activation alone."""

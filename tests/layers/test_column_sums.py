@@ -60,12 +60,28 @@ def add(rows: Sequence[Tensor], totals: Sequence[Tensor], keep: Sequence[bool]) 
         total.copy_(total + sums if own else sums)
 
 
-TWINS = SimpleNamespace(norm=norm, norm_backward=norm_backward)
+def bias_gelu_backward(
+    grad: Any, x: Any, bias: Any, totals: Sequence[Tensor], keep: Sequence[bool], approximate: str
+) -> Tensor:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        out = F.gelu(leaf if bias is None else leaf + bias, approximate=approximate)
+    (d,) = torch.autograd.grad(out, leaf, grad)
+    add([d], totals, keep)
+    return d
+
+
+TWINS = SimpleNamespace(
+    norm=norm,
+    norm_backward=norm_backward,
+    bias_gelu=lambda x, bias, approximate: F.gelu(x if bias is None else x + bias, approximate=approximate),
+    bias_gelu_backward=bias_gelu_backward,
+)
 
 
 @contextmanager
 def fused() -> Iterator[None]:
-    with registry.use({"norm": "triton"}), patch.object(registry, "load_twin", lambda *_: TWINS):
+    with registry.use({"norm": "triton", "bias_gelu": "triton"}), patch.object(registry, "load_twin", lambda *_: TWINS):
         yield
 
 

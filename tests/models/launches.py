@@ -15,9 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ds.kernels import registry
 
-# Kernels of one call, where it is more than one: cuDNN's and flash attention's backward pass has three; our norms'
-# adds up the partial sums that its programs left.
-KERNELS = {"_scaled_dot_product_flash_attention_backward": 3, "norm_backward": 2}
+# Kernels of one call, where it is more than one: cuDNN's and flash attention's backward pass has three; our norms' and
+# GELU's add up the partial sums that their programs left, and so do the squares.
+KERNELS = {
+    "_scaled_dot_product_flash_attention_backward": 3,
+    "norm_backward": 2,
+    "bias_gelu_backward": 2,
+    "square_sum": 2,
+}
 # Without a kernel: memory, and other looks at it.
 NOTHING = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach", "lift_fresh",
