@@ -7,7 +7,7 @@ not what the master weight rounds to, the master weight follows it first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -45,12 +45,10 @@ def adamw_(
         low: ``[n]``, the weights in half precision; None: ``master`` are the weights.
         scale: 0-d fp32, on the device.
     """
-    n = numbers
-    rates = (n.lr, n.lr * n.weight_decay, n.beta1, n.beta2, n.eps, 1.0 - n.beta1**n.step, 1.0 - n.beta2**n.step)
     if ADAMW.choose(master) == "triton":
-        torch.ops.megatron_ds.adamw_(master, gradient, exp_avg, exp_avg_sq, low, scale, *rates)
+        torch.ops.megatron_ds.adamw_(master, gradient, exp_avg, exp_avg_sq, low, scale, *astuple(numbers))
     else:
-        adamw_reference_(master, gradient, exp_avg, exp_avg_sq, low, scale, *rates)
+        adamw_reference_(master, gradient, exp_avg, exp_avg_sq, low, scale, numbers)
 
 
 def adamw_reference_(
@@ -60,29 +58,24 @@ def adamw_reference_(
     exp_avg_sq: Tensor,
     low: Tensor | None,
     scale: Tensor,
-    lr: float,
-    decay: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    correction1: float,
-    correction2: float,
+    numbers: AdamWNumbers,
 ) -> None:
+    n = numbers
     if low is not None:
         master.copy_(torch.where(master.to(low.dtype) == low, master, low.to(master.dtype)))
     g = gradient * scale
-    exp_avg.lerp_(g, 1.0 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
-    master.mul_(1.0 - decay)
-    master.addcdiv_(exp_avg, (exp_avg_sq / correction2).sqrt_().add_(eps), value=-lr / correction1)
+    exp_avg.lerp_(g, 1.0 - n.beta1)
+    exp_avg_sq.mul_(n.beta2).addcmul_(g, g, value=1.0 - n.beta2)
+    master.mul_(1.0 - n.lr * n.weight_decay)
+    root = (exp_avg_sq / (1.0 - n.beta2**n.step)).sqrt_().add_(n.eps)
+    master.addcdiv_(exp_avg, root, value=-n.lr / (1.0 - n.beta1**n.step))
     if low is not None:
         low.copy_(master)
 
 
 define(
     "adamw_(Tensor(a!) master, Tensor gradient, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? low,"
-    " Tensor scale, float lr, float decay, float beta1, float beta2, float eps, float correction1, float correction2)"
-    " -> ()",
+    " Tensor scale, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()",
     lambda master, *rest: ADAMW.load(master).adamw_(master, *rest),
     lambda master, *rest: None,
 )

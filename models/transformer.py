@@ -235,12 +235,11 @@ class Transformer(nn.Module):
             micro_batch["labels"].t(),
             micro_batch["loss_mask"].t(),
             vocab_size=self.config.vocab_size,
-            logits=Logits(self.head.bias, self.config.logit_softcap),
+            logits=Logits(self.head.bias, self.config.logit_softcap, seed),
             tp=self.tp,
             sequence_parallel=self.sequence_parallel,
             label_smoothing=self.settings.label_smoothing if self.training else 0.0,
             z_loss=self.settings.z_loss if self.training else 0.0,
-            seed=seed,
         )
 
     @property

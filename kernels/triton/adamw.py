@@ -46,12 +46,11 @@ def adamw_(
     low: Tensor | None,
     scale: Tensor,
     lr: float,
-    decay: float,
     beta1: float,
     beta2: float,
     eps: float,
-    correction1: float,
-    correction2: float,
+    weight_decay: float,
+    step: int,
 ) -> None:
     if any(t is not None and not t.is_contiguous() for t in (master, gradient, exp_avg, exp_avg_sq, low)):
         raise ValueError("an update in one pass is of flat memory; use .contiguous()")
@@ -59,5 +58,6 @@ def adamw_(
         with on_device_of(master):
             adamw_kernel[(triton.cdiv(master.numel(), BLOCK),)](
                 master, gradient, exp_avg, exp_avg_sq, low, scale, master.numel(),
-                lr, decay, beta1, beta2, eps, correction1, correction2, BLOCK=BLOCK, num_warps=8,
+                lr, lr * weight_decay, beta1, beta2, eps, 1.0 - beta1**step, 1.0 - beta2**step,
+                BLOCK=BLOCK, num_warps=8,
             )  # fmt: skip

@@ -41,15 +41,18 @@ GPU_CHUNK_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Logits:
-    """What is done to ``hidden @ weight.T``.
+    """What is done to ``hidden @ weight.T``, and what is known of the gradient.
 
     Attributes:
         bias: ``[v / tp]``, added.
         softcap: then they are ``softcap * tanh(logits / softcap)`` (Gemma 2, section 2).
+        seed: 0-d, the gradient of the loss that the backward pass will be called with, where it follows at once: the
+            weight's main gradient is then written with the loss already.
     """
 
     bias: Tensor | None = None
     softcap: float | None = None
+    seed: Tensor | None = None
 
 
 def linear_cross_entropy(
@@ -64,7 +67,6 @@ def linear_cross_entropy(
     sequence_parallel: bool = False,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    seed: Tensor | None = None,
 ) -> Tensor:
     """Sum of the losses of the unmasked tokens, a scalar in fp32 (fp64 for fp64 inputs), equal on every rank.
 
@@ -75,16 +77,14 @@ def linear_cross_entropy(
         loss_mask: ``[s, b]`` bool, True where the token counts.
         vocab_size: real tokens; rows of the global table beyond it are padding.
         logits: what they are besides ``hidden @ weight.T``.
-        seed: 0-d, the gradient of the sum that the backward pass will be called with, where it follows at once: the
-            weight's main gradient is then written here already.
     """
-    bias, softcap = (None, None) if logits is None else (logits.bias, logits.softcap)
+    given = Logits() if logits is None else logits
     _check_labels(labels, loss_mask, vocab_size)
     grad_enabled = torch.is_grad_enabled()
-    if hidden.dtype == torch.float16:
-        seed = None  # the loss scale is in it: logits' gradients times that could leave fp16's range
-    rules = _Rules(vocab_size, tp, weight.shape[0], label_smoothing, z_loss, grad_enabled, softcap, seed)
-    return _LinearCrossEntropy.apply(hidden, weight, bias, labels, loss_mask, rules, sequence_parallel)
+    # In fp16 the loss scale is in it: logits' gradients times that could leave the dtype's range.
+    seed = None if hidden.dtype == torch.float16 else given.seed
+    rules = _Rules(vocab_size, tp, weight.shape[0], label_smoothing, z_loss, grad_enabled, given.softcap, seed)
+    return _LinearCrossEntropy.apply(hidden, weight, given.bias, labels, loss_mask, rules, sequence_parallel)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class _Rules:
 
     Attributes:
         rows: of the padded vocabulary on this rank.
-        seed: see :func:`linear_cross_entropy`.
+        seed: see :class:`Logits`.
         grad_enabled: inside an autograd function the grad mode is always off, and needs_input_grad does not know of it.
     """
 

@@ -114,7 +114,7 @@ def adamw(low: torch.dtype | None) -> None:
 
     x = meta(1 << 20, dtype=SINGLE)
     half = None if low is None else meta(1 << 20, dtype=low)
-    adamw_(x, x, x, x, half, meta(1, dtype=SINGLE), 1e-4, 1e-5, 0.9, 0.95, 1e-8, 0.1, 0.05)
+    adamw_(x, x, x, x, half, meta(1, dtype=SINGLE), 1e-4, 0.9, 0.95, 1e-8, 0.1, 3)
 
 
 # Shapes of models that people train: Llama 8B and 70B, GPT-3, BLOOM, QK-norm of heads of 128, a 16k hidden size.

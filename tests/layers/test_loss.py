@@ -109,12 +109,11 @@ def computed(case: Case, tp: Axis, seeded: bool = False) -> tuple[Tensor, Tensor
             labels,
             mask,
             vocab_size=case.vocab,
-            logits=loss.Logits(own_bias, case.softcap),
+            logits=loss.Logits(own_bias, case.softcap, seed),
             tp=tp,
             sequence_parallel=case.sequence_parallel,
             label_smoothing=case.smoothing,
             z_loss=case.z_loss,
-            seed=seed,
         )
     if seeded:
         # The weight's gradient is there already, but in fp16, where the loss scale is in the seed.
@@ -188,9 +187,10 @@ def test_what_is_written_beforehand_adds_up() -> None:
     buffer = main_gradient(weight.requires_grad_(), 2.0, True)
     seed = torch.tensor(SEED_GRADIENT, dtype=torch.float64)
     for micro_batch in (1, 2):
-        linear_cross_entropy(hidden, weight, labels, mask, vocab_size=case.vocab, tp=Axis("tp"), seed=seed).backward(
-            seed
+        total = linear_cross_entropy(
+            hidden, weight, labels, mask, vocab_size=case.vocab, logits=loss.Logits(seed=seed), tp=Axis("tp")
         )
+        total.backward(seed)
         assert (buffer - 2.0 - micro_batch * want).abs().max() < 1e-12
     assert weight.main_grad.writes == 2  # type: ignore[attr-defined]
 
@@ -300,7 +300,8 @@ def test_beside_the_gradients_there_is_one_chunk_of_logits(dtype: torch.dtype) -
         assert gradients + logits <= peak < gradients + logits + 200_000
         # With a main gradient and a seed there is no other gradient of the weight.
         main_gradient(weight, 0.0, True)
-        peak = peak_bytes(lambda: linear_cross_entropy(*arguments, seed=torch.tensor(0.5), **options))
+        seeded = loss.Logits(seed=torch.tensor(0.5))
+        peak = peak_bytes(lambda: linear_cross_entropy(*arguments, logits=seeded, **options))
         blocks = 2 << 20 if dtype == torch.bfloat16 else 0  # of a product that is rounded before it is added
         assert hidden.nbytes + logits <= peak < hidden.nbytes + logits + blocks + 200_000
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from megatron_ds.config import OptimizerConfig, ZeroConfig
 from megatron_ds.kernels import registry
-from megatron_ds.kernels.adamw import adamw_reference_
+from megatron_ds.kernels.adamw import AdamWNumbers, adamw_reference_
 from megatron_ds.mesh import Mesh
 from megatron_ds.shard import ShardSpec
 from megatron_ds.zero.optimizer import ZeroOptimizer
@@ -29,9 +30,9 @@ def calls() -> Iterator[list[int]]:
     """Elements of each call of the kernel."""
     made: list[int] = []
 
-    def adamw_(master: Tensor, *rest: Tensor) -> None:
+    def adamw_(master: Tensor, *rest: Any) -> None:
         made.append(master.numel())
-        adamw_reference_(master, *rest)  # type: ignore[arg-type]
+        adamw_reference_(master, *rest[:5], AdamWNumbers(*rest[5:]))
 
     with (
         registry.use({"adamw": "triton"}),

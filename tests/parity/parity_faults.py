@@ -102,7 +102,7 @@ def norm_gradients_not_summed_over_tp() -> AbstractContextManager[Any]:
 
 
 def bias_before_the_reduction() -> AbstractContextManager[Any]:
-    def forward(layer: linear.RowParallelLinear, x: Tensor) -> Tensor:
+    def forward(layer: linear.RowParallelLinear, x: Tensor, offer: Any = None) -> Tensor:
         return comm.reduce_from_region(F.linear(x, layer.weight, layer.bias), layer.tp)
 
     return patch.object(linear.RowParallelLinear, "forward", forward)
@@ -182,8 +182,8 @@ def norm_of_the_own_stage() -> AbstractContextManager[Any]:
 def smoothing_over_the_local_vocabulary() -> AbstractContextManager[Any]:
     chunk = loss._chunk
 
-    def local(logits: Tensor, labels: Tensor, mask: Tensor, rules: Any, want_gradient: bool) -> Any:
-        return chunk(logits, labels, mask, replace(rules, vocab_size=logits.shape[1]), want_gradient)
+    def local(logits: Tensor, labels: Tensor, mask: Tensor, rules: Any, *others: Any) -> Any:
+        return chunk(logits, labels, mask, replace(rules, vocab_size=logits.shape[1]), *others)
 
     return patch.object(loss, "_chunk", local)
 
