@@ -94,7 +94,7 @@ class Twin:
             parameters = group["params"]
             group.clear()
             group.update({key: copied(value) for key, value in common.groups[index].items()})
-            self._choose_implementation(group)
+            self._choose_implementation(group, parameters)
             group["params"] = parameters
         state = self.optimizer.state
         for key in [key for key in state if not isinstance(key, torch.Tensor)]:
@@ -112,13 +112,16 @@ class Twin:
         }
         return Common(groups, mine.state, mine.attributes)
 
-    def _choose_implementation(self, group: dict[str, Any]) -> None:
+    def _choose_implementation(self, group: dict[str, Any], parameters: Sequence[torch.Tensor]) -> None:
         """torch's fused update where it has one and nobody chose another implementation.
 
         Over flat segments it is always possible; torch's own choice on a CPU is a loop of several passes over memory.
         """
         chosen = any(group.get(key) for key in IMPLEMENTATION)
         unsaid = group.get("foreach", True) is None and group.get("fused", True) is None
+        if type(self._of) is torch.optim.SGD:  # its fused update takes momentum of all parameters or of none
+            started = {self.state.get(p, {}).get("momentum_buffer") is None for p in parameters}
+            unsaid = unsaid and len(started) < 2
         if unsaid and not chosen and type(self._of) in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
             group["fused"] = True
 
