@@ -10,7 +10,12 @@ from megatron_ds.kernels.cpu import onednn
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ weight.T + bias``: ``[..., in]``, ``[out, in]``, ``[out]`` -> ``[..., out]``."""
-    return onednn.product(x, weight, bias) if onednn.is_faster(x) else F.linear(x, weight, bias)
+    if onednn.is_faster(x):
+        return onednn.product(x, weight, bias)
+    if bias is None or x.dim() == 2:
+        return F.linear(x, weight, bias)
+    # torch flattens it as well, but by sizes that a recorded graph then has for good.
+    return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
 
 
 def linear_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:

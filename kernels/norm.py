@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.kernels.column_sums import ColumnSums, with_bias_gradient
-from megatron_ds.kernels.cpu.half_layer_norm import HalfLayerNorm
+from megatron_ds.kernels.cpu.half_layer_norm import HalfLayerNorm, half_layer_norm
 from megatron_ds.kernels.dropout import dropout_add, threshold
 from megatron_ds.kernels.registry import Op, below_autograd, define
 
@@ -29,7 +29,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16):
-        return HalfLayerNorm.apply(x, weight, bias, eps)
+        norm = HalfLayerNorm.apply if torch.is_grad_enabled() else half_layer_norm
+        return norm(x, weight, bias, eps)
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 

@@ -20,8 +20,7 @@ class HalfLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        shift = None if bias is None else bias.float()
-        y, mean, rstd = torch.native_layer_norm(x, weight.shape, weight.float(), shift, eps)
+        y, mean, rstd = _normed(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         return y
 
@@ -31,6 +30,16 @@ class HalfLayerNorm(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         d_x, d_weight, d_bias = layer_norm_gradients(grads[0], x, weight, bias, mean, rstd)
         return d_x, d_weight.to(weight.dtype), None if bias is None or d_bias is None else d_bias.to(bias.dtype), None
+
+
+def half_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """The forward pass alone."""
+    return _normed(x, weight, bias, eps)[0]
+
+
+def _normed(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm, and fp32 mean and reciprocal deviation of each row."""
+    return torch.native_layer_norm(x, weight.shape, weight.float(), None if bias is None else bias.float(), eps)
 
 
 def layer_norm_gradients(

@@ -1,8 +1,8 @@
 """Products whose rows do not depend, bit for bit, on how many other rows are computed with them.
 
 A matrix product chooses its kernel by its number of rows, and each kernel adds up in an order of its own. So the rows
-are computed in tiles of sizes for which one kernel serves. Which sizes those are was tried on a CPU with AMX
-(torch 2.13, oneDNN); ``tests/inference/test_batch_invariance.py`` tries them anew on the machine it runs on.
+are computed in tiles of one size, for which one kernel serves; ``tests/inference/test_batch_invariance.py`` tries that
+on the machine it runs on.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_ds.layers.recipe import OwnPrecision
+from megatron_ds.layers.recipe import Recipe
 
 TILE = 32
 
 
-class BatchInvariant(OwnPrecision):
-    """A layer's own precision, in tiles of rows."""
+class BatchInvariant(Recipe):
+    """The products of another recipe, in tiles of rows."""
+
+    def __init__(self, of: Recipe):
+        super().__init__()
+        self.of, self.has_weight = of, of.has_weight
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -27,4 +31,4 @@ class BatchInvariant(OwnPrecision):
         count = rows.shape[0]
         if count < TILE:
             rows = torch.cat((rows, rows.new_zeros(TILE - count, rows.shape[1])))
-        return super().product(rows, weight, bias)[:count]
+        return self.of.product(rows, weight, bias)[:count]

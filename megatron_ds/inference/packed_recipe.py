@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_ds.inference.quantized_recipes import linear_layers, release, rows_of
+from megatron_ds.inference.quantized_recipes import linear_layers, release, release_head, rows_of
 from megatron_ds.kernels.cpu import onednn
 from megatron_ds.layers.recipe import OwnPrecision, Recipe
 from megatron_ds.models.transformer import Transformer
@@ -16,6 +16,8 @@ class PackedWeight(Recipe):
     Args:
         weight: ``[out, in]`` of this rank.
     """
+
+    has_weight = True
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -42,6 +44,5 @@ def pack_model(model: Transformer) -> Recipe | None:
     if not model.span.head or not onednn.can_pack(model.output_weight):
         return None
     recipe = PackedWeight(model.output_weight.detach())
-    if not model.config.tied_embeddings:
-        release(model.output_weight)
+    release_head(model)
     return recipe

@@ -96,8 +96,8 @@ class PagedBatch:
             raise ConfigError("a key/value cache serves causal attention over all keys or a window, no sparse layout")
         tiles = [self._tile(numbered, rules) for numbered in self.together]
         heads = 1 if rules.alibi is None else len(rules.alibi.slopes)
-        keep = heads * sum(tile.queries.numel() * tile.places.shape[1] for tile in tiles) <= _KEPT_BIASES
-        return PagedCore(self, rules, tiles, [tile.bias(rules, dtype) for tile in tiles] if keep else None)
+        keep = heads * sum(tile.texts * tile.count * tile.length for tile in tiles) <= _KEPT_BIASES
+        return PagedCore(self, rules, tiles, [tile.bias(rules, dtype, device) for tile in tiles] if keep else None)
 
     def _tile(self, numbered: Sequence[tuple[int, PagedSpan]], rules: AttentionRules) -> _Tile:
         spans = [span for _, span in numbered]
@@ -105,16 +105,18 @@ class PagedBatch:
         slots = [self.slots[number][first : span.stop] for (number, span), first in zip(numbered, firsts)]
         most, count, device = max(map(len, slots)), spans[0].count, self.cache.device
         padded = any(len(of_span) < most for of_span in slots)
-        every = np.empty((len(spans), most), np.int64)
-        for row, of_span in zip(every, slots):
-            row[: len(of_span)] = of_span
-            row[len(of_span) :] = of_span[0]  # hidden from the query; its own, for nobody reads the keys of others
+        if padded:  # hidden from the query; its own, for nobody reads the keys of others
+            slots = [np.pad(of_span, (0, most - len(of_span)), constant_values=of_span[0]) for of_span in slots]
         plain = rules.window is None and rules.alibi is None and rules.softcap is None
         return _Tile(
-            _index(np.concatenate([np.arange(span.first, span.first + count) for span in spans]), device),
-            _index(every.ravel(), device),
-            torch.tensor([[span.start] for span in spans], device=device) + torch.arange(count, device=device),
-            torch.tensor([[first] for first in firsts], device=device) + torch.arange(most, device=device),
+            None
+            if len(self.together) == 1
+            else _index(np.concatenate([np.arange(span.first, span.first + count) for span in spans]), device),
+            _index(slots[0] if len(slots) == 1 else np.concatenate(slots), device),
+            [span.start for span in spans],
+            firsts,
+            count,
+            most,
             causal=plain and count > 1 and spans[0].start == 0,
             sees_all=rules.alibi is None and count == 1 and not padded,
         )
@@ -125,29 +127,46 @@ class _Tile:
     """Queries that are attended to in one call, as many of each text.
 
     Attributes:
-        rows: of the step, those of one text after those of another.
+        rows: of the step, those of one text after those of another; None: all, in their order.
         slots: of the cache, where their keys and values are, likewise.
-        queries, places: of queries and keys in their texts, ``[b, c]`` and ``[b, l]``.
+        starts, firsts: places in its text of each text's first query and first key.
+        count, length: queries and keys of each text.
         causal: no rule but causality holds, and the queries are those of all keys.
         sees_all: every query sees every key, without a bias.
     """
 
-    rows: slice | Tensor
+    rows: slice | Tensor | None
     slots: slice | Tensor
-    queries: Tensor
-    places: Tensor
+    starts: Sequence[int]
+    firsts: Sequence[int]
+    count: int
+    length: int
     causal: bool
     sees_all: bool
 
-    def bias(self, rules: AttentionRules, dtype: torch.dtype) -> Tensor | None:
+    @property
+    def texts(self) -> int:
+        return len(self.starts)
+
+    def bias(self, rules: AttentionRules, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         if self.causal or self.sees_all:
             return None
-        return span_bias(self.queries, self.places, dtype, rules.window, rules.alibi)
+        queries, keys = (
+            torch.tensor(first, device=device).unsqueeze(1) + torch.arange(count, device=device)
+            for first, count in ((self.starts, self.count), (self.firsts, self.length))
+        )
+        return span_bias(queries, keys, dtype, rules.window, rules.alibi)
+
+    def queries(self, q: Tensor) -> Tensor:
+        """``[b, c, n, d]`` of the step's ``q [t, n, d]``."""
+        if self.rows is not None:
+            q = q[self.rows] if isinstance(self.rows, slice) else q.index_select(0, self.rows)
+        return q.reshape(self.texts, self.count, *q.shape[1:])
 
     def read(self, of_layer: Pages, dtype: torch.dtype) -> Tensor:
         """``[b, l, g, d]`` of the cache's keys or values."""
         found = of_layer.read(self.slots, dtype)
-        return found.view(*self.places.shape, *found.shape[1:])
+        return found.view(self.texts, self.length, *found.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -170,24 +189,25 @@ class PagedCore:
         keys.write(self.batch.written, k[:, 0])
         values.write(self.batch.written, v[:, 0])
         q = q[:, 0]
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        for number, tile in enumerate(self.tiles):
-            bias = tile.bias(self.rules, q.dtype) if self.biases is None else self.biases[number]
-            found = span_attention(
-                (q[tile.rows] if isinstance(tile.rows, slice) else q.index_select(0, tile.rows)).reshape(
-                    *tile.queries.shape, *q.shape[1:]
-                ),
-                tile.read(keys, q.dtype),
-                tile.read(values, q.dtype),
-                bias,
-                tile.causal,
-                self.rules.softcap,
-            ).flatten(0, 1)
-            if isinstance(tile.rows, slice):
-                out[tile.rows] = found
-            else:
-                out.index_copy_(0, tile.rows, found)
+        found = [self._of_tile(number, tile, q, keys, values) for number, tile in enumerate(self.tiles)]
+        if len(found) == 1:
+            return found[0].reshape(len(q), 1, -1)
+        out = torch.empty_like(q)
+        for tile, of_tile in zip(self.tiles, found):
+            assert tile.rows is not None
+            out[tile.rows] = of_tile.flatten(0, 1)
         return out.flatten(1).unsqueeze(1)
+
+    def _of_tile(self, number: int, tile: _Tile, q: Tensor, keys: Pages, values: Pages) -> Tensor:
+        bias = tile.bias(self.rules, q.dtype, q.device) if self.biases is None else self.biases[number]
+        return span_attention(
+            tile.queries(q),
+            tile.read(keys, q.dtype),
+            tile.read(values, q.dtype),
+            bias,
+            tile.causal,
+            self.rules.softcap,
+        )
 
 
 def _slots(span: PagedSpan, size: int) -> np.ndarray:

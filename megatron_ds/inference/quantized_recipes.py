@@ -28,6 +28,7 @@ from megatron_ds.kernels.float8 import E4M3
 from megatron_ds.layers.linear import RepeatedKVLinear, RowParallelLinear
 from megatron_ds.layers.recipe import Recipe, linear
 from megatron_ds.mesh import Axis
+from megatron_ds.models.transformer import Transformer
 
 _HALF = (torch.bfloat16, torch.float16)
 _DIGIT = 254
@@ -41,6 +42,8 @@ class _Quantized(Recipe):
         weight: of this rank. tp: the ranks among which the inputs are split, or None.
         dtype: of inputs and products.
     """
+
+    has_weight = True
 
     def __init__(self, weight: QuantizedWeight, tp: Axis | None, dtype: torch.dtype):
         super().__init__()
@@ -165,15 +168,13 @@ def require_scheme(scheme: str) -> None:
         raise ConfigError(f"quantization={scheme!r}; use one of {', '.join(map(repr, RECIPES))}, or None")
 
 
-def quantize_model(model: nn.Module, head: Tensor | None, scheme: str) -> Recipe | None:
+def quantize_model(model: Transformer, scheme: str) -> Recipe | None:
     """Give every linear layer of ``model`` its weight in fewer bits, and the memory of the old ones back.
 
-    Args:
-        head: the weight of the vocabulary's projection on this rank, where the stage has it; it stays as it is, for
-            it may be the embedding's too.
+    A head's that is the embedding's too stays as it is.
 
     Returns:
-        The recipe of the vocabulary's projection.
+        The recipe of the vocabulary's projection, where the stage has it.
 
     Raises:
         ConfigError: no such scheme, or a layer that it cannot serve.
@@ -182,10 +183,12 @@ def quantize_model(model: nn.Module, head: Tensor | None, scheme: str) -> Recipe
     for module in linear_layers(model):
         weight: Tensor = module.weight  # type: ignore[assignment]
         use_weight(module, quantize(rows_of(module, weight.detach()), scheme, _split(module)))
-    if head is None:
+    if not model.span.head:
         return None
-    of_head = "int8" if scheme == "int4" else scheme
-    return RECIPES[of_head](quantize(head.detach(), of_head), None, head.dtype)
+    head, of_head = model.output_weight, "int8" if scheme == "int4" else scheme
+    recipe = RECIPES[of_head](quantize(head.detach(), of_head), None, head.dtype)
+    release_head(model)
+    return recipe
 
 
 def linear_layers(model: nn.Module) -> list[nn.Module]:
@@ -209,6 +212,12 @@ def use_weight(module: nn.Module, quantized: QuantizedWeight) -> None:
 def release(weight: Tensor) -> None:
     """Give back the memory of a weight that a recipe has in another form; it keeps its shape."""
     weight.data = weight.new_zeros(()).expand(weight.shape)
+
+
+def release_head(model: Transformer) -> None:
+    """Give back the memory of the vocabulary's projection, unless it is the embedding's too."""
+    if not model.config.tied_embeddings:
+        release(model.output_weight)
 
 
 def _split(module: nn.Module) -> Axis | None:

@@ -260,7 +260,7 @@ class ServingEngine:
                     ends += range(row - 1 - len(span.draft), row)
             if last:
                 asked = [self._row(span, place) for span in last for place in range(1 + len(span.draft))]
-                sampled = self.sampler.sample(logits[ends], asked)
+                sampled = self.sampler.sample(logits if len(ends) == len(logits) else logits[ends], asked)
                 found = [sampled.tokens, _listed(sampled.logprobs), _listed(sampled.processed)]
         if mesh.pp.size > 1:
             found = from_last(mesh.pp, found)

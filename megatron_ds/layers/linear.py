@@ -199,7 +199,8 @@ class RepeatedKVLinear(_Linear):
         self.kv_head, self.first_query = tp.rank // ranks, tp.rank % ranks * self.queries
 
     def forward(self, x: Tensor) -> Tensor:
-        return _column_linear(x, self.own(self.weight), None if self.bias is None else self.own(self.bias), self)
+        weight = self.weight[self.kv_head] if self.recipe.has_weight else self.own(self.weight)
+        return _column_linear(x, weight, None if self.bias is None else self.own(self.bias), self)
 
     def own(self, parameter: Tensor) -> Tensor:
         """``[q + 2, d, ...]`` of a parameter."""
@@ -341,7 +342,7 @@ class _Lookup(torch.autograd.Function):
 
 def lookup(indices: Tensor, table: Tensor) -> Tensor:
     """``table[indices]``: ``[...]`` int64, ``[rows, h]`` -> ``[..., h]``; the table's gradient is summed in fp32."""
-    return _Lookup.apply(indices, table)
+    return _Lookup.apply(indices, table) if torch.is_grad_enabled() else F.embedding(indices, table)
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -27,7 +27,13 @@ from megatron_ds.shard import ShardedDim, ShardSpec
 
 
 class Recipe(nn.Module):
-    """The products of one linear layer. They run inside the layer's backward pass, which autograd does not record."""
+    """The products of one linear layer. They run inside the layer's backward pass, which autograd does not record.
+
+    Attributes:
+        has_weight: it keeps the weight in a form of its own, and what the layer gives it is not read.
+    """
+
+    has_weight = False
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``: ``[..., out]``."""

@@ -11,6 +11,9 @@ from hf_models import _llama
 
 from megatron_ds.inference import LLM, SamplingParams
 from megatron_ds.inference.invariant_recipe import BatchInvariant
+from megatron_ds.inference.packed_recipe import PackedWeight
+from megatron_ds.kernels.cpu import onednn
+from megatron_ds.layers.recipe import OwnPrecision
 
 SIZES = {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -40,10 +43,12 @@ def test_neighbours_change_no_bit(folder: Path, dtype: str) -> None:
         assert llm.engine.batcher.preemptions == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_a_row_does_not_depend_on_the_number_of_rows(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(1031, 344).to(dtype), torch.randn(300, 344).to(dtype)
-    want = BatchInvariant().product(x, weight, None)
-    for count in (1, 2, 3, 7, 16, 31, 33, 64, 100, 129, 300):
-        assert torch.equal(BatchInvariant().product(x[:count], weight, None), want[:count]), count
+    of = [OwnPrecision(), *([PackedWeight(weight)] if onednn.can_pack(weight) else [])]
+    for recipe in map(BatchInvariant, of):
+        want = recipe.product(x, weight, None)
+        for count in (1, 2, 3, 7, 16, 31, 33, 64, 100, 129, 300):
+            assert torch.equal(recipe.product(x[:count], weight, None), want[:count]), count

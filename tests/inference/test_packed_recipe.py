@@ -10,8 +10,11 @@ from hf_models import _llama
 
 from megatron_ds.inference import LLM, SamplingParams
 from megatron_ds.inference.packed_recipe import PackedWeight
+from megatron_ds.inference.quantized_recipes import release, rows_of
 from megatron_ds.kernels.cpu import onednn
+from megatron_ds.layers.linear import RepeatedKVLinear
 from megatron_ds.layers.recipe import OwnPrecision
+from megatron_ds.mesh import Mesh
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -54,3 +57,18 @@ def test_a_served_model_has_packed_weights_alone(tmp_path: Path, tied: bool) -> 
     for mine, theirs in zip(found[1:], want[1:], strict=True):
         assert mine == pytest.approx(theirs, abs=1e-4)
     assert answers[0].outputs[0].token_ids == answers[1].outputs[0].token_ids
+
+
+def test_a_projection_of_repeated_heads_copies_no_weight_that_its_recipe_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = RepeatedKVLinear(
+        "qkv", 16, (1, 4, 8), bias=False, tp=Mesh.single().tp, sequence_parallel=False, init_std=0.02
+    )
+    layer.weight.data.normal_()
+    x = torch.randn(3, 1, 16)
+    with torch.no_grad():
+        want = layer(x)
+        layer.recipe = PackedWeight(rows_of(layer, layer.weight))
+        release(layer.weight)
+        monkeypatch.setattr(layer, "own", lambda _: pytest.fail("the placeholder was copied"))
+        assert torch.allclose(layer(x), want, atol=1e-6)

@@ -108,7 +108,10 @@ def test_folders_of_others_are_read(tmp_path: Path, scheme: str) -> None:
 def test_the_folder_is_what_quantising_in_memory_gives(tmp_path: Path, scheme: str) -> None:
     save_model("llama", tmp_path / "whole", torch.bfloat16)
     folder = export_quantized(tmp_path / "whole", tmp_path / "fewer", scheme)
-    with LLM(tmp_path / "whole", quantization=scheme) as one, LLM(folder) as two:
+    with (
+        LLM(tmp_path / "whole", quantization=scheme, enforce_eager=True) as one,
+        LLM(folder, enforce_eager=True) as two,
+    ):
         layers = [llm.engine.runner.model.layers["1"] for llm in (one, two)]
         states = [dict(layer.named_buffers()) for layer in layers]
         assert states[0].keys() == states[1].keys() and len(states[0]) >= 8

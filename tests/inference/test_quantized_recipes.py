@@ -47,7 +47,7 @@ def logprobs_of(scheme: str, ranks: int) -> Any:
     mesh = Mesh.create(MeshShape(tp=ranks), torch.device("cpu"))
     config = config_of("llama").model_copy(update={"hidden_size": 128, "ffn_hidden_size": 128, "vocab_multiple": 16})
     model = stage_of(config, mesh)
-    head = quantize_model(model, model.output_weight, scheme)
+    head = quantize_model(model, scheme)
     engine = engine_of(model, mesh)
     engine.runner = ModelRunner(model, mesh, CacheSize(64, 4, torch.float64), head)
     if mesh.rank > 0:
@@ -77,13 +77,15 @@ def test_a_served_model_stays_near_itself_and_gives_memory_back(tmp_path: Path, 
     tokens = list(range(3, 60))
     sums = []
     for quantization in (None, scheme):
-        with LLM(tmp_path, quantization=quantization) as llm:
+        with LLM(tmp_path, quantization=quantization, enforce_eager=True) as llm:
             (output,) = llm.generate(tokens, params, use_tqdm=False)
             sums.append(sum(of[t] for t, of in zip(tokens[1:], (output.prompt_logprobs or [])[1:]) if of is not None))
             linears = llm.engine.runner.model.layers["0"].mlp
             held = sum(p.untyped_storage().nbytes() for p in linears.parameters())
             held += sum(b.untyped_storage().nbytes() for b in linears.buffers())
             whole = 2 * sum(p.numel() for p in linears.parameters())
+            of_head = llm.engine.runner.model.output_weight
+            assert of_head.untyped_storage().nbytes() == of_head.itemsize, "the head's recipe has it"
             assert held < (1.01 if quantization is None else 0.35 if scheme == "int4" else 0.54) * whole
     assert sums[1] != sums[0] and abs(sums[1] - sums[0]) / 56 < 0.05, "log-probability of a token"
 

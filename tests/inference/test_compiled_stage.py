@@ -1,0 +1,88 @@
+"""Steps as compiled graphs compute what the model's own code does, for one token and for any number."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import make
+from served import VOCAB, config_of, engine_of, stage_of
+
+from megatron_ds.errors import ConfigError
+from megatron_ds.inference import SamplingParams, served_model
+from megatron_ds.inference.compiled_stage import MOST_TOKENS, CompiledStage
+from megatron_ds.inference.packed_recipe import PackedWeight, pack_model
+from megatron_ds.inference.serving_engine import ServingEngine
+from megatron_ds.kernels.cpu.compiled_graph import compile_graph, record
+from megatron_ds.mesh import Mesh
+from megatron_ds.models.transformer import Transformer
+
+PROMPTS = [[(7 * i + 3 * j) % VOCAB for i in range(length)] for j, length in enumerate((1, 2, 33, 60, 5))]
+
+
+def logprobs_of(engine: ServingEngine, alone: int) -> list[dict[int, float]]:
+    """Of some texts together, and then of one by itself, whose steps are of one token."""
+    params = SamplingParams(temperature=0.0, max_tokens=6, logprobs=3, ignore_eos=True)
+    found: dict[str, list[dict[int, float]]] = {}
+    for number, prompt in [*enumerate(PROMPTS), (9, PROMPTS[alone])]:
+        if number == 9:
+            while engine.has_work:
+                found |= {output.request_id: output.outputs[0].logprobs or [] for output in engine.step()}
+        engine.add(str(number), prompt, params)
+    while engine.has_work:
+        found |= {output.request_id: output.outputs[0].logprobs or [] for output in engine.step()}
+    return [of_token for name in sorted(found) for of_token in found[name]]
+
+
+def test_a_compiled_model_says_the_same_to_1e_10() -> None:
+    """Gemma's settings: layers with a window among others, scaled embeddings, softcaps."""
+    model = stage_of(config_of("gemma"))
+    want = logprobs_of(engine_of(model), 2)
+    engine = engine_of(model, budget=MOST_TOKENS // 2)
+    engine.runner.compile()
+    found = logprobs_of(engine, 2)
+    assert len(found) == len(want) == 36
+    for mine, theirs in zip(found, want, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-10)
+
+
+def build(name: str, folder: Path, dtype: torch.dtype) -> Transformer:
+    make(name).save_pretrained(folder)
+    return served_model.build(served_model.find(folder), Mesh.single(), dtype)
+
+
+@pytest.mark.parametrize("name", ["olmo2", "gpt-j", "opt", "falcon-rw-1b"])
+def test_a_family_is_recorded_as_it_computes(tmp_path: Path, name: str) -> None:
+    model = build(name, tmp_path, torch.float64)
+    want = logprobs_of(engine_of(model), 1)
+    engine = engine_of(model, budget=MOST_TOKENS // 2)
+    engine.runner.hidden_states = CompiledStage(model, compiled=False).hidden_states
+    for mine, theirs in zip(logprobs_of(engine, 1), want, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)  # a table of sines in fp32
+
+
+def test_half_precision_and_packed_weights_are_recorded(tmp_path: Path) -> None:
+    model = build("opt", tmp_path, torch.bfloat16)
+    head = pack_model(model)
+    assert isinstance(head, PackedWeight)
+    CompiledStage(model, compiled=False)
+
+
+def test_a_size_that_decides_what_is_computed_is_refused() -> None:
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        return x.sin() if x.shape[0] == 61 else x
+
+    with pytest.raises(ConfigError, match="other numbers of tokens; use enforce_eager=True"):
+        record(cut, [torch.ones(61)], dynamic=True)
+
+
+def test_without_a_compiler_the_error_says_what_helps() -> None:
+    from torch._inductor import config
+
+    graph = record(lambda x: x.sin() + 1, [torch.ones(4)], dynamic=False)
+    with (
+        config.patch({"cpp.cxx": ("/nowhere/g++",)}),
+        pytest.raises(ConfigError, match=r"install g\+\+, or use enforce"),
+    ):
+        compile_graph(graph)
