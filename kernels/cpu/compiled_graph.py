@@ -57,7 +57,7 @@ def compile_graph(graph: GraphModule) -> Callable[..., Tensor]:
     from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
     try:
-        with torch.no_grad(), config.patch(size_asserts=False, alignment_asserts=False):
+        with torch.no_grad(), config.patch(size_asserts=False, alignment_asserts=False, compile_threads=1):
             compiled = compile_fx_inner(graph, _inputs(graph))
     except InductorError as error:
         if not isinstance(error.inner_exception, InvalidCxxCompiler):
