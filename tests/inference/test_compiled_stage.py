@@ -36,7 +36,7 @@ def logprobs_of(engine: ServingEngine, alone: int) -> list[dict[int, float]]:
 
 
 def test_a_compiled_model_says_the_same_to_1e_10() -> None:
-    """GPT-2: rotary positions take their sines in fp32 in any precision, and a compiled sine differs in its last bit."""
+    """GPT-2, for rotary positions take their sines in fp32 always, and a compiled sine differs in its last bit."""
     model = stage_of(config_of("gpt2").model_copy(update={"num_layers": 1}), Mesh.single())
     want = logprobs_of(engine_of(model), 2)
     engine = engine_of(model, budget=MOST_TOKENS // 2)
