@@ -20,7 +20,7 @@ from megatron_ds.kernels.autograd import first_derivative_only
 
 def with_bias_gradient(x: Tensor, bias: Tensor) -> Tensor:
     """``x [..., columns]``, which has ``bias [columns]`` in it already, detached: the bias gets its gradient here."""
-    return _WithBiasGradient.apply(x, bias)
+    return _WithBiasGradient.apply(x, bias) if torch.is_grad_enabled() else x
 
 
 class _WithBiasGradient(torch.autograd.Function):
