@@ -132,8 +132,7 @@ class LLM:
         if draft is not None:
             draft.open(blocks, block_size)
         self.engine = ServingEngine(runner, batcher, mesh, self.max_model_len, self.tokenizer, ends, draft)
-        self._numbers = itertools.count()
-        self._open = True
+        self._numbers, self._open = itertools.count(), True
 
     # Prompts
 
