@@ -7,6 +7,8 @@ vocabulary. The passes have no gradient: the loss computes its own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -119,6 +121,53 @@ def logit_gradient_reference(
     return gradient.scatter_add_(1, target.masked_fill(~here, 0).unsqueeze(1), hit.unsqueeze(1))
 
 
+def losses_of(
+    lse: Tensor,
+    target_logit: Tensor,
+    sum_of_logits: Tensor,
+    *,
+    label_smoothing: float,
+    z_loss: float,
+    vocab_size: int,
+) -> Tensor:
+    """``[t]``, each token's loss, from what all ranks know of it together."""
+    losses = lse - (1.0 - label_smoothing) * target_logit
+    if label_smoothing:
+        losses = losses - label_smoothing / vocab_size * sum_of_logits
+    if z_loss:
+        losses = losses + z_loss * lse.square()
+    return losses
+
+
+def token_losses(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    seed: Tensor | None,
+    *,
+    label_smoothing: float,
+    z_loss: float,
+    vocab_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Losses and gradient where one rank has the whole vocabulary: a token's logits are read from memory once.
+
+    Args:
+        logits: ``[t, v]``; may be overwritten.
+        seed: 0-d, what the gradient is multiplied with before it is rounded; None: 1.
+
+    Returns:
+        ``[t]`` losses in fp32 (fp64 for fp64 logits), 0 where ``mask`` is False; and the gradient by the logits.
+    """
+    options: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss, "vocab_size": vocab_size}
+    if CROSS_ENTROPY.choose(logits) == "triton":
+        rest = label_smoothing, z_loss, vocab_size
+        return torch.ops.megatron_ds.token_losses_(logits, target, mask, seed, *rest), logits
+    stats, scratch = token_statistics_reference(logits, target, want_sum=label_smoothing > 0.0)
+    lse = stats[0] + stats[1].log()
+    losses = losses_of(lse, stats[2], stats[3], **options).masked_fill(~mask, 0.0)
+    return losses, logit_gradient_reference(scratch, stats[0], lse, target, mask, seed=seed, **options)
+
+
 define(
     "token_statistics(Tensor logits, Tensor target, bool want_sum) -> Tensor",
     lambda logits, target, want_sum: CROSS_ENTROPY.load(logits).token_statistics(logits, target, want_sum),
@@ -129,4 +178,10 @@ define(
     " float z_loss, int vocab_size) -> ()",
     lambda logits, *rest: CROSS_ENTROPY.load(logits).logit_gradient_(logits, *rest),
     lambda logits, *rest: None,
+)
+define(
+    "token_losses_(Tensor(a!) logits, Tensor target, Tensor mask, Tensor? seed, float label_smoothing, float z_loss,"
+    " int vocab_size) -> Tensor",
+    lambda logits, *rest: CROSS_ENTROPY.load(logits).token_losses_(logits, *rest),
+    lambda logits, *rest: logits.new_empty(logits.shape[0], dtype=torch.float32),
 )

@@ -1,6 +1,9 @@
 """Two passes over the logits of a chunk of tokens: statistics (one read), then the gradient in their place (one read,
 one write): 6 bytes a half-precision logit.
 
+Where one rank has the whole vocabulary one kernel makes both, a token at a time, with two programs an SM: so few rows
+are under way that the second pass finds its row in the L2 cache, and 4 bytes a logit are moved.
+
 The columns are walked in whole tiles without a mask and one masked tile at the end: a mask whose end is not a multiple
 of 16, as most vocabularies are, would break every load into single elements.
 """
@@ -12,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_ds.kernels.triton.common import on_device_of
+from megatron_ds.kernels.triton.common import STAGES, on_device_of, processors
 
 STATISTICS_BLOCK = 4096
 GRADIENT_BLOCK = 1024
@@ -99,6 +102,58 @@ def logit_gradient_kernel(
             tl.store(row + column, d, mask=inside)
 
 
+@triton.jit
+def token_losses_kernel(
+    logits, target, mask, seed, losses, stride, tokens, columns, z_loss, hit, spread,
+    WANT_SUM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    own = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    whole = columns // BLOCK * BLOCK
+    factor = 1.0
+    if seed is not None:
+        factor = tl.load(seed).to(tl.float32)
+    w, h, s = tl.cast(z_loss, tl.float32), tl.cast(hit, tl.float32), tl.cast(spread, tl.float32)
+    for number in range(tl.program_id(0), tokens, tl.num_programs(0)):
+        token = tl.cast(number, tl.int64)
+        row = logits + token * stride
+        label, live = tl.load(target + token), tl.load(mask + token) != 0
+        here = (label >= 0) & (label < columns)
+        hit_logit = tl.load(row + label, mask=here, other=0.0).to(tl.float32)
+        tops = tl.full((BLOCK // 8,), float("-inf"), tl.float32)
+        totals = tl.zeros((BLOCK // 8,), tl.float32)
+        sums = tl.zeros((BLOCK // 8,), tl.float32)
+        for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+            z = tl.load(row + start + own).to(tl.float32)
+            if WANT_SUM:
+                sums += tl.sum(z, axis=1)
+            tops, totals = merge_tile(z, tops, totals)
+        if whole < columns:
+            column = whole + own
+            z = tl.load(row + column, mask=column < columns, other=float("-inf")).to(tl.float32)
+            if WANT_SUM:
+                sums += tl.sum(tl.where(column < columns, z, 0.0), axis=1)
+            tops, totals = merge_tile(z, tops, totals)
+        top = tl.max(tops, axis=0)
+        base = tl.where(top == float("-inf"), 0.0, top)
+        lse = top + tl.log(tl.sum(totals * tl.exp(tops - base), axis=0))
+        loss = lse - h * hit_logit + w * lse * lse
+        if WANT_SUM:
+            loss -= s * tl.sum(sums, axis=0)
+        tl.store(losses + token, tl.where(live, loss, 0.0))
+        # The logit of the label has been read by all threads before one writes over it. The row is in the cache still.
+        tl.debug_barrier()
+        scaled = factor * (1.0 + 2.0 * w * lse)
+        for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
+            z = tl.load(row + start + own).to(tl.float32)
+            d = gradient_of(z, start + own, lse, scaled, label, h * factor, s * factor)
+            tl.store(row + start + own, tl.where(live, d, 0.0).to(logits.dtype.element_ty))
+        if whole < columns:
+            column = whole + own
+            z = tl.load(row + column, mask=column < columns, other=0.0).to(tl.float32)
+            d = gradient_of(z, column, lse, scaled, label, h * factor, s * factor)
+            tl.store(row + column, tl.where(live, d, 0.0).to(logits.dtype.element_ty), mask=column < columns)
+
+
 def token_statistics(logits: Tensor, target: Tensor, want_sum: bool) -> Tensor:
     tokens, columns = logits.shape
     _check(logits)
@@ -131,6 +186,27 @@ def logit_gradient_(
                 logits.shape[1], z_loss, 1.0 - label_smoothing,
                 label_smoothing / vocab_size, BLOCK=GRADIENT_BLOCK, num_warps=4,
             )  # fmt: skip
+
+
+def token_losses_(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor,
+    seed: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    vocab_size: int,
+) -> Tensor:
+    _check(logits)
+    losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    if logits.numel():
+        with on_device_of(logits):
+            token_losses_kernel[(min(len(losses), 2 * processors(logits)),)](
+                logits, target.contiguous(), mask.contiguous(), seed, losses, logits.stride(0), *logits.shape,
+                z_loss, 1.0 - label_smoothing, label_smoothing / vocab_size,
+                WANT_SUM=label_smoothing > 0.0, BLOCK=STATISTICS_BLOCK, STAGES=STAGES, num_warps=16,
+            )  # fmt: skip
+    return losses
 
 
 def _check(logits: Tensor) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from megatron_ds import comm
 from megatron_ds.kernels.accumulate import add_product
 from megatron_ds.kernels.autograd import first_derivative_only
-from megatron_ds.kernels.cross_entropy import CROSS_ENTROPY, logit_gradient, token_statistics
+from megatron_ds.kernels.cross_entropy import CROSS_ENTROPY, logit_gradient, losses_of, token_losses, token_statistics
 from megatron_ds.kernels.registry import on_gpu
 from megatron_ds.mesh import Axis
 
@@ -311,12 +311,19 @@ def _chunk(
 
     ``logits`` ``[t, used]`` of this rank's real rows; ``labels`` and ``mask`` ``[t]``.
     """
-    tp, label_smoothing, z_loss, vocab_size = rules.tp, rules.label_smoothing, rules.z_loss, rules.vocab_size
-    local = labels - rules.first
+    tp, local = rules.tp, labels - rules.first
+    smoothing: dict[str, Any] = {
+        "label_smoothing": rules.label_smoothing,
+        "z_loss": rules.z_loss,
+        "vocab_size": rules.vocab_size,
+    }
     slope = None
     if rules.softcap is not None:
         slope = 1.0 - capped(logits, rules.softcap).div(rules.softcap).square_()
-    stats, scratch = token_statistics(logits, local, want_sum=label_smoothing > 0.0)
+    if tp.group is None and want_gradient:
+        losses, gradient = token_losses(logits, local, mask, seed, **smoothing)
+        return losses.sum(), gradient if slope is None else gradient.mul_(slope)
+    stats, scratch = token_statistics(logits, local, want_sum=rules.label_smoothing > 0.0)
     if tp.group is None:
         top, total, target, sum_of_logits = stats
     else:
@@ -325,25 +332,10 @@ def _chunk(
         total = (everyone[:, 1] * (everyone[:, 0] - top).exp()).sum(dim=0)
         target, sum_of_logits = everyone[:, 2].sum(dim=0), everyone[:, 3].sum(dim=0)
     lse = top + total.log()
-    losses = lse - (1.0 - label_smoothing) * target
-    if label_smoothing:
-        losses = losses - label_smoothing / vocab_size * sum_of_logits
-    if z_loss:
-        losses = losses + z_loss * lse.square()
-    loss = losses.masked_fill(~mask, 0.0).sum()
+    loss = losses_of(lse, target, sum_of_logits, **smoothing).masked_fill(~mask, 0.0).sum()
     if not want_gradient:
         return loss, None
-    gradient = logit_gradient(
-        scratch,
-        stats[0],
-        lse,
-        local,
-        mask,
-        seed=seed,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        vocab_size=vocab_size,
-    )
+    gradient = logit_gradient(scratch, stats[0], lse, local, mask, seed=seed, **smoothing)
     return loss, gradient if slope is None else gradient.mul_(slope)
 
 

@@ -20,7 +20,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.kernels import registry
 from megatron_ds.kernels.activation import bias_gelu, gated
 from megatron_ds.kernels.adamw import AdamWNumbers, adamw_
-from megatron_ds.kernels.cross_entropy import logit_gradient, token_statistics
+from megatron_ds.kernels.cross_entropy import logit_gradient, token_losses, token_statistics
 from megatron_ds.kernels.dropout import dropout_add, keep_mask
 from megatron_ds.kernels.norm import add_norm, layer_norm, rms_norm
 from megatron_ds.kernels.rotary import rotary
@@ -356,6 +356,43 @@ CASES["cross entropy rows with a gap"] = partial(cross_entropy, torch.float32, 5
 CASES["cross entropy overflow-prone"] = partial(cross_entropy, torch.float32, 5, 4133, 0.1, 0.0, scale=1e4)
 CASES["cross entropy rising"] = partial(cross_entropy, torch.float32, 5, 4133, 0.1, 0.0, rising=True)
 CASES["cross entropy zero rows"] = partial(cross_entropy, torch.float32, 0, 37, 0.1, 0.0)
+
+
+def losses_at_once(dtype: torch.dtype, columns: int, smoothing: float) -> None:
+    """Losses and gradient by one kernel: more tokens than programs, tokens that do not count, labels anywhere."""
+    tokens = 7
+    canaries = Canaries()
+    logits = (3 * normal(tokens, columns + 3)).to(dtype)[:, :columns]
+    target = torch.tensor([0, columns - 1, 1, -5, columns // 2, columns + 9, 3])
+    mask = torch.tensor([True, True, False, False, True, False, True])
+    seed = torch.tensor(0.25) if smoothing else None
+    options: dict[str, Any] = {
+        "label_smoothing": smoothing,
+        "z_loss": 1e-2 if smoothing else 0.0,
+        "vocab_size": columns,
+    }
+    want, expected = token_losses(logits.double(), target, mask, seed, **options)
+    own = canaries.around(logits)
+    own[2] = torch.inf  # of a token that does not count
+    with registry.use("triton"), canaries.around_allocations():
+        got, gradient = token_losses(own, target, mask, seed, **options)
+    canaries.check()
+    assert gradient.data_ptr() == own.data_ptr()
+    close("losses", got, want, 1e-5)
+    close("gradient", gradient, expected, TOLERANCE[dtype])
+    leaf = logits.double().requires_grad_()
+    torch_loss = torch.nn.functional.cross_entropy(
+        leaf[mask], target[mask], label_smoothing=smoothing, reduction="sum"
+    ) + options["z_loss"] * leaf[mask].logsumexp(1).square().sum()  # fmt: skip
+    close("torch's loss", want.sum(), torch_loss.detach(), 1e-12)
+    torch_loss.backward()
+    assert leaf.grad is not None
+    close("torch's gradient", expected, leaf.grad * (1.0 if seed is None else seed), 1e-12)
+
+
+for dtype in DTYPES:
+    CASES[f"losses at once {dtype}"] = partial(losses_at_once, dtype, 4096 + 37, 0.1)
+CASES["losses at once plain"] = partial(losses_at_once, torch.float32, 40, 0.0)
 
 
 def masked_logits() -> None:

@@ -51,6 +51,8 @@ def op_check_statistics() -> None:
     torch.library.opcheck(torch.ops.megatron_ds.token_statistics.default, (X.detach().clone(), LONG, True))
     given = (X.detach().clone(), R, LONG, torch.ones(3, dtype=torch.bool), torch.tensor(0.5), 0.1, 0.0, 8)
     torch.library.opcheck(torch.ops.megatron_ds.logit_gradient_.default, given)
+    given = (X.detach().clone(), LONG, torch.ones(3, dtype=torch.bool), torch.tensor(0.5), 0.1, 0.0, 8)
+    torch.library.opcheck(torch.ops.megatron_ds.token_losses_.default, given)
     torch.library.opcheck(torch.ops.megatron_ds.square_sum.default, (R,))
 
 

@@ -31,6 +31,7 @@ NARROW = {
     "softmax_causal_kernel": (1, 0),
     "token_statistics_kernel": (2, 4),
     "logit_gradient_kernel": (4, 0),
+    "token_losses_kernel": (4, 1),
     "rotary_kernel": (2, 0),
     "square_sum_kernel": (16, 1),  # the rest
     "adamw_kernel": (1, 0),
@@ -94,6 +95,7 @@ def cross_entropy(columns: int, stride: int, dtype: torch.dtype) -> None:
     mask = meta(2048, dtype=torch.bool)
     seed = meta(1, dtype=torch.float64)
     cross_entropy.logit_gradient_(logits, meta(2048, dtype=SINGLE), target, mask, seed, 0.1, 1e-4, columns)
+    cross_entropy.token_losses_(logits, target, mask, meta(1, dtype=torch.float64), 0.1, 1e-4, columns)
 
 
 def rotary(interleaved: bool) -> None:

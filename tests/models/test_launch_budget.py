@@ -82,7 +82,7 @@ def test_a_block(model: str, launches: int, passes: float) -> None:
     assert (count.launches, round(count.bytes / one, 1)) == (launches, passes), count.kernels
 
 
-@pytest.mark.parametrize(("model", "launches"), [("gpt2", 43), ("llama", 45)])
+@pytest.mark.parametrize(("model", "launches"), [("gpt2", 36), ("llama", 38)])
 def test_a_micro_batch_outside_of_its_blocks(model: str, launches: int) -> None:
     """Embedding, last norm and loss."""
     run = Run(model)

@@ -158,13 +158,13 @@ def poisoned(config: RunConfig, count: int, rank: int, bad_step: int, value: flo
 def poison_second_forward(block: nn.Module, value: float) -> None:
     calls = 0
 
-    def hook(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+    def hook(module: nn.Module, arguments: Any, output: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls < 2:
             return output
         handle.remove()
-        return output + value
+        return output._replace(residual=output.residual + value)  # of a block's residual stream
 
     handle = block.register_forward_hook(hook)
 
