@@ -15,7 +15,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is None or x.dim() == 2:
         return F.linear(x, weight, bias)
     # torch flattens it as well, but by sizes that a recorded graph then has for good.
-    return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+    return F.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def linear_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:

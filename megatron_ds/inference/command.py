@@ -68,8 +68,8 @@ class Serve:
     """A small model of the same vocabulary that guesses them instead."""
     enable_prefix_caching: bool = True
     """Share keys and values of texts that begin alike."""
-    enforce_eager: bool = False
-    """Start at once, without compiling the model (on a CPU, in half precision); steps are slower then."""
+    enforce_eager: bool = True
+    """Start at once. Else the model is compiled first (on a CPU, in half precision), and steps are faster then."""
     max_requests: int = 256
     """Prompts under way; more are told to come back later (429)."""
     max_body_mb: float = 4.0

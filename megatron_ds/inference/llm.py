@@ -90,7 +90,7 @@ class LLM:
         block_size: int = 32,
         kv_cache_dtype: str = "auto",
         enable_prefix_caching: bool = True,
-        enforce_eager: bool = False,
+        enforce_eager: bool = True,
         batch_invariant: bool = False,
         num_speculative_tokens: int = 0,
         speculative_model: str | Path | None = None,

@@ -68,7 +68,14 @@ def ours(folder: str, quantization: str | None, scheduler: dict[str, float]) -> 
     from megatron_ds.inference import LLM, SamplingParams
     from megatron_ds.kernels.cpu.allocator import keep_freed_memory
 
-    llm = LLM(folder, dtype="bfloat16", quantization=quantization, num_blocks=400, enable_prefix_caching=False)
+    llm = LLM(
+        folder,
+        dtype="bfloat16",
+        quantization=quantization,
+        num_blocks=400,
+        enable_prefix_caching=False,
+        enforce_eager=False,
+    )
     keep_freed_memory()  # as `megatron-ds serve` does
     engine: Any = llm.engine
     watched = engine.step, engine.runner.run, engine._sample = (
