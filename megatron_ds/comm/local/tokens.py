@@ -22,6 +22,7 @@ from megatron_ds.mesh import Axis
 
 _TOKEN = struct.Struct("<q")
 _FOREVER = 1800.0  # seconds, where the axis names no timeout: what torch gives a gloo group
+_LONGEST_POLL = 1e9  # milliseconds: what poll() takes at most is an int of them
 
 
 class Tokens:
@@ -102,7 +103,7 @@ class TokenPipes:
         limit = self.axis.timeout or _FOREVER
         poll, deadline = select.poll(), time.monotonic() + limit
         poll.register(descriptor, select.POLLIN)
-        while not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        while not poll.poll(min(max(0.0, deadline - time.monotonic()) * 1000, _LONGEST_POLL)):
             if time.monotonic() >= deadline:
                 late = f"rank {self.axis.ranks[peer]} of the {self.axis.name} axis"
                 raise RuntimeError(f"timed out after {limit:g} s: {late} has not come")
