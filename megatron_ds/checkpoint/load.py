@@ -113,7 +113,9 @@ def differences(manifest: Manifest, flat_shards: Sequence[FlatShard], world: Axi
         dist.all_reduce(on_device, op=dist.ReduceOp.MAX, group=world.group)
         asked = on_device.cpu()
     kinds = {keys[index][0] for index, flag in enumerate(asked[:-1].tolist()) if flag}
-    unexpected = [_label(*key) for key, flag in zip(keys, asked.tolist()) if not flag and key[0] in kinds]
+    left = [key for key, flag in zip(keys, asked.tolist()) if not flag and key[0] in kinds]
+    # Parameters first, by name: the order in the file follows the buckets of the ranks that wrote it.
+    unexpected = [_label(*key) for key in sorted(left, key=lambda key: (key[0] != "param", key[1], key[0]))]
     found = [missing[: SHOWN + 1], shapes[: SHOWN + 1]]
     everyone = [json.loads(text) for text in exchange(world, json.dumps(found) if missing or shapes else "") if text]
     return {
