@@ -1,9 +1,8 @@
-"""Gradients of vectors that are column sums: those of biases and of the weights of norms.
+"""Fused bias gradients: column sums that the backward kernel of a neighbouring operator makes in its own pass.
 
-A kernel that walks over a gradient anyway makes its column sums as well, and one more launch adds them to the gradients
-of all of its parameters. So a bias need not get its gradient from the layer that adds it: that layer takes it detached,
-and the operator behind it, whose backward pass writes the gradient of the layer's result, takes it too
-(``x_bias``).
+The gradient of a bias, or of a norm's weight, is the column sums of a gradient. The kernel that writes that gradient
+adds them up on the way, and one more launch adds them to the main gradients of all of its parameters. A linear layer
+hands its bias to the operator behind it (``x_bias``) and makes no gradient for it itself.
 """
 
 from __future__ import annotations
@@ -46,10 +45,10 @@ def add_to_gradient(bias: Tensor, total: Tensor) -> Tensor | None:
 
 
 class ColumnSums:
-    """Where a backward kernel leaves the column sums that are the gradients of some parameters.
+    """The memory into which a backward kernel writes gradients that are column sums: the main gradients, if there.
 
-    A context: inside it ``totals`` are to be written, added to what is there where ``keep`` says so. Those are the main
-    gradients where parameters have them. Afterwards ``gradients`` are what autograd gets, one a parameter.
+    Inside this context a kernel writes ``totals``; where ``keep`` says so it adds to what is there. Afterwards
+    ``gradients`` are what autograd gets, one a parameter.
 
     Args:
         parameters: None for one that there is not.

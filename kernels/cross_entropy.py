@@ -149,7 +149,9 @@ def token_losses(
     z_loss: float,
     vocab_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Losses and gradient where one rank has the whole vocabulary: a token's logits are read from memory once.
+    """Cross entropy and its gradient by the logits, where one rank has the whole vocabulary (tp = 1).
+
+    The kernel reads a token's logits from memory once.
 
     Args:
         logits: ``[t, v]``; may be overwritten.

@@ -6,6 +6,7 @@ Shapes: ``b`` batch, ``s`` sequence.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,7 @@ class Documents:
         """``[b, 1, s, s]`` bool: whether query and key are of one document. Grows with the square of the sequence."""
         return (self.starts.unsqueeze(2) == self.starts.unsqueeze(1)).unsqueeze(1)
 
+    @cached_property
     def cumulative(self) -> tuple[Tensor, int]:
         """``bounds`` on the device, and the length of the longest document; without them the host waits for it."""
         bounds = self.bounds

@@ -1,4 +1,4 @@
-"""Attention over sequences of various lengths that lie one behind the other: packed documents, sliding windows.
+"""Variable-length (varlen) attention: sequences of any lengths, packed one behind the other; with sliding windows.
 
 The GPU's kernel is torch's (:func:`torch.nn.attention.varlen.varlen_attn`, Flash Attention: Dao 2023); it makes no
 mask. Beside it stands the reference, which computes the same on any device.
@@ -18,6 +18,8 @@ from torch.nn.attention import varlen
 
 HALF = (torch.bfloat16, torch.float16)
 MOST_HEAD_DIM = 256  # of the GPU's kernel, which takes multiples of 8
+# Newer releases group queries only when they are told; older ones (torch 2.11) do so without being told.
+TOLD_TO_GROUP = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
 def takes_varlen(on_gpu: bool, half: bool, head_dim: int, cut: bool, other_rules: bool) -> bool:
@@ -49,7 +51,7 @@ def varlen_attention(
         return varlen_reference(q, k, v, bounds, causal=causal, window=window)
     before = -1 if window is None else window - 1
     options: dict[str, Any] = {"window_size": (before, 0 if causal else before)}
-    if "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters:  # torch before 2.12 groups without being told
+    if TOLD_TO_GROUP:
         options["enable_gqa"] = q.shape[1] > k.shape[1]
     return cast(Tensor, varlen.varlen_attn(q, k, v, bounds, bounds, longest, longest, **options))
 

@@ -251,7 +251,10 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """The output of this stage's blocks; ``make_core`` says where their keys and values are."""
         kinds = {self.config.has_window(int(name)) for name in self.layers} or {False}
-        shared = {window: self._inputs(micro_batch, window, make_core) for window in kinds}
+        ids, documents = micro_batch.get("document_ids"), None
+        if ids is not None:
+            documents = Documents.of_ids(ids, micro_batch.get("document_bounds"))
+        shared = {window: self._inputs(micro_batch, documents, window, make_core) for window in kinds}
         x = self._embed(micro_batch, shared[min(kinds)]) if self.span.embedding else hidden
         assert x is not None, "a stage without the embedding needs the previous stage's output"
         stream, p = Stream(x), self.config.hidden_dropout
@@ -302,7 +305,9 @@ class Transformer(nn.Module):
         """This rank's part of ``[s, b]``."""
         return comm.slice_dim0(of_sequence, self.tp) if self.sequence_parallel else of_sequence
 
-    def _inputs(self, micro_batch: MicroBatch, window: bool, make_core: MakeCore) -> AttentionInputs:
+    def _inputs(
+        self, micro_batch: MicroBatch, documents: Documents | None, window: bool, make_core: MakeCore
+    ) -> AttentionInputs:
         """What the layers with a window share, or those without."""
         positions = micro_batch["position_ids"].t()
         length = positions.shape[0]
@@ -311,10 +316,9 @@ class Transformer(nn.Module):
         if self.training and (self.config.hidden_dropout or self.config.attention_dropout):
             offset = self.tp.rank * (length // self.tp.size) if self.sequence_parallel else 0
             keys = DropoutKeys(self.settings.dropout_seed, micro_batch["sample_index"], offset)
-        documents = micro_batch.get("document_ids")
         rules = AttentionRules(
             causal=self.config.causal,
-            documents=None if documents is None else Documents.of_ids(documents, micro_batch.get("document_bounds")),
+            documents=documents,
             alibi=self._alibi(),
             window=self.config.window if window else None,
             softcap=self.config.attention_softcap,

@@ -1,7 +1,7 @@
-"""A function of tensors as one graph that Inductor has compiled, for CPUs: what lies between its products is fused.
+"""Traces a function with ``make_fx`` and compiles it with Inductor for a CPU, without guards.
 
-Other than ``torch.compile`` it asks nothing when it is called: inputs that are not like the recorded ones are the
-caller's to keep away. What the function closes over (weights in oneDNN's own order too) is not copied.
+``torch.compile`` checks its inputs at each call; here the caller sees to it that they are like the traced ones. What
+the function closes over is not copied, weights in oneDNN's own order included.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from megatron_ds.errors import ConfigError
 
 
 def record(function: Callable[..., Tensor], inputs: Sequence[Tensor], dynamic: bool) -> GraphModule:
-    """The operators that ``function`` runs on tensors like ``inputs``, without its changes in place.
+    """Trace ``function`` on ``inputs``: its operators as a graph, functionalized (without writes in place).
 
     Args:
         dynamic: sizes of the inputs but 1 may be others later; sizes that are equal stay equal.

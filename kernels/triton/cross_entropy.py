@@ -34,17 +34,14 @@ def merge_tile(z, top, total):
 
 
 @triton.jit
-def token_statistics_kernel(
-    logits, target, stats, stride, tokens, columns, WANT_SUM: tl.constexpr, BLOCK: tl.constexpr
-):
-    token = tl.program_id(0).to(tl.int64)
-    row = logits + token * stride
+def statistics_of(row, columns, WANT_SUM: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """Of a row of logits: maximum, sum of ``exp(logit - maximum)`` (maximum 0 for a row of nothing but -inf), sum."""
     tops = tl.full((BLOCK // 8,), float("-inf"), tl.float32)
     totals = tl.zeros((BLOCK // 8,), tl.float32)
     sums = tl.zeros((BLOCK // 8,), tl.float32)
     own = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
     whole = columns // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
+    for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
         z = tl.load(row + start + own).to(tl.float32)
         if WANT_SUM:
             sums += tl.sum(z, axis=1)
@@ -56,13 +53,23 @@ def token_statistics_kernel(
             sums += tl.sum(tl.where(column < columns, z, 0.0), axis=1)
         tops, totals = merge_tile(z, tops, totals)
     top = tl.max(tops, axis=0)
-    base = tl.where(top == float("-inf"), 0.0, top)  # a row of nothing but -inf
+    base = tl.where(top == float("-inf"), 0.0, top)
+    return top, tl.sum(totals * tl.exp(tops - base), axis=0), tl.sum(sums, axis=0)
+
+
+@triton.jit
+def token_statistics_kernel(
+    logits, target, stats, stride, tokens, columns, WANT_SUM: tl.constexpr, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    row = logits + token * stride
+    top, total, logit_sum = statistics_of(row, columns, WANT_SUM, BLOCK, 1)
     label = tl.load(target + token)
     here = (label >= 0) & (label < columns)
     tl.store(stats + token, top)
-    tl.store(stats + tokens + token, tl.sum(totals * tl.exp(tops - base), axis=0))
+    tl.store(stats + tokens + token, total)
     tl.store(stats + 2 * tokens + token, tl.load(row + label, mask=here, other=0.0).to(tl.float32))
-    tl.store(stats + 3 * tokens + token, tl.sum(sums, axis=0))
+    tl.store(stats + 3 * tokens + token, logit_sum)
 
 
 @triton.jit
@@ -119,26 +126,11 @@ def token_losses_kernel(
         label, live = tl.load(target + token), tl.load(mask + token) != 0
         here = (label >= 0) & (label < columns)
         hit_logit = tl.load(row + label, mask=here, other=0.0).to(tl.float32)
-        tops = tl.full((BLOCK // 8,), float("-inf"), tl.float32)
-        totals = tl.zeros((BLOCK // 8,), tl.float32)
-        sums = tl.zeros((BLOCK // 8,), tl.float32)
-        for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
-            z = tl.load(row + start + own).to(tl.float32)
-            if WANT_SUM:
-                sums += tl.sum(z, axis=1)
-            tops, totals = merge_tile(z, tops, totals)
-        if whole < columns:
-            column = whole + own
-            z = tl.load(row + column, mask=column < columns, other=float("-inf")).to(tl.float32)
-            if WANT_SUM:
-                sums += tl.sum(tl.where(column < columns, z, 0.0), axis=1)
-            tops, totals = merge_tile(z, tops, totals)
-        top = tl.max(tops, axis=0)
-        base = tl.where(top == float("-inf"), 0.0, top)
-        lse = top + tl.log(tl.sum(totals * tl.exp(tops - base), axis=0))
+        top, total, logit_sum = statistics_of(row, columns, WANT_SUM, BLOCK, STAGES)
+        lse = top + tl.log(total)
         loss = lse - h * hit_logit + w * lse * lse
         if WANT_SUM:
-            loss -= s * tl.sum(sums, axis=0)
+            loss -= s * logit_sum
         tl.store(losses + token, tl.where(live, loss, 0.0))
         # The logit of the label has been read by all threads before one writes over it. The row is in the cache still.
         tl.debug_barrier()

@@ -48,23 +48,28 @@ def logits_of(
 
 
 @triton.jit
+def place_of(row, slopes, heads, queries, keys, HAS_SLOPES: tl.constexpr):
+    """Batch, head and query of a row of scores, the query's own place among the keys, and its head's slope."""
+    query = row % queries
+    head = (row // queries) % heads
+    slope = 0.0
+    if HAS_SLOPES:
+        slope = tl.load(slopes + head).to(tl.float32)
+    return row // (queries * heads), head, query, query + keys - queries, slope
+
+
+@triton.jit
 def softmax_kernel(
     scores, mask, slopes, out, heads, queries, keys, scores_stride, scale, mask_b, mask_n, mask_q, mask_k,
     CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, HAS_SLOPES: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    query = row % queries
-    head = (row // queries) % heads
-    batch = row // (queries * heads)
+    batch, head, query, last, slope = place_of(row, slopes, heads, queries, keys, HAS_SLOPES)
     scores += tl.cast(row, tl.int64) * scores_stride
     out += tl.cast(row, tl.int64) * keys
-    last = query + keys - queries  # the query's own place among the keys
     limit = keys
     if CAUSAL:
         limit = tl.minimum(keys, last + 1)
-    slope = 0.0
-    if HAS_SLOPES:
-        slope = tl.load(slopes + head).to(tl.float32)
     if WHOLE:
         key = tl.arange(0, BLOCK)
         z = logits_of(
@@ -117,16 +122,10 @@ def softmax_causal_kernel(
     HAS_MASK: tl.constexpr, HAS_SLOPES: tl.constexpr, QUARTER: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
-    query = row % queries
-    head = (row // queries) % heads
-    batch = row // (queries * heads)
+    batch, head, query, last, slope = place_of(row, slopes, heads, queries, keys, HAS_SLOPES)
     scores += tl.cast(row, tl.int64) * scores_stride
     out += tl.cast(row, tl.int64) * keys
-    last = query + keys - queries
     limit = tl.minimum(keys, last + 1)
-    slope = 0.0
-    if HAS_SLOPES:
-        slope = tl.load(slopes + head).to(tl.float32)
     key = tl.arange(0, QUARTER)
     z0 = tl.full((QUARTER,), float("-inf"), tl.float32)
     z1, z2, z3 = z0, z0, z0

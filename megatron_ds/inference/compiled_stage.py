@@ -1,7 +1,7 @@
-"""The blocks of a stage as compiled graphs, for steps of few tokens on one rank of a CPU.
+"""A compiled forward pass for generation: the blocks of a model as Inductor graphs, for few tokens on a CPU.
 
-The model's own code is recorded with a core that stands for whichever a step brings: attention stays an operator of its
-own, and everything else between the matrix products is fused.
+The model's own code is traced. Attention stays one operator a layer, called with the core of the step; everything else
+between the matrix products is fused.
 """
 
 from __future__ import annotations

@@ -131,11 +131,11 @@ class FusedCore:
 
 
 class VarlenCore:
-    """The rows of a batch, or their documents, one behind the other: no mask, and no work outside of them."""
+    """Variable-length attention over the rows of a batch, or over the documents packed into them; it makes no mask."""
 
     def __init__(self, causal: bool, window: int | None = None, documents: Documents | None = None):
         self.causal, self.window = causal, window
-        self.bounds = None if documents is None else documents.cumulative()
+        self.bounds = None if documents is None else documents.cumulative
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: int = 0) -> Tensor:
         s, b, n, d = q.shape

@@ -92,7 +92,7 @@ class Float8Settings(Protocol):
 
 @dataclass
 class KeptWeight:
-    """What follows from a weight for as long as it does not change.
+    """The cache of a weight in FP8, valid while the weight has the same ``version``.
 
     Attributes:
         whole: its values are kept. Else the amax alone, where a scale spans whole rows: ZeRO stage 3 would hold in FP8
@@ -235,10 +235,13 @@ class Float8Recipe(Recipe):
         return comm.all_reduce(amax, self.tp, dist.ReduceOp.MAX) if cut and self.tp.size > 1 else amax
 
 
+def recipes_of(models: Iterable[nn.Module]) -> list[Float8Recipe]:
+    return [module for model in models for module in model.modules() if isinstance(module, Float8Recipe)]
+
+
 @contextmanager
-def weights_kept(models: Iterable[nn.Module], whole: bool) -> Iterator[None]:
-    """Inside no weight changes, and each is quantised once; ``whole``: see :class:`KeptWeight`."""
-    recipes = [module for model in models for module in model.modules() if isinstance(module, Float8Recipe)]
+def weights_kept(recipes: Sequence[Float8Recipe], whole: bool) -> Iterator[None]:
+    """A context in which no weight changes: each is quantised to FP8 once. ``whole``: see :class:`KeptWeight`."""
     for recipe in recipes:
         recipe.keep_weight(whole)
     try:

@@ -28,11 +28,11 @@ from megatron_ds.shard import WHOLE, ShardedDim, ShardSpec, empty_parameter
 
 
 class BiasOffer:
-    """The bias of one use of a linear layer, for the operator behind it to make its gradient.
+    """Fused bias gradient: lets the operator behind a linear layer make the gradient of the layer's bias.
 
-    The gradient of a bias is the column sums of the gradient of the layer's output, and the operator that writes that
-    gradient has them at hand (``x_bias`` in :mod:`megatron_ds.kernels.norm`). Only what is the output's sole use may
-    take it. Where nobody does, the layer reads the gradient again.
+    The operator takes the bias (``x_bias`` in :mod:`megatron_ds.kernels.norm`) and adds up its gradient while it writes
+    that of the layer's output. Only an operator that is the sole user of the output may take it. Where none does, the
+    layer reads the gradient of its output once more.
     """
 
     __slots__ = ("_bias", "taken")  # and no attributes that look like a module's outputs

@@ -13,7 +13,7 @@ from torch import nn
 from megatron_ds.config import BaseRunConfig, PipelineConfig
 from megatron_ds.data.ramp import BatchRamp
 from megatron_ds.errors import ConfigError
-from megatron_ds.layers.float8_recipe import describe, device_fault, use_float8, weights_kept
+from megatron_ds.layers.float8_recipe import describe, device_fault, recipes_of, use_float8, weights_kept
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.optim.learning_rate import learning_rate
 from megatron_ds.optim.loss_scaler import LossScaler
@@ -120,7 +120,7 @@ def build(config: BaseRunConfig, mesh: Mesh, task: Task, device: torch.device | 
         rate=lambda update: learning_rate(config.optimizer, update, config.train.steps),
         # Where stage 3 frees weights between uses, they are not kept in FP8 either.
         weights_fixed=partial(
-            weights_kept, list(stages.values()), optimizer.gatherer is None or config.zero.keep_whole
+            weights_kept, recipes_of(stages.values()), optimizer.gatherer is None or config.zero.keep_whole
         ),
     )
     return RankRuntime(stages, executor, optimizer, step, scaler)

@@ -76,8 +76,8 @@ def test_a_folder_is_served_with_it(tmp_path: Path) -> None:
     _llama().save_pretrained(folder)
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
     with (
-        LLM(folder, dtype="bfloat16", enforce_eager=True, num_blocks=16) as plain,
-        LLM(folder, dtype="bfloat16", enforce_eager=True, kv_cache_dtype="fp8", num_blocks=16) as less,
+        LLM(folder, dtype="bfloat16", num_blocks=16) as plain,
+        LLM(folder, dtype="bfloat16", kv_cache_dtype="fp8", num_blocks=16) as less,
     ):
         caches = [llm.engine.runner.cache.keys[0] for llm in (plain, less)]
         assert caches[1].data.nbytes * 2 == caches[0].data.nbytes

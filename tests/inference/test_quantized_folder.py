@@ -109,8 +109,8 @@ def test_the_folder_is_what_quantising_in_memory_gives(tmp_path: Path, scheme: s
     save_model("llama", tmp_path / "whole", torch.bfloat16)
     folder = export_quantized(tmp_path / "whole", tmp_path / "fewer", scheme)
     with (
-        LLM(tmp_path / "whole", quantization=scheme, enforce_eager=True) as one,
-        LLM(folder, enforce_eager=True) as two,
+        LLM(tmp_path / "whole", quantization=scheme) as one,
+        LLM(folder) as two,
     ):
         layers = [llm.engine.runner.model.layers["1"] for llm in (one, two)]
         states = [dict(layer.named_buffers()) for layer in layers]

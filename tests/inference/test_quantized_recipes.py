@@ -77,7 +77,7 @@ def test_a_served_model_stays_near_itself_and_gives_memory_back(tmp_path: Path, 
     tokens = list(range(3, 60))
     sums = []
     for quantization in (None, scheme):
-        with LLM(tmp_path, quantization=quantization, enforce_eager=True) as llm:
+        with LLM(tmp_path, quantization=quantization) as llm:
             (output,) = llm.generate(tokens, params, use_tqdm=False)
             sums.append(sum(of[t] for t, of in zip(tokens[1:], (output.prompt_logprobs or [])[1:]) if of is not None))
             linears = llm.engine.runner.model.layers["0"].mlp

@@ -232,7 +232,7 @@ def test_a_write_inside_a_run_is_noticed() -> None:
     layer: Any = pair(Axis("tp"))[2]
     float8.use_float8(layer, settings("tensorwise"))
     x = random(S, B, FFN // 2)
-    with torch.no_grad(), float8.weights_kept([layer], whole=True):
+    with torch.no_grad(), float8.weights_kept(float8.recipes_of([layer]), whole=True):
         layer(x)
         layer.weight.mul_(-2.0)
         got = layer(x)

@@ -83,6 +83,7 @@ def test_what_torchs_kernel_is_asked_for(
         return documented(*given, window_size=window_size)
 
     monkeypatch.setattr(ours.varlen, "varlen_attn", documented if grouped_by_itself else newer)
+    monkeypatch.setattr(ours, "TOLD_TO_GROUP", not grouped_by_itself)
     what = rules_of(settings)
     pretended = [t.detach().as_subclass(_OnTheGPU) for t in qkv(4, 2, torch.float64)]
     got = VarlenCore(what.causal, what.window, what.documents).attend(*pretended).as_subclass(Tensor)
@@ -96,7 +97,7 @@ def test_the_data_gives_the_bounds() -> None:
     assert batch["document_ids"].is_meta and bounds.device.type == "cpu" and bounds.dtype == torch.int32
     assert bounds.tolist() == [0, 24, 29, 30, 48, 59, 70, 72]
     for documents in (Documents.of_ids(IDS), Documents.of_ids(IDS, bounds)):
-        found, longest = documents.cumulative()
+        found, longest = documents.cumulative
         assert torch.equal(found, bounds) and longest == 24
 
 

@@ -90,7 +90,7 @@ def counted(parts: RankRuntime) -> Iterator[list[int]]:
 def measured(parts: RankRuntime, expected: int) -> Iterator[None]:
     """What is kept at the end of a run has the bytes of the dry run."""
     whole = parts.optimizer.gatherer is None or parts.optimizer.config.keep_whole
-    with float8.weights_kept(parts.stages.values(), whole):
+    with float8.weights_kept(float8.recipes_of(parts.stages.values()), whole):
         yield
         recipes = [layer.recipe for stage in parts.stages.values() for _, layer in float8.linear_layers(stage)]
         both = [found for recipe in recipes for found in recipe._kept.both or ()]  # type: ignore[union-attr]
