@@ -279,8 +279,9 @@ def test_the_tool_says_its_end_token_and_the_markers_that_it_cuts(
     from preprocess_data import PreprocessData, main  # type: ignore[import-not-found]
 
     (tmp_path / "in.jsonl").write_text(json.dumps({"messages": CHATS[1]}))
-    main(PreprocessData([str(tmp_path / "in.jsonl")], "bytes", tmp_path / "out", "messages", True, workers=0,
-                        conversations=True, chat_template="chatml", quiet=True))  # fmt: skip
+    source = SourceOptions(key="messages", conversations=True)
+    making = PreprocessOptions(tokenizer="bytes", append_eod=True, chat_template="chatml", source=source)
+    main(PreprocessData([str(tmp_path / "in.jsonl")], tmp_path / "out", making, workers=0, quiet=True))
     said = capsys.readouterr()
     assert "end of document: '<|endoftext|>', id 256 (the byte tokenizer itself)" in said.out
     assert "warning: <|im_start|>, <|im_end|> of the chat template are no tokens of this tokenizer" in said.err
