@@ -47,7 +47,9 @@ _PRELOAD_IF_IMPORTED = [
     "megatron_ds.inference.serving_engine",
     "transformers.models.llama.modeling_llama",
     "peft",
-    "diffusers.models.modeling_utils",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.schedulers.scheduling_euler_discrete",
+    "diffusers.schedulers.scheduling_flow_match_euler_discrete",
 ]
 
 _MOMENTS = 1.5

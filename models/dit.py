@@ -102,14 +102,13 @@ class DiT(nn.Module):
     def predict(self, seen: MicroBatch, hidden: Tensor | None = None) -> Tensor:
         """What the model predicts of noisy ``images`` ``[b, c, H, W]`` at ``time`` ``[b]`` (a step of the schedule)
         with their class or text, in their shape and dtype; learned variances are as many channels behind it. On a stage
-        without the head, the activation for the next.
+        without the head, the activation for the next. Whole on every rank: sequences are not split.
         """
+        assert not self.partial, "predictions are made without sequence parallelism"
         streams, condition = self._blocks(seen, hidden)
         if not self.span.head:
             return torch.cat([*streams, condition.unsqueeze(0)])
         found, image = self._predict(streams, condition), seen["images"]
-        if self.partial:
-            found = comm.gather_dim0(found, self.tp).wait()
         return from_patches(found, self.config.patch_size, grid_of(image, self.config.patch_size)).to(image.dtype)
 
     def _blocks(self, seen: MicroBatch, hidden: Tensor | None) -> tuple[Streams, Tensor]:

@@ -21,7 +21,7 @@ from megatron_ds import comm
 from megatron_ds.checkpoint.load import load
 from megatron_ds.config.diffusion import DiffusionRun, DiTConfig, ObjectiveConfig, image_faults
 from megatron_ds.config.read import from_dict
-from megatron_ds.errors import ConfigError, multiples_around
+from megatron_ds.errors import ConfigError
 from megatron_ds.files import replacing
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models import objectives
@@ -92,6 +92,8 @@ def make_scheduler(c: ObjectiveConfig, name: str, shift: float = 1.0, learned_va
 def run_of_checkpoint(meta: Mapping[str, Any], source: str, tp: int, pp: int, world_size: int) -> DiffusionRun:
     """The configuration that a checkpoint's model was trained with, on another mesh.
 
+    Without sequence parallelism: images and texts of any length are drawn by any number of ranks.
+
     Raises:
         ConfigError: it is of another family, or cannot be split like this.
     """
@@ -99,7 +101,7 @@ def run_of_checkpoint(meta: Mapping[str, Any], source: str, tp: int, pp: int, wo
     if values.get("model", {}).get("family") != "dit":
         raise ConfigError(f"{source} does not hold a diffusion transformer")
     kept = {name: values[name] for name in ("model", "objective") if name in values}
-    run = from_dict(DiffusionRun, {**kept, "mesh": {"tp": tp, "pp": pp}}, source)
+    run = from_dict(DiffusionRun, {**kept, "mesh": {"tp": tp, "pp": pp, "sequence_parallel": False}}, source)
     shape = MeshShape.for_world(world_size, pp=pp, tp=tp)
     if faults := list(run.faults(shape, needs_data=False)):
         raise ConfigError("; ".join(faults))
@@ -149,20 +151,17 @@ class Sampler:
     def __init__(self, run: DiffusionRun, checkpoint: str | Path, kind: str, mesh: Mesh):
         self.run, self.mesh = run, mesh
         span = stage_spans(split_layers(run.model.num_layers, mesh.pp.size))[mesh.pp.rank]
-        settings = StageSettings(
-            mesh, span, sequence_parallel=run.mesh.sequence_parallel, device=mesh.device, dtype=torch.float32
-        )
+        settings = StageSettings(mesh, span, device=mesh.device, dtype=torch.float32)
         stage = DiT(run.model, run.objective, settings).eval()
         shards = [FlatShard.of(spec_of(p), kind, p.data) for p in stage.parameters()]
         load(checkpoint, shards, mesh.world)
         self._stage = _Predictor(stage)
-        parts = mesh.tp.size if stage.partial else 1
         self._executor = Executor(
             build_schedule("gpipe", mesh.pp.size, 1),
             {mesh.pp.rank: self._stage},
             pp=mesh.pp,
             pp_back=mesh.pp_back,
-            activation_shape=partial(activation_shape, run.model, parts),
+            activation_shape=partial(activation_shape, run.model, 1),
             dtype=torch.float32,
             device=mesh.device,
         )
@@ -205,8 +204,7 @@ class Sampler:
         """
         c, dp, device = self.run.model, self.mesh.dp, self.mesh.device
         height, width = size or (c.image_size, c.image_size)
-        tp = self.mesh.tp.size if self._stage.stage.partial else 1
-        if faults := [*image_faults(self.run, height, width, tp), *told_faults(c, wanted, tp)]:
+        if faults := [*image_faults(self.run, height, width, tp=1), *told_faults(c, wanted)]:
             raise ConfigError("; ".join(faults))
         told, without = told_and_not(c, wanted)
         told, without = ({name: t.to(device) for name, t in of.items()} for of in (told, without))
@@ -245,8 +243,8 @@ class Sampler:
         return images
 
 
-def told_faults(c: DiTConfig, wanted: Sequence[int] | Told, tp: int) -> Iterator[str]:
-    """Why the model cannot be told that, if it cannot; ``tp``: the ranks over which a text is split."""
+def told_faults(c: DiTConfig, wanted: Sequence[int] | Told) -> Iterator[str]:
+    """Why the model cannot be told that, if it cannot."""
     if not isinstance(wanted, Mapping):
         if c.has_text:
             yield "the model is told texts and no classes; give them with --text, or their embeddings with --embeddings"
@@ -266,9 +264,6 @@ def told_faults(c: DiTConfig, wanted: Sequence[int] | Told, tp: int) -> Iterator
     for name, shape in shapes.items():
         if name in wanted and wanted[name].shape != shape:
             yield f"{name!r} has the shape {list(wanted[name].shape)}, and the model takes {list(shape)}"
-    if tokens % tp:
-        ways = multiples_around(tokens, tp)
-        yield f"texts of {tokens} tokens cannot be split over tp={tp}; use {ways}, or another tp"
 
 
 def told_and_not(c: DiTConfig, wanted: Sequence[int] | Told) -> tuple[Told, Told]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,9 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from dit_checkpoints import configuration, model_of
+from sample_rank import main
 from small_images import sd3_encoders, write_vae
+from started_ranks import started
 
 from megatron_ds.checkpoint.save import save
 from megatron_ds.convert.dit_pipelines import PipelineParts, export_pipeline
@@ -112,35 +112,35 @@ def test_a_pipeline_of_diffusers_draws_the_images_that_ours_draws(
     torch.testing.assert_close(torch.from_numpy(shown), want, rtol=0, atol=1e-4)
 
 
-def test_prompts_are_drawn_by_the_tool(
+def test_prompts_are_drawn_by_the_tool_on_every_mesh(
     run: Path,
     parts: PipelineParts,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = Path(__file__).parents[2] / "tools" / "sample_images.py"
-    spec = importlib.util.spec_from_file_location("sample_images_tool", path)
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = tool  # dataclasses and tyro look their annotations up there
-    spec.loader.exec_module(tool)
-    seen: list[Any] = []
-    monkeypatch.setattr(tool, "save_grid", lambda images, columns, path: seen.append((images, columns)))
+    """The first of several ranks alone encodes prompts; the others draw from what it gives them."""
 
-    def draw(*arguments: object) -> int:
-        common = ("sample_images.py", run, "--vae", parts.vae, "--steps", 2, "--device", "cpu", "--columns", 2)
-        monkeypatch.setattr("sys.argv", [str(word) for word in (*common, *arguments)])
-        return run_main(tool.main)
+    def words(*more: object) -> list[str]:
+        common = (run, "--vae", parts.vae, "--steps", 2, "--device", "cpu", "--columns", 2)
+        return [str(word) for word in (*common, *more)]
+
+    def draw(*more: object) -> int:
+        monkeypatch.setattr("sys.argv", ["sample_images.py", *words(*more)])
+        return run_main(main)
 
     encoders = ("--text-encoder", *parts.text_encoders, "--tokenizer", *parts.tokenizers)
-    assert draw("--text", *PROMPTS, *encoders) == 0
-    ((images, columns),) = seen
+    assert draw("--text", *PROMPTS, *encoders, "--output", tmp_path / "one") == 0
+    images, columns = torch.load(tmp_path / "one")
     rows = {name: t if name[:5] == "empty" else t.repeat_interleave(2, 0) for name, t in encoded(run, parts).items()}
     config = configuration(FLOW, channels=4, **TEXT)
     latents = Sampler(config, run, "param", Mesh.single()).sample(rows, "flow", 2, 2.0)
     assert parts.vae is not None and columns == 2
     assert torch.equal(images, LatentDecoder(parts.vae, meta_of(run), torch.device("cpu")).decode(latents))
+    on_ranks = words("--text", *PROMPTS, *encoders, "--output", tmp_path / "two", "--tp", 2)
+    with started(tmp_path / "ranks", [on_ranks] * 2, main=main) as ranks:
+        assert ranks.wait(120) == [0] * 2, ranks.everything()
+    torch.testing.assert_close(torch.load(tmp_path / "two")[0], images, rtol=1e-3, atol=1e-3)
     for arguments, message in (
         (("--text", "a"), "of 3 encoders (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel)"),
         (("--text", "a", "--classes", 1, *encoders), "--classes and --text: an image is of a class or of a text"),
