@@ -267,6 +267,11 @@ class BaseTrainConfig(Section):
     max_skipped_steps: int = Field(
         50, gt=0, description="Consecutive steps skipped for NaN or Inf gradients before the run is stopped."
     )
+    late_check: bool = Field(
+        False,
+        description="The host learns one step late whether gradients were finite, and waits for no step: the device "
+        "skips by itself. Weights are the same.",
+    )
 
 
 class CheckpointConfig(Section):

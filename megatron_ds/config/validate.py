@@ -30,6 +30,7 @@ def validate(config: BaseRunConfig, world_size: int, needs_data: bool = True) ->
         *config.faults(shape, needs_data),
         *_batch_faults(config, shape),
         *_optimizer_faults(config),
+        *_late_check_faults(config),
         *pipeline_faults(config),
         *unused_faults(config, PRETRAINING),
         *zero_faults(config.zero, shape.dp),
@@ -72,6 +73,29 @@ def _optimizer_faults(config: BaseRunConfig) -> Iterator[str]:
             f"precision.initial_loss_scale={precision.initial_loss_scale:g} is below "
             f"precision.min_loss_scale={precision.min_loss_scale:g}"
         )
+
+
+def _late_check_faults(config: BaseRunConfig) -> Iterator[str]:
+    """Why the host cannot learn one step late whether a step was skipped, or would wait for the device all the same."""
+    if not config.train.late_check:
+        return
+    what, off = "train.late_check", "use --train.no-late-check"
+    if config.precision.dtype == "fp16" and config.precision.loss_scale is None:
+        yield (
+            f"{what} with precision.dtype='fp16': the step after an overflow begins before the dynamic loss scale has "
+            f"halved; set precision.loss_scale, use precision.dtype='bf16', or {off}"
+        )
+    if config.optimizer.name == "muon":
+        yield f"{what} with optimizer.name='muon', whose update no device skips by itself; use 'adamw', or {off}"
+    if config.zero.stage == 3:
+        yield f"{what} with zero.stage=3, which compares the order of gathers at each update; use stage 2, or {off}"
+    if config.zero.offload_optimizer.device != "none":
+        yield (
+            f"{what} with zero.offload_optimizer.device={config.zero.offload_optimizer.device!r}: the host waits for "
+            f"what it fetches and takes back; keep the state on the device, or {off}"
+        )
+    if config.log.record_steps:
+        yield f"{what} with log.record_steps, for which the host waits for each action; leave it out, or {off}"
 
 
 def _ramp_faults(config: BaseRunConfig, portion: int) -> Iterator[str]:

@@ -319,7 +319,7 @@ def _chunk(
     }
     slope = None
     if rules.softcap is not None:
-        slope = 1.0 - capped(logits, rules.softcap).div(rules.softcap).square_()
+        slope = capped(logits, rules.softcap).div(rules.softcap).square_().neg_().add_(1.0)
     if tp.group is None and want_gradient:
         losses, gradient = token_losses(logits, local, mask, seed, **smoothing)
         return losses.sum(), gradient if slope is None else gradient.mul_(slope)

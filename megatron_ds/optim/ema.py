@@ -80,7 +80,12 @@ class AveragedUpdate:
         self._update.step(lr, scale)
         self._count += 1
         share = 1.0 - decay_of(self._count, self._decay, self._warmup)
-        torch._foreach_lerp_(self._averages, self._masters, share)
+        if not isinstance(scale, torch.Tensor):
+            torch._foreach_lerp_(self._averages, self._masters, share)
+            return
+        own = torch.full_like(scale, share).masked_fill_(scale.isnan(), 0.0)
+        for average, master in zip(self._averages, self._masters):
+            average.lerp_(master, own.to(average.dtype))
 
     def run(self, method: str) -> None:
         """A method of an optimizer of the caller's own, see ``torch_rule.py``."""

@@ -120,13 +120,13 @@ class SegmentOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float, scale: float | torch.Tensor = 1.0) -> None:
-        if self.writes_low:
+        if self.writes_low and not isinstance(scale, torch.Tensor):
             self._update_ranges(lr * self._lr_factor, scale)
         else:
             self._update_segments(lr, scale)
         self._updates = [n + (name not in self.frozen) for n, name in zip(self._updates, self._names)]
 
-    def _update_ranges(self, lr: float, scale: float | torch.Tensor) -> None:
+    def _update_ranges(self, lr: float, scale: float) -> None:
         """In one pass over each range of flat memory; half-precision weights follow, and are followed."""
         c = self._config
         if self._ranges is None or self._ranges_without != self.frozen:
@@ -134,8 +134,7 @@ class SegmentOptimizer:
             self._ranges = _ranges([self._segments[i] for i in live], [self._updates[i] for i in live])
             self._ranges_without = self.frozen
         # A number is filled in on the device: copying it there would wait for all that is queued.
-        factor = self._counts.new_empty(())
-        factor.copy_(scale) if isinstance(scale, torch.Tensor) else factor.fill_(scale)
+        factor = self._counts.new_empty(()).fill_(scale)
         for one in self._ranges:
             one.updates += 1
             decay = c.weight_decay if one.weight_decay else 0.0
@@ -143,7 +142,8 @@ class SegmentOptimizer:
 
     def _update_segments(self, lr: float, scale: float | torch.Tensor) -> None:
         inverse = None
-        if isinstance(scale, torch.Tensor) or scale != 1.0:
+        skipped = scale.isnan().float() if isinstance(scale, torch.Tensor) else None
+        if skipped is not None or scale != 1.0:
             if self._wide:
                 # The kernel takes its divisor in fp32, which would cost fp64 half its digits.
                 torch._foreach_mul_(self._gradients, scale)
@@ -156,9 +156,9 @@ class SegmentOptimizer:
         for group in self._groups:
             updated = group.without(self.frozen) if self.frozen else group
             if updated.masters:
-                self._update(updated, lr * self._lr_factor, inverse)
+                self._update(updated, lr * self._lr_factor, inverse, skipped)
 
-    def _update(self, group: _Group, lr: float, inverse: torch.Tensor | None) -> None:
+    def _update(self, group: _Group, lr: float, inverse: torch.Tensor | None, skipped: torch.Tensor | None) -> None:
         c = self._config
         if c.name != "sgd":
             adamw(
@@ -170,7 +170,7 @@ class SegmentOptimizer:
                 group.counts,
                 fused=True,
                 grad_scale=inverse,
-                found_inf=None,
+                found_inf=skipped,
                 amsgrad=False,
                 beta1=c.beta1,
                 beta2=c.beta2,
@@ -186,7 +186,7 @@ class SegmentOptimizer:
             list(group.states.get("momentum_buffer", [None] * len(group.masters))),
             fused=True,
             grad_scale=inverse,
-            found_inf=None,
+            found_inf=skipped,
             weight_decay=group.weight_decay,
             momentum=c.momentum,
             lr=lr,

@@ -74,7 +74,11 @@ class Update(Protocol):
         """Take the same segments in other memory: what is offloaded lies in another buffer at each step."""
 
     def step(self, lr: float, scale: float | torch.Tensor = 1.0) -> None:
-        """One update with gradients multiplied by ``scale``. The gradients are no longer needed and may be changed."""
+        """One update with gradients multiplied by ``scale``. The gradients are no longer needed and may be changed.
+
+        A tensor is known to the device alone. Where it is NaN, weights and state stay as they are, and the caller takes
+        the update back from the count when it knows; a rule that cannot do so is not given a tensor.
+        """
 
     def set_count(self, updates: int) -> None:
         """Say how many updates the state has seen (AdamW's bias correction), after loading a checkpoint."""

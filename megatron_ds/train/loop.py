@@ -70,6 +70,7 @@ class Loop:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self._put_off = False
+        self._untold: list[tuple[int, int]] = []  # steps whose result is to come, each with its samples
         self.keeper = Keeper(
             output.checkpoints, config.checkpoint.keep_last, mesh.world, lambda text: self._call("on_message", text)
         )
@@ -98,13 +99,13 @@ class Loop:
                     self._call("before_step", step)
                     with self.speedometer.waiting_for_data():
                         own = next(batches)
-                    result = self.parts.step(self._to_device(own), self._asked_to_stop.is_set())
+                    self._untold.append((step, sum(len(batch["sample_index"]) for batch in own)))
+                    run_step = self.parts.step.queue if self.config.train.late_check else self.parts.step
+                    result = run_step(self._to_device(own), self._asked_to_stop.is_set())
                     self.step = step
-                    stopped = result.stop
-                    samples = sum(len(batch["sample_index"]) for batch in own)
-                    self.speedometer.add(samples * self.mesh.dp.size, result.targets)
-                    self._call("on_step", step, result, self.speedometer.read())
-                    self._count(result)
+                    stopped = self._tell(result)
+                    if self.config.train.late_check and (stopped or step == total or any(self._due(step))):
+                        stopped |= self._tell(self.parts.step.settle())
                     every = self.config.train.check_replicas_every
                     if every and step % every == 0:
                         check_replicas(self.parts.optimizer, self.mesh)
@@ -114,7 +115,24 @@ class Loop:
                 self._call("on_end")
         return self.step >= total
 
-    def _count(self, result: StepResult) -> None:
+    def _tell(self, result: StepResult | None) -> bool:
+        """Tell what the first step did of those that have run and are untold. True if some rank asked to stop."""
+        if result is None:
+            return False
+        step, samples = self._untold.pop(0)
+        self.speedometer.add(samples * self.mesh.dp.size, result.targets)
+        self._call("on_step", step, result, self.speedometer.read())
+        self._count(step, result)
+        return result.stop
+
+    def _due(self, step: int) -> tuple[bool, bool]:
+        """Whether an evaluation, and whether a checkpoint, follows the step."""
+        train, save_every = self.config.train, self.config.checkpoint.save_every
+        evaluates = self.evaluation is not None and train.eval_every > 0
+        saves = save_every > 0 and (self._put_off or step % save_every == 0)
+        return evaluates and (step % train.eval_every == 0 or step == train.steps), saves
+
+    def _count(self, step: int, result: StepResult) -> None:
         """Take note of whether the step was skipped; too many in a row end the run.
 
         Raises:
@@ -127,7 +145,7 @@ class Loop:
         most = self.config.train.max_skipped_steps
         if self.skipped_in_a_row >= most:
             raise TrainingDivergedError(
-                f"{self.skipped_in_a_row} steps in a row, up to step {self.step}, had NaN or Inf gradients "
+                f"{self.skipped_in_a_row} steps in a row, up to step {step}, had NaN or Inf gradients "
                 f"(train.max_skipped_steps={most}); lower optimizer.lr, or look at the data of these steps; "
                 + self.keeper.go_back()
             )
@@ -142,14 +160,13 @@ class Loop:
                 self._call("on_message", f"{type(callback).__name__} ends, training goes on without it: {error}")
 
     def _evaluate_and_save(self, step: int, total: int, stopped: bool) -> None:
-        train, checkpoint = self.config.train, self.config.checkpoint
         at_end = step == total
-        if self.evaluation is not None and train.eval_every and (step % train.eval_every == 0 or at_end):
+        evaluates, due = self._due(step)
+        if evaluates and self.evaluation is not None:
             loss = self.parts.step.evaluate(self._to_device(batch) for batch in self.evaluation())
             self._call("on_evaluation", step, loss)
             self.speedometer.restart()
-        due = bool(checkpoint.save_every) and (self._put_off or step % checkpoint.save_every == 0)
-        last = stopped or (at_end and checkpoint.save_at_end)
+        last = stopped or (at_end and self.config.checkpoint.save_at_end)
         if due and self.skipped_in_a_row and not last:
             # Whether the weights are good shows in a step that is not skipped.
             if not self._put_off:

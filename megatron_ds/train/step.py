@@ -7,7 +7,8 @@ gradient that seeds every backward pass is ``loss_scale / count``. Everything af
 over tensor-parallel ranks, over replicas. Nothing is ever averaged, so no mean of means can arise.
 
 A step is :meth:`TrainStep.begin`, the backward passes, :meth:`TrainStep.finish`: in one call where the executor runs
-the micro-batches, apart where the user does.
+the micro-batches, apart where the user does. The host waits for the device once, in ``finish``, to know the gradient
+norm. :meth:`TrainStep.queue` leaves clipping and skipping to the device and reads the norm in the step that follows.
 """
 
 from __future__ import annotations
@@ -53,6 +54,20 @@ class StepResult:
     stop: bool
 
 
+class _HostCopy:
+    """A copy of a tensor of the device to the host, behind what has been queued so far."""
+
+    def __init__(self, tensor: Tensor):
+        self._on_host = tensor.to("cpu", non_blocking=True)  # into pinned memory
+        self._copied = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+    def wait(self) -> list[float]:
+        """Wait for the copy alone, and for nothing that was queued after it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._on_host.tolist()
+
+
 class TrainStep:
     """Composes executor, optimizer and mesh into one optimizer step; holds no state of its own but the loss scale.
 
@@ -93,6 +108,7 @@ class TrainStep:
         self._seeded = torch.ones((), dtype=torch.float64)
         self._reduced = False
         self._begun = 0.0
+        self._queued: tuple[_HostCopy, float] | None = None  # a step's sums, and its learning rate
 
     @property
     def next_rate(self) -> float:
@@ -104,11 +120,42 @@ class TrainStep:
 
         ``stop``: this rank wants the run to end; all ranks learn of it in this step's one metrics message.
         """
+        return self.finish(*self._run(micro_batches), stop)
+
+    def queue(self, micro_batches: Sequence[MicroBatch], stop: bool = False) -> StepResult | None:
+        """Run a step without waiting for the device; what the step before did, None if that is known.
+
+        The device clips, and leaves weights and optimizer state alone where the norm is not finite. The host reads the
+        norm of the step before when this step's backward passes are queued, and before it queues this step's update:
+        so learning rate and bias correction count the same updates, and weights are those of calls that wait, bit for
+        bit. The loss scale has to be a fixed one, as the next step begins before its overflow is known.
+        """
+        assert not self.scaler.dynamic and self.clip_value is None
+        sums = self._sums(*self._run(micro_batches), stop)
+        on_host = _HostCopy(sums)
+        before = self.settle()
+        self._queued = on_host, self.next_rate
+        self.optimizer.step(self.next_rate, self._factor(sums))
+        self._after()
+        return before
+
+    def settle(self) -> StepResult | None:
+        """Wait for the step that was queued last: what it did, None if that is known."""
+        if self._queued is None:
+            return None
+        (on_host, rate), self._queued = self._queued, None
+        result = self._result(on_host.wait(), rate)
+        if result.skipped:
+            self.optimizer.count -= 1  # the device has made no update
+        return result
+
+    def _run(self, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
+        """Forward and backward passes; the sum of this rank's losses, and what the loss is divided by."""
         # Exact up to 2^53.
         count = comm.all_reduce(self.count(micro_batches).double(), self.mesh.data)
         with explained(), self.weights_fixed():
             loss_sum = self.executor.run(micro_batches, self.begin(count))
-        return self.finish(loss_sum, count, stop)
+        return loss_sum, count
 
     def begin(self, count: Tensor) -> Tensor:
         """Start a step whose loss will be divided by ``count`` (0-d float64); the gradient that seeds its backwards."""
@@ -138,32 +185,51 @@ class TrainStep:
             loss_sum: sum of this rank's losses, 0-d.
             count: what the loss is divided by after all, if it was not known when the step began.
         """
-        rate, loss_scale = self.next_rate, self.scaler.scale
+        # All that the host needs to know of the device, in its one wait for it: the update runs on behind the host.
+        known = self._sums(loss_sum, count, stop).tolist()
+        scale, factor = self.scaler.scale * known[-1], self._factor(torch.tensor(known, dtype=torch.float64)).item()
+        result = self._result(known, self.next_rate)
+        if result.skipped:
+            self.optimizer.skip()
+        else:
+            if self.clip_value is not None:
+                self._clip_elements(self.clip_value * scale)
+            self.optimizer.step(result.learning_rate, factor)
+        self._after()
+        return result
+
+    def _after(self) -> None:
+        if self.after_first is not None:
+            self.after_first()
+            self.after_first = None
+
+    def _sums(self, loss_sum: Tensor, count: Tensor, stop: bool) -> Tensor:
+        """``[6]`` float64, on the device: squared norm and loss sum, both as they are, ranks that ask to stop, ranks
+        that want to talk, count, and by how much the count is another one than when the step began."""
         if self.timed:
             if self.mesh.device.type == "cuda":
                 torch.cuda.synchronize(self.mesh.device)
             self.seconds = time.perf_counter() - self._begun
         self.reduce()
         summed = self._sum_over_world(self.optimizer.norm_squared(), loss_sum, stop)
-        # All that the host needs to know of the device, in its one wait for it: the update runs on behind the host.
-        known = torch.stack([*summed, count.double(), self._difference(count).double()]).tolist()
-        norm_squared, loss, stopping, asking, counted, difference = known
+        return torch.stack([*summed, count.double(), self._difference(count).double()])
+
+    def _factor(self, sums: Tensor) -> Tensor:
+        """0-d float64: what the update multiplies gradients with, to unscale and clip; NaN if the norm is infinite."""
+        scale = self.scaler.scale * sums[5]
+        norm_squared = sums[0] / (scale * scale)
+        factor = clip_coefficient(norm_squared, self.clip_norm) / scale
+        return factor.masked_fill(~norm_squared.isfinite(), math.nan)
+
+    def _result(self, sums: Sequence[float], rate: float) -> StepResult:
+        norm_squared, loss, stopping, asking, counted, difference = sums
         self.heard = asking > 0
-        scale = self.scaler.scale * difference
+        loss_scale = self.scaler.scale
+        scale = loss_scale * difference
         norm_squared /= scale * scale
         skipped = not math.isfinite(norm_squared)
-        norm = norm_squared if skipped else math.sqrt(norm_squared)
         self.scaler.update(found_inf=skipped)
-        if skipped:
-            self.optimizer.skip()
-        else:
-            if self.clip_value is not None:
-                self._clip_elements(self.clip_value * scale)
-            clip = clip_coefficient(torch.tensor(norm_squared, dtype=torch.float64), self.clip_norm)
-            self.optimizer.step(rate, clip.item() / scale)
-        if self.after_first is not None:
-            self.after_first()
-            self.after_first = None
+        norm = norm_squared if skipped else math.sqrt(norm_squared)
         return StepResult(loss / max(counted, 1), norm, rate, int(counted), loss_scale, skipped, stopping > 0)
 
     def _clip_elements(self, bound: float) -> None:

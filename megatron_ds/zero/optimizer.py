@@ -219,11 +219,13 @@ class ZeroOptimizer(MovableParameters):
     def step(self, lr: float, scale: float | torch.Tensor = 1.0) -> None:
         """Update with gradients multiplied by ``scale`` and gather the parameters.
 
+        A ``scale`` that is a tensor may be NaN, and then nothing changes; see :meth:`Update.step`.
+
         Buckets go in the order in which the next forward pass needs them.
         """
         self.reducer.expect(Phase.REDUCED, "step")
         self._rule.begin_step()
-        self._update(lambda update: update.step(lr, scale), step=True)
+        self._update(lambda update: update.step(lr, scale), step=not isinstance(scale, torch.Tensor))
         self._count += 1
         self.reducer.phase = Phase.IDLE
 

@@ -29,13 +29,14 @@ def gpu() -> Iterator[Any]:
     sys.modules.update({name: module for name, module in before.items() if module is not None})
 
 
-PARTS = ("machine", "products", "attention", "gpt2", "llama", "kernels", "flags", "compiled", "plain")
+PARTS = ("machine", "products", "attention", "gpt2", "llama", "update", "kernels", "flags", "compiled", "plain")
 ROWS = {
     "machine": "copy of 32 MiB",
     "products": "cpu Llama head, 8192 rows weight gradient, bf16",
     "attention": "Llama math views of [s, b, n, 3, d]",
     "gpt2": "  on the GPU",
     "llama": "Llama, micro-batch 16",
+    "update": "Llama, 24 layers",
     "kernels": "rms_norm 256x16, 32 warps an SM",
     "flags": "Llama, rotary in plain torch",
     "compiled": "Llama, compiled blocks",

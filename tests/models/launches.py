@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -86,10 +87,43 @@ class _Called(TorchFunctionMode):
         if name in WAITS and isinstance(args[0], Tensor) and args[0].is_meta:
             self.count.waits += 1
             return getattr(torch.ones(args[0].shape, dtype=args[0].dtype), name)()
+        if name == "to" and args[0].is_meta and args[1:] == ("cpu",) and kwargs == {"non_blocking": True}:
+            return torch.ones(args[0].shape, dtype=args[0].dtype)  # who waits for it waits for this copy alone
         if name == "scaled_dot_product_attention" and args[0].is_meta:
             q, k, v = args[:3]
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, kwargs["is_causal"])[0]
         return func(*args, **(kwargs or {}))
+
+
+class _Allocated(TorchDispatchMode):
+    """The most bytes that tensors made inside had at one time, as a caching allocator without waste would count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs)) if _is_meta(t)}
+        for storage in (t.untyped_storage() for t in torch.utils._pytree.tree_leaves(out) if _is_meta(t)):
+            if storage._cdata not in given:
+                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._live = {key: one for key, one in self._live.items() if not one[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self._live.values()))
+        return out
+
+
+def _is_meta(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
+
+
+def most_bytes(run: Callable[[], object]) -> int:
+    """Of what ``run`` allocates on the way that CUDA goes, at one time."""
+    allocated = _Allocated()
+    with registry.meta_as("cuda"), allocated:
+        run()
+    return allocated.most
 
 
 def counted(run: Callable[[], object]) -> Count:

@@ -5,19 +5,23 @@ Whoever changes a step on purpose writes the new numbers here; they may fall, an
 
 from __future__ import annotations
 
+import sys
 from functools import cache
+from types import FrameType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from launches import Count, counted
-from torch import Tensor
+from launches import Count, counted, most_bytes
+from torch import Tensor, nn
 
 from megatron_ds.config import RunConfig, from_dict
 from megatron_ds.kernels import registry
+from megatron_ds.layers.loss import Logits, linear_cross_entropy
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.gpt import GPTTask
-from megatron_ds.train.build import build
+from megatron_ds.train.build import RankRuntime, build
+from megatron_ds.zero.main_grad import MainGradient
 
 LLAMA = {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "tied_embeddings": False}
 MODELS: dict[str, dict[str, Any]] = {
@@ -33,17 +37,17 @@ class Run(NamedTuple):
     model: str
     layers: int = 2
     micro_batches: int = 1
+    late_check: bool = False
 
     @property
     def sequences(self) -> int:
         return TOKENS // int(MODELS[self.model]["max_positions"])
 
 
-@cache
-def step(run: Run) -> Count:
-    """What one step of a training run does."""
+def runtime(run: Run) -> RankRuntime:
     model = {**MODELS[run.model], "num_layers": run.layers}
     train = {"global_batch": run.sequences * run.micro_batches, "micro_batch": run.sequences}
+    train["late_check"] = run.late_check
     settings = {
         "output": "nowhere",
         "model": model,
@@ -53,16 +57,23 @@ def step(run: Run) -> Count:
     }
     config = from_dict(RunConfig, settings, "budget")
     with registry.meta_as("cuda"):
-        parts = build(config, Mesh.described(MeshShape(), 0), GPTTask(config), torch.device("meta"))
-    tokens = torch.empty(run.sequences, model["max_positions"], dtype=torch.long, device="meta")
+        return build(config, Mesh.described(MeshShape(), 0), GPTTask(config), torch.device("meta"))
+
+
+@cache
+def step(run: Run) -> Count:
+    """What one step of a training run does."""
+    parts, length = runtime(run), int(MODELS[run.model]["max_positions"])
+    tokens = torch.empty(run.sequences, length, dtype=torch.long, device="meta")
     batch: dict[str, Tensor] = {
         "tokens": tokens,
         "labels": tokens,
-        "position_ids": torch.arange(model["max_positions"], device="meta").expand_as(tokens),
+        "position_ids": torch.arange(length, device="meta").expand_as(tokens),
         "loss_mask": torch.ones_like(tokens, dtype=torch.bool),
         "sample_index": torch.arange(run.sequences, device="meta"),
     }
-    return counted(lambda: parts.step([batch] * run.micro_batches))
+    run_step = parts.step.queue if run.late_check else parts.step
+    return counted(lambda: run_step([batch] * run.micro_batches))
 
 
 def micro_batch(run: Run) -> Count:
@@ -99,6 +110,64 @@ def test_an_update(model: str, launches: int) -> None:
         assert update.launches == launches and update.kernels["adamw_"] == 2, update.kernels
 
 
+def calls_of_an_update(layers: int) -> tuple[int, int]:
+    """Functions that Python calls from the gradients' norm to the last parameter, and tensors of a Llama so deep."""
+    parts = runtime(Run("llama", layers))
+    one, calls = torch.ones((), dtype=torch.float64, device="meta"), 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    def run() -> None:
+        parts.step.begin(one)
+        parts.optimizer.start_backward(True)
+        parts.optimizer.end_backward()
+        parts.step.reduce()
+        sys.setprofile(count)
+        try:
+            parts.step.finish(one, one)
+        finally:
+            sys.setprofile(None)
+
+    counted(run)  # makes what is made once
+    calls = 0
+    counted(run)
+    return calls, sum(1 for _ in parts.optimizer.reducer.main_grads())
+
+
+def test_the_host_does_little_for_each_tensor_of_an_update() -> None:
+    """Looks at flags. An operator on each tensor would be ten calls and more."""
+    (few, tensors), (many, more_tensors) = calls_of_an_update(2), calls_of_an_update(24)
+    assert (tensors, more_tensors) == (15, 147)
+    assert many - few <= 7 * (more_tensors - tensors), (few, many)
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_the_host_waits_once_a_step(model: str) -> None:
     assert step(Run(model)).waits == 1 and micro_batch(Run(model)).waits == 0
+
+
+def test_the_host_waits_for_no_step_that_is_checked_late() -> None:
+    assert step(Run("gpt2", late_check=True)).waits == 0
+
+
+@pytest.mark.parametrize(("softcap", "copies"), [(None, 1), (30.0, 2)])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_the_loss_holds_the_logits_of_one_chunk(softcap: float | None, copies: int, chunks: int) -> None:
+    """In half precision, and their gradient in the same place; with a soft cap its slope besides."""
+    vocabulary, hidden = 50304, 64
+    weight = nn.Parameter(torch.empty(vocabulary, hidden, dtype=torch.bfloat16, device="meta"))
+    weight.main_grad = MainGradient("", lambda _: None, lambda _: None)  # type: ignore[attr-defined]
+    weight.main_grad.view = torch.empty(vocabulary, hidden, device="meta")  # type: ignore[attr-defined]
+    x = torch.empty(chunks * TOKENS, 1, hidden, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    labels = torch.empty(chunks * TOKENS, 1, dtype=torch.long, device="meta")
+    mask, seed = torch.ones_like(labels, dtype=torch.bool), torch.ones((), device="meta")
+    logits = Logits(softcap=softcap, seed=seed)
+    held = most_bytes(
+        lambda: linear_cross_entropy(
+            x, weight, labels, mask, vocab_size=vocabulary, logits=logits, tp=Mesh.single().tp
+        ).backward(seed)
+    )
+    one, beside = 2 * TOKENS * vocabulary, 2 * x.numel() + 64 * labels.numel()  # the gradient of x; numbers of a token
+    assert copies * one <= held <= copies * one + beside

@@ -117,10 +117,13 @@ def steps(
         batches = on_device(next(loader), mesh)
         if before is not None:
             before(parts, mesh, step, batches)
-        result = parts.step(batches, stop=stop_on == (mesh.rank, step))
-        ran.results.append(result)
+        run_step = parts.step.queue if config.train.late_check else parts.step
+        result = run_step(batches, stop=stop_on == (mesh.rank, step))
+        ran.results += [] if result is None else [result]
         ran.parameters.append(snapshot(parts))
         ran.scales.append(parts.scaler.scale)
+    last = parts.step.settle()
+    ran.results += [] if last is None else [last]
     return ran
 
 

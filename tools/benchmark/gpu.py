@@ -41,6 +41,7 @@ PARTS = {
     "attention": Part(gpu_parts.attention, 20),
     "gpt2": Part(gpu_steps.gpt2, 40),
     "llama": Part(gpu_steps.llama, 60),
+    "update": Part(gpu_steps.update, 10),
     "kernels": Part(gpu_parts.our_kernels, 130),
     "flags": Part(gpu_steps.flags, 90),
     "compiled": Part(gpu_steps.compiled, 100),

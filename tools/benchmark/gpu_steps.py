@@ -1,4 +1,4 @@
-"""Parts 3, 4, 6, 7 and 8 of `make bench-gpu`: training steps of both models, where their time goes, and plain torch.
+"""Training steps of both models in `make bench-gpu`: where their time goes, the host's for an update, and plain torch.
 
 MFU follows the PaLM paper (arXiv 2204.02311, appendix B) against the device's dense bf16 peak. The plain loop keeps
 fp32 weights and casts by autocast; ours keeps bf16 weights and fp32 masters.
@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -152,6 +153,28 @@ def llama(bench: Bench) -> None:
     step_of(bench, "Llama, fused kernels", of_model(bench, LLAMA), profiled=True)
     for size in (8, 16):
         step_of(bench, f"Llama, micro-batch {size}", of_model(bench, LLAMA, size), profiled=False)
+
+
+def update(bench: Bench) -> None:
+    """The host's time for the norm, the clipping and the update: the tensors of both models, of next to no elements."""
+    for title, w in (("GPT-2", GPT2), ("Llama", LLAMA)):
+        small = replace(w, hidden=16, heads=2, sequence=8, vocab=64, batch=1)
+        bench.each(f"{title}, {small.layers} layers", partial(host_time_of_update, bench, small))
+
+
+def host_time_of_update(bench: Bench, w: Workload) -> Row:
+    _, _, parts = ours.built(w, bench.device)
+    one, times = torch.ones((), dtype=torch.float64, device=bench.device), []
+    for _ in range(3 if bench.tiny else 50):
+        parts.step.begin(one)
+        parts.optimizer.start_backward(True)
+        parts.optimizer.end_backward()
+        parts.step.reduce()
+        bench.synchronize()
+        start = time.perf_counter()
+        parts.step.finish(one, one)
+        times.append(time.perf_counter() - start)
+    return {"host ms": 1e3 * statistics.median(times), "tensors": len(list(parts.optimizer.reducer.main_grads()))}
 
 
 # A constant of the library (module:name) that a row changes; where there is none, the row says so.

@@ -14,7 +14,7 @@ from megatron_ds.config import RunConfig, from_dict, validate
 from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.gpt import GPTTask
-from megatron_ds.train.build import build
+from megatron_ds.train.build import RankRuntime, build
 
 _MICRO_BATCHES = 8
 
@@ -71,17 +71,25 @@ def alone(w: Workload) -> Callable[[], torch.Tensor]:
     return training_step(replace(w, batch=w.batch // dist.get_world_size()), world_size=1)
 
 
-def training_step(
+def built(
     w: Workload, device: str = "cpu", world_size: int | None = None, **layout: object
-) -> Callable[[], torch.Tensor]:
-    """The step of this rank on random tokens, in the job or on a mesh of ``world_size`` (1); ``layout`` is passed to
-    :func:`configuration`."""
+) -> tuple[RunConfig, Mesh, RankRuntime]:
+    """What this rank runs; see :func:`training_step`."""
     keep_freed_memory()
     config = configuration(w, **layout)  # type: ignore[arg-type]
     shape = validate(config, world_size or (dist.get_world_size() if dist.is_initialized() else 1))
     mesh = Mesh.create(shape, torch.device(device))
     parts = build(config, mesh, GPTTask(config))
     parts.step.after_first = give_back_freed_memory
+    return config, mesh, parts
+
+
+def training_step(
+    w: Workload, device: str = "cpu", world_size: int | None = None, **layout: object
+) -> Callable[[], torch.Tensor]:
+    """The step of this rank on random tokens, in the job or on a mesh of ``world_size`` (1); ``layout`` is passed to
+    :func:`configuration`."""
+    config, mesh, parts = built(w, device, world_size, **layout)
     draw = w.batches(mesh.dp.rank, mesh.dp.size, device)
     size = config.train.micro_batch
 
