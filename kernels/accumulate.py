@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_ds.kernels.cpu import blocked_sums
-from megatron_ds.kernels.registry import on_gpu
+from megatron_ds.kernels.registry import Op, define, on_gpu
+
+ADD_ROWS = Op("add_rows", twin="add_rows")
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
@@ -40,9 +42,14 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None
 
 
 def add_rows(total: Tensor, indices: Tensor, rows: Tensor) -> None:
-    """``total[indices[i]] += rows[i]`` (``[n]``, ``[n, columns]``), for embedding tables; indices may repeat."""
-    if on_gpu(total):
-        # index_add_ adds repeated rows in any order there; this sorts them, and gives the same bits every time.
+    """``total[indices[i]] += rows[i]`` (``[n]``, ``[n, columns]``), for embedding tables; indices may repeat.
+
+    The same bits every time; of half precision on a GPU too without a copy of all rows in the dtype of ``total``.
+    """
+    if total.dtype == torch.float32 and ADD_ROWS.choose(rows) == "triton":
+        torch.ops.megatron_ds.add_rows_(total, rows, *indices.sort(stable=True))
+    elif on_gpu(total):
+        # index_add_ adds repeated rows in any order there; this sorts them.
         total.index_put_((indices,), rows.to(total.dtype), accumulate=True)
     else:
         blocked_sums.add_rows(total, indices, rows)
@@ -58,3 +65,10 @@ def sum_rows(x: Tensor) -> Tensor:
     if on_gpu(x) and x.dtype in (torch.float16, torch.bfloat16):
         return x.sum(0, dtype=torch.float32)
     return blocked_sums.sum_rows(x) if x.dtype == torch.float16 else x.sum(0)
+
+
+define(
+    "add_rows_(Tensor(a!) total, Tensor rows, Tensor places, Tensor order) -> ()",
+    lambda total, *others: ADD_ROWS.load(total).add_rows_(total, *others),
+    lambda total, *others: None,
+)

@@ -41,9 +41,11 @@ MODULES = (
     "softmax",
     "cross_entropy",
     "rotary",
+    "heads",
     "sparse_attention",
     "square_sum",
     "float8",
+    "accumulate",
     "adamw",
 )
 
@@ -171,7 +173,8 @@ def _check(what: str, wanted: str) -> None:
 def all_ops() -> list[Op]:
     """Every op, in the order of :data:`MODULES`."""
     modules = [importlib.import_module(f"megatron_ds.kernels.{name}") for name in MODULES]
-    return [value for module in modules for value in vars(module).values() if isinstance(value, Op)]
+    found = (value for module in modules for value in vars(module).values() if isinstance(value, Op))
+    return list(dict.fromkeys(found))  # a module may use another's op
 
 
 def report(device: torch.device | str, dtype: torch.dtype) -> list[Choice]:

@@ -69,6 +69,7 @@ define(
     lambda q, k, cos, sin, interleaved, offset, inverse: ROTARY.load(q).rotary(
         q, k, cos, sin, interleaved, offset, inverse
     ),
-    lambda q, k, cos, sin, interleaved, offset, inverse: (q.new_empty(q.shape), k.new_empty(k.shape)),
+    # Queries that lie packed with others, ``[s, b, g, q, d]``, come out as ``[s, b, n, d]`` too.
+    lambda q, k, *others: (q.new_empty(q.flatten(2, -2).shape), k.new_empty(k.shape)),
     _Rotary,
 )

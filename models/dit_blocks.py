@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds.config.diffusion import DiTConfig
+from megatron_ds.kernels.rotary import rotary
 from megatron_ds.layers.attention import AttentionConfig, AttentionInputs, HeadProjection, SelfAttention
 from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.modulation import Modulation, modulated_norm
@@ -85,6 +86,8 @@ class JointBlock(nn.Module):
         heads = self.image.attention.heads(modulated_norm(image, shift, scale, NORM_EPS))
         text_heads = self.text.attention.heads(modulated_norm(text, text_shift, text_scale, NORM_EPS))
         q, k, v = (torch.cat(pair) for pair in zip(heads, text_heads))
+        if inputs.rotary is not None:
+            q, k = rotary(q, k, *inputs.rotary)
         attended = self.image.attention.attend(q, k, v, inputs)
         of_image, of_text = attended.split([len(heads[0]), len(text_heads[0])])
         image = self.image.add(image, self.image.attention.out(of_image), *rest)

@@ -1,22 +1,73 @@
-"""Rotation of queries and keys in one launch.
+"""Rotation of queries and keys in one launch, and back again with the packing of their gradients.
 
-A program takes one token and a few heads, of the queries or, further along the grid, of the keys, so that the angles
-are loaded once for all of those heads.
+A program takes a few heads, of the queries or, further along the grid, of the keys (and of the values), so that the
+angles of a token are loaded once for all of those heads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_ds.kernels.triton.common import on_device_of
+from megatron_ds.kernels.triton.common import STAGES, on_device_of, persistent
+from megatron_ds.kernels.triton.partial_sums import add_partial_sums
+
+WARPS, RESIDENT_WARPS = 4, 24  # of a program, and of those that walk over the tokens for their columns' sums
+LEAST_TILE, MOST_TILE = 8 * 32 * WARPS, 8192  # elements: each thread loads 8 side by side
+
+
+@triton.jit
+def turn(
+    x, out, present, cos, sin, angle, turned, planes, dim,
+    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, TURNS: tl.constexpr, PASSES: tl.constexpr,
+    HEADS: tl.constexpr, PLANES: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Write the heads ``x`` ``[HEADS, 1]`` of a token, rotated in the first ``turned`` of their planes, to ``out``.
+
+    Returns both sides of the planes and the other dims, in fp32.
+    """
+    first = tl.zeros((HEADS, PLANES), tl.float32)
+    second = first
+    others = tl.zeros((HEADS, REST), tl.float32)
+    if TURNS:
+        plane = tl.arange(0, PLANES)[None, :]
+        c = tl.load(cos + angle + plane, mask=plane < turned, other=1.0).to(tl.float32)
+        w = tl.load(sin + angle + plane, mask=plane < turned, other=0.0).to(tl.float32)
+        if INVERSE:
+            w = -w
+        if INTERLEAVED:
+            # Neighbours are loaded together and taken apart in registers, so that the loads stay wide.
+            both = tl.arange(0, 2 * PLANES)[None, :]
+            inside = present & (both < 2 * planes)
+            pair = tl.load(x + both, mask=inside, other=0.0).to(tl.float32)
+            left, right = tl.split(tl.reshape(pair, (HEADS, PLANES, 2)))
+            first, second = left * c - right * w, right * c + left * w
+            pair = tl.reshape(tl.join(first, second), (HEADS, 2 * PLANES))
+            tl.store(out + both, pair.to(out.dtype.element_ty), mask=inside)
+        else:
+            inside = present & (plane < planes)
+            left = tl.load(x + plane, mask=inside, other=0.0).to(tl.float32)
+            right = tl.load(x + planes + plane, mask=inside, other=0.0).to(tl.float32)
+            first, second = left * c - right * w, right * c + left * w
+            tl.store(out + plane, first.to(out.dtype.element_ty), mask=inside)
+            tl.store(out + planes + plane, second.to(out.dtype.element_ty), mask=inside)
+    if PASSES:
+        rest = 2 * planes + tl.arange(0, REST)[None, :]
+        inside = present & (rest < dim)
+        values = tl.load(x + rest, mask=inside, other=0.0)
+        tl.store(out + rest, values, mask=inside)
+        others = values.to(tl.float32)
+    return first, second, others
 
 
 @triton.jit
 def rotary_kernel(
-    q, k, q_out, k_out, cos, sin, batch, q_heads, k_heads, dim, planes, offset,
-    q_s, q_b, q_n, k_s, k_b, k_n, table_s, table_b,
+    q, k, q_out, k_out, cos, sin, batch, queries, q_heads, k_heads, dim, planes, offset,
+    q_s, q_b, q_g, q_n, k_s, k_b, k_n, table_s, table_b,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, PASSES: tl.constexpr,
     HEADS: tl.constexpr, PLANES: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
@@ -24,63 +75,159 @@ def rotary_kernel(
     s, b = tl.cast(token // batch, tl.int64), tl.cast(token % batch, tl.int64)
     blocks = tl.cdiv(q_heads, HEADS)
     block = tl.program_id(1)
-    x, out, stride, heads = q + s * q_s + b * q_b, q_out + token.to(tl.int64) * q_heads * dim, q_n, q_heads
+    each, heads = tl.cast(queries, tl.int64), q_heads
+    x, out, stride, step = q + s * q_s + b * q_b, q_out, tl.cast(q_g, tl.int64), tl.cast(q_n, tl.int64)
     if block >= blocks:
-        x, out, stride, heads = k + s * k_s + b * k_b, k_out + token.to(tl.int64) * k_heads * dim, k_n, k_heads
+        each, heads = tl.cast(1, tl.int64), k_heads
+        x, out, stride, step = k + s * k_s + b * k_b, k_out, tl.cast(k_n, tl.int64), tl.cast(0, tl.int64)
         block -= blocks
     head = block * HEADS + tl.arange(0, HEADS)[:, None]
-    x += head.to(tl.int64) * stride
-    out += head.to(tl.int64) * dim
-    plane = tl.arange(0, PLANES)[None, :]
-    angle = (s + offset) * table_s + b * table_b + plane
-    c = tl.load(cos + angle, mask=plane < planes, other=0.0).to(tl.float32)
-    w = tl.load(sin + angle, mask=plane < planes, other=0.0).to(tl.float32)
-    if INVERSE:
-        w = -w
-    if INTERLEAVED:
-        # Neighbours are loaded together and taken apart in registers, so that the loads stay wide.
-        both = tl.arange(0, 2 * PLANES)[None, :]
-        inside = (head < heads) & (both < 2 * planes)
-        pair = tl.load(x + both, mask=inside, other=0.0).to(tl.float32)
-        first, second = tl.split(tl.reshape(pair, (HEADS, PLANES, 2)))
-        turned = tl.join(first * c - second * w, second * c + first * w)
-        tl.store(out + both, tl.reshape(turned, (HEADS, 2 * PLANES)).to(q_out.dtype.element_ty), mask=inside)
-    else:
-        inside = (head < heads) & (plane < planes)
-        first = tl.load(x + plane, mask=inside, other=0.0).to(tl.float32)
-        second = tl.load(x + planes + plane, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + plane, (first * c - second * w).to(q_out.dtype.element_ty), mask=inside)
-        tl.store(out + planes + plane, (second * c + first * w).to(q_out.dtype.element_ty), mask=inside)
-    if PASSES:
-        rest = 2 * planes + tl.arange(0, REST)[None, :]
-        inside = (head < heads) & (rest < dim)
-        tl.store(out + rest, tl.load(x + rest, mask=inside, other=0.0), mask=inside)
+    x += (head // each) * stride + (head % each) * step
+    out += tl.cast(token, tl.int64) * heads * dim + head * dim
+    turn(
+        x, out, head < heads, cos, sin, (s + offset) * table_s + b * table_b, planes, planes, dim,
+        INTERLEAVED, INVERSE, True, PASSES, HEADS, PLANES, REST,
+    )  # fmt: skip
+
+
+@triton.jit
+def pack_heads_kernel(
+    q, k, v, cos, sin, out, partial, tokens, batch, queries, groups, dim, planes,
+    q_s, q_b, q_n, k_s, k_b, k_n, v_s, v_b, v_n, table_s, table_b,
+    INTERLEAVED: tl.constexpr, TURNS: tl.constexpr, PASSES: tl.constexpr, SUMS: tl.constexpr,
+    HEADS: tl.constexpr, PLANES: tl.constexpr, REST: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries and keys turned back, and of values, into one row a token; and the columns' sums."""
+    columns = groups * (queries + 2) * dim
+    few = tl.cdiv(groups, HEADS)
+    many = tl.cdiv(groups * queries, HEADS)
+    block = tl.program_id(1)
+    x, x_s, x_b, x_n = q, tl.cast(q_s, tl.int64), tl.cast(q_b, tl.int64), tl.cast(q_n, tl.int64)
+    each, slot, heads, turned = queries, 0, groups * queries, planes
+    if block >= many + few:
+        x, x_s, x_b, x_n = v, tl.cast(v_s, tl.int64), tl.cast(v_b, tl.int64), tl.cast(v_n, tl.int64)
+        each, slot, heads, turned = 1, queries + 1, groups, 0
+        block -= many + few
+    elif block >= many:
+        x, x_s, x_b, x_n = k, tl.cast(k_s, tl.int64), tl.cast(k_b, tl.int64), tl.cast(k_n, tl.int64)
+        each, slot, heads = 1, queries, groups
+        block -= many
+    head = block * HEADS + tl.arange(0, HEADS)[:, None]
+    present = head < heads
+    x += head * x_n
+    column = (head // each * (queries + 2) + slot + head % each) * dim
+    firsts = tl.zeros((HEADS, PLANES), tl.float32)
+    seconds = tl.zeros((HEADS, PLANES), tl.float32)
+    others = tl.zeros((HEADS, REST), tl.float32)
+    for token in tl.range(tl.program_id(0), tokens, tl.num_programs(0), num_stages=STAGES):
+        s, b = tl.cast(token // batch, tl.int64), tl.cast(token % batch, tl.int64)
+        first, second, other = turn(
+            x + s * x_s + b * x_b, out + tl.cast(token, tl.int64) * columns + column, present,
+            cos, sin, s * table_s + b * table_b, turned, planes, dim,
+            INTERLEAVED, True, TURNS, PASSES, HEADS, PLANES, REST,
+        )  # fmt: skip
+        if SUMS:
+            firsts += first
+            seconds += second
+            others += other
+    if SUMS:
+        place = partial + tl.program_id(0).to(tl.int64) * columns + column
+        if TURNS:
+            if INTERLEAVED:
+                both = tl.arange(0, 2 * PLANES)[None, :]
+                pair = tl.reshape(tl.join(firsts, seconds), (HEADS, 2 * PLANES))
+                tl.store(place + both, pair, mask=present & (both < 2 * planes))
+            else:
+                plane = tl.arange(0, PLANES)[None, :]
+                tl.store(place + plane, firsts, mask=present & (plane < planes))
+                tl.store(place + planes + plane, seconds, mask=present & (plane < planes))
+        if PASSES:
+            rest = 2 * planes + tl.arange(0, REST)[None, :]
+            tl.store(place + rest, others, mask=present & (rest < dim))
 
 
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, offset: int, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    q, k, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, cos, sin))
-    if cos.stride() != sin.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
-    q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    length, batch, q_heads, dim = q.shape
-    k_heads, size = k.shape[2], cos.shape[-1]
-    if q.dtype != k.dtype or k.shape[:2] != q.shape[:2] or k.shape[3] != dim or size > dim or size % 2:
-        raise ValueError(
-            f"q {tuple(q.shape)} {q.dtype}, k {tuple(k.shape)} {k.dtype} and {size} rotated dims do not fit"
-        )
-    if cos.shape != sin.shape or cos.shape[0] < offset + length or cos.shape[1] not in (1, batch):
-        raise ValueError(f"tables {tuple(cos.shape)} do not hold positions {offset}..{offset + length} of {batch} rows")
-    heads = min(16, triton.next_power_of_2(max(q_heads, k_heads, 1)))
-    grid = (length * batch, triton.cdiv(q_heads, heads) + triton.cdiv(k_heads, heads))
-    if length * batch and grid[1] and dim:
+    q, k = _rows(q), _rows(k)
+    groups, queries = q.shape[2:-1] if q.dim() == 5 else (q.shape[2], 1)
+    q_heads, k_heads = groups * queries, k.shape[2]
+    length, batch, dim = q.shape[0], q.shape[1], q.shape[-1]
+    if q.dtype != k.dtype or k.shape[:2] != q.shape[:2] or k.shape[3] != dim:
+        raise ValueError(f"q {tuple(q.shape)} {q.dtype} and k {tuple(k.shape)} {k.dtype} do not fit")
+    cos, sin, planes, strides = _table(cos, sin, offset + length, batch, dim)
+    q_out, k_out = q.new_empty((length, batch, q_heads, dim)), k.new_empty(k.shape)
+    if q_out.numel() + k_out.numel():
+        tile = _tile(dim, planes, max(q_heads, k_heads))
+        strips = triton.cdiv(q_heads, tile["HEADS"]) + triton.cdiv(k_heads, tile["HEADS"])
         with on_device_of(q):
-            rotary_kernel[grid](
-                q, k, q_out, k_out, cos, sin, batch, q_heads, k_heads, dim, size // 2, offset,
-                *q.stride()[:3], *k.stride()[:3], cos.stride(0), cos.stride(1) if cos.shape[1] > 1 else 0,
-                INTERLEAVED=interleaved, INVERSE=inverse, PASSES=size < dim,
-                HEADS=heads, PLANES=triton.next_power_of_2(max(1, size // 2)),
-                REST=triton.next_power_of_2(max(1, dim - size)),
+            rotary_kernel[(length * batch, strips)](
+                q, k, q_out, k_out, cos, sin, batch, queries, q_heads, k_heads, dim, planes, offset,
+                *q.stride()[:3], q.stride(3) if q.dim() == 5 else 0, *k.stride()[:3], *strides,
+                INTERLEAVED=interleaved, INVERSE=inverse, **tile,
             )  # fmt: skip
     return q_out, k_out
+
+
+def pack_heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    totals: Sequence[Tensor],
+    keep: Sequence[bool],
+    interleaved: bool,
+) -> Tensor:
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    length, batch, groups, dim = k.shape
+    queries, tokens = q.shape[2] // max(groups, 1), length * batch
+    if (*q.shape[:2], *q.shape[3:]) != (length, batch, dim) or v.shape != k.shape or queries * groups != q.shape[2]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit")
+    planes, strides = 0, (0, 0)
+    if cos is not None and sin is not None:
+        cos, sin, planes, strides = _table(cos, sin, length, batch, dim)
+    out = q.new_empty((length, batch, groups * (queries + 2) * dim))
+    tile: dict[str, int | bool] = {}
+    strips, walks = 0, 0
+    if out.numel():
+        tile = _tile(dim, planes, q.shape[2])
+        strips = triton.cdiv(q.shape[2], tile["HEADS"]) + 2 * triton.cdiv(groups, tile["HEADS"])
+        walks = persistent(q, tokens, WARPS, RESIDENT_WARPS, strips) if totals else tokens
+    partial = q.new_empty((1, walks, out.shape[-1]), dtype=torch.float32) if totals else None
+    with on_device_of(q):
+        if walks:
+            pack_heads_kernel[(walks, strips)](
+                q, k, v, cos, sin, out, partial, tokens, batch, queries, groups, dim, planes,
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
+                INTERLEAVED=interleaved, TURNS=planes > 0, SUMS=bool(totals), STAGES=STAGES if totals else 1, **tile,
+            )  # fmt: skip
+        if partial is not None:
+            add_partial_sums(partial, totals, keep)
+    return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _table(cos: Tensor, sin: Tensor, end: int, batch: int, dim: int) -> tuple[Tensor, Tensor, int, tuple[int, int]]:
+    """The tables with neighbouring planes side by side, how many planes they have, and their strides."""
+    size = cos.shape[-1]
+    if size > dim or size % 2:
+        raise ValueError(f"{size} rotated dims do not fit into heads of {dim}")
+    if cos.shape != sin.shape or cos.shape[0] < end or cos.shape[1] not in (1, batch):
+        raise ValueError(f"tables {tuple(cos.shape)} do not hold {end} positions of {batch} rows")
+    cos, sin = _rows(cos), _rows(sin)
+    if cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    return cos, sin, size // 2, (cos.stride(0), cos.stride(1) if cos.shape[1] > 1 else 0)
+
+
+def _tile(dim: int, planes: int, heads: int) -> dict[str, int | bool]:
+    """What of a head is rotated and what passes, and how many heads a program takes."""
+    rest = dim - 2 * planes
+    widths = [triton.next_power_of_2(max(1, part)) for part in (planes, rest)]
+    least = min(width for width, part in zip(widths, (planes, rest)) if part)
+    most = min(LEAST_TILE // least, MOST_TILE // triton.next_power_of_2(dim), triton.next_power_of_2(heads))
+    return {"PASSES": rest > 0, "PLANES": widths[0], "REST": widths[1], "HEADS": max(1, most), "num_warps": WARPS}

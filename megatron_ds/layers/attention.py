@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_ds.kernels.heads import HEADS, split_heads
 from megatron_ds.kernels.rotary import rotary
 from megatron_ds.layers.attention_cores import AttentionCore
 from megatron_ds.layers.linear import BiasOffer, ColumnParallelLinear, RepeatedKVLinear, RowParallelLinear
@@ -87,7 +88,6 @@ class HeadProjection(nn.Module):
         super().__init__()
         c = self.config = config
         self.local_kv_heads = max(1, c.kv_heads // tp.size)
-        self.local_queries = c.kv_heads * c.queries_per_kv_head // tp.size // self.local_kv_heads  # a key/value head
         make: dict[str, Any] = {"tp": tp, "sequence_parallel": sequence_parallel, "device": device, "dtype": dtype}
         shape = (c.kv_heads, c.queries_per_kv_head + 2, c.head_dim)
         make_qkv: dict[str, Any] = {**make, "bias": c.qkv_bias, "init_std": c.init_std}
@@ -101,16 +101,19 @@ class HeadProjection(nn.Module):
         self.q_norm = _qk_norm(f"{name}.q_norm", c, c.kv_heads * c.queries_per_kv_head, **place)
         self.k_norm = _qk_norm(f"{name}.k_norm", c, c.kv_heads, **place)
 
-    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``q [s, b, n, d]``, ``k, v [s, b, g, d]``, before rotary."""
-        c, qkv = self.config, self.qkv(x)
-        s, b, _ = qkv.shape
-        qkv = qkv.view(s, b, self.local_kv_heads, self.local_queries + 2, c.head_dim)
-        # One split: slices would each fill a gradient of the whole with zeros in the backward pass.
-        q, k, v = qkv.split([self.local_queries, 1, 1], dim=-2)
-        q, k, v = q.reshape(s, b, self.local_kv_heads * self.local_queries, c.head_dim), k.squeeze(-2), v.squeeze(-2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
+    def heads(self, x: Tensor, table: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """``q [s, b, n, d]``, ``k, v [s, b, g, d]``; rotated by ``table``, cos and sin of the positions, behind the
+        norms."""
+        c, offer = self.config, BiasOffer()
+        qkv = self.qkv(x, offer)
+        bias = offer.take() if HEADS.choose(qkv) == "triton" else None
+        interleaved = c.rotary_interleaved
+        if self.q_norm is None or self.k_norm is None:
+            return split_heads(qkv, self.local_kv_heads, c.head_dim, table, interleaved=interleaved, bias=bias)
+        q, k, v = split_heads(qkv, self.local_kv_heads, c.head_dim, bias=bias)
+        q, k = _normed(self.q_norm, q), _normed(self.k_norm, k)
+        if table is not None:
+            q, k = rotary(q, k, *table, interleaved=interleaved)
         return q, k, v
 
 
@@ -138,15 +141,12 @@ class SelfAttention(HeadProjection):
 
     def forward(self, x: Tensor, inputs: AttentionInputs, offer: BiasOffer | None = None) -> Tensor:
         """``offer``: for what is the only one to use the output."""
-        return self.out(self.attend(*self.heads(x), inputs), offer)
+        return self.out(self.attend(*self.heads(x, inputs.rotary), inputs), offer)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs) -> Tensor:
-        """``[s, b, n * d]``: the attention core, behind rotary."""
-        c = self.config
-        if inputs.rotary is not None:
-            q, k = rotary(q, k, *inputs.rotary, interleaved=c.rotary_interleaved)
-        if c.query_factor is not None:
-            q = q * c.query_factor
+        """``[s, b, n * d]``: the attention core, behind the norms and rotary of :meth:`heads`."""
+        if self.config.query_factor is not None:
+            q = q * self.config.query_factor
         attend = inputs.core.attend
         if self.recompute_core and torch.is_grad_enabled():
             return checkpoint(attend, q, k, v, self.site, use_reentrant=False, preserve_rng_state=False)

@@ -198,9 +198,9 @@ class RepeatedKVLinear(_Linear):
         self.queries = (out_shape[1] - 2) // ranks
         self.kv_head, self.first_query = tp.rank // ranks, tp.rank % ranks * self.queries
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, offer: BiasOffer | None = None) -> Tensor:
         weight = self.weight[self.kv_head] if self.recipe.has_weight else self.own(self.weight)
-        return _column_linear(x, weight, None if self.bias is None else self.own(self.bias), self)
+        return _column_linear(x, weight, None if self.bias is None else self.own(self.bias), self, offer)
 
     def own(self, parameter: Tensor) -> Tensor:
         """``[q + 2, d, ...]`` of a parameter."""
@@ -383,7 +383,8 @@ class VocabParallelEmbedding(nn.Module):
             return lookup(tokens, self.weight)
         local = tokens - self.first_row
         outside = (local < 0) | (local >= self.weight.shape[0])
-        partial = lookup(local.masked_fill(outside, 0), self.weight).masked_fill(outside.unsqueeze(-1), 0.0)
+        # Any row will do for a token of another rank, but not one for all: its gradient would be one long sum.
+        partial = lookup(local.remainder(self.weight.shape[0]), self.weight).masked_fill(outside.unsqueeze(-1), 0.0)
         if self.sequence_parallel:
             return comm.reduce_scatter_sequence(partial, self.tp)
         return comm.reduce_from_region(partial, self.tp)

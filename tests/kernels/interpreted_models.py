@@ -50,6 +50,7 @@ def whole_model(**settings: Any) -> None:
     assert not none and {"norm", "cross_entropy"} < launched_ops, launched_ops
     activation = "gated" if config.activation == "swiglu" else "bias_gelu"
     assert activation in launched_ops and ("rotary" in launched_ops) == (config.position == "rope")
+    assert "split_heads" in launched_ops
     assert ("dropout_add" in launched_ops) == (config.hidden_dropout > 0)
     assert ("softmax" in launched_ops) == (config.attention_dropout > 0)
     close("loss", loss, want, 1e-6)

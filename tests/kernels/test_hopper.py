@@ -33,8 +33,10 @@ NARROW = {
     "logit_gradient_kernel": (4, 0),
     "token_losses_kernel": (4, 1),
     "rotary_kernel": (2, 0),
+    "pack_heads_kernel": (6, 0),
     "square_sum_kernel": (16, 1),  # the rest
     "adamw_kernel": (1, 0),
+    "add_rows_kernel": (6, 1),  # indices, and the table, of which a thread takes one column
 }
 # The last, masked tile of a vocabulary that is no multiple of 16 is narrow, and only that.
 RAGGED_TILE = 32
@@ -105,6 +107,26 @@ def rotary(interleaved: bool) -> None:
     rotary.rotary(q, k, cos, cos, interleaved, 0, False)
 
 
+def heads(groups: int, queries: int, dim: int, turned: int, bias: bool, interleaved: bool = False) -> None:
+    from megatron_ds.kernels.triton import rotary
+
+    packed = meta(4096, 2, groups, queries + 2, dim)
+    tables = [meta(4096, 1, 1, turned)] * 2 if turned else [None, None]
+    totals = [meta(packed[0, 0].numel(), dtype=SINGLE)] if bias else []
+    if turned:
+        rotary.rotary(packed[..., :-2, :], packed[..., -2, :], *tables, interleaved, 0, False)
+    # As attention gives them: ``[b, n, s, d]`` in memory.
+    q, k = (meta(2, heads, 4096, dim).permute(2, 0, 1, 3) for heads in (groups * queries, groups))
+    rotary.pack_heads(q, k, k, *tables, totals, [True], interleaved)
+
+
+def add_rows(columns: int) -> None:
+    from megatron_ds.kernels.triton.add_rows import add_rows_
+
+    places = meta(8192, dtype=torch.int64)
+    add_rows_(meta(50304, columns, dtype=SINGLE), meta(8192, columns), places, places)
+
+
 def square_sum(count: int) -> None:
     from megatron_ds.kernels.triton import square_sum as module
 
@@ -142,6 +164,11 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "square sum beyond 2^31": lambda: square_sum(2**31 + 1024),
     "rotary 128": lambda: rotary(False),
     "rotary 128 interleaved": lambda: rotary(True),
+    "heads of Llama 70B": lambda: heads(8, 8, 128, 128, bias=False),
+    "heads of GPT-2": lambda: heads(12, 1, 64, 0, bias=True),
+    "heads of GPT-NeoX": lambda: heads(64, 1, 96, 32, bias=True),
+    "heads of Qwen interleaved": lambda: heads(4, 7, 128, 128, bias=True, interleaved=True),
+    "add_rows 768": lambda: add_rows(768),
     "adamw": lambda: adamw(None),
     "adamw in half precision": lambda: adamw(HALF),
 }
@@ -166,3 +193,15 @@ def test_compiled_for_hopper(name: str) -> None:
         counts = [kernel.count(pattern) for pattern in (WIDE_LOAD, LOAD, WIDE_STORE, STORE)]
         assert counts[0] > 0 and counts[1] - counts[0] <= loads, f"{what}: {counts[0]} wide of {counts[1]} loads"
         assert counts[3] - counts[2] <= stores, f"{what}: {counts[2]} wide of {counts[3]} stores"
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(64, 32), (128, 16), (1024, 2), (2048, 1)])
+def test_a_program_of_a_norm_takes_several_short_rows(columns: int, rows: int) -> None:
+    """Such as those of QK-norm, one a head: enough of them that each thread loads 16 bytes."""
+    from megatron_ds.kernels.triton.norm_backward import tile_of, whole_row_tile
+
+    _, forward, warps = tile_of(columns, 2048)
+    backward = whole_row_tile(columns, HALF.itemsize, False)
+    assert forward == rows and forward * columns >= 8 * 32 * warps
+    assert backward["ROWS"] * columns >= 8 * 32 * backward["num_warps"]
+    assert columns > 512 or backward["ROWS"] == rows

@@ -39,7 +39,9 @@ def test_the_rule(op: registry.Op) -> None:
 def test_every_module_is_listed_and_every_op_has_a_name_of_its_own() -> None:
     names = [op.name for op in registry.all_ops()]
     assert len(names) == len(set(names)) >= 7
-    assert {"norm", "dropout_add", "gated", "bias_gelu", "softmax", "cross_entropy", "rotary"} <= set(names)
+    assert {"norm", "dropout_add", "gated", "bias_gelu", "softmax", "cross_entropy", "rotary", "split_heads"} <= set(
+        names
+    )
 
 
 def test_contexts_nest_and_end() -> None:

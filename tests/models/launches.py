@@ -16,14 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ds.kernels import registry
 
-# Kernels of one call, where it is more than one: cuDNN's and flash attention's backward pass has three; our norms' and
-# GELU's add up the partial sums that their programs left, and so do the squares.
-KERNELS = {
-    "_scaled_dot_product_flash_attention_backward": 3,
-    "norm_backward": 2,
-    "bias_gelu_backward": 2,
-    "square_sum": 2,
-}
+# Kernels of one call, where it is more than one: cuDNN's and flash attention's backward pass has three; the squares'
+# partial sums are added up.
+KERNELS = {"_scaled_dot_product_flash_attention_backward": 3, "square_sum": 2}
 # Without a kernel: memory, and other looks at it.
 NOTHING = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach", "lift_fresh",
@@ -65,7 +60,9 @@ class _Dispatched(TorchDispatchMode):
         on_device = any(t.is_meta for t in flat + results)
         if not on_device or name in NOTHING or (is_view and not written):
             return out
-        self.count.kernels[name] += KERNELS.get(name, 1)
+        # An operator that makes column sums has one more kernel, which adds up what its programs left.
+        sums = any(a.name == "totals" and value for a, value in zip(func._schema.arguments, args))
+        self.count.kernels[name] += KERNELS.get(name, 1) + sums
         # Each tensor once, also one that is read and written; one that is expanded for what it is.
         self.count.bytes += sum(_bytes(t) for t in {id(t): t for t in flat + results}.values())
         return out

@@ -85,7 +85,7 @@ def of_block(run: Run) -> Count:
     return micro_batch(run._replace(layers=3)) - micro_batch(run)
 
 
-@pytest.mark.parametrize(("model", "launches", "passes"), [("gpt2", 28, 109.6), ("llama", 27, 124.0)])
+@pytest.mark.parametrize(("model", "launches", "passes"), [("gpt2", 27, 106.6), ("llama", 26, 120.0)])
 def test_a_block(model: str, launches: int, passes: float) -> None:
     """Forward and backward. ``passes``: over an activation ``[s, b, h]``, weights and attention's operands included."""
     count = of_block(Run(model))
@@ -93,12 +93,15 @@ def test_a_block(model: str, launches: int, passes: float) -> None:
     assert (count.launches, round(count.bytes / one, 1)) == (launches, passes), count.kernels
 
 
-@pytest.mark.parametrize(("model", "launches"), [("gpt2", 36), ("llama", 38)])
-def test_a_micro_batch_outside_of_its_blocks(model: str, launches: int) -> None:
-    """Embedding, last norm and loss."""
+@pytest.mark.parametrize(("model", "launches", "passes"), [("gpt2", 36, 324.5), ("llama", 38, 104.5)])
+def test_a_micro_batch_outside_of_its_blocks(model: str, launches: int, passes: float) -> None:
+    """Embedding, last norm and loss. No row of an embedding's gradient is copied in fp32."""
     run = Run(model)
-    outside = micro_batch(run).launches - run.layers * of_block(run).launches
-    assert outside == launches, micro_batch(run).kernels
+    outside = micro_batch(run)
+    for _ in range(run.layers):
+        outside -= of_block(run)
+    one = 2 * TOKENS * MODELS[model]["hidden_size"]
+    assert (outside.launches, round(outside.bytes / one, 1)) == (launches, passes), outside.kernels
 
 
 @pytest.mark.parametrize(("model", "launches"), [("gpt2", 24), ("llama", 24)])
