@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from float8_interpreted import right_casts
 
 from megatron_ds.kernels.activation import gated
 
@@ -37,7 +38,10 @@ def small(module: Any) -> dict[str, Any]:
     # Norms of the few columns that this leaves would be all cancellation.
     wider = {case.op: case for case in reversed(module.streaming_cases(torch.bfloat16, scale=64))}
     first |= {op: case for op, case in wider.items() if "norm" in op}
+    shorter = {case.op: case for case in reversed(module.streaming_cases(torch.bfloat16, scale=2048))}
+    first |= {op: case for op, case in shorter.items() if "rotary" in op or op == "heads"}
     first |= {case.op: case for case in reversed(module.loss_cases(torch.bfloat16, scale=512))}
+    first |= {case.op: case for case in reversed(module.update_cases(torch.bfloat16, scale=512))}
     narrow = [case for case in module.attention_cases(torch.float16, scale=512) if "d=64" in case.op]
     first |= {case.op: case for case in reversed(narrow)}
     return first
@@ -46,9 +50,9 @@ def small(module: Any) -> dict[str, Any]:
 def benchmark_checks() -> None:
     """It passes every kernel and refuses to measure one that is wrong."""
     kernels, module = load()
-    with patch.object(module, "DEVICE", "cpu"):
+    with right_casts(), patch.object(module, "DEVICE", "cpu"):
         first = small(module)
-        assert len(first) == 15, list(first)
+        assert len(first) == 24, list(first)
         faults = {op: kernels.check(case) for op, case in first.items()}
         assert not any(faults.values()), faults
         wrong = replace(first["swiglu"], run=lambda x: gated(x, "silu" if x.dtype == torch.float64 else "gelu"))

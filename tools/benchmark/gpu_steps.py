@@ -40,11 +40,11 @@ CLASSES: Mapping[str, str] = {
     "norms": r"norm_",
     "partial sums": r"partial_sums",
     "activation": r"gated|gelu|silu",
-    "rotary": r"rotary",
+    "rotary": r"rotary|pack_heads",
     "loss": r"token_|logit_",
     "update": r"adam|square_sum|multi_tensor",
     "reductions": r"reduce|sum",
-    "embedding": r"embedding|index|sort|radix",
+    "embedding": r"embedding|index|sort|radix|add_rows",
     "copies": r"memcpy|memset|copy|cat",
     "elementwise": r"elementwise|vectorized|add|mul|triton_",
 }

@@ -13,14 +13,19 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from megatron_ds.kernels import block_patterns
+from megatron_ds.kernels.accumulate import add_rows
 from megatron_ds.kernels.activation import bias_gelu, gated
+from megatron_ds.kernels.adamw import AdamWNumbers, adamw_
 from megatron_ds.kernels.block_layout import BlockLayout
-from megatron_ds.kernels.cross_entropy import logit_gradient, token_statistics
+from megatron_ds.kernels.cross_entropy import logit_gradient, token_losses, token_statistics
 from megatron_ds.kernels.dropout import dropout_add
+from megatron_ds.kernels.float8 import E4M3, Block, quantize_both
+from megatron_ds.kernels.heads import split_heads
 from megatron_ds.kernels.norm import add_norm, layer_norm, rms_norm
 from megatron_ds.kernels.rotary import rotary
 from megatron_ds.kernels.softmax import scaled_masked_softmax
 from megatron_ds.kernels.sparse_attention import sparse_attention
+from megatron_ds.kernels.square_sum import square_sum
 from megatron_ds.layers.loss import linear_cross_entropy
 from megatron_ds.mesh import Axis
 
@@ -55,6 +60,7 @@ class Case:
         forward, backward: bytes or, for matrix products, FLOPs that cannot be avoided; no backward: 0.
         unit: of the rate, GB/s or TFLOP/s.
         together: forward and backward are one call.
+        in_place: the op writes over its inputs, which then are checked as they were made, rows aligned.
         peers: other implementations of the same, by name, made when they are to run. An op's reference is a peer of
             its own ("eager", "compile") unless ``eager`` is False.
     """
@@ -69,6 +75,7 @@ class Case:
     constant: tuple[int, ...] = ()
     unit: str = BYTES
     together: bool = False
+    in_place: bool = False
     peers: Peers = field(default_factory=dict)
     eager: bool = True
 
@@ -86,7 +93,12 @@ def vectors(columns: int, *x: Tensor, dtype: torch.dtype, weights: int, keys: bo
 
 def cases(dtype: torch.dtype, scale: int = 1) -> list[Case]:
     """The grid: hidden sizes from 1k to 16k, sequences of 1k to 64k. ``scale`` divides every size."""
-    return [*streaming_cases(dtype, scale), *loss_cases(dtype, scale), *attention_cases(dtype, scale)]
+    return [
+        *streaming_cases(dtype, scale),
+        *loss_cases(dtype, scale),
+        *update_cases(dtype, scale),
+        *attention_cases(dtype, scale),
+    ]
 
 
 def streaming_cases(dtype: torch.dtype, scale: int = 1) -> list[Case]:
@@ -115,6 +127,8 @@ def streaming_cases(dtype: torch.dtype, scale: int = 1) -> list[Case]:
 
         add("rms_norm", (rows, columns), data(1, 1), partial(rms_norm, eps=1e-5), 2 * n, 3 * n)
         add("layer_norm", (rows, columns), data(1, 2), partial(layer_norm, eps=1e-5), 2 * n, 3 * n)
+        # A seam without dropout behind a layer with a bias, whose gradient its backward pass makes too.
+        add("add_norm seam", (rows, columns), data(2, 3), seam, 4 * n, 4 * n)
         # Backward: two gradients and the sum in, two gradients out.
         add("add_norm", (rows, columns), data(2, 2, keys=True), dropped_add_norm, 4 * n, 5 * n)
         add("dropout_add", (rows, columns), data(2, 0, keys=True), dropped_add, 3 * n, 2 * n)
@@ -139,6 +153,37 @@ def streaming_cases(dtype: torch.dtype, scale: int = 1) -> list[Case]:
             run = partial(rotary, interleaved=interleaved)
             make = partial(queries_and_keys, length, heads, 8, dtype)
             add(name, (length, 2, heads + 8, 128), make, run, 2 * n, 2 * n, (2, 3))
+        # Values are a view of the projection, until the gradients of all three are packed.
+        make = partial(projection, length, 8, heads // 8, dtype)
+        run = partial(heads_of, groups=8)
+        add("heads", (length, 2, heads + 16, 128), make, run, 2 * n, 2 * (n + length * 2 * 8 * 128), (2, 3))
+    return found
+
+
+def update_cases(dtype: torch.dtype, scale: int = 1) -> list[Case]:
+    """What has no gradient: the update, the norm of the gradients, rows of an embedding's, casts to FP8."""
+    found, size = [], dtype.itemsize
+
+    def add(op: str, shape: Sequence[int], make: Callable[[], list[Tensor]], run: Callable[..., Any],
+            moved: float) -> None:  # fmt: skip
+        found.append(Case(op, "x".join(map(str, shape)), dtype, make, run, moved, 0.0, tuple(range(9)), in_place=True))
+
+    for count in (1 << 22, 1 << 27):
+        count = max(2, count // scale**2)
+        # Gradient, two moments and the weight read, all but the gradient written; and the weight in half precision.
+        add("adamw", (count,), partial(weights, count, dtype), update, count * (28 + (2 * size if size < 4 else 0)))
+        add("square_sum", (count,), partial(one, count, dtype=torch.float32), square_sum, 4 * count)
+    for sides in ((8192, 768, 50304), (32768, 4096, 128256)):
+        tokens, columns, vocabulary = (max(2, side // scale) for side in sides)
+        make = partial(table_and_rows, tokens, columns, vocabulary, dtype)
+        add("add_rows", (tokens, columns, vocabulary), make, added_rows, tokens * columns * (size + 8))
+    for shape in ((8192, 4096), (8192, 14336)):
+        rows, columns = (max(2, side // scale) for side in shape)
+        n = rows * columns
+        blocks = (("lines", Block(1, 128), 1), ("squares", Block(128, 128), 1), ("whole", Block(None, None), 2))
+        for name, block, reads in blocks:
+            make = partial(one, rows, columns, dtype=dtype)
+            add(f"float8 {name}", (rows, columns), make, partial(cast, block=block), n * (reads * size + 2))
     return found
 
 
@@ -152,7 +197,12 @@ def loss_cases(dtype: torch.dtype, scale: int = 1) -> list[Case]:
         peers: Peers = {"torch": lambda: torch_cross_entropy, "compile": partial(compiled, torch_cross_entropy)}
         found.append(
             Case("cross_entropy", f"{tokens}x{vocabulary}", dtype, make, cross_entropy, moved, 0.0, (0,),
-                 together=True, peers=peers, eager=False)
+                 together=True, in_place=True, peers=peers, eager=False)
+        )  # fmt: skip
+        # Of the whole vocabulary, whose logits are read from memory once.
+        found.append(
+            Case("token_losses", f"{tokens}x{vocabulary}", dtype, make, all_losses, moved * 2 / 3, 0.0, (0,),
+                 together=True, in_place=True, peers=peers, eager=False)
         )  # fmt: skip
         make = partial(hidden_and_labels, tokens, hidden, vocabulary, dtype)
         work = 2.0 * tokens * hidden * vocabulary
@@ -224,6 +274,24 @@ def queries_and_keys(length: int, heads: int, groups: int, dtype: torch.dtype) -
     return [q, k, angles.cos().to(dtype), angles.sin().to(dtype)]
 
 
+def projection(length: int, groups: int, queries: int, dtype: torch.dtype) -> list[Tensor]:
+    columns = groups * (queries + 2) * 128
+    tables = queries_and_keys(length, 1, 1, dtype)[2:]
+    return [normal(length, 2, columns, dtype=dtype), normal(columns, dtype=dtype), *tables]
+
+
+def weights(count: int, dtype: torch.dtype) -> list[Tensor]:
+    """Master weights, gradient, moments, the gradient's factor, and the weights in half precision, if they are."""
+    master = normal(count, dtype=dtype).float()
+    gradient, mean, square = (normal(count, dtype=torch.float32) for _ in range(3))
+    return [master, gradient, mean, square.square(), torch.ones((), device=DEVICE), master.to(dtype)]
+
+
+def table_and_rows(tokens: int, columns: int, vocabulary: int, dtype: torch.dtype) -> list[Tensor]:
+    rows = normal(tokens, columns, dtype=dtype)
+    return [normal(vocabulary, columns, dtype=torch.float32), torch.randint(vocabulary, (tokens,), device=DEVICE), rows]
+
+
 def logits_and_labels(tokens: int, vocabulary: int, dtype: torch.dtype) -> list[Tensor]:
     """Rows begin at multiples of 16 elements, as layers/loss.py lays its logits out."""
     logits = normal(tokens, -(-vocabulary // 16) * 16, dtype=dtype)[:, :vocabulary]
@@ -237,6 +305,32 @@ def hidden_and_labels(tokens: int, hidden: int, vocabulary: int, dtype: torch.dt
 
 def dropped_add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, row_keys: Tensor) -> Any:
     return add_norm(x, residual, weight, bias, 1e-5, p=0.1, row_keys=row_keys)
+
+
+def seam(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor) -> Any:
+    return add_norm(x, residual, weight, bias, 1e-5, x_bias=x_bias)
+
+
+def heads_of(qkv: Tensor, bias: Tensor, cos: Tensor, sin: Tensor, groups: int) -> Any:
+    return split_heads(qkv, groups, 128, (cos, sin), bias=bias)
+
+
+def update(master: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, factor: Tensor, low: Tensor) -> Any:
+    numbers = AdamWNumbers(lr=1e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, step=3)
+    half = None if low.dtype == torch.float32 else low
+    adamw_(master, gradient, mean, square, half, factor, numbers)
+    return master, mean, square, low
+
+
+def added_rows(table: Tensor, indices: Tensor, rows: Tensor) -> Tensor:
+    add_rows(table, indices, rows)
+    return table
+
+
+def cast(x: Tensor, block: Block) -> Any:
+    """As a layer's input and its transpose; with scales of powers of two, which round nothing but the casts do."""
+    both = quantize_both(x, (None, None), block, E4M3, power_of_two=True)
+    return tuple(part for of in both for part in (of.values, of.scale))
 
 
 def dropped_add(x: Tensor, residual: Tensor, row_keys: Tensor) -> Tensor:
@@ -254,6 +348,12 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     mask = torch.ones(target.shape, dtype=torch.bool, device=target.device)
     size = logits.shape[1]
     return logit_gradient(scratch, stats[0], lse, target, mask, label_smoothing=0.0, z_loss=0.0, vocab_size=size)
+
+
+def all_losses(logits: Tensor, target: Tensor) -> Any:
+    mask = torch.ones(target.shape, dtype=torch.bool, device=target.device)
+    size = logits.shape[1]
+    return token_losses(logits, target, mask, None, label_smoothing=0.0, z_loss=0.0, vocab_size=size)
 
 
 def fused_linear(x: Tensor, table: Tensor, labels: Tensor) -> Tensor:
