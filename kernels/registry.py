@@ -43,6 +43,7 @@ MODULES = (
     "rotary",
     "heads",
     "sparse_attention",
+    "paged_attention",
     "square_sum",
     "float8",
     "accumulate",

@@ -20,6 +20,7 @@ from megatron_ds.host import free_host_memory
 from megatron_ds.inference import served_model
 from megatron_ds.inference.batching import Batcher, require_budget
 from megatron_ds.inference.block_pool import BlockPool
+from megatron_ds.inference.decode_graphs import GraphSizes, capture_for
 from megatron_ds.inference.draft_model import DraftModel
 from megatron_ds.inference.invariant_recipe import BatchInvariant
 from megatron_ds.inference.model_runner import CacheSize, ModelRunner, local_kv_heads
@@ -65,8 +66,9 @@ class LLM:
             in the same step. The answers stay what they are, draws included; text that repeats itself comes faster.
         speculative_model: a small model of the same vocabulary that guesses instead, as many tokens.
         enable_prefix_caching: texts with the same beginning share its keys and values.
-        enforce_eager: do not compile the model at the start, which takes half a minute or more and makes steps faster:
-            in half precision on one rank of a CPU, with a C++ compiler.
+        enforce_eager: compile nothing at the start and capture nothing. False: on one rank of a CPU steps in half
+            precision become compiled graphs, which takes half a minute or more and a C++ compiler; on one GPU decode
+            steps become CUDA graphs, for 1, 2, 4, 8, ... texts up to max_num_seqs.
         seed: of the draws of requests that have none of their own; None: a new one for each.
 
     Raises:
@@ -119,8 +121,11 @@ class LLM:
         draft = _draft_model(small, own, mesh, max_num_batched_tokens, num_speculative_tokens)
         of_layer = 2 * Pages.bytes_of_token(local_kv_heads(stage), source.config.head_size, cache_dtype)
         block = block_size * (of_layer * len(stage.layers) + (draft.bytes_of_token() if draft else 0))
-        most = max_num_seqs * -(-self.max_model_len // block_size)
-        most = num_blocks or min(most, _memory(mesh.device, gpu_memory_utilization) // block)
+        of_text = -(-self.max_model_len // block_size)
+        capture = None if enforce_eager else capture_for(mesh)
+        graphs = GraphSizes(max_num_seqs, of_text, block_size, source.config.padded_vocab, own)
+        memory = _memory(mesh.device, gpu_memory_utilization) - (graphs.bytes if capture else 0)
+        most = num_blocks or min(max_num_seqs * of_text, memory // block - 1)  # and one that the runner keeps
         # The smallest of all ranks' before anything is made of it: an error is one on all of them.
         blocks = _smallest(most, mesh.world)
         if blocks * block_size < min(self.max_model_len, 2 * block_size):
@@ -128,6 +133,8 @@ class LLM:
         pool = BlockPool(blocks, block_size, enable_prefix_caching)
         size = CacheSize(blocks, block_size, cache_dtype)
         runner = ModelRunner(stage, mesh, size, head, batch_invariant, compiled=not enforce_eager)
+        if capture is not None:
+            runner.capture(capture, graphs)
         batcher = Batcher(pool, max_num_seqs, max_num_batched_tokens, num_speculative_tokens)
         if draft is not None:
             draft.open(blocks, block_size)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_ds.inference.batching import Plan, Span
 from megatron_ds.inference.compiled_stage import CompiledStage
-from megatron_ds.inference.paged_cache import PagedBatch, PagedCache, PagedSpan
+from megatron_ds.inference.decode_graphs import Capture, DecodeGraphs, GraphSizes
+from megatron_ds.inference.paged_cache import PagedBatch, PagedCache, PagedSpan, PagedStep
 from megatron_ds.layers.attention_cores import MakeCore
 from megatron_ds.layers.recipe import OwnPrecision, Recipe
 from megatron_ds.mesh import Mesh
@@ -58,7 +59,10 @@ class ModelRunner:
         self.device, self.head_recipe = mesh.device, head_recipe or OwnPrecision()
         layers = [int(name) for name in model.layers]
         heads, head_dim = local_kv_heads(model), model.config.head_size
-        self.cache = PagedCache(layers, size.blocks, size.size, heads, head_dim, size.dtype, self.device)
+        # One more than the pool has: no text holds it.
+        self._scratch = size.blocks
+        self._graphs: DecodeGraphs | None = None
+        self.cache = PagedCache(layers, size.blocks + 1, size.size, heads, head_dim, size.dtype, self.device)
         self.dtype = next(model.parameters()).dtype
         self.hidden_states: Callable[[MicroBatch, Tensor | None, MakeCore], Tensor] = model.hidden_states
         alone = mesh.world.size == 1 and mesh.device.type == "cpu"
@@ -69,28 +73,45 @@ class ModelRunner:
         """From now on run steps of few tokens as compiled graphs."""
         self.hidden_states = CompiledStage(self.model).hidden_states
 
+    def capture(self, capture: Capture, sizes: GraphSizes) -> None:
+        """From now on replay decode steps as graphs."""
+        self._graphs = DecodeGraphs(self._decoded, capture, sizes, self._scratch, self.device)
+
     @torch.inference_mode()
     def run(self, plan: Plan, rows: Many[int]) -> Tensor | None:
         """Logits ``[len(rows), v / tp]`` of these rows of the step, in the model's dtype, on the last stage."""
         self.cache.copy(plan.copies)
-        tokens = [span.tokens for span in plan.spans]
-        places = [range(span.start, span.start + span.count) for span in plan.spans]
-        micro_batch = {
-            "tokens": torch.tensor([[t for of_span in tokens for t in of_span]], device=self.device),
-            "position_ids": torch.tensor([[p for of_span in places for p in of_span]], device=self.device),
-        }
-        batch = PagedBatch(self.cache, _paged(plan.spans), lambda site: (site - 1) // SITES_A_BLOCK, self.apart)
+        spans = _paged(plan.spans)
+        tokens = [token for span in plan.spans for token in span.tokens]
+        wanted = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        if self._graphs is not None and self._graphs.takes(spans):
+            return self._graphs.run(tokens, spans)[wanted]
+        places = [place for span in spans for place in range(span.start, span.stop)]
         pp = self.mesh.pp
         hidden = None
         if not pp.is_first:
             hidden = torch.empty(plan.tokens, 1, self.model.config.hidden_size, dtype=self.dtype, device=self.device)
             dist.recv(hidden, group=pp.group, group_src=pp.rank - 1)
-        hidden = self.hidden_states(micro_batch, hidden, batch.make_core)
+        hidden = self._hidden(
+            torch.tensor([tokens], device=self.device),
+            torch.tensor([places], device=self.device),
+            PagedStep.of(spans, self.cache.size, self.device),
+            hidden,
+        )
         if not pp.is_last:
             dist.send(hidden.contiguous(), group=pp.group, group_dst=pp.rank + 1)
             return None
-        wanted = self.model.head_input(hidden[torch.tensor(rows, dtype=torch.int64, device=self.device)])
-        return self.model.local_logits(wanted, self.head_recipe.product)[:, 0]
+        return self._logits(hidden[wanted])
+
+    def _hidden(self, tokens: Tensor, positions: Tensor, step: PagedStep, hidden: Tensor | None = None) -> Tensor:
+        batch = PagedBatch(self.cache, step, lambda site: (site - 1) // SITES_A_BLOCK, self.apart)
+        return self.hidden_states({"tokens": tokens, "position_ids": positions}, hidden, batch.make_core)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.model.local_logits(self.model.head_input(hidden), self.head_recipe.product)[:, 0]
+
+    def _decoded(self, tokens: Tensor, positions: Tensor, step: PagedStep) -> Tensor:
+        return self._logits(self._hidden(tokens, positions, step))
 
 
 def _paged(spans: Many[Span]) -> list[PagedSpan]:

@@ -1,5 +1,8 @@
 """The key/value cache in blocks, and the attention core that reads and writes it.
 
+On a GPU a Triton kernel attends to all texts of a step at once. Elsewhere texts of about one length are gathered from
+the cache, and torch's attention takes them together.
+
 Shapes: ``t`` tokens of a step, ``n`` heads and ``g`` key/value heads on this rank, ``d`` head dim; ``b`` texts that are
 attended to together, ``c`` queries and ``l`` keys of each.
 """
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference.pages import Pages
+from megatron_ds.kernels.paged_attention import PAGED_ATTENTION, PagedTexts, paged_attention
 from megatron_ds.kernels.span_attention import span_attention, span_bias
 from megatron_ds.layers.attention_cores import AttentionRules
 
@@ -64,45 +68,74 @@ class PagedSpan:
     first: int
     count: int
     start: int
-    blocks: list[int]
+    blocks: Sequence[int]
 
     @property
     def stop(self) -> int:
         return self.start + self.count
 
 
+@dataclass(frozen=True)
+class PagedStep:
+    """The texts of a step as tensors on its device, and the ``written [t]`` int64 slots of its keys and values."""
+
+    texts: PagedTexts
+    written: Tensor
+
+    @classmethod
+    def of(cls, spans: Sequence[PagedSpan], size: int, device: torch.device | str) -> PagedStep:
+        tables = np.zeros((len(spans), max(len(span.blocks) for span in spans)), np.int32)
+        for table, span in zip(tables, spans):
+            table[: len(span.blocks)] = span.blocks
+        numbers = np.array([(span.first, span.count, span.start) for span in spans], np.int32)
+        written = np.concatenate([_slots(table, size, span.stop)[span.start :] for table, span in zip(tables, spans)])
+        counts = numbers[:, 1]
+        texts = PagedTexts(
+            torch.from_numpy(tables).to(device),
+            torch.from_numpy(numbers).to(device),
+            size,
+            longest=int(counts.max()),
+            decodes=bool((counts == 1).any()),
+        )
+        return cls(texts, torch.from_numpy(written).to(device))
+
+
 class PagedBatch:
-    """The spans of a step over a cache; makes the attention cores of its layers.
+    """A step over a cache; makes the attention cores of its layers.
 
     Args:
         layer_of: from the number of an attention (its dropout site) to that of its layer.
         apart: attend to the rows of one block of one text at a time: always the same ones together, whatever else is
-            computed.
+            computed. The GPU's kernel does not depend on it anyway.
     """
 
-    def __init__(
-        self, cache: PagedCache, spans: Sequence[PagedSpan], layer_of: Callable[[int], int], apart: bool = False
-    ):
-        self.cache, self.layer_of = cache, layer_of
-        self.slots = [_slots(span, cache.size) for span in spans]
-        written = [slots[span.start :] for span, slots in zip(spans, self.slots)]
-        self.written = torch.from_numpy(np.concatenate(written)).to(cache.device)
-        self.together = _apart(spans, cache.size) if apart else _together(spans)
+    def __init__(self, cache: PagedCache, step: PagedStep, layer_of: Callable[[int], int], apart: bool = False):
+        self.cache, self.step, self.layer_of, self.apart = cache, step, layer_of, apart
 
     def make_core(
         self, rules: AttentionRules, length: int, head_dim: int, device: torch.device, dtype: torch.dtype
     ) -> PagedCore:
         if rules.layout is not None or not rules.causal:
             raise ConfigError("a key/value cache serves causal attention over all keys or a window, no sparse layout")
-        tiles = [self._tile(numbered, rules) for numbered in self.together]
+        if PAGED_ATTENTION.choose(torch.empty(0, dtype=dtype, device=device)) == "triton":
+            return PagedCore(self, rules, None)
+        together = self._together()
+        tiles = [self._tile(spans, rules, len(together) == 1) for spans in together]
         heads = 1 if rules.alibi is None else len(rules.alibi.slopes)
         keep = heads * sum(tile.texts * tile.count * tile.length for tile in tiles) <= _KEPT_BIASES
-        return PagedCore(self, rules, tiles, [tile.bias(rules, dtype, device) for tile in tiles] if keep else None)
+        biases = [tile.bias(rules, dtype, device) for tile in tiles] if keep else None
+        return PagedCore(self, rules, tiles, biases)
 
-    def _tile(self, numbered: Sequence[tuple[int, PagedSpan]], rules: AttentionRules) -> _Tile:
-        spans = [span for _, span in numbered]
+    def _together(self) -> list[list[PagedSpan]]:
+        """The texts, those in one list being attended to in one call."""
+        texts = self.step.texts
+        numbers = zip(texts.spans.tolist(), texts.tables.cpu().numpy())
+        spans = [PagedSpan(first, count, start, table) for (first, count, start), table in numbers]
+        return _apart(spans, texts.size) if self.apart else _together(spans)
+
+    def _tile(self, spans: Sequence[PagedSpan], rules: AttentionRules, alone: bool) -> _Tile:
         firsts = [0 if rules.window is None else max(0, span.start - rules.window + 1) for span in spans]
-        slots = [self.slots[number][first : span.stop] for (number, span), first in zip(numbered, firsts)]
+        slots = [_slots(span.blocks, self.cache.size, span.stop)[first:] for span, first in zip(spans, firsts)]
         most, count, device = max(map(len, slots)), spans[0].count, self.cache.device
         padded = any(len(of_span) < most for of_span in slots)
         if padded:  # hidden from the query; its own, for nobody reads the keys of others
@@ -110,7 +143,7 @@ class PagedBatch:
         plain = rules.window is None and rules.alibi is None and rules.softcap is None
         return _Tile(
             None
-            if len(self.together) == 1
+            if alone
             else _index(np.concatenate([np.arange(span.first, span.first + count) for span in spans]), device),
             _index(slots[0] if len(slots) == 1 else np.concatenate(slots), device),
             [span.start for span in spans],
@@ -171,29 +204,33 @@ class _Tile:
 
 @dataclass(frozen=True)
 class PagedCore:
-    """Writes the keys and values of the step, and attends to those of each span's text.
+    """Writes the keys and values of the step, and attends to those of each text.
 
     Attributes:
+        tiles: that torch's attention takes one by one; None: the Triton kernel takes all texts.
         biases: of the tiles, for all layers; None: they are made by each.
     """
 
     batch: PagedBatch
     rules: AttentionRules
-    tiles: list[_Tile]
-    biases: list[Tensor | None] | None
+    tiles: list[_Tile] | None
+    biases: list[Tensor | None] | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, site: int = 0) -> Tensor:
         """``q [t, 1, n, d]``, ``k, v [t, 1, g, d]`` -> ``[t, 1, n * d]``."""
         layer = self.batch.layer_of(site)
-        keys, values = self.batch.cache.keys[layer], self.batch.cache.values[layer]
-        keys.write(self.batch.written, k[:, 0])
-        values.write(self.batch.written, v[:, 0])
-        q = q[:, 0]
-        found = [self._of_tile(number, tile, q, keys, values) for number, tile in enumerate(self.tiles)]
-        if len(found) == 1:
-            return found[0].reshape(len(q), 1, -1)
+        keys, values, step = self.batch.cache.keys[layer], self.batch.cache.values[layer], self.batch.step
+        keys.write(step.written, k[:, 0])
+        values.write(step.written, v[:, 0])
+        q, r = q[:, 0], self.rules
+        if self.tiles is None:
+            found = paged_attention(q, keys.pages, values.pages, step.texts, r.window, r.alibi, r.softcap)
+            return found.flatten(1).unsqueeze(1)
+        parts = [self._of_tile(number, tile, q, keys, values) for number, tile in enumerate(self.tiles)]
+        if len(parts) == 1:
+            return parts[0].reshape(len(q), 1, -1)
         out = torch.empty_like(q)
-        for tile, of_tile in zip(self.tiles, found):
+        for tile, of_tile in zip(self.tiles, parts):
             assert tile.rows is not None
             out[tile.rows] = of_tile.flatten(0, 1)
         return out.flatten(1).unsqueeze(1)
@@ -210,28 +247,29 @@ class PagedCore:
         )
 
 
-def _slots(span: PagedSpan, size: int) -> np.ndarray:
-    """Where the tokens of a text are in the cache, up to the end of the span."""
-    return (np.array(span.blocks)[:, None] * size + np.arange(size)).ravel()[: span.stop]
+def _slots(blocks: Sequence[int] | np.ndarray, size: int, count: int) -> np.ndarray:
+    """Where the first ``count`` tokens of a text are in the cache."""
+    used = np.asarray(blocks, np.int64)[: -(-count // size)]
+    return (used[:, None] * size + np.arange(size)).ravel()[:count]
 
 
-def _together(spans: Iterable[PagedSpan]) -> list[list[tuple[int, PagedSpan]]]:
-    """Numbered spans that are attended to in one call: those of one token and of about as long texts, or one alone."""
-    found: dict[tuple[int, int], list[tuple[int, PagedSpan]]] = {}
+def _together(spans: Iterable[PagedSpan]) -> list[list[PagedSpan]]:
+    """Spans that are attended to in one call: those of one token and of about as long texts, or one alone."""
+    found: dict[tuple[int, int], list[PagedSpan]] = {}
     for number, span in enumerate(spans):
         key = (-1, (span.start // _SHORT).bit_length()) if span.count == 1 else (number, 0)
-        found.setdefault(key, []).append((number, span))
+        found.setdefault(key, []).append(span)
     return list(found.values())
 
 
-def _apart(spans: Iterable[PagedSpan], size: int) -> list[list[tuple[int, PagedSpan]]]:
-    """Numbered spans, cut where blocks end."""
+def _apart(spans: Iterable[PagedSpan], size: int) -> list[list[PagedSpan]]:
+    """Spans, cut where blocks end."""
     found = []
-    for number, span in enumerate(spans):
+    for span in spans:
         start = span.start
         while start < span.stop:
             end = min(span.stop, start // size * size + size)
-            found.append([(number, PagedSpan(span.first + start - span.start, end - start, start, span.blocks))])
+            found.append([PagedSpan(span.first + start - span.start, end - start, start, span.blocks)])
             start = end
     return found
 

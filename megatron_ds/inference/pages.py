@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_ds.kernels.float8 import E4M3, SMALLEST_AMAX
+from megatron_ds.kernels.paged_attention import PagedKV
 
 
 class Pages:
@@ -17,6 +18,11 @@ class Pages:
         kept = torch.uint8 if self._float8 else dtype
         self.data = torch.zeros(slots, heads, head_dim, dtype=kept, device=device)
         self.scale = torch.zeros(slots, heads, 1, dtype=torch.float32, device=device) if self._float8 else None
+
+    @property
+    def pages(self) -> PagedKV:
+        """As a kernel takes them."""
+        return PagedKV(self.data, self.scale)
 
     @staticmethod
     def bytes_of_token(heads: int, head_dim: int, dtype: torch.dtype) -> int:

@@ -14,6 +14,7 @@ from interpreted_inputs import LAYOUTS, keys, normal, sliced, strided, table
 from interpreted_layouts import UNUSUAL
 from interpreted_library import LIBRARY
 from interpreted_models import whole_model
+from interpreted_paged import PAGED
 from interpreted_rows import ROWS
 from interpreter_worker import TOLERANCE, Canaries, close, compare
 from torch import Tensor
@@ -468,7 +469,7 @@ CASES["rotary many heads"] = partial(rotary_case, torch.float32, 4, 4, False, 1,
 CASES["rotary ragged rest"] = partial(rotary_case, torch.float32, 11, 6, False, 0, 2, 1)
 CASES["rotary odd head dim"] = partial(rotary_case, torch.float32, 9, 6, False, 0, 2, 1)
 
-CASES |= UNUSUAL | LIBRARY | HEADS | ROWS
+CASES |= UNUSUAL | LIBRARY | HEADS | ROWS | PAGED
 CASES["Llama"] = partial(
     whole_model, position="rope", norm="rmsnorm", activation="swiglu", bias=False, kv_heads=2, qk_norm=True
 )

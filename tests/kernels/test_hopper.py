@@ -35,6 +35,8 @@ NARROW = {
     "rotary_kernel": (2, 0),
     "pack_heads_kernel": (6, 0),
     "square_sum_kernel": (16, 1),  # the rest
+    "attend_kernel": (6, 1),  # the table's numbers
+    "join_kernel": (20, 1),
     "adamw_kernel": (1, 0),
     "add_rows_kernel": (6, 1),  # indices, and the table, of which a thread takes one column
 }
@@ -141,6 +143,18 @@ def adamw(low: torch.dtype | None) -> None:
     adamw_(x, x, x, x, half, meta(1, dtype=SINGLE), 1e-4, 0.9, 0.95, 1e-8, 0.1, 3)
 
 
+def paged_attention(heads: int, groups: int, head_dim: int) -> None:
+    """A step with prompts and decoding over a cache of 2^31 elements and more."""
+    from megatron_ds.kernels.paged_attention import PagedKV, PagedTexts
+    from megatron_ds.kernels.triton import paged_attention as module
+
+    slots = 1 << 22
+    pages = PagedKV(meta(slots, groups, head_dim))
+    texts = PagedTexts(meta(64, 256, dtype=torch.int32), meta(64, 3, dtype=torch.int32), 32, 2048, True)
+    q = meta(4096, heads, head_dim)
+    module.attend(q, pages, pages, texts, None, None, None, torch.empty_like(q))
+
+
 # Shapes of models that people train: Llama 8B and 70B, GPT-3, BLOOM, QK-norm of heads of 128, a 16k hidden size.
 LAUNCHES: dict[str, Callable[[], None]] = {
     "rms_norm 4096": lambda: norm(4096, HALF, rms=True),
@@ -169,6 +183,7 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "heads of GPT-NeoX": lambda: heads(64, 1, 96, 32, bias=True),
     "heads of Qwen interleaved": lambda: heads(4, 7, 128, 128, bias=True, interleaved=True),
     "add_rows 768": lambda: add_rows(768),
+    "paged attention, Llama 8B": lambda: paged_attention(32, 8, 128),
     "adamw": lambda: adamw(None),
     "adamw in half precision": lambda: adamw(HALF),
 }
