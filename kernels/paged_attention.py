@@ -14,12 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ds.errors import ConfigError
 from megatron_ds.kernels.alibi import Alibi
 from megatron_ds.kernels.registry import Op
 
 PAGED_ATTENTION = Op("paged_attention", twin="paged_attention")
-LARGEST_TRITON_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -67,20 +65,7 @@ def paged_attention(
         softcap: scores are ``softcap * tanh(scores / softcap)``, before ALiBi's biases are added.
 
     Returns:
-        ``[t, n, d]``. A row depends on its own text alone, bit for bit, and on whether the text has one row or more.
-
-    Raises:
-        ConfigError: a head dim above 256.
-    """
-    require_head_dim(q.shape[-1])
+        ``[t, n, d]``. A row depends on its own text alone, bit for bit, and on whether the text has one row or more."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     PAGED_ATTENTION.load(q).attend(q, keys, values, texts, window, alibi, softcap, out)
     return out
-
-
-def require_head_dim(head_dim: int) -> None:
-    if head_dim > LARGEST_TRITON_HEAD_DIM:
-        raise ConfigError(
-            f"kernels.paged_attention='triton' has head dims up to {LARGEST_TRITON_HEAD_DIM}, not {head_dim}; use "
-            "kernels.paged_attention='reference'"
-        )

@@ -60,6 +60,27 @@ def load_pages(
 
 
 @triton.jit
+def by_rules(
+    scores, place, own, slope, softcap, factor, window,
+    WINDOW: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Scores ``[TM, TN]`` in units of log2; -inf where the query at ``own`` does not see the key at ``place``."""
+    distance = place[None, :] - own[:, None]
+    if SOFTCAP:
+        scores = softcap * (2.0 * sigmoid(2.0 / softcap * scores) - 1.0)
+    if ALIBI == "exact":
+        scores += slope[:, None] * distance.to(tl.float32)
+    elif ALIBI == "rounded":
+        of_keys = to_bf16(slope[:, None] * to_bf16(place.to(tl.float32))[None, :])
+        of_queries = to_bf16(slope * to_bf16(own.to(tl.float32)))
+        scores += (of_keys - of_queries[:, None]) * factor
+    seen = distance <= 0
+    if WINDOW:
+        seen &= distance > -window
+    return tl.where(seen, scores * LOG2_E, float("-inf"))
+
+
+@triton.jit
 def attend_kernel(
     q, keys, values, key_scale, value_scale, tables, spans, slopes, out, lse,
     scale, softcap, factor, window, tiles, width, q_row, q_head, heads,
@@ -74,9 +95,7 @@ def attend_kernel(
     """
     text, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     kv, part = tl.program_id(1), tl.program_id(2)
-    row = tl.load(spans + 3 * text)
-    count = tl.load(spans + 3 * text + 1)
-    start = tl.load(spans + 3 * text + 2)
+    row, count, start = tl.load(spans + 3 * text), tl.load(spans + 3 * text + 1), tl.load(spans + 3 * text + 2)
     first = tile * (TM // MEMBERS)
     begin = lowest_key(start + first, window, WINDOW, TN)
     end = start + tl.minimum(count, first + TM // MEMBERS)
@@ -84,56 +103,40 @@ def attend_kernel(
         length = part_of_text(end, begin, SPLITS, TN)
         begin += part * length
         end = tl.minimum(end, begin + length)
-        keep = (count == 1) & (begin < end)
-    else:
-        keep = (count > 1) & (first < count)
-    if not keep:
+    if (first >= count) | (begin >= end) | ((count == 1) != (SPLITS > 1)):
         return
     line, column = tl.arange(0, TM), tl.arange(0, D)
-    query = first + line // MEMBERS
-    head = kv * GROUP + line % MEMBERS
+    query, head = first + line // MEMBERS, kv * GROUP + line % MEMBERS
     mine = (query < count) & (line % MEMBERS < GROUP)
-    own = start + query
+    inside_head = mine[:, None] & (column < HEAD_DIM)[None, :]
     q_at = q + (row + query).to(tl.int64)[:, None] * q_row + head[:, None] * q_head + column[None, :]
-    q_tile = tl.load(q_at, mask=mine[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
+    q_tile = tl.load(q_at, mask=inside_head, other=0.0)
+    slope = tl.load(slopes + head, mask=mine, other=0.0) if ALIBI is not None else 0.0
     top = tl.full([TM], float("-inf"), tl.float32)
     total = tl.zeros([TM], tl.float32)
     acc = tl.zeros([TM, D], tl.float32)
-    if ALIBI:
-        slope = tl.load(slopes + head, mask=mine, other=0.0)
     tables += text.to(tl.int64) * width
     for key in range(begin, end, TN):
         place = key + tl.arange(0, TN)
-        inside = place < end
-        slot = tl.load(tables + place // SIZE, mask=inside, other=0).to(tl.int64) * SIZE + place % SIZE
-        k_tile = load_pages(keys, key_scale, slot, inside, kv, heads, q_tile.dtype, FLOAT8, D, HEAD_DIM)
+        there = place < end
+        slot = tl.load(tables + place // SIZE, mask=there, other=0).to(tl.int64) * SIZE + place % SIZE
+        k_tile = load_pages(keys, key_scale, slot, there, kv, heads, q_tile.dtype, FLOAT8, D, HEAD_DIM)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-        if SOFTCAP:
-            scores = softcap * (2.0 * sigmoid(2.0 / softcap * scores) - 1.0)
-        distance = place[None, :] - own[:, None]
-        if ALIBI == "exact":
-            scores += slope[:, None] * distance.to(tl.float32)
-        elif ALIBI == "rounded":
-            of_keys = to_bf16(slope[:, None] * to_bf16(place.to(tl.float32))[None, :])
-            of_queries = to_bf16(slope * to_bf16(own.to(tl.float32)))
-            scores += (of_keys - of_queries[:, None]) * factor
-        seen = (distance <= 0) & inside[None, :]
-        if WINDOW:
-            seen &= distance > -window
-        scores = tl.where(seen, scores * LOG2_E, float("-inf"))
+        scores = by_rules(scores, place, start + query, slope, softcap, factor, window, WINDOW, ALIBI, SOFTCAP)
+        scores = tl.where(there[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         # Of a query that has seen no key yet: -inf minus -inf would be NaN.
         level = tl.where(new_top == float("-inf"), 0.0, new_top)
         weights = tl.exp2(scores - level[:, None])
         shrink = tl.exp2(top - level)
         total = total * shrink + tl.sum(weights, 1)
-        v_tile = load_pages(values, value_scale, slot, inside, kv, heads, q_tile.dtype, FLOAT8, D, HEAD_DIM)
+        v_tile = load_pages(values, value_scale, slot, there, kv, heads, q_tile.dtype, FLOAT8, D, HEAD_DIM)
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    of_row = tl.where(SPLITS > 1, text + 0 * query, row + query).to(tl.int64) * (heads * GROUP) + head
-    at = (of_row * SPLITS + part)[:, None] * HEAD_DIM + column[None, :]
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=mine[:, None] & (column < HEAD_DIM)[None, :])
+    total = tl.where(mine, total, 1.0)
+    of_row = (text + 0 * query if SPLITS > 1 else row + query).to(tl.int64) * (heads * GROUP) + head
+    at = out + (of_row * SPLITS + part)[:, None] * HEAD_DIM + column[None, :]
+    tl.store(at, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside_head)
     if SPLITS > 1:
         tl.store(lse + of_row * SPLITS + part, top + tl.log2(total), mask=mine)
 
@@ -205,6 +208,6 @@ def attend(
 def _tiles(rows: int, members: int, width: int, dtype: torch.dtype) -> dict[str, int]:
     """Rows and keys a tile, warps and pipeline stages, none of which depends on the step."""
     single = dtype == torch.float32
-    rows = max(16 if single else rows, members)
-    keys = 16 if single and width > 64 else 32 if single or width > 128 else 64
+    rows = max(16 if single or width > 256 else rows, members)
+    keys = 16 if (single and width > 64) or width > 256 else 32 if single or width > 128 else 64
     return {"TM": rows, "TN": keys, "num_warps": 4 if rows <= 64 else 8, "num_stages": 1 if single else 3}

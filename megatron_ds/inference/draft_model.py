@@ -17,8 +17,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.inference import served_model
 from megatron_ds.inference.batching import Plan, Span
 from megatron_ds.inference.block_pool import BlockPool
-from megatron_ds.inference.model_runner import CacheSize, ModelRunner, local_kv_heads
-from megatron_ds.inference.pages import Pages
+from megatron_ds.inference.model_runner import CacheSize, ModelRunner, bytes_of_token
 from megatron_ds.inference.sequence import Sequence
 from megatron_ds.mesh import Mesh
 
@@ -63,8 +62,7 @@ class DraftModel:
 
     def bytes_of_token(self) -> int:
         """Of its key/value cache."""
-        of_layer = 2 * Pages.bytes_of_token(local_kv_heads(self._stage), self.source.config.head_size, self._dtype)
-        return of_layer * len(self._stage.layers)
+        return bytes_of_token(self._stage, self._dtype)
 
     def open(self, blocks: int, size: int) -> None:
         """Take memory for as many tokens as the model's own cache has."""

@@ -23,10 +23,9 @@ from megatron_ds.inference.block_pool import BlockPool
 from megatron_ds.inference.decode_graphs import GraphSizes, capture_for
 from megatron_ds.inference.draft_model import DraftModel
 from megatron_ds.inference.invariant_recipe import BatchInvariant
-from megatron_ds.inference.model_runner import CacheSize, ModelRunner, local_kv_heads
+from megatron_ds.inference.model_runner import CacheSize, ModelRunner, bytes_of_token
 from megatron_ds.inference.outputs import RequestOutput
 from megatron_ds.inference.packed_recipe import pack_model
-from megatron_ds.inference.pages import Pages
 from megatron_ds.inference.quantized_recipes import linear_layers, quantize_model, require_scheme
 from megatron_ds.inference.ranks import Ranks
 from megatron_ds.inference.sampling_params import SamplingParams
@@ -101,6 +100,7 @@ class LLM:
         place: tuple[int, int] | None = None,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "place")}
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
         _require_parts(gpu_memory_utilization, num_speculative_tokens)
         require_budget(max_num_seqs, max_num_batched_tokens, block_size)
         source = served_model.find(model)
@@ -112,32 +112,29 @@ class LLM:
         self.max_model_len = served_model.text_length(source, max_model_len)
         self.model, self.seed, self.config = Path(model), seed, source.config
         self.tokenizer, self._template = _tokenizer(tokenizer or source.tokenizer)
-        ends = _ends(source.generation, self.tokenizer)
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
         self._ranks = Ranks(MeshShape(pp=pipeline_parallel_size, tp=tensor_parallel_size), device, settings, place)
         mesh = self._ranks.mesh
         stage = served_model.build(source, mesh, own)
         head = _recipes(stage, None if source.quantization else quantization, batch_invariant)
         draft = _draft_model(small, own, mesh, max_num_batched_tokens, num_speculative_tokens)
-        of_layer = 2 * Pages.bytes_of_token(local_kv_heads(stage), source.config.head_size, cache_dtype)
-        block = block_size * (of_layer * len(stage.layers) + (draft.bytes_of_token() if draft else 0))
+        block = block_size * (bytes_of_token(stage, cache_dtype) + (draft.bytes_of_token() if draft else 0))
         of_text = -(-self.max_model_len // block_size)
         capture = None if enforce_eager else capture_for(mesh)
         graphs = GraphSizes(max_num_seqs, of_text, block_size, source.config.padded_vocab, own)
         memory = _memory(mesh.device, gpu_memory_utilization) - (graphs.bytes if capture else 0)
-        most = num_blocks or min(max_num_seqs * of_text, memory // block - 1)  # and one that the runner keeps
-        # The smallest of all ranks' before anything is made of it: an error is one on all of them.
-        blocks = _smallest(most, mesh.world)
-        if blocks * block_size < min(self.max_model_len, 2 * block_size):
+        # One block is no text's. All ranks take the smallest number before anything is made: an error is one on each.
+        blocks = _smallest(num_blocks or min(max_num_seqs * of_text, memory // block - 1), mesh.world)
+        if blocks < min(of_text, 2):
             raise _no_memory(blocks, block, self.max_model_len, gpu_memory_utilization)
-        pool = BlockPool(blocks, block_size, enable_prefix_caching)
         size = CacheSize(blocks, block_size, cache_dtype)
         runner = ModelRunner(stage, mesh, size, head, batch_invariant, compiled=not enforce_eager)
         if capture is not None:
             runner.capture(capture, graphs)
-        batcher = Batcher(pool, max_num_seqs, max_num_batched_tokens, num_speculative_tokens)
         if draft is not None:
             draft.open(blocks, block_size)
+        pool = BlockPool(blocks, block_size, enable_prefix_caching)
+        batcher = Batcher(pool, max_num_seqs, max_num_batched_tokens, num_speculative_tokens)
+        ends = _ends(source.generation, self.tokenizer)
         self.engine = ServingEngine(runner, batcher, mesh, self.max_model_len, self.tokenizer, ends, draft)
         self._numbers, self._open = itertools.count(), True
 

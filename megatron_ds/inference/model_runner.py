@@ -14,6 +14,7 @@ from megatron_ds.inference.batching import Plan, Span
 from megatron_ds.inference.compiled_stage import CompiledStage
 from megatron_ds.inference.decode_graphs import Capture, DecodeGraphs, GraphSizes
 from megatron_ds.inference.paged_cache import PagedBatch, PagedCache, PagedSpan, PagedStep
+from megatron_ds.inference.pages import Pages
 from megatron_ds.layers.attention_cores import MakeCore
 from megatron_ds.layers.recipe import OwnPrecision, Recipe
 from megatron_ds.mesh import Mesh
@@ -33,6 +34,11 @@ class CacheSize:
 def local_kv_heads(model: Transformer) -> int:
     """Key/value heads on this rank; where there are fewer than ranks, each computes one of them, as others do."""
     return max(1, model.config.num_kv_heads // model.tp.size)
+
+
+def bytes_of_token(model: Transformer, dtype: torch.dtype) -> int:
+    """Of the key/value cache of this stage."""
+    return 2 * len(model.layers) * Pages.bytes_of_token(local_kv_heads(model), model.config.head_size, dtype)
 
 
 class ModelRunner:
