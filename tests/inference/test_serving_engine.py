@@ -143,6 +143,26 @@ def test_guesses_change_nothing_but_the_number_of_steps() -> None:
         assert found[1][name].finish_reason == without.finish_reason
 
 
+def test_the_time_of_a_step_is_counted_apart_from_the_computing_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, now = engine_of(MODELS["llama"]), 0.0
+    monkeypatch.setattr(engine, "_clock", lambda: now)
+
+    def lasts(seconds: float, function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(engine.batcher, "plan", lasts(1.0, engine.batcher.plan))
+    monkeypatch.setattr(engine.runner, "run", lasts(4.0, engine.runner.run))
+    monkeypatch.setattr(engine.sampler, "sample", lasts(2.0, engine.sampler.sample))
+    serve(engine, {0: [("a", [1, 2, 3], SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))]}, {})
+    counters = engine.counters
+    assert (counters.steps, counters.step_seconds, counters.compute_seconds) == (5, 35.0, 30.0)
+
+
 def test_a_guess_is_what_followed_the_same_tokens() -> None:
     assert guess([1, 2, 3, 4, 1, 2, 3], 2) == (4, 1)
     assert guess([5, 1, 2, 9, 7, 2, 8, 1, 2], 3) == (9, 7, 2)
