@@ -99,8 +99,7 @@ class LLM:
         device: str = "auto",
         place: tuple[int, int] | None = None,
     ):
-        given = {name: value for name, value in locals().items() if name not in ("self", "place")}
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in given.items()}
+        settings = _plain({name: value for name, value in locals().items() if name not in ("self", "place")})
         _require_parts(gpu_memory_utilization, num_speculative_tokens)
         require_budget(max_num_seqs, max_num_batched_tokens, block_size)
         source = served_model.find(model)
@@ -124,12 +123,10 @@ class LLM:
         memory = _memory(mesh.device, gpu_memory_utilization) - (graphs.bytes if capture else 0)
         # One block is no text's. All ranks take the smallest number before anything is made: an error is one on each.
         blocks = _smallest(num_blocks or min(max_num_seqs * of_text, memory // block - 1), mesh.world)
-        if blocks < min(of_text, 2):
-            raise _no_memory(blocks, block, self.max_model_len, gpu_memory_utilization)
+        _require_blocks(blocks, of_text, block, self.max_model_len, gpu_memory_utilization)
         size = CacheSize(blocks, block_size, cache_dtype)
         runner = ModelRunner(stage, mesh, size, head, batch_invariant, compiled=not enforce_eager)
-        if capture is not None:
-            runner.capture(capture, graphs)
+        runner.capture(capture, graphs)
         if draft is not None:
             draft.open(blocks, block_size)
         pool = BlockPool(blocks, block_size, enable_prefix_caching)
@@ -278,6 +275,11 @@ class LLM:
         self.close()
 
 
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As they go to other processes."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+
+
 def _is_one(prompts: Any) -> bool:
     return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
 
@@ -358,12 +360,13 @@ def _recipes(stage: Transformer, quantization: str | None, batch_invariant: bool
     return BatchInvariant(head or OwnPrecision())
 
 
-def _no_memory(blocks: int, block: int, longest: int, part: float) -> ConfigError:
-    return ConfigError(
-        f"there is memory for {max(blocks, 0)} blocks of {block} bytes of the key/value cache, which is no text of "
-        f"{longest} tokens; raise gpu_memory_utilization={part}, lower max_model_len, or split the model over more "
-        "ranks (tensor_parallel_size)"
-    )
+def _require_blocks(blocks: int, of_text: int, block: int, longest: int, part: float) -> None:
+    if blocks < min(of_text, 2):
+        raise ConfigError(
+            f"there is memory for {max(blocks, 0)} blocks of {block} bytes of the key/value cache, which is no text of "
+            f"{longest} tokens; raise gpu_memory_utilization={part}, lower max_model_len, or split the model over more "
+            "ranks (tensor_parallel_size)"
+        )
 
 
 def _memory(device: torch.device, part: float) -> int:

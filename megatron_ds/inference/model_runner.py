@@ -79,9 +79,10 @@ class ModelRunner:
         """From now on run steps of few tokens as compiled graphs."""
         self.hidden_states = CompiledStage(self.model).hidden_states
 
-    def capture(self, capture: Capture, sizes: GraphSizes) -> None:
-        """From now on replay decode steps as graphs."""
-        self._graphs = DecodeGraphs(self._decoded, capture, sizes, self._scratch, self.device)
+    def capture(self, capture: Capture | None, sizes: GraphSizes) -> None:
+        """From now on replay decode steps as graphs, where there is a way to capture them."""
+        if capture is not None:
+            self._graphs = DecodeGraphs(self._decoded, capture, sizes, self._scratch, self.device)
 
     @torch.inference_mode()
     def run(self, plan: Plan, rows: Many[int]) -> Tensor | None:
