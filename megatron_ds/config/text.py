@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from megatron_ds.config.cuda_graphs import cuda_graph_faults
 from megatron_ds.config.data import data_faults
 from megatron_ds.config.schema import (
     MOST_LAYERS,
@@ -262,6 +263,11 @@ class TrainConfig(BaseTrainConfig):
     sequence_length: int = Field(1024, gt=0, description="Tokens a sequence.")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over the vocabulary.")
     z_loss: float = Field(0.0, ge=0, description="Weight of the squared log-partition penalty.")
+    cuda_graphs: bool = Field(
+        False,
+        description="Record a micro-batch's forward and backward pass as CUDA graphs: one launch for all kernels. On "
+        "one GPU; not measured yet.",
+    )
 
 
 class RunConfig(BaseRunConfig):
@@ -277,3 +283,4 @@ class RunConfig(BaseRunConfig):
         yield from unused_faults(self, TEXT)
         yield from data_faults(self, needs_data)
         yield from sparse_faults(self)
+        yield from cuda_graph_faults(self, shape)

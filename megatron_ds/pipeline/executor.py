@@ -24,6 +24,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from megatron_ds.errors import ScheduleError
 from megatron_ds.mesh import Axis
 from megatron_ds.pipeline.action import MAX_SENDS, Action, Op
+from megatron_ds.pipeline.graphs import MicroBatchGraphs
 from megatron_ds.pipeline.passes import make_ready
 from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.timeline import Event
@@ -150,6 +151,7 @@ class Executor:
             self.actions[one.num_micro_batches] = ready[pp.rank]
         self._connect(sorted(links))
         self.recorded: list[Event] | None = None
+        self.graphs: MicroBatchGraphs | None = None  # replays the passes of a micro-batch; of a single stage
         self._doing: Action | None = None  # read by another thread when a rank hangs
 
     def _require_fit(self, schedule: Schedule) -> None:
@@ -253,6 +255,8 @@ class Executor:
                 self._send(action, run)
             elif action.op is Op.F:
                 hidden = self._take(Action(action.stage, Op.RECV_F, action.micro_batch), run)
+                if self.graphs is not None and run.seed is not None:
+                    continue  # with the backward pass
                 with self._recording(action):
                     self._forward(action, hidden, run)
             elif action.op is Op.B:
@@ -264,8 +268,11 @@ class Executor:
                     self.gradients.end_input_backward(action.stage)
                 else:
                     self.gradients.start_backward(last[action.stage] == action, action.stage)
-                    with self._recording(action):
-                        self._backward(action, grad, run)
+                    if self.graphs is not None and seed is not None:
+                        run.loss += self.graphs(self._passes, run.micro_batches[action.micro_batch], seed)
+                    else:
+                        with self._recording(action):
+                            self._backward(action, grad, run)
                     self.gradients.end_backward(action.stage)
             elif action.op is Op.W:
                 self.gradients.start_backward(last[action.stage] == action, action.stage)
@@ -277,6 +284,13 @@ class Executor:
         for sent in run.sends:
             sent.wait()
         self._doing = None
+        return run.loss
+
+    def _passes(self, batch: MicroBatch, seed: Tensor) -> Tensor:
+        """Both passes of a micro-batch through the one stage that is the whole model; the loss."""
+        run = _Run([batch], seed, torch.zeros((), dtype=torch.float64, device=self.device))
+        self._forward(Action(0, Op.F, 0), None, run)
+        self._backward(Action(0, Op.B, 0), None, run)
         return run.loss
 
     def _forward(self, action: Action, hidden: Tensor | None, run: _Run) -> None:

@@ -18,6 +18,7 @@ from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.optim.learning_rate import learning_rate
 from megatron_ds.optim.loss_scaler import LossScaler
 from megatron_ds.pipeline.executor import Executor
+from megatron_ds.pipeline.graphs import CudaRecorder, MicroBatchGraphs
 from megatron_ds.pipeline.layer_split import split_layers
 from megatron_ds.pipeline.passes import make_ready
 from megatron_ds.pipeline.placement import Placement
@@ -109,6 +110,8 @@ def build(config: BaseRunConfig, mesh: Mesh, task: Task, device: torch.device | 
         gradients=optimizer,
         other_sizes=schedules[:-1],
     )
+    if getattr(config.train, "cuda_graphs", False):
+        executor.graphs = MicroBatchGraphs(optimizer.reducer.main_grads(), CudaRecorder(device))
     scaler = LossScaler.from_config(config.precision)
     step = TrainStep(
         executor,

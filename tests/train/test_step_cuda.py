@@ -57,6 +57,16 @@ def test_the_same_bits_every_time_and_with_recomputation(dtype: str) -> None:
             assert torch.equal(again.parameters[-1][name], tensor), name
 
 
+@pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_graphs_are_the_passes_that_they_record(model: dict[str, Any]) -> None:
+    """Four micro-batches a step: the first and the others have a graph each, replayed from the second step on."""
+    sections = {"model": {**model, "hidden_dropout": 0.1}, "train": {"cuda_graphs": True}}
+    got, want = steps(configuration("bf16", **sections), 5), steps(configuration("bf16", model=sections["model"]), 5)
+    assert list(map(str, got.results)) == list(map(str, want.results))
+    for name, tensor in want.parameters[-1].items():
+        assert torch.equal(got.parameters[-1][name], tensor), name
+
+
 def pretrain(output: Path, device: str, *arguments: str, dtype: str = "fp64") -> list[float]:
     command = [sys.executable, str(ROOT / "examples" / "pretrain_gpt.py"), "--data.synthetic", "--device", device]
     command += ["--model.num-layers", "2", "--model.hidden-size", "64", "--model.num-heads", "4"]

@@ -197,6 +197,10 @@ def flags(bench: Bench) -> None:
             continue
         with patch(place.replace(":", "."), value):
             step_of(bench, f"GPT-2, {title}", w, profiled=False)
+    if bench.cuda:
+        step_of(bench, "GPT-2, CUDA graphs", w, profiled=False, graphs=True)
+    else:
+        bench.row("GPT-2, CUDA graphs", note="there is no GPU")
     known = {op.name for op in registry.all_ops()}
     for name in PLAIN_OPERATORS[: 4 if bench.tiny else None : 2 if bench.tiny else 1]:
         model, own = ("Llama", of_model(bench, LLAMA)) if name in ("rotary", "gated") else ("GPT-2", w)

@@ -29,6 +29,7 @@ def configuration(
     compiled: bool = False,
     zero: int = 1,
     offload: str = "none",
+    graphs: bool = False,
 ) -> RunConfig:
     """The workload as a run's configuration. A pipeline runs 8 micro-batches, everything else ``w.accumulate``."""
     family = {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "tied_embeddings": False}
@@ -59,6 +60,7 @@ def configuration(
             "global_batch": w.batch,
             "micro_batch": w.batch // (_MICRO_BATCHES if pp > 1 else dp * w.accumulate),
             "sequence_length": w.sequence,
+            "cuda_graphs": graphs,
         },
         "data": {"synthetic": True},
     }
