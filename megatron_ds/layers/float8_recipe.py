@@ -23,6 +23,7 @@ checkpoint that is loaded and a write by the user need not be noticed.
 from __future__ import annotations
 
 import math
+import re
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -326,14 +327,19 @@ def describe(model: nn.Module, settings: Float8Settings) -> tuple[str, list[str]
         if not any(fnmatchcase(name, pattern) for name, _ in layers)
     ]
     reasons: dict[str, list[str]] = {}
+    refused: dict[str, list[str]] = {}
     chosen = []
     for name, layer in layers:
         reason = why_not(spec_of(layer.weight), settings)
         if reason is not None:
             reasons.setdefault(reason, []).append(name)
-        else:
-            chosen.append(name)
-            faults += filter(None, [fault(name, layer, settings)])
+            continue
+        chosen.append(name)
+        if what := fault(layer, settings):
+            refused.setdefault(what, []).append(name)
+    for what, names in refused.items():
+        patterns = sorted({re.sub(r"\b\d+\b", "*", name) for name in names})
+        faults.append(f"{_some(names)}: {what}, or leave out: precision.fp8_exclude={patterns}")
     if not chosen:
         left = "; ".join(f"{reason}: {_some(names)}" for reason, names in reasons.items())
         faults.append(
@@ -344,14 +350,14 @@ def describe(model: nn.Module, settings: Float8Settings) -> tuple[str, list[str]
     return "; ".join([text, *notes]), faults
 
 
-def fault(name: str, layer: Linear, settings: Float8Settings) -> str | None:
+def fault(layer: Linear, settings: Float8Settings) -> str | None:
     """What FP8 products cannot do with this rank's shape: checked on every device, though a CPU would take it."""
     out, features = matrix_shape(layer.weight.shape)
     multiple = min(CUDA_MULTIPLE, settings.fp8_block)
     if out % multiple or features % multiple:
         return (
-            f"{name} is {out} x {features} on a tensor-parallel rank, and FP8 takes multiples of {multiple}; change "
-            f"the model's size or mesh.tp={layer.tp.size}, or leave it out: precision.fp8_exclude=[{name!r}]"
+            f"{out} x {features} on a tensor-parallel rank, and FP8 takes multiples of {multiple}; change the model's "
+            f"size or mesh.tp={layer.tp.size}"
         )
     if settings.fp8 != "blockwise" or layer.tp.size == 1:
         return None
@@ -359,7 +365,7 @@ def fault(name: str, layer: Linear, settings: Float8Settings) -> str | None:
     uncut = features if dim == layer.weight.dim() - 1 else math.prod(layer.weight.shape[dim:-1])
     if uncut % settings.fp8_block:
         return (
-            f"{name} has {uncut} consecutive features on a tensor-parallel rank, which cuts a block of "
+            f"{uncut} consecutive features on a tensor-parallel rank, which cuts a block of "
             f"precision.fp8_block={settings.fp8_block}; use another mesh.tp or precision.fp8='rowwise'"
         )
     return None

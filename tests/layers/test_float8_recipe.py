@@ -196,15 +196,32 @@ def test_shapes_that_tensor_cores_refuse_are_refused_on_a_cpu() -> None:
             layer = RowParallelLinear(
                 "down", features, out, bias=False, tp=Axis("tp"), sequence_parallel=False, init_std=1.0
             )
-            fault = float8.fault("down", layer, PrecisionConfig(fp8=fp8))  # type: ignore[arg-type]
+            fault = float8.fault(layer, PrecisionConfig(fp8=fp8))  # type: ignore[arg-type]
             assert fault is not None and fault.startswith(
-                f"down is {out} x {features} on a tensor-parallel rank, and FP8 takes multiples of 16; change"
+                f"{out} x {features} on a tensor-parallel rank, and FP8 takes multiples of 16; change"
             )
     cut = Mesh.described(MeshShape(tp=2), 0).tp
     layer = RowParallelLinear("down", 320, 16, bias=False, tp=cut, sequence_parallel=False, init_std=1.0)
-    assert float8.fault("down", layer, PrecisionConfig(fp8="rowwise")) is None
-    fault = float8.fault("down", layer, PrecisionConfig(fp8="blockwise"))
-    assert fault is not None and "down has 160 consecutive features" in fault and "fp8='rowwise'" in fault
+    assert float8.fault(layer, PrecisionConfig(fp8="rowwise")) is None
+    fault = float8.fault(layer, PrecisionConfig(fp8="blockwise"))
+    assert fault is not None and "160 consecutive features" in fault and "fp8='rowwise'" in fault
+
+
+def test_a_fault_of_many_layers_is_said_once() -> None:
+    def layer(name: str) -> RowParallelLinear:
+        return RowParallelLinear(name, 24, 16, bias=False, tp=Axis("tp"), sequence_parallel=False, init_std=1.0)
+
+    model = torch.nn.Sequential(*(layer(f"layers.{index}.mlp.down") for index in range(5)))
+    _, faults = float8.describe(model, PrecisionConfig(fp8="rowwise", fp8_min_features=0))
+    assert faults == [
+        "layers.0.mlp.down, layers.1.mlp.down, layers.2.mlp.down and 2 more: 16 x 24 on a tensor-parallel rank, and "
+        "FP8 takes multiples of 16; change the model's size or mesh.tp=1, or leave out: "
+        "precision.fp8_exclude=['layers.*.mlp.down']"
+    ]
+    _, faults = float8.describe(
+        model, PrecisionConfig(fp8="rowwise", fp8_min_features=0, fp8_exclude=("layers.[0-3].mlp.down",))
+    )
+    assert len(faults) == 1 and faults[0].startswith("layers.4.mlp.down: 16 x 24")
 
 
 def test_a_device_without_fp8_is_refused_unless_asked_to_emulate() -> None:
