@@ -41,7 +41,7 @@ def losses(fp8: str) -> list[float]:
         RunConfig,
         {
             "model": {
-                "num_layers": 2,
+                "num_layers": 1,
                 "hidden_size": 64,
                 "num_heads": 4,
                 "kv_heads": 2,

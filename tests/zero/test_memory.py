@@ -141,7 +141,7 @@ def held_bytes() -> list[dict[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("ranks", [1, 4])
 def test_each_stage_holds_what_the_paper_says(ranks: int) -> None:
     """Rajbhandari et al. 2020, section 5, with K = 12 and gradients that are summed in fp32."""
     elements = BLOCKS * WIDTH * WIDTH
@@ -213,7 +213,7 @@ def test_the_peak_of_stage_3_falls_with_ranks_down_to_one_gathered_unit(prefetch
     # Of gradients five buckets, which is 0.4 units here; a process's own 2 to 4 MB differ from run to run.
     blocks, matrices, peaks = 6, 12, []
     unit = matrices * UNIT
-    for ranks in (2, 8):
+    for ranks in (2, 4):
         share = 4 * blocks * unit / ranks
         settings = {"bucket_mb": UNIT, "prefetch": prefetch}
         peaks.append(max(peak for peak, _, _ in run_ranks(peak_of, ranks, settings, blocks, None, matrices)))
