@@ -96,7 +96,7 @@ def test_killed_at_random_moments_and_continued(tmp_path: Path) -> None:
     source.write_bytes(jsonl([f"{i} {t}" * 200 for i in range(40) for t in TEXTS]))  # about 13 MB, 13 blocks
     run([source], tmp_path / "whole", workers=0)
     prefix = tmp_path / "killed"
-    draw = random.Random(1)
+    draw, killed = random.Random(1), 0
     for wanted in (0, 1, 4, 9, 13):  # parts that are there when the signal is sent, or shortly before
         # Forked: what a new interpreter imports before it begins would take longer than all else here.
         process = multiprocessing.get_context("fork").Process(target=_preprocess_alone, args=(source, prefix))
@@ -105,11 +105,12 @@ def test_killed_at_random_moments_and_continued(tmp_path: Path) -> None:
         while process.is_alive() and len(list(tmp_path.glob("killed.parts/*.part"))) < wanted:
             time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.01))
-        assert process.is_alive() or wanted == 13, "it ended before it was killed"
+        killed += process.is_alive()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()  # before it had a group of its own
         process.join()
+    assert killed >= 3, "it ended before it was killed"  # a busy machine may look too late for the others
     run([source], prefix, workers=2)
     assert outputs(prefix) == outputs(tmp_path / "whole")
 
