@@ -22,11 +22,11 @@ LEAST_TILE, MOST_TILE = 8 * 32 * WARPS, 8192  # elements: each thread loads 8 si
 
 @triton.jit
 def turn(
-    x, out, present, cos, sin, angle, turned, planes, dim,
+    x, out, present, cos, sin, angle, planes, dim,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, TURNS: tl.constexpr, PASSES: tl.constexpr,
     HEADS: tl.constexpr, PLANES: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Write the heads ``x`` ``[HEADS, 1]`` of a token, rotated in the first ``turned`` of their planes, to ``out``.
+    """Write the heads ``x`` ``[HEADS, 1]`` of a token, rotated, to ``out``.
 
     Returns both sides of the planes and the other dims, in fp32.
     """
@@ -35,8 +35,8 @@ def turn(
     others = tl.zeros((HEADS, REST), tl.float32)
     if TURNS:
         plane = tl.arange(0, PLANES)[None, :]
-        c = tl.load(cos + angle + plane, mask=plane < turned, other=1.0).to(tl.float32)
-        w = tl.load(sin + angle + plane, mask=plane < turned, other=0.0).to(tl.float32)
+        c = tl.load(cos + angle + plane, mask=plane < planes, other=0.0).to(tl.float32)
+        w = tl.load(sin + angle + plane, mask=plane < planes, other=0.0).to(tl.float32)
         if INVERSE:
             w = -w
         if INTERLEAVED:
@@ -85,37 +85,23 @@ def rotary_kernel(
     x += (head // each) * stride + (head % each) * step
     out += tl.cast(token, tl.int64) * heads * dim + head * dim
     turn(
-        x, out, head < heads, cos, sin, (s + offset) * table_s + b * table_b, planes, planes, dim,
+        x, out, head < heads, cos, sin, (s + offset) * table_s + b * table_b, planes, dim,
         INTERLEAVED, INVERSE, True, PASSES, HEADS, PLANES, REST,
     )  # fmt: skip
 
 
 @triton.jit
-def pack_heads_kernel(
-    q, k, v, cos, sin, out, partial, tokens, batch, queries, groups, dim, planes,
-    q_s, q_b, q_n, k_s, k_b, k_n, v_s, v_b, v_n, table_s, table_b,
+def pack_some(
+    x, cos, sin, out, partial, block, each, slot, heads, tokens, batch, columns, slots, dim, planes,
+    x_s, x_b, x_n, table_s, table_b,
     INTERLEAVED: tl.constexpr, TURNS: tl.constexpr, PASSES: tl.constexpr, SUMS: tl.constexpr,
     HEADS: tl.constexpr, PLANES: tl.constexpr, REST: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries and keys turned back, and of values, into one row a token; and the columns' sums."""
-    columns = groups * (queries + 2) * dim
-    few = tl.cdiv(groups, HEADS)
-    many = tl.cdiv(groups * queries, HEADS)
-    block = tl.program_id(1)
-    x, x_s, x_b, x_n = q, tl.cast(q_s, tl.int64), tl.cast(q_b, tl.int64), tl.cast(q_n, tl.int64)
-    each, slot, heads, turned = queries, 0, groups * queries, planes
-    if block >= many + few:
-        x, x_s, x_b, x_n = v, tl.cast(v_s, tl.int64), tl.cast(v_b, tl.int64), tl.cast(v_n, tl.int64)
-        each, slot, heads, turned = 1, queries + 1, groups, 0
-        block -= many + few
-    elif block >= many:
-        x, x_s, x_b, x_n = k, tl.cast(k_s, tl.int64), tl.cast(k_b, tl.int64), tl.cast(k_n, tl.int64)
-        each, slot, heads = 1, queries, groups
-        block -= many
+    """A block of heads, of which each key/value head has ``each``, from ``slot`` of its ``slots`` places on."""
     head = block * HEADS + tl.arange(0, HEADS)[:, None]
     present = head < heads
-    x += head * x_n
-    column = (head // each * (queries + 2) + slot + head % each) * dim
+    column = (head // each * slots + slot + head % each) * dim
+    x += head.to(tl.int64) * x_n
     firsts = tl.zeros((HEADS, PLANES), tl.float32)
     seconds = tl.zeros((HEADS, PLANES), tl.float32)
     others = tl.zeros((HEADS, REST), tl.float32)
@@ -123,7 +109,7 @@ def pack_heads_kernel(
         s, b = tl.cast(token // batch, tl.int64), tl.cast(token % batch, tl.int64)
         first, second, other = turn(
             x + s * x_s + b * x_b, out + tl.cast(token, tl.int64) * columns + column, present,
-            cos, sin, s * table_s + b * table_b, turned, planes, dim,
+            cos, sin, s * table_s + b * table_b, planes, dim,
             INTERLEAVED, True, TURNS, PASSES, HEADS, PLANES, REST,
         )  # fmt: skip
         if SUMS:
@@ -144,6 +130,42 @@ def pack_heads_kernel(
         if PASSES:
             rest = 2 * planes + tl.arange(0, REST)[None, :]
             tl.store(place + rest, others, mask=present & (rest < dim))
+
+
+@triton.jit
+def pack_heads_kernel(
+    q, k, v, cos, sin, out, partial, tokens, batch, queries, groups, dim, planes,
+    q_s, q_b, q_n, k_s, k_b, k_n, v_s, v_b, v_n, table_s, table_b,
+    INTERLEAVED: tl.constexpr, TURNS: tl.constexpr, PASSES: tl.constexpr, SUMS: tl.constexpr,
+    HEADS: tl.constexpr, PLANES: tl.constexpr, REST: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries and keys turned back, and of values, into one row a token; and the columns' sums.
+
+    Each of the three has a loop of its own: of a pointer that is chosen, Triton 3.6 does not load ahead.
+    """
+    slots = queries + 2
+    columns = groups * slots * dim
+    few = tl.cdiv(groups, HEADS)
+    many = tl.cdiv(groups * queries, HEADS)
+    block = tl.program_id(1)
+    if block < many:
+        pack_some(
+            q, cos, sin, out, partial, block, queries, 0, groups * queries,
+            tokens, batch, columns, slots, dim, planes, q_s, q_b, q_n, table_s, table_b,
+            INTERLEAVED, TURNS, PASSES, SUMS, HEADS, PLANES, REST, STAGES,
+        )  # fmt: skip
+    elif block < many + few:
+        pack_some(
+            k, cos, sin, out, partial, block - many, 1, queries, groups,
+            tokens, batch, columns, slots, dim, planes, k_s, k_b, k_n, table_s, table_b,
+            INTERLEAVED, TURNS, PASSES, SUMS, HEADS, PLANES, REST, STAGES,
+        )  # fmt: skip
+    else:
+        pack_some(
+            v, cos, sin, out, partial, block - many - few, 1, queries + 1, groups,
+            tokens, batch, columns, slots, dim, 0, v_s, v_b, v_n, table_s, table_b,
+            INTERLEAVED, False, True, SUMS, HEADS, 1, WHOLE, STAGES,
+        )  # fmt: skip
 
 
 def rotary(
@@ -200,7 +222,8 @@ def pack_heads(
             pack_heads_kernel[(walks, strips)](
                 q, k, v, cos, sin, out, partial, tokens, batch, queries, groups, dim, planes,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
-                INTERLEAVED=interleaved, TURNS=planes > 0, SUMS=bool(totals), STAGES=STAGES if totals else 1, **tile,
+                INTERLEAVED=interleaved, TURNS=planes > 0, SUMS=bool(totals), WHOLE=triton.next_power_of_2(dim),
+                STAGES=STAGES if totals else 1, **tile,
             )  # fmt: skip
         if partial is not None:
             add_partial_sums(partial, totals, keep)

@@ -37,7 +37,7 @@ def small(module: Any) -> dict[str, Any]:
     first = {case.op: case for case in reversed(module.streaming_cases(torch.bfloat16, scale=512))}
     # Norms of the few columns that this leaves would be all cancellation.
     wider = {case.op: case for case in reversed(module.streaming_cases(torch.bfloat16, scale=64))}
-    first |= {op: case for op, case in wider.items() if "norm" in op}
+    first |= {op: case for op, case in wider.items() if "norm" in op or op == "seam"}
     shorter = {case.op: case for case in reversed(module.streaming_cases(torch.bfloat16, scale=2048))}
     first |= {op: case for op, case in shorter.items() if "rotary" in op or op == "heads"}
     first |= {case.op: case for case in reversed(module.loss_cases(torch.bfloat16, scale=512))}

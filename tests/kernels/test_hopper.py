@@ -33,7 +33,7 @@ NARROW = {
     "logit_gradient_kernel": (4, 0),
     "token_losses_kernel": (4, 1),
     "rotary_kernel": (2, 0),
-    "pack_heads_kernel": (6, 0),
+    "pack_heads_kernel": (12, 0),
     "square_sum_kernel": (16, 1),  # the rest
     "attend_kernel": (6, 1),  # the table's numbers
     "join_kernel": (20, 1),

@@ -128,7 +128,7 @@ def streaming_cases(dtype: torch.dtype, scale: int = 1) -> list[Case]:
         add("rms_norm", (rows, columns), data(1, 1), partial(rms_norm, eps=1e-5), 2 * n, 3 * n)
         add("layer_norm", (rows, columns), data(1, 2), partial(layer_norm, eps=1e-5), 2 * n, 3 * n)
         # A seam without dropout behind a layer with a bias, whose gradient its backward pass makes too.
-        add("add_norm seam", (rows, columns), data(2, 3), seam, 4 * n, 4 * n)
+        add("seam", (rows, columns), data(2, 3), seam, 4 * n, 4 * n)
         # Backward: two gradients and the sum in, two gradients out.
         add("add_norm", (rows, columns), data(2, 2, keys=True), dropped_add_norm, 4 * n, 5 * n)
         add("dropout_add", (rows, columns), data(2, 0, keys=True), dropped_add, 3 * n, 2 * n)
