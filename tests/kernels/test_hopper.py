@@ -33,7 +33,7 @@ NARROW = {
     "logit_gradient_kernel": (4, 0),
     "token_losses_kernel": (4, 1),
     "rotary_kernel": (2, 0),
-    "pack_heads_kernel": (12, 0),
+    "pack_heads_kernel": (4, 0),
     "square_sum_kernel": (16, 1),  # the rest
     "attend_kernel": (6, 1),  # the table's numbers
     "join_kernel": (20, 1),
@@ -102,24 +102,24 @@ def cross_entropy(columns: int, stride: int, dtype: torch.dtype) -> None:
     cross_entropy.token_losses_(logits, target, mask, meta(1, dtype=torch.float64), 0.1, 1e-4, columns)
 
 
-def rotary(interleaved: bool) -> None:
+def rotary() -> None:
     from megatron_ds.kernels.triton import rotary
 
     q, k, cos = meta(4096, 2, 32, 128), meta(4096, 2, 8, 6, 128)[:, :, :, -2], meta(4096, 1, 1, 128)
-    rotary.rotary(q, k, cos, cos, interleaved, 0, False)
+    rotary.rotary(q, k, cos, cos, True, 0, False)
 
 
-def heads(groups: int, queries: int, dim: int, turned: int, bias: bool, interleaved: bool = False) -> None:
+def heads(groups: int, queries: int, dim: int, turned: int, bias: bool) -> None:
     from megatron_ds.kernels.triton import rotary
 
     packed = meta(4096, 2, groups, queries + 2, dim)
     tables = [meta(4096, 1, 1, turned)] * 2 if turned else [None, None]
     totals = [meta(packed[0, 0].numel(), dtype=SINGLE)] if bias else []
     if turned:
-        rotary.rotary(packed[..., :-2, :], packed[..., -2, :], *tables, interleaved, 0, False)
+        rotary.rotary(packed[..., :-2, :], packed[..., -2, :], *tables, False, 0, False)
     # As attention gives them: ``[b, n, s, d]`` in memory.
     q, k = (meta(2, heads, 4096, dim).permute(2, 0, 1, 3) for heads in (groups * queries, groups))
-    rotary.pack_heads(q, k, k, *tables, totals, [True], interleaved)
+    rotary.pack_heads(q, k, k, *tables, totals, [True], False)
 
 
 def add_rows(columns: int) -> None:
@@ -176,12 +176,10 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     # A vocabulary that is no multiple of 16 in a table padded to one: the whole tiles load wide all the same.
     "cross entropy 50257 of 50304": lambda: cross_entropy(50257, 50304, HALF),
     "square sum beyond 2^31": lambda: square_sum(2**31 + 1024),
-    "rotary 128": lambda: rotary(False),
-    "rotary 128 interleaved": lambda: rotary(True),
+    "rotary 128 interleaved": rotary,
     "heads of Llama 70B": lambda: heads(8, 8, 128, 128, bias=False),
     "heads of GPT-2": lambda: heads(12, 1, 64, 0, bias=True),
     "heads of GPT-NeoX": lambda: heads(64, 1, 96, 32, bias=True),
-    "heads of Qwen interleaved": lambda: heads(4, 7, 128, 128, bias=True, interleaved=True),
     "add_rows 768": lambda: add_rows(768),
     "paged attention, Llama 8B": lambda: paged_attention(32, 8, 128),
     "adamw": lambda: adamw(None),
