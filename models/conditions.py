@@ -7,39 +7,17 @@ rank's share alone, since adaLN's weights are split, so that the gradients of wh
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds.config.diffusion import DiTConfig
+from megatron_ds.layers.affine import Affine
 from megatron_ds.layers.linear import lookup, replicated_parameter
 from megatron_ds.models.transformer import MicroBatch, StageSettings, Table
 
 TIME_CHANNELS = 256
-
-
-class Affine(nn.Module):
-    """A linear layer that every tensor-parallel rank holds whole.
-
-    Args:
-        partial: each rank's gradient is a share that is summed over tp.
-        std: of initial weights; 0 starts them at zero. Default: Xavier's.
-    """
-
-    def __init__(self, name: str, inputs: int, outputs: int, std: float | None = None, *, partial: bool, **where: Any):
-        super().__init__()
-        tp = where.pop("tp")
-        std = (2 / (inputs + outputs)) ** 0.5 if std is None else std
-        shape, init = (outputs, inputs), "normal" if std else "zeros"
-        self.weight = replicated_parameter(
-            f"{name}.weight", shape, init, tp, partial, weight_decay=True, std=std, **where
-        )
-        self.bias = replicated_parameter(f"{name}.bias", (outputs,), "zeros", tp, partial, **where)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
 
 
 class TimeEmbedding(nn.Module):

@@ -10,8 +10,10 @@ would hold the embeddings (44 MB with their optimizer state in DiT-XL/2) and all
 step. The text's stream has to travel: each block changes it. It is 4% of what flows at 1024 pixels (154 tokens beside
 4,096 patches). Its gradients, and those of the condition, add up over stages on their way back.
 
-Context parallelism is not built (``mesh.cp`` is 1, as for texts). Two places would know of it: :meth:`DiT._own`, which
-cuts every sequence of patches, targets and text, and the attention core, which then sees the keys of other ranks too.
+Context parallelism is not built (``mesh.cp`` above 1 is refused, as for texts). It would enter where sequence
+parallelism does: :meth:`DiT._own` cuts every sequence of patches, targets and text, :func:`activation_shape` and
+:meth:`DiT._blocks` count the parts. Beyond that :meth:`DiT._inputs` would give a rank the rotary tables of its own
+positions, ``DiTTask.count`` would count its own elements, and the attention core would see the keys of other ranks.
 """
 
 from __future__ import annotations
@@ -29,12 +31,13 @@ from megatron_ds import comm
 from megatron_ds.config.diffusion import DiTConfig, ObjectiveConfig
 from megatron_ds.config.sparse import layout_of_rank
 from megatron_ds.kernels.block_layout import BlockLayout
+from megatron_ds.layers.affine import Affine
 from megatron_ds.layers.attention import AttentionInputs
 from megatron_ds.layers.attention_cores import AttentionRules, make_core
 from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.modulation import Modulation, modulated_norm
 from megatron_ds.models import objectives
-from megatron_ds.models.conditions import Affine, ClassCondition, TextCondition
+from megatron_ds.models.conditions import ClassCondition, TextCondition
 from megatron_ds.models.dit_blocks import NORM_EPS, Streams, make_block
 from megatron_ds.models.patches import Grid, from_patches, grid_of, rotary_positions, sine_positions, to_patches
 from megatron_ds.models.transformer import MicroBatch, StageSettings

@@ -22,7 +22,7 @@ from megatron_ds import comm
 from megatron_ds.kernels.accumulate import add_rows, sum_rows
 from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.kernels.column_sums import add_to_gradient
-from megatron_ds.layers.recipe import OwnPrecision, Recipe
+from megatron_ds.layers.recipe import OwnPrecision, Recipe, Split
 from megatron_ds.mesh import Axis
 from megatron_ds.shard import WHOLE, ShardedDim, ShardSpec, empty_parameter
 
@@ -53,15 +53,15 @@ class BiasOffer:
         return self._bias
 
 
-def _column_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Linear, offer: BiasOffer | None = None
+def column_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layer: Split, offer: BiasOffer | None = None
 ) -> Tensor:
     if torch.is_grad_enabled():
         return _ColumnLinear.apply(x, weight, bias, layer, (offer or BiasOffer()).made(bias))
     return _column_product(x, weight, bias, layer)  # autograd's own time is felt where there are few tokens
 
 
-def _column_product(x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Linear) -> Tensor:
+def _column_product(x: Tensor, weight: Tensor, bias: Tensor | None, layer: Split) -> Tensor:
     whole = comm.gather_dim0(x, layer.tp).wait() if layer.sequence_parallel else x
     return layer.recipe.product(whole, _matrix(weight), None if bias is None else bias.view(-1))
 
@@ -70,7 +70,7 @@ class _ColumnLinear(torch.autograd.Function):
     """``y = gather(x) @ w.T + b`` with the collective of each direction overlapped where something can hide it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Linear, offer: BiasOffer) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Split, offer: BiasOffer) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.tp, ctx.sequence_parallel, ctx.recipe, ctx.offer = layer.tp, layer.sequence_parallel, layer.recipe, offer
         return _column_product(x, weight, bias, layer)
@@ -161,7 +161,7 @@ class ColumnParallelLinear(_Linear):
     def forward(self, x: Tensor, offer: BiasOffer | None = None) -> Tensor:
         if torch.compiler.is_compiling() and self.tp.size == 1:
             return self.recipe.traced(x, _matrix(self.weight), None if self.bias is None else self.bias.view(-1))
-        return _column_linear(x, self.weight, self.bias, self, offer)
+        return column_linear(x, self.weight, self.bias, self, offer)
 
 
 class RepeatedKVLinear(_Linear):
@@ -200,7 +200,7 @@ class RepeatedKVLinear(_Linear):
 
     def forward(self, x: Tensor, offer: BiasOffer | None = None) -> Tensor:
         weight = self.weight[self.kv_head] if self.recipe.has_weight else self.own(self.weight)
-        return _column_linear(x, weight, None if self.bias is None else self.own(self.bias), self, offer)
+        return column_linear(x, weight, None if self.bias is None else self.own(self.bias), self, offer)
 
     def own(self, parameter: Tensor) -> Tensor:
         """``[q + 2, d, ...]`` of a parameter."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds import comm
+from megatron_ds.layers.affine import Products
 from megatron_ds.mesh import Axis
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
 
@@ -44,9 +45,10 @@ class Modulation(nn.Module):
         bias = ShardSpec(f"{name}.bias", (count, size), split, init="zeros", weight_decay=False)
         self.weight = empty_parameter(weight, device, dtype)
         self.bias = empty_parameter(bias, device, dtype)
+        self.products = Products()
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
-        own = F.linear(condition, self.weight.flatten(0, 1), self.bias.flatten())  # [b, count * h / tp]
+        own = self.products(condition, self.weight, self.bias)  # [b, count * h / tp]
         own = own.view(condition.shape[0], self.count, -1)
         if self.tp.size == 1:
             return own.unbind(1)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from megatron_ds.kernels.accumulate import add_product
 from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.kernels.matmul import linear, linear_input_gradient
+from megatron_ds.mesh import Axis
 from megatron_ds.shard import ShardedDim, ShardSpec
 
 
@@ -78,6 +79,14 @@ class Recipe(nn.Module):
         buffer = spec.slice_of(initial).clone()
         buffer.shard = spec  # type: ignore[attr-defined]
         self.register_buffer(name, buffer)
+
+
+class Split(Protocol):
+    """What a linear layer's products need to know of it: the recipe, and over which ranks they are split."""
+
+    tp: Axis
+    sequence_parallel: bool
+    recipe: Recipe
 
 
 class OwnPrecision(Recipe):

@@ -1,7 +1,8 @@
 """A new run that starts from the weights of a checkpoint: whose settings hold, what may differ, which rows are new.
 
-The model's settings come from the checkpoint unless they are given. One that is given and contradicts the checkpoint
-would train a model that computes something else from the same weights, so it is refused.
+The model's settings, and what else its weights mean (a diffusion model's objective), come from the checkpoint unless
+they are given. One that is given and contradicts the checkpoint would train a model that computes something else from
+the same weights, so it is refused.
 """
 
 from __future__ import annotations
@@ -31,9 +32,14 @@ def model_defaults(config: BaseRunConfig) -> dict[str, Any]:
     if source is not None:
         path = str(source)  # what it started from may be gone by now
     try:
-        return {"model": _saved_model(config, path).model_dump(mode="json")}
+        model, meanings = _saved(config, path)
     except CheckpointError:
         return {}
+    found: dict[str, Any] = {"model": model.model_dump(mode="json")}
+    for key, value in meanings.items():
+        section, name = key.split(".")
+        found.setdefault(section, {})[name] = value
+    return found
 
 
 def check_model(config: BaseRunConfig) -> list[str]:
@@ -49,7 +55,8 @@ def check_model(config: BaseRunConfig) -> list[str]:
     path = config.checkpoint.init_from
     if path is None:
         return []
-    old, new = _saved_model(config, path).resolved, config.model.resolved
+    model, meanings = _saved(config, path)
+    old, new = model.resolved, config.model.resolved
     changed = {name: f"model.{name}: {old[name]!r} -> {new[name]!r}" for name in new if new[name] != old[name]}
     grown = config.model.growing
     refused, said = [], []
@@ -60,6 +67,11 @@ def check_model(config: BaseRunConfig) -> list[str]:
             said.append(text)
         else:
             refused.append(f"{text} (it may only grow)" if name in grown else text)
+    now = config.to_dict()
+    for key, value in meanings.items():
+        section, name = key.split(".")
+        if now[section][name] != value:
+            refused.append(f"{key}: {value!r} -> {now[section][name]!r}")
     if refused:
         raise ConfigError(
             f"checkpoint.init_from={path!r} holds another model than the settings describe: "
@@ -90,6 +102,14 @@ def load_weights(config: BaseRunConfig, tables: Mapping[str, str], optimizer: Ze
     optimizer.refresh_parameters()
 
 
-def _saved_model(config: BaseRunConfig, path: str) -> BaseModelConfig:
+def _saved(config: BaseRunConfig, path: str) -> tuple[BaseModelConfig, dict[str, Any]]:
+    """The checkpoint's model, and its dotted settings of other sections that say what the weights mean."""
     directory, manifest = find(path)
-    return model_config(type(config.model), manifest.meta, directory)
+    saved = manifest.meta.get("config", {})
+    meanings = {
+        key: saved[section][name]
+        for key in sorted(config.fixed)
+        for section, _, name in [key.partition(".")]
+        if name and name in saved.get(section, {})
+    }
+    return model_config(type(config.model), manifest.meta, directory), meanings

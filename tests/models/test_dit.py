@@ -15,6 +15,7 @@ from megatron_ds.config.diffusion import DiffusionRun
 from megatron_ds.data.loader import to_tensors
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh
+from megatron_ds.models.conditions import time_sines
 from megatron_ds.models.dit import DiT
 from megatron_ds.models.dit_task import DiTTask
 from megatron_ds.models.patches import sine_positions
@@ -182,6 +183,18 @@ def test_a_new_model_predicts_nothing_and_its_blocks_do_nothing() -> None:
     block = model.layers["0"]
     condition = torch.randn(2, HIDDEN, dtype=torch.float64)
     assert torch.equal(block(condition, model._inputs(seen, x.dtype), x)[0], x)
+
+
+def test_times_stay_apart_in_half_precision() -> None:
+    """In bf16 itself 257 would be 256, and 1000 times some 200."""
+    mesh = Mesh.single()
+    model = DiTTask(configuration()).make_stage(StageSpan(0, LAYERS), mesh, mesh.device, torch.bfloat16)
+    model.initialize(7)
+    sines = time_sines(torch.arange(1000, dtype=torch.float64))
+    assert sines.dtype == torch.float32 and len(sines.unique(dim=0)) == 1000
+    with torch.no_grad():
+        found = model.condition.of_time(torch.arange(1000, dtype=torch.float64))
+    assert found.dtype == torch.bfloat16 and len(found.unique(dim=0)) > 950
 
 
 def test_padded_rows_of_an_evaluation_count_nothing() -> None:

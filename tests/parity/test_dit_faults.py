@@ -16,8 +16,9 @@ from torch import Tensor
 
 from megatron_ds.comm import regions
 from megatron_ds.data import noise
+from megatron_ds.layers import affine
 from megatron_ds.layers.norm import Norm
-from megatron_ds.models import conditions, dit
+from megatron_ds.models import dit
 from megatron_ds.models.conditions import TimeEmbedding
 from megatron_ds.models.dit import DiT
 from megatron_ds.optim.ema import AveragedUpdate
@@ -55,16 +56,14 @@ def the_conditions_gradient_stays_a_share() -> AbstractContextManager[Any]:
     real = TimeEmbedding.__init__
 
     def init(self: TimeEmbedding, *arguments: Any, **settings: Any) -> None:
-        make = conditions.replicated_parameter
-        with patch.object(conditions, "replicated_parameter", lambda *a, **k: _whole_gradient(make, *a, **k)):
+        make = affine.replicated_parameter
+        with patch.object(affine, "replicated_parameter", lambda *a, **k: _whole_gradient(make, *a, **k)):
             real(self, *arguments, **settings)
 
     return patch.object(TimeEmbedding, "__init__", init)
 
 
 def _whole_gradient(make: Any, *arguments: Any, **settings: Any) -> Any:
-    if "partial" in settings:
-        return make(*arguments, **{**settings, "partial": False})
     name, shape, init, tp, _ = arguments
     return make(name, shape, init, tp, False, **settings)
 

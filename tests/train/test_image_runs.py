@@ -122,8 +122,10 @@ def test_latents_of_another_scale_are_refused_on_resuming_and_on_drawing(
     write_cache(root, "other", "other-vae")
     capsys.readouterr()
     resumed = [*run, "--checkpoint.resume", "--data.changed", "accept"]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert train(monkeypatch, *resumed, "--data.path", root / "other") == 2
     error = capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert "was trained on latents of scale 0.25, shift 0.5" in error and "has latents of scale 0.5" in error
 
     draw = importlib.util.spec_from_file_location(
@@ -159,6 +161,54 @@ def test_latents_of_another_scale_are_refused_on_resuming_and_on_drawing(
             export_pipeline(checkpoints, exported, PipelineParts(vae))
     export_pipeline(checkpoints, exported, PipelineParts(root / "other-vae"))
     assert read_json(exported / "vae" / "config.json")["scaling_factor"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--objective.prediction", "v"], "of another model or seed (objective.prediction: 'epsilon' -> 'v')"),
+        (["--data.path", "three"], "has class 2, and model.num_classes=2 are numbered 0 to 1"),
+        (["--data.path", "one"], "are of one class"),
+        (["--data.path", "broken"], "1 of 10 images cannot be decoded: "),
+    ],
+)
+def test_a_run_that_is_refused_overwrites_nothing(
+    change: list[str],
+    message: str,
+    root: Path,
+    once: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(root / "classes" / "china", tmp_path / "one" / "china")
+    for name in ("three", "broken"):
+        shutil.copytree(root / "classes", tmp_path / name)
+    shutil.copytree(root / "classes" / "china", tmp_path / "three" / "temple")
+    (tmp_path / "broken" / "china" / "0.png").write_text("no image")
+    change = [str(tmp_path / word) if (tmp_path / word).exists() else word for word in change]
+    before = {path: path.read_bytes() for path in once.rglob("*") if path.is_file()}
+    run = [*folder_run(root, once), "--train.steps", 7, "--checkpoint.resume", "--data.changed", "accept"]
+    assert train(monkeypatch, *run, *change) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1, error
+    assert {path: path.read_bytes() for path in once.rglob("*") if path.is_file()} == before
+
+
+def test_weights_are_not_trained_for_another_objective(
+    root: Path, once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a new run's settings leave out is the checkpoint's, as for the model; what they contradict is refused."""
+    new = [*folder_run(root, tmp_path / "new"), "--train.steps", 1, "--checkpoint.init-from", once / "checkpoints"]
+    assert train(monkeypatch, *new, "--objective.prediction", "v") == 2
+    assert "objective.prediction: 'epsilon' -> 'v'. What is left out is taken" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    flow = [*folder_run(root, tmp_path / "flow"), "--train.steps", 1, "--objective.prediction", "flow"]
+    assert train(monkeypatch, *flow, "--objective.schedule", "flow") == 0
+    new[-1] = tmp_path / "flow" / "checkpoints"
+    assert train(monkeypatch, *new) == 0
+    with Checkpoint(tmp_path / "new" / "checkpoints") as now:
+        assert [now.meta["config"]["objective"][name] for name in ("prediction", "schedule")] == ["flow", "flow"]
 
 
 def test_what_is_trained_on_is_decoded_as_it_was_encoded(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +248,7 @@ def test_what_is_trained_on_is_decoded_as_it_was_encoded(root: Path, monkeypatch
         (["--data.source", "digits"], "data.path"),
         (["--data.source", "tar"], "holds no .tar"),
         (["--data.path", "nowhere"], "nowhere does not exist"),
+        (["--mesh.cp", "2"], "mesh.cp=2: context parallelism is not built yet; use mesh.cp=1"),
     ],
 )
 def test_what_does_not_fit_is_one_error_before_training(

@@ -4,10 +4,12 @@ Two models: that of `make train-diffusion` (8 x 8 pixels), and DiT-S/8 (latents 
 tokens as GPT's rows in `run.py` have them. Both loops predict the noise of the same images, with AdamW and clipping;
 bf16 is autocast in the plain loop. Contenders run one after the other, each in processes of its own with one thread a
 rank, and the table shows the median and the range of the rounds' ratios: of one process to the plain loop, of two ranks
-to twice what one of ours does in the same round. Two ranks that exchange nothing are what the machine allows.
+to twice what one of ours does in the same round. Two ranks that exchange nothing are what the machine allows. With
+``--gpt`` a language model of as many layers, of the same width, on as many tokens in sequences as long, goes through
+the same contenders.
 
 python tools/benchmark/diffusion.py --rounds 3 --json diffusion.json
-python tools/benchmark/diffusion.py --rounds 1 --only fp32 digits
+python tools/benchmark/diffusion.py --rounds 1 --only fp32 digits --gpt
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from ours import alone, training_step
+from setting import Workload
 from tqdm import tqdm
 
 BATCH, SECONDS = 128, 5.0
@@ -43,6 +47,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ours TP 2": {"tp": 2},
     "ours TP 2 + SP": {"tp": 2, "sequence_parallel": True},
 }
+GPT = "GPT as "
 
 Step = Callable[[], float]
 
@@ -120,13 +125,29 @@ def ours(model: dict[str, Any], dtype: str, layout: dict[str, Any]) -> Step:
     return lambda: float(parts.step([own]).loss)
 
 
+def gpt(model: dict[str, Any], dtype: str, layout: dict[str, Any]) -> Step:
+    """A language model of a diffusion transformer's shape; its head has 64 words, a patch about as many numbers."""
+    patches = (model["image_size"] // model["patch_size"]) ** 2
+    sizes = {"layers": model["num_layers"], "hidden": model["hidden_size"], "heads": model["num_heads"]}
+    workload = Workload(**sizes, sequence=patches, vocab=64, batch=BATCH, dtype=dtype)
+    step = alone(workload) if "apart" in layout else training_step(workload, **layout)
+    return lambda: float(step())
+
+
+def make_step(name: str, model: str, dtype: str) -> Step:
+    if name == "diffusers":
+        return plain(MODELS[model], dtype)
+    make = gpt if model.startswith(GPT) else ours
+    return make(MODELS[model.removeprefix(GPT)], dtype, LAYOUTS[name])
+
+
 def measure(name: str, model: str, dtype: str) -> None:
     """Print images a second, on the first rank."""
     torch.set_num_threads(1)
     layout = LAYOUTS[name]
     if layout:
         dist.init_process_group("gloo")
-    step = plain(MODELS[model], dtype) if name == "diffusers" else ours(MODELS[model], dtype, layout)
+    step = make_step(name, model, dtype)
     first = step()
     times: list[float] = []
     # Of several ranks all stop after as many steps: the first one's clock decides beforehand.
@@ -159,7 +180,8 @@ def run(name: str, model: str, dtype: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="each runs every contender once; %(default)s")
-    parser.add_argument("--only", nargs="+", default=[], help="of fp32 and bf16, digits and DiT-S/8; default: all")
+    parser.add_argument("--only", nargs="+", default=[], help="of fp32 and bf16, digits and DiT-S/8, contenders; all")
+    parser.add_argument("--gpt", action="store_true", help="language models of the same shapes beside them")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -168,24 +190,34 @@ def main() -> None:
         return
     dtypes = [dtype for dtype in ("fp32", "bf16") if dtype in options.only] or ["fp32", "bf16"]
     models = [model for model in MODELS if model in options.only] or list(MODELS)
-    cases = [(model, dtype) for model in models for dtype in dtypes]
+    names = [name for name in LAYOUTS if name in options.only] or list(LAYOUTS)
+    models = [kind + model for model in models for kind in ("", GPT)[: 1 + options.gpt]]
+    cases = [
+        (name, model, dtype)
+        for dtype in dtypes
+        for model in models
+        for name in names
+        if name != "diffusers" or model in MODELS
+    ]
     found: dict[tuple[str, str, str], list[float]] = {}
-    with tqdm(total=options.rounds * len(cases) * len(LAYOUTS), unit="run") as bar:
+    with tqdm(total=options.rounds * len(cases), unit="run") as bar:
         for _ in range(options.rounds):
-            for model, dtype in cases:
-                for name in LAYOUTS:
-                    bar.set_description(f"{name}, {model}, {dtype}")
-                    found.setdefault((name, model, dtype), []).append(run(name, model, dtype)["rate"])
-                    bar.update()
-    print(f"{'model':<10}{'':<6}{'contender':<18}{'images/s':>10}{'ratio':>8}  range, of")
+            for case in cases:
+                bar.set_description(", ".join(case))
+                found.setdefault(case, []).append(run(*case)["rate"])
+                bar.update()
+    print(f"{'model':<16}{'':<6}{'contender':<18}{'images/s':>10}{'ratio':>8}  range, of")
     for (name, model, dtype), rates in found.items():
-        one = found[("ours" if " " in name else "diffusers", model, dtype)]
+        other = "diffusers" if name == "ours" and model in MODELS else "ours"
+        if other not in names:
+            continue
+        one = found[other, model, dtype]
         factor = 2.0 if " " in name else 1.0
-        ratios = [rate / (factor * other) for rate, other in zip(rates, one)]
+        ratios = [rate / (factor * base) for rate, base in zip(rates, one)]
         spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
-        said = "2 x ours on one process" if " " in name else "diffusers"
+        said = "2 x ours on one process" if " " in name else other
         figures = f"{statistics.median(rates):>10.1f}{statistics.median(ratios):>8.3f}  {spread}"
-        print(f"{model:<10}{dtype:<6}{name:<18}{figures}, {said}")
+        print(f"{model:<16}{dtype:<6}{name:<18}{figures}, {said}")
     if options.json:
         options.json.write_text(json.dumps([[*key, rates] for key, rates in found.items()]) + "\n")
 
