@@ -293,7 +293,7 @@ class CheckpointConfig(Section):
     init_from: str | None = Field(
         None,
         description="Checkpoint of which a new run takes the weights (not the optimizer state) and the model's "
-        "settings, e.g. an imported model.",
+        "settings (a diffusion model's objective too), e.g. an imported model.",
     )
 
 

@@ -130,7 +130,8 @@ def gpt(model: dict[str, Any], dtype: str, layout: dict[str, Any]) -> Step:
     patches = (model["image_size"] // model["patch_size"]) ** 2
     sizes = {"layers": model["num_layers"], "hidden": model["hidden_size"], "heads": model["num_heads"]}
     workload = Workload(**sizes, sequence=patches, vocab=64, batch=BATCH, dtype=dtype)
-    step = alone(workload) if "apart" in layout else training_step(workload, **layout)
+    ranks = max(layout.values(), default=1)
+    step = alone(workload) if "apart" in layout else training_step(workload, world_size=ranks, **layout)
     return lambda: float(step())
 
 
