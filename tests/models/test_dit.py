@@ -243,6 +243,7 @@ def test_padded_rows_of_an_evaluation_count_nothing() -> None:
             1,
             r"model\.num_classes=9 is less than the 10",
         ),
+        ({"mesh": {"cp": 2}}, 2, r"mesh\.cp=2: context parallelism is not built yet; use mesh\.cp=1"),
         ({"optimizer": {"ema_warmup": False}}, 1, r"optimizer\.ema_warmup=False does nothing"),
     ],
 )

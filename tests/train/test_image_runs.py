@@ -248,7 +248,6 @@ def test_what_is_trained_on_is_decoded_as_it_was_encoded(root: Path, monkeypatch
         (["--data.source", "digits"], "data.path"),
         (["--data.source", "tar"], "holds no .tar"),
         (["--data.path", "nowhere"], "nowhere does not exist"),
-        (["--mesh.cp", "2"], "mesh.cp=2: context parallelism is not built yet; use mesh.cp=1"),
     ],
 )
 def test_what_does_not_fit_is_one_error_before_training(
