@@ -106,6 +106,8 @@ def test_the_classes_of_kernels(gpu: Any) -> None:
         "norm_backward_kernel": "norms",
         "partial_sums_kernel": "partial sums",
         "bias_gelu_sums_kernel": "activation",
+        "pack_heads_kernel": "rotary",
+        "add_rows_kernel": "embedding",
         "Memcpy DtoD (Device -> Device)": "copies",
         "void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add<float>>": "elementwise",
         "void at::native::reduce_kernel<512, 1, ReduceOp<float>>": "reductions",
