@@ -34,9 +34,10 @@ def can_widen(values: Tensor, weight: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor, pairs: Tensor, widen: bool) -> Tensor:
     """``[t, i]`` bf16 -> ``[t, o]``. ``widen``: what :func:`can_widen` says."""
     group = x.shape[1] // len(pairs)
-    if len(x) <= _FEW_ROWS or not widen:
+    rows = x.shape[0]  # len() would make a constant of it in a graph for any number of rows
+    if rows <= _FEW_ROWS or not widen:
         return torch._weight_int4pack_mm_for_cpu(x.contiguous(), weight, group, pairs)
-    out = x.new_empty(len(x), weight.shape[0])
+    out = x.new_empty(rows, weight.shape[0])
     for first in range(0, weight.shape[0], _WIDENED):
         last = min(first + _WIDENED, weight.shape[0])
         values = _unpacked(weight[first:last]).unflatten(1, (len(pairs), group))

@@ -12,7 +12,9 @@ from served import VOCAB, config_of, engine_of, stage_of
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference import SamplingParams, served_model
 from megatron_ds.inference.compiled_stage import MOST_TOKENS, CompiledStage
+from megatron_ds.inference.model_runner import CacheSize, ModelRunner
 from megatron_ds.inference.packed_recipe import PackedWeight, pack_model
+from megatron_ds.inference.quantized_recipes import quantize_model
 from megatron_ds.inference.serving_engine import ServingEngine
 from megatron_ds.kernels.cpu.compiled_graph import compile_graph, record
 from megatron_ds.mesh import Mesh
@@ -67,6 +69,23 @@ def test_half_precision_and_packed_weights_are_recorded(tmp_path: Path) -> None:
     head = pack_model(model)
     assert isinstance(head, PackedWeight)
     CompiledStage(model, compiled=False)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "int4"])
+def test_quantised_weights_are_recorded_as_they_compute(scheme: str) -> None:
+    """Rotary positions, half precision and scales of the inputs, which no graph may keep as constants."""
+    sizes = {"num_layers": 1, "hidden_size": 128, "ffn_hidden_size": 128, "vocab_multiple": 16}
+    model = stage_of(config_of("llama").model_copy(update=sizes), Mesh.single(), torch.bfloat16)
+    head = quantize_model(model, scheme)
+    found = []
+    for recorded in (False, True):
+        engine = engine_of(model, budget=MOST_TOKENS // 2)
+        engine.runner = ModelRunner(model, engine.mesh, CacheSize(64, 4, torch.bfloat16), head)
+        if recorded:
+            engine.runner.hidden_states = CompiledStage(model, compiled=False).hidden_states
+        found.append(logprobs_of(engine, 2))
+    for mine, theirs in zip(*found, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-5)
 
 
 def test_a_size_that_decides_what_is_computed_is_refused() -> None:
