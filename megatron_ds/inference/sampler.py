@@ -128,7 +128,7 @@ class Sampler:
         return self._gather(torch.stack([row.double().logsumexp(0) for row in logits])).logsumexp(0)
 
     def _values_at(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        local = tokens - self.first
+        local = tokens.to(logits.device) - self.first
         there = (local >= 0) & (local < logits.shape[1])
         values = logits.gather(1, local.clamp(0, logits.shape[1] - 1).unsqueeze(1)).squeeze(1)
         return self._gather(values.masked_fill(~there, -torch.inf)).max(0).values

@@ -179,3 +179,10 @@ def test_a_split_vocabulary_gives_the_same_tokens(ranks: int) -> None:
 def test_settings_that_cannot_be_are_named(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         SamplingParams(**wrong)
+
+
+def test_tokens_of_a_prompt_may_be_on_another_device_than_logits() -> None:
+    """On the meta device, whose operators refuse others' operands as a GPU's do."""
+    logits, tokens = torch.empty(3, VOCAB, device="meta"), torch.zeros(3, dtype=torch.int64)
+    found = Sampler(Axis("tp"), 0, VOCAB)._values_at(logits, tokens)
+    assert found.device.type == "meta" and found.shape == (3,)
