@@ -87,7 +87,7 @@ def answers(model: Transformer, seed: int, graphs: bool) -> tuple[dict[str, Any]
 def test_buckets_change_no_token_and_write_no_live_block(family: str) -> None:
     model = stage_of(config_of(family), Mesh.single())
     replays = 0
-    for seed in range(4):
+    for seed in range(3):
         want, _ = answers(model, seed, graphs=False)
         found, count = answers(model, seed, graphs=True)
         replays += count
@@ -97,7 +97,7 @@ def test_buckets_change_no_token_and_write_no_live_block(family: str) -> None:
                 assert tokens == want_tokens
                 for mine, theirs in zip(logprobs, want_logprobs, strict=True):
                     assert mine == pytest.approx(theirs, abs=1e-10)
-    assert replays > 40
+    assert replays > 30
 
 
 def test_a_step_runs_in_the_smallest_bucket_that_holds_it() -> None:
