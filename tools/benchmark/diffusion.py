@@ -4,9 +4,9 @@ Two models: that of `make train-diffusion` (8 x 8 pixels), and DiT-S/8 (latents 
 tokens as GPT's rows in `run.py` have them. Both loops predict the noise of the same images, with AdamW and clipping;
 bf16 is autocast in the plain loop. Contenders run one after the other, each in processes of its own with one thread a
 rank, and the table shows the median and the range of the rounds' ratios: of one process to the plain loop, of two ranks
-to twice what one of ours does in the same round. Two ranks that exchange nothing are what the machine allows. With
-``--gpt`` a language model of as many layers, of the same width, on as many tokens in sequences as long, goes through
-the same contenders.
+to twice what one of ours does in the same round. Ratios by the first rank's CPU time are what is left on a machine that
+others use too. Two ranks that exchange nothing are what the machine allows. With ``--gpt`` a language model of as many
+layers, as wide, on as many tokens in sequences as long, goes through the same contenders.
 
 python tools/benchmark/diffusion.py --rounds 3 --json diffusion.json
 python tools/benchmark/diffusion.py --rounds 1 --only fp32 digits --gpt
@@ -150,7 +150,7 @@ def measure(name: str, model: str, dtype: str) -> None:
         dist.init_process_group("gloo")
     step = make_step(name, model, dtype)
     first = step()
-    times: list[float] = []
+    times: list[tuple[float, float]] = []
     # Of several ranks all stop after as many steps: the first one's clock decides beforehand.
     begin = time.perf_counter()
     step()
@@ -160,11 +160,12 @@ def measure(name: str, model: str, dtype: str) -> None:
         dist.broadcast(counts, 0)
         count = int(counts)
     for _ in range(count):
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         last = step()
-        times.append(time.perf_counter() - begin)
+        times.append((time.perf_counter() - begin, time.process_time() - cpu))
     if not layout or dist.get_rank() == 0:
-        print(json.dumps({"rate": BATCH / statistics.median(times), "first": first, "last": last}), flush=True)
+        rate, by_cpu = (BATCH / statistics.median(of) for of in zip(*times))
+        print(json.dumps({"rate": rate, "by_cpu": by_cpu, "first": first, "last": last}), flush=True)
 
 
 def run(name: str, model: str, dtype: str) -> dict[str, float]:
@@ -200,27 +201,28 @@ def main() -> None:
         for name in names
         if name != "diffusers" or model in MODELS
     ]
-    found: dict[tuple[str, str, str], list[float]] = {}
+    found: dict[tuple[str, str, str], list[dict[str, float]]] = {}
     with tqdm(total=options.rounds * len(cases), unit="run") as bar:
         for _ in range(options.rounds):
             for case in cases:
                 bar.set_description(", ".join(case))
-                found.setdefault(case, []).append(run(*case)["rate"])
+                found.setdefault(case, []).append(run(*case))
                 bar.update()
-    print(f"{'model':<16}{'':<6}{'contender':<18}{'images/s':>10}{'ratio':>8}  range, of")
-    for (name, model, dtype), rates in found.items():
+    print(f"{'model':<16}{'':<6}{'contender':<18}{'images/s':>10}{'ratio':>8}{'range':>11}{'by CPU time':>13}  of")
+    for (name, model, dtype), runs in found.items():
         other = "diffusers" if name == "ours" and model in MODELS else "ours"
         if other not in names:
             continue
-        one = found[other, model, dtype]
         factor = 2.0 if " " in name else 1.0
-        ratios = [rate / (factor * base) for rate, base in zip(rates, one)]
+        pairs = list(zip(runs, found[other, model, dtype]))
+        ratios, by_cpu = ([own[of] / (factor * base[of]) for own, base in pairs] for of in ("rate", "by_cpu"))
         spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
         said = "2 x ours on one process" if " " in name else other
-        figures = f"{statistics.median(rates):>10.1f}{statistics.median(ratios):>8.3f}  {spread}"
-        print(f"{model:<16}{dtype:<6}{name:<18}{figures}, {said}")
+        rate = statistics.median(own["rate"] for own in runs)
+        figures = f"{rate:>10.1f}{statistics.median(ratios):>8.3f}{spread:>11}{statistics.median(by_cpu):>13.3f}"
+        print(f"{model:<16}{dtype:<6}{name:<18}{figures}  {said}")
     if options.json:
-        options.json.write_text(json.dumps([[*key, rates] for key, rates in found.items()]) + "\n")
+        options.json.write_text(json.dumps([[*key, runs] for key, runs in found.items()]) + "\n")
 
 
 if __name__ == "__main__":
