@@ -210,7 +210,7 @@ def main() -> None:
                 bar.update()
     print(f"{'model':<16}{'':<6}{'contender':<18}{'images/s':>10}{'ratio':>8}{'range':>11}{'by CPU time':>13}  of")
     for (name, model, dtype), runs in found.items():
-        other = "diffusers" if name == "ours" and model in MODELS else "ours"
+        other = "ours" if " " in name or model not in MODELS else "diffusers"
         if other not in names:
             continue
         factor = 2.0 if " " in name else 1.0
