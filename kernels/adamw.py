@@ -38,7 +38,7 @@ def adamw_(
     scale: Tensor,
     numbers: AdamWNumbers,
 ) -> None:
-    """One update in place, with the gradient times ``scale``.
+    """One update in place, with the gradient times ``scale``; none at all where that is NaN.
 
     Args:
         master, gradient, exp_avg, exp_avg_sq: ``[n]``.
@@ -61,6 +61,8 @@ def adamw_reference_(
     numbers: AdamWNumbers,
 ) -> None:
     n = numbers
+    written = [t for t in (master, exp_avg, exp_avg_sq, low) if t is not None]
+    before = [t.clone() for t in written]
     if low is not None:
         master.copy_(torch.where(master.to(low.dtype) == low, master, low.to(master.dtype)))
     g = gradient * scale
@@ -71,6 +73,8 @@ def adamw_reference_(
     master.addcdiv_(exp_avg, root, value=-n.lr / (1.0 - n.beta1**n.step))
     if low is not None:
         low.copy_(master)
+    for tensor, old in zip(written, before):
+        tensor.copy_(torch.where(scale.isnan(), old, tensor))
 
 
 define(

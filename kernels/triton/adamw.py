@@ -17,9 +17,10 @@ def adamw_kernel(
     lr, decay, beta1, beta2, eps, correction1, correction2, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    own = at < count
+    factor = tl.load(scale)
+    own = at < tl.where(factor == factor, count, 0)
     w = tl.load(master + at, mask=own, other=0.0)
-    g = tl.load(gradient + at, mask=own, other=0.0) * tl.load(scale)
+    g = tl.load(gradient + at, mask=own, other=0.0) * factor
     m = tl.load(exp_avg + at, mask=own, other=0.0)
     v = tl.load(exp_avg_sq + at, mask=own, other=0.0)
     if low is not None:

@@ -120,25 +120,29 @@ class SegmentOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float, scale: float | torch.Tensor = 1.0) -> None:
-        if self.writes_low and not isinstance(scale, torch.Tensor):
+        if self.writes_low:
             self._update_ranges(lr * self._lr_factor, scale)
         else:
             self._update_segments(lr, scale)
         self._updates = [n + (name not in self.frozen) for n, name in zip(self._updates, self._names)]
 
-    def _update_ranges(self, lr: float, scale: float) -> None:
+    def _update_ranges(self, lr: float, scale: float | torch.Tensor) -> None:
         """In one pass over each range of flat memory; half-precision weights follow, and are followed."""
         c = self._config
         if self._ranges is None or self._ranges_without != self.frozen:
             live = [i for i, name in enumerate(self._names) if name not in self.frozen]
             self._ranges = _ranges([self._segments[i] for i in live], [self._updates[i] for i in live])
             self._ranges_without = self.frozen
-        # A number is filled in on the device: copying it there would wait for all that is queued.
-        factor = self._counts.new_empty(()).fill_(scale)
+        factor = self._on_device(scale)
         for one in self._ranges:
             one.updates += 1
             decay = c.weight_decay if one.weight_decay else 0.0
             adamw_(*one.tensors, one.low, factor, AdamWNumbers(lr, c.beta1, c.beta2, c.eps, decay, one.updates))
+
+    def _on_device(self, scale: float | torch.Tensor) -> torch.Tensor:
+        """0-d fp32. A number is filled in there: to copy it would wait for all that is queued."""
+        found = self._counts.new_empty(())
+        return found.copy_(scale) if isinstance(scale, torch.Tensor) else found.fill_(scale)
 
     def _update_segments(self, lr: float, scale: float | torch.Tensor) -> None:
         inverse = None
@@ -149,10 +153,7 @@ class SegmentOptimizer:
                 torch._foreach_mul_(self._gradients, scale)
             else:
                 # torch.amp.GradScaler's own protocol: the fused kernel divides while it reads, with no pass of its own.
-                # A number is filled in on the device: copying it there would wait for all that is queued.
-                divisor = self._counts.new_empty(())
-                divisor.copy_(scale) if isinstance(scale, torch.Tensor) else divisor.fill_(scale)
-                inverse = 1.0 / divisor
+                inverse = 1.0 / self._on_device(scale)
         for group in self._groups:
             updated = group.without(self.frozen) if self.frozen else group
             if updated.masters:

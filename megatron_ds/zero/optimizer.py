@@ -225,7 +225,7 @@ class ZeroOptimizer(MovableParameters):
         """
         self.reducer.expect(Phase.REDUCED, "step")
         self._rule.begin_step()
-        self._update(lambda update: update.step(lr, scale), step=not isinstance(scale, torch.Tensor))
+        self._update(lambda update: update.step(lr, scale), step=True)
         self._count += 1
         self.reducer.phase = Phase.IDLE
 

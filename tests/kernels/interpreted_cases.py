@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -417,7 +418,7 @@ def masked_logits() -> None:
 CASES["cross entropy -inf logits"] = masked_logits
 
 
-def adamw(low: torch.dtype | None) -> None:
+def adamw(low: torch.dtype | None, factor: float) -> None:
     """More than one program, the last one ragged; two weights in half precision were written by somebody else."""
     master, gradient, first, second = (normal(3001) for _ in range(4))
     second = second.square()
@@ -425,7 +426,7 @@ def adamw(low: torch.dtype | None) -> None:
     if half is not None:
         half[[7, 3000]] = torch.tensor([2.0, -0.5], dtype=low)
     numbers = AdamWNumbers(0.1, 0.9, 0.95, 1e-6, 0.2, 3)
-    canaries, scale = Canaries(), torch.tensor(0.5)
+    canaries, scale = Canaries(), torch.tensor(factor)
     own = [canaries.around(t) for t in (master, gradient, first, second)]
     own_half = None if half is None else canaries.around(half)
     exact = [t.double() for t in (master, gradient, first, second)]
@@ -437,12 +438,16 @@ def adamw(low: torch.dtype | None) -> None:
     canaries.check()
     for name, a, b in zip(("master", "gradient", "first moment", "second moment"), own, exact):
         close(name, a, b, 2e-6)
-    if own_half is not None and low is not None:
+    if math.isnan(factor):
+        assert torch.equal(own[0], master) and torch.equal(own[2], first), "nothing is updated"
+        assert own_half is None or torch.equal(own_half, half)
+    elif own_half is not None and low is not None:
         assert torch.equal(own_half, own[0].to(low))
 
 
 for kind in (None, torch.float16):  # the interpreter does not round to bf16 as a GPU does
-    CASES[f"adamw with weights in {kind}"] = partial(adamw, kind)
+    CASES[f"adamw with weights in {kind}"] = partial(adamw, kind, 0.5)
+    CASES[f"adamw with weights in {kind}, times NaN"] = partial(adamw, kind, math.nan)
 
 # --- rotary -----------------------------------------------------------------------------------------------------
 

@@ -60,14 +60,16 @@ def plain(like: dict[str, nn.Parameter]) -> tuple[dict[str, nn.Parameter], torch
     return wide, torch.optim.AdamW(groups, lr=0.1, betas=(0.8, 0.9), eps=1e-6, foreach=False)
 
 
-def step(zero: ZeroOptimizer, gradients: dict[str, Tensor], own: dict[str, nn.Parameter]) -> None:
+def step(
+    zero: ZeroOptimizer, gradients: dict[str, Tensor], own: dict[str, nn.Parameter], scale: float | Tensor = 0.5
+) -> None:
     zero.start_step()
     zero.start_backward(True)
     for name, gradient in gradients.items():
         own[name].main_grad.add(gradient)  # type: ignore[attr-defined]
     zero.end_backward()
     zero.finish_gradients()
-    zero.step(0.1, 0.5)
+    zero.step(0.1, scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -96,6 +98,25 @@ def test_updates_equal_torchs(dtype: torch.dtype, calls: list[int]) -> None:
             assert (masters[name] - p.detach()).abs().max() < 2e-6, f"{name} after update {number}"
             assert torch.equal(own[name].detach(), masters[name].to(dtype)), name
     assert zero.late() == {"d": {"step": 5.0}}
+
+
+def test_a_step_that_the_device_skips_is_as_if_it_had_not_been(calls: list[int]) -> None:
+    """The factor is NaN, which the host does not know before the next step."""
+    found = []
+    for skips in (False, True):
+        own = parameters(torch.bfloat16)
+        zero = ZeroOptimizer(own.values(), Mesh.single(), ZeroConfig(), ADAMW)
+        for number in range(1, 5):
+            gradients = {name: torch.full(p.shape, 0.1 * number) for name, p in own.items()}
+            if skips and number == 3:
+                calls.clear()
+                step(zero, gradients, own, torch.tensor(torch.nan, dtype=torch.float64))
+                assert len(calls) == 2, "in one pass"
+                zero.count -= 1
+            step(zero, gradients, own, torch.tensor(0.5, dtype=torch.float64))
+        found.append({f"{s.kind} {s.name}": s.data.clone() for s in zero.flat_shards()})
+    for name, want in found[0].items():
+        assert torch.equal(found[1][name], want), name
 
 
 def test_one_rank_alone_has_one_bucket(calls: list[int]) -> None:
