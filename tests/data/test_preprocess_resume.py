@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import gzip
 import multiprocessing
 import os
@@ -86,6 +87,7 @@ def test_the_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
 
 
 def _preprocess_alone(source: Path, prefix: Path) -> None:
+    gc.freeze()  # a collection would copy the whole heap of the process it was forked from
     os.setsid()  # its workers are of its group
     preprocess([str(source)], prefix, PreprocessOptions("bytes"), 2)
 
