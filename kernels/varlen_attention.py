@@ -9,17 +9,16 @@ Shapes: ``t`` tokens of all sequences, ``n`` heads and ``g`` key/value heads, ``
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import varlen
 
 HALF = (torch.bfloat16, torch.float16)
 MOST_HEAD_DIM = 256  # of the GPU's kernel, which takes multiples of 8
-# Newer releases group queries only when they are told; older ones (torch 2.11) do so without being told.
-TOLD_TO_GROUP = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 
 def takes_varlen(on_gpu: bool, half: bool, head_dim: int, cut: bool, other_rules: bool) -> bool:
@@ -51,9 +50,20 @@ def varlen_attention(
         return varlen_reference(q, k, v, bounds, causal=causal, window=window)
     before = -1 if window is None else window - 1
     options: dict[str, Any] = {"window_size": (before, 0 if causal else before)}
-    if TOLD_TO_GROUP:
+    kernel, told_to_group = gpu_kernel()
+    if told_to_group:
         options["enable_gqa"] = q.shape[1] > k.shape[1]
-    return cast(Tensor, varlen.varlen_attn(q, k, v, bounds, bounds, longest, longest, **options))
+    return kernel(q, k, v, bounds, bounds, longest, longest, **options)
+
+
+@cache
+def gpu_kernel() -> tuple[Callable[..., Tensor], bool]:
+    """Torch's, and whether it groups queries only when it is told (older releases, torch 2.11, do so untold)."""
+    # With this module comes torch's compiler: 150 MB and a second or two, for runs that may need neither.
+    from torch.nn.attention import varlen
+
+    kernel = cast(Callable[..., Tensor], varlen.varlen_attn)
+    return kernel, "enable_gqa" in inspect.signature(kernel).parameters
 
 
 def varlen_reference(

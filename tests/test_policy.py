@@ -484,6 +484,16 @@ print("imported", len(sys.argv) - 1)
 """
 
 
+def test_a_run_that_compiles_nothing_imports_no_compiler() -> None:
+    """It comes with 150 MB for every rank, and with seconds at the start."""
+    modules = "megatron_ds.train.build, megatron_ds.train.loop, megatron_ds.engine, megatron_ds.models.families"
+    program = (
+        f"import sys, {modules}; print(*sorted({{'torch._dynamo', 'torch._inductor', 'triton'}} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.split() == [], done.stderr or done.stdout
+
+
 def test_everything_imports_without_triton_transformers_and_a_server() -> None:
     # These are about nothing else.
     needed = ("kernels/triton/", "megatron_ds/integrations/", "megatron_ds/inference/openai_server.py")

@@ -82,8 +82,10 @@ def test_what_torchs_kernel_is_asked_for(
         assert enable_gqa
         return documented(*given, window_size=window_size)
 
-    monkeypatch.setattr(ours.varlen, "varlen_attn", documented if grouped_by_itself else newer)
-    monkeypatch.setattr(ours, "TOLD_TO_GROUP", not grouped_by_itself)
+    kernel, told_to_group = ours.gpu_kernel()
+    assert callable(kernel) and isinstance(told_to_group, bool)
+    kernel = documented if grouped_by_itself else newer
+    monkeypatch.setattr(ours, "gpu_kernel", lambda: (kernel, not grouped_by_itself))
     what = rules_of(settings)
     pretended = [t.detach().as_subclass(_OnTheGPU) for t in qkv(4, 2, torch.float64)]
     got = VarlenCore(what.causal, what.window, what.documents).attend(*pretended).as_subclass(Tensor)
