@@ -1,4 +1,4 @@
-"""Queries, keys and values of a packed projection, and the gradient of the projection packed from theirs.
+"""Splits a fused QKV projection into heads, with rotary embedding; the backward pass packs the gradients again.
 
 Shapes: ``s`` sequence, ``b`` batch, ``g`` key/value heads, ``q`` queries a key/value head, ``n = g * q`` heads, ``d``
 head dim; the projection ``[s, b, g * (q + 2) * d]`` has for each key/value head its queries, its key and its value.
@@ -28,8 +28,9 @@ def split_heads(
     interleaved: bool = False,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``qkv [s, b, g * (q + 2) * d]`` -> ``q [s, b, n, d]``, ``k, v [s, b, g, d]``; what is not rotated may be a view.
+    """Queries, keys and values of a fused QKV projection, the first two rotated where there is a table.
 
+    ``qkv [s, b, g * (q + 2) * d]`` -> ``q [s, b, n, d]``, ``k, v [s, b, g, d]``. What is not rotated may be a view.
     On a GPU one kernel turns the gradients of queries and keys back, packs all three and adds up the bias's gradient.
 
     Args:

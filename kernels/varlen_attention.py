@@ -58,8 +58,11 @@ def varlen_attention(
 
 @cache
 def gpu_kernel() -> tuple[Callable[..., Tensor], bool]:
-    """Torch's, and whether it groups queries only when it is told (older releases, torch 2.11, do so untold)."""
-    # With this module comes torch's compiler: 150 MB and a second or two, for runs that may need neither.
+    """torch's varlen attention, and whether it must be told (``enable_gqa``) that queries share key/value heads.
+
+    Releases up to torch 2.11 find that out by themselves.
+    """
+    # Imported here: the module imports torch's compiler, which costs every rank memory and time at the start.
     from torch.nn.attention import varlen
 
     kernel = cast(Callable[..., Tensor], varlen.varlen_attn)

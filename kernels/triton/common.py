@@ -52,6 +52,11 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """``x`` with stride 1 in its last dim; a copy only where it has another."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 @triton.jit
 def sum_pair(a, b):
     """Row sums ``[rows, 1]`` of two ``[rows, columns]``, by one reduction: the threads meet once."""

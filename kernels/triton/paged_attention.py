@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_ds.kernels.alibi import Alibi
 from megatron_ds.kernels.paged_attention import PagedKV, PagedTexts
-from megatron_ds.kernels.triton.common import on_device_of, sigmoid
+from megatron_ds.kernels.triton.common import on_device_of, sigmoid, unit_stride
 
 SPLITS = 16
 """Times 8 key/value heads, as most models have: about as many programs as an H100 has multiprocessors, for one text."""
@@ -173,7 +173,7 @@ def attend(
     m, (_, n, d), g = len(texts.spans), q.shape, keys.data.shape[1]
     if not q.numel():
         return
-    q = q if q.stride(-1) == 1 else q.contiguous()
+    q = unit_stride(q)
     members = triton.next_power_of_2(n // g)
     shape = {"D": max(16, triton.next_power_of_2(d)), "HEAD_DIM": d, "WINDOW": window is not None}
     numbers = d**-0.5, softcap or 1.0, 1.0, window or 0

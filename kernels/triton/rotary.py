@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_ds.kernels.triton.common import STAGES, on_device_of, persistent
+from megatron_ds.kernels.triton.common import STAGES, on_device_of, persistent, unit_stride
 from megatron_ds.kernels.triton.partial_sums import add_partial_sums
 
 WARPS, RESIDENT_WARPS = 4, 24  # of a program, and of those that walk over the tokens for their columns' sums
@@ -171,7 +171,7 @@ def pack_heads_kernel(
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, offset: int, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    q, k = _rows(q), _rows(k)
+    q, k = unit_stride(q), unit_stride(k)
     groups, queries = q.shape[2:-1] if q.dim() == 5 else (q.shape[2], 1)
     q_heads, k_heads = groups * queries, k.shape[2]
     length, batch, dim = q.shape[0], q.shape[1], q.shape[-1]
@@ -201,7 +201,7 @@ def pack_heads(
     keep: Sequence[bool],
     interleaved: bool,
 ) -> Tensor:
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     length, batch, groups, dim = k.shape
     queries, tokens = q.shape[2] // max(groups, 1), length * batch
     if (*q.shape[:2], *q.shape[3:]) != (length, batch, dim) or v.shape != k.shape or queries * groups != q.shape[2]:
@@ -230,10 +230,6 @@ def pack_heads(
     return out
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _table(cos: Tensor, sin: Tensor, end: int, batch: int, dim: int) -> tuple[Tensor, Tensor, int, tuple[int, int]]:
     """The tables with neighbouring planes side by side, how many planes they have, and their strides."""
     size = cos.shape[-1]
@@ -241,7 +237,7 @@ def _table(cos: Tensor, sin: Tensor, end: int, batch: int, dim: int) -> tuple[Te
         raise ValueError(f"{size} rotated dims do not fit into heads of {dim}")
     if cos.shape != sin.shape or cos.shape[0] < end or cos.shape[1] not in (1, batch):
         raise ValueError(f"tables {tuple(cos.shape)} do not hold {end} positions of {batch} rows")
-    cos, sin = _rows(cos), _rows(sin)
+    cos, sin = unit_stride(cos), unit_stride(sin)
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     return cos, sin, size // 2, (cos.stride(0), cos.stride(1) if cos.shape[1] > 1 else 0)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_ds.kernels.triton.attention_tiles import load_mask, load_tile, place_of_program, store_tile
-from megatron_ds.kernels.triton.common import on_device_of
+from megatron_ds.kernels.triton.common import on_device_of, unit_stride
 
 _LOG2_E = 1.4426950408889634
 LOG2_E = tl.constexpr(_LOG2_E)
@@ -278,7 +278,7 @@ def forward(
     """Write ``out [b, n, s, d]``, its last dim contiguous, and ``lse [b, n, s]``, contiguous fp32."""
     if not q.numel():
         return
-    q, k, v = (_rows(x) for x in (q, k, v))
+    q, k, v = (unit_stride(x) for x in (q, k, v))
     b, n, s, d = q.shape
     tile = _tiles("forward", block, d, q.dtype, s % block == 0)
     with on_device_of(q):
@@ -297,7 +297,7 @@ def backward(
     """Write the gradients, each with its last dim contiguous."""
     if not q.numel():
         return
-    grad, q, k, v = (_rows(x) for x in (grad, q, k, v))
+    grad, q, k, v = (unit_stride(x) for x in (grad, q, k, v))
     b, n, s, d = q.shape
     groups = k.shape[1]
     delta = lse.new_empty(lse.shape)
@@ -337,10 +337,6 @@ def backward(
                     sums, out_, long, both.stride(1), strides[1], *out_.stride()[:3], rows // 16, groups, s, parts,
                     ROWS=16, BLOCK=block, D=shape["D"], HEAD_DIM=d, EVEN=shape["EVEN"], num_warps=2,
                 )  # fmt: skip
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _shape(length: int, head_dim: int, block: int, dtype: torch.dtype) -> dict[str, int | bool | str]:

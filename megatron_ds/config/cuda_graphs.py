@@ -24,7 +24,7 @@ def cuda_graph_faults(config: RunConfig, shape: MeshShape) -> Iterator[str]:
         and "a step's first micro-batch alone makes the weights' FP8 copies",
         f"zero.stage={config.zero.stage}": config.zero.stage > 1 and "gradients have memory only while they come",
         f"pipeline.chunks={config.pipeline.chunks}": config.pipeline.chunks > 1 and "one stage is recorded",
-        "compile": config.compile and "the compiler's guards are no kernels",
+        "compile": config.compile and "compiled code checks its inputs on the host at each call",
         "log.record_steps": bool(config.log.record_steps) and "a graph's actions are not timed apart",
     }
     for setting, why in reasons.items():

@@ -88,7 +88,7 @@ class PagedStep:
         for table, span in zip(tables, spans):
             table[: len(span.blocks)] = span.blocks
         numbers = np.array([(span.first, span.count, span.start) for span in spans], np.int32)
-        written = np.concatenate([_slots(table, size, span.stop)[span.start :] for table, span in zip(tables, spans)])
+        written = np.concatenate([_slots(span.blocks, size, span.start, span.stop) for span in spans])
         counts = numbers[:, 1]
         texts = PagedTexts(
             torch.from_numpy(tables).to(device),
@@ -135,7 +135,7 @@ class PagedBatch:
 
     def _tile(self, spans: Sequence[PagedSpan], rules: AttentionRules, alone: bool) -> _Tile:
         firsts = [0 if rules.window is None else max(0, span.start - rules.window + 1) for span in spans]
-        slots = [_slots(span.blocks, self.cache.size, span.stop)[first:] for span, first in zip(spans, firsts)]
+        slots = [_slots(span.blocks, self.cache.size, first, span.stop) for span, first in zip(spans, firsts)]
         most, count, device = max(map(len, slots)), spans[0].count, self.cache.device
         padded = any(len(of_span) < most for of_span in slots)
         if padded:  # hidden from the query; its own, for nobody reads the keys of others
@@ -247,10 +247,11 @@ class PagedCore:
         )
 
 
-def _slots(blocks: Sequence[int] | np.ndarray, size: int, count: int) -> np.ndarray:
-    """Where the first ``count`` tokens of a text are in the cache."""
-    used = np.asarray(blocks, np.int64)[: -(-count // size)]
-    return (used[:, None] * size + np.arange(size)).ravel()[:count]
+def _slots(blocks: Sequence[int] | np.ndarray, size: int, start: int, stop: int) -> np.ndarray:
+    """Where the tokens ``start`` to ``stop`` of a text are in the cache."""
+    first = start // size
+    used = np.asarray(blocks[first : -(-stop // size)], np.int64)
+    return (used[:, None] * size + np.arange(size)).ravel()[start - first * size : stop - first * size]
 
 
 def _together(spans: Iterable[PagedSpan]) -> list[list[PagedSpan]]:

@@ -1,4 +1,4 @@
-"""Linear layers that every tensor-parallel rank computes whole; their gradients go straight into gradient buffers."""
+"""Replicated linear layers: every tensor-parallel rank computes them whole."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from megatron_ds.mesh import Axis
 
 @dataclass
 class Products:
-    """``x [..., in] -> [..., out]`` by a weight ``[..., in]`` and its bias, without collectives; no recipe changes it.
+    """Linear product without collectives, whose weight gradient is added straight to the main gradient.
 
-    Without it a weight's gradient would be made, kept by autograd and then added to the gradient buffer.
+    ``x [..., in] -> [..., out]`` by a weight ``[..., in]`` and its bias. With ``F.linear`` autograd would make the
+    gradient first and add it afterwards. No FP8 recipe takes its place.
     """
 
     tp: Axis = field(default_factory=lambda: Axis("tp"))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scripts_as_modules import load_script
 from small_images import photograph, write_captions, write_classes, write_text_encoder, write_vae
 
 from megatron_ds.data.image_scan import image_sizes
@@ -265,12 +264,7 @@ def test_encoders_that_cannot_be_used(folders: Path, tmp_path: Path) -> None:
 def test_the_tool_writes_and_goes_on(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = Path(__file__).parents[2] / "tools" / "cache_latents.py"
-    spec = importlib.util.spec_from_file_location("cache_latents_tool", path)
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = tool  # dataclasses and tyro look their annotations up there
-    spec.loader.exec_module(tool)
+    tool = load_script("tools/cache_latents.py")
     images = tmp_path / "photos"
     images.mkdir()
     photograph("china").save(images / "wide.jpg")

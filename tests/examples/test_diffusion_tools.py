@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import shutil
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from diffusers import DiTTransformer2DModel, SD3Transformer2DModel
 from dit_checkpoints import configuration, write_checkpoint
 from matplotlib import image
 from safetensors.torch import save_file
+from scripts_as_modules import load_script
 
 from megatron_ds.checkpoint import Checkpoint
 from megatron_ds.config import from_dict
@@ -26,15 +25,11 @@ from megatron_ds.convert.dit_tables import SD3
 from megatron_ds.data.cli import guarded
 from megatron_ds.train.launch import run_main
 
-TOOLS, EXAMPLES = (Path(__file__).parents[2] / name for name in ("tools", "examples"))
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def tool(name: str, folder: Path = TOOLS) -> Any:
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", folder / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = loaded  # dataclasses and tyro look their annotations up there
-    spec.loader.exec_module(loaded)
+def tool(name: str, folder: str = "tools") -> Any:
+    loaded = load_script(f"{folder}/{name}.py")
     return loaded
 
 
@@ -47,7 +42,7 @@ def pretrain(monkeypatch: pytest.MonkeyPatch, *arguments: object, name: str = "d
     """examples/pretrain_dit.py with the demo's configuration, or another."""
     config = EXAMPLES / "configs" / "diffusion" / f"{name}.toml"
     monkeypatch.setattr("sys.argv", ["pretrain_dit.py", "--config", *map(str, (config, *arguments))])
-    return run_main(tool("pretrain_dit", EXAMPLES).main)
+    return run_main(tool("pretrain_dit", "examples").main)
 
 
 def test_a_grid_has_a_row_for_each_class(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import types
 from pathlib import Path
 
 import pytest
+from scripts_as_modules import load_script
 
 from megatron_ds.config import RunConfig, from_dict, load_toml, parse
 from megatron_ds.config.diffusion import DiffusionRun
@@ -20,10 +20,7 @@ CONFIGS = sorted((EXAMPLES / "configs").glob("*.toml"))
 
 
 def module(name: str) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
+    loaded = load_script(f"examples/{name}.py")
     return loaded
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scripts_as_modules import load_script
 
 from megatron_ds.testing import run_ranks
 from megatron_ds.train.launch import RankInfo
@@ -19,10 +19,7 @@ NAMES = ("finetune_hf", "finetune_diffusers_unet")
 
 def run(name: str, *arguments: str) -> None:
     """As a user calls it, on every rank of the job that there is."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module: Any = load_script(f"examples/{name}.py")
     sys.argv = [f"{name}.py", *arguments]
     assert module.main(RankInfo()) == 0
 

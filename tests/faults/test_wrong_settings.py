@@ -8,12 +8,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import importlib.util
 import io
 import json
 import math
 import random
-import sys
 import tomllib
 import types
 from collections.abc import Callable, Iterator
@@ -22,7 +20,8 @@ from typing import Any
 
 import pytest
 from damage import refused
-from started_ranks import ROOT, TINY, pretrain_gpt
+from scripts_as_modules import load_script
+from started_ranks import TINY, pretrain_gpt
 
 from megatron_ds.config import RunConfig, from_dict, parse, to_toml, validate
 from megatron_ds.config.engine import EngineConfig
@@ -158,12 +157,7 @@ def test_a_deepspeed_file(draw: random.Random, place: Path) -> None:
 
 def tool(name: str) -> types.ModuleType:
     """A script of tools/ as a module."""
-    path = ROOT / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    module = load_script(f"tools/{name}.py")
     return module
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import signal
 import sys
@@ -17,6 +16,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from PIL import Image
+from scripts_as_modules import load_script
 from sdxl_tiny import save_pipeline
 
 from megatron_ds.checkpoint.directory import steps_in
@@ -30,10 +30,7 @@ STEPS = 3
 
 
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("finetune_sdxl", EXAMPLES / "finetune_sdxl.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("examples/finetune_sdxl.py")
     return module
 
 

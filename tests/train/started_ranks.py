@@ -7,7 +7,6 @@ own to have, its output goes to a file, and its exit code is what a launcher wou
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import multiprocessing
 import os
 import signal
@@ -21,6 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from scripts_as_modules import load_script
 
 from megatron_ds import testing
 from megatron_ds.train.launch import RankInfo, run_main
@@ -48,11 +48,7 @@ def steps_done(output: Path) -> int:
 
 def pretrain_gpt() -> types.ModuleType:
     """The example as a module."""
-    path = ROOT / "examples" / "pretrain_gpt.py"
-    spec = importlib.util.spec_from_file_location("pretrain_gpt", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("examples/pretrain_gpt.py")
     return module
 
 

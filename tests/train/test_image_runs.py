@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from dit_rank import main
+from scripts_as_modules import load_script
 from small_images import write_captions, write_classes, write_text_encoder, write_vae
 from started_ranks import started
 
@@ -128,13 +127,7 @@ def test_latents_of_another_scale_are_refused_on_resuming_and_on_drawing(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert "was trained on latents of scale 0.25, shift 0.5" in error and "has latents of scale 0.5" in error
 
-    draw = importlib.util.spec_from_file_location(
-        "sample_images_tool", Path(__file__).parents[2] / "tools" / "sample_images.py"
-    )
-    assert draw is not None and draw.loader is not None
-    tool = importlib.util.module_from_spec(draw)
-    sys.modules[draw.name] = tool
-    draw.loader.exec_module(tool)
+    tool = load_script("tools/sample_images.py")
 
     def sample(*arguments: object) -> int:
         common = [tmp_path / "run" / "checkpoints", "--steps", 1, "--columns", 1, "--classes", 0, "--device", "cpu"]

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ds.errors import DataError
 from megatron_ds.train.report import read_losses
+from megatron_ds.train.torchrun import run_script
 
 ROOT = Path(__file__).parents[2]
 FP8 = ("--precision.fp8-emulate", "--precision.fp8-min-features", "0", "--precision.fp8")
@@ -40,19 +39,12 @@ def losses(output: Path, data: Path, steps: int, seed: int, settings: Sequence[s
         found = []
     if len(found) == steps:
         return found
-    command = [
-        sys.executable,
-        str(ROOT / "examples/pretrain_gpt.py"),
-        "--config",
-        str(ROOT / "examples/configs/demo.toml"),
-    ]
-    command += ["--data.prefix", str(data / "corpus"), "--data.tokenizer", str(data / "tokenizer")]
-    command += ["--data.split", "970,30,0", "--device", "cpu", "--threads", "1", "--mesh.tp", "1", "--mesh.pp", "1"]
-    command += ["--train.steps", str(steps), "--seed", str(seed), "--precision.dtype", "bf16"]
-    command += ["--checkpoint.no-save-at-end", "--output", str(output), *settings]
-    code = subprocess.run(command, check=False).returncode
-    if code:
-        sys.exit(code)
+    settings = ["--config", str(ROOT / "examples/configs/demo.toml"), *settings]
+    settings += ["--data.prefix", str(data / "corpus"), "--data.tokenizer", str(data / "tokenizer")]
+    settings += ["--data.split", "970,30,0", "--device", "cpu", "--threads", "1", "--mesh.tp", "1", "--mesh.pp", "1"]
+    settings += ["--train.steps", str(steps), "--seed", str(seed), "--precision.dtype", "bf16"]
+    settings += ["--checkpoint.no-save-at-end", "--output", str(output)]
+    run_script(ROOT / "examples/pretrain_gpt.py", 1, settings)
     return read_losses(output)
 
 
