@@ -134,7 +134,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"precision": {"dtype": "bf16", "fp8": "blockwise"}}, 1, "precision.fp8='blockwise': a step's first"),
     ({"zero": {"stage": 2}}, 1, "zero.stage=2: gradients have memory only"),
     ({"pipeline": {"chunks": 2}}, 1, "pipeline.chunks=2: one stage"),
-    ({"compile": True}, 1, "compile: compiled coder's guards"),
+    ({"compile": True}, 1, "compile: compiled code checks its inputs"),
     ({"log": {"record_steps": (2,)}}, 1, "log.record_steps: a graph's actions"),
 ]
 
