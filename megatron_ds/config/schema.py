@@ -321,7 +321,7 @@ class BaseRunConfig(Section):
     compile: bool = Field(
         False,
         description="torch.compile each block, from plain operators in place of fused kernels: on a GPU more launches "
-        "and bytes, see the README; on a CPU its activation alone.",
+        "and bytes (tools/benchmark/README.md); on a CPU its activation alone.",
     )
     kernels: Literal["auto", "reference", "triton"] = Field(
         "auto", description="Fused ops: auto is Triton on CUDA (not in fp64); reference is plain torch."

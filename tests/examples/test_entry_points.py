@@ -16,6 +16,7 @@ from megatron_ds.train.launch import run_main
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
+PAGES = ("README.md", "tools/benchmark/README.md")
 CONFIGS = sorted((EXAMPLES / "configs").glob("*.toml"))
 
 
@@ -149,7 +150,7 @@ def test_the_demos_batch_divides_on_every_mesh_it_may_choose() -> None:
 
 
 def test_every_path_that_the_readme_names_exists() -> None:
-    text = (ROOT / "README.md").read_text()
+    text = "".join((ROOT / page).read_text() for page in PAGES)
     named = set(re.findall(r"(?:examples|tools|megatron_ds)/[\w./-]*\w", text))
     missing = [name for name in named if not (ROOT / name).exists() and "…" not in name]
     assert len(named) > 8 and not missing
@@ -157,7 +158,9 @@ def test_every_path_that_the_readme_names_exists() -> None:
 
 def test_every_option_that_the_readme_names_exists() -> None:
     runs = [from_dict(run, {}, "test") for run in (RunConfig, DiffusionRun)]
-    options = re.findall(r"--((?:[a-z]+)\.[a-z0-9-]+)", (ROOT / "README.md").read_text())
+    options = [
+        option for page in PAGES for option in re.findall(r"--((?:[a-z]+)\.[a-z0-9-]+)", (ROOT / page).read_text())
+    ]
     assert len(options) > 20
     for option in options:
         section, field = option.replace("-", "_").split(".")
