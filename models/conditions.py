@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from megatron_ds.config.diffusion import DiTConfig
 from megatron_ds.layers.affine import Affine
-from megatron_ds.layers.linear import lookup, replicated_parameter
+from megatron_ds.layers.embedding import lookup
+from megatron_ds.layers.linear import replicated_parameter
 from megatron_ds.models.transformer import MicroBatch, StageSettings, Table
 
 TIME_CHANNELS = 256

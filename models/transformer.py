@@ -26,7 +26,8 @@ from megatron_ds.kernels.block_layout import BlockLayout
 from megatron_ds.kernels.documents import Documents
 from megatron_ds.layers.attention import AttentionInputs
 from megatron_ds.layers.attention_cores import AttentionRules, MakeCore, make_core
-from megatron_ds.layers.linear import VocabParallelEmbedding, lookup, replicated_parameter
+from megatron_ds.layers.embedding import VocabParallelEmbedding, lookup
+from megatron_ds.layers.linear import replicated_parameter
 from megatron_ds.layers.loss import Logits, capped, linear_cross_entropy
 from megatron_ds.layers.norm import Norm
 from megatron_ds.layers.position import Rotary, alibi_slopes, rotary_table

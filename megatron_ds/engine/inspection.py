@@ -15,7 +15,7 @@ from megatron_ds.engine.tensors import WholeTensors
 from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Mesh
 from megatron_ds.train.step import TrainStep
-from megatron_ds.zero.layout import bytes_table
+from megatron_ds.zero.byte_table import bytes_table
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 

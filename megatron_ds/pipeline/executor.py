@@ -11,8 +11,8 @@ the gradient of it (``seed``): what comes for the weights goes straight where it
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -27,7 +27,7 @@ from megatron_ds.pipeline.action import MAX_SENDS, Action, Op
 from megatron_ds.pipeline.graphs import MicroBatchGraphs
 from megatron_ds.pipeline.passes import make_ready
 from megatron_ds.pipeline.schedule import Schedule
-from megatron_ds.pipeline.timeline import Event
+from megatron_ds.pipeline.timeline import Event, timed
 from megatron_ds.pipeline.transfers import Receive, Send, SizedReceive
 
 MicroBatch = Mapping[str, Tensor]
@@ -364,27 +364,7 @@ class Executor:
         with self._recording(action):
             run.sends.append(Send(tensor, self.activation_shape is None, target, axis.group))
 
-    def _recording(self, action: Action) -> _Stopwatch:
-        return _Stopwatch(self, action)
-
-
-class _Stopwatch:
-    """Times an action into ``executor.recorded`` while that is a list, and costs nothing otherwise."""
-
-    def __init__(self, executor: Executor, action: Action):
-        self.executor, self.action = executor, action
-        self.start = 0.0
-
-    def __enter__(self) -> None:
-        if self.executor.recorded is not None:
-            self._synchronize()
-            self.start = time.perf_counter()
-
-    def __exit__(self, *exception: object) -> None:
-        if self.executor.recorded is not None:
-            self._synchronize()
-            self.executor.recorded.append(Event(self.executor.pp.rank, self.action, self.start, time.perf_counter()))
-
-    def _synchronize(self) -> None:
-        if self.executor.device.type == "cuda":
-            torch.cuda.synchronize(self.executor.device)
+    def _recording(self, action: Action) -> AbstractContextManager[None]:
+        if self.recorded is None:
+            return nullcontext()
+        return timed(self.recorded, self.pp.rank, action, self.device)

@@ -161,6 +161,23 @@ class BucketLayout:
         """Orders buckets as a backward pass fills them: by the parameter of each that was registered first."""
         return -min(slot.parameter for slot in self.slots)
 
+    @property
+    def parameter_bytes(self) -> int:
+        """Of its parameters, as one rank keeps them."""
+        return (self.size if self.key.unit is None else self.shard_size) * self.key.dtype.itemsize
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of its whole gradients."""
+        return self.size * state_dtype(self.key.dtype).itemsize
+
+    @property
+    def state_bytes(self) -> tuple[int, int]:
+        """Of its master weights, and of its optimizer state, on one rank."""
+        wide = state_dtype(self.key.dtype)
+        row = self.shard_size * wide.itemsize
+        return row * (wide != self.key.dtype), row * len(self.key.rule.kinds)
+
     def clear_padding(self, whole: torch.Tensor) -> None:
         """Set what lies between and behind the parameters to zero, in the flat buffer of the bucket."""
         ends = [0, *(slot.start + slot.numel for slot in self.slots)]

@@ -31,7 +31,7 @@ from megatron_ds.files import gb
 from megatron_ds.files.direct_io import DirectFile
 from megatron_ds.host import filesystem, free_host_memory
 from megatron_ds.mesh import Axis
-from megatron_ds.zero.layout import KINDS, PLACES, STATE, RankBytes
+from megatron_ds.zero.byte_table import KINDS, PLACES, STATE, RankBytes
 from megatron_ds.zero.store.nvme import make_swap_file
 
 log = logging.getLogger(__name__)

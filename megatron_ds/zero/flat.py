@@ -211,7 +211,7 @@ class FlatBucket:
     @property
     def gradient_bytes(self) -> int:
         """Of all of its gradients."""
-        return self.layout.size * state_dtype(self.layout.key.dtype).itemsize
+        return self.layout.gradient_bytes
 
     @property
     def frees_gradients(self) -> bool:

@@ -19,13 +19,9 @@ import torch
 from megatron_ds.config import OffloadConfig, ZeroConfig
 from megatron_ds.kernels.quantized_blocks import packed_bytes
 from megatron_ds.zero.buckets import BucketLayout, ParameterInfo, plan_buckets, state_dtype
+from megatron_ds.zero.byte_table import KINDS, PLACES, STATE, RankBytes
 from megatron_ds.zero.store import placement
 from megatron_ds.zero.store.blocks import BlockPool
-
-STATE = ("master", "optimizer")
-"""Kinds of bytes that ``offload_optimizer`` moves."""
-KINDS = ("parameters", "gradients", *STATE)
-PLACES = ("device", "host", "disk")
 
 _PLACE_OF_STORE = (("none", "device"), ("cpu", "host"), ("nvme", "disk"))
 _WINDOW = 2  # buckets of gradients that are reduced at one time
@@ -35,27 +31,6 @@ AxisSizes = Mapping[tuple[str, ...], tuple[int, int]]
 """Ranks of the shard and of the replicate axis, by the mesh axes over which parameters are sharded already."""
 PoolKey = tuple[torch.dtype, tuple[str, ...]]
 """The dtype in which gradients are summed, and the mesh axes over which their parameters are sharded already."""
-
-
-@dataclass(frozen=True)
-class RankBytes:
-    """What one rank needs between steps.
-
-    Attributes:
-        memory: bytes by kind (``"parameters"``, ``"gradients"``, ``"master"``, ``"optimizer"``) and place
-            (``"device"``, ``"host"``, ``"disk"``).
-        staging: bytes of host memory for transfers to and from disk, which no ratio makes smaller.
-    """
-
-    memory: Mapping[str, Mapping[str, int]]
-    staging: int = 0
-
-    def total(self, place: str, kinds: Sequence[str] | None = None) -> int:
-        return sum(places.get(place, 0) for kind, places in self.memory.items() if kinds is None or kind in kinds)
-
-    @property
-    def by_kind(self) -> dict[str, int]:
-        return {kind: sum(places.values()) for kind, places in self.memory.items()}
 
 
 @dataclass(frozen=True)
@@ -79,8 +54,8 @@ class OffloadPlacement:
         state = _chosen(offloads[0], {i: b.size for i, b in enumerate(buckets) if b.key.trainable})
         parameters = _chosen(offloads[1], {i: b.size for i, b in enumerate(buckets) if b.key.unit is not None})
         sizes = [
-            [sum(state_bytes(buckets[i])) for i in sorted(state)],
-            [parameter_bytes(buckets[i]) for i in sorted(parameters)],
+            [sum(buckets[i].state_bytes) for i in sorted(state)],
+            [buckets[i].parameter_bytes for i in sorted(parameters)],
         ]
         resident = sum(sum(each) for offload, each in zip(offloads, sizes) if offload.device == "cpu")
         costs = [
@@ -195,7 +170,7 @@ class ZeroLayout:
         whole_gradients = self.keeps_gradients_whole(micro_batches)
         for number, bucket in enumerate(self.buckets):
             away = config.offload_parameters.device if number in self.offload.parameters else "none"
-            held["parameters"][stores[away]] += parameter_bytes(bucket)
+            held["parameters"][stores[away]] += bucket.parameter_bytes
             if bucket.key.unit is not None:
                 if config.secondary_size is not None:
                     held["parameters"]["device"] += bucket.size // config.secondary_size * bucket.key.dtype.itemsize
@@ -204,9 +179,9 @@ class ZeroLayout:
                         bucket.shard_size, config.quantized_weights, bucket.key.dtype
                     )
             if bucket.key.trainable:
-                held["gradients"]["device"] += gradient_bytes(bucket) // (1 if whole_gradients else bucket.shards)
+                held["gradients"]["device"] += bucket.gradient_bytes // (1 if whole_gradients else bucket.shards)
                 away = config.offload_optimizer.device if number in self.offload.state else "none"
-                for kind, size in zip(STATE, state_bytes(bucket)):
+                for kind, size in zip(STATE, bucket.state_bytes):
                     held[kind][stores[away]] += size
         return RankBytes(held, sum(self.offload.staging))
 
@@ -274,30 +249,3 @@ def _chosen(offload: OffloadConfig, sizes: Mapping[int, int]) -> frozenset[int]:
         return frozenset()
     away = placement(list(sizes.values()), offload.ratio)
     return frozenset(number for number, goes in zip(sizes, away) if goes)
-
-
-def state_bytes(bucket: BucketLayout) -> tuple[int, int]:
-    """Bytes of a bucket's master weights, and of its optimizer state, on one rank."""
-    wide = state_dtype(bucket.key.dtype)
-    row = bucket.shard_size * wide.itemsize
-    return row * (wide != bucket.key.dtype), row * len(bucket.key.rule.kinds)
-
-
-def parameter_bytes(bucket: BucketLayout) -> int:
-    """Bytes of a bucket's parameters that one rank keeps."""
-    return (bucket.size if bucket.key.unit is None else bucket.shard_size) * bucket.key.dtype.itemsize
-
-
-def gradient_bytes(bucket: BucketLayout) -> int:
-    """Bytes of a bucket's whole gradients."""
-    return bucket.size * state_dtype(bucket.key.dtype).itemsize
-
-
-def bytes_table(by_store: Mapping[str, Mapping[str, int]]) -> str:
-    """Bytes of a rank by kind and by where they live between steps, as a table."""
-    stores = list(dict.fromkeys(store for of_kind in by_store.values() for store in of_kind))
-    total = {store: sum(of_kind.get(store, 0) for of_kind in by_store.values()) for store in stores}
-    lines = [f"{'bytes on this rank':<20}" + "".join(f"{store:>18}" for store in stores)]
-    for kind, of_kind in [*by_store.items(), ("total", total)]:
-        lines.append(f"{kind:<20}" + "".join(f"{of_kind.get(store, 0):>18,}" for store in stores))
-    return "\n".join(lines)

@@ -165,3 +165,11 @@ def test_every_option_that_the_readme_names_exists() -> None:
     for option in options:
         section, field = option.replace("-", "_").split(".")
         assert any(field in getattr(type(getattr(run, section, None)), "model_fields", {}) for run in runs), option
+
+
+def test_the_reading_path_is_as_short_as_the_readme_says() -> None:
+    said = re.search(r"12 files and 2,500 lines: (.*?)\.\n", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert said is not None
+    files = [ROOT / "megatron_ds" / name for name in re.findall(r"`([\w/]+\.py)`", said[1])]
+    assert len(files) == 12
+    assert sum(len(file.read_text().splitlines()) for file in files) <= 2500

@@ -14,7 +14,8 @@ from megatron_ds.kernels.accumulate import add_product
 from megatron_ds.kernels.activation import bias_gelu
 from megatron_ds.kernels.cpu.half_layer_norm import layer_norm_gradients
 from megatron_ds.kernels.norm import add_norm, layer_norm, rms_norm
-from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear, lookup
+from megatron_ds.layers.embedding import lookup
+from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.mesh import Axis
 from megatron_ds.models.bert import BERT
 from megatron_ds.models.gpt import GPT

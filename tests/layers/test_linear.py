@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from megatron_ds import comm
 from megatron_ds.kernels.accumulate import add_product
-from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron_ds.layers.embedding import VocabParallelEmbedding
+from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.norm import Norm
 from megatron_ds.mesh import Axis, Mesh, MeshShape

@@ -14,7 +14,8 @@ from megatron_ds.kernels import block_patterns
 from megatron_ds.kernels.block_attention import block_attention
 from megatron_ds.kernels.norm import layer_norm
 from megatron_ds.kernels.sparse_attention import sparse_attention
-from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear, lookup
+from megatron_ds.layers.embedding import lookup
+from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.layers.loss import cross_entropy, linear_cross_entropy
 from megatron_ds.mesh import Axis
 

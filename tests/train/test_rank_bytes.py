@@ -18,7 +18,8 @@ from megatron_ds.models.gpt import GPTTask
 from megatron_ds.testing import run_ranks
 from megatron_ds.train.build import build
 from megatron_ds.train.rank_bytes import StageBook, account_of
-from megatron_ds.zero.layout import PLACES, ZeroLayout
+from megatron_ds.zero.byte_table import PLACES
+from megatron_ds.zero.layout import ZeroLayout
 from megatron_ds.zero.memory import WholeBuffer
 
 CPU = {"device": "cpu"}

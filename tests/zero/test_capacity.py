@@ -24,8 +24,8 @@ from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import run_ranks
 from megatron_ds.zero import capacity
 from megatron_ds.zero import optimizer as optimizer_module
+from megatron_ds.zero.byte_table import RankBytes
 from megatron_ds.zero.capacity import Available
-from megatron_ds.zero.layout import RankBytes
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 ELEMENTS = 1 << 18

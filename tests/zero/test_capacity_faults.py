@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 
 from megatron_ds.config import ZeroConfig
+from megatron_ds.zero.byte_table import RankBytes
 from megatron_ds.zero.capacity import (
     Available,
     capacity_faults,
     in_memory,
     probe,
 )
-from megatron_ds.zero.layout import RankBytes
 
 GB = 10**9
 CPU, NVME = {"device": "cpu"}, {"device": "nvme", "path": "/swap"}
