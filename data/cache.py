@@ -20,7 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +29,7 @@ import xxhash
 
 from megatron_ds.files import parse_json, replacing
 
-MOST_BYTES = 16 << 20  # of a JSON file that is kept here
-_TYPES = {"I64": "<i8", "I32": "<i4", "U8": "u1", "F64": "<f8"}
-T = TypeVar("T")
+_TYPES = {"I64": "<i8", "I32": "<i4", "U8": "u1", "U64": "<u8", "F64": "<f8"}
 
 
 def candidates(path: Path, cache_dir: Path | None = None) -> list[Path]:
@@ -72,35 +70,6 @@ def open_plain(path: Path, flags: int) -> int:
     return descriptor
 
 
-def cached_json(path: Path, key: dict[str, Any], build: Callable[[], Any], cache_dir: Path | None = None) -> Any:
-    """The JSON value that ``build`` returns, from a file if one with this ``key`` is there.
-
-    Args:
-        path: the file to keep it in, if its folder can be written (see :func:`candidates`).
-        key: JSON values on which the result depends.
-        build: computes it; its exceptions pass through, and nothing is kept then.
-        cache_dir: a folder to use instead of the one of ``path``.
-    """
-
-    def read(file: Path) -> Any:
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            with open(open_plain(file, os.O_RDONLY), "rb") as opened:
-                content = parse_json(opened.read(MOST_BYTES))
-            value = content["value"]
-            if content["key"] == json.loads(json.dumps(key)) and content["xxh3"] == _digest(value):
-                return value
-        return None
-
-    def write(file: Path, value: Any) -> None:
-        _write_new(file, json.dumps({"key": key, "xxh3": _digest(value), "value": value}, indent=1).encode() + b"\n")
-
-    return cached(candidates(path, cache_dir), read, build, write)
-
-
-def _digest(value: Any) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(value).encode())
-
-
 def first_difference(before: Any, now: Any, where: str = "") -> str:
     """Where two JSON values first differ, and how, for an error message; empty where they are equal."""
     if isinstance(before, dict) and isinstance(now, dict):
@@ -126,46 +95,18 @@ def cached_arrays(
     """The arrays that ``build`` returns, mapped read-only from a file that all processes of the node share.
 
     The file is safetensors; its header also holds the key and a checksum of the arrays, which is compared whenever it
-    is opened (10 ms for 100 MB): a damaged one is made again. Arguments as for :func:`cached_json`.
+    is opened (10 ms for 100 MB): a damaged one is made again.
+
+    Args:
+        path: the file to keep them in, if its folder can be written (see :func:`candidates`).
+        key: JSON values on which the result depends.
+        build: computes them; its exceptions pass through, and nothing is kept then.
+        cache_dir: a folder to use instead of the one of ``path``.
     """
-    text = json.dumps(key, sort_keys=True)
-
-    def read(file: Path) -> dict[str, npt.NDArray] | None:
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            with open(open_plain(file, os.O_RDONLY), "rb") as opened:
-                raw = np.memmap(opened, np.uint8, "r")
-            start = 8 + int(raw[:8].view("<u8")[0])
-            header = parse_json(raw[8:start].tobytes())
-            metadata = header.pop("__metadata__")
-            if metadata["key"] == text and metadata["xxh3"] == xxhash.xxh3_64_hexdigest(raw[start:].data):
-                return {
-                    name: raw[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
-                    .view(_TYPES[entry["dtype"]])
-                    .reshape(entry["shape"])
-                    for name, entry in header.items()
-                }
-        return None
-
-    def write(file: Path, arrays: dict[str, npt.NDArray]) -> None:
-        content = safetensors.numpy.save(arrays)
-        body = content[8 + int.from_bytes(content[:8], "little") :]
-        metadata = {"key": text, "xxh3": xxhash.xxh3_64_hexdigest(body)}
-        _write_new(file, safetensors.numpy.save(arrays, metadata))
-
-    return cached(candidates(path, cache_dir), read, build, write)
-
-
-def cached(
-    files: list[Path], read: Callable[[Path], T | None], build: Callable[[], T], write: Callable[[Path, T], None]
-) -> T:
-    """The first valid file's content, or the built value, kept in the first file that can be written.
-
-    ``read`` returns None for a file that is missing, damaged or of another key; ``write`` is given a temporary
-    path, renamed afterwards.
-    """
+    text, files = json.dumps(key, sort_keys=True), candidates(path, cache_dir)
     for file in files:
-        if (value := read(file)) is not None:
-            return value
+        if (found := _read(file, text)) is not None:
+            return found
     for file in files:
         with contextlib.ExitStack() as stack:
             try:
@@ -173,19 +114,40 @@ def cached(
                 stack.enter_context(locked(file.with_name(file.name + ".lock")))
             except OSError:
                 continue  # read-only, full or missing: try the next place
-            if (value := read(file)) is not None:
-                return value  # made by another process while this one waited
+            if (found := _read(file, text)) is not None:
+                return found  # made by another process while this one waited
             built = build()
             with contextlib.suppress(OSError), replacing(file) as temporary:
-                write(temporary, built)
+                _write(temporary, text, built)
             return built
     return build()
 
 
-def _write_new(path: Path, content: bytes) -> None:
+def _read(file: Path, key: str) -> dict[str, npt.NDArray] | None:
+    """The arrays in a file; None where it is missing, damaged or of another key."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        with open(open_plain(file, os.O_RDONLY), "rb") as opened:
+            raw = np.memmap(opened, np.uint8, "r")
+        start = 8 + int(raw[:8].view("<u8")[0])
+        header = parse_json(raw[8:start].tobytes())
+        metadata = header.pop("__metadata__")
+        if metadata["key"] == key and metadata["xxh3"] == xxhash.xxh3_64_hexdigest(raw[start:].data):
+            return {
+                name: raw[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
+                .view(_TYPES[entry["dtype"]])
+                .reshape(entry["shape"])
+                for name, entry in header.items()
+            }
+    return None
+
+
+def _write(file: Path, key: str, arrays: dict[str, npt.NDArray]) -> None:
     """Write a file that was just made, and nothing that somebody put in its place."""
-    with open(open_plain(path, os.O_WRONLY | os.O_TRUNC), "wb") as file:
-        file.write(content)
+    content = safetensors.numpy.save(arrays)
+    body = content[8 + int.from_bytes(content[:8], "little") :]
+    metadata = {"key": key, "xxh3": xxhash.xxh3_64_hexdigest(body)}
+    with open(open_plain(file, os.O_WRONLY | os.O_TRUNC), "wb") as opened:
+        opened.write(safetensors.numpy.save(arrays, metadata))
 
 
 @contextlib.contextmanager

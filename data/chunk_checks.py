@@ -52,27 +52,28 @@ class ChunkSums:
 
 
 class StreamSums:
-    """xxh3-64 of a stream, of its chunks of :data:`FETCH_BYTES` for the manifest, and of those of
-    :data:`CHUNK_BYTES`."""
+    """xxh3-64 of a stream, and of its chunks of each of some sizes.
 
-    def __init__(self) -> None:
-        self._whole = xxhash.xxh3_64()
-        self._large, self._small = ChunkSums(FETCH_BYTES), ChunkSums(CHUNK_BYTES)
-        self._bytes = 0
+    Attributes:
+        bytes: its length so far.
+    """
+
+    def __init__(self, *chunk_bytes: int):
+        self._whole, self._chunks = xxhash.xxh3_64(), {size: ChunkSums(size) for size in chunk_bytes}
+        self.bytes = 0
 
     def update(self, content: bytes | memoryview) -> None:
-        self._bytes += memoryview(content).nbytes
-        for part in (self._whole, self._large, self._small):
-            part.update(content)
+        self.bytes += memoryview(content).nbytes
+        self._whole.update(content)
+        for chunks in self._chunks.values():
+            chunks.update(content)
 
-    def describe(self) -> dict[str, Any]:
-        """``bytes``, ``xxh3`` and ``chunks`` for a manifest. Ends the stream."""
-        chunks = [f"{digest:016x}" for digest in self._large.finish().tolist()]
-        return {"bytes": self._bytes, "xxh3": self._whole.hexdigest(), "chunks": chunks}
+    def hexdigest(self) -> str:
+        return self._whole.hexdigest()
 
-    def sums(self) -> npt.NDArray[np.uint64]:
-        """Of the small chunks. Ends the stream."""
-        return self._small.finish()
+    def chunks(self, size: int) -> npt.NDArray[np.uint64]:
+        """Of the chunks of that size. Ends the stream."""
+        return self._chunks[size].finish()
 
 
 class CheckedArray:

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_ds.data.blend_sources import Weighted, blend_of_splits, splits_of_blends
 from megatron_ds.data.conversation_dataset import ConversationDataset
-from megatron_ds.data.dataset_files import read_manifest
+from megatron_ds.data.dataset_files import MASK_SUFFIX, read_manifest
 from megatron_ds.data.document_split import DocumentRange
 from megatron_ds.data.fim import FillInTheMiddle, FIMDataset, sentinels
 from megatron_ds.data.gpt_dataset import GPTDataset, TextSource
@@ -126,7 +126,7 @@ class _Opener:
                 "prefix": prefix,
                 "documents": indexed.num_documents,
                 "tokens": indexed.num_tokens,
-                "checksums": [found.bin_xxh3, found.idx_xxh3, found.mask_xxh3],
+                "checksums": [found.checksums[kind] for kind in ("bin", "idx", MASK_SUFFIX)],
             }
         )
         made_with = (read_manifest(indexed.prefix) or {}).get("tokenizer")

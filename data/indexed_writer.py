@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_ds.data.chunk_checks import StreamSums
+from megatron_ds.data import chunk_checks
+from megatron_ds.data.chunk_checks import CHUNK_BYTES, StreamSums
 from megatron_ds.data.dataset_files import MASK_SUFFIX, manifest_path, mask_path, pieces
 from megatron_ds.data.indexed import IndexedDataset, bin_path, dtype_code, header, idx_path, new_prefix
-from megatron_ds.data.verify import Scan, remember, scan_path, sums_path
+from megatron_ds.data.verify import Scan, remember, sums_path
 from megatron_ds.errors import DataError
 from megatron_ds.files import replacing, sync_and_close, temporary_beside
 
@@ -59,7 +60,7 @@ class IndexedDatasetWriter:
             self._document_ends = stack.enter_context(tempfile.TemporaryFile(dir=folder))
             self._stack = stack.pop_all()
         self.files: dict[str, dict[str, Any]] = {}
-        self._sums = {kind: StreamSums() for kind in kinds}
+        self._sums = {kind: StreamSums(chunk_checks.FETCH_BYTES, CHUNK_BYTES) for kind in kinds}
         self._sequences = self._documents = self._ended = 0
         self._low, self._high = 0, -1
 
@@ -104,16 +105,14 @@ class IndexedDatasetWriter:
                 f"{other.bin_path} holds {other.dtype.name} tokens, but {self.prefix}.bin is {self.dtype.name}; "
                 "datasets can be merged only within one dtype: preprocess them with the same tokenizer"
             )
-        _compare(other.idx_path, other.index_checksum(), found.idx_xxh3)
-        stated = {"bin": (other.bin_path, found.bin_xxh3), MASK_SUFFIX: (mask_path(other.prefix), found.mask_xxh3)}
+        _compare(other.idx_path, other.index_checksum(), found.checksums["idx"])
         for kind in self._open.keys() - {"idx"}:
-            path, expected = stated[kind]
-            digest = xxhash.xxh3_64()
+            path, digest = Path(f"{other.prefix}.{kind}"), xxhash.xxh3_64()
             for piece in pieces(path, COPY_BYTES):
                 digest.update(piece)
                 self._write(kind, piece)
                 progress(len(piece))
-            _compare(path, digest.hexdigest(), expected)
+            _compare(path, digest.hexdigest(), found.checksums[kind])
         self._low, self._high = min(self._low, found.min_id), max(self._high, found.max_id)
         for start in range(1, other.num_documents + 1, INDEX_CHUNK):
             self._add_ends(np.asarray(other.document_bounds[start : start + INDEX_CHUNK]) + self._sequences)
@@ -152,19 +151,24 @@ class IndexedDatasetWriter:
             self._write_index()
             for file in self._open.values():
                 sync_and_close(file)
-            self.files = {kind: sums.describe() for kind, sums in self._sums.items()}
+            self.files = {
+                kind: {
+                    "bytes": sums.bytes,
+                    "xxh3": sums.hexdigest(),
+                    "chunks": [f"{digest:016x}" for digest in sums.chunks(chunk_checks.FETCH_BYTES).tolist()],
+                }
+                for kind, sums in self._sums.items()
+            }
             del self.files["idx"]["chunks"]
-            checksums = {kind: file["xxh3"] for kind, file in self.files.items()}
-            self.found = Scan(
-                int(self._low), int(self._high), checksums["bin"], checksums["idx"], checksums.get(MASK_SUFFIX, "")
-            )
-            self._publish(stale=() if made is None else (manifest_path, scan_path, sums_path))
+            checksums = {MASK_SUFFIX: "", **{kind: file["xxh3"] for kind, file in self.files.items()}}
+            chunks = {kind: self._sums[kind].chunks(CHUNK_BYTES) for kind in self._sums.keys() - {"idx"}}
+            self.found = Scan(int(self._low), int(self._high), checksums, chunks)
+            self._publish(stale=() if made is None else (manifest_path, sums_path))
         if made is not None:
             with replacing(manifest_path(self.prefix)) as temporary:
                 manifest = {**made, "dtype": self.dtype.name, "files": self.files}
                 temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-            sums = {kind: self._sums[kind].sums() for kind in self._sums.keys() - {"idx"}}
-            remember(self.prefix, self.found, sums)
+            remember(self.prefix, self.found)
 
     def _write_index(self) -> None:
         self._write("idx", header(self.dtype, self._sequences, self._documents))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ds.data.dataset_files import read_manifest
+from megatron_ds.data.dataset_files import MASK_SUFFIX, read_manifest
 from megatron_ds.data.indexed import IndexedDataset, idx_path, new_prefix
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.verify import Scan, verify
@@ -76,7 +76,7 @@ def _check_together(datasets: list[IndexedDataset], manifests: list[dict[str, An
 
 def _all_masked(datasets: list[IndexedDataset], scans: list[Scan]) -> bool:
     """Whether they hold conversations, whose answers alone are learnt."""
-    masked = [dataset.prefix for dataset, scan in zip(datasets, scans) if scan.mask_xxh3]
+    masked = [dataset.prefix for dataset, scan in zip(datasets, scans) if scan.checksums[MASK_SUFFIX]]
     if masked and len(masked) < len(datasets):
         texts = next(dataset.prefix for dataset in datasets if dataset.prefix not in masked)
         raise DataError(f"{masked[0]} holds conversations and {texts} texts; merge each kind by itself, and blend them")

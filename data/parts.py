@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import xxhash
 
-from megatron_ds.data.dataset_files import MASK_SUFFIX, checksum
+from megatron_ds.data.dataset_files import checksum
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.source_types import UnusableInput
@@ -117,8 +117,8 @@ def merge_parts(folder: Path, names: Sequence[str], output: IndexedDatasetWriter
                 part = Part.read(path)
                 part.check(path, [BAD])  # the writer compares the others when it copies them
                 if part.counts.documents:
-                    sums = (part.checksums.get(suffix, "") for suffix in (".bin", ".idx", f".{MASK_SUFFIX}"))
-                    output.add_dataset(IndexedDataset(folder / name), Scan(0, part.counts.max_id, *sums))
+                    checksums = {suffix[1:]: digest for suffix, digest in part.checksums.items()}
+                    output.add_dataset(IndexedDataset(folder / name), Scan(0, part.counts.max_id, checksums))
                 counts.add(part.counts)
                 _copy_bad_records(path.with_suffix(BAD), target, plan["inputs"], lines)
                 for number, read in part.lines.items():

@@ -1,24 +1,24 @@
 """Is a dataset what it was when it was written, and does it fit the model?
 
-Both need one pass over the tokens. Its result is kept beside the dataset in ``PREFIX.scan.json``, under the
-identity of the two files, so it costs nothing the second time; preprocessing writes it in advance. Checksums of the
-chunks that the pass read are kept in ``PREFIX.sums``, and compared when a run first reads each chunk: damage after the
-pass does not go unseen either (:mod:`megatron_ds.data.chunk_checks`).
+Both need one pass over the tokens. Its result is kept beside the dataset in ``PREFIX.sums``, under the identity of the
+files, so it costs nothing the second time; preprocessing writes it in advance. The checksums of chunks among it are
+compared when a run first reads each chunk: damage after the pass does not go unseen either
+(:mod:`megatron_ds.data.chunk_checks`).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
-from megatron_ds.data.cache import cached_arrays, cached_json
-from megatron_ds.data.chunk_checks import CHUNK_BYTES, ChunkSums
+from megatron_ds.data.cache import cached_arrays
+from megatron_ds.data.chunk_checks import CHUNK_BYTES, StreamSums
 from megatron_ds.data.dataset_files import (
     MASK_SUFFIX,
     READ_BYTES,
@@ -32,20 +32,24 @@ from megatron_ds.data.dataset_files import (
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.errors import DataError
 
-Sums = dict[str, npt.NDArray[np.uint64]]
-"""Checksums of the chunks of each file: ``bin``, and ``loss_mask`` where there is one."""
+Sums = dict[str, npt.NDArray]
+"""uint64 checksums of the chunks of each file: ``bin``, and ``loss_mask`` where there is one."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over a dataset found: the range of its ids and the checksums (xxh3-64) of its files (an empty one
-    for a loss mask that is not there)."""
+    """What one pass over a dataset found.
+
+    Attributes:
+        min_id, max_id: the range of its ids.
+        checksums: xxh3-64 of each file as hex digits; empty for a loss mask that is not there.
+        chunks: of its files; empty where a remote dataset's reader has its own.
+    """
 
     min_id: int
     max_id: int
-    bin_xxh3: str
-    idx_xxh3: str
-    mask_xxh3: str = ""
+    checksums: dict[str, str]
+    chunks: Sums = field(default_factory=dict, compare=False)
 
 
 def dataset_identity(dataset: IndexedDataset) -> dict[str, Any]:
@@ -61,10 +65,6 @@ def dataset_identity(dataset: IndexedDataset) -> dict[str, Any]:
     return found if dataset.remote is None else {"remote": dataset.remote.identity, "copy": found}
 
 
-def scan_path(prefix: str) -> Path:
-    return Path(f"{prefix}.scan.json")
-
-
 def sums_path(prefix: str) -> Path:
     return Path(f"{prefix}.sums")
 
@@ -76,89 +76,73 @@ def verify(dataset: IndexedDataset, cache_dir: Path | None = None) -> Scan:
         DataError: the index contradicts itself, or a file is not the one that its manifest describes (a flipped
             bit, a swapped or mutated file); names the file and both checksums.
     """
-    read_now: Sums = {}
-
-    def build() -> dict[str, Any]:
-        dataset.check_index()
-        manifest = read_manifest(dataset.prefix)
-        if dataset.remote is not None and dataset.remote.checked and manifest is not None:
-            # Each byte of `.bin` was or will be compared on arrival: no need to fetch everything now.
-            bin_xxh3, max_id = manifest["files"]["bin"]["xxh3"], manifest["counts"]["max_id"]
-            found = Scan(0, max_id, bin_xxh3, dataset.index_checksum(), checksum(mask_path(dataset.prefix)))
-        else:
-            found, sums = scan(dataset)
-            read_now.update(sums)
-        if manifest is not None:
-            stated = {name: manifest["files"].get(name, {"xxh3": ""})["xxh3"] for name in ("idx", "bin", MASK_SUFFIX)}
-            _compare(dataset, found, stated, manifest_path(dataset.prefix).name)
-        return asdict(found)
-
-    found = Scan(**cached_json(scan_path(dataset.prefix), dataset_identity(dataset), build, cache_dir))
+    found = _kept(dataset, lambda: _checked_scan(dataset), cache_dir)
     if dataset.remote is None:  # a remote dataset's chunks are compared by its own reader
         # Bisection reads the index here and there: it is compared whole, at 200 MB for 10 million documents.
-        _compare(dataset, Scan(0, 0, "", dataset.index_checksum()), {"idx": found.idx_xxh3}, scan_path("").name)
-        dataset.check_reads(_chunk_sums(dataset, found, read_now, cache_dir))
+        _compare(dataset, {"idx": dataset.index_checksum()}, found.checksums, sums_path(dataset.prefix).name)
+        dataset.check_reads(found.chunks)
     return found
 
 
-def _compare(dataset: IndexedDataset, found: Scan, expected: dict[str, str], where: str) -> None:
-    digests = {
-        "idx": (dataset.idx_path, found.idx_xxh3),
-        "bin": (dataset.bin_path, found.bin_xxh3),
-        MASK_SUFFIX: (mask_path(dataset.prefix), found.mask_xxh3),
-    }
-    for name, digest in expected.items():
-        path, is_now = digests[name]
-        if is_now != digest:
+def _checked_scan(dataset: IndexedDataset) -> Scan:
+    dataset.check_index()
+    manifest = read_manifest(dataset.prefix)
+    if dataset.remote is not None and dataset.remote.checked and manifest is not None:
+        # Each byte of `.bin` was or will be compared on arrival: no need to fetch everything now.
+        checksums = {
+            "bin": manifest["files"]["bin"]["xxh3"],
+            "idx": dataset.index_checksum(),
+            MASK_SUFFIX: checksum(mask_path(dataset.prefix)),
+        }
+        found = Scan(0, manifest["counts"]["max_id"], checksums)
+    else:
+        found = scan(dataset)
+    if manifest is not None:
+        stated = {kind: manifest["files"].get(kind, {"xxh3": ""})["xxh3"] for kind in found.checksums}
+        _compare(dataset, found.checksums, stated, manifest_path(dataset.prefix).name)
+    return found
+
+
+def _compare(dataset: IndexedDataset, now: dict[str, str], stated: dict[str, str], where: str) -> None:
+    for kind, digest in now.items():
+        if digest != stated[kind]:
             raise DataError(
-                f"{path} is not the file that was written: its checksum is {is_now}, but {where} says {digest}. It was "
-                "damaged, swapped or changed: copy it again, or preprocess again"
+                f"{dataset.prefix}.{kind} is not the file that was written: its checksum is {digest}, but {where} says "
+                f"{stated[kind]}. It was damaged, swapped or changed: copy it again, or preprocess again"
             )
 
 
-def _chunk_sums(dataset: IndexedDataset, found: Scan, read_now: Sums, cache_dir: Path | None) -> Sums:
-    """Checksums of the chunks of tokens and mask, of the very content that ``found`` describes."""
+def _kept(dataset: IndexedDataset, build: Callable[[], Scan], cache_dir: Path | None = None) -> Scan:
+    def arrays() -> Sums:
+        found = build()
+        summary = {"min_id": found.min_id, "max_id": found.max_id, "checksums": found.checksums}
+        return {"summary": np.frombuffer(json.dumps(summary).encode(), np.uint8), **found.chunks}
 
-    def build() -> Sums:
-        if read_now:
-            return read_now
-        again, sums = scan(dataset)
-        stated = {"bin": found.bin_xxh3, MASK_SUFFIX: found.mask_xxh3}
-        _compare(dataset, again, stated, scan_path(dataset.prefix).name)
-        return sums
-
-    return _kept_sums(dataset.prefix, found, build, cache_dir)
+    key = {"chunk_bytes": CHUNK_BYTES, **dataset_identity(dataset)}
+    kept = cached_arrays(sums_path(dataset.prefix), key, arrays, cache_dir)
+    return Scan(**json.loads(kept.pop("summary").tobytes()), chunks=kept)
 
 
-def _kept_sums(prefix: str, found: Scan, build: Callable[[], Sums], cache_dir: Path | None = None) -> Sums:
-    key = {"chunk_bytes": CHUNK_BYTES, "bin": found.bin_xxh3, MASK_SUFFIX: found.mask_xxh3}  # wherever it lies
-    signed = cached_arrays(
-        sums_path(prefix), key, lambda: {name: a.view(np.int64) for name, a in build().items()}, cache_dir
-    )
-    return {name: array.view(np.uint64) for name, array in signed.items()}
-
-
-def remember(prefix: str, found: Scan, sums: Sums) -> None:
+def remember(prefix: str, found: Scan) -> None:
     """Keep what the maker of a dataset knows of it, so that nobody needs to scan it."""
-    cached_json(scan_path(prefix), dataset_identity(IndexedDataset(prefix)), lambda: asdict(found))
-    _kept_sums(prefix, found, lambda: sums)
+    _kept(IndexedDataset(prefix), lambda: found)
 
 
-def scan(dataset: IndexedDataset) -> tuple[Scan, Sums]:
-    """Read every token (1 to 2 GB/s from memory, the disk's rate otherwise); also the checksums of its chunks."""
+def scan(dataset: IndexedDataset) -> Scan:
+    """Read every token (1 to 2 GB/s from memory, the disk's rate otherwise)."""
     low, high = 0, -1
-    digest, sums = xxhash.xxh3_64(), {"bin": ChunkSums()}
+    sums = {"bin": StreamSums(CHUNK_BYTES)}
     for _, tokens in _runs(dataset):
-        digest.update(tokens.data)
         sums["bin"].update(tokens.data)
         low, high = min(low, int(tokens.min())), max(high, int(tokens.max()))
     mask = mask_path(dataset.prefix)
     if mask.is_file():
-        sums[MASK_SUFFIX] = ChunkSums()
+        sums[MASK_SUFFIX] = StreamSums(CHUNK_BYTES)
         for piece in pieces(mask):
             sums[MASK_SUFFIX].update(piece)
-    found = Scan(low, high, digest.hexdigest(), dataset.index_checksum(), checksum(mask))
-    return found, {name: chunks.finish() for name, chunks in sums.items()}
+    checksums = {kind: stream.hexdigest() for kind, stream in sums.items()}
+    chunks = {kind: stream.chunks(CHUNK_BYTES) for kind, stream in sums.items()}
+    return Scan(low, high, {MASK_SUFFIX: "", **checksums, "idx": dataset.index_checksum()}, chunks)
 
 
 def _runs(dataset: IndexedDataset) -> Iterator[tuple[int, npt.NDArray]]:

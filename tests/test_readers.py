@@ -17,7 +17,7 @@ from torch import nn
 from megatron_ds.checkpoint import resolve
 from megatron_ds.config import load_toml
 from megatron_ds.convert.folder import HFFolder
-from megatron_ds.data.cache import cached_arrays, cached_json
+from megatron_ds.data.cache import cached_arrays
 from megatron_ds.data.chat import load_template
 from megatron_ds.data.dataset_files import read_manifest
 from megatron_ds.data.indexed import IndexedDataset
@@ -110,8 +110,6 @@ def test_a_file_that_may_be_missing_is_missing_or_an_error(tmp_path: Path, make:
 
 @pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
 def test_a_cache_that_is_none_is_made_again(tmp_path: Path, make: Callable[[Path], None]) -> None:
-    make(tmp_path / "scan.json")
-    assert cached_json(tmp_path / "scan.json", {"a": 1}, lambda: 5) == 5
     make(tmp_path / "index")
     made = cached_arrays(tmp_path / "index", {"a": 1}, lambda: {"x": np.arange(3, dtype="<i8")})
     assert made["x"].tolist() == [0, 1, 2]

@@ -60,7 +60,7 @@ def main(options: InspectDataset) -> None:
         found = verify(dataset)
         compared = "as in the manifest" if manifest else "no manifest to compare with"
         print(f"ids        {found.min_id:,} to {found.max_id:,}")
-        print(f"checksums  .bin {found.bin_xxh3}, .idx {found.idx_xxh3} (xxh3; {compared})")
+        print(f"checksums  .bin {found.checksums['bin']}, .idx {found.checksums['idx']} (xxh3; {compared})")
     made = manifest.get("tokenizer")
     if made:
         print(f"tokenizer  {made['spec']}, {made['vocab_size']:,} entries")

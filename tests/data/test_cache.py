@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_ds.data import cache
-from megatron_ds.data.cache import cached_arrays, cached_json, locked
+from megatron_ds.data.cache import cached_arrays, locked
 
 
 @pytest.fixture(autouse=True)
@@ -94,13 +94,13 @@ def test_a_cache_directory_can_be_given(tmp_path: Path) -> None:
 
 
 def test_an_error_keeps_nothing(tmp_path: Path) -> None:
-    def fail() -> None:
+    def fail() -> dict[str, np.ndarray]:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        cached_json(tmp_path / "x", {}, fail)
-    assert cached_json(tmp_path / "x", {}, lambda: [1]) == [1]
-    assert cached_json(tmp_path / "x", {}, fail) == [1]
+        cached_arrays(tmp_path / "x", {}, fail)
+    assert_built(cached_arrays(tmp_path / "x", {}, Builder()))
+    assert_built(cached_arrays(tmp_path / "x", {}, fail))
 
 
 def _read(path: Path, log: Path, barrier: object) -> None:
@@ -162,9 +162,9 @@ def unwritable(tmp_path: Path) -> Path:
 def test_a_temporary_folder_that_is_not_ours_is_neither_believed_nor_written(
     trap: str, unwritable: Path, own_temporary_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cached_json(unwritable, {}, lambda: "forged")
+    cached_arrays(unwritable, {}, lambda: {"a": np.array([666])})
     (folder,) = own_temporary_directory.iterdir()
-    assert cached_json(unwritable, {}, lambda: "true") == "forged"  # what follows would be believed
+    assert cached_arrays(unwritable, {}, Builder())["a"].tolist() == [666]  # what follows would be believed
     if trap == "link":
         folder.rename(own_temporary_directory / "theirs")
         folder.symlink_to("theirs")
@@ -179,7 +179,7 @@ def test_a_temporary_folder_that_is_not_ours_is_neither_believed_nor_written(
         folder.touch(0o700)
     before = {path: path.lstat().st_mtime_ns for path in own_temporary_directory.rglob("*")}
     with pytest.warns(UserWarning, match=r"is not a folder of this user alone .* remove it, or set data.cache_dir"):
-        assert cached_json(unwritable, {}, lambda: "true") == "true"
+        assert_built(cached_arrays(unwritable, {}, Builder()))
     assert before == {path: path.lstat().st_mtime_ns for path in own_temporary_directory.rglob("*")}
 
 
@@ -192,8 +192,7 @@ def test_links_and_pipes_in_place_of_files_are_not_followed(tmp_path: Path) -> N
             folder.mkdir()
             make(folder / name)
             for _ in range(2):
-                assert cached_json(folder / "x", {}, lambda: [1]) == [1]
-            assert_built(cached_arrays(folder / "x", {"another": 1}, Builder()))
+                assert_built(cached_arrays(folder / "x", {}, Builder()))
     assert victim.read_text() == "precious"
     (tmp_path / "lock").symlink_to(victim)
     with pytest.raises(OSError, match="lock"), locked(tmp_path / "lock"):
@@ -202,5 +201,6 @@ def test_links_and_pipes_in_place_of_files_are_not_followed(tmp_path: Path) -> N
 
 
 def test_a_cached_value_of_great_depth_is_made_again(tmp_path: Path) -> None:
-    (tmp_path / "x").write_text("[" * 200_000)
-    assert cached_json(tmp_path / "x", {}, lambda: 1) == 1
+    header = b"[" * 200_000
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert_built(cached_arrays(tmp_path / "x", {}, Builder()))

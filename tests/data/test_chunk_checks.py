@@ -98,18 +98,6 @@ def test_only_what_is_read_is_compared_and_that_once(prefix: Path, monkeypatch: 
         dataset.tokens[2 * per_chunk : 4 * per_chunk]
 
 
-@pytest.mark.usefixtures("same_looks")
-def test_sums_that_are_missing_are_made_of_what_was_checked_or_not_at_all(prefix: Path) -> None:
-    """A dataset that an earlier version has scanned: its file of sums is not there yet."""
-    verify(IndexedDataset(prefix))
-    Path(f"{prefix}.sums").unlink()
-    flip(Path(f"{prefix}.bin"), 77)
-    with pytest.raises(DataError, match=r"set\.bin is not the file that was written: .* but set\.scan\.json says"):
-        verify(IndexedDataset(prefix))
-    flip(Path(f"{prefix}.bin"), 77)
-    verify(IndexedDataset(prefix))
-
-
 def test_merging_leaves_sums_that_hold(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path(f"{prefix}.loss_mask").unlink()
     merge_datasets([str(prefix)], prefix.parent / "merged")

@@ -79,7 +79,7 @@ def test_merge_by_copy(tmp_path: Path) -> None:
         for name in ("a", "b"):
             dataset = IndexedDataset(tmp_path / name)
             writer.add_dataset(dataset, verify(dataset))
-    assert writer.found == scan(IndexedDataset(tmp_path / "all"))[0]
+    assert writer.found == scan(IndexedDataset(tmp_path / "all"))
     assert indexed_reference.read(tmp_path / "all") == (8, DOCUMENTS)
     refused = pytest.raises(DataError, match=r"b\.bin holds uint16 tokens, but .* is int32")
     with refused, IndexedDatasetWriter(tmp_path / "other", "int32") as writer:

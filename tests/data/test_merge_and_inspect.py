@@ -81,7 +81,7 @@ def test_merged_conversations_keep_what_is_learnt(tmp_path: Path) -> None:
     preprocess([str(tmp_path / "in.jsonl")], tmp_path / "a", options, 0)
     merge_datasets([str(tmp_path / "a")] * 2, tmp_path / "all")
     assert (tmp_path / "all.loss_mask").read_bytes() == (tmp_path / "a.loss_mask").read_bytes() * 2
-    assert verify(IndexedDataset(tmp_path / "all")).mask_xxh3
+    assert verify(IndexedDataset(tmp_path / "all")).checksums["loss_mask"]
     (tmp_path / "in.txt").write_text("some text to tokenise")
     preprocess([str(tmp_path / "in.txt")], tmp_path / "b", PreprocessOptions("bytes"), 0)
     with pytest.raises(DataError, match=r"a holds conversations and .*b texts; merge each kind by itself"):

@@ -23,7 +23,7 @@ from test_swap_damage import flip as flip_in_swap
 from megatron_ds.checkpoint import Checkpoint
 from megatron_ds.config import RunConfig, parse
 from megatron_ds.convert.tables import import_hf
-from megatron_ds.data.cache import cached_arrays, cached_json
+from megatron_ds.data.cache import cached_arrays
 from megatron_ds.errors import OffloadError
 from megatron_ds.models.families import task_of
 from megatron_ds.train.launch import RankInfo
@@ -180,7 +180,6 @@ def test_what_is_left_of_a_cache(draw: random.Random, place: Path) -> None:
     values = {"x": np.arange(3000, dtype="<i8"), "y": np.arange(5, dtype="<f8")}
 
     def use() -> None:
-        assert cached_json(place / "scan.json", {"a": 1}, lambda: [1, 2, {"b": 3}]) == [1, 2, {"b": 3}]
         found = cached_arrays(place / "index", {"a": 1}, lambda: values)
         assert found.keys() == values.keys() and all(np.array_equal(found[name], values[name]) for name in values)
 

@@ -156,7 +156,7 @@ def test_data_that_cannot_be_trained_on(
     assert done.code == 2 and message in done.error, done.error
     after = snapshot(tmp_path)
     assert before.items() <= after.items()
-    assert {Path(name).name for name in after.keys() - before.keys()} <= {"text.scan.json", "text.sums"}
+    assert {Path(name).name for name in after.keys() - before.keys()} <= {"text.sums"}
     assert not (tmp_path / "run").exists()
 
 
