@@ -253,7 +253,7 @@ def scaled_product(a: Float8, b: Float8) -> ScaledProduct | None:
         return ScaledProduct(left, right, (a.scale, b.scale), (ScalingType.TensorWise, ScalingType.TensorWise))
     if max(a.scale.shape[-1], b.scale.shape[-1]) == 1:
         # Blocks of several rows that are as long as k have a scale for all of their rows.
-        rows = [len(x.values) for x in (a, b)]
+        rows = [x.values.shape[0] for x in (a, b)]
         spread = [_spread(x.scale, count, x.values.shape[1], x.block) for x, count in zip((a, b), rows)]
         first, second = (scale.expand(count, 1).contiguous() for scale, count in zip(spread, rows))
         return ScaledProduct(left, right, (first, second.t()), (ScalingType.RowWise, ScalingType.RowWise))
@@ -262,7 +262,7 @@ def scaled_product(a: Float8, b: Float8) -> ScaledProduct | None:
         Block(CUDA_BLOCK, CUDA_BLOCK): ScalingType.BlockWise128x128,
     }
     square = [x.block.is_square for x in (a, b)]
-    whole = not any(len(x.values) % CUDA_BLOCK for x in (a, b) if x.block.is_square)
+    whole = not any(x.values.shape[0] % CUDA_BLOCK for x in (a, b) if x.block.is_square)
     if a.block not in kinds or b.block not in kinds or all(square) or a.values.shape[-1] % CUDA_BLOCK or not whole:
         return None
     scales = [F.pad(x.scale, (0, -x.scale.shape[1] % 4)) if x.block.is_square else x.scale for x in (a, b)]
@@ -283,7 +283,7 @@ def product(a: Float8, b: Float8, out: torch.dtype) -> Tensor:
         if call is not None:
             return call(out)
         if blocks and _twin_multiplies(a, b, out):
-            rows = [x.block.rows or len(x.values) for x in (a, b)]
+            rows = [x.block.rows or x.values.shape[0] for x in (a, b)]
             values, scales = (a.values, b.values), (a.scale, b.scale)
             result: Tensor = torch.ops.megatron_ds.float8_block_product(*values, *scales, *rows, a.block.k, out)
             return result

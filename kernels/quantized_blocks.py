@@ -42,7 +42,7 @@ def pack(x: Tensor, form: str, stochastic: bool = False) -> Tensor:
             a hash of the block's scale and of the place in the row, so that the same numbers give the same bytes.
     """
     wide = _scale_dtype(x.dtype)
-    blocks = F.pad(x.to(wide), (0, -x.shape[1] % BLOCK)).view(len(x), -1, BLOCK)
+    blocks = F.pad(x.to(wide), (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     scale = blocks.abs().amax(2, keepdim=True) / LARGEST[form]
     relative = blocks / torch.where(scale == 0, torch.ones_like(scale), scale)
     if form == "fp8":
@@ -77,4 +77,4 @@ def unpack(data: Tensor, count: int, form: str, dtype: torch.dtype) -> Tensor:
         numbers = (torch.stack((values & 15, values >> 4), dim=2).flatten(1).to(torch.int16) - 8).to(wide)
     else:
         numbers = values.view(torch.int8).to(wide)
-    return (numbers.view(len(data), -1, BLOCK) * scale).flatten(1)[:, :count].to(dtype)
+    return (numbers.unflatten(1, (-1, BLOCK)) * scale).flatten(1)[:, :count].to(dtype)

@@ -8,6 +8,8 @@ one host read each other's memory instead (``local/shared_buffers.py``), and not
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -118,8 +120,8 @@ class Buffers(Protocol):
     def gathered(self, size: int, dtype: torch.dtype) -> GatheredMemory:
         """With a shard of zeros."""
 
-    def gather_exactly(self) -> None:
-        """From now on gathered values are those of the shards, bit for bit, however they are sent."""
+    def gather_exactly(self, on: bool) -> None:
+        """While it is on, gathered values are those of the shards, bit for bit, however they are sent. Collective."""
 
     def publish(self) -> None:
         """Signals that this rank has changed its slices; gathers of its peers read them from now on."""
@@ -131,6 +133,18 @@ class Buffers(Protocol):
 def open_buffers(axis: Axis, device: torch.device, sizes: BufferSizes) -> Buffers:
     """Collective over ``axis``: buffers that its ranks read from each other where they can, else the group's."""
     return local.open_buffers(axis, device, sizes) or GroupBuffers(axis, device)
+
+
+@contextmanager
+def exact_gathers(every: Sequence[Buffers]) -> Iterator[None]:
+    """Inside, gathered values are those of the shards, however they are sent elsewhere. Collective."""
+    for buffers in every:
+        buffers.gather_exactly(True)
+    try:
+        yield
+    finally:
+        for buffers in every:
+            buffers.gather_exactly(False)
 
 
 class GroupBuffers:
@@ -149,7 +163,7 @@ class GroupBuffers:
         shard = torch.zeros(size // self.axis.size, dtype=dtype, device=self.device)
         return GroupGathered(size, dtype, self.device, self.axis, shard)
 
-    def gather_exactly(self) -> None:
+    def gather_exactly(self, on: bool) -> None:
         pass
 
     def publish(self) -> None:

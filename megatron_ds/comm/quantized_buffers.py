@@ -57,9 +57,10 @@ class QuantizedBuffers(GroupBuffers):
             return super().gathered(size, dtype)
         return QuantizedGathered(size, dtype, self)
 
-    def gather_exactly(self) -> None:
-        self.exact = True
-        self.version += 1
+    def gather_exactly(self, on: bool) -> None:
+        if self.how.weights is not None:
+            self.exact = on
+            self.version += 1
 
     def publish(self) -> None:
         self.version += 1
@@ -108,19 +109,28 @@ class QuantizedGathered(GroupGathered):
         self._buffers, self._how = buffers, buffers.how
         self._sent: Tensor | None = None  # what peers got of this rank's shard; None: as it is
         self._sent_version = -1  # the buffers' version of which that is
+        self._came = self._exact  # this rank's slice of `whole` as it was gathered
         self._second: Tensor | None = None
         self._version = -1
+
+    def all_gather_start(self, shard: Tensor) -> Pending:
+        gathering = super().all_gather_start(shard)
+
+        def arrived() -> None:
+            gathering.wait()
+            if self._how.weights is not None:
+                self._came = slice_dim0(self.whole, self._axis).clone()
+
+        return Pending(self.whole, then=arrived)
 
     def _gather_start(self, whole: Tensor, shard: Tensor) -> Pending:
         node, form = self._how.node, None if self._buffers.exact or not len(shard) else self._how.weights
         if self._second is not None and node is not None and self._version == self._buffers.version:
             return all_gather_start(whole, self._second, node[0])
         sent = shard.unsqueeze(0)
-        if form is None:
-            self._sent = None
-        elif self._sent is None or self._sent_version != self._buffers.version:
+        if form is not None and (self._sent is None or self._sent_version != self._buffers.version):
             self._sent, self._sent_version = pack(sent, form), self._buffers.version
-        sent = sent if self._sent is None else self._sent
+        sent = sent if form is None or self._sent is None else self._sent
         received = whole.view(self._axis.size, -1) if form is None else sent.new_empty(self._axis.size, sent.shape[1])
         gathering = all_gather_start(received, sent, self._axis)
 
@@ -138,14 +148,19 @@ class QuantizedGathered(GroupGathered):
         """Only what was written: the rest of the shard is more exact than what was gathered of it."""
         if not self.is_gathered:
             return
-        own, exact, came = slice_dim0(self.whole, self._axis), self._exact, self._exact
-        if self._sent is not None and self._how.weights is not None:
-            came = unpack(self._sent, len(exact), self._how.weights, exact.dtype)[0]
+        if self._second is not None and self._how.node is not None:  # all ranks have written alike
+            self._second.copy_(slice_dim0(self.whole, self._how.node[0]))
+        own, exact, came = slice_dim0(self.whole, self._axis), self._exact, self._came
         # A fifth of the time of what follows on a CPU; a GPU would have to be waited for.
         if own.device.type == "cpu" and torch.equal(own.view(torch.uint8), came.view(torch.uint8)):
             return
         exact.copy_(torch.where((own == came) | (own.isnan() & came.isnan()), exact, own))
-        self._sent_version = -1  # and still what `whole` is compared with until the next gather
+        came.copy_(own)
+        self._sent_version = -1
+
+    def discard(self) -> None:
+        super().discard()
+        self._came = self._exact
 
 
 def reduce_scatter_start(output: Tensor, whole: Tensor, add: bool, axis: Axis, how: Quantization) -> Pending:

@@ -12,7 +12,7 @@ gathered there and then, and belongs to what that module needs from then on.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -212,12 +212,14 @@ class Gatherer:
         self._idle.clear()
 
     @contextmanager
-    def gathered(self, buckets: Sequence[FlatBucket]) -> Iterator[None]:
-        """Hold these buckets whole."""
+    def gathered(self, buckets: Sequence[FlatBucket], exactly: AbstractContextManager[None]) -> Iterator[None]:
+        """Hold these buckets whole. ``exactly``: a context around gathers in no forward, which all ranks make."""
         mine = [b for b in buckets if id(b) in self._users]
         for bucket in mine:
             self._explicit[id(bucket)] = self._explicit.get(id(bucket), 0) + 1
-        self._gather(mine)
+        self._free_idle()
+        with nullcontext() if self._running else exactly:
+            self._gather(mine, ahead=False)
         try:
             yield
         finally:
@@ -291,14 +293,10 @@ class Gatherer:
 
     # Gathering
 
-    def _gather(self, buckets: Sequence[FlatBucket]) -> None:
-        """Make them whole: all of them are under way before the first is waited for."""
-        missing = []
-        for bucket in buckets:
-            if not self._is_gathered(bucket):
-                missing.append(bucket)
-            elif bucket in self._idle:
-                self._idle.remove(bucket)
+    def _gather(self, buckets: Sequence[FlatBucket], ahead: bool = True) -> None:
+        """Make them whole: all of them are under way before the first is waited for. ``ahead``: and start the next."""
+        missing = [bucket for bucket in buckets if not self._is_gathered(bucket)]
+        self._idle = [bucket for bucket in self._idle if bucket not in buckets]
         if not missing:
             return
         self._free_idle()
@@ -312,7 +310,8 @@ class Gatherer:
             for parameter in bucket.tensors:
                 parameter.__class__ = self._classes[id(parameter)]
         self._order += missing
-        self._start_all(self._ahead())
+        if ahead:
+            self._start_all(self._ahead())
 
     def _start_all(self, wanted: Sequence[FlatBucket]) -> None:
         """Start to gather these, or to fetch the shard that is to be gathered."""

@@ -189,7 +189,8 @@ class ZeroLayout:
         """Device memory at most, besides :meth:`bytes`, of ``gradients`` and ``parameters`` that are whole for a while.
 
         Of gradients those that are reduced at one time and two that are filled. Of parameters, at stage 3, the unit in
-        use and those that are gathered ahead of it; all of them with ``keep_whole``.
+        use and those that are gathered ahead of it; all of them with ``keep_whole``. Of what is gathered in fewer bits
+        this rank's slice twice, to tell what is written.
         """
         found = {"gradients": 0, "parameters": 0}
         if self.frees_gradients and not self.keeps_gradients_whole(micro_batches):
@@ -199,7 +200,8 @@ class ZeroLayout:
         units: dict[int, int] = {}
         for bucket in self.buckets:
             if bucket.key.unit is not None:
-                size = bucket.size * bucket.key.dtype.itemsize
+                rounded = self.config.quantized_weights != "none"
+                size = (bucket.size + rounded * bucket.shard_size) * bucket.key.dtype.itemsize
                 units[bucket.key.unit] = units.get(bucket.key.unit, 0) + size
         sizes = [units[number] for number in sorted(units)]
         at_once = len(sizes) if self.config.keep_whole else 1 + self.config.prefetch

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
-from megatron_ds.comm.buffers import Buffers
+from megatron_ds.comm.buffers import Buffers, exact_gathers
 from megatron_ds.config import OptimizerConfig, ZeroConfig
 from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.optim.factory import as_rule
@@ -137,7 +137,7 @@ class ZeroOptimizer(MovableParameters):
             if self.gatherer is not None:
                 self.gatherer.free_all()
                 for buffers in self._buffers:
-                    buffers.gather_exactly()
+                    buffers.gather_exactly(True)
                 self.gatherer.close()  # gathers, which fails where a store has
         finally:
             for stores in self.stores:
@@ -275,7 +275,7 @@ class ZeroOptimizer(MovableParameters):
 
     @contextmanager
     def gathered(self, parameters: Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
-        """Inside, these parameters are whole on every rank. Collective over the shard axis.
+        """Inside, these parameters are whole on every rank, as they are kept. Collective over the shard axis.
 
         ``write``: between two steps; what every rank has written alike is kept, in the master weights too.
         """
@@ -283,7 +283,8 @@ class ZeroOptimizer(MovableParameters):
             self.reducer.expect(Phase.IDLE, "gathered(write=True)")
         wanted = {id(p) for p in parameters}
         touched = [bucket for bucket in self._all if any(id(p) in wanted for p in bucket.tensors)]
-        with self.gatherer.gathered(touched) if self.gatherer is not None else nullcontext():
+        exactly = exact_gathers(self._buffers)
+        with self.gatherer.gathered(touched, exactly) if self.gatherer is not None else nullcontext():
             yield
             if write:
                 self._meet()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from megatron_ds.kernels.quantized_blocks import BLOCK, LARGEST, pack, packed_bytes, unpack
 
@@ -67,3 +70,21 @@ def test_chance_has_no_bias_and_the_same_numbers_the_same_bytes() -> None:
     mean = found[0, rest].mean()
     # The standard error of 25,500 draws of 0 or about 1.07: 0.003.
     assert abs(mean - 0.3) < 0.012 and through(x, "int4")[0, rest].abs().max() == 0, "to the nearest, all is lost"
+
+
+class NoNumbers(TorchFunctionMode):
+    """Refuses what makes a number of Python's of a tensor: a graph that is recorded has it as a constant."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.Tensor.__len__, torch.Tensor.item, torch.Tensor.__bool__), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_recorded_graph_takes_any_number_of_rows(form: str) -> None:
+    x = torch.randn(3, 300)
+    with NoNumbers():
+        found = unpack(pack(x, form), 300, form, x.dtype)
+        with pytest.raises(AssertionError, match="__len__"):
+            len(x)
+    assert torch.equal(found, through(x, form))

@@ -108,6 +108,10 @@ def test_what_is_offloaded_or_kept_whole_changes_the_device() -> None:
     assert on_device(2, 1, keep_whole=True) == on_device(2) == 2 + 1 + 3
     assert on_device(3, offload_optimizer=cpu, offload_parameters=cpu) == 1
     held = layout_of(3, 4, **sizes, offload_optimizer=cpu, offload_parameters=cpu).bytes()
+    gathered = [
+        layout_of(3, 4, **sizes, quantized_weights=form).transient_bytes()["parameters"] for form in ("none", "int8")
+    ]
+    assert gathered == [2 * (2 << 20) // 8, 2 * (2 << 20) // 8 * 5 // 4], "two units, and then their slices again"
     assert held.total("host") == (2 + 12) * (1 << 20) // 4 and held.total("disk") == 0
 
 

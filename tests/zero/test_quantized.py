@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from zero_toy import STEPS, Case, Toy, reference, train
 
+from megatron_ds import comm
 from megatron_ds.comm import quantized_buffers
+from megatron_ds.comm.quantized_buffers import Quantization
 from megatron_ds.config import OptimizerConfig, ZeroConfig
 from megatron_ds.config.zero import zero_faults
-from megatron_ds.kernels.quantized_blocks import pack
+from megatron_ds.kernels.quantized_blocks import BLOCK, LARGEST, pack
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import run_ranks
@@ -107,6 +109,40 @@ def test_in_few_bits_ranks_agree_and_stay_near() -> None:
                 assert torch.equal(found[0][1][name], other[1][name]), f"{case}: ranks differ in {name}"
 
 
+def on_the_grid() -> None:
+    """Each rank has a power of two times the same whole numbers, and so have the sums of all and of a node."""
+    mesh = Mesh.create(MeshShape(dp=4), torch.device("cpu"))
+    axis, node = mesh.data, mesh.split_data(2)
+    generator = torch.Generator().manual_seed(0)
+    for form, within in product(("int8", "int4"), (None, node)):
+        most, size = int(LARGEST[form]), 4 * (2 * BLOCK + 12)
+        whole = torch.randint(-most, most + 1, (size,), generator=generator).float()
+        whole.view(4, -1)[:, ::BLOCK] = most  # the largest of each block
+        how = Quantization(form, form, False, within)
+        for quantised in (whole * 2**axis.rank, whole.double() * 2**axis.rank):
+            plain, sums = quantised.clone(), [quantised.new_ones(size // 4) for _ in range(2)]
+            comm.reduce_scatter_start(sums[0], plain.clone(), axis).wait()
+            quantized_buffers.reduce_scatter_start(sums[1], quantised.clone(), True, axis, how).wait()
+            assert torch.equal(sums[0], sums[1] - 1), (form, within)
+            comm.all_reduce(plain, axis)
+            assert torch.equal(quantized_buffers.sum_start(quantised, axis, how).wait(), plain), (form, within)
+    for form, within in product(("int8", "fp8", None), (None, node)):
+        buffers = quantized_buffers.QuantizedBuffers(axis, mesh.device, Quantization(form, None, False, within))
+        memory = buffers.gathered(4 * 300, torch.bfloat16)
+        numbers = torch.arange(300).remainder(13) - 6.0
+        numbers[::BLOCK] = LARGEST[form or "int8"]
+        assert memory.shard is not None
+        memory.shard.copy_(numbers * 2**axis.rank)
+        for _ in range(2):
+            memory.all_gather_start(memory.shard).wait()
+            assert torch.equal(memory.whole, torch.cat([numbers * 2**r for r in range(4)]).bfloat16()), (form, within)
+            memory.free()
+
+
+def test_on_the_grid_they_are_the_plain_collectives() -> None:
+    run_ranks(on_the_grid, 4)
+
+
 class Writes(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -120,9 +156,10 @@ class Writes(nn.Module):
 
 
 def shards_after_looking(dtype: torch.dtype) -> list[dict[str, Any]]:
-    """What masters and gathered weights are after gathers, and after writes into what was gathered."""
+    """Masters and gathered weights after gathers, after writes into what was gathered, and after unfreezing."""
     mesh = Mesh.create(MeshShape(dp=2), torch.device("cpu"))
     model = Writes().to(dtype)
+    model.layers[1].requires_grad_(False)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         p.shard = ShardSpec(name, tuple(p.shape))
@@ -141,16 +178,22 @@ def shards_after_looking(dtype: torch.dtype) -> list[dict[str, Any]]:
         return found
 
     exact = masters()
+    seen: dict[str, Tensor] = {}
+    for number, layer in enumerate(model.layers):
+        layer.register_forward_pre_hook(lambda m, _, n=number: seen.update({f"layers.{n}.weight": m.weight.clone()}))
     with torch.no_grad():
         model(torch.ones(1, 20, dtype=dtype))
     with zero.gathered(model.parameters()):
-        seen = {name: p.detach().clone() for name, p in model.named_parameters()}
+        whole = {name: p.detach().clone() for name, p in model.named_parameters()}
     looked = masters()
     with zero.gathered(model.parameters(), write=True), torch.no_grad():
+        model.layers[0].weight[4] = 0.0  # type: ignore[index]
         model.layers[1].weight[3] = 2.0  # type: ignore[index]
     written = masters()
+    model.layers[1].requires_grad_(True)
+    zero.train_also(model.layers[1].parameters())
     zero.close()
-    return [{"before": before, "exact": exact, "seen": seen, "looked": looked, "written": written,
+    return [{"before": before, "exact": exact, "seen": seen, "whole": whole, "looked": looked, "written": written,
              "after": {name: p.detach().clone() for name, p in model.named_parameters()}}]  # fmt: skip
 
 
@@ -162,12 +205,13 @@ def test_what_a_rank_owns_stays_exact(dtype: torch.dtype) -> None:
         for name, values in found["exact"].items():
             assert torch.equal(found["looked"][name], values), f"{name} has changed by being looked at"
         for name, values in found["before"].items():
-            assert not torch.equal(found["seen"][name], values), "what is gathered is rounded"
+            assert not torch.equal(found["seen"][name], values), "what a forward gathers is rounded"
             assert (found["seen"][name] - values).abs().max() <= values.abs().max() / 127
             assert torch.equal(found["seen"][name], ranks[0]["seen"][name]), "and alike on all ranks"
+            assert torch.equal(found["whole"][name], values), "outside of a forward it is not"
             want = values.clone()
-            if name == "layers.1.weight":
-                want[3] = 2.0
+            row, value = (4, 0.0) if name == "layers.0.weight" else (3, 2.0)
+            want[row] = value
             assert torch.equal(found["after"][name], want), f"{name} after close()"
 
 
@@ -229,6 +273,38 @@ def test_a_shard_is_quantised_once_a_step_and_after_a_write(secondary: int | Non
         if not writes:
             assert counts == [2, 2, 2], "one a unit"
         assert secondary is not None or others > counts
+
+
+def with_a_second_shard(weights: str, secondary: int | None) -> list[Tensor]:
+    """Weights after two steps of two micro-batches, with writes in each forward and between the steps."""
+    mesh = Mesh.create(MeshShape(dp=4), torch.device("cpu"))
+    model = WritesInForward()
+    for name, p in model.named_parameters():
+        p.shard = ShardSpec(name, tuple(p.shape))  # type: ignore[attr-defined]
+    config = ZeroConfig(stage=3, quantized_weights=weights, secondary_size=secondary, persistence_threshold=0)  # type: ignore
+    zero = ZeroOptimizer(model.named_parameters(), mesh, config, OptimizerConfig(), shared_memory=False, root=model)
+    for step in range(2):
+        zero.start_step()
+        for last in (False, True):
+            x = torch.randn(3, 20, generator=torch.Generator().manual_seed(10 * step + last + 100 * mesh.rank))
+            zero.start_backward(last)
+            model(x).backward()
+            zero.end_backward()
+        zero.finish_gradients()
+        zero.step(0.01)
+        with zero.gathered(model.parameters(), write=True), torch.no_grad():
+            model.layers[0].weight[2].mul_(2.0)  # type: ignore[operator, union-attr, index]
+    zero.close()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("weights", ["none", "int8"])
+def test_a_second_shard_follows_what_is_written(weights: str) -> None:
+    want = run_ranks(with_a_second_shard, 4, weights, None)[0]
+    for found in run_ranks(with_a_second_shard, 4, weights, 2):
+        for ours, theirs in zip(found, want, strict=True):
+            rounding = 0.0 if weights == "none" else 3 * theirs.abs().max().item() / 127
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=rounding)
 
 
 def resumed(weights: str, stochastic: bool) -> list[bool]:

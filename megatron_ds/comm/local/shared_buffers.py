@@ -49,7 +49,7 @@ class LocalBuffers:
     def gathered(self, size: int, dtype: torch.dtype) -> LocalGathered:
         return LocalGathered(self._arena, size, dtype)
 
-    def gather_exactly(self) -> None:
+    def gather_exactly(self, on: bool) -> None:
         pass
 
     def publish(self) -> None:
