@@ -125,11 +125,12 @@ class QuantizedGathered(GroupGathered):
 
     def _gather_start(self, whole: Tensor, shard: Tensor) -> Pending:
         node, form = self._how.node, None if self._buffers.exact or not len(shard) else self._how.weights
-        if self._second is not None and node is not None and self._version == self._buffers.version:
+        version = self._buffers.version
+        if self._second is not None and node is not None and self._version == version:
             return all_gather_start(whole, self._second, node[0])
         sent = shard.unsqueeze(0)
-        if form is not None and (self._sent is None or self._sent_version != self._buffers.version):
-            self._sent, self._sent_version = pack(sent, form), self._buffers.version
+        if form is not None and (self._sent is None or self._sent_version != version):
+            self._sent, self._sent_version = pack(sent, form), version
         sent = sent if form is None or self._sent is None else self._sent
         received = whole.view(self._axis.size, -1) if form is None else sent.new_empty(self._axis.size, sent.shape[1])
         gathering = all_gather_start(received, sent, self._axis)
@@ -140,7 +141,7 @@ class QuantizedGathered(GroupGathered):
                 for part, of_rank in zip(whole.chunk(self._axis.size), received):
                     part.copy_(unpack(of_rank.unsqueeze(0), part.numel(), form, part.dtype)[0])
             if node is not None:
-                self._second, self._version = slice_dim0(whole, node[0]).clone(), self._buffers.version
+                self._second, self._version = slice_dim0(whole, node[0]).clone(), version
 
         return Pending(whole, then=arrived)
 
