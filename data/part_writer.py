@@ -19,7 +19,6 @@ from megatron_ds.data.parts import BAD, SUMMARY, Counts, Part
 from megatron_ds.data.source_types import Block, Input, Problem, Slice, SourceOptions, UnusableInput
 from megatron_ds.data.sources import read_block
 from megatron_ds.data.tokenizers import Ids, Tokenizer, load_tokenizer
-from megatron_ds.data.workers import Report
 from megatron_ds.files import replacing, sync_and_close
 
 BATCH_BYTES = 1 << 20
@@ -74,23 +73,23 @@ class PartMaker:
         if options.source.conversations:
             self.template = load_template(options.chat_template, options.tokenizer, self.tokenizer.special)
 
-    def __call__(self, block: Block, report: Report) -> None:
-        PartWriter(self.job, self.tokenizer, self.template, block, report).run()
+    def __call__(self, block: Block) -> tuple[int, Counts]:
+        """The block's weight, and what is in it."""
+        return block.weight, PartWriter(self.job, self.tokenizer, self.template, block).run()
 
 
 class PartWriter:
     """Turns one block into one part: a dataset, ``.bad`` records left out, and ``.part``, which makes it valid."""
 
-    def __init__(self, job: Job, tokenizer: Tokenizer, template: ChatTemplate | None, block: Block, report: Report):
-        self.job, self.tokenizer, self.template, self.block, self.report = job, tokenizer, template, block, report
+    def __init__(self, job: Job, tokenizer: Tokenizer, template: ChatTemplate | None, block: Block):
+        self.job, self.tokenizer, self.template, self.block = job, tokenizer, template, block
         self.dtype = np.dtype(job.dtype)
         self.counts = Counts()
         self.lines: dict[int, int] = {}
-        self._reported = 0.0
         self._bos = tokenizer.bos_id if job.options.prepend_bos else None
         self._eod = tokenizer.eod_id if job.options.append_eod else None
 
-    def run(self) -> None:
+    def run(self) -> Counts:
         base = Path(self.job.folder) / self.block.name
         bad = base.with_suffix(BAD)
         with (
@@ -103,11 +102,12 @@ class PartWriter:
         self.counts.max_id = self._dataset.found.max_id
         checksums = {f".{kind}": file["xxh3"] for kind, file in self._dataset.files.items()}
         Part(self.counts, self.lines, {**checksums, BAD: checksum(bad)}).write(base.with_suffix(SUMMARY))
+        return self.counts
 
     def _write_all(self) -> None:
         batch: list[_Item] = []
         size = 0
-        for part, number, share, text in self._records():
+        for part, (number, text) in read_block(self.job.inputs, self.block, self.job.options.source):
             self.lines[part.input] = self.lines.get(part.input, 0) + 1
             if isinstance(text, Problem):
                 self._problem(part, number, text)
@@ -115,20 +115,9 @@ class PartWriter:
             batch.append(_Item(part, number, text))
             size += len(text)
             if size >= BATCH_BYTES:
-                self._write(batch, share)
+                self._write(batch)
                 batch, size = [], 0
-        self._write(batch, 1.0)
-
-    def _records(self) -> Iterator[tuple[Slice, int, float, str | Problem]]:
-        """(slice, number in it, share of the block that was read, text)."""
-        total = max(sum(part.stop - part.start for part in self.block.slices), 1)
-        passed = 0
-        last: Slice | None = None
-        for part, (number, share, text) in read_block(self.job.inputs, self.block, self.job.options.source):
-            if last is not None and part is not last:
-                passed += last.stop - last.start
-            last = part
-            yield part, number, (passed + share * (part.stop - part.start)) / total, text
+        self._write(batch)
 
     def _problem(self, part: Slice, number: int, problem: Problem) -> None:
         item = self.job.inputs[part.input]
@@ -142,7 +131,7 @@ class PartWriter:
         record = {"input": part.input, "line": number, "reason": problem.reason, "detail": problem.detail}
         self._bad.write(json.dumps(record).encode() + b"\n")
 
-    def _write(self, items: list[_Item], share: float) -> None:
+    def _write(self, items: list[_Item]) -> None:
         tokens: list[npt.NDArray] = []
         masks: list[npt.NDArray[np.uint8]] = []
         lengths = []
@@ -158,8 +147,6 @@ class PartWriter:
             self._dataset.add_documents(np.concatenate(tokens), np.array(lengths), learnt)
             self.counts.documents += len(lengths)
             self.counts.tokens += sum(lengths)
-        self.report((share - self._reported) * self.block.weight, len(lengths), sum(lengths))
-        self._reported = share
 
     def _encode_texts(self, items: list[_Item]) -> Iterator[tuple[_Item, npt.NDArray, npt.NDArray[np.uint8]]]:
         nothing = np.empty(0, np.uint8)
@@ -183,17 +170,11 @@ class PartWriter:
             return list(self.tokenizer.encode_batch([item.text for item in items]))
         except RuntimeError:
             raise  # two encoders disagree: no fault of the text
-        except Exception:
-            found: list[Ids | None] = []
-        for item in items:  # one of them has failed: which?
-            try:
-                found.append(self.tokenizer.encode_batch([item.text])[0])
-            except RuntimeError:
-                raise
-            except Exception as error:  # the Rust side raises bare Exception
-                found.append(None)
-                self._problem(item.part, item.number, Problem("not encodable", str(error)))
-        return found
+        except Exception as error:  # the Rust side raises bare Exception
+            if len(items) > 1:  # one of them has failed: which?
+                return [ids for item in items for ids in self._encode_each([item])]
+            self._problem(items[0].part, items[0].number, Problem("not encodable", str(error)))
+            return [None]
 
     def _encode_conversations(self, items: list[_Item]) -> Iterator[tuple[_Item, npt.NDArray, npt.NDArray[np.uint8]]]:
         """One document for each text that shows answers as generation would: all or nothing of a conversation."""

@@ -169,7 +169,6 @@ def _make_parts(job: Job, workers: int, show_progress: bool) -> list[str]:
         smoothing=0.05,
         disable=not show_progress,
     )
-    done = documents = tokens = 0.0
 
     def is_done(number: int, block: int) -> bool:
         return f"{number:06d}-{block:06d}" in there
@@ -182,12 +181,10 @@ def _make_parts(job: Job, workers: int, show_progress: bool) -> list[str]:
             elif show_progress:
                 bar.total -= block.weight  # done by an earlier run: not part of this run's speed
 
-    def progress(weight: float, new_documents: int, new_tokens: int) -> None:
-        nonlocal done, documents, tokens
-        done, documents, tokens = done + weight, documents + new_documents, tokens + new_tokens
-        bar.set_postfix_str(f"{documents:,.0f} docs, {tokens:,.0f} tokens", refresh=False)
-        bar.update(int(done) - bar.n)
-
-    with bar:
-        run_tasks(missing(), functools.partial(PartMaker, job), workers, progress)
+    documents = tokens = 0
+    with bar, contextlib.closing(run_tasks(missing(), functools.partial(PartMaker, job), workers)) as made:
+        for weight, counts in made:
+            documents, tokens = documents + counts.documents, tokens + counts.tokens
+            bar.set_postfix_str(f"{documents:,} docs, {tokens:,} tokens", refresh=False)
+            bar.update(weight)
     return names

@@ -43,14 +43,10 @@ def _check_column(item: Input, options: SourceOptions, columns: list[str]) -> No
 
 
 def read_parquet(item: Input, part: Slice, options: SourceOptions) -> Iterator[Record]:
-    file = _open_parquet(item, options)
     groups = list(range(part.start, part.stop))
-    total = max(sum(file.metadata.row_group(group).num_rows for group in groups), 1)
-    number = 0
-    for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[options.key]):
-        for value in batch.column(0):
-            number += 1
-            yield number - 1, number / total, _checked(value.as_py, options)
+    batches = _open_parquet(item, options).iter_batches(batch_size=256, row_groups=groups, columns=[options.key])
+    for number, value in enumerate(value for batch in batches for value in batch.column(0)):
+        yield number, _checked(value.as_py, options)
 
 
 def _checked(read: Callable[[], Any], options: SourceOptions) -> str | Problem:
@@ -95,9 +91,8 @@ def read_arrow(item: Input, part: Slice, options: SourceOptions) -> Iterator[Rec
             readers = [functools.partial(lambda value: value, value) for value in dataset[start:stop][options.key]]
         except UnicodeDecodeError:  # one of them is no text: which?
             readers = [functools.partial(lambda at: dataset[at][options.key], at) for at in range(start, stop)]
-        for at, read in enumerate(readers, start):
-            share = (at + 1 - part.start) / (part.stop - part.start)
-            yield at - part.start, share, _checked(read, options)
+        for number, read in enumerate(readers, start - part.start):
+            yield number, _checked(read, options)
 
 
 def hub_revision(item: Input) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO
 
 from megatron_ds.data.source_types import Block, Input, IsDone, Problem, Record, Slice, SourceOptions, check_record
@@ -43,27 +45,27 @@ def is_paragraphs(item: Input, options: SourceOptions) -> bool:
 
 def read_text_slice(item: Input, part: Slice, options: SourceOptions, data: bytes | None) -> Iterator[Record]:
     """The records of a slice; ``data`` is its content where the file cannot be entered in the middle."""
-    parse = parse_line if item.kind == "txt" else json_parser(options)
+    parse = parse_line if item.kind == "txt" else functools.partial(parse_json_line, options=options)
     with open(item.path, "rb", buffering=1 << 20) if data is None else io.BytesIO(data) as file:
         if data is None:
             file.seek(part.start)
         if is_whole(item, options):
-            yield 0, 1.0, parse(file.read().removeprefix(BOM))
+            yield 0, parse(file.read().removeprefix(BOM))
             return
-        pieces = _lines(item, part, file)
-        for number, share, piece in _paragraphs(pieces) if is_paragraphs(item, options) else pieces:
-            yield number, share, parse(piece)
+        lines = _lines(item, part, file)
+        for number, piece in _paragraphs(lines) if is_paragraphs(item, options) else lines:
+            yield number, parse(piece)
 
 
-def _lines(item: Input, part: Slice, file: IO[bytes]) -> Iterator[tuple[int, float, bytes]]:
-    """The lines of the slice, with their number in it and the share read so far."""
-    at, number, length = part.start, 0, part.stop - part.start
+def _lines(item: Input, part: Slice, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """The lines of the slice, with their number in it."""
+    at, number = part.start, 0
     while at < part.stop:
         line = _read_line(item, file)
         if not line:
             raise DataError(f"{item.path} became shorter while it was read: expected {part.stop} bytes, found {at}")
         at += len(line)
-        yield number, (at - part.start) / length, line if number or part.start else line.removeprefix(BOM)
+        yield number, line if number or part.start else line.removeprefix(BOM)
         number += 1
 
 
@@ -74,19 +76,12 @@ def _read_line(item: Input, file: IO[bytes]) -> bytes:
     return line
 
 
-def _paragraphs(lines: Iterator[tuple[int, float, bytes]]) -> Iterator[tuple[int, float, bytes]]:
-    """What stands between blank lines."""
-    paragraph: list[bytes] = []
-    first = 0
-    for number, share, line in lines:
-        if line.strip():
-            first = first if paragraph else number
-            paragraph.append(line)
-        elif paragraph:
-            yield first, share, b"".join(paragraph)
-            paragraph = []
-    if paragraph:
-        yield first, 1.0, b"".join(paragraph)
+def _paragraphs(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    """What stands between blank lines, with the number of its first line."""
+    for filled, group in itertools.groupby(lines, lambda numbered: bool(numbered[1].strip())):
+        if filled:
+            numbers, pieces = zip(*group)
+            yield numbers[0], b"".join(pieces)
 
 
 def parse_line(line: bytes) -> str | Problem:
@@ -97,23 +92,16 @@ def parse_line(line: bytes) -> str | Problem:
     return text or Problem("empty")
 
 
-def json_parser(options: SourceOptions) -> Callable[[bytes], str | Problem]:
-    def parse(line: bytes) -> str | Problem:
-        try:
-            record = json.loads(line)
-        except UnicodeDecodeError as error:
-            return Problem("invalid UTF-8", str(error))
-        except (
-            ValueError,
-            RecursionError,
-            MemoryError,
-        ) as error:  # an integer of over 4,300 digits: a plain ValueError
-            return Problem("invalid JSON", str(error)) if line.strip() else Problem("empty", "blank line")
-        if not isinstance(record, dict):
-            return Problem("missing key", f"the line is a {type(record).__name__}, not an object")
-        return check_record(record, options)
-
-    return parse
+def parse_json_line(line: bytes, options: SourceOptions) -> str | Problem:
+    try:
+        record = json.loads(line)
+    except UnicodeDecodeError as error:
+        return Problem("invalid UTF-8", str(error))
+    except (ValueError, RecursionError, MemoryError) as error:  # an integer of over 4,300 digits: a plain ValueError
+        return Problem("invalid JSON", str(error)) if line.strip() else Problem("empty", "blank line")
+    if not isinstance(record, dict):
+        return Problem("missing key", f"the line is a {type(record).__name__}, not an object")
+    return check_record(record, options)
 
 
 def decompressed(item: Input, options: SourceOptions) -> Iterator[tuple[bytes, int]]:

@@ -83,8 +83,8 @@ class SourceOptions:
 
 IsDone = Callable[[int, int], bool]
 """Whether the block of this (input, number) was made before."""
-Record = tuple[int, float, "str | Problem"]
-"""(number of the record or line within its slice, share of the slice that was read, the text)."""
+Record = tuple[int, "str | Problem"]
+"""(number of the record or line within its slice, the text)."""
 
 
 def check_record(record: dict[str, Any], options: SourceOptions) -> str | Problem:

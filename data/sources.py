@@ -138,14 +138,13 @@ def _read_slice(item: Input, part: Slice, block: Block, options: SourceOptions) 
     return source_text.read_text_slice(item, part, options, block.data)
 
 
-def iterate_texts(specs: list[str], key: str = "text", options: SourceOptions | None = None) -> Iterator[str]:
+def iterate_texts(specs: list[str], key: str = "text") -> Iterator[str]:
     """The good texts of all inputs in order, in this process; an error if there is none at all."""
-    inputs = find_inputs(specs)
-    options = options or SourceOptions(key=key)
+    inputs, options = find_inputs(specs), SourceOptions(key=key)
     problem: Problem | None = None
     found = False
     for block in plan_blocks(inputs, options):
-        for _, (_, _, text) in read_block(inputs, block, options):
+        for _, (_, text) in read_block(inputs, block, options):
             if isinstance(text, Problem):
                 problem = problem or text
             else:

@@ -24,7 +24,6 @@ from megatron_ds.data.merge import merge_datasets
 from megatron_ds.data.part_writer import PartMaker, PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
 from megatron_ds.data.source_types import Block, Slice, SourceOptions, TxtDocuments
-from megatron_ds.data.workers import Report
 from megatron_ds.errors import DataError
 
 
@@ -89,8 +88,8 @@ def test_hub_datasets_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     real = PartMaker.__call__
 
-    def stop_after_first(maker: PartMaker, block: Block, report: Report) -> None:
-        real(maker, block, report)
+    def stop_after_first(maker: PartMaker, block: Block) -> None:
+        real(maker, block)
         raise Killed
 
     monkeypatch.setattr(PartMaker, "__call__", stop_after_first)
@@ -146,7 +145,7 @@ def test_the_cut_into_blocks_never_shows(
         found = []
         for start, stop in ranges:
             block = Block(0, 0, (Slice(0, start, stop),), stop - start)
-            found += [text for _, (_, _, text) in sources.read_block(inputs, block, options) if isinstance(text, str)]
+            found += [text for _, (_, text) in sources.read_block(inputs, block, options) if isinstance(text, str)]
         return found
 
     pieces = list(source_text.cut_file(inputs[0], options, size))

@@ -20,9 +20,9 @@ from preprocess_helpers import REPOSITORY, TEXTS, Killed, blocks_of, jsonl, outp
 
 from megatron_ds.data import sources
 from megatron_ds.data.part_writer import PartMaker, PreprocessOptions
+from megatron_ds.data.parts import Counts
 from megatron_ds.data.preprocess import preprocess
 from megatron_ds.data.source_types import Block, SourceOptions
-from megatron_ds.data.workers import Report
 from megatron_ds.errors import DataError
 
 
@@ -50,11 +50,12 @@ def test_stopped_at_every_block_and_continued(
 
     for survivors in range(1, 30):
 
-        def killing(maker: PartMaker, block: Block, report: Report, survivors: int = survivors) -> None:
+        def killing(maker: PartMaker, block: Block, survivors: int = survivors) -> tuple[int, Counts]:
             if len(made) == survivors:
                 raise Killed
-            real(maker, block, report)
+            done = real(maker, block)
             made.append(block.name)
+            return done
 
         monkeypatch.setattr(PartMaker, "__call__", killing)
         made.clear()
@@ -64,7 +65,7 @@ def test_stopped_at_every_block_and_continued(
         except Killed:
             assert not prefix.with_suffix(".idx").exists()
             first = list(made)
-            monkeypatch.setattr(PartMaker, "__call__", lambda m, b, r: (real(m, b, r), made.append(b.name)))
+            monkeypatch.setattr(PartMaker, "__call__", lambda m, b: (made.append(b.name), real(m, b))[1])
             run([source], prefix)
             assert made[: len(first)] == first and len(set(made)) == len(made)
         assert outputs(prefix) == expected
@@ -157,8 +158,8 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, 
     source.write_bytes(jsonl(TEXTS))
     real = PartMaker.__call__
 
-    def stop_after_first(maker: PartMaker, block: Block, report: Report) -> None:
-        real(maker, block, report)
+    def stop_after_first(maker: PartMaker, block: Block) -> None:
+        real(maker, block)
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -204,7 +205,7 @@ def test_an_input_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch:
     source = tmp_path / "in.jsonl"
     source.write_bytes(jsonl(TEXTS))
     real = PartMaker.__call__
-    monkeypatch.setattr(PartMaker, "__call__", lambda *a: (real(*a), source.write_bytes(jsonl(TEXTS[::-1]))))
+    monkeypatch.setattr(PartMaker, "__call__", lambda *a: (real(*a), source.write_bytes(jsonl(TEXTS[::-1])))[0])
     with pytest.raises(DataError, match="an input changed while it was read"):
         run([source], tmp_path / "out")
     assert not (tmp_path / "out.idx").exists()
@@ -215,11 +216,11 @@ def test_two_runs_on_one_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     source.write_bytes(jsonl(TEXTS))
     real, refused = PartMaker.__call__, []
 
-    def start_another(maker: PartMaker, block: Block, report: Report) -> None:
+    def start_another(maker: PartMaker, block: Block) -> tuple[int, Counts]:
         with pytest.raises(DataError, match="another run is writing this dataset"):
             preprocess([str(source)], tmp_path / "out", PreprocessOptions("bytes"), 0)
         refused.append(block)
-        real(maker, block, report)
+        return real(maker, block)
 
     monkeypatch.setattr(PartMaker, "__call__", start_another)
     assert run([source], tmp_path / "out") == TEXTS and refused

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_ds.data.workers import Report, run_tasks
+from megatron_ds.data.workers import run_tasks
 from megatron_ds.errors import DataError
 
 
-def make_handler() -> object:
-    def handle(task: tuple[str, float], report: Report) -> None:
+def make_handler() -> Callable[[tuple[str, float]], int]:
+    def handle(task: tuple[str, float]) -> int:
         what, seconds = task
         time.sleep(seconds)
         if what == "data error":
@@ -25,24 +26,23 @@ def make_handler() -> object:
             os.kill(os.getpid(), signal.SIGKILL)
         if what != "quiet":
             Path(what).touch()
-        report(os.getpid(), 1)
+        return os.getpid()
 
     return handle
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_every_task_is_done_and_reports(tmp_path: Path, workers: int) -> None:
-    reports: list[int] = []
+def test_every_task_is_done_and_has_a_result(tmp_path: Path, workers: int) -> None:
     tasks = ((str(tmp_path / str(n)), 0.0) for n in range(20))
-    run_tasks(tasks, make_handler, workers, lambda pid, one: reports.append(pid))  # type: ignore[arg-type]
+    results = list(run_tasks(tasks, make_handler, workers))
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == list(range(20))
-    assert len(reports) == 20
-    assert (os.getpid() in reports) == (workers == 0)
-    assert len(set(reports)) <= max(workers, 1)
+    assert len(results) == 20
+    assert (os.getpid() in results) == (workers == 0)
+    assert len(set(results)) <= max(workers, 1)
 
 
 def run(*tasks: tuple[str, float]) -> None:
-    run_tasks(iter(tasks), make_handler, 2, lambda *_: None)  # type: ignore[arg-type]
+    list(run_tasks(iter(tasks), make_handler, 2))
 
 
 def test_the_error_of_the_earliest_task_wins() -> None:
