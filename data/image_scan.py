@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -51,16 +50,12 @@ def usable_rows(source: ImageSource, sizes: npt.NDArray[np.int64], on_error: OnE
         DataError: none does; or one does not, and ``on_error`` is ``"fail"``.
     """
     good = sizes[:, 0] > 0
-    if not good.all() and (on_error == "fail" or not good.any()):
-        bad = [source.name(row) for row in np.flatnonzero(~good)[:_SHOWN].tolist()]
-        raise DataError(undecodable(bad, int((~good).sum()), len(source)))
+    count = int((~good).sum())
+    if count and (on_error == "fail" or not good.any()):
+        names = [source.name(row) for row in np.flatnonzero(~good)[:_SHOWN].tolist()]
+        more = f" and {count - len(names)} more" if count > len(names) else ""
+        raise DataError(
+            f"{count} of {len(source)} images cannot be decoded: {', '.join(names)}{more}; remove or replace them, or "
+            "leave them out with on_error=skip"
+        )
     return np.flatnonzero(good)
-
-
-def undecodable(names: Sequence[str], count: int, total: int) -> str:
-    """An error's text: some of the names, and how many there are."""
-    more = f" and {count - len(names)} more" if count > len(names) else ""
-    return (
-        f"{count} of {total} images cannot be decoded: {', '.join(names)}{more}; remove or replace them, or leave them "
-        "out with on_error=skip"
-    )

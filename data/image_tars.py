@@ -7,9 +7,9 @@ or ``text`` of ``key.json``; a class is the number in ``key.cls``, or ``label`` 
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from megatron_ds.errors import DataError
 from megatron_ds.files import parse_json
 
 _NONE = (-1, -1, -1)
-_PLACES = ("image", "text")
 _MOST_TEXT = 1 << 20
 
 
@@ -34,7 +33,6 @@ class _Sample:
     key: str
     image: tuple[int, int, int] = _NONE
     text: tuple[int, int, int] = _NONE
-    described: dict[str, Any] = field(default_factory=dict)
     label: int = -1
 
 
@@ -60,32 +58,27 @@ class TarImages:
         self.modified = ""  # the identity has a checksum
         beside = path.with_name(f"{path.name}.image-index")
         index = cached_arrays(beside, dict(self.identity), self._index, cache_dir)
-        self._places = {kind: index[kind] for kind in _PLACES}
-        self._names, self._ends = index["names"], index["ends"]
+        self._images, self._texts, self._names, self._ends = (index[n] for n in ("image", "text", "names", "ends"))
         if not len(self):
             raise DataError(f"{path}: the tars hold no image ({', '.join(sorted(SUFFIXES))})")
-        self.captioned = bool((index["captioned"] >= 0).all())
-        self.labels = index["labels"] if bool((index["labels"] >= 0).all()) else None
-        self.classes: tuple[str, ...] = ()
-        for what, kept in (("caption", index["captioned"] >= 0), ("class", index["labels"] >= 0)):
+        captioned, classed = self._texts[:, 0] >= 0, index["labels"] >= 0
+        for what, kept in (("caption", captioned), ("class", classed)):
             if kept.any() and not kept.all():
-                row = int(kept.argmin())
                 raise DataError(
-                    f"{int((~kept).sum())} of the {len(self)} images in {path} have no {what}, {self.name(row)} first; "
-                    "give all one, or none"
+                    f"{int((~kept).sum())} of the {len(self)} images in {path} have no {what}, "
+                    f"{self.name(int(kept.argmin()))} first; give all one, or none"
                 )
+        self.captioned = bool(captioned.all())
+        self.labels = index["labels"] if classed.all() else None
+        self.classes: tuple[str, ...] = ()
 
     def _index(self) -> dict[str, npt.NDArray]:
         with ThreadPoolExecutor() as pool:
-            per_tar = pool.map(lambda numbered: list(_samples(*numbered)), enumerate(self._tars))
-            samples = [sample for found in per_tar for sample in found]
+            samples = [sample for found in pool.map(_samples, range(len(self._tars)), self._tars) for sample in found]
         names = [sample.key.encode() for sample in samples]
         return {
-            **{
-                kind: np.array([getattr(sample, kind) for sample in samples], np.int64).reshape(-1, 3)
-                for kind in _PLACES
-            },
-            "captioned": np.array([sample.text[0] for sample in samples], np.int64),
+            "image": np.array([sample.image for sample in samples], np.int64).reshape(-1, 3),
+            "text": np.array([sample.text for sample in samples], np.int64).reshape(-1, 3),
             "labels": np.array([sample.label for sample in samples], np.int64),
             "names": np.frombuffer(b"".join(names), np.uint8),
             "ends": np.cumsum([len(name) for name in names], dtype=np.int64),
@@ -97,17 +90,17 @@ class TarImages:
     def name(self, row: int) -> str:
         start = int(self._ends[row - 1]) if row else 0
         key = self._names[start : int(self._ends[row])].tobytes().decode()
-        return f"{self._tars[int(self._places['image'][row, 0])]}: {key}"
+        return f"{self._tars[int(self._images[row, 0])]}: {key}"
 
     def content(self, row: int, most: int | None = None) -> bytes:
-        return self._read("image", row, most)
+        number, offset, size = self._images[row].tolist()
+        return _member(self._tars[number], offset, size if most is None else min(size, most))
 
     def caption(self, row: int) -> str:
-        return "" if not self.captioned else _caption(self._read("text", row))
-
-    def _read(self, kind: str, row: int, most: int | None = None) -> bytes:
-        number, offset, size = self._places[kind][row].tolist()
-        return _member(self._tars[number], offset, size if most is None else min(size, most))
+        if not self.captioned:
+            return ""
+        number, offset, size = self._texts[row].tolist()
+        return _caption(_member(self._tars[number], offset, size))
 
 
 def _member(tar: Path, offset: int, size: int) -> bytes:
@@ -122,7 +115,7 @@ def _member(tar: Path, offset: int, size: int) -> bytes:
     return content
 
 
-def _samples(number: int, path: Path) -> Iterator[_Sample]:
+def _samples(number: int, path: Path) -> list[_Sample]:
     """The images of a shard in the order of their first members."""
     found: dict[str, _Sample] = {}
     try:
@@ -135,7 +128,7 @@ def _samples(number: int, path: Path) -> Iterator[_Sample]:
                     _add(found.setdefault(key, _Sample(key)), suffix.lower(), number, path, member)
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{path} cannot be read as an uncompressed tar: {error}") from None
-    yield from (sample for sample in found.values() if sample.image != _NONE)
+    return [sample for sample in found.values() if sample.image != _NONE]
 
 
 def _add(sample: _Sample, suffix: str, number: int, path: Path, member: tarfile.TarInfo) -> None:

@@ -7,7 +7,6 @@ ranks, and so are the bytes. A run after a kill keeps the shards that are there 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -18,12 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_ds.data import noise
 from megatron_ds.data.aspect_buckets import Size, bucket_rows, make_buckets
 from megatron_ds.data.cache import first_difference
 from megatron_ds.data.image_scan import OnError, usable_rows
 from megatron_ds.data.image_source import ImageSource
-from megatron_ds.data.image_transforms import Crop, Pixels, UndecodableImage, load_pixels
+from megatron_ds.data.image_transforms import Pixels, UndecodableImage
 from megatron_ds.data.latent_cache import EMPTY, PLAN, VERSION, Arrays, Plan, Shard, shard_name, write_shard
 from megatron_ds.data.latent_encoders import (
     ImageEncoder,
@@ -34,6 +32,7 @@ from megatron_ds.data.latent_encoders import (
     model_identity,
     text_identities,
 )
+from megatron_ds.data.stored_images import Augmentation
 from megatron_ds.errors import DataError, multiples_around
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -163,88 +162,73 @@ class CacheWriter:
     def share(self, rank: int, world_size: int) -> list[ShardRows]:
         return self.shards[rank::world_size]
 
-    def write(
-        self,
-        shards: Sequence[ShardRows],
-        device: torch.device,
-        on_progress: Callable[[int], object],
-        on_present: Callable[[int], None] = lambda _: None,
-    ) -> list[str]:
+    def write(self, shards: Sequence[ShardRows], device: torch.device, bar: Any = None) -> list[str]:
         """Write those of the shards that are not there yet, whole; a line for each image left out of all.
 
         Args:
-            on_progress, on_present: told of images that have been encoded, and of those that were before.
+            bar: from :func:`encoding_bar`, to go on with each batch.
 
         Raises:
             DataError: a latent or an embedding that is not finite, or an image that cannot be decoded.
         """
+        bar = encoding_bar(shards, False) if bar is None else bar
         bad: list[tuple[int, str]] = []
         missing = []
         for shard in shards:
-            done = self._there(shard)
-            missing += [shard] if done is None else []
-            bad += () if done is None else done.bad
-            on_present(0 if done is None else len(shard.rows))
+            if (done := self._whole(shard_name(shard.number))) is None:
+                missing.append(shard)
+            else:
+                bad += done.bad
+                bar.total -= len(shard.rows)
+                bar.refresh()
         if missing:
             encoders = self._load_encoders(device)
             with ThreadPoolExecutor() as pool:
                 for shard in missing:
-                    bad += self._write(shard, encoders, pool, on_progress)
+                    bad += self._write(shard, encoders, pool, bar)
         return [f"{self._source.name(row)}: {why}" for row, why in bad]
 
     def write_empty(self, device: torch.device) -> None:
         """The embeddings of the empty text; for one rank."""
-        path = self.folder / EMPTY
-        if self._encoders.text and not _is_whole(path, self.plan):
+        if self._encoders.text and self._whole(EMPTY) is None:
             arrays = self._load_encoders(device).texts([""], ["the empty text"])
-            write_shard(path, self.plan, arrays, [])
+            write_shard(self.folder / EMPTY, self.plan, arrays, [])
 
     def _load_encoders(self, device: torch.device) -> Encoders:
         if self._loaded is None:
             self._loaded = Encoders(self._encoders, self._settings, device)
         return self._loaded
 
-    def _there(self, shard: ShardRows) -> Shard | None:
-        path = self.folder / shard_name(shard.number)
-        return Shard.open(path, self.plan) if _is_whole(path, self.plan) else None
+    def _whole(self, name: str) -> Shard | None:
+        """A shard that is there and undamaged."""
+        try:
+            shard = Shard.open(self.folder / name, self.plan)
+            shard.check()
+        except DataError:
+            return None
+        return shard
 
-    def _write(
-        self, shard: ShardRows, encoders: Encoders, pool: ThreadPoolExecutor, on_progress: Callable[[int], object]
-    ) -> list[tuple[int, str]]:
-        size = self._settings.batch
-        batches = [shard.rows[start : start + size].tolist() for start in range(0, len(shard.rows), size)]
+    def _write(self, shard: ShardRows, encoders: Encoders, pool: ThreadPoolExecutor, bar: Any) -> list[tuple[int, str]]:
+        s = self._settings
+        augmentation = Augmentation(s.crop, s.flip, s.on_error)
+        batches = [shard.rows[start : start + s.batch].tolist() for start in range(0, len(shard.rows), s.batch)]
         parts: list[Arrays] = []
         bad: list[tuple[int, str]] = []
-        for rows, loaded in zip(batches, _ahead(pool, lambda row: self._load(row, shard.bucket), batches)):
-            bad += [(row, image) for row, image in zip(rows, loaded) if isinstance(image, str)]
+
+        def load(row: int) -> Pixels | UndecodableImage:
+            return augmentation.load(self._source, row, shard.bucket, s.seed, row)
+
+        for rows, loaded in zip(batches, _ahead(pool, load, batches)):
+            bad += [(row, str(image)) for row, image in zip(rows, loaded) if not isinstance(image, Pixels)]
             good = [(row, image) for row, image in zip(rows, loaded) if isinstance(image, Pixels)]
             if good:
                 parts.append(self._encode(good, shard.bucket, encoders))
-            on_progress(len(rows))
+            bar.update(len(rows))
+        arrays: Arrays = {"latents": np.zeros((0, 1, 1, 1), np.float32)}
         if parts:
             arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        else:
-            arrays = {"latents": np.zeros((0, 1, 1, 1), np.float32)}
         write_shard(self.folder / shard_name(shard.number), self.plan, arrays, bad)
         return bad
-
-    def _load(self, row: int, bucket: Size) -> Pixels | str:
-        """An image, or why there is none."""
-        s = self._settings
-        place: Literal["centre"] | tuple[float, float] = "centre"
-        if s.crop == "random":
-            y, x = noise.uniform(s.seed, noise.CROP, [row], 2)[0].tolist()
-            place = y, x
-        flip = s.flip and noise.uniform(s.seed, noise.FLIP, [row]).item() < 0.5
-        try:
-            return load_pixels(self._source.content(row), Crop(*bucket, place, flip))
-        except UndecodableImage as error:
-            if s.on_error == "fail":
-                raise DataError(
-                    f"{self._source.name(row)} cannot be decoded: {error}; remove it, or leave such images out with "
-                    "--on-error skip"
-                ) from None
-            return str(error)
 
     def _encode(self, images: list[tuple[int, Pixels]], bucket: Size, encoders: Encoders) -> Arrays:
         names = [self._source.name(row) for row, _ in images]
@@ -298,34 +282,17 @@ class Encoders:
         return arrays
 
 
-@contextlib.contextmanager
-def encoding_progress(total: int, shown: bool) -> Iterator[tuple[Callable[[int], object], Callable[[int], None]]]:
-    """A bar with images/s and the time left, of this rank's share, which is like the others': how it goes on, and how
-    images are taken from it that were encoded before."""
+def encoding_bar(shards: Sequence[ShardRows], shown: bool) -> Any:
+    """A bar of `tqdm` with images/s and the time left, of this rank's share, which is like the others'."""
     from tqdm import tqdm
 
-    with tqdm(total=total, unit="image", desc="encode", smoothing=0.05, disable=not shown) as bar:
-
-        def leave_out(images: int) -> None:
-            bar.total -= images
-            bar.refresh()
-
-        yield bar.update, leave_out
+    total = sum(len(shard.rows) for shard in shards)
+    return tqdm(total=total, unit="image", desc="encode", smoothing=0.05, disable=not shown)
 
 
 def _cut(buckets: Mapping[Size, npt.NDArray[np.int64]], shard_rows: int) -> Iterator[ShardRows]:
     parts = [(b, rows[i : i + shard_rows]) for b, rows in buckets.items() for i in range(0, len(rows), shard_rows)]
     return (ShardRows(number, bucket, rows) for number, (bucket, rows) in enumerate(parts))
-
-
-def _is_whole(path: Path, plan: Plan) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        Shard.open(path, plan).check()
-    except DataError:
-        return False
-    return True
 
 
 def _ahead(

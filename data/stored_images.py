@@ -18,7 +18,7 @@ from megatron_ds.data import noise
 from megatron_ds.data.aspect_buckets import Size
 from megatron_ds.data.image_scan import OnError
 from megatron_ds.data.image_source import ImageSource
-from megatron_ds.data.image_transforms import Crop, UndecodableImage, load_pixels
+from megatron_ds.data.image_transforms import Crop, Pixels, UndecodableImage, load_pixels
 from megatron_ds.data.latent_cache import LatentCache, sample_latents
 from megatron_ds.data.samples import Batch
 from megatron_ds.errors import DataError
@@ -43,6 +43,25 @@ class Augmentation:
     on_error: OnError = "fail"
     workers: int | None = None
 
+    def load(
+        self, source: ImageSource, row: int, size: Size, seed: int, key: int, channels: int = 3
+    ) -> Pixels | UndecodableImage:
+        """One image, or why there is none. ``key``: the index of its random numbers."""
+        place: Literal["centre"] | tuple[float, float] = "centre"
+        if self.crop == "random":
+            y, x = noise.uniform(seed, noise.CROP, [key], 2)[0].tolist()
+            place = y, x
+        flip = self.flip and noise.uniform(seed, noise.FLIP, [key]).item() < 0.5
+        try:
+            return load_pixels(source.content(row), Crop(*size, place, flip), channels)
+        except UndecodableImage as error:
+            if self.on_error == "fail":
+                raise DataError(
+                    f"{source.name(row)} cannot be decoded: {error}; remove it, or leave such images out with "
+                    "on_error=skip"
+                ) from None
+            return error
+
 
 class DecodedImages:
     """Images of a source, with their classes where it has them.
@@ -66,43 +85,29 @@ class DecodedImages:
 
     def load(self, rows: Rows, keys: Rows) -> Batch:
         """See :class:`~megatron_ds.data.image_samples.Images`."""
-        places = noise.uniform(self._seed, noise.CROP, keys, 2)
-        flips = noise.uniform(self._seed, noise.FLIP, keys)[:, 0] < 0.5
-        loaded = list(self._threads.map(self._load, rows.tolist(), places.tolist(), flips.tolist()))
         height, width = self._sizes[rows[0]].tolist()
-        nothing = np.zeros((self._channels, height, width), np.float32)
-        batch: Batch = {
-            "images": np.stack([nothing if pixels is None else pixels for pixels in loaded]),
-            "counts": np.array([pixels is not None for pixels in loaded]),
-        }
+
+        def load(row: int, key: int) -> Pixels | UndecodableImage:
+            return self._augmentation.load(self._source, row, (height, width), self._seed, key, self._channels)
+
+        loaded = list(self._threads.map(load, rows.tolist(), keys.tolist()))
+        images = np.zeros((len(rows), self._channels, height, width), np.float32)
+        for place, (row, image) in enumerate(zip(rows.tolist(), loaded)):
+            if isinstance(image, Pixels):
+                images[place] = image.values
+            elif row not in self.undecodable:
+                self.undecodable.add(row)
+                log.warning(
+                    "%s cannot be decoded and counts nothing: %s (%d such images so far)",
+                    *(self._source.name(row), image, len(self.undecodable)),
+                )
+        batch: Batch = {"images": images, "counts": np.array([isinstance(image, Pixels) for image in loaded])}
         return batch if self._source.labels is None else {**batch, "labels": self._source.labels[rows]}
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return ThreadPoolExecutor(self._augmentation.workers or cores, thread_name_prefix="decode")
-
-    def _load(self, row: int, place: list[float], flip: bool) -> npt.NDArray[np.float32] | None:
-        height, width = self._sizes[row].tolist()
-        spot: Literal["centre"] | tuple[float, float] = "centre"
-        if self._augmentation.crop == "random":
-            spot = place[0], place[1]
-        crop = Crop(height, width, spot, flip and self._augmentation.flip)
-        try:
-            return load_pixels(self._source.content(row), crop, self._channels).values
-        except UndecodableImage as error:
-            if self._augmentation.on_error == "fail":
-                raise DataError(
-                    f"{self._source.name(row)} cannot be decoded: {error}; remove it, or let such images count nothing "
-                    "with data.on_error=skip"
-                ) from None
-            if row not in self.undecodable:
-                self.undecodable.add(row)
-                log.warning(
-                    "%s cannot be decoded and counts nothing: %s (%d such images so far)",
-                    *(self._source.name(row), error, len(self.undecodable)),
-                )
-            return None
 
 
 class LatentImages:

@@ -25,7 +25,7 @@ from megatron_ds.data.cache import locked
 from megatron_ds.data.image_scan import image_sizes
 from megatron_ds.data.image_source import open_images
 from megatron_ds.data.latent_cache import LatentCache
-from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders, encoding_progress
+from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders, encoding_bar
 from megatron_ds.errors import DataError
 from megatron_ds.train.launch import RankInfo, job, run_main
 
@@ -74,8 +74,8 @@ def main(place: RankInfo) -> int:
         shards = writer.share(place.rank, place.world_size)
         if place.rank == 0:
             writer.write_empty(device)
-        with encoding_progress(sum(len(shard.rows) for shard in shards), place.rank == 0) as (advance, leave_out):
-            left_out = writer.write(shards, device, advance, leave_out)
+        with encoding_bar(shards, place.rank == 0) as bar:
+            left_out = writer.write(shards, device, bar)
         _say_left_out("which cannot be decoded to their end", left_out)
         if place.rank == 0:
             _say_left_out("which are no images", writer.unreadable)

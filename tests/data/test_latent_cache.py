@@ -48,7 +48,7 @@ def write(
 ) -> list[str]:
     made = writer(root / "classes", EncoderFolders(root / "vae"), output, settings)
     made.begin()
-    return made.write(made.share(rank, world_size), torch.device("cpu"), lambda _: None)
+    return made.write(made.share(rank, world_size), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_text_is_encoded_as_sdxl_and_as_one_encoder_do(folders: Path, tmp_path: 
     made = writer(folders / "captions", EncoderFolders(folders / "vae", both, both), tmp_path / "two")
     made.begin()
     made.write_empty(torch.device("cpu"))
-    made.write(made.share(0, 1), torch.device("cpu"), lambda _: None)
+    made.write(made.share(0, 1), torch.device("cpu"))
     cache = LatentCache(tmp_path / "two")
     found = cache.rows([0])
     first = transformers.CLIPTextModel.from_pretrained(both[0])
@@ -164,7 +164,7 @@ def test_text_is_encoded_as_sdxl_and_as_one_encoder_do(folders: Path, tmp_path: 
     made = writer(folders / "captions", one, tmp_path / "one", settings)
     made.begin()
     made.write_empty(torch.device("cpu"))
-    made.write(made.share(0, 1), torch.device("cpu"), lambda _: None)
+    made.write(made.share(0, 1), torch.device("cpu"))
     last = LatentCache(tmp_path / "one")
     assert last.fields == ("crop_top_left", "latents", "original_size", "pooled", "target_size", "text")
     ids = tokenizer(["a temple with 0 roofs"], padding="max_length", return_tensors="pt").input_ids
@@ -216,7 +216,7 @@ def test_images_that_do_not_decode_are_left_out_or_fatal(folders: Path, tmp_path
     with pytest.raises(DataError, match=r"1 of 10 images cannot be decoded: .*china/3.png; remove"):
         write(tmp_path, tmp_path / "fatal", settings=fatal)
     (tmp_path / "classes" / "china" / "3.png").unlink()
-    with pytest.raises(DataError, match=r"china/1.png cannot be decoded: .*--on-error skip"):
+    with pytest.raises(DataError, match=r"china/1.png cannot be decoded: .*on_error=skip"):
         write(tmp_path, tmp_path / "fatal", settings=fatal)
     assert not list((tmp_path / "fatal").glob("*.safetensors"))
 

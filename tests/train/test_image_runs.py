@@ -62,7 +62,7 @@ def write_cache(root: Path, name: str, vae: str = "vae", **change: Any) -> None:
     sizes = image_sizes(source, root / "classes")
     writer = CacheWriter(source, sizes, EncoderFolders(root / vae), settings, root / name)
     writer.begin()
-    writer.write(writer.share(0, 1), torch.device("cpu"), lambda _: None)
+    writer.write(writer.share(0, 1), torch.device("cpu"))
 
 
 def train(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -303,7 +303,7 @@ def test_texts_of_a_cache_train_joint_blocks(
         writer = CacheWriter(source, sizes, encoders, CacheSettings(64, 16, 2.0, batch=2), tmp_path / name)
         writer.begin()
         writer.write_empty(torch.device("cpu"))
-        writer.write(writer.share(0, 1), torch.device("cpu"), lambda _: None)
+        writer.write(writer.share(0, 1), torch.device("cpu"))
     folder = tmp_path / "texts"
     empty = LatentCache(folder).empty
     (_, tokens, width), (_, pooled) = empty["text"].shape, empty["pooled"].shape

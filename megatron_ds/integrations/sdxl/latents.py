@@ -13,7 +13,7 @@ from megatron_ds.data.image_scan import image_sizes
 from megatron_ds.data.image_source import open_images
 from megatron_ds.data.latent_cache import LatentCache
 from megatron_ds.data.latent_encoders import model_identity
-from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders, encoding_progress
+from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders, encoding_bar
 from megatron_ds.data.stored_images import LatentImages
 from megatron_ds.errors import DataError
 from megatron_ds.mesh import Mesh
@@ -41,11 +41,11 @@ def write_latents(
         if mesh.rank == 0:
             writer.write_empty(mesh.device)
     shards = writer.share(mesh.rank, mesh.world.size)
-    with encoding_progress(sum(len(shard.rows) for shard in shards), mesh.rank == 0) as progress:
+    with encoding_bar(shards, mesh.rank == 0) as bar:
         # They meet after every shard: over all of a large set one may fall behind by more than the group waits.
         for number in range(-(-len(writer.shards) // mesh.world.size)):
             with together(mesh.world):
-                writer.write(shards[number : number + 1], mesh.device, *progress)
+                writer.write(shards[number : number + 1], mesh.device, bar)
     with together(mesh.world):
         return LatentCache(folder)
 
