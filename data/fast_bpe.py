@@ -42,6 +42,11 @@ class Unsuitable(Exception):
     """Why tiktoken cannot stand in for a tokenizer."""
 
 
+def gives_up(error: BaseException) -> bool:
+    """Whether tiktoken's regex cannot take a text: an error, or a panic of the Rust side (no ``Exception``)."""
+    return isinstance(error, ValueError) or type(error).__name__ == "PanicException"
+
+
 def byte_characters() -> list[str]:
     """The printable character that byte-level BPE writes for each byte (GPT-2's table): itself where it is visible
     in Latin-1, else the next of the characters from U+0100 on."""
@@ -95,8 +100,7 @@ class FastEncoder:
         try:
             ids = self._fast(text)
         except BaseException as error:
-            # How a regex that gives up arrives: as an error, or a panic of the Rust side (no Exception).
-            if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
+            if not gives_up(error):
                 raise
             return np.array(self._slow(text), np.uint32)
         self._until_check -= 1

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from megatron_ds.data.gpt_dataset import GPTDataset
 from megatron_ds.data.order import key, mix, order
 from megatron_ds.data.samples import Batch
-from megatron_ds.data.tokenizers import Tokenizer
+from megatron_ds.data.tokenizer_base import Tokenizer
 from megatron_ds.errors import DataError
 
 _UNIT = 1 << 53

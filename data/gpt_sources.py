@@ -16,7 +16,8 @@ from megatron_ds.data.gpt_dataset import GPTDataset, TextSource
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.samples import Sources
 from megatron_ds.data.synthetic import SyntheticDataset
-from megatron_ds.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_ds.data.tokenizer_base import Tokenizer
+from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.data.verify import check_token_ids
 from megatron_ds.errors import DataError
 

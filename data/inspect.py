@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.order import permute
-from megatron_ds.data.tokenizers import Tokenizer
+from megatron_ds.data.tokenizer_base import Tokenizer
 from megatron_ds.errors import DataError
 from megatron_ds.files import replacing
 

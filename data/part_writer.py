@@ -18,7 +18,8 @@ from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.parts import BAD, SUMMARY, Counts, Part
 from megatron_ds.data.source_types import Block, Input, Problem, Slice, SourceOptions, UnusableInput
 from megatron_ds.data.sources import read_block
-from megatron_ds.data.tokenizers import Ids, Tokenizer, load_tokenizer
+from megatron_ds.data.tokenizer_base import Ids, Tokenizer
+from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.files import replacing, sync_and_close
 
 BATCH_BYTES = 1 << 20

@@ -19,6 +19,8 @@ from megatron_ds.errors import DataError
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eod|>", "<eod>", "[SEP]")
 MASK_NAMES = ("[MASK]", "<mask>")
 BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
+KNOWN_NAMES: dict[str, tuple[str, ...]] = {"eos_token": EOD_NAMES, "bos_token": BOS_NAMES, "mask_token": MASK_NAMES}
+"""What a token is taken for where no file says so."""
 SETTINGS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 
@@ -97,8 +99,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def choose(
     special: SpecialTokens, setting: str, known: Iterable[str], ids: Mapping[str, int]
-) -> tuple[int | None, str]:
-    """(id of a special token, where its name comes from): the configured one, else the first of the known names.
+) -> tuple[str | None, str]:
+    """(name of a special token, where that comes from): the configured one, else the first of the known names.
 
     Args:
         ids: of all tokens by their text.
@@ -112,8 +114,8 @@ def choose(
                 f"{special.origins[setting]} says {setting}={name!r}, but the tokenizer has no such token; add it to "
                 f"added_tokens_decoder in {CONFIG} with its id, or take {setting} out of {special.origins[setting]}"
             )
-        return ids[name], special.origins[setting]
-    return next(((ids[name], "a known name") for name in known if name in ids), (None, ""))
+        return name, special.origins[setting]
+    return next(((name, "a known name") for name in known if name in ids), (None, ""))
 
 
 def cut_at_tokens(text: str, ids: Mapping[str, int]) -> Iterator[tuple[int, str, int | None]]:

@@ -10,16 +10,15 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_ds.data.fast_bpe import byte_characters
-from megatron_ds.data.special_tokens import BOS_NAMES, EOD_NAMES, choose, read_special_tokens
+from megatron_ds.data.fast_bpe import byte_characters, gives_up
+from megatron_ds.data.special_tokens import read_special_tokens
+from megatron_ds.data.tokenizer_base import Ids, Marked, Tokenizer, write_hf
 from megatron_ds.errors import DataError
 from megatron_ds.files import read_json
 
@@ -70,7 +69,7 @@ def is_tiktoken_file(path: Path) -> bool:
     return True
 
 
-class TiktokenTokenizer:
+class TiktokenTokenizer(Tokenizer):
     """A tiktoken file. Special tokens in a text are encoded as such."""
 
     encoder = "tiktoken"
@@ -95,13 +94,7 @@ class TiktokenTokenizer:
             content + json.dumps([self.pattern, self._special_ids], sort_keys=True).encode()
         )
         self.vocab_size = max([*self.ranks.values(), *self._special_ids.values()]) + 1
-        found = read_special_tokens(self.path.parent)
-        self.eod_id, self.eod_origin = choose(found, "eos_token", EOD_NAMES, self._special_ids)
-        self.bos_id, _ = choose(found, "bos_token", BOS_NAMES, self._special_ids)
-        self.mask_id: int | None = None
-        texts = {number: name for name, number in self._special_ids.items()}
-        chosen = (("eos_token", self.eod_id), ("bos_token", self.bos_id))
-        self.special = {setting: texts[token] for setting, token in chosen if token is not None}
+        self._take_special(read_special_tokens(self.path.parent), self._special_ids)
 
     def _read(self, content: bytes) -> dict[bytes, int]:
         ranks = {}
@@ -133,10 +126,10 @@ class TiktokenTokenizer:
             'beside it with {"pattern": ..., "special_tokens": {...}}'
         )
 
-    def encode_batch(self, texts: list[str]) -> list[Sequence[int] | npt.NDArray]:
+    def encode_batch(self, texts: list[str]) -> list[Ids]:
         return [self._encode(text) for text in texts]
 
-    def encode_marked(self, text: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def encode_marked(self, text: str) -> Marked:
         ids = self._encode(text)
         _, starts = self.backend.decode_with_offsets(ids.tolist())
         return ids.astype(np.int64), np.array(starts, np.int64)
@@ -145,8 +138,7 @@ class TiktokenTokenizer:
         try:
             ids = self.backend.encode(text, allowed_special=self._known, disallowed_special=())
         except BaseException as error:
-            # How a regex that gives up arrives: as an error, or a panic of the Rust side (no Exception).
-            if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
+            if not gives_up(error):
                 raise
             raise DataError(
                 f"tiktoken gave up on a text of {len(text)} characters that starts with {text[:60]!r}; its regex "
@@ -154,7 +146,7 @@ class TiktokenTokenizer:
             ) from None
         return np.array(ids, np.uint32)
 
-    def decode(self, ids: Any) -> str:
+    def decode(self, ids: Ids) -> str:
         return self.backend.decode([int(i) for i in ids])
 
     def token_id(self, name: str) -> int | None:
@@ -191,9 +183,5 @@ class TiktokenTokenizer:
             backend.add_special_tokens([AddedToken(name, special=True, normalized=False)])
             if backend.token_to_id(name) != token_id:
                 raise DataError(f"{self.path}: special token {name!r} = {token_id} cannot be written as tokenizer.json")
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        backend.save(str(target / "tokenizer.json"))
-        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        config.update(self.special)
-        (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        write_hf(folder, {**config, **self.special}, backend)

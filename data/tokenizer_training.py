@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ds.data.sources import iterate_texts
+from megatron_ds.data.tokenizer_base import write_hf
 from megatron_ds.errors import DataError
 
 Kind = Literal["bpe", "unigram", "wordpiece"]
@@ -140,19 +140,12 @@ def _train_hf(
         backend.decoder = decoders.WordPiece()
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *extra]
         trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=show_progress)
-        config = {
-            name: f"[{token}]"
-            for name, token in (
-                ("pad_token", "PAD"), ("unk_token", "UNK"), ("cls_token", "CLS"), ("sep_token", "SEP"),
-                ("mask_token", "MASK"),
-            )
-        }  # fmt: skip
+        config = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special))
     backend.train_from_iterator(texts, trainer)
     if backend.get_vocab_size() <= least_alphabet(kind) + len(extra):
         raise DataError("the inputs hold too little text to train a tokenizer on")
-    backend.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **config}  # type: ignore[dict-item]
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    write_hf(folder, {**fixed, **config}, backend)
 
 
 def least_alphabet(kind: Kind) -> int:

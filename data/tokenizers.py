@@ -7,77 +7,23 @@ tokenizer folder runs.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from megatron_ds.data.fast_bpe import FastEncoder, Unsuitable, byte_characters
 from megatron_ds.data.sentencepiece_export import to_tokenizers
-from megatron_ds.data.special_tokens import (
-    BOS_NAMES,
-    EOD_NAMES,
-    MASK_NAMES,
-    SpecialTokens,
-    choose,
-    cut_at_tokens,
-    read_special_tokens,
-)
+from megatron_ds.data.special_tokens import EOD_NAMES, SpecialTokens, read_special_tokens
 from megatron_ds.data.tiktoken_files import TiktokenTokenizer, is_tiktoken_file
+from megatron_ds.data.tokenizer_base import Ids, Marked, Tokenizer, encode_between, write_hf
 from megatron_ds.errors import DataError
-
-Ids = Sequence[int] | npt.NDArray
-Marked = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
-"""Ids of a text, and the character of it in which each token starts."""
-
-
-class Tokenizer(Protocol):
-    """Text to ids and back.
-
-    Attributes:
-        vocab_size: the largest id + 1, special tokens included: what a model's embedding must cover.
-        eod_id: ends a document; None if the tokenizer has no such token.
-        bos_id: begins a document; None if it has none.
-        mask_id: stands for a masked token; None if it has none.
-        eod_origin: where the choice of ``eod_id`` comes from: a file, or "a known name".
-        special: texts of the special tokens by their setting (``eos_token``, ...), as chat templates use them.
-        fingerprint: changes when the tokenizer's file does.
-        encoder: which library encodes, and why that one.
-    """
-
-    vocab_size: int
-    eod_id: int | None
-    bos_id: int | None
-    mask_id: int | None
-    eod_origin: str
-    special: dict[str, str]
-    fingerprint: str
-    encoder: str
-
-    def encode_batch(self, texts: list[str]) -> list[Ids]:
-        """The ids of each text, without BOS or EOD added."""
-        ...
-
-    def encode_marked(self, text: str) -> Marked:
-        """The ids of a text in which the names of special tokens stand for these, as in a rendered conversation."""
-        ...
-
-    def decode(self, ids: Ids) -> str: ...
-
-    def token_id(self, name: str) -> int | None:
-        """The id of a token by its name, e.g. of a special one; None if there is no such token."""
-        ...
-
-    def save_hf(self, folder: str | Path) -> None:
-        """Write what ``transformers.AutoTokenizer.from_pretrained(folder)`` loads."""
-        ...
 
 
 def load_tokenizer(path_or_spec: str | Path, proved: bool = False) -> Tokenizer:
@@ -111,7 +57,7 @@ def load_tokenizer(path_or_spec: str | Path, proved: bool = False) -> Tokenizer:
     )
 
 
-class HFTokenizer:
+class HFTokenizer(Tokenizer):
     """A ``tokenizer.json``. EOD and BOS come from the ``tokenizer_config.json`` beside it, else from known names.
 
     Args:
@@ -140,13 +86,7 @@ class HFTokenizer:
         self.fingerprint = xxhash.xxh3_64_hexdigest(content)
         ids = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
-        self.eod_id, self.eod_origin = choose(found, "eos_token", EOD_NAMES, ids)
-        self.bos_id, _ = choose(found, "bos_token", BOS_NAMES, ids)
-        self.mask_id, _ = choose(found, "mask_token", MASK_NAMES, ids)
-        self.special = dict(found.names)
-        for setting, token in (("eos_token", self.eod_id), ("bos_token", self.bos_id), ("mask_token", self.mask_id)):
-            if token is not None:
-                self.special[setting] = str(self.backend.id_to_token(token))
+        self._take_special(found, ids)
         self._fast: FastEncoder | None = None
         self.encoder = "tokenizers (as told)"
         if fast:
@@ -200,16 +140,15 @@ class HFTokenizer:
         return found
 
     def save_hf(self, folder: str | Path) -> None:
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        self.backend.save(str(target / "tokenizer.json"))
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}
-        for setting, text in self.special.items():
-            config.setdefault(setting, text)
-        (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_hf(
+            folder,
+            {**config, **{name: text for name, text in self.special.items() if name not in config}},
+            self.backend,
+        )
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece ``.model``, with the tokens that the files beside it add.
 
     EOD is the configured ``eos_token``, else the model's ``</s>``; BOS likewise.
@@ -240,10 +179,7 @@ class SentencePieceTokenizer:
         for setting, token in own.items():
             if token >= 0 and setting not in found.names:
                 found.names[setting], found.origins[setting] = self.backend.IdToPiece(token), self.path.name
-        self.eod_id, self.eod_origin = choose(found, "eos_token", (), known)
-        self.bos_id, _ = choose(found, "bos_token", (), known)
-        self.mask_id, _ = choose(found, "mask_token", (), known)
-        self.special = found.names
+        self._take_special(found, known, by_known_names=False)
 
     def _read_added(self, found: SpecialTokens) -> dict[str, int]:
         """Tokens beyond the pieces of the model."""
@@ -263,31 +199,17 @@ class SentencePieceTokenizer:
     def encode_marked(self, text: str) -> Marked:
         from sentencepiece import sentencepiece_pb2
 
-        ids: list[int] = []
-        starts: list[npt.NDArray[np.int64]] = [np.zeros(0, np.int64)]
-        for start, piece, special in cut_at_tokens(text, self._names):
-            if special is not None:
-                ids.append(special)
-                starts.append(np.array([start]))
-                continue
-            found = sentencepiece_pb2.SentencePieceText.FromString(
-                self.backend.Encode(piece, out_type="serialized_proto")
-            )
-            ids += [token.id for token in found.pieces]
-            bytes_at = np.array([token.begin for token in found.pieces], np.int64)
-            starts.append(start + character_of_byte(piece)[bytes_at])
-        return np.array(ids, np.int64), np.concatenate(starts)
+        def encode(piece: str) -> tuple[Ids, Ids]:
+            serialized = self.backend.Encode(piece, out_type="serialized_proto")
+            found = sentencepiece_pb2.SentencePieceText.FromString(serialized).pieces
+            return [token.id for token in found], [token.begin for token in found]
+
+        return encode_between(text, self._names, encode)
 
     def decode(self, ids: Ids) -> str:
         names = {number: name for name, number in self._added.items()}
-        text = ""
-        run: list[int] = []
-        for number in [int(i) for i in ids] if names else []:
-            if number in names:
-                text, run = text + self.backend.DecodeIds(run) + names[number], []
-            else:
-                run.append(number)
-        return text + str(self.backend.DecodeIds(run if names else [int(i) for i in ids]))
+        runs = itertools.groupby((int(i) for i in ids), names.get)
+        return "".join(name * len(list(run)) if name else self.backend.DecodeIds(list(run)) for name, run in runs)
 
     def token_id(self, name: str) -> int | None:
         if name in self._added:
@@ -306,23 +228,19 @@ class SentencePieceTokenizer:
         try:
             backend = to_tokenizers(self.backend)
             backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in self._added])
-            backend.save(str(target / "tokenizer.json"))
         except DataError as error:
             warnings.warn(f"{target} gets tokenizer.model alone: {error}", stacklevel=2)
-            config["tokenizer_class"] = "LlamaTokenizer"
+            backend, config["tokenizer_class"] = None, "LlamaTokenizer"
         if (unknown := self.backend.unk_id()) >= 0:
             config["unk_token"] = self.backend.IdToPiece(unknown)
-        config.update(self.special)
-        (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        write_hf(target, {**config, **self.special}, backend)
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """UTF-8 bytes as ids 0-255; 256 ends a document. Needs no file; for tests and byte-level models."""
 
     vocab_size = 257
-    eod_id: int | None = 256
-    bos_id: int | None = None
-    mask_id: int | None = None
+    eod_id = 256
     eod_origin = "the byte tokenizer itself"
     fingerprint = "bytes"
     encoder = "this library (UTF-8)"
@@ -334,15 +252,11 @@ class ByteTokenizer:
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
     def encode_marked(self, text: str) -> Marked:
-        ids, starts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for start, piece, special in cut_at_tokens(text, {EOD_NAMES[0]: 256}):
-            if special is not None:
-                ids.append(np.array([special]))
-                starts.append(np.array([start]))
-            else:
-                ids.append(np.frombuffer(piece.encode("utf-8"), np.uint8).astype(np.int64))
-                starts.append(start + character_of_byte(piece)[: ids[-1].size])
-        return np.concatenate(ids), np.concatenate(starts)
+        def encode(piece: str) -> tuple[Ids, Ids]:
+            ids = np.frombuffer(piece.encode("utf-8"), np.uint8)
+            return ids, np.arange(ids.size)
+
+        return encode_between(text, {EOD_NAMES[0]: 256}, encode)
 
     def decode(self, ids: Ids) -> str:
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
@@ -358,17 +272,5 @@ class ByteTokenizer:
         backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.decoder = decoders.ByteLevel()
-        backend.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        backend.save(str(target / "tokenizer.json"))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-        (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def character_of_byte(text: str) -> npt.NDArray[np.int64]:
-    """For each byte of a text in UTF-8, and for its end, which character it belongs to: int64 [bytes + 1]."""
-    raw = np.frombuffer(text.encode("utf-8"), np.uint8)
-    begins = np.append((raw & 0xC0) != 0x80, True)
-    found: npt.NDArray[np.int64] = np.cumsum(begins, dtype=np.int64) - 1
-    return found
+        backend.add_special_tokens([AddedToken(EOD_NAMES[0], special=True)])
+        write_hf(folder, {"tokenizer_class": "PreTrainedTokenizerFast", **self.special}, backend)

@@ -183,7 +183,7 @@ def test_training_that_is_stopped_leaves_no_half_of_a_tokenizer(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_ds.data.tokenizer_training.json.dumps", stop)  # tokenizer.json is written by then
+        patch.setattr("megatron_ds.data.tokenizer_base.json.dumps", stop)  # tokenizer.json is written by then
         with pytest.raises(KeyboardInterrupt):
             train_tokenizer([str(corpus)], tmp_path / "t", 300)
     assert [path.name for path in tmp_path.rglob("t*")] == ["t"]
