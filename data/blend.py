@@ -7,8 +7,8 @@ exact in integers, with no state and no table, for a run of any length.
 
 Rounding at a node moves a dataset's count by at most half a sample, and each further node scales what came from above
 by its child's share. The tree is Huffman's (the heaviest datasets nearest the root), where two nodes down a path at
-least halve the weight; so the counts over any prefix differ from ``n * weight`` by less than 2 (:func:`deviation_bound`
-computes the bound of each leaf; it is below 1 for two datasets, and for most blends).
+least halve the weight; so the counts over any prefix differ from ``n * weight`` by less than 2 (by half a sample at
+most for two datasets).
 """
 
 from __future__ import annotations
@@ -96,21 +96,6 @@ class BlendSchedule:
 
         descend(self._root, num_samples)
         return found
-
-    def deviation_bound(self) -> list[float]:
-        """Per dataset, what ``|count - n * weight|`` never exceeds, for any ``n``."""
-        bounds = [0.0] * len(self.weights)
-
-        def descend(node: _Node | int, bound: float) -> None:
-            if isinstance(node, int):
-                bounds[node] = bound
-                return
-            share = node.left_weight / node.weight
-            descend(node.left, bound * share + 0.5)
-            descend(node.right, bound * (1 - share) + 0.5)
-
-        descend(self._root, 0.0)
-        return bounds
 
 
 def _share(counts: npt.NDArray[np.int64], node: _Node) -> npt.NDArray[np.int64]:

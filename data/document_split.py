@@ -5,8 +5,6 @@ A run reads the first two. What is kept for a test afterwards may be shorter tha
 
 from __future__ import annotations
 
-from typing import Literal
-
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.errors import DataError
 
@@ -29,18 +27,15 @@ def parse_split(split: str) -> tuple[float, float, float]:
     return weights[0] / total, weights[1] / total, weights[2] / total
 
 
-def split_documents(
-    dataset: IndexedDataset, split: str, sequence_length: int, by: Literal["tokens", "documents"] = "tokens"
-) -> dict[str, DocumentRange | None]:
+def split_documents(dataset: IndexedDataset, split: str, sequence_length: int) -> dict[str, DocumentRange | None]:
     """``{"train": (start, stop), "valid": ..., "test": ...}``: documents ``start <= i < stop``; None for weight 0, and
     for a test split without one sample.
 
     Args:
-        dataset: what is split; its documents are never cut.
+        dataset: what is split where the *tokens* have the wanted proportions (documents may be very uneven, and are
+            never cut).
         split: weights, see :func:`parse_split`.
         sequence_length: train and valid must hold one sample, ``sequence_length + 1`` tokens.
-        by: cut where the *tokens* have the wanted proportions (documents may be very uneven), or where the
-            number of *documents* has, as Megatron does.
 
     Raises:
         DataError: train or valid has a weight and is too short for one sample; the message says what would do.
@@ -48,7 +43,7 @@ def split_documents(
     fractions = parse_split(split)
     cuts = [0]
     for index in range(3):
-        cuts.append(max(cuts[-1], _cut(dataset, sum(fractions[: index + 1]), by)))
+        cuts.append(max(cuts[-1], _cut(dataset, sum(fractions[: index + 1]))))
     # Rounding must not leave a document to a split of weight 0, or to none.
     last = max(index for index in range(3) if fractions[index])
     cuts[last + 1 :] = [dataset.num_documents] * (3 - last)
@@ -62,9 +57,7 @@ def split_documents(
     return ranges
 
 
-def _cut(dataset: IndexedDataset, fraction: float, by: Literal["tokens", "documents"]) -> int:
-    if by == "documents":
-        return round(fraction * dataset.num_documents)
+def _cut(dataset: IndexedDataset, fraction: float) -> int:
     wanted = fraction * dataset.num_tokens
     document = dataset.document_of(min(int(wanted), dataset.num_tokens - 1))
     before, after = dataset.document_start(document), dataset.document_start(document + 1)

@@ -119,8 +119,7 @@ class FIMDataset:
         windows = np.empty((rows.size, s + 1), np.int64)
         starts: list[npt.NDArray[np.int64]] = []
         for i, (row, place) in enumerate(zip(rows.tolist(), keys.tolist())):
-            window, its_starts = self.dataset.window(row)
-            pieces = np.split(window, its_starts)
+            pieces = np.split(self.dataset.window(row).astype(np.int64), self.dataset.document_starts(row))
             draws = (key(self.dataset.seed, place, number) for number in range(len(pieces)))
             new = [self._piece(piece, draw) for piece, draw in zip(pieces, draws)]
             windows[i] = np.concatenate(new)[: s + 1]

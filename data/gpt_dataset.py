@@ -11,6 +11,7 @@ Shape legend: ``b`` samples, ``s`` sequence length.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -43,10 +44,9 @@ class GPTDataset:
         sequence_length: ``s``, tokens of input per sample.
         documents: ``(start, stop)`` document range; None for all.
         seed: of the sample order.
-        reset_positions: ``position_ids`` start again at 0 with each document (otherwise they run 0..s-1).
-        mask_documents: also give ``document_ids`` (0, 1, ... within the row), for attention that stays inside a
-            document.
-        mask_boundary_loss: do not count the prediction of a document's first token from the one before it.
+        document_masking: also give ``document_ids`` (0, 1, ... within the row), for attention that stays inside a
+            document; ``position_ids`` start again at 0 with each document (otherwise they run 0..s-1); and the
+            prediction of a document's first token from the one before it does not count.
 
     Raises:
         DataError: the range has fewer than ``sequence_length + 1`` tokens, or the dataset holds no integers.
@@ -58,9 +58,7 @@ class GPTDataset:
         sequence_length: int,
         documents: DocumentRange | None = None,
         seed: int = 0,
-        reset_positions: bool = False,
-        mask_documents: bool = False,
-        mask_boundary_loss: bool = False,
+        document_masking: bool = False,
     ):
         if indexed.dtype.kind not in "iu":
             raise DataError(f"{indexed.bin_path} holds {indexed.dtype.name} values, not token ids")
@@ -72,10 +70,7 @@ class GPTDataset:
                 f"documents {start} to {stop} were asked for, but {indexed.prefix} has 0 to {indexed.num_documents}"
             )
         self.indexed, self.sequence_length, self.seed = indexed, sequence_length, seed
-        self.documents = (start, stop)
-        self.reset_positions = reset_positions
-        self.mask_documents = mask_documents
-        self.mask_boundary_loss = mask_boundary_loss
+        self.documents, self.document_masking = (start, stop), document_masking
         self.first_token = indexed.document_start(start)
         self.num_tokens = indexed.document_start(stop) - self.first_token
         self._num_rows = (self.num_tokens - 1) // sequence_length
@@ -90,10 +85,6 @@ class GPTDataset:
         """Rows of one epoch."""
         return self._num_rows
 
-    def sample(self, row: int) -> Batch:
-        """One row in stored order, without the batch dim: arrays ``[s]``."""
-        return {name: array[0] for name, array in self.rows([row]).items()}
-
     def batch(self, indices: npt.ArrayLike) -> Batch:
         return self.rows(order(self.seed, indices, self._num_rows))
 
@@ -104,18 +95,16 @@ class GPTDataset:
             raise IndexError(f"rows {wanted.min()} to {wanted.max()} of {self._num_rows} in {self.indexed.prefix}")
         windows = np.empty((wanted.size, s + 1), np.int64)
         for i, row in enumerate(wanted.tolist()):
-            at = self.first_token + row * s
-            windows[i] = self.indexed.tokens[at : at + s + 1]
-        marks = self.reset_positions or self.mask_documents or self.mask_boundary_loss
-        return self.assemble(windows, [self.document_starts(row) for row in wanted.tolist()] if marks else [])
+            windows[i] = self.window(row)
+        return self.assemble(windows, map(self.document_starts, wanted.tolist()))
 
-    def window(self, row: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The tokens of a row with its last target, int64 [s + 1], and where documents start in it."""
+    def window(self, row: int) -> npt.NDArray:
+        """The tokens of a row with its last target ``[s + 1]``, as they are stored."""
         at = self.first_token + row * self.sequence_length
-        stored = self.indexed.tokens[at : at + self.sequence_length + 1]
-        return stored.astype(np.int64), self.document_starts(row)
+        tokens: npt.NDArray = self.indexed.tokens[at : at + self.sequence_length + 1]
+        return tokens
 
-    def assemble(self, windows: npt.NDArray[np.int64], starts: list[npt.NDArray[np.int64]]) -> Batch:
+    def assemble(self, windows: npt.NDArray[np.int64], starts: Iterable[npt.NDArray[np.int64]]) -> Batch:
         """A batch from ``windows [b, s + 1]`` and, for each, the sorted places in ``1..s`` where documents start."""
         b, s = windows.shape[0], self.sequence_length
         batch = {
@@ -125,19 +114,15 @@ class GPTDataset:
             "loss_mask": np.ones((b, s), bool),
             "position_ids": np.tile(np.arange(s, dtype=np.int64), (b, 1)),
         }
-        document_ids = np.zeros((b, s), np.int64)
-        for i, places in enumerate(starts):
-            if self.mask_boundary_loss:
+        if self.document_masking:
+            first, last_start = np.zeros((2, b, s), np.int64)
+            for i, places in enumerate(starts):
+                inside = places[places < s]
+                first[i, inside], last_start[i, inside] = 1, inside
                 batch["loss_mask"][i, places - 1] = False
-            inside = places[places < s]
-            document_ids[i, inside] = 1
-            if self.reset_positions:
-                # Each token's position is its distance from the last start at or before it.
-                last_start = np.zeros(s, np.int64)
-                last_start[inside] = inside
-                batch["position_ids"][i] -= np.maximum.accumulate(last_start)
-        if self.mask_documents:
-            batch["document_ids"] = np.cumsum(document_ids, axis=1)
+            batch["document_ids"] = np.cumsum(first, axis=1)
+            # Each token's position is its distance from the last start at or before it.
+            batch["position_ids"] -= np.maximum.accumulate(last_start, axis=1)
         return batch
 
     def document_starts(self, row: int) -> npt.NDArray[np.int64]:

@@ -177,16 +177,7 @@ class _Maker:
             if note := packed.describe_losses():
                 self.notes.append(note)
             return packed
-        masking = self.options.document_masking
-        samples = GPTDataset(
-            indexed,
-            self.sequence_length,
-            documents,
-            seed,
-            reset_positions=masking,
-            mask_documents=masking,
-            mask_boundary_loss=masking,
-        )
+        samples = GPTDataset(indexed, self.sequence_length, documents, seed, self.options.document_masking)
         if self.fim is None:
             return samples
         return FIMDataset(samples, self.fim, self.tokenizer.eod_id if self.tokenizer is not None else None)

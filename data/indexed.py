@@ -22,7 +22,6 @@ from __future__ import annotations
 import os
 import struct
 from bisect import bisect_right
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -235,9 +234,6 @@ class IndexedDataset:
         """The tokens of one document ``[n]``, all its sequences, a view of the map."""
         tokens: npt.NDArray = self.tokens[self.document_start(document) : self.document_start(document + 1)]
         return tokens
-
-    def documents(self) -> Iterator[npt.NDArray]:
-        return (self.document(i) for i in range(self.num_documents))
 
     def document_of(self, token: int) -> int:
         """The document that holds a token (the last one starting at or before it): a bisection in the map."""

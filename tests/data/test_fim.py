@@ -67,7 +67,7 @@ def dataset(tmp_path: Path) -> GPTDataset:
     with IndexedDatasetWriter(tmp_path / "set", "int32") as writer:
         for number in range(60):
             writer.add_document([*range(number * 10, number * 10 + 3 + number % 6), EOD])
-    return GPTDataset(IndexedDataset(tmp_path / "set"), 32, seed=4, mask_documents=True, reset_positions=True)
+    return GPTDataset(IndexedDataset(tmp_path / "set"), 32, seed=4, document_masking=True)
 
 
 def test_rows_keep_their_documents_and_masks_follow_them(dataset: GPTDataset) -> None:

@@ -70,9 +70,7 @@ def test_rows_equal_the_slow_version(
         return
     plain = GPTDataset(indexed, s, (start, stop))
     assert len(plain) == len(expected)
-    everything = GPTDataset(
-        indexed, s, (start, stop), reset_positions=True, mask_documents=True, mask_boundary_loss=True
-    )
+    everything = GPTDataset(indexed, s, (start, stop), document_masking=True)
     batch, marked = plain.rows(range(len(plain))), everything.rows(range(len(plain)))
     for row, wanted in enumerate(expected):
         assert batch["tokens"][row].tolist() == marked["tokens"][row].tolist() == wanted["tokens"]
@@ -82,9 +80,6 @@ def test_rows_equal_the_slow_version(
         assert marked["position_ids"][row].tolist() == wanted["positions"]
         assert marked["document_ids"][row].tolist() == wanted["ids"]
         assert marked["loss_mask"][row].tolist() == wanted["same"]
-        assert {k: v.tolist() for k, v in everything.sample(row).items()} == {
-            k: v[row].tolist() for k, v in marked.items()
-        }
     assert "document_ids" not in batch
 
 
@@ -94,15 +89,15 @@ def test_documents_of_several_sequences_are_one_document(tmp_path: Path) -> None
             for sequence in document:
                 writer.add_sequence(sequence)
             writer.end_document()
-    dataset = GPTDataset(IndexedDataset(tmp_path / "set"), 6, mask_documents=True, reset_positions=True)
-    sample = dataset.sample(0)
+    dataset = GPTDataset(IndexedDataset(tmp_path / "set"), 6, document_masking=True)
+    sample = {name: array[0] for name, array in dataset.rows([0]).items()}
     assert sample["document_ids"].tolist() == [0, 0, 0, 1, 1, 1]
     assert sample["position_ids"].tolist() == [0, 1, 2, 0, 1, 2]
 
 
 def test_dtypes_and_shapes(tmp_path: Path) -> None:
     indexed, _ = build(tmp_path, [50, 50])
-    batch = GPTDataset(indexed, 8, mask_documents=True).batch([0, 1, 2])
+    batch = GPTDataset(indexed, 8, document_masking=True).batch([0, 1, 2])
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
         "tokens": ((3, 8), np.int64),
         "labels": ((3, 8), np.int64),
@@ -138,16 +133,15 @@ def test_too_short_says_the_numbers(tmp_path: Path) -> None:
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=20, max_size=60),
     weights=st.tuples(st.integers(1, 90), st.integers(0, 50), st.integers(0, 50)),
-    by=st.sampled_from(["tokens", "documents"]),
 )
 @settings(max_examples=100, deadline=None)
 def test_splits_cover_all_documents_once_and_keep_their_shares(
-    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], weights: tuple[int, int, int], by: str
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], weights: tuple[int, int, int]
 ) -> None:
     indexed, _ = build(tmp_path_factory.mktemp("split"), lengths)
     split = ",".join(map(str, weights))
     try:
-        ranges = split_documents(indexed, split, 1, by)  # type: ignore[arg-type]
+        ranges = split_documents(indexed, split, 1)
     except DataError as error:
         assert "takes sequence_length + 1 = 2 tokens" in str(error)
         return
@@ -157,17 +151,14 @@ def test_splits_cover_all_documents_once_and_keep_their_shares(
         assert (documents is None) == (fraction == 0), name
         if documents is None:
             continue
-        if by == "tokens":  # each of the two cuts is off by at most half a document
-            share, slack = sum(lengths[slice(*documents)]) / sum(lengths), max(lengths) / sum(lengths)
-        else:
-            share, slack = (documents[1] - documents[0]) / len(lengths), 1 / len(lengths)
+        # Each of the two cuts is off by at most half a document.
+        share, slack = sum(lengths[slice(*documents)]) / sum(lengths), max(lengths) / sum(lengths)
         assert abs(share - fraction) <= slack + 1e-9
 
 
-def test_documents_split_as_megatron_counts_them(tmp_path: Path) -> None:
+def test_documents_of_one_length_split_as_megatron_counts_them(tmp_path: Path) -> None:
     indexed, _ = build(tmp_path, [5] * 1000)
     expected = {"train": (0, 949), "valid": (949, 999), "test": (999, 1000)}
-    assert split_documents(indexed, "949,50,1", 4, by="documents") == expected
     assert split_documents(indexed, "949,50,1", 4) == expected
 
 

@@ -55,7 +55,9 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, documents: list[li
     indexed_reference.write(folder / "theirs", code, documents)
     ours = IndexedDataset(folder / "theirs")
     ours.check_index()
-    assert [d.tolist() for d in ours.documents()] == [[t for s in d for t in s] for d in documents]
+    assert [ours.document(i).tolist() for i in range(ours.num_documents)] == [
+        [t for s in d for t in s] for d in documents
+    ]
     assert [ours[i].tolist() for i in range(len(ours))] == [s for d in documents for s in d]
     flat = [t for d in documents for s in d for t in s]
     owner = [i for i, d in enumerate(documents) for s in d for _ in s]

@@ -101,8 +101,8 @@ def test_blend_url_ramp_and_masking_in_one_run_that_resumes_on_other_meshes(
     places = np.arange(sum(sizes))
     which, within = BlendSchedule([3, 1])(places)
     alone = [
-        GPTDataset(IndexedDataset(one), 8, (0, 48), 1234, True, True, True),
-        GPTDataset(IndexedDataset(other), 8, (0, 32), key(1234, 1), True, True, True),
+        GPTDataset(IndexedDataset(one), 8, (0, 48), 1234, True),
+        GPTDataset(IndexedDataset(other), 8, (0, 32), key(1234, 1), True),
     ]
     batch = train.batch(places)
     counted = []

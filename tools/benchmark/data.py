@@ -236,7 +236,7 @@ imported = time.perf_counter()
 dataset = IndexedDataset(sys.argv[1])
 if sys.argv[2] == "check":
     dataset.check_index()
-samples = GPTDataset(dataset, 4096, mask_documents=True, reset_positions=True)
+samples = GPTDataset(dataset, 4096, document_masking=True)
 opened = time.perf_counter()
 samples.batch(range(8))
 first = time.perf_counter() - opened
@@ -291,7 +291,7 @@ def loader(folder: Path, sequence: int = 2048, micro_batch: int = 8, steps: int 
     plain = GPTDataset(dataset, sequence)
     kinds: dict[str, TextSource] = {
         "plain": plain,
-        "document masking": GPTDataset(dataset, sequence, None, 0, True, True, True),
+        "document masking": GPTDataset(dataset, sequence, None, 0, True),
         "blend of three": BlendedDataset([GPTDataset(dataset, sequence, seed=n) for n in range(3)], [0.5, 0.3, 0.2]),
         "fill-in-the-middle, every second": FIMDataset(plain, FillInTheMiddle(50_000, 50_001, 50_002)),
         "conversations": ConversationDataset(dataset, sequence),
