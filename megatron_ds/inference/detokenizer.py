@@ -45,7 +45,8 @@ class Detokenizer:
         self._context = [token for token in prompt if token not in hidden][-self.CONTEXT :]
         self._new: list[int] = []
 
-    def add(self, token: int) -> None:
+    def add(self, token: int, may_stop: bool = True) -> None:
+        """``may_stop``: whether the answer is long enough to end at a stop text that the token completes."""
         if self.tokenizer is None or token in self.hidden or self.stopped is not None:
             return
         self._new.append(token)
@@ -54,7 +55,7 @@ class Detokenizer:
         if (now.endswith(_UNFINISHED) and len(self._new) < 16) or len(now) < len(before):
             return  # the bytes of a character that is not complete
         self._context, self._new = (self._context + self._new)[-max(self.CONTEXT, len(self._new)) :], []
-        self._append(now[len(before) :])
+        self._append(now[len(before) :], may_stop)
 
     def finish(self) -> None:
         """No more tokens come: what was held back is text, with a mark for each character that never was complete."""
@@ -65,9 +66,9 @@ class Detokenizer:
                 self._new = []
             self.text, self._held = self.text + self._held, ""
 
-    def _append(self, text: str) -> None:
+    def _append(self, text: str, may_stop: bool) -> None:
         pending = self._held + text
-        places = [(pending.find(stop), stop) for stop in self.stops if stop in pending]
+        places = [(pending.find(stop), stop) for stop in self.stops if may_stop and stop in pending]
         if places:
             place, stop = min(places)
             self.text += pending[: place + len(stop) if self.keep_stop else place]

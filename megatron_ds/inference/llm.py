@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from megatron_ds.comm.together import exchange
 from megatron_ds.data.chat import BadConversation, ChatTemplate, load_template
+from megatron_ds.data.token_bytes import token_bytes
 from megatron_ds.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.host import free_host_memory
@@ -157,6 +158,11 @@ class LLM:
         """
         if self._template is None:
             raise ConfigError(f"{self.model} has no chat template; put a chat_template.jinja beside its tokenizer")
+        if tools and "tools" not in self._template.source:
+            raise ConfigError(
+                f"the chat template of {self.model} shows no tools; leave tools out, or put a chat_template.jinja "
+                "beside its tokenizer that shows them"
+            )
         try:
             text = self._template.render(
                 [dict(message) for message in messages], add_generation_prompt=True, tools=tools
@@ -165,9 +171,9 @@ class LLM:
             raise ConfigError(str(error)) from None
         return [int(token) for token in self._require_tokenizer().encode_marked(text)[0]]
 
-    def token_text(self, token: int) -> str:
-        """A token as a text of its own."""
-        return self._require_tokenizer().decode([token]) if self.tokenizer is not None else f"token_id:{token}"
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to a text."""
+        return f"token_id:{token}".encode() if self.tokenizer is None else token_bytes(self.tokenizer, token)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

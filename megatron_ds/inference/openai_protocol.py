@@ -7,6 +7,7 @@ have meant something.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,12 +49,15 @@ class Texts(Protocol):
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> list[int]: ...
 
-    def token_text(self, token: int) -> str: ...
+    def token_bytes(self, token: int) -> bytes: ...
 
 
 @dataclass(frozen=True)
 class Call:
-    """A request of a client: its prompts as tokens, and how it wants the answer."""
+    """A request of a client: its prompts as tokens, and how it wants the answer.
+
+    ``echoed``: the prompts' texts, where the answers are to begin with them.
+    """
 
     chat: bool
     model: str
@@ -61,7 +65,7 @@ class Call:
     params: SamplingParams
     stream: bool
     usage_in_stream: bool
-    echo: bool = False
+    echoed: tuple[str, ...] = ()
 
 
 def read_call(body: Any, chat: bool, model: str, texts: Texts) -> Call:
@@ -92,20 +96,23 @@ def read_call(body: Any, chat: bool, model: str, texts: Texts) -> Call:
     limit = fields.pop("max_tokens", None) if limit is None else limit
     settings["max_tokens"] = limit if limit is not None or chat else 16
     _read_response_format(fields, settings)
-    echo = False
+    echoed: tuple[str, ...] = ()
     if chat:
         _read_chat_logprobs(fields, settings)
         prompts: tuple[tuple[int, ...], ...] = (_read_messages(fields, texts),)
     else:
         settings["logprobs"] = fields.pop("logprobs", None)
-        echo = _flag(fields, "echo")
-        prompts = _read_prompts(fields, texts)
+        given = _read_prompts(fields)
+        prompts = tuple(tuple(_tokens(lambda each=each: texts.tokenize(each))) for each in given)
+        if _flag(fields, "echo"):
+            settings.setdefault("prompt_logprobs", settings["logprobs"])
+            echoed = tuple(each if isinstance(each, str) else _text(_bytes(each, texts)) for each in given)
         if fields.pop("best_of", None) not in (None, 1, settings.get("n", 1)):
             raise BadRequest("best_of is not served; use n", "best_of")
     if unknown := [name for name, value in fields.items() if value is not None]:
         raise BadRequest(f"{unknown[0]!r} is no field that is served here", unknown[0])
     try:
-        return Call(chat, model, prompts, SamplingParams(**settings), stream, usage, echo)
+        return Call(chat, model, prompts, SamplingParams(**settings), stream, usage, echoed)
     except ConfigError as error:
         raise BadRequest(str(error), str(error).partition("=")[0]) from None
 
@@ -143,7 +150,7 @@ def _read_chat_logprobs(fields: dict[str, Any], settings: dict[str, Any]) -> Non
         raise BadRequest("top_logprobs needs logprobs to be true", "top_logprobs")
 
 
-def _read_prompts(fields: dict[str, Any], texts: Texts) -> tuple[tuple[int, ...], ...]:
+def _read_prompts(fields: dict[str, Any]) -> list[str | list[int]]:
     prompt = fields.pop("prompt", None)
     one = isinstance(prompt, str) or (isinstance(prompt, list) and bool(prompt) and _is_id(prompt[0]))
     several = [prompt] if one else prompt
@@ -151,12 +158,10 @@ def _read_prompts(fields: dict[str, Any], texts: Texts) -> tuple[tuple[int, ...]
         raise BadRequest("prompt must be a text, a list of texts, token ids, or a list of these", "prompt")
     if len(several) > _MOST_PROMPTS:
         raise BadRequest(f"{len(several)} prompts; {_MOST_PROMPTS} are the most", "prompt")
-    found = []
     for each in several:
         if not isinstance(each, str) and not (isinstance(each, list) and all(_is_id(token) for token in each)):
             raise BadRequest("a prompt is neither a text nor a list of token ids", "prompt")
-        found.append(tuple(_tokens(lambda each=each: texts.tokenize(each))))
-    return tuple(found)
+    return several
 
 
 def _read_messages(fields: dict[str, Any], texts: Texts) -> tuple[int, ...]:
@@ -180,9 +185,30 @@ def _read_messages(fields: dict[str, Any], texts: Texts) -> tuple[int, ...]:
             content = "".join(part for part in parts if part is not None)
         if not isinstance(content, str) and not (content is None and "tool_calls" in message):
             raise BadRequest(f"message {number} has no content", "messages")
-        read.append({**message, "content": content or ""})
+        read.append({**message, "content": content or "", **_read_tool_calls(message, number)})
     shown = None if choice == "none" else tools
     return tuple(_tokens(lambda: texts.render_chat(read, shown)))
+
+
+def _read_tool_calls(message: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A message's tool calls with their arguments as objects, as templates take them; clients send them as JSON."""
+    calls = message.get("tool_calls")
+    if calls is None:
+        return {}
+    read = []
+    try:
+        for call in calls:
+            arguments = call["function"]["arguments"]
+            if isinstance(arguments, str):
+                arguments = json.loads(arguments or "{}")
+            if not isinstance(arguments, dict):
+                raise ValueError(arguments)
+            read.append({**call, "function": {**call["function"], "arguments": arguments}})
+    except (TypeError, KeyError, ValueError, RecursionError):
+        raise BadRequest(
+            f"message {number} has tool_calls without a function whose arguments are a JSON object", "messages"
+        ) from None
+    return {"tool_calls": read}
 
 
 def _tokens(make: Any) -> list[int]:
@@ -200,21 +226,32 @@ def _is_id(value: Any) -> bool:
 # Answers
 
 
+@dataclass(frozen=True)
+class _Sent:
+    """What of a sample has gone to the client.
+
+    Attributes:
+        characters: of its text; -1: all of it. tokens: with their log-probabilities.
+        words: characters of the echoed text and of these tokens. first: nothing has, not even that it begins.
+    """
+
+    characters: int = 0
+    tokens: int = 0
+    words: int = 0
+    first: bool = False
+
+
 class Answers:
     """The bodies of the answers to one call, whole or in pieces as they come."""
 
     def __init__(self, call: Call, name: str, texts: Texts):
         self.call, self.name, self.texts = call, name, texts
         self.created = int(time.time())
-        self._sent: dict[tuple[int, int], tuple[int, int]] = {}  # characters (-1: all) and tokens
+        self._sent: dict[tuple[int, int], _Sent] = {}
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        n = self.call.params.n
         choices = [
-            {
-                **self._choice(prompt * n + sample.index, sample, sample.text, 0, self._echoed(output)),
-                **self._of_prompt(output),
-            }
+            {**self._choice(prompt, output, sample, self._begin(prompt)), **self._of_prompt(output)}
             for prompt, output in enumerate(outputs)
             for sample in output.outputs
         ]
@@ -226,16 +263,14 @@ class Answers:
         found = []
         for sample in output.outputs:
             key = (prompt, sample.index)
-            begun = key in self._sent
-            characters, tokens = self._sent.get(key, (0, 0))
-            text = sample.text[max(characters, 0) :]
-            if characters < 0 or (begun and not text and sample.finish_reason is None):
-                continue  # it has ended, or there is nothing new
-            self._sent[key] = (-1 if sample.finish_reason else len(sample.text), len(sample.token_ids))
-            index = prompt * self.call.params.n + sample.index
-            echoed = "" if begun else self._echoed(output)
-            choice = self._choice(index, sample, text, tokens, echoed, first=not begun)
-            found.append(self._piece([choice if begun else {**choice, **self._of_prompt(output)}]))
+            sent = self._sent.get(key)
+            if sent is not None:
+                nothing_new = len(sample.text) == sent.characters and sample.finish_reason is None
+                if sent.characters < 0 or nothing_new:
+                    continue
+            choice = self._choice(prompt, output, sample, sent or self._begin(prompt), of_stream=True)
+            self._sent[key] = self._after(sample, sent or self._begin(prompt))
+            found.append(self._piece([choice if sent else {**choice, **self._of_prompt(output)}]))
         return found
 
     def last_piece(self, outputs: Sequence[RequestOutput]) -> dict[str, Any] | None:
@@ -249,26 +284,44 @@ class Answers:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.name, "object": kind, "created": self.created, "model": self.call.model}
 
-    def _echoed(self, output: RequestOutput) -> str:
-        return "".join(self.texts.token_text(token) for token in output.prompt_token_ids) if self.call.echo else ""
+    def _begin(self, prompt: int) -> _Sent:
+        return _Sent(first=True, words=len(self.call.echoed[prompt]) if self.call.echoed else 0)
+
+    def _after(self, sample: CompletionOutput, sent: _Sent) -> _Sent:
+        """What has been sent when the rest of the sample so far has."""
+        words = sent.words
+        if sample.logprobs is not None or sample.processed_logprobs is not None:
+            words += _characters(_bytes(sample.token_ids[sent.tokens :], self.texts))
+        return _Sent(-1 if sample.finish_reason else len(sample.text), len(sample.token_ids), words)
 
     def _choice(
-        self, index: int, sample: CompletionOutput, text: str, since: int, echoed: str, first: bool | None = None
+        self, prompt: int, output: RequestOutput, sample: CompletionOutput, sent: _Sent, of_stream: bool = False
     ) -> dict[str, Any]:
-        """``first``: whether it is a sample's first piece; None: it is the whole. ``since``: tokens sent before."""
-        logprobs = None if sample.logprobs is None else sample.logprobs[since:]
-        ids = sample.token_ids[since:]
+        """What was not sent before."""
+        text, ids = sample.text[sent.characters :], sample.token_ids[sent.tokens :]
+        logprobs = None if sample.logprobs is None else sample.logprobs[sent.tokens :]
         common: dict[str, Any] = {
-            "index": index, "finish_reason": sample.finish_reason, "stop_reason": sample.stop_reason
-        }  # fmt: skip
+            "index": prompt * self.call.params.n + sample.index,
+            "finish_reason": sample.finish_reason,
+            "stop_reason": sample.stop_reason,
+        }
         if sample.processed_logprobs is not None:
-            common["processed_logprobs"] = self._completion_logprobs(ids, sample.processed_logprobs[since:])
-        if not self.call.chat:
-            shown = None if logprobs is None else self._completion_logprobs(ids, logprobs)
-            return {**common, "text": echoed + text, "logprobs": shown}
-        shown = None if logprobs is None else {"content": self._chat_logprobs(ids, logprobs), "refusal": None}
-        message = {"content": text} if first is False else {"role": "assistant", "content": text}
-        return {**common, "message" if first is None else "delta": message, "logprobs": shown}
+            processed = sample.processed_logprobs[sent.tokens :]
+            common["processed_logprobs"] = self._completion_logprobs(ids, processed, sent.words)
+        if self.call.chat:
+            shown = None if logprobs is None else {"content": self._chat_logprobs(ids, logprobs), "refusal": None}
+            message = {"role": "assistant", "content": text} if sent.first else {"content": text}
+            return {**common, "delta" if of_stream else "message": message, "logprobs": shown}
+        begun = sent.words
+        of_text: Sequence[Logprobs | None] | None = logprobs
+        if sent.first and self.call.echoed:
+            text = self.call.echoed[prompt] + text
+            if logprobs is not None:
+                of_prompt = output.prompt_token_ids
+                begun -= _characters(_bytes(of_prompt, self.texts))
+                ids, of_text = [*of_prompt, *ids], [*(output.prompt_logprobs or []), *logprobs]
+        of_tokens = None if of_text is None else self._completion_logprobs(ids, of_text, begun)
+        return {**common, "text": text, "logprobs": of_tokens}
 
     def _of_prompt(self, output: RequestOutput) -> dict[str, Any]:
         """Log-probabilities of the prompt's tokens by id, as vLLM's server has them, where they were asked for."""
@@ -277,29 +330,52 @@ class Answers:
         said: list[dict[str, Any] | None] = []
         for of_token in output.prompt_logprobs:
             entries = of_token or {}
-            shown = {str(t): {"logprob": v, "decoded_token": self.texts.token_text(t)} for t, v in entries.items()}
+            shown = {str(t): {"logprob": v, "decoded_token": self._text(t)} for t, v in entries.items()}
             said.append(None if of_token is None else shown)
         return {"prompt_logprobs": said}
 
-    def _completion_logprobs(self, ids: Sequence[int], logprobs: Sequence[Logprobs]) -> dict[str, Any]:
-        words = [self.texts.token_text(token) for token in ids]
-        offsets = [sum(map(len, words[:place])) for place in range(len(words))]
+    def _text(self, token: int) -> str:
+        return _text(self.texts.token_bytes(token))
+
+    def _completion_logprobs(
+        self, ids: Sequence[int], logprobs: Sequence[Logprobs | None], begun: int
+    ) -> dict[str, Any]:
+        """``begun``: characters before the first token. Of a text's first token there are no log-probabilities."""
+        pieces = [self.texts.token_bytes(token) for token in ids]
+        offsets = []
+        for piece in pieces:
+            offsets.append(max(0, begun - (piece[:1] != b"" and not _characters(piece[:1]))))
+            begun += _characters(piece)
         # Halves of characters have one text: of those the most probable one is shown, which comes last here.
-        ordered = [sorted(of_token.items(), key=lambda pair: pair[1]) for of_token in logprobs]
-        tops = [{self.texts.token_text(token): value for token, value in pairs} for pairs in ordered]
-        values = [of_token[token] for token, of_token in zip(ids, logprobs)]
+        ordered = [sorted((of_token or {}).items(), key=lambda pair: pair[1]) for of_token in logprobs]
+        tops = [{self._text(token): value for token, value in pairs} or None for pairs in ordered]
+        values = [None if of_token is None else of_token[token] for token, of_token in zip(ids, logprobs)]
+        words = [_text(piece) for piece in pieces]
         return {"tokens": words, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
     def _chat_logprobs(self, ids: Sequence[int], logprobs: Sequence[Logprobs]) -> list[dict[str, Any]]:
         def entry(token: int, value: float) -> dict[str, Any]:
-            text = self.texts.token_text(token)
-            return {"token": text, "logprob": max(value, -9999.0), "bytes": list(text.encode("utf-8", "replace"))}
+            piece = self.texts.token_bytes(token)
+            return {"token": _text(piece), "logprob": max(value, -9999.0), "bytes": list(piece)}
 
         most = self.call.params.logprobs or 0
         return [
             {**entry(token, of_token[token]), "top_logprobs": [entry(*pair) for pair in _top(of_token, most)]}
             for token, of_token in zip(ids, logprobs)
         ]
+
+
+def _bytes(ids: Sequence[int], texts: Texts) -> bytes:
+    return b"".join(texts.token_bytes(token) for token in ids)
+
+
+def _text(piece: bytes) -> str:
+    return piece.decode("utf-8", "replace")
+
+
+def _characters(piece: bytes) -> int:
+    """That begin in it."""
+    return sum(byte & 0xC0 != 0x80 for byte in piece)
 
 
 def _top(of_token: Logprobs, count: int) -> list[tuple[int, float]]:

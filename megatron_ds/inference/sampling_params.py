@@ -29,7 +29,7 @@ class SamplingParams:
             None: a new one for each request.
         stop: texts at which the answer ends; they are not part of it, unless ``include_stop_str_in_output``.
         stop_token_ids: tokens at which it ends. ignore_eos: the model's own end does not end it.
-        min_tokens: before so many tokens, none that ends the answer.
+        min_tokens: before so many tokens, none that ends the answer, and no stop text that does.
         logprobs: log-probabilities of the chosen and so many most probable tokens, of the model's own distribution.
         processed_logprobs: likewise, of the distribution that was drawn from.
         prompt_logprobs: likewise of the prompt's tokens, by the model.

@@ -314,7 +314,7 @@ class ServingEngine:
             sequence.stop = token if token in params.stop_token_ids else None
             self._finish(sequence, "stop")
             return
-        text.add(token)
+        text.add(token, sequence.answered > params.min_tokens)
         if sequence.matcher is not None:
             sequence.matcher.take(token)
         if text.stopped is not None:

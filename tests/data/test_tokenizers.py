@@ -12,6 +12,7 @@ import pytest
 
 from megatron_ds.data import tokenizer_training
 from megatron_ds.data.tiktoken_files import KNOWN
+from megatron_ds.data.token_bytes import token_bytes
 from megatron_ds.data.tokenizer_training import Kind, train_tokenizer
 from megatron_ds.data.tokenizers import Tokenizer, byte_characters, load_tokenizer
 from megatron_ds.errors import DataError
@@ -85,6 +86,34 @@ def test_saved_folder_loads_in_transformers_with_the_same_ids(tokenizer: Tokeniz
         tokenizer.eod_id,
         tokenizer.bos_id,
     )
+
+
+def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Parts of characters and leading spaces included; of the folder for `transformers`, too."""
+    tokenizer.save_hf(tmp_path / "export")
+    for one in (tokenizer, load_tokenizer(tmp_path / "export")):
+        for text, ids in zip(TEXTS, one.encode_batch(TEXTS)):
+            found = b"".join(token_bytes(one, int(token)) for token in ids)
+            assert found == text.encode() or found == b" " + text.encode()  # SentencePiece's first word has a space
+
+
+def test_the_bytes_of_sentencepiece_in_a_tokenizer_json(tmp_path: Path) -> None:
+    """Llama 2's: a space is a character of its own, what is not in the vocabulary comes as bytes."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers
+
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "a", "b", "\u2581a"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    backend = Backend(models.BPE(vocabulary, [("\u2581", "a")], byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    strip = decoders.Strip(" ", 1, 0)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    )
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    (ids,) = tokenizer.encode_batch(["ab aé"])
+    assert [token_bytes(tokenizer, int(token)) for token in ids] == [b" a", b"b", b" a", b"\xc3", b"\xa9"]
 
 
 def test_bpe_vocabulary_size_and_determinism(corpus: Path, tmp_path: Path) -> None:

@@ -56,6 +56,18 @@ def test_it_ends_before_the_first_stop_text(text: str, stops: list[str], keep: b
     assert detokenizer.text == want
 
 
+def test_a_stop_text_that_comes_too_early_is_text() -> None:
+    """vLLM's `min_tokens`: only what a later token completes is one."""
+    detokenizer = Detokenizer(ByteTokenizer(), [], ["ab"])
+    for place, token in enumerate(b"abxabc"):
+        detokenizer.add(token, may_stop=place > 1)
+    assert (detokenizer.text, detokenizer.stopped) == ("abx", "ab")
+    overlapping = Detokenizer(ByteTokenizer(), [], ["aab"])
+    for place, token in enumerate(b"aabaab"):
+        overlapping.add(token, may_stop=place > 4)
+    assert (overlapping.text, overlapping.stopped) == ("aab", "aab")
+
+
 @pytest.mark.parametrize("ids", [[0xF0, 0x9F], [0xFF] * 20, [0xE4, 0x61]])
 def test_bytes_that_are_no_text_are_marked_in_the_end(ids: list[int]) -> None:
     seen, detokenizer = grown(ids)

@@ -100,6 +100,8 @@ def test_a_checkpoint_is_served_as_the_folder_that_it_came_from(folder: Path, tm
         assert answers(ours.chat([{"role": "user", "content": "what"}], params, use_tqdm=False)) == answers(
             theirs.generate("what:", params, use_tqdm=False)
         )
+        with pytest.raises(ConfigError, match=r"the chat template of .* shows no tools; leave tools out"):
+            ours.render_chat([{"role": "user", "content": "what"}], [{"type": "function"}])
 
 
 def test_a_stream_grows_into_the_whole_answer(folder: Path) -> None:
@@ -124,6 +126,10 @@ def test_an_answer_ends_at_every_end_of_the_model(folder: Path) -> None:
         (output,) = llm.generate("ab", later, use_tqdm=False)
         ids = output.outputs[0].token_ids
         assert len(ids) == 4 and ids[-1] == 10 and 10 not in ids[:3]
+        stop = SamplingParams(temperature=0.0, logit_bias={97: 100.0}, max_tokens=9, min_tokens=3, stop=["aa"])
+        (output,) = llm.generate("ab", stop, use_tqdm=False)
+        assert (output.outputs[0].text, output.outputs[0].stop_reason) == ("aa", "aa")
+        assert output.outputs[0].token_ids == [97] * 4
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 import uvicorn
 from hf_models import _llama
+from served import folder_logits
 
 from megatron_ds.data.tokenizers import ByteTokenizer
 from megatron_ds.inference import LLM, SamplingParams
@@ -135,6 +137,41 @@ def test_the_official_client_gets_what_the_engine_says(running: Running, folder:
             texts[choice.index] += choice.text
     assert texts == [sample.text for sample in want.outputs]
     assert usage is not None and usage.total_tokens == whole.usage.total_tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echoed_prompt_has_its_log_probabilities(running: Running, folder: Path, stream: bool) -> None:
+    """What evaluation harnesses sum up; here against the whole text computed at once."""
+    ids, text = [*"hé <".encode()], "hé <"
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 3, "temperature": 0, "echo": True, "logprobs": 2, "n": 2}
+    for prompt in (text, ids):
+        seen: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        said = ""
+        found = running.client.completions.create(**asked, prompt=prompt, stream=stream)
+        for piece in found if stream else [found]:
+            for choice in piece.choices:
+                if choice.index == 1:
+                    said += choice.text
+                    for name, values in seen.items():
+                        values += getattr(choice.logprobs, name)
+        assert said.startswith(text) and len(seen["tokens"]) == len(ids) + 3
+        assert seen["tokens"][0] == "h" and seen["tokens"][-4] == "<" and seen["text_offset"][:6] == [0, 1, 1, 2, 3, 4]
+        assert seen["token_logprobs"][0] is None and seen["top_logprobs"][0] is None
+        want = folder_logits(folder, torch.tensor([ids])).log_softmax(-1)[0]
+        assert seen["token_logprobs"][1:5] == pytest.approx(
+            [float(want[i, t]) for i, t in enumerate(ids[1:])], abs=1e-5
+        )
+        assert seen["token_logprobs"][5] == pytest.approx(float(want[-1].max()), abs=1e-5)
+        assert all(2 <= len(of_token) <= 3 for of_token in seen["top_logprobs"][3:5])
+
+
+def test_tokens_that_are_parts_of_characters_come_with_their_bytes(running: Running) -> None:
+    bias = {str(byte): 100 for byte in "é".encode()}
+    answer = running.client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "x"}], logit_bias=bias, max_tokens=4, logprobs=True, seed=1
+    ).choices[0]
+    assert answer.logprobs is not None and answer.logprobs.content is not None
+    assert {tuple(token.bytes or ()) for token in answer.logprobs.content} <= {(0xC3,), (0xA9,)}
 
 
 def test_conversations_go_through_the_template(running: Running, folder: Path) -> None:

@@ -134,8 +134,8 @@ class Bytes:
     def render_chat(self, messages: Any, tools: Any = None) -> list[int]:
         return [1, 2]
 
-    def token_text(self, token: int) -> str:
-        return chr(token)
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token])
 
 
 def test_clients_ask_for_forms_as_openai_has_it() -> None:
