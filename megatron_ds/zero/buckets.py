@@ -103,6 +103,8 @@ class BucketKey:
         reduce_over: mesh axes over which gradients are to be summed besides.
         shared, unit, stage, rule: see :class:`ParameterInfo`; a shared parameter has a bucket to itself, of the same
             layout on every stage that holds it.
+        cut: where that is told apart, whether ranks besides the data axis hold other parts of the parameters, as of
+            weights that tensor parallelism cuts.
     """
 
     dtype: torch.dtype
@@ -113,6 +115,7 @@ class BucketKey:
     trainable: bool = True
     stage: int = 0
     rule: RuleGroup = STATELESS
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,10 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def plan_buckets(
-    parameters: Sequence[ParameterInfo], bucket_bytes: float, shards: int | Callable[[tuple[str, ...]], int]
+    parameters: Sequence[ParameterInfo],
+    bucket_bytes: float,
+    shards: int | Callable[[tuple[str, ...]], int],
+    copies_apart: bool = False,
 ) -> tuple[BucketLayout, ...]:
     """Lay the trainable parameters out in buckets, in the order in which a backward pass fills them.
 
@@ -216,6 +222,8 @@ def plan_buckets(
         bucket_bytes: a bucket is closed before its gradients would exceed this; a larger parameter has its own. One of
             whole parameters takes more, until there may be as much for each shard as its largest parameter.
         shards: ranks over which each bucket is sharded, or a function that says so for a key's ``sharded_over``.
+        copies_apart: parameters of which every tensor-parallel rank has a copy share no bucket with those that are cut:
+            where blocks of a bucket are rounded together, copies stay alike only beside what is alike.
     """
     shards_of = shards if callable(shards) else lambda _: shards
     filling: dict[BucketKey, tuple[list[Slot], int]] = {}  # with the time at which the last gradient is due
@@ -233,7 +241,8 @@ def plan_buckets(
         info = parameters[index]
         if not info.trainable and info.unit is None:
             continue
-        key, numel = info.bucket_key, info.numel
+        cut = copies_apart and any(placement.count > 1 for placement in info.spec.placements)
+        key, numel = replace(info.bucket_key, cut=cut), info.numel
         slots, last = filling.get(key, ([], 0))
         start = _aligned(slots[-1].start + slots[-1].numel, ALIGN) if slots else 0
         most = bucket_bytes / state_dtype(info.dtype).itemsize

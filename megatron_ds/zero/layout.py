@@ -93,7 +93,8 @@ class ZeroLayout:
         alone = all(size == 1 for sizes in axes.values() for size in sizes)
         alone = alone and {config.offload_optimizer.device, config.offload_parameters.device} == {"none"}
         size = math.inf if alone else config.bucket_mb * 1e6
-        buckets = plan_buckets(parameters, size, lambda over: axes[over][0])
+        rounds = {config.quantized_weights, config.quantized_gradients} != {"none"}
+        buckets = plan_buckets(parameters, size, lambda over: axes[over][0], copies_apart=rounds)
         return ZeroLayout(config, tuple(parameters), axes, buckets, OffloadPlacement.of(config, buckets))
 
     def at_stage(self, stage: int) -> ZeroLayout:

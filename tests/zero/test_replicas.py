@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_zero_mesh import build
+from test_zero_mesh import LR, build, reduce_gradients
 
 from megatron_ds.errors import ReplicaError
 from megatron_ds.mesh import Mesh, MeshShape
@@ -42,3 +42,17 @@ def test_one_bit_that_differs_is_named_with_its_rank_on_every_rank(stage: int) -
 def test_copies_over_data_parallel_shards_are_compared_part_by_part() -> None:
     for before, after in run_ranks(drift, 4, 1, MeshShape(dp=2, tp=2), (0, 1)):
         assert before == after == "", "written alike on both ranks of a line"
+
+
+def steps_in_few_bits(stage: int, form: str) -> None:
+    """Copies lie beside what tensor parallelism cuts, whose numbers are others on each rank."""
+    mesh = Mesh.create(MeshShape(dp=2, tp=2), torch.device("cpu"))
+    zero, parameters = build(mesh, stage, "sgd", bucket_mb=1.0, quantized_gradients=form)
+    reduce_gradients(zero, parameters, mesh)
+    zero.step(LR)
+    check_replicas(zero, mesh)
+
+
+@pytest.mark.parametrize(("stage", "form"), [(1, "int4"), (2, "int8")])
+def test_copies_stay_equal_where_gradients_are_sent_in_few_bits(stage: int, form: str) -> None:
+    run_ranks(steps_in_few_bits, 4, stage, form)

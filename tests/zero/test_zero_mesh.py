@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import pytest
 import torch
@@ -89,7 +90,8 @@ def global_names(shape: MeshShape) -> list[str]:
     return ["embedding", *(f"{p}.{name}" for p in range(shape.pp) for name in layer)]
 
 
-def build(mesh: Mesh, stage: int, name: str) -> tuple[ZeroOptimizer, list[nn.Parameter]]:
+def build(mesh: Mesh, stage: int, name: str, **settings: Any) -> tuple[ZeroOptimizer, list[nn.Parameter]]:
+    """``settings``: of ``ZeroConfig``."""
     parameters = []
     for spec in specs_of_stage(mesh):
         parameter = empty_parameter(spec, dtype=torch.float64)
@@ -100,23 +102,27 @@ def build(mesh: Mesh, stage: int, name: str) -> tuple[ZeroOptimizer, list[nn.Par
     zero = ZeroOptimizer(
         parameters,
         mesh,
-        ZeroConfig(stage=stage, bucket_mb=0.0004),  # type: ignore[arg-type]
+        ZeroConfig(stage=stage, **{"bucket_mb": 0.0004, **settings}),  # type: ignore[arg-type]
         OptimizerConfig(name=name, lr=LR, weight_decay=0.0, momentum=0.9),  # type: ignore[arg-type]
         shared_over=tied,
     )
     return zero, parameters
 
 
-def one_step(shape: MeshShape, stage: int) -> tuple[float, dict[str, float], Held]:
-    """Squared norm, largest error of each local parameter, and the flat shards for saving."""
-    mesh = Mesh.create(shape, torch.device("cpu"))
-    zero, parameters = build(mesh, stage, "sgd")
+def reduce_gradients(zero: ZeroOptimizer, parameters: list[nn.Parameter], mesh: Mesh) -> None:
     zero.start_step()
     zero.start_backward(last=True)
     for parameter in reversed(parameters):
         if parameter.requires_grad:
             parameter.main_grad.add(gradient(spec_of(parameter), mesh))  # type: ignore[attr-defined]
     zero.finish_gradients()
+
+
+def one_step(shape: MeshShape, stage: int) -> tuple[float, dict[str, float], Held]:
+    """Squared norm, largest error of each local parameter, and the flat shards for saving."""
+    mesh = Mesh.create(shape, torch.device("cpu"))
+    zero, parameters = build(mesh, stage, "sgd")
+    reduce_gradients(zero, parameters, mesh)
     norm = comm.all_reduce(zero.norm_squared(), mesh.world).item()
     zero.step(LR, SCALE)
     errors = {}
