@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_ds.data.special_tokens import read_json
-from megatron_ds.data.tokenizer_base import Tokenizer
+from megatron_ds.data.tokenizer_base import Tokenizer, read_json
 from megatron_ds.errors import DataError
 from megatron_ds.files import read_text
 

@@ -21,14 +21,7 @@ from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.data.verify import check_token_ids
 from megatron_ds.errors import DataError
 
-
-@dataclass(frozen=True)
-class GPTSources(Sources):
-    """:class:`Sources` of text."""
-
-    train: TextSource
-    valid: TextSource | None = None
-    test: TextSource | None = None
+GPTSources = Sources[TextSource]
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ EVALUATION = 1 << 62
 """Added to the indices of the random numbers of evaluated rows: no run trains on so many samples."""
 
 
-class Images(Protocol):
+class Images(ABC):
     """Images by their row, the same on every rank.
 
     Attributes:
@@ -25,12 +25,10 @@ class Images(Protocol):
         empty: the fields of a text condition of no text, with a first dim 1; empty without text.
     """
 
-    @property
-    def buckets(self) -> Mapping[Size, npt.NDArray[np.int64]]: ...
+    buckets: Mapping[Size, npt.NDArray[np.int64]]
+    empty: Mapping[str, npt.NDArray] = MappingProxyType({})
 
-    @property
-    def empty(self) -> Mapping[str, npt.NDArray]: ...
-
+    @abstractmethod
     def load(self, rows: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]) -> Batch:
         """Rows of one bucket: ``images`` float32 ``[b, channels, height, width]`` of about -1 to 1, with ``labels``
         int64 ``[b]`` from 0 or the fields of a text condition.
@@ -40,7 +38,6 @@ class Images(Protocol):
         Args:
             keys: each sample's index, for random numbers such as the place of a crop.
         """
-        ...
 
 
 class DiffusionSamples:
@@ -94,7 +91,7 @@ class DiffusionSamples:
         }
 
 
-class Digits:
+class Digits(Images):
     """scikit-learn's handwritten digits ``first`` to ``last - 1``: 8 x 8 pixels of -1 to 1, one channel."""
 
     def __init__(self, first: int, last: int | None = None):
@@ -104,19 +101,17 @@ class Digits:
         self._images = (images[first:last] / 8.0 - 1.0).astype(np.float32).reshape(-1, 1, 8, 8)
         self._labels = labels[first:last].astype(np.int64)
         self.buckets = {(8, 8): np.arange(len(self._labels))}
-        self.empty: Mapping[str, npt.NDArray] = MappingProxyType({})
 
     def load(self, rows: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]) -> Batch:
         return {"images": self._images[rows], "labels": self._labels[rows]}
 
 
-class SyntheticImages:
+class SyntheticImages(Images):
     """Noise with random classes, for measuring speed: a million images that take no memory."""
 
     def __init__(self, shape: tuple[int, int, int], num_classes: int):
         self._shape, self._num_classes = shape, num_classes
         self.buckets = {shape[1:]: np.arange(1 << 20)}
-        self.empty: Mapping[str, npt.NDArray] = MappingProxyType({})
 
     def load(self, rows: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]) -> Batch:
         return {"images": noise.normal(0, noise.NOISE, rows, self._shape), **self.condition(rows)}

@@ -160,7 +160,7 @@ class LatentCache:
         buckets: (height, width) of latents to the rows that have them, int64.
         scale, shift: what a model is trained on is ``(latent - shift) * scale`` of the VAE's latent.
         encoder: identity of the VAE.
-        texts: how texts were encoded, for :func:`~megatron_ds.data.prompts.encode_prompts`; None without texts.
+        texts: how texts were encoded, for :func:`~megatron_ds.data.checkpoint_encoders.encode_prompts`; None without.
         identity: what tells the cache's content from any other, as JSON values.
         bad: rows of the source that are left out, and why.
 

@@ -19,8 +19,7 @@ import torch
 
 from megatron_ds.data.aspect_buckets import Size, bucket_rows, make_buckets
 from megatron_ds.data.cache import first_difference
-from megatron_ds.data.image_scan import OnError, usable_rows
-from megatron_ds.data.image_source import ImageSource
+from megatron_ds.data.image_source import ImageSource, OnError, usable_rows
 from megatron_ds.data.image_transforms import Pixels, UndecodableImage
 from megatron_ds.data.latent_cache import EMPTY, PLAN, VERSION, Arrays, Plan, Shard, shard_name, write_shard
 from megatron_ds.data.latent_encoders import (
@@ -102,7 +101,7 @@ class CacheWriter:
     """A cache that is to be written, the same on every rank.
 
     Args:
-        sizes: of the source's images, see :func:`~megatron_ds.data.image_scan.image_sizes`.
+        sizes: of the source's images, see :func:`~megatron_ds.data.image_source.image_sizes`.
 
     Raises:
         DataError: no image that can be used, encoders that cannot, or a folder that holds another cache.

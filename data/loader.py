@@ -12,6 +12,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
@@ -39,6 +40,30 @@ def rank_offsets(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int
             f"dp_size={dp_size} = {together} does not divide it; use {f'{below} or ' if below else ''}{above}"
         )
     return np.arange(global_batch, dtype=np.int64).reshape(-1, dp_size, micro_batch)[:, dp_rank]
+
+
+@dataclass(frozen=True)
+class BatchRamp:
+    """A global batch that grows: from ``start`` to ``final`` by ``increment``, each size for an equal part of the first
+    ``samples`` samples.
+
+    A function of the samples consumed and of nothing else, so a run resumes inside it wherever it was stopped. The
+    size changes between two steps: at the first that begins at or after the end of a part.
+    """
+
+    start: int
+    increment: int
+    samples: int
+    final: int
+
+    def __call__(self, consumed: int) -> int:
+        """Samples of the step that begins after ``consumed`` samples."""
+        parts = (self.final - self.start) // self.increment
+        return min(self.final, self.start + self.increment * (consumed * parts // self.samples))
+
+    def sizes(self) -> list[int]:
+        """All global batches that may occur, in order."""
+        return list(range(self.start, self.final + 1, self.increment))
 
 
 class BatchLoader:

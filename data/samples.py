@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy.typing as npt
 
@@ -32,15 +32,18 @@ how its ``texts`` were encoded. Without it images are pixels. A run cannot go on
 learnt would be about something else."""
 
 
+Source = TypeVar("Source", bound=SampleSource)
+
+
 @dataclass(frozen=True)
-class Sources:
+class Sources(Generic[Source]):
     """Samples by split; None where the split has no weight. ``notes``: what a run should say about its data.
 
     ``identity``: what the order and the content of the samples follow from besides the seed, as JSON values.
     """
 
-    train: SampleSource
-    valid: SampleSource | None = None
-    test: SampleSource | None = None
+    train: Source
+    valid: Source | None = None
+    test: Source | None = None
     notes: tuple[str, ...] = ()
     identity: Mapping[str, Any] = field(default_factory=dict)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -16,8 +15,8 @@ import numpy.typing as npt
 
 from megatron_ds.data import noise
 from megatron_ds.data.aspect_buckets import Size
-from megatron_ds.data.image_scan import OnError
-from megatron_ds.data.image_source import ImageSource
+from megatron_ds.data.image_samples import Images
+from megatron_ds.data.image_source import ImageSource, OnError
 from megatron_ds.data.image_transforms import Crop, Pixels, UndecodableImage, load_pixels
 from megatron_ds.data.latent_cache import LatentCache, sample_latents
 from megatron_ds.data.samples import Batch
@@ -63,7 +62,7 @@ class Augmentation:
             return error
 
 
-class DecodedImages:
+class DecodedImages(Images):
     """Images of a source, with their classes where it has them.
 
     Args:
@@ -77,14 +76,12 @@ class DecodedImages:
     ):
         self._source, self.buckets, self._augmentation = source, buckets, augmentation
         self._seed, self._channels = seed, channels
-        self.empty: Mapping[str, npt.NDArray] = MappingProxyType({})
         self._sizes = np.zeros((len(source), 2), np.int64)
         for size, rows in buckets.items():
             self._sizes[rows] = size
         self.undecodable: set[int] = set()
 
     def load(self, rows: Rows, keys: Rows) -> Batch:
-        """See :class:`~megatron_ds.data.image_samples.Images`."""
         height, width = self._sizes[rows[0]].tolist()
 
         def load(row: int, key: int) -> Pixels | UndecodableImage:
@@ -110,7 +107,7 @@ class DecodedImages:
         return ThreadPoolExecutor(self._augmentation.workers or cores, thread_name_prefix="decode")
 
 
-class LatentImages:
+class LatentImages(Images):
     """Latents of a cache, drawn anew for each sample where their spread was kept.
 
     Args:
@@ -128,14 +125,13 @@ class LatentImages:
                 f"{cache.folder} has no {' and no '.join(missing)}, only {', '.join(cache.fields)}; write it from "
                 "images with classes, or with text encoders"
             )
-        self.buckets: Mapping[Size, Rows] = cache.buckets
+        self.buckets = cache.buckets
         if kept is not None:
             found = {bucket: rows[np.isin(rows, kept)] for bucket, rows in cache.buckets.items()}
             self.buckets = {bucket: rows for bucket, rows in found.items() if len(rows)}
-        self.empty: Mapping[str, npt.NDArray] = {name: a for name, a in cache.empty.items() if name in fields}
+        self.empty = {name: a for name, a in cache.empty.items() if name in fields}
 
     def load(self, rows: Rows, keys: Rows) -> Batch:
-        """See :class:`~megatron_ds.data.image_samples.Images`."""
         found = self._cache.rows(rows)
         return {"images": sample_latents(found, self._seed, keys), **{name: found[name] for name in self._fields}}
 

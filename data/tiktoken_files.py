@@ -17,8 +17,7 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_ds.data.fast_bpe import byte_characters, gives_up
-from megatron_ds.data.special_tokens import read_special_tokens
-from megatron_ds.data.tokenizer_base import Ids, Marked, Tokenizer, write_hf
+from megatron_ds.data.tokenizer_base import Ids, Marked, Tokenizer, read_special_tokens, write_hf
 from megatron_ds.errors import DataError
 from megatron_ds.files import read_json
 

@@ -1,21 +1,37 @@
-"""What every tokenizer is to the rest of the library, and what they have in common."""
+"""What every tokenizer is to the rest of the library, and what they have in common: first of all, special tokens.
+
+Those that the files of a tokenizer's folder name are read as ``transformers`` reads them. Names (``eos_token``,
+``bos_token``, ...) stand in ``tokenizer_config.json`` or, in older folders, in ``special_tokens_map.json``. Tokens that
+the vocabulary's own file lacks stand in ``added_tokens_decoder`` of the former or, in older folders, in
+``added_tokens.json``.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ds.data.special_tokens import KNOWN_NAMES, SpecialTokens, choose, cut_at_tokens
+from megatron_ds import files
+from megatron_ds.errors import DataError
 
 Ids = Sequence[int] | npt.NDArray
 Marked = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 """Ids of a text, and the character of it in which each token starts."""
+EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eod|>", "<eod>", "[SEP]")
+MASK_NAMES = ("[MASK]", "<mask>")
+BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
+KNOWN_NAMES: dict[str, tuple[str, ...]] = {"eos_token": EOD_NAMES, "bos_token": BOS_NAMES, "mask_token": MASK_NAMES}
+"""What a token is taken for where no file says so."""
+SETTINGS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 
 
 class Tokenizer(ABC):
@@ -96,3 +112,110 @@ def character_of_byte(text: str) -> npt.NDArray[np.int64]:
     begins = np.append((raw & 0xC0) != 0x80, True)
     found: npt.NDArray[np.int64] = np.cumsum(begins, dtype=np.int64) - 1
     return found
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What a folder says.
+
+    Attributes:
+        config: the whole ``tokenizer_config.json``.
+        names: ``eos_token`` and the other :data:`SETTINGS` -> the token's text.
+        origins: the file that each of them was found in.
+        added: id -> the arguments of a ``tokenizers.AddedToken``, in ascending order of ids.
+    """
+
+    config: dict[str, Any]
+    names: dict[str, str]
+    origins: dict[str, str]
+    added: dict[int, dict[str, Any]]
+
+
+def read_special_tokens(folder: Path) -> SpecialTokens:
+    """Read the four places; one that is missing is empty.
+
+    Raises:
+        DataError: a file that is not valid JSON or says something else than it should.
+    """
+    config, older = read_json(folder / CONFIG), read_json(folder / MAP)
+    names: dict[str, str] = {}
+    origins: dict[str, str] = {}
+    # Where both files name a token, transformers takes the older file, unless the newer one lists all added tokens.
+    first, second = (
+        ((CONFIG, config), (MAP, older)) if "added_tokens_decoder" in config else ((MAP, older), (CONFIG, config))
+    )
+    for file, content in (first, second):
+        for setting in SETTINGS:
+            if (text := _text(content.get(setting), folder / file, setting)) and setting not in names:
+                names[setting], origins[setting] = text, file
+    added: dict[int, dict[str, Any]] = {}
+    try:
+        for number, token in (config.get("added_tokens_decoder") or {}).items():
+            added[int(number)] = {key: token[key] for key in ("content", *_FLAGS) if key in token}
+            added[int(number)]["content"] = str(token["content"])
+        if "added_tokens_decoder" not in config:
+            special = set(names.values())
+            for text, number in read_json(folder / ADDED).items():
+                added[int(number)] = {"content": text, "special": text in special, "normalized": text not in special}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"the added tokens of {folder} (in {CONFIG} or {ADDED}) are not ids and tokens: {error!r}"
+        ) from None
+    return SpecialTokens(config, names, origins, dict(sorted(added.items())))
+
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+
+def _text(token: Any, path: Path, setting: str) -> str:
+    """The text of a token that a configuration gives as a string or as an AddedToken written out; empty for none."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str | None):
+        raise DataError(f"{path} says {setting}={str(token)[:80]}, which is no token's text")
+    return text or ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = files.read_json(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from None
+    return value if isinstance(value, dict) else {}
+
+
+def choose(
+    special: SpecialTokens, setting: str, known: Iterable[str], ids: Mapping[str, int]
+) -> tuple[str | None, str]:
+    """(name of a special token, where that comes from): the configured one, else the first of the known names.
+
+    Args:
+        ids: of all tokens by their text.
+
+    Raises:
+        DataError: one is configured, but the vocabulary lacks it; a known name must not take its place unsaid.
+    """
+    if name := special.names.get(setting):
+        if name not in ids:
+            raise DataError(
+                f"{special.origins[setting]} says {setting}={name!r}, but the tokenizer has no such token; add it to "
+                f"added_tokens_decoder in {CONFIG} with its id, or take {setting} out of {special.origins[setting]}"
+            )
+        return name, special.origins[setting]
+    return next(((name, "a known name") for name in known if name in ids), (None, ""))
+
+
+def cut_at_tokens(text: str, ids: Mapping[str, int]) -> Iterator[tuple[int, str, int | None]]:
+    """Cut a text at special tokens, of several that match the longest: (start, piece, id of a special one or None)."""
+    names = sorted((name for name in ids if name), key=len, reverse=True)
+    at = 0
+    if names:
+        for match in re.finditer("|".join(map(re.escape, names)), text):
+            if match.start() > at:
+                yield at, text[at : match.start()], None
+            yield match.start(), match.group(), ids[match.group()]
+            at = match.end()
+    if at < len(text):
+        yield at, text[at:], None

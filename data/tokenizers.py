@@ -20,9 +20,17 @@ import xxhash
 
 from megatron_ds.data.fast_bpe import FastEncoder, Unsuitable, byte_characters
 from megatron_ds.data.sentencepiece_export import to_tokenizers
-from megatron_ds.data.special_tokens import EOD_NAMES, SpecialTokens, read_special_tokens
 from megatron_ds.data.tiktoken_files import TiktokenTokenizer, is_tiktoken_file
-from megatron_ds.data.tokenizer_base import Ids, Marked, Tokenizer, encode_between, write_hf
+from megatron_ds.data.tokenizer_base import (
+    EOD_NAMES,
+    Ids,
+    Marked,
+    SpecialTokens,
+    Tokenizer,
+    encode_between,
+    read_special_tokens,
+    write_hf,
+)
 from megatron_ds.errors import DataError
 
 

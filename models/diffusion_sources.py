@@ -12,8 +12,7 @@ import numpy.typing as npt
 from megatron_ds.config.diffusion import DiffusionRun, image_faults
 from megatron_ds.data.aspect_buckets import Size, bucket_rows, make_buckets
 from megatron_ds.data.image_samples import DiffusionSamples, Digits, Images, SyntheticImages, SyntheticTexts
-from megatron_ds.data.image_scan import image_sizes, usable_rows
-from megatron_ds.data.image_source import open_images
+from megatron_ds.data.image_source import image_sizes, open_images, usable_rows
 from megatron_ds.data.latent_cache import LatentCache
 from megatron_ds.data.samples import LATENTS, Sources
 from megatron_ds.data.stored_images import Augmentation, DecodedImages, LatentImages, split_rows

@@ -22,7 +22,7 @@ from megatron_ds.data.chat import load_template
 from megatron_ds.data.dataset_files import read_manifest
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
-from megatron_ds.data.special_tokens import read_special_tokens
+from megatron_ds.data.tokenizer_base import read_special_tokens
 from megatron_ds.deepspeed_json import from_deepspeed
 from megatron_ds.engine.without_memory import Filler
 from megatron_ds.errors import MegatronDSError

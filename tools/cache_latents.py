@@ -22,8 +22,7 @@ import torch
 import tyro
 
 from megatron_ds.data.cache import locked
-from megatron_ds.data.image_scan import image_sizes
-from megatron_ds.data.image_source import open_images
+from megatron_ds.data.image_source import image_sizes, open_images
 from megatron_ds.data.latent_cache import LatentCache
 from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders, encoding_bar
 from megatron_ds.errors import DataError

@@ -23,8 +23,7 @@ from torch import Tensor
 from megatron_ds import comm
 from megatron_ds.checkpoint import Checkpoint
 from megatron_ds.convert.dit_folder import kind_of
-from megatron_ds.data.latent_decoder import LatentDecoder, check_decoder
-from megatron_ds.data.prompts import check_text_encoders, encode_prompts
+from megatron_ds.data.checkpoint_encoders import LatentDecoder, check_decoder, check_text_encoders, encode_prompts
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.samplers import Sampler, make_scheduler, run_of_checkpoint, save_grid

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megatron_ds.config import BaseRunConfig, PipelineConfig
-from megatron_ds.data.ramp import BatchRamp
+from megatron_ds.data.loader import BatchRamp
 from megatron_ds.errors import ConfigError
 from megatron_ds.layers.float8_recipe import describe, device_fault, recipes_of, use_float8, weights_kept
 from megatron_ds.mesh import Axis, Mesh, MeshShape

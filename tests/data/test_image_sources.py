@@ -14,8 +14,7 @@ from small_images import CROPS, encoded, photograph, write_captions, write_class
 
 from megatron_ds.data.aspect_buckets import bucket_rows, make_buckets
 from megatron_ds.data.image_samples import DiffusionSamples
-from megatron_ds.data.image_scan import image_sizes, usable_rows
-from megatron_ds.data.image_source import ImageSource, open_images
+from megatron_ds.data.image_source import ImageSource, image_sizes, open_images, usable_rows
 from megatron_ds.data.image_transforms import Crop, UndecodableImage, load_pixels, size_of
 from megatron_ds.data.stored_images import Augmentation, DecodedImages, split_rows
 from megatron_ds.errors import DataError
@@ -180,7 +179,7 @@ def test_sizes_are_read_from_the_first_bytes(tmp_path: Path, monkeypatch: pytest
         return content(row, most)
 
     monkeypatch.setattr(source, "content", counted)
-    monkeypatch.setattr("megatron_ds.data.image_scan._HEADER_BYTES", 4096)
+    monkeypatch.setattr("megatron_ds.data.image_source._HEADER_BYTES", 4096)
     assert image_sizes(source, tmp_path / "x").tolist() == [[400, 600]] * 4
     assert sorted(row for row, most in read if most is None) in ([], [2], [3], [2, 3])
     assert len(image_sizes(source, tmp_path / "x")) == 4 and len(read) <= 6  # the second time nothing is read

@@ -15,8 +15,7 @@ import torch
 from scripts_as_modules import load_script
 from small_images import photograph, write_captions, write_classes, write_text_encoder, write_vae
 
-from megatron_ds.data.image_scan import image_sizes
-from megatron_ds.data.image_source import open_images
+from megatron_ds.data.image_source import image_sizes, open_images
 from megatron_ds.data.image_transforms import Crop, load_pixels
 from megatron_ds.data.latent_cache import LatentCache, sample_latents
 from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders

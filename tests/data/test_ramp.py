@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ds.data.ramp import BatchRamp
+from megatron_ds.data.loader import BatchRamp
 
 
 @given(start=st.integers(1, 20), increment=st.integers(1, 9), parts=st.integers(0, 9), samples=st.integers(1, 500))

@@ -17,12 +17,11 @@ from started_ranks import started
 
 from megatron_ds.checkpoint import Checkpoint
 from megatron_ds.convert.dit_pipelines import PipelineParts, export_pipeline
-from megatron_ds.data import latent_decoder
-from megatron_ds.data.image_scan import image_sizes
-from megatron_ds.data.image_source import open_images
+from megatron_ds.data import checkpoint_encoders
+from megatron_ds.data.checkpoint_encoders import LatentDecoder
+from megatron_ds.data.image_source import image_sizes, open_images
 from megatron_ds.data.image_transforms import Crop, load_pixels
 from megatron_ds.data.latent_cache import LatentCache
-from megatron_ds.data.latent_decoder import LatentDecoder
 from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders
 from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.files import read_json
@@ -221,7 +220,7 @@ def test_what_is_trained_on_is_decoded_as_it_was_encoded(root: Path, monkeypatch
         changed = {"data": {"latents": {**meta["data"]["latents"], **wrong}}}
         found = LatentDecoder(root / "vae", changed, torch.device("cpu")).decode(latents)
         assert (found - wanted).abs().max() > 0.01
-    assert latent_decoder.latents_of({}) is None and latent_decoder.latents_of({"data": None}) is None
+    assert checkpoint_encoders.latents_of({}) is None and checkpoint_encoders.latents_of({"data": None}) is None
 
 
 @pytest.mark.parametrize(

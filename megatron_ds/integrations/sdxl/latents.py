@@ -9,8 +9,7 @@ from transformers.utils import logging
 
 from megatron_ds.comm.together import together
 from megatron_ds.data.image_samples import DiffusionSamples
-from megatron_ds.data.image_scan import image_sizes
-from megatron_ds.data.image_source import open_images
+from megatron_ds.data.image_source import image_sizes, open_images
 from megatron_ds.data.latent_cache import LatentCache
 from megatron_ds.data.latent_encoders import model_identity
 from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders, encoding_bar
