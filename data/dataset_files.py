@@ -67,6 +67,15 @@ def checksum(path: Path) -> str:
     return digest.hexdigest()
 
 
+def require_checksum(what: object, found: str, stated: str, where: str, way_out: str) -> None:
+    """A ``DataError`` unless the checksum of ``what`` is the one that is stated ``where``."""
+    if found != stated:
+        raise DataError(
+            f"{what} is not the file that was written: its checksum is {found}, but {where} says {stated}. It was "
+            f"damaged, swapped or changed: {way_out}"
+        )
+
+
 def file_identity(path: Path) -> dict[str, Any]:
     """What tells a file from every other version of itself without reading it all: its size, its times of change
     (contents, and inode) and a checksum of 16 pieces spread over it."""

@@ -17,7 +17,7 @@ import xxhash
 
 from megatron_ds.data import chunk_checks
 from megatron_ds.data.chunk_checks import CHUNK_BYTES, StreamSums
-from megatron_ds.data.dataset_files import MASK_SUFFIX, manifest_path, mask_path, pieces
+from megatron_ds.data.dataset_files import MASK_SUFFIX, manifest_path, mask_path, pieces, require_checksum
 from megatron_ds.data.indexed import IndexedDataset, bin_path, dtype_code, header, idx_path, new_prefix
 from megatron_ds.data.verify import Scan, remember, sums_path
 from megatron_ds.errors import DataError
@@ -105,14 +105,14 @@ class IndexedDatasetWriter:
                 f"{other.bin_path} holds {other.dtype.name} tokens, but {self.prefix}.bin is {self.dtype.name}; "
                 "datasets can be merged only within one dtype: preprocess them with the same tokenizer"
             )
-        _compare(other.idx_path, other.index_checksum(), found.checksums["idx"])
+        _require(other.idx_path, other.index_checksum(), found.checksums["idx"])
         for kind in self._open.keys() - {"idx"}:
             path, digest = Path(f"{other.prefix}.{kind}"), xxhash.xxh3_64()
             for piece in pieces(path, COPY_BYTES):
                 digest.update(piece)
                 self._write(kind, piece)
                 progress(len(piece))
-            _compare(path, digest.hexdigest(), found.checksums[kind])
+            _require(path, digest.hexdigest(), found.checksums[kind])
         self._low, self._high = min(self._low, found.min_id), max(self._high, found.max_id)
         for start in range(1, other.num_documents + 1, INDEX_CHUNK):
             self._add_ends(np.asarray(other.document_bounds[start : start + INDEX_CHUNK]) + self._sequences)
@@ -208,12 +208,8 @@ def _chunks(file: IO[bytes], dtype: str) -> Iterator[npt.NDArray]:
         yield np.frombuffer(content, dtype)
 
 
-def _compare(path: Path, digest: str, expected: str) -> None:
-    if digest != expected:
-        raise DataError(
-            f"{path} was damaged or changed meanwhile: its checksum is {digest}, and was {expected}; run the same "
-            "command again"
-        )
+def _require(path: Path, digest: str, stated: str) -> None:
+    require_checksum(path, digest, stated, "what was found before", "run the same command again")
 
 
 def _fitting(tokens: npt.NDArray, dtype: np.dtype) -> npt.NDArray:

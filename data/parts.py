@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import xxhash
 
-from megatron_ds.data.dataset_files import checksum
+from megatron_ds.data.dataset_files import checksum, require_checksum
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.source_types import UnusableInput
@@ -71,7 +71,7 @@ class Part:
     def read(path: Path) -> Part:
         """A ``DataError`` where it is not what was written."""
         digest, _, body = read_bytes(path).partition(b"\n")
-        _compare(path, xxhash.xxh3_64_hexdigest(body), digest.decode("ascii", "replace"))
+        _require(path, xxhash.xxh3_64_hexdigest(body), digest.decode("ascii", "replace"))
         found = parse_json(body)
         lines = {int(number): read for number, read in found["lines"].items()}
         return Part(Counts(**found["counts"]), lines, found["checksums"])
@@ -80,12 +80,11 @@ class Part:
         """Compare those of its files, of which ``path`` is the ``.part``."""
         for suffix in suffixes:
             file = path.with_suffix(suffix)
-            _compare(file, checksum(file), self.checksums[suffix])
+            _require(file, checksum(file), self.checksums[suffix])
 
 
-def _compare(path: Path, digest: str, expected: str) -> None:
-    if digest != expected:
-        raise DataError(f"{path} does not match its checksum: it was damaged; run the same command again")
+def _require(path: Path, digest: str, stated: str) -> None:
+    require_checksum(path, digest, stated, f"{path.stem}{SUMMARY}", "run the same command again")
 
 
 def keep_intact(folder: Path) -> set[str]:

@@ -26,9 +26,11 @@ import xxhash
 from megatron_ds.data import chunk_checks, dataset_files
 from megatron_ds.data.cache import locked
 from megatron_ds.data.chunk_checks import CheckedArray
+from megatron_ds.data.dataset_files import require_checksum
 from megatron_ds.errors import DataError
 from megatron_ds.files import checksum, read_json, replacing
 
+_STATED = "the manifest", "copy it there again"
 OPTIONAL = ("manifest.json", "loss_mask")
 _COMPLETE = "fetched.json"
 """Says which version of the remote files a folder of the cache belongs to; written last."""
@@ -139,7 +141,7 @@ class RemoteTokens(CheckedArray):
         if len(content) != size:
             raise DataError(f"{where}: expected {size} bytes, found {len(content)}: the file changed or was cut off")
         if remote.chunk_sums:
-            _compare(where, checksum(content), remote.chunk_sums[chunk])
+            require_checksum(where, checksum(content), remote.chunk_sums[chunk], *_STATED)
         with _writing(self.path.parent):
             os.pwrite(self._file.fileno(), content, start)
             os.fdatasync(self._file.fileno())  # the checksum must not survive a crash that its chunk did not
@@ -148,14 +150,6 @@ class RemoteTokens(CheckedArray):
 
 def _named(chunk: int) -> str:
     return f"chunk {chunk} of {chunk_checks.FETCH_BYTES >> 20} MB"
-
-
-def _compare(what: str, digest: str, stated: str) -> None:
-    if digest != stated:
-        raise DataError(
-            f"{what} is not the file that was written: its checksum is {digest}, but the manifest says {stated}. It "
-            "was damaged, swapped or changed: copy it there again"
-        )
 
 
 def _sum(content: bytes | memoryview) -> int:
@@ -197,7 +191,8 @@ def _check_arrived(url: str, prefix: str, identity: dict[str, Any]) -> None:
         if size != identity[name]["size"]:
             raise DataError(f"{url}.{name}: expected {identity[name]['size']} bytes, found {size}")
         if name in stated:
-            _compare(f"{url}.{name}", dataset_files.checksum(content_path), stated[name]["xxh3"])
+            digest = dataset_files.checksum(content_path)
+            require_checksum(f"{url}.{name}", digest, stated[name]["xxh3"], *_STATED)
     if "bin" in stated and stated["bin"]["bytes"] != identity["bin"]["size"]:
         raise DataError(f"{url}.bin: expected {stated['bin']['bytes']} bytes, found {identity['bin']['size']}")
 

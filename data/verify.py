@@ -28,6 +28,7 @@ from megatron_ds.data.dataset_files import (
     mask_path,
     pieces,
     read_manifest,
+    require_checksum,
 )
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.errors import DataError
@@ -105,11 +106,8 @@ def _checked_scan(dataset: IndexedDataset) -> Scan:
 
 def _compare(dataset: IndexedDataset, now: dict[str, str], stated: dict[str, str], where: str) -> None:
     for kind, digest in now.items():
-        if digest != stated[kind]:
-            raise DataError(
-                f"{dataset.prefix}.{kind} is not the file that was written: its checksum is {digest}, but {where} says "
-                f"{stated[kind]}. It was damaged, swapped or changed: copy it again, or preprocess again"
-            )
+        way_out = "copy it again, or preprocess again"
+        require_checksum(f"{dataset.prefix}.{kind}", digest, stated[kind], where, way_out)
 
 
 def _kept(dataset: IndexedDataset, build: Callable[[], Scan], cache_dir: Path | None = None) -> Scan:
