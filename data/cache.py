@@ -5,8 +5,7 @@ and carries its *key* (the identity of the files it was made from, and the setti
 count, so nothing stale is ever read. A directory that cannot be written is no error: the next candidate is used,
 and in the end the result is computed without being kept.
 
-The temporary directory of a host is everybody's. What is kept there lies in a folder that is this user's own and closed
-to others; one that somebody else made, or a link, is not used. Nowhere is a link followed that has taken a file's name.
+Nowhere is a link followed that has taken a file's name.
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ import fcntl
 import json
 import os
 import stat
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,33 +29,20 @@ from megatron_ds.files import parse_json, replacing
 _TYPES = {"I64": "<i8", "I32": "<i4", "U8": "u1", "U64": "<u8", "F64": "<f8"}
 
 
+def default_cache_dir() -> Path:
+    return Path.home() / ".cache" / "megatron-ds"
+
+
 def candidates(path: Path, cache_dir: Path | None = None) -> list[Path]:
-    """Where a cached file may be: in ``cache_dir`` if that is given, else at ``path``, else in a folder of this
-    user's in the node's temporary directory, named after ``path``."""
+    """Where a cached file may be: in ``cache_dir`` if that is given, else at ``path``, else in this user's own cache
+    folder, named after ``path``."""
     whole = Path(os.path.realpath(path.parent)) / path.name  # the file itself may be a link to nowhere, or to itself
     unique = f"{xxhash.xxh3_64_hexdigest(os.fsencode(whole))}-{path.name}"
-    first = cache_dir / unique if cache_dir is not None else path
-    own = _own_folder()
-    return [first] if own is None else [first, own / unique]
-
-
-def _own_folder() -> Path | None:
-    """This user's folder in the temporary directory, made if need be; None where it is not ours alone."""
-    folder = Path(tempfile.gettempdir()) / f"megatron-ds-{os.getuid()}"
+    first = path if cache_dir is None else cache_dir / unique
     try:
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-        status = folder.lstat()
-    except OSError:
-        return None
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        warnings.warn(
-            f"{folder} is not a folder of this user alone (owner {status.st_uid}, mode {status.st_mode & 0o7777:o}): "
-            "nothing is kept in it; remove it, or set data.cache_dir",
-            stacklevel=2,
-        )
-        return None
-    return folder
+        return [first, default_cache_dir() / unique]
+    except RuntimeError:  # a user without a home
+        return [first]
 
 
 def open_plain(path: Path, flags: int) -> int:

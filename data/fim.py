@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ds.data.gpt_dataset import GPTDataset
+from megatron_ds.data.gpt_dataset import GPTDataset, assemble
 from megatron_ds.data.order import key, mix, order
 from megatron_ds.data.samples import Batch
 from megatron_ds.data.tokenizer_base import Tokenizer
@@ -125,7 +125,7 @@ class FIMDataset:
             windows[i] = np.concatenate(new)[: s + 1]
             begins = np.cumsum([piece.size for piece in new])[:-1]
             starts.append(begins[begins <= s])
-        return self.dataset.assemble(windows, starts)
+        return assemble(windows, starts if self.dataset.document_masking else None)
 
     def _piece(self, piece: npt.NDArray[np.int64], draw: int) -> npt.NDArray[np.int64]:
         if piece.size and piece[-1] == self.eod_id:

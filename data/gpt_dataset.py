@@ -96,34 +96,13 @@ class GPTDataset:
         windows = np.empty((wanted.size, s + 1), np.int64)
         for i, row in enumerate(wanted.tolist()):
             windows[i] = self.window(row)
-        return self.assemble(windows, map(self.document_starts, wanted.tolist()))
+        return assemble(windows, map(self.document_starts, wanted.tolist()) if self.document_masking else None)
 
     def window(self, row: int) -> npt.NDArray:
         """The tokens of a row with its last target ``[s + 1]``, as they are stored."""
         at = self.first_token + row * self.sequence_length
         tokens: npt.NDArray = self.indexed.tokens[at : at + self.sequence_length + 1]
         return tokens
-
-    def assemble(self, windows: npt.NDArray[np.int64], starts: Iterable[npt.NDArray[np.int64]]) -> Batch:
-        """A batch from ``windows [b, s + 1]`` and, for each, the sorted places in ``1..s`` where documents start."""
-        b, s = windows.shape[0], self.sequence_length
-        batch = {
-            # Copies: a view of the window would be no contiguous tensor.
-            "tokens": np.ascontiguousarray(windows[:, :-1]),
-            "labels": np.ascontiguousarray(windows[:, 1:]),
-            "loss_mask": np.ones((b, s), bool),
-            "position_ids": np.tile(np.arange(s, dtype=np.int64), (b, 1)),
-        }
-        if self.document_masking:
-            first, last_start = np.zeros((2, b, s), np.int64)
-            for i, places in enumerate(starts):
-                inside = places[places < s]
-                first[i, inside], last_start[i, inside] = 1, inside
-                batch["loss_mask"][i, places - 1] = False
-            batch["document_ids"] = np.cumsum(first, axis=1)
-            # Each token's position is its distance from the last start at or before it.
-            batch["position_ids"] -= np.maximum.accumulate(last_start, axis=1)
-        return batch
 
     def document_starts(self, row: int) -> npt.NDArray[np.int64]:
         """Where documents start within a row: sorted places in ``1..s`` (0 is not listed, ``s`` is the last target).
@@ -139,3 +118,29 @@ class GPTDataset:
                 starts.append(start)
             document += 1
         return np.array(starts, np.int64)
+
+
+def assemble(windows: npt.NDArray[np.int64], starts: Iterable[npt.NDArray[np.int64]] | None = None) -> Batch:
+    """A batch from ``windows [b, s + 1]``.
+
+    Args:
+        starts: for document masking, the sorted places in ``1..s`` of each window where documents start.
+    """
+    b, s = windows.shape[0], windows.shape[1] - 1
+    batch = {
+        # Copies: a view of the window would be no contiguous tensor.
+        "tokens": np.ascontiguousarray(windows[:, :-1]),
+        "labels": np.ascontiguousarray(windows[:, 1:]),
+        "loss_mask": np.ones((b, s), bool),
+        "position_ids": np.tile(np.arange(s, dtype=np.int64), (b, 1)),
+    }
+    if starts is not None:
+        first, last_start = np.zeros((2, b, s), np.int64)
+        for i, places in enumerate(starts):
+            inside = places[places < s]
+            first[i, inside], last_start[i, inside] = 1, inside
+            batch["loss_mask"][i, places - 1] = False
+        batch["document_ids"] = np.cumsum(first, axis=1)
+        # Each token's position is its distance from the last start at or before it.
+        batch["position_ids"] -= np.maximum.accumulate(last_start, axis=1)
+    return batch

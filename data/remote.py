@@ -24,7 +24,7 @@ import numpy as np
 import xxhash
 
 from megatron_ds.data import chunk_checks, dataset_files
-from megatron_ds.data.cache import locked
+from megatron_ds.data.cache import default_cache_dir, locked
 from megatron_ds.data.chunk_checks import CheckedArray
 from megatron_ds.data.dataset_files import require_checksum
 from megatron_ds.errors import DataError
@@ -38,10 +38,6 @@ _COMPLETE = "fetched.json"
 
 def is_url(prefix: str) -> bool:
     return "://" in prefix
-
-
-def default_cache_dir() -> Path:
-    return Path.home() / ".cache" / "megatron-ds"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from megatron_ds.data.gpt_dataset import assemble
 from megatron_ds.data.samples import Batch
 
 
@@ -27,14 +28,6 @@ class SyntheticDataset:
         return self.rows(indices)
 
     def rows(self, rows: npt.ArrayLike) -> Batch:
-        wanted = np.asarray(rows, np.int64)
-        s = self.sequence_length
-        text = np.stack(
-            [np.random.default_rng((self.seed, row)).integers(self.vocab_size, size=s + 1) for row in wanted.tolist()]
-        )
-        return {
-            "tokens": np.ascontiguousarray(text[:, :-1]),
-            "labels": np.ascontiguousarray(text[:, 1:]),
-            "loss_mask": np.ones((len(wanted), s), bool),
-            "position_ids": np.tile(np.arange(s, dtype=np.int64), (len(wanted), 1)),
-        }
+        wanted, shape = np.asarray(rows, np.int64), self.sequence_length + 1
+        texts = [np.random.default_rng((self.seed, k)).integers(self.vocab_size, size=shape) for k in wanted.tolist()]
+        return assemble(np.stack(texts))

@@ -59,7 +59,7 @@ def train_tokenizer(
     if len(set(special_tokens)) < len(special_tokens) or EOD in special_tokens:
         raise DataError(f"special_tokens={list(special_tokens)} must differ from each other and from {EOD}")
     cutter = _RunCutter()
-    texts = cutter(_shown(_limited(iterate_texts(inputs, key), max_megabytes), show_progress))
+    texts = cutter(_limited(iterate_texts(inputs, key), max_megabytes, show_progress))
     with _written_whole(folder) as partial:
         if kind == "unigram":
             _train_unigram(texts, partial, vocab_size, special_tokens)
@@ -105,15 +105,6 @@ class _RunCutter:
                     yield text[at:cut]
                     at = cut
             yield text[at:]
-
-
-def _shown(texts: Iterator[str], show_progress: bool) -> Iterator[str]:
-    from tqdm import tqdm
-
-    with tqdm(unit="B", unit_scale=True, desc="read", disable=not show_progress) as bar:
-        for text in texts:
-            yield text
-            bar.update(len(text))
 
 
 def _train_hf(
@@ -200,10 +191,15 @@ def _lines(text: str) -> Iterator[str]:
         yield from (line[at : at + PIECE_BYTES] for at in range(0, len(line), PIECE_BYTES))
 
 
-def _limited(texts: Iterator[str], max_megabytes: float | None) -> Iterator[str]:
+def _limited(texts: Iterator[str], max_megabytes: float | None, show_progress: bool) -> Iterator[str]:
+    from tqdm import tqdm
+
     left = float("inf") if max_megabytes is None else max_megabytes * 1e6
-    for text in texts:
-        if left <= 0:
-            return
-        left -= len(text.encode("utf-8", "replace"))
-        yield text
+    with tqdm(unit="B", unit_scale=True, desc="read", disable=not show_progress) as bar:
+        for text in texts:
+            if left <= 0:
+                return
+            size = len(text.encode("utf-8", "replace"))
+            left -= size
+            yield text
+            bar.update(size)

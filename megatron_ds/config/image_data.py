@@ -26,8 +26,8 @@ class DiffusionDataConfig(BaseDataConfig):
     path: str | None = Field(None, description="Of the folder, tars, image set or cache of latents.")
     cache_dir: str | None = Field(
         None,
-        description="Folder for indices of images, instead of beside them (they are kept per machine if neither "
-        "can be written).",
+        description="Folder for indices of images, instead of beside them (they are kept in ~/.cache if neither can "
+        "be written).",
     )
     valid: int = Field(
         128, ge=0, description="Images kept for validation; of a folder, tars, a set or a cache spread over it."
