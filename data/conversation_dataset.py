@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from megatron_ds.data.cache import cached_arrays
 from megatron_ds.data.chunk_checks import CheckedArray
-from megatron_ds.data.dataset_files import MASK_SUFFIX, mask_path
+from megatron_ds.data.dataset_files import MASK_SUFFIX, file_of
 from megatron_ds.data.document_split import DocumentRange
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.inspect import document_lengths
@@ -62,7 +62,7 @@ class ConversationDataset:
     ):
         self.indexed, self.sequence_length, self.seed, self.pad_id = indexed, sequence_length, seed, pad_id
         self.documents = documents if documents is not None else (0, indexed.num_documents)
-        path = mask_path(indexed.prefix)
+        path = file_of(indexed.prefix, MASK_SUFFIX)
         if not path.is_file():
             raise DataError(
                 f"{path} does not exist: {indexed.prefix} holds texts, not conversations. Preprocess them with "

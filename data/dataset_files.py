@@ -15,20 +15,18 @@ from megatron_ds.files import read_json
 READ_BYTES = 16 << 20
 MASK_SUFFIX = "loss_mask"
 """``PREFIX.loss_mask`` holds one byte a token of a dataset of conversations: 1 where it is learnt."""
+MANIFEST, SUMS = "manifest.json", "sums"
 SAMPLES, SAMPLE_BYTES = 16, 4096
 
 
-def mask_path(prefix: str) -> Path:
-    return Path(f"{prefix}.{MASK_SUFFIX}")
-
-
-def manifest_path(prefix: str) -> Path:
-    return Path(f"{prefix}.manifest.json")
+def file_of(prefix: str, suffix: str) -> Path:
+    """A file of the dataset at ``prefix``: ``bin``, ``idx``, :data:`MASK_SUFFIX`, :data:`MANIFEST` or :data:`SUMS`."""
+    return Path(f"{prefix}.{suffix}")
 
 
 def read_manifest(prefix: str) -> dict[str, Any] | None:
     """How the dataset was made, if this library made it: inputs, settings, tokenizer, counts, checksums."""
-    path = manifest_path(prefix)
+    path = file_of(prefix, MANIFEST)
     if not os.path.lexists(path):
         return None
     try:

@@ -30,7 +30,8 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_ds.data.chunk_checks import CheckedArray
-from megatron_ds.data.remote import is_url, open_remote
+from megatron_ds.data.dataset_files import file_of
+from megatron_ds.data.remote import RemoteDataset, RemoteTokens, is_url
 from megatron_ds.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -45,14 +46,6 @@ DTYPES: dict[int, np.dtype] = {
 def dtype_for_vocabulary(vocab_size: int) -> np.dtype:
     """uint16 where every id fits (below 65,500, the bound that Megatron's tools use), int32 otherwise."""
     return DTYPES[8] if vocab_size < 65_500 else DTYPES[4]
-
-
-def bin_path(prefix: str | os.PathLike[str]) -> Path:
-    return Path(f"{os.fspath(prefix)}.bin")
-
-
-def idx_path(prefix: str | os.PathLike[str]) -> Path:
-    return Path(f"{os.fspath(prefix)}.idx")
 
 
 def strip_suffix(path: str | os.PathLike[str]) -> str:
@@ -97,10 +90,10 @@ class IndexedDataset:
 
     def __init__(self, prefix: str | os.PathLike[str], cache_dir: Path | None = None):
         self.prefix = strip_suffix(prefix)
-        self.remote = open_remote(self.prefix, cache_dir) if is_url(self.prefix) else None
+        self.remote = RemoteDataset(self.prefix, cache_dir) if is_url(self.prefix) else None
         if self.remote is not None:
             self.prefix = self.remote.prefix
-        self.bin_path, self.idx_path = bin_path(self.prefix), idx_path(self.prefix)
+        self.bin_path, self.idx_path = file_of(self.prefix, "bin"), file_of(self.prefix, "idx")
         for path, other in ((self.idx_path, self.bin_path), (self.bin_path, self.idx_path)):
             if not path.is_file():
                 here = f"; {other.name} is there" if other.is_file() else ""
@@ -138,11 +131,11 @@ class IndexedDataset:
         self.document_bounds: npt.NDArray[np.int64] = self._array("<i8", at + 12 * sequences, bounds)
         self._check_ends()
         self.sums: dict[str, npt.NDArray[np.uint64]] = {}
-        self.tokens: Any = (
-            self.remote.tokens(self.dtype)
-            if self.remote is not None
-            else np.memmap(self.bin_path, dtype=self.dtype, mode="r")
-        )
+        self.tokens: Any
+        if self.remote is None:
+            self.tokens = np.memmap(self.bin_path, dtype=self.dtype, mode="r")
+        else:
+            self.tokens = RemoteTokens(self.remote, self.dtype)
 
     def check_reads(self, sums: dict[str, npt.NDArray[np.uint64]]) -> None:
         """Compare each chunk of the tokens with its checksum before it is first read, from now on.

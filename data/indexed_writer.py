@@ -17,9 +17,9 @@ import xxhash
 
 from megatron_ds.data import chunk_checks
 from megatron_ds.data.chunk_checks import CHUNK_BYTES, StreamSums
-from megatron_ds.data.dataset_files import MASK_SUFFIX, manifest_path, mask_path, pieces, require_checksum
-from megatron_ds.data.indexed import IndexedDataset, bin_path, dtype_code, header, idx_path, new_prefix
-from megatron_ds.data.verify import Scan, remember, sums_path
+from megatron_ds.data.dataset_files import MANIFEST, MASK_SUFFIX, SUMS, file_of, pieces, require_checksum
+from megatron_ds.data.indexed import IndexedDataset, dtype_code, header, new_prefix
+from megatron_ds.data.verify import Scan, remember
 from megatron_ds.errors import DataError
 from megatron_ds.files import replacing, sync_and_close, temporary_beside
 
@@ -49,7 +49,7 @@ class IndexedDatasetWriter:
         self.prefix = new_prefix(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
         dtype_code(self.dtype)
-        folder = bin_path(self.prefix).parent
+        folder = Path(self.prefix).parent
         folder.mkdir(parents=True, exist_ok=True)
         kinds = ("bin", "idx", MASK_SUFFIX) if masked else ("bin", "idx")
         with contextlib.ExitStack() as stack:
@@ -107,7 +107,7 @@ class IndexedDatasetWriter:
             )
         _require(other.idx_path, other.index_checksum(), found.checksums["idx"])
         for kind in self._open.keys() - {"idx"}:
-            path, digest = Path(f"{other.prefix}.{kind}"), xxhash.xxh3_64()
+            path, digest = file_of(other.prefix, kind), xxhash.xxh3_64()
             for piece in pieces(path, COPY_BYTES):
                 digest.update(piece)
                 self._write(kind, piece)
@@ -163,9 +163,9 @@ class IndexedDatasetWriter:
             checksums = {MASK_SUFFIX: "", **{kind: file["xxh3"] for kind, file in self.files.items()}}
             chunks = {kind: self._sums[kind].chunks(CHUNK_BYTES) for kind in self._sums.keys() - {"idx"}}
             self.found = Scan(int(self._low), int(self._high), checksums, chunks)
-            self._publish(stale=() if made is None else (manifest_path, sums_path))
+            self._publish(stale=() if made is None else (MANIFEST, SUMS))
         if made is not None:
-            with replacing(manifest_path(self.prefix)) as temporary:
+            with replacing(file_of(self.prefix, MANIFEST)) as temporary:
                 manifest = {**made, "dtype": self.dtype.name, "files": self.files}
                 temporary.write_text(json.dumps(manifest, indent=1) + "\n")
             remember(self.prefix, self.found)
@@ -184,12 +184,12 @@ class IndexedDatasetWriter:
         for ends in _chunks(self._document_ends, "<i8"):
             self._write("idx", ends.tobytes())
 
-    def _publish(self, stale: tuple[Callable[[str], Path], ...]) -> None:
+    def _publish(self, stale: tuple[str, ...]) -> None:
         """Give the complete files their final names; a crash in between leaves no readable dataset."""
-        for path in (*stale, mask_path, idx_path):  # never an old one beside new tokens
-            path(self.prefix).unlink(missing_ok=True)
+        for suffix in (*stale, MASK_SUFFIX, "idx"):  # never an old one beside new tokens
+            file_of(self.prefix, suffix).unlink(missing_ok=True)
         for kind in (*(self._paths.keys() - {"idx"}), "idx"):
-            self._paths[kind].replace(f"{self.prefix}.{kind}")
+            self._paths[kind].replace(file_of(self.prefix, kind))
 
     def __enter__(self) -> IndexedDatasetWriter:
         return self

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ds.data.dataset_files import MASK_SUFFIX, read_manifest
-from megatron_ds.data.indexed import IndexedDataset, idx_path, new_prefix
+from megatron_ds.data.dataset_files import MASK_SUFFIX, file_of, read_manifest
+from megatron_ds.data.indexed import IndexedDataset, new_prefix
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.verify import Scan, verify
 from megatron_ds.errors import DataError
@@ -59,7 +59,7 @@ def _check_together(datasets: list[IndexedDataset], manifests: list[dict[str, An
         raise DataError("no dataset to merge was given")
     first, first_made = datasets[0], (manifests[0] or {}).get("tokenizer")
     for dataset, manifest in zip(datasets, manifests):
-        if os.path.realpath(idx_path(output)) == os.path.realpath(dataset.idx_path):
+        if os.path.realpath(file_of(output, "idx")) == os.path.realpath(dataset.idx_path):
             raise DataError(f"{output} is to be written and is one of the datasets to merge; choose another name")
         if dataset.dtype != first.dtype:
             raise DataError(

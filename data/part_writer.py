@@ -54,13 +54,9 @@ class Job:
     dtype: str
 
 
-@dataclass(frozen=True)
-class _Item:
-    """A good record on its way: where it came from, for when the tokenizer or template has something against it."""
-
-    part: Slice
-    number: int
-    text: str
+Text = tuple[Slice, int, str]
+"""A good record on its way, with its slice and its number in it: for when the tokenizer or template has something
+against it."""
 
 
 class PartMaker:
@@ -106,14 +102,14 @@ class PartWriter:
         return self.counts
 
     def _write_all(self) -> None:
-        batch: list[_Item] = []
+        batch: list[Text] = []
         size = 0
-        for part, (number, text) in read_block(self.job.inputs, self.block, self.job.options.source):
+        for part, number, text in read_block(self.job.inputs, self.block, self.job.options.source):
             self.lines[part.input] = self.lines.get(part.input, 0) + 1
             if isinstance(text, Problem):
                 self._problem(part, number, text)
                 continue
-            batch.append(_Item(part, number, text))
+            batch.append((part, number, text))
             size += len(text)
             if size >= BATCH_BYTES:
                 self._write(batch)
@@ -132,29 +128,29 @@ class PartWriter:
         record = {"input": part.input, "line": number, "reason": problem.reason, "detail": problem.detail}
         self._bad.write(json.dumps(record).encode() + b"\n")
 
-    def _write(self, items: list[_Item]) -> None:
+    def _write(self, items: list[Text]) -> None:
         tokens: list[npt.NDArray] = []
         masks: list[npt.NDArray[np.uint8]] = []
-        lengths = []
-        for item, ids, mask in self._encode_conversations(items) if self.template else self._encode_texts(items):
+        encoded = self._encode_conversations(items) if self.template else self._encode_texts(items)
+        for (part, number, _), ids, mask in encoded:
             if not ids.size:
-                self._problem(item.part, item.number, Problem("empty", "the tokenizer makes nothing of it"))
+                self._problem(part, number, Problem("empty", "the tokenizer makes nothing of it"))
                 continue
             tokens.append(ids)
             masks.append(mask)
-            lengths.append(ids.size)
         if tokens:
+            lengths = np.array([ids.size for ids in tokens])
             learnt = np.concatenate(masks) if self.template else None
-            self._dataset.add_documents(np.concatenate(tokens), np.array(lengths), learnt)
-            self.counts.documents += len(lengths)
-            self.counts.tokens += sum(lengths)
+            self._dataset.add_documents(np.concatenate(tokens), lengths, learnt)
+            self.counts.documents += lengths.size
+            self.counts.tokens += int(lengths.sum())
 
-    def _encode_texts(self, items: list[_Item]) -> Iterator[tuple[_Item, npt.NDArray, npt.NDArray[np.uint8]]]:
+    def _encode_texts(self, items: list[Text]) -> Iterator[tuple[Text, npt.NDArray, npt.NDArray[np.uint8]]]:
         nothing = np.empty(0, np.uint8)
         for item, ids in zip(items, self._encode_each(items)):
             if ids is None:
                 continue
-            self.counts.text_bytes += _utf8_size(item.text)
+            self.counts.text_bytes += _utf8_size(item[2])
             array = np.asarray(ids).astype(self.dtype, copy=False)
             if array.size:
                 before = [] if self._bos is None or array[0] == self._bos else [self._bos]
@@ -163,32 +159,32 @@ class PartWriter:
                     array = np.concatenate([before, array, after]).astype(self.dtype)
             yield item, array, nothing
 
-    def _encode_each(self, items: list[_Item]) -> list[Ids | None]:
+    def _encode_each(self, items: list[Text]) -> list[Ids | None]:
         """The ids of each text; None for one that the tokenizer cannot take, which is then noted as a problem."""
         if not items:
             return []
         try:
-            return list(self.tokenizer.encode_batch([item.text for item in items]))
+            return list(self.tokenizer.encode_batch([text for _, _, text in items]))
         except RuntimeError:
             raise  # two encoders disagree: no fault of the text
         except Exception as error:  # the Rust side raises bare Exception
             if len(items) > 1:  # one of them has failed: which?
                 return [ids for item in items for ids in self._encode_each([item])]
-            self._problem(items[0].part, items[0].number, Problem("not encodable", str(error)))
+            part, number, _ = items[0]
+            self._problem(part, number, Problem("not encodable", str(error)))
             return [None]
 
-    def _encode_conversations(self, items: list[_Item]) -> Iterator[tuple[_Item, npt.NDArray, npt.NDArray[np.uint8]]]:
+    def _encode_conversations(self, items: list[Text]) -> Iterator[tuple[Text, npt.NDArray, npt.NDArray[np.uint8]]]:
         """One document for each text that shows answers as generation would: all or nothing of a conversation."""
         assert self.template is not None
         for item in items:
+            part, number, messages = item
             try:
-                renderings = self.template.renderings(json.loads(item.text))
+                renderings = self.template.renderings(json.loads(messages))
                 encoded = [chat.encode(self.tokenizer, rendering, self._bos, self._eod) for rendering in renderings]
-            except BadConversation as error:
-                self._problem(item.part, item.number, Problem("bad conversation", str(error)))
-                continue
             except Exception as error:
-                self._problem(item.part, item.number, Problem("not encodable", str(error)))
+                bad = isinstance(error, BadConversation)
+                self._problem(part, number, Problem("bad conversation" if bad else "not encodable", str(error)))
                 continue
             self.counts.text_bytes += sum(_utf8_size(rendering.text) for rendering in renderings)
             for ids, mask in encoded:

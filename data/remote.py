@@ -16,17 +16,17 @@ import os
 import struct
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
-from megatron_ds.data import chunk_checks, dataset_files
+from megatron_ds.data import chunk_checks
 from megatron_ds.data.cache import default_cache_dir, locked
 from megatron_ds.data.chunk_checks import CheckedArray
-from megatron_ds.data.dataset_files import require_checksum
+from megatron_ds.data.dataset_files import checksum as file_checksum
+from megatron_ds.data.dataset_files import read_manifest, require_checksum
 from megatron_ds.errors import DataError
 from megatron_ds.files import checksum, read_json, replacing
 
@@ -40,65 +40,90 @@ def is_url(prefix: str) -> bool:
     return "://" in prefix
 
 
-@dataclass(frozen=True)
 class RemoteDataset:
-    """A dataset whose index lies at ``prefix`` in the cache.
+    """A dataset at ``url``, a prefix. Its index, and manifest and loss mask where there are, are copied into the cache.
 
-    ``identity`` tells this version of the remote files from any other; ``checked``: a manifest vouches for every
-    byte, on arrival.
-    """
-
-    url: str
-    prefix: str
-    identity: dict[str, Any]
-    checked: bool
-    chunk_sums: tuple[str, ...]
-    filesystem: Any
-    bin_path: str
-
-    def tokens(self, dtype: np.dtype) -> RemoteTokens:
-        return RemoteTokens(self, dtype)
-
-
-def open_remote(url: str, cache_dir: Path | None = None) -> RemoteDataset:
-    """Bring the index (and manifest and loss mask, where there are) of ``url``, a prefix, into the cache.
+    Attributes:
+        prefix: of the copy.
+        identity: tells this version of the remote files from any other.
+        chunk_sums: of a manifest, which then vouches for every byte on arrival.
 
     Raises:
         DataError: no such files, a filesystem that is not installed or does not answer, files that are not those of
             the manifest, or that changed since they were cached, or a cache folder that cannot be written.
     """
-    import fsspec  # type: ignore[import-untyped]
 
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise DataError(f"{url} cannot be read: {error}") from None
-    unique = xxhash.xxh3_64_hexdigest(url.encode())
-    folder = (cache_dir or default_cache_dir()) / f"{unique}-{Path(path).name}"
-    prefix = str(folder / Path(path).name)
-    with _told(url):
-        found = {name: _identity(filesystem, f"{path}.{name}", name in OPTIONAL) for name in ("idx", "bin", *OPTIONAL)}
-    identity = {name: value for name, value in found.items() if value is not None}
-    with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / "lock"):
-            _compare_with_cached(url, folder, identity)
-            if not (folder / _COMPLETE).is_file():
-                with _told(url):
-                    for name in identity:
-                        if name != "bin":
-                            filesystem.get_file(f"{path}.{name}", f"{prefix}.{name}")
-                    _check_arrived(url, prefix, identity)
-                size = identity["bin"]["size"]
-                for suffix, length in (("bin", size), ("bin.sums", 8 * _chunks(size))):
-                    with open(f"{prefix}.{suffix}", "wb") as file:
-                        file.truncate(length)
-                with replacing(folder / _COMPLETE) as temporary:
-                    temporary.write_text(json.dumps({"url": url, "identity": identity}))
-    sums = _manifest(prefix).get("bin", {}).get("chunks", [])
-    if sums and len(sums) != _chunks(identity["bin"]["size"]):
-        raise DataError(f"{url}.manifest.json has checksums of {len(sums)} chunks; .bin does not have as many")
-    return RemoteDataset(url, prefix, identity, bool(sums), tuple(sums), filesystem, f"{path}.bin")
+    def __init__(self, url: str, cache_dir: Path | None = None):
+        import fsspec  # type: ignore[import-untyped]
+
+        try:
+            self.filesystem, self.path = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise DataError(f"{url} cannot be read: {error}") from None
+        name = Path(self.path).name
+        folder = (cache_dir or default_cache_dir()) / f"{xxhash.xxh3_64_hexdigest(url.encode())}-{name}"
+        self.url, self.prefix = url, str(folder / name)
+        with _told(url):
+            found = {kind: self._identity(kind) for kind in ("idx", "bin", *OPTIONAL)}
+        self.identity = {kind: value for kind, value in found.items() if value is not None}
+        chunks = _chunks(size := self.identity["bin"]["size"])
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(folder / "lock"):
+                if (folder / _COMPLETE).is_file():
+                    self._compare_with_cached(folder)
+                else:
+                    self._fetch_all_but_tokens()
+                    for suffix, length in (("bin", size), ("bin.sums", 8 * chunks)):
+                        with open(f"{self.prefix}.{suffix}", "wb") as file:
+                            file.truncate(length)
+                    with replacing(folder / _COMPLETE) as temporary:
+                        temporary.write_text(json.dumps({"url": url, "identity": self.identity}))
+        self.chunk_sums: list[str] = self._manifest().get("bin", {}).get("chunks", [])
+        if self.chunk_sums and len(self.chunk_sums) != chunks:
+            raise DataError(
+                f"{url}.manifest.json has checksums of {len(self.chunk_sums)} chunks; .bin does not have as many"
+            )
+
+    def _identity(self, kind: str) -> dict[str, Any] | None:
+        path = f"{self.path}.{kind}"
+        try:
+            return {"size": int(self.filesystem.info(path)["size"]), "version": str(self.filesystem.ukey(path))}
+        except FileNotFoundError:
+            if kind in OPTIONAL:
+                return None
+            raise
+
+    def _compare_with_cached(self, folder: Path) -> None:
+        cached, now = read_json(folder / _COMPLETE)["identity"], self.identity
+        if changed := [name for name in {**cached, **now} if cached.get(name) != now.get(name)]:
+            raise DataError(
+                f"{self.url}.{changed[0]} changed since it was cached: it was {cached.get(changed[0])}, is now "
+                f"{now.get(changed[0])}. To read the new version, delete {folder}"
+            )
+
+    def _fetch_all_but_tokens(self) -> None:
+        """Sizes of what was fetched are compared, and checksums where the manifest has them."""
+        with _told(self.url):
+            for name in self.identity.keys() - {"bin"}:
+                self.filesystem.get_file(f"{self.path}.{name}", f"{self.prefix}.{name}")
+            stated = self._manifest()
+            for name in self.identity.keys() - {"bin"}:
+                copy = Path(f"{self.prefix}.{name}")
+                self._require_size(name, copy.stat().st_size, self.identity[name]["size"])
+                if name in stated:
+                    require_checksum(f"{self.url}.{name}", file_checksum(copy), stated[name]["xxh3"], *_STATED)
+            if "bin" in stated:
+                self._require_size("bin", self.identity["bin"]["size"], stated["bin"]["bytes"])
+
+    def _require_size(self, name: str, found: int, expected: int) -> None:
+        if found != expected:
+            raise DataError(f"{self.url}.{name}: expected {expected} bytes, found {found}")
+
+    def _manifest(self) -> dict[str, Any]:
+        """The ``files`` of the manifest that was fetched, empty without one."""
+        files: dict[str, Any] = (read_manifest(self.prefix) or {}).get("files", {})
+        return files
 
 
 class RemoteTokens(CheckedArray):
@@ -133,7 +158,7 @@ class RemoteTokens(CheckedArray):
     def _fetch(self, chunk: int, start: int, size: int) -> None:
         remote, where = self._remote, f"{self._remote.url}.bin, {_named(chunk)}"
         with _told(remote.url):
-            content = remote.filesystem.cat_file(remote.bin_path, start=start, end=start + size)
+            content = remote.filesystem.cat_file(f"{remote.path}.bin", start=start, end=start + size)
         if len(content) != size:
             raise DataError(f"{where}: expected {size} bytes, found {len(content)}: the file changed or was cut off")
         if remote.chunk_sums:
@@ -155,48 +180,6 @@ def _sum(content: bytes | memoryview) -> int:
 
 def _chunks(size: int) -> int:
     return -(-size // chunk_checks.FETCH_BYTES)
-
-
-def _identity(filesystem: Any, path: str, optional: bool) -> dict[str, Any] | None:
-    try:
-        return {"size": int(filesystem.info(path)["size"]), "version": str(filesystem.ukey(path))}
-    except FileNotFoundError:
-        if optional:
-            return None
-        raise
-
-
-def _compare_with_cached(url: str, folder: Path, identity: dict[str, Any]) -> None:
-    if not (folder / _COMPLETE).is_file():
-        return
-    cached = read_json(folder / _COMPLETE)["identity"]
-    changed = [name for name in {**cached, **identity} if cached.get(name) != identity.get(name)]
-    if changed:
-        raise DataError(
-            f"{url}.{changed[0]} changed since it was cached: it was {cached.get(changed[0])}, is now "
-            f"{identity.get(changed[0])}. To read the new version, delete {folder}"
-        )
-
-
-def _check_arrived(url: str, prefix: str, identity: dict[str, Any]) -> None:
-    """Sizes of what was fetched, and checksums where the manifest has them."""
-    stated = _manifest(prefix)
-    for name in identity.keys() - {"bin"}:
-        content_path = Path(f"{prefix}.{name}")
-        size = content_path.stat().st_size
-        if size != identity[name]["size"]:
-            raise DataError(f"{url}.{name}: expected {identity[name]['size']} bytes, found {size}")
-        if name in stated:
-            digest = dataset_files.checksum(content_path)
-            require_checksum(f"{url}.{name}", digest, stated[name]["xxh3"], *_STATED)
-    if "bin" in stated and stated["bin"]["bytes"] != identity["bin"]["size"]:
-        raise DataError(f"{url}.bin: expected {stated['bin']['bytes']} bytes, found {identity['bin']['size']}")
-
-
-def _manifest(prefix: str) -> dict[str, Any]:
-    """The ``files`` of the manifest that was fetched, empty without one."""
-    files: dict[str, Any] = (dataset_files.read_manifest(prefix) or {}).get("files", {})
-    return files
 
 
 @contextlib.contextmanager

@@ -119,13 +119,13 @@ def _blocks_of(number: int, item: Input, options: SourceOptions, size: int, is_d
     return (Block(number, at, (Slice(number, a, b),), b - a) for at, (a, b) in enumerate(ranges))
 
 
-def read_block(inputs: list[Input], block: Block, options: SourceOptions) -> Iterator[tuple[Slice, Record]]:
-    """Every record of a block; a file that cannot be read any more is a DataError."""
+def read_block(inputs: list[Input], block: Block, options: SourceOptions) -> Iterator[tuple[Slice, int, str | Problem]]:
+    """Every record of a block, with its slice and its number in it; a ``DataError`` for a file that cannot be read."""
     for part in block.slices:
         item = inputs[part.input]
         try:
-            for record in _read_slice(item, part, block, options):
-                yield part, record
+            for number, text in _read_slice(item, part, block, options):
+                yield part, number, text
         except OSError as error:
             raise DataError(f"{item.path} cannot be read, or is damaged: {error}") from None
 
@@ -144,7 +144,7 @@ def iterate_texts(specs: list[str], key: str = "text") -> Iterator[str]:
     problem: Problem | None = None
     found = False
     for block in plan_blocks(inputs, options):
-        for _, (_, text) in read_block(inputs, block, options):
+        for _, _, text in read_block(inputs, block, options):
             if isinstance(text, Problem):
                 problem = problem or text
             else:

@@ -20,21 +20,19 @@ import numpy.typing as npt
 from megatron_ds.data.cache import cached_arrays
 from megatron_ds.data.chunk_checks import CHUNK_BYTES, StreamSums
 from megatron_ds.data.dataset_files import (
+    MANIFEST,
     MASK_SUFFIX,
     READ_BYTES,
+    SUMS,
     checksum,
     file_identity,
-    manifest_path,
-    mask_path,
+    file_of,
     pieces,
     read_manifest,
     require_checksum,
 )
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.errors import DataError
-
-Sums = dict[str, npt.NDArray]
-"""uint64 checksums of the chunks of each file: ``bin``, and ``loss_mask`` where there is one."""
 
 
 @dataclass(frozen=True)
@@ -44,30 +42,27 @@ class Scan:
     Attributes:
         min_id, max_id: the range of its ids.
         checksums: xxh3-64 of each file as hex digits; empty for a loss mask that is not there.
-        chunks: of its files; empty where a remote dataset's reader has its own.
+        chunks: uint64 checksums of the chunks of ``bin``, and of ``loss_mask`` where there is one; empty where a remote
+            dataset's reader has its own.
     """
 
     min_id: int
     max_id: int
     checksums: dict[str, str]
-    chunks: Sums = field(default_factory=dict, compare=False)
+    chunks: dict[str, npt.NDArray] = field(default_factory=dict, compare=False)
 
 
 def dataset_identity(dataset: IndexedDataset) -> dict[str, Any]:
     """Identity of its files; with the inode's change time, which no tool sets back."""
-    paths = {"bin": dataset.bin_path, "idx": dataset.idx_path, MASK_SUFFIX: mask_path(dataset.prefix)}
-    if dataset.remote is not None:
-        del paths["bin"]  # the copy grows as it is read, and is compared chunk by chunk
+    # The copy of a remote one's tokens grows as it is read, and is compared chunk by chunk.
+    kinds = ("bin", "idx", MASK_SUFFIX) if dataset.remote is None else ("idx", MASK_SUFFIX)
+    paths = {kind: file_of(dataset.prefix, kind) for kind in kinds}
     found = {
         name: {**file_identity(path), "ctime_ns": path.stat().st_ctime_ns}
         for name, path in paths.items()
         if path.is_file()
     }
     return found if dataset.remote is None else {"remote": dataset.remote.identity, "copy": found}
-
-
-def sums_path(prefix: str) -> Path:
-    return Path(f"{prefix}.sums")
 
 
 def verify(dataset: IndexedDataset, cache_dir: Path | None = None) -> Scan:
@@ -80,7 +75,7 @@ def verify(dataset: IndexedDataset, cache_dir: Path | None = None) -> Scan:
     found = _kept(dataset, lambda: _checked_scan(dataset), cache_dir)
     if dataset.remote is None:  # a remote dataset's chunks are compared by its own reader
         # Bisection reads the index here and there: it is compared whole, at 200 MB for 10 million documents.
-        _compare(dataset, {"idx": dataset.index_checksum()}, found.checksums, sums_path(dataset.prefix).name)
+        _compare(dataset, {"idx": dataset.index_checksum()}, found.checksums, SUMS)
         dataset.check_reads(found.chunks)
     return found
 
@@ -88,36 +83,37 @@ def verify(dataset: IndexedDataset, cache_dir: Path | None = None) -> Scan:
 def _checked_scan(dataset: IndexedDataset) -> Scan:
     dataset.check_index()
     manifest = read_manifest(dataset.prefix)
-    if dataset.remote is not None and dataset.remote.checked and manifest is not None:
+    if dataset.remote is not None and dataset.remote.chunk_sums and manifest is not None:
         # Each byte of `.bin` was or will be compared on arrival: no need to fetch everything now.
         checksums = {
             "bin": manifest["files"]["bin"]["xxh3"],
             "idx": dataset.index_checksum(),
-            MASK_SUFFIX: checksum(mask_path(dataset.prefix)),
+            MASK_SUFFIX: checksum(file_of(dataset.prefix, MASK_SUFFIX)),
         }
         found = Scan(0, manifest["counts"]["max_id"], checksums)
     else:
         found = scan(dataset)
     if manifest is not None:
         stated = {kind: manifest["files"].get(kind, {"xxh3": ""})["xxh3"] for kind in found.checksums}
-        _compare(dataset, found.checksums, stated, manifest_path(dataset.prefix).name)
+        _compare(dataset, found.checksums, stated, MANIFEST)
     return found
 
 
-def _compare(dataset: IndexedDataset, now: dict[str, str], stated: dict[str, str], where: str) -> None:
+def _compare(dataset: IndexedDataset, now: dict[str, str], stated: dict[str, str], suffix: str) -> None:
+    """``stated``: in the file with the ``suffix``."""
+    where, way_out = file_of(dataset.prefix, suffix).name, "copy it again, or preprocess again"
     for kind, digest in now.items():
-        way_out = "copy it again, or preprocess again"
-        require_checksum(f"{dataset.prefix}.{kind}", digest, stated[kind], where, way_out)
+        require_checksum(file_of(dataset.prefix, kind), digest, stated[kind], where, way_out)
 
 
 def _kept(dataset: IndexedDataset, build: Callable[[], Scan], cache_dir: Path | None = None) -> Scan:
-    def arrays() -> Sums:
+    def arrays() -> dict[str, npt.NDArray]:
         found = build()
         summary = {"min_id": found.min_id, "max_id": found.max_id, "checksums": found.checksums}
         return {"summary": np.frombuffer(json.dumps(summary).encode(), np.uint8), **found.chunks}
 
     key = {"chunk_bytes": CHUNK_BYTES, **dataset_identity(dataset)}
-    kept = cached_arrays(sums_path(dataset.prefix), key, arrays, cache_dir)
+    kept = cached_arrays(file_of(dataset.prefix, SUMS), key, arrays, cache_dir)
     return Scan(**json.loads(kept.pop("summary").tobytes()), chunks=kept)
 
 
@@ -133,7 +129,7 @@ def scan(dataset: IndexedDataset) -> Scan:
     for _, tokens in _runs(dataset):
         sums["bin"].update(tokens.data)
         low, high = min(low, int(tokens.min())), max(high, int(tokens.max()))
-    mask = mask_path(dataset.prefix)
+    mask = file_of(dataset.prefix, MASK_SUFFIX)
     if mask.is_file():
         sums[MASK_SUFFIX] = StreamSums(CHUNK_BYTES)
         for piece in pieces(mask):

@@ -145,7 +145,7 @@ def test_the_cut_into_blocks_never_shows(
         found = []
         for start, stop in ranges:
             block = Block(0, 0, (Slice(0, start, stop),), stop - start)
-            found += [text for _, (_, text) in sources.read_block(inputs, block, options) if isinstance(text, str)]
+            found += [text for _, _, text in sources.read_block(inputs, block, options) if isinstance(text, str)]
         return found
 
     pieces = list(source_text.cut_file(inputs[0], options, size))
