@@ -20,6 +20,7 @@ from megatron_ds.data import preprocess as preprocess_module
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.merge import merge_datasets
 from megatron_ds.data.part_writer import PreprocessOptions
+from megatron_ds.data.parts import Counts
 from megatron_ds.data.preprocess import preprocess
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.pipeline.timeline import Timeline
@@ -93,12 +94,12 @@ def test_what_an_interrupted_run_left(
     inputs = [str(made / f"{kind}.jsonl")]
     real, left = part_writer.PartWriter.run, draw.randrange(1, 4)
 
-    def run(self: part_writer.PartWriter) -> None:
+    def run(self: part_writer.PartWriter) -> Counts:
         nonlocal left
         left -= 1
         if left < 0:
             raise KeyboardInterrupt
-        real(self)
+        return real(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(part_writer.PartWriter, "run", run)
