@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ds.data.blend_sources import Weighted, blend_of_splits, splits_of_blends
+from megatron_ds.data.blend import BlendedDataset
 from megatron_ds.data.conversation_dataset import ConversationDataset
 from megatron_ds.data.dataset_files import MASK_SUFFIX, read_manifest
-from megatron_ds.data.document_split import DocumentRange
+from megatron_ds.data.document_split import SPLITS, DocumentRange, split_documents
 from megatron_ds.data.fim import FillInTheMiddle, FIMDataset, sentinels
 from megatron_ds.data.gpt_dataset import GPTDataset, TextSource
 from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.order import key
 from megatron_ds.data.samples import Sources
 from megatron_ds.data.synthetic import SyntheticDataset
 from megatron_ds.data.tokenizer_base import Tokenizer
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.data.verify import check_token_ids
-from megatron_ds.errors import DataError
+from megatron_ds.errors import DataError, nearest
 
 GPTSources = Sources[TextSource]
+Weighted = Sequence[tuple[float, str]]
+"""(weight by samples, prefix of a dataset), one for each dataset."""
+OpenDataset = Callable[[str], IndexedDataset]
+"""Opens, and checks, the dataset of a prefix."""
+MakeSource = Callable[[IndexedDataset, DocumentRange | None, int], TextSource]
+"""The samples of a range of documents (None: all) of a dataset, with a seed of its own."""
 
 
 @dataclass(frozen=True)
@@ -174,3 +181,70 @@ class _Maker:
         if self.fim is None:
             return samples
         return FIMDataset(samples, self.fim, self.tokenizer.eod_id if self.tokenizer is not None else None)
+
+
+def blend_of_splits(
+    blend: Weighted,
+    split: str,
+    sequence_length: int,
+    seed: int,
+    make: MakeSource,
+    open_dataset: OpenDataset,
+) -> dict[str, TextSource | None]:
+    """Split every dataset alike, and blend the parts of each split: ``{"train": ..., "valid": ..., "test": ...}``.
+
+    A split without weight is None. Raises DataError as :func:`~megatron_ds.data.document_split.split_documents` does.
+    """
+    opened = [(weight, open_dataset(prefix)) for weight, prefix in blend]
+    ranges = [split_documents(dataset, split, sequence_length) for _, dataset in opened]
+    found: dict[str, TextSource | None] = {}
+    for name in SPLITS:
+        members = [
+            (weight, make(dataset, documents[name], _seed(seed, number)))
+            for number, ((weight, dataset), documents) in enumerate(zip(opened, ranges))
+            if documents[name] is not None
+        ]
+        found[name] = _blended(members)
+    return found
+
+
+def splits_of_blends(
+    blends: Mapping[str, Weighted], seed: int, make: MakeSource, open_dataset: OpenDataset
+) -> dict[str, TextSource | None]:
+    """A blend for each split, of whole datasets: ``blends`` maps train, valid and test to their datasets.
+
+    Raises:
+        DataError: an unknown split, or a dataset named in two splits (what is trained on would be evaluated).
+    """
+    if unknown := [name for name in blends if name not in SPLITS]:
+        raise DataError(f"split {unknown[0]!r} is none of {', '.join(SPLITS)}{nearest(unknown[0], SPLITS)}")
+    used: dict[str, str] = {}
+    for name, blend in blends.items():
+        for _, prefix in blend:
+            if used.setdefault(prefix, name) != name:
+                raise DataError(
+                    f"{prefix} is in the blends of both {used[prefix]} and {name}; give each split datasets of its "
+                    "own, or one blend and split weights"
+                )
+    return {
+        name: _blended(
+            [
+                (weight, make(open_dataset(prefix), None, _seed(seed, number)))
+                for number, (weight, prefix) in enumerate(blends.get(name, ()))
+            ]
+        )
+        for name in SPLITS
+    }
+
+
+def _seed(seed: int, number: int) -> int:
+    """The first dataset keeps the run's seed, so that a blend of one is that dataset."""
+    return key(seed, number) if number else seed
+
+
+def _blended(members: list[tuple[float, TextSource]]) -> TextSource | None:
+    if not members:
+        return None
+    if len(members) == 1:
+        return members[0][1]
+    return BlendedDataset([source for _, source in members], [weight for weight, _ in members])

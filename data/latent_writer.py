@@ -35,6 +35,7 @@ from megatron_ds.data.stored_images import Augmentation
 from megatron_ds.errors import DataError, multiples_around
 
 DType = Literal["float32", "bfloat16", "float16"]
+Encoders = tuple[ImageEncoder, TextEncoder | None]
 T = TypeVar("T")
 
 
@@ -190,12 +191,18 @@ class CacheWriter:
     def write_empty(self, device: torch.device) -> None:
         """The embeddings of the empty text; for one rank."""
         if self._encoders.text and self._whole(EMPTY) is None:
-            arrays = self._load_encoders(device).texts([""], ["the empty text"])
+            _, texts = self._load_encoders(device)
+            assert texts is not None
+            arrays = _storable(texts.encode([""]), self._settings, ["the empty text"])
             write_shard(self.folder / EMPTY, self.plan, arrays, [])
 
     def _load_encoders(self, device: torch.device) -> Encoders:
         if self._loaded is None:
-            self._loaded = Encoders(self._encoders, self._settings, device)
+            s, folders = self._settings, self._encoders
+            dtype, texts = getattr(torch, s.dtype), None
+            if folders.text and s.text_states is not None:
+                texts = TextEncoder(folders.text, folders.tokenizers, s.text_states, s.text_tokens, device, dtype)
+            self._loaded = ImageEncoder(folders.vae, device, dtype), texts
         return self._loaded
 
     def _whole(self, name: str) -> Shard | None:
@@ -230,55 +237,35 @@ class CacheWriter:
         return bad
 
     def _encode(self, images: list[tuple[int, Pixels]], bucket: Size, encoders: Encoders) -> Arrays:
-        names = [self._source.name(row) for row, _ in images]
-        arrays = encoders.images(np.stack([image.values for _, image in images]), names)
-        if self._encoders.text:
-            arrays |= encoders.texts([self._source.caption(row) for row, _ in images], names)
+        rows, names = [row for row, _ in images], [self._source.name(row) for row, _ in images]
+        pixels, texts = encoders
+        mean, std = pixels.encode(np.stack([image.values for _, image in images]))
+        arrays = {"latents": mean, "latents_std": std} if self._settings.spread else {"latents": mean}
+        if texts is not None:
+            arrays |= texts.encode([self._source.caption(row) for row in rows])
+        found: Arrays = _storable({**arrays}, self._settings, names)
         if self._source.labels is not None:
-            arrays["labels"] = self._source.labels[[row for row, _ in images]]
-        arrays["original_size"] = np.array([image.original_size for _, image in images], np.int64)
-        arrays["crop_top_left"] = np.array([image.crop_top_left for _, image in images], np.int64)
-        arrays["target_size"] = np.array([bucket] * len(images), np.int64)
-        return arrays
+            found["labels"] = self._source.labels[rows]
+        found["original_size"] = np.array([image.original_size for _, image in images], np.int64)
+        found["crop_top_left"] = np.array([image.crop_top_left for _, image in images], np.int64)
+        found["target_size"] = np.array([bucket] * len(images), np.int64)
+        return found
 
 
-class Encoders:
-    """The encoders on a device; results in the dtype that is stored, and finite."""
-
-    def __init__(self, folders: EncoderFolders, settings: CacheSettings, device: torch.device):
-        dtype = getattr(torch, settings.dtype)
-        self._settings = settings
-        self._image = ImageEncoder(folders.vae, device, dtype)
-        self._text = None
-        if folders.text:
-            assert settings.text_states is not None
-            how = settings.text_states, settings.text_tokens
-            self._text = TextEncoder(folders.text, folders.tokenizers, *how, device, dtype)
-
-    def images(self, pixels: npt.NDArray[np.float32], names: Sequence[str]) -> Arrays:
-        mean, std = self._image.encode(pixels)
-        found = {"latents": mean, "latents_std": std} if self._settings.spread else {"latents": mean}
-        return self._stored(found, names)
-
-    def texts(self, texts: Sequence[str], names: Sequence[str]) -> Arrays:
-        assert self._text is not None
-        return self._stored(self._text.encode(texts), names)
-
-    def _stored(self, arrays: Arrays, names: Sequence[str]) -> Arrays:
-        for name, array in arrays.items():
-            finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
-            if not finite.all():
-                raise DataError(
-                    f"{name} of {names[int(finite.argmin())]} are not finite: the encoder overflows in "
-                    f"{self._settings.dtype}; use --dtype {'bfloat16 or ' * (self._settings.dtype == 'float16')}float32"
-                )
-            with np.errstate(over="ignore"):
-                arrays[name] = array.astype(self._settings.store)
-            if not np.isfinite(arrays[name]).all():
-                raise DataError(
-                    f"{name} are up to {np.abs(array).max():.3g}: too much for --store float16; use float32"
-                )
-        return arrays
+def _storable(arrays: Arrays, settings: CacheSettings, names: Sequence[str]) -> Arrays:
+    """Results of encoders in the dtype that is kept, and finite. ``names`` of their rows are for errors."""
+    for name, array in arrays.items():
+        finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
+        if not finite.all():
+            raise DataError(
+                f"{name} of {names[int(finite.argmin())]} are not finite: the encoder overflows in {settings.dtype}; "
+                f"use --dtype {'bfloat16 or ' * (settings.dtype == 'float16')}float32"
+            )
+        with np.errstate(over="ignore"):
+            arrays[name] = array.astype(settings.store)
+        if not np.isfinite(arrays[name]).all():
+            raise DataError(f"{name} are up to {np.abs(array).max():.3g}: too much for --store float16; use float32")
+    return arrays
 
 
 def encoding_bar(shards: Sequence[ShardRows], shown: bool) -> Any:

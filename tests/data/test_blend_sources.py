@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ds.data.blend_sources import blend_of_splits, splits_of_blends
 from megatron_ds.data.document_split import DocumentRange
 from megatron_ds.data.gpt_dataset import GPTDataset, TextSource
+from megatron_ds.data.gpt_sources import blend_of_splits, splits_of_blends
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.errors import DataError
@@ -32,7 +32,7 @@ def prefixes(tmp_path: Path) -> list[str]:
 
 def test_one_blend_split_alike(prefixes: list[str]) -> None:
     weights = [0.5, 0.3, 0.2]
-    found = blend_of_splits(list(zip(weights, prefixes)), "80,20,0", S, 1, make)
+    found = blend_of_splits(list(zip(weights, prefixes)), "80,20,0", S, 1, make, IndexedDataset)
     assert found["test"] is None
     for name, documents in (("train", range(0, 80)), ("valid", range(80, 100))):
         source = found[name]
@@ -44,7 +44,9 @@ def test_one_blend_split_alike(prefixes: list[str]) -> None:
 
 
 def test_a_blend_for_each_split(prefixes: list[str]) -> None:
-    found = splits_of_blends({"train": [(1, prefixes[0]), (3, prefixes[1])], "valid": [(1, prefixes[2])]}, 1, make)
+    found = splits_of_blends(
+        {"train": [(1, prefixes[0]), (3, prefixes[1])], "valid": [(1, prefixes[2])]}, 1, make, IndexedDataset
+    )
     assert found["test"] is None and found["train"] is not None and found["valid"] is not None
     counts = np.bincount(found["train"].batch(range(400))["tokens"][:, 0] // 10_000)
     assert counts.tolist() == [100, 300]
@@ -54,8 +56,8 @@ def test_a_blend_for_each_split(prefixes: list[str]) -> None:
 
 def test_what_is_refused(prefixes: list[str]) -> None:
     with pytest.raises(DataError, match=r"split 'vaild' is none of train, valid, test; did you mean 'valid'\?"):
-        splits_of_blends({"vaild": [(1, prefixes[0])]}, 1, make)
+        splits_of_blends({"vaild": [(1, prefixes[0])]}, 1, make, IndexedDataset)
     with pytest.raises(DataError, match="is in the blends of both train and valid"):
-        splits_of_blends({"train": [(1, prefixes[0])], "valid": [(1, prefixes[0])]}, 1, make)
+        splits_of_blends({"train": [(1, prefixes[0])], "valid": [(1, prefixes[0])]}, 1, make, IndexedDataset)
     with pytest.raises(DataError, match="must be positive numbers"):
-        blend_of_splits([(1, prefixes[0]), (0, prefixes[1])], "1", S, 1, make)
+        blend_of_splits([(1, prefixes[0]), (0, prefixes[1])], "1", S, 1, make, IndexedDataset)
