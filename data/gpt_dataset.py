@@ -135,12 +135,14 @@ def assemble(windows: npt.NDArray[np.int64], starts: Iterable[npt.NDArray[np.int
         "position_ids": np.tile(np.arange(s, dtype=np.int64), (b, 1)),
     }
     if starts is not None:
-        first, last_start = np.zeros((2, b, s), np.int64)
+        first = np.zeros((b, s), np.int64)
         for i, places in enumerate(starts):
             inside = places[places < s]
-            first[i, inside], last_start[i, inside] = 1, inside
             batch["loss_mask"][i, places - 1] = False
+            first[i, inside] = 1
+            # Each token's position is its distance from the last start at or before it.
+            last_start = np.zeros(s, np.int64)
+            last_start[inside] = inside
+            batch["position_ids"][i] -= np.maximum.accumulate(last_start)
         batch["document_ids"] = np.cumsum(first, axis=1)
-        # Each token's position is its distance from the last start at or before it.
-        batch["position_ids"] -= np.maximum.accumulate(last_start, axis=1)
     return batch
