@@ -70,7 +70,7 @@ def preprocess(
     ):
         if wanted and token is None:
             raise DataError(f"the tokenizer {options.tokenizer} has no {what} token to add")
-    found = find_inputs(inputs)
+    found = find_inputs(inputs, options.source)
     plan = _plan(found, options, tokenizer)
     folder = Path(f"{prefix}.parts")
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ BOM = b"\xef\xbb\xbf"
 """The byte order mark that some editors put in front of UTF-8: no part of the text."""
 
 
-def cut_file(item: Input, options: SourceOptions, size: int) -> Iterator[tuple[int, int]]:
+def cut_file(item: Input, size: int) -> Iterator[tuple[int, int]]:
     """Where slices of about ``size`` bytes start and stop."""
     start = 0
     with open(item.path, "rb") as file:
@@ -27,33 +27,25 @@ def cut_file(item: Input, options: SourceOptions, size: int) -> Iterator[tuple[i
             if stop < item.size:
                 file.seek(stop - 1)
                 _read_line(item, file)
-                while is_paragraphs(item, options) and _read_line(item, file).strip():
+                while item.kind == "paragraph" and _read_line(item, file).strip():
                     pass
                 stop = file.tell()
             yield start, min(stop, item.size)
             start = stop
 
 
-def is_whole(item: Input, options: SourceOptions) -> bool:
-    """Whether the file is one document."""
-    return item.kind == "txt" and options.txt_documents == "file"
-
-
-def is_paragraphs(item: Input, options: SourceOptions) -> bool:
-    return item.kind == "txt" and options.txt_documents == "paragraph"
-
-
 def read_text_slice(item: Input, part: Slice, options: SourceOptions, data: bytes | None) -> Iterator[Record]:
     """The records of a slice; ``data`` is its content where the file cannot be entered in the middle."""
-    parse = parse_line if item.kind == "txt" else functools.partial(parse_json_line, options=options)
+    is_json = item.kind in ("jsonl", "hub")
+    parse = functools.partial(parse_json_line, options=options) if is_json else parse_line
     with open(item.path, "rb", buffering=1 << 20) if data is None else io.BytesIO(data) as file:
         if data is None:
             file.seek(part.start)
-        if is_whole(item, options):
+        if item.kind == "file":
             yield 0, parse(file.read().removeprefix(BOM))
             return
         lines = _lines(item, part, file)
-        for number, piece in _paragraphs(lines) if is_paragraphs(item, options) else lines:
+        for number, piece in _paragraphs(lines) if item.kind == "paragraph" else lines:
             yield number, parse(piece)
 
 
@@ -104,7 +96,7 @@ def parse_json_line(line: bytes, options: SourceOptions) -> str | Problem:
     return check_record(record, options)
 
 
-def decompressed(item: Input, options: SourceOptions) -> Iterator[tuple[bytes, int]]:
+def decompressed(item: Input) -> Iterator[tuple[bytes, int]]:
     """The text of a compressed file, some MB at a time, each with the bytes that were read for it."""
     import pyarrow
 
@@ -114,7 +106,7 @@ def decompressed(item: Input, options: SourceOptions) -> Iterator[tuple[bytes, i
         before = 0
         while True:
             try:
-                chunk = stream.read(MAX_FILE_DOCUMENT if is_whole(item, options) else STREAM_BLOCK)
+                chunk = stream.read(MAX_FILE_DOCUMENT if item.kind == "file" else STREAM_BLOCK)
             except Exception as error:
                 raise DataError(f"{item.path} is damaged or truncated: {error}") from None
             if not chunk:
@@ -123,15 +115,13 @@ def decompressed(item: Input, options: SourceOptions) -> Iterator[tuple[bytes, i
             before = raw.tell()
 
 
-def stream_blocks(
-    number: int, item: Input, options: SourceOptions, chunks: Iterable[tuple[bytes, int]], is_done: IsDone
-) -> Iterator[Block]:
+def stream_blocks(number: int, item: Input, chunks: Iterable[tuple[bytes, int]], is_done: IsDone) -> Iterator[Block]:
     """The blocks of a text that cannot be entered in the middle: they carry it, but where ``is_done``.
 
     Args:
         chunks: of the text, with their weights; cut at line ends (or paragraphs, or not at all).
     """
-    whole, separator = is_whole(item, options), b"\n\n" if is_paragraphs(item, options) else b"\n"
+    whole, separator = item.kind == "file", b"\n\n" if item.kind == "paragraph" else b"\n"
     rest = b""
     at = block = lines = weight = 0
 

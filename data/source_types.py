@@ -10,8 +10,9 @@ from typing import Any, Literal
 from megatron_ds.data.chat import BadConversation, parse_messages
 from megatron_ds.errors import DataError, nearest
 
-Kind = Literal["jsonl", "txt", "parquet", "arrow", "hub"]
 TxtDocuments = Literal["file", "line", "paragraph"]
+Kind = Literal["jsonl", "parquet", "arrow", "hub", TxtDocuments]
+"""How an input is read; of a .txt, what one document is."""
 
 
 class UnusableInput(DataError):

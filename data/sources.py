@@ -16,14 +16,12 @@ from megatron_ds.data import source_tables, source_text
 from megatron_ds.data.source_types import Block, Input, IsDone, Kind, Problem, Record, Slice, SourceOptions
 from megatron_ds.errors import DataError
 
-SUFFIXES: dict[str, Kind] = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "txt", ".text": "txt", ".parquet": "parquet",
-}  # fmt: skip
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".text", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 MIN_BLOCK, MAX_BLOCK = 1 << 20, 64 << 20
 
 
-def find_inputs(specs: list[str]) -> list[Input]:
+def find_inputs(specs: list[str], options: SourceOptions) -> list[Input]:
     """The inputs that paths name: files, folders (every known file in them, sorted), saved datasets, ``hub:NAME``.
 
     Raises:
@@ -38,12 +36,12 @@ def find_inputs(specs: list[str]) -> list[Input]:
             size = sum(p.stat().st_size for p in path.rglob("*.arrow"))
             inputs.append(Input(spec, "arrow", size=size))
         elif path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and _kind_of(p) is not None)
+            files = sorted(p for p in path.rglob("*") if p.is_file() and _kind_of(p, options) is not None)
             if not files:
                 raise DataError(f"{path} holds no input: expected {_known()} or a saved `datasets` dataset")
-            inputs += [_file_input(p) for p in files]
+            inputs += [_file_input(p, options) for p in files]
         elif path.is_file():
-            inputs.append(_file_input(path))
+            inputs.append(_file_input(path, options))
         else:
             raise DataError(f"input {spec!r} {'is no regular file' if path.exists() else 'does not exist'}")
     if not inputs:
@@ -51,18 +49,22 @@ def find_inputs(specs: list[str]) -> list[Input]:
     return inputs
 
 
-def _kind_of(path: Path) -> tuple[Kind, str] | None:
+def _kind_of(path: Path, options: SourceOptions) -> tuple[Kind, str] | None:
     compression = path.suffix if path.suffix in COMPRESSIONS else ""
-    kind = SUFFIXES.get(Path(path.stem).suffix if compression else path.suffix)
-    return (kind, compression) if kind and not (compression and kind == "parquet") else None
+    suffix = Path(path.stem).suffix if compression else path.suffix
+    if suffix == ".parquet":
+        return None if compression else ("parquet", "")
+    if suffix not in SUFFIXES:
+        return None
+    return options.txt_documents if suffix in (".txt", ".text") else "jsonl", compression
 
 
 def _known() -> str:
     return ", ".join(SUFFIXES) + f" (text ones also with {' or '.join(COMPRESSIONS)})"
 
 
-def _file_input(path: Path) -> Input:
-    found = _kind_of(path)
+def _file_input(path: Path, options: SourceOptions) -> Input:
+    found = _kind_of(path, options)
     if found is None:
         raise DataError(f"input {path} has suffix {path.suffix!r}, not one of {_known()}")
     if path.suffix == ".json" and _first_byte(path) == b"[":
@@ -78,19 +80,15 @@ def _first_byte(path: Path) -> bytes:
         return file.read(4096).lstrip()[:1]
 
 
-def block_bytes(inputs: list[Input]) -> int:
-    """The size of a block: a 64th of everything, between 1 and 64 MB."""
-    return min(max(sum(i.size for i in inputs) // 64, MIN_BLOCK), MAX_BLOCK)
-
-
 def plan_blocks(inputs: list[Input], options: SourceOptions, is_done: IsDone = lambda *_: False) -> Iterator[Block]:
     """All blocks in order. ``is_done(input, number)`` spares the bytes of blocks that need not be read again."""
-    size = block_bytes(inputs)
+    # The size of a block: a 64th of everything, between 1 and 64 MB.
+    size = min(max(sum(item.size for item in inputs) // 64, MIN_BLOCK), MAX_BLOCK)
     group: list[Slice] = []
     grouped = 0
     for number, item in enumerate(inputs):
-        plain = item.kind in ("jsonl", "txt") and not item.compression
-        whole = plain and source_text.is_whole(item, options)
+        plain = item.kind not in ("parquet", "arrow", "hub") and not item.compression
+        whole = plain and item.kind == "file"
         if whole and item.size > source_text.MAX_FILE_DOCUMENT:
             raise DataError(source_text.huge_document(item, item.size))
         small = plain and (whole or item.size < size)  # many small files share a block
@@ -112,10 +110,10 @@ def _blocks_of(number: int, item: Input, options: SourceOptions, size: int, is_d
     if item.kind == "arrow":
         return source_tables.plan_arrow(number, item, options, size)
     if item.kind == "hub":
-        return source_text.stream_blocks(number, item, options, source_tables.hub_lines(item, options), is_done)
+        return source_text.stream_blocks(number, item, source_tables.hub_lines(item, options), is_done)
     if item.compression:
-        return source_text.stream_blocks(number, item, options, source_text.decompressed(item, options), is_done)
-    ranges = source_text.cut_file(item, options, size)
+        return source_text.stream_blocks(number, item, source_text.decompressed(item), is_done)
+    ranges = source_text.cut_file(item, size)
     return (Block(number, at, (Slice(number, a, b),), b - a) for at, (a, b) in enumerate(ranges))
 
 
@@ -140,7 +138,8 @@ def _read_slice(item: Input, part: Slice, block: Block, options: SourceOptions) 
 
 def iterate_texts(specs: list[str], key: str = "text") -> Iterator[str]:
     """The good texts of all inputs in order, in this process; an error if there is none at all."""
-    inputs, options = find_inputs(specs), SourceOptions(key=key)
+    options = SourceOptions(key=key)
+    inputs = find_inputs(specs, options)
     problem: Problem | None = None
     found = False
     for block in plan_blocks(inputs, options):

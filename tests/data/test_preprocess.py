@@ -138,8 +138,8 @@ def test_the_cut_into_blocks_never_shows(
     total = path.stat().st_size
     if not total:
         return
-    inputs = sources.find_inputs([str(path)])
     options = SourceOptions(txt_documents=documents)  # type: ignore[arg-type]
+    inputs = sources.find_inputs([str(path)], options)
 
     def read(ranges: Iterable[tuple[int, int]]) -> list[str]:
         found = []
@@ -148,7 +148,7 @@ def test_the_cut_into_blocks_never_shows(
             found += [text for _, _, text in sources.read_block(inputs, block, options) if isinstance(text, str)]
         return found
 
-    pieces = list(source_text.cut_file(inputs[0], options, size))
+    pieces = list(source_text.cut_file(inputs[0], size))
     assert [start for start, _ in pieces] == [0, *(stop for _, stop in pieces[:-1])] and pieces[-1][1] == total
     assert all(stop - start >= size for start, stop in pieces[:-1])
     assert read(pieces) == read([(0, total)])
