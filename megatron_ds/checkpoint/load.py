@@ -21,6 +21,7 @@ from megatron_ds.shard.flat_shards import FlatShard, by_holder
 
 SHOWN = 10
 _SHAPES = "of another shape"
+_OF = " of "
 _ITS_OWN = "load it with the configuration it was saved with (its meta holds it)"
 
 log = logging.getLogger(__name__)
@@ -127,7 +128,10 @@ def differences(manifest: Manifest, flat_shards: Sequence[FlatShard], world: Axi
 
 def _require_none(found: dict[str, list[str]], directory: Path, remedy: str) -> None:
     if any(found.values()):
-        said = [f"{directory} holds another model than the one being loaded:", *_lines(found), remedy]
+        names = [text.split(":")[0] for texts in found.values() for text in texts]
+        of_state = all(_OF in name and not name.startswith("buffer") for name in names)
+        what = "the state of another optimizer" if of_state else "another model"
+        said = [f"{directory} holds {what} than the one being loaded:", *_lines(found), remedy]
         raise CheckpointError("\n  ".join(said))
 
 
@@ -144,7 +148,7 @@ def _requests(checkpoint: Checkpoint, flat_shards: Sequence[FlatShard], held: to
 
 
 def _label(kind: str, name: str) -> str:
-    return name if kind == "param" else f"{kind} of {name}"
+    return name if kind == "param" else f"{kind}{_OF}{name}"
 
 
 def _distinct(names: Iterable[str]) -> list[str]:

@@ -204,6 +204,14 @@ def test_another_model_is_named_tensor_by_tensor(tmp_path: Path) -> None:
     )
 
 
+def test_another_optimizer_is_no_other_model(tmp_path: Path) -> None:
+    save_virtually(tmp_path, 1)
+    flat_shards = [flat_shard for flat_shard in pieces_of_rank(1, 0, 1, 0, fill=None) if flat_shard.kind == "param"]
+    flat_shards += [FlatShard.whole(p.name, "momentum_buffer", torch.zeros(p.global_shape)) for p in flat_shards]
+    with pytest.raises(CheckpointError, match=r"holds the state of another optimizer than .*:\n  missing .* of emb"):
+        load(tmp_path, flat_shards)
+
+
 # --- no space -------------------------------------------------------------------------------------------------
 
 
