@@ -42,19 +42,16 @@ def make_buckets(resolution: int, step: int, max_ratio: float) -> tuple[Size, ..
     return tuple(sorted(found))
 
 
-def nearest_bucket(sizes: npt.NDArray[np.int64], buckets: Sequence[Size]) -> npt.NDArray[np.int64]:
-    """The bucket whose aspect ratio is nearest by its logarithm, the first of equals: int64 ``[n]`` for ``[n, 2]``."""
-    ratios = np.log(sizes[:, 0] / sizes[:, 1])
-    known = np.log([height / width for height, width in buckets])
-    return np.abs(ratios[:, None] - known).argmin(axis=1).astype(np.int64)
-
-
 def bucket_rows(
     rows: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], buckets: Sequence[Size]
 ) -> dict[Size, npt.NDArray[np.int64]]:
-    """The rows that are nearest to each bucket, of which none is left without. ``sizes`` ``[n, 2]`` are those of
-    ``rows`` ``[n]``."""
-    nearest = nearest_bucket(sizes, buckets)
+    """The rows whose aspect ratio is nearest to each bucket's by its logarithm, the first of equals; none is without.
+
+    ``sizes`` ``[n, 2]`` are those of ``rows`` ``[n]``.
+    """
+    ratios = np.log(sizes[:, 0] / sizes[:, 1])
+    known = np.log([height / width for height, width in buckets])
+    nearest = np.abs(ratios[:, None] - known).argmin(axis=1)
     found = {bucket: rows[nearest == place] for place, bucket in enumerate(buckets)}
     return {bucket: here for bucket, here in found.items() if len(here)}
 

@@ -53,7 +53,22 @@ def split_documents(dataset: IndexedDataset, split: str, sequence_length: int) -
         enough = tokens > sequence_length
         ranges[name] = (start, stop) if fraction and enough else None
         if fraction and not enough and name != "test":
-            raise DataError(_too_short(dataset, split, name, fraction, (start, stop), tokens, sequence_length))
+            needed = (sequence_length + 1) / dataset.num_tokens
+            if needed > 1:
+                way_out = f"Use sequence_length <= {dataset.num_tokens - 1}, or more data"
+            elif fraction >= needed:
+                way_out = f"Its documents are too few to cut there: use more data, or give {name} weight 0"
+            else:
+                shorter = max(1, int(fraction * dataset.num_tokens) - 1)
+                way_out = (
+                    f"Give {name} at least {needed:.2%} of the weight (it has {fraction:.2%}) and somewhat more for "
+                    f"whole documents, give it weight 0, or use sequence_length <= {shorter}"
+                )
+            raise DataError(
+                f"split={split!r} leaves {stop - start} documents with {tokens} tokens of {dataset.prefix} for {name}, "
+                f"but one sample takes sequence_length + 1 = {sequence_length + 1} tokens. The dataset has "
+                f"{dataset.num_documents} documents and {dataset.num_tokens} tokens. {way_out}"
+            )
     return ranges
 
 
@@ -62,29 +77,3 @@ def _cut(dataset: IndexedDataset, fraction: float) -> int:
     document = dataset.document_of(min(int(wanted), dataset.num_tokens - 1))
     before, after = dataset.document_start(document), dataset.document_start(document + 1)
     return document if wanted - before < after - wanted else document + 1
-
-
-def _too_short(
-    dataset: IndexedDataset,
-    split: str,
-    name: str,
-    fraction: float,
-    documents: DocumentRange,
-    tokens: int,
-    sequence_length: int,
-) -> str:
-    start, stop = documents
-    message = (
-        f"split={split!r} leaves {stop - start} documents with {tokens} tokens of {dataset.prefix} for {name}, but one "
-        f"sample takes sequence_length + 1 = {sequence_length + 1} tokens. The dataset has {dataset.num_documents} "
-        f"documents and {dataset.num_tokens} tokens. "
-    )
-    if dataset.num_tokens < sequence_length + 1:
-        return message + f"Use sequence_length <= {dataset.num_tokens - 1}, or more data"
-    needed = (sequence_length + 1) / dataset.num_tokens
-    if fraction >= needed:
-        return message + f"Its documents are too few to cut there: use more data, or give {name} weight 0"
-    return message + (
-        f"Give {name} at least {needed:.2%} of the weight (it has {fraction:.2%}) and somewhat more for whole "
-        f"documents, give it weight 0, or use sequence_length <= {max(1, int(fraction * dataset.num_tokens) - 1)}"
-    )

@@ -31,7 +31,7 @@ def to_tokenizers(processor: Any) -> Any:
         DataError: it could not be made to give the same ids on the probes.
     """
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(processor.serialized_model_proto())
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
@@ -51,7 +51,7 @@ def to_tokenizers(processor: Any) -> Any:
     if rules.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(_regex(" {2,}"), " ")]
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
     if rules.add_dummy_prefix:
         steps.append(normalizers.Prepend("▁"))
     if rules.escape_whitespaces:
@@ -87,9 +87,3 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
                 score = proto.pieces[token].score
                 ranked.append((-score, token_of[text[:cut]], token_of[text[cut:]], text[:cut], text[cut:]))
     return [(left, right) for *_, left, right in sorted(ranked)]
-
-
-def _regex(pattern: str) -> Any:
-    from tokenizers import Regex
-
-    return Regex(pattern)

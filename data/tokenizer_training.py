@@ -133,15 +133,11 @@ def _train_hf(
         trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=show_progress)
         config = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special))
     backend.train_from_iterator(texts, trainer)
-    if backend.get_vocab_size() <= least_alphabet(kind) + len(extra):
+    unlearnt = 257 if kind == "bpe" else 5  # entries that a vocabulary has in any case
+    if backend.get_vocab_size() <= unlearnt + len(extra):
         raise DataError("the inputs hold too little text to train a tokenizer on")
     fixed = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     write_hf(folder, {**fixed, **config}, backend)
-
-
-def least_alphabet(kind: Kind) -> int:
-    """Entries that a vocabulary has before anything was learnt."""
-    return 257 if kind == "bpe" else 5
 
 
 def _train_unigram(texts: Iterator[str], folder: Path, vocab_size: int, extra: Sequence[str]) -> None:
