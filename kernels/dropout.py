@@ -7,8 +7,9 @@ a recomputed forward pass, and another mesh) finds the same decisions again. Row
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,8 +20,10 @@ DROPOUT_ADD = Op("dropout_add", twin="dropout", fuses=True)
 # Every column has a key of its own: its number times 2^32 / golden ratio, modulo 2^32 (Knuth's multiplicative hash).
 COLUMN_STEP = 0x9E3779B1
 
+Int32 = TypeVar("Int32", Tensor, np.ndarray)
 
-def mix(x: Tensor) -> Tensor:
+
+def mix(x: Int32) -> Int32:
     """A bijective scrambling of int32 values ("lowbias32" of C. Wellons' hash prospector search, bias 0.17)."""
     x = x ^ ((x >> 16) & 0xFFFF)
     x = x * 0x7FEB352D

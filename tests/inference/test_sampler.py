@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.inference.sampler import Row, Sampler
 from megatron_ds.inference.sampling_params import SamplingParams
 from megatron_ds.mesh import Axis, Mesh, MeshShape
+from megatron_ds.rng import derive_seed
 from megatron_ds.testing import run_ranks
 
 VOCAB = 40
@@ -122,6 +124,19 @@ def test_draws_have_the_distribution() -> None:
     seen = torch.bincount(torch.tensor(tokens), minlength=VOCAB).double()
     want = logits[0].softmax(-1) * count
     assert float(((seen - want) ** 2 / want).sum()) < 93.0
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 40.0])
+def test_a_draw_is_the_largest_of_all_scores_with_their_noise(spread: float) -> None:
+    """Flat and peaked rows; some where the tokens that are looked at first do not hold it, one without any token."""
+    scores = spread * torch.randn(40, 3000, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    sampler, rows = Sampler(Axis("tp"), 0, 3000), [row(SamplingParams(), seed) for seed in range(40)]
+    keys = [derive_seed(of_row.seed, "sample", 0, len(of_row.prompt)) for of_row in rows]
+    noise = sampler._noise(keys, np.arange(3000)[None].repeat(40, 0), scores)
+    assert abs(float(noise.mean()) - 0.5772) < 0.02 and abs(float(noise.std()) - 1.2825) < 0.02, "Gumbel's"
+    scores[:20] = 0.01 * scores[:20] - noise[:20]
+    scores[:, ::7], scores[-1] = -torch.inf, -torch.inf
+    assert sampler.sample(scores.clone(), rows).tokens == (scores + noise).argmax(1).tolist()
 
 
 def test_a_draw_depends_on_seed_sample_and_position_alone() -> None:
