@@ -6,7 +6,7 @@ folders of `datasets`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,11 @@ METADATA = "metadata.jsonl"
 _MOST_BYTES = 1 << 30  # of one image
 
 
+def find_images(folder: Path) -> Iterator[Path]:
+    """The image files of a folder and its subfolders, in any order."""
+    return (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
 class ImageFolder:
     """An :class:`~megatron_ds.data.image_source.ImageSource`, sorted by path.
 
@@ -30,8 +35,7 @@ class ImageFolder:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        found = (p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        paths = sorted(p.relative_to(folder) for p in found)
+        paths = sorted(path.relative_to(folder) for path in find_images(folder))
         if not paths:
             raise DataError(f"{folder} holds no image file ({', '.join(sorted(SUFFIXES))})")
         self._paths = [str(path) for path in paths]

@@ -69,6 +69,8 @@ def open_images(path: str | Path, kind: Kind | None = None, cache_dir: Path | No
     if not path.exists():
         raise DataError(f"{path} does not exist; give a folder of images, tar shards, or an image set of `datasets`")
     tars = image_tars.find_tars(path) if kind in (None, "tar") else []
+    if kind is None and path.is_dir() and tars and (image := next(image_folders.find_images(path), None)):
+        raise DataError(f"{path} holds tar shards and image files ({tars[0]}, {image}); move one kind of them away")
     if kind == "tar" or tars:
         return image_tars.TarImages(path, tars, cache_dir)
     if kind == "dataset" or (kind is None and image_datasets.is_dataset(path)):

@@ -24,23 +24,33 @@ from megatron_ds.files import parse_json
 
 _NONE = (-1, -1, -1)
 _MOST_TEXT = 1 << 20
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 @dataclass
 class _Sample:
-    """``image`` and ``text``: number of the tar, offset and size."""
+    """``image`` and ``text``: number of the tar, offset and size. ``other``: an image's file of a longer suffix."""
 
     key: str
     image: tuple[int, int, int] = _NONE
     text: tuple[int, int, int] = _NONE
     label: int = -1
+    other: str = ""
 
 
 def find_tars(path: Path) -> list[Path]:
-    """The shards of a folder, or the one that ``path`` is."""
+    """The shards of a folder, or the one that ``path`` is.
+
+    Raises:
+        DataError: some of them are compressed.
+    """
     if path.is_file():
         return [path] if path.suffix == ".tar" else []
-    return sorted(tar for tar in path.rglob("*.tar") if tar.is_file())
+    tars = sorted(tar for tar in path.rglob("*.tar") if tar.is_file())
+    packed = next((file for file in path.rglob("*") if file.name.endswith(_COMPRESSED)), None) if tars else None
+    if packed is not None:
+        raise DataError(f"{packed} is compressed and cannot be read at random; decompress it, or move it away")
+    return tars
 
 
 class TarImages:
@@ -100,7 +110,10 @@ class TarImages:
         if not self.captioned:
             return ""
         number, offset, size = self._texts[row].tolist()
-        return _caption(_member(self._tars[number], offset, size))
+        try:
+            return _caption(_member(self._tars[number], offset, size))
+        except UnicodeDecodeError as error:
+            raise DataError(f"the caption of {self.name(row)} cannot be read: {error}") from None
 
 
 def _member(tar: Path, offset: int, size: int) -> bytes:
@@ -128,13 +141,26 @@ def _samples(number: int, path: Path) -> list[_Sample]:
                     _add(found.setdefault(key, _Sample(key)), suffix.lower(), number, path, member)
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{path} cannot be read as an uncompressed tar: {error}") from None
+    if lost := next((sample for sample in found.values() if sample.other and sample.image == _NONE), None):
+        raise DataError(
+            f"{path}: {lost.other} would never be seen: a key ends at the first dot of a name, and {lost.key} has no "
+            "image; give it a name with one dot"
+        )
     return [sample for sample in found.values() if sample.image != _NONE]
 
 
 def _add(sample: _Sample, suffix: str, number: int, path: Path, member: tarfile.TarInfo) -> None:
     place = (number, member.offset_data, member.size)
     if f".{suffix}" in SUFFIXES:
+        if sample.image != _NONE:
+            raise DataError(
+                f"{path}: {member.name} is a second image of {sample.key}, of which one would never be seen; give each "
+                "image a name of its own before its first dot"
+            )
         sample.image = place
+        return
+    if f".{suffix.rpartition('.')[2]}" in SUFFIXES:
+        sample.other = member.name
         return
     if suffix not in ("txt", "cls", "json") or member.size > _MOST_TEXT:
         return
@@ -161,7 +187,7 @@ def _described(values: Mapping[str, Any]) -> str | None:
 
 def _caption(content: bytes) -> str:
     """Of a text file, or of a JSON object."""
-    text = content.decode("utf-8", errors="replace").strip()
+    text = content.decode("utf-8").strip()
     if text.startswith("{"):
         try:
             described = _described(parse_json(content))

@@ -77,7 +77,7 @@ def load_pixels(content: bytes, crop: Crop, channels: int = 3) -> Pixels:
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
-            image = _plain(ImageOps.exif_transpose(opened), channels)
+            image = _plain(_eight_bits(ImageOps.exif_transpose(opened), opened.format), channels)
     except Exception as error:
         raise UndecodableImage(_reason(error)) from None
     width, height = image.size
@@ -108,6 +108,18 @@ def _part(image: Image.Image, resized: Place, corner: Place, size: Place) -> Ima
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
 
 
+def _eight_bits(image: Image.Image, format: str | None) -> Image.Image:
+    """Numbers of 16 bits as 8, of which Pillow would cut off what is above 255; of others the range is not known."""
+    if image.mode == "F" or (image.mode == "I" and format != "PPM"):
+        raise UndecodableImage(
+            f"its pixels are of Pillow's mode {image.mode!r}, without a known range; save 8 or 16 bits"
+        )
+    if image.mode != "I" and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image)
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
 def _plain(image: Image.Image, channels: int) -> Image.Image:
     """One or three channels of 8 bits; what is transparent becomes white."""
     mode = {1: "L", 3: "RGB"}[channels]
@@ -115,8 +127,6 @@ def _plain(image: Image.Image, channels: int) -> Image.Image:
         solid = image.convert("RGBA")
         white = Image.new("RGBA", solid.size, "white")
         image = Image.alpha_composite(white, solid)
-    elif image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255
-        image = image.point(lambda value: value / 256).convert("L")
     return image.convert(mode)
 
 

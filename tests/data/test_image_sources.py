@@ -134,6 +134,12 @@ def test_a_file_is_turned_resized_cropped_and_mirrored() -> None:
     assert (load_pixels(encoded(clear), Crop(4, 4)).values == 1).all()  # what is transparent is white
     deep = Image.fromarray(np.full((4, 4), 65535, np.uint16))
     assert load_pixels(encoded(deep), Crop(4, 4), 1).values.min() > 0.98
+    ramp = np.arange(0, 65536, 4096, np.uint16).reshape(4, 4)
+    for levels in (encoded(Image.fromarray(ramp)), b"P5 4 4 65535\n" + ramp.astype(">u2").tobytes()):
+        assert np.abs(load_pixels(levels, Crop(4, 4), 1).values[0] - (ramp / 32767.5 - 1)).max() < 1.5 / 127.5
+    for range_unknown in (np.float32(ramp) / 65535, ramp.astype(np.int32)):
+        with pytest.raises(UndecodableImage, match="without a known range; save 8 or 16 bits"):
+            load_pixels(encoded(Image.fromarray(range_unknown), "TIFF"), Crop(4, 4))
     for bad in (b"", b"%!PS-Adobe-3.0 EPSF-3.0\n", content[: len(content) // 2]):
         with pytest.raises(UndecodableImage):
             load_pixels(bad, Crop(60, 90))
@@ -206,6 +212,16 @@ def test_a_tar_that_is_damaged_or_no_longer_the_same(root: Path, tmp_path: Path)
     write_tar(first, [("0.png", image), ("0.cls", b"one")])
     with pytest.raises(DataError, match=r"0.tar: 0.cls cannot be read: invalid literal"):
         open_images(folder)
+    write_tar(first, [("0.png", image), ("0.txt", "é".encode("latin-1"))])
+    with pytest.raises(DataError, match=r"the caption of .*0.tar: 0 cannot be read: 'utf-8' codec"):
+        open_images(first).caption(0)
+    write_tar(first, [("0.png", image), ("0.mask.png", image), ("0.txt", b"a"), ("1.2.png", image)])
+    with pytest.raises(DataError, match=r"0.tar: 1.2.png would never be seen: .* and 1 has no image"):
+        open_images(first)
+    for second in ("0.jpg", "0.png"):
+        write_tar(first, [("0.png", image), ("0.cls", b"1"), (second, image)])
+        with pytest.raises(DataError, match=rf"0.tar: {second} is a second image of 0, of which one would never be"):
+            open_images(folder)
 
 
 def test_columns_of_an_image_set_that_say_nothing(root: Path, tmp_path: Path) -> None:
@@ -242,6 +258,14 @@ def test_what_holds_no_images(root: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             open_images(path, kind)  # type: ignore[arg-type]
+    both = shutil.copytree(root / "class-tars", tmp_path / "both")
+    (both / "1.tar.gz").touch()
+    with pytest.raises(DataError, match=r"1.tar.gz is compressed and cannot be read at random"):
+        open_images(both)
+    (both / "1.tar.gz").rename(both / "1.png")
+    with pytest.raises(DataError, match=r"holds tar shards and image files \(.*0.tar, .*1.png\); move one kind"):
+        open_images(both)
+    assert len(open_images(both, "tar")) == 10
     for name in ("a", "b"):
         (tmp_path / "empty" / f"{name}.png").write_text("no image")
     source: ImageSource = open_images(tmp_path / "empty")
