@@ -159,7 +159,7 @@ class LatentCache:
             ``crop_top_left`` and ``target_size`` those that a row has.
         buckets: (height, width) of latents to the rows that have them, int64.
         scale, shift: what a model is trained on is ``(latent - shift) * scale`` of the VAE's latent.
-        encoder: identity of the VAE.
+        encoder: identity of the VAE. settings: that the images were encoded with, by name.
         texts: how texts were encoded, for :func:`~megatron_ds.data.checkpoint_encoders.encode_prompts`; None without.
         identity: what tells the cache's content from any other, as JSON values.
         bad: rows of the source that are left out, and why.
@@ -176,7 +176,7 @@ class LatentCache:
         self._starts = np.concatenate([[0], np.cumsum([len(shard.sums) for shard in self._shards])]).astype(np.int64)
         self.scale, self.shift = float(values["scale"]), float(values["shift"])
         self.encoder: dict[str, Any] = values["vae"]
-        settings = values["settings"]
+        settings = self.settings = values["settings"]
         how = {"states": settings["text_states"], "tokens": settings.get("text_tokens")}
         self.texts: dict[str, Any] | None = {"encoders": values["text"], **how} if values["text"] else None
         self.classes: tuple[str, ...] = tuple(values["classes"])

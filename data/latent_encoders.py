@@ -26,6 +26,7 @@ from megatron_ds.files import check_regular, read_bytes, read_json
 
 _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors")
 _TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "UMT5EncoderModel")
+_SCALING_FACTOR = 0.18215  # of AutoencoderKL where its configuration does not say it
 _T5_TOKENS = 256  # of a text, as pipelines of Stable Diffusion 3 take; T5's tokenizers know no limit that models share
 TextStates = Literal["penultimate", "last"]
 
@@ -104,7 +105,11 @@ class VaeConfig:
         if config.get("latents_mean") is not None or config.get("latents_std") is not None:
             raise DataError(f"{folder}: a VAE with latents_mean and latents_std for each channel is not built here")
         factor = 2 ** (len(config.get("block_out_channels", (64,))) - 1)
-        return VaeConfig(float(config.get("scaling_factor") or 1.0), float(config.get("shift_factor") or 0.0), factor)
+        # Files older than the setting, Stable Diffusion 1's among them, mean the class's default.
+        scale = config.get("scaling_factor", _SCALING_FACTOR)
+        if not isinstance(scale, int | float) or scale <= 0:
+            raise DataError(f"{folder}: scaling_factor={scale!r} of config.json is no number above 0")
+        return VaeConfig(float(scale), float(config.get("shift_factor") or 0.0), factor)
 
 
 def text_identities(folders: Sequence[Path], tokenizers: Sequence[Path]) -> list[dict[str, str]]:

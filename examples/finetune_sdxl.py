@@ -38,6 +38,7 @@ UNET = Path(__file__).parent / "configs" / "diffusion" / "sdxl-unet.json"
 DTYPES = {"no": ("fp32", torch.float32), "fp16": ("fp16", torch.float16), "bf16": ("bf16", torch.bfloat16)}
 SCHEDULES = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 EMA_DECAY = 0.9999
+RESOLUTION = 1024
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -53,7 +54,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--use_ema", action="store_true", help=f"average the weights, decay {EMA_DECAY}, and save the average")
     add = data.add_argument
     add("--train_data_dir", type=Path, help="images with captions")
-    add("--resolution", type=int, default=1024, help="height and width in pixels; %(default)s")
+    add("--resolution", type=int, help=f"height and width in pixels; {RESOLUTION}, or that of --latents")
     add("--center_crop", action="store_true", help="crop in the middle; default: anywhere, by seed and image")
     add("--random_flip", action="store_true", help="mirror half of the images, by seed and image")
     add("--latents", type=Path, help="folder that tools/cache_latents.py wrote, instead of --train_data_dir")
@@ -93,7 +94,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Raise ConfigError before anything is read."""
     faults = []
-    if args.resolution < 8 or args.resolution % 8:
+    if args.resolution is not None and (args.resolution < 8 or args.resolution % 8):
         near = multiples_around(args.resolution, 8)
         faults.append(f"--resolution {args.resolution}: a latent of SDXL is 8 pixels wide; use {near}")
     if not 0 <= args.proportion_empty_prompts < 1:
@@ -140,9 +141,9 @@ def dry_run(args: argparse.Namespace) -> str:
     with torch.device("meta"):
         unet = folders.prepare_unet(UNet2DConditionModel.from_config(config), args.rank, checkpointing=False)
     torch.nn.Module.to(unet, DTYPES[args.mixed_precision][1])
-    again = args.gradient_checkpointing
-    activations = gpu_memory.activation_bytes(unet, args.train_batch_size, args.resolution, again)
-    what = f"{args.train_batch_size} x {args.resolution} x {args.resolution} pixels, "
+    again, side = args.gradient_checkpointing, args.resolution or RESOLUTION
+    activations = gpu_memory.activation_bytes(unet, args.train_batch_size, side, again)
+    what = f"{args.train_batch_size} x {side} x {side} pixels, "
     what += "with" if again else "without"
     return gpu_memory.memory_table(unet, engine_settings(args), activations, f"{what} --gradient_checkpointing")
 
@@ -162,11 +163,18 @@ def main(place: RankInfo) -> int:
     mesh = mesh_of(settings, start_ranks(settings))
     if args.latents is None:
         crop: Any = "centre" if args.center_crop else "random"
-        images = CacheSettings(args.resolution, 8, 1.0, crop, args.random_flip, args.seed, args.encode_batch_size)
+        side = args.resolution or RESOLUTION
+        images = CacheSettings(side, 8, 1.0, crop, args.random_flip, args.seed, args.encode_batch_size)
         folder = args.output_dir / "latents"
         cache = latents.write_latents(mesh, args.train_data_dir, base, vae, images, folder)
     else:
-        cache = latents.open_latents(args.latents, vae)
+        given = {
+            "resolution": args.resolution,
+            "crop": "centre" if args.center_crop else None,
+            "flip": args.random_flip or None,
+        }
+        wanted = {name: value for name, value in given.items() if value is not None}
+        cache = latents.open_latents(args.latents, base, vae, wanted)
     zeros = folders.zeros_for_empty_prompts(base)
     block = args.train_batch_size
     samples = latents.samples_of(cache, args.seed, objective.condition_dropout, zeros, args.noise_offset, block)

@@ -18,6 +18,7 @@ from small_images import photograph, write_captions, write_classes, write_text_e
 from megatron_ds.data.image_source import image_sizes, open_images
 from megatron_ds.data.image_transforms import Crop, load_pixels
 from megatron_ds.data.latent_cache import LatentCache, sample_latents
+from megatron_ds.data.latent_encoders import VaeConfig
 from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders
 from megatron_ds.errors import DataError
 from megatron_ds.train.launch import run_main
@@ -54,6 +55,24 @@ def write(
 def classes(folders: Path) -> Path:
     write(folders, folders / "once")
     return folders / "once"
+
+
+def test_the_scale_of_a_vae_that_does_not_say_it_is_the_classs_own(folders: Path, tmp_path: Path) -> None:
+    """Configurations of Stable Diffusion 1's VAEs are older than the setting."""
+    from diffusers import AutoencoderKL
+
+    shutil.copytree(folders / "vae", tmp_path / "vae")
+    where = tmp_path / "vae" / "config.json"
+    config = json.loads(where.read_text())
+    for value in (None, 0, "x"):
+        where.write_text(json.dumps({**config, "scaling_factor": value}))
+        with pytest.raises(DataError, match=f"scaling_factor={value!r} of config.json is no number above 0"):
+            VaeConfig.read(tmp_path / "vae")
+    left_out = {name: value for name, value in config.items() if name not in ("scaling_factor", "shift_factor")}
+    where.write_text(json.dumps(left_out))
+    theirs = AutoencoderKL.from_pretrained(tmp_path / "vae").config
+    found = VaeConfig.read(tmp_path / "vae")
+    assert (found.scale, found.shift) == (theirs.scaling_factor, theirs.shift_factor or 0.0)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -144,6 +144,9 @@ def test_adapters_alone_are_trained_and_load(trained: Path) -> None:
         ("whole", ["--resume_from_checkpoint", "latest", "--seed", "1", "--latents", "whole/latents"], None, "seed: 0"),
         ("whole", ["--resume_from_checkpoint", "latest"], DataError, "settings"),
         ("new", ["--latents", "whole/latents", "--pretrained_vae_model_name_or_path", "other"], DataError, "the VAE"),
+        ("new", ["--latents", "whole/latents", "--resolution", "24"], DataError, "resolution=16, and 24 is asked for"),
+        ("new", ["--latents", "whole/latents", "--center_crop"], DataError, "crop='random', and 'centre' is asked for"),
+        ("new", ["--latents", "whole/latents", "--pretrained_model_name_or_path", "texts"], DataError, "two text enc"),
         ("new", ["--resume_from_checkpoint", "step-7"], None, "step-7"),
     ],
 )
@@ -158,7 +161,11 @@ def test_what_is_wrong_is_said_before_training(
         first = next(iter(weights))
         changed = {**weights, first: weights[first] + 1}
         safetensors.torch.save_file(changed, trained / "other" / "diffusion_pytorch_model.safetensors")
-    known = {"uncaptioned", "photos", "whole/latents", "other"}
+    if "texts" in arguments and not (trained / "texts").exists():
+        shutil.copytree(trained / "base", trained / "texts")
+        config = trained / "texts" / "tokenizer_2" / "tokenizer_config.json"
+        config.write_text(config.read_text() + " ")
+    known = {"uncaptioned", "photos", "whole/latents", "other", "texts"}
     arguments = [str(trained / argument) if argument in known else argument for argument in arguments]
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     with pytest.raises(error or MegatronDSError, match=message):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers.utils import logging
@@ -11,7 +13,7 @@ from megatron_ds.comm.together import together
 from megatron_ds.data.image_samples import DiffusionSamples
 from megatron_ds.data.image_source import image_sizes, open_images
 from megatron_ds.data.latent_cache import LatentCache
-from megatron_ds.data.latent_encoders import model_identity
+from megatron_ds.data.latent_encoders import model_identity, text_identities
 from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders, encoding_bar
 from megatron_ds.data.stored_images import LatentImages
 from megatron_ds.errors import DataError
@@ -49,17 +51,33 @@ def write_latents(
         return LatentCache(folder)
 
 
-def open_latents(folder: Path, vae: Path) -> LatentCache:
+def open_latents(folder: Path, base: Path, vae: Path, wanted: Mapping[str, Any]) -> LatentCache:
     """A cache that `tools/cache_latents.py` wrote.
 
+    Args:
+        wanted: of :class:`CacheSettings` what the user has asked for.
+
     Raises:
-        DataError: it is not finished, damaged, or of another VAE than the one that is to decode.
+        DataError: it is not finished, damaged, of another VAE or other text encoders than those of the pipeline, or of
+            other settings than the user has asked for.
     """
     cache = LatentCache(folder)
+    for name, value in wanted.items():
+        if (found := cache.settings[name]) != value:
+            raise DataError(
+                f"{folder} was encoded with {name}={found!r}, and {value!r} is asked for; leave that out, or encode "
+                "the images again"
+            )
     if (mine := model_identity(vae)) != cache.encoder:
         raise DataError(
             f"{folder} has latents of the VAE {cache.encoder['weights']}, and {vae} is {mine['weights']}; give the VAE "
             "they were made by with --pretrained_vae_model_name_or_path, or encode the images again"
+        )
+    texts = text_identities(*([base / name for name in names] for names in (_ENCODERS, _TOKENIZERS)))
+    if cache.texts is None or (cache.texts["encoders"], cache.texts["states"]) != (texts, "penultimate"):
+        raise DataError(
+            f"{folder} does not have texts of the two text encoders of {base}, by their penultimate states; encode the "
+            "images again with these"
         )
     return cache
 
