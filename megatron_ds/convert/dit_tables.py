@@ -8,7 +8,7 @@ are copies of one in published models; ours is one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ def table_of(c: DiTConfig) -> Table:
 
 
 def table_named(name: str, where: str) -> Table:
-    for table in (DIT, SD3):
+    for table in (DIT, OLDER_DIT, SD3):
         if table.name == name:
             return table
     raise ConfigError(f"{where} describes a {name}; this imports {DIT.name} and {SD3.name}")
@@ -180,6 +180,19 @@ def _dit_from_config(config: Settings) -> DiTConfig:
     return from_dict(DiTConfig, fields, config.where)
 
 
+def _older_dit_from_config(config: Settings) -> DiTConfig:
+    """Of the class that was both a DiT and others, with defaults that are no DiT's: nothing may be left to them."""
+    for name in (
+        *("attention_bias", "activation_fn", "norm_type", "norm_elementwise_affine", "num_embeds_ada_norm"),
+        *("num_attention_heads", "attention_head_dim", "num_layers", "in_channels", "sample_size", "patch_size"),
+    ):
+        config[name]
+    must_be(config, attention_type="default", caption_channels=None, cross_attention_dim=None, num_vector_embeds=None)
+    must_be(config, only_cross_attention=False, double_self_attention=False, use_linear_projection=False)
+    must_be(config, interpolation_scale=None, use_additional_conditions=None)
+    return _dit_from_config(config)
+
+
 def _learns_variance(config: Settings, channels: int, default: int) -> bool:
     predicted = config.get("out_channels", default)
     if predicted not in (channels, 2 * channels):
@@ -282,4 +295,6 @@ def _sd3_from_config(config: Settings) -> DiTConfig:
 
 
 DIT = Table("DiTTransformer2DModel", _dit_rules, lambda c: {}, _dit_to_config, _dit_from_config)
+# As the published DiT-XL/2 was saved.
+OLDER_DIT = replace(DIT, name="Transformer2DModel", from_config=_older_dit_from_config)
 SD3 = Table("SD3Transformer2DModel", _sd3_rules, _sd3_constants, _sd3_to_config, _sd3_from_config)

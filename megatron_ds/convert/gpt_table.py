@@ -211,7 +211,7 @@ class _FalconPositions:
 
 
 _BLOOM_KERNELS = (
-    *("slow_but_exact", "masked_softmax_fusion", "attention_softmax_in_fp32", "bias_dropout_fusion"),
+    *("masked_softmax_fusion", "attention_softmax_in_fp32", "bias_dropout_fusion"),
     *("skip_bias_add", "skip_bias_add_qkv", "offset_alibi"),
 )
 
@@ -244,7 +244,8 @@ BLOOM = Architecture(
         _FourTimes(),
         Key("max_positions", "seq_length", 2048),
         Ours(position="alibi", bias=True, embedding_norm=True, activation="gelu_tanh"),
-        Fixed(apply_residual_connection_post_layernorm=False),
+        # The slow way of transformers leaves out the biases behind attention and MLP.
+        Fixed(apply_residual_connection_post_layernorm=False, slow_but_exact=False),
     ),
     copies={"lm_head.weight": "transformer.word_embeddings.weight"},
     harmless=_BLOOM_KERNELS,

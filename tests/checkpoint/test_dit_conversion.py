@@ -82,6 +82,37 @@ def _with_other_embeddings() -> DiTTransformer2DModel:
     return model
 
 
+PUBLISHED = {  # DiT-XL/2 of 256 pixels, but for sizes
+    "_class_name": "Transformer2DModel", "_diffusers_version": "0.12.0.dev0", "activation_fn": "gelu-approximate",
+    "attention_bias": True, "attention_head_dim": 8, "cross_attention_dim": None, "dropout": 0.0, "in_channels": 3,
+    "norm_elementwise_affine": False, "norm_num_groups": 32, "norm_type": "ada_norm_zero", "num_attention_heads": 2,
+    "num_embeds_ada_norm": 7, "num_layers": 3, "num_vector_embeds": None, "only_cross_attention": False,
+    "out_channels": 6, "patch_size": 4, "sample_size": 8, "upcast_attention": False, "use_linear_projection": False,
+}  # fmt: skip
+
+
+def test_published_models_of_the_older_class_are_imported(tmp_path: Path) -> None:
+    model = theirs(out_channels=6)
+    model.save_pretrained(tmp_path / "theirs")
+    where = tmp_path / "theirs" / "config.json"
+    where.write_text(json.dumps(PUBLISHED))
+    _, ours = imported(tmp_path / "theirs", tmp_path / "ours")
+    images, times, labels = torch.randn(2, 3, 8, 8), torch.tensor([999.0, 257]), torch.tensor([7, 3])
+    with torch.no_grad():
+        got = ours.predict({"images": images, "time": times, "labels": labels})
+        want = model(images, timestep=times, class_labels=labels).sample
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    for change, message in (
+        ({"norm_type": None}, "lacks norm_type"),
+        ({"norm_type": "ada_norm_single"}, "norm_type='ada_norm_single'"),
+        ({"cross_attention_dim": 8}, "cross_attention_dim=8"),
+        ({"interpolation_scale": 2}, "interpolation_scale=2"),
+    ):
+        where.write_text(json.dumps({**PUBLISHED, **change}))
+        with pytest.raises(ConfigError, match=message):
+            import_transformer(tmp_path / "theirs", tmp_path / "others")
+
+
 def test_damaged_folders_are_named(tmp_path: Path) -> None:
     model = theirs()
     model.save_pretrained(tmp_path / "theirs")

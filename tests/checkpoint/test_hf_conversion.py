@@ -259,6 +259,7 @@ def test_a_model_that_hugging_face_cannot_express(tmp_path: Path, model: dict[st
         ("modernbert", {"mlp_dropout": 0.1}, "mlp_dropout=0.1"),
         ("modernbert", {"classifier_bias": True}, "classifier_bias=True beside attention_bias=False"),
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
+        ("bloom", {"slow_but_exact": True, "pretraining_tp": 2}, "slow_but_exact=True"),
         ("gpt2", {"architectures": "T5Model"}, "architectures='T5Model' of config.json is no list of classes"),
         ("llama-gqa", {"vocab_size": 0}, "vocab_size"),
     ],
