@@ -92,7 +92,8 @@ class TiktokenTokenizer(Tokenizer):
         self.fingerprint = xxhash.xxh3_64_hexdigest(
             content + json.dumps([self.pattern, self._special_ids], sort_keys=True).encode()
         )
-        self.vocab_size = max([*self.ranks.values(), *self._special_ids.values()]) + 1
+        self._ids = frozenset((*self.ranks.values(), *self._special_ids.values()))
+        self.vocab_size = max(self._ids) + 1
         self._take_special(read_special_tokens(self.path.parent), self._special_ids)
 
     def _read(self, content: bytes) -> dict[bytes, int]:
@@ -146,7 +147,10 @@ class TiktokenTokenizer(Tokenizer):
         return np.array(ids, np.uint32)
 
     def decode(self, ids: Ids) -> str:
-        return self.backend.decode([int(i) for i in ids])
+        return self.backend.decode([int(i) for i in ids if int(i) in self._ids])
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.backend.decode_single_token_bytes(token) if token in self._ids else b""
 
     def token_id(self, name: str) -> int | None:
         return self._special_ids.get(name)

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ds import files
+from megatron_ds.data.fast_bpe import byte_characters
 from megatron_ds.errors import DataError
 
 Ids = Sequence[int] | npt.NDArray
@@ -32,6 +33,8 @@ KNOWN_NAMES: dict[str, tuple[str, ...]] = {"eos_token": EOD_NAMES, "bos_token": 
 """What a token is taken for where no file says so."""
 SETTINGS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Tokenizer(ABC):
@@ -66,7 +69,24 @@ class Tokenizer(ABC):
         """The ids of a text in which the names of special tokens stand for these, as in a rendered conversation."""
 
     @abstractmethod
-    def decode(self, ids: Ids) -> str: ...
+    def decode(self, ids: Ids) -> str:
+        """The text of ids; those that are no token, as a model with a larger vocabulary may draw them, have none."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to a text: perhaps part of a character. Special tokens are their names."""
+        # Decoders of SentencePiece's kind take the space from the first token of a text, so the second one is asked.
+        text = self.decode([token, token])[len(self.decode([token])) :]
+        if "\N{REPLACEMENT CHARACTER}" not in text:
+            return text.encode()
+        name = self._name_of(token)
+        if byte := _BYTE.fullmatch(name):
+            return bytes.fromhex(byte[1])
+        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+        return bytes(byte_of[character] for character in name) if byte_of.keys() >= set(name) else text.encode()
+
+    def _name_of(self, token: int) -> str:
+        """What a token is called in the vocabulary's file."""
+        return ""
 
     @abstractmethod
     def token_id(self, name: str) -> int | None:

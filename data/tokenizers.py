@@ -143,6 +143,9 @@ class HFTokenizer(Tokenizer):
         text: str = self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
         return text
 
+    def _name_of(self, token: int) -> str:
+        return self.backend.id_to_token(token) or ""
+
     def token_id(self, name: str) -> int | None:
         found: int | None = self.backend.token_to_id(name)
         return found
@@ -216,8 +219,12 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Ids) -> str:
         names = {number: name for name, number in self._added.items()}
-        runs = itertools.groupby((int(i) for i in ids), names.get)
+        known = (int(i) for i in ids if int(i) < self.backend.GetPieceSize() or int(i) in names)
+        runs = itertools.groupby(known, names.get)
         return "".join(name * len(list(run)) if name else self.backend.DecodeIds(list(run)) for name, run in runs)
+
+    def _name_of(self, token: int) -> str:
+        return str(self.backend.IdToPiece(token))
 
     def token_id(self, name: str) -> int | None:
         if name in self._added:
@@ -268,6 +275,9 @@ class ByteTokenizer(Tokenizer):
 
     def decode(self, ids: Ids) -> str:
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else b""
 
     def token_id(self, name: str) -> int | None:
         return self.eod_id if name == EOD_NAMES[0] else None

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from megatron_ds.comm.together import exchange
 from megatron_ds.data.chat import BadConversation, ChatTemplate, load_template
-from megatron_ds.data.token_bytes import token_bytes
 from megatron_ds.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.host import free_host_memory
@@ -173,7 +172,7 @@ class LLM:
 
     def token_bytes(self, token: int) -> bytes:
         """What a token adds to a text."""
-        return f"token_id:{token}".encode() if self.tokenizer is None else token_bytes(self.tokenizer, token)
+        return f"token_id:{token}".encode() if self.tokenizer is None else self.tokenizer.token_bytes(token)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

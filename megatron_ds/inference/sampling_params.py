@@ -11,6 +11,8 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.inference.structured import form_faults
 
 _MOST_SAMPLES, _MOST_LOGPROBS, _MOST_STOPS = 128, 1000, 64
+_COLDEST = 1e-5
+"""Logits divided by less would overflow in fp32, and the first of several infinite ones would be taken."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class SamplingParams:
 
     Attributes:
         n: samples of the prompt, each with draws of its own.
-        temperature: 0 takes the most probable token (of equals the one with the smallest id).
+        temperature: 0, or less than 1e-5, takes the most probable token (of equals the one with the smallest id).
         top_k: only so many most probable tokens, and those that equal the last of them; -1 or 0: all.
         top_p: only the most probable tokens that together have this probability.
         min_p: only tokens that have this part of the most probable one's probability.
@@ -28,7 +30,8 @@ class SamplingParams:
         seed: of the draws. A draw depends on (seed, sample, position in the text) alone, not on what else is served;
             None: a new one for each request.
         stop: texts at which the answer ends; they are not part of it, unless ``include_stop_str_in_output``.
-        stop_token_ids: tokens at which it ends. ignore_eos: the model's own end does not end it.
+        stop_token_ids: tokens at which it ends, whose text is part of it likewise.
+        ignore_eos: the model's own end does not end it.
         min_tokens: before so many tokens, none that ends the answer, and no stop text that does.
         logprobs: log-probabilities of the chosen and so many most probable tokens, of the model's own distribution.
         processed_logprobs: likewise, of the distribution that was drawn from.
@@ -103,7 +106,8 @@ class SamplingParams:
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if not number or not low <= value <= high or (value == 0 and name in ("top_p", "repetition_penalty")):
-                yield f"{name}={value!r} is no number from {low:g} to {high:g}"
+                first = f"above {low:g} and up" if name in ("top_p", "repetition_penalty") else f"from {low:g}"
+                yield f"{name}={value!r} is no number {first} to {high:g}"
         if isinstance(self.max_tokens, int) and isinstance(self.min_tokens, int) and self.min_tokens > self.max_tokens:
             yield f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}"
         if not isinstance(self.stop, list | tuple) or not all(isinstance(s, str) and s for s in self.stop):
@@ -129,7 +133,7 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0 or self.top_k == 1
+        return self.temperature < _COLDEST or self.top_k == 1
 
     def to_json(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}

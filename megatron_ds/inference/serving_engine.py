@@ -110,7 +110,8 @@ class ServingEngine:
                 f"the prompt has {len(tokens)} tokens, and prompt and answer may have {self.max_model_len} together: "
                 "shorten it, or serve with a longer max_model_len or more memory for the cache"
             )
-        if outside := [t for t in (*tokens, *params.stop_token_ids) if not 0 <= t < self.vocab_size]:
+        named = (*tokens, *params.stop_token_ids, *params.logit_bias)
+        if outside := [token for token in named if not 0 <= token < self.vocab_size]:
             raise ConfigError(f"token {outside[0]} is none of the model's, 0 to {self.vocab_size - 1}")
         if params.stop and self.tokenizer is None:
             raise ConfigError("stop needs a tokenizer; use stop_token_ids")
@@ -230,11 +231,10 @@ class ServingEngine:
     def _sample(self, spans: Many[Span], wanted: list[tuple[Span, int]], logits: Tensor | None) -> None:
         """Choose the next token of every sequence that is at its end, and follow it there."""
         last = [span for span in spans if span.is_last]
-        mesh = self.mesh
         found: Any = None
         if logits is not None:
             logits = self._timed(self.sampler.mask_padding, logits)
-            self._prompt_logprobs(wanted, logits)
+            found = [self._of_prompts(wanted, logits), [], [], []]
             ends: list[int] = []
             row = 0
             for span, count in wanted:
@@ -245,12 +245,13 @@ class ServingEngine:
                 asked = [self._row(span, place) for span in last for place in range(1 + len(span.draft))]
                 logits = logits if len(ends) == len(logits) else logits[ends]
                 sampled = self._timed(self.sampler.sample, logits, asked)
-                found = [sampled.tokens, _listed(sampled.logprobs), _listed(sampled.processed)]
-        if mesh.pp.size > 1:
-            found = from_last(mesh.pp, found)
-        if found is None:
-            return
-        of_rows = zip(*found)
+                found[1:] = [sampled.tokens, _listed(sampled.logprobs), _listed(sampled.processed)]
+        of_prompts, *of_answers = from_last(self.mesh.pp, found)
+        for span, said in zip([span for span, _ in wanted if _asks_of_prompt(span)], of_prompts):
+            of_prompt = span.sequence.request.prompt_logprobs
+            of_prompt += [None] * (not of_prompt)  # of the first token there is nothing to say
+            of_prompt += map(_as_logprobs, said)
+        of_rows = zip(*of_answers)
         for span in last:
             self._follow(span, [next(of_rows) for _ in range(1 + len(span.draft))])
 
@@ -268,21 +269,21 @@ class ServingEngine:
         most = sequence.request.params.max_tokens or self.max_model_len
         sequence.room = min(self.max_model_len, len(sequence.request.tokens) + most) - len(sequence.tokens)
 
-    def _prompt_logprobs(self, wanted: list[tuple[Span, int]], logits: Tensor) -> None:
+    def _of_prompts(self, wanted: list[tuple[Span, int]], logits: Tensor) -> list[Any]:
+        """Of each span in which they are asked for, log-probabilities of the prompt's tokens that follow from it."""
+        found = []
         row = 0
         for span, count in wanted:
-            request = span.sequence.request
-            of_prompt = request.params.prompt_logprobs
-            if of_prompt is not None and not span.sequence.answered:
-                if not request.prompt_logprobs:
-                    request.prompt_logprobs.append(None)  # of the first token there is nothing to say
-                known = len(request.prompt_logprobs)  # more than the start, where a sequence is computed again
+            if _asks_of_prompt(span):
+                request = span.sequence.request
+                known = max(1, len(request.prompt_logprobs))  # more than the start, where it is computed again
                 tokens = request.tokens[known : span.start + 1 + count]
                 first = row + known - span.start - 1
                 own = logits[first : first + len(tokens)]
-                asked = [of_prompt] * len(tokens)
-                request.prompt_logprobs += self.sampler.logprobs(own, torch.tensor(tokens, dtype=torch.int64), asked)
+                asked = [request.params.prompt_logprobs] * len(tokens)
+                found.append(_listed(self.sampler.logprobs(own, torch.tensor(tokens, dtype=torch.int64), asked)))
             row += count
+        return found
 
     def _row(self, span: Span, place: int) -> Row:
         """Of the token that follows ``place`` tokens of the span's draft."""
@@ -312,6 +313,8 @@ class ServingEngine:
         ends = token in params.stop_token_ids or (token in self.ends.eos and not params.ignore_eos)
         if ends and sequence.answered > params.min_tokens:
             sequence.stop = token if token in params.stop_token_ids else None
+            if params.include_stop_str_in_output:
+                text.add(token)
             self._finish(sequence, "stop")
             return
         text.add(token, sequence.answered > params.min_tokens)
@@ -354,6 +357,10 @@ class ServingEngine:
             finished,
             live.cached,
         )
+
+
+def _asks_of_prompt(span: Span) -> bool:
+    return span.sequence.request.params.prompt_logprobs is not None and not span.sequence.answered
 
 
 def _completion(sequence: Sequence, text: Detokenizer) -> CompletionOutput:

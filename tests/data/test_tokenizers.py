@@ -12,7 +12,6 @@ import pytest
 
 from megatron_ds.data import tokenizer_training
 from megatron_ds.data.tiktoken_files import KNOWN
-from megatron_ds.data.token_bytes import token_bytes
 from megatron_ds.data.tokenizer_training import Kind, train_tokenizer
 from megatron_ds.data.tokenizers import Tokenizer, byte_characters, load_tokenizer
 from megatron_ds.errors import DataError
@@ -62,7 +61,7 @@ def tokenizer(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: py
 
 def test_text_comes_back_and_ids_are_in_range(tokenizer: Tokenizer) -> None:
     for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS)):
-        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode(ids) == text == tokenizer.decode([*ids, tokenizer.vocab_size + 2])
         assert all(0 <= token < tokenizer.vocab_size for token in ids)
         assert tokenizer.eod_id is not None and tokenizer.eod_id not in ids
     names = [name for name in ("<|endoftext|>", "</s>") if tokenizer.token_id(name) is not None]
@@ -93,8 +92,9 @@ def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer: Tokenizer, tmp_pat
     tokenizer.save_hf(tmp_path / "export")
     for one in (tokenizer, load_tokenizer(tmp_path / "export")):
         for text, ids in zip(TEXTS, one.encode_batch(TEXTS)):
-            found = b"".join(token_bytes(one, int(token)) for token in ids)
+            found = b"".join(one.token_bytes(int(token)) for token in ids)
             assert found == text.encode() or found == b" " + text.encode()  # SentencePiece's first word has a space
+        assert one.token_bytes(one.vocab_size + 2) == b""
 
 
 def test_the_bytes_of_sentencepiece_in_a_tokenizer_json(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_the_bytes_of_sentencepiece_in_a_tokenizer_json(tmp_path: Path) -> None:
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
     (ids,) = tokenizer.encode_batch(["ab aé"])
-    assert [token_bytes(tokenizer, int(token)) for token in ids] == [b" a", b"b", b" a", b"\xc3", b"\xa9"]
+    assert [tokenizer.token_bytes(int(token)) for token in ids] == [b" a", b"b", b" a", b"\xc3", b"\xa9"]
 
 
 def test_bpe_vocabulary_size_and_determinism(corpus: Path, tmp_path: Path) -> None:

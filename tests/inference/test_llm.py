@@ -126,6 +126,12 @@ def test_an_answer_ends_at_every_end_of_the_model(folder: Path) -> None:
         (output,) = llm.generate("ab", later, use_tqdm=False)
         ids = output.outputs[0].token_ids
         assert len(ids) == 4 and ids[-1] == 10 and 10 not in ids[:3]
+        for included, text in ((False, ""), (True, "a")):
+            more = {"stop_token_ids": [97], "include_stop_str_in_output": included}
+            (output,) = llm.generate(
+                "x", SamplingParams(temperature=0.0, logit_bias={97: 100.0}, **more), use_tqdm=False
+            )
+            assert (output.outputs[0].text, output.outputs[0].stop_reason) == (text, 97)
         stop = SamplingParams(temperature=0.0, logit_bias={97: 100.0}, max_tokens=9, min_tokens=3, stop=["aa"])
         (output,) = llm.generate("ab", stop, use_tqdm=False)
         assert (output.outputs[0].text, output.outputs[0].stop_reason) == ("aa", "aa")

@@ -223,6 +223,7 @@ HOSTILE: dict[str, tuple[bytes, int]] = {
     "another model": (b'{"model": "gpt-4", "prompt": "a"}', 404),
     "unknown field": (b'{"prompt": "a", "suffix": "b"}', 400),
     "bias": (b'{"prompt": "a", "logit_bias": {"x": 1}}', 400),
+    "bias outside": (b'{"prompt": "a", "logit_bias": {"257": 1}}', 400),
     "surrogate": (b'{"prompt": "\\ud800"}', 400),
     "many prompts": (b'{"prompt": [' + b'"a",' * 1000 + b'"a"]}', 400),
     "stop": (b'{"prompt": "a", "stop": [""]}', 400),

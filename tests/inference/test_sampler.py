@@ -113,6 +113,9 @@ def test_of_equals_the_smallest_id_is_taken_and_top_k_1_is_greedy() -> None:
     logits[:, [9, 4, 30]] = 1.0
     rows = [row(SamplingParams(temperature=0.0)), row(SamplingParams(top_k=1, temperature=5.0))]
     assert Sampler(Axis("tp"), 0, VOCAB).sample(logits, rows).tokens == [4, 4]
+    colder = torch.arange(VOCAB, dtype=torch.float32).expand(2, VOCAB)
+    rows = [row(SamplingParams(temperature=cold)) for cold in (1e-40, 2e-5)]
+    assert Sampler(Axis("tp"), 0, VOCAB).sample(colder.clone(), rows).tokens == [VOCAB - 1] * 2
 
 
 def test_draws_have_the_distribution() -> None:
