@@ -37,6 +37,9 @@ from megatron_ds.errors import DataError, multiples_around
 DType = Literal["float32", "bfloat16", "float16"]
 Encoders = tuple[ImageEncoder, TextEncoder | None]
 T = TypeVar("T")
+_SHOWN = 20
+BROKEN, NO_IMAGES = "which cannot be decoded to their end", "which are no images"
+"""Why images are left out."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +269,14 @@ def _storable(arrays: Arrays, settings: CacheSettings, names: Sequence[str]) -> 
         if not np.isfinite(arrays[name]).all():
             raise DataError(f"{name} are up to {np.abs(array).max():.3g}: too much for --store float16; use float32")
     return arrays
+
+
+def left_out(what: str, images: Sequence[str]) -> str:
+    """How many images are not in a cache, and the first of them by name; empty where all are."""
+    if not images:
+        return ""
+    more = [f"and {len(images) - _SHOWN} more"] if len(images) > _SHOWN else []
+    return "\n  ".join([f"left out {len(images)}, {what}:", *images[:_SHOWN], *more]) + "\n"
 
 
 def encoding_bar(shards: Sequence[ShardRows], shown: bool) -> Any:

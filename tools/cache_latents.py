@@ -24,11 +24,17 @@ import tyro
 from megatron_ds.data.cache import locked
 from megatron_ds.data.image_source import image_sizes, open_images
 from megatron_ds.data.latent_cache import LatentCache
-from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders, encoding_bar
+from megatron_ds.data.latent_writer import (
+    BROKEN,
+    NO_IMAGES,
+    CacheSettings,
+    CacheWriter,
+    EncoderFolders,
+    encoding_bar,
+    left_out,
+)
 from megatron_ds.errors import DataError
 from megatron_ds.train.launch import RankInfo, job, run_main
-
-_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -74,21 +80,14 @@ def main(place: RankInfo) -> int:
         if place.rank == 0:
             writer.write_empty(device)
         with encoding_bar(shards, place.rank == 0) as bar:
-            left_out = writer.write(shards, device, bar)
-        _say_left_out("which cannot be decoded to their end", left_out)
+            print(left_out(BROKEN, writer.write(shards, device, bar)), end="")
         if place.rank == 0:
-            _say_left_out("which are no images", writer.unreadable)
+            print(left_out(NO_IMAGES, writer.unreadable), end="")
         if place.world_size == 1:
             cache = LatentCache(options.output)
             sizes_text = ", ".join(f"{len(rows)} of {h} x {w}" for (h, w), rows in cache.buckets.items())
             print(f"{options.output}: {len(cache)} latents: {sizes_text}")
     return 0
-
-
-def _say_left_out(what: str, lines: list[str]) -> None:
-    if lines:
-        more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-        print("\n  ".join([f"left out {len(lines)}, {what}:", *lines[:_SHOWN], *more]))
 
 
 @contextlib.contextmanager

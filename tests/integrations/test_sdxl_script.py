@@ -20,8 +20,10 @@ from scripts_as_modules import load_script
 from sdxl_tiny import save_pipeline
 
 from megatron_ds.checkpoint.directory import steps_in
+from megatron_ds.data.latent_writer import CacheSettings
 from megatron_ds.errors import ConfigError, DataError, MegatronDSError
-from megatron_ds.integrations.sdxl import training
+from megatron_ds.integrations.sdxl import latents, training
+from megatron_ds.mesh import Mesh
 from megatron_ds.testing import run_ranks
 from megatron_ds.train.launch import RankInfo
 
@@ -100,6 +102,20 @@ def test_a_run_that_is_stopped_and_resumed_is_the_same_bit_for_bit(trained: Path
     assert sum(not torch.equal(value, base[key]) for key, value in whole.items()) > 0.9 * len(base)
     assert [path.name for path in steps_in(trained / "whole" / "checkpoints")] == ["step-00000002", "step-00000003"]
     assert (trained / "whole" / "metrics.jsonl").read_text().count("\n") == STEPS
+
+
+def test_images_that_are_left_out_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos, whole = tmp_path / "photos", (folder / "photos" / "8.png").read_bytes()
+    photos.mkdir()
+    for name, content in (("good", whole), ("half", whole[: len(whole) // 2]), ("text", b"none")):
+        (photos / f"{name}.png").write_bytes(content)
+        (photos / f"{name}.txt").write_text("a flower")
+    base = folder / "base"
+    settings = CacheSettings(16, 8, batch=1)
+    cache = latents.write_latents(Mesh.single(), photos, base, base / "vae", settings, tmp_path / "latents")
+    said = capsys.readouterr().out
+    assert len(cache) == 1 and f"left out 1, which are no images:\n  {photos}/text.png\n" in said
+    assert f"left out 1, which cannot be decoded to their end:\n  {photos}/half.png: " in said
 
 
 def test_the_folder_is_a_pipeline_that_generates(trained: Path) -> None:

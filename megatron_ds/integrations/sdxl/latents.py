@@ -14,7 +14,15 @@ from megatron_ds.data.image_samples import DiffusionSamples
 from megatron_ds.data.image_source import image_sizes, open_images
 from megatron_ds.data.latent_cache import LatentCache
 from megatron_ds.data.latent_encoders import model_identity, text_identities
-from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders, encoding_bar
+from megatron_ds.data.latent_writer import (
+    BROKEN,
+    NO_IMAGES,
+    CacheSettings,
+    CacheWriter,
+    EncoderFolders,
+    encoding_bar,
+    left_out,
+)
 from megatron_ds.data.stored_images import LatentImages
 from megatron_ds.errors import DataError
 from megatron_ds.mesh import Mesh
@@ -48,7 +56,11 @@ def write_latents(
             with together(mesh.world):
                 writer.write(shards[number : number + 1], mesh.device, bar)
     with together(mesh.world):
-        return LatentCache(folder)
+        cache = LatentCache(folder)
+        if mesh.rank == 0:
+            broken = [f"{source.name(row)}: {why}" for row, why in cache.bad]
+            print(left_out(BROKEN, broken) + left_out(NO_IMAGES, writer.unreadable), end="", flush=True)
+        return cache
 
 
 def open_latents(folder: Path, base: Path, vae: Path, wanted: Mapping[str, Any]) -> LatentCache:
