@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -30,6 +31,7 @@ import torch.distributed as dist
 # Imported once in the fork server; a child then starts with them in memory. Names only: nothing here imports them.
 _PRELOAD = [
     "torch._dynamo",  # activation checkpointing imports it when first used: 1.4 s of each rank otherwise
+    "torch._dynamo.backends.common",  # and this whatever compiles, in as long
     "torch.distributed.device_mesh",
     "torch.utils.checkpoint",
     "megatron_ds.testing",
@@ -211,6 +213,7 @@ def _rank_main(
     apart: bool,
     pipe: Connection,
 ) -> None:
+    gc.freeze()  # a collection would copy the heap of the fork server: a tenth of a rank's time
     if apart:
         os.__dict__.pop("memfd_create", None)  # without which no rank offers its memory to another
     stack_file = open(os.path.join(folder, f"stack-{rank}"), "w")  # noqa: SIM115  (faulthandler needs it open)

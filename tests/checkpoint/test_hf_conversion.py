@@ -183,7 +183,6 @@ def convert_with_little_memory(directory: str) -> tuple[int, list[str]]:
         return size, [name for name in one.names() if not torch.equal(one.read(name), two.read(name))]
 
 
-@pytest.mark.alone
 def test_no_process_holds_the_whole_model(tmp_path: Path) -> None:
     [(size, wrong)] = run_ranks(convert_with_little_memory, 1, str(tmp_path))
     assert size > 2.5 * LIMIT and wrong == []

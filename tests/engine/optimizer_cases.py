@@ -357,11 +357,14 @@ def _close(engine: Any) -> None:
     engine.zero.close()
 
 
-def run_all(names: list[str], stages: list[int], folder: str | None, zero: dict[str, Any] | None = None) -> Any:
+def run_all(
+    names: list[str], stages: list[int], folder: str, zero: dict[str, Any] | None = None, resumed: int | None = None
+) -> Any:
+    """By name and stage: resumed in the middle, or not where ``resumed`` is 0 or 1: then only every other one is."""
     found = {}
-    for name in names:
+    for number, name in enumerate(names):
         for stage in stages:
-            here = f"{folder}/{name}-{stage}" if folder is not None else None
+            here = None if resumed is not None and (number + stage) % 2 != resumed else f"{folder}/{name}-{stage}"
             found[name, stage] = run(RIGHT[name], stage, here, zero)
     return found
 

@@ -5,6 +5,7 @@ Compiled without a code generator ("aot_eager"): the graphs are made, and every 
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ Ran = tuple[list[float], dict[str, Tensor], list[str]]
 def graphs() -> int:
     """Calls that torch has compiled in this process."""
     return sum(torch._dynamo.utils.counters["stats"].values())
+
+
+def forget_graphs() -> None:
+    """What comes next compiles anew, and is counted from zero."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 def compiled(model: Any, how: str) -> nn.Module:
@@ -54,7 +61,7 @@ def trained(how: str, stage: int, folder: str) -> Ran:
     for step in range(STEPS):
         own = {key: value.chunk(axis.size)[axis.rank] for key, value in batch_of("gpt2", step).items()}
         losses.append(engine.train_batch([own]).loss)
-    assert graphs() > 0, how
+    assert graphs() > 0, (how, stage)
     engine.save_pretrained(folder)
     engine.save_checkpoint(folder + "/checkpoint")
     state, names = engine.state_dict(), [name for name, _ in engine.module.named_parameters()]
@@ -73,19 +80,26 @@ def trained(how: str, stage: int, folder: str) -> Ran:
     return losses, loaded.state_dict(), names
 
 
-def all_trained(how: str, folder: str) -> list[Ran]:
-    return [trained(how, stage, f"{folder}/{how}-{stage}") for stage in (2, 3)]
+WAYS = ("whole", "in place", "blocks")
 
 
-@pytest.mark.parametrize("how", ["whole", "in place", "blocks"])
-def test_a_compiled_model_trains_and_is_saved_as_it_is_without(how: str, tmp_path: Path) -> None:
+def all_trained(folder: str) -> dict[tuple[str, int], Ran]:
+    found = {}
+    for how, stage in product(WAYS, (2, 3)):
+        forget_graphs()
+        found[how, stage] = trained(how, stage, f"{folder}/{how}-{stage}")
+    return found
+
+
+def test_a_compiled_model_trains_and_is_saved_as_it_is_without(tmp_path: Path) -> None:
     losses, parameters = plain("gpt2")
     own = [name for name, _ in made("gpt2").named_parameters()]
-    for rank in run_ranks(all_trained, 2, how, str(tmp_path), timeout=280):
-        for got, loaded, names in rank:
-            assert got == pytest.approx(losses, rel=1e-9)
+    for rank in run_ranks(all_trained, 2, str(tmp_path), timeout=280):
+        assert len(rank) == 6
+        for (how, stage), (got, loaded, names) in rank.items():
+            assert got == pytest.approx(losses, rel=1e-9), (how, stage)
             assert loaded.keys() == parameters.keys()
-            assert all((loaded[key] - value).abs().max() < 1e-9 for key, value in parameters.items())
+            assert all((loaded[key] - value).abs().max() < 1e-9 for key, value in parameters.items()), (how, stage)
             # A block that was wrapped by the user keeps the name that torch gives it.
             assert how == "blocks" or names == own
 
@@ -140,7 +154,8 @@ def by_the_trainer(output: str, stage: int) -> list[Any]:
     return [plainly, trained_by_trainer(f"{output}/compiled", config, 2, torch_compile_backend="aot_eager"), graphs()]
 
 
-def by_accelerate(regional: bool) -> list[Any]:
+def by_accelerate() -> list[tuple[dict[str, Tensor], int]]:
+    """Without a plugin, with one, and with one that compiles block by block: weights, and calls that were compiled."""
     place_in_environment()
     from accelerate import Accelerator
     from accelerate.utils import TorchDynamoPlugin
@@ -148,19 +163,20 @@ def by_accelerate(regional: bool) -> list[Any]:
     from megatron_ds.integrations.accelerate import prepare
 
     found = []
-    for plugin in (None, TorchDynamoPlugin(backend="aot_eager", use_regional_compilation=regional)):  # type: ignore[arg-type]
-        assert graphs() == 0
-        accelerator = Accelerator(cpu=True, dynamo_plugin=plugin)
+    for regional in (None, False, True):
+        forget_graphs()
+        plugin = regional is not None and TorchDynamoPlugin(backend="aot_eager", use_regional_compilation=regional)  # type: ignore[arg-type]
+        accelerator = Accelerator(cpu=True, dynamo_plugin=plugin or None)
         net = made("gpt2")
         model, optimizer = prepare(accelerator, net, torch.optim.SGD(net.parameters(), lr=0.1), {"zero": {"stage": 2}})
         for step in range(STEPS):
             accelerator.backward(loss_of(model, batch_of("gpt2", step)))
             optimizer.step()
-        found.append(accelerator.get_state_dict(model))
+        found.append((accelerator.get_state_dict(model), graphs()))
         model.engine.zero.close()
         accelerator.free_memory()
         type(accelerator.state)._reset_state(True)
-    return [*found, graphs()]
+    return found
 
 
 def test_the_trainers_torch_compile_compiles(tmp_path: Path) -> None:
@@ -172,8 +188,9 @@ def test_the_trainers_torch_compile_compiles(tmp_path: Path) -> None:
         assert all((got[key] - value).norm() < 1e-4 * value.norm() for key, value in state.items())
 
 
-@pytest.mark.parametrize("regional", [False, True])
-def test_accelerates_dynamo_plugin_compiles(regional: bool) -> None:
-    for plainly, got, compiled in run_ranks(by_accelerate, 2, regional):
-        assert compiled > 0
-        assert all((got[key] - value).abs().max() < 1e-9 for key, value in plainly.items())
+def test_accelerates_dynamo_plugin_compiles() -> None:
+    for (plainly, none), *compiled in run_ranks(by_accelerate, 2):
+        assert none == 0 and len(compiled) == 2
+        for got, count in compiled:
+            assert count > 0
+            assert all((got[key] - value).abs().max() < 1e-9 for key, value in plainly.items())

@@ -7,6 +7,7 @@ own to have, its output goes to a file, and its exit code is what a launcher wou
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -141,6 +142,7 @@ def _run(
     fault: Callable[[int], None] | None,
     main: Callable[[RankInfo], int] | None,
 ) -> None:
+    gc.freeze()  # as in megatron_ds.testing
     file = os.open(path, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

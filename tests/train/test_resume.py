@@ -113,7 +113,7 @@ def configuration(output: Path, dtype: str, **mesh: int) -> RunConfig:
                 "hidden_dropout": 0.1,
             },
             "mesh": mesh,
-            "train": {"steps": 6, "global_batch": 8, "micro_batch": 1, "sequence_length": 16},
+            "train": {"steps": 6, "global_batch": 4, "micro_batch": 1, "sequence_length": 16},
             "precision": precision,
             "zero": FEW_BITS if dtype == "sent" else {},
             "optimizer": {

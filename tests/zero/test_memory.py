@@ -211,7 +211,7 @@ def test_the_peak_of_stage_3_falls_with_ranks_down_to_one_gathered_unit(prefetch
     """Where a block is several buckets, as a large model's is: beyond its share a rank holds the block in use, the one
     that is fetched ahead, and less than one more of gradients on their way and of what is not counted here."""
     # Of gradients five buckets, which is 0.4 units here; a process's own 2 to 4 MB differ from run to run.
-    blocks, matrices, peaks = 6, 12, []
+    blocks, matrices, peaks = 4, 12, []
     unit = matrices * UNIT
     for ranks in (2, 4):
         share = 4 * blocks * unit / ranks

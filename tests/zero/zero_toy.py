@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -103,12 +104,17 @@ def samples_of(step: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 def reference(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Gradient norms and final parameters of one process, plain autograd and torch.optim's unfused loop."""
+    return _reference(case.optimizer, case.clip)
+
+
+@cache
+def _reference(rule: str, clip: float) -> tuple[list[float], dict[str, torch.Tensor]]:
     model = Toy()
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     by_others = {"adamw": (), "sgd": tuple(trainable), "mixed": ("tied", "bias", "output"), "whole": WHOLE}
 
     def groups(of_others: bool) -> list[dict[str, Any]]:
-        mine = [p for name, p in trainable.items() if (name in by_others[case.optimizer]) == of_others]
+        mine = [p for name, p in trainable.items() if (name in by_others[rule]) == of_others]
         return [
             {"params": [p for p in mine if p.dim() > 1], "weight_decay": 0.1},
             {"params": [p for p in mine if p.dim() <= 1], "weight_decay": 0.0},
@@ -116,7 +122,7 @@ def reference(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
 
     adamw = torch.optim.AdamW(groups(False), lr=0.05, betas=(0.9, 0.95), eps=1e-8, foreach=False)
     others: torch.optim.Optimizer = torch.optim.SGD(groups(True), lr=0.05, momentum=0.9, foreach=False)
-    if case.optimizer == "whole":
+    if rule == "whole":
         others = Normalized([trainable[name] for name in WHOLE], 0.05)
     norms = []
     for step in range(STEPS):
@@ -125,11 +131,11 @@ def reference(case: Case) -> tuple[list[float], dict[str, torch.Tensor]]:
         model(samples_of(step), list(range(SAMPLES))).backward()
         gradients = [p.grad for p in trainable.values() if p.grad is not None]
         norm = torch.cat([g.flatten() for g in gradients]).norm()
-        if case.clip and norm > case.clip:
+        if clip and norm > clip:
             for gradient in gradients:
-                gradient.mul_(case.clip / norm)
+                gradient.mul_(clip / norm)
         norms.append(norm.item())
-        for optimizer, factor in ((adamw, 1.0), (others, 2.0 if case.optimizer == "mixed" else 1.0)):
+        for optimizer, factor in ((adamw, 1.0), (others, 2.0 if rule == "mixed" else 1.0)):
             for group in optimizer.param_groups:
                 group["lr"] = factor * 0.05 / (step + 1)
             optimizer.step()
