@@ -27,6 +27,8 @@ from megatron_ds.kernels.documents import Documents
 from megatron_ds.kernels.dropout import keep_mask
 from megatron_ds.kernels.softmax import SOFTMAX, scaled_masked_softmax
 
+_PRODUCTS = 4  # of half precision, that are summed in it: their error stays near that of one rounding
+
 
 @dataclass(frozen=True)
 class Dropout:
@@ -120,6 +122,11 @@ class _Tile:
         """``[b * heads, s, d] -> [B * heads, len(places), d]``, a view."""
         heads = tensor.shape[0] // max(1, batch)
         return tensor[self.samples.start * heads : self.samples.stop * heads, places]
+
+    def is_inside(self, other: _Tile) -> bool:
+        """Whether it is of the same samples, and its keys are among the other's."""
+        own, others = self.keys, other.keys
+        return self.samples == other.samples and others.start <= own.start and own.stop <= others.stop
 
 
 @dataclass(frozen=True)
@@ -294,33 +301,55 @@ class _BlockAttention(torch.autograd.Function):
             part = (grad_scores @ seen).mul_(ctx.scale)
             grad_queries[tile.samples, :, tile.queries] = part.view(-1, n, own.shape[1] // group, d)
             grad_keys.add(tile, b, grad_scores.transpose(1, 2), own)
-        grad_k, grad_v = (t.whole().view(b, n // group, s, d).permute(2, 0, 1, 3) for t in (grad_keys, grad_values))
+        grad_k, grad_v = (t.whole(b).view(b, n // group, s, d).permute(2, 0, 1, 3) for t in (grad_keys, grad_values))
         return grad_q, grad_k, grad_v, *[None] * 10
 
 
 class _SumOfTiles:
-    """The gradient of keys or values ``like [b * g, s, d]``: a sum of products over tiles, in fp32 at least."""
+    """The gradient of keys or values ``like [b * g, s, d]``: a sum of products over tiles.
+
+    Half precision: a few products in a row are summed where they are multiplied, and rounded each time; those sums are
+    added in fp32. To add every product in fp32 takes as long as to multiply.
+    """
 
     def __init__(self, like: Tensor):
         self.like = like
+        self.dtype = torch.promote_types(like.dtype, torch.float32)
         self.total: Tensor | None = None
+        self.part: Tensor | None = None  # [B * g, K, d], the sum of `count` products, for the keys of the first tile
+        self.first: _Tile | None = None
+        self.count = 0
 
     def add(self, tile: _Tile, batch: int, left: Tensor, right: Tensor) -> None:
         """Add ``left @ right`` (``[B * g, K, rows] @ [B * g, rows, d]``) to the tile's keys."""
-        dtype = torch.promote_types(self.like.dtype, torch.float32)
-        if self.total is None:
-            if (left.shape[0], left.shape[1]) == self.like.shape[:2]:
-                self.total = (left @ right).to(dtype)
-                return
-            self.total = torch.zeros_like(self.like, dtype=dtype)
-        own = tile.of(self.total, batch, tile.keys)
-        if own.dtype == left.dtype:
-            own.baddbmm_(left, right)
+        if left.dtype == self.dtype:
+            if self.total is None and left.shape[:2] == self.like.shape[:2]:
+                self.total = left @ right
+            else:
+                self._of_total(tile, batch).baddbmm_(left, right)
+        elif self.part is not None and self.first is not None and self.count < _PRODUCTS and tile.is_inside(self.first):
+            begin = tile.keys.start - self.first.keys.start
+            self.part.narrow(1, begin, left.shape[1]).baddbmm_(left, right)
+            self.count += 1
         else:
-            own.add_(left @ right)
+            self._add_part(batch)
+            self.part, self.first, self.count = left @ right, tile, 1
 
-    def whole(self) -> Tensor:
+    def whole(self, batch: int) -> Tensor:
+        if self.total is None and self.part is not None and self.part.shape == self.like.shape:
+            return self.part
+        self._add_part(batch)
         return torch.zeros_like(self.like) if self.total is None else self.total.to(self.like.dtype)
+
+    def _add_part(self, batch: int) -> None:
+        if self.part is not None and self.first is not None:
+            self._of_total(self.first, batch).add_(self.part)
+            self.part = self.first = None
+
+    def _of_total(self, tile: _Tile, batch: int) -> Tensor:
+        if self.total is None:
+            self.total = torch.zeros_like(self.like, dtype=self.dtype)
+        return tile.of(self.total, batch, tile.keys)
 
 
 def _heads(tensor: Tensor) -> Tensor:

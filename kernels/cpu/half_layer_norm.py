@@ -47,23 +47,22 @@ def layer_norm_gradients(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients of ``x [..., h]``, ``weight`` and ``bias`` (``[h]``, fp32).
 
-    torch's kernel on blocks of rows in fp32. ``mean`` and ``rstd`` ``[..., 1]`` are the forward pass's, in fp32.
+    torch's kernel, twice: on half precision for that of ``x``, which it computes in fp32, and for those of the weights
+    on blocks of rows in fp32. ``mean`` and ``rstd`` ``[..., 1]`` are the forward pass's, in fp32.
     """
+    backward = torch.ops.aten.native_layer_norm_backward
+    wide, wide_bias = weight.float(), None if bias is None else bias.float()
+    d_x = backward(grad, x, weight.shape, mean, rstd, wide, wide_bias, [True, False, False])[0]
     columns = x.shape[-1]
-    grads, rows = grad.reshape(-1, columns), x.reshape(-1, columns)
-    out = torch.empty_like(rows)
+    rows = grad.reshape(-1, columns), x.reshape(-1, columns), mean.reshape(-1, 1), rstd.reshape(-1, 1)
     d_weight = weight.new_zeros(columns, dtype=torch.float32)
     d_bias = None if bias is None else torch.zeros_like(d_weight)
-    wide, wide_bias = weight.float(), None if bias is None else bias.float()
     block = max(1, _BLOCK_ELEMENTS // max(1, columns))
-    for g, v, result, mu, r in zip(
-        *(t.split(block) for t in (grads, rows, out, mean.reshape(-1, 1), rstd.reshape(-1, 1)))
-    ):
-        d, w, b = torch.ops.aten.native_layer_norm_backward(
-            g.float(), v.float(), [columns], mu, r, wide, wide_bias, [True, True, bias is not None]
-        )
-        result.copy_(d)
+    buffers = x.new_empty(2, min(block, rows[0].shape[0]), columns, dtype=torch.float32)
+    for g, v, mu, r in zip(*(t.split(block) for t in rows)):
+        wide_rows = [to[: len(of)].copy_(of) for to, of in zip(buffers, (g, v))]
+        _, w, b = backward(*wide_rows, weight.shape, mu, r, wide, wide_bias, [False, True, bias is not None])
         d_weight += w
         if d_bias is not None:
             d_bias += b
-    return out.view(x.shape), d_weight, d_bias
+    return d_x, d_weight, d_bias

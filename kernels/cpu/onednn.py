@@ -1,8 +1,8 @@
 """oneDNN's matrix products on a CPU: in fp32, with weights in its own order, and of int8.
 
-Those in fp32 are 8 to 12% faster than the BLAS call behind ``torch.nn.functional.linear``, for ``y = x w^T + b`` and
-for ``dx = dy w`` alike, and as exact. For ``dw = dy^T x`` BLAS is as good, and accumulates in place. Half precision
-takes oneDNN's route in torch already, but puts the weight into its order each time.
+That in fp32 is as exact as the BLAS call behind ``torch.nn.functional.linear``, and faster for ``y = x w^T + b`` of
+most sizes. For ``dx = dy w`` it is slower, most of all for small ones, as it first puts the weight into its order; for
+``dw = dy^T x`` BLAS is as good, and accumulates in place. Half precision takes oneDNN's route in torch already.
 """
 
 from __future__ import annotations
