@@ -15,7 +15,7 @@ from megatron_ds.config.diffusion import DiTConfig
 from megatron_ds.kernels.rotary import rotary
 from megatron_ds.layers.attention import AttentionConfig, AttentionInputs, HeadProjection, SelfAttention
 from megatron_ds.layers.mlp import MLP
-from megatron_ds.layers.modulation import Modulation, modulated_norm
+from megatron_ds.layers.modulation import Modulation, modulated_norm, scaled_add
 from megatron_ds.models.transformer import StageSettings
 
 NORM_EPS = 1e-6
@@ -56,8 +56,8 @@ class Block(nn.Module):
         self, x: Tensor, attended: Tensor, gate: Tensor, mlp_shift: Tensor, mlp_scale: Tensor, mlp_gate: Tensor
     ) -> Tensor:
         """What the attention found and what the MLP makes of it, added to the stream."""
-        x = torch.addcmul(x, gate, attended)
-        return torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, mlp_shift, mlp_scale, self.mlp_norm_eps)))
+        x = scaled_add(x, attended, gate)
+        return scaled_add(x, self.mlp(modulated_norm(x, mlp_shift, mlp_scale, self.mlp_norm_eps)), mlp_gate)
 
 
 class LastText(nn.Module):

@@ -5,11 +5,14 @@ Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds import comm
+from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.layers.affine import Products
 from megatron_ds.mesh import Axis
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
@@ -58,4 +61,30 @@ class Modulation(nn.Module):
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """``layer_norm(x) (1 + scale) + shift``, without weights: ``x [s, b, h]``, the others ``[b, h]``."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+    return scaled_add(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+
+
+def scaled_add(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """``x + y scale``: ``x [s, b, h]`` or ``[b, h]``, ``y [s, b, h]``, ``scale [b, h]``."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return torch.addcmul(x, y, scale)
+    out: Tensor = _ScaledAdd.apply(x, y, scale)
+    return out
+
+
+class _ScaledAdd(torch.autograd.Function):
+    """``torch.addcmul``, whose backward pass would also multiply each factor by its ``value`` of 1."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(y, scale)
+        ctx.dims = x.dim()
+        return torch.addcmul(x, y, scale)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        y, scale = ctx.saved_tensors
+        (grad,) = grads
+        d_x = grad if ctx.dims == grad.dim() else grad.sum(0)
+        return d_x, grad * scale, (grad * y).sum(0)
