@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import megatron_ds
 from megatron_ds.testing import run_ranks
+from megatron_ds.zero.writes import EVERYTHING, masters_follow
 
 STEPS, WIDTH = 4, 32
 
@@ -187,3 +188,16 @@ def written_beside(stage: int) -> bool:
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_write_leaves_the_other_master_weights_as_they_are(stage: int) -> None:
     assert run_ranks(written_beside, 2, stage) == [True, True]
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("place", [0, 15, 16, 20])
+def test_a_written_element_is_found_wherever_it_lies(place: int, offset: int) -> None:
+    """Eight bytes are compared as one: whole words, the elements behind the last one, memory that begins within one."""
+    master = torch.linspace(1.0, 2.0, 32)[offset : offset + 21]
+    before, shard = master.clone(), torch.empty(32, dtype=torch.bfloat16)[offset : offset + 21].copy_(master)
+    assert not masters_follow(master, shard, EVERYTHING)
+    shard[place] = 7.0
+    assert masters_follow(master, shard, EVERYTHING)
+    before[place] = 7.0
+    assert torch.equal(master, before)
