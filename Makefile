@@ -5,13 +5,14 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 ARGS ?=
+TRITON ?= 3.6.0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # One compute thread a process: multi-rank runs would otherwise have ranks x cores threads on the same cores.
-test test-apart test-faults: export OMP_NUM_THREADS := 1
+test test-apart test-hopper test-faults: export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install train train-diffusion serve-demo test test-apart test-faults lint format bench bench-inference bench-gpu bench-kernels constraints clean
+.PHONY: help install train train-diffusion serve-demo test test-apart test-hopper test-faults lint format bench bench-inference bench-gpu bench-kernels constraints clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,6 +36,11 @@ test: $(INSTALLED) ## Run the test suite (on NCCL where there are several GPUs, 
 
 test-apart: $(INSTALLED) ## The tests of ZeRO and of the engine with ranks that share no memory, as on hosts of their own
 	@RANKS_APART=1 $(RUN) -m pytest tests/zero tests/engine -n auto --dist loadfile $(ARGS)
+
+test-hopper: $(INSTALLED) ## Compile every kernel for an H100 with another Triton (TRITON=3.6.0, the one of torch 2.11)
+	@test -d build/triton-$(TRITON) || $(RUN) -m pip install -q --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
+	@PYTHONPATH=build/triton-$(TRITON) $(RUN) -c 'import triton; assert triton.__version__ == "$(TRITON)", triton'
+	@PYTHONPATH=build/triton-$(TRITON) $(RUN) -m pytest tests/kernels -k hopper -n auto $(ARGS)
 
 test-faults: $(INSTALLED) ## Thousands of kills, damaged and malicious files and wrong settings (half an hour on two cores)
 	@$(RUN) -m pytest tests/faults --faults full -n auto $(ARGS)

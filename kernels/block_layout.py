@@ -26,6 +26,8 @@ FULL = -1
 # A column of blocks is long, so that several programs share it, if it holds at least so many blocks and so many times
 # those of an average one: a global column, but not the first ones of a dense causal layout.
 _LONG, _LONGER = 16, 4
+# A window's rows hold at most so many blocks. In longer ones it pays to take those that need no mask by themselves.
+_WINDOW = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,8 @@ class BlockLayout:
         columns: the same blocks by column: ``columns.index`` are rows.
         masks: ``[m, block, block]`` bool, query by key; True where a token is allowed.
         short_columns, long_columns: int32, together all columns of blocks; the long ones hold many times the average.
+        is_window: whether every row is one short run of blocks up to the diagonal's, no row's begins before that of the
+            row above, and a query sees all keys of the run that are not after it: so places alone say what is allowed.
     """
 
     length: int
@@ -84,6 +88,7 @@ class BlockLayout:
     masks: Tensor
     short_columns: Tensor
     long_columns: Tensor
+    is_window: bool
 
     @property
     def side(self) -> int:
@@ -189,15 +194,28 @@ def build(
     transposed = line // side * side + column
     columns = BlockLists.of(transposed, line % side, mask, lines, side)
     counts = columns.start.diff().view(-1, side).amax(0)
+    rows = BlockLists.of(line, column, mask, lines, side)
     is_long = (counts >= _LONG) & (counts > _LONGER * counts.to(torch.float32).mean())
+    short, long = (chosen.nonzero().flatten().to(torch.int32) for chosen in (~is_long, is_long))
     return BlockLayout(
-        length,
-        block,
-        pattern.to(torch.int32),
-        BlockLists.of(line, column, mask, lines, side),
-        columns,
-        masks,
-        *(chosen.nonzero().flatten().to(torch.int32) for chosen in (~is_long, is_long)),
+        length, block, pattern.to(torch.int32), rows, columns, masks, short, long, _is_window(rows, masks, side)
+    )
+
+
+def _is_window(rows: BlockLists, masks: Tensor, side: int) -> bool:
+    counts, row = rows.start.diff(), torch.arange(len(rows.partial), device=rows.start.device) % side
+    if int(counts.min()) < 1 or int(counts.max()) > _WINDOW:
+        return False
+    first = rows.index[rows.start[:-1].to(torch.int64)]  # full blocks come first, and so does the lowest of them
+    own = row[rows.lines()]
+    partial = rows.mask != FULL
+    triangles = masks[rows.mask[partial].to(torch.int64)]
+    return bool(
+        (rows.index <= own).all()
+        and (first + counts == row + 1).all()
+        and (first.view(-1, side).diff() >= 0).all()
+        and (partial == (rows.index == own)).all()
+        and (triangles == torch.ones_like(triangles).tril()).all()
     )
 
 

@@ -58,7 +58,9 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     if not scale > 0.0:
         raise ConfigError(f"sparse attention with scores times {scale}: the scale must be positive")
-    out, _ = torch.ops.megatron_ds.sparse_attention(q, k, v, _flat(layout), layout.block, scale, implementation)
+    out, _ = torch.ops.megatron_ds.sparse_attention(
+        q, k, v, _flat(layout), layout.block, layout.is_window, scale, implementation
+    )  # fmt: skip
     return out
 
 
@@ -225,12 +227,20 @@ def reference_backward(
 class _SparseAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: list[Tensor], block: int, scale: float, implementation: str
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: list[Tensor],
+        block: int,
+        window: bool,
+        scale: float,
+        implementation: str,
     ) -> tuple[Tensor, Tensor]:
         with below_autograd():
-            out, lse = torch.ops.megatron_ds.sparse_attention(q, k, v, layout, block, scale, implementation)
+            out, lse = torch.ops.megatron_ds.sparse_attention(q, k, v, layout, block, window, scale, implementation)
         ctx.save_for_backward(q, k, v, out, lse, *layout)
-        ctx.settings = block, scale, implementation
+        ctx.settings = block, window, scale, implementation
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -239,16 +249,16 @@ class _SparseAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *layout = ctx.saved_tensors
         results = torch.ops.megatron_ds.sparse_attention_backward(grads[0], q, k, v, out, lse, layout, *ctx.settings)
-        return *results, None, None, None, None
+        return *results, *[None] * 5
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: list[Tensor], block: int, scale: float, implementation: str
+    q: Tensor, k: Tensor, v: Tensor, layout: list[Tensor], block: int, window: bool, scale: float, implementation: str
 ) -> tuple[Tensor, Tensor]:
     if implementation == "reference":
         return reference_forward(q, k, v, layout, block, scale)
-    out, lse = _forward_shapes(q, k, v, layout, block, scale, implementation)
-    SPARSE_ATTENTION.load(q).forward(q, k, v, layout, block, scale, out, lse)
+    out, lse = _forward_shapes(q)
+    SPARSE_ATTENTION.load(q).forward(q, k, v, layout, block, window, scale, out, lse)
     return out, lse
 
 
@@ -258,25 +268,25 @@ def _forward_shapes(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: list[Tensor],
-    block: int, scale: float, implementation: str,
+    block: int, window: bool, scale: float, implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if implementation == "reference":
         return reference_backward(grad, q, k, v, out, lse, layout, block, scale)
     results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    SPARSE_ATTENTION.load(q).backward(grad, q, k, v, out, lse, layout, block, scale, *results)
+    SPARSE_ATTENTION.load(q).backward(grad, q, k, v, out, lse, layout, block, window, scale, *results)
     return results
 
 
 define(
-    "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor[] layout, int block, float scale, str implementation)"
-    " -> (Tensor, Tensor)",
+    "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor[] layout, int block, bool window, float scale, "
+    "str implementation) -> (Tensor, Tensor)",
     _forward,
     _forward_shapes,
     _SparseAttention,
 )
 define(
     "sparse_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor[] layout, "
-    "int block, float scale, str implementation) -> (Tensor, Tensor, Tensor)",
+    "int block, bool window, float scale, str implementation) -> (Tensor, Tensor, Tensor)",
     _backward,
     lambda grad, q, k, v, *others: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
 )

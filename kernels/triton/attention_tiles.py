@@ -49,3 +49,21 @@ def load_mask(masks, number, query, key, TM: tl.constexpr, TN: tl.constexpr, BLO
     """``[TM, TN]`` of a partial block's mask, from ``query, key`` inside the block on."""
     at = (query + tl.arange(0, TM))[:, None] * BLOCK + (key + tl.arange(0, TN))[None, :]
     return tl.load(masks + number.to(tl.int64) * (BLOCK * BLOCK) + at) != 0
+
+
+@triton.jit
+def place_of_step(i, index, MASK: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
+    """Where the tile of step ``i`` begins, in the sequence and in its block. A window's steps are counted over the
+    sequence, others over the listed blocks."""
+    inside = i % (BLOCK // T) * T
+    if MASK == "causal":
+        first = i * T
+    else:
+        first = tl.load(index + i // (BLOCK // T)) * BLOCK + inside
+    return first, inside
+
+
+@triton.jit
+def causal(query, key, TM: tl.constexpr, TN: tl.constexpr):
+    """``[TM, TN]`` of the mask of queries from ``query`` on and keys from ``key`` on."""
+    return (query + tl.arange(0, TM))[:, None] >= (key + tl.arange(0, TN))[None, :]

@@ -182,24 +182,36 @@ def norm_backward_parts_kernel(
             also += row * grad_summed_stride
         to, to_dropped = out + row * columns, dropped + row * columns
         products, gradients = row_products(own_grad, own, weight, mu, r, columns, BLOCK)
-        # The next part is on its way while one is computed.
+        # The next part is on its way while one is computed, where there are registers for it.
         g0, v0 = load_part(own_grad, own, c0, columns, True)
         along, total = tl.sum(products, axis=0) / count, tl.sum(gradients, axis=0) / count
-        g1, v1 = load_part(own_grad, own, c1, columns, True)
+        g1, v1 = g0, v0
+        if not HAS_BIAS:
+            g1, v1 = load_part(own_grad, own, c1, columns, True)
         w0, b0 = part_gradient(
             w0, b0, g0, v0, also, row_key, weight, to, to_dropped, mu, r, along, total, c0, columns,
             threshold, scale, RMS, HAS_BIAS, HAS_SUMMED, DROP,
         )  # fmt: skip
-        g2, v2 = load_part(own_grad, own, c2, columns, True)
+        if HAS_BIAS:
+            g1, v1 = load_part(own_grad, own, c1, columns, True)
+        g2, v2 = g0, v0
+        if not HAS_BIAS:
+            g2, v2 = load_part(own_grad, own, c2, columns, True)
         w1, b1 = part_gradient(
             w1, b1, g1, v1, also, row_key, weight, to, to_dropped, mu, r, along, total, c1, columns,
             threshold, scale, RMS, HAS_BIAS, HAS_SUMMED, DROP,
         )  # fmt: skip
-        g3, v3 = load_part(own_grad, own, c3, columns, True)
+        if HAS_BIAS:
+            g2, v2 = load_part(own_grad, own, c2, columns, True)
+        g3, v3 = g0, v0
+        if not HAS_BIAS:
+            g3, v3 = load_part(own_grad, own, c3, columns, True)
         w2, b2 = part_gradient(
             w2, b2, g2, v2, also, row_key, weight, to, to_dropped, mu, r, along, total, c2, columns,
             threshold, scale, RMS, HAS_BIAS, HAS_SUMMED, DROP,
         )  # fmt: skip
+        if HAS_BIAS:
+            g3, v3 = load_part(own_grad, own, c3, columns, True)
         w3, b3 = part_gradient(
             w3, b3, g3, v3, also, row_key, weight, to, to_dropped, mu, r, along, total, c3, columns,
             threshold, scale, RMS, HAS_BIAS, HAS_SUMMED, DROP,

@@ -5,7 +5,8 @@ row; one of ``key_kernel`` owns a tile of keys of one key/value head and walks, 
 live blocks of its column. Where a column is long (a global one, in a sparse layout) several programs take a part of it
 each, and another kernel adds up. So each result is written once, by one program, in an order that the layout alone
 decides: two runs give the same bits. Full blocks come first and need no mask; partial ones load theirs, a tile of
-bytes that neighbouring programs find in the cache.
+bytes that neighbouring programs find in the cache. A window's line (``WINDOW``) is too short for two loops that each
+fill a pipeline: one walks over its keys, reads no list on the way, and compares places instead of loading a mask.
 
 Scores are kept in units of ``log2``: ``exp2`` is what the hardware has. A tile is at most a block wide; where the
 registers of a pass do not hold a whole block beside its accumulators, a block is walked in several tiles.
@@ -18,7 +19,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_ds.kernels.triton.attention_tiles import load_mask, load_tile, place_of_program, store_tile
+from megatron_ds.kernels.triton.attention_tiles import (
+    causal,
+    load_mask,
+    load_tile,
+    place_of_program,
+    place_of_step,
+    store_tile,
+)
 from megatron_ds.kernels.triton.common import on_device_of, unit_stride
 
 _LOG2_E = 1.4426950408889634
@@ -28,21 +36,21 @@ LOG2_E = tl.constexpr(_LOG2_E)
 @triton.jit
 def forward_step(
     total, top, acc, q_tile, i, k, v, k_stride, v_stride, index, mask_of, masks, inside, length, scale,
-    MASKED: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
+    MASK: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    entry = i // (BLOCK // TN)
-    key = i % (BLOCK // TN) * TN
-    first = tl.load(index + entry) * BLOCK + key
+    first, key = place_of_step(i, index, MASK, TN, BLOCK)
     k_tile = load_tile(k, first, k_stride, length, TN, D, HEAD_DIM, EVEN)
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-    if MASKED:
-        allowed = load_mask(masks, tl.load(mask_of + entry), inside, key, TM, TN, BLOCK)
+    if MASK == "loaded":
+        allowed = load_mask(masks, tl.load(mask_of + i // (BLOCK // TN)), inside, key, TM, TN, BLOCK)
         scores = tl.where(allowed, scores, float("-inf"))
+    if MASK == "causal":
+        scores = tl.where(causal(inside, first, TM, TN), scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     # The scale is positive, and so it and the subtraction are one instruction after the maximum. A query that has seen
-    # no allowed key yet: -inf minus -inf would be NaN.
-    level = tl.where(new_top == float("-inf"), 0.0, new_top * scale) if MASKED else new_top * scale
+    # no allowed key yet: -inf minus -inf would be NaN. In a window it sees the first one that there is.
+    level = tl.where(new_top == float("-inf"), 0.0, new_top * scale) if MASK == "loaded" else new_top * scale
     weights = tl.exp2(scores * scale - level[:, None])
     shrink = tl.exp2(top * scale - level)
     total = total * shrink + tl.sum(weights, 1)
@@ -56,7 +64,7 @@ def forward_kernel(
     q, k, v, out, lse, pattern, start, partial, index, mask_of, masks, scale,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, out_batch, out_head, out_row,
     heads, group, length, side,
-    TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, row_of_heads = place_of_program(tl.cdiv(length, TM))
@@ -66,7 +74,7 @@ def forward_kernel(
     # A causal layout's last rows are its longest: they start first.
     first = (tl.cdiv(length, TM) - 1 - tile) * TM
     line = tl.load(pattern + head) * side + first // BLOCK
-    inside = first % BLOCK
+    inside = first if WINDOW else first % BLOCK
     scaled = scale * LOG2_E
     q_tile = load_tile(q + batch * q_batch + head.to(tl.int64) * q_head, first, q_row, length, TM, D, HEAD_DIM, EVEN)
     k += batch * k_batch + kv * k_head
@@ -74,18 +82,21 @@ def forward_kernel(
     top = tl.full([TM], float("-inf"), tl.float32)
     total = tl.zeros([TM], tl.float32)
     acc = tl.zeros([TM, D], tl.float32)
-    begin = tl.load(start + line) * (BLOCK // TN)
-    middle = tl.load(partial + line) * (BLOCK // TN)
-    end = tl.load(start + line + 1) * (BLOCK // TN)
-    for i in range(begin, middle):
-        total, top, acc = forward_step(
-            total, top, acc, q_tile, i, k, v, k_row, v_row, index, mask_of, masks, inside, length, scaled,
-            False, TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
-        )  # fmt: skip
+    if WINDOW:
+        middle = tl.load(index + tl.load(start + line)) * (BLOCK // TN)
+        end = tl.cdiv(first + TM, TN)
+    else:
+        middle = tl.load(partial + line) * (BLOCK // TN)
+        end = tl.load(start + line + 1) * (BLOCK // TN)
+        for i in range(tl.load(start + line) * (BLOCK // TN), middle):
+            total, top, acc = forward_step(
+                total, top, acc, q_tile, i, k, v, k_row, v_row, index, mask_of, masks, inside, length, scaled,
+                "none", TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
+            )  # fmt: skip
     for i in range(middle, end):
         total, top, acc = forward_step(
             total, top, acc, q_tile, i, k, v, k_row, v_row, index, mask_of, masks, inside, length, scaled,
-            True, TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
+            "causal" if WINDOW else "loaded", TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
         )  # fmt: skip
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
@@ -100,17 +111,17 @@ def forward_kernel(
 @triton.jit
 def query_step(
     dq, q_tile, grad_tile, lse_row, delta_row, i, k, v, k_stride, v_stride, index, mask_of, masks, inside, length,
-    scale, MASKED: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
+    scale, MASK: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    entry = i // (BLOCK // TN)
-    key = i % (BLOCK // TN) * TN
-    first = tl.load(index + entry) * BLOCK + key
+    first, key = place_of_step(i, index, MASK, TN, BLOCK)
     k_tile = load_tile(k, first, k_stride, length, TN, D, HEAD_DIM, EVEN)
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-    if MASKED:
-        allowed = load_mask(masks, tl.load(mask_of + entry), inside, key, TM, TN, BLOCK)
+    if MASK == "loaded":
+        allowed = load_mask(masks, tl.load(mask_of + i // (BLOCK // TN)), inside, key, TM, TN, BLOCK)
         scores = tl.where(allowed, scores, float("-inf"))
+    if MASK == "causal":
+        scores = tl.where(causal(inside, first, TM, TN), scores, float("-inf"))
     weights = tl.exp2(scores - lse_row[:, None])
     v_tile = load_tile(v, first, v_stride, length, TN, D, HEAD_DIM, EVEN)
     slope = weights * (tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION) - delta_row[:, None])
@@ -123,7 +134,7 @@ def query_kernel(
     grad_batch, grad_head, grad_row, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     out_batch, out_head, out_row, dq_batch, dq_head, dq_row,
     heads, group, length, side,
-    TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of queries; and ``delta``, the sum of grad x out a query, which ``key_kernel`` reads."""
@@ -133,7 +144,7 @@ def query_kernel(
     kv = head // group
     first = (tl.cdiv(length, TM) - 1 - tile) * TM
     line = tl.load(pattern + head) * side + first // BLOCK
-    inside = first % BLOCK
+    inside = first if WINDOW else first % BLOCK
     scaled = scale * LOG2_E
     k += batch * k_batch + kv * k_head
     v += batch * v_batch + kv * v_head
@@ -146,18 +157,21 @@ def query_kernel(
     tl.store(delta + at, delta_row, mask=row < length)
     lse_row = tl.load(lse + at, mask=row < length, other=float("inf")) * LOG2_E
     acc = tl.zeros([TM, D], tl.float32)
-    begin = tl.load(start + line) * (BLOCK // TN)
-    middle = tl.load(partial + line) * (BLOCK // TN)
-    end = tl.load(start + line + 1) * (BLOCK // TN)
-    for i in range(begin, middle):
-        acc = query_step(
-            acc, q_tile, grad_tile, lse_row, delta_row, i, k, v, k_row, v_row, index, mask_of, masks, inside, length,
-            scaled, False, TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
-        )  # fmt: skip
+    if WINDOW:
+        middle = tl.load(index + tl.load(start + line)) * (BLOCK // TN)
+        end = tl.cdiv(first + TM, TN)
+    else:
+        middle = tl.load(partial + line) * (BLOCK // TN)
+        end = tl.load(start + line + 1) * (BLOCK // TN)
+        for i in range(tl.load(start + line) * (BLOCK // TN), middle):
+            acc = query_step(
+                acc, q_tile, grad_tile, lse_row, delta_row, i, k, v, k_row, v_row, index, mask_of, masks, inside,
+                length, scaled, "none", TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
+            )  # fmt: skip
     for i in range(middle, end):
         acc = query_step(
             acc, q_tile, grad_tile, lse_row, delta_row, i, k, v, k_row, v_row, index, mask_of, masks, inside, length,
-            scaled, True, TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
+            scaled, "causal" if WINDOW else "loaded", TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
         )  # fmt: skip
     acc = acc * scale
     store_tile(dq + batch * dq_batch + head * dq_head, first, dq_row, length, acc, TM, D, HEAD_DIM, EVEN)
@@ -166,12 +180,10 @@ def query_kernel(
 @triton.jit
 def key_step(
     dk, dv, k_tile, v_tile, i, q, grad, lse, delta, q_stride, grad_stride, index, mask_of, masks, inside, length, scale,
-    MASKED: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
+    MASK: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    entry = i // (BLOCK // TM)
-    query = i % (BLOCK // TM) * TM
-    first = tl.load(index + entry) * BLOCK + query
+    first, query = place_of_step(i, index, MASK, TM, BLOCK)
     row = first + tl.arange(0, TM)
     q_tile = load_tile(q, first, q_stride, length, TM, D, HEAD_DIM, EVEN)
     grad_tile = load_tile(grad, first, grad_stride, length, TM, D, HEAD_DIM, EVEN)
@@ -182,9 +194,11 @@ def key_step(
         lse_row = tl.load(lse + row, mask=row < length, other=float("inf")) * LOG2_E
         delta_row = tl.load(delta + row, mask=row < length, other=0.0)
     scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale  # [TN, TM]
-    if MASKED:
-        allowed = load_mask(masks, tl.load(mask_of + entry), query, inside, TM, TN, BLOCK)
+    if MASK == "loaded":
+        allowed = load_mask(masks, tl.load(mask_of + i // (BLOCK // TM)), query, inside, TM, TN, BLOCK)
         scores = tl.where(tl.trans(allowed), scores, float("-inf"))
+    if MASK == "causal":
+        scores = tl.where(tl.trans(causal(first, inside, TM, TN)), scores, float("-inf"))
     weights = tl.exp2(scores - lse_row[None, :])
     dv = tl.dot(weights.to(grad_tile.dtype), grad_tile, dv, input_precision=PRECISION)
     slope = weights * (tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION) - delta_row[None, :])
@@ -198,7 +212,7 @@ def key_kernel(
     grad_batch, grad_head, grad_row, q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row, part_stride,
     tiles, groups, group, length, side,
-    SPLIT: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr, SPLIT: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys and values, over all query heads that use them.
@@ -212,6 +226,8 @@ def key_kernel(
     part, parts = tl.program_id(1), tl.num_programs(1)
     inside = tile % (BLOCK // TN) * TN
     first = tl.load(chosen + tile // (BLOCK // TN)) * BLOCK + inside
+    if WINDOW:
+        inside = first
     scaled = scale * LOG2_E
     k_tile = load_tile(k + batch * k_batch + kv * k_head, first, k_row, length, TN, D, HEAD_DIM, EVEN)
     v_tile = load_tile(v + batch * v_batch + kv * v_head, first, v_row, length, TN, D, HEAD_DIM, EVEN)
@@ -224,24 +240,28 @@ def key_kernel(
         grad_at = grad + batch * grad_batch + head * grad_head
         rows_at = (batch * groups * group + head) * length
         begin = tl.load(start + line) * (BLOCK // TM)
-        middle = tl.load(partial + line) * (BLOCK // TM)
         end = tl.load(start + line + 1) * (BLOCK // TM)
-        if SPLIT:
-            count = end - begin
-            end = begin + count * (part + 1) // parts
-            begin = begin + count * part // parts
-            middle = tl.minimum(tl.maximum(middle, begin), end)
-        for i in range(begin, middle):
-            k_acc, v_acc = key_step(
-                k_acc, v_acc, k_tile, v_tile, i, q_head_at, grad_at, lse + rows_at, delta + rows_at, q_row, grad_row,
-                index, mask_of, masks, inside, length, scaled,
-                False, TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
-            )  # fmt: skip
+        if WINDOW:
+            middle = first // TM
+            end += first // BLOCK * (BLOCK // TM) - begin
+        else:
+            middle = tl.load(partial + line) * (BLOCK // TM)
+            if SPLIT:
+                count = end - begin
+                end = begin + count * (part + 1) // parts
+                begin = begin + count * part // parts
+                middle = tl.minimum(tl.maximum(middle, begin), end)
+            for i in range(begin, middle):
+                k_acc, v_acc = key_step(
+                    k_acc, v_acc, k_tile, v_tile, i, q_head_at, grad_at, lse + rows_at, delta + rows_at, q_row,
+                    grad_row, index, mask_of, masks, inside, length, scaled,
+                    "none", TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
+                )  # fmt: skip
         for i in range(middle, end):
             k_acc, v_acc = key_step(
                 k_acc, v_acc, k_tile, v_tile, i, q_head_at, grad_at, lse + rows_at, delta + rows_at, q_row, grad_row,
                 index, mask_of, masks, inside, length, scaled,
-                True, TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
+                "causal" if WINDOW else "loaded", TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
             )  # fmt: skip
     k_acc = k_acc * scale
     if SPLIT:
@@ -273,8 +293,9 @@ def add_up_kernel(
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, layout: list[Tensor], block: int, scale: float, out: Tensor, lse: Tensor
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, layout: list[Tensor], block: int, window: bool, scale: float, out: Tensor,
+    lse: Tensor,
+) -> None:  # fmt: skip
     """Write ``out [b, n, s, d]``, its last dim contiguous, and ``lse [b, n, s]``, contiguous fp32."""
     if not q.numel():
         return
@@ -286,13 +307,13 @@ def forward(
             q, k, v, out, lse, layout[0], *layout[1:5], layout[9], scale,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             n, n // k.shape[1], s, triton.cdiv(s, block),
-            BLOCK=block, **_shape(s, d, block, q.dtype), **tile,
+            BLOCK=block, **_shape(s, d, block, q.dtype, window), **tile,
         )  # fmt: skip
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: list[Tensor],
-    block: int, scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
+    block: int, window: bool, scale: float, dq: Tensor, dk: Tensor, dv: Tensor,
 ) -> None:  # fmt: skip
     """Write the gradients, each with its last dim contiguous."""
     if not q.numel():
@@ -301,7 +322,7 @@ def backward(
     b, n, s, d = q.shape
     groups = k.shape[1]
     delta = lse.new_empty(lse.shape)
-    shape = _shape(s, d, block, q.dtype)
+    shape = _shape(s, d, block, q.dtype, window)
     sizes = n // groups, s, triton.cdiv(s, block)
     inputs = *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     with on_device_of(q):
@@ -339,11 +360,12 @@ def backward(
                 )  # fmt: skip
 
 
-def _shape(length: int, head_dim: int, block: int, dtype: torch.dtype) -> dict[str, int | bool | str]:
+def _shape(length: int, head_dim: int, block: int, dtype: torch.dtype, window: bool) -> dict[str, int | bool | str]:
     return {
         "D": max(16, triton.next_power_of_2(head_dim)),
         "HEAD_DIM": head_dim,
         "EVEN": length % block == 0,
+        "WINDOW": window,
         # Of fp32 alone: three tf32 products carry its 24 bits; ieee ones run on the vector units and spill.
         "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
     }

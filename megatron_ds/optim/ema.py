@@ -84,8 +84,9 @@ class AveragedUpdate:
             torch._foreach_lerp_(self._averages, self._masters, share)
             return
         own = torch.full_like(scale, share).masked_fill_(scale.isnan(), 0.0)
+        shares = {average.dtype: own.to(average.dtype) for average in self._averages}
         for average, master in zip(self._averages, self._masters):
-            average.lerp_(master, own.to(average.dtype))
+            average.lerp_(master, shares[average.dtype])  # one launch a bucket: foreach takes no share on the device
 
     def run(self, method: str) -> None:
         """A method of an optimizer of the caller's own, see ``torch_rule.py``."""

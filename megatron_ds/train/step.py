@@ -128,8 +128,7 @@ class TrainStep:
         The device clips, and leaves weights and optimizer state alone where the norm is not finite. The host reads the
         norm of the step before when this step's backward passes are queued, and before it queues this step's update:
         so learning rate and bias correction count the same updates, and weights are those of calls that wait, bit for
-        bit. The loss scale has to be a fixed one, as the next step begins before its overflow is known. The kernel of
-        :mod:`megatron_ds.kernels.adamw` cannot skip by itself: torch's fused AdamW takes its place.
+        bit. The loss scale has to be a fixed one, as the next step begins before its overflow is known.
         """
         assert not self.scaler.dynamic and self.clip_value is None
         sums = self._sums(*self._run(micro_batches), stop)
@@ -147,7 +146,7 @@ class TrainStep:
         (on_host, rate), self._queued = self._queued, None
         result = self._result(on_host.wait(), rate)
         if result.skipped:
-            self.optimizer.count -= 1  # the device has made no update
+            self.optimizer.take_back()
         return result
 
     def _run(self, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:

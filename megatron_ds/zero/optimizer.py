@@ -328,20 +328,28 @@ class ZeroOptimizer(MovableParameters):
     @count.setter
     def count(self, updates: int) -> None:
         self._count = updates
-        for bucket in self.buckets:
-            if bucket.optimizer is not None:
-                bucket.optimizer.set_count(updates)
+        for update in self._rules():
+            update.set_count(updates)
+
+    def take_back(self) -> None:
+        """The device has made no update in the last step: one less is counted, of each parameter that it was for."""
+        kept = [(update, update.late(self._count)) for update in self._rules()]
+        self.count -= 1
+        for update, late in kept:
+            made = {name: own for name, own in late.items() if own is not None and name not in update.frozen}
+            update.load_late({**late, **{name: {**own, "step": own["step"] - 1} for name, own in made.items()}})
+
+    def _rules(self) -> list[Update]:
+        return [bucket.optimizer for bucket in self.buckets if bucket.optimizer is not None]
 
     def late(self) -> dict[str, Mapping[str, float] | None]:
         """What a checkpoint keeps of parameters with fewer updates than :attr:`count`; of this rank's segments."""
-        updates = [bucket.optimizer for bucket in self.buckets if bucket.optimizer is not None]
-        return {name: numbers for update in updates for name, numbers in update.late(self._count).items()}
+        return {name: numbers for update in self._rules() for name, numbers in update.late(self._count).items()}
 
     def load_late(self, late: Late) -> None:
         """Take what all ranks' :meth:`late` gave, after the count has been set and all other state loaded."""
-        for bucket in self.buckets:
-            if bucket.optimizer is not None:
-                bucket.optimizer.load_late(late)
+        for update in self._rules():
+            update.load_late(late)
 
     def flat_shards(self, for_load: bool = False) -> list[FlatShard]:
         """What a checkpoint keeps of this rank: master weights (``"param"``) and each kind of optimizer state.

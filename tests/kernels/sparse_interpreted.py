@@ -39,6 +39,12 @@ def from_causal_columns(length: int, block: int, heads: int, columns: int) -> Bl
     return from_mask(((key < columns) & (key % 3 < query % 5) | (query == key)).expand(heads, -1, -1), block)
 
 
+def windows(length: int, block: int, heads: int) -> BlockLayout:
+    """Rows of one to three blocks, which begin where those above do."""
+    query, key, width = torch.arange(length).view(-1, 1), torch.arange(length), 3 * block
+    return from_mask(((key >= query // width * width) & (key <= query)).expand(heads, -1, -1), block)
+
+
 @dataclass(frozen=True)
 class Case:
     layout: Callable[..., BlockLayout]
@@ -50,23 +56,26 @@ class Case:
     dtype: str = "float32"
     batch: int = 2
     long: bool = False  # some columns are, and are cut into parts
+    window: bool = False  # the kernels take it as one, by places and without masks
     factor: float = 1.0  # of the queries: large logits overflow without the running maximum
 
 
 CASES = {
-    "sliding": Case(patterns.sliding_window),
+    "sliding": Case(patterns.sliding_window, window=True),
+    "sliding, odd length, half": Case(patterns.sliding_window, block=32, length=75, dtype="float16", window=True),
+    "local windows, grouped": Case(windows, length=80, heads=4, groups=2, window=True),
     "half": Case(partial(patterns.bigbird, different_layout_per_head=True), dtype="float16"),
     "grouped": Case(partial(patterns.bigbird, different_layout_per_head=True, seed=2), heads=4, groups=2),
     "odd length": Case(patterns.fixed, length=37),
     "odd length both ways": Case(partial(patterns.bslongformer, causal=False), length=37, head_dim=24),
     "padded head dim": Case(patterns.variable, head_dim=20, dtype="float16"),
     "empty rows": Case(empty_rows, length=45),
-    "shorter than a block": Case(patterns.dense, length=5, head_dim=8),
-    "several tiles a block": Case(patterns.dense, block=64, length=128, heads=1, head_dim=64),
+    "shorter than a block": Case(patterns.dense, length=5, head_dim=8, window=True),
+    "several tiles a block": Case(patterns.dense, block=64, length=128, heads=1, head_dim=64, window=True),
     "several tiles a block, half": Case(patterns.dense, block=128, length=200, heads=1, head_dim=64, dtype="float16"),
     "long columns": Case(patterns.bigbird, length=330, batch=1, long=True),
     "long columns, all of them partial": Case(partial(from_causal_columns, columns=20), length=320, batch=1, long=True),
-    "large logits": Case(patterns.sliding_window, factor=200.0),
+    "large logits": Case(patterns.sliding_window, factor=200.0, window=True),
 }
 
 
@@ -85,6 +94,7 @@ def run(case: Case) -> dict[str, float]:
     dtype = getattr(torch, case.dtype)
     layout = case.layout(case.length, case.block, case.heads)
     assert len(layout.long_columns) > 0 or not case.long
+    assert layout.is_window or not case.window
     b, s, d = case.batch, case.length, case.head_dim
 
     def draw(heads: int, factor: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -111,8 +121,8 @@ def run(case: Case) -> dict[str, float]:
     canaries = Canaries()
     flat = [canaries.around(x) for x in flat]
     with canaries.around_allocations():  # which also refuses loads from outside of the lists
-        twin.forward(q, k, v, flat, case.block, scale, out, lse)
-        twin.backward(grad, q, k, v, out, lse, flat, case.block, scale, dq, dk, dv)
+        twin.forward(q, k, v, flat, case.block, case.window, scale, out, lse)
+        twin.backward(grad, q, k, v, out, lse, flat, case.block, case.window, scale, dq, dk, dv)
     canaries.check()
     tolerance = 2e-5 if case.dtype == "float32" else 4e-3
     result = {}

@@ -172,6 +172,47 @@ def test_long_columns_are_the_global_ones_of_a_sparse_layout() -> None:
         assert not len(even.long_columns) and even.short_columns.tolist() == list(range(even.side))
 
 
+def is_band(allowed: Tensor, block: int) -> bool:
+    """Whether each head's queries see all keys from their block's first one on: ``[n, s, s]``, token by token."""
+    for head in allowed:
+        last = 0
+        for query, keys in enumerate(head.tolist()):
+            first = keys.index(True) if any(keys) else query + 1
+            if first < last or first % block or query // block - first // block > 7:
+                return False
+            if query % block and first != last:
+                return False
+            if keys != [first <= key <= query for key in range(len(keys))]:
+                return False
+            last = first
+    return True
+
+
+def test_windows_are_known(layout: BlockLayout) -> None:
+    assert layout.is_window == is_band(layout.to_mask(), layout.block)
+
+
+def test_what_is_no_window() -> None:
+    query, key = torch.arange(160).view(-1, 1), torch.arange(160)
+    starts = torch.tensor([0, 0, 1, 1, 3, 3, 5, 7, 7, 7]).repeat_interleave(BLOCK).view(-1, 1) * BLOCK
+    window = (key >= starts) & (key <= query)
+    assert from_mask(window.expand(2, -1, -1), BLOCK).is_window
+    others = {
+        "the second head is none": torch.stack([window, window & (key != 40)]),
+        "a block is missing": window & ~((query // BLOCK == 5) & (key // BLOCK == 4)),
+        "a row begins before the one above": window | (key // BLOCK == 4) & (query // BLOCK == 8),
+        "a row sees nothing": window & (query // BLOCK != 6),
+        "a row sees too much": window | (key // BLOCK == 3) & (query // BLOCK == 2),
+        "long rows": key <= query,
+    }
+    for name, allowed in others.items():
+        layout = from_mask(allowed.expand(2, -1, -1), BLOCK)
+        assert not layout.is_window and not is_band(layout.to_mask(), BLOCK), name
+    assert patterns.sliding_window(160, BLOCK, 2, num_sliding_window_blocks=15).is_window
+    assert not patterns.sliding_window(160, BLOCK, 2, num_sliding_window_blocks=17).is_window
+    assert patterns.sliding_window(160, BLOCK, 4).of_heads(1, 2).to("meta").is_window
+
+
 def test_a_rank_takes_its_own_heads(layout: BlockLayout) -> None:
     whole = layout.to_mask()
     for first, count in ((0, 5), (0, 2), (2, 2), (4, 1)):

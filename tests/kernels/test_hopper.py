@@ -1,8 +1,13 @@
-"""Every kernel compiled for an H100 as a launch there would: no spills, shared memory, 128-bit loads and stores."""
+"""Every kernel compiled for an H100 as a launch there would: no spills, shared memory, 128-bit loads and stores.
+
+`make test-hopper TRITON=3.6.0` does the same with another Triton than the one of the tests: that of torch 2.11, which
+was on the H200.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -38,8 +43,11 @@ NARROW = {
     "attend_kernel": (6, 1),  # the table's numbers
     "join_kernel": (20, 1),
     "adamw_kernel": (1, 0),
-    "add_rows_kernel": (6, 1),  # indices, and the table, of which a thread takes one column
+    "add_rows_kernel": (6, 2),  # indices, and the table, of which a thread takes one column
+    "add_parts_kernel": (6, 1),
 }
+# With Triton 3.6 numbers of the table come into each layout that uses them, past shared memory.
+NARROW_BEFORE_3_7 = {"attend_kernel": (27, 1)}
 # The last, masked tile of a vocabulary that is no multiple of 16 is narrow, and only that.
 RAGGED_TILE = 32
 
@@ -191,6 +199,8 @@ LAUNCHES: dict[str, Callable[[], None]] = {
 def test_compiled_for_hopper(name: str) -> None:
     from hopper import SHARED_LIMIT, captured
 
+    older = tuple(map(int, version("triton").split(".")[:2])) < (3, 7)
+    narrow = {**NARROW, **(NARROW_BEFORE_3_7 if older else {})}
     with captured() as kernels:
         LAUNCHES[name]()
     assert kernels
@@ -200,7 +210,7 @@ def test_compiled_for_hopper(name: str) -> None:
         assert kernel.shared <= SHARED_LIMIT, f"{what}: {kernel.shared} bytes of shared memory"
         # A block that does not fit on an SM would fail at launch.
         assert kernel.registers * kernel.warps * 32 <= 65536, what
-        loads, stores = NARROW.get(kernel.name, (0, 0))
+        loads, stores = narrow.get(kernel.name, (0, 0))
         if "50257" in name:
             loads, stores = loads + RAGGED_TILE, stores + RAGGED_TILE
         counts = [kernel.count(pattern) for pattern in (WIDE_LOAD, LOAD, WIDE_STORE, STORE)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -167,13 +168,13 @@ def test_the_operator_keeps_the_rules_of_torch_library() -> None:
     layout = patterns.bigbird(40, BLOCK, N)
     q, k, v = (x.requires_grad_() for x in inputs(40, dtype=torch.float32)[:3])
     torch.library.opcheck(
-        torch.ops.megatron_ds.sparse_attention.default, (q, k, v, _flat(layout), BLOCK, 0.3, "reference")
+        torch.ops.megatron_ds.sparse_attention.default, (q, k, v, _flat(layout), BLOCK, False, 0.3, "reference")
     )
     q, k, v = (x.detach() for x in (q, k, v))
-    out, lse = torch.ops.megatron_ds.sparse_attention(q, k, v, _flat(layout), BLOCK, 0.3, "reference")
+    out, lse = torch.ops.megatron_ds.sparse_attention(q, k, v, _flat(layout), BLOCK, False, 0.3, "reference")
     torch.library.opcheck(
         torch.ops.megatron_ds.sparse_attention_backward.default,
-        (torch.randn_like(q), q, k, v, out, lse, _flat(layout), BLOCK, 0.3, "reference"),
+        (torch.randn_like(q), q, k, v, out, lse, _flat(layout), BLOCK, False, 0.3, "reference"),
     )
 
 
@@ -266,14 +267,15 @@ def interpreted() -> dict[str, dict[str, float]]:
     """All cases in one process: Triton decides on its interpreter when kernels are decorated."""
     pytest.importorskip("triton", reason="Triton is not installed")
     program = Path(__file__).parent / "sparse_interpreted.py"
-    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PATH": ""}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 CASES = (
-    "sliding", "half", "grouped", "odd length", "odd length both ways", "padded head dim", "empty rows",
+    "sliding", "sliding, odd length, half", "local windows, grouped",
+    "half", "grouped", "odd length", "odd length both ways", "padded head dim", "empty rows",
     "shorter than a block", "several tiles a block", "several tiles a block, half", "long columns",
     "long columns, all of them partial", "large logits", "the public op",
 )  # fmt: skip

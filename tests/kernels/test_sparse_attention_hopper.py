@@ -13,27 +13,29 @@ from megatron_ds.kernels.sparse_attention import _flat
 from megatron_ds.kernels.triton import sparse_attention as twin
 
 HEADS, GROUPS, BATCH = 16, 4, 2
-# block, head dim, tokens, dtype
+# block, head dim, tokens, dtype, whether the kernels take the window as one or by its lists
 SHAPES = [
-    (64, 64, 65536, torch.bfloat16),
-    (64, 128, 65536, torch.bfloat16),
-    (128, 128, 4000, torch.float16),  # cut short: every access has a mask
-    (64, 128, 65536, torch.float32),  # three tf32 products a product, on tiles too small for HGMMA
+    (64, 64, 65536, torch.bfloat16, True),
+    (64, 128, 65536, torch.bfloat16, True),
+    (64, 128, 65536, torch.bfloat16, False),
+    (128, 128, 4000, torch.float16, False),  # cut short: every access has a mask
+    (64, 128, 65536, torch.float32, False),  # three tf32 products a product, on tiles too small for HGMMA
 ]
 
 
-@pytest.mark.parametrize(("block", "head_dim", "length", "dtype"), SHAPES)
-def test_tensor_cores_and_registers(block: int, head_dim: int, length: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("block", "head_dim", "length", "dtype", "window"), SHAPES)
+def test_tensor_cores_and_registers(block: int, head_dim: int, length: int, dtype: torch.dtype, window: bool) -> None:
     layout = patterns.sliding_window(length, block, HEADS).to("meta")
+    assert layout.is_window
     # The memory order of a model: the sequence first, keys and values beside the queries of their group.
     qkv = torch.empty(length, BATCH, GROUPS, HEADS // GROUPS + 2, head_dim, dtype=dtype, device="meta")
     q = torch.empty(length, BATCH, HEADS, head_dim, dtype=dtype, device="meta").permute(1, 2, 0, 3)
     k, v = (qkv[..., i, :].permute(1, 2, 0, 3) for i in (-2, -1))
     lse = torch.empty(BATCH, HEADS, length, device="meta")
     with captured() as kernels:
-        twin.forward(q, k, v, _flat(layout), block, 0.1, torch.empty_like(q), lse)
+        twin.forward(q, k, v, _flat(layout), block, window, 0.1, torch.empty_like(q), lse)
         results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        twin.backward(q, q, k, v, q, lse, _flat(layout), block, 0.1, *results)
+        twin.backward(q, q, k, v, q, lse, _flat(layout), block, window, 0.1, *results)
     assert [kernel.name for kernel in kernels] == ["forward_kernel", "query_kernel", "key_kernel"]
     for kernel in kernels:
         single = dtype == torch.float32
@@ -46,6 +48,10 @@ def test_tensor_cores_and_registers(block: int, head_dim: int, length: int, dtyp
         assert kernel.shared <= SHARED_LIMIT, f"{kernel.name}: {kernel.shared} bytes of shared memory"
         wide = r"LDG\S*\.128" if single else r"LDGSTS\S*\.128"
         assert kernel.count(wide), f"{kernel.name} does not load 16 bytes at a time, in half precision to shared memory"
+        if window and kernel.name != "key_kernel":
+            # Nothing is loaded but tiles, where the window begins, and a row's statistics; two programs fit on an SM.
+            narrow = kernel.count(r"LDG(STS)?\.E") - kernel.count(r"LDG(STS)?\.E\S*\.128")
+            assert narrow <= 5 and 2 * kernel.shared <= SHARED_LIMIT, f"{kernel.name}: {narrow} narrow loads"
 
 
 def test_more_heads_than_a_grid_has_rows() -> None:
@@ -57,8 +63,8 @@ def test_more_heads_than_a_grid_has_rows() -> None:
     lse = torch.empty(batch, HEADS, length, device="meta")
     flat = _flat(layout.to("meta"))
     with captured() as kernels:
-        twin.forward(x, x, x, flat, block, 0.1, torch.empty_like(x), lse)
-        twin.backward(x, x, x, x, x, lse, flat, block, 0.1, *(torch.empty_like(x) for _ in range(3)))
+        twin.forward(x, x, x, flat, block, False, 0.1, torch.empty_like(x), lse)
+        twin.backward(x, x, x, x, x, lse, flat, block, False, 0.1, *(torch.empty_like(x) for _ in range(3)))
     assert [k.name for k in kernels] == ["forward_kernel", "query_kernel", "key_kernel", "key_kernel"] + [
         "add_up_kernel"
     ] * 2

@@ -195,12 +195,34 @@ def test_what_is_written_beforehand_adds_up() -> None:
     assert weight.main_grad.writes == 2  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("tokens", "chunks"), [(5, 1), (8191, 1), (16383, 1), (16384, 2), (32768, 4), (40000, 4)])
-def test_chunks_on_a_gpu_are_large(tokens: int, chunks: int) -> None:
-    rules = loss._Rules(50257, Axis("tp"), 50304, 0.0, 0.0, True)
+# GPT-2, Llama 1.3B, Llama 8B over tp=1 and tp=8, Gemma with its soft cap; tokens and those of a chunk.
+CHUNKS = [
+    (50304, 768, None, 2, 5, 256),
+    (50304, 768, None, 2, 32768, 5632),
+    (50304, 768, None, 0, 32768, 2560),  # the table is frozen: chunks cost nothing
+    (32000, 2048, None, 2, 8191, 8192),
+    (32000, 2048, None, 2, 8193, 4352),
+    (32000, 2048, None, 2, 16383, 8192),
+    (32000, 2048, None, 2, 32768, 8192),
+    (32000, 2048, None, 1, 32768, 8192),
+    (128256, 4096, None, 2, 16384, 8192),
+    (16032, 4096, None, 2, 40000, 8192),
+    (256000, 2304, 30.0, 2, 8192, 4096),
+    (256000, 64, None, 1, 8192, 512),
+]
+
+
+@pytest.mark.parametrize(("rows", "width", "softcap", "spared", "tokens", "want"), CHUNKS)
+def test_chunks_on_a_gpu(rows: int, width: int, softcap: float | None, spared: int, tokens: int, want: int) -> None:
+    """As large as pays, equal, and no larger than what a gradient of the table beside small ones would take."""
+    rules = loss._Rules(rows, Axis("tp"), rows, 0.0, 0.0, True, softcap)
+    x = torch.empty(tokens, width, dtype=torch.bfloat16, device="meta")
     with registry.meta_as("cuda"):
-        chunk = rules.chunk(torch.empty(tokens, WIDTH, device="meta"), torch.float32)
-    assert chunk % 256 == 0 and -(-tokens // chunk) == chunks and (chunks == 1 or chunk >= 8192)
+        chunk = rules.chunk(x, torch.float32, spared)
+    assert chunk == want and chunk % 256 == 0 and chunk <= 8192
+    assert chunk - tokens / -(-tokens // chunk) < 256
+    logits = 2 * chunk * rows * (1 if softcap is None else 2)
+    assert logits <= (256 << 20) + spared * 4 * rows * width
 
 
 def check_unfused(tp: Axis) -> int:

@@ -30,7 +30,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-TOKENS = 8192  # of a micro-batch: the loss takes them in one chunk
+TOKENS = 8192  # of a micro-batch: the loss takes them in one chunk, those of GPT-2 in two
 
 
 class Run(NamedTuple):
@@ -93,7 +93,7 @@ def test_a_block(model: str, launches: int, passes: float) -> None:
     assert (count.launches, round(count.bytes / one, 1)) == (launches, passes), count.kernels
 
 
-@pytest.mark.parametrize(("model", "launches", "passes"), [("gpt2", 36, 324.5), ("llama", 38, 104.5)])
+@pytest.mark.parametrize(("model", "launches", "passes"), [("gpt2", 45, 349.1), ("llama", 39, 104.5)])
 def test_a_micro_batch_outside_of_its_blocks(model: str, launches: int, passes: float) -> None:
     """Embedding, last norm and loss. No row of an embedding's gradient is copied in fp32."""
     run = Run(model)
@@ -155,16 +155,21 @@ def test_the_host_waits_for_no_step_that_is_checked_late() -> None:
     assert step(Run("gpt2", late_check=True)).waits == 0
 
 
-@pytest.mark.parametrize(("softcap", "copies"), [(None, 1), (30.0, 2)])
-@pytest.mark.parametrize("chunks", [1, 3])
-def test_the_loss_holds_the_logits_of_one_chunk(softcap: float | None, copies: int, chunks: int) -> None:
-    """In half precision, and their gradient in the same place; with a soft cap its slope besides."""
-    vocabulary, hidden = 50304, 64
+@pytest.mark.parametrize(
+    ("hidden", "softcap", "tokens", "chunk"),
+    [(2048, None, 8192, 8192), (2048, None, 3 * 8192, 8192), (768, None, 4 * 8192, 5632), (2048, 30.0, 8192, 4096)],
+)
+def test_the_loss_holds_the_logits_of_one_chunk(hidden: int, softcap: float | None, tokens: int, chunk: int) -> None:
+    """In half precision, and their gradient in the same place; with a soft cap its slope besides.
+
+    No more than 256 MiB of logits, a gradient of the table and a product of it would take, which it does without.
+    """
+    vocabulary = 50304
     weight = nn.Parameter(torch.empty(vocabulary, hidden, dtype=torch.bfloat16, device="meta"))
     weight.main_grad = MainGradient("", lambda _: None, lambda _: None)  # type: ignore[attr-defined]
     weight.main_grad.view = torch.empty(vocabulary, hidden, device="meta")  # type: ignore[attr-defined]
-    x = torch.empty(chunks * TOKENS, 1, hidden, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    labels = torch.empty(chunks * TOKENS, 1, dtype=torch.long, device="meta")
+    x = torch.empty(tokens, 1, hidden, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    labels = torch.empty(tokens, 1, dtype=torch.long, device="meta")
     mask, seed = torch.ones_like(labels, dtype=torch.bool), torch.ones((), device="meta")
     logits = Logits(softcap=softcap, seed=seed)
     held = most_bytes(
@@ -172,5 +177,7 @@ def test_the_loss_holds_the_logits_of_one_chunk(softcap: float | None, copies: i
             x, weight, labels, mask, vocab_size=vocabulary, logits=logits, tp=Mesh.single().tp
         ).backward(seed)
     )
-    one, beside = 2 * TOKENS * vocabulary, 2 * x.numel() + 64 * labels.numel()  # the gradient of x; numbers of a token
-    assert copies * one <= held <= copies * one + beside
+    own = (1 if softcap is None else 2) * 2 * chunk * vocabulary
+    beside = 2 * x.numel() + 64 * labels.numel()  # the gradient of x; numbers of a token
+    assert own <= held <= own + beside
+    assert held <= (256 << 20) + 2 * 4 * weight.numel() + beside

@@ -70,6 +70,29 @@ def test_the_norm_is_read_behind_the_next_backward_pass(monkeypatch: pytest.Monk
     assert done == ["norm_squared", "step", *["norm_squared", "wait", "step"] * 2, "wait"]
 
 
+def test_parameters_that_were_updated_less_often_stay_so() -> None:
+    """Such as a checkpoint has them that were frozen for a while."""
+    parts = build(late("fp32", {}, True), Mesh.single(), GPTTask(late("fp32", {}, True)))
+    optimizer, found = parts.optimizer, []
+    names = [name for update in optimizer._rules() for name in update.late(-1)][:3]
+    optimizer.count = 5
+    optimizer.load_late({names[0]: {"step": 2}, names[1]: {"step": 4}, names[2]: {"step": 3}})
+    tensors = {slot.spec.name: p for b in optimizer.buckets for slot, p in zip(b.layout.slots, b.tensors)}
+    for name in names[1:]:
+        tensors[name].requires_grad_(False)
+    for scale in (1.0, torch.tensor(math.nan)):
+        parts.step.begin(torch.ones((), dtype=torch.float64))
+        optimizer.start_backward(True)
+        optimizer.end_backward()
+        parts.step.reduce()
+        optimizer.step(1e-3, scale)
+        if scale != 1.0:
+            optimizer.take_back()
+        found.append((optimizer.count, optimizer.late()))
+    want = 6, {names[0]: {"step": 3}, names[1]: {"step": 4}, names[2]: {"step": 3}}
+    assert found == [want, want]
+
+
 # Runs
 
 

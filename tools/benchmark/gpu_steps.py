@@ -7,7 +7,6 @@ fp32 weights and casts by autocast; ours keeps bf16 weights and fp32 masters.
 from __future__ import annotations
 
 import gc
-import importlib
 import re
 import statistics
 import time
@@ -24,6 +23,7 @@ from gpu_clock import Bench, Row
 from setting import Workload
 
 from megatron_ds.kernels import registry
+from megatron_ds.layers import loss
 from megatron_ds.train.metrics import peak_tflops
 
 GPT2 = Workload(layers=12, hidden=768, heads=12, sequence=1024, vocab=50304, dtype="bf16")
@@ -177,10 +177,11 @@ def host_time_of_update(bench: Bench, w: Workload) -> Row:
     return {"host ms": 1e3 * statistics.median(times), "tensors": len(list(parts.optimizer.reducer.main_grads()))}
 
 
-# A constant of the library (module:name) that a row changes; where there is none, the row says so.
-CONSTANTS: Mapping[str, tuple[str, Any]] = {
-    "loss in chunks of 2,048 tokens": ("megatron_ds.layers.loss:GPU_CHUNK_TOKENS", 2048),
-    "loss of a micro-batch at once": ("megatron_ds.layers.loss:GPU_CHUNK_TOKENS", 1 << 30),
+# Constants of the library that a row changes: the most tokens of a chunk, and the bytes of its logits.
+CHUNKS = {
+    "loss in chunks of 2,048 tokens": (2048, loss.GPU_CHUNK_BYTES),
+    "loss in chunks of 8,192 tokens": (8192, 1 << 50),
+    "loss of a micro-batch at once": (1 << 30, 1 << 50),
 }
 # Operators in plain torch instead of the fused kernel: what each of them gains.
 PLAIN_OPERATORS = ("norm", "bias_gelu", "rotary", "gated", "cross_entropy", "adamw", "square_sum")
@@ -190,12 +191,8 @@ def flags(bench: Bench) -> None:
     """One choice at a time, on the same model: what is it worth?"""
     w = of_model(bench, GPT2)
     step_of(bench, "GPT-2, as it is", w, profiled=False)
-    for title, (place, value) in CONSTANTS.items():
-        module, name = place.split(":")
-        if not hasattr(importlib.import_module(module), name):
-            bench.row(f"GPT-2, {title}", note=f"there is no {place} yet")
-            continue
-        with patch(place.replace(":", "."), value):
+    for title, (tokens, size) in CHUNKS.items():
+        with patch.object(loss, "GPU_CHUNK_TOKENS", tokens), patch.object(loss, "GPU_CHUNK_BYTES", size):
             step_of(bench, f"GPT-2, {title}", w, profiled=False)
     if bench.cuda:
         step_of(bench, "GPT-2, CUDA graphs", w, profiled=False, graphs=True)
