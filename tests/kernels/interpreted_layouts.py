@@ -123,9 +123,9 @@ def block_masks_beyond_two_billion() -> None:
     results = []
     for layout in (flat, far):
         out, lse = torch.empty_like(q), torch.empty(1, 1, length)
-        twin.forward(q, q, q, layout, block, 0.25, out, lse)
+        twin.forward(q, q, q, layout, block, False, 0.25, out, lse)
         gradients = [torch.empty_like(q) for _ in range(3)]
-        twin.backward(grad, q, q, q, out, lse, layout, block, 0.25, *gradients)
+        twin.backward(grad, q, q, q, out, lse, layout, block, False, 0.25, *gradients)
         results.append([out, lse, *gradients])
     assert all(torch.equal(a, b) for a, b in zip(*results))
 

@@ -48,6 +48,8 @@ NARROW = {
 }
 # With Triton 3.6 numbers of the table come into each layout that uses them, past shared memory.
 NARROW_BEFORE_3_7 = {"attend_kernel": (27, 1)}
+# Walk over rows or tiles, of which the next ones are under way into shared memory while one is computed.
+AHEAD = {"norm_kernel", "norm_backward_kernel", "bias_gelu_sums_kernel", "token_losses_kernel", "square_sum_kernel"}
 # The last, masked tile of a vocabulary that is no multiple of 16 is narrow, and only that.
 RAGGED_TILE = 32
 
@@ -210,12 +212,22 @@ def test_compiled_for_hopper(name: str) -> None:
         assert kernel.shared <= SHARED_LIMIT, f"{what}: {kernel.shared} bytes of shared memory"
         # A block that does not fit on an SM would fail at launch.
         assert kernel.registers * kernel.warps * 32 <= 65536, what
+        assert kernel.name not in AHEAD or kernel.count("LDGSTS"), f"{what}: nothing is loaded ahead"
         loads, stores = narrow.get(kernel.name, (0, 0))
         if "50257" in name:
             loads, stores = loads + RAGGED_TILE, stores + RAGGED_TILE
         counts = [kernel.count(pattern) for pattern in (WIDE_LOAD, LOAD, WIDE_STORE, STORE)]
         assert counts[0] > 0 and counts[1] - counts[0] <= loads, f"{what}: {counts[0]} wide of {counts[1]} loads"
         assert counts[3] - counts[2] <= stores, f"{what}: {counts[2]} wide of {counts[3]} stores"
+
+
+def test_a_norms_backward_pass_is_one_kernel_and_one_that_finishes() -> None:
+    """The gradients of weight, bias and the bias before it included."""
+    from hopper import captured
+
+    with captured() as kernels:
+        LAUNCHES["layer_norm 768 seam"]()
+    assert [kernel.name for kernel in kernels] == ["norm_kernel", "norm_backward_kernel", "partial_sums_kernel"]
 
 
 @pytest.mark.parametrize(("columns", "rows"), [(64, 32), (128, 16), (1024, 2), (2048, 1)])

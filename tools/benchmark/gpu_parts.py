@@ -72,7 +72,7 @@ def products(bench: Bench) -> None:
         for model, (weights, tokens, layers, vocabulary) in MODELS.items():
             shapes = {name: (tokens, *sides, layers) for name, sides in weights.items()}
             width = weights["out"][0]
-            for rows in (2668, 4194, 8192, tokens):
+            for rows in (2668, 4194, 5632, 8192, tokens):
                 shapes[f"head, {rows} rows"] = (rows, vocabulary, width, 1)
             for name, (rows, outputs, inputs, count) in shapes.items():
                 rows, outputs, inputs = (bench.size(side, 16) for side in (rows, outputs, inputs))
