@@ -267,9 +267,9 @@ def _forward_shapes(q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: list[Tensor],
-    block: int, window: bool, scale: float, implementation: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, layout: list[Tensor], *settings: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    block, window, scale, implementation = settings
     if implementation == "reference":
         return reference_backward(grad, q, k, v, out, lse, layout, block, scale)
     results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

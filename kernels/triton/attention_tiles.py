@@ -67,3 +67,23 @@ def place_of_step(i, index, MASK: tl.constexpr, T: tl.constexpr, BLOCK: tl.const
 def causal(query, key, TM: tl.constexpr, TN: tl.constexpr):
     """``[TM, TN]`` of the mask of queries from ``query`` on and keys from ``key`` on."""
     return (query + tl.arange(0, TM))[:, None] >= (key + tl.arange(0, TN))[None, :]
+
+
+@triton.jit
+def steps_of_column(
+    start, partial, line, first, WINDOW: tl.constexpr, SPLIT: tl.constexpr, TM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The first step of a column, or of the program's part of it; the first one with a mask; and the end."""
+    begin = tl.load(start + line) * (BLOCK // TM)
+    end = tl.load(start + line + 1) * (BLOCK // TM)
+    if WINDOW:
+        middle = first // TM
+        end += first // BLOCK * (BLOCK // TM) - begin
+    else:
+        middle = tl.load(partial + line) * (BLOCK // TM)
+        if SPLIT:
+            part, parts, count = tl.program_id(1), tl.num_programs(1), end - begin
+            end = begin + count * (part + 1) // parts
+            begin = begin + count * part // parts
+            middle = tl.minimum(tl.maximum(middle, begin), end)
+    return begin, middle, end

@@ -100,6 +100,14 @@ def load_part(grad, summed, column, columns, AGAIN: tl.constexpr):
 
 
 @triton.jit
+def load_if(grad, summed, column, columns, g, v, NOW: tl.constexpr):
+    """The same again, or what there is instead."""
+    if NOW:
+        g, v = load_part(grad, summed, column, columns, True)
+    return g, v
+
+
+@triton.jit
 def units_of(v, mu, r, column, columns):
     """The normalised input of a part of one row."""
     return tl.where(column < columns, (v.to(tl.float32) - mu) * r, 0.0)
@@ -185,33 +193,24 @@ def norm_backward_parts_kernel(
         # The next part is on its way while one is computed, where there are registers for it.
         g0, v0 = load_part(own_grad, own, c0, columns, True)
         along, total = tl.sum(products, axis=0) / count, tl.sum(gradients, axis=0) / count
-        g1, v1 = g0, v0
-        if not HAS_BIAS:
-            g1, v1 = load_part(own_grad, own, c1, columns, True)
+        g1, v1 = load_if(own_grad, own, c1, columns, g0, v0, not HAS_BIAS)
         w0, b0 = part_gradient(
             w0, b0, g0, v0, also, row_key, weight, to, to_dropped, mu, r, along, total, c0, columns,
             threshold, scale, RMS, HAS_BIAS, HAS_SUMMED, DROP,
         )  # fmt: skip
-        if HAS_BIAS:
-            g1, v1 = load_part(own_grad, own, c1, columns, True)
-        g2, v2 = g0, v0
-        if not HAS_BIAS:
-            g2, v2 = load_part(own_grad, own, c2, columns, True)
+        g1, v1 = load_if(own_grad, own, c1, columns, g1, v1, HAS_BIAS)
+        g2, v2 = load_if(own_grad, own, c2, columns, g1, v1, not HAS_BIAS)
         w1, b1 = part_gradient(
             w1, b1, g1, v1, also, row_key, weight, to, to_dropped, mu, r, along, total, c1, columns,
             threshold, scale, RMS, HAS_BIAS, HAS_SUMMED, DROP,
         )  # fmt: skip
-        if HAS_BIAS:
-            g2, v2 = load_part(own_grad, own, c2, columns, True)
-        g3, v3 = g0, v0
-        if not HAS_BIAS:
-            g3, v3 = load_part(own_grad, own, c3, columns, True)
+        g2, v2 = load_if(own_grad, own, c2, columns, g2, v2, HAS_BIAS)
+        g3, v3 = load_if(own_grad, own, c3, columns, g2, v2, not HAS_BIAS)
         w2, b2 = part_gradient(
             w2, b2, g2, v2, also, row_key, weight, to, to_dropped, mu, r, along, total, c2, columns,
             threshold, scale, RMS, HAS_BIAS, HAS_SUMMED, DROP,
         )  # fmt: skip
-        if HAS_BIAS:
-            g3, v3 = load_part(own_grad, own, c3, columns, True)
+        g3, v3 = load_if(own_grad, own, c3, columns, g3, v3, HAS_BIAS)
         w3, b3 = part_gradient(
             w3, b3, g3, v3, also, row_key, weight, to, to_dropped, mu, r, along, total, c3, columns,
             threshold, scale, RMS, HAS_BIAS, HAS_SUMMED, DROP,

@@ -25,6 +25,7 @@ from megatron_ds.kernels.triton.attention_tiles import (
     load_tile,
     place_of_program,
     place_of_step,
+    steps_of_column,
     store_tile,
 )
 from megatron_ds.kernels.triton.common import on_device_of, unit_stride
@@ -223,7 +224,6 @@ def key_kernel(
     tile, row_of_heads = place_of_program(tiles)
     batch = (row_of_heads // groups).to(tl.int64)
     kv = (row_of_heads % groups).to(tl.int64)
-    part, parts = tl.program_id(1), tl.num_programs(1)
     inside = tile % (BLOCK // TN) * TN
     first = tl.load(chosen + tile // (BLOCK // TN)) * BLOCK + inside
     if WINDOW:
@@ -239,18 +239,8 @@ def key_kernel(
         q_head_at = q + batch * q_batch + head * q_head
         grad_at = grad + batch * grad_batch + head * grad_head
         rows_at = (batch * groups * group + head) * length
-        begin = tl.load(start + line) * (BLOCK // TM)
-        end = tl.load(start + line + 1) * (BLOCK // TM)
-        if WINDOW:
-            middle = first // TM
-            end += first // BLOCK * (BLOCK // TM) - begin
-        else:
-            middle = tl.load(partial + line) * (BLOCK // TM)
-            if SPLIT:
-                count = end - begin
-                end = begin + count * (part + 1) // parts
-                begin = begin + count * part // parts
-                middle = tl.minimum(tl.maximum(middle, begin), end)
+        begin, middle, end = steps_of_column(start, partial, line, first, WINDOW, SPLIT, TM, BLOCK)
+        if not WINDOW:
             for i in range(begin, middle):
                 k_acc, v_acc = key_step(
                     k_acc, v_acc, k_tile, v_tile, i, q_head_at, grad_at, lse + rows_at, delta + rows_at, q_row,
@@ -265,8 +255,8 @@ def key_kernel(
             )  # fmt: skip
     k_acc = k_acc * scale
     if SPLIT:
-        dk += part.to(tl.int64) * part_stride
-        dv += part.to(tl.int64) * part_stride
+        dk += tl.program_id(1).to(tl.int64) * part_stride
+        dv += tl.program_id(1).to(tl.int64) * part_stride
         first = tile * TN
         length = tiles * TN
     store_tile(dk + batch * dk_batch + kv * dk_head, first, dk_row, length, k_acc, TN, D, HEAD_DIM, EVEN)
