@@ -333,11 +333,10 @@ class ZeroOptimizer(MovableParameters):
 
     def take_back(self) -> None:
         """The device has made no update in the last step: one less is counted, of each parameter that it was for."""
-        kept = [(update, update.late(self._count)) for update in self._rules()]
+        late, frozen = self.late(), frozenset[str]().union(*(update.frozen for update in self._rules()))
         self.count -= 1
-        for update, late in kept:
-            made = {name: own for name, own in late.items() if own is not None and name not in update.frozen}
-            update.load_late({**late, **{name: {**own, "step": own["step"] - 1} for name, own in made.items()}})
+        made = {n: {**own, "step": own["step"] - 1} for n, own in late.items() if own is not None and n not in frozen}
+        self.load_late({**late, **made})
 
     def _rules(self) -> list[Update]:
         return [bucket.optimizer for bucket in self.buckets if bucket.optimizer is not None]
