@@ -11,6 +11,7 @@ gathered there and then, and belongs to what that module needs from then on.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -86,11 +87,8 @@ class Gatherer:
         self._agreement = comm.open_agreement(axis) if self._numbers else None
         self._owner = {id(p): bucket for bucket in self._buckets for p in bucket.tensors}
         self._classes = {id(p): type(p) for bucket in self._buckets for p in bucket.tensors}
-        self._users: dict[int, list[Unit]] = {id(b): [] for b in self._buckets}
-        for unit in units:
-            for bucket in unit.buckets:
-                self._users[id(bucket)].append(unit)
-        self._explicit: dict[int, int] = {}  # bucket -> gathered() contexts open on it
+        self._users = {id(b): [unit for unit in units if b in unit.buckets] for b in self._buckets}
+        self._explicit: Counter[int] = Counter()  # bucket -> gathered() contexts open on it
         self._idle: list[FlatBucket] = []  # nobody holds them; freed when the next gather needs memory
         self._started: list[FlatBucket] = []  # gathers under way, begun ahead of use
         self._order: list[FlatBucket] = []  # of this step's gathers
@@ -215,18 +213,15 @@ class Gatherer:
     def gathered(self, buckets: Sequence[FlatBucket], exactly: AbstractContextManager[None]) -> Iterator[None]:
         """Hold these buckets whole. ``exactly``: a context around gathers in no forward, which all ranks make."""
         mine = [b for b in buckets if id(b) in self._users]
-        for bucket in mine:
-            self._explicit[id(bucket)] = self._explicit.get(id(bucket), 0) + 1
-        self._free_idle()
+        self._free_unheld(mine)  # what a forward has left may have come in fewer bits
+        self._explicit.update(map(id, mine))
         with nullcontext() if self._running else exactly:
             self._gather(mine, ahead=False)
         try:
             yield
         finally:
-            for bucket in mine:
-                self._explicit[id(bucket)] -= 1
-                self._release(bucket)
-            self._free_idle()
+            self._explicit.subtract(map(id, mine))
+            self._free_unheld(mine)
 
     def bucket_of(self, parameter: nn.Parameter) -> FlatBucket | None:
         """The bucket that has to be gathered for this parameter; None where it is whole all the time."""
@@ -269,8 +264,7 @@ class Gatherer:
                 for tensor in _tensors(output):
                     if tensor.requires_grad:
                         tensor.register_hook(lambda gradient, use=use: self._begin_backward(use))
-            for bucket in unit.buckets:
-                self._release(bucket)
+            self._release(unit)
 
         return after
 
@@ -288,8 +282,7 @@ class Gatherer:
         if use.in_backward:
             use.in_backward = False
             use.unit.backward = max(0, use.unit.backward - 1)
-            for bucket in use.unit.buckets:
-                self._release(bucket)
+            self._release(use.unit)
 
     # Gathering
 
@@ -340,16 +333,23 @@ class Gatherer:
             found.append(bucket)
         return found
 
-    def _release(self, bucket: FlatBucket) -> None:
-        """Nobody may need the bucket any more: then it is freed, at the latest when another one is gathered."""
-        held = any(user.holds for user in self._users[id(bucket)]) or self._explicit.get(id(bucket), 0)
-        if not held and not self.keep and self._is_gathered(bucket) and bucket not in self._idle:
-            self._idle.append(bucket)
+    def _release(self, unit: Unit) -> None:
+        """Its buckets, where nobody needs them any more, are freed when another one is gathered, at the latest."""
+        for bucket in unit.buckets:
+            if not (self._is_held(bucket) or self.keep or bucket in self._idle) and self._is_gathered(bucket):
+                self._idle.append(bucket)
+
+    def _is_held(self, bucket: FlatBucket) -> bool:
+        return any(user.holds for user in self._users[id(bucket)]) or self._explicit[id(bucket)] > 0
+
+    def _free_unheld(self, buckets: Sequence[FlatBucket]) -> None:
+        self._idle = [bucket for bucket in self._idle if bucket not in buckets]
+        for bucket in buckets:
+            if self._is_gathered(bucket) and not self._is_held(bucket):
+                self._free(bucket)
 
     def _free_idle(self) -> None:
-        for bucket in self._idle:
-            self._free(bucket)
-        self._idle.clear()
+        self._free_unheld(self._idle)
 
     def _free(self, bucket: FlatBucket) -> None:
         bucket.release()

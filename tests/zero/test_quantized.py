@@ -5,6 +5,7 @@ With a format that loses nothing, every path (two levels, a second shard, replic
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
@@ -275,15 +276,23 @@ def test_a_shard_is_quantised_once_a_step_and_after_a_write(secondary: int | Non
         assert secondary is not None or others > counts
 
 
-def written(mesh: Mesh, weights: str, secondary: int | None) -> list[Tensor]:
+def written(mesh: Mesh, weights: str, secondary: int | None, keep: bool = False, looks: bool = False) -> list[Tensor]:
     """Weights after two steps of two micro-batches, with writes in each forward and between the steps."""
     model = WritesInForward()
     for name, p in model.named_parameters():
         p.shard = ShardSpec(name, tuple(p.shape))  # type: ignore[attr-defined]
-    config = ZeroConfig(stage=3, quantized_weights=weights, secondary_size=secondary, persistence_threshold=0)  # type: ignore
+    config = ZeroConfig(
+        stage=3,
+        quantized_weights=weights,  # type: ignore[arg-type]
+        secondary_size=secondary,
+        keep_whole=keep,
+        persistence_threshold=0,
+    )
     zero = ZeroOptimizer(model.named_parameters(), mesh, config, OptimizerConfig(), shared_memory=False, root=model)
     for step in range(2):
         zero.start_step()
+        with zero.gathered(model.parameters()) if looks else nullcontext():
+            pass
         for last in (False, True):
             x = torch.randn(3, 20, generator=torch.Generator().manual_seed(10 * step + last + 100 * mesh.rank))
             zero.start_backward(last)
@@ -303,6 +312,9 @@ def follows_what_is_written() -> None:
         for ours, theirs in zip(written(mesh, weights, 2), written(mesh, weights, None), strict=True):
             rounding = 0.0 if weights == "none" else 3 * theirs.abs().max().item() / 127
             torch.testing.assert_close(ours, theirs, rtol=0, atol=rounding)
+    for keep in (False, True):
+        seen, unseen = (written(mesh, "int8", 2, keep, looks) for looks in (True, False))
+        assert all(torch.equal(a, b) for a, b in zip(seen, unseen, strict=True)), "a look changes nothing"
 
 
 def test_a_second_shard_follows_what_is_written() -> None:
