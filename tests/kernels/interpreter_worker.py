@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
+from interpreter_speed import speed_up
 from torch import Tensor
 
 NO_TRITON = "" if importlib.util.find_spec("triton") else "Triton is not installed: pip install triton"
@@ -42,7 +44,7 @@ def main(file: str) -> None:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    patch_language_once()
+    speed_up()
     results = {}
     for name, case in module.CASES.items():
         start = time.perf_counter()
@@ -56,36 +58,13 @@ def main(file: str) -> None:
     print(json.dumps(results))
 
 
-def patch_language_once() -> None:
-    """Have the interpreter put its own functions in the place of Triton's once, for good.
-
-    By itself it does so at every launch and every call of a helper in a kernel, which was most of a case's time.
-    """
-    from triton.runtime import interpreter
-
-    class Kept:
-        def restore(self) -> None:
-            pass
-
-    def once(function: Callable[..., Any]) -> Kept:
-        modules = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
-        if modules not in done:
-            original(function)
-            done.add(modules)
-        return Kept()
-
-    tl = interpreter.tl
-    original, done = interpreter._patch_lang, set[frozenset[int]]()
-    interpreter._patch_lang = once
-
-
 class Canaries:
     """Buffers with NaN before and after: a store there changes them, and no kernel may load from there either, not
     even what it does not use: on a GPU that is an illegal address, sooner or later."""
 
     def __init__(self) -> None:
         self.buffers: list[tuple[Tensor, Tensor]] = []
-        self.zones: list[tuple[int, int]] = []  # addresses of the canaries
+        self.zones = np.empty((0, 2), np.uint64)  # addresses of the canaries, sorted: from, to
 
     def around(self, x: Tensor) -> Tensor:
         """A copy of ``x`` with its strides, in such a buffer; gaps between its elements are NaN too."""
@@ -107,7 +86,8 @@ class Canaries:
         outside.as_strided(view.shape, view.stride(), CANARY_ELEMENTS).fill_(False)
         self.buffers.append((buffer, outside))
         size, start, end = buffer.element_size(), buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes
-        self.zones += [(start, start + CANARY_ELEMENTS * size), (end - CANARY_ELEMENTS * size, end)]
+        zones = [(start, start + CANARY_ELEMENTS * size), (end - CANARY_ELEMENTS * size, end)]
+        self.zones = np.array(sorted([*map(tuple, self.zones.tolist()), *zones]), np.uint64)
 
     def check(self) -> None:
         for buffer, outside in self.buffers:
@@ -132,9 +112,10 @@ class Canaries:
         def guarded(access: Callable[..., Any], mask_at: int) -> Callable[..., Any]:
             def wrapper(builder: Any, pointers: Any, *arguments: Any) -> Any:
                 touched = pointers.data[arguments[mask_at].data]
-                for start, end in self.zones:
-                    outside = (touched >= start) & (touched < end)
-                    assert not outside.any(), f"{access.__name__}: {outside.sum()} elements outside of their buffer"
+                # Zones do not overlap: an address is in one where more of them have begun than ended.
+                starts, ends = self.zones.T
+                outside = starts.searchsorted(touched, "right") > ends.searchsorted(touched, "right")
+                assert not outside.any(), f"{access.__name__}: {outside.sum()} elements outside of their buffer"
                 return access(builder, pointers, *arguments)
 
             return wrapper
