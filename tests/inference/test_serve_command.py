@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import urllib.request
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 from hf_models import _llama
 
 from megatron_ds.data.tokenizers import ByteTokenizer
+from megatron_ds.inference.command import main
 
 COMMAND = [sys.executable, "-m", "megatron_ds.inference.command"]
 
@@ -60,28 +60,25 @@ def test_what_is_under_way_is_answered_before_it_ends(folder: Path) -> None:
         server.kill()
 
 
-def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
-    taken = socket.socket()
-    taken.bind(("127.0.0.1", 0))
-    taken.listen()
-    port = str(taken.getsockname()[1])
-    cases = [
-        (["serve", str(folder), "--port", port], f"cannot listen at 127.0.0.1:{port}: .*; choose another with --port"),
-        (["serve", str(folder), "--port", "99999999"], "cannot listen at"),
-        (["serve", str(tmp_path), "--port", "0"], "no checkpoint"),
-    ]
-    results: dict[int, tuple[int, str]] = {}
-    threads = [
-        threading.Thread(target=lambda i=i, case=case: results.__setitem__(i, run(*case[0])))
-        for i, case in enumerate(cases)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    taken.close()
-    for i, (_, what) in enumerate(cases):
-        code, said = results[i]
+def test_mistakes_are_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One as a process, the others without the seconds that it takes to start."""
+
+    def here(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["megatron-ds", *arguments])
+        return main(), "".join(capsys.readouterr())
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        cases = [
+            (run("serve", str(folder), "--port", port), rf"cannot listen at 127.0.0.1:{port}: .*; choose another with"),
+            (here("serve", str(folder), "--port", "99999999"), "cannot listen at"),
+            (here("serve", str(tmp_path), "--port", "0"), "no checkpoint"),
+        ]
+    for (code, said), what in cases:
         assert code == 2 and re.match(f"error: .*{what}", said) and said.count("\n") == 1, said
 
 
