@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from parity_rows import STEPS, Mesh3, reference_config
+from parity_rows import STEPS, UNUSED_STEPS, Mesh3, reference_config
 from parity_run import Outcome, first_steps, train_task
 from torch import Tensor
 
@@ -125,7 +125,7 @@ def config_of(row: DiTRow) -> DiffusionRun:
         "precision": {"dtype": "fp64", **fp8},
         "recompute": {"mode": row.recompute},
         "train": {
-            "steps": STEPS + 2,
+            "steps": (STEPS if row.accumulation == 1 else 2) + UNUSED_STEPS,
             "global_batch": dp * row.accumulation * row.micro_batch,
             "micro_batch": row.micro_batch,
         },

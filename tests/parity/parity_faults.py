@@ -5,7 +5,7 @@ Every fault of :data:`FAULTS` has a row on which it must show, and which passes 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -48,16 +48,19 @@ class Fault:
         return f"{self.patch.__name__}-{self.row.architecture}"
 
 
-def train_with_fault(fault: Fault) -> Outcome:
-    """Inside a job: the fault's row with the fault in it."""
-    with fault.patch():
-        return train_on_this_rank([fault.row])[0]
+def train_with_faults(faults: Sequence[Fault], rows: Sequence[Row]) -> list[Outcome]:
+    """Inside a job, all of one mesh: each fault's row with the fault in it, and then rows without any."""
+    outcomes = []
+    for fault in faults:
+        with fault.patch():
+            outcomes += train_on_this_rank([fault.row])
+    return outcomes + train_on_this_rank(rows)
 
 
-TP = Row((2, 1, 1), accumulation=4)
-SP = Row((2, 1, 1), sequence_parallel=True, accumulation=4)
-PP = Row((1, 2, 1), accumulation=4)
-DP = Row((1, 1, 2), zero=1, accumulation=4)
+TP = Row((2, 1, 1), accumulation=2)
+SP = Row((2, 1, 1), sequence_parallel=True, accumulation=2)
+PP = Row((1, 2, 1), accumulation=2)
+DP = Row((1, 1, 2), zero=1, accumulation=2)
 LLAMA = Row((2, 1, 1), architecture="llama", tied=False, qk_norm=True)
 
 
@@ -361,7 +364,7 @@ FAULTS = (
     Fault(replace(DP, zero=2), sharded_gradients_overwritten, "gradient norm of step 1"),
     Fault(replace(DP, zero=2), own_slot_read_of_every_peer, "gradient norm of step 1"),
     Fault(replace(DP, zero=3), stale_unit, "loss of step 1"),
-    Fault(replace(DP, zero=1, offload="nvme"), offloaded_state_not_written_back, "loss of step 3"),
+    Fault(Row((1, 1, 2), zero=1, offload="nvme"), offloaded_state_not_written_back, "loss of step 3"),
     Fault(Row((1, 1, 4), zero=2, hybrid=True), hybrid_shards_not_summed_over_nodes, "gradient norm of step 1"),
     Fault(Row((1, 1, 1), recompute="full", dropout=True), other_dropout_when_recomputed, "gradient norm of step 1"),
 )

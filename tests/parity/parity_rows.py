@@ -13,6 +13,7 @@ import random
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import combinations
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -60,6 +61,9 @@ _NEEDS = {
 }
 ROWS_A_MESH = 4
 STEPS = 3
+"""That a run takes at most."""
+UNUSED_STEPS = 2
+"""Steps of a run that are not taken: its learning rate never reaches the end of its decay."""
 Mesh3 = tuple[int, int, int]
 C = TypeVar("C", bound=BaseRunConfig)
 
@@ -138,26 +142,42 @@ def wanted_pairs() -> set[Pair]:
     }
 
 
-def matrix(seed: int = 0, tries: int = 60) -> list[Row]:
-    """The rows, mesh by mesh: of some balanced draws of four rows, the one that covers the most pairs not yet seen."""
+@cache
+def matrix(seed: int = 0, tries: int = 60) -> tuple[Row, ...]:
+    """The rows, mesh by mesh: of some balanced draws of four, those that cover the most pairs not yet seen at the least
+    cost."""
     chance = random.Random(seed)
     missing = wanted_pairs()
     rows: list[Row] = []
     for mesh in meshes():
         draws = [_balanced(mesh, chance) for _ in range(tries)]
-        best = max(draws, key=lambda draw: len(missing & {pair for row in draw for pair in pairs_of(row)}))
+        best = max(draws, key=lambda draw: _worth(draw, missing))
         for row in best:
             missing -= set(pairs_of(row))
         rows += best
-    return rows
+    return tuple(rows)
+
+
+def _worth(draw: list[Row], missing: set[Pair]) -> float:
+    """The pairs that the rows add, less what they cost."""
+    added = missing & {pair for row in draw for pair in pairs_of(row)} if missing else ()
+    return len(added) - sum(map(layer_passes, draw)) / 15
+
+
+def layer_passes(row: Row) -> int:
+    """How often ranks pass a layer, which is what a row costs."""
+    tp, _, dp = row.mesh
+    return steps_of_row(row) * layers_of(row)[0] * row.accumulation * tp * dp
 
 
 def _balanced(mesh: Mesh3, chance: random.Random) -> list[Row]:
-    """Four rows in which each level of each setting occurs."""
+    """Four rows in which each level of each setting occurs: accumulation, which multiplies what a row costs, in one."""
     columns = {}
     for name, levels in SETTINGS.items():
         column = list(levels) * (ROWS_A_MESH // len(levels))
         column += chance.sample(levels, ROWS_A_MESH - len(column))
+        if name == "accumulation":
+            column = [1, 1, 1, 4]
         chance.shuffle(column)
         columns[name] = column
     return [Row(mesh, **{name: column[i] for name, column in columns.items()}) for i in range(ROWS_A_MESH)]
@@ -199,10 +219,15 @@ def layers_of(row: Row) -> tuple[int, tuple[int, ...] | None]:
     if stages == 1:
         return 2, (2,) if row.split == "uneven" else None
     if stages == 2:
-        return 4, (1, 3) if row.split == "uneven" else None
+        return (4, None) if row.split == "even" else (3, (1, 2) if row.split == "uneven" else None)
     if row.split == "even":
         return stages, None
     return stages + 1, (2,) + (1,) * (stages - 1) if row.split == "uneven" else None
+
+
+def steps_of_row(row: Row) -> int:
+    """Steps that a row takes; two are enough where each has several micro-batches."""
+    return STEPS if row.accumulation == 1 else 2
 
 
 def chunks_of(row: Row) -> int:
@@ -277,7 +302,6 @@ def config_of(row: Row) -> RunConfig:
             **({"persistence_threshold": 40} if row.zero == 3 else {}),  # a few matrices a block are sharded
             **(_offload_of(row) if row.zero > 0 else {}),
         },
-        # The learning rate never reaches the end of its decay, so that the last step changes the parameters too.
         "optimizer": {
             "name": row.optimizer,
             "lr": 0.02,
@@ -290,7 +314,7 @@ def config_of(row: Row) -> RunConfig:
         "recompute": {"mode": row.recompute, "every": 2},
         "data": {"prefix": "the test's own", "document_masking": row.documents},
         "train": {
-            "steps": STEPS + 2,
+            "steps": steps_of_row(row) + UNUSED_STEPS,
             "global_batch": dp * row.accumulation * row.micro_batch,
             "micro_batch": row.micro_batch,
             "sequence_length": sequence_length(tp),

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from parity_rows import STEPS, VOCABULARY, Row, config_of, reference_config, schedules_of
+from parity_rows import STEPS, UNUSED_STEPS, VOCABULARY, Row, config_of, reference_config, schedules_of
 
 from megatron_ds.comm.local.exchange import LocalExchange
 from megatron_ds.config import BaseRunConfig, RunConfig, validate
@@ -84,7 +84,8 @@ def first_steps(config: BaseRunConfig, mesh: Mesh, samples: SampleSource) -> lis
     """The same of any samples."""
     train = config.train
     loader = BatchLoader(samples, train.global_batch, train.micro_batch, mesh.dp.rank, mesh.dp.size, prefetch=0)
-    return [[{k: t.to(mesh.device) for k, t in batch.items()} for batch in next(loader)] for _ in range(STEPS)]
+    steps = range(min(STEPS, train.steps - UNUSED_STEPS))
+    return [[{k: t.to(mesh.device) for k, t in batch.items()} for batch in next(loader)] for _ in steps]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity_rows import STEPS, Row, config_of, reference_config
+from parity_rows import STEPS, UNUSED_STEPS, Row, config_of, reference_config
 from parity_run import Outcome, Part, steps_of, train
 from plain_gpt import PlainGPT, plain_loss
 from torch import Tensor
@@ -132,6 +132,7 @@ ROWS = [
 def test_training_equals_plain_torch(row: Row, clip_norm: float, tolerance: float) -> None:
     values = reference_config(config_of(row)).to_dict()
     values["optimizer"]["clip_norm"] = clip_norm
+    values["train"]["steps"] = STEPS + UNUSED_STEPS
     config = from_dict(RunConfig, values, "test")
     ours: Outcome = train(config, Mesh.single())
     model, scalars, gradients = train_plain(config, row.architecture)
