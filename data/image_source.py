@@ -102,6 +102,10 @@ def image_sizes(source: ImageSource, path: Path, cache_dir: Path | None = None) 
     return cached_arrays(beside, {**source.identity, "modified": source.modified}, build, cache_dir)["sizes"]
 
 
+SKIP = "--data.on-error skip (of tools/cache_latents.py: --on-error skip)"
+"""The way to leave out images that do not decode."""
+
+
 def usable_rows(source: ImageSource, sizes: npt.NDArray[np.int64], on_error: OnError) -> npt.NDArray[np.int64]:
     """The rows whose files begin as images do.
 
@@ -115,6 +119,6 @@ def usable_rows(source: ImageSource, sizes: npt.NDArray[np.int64], on_error: OnE
         more = f" and {count - len(names)} more" if count > len(names) else ""
         raise DataError(
             f"{count} of {len(source)} images cannot be decoded: {', '.join(names)}{more}; remove or replace them, or "
-            "leave them out with on_error=skip"
+            f"leave them out with {SKIP}"
         )
     return np.flatnonzero(good)

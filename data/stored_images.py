@@ -16,7 +16,7 @@ import numpy.typing as npt
 from megatron_ds.data import noise
 from megatron_ds.data.aspect_buckets import Size
 from megatron_ds.data.image_samples import Images
-from megatron_ds.data.image_source import ImageSource, OnError
+from megatron_ds.data.image_source import SKIP, ImageSource, OnError
 from megatron_ds.data.image_transforms import Crop, Pixels, UndecodableImage, load_pixels
 from megatron_ds.data.latent_cache import LatentCache, sample_latents
 from megatron_ds.data.samples import Batch
@@ -56,8 +56,7 @@ class Augmentation:
         except UndecodableImage as error:
             if self.on_error == "fail":
                 raise DataError(
-                    f"{source.name(row)} cannot be decoded: {error}; remove it, or leave such images out with "
-                    "on_error=skip"
+                    f"{source.name(row)} cannot be decoded: {error}; remove it, or leave such images out with {SKIP}"
                 ) from None
             return error
 

@@ -159,7 +159,7 @@ def test_an_image_that_does_not_decode_counts_nothing_or_ends_the_run(
     assert sum(not batch["images"][at].any() for batch in batches for at in range(2)) == 2
     assert len(caplog.messages) == 1 and "china/1.png cannot be decoded and counts nothing" in caplog.text
     fatal = samples_of(tmp_path / "classes", on_error="fail")
-    with pytest.raises(DataError, match=r"china/1.png cannot be decoded: .*on_error=skip"):
+    with pytest.raises(DataError, match=r"china/1.png cannot be decoded: .*--data.on-error skip"):
         for place in range(0, 20, 2):
             fatal.batch(np.arange(place, place + 2))
 

@@ -234,7 +234,7 @@ def test_images_that_do_not_decode_are_left_out_or_fatal(folders: Path, tmp_path
     with pytest.raises(DataError, match=r"1 of 10 images cannot be decoded: .*china/3.png; remove"):
         write(tmp_path, tmp_path / "fatal", settings=fatal)
     (tmp_path / "classes" / "china" / "3.png").unlink()
-    with pytest.raises(DataError, match=r"china/1.png cannot be decoded: .*on_error=skip"):
+    with pytest.raises(DataError, match=r"china/1.png cannot be decoded: .*--data.on-error skip"):
         write(tmp_path, tmp_path / "fatal", settings=fatal)
     assert not list((tmp_path / "fatal").glob("*.safetensors"))
 
