@@ -320,8 +320,8 @@ class BaseRunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where every local rank has a GPU.")
     compile: bool = Field(
         False,
-        description="torch.compile each block, from plain operators in place of fused kernels: on a GPU more launches "
-        "and bytes (tools/benchmark/README.md); on a CPU its activation alone.",
+        description="torch.compile each block, from plain operators, not fused kernels: more launches and bytes on a "
+        "GPU; on a CPU its activation alone.",
     )
     kernels: Literal["auto", "reference", "triton"] = Field(
         "auto", description="Fused ops: auto is Triton on CUDA (not in fp64); reference is plain torch."
