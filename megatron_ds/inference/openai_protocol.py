@@ -7,6 +7,7 @@ have meant something.
 
 from __future__ import annotations
 
+import codecs
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -232,12 +233,14 @@ class _Sent:
 
     Attributes:
         characters: of its text; -1: all of it. tokens: with their log-probabilities.
-        words: characters of the echoed text and of these tokens. first: nothing has, not even that it begins.
+        words: characters of the echoed text and of these tokens. tail: what there is of one more character.
+        first: nothing has, not even that it begins.
     """
 
     characters: int = 0
     tokens: int = 0
     words: int = 0
+    tail: bytes = b""
     first: bool = False
 
 
@@ -289,10 +292,11 @@ class Answers:
 
     def _after(self, sample: CompletionOutput, sent: _Sent) -> _Sent:
         """What has been sent when the rest of the sample so far has."""
-        words = sent.words
+        words, tail = sent.words, sent.tail
         if sample.logprobs is not None or sample.processed_logprobs is not None:
-            words += _characters(_bytes(sample.token_ids[sent.tokens :], self.texts))
-        return _Sent(-1 if sample.finish_reason else len(sample.text), len(sample.token_ids), words)
+            count, tail = _decoded(sent.tail + _bytes(sample.token_ids[sent.tokens :], self.texts))
+            words += count
+        return _Sent(-1 if sample.finish_reason else len(sample.text), len(sample.token_ids), words, tail)
 
     def _choice(
         self, prompt: int, output: RequestOutput, sample: CompletionOutput, sent: _Sent, of_stream: bool = False
@@ -307,7 +311,7 @@ class Answers:
         }
         if sample.processed_logprobs is not None:
             processed = sample.processed_logprobs[sent.tokens :]
-            common["processed_logprobs"] = self._completion_logprobs(ids, processed, sent.words)
+            common["processed_logprobs"] = self._completion_logprobs(ids, processed, sent.words, sent.tail)
         if self.call.chat:
             shown = None if logprobs is None else {"content": self._chat_logprobs(ids, logprobs), "refusal": None}
             message = {"role": "assistant", "content": text} if sent.first else {"content": text}
@@ -318,9 +322,9 @@ class Answers:
             text = self.call.echoed[prompt] + text
             if logprobs is not None:
                 of_prompt = output.prompt_token_ids
-                begun -= _characters(_bytes(of_prompt, self.texts))
+                begun -= len(_text(_bytes(of_prompt, self.texts)))
                 ids, of_text = [*of_prompt, *ids], [*(output.prompt_logprobs or []), *logprobs]
-        of_tokens = None if of_text is None else self._completion_logprobs(ids, of_text, begun)
+        of_tokens = None if of_text is None else self._completion_logprobs(ids, of_text, begun, sent.tail)
         return {**common, "text": text, "logprobs": of_tokens}
 
     def _of_prompt(self, output: RequestOutput) -> dict[str, Any]:
@@ -338,14 +342,15 @@ class Answers:
         return _text(self.texts.token_bytes(token))
 
     def _completion_logprobs(
-        self, ids: Sequence[int], logprobs: Sequence[Logprobs | None], begun: int
+        self, ids: Sequence[int], logprobs: Sequence[Logprobs | None], begun: int, tail: bytes
     ) -> dict[str, Any]:
-        """``begun``: characters before the first token. Of a text's first token there are no log-probabilities."""
-        pieces = [self.texts.token_bytes(token) for token in ids]
-        offsets = []
+        """``begun``: characters before the first token; ``tail``: of one more. A text's first token has no values."""
+        pieces, offsets = [self.texts.token_bytes(token) for token in ids], []
         for piece in pieces:
-            offsets.append(max(0, begun - (piece[:1] != b"" and not _characters(piece[:1]))))
-            begun += _characters(piece)
+            starts_one = piece[:1] != b"" and piece[0] & 0xC0 != 0x80  # and what there is of another stays as it is
+            offsets.append(begun + (starts_one and tail != b""))
+            count, tail = _decoded(tail + piece)
+            begun += count
         # Halves of characters have one text: of those the most probable one is shown, which comes last here.
         ordered = [sorted((of_token or {}).items(), key=lambda pair: pair[1]) for of_token in logprobs]
         tops = [{self._text(token): value for token, value in pairs} or None for pairs in ordered]
@@ -373,9 +378,10 @@ def _text(piece: bytes) -> str:
     return piece.decode("utf-8", "replace")
 
 
-def _characters(piece: bytes) -> int:
-    """That begin in it."""
-    return sum(byte & 0xC0 != 0x80 for byte in piece)
+def _decoded(data: bytes) -> tuple[int, bytes]:
+    """The number of characters in it, and what there is of one more."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return len(decoder.decode(data)), decoder.getstate()[0]
 
 
 def _top(of_token: Logprobs, count: int) -> list[tuple[int, float]]:

@@ -27,7 +27,8 @@ from megatron_ds.pipeline.action import MAX_SENDS, Action, Op
 from megatron_ds.pipeline.graphs import MicroBatchGraphs
 from megatron_ds.pipeline.passes import make_ready
 from megatron_ds.pipeline.schedule import Schedule
-from megatron_ds.pipeline.timeline import Event, timed
+from megatron_ds.pipeline.stopwatch import timed
+from megatron_ds.pipeline.timeline import Event
 from megatron_ds.pipeline.transfers import Receive, Send, SizedReceive
 
 MicroBatch = Mapping[str, Tensor]

@@ -15,15 +15,11 @@ from __future__ import annotations
 
 import json
 import math
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
-
-import torch
 
 from megatron_ds.errors import DataError, ScheduleError
 from megatron_ds.files import read_json
@@ -40,21 +36,6 @@ class Event:
     action: Action
     start: float
     end: float
-
-
-@contextmanager
-def timed(events: list[Event], rank: int, action: Action, device: torch.device) -> Iterator[None]:
-    """Add the interval of what runs inside to ``events``, the work that it queued on the device included."""
-    _synchronize(device)
-    start = time.perf_counter()
-    yield
-    _synchronize(device)
-    events.append(Event(rank, action, start, time.perf_counter()))
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,9 @@ from served import folder_logits
 
 from megatron_ds.data.tokenizers import ByteTokenizer
 from megatron_ds.inference import LLM, SamplingParams
+from megatron_ds.inference.openai_protocol import Answers, Call
 from megatron_ds.inference.openai_server import Limits, Server
+from megatron_ds.inference.outputs import CompletionOutput, RequestOutput
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if tools %}T{{ tools|length }}{% endif %}>"
@@ -163,6 +165,23 @@ def test_an_echoed_prompt_has_its_log_probabilities(running: Running, folder: Pa
         )
         assert seen["token_logprobs"][5] == pytest.approx(float(want[-1].max()), abs=1e-5)
         assert all(2 <= len(of_token) <= 3 for of_token in seen["top_logprobs"][3:5])
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [2, 3], [1, 2, 3, 4, 5, 6]])
+def test_offsets_are_places_in_the_text(cuts: list[int]) -> None:
+    """Of tokens of a byte each, sent in parts: a stray byte and half a character are characters of the text too."""
+    data = b"a\xc3\xa9\x80\xc3b\xf0\x9f"
+    text = data.decode("utf-8", "replace")
+    call = Call(False, "tiny", ((),), SamplingParams(logprobs=0), False, False)
+    answers = Answers(call, "name", ByteTokenizer())
+    offsets: list[int] = []
+    sent = answers._begin(0)
+    for stop in [*cuts, len(data)]:
+        part = CompletionOutput(0, text, [*data[:stop]], [{token: 0.0} for token in data[:stop]])
+        offsets += answers._choice(0, RequestOutput("r", "", [], [part]), part, sent)["logprobs"]["text_offset"]
+        sent = answers._after(part, sent)
+    assert text == "aé\ufffd\ufffdb\ufffd"
+    assert offsets == [0, 1, 1, 2, 3, 4, 5, 5]
 
 
 def test_tokens_that_are_parts_of_characters_come_with_their_bytes(running: Running) -> None:
