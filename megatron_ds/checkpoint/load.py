@@ -128,8 +128,7 @@ def differences(manifest: Manifest, flat_shards: Sequence[FlatShard], world: Axi
 
 def _require_none(found: dict[str, list[str]], directory: Path, remedy: str) -> None:
     if any(found.values()):
-        names = [text.split(":")[0] for texts in found.values() for text in texts]
-        of_state = all(_OF in name and not name.startswith("buffer") for name in names)
+        of_state = all(_is_of_state(text) for texts in found.values() for text in texts)
         what = "the state of another optimizer" if of_state else "another model"
         said = [f"{directory} holds {what} than the one being loaded:", *_lines(found), remedy]
         raise CheckpointError("\n  ".join(said))
@@ -149,6 +148,12 @@ def _requests(checkpoint: Checkpoint, flat_shards: Sequence[FlatShard], held: to
 
 def _label(kind: str, name: str) -> str:
     return name if kind == "param" else f"{kind}{_OF}{name}"
+
+
+def _is_of_state(text: str) -> bool:
+    """Whether a text that begins with a label is about an optimizer's state, and not a parameter or a buffer."""
+    label = text.partition(":")[0]
+    return _OF in label and not label.startswith("buffer")
 
 
 def _distinct(names: Iterable[str]) -> list[str]:

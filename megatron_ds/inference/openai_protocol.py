@@ -266,14 +266,13 @@ class Answers:
         found = []
         for sample in output.outputs:
             key = (prompt, sample.index)
-            sent = self._sent.get(key)
-            if sent is not None:
-                nothing_new = len(sample.text) == sent.characters and sample.finish_reason is None
-                if sent.characters < 0 or nothing_new:
-                    continue
-            choice = self._choice(prompt, output, sample, sent or self._begin(prompt), of_stream=True)
-            self._sent[key] = self._after(sample, sent or self._begin(prompt))
-            found.append(self._piece([choice if sent else {**choice, **self._of_prompt(output)}]))
+            sent = self._sent.get(key, self._begin(prompt))
+            is_new = sent.first or len(sample.text) != sent.characters or sample.finish_reason is not None
+            if sent.characters < 0 or not is_new:
+                continue
+            choice = self._choice(prompt, output, sample, sent, of_stream=True)
+            self._sent[key] = self._after(sample, sent)
+            found.append(self._piece([{**choice, **self._of_prompt(output)} if sent.first else choice]))
         return found
 
     def last_piece(self, outputs: Sequence[RequestOutput]) -> dict[str, Any] | None:

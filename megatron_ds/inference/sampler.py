@@ -77,7 +77,10 @@ class Sampler:
         for index, row in enumerate(rows):
             self._process(logits[index], row)
         drawn = [index for index, row in enumerate(rows) if not row.params.greedy]
-        values, ids = logits.max(1)  # torch's, too, is the first of equals
+        if len(drawn) < len(rows):
+            values, ids = logits.max(1)  # torch's, too, is the first of equals
+        else:
+            values, ids = logits.new_empty(len(rows)), logits.new_empty(len(rows), dtype=torch.int64)
         if drawn:
             at = torch.tensor(drawn, device=logits.device)
             kept = self._kept(

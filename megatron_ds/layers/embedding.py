@@ -1,4 +1,4 @@
-"""The token embedding, its rows split over the tensor-parallel axis, and the lookup of rows in any table.
+"""Vocabulary-parallel token embedding, and the lookup of rows in any table.
 
 Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden, ``v`` vocabulary.
 """
@@ -19,7 +19,7 @@ from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
 
 
 class _Lookup(torch.autograd.Function):
-    """Rows of a table; their gradients go straight into the gradient buffer where an optimizer gave the table one."""
+    """Embedding lookup. Its gradient is added straight to the main gradient where an optimizer gave the table one."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, table: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Linear layers, split over the tensor-parallel axis.
 
-Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden. Activations are ``[s, b, h]``, so that splitting or
-gathering the sequence is contiguous. Under sequence parallelism activations outside a tensor-parallel pair of layers
-are ``[s / tp, b, h]`` (Korthikanti et al. 2022, section 4.2.2).
+Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden. Activations are ``[s, b, h]``, so that splitting or gathering the
+sequence is contiguous. Under sequence parallelism activations outside a tensor-parallel pair of layers are
+``[s / tp, b, h]`` (Korthikanti et al. 2022, section 4.2.2).
 
 A pair is a :class:`ColumnParallelLinear` (splits its outputs, needs the whole sequence) followed by a
 :class:`RowParallelLinear` (splits its inputs, returns a sum over ranks). In the backward pass of the column layer the

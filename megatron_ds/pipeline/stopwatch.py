@@ -1,4 +1,4 @@
-"""The time that an action of a run takes, for the timeline of recorded steps."""
+"""Times the actions of a pipeline schedule as they run, for the timeline of a recorded step."""
 
 from __future__ import annotations
 

@@ -103,8 +103,8 @@ class BucketKey:
         reduce_over: mesh axes over which gradients are to be summed besides.
         shared, unit, stage, rule: see :class:`ParameterInfo`; a shared parameter has a bucket to itself, of the same
             layout on every stage that holds it.
-        cut: where that is told apart, whether ranks besides the data axis hold other parts of the parameters, as of
-            weights that tensor parallelism cuts.
+        cut: whether the parameters are sharded over another axis than the data axis, as tensor-parallel weights are.
+            False for all where buckets need not tell (see ``copies_apart``).
     """
 
     dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""Bytes of a rank by kind and place, and as a table to read."""
+"""Memory of one rank: bytes by kind and place, and the table that shows them."""
 
 from __future__ import annotations
 

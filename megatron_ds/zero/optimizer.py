@@ -332,7 +332,7 @@ class ZeroOptimizer(MovableParameters):
             update.set_count(updates)
 
     def take_back(self) -> None:
-        """The device has made no update in the last step: one less is counted, of each parameter that it was for."""
+        """Undo the step count of an update that the device has skipped, for each parameter that it was for."""
         late, frozen = self.late(), frozenset[str]().union(*(update.frozen for update in self._rules()))
         self.count -= 1
         made = {n: {**own, "step": own["step"] - 1} for n, own in late.items() if own is not None and n not in frozen}
