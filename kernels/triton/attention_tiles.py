@@ -70,6 +70,21 @@ def causal(query, key, TM: tl.constexpr, TN: tl.constexpr):
 
 
 @triton.jit
+def steps_of_row(
+    start, partial, index, line, first, WINDOW: tl.constexpr, TM: tl.constexpr, TN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The first step of a row; the first one with a mask; and the end. All steps of a window have one."""
+    if WINDOW:
+        middle = tl.load(index + tl.load(start + line)) * (BLOCK // TN)
+        begin, end = middle, tl.cdiv(first + TM, TN)
+    else:
+        begin = tl.load(start + line) * (BLOCK // TN)
+        middle = tl.load(partial + line) * (BLOCK // TN)
+        end = tl.load(start + line + 1) * (BLOCK // TN)
+    return begin, middle, end
+
+
+@triton.jit
 def steps_of_column(
     start, partial, line, first, WINDOW: tl.constexpr, SPLIT: tl.constexpr, TM: tl.constexpr, BLOCK: tl.constexpr
 ):

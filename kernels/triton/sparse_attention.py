@@ -26,6 +26,7 @@ from megatron_ds.kernels.triton.attention_tiles import (
     place_of_program,
     place_of_step,
     steps_of_column,
+    steps_of_row,
     store_tile,
 )
 from megatron_ds.kernels.triton.common import on_device_of, unit_stride
@@ -83,13 +84,9 @@ def forward_kernel(
     top = tl.full([TM], float("-inf"), tl.float32)
     total = tl.zeros([TM], tl.float32)
     acc = tl.zeros([TM, D], tl.float32)
-    if WINDOW:
-        middle = tl.load(index + tl.load(start + line)) * (BLOCK // TN)
-        end = tl.cdiv(first + TM, TN)
-    else:
-        middle = tl.load(partial + line) * (BLOCK // TN)
-        end = tl.load(start + line + 1) * (BLOCK // TN)
-        for i in range(tl.load(start + line) * (BLOCK // TN), middle):
+    begin, middle, end = steps_of_row(start, partial, index, line, first, WINDOW, TM, TN, BLOCK)
+    if not WINDOW:
+        for i in range(begin, middle):
             total, top, acc = forward_step(
                 total, top, acc, q_tile, i, k, v, k_row, v_row, index, mask_of, masks, inside, length, scaled,
                 "none", TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
@@ -158,13 +155,9 @@ def query_kernel(
     tl.store(delta + at, delta_row, mask=row < length)
     lse_row = tl.load(lse + at, mask=row < length, other=float("inf")) * LOG2_E
     acc = tl.zeros([TM, D], tl.float32)
-    if WINDOW:
-        middle = tl.load(index + tl.load(start + line)) * (BLOCK // TN)
-        end = tl.cdiv(first + TM, TN)
-    else:
-        middle = tl.load(partial + line) * (BLOCK // TN)
-        end = tl.load(start + line + 1) * (BLOCK // TN)
-        for i in range(tl.load(start + line) * (BLOCK // TN), middle):
+    begin, middle, end = steps_of_row(start, partial, index, line, first, WINDOW, TM, TN, BLOCK)
+    if not WINDOW:
+        for i in range(begin, middle):
             acc = query_step(
                 acc, q_tile, grad_tile, lse_row, delta_row, i, k, v, k_row, v_row, index, mask_of, masks, inside,
                 length, scaled, "none", TM, TN, BLOCK, D, HEAD_DIM, EVEN, PRECISION,
