@@ -220,21 +220,27 @@ def _rank_main(
     faulthandler.dump_traceback_later(max(timeout - 2.0, timeout / 2), file=stack_file)
     torch.set_num_threads(1)
     device = torch.device(device_for_all) if device_for_all else device_of_rank(rank, world_size)
+    store = dist.FileStore(os.path.join(folder, "rendezvous"), world_size)
+    connected = [f"connected/{rank}" for rank in range(world_size)]
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group(
             backend or ("nccl" if device.type == "cuda" else "gloo"),
-            store=dist.FileStore(os.path.join(folder, "rendezvous"), world_size),
+            store=store,
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout),
         )
+        store.set(connected[rank], "")
         payload = pickle.dumps(("result", time.monotonic(), function(*args)))
     except BaseException:
+        connected = []
         payload = pickle.dumps(("failure", time.monotonic(), traceback.format_exc()))
     pipe.send_bytes(payload)
     pipe.close()
     sys.stdout.flush()
     sys.stderr.flush()
+    # Its end breaks connections that slower ranks are still making. The parent ends a rank that waits in vain.
+    store.wait(connected, timedelta(seconds=timeout))
     os._exit(0)  # the parent has everything; tearing groups down one by one only costs time

@@ -54,6 +54,15 @@ def test_a_hang_ends_at_the_time_limit_with_stacks() -> None:
     assert time.monotonic() - start < 20
 
 
+def nothing() -> None:
+    pass
+
+
+def test_ranks_that_end_at_once_leave_the_others_their_connections() -> None:
+    for _ in range(3):
+        assert run_ranks(nothing, 8) == [None] * 8
+
+
 def shares_memory() -> bool:
     mesh = Mesh.create(MeshShape(dp=dist.get_world_size()), torch.device("cpu"))
     return SharedArena.create(1, mesh.data) is not None and local._exchange_on(mesh.data) is not None
