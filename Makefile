@@ -48,8 +48,7 @@ test-faults: $(INSTALLED) ## Thousands of kills, damaged and malicious files and
 lint: $(INSTALLED) ## Check with ruff (lint and format) and mypy; say where torch has a newer release than the pin
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
-	@$(RUN) -m mypy -p megatron_ds
-	@$(RUN) -m mypy tools examples
+	@$(RUN) -m mypy megatron_ds tools examples
 	@$(RUN) tools/newest_releases.py
 
 format: $(INSTALLED) ## Fix what ruff can fix and format every file
