@@ -79,8 +79,8 @@ class _ScaledOutputs(_Quantized):
     zeros: Tensor
 
     def sums(self, x: Tensor) -> Tensor:
-        """``x [t, in]`` int8, times the packed weight -> ``[t, out]`` fp32."""
-        return onednn.int8_product(x, self.packed, self.wide_scale, self.zeros)
+        """``x [t, in]`` whole numbers of eight bits, times the packed weight -> ``[t, out]`` fp32."""
+        return onednn.int8_product((x + onednn.INT8_ZERO).to(torch.uint8), self.packed, self.wide_scale, self.zeros)
 
 
 class Int8(_ScaledOutputs):
@@ -94,7 +94,7 @@ class Int8(_ScaledOutputs):
         relative = x / scale
         high = relative.round()
         low = relative.sub_(high).mul_(_DIGIT).round_()
-        of_high, of_low = self.sums(torch.cat((high, low)).to(torch.int8)).chunk(2)
+        of_high, of_low = self.sums(torch.cat((high, low))).chunk(2)
         return of_high.add_(of_low, alpha=1 / _DIGIT).mul_(scale).to(x.dtype)
 
 
@@ -103,9 +103,10 @@ class Int8Inputs(_ScaledOutputs):
 
     def rows(self, x: Tensor) -> Tensor:
         scale = largest(x, 1, self.tp) / LARGEST["w8a8"]
-        values = (x.to(scale.dtype) / scale).round_().to(torch.int8)
+        whole = (x.to(scale.dtype) / scale).round_()
         if self.packs:
-            return self.sums(values).mul_(scale).to(x.dtype)
+            return self.sums(whole).mul_(scale).to(x.dtype)
+        values = whole.to(torch.int8)
         count = values.shape[0]
         if x.device.type == "cuda" and count <= 16:  # where cuBLAS takes 17 rows at least
             values = torch.cat((values, values.new_zeros(32 - count, values.shape[1])))
