@@ -20,7 +20,7 @@ from megatron_ds.config import BaseRunConfig, RunConfig, validate
 from megatron_ds.data.loader import BatchLoader, MicroBatch
 from megatron_ds.data.samples import SampleSource
 from megatron_ds.layers.position import rotary_table
-from megatron_ds.mesh import Mesh
+from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models import transformer
 from megatron_ds.models.families import task_of
 from megatron_ds.pipeline.passes import make_ready
@@ -200,16 +200,18 @@ def rotary_tables_of_the_cpu() -> Iterator[None]:
 
 
 def train_on_this_rank(rows: Sequence[Row], device: str | None = None) -> list[Outcome]:
-    """Inside a job: every row, all of one mesh. ``device``: one for all ranks, instead of :func:`device_of_rank`'s."""
-    configs = [config_of(row) for row in rows]
+    """Inside a job: every row, all of as many ranks. ``device``: one for all, instead of :func:`device_of_rank`'s."""
     world = dist.get_world_size()
     place = torch.device(device) if device else device_of_rank(dist.get_rank(), world)
-    mesh = Mesh.create(validate(configs[0], world), place)
+    meshes: dict[MeshShape, Mesh] = {}
     outcomes = []
-    for row, config in zip(rows, configs):
-        validate(config, world)
+    for row in rows:
+        config = config_of(row)
+        shape = validate(config, world)
+        if shape not in meshes:
+            meshes[shape] = Mesh.create(shape, place)
         try:
-            outcomes.append(train(config, mesh, schedule=schedules_of(row)))
+            outcomes.append(train(config, meshes[shape], schedule=schedules_of(row)))
         except Exception as error:
             raise RuntimeError(f"row {row} failed") from error
     return outcomes
@@ -222,7 +224,7 @@ def one_process(config: str) -> Outcome:
 
 
 def run_rows(rows: Sequence[Row]) -> dict[Row, list[Outcome]]:
-    """Rows of one mesh in one job: the outcomes of all ranks."""
+    """Rows of as many ranks each, in one job: the outcomes of all ranks."""
     ranks = run_ranks(train_on_this_rank, rows[0].world_size, rows)
     return {row: [outcomes[i] for outcomes in ranks] for i, row in enumerate(rows)}
 
