@@ -34,12 +34,13 @@ def packed_bytes(count: int, form: str, dtype: torch.dtype) -> int:
     return blocks * (_scale_dtype(dtype).itemsize + (BLOCK // 2 if form == "int4" else BLOCK))
 
 
-def pack(x: Tensor, form: str, stochastic: bool = False) -> Tensor:
+def pack(x: Tensor, form: str, keys: Tensor | None = None) -> Tensor:
     """``[rows, n]`` to bytes ``[rows, packed_bytes]``.
 
     Args:
-        stochastic: round up with the probability of the fraction that is lost, so that a sum of many is not biased. By
-            a hash of the block's scale and of the place in the row, so that the same numbers give the same bytes.
+        keys: ``[rows]`` int32, for stochastic rounding: up with the probability of the fraction that is lost, so that a
+            sum of many is not biased. The random number is a hash of the row's key and of the place in the row. Of
+            ``int8`` and ``int4``; None: to the nearest.
     """
     wide = _scale_dtype(x.dtype)
     blocks = F.pad(x.to(wide), (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
@@ -48,7 +49,7 @@ def pack(x: Tensor, form: str, stochastic: bool = False) -> Tensor:
     if form == "fp8":
         values = relative.to(E4M3).view(torch.uint8)
     else:
-        rounded = (relative + _fractions(scale, blocks.shape[1])).floor() if stochastic else relative.round()
+        rounded = relative.round() if keys is None else _by_chance(relative, keys)
         whole = rounded.clamp(-LARGEST[form], LARGEST[form]).nan_to_num().to(torch.int16)
         if form == "int4":
             low, high = (whole + 8).unflatten(2, (-1, 2)).unbind(3)
@@ -58,11 +59,20 @@ def pack(x: Tensor, form: str, stochastic: bool = False) -> Tensor:
     return torch.cat((scale.flatten(1).view(torch.uint8), values.flatten(1)), dim=1)
 
 
-def _fractions(scale: Tensor, blocks: int) -> Tensor:
-    """Numbers of [0, 1), one for each number of the blocks."""
-    seeds = scale.float().view(torch.int32)  # [rows, blocks, 1]
-    places = (torch.arange(blocks * BLOCK, device=scale.device) * COLUMN_STEP).to(torch.int32).view(1, blocks, BLOCK)
-    return (mix(mix(seeds) + places) & 0xFFFFFF).to(scale.dtype) * 2.0**-24
+def row_keys(seed: int, first: int, rows: int, device: torch.device) -> Tensor:
+    """``[rows]`` int32: a hash for each of the rows ``first ..``, of a seed of 63 bits and the row's number."""
+    numbers = torch.arange(first, first + rows, device=device) ^ (seed & 0xFFFFFFFF)
+    return mix(mix(numbers.to(torch.int32)) ^ (seed >> 32))
+
+
+def _by_chance(relative: Tensor, keys: Tensor) -> Tensor:
+    """Stochastic rounding of ``[rows, blocks, BLOCK]`` to whole numbers."""
+    places = (torch.arange(relative.shape[1] * BLOCK, device=keys.device) * COLUMN_STEP).to(torch.int32)
+    bits = mix(keys.view(-1, 1, 1) + places.view(1, -1, BLOCK)) & 0x7FFFFF
+    # Compared with the fraction: added to the number, fp32 would round it, and a whole number could go up.
+    chance = (bits.to(relative.dtype) + 0.5) * 2.0**-23
+    below = relative.floor()
+    return below + (chance < relative - below)
 
 
 def unpack(data: Tensor, count: int, form: str, dtype: torch.dtype) -> Tensor:

@@ -40,8 +40,11 @@ class WholeMemory(Protocol):
 
     whole: torch.Tensor
 
-    def reduce_scatter_start(self) -> Pending:
-        """Sum over the axis in place: afterwards this rank's slice is the sum, the rest is void."""
+    def reduce_scatter_start(self, key: int = 0) -> Pending:
+        """Sum over the axis in place: afterwards this rank's slice is the sum, the rest is void.
+
+        ``key``: the seed of the random numbers, where what is sent is rounded by chance.
+        """
 
     def all_gather_start(self) -> Pending:
         """Collect every rank's slice in place, once all peers have published theirs."""
@@ -52,8 +55,11 @@ class Slot(Protocol):
 
     whole: torch.Tensor
 
-    def reduce_scatter_start(self, shard: torch.Tensor, add: bool) -> Pending:
-        """Sum this rank's slice over the axis into ``shard``, or ``add`` it to what is there."""
+    def reduce_scatter_start(self, shard: torch.Tensor, add: bool, key: int = 0) -> Pending:
+        """Sum this rank's slice over the axis into ``shard``, or ``add`` it to what is there.
+
+        ``key``: as of :meth:`WholeMemory.reduce_scatter_start`.
+        """
 
     def free(self) -> None:
         """Give the memory back once every peer has read it. All ranks of the axis, in one order."""
@@ -178,7 +184,7 @@ class _Whole:
         self.whole, self._axis = whole, axis
         self._shard = slice_dim0(whole, axis)
 
-    def reduce_scatter_start(self) -> Pending:
+    def reduce_scatter_start(self, key: int = 0) -> Pending:
         return reduce_scatter_start(self._shard, self.whole, self._axis)
 
     def all_gather_start(self) -> Pending:
@@ -197,7 +203,7 @@ class _Slot:
     def __init__(self, whole: torch.Tensor, axis: Axis):
         self.whole, self._axis = whole, axis
 
-    def reduce_scatter_start(self, shard: torch.Tensor, add: bool) -> Pending:
+    def reduce_scatter_start(self, shard: torch.Tensor, add: bool, key: int = 0) -> Pending:
         summing = reduce_scatter_start(slice_dim0(self.whole, self._axis), self.whole, self._axis)
         return Pending(shard, then=lambda: shard.add_(summing.wait()) if add else shard.copy_(summing.wait()))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_ds.comm.buffers import GatheredMemory, GroupBuffers, GroupGathered, Slot, Slots, WholeMemory
 from megatron_ds.comm.collectives import all_gather_start, all_reduce_start, all_to_all_start
 from megatron_ds.comm.pending import Pending, slice_dim0
-from megatron_ds.kernels.quantized_blocks import pack, packed_bytes, unpack
+from megatron_ds.kernels.quantized_blocks import pack, packed_bytes, row_keys, unpack
 from megatron_ds.mesh import Axis
 
 
@@ -25,7 +25,8 @@ class Quantization:
 
     Attributes:
         weights, gradients: the format (see :mod:`megatron_ds.kernels.quantized_blocks`); None: as they are.
-        stochastic: gradients are rounded up or down by chance.
+        stochastic: gradients are rounded up or down by chance, which a key decides: whoever sums has one for each rank
+            and each sum.
         node: the axis cut in two, where it is: neighbours (of one node), and their counterparts of all nodes.
     """
 
@@ -73,8 +74,8 @@ class _Whole:
         self.whole, self._axis, self._how = memory.whole, axis, how
         self.all_gather_start = memory.all_gather_start
 
-    def reduce_scatter_start(self) -> Pending:
-        return reduce_scatter_start(slice_dim0(self.whole, self._axis), self.whole, False, self._axis, self._how)
+    def reduce_scatter_start(self, key: int = 0) -> Pending:
+        return reduce_scatter_start(slice_dim0(self.whole, self._axis), self.whole, False, self._axis, self._how, key)
 
 
 class _Slots:
@@ -91,8 +92,8 @@ class _Slot:
         self.whole, self.free = slot.whole, slot.free
         self._axis, self._how = axis, how
 
-    def reduce_scatter_start(self, shard: Tensor, add: bool) -> Pending:
-        return reduce_scatter_start(shard, self.whole, add, self._axis, self._how)
+    def reduce_scatter_start(self, shard: Tensor, add: bool, key: int = 0) -> Pending:
+        return reduce_scatter_start(shard, self.whole, add, self._axis, self._how, key)
 
 
 class QuantizedGathered(GroupGathered):
@@ -164,25 +165,28 @@ class QuantizedGathered(GroupGathered):
         self._came = self._exact
 
 
-def reduce_scatter_start(output: Tensor, whole: Tensor, add: bool, axis: Axis, how: Quantization) -> Pending:
+def reduce_scatter_start(
+    output: Tensor, whole: Tensor, add: bool, axis: Axis, how: Quantization, key: int = 0
+) -> Pending:
     """Sum this rank's slice of ``whole`` over the axis into ``output`` (or ``add`` it), what others send quantised.
 
-    Over the node first, where there is one: then between nodes goes what was summed in each of them.
+    Over the node first, where there is one: then between nodes goes what was summed in each of them. ``key``: of this
+    rank and this sum.
     """
     count = whole.numel() // axis.size
     if not count:
         return Pending(output)
     if how.node is None:
         rows = whole.view(axis.size, 1, count)
-        exchange = _exchange_start(rows, axis, how)
+        exchange = _exchange_start(rows, axis, how, key)
         return Pending(output, then=lambda: _put(output, exchange.wait()[0], add))
     near, far = how.node
     rows = whole.view(far.size, near.size, count).transpose(0, 1)  # by neighbour, what it owns and its counterparts do
-    inside = _exchange_start(rows, near, how)
+    inside = _exchange_start(rows, near, how, key)
 
     def between() -> None:
         summed = inside.wait().unsqueeze(1)  # [nodes, 1, count]
-        _put(output, _exchange_start(summed, far, how).wait()[0], add)
+        _put(output, _exchange_start(summed, far, how, key, axis.size).wait()[0], add)
 
     return Pending(output, then=between)
 
@@ -191,11 +195,15 @@ def _put(output: Tensor, total: Tensor, add: bool) -> None:
     output.add_(total) if add else output.copy_(total)
 
 
-def _exchange_start(rows: Tensor, axis: Axis, how: Quantization) -> Pending:
-    """``[ranks, k, count]``, the first dim by receiver, to the sum of what came for this rank, ``[k, count]``."""
+def _exchange_start(rows: Tensor, axis: Axis, how: Quantization, key: int, first: int = 0) -> Pending:
+    """``[ranks, k, count]``, the first dim by receiver, to the sum of what came for this rank, ``[k, count]``.
+
+    ``first``: rows that ``key`` has rounded before these.
+    """
     form, (ranks, k, count) = how.gradients, rows.shape
     assert form is not None
-    sent = pack(rows.reshape(ranks * k, count), form, how.stochastic).view(ranks, -1)
+    keys = row_keys(key, first, ranks * k, rows.device) if how.stochastic else None
+    sent = pack(rows.reshape(ranks * k, count), form, keys).view(ranks, -1)
     received = torch.empty_like(sent)
     exchange = all_to_all_start(received, sent, axis)
     total = rows[axis.rank].clone()  # what stays here is not rounded
@@ -209,17 +217,21 @@ def _exchange_start(rows: Tensor, axis: Axis, how: Quantization) -> Pending:
     return Pending(total, then=add_up)
 
 
-def sum_start(tensor: Tensor, axis: Axis, how: Quantization | None) -> Pending:
-    """Sum in place over an axis: each rank sums a part, and all get it in the same rounded form."""
+def sum_start(tensor: Tensor, axis: Axis, how: Quantization | None, key: int = 0) -> Pending:
+    """Sum in place over an axis: each rank sums a part, and all get it in the same rounded form.
+
+    ``key``: of this rank and this sum.
+    """
     if how is None or how.gradients is None or not tensor.numel():
         return all_reduce_start(tensor, axis)
     form = how.gradients
     count = -(-tensor.numel() // axis.size)
     rows = torch.nn.functional.pad(tensor, (0, count * axis.size - tensor.numel())).view(axis.size, 1, count)
-    exchange = _exchange_start(rows, axis, how)
+    exchange = _exchange_start(rows, axis, how, key)
 
     def finish() -> None:
-        sent = pack(exchange.wait(), form, how.stochastic)
+        keys = row_keys(key, axis.size, 1, tensor.device) if how.stochastic else None
+        sent = pack(exchange.wait(), form, keys)
         packed = sent.new_empty(axis.size, packed_bytes(count, form, tensor.dtype))
         all_gather_start(packed, sent, axis).wait()
         tensor.copy_(unpack(packed, count, form, tensor.dtype).flatten()[: tensor.numel()])

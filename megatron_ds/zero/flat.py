@@ -21,13 +21,14 @@ from torch import nn
 from megatron_ds import comm
 from megatron_ds.comm import Pending
 from megatron_ds.comm.buffers import Buffers, Slots
-from megatron_ds.comm.quantized_buffers import Quantization, sum_start
+from megatron_ds.comm.quantized_buffers import Quantization
 from megatron_ds.kernels.square_sum import square_sum
 from megatron_ds.mesh import Axis
 from megatron_ds.optim.rule import OptimizerSegment, Update, UpdateRule
 from megatron_ds.shard import in_order, shaped_as
 from megatron_ds.shard.flat_shards import FlatShard
 from megatron_ds.zero.buckets import BucketLayout, Segment, owned_ranges, state_dtype
+from megatron_ds.zero.gradient_sums import GradientSums
 from megatron_ds.zero.main_grad import MainGradient
 from megatron_ds.zero.memory import TransientGradients, TransientParameters, WholeBuffer
 from megatron_ds.zero.state import BucketState
@@ -73,8 +74,6 @@ class FlatBucket:
     ):
         self.layout = layout
         self.shard, self.replicate = shard, _ = axes
-        self.also_over = tuple(axis for axis in (self.replicate, *also_over) if axis.group is not None)
-        self._sent = {} if how is None else {self.replicate.name: how}  # over tp and stages as they are
         self.main_grads: list[MainGradient] = []
         self.tensors = list(parameters)
         dtype = layout.key.dtype
@@ -91,6 +90,7 @@ class FlatBucket:
                 self.gradients = WholeBuffer(name, layout.size, wide, buffers)
             else:
                 self.gradients = TransientGradients(layout.size, shard, slots)
+            self._sums = GradientSums(layout, self.gradients, axes, also_over, how)
         self.rule = rule
         self.segments = layout.segments(shard.rank)
         rows = (*(("master",) if wide != dtype else ()), *layout.key.rule.kinds)
@@ -100,9 +100,7 @@ class FlatBucket:
         self._looks = 2.0  # the next so many updates look at every element
         self._arrived: torch.Tensor | None = None  # what _digest() was when the parameters came
         self._bound = False  # the optimizer has the state's tensors for good
-        self._reducing: Pending | None = None
         self._gathering: Pending | None = None
-        self._remaining_axes: list[Axis] = []
 
     def adopt_values(self) -> None:
         """Take over what the parameters hold: they become views of the flat buffer, and their old memory is free."""
@@ -223,10 +221,10 @@ class FlatBucket:
         """Whether nothing of this step has been reduced into the shard that is kept."""
         return self.gradients is not None and self.gradients.empty
 
-    def start_step(self) -> None:
-        """Forget the gradients of the step before."""
+    def start_step(self, step: int) -> None:
+        """Forget the gradients of the step before. ``step``: updates so far."""
         assert self.gradients is not None
-        self.gradients.start_step()
+        self._sums.start_step(step)
         if self.gradients.whole is not None and self.main_grads[0].view is None:
             self._show_gradients(self.gradients.whole)
 
@@ -251,20 +249,14 @@ class FlatBucket:
             if not main_grad.written:
                 assert main_grad.view is not None
                 main_grad.view.zero_()
-        self._remaining_axes = list(self.also_over)
-        self._reducing = self.gradients.reduce_scatter_start()
-        if self._reducing is None and self._remaining_axes:
-            axis = self._remaining_axes.pop(0)
-            self._reducing = sum_start(self.gradients.shard, axis, self._sent.get(axis.name))
+        self._sums.start()
         if self.frees_gradients:
             for main_grad in self.main_grads:
                 main_grad.view = None
 
     def finish_reduce(self) -> None:
         """Wait for the sum that :meth:`start_reduce` started."""
-        if self._reducing is not None:
-            self._reducing.wait()
-            self._reducing = None
+        self._sums.finish()
 
     def free_gradients(self) -> None:
         """Give whole gradients back where they are not kept. All ranks of the shard axis, in one order."""
@@ -273,10 +265,7 @@ class FlatBucket:
 
     def sum_over_remaining_axes(self) -> None:
         """The sums over the other axes, once a step."""
-        assert self.gradients is not None
-        for axis in self._remaining_axes:
-            sum_start(self.gradients.shard, axis, self._sent.get(axis.name)).wait()
-        self._remaining_axes = []
+        self._sums.over_remaining_axes()
 
     def norm_squared(self) -> torch.Tensor:
         """0-d float64: squared norm of this rank's slice, without parameters that another rank owns.

@@ -37,12 +37,13 @@ class WholeBuffer:
     def take(self) -> torch.Tensor:
         return self.whole
 
-    def reduce_scatter_start(self) -> Pending | None:
+    def reduce_scatter_start(self, key: int = 0) -> Pending | None:
         """Sum over the axis in place: afterwards ``shard`` holds the sum of all ranks' slices, the rest is void.
 
-        None on an axis of one rank, where there is nothing to sum.
+        None on an axis of one rank, where there is nothing to sum. ``key``: of this rank and this sum, where what is
+        sent is rounded by chance.
         """
-        return None if self.axis.group is None else self._memory.reduce_scatter_start()
+        return None if self.axis.group is None else self._memory.reduce_scatter_start(key)
 
     def all_gather_start(self) -> Pending | None:
         """Collect every rank's ``shard`` in place."""
@@ -92,11 +93,11 @@ class TransientGradients:
         """Forget what ``shard`` holds."""
         self.empty = True
 
-    def reduce_scatter_start(self) -> Pending:
-        """Add the sum over the axis of this rank's slice of ``whole`` to ``shard``."""
+    def reduce_scatter_start(self, key: int = 0) -> Pending:
+        """Add the sum over the axis of this rank's slice of ``whole`` to ``shard``; ``key``: as of WholeBuffer."""
         assert self._slot is not None
         add, self.empty = not self.empty, False
-        return self._slot.reduce_scatter_start(self.shard, add)
+        return self._slot.reduce_scatter_start(self.shard, add, key)
 
     def free(self) -> None:
         """Give ``whole`` back, once every peer has read it. Collective: all ranks, in one order."""

@@ -149,7 +149,7 @@ class ZeroOptimizer(MovableParameters):
     def start_step(self) -> None:
         """Forget the gradients of the step before."""
         self.reducer.expect(Phase.IDLE, "start_step")
-        self.reducer.start_step()
+        self.reducer.start_step(self._count)
         if self.gatherer is not None:
             self.gatherer.start_step()
             self.gatherer.keep = self.config.keep_whole

@@ -8,13 +8,17 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_ds.kernels.quantized_blocks import BLOCK, LARGEST, pack, packed_bytes, unpack
+from megatron_ds.kernels.quantized_blocks import BLOCK, LARGEST, pack, packed_bytes, row_keys, unpack
 
 FORMS = ["int8", "int4", "fp8"]
 
 
-def through(x: torch.Tensor, form: str, **settings: bool) -> torch.Tensor:
-    packed = pack(x, form, **settings)
+def keys(seed: int, rows: int, first: int = 0) -> torch.Tensor:
+    return row_keys(seed, first, rows, torch.device("cpu"))
+
+
+def through(x: torch.Tensor, form: str, keys: torch.Tensor | None = None) -> torch.Tensor:
+    packed = pack(x, form, keys)
     assert packed.dtype == torch.uint8 and packed.shape == (len(x), packed_bytes(x.shape[1], form, x.dtype))
     return unpack(packed, x.shape[1], form, x.dtype)
 
@@ -29,8 +33,8 @@ def test_numbers_on_the_grid_come_back_bit_for_bit(form: str, dtype: torch.dtype
     x[1] *= 0.25
     x[2] = 0.0
     x = x.to(dtype)
-    for stochastic in (False, True):
-        assert torch.equal(through(x, form, stochastic=stochastic), x)
+    for chance in (None, keys(1, 3)):
+        assert torch.equal(through(x, form, chance), x)
 
 
 @pytest.mark.parametrize("count", [1, BLOCK - 1, BLOCK, 5 * BLOCK + 3])
@@ -59,17 +63,53 @@ def test_an_overflow_is_seen(form: str, value: float) -> None:
     assert found[0].isfinite().all() and found[1, :BLOCK].isfinite().all()
 
 
-def test_chance_has_no_bias_and_the_same_numbers_the_same_bytes() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(1, 100 * BLOCK, dtype=torch.float64).fill_(0.3)
-    x[:, ::BLOCK] = torch.rand(100, dtype=torch.float64) + 7.0  # scales of a little above 1, all different
-    found = through(x, "int4", stochastic=True)
-    assert torch.equal(found, through(x, "int4", stochastic=True))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_whole_numbers_never_go_up_by_chance(dtype: torch.dtype) -> None:
+    """A random number added in fp32 would round up with the largest of them: one whole number of 260,000."""
+    x = torch.arange(-127, 128, dtype=dtype).repeat(8000).view(1, -1)
+    x = torch.cat((x, x.new_full((1, -x.shape[1] % BLOCK), 127.0)), dim=1)
+    assert torch.equal(through(x, "int8", keys(3, 1)), x)
+
+
+def rounded(x: torch.Tensor, form: str, seeds: range) -> torch.Tensor:
+    """``[len(seeds), rows, n]``: what comes of the same numbers with each seed."""
+    return torch.stack([through(x, form, keys(seed, len(x))) for seed in seeds])
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_chance_has_no_bias_over_the_steps(form: str) -> None:
+    """The mean error over ``t`` steps is that of one over the root of ``t``; with one key for all it would stay."""
+    x = torch.randn(2, 8 * BLOCK, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scale = x.unflatten(1, (-1, BLOCK)).abs().amax(2, keepdim=True) / LARGEST[form]
+    fraction = (x.unflatten(1, (-1, BLOCK)) / scale) % 1
+    deviation = (fraction * (1 - fraction)).mul(scale**2).mean().sqrt()
+    errors = rounded(x, form, range(256)) - x
+    for steps in (1, 16, 256):
+        mean = errors[:steps].mean(0).square().mean().sqrt()
+        assert mean == pytest.approx(deviation.item() / steps**0.5, rel=0.06), f"{steps} steps"
+    fixed = torch.stack([through(x, form, keys(7, 2)) for _ in range(16)]).mean(0) - x
+    assert fixed.square().mean().sqrt() > 0.9 * deviation, "so a key that stays shows"
+
+
+def test_equal_rows_are_rounded_independently() -> None:
+    x = torch.randn(1, 32 * BLOCK, generator=torch.Generator().manual_seed(0)).repeat(2, 1)
+    first, second = (through(x, "int4", keys(5, 2)) - x).unbind()
+    later, same = through(x[:1], "int4", keys(5, 1, first=9))[0] - x[0], through(x[:1], "int4", keys(5, 1))[0] - x[0]
+    assert torch.equal(first, same), "a row is rounded by its number, whatever is beside it"
+    for other in (second, later):
+        together = torch.stack((first, other))
+        # Of 8,192 independent pairs the correlation is within 5 / 90 of 0.
+        assert abs(torch.corrcoef(together)[0, 1]) < 5 / x.shape[1] ** 0.5
+
+
+def test_to_the_nearest_what_is_small_is_lost_and_by_chance_it_is_not() -> None:
+    x = torch.full((1, 100 * BLOCK), 0.3, dtype=torch.float64)
+    x[:, ::BLOCK] = 7.0
     rest = torch.ones(x.shape[1], dtype=torch.bool)
     rest[::BLOCK] = False
-    mean = found[0, rest].mean()
-    # The standard error of 25,500 draws of 0 or about 1.07: 0.003.
-    assert abs(mean - 0.3) < 0.012 and through(x, "int4")[0, rest].abs().max() == 0, "to the nearest, all is lost"
+    # The standard error of 25,500 draws of 0 or 1: 0.003.
+    assert abs(through(x, "int4", keys(0, 1))[0, rest].mean() - 0.3) < 0.012
+    assert through(x, "int4")[0, rest].abs().max() == 0
 
 
 class NoNumbers(TorchFunctionMode):

@@ -287,9 +287,9 @@ def sharded_gradients_overwritten() -> AbstractContextManager[Any]:
     """Each micro-batch's reduction forgets those before it."""
     reduce = TransientGradients.reduce_scatter_start
 
-    def forgetful(gradients: TransientGradients) -> Any:
+    def forgetful(gradients: TransientGradients, *arguments: Any) -> Any:
         gradients.empty = True
-        return reduce(gradients)
+        return reduce(gradients, *arguments)
 
     return patch.object(TransientGradients, "reduce_scatter_start", forgetful)
 

@@ -48,10 +48,12 @@ def steps_in_few_bits() -> None:
     """Copies lie beside what tensor parallelism cuts, whose numbers are others on each rank."""
     mesh = Mesh.create(MeshShape(dp=2, tp=2), torch.device("cpu"))
     for stage, form in ((1, "int4"), (2, "int8")):
-        zero, parameters = build(mesh, stage, "sgd", bucket_mb=1.0, quantized_gradients=form)
-        reduce_gradients(zero, parameters, mesh)
-        zero.step(LR)
-        check_replicas(zero, mesh)
+        few_bits = {"quantized_gradients": form, "quantized_stochastic": stage == 2}
+        zero, parameters = build(mesh, stage, "sgd", bucket_mb=1.0, **few_bits)
+        for _ in range(5):  # other random numbers in each
+            reduce_gradients(zero, parameters, mesh)
+            zero.step(LR)
+            check_replicas(zero, mesh)
 
 
 def test_copies_stay_equal_where_gradients_are_sent_in_few_bits() -> None:

@@ -73,7 +73,7 @@ class LocalWhole:
         self.whole = self._by_rank[self._axis.rank]
         self._shard = slice_dim0(self.whole, self._axis)
 
-    def reduce_scatter_start(self) -> Pending:
+    def reduce_scatter_start(self, key: int = 0) -> Pending:
         tokens = self._arena.tokens()
 
         def add_up() -> None:
@@ -122,7 +122,7 @@ class LocalSlot:
         self.whole = slots.of_rank(slots.arena.axis.rank, number, size)
         self._read: Tokens | None = None
 
-    def reduce_scatter_start(self, shard: torch.Tensor, add: bool) -> Pending:
+    def reduce_scatter_start(self, shard: torch.Tensor, add: bool, key: int = 0) -> Pending:
         arena, axis = self._slots.arena, self._slots.arena.axis
         own = slice_dim0(self.whole, axis)
         tokens = arena.tokens(self._number)

@@ -1,0 +1,91 @@
+"""Gradients that are rounded by chance on their way: without bias over the steps, independently in every message."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megatron_ds.config import OptimizerConfig, ZeroConfig
+from megatron_ds.kernels.quantized_blocks import BLOCK, LARGEST
+from megatron_ds.mesh import Mesh, MeshShape
+from megatron_ds.shard import ShardSpec
+from megatron_ds.testing import run_ranks
+from megatron_ds.zero import gradient_sums
+from megatron_ds.zero.optimizer import ZeroOptimizer
+
+RANKS, STEPS, SIZE = 4, 36, 2 * 4 * BLOCK
+CASES: dict[str, tuple[dict[str, Any], int]] = {  # settings, and backward passes of a step
+    "whole gradients": ({"stage": 1}, 2),
+    "each micro-batch": ({"stage": 2}, 2),
+    "replicas": ({"stage": 1, "shard_size": 2}, 1),
+    "in a node first": ({"stage": 2, "secondary_size": 2}, 1),
+}
+
+
+def gradient() -> Tensor:
+    return torch.randn(SIZE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def errors(settings: dict[str, Any], passes: int, mesh: Mesh) -> Tensor:
+    """``[STEPS, shard]``: what this rank's sums are off by, where all ranks have one gradient in all passes."""
+    parameter = nn.Parameter(torch.zeros(SIZE, dtype=torch.float64))
+    parameter.shard = ShardSpec("weight", (SIZE,))  # type: ignore[attr-defined]
+    config = ZeroConfig(quantized_gradients="int4", quantized_stochastic=True, **settings)
+    zero = ZeroOptimizer([parameter], mesh, config, OptimizerConfig(name="sgd"))
+    found = []
+    for _ in range(STEPS):
+        zero.start_step()
+        for number in range(passes):
+            zero.start_backward(last=number == passes - 1)
+            parameter.main_grad.add(gradient())  # type: ignore[attr-defined]
+            zero.end_backward()
+        zero.finish_gradients()
+        (shard,) = zero.gradient_shards()
+        found.append(shard.tensor(None) - passes * RANKS * gradient()[shard.start : shard.stop])
+        zero.step(0.0)
+    return torch.stack(found)
+
+
+def on_this_rank(one_key: bool) -> dict[str, Tensor]:
+    mesh = Mesh.create(MeshShape(dp=RANKS), torch.device("cpu"))
+    with patch.object(gradient_sums, "derive_seed", lambda *names: 5) if one_key else nullcontext():
+        return {name: errors(*case, mesh) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module")
+def by_key() -> dict[bool, dict[str, Tensor]]:
+    """All ranks' errors side by side: as they are, and with one key for all messages."""
+    jobs = {one_key: run_ranks(on_this_rank, RANKS, one_key) for one_key in (False, True)}
+    return {
+        key: {name: torch.cat([rank[name] for rank in ranks], dim=1) for name in CASES} for key, ranks in jobs.items()
+    }
+
+
+def rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_mean_error_falls_with_the_root_of_the_steps(name: str, by_key: dict[bool, dict[str, Tensor]]) -> None:
+    found = by_key[False][name]
+    assert rms(found.mean(0)) == pytest.approx(rms(found) / STEPS**0.5, rel=0.08)
+    same = by_key[True][name]
+    assert rms(same.mean(0)) > 0.9 * rms(same), "with one key it stays"
+
+
+@pytest.mark.parametrize("name", ["whole gradients", "each micro-batch"])
+def test_messages_are_rounded_independently(name: str, by_key: dict[bool, dict[str, Tensor]]) -> None:
+    """The variance of a sum is that of one message times their number; of messages that share draws, its square."""
+    blocks = gradient().view(-1, BLOCK)
+    scale = blocks.abs().amax(1, keepdim=True) / LARGEST["int4"]
+    fraction = blocks / scale % 1
+    deviation = rms((fraction * (1 - fraction)).sqrt() * scale)
+    whole = name == "whole gradients"
+    messages, size = (RANKS - 1) * (1 if whole else 2), 2.0 if whole else 1.0
+    assert rms(by_key[False][name]) == pytest.approx(messages**0.5 * size * deviation, rel=0.03)
+    assert rms(by_key[True][name]) == pytest.approx(messages * size * deviation, rel=0.1)
