@@ -14,7 +14,7 @@ from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.optim.rule import UpdateRule
 from megatron_ds.zero.buckets import state_dtype
 from megatron_ds.zero.flat import FlatBucket
-from megatron_ds.zero.layout import ZeroLayout
+from megatron_ds.zero.layout import AxisSizes, ZeroLayout, node_size
 from megatron_ds.zero.store import BucketStores, DeviceStore, Store, create_store
 
 
@@ -70,13 +70,17 @@ class Stores:
         self._parameters.close()
 
 
-def quantization(mesh: Mesh, config: ZeroConfig) -> Quantization | None:
-    """How weights and gradients are sent; None: as they are. Collective if ``config.secondary_size`` is set."""
+def quantization(mesh: Mesh, config: ZeroConfig, axes: AxisSizes) -> dict[tuple[str, ...], Quantization]:
+    """How weights and gradients are sent, by the axes over which they are sharded already; empty: as they are.
+
+    Collective if ``config.secondary_size`` is set.
+    """
     weights, gradients = (None if f == "none" else f for f in (config.quantized_weights, config.quantized_gradients))
-    node = None if config.secondary_size is None else mesh.split_data(config.secondary_size)
-    if weights is None and gradients is None and node is None:
-        return None
-    return Quantization(weights, gradients, config.quantized_stochastic, node)
+    if weights is None and gradients is None and config.secondary_size is None:
+        return {}
+    sizes = {over: node_size(config, axes, over) for over in axes}
+    nodes = {over: None if size is None else mesh.split_data(size, over) for over, size in sizes.items()}
+    return {over: Quantization(weights, gradients, config.quantized_stochastic, node) for over, node in nodes.items()}
 
 
 class RankMemory:
@@ -85,7 +89,8 @@ class RankMemory:
     Args:
         shards: the shard axis of each ``sharded_over``.
         share: let CPU ranks of one host read each other's parameters and gradients.
-        how: these are sent, if not as they are; then nothing is shared, so that the numbers are those of any hosts.
+        how: of each ``sharded_over``, these are sent, if not as they are; then nothing is shared, so that the numbers
+            are those of any hosts.
 
     Attributes:
         buffers: of each ``sharded_over``, for parameters and gradients.
@@ -97,14 +102,14 @@ class RankMemory:
         device: torch.device,
         shards: Mapping[tuple[str, ...], Axis],
         share: bool,
-        how: Quantization | None = None,
+        how: Mapping[tuple[str, ...], Quantization],
     ):
         self._layout, self._how = layout, how
         self.stores = Stores(layout, device)
         self.buffers: dict[tuple[str, ...], Buffers] = {}
         for over, axis in shards.items():
-            if how is not None:
-                self.buffers[over] = QuantizedBuffers(axis, device, how)
+            if over in how:
+                self.buffers[over] = QuantizedBuffers(axis, device, how[over])
             elif share:
                 self.buffers[over] = open_buffers(axis, device, buffer_sizes(layout, over))
             else:
@@ -132,7 +137,8 @@ class RankMemory:
                 also_over.append(shared_over[key.shared][1])
             mine = [parameters[slot.parameter] for slot in layout.slots]
             memory = self.buffers[key.sharded_over], self.slots(key.dtype, key.sharded_over), self.stores.of(number)
-            found.append(FlatBucket(layout, mine, axes[key.sharded_over], also_over, rule, *memory, self._how))
+            how = self._how.get(key.sharded_over)
+            found.append(FlatBucket(layout, mine, axes[key.sharded_over], also_over, rule, *memory, how))
         return found
 
     def slots(self, dtype: torch.dtype, sharded_over: tuple[str, ...]) -> Slots | None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_ds.config import OffloadConfig, ZeroConfig
+from megatron_ds.errors import ConfigError
 from megatron_ds.kernels.quantized_blocks import packed_bytes
 from megatron_ds.zero.buckets import BucketLayout, ParameterInfo, plan_buckets, state_dtype
 from megatron_ds.zero.byte_table import KINDS, PLACES, STATE, RankBytes
@@ -31,6 +32,27 @@ AxisSizes = Mapping[tuple[str, ...], tuple[int, int]]
 """Ranks of the shard and of the replicate axis, by the mesh axes over which parameters are sharded already."""
 PoolKey = tuple[torch.dtype, tuple[str, ...]]
 """The dtype in which gradients are summed, and the mesh axes over which their parameters are sharded already."""
+
+
+def node_size(config: ZeroConfig, axes: AxisSizes, sharded_over: tuple[str, ...]) -> int | None:
+    """Ranks of a node, of ``secondary_size`` neighbours, that shard the same part; None: nodes make no difference.
+
+    Neighbours that are sharded over another axis already, as experts are, hold different parts.
+
+    Raises:
+        ConfigError: a node would hold some parts more often than others.
+    """
+    if config.secondary_size is None:
+        return None
+    parts = axes[()][0] // axes[sharded_over][0]
+    if max(parts, config.secondary_size) % min(parts, config.secondary_size):
+        over = " x ".join(sharded_over)
+        raise ConfigError(
+            f"zero.secondary_size={config.secondary_size} and {over}={parts}: a node would hold some of the {parts} "
+            f"parts more often than others; use a multiple or a divisor of {parts}"
+        )
+    size = config.secondary_size // parts
+    return size if size > 1 else None
 
 
 @dataclass(frozen=True)
@@ -144,6 +166,9 @@ class ZeroLayout:
         """Bytes of gradients that are reduced at one time, where their buffers are given back."""
         return _WINDOW * self.config.bucket_mb * 1e6
 
+    def _node_size(self, bucket: BucketLayout) -> int | None:
+        return node_size(self.config, self.axes, bucket.key.sharded_over)
+
     def gradient_sizes(self) -> dict[PoolKey, list[int]]:
         """Elements of every bucket of gradients."""
         sizes: dict[PoolKey, list[int]] = {}
@@ -173,8 +198,8 @@ class ZeroLayout:
             away = config.offload_parameters.device if number in self.offload.parameters else "none"
             held["parameters"][stores[away]] += bucket.parameter_bytes
             if bucket.key.unit is not None:
-                if config.secondary_size is not None:
-                    held["parameters"]["device"] += bucket.size // config.secondary_size * bucket.key.dtype.itemsize
+                if (node := self._node_size(bucket)) is not None:
+                    held["parameters"]["device"] += bucket.size // node * bucket.key.dtype.itemsize
                 if config.quantized_weights != "none":  # the shard as it is sent
                     held["parameters"]["device"] += packed_bytes(
                         bucket.shard_size, config.quantized_weights, bucket.key.dtype
@@ -225,9 +250,10 @@ class ZeroLayout:
         for bucket in self.buckets:
             shard, copies = self.axes[bucket.key.sharded_over]
             whole = bucket.size * bucket.key.dtype.itemsize
-            near = self.config.secondary_size or shard
+            node = self._node_size(bucket)
+            near = node or shard
             if bucket.key.unit is not None:
-                again = gathers - 1 if self.config.secondary_size else 0  # from the second shard, as it is
+                again = gathers - 1 if node else 0  # from the second shard, as it is
                 packed = _sent_bytes(bucket, weights, bucket.key.dtype)
                 sent += (gathers - again) * packed * (shard - 1) // shard + again * whole * (near - 1) // near
             else:

@@ -94,7 +94,7 @@ class ZeroOptimizer(MovableParameters):
         sizes = {over: (shard.size, replicate.size) for over, (shard, replicate) in self._axes.items()}
         self.layout = ZeroLayout.plan(infos, config, sizes)
         self._mesh, self._shared_over, self._shared_memory = mesh, shared_over, shared_memory
-        self._quantization = quantization(mesh, config)
+        self._quantization = quantization(mesh, config, sizes)
         self.stores: list[Stores] = []
         self._buffers: list[Buffers] = []
         self._all = self._allocate(self.layout)
