@@ -105,20 +105,25 @@ def _block_faults(m: ModelConfig) -> Iterator[str]:
         )
 
 
-def _position_faults(m: ModelConfig, length: int) -> Iterator[str]:
+def rotary_faults(m: ModelConfig) -> Iterator[str]:
+    """Why the heads of a model cannot be turned by their positions, wherever it comes from."""
     rotated = m.rotary_dim or m.head_size
     if m.position == "rope" and rotated % 2:
         name = "head_dim" if m.rotary_dim is None else "rotary_dim"
         yield f"rotary positions need an even {name}, not {rotated}; use {multiples_around(rotated, 2)}"
     if rotated > m.head_size:
         yield f"model.rotary_dim={m.rotary_dim} is more than the {m.head_size} dims of a head; use that or fewer"
+
+
+def _position_faults(m: ModelConfig, length: int) -> Iterator[str]:
+    yield from rotary_faults(m)
     if m.position == "alibi" and not m.causal:
         yield (
             "model.position='alibi' with model.family='bert': ALiBi's bias is for tokens that look back; use "
             "'learned', 'rope' or 'none'"
         )
     if m.rope_scaling is not None:
-        yield from _scaling_faults(dict(m.rope_scaling), rotated // 2)
+        yield from _scaling_faults(dict(m.rope_scaling), (m.rotary_dim or m.head_size) // 2)
     if m.position == "learned" and length > m.max_positions:
         yield (
             f"train.sequence_length={length} is longer than model.max_positions={m.max_positions}; "

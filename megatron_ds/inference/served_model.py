@@ -13,6 +13,7 @@ from megatron_ds.checkpoint.load import load
 from megatron_ds.checkpoint.meta import model_config
 from megatron_ds.checkpoint.reader import Checkpoint
 from megatron_ds.config import ModelConfig
+from megatron_ds.config.transformer import rotary_faults
 from megatron_ds.convert import carried_files
 from megatron_ds.convert.folder import HFFolder
 from megatron_ds.convert.hugging_face import described
@@ -72,6 +73,8 @@ def find(path: str | Path) -> Source:
     c = source.config
     if not c.causal:
         raise ConfigError(f"{path} holds a {c.family} model, which is no decoder: only those generate text")
+    if faults := list(rotary_faults(c)):
+        raise ConfigError(f"{path} holds a model that cannot be computed: {'; '.join(faults)}")
     scaling = (c.rope_scaling or {}).get("rope_type") if c.position == "rope" else None
     if scaling in ("dynamic", "longrope"):
         raise ConfigError(

@@ -166,3 +166,10 @@ def test_a_folder_without_a_model_and_without_a_tokenizer(folder: Path, tmp_path
         with pytest.raises(ConfigError, match="prompt is empty"):
             llm.generate([[]], use_tqdm=False)
         assert len(llm.generate([5, 6], GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == 10
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_heads_that_cannot_be_turned_are_refused_before_anything_is_computed(width: int, tmp_path: Path) -> None:
+    _llama(head_dim=width).save_pretrained(tmp_path / "odd")
+    with pytest.raises(ConfigError, match=f"rotary positions need an even head_dim, not {width}; use 2"):
+        LLM(tmp_path / "odd")
