@@ -43,20 +43,21 @@ class Rendering:
 
 
 class ChatTemplate:
-    """Args: ``source``, the Jinja text; ``special``, names that it may use (``bos_token``, ``eos_token``).
+    """A template, or two where a model has one for conversations with tools.
+
+    Args:
+        source: the Jinja text.
+        special: names that it may use (``bos_token``, ``eos_token``).
+        tool_use: what shows a conversation with tools; None: ``source`` does.
 
     Raises:
         DataError: not valid Jinja.
     """
 
-    def __init__(self, source: str, special: dict[str, str] | None = None):
-        from megatron_ds.data.template_sandbox import compile_template  # imports jinja2: only where it is needed
-
-        try:
-            self._template = compile_template(source)
-        except Exception as error:  # deep nesting is a RecursionError, much else a SyntaxError
-            raise DataError(f"the chat template is not valid Jinja: {error}") from None
-        self.source = source
+    def __init__(self, source: str, special: dict[str, str] | None = None, tool_use: str | None = None):
+        self._template = _compiled(source)
+        self._with_tools = self._template if tool_use is None else _compiled(tool_use)
+        self.source, self.tool_use = source, source if tool_use is None else tool_use
         self._special = special or {}
         self.fingerprint = xxhash.xxh3_64_hexdigest(json.dumps([source, self._special]).encode())
 
@@ -68,7 +69,7 @@ class ChatTemplate:
 
         try:
             return render(
-                self._template,
+                self._template if tools is None else self._with_tools,
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 tools=tools,
@@ -109,6 +110,15 @@ class ChatTemplate:
             found.append(Rendering(text, here))
             others = [other for other in others if not text.startswith(other[0])]
         return found[::-1]
+
+
+def _compiled(source: str) -> Any:
+    from megatron_ds.data.template_sandbox import compile_template  # imports jinja2: only where it is needed
+
+    try:
+        return compile_template(source)
+    except Exception as error:  # deep nesting is a RecursionError, much else a SyntaxError
+        raise DataError(f"the chat template is not valid Jinja: {error}") from None
 
 
 def encode(
@@ -192,15 +202,22 @@ def load_template(spec: str | None, tokenizer: str, special: dict[str, str] | No
             raise DataError(f"chat template {spec!r} is not a file; give a Jinja file, or 'chatml'")
         return ChatTemplate(_read_text(path), special)
     folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
-    if (folder / "chat_template.jinja").is_file():
-        return ChatTemplate(_read_text(folder / "chat_template.jinja"), special)
-    source = read_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(source, list):  # several named ones
-        entries = (entry for entry in source if isinstance(entry, dict) and entry.get("name") == "default")
-        source = next((entry.get("template") for entry in entries), None)
+    source, tool_use = _of_folder(folder)
     if isinstance(source, str):
-        return ChatTemplate(source, special)
+        return ChatTemplate(source, special, tool_use if isinstance(tool_use, str) else None)
     raise DataError(f"the tokenizer {tokenizer} has no chat template; give a Jinja file, or 'chatml'")
+
+
+def _of_folder(folder: Path) -> tuple[Any, Any]:
+    """What a tokenizer's folder has as its template, and as the one for tools; None where it has none."""
+    if (folder / "chat_template.jinja").is_file():
+        tool_use = folder / "additional_chat_templates" / "tool_use.jinja"
+        return _read_text(folder / "chat_template.jinja"), _read_text(tool_use) if tool_use.is_file() else None
+    source = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if not isinstance(source, list):
+        return source, None
+    named = {str(entry.get("name")): entry.get("template") for entry in source if isinstance(entry, dict)}
+    return named.get("default"), named.get("tool_use")
 
 
 def _read_text(path: Path) -> str:

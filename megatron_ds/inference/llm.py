@@ -157,7 +157,7 @@ class LLM:
         """
         if self._template is None:
             raise ConfigError(f"{self.model} has no chat template; put a chat_template.jinja beside its tokenizer")
-        if tools and "tools" not in self._template.source:
+        if tools and "tools" not in self._template.tool_use:
             raise ConfigError(
                 f"the chat template of {self.model} shows no tools; leave tools out, or put a chat_template.jinja "
                 "beside its tokenizer that shows them"

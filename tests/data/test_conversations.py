@@ -84,6 +84,31 @@ def test_bad_messages(value: object, message: str) -> None:
         parse_messages(value)
 
 
+def test_tools_are_shown_by_the_template_for_them(tmp_path: Path) -> None:
+    """Of several named templates in a folder, in both forms that ``transformers`` writes."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    named = [
+        {"name": "default", "template": "D{{ messages[0]['content'] }}"},
+        {"name": "rag", "template": "R"},
+        {"name": "tool_use", "template": "T{{ tools | length }}{{ messages[0]['content'] }}"},
+    ]
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": named}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    PreTrainedTokenizerFast.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "additional_chat_templates" / "tool_use.jinja").is_file()
+    messages = [{"role": "user", "content": "hi"}]
+    for folder in (tmp_path, tmp_path / "saved"):
+        template, reference = load_template(None, str(folder)), PreTrainedTokenizerFast.from_pretrained(folder)
+        for tools in (None, [], [{"type": "function", "function": {"name": "f"}}]):
+            expected = reference.apply_chat_template(messages, tools=tools, tokenize=False)
+            assert template.render(messages, tools=tools) == expected, (folder, tools)
+    one = ChatTemplate("{{ tools }}")
+    assert one.render(messages, tools=[1]) == "[1]" and one.render(messages) == "None"
+
+
 def test_where_templates_come_from(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "A{{ eos_token }}"}))
     assert load_template(None, str(tmp_path), {"eos_token": "E"}).render([]) == "AE"
