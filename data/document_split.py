@@ -9,6 +9,8 @@ from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.errors import DataError
 
 SPLITS = ("train", "valid", "test")
+READ = SPLITS[:2]
+"""Those of which a run makes samples."""
 DocumentRange = tuple[int, int]
 
 

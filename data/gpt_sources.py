@@ -1,4 +1,4 @@
-"""The train, valid and test samples of a GPT run, opened and checked against the model before anything starts."""
+"""The train and valid samples of a GPT run, opened and checked against the model before anything starts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from megatron_ds.data.blend import BlendedDataset
 from megatron_ds.data.conversation_dataset import ConversationDataset
 from megatron_ds.data.dataset_files import MASK_SUFFIX, read_manifest
-from megatron_ds.data.document_split import SPLITS, DocumentRange, split_documents
+from megatron_ds.data.document_split import READ, SPLITS, DocumentRange, split_documents
 from megatron_ds.data.fim import FillInTheMiddle, FIMDataset, sentinels
 from megatron_ds.data.gpt_dataset import GPTDataset, TextSource
 from megatron_ds.data.indexed import IndexedDataset
@@ -65,10 +65,12 @@ def open_sources(
     """Open the dataset at ``prefix``, the ``blend`` of several, or a blend for each split; else random tokens.
 
     Args:
-        prefix: path or URL of a dataset, divided into splits by ``split``.
+        prefix: path or URL of a dataset, divided into splits by ``split``. The test split keeps documents away from the
+            run, which makes no samples of them.
         tokenizer: what the datasets have to be made with; None if that does not matter.
         blend: weighted datasets, each divided by ``split``.
-        split_blends: ``{"train": ..., "valid": ...}``: weighted datasets, whole, for each split.
+        split_blends: ``{"train": ..., "valid": ...}``: weighted datasets, whole, for each split. Those for ``"test"``
+            are not opened.
         cache_dir: where indexes and remote datasets are kept, instead of beside the data.
 
     Raises:
@@ -103,7 +105,7 @@ def open_sources(
         "sequence_length": sequence_length,
         "conversations": options.conversations,
     }
-    return GPTSources(found["train"], found["valid"], found["test"], tuple(make.notes), identity)
+    return GPTSources(found["train"], found["valid"], tuple(make.notes), identity)
 
 
 @dataclass
@@ -191,14 +193,14 @@ def blend_of_splits(
     make: MakeSource,
     open_dataset: OpenDataset,
 ) -> dict[str, TextSource | None]:
-    """Split every dataset alike, and blend the parts of each split: ``{"train": ..., "valid": ..., "test": ...}``.
+    """Split every dataset alike, and blend the parts of each split that is read: ``{"train": ..., "valid": ...}``.
 
     A split without weight is None. Raises DataError as :func:`~megatron_ds.data.document_split.split_documents` does.
     """
     opened = [(weight, open_dataset(prefix)) for weight, prefix in blend]
     ranges = [split_documents(dataset, split, sequence_length) for _, dataset in opened]
     found: dict[str, TextSource | None] = {}
-    for name in SPLITS:
+    for name in READ:
         members = [
             (weight, make(dataset, documents[name], _seed(seed, number)))
             for number, ((weight, dataset), documents) in enumerate(zip(opened, ranges))
@@ -211,7 +213,7 @@ def blend_of_splits(
 def splits_of_blends(
     blends: Mapping[str, Weighted], seed: int, make: MakeSource, open_dataset: OpenDataset
 ) -> dict[str, TextSource | None]:
-    """A blend for each split, of whole datasets: ``blends`` maps train, valid and test to their datasets.
+    """A blend for each split that is read, of whole datasets: ``blends`` maps train, valid and test to theirs.
 
     Raises:
         DataError: an unknown split, or a dataset named in two splits (what is trained on would be evaluated).
@@ -233,7 +235,7 @@ def splits_of_blends(
                 for number, (weight, prefix) in enumerate(blends.get(name, ()))
             ]
         )
-        for name in SPLITS
+        for name in READ
     }
 
 

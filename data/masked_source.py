@@ -109,6 +109,6 @@ def mask_sources(
             source, mask_id=mask_id, vocab_size=vocab_size, probability=probability, never=never, seed=seed
         )
 
-    train, valid, test = (masked(source) for source in (sources.train, sources.valid, sources.test))
+    train, valid = masked(sources.train), masked(sources.valid)
     assert train is not None
-    return GPTSources(train, valid, test, sources.notes, sources.identity)
+    return GPTSources(train, valid, sources.notes, sources.identity)

@@ -37,13 +37,12 @@ Source = TypeVar("Source", bound=SampleSource)
 
 @dataclass(frozen=True)
 class Sources(Generic[Source]):
-    """Samples by split; None where the split has no weight. ``notes``: what a run should say about its data.
+    """Samples of the splits that a run reads; None where one has no weight. ``notes``: what a run should say of them.
 
     ``identity``: what the order and the content of the samples follow from besides the seed, as JSON values.
     """
 
     train: Source
     valid: Source | None = None
-    test: Source | None = None
     notes: tuple[str, ...] = ()
     identity: Mapping[str, Any] = field(default_factory=dict)

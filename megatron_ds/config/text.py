@@ -230,7 +230,9 @@ class DataConfig(BaseDataConfig):
         (), description="Whole datasets that are trained on, as in blend; split is not used then."
     )
     valid_blend: tuple[tuple[float, str], ...] = Field((), description="Beside train_blend: those evaluated on.")
-    test_blend: tuple[tuple[float, str], ...] = Field((), description="Beside train_blend: those kept for tests.")
+    test_blend: tuple[tuple[float, str], ...] = Field(
+        (), description="Beside train_blend: those kept for tests; not opened."
+    )
     split: str = Field("969,30,1", description="Weights of train, valid and test by tokens; cut between documents.")
     tokenizer: str | None = Field(None, description="Tokenizer folder; checked against the dataset, and exported.")
     synthetic: bool = Field(False, description="Random tokens instead of any dataset, for measuring speed.")

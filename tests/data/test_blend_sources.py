@@ -33,7 +33,6 @@ def prefixes(tmp_path: Path) -> list[str]:
 def test_one_blend_split_alike(prefixes: list[str]) -> None:
     weights = [0.5, 0.3, 0.2]
     found = blend_of_splits(list(zip(weights, prefixes)), "80,20,0", S, 1, make, IndexedDataset)
-    assert found["test"] is None
     for name, documents in (("train", range(0, 80)), ("valid", range(80, 100))):
         source = found[name]
         assert source is not None
@@ -43,11 +42,27 @@ def test_one_blend_split_alike(prefixes: list[str]) -> None:
         assert set((tokens % 10_000 // 20).ravel().tolist()) <= set(documents)
 
 
+def test_no_samples_are_made_of_the_test_split(prefixes: list[str]) -> None:
+    """To check a dataset's tokens, or to pack its conversations, takes minutes. Its documents are in no other split."""
+    made: list[DocumentRange | None] = []
+
+    def noted(dataset: IndexedDataset, documents: DocumentRange | None, seed: int) -> TextSource:
+        made.append(documents)
+        return make(dataset, documents, seed)
+
+    found = blend_of_splits([(1.0, prefix) for prefix in prefixes], "70,20,10", S, 1, noted, IndexedDataset)
+    assert found.keys() == {"train", "valid"} and made == [(0, 70)] * 3 + [(70, 90)] * 3
+    own = {name: [(1.0, prefix)] for name, prefix in zip(("train", "valid", "test"), [*prefixes[:2], "/none"])}
+    assert splits_of_blends(own, 1, make, IndexedDataset).keys() == {"train", "valid"}, "and it is not opened"
+    with pytest.raises(DataError, match="is in the blends of both train and test"):
+        splits_of_blends({**own, "test": own["train"]}, 1, make, IndexedDataset)
+
+
 def test_a_blend_for_each_split(prefixes: list[str]) -> None:
     found = splits_of_blends(
         {"train": [(1, prefixes[0]), (3, prefixes[1])], "valid": [(1, prefixes[2])]}, 1, make, IndexedDataset
     )
-    assert found["test"] is None and found["train"] is not None and found["valid"] is not None
+    assert found["train"] is not None and found["valid"] is not None
     counts = np.bincount(found["train"].batch(range(400))["tokens"][:, 0] // 10_000)
     assert counts.tolist() == [100, 300]
     alone = GPTDataset(IndexedDataset(prefixes[2]), S, seed=1)

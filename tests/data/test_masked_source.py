@@ -76,10 +76,10 @@ def tokenizer(folder: Path, mask: bool) -> str:
 
 
 def test_the_tokenizer_knows_its_mask_token(tmp_path: Path) -> None:
-    sources = GPTSources(SyntheticDataset(10, 8), None, SyntheticDataset(10, 8))
+    sources = GPTSources(SyntheticDataset(10, 8))
     settings: dict[str, Any] = {"probability": 0.5, "vocab_size": 10, "seed": 0}
     given = mask_sources(sources, mask_id=None, **settings, tokenizer=tokenizer(tmp_path / "mask", True))
-    assert given.valid is None and isinstance(given.test, MaskedSource)
+    assert given.valid is None
     assert isinstance(given.train, MaskedSource) and given.train.mask_id == 3
     assert set(given.train.never.tolist()) == {0, 1, 3}
     with pytest.raises(DataError, match=r"mask_token is not set and no tokenizer is given; set it to the id"):
