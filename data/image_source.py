@@ -99,7 +99,8 @@ def image_sizes(source: ImageSource, path: Path, cache_dir: Path | None = None) 
             return {"sizes": np.array(list(pool.map(size, range(len(source)))), np.int64).reshape(-1, 2)}
 
     beside = path.with_name(f"{path.name}.image-sizes")
-    return cached_arrays(beside, {**source.identity, "modified": source.modified}, build, cache_dir)["sizes"]
+    key = {**source.identity, "modified": source.modified, "rows": len(source)}
+    return cached_arrays(beside, key, build, cache_dir)["sizes"]
 
 
 SKIP = "--data.on-error skip (of tools/cache_latents.py: --on-error skip)"

@@ -2,6 +2,9 @@
 
 Each member's place is looked up once and kept beside the shards. A caption is the text of ``key.txt``, or ``caption``
 or ``text`` of ``key.json``; a class is the number in ``key.cls``, or ``label`` of ``key.json``.
+
+A caption or class whose image is missing is a row without one, behind all others: it is counted and named as a file
+that is no image, and the rows of images are the same with it and without.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,8 @@ _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 @dataclass
 class _Sample:
-    """``image`` and ``text``: number of the tar, offset and size. ``other``: an image's file of a longer suffix."""
+    """``image`` and ``text``: number of the tar, offset and size; offset 0, where no content begins, is no image.
+    ``other``: an image's file of a longer suffix."""
 
     key: str
     image: tuple[int, int, int] = _NONE
@@ -67,15 +72,16 @@ class TarImages:
         self.identity: Mapping[str, Any] = {"images": "tar", **files_identity(tars)}
         self.modified = ""  # the identity has a checksum
         beside = path.with_name(f"{path.name}.image-index")
-        index = cached_arrays(beside, dict(self.identity), self._index, cache_dir)
+        index = cached_arrays(beside, {"version": 2, **self.identity}, self._index, cache_dir)
         self._images, self._texts, self._names, self._ends = (index[n] for n in ("image", "text", "names", "ends"))
-        if not len(self):
+        there = self._images[:, 1] > 0
+        if not there.any():
             raise DataError(f"{path}: the tars hold no image ({', '.join(sorted(SUFFIXES))})")
-        captioned, classed = self._texts[:, 0] >= 0, index["labels"] >= 0
+        captioned, classed = self._texts[there, 0] >= 0, index["labels"][there] >= 0
         for what, kept in (("caption", captioned), ("class", classed)):
             if kept.any() and not kept.all():
                 raise DataError(
-                    f"{int((~kept).sum())} of the {len(self)} images in {path} have no {what}, "
+                    f"{int((~kept).sum())} of the {len(kept)} images in {path} have no {what}, "
                     f"{self.name(int(kept.argmin()))} first; give all one, or none"
                 )
         self.captioned = bool(captioned.all())
@@ -84,7 +90,11 @@ class TarImages:
 
     def _index(self) -> dict[str, npt.NDArray]:
         with ThreadPoolExecutor() as pool:
-            samples = [sample for found in pool.map(_samples, range(len(self._tars)), self._tars) for sample in found]
+            found = list(pool.map(_samples, range(len(self._tars)), self._tars))
+        images, lone = (list(chain.from_iterable(part)) for part in zip(*found))
+        for sample in lone:  # a class that there is, as it is never seen
+            sample.label = images[0].label if images else -1
+        samples = [*images, *lone]
         names = [sample.key.encode() for sample in samples]
         return {
             "image": np.array([sample.image for sample in samples], np.int64).reshape(-1, 3),
@@ -100,7 +110,7 @@ class TarImages:
     def name(self, row: int) -> str:
         start = int(self._ends[row - 1]) if row else 0
         key = self._names[start : int(self._ends[row])].tobytes().decode()
-        return f"{self._tars[int(self._images[row, 0])]}: {key}"
+        return f"{self._tars[int(self._images[row, 0])]}: {key}{'' if self._images[row, 1] else ' (no image)'}"
 
     def content(self, row: int, most: int | None = None) -> bytes:
         number, offset, size = self._images[row].tolist()
@@ -128,8 +138,8 @@ def _member(tar: Path, offset: int, size: int) -> bytes:
     return content
 
 
-def _samples(number: int, path: Path) -> list[_Sample]:
-    """The images of a shard in the order of their first members."""
+def _samples(number: int, path: Path) -> tuple[list[_Sample], list[_Sample]]:
+    """The images of a shard in the order of their first members, and captions and classes without an image."""
     found: dict[str, _Sample] = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -146,7 +156,10 @@ def _samples(number: int, path: Path) -> list[_Sample]:
             f"{path}: {lost.other} would never be seen: a key ends at the first dot of a name, and {lost.key} has no "
             "image; give it a name with one dot"
         )
-    return [sample for sample in found.values() if sample.image != _NONE]
+    lone = [s for s in found.values() if s.image == _NONE and (s.text != _NONE or s.label >= 0)]
+    for sample in lone:
+        sample.image = (number, 0, 0)
+    return [sample for sample in found.values() if sample.image[1] > 0], lone
 
 
 def _add(sample: _Sample, suffix: str, number: int, path: Path, member: tarfile.TarInfo) -> None:

@@ -39,6 +39,7 @@ DTYPES = {"no": ("fp32", torch.float32), "fp16": ("fp16", torch.float16), "bf16"
 SCHEDULES = ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 EMA_DECAY = 0.9999
 RESOLUTION = 1024
+ENCODE_BATCH = 8
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -58,7 +59,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--center_crop", action="store_true", help="crop in the middle; default: anywhere, by seed and image")
     add("--random_flip", action="store_true", help="mirror half of the images, by seed and image")
     add("--latents", type=Path, help="folder that tools/cache_latents.py wrote, instead of --train_data_dir")
-    add("--encode_batch_size", type=int, default=8, help="images a rank encodes at once; %(default)s")
+    add("--encode_batch_size", type=int, help=f"images a rank encodes at once; {ENCODE_BATCH}")
     add = training_.add_argument
     add("--train_batch_size", type=int, default=16, help="images a forward pass on one rank; %(default)s")
     add("--gradient_accumulation_steps", type=int, default=1, help="forward passes a step; %(default)s")
@@ -101,10 +102,12 @@ def check(args: argparse.Namespace) -> None:
         faults.append(f"--proportion_empty_prompts {args.proportion_empty_prompts} is no share; use 0 to less than 1")
     if (args.train_data_dir is None) == (args.latents is None) and not args.dry_run:
         faults.append("give either --train_data_dir, images with captions, or --latents, what they were encoded to")
-    for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps", "encode_batch_size"):
+    if args.latents is not None and args.encode_batch_size is not None:
+        faults.append("--encode_batch_size: nothing is encoded with --latents; leave it out")
+    for name in ("train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):
         if getattr(args, name) < 1:
             faults.append(f"--{name} {getattr(args, name)}: use 1 or more")
-    for name in ("rank", "max_train_steps", "checkpoints_total_limit"):
+    for name in ("rank", "max_train_steps", "checkpoints_total_limit", "encode_batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             faults.append(f"--{name} {getattr(args, name)}: use 1 or more, or leave it out")
     if faults:
@@ -164,7 +167,7 @@ def main(place: RankInfo) -> int:
     if args.latents is None:
         crop: Any = "centre" if args.center_crop else "random"
         side = args.resolution or RESOLUTION
-        images = CacheSettings(side, 8, 1.0, crop, args.random_flip, args.seed, args.encode_batch_size)
+        images = CacheSettings(side, 8, 1.0, crop, args.random_flip, args.seed, args.encode_batch_size or ENCODE_BATCH)
         folder = args.output_dir / "latents"
         cache = latents.write_latents(mesh, args.train_data_dir, base, vae, images, folder)
     else:

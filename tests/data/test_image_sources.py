@@ -224,6 +224,23 @@ def test_a_tar_that_is_damaged_or_no_longer_the_same(root: Path, tmp_path: Path)
             open_images(folder)
 
 
+def test_a_caption_or_class_of_a_tar_whose_image_is_missing_is_counted_and_named(root: Path, tmp_path: Path) -> None:
+    images = [(root / "classes" / "china" / f"{i}.png").read_bytes() for i in range(2)]
+    members = [("lost.cls", b"7"), ("0.png", images[0]), ("0.cls", b"0"), ("1.cls", b"1"), ("1.png", images[1])]
+    write_tar(tmp_path / "0.tar", members[1:])
+    whole = open_images(tmp_path / "0.tar")
+    assert len(image_sizes(whole, tmp_path / "0.tar")) == 2
+    for lost in (members[0], ("lost.txt", b"a temple")):
+        write_tar(tmp_path / "0.tar", [lost, *members[1:], ("about.json", b'{"width": 3}')])
+        source = open_images(tmp_path / "0.tar")
+        sizes = image_sizes(source, tmp_path / "0.tar")
+        assert [source.content(row) for row in usable_rows(source, sizes, "skip")] == images
+        assert source.labels is not None and source.labels[:2].tolist() == [0, 1] and source.labels.max() == 1
+        assert not source.captioned
+        with pytest.raises(DataError, match=r"1 of 3 images cannot be decoded: .*0.tar: lost \(no image\); remove"):
+            usable_rows(source, sizes, "fail")
+
+
 def test_columns_of_an_image_set_that_say_nothing(root: Path, tmp_path: Path) -> None:
     import datasets
 

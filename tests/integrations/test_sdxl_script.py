@@ -152,6 +152,7 @@ def test_adapters_alone_are_trained_and_load(trained: Path) -> None:
         ("new", ["--resolution", "1020"], ConfigError, "use 1016 or 1024"),
         ("new", ["--proportion_empty_prompts", "1.5"], ConfigError, "use 0 to less than 1"),
         ("new", ["--checkpoints_total_limit", "0"], ConfigError, "use 1 or more"),
+        ("new", ["--latents", "whole/latents", "--encode_batch_size", "4"], ConfigError, "nothing is encoded with"),
         ("whole", [], ConfigError, "--resume_from_checkpoint latest"),
         ("new", ["--train_data_dir", "uncaptioned"], DataError, "no captions"),
         ("new", ["--pretrained_model_name_or_path", "photos"], ConfigError, "no pipeline of diffusers"),
