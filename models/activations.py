@@ -139,8 +139,9 @@ def _core(
     if is_preferred(cpu, width == 2, keeps, c.causal, rules or alone, alone):
         # Copies of queries, keys and values, and the probabilities of short rows. Documents make them fewer.
         block = block_size(torch.device("cpu" if cpu else "cuda"))
-        triangle = sum(min(block, s - start) * min(start + block, s) for start in range(0, s, block))
-        return whole + (b * heads * triangle * width if keeps else 0), False
+        seen = [min(start + block, s) if c.causal else s for start in range(0, s, block)]
+        scores = sum(min(block, s - start) * keys for start, keys in zip(range(0, s, block), seen))
+        return whole + (b * heads * scores * width if keeps else 0), False
     cut = config.data.document_masking or c.window is not None
     if takes_varlen(not cpu, width == 2, c.head_size, cut, c.position == "alibi"):
         # A batch of several rows is copied to have one row behind the other, and its output back.

@@ -11,6 +11,7 @@ Shapes: ``b`` micro-batch, ``h`` hidden, ``n`` heads, ``d`` head dim, ``f`` feat
 from __future__ import annotations
 
 from megatron_ds.config.diffusion import DiffusionRun
+from megatron_ds.kernels.block_attention import is_preferred, keeps_probabilities
 from megatron_ds.models.activations import LayerBytes, norm_bytes, stage_activations, width_of
 from megatron_ds.pipeline.stage import Activations, StageSpan
 
@@ -45,17 +46,22 @@ def _layer(config: DiffusionRun, tp: int, cpu: bool, last: bool) -> LayerBytes:
         around += whole * features * b * length * (c.ffn_size // tp) * width
     row = b * c.tokens * heads * c.head_size * width  # of this rank's heads
     around += row  # what attention found, the next matmul's input
+    core = 3 * row + b * heads * c.tokens * (8 if cpu and width == 8 else 4)
+    keeps = keeps_probabilities(c.tokens, c.head_size)
+    blocks = c.attention.sparse.mode == "none" and is_preferred(cpu, width == 2, keeps, False, False, False)
+    if blocks:  # copies of queries, keys and values, and the probabilities of short rows
+        core = 3 * row + keeps * b * heads * c.tokens**2 * width
     # Queries and keys that are normed or turned are no parts of qkv, which stays whole: as what norms were applied to,
     # or for its values. Where two streams are put together all three are copies.
+    inputs_of_core = 3 * row
     composed_of_copies = cpu and width == 2
     if c.qk_norm and c.has_text and not composed_of_copies:
         around += 3 * row
     elif (c.qk_norm or c.positions == "rope") and not c.has_text:
-        around += 2 * row
+        around, inputs_of_core = around + 2 * row * (not blocks), inputs_of_core + 2 * row * blocks
     if c.qk_norm:
         around += 2 * b * c.tokens * heads * 4
         if cpu:  # torch composes RMSNorm of what fp32 makes of it, and keeps a product too
             around += 2 * row * max(width, 4) // width * (1 + composed_of_copies)
-    core = 3 * row + b * heads * c.tokens * (8 if cpu and width == 8 else 4)
     inputs = (c.patches + c.text_tokens * c.has_text) // parts * stream
-    return LayerBytes(around + core, around, 3 * row, inputs)
+    return LayerBytes(around + core, around, inputs_of_core, inputs)

@@ -7,14 +7,14 @@ QUERIES = 64
 
 
 def prefers_blocks(half: bool, keeps_probabilities: bool, causal: bool, other_rules: bool) -> bool:
-    """Whether blocks of queries are faster: but for long sequences in fp32 under no rule but causality.
+    """Whether blocks of queries are faster: but in fp32 for whole rows, and for long ones under causality alone.
 
-    torch's kernel computes its tiles at a fraction of the matmul rate, in bf16 more slowly than in fp32, and other
-    rules reach it as a matrix of ``[s, s]``.
+    torch's kernel computes its tiles at a fraction of the matmul rate, in bf16 more slowly than in fp32 (its backward
+    pass over rows of 16 takes ten times as long), and other rules reach it as a matrix of ``[s, s]``.
 
     Args:
         half: inputs are of half precision.
         keeps_probabilities: rows are short, see :func:`megatron_ds.kernels.block_attention.keeps_probabilities`.
         other_rules: documents, ALiBi or dropout.
     """
-    return other_rules or (causal and (half or keeps_probabilities))
+    return half or other_rules or (causal and keeps_probabilities)
