@@ -37,7 +37,12 @@ def objective_of(
     Raises:
         ConfigError: a noise schedule or a prediction that there is not.
     """
-    betas = scheduler.get("beta_schedule", "linear")
+    betas, name = scheduler.get("beta_schedule"), scheduler.get("_class_name", "the scheduler")
+    if betas is None or scheduler.get("timestep_type") == "continuous" or scheduler.get("use_flow_sigmas"):
+        raise ConfigError(
+            f"{name} has no beta_schedule with its steps as times (EDM's and rectified flow's have none): such noise "
+            f"is not built here; use a scheduler of {', '.join(BETAS.values())}"
+        )
     wanted = prediction_type or scheduler.get("prediction_type", "epsilon")
     schedules, predictions = ({theirs: ours for ours, theirs in table.items()} for table in (BETAS, PREDICTIONS))
     for name, value, table in (("beta_schedule", betas, schedules), ("prediction_type", wanted, predictions)):

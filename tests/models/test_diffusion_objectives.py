@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -12,7 +13,9 @@ from diffusers.training_utils import compute_snr
 
 from megatron_ds.config import from_dict
 from megatron_ds.config.diffusion import ObjectiveConfig
+from megatron_ds.errors import ConfigError
 from megatron_ds.models import objectives
+from megatron_ds.models.sdxl import objective_of
 
 
 def objective(**values: Any) -> ObjectiveConfig:
@@ -155,3 +158,18 @@ def test_learned_variances_are_trained_by_the_variational_bound(prediction: str)
                 above = torch.where(x > 0.999, 1.0, model.cdf(x + 1 / 255))
                 want = -(above - torch.where(x < -0.999, 0.0, model.cdf(x - 1 / 255))).clamp(min=1e-12).log()
             torch.testing.assert_close(got[t], 0.25 * 20 * want.sum() / math.log(2), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.EDMDPMSolverMultistepScheduler(),
+        diffusers.FlowMatchEulerDiscreteScheduler(),
+        diffusers.EulerDiscreteScheduler(timestep_type="continuous"),
+        diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_scheduler_of_diffusers_with_other_noise_is_refused(scheduler: Any) -> None:
+    with pytest.raises(ConfigError, match="such noise is not built here; use a scheduler of linear"):
+        objective_of(dict(scheduler.config), None, None, 0.0)
