@@ -146,7 +146,8 @@ def quantize(x: Tensor, amax: Tensor | None, block: Block, dtype: torch.dtype, p
     wide = x if x.dtype == torch.float64 else x.float()
     rows, k = x.shape[-2:]
     scaled = wide / _spread(scale.to(wide.dtype), rows, k, block)
-    return Float8(scaled.clamp(-limit, limit).to(dtype), scale, block)
+    # Row-major whatever ``x`` is, as Triton's: how a product sums may depend on where its operands lie.
+    return Float8(scaled.clamp(-limit, limit).to(dtype).contiguous(), scale, block)
 
 
 def quantize_both(

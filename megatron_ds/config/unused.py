@@ -92,6 +92,12 @@ COMMON = (
         "precision.fp8='none' has no products in FP8; use precision.fp8='blockwise' or another",
     ),
     Unused(
+        ("precision.fp8_from_masters",),
+        lambda c: c.precision.fp8 != "none" and c.precision.dtype in ("bf16", "fp16"),
+        "precision.fp8={c.precision.fp8!r} with precision.dtype={c.precision.dtype!r} has no half copies in FP8; leave "
+        "it out",
+    ),
+    Unused(
         ("precision.fp8_block",),
         lambda c: c.precision.fp8 == "blockwise",
         "precision.fp8={c.precision.fp8!r} has no blocks; use precision.fp8='blockwise'",

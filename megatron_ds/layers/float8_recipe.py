@@ -15,9 +15,11 @@ No scale depends on the mesh. A scale never spans two sequences, so that how sam
 micro-batches is no matter; where tensor parallelism cuts what shares a scale, its amax is reduced over tp; and blocks
 of features are not cut (:func:`fault`). The layer gathers sequence-parallel activations before it asks the recipe.
 
-A weight is quantised once a step, from what the optimizer has left: inside :func:`weights_kept`, which the step holds
-around its micro-batches, when no weight changes. Outside of it nothing is kept, so that a step of the optimizer, a
-checkpoint that is loaded and a write by the user need not be noticed.
+A weight is quantised once a step: inside :func:`weights_kept`, which the step holds around its micro-batches, when no
+weight changes. Outside of it nothing is kept, so that updates, loaded checkpoints and writes need not be noticed.
+
+A bf16 or fp16 run quantises the half copies that ZeRO gathers, which rounds a weight twice. With ``fp8_from_masters`` a
+layer in FP8 has an fp32 weight, its own master, and ranks gather four bytes an element instead of two.
 """
 
 from __future__ import annotations
@@ -74,6 +76,9 @@ class Float8Settings(Protocol):
 
     @property
     def fp8_weight_gradient(self) -> bool: ...
+
+    @property
+    def fp8_from_masters(self) -> bool: ...
 
     @property
     def fp8_power_of_two(self) -> bool: ...
@@ -311,9 +316,11 @@ def weight_block(settings: Float8Settings) -> Block:
 
 
 def use_float8(model: nn.Module, settings: Float8Settings) -> None:
-    """Give the chosen layers of a stage their recipe."""
+    """Give the chosen layers of a stage their recipe, and ``fp8_from_masters`` weights that are their own masters."""
     for _, layer in linear_layers(model):
         if why_not(spec_of(layer.weight), settings) is None:
+            if settings.fp8_from_masters:
+                layer.weight.data = layer.weight.data.to(torch.promote_types(layer.weight.dtype, torch.float32))
             cut = "in" if isinstance(layer, RowParallelLinear) else "out"
             layer.recipe = Float8Recipe(settings, layer.tp, cut)
 

@@ -95,7 +95,7 @@ class StageBook:
     ) -> tuple[ParameterInfo, ...]:
         """Of the stages ``spans`` of this rank, in units for ``shard_ranks`` if ZeRO's stage is 3."""
         kinds = tuple((span.last - span.first, span.embedding, span.head) for span in spans)
-        stage_key = (config.model, config.precision.dtype, config.mesh.sequence_parallel, mesh.tp.size, kinds)
+        stage_key = (config.model, config.precision, config.mesh.sequence_parallel, mesh.tp.size, kinds)
         zero = config.zero
         gathers = zero.stage == 3 and (shard_ranks > 1 or zero.offload_parameters.device != "none")
         key = (stage_key, config.optimizer, zero.persistence_threshold if gathers else None)

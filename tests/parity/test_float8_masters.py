@@ -1,0 +1,221 @@
+"""Weights that are quantised from fp32 masters in a bf16 run, against a slow quantisation of what a checkpoint holds.
+
+On every mesh and at every stage of ZeRO the products are given the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+import torch.distributed as dist
+from parity_rows import Row, config_of, reference_config
+from parity_run import steps_of
+from torch import Tensor, nn
+
+from megatron_ds.config import PrecisionConfig, RunConfig, validate
+from megatron_ds.kernels.float8 import E4M3, Float8
+from megatron_ds.layers import float8_recipe as float8
+from megatron_ds.mesh import Mesh
+from megatron_ds.models.families import task_of
+from megatron_ds.shard import spec_of
+from megatron_ds.testing import run_ranks
+from megatron_ds.train import build as build_module
+from megatron_ds.train.build import RankRuntime, build
+from megatron_ds.train.rank_bytes import account_of
+
+Array = npt.NDArray[Any]
+Box = tuple[slice, ...]
+
+ONE = Row((1, 1, 1), architecture="llama", tied=False)
+ALONE = [replace(ONE, fp8="blockwise")]
+CUT = [replace(ONE, mesh=(2, 1, 1), fp8=fp8, sequence_parallel=fp8 == "rowwise") for fp8 in ("tensorwise", "rowwise")]
+SHARDED = [
+    replace(ONE, mesh=(1, 1, 2), fp8="rowwise", zero=0),
+    replace(ONE, mesh=(1, 1, 2), fp8="tensorwise", zero=1, offload="cpu"),
+    replace(ONE, mesh=(1, 1, 2), fp8="blockwise", zero=2, bucket_mb=0.008),
+    replace(ONE, mesh=(1, 1, 2), fp8="rowwise", zero=3),
+    replace(ONE, mesh=(1, 1, 2), fp8="blockwise", zero=3, offload="nvme", keep_whole=True),
+]
+SIDE = 4
+FACTOR = -1.25
+POSITIVE = torch.arange(127, dtype=torch.uint8).view(E4M3).double().numpy()
+"""The numbers of e4m3 from zero to 448, by their bits."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a global tensor that one rank has; of a weight in FP8 its bits and scales ``[*out, in]``."""
+
+    name: str
+    shape: tuple[int, ...]
+    box: Box
+    values: Array
+    scales: Array | None = None
+
+
+@dataclass(frozen=True)
+class Look:
+    """Of one rank, before a step: the masters, also before a user's write to them, if there was one.
+
+    Attributes:
+        given: weights that the step's products are given, by the dim that they sum over.
+    """
+
+    before: list[Piece]
+    masters: list[Piece]
+    given: dict[str, list[Piece]]
+
+
+def half(row: Row) -> RunConfig:
+    values = config_of(row).to_dict()
+    values["precision"] |= {"dtype": "bf16", "fp8_from_masters": True}
+    return RunConfig.model_validate(values)
+
+
+def box_of(offset: Sequence[int], shape: Sequence[int]) -> Box:
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape))
+
+
+def masters_of(parts: RankRuntime) -> list[Piece]:
+    """What a checkpoint would hold, each element on one rank."""
+    found = []
+    for shard in parts.optimizer.flat_shards():
+        if shard.kind == "param":
+            acquired = shard.holder.acquire() if shard.holder else None
+            for box, values in shard.parts(acquired):
+                piece = values.numpy().copy()
+                found.append(Piece(shard.name, shard.global_shape, box_of(box.offset, box.shape), piece))
+            if shard.holder:
+                shard.holder.release(changed=False)
+    return found
+
+
+@contextmanager
+def seen(parts: RankRuntime) -> Iterator[dict[str, list[Piece]]]:
+    """Every weight that a product is given, whenever a micro-batch or its recomputation does."""
+    found: dict[str, list[Piece]] = {"in": [], "out": []}
+    original = float8.Float8Recipe._weight
+    specs = {id(x.recipe): spec_of(x.weight) for stage in parts.stages.values() for _, x in float8.linear_layers(stage)}
+
+    def weight(recipe: float8.Float8Recipe, matrix: Tensor, over: str) -> Float8:
+        quantised = original(recipe, matrix, over)
+        rows, k = quantised.values.shape
+        bits, scales = quantised.values.view(torch.uint8), quantised.scale
+        scales = scales.repeat_interleave(rows // scales.shape[0], 0).repeat_interleave(k // scales.shape[1], 1)
+        spec, turn = specs[id(recipe)], over == "out"
+        both = [(x.t() if turn else x).reshape(spec.local_shape).numpy().copy() for x in (bits, scales)]
+        found[over].append(Piece(spec.name, spec.global_shape, box_of(spec.offset, spec.local_shape), *both))
+        return quantised
+
+    with patch.object(float8.Float8Recipe, "_weight", weight):
+        yield found
+
+
+@torch.no_grad()
+def looks(rows: list[Row]) -> list[list[Look]]:
+    """Inside a job, of every row: at the first weights, after an update, and after a user's write to them."""
+    mesh = Mesh.single()
+    if dist.is_initialized():
+        mesh = Mesh.create(validate(half(rows[0]), dist.get_world_size()), torch.device("cpu"))
+    results = []
+    for config in map(half, rows):
+        parts = build(config, mesh, task_of(config))
+        account = account_of(config, task_of(config), mesh.shape, mesh.rank)
+        assert parts.optimizer.bytes_by_store() == account.layout.bytes().memory
+        found = []
+        for step, batches in enumerate(steps_of(config, mesh)):
+            before = masters_of(parts)
+            if step == 2:
+                parameters = [p for stage in parts.stages.values() for p in stage.parameters()]
+                with parts.optimizer.gathered(parameters, write=True):
+                    for p in parameters:
+                        p.mul_(FACTOR)
+            masters = masters_of(parts)
+            with seen(parts) as given, torch.enable_grad():
+                parts.step(batches)
+            found.append(Look(before, masters, given))
+        results.append(found)
+        parts.optimizer.close()
+    return results
+
+
+def first_masters(row: Row) -> dict[str, Array]:
+    """On one process."""
+    config = reference_config(half(row))
+    return whole(masters_of(build(config, Mesh.single(), task_of(config))))
+
+
+def whole(pieces: Iterable[Piece]) -> dict[str, Array]:
+    found: dict[str, Array] = {}
+    for piece in pieces:
+        found.setdefault(piece.name, np.full(piece.shape, np.nan, piece.values.dtype))[piece.box] = piece.values
+    return found
+
+
+def slowly(weight: Array, fp8: str, over: str) -> tuple[Array, Array]:
+    """Bits and scale of every element of ``weight [*out, in]``, for a product that sums over that dim."""
+    matrix = weight.reshape(-1, weight.shape[-1])
+    row, column = np.indices(matrix.shape)
+    groups = {
+        "tensorwise": 0 * row,
+        "rowwise": row if over == "in" else column,
+        "blockwise": row // SIDE * matrix.size + column // SIDE,
+    }
+    scales = np.empty_like(matrix)
+    for group in np.unique(groups[fp8]):
+        mine = groups[fp8] == group
+        scales[mine] = abs(matrix[mine]).max() / np.float32(448)
+    scaled = matrix / scales
+    distance = abs(abs(scaled.astype(np.float64))[..., None] - POSITIVE)
+    below, above = distance.argmin(-1), 126 - distance[..., ::-1].argmin(-1)  # the same, but halfway between two
+    bits = np.where(below % 2 == 0, below, above) | np.where(np.signbit(scaled), 128, 0)
+    return bits.reshape(weight.shape), scales.reshape(weight.shape)
+
+
+def check(row: Row, ranks: Sequence[Sequence[Look]]) -> None:
+    """All ranks' products are given the quantised masters, which are those of one process at first."""
+    assert {len(looks) for looks in ranks} == {3}
+    for step, of_ranks in enumerate(zip(*ranks, strict=True)):
+        before, masters = (whole(p for look in of_ranks for p in getattr(look, kind)) for kind in ("before", "masters"))
+        if step == 0:
+            assert all(np.array_equal(masters[name], values) for name, values in first_masters(row).items())
+        for over in ("in", "out"):
+            names = sorted({piece.name for look in of_ranks for piece in look.given[over]})
+            assert len(names) == 8
+            for name in names:
+                factor = np.float32(FACTOR if step == 2 else 1.0)
+                assert masters[name].dtype == np.float32 and np.array_equal(masters[name], before[name] * factor)
+                bits, scales = slowly(masters[name], row.fp8, over)
+                for rank, look in enumerate(of_ranks):
+                    mine = [piece for piece in look.given[over] if piece.name == name]
+                    assert mine
+                    for piece in mine:
+                        what = f"{row}: {name} of rank {rank} in step {step}, for a sum over {over!r}"
+                        assert np.array_equal(piece.scales, scales[piece.box]), what  # type: ignore[arg-type]
+                        assert np.array_equal(piece.values, bits[piece.box]), what
+
+
+@pytest.mark.parametrize("rows", [ALONE, CUT, SHARDED], ids=["alone", "tensor_parallel", "zero"])
+def test_products_are_given_the_quantised_masters(rows: list[Row]) -> None:
+    tp, pp, dp = rows[0].mesh
+    of_ranks = run_ranks(looks, tp * pp * dp, rows) if tp * pp * dp > 1 else [looks(rows)]
+    for row, *ranks in zip(rows, *of_ranks, strict=True):
+        check(row, ranks)
+
+
+def test_weights_quantised_from_half_copies_show() -> None:
+    """The comparison notices what it is there for: a setting that is not obeyed."""
+
+    def use(model: nn.Module, settings: PrecisionConfig) -> None:
+        float8.use_float8(model, settings.model_copy(update={"fp8_from_masters": False}))
+
+    with patch.object(build_module, "use_float8", use), pytest.raises(AssertionError, match="for a sum over 'in'"):
+        check(ALONE[0], looks(ALONE))
