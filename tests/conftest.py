@@ -48,5 +48,6 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """On a CPU files run two at a time: half of them leave a core idle. On GPUs one at a time: ranks fill them."""
-    return 0 if torch.cuda.is_available() else 2
+    """On a CPU files run two at a time: half of them leave a core idle. Tests that mostly wait for the time limits of
+    other processes (``-m alone``) run four at a time. On GPUs one at a time: ranks fill them."""
+    return 0 if torch.cuda.is_available() else 4 if config.option.markexpr == "alone" else 2
