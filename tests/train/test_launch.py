@@ -215,7 +215,7 @@ def test_a_rank_that_never_starts_is_missed(tmp_path: Path) -> None:
 
 def test_a_rank_that_finds_nobody_says_so_in_one_line(tmp_path: Path) -> None:
     one = arguments(tmp_path / "run", "--timeout", "1")
-    with started(tmp_path, [one], environment=[_environment(1, 2)]) as ranks:
+    with started(tmp_path, [one], planted_faults.speaks_at_once, [_environment(1, 2)]) as ranks:
         assert ranks.wait() == [2]
         (said,) = ranks.output(0).splitlines()
         assert "error: rank 1 of 2 could not join the others at MASTER_ADDR:MASTER_PORT=localhost:" in said
