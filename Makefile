@@ -10,6 +10,8 @@ TRITON ?= 3.6.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # One compute thread a process: multi-rank runs would otherwise have ranks x cores threads on the same cores.
 test test-apart test-hopper test-faults: export OMP_NUM_THREADS := 1
+# Which containers set: each of the suite's some hundred processes would compile this project anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install train train-diffusion serve-demo test test-apart test-hopper test-faults lint format bench bench-inference bench-gpu bench-kernels constraints clean
