@@ -82,7 +82,8 @@ clean: ## Remove caches and build products; runs/ and .venv stay
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Done again when the requirements change. torch comes first, by its exact pin alone, so that no other package's
-# range can choose another one.
+# range can choose another one. Byte code is made on all cores, which pip does on one, but for what nobody imports: it is
+# not left to first use, since where PYTHONDONTWRITEBYTECODE is set every process would compile torch anew.
 $(INSTALLED): pyproject.toml constraints.txt
 	@command -v $(PYTHON) > /dev/null || { echo "error: no $(PYTHON) found; install Python 3.11 or newer" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 \
@@ -90,7 +91,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing into $(VENV), once: 2 to 10 minutes, mostly the download of torch ..."
 	@$(RUN) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@start=$$(date +%s) \
-	&& $(RUN) -m pip install -qq "$$(grep '^torch==' constraints.txt)" \
-	&& $(RUN) -m pip install -qq -c constraints.txt -e '.[dev,hf,serve]' \
+	&& $(RUN) -m pip install -qq --no-compile "$$(grep '^torch==' constraints.txt)" \
+	&& $(RUN) -m pip install -qq --no-compile -c constraints.txt -e '.[dev,hf,serve]' \
+	&& { $(RUN) -m compileall -qq -j 0 -x '/tests/|/transformers/models/(?!auto/)' $(VENV)/lib || true; } \
 	&& echo "Installed in $$(( $$(date +%s) - start )) s."
 	@touch $@
