@@ -229,9 +229,9 @@ def logits_of(model: Any, tokens: torch.Tensor, grad: bool = False) -> torch.Ten
     return logits
 
 
-def their_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    """The same of the model that ``transformers`` loads from a folder."""
+def their_logits(folder: Path, tokens: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The same of the model that ``transformers`` loads from a folder, computed in ``dtype``."""
     import transformers
 
     name = json.loads((folder / "config.json").read_text())["architectures"][0]
-    return logits_of(getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval(), tokens)
+    return logits_of(getattr(transformers, name).from_pretrained(folder, dtype=dtype).eval(), tokens)
