@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 from interpreter_speed import speed_up
-from interpreter_worker import Canaries
+from interpreter_worker import Canaries, sum_products_in_float64
 from torch import Tensor
 
 from megatron_ds.kernels import block_patterns as patterns
@@ -151,6 +151,7 @@ def run_public() -> dict[str, float]:
 
 if __name__ == "__main__":
     speed_up()
+    sum_products_in_float64()
     results = {name: run(CASES[name]) for name in sys.argv[1:] or CASES}
     if len(sys.argv) == 1:
         results["the public op"] = run_public()
