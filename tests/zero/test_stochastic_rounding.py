@@ -18,7 +18,7 @@ from megatron_ds.testing import run_ranks
 from megatron_ds.zero import gradient_sums
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
-RANKS, STEPS, SIZE = 4, 36, 2 * 4 * BLOCK
+RANKS, STEPS, SIZE = 4, 16, 2 * 4 * BLOCK
 CASES: dict[str, tuple[dict[str, Any], int]] = {  # settings, and backward passes of a step
     "whole gradients": ({"stage": 1}, 2),
     "each micro-batch": ({"stage": 2}, 2),
@@ -51,19 +51,20 @@ def errors(settings: dict[str, Any], passes: int, mesh: Mesh) -> Tensor:
     return torch.stack(found)
 
 
-def on_this_rank(one_key: bool) -> dict[str, Tensor]:
-    mesh = Mesh.create(MeshShape(dp=RANKS), torch.device("cpu"))
-    with patch.object(gradient_sums, "derive_seed", lambda *names: 5) if one_key else nullcontext():
-        return {name: errors(*case, mesh) for name, case in CASES.items()}
+def on_this_rank() -> dict[bool, dict[str, Tensor]]:
+    """As they are, and with one key for all messages."""
+    mesh, found = Mesh.create(MeshShape(dp=RANKS), torch.device("cpu")), {}
+    for one_key in (False, True):
+        with patch.object(gradient_sums, "derive_seed", lambda *names: 5) if one_key else nullcontext():
+            found[one_key] = {name: errors(*case, mesh) for name, case in CASES.items()}
+    return found
 
 
 @pytest.fixture(scope="module")
 def by_key() -> dict[bool, dict[str, Tensor]]:
-    """All ranks' errors side by side: as they are, and with one key for all messages."""
-    jobs = {one_key: run_ranks(on_this_rank, RANKS, one_key) for one_key in (False, True)}
-    return {
-        key: {name: torch.cat([rank[name] for rank in ranks], dim=1) for name in CASES} for key, ranks in jobs.items()
-    }
+    """All ranks' errors side by side."""
+    ranks = run_ranks(on_this_rank, RANKS)
+    return {key: {name: torch.cat([rank[key][name] for rank in ranks], dim=1) for name in CASES} for key in ranks[0]}
 
 
 def rms(x: Tensor) -> float:
