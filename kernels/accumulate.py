@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_ds.kernels.cpu import blocked_sums
+from megatron_ds.kernels.cpu import blocked_sums, onednn
 from megatron_ds.kernels.registry import Op, define, on_gpu
 
 ADD_ROWS = Op("add_rows", twin="add_rows")
@@ -20,10 +20,10 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None
     """``total += left @ right`` (``[rows, k] @ [k, columns]``), for weight gradients; ``first``: ``=`` and not ``+=``.
 
     So ``total`` need not be zeroed before: for an 8192 x 384 table that took 4 ms on a CPU. A product of its dtype is
-    accumulated in place, and so is one of half precision on a GPU: it is rounded nowhere, and passes through no memory
-    of its own. In fp16 a product comes out in fp32 on a CPU too, where no faster route is lost by it: what fp16 cannot
-    hold would be infinite before it is added, whatever the loss scale. In bf16 on a CPU torch has no such product, and
-    each is rounded once before it is added.
+    accumulated in place by BLAS, where that is fast, and one of half precision on a GPU always: it is rounded nowhere,
+    and passes through no memory of its own. In fp16 a product comes out in fp32 on a CPU too, where no faster route is
+    lost by it: what fp16 cannot hold would be infinite before it is added, whatever the loss scale. In bf16 on a CPU
+    torch has no such product, and each is rounded once before it is added.
     """
     if left.dtype != total.dtype and on_gpu(total):
         if first:
@@ -35,6 +35,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None
         left, right = left.to(total.dtype), right.to(total.dtype)
     if left.dtype != total.dtype:
         blocked_sums.add_product(total, left, right, first)
+    elif onednn.beats_slow_blas(left):
+        onednn.add_product(total, left, right, first)
     elif first:
         torch.mm(left, right, out=total)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,6 +19,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
-def linear_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+def linear_of_vocabulary(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """:func:`linear` by a weight so large that oneDNN's putting it into its order costs what its product gains."""
+    return linear(x, weight, bias) if onednn.beats_slow_blas(x) else F.linear(x, weight, bias)
+
+
+def linear_input_gradient(grad: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """``grad @ weight``: ``[..., out]``, ``[out, in]`` -> ``[..., in]``."""
-    return grad.matmul(weight)
+    if not onednn.beats_slow_blas(grad):
+        return torch.matmul(grad, weight, out=out)
+    found = onednn.product(grad, weight.t(), None)
+    return found if out is None else out.copy_(found)

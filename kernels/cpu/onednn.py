@@ -1,14 +1,30 @@
 """oneDNN's matrix products on a CPU: in fp32, with weights in its own order, and of int8.
 
 That in fp32 is as exact as the BLAS call behind ``torch.nn.functional.linear``, and faster for ``y = x w^T + b`` of
-most sizes. For ``dx = dy w`` it is slower, most of all for small ones, as it first puts the weight into its order; for
-``dw = dy^T x`` BLAS is as good, and accumulates in place. Half precision takes oneDNN's route in torch already.
+most sizes. For ``dx = dy w`` it is slower on Intel's CPUs, most of all for small ones, as it first puts the weight into
+its order; for ``dw = dy^T x`` BLAS is as good there, and accumulates in place. On AMD's, for which MKL has no AVX-512
+kernels, oneDNN is about twice as fast for all three. Half precision takes oneDNN's route in torch already.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def _vendor() -> str:
+    """Of the CPU, as Linux says it: ``GenuineIntel``, ``AuthenticAMD``; "" where it does not."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next((line.split(":")[1].strip() for line in lines if line.startswith("vendor_id")), "")
+    except OSError:
+        return ""
+
+
+BLAS_IS_SLOW = torch.backends.mkl.is_available() and _vendor() == "AuthenticAMD"
+"""By the vendor and not by a trial, so that every rank and every run takes the same route."""
+_BLOCK_ROWS = 1024
+"""Rows of a weight gradient that are in memory beside their sum: few enough to be added from the cache."""
 
 
 def is_faster(x: Tensor) -> bool:
@@ -20,6 +36,19 @@ def is_faster(x: Tensor) -> bool:
         and torch.backends.mkldnn.enabled
         and not torch.compiler.is_compiling()
     )
+
+
+def beats_slow_blas(x: Tensor) -> bool:
+    """Whether it is faster for all products of ``x``'s kind, gradients and large weights too."""
+    return BLAS_IS_SLOW and is_faster(x)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """``total += left @ right`` (``[rows, k] @ [k, columns]``) in fp32; ``first``: ``=`` and not ``+=``."""
+    for of_total, of_left in zip(total.split(_BLOCK_ROWS), left.split(_BLOCK_ROWS)):
+        found = product(of_left, right.t(), None)
+        of_total.copy_(found) if first else of_total.add_(found)
+        del found  # before the next
 
 
 def can_pack(weight: Tensor) -> bool:

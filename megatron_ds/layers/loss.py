@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds import comm
 from megatron_ds.kernels.accumulate import add_product
 from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.kernels.cross_entropy import CROSS_ENTROPY, logit_gradient, losses_of, token_losses, token_statistics
+from megatron_ds.kernels.matmul import linear_input_gradient, linear_of_vocabulary
 from megatron_ds.kernels.registry import on_gpu
 from megatron_ds.mesh import Axis
 
@@ -172,7 +172,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_shift += dz.sum(0, dtype=accumulate)
                 dz = dz.to(x.dtype)
                 if grad_x is not None:
-                    torch.mm(dz, table, out=grad_x[part])
+                    linear_input_gradient(dz, table, out=grad_x[part])
                 if add is not None:
                     add(dz.t(), x[part])
                 del dz  # before the next chunk's logits
@@ -354,7 +354,7 @@ def _chunk(
 def _logits(x: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ table.T + bias``, in rows that begin at multiples of 16 elements where a kernel is to load them."""
     if CROSS_ENTROPY.choose(x) == "reference":
-        return F.linear(x, table, bias)
+        return linear_of_vocabulary(x, table, bias)
     rows = x.new_empty(x.shape[0], -(-table.shape[0] // 16) * 16)
     out = rows[:, : table.shape[0]]
     return torch.mm(x, table.t(), out=out) if bias is None else torch.addmm(bias, x, table.t(), out=out)

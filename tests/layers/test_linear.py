@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from megatron_ds import comm
 from megatron_ds.kernels.accumulate import add_product
+from megatron_ds.kernels.cpu import onednn
+from megatron_ds.kernels.matmul import linear_input_gradient, linear_of_vocabulary
 from megatron_ds.layers.embedding import VocabParallelEmbedding
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.layers.mlp import MLP
@@ -212,6 +215,34 @@ def test_fp32_layers_equal_float64(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(x.grad.double(), wide_x.grad, rtol=0, atol=1e-5)
     torch.testing.assert_close(layer.weight.grad.double(), wide.grad, rtol=0, atol=1e-5)
     torch.testing.assert_close(layer.bias.grad.double(), grad.flatten(0, -2).sum(0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("slow", [True, False])
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4)], ids=str)
+def test_products_in_fp32_where_blas_is_slow_and_where_not(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], slow: bool
+) -> None:
+    """On each kind of CPU, whatever this one is: the three products of a layer, some of them into memory given."""
+    monkeypatch.setattr(onednn, "BLAS_IS_SLOW", slow)
+    asked: list[Tensor] = []
+    product = onednn.product
+    monkeypatch.setattr(onednn, "product", lambda *args: (asked.append(args[0]), product(*args))[1])
+    x, grad, weight, bias = random(*shape, 40), random(*shape, 2100, seed=1), random(2100, 40, seed=2), random(2100)
+    bound, narrow = 1e-6 * 2100, [t.float() for t in (x, grad, weight, bias)]
+    close = functools.partial(torch.testing.assert_close, rtol=0, atol=bound, check_dtype=False)
+    close(linear_of_vocabulary(narrow[0], narrow[2], narrow[3]), F.linear(x, weight, bias))
+    close(linear_input_gradient(narrow[1], narrow[2]), grad @ weight)
+    out = torch.full_like(narrow[0], torch.nan)
+    close(linear_input_gradient(narrow[1], narrow[2], out=out), grad @ weight)
+    close(out, grad @ weight)
+    rows, of_rows = x.reshape(-1, 40), grad.reshape(-1, 2100)
+    total = random(2100, 40, seed=3).float()
+    want = total.double() + of_rows.t() @ rows
+    add_product(total, of_rows.float().t(), rows.float(), first=False)
+    close(total, want)
+    add_product(total, of_rows.float().t(), rows.float(), first=True)
+    close(total, of_rows.t() @ rows)
+    assert bool(asked) == (slow and torch.backends.mkldnn.is_available())
 
 
 @pytest.mark.parametrize("first", [True, False])

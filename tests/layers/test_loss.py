@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from megatron_ds import comm
 from megatron_ds.kernels import registry
+from megatron_ds.kernels.cpu import onednn
 from megatron_ds.layers import loss
 from megatron_ds.layers.loss import cross_entropy, linear_cross_entropy
 from megatron_ds.mesh import Axis, Mesh, MeshShape
@@ -319,12 +320,13 @@ def test_beside_the_gradients_there_is_one_chunk_of_logits(dtype: torch.dtype) -
         arguments = (hidden.requires_grad_(), weight.requires_grad_(), labels, mask)
         peak = peak_bytes(lambda: linear_cross_entropy(*arguments, **options))
         gradients = hidden.nbytes + weight.numel() * 4  # the weight's in fp32
-        assert gradients + logits <= peak < gradients + logits + 200_000
+        # A block of a product that is added after it was made, and of its operand; in half precision, rounded before.
+        blocks = 2 << 20 if dtype == torch.bfloat16 or onednn.BLAS_IS_SLOW else 0
+        assert gradients + logits <= peak < gradients + logits + (blocks if dtype == torch.float32 else 0) + 200_000
         # With a main gradient and a seed there is no other gradient of the weight.
         main_gradient(weight, 0.0, True)
         seeded = loss.Logits(seed=torch.tensor(0.5))
         peak = peak_bytes(lambda: linear_cross_entropy(*arguments, logits=seeded, **options))
-        blocks = 2 << 20 if dtype == torch.bfloat16 else 0  # of a product that is rounded before it is added
         assert hidden.nbytes + logits <= peak < hidden.nbytes + logits + blocks + 200_000
 
 
