@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ class ChatTemplate:
         self._with_tools = self._template if tool_use is None else _compiled(tool_use)
         self.source, self.tool_use = source, source if tool_use is None else tool_use
         self._special = special or {}
-        self.fingerprint = xxhash.xxh3_64_hexdigest(json.dumps([source, self._special]).encode())
+        sources = [source, self._special, *([] if tool_use is None else [tool_use])]
+        self.fingerprint = xxhash.xxh3_64_hexdigest(json.dumps(sources).encode())
 
     def render(
         self, messages: list[dict[str, Any]], add_generation_prompt: bool = False, tools: list[Any] | None = None
@@ -78,7 +80,7 @@ class ChatTemplate:
         except Exception as error:
             raise BadConversation(f"the chat template refuses it: {str(error) or type(error).__name__}") from None
 
-    def renderings(self, messages: list[dict[str, Any]]) -> list[Rendering]:
+    def renderings(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> list[Rendering]:
         """The texts of a conversation, so that each answer follows the text that it would follow in generation.
 
         That is one text, ``render(messages)``, unless the template changes what it wrote of earlier messages when later
@@ -86,15 +88,18 @@ class ChatTemplate:
         otherwise is learnt from the text of the conversation up to it.
 
         Raises:
-            BadConversation: the template refuses it, or an answer does not begin with its generation prompt.
+            BadConversation: the template refuses it or shows no tools, or an answer does not begin with its generation
+                prompt.
         """
-        whole = self.render(messages)
+        if tools and "tools" not in self.tool_use:
+            raise BadConversation("the chat template shows no tools; take one that does, or leave the key 'tools' out")
+        whole = self.render(messages, tools=tools)
         at_whole: list[tuple[int, int]] = []
         others: list[tuple[str, int]] = []
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before, after = self.render(messages[:i], True), self.render(messages[: i + 1])
+            before, after = self.render(messages[:i], True, tools), self.render(messages[: i + 1], tools=tools)
             if not after.startswith(before):
                 raise BadConversation(
                     f"the chat template does not begin the answer of message {i} with its generation prompt"
@@ -178,12 +183,55 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
         if not isinstance(message, dict):
             raise BadConversation(f"message {number} is a {type(message).__name__}, not an object")
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if not isinstance(role, str) or not isinstance(content, str):
+        calls = content is None and bool(message.get("tool_calls"))  # instead of an answer in words
+        if not isinstance(role, str) or not (isinstance(content, str) or calls):
             raise BadConversation(f"message {number} has no role and content that are strings, but {sorted(message)}")
-        messages.append({**message, "role": ROLES.get(role, role), "content": content})
+        shown = {"role": ROLES.get(role, role), "content": content or "", **parse_tool_calls(message, number)}
+        messages.append({**message, **shown})
     if not any(message["role"] == "assistant" for message in messages):
         raise BadConversation("no message is the assistant's")
     return messages
+
+
+def parse_tool_calls(message: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """``{"tool_calls": ...}`` with the arguments as objects, as templates take them; records and clients have JSON.
+
+    Raises:
+        BadConversation: they have none; ``number`` is the message's.
+    """
+    calls = message.get("tool_calls")
+    if calls is None:
+        return {}
+    read = []
+    try:
+        for call in calls:
+            arguments = call["function"]["arguments"]
+            if isinstance(arguments, str):
+                arguments = json.loads(arguments or "{}")
+            if not isinstance(arguments, dict):
+                raise ValueError(arguments)
+            read.append({**call, "function": {**call["function"], "arguments": arguments}})
+    except (TypeError, KeyError, ValueError, RecursionError):
+        raise BadConversation(
+            f"message {number} has tool_calls without a function whose arguments are a JSON object"
+        ) from None
+    return {"tool_calls": read}
+
+
+def parse_tools(value: Any) -> list[Any] | None:
+    """What messages may call, from a record's value: a list, or JSON of one, as tables need it; None: nothing.
+
+    Raises:
+        BadConversation: it is neither.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise BadConversation(f"'tools' is no JSON: {error}") from None
+    if value is not None and not isinstance(value, list):
+        raise BadConversation(f"'tools' is not a list but {type(value).__name__}")
+    return value
 
 
 def load_template(spec: str | None, tokenizer: str, special: dict[str, str] | None = None) -> ChatTemplate:

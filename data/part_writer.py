@@ -178,9 +178,9 @@ class PartWriter:
         """One document for each text that shows answers as generation would: all or nothing of a conversation."""
         assert self.template is not None
         for item in items:
-            part, number, messages = item
+            part, number, conversation = item
             try:
-                renderings = self.template.renderings(json.loads(messages))
+                renderings = self.template.renderings(**json.loads(conversation))
                 encoded = [chat.encode(self.tokenizer, rendering, self._bos, self._eod) for rendering in renderings]
             except Exception as error:
                 bad = isinstance(error, BadConversation)

@@ -44,15 +44,22 @@ def _check_column(item: Input, options: SourceOptions, columns: list[str]) -> No
 
 def read_parquet(item: Input, part: Slice, options: SourceOptions) -> Iterator[Record]:
     groups = list(range(part.start, part.stop))
-    batches = _open_parquet(item, options).iter_batches(batch_size=256, row_groups=groups, columns=[options.key])
-    for number, value in enumerate(value for batch in batches for value in batch.column(0)):
-        yield number, _checked(value.as_py, options)
+    file = _open_parquet(item, options)
+    names = options.columns(file.schema_arrow.names)
+    batches = file.iter_batches(batch_size=256, row_groups=groups, columns=names)
+    rows = (values for batch in batches for values in zip(*(batch.column(name) for name in names)))
+    for number, values in enumerate(rows):
+        yield number, _checked(functools.partial(_row, names, values), options)
 
 
-def _checked(read: Callable[[], Any], options: SourceOptions) -> str | Problem:
-    """The text of a row; a table may hold as text what is none, which shows when the value is read."""
+def _row(names: list[str], values: tuple[Any, ...]) -> dict[str, Any]:
+    return {name: value.as_py() for name, value in zip(names, values)}
+
+
+def _checked(read: Callable[[], dict[str, Any]], options: SourceOptions) -> str | Problem:
+    """The text of a row; a table may hold as text what is none, which shows when the values are read."""
     try:
-        return check_record({options.key: read()}, options)
+        return check_record(read(), options)
     except UnicodeDecodeError as error:
         return Problem("invalid UTF-8", str(error))
 
@@ -84,13 +91,17 @@ def plan_arrow(number: int, item: Input, options: SourceOptions, size: int) -> I
 
 
 def read_arrow(item: Input, part: Slice, options: SourceOptions) -> Iterator[Record]:
-    dataset = _open_arrow(item, options).select_columns([options.key])
+    dataset = _open_arrow(item, options)
+    names = options.columns(dataset.column_names)
+    dataset = dataset.select_columns(names)
     for start in range(part.start, part.stop, 256):
         stop = min(start + 256, part.stop)
+        readers: list[Callable[[], dict[str, Any]]]
         try:
-            readers = [functools.partial(lambda value: value, value) for value in dataset[start:stop][options.key]]
+            columns = dataset[start:stop]
+            readers = [functools.partial(dict, zip(names, row)) for row in zip(*(columns[name] for name in names))]
         except UnicodeDecodeError:  # one of them is no text: which?
-            readers = [functools.partial(lambda at: dataset[at][options.key], at) for at in range(start, stop)]
+            readers = [functools.partial(dataset.__getitem__, at) for at in range(start, stop)]
         for number, read in enumerate(readers, start - part.start):
             yield number, _checked(read, options)
 
@@ -115,7 +126,7 @@ def hub_lines(item: Input, options: SourceOptions) -> Iterator[tuple[bytes, int]
     lines: list[bytes] = []
     size = 0
     for record in _stream(item, options):
-        value = {options.key: record[options.key]} if options.key in record else {}
+        value = {name: record[name] for name in options.columns(record) if name in record}
         lines.append(json.dumps(value).encode() + b"\n")
         size += len(lines[-1])
         if size >= STREAM_BLOCK:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_ds.data.chat import BadConversation, parse_messages
+from megatron_ds.data.chat import BadConversation, parse_messages, parse_tools
 from megatron_ds.errors import DataError, nearest
 
 TxtDocuments = Literal["file", "line", "paragraph"]
@@ -68,6 +68,10 @@ class Problem:
     detail: str = ""
 
 
+TOOLS = "tools"
+"""The key of what a conversation's messages may call."""
+
+
 @dataclass(frozen=True)
 class SourceOptions:
     """How records become texts."""
@@ -79,7 +83,11 @@ class SourceOptions:
     dataset_split: str = "train"
     """Which split of a saved or hub dataset."""
     conversations: bool = False
-    """The value of the key is a list of messages (role and content): learn the assistant's answers alone."""
+    """The key has messages (role and content), `tools` beside it what they may call: learn the assistant's alone."""
+
+    def columns(self, there: Iterable[str]) -> list[str]:
+        """What is read of a table's columns."""
+        return [self.key, *(TOOLS for name in there if name == TOOLS and self.conversations)]
 
 
 IsDone = Callable[[int, int], bool]
@@ -89,7 +97,7 @@ Record = tuple[int, "str | Problem"]
 
 
 def check_record(record: dict[str, Any], options: SourceOptions) -> str | Problem:
-    """The text of a record (of a conversation, its messages as JSON), or what is wrong with it."""
+    """The text of a record (of a conversation, its messages and tools as JSON), or what is wrong with it."""
     key = options.key
     text = record.get(key)
     if text is None:
@@ -98,7 +106,8 @@ def check_record(record: dict[str, Any], options: SourceOptions) -> str | Proble
         return Problem("missing key", f"no {key!r} among {sorted(record)[:8]}{nearest(key, record)}")
     if options.conversations:
         try:
-            text = json.dumps(parse_messages(text), ensure_ascii=False)
+            found = {"messages": parse_messages(text), "tools": parse_tools(record.get(TOOLS))}
+            text = json.dumps(found, ensure_ascii=False)
         except (BadConversation, TypeError, ValueError, RecursionError) as error:  # a table's values may be no JSON
             return Problem("bad conversation", str(error))
     if not isinstance(text, str):

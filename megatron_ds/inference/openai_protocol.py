@@ -8,12 +8,12 @@ have meant something.
 from __future__ import annotations
 
 import codecs
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from megatron_ds.data.chat import BadConversation, parse_tool_calls
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference.outputs import CompletionOutput, RequestOutput
 from megatron_ds.inference.sampling_params import SamplingParams
@@ -186,30 +186,12 @@ def _read_messages(fields: dict[str, Any], texts: Texts) -> tuple[int, ...]:
             content = "".join(part for part in parts if part is not None)
         if not isinstance(content, str) and not (content is None and "tool_calls" in message):
             raise BadRequest(f"message {number} has no content", "messages")
-        read.append({**message, "content": content or "", **_read_tool_calls(message, number)})
+        try:
+            read.append({**message, "content": content or "", **parse_tool_calls(message, number)})
+        except BadConversation as error:
+            raise BadRequest(str(error), "messages") from None
     shown = None if choice == "none" else tools
     return tuple(_tokens(lambda: texts.render_chat(read, shown)))
-
-
-def _read_tool_calls(message: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """A message's tool calls with their arguments as objects, as templates take them; clients send them as JSON."""
-    calls = message.get("tool_calls")
-    if calls is None:
-        return {}
-    read = []
-    try:
-        for call in calls:
-            arguments = call["function"]["arguments"]
-            if isinstance(arguments, str):
-                arguments = json.loads(arguments or "{}")
-            if not isinstance(arguments, dict):
-                raise ValueError(arguments)
-            read.append({**call, "function": {**call["function"], "arguments": arguments}})
-    except (TypeError, KeyError, ValueError, RecursionError):
-        raise BadRequest(
-            f"message {number} has tool_calls without a function whose arguments are a JSON object", "messages"
-        ) from None
-    return {"tool_calls": read}
 
 
 def _tokens(make: Any) -> list[int]:

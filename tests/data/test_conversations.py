@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,6 +109,46 @@ def test_tools_are_shown_by_the_template_for_them(tmp_path: Path) -> None:
             assert template.render(messages, tools=tools) == expected, (folder, tools)
     one = ChatTemplate("{{ tools }}")
     assert one.render(messages, tools=[1]) == "[1]" and one.render(messages) == "None"
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+WITH_TOOLS = (
+    "{% if tools %}[{{ tools | tojson }}]{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "datasets"])
+def test_tools_beside_messages_are_shown(tmp_path: Path, kind: str) -> None:
+    """As transformers shows them; in a table as JSON, or null where there are none."""
+    import datasets
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    (tmp_path / "t.jinja").write_text(WITH_TOOLS)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template=WITH_TOOLS)
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    sent = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    asked = {"role": "user", "content": "1+1"}
+    messages = [asked, {"role": "assistant", "content": None, "tool_calls": [sent]}]
+    shown = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    records: list[dict[str, Any]] = [{"messages": messages, "tools": [TOOL]}, {"messages": CHATS[0], "tools": None}]
+    source = tmp_path / f"in.{kind}"
+    if kind == "jsonl":
+        source.write_text("\n".join(map(json.dumps, [*records, {"messages": messages, "tools": 3}])))
+    else:
+        records[0]["tools"] = json.dumps([TOOL])
+        table = datasets.Dataset.from_list(records)
+        table.to_parquet(source) if kind == "parquet" else table.save_to_disk(source)
+    options = replace(OPTIONS, chat_template=str(tmp_path / "t.jinja"))
+    counts = preprocess([str(source)], tmp_path / "out", options, 0)
+    assert counts.problems == ({"bad conversation": 1} if kind == "jsonl" else {})
+    expected = [theirs.apply_chat_template(m, tools=t, tokenize=False) for m, t in ((shown, [TOOL]), (CHATS[0], None))]
+    dataset, tokenizer = IndexedDataset(tmp_path / "out"), load_tokenizer("bytes")
+    assert [tokenizer.decode(dataset.document(number)) for number in range(2)] == expected
+    hidden = preprocess([str(source)], tmp_path / "none", replace(options, chat_template="chatml"), 0)
+    assert hidden.documents == 1 and hidden.problems["bad conversation"] == (2 if kind == "jsonl" else 1)
 
 
 def test_where_templates_come_from(tmp_path: Path) -> None:
