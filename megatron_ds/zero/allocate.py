@@ -14,7 +14,8 @@ from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.optim.rule import UpdateRule
 from megatron_ds.zero.buckets import state_dtype
 from megatron_ds.zero.flat import FlatBucket
-from megatron_ds.zero.layout import AxisSizes, ZeroLayout, node_size
+from megatron_ds.zero.layout import ZeroLayout
+from megatron_ds.zero.nodes import AxisSizes, node_size
 from megatron_ds.zero.store import BucketStores, DeviceStore, Store, create_store
 
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_ds.config import OffloadConfig, ZeroConfig
-from megatron_ds.errors import ConfigError
 from megatron_ds.kernels.quantized_blocks import packed_bytes
 from megatron_ds.zero.buckets import BucketLayout, ParameterInfo, plan_buckets, state_dtype
 from megatron_ds.zero.byte_table import KINDS, PLACES, STATE, RankBytes
+from megatron_ds.zero.nodes import AxisSizes, node_size
 from megatron_ds.zero.store import placement
 from megatron_ds.zero.store.blocks import BlockPool
 
@@ -28,31 +28,8 @@ _PLACE_OF_STORE = (("none", "device"), ("cpu", "host"), ("nvme", "disk"))
 _WINDOW = 2  # buckets of gradients that are reduced at one time
 _OVERLAP = 3  # regions in staging: one is read, one updated, one written
 
-AxisSizes = Mapping[tuple[str, ...], tuple[int, int]]
-"""Ranks of the shard and of the replicate axis, by the mesh axes over which parameters are sharded already."""
 PoolKey = tuple[torch.dtype, tuple[str, ...]]
 """The dtype in which gradients are summed, and the mesh axes over which their parameters are sharded already."""
-
-
-def node_size(config: ZeroConfig, axes: AxisSizes, sharded_over: tuple[str, ...]) -> int | None:
-    """Ranks of a node, of ``secondary_size`` neighbours, that shard the same part; None: nodes make no difference.
-
-    Neighbours that are sharded over another axis already, as experts are, hold different parts.
-
-    Raises:
-        ConfigError: a node would hold some parts more often than others.
-    """
-    if config.secondary_size is None:
-        return None
-    parts = axes[()][0] // axes[sharded_over][0]
-    if max(parts, config.secondary_size) % min(parts, config.secondary_size):
-        over = " x ".join(sharded_over)
-        raise ConfigError(
-            f"zero.secondary_size={config.secondary_size} and {over}={parts}: a node would hold some of the {parts} "
-            f"parts more often than others; use a multiple or a divisor of {parts}"
-        )
-    size = config.secondary_size // parts
-    return size if size > 1 else None
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from megatron_ds.kernels.quantized_blocks import BLOCK
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
 from megatron_ds.testing import run_ranks
-from megatron_ds.zero.layout import node_size
+from megatron_ds.zero.nodes import node_size
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 RANKS, EXPERTS, WIDTH = 4, 2, 16
