@@ -97,7 +97,7 @@ class ChatTemplate:
         at_whole: list[tuple[int, int]] = []
         others: list[tuple[str, int]] = []
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or not is_learnt(message, i):
                 continue
             before, after = self.render(messages[:i], True, tools), self.render(messages[: i + 1], tools=tools)
             if not after.startswith(before):
@@ -174,7 +174,7 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
     """A list of ``{"role": ..., "content": ...}`` from a record's value, or of ShareGPT's ``from`` and ``value``.
 
     Raises:
-        BadConversation: it is neither, or no message is the assistant's.
+        BadConversation: it is neither, or no message is the assistant's and learnt.
     """
     if not isinstance(value, list) or not value:
         raise BadConversation(f"not a list of messages but {type(value).__name__}")
@@ -188,9 +188,29 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
             raise BadConversation(f"message {number} has no role and content that are strings, but {sorted(message)}")
         shown = {"role": ROLES.get(role, role), "content": content or "", **parse_tool_calls(message, number)}
         messages.append({**message, **shown})
-    if not any(message["role"] == "assistant" for message in messages):
-        raise BadConversation("no message is the assistant's")
+    answers = [is_learnt(message, i) for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not any(answers):
+        raise BadConversation("no message is the assistant's" + (" and to be learnt" if answers else ""))
     return messages
+
+
+def is_learnt(message: Mapping[str, Any], number: int) -> bool:
+    """Whether an assistant's message is to be learnt: not with ``weight`` 0, or ``train`` or ``training`` false.
+
+    ``weight`` is a key of OpenAI's files for fine-tuning; ``train`` and ``training`` are of axolotl's.
+
+    Raises:
+        BadConversation: another weight than 0 and 1; ``number`` is the message's.
+    """
+    for name in ("weight", "train", "training"):
+        value = message.get(name)
+        if value not in (None, 0, 1):
+            raise BadConversation(
+                f"message {number} has {name}={value!r}; write 1 for an answer that is learnt and 0 for one that is not"
+            )
+        if value == 0:
+            return False
+    return True
 
 
 def parse_tool_calls(message: Mapping[str, Any], number: int) -> dict[str, Any]:

@@ -151,6 +151,25 @@ def test_tools_beside_messages_are_shown(tmp_path: Path, kind: str) -> None:
     assert hidden.documents == 1 and hidden.problems["bad conversation"] == (2 if kind == "jsonl" else 1)
 
 
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"training": False}])
+def test_an_answer_that_is_marked_so_is_context(tmp_path: Path, flag: dict[str, Any]) -> None:
+    """The text is that of the conversation without marks; of the answers, the other one alone is learnt."""
+    marked: list[dict[str, Any]] = [dict(message) for message in CHATS[1]]
+    marked[1] |= flag
+    marked[3] |= {"weight": 1, "train": None}
+    none = [*CHATS[1][:1], marked[1]]
+    odd = [*CHATS[1][:1], {**CHATS[1][1], "weight": 0.5}]
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in (marked, none, odd)))
+    counts = preprocess([str(tmp_path / "in.jsonl")], tmp_path / "out", OPTIONS, 0)
+    assert counts.documents == 1
+    reasons = (tmp_path / "out.bad.jsonl").read_text()
+    assert "no message is the assistant's and to be learnt" in reasons and "message 1 has weight=0.5" in reasons
+    ids, tokenizer = IndexedDataset(tmp_path / "out").document(0), load_tokenizer("bytes")
+    mask = np.fromfile(tmp_path / "out.loss_mask", np.uint8).astype(bool)
+    assert tokenizer.decode(ids) == ChatTemplate(CHATML).render(parse_messages(CHATS[1]))
+    assert tokenizer.decode(ids[mask]) == "3<|im_end|>\n"
+
+
 def test_where_templates_come_from(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "A{{ eos_token }}"}))
     assert load_template(None, str(tmp_path), {"eos_token": "E"}).render([]) == "AE"
