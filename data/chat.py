@@ -254,6 +254,23 @@ def parse_tools(value: Any) -> list[Any] | None:
     return value
 
 
+def with_system(messages: list[dict[str, Any]], value: Any) -> list[dict[str, Any]]:
+    """The messages behind a record's system message, from the key ``system`` as in ShareGPT's files; None: without.
+
+    Raises:
+        BadConversation: it is no text, or the messages begin with another one.
+    """
+    if value is None or value == "":
+        return messages
+    if not isinstance(value, str):
+        raise BadConversation(f"'system' is not a text but {type(value).__name__}")
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": value}, *messages]
+    if messages[0]["content"] != value:
+        raise BadConversation("the messages begin with another system message than that of the key 'system'; keep one")
+    return messages
+
+
 def load_template(spec: str | None, tokenizer: str, special: dict[str, str] | None = None) -> ChatTemplate:
     """The template that ``spec`` names: ``chatml``, a file, or None for the one in the tokenizer's folder.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_ds.data.chat import BadConversation, parse_messages, parse_tools
+from megatron_ds.data.chat import BadConversation, parse_messages, parse_tools, with_system
 from megatron_ds.errors import DataError, nearest
 
 TxtDocuments = Literal["file", "line", "paragraph"]
@@ -68,8 +68,8 @@ class Problem:
     detail: str = ""
 
 
-TOOLS = "tools"
-"""The key of what a conversation's messages may call."""
+TOOLS, SYSTEM = "tools", "system"
+"""The keys of what a conversation's messages may call, and of its system message where that is not among them."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,12 @@ class SourceOptions:
     dataset_split: str = "train"
     """Which split of a saved or hub dataset."""
     conversations: bool = False
-    """The key has messages (role and content), `tools` beside it what they may call: learn the assistant's alone."""
+    """The key has messages (role and content), maybe beside `tools` and `system`: learn the assistant's alone."""
 
     def columns(self, there: Iterable[str]) -> list[str]:
         """What is read of a table's columns."""
-        return [self.key, *(TOOLS for name in there if name == TOOLS and self.conversations)]
+        beside = (TOOLS, SYSTEM) if self.conversations else ()
+        return [self.key, *(name for name in there if name in beside and name != self.key)]
 
 
 IsDone = Callable[[int, int], bool]
@@ -106,7 +107,8 @@ def check_record(record: dict[str, Any], options: SourceOptions) -> str | Proble
         return Problem("missing key", f"no {key!r} among {sorted(record)[:8]}{nearest(key, record)}")
     if options.conversations:
         try:
-            found = {"messages": parse_messages(text), "tools": parse_tools(record.get(TOOLS))}
+            messages = with_system(parse_messages(text), record.get(SYSTEM))
+            found = {"messages": messages, "tools": parse_tools(record.get(TOOLS))}
             text = json.dumps(found, ensure_ascii=False)
         except (BadConversation, TypeError, ValueError, RecursionError) as error:  # a table's values may be no JSON
             return Problem("bad conversation", str(error))

@@ -170,6 +170,30 @@ def test_an_answer_that_is_marked_so_is_context(tmp_path: Path, flag: dict[str, 
     assert tokenizer.decode(ids[mask]) == "3<|im_end|>\n"
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_system_message_beside_the_others_leads_them(tmp_path: Path, kind: str) -> None:
+    """As the same message among them does."""
+    import datasets
+
+    source, system = tmp_path / f"in.{kind}", CHATS[0][0]["content"]
+    records: list[dict[str, Any]] = [
+        {"system": system, "messages": CHATS[0][1:]},
+        {"system": system, "messages": CHATS[0]},
+        {"system": None, "messages": CHATS[0][1:]},
+        {"system": "Be long.", "messages": CHATS[0]},
+    ]
+    if kind == "jsonl":
+        source.write_text("\n".join(map(json.dumps, [*records, {"system": 1, "messages": CHATS[0]}])))
+    else:
+        datasets.Dataset.from_list(records).to_parquet(source)
+    counts = preprocess([str(source)], tmp_path / "out", OPTIONS, 0)
+    assert counts.problems == {"bad conversation": 2 if kind == "jsonl" else 1}
+    assert "begin with another system message" in (tmp_path / "out.bad.jsonl").read_text()
+    dataset, tokenizer, template = IndexedDataset(tmp_path / "out"), load_tokenizer("bytes"), ChatTemplate(CHATML)
+    expected = [template.render(chat) for chat in (CHATS[0], CHATS[0], CHATS[0][1:])]
+    assert [tokenizer.decode(dataset.document(number)) for number in range(3)] == expected
+
+
 def test_where_templates_come_from(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "A{{ eos_token }}"}))
     assert load_template(None, str(tmp_path), {"eos_token": "E"}).render([]) == "AE"
