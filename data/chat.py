@@ -88,12 +88,13 @@ class ChatTemplate:
         otherwise is learnt from the text of the conversation up to it.
 
         Raises:
-            BadConversation: the template refuses it or shows no tools, or an answer does not begin with its generation
-                prompt.
+            BadConversation: the template refuses it or shows no tools, leaves out what answers are given to, or an
+                answer does not begin with its generation prompt.
         """
         if tools and "tools" not in self.tool_use:
             raise BadConversation("the chat template shows no tools; take one that does, or leave the key 'tools' out")
         whole = self.render(messages, tools=tools)
+        self._check_shown(messages, tools, whole)
         at_whole: list[tuple[int, int]] = []
         others: list[tuple[str, int]] = []
         for i, message in enumerate(messages):
@@ -115,6 +116,41 @@ class ChatTemplate:
             found.append(Rendering(text, here))
             others = [other for other in others if not text.startswith(other[0])]
         return found[::-1]
+
+    def _check_shown(self, messages: list[dict[str, Any]], tools: list[Any] | None, whole: str) -> None:
+        """Templates pass over roles and keys that they do not know; an answer is no answer to what is not there.
+
+        Raises:
+            BadConversation: the text is the same without a message that is not the assistant's, or without calls.
+        """
+        marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
+        try:
+            text = self.render([_marked(message, mark) for message, mark in zip(messages, marks)], tools=tools)
+        except BadConversation:
+            text = ""
+        for i, (message, mark) in enumerate(zip(messages, marks)):
+            if mark in text or _marked(message, mark) == message:
+                continue
+            other = _marked(message, ".") if message["role"] != "assistant" else {**message, "tool_calls": None}
+            try:  # a template may change the mark, or show other things of calls
+                same = self.render([*messages[:i], other, *messages[i + 1 :]], tools=tools) == whole
+            except BadConversation:
+                same = False
+            if same:
+                what = "the tool_calls" if message["role"] == "assistant" else f"the role {message['role']!r}"
+                raise BadConversation(f"the chat template does not show {what} of message {i}; take one that does")
+
+
+def _marked(message: dict[str, Any], mark: str) -> dict[str, Any]:
+    """The message with ``mark`` in what a template has to show of it."""
+    if message["role"] != "assistant":
+        return {**message, "content": message["content"] + mark} if message["content"].strip() else message
+    if not message.get("tool_calls"):
+        return message
+    functions = [call["function"] for call in message["tool_calls"]]
+    marked = [{**function, "name": f"{function.get('name')}{mark}"} for function in functions]
+    calls = [{**call, "function": function} for call, function in zip(message["tool_calls"], marked)]
+    return {**message, "tool_calls": calls}
 
 
 def _compiled(source: str) -> Any:

@@ -194,6 +194,28 @@ def test_a_system_message_beside_the_others_leads_them(tmp_path: Path, kind: str
     assert [tokenizer.decode(dataset.document(number)) for number in range(3)] == expected
 
 
+KNOWN_ROLES = (  # as of Qwen: other roles are passed over
+    "{% for m in messages %}{% if m.role in ['system', 'user'] %}<{{ m.role }}>{{ m.content | trim }}</s>"
+    "{% elif m.role == 'assistant' %}<assistant>{{ m.content }}</s>"
+    "{% elif m.role == 'tool' %}<user>{{ m.content | urlencode }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_what_a_template_passes_over_is_no_ground_for_an_answer() -> None:
+    template, user, answer = ChatTemplate(KNOWN_ROLES), CHATS[0][1], CHATS[0][2]
+    for role, text in (("system", "Hé!"), ("tool", "3"), ("tool", " ")):
+        (rendering,) = template.renderings(parse_messages([{"role": role, "content": text}, user, answer]))
+        assert len(rendering.answers) == 1
+    seen = parse_messages([user, {"from": "observation", "value": "Hé!"}, answer])  # its text is there, of the answer
+    with pytest.raises(BadConversation, match="does not show the role 'observation' of message 1"):
+        template.renderings(seen)
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    for source in (KNOWN_ROLES, CHATML):
+        with pytest.raises(BadConversation, match="does not show the tool_calls of message 1"):
+            ChatTemplate(source).renderings(parse_messages([user, call, user, answer]))
+
+
 def test_where_templates_come_from(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "A{{ eos_token }}"}))
     assert load_template(None, str(tmp_path), {"eos_token": "E"}).render([]) == "AE"
