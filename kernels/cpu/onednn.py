@@ -28,13 +28,17 @@ _BLOCK_ROWS = 1024
 
 
 def is_faster(x: Tensor) -> bool:
-    """The private operator exists in the torch versions this project runs on where oneDNN was built in."""
+    """The private operator exists in the torch versions this project runs on where oneDNN was built in.
+
+    It refuses sums over nothing, as of a weight's gradient without tokens.
+    """
     return bool(
         x.device.type == "cpu"
         and x.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and not torch.compiler.is_compiling()
+        and x.shape[-1] > 0
     )
 
 

@@ -242,6 +242,8 @@ def test_products_in_fp32_where_blas_is_slow_and_where_not(
     close(total, want)
     add_product(total, of_rows.float().t(), rows.float(), first=True)
     close(total, of_rows.t() @ rows)
+    add_product(total, of_rows[:0].float().t(), rows[:0].float(), first=True)  # no tokens
+    assert not total.any() and linear_input_gradient(narrow[1].flatten()[:0], narrow[2][:0]).tolist() == [0.0] * 40
     assert bool(asked) == (slow and torch.backends.mkldnn.is_available())
 
 
