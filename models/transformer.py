@@ -255,7 +255,8 @@ class Transformer(nn.Module):
         ids, documents = micro_batch.get("document_ids"), None
         if ids is not None:
             documents = Documents.of_ids(ids, micro_batch.get("document_bounds"))
-        shared = {window: self._inputs(micro_batch, documents, window, make_core) for window in kinds}
+        dtype = self.embedding.weight.dtype if hidden is None else hidden.dtype  # another parameter's may be wider
+        shared = {window: self._inputs(micro_batch, documents, window, make_core, dtype) for window in kinds}
         x = self._embed(micro_batch, shared[min(kinds)]) if self.span.embedding else hidden
         assert x is not None, "a stage without the embedding needs the previous stage's output"
         stream, p = Stream(x), self.config.hidden_dropout
@@ -307,12 +308,16 @@ class Transformer(nn.Module):
         return comm.slice_dim0(of_sequence, self.tp) if self.sequence_parallel else of_sequence
 
     def _inputs(
-        self, micro_batch: MicroBatch, documents: Documents | None, window: bool, make_core: MakeCore
+        self,
+        micro_batch: MicroBatch,
+        documents: Documents | None,
+        window: bool,
+        make_core: MakeCore,
+        dtype: torch.dtype,
     ) -> AttentionInputs:
         """What the layers with a window share, or those without."""
         positions = micro_batch["position_ids"].t()
         length = positions.shape[0]
-        dtype = next(self.parameters()).dtype
         keys = None
         if self.training and (self.config.hidden_dropout or self.config.attention_dropout):
             offset = self.tp.rank * (length // self.tp.size) if self.sequence_parallel else 0

@@ -25,6 +25,7 @@ from megatron_ds.kernels.float8 import E4M3, Float8
 from megatron_ds.layers import float8_recipe as float8
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.families import task_of
+from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.shard import spec_of
 from megatron_ds.testing import run_ranks
 from megatron_ds.train import build as build_module
@@ -209,6 +210,23 @@ def test_products_are_given_the_quantised_masters(rows: list[Row]) -> None:
     of_ranks = run_ranks(looks, tp * pp * dp, rows) if tp * pp * dp > 1 else [looks(rows)]
     for row, *ranks in zip(rows, *of_ranks, strict=True):
         check(row, ranks)
+
+
+def test_a_stage_whose_first_weight_is_a_master_computes_in_half_precision() -> None:
+    """As in OLMo 2, whose norms follow: two stages, one behind the other, have the whole model's bits."""
+    values = half(ALONE[0]).to_dict()
+    values["model"] |= {"norm_position": "output"}
+    config = RunConfig.model_validate(values)
+    task = task_of(config)
+    spans = [StageSpan(0, config.model.num_layers), StageSpan(0, 1, head=False)]
+    spans.append(StageSpan(1, config.model.num_layers, embedding=False))
+    whole, first, rest = (task.make_stage(span, Mesh.single(), torch.device("cpu"), torch.bfloat16) for span in spans)
+    for stage in (whole, first, rest):
+        stage.initialize(3)  # type: ignore[operator]
+        float8.use_float8(stage, config.precision)
+    assert next(rest.parameters()).dtype == torch.float32
+    batch = steps_of(config, Mesh.single())[0][0]
+    assert torch.equal(rest(batch, first(batch)), whole(batch))
 
 
 def test_weights_quantised_from_half_copies_show() -> None:
