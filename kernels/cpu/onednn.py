@@ -79,10 +79,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+MOST_INT8_PRODUCTS = (2**31 - 1) // 127**2
+"""So many of numbers up to 127 have a sum that int32 surely holds."""
+
+
 def can_multiply_int8(weight: Tensor) -> bool:
     """Whether this machine multiplies by :func:`packed_int8` weights: without VNNI sums may overflow."""
     there = weight.device.type == "cpu" and weight.dtype is torch.int8 and torch.backends.mkldnn.is_available()
-    return there and torch.cpu._is_vnni_supported()
+    return there and weight.shape[1] <= MOST_INT8_PRODUCTS and torch.cpu._is_vnni_supported()
 
 
 def packed_int8(weight: Tensor) -> Tensor:

@@ -101,6 +101,15 @@ class Int8(_ScaledOutputs):
 class Int8Inputs(_ScaledOutputs):
     """Weights and inputs: products of whole numbers, exact in int32."""
 
+    def __init__(self, weight: QuantizedWeight, tp: Axis | None, dtype: torch.dtype):
+        inputs = weight.values.shape[1]
+        if inputs > onednn.MOST_INT8_PRODUCTS:
+            raise ConfigError(
+                f"quantization='w8a8' adds up {inputs} products of a layer in int32, which holds "
+                f"{onednn.MOST_INT8_PRODUCTS} surely; use 'int8' or 'fp8', or more ranks"
+            )
+        super().__init__(weight, tp, dtype)
+
     def rows(self, x: Tensor) -> Tensor:
         scale = largest(x, 1, self.tp) / LARGEST["w8a8"]
         whole = (x.to(scale.dtype) / scale).round_()

@@ -43,6 +43,16 @@ def test_products_are_those_of_the_dequantised_weight(scheme: str, dtype: torch.
         assert scheme not in ("w8a8", "fp8") or relative > 1e-4, "the inputs were not quantised"
 
 
+def test_sums_that_int32_does_not_hold_are_not_made() -> None:
+    """Of ones: the product is the number of inputs."""
+    inputs = 2**31 // 127**2 + 100
+    ones = torch.ones(16, inputs, dtype=torch.bfloat16)
+    product = RECIPES["int8"](quantize(ones, "int8"), None, ones.dtype).product(ones[:2], ones, None)
+    assert torch.all((product.double() / inputs - 1).abs() < 0.01)
+    with pytest.raises(ConfigError, match=r"adds up 133244 products of a layer in int32, which holds 133144"):
+        RECIPES["w8a8"](quantize(ones, "w8a8"), None, ones.dtype)
+
+
 def logprobs_of(scheme: str, ranks: int) -> Any:
     mesh = Mesh.create(MeshShape(tp=ranks), torch.device("cpu"))
     config = config_of("llama").model_copy(update={"hidden_size": 128, "ffn_hidden_size": 128, "vocab_multiple": 16})
