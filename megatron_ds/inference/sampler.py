@@ -165,8 +165,11 @@ class Sampler:
     # One row's rules
 
     def _process(self, logits: Tensor, row: Row) -> None:
-        """``logits [v]`` in place: penalties, biases and what is not allowed."""
+        """``logits [v]`` in place: biases, penalties and what is not allowed."""
         params = row.params
+        for token, bias in params.logit_bias.items():  # first: a penalty that multiplies acts on what it adds as well
+            if 0 <= token - self.first < len(logits):
+                logits[token - self.first] += bias
         if params.repetition_penalty != 1.0:
             local = self._local({*row.prompt, *row.answer}, len(logits))
             of_seen = logits[local]
@@ -176,9 +179,6 @@ class Sampler:
             counts = Counter(row.answer)
             for token in self._local(counts, len(logits)).tolist():
                 logits[token] -= params.presence_penalty + params.frequency_penalty * counts[token + self.first]
-        for token, bias in params.logit_bias.items():
-            if 0 <= token - self.first < len(logits):
-                logits[token - self.first] += bias
         if row.banned:
             logits[self._local(row.banned, len(logits))] = -torch.inf
         if row.allowed is not None:

@@ -17,7 +17,7 @@ _COLDEST = 1e-5
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The order in which they act: penalties, ``logit_bias``, ``min_tokens``, temperature, top-k, top-p, min-p.
+    """The order in which they act: ``logit_bias``, penalties, ``min_tokens``, temperature, top-k, top-p, min-p.
 
     Attributes:
         n: samples of the prompt, each with draws of its own.

@@ -76,16 +76,17 @@ def test_penalties_biases_and_bans_are_the_closed_forms() -> None:
         presence_penalty=0.5,
         frequency_penalty=0.25,
         repetition_penalty=1.5,
-        logit_bias={7: 3.0},
+        logit_bias={7: 3.0, 8: 5.0},
         processed_logprobs=VOCAB,
     )
     logits = scores()
     want = logits[0].clone()
+    want[7] += 3.0
+    want[8] += 5.0  # before the penalties, as `transformers` orders its processors
     for token in (1, 2, 3, 8):
         want[token] = want[token] / 1.5 if want[token] > 0 else want[token] * 1.5
     want[8] -= 0.5 + 2 * 0.25
     want[3] -= 0.5 + 0.25
-    want[7] += 3.0
     want[5] = -torch.inf
     sampler = Sampler(Axis("tp"), 0, VOCAB)
     found = sampler.sample(logits.clone(), [row(params, answer=(8, 3, 8), banned=(5,))])
