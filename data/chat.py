@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,12 @@ class ChatTemplate:
             )
         except Exception as error:
             raise BadConversation(f"the chat template refuses it: {str(error) or type(error).__name__}") from None
+
+    def in_known_roles(self, messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """``developer``, OpenAI's newer name of the system role, as ``system`` where the template does not know it."""
+        if "developer" in self.source or "developer" in self.tool_use:
+            return [dict(message) for message in messages]
+        return [{**m, "role": "system"} if m.get("role") == "developer" else dict(m) for m in messages]
 
     def renderings(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> list[Rendering]:
         """The texts of a conversation, so that each answer follows the text that it would follow in generation.

@@ -163,9 +163,7 @@ class LLM:
                 "beside its tokenizer that shows them"
             )
         try:
-            text = self._template.render(
-                [dict(message) for message in messages], add_generation_prompt=True, tools=tools
-            )
+            text = self._template.render(self._template.in_known_roles(messages), True, tools)
         except BadConversation as error:
             raise ConfigError(str(error)) from None
         return [int(token) for token in self._require_tokenizer().encode_marked(text)[0]]

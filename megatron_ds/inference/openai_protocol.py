@@ -93,8 +93,8 @@ def read_call(body: Any, chat: bool, model: str, texts: Texts) -> Call:
     stop = fields.pop("stop", None)
     settings["stop"] = () if stop is None else stop
     settings["logit_bias"] = fields.pop("logit_bias", None) or {}
-    limit = fields.pop("max_completion_tokens", None) if chat else None
-    limit = fields.pop("max_tokens", None) if limit is None else limit
+    older, newer = fields.pop("max_tokens", None), fields.pop("max_completion_tokens", None) if chat else None
+    limit = older if newer is None else newer
     settings["max_tokens"] = limit if limit is not None or chat else 16
     _read_response_format(fields, settings)
     echoed: tuple[str, ...] = ()
@@ -329,7 +329,7 @@ class Answers:
         pieces, offsets = [self.texts.token_bytes(token) for token in ids], []
         for piece in pieces:
             starts_one = piece[:1] != b"" and piece[0] & 0xC0 != 0x80  # and what there is of another stays as it is
-            offsets.append(begun + (starts_one and tail != b""))
+            offsets.append(max(0, begun + (starts_one and tail != b"")))  # what begins a text comes before its places
             count, tail = _decoded(tail + piece)
             begun += count
         # Halves of characters have one text: of those the most probable one is shown, which comes last here.

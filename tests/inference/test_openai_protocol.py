@@ -50,3 +50,9 @@ def test_arguments_that_are_no_object_are_refused(arguments: Any) -> None:
     broken = [{"role": "assistant", "tool_calls": arguments if arguments is not None else [1]}]
     with pytest.raises(BadRequest, match="message 0 has tool_calls"):
         read_call({"messages": broken}, True, "m", Texts())
+
+
+@pytest.mark.parametrize(("fields", "most"), [({"max_completion_tokens": 2}, 2), ({}, 4)])
+def test_the_newer_name_of_the_most_tokens_wins(fields: dict[str, int], most: int) -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4, **fields}
+    assert read_call(body, True, "m", Texts()).params.max_tokens == most

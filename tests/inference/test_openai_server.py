@@ -23,6 +23,7 @@ import uvicorn
 from hf_models import _llama
 from served import folder_logits
 
+from megatron_ds.data.chat import ChatTemplate
 from megatron_ds.data.tokenizers import ByteTokenizer
 from megatron_ds.inference import LLM, SamplingParams
 from megatron_ds.inference.openai_protocol import Answers, Call
@@ -182,6 +183,25 @@ def test_offsets_are_places_in_the_text(cuts: list[int]) -> None:
         sent = answers._after(part, sent)
     assert text == "aé\ufffd\ufffdb\ufffd"
     assert offsets == [0, 1, 1, 2, 3, 4, 5, 5]
+
+
+def test_what_begins_a_text_has_its_first_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices of the text begin at these offsets; one below 0 would be a place near the end."""
+    call = Call(False, "tiny", ((256, 98),), SamplingParams(logprobs=0), False, False, ("b",))
+    sample = CompletionOutput(0, "cd", [99, 100], [{99: -1.0}, {100: -2.0}], finish_reason="length")
+    output = RequestOutput("r", None, [256, 98], [sample], [None, {98: -3.0}], True)
+    tokenizer = ByteTokenizer()
+    monkeypatch.setattr(tokenizer, "token_bytes", lambda token: b"<s>" if token == 256 else bytes([token]))
+    (choice,) = Answers(call, "name", tokenizer).whole([output])["choices"]
+    assert choice["logprobs"]["tokens"] == ["<s>", *choice["text"]] == ["<s>", *"bcd"]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2]
+
+
+def test_a_developer_is_the_system_where_the_template_does_not_know_one(running: Running) -> None:
+    said = running.llm.render_chat([{"role": "developer", "content": "x"}, {"role": "user", "content": "y"}])
+    assert said == [*b"<system>x<user>y>"]
+    knows = ChatTemplate("{% for m in messages if m.role == 'developer' %}{{ m.content }}{% endfor %}")
+    assert knows.render(knows.in_known_roles([{"role": "developer", "content": "x"}])) == "x"
 
 
 def test_tokens_that_are_parts_of_characters_come_with_their_bytes(running: Running) -> None:
