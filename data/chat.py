@@ -229,7 +229,8 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
         if not isinstance(role, str) or not (isinstance(content, str) or calls):
             raise BadConversation(f"message {number} has no role and content that are strings, but {sorted(message)}")
         shown = {"role": ROLES.get(role, role), "content": content or "", **parse_tool_calls(message, number)}
-        messages.append({**message, **shown})
+        # Templates ask whether a key is there; one that is null is as if it were not.
+        messages.append({**{name: value for name, value in message.items() if value is not None}, **shown})
     answers = [is_learnt(message, i) for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not any(answers):
         raise BadConversation("no message is the assistant's" + (" and to be learnt" if answers else ""))

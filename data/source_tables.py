@@ -56,10 +56,24 @@ def _row(names: list[str], values: tuple[Any, ...]) -> dict[str, Any]:
     return {name: value.as_py() for name, value in zip(names, values)}
 
 
+def _present(row: dict[str, Any], options: SourceOptions) -> dict[str, Any]:
+    """A row of conversations without the nulls inside its values: a column gives each object the keys of all others.
+
+    Otherwise a call would be learnt with the arguments of other functions, each of them null.
+    """
+    return {name: _without_nulls(value) for name, value in row.items()} if options.conversations else row
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _checked(read: Callable[[], dict[str, Any]], options: SourceOptions) -> str | Problem:
     """The text of a row; a table may hold as text what is none, which shows when the values are read."""
     try:
-        return check_record(read(), options)
+        return check_record(_present(read(), options), options)
     except UnicodeDecodeError as error:
         return Problem("invalid UTF-8", str(error))
 
@@ -127,7 +141,7 @@ def hub_lines(item: Input, options: SourceOptions) -> Iterator[tuple[bytes, int]
     size = 0
     for record in _stream(item, options):
         value = {name: record[name] for name in options.columns(record) if name in record}
-        lines.append(json.dumps(value).encode() + b"\n")
+        lines.append(json.dumps(_present(value, options)).encode() + b"\n")
         size += len(lines[-1])
         if size >= STREAM_BLOCK:
             yield b"".join(lines), 0

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -109,111 +107,6 @@ def test_tools_are_shown_by_the_template_for_them(tmp_path: Path) -> None:
             assert template.render(messages, tools=tools) == expected, (folder, tools)
     one = ChatTemplate("{{ tools }}")
     assert one.render(messages, tools=[1]) == "[1]" and one.render(messages) == "None"
-
-
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
-WITH_TOOLS = (
-    "{% if tools %}[{{ tools | tojson }}]{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.content }}"
-    "{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "datasets"])
-def test_tools_beside_messages_are_shown(tmp_path: Path, kind: str) -> None:
-    """As transformers shows them; in a table as JSON, or null where there are none."""
-    import datasets
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    (tmp_path / "t.jinja").write_text(WITH_TOOLS)
-    theirs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template=WITH_TOOLS)
-    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
-    sent = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
-    asked = {"role": "user", "content": "1+1"}
-    messages = [asked, {"role": "assistant", "content": None, "tool_calls": [sent]}]
-    shown = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
-    records: list[dict[str, Any]] = [{"messages": messages, "tools": [TOOL]}, {"messages": CHATS[0], "tools": None}]
-    source = tmp_path / f"in.{kind}"
-    if kind == "jsonl":
-        source.write_text("\n".join(map(json.dumps, [*records, {"messages": messages, "tools": 3}])))
-    else:
-        records[0]["tools"] = json.dumps([TOOL])
-        table = datasets.Dataset.from_list(records)
-        table.to_parquet(source) if kind == "parquet" else table.save_to_disk(source)
-    options = replace(OPTIONS, chat_template=str(tmp_path / "t.jinja"))
-    counts = preprocess([str(source)], tmp_path / "out", options, 0)
-    assert counts.problems == ({"bad conversation": 1} if kind == "jsonl" else {})
-    expected = [theirs.apply_chat_template(m, tools=t, tokenize=False) for m, t in ((shown, [TOOL]), (CHATS[0], None))]
-    dataset, tokenizer = IndexedDataset(tmp_path / "out"), load_tokenizer("bytes")
-    assert [tokenizer.decode(dataset.document(number)) for number in range(2)] == expected
-    hidden = preprocess([str(source)], tmp_path / "none", replace(options, chat_template="chatml"), 0)
-    assert hidden.documents == 1 and hidden.problems["bad conversation"] == (2 if kind == "jsonl" else 1)
-
-
-@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"training": False}])
-def test_an_answer_that_is_marked_so_is_context(tmp_path: Path, flag: dict[str, Any]) -> None:
-    """The text is that of the conversation without marks; of the answers, the other one alone is learnt."""
-    marked: list[dict[str, Any]] = [dict(message) for message in CHATS[1]]
-    marked[1] |= flag
-    marked[3] |= {"weight": 1, "train": None}
-    none = [*CHATS[1][:1], marked[1]]
-    odd = [*CHATS[1][:1], {**CHATS[1][1], "weight": 0.5}]
-    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"messages": chat}) for chat in (marked, none, odd)))
-    counts = preprocess([str(tmp_path / "in.jsonl")], tmp_path / "out", OPTIONS, 0)
-    assert counts.documents == 1
-    reasons = (tmp_path / "out.bad.jsonl").read_text()
-    assert "no message is the assistant's and to be learnt" in reasons and "message 1 has weight=0.5" in reasons
-    ids, tokenizer = IndexedDataset(tmp_path / "out").document(0), load_tokenizer("bytes")
-    mask = np.fromfile(tmp_path / "out.loss_mask", np.uint8).astype(bool)
-    assert tokenizer.decode(ids) == ChatTemplate(CHATML).render(parse_messages(CHATS[1]))
-    assert tokenizer.decode(ids[mask]) == "3<|im_end|>\n"
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_system_message_beside_the_others_leads_them(tmp_path: Path, kind: str) -> None:
-    """As the same message among them does."""
-    import datasets
-
-    source, system = tmp_path / f"in.{kind}", CHATS[0][0]["content"]
-    records: list[dict[str, Any]] = [
-        {"system": system, "messages": CHATS[0][1:]},
-        {"system": system, "messages": CHATS[0]},
-        {"system": None, "messages": CHATS[0][1:]},
-        {"system": "Be long.", "messages": CHATS[0]},
-    ]
-    if kind == "jsonl":
-        source.write_text("\n".join(map(json.dumps, [*records, {"system": 1, "messages": CHATS[0]}])))
-    else:
-        datasets.Dataset.from_list(records).to_parquet(source)
-    counts = preprocess([str(source)], tmp_path / "out", OPTIONS, 0)
-    assert counts.problems == {"bad conversation": 2 if kind == "jsonl" else 1}
-    assert "begin with another system message" in (tmp_path / "out.bad.jsonl").read_text()
-    dataset, tokenizer, template = IndexedDataset(tmp_path / "out"), load_tokenizer("bytes"), ChatTemplate(CHATML)
-    expected = [template.render(chat) for chat in (CHATS[0], CHATS[0], CHATS[0][1:])]
-    assert [tokenizer.decode(dataset.document(number)) for number in range(3)] == expected
-
-
-KNOWN_ROLES = (  # as of Qwen: other roles are passed over
-    "{% for m in messages %}{% if m.role in ['system', 'user'] %}<{{ m.role }}>{{ m.content | trim }}</s>"
-    "{% elif m.role == 'assistant' %}<assistant>{{ m.content }}</s>"
-    "{% elif m.role == 'tool' %}<user>{{ m.content | urlencode }}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-def test_what_a_template_passes_over_is_no_ground_for_an_answer() -> None:
-    template, user, answer = ChatTemplate(KNOWN_ROLES), CHATS[0][1], CHATS[0][2]
-    for role, text in (("system", "Hé!"), ("tool", "3"), ("tool", " ")):
-        (rendering,) = template.renderings(parse_messages([{"role": role, "content": text}, user, answer]))
-        assert len(rendering.answers) == 1
-    seen = parse_messages([user, {"from": "observation", "value": "Hé!"}, answer])  # its text is there, of the answer
-    with pytest.raises(BadConversation, match="does not show the role 'observation' of message 1"):
-        template.renderings(seen)
-    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
-    for source in (KNOWN_ROLES, CHATML):
-        with pytest.raises(BadConversation, match="does not show the tool_calls of message 1"):
-            ChatTemplate(source).renderings(parse_messages([user, call, user, answer]))
 
 
 def test_where_templates_come_from(tmp_path: Path) -> None:
