@@ -1,7 +1,7 @@
 """A folder of image files: a class for each subfolder, or captions beside the images.
 
 Captions are in ``x.txt`` beside ``x.jpg``, or in ``metadata.jsonl`` with ``file_name`` and ``text`` (as in the image
-folders of `datasets`).
+folders of `datasets`: in any subfolder, names relative to it). What is hidden is left alone, as `datasets` does.
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ from megatron_ds.errors import DataError
 from megatron_ds.files import open_regular, parse_json, read_bytes, read_text
 
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
-METADATA = "metadata.jsonl"
+METADATA, _UNREAD = "metadata.jsonl", ("metadata.csv", "metadata.parquet")
 _MOST_BYTES = 1 << 30  # of one image
 
 
 def find_images(folder: Path) -> Iterator[Path]:
-    """The image files of a folder and its subfolders, in any order."""
-    return (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    """The image files of a folder and its subfolders, in any order, but none that is hidden."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return (path for path in found if not _is_hidden(path.relative_to(folder)))
+
+
+def _is_hidden(path: Path) -> bool:
+    """Such as ``.ipynb_checkpoints/x-checkpoint.png`` of Jupyter, or ``__MACOSX/x.jpg`` of a Mac's zip."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 class ImageFolder:
@@ -78,8 +84,16 @@ class ImageFolder:
 
 def _captions(folder: Path, paths: list[Path]) -> list[str] | None:
     """Of each image; None where there are none at all."""
-    metadata = folder / METADATA
-    listed = _read_metadata(metadata) if metadata.is_file() else {}
+    listed: dict[str, str] = {}
+    for parent in sorted({parent for path in paths for parent in path.parents}):  # that of a subfolder comes later
+        metadata = folder / parent / METADATA
+        if metadata.is_file():
+            listed |= {str(parent / name): text for name, text in _read_metadata(metadata).items()}
+        elif unread := next((name for name in _UNREAD if (folder / parent / name).is_file()), None):
+            raise DataError(
+                f"{folder / parent / unread} is not read: write its rows to {METADATA} beside it, each a JSON object "
+                'such as {"file_name": "0001.png", "text": "a cat"}, or move it away'
+            )
     beside = {path: (folder / path).with_suffix(".txt") for path in paths}
     found = [
         listed[str(path)] if str(path) in listed else _read_caption(beside[path]) if beside[path].is_file() else None

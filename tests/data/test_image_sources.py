@@ -110,6 +110,30 @@ def test_captions(root: Path, tmp_path: Path) -> None:
         open_images(folder)
 
 
+def test_a_folder_is_what_datasets_finds_in_it(tmp_path: Path) -> None:
+    """Captions listed in subfolders, and no copies that other programs hide."""
+    import datasets
+
+    folder = tmp_path / "images"
+    for place in ("a", "a/deep", "b", ".ipynb_checkpoints", "__MACOSX/a"):
+        (folder / place).mkdir(parents=True)
+        (folder / place / "1.png").write_bytes(encoded(photograph("china").crop((0, 0, 8, 8))))
+    shutil.copy(folder / "b" / "1.png", folder / "b" / ".1.png")
+    (folder / "metadata.jsonl").write_text('{"file_name": "b/1.png", "text": "b"}\n')
+    (folder / "a" / "metadata.jsonl").write_text(
+        '{"file_name": "1.png", "text": "a"}\n{"file_name": "deep/1.png", "text": "deep"}\n'
+    )
+    theirs = datasets.load_dataset(
+        "imagefolder", data_dir=str(folder), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    source = open_images(folder)
+    assert [source.caption(row) for row in range(len(source))] == ["a", "deep", "b"]
+    assert sorted(theirs["text"]) == ["a", "b", "deep"]
+    (folder / "a" / "metadata.jsonl").rename(folder / "a" / "metadata.csv")
+    with pytest.raises(DataError, match=r"a/metadata.csv is not read: write its rows to metadata.jsonl beside it"):
+        open_images(folder)
+
+
 def test_a_file_is_turned_resized_cropped_and_mirrored() -> None:
     image = photograph("china").crop((0, 0, 90, 60))
     turned = Image.Exif()
