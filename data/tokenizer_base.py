@@ -143,12 +143,22 @@ class SpecialTokens:
         names: ``eos_token`` and the other :data:`SETTINGS` -> the token's text.
         origins: the file that each of them was found in.
         added: id -> the arguments of a ``tokenizers.AddedToken``, in ascending order of ids.
+        extra: the same of further special tokens without an id; one that the vocabulary lacks comes behind it.
     """
 
     config: dict[str, Any]
     names: dict[str, str]
     origins: dict[str, str]
     added: dict[int, dict[str, Any]]
+    extra: tuple[dict[str, Any], ...] = ()
+
+    def differs(self, token: Mapping[str, Any], other: Any) -> bool:
+        """Whether a token of ``added`` is another than this ``AddedToken`` of a tokenizer.json (None: it has none).
+
+        Their flags say which white space around a token belongs to it; those of a list with ids are the newer ones.
+        """
+        listed = "added_tokens_decoder" in self.config
+        return other is None or (listed and any(token[f] != getattr(other, f) for f in _FLAGS if f in token))
 
 
 def read_special_tokens(folder: Path) -> SpecialTokens:
@@ -181,7 +191,21 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
         raise DataError(
             f"the added tokens of {folder} (in {CONFIG} or {ADDED}) are not ids and tokens: {error!r}"
         ) from None
-    return SpecialTokens(config, names, origins, dict(sorted(added.items())))
+    sources = (first,) if "added_tokens_decoder" in config else (first, second)
+    extra = [token for file, content in sources for token in _extra(content, folder / file)]
+    return SpecialTokens(config, names, origins, dict(sorted(added.items())), tuple(extra))
+
+
+def _extra(content: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any]]:
+    """Special tokens without a setting of their own; newer files may name them as a mapping."""
+    for setting in ("extra_special_tokens", "additional_special_tokens"):
+        tokens = content.get(setting) or []
+        if not isinstance(tokens, list | dict):
+            raise DataError(f"{path} says {setting}={str(tokens)[:80]}, which is no list of tokens")
+        for token in tokens.values() if isinstance(tokens, dict) else tokens:
+            if text := _text(token, path, setting):
+                flags = {f: token[f] for f in _FLAGS if f in token} if isinstance(token, dict) else {}
+                yield {"normalized": False, **flags, "content": text, "special": True}
 
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")

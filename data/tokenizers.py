@@ -108,12 +108,18 @@ class HFTokenizer(Tokenizer):
         """Make special what the files beside it name as such, as ``transformers`` does; returns what was not yet."""
         from tokenizers import AddedToken
 
-        have = {token.content for token in self.backend.get_added_tokens_decoder().values()}
-        missing = {i: token for i, token in found.added.items() if token["content"] not in have}
-        for text in found.names.values():  # named, and in the vocabulary, but read as letters
-            number = self.backend.token_to_id(text)
-            if number is not None and text not in have and number not in missing:
-                missing[number] = {"content": text, "special": True, "normalized": False}
+        have = {token.content: token for token in self.backend.get_added_tokens_decoder().values()}
+        missing = {i: token for i, token in found.added.items() if found.differs(token, have.get(token["content"]))}
+        named = [{"content": text, "special": True, "normalized": False} for text in found.names.values()]
+        end = max([self.backend.get_vocab_size(), *(number + 1 for number in missing)])
+        for token in (*named, *found.extra):  # read as letters, be they in the vocabulary or not
+            text, number = token["content"], self.backend.token_to_id(token["content"])
+            if text in have or any(text == other["content"] for other in missing.values()):
+                continue
+            if number is None and token not in named:
+                number, end = end, end + 1
+            if number is not None:
+                missing[number] = token
         for number, token in sorted(missing.items()):
             add = self.backend.add_special_tokens if token.get("special") else self.backend.add_tokens
             add([AddedToken(**token)])

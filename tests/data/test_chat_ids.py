@@ -222,6 +222,33 @@ def test_the_end_token_is_found_wherever_the_folder_names_it(tmp_path: Path, pla
     assert theirs(tmp_path / "export").eos_token_id == end
 
 
+MARK = {"content": "<r>", "lstrip": True, "rstrip": True, "normalized": False, "single_word": False, "special": True}
+
+
+@pytest.mark.parametrize("listed", [
+    {"additional_special_tokens": ["Ġthanks", "<new>"]},
+    {"extra_special_tokens": {"a": "<new>", "b": "world"}},
+    {"special_tokens_map": {"additional_special_tokens": [{"__type": "AddedToken", **MARK}, "<new>"]}},
+    {"added_tokens_decoder": {"400": {**MARK, "content": "<|im_start|>"}}},
+])  # fmt: skip
+def test_special_tokens_that_a_folder_lists_are_those_of_transformers(tmp_path: Path, listed: dict[str, Any]) -> None:
+    """Those that the vocabulary has among its other tokens, those that it lacks, and the space that belongs to one."""
+    folder = bpe_folder(tmp_path / "t", CHATML)
+    number = load_tokenizer(folder).token_id("<|im_start|>")
+    if "added_tokens_decoder" in listed:
+        listed = {"added_tokens_decoder": {str(number): listed["added_tokens_decoder"]["400"]}}
+    if older := listed.get("special_tokens_map"):
+        (folder / "special_tokens_map.json").write_text(json.dumps(older))
+    else:
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **listed}))
+    ours, reference = load_tokenizer(folder), theirs(folder)
+    text = "Hello world <r> thanks <new> Ġthanks <|im_start|> fine<|im_end|> é"
+    expected = reference.encode(text, add_special_tokens=False)
+    assert list(ours.encode_batch([text])[0]) == ours.encode_marked(text)[0].tolist() == expected
+    assert ours.vocab_size == len(reference)
+
+
 def test_an_end_token_that_is_nowhere_is_an_error(tmp_path: Path) -> None:
     folder = bpe_folder(tmp_path / "t", CHATML)
     config = folder / "tokenizer_config.json"
