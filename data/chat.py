@@ -27,7 +27,11 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+ROLES = {
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant"),
+    "observation": "tool",
+}
 """Other names of roles, as in ShareGPT's files (``{"from": "human", "value": ...}``)."""
 
 
@@ -225,6 +229,13 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
         if not isinstance(message, dict):
             raise BadConversation(f"message {number} is a {type(message).__name__}, not an object")
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if role == "function_call" or message.get("function_call"):
+            raise BadConversation(
+                f"message {number} has a function_call, which templates do not show; write it as the assistant's "
+                "tool_calls"
+            )
+        if isinstance(role, str) and role != "assistant" and role.strip().lower() == "assistant":
+            raise BadConversation(f"message {number} has the role {role!r}, which is not learnt; write 'assistant'")
         calls = content is None and bool(message.get("tool_calls"))  # instead of an answer in words
         if not isinstance(role, str) or not (isinstance(content, str) or calls):
             raise BadConversation(f"message {number} has no role and content that are strings, but {sorted(message)}")

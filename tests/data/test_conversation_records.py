@@ -129,8 +129,8 @@ def test_what_a_template_passes_over_is_no_ground_for_an_answer() -> None:
     for role, text in (("system", "Hé!"), ("tool", "3"), ("tool", " ")):
         (rendering,) = template.renderings(parse_messages([{"role": role, "content": text}, user, answer]))
         assert len(rendering.answers) == 1
-    seen = parse_messages([user, {"from": "observation", "value": "Hé!"}, answer])  # its text is there, of the answer
-    with pytest.raises(BadConversation, match="does not show the role 'observation' of message 1"):
+    seen = parse_messages([user, {"from": "ipython", "value": "Hé!"}, answer])  # its text is there, of the answer
+    with pytest.raises(BadConversation, match="does not show the role 'ipython' of message 1"):
         template.renderings(seen)
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
     for source in (KNOWN_ROLES, CHATML):
@@ -160,3 +160,19 @@ def test_nulls_that_a_table_fills_in_are_not_learnt(tmp_path: Path) -> None:
         assert preprocess([str(tmp_path / f"in.{kind}")], tmp_path / kind, options, 0).documents == 1
         found.append(load_tokenizer("bytes").decode(IndexedDataset(tmp_path / kind).document(0)))
     assert found[0] == found[1] == found[2] and "null" not in found[0]
+
+
+def test_every_name_of_the_assistant_is_learnt_or_refused() -> None:
+    template = ChatTemplate(CHATML)
+    for name in ("gpt", "chatgpt", "bing", "bard", "bot", "model", "assistant"):
+        other = [CHATS[1][0], {"from": name, "value": CHATS[1][1]["value"]}, *CHATS[1][2:]]
+        assert template.renderings(parse_messages(other)) == template.renderings(parse_messages(CHATS[1]))
+    assert parse_messages([{"from": "observation", "value": "3"}, CHATS[0][2]])[0]["role"] == "tool"
+    call = {"name": "f", "arguments": "{}"}
+    for message, reason in (
+        ({"from": "function_call", "value": json.dumps(call)}, "message 0 has a function_call"),
+        ({"role": "assistant", "content": "", "function_call": call}, "message 0 has a function_call"),
+        ({"role": "Assistant", "content": "no"}, "message 0 has the role 'Assistant', which is not learnt"),
+    ):
+        with pytest.raises(BadConversation, match=reason):
+            parse_messages([message, CHATS[0][2]])
