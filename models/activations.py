@@ -136,7 +136,7 @@ def _core(
     rules = c.position == "alibi" or config.data.document_masking or c.window is not None
     keeps = keeps_probabilities(s, c.head_size) and c.attention_softcap is None
     alone = c.attention_dropout > 0 or c.attention_softcap is not None
-    if is_preferred(cpu, width == 2, keeps, c.causal, rules or alone, alone):
+    if is_preferred(cpu, width == 2, config.precision.dtype == "bf16", keeps, c.causal, rules or alone, alone):
         # Copies of queries, keys and values, and the probabilities of short rows. Documents make them fewer.
         block = block_size(torch.device("cpu" if cpu else "cuda"))
         seen = [min(start + block, s) if c.causal else s for start in range(0, s, block)]

@@ -48,7 +48,8 @@ def _layer(config: DiffusionRun, tp: int, cpu: bool, last: bool) -> LayerBytes:
     around += row  # what attention found, the next matmul's input
     core = 3 * row + b * heads * c.tokens * (8 if cpu and width == 8 else 4)
     keeps = keeps_probabilities(c.tokens, c.head_size)
-    blocks = c.attention.sparse.mode == "none" and is_preferred(cpu, width == 2, keeps, False, False, False)
+    bf16 = config.precision.dtype == "bf16"
+    blocks = c.attention.sparse.mode == "none" and is_preferred(cpu, width == 2, bf16, keeps, False, False, False)
     if blocks:  # copies of queries, keys and values, and the probabilities of short rows
         core = 3 * row + keeps * b * heads * c.tokens**2 * width
     # Queries and keys that are normed or turned are no parts of qkv, which stays whole: as what norms were applied to,

@@ -94,6 +94,7 @@ def make_core(
     if is_preferred(
         device.type == "cpu",
         dtype in HALF,
+        dtype == torch.bfloat16,
         keeps_probabilities(length, head_dim),
         rules.causal,
         not rules.only_causal,

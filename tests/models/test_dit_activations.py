@@ -41,7 +41,7 @@ def stored(config: DiffusionRun, span: StageSpan) -> int:
 
 
 @pytest.mark.parametrize("span", [MIDDLE, ENDS], ids=["middle", "whole"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(
     "model",
     [{}, {"qk_norm": True}, {"positions": "rope"}, {"learned_variance": True}, ALL, TEXT, {**TEXT, **ALL}],
