@@ -236,6 +236,7 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
             )
         if isinstance(role, str) and role != "assistant" and role.strip().lower() == "assistant":
             raise BadConversation(f"message {number} has the role {role!r}, which is not learnt; write 'assistant'")
+        content = join_parts(content, number)
         calls = content is None and bool(message.get("tool_calls"))  # instead of an answer in words
         if not isinstance(role, str) or not (isinstance(content, str) or calls):
             raise BadConversation(f"message {number} has no role and content that are strings, but {sorted(message)}")
@@ -265,6 +266,21 @@ def is_learnt(message: Mapping[str, Any], number: int) -> bool:
         if value == 0:
             return False
     return True
+
+
+def join_parts(content: Any, number: int) -> Any:
+    """A message's text, from a list of parts such as ``{"type": "text", "text": ...}``; what is no list as it is.
+
+    Raises:
+        BadConversation: a part is no text; ``number`` is the message's.
+    """
+    if not isinstance(content, list):
+        return content
+    parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+    texts = [part for part in parts if isinstance(part, str)]
+    if len(texts) != len(parts):
+        raise BadConversation(f"message {number} has a part that is no text")
+    return "".join(texts)
 
 
 def parse_tool_calls(message: Mapping[str, Any], number: int) -> dict[str, Any]:

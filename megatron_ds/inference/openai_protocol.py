@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megatron_ds.data.chat import BadConversation, parse_tool_calls
+from megatron_ds.data.chat import BadConversation, join_parts, parse_tool_calls
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference.outputs import CompletionOutput, RequestOutput
 from megatron_ds.inference.sampling_params import SamplingParams
@@ -178,18 +178,13 @@ def _read_messages(fields: dict[str, Any], texts: Texts) -> tuple[int, ...]:
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise BadRequest(f"message {number} has no role", "messages")
-        content = message.get("content")
-        if isinstance(content, list):
-            parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-            if not all(isinstance(part, str) for part in parts):
-                raise BadRequest(f"message {number} has a part that is no text: only texts are served", "messages")
-            content = "".join(part for part in parts if part is not None)
-        if not isinstance(content, str) and not (content is None and "tool_calls" in message):
-            raise BadRequest(f"message {number} has no content", "messages")
         try:
-            read.append({**message, "content": content or "", **parse_tool_calls(message, number)})
+            content, calls = join_parts(message.get("content"), number), parse_tool_calls(message, number)
         except BadConversation as error:
             raise BadRequest(str(error), "messages") from None
+        if not isinstance(content, str) and not (content is None and "tool_calls" in message):
+            raise BadRequest(f"message {number} has no content", "messages")
+        read.append({**message, "content": content or "", **calls})
     shown = None if choice == "none" else tools
     return tuple(_tokens(lambda: texts.render_chat(read, shown)))
 

@@ -176,3 +176,16 @@ def test_every_name_of_the_assistant_is_learnt_or_refused() -> None:
     ):
         with pytest.raises(BadConversation, match=reason):
             parse_messages([message, CHATS[0][2]])
+
+
+def test_parts_of_text_are_joined() -> None:
+    """As the server joins them, and a template of transformers that writes each; images are refused."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    parts = [{"type": "text", "text": "1"}, {"type": "text", "text": "+1"}]
+    listed = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts[:1]}]
+    each = CHATML.replace("{{ message['content'] }}", "{% for p in message['content'] %}{{ p['text'] }}{% endfor %}")
+    (expected,), _ = render_jinja_template([listed], chat_template=each)
+    assert ChatTemplate(CHATML).render(parse_messages(listed)) == expected
+    with pytest.raises(BadConversation, match="message 0 has a part that is no text"):
+        parse_messages([{"role": "user", "content": [*parts, {"type": "image"}]}, listed[1]])
