@@ -200,7 +200,7 @@ def _described(values: Mapping[str, Any]) -> str | None:
 
 def _caption(content: bytes) -> str:
     """Of a text file, or of a JSON object."""
-    text = content.decode("utf-8").strip()
+    text = content.decode("utf-8-sig").strip()
     if text.startswith("{"):
         try:
             described = _described(parse_json(content))

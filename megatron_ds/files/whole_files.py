@@ -50,8 +50,8 @@ def read_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:
 
 
 def read_text(path: str | Path, most: int = MOST_BYTES) -> str:
-    """All of a regular UTF-8 file."""
-    return read_bytes(path, most).decode("utf-8")
+    """All of a regular UTF-8 file, without the byte order mark that some editors put in front."""
+    return read_bytes(path, most).decode("utf-8-sig")
 
 
 def read_json(path: str | Path, most: int = MOST_BYTES, pairs: Callable[..., Any] | None = None) -> Any:

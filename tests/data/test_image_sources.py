@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import shutil
 import tarfile
@@ -108,6 +109,15 @@ def test_captions(root: Path, tmp_path: Path) -> None:
     (folder / "metadata.jsonl").write_text("".join(lines) + '{"file_name": 7}')
     with pytest.raises(DataError, match=r"metadata.jsonl, line 6: KeyError 'text'"):
         open_images(folder)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
+    image, caption = encoded(photograph("china").crop((0, 0, 8, 8))), codecs.BOM_UTF8 + " Été\r\n".encode()
+    (tmp_path / "1.png").write_bytes(image)
+    (tmp_path / "1.txt").write_bytes(caption)
+    write_tar(tmp_path / "tars.tar", [("1.png", image), ("1.txt", caption)])
+    assert open_images(tmp_path / "tars.tar").caption(0) == "Été"
+    assert open_images(tmp_path, "folder").caption(0) == "Été"
 
 
 def test_a_folder_is_what_datasets_finds_in_it(tmp_path: Path) -> None:
