@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_ds.data.dataset_files import files_identity
 from megatron_ds.errors import DataError
@@ -58,7 +59,7 @@ class DatasetImages:
         self.labels = None
         if label is not None:
             try:
-                self.labels = np.array(table[label][:], np.int64)
+                self.labels = _class_numbers(table[label][:])
             except (TypeError, ValueError) as error:
                 raise DataError(
                     f"{path}: the column {label} holds no class numbers ({error}); use datasets.ClassLabel, or "
@@ -86,6 +87,16 @@ class DatasetImages:
 
     def caption(self, row: int) -> str:
         return "" if self._caption is None else str(self._table[row][self._caption])
+
+
+def _class_numbers(values: Sequence[Any]) -> npt.NDArray[np.int64]:
+    """Raises ValueError or TypeError: not a whole number for each row."""
+    numbers = np.array(values, np.int64)
+    if numbers.ndim > 1:
+        raise ValueError(f"row 0 has {values[0]}")
+    if (fractions := np.flatnonzero(numbers != np.array(values, float))).size:
+        raise ValueError(f"row {fractions[0]} has {values[int(fractions[0])]}")
+    return numbers
 
 
 def _load(path: Path) -> tuple[Any, list[Path]]:

@@ -282,6 +282,8 @@ def test_columns_of_an_image_set_that_say_nothing(root: Path, tmp_path: Path) ->
     for name, values, message in (
         ("label", ["cat"] * 10, "the column label holds no class numbers"),
         ("label", [None, *range(9)], "the column label holds no class numbers"),
+        ("label", [1.0, 2.5, *[3.0] * 8], r"the column label holds no class numbers \(row 1 has 2.5\)"),
+        ("label", [[0, 1]] * 10, r"the column label holds no class numbers \(row 0 has \[0, 1\]\)"),
         ("text", [None, *["a"] * 9], "1 of the 10 images in .* have no text"),
     ):
         table.add_column(name, values).save_to_disk(str(tmp_path / message[:9]))
