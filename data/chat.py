@@ -212,7 +212,7 @@ def _ends(text: str, ids: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], 
 
 def split_markers(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
     """Markers such as ``<|im_start|>`` in a template that are no tokens of a tokenizer, and so are cut into pieces."""
-    markers = dict.fromkeys(re.findall(r"<\|[^|<>{}\s]+\|>", template.source))
+    markers = dict.fromkeys(re.findall(r"<\|[^|<>{}\s]+\|>", template.source + template.tool_use))
     return [marker for marker in markers if tokenizer.encode_marked(marker)[0].size != 1]
 
 

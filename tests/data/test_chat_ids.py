@@ -284,6 +284,8 @@ def test_markers_that_are_no_tokens_are_named(tmp_path: Path) -> None:
     folder = bpe_folder(tmp_path / "t", CHATML)
     assert split_markers(ChatTemplate(CHATML), load_tokenizer(folder)) == []
     assert split_markers(ChatTemplate(CHATML), load_tokenizer("bytes")) == ["<|im_start|>", "<|im_end|>"]
+    with_tools = ChatTemplate(CHATML, tool_use=CHATML + "<|tool|>")
+    assert split_markers(with_tools, load_tokenizer(folder)) == ["<|tool|>"]
 
 
 def test_conversations_that_a_row_cuts_are_counted_and_said(tmp_path: Path) -> None:
