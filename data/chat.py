@@ -27,12 +27,12 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-ROLES = {
-    "human": "user",
-    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant"),
-    "observation": "tool",
-}
+_ASSISTANTS = ("gpt", "chatgpt", "bing", "bard", "bot", "model")
+ROLES = {"human": "user", "observation": "tool", **dict.fromkeys(_ASSISTANTS, "assistant")}
 """Other names of roles, as in ShareGPT's files (``{"from": "human", "value": ...}``)."""
+
+
+Spans = tuple[tuple[int, int], ...]
 
 
 class BadConversation(Exception):
@@ -44,7 +44,9 @@ class Rendering:
     """A text to train on, and its answers: from character ``start`` to ``stop`` the model is trained to predict it."""
 
     text: str
-    answers: tuple[tuple[int, int], ...]
+    answers: Spans
+    blocks: Spans | None = None
+    """Where the template has generation blocks, what stands in them: of the answers, this alone is learnt."""
 
 
 class ChatTemplate:
@@ -68,7 +70,11 @@ class ChatTemplate:
         self.fingerprint = xxhash.xxh3_64_hexdigest(json.dumps(sources).encode())
 
     def render(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool = False, tools: list[Any] | None = None
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = False,
+        tools: list[Any] | None = None,
+        **variables: Any,
     ) -> str:
         """Raises :class:`BadConversation`, whatever the template does wrong: it runs for one record of many."""
         from megatron_ds.data.template_sandbox import render
@@ -80,6 +86,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 tools=tools,
                 **self._special,
+                **variables,
             )
         except Exception as error:
             raise BadConversation(f"the chat template refuses it: {str(error) or type(error).__name__}") from None
@@ -106,7 +113,7 @@ class ChatTemplate:
         whole = self.render(messages, tools=tools)
         self._check_shown(messages, tools, whole)
         at_whole: list[tuple[int, int]] = []
-        others: list[tuple[str, int]] = []
+        others: list[tuple[str, int, int]] = []
         for i, message in enumerate(messages):
             if message["role"] != "assistant" or not is_learnt(message, i):
                 continue
@@ -118,14 +125,24 @@ class ChatTemplate:
             if whole.startswith(after):
                 at_whole.append((len(before), len(after)))
             else:
-                others.append((after, len(before)))
-        found = [Rendering(whole, tuple(at_whole))] if at_whole else []
+                others.append((after, len(before), i + 1))
+        found = [Rendering(whole, tuple(at_whole), self._blocks(whole, messages, tools))] if at_whole else []
         while others:
-            text = others[-1][0]
-            here = tuple((begin, len(after)) for after, begin in others if text.startswith(after))
-            found.append(Rendering(text, here))
+            text, _, stop = others[-1]
+            here = tuple((begin, len(after)) for after, begin, _ in others if text.startswith(after))
+            found.append(Rendering(text, here, self._blocks(text, messages[:stop], tools)))
             others = [other for other in others if not text.startswith(other[0])]
         return found[::-1]
+
+    def _blocks(self, text: str, messages: list[dict[str, Any]], tools: list[Any] | None) -> Spans | None:
+        from megatron_ds.data.template_sandbox import MARKING, cut_marks
+
+        if "endgeneration" not in (self.source if tools is None else self.tool_use):
+            return None
+        plain, spans = cut_marks(self.render(messages, tools=tools, **{MARKING: True}))
+        if plain != text:
+            raise BadConversation("the chat template changes what its generation blocks wrote")
+        return spans
 
     def _check_shown(self, messages: list[dict[str, Any]], tools: list[Any] | None, whole: str) -> None:
         """Templates pass over roles and keys that they do not know; an answer is no answer to what is not there.
@@ -157,9 +174,8 @@ def _marked(message: dict[str, Any], mark: str) -> dict[str, Any]:
         return {**message, "content": message["content"] + mark} if message["content"].strip() else message
     if not message.get("tool_calls"):
         return message
-    functions = [call["function"] for call in message["tool_calls"]]
-    marked = [{**function, "name": f"{function.get('name')}{mark}"} for function in functions]
-    calls = [{**call, "function": function} for call, function in zip(message["tool_calls"], marked)]
+    named = [(call, call["function"]) for call in message["tool_calls"]]
+    calls = [{**call, "function": {**call_of, "name": f"{call_of.get('name')}{mark}"}} for call, call_of in named]
     return {**message, "tool_calls": calls}
 
 
@@ -192,6 +208,10 @@ def encode(
                 f"{text[start : start + 20]!r} follows: end the template's generation prompt with a token of its own"
             )
         mask[prompt.size :][starts[prompt.size :] < stop] = 1
+    if rendering.blocks is not None:
+        ends = np.append(starts[1:], len(text))
+        inside = [(starts < stop) & ((starts >= start) | (ends > start)) for start, stop in rendering.blocks]
+        mask[~np.any(inside, axis=0)] = 0
     if ids.size and not mask.any():
         raise BadConversation("the chat template writes nothing of the answers")
     if bos is not None and ids.size and ids[0] != bos:
@@ -250,9 +270,7 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
 
 
 def is_learnt(message: Mapping[str, Any], number: int) -> bool:
-    """Whether an assistant's message is to be learnt: not with ``weight`` 0, or ``train`` or ``training`` false.
-
-    ``weight`` is a key of OpenAI's files for fine-tuning; ``train`` and ``training`` are of axolotl's.
+    """Whether an answer is learnt: not with OpenAI's ``weight`` of 0, or axolotl's ``train`` or ``training`` false.
 
     Raises:
         BadConversation: another weight than 0 and 1; ``number`` is the message's.

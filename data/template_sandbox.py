@@ -34,14 +34,33 @@ class LimitExceeded(Exception):
     """A bound on a rendering that it went beyond."""
 
 
+MARKING, _BEGIN, _END = "mark_generation", "\ue002", "\ue003"
+"""The variable that has generation blocks marked, and the marks: of Unicode's private use."""
+
+
 class _Generation(Extension):
-    """``{% generation %} ... {% endgeneration %}``: what stands inside. (What is learnt is found by rendering.)"""
+    """``{% generation %} ... {% endgeneration %}``: what stands inside, between marks where :data:`MARKING` is true."""
 
     tags = {"generation"}  # noqa: RUF012  (as its base declares it)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+
+        def mark(text: str) -> nodes.Node:
+            output = nodes.Output([nodes.TemplateData(text)])
+            return nodes.If(nodes.Name(MARKING, "load"), [output], [], []).set_lineno(line, override=True)
+
+        return [mark(_BEGIN), *parser.parse_statements(("name:endgeneration",), drop_needle=True), mark(_END)]
+
+
+def cut_marks(text: str) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """A text without its marks, and where each marked part starts and stops in that."""
+    plain, spans = "", []
+    for number, piece in enumerate(text.replace(_END, _BEGIN).split(_BEGIN)):
+        if number % 2:
+            spans.append((len(plain), len(plain) + len(piece)))
+        plain += piece
+    return plain, tuple(spans)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
