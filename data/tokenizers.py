@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -211,9 +212,15 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: list[str]) -> list[Ids]:
         encoded: list[Ids] = self.backend.EncodeAsIds(texts, num_threads=1)
+        for number, text in enumerate(texts if self._added else ()):
+            if any(name in text for name in self._added):  # the model knows none of them
+                encoded[number] = self._encode_between(text, self._added)[0]
         return encoded
 
     def encode_marked(self, text: str) -> Marked:
+        return self._encode_between(text, self._names)
+
+    def _encode_between(self, text: str, names: Mapping[str, int]) -> Marked:
         from sentencepiece import sentencepiece_pb2
 
         def encode(piece: str) -> tuple[Ids, Ids]:
@@ -221,7 +228,7 @@ class SentencePieceTokenizer(Tokenizer):
             found = sentencepiece_pb2.SentencePieceText.FromString(serialized).pieces
             return [token.id for token in found], [token.begin for token in found]
 
-        return encode_between(text, self._names, encode)
+        return encode_between(text, names, encode)
 
     def decode(self, ids: Ids) -> str:
         names = {number: name for name, number in self._added.items()}

@@ -249,6 +249,20 @@ def test_special_tokens_that_a_folder_lists_are_those_of_transformers(tmp_path: 
     assert ours.vocab_size == len(reference)
 
 
+def test_tokens_added_to_a_sentencepiece_model_are_tokens_in_texts_too(tmp_path: Path) -> None:
+    """As of conversations that were rendered into texts before; the ids are those of ``transformers``."""
+    folder = sentencepiece_model(tmp_path / "t")
+    size = load_tokenizer(folder).vocab_size
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": size, "<|im_end|>": size + 1}))
+    ours = load_tokenizer(folder)
+    ours.save_hf(tmp_path / "converted")
+    reference = theirs(tmp_path / "converted")
+    texts = ["<|im_start|>user\nHello world<|im_end|>\n<|im_end|>", "Hello <|im_end|> world", "Hello", ""]
+    expected = [reference.encode(text, add_special_tokens=False) for text in texts]
+    assert [list(ids) for ids in ours.encode_batch(texts)] == expected
+    assert size in expected[0] and size + 1 in expected[1]
+
+
 def test_an_end_token_that_is_nowhere_is_an_error(tmp_path: Path) -> None:
     folder = bpe_folder(tmp_path / "t", CHATML)
     config = folder / "tokenizer_config.json"
