@@ -70,6 +70,8 @@ class Serve:
     """Share keys and values of texts that begin alike."""
     enforce_eager: bool = True
     """Start at once. Else the model is compiled first (on a CPU, in half precision), and steps are faster then."""
+    generation_config: Literal["auto", "none"] = "auto"
+    """auto: requests that do not say how tokens are drawn take the model's generation_config.json."""
     max_requests: int = 256
     """Prompts under way; more are told to come back later (429)."""
     max_body_mb: float = 4.0

@@ -28,7 +28,7 @@ from megatron_ds.inference.outputs import RequestOutput
 from megatron_ds.inference.packed_recipe import pack_model
 from megatron_ds.inference.quantized_recipes import linear_layers, quantize_model, require_scheme
 from megatron_ds.inference.ranks import Ranks
-from megatron_ds.inference.sampling_params import SamplingParams
+from megatron_ds.inference.sampling_params import SamplingParams, suggested_settings
 from megatron_ds.inference.serving_engine import ServingEngine, TextEnds
 from megatron_ds.layers.recipe import OwnPrecision, Recipe
 from megatron_ds.mesh import Axis, Mesh, MeshShape
@@ -69,6 +69,8 @@ class LLM:
             precision become compiled graphs, which takes half a minute or more and a C++ compiler; on one GPU decode
             steps become CUDA graphs, for 1, 2, 4, 8, ... texts up to max_num_seqs.
         seed: of the draws of requests that have none of their own; None: a new one for each.
+        generation_config: ``auto``: a request without settings of its own (on a server: without one of them) takes the
+            temperature, top-k, top-p, min-p and repetition penalty of the model's generation_config.json; or ``none``.
 
     Raises:
         CheckpointError, ConfigError, DataError: the model cannot be read or served like this.
@@ -97,6 +99,7 @@ class LLM:
         speculative_model: str | Path | None = None,
         seed: int | None = None,
         device: str = "auto",
+        generation_config: str = "auto",
         place: tuple[int, int] | None = None,
     ):
         settings = _plain({name: value for name, value in locals().items() if name not in ("self", "place")})
@@ -108,8 +111,8 @@ class LLM:
         own = source.dtype if dtype == "auto" else _dtype("dtype", dtype)
         cache_dtype = own if kv_cache_dtype == "auto" else _dtype("kv_cache_dtype", kv_cache_dtype, CACHE_DTYPES)
         served_model.require_split(source.config, tensor_parallel_size, pipeline_parallel_size)
-        self.max_model_len = served_model.text_length(source, max_model_len)
-        self.model, self.seed, self.config = Path(model), seed, source.config
+        self.model, self.seed, self.max_model_len = Path(model), seed, served_model.text_length(source, max_model_len)
+        self.config, self.suggested = source.config, _suggested(source, generation_config)
         self.tokenizer, self._template = _tokenizer(tokenizer or source.tokenizer)
         self._ranks = Ranks(MeshShape(pp=pipeline_parallel_size, tp=tensor_parallel_size), device, settings, place)
         mesh = self._ranks.mesh
@@ -129,9 +132,8 @@ class LLM:
         runner.capture(capture, graphs)
         if draft is not None:
             draft.open(blocks, block_size)
-        pool = BlockPool(blocks, block_size, enable_prefix_caching)
+        pool, ends = BlockPool(blocks, block_size, enable_prefix_caching), _ends(source.generation, self.tokenizer)
         batcher = Batcher(pool, max_num_seqs, max_num_batched_tokens, num_speculative_tokens)
-        ends = _ends(source.generation, self.tokenizer)
         self.engine = ServingEngine(runner, batcher, mesh, self.max_model_len, self.tokenizer, ends, draft)
         self._numbers, self._open = itertools.count(), True
 
@@ -190,7 +192,7 @@ class LLM:
             self.follow()
             return []
         several: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
-        params = sampling_params or SamplingParams()
+        params = sampling_params or SamplingParams(**self.suggested)
         each = [params] * len(several) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(several):
             raise ConfigError(f"{len(several)} prompts and {len(each)} sampling_params; give one for all, or one each")
@@ -217,7 +219,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """What there is of the answer, after every step."""
-        name = self.add(prompt, sampling_params or SamplingParams())
+        name = self.add(prompt, sampling_params or SamplingParams(**self.suggested))
         finished = False
         try:
             while not finished:
@@ -316,6 +318,13 @@ def _ends(generation: Mapping[str, Any], tokenizer: Tokenizer | None) -> TextEnd
         added = tokenizer.backend.get_added_tokens_decoder()
         hidden |= {number for number, token in added.items() if token.special}
     return TextEnds(eos, frozenset(token for token in hidden if token is not None))
+
+
+def _suggested(source: served_model.Source, generation_config: str) -> dict[str, Any]:
+    """Settings of requests that say nothing of them."""
+    if generation_config not in ("auto", "none"):
+        raise ConfigError(f"generation_config={generation_config!r}; use 'auto' or 'none'")
+    return suggested_settings(source.generation) if generation_config == "auto" else {}
 
 
 def _require_parts(gpu_memory_utilization: float, num_speculative_tokens: int) -> None:

@@ -69,8 +69,8 @@ class Call:
     echoed: tuple[str, ...] = ()
 
 
-def read_call(body: Any, chat: bool, model: str, texts: Texts) -> Call:
-    """What a client's JSON asks for.
+def read_call(body: Any, chat: bool, model: str, texts: Texts, suggested: Mapping[str, Any] | None = None) -> Call:
+    """What a client's JSON asks for; ``suggested``: settings of the model, where it says nothing.
 
     Raises:
         BadRequest: something in it is not as it must be, or not served here.
@@ -89,7 +89,7 @@ def read_call(body: Any, chat: bool, model: str, texts: Texts) -> Call:
         raise BadRequest("stream_options takes include_usage, of a stream", "stream_options")
     usage = bool(options.get("include_usage", False))
     settings = {name: fields.pop(name) for name in _SAMPLING if name in fields}
-    settings = {name: value for name, value in settings.items() if value is not None}
+    settings = {**(suggested or {}), **{name: value for name, value in settings.items() if value is not None}}
     stop = fields.pop("stop", None)
     settings["stop"] = () if stop is None else stop
     settings["logit_bias"] = fields.pop("logit_bias", None) or {}

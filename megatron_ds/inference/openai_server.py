@@ -185,7 +185,7 @@ class Server:
 
     async def _answer(self, request: Request, chat: bool) -> Response:
         body = await self._json(request)
-        call = read_call(body, chat, self.model, self.llm)
+        call = read_call(body, chat, self.model, self.llm, self.llm.suggested)
         if self.engine.under_way + len(call.prompts) > self.limits.requests:
             self.refused += 1
             raise BadRequest(f"{self.engine.under_way} requests are under way; come back later", status=429)

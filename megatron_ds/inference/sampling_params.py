@@ -11,6 +11,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.inference.structured import form_faults
 
 _MOST_SAMPLES, _MOST_LOGPROBS, _MOST_STOPS = 128, 1000, 64
+_SUGGESTED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _COLDEST = 1e-5
 """Logits divided by less would overflow in fp32, and the first of several infinite ones would be taken."""
 
@@ -137,6 +138,20 @@ class SamplingParams:
 
     def to_json(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def suggested_settings(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model's ``generation_config.json`` says of how its tokens are to be drawn, for requests that say nothing.
+
+    Raises:
+        ConfigError: something that no request could ask for.
+    """
+    said = {name: generation[name] for name in _SUGGESTED if generation.get(name) is not None}
+    try:
+        SamplingParams(**said)
+    except ConfigError as error:
+        raise ConfigError(f"generation_config.json: {error}; mend it, or pass generation_config='none'") from None
+    return said
 
 
 def _is_id(value: Any) -> bool:

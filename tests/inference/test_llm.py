@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,23 @@ def test_a_stream_grows_into_the_whole_answer(folder: Path) -> None:
         gc.collect()
         llm.step()
         assert not llm.engine.has_work and llm.engine.batcher.pool.free == llm.engine.batcher.pool.count
+
+
+def test_without_settings_the_models_own_ones_are_taken(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    said = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "repetition_penalty": 1.2}
+    more = {"do_sample": True, "max_new_tokens": 2, "min_p": None}  # of which one is no matter of drawing
+    (tmp_path / "generation_config.json").write_text(json.dumps({**said, **more}))
+    with LLM(tmp_path, seed=3) as own, LLM(tmp_path, seed=3, generation_config="none") as plain:
+        found = answers(own.generate("ab", use_tqdm=False))
+        assert found == answers(plain.generate("ab", SamplingParams(**said), use_tqdm=False))
+        (streamed,) = [output for output in own.stream("ab") if output.finished]
+        assert answers([streamed]) == found
+        neutral = answers(plain.generate("ab", use_tqdm=False))
+        assert neutral == answers(own.generate("ab", SamplingParams(), use_tqdm=False)) != found
+    (tmp_path / "generation_config.json").write_text('{"top_p": 2}')
+    with pytest.raises(ConfigError, match=r"generation_config.json: top_p=2 is no number above 0 and up to 1; mend it"):
+        LLM(tmp_path)
 
 
 def test_an_answer_ends_at_every_end_of_the_model(folder: Path) -> None:

@@ -197,6 +197,17 @@ def test_what_begins_a_text_has_its_first_place(monkeypatch: pytest.MonkeyPatch)
     assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2]
 
 
+def test_a_request_that_says_nothing_takes_the_models_settings(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running.llm, "suggested", {"top_k": 1})
+    greedy, own, drawn = (
+        running.client.completions.create(model="tiny", prompt="hé", max_tokens=12, seed=5, **said).choices[0].text
+        for said in ({"temperature": 0}, {}, {"extra_body": {"top_k": 0}})
+    )
+    assert own == greedy != drawn
+
+
 def test_a_developer_is_the_system_where_the_template_does_not_know_one(running: Running) -> None:
     said = running.llm.render_chat([{"role": "developer", "content": "x"}, {"role": "user", "content": "y"}])
     assert said == [*b"<system>x<user>y>"]
