@@ -26,7 +26,8 @@ def linear_of_vocabulary(x: Tensor, weight: Tensor, bias: Tensor | None = None) 
 
 def linear_input_gradient(grad: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """``grad @ weight``: ``[..., out]``, ``[out, in]`` -> ``[..., in]``."""
-    if not onednn.beats_slow_blas(grad):
+    one_row = grad.numel() == weight.shape[0]  # of which oneDNN puts the weight into its order first all the same
+    if one_row or not onednn.beats_slow_blas(grad):
         return torch.matmul(grad, weight, out=out)
     found = onednn.product(grad, weight.t(), None)
     return found if out is None else out.copy_(found)
