@@ -36,7 +36,8 @@ from megatron_ds.data.workers import run_tasks
 from megatron_ds.errors import DataError
 from megatron_ds.files import read_json, replacing
 
-VERSION = 1
+VERSION = 2
+"""Of what is made of the inputs: a run that another version began is not continued."""
 
 
 def preprocess(
