@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ds.data import chat
-from megatron_ds.data.chat import BadConversation, ChatTemplate, load_template
+from megatron_ds.data.chat import ChatTemplate, load_template
+from megatron_ds.data.chat_records import BadConversation
 from megatron_ds.data.dataset_files import checksum
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.parts import BAD, SUMMARY, Counts, Part

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_ds.data.chat import BadConversation, parse_messages, parse_tools, with_system
+from megatron_ds.data.chat_records import BadConversation, parse_messages, parse_tools, with_system
 from megatron_ds.errors import DataError, nearest
 
 TxtDocuments = Literal["file", "line", "paragraph"]

@@ -13,7 +13,8 @@ import torch
 from tqdm import tqdm
 
 from megatron_ds.comm.together import exchange
-from megatron_ds.data.chat import BadConversation, ChatTemplate, load_template
+from megatron_ds.data.chat import ChatTemplate, load_template
+from megatron_ds.data.chat_records import BadConversation
 from megatron_ds.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.host import free_host_memory

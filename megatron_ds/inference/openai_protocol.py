@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megatron_ds.data.chat import BadConversation, join_parts, parse_tool_calls
+from megatron_ds.data.chat_records import BadConversation, join_parts, parse_tool_calls
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference.outputs import CompletionOutput, RequestOutput
 from megatron_ds.inference.sampling_params import SamplingParams

@@ -11,7 +11,8 @@ import pytest
 from preprocess_helpers import REPOSITORY
 
 from megatron_ds.data import template_sandbox
-from megatron_ds.data.chat import CHATML, BadConversation, ChatTemplate, encode, load_template, split_markers
+from megatron_ds.data.chat import CHATML, ChatTemplate, encode, load_template, split_markers
+from megatron_ds.data.chat_records import BadConversation
 from megatron_ds.data.gpt_sources import SampleOptions, open_sources
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.part_writer import PreprocessOptions

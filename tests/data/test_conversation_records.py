@@ -9,29 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conversation_examples import CHATS, OPTIONS
 
-from megatron_ds.data.chat import CHATML, BadConversation, ChatTemplate, parse_messages
+from megatron_ds.data.chat import CHATML, ChatTemplate
+from megatron_ds.data.chat_records import BadConversation, parse_messages
 from megatron_ds.data.indexed import IndexedDataset
-from megatron_ds.data.part_writer import PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
-from megatron_ds.data.source_types import SourceOptions
 from megatron_ds.data.tokenizers import load_tokenizer
-
-CHATS: list[list[dict[str, str]]] = [
-    [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hi?"},
-        {"role": "assistant", "content": "Hé!"},
-    ],
-    [
-        {"from": "human", "value": "1+1"},
-        {"from": "gpt", "value": "2"},
-        {"from": "human", "value": "+1"},
-        {"from": "gpt", "value": "3"},
-    ],
-]
-OPTIONS = PreprocessOptions("bytes", source=SourceOptions("messages", conversations=True), chat_template="chatml")
-
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 WITH_TOOLS = (

@@ -7,35 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conversation_examples import CHATS, OPTIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ds.data import conversation_dataset
-from megatron_ds.data.chat import CHATML, BadConversation, ChatTemplate, load_template, parse_messages
+from megatron_ds.data.chat import CHATML, ChatTemplate, load_template
+from megatron_ds.data.chat_records import BadConversation, parse_messages
 from megatron_ds.data.conversation_dataset import ConversationDataset, best_fit_decreasing
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
-from megatron_ds.data.part_writer import PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
-from megatron_ds.data.source_types import SourceOptions
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.data.verify import verify
 from megatron_ds.errors import DataError
-
-CHATS: list[list[dict[str, str]]] = [
-    [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hi?"},
-        {"role": "assistant", "content": "Hé!"},
-    ],
-    [
-        {"from": "human", "value": "1+1"},
-        {"from": "gpt", "value": "2"},
-        {"from": "human", "value": "+1"},
-        {"from": "gpt", "value": "3"},
-    ],
-]
-OPTIONS = PreprocessOptions("bytes", source=SourceOptions("messages", conversations=True), chat_template="chatml")
 
 
 def test_a_conversation_is_one_text_and_its_answers_are_learnt() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from test_chat_ids import CHATS, bpe_folder, theirs
 
-from megatron_ds.data.chat import BadConversation, ChatTemplate, encode, load_template
+from megatron_ds.data.chat import ChatTemplate, encode, load_template
+from megatron_ds.data.chat_records import BadConversation
 from megatron_ds.data.tokenizers import load_tokenizer
 
 ANSWER = (  # reasoning is shown, and not learnt

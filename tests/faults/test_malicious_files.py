@@ -27,7 +27,8 @@ from torch import nn
 from megatron_ds.checkpoint import Checkpoint, resolve
 from megatron_ds.config import RunConfig, load_toml, parse
 from megatron_ds.convert.tables import export_hf, import_hf
-from megatron_ds.data.chat import BadConversation, load_template
+from megatron_ds.data.chat import load_template
+from megatron_ds.data.chat_records import BadConversation
 from megatron_ds.data.preprocess import preprocess
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.deepspeed_json import from_deepspeed
