@@ -85,7 +85,7 @@ def test_damaged_metrics_are_said_and_damaged_settings_name_the_way_on(
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 5]
 
 
-FP8 = {"fp8": "blockwise", "fp8_block": 8, "fp8_emulate": True, "fp8_min_features": 0, "fp8_from_masters": True}
+FP8 = {"fp8": "blockwise", "fp8_block": 8, "fp8_emulate": True, "fp8_min_features": 0}
 FEW_BITS = {"stage": 3, "quantized_weights": "int8", "quantized_gradients": "int4", "secondary_size": 2,
             "quantized_stochastic": True, "persistence_threshold": 0}  # fmt: skip
 
