@@ -10,6 +10,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -91,6 +92,15 @@ class Ranks:
         return "\n".join(f"--- rank {rank}\n{self.output(rank)}" for rank in range(len(self.processes)))
 
 
+def free_port() -> str:
+    """Below those that the kernel gives to connections: of which another test could get it before a rank listens."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 29_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("localhost", port))
+            return str(port)
+
+
 @contextlib.contextmanager
 def started(
     folder: Path,
@@ -109,9 +119,7 @@ def started(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(testing.modules_to_preload())
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
+    port = free_port()
     processes: list[BaseProcess] = []
     try:
         for rank, own in enumerate(arguments):

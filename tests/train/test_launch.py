@@ -17,7 +17,7 @@ from pathlib import Path
 import planted_faults
 import pytest
 import torch.distributed as dist
-from started_ranks import Ranks, arguments, started, steps_done
+from started_ranks import Ranks, arguments, free_port, started, steps_done
 
 from megatron_ds.errors import ConfigError
 from megatron_ds.train.bounded import BoundedStore
@@ -223,11 +223,8 @@ def test_a_rank_that_finds_nobody_says_so_in_one_line(tmp_path: Path) -> None:
 
 
 def _environment(rank: int, world: int) -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
     own = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
-    return {**own, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    return {**own, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
 
 
 @pytest.mark.parametrize(
