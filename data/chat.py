@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,13 +68,22 @@ class ChatTemplate:
         tools: list[Any] | None = None,
         **variables: Any,
     ) -> str:
-        """Raises :class:`BadConversation`, whatever the template does wrong: it runs for one record of many."""
+        """The text of messages: of a record that is trained on, and of a request that is answered.
+
+        OpenAI's newer role ``developer`` is ``system`` to a template that does not know it.
+
+        Raises:
+            BadConversation: there are tools, and the template shows none; or whatever it does wrong.
+        """
         from megatron_ds.data.template_sandbox import render
 
+        if tools and "tools" not in self.tool_use:
+            raise BadConversation("the chat template shows no tools; leave tools out, or give a template that does")
+        known = "developer" in self.source or "developer" in self.tool_use
         try:
             return render(
                 self._template if tools is None else self._with_tools,
-                messages=messages,
+                messages=messages if known else [_with_system_role(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 tools=tools,
                 **self._special,
@@ -83,12 +91,6 @@ class ChatTemplate:
             )
         except Exception as error:
             raise BadConversation(f"the chat template refuses it: {str(error) or type(error).__name__}") from None
-
-    def in_known_roles(self, messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """``developer``, OpenAI's newer name of the system role, as ``system`` where the template does not know it."""
-        if "developer" in self.source or "developer" in self.tool_use:
-            return [dict(message) for message in messages]
-        return [{**m, "role": "system"} if m.get("role") == "developer" else dict(m) for m in messages]
 
     def renderings(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> list[Rendering]:
         """The texts of a conversation, so that each answer follows the text that it would follow in generation.
@@ -101,8 +103,6 @@ class ChatTemplate:
             BadConversation: the template refuses it or shows no tools, leaves out what answers are given to, or an
                 answer does not begin with its generation prompt.
         """
-        if tools and "tools" not in self.tool_use:
-            raise BadConversation("the chat template shows no tools; take one that does, or leave the key 'tools' out")
         whole = self.render(messages, tools=tools)
         self._check_shown(messages, tools, whole)
         at_whole: list[tuple[int, int]] = []
@@ -138,7 +138,9 @@ class ChatTemplate:
         return spans
 
     def _check_shown(self, messages: list[dict[str, Any]], tools: list[Any] | None, whole: str) -> None:
-        """Templates pass over roles and keys that they do not know; an answer is no answer to what is not there.
+        """Check that the template shows every message and every tool call.
+
+        Templates skip roles and keys that they do not know. The model would learn answers to what it never saw.
 
         Raises:
             BadConversation: the text is the same without a message that is not the assistant's, or without calls.
@@ -159,6 +161,10 @@ class ChatTemplate:
             if same:
                 what = "the tool_calls" if message["role"] == "assistant" else f"the role {message['role']!r}"
                 raise BadConversation(f"the chat template does not show {what} of message {i}; take one that does")
+
+
+def _with_system_role(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "role": "system"} if message.get("role") == "developer" else message
 
 
 def _marked(message: dict[str, Any], mark: str) -> dict[str, Any]:

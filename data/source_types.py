@@ -83,7 +83,7 @@ class SourceOptions:
     dataset_split: str = "train"
     """Which split of a saved or hub dataset."""
     conversations: bool = False
-    """The key has messages (role and content), maybe beside `tools` and `system`: learn the assistant's alone."""
+    """The key has messages (role and content), beside it maybe `tools` and `system`; the assistant's are learnt."""
 
     def columns(self, there: Iterable[str]) -> list[str]:
         """What is read of a table's columns."""

@@ -55,19 +55,17 @@ def block_size(device: torch.device) -> int:
     return attention_route.QUERIES if device.type == "cpu" else 512
 
 
-def is_preferred(
-    on_cpu: bool, half: bool, bf16: bool, keeps: bool, causal: bool, other_rules: bool, alone: bool
-) -> bool:
+def is_preferred(on_cpu: bool, dtype: torch.dtype, keeps: bool, causal: bool, other_rules: bool, alone: bool) -> bool:
     """Whether attention goes by blocks of queries, and not to torch's fused kernel.
 
     Dropout and soft caps always do: a fused kernel drops in ways that depend on the mesh, and caps nothing.
 
     Args:
-        half: inputs are of half precision. bf16: of that one.
+        dtype: of the inputs.
         keeps: :func:`keeps_probabilities`.
         other_rules: documents, ALiBi, a window. alone: what blocks alone can do: dropout or a soft cap.
     """
-    return alone or (on_cpu and attention_route.prefers_blocks(half, bf16, keeps, causal, other_rules))
+    return alone or (on_cpu and attention_route.prefers_blocks(dtype, keeps, causal, other_rules))
 
 
 def block_attention(

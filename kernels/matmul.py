@@ -20,7 +20,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_of_vocabulary(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """:func:`linear` by a weight so large that oneDNN's putting it into its order costs what its product gains."""
+    """Logits: :func:`linear` with a large weight, which oneDNN packs anew each time, at the cost of what it gains."""
     return linear(x, weight, bias) if onednn.beats_slow_blas(x) else F.linear(x, weight, bias)
 
 

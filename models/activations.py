@@ -23,12 +23,17 @@ from megatron_ds.kernels.block_attention import block_size, is_preferred, keeps_
 from megatron_ds.kernels.varlen_attention import takes_varlen
 from megatron_ds.pipeline.stage import Activations, StageSpan
 
-_WIDTHS = (("fp32", 4), ("bf16", 2), ("fp16", 2), ("fp64", 8))
+_DTYPES = (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp64", torch.float64))
+
+
+def dtype_of(config: BaseRunConfig) -> torch.dtype:
+    """Of the activations."""
+    return dict(_DTYPES)[config.precision.dtype]
 
 
 def width_of(config: BaseRunConfig) -> int:
     """Bytes of an element of the activations."""
-    return dict(_WIDTHS)[config.precision.dtype]
+    return dtype_of(config).itemsize
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ def _core(
     rules = c.position == "alibi" or config.data.document_masking or c.window is not None
     keeps = keeps_probabilities(s, c.head_size) and c.attention_softcap is None
     alone = c.attention_dropout > 0 or c.attention_softcap is not None
-    if is_preferred(cpu, width == 2, config.precision.dtype == "bf16", keeps, c.causal, rules or alone, alone):
+    if is_preferred(cpu, dtype_of(config), keeps, c.causal, rules or alone, alone):
         # Copies of queries, keys and values, and the probabilities of short rows. Documents make them fewer.
         block = block_size(torch.device("cpu" if cpu else "cuda"))
         seen = [min(start + block, s) if c.causal else s for start in range(0, s, block)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from megatron_ds.config.diffusion import DiffusionRun
 from megatron_ds.kernels.block_attention import is_preferred, keeps_probabilities
-from megatron_ds.models.activations import LayerBytes, norm_bytes, stage_activations, width_of
+from megatron_ds.models.activations import LayerBytes, dtype_of, norm_bytes, stage_activations, width_of
 from megatron_ds.pipeline.stage import Activations, StageSpan
 
 
@@ -48,8 +48,8 @@ def _layer(config: DiffusionRun, tp: int, cpu: bool, last: bool) -> LayerBytes:
     around += row  # what attention found, the next matmul's input
     core = 3 * row + b * heads * c.tokens * (8 if cpu and width == 8 else 4)
     keeps = keeps_probabilities(c.tokens, c.head_size)
-    bf16 = config.precision.dtype == "bf16"
-    blocks = c.attention.sparse.mode == "none" and is_preferred(cpu, width == 2, bf16, keeps, False, False, False)
+    dense = c.attention.sparse.mode == "none"
+    blocks = dense and is_preferred(cpu, dtype_of(config), keeps, causal=False, other_rules=False, alone=False)
     if blocks:  # copies of queries, keys and values, and the probabilities of short rows
         core = 3 * row + keeps * b * heads * c.tokens**2 * width
     # Queries and keys that are normed or turned are no parts of qkv, which stays whole: as what norms were applied to,

@@ -43,7 +43,7 @@ def is_faster(x: Tensor) -> bool:
 
 
 def beats_slow_blas(x: Tensor) -> bool:
-    """Whether it is faster for all products of ``x``'s kind, gradients and large weights too."""
+    """Whether oneDNN is faster than BLAS for every fp32 product: forward, input gradient and weight gradient."""
     return BLAS_IS_SLOW and is_faster(x)
 
 
@@ -80,7 +80,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 MOST_INT8_PRODUCTS = (2**31 - 1) // 127**2
-"""So many of numbers up to 127 have a sum that int32 surely holds."""
+"""Length of the longest dot product of int8 values, up to 127 in magnitude, that cannot overflow int32."""
 
 
 def can_multiply_int8(weight: Tensor) -> bool:
@@ -95,8 +95,8 @@ def packed_int8(weight: Tensor) -> Tensor:
 
 
 INT8_ZERO = 128
-"""The byte that stands for 0 in :func:`int8_product`: with signed inputs oneDNN has kernels on CPUs with AMX alone, and
-else a loop that takes 400 times as long as a product in bf16."""
+"""Zero point of the unsigned inputs of :func:`int8_product`. For signed inputs oneDNN has kernels on CPUs with AMX
+alone; elsewhere its reference loop takes 400 times as long as a product in bf16."""
 
 
 def int8_product(x: Tensor, weight: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:

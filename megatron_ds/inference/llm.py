@@ -160,15 +160,10 @@ class LLM:
         """
         if self._template is None:
             raise ConfigError(f"{self.model} has no chat template; put a chat_template.jinja beside its tokenizer")
-        if tools and "tools" not in self._template.tool_use:
-            raise ConfigError(
-                f"the chat template of {self.model} shows no tools; leave tools out, or put a chat_template.jinja "
-                "beside its tokenizer that shows them"
-            )
         try:
-            text = self._template.render(self._template.in_known_roles(messages), True, tools)
+            text = self._template.render([dict(message) for message in messages], True, tools)
         except BadConversation as error:
-            raise ConfigError(str(error)) from None
+            raise ConfigError(f"{self.model}: {error}") from None
         return [int(token) for token in self._require_tokenizer().encode_marked(text)[0]]
 
     def token_bytes(self, token: int) -> bytes:

@@ -105,8 +105,8 @@ class Int8Inputs(_ScaledOutputs):
         inputs = weight.values.shape[1]
         if inputs > onednn.MOST_INT8_PRODUCTS:
             raise ConfigError(
-                f"quantization='w8a8' adds up {inputs} products of a layer in int32, which holds "
-                f"{onednn.MOST_INT8_PRODUCTS} surely; use 'int8' or 'fp8', or more ranks"
+                f"quantization='w8a8' sums {inputs} int8 products of a layer in int32, which may overflow beyond "
+                f"{onednn.MOST_INT8_PRODUCTS}; use 'int8' or 'fp8', or more tensor-parallel ranks"
             )
         super().__init__(weight, tp, dtype)
 

@@ -93,8 +93,7 @@ def make_core(
         return SparseCore(rules.layout)
     if is_preferred(
         device.type == "cpu",
-        dtype in HALF,
-        dtype == torch.bfloat16,
+        dtype,
         keeps_probabilities(length, head_dim),
         rules.causal,
         not rules.only_causal,

@@ -13,11 +13,11 @@ from megatron_ds.zero.memory import TransientGradients, WholeBuffer
 
 
 class GradientSums:
-    """Of one bucket on this rank.
+    """Reduce-scatter and all-reduce of one bucket's gradients on this rank.
 
-    What is rounded by chance on its way has a key of the step, of the sum in it, of the bucket and of this rank's place
-    among those that sum it. So a resumed run draws the same numbers again, and no two messages draw alike. Copies over
-    tensor-parallel ranks do, as they must stay alike; parts have an offset of their own.
+    Stochastic rounding of what is sent has a key. It is made of the step, the sum's number in the step, the bucket and
+    this rank's place among those that sum. So a resumed run draws the same numbers again, and no two messages draw the
+    same ones. Copies of a parameter on tensor-parallel ranks do, as they must stay equal.
 
     Args:
         axes: the axis over which the bucket is sharded, and that of its replicas.

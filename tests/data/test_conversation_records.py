@@ -25,6 +25,13 @@ WITH_TOOLS = (
 )
 
 
+def test_a_developers_message_is_a_systems_to_a_template_that_does_not_know_it() -> None:
+    """In training as when it is served."""
+    template, chat = ChatTemplate(CHATML), CHATS[0]
+    newer = [{**chat[0], "role": "developer"}, *chat[1:]]
+    assert template.renderings(parse_messages(newer)) == template.renderings(parse_messages(chat))
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "datasets"])
 def test_tools_beside_messages_are_shown(tmp_path: Path, kind: str) -> None:
     """As transformers shows them; in a table as JSON, or null where there are none."""
