@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_ds import comm
 from megatron_ds.kernels.autograd import first_derivative_only
+from megatron_ds.kernels.cpu.plain_layer_norm import plain_layer_norm
 from megatron_ds.layers.affine import Products
 from megatron_ds.mesh import Axis
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
@@ -64,26 +65,15 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tenso
     if torch.compiler.is_compiling():
         return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
     if not torch.is_grad_enabled():
-        return torch.addcmul(shift, _normed(x, eps)[0], 1 + scale)
+        return torch.addcmul(shift, plain_layer_norm(x, eps)[0], 1 + scale)
     out: Tensor = _ModulatedNorm.apply(x, shift, scale, eps)
     return out
-
-
-def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``layer_norm(x)``, and mean and reciprocal deviation of each row.
-
-    On a CPU torch's kernel is vectorised only where it has weights: ones and zeros give the same bits in half the time.
-    """
-    shape, weight, bias = x.shape[-1:], None, None
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
-        weight, bias = x.new_ones(shape), x.new_zeros(shape)
-    return torch.native_layer_norm(x, shape, weight, bias, eps)
 
 
 class _ModulatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-        normed, mean, rstd = _normed(x, eps)
+        normed, mean, rstd = plain_layer_norm(x, eps)
         scale = 1 + scale
         ctx.save_for_backward(x, normed, mean, rstd, scale)
         return torch.addcmul(shift, normed, scale)
