@@ -23,6 +23,7 @@ from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.errors import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16"]
+Weights = Literal["average", "last"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class ToHf:
     tokenizer: str | None = None
     """A folder or tokenizer.json, a SentencePiece .model, or 'bytes', to go with the model; default: the one it
     was imported with."""
+    weights: Weights | None = None
+    """The moving average of the weights or those of the last step. Default: the average where there is one."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class ToDiffusers:
     """With --pipeline: folders of the text encoders that tools/cache_latents.py was given, in its order."""
     tokenizer: tuple[Path, ...] = ()
     """Of each text encoder, in the same order."""
-    weights: Literal["average", "last"] | None = None
+    weights: Weights | None = None
     """The moving average of the weights or those of the last step. Default: the average where there is one."""
 
 
@@ -93,17 +96,20 @@ Command = (
 )
 
 
+def _average(weights: Weights | None) -> bool | None:
+    return None if weights is None else weights == "average"
+
+
 def main(command: ToHf | FromHf | ToDiffusers | FromDiffusers) -> None:
     if isinstance(command, ToDiffusers):
         parts = {"vae": command.vae, "text-encoder": command.text_encoder, "tokenizer": command.tokenizer}
         if not command.pipeline and (given := [name for name, value in parts.items() if value]):
             raise ConfigError(f"--{given[0]} does nothing: it is no part of the transformer alone; add --pipeline")
-        average = None if command.weights is None else command.weights == "average"
         if command.pipeline:
             beside = PipelineParts(command.vae, command.text_encoder, command.tokenizer)
-            print(export_pipeline(command.checkpoint, command.output, beside, average))
+            print(export_pipeline(command.checkpoint, command.output, beside, _average(command.weights)))
         else:
-            print(export_transformer(command.checkpoint, command.output, average))
+            print(export_transformer(command.checkpoint, command.output, _average(command.weights)))
         return
     if isinstance(command, FromDiffusers):
         print(import_transformer(command.model, command.output))
@@ -111,7 +117,8 @@ def main(command: ToHf | FromHf | ToDiffusers | FromDiffusers) -> None:
     dtype = None if command.dtype is None else getattr(torch, command.dtype)
     if isinstance(command, ToHf):
         tokenizer = None if command.tokenizer is None else load_tokenizer(command.tokenizer)
-        written = export_hf(command.checkpoint, command.output, dtype, tokenizer, progress=True, warn=print)
+        average = _average(command.weights)
+        written = export_hf(command.checkpoint, command.output, dtype, tokenizer, True, print, average)
     else:
         written = import_hf(command.model, command.output, dtype, command.vocab_multiple, progress=True, warn=print)
     print(written)

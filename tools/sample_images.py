@@ -22,7 +22,6 @@ from torch import Tensor
 
 from megatron_ds import comm
 from megatron_ds.checkpoint import Checkpoint
-from megatron_ds.convert.dit_folder import kind_of
 from megatron_ds.data.checkpoint_encoders import LatentDecoder, check_decoder, check_text_encoders, encode_prompts
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh, MeshShape
@@ -123,7 +122,7 @@ def main(place: RankInfo) -> int:
         with ranks.checking(hashlib.sha256(repr(options).encode()).hexdigest()):
             device = place.device(options.device)
             with Checkpoint(options.checkpoint) as source:
-                kind = kind_of(source, None if options.weights is None else options.weights == "average")
+                kind = source.weights_kind(None if options.weights is None else options.weights == "average")
                 where, meta = str(source.directory), source.meta
                 check_decoder(meta, options.vae, where)
                 run = run_of_checkpoint(source.meta, where, options.tp, options.pp, place.world_size)

@@ -82,6 +82,17 @@ class Checkpoint:
     def names(self, kind: str = "param") -> list[str]:
         return [name for of_kind, name in self.manifest.tensors if of_kind == kind]
 
+    def weights_kind(self, average: bool | None = None) -> str:
+        """The kind of tensor to use a trained model with: the moving average of the weights, or the weights.
+
+        Args:
+            average: the one or the other. Default: the average where there is one.
+        """
+        there = "ema" in self.kinds()
+        if average and not there:
+            raise CheckpointError(f"{self.directory} keeps no moving average; train with optimizer.ema_decay")
+        return "ema" if (there if average is None else average) else "param"
+
     def record(self, name: str, kind: str = "param") -> TensorRecord:
         record = self.manifest.tensors.get((kind, name))
         if record is None:

@@ -54,7 +54,7 @@ def export_transformer(
     folder = Path(folder)
     with Checkpoint(checkpoint) as source:
         config = model_config(DiTConfig, source.meta, source.directory)
-        kind = kind_of(source, average)
+        kind = source.weights_kind(average)
         table = table_of(config)
         described, shapes = table.to_config(config), global_shapes(config)
         whole = [FlatShard.whole(name, kind, torch.empty(shape, device="meta")) for name, shape in shapes.items()]
@@ -75,14 +75,6 @@ def export_transformer(
                 files.write(name, rule.split(source.read(rule.ours, kind))[rule.theirs.index(name)].contiguous())
             write_text_durably(unfinished / "config.json", json.dumps(described, indent=2) + "\n")
     return folder
-
-
-def kind_of(source: Checkpoint, average: bool | None) -> str:
-    """The tensors of a checkpoint that are meant: the moving average of the weights, or the weights."""
-    there = bool(source.names("ema"))
-    if average and not there:
-        raise CheckpointError(f"{source.directory} keeps no moving average; train with optimizer.ema_decay")
-    return "ema" if (there if average is None else average) else "param"
 
 
 def import_transformer(folder: str | Path, out_dir: str | Path) -> Path:

@@ -61,6 +61,7 @@ def export_hf(
     progress: bool = False,
     file_bytes: int = FILE_BYTES,
     warn: Callable[[str], None] | None = None,
+    average: bool | None = None,
 ) -> Path:
     """Write a checkpoint's model as a folder that ``transformers``' ``from_pretrained`` loads.
 
@@ -74,6 +75,7 @@ def export_hf(
         progress: show a progress bar.
         file_bytes: the size of one file at most, unless a single tensor is larger.
         warn: told what a user should know of the result.
+        average: the moving average of the weights, or the weights. None: the average where there is one.
 
     Raises:
         CheckpointError: of the checkpoint; or its tensors are not those of its configuration.
@@ -87,13 +89,13 @@ def export_hf(
         architecture = choose(
             config, sorted(architectures, key=lambda a: a.name not in original.get("architectures", ()))
         )
-        shapes = architecture.shapes(config)
-        whole = [FlatShard.whole(name, "param", torch.empty(shape, device="meta")) for name, shape in shapes.items()]
+        kind, shapes = source.weights_kind(average), architecture.shapes(config)
+        whole = [FlatShard.whole(name, kind, torch.empty(shape, device="meta")) for name, shape in shapes.items()]
         compare(source.manifest, source.directory, whole)
-        plan, makers = _plan_export(source, architecture, config, shapes, dtype)
+        plan, makers = _plan_export(source, architecture, config, shapes, dtype, kind)
 
         def make(rule: Rule) -> Iterable[tuple[str, torch.Tensor]]:
-            return zip(rule.theirs, rule.to_hf(config, source.read(rule.ours)))
+            return zip(rule.theirs, rule.to_hf(config, source.read(rule.ours, kind)))
 
         with exported_folder(out_dir, plan, _STEM, file_bytes) as (partial, files):
             with _bar(plan, f"{architecture.name} to {out_dir.name}", progress) as bar:
@@ -110,12 +112,13 @@ def _plan_export(
     config: ModelConfig,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype | None,
+    kind: str,
 ) -> tuple[dict[str, tuple[tuple[int, ...], torch.dtype]], dict[str, Rule]]:
     """By exported name: shape and dtype, and the rule that makes the tensor."""
     plan: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     makers: dict[str, Rule] = {}
     for rule in architecture.expanded(config):
-        kept = dtype or source.dtype(rule.ours)
+        kept = dtype or source.dtype(rule.ours, kind)
         parts = rule.to_hf(config, torch.empty(shapes[rule.ours], device="meta"))
         for name, part in zip(rule.theirs, parts):
             plan[name] = (tuple(part.shape), kept)

@@ -31,9 +31,12 @@ def export_hf(
     tokenizer: TokenizerLike | None = None,
     progress: bool = False,
     warn: Callable[[str], None] | None = None,
+    average: bool | None = None,
 ) -> Path:
     """:func:`megatron_ds.convert.hugging_face.export_hf` with the architectures of this module."""
-    return hugging_face.export_hf(checkpoint, out_dir, ARCHITECTURES, dtype, tokenizer, progress, warn=warn)
+    return hugging_face.export_hf(
+        checkpoint, out_dir, ARCHITECTURES, dtype, tokenizer, progress, warn=warn, average=average
+    )
 
 
 def import_hf(

@@ -45,6 +45,7 @@ class Source:
 
     Attributes:
         weights: the files as ``transformers`` has them, or a checkpoint's directory.
+        kind: of a checkpoint's tensors: its weights, or the moving average of them where it keeps one.
         dtype: that most of its weights have.
         tokenizer: the folder with its tokenizer, where there is one.
         generation: what generation_config.json and config.json say of generation.
@@ -60,6 +61,7 @@ class Source:
     longest: int | None = None
     notes: tuple[str, ...] = ()
     quantization: str | None = None
+    kind: str = "param"
 
 
 def find(path: str | Path) -> Source:
@@ -121,7 +123,8 @@ def _longest(c: ModelConfig, said: Any) -> int | None:
 def _in_checkpoint(path: Path) -> Source:
     with Checkpoint(path) as checkpoint:
         config = model_config(ModelConfig, checkpoint.meta, checkpoint.directory)
-        dtypes = [checkpoint.dtype(name) for name in checkpoint.names()]
+        kind = checkpoint.weights_kind()
+        dtypes = [checkpoint.dtype(name, kind) for name in checkpoint.names(kind)]
         home = checkpoint.directory.parent
         trained = checkpoint.meta.get("config", {}).get("train", {}).get("sequence_length")
     generation: dict[str, Any] = {}
@@ -129,7 +132,8 @@ def _in_checkpoint(path: Path) -> Source:
         generation |= carried_files.settings(home, name)
     longest = _longest(config, generation.get("max_position_embeddings", trained))
     tokenizer = _tokenizer_in(home / "tokenizer")
-    return Source(config, path, max(set(dtypes), key=dtypes.count), tokenizer, generation, longest)
+    dtype = max(set(dtypes), key=dtypes.count)
+    return Source(config, path, dtype, tokenizer, generation, longest, kind=kind)
 
 
 def _tokenizer_in(folder: Path) -> Path | None:
@@ -148,7 +152,7 @@ def build(source: Source, mesh: Mesh, dtype: torch.dtype) -> Transformer:
     model = class_of(c)(c, StageSettings(mesh, span, device=mesh.device, dtype=dtype)).eval()
     model.requires_grad_(False)
     if isinstance(source.weights, Path):
-        load(source.weights, [FlatShard.of(spec_of(p), "param", p.data) for p in model.parameters()], mesh.world)
+        load(source.weights, [FlatShard.of(spec_of(p), source.kind, p.data) for p in model.parameters()], mesh.world)
         return model
     rules = {rule.ours: rule for rule in source.weights.rules}
     folder, names = source.weights.source, source.weights.names

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from hf_models import FAMILIES, MODELS, _llama, make
+from safetensors.torch import load_file
 
-from megatron_ds.convert.tables import import_hf
+from megatron_ds.checkpoint import Checkpoint, FlatShard, save
+from megatron_ds.convert.tables import export_hf, import_hf
 from megatron_ds.data.tokenizers import ByteTokenizer
-from megatron_ds.errors import ConfigError, MegatronDSError
+from megatron_ds.errors import CheckpointError, ConfigError, MegatronDSError
 from megatron_ds.inference import LLM, RequestOutput, SamplingParams
 
 REFUSED = {
@@ -104,6 +106,27 @@ def test_a_checkpoint_is_served_as_the_folder_that_it_came_from(folder: Path, tm
         )
         with pytest.raises(ConfigError, match=r".*: the chat template shows no tools; leave tools out"):
             ours.render_chat([{"role": "user", "content": "what"}], [{"type": "function"}])
+
+
+def test_a_run_with_a_moving_average_is_served_and_exported_by_it(folder: Path, tmp_path: Path) -> None:
+    first = import_hf(folder, tmp_path / "first")
+    with Checkpoint(first) as source:
+        weights = {name: source.read(name) for name in source.names()}
+        meta = source.meta
+    last = {name: torch.randn_like(weight) for name, weight in weights.items()}
+    kinds = (("param", last), ("ema", weights))
+    shards = [FlatShard.whole(name, kind, weight) for kind, of in kinds for name, weight in of.items()]
+    save(tmp_path / "first", 1, shards, meta)
+    params = SamplingParams(temperature=0.0, max_tokens=12)
+    with LLM(folder) as theirs, LLM(tmp_path / "first") as ours:
+        want = answers(theirs.generate("what", params, use_tqdm=False))
+        assert answers(ours.generate("what", params, use_tqdm=False)) == want
+    for average, expected in ((None, weights), (True, weights), (False, last)):
+        exported = export_hf(tmp_path / "first", tmp_path / f"hf-{average}", average=average)
+        there = load_file(exported / "model.safetensors")
+        assert torch.equal(there["model.norm.weight"], expected["final_norm.weight"])
+    with pytest.raises(CheckpointError, match=r"keeps no moving average; train with optimizer\.ema_decay"):
+        export_hf(first, tmp_path / "none", average=True)
 
 
 def test_a_stream_grows_into_the_whole_answer(folder: Path) -> None:
