@@ -75,13 +75,13 @@ class FastEncoder:
 
     def __init__(self, backend: Any, slow: Callable[[str], list[int]], proved: bool = False):
         description = json.loads(backend.to_str())
-        ranks = _ranks(description, proved)
+        ranks, words = _ranks(description, proved), _words(description)
         try:
             import tiktoken
         except ImportError:
             raise Unsuitable("tiktoken is not installed (pip install tiktoken)") from None
         try:
-            encoding = tiktoken.Encoding("twin", pat_str=_words(description), mergeable_ranks=ranks, special_tokens={})
+            encoding = tiktoken.Encoding("twin", pat_str=words, mergeable_ranks=ranks, special_tokens={})
         except Exception as error:
             raise Unsuitable(f"tiktoken does not take it: {error}") from None
         self._fast = encoding._core_bpe.encode_ordinary
@@ -95,13 +95,8 @@ class FastEncoder:
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
         """The ids of one text."""
-        if not self._trusted(text):
-            return np.array(self._slow(text), np.uint32)
-        try:
-            ids = self._fast(text)
-        except BaseException as error:
-            if not gives_up(error):
-                raise
+        ids = self._twin(text) if self._trusted(text) else None
+        if ids is None:
             return np.array(self._slow(text), np.uint32)
         self._until_check -= 1
         if self._until_check <= 0:
@@ -112,6 +107,16 @@ class FastEncoder:
                     "megatron_ds.data.fast_bpe, please report it. Load the tokenizer with fast=False meanwhile"
                 )
         return np.array(ids, np.uint32)
+
+    def _twin(self, text: str) -> list[int] | None:
+        """What tiktoken makes of a text; None where it gives up, as on an empty word."""
+        try:
+            ids: list[int] = self._fast(text)
+        except BaseException as error:
+            if not gives_up(error):
+                raise
+            return None
+        return ids
 
     def _trusted(self, text: str) -> bool:
         if not text.isascii():
@@ -127,7 +132,7 @@ class FastEncoder:
 
     def _same(self, character: str) -> bool:
         probes = (context.format(character) for context in CONTEXTS)
-        return all(self._fast(probe) == self._slow(probe) for probe in probes)
+        return all(self._twin(probe) == self._slow(probe) for probe in probes)
 
 
 def _ranks(description: dict[str, Any], proved: bool) -> dict[bytes, int]:

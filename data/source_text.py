@@ -86,7 +86,7 @@ def parse_line(line: bytes) -> str | Problem:
 
 def parse_json_line(line: bytes, options: SourceOptions) -> str | Problem:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode("utf-8-sig"))  # of bytes, json would guess UTF-16 too
     except UnicodeDecodeError as error:
         return Problem("invalid UTF-8", str(error))
     except (ValueError, RecursionError, MemoryError) as error:  # an integer of over 4,300 digits: a plain ValueError

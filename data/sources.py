@@ -18,14 +18,18 @@ from megatron_ds.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".text", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
+UNREAD = (".bz2", ".xz", ".lz4", ".br", ".zip")
+"""Compressions that are not read: the texts of a folder are not to be fewer for it, unsaid."""
 MIN_BLOCK, MAX_BLOCK = 1 << 20, 64 << 20
 
 
 def find_inputs(specs: list[str], options: SourceOptions) -> list[Input]:
-    """The inputs that paths name: files, folders (every known file in them, sorted), saved datasets, ``hub:NAME``.
+    """The inputs that paths name: files, folders (every known file in them, sorted; none of a name that starts with
+    ``.`` or ``__``), saved datasets, ``hub:NAME``.
 
     Raises:
-        DataError: a path that does not exist, a suffix that is not known, a folder with nothing in it.
+        DataError: a path that does not exist, a suffix that is not known, a folder with nothing in it, or with texts
+            that cannot be read.
     """
     inputs: list[Input] = []
     for spec in specs:
@@ -36,10 +40,7 @@ def find_inputs(specs: list[str], options: SourceOptions) -> list[Input]:
             size = sum(p.stat().st_size for p in path.rglob("*.arrow"))
             inputs.append(Input(spec, "arrow", size=size))
         elif path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and _kind_of(p, options) is not None)
-            if not files:
-                raise DataError(f"{path} holds no input: expected {_known()} or a saved `datasets` dataset")
-            inputs += [_file_input(p, options) for p in files]
+            inputs += [_file_input(p, options) for p in _files_of(path, options)]
         elif path.is_file():
             inputs.append(_file_input(path, options))
         else:
@@ -47,6 +48,24 @@ def find_inputs(specs: list[str], options: SourceOptions) -> list[Input]:
     if not inputs:
         raise DataError("no input was given")
     return inputs
+
+
+def _files_of(folder: Path, options: SourceOptions) -> list[Path]:
+    """As ``datasets`` does, hidden files and folders are passed over: what editors and file managers leave."""
+    there = sorted(
+        path
+        for path in folder.rglob("*")
+        if not any(name.startswith((".", "__")) for name in path.relative_to(folder).parts)
+    )
+    files = [path for path in there if path.is_file() and _kind_of(path, options) is not None]
+    for path in there:
+        if path.is_symlink() and path.is_dir():
+            raise DataError(f"{path} is a link to a folder, which is not followed; name that folder as an input too")
+        if path.suffix.lower() in UNREAD and path.with_suffix("").suffix in SUFFIXES:
+            raise DataError(f"{path} would be passed over: expected {_known()}. Compress it anew, or move it elsewhere")
+    if not files:
+        raise DataError(f"{folder} holds no input: expected {_known()} or a saved `datasets` dataset")
+    return files
 
 
 def _kind_of(path: Path, options: SourceOptions) -> tuple[Kind, str] | None:

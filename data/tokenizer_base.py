@@ -143,14 +143,15 @@ class SpecialTokens:
         names: ``eos_token`` and the other :data:`SETTINGS` -> the token's text.
         origins: the file that each of them was found in.
         added: id -> the arguments of a ``tokenizers.AddedToken``, in ascending order of ids.
-        extra: the same of further special tokens without an id; one that the vocabulary lacks comes behind it.
+        unnumbered: the same of the special tokens that are named without an id; one that the vocabulary lacks comes
+            behind it.
     """
 
     config: dict[str, Any]
     names: dict[str, str]
     origins: dict[str, str]
     added: dict[int, dict[str, Any]]
-    extra: tuple[dict[str, Any], ...] = ()
+    unnumbered: tuple[dict[str, Any], ...] = ()
 
     def differs(self, token: Mapping[str, Any], other: Any) -> bool:
         """Whether a token of ``added`` is another than this ``AddedToken`` of a tokenizer.json (None: it has none).
@@ -167,23 +168,24 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
     Raises:
         DataError: a file that is not valid JSON or says something else than it should.
     """
-    config, older = read_json(folder / CONFIG), read_json(folder / MAP)
+    config = read_json(folder / CONFIG)
     names: dict[str, str] = {}
     origins: dict[str, str] = {}
-    # Where both files name a token, transformers takes the older file, unless the newer one lists all added tokens.
-    first, second = (
-        ((CONFIG, config), (MAP, older)) if "added_tokens_decoder" in config else ((MAP, older), (CONFIG, config))
-    )
-    for file, content in (first, second):
+    unnumbered: list[dict[str, Any]] = []
+    # As transformers does: the older file goes before the newer one, unless that lists all added tokens.
+    listed = "added_tokens_decoder" in config
+    sources = ((CONFIG, config),) if listed else ((MAP, read_json(folder / MAP)), (CONFIG, config))
+    for file, content in sources:
         for setting in SETTINGS:
-            if (text := _text(content.get(setting), folder / file, setting)) and setting not in names:
-                names[setting], origins[setting] = text, file
+            if (token := _token(content.get(setting), folder / file, setting)) and setting not in names:
+                names[setting], origins[setting] = token["content"], file
+                unnumbered.append(token)
     added: dict[int, dict[str, Any]] = {}
     try:
         for number, token in (config.get("added_tokens_decoder") or {}).items():
             added[int(number)] = {key: token[key] for key in ("content", *_FLAGS) if key in token}
             added[int(number)]["content"] = str(token["content"])
-        if "added_tokens_decoder" not in config:
+        if not listed:
             special = set(names.values())
             for text, number in read_json(folder / ADDED).items():
                 added[int(number)] = {"content": text, "special": text in special, "normalized": text not in special}
@@ -191,32 +193,30 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
         raise DataError(
             f"the added tokens of {folder} (in {CONFIG} or {ADDED}) are not ids and tokens: {error!r}"
         ) from None
-    sources = (first,) if "added_tokens_decoder" in config else (first, second)
-    extra = [token for file, content in sources for token in _extra(content, folder / file)]
-    return SpecialTokens(config, names, origins, dict(sorted(added.items())), tuple(extra))
+    unnumbered += (token for file, content in sources for token in _further_tokens(content, folder / file))
+    return SpecialTokens(config, names, origins, dict(sorted(added.items())), tuple(unnumbered))
 
 
-def _extra(content: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any]]:
+def _further_tokens(content: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any]]:
     """Special tokens without a setting of their own; newer files may name them as a mapping."""
     for setting in ("extra_special_tokens", "additional_special_tokens"):
         tokens = content.get(setting) or []
         if not isinstance(tokens, list | dict):
             raise DataError(f"{path} says {setting}={str(tokens)[:80]}, which is no list of tokens")
-        for token in tokens.values() if isinstance(tokens, dict) else tokens:
-            if text := _text(token, path, setting):
-                flags = {f: token[f] for f in _FLAGS if f in token} if isinstance(token, dict) else {}
-                yield {"normalized": False, **flags, "content": text, "special": True}
+        found = (_token(token, path, setting) for token in (tokens.values() if isinstance(tokens, dict) else tokens))
+        yield from filter(None, found)
 
 
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
-def _text(token: Any, path: Path, setting: str) -> str:
-    """The text of a token that a configuration gives as a string or as an AddedToken written out; empty for none."""
+def _token(token: Any, path: Path, setting: str) -> dict[str, Any] | None:
+    """A special token that a configuration gives as a string or as an AddedToken written out; None for none."""
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str | None):
         raise DataError(f"{path} says {setting}={str(token)[:80]}, which is no token's text")
-    return text or ""
+    flags = {flag: token[flag] for flag in _FLAGS if flag in token} if isinstance(token, dict) else {}
+    return {"normalized": False, **flags, "content": text, "special": True} if text else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

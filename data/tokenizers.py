@@ -24,6 +24,7 @@ from megatron_ds.data.sentencepiece_export import to_tokenizers
 from megatron_ds.data.tiktoken_files import TiktokenTokenizer, is_tiktoken_file
 from megatron_ds.data.tokenizer_base import (
     EOD_NAMES,
+    KNOWN_NAMES,
     Ids,
     Marked,
     SpecialTokens,
@@ -95,7 +96,9 @@ class HFTokenizer(Tokenizer):
         self.fingerprint = xxhash.xxh3_64_hexdigest(content)
         ids = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
-        self._take_special(found, ids)
+        # One that is an ordinary entry of the vocabulary is no special token, whatever its name.
+        special = {token.content: number for number, token in self.backend.get_added_tokens_decoder().items()}
+        self._take_special(found, special)
         self._fast: FastEncoder | None = None
         self.encoder = "tokenizers (as told)"
         if fast:
@@ -111,13 +114,14 @@ class HFTokenizer(Tokenizer):
 
         have = {token.content: token for token in self.backend.get_added_tokens_decoder().values()}
         missing = {i: token for i, token in found.added.items() if found.differs(token, have.get(token["content"]))}
-        named = [{"content": text, "special": True, "normalized": False} for text in found.names.values()]
+        # Of these an unknown one is refused, when they are chosen.
+        chosen = {found.names.get(setting) for setting in KNOWN_NAMES}
         end = max([self.backend.get_vocab_size(), *(number + 1 for number in missing)])
-        for token in (*named, *found.extra):  # read as letters, be they in the vocabulary or not
+        for token in found.unnumbered:  # read as letters, be they in the vocabulary or not
             text, number = token["content"], self.backend.token_to_id(token["content"])
             if text in have or any(text == other["content"] for other in missing.values()):
                 continue
-            if number is None and token not in named:
+            if number is None and text not in chosen:
                 number, end = end, end + 1
             if number is not None:
                 missing[number] = token

@@ -231,6 +231,7 @@ MARK = {"content": "<r>", "lstrip": True, "rstrip": True, "normalized": False, "
     {"extra_special_tokens": {"a": "<new>", "b": "world"}},
     {"special_tokens_map": {"additional_special_tokens": [{"__type": "AddedToken", **MARK}, "<new>"]}},
     {"added_tokens_decoder": {"400": {**MARK, "content": "<|im_start|>"}}},
+    {"pad_token": "<pad>", "sep_token": {"__type": "AddedToken", **MARK}, "additional_special_tokens": ["<new>"]},
 ])  # fmt: skip
 def test_special_tokens_that_a_folder_lists_are_those_of_transformers(tmp_path: Path, listed: dict[str, Any]) -> None:
     """Those that the vocabulary has among its other tokens, those that it lacks, and the space that belongs to one."""
@@ -244,7 +245,7 @@ def test_special_tokens_that_a_folder_lists_are_those_of_transformers(tmp_path: 
         path = folder / "tokenizer_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **listed}))
     ours, reference = load_tokenizer(folder), theirs(folder)
-    text = "Hello world <r> thanks <new> Ġthanks <|im_start|> fine<|im_end|> é"
+    text = "Hello world <r> thanks <new> Ġthanks <|im_start|> fine<|im_end|> é<pad>"
     expected = reference.encode(text, add_special_tokens=False)
     assert list(ours.encode_batch([text])[0]) == ours.encode_marked(text)[0].tolist() == expected
     assert ours.vocab_size == len(reference)

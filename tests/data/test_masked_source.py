@@ -71,7 +71,9 @@ def tokenizer(folder: Path, mask: bool) -> str:
 
     words = {word: i for i, word in enumerate(["[SEP]", "[CLS]", "a", *(["[MASK]"] if mask else [])])}
     folder.mkdir()
-    Tokenizer(models.WordLevel(words, unk_token="a")).save(str(folder / "tokenizer.json"))
+    backend = Tokenizer(models.WordLevel(words, unk_token="a"))
+    backend.add_special_tokens([word for word in words if word != "a"])
+    backend.save(str(folder / "tokenizer.json"))
     return str(folder)
 
 

@@ -52,6 +52,9 @@ def test_every_kind_of_input_gives_the_same_documents(tmp_path: Path, kind: str)
         (source / "a.jsonl").write_bytes(jsonl(TEXTS[:10]))
         (source / "sub" / "b.jsonl").write_bytes(jsonl(TEXTS[10:]))
         (source / "README.md").write_text("not an input")
+        for hidden in (".ipynb_checkpoints/a.jsonl", "__MACOSX/b.jsonl", "._a.jsonl"):
+            (source / hidden).parent.mkdir(exist_ok=True)
+            (source / hidden).write_bytes(jsonl(TEXTS))
     assert run([source], tmp_path / "out") == TEXTS
     manifest = json.loads((tmp_path / "out.manifest.json").read_text())
     assert manifest["counts"]["documents"] == len(TEXTS)
@@ -224,6 +227,7 @@ def test_fatal_counts_the_lines_of_the_blocks_before(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize("content, message", [
     (b"", r"the inputs hold no document with text \(.*in\.jsonl\): 0 records were bad"),
     (b"{}\n{}\n", r"2 records were bad \(2 x missing key\)"),
+    (2 * '{"text": "a"}\n'.encode("utf-16-le"), r"3 records were bad \(3 x invalid JSON\)"),  # one is big-endian text
 ])  # fmt: skip
 def test_nothing_to_read(tmp_path: Path, content: bytes, message: str) -> None:
     source = tmp_path / "in.jsonl"
@@ -247,6 +251,14 @@ def test_inputs_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "in.json").unlink()
     with pytest.raises(DataError, match=r"holds no input: expected \.jsonl"):
         preprocess([str(tmp_path)], tmp_path / "out", PreprocessOptions("bytes"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.jsonl").write_bytes(jsonl(TEXTS))
+    for name, message in (("b.jsonl.xz", "would be passed over: expected .jsonl"), ("c", "is a link to a folder")):
+        path = tmp_path / "folder" / name
+        path.symlink_to(tmp_path) if name == "c" else path.touch()
+        with pytest.raises(DataError, match=f"{path} {message}"):
+            preprocess([str(tmp_path / "folder")], tmp_path / "out", PreprocessOptions("bytes"))
+        path.unlink()
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS))[:-20])
     with pytest.raises(DataError, match=r"in\.jsonl\.gz is damaged or truncated"):
         run([tmp_path / "in.jsonl.gz"], tmp_path / "out")

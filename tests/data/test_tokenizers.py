@@ -168,6 +168,23 @@ def test_truncation_and_padding_of_a_file_are_not_applied(corpus: Path, tmp_path
     assert list(load_tokenizer(path).encode_batch([TEXTS[0]])[0]) == expected
 
 
+def test_an_ordinary_entry_of_a_known_name_stays_one(corpus: Path, tmp_path: Path) -> None:
+    """Also in what is saved: there its name in a text would become that token."""
+    from tokenizers import Tokenizer as Backend
+    from transformers import AutoTokenizer
+
+    path = train_tokenizer([str(corpus)], tmp_path / "t", 300) / "tokenizer.json"
+    description = json.loads(path.read_text())
+    description["model"]["vocab"] |= {"<mask>": 300, "<s>": 301}
+    Backend.from_str(json.dumps(description)).save(str(path))
+    tokenizer = load_tokenizer(path.parent)
+    assert (tokenizer.mask_id, tokenizer.bos_id) == (None, None)
+    tokenizer.save_hf(tmp_path / "export")
+    text = "a <mask> <s>b"
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "export").encode(text, add_special_tokens=False)
+    assert theirs == list(tokenizer.encode_batch([text])[0])
+
+
 def test_what_is_not_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"tokenizer='nowhere' does not exist\. Give a folder"):
         load_tokenizer("nowhere")
