@@ -358,7 +358,7 @@ def _set_by(
     optimizer: Optimizer, rate: Callable[[float, int], float], betas: DeepSpeedSchedule | None
 ) -> Callable[[int], float]:
     """A schedule over an optimizer of torch: what it makes of each group's own rate is what the group has."""
-    without = [number for number, group in enumerate(optimizer.param_groups) if "lr" not in group]
+    without = [number for number, group in enumerate(optimizer.param_groups) if group.get("lr") is None]
     if without:
         raise ConfigError(
             f"group {without[0]} of {type(optimizer).__name__} has no 'lr' that a schedule could set; give it one, or "

@@ -22,6 +22,7 @@ from megatron_ds.engine.join import JoinableEngine, Mode, UnevenInputs
 from megatron_ds.engine.late_ranks import LateRanks
 from megatron_ds.engine.loss_stage import LossStage, to_device
 from megatron_ds.engine.model_guard import ModelGuard, require_trainable_dtype
+from megatron_ds.engine.optimizer_hooks import OptimizerHooks
 from megatron_ds.engine.resizing import resizing
 from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Mesh
@@ -91,6 +92,9 @@ class Engine(JoinableEngine, Files):
         self._postponed = False  # step() was called since the last backward pass, and only accumulated
         self._own = OwnBackward()
         self.look_at_model()
+        keeps_state = rule is not None and rule.keeps_state
+        self._hooks = OptimizerHooks(optimizer, keeps_state, lambda: self._placeholders.put())
+        train_step.before_update = self._hooks.before_update
         self._buffers = BufferSync(module, mesh.data)
         self._uneven = UnevenInputs(self)
         self._late = LateRanks(mesh.world, config.timeout, log.warning)
@@ -284,6 +288,8 @@ class Engine(JoinableEngine, Files):
         self.zero.change(change)
 
     def _finished(self, result: StepResult) -> StepResult:
+        if not result.skipped:
+            self._hooks.after_update()
         self._begin_anew()
         if self.train_step.heard:
             self._buffers.agree()
@@ -369,6 +375,7 @@ class Engine(JoinableEngine, Files):
     def close(self) -> None:
         """Let go of the model, whose parameters are whole and stay; it may be given to another engine. On all ranks."""
         self._placeholders.remove()
+        self._hooks.close()
         self._late.close()
         self.zero.close()
 

@@ -87,8 +87,19 @@ def templates_of(
     for attribute, value in vars(optimizer).items():
         if isinstance(value, Optimizer):
             raise refusal(optimizer, f"it wraps another optimizer, {attribute}, whose parameters are the whole ones")
+    if _own_step(optimizer) is not None:
+        raise refusal(optimizer, "its step() is one that this object alone has; make a subclass with it")
     with _unchanged_objects(optimizer):
         return _try_groups(optimizer, samples, shapes)
+
+
+def _own_step(optimizer: Optimizer) -> Any:
+    """What somebody has put in the place of the class's ``step``; schedulers and a compiler only wrap it."""
+    step: Any = vars(optimizer).get("step")
+    if hasattr(step, "_wrapped_by_lr_sched"):
+        step = step.__wrapped__
+    step = getattr(step, "_torchdynamo_orig_callable", step)
+    return None if getattr(step, "__func__", step) is type(optimizer).step else step
 
 
 @contextmanager
@@ -122,9 +133,11 @@ def _try_groups(
         for other in others:
             if (first.kinds, list(first.numbers)) != (other.kinds, list(other.numbers)):
                 reason = f"it keeps {other.kinds} of a parameter of shape {list(other.shape)} and {first.kinds} of one"
-                raise refusal(optimizer, f"{reason} of shape {list(first.shape)}")
+                dims = "" if len(other.shape) == len(first.shape) else ", so matrices need a group of their own"
+                raise refusal(optimizer, f"{reason} of shape {list(first.shape)}{dims}")
         first.whole = bool(why_whole)
         found.append(first)
+    _check_places(optimizer, samples, found)
     return found
 
 
@@ -164,24 +177,58 @@ def _run(
         plain: by the plain loop over parameters. What runs on a GPU alone does not change what is computed.
     """
     parameters = [start.clone() for start in starts]
-    common = Common.of(optimizer)
-    settings = common.groups[index]
-    settings.update({key: False for key in IMPLEMENTATION if plain and key in settings})
-    twin = Twin(optimizer, {index: parameters}, common)
-    start_training = getattr(twin.optimizer, "train", None)  # of Schedule-Free, which refuses to step without
-    if callable(start_training):
-        start_training()
-    for parameter in parameters:
-        if sample:
-            twin.state[parameter] = shaped(sample, parameter)
+    twin = _twin(optimizer, {index: parameters}, {index: sample}, plain)
     keys = []
     for of_step in gradients:
         for parameter, gradient in zip(parameters, of_step):
             parameter.grad = gradient.clone()
-        twin.optimizer.step()
+        twin.call("step")
         keys.append(set(twin.state.get(parameters[0], {})))
     states = [dict(twin.state.get(parameter, {})) for parameter in parameters]
     return _Outcome(torch.cat([p.flatten() for p in parameters]), states, twin.common, keys)
+
+
+def _twin(
+    optimizer: Optimizer,
+    parameters: Mapping[int, Sequence[torch.Tensor]],
+    samples: Mapping[int, Sample],
+    plain: bool = True,
+) -> Twin:
+    """A twin over parameters by group, in training mode, with state like that of each group's sample."""
+    common = Common.of(optimizer)
+    for index in parameters if plain else ():
+        settings = common.groups[index]
+        settings.update({key: False for key in IMPLEMENTATION if key in settings})
+    twin = Twin(optimizer, parameters, common)
+    if callable(getattr(twin.optimizer, "train", None)):  # of Schedule-Free, which refuses to step without
+        twin.call("train")
+    for index, members in parameters.items():
+        twin.state.update({p: shaped(samples[index], p) for p in members if samples[index]})
+    return twin
+
+
+def _check_places(optimizer: Optimizer, samples: Sequence[Sample], found: Sequence[StateTemplate]) -> None:
+    """Each group is updated as if it were the only one: a twin has the groups of its bucket alone."""
+
+    def over(indices: Sequence[int]) -> list[torch.Tensor]:
+        parameters = {index: [torch.ones(found[index].shape, dtype=torch.float64)] for index in indices}
+        twin = _twin(optimizer, parameters, dict(enumerate(samples)))
+        every = [parameter for members in parameters.values() for parameter in members]
+        for size in _SIZES:
+            for parameter in every:
+                parameter.grad = torch.full_like(parameter, size)
+            twin.call("step")
+        return every
+
+    everywhere = range(len(found))
+    with torch.no_grad():
+        for index, together in zip(everywhere, over(everywhere)) if len(found) > 1 else ():
+            if not _equal(over([index])[0], together):
+                raise refusal(
+                    optimizer,
+                    f"its update of group {index} depends on the groups beside it, as where it takes a setting of the "
+                    "first one for all or keeps a list with a value for each; give it one group",
+                )
 
 
 def _check_independent(
@@ -232,7 +279,9 @@ def _why_not_elementwise(optimizer: Optimizer, index: int, sample: Sample) -> st
         (size * direction * (0.5 + torch.rand(24, generator=generator, dtype=torch.float64))).view(4, 6)
         for size in _SIZES
     ]
-    gradients[2][::2] *= -1  # some elements turn round
+    # Some elements turn round, once with a small gradient after a large one: against their momentum.
+    gradients[2][::2] *= -1
+    gradients[4][1::2] *= -1
     # Almost across the weights, row by row: what is projected only then (AdamP, SGDP) is.
     gradients[0] -= 0.99 * start * ((gradients[0] * start).sum(1, True) / start.square().sum(1, True))
     parts = (slice(0, 10), slice(10, 24))

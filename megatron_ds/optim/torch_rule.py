@@ -109,8 +109,14 @@ class TorchRule:
         return _TorchUpdate(self, segments, list(range(len(segments))), initial)
 
     @property
+    def keeps_state(self) -> bool:
+        """Whether it keeps more than the groups' settings."""
+        return any(template.kinds or template.numbers or template.rest for template in self.templates)
+
+    @property
     def learning_rate(self) -> float:
-        return float(self.optimizer.param_groups[0].get("lr", math.nan))
+        lr = self.optimizer.param_groups[0].get("lr")
+        return math.nan if lr is None else float(lr)
 
     def group_of(self, name: str) -> RuleGroup:
         template = self.templates[self._group_of[name]]
@@ -262,7 +268,7 @@ class _TorchUpdate:
     def run(self, method: str) -> Common:
         """Call the optimizer's ``step``, ``train`` or ``eval``; what it has made of the groups' settings."""
         self._twin.take(self._rule.before)
-        getattr(self._twin.optimizer, method)()
+        self._twin.call(method)
         self._keep()
         return self._twin.common
 

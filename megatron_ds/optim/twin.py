@@ -88,6 +88,11 @@ class Twin:
     def state(self) -> dict[Any, Any]:
         return self.optimizer.state
 
+    def call(self, method: str) -> None:
+        """Call ``step``, ``train`` or ``eval``, without the hooks of all optimizers: this is a part of one."""
+        function = getattr(type(self.optimizer), method)
+        (function.__wrapped__ if getattr(function, "hooked", False) else function)(self.optimizer)
+
     def take(self, common: Common) -> None:
         """Every setting and number is that of ``common`` from now on."""
         for index, group in zip(self._indices, self.optimizer.param_groups):

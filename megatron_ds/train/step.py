@@ -81,6 +81,7 @@ class TrainStep:
     Attributes:
         clip_value: bound of each element of the gradients, instead of ``clip_norm``; None for none.
         asks: whether this rank wants all ranks to talk after the step. heard: whether any did so in the last one.
+        before_update: called before an update that is not skipped; :meth:`queue` has none.
         after_first: what is called once, after the next step.
         timed: measure ``seconds``, from the first forward pass to the end of the last backward pass. Waits for a GPU.
     """
@@ -101,6 +102,7 @@ class TrainStep:
         self.clip_norm, self.rate, self.count = clip_norm, rate, count
         self.weights_fixed = weights_fixed
         self.clip_value: float | None = None
+        self.before_update: Callable[[], None] = lambda: None
         self.after_first: Callable[[], None] | None = None
         self.asks: Callable[[], bool] = lambda: False
         self.heard = False
@@ -194,6 +196,7 @@ class TrainStep:
         else:
             if self.clip_value is not None:
                 self._clip_elements(self.clip_value * scale)
+            self.before_update()
             self.optimizer.step(result.learning_rate, factor)
         self._after()
         return result

@@ -126,6 +126,41 @@ class Clipping(torch.optim.SGD):
                 p.data.sub_(p.grad * (50 / norm).clamp(max=1), alpha=group["lr"])
 
 
+class FirstRate(torch.optim.SGD):
+    """Has the first group's rate for all groups."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+
+
+class Bounded(torch.optim.SGD):
+    """Keeps the rates with which the groups began in a list, as AdaBound does."""
+
+    def __init__(self, params: Any, lr: float = 0.1):
+        super().__init__(params, lr=lr)
+        self.base_lrs = [group["lr"] for group in self.param_groups]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group, base in zip(self.param_groups, self.base_lrs):
+            for p in group["params"]:
+                p.data.sub_(p.grad, alpha=group["lr"] ** 2 / base)
+
+
+class Cautious(torch.optim.SGD):
+    """Lion that leaves out what is against the gradient, and makes up for that by the mean over the parameter."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                step = average.lerp(p.grad, 0.1).sign()
+                agrees = (step * p.grad > 0).to(p.dtype)
+                p.data.sub_(step * agrees / agrees.mean().clamp(min=1e-3), alpha=group["lr"])
+                average.lerp_(p.grad, 0.01)
+
+
 class Projecting(torch.optim.SGD):
     """Leaves out of a step what lies along a matrix, where the gradient is almost across it, as AdamP and SGDP do."""
 
@@ -277,6 +312,7 @@ WHOLE: dict[str, Make] = {
     "LayerWise": LayerWise,
     "Orthogonal": Orthogonal,
     "Projecting": lambda params: Projecting(params, lr=0.05),
+    "Cautious": lambda params: Cautious(params, lr=0.01),
     "Muon": muon,
 }
 RIGHT.update(WHOLE)

@@ -9,10 +9,13 @@ import pytest
 import torch
 from optimizer_cases import (
     RIGHT,
+    Bounded,
     Clipping,
     Counting,
     Distance,
     Failing,
+    FirstRate,
+    KeyInState,
     Late,
     LayerWise,
     ScheduleFree,
@@ -20,6 +23,7 @@ from optimizer_cases import (
     Small,
     Warming,
     Wrapping,
+    groups,
     later,
     model,
     plain,
@@ -100,6 +104,25 @@ def test_what_cannot_be_right_on_shards_is_refused(make: Any, reason: str) -> No
         megatron_ds.initialize(net, None, make(net.parameters(), lr=0.1))
     assert f"{make.__name__} cannot update sharded parameters" in str(refused.value)
     assert reason.replace("\\", "") in str(refused.value)
+
+
+@pytest.mark.parametrize("make", [FirstRate, Bounded])
+def test_a_group_that_is_not_updated_for_itself_is_refused(make: Any) -> None:
+    net = model()
+    with pytest.raises(ConfigError, match=r"its update of group 1 depends on the groups beside it.*give it one group"):
+        megatron_ds.initialize(net, None, make(groups(net), lr=0.1))
+    megatron_ds.initialize(net, None, make(net.parameters(), lr=0.1)).close()
+
+
+def test_a_group_without_a_rate() -> None:
+    net = model()
+    optimizer = KeyInState([{"params": net.parameters()}])
+    optimizer.param_groups[0]["lr"] = None
+    engine = megatron_ds.initialize(net, None, optimizer, loss=lambda net, batch: net(batch).square().mean())
+    engine.train_batch([torch.ones(2, 6, dtype=torch.float64)])
+    engine.close()
+    with pytest.raises(ConfigError, match="has no 'lr' that a schedule could set"):
+        megatron_ds.initialize(net, None, optimizer, lambda step: 0.1)
 
 
 def test_whole_matrices_that_are_complex_are_refused() -> None:
