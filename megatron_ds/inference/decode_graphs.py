@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ds.inference.paged_cache import PagedSpan, PagedStep
+from megatron_ds.inference.paged_cache import PagedStep, StepPlaces
 from megatron_ds.kernels.paged_attention import PagedTexts
 from megatron_ds.mesh import Mesh
 
@@ -88,33 +88,30 @@ class DecodeGraphs:
         self.tables = torch.zeros(rows, sizes.blocks, dtype=torch.int32, device=device)
         self.spans = torch.tensor([(row, 1, 0) for row in range(rows)], dtype=torch.int32, device=device)
         self.logits = torch.empty(rows, sizes.vocab, dtype=sizes.dtype, device=device)
-        self._fill(rows, [], [])
+        self._fill(rows)
         self._replays = {count: capture(partial(self._run, count)) for count in reversed(sizes.buckets)}
 
-    def takes(self, spans: Sequence[PagedSpan]) -> bool:
+    def takes(self, places: StepPlaces) -> bool:
         """Whether the step is one of decoding."""
-        return len(spans) <= self.sizes.rows and all(span.count == 1 for span in spans)
+        return len(places.spans) <= self.sizes.rows and places.decodes
 
-    def run(self, tokens: Sequence[int], spans: Sequence[PagedSpan]) -> Tensor:
+    def run(self, tokens: Sequence[int], places: StepPlaces) -> Tensor:
         """Logits ``[t, v]``, until the next call."""
         buckets = self.sizes.buckets
         count = buckets[bisect_left(buckets, len(tokens))]
-        self._fill(count, tokens, spans)
+        self._fill(count, tokens, places)
         self._replays[count]()
         return self.logits[: len(tokens)]
 
-    def _fill(self, count: int, tokens: Sequence[int], spans: Sequence[PagedSpan]) -> None:
-        size, scratch = self.sizes.size, self._scratch
-        width = max((len(span.blocks) for span in spans), default=1)
+    def _fill(self, count: int, tokens: Sequence[int] = (), places: StepPlaces | None = None) -> None:
         numbers = np.zeros((3, count), np.int64)
-        tables = np.full((count, width), scratch, np.int32)
-        numbers[2] = scratch * size
-        for row, (token, span) in enumerate(zip(tokens, spans)):
-            slot = span.blocks[span.start // size] * size + span.start % size
-            numbers[:, row] = token, span.start, slot
-            tables[row, : len(span.blocks)] = span.blocks
+        numbers[2] = self._scratch * self.sizes.size
+        tables = np.full((count, 1 if places is None else places.tables.shape[1]), self._scratch, np.int32)
+        if places is not None:
+            numbers[:, : len(tokens)] = tokens, places.positions, places.written
+            tables[: len(tokens)] = places.tables
         self.numbers[:, :count] = torch.from_numpy(numbers)
-        self.tables[:count, :width] = torch.from_numpy(tables)
+        self.tables[:count, : tables.shape[1]] = torch.from_numpy(tables)
 
     @torch.inference_mode()
     def _run(self, count: int) -> None:

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ds.inference.batching import Plan, Span
+from megatron_ds.inference.batching import Plan
 from megatron_ds.inference.compiled_stage import CompiledStage
 from megatron_ds.inference.decode_graphs import Capture, DecodeGraphs, GraphSizes
-from megatron_ds.inference.paged_cache import PagedBatch, PagedCache, PagedSpan, PagedStep
+from megatron_ds.inference.paged_cache import PagedBatch, PagedCache, PagedStep, StepPlaces
 from megatron_ds.inference.pages import Pages
 from megatron_ds.layers.attention_cores import MakeCore
 from megatron_ds.layers.recipe import OwnPrecision, Recipe
@@ -88,12 +88,14 @@ class ModelRunner:
     def run(self, plan: Plan, rows: Many[int]) -> Tensor | None:
         """Logits ``[len(rows), v / tp]`` of these rows of the step, in the model's dtype, on the last stage."""
         self.cache.copy(plan.copies)
-        spans = _paged(plan.spans)
-        tokens = [token for span in plan.spans for token in span.tokens]
+        spans = plan.spans
+        places = StepPlaces.of(
+            [s.sequence.blocks for s in spans], [s.count for s in spans], [s.start for s in spans], self.cache.size
+        )
+        tokens = [token for span in spans for token in span.tokens]
         wanted = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        if self._graphs is not None and self._graphs.takes(spans):
-            return self._graphs.run(tokens, spans)[wanted]
-        places = [place for span in spans for place in range(span.start, span.stop)]
+        if self._graphs is not None and self._graphs.takes(places):
+            return self._graphs.run(tokens, places)[wanted]
         pp = self.mesh.pp
         hidden = None
         if not pp.is_first:
@@ -101,8 +103,8 @@ class ModelRunner:
             dist.recv(hidden, group=pp.group, group_src=pp.rank - 1)
         hidden = self._hidden(
             torch.tensor([tokens], device=self.device),
-            torch.tensor([places], device=self.device),
-            PagedStep.of(spans, self.cache.size, self.device),
+            torch.from_numpy(places.positions).unsqueeze(0).to(self.device),
+            places.step(self.device),
             hidden,
         )
         if not pp.is_last:
@@ -119,11 +121,3 @@ class ModelRunner:
 
     def _decoded(self, tokens: Tensor, positions: Tensor, step: PagedStep) -> Tensor:
         return self._logits(self._hidden(tokens, positions, step))
-
-
-def _paged(spans: Many[Span]) -> list[PagedSpan]:
-    found, first = [], 0
-    for span in spans:
-        found.append(PagedSpan(first, span.count, span.start, span.sequence.blocks))
-        first += span.count
-    return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -22,8 +23,8 @@ from megatron_ds.kernels.paged_attention import PAGED_ATTENTION, PagedTexts, pag
 from megatron_ds.kernels.span_attention import span_attention, span_bias
 from megatron_ds.layers.attention_cores import AttentionRules
 
-_SHORT = 64
-"""Texts of fewer tokens are padded to the longest of them, longer ones to less than twice their length."""
+_PADDED = 1 << 17
+"""Elements of keys by which texts are padded at most, so that they are attended to in one call."""
 _KEPT_BIASES = 1 << 23
 """Elements of the biases of a step that are kept for all layers; more of them are made again by each."""
 
@@ -45,7 +46,7 @@ class PagedCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ):
-        self.size, self.device = size, device
+        self.size, self.device, self.kv_heads, self.row_elements = size, device, kv_heads, kv_heads * head_dim
         numbers = list(layers)
 
         def made() -> dict[int, Pages]:
@@ -61,18 +62,43 @@ class PagedCache:
 
 
 @dataclass(frozen=True)
-class PagedSpan:
-    """Rows ``first`` to ``first + count`` of the step: the tokens of a text from place ``start`` on, whose keys and
-    values are in ``blocks``."""
+class StepPlaces:
+    """On the host, where the ``t`` tokens of a step are: one text's after another's.
 
-    first: int
-    count: int
-    start: int
-    blocks: Sequence[int]
+    Attributes:
+        tables, spans: as :class:`PagedTexts` has them.
+        positions: ``[t]`` in their texts. written: ``[t]`` slots of their keys and values.
+        size: tokens of a block.
+    """
+
+    tables: np.ndarray
+    spans: np.ndarray
+    positions: np.ndarray
+    written: np.ndarray
+    size: int
+
+    @classmethod
+    def of(cls, blocks: Sequence[Sequence[int]], counts: Sequence[int], starts: Sequence[int], size: int) -> StepPlaces:
+        """Of texts that have these ``blocks``: so many rows of each, the first one's place in its text."""
+        tables = np.zeros((len(blocks), max(map(len, blocks))), np.int32)
+        for table, of_text in zip(tables, blocks):
+            table[: len(of_text)] = of_text
+        ends = np.cumsum(counts)
+        spans = np.column_stack((ends - counts, counts, starts)).astype(np.int32)
+        positions = np.arange(ends[-1]) - np.repeat(spans[:, 0] - spans[:, 2], counts)
+        written = _slots(tables, np.repeat(np.arange(len(blocks)), counts), positions, size)
+        return cls(tables, spans, positions, written, size)
 
     @property
-    def stop(self) -> int:
-        return self.start + self.count
+    def decodes(self) -> bool:
+        """Whether it is one row of each text."""
+        return len(self.positions) == len(self.spans)
+
+    def step(self, device: torch.device | str) -> PagedStep:
+        counts = self.spans[:, 1]
+        tables, spans, written = (torch.from_numpy(x).to(device) for x in (self.tables, self.spans, self.written))
+        texts = PagedTexts(tables, spans, self.size, longest=int(counts.max()), decodes=bool((counts == 1).any()))
+        return PagedStep(texts, written)
 
 
 @dataclass(frozen=True)
@@ -81,23 +107,6 @@ class PagedStep:
 
     texts: PagedTexts
     written: Tensor
-
-    @classmethod
-    def of(cls, spans: Sequence[PagedSpan], size: int, device: torch.device | str) -> PagedStep:
-        tables = np.zeros((len(spans), max(len(span.blocks) for span in spans)), np.int32)
-        for table, span in zip(tables, spans):
-            table[: len(span.blocks)] = span.blocks
-        numbers = np.array([(span.first, span.count, span.start) for span in spans], np.int32)
-        written = np.concatenate([_slots(span.blocks, size, span.start, span.stop) for span in spans])
-        counts = numbers[:, 1]
-        texts = PagedTexts(
-            torch.from_numpy(tables).to(device),
-            torch.from_numpy(numbers).to(device),
-            size,
-            longest=int(counts.max()),
-            decodes=bool((counts == 1).any()),
-        )
-        return cls(texts, torch.from_numpy(written).to(device))
 
 
 class PagedBatch:
@@ -119,40 +128,55 @@ class PagedBatch:
             raise ConfigError("a key/value cache serves causal attention over all keys or a window, no sparse layout")
         if PAGED_ATTENTION.choose(torch.empty(0, dtype=dtype, device=device)) == "triton":
             return PagedCore(self, rules, None)
-        together = self._together()
-        tiles = [self._tile(spans, rules, len(together) == 1) for spans in together]
+        pieces = self._pieces()
+        tiles = [self._tile(pieces[own], rules, len(own) == len(pieces)) for own in self._together(pieces)]
         heads = 1 if rules.alibi is None else len(rules.alibi.slopes)
         keep = heads * sum(tile.texts * tile.count * tile.length for tile in tiles) <= _KEPT_BIASES
         biases = [tile.bias(rules, dtype, device) for tile in tiles] if keep else None
         return PagedCore(self, rules, tiles, biases)
 
-    def _together(self) -> list[list[PagedSpan]]:
-        """The texts, those in one list being attended to in one call."""
+    def _pieces(self) -> np.ndarray:
+        """``[p, 4]``: of each text, or part of one, its number, its first row, how many, the first one's place."""
         texts = self.step.texts
-        numbers = zip(texts.spans.tolist(), texts.tables.cpu().numpy())
-        spans = [PagedSpan(first, count, start, table) for (first, count, start), table in numbers]
-        return _apart(spans, texts.size) if self.apart else _together(spans)
+        spans = texts.spans.cpu().numpy()
+        if not self.apart:
+            return np.column_stack((np.arange(len(spans)), spans))
+        found = []
+        for number, (first, count, start) in enumerate(spans.tolist()):
+            cuts = [0, *range(texts.size - start % texts.size, count, texts.size), count]
+            found += [(number, first + at, end - at, start + at) for at, end in pairwise(cuts)]
+        return np.array(found)
 
-    def _tile(self, spans: Sequence[PagedSpan], rules: AttentionRules, alone: bool) -> _Tile:
-        firsts = [0 if rules.window is None else max(0, span.start - rules.window + 1) for span in spans]
-        slots = [_slots(span.blocks, self.cache.size, first, span.stop) for span, first in zip(spans, firsts)]
-        most, count, device = max(map(len, slots)), spans[0].count, self.cache.device
-        padded = any(len(of_span) < most for of_span in slots)
-        if padded:  # hidden from the query; its own, for nobody reads the keys of others
-            slots = [np.pad(of_span, (0, most - len(of_span)), constant_values=of_span[0]) for of_span in slots]
-        plain = rules.window is None and rules.alibi is None and rules.softcap is None
-        return _Tile(
-            None
-            if alone
-            else _index(np.concatenate([np.arange(span.first, span.first + count) for span in spans]), device),
-            _index(slots[0] if len(slots) == 1 else np.concatenate(slots), device),
-            [span.start for span in spans],
-            firsts,
-            count,
-            most,
-            causal=plain and count > 1 and spans[0].start == 0,
-            sees_all=rules.alibi is None and count == 1 and not padded,
-        )
+    def _together(self, pieces: np.ndarray) -> list[list[int]]:
+        """The pieces that are attended to in one call: those of one row and of about as long texts, or one alone."""
+        found: list[list[int]] = []
+        padding = longest = 0
+        most = 0 if self.apart else _PADDED // self.cache.row_elements
+        for piece in np.lexsort((-pieces[:, 3], pieces[:, 2] > 1)).tolist():
+            count, place = pieces[piece, 2:].tolist()
+            padding += longest - place
+            if self.apart or count > 1 or not found or padding > most:
+                found.append([])
+                padding, longest = 0, place
+            found[-1].append(piece)
+        return [sorted(own) for own in found]
+
+    def _tile(self, pieces: np.ndarray, rules: AttentionRules, alone: bool) -> _Tile:
+        text, first, count, start = pieces.T
+        stop, size, device = start + count, self.cache.size, self.cache.device
+        lowest = np.maximum(0, start - (rules.window or start.max() + 1) + 1)
+        lengths = stop - lowest
+        # Shorter texts are padded with keys of their own, which are hidden: nobody reads those of others.
+        places = np.minimum(lowest[:, None] + np.arange(lengths.max()), stop[:, None] - 1)
+        slots = _slots(self.step.texts.tables.cpu().numpy(), text[:, None], places, size)
+        at: slice | Tensor
+        if len(slots) == 1 and bool((np.diff(slots[0]) == 1).all()):
+            at = slice(int(slots[0, 0]), int(slots[0, -1]) + 1)
+        else:
+            at = torch.from_numpy(Pages.rows_of(slots, self.cache.kv_heads)).to(device)
+        rows = None if alone else torch.from_numpy((first[:, None] + np.arange(count[0])).ravel()).to(device)
+        sees_all = rules.alibi is None and int(count[0]) == 1 and bool((lengths == lengths[0]).all())
+        return _Tile(rows, at, start, lowest, int(count[0]), int(lengths.max()), sees_all)
 
 
 @dataclass(frozen=True)
@@ -160,21 +184,19 @@ class _Tile:
     """Queries that are attended to in one call, as many of each text.
 
     Attributes:
-        rows: of the step, those of one text after those of another; None: all, in their order.
-        slots: of the cache, where their keys and values are, likewise.
-        starts, firsts: places in its text of each text's first query and first key.
+        rows: ``[b * c]`` of the step, those of one text after those of another; None: all, in their order.
+        at: where their keys and values are, as :meth:`Pages.read` takes it.
+        starts, firsts: ``[b]`` places in its text of each text's first query and first key.
         count, length: queries and keys of each text.
-        causal: no rule but causality holds, and the queries are those of all keys.
         sees_all: every query sees every key, without a bias.
     """
 
-    rows: slice | Tensor | None
-    slots: slice | Tensor
-    starts: Sequence[int]
-    firsts: Sequence[int]
+    rows: Tensor | None
+    at: slice | Tensor
+    starts: np.ndarray
+    firsts: np.ndarray
     count: int
     length: int
-    causal: bool
     sees_all: bool
 
     @property
@@ -182,24 +204,17 @@ class _Tile:
         return len(self.starts)
 
     def bias(self, rules: AttentionRules, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        if self.causal or self.sees_all:
+        if self.sees_all:
             return None
         queries, keys = (
-            torch.tensor(first, device=device).unsqueeze(1) + torch.arange(count, device=device)
+            torch.from_numpy(first[:, None] + np.arange(count)).to(device)
             for first, count in ((self.starts, self.count), (self.firsts, self.length))
         )
         return span_bias(queries, keys, dtype, rules.window, rules.alibi)
 
     def queries(self, q: Tensor) -> Tensor:
         """``[b, c, n, d]`` of the step's ``q [t, n, d]``."""
-        if self.rows is not None:
-            q = q[self.rows] if isinstance(self.rows, slice) else q.index_select(0, self.rows)
-        return q.reshape(self.texts, self.count, *q.shape[1:])
-
-    def read(self, of_layer: Pages, dtype: torch.dtype) -> Tensor:
-        """``[b, l, g, d]`` of the cache's keys or values."""
-        found = of_layer.read(self.slots, dtype)
-        return found.view(self.texts, self.length, *found.shape[1:])
+        return (q if self.rows is None else q.index_select(0, self.rows)).unflatten(0, (self.texts, self.count))
 
 
 @dataclass(frozen=True)
@@ -237,46 +252,10 @@ class PagedCore:
 
     def _of_tile(self, number: int, tile: _Tile, q: Tensor, keys: Pages, values: Pages) -> Tensor:
         bias = tile.bias(self.rules, q.dtype, q.device) if self.biases is None else self.biases[number]
-        return span_attention(
-            tile.queries(q),
-            tile.read(keys, q.dtype),
-            tile.read(values, q.dtype),
-            bias,
-            tile.causal,
-            self.rules.softcap,
-        )
+        k, v = (pages.read(tile.at, q.dtype) for pages in (keys, values))
+        return span_attention(tile.queries(q), k, v, bias, self.rules.softcap)
 
 
-def _slots(blocks: Sequence[int] | np.ndarray, size: int, start: int, stop: int) -> np.ndarray:
-    """Where the tokens ``start`` to ``stop`` of a text are in the cache."""
-    first = start // size
-    used = np.asarray(blocks[first : -(-stop // size)], np.int64)
-    return (used[:, None] * size + np.arange(size)).ravel()[start - first * size : stop - first * size]
-
-
-def _together(spans: Iterable[PagedSpan]) -> list[list[PagedSpan]]:
-    """Spans that are attended to in one call: those of one token and of about as long texts, or one alone."""
-    found: dict[tuple[int, int], list[PagedSpan]] = {}
-    for number, span in enumerate(spans):
-        key = (-1, (span.start // _SHORT).bit_length()) if span.count == 1 else (number, 0)
-        found.setdefault(key, []).append(span)
-    return list(found.values())
-
-
-def _apart(spans: Iterable[PagedSpan], size: int) -> list[list[PagedSpan]]:
-    """Spans, cut where blocks end."""
-    found = []
-    for span in spans:
-        start = span.start
-        while start < span.stop:
-            end = min(span.stop, start // size * size + size)
-            found.append([PagedSpan(span.first + start - span.start, end - start, start, span.blocks)])
-            start = end
-    return found
-
-
-def _index(numbers: np.ndarray, device: torch.device | str) -> slice | Tensor:
-    """A slice, which copies nothing, where they are consecutive."""
-    if bool((np.diff(numbers) == 1).all()):
-        return slice(int(numbers[0]), int(numbers[-1]) + 1)
-    return torch.from_numpy(numbers).to(device)
+def _slots(tables: np.ndarray, text: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
+    """Where in the cache ``places`` of texts are, by the tables of their blocks."""
+    return tables[text, places // size].astype(np.int64) * size + places % size

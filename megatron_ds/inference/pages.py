@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,12 +39,17 @@ class Pages:
         self.data.index_copy_(0, slots, (wide / scale).to(E4M3).view(torch.uint8))
         self.scale.index_copy_(0, slots, scale)
 
-    def read(self, slots: slice | Tensor, dtype: torch.dtype) -> Tensor:
-        """``[t, g, d]``."""
-        rows = _rows(self.data, slots)
+    @staticmethod
+    def rows_of(slots: np.ndarray, heads: int) -> np.ndarray:
+        """``[b, g, l]``: where :meth:`read` finds the heads of ``slots [b, l]``."""
+        return slots[:, None] * heads + np.arange(heads)[:, None]
+
+    def read(self, at: slice | Tensor, dtype: torch.dtype) -> Tensor:
+        """``[b, g, l, d]`` of :meth:`rows_of`, or of consecutive slots, which are not copied."""
+        rows = _rows(self.data, at)
         if self.scale is None:
             return rows.to(dtype)
-        return rows.view(E4M3).to(dtype) * _rows(self.scale, slots).to(dtype)
+        return rows.view(E4M3).to(dtype) * _rows(self.scale, at).to(dtype)
 
     def copy(self, source: slice, target: slice) -> None:
         for tensor in (self.data, self.scale):
@@ -51,5 +57,7 @@ class Pages:
                 tensor[target] = tensor[source]
 
 
-def _rows(x: Tensor, index: slice | Tensor) -> Tensor:
-    return x[index] if isinstance(index, slice) else x.index_select(0, index)
+def _rows(x: Tensor, at: slice | Tensor) -> Tensor:
+    if isinstance(at, slice):
+        return x[at].transpose(0, 1).unsqueeze(0)
+    return x.view(-1, x.shape[2]).index_select(0, at.view(-1)).view(*at.shape, -1)

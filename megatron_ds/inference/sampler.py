@@ -78,7 +78,7 @@ class Sampler:
             self._process(logits[index], row)
         drawn = [index for index, row in enumerate(rows) if not row.params.greedy]
         if len(drawn) < len(rows):
-            values, ids = logits.max(1)  # torch's, too, is the first of equals
+            values, ids = _max(logits)
         else:
             values, ids = logits.new_empty(len(rows)), logits.new_empty(len(rows), dtype=torch.int64)
         if drawn:
@@ -271,6 +271,14 @@ class Sampler:
         # 53 random bits, none of them all zeros: -log(-log(u)) is finite.
         uniform = (((high << 22) | (low & 0x3FFFFF)).astype(np.float64) + 0.5) * 2.0**-53
         return torch.from_numpy(-np.log(-np.log(uniform))).to(like)
+
+
+def _max(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """``[r]`` of ``[r, v]``: the largest of a row and its place, of equals the first."""
+    if logits.device.type != "cpu":
+        return logits.max(1)
+    ids = torch.from_numpy(logits.numpy().argmax(1))  # in a tenth of the time
+    return logits.gather(1, ids.unsqueeze(1)).squeeze(1), ids
 
 
 def _first_largest(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
