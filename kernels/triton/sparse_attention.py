@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_ds.kernels.triton import specialized_attention
 from megatron_ds.kernels.triton.attention_tiles import (
     causal,
     load_mask,
@@ -33,6 +34,8 @@ from megatron_ds.kernels.triton.common import on_device_of, unit_stride
 
 _LOG2_E = 1.4426950408889634
 LOG2_E = tl.constexpr(_LOG2_E)
+# Windows by specialised warps, on Hopper. Never measured, and so not the default: `make bench-gpu` times both.
+SPECIALIZED = False
 
 
 @triton.jit
@@ -284,6 +287,8 @@ def forward(
         return
     q, k, v = (unit_stride(x) for x in (q, k, v))
     b, n, s, d = q.shape
+    if SPECIALIZED and window and specialized_attention.fits(q, k, v, block):
+        return specialized_attention.forward(q, k, v, layout, block, scale, out, lse)
     tile = _tiles("forward", block, d, q.dtype, s % block == 0)
     with on_device_of(q):
         forward_kernel[(triton.cdiv(s, tile["TM"]) * b * n,)](

@@ -127,13 +127,13 @@ class Canaries:
             return view
 
         def guarded(access: Callable[..., Any], mask_at: int) -> Callable[..., Any]:
-            def wrapper(builder: Any, pointers: Any, *arguments: Any) -> Any:
+            def wrapper(builder: Any, pointers: Any, *arguments: Any, **policy: Any) -> Any:
                 touched = pointers.data[arguments[mask_at].data]
                 # Zones do not overlap: an address is in one where more of them have begun than ended.
                 starts, ends = self.zones.T
                 outside = starts.searchsorted(touched, "right") > ends.searchsorted(touched, "right")
                 assert not outside.any(), f"{access.__name__}: {outside.sum()} elements outside of their buffer"
-                return access(builder, pointers, *arguments)
+                return access(builder, pointers, *arguments, **policy)
 
             return wrapper
 

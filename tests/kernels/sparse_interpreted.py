@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from interpreter_speed import speed_up
@@ -58,6 +59,7 @@ class Case:
     batch: int = 2
     long: bool = False  # some columns are, and are cut into parts
     window: bool = False  # the kernels take it as one, by places and without masks
+    specialized: bool = False  # the forward pass is that of specialised warps
     factor: float = 1.0  # of the queries: large logits overflow without the running maximum
 
 
@@ -76,6 +78,17 @@ CASES = {
     "several tiles a block, half": Case(patterns.dense, block=128, length=200, heads=1, head_dim=64, dtype="float16"),
     "long columns": Case(patterns.bigbird, length=330, batch=1, long=True),
     "long columns, all of them partial": Case(partial(from_causal_columns, columns=20), length=320, batch=1, long=True),
+    "specialised warps": Case(
+        windows,
+        block=128,
+        length=512,
+        heads=2,
+        head_dim=64,
+        dtype="float16",
+        batch=1,
+        window=True,
+        specialized=True,
+    ),
     "large logits": Case(patterns.sliding_window, factor=200.0, window=True),
 }
 
@@ -122,7 +135,9 @@ def run(case: Case) -> dict[str, float]:
     canaries = Canaries()
     flat = [canaries.around(x) for x in flat]
     with canaries.around_allocations():  # which also refuses loads from outside of the lists
-        twin.forward(q, k, v, flat, case.block, case.window, scale, out, lse)
+        with patch.object(twin, "SPECIALIZED", case.specialized):
+            assert not case.specialized or twin.specialized_attention.fits(q, k, v, case.block)
+            twin.forward(q, k, v, flat, case.block, case.window, scale, out, lse)
         twin.backward(grad, q, k, v, out, lse, flat, case.block, case.window, scale, dq, dk, dv)
     canaries.check()
     tolerance = 2e-5 if case.dtype == "float32" else 4e-3

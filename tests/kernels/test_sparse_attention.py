@@ -277,7 +277,7 @@ CASES = (
     "sliding", "sliding, odd length, half", "local windows, grouped",
     "half", "grouped", "odd length", "odd length both ways", "padded head dim", "empty rows",
     "shorter than a block", "several tiles a block", "several tiles a block, half", "long columns",
-    "long columns, all of them partial", "large logits", "the public op",
+    "long columns, all of them partial", "specialised warps", "large logits", "the public op",
 )  # fmt: skip
 
 

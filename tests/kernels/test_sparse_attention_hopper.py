@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from hopper import SHARED_LIMIT, captured
 
+from megatron_ds.kernels import block_layout
 from megatron_ds.kernels import block_patterns as patterns
 from megatron_ds.kernels.sparse_attention import _flat
 from megatron_ds.kernels.triton import sparse_attention as twin
@@ -52,6 +55,22 @@ def test_tensor_cores_and_registers(block: int, head_dim: int, length: int, dtyp
             # Nothing is loaded but tiles, where the window begins, and a row's statistics; two programs fit on an SM.
             narrow = kernel.count(r"LDG(STS)?\.E") - kernel.count(r"LDG(STS)?\.E\S*\.128")
             assert narrow <= 5 and 2 * kernel.shared <= SHARED_LIMIT, f"{kernel.name}: {narrow} narrow loads"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_specialised_warps(head_dim: int) -> None:
+    """Four warps that load and eight that compute, each group with registers of its own: nothing spills."""
+    with patch.object(block_layout, "_WINDOW", 1 << 30):
+        layout = patterns.dense(8192, 128, HEADS).to("meta")
+    q = torch.empty(8192, BATCH, HEADS, head_dim, dtype=torch.bfloat16, device="meta").permute(1, 2, 0, 3)
+    k = torch.empty(8192, BATCH, GROUPS, head_dim, dtype=torch.bfloat16, device="meta").permute(1, 2, 0, 3)
+    lse = torch.empty(BATCH, HEADS, 8192, device="meta")
+    with captured() as kernels, patch.object(twin, "SPECIALIZED", True):
+        twin.forward(q, k, k, _flat(layout), 128, layout.is_window, 0.1, torch.empty_like(q), lse)
+    (kernel,) = kernels
+    assert kernel.name == "specialized_forward_kernel" and not kernel.spills
+    assert kernel.count("USETMAXREG") and kernel.count("UTMALDG") and kernel.count("HGMMA")
+    assert kernel.registers == 168 and kernel.shared <= SHARED_LIMIT
 
 
 def test_more_heads_than_a_grid_has_rows() -> None:

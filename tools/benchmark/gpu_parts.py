@@ -18,7 +18,7 @@ from gpu_clock import Bench, Row
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_ds.kernels import registry
+from megatron_ds.kernels import block_layout, block_patterns, registry
 from megatron_ds.kernels.accumulate import add_product
 
 MIB = 1 << 20
@@ -158,6 +158,7 @@ VARIANTS: dict[str, dict[str, int]] = {
     "16 warps an SM": {"norm.RESIDENT_WARPS": 16},
     "32 warps an SM": {"norm.RESIDENT_WARPS": 32},
 }
+DENSE_VARIANTS = {"one loop": False, "specialised warps": True}
 
 
 @contextlib.contextmanager
@@ -171,7 +172,7 @@ def variant(constants: dict[str, int]) -> Iterator[None]:
 
 
 def our_kernels(bench: Bench) -> None:
-    """Each kernel against its reference in float64, then its share of the copy or matmul rate; norms in variants."""
+    """Each kernel against its reference in float64, then its share of the copy or matmul rate; some in variants."""
     dtype = torch.bfloat16
     if bench.cuda:
         kernel_benchmark.compile_ahead(16, ["--implementations", "ours", "--dtype", "bfloat16"])
@@ -186,6 +187,12 @@ def our_kernels(bench: Bench) -> None:
         for case in norms if bench.cuda else chosen:
             with variant(constants):
                 bench.each(f"{case.op} {case.shape}, {name}", partial(kernel_row, bench, case, rates, checked=False))
+    for name, specialized in DENSE_VARIANTS.items():  # a dense layout as a window as long as the sequence
+        with patch.object(block_layout, "_WINDOW", 1 << 30), variant({"sparse_attention.SPECIALIZED": specialized}):
+            length, heads = bench.size(8192, 32), bench.size(16, 4)
+            layout = block_patterns.dense(length, bench.size(128, 16), heads)
+            case = kernel_cases.attention_case("dense", layout, 1, heads // 4, 128, dtype)
+            bench.each(f"{case.op} {case.shape}, {name}", partial(kernel_row, bench, case, rates))
 
 
 def kernel_row(bench: Bench, case: kernel_cases.Case, rates: dict[str, float], checked: bool = True) -> Row:
