@@ -23,8 +23,9 @@ def _vendor() -> str:
 
 BLAS_IS_SLOW = torch.backends.mkl.is_available() and _vendor() == "AuthenticAMD"
 """By the vendor and not by a trial, so that every rank and every run takes the same route."""
-_BLOCK_ROWS = 1024
-"""Rows of a weight gradient that are in memory beside their sum: few enough to be added from the cache."""
+_BLOCK_ELEMENTS = 1 << 20
+"""Of a weight gradient that are in memory beside their sum: few enough to be added from the cache."""
+_LEAST_ROWS = 64
 
 
 def is_faster(x: Tensor) -> bool:
@@ -48,8 +49,17 @@ def beats_slow_blas(x: Tensor) -> bool:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
-    """``total += left @ right`` (``[rows, k] @ [k, columns]``) in fp32; ``first``: ``=`` and not ``+=``."""
-    for of_total, of_left in zip(total.split(_BLOCK_ROWS), left.split(_BLOCK_ROWS)):
+    """``total += left @ right`` (``[rows, k] @ [k, columns]``) in fp32; ``first``: ``=`` and not ``+=``.
+
+    A product's first operand is copied to have its rows side by side, which of a weight gradient's neither has. So the
+    narrower one is the first, and ``right^T left^T`` has the same bits. The second operand must be dense: for a part of
+    a transposed one oneDNN takes its reference loop, a thousand times slower.
+    """
+    if left.shape[0] > right.shape[1]:
+        total, left, right = total.t(), right.t(), left.t()
+    right, left = right.contiguous(), left.contiguous()
+    rows = max(_LEAST_ROWS, _BLOCK_ELEMENTS // max(1, right.shape[1]))
+    for of_total, of_left in zip(total.split(rows), left.split(rows)):
         found = product(of_left, right.t(), None)
         of_total.copy_(found) if first else of_total.add_(found)
         del found  # before the next
