@@ -188,7 +188,7 @@ class Engine(JoinableEngine, Files):
             raise EngineError(
                 f"backward() was called after the last of accumulation={self.sizes.accumulation} micro-batches; "
                 "call step() first; losses of one micro-batch add up in one pass, backward(a + b), and in passes of "
-                "their own with losses='sum' and no_sync() around all but the last"
+                "their own with losses='sum' and no_sync() (accelerator.no_sync(model)) around all but the last"
             )
         self._placeholders.remove()
         _raise(self._own.fault())

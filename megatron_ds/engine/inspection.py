@@ -76,10 +76,18 @@ class Inspection:
 
     def get_gradient(self, name: str) -> Tensor:
         """A parameter's whole gradient, averaged and before clipping, between the step's last backward and step()."""
-        if not self._complete:
-            raise EngineError("gradients are whole between the last backward() of a step and step() only")
+        self._require_whole_gradients()
         self.train_step.reduce()
         return self.tensors().gradient(name) / self.train_step.excess(self._count(self._done))
+
+    def get_gradient_norm(self) -> Tensor:
+        """Their global L2 norm, before clipping: 0-d float64, between the step's last backward and step()."""
+        self._require_whole_gradients()
+        return self.train_step.grad_norm(self._count(self._done))
+
+    def _require_whole_gradients(self) -> None:
+        if not self._complete:
+            raise EngineError("gradients are whole between the last backward() of a step and step() only")
 
     def state_dict(self, device: torch.device | str = "cpu", average: bool = False) -> dict[str, Tensor]:
         """Every parameter and persistent buffer, whole, as ``module.state_dict()`` would be on one process.

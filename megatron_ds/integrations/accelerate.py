@@ -14,12 +14,12 @@
             scheduler.step()
 
 Accelerate has no interface for a backend of one's own, so methods of this one ``accelerator`` object are replaced:
-``backward``, ``clip_grad_norm_``, ``clip_grad_value_``, ``unwrap_model``, ``get_state_dict``, ``save_state``,
-``load_state``, ``prepare_model`` and ``prepare_optimizer``. Schedulers are ordinary torch schedulers of the returned
-optimizer; ``register_for_checkpointing`` puts them into ``save_state``, whose folder holds an engine's checkpoint, for
-any number of ranks, beside Accelerate's own files. ``mixed_precision`` of the Accelerator becomes ``precision.dtype``;
-its ``dynamo_backend`` compiles the model, in place. A parameter's ``.grad`` cannot be read: it raises, and
-``model.engine.get_gradient`` gives the gradient. One accelerator trains one model.
+``backward``, ``no_sync``, ``clip_grad_norm_``, ``clip_grad_value_``, ``unwrap_model``, ``get_state_dict``,
+``save_state``, ``load_state``, ``prepare_model`` and ``prepare_optimizer``. Schedulers are ordinary torch schedulers of
+the returned optimizer; ``register_for_checkpointing`` puts them into ``save_state``, whose folder holds an engine's
+checkpoint, for any number of ranks, beside Accelerate's own files. ``mixed_precision`` of the Accelerator becomes
+``precision.dtype``; its ``dynamo_backend`` compiles the model, in place. A parameter's ``.grad`` cannot be read: it
+raises, and ``model.engine.get_gradient`` gives the gradient. One accelerator trains one model.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Bridge:
     """Makes an Accelerator's methods act on an engine that comes later.
 
     Attributes:
-        grad_norm: 0-d, of the step that is under way; filled in when the optimizer steps.
+        grad_norm: 0-d, of the step that is under way; NaN where it is not known before the optimizer steps.
 
     Raises:
         ConfigError: the accelerator has a bridge already.
@@ -66,11 +66,12 @@ class Bridge:
             )
         self.accelerator = accelerator
         self.engine: Engine | None = None
-        self.grad_norm = torch.zeros(())
+        self.grad_norm = torch.full((), torch.nan)
         self._clip_norm, self._clips = 0.0, False  # the configuration's; and whether the loop asked for its own
         if getattr(accelerator, "scaler", None) is not None:
             accelerator.scaler = None  # fp16's loss scale is the engine's
         accelerator.backward = self.backward
+        self._no_sync, accelerator.no_sync = accelerator.no_sync, self.no_sync
         accelerator.clip_grad_norm_ = self.clip_grad_norm
         accelerator.clip_grad_value_ = self.clip_grad_value
         self._unwrap, accelerator.unwrap_model = accelerator.unwrap_model, self.unwrap_model
@@ -123,13 +124,30 @@ class Bridge:
         else:
             module.compile(**plugin.to_kwargs())
 
-    def backward(self, loss: Tensor, **keywords: Any) -> None:
+    def backward(self, loss: Tensor, retain_graph: bool | None = None, **keywords: Any) -> None:
+        if keywords:
+            raise ConfigError(
+                f"accelerator.backward({', '.join(keywords)}=) is not supported: an engine's backward pass is of a "
+                "loss and of all parameters; of its keywords there is retain_graph alone"
+            )
         engine = self._attached()
         with contextlib.nullcontext() if self.accelerator.sync_gradients else engine.no_sync():
-            engine.backward(loss / self.accelerator.gradient_accumulation_steps)
+            engine.backward(loss / self.accelerator.gradient_accumulation_steps, bool(retain_graph))
+
+    def no_sync(self, model: Any) -> contextlib.AbstractContextManager[Any]:
+        return model.no_sync() if isinstance(model, EngineModel) else self._no_sync(model)
 
     def clip_grad_norm(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
-        """Gradients are clipped when the optimizer steps, this once; the norm is in what is returned then."""
+        """The norm. Gradients are clipped when the optimizer steps, this once."""
+        self.clip_in_step(parameters, max_norm, norm_type)
+        engine = self._attached()
+        # Ranks that have left a join take no part in it: there the step alone says it.
+        if self.accelerator.sync_gradients and engine.is_boundary and not engine._join_config.enable:
+            self.grad_norm = engine.get_gradient_norm()
+        return self.grad_norm
+
+    def clip_in_step(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor:
+        """The same, without a message of its own: the norm is in what is returned when the optimizer has stepped."""
         if norm_type != 2:
             raise ConfigError(f"clip_grad_norm_ with norm_type={norm_type}: only the L2 norm is there, norm_type=2")
         step = self._to_clip("clip_grad_norm_", "max_norm", max_norm, parameters)
@@ -138,7 +156,7 @@ class Bridge:
         if self.accelerator.sync_gradients:
             step.clip_norm = 0.0 if max_norm == float("inf") else float(max_norm)
             self._clips = True
-            self.grad_norm = torch.zeros(())
+            self.grad_norm = torch.full((), torch.nan, dtype=torch.float64)
         return self.grad_norm
 
     def clip_grad_value(self, parameters: Any, clip_value: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 from torch.optim import Optimizer
 
 from megatron_ds.engine import Engine
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, EngineError
 from megatron_ds.train.step import StepResult
 
 
@@ -29,6 +30,10 @@ class EngineModel(nn.Module, Joinable):
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         return self.engine(*arguments, **keywords)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Around all passes of a step but the last, as of DistributedDataParallel."""
+        return self.engine.no_sync()
 
     @property
     def _join_config(self) -> Any:
@@ -69,17 +74,32 @@ class EngineOptimizer(Optimizer):
         if closure is not None:
             raise ConfigError("a closure cannot be evaluated again on sharded gradients; call step() without one")
         result = self.engine.step()
-        if result is not None:
-            self.stepped(result)
+        if result is None:
+            raise EngineError(
+                "optimizer.step() after backward passes that were all in no_sync(), whose gradients no rank has got "
+                "from the others; leave the last pass of a step outside (LocalSGD leaves none outside, and cannot be "
+                "used)"
+            )
+        self.stepped(result)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.engine.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings alone: the state is in the engine's checkpoints."""
+        """Settings alone, and of how many updates: the state is in the engine's checkpoints."""
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
-        return {"state": {}, "param_groups": groups}
+        return {"state": {}, "param_groups": groups, "updates": self.engine.zero.count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the settings. ConfigError where the state, which is not there, would be that of other updates."""
+        updates = state_dict.get("updates", self.engine.zero.count)
+        if state_dict["state"] or updates != self.engine.zero.count:
+            taken = "of another optimizer" if state_dict["state"] else f"after {updates} updates"
+            raise ConfigError(
+                f"load_state_dict() of an engine's optimizer, after {self.engine.zero.count} updates, takes settings "
+                f"alone and no state (moments), and these were taken {taken}; save and load the state with an "
+                "Accelerator's save_state() and load_state() or the engine's save_checkpoint() and load_checkpoint(), "
+                "or load it into the torch optimizer before the engine is made"
+            )
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})

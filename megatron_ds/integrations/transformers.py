@@ -148,11 +148,11 @@ class Trainer(transformers.Trainer):
         return wrapped
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
-        self._bridge.clip_grad_norm(None, self.args.max_grad_norm)
+        self._bridge.clip_in_step(None, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Tensor:
         if self.args.max_grad_norm <= 0:
-            self._bridge.clip_grad_norm(None, float("inf"))
+            self._bridge.clip_in_step(None, float("inf"))
         return self._bridge.grad_norm
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

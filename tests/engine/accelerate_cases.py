@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -49,7 +51,11 @@ def clip_to(net: nn.Module, limit: float) -> float:
 
 def plain(clip: Clip, clipped_steps: int = STEPS) -> tuple[list[float], dict[str, Tensor]]:
     """One process, whole batches: losses and parameters. Only the first steps are clipped."""
-    net, losses = Net(), []
+    return plain_norms(clip, clipped_steps)[:2]
+
+
+def plain_norms(clip: Clip, clipped_steps: int) -> tuple[list[float], dict[str, Tensor], list[float]]:
+    net, losses, norms = Net(), [], []
     optimizer = adamw(net)
     scheduler = schedule(optimizer)
     for step, batch in enumerate(rows().split(BATCH)):
@@ -59,12 +65,12 @@ def plain(clip: Clip, clipped_steps: int = STEPS) -> tuple[list[float], dict[str
         losses.append(loss.item())
         if clip is not None and step < clipped_steps:
             if clip[0] == "norm":
-                clip_to(net, clip[1])
+                norms.append(clip_to(net, clip[1]))
             else:
                 nn.utils.clip_grad_value_(net.parameters(), clip[1])
         optimizer.step()
         scheduler.step()
-    return losses, net.state_dict()
+    return losses, net.state_dict(), norms
 
 
 class Run:
@@ -85,6 +91,7 @@ class Run:
         batch = BATCH // ACCUMULATION // self.world
         self.loader = self.accelerator.prepare(torch.utils.data.DataLoader(rows(), batch_size=batch))  # type: ignore[arg-type]
         self.losses: list[float] = []
+        self.norms: list[float] = []
         self.step = 0
 
     def micro_batch(self, batch: Tensor) -> None:
@@ -93,7 +100,9 @@ class Run:
             accelerator.backward(self.model(batch))
             if self.clip is not None and self.step < self.clipped_steps:
                 clips = {"norm": accelerator.clip_grad_norm_, "value": accelerator.clip_grad_value_}
-                clips[self.clip[0]](parameters, self.clip[1])
+                norm = clips[self.clip[0]](parameters, self.clip[1])
+                if norm is not None and accelerator.sync_gradients:
+                    self.norms.append(float(norm))  # as a script reads it that leaves out a step by its norm
             self.optimizer.step()
             self.optimizer.zero_grad()
         if accelerator.sync_gradients:
@@ -121,6 +130,27 @@ class Run:
 def whole(config: dict[str, Any], clip: Clip, clipped_steps: int = STEPS) -> tuple[list[float], dict[str, Tensor]]:
     run = Run(config, clip, clipped_steps=clipped_steps)
     run.until(STEPS)
+    assert run.norms == pytest.approx(plain_norms(clip, clipped_steps)[2], rel=1e-12)
+    return run.end()
+
+
+def by_hand(config: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
+    """Accumulated without accumulate(), by the model's and the accelerator's no_sync()."""
+    run = Run(config, None)
+    run.accelerator.gradient_accumulation_steps = 1
+    alone: list[Any] = [run.model.no_sync, lambda: run.accelerator.no_sync(run.model)]
+    for number, batch in enumerate(run.loader):
+        last = number % ACCUMULATION == ACCUMULATION - 1
+        with contextlib.nullcontext() if last else alone[number // ACCUMULATION % 2]():
+            weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+            loss = run.model(batch) * weight / ACCUMULATION
+            run.accelerator.backward(loss, retain_graph=True)
+            torch.autograd.grad(loss, weight)  # the graph is still there
+        if last:
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            run.scheduler.step()
+            run.losses.append(run.model.engine.last.loss)
     return run.end()
 
 
@@ -225,11 +255,21 @@ def refusals(folder: str) -> dict[str, str]:
         found["one"] = message(accelerator.clip_grad_value_, weight, 1.0)
         found["zero"] = message(accelerator.clip_grad_value_, parameters, 0.0)
         found["l1"] = message(accelerator.clip_grad_norm_, parameters, 1.0, norm_type=1)
+        found["inputs"] = message(accelerator.backward, torch.zeros(()), inputs=[weight])
         accelerator.clip_grad_norm_(parameters, 1.0)
         found["both"] = message(accelerator.clip_grad_value_, parameters, 1.0)
         run.optimizer.step()
     assert weight.grad is None
     found["missing"] = message(accelerator.load_state, folder)
+    theirs = torch.optim.AdamW([weight])
+    theirs.state[weight]["step"] = 1
+    found["moments"] = message(run.optimizer.load_state_dict, theirs.state_dict())
+    saved = run.optimizer.state_dict()
+    run.optimizer.load_state_dict(saved)
+    found["earlier"] = message(run.optimizer.load_state_dict, {**saved, "updates": 5})
+    with model.no_sync():
+        accelerator.backward(model(next(batches)))
+    found["local"] = message(run.optimizer.step)
     net = Net()
     found["second"] = message(prepare, accelerator, net, adamw(net))
     run.end()

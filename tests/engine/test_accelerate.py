@@ -11,6 +11,7 @@ from accelerate_cases import (
     Clip,
     all_whole,
     automatic_names,
+    by_hand,
     clipped_in_fp16,
     left_and_taken_up,
     mixed_precision,
@@ -65,6 +66,13 @@ def test_clipping_is_torchs_and_of_the_steps_that_ask_for_it(world_size: int) ->
                 assert differs(want[1]["first.weight"], unclipped[1]["first.weight"]) > 1e-3  # it does something
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_loop_accumulates_by_itself(world_size: int) -> None:
+    want = plain(None)
+    for got in run_ranks(by_hand, world_size, STAGE_3):
+        check(got, want)
+
+
 def test_a_saved_state_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     """On the ranks that saved it at another stage, and on one process."""
     want = plain(("norm", 0.5))
@@ -107,6 +115,11 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         assert "clip_value=0 leaves nothing" in found["zero"] and "only the L2 norm" in found["l1"]
         assert "use one of them" in found["both"]
         assert found["missing"].startswith("CheckpointError: ") and "engine" in found["missing"]
+        assert "backward(inputs=) is not supported" in found["inputs"]
+        assert "no state (moments), and these were taken of another optimizer; save" in found["moments"]
+        assert "optimizer, after 1 updates, takes settings alone" in found["earlier"]
+        assert "these were taken after 5 updates" in found["earlier"] and "load_state()" in found["earlier"]
+        assert "were all in no_sync()" in found["local"] and "LocalSGD" in found["local"]
         assert "make an Accelerator for each model" in found["second"]
 
 
