@@ -116,11 +116,12 @@ def write_hf(folder: str | Path, config: dict[str, Any], backend: Any = None) ->
     (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def encode_between(text: str, special: Mapping[str, int], encode: Callable[[str], tuple[Ids, Ids]]) -> Marked:
-    """Encode what stands between special tokens by ``encode``: ids, and the byte in which each token starts."""
+def encode_between(text: str, special: Mapping[str, int], encode: Callable[[str, int], tuple[Ids, Ids]]) -> Marked:
+    """Encode what stands between special tokens by ``encode``: of a piece and its place in the text, the ids, and the
+    byte of the piece in which each token starts."""
     ids, starts = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for start, piece, token in cut_at_tokens(text, special):
-        found, begins = encode(piece) if token is None else ([token], [0])
+        found, begins = encode(piece, start) if token is None else ([token], [0])
         ids.append(np.asarray(found, np.int64))
         starts.append(start + character_of_byte(piece)[np.asarray(begins, np.int64)])
     return np.concatenate(ids), np.concatenate(starts)

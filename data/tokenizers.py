@@ -173,7 +173,9 @@ class HFTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece ``.model``, with the tokens that the files beside it add.
 
-    EOD is the configured ``eos_token``, else the model's ``</s>``; BOS likewise.
+    EOD is the configured ``eos_token``, else the model's ``</s>``; BOS likewise. Where the model puts a space in front
+    of a text, it does so after each special token too, but for what ``tokenizer_config.json`` says: ``legacy: false``
+    is at the start alone, and ``add_prefix_space: false`` nowhere.
     """
 
     encoder = "sentencepiece"
@@ -188,9 +190,16 @@ class SentencePieceTokenizer(Tokenizer):
         except Exception as error:
             raise DataError(f"{path} is not a SentencePiece model: {error}") from None
         found = read_special_tokens(self.path.parent)
+        self._inner = self.backend  # encodes what stands behind a special token
+        self._unprefixed = [setting for setting in ("legacy", "add_prefix_space") if found.config.get(setting) is False]
+        if self._unprefixed:
+            self._inner = _without_prefix(self.backend)
+        if "add_prefix_space" in self._unprefixed:
+            self.backend = self._inner
         pieces: int = self.backend.GetPieceSize()
         self._added = self._read_added(found)
-        content = self.path.read_bytes() + (json.dumps(self._added).encode() if self._added else b"")
+        settings = [value for value in (self._added, self._unprefixed) if value]
+        content = self.path.read_bytes() + b"".join(json.dumps(value).encode() for value in settings)
         self.fingerprint = xxhash.xxh3_64_hexdigest(content)
         self.vocab_size = max([pieces - 1, *self._added.values()]) + 1
         # Control pieces have no text of their own: the model itself writes "</s>" in letters.
@@ -212,7 +221,13 @@ class SentencePieceTokenizer(Tokenizer):
                     f"the files beside {self.path} give the token {token['content']!r} the id {number}, but that is "
                     f"the piece {self.backend.IdToPiece(number)!r}: they do not belong together"
                 )
-        return {token["content"]: number for number, token in found.added.items() if number >= pieces}
+        added = {token["content"]: number for number, token in found.added.items() if number >= pieces}
+        chosen = {found.names.get(setting) for setting in KNOWN_NAMES}  # of these an unknown one is refused
+        for token in found.unnumbered:
+            text = token["content"]
+            if text not in {*chosen, *added} and self.backend.IdToPiece(self.backend.PieceToId(text)) != text:
+                added[text] = max([pieces - 1, *added.values()]) + 1
+        return added
 
     def encode_batch(self, texts: list[str]) -> list[Ids]:
         encoded: list[Ids] = self.backend.EncodeAsIds(texts, num_threads=1)
@@ -227,8 +242,8 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode_between(self, text: str, names: Mapping[str, int]) -> Marked:
         from sentencepiece import sentencepiece_pb2
 
-        def encode(piece: str) -> tuple[Ids, Ids]:
-            serialized = self.backend.Encode(piece, out_type="serialized_proto")
+        def encode(piece: str, start: int) -> tuple[Ids, Ids]:
+            serialized = (self._inner if start else self.backend).Encode(piece, out_type="serialized_proto")
             found = sentencepiece_pb2.SentencePieceText.FromString(serialized).pieces
             return [token.id for token in found], [token.begin for token in found]
 
@@ -238,7 +253,10 @@ class SentencePieceTokenizer(Tokenizer):
         names = {number: name for name, number in self._added.items()}
         known = (int(i) for i in ids if int(i) < self.backend.GetPieceSize() or int(i) in names)
         runs = itertools.groupby(known, names.get)
-        return "".join(name * len(list(run)) if name else self.backend.DecodeIds(list(run)) for name, run in runs)
+        return "".join(
+            name * len(list(run)) if name else (self._inner if number else self.backend).DecodeIds(list(run))
+            for number, (name, run) in enumerate(runs)
+        )
 
     def _name_of(self, token: int) -> str:
         return str(self.backend.IdToPiece(token))
@@ -257,15 +275,29 @@ class SentencePieceTokenizer(Tokenizer):
         if os.path.realpath(self.path) != os.path.realpath(target / "tokenizer.model"):
             shutil.copyfile(self.path, target / "tokenizer.model")
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        tokens = {number: AddedToken(name, normalized=False, special=True) for name, number in self._added.items()}
         try:
+            if self._inner is not self.backend:
+                raise DataError("a space at the start of a text alone is more than tokenizer.json can say")
             backend = to_tokenizers(self.backend)
-            backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in self._added])
+            backend.add_special_tokens(list(tokens.values()))
         except DataError as error:
             warnings.warn(f"{target} gets tokenizer.model alone: {error}", stacklevel=2)
-            backend, config["tokenizer_class"] = None, "LlamaTokenizer"
+            backend = None
+            config |= {"tokenizer_class": "LlamaTokenizer", **dict.fromkeys(self._unprefixed, False)}
+            config["added_tokens_decoder"] = {str(number): token.__getstate__() for number, token in tokens.items()}
         if (unknown := self.backend.unk_id()) >= 0:
             config["unk_token"] = self.backend.IdToPiece(unknown)
         write_hf(target, {**config, **self.special}, backend)
+
+
+def _without_prefix(processor: Any) -> Any:
+    """The same SentencePiece model without the space in front of a text."""
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(processor.serialized_model_proto())
+    proto.normalizer_spec.add_dummy_prefix = False
+    return SentencePieceProcessor(model_proto=proto.SerializeToString())
 
 
 class ByteTokenizer(Tokenizer):
@@ -284,7 +316,7 @@ class ByteTokenizer(Tokenizer):
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
     def encode_marked(self, text: str) -> Marked:
-        def encode(piece: str) -> tuple[Ids, Ids]:
+        def encode(piece: str, _: int) -> tuple[Ids, Ids]:
             ids = np.frombuffer(piece.encode("utf-8"), np.uint8)
             return ids, np.arange(ids.size)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,13 @@ def bpe_folder(folder: Path, template: str) -> Path:
     return folder
 
 
-def sentencepiece_model(folder: Path) -> Path:
+def sentencepiece_model(folder: Path, kind: str = "unigram") -> Path:
     import sentencepiece
 
     folder.mkdir(parents=True)
     with (folder / "tokenizer.model").open("wb") as file:
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=iter(CORPUS), model_writer=file, vocab_size=330, model_type="unigram",
+            sentence_iterator=iter(CORPUS), model_writer=file, vocab_size=330, model_type=kind,
             byte_fallback=True, hard_vocab_limit=False, normalization_rule_name="identity", minloglevel=2,
             remove_extra_whitespaces=False, add_dummy_prefix=True,
         )  # fmt: skip
@@ -263,6 +264,31 @@ def test_tokens_added_to_a_sentencepiece_model_are_tokens_in_texts_too(tmp_path:
     expected = [reference.encode(text, add_special_tokens=False) for text in texts]
     assert [list(ids) for ids in ours.encode_batch(texts)] == expected
     assert size in expected[0] and size + 1 in expected[1]
+
+
+@pytest.mark.parametrize("settings", [{"legacy": False}, {"legacy": False, "add_prefix_space": False}])
+def test_the_space_before_a_sentencepiece_text_is_that_of_transformers(
+    tmp_path: Path, settings: dict[str, bool]
+) -> None:
+    """At its start alone or nowhere; special tokens without an id come behind the pieces. What is saved says so too."""
+    from transformers import AutoTokenizer
+
+    folder = sentencepiece_model(tmp_path / "t", "bpe")
+    config = {"tokenizer_class": "LlamaTokenizer", "pad_token": "<pad>", "additional_special_tokens": ["<|im_end|>"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, **settings}))
+    ours = load_tokenizer(folder)
+    assert ours.fingerprint != load_tokenizer(sentencepiece_model(tmp_path / "plain", "bpe")).fingerprint
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no tokenizer.json
+        ours.save_hf(tmp_path / "export")
+    again = load_tokenizer(tmp_path / "export")
+    for text in ("Hello world", "<s>Hello</s> world<pad>", "Hello<|im_end|>world<|im_end|> fine é", ""):
+        ids = ours.encode_marked(text)[0].tolist()
+        for reference in (AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(tmp_path / "export")):
+            assert ids == reference.encode(text, add_special_tokens=False)
+            assert len(reference) == ours.vocab_size == again.vocab_size
+        assert again.encode_marked(text)[0].tolist() == ids
+        assert ours.decode(ids) == text.replace("<s>", "").replace("</s>", "")
 
 
 def test_an_end_token_that_is_nowhere_is_an_error(tmp_path: Path) -> None:
