@@ -94,6 +94,7 @@ class Engine(JoinableEngine, Files):
         self.look_at_model()
         keeps_state = rule is not None and rule.keeps_state
         self._hooks = OptimizerHooks(optimizer, keeps_state, lambda: self._placeholders.put())
+        train_step.averaged_over = lambda: self._uneven.divisor
         train_step.before_update = self._hooks.before_update
         self._buffers = BufferSync(module, mesh.data)
         self._uneven = UnevenInputs(self)

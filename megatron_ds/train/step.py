@@ -4,7 +4,8 @@ The loss of a step is a sum over the *global* batch divided by a count. What cou
 unmasked target tokens); for a user's own model (``megatron_ds.engine``) the sum is of the micro-batches' losses and the
 count is of micro-batches. Each rank counts before the forward pass, the counts are summed over the data axis, and the
 gradient that seeds every backward pass is ``loss_scale / count``. Everything after that is a sum: over micro-batches,
-over tensor-parallel ranks, over replicas. Nothing is ever averaged, so no mean of means can arise.
+over tensor-parallel ranks, over replicas. Nothing is ever averaged, so no mean of means can arise. (A user's model is
+trained as by DDP: what seeds is the gradient of a rank's own mean, and the update divides the sum by the ranks.)
 
 A step is :meth:`TrainStep.begin`, the backward passes, :meth:`TrainStep.finish`: in one call where the executor runs
 the micro-batches, apart where the user does. The host waits for the device once, in ``finish``, to know the gradient
@@ -81,6 +82,8 @@ class TrainStep:
     Attributes:
         clip_value: bound of each element of the gradients, instead of ``clip_norm``; None for none.
         asks: whether this rank wants all ranks to talk after the step. heard: whether any did so in the last one.
+        averaged_over: number of ranks of whose own mean losses the step's is the mean. Backward passes then begin with
+            the gradient of a rank's own, as in DDP, which hooks see; the update divides the sum over ranks.
         before_update: called before an update that is not skipped; :meth:`queue` has none.
         after_first: what is called once, after the next step.
         timed: measure ``seconds``, from the first forward pass to the end of the last backward pass. Waits for a GPU.
@@ -102,6 +105,7 @@ class TrainStep:
         self.clip_norm, self.rate, self.count = clip_norm, rate, count
         self.weights_fixed = weights_fixed
         self.clip_value: float | None = None
+        self.averaged_over: Callable[[], int] = lambda: 1
         self.before_update: Callable[[], None] = lambda: None
         self.after_first: Callable[[], None] | None = None
         self.asks: Callable[[], bool] = lambda: False
@@ -162,7 +166,7 @@ class TrainStep:
     def begin(self, count: Tensor) -> Tensor:
         """Start a step whose loss will be divided by ``count`` (0-d float64); the gradient that seeds its backwards."""
         self.optimizer.start_step()
-        self._seeded = count.clamp(min=1)
+        self._seeded = count.clamp(min=1) / self.averaged_over()
         self._reduced = False
         self._begun = time.perf_counter()
         return self.scaler.scale / self._seeded
@@ -180,7 +184,8 @@ class TrainStep:
         return norm_squared.sqrt() / (self.scaler.scale * self._difference(count))
 
     def excess(self, count: Tensor) -> float:
-        """What the gradients are too large by: the loss scale, times 1 but for a count that came out different."""
+        """What the gradients are too large by: the loss scale, times ``averaged_over`` but for a count that came out
+        different."""
         return self.scaler.scale * self._difference(count).item()
 
     def _difference(self, count: Tensor) -> Tensor:

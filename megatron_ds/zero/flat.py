@@ -100,6 +100,7 @@ class FlatBucket:
         self._looks = 2.0  # the next so many updates look at every element
         self._arrived: torch.Tensor | None = None  # what _digest() was when the parameters came
         self._bound = False  # the optimizer has the state's tensors for good
+        self._frozen: set[str] | None = None  # in all backward passes of the step; None before the first
         self._gathering: Pending | None = None
 
     def adopt_values(self) -> None:
@@ -225,8 +226,17 @@ class FlatBucket:
         """Forget the gradients of the step before. ``step``: updates so far."""
         assert self.gradients is not None
         self._sums.start_step(step)
+        self._frozen = None
         if self.gradients.whole is not None and self.main_grads[0].view is None:
             self._show_gradients(self.gradients.whole)
+
+    def note_frozen(self) -> None:
+        """Notes what is frozen, before each backward pass of a step: what is so in all of them gets no update.
+
+        A loop may freeze, as a GAN's discriminator, what has its gradient already, and unfreeze what has none.
+        """
+        now = {slot.spec.name for slot, p in zip(self.layout.slots, self.tensors) if not p.requires_grad}
+        self._frozen = now if self._frozen is None else self._frozen & now
 
     def open(self) -> None:
         """Take memory for whole gradients, and show the main gradients their parts of it."""
@@ -295,8 +305,9 @@ class FlatBucket:
         """
         if self.optimizer is None:
             return
-        frozen = [slot.spec.name for slot, p in zip(self.layout.slots, self.tensors) if not p.requires_grad]
-        self.optimizer.frozen = frozenset(frozen)
+        if self._frozen is None:
+            self.note_frozen()  # there was no backward pass here
+        self.optimizer.frozen = frozenset(self._frozen or ())
         with nullcontext() if self._bound else self.acquire_segments(changed=True) as segments:
             if segments is not None:
                 self.optimizer.bind(segments)

@@ -149,6 +149,8 @@ class Reducer:
         """A backward pass of ``stage`` follows, ``last``: the stage's last one of this step here."""
         context = self.contexts.get(stage)
         self._expect_accumulating(context, "start_backward")
+        for bucket in context.buckets if context is not None else ():
+            bucket.note_frozen()
         if context is not None and (last or self.each_backward):
             context.start_backward()
 
