@@ -195,7 +195,7 @@ class LLM:
         names: list[str] = []
         try:
             for prompt, of_prompt in zip(several, each):
-                names.append(self.add(prompt, of_prompt))
+                names.append(self.add(prompt, of_prompt, whole=True))
             done = self._finished(names, use_tqdm)
         except BaseException:
             for name in names:
@@ -227,11 +227,11 @@ class LLM:
             if not finished:
                 self.engine.abort(name)
 
-    def add(self, prompt: Prompt, params: SamplingParams) -> str:
-        """Queue a request; returns its id. :meth:`step` serves it."""
+    def add(self, prompt: Prompt, params: SamplingParams, whole: bool = False) -> str:
+        """Queue a request; returns its id. :meth:`step` serves it. ``whole``: it tells of it at its end alone."""
         name = f"request-{next(self._numbers)}"
         text = prompt if isinstance(prompt, str) else None
-        self.engine.add(name, self.tokenize(prompt), self.seeded(params), text)
+        self.engine.add(name, self.tokenize(prompt), self.seeded(params), text, whole)
         return name
 
     def seeded(self, params: SamplingParams) -> SamplingParams:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_ds.inference.sequence import Logprobs
+from megatron_ds.inference.sequence import Logprobs, Sequence
 
 
 @dataclass
@@ -26,6 +26,20 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+
+    @classmethod
+    def of(cls, sequence: Sequence) -> CompletionOutput:
+        params = sequence.request.params
+        return cls(
+            sequence.index,
+            sequence.text.text,
+            sequence.answer,
+            list(sequence.logprobs) if params.logprobs is not None else None,
+            list(sequence.processed_logprobs) if params.processed_logprobs is not None else None,
+            sequence.cumulative if params.logprobs is not None else None,
+            sequence.reason,
+            sequence.stop,
+        )
 
 
 @dataclass

@@ -25,6 +25,9 @@ from megatron_ds.layers.attention_cores import AttentionRules
 
 _PADDED = 1 << 17
 """Elements of keys by which texts are padded at most, so that they are attended to in one call."""
+_ROUNDED = 16, 32
+"""Numbers of queries and of keys are padded to multiples of these: oneDNN compiles a kernel for each shape, which takes
+longer than a product."""
 _KEPT_BIASES = 1 << 23
 """Elements of the biases of a step that are kept for all layers; more of them are made again by each."""
 
@@ -131,7 +134,7 @@ class PagedBatch:
         pieces = self._pieces()
         tiles = [self._tile(pieces[own], rules, len(own) == len(pieces)) for own in self._together(pieces)]
         heads = 1 if rules.alibi is None else len(rules.alibi.slopes)
-        keep = heads * sum(tile.texts * tile.count * tile.length for tile in tiles) <= _KEPT_BIASES
+        keep = heads * sum(tile.scores for tile in tiles) <= _KEPT_BIASES
         biases = [tile.bias(rules, dtype, device) for tile in tiles] if keep else None
         return PagedCore(self, rules, tiles, biases)
 
@@ -166,17 +169,25 @@ class PagedBatch:
         stop, size, device = start + count, self.cache.size, self.cache.device
         lowest = np.maximum(0, start - (rules.window or start.max() + 1) + 1)
         lengths = stop - lowest
+        queries = int(count[0])
+        most = int(lengths.max())
+        if len(pieces) > 1 or queries > 1:
+            queries = 1 if queries == 1 else -(-queries // _ROUNDED[0]) * _ROUNDED[0]
+            most = -(-(most + queries - int(count[0])) // _ROUNDED[1]) * _ROUNDED[1]
         # Shorter texts are padded with keys of their own, which are hidden: nobody reads those of others.
-        places = np.minimum(lowest[:, None] + np.arange(lengths.max()), stop[:, None] - 1)
+        places = np.minimum(lowest[:, None] + np.arange(most), stop[:, None] - 1)
         slots = _slots(self.step.texts.tables.cpu().numpy(), text[:, None], places, size)
         at: slice | Tensor
         if len(slots) == 1 and bool((np.diff(slots[0]) == 1).all()):
             at = slice(int(slots[0, 0]), int(slots[0, -1]) + 1)
         else:
             at = torch.from_numpy(Pages.rows_of(slots, self.cache.kv_heads)).to(device)
-        rows = None if alone else torch.from_numpy((first[:, None] + np.arange(count[0])).ravel()).to(device)
-        sees_all = rules.alibi is None and int(count[0]) == 1 and bool((lengths == lengths[0]).all())
-        return _Tile(rows, at, start, lowest, int(count[0]), int(lengths.max()), sees_all)
+        rows = None
+        if not alone or queries > count[0]:
+            of_texts = np.minimum(first[:, None] + np.arange(queries), (first + count)[:, None] - 1)
+            rows = torch.from_numpy(of_texts).to(device)
+        sees_all = rules.alibi is None and queries == 1 and bool((lengths == most).all())
+        return _Tile(rows, at, start, lowest, int(count[0]), queries, most, sees_all)
 
 
 @dataclass(frozen=True)
@@ -184,11 +195,11 @@ class _Tile:
     """Queries that are attended to in one call, as many of each text.
 
     Attributes:
-        rows: ``[b * c]`` of the step, those of one text after those of another; None: all, in their order.
+        rows: ``[b, c]`` of the step; None: all, in their order.
         at: where their keys and values are, as :meth:`Pages.read` takes it.
         starts, firsts: ``[b]`` places in its text of each text's first query and first key.
-        count, length: queries and keys of each text.
-        sees_all: every query sees every key, without a bias.
+        count, queries: rows of each text, and what they are padded to.
+        length: keys of each text. sees_all: every query sees every key, without a bias.
     """
 
     rows: Tensor | None
@@ -196,25 +207,33 @@ class _Tile:
     starts: np.ndarray
     firsts: np.ndarray
     count: int
+    queries: int
     length: int
     sees_all: bool
 
     @property
-    def texts(self) -> int:
-        return len(self.starts)
+    def scores(self) -> int:
+        """Of a head."""
+        return len(self.starts) * self.queries * self.length
 
     def bias(self, rules: AttentionRules, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         if self.sees_all:
             return None
         queries, keys = (
             torch.from_numpy(first[:, None] + np.arange(count)).to(device)
-            for first, count in ((self.starts, self.count), (self.firsts, self.length))
+            for first, count in ((self.starts, self.queries), (self.firsts, self.length))
         )
         return span_bias(queries, keys, dtype, rules.window, rules.alibi)
 
-    def queries(self, q: Tensor) -> Tensor:
-        """``[b, c, n, d]`` of the step's ``q [t, n, d]``."""
-        return (q if self.rows is None else q.index_select(0, self.rows)).unflatten(0, (self.texts, self.count))
+    def attend(
+        self, q: Tensor, keys: Pages, values: Pages, bias: Tensor | None, softcap: float | None
+    ) -> tuple[Tensor | None, Tensor]:
+        """Which rows of the step's ``q [t, n, d]`` (None: all), and what they get, ``[rows, n, d]``."""
+        own = q if self.rows is None else q.index_select(0, self.rows.view(-1))
+        k, v = (pages.read(self.at, q.dtype) for pages in (keys, values))
+        found = span_attention(own.unflatten(0, (len(self.starts), self.queries)), k, v, bias, softcap)
+        rows = None if self.rows is None else self.rows[:, : self.count].reshape(-1)
+        return rows, found[:, : self.count].flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -241,19 +260,12 @@ class PagedCore:
         if self.tiles is None:
             found = paged_attention(q, keys.pages, values.pages, step.texts, r.window, r.alibi, r.softcap)
             return found.flatten(1).unsqueeze(1)
-        parts = [self._of_tile(number, tile, q, keys, values) for number, tile in enumerate(self.tiles)]
-        if len(parts) == 1:
-            return parts[0].reshape(len(q), 1, -1)
-        out = torch.empty_like(q)
-        for tile, of_tile in zip(self.tiles, parts):
-            assert tile.rows is not None
-            out[tile.rows] = of_tile.flatten(0, 1)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for number, tile in enumerate(self.tiles):
+            bias = tile.bias(r, q.dtype, q.device) if self.biases is None else self.biases[number]
+            rows, found = tile.attend(q, keys, values, bias, r.softcap)
+            out = found if rows is None or len(found) == len(q) else out.index_copy_(0, rows, found)
         return out.flatten(1).unsqueeze(1)
-
-    def _of_tile(self, number: int, tile: _Tile, q: Tensor, keys: Pages, values: Pages) -> Tensor:
-        bias = tile.bias(self.rules, q.dtype, q.device) if self.biases is None else self.biases[number]
-        k, v = (pages.read(tile.at, q.dtype) for pages in (keys, values))
-        return span_attention(tile.queries(q), k, v, bias, self.rules.softcap)
 
 
 def _slots(tables: np.ndarray, text: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:

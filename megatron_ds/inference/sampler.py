@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,20 +31,19 @@ _DRAWN_FROM = 8
 """Tokens of a row whose noise is computed first."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What the sampler must know of a sequence.
 
     Attributes:
-        prompt, answer: its tokens. banned: tokens that are not allowed now. allowed: bool ``[v]`` of the whole
-            vocabulary, those that are; None: all.
+        tokens: of the prompt, so many, and of the answer. banned: tokens that are not allowed now. allowed: bool
+            ``[v]`` of the whole vocabulary, those that are; None: all.
     """
 
     params: SamplingParams
     seed: int
     sample: int
-    prompt: Sequence[int]
-    answer: Sequence[int]
+    tokens: Sequence[int]
+    prompt: int
     banned: Sequence[int] = ()
     allowed: Tensor | None = None
 
@@ -75,7 +75,8 @@ class Sampler:
         asked = [row.params.logprobs for row in rows]
         own = logits.clone() if any(count is not None for count in asked) else logits
         for index, row in enumerate(rows):
-            self._process(logits[index], row)
+            if not row.params.keeps_logits or row.banned or row.allowed is not None:
+                self._process(logits[index], row)
         drawn = [index for index, row in enumerate(rows) if not row.params.greedy]
         if len(drawn) < len(rows):
             values, ids = _max(logits)
@@ -171,12 +172,12 @@ class Sampler:
             if 0 <= token - self.first < len(logits):
                 logits[token - self.first] += bias
         if params.repetition_penalty != 1.0:
-            local = self._local({*row.prompt, *row.answer}, len(logits))
+            local = self._local(set(row.tokens), len(logits))
             of_seen = logits[local]
             factor = params.repetition_penalty
             logits[local] = torch.where(of_seen > 0, of_seen / factor, of_seen * factor)
         if params.presence_penalty or params.frequency_penalty:
-            counts = Counter(row.answer)
+            counts = Counter(row.tokens[row.prompt :])
             for token in self._local(counts, len(logits)).tolist():
                 logits[token] -= params.presence_penalty + params.frequency_penalty * counts[token + self.first]
         if row.banned:
@@ -240,7 +241,7 @@ class Sampler:
         The noise is at most ``-log(1 - u)``, as ``-log(u) >= 1 - u``. It is computed of the tokens that may reach
         highest by this bound, and of all others only where one of them might reach higher.
         """
-        keys = [derive_seed(row.seed, "sample", row.sample, len(row.prompt) + len(row.answer)) for row in rows]
+        keys = [derive_seed(row.seed, "sample", row.sample, len(row.tokens)) for row in rows]
         columns = self._hashed_columns(scores)
         bounds = torch.stack([of_row - _one_minus(key, columns).log_() for of_row, key in zip(scores, keys)])
         reach, places = bounds.topk(min(_DRAWN_FROM, scores.shape[1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from megatron_ds.errors import ConfigError
@@ -132,9 +133,15 @@ class SamplingParams:
                 yield f"logit_bias[{token!r}]={bias!r}: give a number from -100 to 100 to a token id"
                 return
 
-    @property
+    @cached_property
     def greedy(self) -> bool:
         return self.temperature < _COLDEST or self.top_k == 1
+
+    @cached_property
+    def keeps_logits(self) -> bool:
+        """Whether the token is the most probable one of the model's own distribution."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
+        return self.greedy and not self.logit_bias and not penalties
 
     def to_json(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}

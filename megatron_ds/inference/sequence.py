@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from megatron_ds.inference.detokenizer import Detokenizer
 from megatron_ds.inference.sampling_params import SamplingParams
 from megatron_ds.inference.structured import Matcher
 
@@ -41,8 +42,8 @@ class Sequence:
         digests: of the full blocks so far.
         reason: why it has finished: ``stop``, ``length`` or ``abort``.
         stop: the text or token at which it has.
-        room: tokens that it may still get, before each step of decoding.
-        matcher: of the form that the answer must have, if it must.
+        limit: tokens that it may have.
+        matcher: of the form that the answer must have, if it must. text: of the answer.
     """
 
     request: Request
@@ -59,8 +60,9 @@ class Sequence:
     cumulative: float = 0.0
     cached: int = 0
     preempted: int = 0
-    room: int = 0
+    limit: int = 0
     matcher: Matcher | None = None
+    text: Detokenizer = field(default_factory=lambda: Detokenizer(None, ()))
 
     @property
     def answer(self) -> list[int]:
@@ -69,6 +71,11 @@ class Sequence:
     @property
     def answered(self) -> int:
         return len(self.tokens) - len(self.request.tokens)
+
+    @property
+    def room(self) -> int:
+        """Tokens that it may still get."""
+        return self.limit - len(self.tokens)
 
     @property
     def pending(self) -> int:

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Container, Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,12 +42,30 @@ class TextEnds:
 
 @dataclass
 class _Live:
-    """A request under way: its samples, their texts."""
+    """A request under way. ``cached``: tokens of the prompt that were found in the cache."""
 
     request: Request
     samples: list[Sequence]
-    texts: list[Detokenizer]
     cached: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.status is Status.FINISHED for sequence in self.samples)
+
+
+class _Rows(NamedTuple):
+    """Rows of a step whose logits are wanted.
+
+    Attributes:
+        of_step: their numbers in the step.
+        ends: places in ``of_step`` from which a next token follows, those of the spans in ``last``.
+        asked: spans of whose prompt log-probabilities are wanted, and where in ``of_step`` they begin.
+    """
+
+    of_step: list[int]
+    ends: list[int]
+    last: list[Span]
+    asked: list[tuple[Span, int]]
 
 
 class ServingEngine:
@@ -81,6 +100,7 @@ class ServingEngine:
         self._structures = Structures(tokenizer, self.ends.eos, config.vocab_size)
         self.sampler = Sampler(mesh.tp, mesh.tp.rank * width, config.vocab_size)
         self._live: dict[str, _Live] = {}
+        self._whole: set[str] = set()
         self._events: list[list[Any]] = []
 
     # Requests
@@ -89,8 +109,15 @@ class ServingEngine:
     def has_work(self) -> bool:
         return bool(self._live or self._events)
 
-    def add(self, request_id: str, tokens: Many[int], params: SamplingParams, prompt: str | None = None) -> None:
-        """A request, from the next step on.
+    def add(
+        self,
+        request_id: str,
+        tokens: Many[int],
+        params: SamplingParams,
+        prompt: str | None = None,
+        whole: bool = False,
+    ) -> None:
+        """A request, from the next step on. ``whole``: its output is wanted when it has ended, and not before.
 
         Raises:
             ConfigError: it can never be served: the message says why, and what could be.
@@ -98,6 +125,8 @@ class ServingEngine:
         self.check(request_id, tokens, params)
         seed = secrets.randbits(62) if params.seed is None else params.seed
         self._events.append(["add", request_id, list(tokens), params.to_json(), seed, prompt])
+        if whole:
+            self._whole.add(request_id)
 
     def check(self, request_id: str, tokens: Many[int], params: SamplingParams) -> None:
         """Raises :class:`ConfigError` where :meth:`add` would."""
@@ -131,7 +160,9 @@ class ServingEngine:
         if self._draft_model is not None:
             waits = bool(self.batcher.waiting) or any(event[0] == "add" for event in events)  # nobody is guessed for
             events.append(["guess", [] if waits else self._draft_model.guess(self.batcher.running)])
-        outputs = self._step(from_first(self.mesh.world, events))
+        changed = self._step(from_first(self.mesh.world, events))
+        outputs = [_output(live) for live in changed if live.finished or live.request.id not in self._whole]
+        self._whole.difference_update(output.request_id for output in outputs)
         self.counters.step_seconds += self._clock() - begun
         return outputs
 
@@ -145,25 +176,30 @@ class ServingEngine:
         if self.mesh.world.size > 1:
             from_first(self.mesh.world, [["stop"]])
 
-    def _step(self, events: Iterable[list[Any]]) -> list[RequestOutput]:
+    def _step(self, events: Iterable[list[Any]]) -> list[_Live]:
+        """Returns the requests that have got tokens, or have ended."""
         ended = [self._take(event) for event in events]
         plan = self.batcher.plan()
-        changed: dict[str, None] = dict.fromkeys(name for name in ended if name is not None)
+        changed = {live.request.id: live for live in ended if live is not None}
         if plan.spans:
             self.counters.steps += 1
             for span in plan.spans:
                 if span.start == span.sequence.cached and not span.sequence.answered:
                     self.counters.cached_tokens += span.sequence.cached
                     self._live[span.sequence.request.id].cached = span.sequence.cached
-            last = [span.sequence.request.id for span in plan.spans if span.is_last]  # before they get more tokens
-            rows, wanted = self._rows(plan.spans)
-            logits = self._timed(self.runner.run, plan, rows)
+            rows = self._rows(plan.spans)
+            logits = self._timed(self.runner.run, plan, rows.of_step)
             for span in plan.spans:
                 self.batcher.computed(span.sequence, span.count - len(span.draft))
             with torch.inference_mode():
-                self._sample(plan.spans, wanted, logits)
-            changed.update(dict.fromkeys(last))
-        return [self._output(name) for name in list(changed) if name in self._live]
+                self._sample(rows, logits)
+            for span in rows.last:
+                name = span.sequence.request.id
+                changed[name] = self._live[name]
+        for name, live in changed.items():
+            if live.finished:
+                self._live.pop(name, None)
+        return list(changed.values())
 
     def _timed(self, compute: Callable[..., Any], *arguments: Any) -> Any:
         begun = self._clock()
@@ -171,8 +207,8 @@ class ServingEngine:
         self.counters.compute_seconds += self._clock() - begun
         return found
 
-    def _take(self, event: list[Any]) -> str | None:
-        """Returns the id of a request that has ended by it."""
+    def _take(self, event: list[Any]) -> _Live | None:
+        """Returns the request that has ended by it."""
         kind, name, *rest = event
         if kind == "guess":
             self.batcher.guesses = {(request, index): tokens for request, index, tokens in name}
@@ -182,7 +218,7 @@ class ServingEngine:
             params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
             request = Request(name, tokens, SamplingParams(**params), seed, self._clock(), prompt)
             first = self._sequence(request, 0)
-            self._live[name] = _Live(request, [first], [self._text(request)])
+            self._live[name] = _Live(request, [first])
             self.counters.prompt_tokens += len(tokens)
             self.batcher.add(first)
             return None
@@ -192,117 +228,103 @@ class ServingEngine:
         for sequence in live.samples:
             if sequence.status is not Status.FINISHED:
                 self._finish(sequence, "abort")
-        return str(name)
+        return live
 
     def _sequence(self, request: Request, index: int) -> Sequence:
-        form = request.params.structured_outputs
-        matcher = None if form is None else self._structures.matcher(form)
-        return Sequence(request, index, list(request.tokens), matcher=matcher)
-
-    def _text(self, request: Request) -> Detokenizer:
         params = request.params
-        hidden = self.ends.hidden if params.skip_special_tokens else ()
-        return Detokenizer(
+        form = params.structured_outputs
+        text = Detokenizer(
             self.tokenizer if params.detokenize else None,
             request.tokens,
             params.stop,
             params.include_stop_str_in_output,
-            hidden,
+            self.ends.hidden if params.skip_special_tokens else (),
+        )
+        return Sequence(
+            request,
+            index,
+            list(request.tokens),
+            limit=min(self.max_model_len, len(request.tokens) + (params.max_tokens or self.max_model_len)),
+            matcher=None if form is None else self._structures.matcher(form),
+            text=text,
         )
 
-    def _rows(self, spans: Many[Span]) -> tuple[list[int], list[tuple[Span, int]]]:
-        """Rows of the step whose logits are wanted: of each span its last, or all; (span, how many) likewise."""
-        rows: list[int] = []
-        wanted = []
+    def _rows(self, spans: Iterable[Span]) -> _Rows:
+        rows = _Rows([], [], [], [])
         first = 0
         for span in spans:
-            asked = span.sequence.request.params.prompt_logprobs is not None and span.sequence.index == 0
-            inside = span.start < len(span.sequence.request.tokens) and not span.sequence.answered
-            if asked and inside:
-                rows += range(first, first + span.count)
-                wanted.append((span, span.count))
-            elif span.is_last:
+            stop = first + span.count
+            count = 0
+            if span.is_last:
                 count = 1 + len(span.draft)
-                rows += range(first + span.count - count, first + span.count)
-                wanted.append((span, count))
-            first += span.count
-        return rows, wanted
+                rows.last.append(span)
+            if span.sequence.request.params.prompt_logprobs is not None and _is_of_prompt(span):
+                rows.asked.append((span, len(rows.of_step)))
+                rows.of_step.extend(range(first, stop))
+            else:
+                rows.of_step.extend(range(stop - count, stop))
+            rows.ends.extend(range(len(rows.of_step) - count, len(rows.of_step)))
+            first = stop
+        return rows
 
-    def _sample(self, spans: Many[Span], wanted: list[tuple[Span, int]], logits: Tensor | None) -> None:
+    def _sample(self, rows: _Rows, logits: Tensor | None) -> None:
         """Choose the next token of every sequence that is at its end, and follow it there."""
-        last = [span for span in spans if span.is_last]
         found: Any = None
         if logits is not None:
             logits = self._timed(self.sampler.mask_padding, logits)
-            found = [self._of_prompts(wanted, logits), [], [], []]
-            ends: list[int] = []
-            row = 0
-            for span, count in wanted:
-                row += count
-                if span.is_last:
-                    ends += range(row - 1 - len(span.draft), row)
-            if last:
-                asked = [self._row(span, place) for span in last for place in range(1 + len(span.draft))]
-                logits = logits if len(ends) == len(logits) else logits[ends]
-                sampled = self._timed(self.sampler.sample, logits, asked)
+            found = [[self._of_prompt(*asked, logits) for asked in rows.asked], [], [], []]
+            if rows.last:
+                of_rows = [self._row(span, place) for span in rows.last for place in range(1 + len(span.draft))]
+                logits = logits if len(rows.ends) == len(logits) else logits[rows.ends]
+                sampled = self._timed(self.sampler.sample, logits, of_rows)
                 found[1:] = [sampled.tokens, _listed(sampled.logprobs), _listed(sampled.processed)]
         of_prompts, *of_answers = from_last(self.mesh.pp, found)
-        for span, said in zip([span for span, _ in wanted if _asks_of_prompt(span)], of_prompts):
+        for (span, _), said in zip(rows.asked, of_prompts):
             of_prompt = span.sequence.request.prompt_logprobs
             of_prompt += [None] * (not of_prompt)  # of the first token there is nothing to say
             of_prompt += map(_as_logprobs, said)
-        of_rows = zip(*of_answers)
-        for span in last:
-            self._follow(span, [next(of_rows) for _ in range(1 + len(span.draft))])
+        answers = zip(*of_answers)
+        for span in rows.last:
+            self._follow(span, list(islice(answers, 1 + len(span.draft))))
 
     def _follow(self, span: Span, rows: Many[Any]) -> None:
         """Take the token of each row as long as the draft has guessed the one before: the others saw a wrong text."""
         sequence = span.sequence
         for place, (token, own, processed) in enumerate(rows):
             self._append(sequence, token, _as_logprobs(own), _as_logprobs(processed))
-            if sequence.status is Status.FINISHED:
+            if sequence.status is Status.FINISHED or span.draft[place : place + 1] != (token,):
                 return
-            if span.draft[place : place + 1] != (token,):
-                break
             self.batcher.computed(sequence, 1)
             self.counters.drafted_tokens += 1
-        most = sequence.request.params.max_tokens or self.max_model_len
-        sequence.room = min(self.max_model_len, len(sequence.request.tokens) + most) - len(sequence.tokens)
 
-    def _of_prompts(self, wanted: list[tuple[Span, int]], logits: Tensor) -> list[Any]:
-        """Of each span in which they are asked for, log-probabilities of the prompt's tokens that follow from it."""
-        found = []
-        row = 0
-        for span, count in wanted:
-            if _asks_of_prompt(span):
-                request = span.sequence.request
-                known = max(1, len(request.prompt_logprobs))  # more than the start, where it is computed again
-                tokens = request.tokens[known : span.start + 1 + count]
-                first = row + known - span.start - 1
-                own = logits[first : first + len(tokens)]
-                asked = [request.params.prompt_logprobs] * len(tokens)
-                found.append(_listed(self.sampler.logprobs(own, torch.tensor(tokens, dtype=torch.int64), asked)))
-            row += count
-        return found
+    def _of_prompt(self, span: Span, row: int, logits: Tensor) -> list[Any]:
+        """Log-probabilities of the prompt's tokens that follow from a span, whose logits begin at ``row``."""
+        request = span.sequence.request
+        known = max(1, len(request.prompt_logprobs))  # more than the start, where it is computed again
+        tokens = request.tokens[known : span.start + 1 + span.count]
+        first = row + known - span.start - 1
+        own = logits[first : first + len(tokens)]
+        asked = [request.params.prompt_logprobs] * len(tokens)
+        return _listed(self.sampler.logprobs(own, torch.tensor(tokens, dtype=torch.int64), asked))
 
     def _row(self, span: Span, place: int) -> Row:
         """Of the token that follows ``place`` tokens of the span's draft."""
         request, sequence = span.sequence.request, span.sequence
-        answer = [*sequence.answer, *span.draft[:place]]
+        params, prompt = request.params, len(request.tokens)
+        tokens = [*sequence.tokens, *span.draft[:place]] if place else sequence.tokens
         banned: tuple[int, ...] = ()
-        if len(answer) < request.params.min_tokens:
-            banned = (*self.ends.eos, *request.params.stop_token_ids)
+        if len(tokens) - prompt < params.min_tokens:
+            banned = (*self.ends.eos, *params.stop_token_ids)
         allowed = None if sequence.matcher is None else sequence.matcher.allowed(span.draft[:place])
-        return Row(request.params, request.seed, sequence.index, request.tokens, answer, banned, allowed)
+        return Row(params, request.seed, sequence.index, tokens, prompt, banned, allowed)
 
     def _append(self, sequence: Sequence, token: int, own: Any, processed: Any) -> None:
         request, params = sequence.request, sequence.request.params
-        live = self._live[request.id]
-        text = live.texts[live.samples.index(sequence)]
+        text = sequence.text
         if not sequence.answered:
             self.counters.first_token(self._clock() - request.arrived)
             if sequence.index == 0:
-                self._fork(live)
+                self._fork(self._live[request.id])
         sequence.tokens.append(token)
         self.counters.answer_tokens += 1
         if own is not None:
@@ -325,7 +347,7 @@ class ServingEngine:
             self._finish(sequence, "stop")
         elif sequence.matcher is not None and (why := sequence.matcher.ended):
             self._finish(sequence, why)
-        elif sequence.answered == params.max_tokens or len(sequence.tokens) == self.max_model_len:
+        elif not sequence.room:
             self._finish(sequence, "length")
 
     def _fork(self, live: _Live) -> None:
@@ -333,48 +355,30 @@ class ServingEngine:
         for index in range(1, live.request.params.n):
             sample = self._sequence(live.request, index)
             live.samples.append(sample)
-            live.texts.append(self._text(live.request))
             self.batcher.fork(live.samples[0], sample)
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
-        live = self._live[sequence.request.id]
-        live.texts[live.samples.index(sequence)].finish()
+        sequence.text.finish()
         self.batcher.finish(sequence, reason)
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
 
-    def _output(self, name: str) -> RequestOutput:
-        live = self._live[name]
-        request = live.request
-        finished = all(sequence.status is Status.FINISHED for sequence in live.samples)
-        if finished:
-            del self._live[name]
-        return RequestOutput(
-            name,
-            request.prompt,
-            request.tokens,
-            [_completion(sequence, text) for sequence, text in zip(live.samples, live.texts)],
-            request.prompt_logprobs if request.params.prompt_logprobs is not None else None,
-            finished,
-            live.cached,
-        )
 
-
-def _asks_of_prompt(span: Span) -> bool:
-    return span.sequence.request.params.prompt_logprobs is not None and not span.sequence.answered
-
-
-def _completion(sequence: Sequence, text: Detokenizer) -> CompletionOutput:
-    params = sequence.request.params
-    return CompletionOutput(
-        sequence.index,
-        text.text,
-        sequence.answer,
-        list(sequence.logprobs) if params.logprobs is not None else None,
-        list(sequence.processed_logprobs) if params.processed_logprobs is not None else None,
-        sequence.cumulative if params.logprobs is not None else None,
-        sequence.reason,
-        sequence.stop,
+def _output(live: _Live) -> RequestOutput:
+    request = live.request
+    return RequestOutput(
+        request.id,
+        request.prompt,
+        request.tokens,
+        [CompletionOutput.of(sequence) for sequence in live.samples],
+        request.prompt_logprobs if request.params.prompt_logprobs is not None else None,
+        live.finished,
+        live.cached,
     )
+
+
+def _is_of_prompt(span: Span) -> bool:
+    """Whether it is of the first sample before its answer."""
+    return not span.sequence.index and not span.sequence.answered
 
 
 def _listed(found: Iterable[dict[int, float] | None]) -> list[list[tuple[int, float]] | None]:

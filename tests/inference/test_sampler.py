@@ -20,7 +20,7 @@ VOCAB = 40
 
 
 def row(params: SamplingParams, seed: int = 0, answer: tuple[int, ...] = (), banned: tuple[int, ...] = ()) -> Row:
-    return Row(params, seed, 0, (1, 2, 3), answer, banned)
+    return Row(params, seed, 0, (1, 2, 3, *answer), 3, banned)
 
 
 def scores(rows: int = 1) -> Tensor:
@@ -135,7 +135,7 @@ def test_a_draw_is_the_largest_of_all_scores_with_their_noise(spread: float) -> 
     """Flat and peaked rows; some where the tokens that are looked at first do not hold it, one without any token."""
     scores = spread * torch.randn(40, 3000, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     sampler, rows = Sampler(Axis("tp"), 0, 3000), [row(SamplingParams(), seed) for seed in range(40)]
-    keys = [derive_seed(of_row.seed, "sample", 0, len(of_row.prompt)) for of_row in rows]
+    keys = [derive_seed(of_row.seed, "sample", 0, len(of_row.tokens)) for of_row in rows]
     noise = sampler._noise(keys, np.arange(3000)[None].repeat(40, 0), scores)
     assert abs(float(noise.mean()) - 0.5772) < 0.02 and abs(float(noise.std()) - 1.2825) < 0.02, "Gumbel's"
     scores[:20] = 0.01 * scores[:20] - noise[:20]
@@ -150,7 +150,7 @@ def test_a_draw_depends_on_seed_sample_and_position_alone() -> None:
     assert together == [sampler.sample(logits.clone(), [one]).tokens[0] for one in rows]
     assert len(set(together)) > 3
     places = [row(SamplingParams(), 0, answer=(5,) * n) for n in range(20)]
-    samples = [Row(SamplingParams(), 0, n, (1, 2, 3), ()) for n in range(20)]
+    samples = [Row(SamplingParams(), 0, n, (1, 2, 3), 3) for n in range(20)]
     for several in (places, samples):
         assert len(set(sampler.sample(logits.repeat(20, 1), several).tokens)) > 5
 

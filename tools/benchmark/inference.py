@@ -75,7 +75,7 @@ def ours(folder: str, quantization: str | None, scheduler: dict[str, float]) -> 
     counters = llm.engine.counters
 
     def generate(prompts: list[list[int]], count: int) -> None:
-        params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
+        params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)  # as others
         before = counters.step_seconds, counters.compute_seconds
         outputs = llm.generate(prompts, params, use_tqdm=False)
         step, compute = counters.step_seconds - before[0], counters.compute_seconds - before[1]
