@@ -26,15 +26,22 @@ class Files(Inspection):
             )
 
     def save_checkpoint(
-        self, directory: str | Path, client_state: Mapping[str, Any] | None = None, keep_last: int | None = None
+        self,
+        directory: str | Path,
+        client_state: Mapping[str, Any] | None = None,
+        keep_last: int | None = None,
+        *,
+        within_step: bool = False,
     ) -> Path:
         """Write ``directory/step-N``, which any number of ranks at any stage can load; see ``megatron_ds.checkpoint``.
 
         Args:
             client_state: plain values, given back as they were by :meth:`load_checkpoint`; others are refused by name.
             keep_last: remove all but the newest this many, and the newest that a step with finite gradients followed.
+            within_step: also in the middle of a step, as it began; the gradients so far are lost to who loads it.
         """
-        self.require_between_steps("save_checkpoint()")
+        if not within_step:
+            self.require_between_steps("save_checkpoint()")
         with self._awaited("save_checkpoint()"):
             return checkpoint.save(cast("Engine", self), directory, dict(client_state or {}), keep_last)
 

@@ -125,9 +125,10 @@ def _write_configuration(module: Any, folder: Path, diffusers: bool) -> None:
 def _save_by_itself(module: Any, tensors: WholeTensors, mesh: Mesh, folder: Path) -> None:
     """A model whose files hold other tensors than the module (fused experts), or some of them (PEFT's adapters).
 
-    Its own code writes them, out of rank 0's memory.
+    Its own code writes them, out of rank 0's memory. PEFT looks at what is trained as well as at the state.
     """
     state = {plain_name(name): value if mesh.rank == 0 else None for name, value in tensors.stream()}
-    with together(mesh.world):
+    looked_at = [p for p in module.parameters() if p.requires_grad] if hasattr(module, "peft_config") else []
+    with tensors.gathered(looked_at, write=False), together(mesh.world):
         if mesh.rank == 0:
             module.save_pretrained(folder, state_dict=state)

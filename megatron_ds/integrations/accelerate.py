@@ -93,10 +93,11 @@ class Bridge:
 
     def prepare_model(self, model: Any, *arguments: Any, **keywords: Any) -> Any:
         """The engine's model as it is, whatever is prepared of it; Accelerate's for one that is not trained."""
-        if self._model is None or keywords.get("evaluation_mode"):
+        evaluates = keywords.get("evaluation_mode")
+        if self._model is not None and (model is self._model or model is self._model.module):
+            return model if evaluates else self._model
+        if self._model is None or evaluates:
             return model if isinstance(model, EngineModel) else self._prepare_model(model, *arguments, **keywords)
-        if model is self._model or model is self._model.module:
-            return self._model
         if any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError(
                 f"{type(model).__name__} was given to prepare() of an Accelerator that trains an engine, whose "

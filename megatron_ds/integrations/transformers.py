@@ -33,6 +33,7 @@ from megatron_ds.integrations.accelerate import (
     with_precision,
 )
 from megatron_ds.integrations.engine_module import EngineModel
+from megatron_ds.train.build import DTYPES
 
 
 @dataclass
@@ -60,6 +61,7 @@ class Trainer(transformers.Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         self._check()
         self._settings = self._read(max_steps)
+        self._check_full_eval()
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _check(self) -> None:
@@ -74,6 +76,38 @@ class Trainer(transformers.Trainer):
                 "auto_find_batch_size=True would begin again with a model that an engine has sharded already; set "
                 "per_device_train_batch_size to what fits"
             )
+
+    def _check_full_eval(self) -> None:
+        dtype, settings = self._full_eval_dtype, self._settings
+        own = [p.dtype for p in self.model.parameters()] if settings.keeps_dtype else [DTYPES[settings.precision.dtype]]
+        if settings.zero.stage == 3 and dtype is not None and any(o != dtype for o in own if o.is_floating_point):
+            name = "bf16" if dtype == torch.bfloat16 else "fp16"
+            raise ConfigError(
+                f"{name}_full_eval=True would cast the model after training, whose parameters zero.stage=3 has "
+                f"sharded; train in it, with {name}=True, use stage 2, or evaluate what save_model() writes"
+            )
+
+    @property
+    def _full_eval_dtype(self) -> torch.dtype | None:
+        """Of evaluation outside of training."""
+        args = self.args
+        return torch.float16 if args.fp16_full_eval else torch.bfloat16 if args.bf16_full_eval else None
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if self.engine is None or model is not self.engine.module:  # which has placed it
+            super()._move_model_to_device(model, device)
+
+    def evaluation_loop(self, *arguments: Any, **keywords: Any) -> Any:
+        """The Trainer's, without a cast of a model that the engine has in that dtype."""
+        args, dtype = self.args, self._full_eval_dtype
+        if self.engine is None or any(p.dtype != dtype for p in self.model.parameters() if p.is_floating_point()):
+            return super().evaluation_loop(*arguments, **keywords)
+        before = args.fp16_full_eval, args.bf16_full_eval
+        args.fp16_full_eval = args.bf16_full_eval = False
+        try:
+            return super().evaluation_loop(*arguments, **keywords)
+        finally:
+            args.fp16_full_eval, args.bf16_full_eval = before
 
     def _read(self, max_steps: int) -> EngineConfig:
         """The configuration, with what the training arguments say in it."""
@@ -169,7 +203,10 @@ class Trainer(transformers.Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.engine is not None
-        self.engine.save_checkpoint(Path(output_dir) / ENGINE, {"lr_scheduler": self.lr_scheduler.state_dict()})
+        # Also with micro-batches of an incomplete step, where an epoch ends whose length was not known or a callback
+        # stops the training: as the Trainer's own checkpoints, it lacks their gradients.
+        state = {"lr_scheduler": self.lr_scheduler.state_dict()}
+        self.engine.save_checkpoint(Path(output_dir) / ENGINE, state, within_step=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing yet: the engine's checkpoint holds the weights too, what is frozen included."""
@@ -186,6 +223,7 @@ class Trainer(transformers.Trainer):
 
     def _load_best_model(self) -> None:
         assert self.engine is not None and self.state.best_model_checkpoint is not None
+        self.engine.zero_grad()  # of an incomplete step
         self.engine.load_checkpoint(Path(self.state.best_model_checkpoint) / ENGINE, weights_only=True)
 
 

@@ -33,6 +33,8 @@ def test_a_trainer_is_used_in_many_ways(tmp_path: Path) -> None:
                 same(results[f"{name} {stage}"], plain[name])
         for stage in (2, 3):
             assert results[f"best {stage}"]["folders"] == plain["best"]["folders"]
+        without, with_it, later = results["full eval"]
+        assert with_it == without and later != without
         same({**results["resumed 3"], "best": None}, plain["adapted"])
     start = {name: p for name, p in frozen_llama().named_parameters() if not p.requires_grad}
     assert all(torch.equal(results["frozen 3"]["state"][name], p) for name, p in start.items()) and len(start) > 5
@@ -49,4 +51,5 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     (found,) = run_ranks(refusals, 1, str(tmp_path))
     assert "save_only_model=True leaves out what load_best_model_at_end" in found["only model"]
     assert "auto_find_batch_size" in found["batch size"] and "per_device_train_batch_size" in found["batch size"]
+    assert "bf16_full_eval=True would cast the model" in found["full eval"] and "bf16=True" in found["full eval"]
     assert "has no engine/" in found["plain"] and "from_pretrained" in found["plain"]

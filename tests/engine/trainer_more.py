@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from trainer_cases import DEEPSPEED, dataset, llama, place_in_environment
 
 from megatron_ds.errors import MegatronDSError
 
 STAGE_3 = {"zero": {"stage": 3, "persistence_threshold": 20}}
+
+
+class Streamed(IterableDataset[dict[str, Tensor]]):
+    """Rows without a length: the epoch ends in the middle of a step."""
+
+    def __init__(self, rows: list[dict[str, Tensor]]) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return iter(self.rows)
 
 
 class Adapted(nn.Module):
@@ -38,6 +50,7 @@ class Adapted(nn.Module):
         from safetensors.torch import save_file
 
         state = self.state_dict() if state_dict is None else state_dict
+        assert list(self.lora_up.state_dict()) == ["weight"]  # as PEFT looks at modules_to_save
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file({k: v for k, v in state.items() if "lora_" in k}, Path(folder) / "adapter_model.safetensors")
 
@@ -50,7 +63,7 @@ def frozen_llama() -> nn.Module:
     return model
 
 
-def trainer_of(output: str, config: Any, model: Any, init: Any = None, **more: Any) -> Any:
+def trainer_of(output: str, config: Any, model: Any, init: Any = None, streamed: bool = False, **more: Any) -> Any:
     """The plain one without ``config``. 4 sequences x 2 micro-batches a step on any ranks, as long as they divide."""
     _, world = place_in_environment()
     import transformers
@@ -78,7 +91,8 @@ def trainer_of(output: str, config: Any, model: Any, init: Any = None, **more: A
         },
     )
     rows = dataset()
-    datasets = {"train_dataset": rows[:40], "eval_dataset": rows[40:]}
+    train = Streamed(rows[:28]) if streamed else rows[:40]
+    datasets: dict[str, Any] = {"train_dataset": train, "eval_dataset": rows[40:]}
     return library.Trainer(model=model, model_init=init, args=arguments, **datasets)
 
 
@@ -157,6 +171,27 @@ def habits(output: str, config: Any) -> dict[str, Any]:
     return end(trainer)
 
 
+def streamed(output: str, config: Any) -> dict[str, Any]:
+    """It saves and loads with micro-batches of a step that later ones complete, or none."""
+    every = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True}
+    trainer = trainer_of(output, config, llama(), streamed=True, gradient_accumulation_steps=3, max_steps=5, **every)
+    trainer.train()
+    return end(trainer)
+
+
+def full_eval(output: str) -> list[float]:
+    """Evaluation after a training in bf16, without and with bf16_full_eval, and once more after another training."""
+    losses = []
+    for switch in (False, True):
+        trainer = trainer_of(output, STAGE_3, llama(), bf16=True, bf16_full_eval=switch, max_steps=1)
+        trainer.train()
+        losses.append(trainer.evaluate()["eval_loss"])
+    trainer.train()
+    losses.append(trainer.evaluate()["eval_loss"])
+    trainer.engine.zero.close()
+    return losses
+
+
 def resumed(output: str, config: Any, kind: Any, step: int) -> dict[str, Any]:
     model = kind()
     with torch.no_grad():
@@ -167,12 +202,21 @@ def resumed(output: str, config: Any, kind: Any, step: int) -> dict[str, Any]:
     return end(trainer)
 
 
-CASES = {"frozen": frozen, "best": best_of_few, "twice": twice, "anew": anew, "adapted": adapted, "habits": habits}
+CASES = {
+    "frozen": frozen,
+    "best": best_of_few,
+    "twice": twice,
+    "anew": anew,
+    "adapted": adapted,
+    "habits": habits,
+    "streamed": streamed,
+}
 
 
 def everything(output: str) -> dict[str, Any]:
     results = {f"{name} 2": case(f"{output}/{name}-2", DEEPSPEED) for name, case in CASES.items()}
     results |= {f"{name} 3": case(f"{output}/{name}-3", STAGE_3) for name, case in CASES.items()}
+    results["full eval"] = full_eval(f"{output}/full")
     results["resumed 3"] = resumed(f"{output}/adapted-2", STAGE_3, Adapted, 2)
     return results
 
@@ -195,6 +239,7 @@ def refusals(output: str) -> dict[str, str]:
                 output, STAGE_3, llama(), load_best_model_at_end=True, save_only_model=True, **every
             ).train()
         ),
+        "full eval": message(lambda: trainer_of(output, STAGE_3, llama(), bf16_full_eval=True).train()),
         "batch size": message(lambda: trainer_of(output, STAGE_3, llama(), auto_find_batch_size=True).train()),
         "plain": message(
             lambda: trainer_of(output, STAGE_3, llama()).train(resume_from_checkpoint=f"{output}/plain/checkpoint-1")
