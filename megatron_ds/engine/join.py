@@ -89,11 +89,11 @@ class UnevenInputs:
         optimizer, axis = self._engine.optimizer, self._engine.mesh.data
         if optimizer is None or len(self.active) == axis.size:
             return
-        mine = [{k: v for k, v in group.items() if _is_number(v)} for group in optimizer.param_groups]
+        mine = [{k: _plain(v) for k, v in group.items() if _is_number(v)} for group in optimizer.param_groups]
         said = exchange(axis, json.dumps(mine) if axis.rank in self.active else "")
         if axis.rank not in self.active:
             for group, theirs in zip(optimizer.param_groups, json.loads(said[self.active[-1]])):
-                group.update({k: tuple(v) if isinstance(v, list) else v for k, v in theirs.items()})
+                group.update({key: _like(group.get(key), value) for key, value in theirs.items()})
 
     def hook(self, **keywords: Any) -> JoinHook:
         self.by_active = not keywords.get("divide_by_initial_world_size", True)
@@ -101,7 +101,24 @@ class UnevenInputs:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) or (isinstance(value, tuple) and all(isinstance(v, float) for v in value))
+    """Or several in a tuple; as they are or in tensors."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    return isinstance(value, int | float) or (isinstance(value, tuple) and all(map(_is_number, value)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.item()
+    return [_plain(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _like(mine: Any, plain: Any) -> Any:
+    """What :func:`_plain` made of another rank's value; a tensor keeps being one."""
+    if isinstance(plain, list):
+        parts = mine if isinstance(mine, tuple) and len(mine) == len(plain) else [None] * len(plain)
+        return tuple(map(_like, parts, plain))
+    return mine.fill_(plain) if isinstance(mine, torch.Tensor) else plain
 
 
 class _Shadow(JoinHook):

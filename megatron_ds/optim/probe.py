@@ -1,10 +1,10 @@
 """Whether a user's optimizer can update sharded parameters, and what it keeps of each: found out by running it.
 
 A rank holds flat parts of parameters, bucket by bucket. So the update of a part must not depend on what else is
-updated with it. That is *tried*, in float64: twins of the optimizer update a matrix, its two flattened parts together,
-and each of the parts alone. All must come out the same: the elements, what is kept of each parameter, and what is kept
-once for all of them. A norm of a matrix differs between the first two, a sum over all parameters (Prodigy's ``d``)
-between the last two.
+updated with it. That is *tried*, in float64: twins of the optimizer update a matrix (and a tensor of as many dims as
+the model's have), its two flattened parts together, and each of the parts alone. All must come out the same: the
+elements, what is kept of each parameter, and what is kept once for all of them. A norm of a matrix differs between the
+first two, a sum over all parameters (Prodigy's ``d``) between the last two.
 
 Where parts of a matrix come to something else than the matrix, the group's parameters are updated as wholes, each on
 one rank. Then each of them alone must come to what it comes to together with others.
@@ -37,6 +37,8 @@ _SIZES = (1.0, 1.0, 0.5, 30.0, 1e-3, 1e3)
 _SMALL, _LARGE = 3, 1 << 14  # elements: an optimizer may keep another kind of state of large parameters
 # Two shapes of a parameter of so many dims.
 _SHAPES = ((6, 4, 2, 3, 2), (3, 5, 2, 2, 2))
+# Shapes of 24 elements by their number of dims.
+_OF_24 = {2: (4, 6), 3: (4, 3, 2), 4: (2, 3, 2, 2), 5: (2, 3, 2, 2, 1)}
 
 Sample = Mapping[str, Any]
 Shape = tuple[int, ...]
@@ -124,7 +126,7 @@ def _try_groups(
 ) -> list[StateTemplate]:
     found = []
     for index, (sample, members) in enumerate(zip(samples, shapes)):
-        if why_whole := _why_not_elementwise(optimizer, index, sample):
+        if why_whole := _why_not_elementwise(optimizer, index, sample, {len(shape) for shape in members}):
             tried = _tried_shapes(members)
             _check_independent(optimizer, index, sample, tried, why_whole)
         else:
@@ -268,8 +270,8 @@ def _check_kept_at_once(optimizer: Optimizer, outcome: _Outcome) -> None:
         raise refusal(optimizer, f"it keeps {', '.join(sorted(map(str, late)))} only from a later step on")
 
 
-def _why_not_elementwise(optimizer: Optimizer, index: int, sample: Sample) -> str | None:
-    """Why the group's parameters are to be updated as wholes, or None."""
+def _why_not_elementwise(optimizer: Optimizer, index: int, sample: Sample, dims: set[int]) -> str | None:
+    """Why the group's parameters, of these numbers of dims, are to be updated as wholes, or None."""
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(4, 6, generator=generator, dtype=torch.float64)
     sizes = torch.ones(24, dtype=torch.float64)
@@ -292,12 +294,16 @@ def _why_not_elementwise(optimizer: Optimizer, index: int, sample: Sample) -> st
 
     try:
         with torch.no_grad():
-            matrix = _run(optimizer, index, sample, [start], [[gradient] for gradient in gradients])
+            wholes = [
+                _run(optimizer, index, sample, [start.view(shape)], [[g.view(shape)] for g in gradients])
+                for shape in (_OF_24[dim] for dim in sorted({2, *dims} & _OF_24.keys()))
+            ]
             both, first, second = over(*parts), over(parts[0]), over(parts[1])
     except Exception as error:
         return f"it does not run on 1-D tensors and their gradients alone ({type(error).__name__}: {error})"
-    if not _equal(matrix.values, both.values) or not _equal_numbers(matrix.states[0], both.states):
-        return "its update of a matrix is not that of its elements, one by one"
+    for whole in wholes:  # some treat convolutions alone as wholes
+        if not _equal(whole.values, both.values) or not _equal_numbers(whole.states[0], both.states):
+            return "its update of a matrix is not that of its elements, one by one"
     apart = torch.cat([first.values, second.values])
     moved = first.common.difference(second.common) or first.common.difference(both.common)
     if not _equal(both.values, apart) or moved is not None:

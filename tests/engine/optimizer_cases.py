@@ -161,6 +161,18 @@ class Cautious(torch.optim.SGD):
                 average.lerp_(p.grad, 0.01)
 
 
+class OfImages(torch.optim.SGD):
+    """Centres the gradients of convolutions alone, as Ranger can."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                step = p.grad
+                if p.dim() == 4:
+                    step = step - step.mean((1, 2, 3), keepdim=True)
+                p.data.sub_(step, alpha=group["lr"])
+
+
 class Projecting(torch.optim.SGD):
     """Leaves out of a step what lies along a matrix, where the gradient is almost across it, as AdamP and SGDP do."""
 

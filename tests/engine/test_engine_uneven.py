@@ -130,11 +130,12 @@ class Uneven(NamedTuple):
     accumulation: int = 1
     by_active: bool = False
     whole_batches: bool = False  # train_batch() instead of a loop
+    lr: float | Tensor = 1e-2
 
 
 UNEVEN = [
     Uneven({"stage": 0}),
-    Uneven({"stage": 1}, by_active=True),
+    Uneven({"stage": 1}, by_active=True, lr=torch.tensor(1e-2, dtype=torch.float64)),
     Uneven({"stage": 2}, accumulation=2),
     Uneven({**STAGE_3, "prefetch": 0}),
     Uneven({**STAGE_3, "keep_whole": True}, accumulation=2, by_active=True),
@@ -142,15 +143,15 @@ UNEVEN = [
 ]
 
 
-def optimizer_and_schedule(model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+def optimizer_and_schedule(model: nn.Module, lr: float | Tensor) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr.clone() if isinstance(lr, Tensor) else lr)
     return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.8)
 
 
 def joined_ddp(case: Uneven) -> dict[str, Tensor]:
     model, rank = Normed(), dist.get_rank()
     ddp = DistributedDataParallel(model)
-    optimizer, scheduler = optimizer_and_schedule(model)
+    optimizer, scheduler = optimizer_and_schedule(model, case.lr)
     with ddp.join(divide_by_initial_world_size=not case.by_active):
         for number in range(BATCHES[rank]):
             last = (number + 1) % case.accumulation == 0
@@ -165,7 +166,7 @@ def joined_ddp(case: Uneven) -> dict[str, Tensor]:
 
 def joined_engine(case: Uneven) -> dict[str, Tensor]:
     model, rank = Normed(), dist.get_rank()
-    optimizer, scheduler = optimizer_and_schedule(model)
+    optimizer, scheduler = optimizer_and_schedule(model, case.lr)
     config = {"zero": {"bucket_mb": 0.0005, **case.zero}, "accumulation": case.accumulation}
     engine = megatron_ds.initialize(model, config, optimizer)
     with engine.join(divide_by_initial_world_size=not case.by_active):

@@ -18,6 +18,7 @@ from optimizer_cases import (
     KeyInState,
     Late,
     LayerWise,
+    OfImages,
     ScheduleFree,
     Shared,
     Small,
@@ -112,6 +113,13 @@ def test_a_group_that_is_not_updated_for_itself_is_refused(make: Any) -> None:
     with pytest.raises(ConfigError, match=r"its update of group 1 depends on the groups beside it.*give it one group"):
         megatron_ds.initialize(net, None, make(groups(net), lr=0.1))
     megatron_ds.initialize(net, None, make(net.parameters(), lr=0.1)).close()
+
+
+def test_an_update_of_whole_convolutions_is_found() -> None:
+    for net, whole in ((torch.nn.Conv2d(2, 3, 2).double(), True), (torch.nn.Linear(2, 3).double(), False)):
+        engine = megatron_ds.initialize(net, None, OfImages(net.parameters(), lr=0.1))
+        assert engine.rule is not None and [template.whole for template in engine.rule.templates] == [whole]
+        engine.close()
 
 
 def test_a_group_without_a_rate() -> None:
