@@ -1,9 +1,8 @@
 """How much a diffusion transformer keeps from the forward to the backward pass of one micro-batch on one rank.
 
-In a block a stream keeps, for each place and element of the width, 8 numbers outside the tensor-parallel region: of
-each of its two adaLN norms the argument, the normed and the modulated (a matmul's input), and what attention and MLP
-add, since gates multiply it. Within the region it keeps queries, keys, values, what attention found and the MLP's
-features.
+In a block a stream keeps, for each place and element of the width, 6 numbers outside the tensor-parallel region: of
+each of its two adaLN norms the normed and the modulated (a matmul's input), and what attention and MLP add, since gates
+multiply it. Within the region it keeps queries, keys, values, what attention found and the MLP's features.
 
 Shapes: ``b`` micro-batch, ``h`` hidden, ``n`` heads, ``d`` head dim, ``f`` features of the MLP.
 """
@@ -12,8 +11,10 @@ from __future__ import annotations
 
 from megatron_ds.config.diffusion import DiffusionRun
 from megatron_ds.kernels.block_attention import is_preferred, keeps_probabilities
-from megatron_ds.models.activations import LayerBytes, dtype_of, norm_bytes, stage_activations, width_of
+from megatron_ds.models.activations import LayerBytes, dtype_of, stage_activations, width_of
 from megatron_ds.pipeline.stage import Activations, StageSpan
+
+DEVIATION = 4  # bytes a norm keeps of each place
 
 
 def dit_activations(config: DiffusionRun, span: StageSpan, tp: int, device: str) -> Activations:
@@ -26,8 +27,8 @@ def dit_activations(config: DiffusionRun, span: StageSpan, tp: int, device: str)
     if span.embedding:
         fixed += (image * c.patch_elements + texts * c.text_size) * width
     if span.head:
-        # The last norm with what its matmul sees; errors, and noise levels' shares of them, in fp32 at least.
-        fixed += 2 * image * c.hidden_size * width + norm_bytes(image, c.hidden_size, width, False)
+        # The last norm and what its matmul sees; errors, and noise levels' shares of them, in fp32 at least.
+        fixed += 2 * image * c.hidden_size * width + image * DEVIATION
         fixed += image * c.patch_elements * max(width, 4) * (12 if c.learned_variance else 1)
     return stage_activations(span.first, layers, config.recompute, fixed)
 
@@ -40,9 +41,9 @@ def _layer(config: DiffusionRun, tp: int, cpu: bool, last: bool) -> LayerBytes:
     around, stream = 0, b * c.hidden_size * width
     for length, whole in ((c.patches, True), *([(c.text_tokens, not last)] if c.has_text else [])):
         own = length // parts
-        norm = norm_bytes(b * own, c.hidden_size, width, False)
         # Of a block behind which nobody reads the text: one norm, and no MLP.
-        around += (2 * (norm + 3 * own * stream) if whole else norm + 2 * own * stream) + (8 if whole else 3) * stream
+        norm = 2 * own * stream + b * own * DEVIATION
+        around += (2 * (norm + own * stream) if whole else norm) + (8 if whole else 3) * stream
         around += whole * features * b * length * (c.ffn_size // tp) * width
     row = b * c.tokens * heads * c.head_size * width  # of this rank's heads
     around += row  # what attention found, the next matmul's input

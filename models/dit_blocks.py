@@ -50,14 +50,15 @@ class Block(nn.Module):
 
     def forward(self, condition: Tensor, inputs: AttentionInputs, x: Tensor) -> Streams:
         shift, scale, *rest = self.modulation(condition)
-        return (self.add(x, self.attention(modulated_norm(x, shift, scale, NORM_EPS), inputs), *rest),)
+        normed, x = modulated_norm(x, shift, scale, NORM_EPS)
+        return (self.add(x, self.attention(normed, inputs), *rest),)
 
     def add(
         self, x: Tensor, attended: Tensor, gate: Tensor, mlp_shift: Tensor, mlp_scale: Tensor, mlp_gate: Tensor
     ) -> Tensor:
         """What the attention found and what the MLP makes of it, added to the stream."""
-        x = scaled_add(x, attended, gate)
-        return scaled_add(x, self.mlp(modulated_norm(x, mlp_shift, mlp_scale, self.mlp_norm_eps)), mlp_gate)
+        normed, x = modulated_norm(x, mlp_shift, mlp_scale, self.mlp_norm_eps, attended, gate)
+        return scaled_add(x, self.mlp(normed), mlp_gate)
 
 
 class LastText(nn.Module):
@@ -83,8 +84,9 @@ class JointBlock(nn.Module):
     def forward(self, condition: Tensor, inputs: AttentionInputs, image: Tensor, text: Tensor) -> Streams:
         shift, scale, *rest = self.image.modulation(condition)
         text_shift, text_scale, *text_rest = self.text.modulation(condition)
-        heads = self.image.attention.heads(modulated_norm(image, shift, scale, NORM_EPS))
-        text_heads = self.text.attention.heads(modulated_norm(text, text_shift, text_scale, NORM_EPS))
+        normed, image = modulated_norm(image, shift, scale, NORM_EPS)
+        text_normed, text = modulated_norm(text, text_shift, text_scale, NORM_EPS)
+        heads, text_heads = self.image.attention.heads(normed), self.text.attention.heads(text_normed)
         q, k, v = (torch.cat(pair) for pair in zip(heads, text_heads))
         if inputs.rotary is not None:
             q, k = rotary(q, k, *inputs.rotary)

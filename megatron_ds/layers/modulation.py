@@ -60,32 +60,59 @@ class Modulation(nn.Module):
         return parts.reshape(self.count, condition.shape[0], -1).unbind(0)
 
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """``layer_norm(x) (1 + scale) + shift``, without weights: ``x [s, b, h]``, the others ``[b, h]``."""
+def modulated_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float, branch: Tensor | None = None, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """adaLN of the residual stream: ``layer_norm(x) (1 + scale) + shift``, without weights, and ``x`` itself.
+
+    With a ``branch`` and its ``gate``, ``x + branch gate`` stands for ``x``. Whoever goes on with the stream takes it
+    from here: its gradient is then added by the operator that makes the norm's.
+
+    Args:
+        x, branch: ``[s, b, h]``; shift, scale, gate: ``[b, h]``.
+    """
     if torch.compiler.is_compiling():
-        return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+        x = x if branch is None or gate is None else torch.addcmul(x, branch, gate)
+        return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale), x
     if not torch.is_grad_enabled():
-        return torch.addcmul(shift, plain_layer_norm(x, eps)[0], 1 + scale)
-    out: Tensor = _ModulatedNorm.apply(x, shift, scale, eps)
-    return out
+        x = x if branch is None or gate is None else torch.addcmul(x, branch, gate)
+        return torch.addcmul(shift, plain_layer_norm(x, eps)[0], 1 + scale), x
+    found: tuple[Tensor, Tensor] = _ModulatedNorm.apply(x, shift, scale, eps, branch, gate)
+    return found
 
 
 class _ModulatedNorm(torch.autograd.Function):
+    """Keeps the normed values and not the stream: of those, as its argument, torch's layer norm has the same gradient
+    but for the factor ``rstd`` of each row."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-        normed, mean, rstd = plain_layer_norm(x, eps)
+    def forward(
+        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float, branch: Tensor | None, gate: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        x = x.view_as(x) if branch is None or gate is None else torch.addcmul(x, branch, gate)
+        normed, _, rstd = plain_layer_norm(x, eps)
         scale = 1 + scale
-        ctx.save_for_backward(x, normed, mean, rstd, scale)
-        return torch.addcmul(shift, normed, scale)
+        ctx.save_for_backward(normed, rstd, scale, branch, gate)
+        ctx.set_materialize_grads(False)
+        return torch.addcmul(shift, normed, scale), x
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, normed, mean, rstd, scale = ctx.saved_tensors
-        (grad,) = grads
-        backward = torch.ops.aten.native_layer_norm_backward
-        d_x = backward(grad * scale, x, x.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
-        return d_x, grad.sum(0), (grad * normed).sum(0), None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        normed, rstd, scale, branch, gate = ctx.saved_tensors
+        grad, d_x = grads
+        d_shift = d_scale = None
+        if grad is not None:
+            d_shift, d_scale = grad.sum(0), (grad * normed).sum(0)
+            backward = torch.ops.aten.native_layer_norm_backward
+            statistics = torch.zeros_like(rstd), torch.ones_like(rstd)
+            d_normed = (grad * scale).to(normed.dtype)
+            centred = backward(d_normed, normed, normed.shape[-1:], *statistics, None, None, [True, False, False])[0]
+            del d_normed  # whose memory what follows takes
+            rstd = rstd.to(normed.dtype)
+            d_x = centred.mul_(rstd) if d_x is None else torch.addcmul(d_x, centred, rstd)
+        of_branch = (None, None) if d_x is None or branch is None else (d_x * gate, (d_x * branch).sum(0))
+        return d_x, d_shift, d_scale, None, *of_branch
 
 
 def scaled_add(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:

@@ -15,22 +15,63 @@ def norm_by_formula(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("operator", ["norm", "gate"])
+@pytest.mark.parametrize("operator", ["norm", "norm of a sum", "gate"])
 def test_values_and_gradients_are_those_of_the_formula(operator: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(5, 3, 24), (3, 24), (3, 24)] if operator == "norm" else [(5, 3, 24), (5, 3, 24), (3, 24)]
-    inputs = [torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True) for shape in shapes]
-    weight = torch.randn(5, 3, 24, generator=generator, dtype=dtype)
-    if operator == "norm":
-        found = modulated_norm(*inputs, 1e-6)
-        expected = norm_by_formula(*(tensor.double() for tensor in inputs))
+    stream, row = (5, 3, 24), (3, 24)
+    shapes = {
+        "norm": [stream, row, row],
+        "norm of a sum": [stream, row, row, stream, row],
+        "gate": [stream, stream, row],
+    }
+    inputs = [torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True) for shape in shapes[operator]]
+    wide = [tensor.double() for tensor in inputs]
+
+    def compute() -> tuple[Tensor, ...]:
+        if operator == "gate":
+            return (scaled_add(*inputs),)
+        x, shift, scale, *sums = inputs
+        return modulated_norm(x, shift, scale, 1e-6, *sums)
+
+    if operator == "gate":
+        expected: tuple[Tensor, ...] = (wide[0] + wide[1] * wide[2],)
     else:
-        found, expected = scaled_add(*inputs), inputs[0].double() + inputs[1].double() * inputs[2].double()
+        summed = wide[0] + wide[3] * wide[4] if len(wide) > 3 else wide[0]
+        expected = norm_by_formula(summed, *wide[1:3]), summed
+    found = compute()
+    weights = [torch.randn(stream, generator=generator, dtype=dtype) for _ in found]
     tolerance = {"rtol": 0, "atol": 1e-12 if dtype == torch.float64 else 2e-5}
-    torch.testing.assert_close(found.double(), expected, **tolerance)
     with torch.no_grad():
-        again = modulated_norm(*inputs, 1e-6) if operator == "norm" else scaled_add(*inputs)
-    assert again.equal(found)
-    gradients = torch.autograd.grad(found, inputs, weight)
-    for own, other in zip(gradients, torch.autograd.grad(expected, inputs, weight.double())):
-        torch.testing.assert_close(own, other.to(dtype), **tolerance)
+        again = compute()
+    for own, other, without in zip(found, expected, again, strict=True):
+        torch.testing.assert_close(own.double(), other, **tolerance)
+        assert without.equal(own)
+    for used in ([0], [1], [0, 1])[: 2 ** len(found) - 1]:  # the norm, the stream, both
+        gradients = [
+            torch.autograd.grad(
+                [of[i] for i in used], inputs, [weights[i].to(of[i].dtype) for i in used],
+                retain_graph=True, allow_unused=True, materialize_grads=True,
+            )
+            for of in (found, expected)
+        ]  # fmt: skip
+        for own, other in zip(*gradients):
+            torch.testing.assert_close(own, other.to(dtype), **tolerance)
+
+
+@pytest.mark.parametrize("branch", [False, True], ids=["norm", "norm of a sum"])
+def test_a_stream_in_half_precision_takes_modulation_in_fp32(branch: bool) -> None:
+    """The norm comes out in fp32, as autograd's own operators have it; every gradient in its input's dtype."""
+    generator = torch.Generator().manual_seed(0)
+    stream, row = (5, 3, 24), (3, 24)
+    shapes = [stream, row, row, *([stream, row] if branch else [])]
+    wide = [torch.randn(shape, generator=generator).bfloat16().float().requires_grad_() for shape in shapes]
+    inputs = [tensor.detach().to(torch.bfloat16 if len(tensor.shape) == 3 else torch.float32) for tensor in wide]
+    found = modulated_norm(*(t.requires_grad_() for t in inputs[:3]), 1e-6, *(t.requires_grad_() for t in inputs[3:]))
+    summed = wide[0] + wide[3] * wide[4] if branch else wide[0]
+    expected = norm_by_formula(summed, wide[1], wide[2]), summed
+    assert found[0].dtype == torch.float32
+    weights = [torch.randn(stream, generator=generator) for _ in found]
+    gradients = torch.autograd.grad(found, inputs, [w.to(out.dtype) for w, out in zip(weights, found)])
+    assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in inputs]
+    for own, other in zip([*found, *gradients], [*expected, *torch.autograd.grad(expected, wide, weights)]):
+        assert (own.float() - other).norm() < 0.01 * other.norm()
