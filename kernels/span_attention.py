@@ -23,7 +23,7 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap
     65,504, are fp32.
 
     Args:
-        q: ``[b, c, n, d]``. k, v: ``[b, g, l, d]``; query head ``h`` uses key/value head ``h // (n / g)``.
+        q: ``[b, c, n, d]``. k, v: ``[g, b, l, d]``; query head ``h`` uses key/value head ``h // (n / g)``.
         bias: of :func:`span_bias`; None: every query sees every key.
         softcap: scores are ``softcap * tanh(scores / softcap)``, before the bias is added.
 
@@ -31,26 +31,29 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap
         ``[b, c, n, d]``.
     """
     b, c, n, d = q.shape
-    g, length = k.shape[1:3]
-    if b * c == 1 and softcap is None:  # where there is little to compute, calls are what takes the time
-        if bias is not None and bias.shape[1] > 1:
-            bias = bias.view(1, g, n // g, length)
-        return F.scaled_dot_product_attention(q.view(1, g, n // g, d), k, v, bias).reshape(q.shape)
-    if q.dtype is torch.float16:
+    g, length = k.shape[0], k.shape[2]
+    group, single = n // g, b * c == 1 and softcap is None
+    if q.dtype is torch.float16 and not single:
         return span_attention(q.float(), k.float(), v.float(), bias, softcap).half()
+    if bias is not None:
+        bias = bias.unflatten(1, (g, group) if bias.shape[1] > 1 else (1, 1)).transpose(0, 1)  # [g, b, n / g, c, l]
+    if single:  # where there is little to compute, calls are what takes the time
+        return F.scaled_dot_product_attention(
+            q.view(g, 1, group, d), k, v, None if bias is None else bias[:, :, :, 0]
+        ).reshape(q.shape)
     # In one piece: products of strided keys take up to twenty times as long.
     k, v = k.contiguous().flatten(0, 1).transpose(1, 2), v.flatten(0, 1)
-    queries, parts = q.unflatten(2, (g, n // g)).permute(0, 2, 3, 1, 4), []  # [b, g, n / g, c, d]
+    queries, parts = q.unflatten(2, (g, group)).permute(2, 0, 3, 1, 4), []  # [g, b, n / g, c, d]
     for start in range(0, c, QUERIES):
         end = min(start + QUERIES, c)
         seen = length - c + end
-        own = queries[:, :, :, start:end].reshape(b * g, -1, d)
+        own = queries[:, :, :, start:end].reshape(g * b, -1, d)
         scores = torch.baddbmm(own.new_empty(()), own, k[:, :, :seen], beta=0.0, alpha=1.0 / math.sqrt(d))
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
         if bias is not None:
-            scores.view(b, n, -1, seen).add_(bias[:, :, start:end, :seen])
-        parts.append((scores.softmax(-1) @ v[:, :seen]).view(b, g, n // g, -1, d).permute(0, 3, 1, 2, 4))
+            scores.view(g, b, group, -1, seen).add_(bias[:, :, :, start:end, :seen])
+        parts.append((scores.softmax(-1) @ v[:, :seen]).view(g, b, group, -1, d).permute(1, 3, 0, 2, 4))
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).reshape(q.shape)
 
 

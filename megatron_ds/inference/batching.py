@@ -39,10 +39,11 @@ class Span:
 
 @dataclass
 class Plan:
-    """One step. ``copies``: (from, to) of blocks, before anything is written."""
+    """One step. ``copies``: (from, to) of blocks, before anything is written; ``fresh``: blocks that are taken anew."""
 
     spans: list[Span] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    fresh: list[int] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -209,6 +210,7 @@ class Batcher:
             sequence.blocks[first] = own
             self.pool.release([shared])
         sequence.blocks += blocks
+        plan.fresh += blocks
         return True
 
     def _make_room(self) -> None:

@@ -87,6 +87,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, plan: Plan, rows: Many[int]) -> Tensor | None:
         """Logits ``[len(rows), v / tp]`` of these rows of the step, in the model's dtype, on the last stage."""
+        self.cache.clear(plan.fresh)
         self.cache.copy(plan.copies)
         spans = plan.spans
         places = StepPlaces.of(

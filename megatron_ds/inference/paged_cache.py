@@ -25,9 +25,9 @@ from megatron_ds.layers.attention_cores import AttentionRules
 
 _PADDED = 1 << 17
 """Elements of keys by which texts are padded at most, so that they are attended to in one call."""
-_ROUNDED = 16, 32
-"""Numbers of queries and of keys are padded to multiples of these: oneDNN compiles a kernel for each shape, which takes
-longer than a product."""
+_ROUNDED = 16
+"""Numbers of queries are padded to multiples of it, and those of keys to whole blocks: oneDNN compiles a kernel for
+each shape, which takes longer than a product."""
 _KEPT_BIASES = 1 << 23
 """Elements of the biases of a step that are kept for all layers; more of them are made again by each."""
 
@@ -49,19 +49,27 @@ class PagedCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ):
-        self.size, self.device, self.kv_heads, self.row_elements = size, device, kv_heads, kv_heads * head_dim
+        self.size, self.device, self.row_elements = size, device, kv_heads * head_dim
+        self._reads_whole_blocks = torch.device(device).type != "cuda" or dtype is torch.float64
         numbers = list(layers)
 
         def made() -> dict[int, Pages]:
-            return {layer: Pages(blocks * size, kv_heads, head_dim, dtype, device) for layer in numbers}
+            return {layer: Pages(blocks, size, kv_heads, head_dim, dtype, device) for layer in numbers}
 
         self.keys, self.values = made(), made()
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Forget what new blocks hold. Behind a text's end they are read, with weights of 0, but by a GPU's kernel."""
+        if blocks and self._reads_whole_blocks:
+            numbers = torch.tensor(blocks, device=self.device)
+            for of_layer in (*self.keys.values(), *self.values.values()):
+                of_layer.clear(numbers)
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Blocks to blocks, (from, to) each."""
         for source, target in copies:
             for of_layer in (*self.keys.values(), *self.values.values()):
-                of_layer.copy(*(slice(block * self.size, (block + 1) * self.size) for block in (source, target)))
+                of_layer.copy(source, target)
 
 
 @dataclass(frozen=True)
@@ -168,26 +176,26 @@ class PagedBatch:
         text, first, count, start = pieces.T
         stop, size, device = start + count, self.cache.size, self.cache.device
         lowest = np.maximum(0, start - (rules.window or start.max() + 1) + 1)
-        lengths = stop - lowest
-        queries = int(count[0])
-        most = int(lengths.max())
-        if len(pieces) > 1 or queries > 1:
-            queries = 1 if queries == 1 else -(-queries // _ROUNDED[0]) * _ROUNDED[0]
-            most = -(-(most + queries - int(count[0])) // _ROUNDED[1]) * _ROUNDED[1]
-        # Shorter texts are padded with keys of their own, which are hidden: nobody reads those of others.
-        places = np.minimum(lowest[:, None] + np.arange(most), stop[:, None] - 1)
-        slots = _slots(self.step.texts.tables.cpu().numpy(), text[:, None], places, size)
+        queries, last = int(count[0]), (stop - 1) // size
+        if queries > 1:
+            queries = -(-queries // _ROUNDED) * _ROUNDED
+        # Shorter texts are padded with their own last block, whose keys are hidden: nobody reads those of others.
+        most = int(((start + queries - 1) // size - lowest // size).max()) + 1
+        numbers = np.minimum(lowest[:, None] // size + np.arange(most), last[:, None])
+        blocks = self.step.texts.tables.cpu().numpy()[text[:, None], numbers].astype(np.int64)
         at: slice | Tensor
-        if len(slots) == 1 and bool((np.diff(slots[0]) == 1).all()):
-            at = slice(int(slots[0, 0]), int(slots[0, -1]) + 1)
+        if len(pieces) == queries == 1 and not self.apart and bool((np.diff(blocks) == 1).all()):
+            length, begin = int(stop[0] - lowest[0]), int(blocks[0, 0] * size + lowest[0] % size)
+            at = slice(begin, begin + length)
         else:
-            at = torch.from_numpy(Pages.rows_of(slots, self.cache.kv_heads)).to(device)
+            at, length, lowest = torch.from_numpy(blocks).to(device), most * size, lowest - lowest % size
         rows = None
         if not alone or queries > count[0]:
             of_texts = np.minimum(first[:, None] + np.arange(queries), (first + count)[:, None] - 1)
             rows = torch.from_numpy(of_texts).to(device)
-        sees_all = rules.alibi is None and queries == 1 and bool((lengths == most).all())
-        return _Tile(rows, at, start, lowest, int(count[0]), queries, most, sees_all)
+        sees_all = rules.alibi is None and queries == 1 and bool((stop - lowest == length).all())
+        sees_all = sees_all and (rules.window is None or rules.window >= length)
+        return _Tile(rows, at, start, lowest, int(count[0]), queries, length, sees_all)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,19 +10,31 @@ from megatron_ds.kernels.paged_attention import PagedKV
 
 
 class Pages:
-    """``[slots, g, d]`` in a dtype. In e4m3 each row of a head has a scale of its own, so none leaves its range."""
+    """Blocks of ``size`` slots, ``[g, slots, d]`` in a dtype.
 
-    def __init__(self, slots: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str):
-        self._float8 = dtype == E4M3
-        # Bytes: not every operation knows FP8.
-        kept = torch.uint8 if self._float8 else dtype
-        self.data = torch.zeros(slots, heads, head_dim, dtype=kept, device=device)
-        self.scale = torch.zeros(slots, heads, 1, dtype=torch.float32, device=device) if self._float8 else None
+    In e4m3 each row of a head has a scale of its own, so none leaves its range. On a GPU the heads of a slot lie
+    together, as its kernel reads them; elsewhere the slots of a head, as batched products do.
+    """
+
+    def __init__(
+        self, blocks: int, size: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+    ):
+        self.size, self._float8 = size, dtype == E4M3
+
+        def made(width: int, dtype: torch.dtype) -> Tensor:
+            if torch.device(device).type == "cuda":
+                return torch.zeros(blocks * size, heads, width, dtype=dtype, device=device).transpose(0, 1)
+            return torch.zeros(heads, blocks * size, width, dtype=dtype, device=device)
+
+        self.data = made(head_dim, torch.uint8 if self._float8 else dtype)  # bytes: not every operation knows FP8
+        self.scale = made(1, torch.float32) if self._float8 else None
 
     @property
     def pages(self) -> PagedKV:
-        """As a kernel takes them."""
-        return PagedKV(self.data, self.scale)
+        """As a kernel takes them: on a GPU as they lie."""
+        data, scale = (None if x is None else x.transpose(0, 1).contiguous() for x in (self.data, self.scale))
+        assert data is not None
+        return PagedKV(data, scale)
 
     @staticmethod
     def bytes_of_token(heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -31,33 +42,37 @@ class Pages:
 
     def write(self, slots: Tensor, rows: Tensor) -> None:
         """``rows [t, g, d]`` to ``slots [t]``."""
+        rows = rows.transpose(0, 1)
         if self.scale is None:
-            self.data.index_copy_(0, slots, rows.to(self.data.dtype))
+            self.data.index_copy_(1, slots, rows.to(self.data.dtype))
             return
         wide = rows.float()
         scale = wide.abs().amax(2, keepdim=True).clamp(min=SMALLEST_AMAX) / torch.finfo(E4M3).max
-        self.data.index_copy_(0, slots, (wide / scale).to(E4M3).view(torch.uint8))
-        self.scale.index_copy_(0, slots, scale)
-
-    @staticmethod
-    def rows_of(slots: np.ndarray, heads: int) -> np.ndarray:
-        """``[b, g, l]``: where :meth:`read` finds the heads of ``slots [b, l]``."""
-        return slots[:, None] * heads + np.arange(heads)[:, None]
+        self.data.index_copy_(1, slots, (wide / scale).to(E4M3).view(torch.uint8))
+        self.scale.index_copy_(1, slots, scale)
 
     def read(self, at: slice | Tensor, dtype: torch.dtype) -> Tensor:
-        """``[b, g, l, d]`` of :meth:`rows_of`, or of consecutive slots, which are not copied."""
-        rows = _rows(self.data, at)
+        """``[g, b, l, d]`` of blocks ``[b, l / size]``; of consecutive slots ``[g, 1, l, d]``, not copied."""
+        rows = self._rows(self.data, at)
         if self.scale is None:
             return rows.to(dtype)
-        return rows.view(E4M3).to(dtype) * _rows(self.scale, at).to(dtype)
+        return rows.view(E4M3).to(dtype) * self._rows(self.scale, at).to(dtype)
 
-    def copy(self, source: slice, target: slice) -> None:
+    def _rows(self, x: Tensor, at: slice | Tensor) -> Tensor:
+        if isinstance(at, slice):
+            return x[:, at].unsqueeze(1)
+        blocks = x.unflatten(1, (-1, self.size)).flatten(2).index_select(1, at.view(-1))
+        return blocks.view(x.shape[0], at.shape[0], -1, x.shape[2])
+
+    def clear(self, blocks: Tensor) -> None:
+        """Forget what they hold, which may be no numbers: a product with zero weights would be none either."""
         for tensor in (self.data, self.scale):
             if tensor is not None:
-                tensor[target] = tensor[source]
+                tensor.unflatten(1, (-1, self.size)).index_fill_(1, blocks, 0)
 
-
-def _rows(x: Tensor, at: slice | Tensor) -> Tensor:
-    if isinstance(at, slice):
-        return x[at].transpose(0, 1).unsqueeze(0)
-    return x.view(-1, x.shape[2]).index_select(0, at.view(-1)).view(*at.shape, -1)
+    def copy(self, source: int, target: int) -> None:
+        """A block to another."""
+        for tensor in (self.data, self.scale):
+            if tensor is not None:
+                blocks = tensor.unflatten(1, (-1, self.size))
+                blocks[:, target] = blocks[:, source]

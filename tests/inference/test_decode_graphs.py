@@ -42,7 +42,7 @@ class Stand:
 
         def replay() -> None:
             cache, pool = self.engine.runner.cache, self.engine.batcher.pool
-            data = [p.data for of in (cache.keys, cache.values) for p in of.values()]
+            data = [p.data.transpose(0, 1) for of in (cache.keys, cache.values) for p in of.values()]
             before = [x.clone() for x in data]
             run()
             self.replays += 1

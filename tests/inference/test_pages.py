@@ -31,13 +31,17 @@ def rounded(rows: torch.Tensor) -> torch.Tensor:
 def test_rows_come_back_as_the_nearest_numbers_of_the_format() -> None:
     torch.manual_seed(0)
     rows = torch.randn(9, 3, 16) * torch.logspace(-6, 6, 9).view(9, 1, 1)
-    pages = Pages(20, 3, 16, E4M3, "cpu")
+    pages = Pages(4, 5, 3, 16, E4M3, "cpu")
     slots = torch.tensor([4, 19, 0, 1, 2, 3, 7, 8, 9])
     pages.write(slots, rows)
-    found = pages.read(torch.from_numpy(Pages.rows_of(slots[None].numpy(), 3)), torch.float32)[0].transpose(0, 1)
+    found = pages.read(slice(0, 20), torch.float32)[:, 0].transpose(0, 1)[slots]
     assert torch.allclose(found, rounded(rows), rtol=1e-6) and not torch.equal(found, rows)
-    pages.copy(slice(0, 5), slice(10, 15))
-    assert torch.equal(pages.read(slice(10, 15), torch.float32), pages.read(slice(0, 5), torch.float32))
+    pages.copy(0, 2)
+    blocks = pages.read(torch.tensor([[2, 1], [0, 1]]), torch.float32)
+    assert torch.equal(blocks[:, 0], blocks[:, 1])
+    assert torch.equal(blocks[:, 1:], pages.read(slice(0, 10), torch.float32))
+    pages.clear(torch.tensor([2]))
+    assert not pages.read(slice(10, 15), torch.float32).any() and pages.read(slice(5, 10), torch.float32).any()
     assert Pages.bytes_of_token(3, 16, E4M3) * 20 == pages.data.nbytes + pages.scale.nbytes  # type: ignore[union-attr]
     assert Pages.bytes_of_token(3, 16, torch.bfloat16) == 96
 

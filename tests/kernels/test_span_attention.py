@@ -20,12 +20,12 @@ def expected(q: Tensor, k: Tensor, v: Tensor, starts: list[int], rules: tuple[in
             own = start + row
             seen = torch.arange(max(0, own - window + 1) if window else 0, own + 1)
             for head in range(q.shape[2]):
-                group = head * k.shape[1] // q.shape[2]
-                scores = k[text, group, seen] @ q[text, row, head] / math.sqrt(q.shape[3])
+                group = head * k.shape[0] // q.shape[2]
+                scores = k[group, text, seen] @ q[text, row, head] / math.sqrt(q.shape[3])
                 scores = softcap * torch.tanh(scores / softcap) if softcap else scores
                 if alibi is not None:
                     scores = scores + alibi.slopes[head] * (seen - own)
-                out[text, row, head] = scores.softmax(0) @ v[text, group, seen]
+                out[text, row, head] = scores.softmax(0) @ v[group, text, seen]
     return out
 
 
@@ -40,7 +40,7 @@ def test_rows_see_their_own_text(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    q, k, v = normal(len(starts), count, n, d), *(normal(len(starts), length, g, d).transpose(1, 2) for _ in range(2))
+    q, k, v = normal(len(starts), count, n, d), *(normal(length, len(starts), g, d).transpose(0, 2) for _ in range(2))
     window, kind, softcap = rules
     alibi = None if kind is None else Alibi(torch.rand(n, generator=generator, dtype=torch.float64))
     queries = torch.tensor(starts).unsqueeze(1) + torch.arange(count)
