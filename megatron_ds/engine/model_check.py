@@ -11,8 +11,8 @@ from torch.nn.parameter import is_lazy
 from megatron_ds.errors import ConfigError
 
 
-def check_model(model: nn.Module) -> None:
-    """Raise ConfigError, with the way out."""
+def check_model(model: nn.Module, gathers: bool = False) -> None:
+    """Raise ConfigError, with the way out. ``gathers``: parameters are whole only while their module is used."""
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise ConfigError(
@@ -22,6 +22,12 @@ def check_model(model: nn.Module) -> None:
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
             raise ConfigError(
                 f"{name or 'the model'} gives a sparse gradient, and flat buckets are dense; make it with sparse=False"
+            )
+    for name, module in model.named_modules() if gathers else ():
+        if isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None:
+            raise ConfigError(
+                f"{name or 'the model'} is TorchScript, which runs no hook that would gather its parameters at ZeRO "
+                "stage 3; use zero.stage=2, or the module before torch.jit.script() or trace()"
             )
     _require_own_memory(model)
 

@@ -26,7 +26,7 @@ from megatron_ds.mesh import Axis
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.gather_order import OrderComparison
 from megatron_ds.zero.memory import TransientParameters
-from megatron_ds.zero.placeholder import ShardedPlaceholder
+from megatron_ds.zero.placeholder import ShardedPlaceholder, explained
 
 FORWARD_END = "the end of a forward pass"
 _NEEDS = "gather "
@@ -236,16 +236,17 @@ class Gatherer:
             use = _Use(unit) if torch.is_grad_enabled() else None
             unit.running += 1
             self._running.append((unit, use))
-            self._gather(unit.buckets)
-            if use is None:
-                return None
-            leaves, spec = tree_flatten((args, kwargs))
-            wanted = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-            if wanted:
-                marked = _AfterBackward.apply(self, use, *(leaves[i] for i in wanted))
-                for i, tensor in zip(wanted, marked):
-                    leaves[i] = tensor
-                args, kwargs = tree_unflatten(leaves, spec)
+            with explained():
+                self._gather(unit.buckets)
+                if use is None:
+                    return None
+                leaves, spec = tree_flatten((args, kwargs))
+                wanted = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+                if wanted:
+                    marked = _AfterBackward.apply(self, use, *(leaves[i] for i in wanted))
+                    for i, tensor in zip(wanted, marked):
+                        leaves[i] = tensor
+                    args, kwargs = tree_unflatten(leaves, spec)
             return args, kwargs
 
         return before

@@ -65,10 +65,15 @@ class ShardedPlaceholder(nn.Parameter):
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Around a backward pass, where torch's words for values that are not here would tell a user nothing."""
+    """Around a backward pass or a gather, where torch's words for what cannot be would tell a user nothing."""
     try:
         yield
     except RuntimeError as error:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise ShardedParameterError(
+                "a module of ZeRO stage 3 was called inside a transform of torch.func (grad, vmap, jvp), which lets "
+                "nobody gather its parameters; transform what is inside of one module's forward, or use stage 2"
+            ) from error
         if not any(words in str(error) for words in ("storage of size 0", "data is not allocated yet")):
             raise
         raise ShardedParameterError(

@@ -16,6 +16,7 @@ from test_engine_setups import Setup, adamw, made, samples
 from torch import Tensor, nn
 
 import megatron_ds
+from megatron_ds.engine.model_check import check_model
 from megatron_ds.testing import run_ranks
 
 
@@ -122,6 +123,13 @@ def shown_in_a_buffer() -> nn.Module:
 )
 def test_what_would_come_apart_is_refused(make: Callable[[], nn.Module], said: str) -> None:
     assert re.search(said, message(megatron_ds.initialize, make()))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_torchscript_is_refused_where_its_parameters_come_and_go() -> None:
+    traced = nn.Sequential(nn.Linear(3, 3), torch.jit.trace(nn.Linear(3, 3), torch.ones(1, 3)))
+    check_model(traced)
+    assert "1 is TorchScript" in message(check_model, traced, gathers=True)
 
 
 def test_what_is_the_engines_is_not_left_to_torch(tmp_path: Path) -> None:

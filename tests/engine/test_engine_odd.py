@@ -138,6 +138,10 @@ HELD = {
 }
 
 
+# Stage 3 cannot gather inside of them.
+TRANSFORMED = Kind(lambda block, x: x + torch.func.grad(lambda y: block(y).square().sum())(x))
+
+
 def batch(step: int) -> Tensor:
     return torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
 
@@ -180,13 +184,19 @@ def all_trained(stage: int, apart: bool) -> dict[str, Any]:
             zero = {**zero, "keep_whole": True}
         found[name] = trained(kind, zero)
         zero.pop("keep_whole", None)
+    if stage == 3:
+        with pytest.raises(ShardedParameterError, match=r"inside a transform of torch\.func"):
+            trained(TRANSFORMED, zero)
+    else:
+        found["transformed"] = trained(TRANSFORMED, zero)
     return found
 
 
 @pytest.mark.parametrize("stage, apart", [(2, False), (3, False), (3, True)])
 def test_unusual_modules_equal_plain_torch(stage: int, apart: bool) -> None:
     rows = run_ranks(all_trained, 2, stage, apart, apart=apart)
-    for name, kind in (KINDS | HELD).items():
+    transformed = {"transformed": TRANSFORMED} if stage < 3 else {}
+    for name, kind in (KINDS | HELD | transformed).items():
         losses, parameters = plain(kind)
         for found in rows:
             got, state = found[name]
