@@ -89,16 +89,18 @@ class FIMDataset:
     """A :class:`GPTDataset` with its documents rearranged anew each time they are seen.
 
     A row's documents (the parts of them that lie in the row) are rearranged one by one; the row, which has become
-    longer by 3 tokens a rearranged document, is cut to its old length. An end-of-document token stays at its end.
+    longer by 3 tokens a rearranged document, is cut to its old length. Tokens that begin and end documents stay there.
 
     Args:
         dataset: what is read; its options of document masking apply to the rearranged row.
         fim: how.
-        eod_id: the token that ends documents, if they have one.
+        eod_id, bos_id: the tokens that end and begin documents, if they have them.
     """
 
-    def __init__(self, dataset: GPTDataset, fim: FillInTheMiddle, eod_id: int | None = None):
-        self.dataset, self.fim, self.eod_id = dataset, fim, eod_id
+    def __init__(
+        self, dataset: GPTDataset, fim: FillInTheMiddle, eod_id: int | None = None, bos_id: int | None = None
+    ):
+        self.dataset, self.fim, self.eod_id, self.bos_id = dataset, fim, eod_id, bos_id
         self.sequence_length = dataset.sequence_length
 
     def __len__(self) -> int:
@@ -128,6 +130,6 @@ class FIMDataset:
         return assemble(windows, starts if self.dataset.document_masking else None)
 
     def _piece(self, piece: npt.NDArray[np.int64], draw: int) -> npt.NDArray[np.int64]:
-        if piece.size and piece[-1] == self.eod_id:
-            return np.append(self.fim.rearrange(piece[:-1], draw), piece[-1:])
-        return self.fim.rearrange(piece, draw)
+        start = int(piece.size > 0 and piece[0] == self.bos_id)
+        stop = piece.size - int(piece.size > start and piece[-1] == self.eod_id)
+        return np.concatenate([piece[:start], self.fim.rearrange(piece[start:stop], draw), piece[stop:]])

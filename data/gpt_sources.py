@@ -180,9 +180,9 @@ class _Maker:
                 self.notes.append(note)
             return packed
         samples = GPTDataset(indexed, self.sequence_length, documents, seed, self.options.document_masking)
-        if self.fim is None:
+        if self.fim is None or self.tokenizer is None:
             return samples
-        return FIMDataset(samples, self.fim, self.tokenizer.eod_id if self.tokenizer is not None else None)
+        return FIMDataset(samples, self.fim, self.tokenizer.eod_id, self.tokenizer.bos_id)
 
 
 def blend_of_splits(

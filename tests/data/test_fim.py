@@ -15,7 +15,7 @@ from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.errors import DataError
 
-PREFIX, MIDDLE, SUFFIX, EOD = 900, 901, 902, 903
+PREFIX, MIDDLE, SUFFIX, EOD, BOS = 900, 901, 902, 903, 904
 FIM = FillInTheMiddle(PREFIX, MIDDLE, SUFFIX)
 
 
@@ -66,12 +66,13 @@ def test_rates_and_cuts_are_uniform() -> None:
 def dataset(tmp_path: Path) -> GPTDataset:
     with IndexedDatasetWriter(tmp_path / "set", "int32") as writer:
         for number in range(60):
-            writer.add_document([*range(number * 10, number * 10 + 3 + number % 6), EOD])
+            begin = [BOS] * (number % 2)
+            writer.add_document([*begin, *range(number * 10, number * 10 + 3 + number % 6), EOD])
     return GPTDataset(IndexedDataset(tmp_path / "set"), 32, seed=4, document_masking=True)
 
 
 def test_rows_keep_their_documents_and_masks_follow_them(dataset: GPTDataset) -> None:
-    fim = FIMDataset(dataset, FIM, EOD)
+    fim = FIMDataset(dataset, FIM, EOD, BOS)
     assert len(fim) == len(dataset)
     plain, new = dataset.batch(range(len(dataset))), fim.batch(range(len(dataset)))
     rearranged = 0
@@ -82,8 +83,10 @@ def test_rows_keep_their_documents_and_masks_follow_them(dataset: GPTDataset) ->
             positions = new["position_ids"][i][: document.size]
             assert positions.tolist() == list(range(document.size))
             assert document[-1] == EOD == old[-1]
-            how, back = undo(document[:-1].tolist())
-            assert back == old[:-1].tolist()
+            begin = int(old[0] == BOS)
+            how, back = undo(document[begin:-1].tolist())
+            assert back == old[begin:-1].tolist()
+            assert document[:begin].tolist() == old[:begin].tolist()
             rearranged += how != "plain"
             new["position_ids"][i] = np.roll(new["position_ids"][i], -document.size)
     assert rearranged > 10
@@ -92,7 +95,7 @@ def test_rows_keep_their_documents_and_masks_follow_them(dataset: GPTDataset) ->
 
 
 def test_draws_depend_on_the_place_in_the_run_alone(dataset: GPTDataset) -> None:
-    fim = FIMDataset(dataset, FIM, EOD)
+    fim = FIMDataset(dataset, FIM, EOD, BOS)
     whole = fim.batch(range(3 * len(fim)))["tokens"]
     pieces = [fim.batch(range(a, b))["tokens"] for a, b in ((0, 7), (7, 30), (30, 3 * len(fim)))]
     assert (np.concatenate(pieces) == whole).all()
