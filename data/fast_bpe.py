@@ -3,16 +3,18 @@
 tiktoken merges the neighbours whose *joined bytes* have the lowest rank, ``tokenizers`` the *pair* that comes first
 in a list. :func:`fast_encoder` gives an encoder only where the two are the same for every text:
 
-* The tokenizer is byte-level BPE without normalizer, dropout or prefixes; every byte has a token; the merges make
+* The tokenizer is byte-level BPE without normalizer or prefixes; every byte has a token; the merges make
   tokens of ascending id, so that an id can serve as rank.
 * Every token ``t`` that a merge makes is what the merges turn ``t`` itself into. Then both algorithms join the same
   neighbours: suppose both have gone the same way so far and ``x y`` stand side by side with ``xy = t`` a token. No
   merge has crossed the border of ``t`` yet, so what happened inside it is what happens to ``t`` alone, and that ends
   in ``t``: the pair ``x, y`` is in the list, with the rank of ``t``. The converse is plain, and both take the lowest
   rank first and the leftmost of equals.
-* The text is cut into words by the same regular expression. The two regex engines may know different versions of
-  Unicode: each character that is not ASCII is tried in both, in contexts that show its classes, the first time it
-  occurs, and a text with one that differs goes to ``tokenizers``.
+* The text is cut into words by the same regular expression, which says the same to both regex engines: no anchors,
+  which are those of lines to ``tokenizers`` and of the text to tiktoken, and no ``{1,3}+``, which repeats to one and is
+  possessive to the other. They may know different versions of Unicode: each character that is not ASCII is tried in
+  both, in contexts that show its classes, the first time it occurs, and a text with one that differs goes to
+  ``tokenizers``.
 * So does a text that contains an added token, or so long a run of white space that tiktoken's regex gives up.
 
 Besides, one text in :data:`SAMPLED` is encoded by both.
@@ -35,11 +37,34 @@ CONTEXTS = (
     *("a{0}a", "1{0}1", " {0}", "  {0}", "{0}{0}", "'{0}", "'s{0}"),
     *("!{0}!", "\n{0}\n", "{0} {0}", "{0}  ", "a\u0301{0}"),
 )
+_CLASS = r"\[(?:\\.|[^\[\]\\])*\]"
+_REGEX_PARTS = re.compile(rf"(?s)\\[pPx]\{{[^}}]*\}}|\\.|{_CLASS}|\{{[\d,]*\}}\+?|\(\?[\w-]+|.")
+_AMBIGUOUS = re.compile(r"[\^$]|\\[bBAzZGRXK]|\{.*\}\+|\(\?.*m.*|\[")
+"""Parts of a regular expression that mean, or may mean, something else to the other engine."""
 RUN_OF_SPACE = re.compile(r"(?<!\s)\s{50000}")
 
 
 class Unsuitable(Exception):
     """Why tiktoken cannot stand in for a tokenizer."""
+
+
+def for_tokenizers(pattern: str) -> str:
+    """A regular expression of tiktoken's written for ``tokenizers``' engine.
+
+    Raises:
+        Unsuitable: it has a part that may mean another thing there.
+    """
+    parts: list[str] = []
+    for part in _REGEX_PARTS.findall(pattern):
+        if part in "^$":
+            parts.append(r"\A" if part == "^" else r"\z")
+        elif part[0] == "{" and part[-1] == "+" and parts[-1:] != [")"]:
+            parts.append(f"(?>{parts.pop()}{part[:-1]})")
+        elif _AMBIGUOUS.fullmatch(part):
+            raise Unsuitable(f"{part!r} in it may mean another thing to `tokenizers`")
+        else:
+            parts.append(part)
+    return "".join(parts)
 
 
 def gives_up(error: BaseException) -> bool:
@@ -144,7 +169,7 @@ def _ranks(description: dict[str, Any], proved: bool) -> dict[bytes, int]:
         raise Unsuitable(f"it normalises text ({description['normalizer']['type']})")
     if model["type"] != "BPE":
         raise Unsuitable(f"its model is {model['type']}, not BPE")
-    for setting in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
+    for setting in ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(setting):
             raise Unsuitable(f"it has {setting}")
     vocabulary: dict[str, int] = model["vocab"]
@@ -184,5 +209,9 @@ def _words(description: dict[str, Any]) -> str:
         split = steps[0]
         regex = split["pattern"].get("Regex") if split["type"] == "Split" else None
         if regex and split["behavior"] == "Isolated" and not split["invert"]:
+            if part := next(filter(_AMBIGUOUS.fullmatch, _REGEX_PARTS.findall(regex)), None):
+                raise Unsuitable(
+                    f"its words are cut by a regex with {part!r}, which may mean another thing to tiktoken"
+                )
             return str(regex)
     raise Unsuitable(f"its words are cut by {[step['type'] for step in steps]}")

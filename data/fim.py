@@ -97,9 +97,7 @@ class FIMDataset:
         eod_id, bos_id: the tokens that end and begin documents, if they have them.
     """
 
-    def __init__(
-        self, dataset: GPTDataset, fim: FillInTheMiddle, eod_id: int | None = None, bos_id: int | None = None
-    ):
+    def __init__(self, dataset: GPTDataset, fim: FillInTheMiddle, eod_id: int | None = None, bos_id: int | None = None):
         self.dataset, self.fim, self.eod_id, self.bos_id = dataset, fim, eod_id, bos_id
         self.sequence_length = dataset.sequence_length
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_ds.data.fast_bpe import byte_characters, gives_up
+from megatron_ds.data.fast_bpe import Unsuitable, byte_characters, for_tokenizers, gives_up
 from megatron_ds.data.tokenizer_base import Ids, Marked, Tokenizer, read_special_tokens, write_hf
 from megatron_ds.errors import DataError
 from megatron_ds.files import read_json
@@ -171,10 +171,14 @@ class TiktokenTokenizer(Tokenizer):
             pairs.sort(key=lambda pair: (self.ranks[pair[0]], self.ranks[pair[1]]))
             merges += [(written(left), written(right)) for left, right in pairs]
         vocabulary = {written(token): rank for token, rank in self.ranks.items()}
+        try:
+            words = Regex(for_tokenizers(self.pattern))
+        except Unsuitable as why:
+            raise DataError(f"{self.path}: how it cuts words cannot be written as tokenizer.json: {why}") from None
         backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(self.pattern), "isolated"),
+                pre_tokenizers.Split(words, "isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )

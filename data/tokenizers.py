@@ -87,12 +87,19 @@ class HFTokenizer(Tokenizer):
             self.backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust side raises bare Exception
             raise DataError(f"{path} is not a tokenizer.json of Hugging Face `tokenizers`: {error}") from None
+        if dropout := getattr(self.backend.model, "dropout", None):
+            raise DataError(
+                f"{path} has dropout={dropout}: the same text would have other ids each time. Set it to null there"
+            )
         self.backend.no_padding()
         self.backend.no_truncation()  # a file may say to cut at the model's length; a corpus must not be cut
         found = read_special_tokens(self.path.parent)
         self.config = found.config
         added = self._add(found)
-        content = self.path.read_bytes() + (json.dumps(added, sort_keys=True).encode() if added else b"")
+        # The names of special tokens in a text are letters then.
+        split = self.backend.encode_special_tokens = found.config.get("split_special_tokens") is True
+        settings = [value for value in (added, split) if value]
+        content = self.path.read_bytes() + b"".join(json.dumps(v, sort_keys=True).encode() for v in settings)
         self.fingerprint = xxhash.xxh3_64_hexdigest(content)
         ids = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1

@@ -232,6 +232,7 @@ MARK = {"content": "<r>", "lstrip": True, "rstrip": True, "normalized": False, "
     {"extra_special_tokens": {"a": "<new>", "b": "world"}},
     {"special_tokens_map": {"additional_special_tokens": [{"__type": "AddedToken", **MARK}, "<new>"]}},
     {"added_tokens_decoder": {"400": {**MARK, "content": "<|im_start|>"}}},
+    {"split_special_tokens": True},
     {"pad_token": "<pad>", "sep_token": {"__type": "AddedToken", **MARK}, "additional_special_tokens": ["<new>"]},
 ])  # fmt: skip
 def test_special_tokens_that_a_folder_lists_are_those_of_transformers(tmp_path: Path, listed: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def refused(backend: Tokenizer, message: str) -> None:
 def test_what_is_refused() -> None:
     backend = train("gpt2")
     description = json.loads(backend.to_str())
-    refused(changed(backend, dropout=0.1), "it has dropout")
+    refused(changed(backend, byte_fallback=True), "it has byte_fallback")
     refused(changed(backend, merges=description["model"]["merges"][::-1]), "ascending id|not what its merges")
     fewer = {token: i for token, i in description["model"]["vocab"].items() if token != "Ġ"}
     kept = [pair for pair in description["model"]["merges"] if "Ġ" not in "".join(pair)]
@@ -190,6 +191,15 @@ def test_what_is_refused() -> None:
     gaps = pre_tokenizers.Split(Regex(r"[a-z]+"), "isolated")  # tiktoken drops what the expression does not match
     backend.pre_tokenizer = pre_tokenizers.Sequence([gaps, pre_tokenizers.ByteLevel(False, use_regex=False)])
     refused(backend, "means something else to tiktoken")
+    for pattern, part in (
+        (r"\s+$|.|\s", "$"),
+        (r"^\s+|.|\s", "^"),
+        (r"\p{L}{1,3}+|[^\]$]+", "{1,3}+"),
+        (r".|\bx|\s", "\\b"),
+    ):
+        differs = pre_tokenizers.Split(Regex(pattern), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([differs, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        refused(backend, re.escape(f"cut by a regex with {part!r}, which may mean another thing to tiktoken"))
     empty = pre_tokenizers.Split(Regex(r"a*"), "isolated")  # tiktoken panics at a word without a letter
     backend.pre_tokenizer = pre_tokenizers.Sequence([empty, pre_tokenizers.ByteLevel(False, use_regex=False)])
     refused(backend, "means something else to tiktoken")

@@ -191,6 +191,10 @@ def test_what_is_not_a_tokenizer(tmp_path: Path) -> None:
         load_tokenizer("nowhere")
     with pytest.raises(DataError, match=r"is a folder without tokenizer.json or tokenizer.model"):
         load_tokenizer(tmp_path)
+    random = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "dropout": 0.1}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(random))
+    with pytest.raises(DataError, match=r"tokenizer.json has dropout=0.1.*: the same text would have other ids"):
+        load_tokenizer(tmp_path)
     for name in ("tokenizer.json", "tokenizer.model"):
         (tmp_path / name).write_bytes(b"\x00\x01 not a tokenizer")
         with pytest.raises(DataError, match=f"{name} is not a"):
@@ -289,11 +293,12 @@ def test_tiktoken_files(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["r50k_base", "cl100k_base", "o200k_base"])
-def test_the_known_patterns_are_those_of_tiktoken(name: str) -> None:
+def test_the_known_patterns_are_those_of_tiktoken(name: str, tmp_path: Path) -> None:
     """By their effect: the definitions in tiktoken are read, not its vocabularies, which it would download."""
     tiktoken = pytest.importorskip("tiktoken", reason="tiktoken files need tiktoken")
     import regex
     import tiktoken_ext.openai_public as public
+    from tokenizers import Tokenizer as Backend
 
     assert tiktoken
     with pytest.MonkeyPatch.context() as patch:
@@ -303,3 +308,16 @@ def test_the_known_patterns_are_those_of_tiktoken(name: str) -> None:
     text = "".join(TEXTS) * 2 + "I'LL don'T 'S CamelCaseWORDS http://a/b//\n\n  x\r\n 12345 \u01c5x ʰ"
     assert regex.findall(KNOWN[name][0], text) == regex.findall(definition["pat_str"], text)
     assert definition["special_tokens"] == KNOWN[name][1]
+    # tiktoken's own, which is faster, means something else to `tokenizers` letter by letter.
+    tokens = [bytes([byte]) for byte in range(256)] + [b"12", b"1234", b"123456", b"  ", b"\n ", b"\n  ", b"  \n"]
+    path = tmp_path / "t.tiktoken"
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    path.with_suffix(".json").write_text(json.dumps({"pattern": definition["pat_str"], "special_tokens": {}}))
+    ours = load_tokenizer(path)
+    ours.save_hf(tmp_path / "export")
+    theirs = Backend.from_file(str(tmp_path / "export" / "tokenizer.json"))
+    for each in (text, "a\n  b 123456 12345678 \n  \n", "x  \n  "):
+        assert theirs.encode(each).ids == list(ours.encode_batch([each])[0])
+    path.with_suffix(".json").write_text(json.dumps({"pattern": r"\bx|.|\s", "special_tokens": {}}))
+    with pytest.raises(DataError, match=r"cuts words cannot be written as tokenizer.json: '\\\\b' in it may mean"):
+        load_tokenizer(path).save_hf(tmp_path / "export")
