@@ -36,7 +36,7 @@ from megatron_ds.data.workers import run_tasks
 from megatron_ds.errors import DataError
 from megatron_ds.files import read_json, replacing
 
-VERSION = 2
+VERSION = 3
 """Of what is made of the inputs: a run that another version began is not continued."""
 
 

@@ -37,12 +37,12 @@ def cut_file(item: Input, size: int) -> Iterator[tuple[int, int]]:
 def read_text_slice(item: Input, part: Slice, options: SourceOptions, data: bytes | None) -> Iterator[Record]:
     """The records of a slice; ``data`` is its content where the file cannot be entered in the middle."""
     is_json = item.kind in ("jsonl", "hub")
-    parse = functools.partial(parse_json_line, options=options) if is_json else parse_line
+    parse = functools.partial(parse_json_line, options=options) if is_json else parse_lines
     with open(item.path, "rb", buffering=1 << 20) if data is None else io.BytesIO(data) as file:
         if data is None:
             file.seek(part.start)
         if item.kind == "file":
-            yield 0, parse(file.read().removeprefix(BOM))
+            yield 0, parse_text(file.read().removeprefix(BOM))
             return
         lines = _lines(item, part, file)
         for number, piece in _paragraphs(lines) if item.kind == "paragraph" else lines:
@@ -76,12 +76,16 @@ def _paragraphs(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes
             yield numbers[0], b"".join(pieces)
 
 
-def parse_line(line: bytes) -> str | Problem:
+def parse_lines(lines: bytes) -> str | Problem:
+    """Lines without the end of the last one."""
+    return parse_text(lines.rstrip(b"\r\n"))
+
+
+def parse_text(content: bytes) -> str | Problem:
     try:
-        text = line.rstrip(b"\r\n").decode("utf-8")
+        return content.decode("utf-8") or Problem("empty")
     except UnicodeDecodeError as error:
         return Problem("invalid UTF-8", str(error))
-    return text or Problem("empty")
 
 
 def parse_json_line(line: bytes, options: SourceOptions) -> str | Problem:

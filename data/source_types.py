@@ -79,7 +79,7 @@ class SourceOptions:
     key: str = "text"
     """The key of the text in a JSON record, or the column of a table."""
     txt_documents: TxtDocuments = "file"
-    """What one document of a .txt is: the file, a line, or a paragraph (blank lines between)."""
+    """What one document of a .txt is: the file as it is, a line, or a paragraph (blank lines between)."""
     dataset_split: str = "train"
     """Which split of a saved or hub dataset."""
     conversations: bool = False

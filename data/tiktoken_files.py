@@ -2,7 +2,8 @@
 
 The file holds neither the regular expression that cuts words nor the special tokens. They come from a JSON file
 beside it, ``NAME.json`` for ``NAME.tiktoken``, with keys ``pattern`` and ``special_tokens`` (name -> id), or from the
-file's name where that is one of :data:`KNOWN`. (Llama 3's original ``tokenizer.model`` is such a file too.)
+file's name where that is one of :data:`KNOWN`; the special tokens then from the list of added tokens in
+``tokenizer_config.json``, if there is one. (Llama 3's original ``tokenizer.model`` is such a file too.)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_ds.data.fast_bpe import Unsuitable, byte_characters, for_tokenizers, gives_up
-from megatron_ds.data.tokenizer_base import Ids, Marked, Tokenizer, read_special_tokens, write_hf
+from megatron_ds.data.tokenizer_base import Ids, Marked, SpecialTokens, Tokenizer, read_special_tokens, write_hf
 from megatron_ds.errors import DataError
 from megatron_ds.files import read_json
 
@@ -81,7 +82,8 @@ class TiktokenTokenizer(Tokenizer):
         self.path = Path(path)
         content = self.path.read_bytes()
         self.ranks = self._read(content)
-        self.pattern, self._special_ids = self._settings()
+        found = read_special_tokens(self.path.parent)
+        self.pattern, self._special_ids = self._settings(found)
         taken = {rank for rank in self.ranks.values() if rank in self._special_ids.values()}
         if taken:
             raise DataError(f"{path}: the ids {sorted(taken)[:5]} belong to special tokens and to others")
@@ -94,7 +96,7 @@ class TiktokenTokenizer(Tokenizer):
         )
         self._ids = frozenset((*self.ranks.values(), *self._special_ids.values()))
         self.vocab_size = max(self._ids) + 1
-        self._take_special(read_special_tokens(self.path.parent), self._special_ids)
+        self._take_special(found, self._special_ids)
 
     def _read(self, content: bytes) -> dict[bytes, int]:
         ranks = {}
@@ -109,7 +111,7 @@ class TiktokenTokenizer(Tokenizer):
             raise DataError(f"{self.path} has no token for {missing} of the 256 bytes: truncated?")
         return ranks
 
-    def _settings(self) -> tuple[str, dict[str, int]]:
+    def _settings(self, found: SpecialTokens) -> tuple[str, dict[str, int]]:
         beside = self.path.with_suffix(".json")
         if beside.is_file():
             try:
@@ -120,7 +122,8 @@ class TiktokenTokenizer(Tokenizer):
                     f"{beside} must hold `pattern` and `special_tokens` (name -> id) for {self.path.name}: {error!r}"
                 ) from None
         if self.path.stem in KNOWN:
-            return KNOWN[self.path.stem]
+            pattern, special = KNOWN[self.path.stem]
+            return pattern, {token["content"]: number for number, token in found.added.items()} or special
         raise DataError(
             f"{self.path} does not say how words are cut; name it like one of {sorted(KNOWN)}, or put {beside.name} "
             'beside it with {"pattern": ..., "special_tokens": {...}}'

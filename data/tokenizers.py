@@ -55,7 +55,8 @@ def load_tokenizer(path_or_spec: str | Path, proved: bool = False) -> Tokenizer:
             return load_tokenizer(path / "tokenizer.model")
         raise DataError(
             f"tokenizer={spec!r} is a folder without tokenizer.json or tokenizer.model; it has "
-            f"{sorted(p.name for p in path.iterdir())[:8]}. Save it with the `tokenizers` library, or name a file"
+            f"{sorted(p.name for p in path.iterdir())[:8]}. Write the former with `transformers` "
+            "(AutoTokenizer.from_pretrained(folder).save_pretrained(folder)), or name a file"
         )
     if path.is_file():
         if path.suffix == ".tiktoken" or (path.suffix == ".model" and is_tiktoken_file(path)):

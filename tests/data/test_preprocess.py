@@ -110,13 +110,13 @@ def test_hub_datasets_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("documents, expected", [
-    ("file", ["one\ntwo\n\n\nthree\r\n four\n \nfive", "x\n\ny"]),
+    ("file", ["one\ntwo\n\n\nthree\r\n four\n \nfive\r\n", "x\n\ny"]),
     ("line", ["one", "two", "three", " four", " ", "five", "x", "y"]),
     ("paragraph", ["one\ntwo", "three\r\n four", "five", "x", "y"]),
 ])  # fmt: skip
 @pytest.mark.parametrize("compressed", [False, True])
 def test_documents_of_txt(tmp_path: Path, documents: str, expected: list[str], compressed: bool) -> None:
-    contents = ("one\ntwo\n\n\nthree\r\n four\n \nfive", "x\n\ny")
+    contents = ("one\ntwo\n\n\nthree\r\n four\n \nfive\r\n", "x\n\ny")
     names = []
     for number, content in enumerate(contents):
         names.append(tmp_path / (f"{number}.txt" + (".gz" if compressed else "")))

@@ -279,6 +279,10 @@ def test_tiktoken_files(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "llama" / "x").mkdir(parents=True)
     (tmp_path / "llama" / "tokenizer.model").write_bytes(lines)  # as Llama 3's: told from SentencePiece by its content
     assert load_tokenizer(tmp_path / "llama").bos_id == 128_000
+    listed = {"added_tokens_decoder": {"128008": {"content": "<|eom_id|>"}}}  # Llama 3.1 has other names
+    (tmp_path / "llama" / "tokenizer_config.json").write_text(json.dumps(listed))
+    newer = load_tokenizer(tmp_path / "llama")
+    assert newer.token_id("<|eom_id|>") == newer.encode_batch(["a<|eom_id|>"])[0][-1] == 128_008
     with pytest.raises(DataError, match="tiktoken gave up on a text of 3000001 characters that starts with '   "):
         tokenizer.encode_batch([" " * 3_000_000 + "x"])
     path.with_suffix(".json").unlink()
