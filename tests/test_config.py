@@ -198,12 +198,6 @@ REFUSED: list[tuple[int, dict[str, dict[str, Any]], str]] = [
     ),
     (
         1,
-        {"train": {"late_check": True}, "optimizer": {"name": "muon"}},
-        "train.late_check with optimizer.name='muon', whose update no device skips by itself; use 'adamw', or use "
-        "--train.no-late-check",
-    ),
-    (
-        1,
         {"train": {"late_check": True}, "zero": {"stage": 3}},
         "train.late_check with zero.stage=3, which compares the order of gathers at each update; use stage 2, or use "
         "--train.no-late-check",

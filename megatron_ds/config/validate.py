@@ -90,8 +90,6 @@ def _late_check_faults(config: BaseRunConfig) -> Iterator[str]:
             f"{what} with precision.dtype='fp16': the step after an overflow begins before the dynamic loss scale has "
             f"halved; set precision.loss_scale, use precision.dtype='bf16', or {off}"
         )
-    if config.optimizer.name == "muon":
-        yield f"{what} with optimizer.name='muon', whose update no device skips by itself; use 'adamw', or {off}"
     if config.zero.stage == 3:
         yield f"{what} with zero.stage=3, which compares the order of gathers at each update; use stage 2, or {off}"
     if config.zero.offload_optimizer.device != "none":

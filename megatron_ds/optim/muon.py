@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,19 +124,22 @@ class MuonUpdate:
 
     @torch.no_grad()
     def step(self, lr: float, scale: float | Tensor = 1.0) -> None:
-        config = self._rule.config
         trained = [segment for segment in self._segments if segment.name not in self.frozen]
-        directions = [self._direction(segment, scale) for segment in trained]
+        # Known to the device alone. Where it is true, every step below adds zero or multiplies by one.
+        skipped = scale.isnan() if isinstance(scale, Tensor) else None
+        directions = [self._direction(segment, scale, skipped) for segment in trained]
         for segment, update in zip(trained, self._orthogonal(trained, directions)):
             if segment.weight_decay:
-                segment.master.mul_(1.0 - lr * config.weight_decay)
-            segment.master.add_(update, alpha=-lr)
+                segment.master.mul_(_unless(skipped, 1.0 - lr * self._rule.config.weight_decay, 1.0, segment.master))
+            segment.master.add_(update if skipped is None else update.masked_fill(skipped, 0.0), alpha=-lr)
 
-    def _direction(self, segment: OptimizerSegment, scale: float | Tensor) -> Tensor:
+    def _direction(self, segment: OptimizerSegment, scale: float | Tensor, skipped: Tensor | None) -> Tensor:
         """The momentum, Nesterov's if asked for. Clipping, which is in ``scale``, comes before it."""
         beta, momentum = self._rule.config.muon_momentum, segment.state[MOMENTUM]
         gradient = segment.gradient.mul_(scale)
-        momentum.lerp_(gradient, 1.0 - beta)
+        if skipped is not None:
+            gradient.masked_fill_(skipped, 0.0)
+        momentum.lerp_(gradient, _unless(skipped, 1.0 - beta, 0.0, momentum))
         return gradient.lerp(momentum, beta) if self._rule.config.muon_nesterov else momentum
 
     def _orthogonal(self, segments: Sequence[OptimizerSegment], directions: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -168,3 +172,8 @@ class MuonUpdate:
             update = orthogonalize(matrix, config.muon_steps, DTYPES[config.muon_dtype]).to(whole.dtype)
             found.append((update * size_factor(rows, columns, config.muon_adjust)).view(part.shape))
         return torch.cat(found, dim=matrices.dim) if len(found) > 1 else found[0]
+
+
+def _unless(skipped: Tensor | None, value: float, instead: float, like: Tensor) -> Any:
+    """A number, or a 0-d tensor where the device knows which of the two."""
+    return value if skipped is None else like.new_full((), value).masked_fill_(skipped, instead)

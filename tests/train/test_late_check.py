@@ -33,6 +33,7 @@ MOST: list[tuple[str, Sections, float]] = [
     ("fp64", {"optimizer": {"name": "sgd", "momentum": 0.9, "clip_norm": 0.0}}, math.inf),
     ("bf16", {"optimizer": {**WARM}, "mesh": {"dp": 2}, "zero": {"stage": 2}}, math.nan),
     ("fp16", {"precision": {"loss_scale": 64.0}, "mesh": {"pp": 2}}, math.nan),
+    ("bf16", {"optimizer": {"name": "muon", **WARM}, "mesh": {"tp": 2}}, math.inf),
 ]
 
 
@@ -41,7 +42,7 @@ def late(dtype: str, sections: Sections, is_late: bool) -> RunConfig:
     return configuration(**{**sections, "precision": precision, "train": {"late_check": is_late}})
 
 
-@pytest.mark.parametrize(("dtype", "sections", "bad"), MOST, ids=["adamw", "sgd", "bf16", "fp16"])
+@pytest.mark.parametrize(("dtype", "sections", "bad"), MOST, ids=["adamw", "sgd", "bf16", "fp16", "muon"])
 def test_weights_are_those_of_steps_that_wait(dtype: str, sections: Sections, bad: float) -> None:
     """Step 2 has a NaN or an Inf, and so no update; bias correction, average and warm-up go on from before it."""
     jobs = [(poisoned, late(dtype, sections, late_), 4, 0, 2, bad, "hidden") for late_ in (False, True)]
