@@ -84,7 +84,9 @@ class EngineConfig(Section):
         "divided by the accumulation, or by the tokens of the whole batch, already. Over ranks they are averaged.",
     )
     steps: int | None = Field(None, gt=0, description="Optimizer steps of the run, for a schedule that decays.")
-    seed: int = Field(1234, ge=0, description="Initial weights of a model that was built on the meta device.")
+    seed: int = Field(
+        1234, ge=0, description="Of initial weights of a model built on the meta device, and of stochastic rounding."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where every local rank has a GPU.")
     timeout: float = Field(600.0, gt=0, description="Seconds a collective may take.")
     decay: Literal["matrices", "all"] = Field(

@@ -96,6 +96,7 @@ def initialize(
     zero = ZeroOptimizer(
         parameters.items(), mesh, settings.zero, update, root=model, unit_classes=unit_classes, fill=filler
     )
+    zero.seed = settings.seed
     if filler is not None:
         filler.fill_rest()
     step = _train_step(settings, sizes, mesh, zero, scaler, rate, called, loss)

@@ -95,6 +95,7 @@ def build(config: BaseRunConfig, mesh: Mesh, task: Task, device: torch.device | 
         root=root_of(stages),
         stage_of=stage_numbers(stages),
     )
+    optimizer.seed = config.seed
     if config.compile:
         for stage in stages.values():
             cast(StageModule, stage).compile_blocks()

@@ -222,10 +222,10 @@ class FlatBucket:
         """Whether nothing of this step has been reduced into the shard that is kept."""
         return self.gradients is not None and self.gradients.empty
 
-    def start_step(self, step: int) -> None:
-        """Forget the gradients of the step before. ``step``: updates so far."""
+    def start_step(self, step: int, seed: int) -> None:
+        """Forget the gradients of the step before. ``step``: updates so far, and ``seed``: the run's, of rounding."""
         assert self.gradients is not None
-        self._sums.start_step(step)
+        self._sums.start_step(step, seed)
         self._frozen = None
         if self.gradients.whole is not None and self.main_grads[0].view is None:
             self._show_gradients(self.gradients.whole)

@@ -15,9 +15,10 @@ from megatron_ds.zero.memory import TransientGradients, WholeBuffer
 class GradientSums:
     """Reduce-scatter and all-reduce of one bucket's gradients on this rank.
 
-    Stochastic rounding of what is sent has a key. It is made of the step, the sum's number in the step, the bucket and
-    this rank's place among those that sum. So a resumed run draws the same numbers again, and no two messages draw the
-    same ones. Copies of a parameter on tensor-parallel ranks do, as they must stay equal.
+    Stochastic rounding of what is sent has a key. It is made of the run's seed, the step, the sum's number in the step,
+    the bucket and this rank's place among those that sum. So a resumed run draws the same numbers again, and no two
+    messages draw the same ones, of runs with other seeds neither: the mean of such runs would keep errors that they
+    share. Copies of a parameter on tensor-parallel ranks do, as they must stay equal.
 
     Args:
         axes: the axis over which the bucket is sharded, and that of its replicas.
@@ -37,14 +38,14 @@ class GradientSums:
         self._axes = [axis for axis in (axes[1], *also_over) if axis.group is not None]
         first = layout.slots[0].spec
         self._identity = (first.name, first.offset, layout.key.stage, axes[0].rank, axes[1].rank)
-        self._step = self._sums = 0
+        self._seed = self._step = self._sums = 0
         self._remaining: list[Axis] = []
         self._pending: Pending | None = None
 
-    def start_step(self, step: int) -> None:
+    def start_step(self, step: int, seed: int) -> None:
         """Forget the gradients of the step before. ``step``: updates so far."""
         self._gradients.start_step()
-        self._step, self._sums = step, 0
+        self._seed, self._step, self._sums = seed, step, 0
 
     def start(self) -> None:
         """Start the first of the sums that make the shard whole. Leave the buffer alone until :meth:`finish`."""
@@ -74,4 +75,4 @@ class GradientSums:
     def _key(self, over: str) -> int:
         if self._how is None or not self._how.stochastic:
             return 0
-        return derive_seed(self._step, "rounding", *self._identity, self._sums, over)
+        return derive_seed(self._seed, "rounding", self._step, *self._identity, self._sums, over)

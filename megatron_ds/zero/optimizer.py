@@ -55,8 +55,8 @@ class ZeroOptimizer(MovableParameters):
             of a unit are sharded like all others.
         shared_over: parameters of which other pipeline stages hold a copy, each with the axis of the ranks that do;
             every rank of the axis must list it at the same position. Their gradients are summed over that axis.
-        shared_memory: let CPU ranks of one host read each other's buffers instead of sending them. The sums are the
-            same but for the order in which gloo adds small buckets of three ranks and more.
+        shared_memory: let CPU ranks of one host read each other's buffers instead of sending them. Sums are the same,
+            but for the order in which gloo adds small buckets of three ranks and more.
         root: the module whose forward uses the parameters, or a list of them. Stage 3 finds in it the units that are
             gathered and freed together; see :mod:`megatron_ds.zero.units`.
         unit_classes: the classes of modules that are units, instead of the members of lists of modules.
@@ -86,6 +86,7 @@ class ZeroOptimizer(MovableParameters):
         self._parameters = unique(parameters)
         self._rule = as_rule(optimizer_config, self._parameters, mesh.tp)
         self._root, self._unit_classes, self._count = root, unit_classes, 0
+        self.seed = 0  # the run's, by which stochastic rounding draws
         self._choose_units()
         shared = {id(parameter): number for number, (parameter, _) in enumerate(shared_over)}
         infos = describe(
@@ -149,7 +150,7 @@ class ZeroOptimizer(MovableParameters):
     def start_step(self) -> None:
         """Forget the gradients of the step before."""
         self.reducer.expect(Phase.IDLE, "start_step")
-        self.reducer.start_step(self._count)
+        self.reducer.start_step(self._count, self.seed)
         if self.gatherer is not None:
             self.gatherer.start_step()
             self.gatherer.keep = self.config.keep_whole
@@ -296,10 +297,7 @@ class ZeroOptimizer(MovableParameters):
     # Ranks that read each other's memory
 
     def _before_change(self) -> None:
-        """Before parameters change: nobody holds or reads the values of before, on no rank.
-
-        An evaluation may have left a unit whole, in the middle of a step too.
-        """
+        """Before parameters change: no rank holds or reads old values, of which an evaluation may have left some."""
         if self.gatherer is not None:
             self.gatherer.require_one_order()
             self.gatherer.free_all()

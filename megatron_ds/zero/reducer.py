@@ -132,10 +132,10 @@ class Reducer:
     def main_grads(self) -> Iterator[MainGradient]:
         return (main_grad for context in self.contexts.values() for main_grad in context.main_grads())
 
-    def start_step(self, step: int) -> None:
-        """Forget the gradients of the step before. ``step``: updates so far."""
+    def start_step(self, step: int, seed: int) -> None:
+        """Forget the gradients of the step before. ``step``: updates so far, and ``seed``: the run's, of rounding."""
         for bucket in self.buckets:
-            bucket.start_step(step)
+            bucket.start_step(step, seed)
         for main_grad in self.main_grads():
             main_grad.written = False
             main_grad.writes = 0

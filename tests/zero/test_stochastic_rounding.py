@@ -31,13 +31,13 @@ def gradient() -> Tensor:
     return torch.randn(SIZE, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
-def errors(settings: dict[str, Any], passes: int, mesh: Mesh) -> Tensor:
+def errors(settings: dict[str, Any], passes: int, mesh: Mesh, seed: int = 0) -> Tensor:
     """``[STEPS, shard]``: what this rank's sums are off by, where all ranks have one gradient in all passes."""
     parameter = nn.Parameter(torch.zeros(SIZE, dtype=torch.float64))
     parameter.shard = ShardSpec("weight", (SIZE,))  # type: ignore[attr-defined]
     config = ZeroConfig(quantized_gradients="int4", quantized_stochastic=True, **settings)
     zero = ZeroOptimizer([parameter], mesh, config, OptimizerConfig(name="sgd"))
-    found = []
+    zero.seed, found = seed, []
     for _ in range(STEPS):
         zero.start_step()
         for number in range(passes):
@@ -57,6 +57,7 @@ def on_this_rank() -> dict[bool, dict[str, Tensor]]:
     for one_key in (False, True):
         with patch.object(gradient_sums, "derive_seed", lambda *names: 5) if one_key else nullcontext():
             found[one_key] = {name: errors(*case, mesh) for name, case in CASES.items()}
+    found[False]["another seed"] = errors(*CASES["whole gradients"], mesh, seed=1)
     return found
 
 
@@ -64,7 +65,10 @@ def on_this_rank() -> dict[bool, dict[str, Tensor]]:
 def by_key() -> dict[bool, dict[str, Tensor]]:
     """All ranks' errors side by side."""
     ranks = run_ranks(on_this_rank, RANKS)
-    return {key: {name: torch.cat([rank[key][name] for rank in ranks], dim=1) for name in CASES} for key in ranks[0]}
+    return {
+        key: {name: torch.cat([rank[key][name] for rank in ranks], dim=1) for name in names}
+        for key, names in ranks[0].items()
+    }
 
 
 def rms(x: Tensor) -> float:
@@ -90,3 +94,8 @@ def test_messages_are_rounded_independently(name: str, by_key: dict[bool, dict[s
     messages, size = (RANKS - 1) * (1 if whole else 2), 2.0 if whole else 1.0
     assert rms(by_key[False][name]) == pytest.approx(messages**0.5 * size * deviation, rel=0.03)
     assert rms(by_key[True][name]) == pytest.approx(messages * size * deviation, rel=0.1)
+
+
+def test_runs_of_two_seeds_are_rounded_independently(by_key: dict[bool, dict[str, Tensor]]) -> None:
+    one, other = by_key[False]["whole gradients"], by_key[False]["another seed"]
+    assert rms((one + other) / 2) == pytest.approx(rms(one) / 2**0.5, rel=0.03)
