@@ -1,4 +1,4 @@
-"""A compiled forward pass for generation: the blocks of a model as Inductor graphs, for few tokens on a CPU.
+"""A compiled forward pass for generation: the blocks of a model as Inductor graphs, on a CPU.
 
 The model's own code is traced. Attention stays one operator a layer, called with the core of the step; everything else
 between the matrix products is fused.
@@ -17,8 +17,6 @@ from megatron_ds.kernels.registry import define
 from megatron_ds.layers.attention_cores import AttentionCore, AttentionRules, MakeCore
 from megatron_ds.models.transformer import MicroBatch, Transformer
 
-MOST_TOKENS = 128
-"""Of a step; with more of them the products take nearly all of its time."""
 _EXAMPLE = 61
 """Tokens for which a graph for any number is recorded: a prime, which is no size of a model."""
 _CORES: ContextVar[list[AttentionCore]] = ContextVar("attention cores of the step")
@@ -42,7 +40,8 @@ class _Recorded:
 
 
 class CompiledStage:
-    """``Transformer.hidden_states`` of a whole model in evaluation mode: one graph for one token, one for some.
+    """What the vocabulary's projection is applied to, of a whole model in evaluation mode: one graph for one token, one
+    for some.
 
     Args:
         compiled: False leaves the graphs to be run operator by operator.
@@ -52,12 +51,10 @@ class CompiledStage:
         self._model, self._compiled = model, compiled
         self._one, self._some = self._graph(1), self._graph(_EXAMPLE)
 
-    def hidden_states(self, micro_batch: MicroBatch, hidden: Tensor | None, make_core: MakeCore) -> Tensor:
-        """As the model's, for ``[1, t]`` tokens."""
+    def head_input(self, micro_batch: MicroBatch, hidden: Tensor | None, make_core: MakeCore) -> Tensor:
+        """``Transformer.head_input`` of its ``hidden_states``, for ``[1, t]`` tokens."""
         tokens, positions = micro_batch["tokens"], micro_batch["position_ids"]
         count = tokens.shape[1]
-        if count > MOST_TOKENS:
-            return self._model.hidden_states(micro_batch, hidden, make_core)
         run, kinds = self._one if count == 1 else self._some
         c, dtype = self._model.config, self._model.output_weight.dtype
         before = _CORES.set([make_core(rules, count, c.head_size, tokens.device, dtype) for rules in kinds])
@@ -76,7 +73,8 @@ class CompiledStage:
 
         def run(tokens: Tensor, positions: Tensor) -> Tensor:
             kinds.clear()
-            return self._model.hidden_states({"tokens": tokens, "position_ids": positions}, None, make_core)
+            micro_batch = {"tokens": tokens, "position_ids": positions}
+            return self._model.head_input(self._model.hidden_states(micro_batch, None, make_core))
 
         places = torch.zeros(1, count, dtype=torch.int64)
         graph = record(run, (places, places.clone()), dynamic=count > 1)

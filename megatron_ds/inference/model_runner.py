@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
@@ -15,11 +14,10 @@ from megatron_ds.inference.compiled_stage import CompiledStage
 from megatron_ds.inference.decode_graphs import Capture, DecodeGraphs, GraphSizes
 from megatron_ds.inference.paged_cache import PagedBatch, PagedCache, PagedStep, StepPlaces
 from megatron_ds.inference.pages import Pages
-from megatron_ds.layers.attention_cores import MakeCore
 from megatron_ds.layers.recipe import OwnPrecision, Recipe
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.block import SITES_A_BLOCK
-from megatron_ds.models.transformer import MicroBatch, Transformer
+from megatron_ds.models.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -70,14 +68,14 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         self.cache = PagedCache(layers, size.blocks + 1, size.size, heads, head_dim, size.dtype, self.device)
         self.dtype = next(model.parameters()).dtype
-        self.hidden_states: Callable[[MicroBatch, Tensor | None, MakeCore], Tensor] = model.hidden_states
+        self._compiled: CompiledStage | None = None
         alone = mesh.world.size == 1 and mesh.device.type == "cpu"
         if compiled and alone and not apart and self.dtype in (torch.bfloat16, torch.float16):
             self.compile()
 
-    def compile(self) -> None:
-        """From now on run steps of few tokens as compiled graphs."""
-        self.hidden_states = CompiledStage(self.model).hidden_states
+    def compile(self, stage: CompiledStage | None = None) -> None:
+        """From now on run compiled graphs of the model: those of ``stage``, if there is one."""
+        self._compiled = stage or CompiledStage(self.model)
 
     def capture(self, capture: Capture | None, sizes: GraphSizes) -> None:
         """From now on replay decode steps as graphs, where there is a way to capture them."""
@@ -115,10 +113,13 @@ class ModelRunner:
 
     def _hidden(self, tokens: Tensor, positions: Tensor, step: PagedStep, hidden: Tensor | None = None) -> Tensor:
         batch = PagedBatch(self.cache, step, lambda site: (site - 1) // SITES_A_BLOCK, self.apart)
-        return self.hidden_states({"tokens": tokens, "position_ids": positions}, hidden, batch.make_core)
+        forward = self.model.hidden_states if self._compiled is None else self._compiled.head_input
+        return forward({"tokens": tokens, "position_ids": positions}, hidden, batch.make_core)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return self.model.local_logits(self.model.head_input(hidden), self.head_recipe.product)[:, 0]
+        if self._compiled is None:
+            hidden = self.model.head_input(hidden)
+        return self.model.local_logits(hidden, self.head_recipe.product)[:, 0]
 
     def _decoded(self, tokens: Tensor, positions: Tensor, step: PagedStep) -> Tensor:
         return self._logits(self._hidden(tokens, positions, step))

@@ -42,15 +42,16 @@ class TextEnds:
 
 @dataclass
 class _Live:
-    """A request under way. ``cached``: tokens of the prompt that were found in the cache."""
+    """A request under way.
+
+    Attributes:
+        open: samples that have not finished. cached: tokens of the prompt that were found in the cache.
+    """
 
     request: Request
     samples: list[Sequence]
+    open: int = 1
     cached: int = 0
-
-    @property
-    def finished(self) -> bool:
-        return all(sequence.status is Status.FINISHED for sequence in self.samples)
 
 
 class _Rows(NamedTuple):
@@ -161,7 +162,7 @@ class ServingEngine:
             waits = bool(self.batcher.waiting) or any(event[0] == "add" for event in events)  # nobody is guessed for
             events.append(["guess", [] if waits else self._draft_model.guess(self.batcher.running)])
         changed = self._step(from_first(self.mesh.world, events))
-        outputs = [_output(live) for live in changed if live.finished or live.request.id not in self._whole]
+        outputs = [_output(live) for live in changed if not live.open or live.request.id not in self._whole]
         self._whole.difference_update(output.request_id for output in outputs)
         self.counters.step_seconds += self._clock() - begun
         return outputs
@@ -197,7 +198,7 @@ class ServingEngine:
                 name = span.sequence.request.id
                 changed[name] = self._live[name]
         for name, live in changed.items():
-            if live.finished:
+            if not live.open:
                 self._live.pop(name, None)
         return list(changed.values())
 
@@ -320,8 +321,8 @@ class ServingEngine:
 
     def _append(self, sequence: Sequence, token: int, own: Any, processed: Any) -> None:
         request, params = sequence.request, sequence.request.params
-        text = sequence.text
-        if not sequence.answered:
+        text, answered = sequence.text, sequence.answered + 1
+        if answered == 1:
             self.counters.first_token(self._clock() - request.arrived)
             if sequence.index == 0:
                 self._fork(self._live[request.id])
@@ -333,13 +334,13 @@ class ServingEngine:
         if processed is not None:
             sequence.processed_logprobs.append(processed)
         ends = token in params.stop_token_ids or (token in self.ends.eos and not params.ignore_eos)
-        if ends and sequence.answered > params.min_tokens:
+        if ends and answered > params.min_tokens:
             sequence.stop = token if token in params.stop_token_ids else None
             if params.include_stop_str_in_output:
                 text.add(token)
             self._finish(sequence, "stop")
             return
-        text.add(token, sequence.answered > params.min_tokens)
+        text.add(token, answered > params.min_tokens)
         if sequence.matcher is not None:
             sequence.matcher.take(token)
         if text.stopped is not None:
@@ -355,10 +356,12 @@ class ServingEngine:
         for index in range(1, live.request.params.n):
             sample = self._sequence(live.request, index)
             live.samples.append(sample)
+            live.open += 1
             self.batcher.fork(live.samples[0], sample)
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         sequence.text.finish()
+        self._live[sequence.request.id].open -= 1
         self.batcher.finish(sequence, reason)
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
 
@@ -371,7 +374,7 @@ def _output(live: _Live) -> RequestOutput:
         request.tokens,
         [CompletionOutput.of(sequence) for sequence in live.samples],
         request.prompt_logprobs if request.params.prompt_logprobs is not None else None,
-        live.finished,
+        not live.open,
         live.cached,
     )
 

@@ -11,7 +11,7 @@ from served import VOCAB, config_of, engine_of, stage_of
 
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference import SamplingParams, served_model
-from megatron_ds.inference.compiled_stage import MOST_TOKENS, CompiledStage
+from megatron_ds.inference.compiled_stage import CompiledStage
 from megatron_ds.inference.model_runner import CacheSize, ModelRunner
 from megatron_ds.inference.packed_recipe import PackedWeight, pack_model
 from megatron_ds.inference.quantized_recipes import quantize_model
@@ -41,7 +41,7 @@ def test_a_compiled_model_says_the_same_to_1e_10() -> None:
     """GPT-2, for rotary positions take their sines in fp32 always, and a compiled sine differs in its last bit."""
     model = stage_of(config_of("gpt2").model_copy(update={"num_layers": 1}), Mesh.single())
     want = logprobs_of(engine_of(model), 2)
-    engine = engine_of(model, budget=MOST_TOKENS // 2)
+    engine = engine_of(model, budget=64)
     engine.runner.compile()
     found = logprobs_of(engine, 2)
     assert len(found) == len(want) == 36
@@ -58,8 +58,8 @@ def build(name: str, folder: Path, dtype: torch.dtype) -> Transformer:
 def test_a_family_is_recorded_as_it_computes(tmp_path: Path, name: str) -> None:
     model = build(name, tmp_path, torch.float64)
     want = logprobs_of(engine_of(model), 1)
-    engine = engine_of(model, budget=MOST_TOKENS // 2)
-    engine.runner.hidden_states = CompiledStage(model, compiled=False).hidden_states
+    engine = engine_of(model, budget=64)
+    engine.runner.compile(CompiledStage(model, compiled=False))
     for mine, theirs in zip(logprobs_of(engine, 1), want, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)  # a table of sines in fp32
 
@@ -79,10 +79,10 @@ def test_quantised_weights_are_recorded_as_they_compute(scheme: str) -> None:
     head = quantize_model(model, scheme)
     found = []
     for recorded in (False, True):
-        engine = engine_of(model, budget=MOST_TOKENS // 2)
+        engine = engine_of(model, budget=64)
         engine.runner = ModelRunner(model, engine.mesh, CacheSize(64, 4, torch.bfloat16), head)
         if recorded:
-            engine.runner.hidden_states = CompiledStage(model, compiled=False).hidden_states
+            engine.runner.compile(CompiledStage(model, compiled=False))
         found.append(logprobs_of(engine, 2))
     for mine, theirs in zip(*found, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
