@@ -41,7 +41,7 @@ from megatron_ds.deepspeed_json import auto_values
 from megatron_ds.engine import Engine, initialize, read_config
 from megatron_ds.engine.assemble import Configuration
 from megatron_ds.errors import ConfigError
-from megatron_ds.integrations.engine_module import EngineModel, EngineOptimizer
+from megatron_ds.integrations.engine_module import EngineModel, EngineOptimizer, require_one_schedule
 from megatron_ds.train.step import StepResult, TrainStep
 
 ENGINE = "engine"
@@ -226,6 +226,7 @@ class Bridge:
         for optimizer in self.accelerator._optimizers:
             if isinstance(optimizer.optimizer, EngineOptimizer):
                 optimizer._is_overflow = result.skipped  # schedulers are not stepped then
+                require_one_schedule(self._attached(), optimizer)
 
     def _attached(self) -> Engine:
         if self.engine is None:

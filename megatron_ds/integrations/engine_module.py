@@ -58,6 +58,16 @@ class EngineModel(nn.Module, Joinable):
         return self.module._get_name()  # libraries look the kind of a model up by it
 
 
+def require_one_schedule(engine: Engine, *optimizers: Any) -> None:
+    """Raise ConfigError where a torch scheduler was made of an optimizer whose rates the configuration sets."""
+    schedule = engine.config.schedule
+    if schedule is not None and any(hasattr(o.step, "_wrapped_by_lr_sched") for o in (*optimizers, engine.optimizer)):
+        raise ConfigError(
+            f"the configuration's scheduler, {schedule.name}, sets the learning rate of each update, and the script "
+            "has made a torch scheduler of the same optimizer, whose rates would be lost; remove one of them"
+        )
+
+
 class EngineOptimizer(Optimizer):
     """The optimizer as other libraries take it: settings are the user's optimizer's own, a step is the engine's."""
 
@@ -73,6 +83,7 @@ class EngineOptimizer(Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         if closure is not None:
             raise ConfigError("a closure cannot be evaluated again on sharded gradients; call step() without one")
+        require_one_schedule(self.engine, self)
         result = self.engine.step()
         if result is None:
             raise EngineError(

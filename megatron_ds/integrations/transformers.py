@@ -3,13 +3,15 @@
     from megatron_ds.integrations.transformers import Trainer, TrainingArguments
 
 ``TrainingArguments(deepspeed=...)`` takes a DeepSpeed dictionary or JSON file, with ``"auto"`` filled in as they
-do, and needs no ``deepspeed`` installed; or this library's own configuration, as a dictionary or a TOML file. What
+do, and needs no ``deepspeed`` installed; or this library's own configuration, as a dictionary or a TOML file. An
+optimizer there has from the training arguments what it does not say (rate, decay, betas, warm-up of a schedule). What
 the Trainer saves is a folder for ``from_pretrained`` with, in a checkpoint, an ``engine/`` from which training resumes
 on any number of ranks. Start with ``torchrun``.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +55,8 @@ class Trainer(transformers.Trainer):
     engine: Engine | None = None
     optimizer: Any
     lr_scheduler: Any
+    _own_optimizer: Any = None  # made of the configuration, as the next
+    _own_scheduler: Any = None
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -62,7 +66,10 @@ class Trainer(transformers.Trainer):
         self._check()
         self._settings = self._read(max_steps)
         self._check_full_eval()
-        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self._has_schedule and self.lr_scheduler is not self._own_scheduler:
+            raise _another("scheduler")
+        return prepared
 
     def _check(self) -> None:
         args = self.args
@@ -133,7 +140,7 @@ class Trainer(transformers.Trainer):
             if args.process_index == 0:
                 print(*(f"megatron_ds: {note}" for note in notes), sep="\n", flush=True)
         else:
-            config, _ = read_config(source)
+            config = self._with_arguments(read_config(source)[0], max_steps)
         if config.keeps_dtype:
             config = with_precision(config, "bf16" if args.bf16 else "fp16" if args.fp16 else "no")
         said = config.optimizer.clip_norm
@@ -143,9 +150,30 @@ class Trainer(transformers.Trainer):
             )
         return for_a_loop(config.model_copy(update={"steps": max_steps}), args.device)
 
+    def _with_arguments(self, config: EngineConfig, max_steps: int) -> EngineConfig:
+        """An optimizer of the configuration has from the training arguments what it does not say itself."""
+        args, section, named = self.args, config.optimizer, config.torch_optimizer
+        shared = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+        if named is not None:
+            takes = inspect.signature(getattr(torch.optim, named.name, dict)).parameters
+            params = {key: value for key, value in shared.items() if key in takes} | named.params
+            return config.model_copy(update={"torch_optimizer": named.model_copy(update={"params": params})})
+        if not config.optimizer_settings():
+            return config
+        unsaid = {**shared, "beta1": args.adam_beta1, "beta2": args.adam_beta2, "eps": args.adam_epsilon}
+        if section.schedule != "constant":
+            unsaid["warmup_steps"] = args.get_warmup_steps(max_steps)
+        unsaid = {key: value for key, value in unsaid.items() if key not in section.model_fields_set}
+        return config.model_copy(update={"optimizer": section.model_copy(update=unsaid)})
+
     @property
     def _has_optimizer(self) -> bool:
         return bool(self._settings.optimizer_settings()) or self._settings.torch_optimizer is not None
+
+    @property
+    def _has_schedule(self) -> bool:
+        section = self._settings.optimizer
+        return self._settings.schedule is not None or section.schedule != "constant" or section.warmup_steps > 0
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self._has_optimizer:
@@ -156,13 +184,13 @@ class Trainer(transformers.Trainer):
                 {"params": [p for _, p in named if not every and p.dim() <= 1], "weight_decay": 0.0},
             ]
             self.optimizer = torch_optimizer(self._settings, [group for group in groups if group["params"]])
+            self._own_optimizer = self.optimizer
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        settings = self._settings
-        own = settings.schedule is not None or settings.optimizer.schedule != "constant"
-        if self.lr_scheduler is None and own:
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, _factor(settings, self.optimizer))
+        if self.lr_scheduler is None and self._has_schedule:
+            factors = _factors(self._settings, self.optimizer)
+            self.lr_scheduler = self._own_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factors)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -170,7 +198,9 @@ class Trainer(transformers.Trainer):
         if not training or isinstance(model, EngineModel):
             return model
         settings = self._settings
-        if self._has_optimizer and self.optimizer is not None and self.optimizer.param_groups:
+        if self._has_optimizer:
+            if self.optimizer is not self._own_optimizer:
+                raise _another("optimizer")
             # The optimizer was made of them above; to the engine it is simply the caller's.
             plain = OptimizerConfig(clip_norm=settings.optimizer.clip_norm, schedule="constant")
             settings = settings.model_copy(update={"optimizer": plain, "torch_optimizer": None})
@@ -227,9 +257,26 @@ class Trainer(transformers.Trainer):
         self.engine.load_checkpoint(Path(self.state.best_model_checkpoint) / ENGINE, weights_only=True)
 
 
-def _factor(config: EngineConfig, optimizer: torch.optim.Optimizer) -> Callable[[int], float]:
-    """The configuration's learning rate as a LambdaLR takes it: by updates done, relative to the optimizer's own."""
-    rate, base = rate_of(config), optimizer.param_groups[0]["lr"]
+def _another(kind: str) -> ConfigError:
+    return ConfigError(
+        f"the Trainer was given a {kind} or makes one itself, and the configuration (deepspeed=) has one too, which "
+        "would be lost; remove one of them"
+    )
+
+
+def _factors(config: EngineConfig, optimizer: torch.optim.Optimizer) -> list[Callable[[int], float]]:
+    """The configuration's learning rate as a LambdaLR takes it, by updates done: of each group, relative to its own."""
     if config.schedule is not None and config.schedule.sets_betas:
         raise ConfigError("the Trainer's scheduler sets learning rates alone; set OneCycle's cycle_momentum to false")
-    return lambda done: rate(base, done + 1) / base if base else 0.0
+    # As LambdaLR has them: in a second training the rate of a group is what the first one has left.
+    rate, bases = rate_of(config), [float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+    if 0.0 in bases:
+        raise ConfigError(
+            "learning_rate=0, and the configuration's scheduler sets rates of its own, which a Trainer takes relative "
+            "to that; set learning_rate to the largest of them"
+        )
+
+    def relative(base: float) -> Callable[[int], float]:
+        return lambda done: rate(base, done + 1) / base
+
+    return [relative(base) for base in bases]

@@ -294,6 +294,15 @@ def mixed_precision() -> dict[str, str]:
     return found
 
 
+def two_schedules() -> str:
+    """The configuration's, and the loop's."""
+    warmup = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2}}
+    run = Run({"zero_optimization": {"stage": 1}, "scheduler": warmup}, None)
+    said = message(lambda: [run.micro_batch(batch) for batch in run.loader])
+    run.model.engine.zero.close()
+    return said
+
+
 def clipped_in_fp16(loss_scale: float) -> Tensor:
     """What SGD with a learning rate of 1 adds to a weight of zero."""
     net = nn.Linear(4, 1, bias=False)

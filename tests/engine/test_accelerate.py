@@ -19,6 +19,7 @@ from accelerate_cases import (
     prepared_again,
     refusals,
     taken_up,
+    two_schedules,
 )
 from test_engine_parity import differs
 
@@ -126,6 +127,11 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
 def test_elements_are_clipped_at_their_own_size_whatever_the_loss_scale() -> None:
     once, scaled = clipped_in_fp16(1.0), clipped_in_fp16(1024.0)
     assert torch.equal(once, scaled) and once.abs().max() == 0.25
+
+
+def test_a_loop_and_a_configuration_do_not_both_set_the_rate() -> None:
+    (said,) = run_ranks(two_schedules, 1)
+    assert "scheduler, WarmupLR, sets the learning rate of each update, and the script has made a torch" in said
 
 
 def test_mixed_precision_is_the_accelerators() -> None:

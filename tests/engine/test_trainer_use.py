@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_trainer import check
-from trainer_more import CASES, Adapted, everything, frozen_llama, refusals, resumed
+from trainer_more import CASES, Adapted, configured, everything, frozen_llama, refusals, resumed
 
 from megatron_ds.testing import run_ranks
 
@@ -47,9 +47,18 @@ def test_a_trainer_is_used_in_many_ways(tmp_path: Path) -> None:
     same({**alone, "best": None}, plain["adapted"])  # of two ranks, on one
 
 
+def test_a_configuration_and_the_arguments_go_together(tmp_path: Path) -> None:
+    ((plain, named, rates),) = run_ranks(configured, 1, str(tmp_path))
+    same(named, plain)
+    assert rates == [[pytest.approx(2e-3 * (1 + update / 2))] * 2 for update in range(3)] * 2
+
+
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     (found,) = run_ranks(refusals, 1, str(tmp_path))
     assert "save_only_model=True leaves out what load_best_model_at_end" in found["only model"]
+    for kind in ("optimizer", "scheduler"):
+        assert f"given a {kind} or makes one itself, and the configuration (deepspeed=) has one too" in found[kind]
+    assert "learning_rate=0, and the configuration's scheduler" in found["no rate"]
     assert "auto_find_batch_size" in found["batch size"] and "per_device_train_batch_size" in found["batch size"]
     assert "bf16_full_eval=True would cast the model" in found["full eval"] and "bf16=True" in found["full eval"]
     assert "has no engine/" in found["plain"] and "from_pretrained" in found["plain"]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 from trainer_cases import DEEPSPEED, dataset, llama, place_in_environment
+from transformers import TrainerCallback
 
 from megatron_ds.errors import MegatronDSError
 
@@ -75,7 +76,6 @@ def trainer_of(output: str, config: Any, model: Any, init: Any = None, streamed:
         output_dir=output,
         per_device_train_batch_size=4 // world,
         per_device_eval_batch_size=4 // world,
-        learning_rate=1e-2,
         max_grad_norm=0.5,
         use_cpu=True,
         report_to=[],
@@ -86,6 +86,7 @@ def trainer_of(output: str, config: Any, model: Any, init: Any = None, streamed:
             "gradient_accumulation_steps": 2,
             "max_steps": 4,
             "save_strategy": "no",
+            "learning_rate": 1e-2,
             **more,
             **({} if config is None else {"deepspeed": config}),
         },
@@ -221,6 +222,43 @@ def everything(output: str) -> dict[str, Any]:
     return results
 
 
+class Rates(TrainerCallback):
+    """The learning rates of each update, of every group."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[float]] = []
+
+    def on_step_begin(self, *_: Any, optimizer: Any, **keywords: Any) -> None:
+        self.seen.append([float(group["lr"]) for group in optimizer.param_groups])
+
+
+RANGE_TEST = {
+    "type": "LRRangeTest",
+    "params": {"lr_range_test_min_lr": 2e-3, "lr_range_test_step_size": 2},
+}
+
+
+def two_groups(model: nn.Module) -> torch.optim.Optimizer:
+    head, *others = reversed(list(model.parameters()))
+    return torch.optim.AdamW([{"params": [head], "lr": 3e-3}, {"params": others}], lr=1e-2)
+
+
+def configured(output: str) -> tuple[dict[str, Any], dict[str, Any], list[list[float]]]:
+    """A plain Trainer, one whose configuration names the decay alone, and the rates of two trainings of another."""
+    trained = []
+    for config, decay in ((None, 0.3), ({"optimizer": {"weight_decay": 0.3}}, 0.0)):
+        trainer = trainer_of(output, config, llama(), max_steps=3, weight_decay=decay, warmup_steps=1)
+        trainer.train()
+        trained.append(end(trainer))
+    trainer = trainer_of(output, {"zero_optimization": {"stage": 1}, "scheduler": RANGE_TEST}, llama(), max_steps=3)
+    trainer.optimizer = two_groups(trainer.model)
+    trainer.add_callback(rates := Rates())
+    trainer.train()
+    trainer.train()
+    trainer.engine.zero.close()
+    return trained[0], trained[1], rates.seen
+
+
 def refusals(output: str) -> dict[str, str]:
     every = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
 
@@ -231,9 +269,20 @@ def refusals(output: str) -> dict[str, str]:
             return f"{type(error).__name__}: {error}"
         return ""
 
+    def other(optimizer: bool, config: Any, **more: Any) -> str:
+        trainer = trainer_of(output, config, llama(), **more)
+        made = two_groups(trainer.model)
+        trainer.optimizer = made if optimizer else None
+        trainer.lr_scheduler = None if optimizer else torch.optim.lr_scheduler.StepLR(made, 1)
+        return message(trainer.train)
+
+    ranged = {"zero_optimization": {"stage": 1}, "scheduler": RANGE_TEST}
     plain = trainer_of(f"{output}/plain", None, llama(), max_steps=1, **{"save_strategy": "steps", "save_steps": 1})
     plain.train()
     return {
+        "optimizer": other(True, {"optimizer": {"lr": 0.1}}),
+        "scheduler": other(False, ranged),
+        "no rate": message(lambda: trainer_of(output, ranged, llama(), learning_rate=0.0).train()),
         "only model": message(
             lambda: trainer_of(
                 output, STAGE_3, llama(), load_best_model_at_end=True, save_only_model=True, **every

@@ -351,6 +351,9 @@ def test_more_errors_say_what_to_do() -> None:
         engine.lr_scheduler.load_state_dict({})
     with pytest.raises(ConfigError, match="a closure cannot be evaluated again"):
         engine.optimizer.step(lambda: 1)
+    torch.optim.lr_scheduler.StepLR(engine.optimizer, 1)
+    with pytest.raises(ConfigError, match="the script has made a torch scheduler of the same optimizer"):
+        steps(engine)
     unsized, *_ = deepspeed.initialize(model=Model(), config={"optimizer": {"type": "AdamW"}})
     with pytest.raises(ConfigError, match="the configuration has no train_batch_size"):
         unsized.train_batch_size()

@@ -14,7 +14,7 @@ from megatron_ds.engine import Engine
 from megatron_ds.errors import ConfigError, EngineError
 from megatron_ds.integrations.deepspeed import files
 from megatron_ds.integrations.deepspeed.links import link, unlink
-from megatron_ds.integrations.engine_module import EngineModel, EngineOptimizer
+from megatron_ds.integrations.engine_module import EngineModel, EngineOptimizer, require_one_schedule
 from megatron_ds.train.step import StepResult
 
 
@@ -68,6 +68,8 @@ class DeepSpeedEngine(EngineModel):
     def step(self, lr_kwargs: Any = None) -> None:
         """Updates the model at the boundary of gradient accumulation; counts a micro-batch otherwise."""
         result: StepResult | None = None
+        if self.optimizer is not None:
+            require_one_schedule(self.engine, self.optimizer)
         if self.is_gradient_accumulation_boundary():
             result = self.engine.step(partial=True)
         else:
