@@ -1,18 +1,20 @@
 """An engine's checkpoints: the format and the names of a pretraining run's, with what a user's own parts add to it.
 
 Besides master weights and optimizer state there are persistent buffers (kind ``"buffer"``), and in the meta data the
-settings and numbers of a torch optimizer, the scheduler's state and the caller's own, which come back as they were.
+settings and numbers of a torch optimizer, the scheduler's state, modules' extra state (rank 0's) and the caller's own,
+which come back as they were.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from megatron_ds import checkpoint
 from megatron_ds.comm.together import exchange
@@ -47,6 +49,8 @@ def save(engine: Engine, directory: str | Path, client_state: dict[str, Any], ke
     }
     if engine.rule is not None:
         meta["torch_optimizer"] = engine.rule.state_dict()
+    if extra := _extra_state(engine):
+        meta["extra_state"] = extra
     meta["late_parameters"] = late_parameters(engine)
     keeper = Keeper(Path(directory), keep_last, engine.mesh.world, log.warning)
     keeper.unproven = meta["unproven"] = engine.keeper.unproven
@@ -80,6 +84,7 @@ def load(engine: Engine, path: str | Path, weights_only: bool, strict: bool) -> 
     buffers = _buffers(engine)
     meta = checkpoint.load(path, flat_shards + buffers, engine.mesh.world, strict=strict, remedy=_REMEDY)
     _take_copies(engine, buffers)
+    _take_extra_state(engine, meta.get("extra_state", {}), strict)
     if not weights_only:
         engine.zero.count = int(meta["optimizer_count"])
     engine.zero.refresh_parameters()
@@ -143,6 +148,22 @@ def _take_copies(engine: Engine, read: Sequence[FlatShard]) -> None:
     for (_, buffer), copy in zip(_named_buffers(engine), read):
         if not buffer.is_contiguous():
             buffer.copy_(copy.tensor(None).view(buffer.shape))
+
+
+def _extra_state(engine: Engine) -> dict[str, Any]:
+    """What modules give by ``get_extra_state()``, by its key in ``state_dict()``."""
+    others = engine.tensors().others().items()
+    return {plain_name(key): value for key, value in others if key.rpartition(".")[2] == _EXTRA_STATE_KEY_SUFFIX}
+
+
+def _take_extra_state(engine: Engine, saved: Mapping[str, Any], strict: bool) -> None:
+    named = engine.module.named_modules()
+    modules = {plain_name(f"{name}.{_EXTRA_STATE_KEY_SUFFIX}".lstrip(".")): module for name, module in named}
+    if strict and (lost := [key for key in saved if key not in modules]):
+        raise CheckpointError(f"the checkpoint has {lost[0]}, of a module that is not there; {_REMEDY}")
+    for key, value in saved.items():
+        if key in modules:
+            modules[key].set_extra_state(value)
 
 
 def _named_buffers(engine: Engine) -> list[tuple[str, Tensor]]:

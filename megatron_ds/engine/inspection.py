@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -89,14 +89,16 @@ class Inspection:
         if not self._complete:
             raise EngineError("gradients are whole between the last backward() of a step and step() only")
 
-    def state_dict(self, device: torch.device | str = "cpu", average: bool = False) -> dict[str, Tensor]:
+    def state_dict(self, device: torch.device | str = "cpu", average: bool = False) -> dict[str, Any]:
         """Every parameter and persistent buffer, whole, as ``module.state_dict()`` would be on one process.
 
-        ``average``: the moving average of the parameters that are trained.
+        Modules' extra state is this rank's. ``average``: the moving average of the parameters that are trained.
         """
         with self._awaited("state_dict()"):
             self._share_buffers()
-            return dict(self.tensors(average).stream(device))
+            tensors = self.tensors(average)
+            found = {**dict(tensors.stream(device)), **tensors.others()}
+            return {name: found[name] for name in self.module.state_dict(keep_vars=True)}
 
     def bytes_report(self) -> dict[str, int]:
         """Bytes this rank holds, by kind."""

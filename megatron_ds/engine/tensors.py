@@ -6,7 +6,9 @@ Every rank calls every method alike; what one gathers is on all of them.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,8 +95,15 @@ class WholeTensors:
             yield name, tensor
 
     def names(self) -> list[str]:
-        """The keys of ``module.state_dict()``, in its order."""
-        return [name for name, value in self._module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)]
+        """The keys of ``module.state_dict()`` that are of parameters and buffers, in its order."""
+        known = {name for name, _ in self._module.named_parameters(remove_duplicate=False)}
+        known |= {name for name, _ in self._module.named_buffers(remove_duplicate=False)}
+        return [name for name in self._module.state_dict(keep_vars=True) if name in known]
+
+    def others(self) -> dict[str, Any]:
+        """The other entries: what a module's ``get_extra_state()`` or a hook adds, on this rank."""
+        whole, known = self._module.state_dict(keep_vars=True), set(self.names())
+        return {name: _apart(value) for name, value in whole.items() if name not in known}
 
     def parameter(self, name: str) -> Tensor:
         """Whole, in the parameter's own dtype."""
@@ -144,6 +153,11 @@ class WholeTensors:
         kinds = ("param", *self._zero.kinds_of(name))
         if kind not in kinds:
             raise ConfigError(f"{name} has no {kind!r}{nearest(kind, kinds)}; there is {', '.join(kinds)}")
+
+
+def _apart(value: Any) -> Any:
+    """A copy that does not change with the module."""
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _by_name(flat_shards: Iterable[FlatShard]) -> dict[tuple[str, str], list[FlatShard]]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from engine_cases import Case, Ran, plain
 from engine_more import go_on, kept_while_steps_fail, refusals, save_after_two, saved_and_continued
 from test_engine_parity import differs
+from torch import Tensor, nn
 
+import megatron_ds
+from megatron_ds.errors import CheckpointError
 from megatron_ds.testing import run_ranks
 
 
@@ -51,3 +56,47 @@ def test_what_is_refused(world_size: int, tmp_path: Path) -> None:
         assert "client_state['a'][0]['b'] is a object, which JSON cannot hold" in found["client"]
         assert "optimizer state is of AdamW, this engine's optimizer is SGD" in found["class"]
         assert "has 1 parameter groups, this one" in found["groups"]
+
+
+class Counted(nn.Module):
+    """Keeps state of its own that is neither parameter nor buffer; a hook adds an entry to the state."""
+
+    def __init__(self, in_tensor: bool) -> None:
+        super().__init__()
+        self.linear, self.in_tensor, self.count = nn.Linear(3, 3), in_tensor, 0
+        self.register_state_dict_post_hook(lambda module, state, prefix, _: state.update({prefix + "made": (1, 2)}))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        hidden: Tensor = self.linear(x)
+        return hidden * self.count
+
+    def get_extra_state(self) -> Any:
+        return torch.tensor([self.count]) if self.in_tensor else {"count": self.count, "seen": {self.count}}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.count = int(state[0]) if self.in_tensor else state["count"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_extra_state_of_modules_is_saved_and_goes_on(compiled: bool, tmp_path: Path) -> None:
+    def model(compiled: bool) -> nn.Module:
+        inner = nn.Sequential(Counted(False), Counted(True))
+        return nn.Sequential(torch.compile(inner, backend="eager") if compiled else inner)  # type: ignore[list-item]
+
+    engine = megatron_ds.initialize(model(compiled))
+    for _ in range(3):
+        engine.module(torch.ones(1, 3))
+    state = engine.state_dict()
+    assert list(state) == list(engine.module.state_dict())
+    model(compiled).load_state_dict({name: value for name, value in state.items() if not name.endswith("made")})
+    engine.save_checkpoint(tmp_path)
+    engine.close()
+    again = megatron_ds.initialize(model(not compiled))
+    again.load_checkpoint(tmp_path)
+    assert [module.count for module in again.module.modules() if isinstance(module, Counted)] == [3, 3]
+    again.close()
+    bare = megatron_ds.initialize(nn.Sequential(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))))
+    with pytest.raises(CheckpointError, match=r"strict=False"):
+        bare.load_checkpoint(tmp_path, weights_only=True)
+    bare.close()
