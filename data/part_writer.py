@@ -53,6 +53,8 @@ class Job:
     inputs: list[Input]
     options: PreprocessOptions
     dtype: str
+    fast: bool
+    """See :attr:`~megatron_ds.data.tokenizer_base.Tokenizer.fast`."""
 
 
 Text = tuple[Slice, int, str]
@@ -66,7 +68,7 @@ class PartMaker:
     def __init__(self, job: Job):
         self.job = job
         options = job.options
-        self.tokenizer = load_tokenizer(options.tokenizer, proved=True)  # the parent has loaded it before
+        self.tokenizer = load_tokenizer(options.tokenizer, job.fast)
         self.template = None
         if options.source.conversations:
             self.template = load_template(options.chat_template, options.tokenizer, self.tokenizer.special)

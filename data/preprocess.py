@@ -84,7 +84,7 @@ def preprocess(
         except OSError as error:
             raise DataError(f"the lock {lock} cannot be made: {error}; choose another output prefix") from None
         _start_or_continue(folder, plan, restart)
-        job = Job(str(folder), found, options, dtype_for_vocabulary(tokenizer.vocab_size).name)
+        job = Job(str(folder), found, options, dtype_for_vocabulary(tokenizer.vocab_size).name, tokenizer.fast)
         try:
             parts = _make_parts(job, os.cpu_count() or 1 if workers is None else workers, show_progress)
             _check_unchanged(found, plan)

@@ -49,6 +49,7 @@ class Tokenizer(ABC):
         special: texts of the special tokens by their setting (``eos_token``, ...), as chat templates use them.
         fingerprint: changes when the tokenizer's file does.
         encoder: which library encodes, and why that one.
+        fast: tiktoken stands in for the library that the tokenizer's file is of.
     """
 
     vocab_size: int
@@ -59,6 +60,7 @@ class Tokenizer(ABC):
     special: dict[str, str]
     fingerprint: str
     encoder: str
+    fast: bool = False
 
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[Ids]:

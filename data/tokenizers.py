@@ -36,10 +36,10 @@ from megatron_ds.data.tokenizer_base import (
 from megatron_ds.errors import DataError
 
 
-def load_tokenizer(path_or_spec: str | Path, proved: bool = False) -> Tokenizer:
+def load_tokenizer(path_or_spec: str | Path, fast: bool | None = None) -> Tokenizer:
     """The tokenizer at a path, or the one that a word names (``bytes``).
 
-    ``proved``: this very file was loaded before, so a faster encoder need not be checked again.
+    ``fast``: what :attr:`Tokenizer.fast` was when this very file was loaded before, which spares the check.
 
     Raises:
         DataError: nothing is there, or it is not a tokenizer; the message says what is accepted.
@@ -50,7 +50,7 @@ def load_tokenizer(path_or_spec: str | Path, proved: bool = False) -> Tokenizer:
     path = Path(spec)
     if path.is_dir():
         if (path / "tokenizer.json").is_file():
-            return HFTokenizer(path / "tokenizer.json", proved=proved)
+            return HFTokenizer(path / "tokenizer.json", fast)
         if (path / "tokenizer.model").is_file():
             return load_tokenizer(path / "tokenizer.model")
         raise DataError(
@@ -61,7 +61,7 @@ def load_tokenizer(path_or_spec: str | Path, proved: bool = False) -> Tokenizer:
     if path.is_file():
         if path.suffix == ".tiktoken" or (path.suffix == ".model" and is_tiktoken_file(path)):
             return TiktokenTokenizer(path)
-        return SentencePieceTokenizer(path) if path.suffix == ".model" else HFTokenizer(path, proved=proved)
+        return SentencePieceTokenizer(path) if path.suffix == ".model" else HFTokenizer(path, fast)
     raise DataError(
         f"tokenizer={spec!r} does not exist. Give a folder or tokenizer.json of Hugging Face `tokenizers`, a "
         "SentencePiece .model, a .tiktoken file, or 'bytes'; tools/train_tokenizer.py trains one"
@@ -73,14 +73,14 @@ class HFTokenizer(Tokenizer):
 
     Args:
         path: the file.
-        fast: encode with tiktoken where that gives the very same ids (:mod:`megatron_ds.data.fast_bpe`).
-        proved: see :func:`load_tokenizer`.
+        fast: encode with tiktoken; None: if a check says that it gives the very same ids
+            (:mod:`megatron_ds.data.fast_bpe`).
 
     Attributes:
         encoder: which library encodes, and why.
     """
 
-    def __init__(self, path: str | Path, fast: bool = True, proved: bool = False):
+    def __init__(self, path: str | Path, fast: bool | None = None):
         import tokenizers
 
         self.path = Path(path)
@@ -109,9 +109,10 @@ class HFTokenizer(Tokenizer):
         self._take_special(found, special)
         self._fast: FastEncoder | None = None
         self.encoder = "tokenizers (as told)"
-        if fast:
+        if fast is not False:
             try:
-                self._fast = FastEncoder(self.backend, self._encode, proved)
+                self._fast = FastEncoder(self.backend, self._encode, proved=bool(fast))
+                self.fast = True
                 self.encoder = "tiktoken (the same ids as tokenizers)"
             except Unsuitable as why:
                 self.encoder = f"tokenizers ({why})"

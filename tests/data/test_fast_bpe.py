@@ -15,6 +15,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 
 from megatron_ds.data import fast_bpe
 from megatron_ds.data.fast_bpe import FastEncoder, Unsuitable, byte_characters
+from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.part_writer import PreprocessOptions
+from megatron_ds.data.preprocess import preprocess
+from megatron_ds.data.source_types import SourceOptions
 from megatron_ds.data.tokenizers import HFTokenizer
 
 tiktoken = pytest.importorskip("tiktoken", reason="the fast encoder needs tiktoken")
@@ -158,6 +162,18 @@ def test_random_merges_are_refused_wherever_the_ids_would_differ() -> None:
             assert not differ
             accepted += 1
     assert accepted > 25 and refused_and_different > 3
+
+
+def test_a_run_encodes_as_the_check_says(tmp_path: Path) -> None:
+    """Its workers do not check again: they must not take for passed what was refused."""
+    vocabulary = {character: i for i, character in enumerate(byte_characters())} | {"bc": 256, "ab": 257, "abc": 258}
+    backend = Tokenizer(models.BPE(vocabulary, [("b", "c"), ("a", "b"), ("ab", "c")]))  # "abc" becomes "a", "bc"
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "in.txt").write_text("x\nabc\n")
+    options = PreprocessOptions(str(tmp_path), source=SourceOptions(txt_documents="line"))
+    preprocess([str(tmp_path / "in.txt")], tmp_path / "out", options, workers=0)
+    assert IndexedDataset(tmp_path / "out").document(1).tolist() == backend.encode("abc").ids
 
 
 def changed(backend: Tokenizer, **model: Any) -> Tokenizer:
