@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_ds import comm
 from megatron_ds.advice import rules
 from megatron_ds.advice.activation_meter import ActivationMeter, recomputes
 from megatron_ds.advice.first_inputs import FirstInputs
@@ -20,6 +21,7 @@ from megatron_ds.advice.rules import Advice
 from megatron_ds.advice.run_advice import RATES, SETTLED, RunAdvice, recomputation
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.loss_scaler import LossScaler
+from megatron_ds.zero.main_grad import MainGradient, is_trained
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 
@@ -31,6 +33,7 @@ class EngineAdvice(RunAdvice):
 
     Attributes:
         times_steps: whether :meth:`after` wants to know how long a step computes.
+        scheduled_twice: whether the loop steps the engine's scheduler too.
     """
 
     def __init__(
@@ -49,8 +52,9 @@ class EngineAdvice(RunAdvice):
         self._meter = ActivationMeter(module) if first and micro_batches > 1 and recomputes(module) else None
         self._inputs = FirstInputs() if mesh.data.size > 1 else None
         self.times_steps = first and zero.config.offload_optimizer.device != "none"
+        self.scheduled_twice = False
         self._seconds = math.inf
-        self._number = 0
+        self._number = self._after = 0
 
     @property
     def observer(self) -> Callable[[Any], contextlib.AbstractContextManager[None]] | None:
@@ -75,9 +79,14 @@ class EngineAdvice(RunAdvice):
         if self._inputs is not None:
             self.before([self._inputs.compare(self.mesh.data, self.mesh.device)])
             self._inputs = None
+        self._after += 1
+        if self._after == 1:
+            self.before([self._unused()])
         self.after_step(skipped)
         if self.mesh.rank != 0:
             return
+        if self.scheduled_twice:
+            self._adviser([rules.scheduled_twice()])
         if strays:
             self._adviser([_untrained(strays, lr)])
         if self._number >= SETTLED:
@@ -94,6 +103,15 @@ class EngineAdvice(RunAdvice):
             self.times_steps = False
             found.append(self._transfers())
         self._adviser(found)
+
+    def _unused(self) -> Advice | None:
+        """Of the parameters that no rank of the data axis has used. On all of them."""
+        trained = [p for p in self.module.parameters() if is_trained(p) and p.requires_grad and p.numel()]
+        main_grads: list[MainGradient] = [p.main_grad for p in trained]  # type: ignore[attr-defined]
+        used = torch.tensor([main_grad.used for main_grad in main_grads], dtype=torch.float32, device=self.mesh.device)
+        anywhere = comm.all_reduce(used, self.mesh.data).tolist()
+        names = [main_grad.name for main_grad, ranks in zip(main_grads, anywhere) if not ranks]
+        return rules.unused(names) if names else None
 
     def _transfers(self) -> Advice | None:
         offload, places = self.zero.config.offload_optimizer, self.zero.bytes_by_store()

@@ -190,6 +190,26 @@ def untrained(names: Sequence[str]) -> Advice:
     )
 
 
+def unused(names: Sequence[str]) -> Advice:
+    """Parameters that no rank's backward pass of the first step came to."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return Advice(
+        "unused",
+        f"{names[0]}{more} got no gradient in the first step on any rank, which counts as a gradient of zero: weight "
+        "decay and momentum change what plain torch would leave as it is",
+        "freeze what a step does not use, requires_grad_(False)",
+    )
+
+
+def scheduled_twice() -> Advice:
+    return Advice(
+        "scheduled twice",
+        "the loop steps the lr_scheduler that initialize() was given, and so does the engine after each update: the "
+        "learning rate moves at twice its pace",
+        "leave it to the engine, or do not give it to initialize()",
+    )
+
+
 class LossScaleWatch:
     """Looks at a dynamic loss scale after every step.
 

@@ -26,7 +26,7 @@ from megatron_ds.engine.optimizer_hooks import OptimizerHooks
 from megatron_ds.engine.resizing import resizing
 from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Mesh
-from megatron_ds.optim.learning_rate import step_scheduler
+from megatron_ds.optim.learning_rate import SchedulerSteps
 from megatron_ds.optim.rule import Update
 from megatron_ds.optim.torch_rule import TorchRule
 from megatron_ds.shard import spec_of
@@ -77,7 +77,7 @@ class Engine(JoinableEngine, Files):
         super().__init__()
         self.module, self.config, self.sizes, self.mesh, self.zero = module, config, sizes, mesh, zero
         self.optimizer, self.rule, self.lr_scheduler = optimizer, rule, lr_scheduler
-        self.train_step = train_step
+        self.train_step, self._schedule = train_step, SchedulerSteps()
         self.steps = self.skipped = 0
         self.keeper = Keeper(Path(), None, mesh.world, log.warning)
         self.last: StepResult | None = None
@@ -302,8 +302,9 @@ class Engine(JoinableEngine, Files):
         if self.optimizer is not None:
             self.optimizer._opt_called = True  # type: ignore[attr-defined]  # or schedulers warn that it never steps
         if not result.skipped:
-            step_scheduler(self.lr_scheduler)
+            self._schedule(self.lr_scheduler)
         self._clock.finished(self.steps, result)
+        self._advice.scheduled_twice = self._schedule.twice
         self._advice.after(result.skipped, result.learning_rate, self.train_step.seconds, self._model_guard.strays)
         self._stage.observer, self.train_step.timed = self._advice.observer, self._advice.times_steps
         return result

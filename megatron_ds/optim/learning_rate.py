@@ -77,11 +77,29 @@ def _progress(step: int, start: float, end: int) -> float:
     return max(0.0, (step - start) / (end - start))
 
 
-def step_scheduler(scheduler: Any) -> None:
-    """Steps a torch scheduler that needs nothing for it. ``ReduceLROnPlateau`` takes a metric: the loop steps it."""
-    step = getattr(scheduler, "step", None)
-    if step is not None and all(
-        p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-        for p in signature(step).parameters.values()
-    ):
+class SchedulerSteps:
+    """Steps a torch scheduler that needs nothing for it. ``ReduceLROnPlateau`` takes a metric: the loop steps it.
+
+    Attributes:
+        twice: somebody else has stepped it too, between each two of the last steps here.
+    """
+
+    def __init__(self) -> None:
+        self._seen: int | None = None  # the scheduler's own count after the last step
+        self._others = 0
+
+    @property
+    def twice(self) -> bool:
+        return self._others > 1
+
+    def __call__(self, scheduler: Any) -> None:
+        step = getattr(scheduler, "step", None)
+        if step is None or not all(
+            p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+            for p in signature(step).parameters.values()
+        ):
+            return
+        count = getattr(scheduler, "_step_count", None)
+        self._others = self._others + 1 if self._seen is not None and count == self._seen + 1 else 0
         step()
+        self._seen = getattr(scheduler, "_step_count", None)

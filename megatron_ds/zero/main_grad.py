@@ -84,6 +84,7 @@ class MainGradient:
         view: the parameter's part of the flat gradient buffer, in the parameter's shape; fp32, or fp64. None while
             the bucket has no buffer.
         written: whether the buffer holds anything yet: the first write overwrites, so that it need not be zeroed.
+        used: whether anything was written in this step.
         writes: writes since the start of the backward pass that is to be reduced; ``expected``: how many it takes.
         own: if there, only gradients of its backward passes are kept.
         deferred: while a list, writes are appended to it and called later: where a schedule computes input gradients
@@ -98,7 +99,7 @@ class MainGradient:
     ):
         self.name = name
         self.view: torch.Tensor | None = None
-        self.written = False
+        self.written = self.used = False
         self.writes = 0
         self.expected = 0
         self.own: OwnBackward | None = None
@@ -195,6 +196,6 @@ class MainGradient:
 
     def wrote(self) -> None:
         """A write is done."""
-        self.written = True
+        self.written = self.used = True
         self.writes += 1
         self._on_write(self)

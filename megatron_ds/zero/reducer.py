@@ -137,7 +137,7 @@ class Reducer:
         for bucket in self.buckets:
             bucket.start_step(step, seed)
         for main_grad in self.main_grads():
-            main_grad.written = False
+            main_grad.written = main_grad.used = False
             main_grad.writes = 0
         for context in self.contexts.values():
             context.launched = 0

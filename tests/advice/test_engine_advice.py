@@ -280,3 +280,44 @@ def test_an_optimizer_without_masters(said: list[str], monkeypatch: pytest.Monke
         engine.train_batch([(torch.randn(2, 16).bfloat16(),)])
     engine.zero.close()
     assert len(said) == 1 and "keep fp32 master weights" in said[0]
+
+
+# --- loops
+
+
+class Parts(nn.Module):
+    """Of four layers the one of each rank's number, or ``both`` ranks' the first, and never the last two."""
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        self.layers, self.both = nn.ModuleList(nn.Linear(4, 4) for _ in range(4)), both
+        self.layers[2].requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0 if self.both else dist.get_rank()](x).square().mean()
+
+
+def told_of_unused(both: bool) -> list[str]:
+    x, config = torch.randn(2, 4, generator=torch.Generator().manual_seed(dist.get_rank())), {"accumulation": 2}
+    return trained(_heard(), Parts(both), x, {**config, "zero": {"stage": 2}})
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_parameters_that_no_rank_has_used_are_named_once(both: bool) -> None:
+    (text,), nothing = run_ranks(told_of_unused, 2, both)
+    unused = "layers.1.weight and 3 more" if both else "layers.3.weight and 1 more"
+    assert text.startswith(f"{unused} got no gradient in the first step") and nothing == []
+
+
+@pytest.mark.parametrize(("every", "told"), [(1, 1), (3, 0), (9, 0)])
+def test_a_scheduler_that_the_loop_steps_too(said: list[str], every: int, told: int) -> None:
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    engine = megatron_ds.initialize(net, None, optimizer, scheduler)
+    for step in range(8):
+        engine.train_batch([(torch.randn(2, 16),)])
+        if (step + 1) % every == 0:
+            scheduler.step()
+    assert len(said) == told and all("twice its pace" in text for text in said)
+    engine.close()
