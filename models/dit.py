@@ -170,7 +170,8 @@ class DiT(nn.Module):
     def _predict(self, streams: Streams, condition: Tensor) -> Tensor:
         """``[s(/tp), b, p * p * c]``."""
         shift, scale = self.final_modulation(F.silu(condition))
-        return self.final(modulated_norm(streams[0], shift, scale, NORM_EPS)[0])
+        columns = self.final_modulation.columns
+        return self.final(modulated_norm(streams[0], shift, scale, NORM_EPS, columns=columns)[0])
 
     def _cut(self, image: Tensor) -> Tensor:
         """This rank's patches of an image, ``[s(/tp), b, p * p, c]``."""

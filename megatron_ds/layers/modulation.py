@@ -18,6 +18,8 @@ from megatron_ds.layers.affine import Products
 from megatron_ds.mesh import Axis
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
 
+ALL = slice(None)
+
 
 class Modulation(nn.Module):
     """``[b, h] -> count x [b, h]``, one linear layer whose outputs are split over tp and gathered.
@@ -28,6 +30,10 @@ class Modulation(nn.Module):
     Args:
         partial: each tensor-parallel rank applies the outputs to its part of the sequence.
         std: of initial weights; 0 is adaLN-Zero, which makes every block the identity.
+
+    Attributes:
+        columns: of the outputs, those whose gradients this rank needs: all, or where every rank has the whole sequence
+            the ones that its weights make. Of the others the gradients need not be right.
     """
 
     def __init__(
@@ -50,18 +56,58 @@ class Modulation(nn.Module):
         self.weight = empty_parameter(weight, device, dtype)
         self.bias = empty_parameter(bias, device, dtype)
         self.products = Products()
+        width = size // tp.size
+        self.columns = ALL if partial or tp.size == 1 else slice(tp.rank * width, (tp.rank + 1) * width)
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
         own = self.products(condition, self.weight, self.bias)  # [b, count * h / tp]
         if self.tp.size == 1:
             return own.view(condition.shape[0], self.count, -1).unbind(1)
-        whole = comm.gather_from_region(own.unsqueeze(0), self.tp, self.partial)  # [tp, b, count * h / tp]
-        parts = whole.view(self.tp.size, condition.shape[0], self.count, -1).permute(2, 1, 0, 3)
-        return parts.reshape(self.count, condition.shape[0], -1).unbind(0)
+        if self.partial:
+            whole = comm.gather_from_region(own.unsqueeze(0), self.tp, True)  # [tp, b, count * h / tp]
+            return _outputs(whole, self.count)
+        gathered: tuple[Tensor, ...] = _Gathered.apply(own, self.tp, self.count, self.columns)
+        return gathered
+
+
+def _outputs(whole: Tensor, count: int) -> tuple[Tensor, ...]:
+    """``[tp, b, count * h / tp] -> count x [b, h]``."""
+    ranks, b, _ = whole.shape
+    return whole.view(ranks, b, count, -1).permute(2, 1, 0, 3).reshape(count, b, -1).unbind(0)
+
+
+class _Gathered(torch.autograd.Function):
+    """Every rank's outputs, of which every rank makes the gradients: it takes those of its own columns."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, tp: Axis, count: int, columns: slice) -> tuple[Tensor, ...]:
+        ctx.columns = columns
+        return _outputs(comm.gather_dim0(own.unsqueeze(0), tp).wait(), count)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return torch.stack([grad[:, ctx.columns] for grad in grads], 1).flatten(1), None, None, None
+
+
+def _over_tokens(x: Tensor, y: Tensor | None, columns: slice) -> Tensor:
+    """The sum of ``x`` or of ``x y``, ``[s, b, h] -> [b, h]``, zero outside of ``columns``."""
+    if columns == ALL:
+        return (x if y is None else x * y).sum(0)
+    terms = x[..., columns] if y is None else x[..., columns] * y[..., columns]
+    total = terms.new_zeros(x.shape[1:])
+    torch.sum(terms, 0, out=total[:, columns])
+    return total
 
 
 def modulated_norm(
-    x: Tensor, shift: Tensor, scale: Tensor, eps: float, branch: Tensor | None = None, gate: Tensor | None = None
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    columns: slice = ALL,
 ) -> tuple[Tensor, Tensor]:
     """adaLN of the residual stream: ``layer_norm(x) (1 + scale) + shift``, without weights, and ``x`` itself.
 
@@ -70,6 +116,7 @@ def modulated_norm(
 
     Args:
         x, branch: ``[s, b, h]``; shift, scale, gate: ``[b, h]``.
+        columns: of ``shift``, ``scale`` and ``gate``, for their gradients, see :class:`Modulation`.
     """
     if torch.compiler.is_compiling():
         x = x if branch is None or gate is None else torch.addcmul(x, branch, gate)
@@ -77,7 +124,7 @@ def modulated_norm(
     if not torch.is_grad_enabled():
         x = x if branch is None or gate is None else torch.addcmul(x, branch, gate)
         return torch.addcmul(shift, plain_layer_norm(x, eps)[0], 1 + scale), x
-    found: tuple[Tensor, Tensor] = _ModulatedNorm.apply(x, shift, scale, eps, branch, gate)
+    found: tuple[Tensor, Tensor] = _ModulatedNorm.apply(x, shift, scale, eps, branch, gate, columns)
     return found
 
 
@@ -87,13 +134,21 @@ class _ModulatedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float, branch: Tensor | None, gate: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        eps: float,
+        branch: Tensor | None,
+        gate: Tensor | None,
+        columns: slice,
     ) -> tuple[Tensor, Tensor]:
         x = x.view_as(x) if branch is None or gate is None else torch.addcmul(x, branch, gate)
         normed, _, rstd = plain_layer_norm(x, eps)
         scale = 1 + scale
         ctx.save_for_backward(normed, rstd, scale, branch, gate)
         ctx.set_materialize_grads(False)
+        ctx.columns = columns
         return torch.addcmul(shift, normed, scale), x
 
     @staticmethod
@@ -103,7 +158,7 @@ class _ModulatedNorm(torch.autograd.Function):
         grad, d_x = grads
         d_shift = d_scale = None
         if grad is not None:
-            d_shift, d_scale = grad.sum(0), (grad * normed).sum(0)
+            d_shift, d_scale = (_over_tokens(grad, of, ctx.columns) for of in (None, normed))
             backward = torch.ops.aten.native_layer_norm_backward
             statistics = torch.zeros_like(rstd), torch.ones_like(rstd)
             d_normed = (grad * scale).to(normed.dtype)
@@ -111,15 +166,17 @@ class _ModulatedNorm(torch.autograd.Function):
             del d_normed  # whose memory what follows takes
             rstd = rstd.to(normed.dtype)
             d_x = centred.mul_(rstd) if d_x is None else torch.addcmul(d_x, centred, rstd)
-        of_branch = (None, None) if d_x is None or branch is None else (d_x * gate, (d_x * branch).sum(0))
-        return d_x, d_shift, d_scale, None, *of_branch
+        d_branch = d_gate = None
+        if d_x is not None and branch is not None:
+            d_branch, d_gate = d_x * gate, _over_tokens(d_x, branch, ctx.columns)
+        return d_x, d_shift, d_scale, None, d_branch, d_gate, None
 
 
-def scaled_add(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """``x + y scale``: ``x, y [s, b, h]``, ``scale [b, h]``."""
+def scaled_add(x: Tensor, y: Tensor, scale: Tensor, columns: slice = ALL) -> Tensor:
+    """``x + y scale``: ``x, y [s, b, h]``, ``scale [b, h]``; ``columns``, of ``scale``, as above."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return torch.addcmul(x, y, scale)
-    out: Tensor = _ScaledAdd.apply(x, y, scale)
+    out: Tensor = _ScaledAdd.apply(x, y, scale, columns)
     return out
 
 
@@ -127,8 +184,9 @@ class _ScaledAdd(torch.autograd.Function):
     """``torch.addcmul``, whose backward pass would also multiply each factor by its ``value`` of 1."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, columns: slice) -> Tensor:
         ctx.save_for_backward(y, scale)
+        ctx.columns = columns
         return torch.addcmul(x, y, scale)
 
     @staticmethod
@@ -136,4 +194,4 @@ class _ScaledAdd(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         y, scale = ctx.saved_tensors
         (grad,) = grads
-        return grad, grad * scale, (grad * y).sum(0)
+        return grad, grad * scale, _over_tokens(grad, y, ctx.columns), None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron_ds.shard import ShardSpec, shaped_as
 
-_CHUNK_CPU, _CHUNK = 1 << 16, 1 << 24  # elements compared at a time: of a cache, of a device's memory
+_CHUNK_CPU, _CHUNK = 1 << 19, 1 << 24  # elements compared at a time: of a cache, of a device's memory
 _EVERY = 509  # elements from one that is looked at to the next: a prime, so that they lie in all columns of a matrix
 EVERYTHING = slice(None)
 

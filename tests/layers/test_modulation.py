@@ -75,3 +75,24 @@ def test_a_stream_in_half_precision_takes_modulation_in_fp32(branch: bool) -> No
     assert [gradient.dtype for gradient in gradients] == [tensor.dtype for tensor in inputs]
     for own, other in zip([*found, *gradients], [*expected, *torch.autograd.grad(expected, wide, weights)]):
         assert (own.float() - other).norm() < 0.01 * other.norm()
+
+
+@pytest.mark.parametrize("operator", ["norm", "gate"])
+def test_gradients_over_tokens_are_made_of_the_columns_asked_for(operator: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    stream, row, columns = (5, 3, 24), (3, 24), slice(6, 18)
+    shapes = [stream, row, row, stream, row] if operator == "norm" else [stream, stream, row]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    weight = torch.randn(stream, generator=generator, dtype=torch.float64)
+
+    def gradients(*of: slice) -> tuple[Tensor, ...]:
+        if operator == "gate":
+            return torch.autograd.grad(scaled_add(*inputs, *of), inputs, weight)
+        x, shift, scale, *sums = inputs
+        return torch.autograd.grad(modulated_norm(x, shift, scale, 1e-6, *sums, *of)[0], inputs, weight)
+
+    for own, whole in zip(gradients(columns), gradients(), strict=True):
+        if own.dim() == 2:
+            assert not own[:, :6].any() and not own[:, 18:].any()
+            own, whole = own[:, columns], whole[:, columns]
+        torch.testing.assert_close(own, whole, rtol=0, atol=1e-13)
