@@ -215,6 +215,11 @@ class Engine(JoinableEngine, Files):
         """Whether the next :meth:`step` will update: the last micro-batch of the step has been."""
         return self._complete
 
+    @property
+    def has_gradients(self) -> bool:
+        """Whether backward passes of this step have left gradients."""
+        return self._done > 0
+
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backward passes in here are not the last of a step, whatever their number; the next one outside is."""

@@ -74,8 +74,14 @@ class Inspection:
     def set_optimizer_state(self, name: str, kind: str, value: Tensor) -> None:
         self.tensors().set(name, kind, value)
 
-    def get_gradient(self, name: str) -> Tensor:
-        """A parameter's whole gradient, averaged and before clipping, between the step's last backward and step()."""
+    def get_gradient(self, name: str, partial: bool = False) -> Tensor:
+        """A parameter's whole gradient, averaged and before clipping, between the step's last backward and step().
+
+        Args:
+            partial: the backward pass that there was last is the step's last one.
+        """
+        if partial and self._done:
+            self._complete = True
         self._require_whole_gradients()
         self.train_step.reduce()
         return self.tensors().gradient(name) / self.train_step.excess(self._count(self._done))

@@ -123,8 +123,12 @@ def gathered(stage: int) -> list[Any]:
         deepspeed.zero.register_external_parameter(model, weight)
     engine = deepspeed.initialize(model=model, config=config)[0]
     rank = engine.global_rank
-    with deepspeed.zero.GatheredParameters(weight, modifier_rank=1), torch.no_grad():
+    other = deepspeed.initialize(model=Model().double(), config=config)[0]
+    theirs = other.module.body[0].weight
+    with deepspeed.zero.GatheredParameters([weight, theirs], modifier_rank=1), torch.no_grad():
         weight.fill_(float(rank + 1))
+        theirs.fill_(float(rank + 1))
+    assert (other.module_state_dict()["body.0.weight"] == 2.0).all()
     with deepspeed.zero.GatheredParameters(model.body, modifier_rank=None):
         inside = model.body[0].weight.tolist()
     steps_in = engine(torch.ones(2, 6, dtype=torch.float64))
@@ -132,8 +136,17 @@ def gathered(stage: int) -> list[Any]:
     engine.step()
     whole = deepspeed.utils.safe_get_full_fp32_param(weight)
     engine.backward(engine(torch.ones(2, 6, dtype=torch.float64)))
+    gradient = deepspeed.utils.safe_get_full_grad(weight)
+    norm = sum(deepspeed.utils.safe_get_full_grad(p).square().sum() for p in model.parameters()) ** 0.5
+    zeros = torch.zeros(16, 6, dtype=torch.float64)
+    deepspeed.utils.safe_set_full_optimizer_state(weight, zeros, "exp_avg")
     engine.step()
+    assert norm == pytest.approx(engine.get_global_grad_norm(), rel=1e-9)
     moment = deepspeed.utils.safe_get_full_optimizer_state(weight, "exp_avg")
+    clipped = gradient * min(1.0, float(engine.gradient_clipping() / norm))
+    assert torch.allclose(moment, 0.1 * clipped, rtol=1e-9, atol=0), "of this one gradient alone"
+    deepspeed.utils.safe_set_full_fp32_param(weight, zeros)
+    assert not engine.module_state_dict()["body.0.weight"].any()
     state = engine.state_dict()
     doubled = {name: value * 2 for name, value in state.items()}
     engine.load_state_dict(doubled)
@@ -351,6 +364,11 @@ def test_more_errors_say_what_to_do() -> None:
         engine.lr_scheduler.load_state_dict({})
     with pytest.raises(ConfigError, match="a closure cannot be evaluated again"):
         engine.optimizer.step(lambda: 1)
+    engine.backward(engine(torch.ones(2, 6)))
+    engine.zero_grad()
+    engine.step()  # of a micro-batch that is left out
+    steps(engine, 1)
+    assert engine.global_steps == 1 and engine.engine.last.targets == 1
     torch.optim.lr_scheduler.StepLR(engine.optimizer, 1)
     with pytest.raises(ConfigError, match="the script has made a torch scheduler of the same optimizer"):
         steps(engine)

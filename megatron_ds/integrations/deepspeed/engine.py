@@ -72,7 +72,7 @@ class DeepSpeedEngine(EngineModel):
             require_one_schedule(self.engine, self.optimizer)
         if self.is_gradient_accumulation_boundary():
             result = self.engine.step(partial=True)
-        else:
+        elif self.engine.has_gradients:  # not where zero_grad() has dropped those of this micro-batch
             self.engine.step()
         self._applied = result is not None and not result.skipped
         self.micro_steps += 1

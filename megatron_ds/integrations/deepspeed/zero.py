@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megatron_ds.engine import Engine
 from megatron_ds.integrations.deepspeed.links import engine_of
 
 
@@ -38,12 +39,14 @@ def GatheredParameters(  # noqa: N802
     """
     given = params.parameters() if isinstance(params, nn.Module) else params
     parameters = [given] if isinstance(given, nn.Parameter) else list(given)
-    engine = next((found for parameter in parameters if (found := engine_of(parameter)) is not None), None)
-    if not enabled or engine is None:  # of no engine: whole already
-        yield
-        return
-    own = [parameter for parameter in parameters if engine_of(parameter) is engine]
-    with engine.gathered(own, write=modifier_rank is not None):
+    of_engines: dict[Engine, list[nn.Parameter]] = {}
+    for parameter in parameters if enabled else ():
+        if (engine := engine_of(parameter)) is not None:  # of no engine: whole already
+            of_engines.setdefault(engine, []).append(parameter)
+    own = [parameter for of_engine in of_engines.values() for parameter in of_engine]
+    with contextlib.ExitStack() as whole:
+        for engine, of_engine in of_engines.items():
+            whole.enter_context(engine.gathered(of_engine, write=modifier_rank is not None))
         yield
         if modifier_rank and dist.is_initialized():  # the engine takes rank 0's
             with torch.no_grad():

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_ds.engine import Engine
 from megatron_ds.errors import ConfigError
 from megatron_ds.integrations.deepspeed.links import engine_of
 from megatron_ds.shard import spec_of
@@ -73,6 +74,29 @@ def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
     engine = engine_of(param)
     return None if engine is None else engine.get_optimizer_state(spec_of(param).name, optim_state_key)
+
+
+def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
+    """The whole gradient, averaged over the ranks; after the last backward pass of a step, as no other may follow."""
+    engine = engine_of(param)
+    return None if engine is None else engine.get_gradient(spec_of(param).name, partial=True)
+
+
+def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
+    """Sets the master weight, on all ranks, which give the same value; the next forward pass has it."""
+    _engine_of(param).set_parameter(spec_of(param).name, value)
+
+
+def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
+    """Sets a part of the optimizer state, such as ``"exp_avg"``, on all ranks, which give the same value."""
+    _engine_of(param).set_optimizer_state(spec_of(param).name, optim_state_key, value)
+
+
+def _engine_of(param: nn.Parameter) -> Engine:
+    engine = engine_of(param)
+    if engine is None:
+        raise ConfigError(f"no engine trains the parameter of shape {list(param.shape)}; call initialize() first")
+    return engine
 
 
 def log_dist(message: str, ranks: Sequence[int] | None = None, level: int = logging.INFO) -> None:
