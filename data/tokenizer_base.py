@@ -251,6 +251,8 @@ def choose(
                 f"added_tokens_decoder in {CONFIG} with its id, or take {setting} out of {special.origins[setting]}"
             )
         return name, special.origins[setting]
+    if special.config.get(setting, "") is None:  # said to be none, as Qwen says of its BOS
+        return None, ""
     return next(((name, "a known name") for name in known if name in ids), (None, ""))
 
 

@@ -155,6 +155,8 @@ def test_end_of_document_from_the_configuration_wins(corpus: Path, tmp_path: Pat
     tokenizer = load_tokenizer(folder)
     assert tokenizer.eod_id == tokenizer.encode_batch(["a"])[0][0]
     assert tokenizer.bos_id == tokenizer.encode_batch(["b"])[0][0]
+    config.write_text(json.dumps({"eos_token": None}))
+    assert load_tokenizer(folder).eod_id is None and load_tokenizer(folder).special == {}
 
 
 def test_truncation_and_padding_of_a_file_are_not_applied(corpus: Path, tmp_path: Path) -> None:
