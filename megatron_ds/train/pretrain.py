@@ -47,12 +47,13 @@ def pretrain(config: BaseRunConfig, place: RankInfo, task: Task) -> bool:
         ranks = stack.enter_context(job(place, config.timeout))
         with ranks.checking(config.fingerprint()):
             device = place.device(config.device)
+            source = output.resume_path(config)
+            # First: the settings lack those of a checkpoint that cannot be read, and would be found fault with.
+            differs = [] if source is not None else check_model(config)
             shape = validate(config, place.world_size)
             stack.enter_context(registry.use(config.kernels))
             registry.check_runnable(device, DTYPES[config.precision.dtype])
             changes = output.check(config)
-            source = output.resume_path(config)
-            differs = [] if source is not None else check_model(config)
             sources = task.open_sources()
             notes = [*sources.notes, *low_precision(config, shape, task, device)]
         set_threads(place, config.threads)
