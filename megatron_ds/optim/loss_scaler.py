@@ -69,7 +69,7 @@ class LossScaler:
                 self.scale = max(self.scale / 2.0, self.min_scale)
             return
         self.good_steps += 1
-        if self.good_steps == self.window:
+        if self.good_steps >= self.window:
             self.good_steps = 0
             self.tolerance = self.hysteresis
             self.scale = min(self.scale * 2.0, self.max_scale)
@@ -82,11 +82,20 @@ class LossScaler:
     def state_dict(self) -> dict[str, float | int]:
         """Plain numbers for a JSON checkpoint."""
         assert self.tolerance is not None and self.good_steps is not None
-        return {"scale": self.scale, "good_steps": self.good_steps, "tolerance": self.tolerance}
+        return {
+            "scale": self.scale,
+            "good_steps": self.good_steps,
+            "tolerance": self.tolerance,
+            "dynamic": self.dynamic,
+        }
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
-        """Continue from :meth:`state_dict`. A fixed scale stays what the configuration says."""
-        if self.dynamic:
-            self.scale = float(state["scale"])
+        """Continue from :meth:`state_dict`, within the limits of the configuration, which may be other ones now.
+
+        A fixed scale stays what the configuration says, and so does a dynamic one where the state is of a fixed one:
+        a run that was in bf16 would begin fp16 with a scale of 1, and lose its small gradients.
+        """
+        if self.dynamic and state.get("dynamic", True):
+            self.scale = max(float(state["scale"]), self.min_scale)
             self.good_steps = int(state["good_steps"])
-            self.tolerance = int(state["tolerance"])
+            self.tolerance = min(int(state["tolerance"]), self.hysteresis)

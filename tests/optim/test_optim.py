@@ -117,6 +117,27 @@ def test_loss_scaler_resumes_exactly() -> None:
     assert second == whole and whole.scale != 256.0
 
 
+@pytest.mark.parametrize("before", [{"dtype": "bf16"}, {"dtype": "fp32"}, {"dtype": "fp16", "loss_scale": 4.0}])
+def test_a_dynamic_scale_starts_at_its_beginning_where_there_was_a_fixed_one(before: dict[str, Any]) -> None:
+    scaler = LossScaler.from_config(PrecisionConfig(dtype="fp16", initial_loss_scale=256.0))
+    scaler.load_state_dict(LossScaler.from_config(PrecisionConfig(**before)).state_dict())
+    assert scaler == LossScaler.from_config(PrecisionConfig(dtype="fp16", initial_loss_scale=256.0))
+
+
+def test_a_resumed_loss_scale_keeps_to_the_limits_of_now() -> None:
+    before = LossScaler(scale=4.0, dynamic=True, window=1000, hysteresis=3)
+    for _ in range(500):
+        before.update(found_inf=False)
+    scaler = LossScaler(scale=64.0, dynamic=True, window=100, hysteresis=1, min_scale=16.0)
+    scaler.load_state_dict(before.state_dict())
+    trace = []
+    for found_inf in (False, *[False] * 100, True):
+        scaler.update(found_inf)
+        trace.append(scaler.scale)
+    # Of 500 good steps more than the window are over; then 100 more; then an overflow that is not tolerated.
+    assert trace == [32.0] * 100 + [64.0, 32.0]
+
+
 @pytest.mark.parametrize(
     ("precision", "scale"), [({"dtype": "bf16"}, 1.0), ({"dtype": "fp16", "loss_scale": 64.0}, 64.0)]
 )
