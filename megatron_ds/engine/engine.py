@@ -235,6 +235,8 @@ class Engine(JoinableEngine, Files):
         Args:
             partial: update now, with the mean over the micro-batches that there have been (the rest of an epoch).
         """
+        if callable(partial):
+            raise EngineError("step() takes no closure: sharded gradients are computed once, by backward()")
         self._notice_zeroing()
         _raise(self._own.fault())
         if self._done == 0:

@@ -141,6 +141,7 @@ def order_of_calls() -> dict[str, str]:
     engine.backward(engine(first))
     assert engine.step() is None and not engine.is_boundary
     found["train_batch"] = message(engine.train_batch, [(first,)] * 3)
+    found["closure"] = message(engine.step, lambda: None)
     for batch in rest:
         engine.backward(engine(batch))
     assert engine.is_boundary

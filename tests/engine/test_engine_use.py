@@ -44,6 +44,7 @@ def test_wrong_orders_of_calls_say_what_is_right() -> None:
         assert "not loss.backward()" in found["nothing"]
         assert "0-d loss, not one of shape [2]" in found["vector"]
         assert "in the middle of a step of 1 micro-batches" in found["train_batch"]
+        assert "step() takes no closure" in found["closure"]
         assert "after the last of accumulation=3 micro-batches" in found["extra"]
         assert "got 1 micro-batches where accumulation=3" in found["few"]
         assert found["loss"] == "none"
