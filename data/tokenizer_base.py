@@ -32,6 +32,8 @@ BOS_NAMES = ("<|begin_of_text|>", "<s>", "<bos>", "[CLS]")
 KNOWN_NAMES: dict[str, tuple[str, ...]] = {"eos_token": EOD_NAMES, "bos_token": BOS_NAMES, "mask_token": MASK_NAMES}
 """What a token is taken for where no file says so."""
 SETTINGS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+KNOWN_NAME = "a known name"
+"""Where such a token comes from."""
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -253,7 +255,7 @@ def choose(
         return name, special.origins[setting]
     if special.config.get(setting, "") is None:  # said to be none, as Qwen says of its BOS
         return None, ""
-    return next(((name, "a known name") for name in known if name in ids), (None, ""))
+    return next(((name, KNOWN_NAME) for name in known if name in ids), (None, ""))
 
 
 def cut_at_tokens(text: str, ids: Mapping[str, int]) -> Iterator[tuple[int, str, int | None]]:

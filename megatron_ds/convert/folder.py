@@ -22,6 +22,7 @@ from megatron_ds.errors import CheckpointError
 from megatron_ds.files import check_regular, read_json, write_text_durably
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
@@ -56,7 +57,7 @@ class HFFolder:
 
     Raises:
         CheckpointError: a file is missing, cannot be read or lies outside the folder; the files disagree about which
-            tensor lies where; the weights are quantised.
+            tensor lies where; the weights are quantised; there is an adapter to them.
     """
 
     # Neighbouring tensors may lie in two files; what is open is only mapped, not held.
@@ -66,6 +67,11 @@ class HFFolder:
         self.path = path
         self.notes: list[str] = []
         self._open_files: OrderedDict[str, _Weights] = OrderedDict()
+        if (path / ADAPTER).is_file():
+            raise CheckpointError(
+                f"{path} holds an adapter ({ADAPTER}), which transformers applies and which is not read here: merge it "
+                "(peft's merge_and_unload, then save_pretrained), or take its files out to have the model without it"
+            )
         self.config: dict[str, Any] = self.json("config.json")
         self.require_plain()
         files, listed = self._weight_files()

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from megatron_ds.comm.together import exchange
 from megatron_ds.data.chat import ChatTemplate, load_template
 from megatron_ds.data.chat_records import BadConversation
+from megatron_ds.data.tokenizer_base import KNOWN_NAME
 from megatron_ds.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.host import free_host_memory
@@ -302,13 +303,18 @@ def _tokenizer(path: str | Path | None) -> tuple[Tokenizer | None, ChatTemplate 
 
 
 def _ends(generation: Mapping[str, Any], tokenizer: Tokenizer | None) -> TextEnds:
-    """The tokens that end an answer, by what came with the model; by the tokenizer where nothing did."""
+    """The tokens that end an answer, by what came with the model and by the tokenizer.
+
+    A model that was trained on conversations often ends as its tokenizer says, ``<|im_end|>``, and still has the base
+    model's ``generation_config.json``.
+    """
     said = generation.get("eos_token_id")
     eos = tuple(said) if isinstance(said, list) else () if said is None else (int(said),)
     if tokenizer is None:
         return TextEnds(eos)
-    if not eos and tokenizer.eod_id is not None:
-        eos = (tokenizer.eod_id,)
+    guessed = tokenizer.eod_origin == KNOWN_NAME
+    if tokenizer.eod_id is not None and tokenizer.eod_id not in eos and not (eos and guessed):
+        eos = (*eos, tokenizer.eod_id)
     hidden = {tokenizer.token_id(text) for text in tokenizer.special.values()} | set(eos)
     if isinstance(tokenizer, HFTokenizer):
         added = tokenizer.backend.get_added_tokens_decoder()

@@ -12,7 +12,17 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.inference.structured import form_faults
 
 _MOST_SAMPLES, _MOST_LOGPROBS, _MOST_STOPS = 128, 1000, 64
-_SUGGESTED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_SUGGESTED = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+_NEUTRAL: Mapping[str, float | None] = {
+    "no_repeat_ngram_size": 0, "bad_words_ids": None, "sequence_bias": None, "suppress_tokens": None,
+    "begin_suppress_tokens": None, "forced_bos_token_id": None, "forced_eos_token_id": None, "stop_strings": None,
+    "min_length": 0, "min_new_tokens": 0, "num_beams": 1, "penalty_alpha": None, "guidance_scale": 1, "typical_p": 1,
+    "top_h": None, "epsilon_cutoff": 0, "eta_cutoff": 0, "exponential_decay_length_penalty": None,
+    "watermarking_config": None,
+}  # fmt: skip
+"""Settings of ``transformers`` that change which tokens come and are not served here, and where they change nothing."""
 _COLDEST = 1e-5
 """Logits divided by less would overflow in fp32, and the first of several infinite ones would be taken."""
 
@@ -153,6 +163,12 @@ def suggested_settings(generation: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: something that no request could ask for.
     """
+    for name, neutral in _NEUTRAL.items():
+        if (value := generation.get(name)) not in (None, [], {}, neutral):
+            raise ConfigError(
+                f"generation_config.json: {name}={value!r} changes the answers of transformers and is not served here; "
+                "remove it, or pass generation_config='none'"
+            )
     said = {name: generation[name] for name in _SUGGESTED if generation.get(name) is not None}
     try:
         SamplingParams(**said)

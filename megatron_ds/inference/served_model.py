@@ -15,9 +15,10 @@ from megatron_ds.checkpoint.reader import Checkpoint
 from megatron_ds.config import ModelConfig
 from megatron_ds.config.transformer import rotary_faults
 from megatron_ds.convert import carried_files
-from megatron_ds.convert.folder import HFFolder
+from megatron_ds.convert.folder import ADAPTER, HFFolder
 from megatron_ds.convert.hugging_face import described
 from megatron_ds.convert.match import Match
+from megatron_ds.convert.settings import GENERATION
 from megatron_ds.convert.tables import ARCHITECTURES
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.files import read_json
@@ -71,7 +72,8 @@ def find(path: str | Path) -> Source:
         CheckpointError, ConfigError: there is none, or none of a family that can be served.
     """
     path = Path(path)
-    source = _in_folder(path) if (path / "config.json").is_file() else _in_checkpoint(path)
+    is_folder = any((path / name).is_file() for name in ("config.json", ADAPTER))
+    source = _in_folder(path) if is_folder else _in_checkpoint(path)
     c = source.config
     if not c.causal:
         raise ConfigError(f"{path} holds a {c.family} model, which is no decoder: only those generate text")
@@ -96,9 +98,8 @@ def _in_folder(path: Path) -> Source:
     names = [match.names[name] for rule in match.rules for name in rule.theirs]
     plain = names if not isinstance(folder, QuantizedFolder) else [n for n in names if n not in folder.quantized]
     dtypes = [folder.dtypes[name] for name in plain]
-    generation = dict(folder.config)
-    if (path / "generation_config.json").is_file():
-        generation |= folder.json("generation_config.json")
+    there = (path / carried_files.GENERATION).is_file()
+    generation = _generation(folder.config, folder.json(carried_files.GENERATION) if there else {})
     return Source(
         match.config, match, max(set(dtypes), key=dtypes.count), _tokenizer_in(path), generation,
         _longest(match.config, generation.get("max_position_embeddings")), (*folder.notes, *match.notes),
@@ -114,6 +115,13 @@ def _says_quantized(path: Path) -> bool:
     return isinstance(said, dict) and bool(said.get("quantization_config"))
 
 
+def _generation(config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json and generation_config.json as one. Of how tokens are drawn the latter alone says something, as in
+    ``transformers`` since version 5."""
+    drawing = GENERATION - {"eos_token_id"}
+    return {**{key: value for key, value in config.items() if key not in drawing}, **own}
+
+
 def _longest(c: ModelConfig, said: Any) -> int | None:
     if c.position == "learned":
         return c.max_positions
@@ -127,9 +135,8 @@ def _in_checkpoint(path: Path) -> Source:
         dtypes = [checkpoint.dtype(name, kind) for name in checkpoint.names(kind)]
         home = checkpoint.directory.parent
         trained = checkpoint.meta.get("config", {}).get("train", {}).get("sequence_length")
-    generation: dict[str, Any] = {}
-    for name in (carried_files.CONFIG, carried_files.GENERATION):
-        generation |= carried_files.settings(home, name)
+    said = (carried_files.settings(home, name) for name in (carried_files.CONFIG, carried_files.GENERATION))
+    generation = _generation(*said)
     longest = _longest(config, generation.get("max_position_embeddings", trained))
     tokenizer = _tokenizer_in(home / "tokenizer")
     dtype = max(set(dtypes), key=dtypes.count)

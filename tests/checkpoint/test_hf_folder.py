@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from megatron_ds.convert.folder import HFFolder
 from megatron_ds.convert.tables import export_hf, import_hf
 from megatron_ds.errors import CheckpointError, ConfigError
+from megatron_ds.inference.served_model import find
 
 TOKENS = torch.randint(0, 131, (2, 24), generator=torch.Generator().manual_seed(0))
 SHORT = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
@@ -219,6 +220,16 @@ def test_quantised_weights_are_refused_with_the_way_out(llama: Path, tmp_path: P
     for quantization in ({"quant_method": "fp8", "weight_block_size": [128, 128]}, {"quant_method": "gptq", "bits": 4}):
         configure(llama, quantization_config=quantization)
         refused(f"|{quantization['quant_method']}")
+
+
+def test_an_adapter_to_the_weights_is_not_passed_over(llama: Path, tmp_path: Path) -> None:
+    (llama / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "somebody/llama"}')
+    for lacking in ((), ("config.json", SINGLE)):
+        for name in lacking:
+            (llama / name).unlink()
+        for read in (find, lambda path: import_hf(path, tmp_path / "ours")):
+            with pytest.raises(CheckpointError, match=r"adapter_config.json.* is not read here: merge it"):
+                read(llama)
 
 
 def test_importing_twice_names_a_way_that_there_is(llama: Path, tmp_path: Path) -> None:

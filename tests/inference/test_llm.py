@@ -13,6 +13,7 @@ import pytest
 import torch
 from hf_models import FAMILIES, MODELS, _llama, make
 from safetensors.torch import load_file
+from transformers import GenerationConfig, LlamaConfig
 
 from megatron_ds.checkpoint import Checkpoint, FlatShard, save
 from megatron_ds.convert.tables import export_hf, import_hf
@@ -157,6 +158,21 @@ def test_without_settings_the_models_own_ones_are_taken(folder: Path, tmp_path: 
     (tmp_path / "generation_config.json").write_text('{"top_p": 2}')
     with pytest.raises(ConfigError, match=r"generation_config.json: top_p=2 is no number above 0 and up to 1; mend it"):
         LLM(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"no_repeat_ngram_size": 3, "num_beams": 1, "min_length": 0}')
+    with pytest.raises(ConfigError, match=r"no_repeat_ngram_size=3 changes .* and is not served here; remove it, or"):
+        LLM(tmp_path)
+
+
+def test_what_counts_of_both_files_is_what_counts_for_transformers(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    said = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**said, "top_k": 3, "min_length": 4, "eos_token_id": 255}))
+    (tmp_path / "generation_config.json").unlink()
+    of_config = GenerationConfig.from_model_config(LlamaConfig.from_pretrained(tmp_path))
+    with LLM(tmp_path) as llm:
+        assert llm.suggested == {} and (of_config.top_k, of_config.min_length) == (None, None)
+        # The tokenizer's own end beside the model's, as vLLM has it: models of conversations need it.
+        assert llm.engine.ends.eos == (of_config.eos_token_id, 256)
 
 
 def test_an_answer_ends_at_every_end_of_the_model(folder: Path) -> None:
