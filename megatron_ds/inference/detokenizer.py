@@ -28,7 +28,8 @@ class Detokenizer:
     """
 
     CONTEXT = 6
-    """Tokens of the prompt that are decoded with the first of the answer."""
+    """Tokens before that are decoded with new ones, at least. They begin where a character does: decoders of bytes as
+    SentencePiece has them make a mark of every byte of a row that holds a part of a character."""
 
     def __init__(
         self,
@@ -42,8 +43,16 @@ class Detokenizer:
         self.text = ""
         self.stopped: str | None = None
         self._held = ""  # whole characters that may begin a stop text
-        self._context = [token for token in prompt if token not in hidden][-self.CONTEXT :]
+        self._context = self._begin([token for token in prompt if token not in hidden])
+        self._pieces = [len(self._context)]  # tokens of whole characters, of which the context consists
         self._new: list[int] = []
+
+    def _begin(self, prompt: list[int]) -> list[int]:
+        """The end of the prompt, from a token on that begins a character: three bytes at most come before."""
+        last = [prompt[-size:] for size in range(self.CONTEXT, self.CONTEXT + 4)]
+        if self.tokenizer is None:
+            return last[0]
+        return next((ids for ids in last if not self.tokenizer.decode(ids).startswith(_UNFINISHED)), last[0])
 
     def add(self, token: int, may_stop: bool = True) -> None:
         """``may_stop``: whether the answer is long enough to end at a stop text that the token completes."""
@@ -54,15 +63,26 @@ class Detokenizer:
         now = self.tokenizer.decode([*self._context, *self._new])
         if (now.endswith(_UNFINISHED) and len(self._new) < 16) or len(now) < len(before):
             return  # the bytes of a character that is not complete
-        self._context, self._new = (self._context + self._new)[-max(self.CONTEXT, len(self._new)) :], []
-        self._append(now[len(before) :], may_stop)
+        self._append(self._behind(before, now), may_stop)
+        self._context += self._new
+        self._pieces.append(len(self._new))
+        while len(self._context) - self._pieces[0] >= self.CONTEXT:
+            del self._context[: self._pieces.pop(0)]
+        self._new = []
+
+    def _behind(self, before: str, now: str) -> str:
+        """What the new tokens add, of the texts without and with them. Where they make marks of what came before, they
+        are what is no character."""
+        assert self.tokenizer is not None
+        spoilt = now[: len(before)].count(_UNFINISHED) > before.count(_UNFINISHED)
+        return self.tokenizer.decode(self._new) if spoilt else now[len(before) :]
 
     def finish(self) -> None:
         """No more tokens come: what was held back is text, with a mark for each character that never was complete."""
         if self.tokenizer is not None and self.stopped is None:
             if self._new:
                 before = self.tokenizer.decode(self._context)
-                self._held += self.tokenizer.decode([*self._context, *self._new])[len(before) :]
+                self._held += self._behind(before, self.tokenizer.decode([*self._context, *self._new]))
                 self._new = []
             self.text, self._held = self.text + self._held, ""
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 from megatron_ds.data.tokenizers import ByteTokenizer
 from megatron_ds.inference.detokenizer import Detokenizer
@@ -34,6 +35,36 @@ def test_the_text_grows_by_whole_characters(text: str) -> None:
         assert detokenizer.text.startswith(before) and text.startswith(detokenizer.text)
     detokenizer.finish()
     assert detokenizer.text == text
+
+
+class _Pieces:
+    """A tokenizer of SentencePiece's kind, of which most characters are bytes, as the `tokenizers` library decodes."""
+
+    def __init__(self) -> None:
+        names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "x"]
+        vocabulary = {name: number for number, name in enumerate(names)}
+        self.backend = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
+        self.backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        self.backend.decoder = decoders.Sequence(steps)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.backend.decode(list(ids)))
+
+
+@given(text=TEXTS, answer=TEXTS)
+def test_rows_of_bytes_read_as_in_the_whole_text(text: str, answer: str) -> None:
+    tokenizer = _Pieces()
+    ids = tokenizer.backend.encode(text + answer).ids
+    prompt = tokenizer.backend.encode(text).ids if text else []
+    detokenizer = Detokenizer(tokenizer, prompt)
+    for token in ids[len(prompt) :]:
+        detokenizer.add(token)
+        assert answer.startswith(detokenizer.text)
+    assert detokenizer.text == answer == tokenizer.decode(ids)[len(text) :]
+    detokenizer.add(1 + 0xF0)
+    detokenizer.finish()
+    assert detokenizer.text == answer + "\N{REPLACEMENT CHARACTER}"
 
 
 @given(text=TEXTS, stops=st.lists(st.text(alphabet="aä中 x", min_size=1, max_size=3), max_size=3), keep=st.booleans())
