@@ -46,7 +46,8 @@ class ClassCondition(TimeEmbedding):
     def __init__(self, c: DiTConfig, s: StageSettings):
         super().__init__(c, s, slowest=True)
         shape = (c.num_classes + 1, c.hidden_size)
-        self.classes = Table(replicated_parameter("condition.classes.weight", shape, "normal", **self.make))
+        rows = replicated_parameter("condition.classes.weight", shape, "normal", weight_decay=True, **self.make)
+        self.classes = Table(rows)
 
     def forward(self, seen: MicroBatch) -> Tensor:
         return self.of_time(seen["time"]) + lookup(seen["labels"], self.classes.weight)

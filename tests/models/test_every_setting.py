@@ -12,11 +12,14 @@ from test_unused_settings import annotation, keys
 from torch import nn
 
 from megatron_ds.config import RunConfig, from_dict, validate
+from megatron_ds.config.diffusion import DiffusionRun
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh
+from megatron_ds.models.dit_task import DiTTask
 from megatron_ds.models.families import task_of
 from megatron_ds.optim.learning_rate import learning_rate
 from megatron_ds.pipeline.stage import StageSpan
+from megatron_ds.shard import spec_of
 
 Sections = dict[str, Any]
 LENGTH = 128
@@ -187,3 +190,26 @@ def test_every_accepted_setting_of_an_optimizer_changes_its_updates(name: str) -
     base = {**BASE, "model": {**BASE["model"], **small}, "train": train_section}
     base["optimizer"] = {"lr": 0.02, **OPTIMIZERS[name]}
     assert list(without_effect(base, "optimizer", optimized)) == []
+
+
+# Together these have every kind of parameter that there is.
+FAMILIES: list[tuple[type[RunConfig | DiffusionRun], dict[str, Any]]] = [
+    (RunConfig, {}),
+    (RunConfig, {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "qk_norm": True, "kv_heads": 1}),
+    (RunConfig, {"position": "alibi", "embedding_norm": True, "tied_embeddings": False, "head_bias": True}),
+    (RunConfig, {"family": "bert", "token_types": 2, "embedding_norm": True, "sentence_head": True}),
+    (DiffusionRun, {"learned_variance": True, "qk_norm": True}),
+    (DiffusionRun, {"condition": "text", "activation": "swiglu"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "model"), FAMILIES, ids=str)
+def test_matrices_and_tables_decay_and_neither_biases_nor_norms_do(kind: Any, model: dict[str, Any]) -> None:
+    config = from_dict(kind, {"model": {"num_layers": 1, "hidden_size": 16, "num_heads": 2, **model}}, "test")
+    task: Any = DiTTask(config) if kind is DiffusionRun else task_of(config)
+    stage = task.make_stage(StageSpan(0, 1), Mesh.single(), torch.device("meta"), torch.float32)
+    specs = [spec_of(parameter) for parameter in stage.parameters()]
+    assert len(specs) > 10
+    for spec in specs:
+        owner, _, last = spec.name.rpartition(".")
+        assert spec.weight_decay == (last == "weight" and not owner.endswith("norm")), spec.name
