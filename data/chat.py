@@ -86,6 +86,7 @@ class ChatTemplate:
                 messages=messages if known else [_with_system_role(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 tools=tools,
+                documents=None,  # there, as in transformers, to templates that ask whether it is
                 **self._special,
                 **variables,
             )

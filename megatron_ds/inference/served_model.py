@@ -101,7 +101,7 @@ def _in_folder(path: Path) -> Source:
     there = (path / carried_files.GENERATION).is_file()
     generation = _generation(folder.config, folder.json(carried_files.GENERATION) if there else {})
     return Source(
-        match.config, match, max(set(dtypes), key=dtypes.count), _tokenizer_in(path), generation,
+        match.config, match, max(dict.fromkeys(dtypes), key=dtypes.count), _tokenizer_in(path), generation,
         _longest(match.config, generation.get("max_position_embeddings")), (*folder.notes, *match.notes),
         folder.scheme if isinstance(folder, QuantizedFolder) else None,
     )  # fmt: skip
@@ -125,7 +125,12 @@ def _generation(config: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, 
 def _longest(c: ModelConfig, said: Any) -> int | None:
     if c.position == "learned":
         return c.max_positions
-    return said if isinstance(said, int) and said > 0 else None
+    scaling: Mapping[str, Any] = c.rope_scaling or {}
+    if not isinstance(said, int) or said <= 0:
+        return None
+    if scaling.get("rope_type") == "yarn":  # whose files often have the length from before it was scaled
+        return max(said, int(scaling["factor"] * scaling["original_max_position_embeddings"]))
+    return said
 
 
 def _in_checkpoint(path: Path) -> Source:
@@ -139,7 +144,7 @@ def _in_checkpoint(path: Path) -> Source:
     generation = _generation(*said)
     longest = _longest(config, generation.get("max_position_embeddings", trained))
     tokenizer = _tokenizer_in(home / "tokenizer")
-    dtype = max(set(dtypes), key=dtypes.count)
+    dtype = max(dict.fromkeys(dtypes), key=dtypes.count)  # of several the first, on every rank
     return Source(config, path, dtype, tokenizer, generation, longest, kind=kind)
 
 

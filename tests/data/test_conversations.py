@@ -38,7 +38,7 @@ def test_templates_equal_those_of_transformers() -> None:
     source = (
         "{{ bos_token }}\n{% for message in messages %}\n    {% if message.role == 'skip' %}{% continue %}{% endif %}\n"
         "[{{ message['role'] | upper }}] {{ message['content'] | trim }} {{ message | tojson }}\n"
-        "{% endfor %}{% if add_generation_prompt %}[ASSISTANT] {% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}[ASSISTANT] {{ documents is defined }}{% endif %}"
     )
     theirs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), bos_token="<s>", chat_template=source)
     messages = [{"role": "user", "content": " é <b> "}, {"role": "skip", "content": "x"}]

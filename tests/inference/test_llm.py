@@ -175,6 +175,18 @@ def test_what_counts_of_both_files_is_what_counts_for_transformers(folder: Path,
         assert llm.engine.ends.eos == (of_config.eos_token_id, 256)
 
 
+def test_a_text_may_be_as_long_as_yarn_scales_it(tmp_path: Path) -> None:
+    """As Qwen's cards say to switch it on: `max_position_embeddings` stays what it was."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    theirs = _llama(max_position_embeddings=16, rope_parameters=yarn)
+    theirs.save_pretrained(tmp_path)
+    tokens = [*itertools.islice(itertools.cycle(range(3, 100, 7)), 40)]
+    with LLM(tmp_path) as llm:
+        assert llm.max_model_len == 64
+        (output,) = llm.generate([tokens], GREEDY, use_tqdm=False)
+    assert output.outputs[0].token_ids == by_transformers(theirs, tokens, 10)
+
+
 def test_an_answer_ends_at_every_end_of_the_model(folder: Path) -> None:
     with LLM(folder) as llm:
         bias = SamplingParams(temperature=0.0, logit_bias={10: 100.0}, max_tokens=5)
