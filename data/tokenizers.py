@@ -171,12 +171,8 @@ class HFTokenizer(Tokenizer):
         return found
 
     def save_hf(self, folder: str | Path) -> None:
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.config}
-        write_hf(
-            folder,
-            {**config, **{name: text for name, text in self.special.items() if name not in config}},
-            self.backend,
-        )
+        # The special tokens are those that count: an older file beside the configuration may have named others.
+        write_hf(folder, {"tokenizer_class": "PreTrainedTokenizerFast", **self.config, **self.special}, self.backend)
 
 
 class SentencePieceTokenizer(Tokenizer):
