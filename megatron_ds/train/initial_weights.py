@@ -13,7 +13,7 @@ from typing import Any
 from megatron_ds.checkpoint.directory import find
 from megatron_ds.checkpoint.load import load
 from megatron_ds.checkpoint.meta import model_config
-from megatron_ds.config import BaseModelConfig, BaseRunConfig
+from megatron_ds.config import BaseModelConfig, BaseRunConfig, from_dict, read_toml
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.mesh import Mesh
 from megatron_ds.train.output import Output
@@ -28,13 +28,21 @@ def model_defaults(config: BaseRunConfig) -> dict[str, Any]:
     path = config.checkpoint.init_from
     if path is None:
         return {}
-    source = Output(config.output).resume_path(config)
+    output = Output(config.output)
+    source = output.resume_path(config)
     if source is not None:
         path = str(source)  # what it started from may be gone by now
     try:
         model, meanings = _saved(config, path)
     except CheckpointError:
-        return {}
+        # A run whose newest checkpoint is damaged is no other run: loading says what is wrong, or takes an older one.
+        if source is None or not source.absolute().is_relative_to(output.checkpoints.absolute()):
+            return {}
+        try:
+            saved = from_dict(type(config), read_toml(output.config), str(output.config))
+        except (ConfigError, OSError, ValueError):
+            return {}
+        model, meanings = saved.model, _meanings(config, saved.to_dict())
     found: dict[str, Any] = {"model": model.model_dump(mode="json")}
     for key, value in meanings.items():
         section, name = key.split(".")
@@ -105,11 +113,14 @@ def load_weights(config: BaseRunConfig, tables: Mapping[str, str], optimizer: Ze
 def _saved(config: BaseRunConfig, path: str) -> tuple[BaseModelConfig, dict[str, Any]]:
     """The checkpoint's model, and its dotted settings of other sections that say what the weights mean."""
     directory, manifest = find(path)
-    saved = manifest.meta.get("config", {})
-    meanings = {
+    model = model_config(type(config.model), manifest.meta, directory)
+    return model, _meanings(config, manifest.meta.get("config", {}))
+
+
+def _meanings(config: BaseRunConfig, saved: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         key: saved[section][name]
         for key in sorted(config.fixed)
         for section, _, name in [key.partition(".")]
         if name and name in saved.get(section, {})
     }
-    return model_config(type(config.model), manifest.meta, directory), meanings

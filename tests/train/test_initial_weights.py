@@ -143,6 +143,13 @@ def test_a_run_goes_on_when_what_it_started_from_is_gone(llama: Path, tmp_path: 
     source.rename(tmp_path / "elsewhere")
     code, shown = run(*options, "--train.steps", "2")
     assert code == 0 and "resumed from step 1 of 2" in shown
+    # Nor is it another run when its newest checkpoint can no longer say what model it is of.
+    manifest = tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:100])
+    code, shown = run(*options, "--train.steps", "2")
+    assert code == 2 and f"{manifest} is damaged" in shown and "another model" not in shown
+    code, shown = run(*options[:-1], "--train.steps", "2", "--checkpoint.resume-from", "last-good")
+    assert code == 0 and "resumed from step 1 of 2" in shown
 
 
 def test_new_rows_are_the_same_on_every_mesh_and_zero_stage(tmp_path: Path) -> None:
