@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -212,8 +213,9 @@ class Contender:
             environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if options.processor_time else {}
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment
-        )
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
 
     def result(self) -> dict[str, float]:
         assert self._process.stdout is not None
@@ -232,7 +234,7 @@ class Contender:
         return self.result()
 
     def close(self) -> None:
-        self._process.kill()
+        os.killpg(self._process.pid, signal.SIGKILL)  # vLLM's processes outlive the one that started them
         self._process.wait()
 
 
