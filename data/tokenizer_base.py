@@ -47,6 +47,8 @@ class Tokenizer(ABC):
         eod_id: ends a document; None if the tokenizer has no such token.
         bos_id: begins a document; None if it has none.
         mask_id: stands for a masked token; None if it has none.
+        begins, ends: whether BOS and EOD are put around a text that a model is to go on with, where the tokenizer's
+            own file does not say it: ``add_bos_token`` and ``add_eos_token``.
         eod_origin: where the choice of ``eod_id`` comes from: a file, or "a known name".
         special: texts of the special tokens by their setting (``eos_token``, ...), as chat templates use them.
         fingerprint: changes when the tokenizer's file does.
@@ -58,6 +60,7 @@ class Tokenizer(ABC):
     eod_id: int | None = None
     bos_id: int | None = None
     mask_id: int | None = None
+    begins, ends = True, False
     eod_origin: str = ""
     special: dict[str, str]
     fingerprint: str

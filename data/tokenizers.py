@@ -195,6 +195,8 @@ class SentencePieceTokenizer(Tokenizer):
         except Exception as error:
             raise DataError(f"{path} is not a SentencePiece model: {error}") from None
         found = read_special_tokens(self.path.parent)
+        self.begins = found.config.get("add_bos_token") is not False
+        self.ends = found.config.get("add_eos_token") is True
         self._inner = self.backend  # encodes what stands behind a special token
         self._unprefixed = [setting for setting in ("legacy", "add_prefix_space") if found.config.get(setting) is False]
         if self._unprefixed:

@@ -142,7 +142,8 @@ class LLM:
     # Prompts
 
     def tokenize(self, prompt: Prompt) -> list[int]:
-        """The tokens of a text, with those that begin one; tokens stay as they are."""
+        """The tokens of a text, where names of special tokens stand for these, with those that begin one; tokens stay
+        as they are."""
         if not isinstance(prompt, str):
             return [int(token) for token in prompt]
         tokenizer = self._require_tokenizer()
@@ -150,8 +151,9 @@ class LLM:
             raise ConfigError("the prompt has half of a surrogate pair, which is no character: give valid Unicode")
         if isinstance(tokenizer, HFTokenizer):
             return list(tokenizer.backend.encode(prompt).ids)
-        ids = [int(token) for token in tokenizer.encode_batch([prompt])[0]]
-        return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+        begin = [tokenizer.bos_id] if tokenizer.begins and tokenizer.bos_id is not None else []
+        end = [tokenizer.eod_id] if tokenizer.ends and tokenizer.eod_id is not None else []
+        return [*begin, *(int(token) for token in tokenizer.encode_marked(prompt)[0]), *end]
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> list[int]:
         """The tokens of a conversation by the model's chat template, up to where the answer begins.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import itertools
 import json
 import shutil
@@ -13,11 +14,11 @@ import pytest
 import torch
 from hf_models import FAMILIES, MODELS, _llama, make
 from safetensors.torch import load_file
-from transformers import GenerationConfig, LlamaConfig
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
 from megatron_ds.checkpoint import Checkpoint, FlatShard, save
 from megatron_ds.convert.tables import export_hf, import_hf
-from megatron_ds.data.tokenizers import ByteTokenizer
+from megatron_ds.data.tokenizers import ByteTokenizer, load_tokenizer
 from megatron_ds.errors import CheckpointError, ConfigError, MegatronDSError
 from megatron_ds.inference import LLM, RequestOutput, SamplingParams
 
@@ -173,6 +174,25 @@ def test_what_counts_of_both_files_is_what_counts_for_transformers(folder: Path,
         assert llm.suggested == {} and (of_config.top_k, of_config.min_length) == (None, None)
         # The tokenizer's own end beside the model's, as vLLM has it: models of conversations need it.
         assert llm.engine.ends.eos == (of_config.eos_token_id, 256)
+
+
+def test_a_prompt_of_sentencepiece_begins_and_ends_as_its_folder_says(folder: Path, tmp_path: Path) -> None:
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(["hello world how are you"] * 9), model_writer=model, vocab_size=290, model_type="bpe",
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    with LLM(folder) as llm:
+        for begins, ends in itertools.product((True, False), repeat=2):
+            said = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": begins, "add_eos_token": ends}
+            names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps({**said, **names}))
+            llm.tokenizer = load_tokenizer(tmp_path)
+            text = "hello you</s>"
+            assert llm.tokenize(text) == AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
 
 
 def test_a_text_may_be_as_long_as_yarn_scales_it(tmp_path: Path) -> None:
