@@ -72,7 +72,7 @@ class LLM:
             steps become CUDA graphs, for 1, 2, 4, 8, ... texts up to max_num_seqs.
         seed: of the draws of requests that have none of their own; None: a new one for each.
         generation_config: ``auto``: a request without settings of its own (on a server: without one of them) takes the
-            temperature, top-k, top-p, min-p and repetition penalty of the model's generation_config.json; or ``none``.
+            temperature, top-k, top-p, min-p and penalties of the model's generation_config.json; or ``none``.
 
     Raises:
         CheckpointError, ConfigError, DataError: the model cannot be read or served like this.

@@ -146,7 +146,7 @@ def test_a_stream_grows_into_the_whole_answer(folder: Path) -> None:
 
 def test_without_settings_the_models_own_ones_are_taken(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    said = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "repetition_penalty": 1.2}
+    said = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "repetition_penalty": 1.2, "frequency_penalty": 0.5}
     more = {"do_sample": True, "max_new_tokens": 2, "min_p": None}  # of which one is no matter of drawing
     (tmp_path / "generation_config.json").write_text(json.dumps({**said, **more}))
     with LLM(tmp_path, seed=3) as own, LLM(tmp_path, seed=3, generation_config="none") as plain:
