@@ -105,8 +105,13 @@ class Trainer(transformers.Trainer):
             super()._move_model_to_device(model, device)
 
     def evaluation_loop(self, *arguments: Any, **keywords: Any) -> Any:
-        """The Trainer's, without a cast of a model that the engine has in that dtype."""
+        """The Trainer's, without a cast of a model that the engine has in that dtype.
+
+        A Seq2SeqTrainer generates as many tokens on each rank where ranks gather weights from one another.
+        """
         args, dtype = self.args, self._full_eval_dtype
+        if self.engine is not None and self.engine.config.zero.stage == 3 and args.world_size > 1:
+            self._gen_kwargs = {"synced_gpus": True, **getattr(self, "_gen_kwargs", {})}
         if self.engine is None or any(p.dtype != dtype for p in self.model.parameters() if p.is_floating_point()):
             return super().evaluation_loop(*arguments, **keywords)
         before = args.fp16_full_eval, args.bf16_full_eval

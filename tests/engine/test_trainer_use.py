@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_trainer import check
-from trainer_more import CASES, Adapted, configured, everything, frozen_llama, refusals, resumed
+from trainer_more import CASES, STAGE_3, Adapted, configured, everything, frozen_llama, generated, refusals, resumed
 
 from megatron_ds.testing import run_ranks
 
@@ -45,6 +45,14 @@ def test_a_trainer_is_used_in_many_ways(tmp_path: Path) -> None:
     assert all(torch.equal(value, results["adapted 3"]["state"][name]) for name, value in weights.items())
     (alone,) = run_ranks(resumed, 1, str(tmp_path / "2" / "adapted-3"), {"zero": {"stage": 1}}, Adapted, 2)
     same({**alone, "best": None}, plain["adapted"])  # of two ranks, on one
+
+
+def test_ranks_generate_together(tmp_path: Path) -> None:
+    """Apart: ranks of one host would read one another's weights without a message."""
+    tokens = generated(str(tmp_path / "plain"), None)
+    assert len({len(row) for row in tokens}) > 1
+    for found in run_ranks(generated, 2, str(tmp_path / "2"), STAGE_3, apart=True):
+        assert found == tokens
 
 
 def test_a_configuration_and_the_arguments_go_together(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,44 @@ def streamed(output: str, config: Any) -> dict[str, Any]:
     trainer = trainer_of(output, config, llama(), streamed=True, gradient_accumulation_steps=3, max_steps=5, **every)
     trainer.train()
     return end(trainer)
+
+
+def generated(output: str, config: Any) -> list[Any]:
+    """What a Seq2SeqTrainer predicts: an end comes at another token on each rank."""
+    _, world = place_in_environment()
+    import transformers
+
+    from megatron_ds.integrations import transformers as integration
+
+    arguments: Any = transformers.Seq2SeqTrainingArguments
+    trainer_class: Any = transformers.Seq2SeqTrainer
+    if config is not None:
+        arguments = dataclass(type("Arguments", (integration.TrainingArguments, arguments), {}))
+        trainer_class = type("Trainer", (integration.Trainer, trainer_class), {})
+    torch.manual_seed(5)
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 1, "num_heads": 4, "dropout_rate": 0.0}
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=61, decoder_start_token_id=0, **sizes)
+    )
+    model.generation_config.eos_token_id = list(range(1, 61, 5))
+    settings = arguments(
+        output_dir=output,
+        per_device_eval_batch_size=2 // world,
+        predict_with_generate=True,
+        max_steps=1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        **({} if config is None else {"deepspeed": config}),
+    )
+    rows = dataset()
+    trainer = trainer_class(model=model, args=settings, train_dataset=rows)
+    trainer.train()
+    predicted = trainer.predict(rows[:4], max_length=8).predictions
+    if config is not None:
+        trainer.engine.zero.close()
+    return [[int(token) for token in row if token > 0] for row in predicted]
 
 
 def full_eval(output: str) -> list[float]:
