@@ -18,8 +18,9 @@ Accelerate has no interface for a backend of one's own, so methods of this one `
 ``save_state``, ``load_state``, ``prepare_model`` and ``prepare_optimizer``. Schedulers are ordinary torch schedulers of
 the returned optimizer; ``register_for_checkpointing`` puts them into ``save_state``, whose folder holds an engine's
 checkpoint, for any number of ranks, beside Accelerate's own files. ``mixed_precision`` of the Accelerator becomes
-``precision.dtype``; its ``dynamo_backend`` compiles the model, in place. A parameter's ``.grad`` cannot be read: it
-raises, and ``model.engine.get_gradient`` gives the gradient. One accelerator trains one model.
+``precision.dtype``, in which the model's outputs stay: compute a loss of your own with ``outputs.float()``. Its
+``dynamo_backend`` compiles the model, in place. A parameter's ``.grad`` cannot be read: it raises, and
+``model.engine.get_gradient`` gives the gradient. One accelerator trains one model.
 """
 
 from __future__ import annotations
