@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from megatron_ds import comm
 from megatron_ds.config.engine import EngineConfig
 from megatron_ds.engine.late_ranks import LateRanks
 from megatron_ds.engine.tensors import WholeTensors
@@ -84,12 +85,16 @@ class Inspection:
             self._complete = True
         self._require_whole_gradients()
         self.train_step.reduce()
-        return self.tensors().gradient(name) / self.train_step.excess(self._count(self._done))
+        return self.tensors().gradient(name) / self._excess().item()
 
     def get_gradient_norm(self) -> Tensor:
         """Their global L2 norm, before clipping: 0-d float64, between the step's last backward and step()."""
         self._require_whole_gradients()
-        return self.train_step.grad_norm(self._count(self._done))
+        self.train_step.reduce()
+        return comm.all_reduce(self.zero.norm_squared(), self.mesh.world).sqrt() / self._excess()
+
+    def _excess(self) -> Tensor:
+        return self.train_step.excess(self._count(self._done)) * self.train_step.scaler.scale
 
     def _require_whole_gradients(self) -> None:
         if not self._complete:

@@ -4,8 +4,7 @@ The loss of a step is a sum over the *global* batch divided by a count. What cou
 unmasked target tokens); for a user's own model (``megatron_ds.engine``) the sum is of the micro-batches' losses and the
 count is of micro-batches. Each rank counts before the forward pass, the counts are summed over the data axis, and the
 gradient that seeds every backward pass is ``loss_scale / count``. Everything after that is a sum: over micro-batches,
-over tensor-parallel ranks, over replicas. Nothing is ever averaged, so no mean of means can arise. (A user's model is
-trained as by DDP: what seeds is the gradient of a rank's own mean, and the update divides the sum by the ranks.)
+over tensor-parallel ranks, over replicas. Nothing is ever averaged, so no mean of means can arise.
 
 A step is :meth:`TrainStep.begin`, the backward passes, :meth:`TrainStep.finish`: in one call where the executor runs
 the micro-batches, apart where the user does. The host waits for the device once, in ``finish``, to know the gradient
@@ -82,8 +81,8 @@ class TrainStep:
     Attributes:
         clip_value: bound of each element of the gradients, instead of ``clip_norm``; None for none.
         asks: whether this rank wants all ranks to talk after the step. heard: whether any did so in the last one.
-        averaged_over: number of ranks of whose own mean losses the step's is the mean. Backward passes then begin with
-            the gradient of a rank's own, as in DDP, which hooks see; the update divides the sum over ranks.
+        averaged_over: ranks of whose own mean losses, as in DDP, backward passes begin with the gradient (which hooks
+            see), so that the update divides the sum over ranks by their number.
         before_update: called before an update that is not skipped; :meth:`queue` has none.
         after_first: what is called once, after the next step.
         timed: measure ``seconds``, from the first forward pass to the end of the last backward pass. Waits for a GPU.
@@ -157,8 +156,7 @@ class TrainStep:
 
     def _run(self, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, Tensor]:
         """Forward and backward passes; the sum of this rank's losses, and what the loss is divided by."""
-        # Exact up to 2^53.
-        count = comm.all_reduce(self.count(micro_batches).double(), self.mesh.data)
+        count = comm.all_reduce(self.count(micro_batches).double(), self.mesh.data)  # exact up to 2^53
         with explained(), self.weights_fixed():
             loss_sum = self.executor.run(micro_batches, self.begin(count))
         return loss_sum, count
@@ -166,9 +164,9 @@ class TrainStep:
     def begin(self, count: Tensor) -> Tensor:
         """Start a step whose loss will be divided by ``count`` (0-d float64); the gradient that seeds its backwards."""
         self.optimizer.start_step()
-        self._seeded = count.clamp(min=1) / self.averaged_over()
-        self._reduced = False
-        self._begun = time.perf_counter()
+        count = count.clamp(min=1)
+        self._seeded = count / ranks if (ranks := self.averaged_over()) > 1 else count
+        self._reduced, self._begun = False, time.perf_counter()
         return self.scaler.scale / self._seeded
 
     def reduce(self) -> None:
@@ -177,18 +175,8 @@ class TrainStep:
             self.optimizer.finish_gradients()
             self._reduced = True
 
-    def grad_norm(self, count: Tensor) -> Tensor:
-        """0-d float64, on the device: what :meth:`finish` will say as ``grad_norm``. Nothing waits for it."""
-        self.reduce()
-        norm_squared = comm.all_reduce(self.optimizer.norm_squared(), self.mesh.world)
-        return norm_squared.sqrt() / (self.scaler.scale * self._difference(count))
-
-    def excess(self, count: Tensor) -> float:
-        """What the gradients are too large by: the loss scale, times ``averaged_over`` but for a count that came out
-        different."""
-        return self.scaler.scale * self._difference(count).item()
-
-    def _difference(self, count: Tensor) -> Tensor:
+    def excess(self, count: Tensor) -> Tensor:
+        """What gradients are too large by beside the loss scale: ``averaged_over``, and a count that came out other."""
         return count.clamp(min=1) / self._seeded
 
     def finish(self, loss_sum: Tensor, count: Tensor, stop: bool = False) -> StepResult:
@@ -226,7 +214,7 @@ class TrainStep:
             self.seconds = time.perf_counter() - self._begun
         self.reduce()
         summed = self._sum_over_world(self.optimizer.norm_squared(), loss_sum, stop)
-        return torch.stack([*summed, count.double(), self._difference(count).double()])
+        return torch.stack([*summed, count.double(), self.excess(count).double()])
 
     def _factor(self, sums: Tensor) -> Tensor:
         """0-d float64: what the update multiplies gradients with, to unscale and clip; NaN if the norm is infinite."""

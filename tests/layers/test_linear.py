@@ -256,6 +256,7 @@ def test_onednn_adds_a_weight_gradient_that_copies_the_narrower_operand(
 ) -> None:
     """By blocks of rows, and from parts of wider rows too, for which oneDNN itself would take its reference loop."""
     monkeypatch.setattr(onednn, "_BLOCK_ELEMENTS", 0)
+    monkeypatch.setattr(onednn, "_LEAST_ROWS", 64)
     copied: list[int] = []
     product = onednn.product
     monkeypatch.setattr(onednn, "product", lambda *args: (copied.append(args[0].numel()), product(*args))[1])
