@@ -6,17 +6,16 @@ import torch
 
 
 def clip_coefficient(norm_squared: torch.Tensor, clip_norm: float) -> torch.Tensor:
-    """The factor that brings a gradient of the given squared norm to at most ``clip_norm``: ``min(1, clip / norm)``.
+    """The factor that brings a gradient to a norm of ``clip_norm`` at most: ``min(1, clip / (norm + 1e-6))``.
+
+    That of ``torch.nn.utils.clip_grad_norm_``, of Megatron-LM and of DeepSpeed.
 
     Args:
         norm_squared: 0-d, the global squared norm. NaN and Inf pass through as NaN and 0: decide on skipping first.
         clip_norm: largest norm; 0 turns clipping off (the factor is 1).
-
-    Unlike ``torch.nn.utils.clip_grad_norm_`` nothing is added to the norm, so that a gradient at or under the limit
-    is left exactly as it is, and one above it lands on the limit.
     """
     if clip_norm < 0:
         raise ValueError(f"clip_norm={clip_norm} is negative; use 0 for no clipping")
     if clip_norm == 0:
         return torch.ones_like(norm_squared)
-    return (clip_norm / norm_squared.sqrt()).clamp(max=1.0)
+    return (clip_norm / (norm_squared.sqrt() + 1e-6)).clamp(max=1.0)

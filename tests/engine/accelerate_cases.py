@@ -43,10 +43,7 @@ def adamw(net: nn.Module) -> torch.optim.Optimizer:
 
 
 def clip_to(net: nn.Module, limit: float) -> float:
-    """torch's clip_grad_norm_, without the 1e-6 that it adds to the norm, and the norm."""
-    norm = float(nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None]))
-    nn.utils.clip_grad_norm_(net.parameters(), limit * (1 + 1e-6 / norm))
-    return norm
+    return float(nn.utils.clip_grad_norm_(net.parameters(), limit))
 
 
 def plain(clip: Clip, clipped_steps: int = STEPS) -> tuple[list[float], dict[str, Tensor]]:

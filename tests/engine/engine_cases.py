@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,12 +118,7 @@ def plain(case: Case, steps: int = STEPS) -> Ran:
         loss.backward()
         ran.losses.append(loss.item())
         ran.gradients = {name: p.grad.clone() for name, p in trained.items() if p.grad is not None}
-        norm = torch.cat([g.flatten() for g in ran.gradients.values()]).norm()
-        ran.norms.append(norm.item())
-        if case.clip and norm > case.clip:
-            for parameter in trained.values():
-                assert parameter.grad is not None
-                parameter.grad.mul_(case.clip / norm)
+        ran.norms.append(nn.utils.clip_grad_norm_(trained.values(), case.clip or math.inf).item())
         optimizer.step()
         if scheduler is not None:
             scheduler.step()

@@ -90,10 +90,7 @@ def plain(name: str) -> tuple[list[float], dict[str, Tensor]]:
         for parameter in model.parameters():  # an unused one (a pooler) has a gradient of zero, as in DDP
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        norm = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm()
-        for parameter in model.parameters():  # torch's own clipping adds 1e-6 to the norm
-            assert parameter.grad is not None
-            parameter.grad.mul_(min(1.0, 0.5 / norm.item()))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         losses.append(loss.item())
     return losses, {key: value.detach().clone() for key, value in model.state_dict().items()}

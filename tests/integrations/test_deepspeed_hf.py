@@ -61,9 +61,7 @@ def plain(folder: str, ranks: int) -> tuple[list[list[float]], Any]:
     for step in range(STEPS):
         each = [model(ids, labels=ids).loss for ids in (ids_of(rank, step) for rank in range(ranks))]
         torch.stack(each).mean().backward()
-        norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
-        for parameter in model.parameters():
-            parameter.grad.mul_((scripts.CLIP / norm).clamp(max=1.0))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), scripts.CLIP)
         optimizer.step()
         optimizer.zero_grad()
         losses.append([loss.item() for loss in each])

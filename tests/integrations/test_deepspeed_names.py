@@ -143,7 +143,7 @@ def gathered(stage: int) -> list[Any]:
     engine.step()
     assert norm == pytest.approx(engine.get_global_grad_norm(), rel=1e-9)
     moment = deepspeed.utils.safe_get_full_optimizer_state(weight, "exp_avg")
-    clipped = gradient * min(1.0, float(engine.gradient_clipping() / norm))
+    clipped = gradient * min(1.0, float(engine.gradient_clipping() / (norm + 1e-6)))
     assert torch.allclose(moment, 0.1 * clipped, rtol=1e-9, atol=0), "of this one gradient alone"
     deepspeed.utils.safe_set_full_fp32_param(weight, zeros)
     assert not engine.module_state_dict()["body.0.weight"].any()

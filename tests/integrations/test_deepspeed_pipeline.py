@@ -96,10 +96,7 @@ def plain() -> tuple[list[float], dict[str, Tensor], float]:
         adam.zero_grad()
         mean = loss(step)
         mean.backward()
-        norm = torch.stack([p.grad.square().sum() for p in parameters if p.grad is not None]).sum().sqrt()
-        for parameter in parameters:
-            assert parameter.grad is not None
-            parameter.grad.mul_((CLIP / norm).clamp(max=1.0))
+        torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         adam.step()
         losses.append(mean.item())
     for module in made.values():

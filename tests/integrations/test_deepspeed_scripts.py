@@ -39,14 +39,6 @@ def states(**models: nn.Module) -> dict[str, Any]:
     return {f"{of}{name}": value.tolist() for of, m in models.items() for name, value in m.state_dict().items()}
 
 
-def clip(model: nn.Module) -> None:
-    """To the norm itself; torch's own function divides by a little more than the norm."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
-    for gradient in gradients:
-        gradient.mul_((CLIP / norm).clamp(max=1.0))
-
-
 def classifier(ranks: int, dtype: torch.dtype) -> list[Ran]:
     model = scripts.net(1, scripts.CLASSES).to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY)
@@ -62,7 +54,7 @@ def classifier(ranks: int, dtype: torch.dtype) -> list[Ran]:
             total = total + loss
         (total / ranks / 2).backward()
         if number % 2:
-            clip(model)
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
@@ -113,7 +105,7 @@ def pipeline(ranks: int, dtype: torch.dtype) -> list[Ran]:
                     hidden = layer(hidden)
                 total = total + cross_entropy(hidden, labels[rank].split(MICRO)[micro]) / (2 * ranks)
         total.backward()
-        clip(model)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total.item())

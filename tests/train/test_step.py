@@ -220,7 +220,7 @@ def test_the_update_is_the_clipped_gradient() -> None:
     decayed = decays(sgd(0.0))
     initial = plain(sgd(0.0), 0).parameters[0]
     for clip_norm in (0.0, result.grad_norm * 2, result.grad_norm / 3):
-        factor = min(1.0, clip_norm / result.grad_norm) if clip_norm else 1.0
+        factor = min(1.0, clip_norm / (result.grad_norm + 1e-6)) if clip_norm else 1.0
         clipped, same_gradients, change = gradients_and_update(sgd(clip_norm))
         assert clipped.grad_norm == result.grad_norm  # reported as it was before clipping
         for name, gradient in same_gradients.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from dataclasses import dataclass, replace
@@ -129,11 +130,7 @@ def _reference(rule: str, clip: float) -> tuple[list[float], dict[str, torch.Ten
         for parameter in trainable.values():
             parameter.grad = torch.zeros_like(parameter)
         model(samples_of(step), list(range(SAMPLES))).backward()
-        gradients = [p.grad for p in trainable.values() if p.grad is not None]
-        norm = torch.cat([g.flatten() for g in gradients]).norm()
-        if clip and norm > clip:
-            for gradient in gradients:
-                gradient.mul_(clip / norm)
+        norm = torch.nn.utils.clip_grad_norm_(trainable.values(), clip or math.inf)
         norms.append(norm.item())
         for optimizer, factor in ((adamw, 1.0), (others, 2.0 if rule == "mixed" else 1.0)):
             for group in optimizer.param_groups:
