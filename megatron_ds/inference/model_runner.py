@@ -85,8 +85,8 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, plan: Plan, rows: Many[int]) -> Tensor | None:
         """Logits ``[len(rows), v / tp]`` of these rows of the step, in the model's dtype, on the last stage."""
+        self.cache.copy(plan.copies)  # first: a block that was copied may have been given back and taken anew since
         self.cache.clear(plan.fresh)
-        self.cache.copy(plan.copies)
         spans = plan.spans
         places = StepPlaces.of(
             [s.sequence.blocks for s in spans], [s.count for s in spans], [s.start for s in spans], self.cache.size

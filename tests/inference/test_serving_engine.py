@@ -110,6 +110,15 @@ def test_a_small_pool_preempts_and_computes_again() -> None:
         check(MODELS["llama"], output)
 
 
+def test_a_block_is_copied_before_another_text_takes_it() -> None:
+    engine = engine_of(MODELS["llama"], blocks=4, size=4)
+    one, several = (SamplingParams(n=n, seed=1, max_tokens=3, logprobs=2) for n in (1, 3))
+    # The first sample copies the prompt's last block, and the waiting ones give that up for the other request's token.
+    arrivals = {0: [("samples", [5, 6, 7, 8, 9, 10], several), ("other", [1, 2, 3, 4], one)]}
+    for output in serve(engine, arrivals, {}).values():
+        check(MODELS["llama"], output)
+
+
 def test_a_shared_beginning_is_computed_once() -> None:
     engine = engine_of(MODELS["llama"])
     params = SamplingParams(temperature=0.0, max_tokens=3, logprobs=1)
