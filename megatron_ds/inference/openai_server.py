@@ -171,10 +171,15 @@ class Server:
 
     async def _tokenize(self, request: Request) -> Response:
         body = await self._json(request)
-        prompt = body.get("prompt") if isinstance(body, dict) else None
-        if not isinstance(prompt, str):
-            raise BadRequest("prompt must be a text", "prompt")
-        tokens = read_call({"prompt": prompt}, False, self.model, self.llm).prompts[0]
+        fields = dict(body) if isinstance(body, dict) else {}
+        chat = "messages" in fields
+        if not chat and not isinstance(fields.get("prompt"), str):
+            raise BadRequest("prompt must be a text, or messages a conversation", "prompt")
+        # As a request would be read: what a template has begun gets no beginning twice, and is one for an answer.
+        for name, usual in (("add_special_tokens", not chat), ("add_generation_prompt", True)):
+            if fields.pop(name, None) not in (None, usual):
+                raise BadRequest(f"{name} is {str(usual).lower()} here, as it is for answers", name)
+        tokens = read_call(fields, chat, self.model, self.llm).prompts[0]
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self.llm.engine.max_model_len})
 
     async def _completions(self, request: Request) -> Response:

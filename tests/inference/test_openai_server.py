@@ -243,6 +243,15 @@ def test_conversations_go_through_the_template(running: Running, folder: Path) -
     assert "".join(piece.choices[0].delta.content or "" for piece in stream) == plain.outputs[0].text
     tokens = running.post("/tokenize", b'{"prompt": "abc"}')[1]
     assert tokens["tokens"] == [97, 98, 99]
+    shown = running.post("/tokenize", json.dumps({"messages": messages, "tools": tools}).encode())[1]
+    assert bytes(shown["tokens"]) == b"<user>hiT1>"
+
+
+@pytest.mark.parametrize(
+    ("field", "status"), [({"add_special_tokens": False}, 400), ({"model": "other"}, 404), ({"messages": []}, 400)]
+)
+def test_what_would_change_the_tokens_is_not_passed_over(running: Running, field: Any, status: int) -> None:
+    assert running.post("/tokenize", json.dumps({"prompt": "abc", **field}).encode())[0] == status
 
 
 def test_stop_texts_end_an_answer_and_are_not_shown(running: Running) -> None:
