@@ -242,7 +242,7 @@ class TrainStep:
             torch._foreach_clamp_max_(gradients, bound)
 
     def evaluate(self, batches: Iterable[Sequence[MicroBatch]]) -> float:
-        """The losses' sum over all batches divided by their count, without label smoothing and dropout."""
+        """The losses' sum over all batches divided by their count, without label smoothing, z-loss and dropout."""
         modes = [(module, module.training) for stage in self.executor.stages.values() for module in stage.modules()]
         for stage in self.executor.stages.values():
             stage.eval()
