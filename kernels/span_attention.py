@@ -14,13 +14,17 @@ from torch import Tensor
 from megatron_ds.kernels.alibi import Alibi
 from megatron_ds.kernels.cpu.attention_route import QUERIES
 
+_FEW = 32
+"""Queries of a key/value head."""
+_SMALL = 4.0
+"""Scores whose rounding to bf16 changes the result by about as much as that of the probabilities does."""
+
 
 def span_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap: float | None = None) -> Tensor:
     """``softmax(q k^T / sqrt(d) + bias) v``, the queries being those of the last ``c`` of ``l`` places.
 
     One batched product of all texts and heads is several times as fast as torch's fused kernel, which makes a product
-    for each head of each text. Its scores are rounded to the dtype before the softmax; those of fp16, which ends at
-    65,504, are fp32.
+    for each head of each text. As there, scores and softmax are fp32 where the dtype is narrower.
 
     Args:
         q: ``[b, c, n, d]``. k, v: ``[g, b, l, d]``; query head ``h`` uses key/value head ``h // (n / g)``.
@@ -33,8 +37,6 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap
     b, c, n, d = q.shape
     g, length = k.shape[0], k.shape[2]
     group, single = n // g, b * c == 1 and softcap is None
-    if q.dtype is torch.float16 and not single:
-        return span_attention(q.float(), k.float(), v.float(), bias, softcap).half()
     if bias is not None:
         bias = bias.unflatten(1, (g, group) if bias.shape[1] > 1 else (1, 1)).transpose(0, 1)  # [g, b, n / g, c, l]
     if single:  # where there is little to compute, calls are what takes the time
@@ -43,18 +45,36 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap
         ).reshape(q.shape)
     # In one piece: products of strided keys take up to twenty times as long.
     k, v = k.contiguous().flatten(0, 1).transpose(1, 2), v.flatten(0, 1)
+    if q.dtype is torch.float16 or (q.dtype is torch.bfloat16 and group * c > _FEW):
+        k = k.float()
     queries, parts = q.unflatten(2, (g, group)).permute(2, 0, 3, 1, 4), []  # [g, b, n / g, c, d]
     for start in range(0, c, QUERIES):
         end = min(start + QUERIES, c)
         seen = length - c + end
         own = queries[:, :, :, start:end].reshape(g * b, -1, d)
-        scores = torch.baddbmm(own.new_empty(()), own, k[:, :, :seen], beta=0.0, alpha=1.0 / math.sqrt(d))
+        scores = _scores(own, k[:, :, :seen], 1.0 / math.sqrt(d))
         if softcap is not None:
             scores.div_(softcap).tanh_().mul_(softcap)
         if bias is not None:
             scores.view(g, b, group, -1, seen).add_(bias[:, :, :, start:end, :seen])
-        parts.append((scores.softmax(-1) @ v[:, :seen]).view(g, b, group, -1, d).permute(1, 3, 0, 2, 4))
+        parts.append((scores.softmax(-1).to(v.dtype) @ v[:, :seen]).view(g, b, group, -1, d).permute(1, 3, 0, 2, 4))
     return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).reshape(q.shape)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """``scale * q k``, in fp32 where the dtype is narrower: one of 60 that is rounded to bf16 is wrong by up to 0.125.
+
+    torch has no product of bf16 with a result in fp32 on a CPU. For few queries a second product, of what the rounded
+    first one lacks, costs less than wider keys; where all scores are small it is not needed.
+    """
+    q = q.to(k.dtype)
+    high = torch.baddbmm(q.new_empty(()), q, k, beta=0.0, alpha=scale)
+    if q.dtype is not torch.bfloat16:
+        return high
+    scores = high.float()
+    if max(float(scores.amax()), -float(scores.amin())) <= _SMALL:
+        return scores
+    return scores.add_(torch.baddbmm(high, q, k, beta=-1.0, alpha=scale))
 
 
 def span_bias(
