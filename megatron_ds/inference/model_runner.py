@@ -19,6 +19,10 @@ from megatron_ds.mesh import Mesh
 from megatron_ds.models.block import SITES_A_BLOCK
 from megatron_ds.models.transformer import Transformer
 
+_ROUNDED, _SMALL = 16, 1 << 25
+"""Rows of prompts are padded to multiples of the first on a CPU, in models of fewer weights than the second. oneDNN
+compiles a kernel for each new number of rows and each weight: for them that takes longer than the rows do."""
+
 
 @dataclass(frozen=True)
 class CacheSize:
@@ -69,6 +73,8 @@ class ModelRunner:
         self.cache = PagedCache(layers, size.blocks + 1, size.size, heads, head_dim, size.dtype, self.device)
         self.dtype = next(model.parameters()).dtype
         self._compiled: CompiledStage | None = None
+        small = 12 * model.config.num_layers * model.config.hidden_size**2 < _SMALL  # on all stages alike
+        self._rounded = _ROUNDED if mesh.device.type == "cpu" and small and not apart else 1
         alone = mesh.world.size == 1 and mesh.device.type == "cpu"
         if compiled and alone and not apart and self.dtype in (torch.bfloat16, torch.float16):
             self.compile()
@@ -95,10 +101,14 @@ class ModelRunner:
         wanted = torch.tensor(rows, dtype=torch.int64, device=self.device)
         if self._graphs is not None and self._graphs.takes(places):
             return self._graphs.run(tokens, places)[wanted]
+        padding = 0 if places.decodes else -len(tokens) % self._rounded
+        if padding:  # their results are dropped
+            tokens += [0] * padding
+            places = places.padded(padding, self._scratch)
         pp = self.mesh.pp
         hidden = None
         if not pp.is_first:
-            hidden = torch.empty(plan.tokens, 1, self.model.config.hidden_size, dtype=self.dtype, device=self.device)
+            hidden = torch.empty(len(tokens), 1, self.model.config.hidden_size, dtype=self.dtype, device=self.device)
             dist.recv(hidden, group=pp.group, group_src=pp.rank - 1)
         hidden = self._hidden(
             torch.tensor([tokens], device=self.device),

@@ -10,7 +10,7 @@ attended to together, ``c`` queries and ``l`` keys of each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -23,7 +23,7 @@ from megatron_ds.kernels.paged_attention import PAGED_ATTENTION, PagedTexts, pag
 from megatron_ds.kernels.span_attention import span_attention, span_bias
 from megatron_ds.layers.attention_cores import AttentionRules
 
-_PADDED = 1 << 17
+_PADDED = 1 << 18
 """Elements of keys by which texts are padded at most, so that they are attended to in one call."""
 _ROUNDED = 16
 """Numbers of queries are padded to multiples of it, and those of keys to whole blocks: oneDNN compiles a kernel for
@@ -110,6 +110,12 @@ class StepPlaces:
         """Whether it is one row of each text."""
         return len(self.positions) == len(self.spans)
 
+    def padded(self, rows: int, block: int) -> StepPlaces:
+        """With ``rows`` more of no text, whose keys and values go to a ``block`` that is nobody's."""
+        ends = np.zeros(rows, np.int64), np.full(rows, block * self.size, np.int64)
+        positions, written = (np.concatenate(both) for both in zip((self.positions, self.written), ends))
+        return replace(self, positions=positions, written=written)
+
     def step(self, device: torch.device | str) -> PagedStep:
         counts = self.spans[:, 1]
         tables, spans, written = (torch.from_numpy(x).to(device) for x in (self.tables, self.spans, self.written))
@@ -145,7 +151,8 @@ class PagedBatch:
         if PAGED_ATTENTION.choose(torch.empty(0, dtype=dtype, device=device)) == "triton":
             return PagedCore(self, rules, None)
         pieces = self._pieces()
-        tiles = [self._tile(pieces[own], rules, len(own) == len(pieces)) for own in self._together(pieces)]
+        whole = int(pieces[:, 2].sum()) == len(self.step.written)
+        tiles = [self._tile(pieces[own], rules, whole and len(own) == len(pieces)) for own in self._together(pieces)]
         heads = 1 if rules.alibi is None else len(rules.alibi.slopes)
         keep = heads * sum(tile.scores for tile in tiles) <= _KEPT_BIASES
         biases = [tile.bias(rules, dtype, device) for tile in tiles] if keep else None
@@ -227,6 +234,11 @@ class _Tile:
     sees_all: bool
 
     @property
+    def wanted(self) -> int:
+        """Rows that are of texts."""
+        return len(self.starts) * self.count
+
+    @property
     def scores(self) -> int:
         """Of a head."""
         return len(self.starts) * self.queries * self.length
@@ -275,9 +287,10 @@ class PagedCore:
         if self.tiles is None:
             found = paged_attention(q, keys.pages, values.pages, step.texts, r.window, r.alibi, r.softcap)
             return found.flatten(1).unsqueeze(1)
-        out = q if len(self.tiles) == 1 else torch.empty_like(q, memory_format=torch.contiguous_format)
+        whole = len(self.tiles) == 1 and self.tiles[0].wanted == len(q)
+        out = q if whole else q.new_zeros(q.shape)  # no garbage where rows are of no text
         for number, tile in enumerate(self.tiles):
             bias = tile.bias(r, q.dtype, q.device) if self.biases is None else self.biases[number]
             rows, found = tile.attend(q, keys, values, bias, r.softcap)
-            out = found if rows is None or len(found) == len(q) else out.index_copy_(0, rows, found)
+            out = found if whole or rows is None else out.index_copy_(0, rows, found)
         return out.flatten(1).unsqueeze(1)
