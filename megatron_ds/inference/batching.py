@@ -112,7 +112,7 @@ class Batcher:
                 self._make_room()
                 continue
             if count:
-                draft = self._draft(sequence, left - count, plan) if sequence.pending == 1 else ()
+                draft = self._draft(sequence, left - count, plan) if self.drafts and sequence.pending == 1 else ()
                 plan.spans.append(Span(sequence, sequence.computed, count + len(draft), draft))
                 left -= count + len(draft)
             index += 1
@@ -129,7 +129,7 @@ class Batcher:
 
     def _draft(self, sequence: Sequence, left: int, plan: Plan) -> tuple[int, ...]:
         """A guess of the next tokens, where there is room for them that nobody waits for."""
-        most = min(self.drafts, left, sequence.room - 1) if self.drafts else 0
+        most = min(self.drafts, left, sequence.room - 1)
         draft: tuple[int, ...] = ()
         if most > 0 and not self.waiting and self.guesses is None:
             draft = guess(sequence.tokens, most)
@@ -154,8 +154,9 @@ class Batcher:
     def _count(self, sequence: Sequence, left: int) -> int:
         if sequence.request.params.prompt_logprobs is not None and sequence.computed < len(sequence.request.tokens):
             left = min(left, max(_PROMPT_LOGPROBS_ROWS, self.pool.size))
-        if sequence.pending <= left:
-            return sequence.pending
+        pending = sequence.pending
+        if pending <= left:
+            return pending
         end = (sequence.computed + left) // self.pool.size * self.pool.size
         return max(0, end - sequence.computed)
 
@@ -196,9 +197,9 @@ class Batcher:
 
     def _reserve(self, sequence: Sequence, count: int, plan: Plan) -> bool:
         """Blocks of its own for the next tokens of a sequence."""
-        first = sequence.computed // self.pool.size
-        copy = first < len(sequence.blocks) and self.pool.is_shared(sequence.blocks[first])
-        needed = max(0, self.pool.needed(sequence.computed + count) - len(sequence.blocks))
+        first, held = sequence.computed // self.pool.size, len(sequence.blocks)
+        copy = first < held and self.pool.is_shared(sequence.blocks[first])
+        needed = max(0, self.pool.needed(sequence.computed + count) - held)
         if not needed and not copy:
             return True
         blocks = self.pool.allocate(needed + copy)
