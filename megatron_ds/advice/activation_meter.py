@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from megatron_ds.pipeline.stage import Activations
@@ -32,6 +33,7 @@ class ActivationMeter:
     def __init__(self, module: nn.Module):
         self._buffers = {buffer.untyped_storage().data_ptr() for buffer in module.buffers()}
         self._stored: dict[int, int] = {}  # bytes by storage
+        self._alive: dict[int, StorageWeakRef] = {}  # the same: its memory may be another's in the backward pass
         self._recomputed: list[dict[int, int]] = []  # the same of each part that is computed again
         self._inside: list[nn.Module] = []
         self._open: list[Any] = []
@@ -61,9 +63,16 @@ class ActivationMeter:
         stored = sum(self._stored.values())
         return Activations(stored + sum(sizes), stored, max(sizes)) if any(sizes) else None
 
-    def _store(self, saved: Tensor) -> Tensor:
+    def _store(self, saved: Any) -> Any:
         self._add(self._stored, saved)
+        if type(saved) is Tensor and not saved.is_meta:
+            storage = saved.untyped_storage()
+            self._alive[storage.data_ptr()] = StorageWeakRef(storage)
         return saved
+
+    def _is_stored(self, saved: Any) -> bool:
+        ref = self._alive.get(saved.untyped_storage().data_ptr()) if type(saved) is Tensor else None
+        return ref is not None and not ref.expired()
 
     def _add(self, where: dict[int, int], saved: Any) -> None:
         # Parameters are no activations, and neither are their transposes; stage 3 has them in other memory each time.
@@ -97,7 +106,7 @@ class ActivationMeter:
         pack, unpack = top or ((lambda saved: saved), (lambda saved: saved))
 
         def count(saved: Tensor) -> Any:
-            if not (type(saved) is Tensor and saved.untyped_storage().data_ptr() in self._stored):
+            if not self._is_stored(saved):
                 self._add(found, saved)
             return pack(saved)
 
@@ -108,7 +117,7 @@ class ActivationMeter:
 
     def _inputs(self, args: Any, kwargs: Any) -> None:
         for leaf in tree_leaves((args, kwargs)):
-            self._add(self._stored, leaf)
+            self._store(leaf)
 
     def _leave(self, part: nn.Module, args: Any, output: Any) -> None:
         if self._inside and self._inside[-1] is part:
