@@ -3,9 +3,9 @@
 A Llama of 110 M parameters (random weights, bf16), one of 1.1 B (``--size 1b``) or the one in a ``--folder``: the time
 to the first token and of each further one for one request (128 tokens of prompt, 64 of answer), tokens a second of 8
 such requests together, and of 32 requests of 32 to 256 tokens of prompt. Each contender has a process of its own, which
-waits while others are measured; the best of all rounds counts. For one request also the part of this machine's memory
-rate at which the weights were read; of ours, for 1, 8 and 32 requests, the part of the steps that goes to neither the
-model nor the choice of the tokens: the scheduler's.
+is stopped while others are measured; the best of all rounds counts. For one request also the part of this machine's
+memory rate at which the weights were read; of ours, for 1, 8 and 32 requests, the part of the steps that goes to
+neither the model nor the choice of the tokens: the scheduler's.
 
 ``--processor-time`` counts seconds of the process's processors instead of the clock's, for a machine on which others
 compute: with ``--threads 1``, as threads that wait for one another count as well.
@@ -155,7 +155,7 @@ def openvino(folder: str) -> Generate:
     pipeline = ContinuousBatchingPipeline(converted, scheduler, "CPU", settings)
 
     def generate(prompts: list[list[int]], count: int) -> None:
-        config = GenerationConfig(max_new_tokens=count, ignore_eos=True, do_sample=False)
+        config = GenerationConfig(max_new_tokens=count, ignore_eos=True, do_sample=False, eos_token_id=0)
         found = pipeline.generate([Tensor(np.array([prompt])) for prompt in prompts], [config] * len(prompts))
         assert all(len(one.m_generation_ids[0]) == count for one in found)
 
@@ -201,7 +201,7 @@ def serve_rounds(contender: str, folder: str, threads: int, clock: Callable[[], 
 
 
 class Contender:
-    """A process of :func:`serve_rounds`."""
+    """A process of :func:`serve_rounds`, stopped while others are measured: threads wait for work in a loop."""
 
     def __init__(self, name: str, interpreter: str, folder: str, options: argparse.Namespace):
         command = [interpreter, "-P", __file__, "--one", name, folder, "--threads", str(options.threads)]
@@ -222,6 +222,7 @@ class Contender:
         lines = []
         for line in self._process.stdout:
             if line.startswith(RESULT):
+                os.killpg(self._process.pid, signal.SIGSTOP)
                 values: dict[str, float] = json.loads(line.removeprefix(RESULT))
                 return values
             lines.append(line)  # vLLM's processes print, too
@@ -229,6 +230,7 @@ class Contender:
 
     def round(self) -> dict[str, float]:
         assert self._process.stdin is not None
+        os.killpg(self._process.pid, signal.SIGCONT)
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         return self.result()
