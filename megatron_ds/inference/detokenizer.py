@@ -71,8 +71,10 @@ class Detokenizer:
         self._new = []
 
     def _behind(self, before: str, now: str) -> str:
-        """What the new tokens add, of the texts without and with them. Where they make marks of what came before, they
-        are what is no character."""
+        """The text that the new tokens add: what ``now``, decoded with them, has more than ``before``.
+
+        Where decoding them with the context spoils its characters, the new tokens form none, and are decoded alone.
+        """
         assert self.tokenizer is not None
         spoilt = now[: len(before)].count(_UNFINISHED) > before.count(_UNFINISHED)
         return self.tokenizer.decode(self._new) if spoilt else now[len(before) :]

@@ -12,16 +12,16 @@ from torch import Tensor
 from megatron_ds.inference.batching import Plan
 from megatron_ds.inference.compiled_stage import CompiledStage
 from megatron_ds.inference.decode_graphs import Capture, DecodeGraphs, GraphSizes
-from megatron_ds.inference.paged_cache import PagedBatch, PagedCache, PagedStep, StepPlaces
+from megatron_ds.inference.paged_cache import ROUNDED, PagedBatch, PagedCache, PagedStep, StepPlaces
 from megatron_ds.inference.pages import Pages
 from megatron_ds.layers.recipe import OwnPrecision, Recipe
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.block import SITES_A_BLOCK
 from megatron_ds.models.transformer import Transformer
 
-_ROUNDED, _SMALL = 16, 1 << 25
-"""Rows of prompts are padded to multiples of the first on a CPU, in models of fewer weights than the second. oneDNN
-compiles a kernel for each new number of rows and each weight: for them that takes longer than the rows do."""
+_SMALL = 1 << 25
+"""Of models with fewer weights, rows of prompts are padded to multiples of ``ROUNDED`` on a CPU, as queries are in
+attention. For larger ones, computing more rows takes longer than compiling a kernel for their number."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class ModelRunner:
         self.dtype = next(model.parameters()).dtype
         self._compiled: CompiledStage | None = None
         small = 12 * model.config.num_layers * model.config.hidden_size**2 < _SMALL  # on all stages alike
-        self._rounded = _ROUNDED if mesh.device.type == "cpu" and small and not apart else 1
+        self._rounded = ROUNDED if mesh.device.type == "cpu" and small and not apart else 1
         alone = mesh.world.size == 1 and mesh.device.type == "cpu"
         if compiled and alone and not apart and self.dtype in (torch.bfloat16, torch.float16):
             self.compile()

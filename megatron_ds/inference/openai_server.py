@@ -178,7 +178,9 @@ class Server:
         # As a request would be read: what a template has begun gets no beginning twice, and is one for an answer.
         for name, usual in (("add_special_tokens", not chat), ("add_generation_prompt", True)):
             if fields.pop(name, None) not in (None, usual):
-                raise BadRequest(f"{name} is {str(usual).lower()} here, as it is for answers", name)
+                raise BadRequest(
+                    f"{name} can only be {str(usual).lower()}: tokens are counted as for an answer; leave it out", name
+                )
         tokens = read_call(fields, chat, self.model, self.llm).prompts[0]
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self.llm.engine.max_model_len})
 

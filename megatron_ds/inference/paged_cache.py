@@ -25,7 +25,7 @@ from megatron_ds.layers.attention_cores import AttentionRules
 
 _PADDED = 1 << 18
 """Elements of keys by which texts are padded at most, so that they are attended to in one call."""
-_ROUNDED = 16
+ROUNDED = 16
 """Numbers of queries are padded to multiples of it, and those of keys to whole blocks: oneDNN compiles a kernel for
 each shape, which takes longer than a product."""
 _KEPT_BIASES = 1 << 23
@@ -74,7 +74,7 @@ class PagedCache:
 
 @dataclass(frozen=True)
 class StepPlaces:
-    """On the host, where the ``t`` tokens of a step are: one text's after another's.
+    """Slots of the key/value cache for a step's ``t`` tokens, as arrays on the host; one text's after another's.
 
     Attributes:
         tables, spans: as :class:`PagedTexts` has them.
@@ -192,7 +192,7 @@ class PagedBatch:
         lowest = np.maximum(0, start - (rules.window or start.max() + 1) + 1)
         queries, last = int(count[0]), (stop - 1) // size
         if queries > 1:
-            queries = -(-queries // _ROUNDED) * _ROUNDED
+            queries = -(-queries // ROUNDED) * ROUNDED
         # Shorter texts are padded with their own last block, whose keys are hidden: nobody reads those of others.
         most = int(((start + queries - 1) // size - lowest // size).max()) + 1
         numbers = np.minimum(lowest[:, None] // size + np.arange(most), last[:, None])

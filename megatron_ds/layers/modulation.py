@@ -77,7 +77,7 @@ def _outputs(whole: Tensor, count: int) -> tuple[Tensor, ...]:
 
 
 class _Gathered(torch.autograd.Function):
-    """Every rank's outputs, of which every rank makes the gradients: it takes those of its own columns."""
+    """All-gather of the outputs over tp. In the backward pass a rank has the whole gradient, and takes its columns."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, tp: Axis, count: int, columns: slice) -> tuple[Tensor, ...]:

@@ -81,8 +81,8 @@ class TrainStep:
     Attributes:
         clip_value: bound of each element of the gradients, instead of ``clip_norm``; None for none.
         asks: whether this rank wants all ranks to talk after the step. heard: whether any did so in the last one.
-        averaged_over: ranks of whose own mean losses, as in DDP, backward passes begin with the gradient (which hooks
-            see), so that the update divides the sum over ranks by their number.
+        averaged_over: number of ranks. A backward pass begins with the gradient of the rank's own mean loss, as in DDP;
+            the update divides the sum over ranks by this number.
         before_update: called before an update that is not skipped; :meth:`queue` has none.
         after_first: what is called once, after the next step.
         timed: measure ``seconds``, from the first forward pass to the end of the last backward pass. Waits for a GPU.
@@ -176,7 +176,7 @@ class TrainStep:
             self._reduced = True
 
     def excess(self, count: Tensor) -> Tensor:
-        """What gradients are too large by beside the loss scale: ``averaged_over``, and a count that came out other."""
+        """The factor by which gradients are too large, loss scale apart: ``averaged_over`` and a count that changed."""
         return count.clamp(min=1) / self._seeded
 
     def finish(self, loss_sum: Tensor, count: Tensor, stop: bool = False) -> StepResult:

@@ -231,12 +231,13 @@ class FlatBucket:
             self._show_gradients(self.gradients.whole)
 
     def note_frozen(self) -> None:
-        """Notes what is frozen, before each backward pass of a step: what is so in all of them gets no update.
+        """Record which parameters are frozen (``requires_grad=False``), before each backward pass of a step.
 
-        A loop may freeze, as a GAN's discriminator, what has its gradient already, and unfreeze what has none.
+        Those frozen in every pass get no update, as in torch: a GAN's loop may freeze one that has its gradient.
         """
-        now = {slot.spec.name for slot, p in zip(self.layout.slots, self.tensors) if not p.requires_grad}
-        self._frozen = now if self._frozen is None else self._frozen & now
+        if self._frozen is None or self._frozen:  # else an earlier pass had none
+            now = {slot.spec.name for slot, p in zip(self.layout.slots, self.tensors) if not p.requires_grad}
+            self._frozen = now if self._frozen is None else self._frozen & now
 
     def open(self) -> None:
         """Take memory for whole gradients, and show the main gradients their parts of it."""
