@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -136,7 +137,8 @@ def test_an_old_python_is_named(tmp_path: Path, version: tuple[int, ...], found:
     dotted = ".".join(map(str, version))
     old = tmp_path / "old-python"
     old.write_text(
-        f"#!/bin/sh\nexec {sys.executable} -c 'import sys; code = sys.argv[2]; sys.version_info = {version}; "
+        f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -c "
+        f"'import sys; code = sys.argv[2]; sys.version_info = {version}; "
         f'sys.version = "{dotted} (then)"; exec(code)\' "$@"\n'
     )
     old.chmod(0o755)
