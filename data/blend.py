@@ -61,26 +61,20 @@ class BlendSchedule:
         """(dataset of each position, place among that dataset's samples): int64 of the shape of ``positions``."""
         places = np.asarray(positions, np.int64)
         datasets, indices = np.empty(places.size, np.int64), np.empty(places.size, np.int64)
-        self._descend(self._root, np.arange(places.size), places.ravel(), datasets, indices)
-        return datasets.reshape(places.shape), indices.reshape(places.shape)
 
-    def _descend(
-        self,
-        node: _Node | int,
-        where: npt.NDArray[np.int64],
-        places: npt.NDArray[np.int64],
-        datasets: npt.NDArray[np.int64],
-        indices: npt.NDArray[np.int64],
-    ) -> None:
-        if not where.size:
-            return
-        if isinstance(node, int):
-            datasets[where], indices[where] = node, places
-            return
-        before, after = _share(places, node), _share(places + 1, node)
-        left = after > before
-        self._descend(node.left, where[left], before[left], datasets, indices)
-        self._descend(node.right, where[~left], (places - before)[~left], datasets, indices)
+        def descend(node: _Node | int, where: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> None:
+            if not where.size:
+                return
+            if isinstance(node, int):
+                datasets[where], indices[where] = node, places
+                return
+            before, after = _share(places, node), _share(places + 1, node)
+            left = after > before
+            descend(node.left, where[left], before[left])
+            descend(node.right, where[~left], (places - before)[~left])
+
+        descend(self._root, np.arange(places.size), places.ravel())
+        return datasets.reshape(places.shape), indices.reshape(places.shape)
 
     def counts(self, num_samples: int) -> list[int]:
         """How many of the first ``num_samples`` come from each dataset."""

@@ -78,14 +78,9 @@ def cached_arrays(
 ) -> dict[str, npt.NDArray]:
     """The arrays that ``build`` returns, mapped read-only from a file that all processes of the node share.
 
-    The file is safetensors; its header also holds the key and a checksum of the arrays, which is compared whenever it
-    is opened (10 ms for 100 MB): a damaged one is made again.
-
-    Args:
-        path: the file to keep them in, if its folder can be written (see :func:`candidates`).
-        key: JSON values on which the result depends.
-        build: computes them; its exceptions pass through, and nothing is kept then.
-        cache_dir: a folder to use instead of the one of ``path``.
+    The file, one of the :func:`candidates` for ``path``, is safetensors; its header also holds the key (JSON values on
+    which the result depends) and a checksum of the arrays, which is compared whenever it is opened (10 ms for 100 MB):
+    a damaged one is made again. Exceptions of ``build`` pass through, and nothing is kept then.
     """
     text, files = json.dumps(key, sort_keys=True), candidates(path, cache_dir)
     for file in files:
@@ -138,9 +133,7 @@ def _write(file: Path, key: str, arrays: dict[str, npt.NDArray]) -> None:
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold an exclusive lock on a file made for it; a process that dies lets it go. No-op where files cannot be locked.
 
-    Raises:
-        BlockingIOError: another process holds it, and ``wait`` is False.
-        OSError: the file cannot be made, or is a link.
+    A ``BlockingIOError`` where another process holds it and ``wait`` is False; an ``OSError`` where it cannot be made.
     """
     while True:
         with open(open_plain(path, os.O_RDWR | os.O_CREAT), "r+") as file:

@@ -42,15 +42,12 @@ class Rendering:
 
 
 class ChatTemplate:
-    """A template, or two where a model has one for conversations with tools.
+    """A template, or two where a model has one for conversations with tools; a ``DataError`` if not valid Jinja.
 
     Args:
         source: the Jinja text.
         special: names that it may use (``bos_token``, ``eos_token``).
         tool_use: what shows a conversation with tools; None: ``source`` does.
-
-    Raises:
-        DataError: not valid Jinja.
     """
 
     def __init__(self, source: str, special: dict[str, str] | None = None, tool_use: str | None = None):
@@ -70,10 +67,8 @@ class ChatTemplate:
     ) -> str:
         """The text of messages: of a record that is trained on, and of a request that is answered.
 
-        OpenAI's newer role ``developer`` is ``system`` to a template that does not know it.
-
-        Raises:
-            BadConversation: there are tools, and the template shows none; or whatever it does wrong.
+        OpenAI's newer role ``developer`` is ``system`` to a template that does not know it. A :class:`BadConversation`
+        where there are tools and the template shows none, or for whatever it does wrong.
         """
         from megatron_ds.data.template_sandbox import render
 
@@ -139,13 +134,8 @@ class ChatTemplate:
         return spans
 
     def _check_shown(self, messages: list[dict[str, Any]], tools: list[Any] | None, whole: str) -> None:
-        """Check that the template shows every message and every tool call.
-
-        Templates skip roles and keys that they do not know. The model would learn answers to what it never saw.
-
-        Raises:
-            BadConversation: the text is the same without a message that is not the assistant's, or without calls.
-        """
+        """A :class:`BadConversation` where the text is the same without a message that is not the assistant's, or
+        without calls: templates skip what they do not know, and the model would learn answers to what it never saw."""
         marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
         try:
             text = self.render([_marked(message, mark) for message, mark in zip(messages, marks)], tools=tools)
@@ -193,9 +183,8 @@ def encode(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
     """(ids of a text, 1 for each that is learnt), with ``bos`` and ``eod`` around them where the text has none.
 
-    Raises:
-        BadConversation: the ids of a prompt are not how the ids of the text begin, so that the model would be trained
-            on other tokens than it sees in generation; or nothing is learnt.
+    A :class:`BadConversation` where the ids of a prompt are not how the ids of the text begin (the model would be
+    trained on other tokens than it sees in generation), or where nothing is learnt.
     """
     text = rendering.text
     ids, starts = tokenizer.encode_marked(text)
@@ -237,13 +226,8 @@ def split_markers(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
 
 
 def load_template(spec: str | None, tokenizer: str, special: dict[str, str] | None = None) -> ChatTemplate:
-    """The template that ``spec`` names: ``chatml``, a file, or None for the one in the tokenizer's folder.
-
-    ``special``: the texts of the tokenizer's special tokens, for the template to use.
-
-    Raises:
-        DataError: there is none; the message says what to give.
-    """
+    """The template that ``spec`` names: ``chatml``, a file, or None for the one in the tokenizer's folder; a
+    ``DataError`` without one. ``special``: the texts of the tokenizer's special tokens, for the template to use."""
     if spec == "chatml":
         return ChatTemplate(CHATML, special)
     if spec is not None:

@@ -1,4 +1,7 @@
-"""Records of conversations: their messages, tools and marks, under the names that datasets and clients give them."""
+"""Records of conversations: their messages, tools and marks, under the names that datasets and clients give them.
+
+Each function raises :class:`BadConversation` for what it cannot take; ``number`` is that of the message at hand.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,8 @@ class BadConversation(Exception):
 
 
 def parse_messages(value: Any) -> list[dict[str, Any]]:
-    """A list of ``{"role": ..., "content": ...}`` from a record's value, or of ShareGPT's ``from`` and ``value``.
-
-    Raises:
-        BadConversation: it is neither, or no message is the assistant's and learnt.
-    """
+    """A list of ``{"role": ..., "content": ...}`` from a record's value, or of ShareGPT's ``from`` and ``value``. At
+    least one message is the assistant's and learnt."""
     if not isinstance(value, list) or not value:
         raise BadConversation(f"not a list of messages but {type(value).__name__}")
     messages = []
@@ -49,11 +49,7 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
 
 
 def is_learnt(message: Mapping[str, Any], number: int) -> bool:
-    """Whether an answer is learnt: not with OpenAI's ``weight`` of 0, or axolotl's ``train`` or ``training`` false.
-
-    Raises:
-        BadConversation: another weight than 0 and 1; ``number`` is the message's.
-    """
+    """Whether an answer is learnt: not with OpenAI's ``weight`` of 0, or axolotl's ``train`` or ``training`` false."""
     for name in ("weight", "train", "training"):
         value = message.get(name)
         if value not in (None, 0, 1):
@@ -66,11 +62,7 @@ def is_learnt(message: Mapping[str, Any], number: int) -> bool:
 
 
 def join_parts(content: Any, number: int) -> Any:
-    """A message's text, from a list of parts such as ``{"type": "text", "text": ...}``; what is no list as it is.
-
-    Raises:
-        BadConversation: a part is no text; ``number`` is the message's.
-    """
+    """A message's text, from a list of parts such as ``{"type": "text", "text": ...}``; what is no list as it is."""
     if not isinstance(content, list):
         return content
     parts = [part.get("text") if isinstance(part, dict) else None for part in content]
@@ -81,11 +73,7 @@ def join_parts(content: Any, number: int) -> Any:
 
 
 def parse_tool_calls(message: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """``{"tool_calls": ...}`` with the arguments as objects, as templates take them; records and clients have JSON.
-
-    Raises:
-        BadConversation: they have none; ``number`` is the message's.
-    """
+    """``{"tool_calls": ...}`` with the arguments as objects, as templates take them; records and clients have JSON."""
     calls = message.get("tool_calls")
     if calls is None:
         return {}
@@ -106,11 +94,7 @@ def parse_tool_calls(message: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 
 def parse_tools(value: Any) -> list[Any] | None:
-    """What messages may call, from a record's value: a list, or JSON of one, as tables need it; None: nothing.
-
-    Raises:
-        BadConversation: it is neither.
-    """
+    """What messages may call, from a record's value: a list, or JSON of one, as tables need it; None: nothing."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -122,11 +106,7 @@ def parse_tools(value: Any) -> list[Any] | None:
 
 
 def with_system(messages: list[dict[str, Any]], value: Any) -> list[dict[str, Any]]:
-    """The messages behind a record's system message, from the key ``system`` as in ShareGPT's files; None: without.
-
-    Raises:
-        BadConversation: it is no text, or the messages begin with another one.
-    """
+    """The messages behind a record's system message, from the key ``system`` as in ShareGPT's files; None: without."""
     if value is None or value == "":
         return messages
     if not isinstance(value, str):

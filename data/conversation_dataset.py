@@ -19,9 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ds.data.cache import cached_arrays
-from megatron_ds.data.chunk_checks import CheckedArray
-from megatron_ds.data.dataset_files import MASK_SUFFIX, file_of
-from megatron_ds.data.document_split import DocumentRange
+from megatron_ds.data.dataset_files import MASK_SUFFIX, CheckedArray, file_of
+from megatron_ds.data.gpt_dataset import DocumentRange
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.inspect import document_lengths
 from megatron_ds.data.order import order

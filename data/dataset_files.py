@@ -1,4 +1,9 @@
-"""The files of a dataset beside its tokens, and what tells a file from another version of itself."""
+"""The files of a dataset beside its tokens, and what tells a file from another version or from a damaged copy.
+
+A whole file is read and compared once, when a dataset is first used. What happens to it afterwards (a flipped bit on a
+disk, while size and times look the same) is found by a :class:`CheckedArray`: a process hashes each chunk once, 64 KB
+at a time, before it is first read, so that reading a row costs some microseconds more until all chunks have been seen.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from megatron_ds.errors import DataError
@@ -17,6 +24,10 @@ MASK_SUFFIX = "loss_mask"
 """``PREFIX.loss_mask`` holds one byte a token of a dataset of conversations: 1 where it is learnt."""
 MANIFEST, SUMS = "manifest.json", "sums"
 SAMPLES, SAMPLE_BYTES = 16, 4096
+CHUNK_BYTES = 1 << 16
+"""A row reads one or two chunks. Larger ones cost more for each row, smaller ones more memory: this is 0.01%."""
+FETCH_BYTES = 16 << 20
+"""A chunk of a remote file, fetched at once."""
 
 
 def file_of(prefix: str, suffix: str) -> Path:
@@ -96,3 +107,86 @@ def files_identity(paths: Sequence[Path]) -> dict[str, Any]:
         found = file_identity(path)
         digest.update(f"{found['size']} {found['sampled_xxh3']}\n".encode())
     return {"files": len(paths), "xxh3": digest.hexdigest()}
+
+
+class StreamSums:
+    """xxh3-64 of a stream, and of its chunks of each of some sizes, the last of which may be shorter.
+
+    Attributes:
+        bytes: its length so far.
+    """
+
+    def __init__(self, *chunk_bytes: int):
+        self.bytes = 0
+        self._whole = xxhash.xxh3_64()
+        self._open = {size: xxhash.xxh3_64() for size in chunk_bytes}
+        self._ended: dict[int, list[int]] = {size: [] for size in chunk_bytes}
+
+    def update(self, content: bytes | memoryview) -> None:
+        view = memoryview(content).cast("B")
+        self._whole.update(view)
+        end = self.bytes + view.nbytes
+        for size, chunk in self._open.items():
+            at = self.bytes
+            while at < end:
+                stop = min(end, at + size - at % size)
+                chunk.update(view[at - self.bytes : stop - self.bytes])
+                at = stop
+                if not at % size:
+                    self._ended[size].append(chunk.intdigest())
+                    chunk.reset()
+        self.bytes = end
+
+    def hexdigest(self) -> str:
+        return self._whole.hexdigest()
+
+    def chunks(self, size: int) -> npt.NDArray[np.uint64]:
+        """One checksum for each chunk of that size."""
+        rest = [self._open[size].intdigest()] if self.bytes % size else []
+        return np.array(self._ended[size] + rest, np.uint64)
+
+
+class CheckedArray:
+    """Looks like the array of a whole file where a dataset needs it: ``size``, ``dtype``, an index or a slice.
+
+    Args:
+        path: of the file, mapped read-only.
+        dtype: of its elements.
+        sums: uint64, one a chunk, as :class:`StreamSums` has them.
+    """
+
+    def __init__(self, path: Path, dtype: npt.DTypeLike, sums: npt.NDArray[np.uint64], chunk_bytes: int = CHUNK_BYTES):
+        self.path, self.dtype = path, np.dtype(dtype)
+        # Plain ndarray views: np.memmap's own indexing is several times slower.
+        self._content: npt.NDArray[np.uint8] = np.frombuffer(np.memmap(path, np.uint8, "r"), np.uint8)
+        self._array: npt.NDArray = self._content.view(self.dtype)
+        self._sums, self._chunk_bytes = sums, chunk_bytes
+        self._compared = bytearray(sums.size)
+        self.size = int(self._array.size)
+
+    def __getitem__(self, where: int | slice) -> Any:
+        start, stop, step = where.indices(self.size) if isinstance(where, slice) else (where, where + 1, 1)
+        assert step == 1 and start >= 0, "elements are read in runs, from the start on"
+        if stop > start:
+            first = start * self.dtype.itemsize // self._chunk_bytes
+            last = (stop * self.dtype.itemsize - 1) // self._chunk_bytes
+            for chunk in range(first, last + 1):
+                if not self._compared[chunk]:
+                    self._compare(chunk)
+                    self._compared[chunk] = 1
+        return self._array[where]
+
+    def _chunk(self, chunk: int) -> tuple[int, npt.NDArray[np.uint8]]:
+        """Where a chunk starts, and its bytes."""
+        start = chunk * self._chunk_bytes
+        return start, self._content[start : start + self._chunk_bytes]
+
+    def _compare(self, chunk: int) -> None:
+        start, content = self._chunk(chunk)
+        found = xxhash.xxh3_64_intdigest(content.data)
+        if found != int(self._sums[chunk]):
+            raise DataError(
+                f"{self.path} is not what it was when it was checked: bytes {start} to {start + content.size} have the "
+                f"checksum {found:016x}, not {int(self._sums[chunk]):016x}. It was damaged or changed since: copy it "
+                "again, or preprocess again"
+            )

@@ -49,11 +49,8 @@ class Unsuitable(Exception):
 
 
 def for_tokenizers(pattern: str) -> str:
-    """A regular expression of tiktoken's written for ``tokenizers``' engine.
-
-    Raises:
-        Unsuitable: it has a part that may mean another thing there.
-    """
+    """A regular expression of tiktoken's written for ``tokenizers``' engine; :class:`Unsuitable` for one with a part
+    that may mean another thing there."""
     parts: list[str] = []
     for part in _REGEX_PARTS.findall(pattern):
         if part in "^$":
@@ -76,14 +73,8 @@ def byte_characters() -> list[str]:
     """The printable character that byte-level BPE writes for each byte (GPT-2's table): itself where it is visible
     in Latin-1, else the next of the characters from U+0100 on."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    table, spare = [], 0
-    for byte in range(256):
-        if byte in visible:
-            table.append(chr(byte))
-        else:
-            table.append(chr(256 + spare))
-            spare += 1
-    return table
+    spare = iter(range(256, 512))
+    return [chr(byte if byte in visible else next(spare)) for byte in range(256)]
 
 
 class FastEncoder:

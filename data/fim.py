@@ -65,15 +65,11 @@ class FillInTheMiddle:
 def sentinels(
     names: tuple[str, str, str], tokenizer: Tokenizer, vocab_size: int, rate: float, spm_rate: float
 ) -> FillInTheMiddle:
-    """From the names of the prefix, middle and suffix sentinels, special tokens of the tokenizer.
-
-    Raises:
-        DataError: the tokenizer has no such token, an id that the model's vocabulary does not hold, or one twice.
-    """
-    ids = []
+    """From the names of the prefix, middle and suffix sentinels: three special tokens of the tokenizer, which the
+    model's vocabulary must hold."""
+    ids: list[int] = []
     for name in names:
-        found = tokenizer.token_id(name)
-        if found is None:
+        if (found := tokenizer.token_id(name)) is None:
             raise DataError(
                 f"the tokenizer has no token {name!r} for fill-in-the-middle; name tokens that it has, or train one "
                 f"with tools/train_tokenizer.py --special-tokens {' '.join(names)}"

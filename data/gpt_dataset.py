@@ -17,11 +17,13 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ds.data.document_split import DocumentRange
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.order import order
 from megatron_ds.data.samples import Batch, SampleSource
 from megatron_ds.errors import DataError
+
+DocumentRange = tuple[int, int]
+"""Documents ``start <= i < stop``."""
 
 
 class TextSource(SampleSource, Protocol):
@@ -121,11 +123,8 @@ class GPTDataset:
 
 
 def assemble(windows: npt.NDArray[np.int64], starts: Iterable[npt.NDArray[np.int64]] | None = None) -> Batch:
-    """A batch from ``windows [b, s + 1]``.
-
-    Args:
-        starts: for document masking, the sorted places in ``1..s`` of each window where documents start.
-    """
+    """A batch from ``windows [b, s + 1]``; with document masking where they have ``starts`` of documents, sorted places
+    in ``1..s``."""
     b, s = windows.shape[0], windows.shape[1] - 1
     batch = {
         # Copies: a view of the window would be no contiguous tensor.
@@ -146,3 +145,22 @@ def assemble(windows: npt.NDArray[np.int64], starts: Iterable[npt.NDArray[np.int
             batch["position_ids"][i] -= np.maximum.accumulate(last_start)
         batch["document_ids"] = np.cumsum(first, axis=1)
     return batch
+
+
+class SyntheticDataset:
+    """A :class:`TextSource` of uniform random tokens, for measuring speed and for tests: sample k is a function of
+    (seed, k) alone. ``length``: rows of one epoch, for evaluation."""
+
+    def __init__(self, vocab_size: int, sequence_length: int, seed: int = 0, length: int = 1 << 20):
+        self.vocab_size, self.sequence_length, self.seed, self.length = vocab_size, sequence_length, seed, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def batch(self, indices: npt.ArrayLike) -> Batch:
+        return self.rows(indices)
+
+    def rows(self, rows: npt.ArrayLike) -> Batch:
+        wanted, shape = np.asarray(rows, np.int64), self.sequence_length + 1
+        texts = [np.random.default_rng((self.seed, k)).integers(self.vocab_size, size=shape) for k in wanted.tolist()]
+        return assemble(np.stack(texts))

@@ -1,4 +1,8 @@
-"""The train and valid samples of a GPT run, opened and checked against the model before anything starts."""
+"""The train and valid samples of a GPT run, opened and checked against the model before anything starts.
+
+Train, valid and test are disjoint: ranges of the documents of each dataset, or datasets of their own. A run reads the
+first two. What is kept for a test afterwards may be shorter than a sample: then it has no samples.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +14,26 @@ from typing import Any
 from megatron_ds.data.blend import BlendedDataset
 from megatron_ds.data.conversation_dataset import ConversationDataset
 from megatron_ds.data.dataset_files import MASK_SUFFIX, read_manifest
-from megatron_ds.data.document_split import READ, SPLITS, DocumentRange, split_documents
-from megatron_ds.data.fim import FillInTheMiddle, FIMDataset, sentinels
-from megatron_ds.data.gpt_dataset import GPTDataset, TextSource
+from megatron_ds.data.fim import FIMDataset, sentinels
+from megatron_ds.data.gpt_dataset import DocumentRange, GPTDataset, SyntheticDataset, TextSource
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.order import key
 from megatron_ds.data.samples import Sources
-from megatron_ds.data.synthetic import SyntheticDataset
 from megatron_ds.data.tokenizer_base import Tokenizer
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.data.verify import check_token_ids
 from megatron_ds.errors import DataError, nearest
 
 GPTSources = Sources[TextSource]
+SPLITS = ("train", "valid", "test")
+READ = SPLITS[:2]
+"""Those of which a run makes samples."""
 Weighted = Sequence[tuple[float, str]]
 """(weight by samples, prefix of a dataset), one for each dataset."""
 OpenDataset = Callable[[str], IndexedDataset]
 """Opens, and checks, the dataset of a prefix."""
-MakeSource = Callable[[IndexedDataset, DocumentRange | None, int], TextSource]
-"""The samples of a range of documents (None: all) of a dataset, with a seed of its own."""
+MakeSource = Callable[[IndexedDataset, DocumentRange, int], TextSource]
+"""The samples of a range of documents of a dataset, with a seed of its own."""
 
 
 @dataclass(frozen=True)
@@ -87,41 +92,47 @@ def open_sources(
         blend = [(1.0, prefix)]
     if not blend and not split_blends:
         return GPTSources(SyntheticDataset(vocab_size, sequence_length, seed))
-    opener = _Opener(vocab_size, tokenizer, loaded, cache_dir)
-    make = _Maker(sequence_length, vocab_size, options, loaded, cache_dir)
-    if split_blends:
-        found = splits_of_blends(split_blends, seed, make, opener)
-    else:
-        # A conversation is a sample of its own, however short.
-        least = 1 if options.conversations else sequence_length
-        found = blend_of_splits(blend, split, least, seed, make, opener)
+    blends = split_blends or {"": blend}
+    files = _Files(sequence_length, vocab_size, options, tokenizer, loaded, cache_dir)
+    # A conversation is a sample of its own, however short.
+    least = 1 if options.conversations else sequence_length
+    found = open_splits(blends, split, least, seed, files.samples, files.open)
     if found["train"] is None:
         raise DataError(f"split={split!r} gives no weight to train; its first number must be positive")
-    weights = {name: [w for w, _ in weighted] for name, weighted in (split_blends or {"": blend}).items()}
     identity = {
-        "datasets": opener.opened,
-        "weights": weights,
+        "datasets": files.opened,
+        "weights": {name: [weight for weight, _ in weighted] for name, weighted in blends.items()},
         "split": None if split_blends else split,
         "sequence_length": sequence_length,
         "conversations": options.conversations,
     }
-    return GPTSources(found["train"], found["valid"], tuple(make.notes), identity)
+    return GPTSources(found["train"], found["valid"], tuple(files.notes), identity)
 
 
 @dataclass
-class _Opener:
-    """Opens datasets, and checks each against the model's vocabulary and all against one tokenizer."""
+class _Files:
+    """The datasets of a run: each is checked against the model's vocabulary, and all against one tokenizer."""
 
+    sequence_length: int
     vocab_size: int
+    options: SampleOptions
     spec: str | None
     tokenizer: Tokenizer | None
     cache_dir: Path | None
-    makers: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """By the fingerprint of a tokenizer: (its name, the first dataset that it made)."""
     opened: list[dict[str, Any]] = field(default_factory=list)
     """What was opened, in order, by its content."""
+    notes: list[str] = field(default_factory=list)
+    _makers: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """By the fingerprint of a tokenizer: (its name, the first dataset that it made)."""
 
-    def __call__(self, prefix: str) -> IndexedDataset:
+    def __post_init__(self) -> None:
+        o, self._fim = self.options, None
+        if o.fim_rate:
+            if o.fim_tokens is None or self.tokenizer is None:
+                raise DataError("fill-in-the-middle needs the names of its three sentinels, and a tokenizer with them")
+            self._fim = sentinels(o.fim_tokens, self.tokenizer, self.vocab_size, o.fim_rate, o.fim_spm_rate)
+
+    def open(self, prefix: str) -> IndexedDataset:
         indexed = IndexedDataset(prefix, self.cache_dir)
         found = check_token_ids(indexed, self.vocab_size, "model.vocab_size", self.cache_dir)
         self.opened.append(
@@ -143,82 +154,46 @@ class _Opener:
                 "data.tokenizer to the one that made the data, preprocess again with this one, or leave it unset to "
                 "train without it"
             )
-        self.makers.setdefault(fingerprint, (made_with["spec"], prefix))
-        if len(self.makers) > 1:
-            (one, first), (other, second) = list(self.makers.values())[:2]
+        self._makers.setdefault(fingerprint, (made_with["spec"], prefix))
+        if len(self._makers) > 1:
+            (one, first), (other, second) = list(self._makers.values())[:2]
             raise DataError(
                 f"{first} was made with the tokenizer {one}, but {second} with {other}: the same ids are other text. "
                 "Datasets of one run need one tokenizer; preprocess one of them again"
             )
         return indexed
 
-
-@dataclass
-class _Maker:
-    """Makes the samples of a range of documents."""
-
-    sequence_length: int
-    vocab_size: int
-    options: SampleOptions
-    tokenizer: Tokenizer | None
-    cache_dir: Path | None
-    fim: FillInTheMiddle | None = field(init=False)
-    notes: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        o = self.options
-        self.fim = None
-        if o.fim_rate:
-            if o.fim_tokens is None or self.tokenizer is None:
-                raise DataError("fill-in-the-middle needs the names of its three sentinels, and a tokenizer with them")
-            self.fim = sentinels(o.fim_tokens, self.tokenizer, self.vocab_size, o.fim_rate, o.fim_spm_rate)
-
-    def __call__(self, indexed: IndexedDataset, documents: DocumentRange | None, seed: int) -> TextSource:
+    def samples(self, indexed: IndexedDataset, documents: DocumentRange, seed: int) -> TextSource:
         if self.options.conversations:
             packed = ConversationDataset(indexed, self.sequence_length, documents, seed, cache_dir=self.cache_dir)
             if note := packed.describe_losses():
                 self.notes.append(note)
             return packed
         samples = GPTDataset(indexed, self.sequence_length, documents, seed, self.options.document_masking)
-        if self.fim is None or self.tokenizer is None:
+        if self._fim is None or self.tokenizer is None:
             return samples
-        return FIMDataset(samples, self.fim, self.tokenizer.eod_id, self.tokenizer.bos_id)
+        return FIMDataset(samples, self._fim, self.tokenizer.eod_id, self.tokenizer.bos_id)
 
 
-def blend_of_splits(
-    blend: Weighted,
+def open_splits(
+    blends: Mapping[str, Weighted],
     split: str,
     sequence_length: int,
     seed: int,
     make: MakeSource,
     open_dataset: OpenDataset,
 ) -> dict[str, TextSource | None]:
-    """Split every dataset alike, and blend the parts of each split that is read: ``{"train": ..., "valid": ...}``.
+    """The blended samples of each split that is read, ``{"train": ..., "valid": ...}``; None for one without weight.
 
-    A split without weight is None. Raises DataError as :func:`~megatron_ds.data.document_split.split_documents` does.
-    """
-    opened = [(weight, open_dataset(prefix)) for weight, prefix in blend]
-    ranges = [split_documents(dataset, split, sequence_length) for _, dataset in opened]
-    found: dict[str, TextSource | None] = {}
-    for name in READ:
-        members = [
-            (weight, make(dataset, documents[name], _seed(seed, number)))
-            for number, ((weight, dataset), documents) in enumerate(zip(opened, ranges))
-            if documents[name] is not None
-        ]
-        found[name] = _blended(members)
-    return found
-
-
-def splits_of_blends(
-    blends: Mapping[str, Weighted], seed: int, make: MakeSource, open_dataset: OpenDataset
-) -> dict[str, TextSource | None]:
-    """A blend for each split that is read, of whole datasets: ``blends`` maps train, valid and test to theirs.
+    Args:
+        blends: ``{"": blend}``, whose datasets are all divided by ``split`` (see :func:`split_documents`); or a blend
+            of whole datasets for each split. Those for ``"test"`` are not opened.
 
     Raises:
-        DataError: an unknown split, or a dataset named in two splits (what is trained on would be evaluated).
+        DataError: an unknown split, a dataset named in two splits (what is trained on would be evaluated), or one that
+            cannot be divided.
     """
-    if unknown := [name for name in blends if name not in SPLITS]:
+    if unknown := [name for name in blends if name not in ("", *SPLITS)]:
         raise DataError(f"split {unknown[0]!r} is none of {', '.join(SPLITS)}{nearest(unknown[0], SPLITS)}")
     used: dict[str, str] = {}
     for name, blend in blends.items():
@@ -228,20 +203,20 @@ def splits_of_blends(
                     f"{prefix} is in the blends of both {used[prefix]} and {name}; give each split datasets of its "
                     "own, or one blend and split weights"
                 )
-    return {
-        name: _blended(
-            [
-                (weight, make(open_dataset(prefix), None, _seed(seed, number)))
-                for number, (weight, prefix) in enumerate(blends.get(name, ()))
-            ]
-        )
-        for name in READ
-    }
-
-
-def _seed(seed: int, number: int) -> int:
-    """The first dataset keeps the run's seed, so that a blend of one is that dataset."""
-    return key(seed, number) if number else seed
+    opened = {name: [open_dataset(prefix) for _, prefix in blends.get(name, ())] for name in ("", *READ)}
+    members: dict[str, list[tuple[float, TextSource]]] = {name: [] for name in READ}
+    for whole, datasets in opened.items():
+        ranges = [
+            {whole: (0, dataset.num_documents)} if whole else split_documents(dataset, split, sequence_length)
+            for dataset in datasets
+        ]
+        for name in READ:
+            for number, (dataset, found) in enumerate(zip(datasets, ranges)):
+                if documents := found.get(name):
+                    # The first dataset keeps the run's seed, so that a blend of one is that dataset.
+                    source = make(dataset, documents, key(seed, number) if number else seed)
+                    members[name].append((blends[whole][number][0], source))
+    return {name: _blended(found) for name, found in members.items()}
 
 
 def _blended(members: list[tuple[float, TextSource]]) -> TextSource | None:
@@ -250,3 +225,63 @@ def _blended(members: list[tuple[float, TextSource]]) -> TextSource | None:
     if len(members) == 1:
         return members[0][1]
     return BlendedDataset([source for _, source in members], [weight for weight, _ in members])
+
+
+def parse_split(split: str) -> tuple[float, float, float]:
+    """``"949,50,1"`` -> the three fractions, summing to 1. Fewer than three weights mean 0 for the rest."""
+    try:
+        weights = [float(part) for part in split.split(",")]
+    except ValueError:
+        weights = []
+    if not 1 <= len(weights) <= 3 or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+        raise DataError(
+            f"split={split!r} is not one to three weights for {', '.join(SPLITS)}; write for example '949,50,1'"
+        )
+    weights += [0.0] * (3 - len(weights))
+    total = sum(weights)
+    return weights[0] / total, weights[1] / total, weights[2] / total
+
+
+def split_documents(dataset: IndexedDataset, split: str, sequence_length: int) -> dict[str, DocumentRange | None]:
+    """``{"train": (start, stop), "valid": ..., "test": ...}``: where the *tokens* have the proportions of the weights
+    (documents may be very uneven, and are never cut). None for weight 0, and for a test split without one sample.
+
+    Train and valid must hold one sample, ``sequence_length + 1`` tokens; a ``DataError`` says what would do.
+    """
+    fractions = parse_split(split)
+    cuts = [0]
+    for index in range(3):
+        cuts.append(max(cuts[-1], _cut(dataset, sum(fractions[: index + 1]))))
+    # Rounding must not leave a document to a split of weight 0, or to none.
+    last = max(index for index in range(3) if fractions[index])
+    cuts[last + 1 :] = [dataset.num_documents] * (3 - last)
+    ranges: dict[str, DocumentRange | None] = {}
+    for name, fraction, start, stop in zip(SPLITS, fractions, cuts[:-1], cuts[1:]):
+        tokens = dataset.document_start(stop) - dataset.document_start(start)
+        enough = tokens > sequence_length
+        ranges[name] = (start, stop) if fraction and enough else None
+        if fraction and not enough and name != "test":
+            needed = (sequence_length + 1) / dataset.num_tokens
+            if needed > 1:
+                way_out = f"Use sequence_length <= {dataset.num_tokens - 1}, or more data"
+            elif fraction >= needed:
+                way_out = f"Its documents are too few to cut there: use more data, or give {name} weight 0"
+            else:
+                shorter = max(1, int(fraction * dataset.num_tokens) - 1)
+                way_out = (
+                    f"Give {name} at least {needed:.2%} of the weight (it has {fraction:.2%}) and somewhat more for "
+                    f"whole documents, give it weight 0, or use sequence_length <= {shorter}"
+                )
+            raise DataError(
+                f"split={split!r} leaves {stop - start} documents with {tokens} tokens of {dataset.prefix} for {name}, "
+                f"but one sample takes sequence_length + 1 = {sequence_length + 1} tokens. The dataset has "
+                f"{dataset.num_documents} documents and {dataset.num_tokens} tokens. {way_out}"
+            )
+    return ranges
+
+
+def _cut(dataset: IndexedDataset, fraction: float) -> int:
+    wanted = fraction * dataset.num_tokens
+    document = dataset.document_of(min(int(wanted), dataset.num_tokens - 1))
+    before, after = dataset.document_start(document), dataset.document_start(document + 1)
+    return document if wanted - before < after - wanted else document + 1

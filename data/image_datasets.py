@@ -28,11 +28,7 @@ def _parquet(path: Path) -> list[Path]:
 
 class DatasetImages:
     """An :class:`~megatron_ds.data.image_source.ImageSource`: the one column of images, with ``text`` or ``caption``,
-    ``label`` or ``labels``.
-
-    Raises:
-        DataError: nothing that `datasets` reads, several splits, or no column of images.
-    """
+    ``label`` or ``labels``."""
 
     def __init__(self, path: Path):
         import datasets

@@ -33,11 +33,7 @@ def _is_hidden(path: Path) -> bool:
 
 
 class ImageFolder:
-    """An :class:`~megatron_ds.data.image_source.ImageSource`, sorted by path.
-
-    Raises:
-        DataError: no image in it; some images with captions and others without; a damaged ``metadata.jsonl``.
-    """
+    """An :class:`~megatron_ds.data.image_source.ImageSource`, sorted by path. All images have captions, or none."""
 
     def __init__(self, folder: Path):
         self._folder = folder

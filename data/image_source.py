@@ -54,15 +54,8 @@ class ImageSource(Protocol):
 
 
 def open_images(path: str | Path, kind: Kind | None = None, cache_dir: Path | None = None) -> ImageSource:
-    """The images at a path.
-
-    Args:
-        kind: a folder of image files, tar shards, or an image set of `datasets`; None: what it looks like.
-        cache_dir: a folder to keep indices in, instead of beside the images.
-
-    Raises:
-        DataError: there is nothing of the kind, or it is damaged.
-    """
+    """The images at a path: a folder of image files, tar shards, or an image set of `datasets`; ``kind=None``: what it
+    looks like. ``cache_dir``: a folder to keep indices in, instead of beside the images."""
     from megatron_ds.data import image_datasets, image_folders, image_tars
 
     path = Path(path)
@@ -79,12 +72,8 @@ def open_images(path: str | Path, kind: Kind | None = None, cache_dir: Path | No
 
 
 def image_sizes(source: ImageSource, path: Path, cache_dir: Path | None = None) -> npt.NDArray[np.int64]:
-    """Height and width of each image once it is turned, int64 ``[rows, 2]``; zeros where the file is no image.
-
-    Args:
-        path: where the source is; the result is kept beside it.
-        cache_dir: a folder to keep it in instead.
-    """
+    """Height and width of each image once it is turned, int64 ``[rows, 2]``; zeros where the file is no image. Kept in
+    ``cache_dir``, else beside ``path``, where the source is."""
 
     def size(row: int) -> tuple[int, int]:
         for most in (_HEADER_BYTES, None):  # few formats say their size further on
@@ -108,11 +97,7 @@ SKIP = "--data.on-error skip (of tools/cache_latents.py: --on-error skip)"
 
 
 def usable_rows(source: ImageSource, sizes: npt.NDArray[np.int64], on_error: OnError) -> npt.NDArray[np.int64]:
-    """The rows whose files begin as images do.
-
-    Raises:
-        DataError: none does; or one does not, and ``on_error`` is ``"fail"``.
-    """
+    """The rows whose files begin as images do. One must, and with ``on_error="fail"`` all."""
     good = sizes[:, 0] > 0
     count = int((~good).sum())
     if count and (on_error == "fail" or not good.any()):

@@ -44,11 +44,7 @@ class _Sample:
 
 
 def find_tars(path: Path) -> list[Path]:
-    """The shards of a folder, or the one that ``path`` is.
-
-    Raises:
-        DataError: some of them are compressed.
-    """
+    """The shards of a folder, or the one that ``path`` is; a ``DataError`` where some are compressed."""
     if path.is_file():
         return [path] if path.suffix == ".tar" else []
     tars = sorted(tar for tar in path.rglob("*.tar") if tar.is_file())
@@ -59,11 +55,8 @@ def find_tars(path: Path) -> list[Path]:
 
 
 class TarImages:
-    """An :class:`~megatron_ds.data.image_source.ImageSource`, in the order of the shards' names and members.
-
-    Raises:
-        DataError: no tar, a compressed or damaged one, no image in them, or captions or classes of some alone.
-    """
+    """An :class:`~megatron_ds.data.image_source.ImageSource`, in the order of the shards' names and members. All of its
+    images have captions, or none; and so with classes."""
 
     def __init__(self, path: Path, tars: Sequence[Path], cache_dir: Path | None = None):
         if not tars:

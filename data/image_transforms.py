@@ -26,17 +26,12 @@ class UndecodableImage(Exception):
 
 @dataclass(frozen=True)
 class Crop:
-    """How an image gets the size of its bucket: resized until it covers it, then cropped.
-
-    Args:
-        height, width: in pixels.
-        place: where the crop is: in the middle, or ``y`` and ``x`` of 0 to 1 say where between both ends.
-        flip: mirrored left to right.
-    """
+    """How an image gets the size of its bucket in pixels: resized until it covers it, then cropped."""
 
     height: int
     width: int
     place: Literal["centre"] | tuple[float, float] = "centre"
+    """In the middle, or ``y`` and ``x`` of 0 to 1 say where between both ends."""
     flip: bool = False
 
 
@@ -53,11 +48,7 @@ class Pixels:
 
 
 def size_of(content: bytes) -> tuple[int, int]:
-    """Height and width once it is turned, from the file's header alone.
-
-    Raises:
-        UndecodableImage: the header is not one of an image.
-    """
+    """Height and width once it is turned, from the file's header alone; an :class:`UndecodableImage` if it has none."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
@@ -70,11 +61,7 @@ def size_of(content: bytes) -> tuple[int, int]:
 
 
 def load_pixels(content: bytes, crop: Crop, channels: int = 3) -> Pixels:
-    """Decode an image and bring it to a size.
-
-    Raises:
-        UndecodableImage: it cannot be decoded to its end.
-    """
+    """Decode an image and bring it to a size; an :class:`UndecodableImage` if it cannot be decoded to its end."""
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
             image = _plain(_eight_bits(ImageOps.exif_transpose(opened), opened.format), channels)

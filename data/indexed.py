@@ -29,8 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_ds.data.chunk_checks import CheckedArray
-from megatron_ds.data.dataset_files import file_of
+from megatron_ds.data.dataset_files import CheckedArray, file_of
 from megatron_ds.data.remote import RemoteDataset, RemoteTokens, is_url
 from megatron_ds.errors import DataError
 

@@ -1,4 +1,4 @@
-"""Writes an indexed dataset (:mod:`megatron_ds.data.indexed`), from tokens or from other datasets."""
+"""Writes an indexed dataset (:mod:`megatron_ds.data.indexed`), from tokens or by copying other datasets."""
 
 from __future__ import annotations
 
@@ -6,20 +6,28 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_ds.data import chunk_checks
-from megatron_ds.data.chunk_checks import CHUNK_BYTES, StreamSums
-from megatron_ds.data.dataset_files import MANIFEST, MASK_SUFFIX, SUMS, file_of, pieces, require_checksum
+from megatron_ds.data import dataset_files
+from megatron_ds.data.dataset_files import (
+    CHUNK_BYTES,
+    MANIFEST,
+    MASK_SUFFIX,
+    SUMS,
+    StreamSums,
+    file_of,
+    pieces,
+    read_manifest,
+    require_checksum,
+)
 from megatron_ds.data.indexed import IndexedDataset, dtype_code, header, new_prefix
-from megatron_ds.data.verify import Scan, remember
+from megatron_ds.data.verify import Scan, remember, verify
 from megatron_ds.errors import DataError
 from megatron_ds.files import replacing, sync_and_close, temporary_beside
 
@@ -36,7 +44,6 @@ class IndexedDatasetWriter:
         masked: each token comes with one byte of a loss mask.
 
     Attributes:
-        files: once it is closed, size and checksums of each file, as a manifest has them.
         found: once it is closed, what a scan would find.
 
     As a context manager it closes on success and leaves no file behind after an exception. Memory does not grow with
@@ -59,23 +66,16 @@ class IndexedDatasetWriter:
             self._lengths = stack.enter_context(tempfile.TemporaryFile(dir=folder))
             self._document_ends = stack.enter_context(tempfile.TemporaryFile(dir=folder))
             self._stack = stack.pop_all()
-        self.files: dict[str, dict[str, Any]] = {}
-        self._sums = {kind: StreamSums(chunk_checks.FETCH_BYTES, CHUNK_BYTES) for kind in kinds}
-        self._sequences = self._documents = self._ended = 0
+        self._sums = {kind: StreamSums(dataset_files.FETCH_BYTES, CHUNK_BYTES) for kind in kinds}
+        self._sequences = self._documents = 0
         self._low, self._high = 0, -1
+        self._closed = False
 
-    def add_document(self, tokens: npt.ArrayLike) -> None:
-        """One document of one sequence. Ids that do not fit the dtype are refused."""
-        self.add_sequence(tokens)
-        self.end_document()
-
-    def add_sequence(self, tokens: npt.ArrayLike) -> None:
-        """One sequence ``[n]``; the document goes on until :meth:`end_document`."""
-        values = np.asarray(tokens)
-        self._add_tokens(values)
-        self._add_lengths(np.array([values.size]))
-
-    def end_document(self) -> None:
+    def add_document(self, *sequences: npt.ArrayLike) -> None:
+        """One document, of one sequence ``[n]`` or more. Ids that do not fit the dtype are refused."""
+        for values in map(np.asarray, sequences):
+            self._add_tokens(values)
+            self._add_lengths(np.array([values.size]))
         self._add_ends(np.array([self._sequences]))
 
     def add_documents(
@@ -91,20 +91,11 @@ class IndexedDatasetWriter:
         self._add_lengths(lengths)
 
     def add_dataset(self, other: IndexedDataset, found: Scan, progress: Callable[[int], None] = lambda _: None) -> None:
-        """All of another dataset, by copying bytes.
+        """All of another dataset of this dtype, by copying bytes; its files must still be what was ``found`` of them.
 
-        Args:
-            found: what it is; its files are compared with that on the way.
-            progress: called with bytes copied since the last call.
-
-        Raises:
-            DataError: it has another dtype, or changed.
+        ``progress``: called with bytes copied since the last call.
         """
-        if other.dtype != self.dtype:
-            raise DataError(
-                f"{other.bin_path} holds {other.dtype.name} tokens, but {self.prefix}.bin is {self.dtype.name}; "
-                "datasets can be merged only within one dtype: preprocess them with the same tokenizer"
-            )
+        _require_dtype(other, self.dtype, f"{self.prefix}.bin")
         _require(other.idx_path, other.index_checksum(), found.checksums["idx"])
         for kind in self._open.keys() - {"idx"}:
             path, digest = file_of(other.prefix, kind), xxhash.xxh3_64()
@@ -133,7 +124,6 @@ class IndexedDatasetWriter:
     def _add_ends(self, ends: npt.NDArray) -> None:
         self._document_ends.write(ends.astype("<i8").tobytes())
         self._documents += ends.size
-        self._ended = int(ends[-1]) if ends.size else self._ended
 
     def _write(self, kind: str, content: bytes | memoryview) -> None:
         self._open[kind].write(content)
@@ -145,28 +135,24 @@ class IndexedDatasetWriter:
         Args:
             made: how it was made, for the manifest. Its scan is left beside it then too.
         """
-        if self._ended != self._sequences:
-            raise ValueError("the last document was not ended: call end_document() before close()")
         with self._stack:
             self._write_index()
             for file in self._open.values():
                 sync_and_close(file)
-            self.files = {
-                kind: {
-                    "bytes": sums.bytes,
-                    "xxh3": sums.hexdigest(),
-                    "chunks": [f"{digest:016x}" for digest in sums.chunks(chunk_checks.FETCH_BYTES).tolist()],
-                }
-                for kind, sums in self._sums.items()
-            }
-            del self.files["idx"]["chunks"]
-            checksums = {MASK_SUFFIX: "", **{kind: file["xxh3"] for kind, file in self.files.items()}}
+            checksums = {MASK_SUFFIX: "", **{kind: sums.hexdigest() for kind, sums in self._sums.items()}}
             chunks = {kind: self._sums[kind].chunks(CHUNK_BYTES) for kind in self._sums.keys() - {"idx"}}
             self.found = Scan(int(self._low), int(self._high), checksums, chunks)
             self._publish(stale=() if made is None else (MANIFEST, SUMS))
+            self._closed = True
         if made is not None:
+            files: dict[str, dict[str, Any]] = {}
+            for kind, sums in self._sums.items():
+                files[kind] = {"bytes": sums.bytes, "xxh3": sums.hexdigest()}
+                if kind in chunks:
+                    digests = sums.chunks(dataset_files.FETCH_BYTES).tolist()
+                    files[kind]["chunks"] = [f"{digest:016x}" for digest in digests]
             with replacing(file_of(self.prefix, MANIFEST)) as temporary:
-                manifest = {**made, "dtype": self.dtype.name, "files": self.files}
+                manifest = {**made, "dtype": self.dtype.name, "files": files}
                 temporary.write_text(json.dumps(manifest, indent=1) + "\n")
             remember(self.prefix, self.found)
 
@@ -194,10 +180,8 @@ class IndexedDatasetWriter:
     def __enter__(self) -> IndexedDatasetWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None and not self.files:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and not self._closed:
             self.close()
         self._stack.close()
 
@@ -212,6 +196,14 @@ def _require(path: Path, digest: str, stated: str) -> None:
     require_checksum(path, digest, stated, "what was found before", "run the same command again")
 
 
+def _require_dtype(dataset: IndexedDataset, dtype: np.dtype, where: str) -> None:
+    if dataset.dtype != dtype:
+        raise DataError(
+            f"{dataset.bin_path} holds {dataset.dtype.name} tokens, but {where} is {dtype.name}; datasets can be "
+            "merged only within one dtype: preprocess them with the same tokenizer"
+        )
+
+
 def _fitting(tokens: npt.NDArray, dtype: np.dtype) -> npt.NDArray:
     """``tokens`` as ``dtype``, refusing ids that would wrap around."""
     if dtype.kind in "iu" and tokens.dtype != dtype:
@@ -220,3 +212,62 @@ def _fitting(tokens: npt.NDArray, dtype: np.dtype) -> npt.NDArray:
             bad = low if low < limits.min else high
             raise DataError(f"token id {bad} does not fit {dtype.name} ({limits.min} to {limits.max})")
     return tokens.astype(dtype, copy=False)
+
+
+def merge_datasets(
+    prefixes: Sequence[str], output_prefix: str | Path, progress: Callable[[int], None] = lambda _: None
+) -> dict[str, Any]:
+    """Lay whole datasets end to end, in the order given; returns what the manifest says of it.
+
+    Each is verified while it is copied (against its manifest, where it has one). Memory does not grow with their size.
+
+    They must be of one dtype, all conversations or none, and, where their manifests say so, of one tokenizer; the
+    output is none of them. ``progress``: called with bytes copied since the last call.
+    """
+    output = new_prefix(output_prefix)
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    manifests = [read_manifest(dataset.prefix) for dataset in datasets]
+    _check_together(datasets, manifests, output)
+    scans = [verify(dataset) for dataset in datasets]
+    masked = _all_masked(datasets, scans)
+    made = {
+        "version": 1,
+        "merged": [dataset.prefix for dataset in datasets],
+        "inputs": [entry for manifest in manifests if manifest for entry in manifest["inputs"]],
+        **({"tokenizer": manifests[0]["tokenizer"]} if all(manifests) and manifests[0] else {}),
+        "counts": {
+            "documents": sum(dataset.num_documents for dataset in datasets),
+            "tokens": sum(dataset.num_tokens for dataset in datasets),
+            "max_id": max(scan.max_id for scan in scans),
+        },
+    }
+    with IndexedDatasetWriter(output, datasets[0].dtype, masked) as writer:
+        for dataset, scan in zip(datasets, scans):
+            writer.add_dataset(dataset, scan, progress)
+        writer.close(made)
+    return made
+
+
+def _check_together(datasets: list[IndexedDataset], manifests: list[dict[str, Any] | None], output: str) -> None:
+    if not datasets:
+        raise DataError("no dataset to merge was given")
+    first, first_made = datasets[0], (manifests[0] or {}).get("tokenizer")
+    for dataset, manifest in zip(datasets, manifests):
+        if os.path.realpath(file_of(output, "idx")) == os.path.realpath(dataset.idx_path):
+            raise DataError(f"{output} is to be written and is one of the datasets to merge; choose another name")
+        _require_dtype(dataset, first.dtype, first.bin_path.name)
+        made = (manifest or {}).get("tokenizer")
+        if made and first_made and made["xxh3"] != first_made["xxh3"]:
+            raise DataError(
+                f"{dataset.prefix} was made with the tokenizer {made['spec']} and {first.prefix} with "
+                f"{first_made['spec']}, another one: their ids mean different things"
+            )
+
+
+def _all_masked(datasets: list[IndexedDataset], scans: list[Scan]) -> bool:
+    """Whether they hold conversations, whose answers alone are learnt."""
+    masked = [dataset.prefix for dataset, scan in zip(datasets, scans) if scan.checksums[MASK_SUFFIX]]
+    if masked and len(masked) < len(datasets):
+        texts = next(dataset.prefix for dataset in datasets if dataset.prefix not in masked)
+        raise DataError(f"{masked[0]} holds conversations and {texts} texts; merge each kind by itself, and blend them")
+    return bool(masked)

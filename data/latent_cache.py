@@ -76,11 +76,7 @@ class Shard:
 
     @staticmethod
     def open(path: Path, plan: Plan) -> Shard:
-        """Open and check all but the rows.
-
-        Raises:
-            DataError: it is missing, damaged, or of another plan.
-        """
+        """Open and check all but the rows; a ``DataError`` if it is missing, damaged, or of another plan."""
         try:
             check_regular(path)
             file = safe_open(path, "np")
@@ -152,7 +148,7 @@ def write_shard(path: Path, plan: Plan, arrays: Arrays, bad: list[tuple[int, str
 
 
 class LatentCache:
-    """The rows of a finished cache.
+    """The rows of a finished cache; a ``DataError`` where one of its files is missing, damaged, or of another cache.
 
     Attributes:
         fields: of ``latents``, ``latents_std``, ``text``, ``pooled``, ``labels``, ``original_size``,
@@ -160,12 +156,9 @@ class LatentCache:
         buckets: (height, width) of latents to the rows that have them, int64.
         scale, shift: what a model is trained on is ``(latent - shift) * scale`` of the VAE's latent.
         encoder: identity of the VAE. settings: that the images were encoded with, by name.
-        texts: how texts were encoded, for :func:`~megatron_ds.data.checkpoint_encoders.encode_prompts`; None without.
+        texts: how texts were encoded, for :func:`~megatron_ds.data.latent_encoders.encode_prompts`; None without.
         identity: what tells the cache's content from any other, as JSON values.
         bad: rows of the source that are left out, and why.
-
-    Raises:
-        DataError: a shard or the plan is missing, damaged, or of another cache.
     """
 
     def __init__(self, folder: str | Path):
@@ -210,15 +203,12 @@ class LatentCache:
         return {"images": "latents", "number": len(self), "plan": self._plan.digest, "rows": content.hexdigest()}
 
     def rows(self, indices: npt.ArrayLike) -> Arrays:
-        """The rows of one bucket, each field with a first dim ``b``.
+        """The rows, which must be of one bucket; each field has a first dim ``b``.
 
         ``latents`` float32 ``[b, c, h, w]`` are scaled, the mean of the VAE's distribution, and ``latents_std`` its
         scaled standard deviation; ``text`` float32 ``[b, tokens, channels]``, ``pooled`` ``[b, channels]``; ``labels``
         int64 ``[b]``; ``original_size``, ``crop_top_left`` and ``target_size`` int64 ``[b, 2]`` in pixels, vertical
         first.
-
-        Raises:
-            DataError: rows of several buckets or none of the cache's; damage.
         """
         wanted = np.asarray(indices, np.int64)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):

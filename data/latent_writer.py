@@ -19,6 +19,7 @@ import torch
 
 from megatron_ds.data.aspect_buckets import Size, bucket_rows, make_buckets
 from megatron_ds.data.cache import first_difference
+from megatron_ds.data.image_samples import Augmentation
 from megatron_ds.data.image_source import ImageSource, OnError, usable_rows
 from megatron_ds.data.image_transforms import Pixels, UndecodableImage
 from megatron_ds.data.latent_cache import EMPTY, PLAN, VERSION, Arrays, Plan, Shard, shard_name, write_shard
@@ -31,7 +32,6 @@ from megatron_ds.data.latent_encoders import (
     model_identity,
     text_identities,
 )
-from megatron_ds.data.stored_images import Augmentation
 from megatron_ds.errors import DataError, multiples_around
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -102,14 +102,8 @@ class ShardRows:
 
 
 class CacheWriter:
-    """A cache that is to be written, the same on every rank.
-
-    Args:
-        sizes: of the source's images, see :func:`~megatron_ds.data.image_source.image_sizes`.
-
-    Raises:
-        DataError: no image that can be used, encoders that cannot, or a folder that holds another cache.
-    """
+    """A cache that is to be written, the same on every rank. ``sizes``: of the source's images, as
+    :func:`~megatron_ds.data.image_source.image_sizes` has them."""
 
     def __init__(
         self,
@@ -162,42 +156,42 @@ class CacheWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.plan.write(self.folder)
 
-    def share(self, rank: int, world_size: int) -> list[ShardRows]:
-        return self.shards[rank::world_size]
-
-    def write(self, shards: Sequence[ShardRows], device: torch.device, bar: Any = None) -> list[str]:
-        """Write those of the shards that are not there yet, whole; a line for each image left out of all.
-
-        Args:
-            bar: from :func:`encoding_bar`, to go on with each batch.
+    def write(self, rank: int, world_size: int, device: torch.device, show_progress: bool = False) -> list[str]:
+        """Write this rank's share of the shards that are not there yet, whole; a line for each image left out of it.
 
         Raises:
             DataError: a latent or an embedding that is not finite, or an image that cannot be decoded.
         """
-        bar = encoding_bar(shards, False) if bar is None else bar
-        bad: list[tuple[int, str]] = []
-        missing = []
-        for shard in shards:
-            if (done := self._whole(shard_name(shard.number))) is None:
-                missing.append(shard)
-            else:
-                bad += done.bad
-                bar.total -= len(shard.rows)
-                bar.refresh()
-        if missing:
-            encoders = self._load_encoders(device)
-            with ThreadPoolExecutor() as pool:
-                for shard in missing:
-                    bad += self._write(shard, encoders, pool, bar)
-        return [f"{self._source.name(row)}: {why}" for row, why in bad]
+        return [line for lines in self.rounds(rank, world_size, device, show_progress) for line in lines]
 
-    def write_empty(self, device: torch.device) -> None:
-        """The embeddings of the empty text; for one rank."""
-        if self._encoders.text and self._whole(EMPTY) is None:
+    def rounds(
+        self, rank: int, world_size: int, device: torch.device, show_progress: bool = False
+    ) -> Iterator[list[str]]:
+        """:meth:`write`, a shard at a time: as many steps on every rank. Rank 0 also writes the empty text.
+
+        ``show_progress``: a bar with images/s and the time left of this rank's share, which is like the others'.
+        """
+        from tqdm import tqdm
+
+        if rank == 0 and self._encoders.text and self._whole(EMPTY) is None:
             _, texts = self._load_encoders(device)
             assert texts is not None
             arrays = _storable(texts.encode([""]), self._settings, ["the empty text"])
             write_shard(self.folder / EMPTY, self.plan, arrays, [])
+        share = self.shards[rank::world_size]
+        total = sum(len(shard.rows) for shard in share)
+        bar = tqdm(total=total, unit="image", desc="encode", smoothing=0.05, disable=not show_progress)
+        with bar, ThreadPoolExecutor() as pool:
+            for number in range(-(-len(self.shards) // world_size)):
+                bad: Sequence[tuple[int, str]] = ()
+                for shard in share[number : number + 1]:
+                    if (done := self._whole(shard_name(shard.number))) is None:
+                        bad = self._write(shard, self._load_encoders(device), pool, bar)
+                    else:
+                        bad = done.bad
+                        bar.total -= len(shard.rows)
+                        bar.refresh()
+                yield [f"{self._source.name(row)}: {why}" for row, why in bad]
 
     def _load_encoders(self, device: torch.device) -> Encoders:
         if self._loaded is None:
@@ -277,14 +271,6 @@ def left_out(what: str, images: Sequence[str]) -> str:
         return ""
     more = [f"and {len(images) - _SHOWN} more"] if len(images) > _SHOWN else []
     return "\n  ".join([f"left out {len(images)}, {what}:", *images[:_SHOWN], *more]) + "\n"
-
-
-def encoding_bar(shards: Sequence[ShardRows], shown: bool) -> Any:
-    """A bar of `tqdm` with images/s and the time left, of this rank's share, which is like the others'."""
-    from tqdm import tqdm
-
-    total = sum(len(shard.rows) for shard in shards)
-    return tqdm(total=total, unit="image", desc="encode", smoothing=0.05, disable=not shown)
 
 
 def _cut(buckets: Mapping[Size, npt.NDArray[np.int64]], shard_rows: int) -> Iterator[ShardRows]:

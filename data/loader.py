@@ -13,7 +13,6 @@ import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -142,9 +141,7 @@ class BatchLoader:
     def __enter__(self) -> BatchLoader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -206,8 +203,8 @@ class _ReadAhead(Iterator[tuple[list[MicroBatch], int]]):
 
     def __init__(self, items: Iterator[tuple[list[MicroBatch], int]], depth: int):
         self._items = items
-        self._queue: queue.Queue[tuple[list[MicroBatch], int] | BaseException] = queue.Queue(depth)
-        self._stop = threading.Event()
+        self._queue: queue.SimpleQueue[tuple[list[MicroBatch], int] | BaseException] = queue.SimpleQueue()
+        self._room, self._stopped = threading.Semaphore(depth), False
         # A daemon: a training process that ends by an exception must not wait for its reader.
         self._thread = threading.Thread(target=self._run, name="data-read-ahead", daemon=True)
         self._thread.start()
@@ -215,27 +212,22 @@ class _ReadAhead(Iterator[tuple[list[MicroBatch], int]]):
     def _run(self) -> None:
         try:
             for item in self._items:
-                if not self._put(item):
+                self._room.acquire()
+                if self._stopped:
                     return
+                self._queue.put(item)
         except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: tuple[list[MicroBatch], int] | BaseException) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+            self._queue.put(error)
 
     def __next__(self) -> tuple[list[MicroBatch], int]:
         item = self._queue.get()
         if isinstance(item, BaseException):
             self._queue.put(item)  # asked again, it fails again instead of waiting for a thread that is gone
             raise item
+        self._room.release()
         return item
 
     def close(self) -> None:
-        self._stop.set()
+        self._stopped = True
+        self._room.release()
         self._thread.join(timeout=10)

@@ -5,7 +5,7 @@ Each block of the inputs (:mod:`megatron_ds.data.sources`) becomes a *part* in `
 are named by their block, so the merged dataset is the same bytes whoever made them. The merge copies, and does not
 tokenise again.
 
-Memory is bounded: a worker holds one batch of text (:data:`megatron_ds.data.part_writer.BATCH_BYTES`), and no block
+Memory is bounded: a worker holds one batch of text (:data:`megatron_ds.data.parts.BATCH_BYTES`), and no block
 waits in a queue.
 """
 
@@ -26,10 +26,9 @@ from megatron_ds.data.chat import load_template
 from megatron_ds.data.dataset_files import file_identity
 from megatron_ds.data.indexed import dtype_for_vocabulary, new_prefix
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
-from megatron_ds.data.part_writer import Job, PartMaker, PreprocessOptions
-from megatron_ds.data.parts import PLAN, Counts, keep_intact, merge_parts
+from megatron_ds.data.parts import PLAN, Counts, Job, PartMaker, PreprocessOptions, keep_intact, merge_parts
 from megatron_ds.data.source_tables import hub_revision
-from megatron_ds.data.source_types import Block, Input, UnusableInput
+from megatron_ds.data.source_text import Block, Input, UnusableInput
 from megatron_ds.data.sources import find_inputs, plan_blocks
 from megatron_ds.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ds.data.workers import run_tasks

@@ -22,11 +22,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from megatron_ds.data import chunk_checks
+from megatron_ds.data import dataset_files
 from megatron_ds.data.cache import default_cache_dir, locked
-from megatron_ds.data.chunk_checks import CheckedArray
+from megatron_ds.data.dataset_files import CheckedArray, read_manifest, require_checksum
 from megatron_ds.data.dataset_files import checksum as file_checksum
-from megatron_ds.data.dataset_files import read_manifest, require_checksum
 from megatron_ds.errors import DataError
 from megatron_ds.files import checksum, read_json, replacing
 
@@ -96,29 +95,27 @@ class RemoteDataset:
 
     def _compare_with_cached(self, folder: Path) -> None:
         cached, now = read_json(folder / _COMPLETE)["identity"], self.identity
-        if changed := [name for name in {**cached, **now} if cached.get(name) != now.get(name)]:
-            raise DataError(
-                f"{self.url}.{changed[0]} changed since it was cached: it was {cached.get(changed[0])}, is now "
-                f"{now.get(changed[0])}. To read the new version, delete {folder}"
-            )
+        for name in {**cached, **now}:
+            if cached.get(name) != now.get(name):
+                raise DataError(
+                    f"{self.url}.{name} changed since it was cached: it was {cached.get(name)}, is now "
+                    f"{now.get(name)}. To read the new version, delete {folder}"
+                )
 
     def _fetch_all_but_tokens(self) -> None:
         """Sizes of what was fetched are compared, and checksums where the manifest has them."""
+        copies = {name: Path(f"{self.prefix}.{name}") for name in self.identity if name != "bin"}
         with _told(self.url):
-            for name in self.identity.keys() - {"bin"}:
-                self.filesystem.get_file(f"{self.path}.{name}", f"{self.prefix}.{name}")
-            stated = self._manifest()
-            for name in self.identity.keys() - {"bin"}:
-                copy = Path(f"{self.prefix}.{name}")
-                self._require_size(name, copy.stat().st_size, self.identity[name]["size"])
-                if name in stated:
-                    require_checksum(f"{self.url}.{name}", file_checksum(copy), stated[name]["xxh3"], *_STATED)
-            if "bin" in stated:
-                self._require_size("bin", self.identity["bin"]["size"], stated["bin"]["bytes"])
-
-    def _require_size(self, name: str, found: int, expected: int) -> None:
-        if found != expected:
-            raise DataError(f"{self.url}.{name}: expected {expected} bytes, found {found}")
+            for name, copy in copies.items():
+                self.filesystem.get_file(f"{self.path}.{name}", str(copy))
+        stated = self._manifest()
+        for name, remote in self.identity.items():
+            found = copies[name].stat().st_size if name in copies else remote["size"]
+            expected = remote["size"] if name in copies else stated.get("bin", {}).get("bytes", found)
+            if found != expected:
+                raise DataError(f"{self.url}.{name}: expected {expected} bytes, found {found}")
+            if name in stated and name in copies:
+                require_checksum(f"{self.url}.{name}", file_checksum(copies[name]), stated[name]["xxh3"], *_STATED)
 
     def _manifest(self) -> dict[str, Any]:
         """The ``files`` of the manifest that was fetched, empty without one."""
@@ -136,7 +133,7 @@ class RemoteTokens(CheckedArray):
         with _writing(path.parent):
             self._file = open(path, "r+b", buffering=0)  # noqa: SIM115  (kept open for its lifetime)
             self._sums_file = open(f"{path}.sums", "r+b", buffering=0)  # noqa: SIM115
-        super().__init__(path, dtype, np.memmap(self._sums_file, dtype="<u8", mode="r"), chunk_checks.FETCH_BYTES)
+        super().__init__(path, dtype, np.memmap(self._sums_file, dtype="<u8", mode="r"), dataset_files.FETCH_BYTES)
 
     def _compare(self, chunk: int) -> None:
         """Make sure that the chunk is there and is what arrived."""
@@ -170,7 +167,7 @@ class RemoteTokens(CheckedArray):
 
 
 def _named(chunk: int) -> str:
-    return f"chunk {chunk} of {chunk_checks.FETCH_BYTES >> 20} MB"
+    return f"chunk {chunk} of {dataset_files.FETCH_BYTES >> 20} MB"
 
 
 def _sum(content: bytes | memoryview) -> int:
@@ -179,7 +176,7 @@ def _sum(content: bytes | memoryview) -> int:
 
 
 def _chunks(size: int) -> int:
-    return -(-size // chunk_checks.FETCH_BYTES)
+    return -(-size // dataset_files.FETCH_BYTES)
 
 
 @contextlib.contextmanager

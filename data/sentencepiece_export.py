@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_ds.data.tokenizer_base import merges_of
 from megatron_ds.errors import DataError
 
 PROBES = (
@@ -27,11 +28,8 @@ PROBES = (
 
 
 def to_tokenizers(processor: Any) -> Any:
-    """A ``tokenizers.Tokenizer`` with the ids of a ``sentencepiece.SentencePieceProcessor``.
-
-    Raises:
-        DataError: it could not be made to give the same ids on the probes.
-    """
+    """A ``tokenizers.Tokenizer`` with the ids of a ``sentencepiece.SentencePieceProcessor``; a ``DataError`` where it
+    cannot be made to give them on the probes."""
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -42,10 +40,11 @@ def to_tokenizers(processor: Any) -> Any:
         model: Any = models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback)
     elif trainer.model_type == trainer.BPE:
         vocabulary = {piece: token for token, (piece, _) in enumerate(pieces)}
+        # SentencePiece's BPE joins the neighbours whose joined piece has the best score.
+        normal = {piece.piece: token for token, piece in enumerate(proto.pieces) if piece.type == piece.NORMAL}
+        merges = merges_of(normal, lambda piece: -proto.pieces[normal[piece]].score)
         unknown = pieces[trainer.unk_id][0]
-        model = models.BPE(
-            vocabulary, _merges(proto), unk_token=unknown, fuse_unk=True, byte_fallback=trainer.byte_fallback
-        )
+        model = models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=trainer.byte_fallback)
     else:
         raise DataError(f"a SentencePiece model of type {trainer.model_type} has no tokenizer.json")
     backend = Tokenizer(model)
@@ -81,16 +80,3 @@ def to_tokenizers(processor: Any) -> Any:
                 f"sentencepiece and {ours} converted. Use tokenizer.model with sentencepiece itself"
             )
     return backend
-
-
-def _merges(proto: Any) -> list[tuple[str, str]]:
-    """SentencePiece's BPE joins the neighbours whose joined piece has the best score; `tokenizers` wants the list of
-    pairs. Each piece stands for every way of cutting it into two pieces, best piece first."""
-    token_of = {piece.piece: token for token, piece in enumerate(proto.pieces) if piece.type == piece.NORMAL}
-    ranked = []
-    for text, token in token_of.items():
-        for cut in range(1, len(text)):
-            if text[:cut] in token_of and text[cut:] in token_of:
-                score = proto.pieces[token].score
-                ranked.append((-score, token_of[text[:cut]], token_of[text[cut:]], text[:cut], text[cut:]))
-    return [(left, right) for *_, left, right in sorted(ranked)]

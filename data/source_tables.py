@@ -7,8 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_ds.data.source_text import STREAM_BLOCK
-from megatron_ds.data.source_types import Block, Input, Problem, Record, Slice, SourceOptions, check_record
+from megatron_ds.data.source_text import STREAM_BLOCK, Block, Input, Problem, Record, Slice, SourceOptions, check_record
 from megatron_ds.errors import DataError, nearest
 
 
@@ -121,11 +120,7 @@ def read_arrow(item: Input, part: Slice, options: SourceOptions) -> Iterator[Rec
 
 
 def hub_revision(item: Input) -> str:
-    """The commit of a hub dataset that a run reads, so that a continued run notices another one.
-
-    Raises:
-        DataError: the hub does not answer, or has no such dataset.
-    """
+    """The commit of a hub dataset that a run reads, so that a continued run notices another one."""
     import huggingface_hub
 
     name = _hub_name(item)[0]

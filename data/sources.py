@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ds.data import source_tables, source_text
-from megatron_ds.data.source_types import Block, Input, IsDone, Kind, Problem, Record, Slice, SourceOptions
+from megatron_ds.data.source_text import Block, Input, IsDone, Kind, Problem, Record, Slice, SourceOptions
 from megatron_ds.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".text", ".parquet")

@@ -18,7 +18,15 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_ds.data.fast_bpe import Unsuitable, byte_characters, for_tokenizers, gives_up
-from megatron_ds.data.tokenizer_base import Ids, Marked, SpecialTokens, Tokenizer, read_special_tokens, write_hf
+from megatron_ds.data.tokenizer_base import (
+    Ids,
+    Marked,
+    SpecialTokens,
+    Tokenizer,
+    merges_of,
+    read_special_tokens,
+    write_hf,
+)
 from megatron_ds.errors import DataError
 from megatron_ds.files import read_json
 
@@ -159,7 +167,7 @@ class TiktokenTokenizer(Tokenizer):
         return self._special_ids.get(name)
 
     def save_hf(self, folder: str | Path) -> None:
-        """The same ids as a ``tokenizers`` BPE: each token stands for every way of cutting it into two tokens."""
+        """The same ids as a ``tokenizers`` BPE."""
         from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
         character = byte_characters()
@@ -167,12 +175,7 @@ class TiktokenTokenizer(Tokenizer):
         def written(token: bytes) -> str:
             return "".join(character[byte] for byte in token)
 
-        merges = []
-        for token in sorted(self.ranks, key=self.ranks.__getitem__):
-            cuts = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-            pairs = [(left, right) for left, right in cuts if left in self.ranks and right in self.ranks]
-            pairs.sort(key=lambda pair: (self.ranks[pair[0]], self.ranks[pair[1]]))
-            merges += [(written(left), written(right)) for left, right in pairs]
+        merges = [(written(a), written(b)) for a, b in merges_of(self.ranks, self.ranks.__getitem__)]
         vocabulary = {written(token): rank for token, rank in self.ranks.items()}
         try:
             words = Regex(for_tokenizers(self.pattern))

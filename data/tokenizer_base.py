@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, AnyStr
 
 import numpy as np
 import numpy.typing as npt
@@ -123,6 +123,14 @@ def write_hf(folder: str | Path, config: dict[str, Any], backend: Any = None) ->
     (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
+def merges_of(ids: Mapping[AnyStr, int], badness: Callable[[AnyStr], float]) -> list[tuple[AnyStr, AnyStr]]:
+    """The merges with which a BPE of pairs does what one of whole tokens does: each token stands for every way of
+    cutting it into two tokens, the best token first."""
+    cuts = ((token[:cut], token[cut:], badness(token)) for token in ids for cut in range(1, len(token)))
+    ranked = [(bad, ids[left], ids[right], left, right) for left, right, bad in cuts if left in ids and right in ids]
+    return [(left, right) for *_, left, right in sorted(ranked)]
+
+
 def encode_between(text: str, special: Mapping[str, int], encode: Callable[[str, int], tuple[Ids, Ids]]) -> Marked:
     """Encode what stands between special tokens by ``encode``: of a piece and its place in the text, the ids, and the
     byte of the piece in which each token starts."""
@@ -171,11 +179,7 @@ class SpecialTokens:
 
 
 def read_special_tokens(folder: Path) -> SpecialTokens:
-    """Read the four places; one that is missing is empty.
-
-    Raises:
-        DataError: a file that is not valid JSON or says something else than it should.
-    """
+    """Read the four places; one that is missing is empty, and one that says something else than it should an error."""
     config = read_json(folder / CONFIG)
     names: dict[str, str] = {}
     origins: dict[str, str] = {}
@@ -243,11 +247,7 @@ def choose(
 ) -> tuple[str | None, str]:
     """(name of a special token, where that comes from): the configured one, else the first of the known names.
 
-    Args:
-        ids: of all tokens by their text.
-
-    Raises:
-        DataError: one is configured, but the vocabulary lacks it; a known name must not take its place unsaid.
+    ``ids``: of all tokens by their text. If they lack the configured one, no known name takes its place unsaid.
     """
     if name := special.names.get(setting):
         if name not in ids:

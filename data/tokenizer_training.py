@@ -170,21 +170,13 @@ def _train_unigram(texts: Iterator[str], folder: Path, vocab_size: int, extra: S
 
 def _pieces(texts: Iterator[str]) -> Iterator[str]:
     for text in texts:
-        piece: list[str] = []
-        size = 0
-        for line in _lines(text):
-            if size and size + len(line) > PIECE_BYTES:
-                yield "".join(piece)
-                piece, size = [], 0
-            piece.append(line)
-            size += len(line)
-        if piece:
-            yield "".join(piece)
-
-
-def _lines(text: str) -> Iterator[str]:
-    for line in text.splitlines(keepends=True):
-        yield from (line[at : at + PIECE_BYTES] for at in range(0, len(line), PIECE_BYTES))
+        at = 0
+        while at < len(text):
+            stop = at + PIECE_BYTES
+            if stop < len(text):
+                stop = text.rfind("\n", at, stop) + 1 or stop
+            yield text[at:stop]
+            at = stop
 
 
 def _limited(texts: Iterator[str], max_megabytes: float | None, show_progress: bool) -> Iterator[str]:

@@ -3,7 +3,7 @@
 Both need one pass over the tokens. Its result is kept beside the dataset in ``PREFIX.sums``, under the identity of the
 files, so it costs nothing the second time; preprocessing writes it in advance. The checksums of chunks among it are
 compared when a run first reads each chunk: damage after the pass does not go unseen either
-(:mod:`megatron_ds.data.chunk_checks`).
+(:mod:`megatron_ds.data.dataset_files`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ds.data.cache import cached_arrays
-from megatron_ds.data.chunk_checks import CHUNK_BYTES, StreamSums
 from megatron_ds.data.dataset_files import (
+    CHUNK_BYTES,
     MANIFEST,
     MASK_SUFFIX,
     READ_BYTES,
     SUMS,
+    StreamSums,
     checksum,
     file_identity,
     file_of,
@@ -68,9 +69,8 @@ def dataset_identity(dataset: IndexedDataset) -> dict[str, Any]:
 def verify(dataset: IndexedDataset, cache_dir: Path | None = None) -> Scan:
     """Read the dataset once, whole, unless that was done for these very files before; check its reads from then on.
 
-    Raises:
-        DataError: the index contradicts itself, or a file is not the one that its manifest describes (a flipped
-            bit, a swapped or mutated file); names the file and both checksums.
+    A ``DataError`` if the index contradicts itself, or a file is not the one that its manifest describes (a flipped
+    bit, a swapped or mutated file); it names the file and both checksums.
     """
     found = _kept(dataset, lambda: _checked_scan(dataset), cache_dir)
     if dataset.remote is None:  # a remote dataset's chunks are compared by its own reader
@@ -149,11 +149,8 @@ def _runs(dataset: IndexedDataset) -> Iterator[tuple[int, npt.NDArray]]:
 def check_token_ids(
     dataset: IndexedDataset, vocab_size: int, what: str = "the model's vocabulary", cache_dir: Path | None = None
 ) -> Scan:
-    """Refuse a dataset with an id that an embedding of ``vocab_size`` rows does not have, before training starts.
-
-    Raises:
-        DataError: names the id, the token and document where it is first found, and both sizes.
-    """
+    """Refuse a dataset with an id that an embedding of ``vocab_size`` rows does not have, before training starts: a
+    ``DataError`` with the id, the token and document where it is first found, and both sizes."""
     if dataset.dtype.kind not in "iu":
         raise DataError(f"{dataset.bin_path} holds {dataset.dtype.name} values, not token ids")
     found = verify(dataset, cache_dir)

@@ -25,9 +25,7 @@ def run_tasks(
 ) -> Generator[Result, None, None]:
     """The results of all tasks, in any order, from at most ``workers`` processes; with 0 from this one, in order.
 
-    Args:
-        tasks: made one ahead of need, in this process.
-        make_handler: called once in each worker; it, the tasks and their results are pickled.
+    Tasks are made one ahead of need, in this process; ``make_handler`` is called once in each worker.
 
     Raises:
         DataError: a worker was killed.
@@ -62,17 +60,17 @@ class _Crew:
         # Spawned: forking a process that has threads may deadlock.
         self._context = multiprocessing.get_context("spawn")
         self._processes: dict[Connection, Any] = {}
-        self._idle: list[Connection] = []
         self.busy: dict[Connection, int] = {}
         self.errors: dict[int, Exception] = {}
 
     @property
     def is_full(self) -> bool:
-        return not self._idle and len(self._processes) == self._size
+        return len(self.busy) == self._size
 
     def give(self, number: int, task: object) -> None:
-        """Hand a task to a worker that is free."""
-        pipe = self._idle.pop() if self._idle else self._hire()
+        """Hand a task to a worker that is free, or to a new one."""
+        free = self._processes.keys() - self.busy.keys()
+        pipe = free.pop() if free else self._hire()
         self.busy[pipe] = number
         try:
             pipe.send(task)
@@ -89,7 +87,6 @@ class _Crew:
                 self._lost(pipe)
                 continue
             number = self.busy.pop(pipe)
-            self._idle.append(pipe)
             if error is None:
                 yield result
             else:
@@ -111,10 +108,10 @@ class _Crew:
         return ours
 
     def _lost(self, pipe: Connection) -> None:
-        number = self.busy.pop(pipe)
-        process = self._processes[pipe]
+        process = self._processes.pop(pipe)
         process.join()
-        self.errors[number] = DataError(
+        pipe.close()
+        self.errors[self.busy.pop(pipe)] = DataError(
             f"a worker process was killed (exit status {process.exitcode}; out of memory?); run the same command "
             "again to continue where it was, perhaps with fewer workers"
         )

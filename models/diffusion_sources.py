@@ -11,11 +11,20 @@ import numpy.typing as npt
 
 from megatron_ds.config.diffusion import DiffusionRun, image_faults
 from megatron_ds.data.aspect_buckets import Size, bucket_rows, make_buckets
-from megatron_ds.data.image_samples import DiffusionSamples, Digits, Images, SyntheticImages, SyntheticTexts
+from megatron_ds.data.image_samples import (
+    Augmentation,
+    DecodedImages,
+    DiffusionSamples,
+    Digits,
+    Images,
+    LatentImages,
+    SyntheticImages,
+    SyntheticTexts,
+    split_rows,
+)
 from megatron_ds.data.image_source import image_sizes, open_images, usable_rows
 from megatron_ds.data.latent_cache import LatentCache
 from megatron_ds.data.samples import LATENTS, Sources
-from megatron_ds.data.stored_images import Augmentation, DecodedImages, LatentImages, split_rows
 from megatron_ds.errors import ConfigError, DataError
 
 

@@ -30,7 +30,6 @@ from megatron_ds.data.latent_writer import (
     CacheSettings,
     CacheWriter,
     EncoderFolders,
-    encoding_bar,
     left_out,
 )
 from megatron_ds.errors import DataError
@@ -76,11 +75,7 @@ def main(place: RankInfo) -> int:
         # What a sum rounds to depends on the threads that share it: start a rank for each core instead.
         if device.type == "cpu":
             torch.set_num_threads(1)
-        shards = writer.share(place.rank, place.world_size)
-        if place.rank == 0:
-            writer.write_empty(device)
-        with encoding_bar(shards, place.rank == 0) as bar:
-            print(left_out(BROKEN, writer.write(shards, device, bar)), end="")
+        print(left_out(BROKEN, writer.write(place.rank, place.world_size, device, place.rank == 0)), end="")
         if place.rank == 0:
             print(left_out(NO_IMAGES, writer.unreadable), end="")
         if place.world_size == 1:

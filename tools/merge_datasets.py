@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_ds.data.cli import run
 from megatron_ds.data.indexed import strip_suffix
-from megatron_ds.data.merge import merge_datasets
+from megatron_ds.data.indexed_writer import merge_datasets
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,7 @@ from pathlib import Path
 from megatron_ds.data.chat import load_template, split_markers
 from megatron_ds.data.cli import run
 from megatron_ds.data.indexed import strip_suffix
-from megatron_ds.data.part_writer import PreprocessOptions
-from megatron_ds.data.parts import describe_problems
+from megatron_ds.data.parts import PreprocessOptions, describe_problems
 from megatron_ds.data.preprocess import preprocess
 from megatron_ds.data.tokenizers import load_tokenizer
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_ds import comm
 from megatron_ds.checkpoint import Checkpoint
-from megatron_ds.data.checkpoint_encoders import LatentDecoder, check_decoder, check_text_encoders, encode_prompts
+from megatron_ds.data.latent_encoders import LatentDecoder, check_decoder, check_text_encoders, encode_prompts
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.samplers import Sampler, make_scheduler, run_of_checkpoint, save_grid

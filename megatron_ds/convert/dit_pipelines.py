@@ -22,8 +22,7 @@ from megatron_ds.config.read import from_dict
 from megatron_ds.convert.dit_folder import export_transformer
 from megatron_ds.convert.dit_tables import table_of
 from megatron_ds.convert.hugging_face import new_folder, publish_folder
-from megatron_ds.data.checkpoint_encoders import check_decoder, check_text_encoders, latents_of
-from megatron_ds.data.latent_encoders import VaeConfig
+from megatron_ds.data.latent_encoders import VaeConfig, check_decoder, check_text_encoders, latents_of
 from megatron_ds.errors import ConfigError
 from megatron_ds.files import read_json, write_text_durably
 from megatron_ds.models.objectives import shift_of

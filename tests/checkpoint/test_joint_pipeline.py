@@ -17,8 +17,15 @@ from started_ranks import started
 
 from megatron_ds.checkpoint.save import save
 from megatron_ds.convert.dit_pipelines import PipelineParts, export_pipeline
-from megatron_ds.data.checkpoint_encoders import LatentDecoder, check_text_encoders, encode_prompts
-from megatron_ds.data.latent_encoders import TextEncoder, VaeConfig, model_identity, text_identities
+from megatron_ds.data.latent_encoders import (
+    LatentDecoder,
+    TextEncoder,
+    VaeConfig,
+    check_text_encoders,
+    encode_prompts,
+    model_identity,
+    text_identities,
+)
 from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.samplers import Sampler

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_ds.data.part_writer import PreprocessOptions
-from megatron_ds.data.source_types import SourceOptions
+from megatron_ds.data.parts import PreprocessOptions
+from megatron_ds.data.source_text import SourceOptions
 
 CHATS: list[list[dict[str, str]]] = [
     [

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_ds.data import source_text, sources
 from megatron_ds.data.indexed import IndexedDataset
-from megatron_ds.data.part_writer import PreprocessOptions
+from megatron_ds.data.parts import PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
 from megatron_ds.data.verify import verify
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ds.data.document_split import DocumentRange
-from megatron_ds.data.gpt_dataset import GPTDataset, TextSource
-from megatron_ds.data.gpt_sources import blend_of_splits, splits_of_blends
+from megatron_ds.data.gpt_dataset import DocumentRange, GPTDataset, TextSource
+from megatron_ds.data.gpt_sources import open_splits
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.errors import DataError
@@ -17,7 +16,7 @@ from megatron_ds.errors import DataError
 S = 4
 
 
-def make(dataset: IndexedDataset, documents: DocumentRange | None, seed: int) -> TextSource:
+def make(dataset: IndexedDataset, documents: DocumentRange, seed: int) -> TextSource:
     return GPTDataset(dataset, S, documents, seed)
 
 
@@ -32,7 +31,7 @@ def prefixes(tmp_path: Path) -> list[str]:
 
 def test_one_blend_split_alike(prefixes: list[str]) -> None:
     weights = [0.5, 0.3, 0.2]
-    found = blend_of_splits(list(zip(weights, prefixes)), "80,20,0", S, 1, make, IndexedDataset)
+    found = open_splits({"": list(zip(weights, prefixes))}, "80,20,0", S, 1, make, IndexedDataset)
     for name, documents in (("train", range(0, 80)), ("valid", range(80, 100))):
         source = found[name]
         assert source is not None
@@ -44,23 +43,23 @@ def test_one_blend_split_alike(prefixes: list[str]) -> None:
 
 def test_no_samples_are_made_of_the_test_split(prefixes: list[str]) -> None:
     """To check a dataset's tokens, or to pack its conversations, takes minutes. Its documents are in no other split."""
-    made: list[DocumentRange | None] = []
+    made: list[DocumentRange] = []
 
-    def noted(dataset: IndexedDataset, documents: DocumentRange | None, seed: int) -> TextSource:
+    def noted(dataset: IndexedDataset, documents: DocumentRange, seed: int) -> TextSource:
         made.append(documents)
         return make(dataset, documents, seed)
 
-    found = blend_of_splits([(1.0, prefix) for prefix in prefixes], "70,20,10", S, 1, noted, IndexedDataset)
+    found = open_splits({"": [(1.0, prefix) for prefix in prefixes]}, "70,20,10", S, 1, noted, IndexedDataset)
     assert found.keys() == {"train", "valid"} and made == [(0, 70)] * 3 + [(70, 90)] * 3
     own = {name: [(1.0, prefix)] for name, prefix in zip(("train", "valid", "test"), [*prefixes[:2], "/none"])}
-    assert splits_of_blends(own, 1, make, IndexedDataset).keys() == {"train", "valid"}, "and it is not opened"
+    assert open_splits(own, "", S, 1, make, IndexedDataset).keys() == {"train", "valid"}, "and it is not opened"
     with pytest.raises(DataError, match="is in the blends of both train and test"):
-        splits_of_blends({**own, "test": own["train"]}, 1, make, IndexedDataset)
+        open_splits({**own, "test": own["train"]}, "", S, 1, make, IndexedDataset)
 
 
 def test_a_blend_for_each_split(prefixes: list[str]) -> None:
-    found = splits_of_blends(
-        {"train": [(1, prefixes[0]), (3, prefixes[1])], "valid": [(1, prefixes[2])]}, 1, make, IndexedDataset
+    found = open_splits(
+        {"train": [(1, prefixes[0]), (3, prefixes[1])], "valid": [(1, prefixes[2])]}, "", S, 1, make, IndexedDataset
     )
     assert found["train"] is not None and found["valid"] is not None
     counts = np.bincount(found["train"].batch(range(400))["tokens"][:, 0] // 10_000)
@@ -71,8 +70,8 @@ def test_a_blend_for_each_split(prefixes: list[str]) -> None:
 
 def test_what_is_refused(prefixes: list[str]) -> None:
     with pytest.raises(DataError, match=r"split 'vaild' is none of train, valid, test; did you mean 'valid'\?"):
-        splits_of_blends({"vaild": [(1, prefixes[0])]}, 1, make, IndexedDataset)
+        open_splits({"vaild": [(1, prefixes[0])]}, "", S, 1, make, IndexedDataset)
     with pytest.raises(DataError, match="is in the blends of both train and valid"):
-        splits_of_blends({"train": [(1, prefixes[0])], "valid": [(1, prefixes[0])]}, 1, make, IndexedDataset)
+        open_splits({"train": [(1, prefixes[0])], "valid": [(1, prefixes[0])]}, "", S, 1, make, IndexedDataset)
     with pytest.raises(DataError, match="must be positive numbers"):
-        blend_of_splits([(1, prefixes[0]), (0, prefixes[1])], "1", S, 1, make, IndexedDataset)
+        open_splits({"": [(1, prefixes[0]), (0, prefixes[1])]}, "1", S, 1, make, IndexedDataset)

@@ -16,9 +16,9 @@ from megatron_ds.data.chat import CHATML, ChatTemplate, encode, load_template, s
 from megatron_ds.data.chat_records import BadConversation
 from megatron_ds.data.gpt_sources import SampleOptions, open_sources
 from megatron_ds.data.indexed import IndexedDataset
-from megatron_ds.data.part_writer import PreprocessOptions
+from megatron_ds.data.parts import PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
-from megatron_ds.data.source_types import SourceOptions
+from megatron_ds.data.source_text import SourceOptions
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.errors import DataError
 

@@ -16,9 +16,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from megatron_ds.data import fast_bpe
 from megatron_ds.data.fast_bpe import FastEncoder, Unsuitable, byte_characters
 from megatron_ds.data.indexed import IndexedDataset
-from megatron_ds.data.part_writer import PreprocessOptions
+from megatron_ds.data.parts import PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
-from megatron_ds.data.source_types import SourceOptions
+from megatron_ds.data.source_text import SourceOptions
 from megatron_ds.data.tokenizers import HFTokenizer
 
 tiktoken = pytest.importorskip("tiktoken", reason="the fast encoder needs tiktoken")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ds.data.document_split import parse_split, split_documents
 from megatron_ds.data.gpt_dataset import GPTDataset
+from megatron_ds.data.gpt_sources import parse_split, split_documents
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.errors import DataError
@@ -86,9 +86,7 @@ def test_rows_equal_the_slow_version(
 def test_documents_of_several_sequences_are_one_document(tmp_path: Path) -> None:
     with IndexedDatasetWriter(tmp_path / "set", "uint16") as writer:
         for document in ([[1, 2], [3]], [[4, 5, 6, 7]]):
-            for sequence in document:
-                writer.add_sequence(sequence)
-            writer.end_document()
+            writer.add_document(*document)
     dataset = GPTDataset(IndexedDataset(tmp_path / "set"), 6, document_masking=True)
     sample = {name: array[0] for name, array in dataset.rows([0]).items()}
     assert sample["document_ids"].tolist() == [0, 0, 0, 1, 1, 1]

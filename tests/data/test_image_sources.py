@@ -14,10 +14,9 @@ from PIL import Image
 from small_images import CROPS, encoded, photograph, write_captions, write_classes
 
 from megatron_ds.data.aspect_buckets import bucket_rows, make_buckets
-from megatron_ds.data.image_samples import DiffusionSamples
+from megatron_ds.data.image_samples import Augmentation, DecodedImages, DiffusionSamples, split_rows
 from megatron_ds.data.image_source import ImageSource, image_sizes, open_images, usable_rows
 from megatron_ds.data.image_transforms import Crop, UndecodableImage, load_pixels, size_of
-from megatron_ds.data.stored_images import Augmentation, DecodedImages, split_rows
 from megatron_ds.errors import DataError
 
 

@@ -28,9 +28,7 @@ def prefix(tmp_path: Path) -> Path:
 def write(prefix: Path, documents: list[list[list[int]]], dtype: np.dtype | str = "uint16") -> None:
     with IndexedDatasetWriter(prefix, dtype) as writer:
         for document in documents:
-            for sequence in document:
-                writer.add_sequence(sequence)
-            writer.end_document()
+            writer.add_document(*document)
 
 
 @pytest.mark.parametrize("code", sorted(DTYPES))

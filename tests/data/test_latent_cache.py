@@ -48,7 +48,7 @@ def write(
 ) -> list[str]:
     made = writer(root / "classes", EncoderFolders(root / "vae"), output, settings)
     made.begin()
-    return made.write(made.share(rank, world_size), torch.device("cpu"))
+    return made.write(rank, world_size, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -158,8 +158,7 @@ def test_text_is_encoded_as_sdxl_and_as_one_encoder_do(folders: Path, tmp_path: 
     both = (folders / "text-1", folders / "text-2")
     made = writer(folders / "captions", EncoderFolders(folders / "vae", both, both), tmp_path / "two")
     made.begin()
-    made.write_empty(torch.device("cpu"))
-    made.write(made.share(0, 1), torch.device("cpu"))
+    made.write(0, 1, torch.device("cpu"))
     cache = LatentCache(tmp_path / "two")
     found = cache.rows([0])
     first = transformers.CLIPTextModel.from_pretrained(both[0])
@@ -181,8 +180,7 @@ def test_text_is_encoded_as_sdxl_and_as_one_encoder_do(folders: Path, tmp_path: 
     settings = dataclasses.replace(SETTINGS, text_states="last", store="float16", spread=False)
     made = writer(folders / "captions", one, tmp_path / "one", settings)
     made.begin()
-    made.write_empty(torch.device("cpu"))
-    made.write(made.share(0, 1), torch.device("cpu"))
+    made.write(0, 1, torch.device("cpu"))
     last = LatentCache(tmp_path / "one")
     assert last.fields == ("crop_top_left", "latents", "original_size", "pooled", "target_size", "text")
     ids = tokenizer(["a temple with 0 roofs"], padding="max_length", return_tensors="pt").input_ids

@@ -13,12 +13,11 @@ import pytest
 from megatron_ds.data import indexed_writer, inspect
 from megatron_ds.data.dataset_files import read_manifest
 from megatron_ds.data.indexed import IndexedDataset
-from megatron_ds.data.indexed_writer import IndexedDatasetWriter
+from megatron_ds.data.indexed_writer import IndexedDatasetWriter, merge_datasets
 from megatron_ds.data.inspect import document_lengths, draw_histogram, length_histogram, sample_documents, show_document
-from megatron_ds.data.merge import merge_datasets
-from megatron_ds.data.part_writer import PreprocessOptions
+from megatron_ds.data.parts import PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
-from megatron_ds.data.source_types import SourceOptions
+from megatron_ds.data.source_text import SourceOptions
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.data.verify import check_token_ids, verify
 from megatron_ds.errors import DataError
@@ -48,7 +47,7 @@ def test_merged_documents_follow_each_other(folder: Path, names: str, monkeypatc
 
 def test_what_does_not_merge(folder: Path) -> None:
     indexed_reference.write(folder / "wide", 4, SETS["a"])
-    with pytest.raises(DataError, match=r"wide\.bin holds int32 tokens and a\.bin uint16"):
+    with pytest.raises(DataError, match=r"wide\.bin holds int32 tokens, but a\.bin is uint16"):
         merge_datasets([str(folder / "a"), str(folder / "wide")], folder / "all")
     with pytest.raises(DataError, match="is one of the datasets to merge; choose another name"):
         merge_datasets([str(folder / "a"), str(folder / "b")], folder / "b")
@@ -107,9 +106,7 @@ def test_histogram_against_counting(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     lengths = [0, 1, 1, 2, 3, 4, 7, 8, *generator.integers(0, 500, 300).tolist()]
     with IndexedDatasetWriter(tmp_path / "set", "uint16") as writer:
         for length in lengths:
-            for half in (length // 2, length - length // 2):
-                writer.add_sequence(np.ones(half, np.uint16))
-            writer.end_document()
+            writer.add_document(*(np.ones(half, np.uint16) for half in (length // 2, length - length // 2)))
     dataset = IndexedDataset(tmp_path / "set")
     assert document_lengths(dataset, 0, len(lengths)).tolist() == lengths
     assert document_lengths(dataset, 5, 9).tolist() == lengths[5:9]

@@ -20,10 +20,10 @@ from preprocess_helpers import REPOSITORY, TEXTS, Killed, blocks_of, jsonl, run,
 
 from megatron_ds.data import source_tables, source_text, sources
 from megatron_ds.data.indexed import IndexedDataset
-from megatron_ds.data.merge import merge_datasets
-from megatron_ds.data.part_writer import PartMaker, PreprocessOptions
+from megatron_ds.data.indexed_writer import merge_datasets
+from megatron_ds.data.parts import PartMaker, PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
-from megatron_ds.data.source_types import Block, Slice, SourceOptions, TxtDocuments
+from megatron_ds.data.source_text import Block, Slice, SourceOptions, TxtDocuments
 from megatron_ds.errors import DataError
 
 

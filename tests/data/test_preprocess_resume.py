@@ -19,10 +19,9 @@ import pytest
 from preprocess_helpers import REPOSITORY, TEXTS, Killed, blocks_of, jsonl, outputs, run
 
 from megatron_ds.data import sources
-from megatron_ds.data.part_writer import PartMaker, PreprocessOptions
-from megatron_ds.data.parts import Counts
+from megatron_ds.data.parts import Counts, PartMaker, PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
-from megatron_ds.data.source_types import Block, SourceOptions
+from megatron_ds.data.source_text import Block, SourceOptions
 from megatron_ds.errors import DataError
 
 

@@ -11,12 +11,12 @@ import fsspec
 import numpy as np
 import pytest
 
-from megatron_ds.data import chunk_checks
+from megatron_ds.data import dataset_files
 from megatron_ds.data.gpt_dataset import GPTDataset
 from megatron_ds.data.indexed import IndexedDataset
-from megatron_ds.data.part_writer import PreprocessOptions
+from megatron_ds.data.parts import PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
-from megatron_ds.data.source_types import SourceOptions
+from megatron_ds.data.source_text import SourceOptions
 from megatron_ds.data.verify import check_token_ids, verify
 from megatron_ds.errors import DataError
 
@@ -25,7 +25,7 @@ URL = "memory://bucket/set"
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunk_checks, "FETCH_BYTES", 256)
+    monkeypatch.setattr(dataset_files, "FETCH_BYTES", 256)
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_what_cannot_be_read(tmp_path: Path, memory: Any) -> None:
 
 
 def _read_all(url: str, cache: Path, expected: list[int], barrier: Any, log: Path) -> None:
-    chunk_checks.FETCH_BYTES = 256
+    dataset_files.FETCH_BYTES = 256
     real = fsspec.implementations.local.LocalFileSystem.cat_file
 
     def cat_file(self: Any, path: str, start: int = 0, end: int = 0, **more: Any) -> bytes:

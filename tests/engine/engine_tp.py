@@ -11,7 +11,7 @@ from torch import Tensor
 
 import megatron_ds
 from megatron_ds.config import RunConfig, from_dict
-from megatron_ds.data.synthetic import SyntheticDataset
+from megatron_ds.data.gpt_dataset import SyntheticDataset
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.gpt import GPTTask

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ds.data.gpt_sources import GPTSources, SampleOptions, open_sources
-from megatron_ds.data.part_writer import PreprocessOptions
-from megatron_ds.data.source_types import SourceOptions
+from megatron_ds.data.parts import PreprocessOptions
+from megatron_ds.data.source_text import SourceOptions
 
 TEXTS = [f"document {i}: {'word ' * (i % 40)}{chr(0x1F600 + i)}" for i in range(120)]
 CHATS = [

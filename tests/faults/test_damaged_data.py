@@ -15,13 +15,13 @@ import pytest
 from corpora import CONVERSATIONS, PLAIN, TEXTS, opened, read
 from damage import TO_CONTENT, TO_FILES, damage, files_of, flip_unseen, refused
 
-from megatron_ds.data import part_writer, source_text, sources
 from megatron_ds.data import preprocess as preprocess_module
+from megatron_ds.data import source_text, sources
 from megatron_ds.data.indexed import IndexedDataset
-from megatron_ds.data.merge import merge_datasets
-from megatron_ds.data.part_writer import PreprocessOptions
-from megatron_ds.data.parts import Counts
+from megatron_ds.data.indexed_writer import merge_datasets
+from megatron_ds.data.parts import Counts, PartMaker, PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
+from megatron_ds.data.source_text import Block
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.pipeline.timeline import Timeline
 
@@ -92,17 +92,17 @@ def test_what_an_interrupted_run_left(
         monkeypatch.setattr(module, name, 1500)
     options = PLAIN if kind == "text" else CONVERSATIONS
     inputs = [str(made / f"{kind}.jsonl")]
-    real, left = part_writer.PartWriter.run, draw.randrange(1, 4)
+    real, left = PartMaker.__call__, draw.randrange(1, 4)
 
-    def run(self: part_writer.PartWriter) -> Counts:
+    def make(self: PartMaker, block: Block) -> tuple[int, Counts]:
         nonlocal left
         left -= 1
         if left < 0:
             raise KeyboardInterrupt
-        return real(self)
+        return real(self, block)
 
     with monkeypatch.context() as patch:
-        patch.setattr(part_writer.PartWriter, "run", run)
+        patch.setattr(PartMaker, "__call__", make)
         with pytest.raises(KeyboardInterrupt):
             preprocess(inputs, place / "out", options, workers=0)
     damage(draw, files_of(place / "out.parts"))

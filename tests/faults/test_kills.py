@@ -24,7 +24,7 @@ from megatron_ds.config import RunConfig, parse
 from megatron_ds.convert.tables import export_hf, import_hf
 from megatron_ds.data import source_text, sources
 from megatron_ds.data.corpus import build_corpus
-from megatron_ds.data.merge import merge_datasets
+from megatron_ds.data.indexed_writer import merge_datasets
 from megatron_ds.data.preprocess import preprocess
 from megatron_ds.data.tokenizer_training import train_tokenizer
 from megatron_ds.models.families import task_of

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ds.config import RunConfig, from_dict, validate
+from megatron_ds.data.gpt_dataset import SyntheticDataset
 from megatron_ds.data.loader import BatchLoader, MicroBatch
-from megatron_ds.data.synthetic import SyntheticDataset
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.gpt import GPTTask
 from megatron_ds.shard import spec_of

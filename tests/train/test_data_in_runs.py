@@ -17,9 +17,9 @@ from megatron_ds.data.gpt_sources import GPTSources
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.order import key
-from megatron_ds.data.part_writer import PreprocessOptions
+from megatron_ds.data.parts import PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
-from megatron_ds.data.source_types import SourceOptions
+from megatron_ds.data.source_text import SourceOptions
 from megatron_ds.data.tokenizer_training import train_tokenizer
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.models.families import task_of

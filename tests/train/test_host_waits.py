@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from step_runs import configuration
 
+from megatron_ds.data.gpt_dataset import SyntheticDataset
 from megatron_ds.data.loader import BatchLoader
-from megatron_ds.data.synthetic import SyntheticDataset
 from megatron_ds.kernels import registry
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.gpt import GPTTask

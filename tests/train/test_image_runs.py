@@ -17,11 +17,11 @@ from started_ranks import started
 
 from megatron_ds.checkpoint import Checkpoint
 from megatron_ds.convert.dit_pipelines import PipelineParts, export_pipeline
-from megatron_ds.data import checkpoint_encoders
-from megatron_ds.data.checkpoint_encoders import LatentDecoder
+from megatron_ds.data import latent_encoders
 from megatron_ds.data.image_source import image_sizes, open_images
 from megatron_ds.data.image_transforms import Crop, load_pixels
 from megatron_ds.data.latent_cache import LatentCache
+from megatron_ds.data.latent_encoders import LatentDecoder
 from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders
 from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.files import read_json
@@ -61,7 +61,7 @@ def write_cache(root: Path, name: str, vae: str = "vae", **change: Any) -> None:
     sizes = image_sizes(source, root / "classes")
     writer = CacheWriter(source, sizes, EncoderFolders(root / vae), settings, root / name)
     writer.begin()
-    writer.write(writer.share(0, 1), torch.device("cpu"))
+    writer.write(0, 1, torch.device("cpu"))
 
 
 def train(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -220,7 +220,7 @@ def test_what_is_trained_on_is_decoded_as_it_was_encoded(root: Path, monkeypatch
         changed = {"data": {"latents": {**meta["data"]["latents"], **wrong}}}
         found = LatentDecoder(root / "vae", changed, torch.device("cpu")).decode(latents)
         assert (found - wanted).abs().max() > 0.01
-    assert checkpoint_encoders.latents_of({}) is None and checkpoint_encoders.latents_of({"data": None}) is None
+    assert latent_encoders.latents_of({}) is None and latent_encoders.latents_of({"data": None}) is None
 
 
 @pytest.mark.parametrize(
@@ -301,8 +301,7 @@ def test_texts_of_a_cache_train_joint_blocks(
         encoders = EncoderFolders(root / "vae", (words,), (words,))
         writer = CacheWriter(source, sizes, encoders, CacheSettings(64, 16, 2.0, batch=2), tmp_path / name)
         writer.begin()
-        writer.write_empty(torch.device("cpu"))
-        writer.write(writer.share(0, 1), torch.device("cpu"))
+        writer.write(0, 1, torch.device("cpu"))
     folder = tmp_path / "texts"
     empty = LatentCache(folder).empty
     (_, tokens, width), (_, pooled) = empty["text"].shape, empty["pooled"].shape

@@ -14,8 +14,8 @@ from step_runs import configuration, plain, poison_second_forward, poisoned, sev
 from torch import Tensor
 
 from megatron_ds.config import RunConfig, from_dict
+from megatron_ds.data.gpt_dataset import SyntheticDataset
 from megatron_ds.data.loader import BatchLoader
-from megatron_ds.data.synthetic import SyntheticDataset
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.gpt import GPTTask
 from megatron_ds.testing import run_ranks

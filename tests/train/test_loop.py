@@ -15,10 +15,10 @@ import torch
 from started_ranks import TINY, started
 
 from megatron_ds.config import RunConfig, from_dict, parse
+from megatron_ds.data.gpt_dataset import SyntheticDataset
 from megatron_ds.data.gpt_sources import open_sources
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.loader import BatchLoader, to_tensors
-from megatron_ds.data.synthetic import SyntheticDataset
 from megatron_ds.errors import CheckpointError
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.gpt import GPTTask

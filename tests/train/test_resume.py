@@ -12,8 +12,8 @@ import torch.distributed as dist
 from started_ranks import arguments, pretrain_gpt
 
 from megatron_ds.config import RunConfig, from_dict, validate
+from megatron_ds.data.gpt_dataset import SyntheticDataset
 from megatron_ds.data.loader import BatchLoader
-from megatron_ds.data.synthetic import SyntheticDataset
 from megatron_ds.errors import DataError
 from megatron_ds.layers.recipe import OwnPrecision, use_recipe
 from megatron_ds.mesh import Mesh

@@ -25,10 +25,10 @@ from unittest import mock
 import numpy as np
 
 from megatron_ds.data.blend import BlendedDataset
-from megatron_ds.data.chunk_checks import CheckedArray
 from megatron_ds.data.cli import run
 from megatron_ds.data.conversation_dataset import ConversationDataset
 from megatron_ds.data.corpus import build_corpus
+from megatron_ds.data.dataset_files import CheckedArray
 from megatron_ds.data.fim import FillInTheMiddle, FIMDataset
 from megatron_ds.data.gpt_dataset import GPTDataset, TextSource
 from megatron_ds.data.indexed import IndexedDataset, header
@@ -119,7 +119,7 @@ def script(text: str, *arguments: str) -> Callable[[], Cost]:
 
 OURS = """
 import os, sys, time
-from megatron_ds.data.part_writer import PreprocessOptions
+from megatron_ds.data.parts import PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
 if __name__ == "__main__":
     start, used = time.perf_counter(), sum(os.times()[:4])
@@ -188,7 +188,7 @@ def same_ids(corpus: Path, tokenizer: Path, prefix: Path) -> None:
 
 PEAK = """
 import os, sys, threading, time
-from megatron_ds.data.part_writer import PreprocessOptions
+from megatron_ds.data.parts import PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
 def peak(pid):  # of this program alone; ru_maxrss would begin with the size of the process it was forked from
     lines = open(f"/proc/{pid}/status").read().splitlines()

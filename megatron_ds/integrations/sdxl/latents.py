@@ -10,7 +10,7 @@ import numpy as np
 from transformers.utils import logging
 
 from megatron_ds.comm.together import together
-from megatron_ds.data.image_samples import DiffusionSamples
+from megatron_ds.data.image_samples import DiffusionSamples, LatentImages
 from megatron_ds.data.image_source import image_sizes, open_images
 from megatron_ds.data.latent_cache import LatentCache
 from megatron_ds.data.latent_encoders import model_identity, text_identities
@@ -20,10 +20,8 @@ from megatron_ds.data.latent_writer import (
     CacheSettings,
     CacheWriter,
     EncoderFolders,
-    encoding_bar,
     left_out,
 )
-from megatron_ds.data.stored_images import LatentImages
 from megatron_ds.errors import DataError
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.sdxl import CONDITION
@@ -46,15 +44,12 @@ def write_latents(
         writer = CacheWriter(source, image_sizes(source, images), encoders, settings, folder)
         if mesh.rank == 0:
             writer.begin()
-    with together(mesh.world):
-        if mesh.rank == 0:
-            writer.write_empty(mesh.device)
-    shards = writer.share(mesh.rank, mesh.world.size)
-    with encoding_bar(shards, mesh.rank == 0) as bar:
-        # They meet after every shard: over all of a large set one may fall behind by more than the group waits.
-        for number in range(-(-len(writer.shards) // mesh.world.size)):
-            with together(mesh.world):
-                writer.write(shards[number : number + 1], mesh.device, bar)
+    # They meet after every shard: over all of a large set one may fall behind by more than the group waits.
+    written = writer.rounds(mesh.rank, mesh.world.size, mesh.device, mesh.rank == 0)
+    more = True
+    while more:
+        with together(mesh.world):
+            more = next(written, None) is not None
     with together(mesh.world):
         cache = LatentCache(folder)
         if mesh.rank == 0:

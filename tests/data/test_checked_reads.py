@@ -11,12 +11,11 @@ import pytest
 import xxhash
 
 from megatron_ds.data import verify as verify_module
-from megatron_ds.data.chunk_checks import CHUNK_BYTES, CheckedArray, ChunkSums
 from megatron_ds.data.conversation_dataset import ConversationDataset
+from megatron_ds.data.dataset_files import CHUNK_BYTES, CheckedArray, StreamSums
 from megatron_ds.data.gpt_dataset import GPTDataset
 from megatron_ds.data.indexed import IndexedDataset
-from megatron_ds.data.indexed_writer import IndexedDatasetWriter
-from megatron_ds.data.merge import merge_datasets
+from megatron_ds.data.indexed_writer import IndexedDatasetWriter, merge_datasets
 from megatron_ds.data.verify import dataset_identity, verify
 from megatron_ds.errors import DataError
 
@@ -26,10 +25,13 @@ TOKENS = 5 * CHUNK_BYTES // 2 + 777  # u16: five chunks and a part
 @pytest.mark.parametrize("piece", [1, 3, 1 << 30])
 def test_sums_are_those_of_each_chunk(piece: int) -> None:
     content = bytes(range(100))
-    sums = ChunkSums(7)
+    sums = StreamSums(7, 30)
     for at in range(0, 100, piece):
         sums.update(content[at : at + piece])
-    assert sums.finish().tolist() == [xxhash.xxh3_64_intdigest(content[at : at + 7]) for at in range(0, 100, 7)]
+    assert (sums.bytes, sums.hexdigest()) == (100, xxhash.xxh3_64_hexdigest(content))
+    for size in (7, 30):
+        expected = [xxhash.xxh3_64_intdigest(content[at : at + size]) for at in range(0, 100, size)]
+        assert sums.chunks(size).tolist() == expected
 
 
 @pytest.fixture
