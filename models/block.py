@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from megatron_ds.config import ModelConfig, RecomputeConfig
 from megatron_ds.kernels.dropout import dropout_add
+from megatron_ds.kernels.registry import on_gpu
 from megatron_ds.layers.attention import AttentionConfig, AttentionInputs, SelfAttention
 from megatron_ds.layers.linear import BiasOffer, output_std
+from megatron_ds.layers.loss import traffic_spared
 from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.norm import Norm
 from megatron_ds.rng import keys_of_rows
@@ -149,6 +152,22 @@ def _normed(norm: Norm | None, x: Tensor) -> Tensor:
 def norm_settings(c: ModelConfig) -> dict[str, Any]:
     """The arguments of every norm over the residual stream."""
     return {"eps": c.norm_eps, "bias": c.norm_bias, "zero_centered": c.zero_centered_norm}
+
+
+def freed_for_loss(c: ModelConfig, tp: int, tokens: int, table: Tensor) -> int:
+    """Bytes that the last block does not keep of its MLP's activation, where computing it again pays; else 0.
+
+    The loss of a narrow model takes larger chunks for it, and each chunk reads and writes the whole main gradient of
+    the ``table``, the output weight.
+    """
+    # In fp16, and where nothing is trained, the loss does not write the main gradient. ReLU keeps its result itself.
+    written = table.requires_grad and hasattr(table, "main_grad") and table.dtype != torch.float16
+    if not (on_gpu(table) and written) or c.activation == "relu":
+        return 0
+    freed = tokens * (c.ffn_size // tp) * table.itemsize
+    traffic = (3 if c.gated else 2) * freed
+    sizes = c.padded_vocab // tp, c.hidden_size
+    return freed if traffic_spared(tokens, sizes, table.dtype, c.logit_softcap, freed) > traffic else 0
 
 
 def attention_config(c: ModelConfig) -> AttentionConfig:

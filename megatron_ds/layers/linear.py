@@ -12,6 +12,7 @@ collective on the input gradient runs while the weight gradient is computed.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -220,9 +221,18 @@ class _RowLinear(torch.autograd.Function):
     """``y = sum over ranks of x @ w.T, + b``, whole on every rank or scattered along the sequence."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Linear, offer: BiasOffer) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        layer: _Linear,
+        offer: BiasOffer,
+        recompute: Callable[[], Tensor] | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x if recompute is None else None, weight, bias)
         ctx.tp, ctx.sequence_parallel, ctx.recipe, ctx.offer = layer.tp, layer.sequence_parallel, layer.recipe, offer
+        ctx.recompute = recompute
         return _row_product(x, weight, bias, layer)
 
     @staticmethod
@@ -234,8 +244,11 @@ class _RowLinear(torch.autograd.Function):
         grad_bias = _bias_gradient(bias, grads[0]) if need_bias and not ctx.offer.taken else None
         grad = gathered.wait()
         grad_x = ctx.recipe.input_gradient(grad, weight) if need_x else None
+        if ctx.recompute is not None:
+            x = ctx.recompute() if need_weight else None
+            ctx.recompute = None  # and with it what it holds
         grad_weight = _weight_gradient(ctx.recipe, weight, grad, x) if need_weight else None
-        return grad_x, grad_weight, grad_bias, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None
 
 
 class RowParallelLinear(_Linear):
@@ -277,12 +290,15 @@ class RowParallelLinear(_Linear):
             else None
         )
 
-    def forward(self, x: Tensor, offer: BiasOffer | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, offer: BiasOffer | None = None, recompute: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """``recompute``: makes ``x`` again in the backward pass, for which it is not kept."""
         if torch.compiler.is_compiling() and self.tp.size == 1:
             return self.recipe.traced(x, self.weight, self.bias)
         if not torch.is_grad_enabled():
             return _row_product(x, self.weight, self.bias, self)
-        return _RowLinear.apply(x, self.weight, self.bias, self, (offer or BiasOffer()).made(self.bias))
+        return _RowLinear.apply(x, self.weight, self.bias, self, (offer or BiasOffer()).made(self.bias), recompute)
 
 
 def replicated_parameter(

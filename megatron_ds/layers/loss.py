@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,8 +35,8 @@ from megatron_ds.mesh import Axis
 
 # Tokens of a chunk: on a CPU so many that its logits take about these bytes and stay near the cache. On a GPU far more,
 # as each chunk reads and writes the whole gradient of the weight: so many that this is 3% of the products' time. But
-# only so many that the logits take no more than 256 MiB of them, a gradient of the weight and a product of it would,
-# which are not made: 8,192 tokens of GPT-2, whose hidden states are narrow, would raise a step's peak by 0.25 GB.
+# only so many that the logits take no more than 256 MiB of them and what is not there because of it would: a gradient
+# of the weight and a product of it, a gradient of the hidden states beside them, and what a model frees (see Logits).
 CHUNK_BYTES = 16 << 20
 GPU_CHUNK_TOKENS = 8192
 GPU_CHUNK_BYTES = 256 << 20
@@ -51,11 +51,15 @@ class Logits:
         softcap: then they are ``softcap * tanh(logits / softcap)`` (Gemma 2, section 2).
         seed: 0-d, the gradient of the loss that the backward pass will be called with, where it follows at once: the
             weight's main gradient is then written with the loss already.
+        overwrite: nobody else needs the hidden states: their gradient takes their place.
+        freed: bytes that the model would keep until the backward pass, and does not: more logits may take them.
     """
 
     bias: Tensor | None = None
     softcap: float | None = None
     seed: Tensor | None = None
+    overwrite: bool = False
+    freed: int = 0
 
 
 def linear_cross_entropy(
@@ -86,7 +90,7 @@ def linear_cross_entropy(
     grad_enabled = torch.is_grad_enabled()
     # In fp16 the loss scale is in it: logits' gradients times that could leave the dtype's range.
     seed = None if hidden.dtype == torch.float16 else given.seed
-    rules = _Rules(vocab_size, tp, weight.shape[0], label_smoothing, z_loss, grad_enabled, given.softcap, seed)
+    rules = _Rules(vocab_size, tp, weight.shape[0], label_smoothing, z_loss, grad_enabled, replace(given, seed=seed))
     return _LinearCrossEntropy.apply(hidden, weight, given.bias, labels, loss_mask, rules, sequence_parallel)
 
 
@@ -96,7 +100,6 @@ class _Rules:
 
     Attributes:
         rows: of the padded vocabulary on this rank.
-        seed: see :class:`Logits`.
         grad_enabled: inside an autograd function the grad mode is always off, and needs_input_grad does not know of it.
     """
 
@@ -106,8 +109,11 @@ class _Rules:
     label_smoothing: float
     z_loss: float
     grad_enabled: bool
-    softcap: float | None = None
-    seed: Tensor | None = None
+    logits: Logits = field(default_factory=Logits)
+
+    @property
+    def softcap(self) -> float | None:
+        return self.logits.softcap
 
     def chunk(self, x: Tensor, accumulate: torch.dtype, spared: int) -> int:
         """Tokens of a chunk. By all rows of the table, not by those used, which differ: all ranks must cut alike.
@@ -118,11 +124,8 @@ class _Rules:
         """
         if not on_gpu(x):
             return max(16, CHUNK_BYTES // (self.rows * accumulate.itemsize))
-        token = self.rows * x.itemsize * (1 if self.softcap is None else 2)  # of a cap its slope is kept beside it
-        most = (GPU_CHUNK_BYTES + spared * self.rows * x.shape[1] * accumulate.itemsize) // token
-        most = max(256, min(most, GPU_CHUNK_TOKENS) // 256 * 256)
-        chunks = max(1, -(-x.shape[0] // most))
-        return -(-x.shape[0] // (chunks * 256)) * 256
+        room = spared * self.rows * x.shape[1] * accumulate.itemsize + self.logits.overwrite * x.nbytes
+        return _gpu_chunk(len(x), self.rows, x.itemsize, self.softcap, room + self.logits.freed)
 
     @property
     def first(self) -> int:
@@ -133,6 +136,25 @@ class _Rules:
     def used(self) -> int:
         """Rows of this rank that are no padding."""
         return min(max(self.vocab_size - self.first, 0), self.rows)
+
+
+def _gpu_chunk(tokens: int, rows: int, itemsize: int, softcap: float | None, room: int) -> int:
+    """Tokens of a chunk on a GPU, a multiple of 256; ``room``: bytes that its logits may take besides."""
+    token = rows * itemsize * (1 if softcap is None else 2)  # of a cap its slope is kept beside it
+    most = max(256, min((GPU_CHUNK_BYTES + room) // token, GPU_CHUNK_TOKENS) // 256 * 256)
+    chunks = max(1, -(-tokens // most))
+    return -(-tokens // (chunks * 256)) * 256
+
+
+def traffic_spared(tokens: int, table: tuple[int, int], dtype: torch.dtype, softcap: float | None, freed: int) -> int:
+    """Bytes of the main gradient of a ``table [v / tp, h]`` that fewer chunks do not read and write on a GPU, where the
+    logits may take ``freed`` bytes more: of a loss that knows its seed and overwrites the hidden states."""
+    rows, width = table
+    twice = 2 * rows * width * torch.promote_types(dtype, torch.float32).itemsize
+    room = twice + tokens * width * dtype.itemsize
+    chunks = [_gpu_chunk(tokens, rows, dtype.itemsize, softcap, room + more) for more in (0, freed)]
+    many, few = (-(-tokens // max(1, chunk)) for chunk in chunks)
+    return (many - few) * twice
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -149,12 +171,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         need_hidden, need_weight, need_bias = (rules.grad_enabled and needed for needed in ctx.needs_input_grad[:3])
         whole = comm.gather_dim0(hidden, rules.tp).wait() if sequence_parallel else hidden
-        x = whole.reshape(-1, whole.shape[-1])
+        x = whole.detach().reshape(
+            -1, whole.shape[-1]
+        )  # detached: a gradient in its place is no view that autograd knows
         labels, mask = labels.reshape(-1), loss_mask.reshape(-1)
         table, shift = weight[: rules.used], None if bias is None else bias[: rules.used]
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
         with _weight_gradient(weight, rules, accumulate, need_weight) as (add, grad_table, seed):
-            grad_x = torch.empty_like(x) if need_hidden else None
+            # What sequence parallelism gathered is this function's own.
+            own = rules.logits.overwrite or whole is not hidden
+            grad_x = None if not need_hidden else x if own else torch.empty_like(x)
             grad_shift = torch.zeros_like(table[:, 0], dtype=accumulate) if need_bias else None
             total = torch.zeros((), dtype=accumulate, device=x.device)
             spared = 0 if add is None else 2 if grad_table is None else 1
@@ -171,10 +197,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_shift is not None:
                     grad_shift += dz.sum(0, dtype=accumulate)
                 dz = dz.to(x.dtype)
-                if grad_x is not None:
-                    linear_input_gradient(dz, table, out=grad_x[part])
                 if add is not None:
                     add(dz.t(), x[part])
+                if grad_x is not None:  # last, as it may take the place of x
+                    linear_input_gradient(dz, table, out=grad_x[part])
                 del dz  # before the next chunk's logits
         ctx.shapes = (whole.shape, weight.shape)
         ctx.tp, ctx.sequence_parallel, ctx.used, ctx.dtype = rules.tp, sequence_parallel, rules.used, weight.dtype
@@ -225,9 +251,9 @@ def _weight_gradient(
     """
     main_grad = getattr(weight, "main_grad", None)
     if not needed:
-        yield None, None, rules.seed
+        yield None, None, rules.logits.seed
         return
-    opened = None if rules.seed is None or main_grad is None else main_grad.for_kernel()
+    opened = None if rules.logits.seed is None or main_grad is None else main_grad.for_kernel()
     if opened is None or main_grad is None:
         # Summed over chunks in fp32: bf16 would lose what the later chunks add.
         total, holds = weight.new_empty((rules.used, weight.shape[1]), dtype=accumulate), False
@@ -241,7 +267,7 @@ def _weight_gradient(
         add_product(total, left, right, not holds)
         holds = True
 
-    yield add, total if opened is None else None, None if opened is None else rules.seed
+    yield add, total if opened is None else None, None if opened is None else rules.logits.seed
     if not holds:
         total.zero_()  # no token
     if opened is not None and main_grad is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -25,6 +26,9 @@ class MLP(nn.Module):
     ``activation``: ``"gelu"`` (erf), ``"gelu_tanh"``, ``"relu"``, or ``"swiglu"``, ``"geglu"`` (erf) and
     ``"geglu_tanh"`` (Shazeer 2020, eq. 6), whose weight is ``[2, ffn, h]``, gate first. ``stds``: initial standard
     deviations of the first and of the second matrix.
+
+    Attributes:
+        recompute_activation: the second matrix's input is not kept, but computed again in the backward pass.
     """
 
     def __init__(
@@ -67,13 +71,16 @@ class MLP(nn.Module):
             )
         self.down = RowParallelLinear(f"{name}.down", ffn_size, hidden_size, init_std=stds[1], **make)
         self._compiled: Callable[[Tensor], Tensor] | None = None
+        self.recompute_activation = False
 
     def forward(self, x: Tensor, offer: BiasOffer | None = None) -> Tensor:
         """``offer``: for what is the only one to use the output."""
         # The bias is already in: the matmul adds it at no cost. Its gradient is the activation's to make.
         between = BiasOffer()
         x = self.gate_up(x) if self.gate is not None else self.up(x, between)
-        return self.down(self._compiled(x) if self._compiled is not None else self._activate(x, between), offer)
+        again = partial(self._activate, x.detach(), BiasOffer()) if self.recompute_activation else None
+        activated = self._compiled(x) if self._compiled is not None else self._activate(x, between)
+        return self.down(activated, offer, again)
 
     def _activate(self, x: Tensor, between: BiasOffer) -> Tensor:
         if self.gate is not None:

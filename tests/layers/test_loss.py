@@ -92,7 +92,8 @@ def main_gradient(weight: Tensor, value: float, written: bool) -> Tensor:
 def computed(case: Case, tp: Axis, seeded: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """This rank's loss, and gradients of its hidden states, of its rows and of their biases.
 
-    ``seeded``: the loss is told what comes in the backward pass, and the rows have a main gradient.
+    ``seeded``: the loss is told what comes in the backward pass, the rows have a main gradient, and the gradient of the
+    hidden states is written over them.
     """
     hidden, weight, labels, mask = data(case)
     rows = case.padded // tp.size
@@ -104,13 +105,14 @@ def computed(case: Case, tp: Axis, seeded: bool = False) -> tuple[Tensor, Tensor
     seed = torch.tensor(SEED_GRADIENT, dtype=torch.float64) if seeded else None
     buffer = main_gradient(own_weight, torch.nan, False) if seeded else None
     with patch.object(loss, "CHUNK_BYTES", case.chunk_bytes or loss.CHUNK_BYTES):
+        given = own_hidden.clone()
         total = linear_cross_entropy(
-            own_hidden,
+            given,
             own_weight,
             labels,
             mask,
             vocab_size=case.vocab,
-            logits=loss.Logits(own_bias, case.softcap, seed),
+            logits=loss.Logits(own_bias, case.softcap, seed, overwrite=seeded),
             tp=tp,
             sequence_parallel=case.sequence_parallel,
             label_smoothing=case.smoothing,
@@ -122,6 +124,8 @@ def computed(case: Case, tp: Axis, seeded: bool = False) -> tuple[Tensor, Tensor
         total.backward(torch.tensor(SEED_GRADIENT, dtype=total.dtype))
         assert own_weight.grad is None
         own_weight.grad = buffer.to(case.dtype)
+        if not case.sequence_parallel and case.dtype != torch.float16 and tp.size == 1:
+            assert own_hidden.grad is not None and given.equal(own_hidden.grad)
     else:
         (total * SEED_GRADIENT).backward()
     assert own_hidden.grad is not None and own_weight.grad is not None
@@ -198,32 +202,34 @@ def test_what_is_written_beforehand_adds_up() -> None:
 
 # GPT-2, Llama 1.3B, Llama 8B over tp=1 and tp=8, Gemma with its soft cap; tokens and those of a chunk.
 CHUNKS = [
-    (50304, 768, None, 2, 5, 256),
-    (50304, 768, None, 2, 32768, 5632),
-    (50304, 768, None, 0, 32768, 2560),  # the table is frozen: chunks cost nothing
-    (32000, 2048, None, 2, 8191, 8192),
-    (32000, 2048, None, 2, 8193, 4352),
-    (32000, 2048, None, 2, 16383, 8192),
-    (32000, 2048, None, 2, 32768, 8192),
-    (32000, 2048, None, 1, 32768, 8192),
-    (128256, 4096, None, 2, 16384, 8192),
-    (16032, 4096, None, 2, 40000, 8192),
-    (256000, 2304, 30.0, 2, 8192, 4096),
-    (256000, 64, None, 1, 8192, 512),
+    (50304, 768, loss.Logits(), 2, 5, 256),
+    (50304, 768, loss.Logits(), 2, 32768, 5632),
+    (50304, 768, loss.Logits(overwrite=True), 2, 32768, 5632),
+    (50304, 768, loss.Logits(overwrite=True, freed=2 * 32768 * 3072), 2, 32768, 8192),  # of the last MLP
+    (50304, 768, loss.Logits(), 0, 32768, 2560),  # the table is frozen: chunks cost nothing
+    (32000, 2048, loss.Logits(), 2, 8191, 8192),
+    (32000, 2048, loss.Logits(), 2, 8193, 4352),
+    (32000, 2048, loss.Logits(), 2, 16383, 8192),
+    (32000, 2048, loss.Logits(), 2, 32768, 8192),
+    (32000, 2048, loss.Logits(), 1, 32768, 8192),
+    (128256, 4096, loss.Logits(), 2, 16384, 8192),
+    (16032, 4096, loss.Logits(), 2, 40000, 8192),
+    (256000, 2304, loss.Logits(softcap=30.0), 2, 8192, 4096),
+    (256000, 64, loss.Logits(), 1, 8192, 512),
 ]
 
 
-@pytest.mark.parametrize(("rows", "width", "softcap", "spared", "tokens", "want"), CHUNKS)
-def test_chunks_on_a_gpu(rows: int, width: int, softcap: float | None, spared: int, tokens: int, want: int) -> None:
+@pytest.mark.parametrize(("rows", "width", "given", "spared", "tokens", "want"), CHUNKS)
+def test_chunks_on_a_gpu(rows: int, width: int, given: loss.Logits, spared: int, tokens: int, want: int) -> None:
     """As large as pays, equal, and no larger than what a gradient of the table beside small ones would take."""
-    rules = loss._Rules(rows, Axis("tp"), rows, 0.0, 0.0, True, softcap)
+    rules = loss._Rules(rows, Axis("tp"), rows, 0.0, 0.0, True, given)
     x = torch.empty(tokens, width, dtype=torch.bfloat16, device="meta")
     with registry.meta_as("cuda"):
         chunk = rules.chunk(x, torch.float32, spared)
     assert chunk == want and chunk % 256 == 0 and chunk <= 8192
     assert chunk - tokens / -(-tokens // chunk) < 256
-    logits = 2 * chunk * rows * (1 if softcap is None else 2)
-    assert logits <= (256 << 20) + spared * 4 * rows * width
+    logits = 2 * chunk * rows * (1 if given.softcap is None else 2)
+    assert logits <= (256 << 20) + spared * 4 * rows * width + given.overwrite * x.nbytes + given.freed
 
 
 def check_unfused(tp: Axis) -> int:

@@ -54,3 +54,24 @@ def test_a_compiled_activation_is_the_same_function(activation: str, dtype: torc
     torch.testing.assert_close(outputs[1], outputs[0], rtol=bound, atol=bound * 100)
     for got, want in zip(gradients[1], gradients[0]):
         torch.testing.assert_close(got, want, rtol=bound, atol=bound * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "swiglu", "geglu_tanh"])
+def test_an_activation_that_is_computed_again(activation: str) -> None:
+    """The same bits, and one tensor less that autograd keeps."""
+    mlp = mlp_of(activation, torch.bfloat16)
+    x = torch.randn(6, 2, 16, dtype=torch.bfloat16, requires_grad=True)
+    kept: list[dict[int, int]] = []
+
+    def keep(t: Tensor) -> Tensor:
+        kept[-1][t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    results = []
+    for mlp.recompute_activation in (False, True):
+        kept.append({})
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y = mlp(x)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *mlp.parameters()])])
+    assert sum(kept[0].values()) - sum(kept[1].values()) == 2 * 6 * 2 * 64
+    assert all(again.equal(once) for once, again in zip(*results, strict=True))

@@ -9,6 +9,7 @@ import sys
 from functools import cache
 from types import FrameType
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from megatron_ds.config import RunConfig, from_dict
 from megatron_ds.kernels import registry
+from megatron_ds.layers import loss
 from megatron_ds.layers.loss import Logits, linear_cross_entropy
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.gpt import GPTTask
@@ -38,10 +40,11 @@ class Run(NamedTuple):
     layers: int = 2
     micro_batches: int = 1
     late_check: bool = False
+    tokens: int = TOKENS
 
     @property
     def sequences(self) -> int:
-        return TOKENS // int(MODELS[self.model]["max_positions"])
+        return self.tokens // int(MODELS[self.model]["max_positions"])
 
 
 def runtime(run: Run) -> RankRuntime:
@@ -149,6 +152,24 @@ def test_the_host_does_little_for_each_tensor_of_an_update() -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_the_host_waits_once_a_step(model: str) -> None:
     assert step(Run(model)).waits == 1 and micro_batch(Run(model)).waits == 0
+
+
+def test_larger_chunks_of_the_loss_take_no_more_memory() -> None:
+    """GPT-2 in micro-batches of 32,768 tokens: 8,192 of them at once, in the memory that 256 MiB of logits, a gradient
+    of the table, a product of it and a gradient of the hidden states take. It lacks that of the last MLP's activation,
+    which is computed again."""
+    run = Run("gpt2", tokens=4 * TOKENS)
+    rows, width = MODELS["gpt2"]["vocab_size"], MODELS["gpt2"]["hidden_size"]
+    counts: list[Count] = []
+    most = most_bytes(lambda: counts.append(step.__wrapped__(run)))
+    with patch.object(loss, "GPU_CHUNK_TOKENS", 4096):
+        smaller = most_bytes(lambda: counts.append(step.__wrapped__(run)))
+    assert [count.kernels["token_losses_"] for count in counts] == [4, 8]
+    assert [count.kernels["bias_gelu"] for count in counts] == [run.layers + 1, run.layers]
+    without_logits = smaller - 2 * 4096 * rows
+    assert most <= without_logits + (256 << 20) + 2 * 4 * rows * width + 2 * run.tokens * width
+    activation = 2 * run.tokens * 4 * width
+    assert most == without_logits + 2 * 8192 * rows - activation + 12 * 4096  # and numbers of a token
 
 
 def test_the_host_waits_for_no_step_that_is_checked_late() -> None:
