@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ds.kernels.autograd import first_derivative_only
+from megatron_ds.kernels.autograd import first_derivative_only, main_gradients
 from megatron_ds.kernels.column_sums import ColumnSums, with_bias_gradient
 from megatron_ds.kernels.registry import Op, below_autograd, define
 
@@ -78,6 +78,7 @@ class _BiasGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, approximate: str, added: bool) -> Tensor:
         ctx.save_for_backward(x, bias)
+        ctx.main_grads = main_gradients(bias)
         ctx.approximate, ctx.added = approximate, added
         with below_autograd():
             return torch.ops.megatron_ds.bias_gelu(x, bias, approximate, added)
@@ -87,7 +88,7 @@ class _BiasGelu(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
         given = None if ctx.added else bias
-        with ColumnSums((bias,), ctx.needs_input_grad[1:2]) as sums:
+        with ColumnSums((bias,), ctx.needs_input_grad[1:2], ctx.main_grads) as sums:
             grad = torch.ops.megatron_ds.bias_gelu_backward(grads[0], x, given, sums.totals, sums.keep, ctx.approximate)
         return grad, sums.gradients[0], None, None
 

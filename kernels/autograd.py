@@ -16,6 +16,15 @@ from torch import Tensor
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
+def main_gradients(*parameters: Tensor | None) -> tuple[Any, ...]:
+    """The main gradients (:mod:`megatron_ds.zero.main_grad`) of parameters, or None, for an autograd function to keep.
+
+    To be called in its ``forward``: where activations are recomputed, ``ctx.saved_tensors`` are copies that lack it,
+    and the gradient would come to the parameter by way of its own dtype.
+    """
+    return tuple(getattr(parameter, "main_grad", None) for parameter in parameters)
+
+
 def first_derivative_only(backward: Backward) -> Backward:
     """Mark the ``backward`` of a ``torch.autograd.Function``: under ``create_graph=True`` it raises RuntimeError.
 

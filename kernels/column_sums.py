@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_ds.kernels.accumulate import sum_rows
-from megatron_ds.kernels.autograd import first_derivative_only
+from megatron_ds.kernels.autograd import first_derivative_only, main_gradients
 
 
 def with_bias_gradient(x: Tensor, bias: Tensor) -> Tensor:
@@ -26,18 +26,20 @@ class _WithBiasGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(bias)
+        ctx.main_grads = main_gradients(bias)
         return x.view_as(x)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (bias,) = ctx.saved_tensors
-        return grads[0], add_to_gradient(bias, sum_rows(grads[0])) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[1]:
+            return grads[0], None
+        return grads[0], add_to_gradient(bias, sum_rows(grads[0]), *ctx.main_grads)
 
 
-def add_to_gradient(bias: Tensor, total: Tensor) -> Tensor | None:
+def add_to_gradient(bias: Tensor, total: Tensor, main_grad: Any) -> Tensor | None:
     """Add it to the bias's main gradient; where there is none, what autograd gets."""
-    main_grad = getattr(bias, "main_grad", None)
     if main_grad is None:
         return total.view(bias.shape).to(bias.dtype)
     main_grad.add(total.view(bias.shape))
@@ -53,12 +55,11 @@ class ColumnSums:
     Args:
         parameters: None for one that there is not.
         needed: whether each of them wants its gradient.
+        main_grads: of each of them, see :func:`megatron_ds.kernels.autograd.main_gradients`.
     """
 
-    def __init__(self, parameters: Sequence[Tensor | None], needed: Sequence[bool]):
-        self._main: list[Any] = [
-            getattr(p, "main_grad", None) if need else None for p, need in zip(parameters, needed, strict=True)
-        ]
+    def __init__(self, parameters: Sequence[Tensor | None], needed: Sequence[bool], main_grads: Sequence[Any]):
+        self._main = [main if need else None for main, need in zip(main_grads, needed, strict=True)]
         places = [None if main is None else main.for_kernel() for main in self._main]
         # Of one dtype, as they are written by one launch.
         dtypes = {p.dtype for p in parameters if p is not None} | {place[0].dtype for place in places if place}

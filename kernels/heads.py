@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ds.kernels.autograd import first_derivative_only
+from megatron_ds.kernels.autograd import first_derivative_only, main_gradients
 from megatron_ds.kernels.column_sums import ColumnSums, with_bias_gradient
 from megatron_ds.kernels.registry import Op, below_autograd, define
 from megatron_ds.kernels.rotary import ROTARY, rotary
@@ -74,7 +74,7 @@ class _SplitHeads(torch.autograd.Function):
         interleaved: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(bias, cos, sin)
-        ctx.interleaved = interleaved
+        ctx.main_grads, ctx.interleaved = main_gradients(bias), interleaved
         q, k, v = _split(qkv, groups, head_dim)
         if cos is None:
             return q.flatten(2, 3), k, v
@@ -85,7 +85,7 @@ class _SplitHeads(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         bias, cos, sin = ctx.saved_tensors
-        with ColumnSums((bias,), ctx.needs_input_grad[1:2]) as sums:
+        with ColumnSums((bias,), ctx.needs_input_grad[1:2], ctx.main_grads) as sums:
             grad = torch.ops.megatron_ds.pack_heads(*grads, cos, sin, sums.totals, sums.keep, ctx.interleaved)
         return grad, sums.gradients[0], *[None] * 5
 

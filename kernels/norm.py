@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ds.kernels.autograd import first_derivative_only
+from megatron_ds.kernels.autograd import first_derivative_only, main_gradients
 from megatron_ds.kernels.column_sums import ColumnSums, with_bias_gradient
 from megatron_ds.kernels.cpu.half_layer_norm import HalfLayerNorm, half_layer_norm
 from megatron_ds.kernels.dropout import dropout_add, threshold
@@ -99,6 +99,7 @@ class _Norm(torch.autograd.Function):
         with below_autograd():
             y, summed, mean, rstd = torch.ops.megatron_ds.norm(x, residual, row_keys, weight, bias, x_bias, eps, p, rms)
         ctx.save_for_backward(x if residual is None else summed, row_keys, weight, bias, x_bias, mean, rstd)
+        ctx.main_grads = main_gradients(weight, bias, x_bias)
         ctx.p, ctx.rms = p, rms
         ctx.dtypes = x.dtype, None if residual is None else residual.dtype
         ctx.fused = residual is not None
@@ -114,7 +115,7 @@ class _Norm(torch.autograd.Function):
         grad_summed = grad_summed if ctx.fused else None
         if grad is None:
             grad = torch.zeros_like(summed)
-        with ColumnSums((weight, bias, x_bias), ctx.needs_input_grad[3:6]) as sums:
+        with ColumnSums((weight, bias, x_bias), ctx.needs_input_grad[3:6], ctx.main_grads) as sums:
             d_summed, dropped = torch.ops.megatron_ds.norm_backward(
                 grad, grad_summed, summed, row_keys, weight, mean, rstd, sums.totals, sums.keep, ctx.p, ctx.rms,
                 bias is not None,

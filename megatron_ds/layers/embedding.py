@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megatron_ds import comm
 from megatron_ds.kernels.accumulate import add_rows
-from megatron_ds.kernels.autograd import first_derivative_only
+from megatron_ds.kernels.autograd import first_derivative_only, main_gradients
 from megatron_ds.mesh import Axis
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
 
@@ -24,6 +24,7 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, table: Tensor) -> Tensor:
         ctx.save_for_backward(tokens, table)
+        (ctx.main_grad,) = main_gradients(table)
         return F.embedding(tokens, table)
 
     @staticmethod
@@ -33,9 +34,8 @@ class _Lookup(torch.autograd.Function):
         (grad,) = grads
         if not ctx.needs_input_grad[1]:
             return None, None
-        main_grad = getattr(table, "main_grad", None)
-        if main_grad is not None:
-            main_grad.add_rows(tokens.reshape(-1), grad.reshape(-1, grad.shape[-1]))
+        if ctx.main_grad is not None:
+            ctx.main_grad.add_rows(tokens.reshape(-1), grad.reshape(-1, grad.shape[-1]))
             return None, None
         if table.dtype not in (torch.float16, torch.bfloat16):
             return None, torch.ops.aten.embedding_dense_backward(grad, tokens, table.shape[0], -1, False)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megatron_ds import comm
 from megatron_ds.kernels.accumulate import sum_rows
-from megatron_ds.kernels.autograd import first_derivative_only
+from megatron_ds.kernels.autograd import first_derivative_only, main_gradients
 from megatron_ds.kernels.column_sums import add_to_gradient
 from megatron_ds.layers.recipe import OwnPrecision, Recipe, Split
 from megatron_ds.mesh import Axis
@@ -72,6 +72,7 @@ class _ColumnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: Split, offer: BiasOffer) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
+        ctx.main_grads = main_gradients(weight, bias)
         ctx.tp, ctx.sequence_parallel, ctx.recipe, ctx.offer = layer.tp, layer.sequence_parallel, layer.recipe, offer
         return _column_product(x, weight, bias, layer)
 
@@ -79,6 +80,7 @@ class _ColumnLinear(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
+        weight_main, bias_main = ctx.main_grads
         tp: Axis = ctx.tp
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         (grad,) = grads
@@ -88,8 +90,8 @@ class _ColumnLinear(torch.autograd.Function):
         if need_x:
             grad_x = ctx.recipe.input_gradient(grad, _matrix(weight))
             reduced = comm.scatter_sum_dim0(grad_x, tp) if ctx.sequence_parallel else comm.all_reduce_start(grad_x, tp)
-        grad_weight = _weight_gradient(ctx.recipe, weight, grad, gathered.wait()) if need_weight else None
-        grad_bias = _bias_gradient(bias, grad) if need_bias and not ctx.offer.taken else None
+        grad_weight = _weight_gradient(ctx.recipe, weight, weight_main, grad, gathered.wait()) if need_weight else None
+        grad_bias = _bias_gradient(bias, bias_main, grad) if need_bias and not ctx.offer.taken else None
         return reduced.wait() if reduced is not None else None, grad_weight, grad_bias, None, None
 
 
@@ -97,19 +99,18 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.view(-1, weight.shape[-1])
 
 
-def _weight_gradient(recipe: Recipe, weight: Tensor, grad: Tensor, x: Tensor) -> Tensor | None:
+def _weight_gradient(recipe: Recipe, weight: Tensor, main_grad: Any, grad: Tensor, x: Tensor) -> Tensor | None:
     """The weight's gradient from ``grad [s, b, out]`` and ``x [s, b, in]``: straight into the gradient buffer where an
     optimizer gave the weight one (see ``zero/main_grad.py``), which spares a pass over memory."""
-    main_grad = getattr(weight, "main_grad", None)
     if main_grad is not None:
         main_grad.add_matmul(grad, x, recipe.add_weight_gradient)
         return None
     return recipe.weight_gradient(grad, x).view(weight.shape)
 
 
-def _bias_gradient(bias: Tensor, grad: Tensor) -> Tensor | None:
+def _bias_gradient(bias: Tensor, main_grad: Any, grad: Tensor) -> Tensor | None:
     """The bias's gradient, likewise."""
-    return add_to_gradient(bias, sum_rows(grad))
+    return add_to_gradient(bias, sum_rows(grad), main_grad)
 
 
 class _Linear(nn.Module):
@@ -231,6 +232,7 @@ class _RowLinear(torch.autograd.Function):
         recompute: Callable[[], Tensor] | None,
     ) -> Tensor:
         ctx.save_for_backward(x if recompute is None else None, weight, bias)
+        ctx.main_grads = main_gradients(weight, bias)
         ctx.tp, ctx.sequence_parallel, ctx.recipe, ctx.offer = layer.tp, layer.sequence_parallel, layer.recipe, offer
         ctx.recompute = recompute
         return _row_product(x, weight, bias, layer)
@@ -239,15 +241,16 @@ class _RowLinear(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
+        weight_main, bias_main = ctx.main_grads
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         gathered = comm.gather_dim0(grads[0], ctx.tp) if ctx.sequence_parallel else comm.Pending(grads[0])
-        grad_bias = _bias_gradient(bias, grads[0]) if need_bias and not ctx.offer.taken else None
+        grad_bias = _bias_gradient(bias, bias_main, grads[0]) if need_bias and not ctx.offer.taken else None
         grad = gathered.wait()
         grad_x = ctx.recipe.input_gradient(grad, weight) if need_x else None
         if ctx.recompute is not None:
             x = ctx.recompute() if need_weight else None
             ctx.recompute = None  # and with it what it holds
-        grad_weight = _weight_gradient(ctx.recipe, weight, grad, x) if need_weight else None
+        grad_weight = _weight_gradient(ctx.recipe, weight, weight_main, grad, x) if need_weight else None
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
