@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ CHATML = (
 )
 
 Spans = tuple[tuple[int, int], ...]
+_REASONING = "reasoning_content", "thinking", "reasoning"
+_ASKS_FOR_NONE = re.compile(r"""content['"\])]*\s*(is|==|!=)\s*(not\s+)?none\b""", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class ChatTemplate:
         self._with_tools = self._template if tool_use is None else _compiled(tool_use)
         self.source, self.tool_use = source, source if tool_use is None else tool_use
         self._special = special or {}
+        self._knows_developer = "developer" in self.source or "developer" in self.tool_use
+        self._asks_for_none = any(_ASKS_FOR_NONE.search(text) for text in (self.source, self.tool_use))
         sources = [source, self._special, *([] if tool_use is None else [tool_use])]
         self.fingerprint = xxhash.xxh3_64_hexdigest(json.dumps(sources).encode())
 
@@ -67,18 +72,19 @@ class ChatTemplate:
     ) -> str:
         """The text of messages: of a record that is trained on, and of a request that is answered.
 
-        OpenAI's newer role ``developer`` is ``system`` to a template that does not know it. A :class:`BadConversation`
-        where there are tools and the template shows none, or for whatever it does wrong.
+        OpenAI's newer role ``developer`` is ``system`` to a template that does not know it. The content of calls alone
+        is None for a template that asks for that; others would write the word None. Reasoning has all names that
+        ``transformers`` gives it. A :class:`BadConversation` where there are tools and the template shows none, or for
+        whatever it does wrong.
         """
         from megatron_ds.data.template_sandbox import render
 
         if tools and "tools" not in self.tool_use:
             raise BadConversation("the chat template shows no tools; leave tools out, or give a template that does")
-        known = "developer" in self.source or "developer" in self.tool_use
         try:
             return render(
                 self._template if tools is None else self._with_tools,
-                messages=messages if known else [_with_system_role(message) for message in messages],
+                messages=[self._as_known(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 tools=tools,
                 documents=None,  # there, as in transformers, to templates that ask whether it is
@@ -87,6 +93,19 @@ class ChatTemplate:
             )
         except Exception as error:
             raise BadConversation(f"the chat template refuses it: {str(error) or type(error).__name__}") from None
+
+    def prompt(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
+        """The text of a request, up to where its answer begins.
+
+        Raises:
+            BadConversation: see :meth:`render`; or the template shows nothing of a message's role, or of tool calls.
+        """
+        text = self.render(messages, True, tools)
+        kinds = {(message["role"], bool(message.get("tool_calls"))): i for i, message in enumerate(messages)}
+        kinds = {kind: i for kind, i in kinds.items() if kind not in (("user", False), ("assistant", False))}
+        if kinds:  # one of each: a request must not cost a rendering for each message
+            self._check_shown(messages, tools, text, list(kinds.values()), add_generation_prompt=True)
+        return text
 
     def renderings(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> list[Rendering]:
         """The texts of a conversation, so that each answer follows the text that it would follow in generation.
@@ -100,7 +119,7 @@ class ChatTemplate:
                 answer does not begin with its generation prompt.
         """
         whole = self.render(messages, tools=tools)
-        self._check_shown(messages, tools, whole)
+        self._check_shown(messages, tools, whole, range(len(messages)))
         at_whole: list[tuple[int, int]] = []
         others: list[tuple[str, int, int]] = []
         for i, message in enumerate(messages):
@@ -133,35 +152,52 @@ class ChatTemplate:
             raise BadConversation("the chat template changes what its generation blocks wrote")
         return spans
 
-    def _check_shown(self, messages: list[dict[str, Any]], tools: list[Any] | None, whole: str) -> None:
-        """A :class:`BadConversation` where the text is the same without a message that is not the assistant's, or
-        without calls: templates skip what they do not know, and the model would learn answers to what it never saw."""
+    def _check_shown(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None,
+        whole: str,
+        which: Sequence[int],
+        add_generation_prompt: bool = False,
+    ) -> None:
+        """A :class:`BadConversation` where ``whole`` is the same without a message of ``which`` that is not the
+        assistant's, or without its calls: templates skip what they do not know, and the model would answer, and learn
+        to answer, what it never saw."""
         marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
         try:
-            text = self.render([_marked(message, mark) for message, mark in zip(messages, marks)], tools=tools)
+            marked = [_marked(message, mark) for message, mark in zip(messages, marks)]
+            text = self.render(marked, add_generation_prompt, tools)
         except BadConversation:
             text = ""
-        for i, (message, mark) in enumerate(zip(messages, marks)):
+        for i in which:
+            message, mark = messages[i], marks[i]
             if mark in text or _marked(message, mark) == message:
                 continue
             other = _marked(message, ".") if message["role"] != "assistant" else {**message, "tool_calls": None}
             try:  # a template may change the mark, or show other things of calls
-                same = self.render([*messages[:i], other, *messages[i + 1 :]], tools=tools) == whole
+                others = [*messages[:i], other, *messages[i + 1 :]]
+                same = self.render(others, add_generation_prompt, tools) == whole
             except BadConversation:
                 same = False
             if same:
                 what = "the tool_calls" if message["role"] == "assistant" else f"the role {message['role']!r}"
                 raise BadConversation(f"the chat template does not show {what} of message {i}; take one that does")
 
-
-def _with_system_role(message: dict[str, Any]) -> dict[str, Any]:
-    return {**message, "role": "system"} if message.get("role") == "developer" else message
+    def _as_known(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The message in words that the template knows."""
+        if message.get("content", "") is None and not self._asks_for_none:
+            message = {**message, "content": ""}
+        if message.get("role") == "developer" and not self._knows_developer:
+            message = {**message, "role": "system"}
+        thought = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+        return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
 
 
 def _marked(message: dict[str, Any], mark: str) -> dict[str, Any]:
     """The message with ``mark`` in what a template has to show of it."""
     if message["role"] != "assistant":
-        return {**message, "content": message["content"] + mark} if message["content"].strip() else message
+        content = message["content"] or ""
+        return {**message, "content": content + mark} if content.strip() else message
     if not message.get("tool_calls"):
         return message
     named = [(call, call["function"]) for call in message["tool_calls"]]

@@ -6,7 +6,7 @@ Each function raises :class:`BadConversation` for what it cannot take; ``number`
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _ASSISTANTS = ("gpt", "chatgpt", "bing", "bard", "bot", "model")
@@ -28,24 +28,51 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
         if not isinstance(message, dict):
             raise BadConversation(f"message {number} is a {type(message).__name__}, not an object")
         role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if role == "function_call" or message.get("function_call"):
-            raise BadConversation(
-                f"message {number} has a function_call, which templates do not show; write it as the assistant's "
-                "tool_calls"
-            )
+        _refuse_function_call(message, number, role)
         if isinstance(role, str) and role != "assistant" and role.strip().lower() == "assistant":
             raise BadConversation(f"message {number} has the role {role!r}, which is not learnt; write 'assistant'")
         content = join_parts(content, number)
         calls = content is None and bool(message.get("tool_calls"))  # instead of an answer in words
         if not isinstance(role, str) or not (isinstance(content, str) or calls):
             raise BadConversation(f"message {number} has no role and content that are strings, but {sorted(message)}")
-        shown = {"role": ROLES.get(role, role), "content": content or "", **parse_tool_calls(message, number)}
-        # Templates ask whether a key is there; one that is null is as if it were not.
-        messages.append({**{name: value for name, value in message.items() if value is not None}, **shown})
+        shown = {"role": ROLES.get(role, role), "content": content}
+        messages.append({**_given(message), **shown, **parse_tool_calls(message, number)})
     answers = [is_learnt(message, i) for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not any(answers):
         raise BadConversation("no message is the assistant's" + (" and to be learnt" if answers else ""))
     return messages
+
+
+def request_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    """The messages of a request, as OpenAI's clients send them, in the form that a template takes.
+
+    Texts of several parts are joined with nothing between them: what is to stand there, the parts themselves have.
+
+    Raises:
+        BadConversation: one has no role or no text, or calls that are none.
+    """
+    read = []
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise BadConversation(f"message {number} has no role")
+        _refuse_function_call(message, number, message["role"])
+        content, calls = join_parts(message.get("content"), number), parse_tool_calls(message, number)
+        if not isinstance(content, str) and not (content is None and calls):
+            raise BadConversation(f"message {number} has no content")
+        read.append({**_given(message), "content": content, **calls})
+    return read
+
+
+def _given(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is null, and without a list of no calls: templates ask whether a key is there."""
+    return {name: value for name, value in message.items() if value is not None and (name != "tool_calls" or value)}
+
+
+def _refuse_function_call(message: Mapping[str, Any], number: int, role: Any) -> None:
+    if role == "function_call" or message.get("function_call"):
+        raise BadConversation(
+            f"message {number} has a function_call, which templates do not show; write it as the assistant's tool_calls"
+        )
 
 
 def is_learnt(message: Mapping[str, Any], number: int) -> bool:
@@ -75,7 +102,7 @@ def join_parts(content: Any, number: int) -> Any:
 def parse_tool_calls(message: Mapping[str, Any], number: int) -> dict[str, Any]:
     """``{"tool_calls": ...}`` with the arguments as objects, as templates take them; records and clients have JSON."""
     calls = message.get("tool_calls")
-    if calls is None:
+    if not calls:
         return {}
     read = []
     try:

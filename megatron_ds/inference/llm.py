@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from megatron_ds.comm.together import exchange
 from megatron_ds.data.chat import ChatTemplate, load_template
-from megatron_ds.data.chat_records import BadConversation
+from megatron_ds.data.chat_records import BadConversation, request_messages
 from megatron_ds.data.tokenizer_base import KNOWN_NAME
 from megatron_ds.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 from megatron_ds.errors import ConfigError, DataError
@@ -145,7 +146,7 @@ class LLM:
         """The tokens of a text, where names of special tokens stand for these, with those that begin one; tokens stay
         as they are."""
         if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
+            return [operator.index(token) for token in prompt]
         tokenizer = self._require_tokenizer()
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise ConfigError("the prompt has half of a surrogate pair, which is no character: give valid Unicode")
@@ -164,7 +165,7 @@ class LLM:
         if self._template is None:
             raise ConfigError(f"{self.model} has no chat template; put a chat_template.jinja beside its tokenizer")
         try:
-            text = self._template.render([dict(message) for message in messages], True, tools)
+            text = self._template.prompt(request_messages(messages), tools)
         except BadConversation as error:
             raise ConfigError(f"{self.model}: {error}") from None
         return [int(token) for token in self._require_tokenizer().encode_marked(text)[0]]

@@ -10,10 +10,9 @@ from __future__ import annotations
 import codecs
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from megatron_ds.data.chat_records import BadConversation, join_parts, parse_tool_calls
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference.outputs import CompletionOutput, RequestOutput
 from megatron_ds.inference.sampling_params import SamplingParams
@@ -26,7 +25,7 @@ _SAMPLING = (
 )  # fmt: skip
 _NOTHING = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 """Fields that say something to OpenAI, and nothing to a server of one's own."""
-_MOST_PROMPTS, _MOST_MESSAGES = 256, 4096
+_MOST_PROMPTS, _MOST_MESSAGES, _MOST_CHAT_LOGPROBS = 256, 4096, 20
 
 
 class BadRequest(Exception):
@@ -57,7 +56,8 @@ class Texts(Protocol):
 class Call:
     """A request of a client: its prompts as tokens, and how it wants the answer.
 
-    ``echoed``: the prompts' texts, where the answers are to begin with them.
+    ``echoed``: the prompts' texts, where the answers are to begin with them. ``prompt_alone``: they are all that is
+    wanted; the engine computes one token more, which is not shown.
     """
 
     chat: bool
@@ -67,6 +67,7 @@ class Call:
     stream: bool
     usage_in_stream: bool
     echoed: tuple[str, ...] = ()
+    prompt_alone: bool = False
 
 
 def read_call(body: Any, chat: bool, model: str, texts: Texts, suggested: Mapping[str, Any] | None = None) -> Call:
@@ -87,7 +88,7 @@ def read_call(body: Any, chat: bool, model: str, texts: Texts, suggested: Mappin
     options = fields.pop("stream_options", None) or {}
     if not isinstance(options, dict) or set(options) - {"include_usage"} or (options and not stream):
         raise BadRequest("stream_options takes include_usage, of a stream", "stream_options")
-    usage = bool(options.get("include_usage", False))
+    usage = _flag(dict(options), "include_usage")
     settings = {name: fields.pop(name) for name in _SAMPLING if name in fields}
     settings = {**(suggested or {}), **{name: value for name, value in settings.items() if value is not None}}
     stop = fields.pop("stop", None)
@@ -104,7 +105,7 @@ def read_call(body: Any, chat: bool, model: str, texts: Texts, suggested: Mappin
     else:
         settings["logprobs"] = fields.pop("logprobs", None)
         given = _read_prompts(fields)
-        prompts = tuple(tuple(_tokens(lambda each=each: texts.tokenize(each))) for each in given)
+        prompts = tuple(tuple(_tokens(lambda each=each: texts.tokenize(each), "prompt")) for each in given)
         if _flag(fields, "echo"):
             settings.setdefault("prompt_logprobs", settings["logprobs"])
             echoed = tuple(each if isinstance(each, str) else _text(_bytes(each, texts)) for each in given)
@@ -112,8 +113,10 @@ def read_call(body: Any, chat: bool, model: str, texts: Texts, suggested: Mappin
             raise BadRequest("best_of is not served; use n", "best_of")
     if unknown := [name for name, value in fields.items() if value is not None]:
         raise BadRequest(f"{unknown[0]!r} is no field that is served here", unknown[0])
+    alone = bool(echoed) and type(settings["max_tokens"]) is int and settings["max_tokens"] == 0
+    settings["max_tokens"] = 1 if alone else settings["max_tokens"]
     try:
-        return Call(chat, model, prompts, SamplingParams(**settings), stream, usage, echoed)
+        return Call(chat, model, prompts, SamplingParams(**settings), stream, usage, echoed, alone)
     except ConfigError as error:
         raise BadRequest(str(error), str(error).partition("=")[0]) from None
 
@@ -145,6 +148,8 @@ def _read_response_format(fields: dict[str, Any], settings: dict[str, Any]) -> N
 
 def _read_chat_logprobs(fields: dict[str, Any], settings: dict[str, Any]) -> None:
     top = fields.pop("top_logprobs", None)
+    if isinstance(top, int) and top > _MOST_CHAT_LOGPROBS:
+        raise BadRequest(f"top_logprobs={top} is more than {_MOST_CHAT_LOGPROBS}", "top_logprobs")
     if _flag(fields, "logprobs"):
         settings["logprobs"] = 0 if top is None else top
     elif top:
@@ -174,26 +179,15 @@ def _read_messages(fields: dict[str, Any], texts: Texts) -> tuple[int, ...]:
         raise BadRequest("tools must be a list of objects", "tools")
     if choice not in (None, "none", "auto"):
         raise BadRequest("tool_choice takes 'none' and 'auto': tools are shown to the model, not forced", "tool_choice")
-    read = []
-    for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadRequest(f"message {number} has no role", "messages")
-        try:
-            content, calls = join_parts(message.get("content"), number), parse_tool_calls(message, number)
-        except BadConversation as error:
-            raise BadRequest(str(error), "messages") from None
-        if not isinstance(content, str) and not (content is None and "tool_calls" in message):
-            raise BadRequest(f"message {number} has no content", "messages")
-        read.append({**message, "content": content or "", **calls})
     shown = None if choice == "none" else tools
-    return tuple(_tokens(lambda: texts.render_chat(read, shown)))
+    return tuple(_tokens(lambda: texts.render_chat(messages, shown), "messages"))
 
 
-def _tokens(make: Any) -> list[int]:
+def _tokens(make: Any, parameter: str) -> list[int]:
     try:
         found: list[int] = make()
     except (ConfigError, UnicodeError) as error:
-        raise BadRequest(str(error)) from None
+        raise BadRequest(str(error), parameter) from None
     return found
 
 
@@ -230,6 +224,7 @@ class Answers:
         self._sent: dict[tuple[int, int], _Sent] = {}
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        outputs = [self._shown(output) for output in outputs]
         choices = [
             {**self._choice(prompt, output, sample, self._begin(prompt)), **self._of_prompt(output)}
             for prompt, output in enumerate(outputs)
@@ -240,7 +235,7 @@ class Answers:
 
     def pieces(self, prompt: int, output: RequestOutput) -> list[dict[str, Any]]:
         """What has come since the last call, a body for each sample."""
-        found = []
+        output, found = self._shown(output), []
         for sample in output.outputs:
             key = (prompt, sample.index)
             sent = self._sent.get(key, self._begin(prompt))
@@ -254,7 +249,15 @@ class Answers:
 
     def last_piece(self, outputs: Sequence[RequestOutput]) -> dict[str, Any] | None:
         """How many tokens there were, where that was asked for."""
-        return {**self._piece([]), "usage": _usage(outputs)} if self.call.usage_in_stream else None
+        if not self.call.usage_in_stream:
+            return None
+        return {**self._piece([]), "usage": _usage([self._shown(output) for output in outputs])}
+
+    def _shown(self, output: RequestOutput) -> RequestOutput:
+        """Without the token behind a prompt that is all that was asked for."""
+        if not self.call.prompt_alone:
+            return output
+        return replace(output, outputs=[_without_answer(sample) for sample in output.outputs])
 
     def _piece(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self.call.chat else "text_completion"
@@ -344,6 +347,18 @@ class Answers:
             {**entry(token, of_token[token]), "top_logprobs": [entry(*pair) for pair in _top(of_token, most)]}
             for token, of_token in zip(ids, logprobs)
         ]
+
+
+def _without_answer(sample: CompletionOutput) -> CompletionOutput:
+    return replace(
+        sample,
+        text="",
+        token_ids=[],
+        logprobs=None if sample.logprobs is None else [],
+        processed_logprobs=None if sample.processed_logprobs is None else [],
+        finish_reason=sample.finish_reason and "length",
+        stop_reason=None,
+    )
 
 
 def _bytes(ids: Sequence[int], texts: Texts) -> bytes:

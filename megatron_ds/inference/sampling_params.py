@@ -23,6 +23,7 @@ _NEUTRAL: Mapping[str, float | None] = {
     "watermarking_config": None,
 }  # fmt: skip
 """Settings of ``transformers`` that change which tokens come and are not served here, and where they change nothing."""
+_FLAGS = "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"
 _COLDEST = 1e-5
 """Logits divided by less would overflow in fp32, and the first of several infinite ones would be taken."""
 
@@ -79,6 +80,10 @@ class SamplingParams:
     detokenize: bool = True
 
     def __post_init__(self) -> None:
+        nothing: Mapping[str, Any] = {"stop": (), "stop_token_ids": (), "logit_bias": {}}
+        for name, empty in nothing.items():
+            if getattr(self, name) is None:  # as it is by default in vLLM
+                object.__setattr__(self, name, empty)
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         faults = list(self._faults())
@@ -120,6 +125,9 @@ class SamplingParams:
             if not number or not low <= value <= high or (value == 0 and name in ("top_p", "repetition_penalty")):
                 first = f"above {low:g} and up" if name in ("top_p", "repetition_penalty") else f"from {low:g}"
                 yield f"{name}={value!r} is no number {first} to {high:g}"
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                yield f"{name}={getattr(self, name)!r} is neither true nor false"
         if isinstance(self.max_tokens, int) and isinstance(self.min_tokens, int) and self.min_tokens > self.max_tokens:
             yield f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}"
         if not isinstance(self.stop, list | tuple) or not all(isinstance(s, str) and s for s in self.stop):
@@ -139,7 +147,7 @@ class SamplingParams:
             yield f"logit_bias={self.logit_bias!r} does not give numbers to token ids"
             return
         for token, bias in self.logit_bias.items():
-            if not str(token).isdecimal() or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            if not _is_number_of_token(str(token)) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
                 yield f"logit_bias[{token!r}]={bias!r}: give a number from -100 to 100 to a token id"
                 return
 
@@ -175,6 +183,11 @@ def suggested_settings(generation: Mapping[str, Any]) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"generation_config.json: {error}; mend it, or pass generation_config='none'") from None
     return said
+
+
+def _is_number_of_token(text: str) -> bool:
+    """In its one form: two that mean the same would hide one another."""
+    return text.isascii() and text.isdecimal() and len(text) < 12 and text == str(int(text))
 
 
 def _is_id(value: Any) -> bool:

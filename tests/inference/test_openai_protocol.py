@@ -6,8 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from megatron_ds.data.chat import ChatTemplate
+from megatron_ds.data.chat_records import BadConversation, request_messages
+from megatron_ds.errors import ConfigError
 from megatron_ds.inference.openai_protocol import BadRequest, read_call
 
 CALLS = (
@@ -25,7 +29,10 @@ class Texts:
         return list(prompt.encode() if isinstance(prompt, str) else prompt)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> list[int]:
-        return self.tokenize(self.template.render([dict(message) for message in messages], True, tools))
+        try:
+            return self.tokenize(self.template.prompt(request_messages(messages), tools))
+        except BadConversation as error:
+            raise ConfigError(str(error)) from None
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token])
@@ -52,7 +59,81 @@ def test_arguments_that_are_no_object_are_refused(arguments: Any) -> None:
         read_call({"messages": broken}, True, "m", Texts())
 
 
+KEYS = (  # as templates ask for them
+    "{% for m in messages %}<{{ m.role }}>{% if 'tool_calls' in m %}{{ m.tool_calls[0].function.name }}{% endif %}"
+    "{% if m.reasoning_content is defined %}({{ m.reasoning_content }}){% endif %}{{ m.content }}{% endfor %}"
+)
+REASONING = "reasoning", "reasoning_content", "thinking"
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def test_messages_with_nulls_are_shown_as_transformers_shows_them() -> None:
+    """What a client's own classes write as null is not there; reasoning goes by three names."""
+    theirs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template=KEYS)
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": "3"},
+        *(
+            {"role": "assistant", "content": "b", name: "why"}
+            for name in ("reasoning", "reasoning_content", "thinking")
+        ),
+    ]
+    nulls = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls", "reasoning_content"))
+    sent = [{**nulls, **message} for message in messages]
+    want = theirs.apply_chat_template(sent, tokenize=False, add_generation_prompt=True)
+    assert ChatTemplate(KEYS).prompt(request_messages(sent)) == want
+    assert ChatTemplate(KEYS).prompt(request_messages([{"tool_calls": [], **message} for message in messages])) == want
+    assert want.count("why") == 3 and "<assistant>f<" in want
+
+
+def test_calls_alone_are_shown_by_a_template_that_asks_whether_there_is_content() -> None:
+    """As DeepSeek's do. Others would write the word None."""
+    messages = request_messages([{"role": "assistant", "content": None, "tool_calls": [CALL]}])
+    asking = KEYS.replace("'tool_calls' in m", "m['content'] is none").replace("{{ m.content }}", "")
+    assert ChatTemplate(asking).prompt(messages) == ChatTemplate(KEYS).prompt(messages) == "<assistant>f"
+
+
+@pytest.mark.parametrize(
+    ("message", "what"),
+    [
+        ({"role": "critic", "content": "c"}, "does not show the role 'critic' of message 1"),
+        ({"role": "assistant", "content": "c", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+         "does not show the tool_calls of message 1"),
+        ({"role": "assistant", "content": "c", "function_call": {"name": "f"}}, "message 1 has a function_call"),
+        ({"role": "assistant", "content": None}, "message 1 has no content"),
+        ({"content": "c"}, "message 1 has no role"),
+        ("c", "message 1 has no role"),
+    ],
+)  # fmt: skip
+def test_what_the_model_would_not_see_is_refused(message: Any, what: str) -> None:
+    known = "{% for m in messages if m.role in ['user', 'assistant'] %}{{ m.content }}{% endfor %}"
+    with pytest.raises(BadConversation, match=what):
+        ChatTemplate(known).prompt(request_messages([{"role": "user", "content": "a"}, message]))
+
+
 @pytest.mark.parametrize(("fields", "most"), [({"max_completion_tokens": 2}, 2), ({}, 4)])
 def test_the_newer_name_of_the_most_tokens_wins(fields: dict[str, int], most: int) -> None:
     body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4, **fields}
     assert read_call(body, True, "m", Texts()).params.max_tokens == most
+
+
+@pytest.mark.parametrize(
+    ("body", "parameter"),
+    [
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "max_tokens": False, "echo": True}, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "a"}], "max_tokens": 0}, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "a"}], "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"messages": [{"role": "critic"}]}, "messages"),
+        ({"prompt": "a", "ignore_eos": "false"}, "ignore_eos"),
+        ({"prompt": "a", "skip_special_tokens": 0}, "skip_special_tokens"),
+        ({"prompt": "a", "stream": True, "stream_options": {"include_usage": "no"}}, "include_usage"),
+        ({"prompt": "a", "logit_bias": {"1": 1, "01": -1}}, "logit_bias['01']"),
+        ({"prompt": "a", "logit_bias": {"9" * 5000: 1}}, "logit_bias['99"),
+    ],
+)
+def test_what_openai_refuses_is_refused(body: dict[str, Any], parameter: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        read_call(body, "messages" in body, "m", Texts())
+    assert str(caught.value.parameter).startswith(parameter) and caught.value.status == 400

@@ -142,29 +142,34 @@ def test_the_official_client_gets_what_the_engine_says(running: Running, folder:
     assert usage is not None and usage.total_tokens == whole.usage.total_tokens
 
 
+@pytest.mark.parametrize("most", [0, 3])
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_echoed_prompt_has_its_log_probabilities(running: Running, folder: Path, stream: bool) -> None:
-    """What evaluation harnesses sum up; here against the whole text computed at once."""
+def test_an_echoed_prompt_has_its_log_probabilities(running: Running, folder: Path, stream: bool, most: int) -> None:
+    """What evaluation harnesses sum up, of the prompt alone or with an answer; here against the whole text at once."""
     ids, text = [*"hé <".encode()], "hé <"
-    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 3, "temperature": 0, "echo": True, "logprobs": 2, "n": 2}
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": most, "temperature": 0, "echo": True, "logprobs": 2, "n": 2}
+    asked |= {"stream_options": {"include_usage": True}} if stream else {}
     for prompt in (text, ids):
         seen: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        said = ""
+        said, usage = "", None
         found = running.client.completions.create(**asked, prompt=prompt, stream=stream)
         for piece in found if stream else [found]:
+            usage = piece.usage or usage
             for choice in piece.choices:
                 if choice.index == 1:
                     said += choice.text
                     for name, values in seen.items():
                         values += getattr(choice.logprobs, name)
-        assert said.startswith(text) and len(seen["tokens"]) == len(ids) + 3
-        assert seen["tokens"][0] == "h" and seen["tokens"][-4] == "<" and seen["text_offset"][:6] == [0, 1, 1, 2, 3, 4]
+        assert said.startswith(text) and (said == text) == (not most) and len(seen["tokens"]) == len(ids) + most
+        assert usage is not None and usage.completion_tokens == 2 * most and choice.finish_reason == "length"
+        assert [*seen["tokens"][0], seen["tokens"][4]] == ["h", "<"]
+        assert seen["text_offset"][:6] == [0, 1, 1, 2, 3, 4][: 5 + most]
         assert seen["token_logprobs"][0] is None and seen["top_logprobs"][0] is None
         want = folder_logits(folder, torch.tensor([ids])).log_softmax(-1)[0]
         assert seen["token_logprobs"][1:5] == pytest.approx(
             [float(want[i, t]) for i, t in enumerate(ids[1:])], abs=1e-5
         )
-        assert seen["token_logprobs"][5] == pytest.approx(float(want[-1].max()), abs=1e-5)
+        assert seen["token_logprobs"][5:6] == pytest.approx([float(want[-1].max())][:most], abs=1e-5)
         assert all(2 <= len(of_token) <= 3 for of_token in seen["top_logprobs"][3:5])
 
 
@@ -245,6 +250,7 @@ def test_conversations_go_through_the_template(running: Running, folder: Path) -
     assert tokens["tokens"] == [97, 98, 99]
     shown = running.post("/tokenize", json.dumps({"messages": messages, "tools": tools}).encode())[1]
     assert bytes(shown["tokens"]) == b"<user>hiT1>"
+    assert bytes(running.llm.render_chat(messages)) == b"<user>hi>"
 
 
 @pytest.mark.parametrize(
