@@ -4,7 +4,8 @@ python tools/quantize.py runs/mine/hf runs/mine/int8 --scheme int8 --text README
 
 python tools/quantize.py ~/models/Llama-3.2-1B ~/models/Llama-3.2-1B-fp8 --scheme fp8
 
-`megatron-ds serve` and transformers (with compressed-tensors installed) read the folder as it is.
+`megatron-ds serve` and transformers (with compressed-tensors installed) read the folder as it is; transformers not that
+of a Falcon, whose linear layers there know no quantised weight.
 """
 
 from __future__ import annotations

@@ -19,6 +19,11 @@ _FEW_ROWS = 128
 """Up to so many rows torch's operator is faster."""
 
 
+def can_pack(values: Tensor, group: int) -> bool:
+    """Whether torch's operator takes ``values [o, i]`` in groups of so many inputs."""
+    return values.shape[0] % 16 == 0 and group in (32, 64, 128, 256)
+
+
 def packed(values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """``values [o, i]`` from -8 to 7, ``scale [o, groups]`` -> what :func:`product` takes."""
     pairs = torch.stack((scale.t(), torch.zeros_like(scale.t())), dim=2).to(torch.bfloat16).contiguous()

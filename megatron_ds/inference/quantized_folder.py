@@ -64,8 +64,8 @@ def quantization_config(scheme: str, ignored: list[str]) -> dict[str, Any]:
     }
 
 
-def scheme_of(said: Any, where: str) -> str:
-    """The scheme that a ``quantization_config`` describes.
+def scheme_of(said: Any, where: str) -> tuple[str, int | None]:
+    """The scheme that a ``quantization_config`` describes, and how many inputs share a scale; None: all.
 
     Raises:
         CheckpointError: it describes another one; what it says that differs is named.
@@ -88,7 +88,7 @@ def scheme_of(said: Any, where: str) -> str:
     for scheme in ("int8", "w8a8", "fp8", "int4"):
         wanted = quantization_config(scheme, [])["config_groups"]["group_0"]
         if wanted["format"] == form and all(_agree(group.get(k), wanted[k]) for k in ("weights", "input_activations")):
-            return scheme
+            return scheme, group["weights"].get("group_size") if scheme == "int4" else None
     raise CheckpointError(
         f"{where} is quantised with weights {group.get('weights')}, inputs {group.get('input_activations')} in the "
         f"format {form!r}, which is none of int8, w8a8, fp8 and int4 here; {_WAYS_OUT}"
@@ -112,7 +112,8 @@ class QuantizedFolder(HFFolder):
     """A folder whose linear layers are quantised; to a reader of names and shapes it is like any other.
 
     Attributes:
-        scheme: see :mod:`megatron_ds.inference.quantized_recipes`. quantized: names of the weights in fewer bits.
+        scheme: see :mod:`megatron_ds.inference.quantized_recipes`. group: inputs that share a scale, None: all.
+        quantized: names of the weights in fewer bits.
 
     Raises:
         CheckpointError: another scheme, or a quantised tensor without its scale.
@@ -120,7 +121,7 @@ class QuantizedFolder(HFFolder):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        self.scheme = scheme_of(self.config.pop("quantization_config"), str(path))
+        self.scheme, self.group = scheme_of(self.config.pop("quantization_config"), str(path))
         scales = [name.removesuffix("_scale") for name in self.shapes if name.endswith(".weight_scale")]
         self.quantized = frozenset(scales)
         kept = {name: self._take(name) for name in scales}
@@ -170,8 +171,11 @@ class QuantizedFolder(HFFolder):
             if packed != (shape[0], width):
                 raise CheckpointError(f"{self.path}: {name}_packed is {list(packed)}, not {[shape[0], width]}")
         groups = scale[1] if len(scale) == 2 else 1
-        if scale[:1] != shape[:1] or not groups or shape[1] % groups or (groups > 1 and self.scheme != "int4"):
-            raise CheckpointError(f"{self.path}: {name}_scale is {list(scale)}, which no weight of {list(shape)} has")
+        if scale[:1] != shape[:1] or groups * (self.group or shape[1]) != shape[1]:  # the last may not be a smaller one
+            of = f" in groups of {self.group}" if self.group else ""
+            raise CheckpointError(
+                f"{self.path}: {name}_scale is {list(scale)}, which no weight of {list(shape)}{of} has"
+            )
         if not dtype.is_floating_point:
             raise CheckpointError(f"{self.path}: {name}_scale is {dtype}, no number with a fraction")
         return shape, dtype

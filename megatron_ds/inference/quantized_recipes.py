@@ -83,13 +83,25 @@ class _ScaledOutputs(_Quantized):
         return onednn.int8_product((x + onednn.INT8_ZERO).to(torch.uint8), self.packed, self.wide_scale, self.zeros)
 
 
+def _unit(values: Tensor, dtype: torch.dtype) -> float:
+    """What one of ``values`` is in ``dtype``. Sums of fp16 end at 65,504, so there it is small."""
+    return 1.0 if dtype is not torch.float16 else 2.0**-7 if values.dtype is torch.int8 else 2.0**-8
+
+
+def _terms(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of a product in ``dtype``: the values, exactly, each of so many units."""
+    terms, unit = values.to(dtype), _unit(values, dtype)
+    return terms if unit == 1.0 else terms * unit
+
+
 class Int8(_ScaledOutputs):
     """Weights only. On a CPU an input is two digits of seven bits and a sign, relative to its token's largest."""
 
     def rows(self, x: Tensor) -> Tensor:
         if not self.packs:
             # Whole numbers up to 127 are exact in every dtype; the scale comes last.
-            return linear(x, self.values.to(x.dtype), None) * self.scale.to(x.dtype)
+            scale = self.scale / _unit(self.values, x.dtype)
+            return linear(x, _terms(self.values, x.dtype), None) * scale.to(x.dtype)
         scale = largest(x, 1, None) / 127
         relative = x / scale
         high = relative.round()
@@ -133,7 +145,8 @@ class Float8Inputs(_ScaledOutputs):
             scales = scale.float(), self.scale.float().unsqueeze(0)
             return torch._scaled_mm(values, self.values.t(), *scales, out_dtype=x.dtype)
         # On a CPU a product of widened values is twenty times as fast as torch's of FP8, and as exact.
-        sums = linear(values.to(x.dtype), self.values.to(x.dtype), None)
+        sums = linear(_terms(values, x.dtype), _terms(self.values, x.dtype), None)
+        scale = scale / _unit(values, x.dtype) ** 2
         return (sums.to(scale.dtype) * scale * self.scale.to(scale.dtype)).to(x.dtype)
 
 
@@ -144,7 +157,8 @@ class Int4(_Quantized):
         super().__init__(weight, tp, dtype)
         values, scale = weight.values, weight.scale
         self.group = values.shape[1] // scale.shape[1]
-        self._packs = dtype is torch.bfloat16 and values.device.type == "cpu" and values.shape[0] % 16 == 0
+        can_pack = values.device.type == "cpu" and int4_product.can_pack(values, self.group)
+        self._packs = dtype is torch.bfloat16 and can_pack
         if self._packs:
             in_order, pairs = int4_product.packed(values, scale)
             self.register_buffer("pairs", pairs)

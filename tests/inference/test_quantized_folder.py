@@ -189,6 +189,7 @@ def test_damaged_folders_are_refused(tmp_path: Path, scheme: str, change: Any, m
         ({"symmetric": False}, "'symmetric': False.*which is none of"),
         ({"num_bits": 5}, "'num_bits': 5.*which is none of"),
         ({"actorder": "group"}, "'actorder': 'group'.*which is none of"),
+        ({"group_size": 48}, r"_scale is \[128, 4\], which no weight of \[128, 128\] in groups of 48 has"),
     ],
 )
 def test_other_schemes_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -197,7 +198,7 @@ def test_other_schemes_are_refused(tmp_path: Path, change: dict[str, Any], messa
     config = json.loads((folder / "config.json").read_text())
     said = config["quantization_config"]
     group = said["config_groups"]["group_0"]
-    if change.keys() & {"symmetric", "num_bits", "actorder"}:
+    if change.keys() & {"symmetric", "num_bits", "actorder", "group_size"}:
         group["weights"].update(change)
     else:
         said.update(change)

@@ -14,7 +14,8 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.inference import LLM, SamplingParams
 from megatron_ds.inference.model_runner import CacheSize, ModelRunner
 from megatron_ds.inference.quantized_recipes import RECIPES, quantize_model
-from megatron_ds.inference.quantized_weights import quantize
+from megatron_ds.inference.quantized_weights import QuantizedWeight, quantize
+from megatron_ds.kernels.cpu import int4_product, onednn
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.testing import run_ranks
 
@@ -22,9 +23,19 @@ WORST = {"int8": 0.011, "w8a8": 0.015, "fp8": 0.05, "int4": 0.16}
 """Relative error of a product of normal numbers, a little above what the bits give (measured: two thirds of it)."""
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+EXACT = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("dtype", EXACT)
 @pytest.mark.parametrize("scheme", RECIPES)
-def test_products_are_those_of_the_dequantised_weight(scheme: str, dtype: torch.dtype) -> None:
+def test_products_are_those_of_the_dequantised_weight(
+    scheme: str, dtype: torch.dtype, packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``packs``: with the kernels of this machine, where it has some."""
+    if not packs:
+        monkeypatch.setattr(onednn, "can_multiply_int8", lambda weight: False)
+        monkeypatch.setattr(int4_product, "can_pack", lambda values, group: False)
     torch.manual_seed(0)
     weight = (torch.randn(64, 96) * torch.rand(64, 1)).to(dtype)
     quantized = quantize(weight, scheme)
@@ -34,13 +45,20 @@ def test_products_are_those_of_the_dequantised_weight(scheme: str, dtype: torch.
     for count in (1, 8, 33, 130):
         x = torch.randn(count, 96).to(dtype)
         if scheme in ("int8", "int4"):
-            x[:, 0] *= 100  # a feature that is much larger than the others, as models have
+            x[:, 0] *= 1000  # a feature that is much larger than the others, as models have
         out, want = recipe.product(x, weight, None).double(), x.double() @ dequantized.t()
         relative = (out - want).norm() / want.norm()
         inputs = WORST[scheme] if scheme in ("w8a8", "fp8") else 0.0
-        exact = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 6e-3}[dtype]
-        assert relative < inputs + exact, count
+        assert relative < inputs + EXACT[dtype], count
         assert scheme not in ("w8a8", "fp8") or relative > 1e-4, "the inputs were not quantised"
+
+
+def test_groups_that_no_kernel_knows_are_multiplied_all_the_same() -> None:
+    """Folders of others have groups of any size."""
+    values, scale = torch.randint(-8, 8, (32, 96)).to(torch.int8), torch.rand(32, 6).to(torch.bfloat16)
+    x, weight = torch.randn(3, 96, dtype=torch.bfloat16), QuantizedWeight("int4", values, scale)
+    out, want = RECIPES["int4"](weight, None, x.dtype).product(x, x, None), x.double() @ weight.dequantized().t()
+    assert (out - want).norm() < EXACT[x.dtype] * want.norm()
 
 
 def test_sums_that_int32_does_not_hold_are_not_made() -> None:
