@@ -89,8 +89,8 @@ def compile_template(source: str) -> jinja2.Template:
     not valid Jinja."""
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda shape: datetime.now().strftime(shape)
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+    environment.filters["tojson"] = _to_json
     return environment.from_string(source)
 
 
@@ -130,6 +130,12 @@ def bounded(cpu_seconds: float, extra_bytes: int) -> Iterator[None]:
                 resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
                 stack.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
         yield
+
+
+def _to_json(
+    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: Any = False
+) -> str:
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: str) -> None:

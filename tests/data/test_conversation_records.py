@@ -115,6 +115,17 @@ KNOWN_ROLES = (  # as of Qwen: other roles are passed over
 )
 
 
+def test_json_is_written_with_the_options_that_transformers_knows() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    options = "", "ensure_ascii=false", "true", "ensure_ascii=True, indent=2", "separators=(',', ':'), sort_keys=true"
+    source = "".join(f"{{{{ messages[0] | tojson({given}) }}}}\n" for given in options)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template=source)
+    messages = [{"role": "user", "content": "é<'\n"}]
+    assert ChatTemplate(source).render(messages) == theirs.apply_chat_template(messages, tokenize=False)
+
+
 def test_what_a_template_passes_over_is_no_ground_for_an_answer() -> None:
     template, user, answer = ChatTemplate(KNOWN_ROLES), CHATS[0][1], CHATS[0][2]
     for role, text in (("system", "Hé!"), ("tool", "3"), ("tool", " ")):
