@@ -101,10 +101,9 @@ class ChatTemplate:
             BadConversation: see :meth:`render`; or the template shows nothing of a message's role, or of tool calls.
         """
         text = self.render(messages, True, tools)
+        # The last of each kind: a request must not cost a rendering for each message.
         kinds = {(message["role"], bool(message.get("tool_calls"))): i for i, message in enumerate(messages)}
-        kinds = {kind: i for kind, i in kinds.items() if kind not in (("user", False), ("assistant", False))}
-        if kinds:  # one of each: a request must not cost a rendering for each message
-            self._check_shown(messages, tools, text, list(kinds.values()), add_generation_prompt=True)
+        self._check_shown(messages, tools, text, list(kinds.values()), add_generation_prompt=True)
         return text
 
     def renderings(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> list[Rendering]:

@@ -110,6 +110,9 @@ def test_what_the_model_would_not_see_is_refused(message: Any, what: str) -> Non
     known = "{% for m in messages if m.role in ['user', 'assistant'] %}{{ m.content }}{% endfor %}"
     with pytest.raises(BadConversation, match=what):
         ChatTemplate(known).prompt(request_messages([{"role": "user", "content": "a"}, message]))
+    parts = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    with pytest.raises(BadConversation, match="does not show the role 'user' of message 0"):
+        ChatTemplate(parts).prompt(request_messages([{"role": "user", "content": "a"}]))
 
 
 @pytest.mark.parametrize(("fields", "most"), [({"max_completion_tokens": 2}, 2), ({}, 4)])
