@@ -1,9 +1,9 @@
 """Everything about speed on one GPU, in nine minutes: `make bench-gpu`.
 
-The parts go from what the machine can reach (copies, products, attention) over the kernels to whole training steps of
-GPT-2 124M and a 1.3B Llama in bf16, beside a compiled plain torch loop. Each part is a process of its own, so that one
-that fails or hangs costs itself alone; the next one imports torch while it runs. Each prints a table as it ends, and
-all rows go to one JSON file. What no time is left for is named.
+The parts: what the machine can reach, whole training steps of GPT-2 124M and a 1.3B Llama in bf16, a compiled plain
+torch loop beside them, each kernel, products and attention, and single choices. Each part is a process of its own, so
+that one that fails or hangs costs itself alone; the next one imports torch while it runs. Each prints a table as it
+ends, and all rows go to one JSON file. What no time is left for is named.
 
     python tools/benchmark/gpu.py --parts products attention
     python tools/benchmark/gpu.py --tiny          # any machine: the code runs, its figures mean nothing
@@ -12,7 +12,10 @@ all rows go to one JSON file. What no time is left for is named.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,17 +38,19 @@ class Part:
     seconds: float
 
 
+# The most wanted first, as together they may take more time than there is. The first step compiles the kernels, and the
+# plain loops whole models, a minute or more each.
 PARTS = {
     "machine": Part(gpu_parts.machine, 20),
+    "gpt2": Part(gpu_steps.gpt2, 90),
+    "llama": Part(gpu_steps.llama, 90),
+    "plain": Part(gpu_steps.beside_plain, 200),
+    "kernels": Part(gpu_parts.our_kernels, 130),
     "products": Part(gpu_parts.products, 40),
     "attention": Part(gpu_parts.attention, 20),
-    "gpt2": Part(gpu_steps.gpt2, 40),
-    "llama": Part(gpu_steps.llama, 60),
-    "update": Part(gpu_steps.update, 10),
-    "kernels": Part(gpu_parts.our_kernels, 130),
     "flags": Part(gpu_steps.flags, 90),
+    "update": Part(gpu_steps.update, 10),
     "compiled": Part(gpu_steps.compiled, 100),
-    "plain": Part(gpu_steps.beside_plain, 100),
 }
 LEAST = 15.0  # seconds that are worth starting a part for
 START = 120.0  # for a process to import torch
@@ -75,8 +80,9 @@ class Worker:
         command = [sys.executable, __file__, "--part", name, "--rows", str(self.rows), *(["--tiny"] if tiny else [])]
         self._output = self.log.open("w", encoding="utf-8")
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=self._output, stderr=subprocess.STDOUT, text=True
-        )
+            command, stdin=subprocess.PIPE, stdout=self._output, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
 
     def finish(self, seconds: float) -> list[Row]:
         """Let it run for so long; what it found, and how it ended if not well."""
@@ -102,9 +108,10 @@ class Worker:
             time.sleep(0.1)
 
     def stop(self) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
+        """End it with what it has started: a compiler that checks kernels would disturb the figures of the next."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
         self._output.close()
 
 

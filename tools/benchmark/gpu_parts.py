@@ -1,4 +1,4 @@
-"""Parts 0, 1, 2 and 5 of `make bench-gpu`: the machine, the products and the attention of both models, our kernels."""
+"""Parts of `make bench-gpu`: the machine, the products and the attention of both models, our kernels."""
 
 from __future__ import annotations
 
