@@ -96,6 +96,15 @@ def test_every_import_is_declared() -> None:
     assert not undeclared, "\n".join(sorted(undeclared))
 
 
+def test_nothing_stands_at_the_top_but_what_belongs_there() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a clone")
+    folders = {"megatron_ds", "models", "kernels", "data", "examples", "tests", "tools", ".ci"}
+    files = {"Makefile", "pyproject.toml", "README.md", "constraints.txt", ".gitignore"}
+    assert {line.split("/")[0] for line in listed.stdout.splitlines()} == folders | files
+
+
 # A make of its own: the tests themselves are started by one.
 OUTSIDE = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
 
