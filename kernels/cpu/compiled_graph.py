@@ -6,8 +6,8 @@ the function closes over is not copied, weights in oneDNN's own order included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from collections.abc import Callable, Container, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,35 +15,40 @@ from torch.fx import GraphModule
 
 from megatron_ds.errors import ConfigError
 
+_UNCHECKED = ("size_asserts", "alignment_asserts", "assert_indirect_indexing")
 
-def record(function: Callable[..., Tensor], inputs: Sequence[Tensor], dynamic: bool) -> GraphModule:
-    """Trace ``function`` on ``inputs``: its operators as a graph, functionalized (without writes in place).
+
+def record(function: Callable[..., Tensor], inputs: Sequence[Tensor], sizes: Container[int] = ()) -> GraphModule:
+    """Trace ``function`` on ``inputs``: its operators as a graph, functionalized (writes in place only at the end).
 
     Args:
-        dynamic: sizes of the inputs but 1 may be others later; sizes that are equal stay equal.
+        sizes: of the inputs that may be others later, 1 included; those that are equal stay equal.
 
     Raises:
         ConfigError: what ``function`` does depends on such a size; one that equals a size of a weight may look so.
     """
     from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    # By default a size that may change is taken for two at least.
+    mode = FakeTensorMode(shape_env=ShapeEnv(specialize_zero_one=False), allow_non_fake_inputs=True)
+
+    def fake(x: Tensor) -> Tensor:
+        kinds = [DimDynamic.DUCK if size in sizes else DimDynamic.STATIC for size in x.shape]
+        return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
 
     functional = torch.func.functionalize(lambda *args: (function(*args),), remove="mutations")
-    mode: Literal["symbolic", "fake"] = "symbolic" if dynamic else "fake"
     with torch.inference_mode(False), torch.no_grad():
-        graph = make_fx(functional, select_decomp_table(), mode, _allow_non_fake_inputs=True)(*inputs)
+        fakes = [fake(x) for x in inputs]
+        with mode:
+            graph = make_fx(functional, select_decomp_table())(*fakes)
     graph.graph.eliminate_dead_code()
-    if dynamic and any(size.node.expr.is_number for size in _sizes(graph) if isinstance(size, torch.SymInt)):
+    free: list[Any] = [size for of_input in fakes for size in of_input.shape if isinstance(size, torch.SymInt)]
+    if any(size.node.expr.is_number for size in free):
         raise ConfigError("the model computes otherwise for other numbers of tokens; use enforce_eager=True")
     return graph
-
-
-def _inputs(graph: GraphModule) -> list[Tensor]:
-    return [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-
-
-def _sizes(graph: GraphModule) -> Iterable[int | torch.SymInt]:
-    return (size for of_input in _inputs(graph) for size in of_input.shape)
 
 
 def compile_graph(graph: GraphModule) -> Callable[..., Tensor]:
@@ -57,8 +62,9 @@ def compile_graph(graph: GraphModule) -> Callable[..., Tensor]:
     from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
     try:
-        with torch.no_grad(), config.patch(size_asserts=False, alignment_asserts=False, compile_threads=1):
-            compiled = compile_fx_inner(graph, _inputs(graph))
+        with torch.no_grad(), config.patch({"compile_threads": 1, **dict.fromkeys(_UNCHECKED, False)}):
+            inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+            compiled = compile_fx_inner(graph, inputs)
     except InductorError as error:
         if not isinstance(error.inner_exception, InvalidCxxCompiler):
             raise

@@ -1,24 +1,32 @@
-"""A compiled forward pass for generation: the blocks of a model as Inductor graphs, on a CPU.
+"""Compiled forward passes for generation: a model as Inductor graphs, on a CPU.
 
-The model's own code is traced. Attention stays one operator a layer, called with the core of the step; everything else
-between the matrix products is fused.
+The model's own code is traced. Where prompts are computed, attention stays one operator a layer, called with the core
+of the step, and everything else between the matrix products is fused. A step of decoding is one graph, attention and
+the vocabulary's projection included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_ds.inference.paged_cache import PagedCache, StepPlaces
 from megatron_ds.kernels.cpu.compiled_graph import compile_graph, record
+from megatron_ds.kernels.cpu.decode_attention import DecodedBlocks, decode_attention
 from megatron_ds.kernels.registry import define
 from megatron_ds.layers.attention_cores import AttentionCore, AttentionRules, MakeCore
+from megatron_ds.layers.recipe import Recipe
+from megatron_ds.models.block import SITES_A_BLOCK
 from megatron_ds.models.transformer import MicroBatch, Transformer
 
-_EXAMPLE = 61
-"""Tokens for which a graph for any number is recorded: a prime, which is no size of a model."""
+_TOKENS, _LONGEST, _CACHE, _BLOCKS = 61, 59, 67, 71
+"""Sizes for which graphs for any numbers are recorded: tokens, blocks of the longest text, of the cache, of all texts.
+They are primes, which are no sizes of a model."""
 _CORES: ContextVar[list[AttentionCore]] = ContextVar("attention cores of the step")
 
 define(
@@ -40,42 +48,112 @@ class _Recorded:
 
 
 class CompiledStage:
-    """What the vocabulary's projection is applied to, of a whole model in evaluation mode: one graph for one token, one
-    for some.
+    """What the vocabulary's projection is applied to, of a whole model in evaluation mode, for any number of tokens.
 
     Args:
-        compiled: False leaves the graphs to be run operator by operator.
+        compiled: False leaves the graph to be run operator by operator.
     """
 
     def __init__(self, model: Transformer, compiled: bool = True):
-        self._model, self._compiled = model, compiled
-        self._one, self._some = self._graph(1), self._graph(_EXAMPLE)
+        self._model = model
+        self._kinds: list[AttentionRules] = []
+
+        def make_core(rules: AttentionRules, *_: object) -> AttentionCore:
+            self._kinds.append(rules)
+            return _Recorded(len(self._kinds) - 1)
+
+        def run(tokens: Tensor, positions: Tensor) -> Tensor:
+            micro_batch = {"tokens": tokens, "position_ids": positions}
+            return model.head_input(model.hidden_states(micro_batch, None, make_core))
+
+        places = torch.zeros(1, _TOKENS, dtype=torch.int64)
+        self._run = _graph(run, (places, places.clone()), compiled)
 
     def head_input(self, micro_batch: MicroBatch, hidden: Tensor | None, make_core: MakeCore) -> Tensor:
         """``Transformer.head_input`` of its ``hidden_states``, for ``[1, t]`` tokens."""
         tokens, positions = micro_batch["tokens"], micro_batch["position_ids"]
-        count = tokens.shape[1]
-        run, kinds = self._one if count == 1 else self._some
         c, dtype = self._model.config, self._model.output_weight.dtype
-        before = _CORES.set([make_core(rules, count, c.head_size, tokens.device, dtype) for rules in kinds])
+        cores = [make_core(rules, tokens.shape[1], c.head_size, tokens.device, dtype) for rules in self._kinds]
+        before = _CORES.set(cores)
         try:
-            return run(tokens, positions)
+            return self._run(tokens, positions)
         finally:
             _CORES.reset(before)
 
-    def _graph(self, count: int) -> tuple[Callable[..., Tensor], list[AttentionRules]]:
-        """For ``count`` tokens, or any number but 1; and the rules of the attentions in it."""
-        kinds: list[AttentionRules] = []
 
-        def make_core(rules: AttentionRules, *_: object) -> AttentionCore:
-            kinds.append(rules)
-            return _Recorded(len(kinds) - 1)
+class _DecodingCore:
+    """Writes the keys and values of a step to the layers' ``pages``, and attends to those of ``at``."""
 
-        def run(tokens: Tensor, positions: Tensor) -> Tensor:
-            kinds.clear()
-            micro_batch = {"tokens": tokens, "position_ids": positions}
-            return self._model.head_input(self._model.hidden_states(micro_batch, None, make_core))
+    def __init__(self, pages: Sequence[Tensor], at: DecodedBlocks, written: tuple[Tensor, Tensor], of: AttentionRules):
+        self.pages, self.at, self.written, self.rules = pages, at, written, of
 
-        places = torch.zeros(1, count, dtype=torch.int64)
-        graph = record(run, (places, places.clone()), dynamic=count > 1)
-        return compile_graph(graph) if self._compiled else lambda *args: graph(*args)[0], kinds
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, site: int = 0) -> Tensor:
+        """``q [b, 1, n, d]``, ``k, v [b, 1, g, d]`` -> ``[b, 1, n * d]``."""
+        layer = (site - 1) // SITES_A_BLOCK
+        keys, values = self.pages[2 * layer : 2 * layer + 2]
+        block, slot = self.written
+        keys[:, block, slot] = k[:, 0].transpose(0, 1).to(keys.dtype)
+        values[:, block, slot] = v[:, 0].transpose(0, 1).to(values.dtype)
+        out = decode_attention(q[:, 0], keys, values, self.at, self.rules.window, self.rules.softcap)
+        return out.flatten(1).unsqueeze(1)
+
+
+class CompiledDecoding:
+    """Steps that compute one token of each text, of a whole model in evaluation mode, as one graph for any texts.
+
+    Args:
+        head: the recipe of the vocabulary's projection.
+        compiled: False leaves the graph to be run operator by operator.
+    """
+
+    def __init__(self, model: Transformer, head: Recipe, cache: PagedCache, compiled: bool = True):
+        self._size = size = cache.size
+        pages = chain.from_iterable(zip(cache.keys.values(), cache.values.values()))
+        self._pages = [one.data.unflatten(1, (-1, size)) for one in pages]
+        self._columns = torch.arange(_LONGEST)
+        windows: list[int] = []
+
+        def run(of_texts: Tensor, of_blocks: Tensor, columns: Tensor, *pages: Tensor) -> Tensor:
+            tokens, places, firsts = of_texts
+            last = places // size
+            blocks, texts, starts = of_blocks
+            at = DecodedBlocks(places, blocks, texts, starts, firsts[:, None] + torch.minimum(columns, last[:, None]))
+            written = blocks[firsts + last], places % size
+
+            def make_core(rules: AttentionRules, *_: object) -> AttentionCore:
+                windows.extend(filter(None, [rules.window]))
+                return _DecodingCore(pages, at, written, rules)
+
+            hidden = model.hidden_states({"tokens": tokens[None], "position_ids": places[None]}, None, make_core)
+            return model.local_logits(model.head_input(hidden), head.product)[:, 0]
+
+        numbers = (torch.zeros(3, count, dtype=torch.int64) for count in (_TOKENS, _BLOCKS))
+        like = (torch.zeros_like(one[:, :1]).expand(-1, _CACHE, -1, -1).contiguous() for one in self._pages)
+        self._run = _graph(run, (*numbers, self._columns, *like), compiled)
+        self._longest = 2 * min(windows, default=1 << 62)
+
+    @staticmethod
+    def can(model: Transformer, cache: PagedCache) -> bool:
+        """Whether these can be: no biases of positions, no scales of keys."""
+        return model.config.position != "alibi" and all(pages.scale is None for pages in cache.keys.values())
+
+    def takes(self, places: StepPlaces) -> bool:
+        """Whether it is such a step, and most keys that it would read are seen."""
+        return places.decodes and int(places.positions.max()) < self._longest
+
+    def run(self, tokens: Sequence[int], places: StepPlaces) -> Tensor:
+        """Logits ``[b, v]``."""
+        counts = places.positions // self._size + 1  # blocks of each text
+        most = int(counts.max())
+        if most > len(self._columns):
+            self._columns = torch.arange(2 * most)
+        there = self._columns.numpy()[:most] < counts[:, None]
+        texts, columns = there.nonzero()
+        of_texts = np.stack((tokens, places.positions, counts.cumsum() - counts))
+        of_blocks = np.stack((places.tables[:, :most][there], texts, columns * self._size))
+        return self._run(torch.from_numpy(of_texts), torch.from_numpy(of_blocks), self._columns[:most], *self._pages)
+
+
+def _graph(run: Callable[..., Tensor], inputs: Sequence[Tensor], compiled: bool) -> Callable[..., Tensor]:
+    graph = record(run, inputs, (_TOKENS, _LONGEST, _CACHE, _BLOCKS))
+    return compile_graph(graph) if compiled else lambda *args: graph(*args)[0]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ds.inference.batching import Plan
-from megatron_ds.inference.compiled_stage import CompiledStage
+from megatron_ds.inference.compiled_stage import CompiledDecoding, CompiledStage
 from megatron_ds.inference.decode_graphs import Capture, DecodeGraphs, GraphSizes
 from megatron_ds.inference.paged_cache import ROUNDED, PagedBatch, PagedCache, PagedStep, StepPlaces
 from megatron_ds.inference.pages import Pages
@@ -69,7 +69,7 @@ class ModelRunner:
         heads, head_dim = local_kv_heads(model), model.config.head_size
         # One more than the pool has: no text holds it.
         self._scratch = size.blocks
-        self._graphs: DecodeGraphs | None = None
+        self.graphs: DecodeGraphs | CompiledDecoding | None = None
         self.cache = PagedCache(layers, size.blocks + 1, size.size, heads, head_dim, size.dtype, self.device)
         self.dtype = next(model.parameters()).dtype
         self._compiled: CompiledStage | None = None
@@ -79,14 +79,16 @@ class ModelRunner:
         if compiled and alone and not apart and self.dtype in (torch.bfloat16, torch.float16):
             self.compile()
 
-    def compile(self, stage: CompiledStage | None = None) -> None:
-        """From now on run compiled graphs of the model: those of ``stage``, if there is one."""
-        self._compiled = stage or CompiledStage(self.model)
+    def compile(self, compiled: bool = True) -> None:
+        """From now on run graphs of the model, as :class:`CompiledStage` and :class:`CompiledDecoding` have them."""
+        self._compiled = CompiledStage(self.model, compiled)
+        if CompiledDecoding.can(self.model, self.cache):
+            self.graphs = CompiledDecoding(self.model, self.head_recipe, self.cache, compiled)
 
     def capture(self, capture: Capture | None, sizes: GraphSizes) -> None:
         """From now on replay decode steps as graphs, where there is a way to capture them."""
         if capture is not None:
-            self._graphs = DecodeGraphs(self._decoded, capture, sizes, self._scratch, self.device)
+            self.graphs = DecodeGraphs(self._decoded, capture, sizes, self._scratch, self.device)
 
     @torch.inference_mode()
     def run(self, plan: Plan, rows: Many[int]) -> Tensor | None:
@@ -99,8 +101,9 @@ class ModelRunner:
         )
         tokens = [token for span in spans for token in span.tokens]
         wanted = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        if self._graphs is not None and self._graphs.takes(places):
-            return self._graphs.run(tokens, places)[wanted]
+        if self.graphs is not None and self.graphs.takes(places):
+            logits = self.graphs.run(tokens, places)
+            return logits if len(rows) == len(tokens) else logits[wanted]
         padding = 0 if places.decodes else -len(tokens) % self._rounded
         if padding:  # their results are dropped
             tokens += [0] * padding

@@ -10,8 +10,8 @@ from hf_models import make
 from served import VOCAB, config_of, engine_of, stage_of
 
 from megatron_ds.errors import ConfigError
-from megatron_ds.inference import SamplingParams, served_model
-from megatron_ds.inference.compiled_stage import CompiledStage
+from megatron_ds.inference import SamplingParams, compiled_stage, served_model
+from megatron_ds.inference.compiled_stage import CompiledDecoding, CompiledStage
 from megatron_ds.inference.model_runner import CacheSize, ModelRunner
 from megatron_ds.inference.packed_recipe import PackedWeight, pack_model
 from megatron_ds.inference.quantized_recipes import quantize_model
@@ -37,13 +37,19 @@ def logprobs_of(engine: ServingEngine, alone: int) -> list[dict[int, float]]:
     return [of_token for name in sorted(found) for of_token in found[name]]
 
 
-def test_a_compiled_model_says_the_same_to_1e_10() -> None:
+def test_a_compiled_model_says_the_same_to_1e_10(monkeypatch: pytest.MonkeyPatch) -> None:
     """GPT-2, for rotary positions take their sines in fp32 always, and a compiled sine differs in its last bit."""
     model = stage_of(config_of("gpt2").model_copy(update={"num_layers": 1}), Mesh.single())
     want = logprobs_of(engine_of(model), 2)
     engine = engine_of(model, budget=64)
     engine.runner.compile()
+    texts: list[int] = []
+    run = CompiledDecoding.run
+    monkeypatch.setattr(
+        CompiledDecoding, "run", lambda own, tokens, at: (texts.append(len(tokens)), run(own, tokens, at))[1]
+    )
     found = logprobs_of(engine, 2)
+    assert texts == [5] * 4 + [2] + [1] * 6  # every step but those of the prompts
     assert len(found) == len(want) == 36
     for mine, theirs in zip(found, want, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-10)
@@ -59,7 +65,7 @@ def test_a_family_is_recorded_as_it_computes(tmp_path: Path, name: str) -> None:
     model = build(name, tmp_path, torch.float64)
     want = logprobs_of(engine_of(model), 1)
     engine = engine_of(model, budget=64)
-    engine.runner.compile(CompiledStage(model, compiled=False))
+    engine.runner.compile(compiled=False)
     for mine, theirs in zip(logprobs_of(engine, 1), want, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)  # a table of sines in fp32
 
@@ -72,17 +78,25 @@ def test_half_precision_and_packed_weights_are_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "int4"])
-def test_quantised_weights_are_recorded_as_they_compute(scheme: str) -> None:
-    """Rotary positions, half precision and scales of the inputs, which no graph may keep as constants."""
+def test_quantised_weights_are_recorded_as_they_compute(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotary positions, half precision and scales of the inputs, which no graph may keep as constants.
+
+    Beside prompts as the model computes them, and decoding as the function does that is recorded: in half precision
+    the model's own attention rounds otherwise.
+    """
     sizes = {"num_layers": 1, "hidden_size": 128, "ffn_hidden_size": 128, "vocab_multiple": 16}
     model = stage_of(config_of("llama").model_copy(update=sizes), Mesh.single(), torch.bfloat16)
     head = quantize_model(model, scheme)
     found = []
     for recorded in (False, True):
         engine = engine_of(model, budget=64)
-        engine.runner = ModelRunner(model, engine.mesh, CacheSize(64, 4, torch.bfloat16), head)
+        runner = engine.runner = ModelRunner(model, engine.mesh, CacheSize(64, 4, torch.bfloat16), head)
         if recorded:
-            engine.runner.compile(CompiledStage(model, compiled=False))
+            runner.compile(compiled=False)
+        else:
+            with monkeypatch.context() as patch:
+                patch.setattr(compiled_stage, "record", lambda run, *_: lambda *inputs: (run(*inputs),))
+                runner.graphs = CompiledDecoding(model, runner.head_recipe, runner.cache, compiled=False)
         found.append(logprobs_of(engine, 2))
     for mine, theirs in zip(*found, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
@@ -93,13 +107,13 @@ def test_a_size_that_decides_what_is_computed_is_refused() -> None:
         return x.sin() if x.shape[0] == 61 else x
 
     with pytest.raises(ConfigError, match="other numbers of tokens; use enforce_eager=True"):
-        record(cut, [torch.ones(61)], dynamic=True)
+        record(cut, [torch.ones(61)], {61})
 
 
 def test_without_a_compiler_the_error_says_what_helps() -> None:
     from torch._inductor import config
 
-    graph = record(lambda x: x.sin() + 1, [torch.ones(4)], dynamic=False)
+    graph = record(lambda x: x.sin() + 1, [torch.ones(4)])
     with (
         config.patch({"cpp.cxx": ("/nowhere/g++",)}),
         pytest.raises(ConfigError, match=r"install g\+\+, or use enforce"),

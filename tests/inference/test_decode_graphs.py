@@ -135,7 +135,7 @@ def test_the_static_buffers_are_counted_in_the_memory(tmp_path: Path, monkeypatc
             tokens.append([o.outputs[0].token_ids for o in served.generate([[3, 4], [5]], params, use_tqdm=False)])
             cache = served.engine.runner.cache
             of_cache = sum(p.data.nbytes for of in (cache.keys, cache.values) for p in of.values())
-            graphs = served.engine.runner._graphs
+            graphs = served.engine.runner.graphs
             if graphs is not None:
                 buffers = (graphs.numbers, graphs.tables, graphs.spans, graphs.logits)
                 assert sum(buffer.nbytes for buffer in buffers) == graphs.sizes.bytes > 16 * 1024
@@ -156,7 +156,7 @@ def test_graphs_on_a_gpu_say_what_eager_steps_say(tmp_path: Path) -> None:
     for device, eager in (("cpu", True), ("cuda", True), ("cuda", False)):
         settings: dict[str, Any] = {"device": device, "enforce_eager": eager, "num_blocks": 64, "max_num_seqs": 5}
         with LLM(tmp_path, dtype="float32", **settings) as served:
-            assert (served.engine.runner._graphs is not None) == (not eager)
+            assert (served.engine.runner.graphs is not None) == (not eager)
             found.append([output.outputs[0] for output in served.generate(prompts, params, use_tqdm=False)])
     for mine, want in zip(found[1:], found[:1] * 2, strict=True):
         for one, other in zip(mine, want, strict=True):

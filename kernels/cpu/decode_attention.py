@@ -1,0 +1,72 @@
+"""Attention of the last token of each text to a cache of blocks, as sums that Inductor makes loops of.
+
+Keys are read where they lie: a matrix product would need a copy of them. Each block is attended to for itself, and what
+was found is weighed afterwards ("flash decoding"), so texts of any lengths stand side by side.
+
+Shapes: ``b`` texts of up to ``m`` blocks, ``p`` blocks of all texts together, of ``s`` tokens each; ``n`` heads and
+``g`` key/value heads, ``d`` head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch._inductor.inductor_prims  # defines the operator that is called below
+from torch import Tensor
+
+
+class DecodedBlocks(NamedTuple):
+    """Which blocks the texts of a step have, int64.
+
+    Attributes:
+        places: ``[b]`` of the queries in their texts, from 0.
+        blocks, texts, firsts: ``[p]`` where each block is in the cache, whose it is, and the place of its first key.
+        of_text: ``[b, m]`` each text's blocks by their number in ``p``, the last one's repeated at the end.
+    """
+
+    places: Tensor
+    blocks: Tensor
+    texts: Tensor
+    firsts: Tensor
+    of_text: Tensor
+
+
+def decode_attention(
+    q: Tensor, keys: Tensor, values: Tensor, at: DecodedBlocks, window: int | None, softcap: float | None
+) -> Tensor:
+    """``softmax(q k^T / sqrt(d)) v`` over the keys up to each query, in fp32 or wider.
+
+    Args:
+        q: ``[b, n, d]``. keys, values: ``[g, blocks, s, d]``; query head ``h`` uses key/value head ``h // (n / g)``.
+        window: a query sees only the keys that are fewer places than this before it.
+        softcap: scores are ``softcap * tanh(scores / softcap)``.
+
+    Returns:
+        ``[b, n, d]`` in ``q``'s dtype.
+    """
+    b, n, d = q.shape
+    g, _, size, _ = keys.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    queries = q.to(wide) * (1.0 / math.sqrt(d))
+    # Made once: otherwise the loop over keys makes each element again and again, its rotation included.
+    queries = torch.ops.prims.inductor_force_stride_order(queries, queries.stride())
+    queries = queries.view(b, g, n // g, d)[at.texts].transpose(0, 1)  # [g, p, n / g, d]
+    scores = (queries[:, :, :, None] * keys[:, at.blocks][:, :, None].to(wide)).sum(-1)  # [g, p, n / g, s]
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    places = at.places[at.texts, None]
+    own = at.firsts[:, None] + torch.arange(size, device=q.device)  # [p, s]
+    seen = own < places if window is None else (own <= places) & (own > places - window)
+    scores = torch.where(seen[:, None], scores, float("-inf"))
+    highest = scores.amax(-1).clamp(min=torch.finfo(wide).min)  # [g, p, n / g]; a window may hide a whole block
+    weights = (scores - highest[..., None]).exp()
+    found = (weights[..., None] * values[:, at.blocks][:, :, None].to(wide)).sum(3)  # [g, p, n / g, d]
+    of_blocks = highest[:, at.of_text]  # [g, b, m, n / g]
+    parts = (of_blocks - of_blocks.amax(2, keepdim=True)).exp()
+    last = at.places // size  # of each text
+    parts = torch.where((torch.arange(at.of_text.shape[1], device=q.device) <= last[:, None])[..., None], parts, 0.0)
+    total = (parts * weights.sum(-1)[:, at.of_text]).sum(2)  # [g, b, n / g]
+    out = (parts[..., None] * found[:, at.of_text]).sum(2) / total[..., None]
+    return out.to(q.dtype).transpose(0, 1).reshape(b, n, d)
