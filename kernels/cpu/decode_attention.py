@@ -58,7 +58,7 @@ def decode_attention(
         scores = (scores / softcap).tanh() * softcap
     places = at.places[at.texts, None]
     own = at.firsts[:, None] + torch.arange(size, device=q.device)  # [p, s]
-    seen = own < places if window is None else (own <= places) & (own > places - window)
+    seen = own <= places if window is None else (own <= places) & (own > places - window)
     scores = torch.where(seen[:, None], scores, float("-inf"))
     highest = scores.amax(-1).clamp(min=torch.finfo(wide).min)  # [g, p, n / g]; a window may hide a whole block
     weights = (scores - highest[..., None]).exp()
