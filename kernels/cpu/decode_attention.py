@@ -52,21 +52,22 @@ def decode_attention(
     queries = q.to(wide) * (1.0 / math.sqrt(d))
     # Made once: otherwise the loop over keys makes each element again and again, its rotation included.
     queries = torch.ops.prims.inductor_force_stride_order(queries, queries.stride())
-    queries = queries.view(b, g, n // g, d)[at.texts].transpose(0, 1)  # [g, p, n / g, d]
-    scores = (queries[:, :, :, None] * keys[:, at.blocks][:, :, None].to(wide)).sum(-1)  # [g, p, n / g, s]
+    queries = queries.view(b, g, n // g, d)[at.texts]  # [p, g, n / g, d]
+    k, v = (pages.transpose(0, 1)[at.blocks].unsqueeze(2).to(wide) for pages in (keys, values))  # [p, g, 1, s, d]
+    scores = (queries.unsqueeze(3) * k).sum(-1)  # [p, g, n / g, s]
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
     places = at.places[at.texts, None]
     own = at.firsts[:, None] + torch.arange(size, device=q.device)  # [p, s]
     seen = own <= places if window is None else (own <= places) & (own > places - window)
-    scores = torch.where(seen[:, None], scores, float("-inf"))
-    highest = scores.amax(-1).clamp(min=torch.finfo(wide).min)  # [g, p, n / g]; a window may hide a whole block
-    weights = (scores - highest[..., None]).exp()
-    found = (weights[..., None] * values[:, at.blocks][:, :, None].to(wide)).sum(3)  # [g, p, n / g, d]
-    of_blocks = highest[:, at.of_text]  # [g, b, m, n / g]
-    parts = (of_blocks - of_blocks.amax(2, keepdim=True)).exp()
-    last = at.places // size  # of each text
-    parts = torch.where((torch.arange(at.of_text.shape[1], device=q.device) <= last[:, None])[..., None], parts, 0.0)
-    total = (parts * weights.sum(-1)[:, at.of_text]).sum(2)  # [g, b, n / g]
-    out = (parts[..., None] * found[:, at.of_text]).sum(2) / total[..., None]
-    return out.to(q.dtype).transpose(0, 1).reshape(b, n, d)
+    scores = torch.where(seen[:, None, None], scores, float("-inf"))
+    highest = scores.amax(-1).clamp(min=torch.finfo(wide).min)  # [p, g, n / g]; a window may hide a whole block
+    weights = (scores - highest.unsqueeze(3)).exp()
+    found = (weights.unsqueeze(4) * v).sum(3)  # [p, g, n / g, d]
+    of_blocks = highest[at.of_text]  # [b, m, g, n / g]
+    parts = (of_blocks - of_blocks.amax(1, keepdim=True)).exp()
+    there = torch.arange(at.of_text.shape[1], device=q.device) <= (at.places // size)[:, None]
+    parts = torch.where(there[:, :, None, None], parts, 0.0)
+    total = (parts * weights.sum(-1)[at.of_text]).sum(1)  # [b, g, n / g]
+    out = (parts.unsqueeze(4) * found[at.of_text]).sum(1) / total.unsqueeze(3)
+    return out.to(q.dtype).reshape(b, n, d)
