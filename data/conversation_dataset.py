@@ -22,7 +22,6 @@ from megatron_ds.data.cache import cached_arrays
 from megatron_ds.data.dataset_files import MASK_SUFFIX, CheckedArray, file_of
 from megatron_ds.data.gpt_dataset import DocumentRange
 from megatron_ds.data.indexed import IndexedDataset
-from megatron_ds.data.inspect import document_lengths
 from megatron_ds.data.order import order
 from megatron_ds.data.samples import Batch
 from megatron_ds.data.verify import dataset_identity
@@ -40,7 +39,6 @@ class ConversationDataset:
         sequence_length: ``s``.
         documents: ``(start, stop)`` range; None for all.
         seed: of the row order.
-        pad_id: token of the padding, which is never attended to by a conversation nor counted.
         cache_dir: where the packing is kept instead of beside the dataset.
 
     Attributes:
@@ -56,10 +54,9 @@ class ConversationDataset:
         sequence_length: int,
         documents: DocumentRange | None = None,
         seed: int = 0,
-        pad_id: int = 0,
         cache_dir: Path | None = None,
     ):
-        self.indexed, self.sequence_length, self.seed, self.pad_id = indexed, sequence_length, seed, pad_id
+        self.indexed, self.sequence_length, self.seed = indexed, sequence_length, seed
         self.documents = documents if documents is not None else (0, indexed.num_documents)
         path = file_of(indexed.prefix, MASK_SUFFIX)
         if not path.is_file():
@@ -99,7 +96,7 @@ class ConversationDataset:
                 min(self.indexed.document_start(at) + CHUNK_TOKENS, self.indexed.num_tokens - 1)
             )
             end = min(max(end, at + 1), stop)
-            lengths = document_lengths(self.indexed, at, end)
+            lengths = self.indexed.document_lengths(at, end)
             learnt = self._learnt(at, lengths)
             used = np.minimum(lengths - 1, self.sequence_length)
             good = learnt > 0
@@ -147,8 +144,8 @@ class ConversationDataset:
             raise IndexError(f"rows {wanted.min()} to {wanted.max()} of {len(self)} in {self.indexed.prefix}")
         shape = (wanted.size, s)
         batch = {
-            "tokens": np.full(shape, self.pad_id, np.int64),
-            "labels": np.full(shape, self.pad_id, np.int64),
+            "tokens": np.zeros(shape, np.int64),
+            "labels": np.zeros(shape, np.int64),
             "loss_mask": np.zeros(shape, bool),
             "position_ids": np.zeros(shape, np.int64),
             "document_ids": np.zeros(shape, np.int64),

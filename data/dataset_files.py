@@ -7,6 +7,7 @@ at a time, before it is first read, so that reading a row costs some microsecond
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -70,10 +71,8 @@ def checksum(path: Path) -> str:
     """xxh3-64 of a file, in hexadecimal; empty where there is none."""
     if not path.is_file():
         return ""
-    digest = xxhash.xxh3_64()
-    for piece in pieces(path):
-        digest.update(piece)
-    return digest.hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
 
 
 def require_checksum(what: object, found: str, stated: str, where: str, way_out: str) -> None:

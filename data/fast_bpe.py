@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -78,18 +77,15 @@ def byte_characters() -> list[str]:
 
 
 class FastEncoder:
-    """Encodes with tiktoken what it may, with ``slow`` the rest.
+    """Encodes with tiktoken what it may, with ``backend``, a ``tokenizers.Tokenizer``, the rest.
 
-    Args:
-        backend: the ``tokenizers.Tokenizer`` to stand in for.
-        slow: its ``encode`` for one text.
-        proved: the conditions on the merges were checked before (0.1 s a thousand tokens): do not check again.
+    ``proved``: the conditions on the merges were checked before (0.1 s a thousand tokens): do not check again.
 
     Raises:
         Unsuitable: the conditions above do not hold; says which, or that tiktoken is not installed.
     """
 
-    def __init__(self, backend: Any, slow: Callable[[str], list[int]], proved: bool = False):
+    def __init__(self, backend: Any, proved: bool = False):
         description = json.loads(backend.to_str())
         ranks, words = _ranks(description, proved), _words(description)
         try:
@@ -101,7 +97,7 @@ class FastEncoder:
         except Exception as error:
             raise Unsuitable(f"tiktoken does not take it: {error}") from None
         self._fast = encoding._core_bpe.encode_ordinary
-        self._slow = slow
+        self._backend = backend
         self._added = [token["content"] for token in description["added_tokens"]]
         self._known: set[str] = {chr(code) for code in range(128)}
         self._distrusted: set[str] = set()
@@ -123,6 +119,10 @@ class FastEncoder:
                     "megatron_ds.data.fast_bpe, please report it. Load the tokenizer with fast=False meanwhile"
                 )
         return np.array(ids, np.uint32)
+
+    def _slow(self, text: str) -> list[int]:
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
 
     def _twin(self, text: str) -> list[int] | None:
         """What tiktoken makes of a text; None where it gives up, as on an empty word."""

@@ -12,14 +12,13 @@ token-level variant.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ds.data.gpt_dataset import GPTDataset, assemble
-from megatron_ds.data.order import key, mix, order
-from megatron_ds.data.samples import Batch
+from megatron_ds.data.order import mix
 from megatron_ds.data.tokenizer_base import Tokenizer
 from megatron_ds.errors import DataError
 
@@ -28,13 +27,20 @@ _UNIT = 1 << 53
 
 @dataclass(frozen=True)
 class FillInTheMiddle:
-    """Args: ``rate`` of documents rearranged, ``spm_rate`` of those in SPM order, and the ids of the sentinels."""
+    """How documents are rearranged, anew each time they are seen.
+
+    Args:
+        rate: of documents that are rearranged. spm_rate: of those in SPM order.
+        eod_id, bos_id: the tokens that end and begin documents, and stay there, if they have them.
+    """
 
     prefix_id: int
     middle_id: int
     suffix_id: int
     rate: float = 0.5
     spm_rate: float = 0.5
+    eod_id: int | None = None
+    bos_id: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate <= 1 or not 0 <= self.spm_rate <= 1:
@@ -44,6 +50,24 @@ class FillInTheMiddle:
                 f"the sentinels prefix_id={self.prefix_id}, middle_id={self.middle_id} and suffix_id={self.suffix_id} "
                 "must be three different tokens"
             )
+
+    def rearrange_row(
+        self, window: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], draw: Callable[[int], int]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """A row, which has become longer by 3 tokens a rearranged document and is cut to its old length, and where
+        documents start in it.
+
+        Args:
+            starts: where they start in ``window``. The parts of them that lie in it are rearranged one by one.
+            draw: the random bits of a document by its number in the row.
+        """
+        new = []
+        for number, piece in enumerate(np.split(window, starts)):
+            start = int(piece.size > 0 and piece[0] == self.bos_id)
+            stop = piece.size - int(piece.size > start and piece[-1] == self.eod_id)
+            new += [np.concatenate([piece[:start], self.rearrange(piece[start:stop], draw(number)), piece[stop:]])]
+        begins = np.cumsum([piece.size for piece in new])[:-1]
+        return np.concatenate(new)[: window.size], begins[begins < window.size]
 
     def rearrange(self, tokens: npt.NDArray[np.int64], draw: int) -> npt.NDArray[np.int64]:
         """One document ``[n]``, or ``[n + 3]`` if it is rearranged; ``draw`` is 64 random bits, all that decides."""
@@ -78,52 +102,4 @@ def sentinels(
             raise DataError(f"the sentinel {name!r} has the id {found}, but model.vocab_size={vocab_size}")
         ids.append(found)
     prefix_id, middle_id, suffix_id = ids
-    return FillInTheMiddle(prefix_id, middle_id, suffix_id, rate, spm_rate)
-
-
-class FIMDataset:
-    """A :class:`GPTDataset` with its documents rearranged anew each time they are seen.
-
-    A row's documents (the parts of them that lie in the row) are rearranged one by one; the row, which has become
-    longer by 3 tokens a rearranged document, is cut to its old length. Tokens that begin and end documents stay there.
-
-    Args:
-        dataset: what is read; its options of document masking apply to the rearranged row.
-        fim: how.
-        eod_id, bos_id: the tokens that end and begin documents, if they have them.
-    """
-
-    def __init__(self, dataset: GPTDataset, fim: FillInTheMiddle, eod_id: int | None = None, bos_id: int | None = None):
-        self.dataset, self.fim, self.eod_id, self.bos_id = dataset, fim, eod_id, bos_id
-        self.sequence_length = dataset.sequence_length
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def batch(self, indices: npt.ArrayLike) -> Batch:
-        """Keyed by (seed, place in the run): the same on every mesh and after a resume, other cuts in each epoch."""
-        places = np.asarray(indices, np.int64).ravel()
-        return self._rearranged(order(self.dataset.seed, places, len(self.dataset)), places)
-
-    def rows(self, rows: npt.ArrayLike) -> Batch:
-        """Keyed by (seed, row), so that each evaluation sees the same cuts."""
-        wanted = np.asarray(rows, np.int64).ravel()
-        return self._rearranged(wanted, -1 - wanted)
-
-    def _rearranged(self, rows: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]) -> Batch:
-        s = self.sequence_length
-        windows = np.empty((rows.size, s + 1), np.int64)
-        starts: list[npt.NDArray[np.int64]] = []
-        for i, (row, place) in enumerate(zip(rows.tolist(), keys.tolist())):
-            pieces = np.split(self.dataset.window(row).astype(np.int64), self.dataset.document_starts(row))
-            draws = (key(self.dataset.seed, place, number) for number in range(len(pieces)))
-            new = [self._piece(piece, draw) for piece, draw in zip(pieces, draws)]
-            windows[i] = np.concatenate(new)[: s + 1]
-            begins = np.cumsum([piece.size for piece in new])[:-1]
-            starts.append(begins[begins <= s])
-        return assemble(windows, starts if self.dataset.document_masking else None)
-
-    def _piece(self, piece: npt.NDArray[np.int64], draw: int) -> npt.NDArray[np.int64]:
-        start = int(piece.size > 0 and piece[0] == self.bos_id)
-        stop = piece.size - int(piece.size > start and piece[-1] == self.eod_id)
-        return np.concatenate([piece[:start], self.fim.rearrange(piece[start:stop], draw), piece[stop:]])
+    return FillInTheMiddle(prefix_id, middle_id, suffix_id, rate, spm_rate, tokenizer.eod_id, tokenizer.bos_id)

@@ -11,14 +11,17 @@ Shape legend: ``b`` samples, ``s`` sequence length.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_ds.data.fim import FillInTheMiddle
 from megatron_ds.data.indexed import IndexedDataset
-from megatron_ds.data.order import order
+from megatron_ds.data.order import key, order
 from megatron_ds.data.samples import Batch, SampleSource
 from megatron_ds.errors import DataError
 
@@ -49,6 +52,7 @@ class GPTDataset:
         document_masking: also give ``document_ids`` (0, 1, ... within the row), for attention that stays inside a
             document; ``position_ids`` start again at 0 with each document (otherwise they run 0..s-1); and the
             prediction of a document's first token from the one before it does not count.
+        fim: rearrange each document for fill-in-the-middle, the same on every mesh and after a resume.
 
     Raises:
         DataError: the range has fewer than ``sequence_length + 1`` tokens, or the dataset holds no integers.
@@ -61,6 +65,7 @@ class GPTDataset:
         documents: DocumentRange | None = None,
         seed: int = 0,
         document_masking: bool = False,
+        fim: FillInTheMiddle | None = None,
     ):
         if indexed.dtype.kind not in "iu":
             raise DataError(f"{indexed.bin_path} holds {indexed.dtype.name} values, not token ids")
@@ -72,7 +77,7 @@ class GPTDataset:
                 f"documents {start} to {stop} were asked for, but {indexed.prefix} has 0 to {indexed.num_documents}"
             )
         self.indexed, self.sequence_length, self.seed = indexed, sequence_length, seed
-        self.documents, self.document_masking = (start, stop), document_masking
+        self.documents, self.document_masking, self.fim = (start, stop), document_masking, fim
         self.first_token = indexed.document_start(start)
         self.num_tokens = indexed.document_start(stop) - self.first_token
         self._num_rows = (self.num_tokens - 1) // sequence_length
@@ -88,17 +93,26 @@ class GPTDataset:
         return self._num_rows
 
     def batch(self, indices: npt.ArrayLike) -> Batch:
-        return self.rows(order(self.seed, indices, self._num_rows))
+        places = np.asarray(indices, np.int64).ravel()
+        return self._rows(order(self.seed, places, self._num_rows), places)
 
     def rows(self, rows: npt.ArrayLike) -> Batch:
-        s = self.sequence_length
-        wanted = np.asarray(rows, np.int64)
+        wanted = np.asarray(rows, np.int64).ravel()
         if wanted.size and not 0 <= int(wanted.min()) <= int(wanted.max()) < self._num_rows:
             raise IndexError(f"rows {wanted.min()} to {wanted.max()} of {self._num_rows} in {self.indexed.prefix}")
-        windows = np.empty((wanted.size, s + 1), np.int64)
-        for i, row in enumerate(wanted.tolist()):
+        return self._rows(wanted, -1 - wanted)
+
+    def _rows(self, rows: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]) -> Batch:
+        """``keys``: of random numbers. In a run other ones each epoch, in each evaluation the same."""
+        windows = np.empty((rows.size, self.sequence_length + 1), np.int64)
+        for i, row in enumerate(rows.tolist()):
             windows[i] = self.window(row)
-        return assemble(windows, map(self.document_starts, wanted.tolist()) if self.document_masking else None)
+        starts = list(map(self.document_starts, rows.tolist())) if self.document_masking or self.fim else []
+        if self.fim is not None:
+            for i, place in enumerate(keys.tolist()):
+                draw = functools.partial(key, self.seed, place)
+                windows[i], starts[i] = self.fim.rearrange_row(windows[i], starts[i], draw)
+        return assemble(windows, starts if self.document_masking else None)
 
     def window(self, row: int) -> npt.NDArray:
         """The tokens of a row with its last target ``[s + 1]``, as they are stored."""
@@ -147,15 +161,17 @@ def assemble(windows: npt.NDArray[np.int64], starts: Iterable[npt.NDArray[np.int
     return batch
 
 
+@dataclass
 class SyntheticDataset:
     """A :class:`TextSource` of uniform random tokens, for measuring speed and for tests: sample k is a function of
-    (seed, k) alone. ``length``: rows of one epoch, for evaluation."""
+    (seed, k) alone, and an epoch is 2^20 of them."""
 
-    def __init__(self, vocab_size: int, sequence_length: int, seed: int = 0, length: int = 1 << 20):
-        self.vocab_size, self.sequence_length, self.seed, self.length = vocab_size, sequence_length, seed, length
+    vocab_size: int
+    sequence_length: int
+    seed: int = 0
 
     def __len__(self) -> int:
-        return self.length
+        return 1 << 20
 
     def batch(self, indices: npt.ArrayLike) -> Batch:
         return self.rows(indices)

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_ds.data.blend import BlendedDataset
 from megatron_ds.data.conversation_dataset import ConversationDataset
 from megatron_ds.data.dataset_files import MASK_SUFFIX, read_manifest
-from megatron_ds.data.fim import FIMDataset, sentinels
+from megatron_ds.data.fim import sentinels
 from megatron_ds.data.gpt_dataset import DocumentRange, GPTDataset, SyntheticDataset, TextSource
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.order import key
@@ -30,10 +30,6 @@ READ = SPLITS[:2]
 """Those of which a run makes samples."""
 Weighted = Sequence[tuple[float, str]]
 """(weight by samples, prefix of a dataset), one for each dataset."""
-OpenDataset = Callable[[str], IndexedDataset]
-"""Opens, and checks, the dataset of a prefix."""
-MakeSource = Callable[[IndexedDataset, DocumentRange, int], TextSource]
-"""The samples of a range of documents of a dataset, with a seed of its own."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +165,7 @@ class _Files:
             if note := packed.describe_losses():
                 self.notes.append(note)
             return packed
-        samples = GPTDataset(indexed, self.sequence_length, documents, seed, self.options.document_masking)
-        if self._fim is None or self.tokenizer is None:
-            return samples
-        return FIMDataset(samples, self._fim, self.tokenizer.eod_id, self.tokenizer.bos_id)
+        return GPTDataset(indexed, self.sequence_length, documents, seed, self.options.document_masking, self._fim)
 
 
 def open_splits(
@@ -180,14 +173,15 @@ def open_splits(
     split: str,
     sequence_length: int,
     seed: int,
-    make: MakeSource,
-    open_dataset: OpenDataset,
+    make: Callable[[IndexedDataset, DocumentRange, int], TextSource],
+    open_dataset: Callable[[str], IndexedDataset],
 ) -> dict[str, TextSource | None]:
     """The blended samples of each split that is read, ``{"train": ..., "valid": ...}``; None for one without weight.
 
     Args:
         blends: ``{"": blend}``, whose datasets are all divided by ``split`` (see :func:`split_documents`); or a blend
             of whole datasets for each split. Those for ``"test"`` are not opened.
+        make: the samples of a range of documents, with a seed of its own.
 
     Raises:
         DataError: an unknown split, a dataset named in two splits (what is trained on would be evaluated), or one that

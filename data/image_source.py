@@ -1,110 +1,337 @@
-"""Encoded images by their row, with captions or classes: what every place that keeps images offers.
+"""Encoded images by their row, with captions or classes: what every place that keeps images offers; folders of image
+files, and image sets of `datasets`. Tar shards are in :mod:`.image_tars`.
 
 Their sizes are read from the headers of their files once, then kept beside the source.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from megatron_ds.data.cache import cached_arrays
+from megatron_ds.data.dataset_files import files_identity
 from megatron_ds.data.image_transforms import UndecodableImage, size_of
 from megatron_ds.errors import DataError
+from megatron_ds.files import open_regular, parse_json, read_bytes, read_text
 
 Kind = Literal["folder", "tar", "dataset"]
 OnError = Literal["skip", "fail"]
 _SHOWN = 3
 _HEADER_BYTES = 64 << 10
+SKIP = "--data.on-error skip (of tools/cache_latents.py: --on-error skip)"
+"""The way to leave out images that do not decode."""
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
+METADATA, _UNREAD = "metadata.jsonl", ("metadata.csv", "metadata.parquet")
+_MOST_BYTES = 1 << 30  # of one image
+_CAPTIONS, _LABELS = ("text", "caption"), ("label", "labels")
+_STATE, _DICT = "state.json", "dataset_dict.json"
 
 
-class ImageSource(Protocol):
+class ImageSource(ABC):
     """Images as they are stored, the same rows in the same order on every rank.
 
     Attributes:
+        path: where they are. cache_dir: a folder to keep indices in, instead of beside them.
         classes: the names of the classes in the order of their labels; empty where they have none.
         labels: int64 ``[rows]``, or None where images have no class.
         captioned: whether images have captions.
         identity: what tells these images from others, also where a copy of them lies, as JSON values.
-        modified: what changes besides whenever a file is written.
+        modified: what changes besides whenever a file is written; empty where the identity has a checksum of it.
     """
 
-    classes: tuple[str, ...]
-    labels: npt.NDArray[np.int64] | None
-    captioned: bool
+    classes: tuple[str, ...] = ()
+    labels: npt.NDArray[np.int64] | None = None
+    captioned = False
     identity: Mapping[str, Any]
-    modified: str
+    modified = ""
 
+    def __init__(self, path: Path, cache_dir: Path | None):
+        self.path, self.cache_dir = path, cache_dir
+
+    @abstractmethod
     def __len__(self) -> int: ...
 
+    @abstractmethod
     def name(self, row: int) -> str:
         """Of the image, for messages."""
-        ...
 
+    @abstractmethod
     def content(self, row: int, most: int | None = None) -> bytes:
         """The image's file, or so many bytes of its beginning at least."""
-        ...
 
-    def caption(self, row: int) -> str: ...
+    @abstractmethod
+    def caption(self, row: int) -> str:
+        """Of the image; empty without captions."""
+
+    @cached_property
+    def sizes(self) -> npt.NDArray[np.int64]:
+        """Height and width of each image once it is turned, int64 ``[rows, 2]``; zeros where the file is no image."""
+
+        def size(row: int) -> tuple[int, int]:
+            for most in (_HEADER_BYTES, None):  # few formats say their size further on
+                try:
+                    return size_of(self.content(row, most))
+                except UndecodableImage:
+                    pass
+            return 0, 0
+
+        def build() -> dict[str, npt.NDArray]:
+            with ThreadPoolExecutor() as pool:
+                return {"sizes": np.array(list(pool.map(size, range(len(self)))), np.int64).reshape(-1, 2)}
+
+        beside = self.path.with_name(f"{self.path.name}.image-sizes")
+        key = {**self.identity, "modified": self.modified, "rows": len(self)}
+        return cached_arrays(beside, key, build, self.cache_dir)["sizes"]
+
+    def usable_rows(self, on_error: OnError) -> npt.NDArray[np.int64]:
+        """The rows whose files begin as images do. One must, and with ``on_error="fail"`` all."""
+        good = self.sizes[:, 0] > 0
+        count = int((~good).sum())
+        if count and (on_error == "fail" or not good.any()):
+            names = [self.name(row) for row in np.flatnonzero(~good)[:_SHOWN].tolist()]
+            more = f" and {count - len(names)} more" if count > len(names) else ""
+            raise DataError(
+                f"{count} of {len(self)} images cannot be decoded: {', '.join(names)}{more}; remove or replace them, "
+                f"or leave them out with {SKIP}"
+            )
+        return np.flatnonzero(good)
 
 
 def open_images(path: str | Path, kind: Kind | None = None, cache_dir: Path | None = None) -> ImageSource:
     """The images at a path: a folder of image files, tar shards, or an image set of `datasets`; ``kind=None``: what it
     looks like. ``cache_dir``: a folder to keep indices in, instead of beside the images."""
-    from megatron_ds.data import image_datasets, image_folders, image_tars
+    from megatron_ds.data import image_tars
 
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path} does not exist; give a folder of images, tar shards, or an image set of `datasets`")
     tars = image_tars.find_tars(path) if kind in (None, "tar") else []
-    if kind is None and path.is_dir() and tars and (image := next(image_folders.find_images(path), None)):
+    if kind is None and path.is_dir() and tars and (image := next(find_images(path), None)):
         raise DataError(f"{path} holds tar shards and image files ({tars[0]}, {image}); move one kind of them away")
     if kind == "tar" or tars:
         return image_tars.TarImages(path, tars, cache_dir)
-    if kind == "dataset" or (kind is None and image_datasets.is_dataset(path)):
-        return image_datasets.DatasetImages(path)
-    return image_folders.ImageFolder(path)
+    if kind == "dataset" or (kind is None and is_dataset(path)):
+        return DatasetImages(path, cache_dir)
+    return ImageFolder(path, cache_dir)
 
 
-def image_sizes(source: ImageSource, path: Path, cache_dir: Path | None = None) -> npt.NDArray[np.int64]:
-    """Height and width of each image once it is turned, int64 ``[rows, 2]``; zeros where the file is no image. Kept in
-    ``cache_dir``, else beside ``path``, where the source is."""
-
-    def size(row: int) -> tuple[int, int]:
-        for most in (_HEADER_BYTES, None):  # few formats say their size further on
-            try:
-                return size_of(source.content(row, most))
-            except UndecodableImage:
-                pass
-        return 0, 0
-
-    def build() -> dict[str, npt.NDArray]:
-        with ThreadPoolExecutor() as pool:
-            return {"sizes": np.array(list(pool.map(size, range(len(source)))), np.int64).reshape(-1, 2)}
-
-    beside = path.with_name(f"{path.name}.image-sizes")
-    key = {**source.identity, "modified": source.modified, "rows": len(source)}
-    return cached_arrays(beside, key, build, cache_dir)["sizes"]
+# --- folders of image files ----------------------------------------------------------------------------------------
 
 
-SKIP = "--data.on-error skip (of tools/cache_latents.py: --on-error skip)"
-"""The way to leave out images that do not decode."""
+def find_images(folder: Path) -> Iterator[Path]:
+    """The image files of a folder and its subfolders, in any order, but none that is hidden."""
+    for path in folder.rglob("*"):
+        # Such as .ipynb_checkpoints/x-checkpoint.png of Jupyter, or __MACOSX/x.jpg of a Mac's zip.
+        hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in SUFFIXES and not hidden and path.is_file():
+            yield path
 
 
-def usable_rows(source: ImageSource, sizes: npt.NDArray[np.int64], on_error: OnError) -> npt.NDArray[np.int64]:
-    """The rows whose files begin as images do. One must, and with ``on_error="fail"`` all."""
-    good = sizes[:, 0] > 0
-    count = int((~good).sum())
-    if count and (on_error == "fail" or not good.any()):
-        names = [source.name(row) for row in np.flatnonzero(~good)[:_SHOWN].tolist()]
-        more = f" and {count - len(names)} more" if count > len(names) else ""
+class ImageFolder(ImageSource):
+    """Image files, sorted by path: a class for each subfolder, or captions beside the images; all have them, or none.
+
+    Captions are in ``x.txt`` beside ``x.jpg``, or in ``metadata.jsonl`` with ``file_name`` and ``text`` (as in the
+    image folders of `datasets`: in any subfolder, names relative to it). What is hidden is left alone, as there.
+    """
+
+    def __init__(self, folder: Path, cache_dir: Path | None):
+        super().__init__(folder, cache_dir)
+        paths = sorted(path.relative_to(folder) for path in find_images(folder))
+        if not paths:
+            raise DataError(f"{folder} holds no image file ({', '.join(sorted(SUFFIXES))})")
+        self._paths = [str(path) for path in paths]
+        self._captions = _captions(folder, paths)
+        self.captioned = self._captions is not None
+        parents = {path.parts[0] for path in paths if len(path.parts) > 1}
+        in_classes = not self.captioned and all(len(path.parts) > 1 for path in paths)
+        self.classes = tuple(sorted(parents)) if in_classes else ()
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        self.labels = np.array([numbers[path.parts[0]] for path in paths], np.int64) if in_classes else None
+        # Reading every byte of a million files would take an hour.
+        listing, times = xxhash.xxh3_128(), xxhash.xxh3_128()
+        for row, path in enumerate(self._paths):
+            status = (folder / path).stat()
+            listing.update(f"{path}\0{status.st_size}\0{self.caption(row)}\0".encode())
+            times.update(f"{status.st_mtime_ns}\0".encode())
+        self.identity = {"images": "folder", "number": len(self), "listing": listing.hexdigest()}
+        self.modified = times.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def name(self, row: int) -> str:
+        return str(self.path / self._paths[row])
+
+    def content(self, row: int, most: int | None = None) -> bytes:
+        try:
+            with open_regular(self.path / self._paths[row]) as file:
+                return file.read(_MOST_BYTES if most is None else most)
+        except OSError as error:
+            raise DataError(f"{self.name(row)} cannot be read: {error}") from None
+
+    def caption(self, row: int) -> str:
+        return "" if self._captions is None else self._captions[row]
+
+
+def _captions(folder: Path, paths: list[Path]) -> list[str] | None:
+    """Of each image; None where there are none at all."""
+    listed: dict[str, str] = {}
+    for parent in sorted({parent for path in paths for parent in path.parents}):  # that of a subfolder comes later
+        metadata = folder / parent / METADATA
+        if metadata.is_file():
+            listed |= {str(parent / name): text for name, text in _read_metadata(metadata).items()}
+        elif unread := next((name for name in _UNREAD if (folder / parent / name).is_file()), None):
+            raise DataError(
+                f"{folder / parent / unread} is not read: write its rows to {METADATA} beside it, each a JSON object "
+                'such as {"file_name": "0001.png", "text": "a cat"}, or move it away'
+            )
+    beside = {path: (folder / path).with_suffix(".txt") for path in paths}
+    found = [
+        listed[str(path)] if str(path) in listed else _read_caption(beside[path]) if beside[path].is_file() else None
+        for path in paths
+    ]
+    missing = [path for path, caption in zip(paths, found) if caption is None]
+    if len(missing) == len(paths):
+        return None
+    if missing:
         raise DataError(
-            f"{count} of {len(source)} images cannot be decoded: {', '.join(names)}{more}; remove or replace them, or "
-            f"leave them out with {SKIP}"
+            f"{len(missing)} of the {len(paths)} images in {folder} have no caption, {missing[0]} first: write one to "
+            f"{missing[0].with_suffix('.txt')} beside it or to {METADATA} (an empty one counts), or move the image away"
         )
-    return np.flatnonzero(good)
+    return [caption for caption in found if caption is not None]
+
+
+def _read_caption(path: Path) -> str:
+    try:
+        return read_text(path).strip()
+    except (OSError, ValueError) as error:
+        raise DataError(f"the caption {path} cannot be read: {error}") from None
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    """File name to caption."""
+    try:
+        lines = read_bytes(path).splitlines()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    captions = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line)
+            name, text = record["file_name"], record["text"]
+            if not isinstance(name, str) or not isinstance(text, str):
+                raise TypeError("file_name and text are not both texts")
+        except (ValueError, LookupError, TypeError) as error:
+            raise DataError(
+                f"{path}, line {number}: {type(error).__name__} {error}; each line is a JSON object such as "
+                '{"file_name": "0001.png", "text": "a cat"}'
+            ) from None
+        captions[str(Path(name))] = text
+    return captions
+
+
+# --- image sets of `datasets` --------------------------------------------------------------------------------------
+
+
+def is_dataset(path: Path) -> bool:
+    return any((path / name).is_file() for name in (_STATE, _DICT)) or bool(_parquet(path))
+
+
+def _parquet(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path] if path.suffix == ".parquet" else []
+    return sorted(file for file in path.rglob("*.parquet") if file.is_file())
+
+
+class DatasetImages(ImageSource):
+    """What ``save_to_disk`` of `datasets` wrote, or Parquet files: the one column of images, with ``text`` or
+    ``caption``, ``label`` or ``labels``."""
+
+    def __init__(self, path: Path, cache_dir: Path | None):
+        import datasets
+
+        super().__init__(path, cache_dir)
+        table, files = _load(path)
+        images = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
+        if len(images) != 1 or not len(table):
+            raise DataError(
+                f"{path} has {len(table)} rows and {len(images)} columns of images among {', '.join(table.features)}; "
+                "use a set with one: cast_column(name, datasets.Image())"
+            )
+        self._table = table.cast_column(images[0], datasets.Image(decode=False))
+        self._image = images[0]
+        texts = (name for name in _CAPTIONS if getattr(table.features.get(name), "dtype", "") == "string")
+        self._caption = next(texts, None)
+        self.captioned = self._caption is not None
+        if self._caption is not None and (missing := table[self._caption][:].count(None)):
+            raise DataError(
+                f"{missing} of the {len(table)} images in {path} have no {self._caption}; an empty one counts, or "
+                "filter them out"
+            )
+        label = next((name for name in _LABELS if name in table.features), None)
+        if label is not None:
+            try:
+                self.labels = _class_numbers(table[label][:])
+            except (TypeError, ValueError) as error:
+                raise DataError(
+                    f"{path}: the column {label} holds no class numbers ({error}); use datasets.ClassLabel, or "
+                    "another name"
+                ) from None
+        names = getattr(table.features[label], "names", None) if label is not None else None
+        self.classes = tuple(names or ())
+        self.identity = {"images": "dataset", **files_identity(files)}
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def name(self, row: int) -> str:
+        return f"{self.path}: row {row}"
+
+    def content(self, row: int, most: int | None = None) -> bytes:
+        try:
+            image = self._table[row][self._image] or {}
+            if (content := image.get("bytes")) is None:
+                content = Path(image["path"]).read_bytes()
+        except (OSError, KeyError, TypeError) as error:
+            raise DataError(f"{self.name(row)} has no image, neither its bytes nor a file: {error}") from None
+        return bytes(content)
+
+    def caption(self, row: int) -> str:
+        return "" if self._caption is None else str(self._table[row][self._caption])
+
+
+def _class_numbers(values: Sequence[Any]) -> npt.NDArray[np.int64]:
+    """Raises ValueError or TypeError: not a whole number for each row."""
+    numbers = np.array(values, np.int64)
+    if numbers.ndim > 1:
+        raise ValueError(f"row 0 has {values[0]}")
+    if (fractions := np.flatnonzero(numbers != np.array(values, float))).size:
+        raise ValueError(f"row {fractions[0]} has {values[int(fractions[0])]}")
+    return numbers
+
+
+def _load(path: Path) -> tuple[Any, list[Path]]:
+    import datasets
+
+    if (path / _DICT).is_file():
+        splits = sorted(folder.name for folder in path.iterdir() if (folder / _STATE).is_file())
+        raise DataError(f"{path} holds several splits; give one: {', '.join(str(path / split) for split in splits)}")
+    try:
+        if (path / _STATE).is_file():
+            return datasets.load_from_disk(str(path)), sorted(path.rglob("*.arrow"))
+        if files := _parquet(path):
+            return datasets.Dataset.from_parquet([str(file) for file in files]), files
+    except Exception as error:  # of pyarrow and of `datasets`: there is no common class
+        raise DataError(f"{path} cannot be read by `datasets`: {error}") from None
+    raise DataError(f"{path} is no image set of `datasets`: neither save_to_disk nor Parquet files")

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from megatron_ds.data.cache import cached_arrays
 from megatron_ds.data.dataset_files import files_identity
-from megatron_ds.data.image_folders import SUFFIXES
+from megatron_ds.data.image_source import SUFFIXES, ImageSource
 from megatron_ds.errors import DataError
 from megatron_ds.files import parse_json
 
@@ -54,16 +54,15 @@ def find_tars(path: Path) -> list[Path]:
     return tars
 
 
-class TarImages:
-    """An :class:`~megatron_ds.data.image_source.ImageSource`, in the order of the shards' names and members. All of its
-    images have captions, or none; and so with classes."""
+class TarImages(ImageSource):
+    """Images in the order of the shards' names and members. All of them have captions, or none; and so with classes."""
 
-    def __init__(self, path: Path, tars: Sequence[Path], cache_dir: Path | None = None):
+    def __init__(self, path: Path, tars: Sequence[Path], cache_dir: Path | None):
+        super().__init__(path, cache_dir)
         if not tars:
             raise DataError(f"{path} holds no .tar; compressed ones cannot be read at random: decompress them")
         self._tars = list(tars)
-        self.identity: Mapping[str, Any] = {"images": "tar", **files_identity(tars)}
-        self.modified = ""  # the identity has a checksum
+        self.identity = {"images": "tar", **files_identity(tars)}
         beside = path.with_name(f"{path.name}.image-index")
         index = cached_arrays(beside, {"version": 2, **self.identity}, self._index, cache_dir)
         self._images, self._texts, self._names, self._ends = (index[n] for n in ("image", "text", "names", "ends"))
@@ -79,7 +78,6 @@ class TarImages:
                 )
         self.captioned = bool(captioned.all())
         self.labels = index["labels"] if classed.all() else None
-        self.classes: tuple[str, ...] = ()
 
     def _index(self) -> dict[str, npt.NDArray]:
         with ThreadPoolExecutor() as pool:

@@ -222,6 +222,14 @@ class IndexedDataset:
         sequence = int(self.document_bounds[document])
         return self.num_tokens if sequence == self.num_sequences else int(self.offsets[sequence]) // self.dtype.itemsize
 
+    def document_lengths(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Tokens of documents ``start`` to ``stop``: int64 [stop - start]."""
+        bounds = np.asarray(self.document_bounds[start : stop + 1])
+        at = np.asarray(self.offsets[bounds[0] : bounds[-1]]) // self.dtype.itemsize
+        starts = np.append(at, self.document_start(stop))[bounds - bounds[0]]
+        lengths: npt.NDArray[np.int64] = np.diff(starts)
+        return lengths
+
     def document(self, document: int) -> npt.NDArray:
         """The tokens of one document ``[n]``, all its sequences, a view of the map."""
         tokens: npt.NDArray = self.tokens[self.document_start(document) : self.document_start(document + 1)]

@@ -36,16 +36,6 @@ class LengthHistogram:
     percentiles: dict[int, int]
 
 
-def document_lengths(dataset: IndexedDataset, start: int, stop: int) -> npt.NDArray[np.int64]:
-    """Tokens of documents ``start`` to ``stop``: int64 [stop - start]."""
-    bounds = np.asarray(dataset.document_bounds[start : stop + 1])
-    at = np.asarray(dataset.offsets[bounds[0] : bounds[-1]]) // dataset.dtype.itemsize
-    end = dataset.document_start(stop)
-    starts = np.append(at, end)[bounds - bounds[0]]
-    lengths: npt.NDArray[np.int64] = np.diff(starts)
-    return lengths
-
-
 def length_histogram(dataset: IndexedDataset) -> LengthHistogram:
     """One pass over the index, in chunks."""
     edges = np.concatenate([[0], 1 << np.arange(41, dtype=np.int64)])
@@ -54,7 +44,7 @@ def length_histogram(dataset: IndexedDataset) -> LengthHistogram:
     every = max(1, -(-dataset.num_documents // CHUNK))
     sampled = []
     for start in range(0, dataset.num_documents, CHUNK):
-        lengths = document_lengths(dataset, start, min(start + CHUNK, dataset.num_documents))
+        lengths = dataset.document_lengths(start, min(start + CHUNK, dataset.num_documents))
         which = np.searchsorted(edges, lengths, "right") - 1
         documents += np.bincount(which, minlength=documents.size)
         tokens += np.bincount(which, weights=lengths, minlength=tokens.size).astype(np.int64)
@@ -68,7 +58,7 @@ def length_histogram(dataset: IndexedDataset) -> LengthHistogram:
     return LengthHistogram(edges[first : last + 2], documents[used], tokens[used], int(shortest), longest, percentiles)
 
 
-def draw_histogram(histogram: LengthHistogram, width: int = 50) -> str:
+def draw_histogram(histogram: LengthHistogram) -> str:
     """The histogram as text: one line a bin, bars by number of documents."""
     most = int(histogram.documents.max())
     lines = [f"{'tokens':>23}  {'documents':>12}  share of tokens"]
@@ -77,7 +67,7 @@ def draw_histogram(histogram: LengthHistogram, width: int = 50) -> str:
         histogram.edges[:-1], histogram.edges[1:], histogram.documents, histogram.tokens
     ):
         label = f"{low:,}" if high - low == 1 else f"{low:,} to {high - 1:,}"
-        bar = "█" * round(width * int(documents) / most) or ("▏" if documents else "")
+        bar = "█" * round(50 * int(documents) / most) or ("▏" if documents else "")
         lines.append(f"{label:>23}  {documents:>12,}  {tokens / total:>6.1%}  {bar}")
     names = ", ".join(f"{name}% {value:,}" for name, value in histogram.percentiles.items())
     lines.append(f"shortest {histogram.shortest:,}, longest {histogram.longest:,}; shorter or equal: {names}")

@@ -110,11 +110,6 @@ class Shard:
             raise DataError(f"{self.path} is damaged: row {number} does not match its checksum; {_AGAIN}")
         return found
 
-    def check(self) -> None:
-        """Read and compare every row."""
-        for number in range(len(self.sums)):
-            self.row(number)
-
 
 _AGAIN = "run the same command of tools/cache_latents.py again, which makes damaged shards anew"
 

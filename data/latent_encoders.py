@@ -107,15 +107,23 @@ class VaeConfig:
         return VaeConfig(float(scale), float(config.get("shift_factor") or 0.0), factor)
 
 
-def text_identities(folders: Sequence[Path], tokenizers: Sequence[Path]) -> list[dict[str, str]]:
-    """Of text encoders with their tokenizers, in pairs and in order."""
-    if len(folders) != len(tokenizers):
-        raise DataError(f"{len(folders)} text encoders with {len(tokenizers)} tokenizers; give each its own")
-    for folder in folders:
+@dataclass(frozen=True)
+class EncoderFolders:
+    """What encodes images and their texts: ``text`` and ``tokenizers`` are none, one or more, in pairs and in order."""
+
+    vae: Path | None = None
+    text: Sequence[Path] = ()
+    tokenizers: Sequence[Path] = ()
+
+
+def text_identities(encoders: EncoderFolders) -> list[dict[str, str]]:
+    """Of text encoders with their tokenizers."""
+    if (count := len(encoders.text)) != len(encoders.tokenizers):
+        raise DataError(f"{count} text encoders with {len(encoders.tokenizers)} tokenizers; give each its own")
+    for folder in encoders.text:
         text_class(folder)
-    return [
-        {**model_identity(folder), "tokenizer": tokenizer_identity(words)} for folder, words in zip(folders, tokenizers)
-    ]
+    pairs = zip(encoders.text, encoders.tokenizers)
+    return [{**model_identity(folder), "tokenizer": tokenizer_identity(words)} for folder, words in pairs]
 
 
 def text_class(folder: Path) -> str:
@@ -156,7 +164,6 @@ class TextEncoder:
     one without.
 
     Args:
-        folders, tokenizers: of each, in order.
         states: of CLIP encoders, ``"penultimate"`` takes the hidden states before the last layer, as SDXL and Stable
             Diffusion 3 do, and ``"last"`` those after it. T5's are always the last.
         tokens: of a text that T5 sees. Default: 256, or fewer where its tokenizer says so.
@@ -164,8 +171,7 @@ class TextEncoder:
 
     def __init__(
         self,
-        folders: Sequence[Path],
-        tokenizers: Sequence[Path],
+        encoders: EncoderFolders,
         states: TextStates,
         tokens: int | None,
         device: torch.device,
@@ -174,18 +180,19 @@ class TextEncoder:
         import transformers
 
         self._states, self._device = states, device
-        self._encoders, self._tokenizers, self._lengths = [], [], []
-        self._is_t5 = [is_t5(folder) for folder in folders]
-        for folder, words, long in zip(folders, tokenizers, self._is_t5, strict=True):
+        self._parts: list[tuple[Any, Any, int, bool]] = []
+        """Model, tokenizer, tokens of a text, and whether it is a T5."""
+        for folder, words in zip(encoders.text, encoders.tokenizers, strict=True):
+            long = is_t5(folder)
             model = getattr(transformers, text_class(folder)).from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, local_files_only=True
             )
-            self._encoders.append(model.to(device).eval().requires_grad_(False))
-            self._tokenizers.append(transformers.AutoTokenizer.from_pretrained(words, local_files_only=True))
+            tokenizer = transformers.AutoTokenizer.from_pretrained(words, local_files_only=True)
             most = _T5_TOKENS if long else model.config.max_position_embeddings
-            own = min(self._tokenizers[-1].model_max_length, most)  # which is 10^30 where a tokenizer has no limit
-            self._lengths.append(tokens or own if long else own)
-        of_clip = [length for length, long in zip(self._lengths, self._is_t5) if not long]
+            own = min(tokenizer.model_max_length, most)  # which is 10^30 where a tokenizer has no limit
+            length = tokens or own if long else own
+            self._parts.append((model.to(device).eval().requires_grad_(False), tokenizer, length, long))
+        of_clip = [length for _, _, length, long in self._parts if not long]
         if len(set(of_clip)) > 1:
             raise DataError(f"CLIP encoders of {of_clip} tokens cannot be joined along their channels; use others")
 
@@ -196,7 +203,7 @@ class TextEncoder:
         of_t5: list[Tensor] = []
         projected: list[Tensor] = []
         pooled: list[Tensor] = []
-        for encoder, tokenizer, length, long in zip(self._encoders, self._tokenizers, self._lengths, self._is_t5):
+        for encoder, tokenizer, length, long in self._parts:
             ids = tokenizer(
                 list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
             ).input_ids
@@ -277,21 +284,19 @@ class LatentDecoder:
         return torch.cat([self._vae.decode(part).sample.float() for part in raw.split(batch)])
 
 
-def check_text_encoders(
-    meta: Mapping[str, Any], folders: Sequence[Path], tokenizers: Sequence[Path], where: object
-) -> dict[str, Any]:
+def check_text_encoders(meta: Mapping[str, Any], encoders: EncoderFolders, where: object) -> dict[str, Any]:
     """How the texts were encoded that a checkpoint's model was trained on; a ``DataError`` if not by these encoders."""
     texts: dict[str, Any] | None = (latents_of(meta) or {}).get("texts")
     if texts is None:
         raise DataError(f"{where} was not trained on texts of tools/cache_latents.py; what encodes prompts is unknown")
-    wanted, given = texts["encoders"], text_identities(folders, tokenizers)
+    wanted, given = texts["encoders"], text_identities(encoders)
     classes = ", ".join(encoder["class"] for encoder in wanted)
     if len(given) != len(wanted):
         raise DataError(
             f"{where} was trained on texts of {len(wanted)} encoders ({classes}), and not of {len(given)}; give each "
             "with --text-encoder, and its tokenizer with --tokenizer, in this order"
         )
-    for folder, words, mine, theirs in zip(folders, tokenizers, given, wanted):
+    for folder, words, mine, theirs in zip(encoders.text, encoders.tokenizers, given, wanted):
         if differing := [name for name in theirs if mine[name] != theirs[name]]:
             raise DataError(
                 f"{words if differing == ['tokenizer'] else folder} is not what {where} was trained on: its "
@@ -302,15 +307,11 @@ def check_text_encoders(
 
 
 def encode_prompts(
-    texts: Mapping[str, Any],
-    folders: Sequence[Path],
-    tokenizers: Sequence[Path],
-    prompts: Sequence[str],
-    device: torch.device,
+    texts: Mapping[str, Any], encoders: EncoderFolders, prompts: Sequence[str], device: torch.device
 ) -> dict[str, Tensor]:
     """``text`` fp32 ``[n, tokens, width]`` and ``pooled`` ``[n, width]`` of each prompt, and of none, for guidance,
     ``empty.text`` and ``empty.pooled`` with a first dim 1; on the CPU. ``texts``: of :func:`check_text_encoders`."""
-    encoder = TextEncoder(folders, tokenizers, texts["states"], texts["tokens"], device, torch.float32)
+    encoder = TextEncoder(encoders, texts["states"], texts["tokens"], device, torch.float32)
     found: dict[str, Tensor] = {}
     for start, wanted in (("", prompts), ("empty.", [""])):
         parts = [encoder.encode([prompt]) for prompt in wanted]

@@ -20,10 +20,11 @@ import torch
 from megatron_ds.data.aspect_buckets import Size, bucket_rows, make_buckets
 from megatron_ds.data.cache import first_difference
 from megatron_ds.data.image_samples import Augmentation
-from megatron_ds.data.image_source import ImageSource, OnError, usable_rows
+from megatron_ds.data.image_source import ImageSource, OnError
 from megatron_ds.data.image_transforms import Pixels, UndecodableImage
 from megatron_ds.data.latent_cache import EMPTY, PLAN, VERSION, Arrays, Plan, Shard, shard_name, write_shard
 from megatron_ds.data.latent_encoders import (
+    EncoderFolders,
     ImageEncoder,
     TextEncoder,
     TextStates,
@@ -40,15 +41,6 @@ T = TypeVar("T")
 _SHOWN = 20
 BROKEN, NO_IMAGES = "which cannot be decoded to their end", "which are no images"
 """Why images are left out."""
-
-
-@dataclass(frozen=True)
-class EncoderFolders:
-    """``text`` and ``tokenizers``: none, one or more, in pairs."""
-
-    vae: Path
-    text: tuple[Path, ...] = ()
-    tokenizers: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,13 +94,11 @@ class ShardRows:
 
 
 class CacheWriter:
-    """A cache that is to be written, the same on every rank. ``sizes``: of the source's images, as
-    :func:`~megatron_ds.data.image_source.image_sizes` has them."""
+    """A cache that is to be written, the same on every rank."""
 
     def __init__(
         self,
         source: ImageSource,
-        sizes: npt.NDArray[np.int64],
         encoders: EncoderFolders,
         settings: CacheSettings,
         folder: Path,
@@ -120,7 +110,9 @@ class CacheWriter:
             raise DataError(
                 f"--text-tokens {settings.text_tokens} is of T5's texts, and no encoder is a T5; leave it out"
             )
-        vae = VaeConfig.read(encoders.vae)
+        assert encoders.vae is not None
+        self._vae = encoders.vae
+        vae = VaeConfig.read(self._vae)
         if settings.bucket_step % vae.factor:
             raise DataError(
                 f"--bucket-step {settings.bucket_step}: the VAE makes one of {vae.factor} pixels; use "
@@ -129,7 +121,7 @@ class CacheWriter:
         self._source, self._encoders, self._settings, self.folder = source, encoders, settings, folder
         self._loaded: Encoders | None = None
         buckets = make_buckets(settings.resolution, settings.bucket_step, settings.max_ratio)
-        rows = usable_rows(source, sizes, settings.on_error)
+        rows, sizes = source.usable_rows(settings.on_error), source.sizes
         self.unreadable = [source.name(row) for row in np.flatnonzero(sizes[:, 0] == 0).tolist()]
         self.shards = list(_cut(bucket_rows(rows, sizes[rows], buckets), settings.shard_rows))
         self.plan = Plan(
@@ -138,8 +130,8 @@ class CacheWriter:
                 "source": dict(source.identity),
                 "classes": list(source.classes),
                 "settings": asdict(settings),
-                "vae": model_identity(encoders.vae),
-                "text": text_identities(encoders.text, encoders.tokenizers),
+                "vae": model_identity(self._vae),
+                "text": text_identities(encoders),
                 "scale": vae.scale,
                 "shift": vae.shift,
                 "shards": len(self.shards),
@@ -198,15 +190,16 @@ class CacheWriter:
             s, folders = self._settings, self._encoders
             dtype, texts = getattr(torch, s.dtype), None
             if folders.text and s.text_states is not None:
-                texts = TextEncoder(folders.text, folders.tokenizers, s.text_states, s.text_tokens, device, dtype)
-            self._loaded = ImageEncoder(folders.vae, device, dtype), texts
+                texts = TextEncoder(folders, s.text_states, s.text_tokens, device, dtype)
+            self._loaded = ImageEncoder(self._vae, device, dtype), texts
         return self._loaded
 
     def _whole(self, name: str) -> Shard | None:
         """A shard that is there and undamaged."""
         try:
             shard = Shard.open(self.folder / name, self.plan)
-            shard.check()
+            for row in range(len(shard.sums)):  # each is compared with its checksum
+                shard.row(row)
         except DataError:
             return None
         return shard
@@ -278,14 +271,12 @@ def _cut(buckets: Mapping[Size, npt.NDArray[np.int64]], shard_rows: int) -> Iter
     return (ShardRows(number, bucket, rows) for number, (bucket, rows) in enumerate(parts))
 
 
-def _ahead(
-    pool: ThreadPoolExecutor, load: Callable[[int], T], batches: Iterable[list[int]], depth: int = 2
-) -> Iterator[list[T]]:
-    """Each batch loaded by the pool's threads, at most ``depth`` batches ahead of need."""
+def _ahead(pool: ThreadPoolExecutor, load: Callable[[int], T], batches: Iterable[list[int]]) -> Iterator[list[T]]:
+    """Each batch loaded by the pool's threads, at most two batches ahead of need."""
     waiting: list[Any] = []
     for batch in batches:
         waiting.append([pool.submit(load, row) for row in batch])
-        if len(waiting) > depth:
+        if len(waiting) > 2:
             yield [future.result() for future in waiting.pop(0)]
     for futures in waiting:
         yield [future.result() for future in futures]

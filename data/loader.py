@@ -101,7 +101,6 @@ class BatchLoader:
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         rank_offsets(self.global_batch(consumed), micro_batch, dp_rank, dp_size)  # fail here, not in a thread
         self._steps: Iterator[tuple[list[MicroBatch], int]] | None = None
-        self._reader: _ReadAhead | None = None
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         return self
@@ -109,10 +108,7 @@ class BatchLoader:
     def __next__(self) -> list[MicroBatch]:
         if self._steps is None:
             steps = self._read(self.consumed)
-            if self.prefetch > 0:
-                self._steps = self._reader = _ReadAhead(steps, self.prefetch)
-            else:
-                self._steps = steps
+            self._steps = _ReadAhead(steps, self.prefetch) if self.prefetch > 0 else steps
         micro_batches, self.consumed = next(self._steps)
         return micro_batches
 
@@ -134,9 +130,9 @@ class BatchLoader:
 
     def close(self) -> None:
         """Stop reading ahead. The loader can be used again and goes on where it was."""
-        if self._reader is not None:
-            self._reader.close()
-        self._steps = self._reader = None
+        if isinstance(self._steps, _ReadAhead):
+            self._steps.close()
+        self._steps = None
 
     def __enter__(self) -> BatchLoader:
         return self

@@ -203,9 +203,7 @@ class PartMaker:
 
     def _encode_texts(self, items: list[Text]) -> Iterator[tuple[Text, npt.NDArray, npt.NDArray[np.uint8]]]:
         nothing = np.empty(0, np.uint8)
-        for item, ids in zip(items, self._encode_each(items)):
-            if ids is None:
-                continue
+        for item, ids in self._encode_each(items):
             self.counts.text_bytes += _utf8_size(item[2])
             array = np.asarray(ids).astype(self.dtype, copy=False)
             if array.size:
@@ -215,20 +213,19 @@ class PartMaker:
                     array = np.concatenate([before, array, after]).astype(self.dtype)
             yield item, array, nothing
 
-    def _encode_each(self, items: list[Text]) -> list[Ids | None]:
-        """The ids of each text; None for one that the tokenizer cannot take, which is then noted as a problem."""
-        if not items:
-            return []
+    def _encode_each(self, items: list[Text]) -> Iterator[tuple[Text, Ids]]:
+        """The ids of each text; one that the tokenizer cannot take is noted as a problem."""
         try:
-            return list(self.tokenizer.encode_batch([text for _, _, text in items]))
+            yield from zip(items, list(self.tokenizer.encode_batch([text for _, _, text in items])))
         except RuntimeError:
             raise  # two encoders disagree: no fault of the text
         except Exception as error:  # the Rust side raises bare Exception
             if len(items) > 1:  # one of them has failed: which?
-                return [ids for item in items for ids in self._encode_each([item])]
-            part, number, _ = items[0]
-            self._problem(part, number, Problem("not encodable", str(error)))
-            return [None]
+                for item in items:
+                    yield from self._encode_each([item])
+            else:
+                part, number, _ = items[0]
+                self._problem(part, number, Problem("not encodable", str(error)))
 
     def _encode_conversations(self, items: list[Text]) -> Iterator[tuple[Text, npt.NDArray, npt.NDArray[np.uint8]]]:
         """One document for each text that shows answers as generation would: all or nothing of a conversation."""

@@ -132,35 +132,25 @@ def hub_revision(item: Input) -> str:
 
 def hub_lines(item: Input, options: SourceOptions) -> Iterator[tuple[bytes, int]]:
     """Records as JSON lines, some MB at a time, to be read like those of any compressed `.jsonl`; nothing is stored."""
+    import datasets
+
+    name, config = _hub_name(item)
+    split, revision = options.dataset_split, hub_revision(item)
     lines: list[bytes] = []
     size = 0
-    for record in _stream(item, options):
-        value = {name: record[name] for name in options.columns(record) if name in record}
-        lines.append(json.dumps(_present(value, options)).encode() + b"\n")
-        size += len(lines[-1])
-        if size >= STREAM_BLOCK:
-            yield b"".join(lines), 0
-            lines, size = [], 0
+    try:
+        for record in datasets.load_dataset(name, config, split=split, streaming=True, revision=revision):
+            value = {name: record[name] for name in options.columns(record) if name in record}
+            lines.append(json.dumps(_present(value, options)).encode() + b"\n")
+            size += len(lines[-1])
+            if size >= STREAM_BLOCK:
+                yield b"".join(lines), 0
+                lines, size = [], 0
+    except Exception as error:  # datasets, huggingface_hub and the network each have their own
+        raise DataError(f"{item.path} (split {split!r}) cannot be streamed: {type(error).__name__}: {error}") from None
     yield b"".join(lines), 0
 
 
 def _hub_name(item: Input) -> tuple[str, str | None]:
     name, _, config = item.path.removeprefix("hub:").partition(":")
     return name, config or None
-
-
-def _stream(item: Input, options: SourceOptions) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    name, config = _hub_name(item)
-    try:
-        rows = datasets.load_dataset(
-            name, config, split=options.dataset_split, streaming=True, revision=hub_revision(item)
-        )
-        yield from rows
-    except DataError:
-        raise
-    except Exception as error:  # datasets, huggingface_hub and the network each have their own
-        raise DataError(
-            f"{item.path} (split {options.dataset_split!r}) cannot be streamed: {type(error).__name__}: {error}"
-        ) from None

@@ -18,6 +18,7 @@ from megatron_ds.errors import DataError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".text", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
+KNOWN = f"{', '.join(SUFFIXES)} (text ones also with {' or '.join(COMPRESSIONS)})"
 UNREAD = (".bz2", ".xz", ".lz4", ".br", ".zip")
 """Compressions that are not read: the texts of a folder are not to be fewer for it, unsaid."""
 MIN_BLOCK, MAX_BLOCK = 1 << 20, 64 << 20
@@ -62,9 +63,9 @@ def _files_of(folder: Path, options: SourceOptions) -> list[Path]:
         if path.is_symlink() and path.is_dir():
             raise DataError(f"{path} is a link to a folder, which is not followed; name that folder as an input too")
         if path.suffix.lower() in UNREAD and path.with_suffix("").suffix in SUFFIXES:
-            raise DataError(f"{path} would be passed over: expected {_known()}. Compress it anew, or move it elsewhere")
+            raise DataError(f"{path} would be passed over: expected {KNOWN}. Compress it anew, or move it elsewhere")
     if not files:
-        raise DataError(f"{folder} holds no input: expected {_known()} or a saved `datasets` dataset")
+        raise DataError(f"{folder} holds no input: expected {KNOWN} or a saved `datasets` dataset")
     return files
 
 
@@ -78,25 +79,18 @@ def _kind_of(path: Path, options: SourceOptions) -> tuple[Kind, str] | None:
     return options.txt_documents if suffix in (".txt", ".text") else "jsonl", compression
 
 
-def _known() -> str:
-    return ", ".join(SUFFIXES) + f" (text ones also with {' or '.join(COMPRESSIONS)})"
-
-
 def _file_input(path: Path, options: SourceOptions) -> Input:
     found = _kind_of(path, options)
     if found is None:
-        raise DataError(f"input {path} has suffix {path.suffix!r}, not one of {_known()}")
-    if path.suffix == ".json" and _first_byte(path) == b"[":
+        raise DataError(f"input {path} has suffix {path.suffix!r}, not one of {KNOWN}")
+    with path.open("rb") as file:
+        first = file.read(4096).lstrip()[:1]
+    if path.suffix == ".json" and first == b"[":
         raise DataError(
             f"input {path} is one JSON array, and a record a line is read; write it as such: "
             f"jq -c '.[]' {path} > {path.with_suffix('.jsonl')}"
         )
     return Input(str(path), found[0], found[1], path.stat().st_size)
-
-
-def _first_byte(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(4096).lstrip()[:1]
 
 
 def plan_blocks(inputs: list[Input], options: SourceOptions, is_done: IsDone = lambda *_: False) -> Iterator[Block]:

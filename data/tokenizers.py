@@ -111,7 +111,7 @@ class HFTokenizer(Tokenizer):
         self.encoder = "tokenizers (as told)"
         if fast is not False:
             try:
-                self._fast = FastEncoder(self.backend, self._encode, proved=bool(fast))
+                self._fast = FastEncoder(self.backend, proved=bool(fast))
                 self.fast = True
                 self.encoder = "tiktoken (the same ids as tokenizers)"
             except Unsuitable as why:
@@ -154,10 +154,6 @@ class HFTokenizer(Tokenizer):
         encoding = self.backend.encode(text, add_special_tokens=False)
         starts = np.array(encoding.offsets, np.int64).reshape(-1, 2)[:, 0]
         return np.array(encoding.ids, np.int64), starts
-
-    def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
-        return ids
 
     def decode(self, ids: Ids) -> str:
         text: str = self.backend.decode([int(i) for i in ids], skip_special_tokens=False)

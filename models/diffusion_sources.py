@@ -22,7 +22,7 @@ from megatron_ds.data.image_samples import (
     SyntheticTexts,
     split_rows,
 )
-from megatron_ds.data.image_source import image_sizes, open_images, usable_rows
+from megatron_ds.data.image_source import open_images
 from megatron_ds.data.latent_cache import LatentCache
 from megatron_ds.data.samples import LATENTS, Sources
 from megatron_ds.errors import ConfigError, DataError
@@ -87,8 +87,7 @@ def _decoded(config: DiffusionRun, fields: Sequence[str]) -> Sources:
             "set a column `label`; with captions, encode them by tools/cache_latents.py"
         )
     _check_labels(config, source.labels)
-    sizes = image_sizes(source, path, keep_in)
-    rows = usable_rows(source, sizes, data.on_error)
+    rows, sizes = source.usable_rows(data.on_error), source.sizes
     buckets: Sequence[Size] = ((m.image_size, m.image_size),)
     if data.max_ratio > 1:
         buckets = make_buckets(m.image_size, data.bucket_step, data.max_ratio)

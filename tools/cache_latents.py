@@ -22,14 +22,14 @@ import torch
 import tyro
 
 from megatron_ds.data.cache import locked
-from megatron_ds.data.image_source import image_sizes, open_images
+from megatron_ds.data.image_source import open_images
 from megatron_ds.data.latent_cache import LatentCache
+from megatron_ds.data.latent_encoders import EncoderFolders
 from megatron_ds.data.latent_writer import (
     BROKEN,
     NO_IMAGES,
     CacheSettings,
     CacheWriter,
-    EncoderFolders,
     left_out,
 )
 from megatron_ds.errors import DataError
@@ -63,8 +63,7 @@ def main(place: RankInfo) -> int:
             device = place.device(options.device)
             source = open_images(options.images)
             encoders = EncoderFolders(options.vae, options.text_encoder, options.tokenizer)
-            sizes = image_sizes(source, options.images)
-            writer = CacheWriter(source, sizes, encoders, options.settings, options.output)
+            writer = CacheWriter(source, encoders, options.settings, options.output)
             if place.rank == 0:
                 writer.begin()
                 stack.enter_context(_alone(options.output))

@@ -16,9 +16,10 @@ import torch
 import tyro
 
 from megatron_ds.convert.dit_folder import export_transformer, import_transformer
-from megatron_ds.convert.dit_pipelines import PipelineParts, export_pipeline
+from megatron_ds.convert.dit_pipelines import export_pipeline
 from megatron_ds.convert.tables import export_hf, import_hf
 from megatron_ds.data.cli import run
+from megatron_ds.data.latent_encoders import EncoderFolders
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.errors import ConfigError
 
@@ -106,7 +107,7 @@ def main(command: ToHf | FromHf | ToDiffusers | FromDiffusers) -> None:
         if not command.pipeline and (given := [name for name, value in parts.items() if value]):
             raise ConfigError(f"--{given[0]} does nothing: it is no part of the transformer alone; add --pipeline")
         if command.pipeline:
-            beside = PipelineParts(command.vae, command.text_encoder, command.tokenizer)
+            beside = EncoderFolders(command.vae, command.text_encoder, command.tokenizer)
             print(export_pipeline(command.checkpoint, command.output, beside, _average(command.weights)))
         else:
             print(export_transformer(command.checkpoint, command.output, _average(command.weights)))

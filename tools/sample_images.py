@@ -22,7 +22,13 @@ from torch import Tensor
 
 from megatron_ds import comm
 from megatron_ds.checkpoint import Checkpoint
-from megatron_ds.data.latent_encoders import LatentDecoder, check_decoder, check_text_encoders, encode_prompts
+from megatron_ds.data.latent_encoders import (
+    EncoderFolders,
+    LatentDecoder,
+    check_decoder,
+    check_text_encoders,
+    encode_prompts,
+)
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.samplers import Sampler, make_scheduler, run_of_checkpoint, save_grid
@@ -70,6 +76,10 @@ class Options:
     pp: int = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
+    @property
+    def encoders(self) -> EncoderFolders:
+        return EncoderFolders(self.vae, self.text_encoder, self.tokenizer)
+
 
 def check_told(options: Options, meta: Mapping[str, Any], where: str) -> dict[str, Any] | None:
     """How the texts are encoded that images are to be of; None for classes and embeddings."""
@@ -77,7 +87,7 @@ def check_told(options: Options, meta: Mapping[str, Any], where: str) -> dict[st
     if len(given := [name for name, value in kinds.items() if value is not None]) > 1:
         raise ConfigError(f"{' and '.join(given)}: an image is of a class or of a text; give one of them")
     if options.text:
-        return check_text_encoders(meta, options.text_encoder, options.tokenizer, where)
+        return check_text_encoders(meta, options.encoders, where)
     if options.text_encoder or options.tokenizer:
         raise ConfigError("--text-encoder and --tokenizer encode what --text says; give it, or leave them out")
     return None
@@ -104,7 +114,7 @@ def encoded_texts(options: Options, texts: dict[str, Any], mesh: Mesh) -> dict[s
     """Embeddings of the texts, on every rank's CPU: the first rank alone holds the encoders."""
     told: dict[str, Tensor] = {}
     if mesh.rank == 0:
-        told = encode_prompts(texts, options.text_encoder, options.tokenizer, options.text, mesh.device)
+        told = encode_prompts(texts, options.encoders, options.text, mesh.device)
     names = {"text": 3, "pooled": 2, "empty.text": 3, "empty.pooled": 2}
     sizes = [size for name in names if mesh.rank == 0 for size in told[name].shape] or [0] * sum(names.values())
     shapes = iter(comm.broadcast(torch.tensor(sizes, device=mesh.device), mesh.world).tolist())

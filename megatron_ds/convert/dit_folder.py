@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ds.checkpoint.load import compare
@@ -25,6 +23,7 @@ from megatron_ds.checkpoint.stream import FILE_BYTES, StreamWriter
 from megatron_ds.config.diffusion import DiTConfig, ObjectiveConfig
 from megatron_ds.config.read import values_to_toml
 from megatron_ds.convert.dit_tables import Table, table_named, table_of
+from megatron_ds.convert.folder import Safetensors
 from megatron_ds.convert.hugging_face import MODEL_TOML, exported_folder
 from megatron_ds.convert.settings import Settings
 from megatron_ds.errors import CheckpointError
@@ -142,27 +141,14 @@ class _Weights:
 
     def __init__(self, folder: Path):
         pattern = re.compile(rf"{STEM}(-\d+-of-\d+)?\.safetensors")
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, Safetensors] = {}
         self.found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         paths = sorted(path for path in folder.glob("*.safetensors") if pattern.fullmatch(path.name))
         if not paths:
             raise CheckpointError(f"{folder} has no {STEM}.safetensors; save the model with save_pretrained")
-        for path in paths:
-            for name, shape, dtype in self._entries(path):
-                self.found[name] = shape, DTYPES[dtype]
-                self._files[name] = path
-
-    @staticmethod
-    def _entries(path: Path) -> Iterator[tuple[str, tuple[int, ...], str]]:
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    part = file.get_slice(name)
-                    yield name, tuple(part.get_shape()), part.get_dtype()
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        for file in map(Safetensors, paths):
+            self.found |= file.found
+            self._files |= dict.fromkeys(file.found, file)
 
     def read(self, name: str) -> Tensor:
-        with safe_open(self._files[name], "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
+        return self._files[name].read(name)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from megatron_ds.config.read import from_dict
 from megatron_ds.convert.dit_folder import export_transformer
 from megatron_ds.convert.dit_tables import table_of
 from megatron_ds.convert.hugging_face import new_folder, publish_folder
-from megatron_ds.data.latent_encoders import VaeConfig, check_decoder, check_text_encoders, latents_of
+from megatron_ds.data.latent_encoders import EncoderFolders, VaeConfig, check_decoder, check_text_encoders, latents_of
 from megatron_ds.errors import ConfigError
 from megatron_ds.files import read_json, write_text_durably
 from megatron_ds.models.objectives import shift_of
@@ -33,30 +32,19 @@ SD3_ENCODERS = ("CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T
 _OTHER_FORMATS = shutil.ignore_patterns("*.bin", "*.ckpt", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.py")
 
 
-@dataclass(frozen=True)
-class PipelineParts:
-    """Folders of what a model was trained beside.
-
-    Args:
-        vae: of `diffusers`; None: the model was trained on pixels.
-        text_encoders, tokenizers: of `transformers`, in the order in which the latent cache was made with them.
-    """
-
-    vae: Path | None = None
-    text_encoders: Sequence[Path] = ()
-    tokenizers: Sequence[Path] = ()
-
-
 def export_pipeline(
-    checkpoint: str | Path, folder: str | Path, parts: PipelineParts | None = None, average: bool | None = None
+    checkpoint: str | Path, folder: str | Path, parts: EncoderFolders | None = None, average: bool | None = None
 ) -> Path:
     """Write a checkpoint's model and what goes with it as a folder that a pipeline of `diffusers` samples from.
+
+    Args:
+        parts: what the model was trained beside, as the latent cache was made with it; no VAE: it was on pixels.
 
     Raises:
         ConfigError: the pipeline would compute something else than the model was trained for.
         DataError: the parts are not those that the model was trained with.
     """
-    folder, parts = Path(folder), parts or PipelineParts()
+    folder, parts = Path(folder), parts or EncoderFolders()
     with Checkpoint(checkpoint) as source:
         config = model_config(DiTConfig, source.meta, source.directory)
         objective = from_dict(ObjectiveConfig, source.meta["config"].get("objective", {}), str(source.directory))
@@ -78,7 +66,7 @@ def export_pipeline(
     return folder
 
 
-def _check_pipeline(config: DiTConfig, objective: ObjectiveConfig, source: Checkpoint, parts: PipelineParts) -> None:
+def _check_pipeline(config: DiTConfig, objective: ObjectiveConfig, source: Checkpoint, parts: EncoderFolders) -> None:
     where = source.directory
     if config.has_text != objective.is_flow:
         told, name = ("texts", "StableDiffusion3Pipeline") if config.has_text else ("classes", "DiTPipeline")
@@ -87,9 +75,9 @@ def _check_pipeline(config: DiTConfig, objective: ObjectiveConfig, source: Check
             "of rectified flow; export the transformer alone, or sample with tools/sample_images.py"
         )
     if config.has_text:
-        _check_sd3_texts(check_text_encoders(source.meta, parts.text_encoders, parts.tokenizers, where), where)
+        _check_sd3_texts(check_text_encoders(source.meta, parts, where), where)
         return
-    if parts.text_encoders or parts.tokenizers:
+    if parts.text or parts.tokenizers:
         raise ConfigError(f"{where} is told classes: --text-encoder and --tokenizer do nothing; leave them out")
     if config.num_classes != NO_CLASS:
         raise ConfigError(
@@ -126,9 +114,9 @@ def _write_vae(folder: Path, config: DiTConfig, vae: Path | None) -> dict[str, l
     return {"vae": ["diffusers", str(values["_class_name"])]}
 
 
-def _write_text_encoders(folder: Path, parts: PipelineParts) -> dict[str, list[str]]:
+def _write_text_encoders(folder: Path, parts: EncoderFolders) -> dict[str, list[str]]:
     entries = {}
-    for number, (encoder, words, name) in enumerate(zip(parts.text_encoders, parts.tokenizers, SD3_ENCODERS), 1):
+    for number, (encoder, words, name) in enumerate(zip(parts.text, parts.tokenizers, SD3_ENCODERS), 1):
         suffix = "" if number == 1 else f"_{number}"
         _copy(encoder, folder / f"text_encoder{suffix}")
         _copy(words, folder / f"tokenizer{suffix}")

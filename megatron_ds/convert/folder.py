@@ -170,7 +170,7 @@ class HFFolder:
             if len(self._open_files) == self.OPEN_FILES:
                 self._open_files.popitem(last=False)
             path = self.inside(file)
-            self._open_files[file] = _Safetensors(path) if path.suffix == ".safetensors" else _Pickled(path)
+            self._open_files[file] = Safetensors(path) if path.suffix == ".safetensors" else _Pickled(path)
         self._open_files.move_to_end(file)
         return self._open_files[file]
 
@@ -180,12 +180,13 @@ _DEQUANTISE = (
 )
 
 
-class _Safetensors:
+class Safetensors:
     """A safetensors file, mapped."""
 
     def __init__(self, path: Path):
         self.found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         try:
+            check_regular(path)
             self._handle = safe_open(path, "pt")
             for name in self._handle.keys():  # noqa: SIM118
                 part = self._handle.get_slice(name)

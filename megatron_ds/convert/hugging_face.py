@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pydantic
 import torch
@@ -33,6 +33,7 @@ from megatron_ds.convert.architecture import Architecture, Rule, architecture_of
 from megatron_ds.convert.folder import HFFolder, file_name, write_index
 from megatron_ds.convert.match import Match
 from megatron_ds.convert.settings import KEPT, Settings
+from megatron_ds.data.tokenizer_base import Tokenizer
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.files import sync_directory, write_text_durably
 from megatron_ds.shard.flat_shards import FlatShard
@@ -42,22 +43,12 @@ MODEL_TOML = "model.toml"
 _STEM = "model"
 
 
-class TokenizerLike(Protocol):
-    """What an export needs of a tokenizer (``megatron_ds.data.tokenizers``)."""
-
-    eod_id: int | None
-    bos_id: int | None
-    fingerprint: str
-
-    def save_hf(self, folder: str | Path) -> None: ...
-
-
 def export_hf(
     checkpoint: str | Path,
     out_dir: str | Path,
     architectures: Sequence[Architecture],
     dtype: torch.dtype | None = None,
-    tokenizer: TokenizerLike | None = None,
+    tokenizer: Tokenizer | None = None,
     progress: bool = False,
     file_bytes: int = FILE_BYTES,
     warn: Callable[[str], None] | None = None,
@@ -284,7 +275,7 @@ def _write_rest(
     config: ModelConfig,
     plan: Plan,
     checkpoints: Path,
-    tokenizer: TokenizerLike | None,
+    tokenizer: Tokenizer | None,
     warn: Callable[[str], None] | None,
 ) -> None:
     """Everything but the weights: what came with the model and has not changed, as it was."""
@@ -309,7 +300,7 @@ def _write_configs(
     config: ModelConfig,
     plan: Plan,
     checkpoints: Path,
-    tokenizer: TokenizerLike | None,
+    tokenizer: Tokenizer | None,
 ) -> None:
     """config.json and generation_config.json: what the original said of generation, and ours of the model.
 

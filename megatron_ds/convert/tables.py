@@ -15,9 +15,9 @@ from megatron_ds.convert import hugging_face
 from megatron_ds.convert.architecture import Architecture
 from megatron_ds.convert.bert_table import BERTS
 from megatron_ds.convert.gpt_table import BLOOM, FALCON, GPT2, GPT_NEOX, GPTJ, OPT
-from megatron_ds.convert.hugging_face import TokenizerLike
 from megatron_ds.convert.layouts import global_shapes
 from megatron_ds.convert.llama_table import LLAMAS
+from megatron_ds.data.tokenizer_base import Tokenizer
 
 __all__ = ["ARCHITECTURES", "export_hf", "global_shapes", "import_hf"]
 
@@ -28,7 +28,7 @@ def export_hf(
     checkpoint: str | Path,
     out_dir: str | Path,
     dtype: torch.dtype | None = None,
-    tokenizer: TokenizerLike | None = None,
+    tokenizer: Tokenizer | None = None,
     progress: bool = False,
     warn: Callable[[str], None] | None = None,
     average: bool | None = None,

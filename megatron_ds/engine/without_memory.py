@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from megatron_ds.convert.folder import Safetensors
 from megatron_ds.errors import CheckpointError, ConfigError, nearest
-from megatron_ds.files import check_regular
 from megatron_ds.rng import derive_seed
 
 Weights = str | Path | Callable[[nn.Module], None] | None
@@ -150,7 +149,7 @@ class Filler:
 
     def _fill_buffers(self, folder: _Folder) -> None:
         for name, buffer in self._model.named_buffers():
-            if name in folder.file_of:
+            if name in folder:
                 buffer.copy_(folder.read([name]))
 
 
@@ -159,22 +158,18 @@ class _Folder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._files: dict[Path, Any] = {}
-        self.file_of: dict[str, Path] = {}
-        for file in sorted(path.glob("*.safetensors")):
-            try:
-                check_regular(file)
-                handle = self._files[file] = safe_open(file, "pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{file} cannot be read: {error}") from error
-            self.file_of.update(dict.fromkeys(handle.keys(), file))
-        if not self.file_of:
+        self._file_of: dict[str, Safetensors] = {}
+        for file in map(Safetensors, sorted(path.glob("*.safetensors"))):
+            self._file_of |= dict.fromkeys(file.found, file)
+        if not self._file_of:
             raise CheckpointError(f"{path} holds no safetensors files; give a folder that save_pretrained wrote")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
 
     def read(self, names: Sequence[str]) -> Tensor:
         """The tensor under the first of ``names`` that is there."""
         for name in names:
-            if name in self.file_of:
-                tensor: Tensor = self._files[self.file_of[name]].get_tensor(name)
-                return tensor
-        raise CheckpointError(f"{self.path} has no {' or '.join(names)}{nearest(names[0], self.file_of)}")
+            if name in self:
+                return self._file_of[name].read(name)
+        raise CheckpointError(f"{self.path} has no {' or '.join(names)}{nearest(names[0], self._file_of)}")

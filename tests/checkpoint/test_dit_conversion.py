@@ -12,7 +12,8 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 from dit_checkpoints import assert_same_bits, configuration, imported, model_of, write_checkpoint
 
 from megatron_ds.convert.dit_folder import export_transformer, import_transformer
-from megatron_ds.convert.dit_pipelines import PipelineParts, export_pipeline, identity_vae
+from megatron_ds.convert.dit_pipelines import export_pipeline, identity_vae
+from megatron_ds.data.latent_encoders import EncoderFolders
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.samplers import Sampler
@@ -169,7 +170,7 @@ def test_what_a_pipeline_cannot_sample_is_refused(tmp_path: Path) -> None:
         export_pipeline(tmp_path / "flow", tmp_path / "x")
     write_checkpoint(tmp_path / "few", configuration(num_classes=10))
     with pytest.raises(ConfigError, match="told classes: --text-encoder and --tokenizer do nothing; leave them out"):
-        export_pipeline(tmp_path / "few", tmp_path / "x", PipelineParts(None, [tmp_path], [tmp_path]))
+        export_pipeline(tmp_path / "few", tmp_path / "x", EncoderFolders(None, [tmp_path], [tmp_path]))
     with pytest.raises(ConfigError, match=r"train it with model\.num_classes=1000"):
         export_pipeline(tmp_path / "few", tmp_path / "x")
     write_checkpoint(tmp_path / "wide", configuration(ffn_hidden_size=24))

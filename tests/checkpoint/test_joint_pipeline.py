@@ -16,8 +16,9 @@ from small_images import sd3_encoders, write_vae
 from started_ranks import started
 
 from megatron_ds.checkpoint.save import save
-from megatron_ds.convert.dit_pipelines import PipelineParts, export_pipeline
+from megatron_ds.convert.dit_pipelines import export_pipeline
 from megatron_ds.data.latent_encoders import (
+    EncoderFolders,
     LatentDecoder,
     TextEncoder,
     VaeConfig,
@@ -40,19 +41,19 @@ FLOW = {"prediction": "flow", "schedule": "flow", "shift": 3.0, "density": "logi
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> PipelineParts:
+def parts(tmp_path_factory: pytest.TempPathFactory) -> EncoderFolders:
     root = tmp_path_factory.mktemp("sd3")
     encoders = sd3_encoders(root)
-    return PipelineParts(write_vae(root / "vae", shift=None), encoders, encoders)
+    return EncoderFolders(write_vae(root / "vae", shift=None), encoders, encoders)
 
 
-def write_run(folder: Path, parts: PipelineParts, **change: Any) -> Path:
+def write_run(folder: Path, parts: EncoderFolders, **change: Any) -> Path:
     """A checkpoint of a model that was trained on a cache which these encoders made."""
     config = configuration(FLOW, channels=4, **TEXT)
     shards = [FlatShard.of(spec_of(p), "param", p.data) for p in model_of(config, 1).parameters()]
     assert parts.vae is not None
     vae = VaeConfig.read(parts.vae)
-    texts = {"encoders": text_identities(parts.text_encoders, parts.tokenizers), "states": "penultimate"}
+    texts = {"encoders": text_identities(parts), "states": "penultimate"}
     latents = {"scale": vae.scale, "shift": vae.shift, "vae": model_identity(parts.vae)}
     latents["texts"] = {**texts, "tokens": TOKENS, **change}
     save(folder, 3, shards, {"config": config.to_dict(), "data": {"latents": latents}})
@@ -60,12 +61,12 @@ def write_run(folder: Path, parts: PipelineParts, **change: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(parts: PipelineParts, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(parts: EncoderFolders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("run"), parts)
 
 
 @pytest.fixture(scope="module")
-def pipeline(run: Path, parts: PipelineParts, tmp_path_factory: pytest.TempPathFactory) -> StableDiffusion3Pipeline:
+def pipeline(run: Path, parts: EncoderFolders, tmp_path_factory: pytest.TempPathFactory) -> StableDiffusion3Pipeline:
     folder = export_pipeline(run, tmp_path_factory.mktemp("exported") / "pipeline", parts)
     loaded = StableDiffusion3Pipeline.from_pretrained(folder)
     loaded.set_progress_bar_config(disable=True)
@@ -79,13 +80,13 @@ def meta_of(run: Path) -> dict[str, Any]:
         return dict(saved.meta)
 
 
-def encoded(run: Path, parts: PipelineParts) -> dict[str, torch.Tensor]:
-    texts = check_text_encoders(meta_of(run), parts.text_encoders, parts.tokenizers, run)
-    return encode_prompts(texts, parts.text_encoders, parts.tokenizers, PROMPTS, torch.device("cpu"))
+def encoded(run: Path, parts: EncoderFolders) -> dict[str, torch.Tensor]:
+    texts = check_text_encoders(meta_of(run), parts, run)
+    return encode_prompts(texts, parts, PROMPTS, torch.device("cpu"))
 
 
 def test_texts_are_encoded_as_stable_diffusion_3_does(
-    run: Path, parts: PipelineParts, pipeline: StableDiffusion3Pipeline
+    run: Path, parts: EncoderFolders, pipeline: StableDiffusion3Pipeline
 ) -> None:
     found = encoded(run, parts)
     with torch.no_grad():
@@ -98,7 +99,7 @@ def test_texts_are_encoded_as_stable_diffusion_3_does(
 
 
 def test_a_pipeline_of_diffusers_draws_the_images_that_ours_draws(
-    run: Path, parts: PipelineParts, pipeline: StableDiffusion3Pipeline
+    run: Path, parts: EncoderFolders, pipeline: StableDiffusion3Pipeline
 ) -> None:
     generators = [torch.Generator().manual_seed(derive_seed(5, "image", number)) for number in range(2)]
     shown = pipeline(
@@ -120,7 +121,7 @@ def test_a_pipeline_of_diffusers_draws_the_images_that_ours_draws(
 
 def test_prompts_are_drawn_by_the_tool_on_every_mesh(
     run: Path,
-    parts: PipelineParts,
+    parts: EncoderFolders,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -135,7 +136,7 @@ def test_prompts_are_drawn_by_the_tool_on_every_mesh(
         monkeypatch.setattr("sys.argv", ["sample_images.py", *words(*more)])
         return run_main(main)
 
-    encoders = ("--text-encoder", *parts.text_encoders, "--tokenizer", *parts.tokenizers)
+    encoders = ("--text-encoder", *parts.text, "--tokenizer", *parts.tokenizers)
     assert draw("--text", *PROMPTS, *encoders, "--output", tmp_path / "one") == 0
     images, columns = torch.load(tmp_path / "one")
     rows = {name: t if name[:5] == "empty" else t.repeat_interleave(2, 0) for name, t in encoded(run, parts).items()}
@@ -158,21 +159,26 @@ def test_prompts_are_drawn_by_the_tool_on_every_mesh(
 
 
 def test_what_the_pipeline_would_compute_in_another_way_is_refused(
-    run: Path, parts: PipelineParts, tmp_path: Path
+    run: Path, parts: EncoderFolders, tmp_path: Path
 ) -> None:
-    first, second, third = parts.text_encoders
+    first, second, third = parts.text
     other = tmp_path / "other"
     shutil.copytree(first, other)
     values = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps({**values, "model_max_length": 7}))
     write_run(tmp_path / "last", parts, states="last")
-    two = PipelineParts(parts.vae, [first, second], [first, second])
+    two = EncoderFolders(parts.vae, [first, second], [first, second])
     write_run(tmp_path / "two", two)
     for source, given, error, message in (
-        (run, PipelineParts(parts.vae, [second, first, third], parts.tokenizers), DataError, r"clip-2 is not what .* "),
-        (run, PipelineParts(parts.vae, parts.text_encoders, [other, second, third]), DataError, "its tokenizer differ"),
-        (run, PipelineParts(None, parts.text_encoders, parts.tokenizers), DataError, "give its folder with --vae"),
-        (run, PipelineParts(parts.vae, [first], []), DataError, "1 text encoders with 0 tokenizers"),
+        (
+            run,
+            EncoderFolders(parts.vae, [second, first, third], parts.tokenizers),
+            DataError,
+            r"clip-2 is not what .* ",
+        ),
+        (run, EncoderFolders(parts.vae, parts.text, [other, second, third]), DataError, "its tokenizer differ"),
+        (run, EncoderFolders(None, parts.text, parts.tokenizers), DataError, "give its folder with --vae"),
+        (run, EncoderFolders(parts.vae, [first], []), DataError, "1 text encoders with 0 tokenizers"),
         (tmp_path / "last", parts, ConfigError, "trained on last states of .*takes penultimate ones of CLIPText"),
         (tmp_path / "two", two, ConfigError, "penultimate states of CLIP.*Projection, CLIP.*Projection, and Stable"),
     ):
@@ -180,4 +186,6 @@ def test_what_the_pipeline_would_compute_in_another_way_is_refused(
             export_pipeline(source, tmp_path / "x", given)
     assert not list(tmp_path.glob("x*"))
     with pytest.raises(DataError, match=r"CLIP encoders of \[7, 8\] tokens cannot be joined"):
-        TextEncoder([first, second], [other, second], "last", None, torch.device("cpu"), torch.float32)
+        TextEncoder(
+            EncoderFolders(None, [first, second], [other, second]), "last", None, torch.device("cpu"), torch.float32
+        )

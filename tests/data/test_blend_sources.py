@@ -11,6 +11,7 @@ from megatron_ds.data.gpt_dataset import DocumentRange, GPTDataset, TextSource
 from megatron_ds.data.gpt_sources import open_splits
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
+from megatron_ds.data.order import key
 from megatron_ds.errors import DataError
 
 S = 4
@@ -44,13 +45,16 @@ def test_one_blend_split_alike(prefixes: list[str]) -> None:
 def test_no_samples_are_made_of_the_test_split(prefixes: list[str]) -> None:
     """To check a dataset's tokens, or to pack its conversations, takes minutes. Its documents are in no other split."""
     made: list[DocumentRange] = []
+    seeds = []
 
     def noted(dataset: IndexedDataset, documents: DocumentRange, seed: int) -> TextSource:
         made.append(documents)
+        seeds.append(seed)
         return make(dataset, documents, seed)
 
     found = open_splits({"": [(1.0, prefix) for prefix in prefixes]}, "70,20,10", S, 1, noted, IndexedDataset)
     assert found.keys() == {"train", "valid"} and made == [(0, 70)] * 3 + [(70, 90)] * 3
+    assert seeds == [1, key(1, 1), key(1, 2)] * 2, "the first keeps the run's: a blend of one is that dataset"
     own = {name: [(1.0, prefix)] for name, prefix in zip(("train", "valid", "test"), [*prefixes[:2], "/none"])}
     assert open_splits(own, "", S, 1, make, IndexedDataset).keys() == {"train", "valid"}, "and it is not opened"
     with pytest.raises(DataError, match="is in the blends of both train and test"):

@@ -206,7 +206,7 @@ def test_rows_equal_the_slow_version(
             with pytest.raises(DataError, match="has nothing to learn"):
                 ConversationDataset(indexed, s)
             return
-        dataset = ConversationDataset(indexed, s, pad_id=7)
+        dataset = ConversationDataset(indexed, s)
     assert len(dataset) == len(expected)
     assert dataset.left_out == len(conversations) - sum(map(len, expected))
     assert dataset.truncated == sum(len(c) - 1 > s for c in conversations if any(learnt for _, learnt in c[1 : s + 1]))
@@ -220,8 +220,8 @@ def test_rows_equal_the_slow_version(
             positions += range(len(chat) - 1)
             ids += [number] * (len(chat) - 1)
         rest = s - len(tokens)
-        assert batch["tokens"][row].tolist() == tokens + [7] * rest
-        assert batch["labels"][row].tolist() == labels + [7] * rest
+        assert batch["tokens"][row].tolist() == tokens + [0] * rest
+        assert batch["labels"][row].tolist() == labels + [0] * rest
         assert batch["loss_mask"][row].tolist() == mask + [False] * rest
         assert batch["position_ids"][row].tolist() == positions + list(range(rest))
         assert batch["document_ids"][row].tolist() == ids + [len(chats)] * rest

@@ -73,7 +73,7 @@ TEXT = st.text(
 
 @pytest.fixture(scope="module")
 def encoder(backend: Tokenizer) -> FastEncoder:
-    return FastEncoder(backend, slow(backend))
+    return FastEncoder(backend)
 
 
 @given(texts=st.lists(TEXT, min_size=1, max_size=5))
@@ -87,7 +87,8 @@ def test_the_same_ids_for_any_text(backend: Tokenizer, encoder: FastEncoder, tex
 
 def test_most_texts_take_the_fast_way(backend: Tokenizer) -> None:
     slow_calls = []
-    encoder = FastEncoder(backend, lambda text: slow_calls.append(text) or slow(backend)(text))
+    encoder = FastEncoder(backend)
+    encoder._slow = lambda text: slow_calls.append(text) or slow(backend)(text)
     encoder._until_check = 10**9
     for text in CORPUS:
         encoder.encode(text)
@@ -98,7 +99,8 @@ def test_most_texts_take_the_fast_way(backend: Tokenizer) -> None:
 
 def test_added_tokens_and_long_white_space_take_the_slow_way(backend: Tokenizer) -> None:
     calls: list[str] = []
-    encoder = FastEncoder(backend, lambda text: calls.append(text) or slow(backend)(text))
+    encoder = FastEncoder(backend)
+    encoder._slow = lambda text: calls.append(text) or slow(backend)(text)
     encoder._until_check = 10**9
     calls.clear()
     for text in ("a <|end|> b", "x" + " \n" * 600_000 + "y"):
@@ -110,7 +112,7 @@ def test_added_tokens_and_long_white_space_take_the_slow_way(backend: Tokenizer)
 
 def test_a_character_of_another_class_is_found(backend: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if tiktoken's regex took é for no letter: é is tried, distrusted, and encoded by tokenizers."""
-    encoder = FastEncoder(backend, slow(backend))
+    encoder = FastEncoder(backend)
     encoder._until_check = 10**9
     real = encoder._fast
 
@@ -120,7 +122,7 @@ def test_a_character_of_another_class_is_found(backend: Tokenizer, monkeypatch: 
 
 
 def test_a_difference_that_was_not_foreseen_is_an_error(backend: Tokenizer) -> None:
-    encoder = FastEncoder(backend, slow(backend))
+    encoder = FastEncoder(backend)
     encoder._fast = lambda text: [0]
     with pytest.raises(RuntimeError, match="tiktoken and tokenizers disagree on a text that starts with 'plain'"):
         encoder.encode("plain")
@@ -154,7 +156,7 @@ def test_random_merges_are_refused_wherever_the_ids_would_differ() -> None:
         words = ["".join(draw.choices("abc", k=draw.randrange(1, 14))) for _ in range(40)]
         differ = any(plain.encode_ordinary(word) != slow(backend)(word) for word in words)
         try:
-            FastEncoder(backend, slow(backend))
+            FastEncoder(backend)
         except Unsuitable as why:
             assert "is not what its merges make of it" in str(why)
             refused_and_different += differ
@@ -184,7 +186,7 @@ def changed(backend: Tokenizer, **model: Any) -> Tokenizer:
 
 def refused(backend: Tokenizer, message: str) -> None:
     with pytest.raises(Unsuitable, match=message):
-        FastEncoder(backend, slow(backend))
+        FastEncoder(backend)
 
 
 def test_what_is_refused() -> None:

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ds.data.fim import FillInTheMiddle, FIMDataset
+from megatron_ds.data.fim import FillInTheMiddle
 from megatron_ds.data.gpt_dataset import GPTDataset
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.errors import DataError
 
 PREFIX, MIDDLE, SUFFIX, EOD, BOS = 900, 901, 902, 903, 904
-FIM = FillInTheMiddle(PREFIX, MIDDLE, SUFFIX)
+FIM = FillInTheMiddle(PREFIX, MIDDLE, SUFFIX, eod_id=EOD, bos_id=BOS)
 
 
 def undo(tokens: list[int]) -> tuple[str, list[int]]:
@@ -71,8 +71,12 @@ def dataset(tmp_path: Path) -> GPTDataset:
     return GPTDataset(IndexedDataset(tmp_path / "set"), 32, seed=4, document_masking=True)
 
 
+def with_fim(dataset: GPTDataset, fim: FillInTheMiddle) -> GPTDataset:
+    return GPTDataset(dataset.indexed, 32, seed=4, document_masking=True, fim=fim)
+
+
 def test_rows_keep_their_documents_and_masks_follow_them(dataset: GPTDataset) -> None:
-    fim = FIMDataset(dataset, FIM, EOD, BOS)
+    fim = with_fim(dataset, FIM)
     assert len(fim) == len(dataset)
     plain, new = dataset.batch(range(len(dataset))), fim.batch(range(len(dataset)))
     rearranged = 0
@@ -95,7 +99,7 @@ def test_rows_keep_their_documents_and_masks_follow_them(dataset: GPTDataset) ->
 
 
 def test_draws_depend_on_the_place_in_the_run_alone(dataset: GPTDataset) -> None:
-    fim = FIMDataset(dataset, FIM, EOD, BOS)
+    fim = with_fim(dataset, FIM)
     whole = fim.batch(range(3 * len(fim)))["tokens"]
     pieces = [fim.batch(range(a, b))["tokens"] for a, b in ((0, 7), (7, 30), (30, 3 * len(fim)))]
     assert (np.concatenate(pieces) == whole).all()
@@ -112,7 +116,7 @@ def _rows(dataset: GPTDataset, epoch: int) -> np.ndarray:
 
 
 def test_rate_zero_changes_nothing(dataset: GPTDataset) -> None:
-    fim = FIMDataset(dataset, FillInTheMiddle(PREFIX, MIDDLE, SUFFIX, rate=0.0), EOD)
+    fim = with_fim(dataset, FillInTheMiddle(PREFIX, MIDDLE, SUFFIX, rate=0.0, eod_id=EOD))
     ours, plain = fim.batch(range(20)), dataset.batch(range(20))
     assert all((ours[name] == plain[name]).all() for name in plain)
 

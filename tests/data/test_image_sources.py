@@ -15,7 +15,7 @@ from small_images import CROPS, encoded, photograph, write_captions, write_class
 
 from megatron_ds.data.aspect_buckets import bucket_rows, make_buckets
 from megatron_ds.data.image_samples import Augmentation, DecodedImages, DiffusionSamples, split_rows
-from megatron_ds.data.image_source import ImageSource, image_sizes, open_images, usable_rows
+from megatron_ds.data.image_source import ImageSource, open_images
 from megatron_ds.data.image_transforms import Crop, UndecodableImage, load_pixels, size_of
 from megatron_ds.errors import DataError
 
@@ -59,8 +59,8 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
 
 def samples_of(path: Path, **augmentation: object) -> DiffusionSamples:
     source = open_images(path)
-    sizes = image_sizes(source, path)
-    rows = usable_rows(source, sizes, "skip")
+    sizes = source.sizes
+    rows = source.usable_rows("skip")
     buckets = bucket_rows(rows, sizes[rows], make_buckets(32, 8, 2.0))
     images = DecodedImages(source, buckets, Augmentation(workers=2, **augmentation), 3, 3)  # type: ignore[arg-type]
     return DiffusionSamples(images, 3, 10, 0.1, block=2)
@@ -202,7 +202,7 @@ def test_an_image_that_was_replaced_is_measured_anew(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     for image, size in ((wide, [40, 60]), (wide.transpose(Image.Transpose.ROTATE_90), [60, 40])):
         (tmp_path / "x" / "a.bmp").write_bytes(encoded(image, "BMP"))  # of as many bytes
-        assert image_sizes(open_images(tmp_path / "x"), tmp_path / "x").tolist() == [size]
+        assert open_images(tmp_path / "x").sizes.tolist() == [size]
 
 
 def test_sizes_are_read_from_the_first_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,9 +219,11 @@ def test_sizes_are_read_from_the_first_bytes(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(source, "content", counted)
     monkeypatch.setattr("megatron_ds.data.image_source._HEADER_BYTES", 4096)
-    assert image_sizes(source, tmp_path / "x").tolist() == [[400, 600]] * 4
+    assert source.sizes.tolist() == [[400, 600]] * 4
     assert sorted(row for row, most in read if most is None) in ([], [2], [3], [2, 3])
-    assert len(image_sizes(source, tmp_path / "x")) == 4 and len(read) <= 6  # the second time nothing is read
+    again = open_images(tmp_path / "x")
+    monkeypatch.setattr(again, "content", counted)
+    assert len(again.sizes) == 4 and len(read) <= 6  # the second time nothing is read
 
 
 def test_a_tar_that_is_damaged_or_no_longer_the_same(root: Path, tmp_path: Path) -> None:
@@ -262,16 +264,15 @@ def test_a_caption_or_class_of_a_tar_whose_image_is_missing_is_counted_and_named
     members = [("lost.cls", b"7"), ("0.png", images[0]), ("0.cls", b"0"), ("1.cls", b"1"), ("1.png", images[1])]
     write_tar(tmp_path / "0.tar", members[1:])
     whole = open_images(tmp_path / "0.tar")
-    assert len(image_sizes(whole, tmp_path / "0.tar")) == 2
+    assert len(whole.sizes) == 2
     for lost in (members[0], ("lost.txt", b"a temple")):
         write_tar(tmp_path / "0.tar", [lost, *members[1:], ("about.json", b'{"width": 3}')])
         source = open_images(tmp_path / "0.tar")
-        sizes = image_sizes(source, tmp_path / "0.tar")
-        assert [source.content(row) for row in usable_rows(source, sizes, "skip")] == images
+        assert [source.content(row) for row in source.usable_rows("skip")] == images
         assert source.labels is not None and source.labels[:2].tolist() == [0, 1] and source.labels.max() == 1
         assert not source.captioned
         with pytest.raises(DataError, match=r"1 of 3 images cannot be decoded: .*0.tar: lost \(no image\); remove"):
-            usable_rows(source, sizes, "fail")
+            source.usable_rows("fail")
 
 
 def test_columns_of_an_image_set_that_say_nothing(root: Path, tmp_path: Path) -> None:
@@ -321,9 +322,8 @@ def test_what_holds_no_images(root: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / "empty" / f"{name}.png").write_text("no image")
     source: ImageSource = open_images(tmp_path / "empty")
-    sizes = image_sizes(source, tmp_path / "empty")
     with pytest.raises(DataError, match=r"2 of 2 images cannot be decoded: .*a.png, .*b.png; remove"):
-        usable_rows(source, sizes, "skip")
+        source.usable_rows("skip")
     with pytest.raises(DataError, match=r"data.valid=10 of 10 images leaves none"):
         split_rows(np.arange(10), 10)
     train, valid = split_rows(np.arange(10), 3)

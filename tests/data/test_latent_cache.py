@@ -15,11 +15,11 @@ import torch
 from scripts_as_modules import load_script
 from small_images import photograph, write_captions, write_classes, write_text_encoder, write_vae
 
-from megatron_ds.data.image_source import image_sizes, open_images
+from megatron_ds.data.image_source import open_images
 from megatron_ds.data.image_transforms import Crop, load_pixels
 from megatron_ds.data.latent_cache import LatentCache, sample_latents
-from megatron_ds.data.latent_encoders import VaeConfig
-from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders
+from megatron_ds.data.latent_encoders import EncoderFolders, VaeConfig
+from megatron_ds.data.latent_writer import CacheSettings, CacheWriter
 from megatron_ds.errors import DataError
 from megatron_ds.train.launch import run_main
 
@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def writer(images: Path, encoders: EncoderFolders, output: Path, settings: CacheSettings = SETTINGS) -> CacheWriter:
     source = open_images(images)
-    return CacheWriter(source, image_sizes(source, images), encoders, settings, output)
+    return CacheWriter(source, encoders, settings, output)
 
 
 def write(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -146,6 +147,17 @@ def test_an_error_in_the_reader_reaches_the_caller_each_time_and_stops_nothing_b
         for _ in range(2):
             with pytest.raises(DataError, match="a damaged sample"):
                 next(loader)
+
+
+def test_no_more_is_read_ahead_than_asked_for(dataset: GPTDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[object] = []
+    real = dataset.batch
+    monkeypatch.setattr(dataset, "batch", lambda places: (read.append(places), real(places))[1])
+    with BatchLoader(dataset, 2, 2, prefetch=2) as loader:
+        for used in (1, 2):
+            next(loader)
+            time.sleep(0.1)
+            assert len(read) == used + 3, "two steps wait, and one is read that will have room"
 
 
 def test_no_thread_is_left(dataset: GPTDataset) -> None:

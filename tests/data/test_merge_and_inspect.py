@@ -14,7 +14,7 @@ from megatron_ds.data import indexed_writer, inspect
 from megatron_ds.data.dataset_files import read_manifest
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter, merge_datasets
-from megatron_ds.data.inspect import document_lengths, draw_histogram, length_histogram, sample_documents, show_document
+from megatron_ds.data.inspect import draw_histogram, length_histogram, sample_documents, show_document
 from megatron_ds.data.parts import PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
 from megatron_ds.data.source_text import SourceOptions
@@ -108,8 +108,8 @@ def test_histogram_against_counting(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         for length in lengths:
             writer.add_document(*(np.ones(half, np.uint16) for half in (length // 2, length - length // 2)))
     dataset = IndexedDataset(tmp_path / "set")
-    assert document_lengths(dataset, 0, len(lengths)).tolist() == lengths
-    assert document_lengths(dataset, 5, 9).tolist() == lengths[5:9]
+    assert dataset.document_lengths(0, len(lengths)).tolist() == lengths
+    assert dataset.document_lengths(5, 9).tolist() == lengths[5:9]
     whole = length_histogram(dataset)
     monkeypatch.setattr(inspect, "CHUNK", 100)
     for histogram in (whole, length_histogram(dataset)):

@@ -16,13 +16,13 @@ from small_images import write_captions, write_classes, write_text_encoder, writ
 from started_ranks import started
 
 from megatron_ds.checkpoint import Checkpoint
-from megatron_ds.convert.dit_pipelines import PipelineParts, export_pipeline
+from megatron_ds.convert.dit_pipelines import export_pipeline
 from megatron_ds.data import latent_encoders
-from megatron_ds.data.image_source import image_sizes, open_images
+from megatron_ds.data.image_source import open_images
 from megatron_ds.data.image_transforms import Crop, load_pixels
 from megatron_ds.data.latent_cache import LatentCache
-from megatron_ds.data.latent_encoders import LatentDecoder
-from megatron_ds.data.latent_writer import CacheSettings, CacheWriter, EncoderFolders
+from megatron_ds.data.latent_encoders import EncoderFolders, LatentDecoder
+from megatron_ds.data.latent_writer import CacheSettings, CacheWriter
 from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.files import read_json
 from megatron_ds.train.launch import run_main
@@ -58,8 +58,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_cache(root: Path, name: str, vae: str = "vae", **change: Any) -> None:
     source = open_images(root / "classes")
     settings = dataclasses.replace(CacheSettings(64, 16, 2.0, batch=2), **change)
-    sizes = image_sizes(source, root / "classes")
-    writer = CacheWriter(source, sizes, EncoderFolders(root / vae), settings, root / name)
+    writer = CacheWriter(source, EncoderFolders(root / vae), settings, root / name)
     writer.begin()
     writer.write(0, 1, torch.device("cpu"))
 
@@ -144,14 +143,14 @@ def test_latents_of_another_scale_are_refused_on_resuming_and_on_drawing(
     assert not (tmp_path / "x.png").exists()
     assert sample("--vae", root / "vae") == 0 and (tmp_path / "x.png").exists()
     with pytest.raises(ConfigError, match=r"latents are shifted by 0.5, which DiTPipeline does not undo"):
-        export_pipeline(tmp_path / "run" / "checkpoints", tmp_path / "pipeline", PipelineParts(root / "vae"))
+        export_pipeline(tmp_path / "run" / "checkpoints", tmp_path / "pipeline", EncoderFolders(root / "vae"))
     run = [*SMALL, *LATENTS, "--output", tmp_path / "unshifted", "--train.steps", 1]
     assert train(monkeypatch, *run, "--data.path", root / "other") == 0
     checkpoints, exported = tmp_path / "unshifted" / "checkpoints", tmp_path / "pipeline"
     for vae, problem in ((root / "vae", "configuration .its scaling_factor"), (None, "give its folder with --vae")):
         with pytest.raises(DataError, match=problem):
-            export_pipeline(checkpoints, exported, PipelineParts(vae))
-    export_pipeline(checkpoints, exported, PipelineParts(root / "other-vae"))
+            export_pipeline(checkpoints, exported, EncoderFolders(vae))
+    export_pipeline(checkpoints, exported, EncoderFolders(root / "other-vae"))
     assert read_json(exported / "vae" / "config.json")["scaling_factor"] == 0.5
 
 
@@ -295,11 +294,10 @@ def test_texts_of_a_cache_train_joint_blocks(
 ) -> None:
     write_captions(tmp_path / "captions")
     source = open_images(tmp_path / "captions")
-    sizes = image_sizes(source, tmp_path / "captions")
     for seed, name in enumerate(("texts", "other-texts")):
         words = write_text_encoder(tmp_path / f"encoder-{seed}", 16, projected=True, seed=seed)
         encoders = EncoderFolders(root / "vae", (words,), (words,))
-        writer = CacheWriter(source, sizes, encoders, CacheSettings(64, 16, 2.0, batch=2), tmp_path / name)
+        writer = CacheWriter(source, encoders, CacheSettings(64, 16, 2.0, batch=2), tmp_path / name)
         writer.begin()
         writer.write(0, 1, torch.device("cpu"))
     folder = tmp_path / "texts"

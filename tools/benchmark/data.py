@@ -29,7 +29,7 @@ from megatron_ds.data.cli import run
 from megatron_ds.data.conversation_dataset import ConversationDataset
 from megatron_ds.data.corpus import build_corpus
 from megatron_ds.data.dataset_files import CheckedArray
-from megatron_ds.data.fim import FillInTheMiddle, FIMDataset
+from megatron_ds.data.fim import FillInTheMiddle
 from megatron_ds.data.gpt_dataset import GPTDataset, TextSource
 from megatron_ds.data.indexed import IndexedDataset, header
 from megatron_ds.data.loader import BatchLoader
@@ -288,12 +288,12 @@ def loader(folder: Path, sequence: int = 2048, micro_batch: int = 8, steps: int 
     for one in (dataset, remote):
         verify(one)  # warms the file, and fetches the remote one
     print(f"\nloader: sequences of {sequence}, micro-batches of {micro_batch}, {dataset.num_tokens:,} tokens")
-    plain = GPTDataset(dataset, sequence)
+    fim = FillInTheMiddle(50_000, 50_001, 50_002)
     kinds: dict[str, TextSource] = {
-        "plain": plain,
+        "plain": GPTDataset(dataset, sequence),
         "document masking": GPTDataset(dataset, sequence, None, 0, True),
         "blend of three": BlendedDataset([GPTDataset(dataset, sequence, seed=n) for n in range(3)], [0.5, 0.3, 0.2]),
-        "fill-in-the-middle, every second": FIMDataset(plain, FillInTheMiddle(50_000, 50_001, 50_002)),
+        "fill-in-the-middle, every second": GPTDataset(dataset, sequence, fim=fim),
         "conversations": ConversationDataset(dataset, sequence),
         "a URL's copy on the node": GPTDataset(remote, sequence),
     }

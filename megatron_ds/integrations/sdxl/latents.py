@@ -11,15 +11,14 @@ from transformers.utils import logging
 
 from megatron_ds.comm.together import together
 from megatron_ds.data.image_samples import DiffusionSamples, LatentImages
-from megatron_ds.data.image_source import image_sizes, open_images
+from megatron_ds.data.image_source import open_images
 from megatron_ds.data.latent_cache import LatentCache
-from megatron_ds.data.latent_encoders import model_identity, text_identities
+from megatron_ds.data.latent_encoders import EncoderFolders, model_identity, text_identities
 from megatron_ds.data.latent_writer import (
     BROKEN,
     NO_IMAGES,
     CacheSettings,
     CacheWriter,
-    EncoderFolders,
     left_out,
 )
 from megatron_ds.errors import DataError
@@ -27,6 +26,10 @@ from megatron_ds.mesh import Mesh
 from megatron_ds.models.sdxl import CONDITION
 
 _ENCODERS, _TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
+
+
+def _folders(base: Path, vae: Path) -> EncoderFolders:
+    return EncoderFolders(vae, [base / name for name in _ENCODERS], [base / name for name in _TOKENIZERS])
 
 
 def write_latents(
@@ -38,10 +41,10 @@ def write_latents(
         DataError: images or captions are missing, encoders overflow, or the folder holds another cache.
     """
     logging.disable_progress_bar()  # of a second's reading, across the bar of hours
-    encoders = EncoderFolders(vae, tuple(base / name for name in _ENCODERS), tuple(base / name for name in _TOKENIZERS))
+    encoders = _folders(base, vae)
     with together(mesh.world):
         source = open_images(images)
-        writer = CacheWriter(source, image_sizes(source, images), encoders, settings, folder)
+        writer = CacheWriter(source, encoders, settings, folder)
         if mesh.rank == 0:
             writer.begin()
     # They meet after every shard: over all of a large set one may fall behind by more than the group waits.
@@ -80,7 +83,7 @@ def open_latents(folder: Path, base: Path, vae: Path, wanted: Mapping[str, Any])
             f"{folder} has latents of the VAE {cache.encoder['weights']}, and {vae} is {mine['weights']}; give the VAE "
             "they were made by with --pretrained_vae_model_name_or_path, or encode the images again"
         )
-    texts = text_identities(*([base / name for name in names] for names in (_ENCODERS, _TOKENIZERS)))
+    texts = text_identities(_folders(base, vae))
     if cache.texts is None or (cache.texts["encoders"], cache.texts["states"]) != (texts, "penultimate"):
         raise DataError(
             f"{folder} does not have texts of the two text encoders of {base}, by their penultimate states; encode the "
