@@ -167,7 +167,7 @@ class LLM:
         try:
             text = self._template.prompt(request_messages(messages), tools)
         except BadConversation as error:
-            raise ConfigError(f"{self.model}: {error}") from None
+            raise ConfigError(str(error)) from None
         return [int(token) for token in self._require_tokenizer().encode_marked(text)[0]]
 
     def token_bytes(self, token: int) -> bytes:

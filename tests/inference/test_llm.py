@@ -106,7 +106,7 @@ def test_a_checkpoint_is_served_as_the_folder_that_it_came_from(folder: Path, tm
         assert answers(ours.chat([{"role": "user", "content": "what"}], params, use_tqdm=False)) == answers(
             theirs.generate("what:", params, use_tqdm=False)
         )
-        with pytest.raises(ConfigError, match=r".*: the chat template shows no tools; leave tools out"):
+        with pytest.raises(ConfigError, match="the chat template shows no tools; leave tools out"):
             ours.render_chat([{"role": "user", "content": "what"}], [{"type": "function"}])
 
 
