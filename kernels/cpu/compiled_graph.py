@@ -51,8 +51,11 @@ def record(function: Callable[..., Tensor], inputs: Sequence[Tensor], sizes: Con
     return graph
 
 
-def compile_graph(graph: GraphModule) -> Callable[..., Tensor]:
+def compile_graph(graph: GraphModule, in_one_call: bool = False) -> Callable[..., Tensor]:
     """Compile what :func:`record` gave, which takes seconds.
+
+    Args:
+        in_one_call: what calls the loops and products is C++, too; it takes seconds longer to compile.
 
     Raises:
         ConfigError: there is no C++ compiler.
@@ -64,7 +67,7 @@ def compile_graph(graph: GraphModule) -> Callable[..., Tensor]:
     try:
         with torch.no_grad(), config.patch({"compile_threads": 1, **dict.fromkeys(_UNCHECKED, False)}):
             inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-            compiled = compile_fx_inner(graph, inputs)
+            compiled = compile_fx_inner(graph, inputs, cpp_wrapper=in_one_call)
     except InductorError as error:
         if not isinstance(error.inner_exception, InvalidCxxCompiler):
             raise

@@ -16,6 +16,9 @@ import torch
 import torch._inductor.inductor_prims  # defines the operator that is called below
 from torch import Tensor
 
+_UNROLLED = 8
+"""Parts of a key/value head's heads, at most, whose sums are written out: one loop over the keys makes them all."""
+
 
 class DecodedBlocks(NamedTuple):
     """Which blocks the texts of a step have, int64.
@@ -52,22 +55,22 @@ def decode_attention(
     queries = q.to(wide) * (1.0 / math.sqrt(d))
     # Made once: otherwise the loop over keys makes each element again and again, its rotation included.
     queries = torch.ops.prims.inductor_force_stride_order(queries, queries.stride())
-    queries = queries.view(b, g, n // g, d)[at.texts]  # [p, g, n / g, d]
     k, v = (pages.transpose(0, 1)[at.blocks].unsqueeze(2).to(wide) for pages in (keys, values))  # [p, g, 1, s, d]
-    scores = (queries.unsqueeze(3) * k).sum(-1)  # [p, g, n / g, s]
-    if softcap is not None:
-        scores = (scores / softcap).tanh() * softcap
     places = at.places[at.texts, None]
     own = at.firsts[:, None] + torch.arange(size, device=q.device)  # [p, s]
     seen = own <= places if window is None else (own <= places) & (own > places - window)
-    scores = torch.where(seen[:, None, None], scores, float("-inf"))
-    highest = scores.amax(-1).clamp(min=torch.finfo(wide).min)  # [p, g, n / g]; a window may hide a whole block
-    weights = (scores - highest.unsqueeze(3)).exp()
-    found = (weights.unsqueeze(4) * v).sum(3)  # [p, g, n / g, d]
-    of_blocks = highest[at.of_text]  # [b, m, g, n / g]
-    parts = (of_blocks - of_blocks.amax(1, keepdim=True)).exp()
+    parts = []
+    for of_heads in queries.view(b, g, n // g, d)[at.texts].split(-(-n // g // _UNROLLED), 2):
+        scores = (of_heads.unsqueeze(3) * k).sum(-1)  # [p, g, heads, s]
+        if softcap is not None:
+            scores = (scores / softcap).tanh() * softcap
+        scores = torch.where(seen[:, None, None], scores, float("-inf"))
+        highest = scores.amax(-1).clamp(min=torch.finfo(wide).min)  # a window may hide a whole block
+        weights = (scores - highest.unsqueeze(3)).exp()
+        parts.append((highest, weights.sum(-1), (weights.unsqueeze(4) * v).sum(3)))
+    # [b, m, g, n / g, ...] from here on
+    highest, totals, found = (torch.cat(of_heads, 2)[at.of_text] for of_heads in zip(*parts))
     there = torch.arange(at.of_text.shape[1], device=q.device) <= (at.places // size)[:, None]
-    parts = torch.where(there[:, :, None, None], parts, 0.0)
-    total = (parts * weights.sum(-1)[at.of_text]).sum(1)  # [b, g, n / g]
-    out = (parts.unsqueeze(4) * found[at.of_text]).sum(1) / total.unsqueeze(3)
+    shares = torch.where(there[:, :, None, None], (highest - highest.amax(1, keepdim=True)).exp(), 0.0)
+    out = (shares.unsqueeze(4) * found).sum(1) / (shares * totals).sum(1).unsqueeze(3)
     return out.to(q.dtype).reshape(b, n, d)

@@ -7,7 +7,7 @@ the vocabulary's projection included.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from itertools import chain
 
@@ -67,7 +67,8 @@ class CompiledStage:
             return model.head_input(model.hidden_states(micro_batch, None, make_core))
 
         places = torch.zeros(1, _TOKENS, dtype=torch.int64)
-        self._run = _graph(run, (places, places.clone()), compiled)
+        graph = record(run, (places, places.clone()), {_TOKENS})
+        self._run = compile_graph(graph) if compiled else lambda *inputs: graph(*inputs)[0]
 
     def head_input(self, micro_batch: MicroBatch, hidden: Tensor | None, make_core: MakeCore) -> Tensor:
         """``Transformer.head_input`` of its ``hidden_states``, for ``[1, t]`` tokens."""
@@ -129,7 +130,8 @@ class CompiledDecoding:
 
         numbers = (torch.zeros(3, count, dtype=torch.int64) for count in (_TOKENS, _BLOCKS))
         like = (torch.zeros_like(one[:, :1]).expand(-1, _CACHE, -1, -1).contiguous() for one in self._pages)
-        self._run = _graph(run, (*numbers, self._columns, *like), compiled)
+        graph = record(run, (*numbers, self._columns, *like), {_TOKENS, _LONGEST, _CACHE, _BLOCKS})
+        self._run = compile_graph(graph, in_one_call=True) if compiled else lambda *inputs: graph(*inputs)[0]
         self._longest = 2 * min(windows, default=1 << 62)
 
     @staticmethod
@@ -152,8 +154,3 @@ class CompiledDecoding:
         of_texts = np.stack((tokens, places.positions, counts.cumsum() - counts))
         of_blocks = np.stack((places.tables[:, :most][there], texts, columns * self._size))
         return self._run(torch.from_numpy(of_texts), torch.from_numpy(of_blocks), self._columns[:most], *self._pages)
-
-
-def _graph(run: Callable[..., Tensor], inputs: Sequence[Tensor], compiled: bool) -> Callable[..., Tensor]:
-    graph = record(run, inputs, (_TOKENS, _LONGEST, _CACHE, _BLOCKS))
-    return compile_graph(graph) if compiled else lambda *args: graph(*args)[0]
