@@ -17,6 +17,7 @@ from megatron_ds.config.engine import BatchSizes, EngineConfig
 from megatron_ds.engine.buffer_sync import BufferSync
 from megatron_ds.engine.clock import Clock
 from megatron_ds.engine.files import Files
+from megatron_ds.engine.generation import generate_together
 from megatron_ds.engine.gradients import Placeholders
 from megatron_ds.engine.join import JoinableEngine, Mode, UnevenInputs
 from megatron_ds.engine.late_ranks import LateRanks
@@ -107,6 +108,7 @@ class Engine(JoinableEngine, Files):
         stage.observer, train_step.timed = self._advice.observer, self._advice.times_steps
         if rule is not None:
             rule.serve_modes(self.change_weights)
+        generate_together(module, zero)
 
     def look_at_model(self) -> None:
         """What is kept of the parameters that are trained."""

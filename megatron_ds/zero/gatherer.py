@@ -132,9 +132,8 @@ class Gatherer:
         """Remove the hooks, and leave the parameters as they are to another gatherer."""
         for hook in self._hooks:
             hook.remove()
-        for bucket in self._buckets:
-            for parameter in bucket.tensors:
-                parameter.__class__ = self._classes[id(parameter)]
+        for parameter in (p for bucket in self._buckets for p in bucket.tensors):
+            parameter.__class__ = self._classes[id(parameter)]
 
     # What the owner of the step calls
 
@@ -204,9 +203,8 @@ class Gatherer:
         for bucket in self._started:
             bucket.cancel_gather()
         self._started.clear()
-        for bucket in self._buckets:
-            if self._is_gathered(bucket):
-                self._free(bucket)
+        for bucket in filter(self._is_gathered, self._buckets):
+            self._free(bucket)
         self._idle.clear()
 
     @contextmanager
@@ -222,6 +220,10 @@ class Gatherer:
         finally:
             self._explicit.subtract(map(id, mine))
             self._free_unheld(mine)
+
+    def takes_all_ranks(self) -> bool:
+        """Whether a forward pass is one of all ranks, which gather by messages and not out of shared memory."""
+        return bool(self._numbers)
 
     def bucket_of(self, parameter: nn.Parameter) -> FlatBucket | None:
         """The bucket that has to be gathered for this parameter; None where it is whole all the time."""
@@ -379,10 +381,8 @@ class Gatherer:
 def _tensors(output: Any) -> Iterator[Tensor]:
     """The tensors in what a module returns, also those that are attributes of an object (a dataclass, say)."""
     for leaf in tree_flatten(output)[0]:
-        if isinstance(leaf, Tensor):
-            yield leaf
-        else:
-            yield from (value for value in getattr(leaf, "__dict__", {}).values() if isinstance(value, Tensor))
+        found = [leaf] if isinstance(leaf, Tensor) else getattr(leaf, "__dict__", {}).values()
+        yield from (value for value in found if isinstance(value, Tensor))
 
 
 class _AfterBackward(torch.autograd.Function):

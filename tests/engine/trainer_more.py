@@ -182,7 +182,7 @@ def streamed(output: str, config: Any) -> dict[str, Any]:
 
 
 def generated(output: str, config: Any) -> list[Any]:
-    """What a Seq2SeqTrainer predicts: an end comes at another token on each rank."""
+    """What a Seq2SeqTrainer predicts, and two texts besides: an end comes at another token on each rank."""
     _, world = place_in_environment()
     import transformers
 
@@ -214,9 +214,22 @@ def generated(output: str, config: Any) -> list[Any]:
     trainer = trainer_class(model=model, args=settings, train_dataset=rows)
     trainer.train()
     predicted = trainer.predict(rows[:4], max_length=8).predictions
+    texts = _of_a_loop(trainer.model, rows[2:4])
     if config is not None:
         trainer.engine.zero.close()
-    return [[int(token) for token in row if token > 0] for row in predicted]
+    return [[int(token) for token in row if token > 0] for row in [*predicted, *texts]]
+
+
+def _of_a_loop(model: Any, rows: list[dict[str, Tensor]]) -> list[list[int]]:
+    """As TRL's GRPO generates, which says nothing of the ranks: the text of each ends elsewhere."""
+    rank, world = place_in_environment()
+    prompts = [rows[number]["input_ids"].unsqueeze(0) for number in range(rank, 2, world)]
+    texts = [model.generate(prompt, max_length=8)[0].tolist() for prompt in prompts]
+    if world == 1:
+        return texts
+    of_ranks: list[Any] = [None] * world
+    dist.all_gather_object(of_ranks, texts)
+    return [text for texts in of_ranks for text in texts]
 
 
 def full_eval(output: str) -> list[float]:
