@@ -20,7 +20,7 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_ds.data.chat_records import BadConversation, is_learnt
-from megatron_ds.data.tokenizer_base import Tokenizer, read_json
+from megatron_ds.data.tokenizer_base import Tokenizer, read_settings
 from megatron_ds.errors import DataError
 from megatron_ds.files import read_text
 
@@ -282,7 +282,7 @@ def _of_folder(folder: Path) -> tuple[Any, Any]:
     if (folder / "chat_template.jinja").is_file():
         tool_use = folder / "additional_chat_templates" / "tool_use.jinja"
         return _read_text(folder / "chat_template.jinja"), _read_text(tool_use) if tool_use.is_file() else None
-    source = read_json(folder / "tokenizer_config.json").get("chat_template")
+    source = read_settings(folder / "tokenizer_config.json").get("chat_template")
     if not isinstance(source, list):
         return source, None
     named = {str(entry.get("name")): entry.get("template") for entry in source if isinstance(entry, dict)}

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_ds.data.samples import LATENTS
 from megatron_ds.errors import DataError
-from megatron_ds.files import check_regular, read_bytes, read_json
+from megatron_ds.files import check_regular, read_bytes, read_object
 
 _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors")
 _TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel", "UMT5EncoderModel")
@@ -50,16 +50,8 @@ def model_identity(folder: Path) -> dict[str, str]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = read_json(path)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read: {error}; give the folder of one model, as save_pretrained writes it"
-        ) from None
-    if not isinstance(config, dict):
-        raise DataError(f"{path} holds no JSON object")
-    return config
+    way_out = "; give the folder of one model, as save_pretrained writes it"
+    return read_object(folder / "config.json", DataError, way_out)
 
 
 def _class(config: Mapping[str, Any]) -> str:

@@ -19,9 +19,9 @@ from typing import Any, AnyStr
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ds import files
 from megatron_ds.data.fast_bpe import byte_characters
 from megatron_ds.errors import DataError
+from megatron_ds.files import read_object
 
 Ids = Sequence[int] | npt.NDArray
 Marked = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
@@ -180,13 +180,13 @@ class SpecialTokens:
 
 def read_special_tokens(folder: Path) -> SpecialTokens:
     """Read the four places; one that is missing is empty, and one that says something else than it should an error."""
-    config = read_json(folder / CONFIG)
+    config = read_settings(folder / CONFIG)
     names: dict[str, str] = {}
     origins: dict[str, str] = {}
     unnumbered: list[dict[str, Any]] = []
     # As transformers does: the older file goes before the newer one, unless that lists all added tokens.
     listed = "added_tokens_decoder" in config
-    sources = ((CONFIG, config),) if listed else ((MAP, read_json(folder / MAP)), (CONFIG, config))
+    sources = ((CONFIG, config),) if listed else ((MAP, read_settings(folder / MAP)), (CONFIG, config))
     for file, content in sources:
         for setting in SETTINGS:
             if (token := _token(content.get(setting), folder / file, setting)) and setting not in names:
@@ -199,7 +199,7 @@ def read_special_tokens(folder: Path) -> SpecialTokens:
             added[int(number)]["content"] = str(token["content"])
         if not listed:
             special = set(names.values())
-            for text, number in read_json(folder / ADDED).items():
+            for text, number in read_settings(folder / ADDED).items():
                 added[int(number)] = {"content": text, "special": text in special, "normalized": text not in special}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
@@ -231,15 +231,9 @@ def _token(token: Any, path: Path, setting: str) -> dict[str, Any] | None:
     return {"normalized": False, **flags, "content": text, "special": True} if text else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     """A JSON object from a file; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = files.read_json(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from None
-    return value if isinstance(value, dict) else {}
+    return read_object(path, DataError) if path.is_file() else {}
 
 
 def choose(

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_ds.convert.folder import HFFolder
 from megatron_ds.errors import CheckpointError
-from megatron_ds.files import checksum, read_bytes, read_json
+from megatron_ds.files import checksum, read_bytes, read_object
 
 TOKENIZER, REST = "tokenizer", "hf"
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -99,13 +99,7 @@ def _copy(path: Path, target: Path) -> None:
 def settings(checkpoints: Path, name: str) -> dict[str, Any]:
     """A JSON file of the folder that the checkpoints came from; empty where there is none."""
     path = checkpoints / REST / name
-    if not path.exists():
-        return {}
-    try:
-        value = read_json(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return value if isinstance(value, dict) else {}
+    return read_object(path, CheckpointError) if path.exists() else {}
 
 
 def has_tokenizer(checkpoints: Path, fingerprint: str) -> bool:

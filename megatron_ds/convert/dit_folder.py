@@ -27,7 +27,7 @@ from megatron_ds.convert.folder import Safetensors
 from megatron_ds.convert.hugging_face import MODEL_TOML, exported_folder
 from megatron_ds.convert.settings import Settings
 from megatron_ds.errors import CheckpointError
-from megatron_ds.files import read_json, write_text_durably
+from megatron_ds.files import read_object, write_text_durably
 from megatron_ds.models.dit import DiT
 from megatron_ds.models.transformer import StageSettings
 from megatron_ds.shard import spec_of
@@ -82,10 +82,7 @@ def import_transformer(folder: str | Path, out_dir: str | Path) -> Path:
     if (out_dir / step_name(0)).exists():
         raise CheckpointError(f"{out_dir / step_name(0)} exists already; import into another folder, or remove it")
     where = folder / "config.json"
-    try:
-        values = read_json(where)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{where} cannot be read: {error}") from error
+    values = read_object(where, CheckpointError)
     table = table_named(str(values.get("_class_name")), str(where))
     config = table.from_config(Settings(values, str(where)))
     weights = _Weights(folder)

@@ -23,7 +23,7 @@ from megatron_ds.convert.dit_tables import table_of
 from megatron_ds.convert.hugging_face import new_folder, publish_folder
 from megatron_ds.data.latent_encoders import EncoderFolders, VaeConfig, check_decoder, check_text_encoders, latents_of
 from megatron_ds.errors import ConfigError
-from megatron_ds.files import read_json, write_text_durably
+from megatron_ds.files import read_object, write_text_durably
 from megatron_ds.models.objectives import shift_of
 from megatron_ds.models.samplers import make_scheduler
 
@@ -109,7 +109,7 @@ def _write_vae(folder: Path, config: DiTConfig, vae: Path | None) -> dict[str, l
     _copy(vae, folder / "vae")
     where = folder / "vae" / "config.json"
     # StableDiffusion3Pipeline adds the shift, which in the configuration of many a VAE is None.
-    values = {**read_json(where), "shift_factor": VaeConfig.read(vae).shift}
+    values = {**read_object(where, ConfigError), "shift_factor": VaeConfig.read(vae).shift}
     write_text_durably(where, json.dumps(values, indent=2) + "\n")
     return {"vae": ["diffusers", str(values["_class_name"])]}
 
@@ -120,7 +120,7 @@ def _write_text_encoders(folder: Path, parts: EncoderFolders) -> dict[str, list[
         suffix = "" if number == 1 else f"_{number}"
         _copy(encoder, folder / f"text_encoder{suffix}")
         _copy(words, folder / f"tokenizer{suffix}")
-        kind = str(read_json(words / "tokenizer_config.json")["tokenizer_class"])
+        kind = str(read_object(words / "tokenizer_config.json", ConfigError)["tokenizer_class"])
         entries[f"text_encoder{suffix}"] = ["transformers", name]
         entries[f"tokenizer{suffix}"] = ["transformers", kind]
     return entries

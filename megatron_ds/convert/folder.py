@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_ds.checkpoint.safetensors_header import DTYPES
 from megatron_ds.checkpoint.stream import Plan, TensorFiles, plan_bytes
 from megatron_ds.errors import CheckpointError
-from megatron_ds.files import check_regular, read_json, write_text_durably
+from megatron_ds.files import check_regular, read_object, write_text_durably
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
@@ -130,14 +130,7 @@ class HFFolder:
 
     def json(self, name: str) -> dict[str, Any]:
         """The object in a JSON file of the folder."""
-        path = self.inside(name)
-        try:
-            value = read_json(path)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{path} holds no JSON object but {type(value).__name__}")
-        return value
+        return read_object(self.inside(name), CheckpointError)
 
     def _weight_files(self) -> tuple[list[str], dict[str, str]]:
         """The files to read, and what an index says of them: a tensor's name to its file."""

@@ -9,6 +9,7 @@ from megatron_ds.files.whole_files import (
     parse_json,
     read_bytes,
     read_json,
+    read_object,
     read_text,
 )
 from megatron_ds.files.write import replacing, sync_and_close, sync_directory, temporary_beside, write_text_durably
@@ -23,6 +24,7 @@ __all__ = [
     "print_line",
     "read_bytes",
     "read_json",
+    "read_object",
     "read_text",
     "replacing",
     "sync_and_close",

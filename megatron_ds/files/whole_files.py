@@ -59,6 +59,17 @@ def read_json(path: str | Path, most: int = MOST_BYTES, pairs: Callable[..., Any
     return parse_json(read_bytes(path, most), pairs)
 
 
+def read_object(path: str | Path, error: Callable[[str], Exception], way_out: str = "") -> dict[str, Any]:
+    """The JSON object in a regular file; else an ``error`` of the caller's class, with the way out."""
+    try:
+        value = read_json(path)
+    except (OSError, ValueError) as reason:
+        raise error(f"{path} cannot be read: {reason}{way_out}") from reason
+    if not isinstance(value, dict):
+        raise error(f"{path} holds no JSON object but {type(value).__name__}{way_out}")
+    return value
+
+
 def parse_json(text: str | bytes, pairs: Callable[..., Any] | None = None) -> Any:
     """``json.loads``, whose every failure is a ``ValueError``."""
     try:
