@@ -152,9 +152,10 @@ class Batcher:
         return self.pool.hash_of(before, sequence.tokens[number * size : (number + 1) * size])
 
     def _count(self, sequence: Sequence, left: int) -> int:
-        if sequence.request.params.prompt_logprobs is not None and sequence.computed < len(sequence.request.tokens):
-            left = min(left, max(_PROMPT_LOGPROBS_ROWS, self.pool.size))
         pending = sequence.pending
+        of_prompt = pending > 1 and sequence.computed < len(sequence.request.tokens)
+        if of_prompt and sequence.request.params.prompt_logprobs is not None:
+            left = min(left, max(_PROMPT_LOGPROBS_ROWS, self.pool.size))
         if pending <= left:
             return pending
         end = (sequence.computed + left) // self.pool.size * self.pool.size
@@ -199,10 +200,10 @@ class Batcher:
         """Blocks of its own for the next tokens of a sequence."""
         first, held = sequence.computed // self.pool.size, len(sequence.blocks)
         copy = first < held and self.pool.is_shared(sequence.blocks[first])
-        needed = max(0, self.pool.needed(sequence.computed + count) - held)
-        if not needed and not copy:
+        needed = self.pool.needed(sequence.computed + count) - held
+        if needed <= 0 and not copy:
             return True
-        blocks = self.pool.allocate(needed + copy)
+        blocks = self.pool.allocate(max(0, needed) + copy)
         if blocks is None:
             return False
         if copy:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ds.inference.paged_cache import PagedCache, StepPlaces
+from megatron_ds.inference.batching import Span
+from megatron_ds.inference.paged_cache import PagedCache
 from megatron_ds.kernels.cpu.compiled_graph import compile_graph, record
 from megatron_ds.kernels.cpu.decode_attention import DecodedBlocks, decode_attention
 from megatron_ds.kernels.registry import define
@@ -139,18 +140,21 @@ class CompiledDecoding:
         """Whether these can be: no biases of positions, no scales of keys."""
         return model.config.position != "alibi" and all(pages.scale is None for pages in cache.keys.values())
 
-    def takes(self, places: StepPlaces) -> bool:
+    def takes(self, spans: Sequence[Span]) -> bool:
         """Whether it is such a step, and most keys that it would read are seen."""
-        return places.decodes and int(places.positions.max()) < self._longest
+        return all(span.count == 1 and span.start < self._longest for span in spans)
 
-    def run(self, tokens: Sequence[int], places: StepPlaces) -> Tensor:
+    def run(self, spans: Sequence[Span]) -> Tensor:
         """Logits ``[b, v]``."""
-        counts = places.positions // self._size + 1  # blocks of each text
-        most = int(counts.max())
+        tokens, places = [span.sequence.tokens[span.start] for span in spans], [span.start for span in spans]
+        counts = [place // self._size + 1 for place in places]  # blocks of each text
+        most = max(counts)
         if most > len(self._columns):
             self._columns = torch.arange(2 * most)
-        there = self._columns.numpy()[:most] < counts[:, None]
-        texts, columns = there.nonzero()
-        of_texts = np.stack((tokens, places.positions, counts.cumsum() - counts))
-        of_blocks = np.stack((places.tables[:, :most][there], texts, columns * self._size))
+        blocks = chain.from_iterable(span.sequence.blocks[:count] for span, count in zip(spans, counts))
+        ends = np.cumsum(counts)
+        firsts = ends - counts  # of each text among the blocks of all
+        texts = np.repeat(np.arange(len(spans)), counts)
+        starts = (np.arange(ends[-1]) - firsts[texts]) * self._size
+        of_texts, of_blocks = np.stack((tokens, places, firsts)), np.stack((list(blocks), texts, starts))
         return self._run(torch.from_numpy(of_texts), torch.from_numpy(of_blocks), self._columns[:most], *self._pages)

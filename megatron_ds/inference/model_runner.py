@@ -69,10 +69,11 @@ class ModelRunner:
         heads, head_dim = local_kv_heads(model), model.config.head_size
         # One more than the pool has: no text holds it.
         self._scratch = size.blocks
-        self.graphs: DecodeGraphs | CompiledDecoding | None = None
+        self.graphs: DecodeGraphs | None = None
         self.cache = PagedCache(layers, size.blocks + 1, size.size, heads, head_dim, size.dtype, self.device)
         self.dtype = next(model.parameters()).dtype
         self._compiled: CompiledStage | None = None
+        self.decoding: CompiledDecoding | None = None
         small = 12 * model.config.num_layers * model.config.hidden_size**2 < _SMALL  # on all stages alike
         self._rounded = ROUNDED if mesh.device.type == "cpu" and small and not apart else 1
         alone = mesh.world.size == 1 and mesh.device.type == "cpu"
@@ -83,7 +84,7 @@ class ModelRunner:
         """From now on run graphs of the model, as :class:`CompiledStage` and :class:`CompiledDecoding` have them."""
         self._compiled = CompiledStage(self.model, compiled)
         if CompiledDecoding.can(self.model, self.cache):
-            self.graphs = CompiledDecoding(self.model, self.head_recipe, self.cache, compiled)
+            self.decoding = CompiledDecoding(self.model, self.head_recipe, self.cache, compiled)
 
     def capture(self, capture: Capture | None, sizes: GraphSizes) -> None:
         """From now on replay decode steps as graphs, where there is a way to capture them."""
@@ -96,14 +97,14 @@ class ModelRunner:
         self.cache.copy(plan.copies)  # first: a block that was copied may have been given back and taken anew since
         self.cache.clear(plan.fresh)
         spans = plan.spans
+        if self.decoding is not None and self.decoding.takes(spans):
+            return _of_rows(self.decoding.run(spans), rows)
         places = StepPlaces.of(
             [s.sequence.blocks for s in spans], [s.count for s in spans], [s.start for s in spans], self.cache.size
         )
         tokens = [token for span in spans for token in span.tokens]
-        wanted = torch.tensor(rows, dtype=torch.int64, device=self.device)
         if self.graphs is not None and self.graphs.takes(places):
-            logits = self.graphs.run(tokens, places)
-            return logits if len(rows) == len(tokens) else logits[wanted]
+            return _of_rows(self.graphs.run(tokens, places), rows)
         padding = 0 if places.decodes else -len(tokens) % self._rounded
         if padding:  # their results are dropped
             tokens += [0] * padding
@@ -122,7 +123,7 @@ class ModelRunner:
         if not pp.is_last:
             dist.send(hidden.contiguous(), group=pp.group, group_dst=pp.rank + 1)
             return None
-        return self._logits(hidden[wanted])
+        return self._logits(_of_rows(hidden, rows))
 
     def _hidden(self, tokens: Tensor, positions: Tensor, step: PagedStep, hidden: Tensor | None = None) -> Tensor:
         batch = PagedBatch(self.cache, step, lambda site: (site - 1) // SITES_A_BLOCK, self.apart)
@@ -136,3 +137,8 @@ class ModelRunner:
 
     def _decoded(self, tokens: Tensor, positions: Tensor, step: PagedStep) -> Tensor:
         return self._logits(self._hidden(tokens, positions, step))
+
+
+def _of_rows(x: Tensor, rows: Many[int]) -> Tensor:
+    """Different ``rows`` of ``x``, in their order."""
+    return x if len(rows) == len(x) else x[torch.tensor(rows, dtype=torch.int64, device=x.device)]

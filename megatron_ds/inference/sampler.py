@@ -70,6 +70,10 @@ class Sampler:
         logits[:, max(0, self.vocab_size - self.first) :] = -torch.inf
         return logits
 
+    def most_probable(self, logits: Tensor) -> list[int]:
+        """Of each row of ``logits [r, v]``, as :meth:`sample` chooses where no more is asked for."""
+        return self._largest(*self._max(logits)).tolist()
+
     def sample(self, logits: Tensor, rows: Sequence[Row]) -> Sampled:
         """``logits [r, v]`` are changed."""
         asked = [row.params.logprobs for row in rows]

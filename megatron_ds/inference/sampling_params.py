@@ -161,6 +161,12 @@ class SamplingParams:
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0
         return self.greedy and not self.logit_bias and not penalties
 
+    @cached_property
+    def plain(self) -> bool:
+        """Whether it is so from the first token on, and nothing is asked of probabilities."""
+        asked = self.logprobs is not None or self.processed_logprobs is not None
+        return self.keeps_logits and not self.min_tokens and not asked
+
     def to_json(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 

@@ -44,6 +44,7 @@ class Sequence:
         stop: the text or token at which it has.
         limit: tokens that it may have.
         matcher: of the form that the answer must have, if it must. text: of the answer.
+        plain: its tokens are the most probable ones, and nothing is asked of their probabilities.
     """
 
     request: Request
@@ -63,6 +64,7 @@ class Sequence:
     limit: int = 0
     matcher: Matcher | None = None
     text: Detokenizer = field(default_factory=lambda: Detokenizer(None, ()))
+    plain: bool = False
 
     @property
     def answer(self) -> list[int]:

@@ -248,6 +248,7 @@ class ServingEngine:
             limit=min(self.max_model_len, len(request.tokens) + (params.max_tokens or self.max_model_len)),
             matcher=None if form is None else self._structures.matcher(form),
             text=text,
+            plain=params.plain and form is None,
         )
 
     def _rows(self, spans: Iterable[Span]) -> _Rows:
@@ -259,7 +260,8 @@ class ServingEngine:
             if span.is_last:
                 count = 1 + len(span.draft)
                 rows.last.append(span)
-            if span.sequence.request.params.prompt_logprobs is not None and _is_of_prompt(span):
+            of_prompt = not span.sequence.index and not span.sequence.answered  # the first sample, before its answer
+            if of_prompt and span.sequence.request.params.prompt_logprobs is not None:
                 rows.asked.append((span, len(rows.of_step)))
                 rows.of_step.extend(range(first, stop))
             else:
@@ -275,24 +277,31 @@ class ServingEngine:
             logits = self._timed(self.sampler.mask_padding, logits)
             found = [[self._of_prompt(*asked, logits) for asked in rows.asked], [], [], []]
             if rows.last:
-                of_rows = [self._row(span, place) for span in rows.last for place in range(1 + len(span.draft))]
                 logits = logits if len(rows.ends) == len(logits) else logits[rows.ends]
-                sampled = self._timed(self.sampler.sample, logits, of_rows)
-                found[1:] = [sampled.tokens, _listed(sampled.logprobs), _listed(sampled.processed)]
+                if all(span.sequence.plain for span in rows.last):
+                    nothing = [None] * len(logits)
+                    found[1:] = [self._timed(self.sampler.most_probable, logits), nothing, nothing]
+                else:
+                    of_rows = [self._row(span, place) for span in rows.last for place in range(1 + len(span.draft))]
+                    sampled = self._timed(self.sampler.sample, logits, of_rows)
+                    found[1:] = [sampled.tokens, _listed(sampled.logprobs), _listed(sampled.processed)]
         of_prompts, *of_answers = from_last(self.mesh.pp, found)
         for (span, _), said in zip(rows.asked, of_prompts):
             of_prompt = span.sequence.request.prompt_logprobs
             of_prompt += [None] * (not of_prompt)  # of the first token there is nothing to say
-            of_prompt += map(_as_logprobs, said)
+            of_prompt += (None if pairs is None else _as_logprobs(pairs) for pairs in said)
         answers = zip(*of_answers)
         for span in rows.last:
-            self._follow(span, list(islice(answers, 1 + len(span.draft))))
+            if span.draft:
+                self._follow(span, list(islice(answers, 1 + len(span.draft))))
+            else:
+                self._append(span.sequence, *next(answers))
 
     def _follow(self, span: Span, rows: Many[Any]) -> None:
         """Take the token of each row as long as the draft has guessed the one before: the others saw a wrong text."""
         sequence = span.sequence
         for place, (token, own, processed) in enumerate(rows):
-            self._append(sequence, token, _as_logprobs(own), _as_logprobs(processed))
+            self._append(sequence, token, own, processed)
             if sequence.status is Status.FINISHED or span.draft[place : place + 1] != (token,):
                 return
             self.batcher.computed(sequence, 1)
@@ -329,10 +338,10 @@ class ServingEngine:
         sequence.tokens.append(token)
         self.counters.answer_tokens += 1
         if own is not None:
-            sequence.logprobs.append(own)
-            sequence.cumulative += own[token]
+            sequence.logprobs.append(_as_logprobs(own))
+            sequence.cumulative += sequence.logprobs[-1][token]
         if processed is not None:
-            sequence.processed_logprobs.append(processed)
+            sequence.processed_logprobs.append(_as_logprobs(processed))
         ends = token in params.stop_token_ids or (token in self.ends.eos and not params.ignore_eos)
         if ends and answered > params.min_tokens:
             sequence.stop = token if token in params.stop_token_ids else None
@@ -379,15 +388,10 @@ def _output(live: _Live) -> RequestOutput:
     )
 
 
-def _is_of_prompt(span: Span) -> bool:
-    """Whether it is of the first sample before its answer."""
-    return not span.sequence.index and not span.sequence.answered
-
-
 def _listed(found: Iterable[dict[int, float] | None]) -> list[list[tuple[int, float]] | None]:
     """As JSON keeps it: keys of an object would become texts."""
     return [None if of_row is None else list(of_row.items()) for of_row in found]
 
 
-def _as_logprobs(pairs: Iterable[tuple[int, float]] | None) -> dict[int, float] | None:
-    return None if pairs is None else {int(token): float(value) for token, value in pairs}
+def _as_logprobs(pairs: Iterable[tuple[int, float]]) -> dict[int, float]:
+    return {int(token): float(value) for token, value in pairs}

@@ -45,9 +45,7 @@ def test_a_compiled_model_says_the_same_to_1e_10(monkeypatch: pytest.MonkeyPatch
     engine.runner.compile()
     texts: list[int] = []
     run = CompiledDecoding.run
-    monkeypatch.setattr(
-        CompiledDecoding, "run", lambda own, tokens, at: (texts.append(len(tokens)), run(own, tokens, at))[1]
-    )
+    monkeypatch.setattr(CompiledDecoding, "run", lambda own, spans: (texts.append(len(spans)), run(own, spans))[1])
     found = logprobs_of(engine, 2)
     assert texts == [5] * 4 + [2] + [1] * 6  # every step but those of the prompts
     assert len(found) == len(want) == 36
@@ -96,7 +94,7 @@ def test_quantised_weights_are_recorded_as_they_compute(scheme: str, monkeypatch
         else:
             with monkeypatch.context() as patch:
                 patch.setattr(compiled_stage, "record", lambda run, *_: lambda *inputs: (run(*inputs),))
-                runner.graphs = CompiledDecoding(model, runner.head_recipe, runner.cache, compiled=False)
+                runner.decoding = CompiledDecoding(model, runner.head_recipe, runner.cache, compiled=False)
         found.append(logprobs_of(engine, 2))
     for mine, theirs in zip(*found, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)

@@ -166,7 +166,7 @@ def test_the_time_of_a_step_is_counted_apart_from_the_computing_in_it(monkeypatc
 
     monkeypatch.setattr(engine.batcher, "plan", lasts(1.0, engine.batcher.plan))
     monkeypatch.setattr(engine.runner, "run", lasts(4.0, engine.runner.run))
-    monkeypatch.setattr(engine.sampler, "sample", lasts(2.0, engine.sampler.sample))
+    monkeypatch.setattr(engine.sampler, "most_probable", lasts(2.0, engine.sampler.most_probable))
     serve(engine, {0: [("a", [1, 2, 3], SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))]}, {})
     counters = engine.counters
     assert (counters.steps, counters.step_seconds, counters.compute_seconds) == (5, 35.0, 30.0)
