@@ -6,11 +6,13 @@ Their sizes are read from the headers of their files once, then kept beside the 
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +36,12 @@ METADATA, _UNREAD = "metadata.jsonl", ("metadata.csv", "metadata.parquet")
 _MOST_BYTES = 1 << 30  # of one image
 _CAPTIONS, _LABELS = ("text", "caption"), ("label", "labels")
 _STATE, _DICT = "state.json", "dataset_dict.json"
+_SPLITS = (
+    ("train", "train training"),
+    ("valid", "validation valid val dev"),
+    ("test", "test testing eval evaluation"),
+)
+_SPLIT_OF = MappingProxyType({word: split for split, words in _SPLITS for word in words.split()})
 
 
 class ImageSource(ABC):
@@ -124,16 +132,35 @@ def open_images(path: str | Path, kind: Kind | None = None, cache_dir: Path | No
     return ImageFolder(path, cache_dir)
 
 
+def require_one_split(path: Path, names: Iterable[Path]) -> None:
+    """Raise DataError where files or folders of ``path`` are of several splits: what a model is tested on would be
+    trained on. ``names``, relative to ``path``, tell it by the words that `datasets` looks for in them."""
+    found: dict[str, Path] = {}
+    for name in names:
+        of_parts = [re.split("[-._ 0-9]+", part.lower()) for part in reversed(name.parts)]
+        split = next((_SPLIT_OF[word] for part in of_parts for word in part if word in _SPLIT_OF), None)
+        if split is not None:
+            found.setdefault(split, name)
+    if len(found) > 1:
+        raise DataError(
+            f"{path} holds several splits, {' and '.join(str(name) for name in found.values())} among them, of which "
+            "all would be trained on; give one: its file, or a folder with its files alone"
+        )
+
+
 # --- folders of image files ----------------------------------------------------------------------------------------
 
 
 def find_images(folder: Path) -> Iterator[Path]:
     """The image files of a folder and its subfolders, in any order, but none that is hidden."""
     for path in folder.rglob("*"):
-        # Such as .ipynb_checkpoints/x-checkpoint.png of Jupyter, or __MACOSX/x.jpg of a Mac's zip.
-        hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in SUFFIXES and not hidden and path.is_file():
+        if path.suffix.lower() in SUFFIXES and not _is_hidden(path, folder) and path.is_file():
             yield path
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    """Such as ``.ipynb_checkpoints/x-checkpoint.png`` of Jupyter, or ``__MACOSX/x.jpg`` of a Mac's zip."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
 
 
 class ImageFolder(ImageSource):
@@ -152,6 +179,8 @@ class ImageFolder(ImageSource):
         self._captions = _captions(folder, paths)
         self.captioned = self._captions is not None
         parents = {path.parts[0] for path in paths if len(path.parts) > 1}
+        if all(name.lower() in _SPLIT_OF for name in parents):  # and no class, such as that of pictures of trains
+            require_one_split(folder, map(Path, sorted(parents)))
         in_classes = not self.captioned and all(len(path.parts) > 1 for path in paths)
         self.classes = tuple(sorted(parents)) if in_classes else ()
         numbers = {name: number for number, name in enumerate(self.classes)}
@@ -251,7 +280,7 @@ def is_dataset(path: Path) -> bool:
 def _parquet(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if path.suffix == ".parquet" else []
-    return sorted(file for file in path.rglob("*.parquet") if file.is_file())
+    return sorted(file for file in path.rglob("*.parquet") if file.is_file() and not _is_hidden(file, path))
 
 
 class DatasetImages(ImageSource):
@@ -331,7 +360,10 @@ def _load(path: Path) -> tuple[Any, list[Path]]:
         if (path / _STATE).is_file():
             return datasets.load_from_disk(str(path)), sorted(path.rglob("*.arrow"))
         if files := _parquet(path):
+            require_one_split(path, (file.relative_to(path) for file in files))
             return datasets.Dataset.from_parquet([str(file) for file in files]), files
+    except DataError:
+        raise
     except Exception as error:  # of pyarrow and of `datasets`: there is no common class
         raise DataError(f"{path} cannot be read by `datasets`: {error}") from None
     raise DataError(f"{path} is no image set of `datasets`: neither save_to_disk nor Parquet files")

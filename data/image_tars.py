@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from megatron_ds.data.cache import cached_arrays
 from megatron_ds.data.dataset_files import files_identity
-from megatron_ds.data.image_source import SUFFIXES, ImageSource
+from megatron_ds.data.image_source import SUFFIXES, ImageSource, require_one_split
 from megatron_ds.errors import DataError
 from megatron_ds.files import parse_json
 
@@ -61,6 +61,7 @@ class TarImages(ImageSource):
         super().__init__(path, cache_dir)
         if not tars:
             raise DataError(f"{path} holds no .tar; compressed ones cannot be read at random: decompress them")
+        require_one_split(path, (tar.relative_to(path) for tar in tars))
         self._tars = list(tars)
         self.identity = {"images": "tar", **files_identity(tars)}
         beside = path.with_name(f"{path.name}.image-index")

@@ -298,6 +298,34 @@ def test_columns_of_an_image_set_that_say_nothing(root: Path, tmp_path: Path) ->
     assert source.captioned and source.caption(3) == "b" and source.labels is None
 
 
+def test_images_of_several_splits_are_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `datasets` finds splits, which reads one alone: by words in the names of files or folders."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    tar, parquet, image = root / "class-tars" / "0.tar", root / "parquet" / "0.parquet", root / "classes" / "china"
+    for number, (content, names, refused) in enumerate(
+        (
+            (parquet, ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"), False),
+            (parquet, ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"), True),
+            (parquet, ("default/training/0.parquet", "default/dev/0.parquet"), True),
+            (parquet, ("latest.parquet", "trains.parquet", ".test/0.parquet"), False),
+            (tar, ("set-train-0.tar", "set-train-1.tar"), False),
+            (tar, ("set-train-0.tar", "set-val-0.tar"), True),
+            (image, ("train", "val"), True),
+            (image, ("train", "val", "car"), False),  # classes
+            (image, ("evaluation/china", "test/flower"), False),  # two words of one split
+        )
+    ):
+        folder = tmp_path / str(number)
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(content, folder / name) if content.is_dir() else shutil.copy(content, folder / name)
+        if refused:
+            with pytest.raises(DataError, match=r"holds several splits, .* among them, of which all would be trained"):
+                open_images(folder)
+        else:
+            assert len(open_images(folder)) > 0
+
+
 def test_what_holds_no_images(root: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_tar(tmp_path / "text.tar", [("0.txt", b"a")])
