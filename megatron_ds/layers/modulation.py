@@ -90,14 +90,23 @@ class _Gathered(torch.autograd.Function):
         return torch.stack([grad[:, ctx.columns] for grad in grads], 1).flatten(1), None, None, None
 
 
-def _over_tokens(x: Tensor, y: Tensor | None, columns: slice) -> Tensor:
-    """The sum of ``x`` or of ``x y``, ``[s, b, h] -> [b, h]``, zero outside of ``columns``."""
+def _over_tokens(x: Tensor, y: Tensor | None, columns: slice, buffer: Tensor | None = None) -> Tensor:
+    """The sum of ``x`` or of ``x y``, ``[s, b, h] -> [b, h]``, zero outside of ``columns``; overwrites ``buffer``."""
     if columns == ALL:
-        return (x if y is None else x * y).sum(0)
-    terms = x[..., columns] if y is None else x[..., columns] * y[..., columns]
+        return (x if y is None else _product(x, y, buffer)).sum(0)
+    terms = x[..., columns] if y is None else _product(x[..., columns], y[..., columns], buffer)
     total = terms.new_zeros(x.shape[1:])
     torch.sum(terms, 0, out=total[:, columns])
     return total
+
+
+def _product(x: Tensor, y: Tensor, buffer: Tensor | None) -> Tensor:
+    """``x y`` in the memory of ``buffer`` if that has the dtype, as a CPU has it in its cache, unlike new memory."""
+    if buffer is None or not buffer.is_contiguous() or buffer.dtype != torch.result_type(x, y):
+        return x * y
+    if buffer.shape != x.shape:
+        buffer = buffer.view(-1)[: x.numel()].view(x.shape)
+    return torch.mul(x, y, out=buffer)
 
 
 def modulated_norm(
@@ -156,19 +165,20 @@ class _ModulatedNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         normed, rstd, scale, branch, gate = ctx.saved_tensors
         grad, d_x = grads
-        d_shift = d_scale = None
+        d_shift = d_scale = buffer = None
         if grad is not None:
-            d_shift, d_scale = (_over_tokens(grad, of, ctx.columns) for of in (None, normed))
+            buffer = grad * scale
             backward = torch.ops.aten.native_layer_norm_backward
             statistics = torch.zeros_like(rstd), torch.ones_like(rstd)
-            d_normed = (grad * scale).to(normed.dtype)
-            centred = backward(d_normed, normed, normed.shape[-1:], *statistics, None, None, [True, False, False])[0]
-            del d_normed  # whose memory what follows takes
+            arguments = buffer.to(normed.dtype), normed, normed.shape[-1:], *statistics, None, None
+            centred = backward(*arguments, [True, False, False])[0]
+            d_shift, d_scale = (_over_tokens(grad, of, ctx.columns, buffer) for of in (None, normed))
             rstd = rstd.to(normed.dtype)
-            d_x = centred.mul_(rstd) if d_x is None else torch.addcmul(d_x, centred, rstd)
+            d_x = centred.mul_(rstd) if d_x is None else torch.addcmul(d_x, centred, rstd, out=centred)
         d_branch = d_gate = None
         if d_x is not None and branch is not None:
-            d_branch, d_gate = d_x * gate, _over_tokens(d_x, branch, ctx.columns)
+            d_gate = _over_tokens(d_x, branch, ctx.columns, buffer)
+            d_branch = _product(d_x, gate, buffer)
         return d_x, d_shift, d_scale, None, d_branch, d_gate, None
 
 
@@ -194,4 +204,6 @@ class _ScaledAdd(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         y, scale = ctx.saved_tensors
         (grad,) = grads
-        return grad, grad * scale, _over_tokens(grad, y, ctx.columns), None
+        buffer = torch.empty_like(grad)
+        d_scale = _over_tokens(grad, y, ctx.columns, buffer)
+        return grad, _product(grad, scale, buffer), d_scale, None
