@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_ds import comm
 from megatron_ds.kernels.accumulate import add_product
-from megatron_ds.kernels.autograd import first_derivative_only
+from megatron_ds.kernels.autograd import first_derivative_only, main_gradients
 from megatron_ds.kernels.cross_entropy import CROSS_ENTROPY, logit_gradient, losses_of, token_losses, token_statistics
 from megatron_ds.kernels.matmul import linear_input_gradient, linear_of_vocabulary
 from megatron_ds.kernels.registry import on_gpu
@@ -204,14 +204,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 del dz  # before the next chunk's logits
         ctx.shapes = (whole.shape, weight.shape)
         ctx.tp, ctx.sequence_parallel, ctx.used, ctx.dtype = rules.tp, sequence_parallel, rules.used, weight.dtype
-        ctx.scaled = seed is not None
-        ctx.save_for_backward(grad_x, grad_table, grad_shift, weight)
+        ctx.scaled, (ctx.main_grad,) = seed is not None, main_gradients(weight)
+        ctx.save_for_backward(grad_x, grad_table, grad_shift)
         return total
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_table, grad_shift, weight = ctx.saved_tensors
+        grad_x, grad_table, grad_shift = ctx.saved_tensors
         (seed,) = grads
         pending = None
         if grad_x is not None:
@@ -223,9 +223,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 else comm.all_reduce_start(scaled, ctx.tp)
             )
         grad_weight = None
-        main_grad = getattr(weight, "main_grad", None)
-        if grad_table is not None and main_grad is not None:
-            main_grad.add_scaled(grad_table, seed)
+        if grad_table is not None and ctx.main_grad is not None:
+            ctx.main_grad.add_scaled(grad_table, seed)
         elif grad_table is not None:
             grad_weight = grad_table.new_zeros(ctx.shapes[1], dtype=ctx.dtype)
             grad_weight[: ctx.used] = grad_table * seed
