@@ -110,7 +110,8 @@ class Block(nn.Module):
         )
         self.mlp_output_norm = norm("mlp_output_norm", after)
 
-    def forward(self, stream: Stream, inputs: AttentionInputs) -> Stream:
+    def forward(self, stream: Stream, inputs: AttentionInputs, again: bool = False) -> Stream:
+        """``again``: for what autograd keeps on the way; nobody looks at the result."""
         p = self.hidden_dropout
         if self.norm_last:
             return self._norm_last(stream.sum(p), inputs)
@@ -121,7 +122,7 @@ class Block(nn.Module):
             x = attended.sum(p)
         else:
             normed, x = attended.normed(self.mlp_norm, p)
-        return self._after_mlp(x, normed, inputs)
+        return self._after_mlp(x, normed, inputs, unused=again and self.mlp_output_norm is None)
 
     def _norm_last(self, x: Tensor, inputs: AttentionInputs) -> Stream:
         """``x = norm(x + attention(x))``, then ``x = norm(x + mlp(x))``."""
@@ -133,9 +134,9 @@ class Block(nn.Module):
         offer = BiasOffer()
         return self._stream(x, self.attention(normed, inputs, offer), self.attention_output_norm, offer, inputs, 0)
 
-    def _after_mlp(self, x: Tensor, normed: Tensor, inputs: AttentionInputs) -> Stream:
+    def _after_mlp(self, x: Tensor, normed: Tensor, inputs: AttentionInputs, unused: bool = False) -> Stream:
         offer = BiasOffer()
-        return self._stream(x, self.mlp(normed, offer), self.mlp_output_norm, offer, inputs, 1)
+        return self._stream(x, self.mlp(normed, offer, unused), self.mlp_output_norm, offer, inputs, 1)
 
     def _stream(
         self, x: Tensor, y: Tensor, norm: Norm | None, offer: BiasOffer, inputs: AttentionInputs, sub_layer: int
@@ -143,6 +144,22 @@ class Block(nn.Module):
         """``x`` and the output ``y`` of a sub-layer, which may have a norm of its own."""
         keys = keys_of_rows(y, self.hidden_dropout, inputs.keys, self.site + sub_layer)
         return Stream(x, y, keys, offer) if norm is None else Stream(x, norm(y), keys)
+
+
+class RecomputedBlock:
+    """One call of a block under ``torch.utils.checkpoint``, from the sum of the stream, which is all that is kept.
+
+    The forward pass calls it, and then the backward pass, for what the block's operators keep. There the last product
+    is not computed, a fifth to a third of a block's: torch stops behind it, as nothing follows that keeps anything.
+    """
+
+    def __init__(self, block: Block, compiled: bool):
+        self._block, self._compiled, self._called = block, compiled, False
+
+    def __call__(self, x: Tensor, inputs: AttentionInputs) -> Stream:
+        again, self._called = self._called and not self._compiled, True
+        stream: Stream = self._block(Stream(x), inputs, again)
+        return stream
 
 
 def _normed(norm: Norm | None, x: Tensor) -> Tensor:

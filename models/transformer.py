@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -32,7 +31,7 @@ from megatron_ds.layers.loss import Logits, capped, linear_cross_entropy
 from megatron_ds.layers.norm import Norm
 from megatron_ds.layers.position import Rotary, alibi_slopes, rotary_table
 from megatron_ds.mesh import Mesh
-from megatron_ds.models.block import SITES_A_BLOCK, Block, Stream, freed_for_loss, norm_settings
+from megatron_ds.models.block import SITES_A_BLOCK, Block, RecomputedBlock, Stream, freed_for_loss, norm_settings
 from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.rng import DropoutKeys, dropout, initialize_parameters
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
@@ -89,11 +88,6 @@ class Head(nn.Module):
     def __init__(self, weight: nn.Parameter | None, bias: nn.Parameter | None):
         super().__init__()
         self.weight, self.bias = weight, bias
-
-
-def _from_sum(block: Block, x: Tensor, inputs: AttentionInputs) -> Stream:
-    stream: Stream = block(Stream(x), inputs)
-    return stream
 
 
 class Transformer(nn.Module):
@@ -270,9 +264,8 @@ class Transformer(nn.Module):
         for name, block in self.layers.items():
             inputs = shared[self.config.has_window(int(name))]
             if name in self.recomputed and torch.is_grad_enabled():
-                # All that is kept of a block is one tensor, the sum.
                 stream = checkpoint(
-                    partial(_from_sum, cast(Block, block)),
+                    RecomputedBlock(cast(Block, block), self.compiled),
                     stream.sum(p),
                     inputs,
                     use_reentrant=False,

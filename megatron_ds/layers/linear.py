@@ -230,11 +230,14 @@ class _RowLinear(torch.autograd.Function):
         layer: _Linear,
         offer: BiasOffer,
         recompute: Callable[[], Tensor] | None,
+        unused: bool,
     ) -> Tensor:
         ctx.save_for_backward(x if recompute is None else None, weight, bias)
         ctx.main_grads = main_gradients(weight, bias)
         ctx.tp, ctx.sequence_parallel, ctx.recipe, ctx.offer = layer.tp, layer.sequence_parallel, layer.recipe, offer
         ctx.recompute = recompute
+        if unused:
+            return x.new_empty(1).expand(*x.shape[:-1], weight.shape[0])
         return _row_product(x, weight, bias, layer)
 
     @staticmethod
@@ -251,7 +254,7 @@ class _RowLinear(torch.autograd.Function):
             x = ctx.recompute() if need_weight else None
             ctx.recompute = None  # and with it what it holds
         grad_weight = _weight_gradient(ctx.recipe, weight, weight_main, grad, x) if need_weight else None
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 class RowParallelLinear(_Linear):
@@ -294,14 +297,23 @@ class RowParallelLinear(_Linear):
         )
 
     def forward(
-        self, x: Tensor, offer: BiasOffer | None = None, recompute: Callable[[], Tensor] | None = None
+        self,
+        x: Tensor,
+        offer: BiasOffer | None = None,
+        recompute: Callable[[], Tensor] | None = None,
+        unused: bool = False,
     ) -> Tensor:
-        """``recompute``: makes ``x`` again in the backward pass, for which it is not kept."""
+        """
+        Args:
+            recompute: makes ``x`` again in the backward pass, for which it is not kept.
+            unused: nobody looks at the output, which is not computed: only what the backward pass needs is kept.
+        """
         if torch.compiler.is_compiling() and self.tp.size == 1:
             return self.recipe.traced(x, self.weight, self.bias)
         if not torch.is_grad_enabled():
             return _row_product(x, self.weight, self.bias, self)
-        return _RowLinear.apply(x, self.weight, self.bias, self, (offer or BiasOffer()).made(self.bias), recompute)
+        offer = (offer or BiasOffer()).made(self.bias)
+        return _RowLinear.apply(x, self.weight, self.bias, self, offer, recompute, unused)
 
 
 def replicated_parameter(

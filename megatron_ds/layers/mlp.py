@@ -73,14 +73,14 @@ class MLP(nn.Module):
         self._compiled: Callable[[Tensor], Tensor] | None = None
         self.recompute_activation = False
 
-    def forward(self, x: Tensor, offer: BiasOffer | None = None) -> Tensor:
-        """``offer``: for what is the only one to use the output."""
+    def forward(self, x: Tensor, offer: BiasOffer | None = None, unused: bool = False) -> Tensor:
+        """``offer``: for what is the only one to use the output. ``unused``: nobody does, see RowParallelLinear."""
         # The bias is already in: the matmul adds it at no cost. Its gradient is the activation's to make.
         between = BiasOffer()
         x = self.gate_up(x) if self.gate is not None else self.up(x, between)
         again = partial(self._activate, x.detach(), BiasOffer()) if self.recompute_activation else None
         activated = self._compiled(x) if self._compiled is not None else self._activate(x, between)
-        return self.down(activated, offer, again)
+        return self.down(activated, offer, again, unused)
 
     def _activate(self, x: Tensor, between: BiasOffer) -> Tensor:
         if self.gate is not None:

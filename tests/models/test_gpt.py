@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_ds.config import ModelConfig, RecomputeConfig, RunConfig, from_dict
 from megatron_ds.kernels.accumulate import add_product
+from megatron_ds.layers.recipe import OwnPrecision
 from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.models.gpt import GPT, GPTTask
 from megatron_ds.models.text_task import layer_costs
@@ -157,6 +158,22 @@ def test_recomputation_changes_no_bit(settings: dict[str, Any], dtype: torch.dty
         got = [loss.detach(), *(p.main_grad.view if p.grad is None else p.grad for p in net.parameters())]
         want = want or got
         assert all(a is not None and torch.equal(a, b) for a, b in zip(got, want)), recompute
+
+
+@pytest.mark.parametrize("position", ["pre", "post", "sandwich"])
+def test_a_recomputed_block_leaves_out_its_last_product(position: str) -> None:
+    """Where no norm takes it: of four products three come twice."""
+    net, counts = model({"norm_position": position}, recompute=RecomputeConfig(mode="full")), [0, 0]
+
+    def counted(recipe: OwnPrecision, *operands: Any, product: Any = OwnPrecision.product) -> Tensor:
+        counts[0] += 1
+        return product(recipe, *operands)
+
+    with patch.object(OwnPrecision, "product", counted):
+        loss = net(batch())
+        counts[:] = 0, counts[0]
+        loss.backward()
+    assert counts == [4 * (3 if position == "pre" else 4), 4 * 4]
 
 
 def test_which_blocks_are_recomputed() -> None:
