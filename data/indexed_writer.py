@@ -230,11 +230,12 @@ def merge_datasets(
     _check_together(datasets, manifests, output)
     scans = [verify(dataset) for dataset in datasets]
     masked = _all_masked(datasets, scans)
+    tokenizers = [(manifest or {}).get("tokenizer") for manifest in manifests]
     made = {
         "version": 1,
         "merged": [dataset.prefix for dataset in datasets],
         "inputs": [entry for manifest in manifests if manifest for entry in manifest["inputs"]],
-        **({"tokenizer": manifests[0]["tokenizer"]} if all(manifests) and manifests[0] else {}),
+        **({"tokenizer": tokenizers[0]} if all(tokenizers) else {}),
         "counts": {
             "documents": sum(dataset.num_documents for dataset in datasets),
             "tokens": sum(dataset.num_tokens for dataset in datasets),
@@ -251,16 +252,18 @@ def merge_datasets(
 def _check_together(datasets: list[IndexedDataset], manifests: list[dict[str, Any] | None], output: str) -> None:
     if not datasets:
         raise DataError("no dataset to merge was given")
-    first, first_made = datasets[0], (manifests[0] or {}).get("tokenizer")
+    first, known = datasets[0], None  # and the first whose tokenizer is known
     for dataset, manifest in zip(datasets, manifests):
         if os.path.realpath(file_of(output, "idx")) == os.path.realpath(dataset.idx_path):
             raise DataError(f"{output} is to be written and is one of the datasets to merge; choose another name")
         _require_dtype(dataset, first.dtype, first.bin_path.name)
-        made = (manifest or {}).get("tokenizer")
-        if made and first_made and made["xxh3"] != first_made["xxh3"]:
+        if (made := (manifest or {}).get("tokenizer")) is None:
+            continue
+        prefix, other = known = known or (dataset.prefix, made)
+        if made["xxh3"] != other["xxh3"]:
             raise DataError(
-                f"{dataset.prefix} was made with the tokenizer {made['spec']} and {first.prefix} with "
-                f"{first_made['spec']}, another one: their ids mean different things"
+                f"{dataset.prefix} was made with the tokenizer {made['spec']} and {prefix} with {other['spec']}, "
+                "another one: their ids mean different things"
             )
 
 

@@ -99,6 +99,13 @@ def test_other_tokenizers_are_not_merged(tmp_path: Path) -> None:
     path.write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r"b was made with the tokenizer mine and .*a with bytes, another one"):
         merge_datasets([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "all")
+    # Behind one of which nobody knows how it was made, and what was merged with it, neither.
+    indexed_reference.write(tmp_path / "unknown", 8, [[[1, 2]]])
+    with pytest.raises(DataError, match=r"b was made with the tokenizer mine and .*a with bytes, another one"):
+        merge_datasets([str(tmp_path / name) for name in ("unknown", "a", "b")], tmp_path / "all")
+    for names, output in ((("unknown", "a"), "all"), (("all", "a"), "more"), (("a", "more"), "most")):
+        merge_datasets([str(tmp_path / name) for name in names], tmp_path / output)
+        assert "tokenizer" not in (read_manifest(str(tmp_path / output)) or {}), output
 
 
 def test_histogram_against_counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
