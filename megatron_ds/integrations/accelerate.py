@@ -20,7 +20,9 @@ the returned optimizer; ``register_for_checkpointing`` puts them into ``save_sta
 checkpoint, for any number of ranks, beside Accelerate's own files. ``mixed_precision`` of the Accelerator becomes
 ``precision.dtype``, in which the model's outputs stay: compute a loss of your own with ``outputs.float()``. Its
 ``dynamo_backend`` compiles the model, in place. A parameter's ``.grad`` cannot be read: it raises, and
-``model.engine.get_gradient`` gives the gradient. One accelerator trains one model.
+``model.engine.get_gradient`` gives the gradient. ``clip_grad_norm_`` and ``clip_grad_value_`` clip the gradient that
+the optimizer steps with, as with DeepSpeed, also where the loop calls them after each micro-batch: Accelerate alone
+would clip there what has been accumulated so far. One accelerator trains one model.
 """
 
 from __future__ import annotations
