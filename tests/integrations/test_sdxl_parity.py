@@ -257,6 +257,23 @@ def test_noise_equal_across_ranks_and_an_average_that_is_not_moved_are_noticed(
     assert of_fault["average"]["averages"] > 1e-4 and of_fault["average"]["weights"] < 1e-9
 
 
+@pytest.mark.parametrize("lr", [1e-4, 3e-2])
+@pytest.mark.parametrize(
+    "name", ["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+)
+def test_learning_rates_are_those_that_an_optimizer_gets_of_diffusers(name: str, lr: float) -> None:
+    """Two updates longer than the schedule."""
+    from diffusers.optimization import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=lr)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=8)
+    rate = learning_rates(name, lr, 3, 8)
+    for update in range(1, 11):
+        assert rate(update) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12, abs=0), update
+        optimizer.step()
+        scheduler.step()
+
+
 def test_sizes_and_times_stay_in_fp32() -> None:
     """In bf16 a side of 1023 pixels would be one of 1024."""
     called: dict[str, Any] = {}

@@ -145,7 +145,8 @@ def learning_rates(name: str, lr: float, warmup: int, steps: int) -> Callable[[i
     """
     from diffusers.optimization import get_scheduler
 
-    held = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+    # Of the same rate: polynomial ends at 1e-7, whatever it begins with.
+    held = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=lr)
     try:
         scheduler = get_scheduler(name, held, num_warmup_steps=warmup, num_training_steps=steps)
     except ValueError as error:
