@@ -181,7 +181,7 @@ def main(place: RankInfo) -> int:
     zeros = folders.zeros_for_empty_prompts(base)
     block = args.train_batch_size
     samples = latents.samples_of(cache, args.seed, objective.condition_dropout, zeros, args.noise_offset, block)
-    identity = training.identity_of(objective, args.seed, cache, args.rank)
+    identity = training.identity_of(objective, args.seed, cache, args.rank, block)
     resume = training.checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint, identity)
     together = block * args.gradient_accumulation_steps * mesh.data.size
     steps = args.max_train_steps or -(-args.num_train_epochs * len(samples) // together)

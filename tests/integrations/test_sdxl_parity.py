@@ -21,7 +21,7 @@ from megatron_ds.data import noise
 from megatron_ds.data.image_samples import DiffusionSamples, LatentImages
 from megatron_ds.data.loader import BatchLoader
 from megatron_ds.engine.model_layout import layout_of
-from megatron_ds.integrations.sdxl.training import learning_rates
+from megatron_ds.integrations.sdxl.training import identity_of, learning_rates
 from megatron_ds.models.sdxl import CONDITION, denoising_loss, objective_of
 from megatron_ds.optim.ema import AveragedUpdate
 from megatron_ds.testing import run_ranks
@@ -272,6 +272,16 @@ def test_learning_rates_are_those_that_an_optimizer_gets_of_diffusers(name: str,
         assert rate(update) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12, abs=0), update
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize("sizes", [1, 2])
+def test_a_run_goes_on_with_another_batch_size_where_the_order_stays(sizes: int) -> None:
+    cache = MadeUpLatents(8)
+    cache.buckets = {(8, 8 * size): np.arange(8)[size - 1 :: sizes] for size in range(1, sizes + 1)}
+    images: Any = LatentImages(cache, 3, CONDITION)  # type: ignore[arg-type]
+    orders = [DiffusionSamples(images, 3, 0, 0.0, block).order.rows(np.arange(8)).tolist() for block in (1, 2)]
+    known = [identity_of(objective("epsilon"), 3, cache, None, block) for block in (1, 2)]  # type: ignore[arg-type]
+    assert (known[0] == known[1]) == (orders[0] == orders[1]) == (sizes == 1)
 
 
 def test_sizes_and_times_stay_in_fp32() -> None:

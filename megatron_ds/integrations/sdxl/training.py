@@ -25,9 +25,16 @@ CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 
 
-def identity_of(objective: ObjectiveConfig, seed: int, latents: LatentCache, rank: int | None) -> dict[str, Any]:
-    """What a run that is resumed must have in common with the run before, as JSON values."""
+def identity_of(
+    objective: ObjectiveConfig, seed: int, latents: LatentCache, rank: int | None, block: int
+) -> dict[str, Any]:
+    """What a run that is resumed must have in common with the run before, as JSON values.
+
+    ``block``: images of a micro-batch. Where they have several sizes the order of all depends on it.
+    """
+    blocks = {"train_batch_size of images of several sizes": block} if len(latents.buckets) > 1 else {}
     return {
+        **blocks,
         **_objective(objective),
         "seed": seed,
         "rank of LoRA": rank,
