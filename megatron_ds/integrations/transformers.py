@@ -7,6 +7,13 @@ do, and needs no ``deepspeed`` installed; or this library's own configuration, a
 optimizer there has from the training arguments what it does not say (rate, decay, betas, warm-up of a schedule). What
 the Trainer saves is a folder for ``from_pretrained`` with, in a checkpoint, an ``engine/`` from which training resumes
 on any number of ranks. Start with ``torchrun``.
+
+Subclasses of the Trainer and of its arguments, such as TRL's, are bases beside these::
+
+    class GRPOTrainer(Trainer, trl.GRPOTrainer): ...
+
+    @dataclass
+    class GRPOConfig(TrainingArguments, trl.GRPOConfig): ...
 """
 
 from __future__ import annotations
