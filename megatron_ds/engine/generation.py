@@ -21,8 +21,8 @@ def generate_together(model: nn.Module, zero: ZeroOptimizer) -> None:
     if zero.gatherer is None or not zero.gatherer.takes_all_ranks():
         return
     for module in model.modules():
-        signature = inspect.signature(getattr(type(module), "generate", generate_together))
-        if "synced_gpus" in signature.parameters:
+        method = getattr(type(module), "generate", None)
+        if callable(method) and "synced_gpus" in (signature := inspect.signature(method)).parameters:
             module.generate = _together(module, signature, zero)
 
 
