@@ -152,7 +152,7 @@ class Batcher:
         return self.pool.hash_of(before, sequence.tokens[number * size : (number + 1) * size])
 
     def _count(self, sequence: Sequence, left: int) -> int:
-        pending = sequence.pending
+        pending = len(sequence.tokens) - sequence.computed
         of_prompt = pending > 1 and sequence.computed < len(sequence.request.tokens)
         if of_prompt and sequence.request.params.prompt_logprobs is not None:
             left = min(left, max(_PROMPT_LOGPROBS_ROWS, self.pool.size))
@@ -198,9 +198,10 @@ class Batcher:
 
     def _reserve(self, sequence: Sequence, count: int, plan: Plan) -> bool:
         """Blocks of its own for the next tokens of a sequence."""
-        first, held = sequence.computed // self.pool.size, len(sequence.blocks)
+        size, held = self.pool.size, len(sequence.blocks)
+        first = sequence.computed // size
         copy = first < held and self.pool.is_shared(sequence.blocks[first])
-        needed = self.pool.needed(sequence.computed + count) - held
+        needed = -(-(sequence.computed + count) // size) - held
         if needed <= 0 and not copy:
             return True
         blocks = self.pool.allocate(max(0, needed) + copy)

@@ -164,7 +164,7 @@ class SamplingParams:
     @cached_property
     def plain(self) -> bool:
         """Whether it is so from the first token on, and nothing is asked of probabilities."""
-        asked = self.logprobs is not None or self.processed_logprobs is not None
+        asked = (self.logprobs, self.processed_logprobs, self.prompt_logprobs) != (None, None, None)
         return self.keeps_logits and not self.min_tokens and not asked
 
     def to_json(self) -> dict[str, Any]:

@@ -251,7 +251,10 @@ class ServingEngine:
             plain=params.plain and form is None,
         )
 
-    def _rows(self, spans: Iterable[Span]) -> _Rows:
+    def _rows(self, spans: list[Span]) -> _Rows:
+        if all(span.count == 1 and span.sequence.plain and span.is_last for span in spans):
+            numbers = list(range(len(spans)))
+            return _Rows(numbers, numbers, spans, [])
         rows = _Rows([], [], [], [])
         first = 0
         for span in spans:
@@ -330,7 +333,7 @@ class ServingEngine:
 
     def _append(self, sequence: Sequence, token: int, own: Any, processed: Any) -> None:
         request, params = sequence.request, sequence.request.params
-        text, answered = sequence.text, sequence.answered + 1
+        text, answered = sequence.text, len(sequence.tokens) - len(request.tokens) + 1
         if answered == 1:
             self.counters.first_token(self._clock() - request.arrived)
             if sequence.index == 0:
@@ -357,7 +360,7 @@ class ServingEngine:
             self._finish(sequence, "stop")
         elif sequence.matcher is not None and (why := sequence.matcher.ended):
             self._finish(sequence, why)
-        elif not sequence.room:
+        elif len(sequence.tokens) >= sequence.limit:
             self._finish(sequence, "length")
 
     def _fork(self, live: _Live) -> None:
