@@ -73,6 +73,18 @@ class Float8:
         rows, k = self.values.shape[-2:]
         return self.values.to(dtype) * _spread(self.scale.to(dtype), rows, k, self.block)
 
+    def group(self, number: int) -> Float8:
+        """One of ``[g, rows, k]``."""
+        return Float8(self.values[number], self.scale[number], self.block)
+
+    def flat(self) -> Float8:
+        """``[g, rows, k] -> [g * rows, k]``, with scales a row where there are several ``g``."""
+        groups, rows, k = self.values.shape
+        if groups == 1:
+            return self.group(0)
+        scale = self.scale.expand(groups, rows, -1).reshape(-1, self.scale.shape[-1])
+        return Float8(self.values.reshape(-1, k), scale, Block(1, self.block.k))
+
     def transposed(self) -> Float8:
         """``[..., k, rows]`` with the same scales: of square blocks, which the transpose has too."""
         assert self.block.is_square

@@ -89,15 +89,6 @@ REFUSED: list[tuple[int, dict[str, dict[str, Any]], str]] = [
     ),
     (
         2,
-        {
-            "precision": {"dtype": "bf16", "fp8": "rowwise", "fp8_from_masters": True},
-            "zero": {"stage": 3, "quantized_weights": "int8"},
-        },
-        "precision.fp8_from_masters with zero.quantized_weights='int8': what is gathered is rounded before it is "
-        "quantised to FP8; leave one of them out",
-    ),
-    (
-        2,
         {"mesh": {"tp": 2}, "model": {"ffn_hidden_size": 99}},
         "model.ffn_hidden_size=99 cannot be split over mesh.tp=2; use 98 or 100",
     ),

@@ -34,7 +34,6 @@ OFF_AND_ON: list[tuple[Sections, Sections]] = [
     ({"precision": {"dtype": "bf16"}}, {"precision": {"dtype": "fp16"}}),
     ({"precision": {"dtype": "fp16", "loss_scale": 4.0}}, {"precision": {"dtype": "fp16"}}),
     ({}, {"precision": {"fp8": "tensorwise"}}),
-    ({"precision": {"fp8": "rowwise"}}, {"precision": {"fp8": "rowwise", "dtype": "bf16"}}),
     ({"precision": {"fp8": "rowwise"}}, {"precision": {"fp8": "blockwise"}}),
     ({}, {"checkpoint": {"resume": True}}),
     ({"pipeline": {"layers_per_stage": (6,)}}, {}),

@@ -141,8 +141,13 @@ def open_buffers(axis: Axis, device: torch.device, sizes: BufferSizes) -> Buffer
     return local.open_buffers(axis, device, sizes) or GroupBuffers(axis, device)
 
 
+class ExactGathers(Protocol):
+    def gather_exactly(self, on: bool) -> None:
+        """See :class:`Buffers`."""
+
+
 @contextmanager
-def exact_gathers(every: Sequence[Buffers]) -> Iterator[None]:
+def exact_gathers(every: Sequence[ExactGathers]) -> Iterator[None]:
     """Inside, gathered values are those of the shards, however they are sent elsewhere. Collective."""
     for buffers in every:
         buffers.gather_exactly(True)

@@ -7,7 +7,7 @@ stays exact: its shard of weights, master weights and gradient sums.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,9 +54,10 @@ class QuantizedBuffers(GroupBuffers):
         return memory if self.how.gradients is None else _Slots(memory, self.axis, self.how)
 
     def gathered(self, size: int, dtype: torch.dtype) -> GatheredMemory:
-        if self.how.weights is None and self.how.node is None:
+        how = self.how if dtype.is_floating_point else replace(self.how, weights=None)  # codes are rounded already
+        if how.weights is None and how.node is None:
             return super().gathered(size, dtype)
-        return QuantizedGathered(size, dtype, self)
+        return QuantizedGathered(size, dtype, self, how)
 
     def gather_exactly(self, on: bool) -> None:
         if self.how.weights is not None:
@@ -103,11 +104,11 @@ class QuantizedGathered(GroupGathered):
     all ranks, and what came is kept, sharded over the node, from which further gathers take it.
     """
 
-    def __init__(self, size: int, dtype: torch.dtype, buffers: QuantizedBuffers):
+    def __init__(self, size: int, dtype: torch.dtype, buffers: QuantizedBuffers, how: Quantization):
         axis = buffers.axis
         self._exact = torch.zeros(size // axis.size, dtype=dtype, device=buffers.device)
         super().__init__(size, dtype, buffers.device, axis, self._exact)
-        self._buffers, self._how = buffers, buffers.how
+        self._buffers, self._how = buffers, how
         self._sent: Tensor | None = None  # what peers got of this rank's shard; None: as it is
         self._sent_version = -1  # the buffers' version of which that is
         self._came = self._exact  # this rank's slice of `whole` as it was gathered

@@ -217,7 +217,7 @@ class PrecisionConfig(Section):
     )
     fp8_weight_gradient: bool = Field(True, description="Weight gradients in FP8 too, else in precision.dtype.")
     fp8_from_masters: bool = Field(
-        False, description="Weights are quantised from fp32 masters, which ranks gather in place of half copies."
+        True, description="Weights are quantised from fp32 masters and gathered in FP8; else from half copies."
     )
     fp8_power_of_two: bool = Field(False, description="Scales are powers of two, so that scaling never rounds.")
     fp8_block: int = Field(128, gt=0, description="Side of a block of blockwise; CUDA has 128 alone.")

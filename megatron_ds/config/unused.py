@@ -2,8 +2,9 @@
 
 One table for pretraining and ``initialize()``. A row names settings, when they are in use, and what to do where they
 are not; a setting that has its default was not made. Not in the table is what only the number of ranks leaves without
-effect (``mesh.sequence_parallel`` on one rank, say): the same file is meant for many sizes. ZeRO's own rows are in
-`zero.py`, those of sparse attention in `sparse.py`, where the modes themselves say what they take.
+effect (``mesh.sequence_parallel`` on one rank, say): the same file is meant for many sizes. Nor is
+``precision.fp8_from_masters``, which was off by default once, so that the files of older runs have it. ZeRO's own rows
+are in `zero.py`, those of sparse attention in `sparse.py`, where the modes themselves say what they take.
 """
 
 from __future__ import annotations
@@ -90,12 +91,6 @@ COMMON = (
         ),
         lambda c: c.precision.fp8 != "none",
         "precision.fp8='none' has no products in FP8; use precision.fp8='blockwise' or another",
-    ),
-    Unused(
-        ("precision.fp8_from_masters",),
-        lambda c: c.precision.fp8 != "none" and c.precision.dtype in ("bf16", "fp16"),
-        "precision.fp8={c.precision.fp8!r} with precision.dtype={c.precision.dtype!r} has no half copies in FP8; leave "
-        "it out",
     ),
     Unused(
         ("precision.fp8_block",),

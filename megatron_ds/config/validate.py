@@ -68,11 +68,6 @@ def _optimizer_faults(config: BaseRunConfig) -> Iterator[str]:
         yield f"optimizer.warmup_steps={optimizer.warmup_steps} is more than the {steps} steps of the schedule"
     if optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}"
-    if precision.fp8_from_masters and config.zero.quantized_weights != "none":
-        yield (
-            f"precision.fp8_from_masters with zero.quantized_weights={config.zero.quantized_weights!r}: what is "
-            "gathered is rounded before it is quantised to FP8; leave one of them out"
-        )
     if precision.min_loss_scale > precision.initial_loss_scale:
         yield (
             f"precision.initial_loss_scale={precision.initial_loss_scale:g} is below "

@@ -18,8 +18,9 @@ of features are not cut (:func:`fault`). The layer gathers sequence-parallel act
 A weight is quantised once a step: inside :func:`weights_kept`, which the step holds around its micro-batches, when no
 weight changes. Outside of it nothing is kept, so that updates, loaded checkpoints and writes need not be noticed.
 
-A bf16 or fp16 run quantises the half copies that ZeRO gathers, which rounds a weight twice. With ``fp8_from_masters`` a
-layer in FP8 has an fp32 weight, its own master, and ranks gather four bytes an element instead of two.
+With ``fp8_from_masters`` a layer in FP8 has an fp32 weight, its own master. Where ZeRO shards those, the owner of a
+part quantises it and ranks gather it in FP8 alone (:mod:`megatron_ds.kernels.float8_weight`); else the layer quantises
+what it has. A run in bf16 or fp16 without it quantises the half copies that ZeRO gathers: a weight is rounded twice.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from megatron_ds.kernels.float8 import (
     quantize,
     quantize_both,
 )
+from megatron_ds.kernels.float8_weight import Float8Format, Float8Weight, matrix_shape
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.layers.recipe import OwnPrecision, Recipe
 from megatron_ds.mesh import Axis
@@ -130,15 +132,20 @@ class Float8Recipe(Recipe):
         self.gradient_format = E5M2 if wanted == "e5m2" else E4M3
         self.weight_block = weight_block(settings)
         self.block = Block(None if self.weight_block.rows is None else 1, self.weight_block.k)
+        self.gathered: Float8Weight | None = None  # in place of the layer's weight, where somebody fills it
         self._kept: KeptWeight | None = None
         self._ahead: tuple[weakref.ref[Tensor], Float8] | None = None  # a gradient, and its transpose quantised
 
     def keep_weight(self, whole: bool) -> None:
         """The weight does not change until :meth:`forget`."""
         self._kept = KeptWeight(whole)
+        if self.gathered is not None:
+            self.gathered.keep_transposed(whole)
 
     def forget(self) -> None:
         self._kept = self._ahead = None
+        if self.gathered is not None:
+            self.gathered.keep_transposed(False)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out = self._forward(x, weight)
@@ -174,7 +181,7 @@ class Float8Recipe(Recipe):
 
     def _by_sequence(self, left: Float8, right: Float8, like: Tensor) -> Tensor:
         """``left [b, s, k]`` times ``right [n, k]``, as ``[s, b, n]``; ``like [s, (b,) k]``."""
-        out = product(_flat(left), right, like.dtype)
+        out = product(left.flat(), right, like.dtype)
         return out.view(*left.values.shape[:2], -1).transpose(0, 1).reshape(*like.shape[:-1], -1)
 
     def _wide_weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
@@ -186,9 +193,9 @@ class Float8Recipe(Recipe):
         else:
             left = self._features(grad, self.gradient_format, "out")
         right = self._features(x, E4M3, "in")
-        total = product(_of(left, 0), _of(right, 0), wide)
+        total = product(left.group(0), right.group(0), wide)
         for sequence in range(1, left.values.shape[0]):
-            total.add_(product(_of(left, sequence), _of(right, sequence), wide))
+            total.add_(product(left.group(sequence), right.group(sequence), wide))
         return total
 
     def _features(self, x: Tensor, dtype: torch.dtype, dim: str) -> Float8:
@@ -197,6 +204,8 @@ class Float8Recipe(Recipe):
 
     def _weight(self, weight: Tensor, over: str) -> Float8:
         """``[out, in]`` quantised for a product that sums over that dim of it, as ``[n, k]``."""
+        if self.gathered is not None and self.gathered.is_given:
+            return self.gathered.of(transposed=over == "out")
         block, kept = self.weight_block, None if torch.compiler.is_compiling() else self._kept
         rows_cut, k_cut = self.cut == "out", self.cut == "in"
         if kept is not None and kept.version != weight._version:
@@ -262,30 +271,11 @@ def _sequences(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, x.shape[-1]).transpose(0, 1)
 
 
-def _flat(x: Float8) -> Float8:
-    """``[g, rows, k] -> [g * rows, k]``, with scales a row where there are several ``g``."""
-    groups, rows, k = x.values.shape
-    if groups == 1:
-        return _of(x, 0)
-    scale = x.scale.expand(groups, rows, -1).reshape(-1, x.scale.shape[-1])
-    return Float8(x.values.reshape(-1, k), scale, Block(1, x.block.k))
-
-
-def _of(x: Float8, group: int) -> Float8:
-    return Float8(x.values[group], x.scale[group], x.block)
-
-
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, Linear]]:
     """The layers that have a recipe, by global name (``layers.3.mlp.up``)."""
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear):
             yield spec_of(module.weight).name.removesuffix(".weight"), module
-
-
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """Output and input features of a weight."""
-    *out, features = shape
-    return math.prod(out), features
 
 
 def why_not(spec: ShardSpec, settings: Float8Settings) -> str | None:
@@ -298,15 +288,19 @@ def why_not(spec: ShardSpec, settings: Float8Settings) -> str | None:
     return None
 
 
-def kept_bytes(specs: Iterable[ShardSpec], settings: Float8Settings) -> int:
-    """What :func:`weights_kept` keeps of the weights among a rank's parameters: each twice, with fp32 scales."""
-    total = 0
-    for spec in specs if settings.fp8 != "none" else ():
+def kept_bytes(specs: Iterable[tuple[ShardSpec, int]], settings: Float8Settings) -> int:
+    """What :func:`weights_kept` keeps of the weights among a rank's parameters, with fp32 scales.
+
+    ``specs``: each with its copies in FP8 that are kept: 2, the weight and its transpose; 1, the transpose of what is
+    gathered in FP8; 0, both are gathered so that they can be used.
+    """
+    total, block = 0, weight_block(settings)
+    for spec, copies in specs if settings.fp8 != "none" else ():
         if spec.matrices is not None and why_not(spec, settings) is None:
             out, features = matrix_shape(spec.local_shape)
-            block = weight_block(settings)
-            scales = sum(math.prod(block.grid(*shape)[:2]) for shape in ((out, features), (features, out)))
-            total += 2 * out * features + scales * torch.float32.itemsize
+            scales = [math.prod(block.grid(*shape)[:2]) for shape in ((out, features), (features, out))]
+            own = scales[:copies] if block.is_square or copies == 2 else []
+            total += copies * out * features + sum(own) * torch.float32.itemsize
     return total
 
 
@@ -315,14 +309,20 @@ def weight_block(settings: Float8Settings) -> Block:
     return whole.get(settings.fp8, Block(settings.fp8_block, settings.fp8_block))
 
 
-def use_float8(model: nn.Module, settings: Float8Settings) -> None:
-    """Give the chosen layers of a stage their recipe, and ``fp8_from_masters`` weights that are their own masters."""
+def use_float8(model: nn.Module, settings: Float8Settings, gathered: bool = False) -> None:
+    """Give the chosen layers of a stage their recipe, and ``fp8_from_masters`` weights that are their own masters.
+
+    ``gathered``: where those are sharded, they may be gathered in FP8 alone (``parameter.float8``).
+    """
+    form = Float8Format(weight_block(settings), settings.fp8_power_of_two)
     for _, layer in linear_layers(model):
         if why_not(spec_of(layer.weight), settings) is None:
             if settings.fp8_from_masters:
                 layer.weight.data = layer.weight.data.to(torch.promote_types(layer.weight.dtype, torch.float32))
             cut = "in" if isinstance(layer, RowParallelLinear) else "out"
-            layer.recipe = Float8Recipe(settings, layer.tp, cut)
+            layer.recipe = recipe = Float8Recipe(settings, layer.tp, cut)
+            if gathered and layer.weight.dtype in (torch.float32, torch.float64):
+                layer.weight.float8 = recipe.gathered = Float8Weight(form)  # type: ignore[attr-defined]
 
 
 def describe(model: nn.Module, settings: Float8Settings) -> tuple[str, list[str]]:

@@ -154,7 +154,8 @@ def buffer_sizes(layout: ZeroLayout, over: tuple[str, ...]) -> BufferSizes:
         if bucket.key.sharded_over != over:
             continue
         if number not in layout.offload.parameters:
-            (sizes.whole if bucket.key.unit is None else sizes.gathered).append((bucket.size, bucket.key.dtype))
+            kind = sizes.whole if bucket.key.unit is None else sizes.gathered
+            kind += [(bucket.size, torch.uint8)] * bucket.codes or [(bucket.size, bucket.key.dtype)]
         if bucket.key.trainable and not layout.frees_gradients:
             sizes.whole.append((bucket.size, state_dtype(bucket.key.dtype)))
     for (dtype, sharded_over), each in layout.gradient_sizes().items() if layout.frees_gradients else ():

@@ -21,6 +21,7 @@ from math import prod
 import torch
 
 from megatron_ds.errors import ConfigError
+from megatron_ds.kernels.float8_weight import Float8Format, matrix_shape
 from megatron_ds.optim.rule import STATELESS, RuleGroup, UpdateRule
 from megatron_ds.shard import ShardSpec, real_dtype, spec_of
 
@@ -34,7 +35,8 @@ class ParameterInfo:
 
     ``shared`` numbers the parameters that other pipeline stages hold too (a tied embedding); None for all others.
     ``unit`` numbers what stage 3 gathers and frees together (see ``zero/units.py``); None: the parameter stays whole.
-    ``stage`` is the pipeline stage whose backward pass completes the gradient. ``rule``: how it is updated.
+    ``stage`` is the pipeline stage whose backward pass completes the gradient. ``rule``: how it is updated. ``float8``:
+    how it is gathered in FP8, where it is sharded; None: as it is.
     """
 
     spec: ShardSpec
@@ -44,6 +46,7 @@ class ParameterInfo:
     unit: int | None = None
     stage: int = 0
     rule: RuleGroup = STATELESS
+    float8: Float8Format | None = None
 
     @cached_property
     def numel(self) -> int:
@@ -57,7 +60,8 @@ class ParameterInfo:
     @cached_property
     def bucket_key(self) -> BucketKey:
         over = (self.sharded_over, self.spec.reduce_over if self.trainable else ())
-        return BucketKey(self.dtype, *over, self.shared, self.unit, self.trainable, self.stage, self.rule)
+        key = BucketKey(self.dtype, *over, self.shared, self.unit, self.trainable, self.stage, self.rule)
+        return replace(key, float8=self.float8)
 
     @staticmethod
     def of(
@@ -90,7 +94,9 @@ class ParameterInfo:
                 f"the update of {spec.name} is of whole parameters, and a rank has {list(spec.local_shape)} of its "
                 f"{list(spec.global_shape)}; use an elementwise rule such as AdamW for it, or mesh.tp=1"
             )
-        return ParameterInfo(spec, real_dtype(parameter.dtype), trainable, shared, unit, stage, group)
+        in_float8 = getattr(parameter, "float8", None) if trainable else None
+        form = None if in_float8 is None else in_float8.form
+        return ParameterInfo(spec, real_dtype(parameter.dtype), trainable, shared, unit, stage, group, form)
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,7 @@ class BucketKey:
             layout on every stage that holds it.
         cut: whether the parameters are sharded over another axis than the data axis, as tensor-parallel weights are.
             False for all where buckets need not tell (see ``copies_apart``).
+        float8: how they are gathered in FP8; None: as they are.
     """
 
     dtype: torch.dtype
@@ -116,6 +123,7 @@ class BucketKey:
     stage: int = 0
     rule: RuleGroup = STATELESS
     cut: bool = False
+    float8: Float8Format | None = None
 
 
 @dataclass(frozen=True)
@@ -165,9 +173,24 @@ class BucketLayout:
         return -min(slot.parameter for slot in self.slots)
 
     @property
+    def codes(self) -> int:
+        """Bytes an element of what is gathered in place of its parameters, in FP8; 0: they are gathered."""
+        return 0 if self.key.float8 is None else self.key.float8.codes
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Of all of its parameters, as they are gathered."""
+        return self.size * (self.codes or self.key.dtype.itemsize)
+
+    @property
     def parameter_bytes(self) -> int:
-        """Of its parameters, as one rank keeps them."""
-        return (self.size if self.key.unit is None else self.shard_size) * self.key.dtype.itemsize
+        """Of its parameters, as one rank keeps them: in FP8, besides its masters."""
+        gathered = self.gathered_bytes if self.key.unit is None else self.gathered_bytes // self.shards
+        if self.key.float8 is None:
+            return gathered
+        shapes = (self.key.float8.scale_shapes(*matrix_shape(slot.spec.local_shape)) for slot in self.slots)
+        scales = sum(prod(shape) for of_slot in shapes for shape in of_slot)
+        return gathered + self.shard_size * self.key.dtype.itemsize + scales * torch.float32.itemsize
 
     @property
     def gradient_bytes(self) -> int:
@@ -242,7 +265,8 @@ def plan_buckets(
         if not info.trainable and info.unit is None:
             continue
         cut = copies_apart and any(placement.count > 1 for placement in info.spec.placements)
-        key, numel = replace(info.bucket_key, cut=cut), info.numel
+        form = info.float8 if shards_of(info.sharded_over) > 1 else None
+        key, numel = replace(info.bucket_key, cut=cut, float8=form), info.numel
         slots, last = filling.get(key, ([], 0))
         start = _aligned(slots[-1].start + slots[-1].numel, ALIGN) if slots else 0
         most = bucket_bytes / state_dtype(info.dtype).itemsize

@@ -30,7 +30,7 @@ from megatron_ds.shard.flat_shards import FlatShard
 from megatron_ds.zero.buckets import BucketLayout, Segment, owned_ranges, state_dtype
 from megatron_ds.zero.gradient_sums import GradientSums
 from megatron_ds.zero.main_grad import MainGradient
-from megatron_ds.zero.memory import TransientGradients, TransientParameters, WholeBuffer
+from megatron_ds.zero.memory import TransientGradients, WholeBuffer, parameter_memory
 from megatron_ds.zero.state import BucketState
 from megatron_ds.zero.store import BucketStores
 from megatron_ds.zero.writes import EVERYTHING, masters_follow, take_replaced
@@ -76,15 +76,10 @@ class FlatBucket:
         self.shard, self.replicate = shard, _ = axes
         self.main_grads: list[MainGradient] = []
         self.tensors = list(parameters)
-        dtype = layout.key.dtype
         name = f"the bucket of {layout.slots[0].spec.name}"
-        self.parameters: WholeBuffer | TransientParameters
-        if layout.key.unit is None:
-            self.parameters = WholeBuffer(name, layout.size, dtype, buffers)
-        else:
-            self.parameters = TransientParameters(name, layout.size, dtype, buffers, stores.parameters)
+        self.parameters = parameter_memory(name, layout, buffers, stores.parameters)
         self.gradients: WholeBuffer | TransientGradients | None = None
-        wide = state_dtype(dtype)
+        wide = state_dtype(dtype := layout.key.dtype)
         if layout.key.trainable:
             if slots is None:
                 self.gradients = WholeBuffer(name, layout.size, wide, buffers)
@@ -135,6 +130,11 @@ class FlatBucket:
         self._versions = [version for version, stays in zip(self._versions, kept) if stays]
         self.layout = self.layout.without(parameters)
         self.segments = self.layout.segments(self.shard.rank)
+
+    @property
+    def follows_update(self) -> bool:
+        """Whether its parameters are gathered at once when they have changed."""
+        return self.layout.key.unit is None and not self.layout.codes
 
     @property
     def resident(self) -> bool:

@@ -27,23 +27,10 @@ from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.gather_order import OrderComparison
 from megatron_ds.zero.memory import TransientParameters
 from megatron_ds.zero.placeholder import ShardedPlaceholder, explained
+from megatron_ds.zero.units import Unit
 
 FORWARD_END = "the end of a forward pass"
 _NEEDS = "gather "
-
-
-class Unit:
-    """One hooked module, the buckets it needs, and how many uses hold them."""
-
-    def __init__(self, name: str, module: nn.Module, buckets: Sequence[FlatBucket]):
-        self.name, self.module = name, module
-        self.buckets = list(buckets)
-        self.running = 0  # forwards under way
-        self.backward = 0  # uses in their backward pass
-
-    @property
-    def holds(self) -> bool:
-        return self.running > 0 or self.backward > 0
 
 
 class _Use:
@@ -200,9 +187,7 @@ class Gatherer:
         for unit in self.units:
             unit.running = unit.backward = 0
         self._running.clear()
-        for bucket in self._started:
-            bucket.cancel_gather()
-        self._started.clear()
+        self._cancel(self._started)
         for bucket in filter(self._is_gathered, self._buckets):
             self._free(bucket)
         self._idle.clear()
@@ -211,7 +196,8 @@ class Gatherer:
     def gathered(self, buckets: Sequence[FlatBucket], exactly: AbstractContextManager[None]) -> Iterator[None]:
         """Hold these buckets whole. ``exactly``: a context around gathers in no forward, which all ranks make."""
         mine = [b for b in buckets if id(b) in self._users]
-        self._free_unheld(mine)  # what a forward has left may have come in fewer bits
+        self._cancel(mine)  # what comes ahead of a forward, or is left of one, may be in fewer bits
+        self._free_unheld(mine)
         self._explicit.update(map(id, mine))
         with nullcontext() if self._running else exactly:
             self._gather(mine, ahead=False)
@@ -320,6 +306,12 @@ class Gatherer:
                 self._started.append(bucket)
             else:
                 self._serve(bucket)
+
+    def _cancel(self, buckets: Sequence[FlatBucket]) -> None:
+        """Of the gathers that were begun ahead of use."""
+        for bucket in [bucket for bucket in self._started if bucket in buckets]:
+            bucket.cancel_gather()
+            self._started.remove(bucket)
 
     def _ahead(self) -> list[FlatBucket]:
         """What the step before gathered next, ``prefetch`` units of it, if this step has taken the same way so far."""

@@ -176,8 +176,8 @@ class ZeroLayout:
             held["parameters"][stores[away]] += bucket.parameter_bytes
             if bucket.key.unit is not None:
                 if (node := self._node_size(bucket)) is not None:
-                    held["parameters"]["device"] += bucket.size // node * bucket.key.dtype.itemsize
-                if config.quantized_weights != "none":  # the shard as it is sent
+                    held["parameters"]["device"] += bucket.gathered_bytes // node
+                if config.quantized_weights != "none" and not bucket.codes:  # the shard as it is sent
                     held["parameters"]["device"] += packed_bytes(
                         bucket.shard_size, config.quantized_weights, bucket.key.dtype
                     )
@@ -203,8 +203,8 @@ class ZeroLayout:
         units: dict[int, int] = {}
         for bucket in self.buckets:
             if bucket.key.unit is not None:
-                rounded = self.config.quantized_weights != "none"
-                size = (bucket.size + rounded * bucket.shard_size) * bucket.key.dtype.itemsize
+                rounded = self.config.quantized_weights != "none" and not bucket.codes
+                size = bucket.gathered_bytes + rounded * bucket.gathered_bytes // bucket.shards
                 units[bucket.key.unit] = units.get(bucket.key.unit, 0) + size
         sizes = [units[number] for number in sorted(units)]
         at_once = len(sizes) if self.config.keep_whole else 1 + self.config.prefetch
@@ -226,12 +226,12 @@ class ZeroLayout:
         sent = 0
         for bucket in self.buckets:
             shard, copies = self.axes[bucket.key.sharded_over]
-            whole = bucket.size * bucket.key.dtype.itemsize
+            whole = bucket.gathered_bytes
             node = self._node_size(bucket)
             near = node or shard
             if bucket.key.unit is not None:
                 again = gathers - 1 if node else 0  # from the second shard, as it is
-                packed = _sent_bytes(bucket, weights, bucket.key.dtype)
+                packed = whole if bucket.codes else _sent_bytes(bucket, weights, bucket.key.dtype)
                 sent += (gathers - again) * packed * (shard - 1) // shard + again * whole * (near - 1) // near
             else:
                 sent += whole * (shard - 1) // shard

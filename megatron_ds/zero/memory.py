@@ -2,8 +2,9 @@
 
 :class:`WholeBuffer` is whole all the time (parameters up to stage 2, gradients up to stage 1): the slice is a part of
 it. :class:`TransientGradients` and :class:`TransientParameters` have memory of their own for the slice, and for the
-whole only as long as it is written or read. Buckets treat them alike: for what is always whole, taking and freeing do
-nothing. How the ranks reach each other's slices is for :mod:`megatron_ds.comm.buffers`.
+whole only as long as it is written or read; so have :class:`Float8Parameters`, whose FP8 codes are what ranks gather.
+Buckets treat them alike: for what is always whole, taking and freeing do nothing. How the ranks reach each other's
+slices is for :mod:`megatron_ds.comm.buffers`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from megatron_ds import comm
 from megatron_ds.comm import Pending
 from megatron_ds.comm.buffers import Buffers, GroupGathered, Slot, Slots
 from megatron_ds.mesh import Axis
+from megatron_ds.zero.buckets import BucketLayout
 from megatron_ds.zero.state import RegionAccess
 from megatron_ds.zero.store import Store
 from megatron_ds.zero.store.device import ResidentRegion
@@ -50,6 +52,9 @@ class WholeBuffer:
         return None if self.axis.group is None else self._memory.all_gather_start()
 
     def start_step(self) -> None:
+        pass
+
+    def serve(self) -> None:
         pass
 
     def write_back(self) -> None:
@@ -190,3 +195,60 @@ class TransientParameters:
             self.holding.release(changed=False)
 
         return Pending(self.whole, then=fetch_and_gather)
+
+
+class Float8Parameters(TransientParameters):
+    """Parameters in fp32 or fp64 of which FP8 ``codes`` are gathered: a byte of each element, or two.
+
+    ``shard`` is kept, and ``codes`` are whole all the time, or a unit's while it is used. ``whole`` has memory only
+    while the parameters themselves are gathered, with ``exactly``. See :mod:`megatron_ds.zero.float8_gathering`.
+    """
+
+    def __init__(self, name: str, layout: BucketLayout, buffers: Buffers):
+        self.axis, self.transient, self.exactly = buffers.axis, layout.key.unit is not None, False
+        shard = torch.zeros(layout.shard_size, dtype=layout.key.dtype, device=buffers.device)
+        # Through the process group, wherever the ranks are: it is seldom.
+        self._memory = GroupGathered(layout.size, layout.key.dtype, buffers.device, buffers.axis, shard)
+        self.holding = RegionAccess(ResidentRegion(name, shard))
+        self.whole = self._memory.whole
+        self.codes: list[WholeBuffer | TransientParameters] = []
+        for _ in range(layout.codes):
+            if self.transient:
+                self.codes.append(TransientParameters(name, layout.size, torch.uint8, buffers, None))
+            else:
+                self.codes.append(WholeBuffer(name, layout.size, torch.uint8, buffers))
+
+    @property
+    def is_collective(self) -> bool:
+        return self.codes[0].is_collective
+
+    def all_gather_start(self) -> Pending:
+        if self.exactly:
+            return super().all_gather_start()
+        started = [codes.all_gather_start() for codes in self.codes]
+        return Pending(self.whole, then=lambda: [gather.wait() for gather in started if gather is not None])
+
+    def serve(self) -> None:
+        for codes in self.codes:
+            codes.serve()
+
+    def free(self) -> None:
+        super().free()
+        for codes in self.codes:
+            codes.free()
+
+    def discard(self) -> None:
+        super().discard()
+        for codes in self.codes:
+            codes.discard()
+
+
+def parameter_memory(
+    name: str, layout: BucketLayout, buffers: Buffers, store: Store | None
+) -> WholeBuffer | TransientParameters:
+    """Of a bucket's parameters. ``store``: as of :class:`TransientParameters`."""
+    if layout.codes:
+        return Float8Parameters(name, layout, buffers)
+    if layout.key.unit is None:
+        return WholeBuffer(name, layout.size, layout.key.dtype, buffers)
+    return TransientParameters(name, layout.size, layout.key.dtype, buffers, store)

@@ -23,6 +23,7 @@ from megatron_ds.shard.flat_shards import FlatShard, share_out
 from megatron_ds.zero.allocate import RankMemory, Stores, data_axes, quantization, take_values
 from megatron_ds.zero.capacity import check_capacity
 from megatron_ds.zero.flat import FlatBucket
+from megatron_ds.zero.float8_gathering import Float8Gathering
 from megatron_ds.zero.gatherer import Gatherer
 from megatron_ds.zero.layout import ZeroLayout
 from megatron_ds.zero.moves import MovableParameters
@@ -122,6 +123,7 @@ class ZeroOptimizer(MovableParameters):
     def _attach(self) -> None:
         """Hooks on parameters and modules, for the buckets that there are."""
         self.buckets = [bucket for bucket in self._all if bucket.layout.key.trainable]
+        self._float8 = Float8Gathering(self.buckets, self._mesh.tp)
         each = self.layout.frees_gradients and not self.config.keep_whole
         self.reducer = Reducer(self.buckets, self.config.overlap, each, self.layout.gradient_window, self._meet_at)
         if self._root is not None and self._modules:
@@ -139,7 +141,9 @@ class ZeroOptimizer(MovableParameters):
                 self.gatherer.free_all()
                 for buffers in self._buffers:
                     buffers.gather_exactly(True)
+                self._float8.gather_exactly(True)
                 self.gatherer.close()  # gathers, which fails where a store has
+            self._float8.close()
         finally:
             for stores in self.stores:
                 stores.close()
@@ -220,9 +224,8 @@ class ZeroOptimizer(MovableParameters):
     def step(self, lr: float, scale: float | torch.Tensor = 1.0) -> None:
         """Update with gradients multiplied by ``scale`` and gather the parameters.
 
-        A ``scale`` that is a tensor may be NaN, and then nothing changes; see :meth:`Update.step`.
-
-        Buckets go in the order in which the next forward pass needs them.
+        A ``scale`` that is a tensor may be NaN, and then nothing changes; see :meth:`Update.step`. Buckets go in the
+        order in which the next forward pass needs them.
         """
         self.reducer.expect(Phase.REDUCED, "step")
         self._rule.begin_step()
@@ -246,33 +249,25 @@ class ZeroOptimizer(MovableParameters):
                 following.prefetch()
             # One part after the other, besides buckets in which something was found.
             bucket.update(change, look if bucket is looked_at else None, step)
-            if bucket.layout.key.unit is None:
+            if bucket.follows_update:
                 bucket.start_gather()
         self._publish()
-        self._finish_gathers()
 
     def skip(self) -> None:
         """Drop the gradients of this step; parameters and state stay as they are."""
         self.reducer.expect(Phase.REDUCED, "skip")
         self._before_change()
-        self._publish()
+        self._publish(changed=False)
         self.reducer.phase = Phase.IDLE
-
-    def _finish_gathers(self) -> None:
-        """Wait until the parameters that are whole all the time have arrived."""
-        waited = [b.finish_gather() for b in reversed(self.buckets) if b.layout.key.unit is None]
-        if any(waited):
-            self._meet()  # a peer may still be copying what the caller is free to change from here on
 
     def refresh_parameters(self) -> None:
         """Make the parameters what the master weights say, on all ranks of the shard axis; after loading."""
         self._before_change()
         for bucket in self.buckets:
             bucket.master_to_parameters()
-            if bucket.layout.key.unit is None:
+            if bucket.follows_update:
                 bucket.start_gather()
         self._publish()
-        self._finish_gathers()
 
     @contextmanager
     def gathered(self, parameters: Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
@@ -284,8 +279,9 @@ class ZeroOptimizer(MovableParameters):
             self.reducer.expect(Phase.IDLE, "gathered(write=True)")
         wanted = {id(p) for p in parameters}
         touched = [bucket for bucket in self._all if any(id(p) in wanted for p in bucket.tensors)]
-        exactly = exact_gathers(self._buffers)
-        with self.gatherer.gathered(touched, exactly) if self.gatherer is not None else nullcontext():
+        exactly = exact_gathers([*self._buffers, self._float8])
+        units = nullcontext() if self.gatherer is None else self.gatherer.gathered(touched, exactly)
+        with self._float8.gathered(touched), units:
             yield
             if write:
                 self._meet()
@@ -306,10 +302,16 @@ class ZeroOptimizer(MovableParameters):
             bucket.parameters.write_back()
             bucket.parameters.discard()
 
-    def _publish(self) -> None:
-        """Signals that this rank has changed its parameters; a peer's gather reads them from now on."""
+    def _publish(self, changed: bool = True) -> None:
+        """Signals that peers may read this rank's parameters, and waits for those that are whole all the time."""
+        if changed:
+            self._float8.encode()
         for buffers in self._buffers:
             buffers.publish()
+        waited = [b.finish_gather() for b in reversed(self.buckets) if b.layout.key.unit is None]
+        if any(waited):
+            self._meet()  # a peer may still be copying what the caller is free to change from here on
+            self._float8.arrived()
 
     def _meet(self) -> None:
         """Wait until every peer is here and so reads nothing of this rank: before a write that is not a step's."""
@@ -362,7 +364,7 @@ class ZeroOptimizer(MovableParameters):
         for bucket in self._all:
             bucket.keep_writes()
         if not for_load:
-            self._publish()
+            self._publish(changed=False)
         found: list[FlatShard] = []
         for over, (shard, replicate) in self._axes.items():
             mine = [bucket for bucket in self._all if bucket.layout.key.sharded_over == over]

@@ -9,8 +9,23 @@ from torch import nn
 from megatron_ds.config import ZeroConfig
 from megatron_ds.optim.rule import UpdateRule
 from megatron_ds.zero.buckets import ParameterInfo
+from megatron_ds.zero.flat import FlatBucket
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+class Unit:
+    """One hooked module, the buckets it needs, and how many uses hold them."""
+
+    def __init__(self, name: str, module: nn.Module, buckets: Sequence[FlatBucket]):
+        self.name, self.module = name, module
+        self.buckets = list(buckets)
+        self.running = 0  # forwards under way
+        self.backward = 0  # uses in their backward pass
+
+    @property
+    def holds(self) -> bool:
+        return self.running > 0 or self.backward > 0
 
 
 def choose_units(

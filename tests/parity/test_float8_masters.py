@@ -6,8 +6,9 @@ On every mesh and at every stage of ZeRO the products are given the same bits.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 from unittest.mock import patch
 
@@ -20,17 +21,19 @@ from parity_rows import Row, config_of, reference_config
 from parity_run import steps_of
 from torch import Tensor, nn
 
+from megatron_ds.comm import Pending, buffers, local
 from megatron_ds.config import PrecisionConfig, RunConfig, validate
 from megatron_ds.kernels.float8 import E4M3, Float8
 from megatron_ds.layers import float8_recipe as float8
-from megatron_ds.mesh import Mesh
+from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.models.families import task_of
 from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.shard import spec_of
 from megatron_ds.testing import run_ranks
 from megatron_ds.train import build as build_module
-from megatron_ds.train.build import RankRuntime, build
+from megatron_ds.train.build import RankRuntime, build, gathers_float8
 from megatron_ds.train.rank_bytes import account_of
+from megatron_ds.zero.memory import TransientParameters
 
 Array = npt.NDArray[Any]
 Box = tuple[slice, ...]
@@ -45,6 +48,19 @@ SHARDED = [
     replace(ONE, mesh=(1, 1, 2), fp8="rowwise", zero=3),
     replace(ONE, mesh=(1, 1, 2), fp8="blockwise", zero=3, offload="nvme", keep_whole=True),
 ]
+UNEVEN = [
+    replace(ONE, mesh=(1, 1, 3), fp8="rowwise", zero=1, optimizer="muon"),
+    replace(ONE, mesh=(1, 1, 3), fp8="tensorwise", zero=2, bucket_mb=0.008),
+    replace(ONE, mesh=(1, 1, 3), fp8="blockwise", zero=3, bucket_mb=0.008),
+]
+BOTH = [
+    replace(ONE, mesh=(2, 1, 2), fp8="rowwise", zero=1, bucket_mb=0.008),
+    replace(ONE, mesh=(2, 1, 2), fp8="tensorwise", zero=3, bucket_mb=0.008),
+    replace(ONE, mesh=(2, 1, 2), fp8="blockwise", zero=2),
+    replace(ONE, mesh=(2, 1, 2), fp8="rowwise", zero=3, sequence_parallel=True),
+]
+NODES = [replace(ONE, mesh=(1, 1, 4), fp8="rowwise", zero=3), replace(ONE, mesh=(1, 1, 4), fp8="blockwise", zero=3)]
+"""Small buckets go through the process group, and what they send is counted."""
 SIDE = 4
 FACTOR = -1.25
 POSITIVE = torch.arange(127, dtype=torch.uint8).view(E4M3).double().numpy()
@@ -77,7 +93,9 @@ class Look:
 
 def half(row: Row) -> RunConfig:
     values = config_of(row).to_dict()
-    values["precision"] |= {"dtype": "bf16", "fp8_from_masters": True}
+    values["precision"] |= {"dtype": "bf16"}
+    if row.mesh[2] == 4:  # two nodes, and what is not in FP8 is sent in 8 bits
+        values["zero"] |= {"secondary_size": 2, "quantized_weights": "int8"}
     return RunConfig.model_validate(values)
 
 
@@ -100,24 +118,70 @@ def masters_of(parts: RankRuntime) -> list[Piece]:
 
 
 @contextmanager
-def seen(parts: RankRuntime) -> Iterator[dict[str, list[Piece]]]:
+def seen(config: RunConfig, parts: RankRuntime) -> Iterator[dict[str, list[Piece]]]:
     """Every weight that a product is given, whenever a micro-batch or its recomputation does."""
     found: dict[str, list[Piece]] = {"in": [], "out": []}
     original = float8.Float8Recipe._weight
+    gathered = gathers_float8(config) and parts.optimizer.shard.size > 1
     specs = {id(x.recipe): spec_of(x.weight) for stage in parts.stages.values() for _, x in float8.linear_layers(stage)}
 
     def weight(recipe: float8.Float8Recipe, matrix: Tensor, over: str) -> Float8:
         quantised = original(recipe, matrix, over)
+        assert (matrix.untyped_storage().size() == 0) == gathered, "a rank has the weight itself, or has it not"
         rows, k = quantised.values.shape
         bits, scales = quantised.values.view(torch.uint8), quantised.scale
         scales = scales.repeat_interleave(rows // scales.shape[0], 0).repeat_interleave(k // scales.shape[1], 1)
         spec, turn = specs[id(recipe)], over == "out"
-        both = [(x.t() if turn else x).reshape(spec.local_shape).numpy().copy() for x in (bits, scales)]
+        both = [(x.t() if turn else x).reshape(spec.local_shape).clone().numpy() for x in (bits, scales)]
         found[over].append(Piece(spec.name, spec.global_shape, box_of(spec.offset, spec.local_shape), *both))
         return quantised
 
     with patch.object(float8.Float8Recipe, "_weight", weight):
         yield found
+
+
+def held(parts: RankRuntime) -> int:
+    """Bytes of this rank's parameters, between steps."""
+    flat = [each for b in parts.optimizer.buckets for each in (b.parameters, *getattr(b.parameters, "codes", ()))]
+    tensors = [memory.shard if isinstance(memory, TransientParameters) else memory.whole for memory in flat]
+    weights = [p.float8 for stage in parts.stages.values() for p in stage.parameters() if hasattr(p, "float8")]
+    return sum(tensor.nbytes for tensor in [*tensors, *(scale for weight in weights for scale in weight._scales)])
+
+
+@contextmanager
+def sent(apart: bool) -> Iterator[list[int]]:
+    """Bytes of the weights in FP8 that come through the process group, of whole buckets; then nothing comes in fp32."""
+    count, original = [0], buffers.all_gather_start
+
+    def start(output: Tensor, tensor: Tensor, axis: Axis) -> Pending:
+        assert output.dtype in (torch.uint8, torch.bfloat16) or not apart
+        count[0] += output.nbytes if output.dtype == torch.uint8 else 0
+        return original(output, tensor, axis)
+
+    with patch.object(buffers, "all_gather_start", start):
+        yield count
+
+
+def codes_sent(config: RunConfig, parts: RankRuntime) -> int:
+    """The same: one byte an element, or two, of each bucket once a step, and at stage 3 for each of its uses."""
+    codes, units = 2 if config.precision.fp8 == "rowwise" else 1, parts.optimizer.gatherer
+    gathers = parts.optimizer.buckets if units is None else units._order
+    return sum(codes * bucket.layout.size for bucket in gathers if bucket.layout.key.dtype == torch.float32)
+
+
+def exact(parts: RankRuntime) -> bool:
+    """Whether who asks for the weights has this rank's masters among them, though a gather for a use is under way."""
+    units, parameters = parts.optimizer.gatherer, [p for stage in parts.stages.values() for p in stage.parameters()]
+    masters = [shard for shard in parts.optimizer.flat_shards(for_load=True) if shard.kind == "param"]
+    if units is not None:
+        units._start_all(units._buckets[:3])
+    with parts.optimizer.gathered(parameters):
+        whole = {spec_of(p).name: p.detach().reshape(-1) for p in parameters}
+        return all(
+            torch.equal(whole[shard.name][shard.start : shard.stop], shard.data.to(whole[shard.name].dtype))
+            for shard in masters
+            if shard.holder is None
+        )
 
 
 @torch.no_grad()
@@ -127,10 +191,14 @@ def looks(rows: list[Row]) -> list[list[Look]]:
     if dist.is_initialized():
         mesh = Mesh.create(validate(half(rows[0]), dist.get_world_size()), torch.device("cpu"))
     results = []
-    for config in map(half, rows):
-        parts = build(config, mesh, task_of(config))
+    for row in rows:
+        apart, config = row.bucket_mb < 1, half(row)
+        with patch.object(local, "open_buffers", lambda *_: None) if apart else nullcontext():
+            parts = build(config, mesh, task_of(config))
         account = account_of(config, task_of(config), mesh.shape, mesh.rank)
         assert parts.optimizer.bytes_by_store() == account.layout.bytes().memory
+        if row.offload != "nvme" and row.mesh[2] < 4:
+            assert held(parts) == account.layout.bytes().memory["parameters"]["device"]
         found = []
         for step, batches in enumerate(steps_of(config, mesh)):
             before = masters_of(parts)
@@ -140,9 +208,12 @@ def looks(rows: list[Row]) -> list[list[Look]]:
                     for p in parameters:
                         p.mul_(FACTOR)
             masters = masters_of(parts)
-            with seen(parts) as given, torch.enable_grad():
+            with seen(config, parts) as given, sent(apart) as counted, torch.enable_grad():
                 parts.step(batches)
+            if apart:
+                assert counted[0] == codes_sent(config, parts)
             found.append(Look(before, masters, given))
+        assert exact(parts) and isfinite(parts.step.evaluate([batches]))
         results.append(found)
         parts.optimizer.close()
     return results
@@ -204,7 +275,11 @@ def check(row: Row, ranks: Sequence[Sequence[Look]]) -> None:
                         assert np.array_equal(piece.values, bits[piece.box]), what
 
 
-@pytest.mark.parametrize("rows", [ALONE, CUT, SHARDED], ids=["alone", "tensor_parallel", "zero"])
+@pytest.mark.parametrize(
+    "rows",
+    [ALONE, CUT, SHARDED, UNEVEN, BOTH, NODES],
+    ids=["alone", "tensor_parallel", "zero", "uneven", "both", "nodes"],
+)
 def test_products_are_given_the_quantised_masters(rows: list[Row]) -> None:
     tp, pp, dp = rows[0].mesh
     of_ranks = run_ranks(looks, tp * pp * dp, rows) if tp * pp * dp > 1 else [looks(rows)]
@@ -232,7 +307,7 @@ def test_a_stage_whose_first_weight_is_a_master_computes_in_half_precision() -> 
 def test_weights_quantised_from_half_copies_show() -> None:
     """The comparison notices what it is there for: a setting that is not obeyed."""
 
-    def use(model: nn.Module, settings: PrecisionConfig) -> None:
+    def use(model: nn.Module, settings: PrecisionConfig, gathered: bool) -> None:
         float8.use_float8(model, settings.model_copy(update={"fp8_from_masters": False}))
 
     with patch.object(build_module, "use_float8", use), pytest.raises(AssertionError, match="for a sum over 'in'"):
