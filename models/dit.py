@@ -31,11 +31,12 @@ from megatron_ds import comm
 from megatron_ds.config.diffusion import DiTConfig, ObjectiveConfig
 from megatron_ds.config.sparse import layout_of_rank
 from megatron_ds.kernels.block_layout import BlockLayout
+from megatron_ds.kernels.cpu.compiled_modulation import CompiledModulation
 from megatron_ds.layers.affine import Affine
 from megatron_ds.layers.attention import AttentionInputs
 from megatron_ds.layers.attention_cores import AttentionRules, make_core
 from megatron_ds.layers.mlp import MLP
-from megatron_ds.layers.modulation import Modulation, modulated_norm
+from megatron_ds.layers.modulation import Modulation
 from megatron_ds.models import objectives
 from megatron_ds.models.conditions import ClassCondition, TextCondition
 from megatron_ds.models.dit_blocks import NORM_EPS, Streams, make_block
@@ -170,8 +171,7 @@ class DiT(nn.Module):
     def _predict(self, streams: Streams, condition: Tensor) -> Tensor:
         """``[s(/tp), b, p * p * c]``."""
         shift, scale = self.final_modulation(F.silu(condition))
-        columns = self.final_modulation.columns
-        return self.final(modulated_norm(streams[0], shift, scale, NORM_EPS, columns=columns)[0])
+        return self.final(self.final_modulation.norm(streams[0], shift, scale, NORM_EPS)[0])
 
     def _cut(self, image: Tensor) -> Tensor:
         """This rank's patches of an image, ``[s(/tp), b, p * p, c]``."""
@@ -183,13 +183,17 @@ class DiT(nn.Module):
         return comm.slice_dim0(of_sequence, self.tp) if self.partial else of_sequence
 
     def compile_blocks(self) -> None:
-        """``torch.compile`` whole blocks on a GPU, only the activations on a CPU, as of a text's transformer."""
-        for block in cast(Iterable[nn.Module], self.layers.values()):
-            if next(self.parameters()).device.type != "cpu":
+        """``torch.compile`` whole blocks on a GPU; on a CPU what products of matrices leave: activations, adaLN."""
+        if next(self.parameters()).device.type != "cpu":
+            for block in cast(Iterable[nn.Module], self.layers.values()):
                 block.compile()
-                continue
-            for mlp in (module for module in block.modules() if isinstance(module, MLP)):
-                mlp.compile_activation()
+            return
+        graphs = CompiledModulation()
+        for module in self.modules():
+            if isinstance(module, MLP):
+                module.compile_activation()
+            elif isinstance(module, Modulation):
+                module.compiled = graphs
 
 
 def stream_lengths(c: DiTConfig, micro_batch: MicroBatch) -> tuple[int, ...]:

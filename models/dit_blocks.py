@@ -15,7 +15,7 @@ from megatron_ds.config.diffusion import DiTConfig
 from megatron_ds.kernels.rotary import rotary
 from megatron_ds.layers.attention import AttentionConfig, AttentionInputs, HeadProjection, SelfAttention
 from megatron_ds.layers.mlp import MLP
-from megatron_ds.layers.modulation import Modulation, modulated_norm, scaled_add
+from megatron_ds.layers.modulation import Modulation
 from megatron_ds.models.transformer import StageSettings
 
 NORM_EPS = 1e-6
@@ -50,16 +50,15 @@ class Block(nn.Module):
 
     def forward(self, condition: Tensor, inputs: AttentionInputs, x: Tensor) -> Streams:
         shift, scale, *rest = self.modulation(condition)
-        normed, x = modulated_norm(x, shift, scale, NORM_EPS, columns=self.modulation.columns)
+        normed, x = self.modulation.norm(x, shift, scale, NORM_EPS)
         return (self.add(x, self.attention(normed, inputs), *rest),)
 
     def add(
         self, x: Tensor, attended: Tensor, gate: Tensor, mlp_shift: Tensor, mlp_scale: Tensor, mlp_gate: Tensor
     ) -> Tensor:
         """What the attention found and what the MLP makes of it, added to the stream."""
-        columns = self.modulation.columns
-        normed, x = modulated_norm(x, mlp_shift, mlp_scale, self.mlp_norm_eps, attended, gate, columns)
-        return scaled_add(x, self.mlp(normed), mlp_gate, columns)
+        normed, x = self.modulation.norm(x, mlp_shift, mlp_scale, self.mlp_norm_eps, attended, gate)
+        return self.modulation.add(x, self.mlp(normed), mlp_gate)
 
 
 class LastText(nn.Module):
@@ -85,9 +84,8 @@ class JointBlock(nn.Module):
     def forward(self, condition: Tensor, inputs: AttentionInputs, image: Tensor, text: Tensor) -> Streams:
         shift, scale, *rest = self.image.modulation(condition)
         text_shift, text_scale, *text_rest = self.text.modulation(condition)
-        columns = self.image.modulation.columns
-        normed, image = modulated_norm(image, shift, scale, NORM_EPS, columns=columns)
-        text_normed, text = modulated_norm(text, text_shift, text_scale, NORM_EPS, columns=columns)
+        normed, image = self.image.modulation.norm(image, shift, scale, NORM_EPS)
+        text_normed, text = self.text.modulation.norm(text, text_shift, text_scale, NORM_EPS)
         heads, text_heads = self.image.attention.heads(normed), self.text.attention.heads(text_normed)
         q, k, v = (torch.cat(pair) for pair in zip(heads, text_heads))
         if inputs.rotary is not None:

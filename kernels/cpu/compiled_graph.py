@@ -18,8 +18,12 @@ from megatron_ds.errors import ConfigError
 _UNCHECKED = ("size_asserts", "alignment_asserts", "assert_indirect_indexing")
 
 
-def record(function: Callable[..., Tensor], inputs: Sequence[Tensor], sizes: Container[int] = ()) -> GraphModule:
+def record(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], sizes: Container[int] = ()
+) -> GraphModule:
     """Trace ``function`` on ``inputs``: its operators as a graph, functionalized (writes in place only at the end).
+
+    The graph gives a tuple, also of one tensor.
 
     Args:
         sizes: of the inputs that may be others later, 1 included; those that are equal stay equal.
@@ -39,7 +43,11 @@ def record(function: Callable[..., Tensor], inputs: Sequence[Tensor], sizes: Con
         kinds = [DimDynamic.DUCK if size in sizes else DimDynamic.STATIC for size in x.shape]
         return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=kinds))
 
-    functional = torch.func.functionalize(lambda *args: (function(*args),), remove="mutations")
+    def outputs(*args: Tensor) -> tuple[Tensor, ...]:
+        found = function(*args)
+        return found if isinstance(found, tuple) else (found,)
+
+    functional = torch.func.functionalize(outputs, remove="mutations")
     with torch.inference_mode(False), torch.no_grad():
         fakes = [fake(x) for x in inputs]
         with mode:
@@ -52,10 +60,19 @@ def record(function: Callable[..., Tensor], inputs: Sequence[Tensor], sizes: Con
 
 
 def compile_graph(graph: GraphModule, in_one_call: bool = False) -> Callable[..., Tensor]:
+    """:func:`compile_outputs` of a graph with one output, which the compiled one gives by itself."""
+    compiled = compile_outputs(graph, in_one_call)
+    return lambda *args: compiled(*args)[0]
+
+
+def compile_outputs(
+    graph: GraphModule, in_one_call: bool = False, without: str = "enforce_eager=True"
+) -> Callable[..., tuple[Tensor, ...]]:
     """Compile what :func:`record` gave, which takes seconds.
 
     Args:
         in_one_call: what calls the loops and products is C++, too; it takes seconds longer to compile.
+        without: the setting under which nothing is compiled, for the error.
 
     Raises:
         ConfigError: there is no C++ compiler.
@@ -71,5 +88,5 @@ def compile_graph(graph: GraphModule, in_one_call: bool = False) -> Callable[...
     except InductorError as error:
         if not isinstance(error.inner_exception, InvalidCxxCompiler):
             raise
-        raise ConfigError("compiling the model needs a C++ compiler: install g++, or use enforce_eager=True") from None
-    return lambda *args: compiled(list(args))[0]
+        raise ConfigError(f"compiling the model needs a C++ compiler: install g++, or use {without}") from None
+    return lambda *args: compiled(list(args))

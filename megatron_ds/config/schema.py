@@ -324,7 +324,7 @@ class BaseRunConfig(Section):
     compile: bool = Field(
         False,
         description="torch.compile each block, from plain operators, not fused kernels: more launches and bytes on a "
-        "GPU; on a CPU its activation alone.",
+        "GPU; on a CPU its activation and adaLN.",
     )
     kernels: Literal["auto", "reference", "triton"] = Field(
         "auto", description="Fused ops: auto is Triton on CUDA (not in fp64); reference is plain torch."

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_ds import comm
 from megatron_ds.kernels.autograd import first_derivative_only
+from megatron_ds.kernels.cpu.compiled_modulation import CompiledModulation
 from megatron_ds.kernels.cpu.plain_layer_norm import plain_layer_norm
 from megatron_ds.layers.affine import Products
 from megatron_ds.mesh import Axis
@@ -34,6 +35,7 @@ class Modulation(nn.Module):
     Attributes:
         columns: of the outputs, those whose gradients this rank needs: all, or where every rank has the whole sequence
             the ones that its weights make. Of the others the gradients need not be right.
+        compiled: graphs of the operators, for training on a CPU.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Modulation(nn.Module):
         self.bias = empty_parameter(bias, device, dtype)
         self.products = Products()
         width = size // tp.size
+        self.compiled: CompiledModulation | None = None
         self.columns = ALL if partial or tp.size == 1 else slice(tp.rank * width, (tp.rank + 1) * width)
 
     def forward(self, condition: Tensor) -> tuple[Tensor, ...]:
@@ -68,6 +71,29 @@ class Modulation(nn.Module):
             return _outputs(whole, self.count)
         gathered: tuple[Tensor, ...] = _Gathered.apply(own, self.tp, self.count, self.columns)
         return gathered
+
+    def norm(
+        self,
+        x: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        eps: float,
+        branch: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """:func:`modulated_norm` by what :meth:`forward` gave."""
+        if (graphs := self._graphs_for(x)) is not None:
+            return graphs.modulated_norm(x, shift, scale, eps, branch, gate)
+        return modulated_norm(x, shift, scale, eps, branch, gate, self.columns)
+
+    def add(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        """:func:`scaled_add` by what :meth:`forward` gave."""
+        if (graphs := self._graphs_for(x)) is not None:
+            return graphs.scaled_add(x, y, gate)
+        return scaled_add(x, y, gate, self.columns)
+
+    def _graphs_for(self, x: Tensor) -> CompiledModulation | None:
+        return self.compiled if self.compiled is not None and self.compiled.takes(x) else None
 
 
 def _outputs(whole: Tensor, count: int) -> tuple[Tensor, ...]:

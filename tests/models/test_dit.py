@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,11 @@ from megatron_ds.config import from_dict, validate
 from megatron_ds.config.diffusion import DiffusionRun
 from megatron_ds.data.loader import to_tensors
 from megatron_ds.errors import ConfigError
+from megatron_ds.kernels.cpu.compiled_modulation import CompiledModulation
+from megatron_ds.layers.mlp import MLP
+from megatron_ds.layers.modulation import Modulation
 from megatron_ds.mesh import Mesh
+from megatron_ds.models import dit
 from megatron_ds.models.conditions import time_sines
 from megatron_ds.models.dit import DiT
 from megatron_ds.models.dit_task import DiTTask
@@ -86,11 +91,18 @@ def diffusers_model(ours: dict[str, Tensor]) -> DiTTransformer2DModel:
         {"prediction": "v", "schedule": "cosine", "min_snr": 5.0},
         {"prediction": "flow", "schedule": "flow", "density": "logit_normal", "shift": 3.0},
     ],
-    ids=["epsilon", "v", "flow"],
+    ids=["epsilon", "v", "flow, adaLN by graphs"],
 )
-def test_the_loss_and_every_gradient_are_those_of_diffusers(objective: dict[str, Any]) -> None:
+def test_the_loss_and_every_gradient_are_those_of_diffusers(
+    objective: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = configuration(**objective)
     model = built(config)
+    if objective.get("prediction") == "flow":
+        monkeypatch.setattr(dit, "CompiledModulation", partial(CompiledModulation, compiled=False))
+        monkeypatch.setattr(MLP, "compile_activation", lambda self: None)
+        model.compile_blocks()
+        assert all(module.compiled for module in model.modules() if isinstance(module, Modulation))
     samples = DiTTask(config).open_sources().train
     batch = to_tensors(samples.batch(range(6)), samples.batch(range(6))["labels"])
     batch["counts"][2] = False

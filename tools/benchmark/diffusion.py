@@ -6,7 +6,8 @@ bf16 is autocast in the plain loop. Contenders run one after the other, each in 
 rank, and the table shows the median and the range of the rounds' ratios: of one process to the plain loop, of two ranks
 to twice what one of ours does in the same round. Ratios by the first rank's CPU time are what is left on a machine that
 others use too. Two ranks that exchange nothing are what the machine allows. With ``--gpt`` a language model of as many
-layers, as wide, on as many tokens in sequences as long, goes through the same contenders.
+layers, as wide, on as many tokens in sequences as long, goes through the same contenders. ``--compile`` is the setting
+of a run, for all but the plain loop.
 
 python tools/benchmark/diffusion.py --rounds 3 --json diffusion.json
 python tools/benchmark/diffusion.py --rounds 1 --only fp32 digits --gpt
@@ -97,7 +98,7 @@ def plain(model: dict[str, Any], dtype: str) -> Step:
     return step
 
 
-def ours(model: dict[str, Any], dtype: str, layout: dict[str, Any]) -> Step:
+def ours(model: dict[str, Any], dtype: str, layout: dict[str, Any], compiled: bool) -> Step:
     from megatron_ds.config import from_dict, validate
     from megatron_ds.config.diffusion import DiffusionRun
     from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
@@ -111,6 +112,7 @@ def ours(model: dict[str, Any], dtype: str, layout: dict[str, Any]) -> Step:
     ranks = max(layout.values(), default=1)
     settings = {
         "output": tempfile.gettempdir() + "/megatron-ds-benchmark",  # nothing is written there
+        "compile": compiled,
         "model": model,
         "mesh": {"sequence_parallel": False, **layout},
         "optimizer": {"lr": 1e-4, "clip_norm": 1.0, "schedule": "constant", "weight_decay": 0.01},
@@ -125,30 +127,33 @@ def ours(model: dict[str, Any], dtype: str, layout: dict[str, Any]) -> Step:
     return lambda: float(parts.step([own]).loss)
 
 
-def gpt(model: dict[str, Any], dtype: str, layout: dict[str, Any]) -> Step:
+def gpt(model: dict[str, Any], dtype: str, layout: dict[str, Any], compiled: bool) -> Step:
     """A language model of a diffusion transformer's shape; its head has 64 words, a patch about as many numbers."""
     patches = (model["image_size"] // model["patch_size"]) ** 2
     sizes = {"layers": model["num_layers"], "hidden": model["hidden_size"], "heads": model["num_heads"]}
     workload = Workload(**sizes, sequence=patches, vocab=64, batch=BATCH, dtype=dtype)
     ranks = max(layout.values(), default=1)
-    step = alone(workload) if "apart" in layout else training_step(workload, world_size=ranks, **layout)
+    if "apart" in layout:
+        step = alone(workload, compiled=compiled)
+    else:
+        step = training_step(workload, world_size=ranks, compiled=compiled, **layout)
     return lambda: float(step())
 
 
-def make_step(name: str, model: str, dtype: str) -> Step:
+def make_step(name: str, model: str, dtype: str, compiled: bool = False) -> Step:
     if name == "diffusers":
         return plain(MODELS[model], dtype)
     make = gpt if model.startswith(GPT) else ours
-    return make(MODELS[model.removeprefix(GPT)], dtype, LAYOUTS[name])
+    return make(MODELS[model.removeprefix(GPT)], dtype, LAYOUTS[name], compiled)
 
 
-def measure(name: str, model: str, dtype: str) -> None:
+def measure(name: str, model: str, dtype: str, *, compiled: bool) -> None:
     """Print images a second, on the first rank."""
     torch.set_num_threads(1)
     layout = LAYOUTS[name]
     if layout:
         dist.init_process_group("gloo")
-    step = make_step(name, model, dtype)
+    step = make_step(name, model, dtype, compiled)
     first = step()
     times: list[tuple[float, float]] = []
     # Of several ranks all stop after as many steps: the first one's clock decides beforehand.
@@ -168,10 +173,10 @@ def measure(name: str, model: str, dtype: str) -> None:
         print(json.dumps({"rate": rate, "by_cpu": by_cpu, "first": first, "last": last}), flush=True)
 
 
-def run(name: str, model: str, dtype: str) -> dict[str, float]:
+def run(name: str, model: str, dtype: str, compiled: bool) -> dict[str, float]:
     ranks = max(LAYOUTS[name].values(), default=1)
     launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *launcher, __file__, "--measure", name, model, dtype]
+    command = [sys.executable, *launcher, __file__, "--measure", name, model, dtype, *["--compile"] * compiled]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         sys.exit(f"{name} ({model}, {dtype}) has failed:\n{done.stderr[-3000:]}")
@@ -184,11 +189,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="each runs every contender once; %(default)s")
     parser.add_argument("--only", nargs="+", default=[], help="of fp32 and bf16, digits and DiT-S/8, contenders; all")
     parser.add_argument("--gpt", action="store_true", help="language models of the same shapes beside them")
+    parser.add_argument("--compile", action="store_true", help="compile what products of matrices leave")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        measure(*options.measure)
+        measure(*options.measure, compiled=options.compile)
         return
     dtypes = [dtype for dtype in ("fp32", "bf16") if dtype in options.only] or ["fp32", "bf16"]
     models = [model for model in MODELS if model in options.only] or list(MODELS)
@@ -206,7 +212,7 @@ def main() -> None:
         for _ in range(options.rounds):
             for case in cases:
                 bar.set_description(", ".join(case))
-                found.setdefault(case, []).append(run(*case))
+                found.setdefault(case, []).append(run(*case, options.compile))
                 bar.update()
     print(f"{'model':<16}{'':<6}{'contender':<18}{'images/s':>10}{'ratio':>8}{'range':>11}{'by CPU time':>13}  of")
     for (name, model, dtype), runs in found.items():

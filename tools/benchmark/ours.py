@@ -67,10 +67,10 @@ def configuration(
     return from_dict(RunConfig, settings, "benchmark")
 
 
-def alone(w: Workload) -> Callable[[], torch.Tensor]:
+def alone(w: Workload, compiled: bool = False) -> Callable[[], torch.Tensor]:
     """Each rank trains a model of its own on its share of the batch: what this machine does for two processes that
     exchange nothing, and so the limit of all that do."""
-    return training_step(replace(w, batch=w.batch // dist.get_world_size()), world_size=1)
+    return training_step(replace(w, batch=w.batch // dist.get_world_size()), world_size=1, compiled=compiled)
 
 
 def built(
