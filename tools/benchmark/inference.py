@@ -289,6 +289,7 @@ def main() -> None:
         interpreters |= {name: interpreter for name, interpreter in peers.items() if interpreter}
         names = [name for name in interpreters if options.only is None or name in options.only]
         contenders: dict[str, Contender] = {}
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what is stopped would stay
         found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         try:
             for name in names:
