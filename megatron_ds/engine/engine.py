@@ -292,9 +292,10 @@ class Engine(JoinableEngine, Files):
     def _require_intact(self) -> None:
         _raise(self._model_guard.fault())
 
-    def change_weights(self, change: Callable[[Update], None]) -> None:
+    def change_weights(self, first: Callable[[], None], change: Callable[[Update], None]) -> None:
         """What an optimizer does to the weights between two steps, as Schedule-Free's ``eval()``."""
         self.require_between_steps("a change of the weights by their optimizer")
+        first()
         self.zero.change(change)
 
     def _finished(self, result: StepResult) -> StepResult:

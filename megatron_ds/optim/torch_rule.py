@@ -58,6 +58,7 @@ class TorchRule:
             optimizer.state.pop(parameter, None)
         self.templates: list[StateTemplate] = []
         self._updates: WeakSet[_TorchUpdate] = WeakSet()  # the buckets keep them
+        self._mode = ""  # that was called last; a checkpoint may have been taken in another
         self._try_groups(parameters)
 
     def _try_groups(self, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -145,19 +146,22 @@ class TorchRule:
         self.optimizer.state.update(changes.state)
         vars(self.optimizer).update(changes.attributes)
 
-    def serve_modes(self, change: Callable[[Callable[[Update], None]], None]) -> None:
+    def serve_modes(self, change: Callable[[Callable[[], None], Callable[[Update], None]], None]) -> None:
         """``optimizer.train()`` and ``.eval()``, of an optimizer that has both, act on the weights that it updates.
 
+        A mode that it is in already changes nothing: transformers' Trainer calls ``train()`` before each micro-batch.
+
         Args:
-            change: calls a function with every bucket's update, between two steps; the parameters follow.
+            change: between two steps, calls a function, and another with every bucket's update; the parameters follow.
         """
         if not all(callable(getattr(self.optimizer, name, None)) for name in ("train", "eval")):
             return
 
         def mode(name: str) -> Callable[[], None]:
             def switch() -> None:
-                self._lead(name)
-                change(lambda update: update.run(name))  # type: ignore[attr-defined]
+                if name != self._mode:
+                    change(lambda: self._lead(name), lambda update: update.run(name))  # type: ignore[attr-defined]
+                    self._mode = name
 
             return switch
 
@@ -198,6 +202,7 @@ class TorchRule:
             state.pop(key, None)
         _restore(state, saved.get("state", {}))
         vars(self.optimizer).update(saved.get("attributes", {}))
+        self._mode = ""
         self.load_numbers({int(group): of_group for group, of_group in saved["numbers"].items()})
 
     def load_numbers(self, numbers: Mapping[int, Scalars]) -> None:

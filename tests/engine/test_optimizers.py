@@ -32,7 +32,7 @@ from optimizer_cases import (
 )
 
 import megatron_ds
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, EngineError
 from megatron_ds.testing import run_ranks
 
 
@@ -79,6 +79,30 @@ def test_a_step_out_of_train_mode_is_the_optimizers_own_error() -> None:
     engine = megatron_ds.initialize(net, None, optimizer, loss=lambda net, batch: net(batch).square().mean())
     with pytest.raises(RuntimeError, match="not in train mode"):
         engine.train_batch([torch.ones(2, 6, dtype=torch.float64)])
+    engine.close()
+
+
+def test_a_mode_is_said_before_each_micro_batch() -> None:
+    """As transformers' Trainer does; another one within a step is refused."""
+    net, other = model(), model()
+    optimizer, plain_optimizer = ScheduleFree(net.parameters()), ScheduleFree(other.parameters())
+    engine = megatron_ds.initialize(net, {"accumulation": 2}, optimizer)
+    for batch in torch.randn(6, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2)):
+        for of in (optimizer, plain_optimizer):
+            of.train()
+        engine.backward(engine(batch).square().mean())
+        (other(batch).square().mean() / 2).backward()
+        if engine.is_boundary:
+            plain_optimizer.step()
+            plain_optimizer.zero_grad()
+        else:
+            with pytest.raises(EngineError, match="after 1 of a step's micro-batches"):
+                optimizer.eval()
+        engine.step()
+    for of in (optimizer, plain_optimizer):
+        of.eval()
+    for name, value in other.named_parameters():
+        torch.testing.assert_close(engine.get_parameter(name), value, rtol=0, atol=1e-12)
     engine.close()
 
 
