@@ -255,6 +255,9 @@ def test_a_folder_without_a_model_and_without_a_tokenizer(folder: Path, tmp_path
             llm.generate("text", use_tqdm=False)
         with pytest.raises(ConfigError, match="prompt is empty"):
             llm.generate([[]], use_tqdm=False)
+        for no_tokens in ([3.7], ["5"]):  # int() would make tokens of them
+            with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+                llm.generate([no_tokens], use_tqdm=False)
         assert len(llm.generate([5, 6], GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == 10
 
 
