@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -120,7 +121,7 @@ print("went on", file=sys.stderr)
 
 @pytest.mark.parametrize("where", ["> /dev/full", "| true", ">&-"])
 def test_a_run_goes_on_without_a_standard_output(where: str) -> None:
-    command = f"set -o pipefail; {sys.executable} -c '{PROGRAM}' {where}"
+    command = f"set -o pipefail; {shlex.quote(sys.executable)} -c '{PROGRAM}' {where}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr.endswith("went on\n"), done.stderr
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr

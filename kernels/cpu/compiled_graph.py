@@ -75,18 +75,23 @@ def compile_outputs(
         without: the setting under which nothing is compiled, for the error.
 
     Raises:
-        ConfigError: there is no C++ compiler.
+        ConfigError: there is no C++ compiler, or it does not find torch.
     """
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+    from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
     try:
         with torch.no_grad(), config.patch({"compile_threads": 1, **dict.fromkeys(_UNCHECKED, False)}):
             inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
             compiled = compile_fx_inner(graph, inputs, cpp_wrapper=in_one_call)
     except InductorError as error:
-        if not isinstance(error.inner_exception, InvalidCxxCompiler):
-            raise
-        raise ConfigError(f"compiling the model needs a C++ compiler: install g++, or use {without}") from None
+        if isinstance(error.inner_exception, InvalidCxxCompiler):
+            raise ConfigError(f"compiling the model needs a C++ compiler: install g++, or use {without}") from None
+        if isinstance(error.inner_exception, CppCompileError) and " " in torch.__file__:
+            raise ConfigError(
+                f"torch stands in {torch.__path__[0]!r}, and its compiler takes no path with a space: move it, or use "
+                f"{without}"
+            ) from None
+        raise
     return lambda *args: compiled(list(args))

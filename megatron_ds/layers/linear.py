@@ -26,6 +26,8 @@ from megatron_ds.layers.recipe import OwnPrecision, Recipe, Split
 from megatron_ds.mesh import Axis
 from megatron_ds.shard import WHOLE, ShardedDim, ShardSpec, empty_parameter
 
+Recompute = Callable[[], Tensor]
+
 
 class BiasOffer:
     """Fused bias gradient: lets the operator behind a linear layer make the gradient of the layer's bias.
@@ -150,13 +152,8 @@ class ColumnParallelLinear(_Linear):
         placements = (ShardedDim.over(tp, shard_dim),)
         spec = ShardSpec(f"{name}.weight", (*out_shape, in_features), placements, std=init_std, matrices=WHOLE)
         self.weight = empty_parameter(spec, device, dtype)
-        self.bias = (
-            empty_parameter(
-                ShardSpec(f"{name}.bias", out_shape, placements, init="zeros", weight_decay=False), device, dtype
-            )
-            if bias
-            else None
-        )
+        of_bias = ShardSpec(f"{name}.bias", out_shape, placements, init="zeros", weight_decay=False)
+        self.bias = empty_parameter(of_bias, device, dtype) if bias else None
         self.out_shape = self.weight.shape[:-1]
 
     def forward(self, x: Tensor, offer: BiasOffer | None = None) -> Tensor:
@@ -223,19 +220,12 @@ class _RowLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        layer: _Linear,
-        offer: BiasOffer,
-        recompute: Callable[[], Tensor] | None,
-        unused: bool,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: _Linear, offer: BiasOffer, *how: Any
     ) -> Tensor:
-        ctx.save_for_backward(x if recompute is None else None, weight, bias)
+        ctx.recompute, unused = how
+        ctx.save_for_backward(x if ctx.recompute is None else None, weight, bias)
         ctx.main_grads = main_gradients(weight, bias)
         ctx.tp, ctx.sequence_parallel, ctx.recipe, ctx.offer = layer.tp, layer.sequence_parallel, layer.recipe, offer
-        ctx.recompute = recompute
         if unused:
             return x.new_empty(1).expand(*x.shape[:-1], weight.shape[0])
         return _row_product(x, weight, bias, layer)
@@ -274,34 +264,17 @@ class RowParallelLinear(_Linear):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(tp, sequence_parallel)
-        spec = ShardSpec(
-            f"{name}.weight",
-            (out_features, in_features),
-            (ShardedDim.over(tp, 1),),
-            std=init_std,
-            matrices=WHOLE,
-        )
+        placements = (ShardedDim.over(tp, 1),)
+        spec = ShardSpec(f"{name}.weight", (out_features, in_features), placements, std=init_std, matrices=WHOLE)
         self.weight = empty_parameter(spec, device, dtype)
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        partial = self.sequence_parallel
         self.bias = (
-            replicated_parameter(
-                f"{name}.bias",
-                (out_features,),
-                "zeros",
-                tp,
-                self.sequence_parallel,
-                device=device,
-                dtype=dtype,
-            )
-            if bias
-            else None
+            replicated_parameter(f"{name}.bias", (out_features,), "zeros", tp, partial, **place) if bias else None
         )
 
     def forward(
-        self,
-        x: Tensor,
-        offer: BiasOffer | None = None,
-        recompute: Callable[[], Tensor] | None = None,
-        unused: bool = False,
+        self, x: Tensor, offer: BiasOffer | None = None, recompute: Recompute | None = None, unused: bool = False
     ) -> Tensor:
         """
         Args:
@@ -332,15 +305,8 @@ def replicated_parameter(
 
     ``partial``: each rank's gradient covers only its part of the sequence (or its heads) and must be summed over tp.
     """
-    spec = ShardSpec(
-        name,
-        shape,
-        reduce_over=("tp",) if partial and tp.size > 1 else (),
-        replica=tp.rank > 0,
-        init=init,
-        std=std,
-        weight_decay=weight_decay,
-    )
+    over = ("tp",) if partial and tp.size > 1 else ()
+    spec = ShardSpec(name, shape, reduce_over=over, replica=tp.rank > 0, init=init, std=std, weight_decay=weight_decay)
     return empty_parameter(spec, device, dtype)
 
 

@@ -112,6 +112,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path, command: lis
     assert last.startswith("error: ") and not last.startswith(f"error: {filled[-1]}."), "a name that nobody has given"
 
 
+@pytest.mark.skipif(not __file__.isascii(), reason="Python does not find its packages there itself")
 def test_a_path_that_the_locale_cannot_print(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("text")

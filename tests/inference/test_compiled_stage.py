@@ -37,6 +37,7 @@ def logprobs_of(engine: ServingEngine, alone: int) -> list[dict[int, float]]:
     return [of_token for name in sorted(found) for of_token in found[name]]
 
 
+@pytest.mark.skipif(" " in torch.__file__, reason="torch's compiler takes no path with a space")
 def test_a_compiled_model_says_the_same_to_1e_10(monkeypatch: pytest.MonkeyPatch) -> None:
     """GPT-2, for rotary positions take their sines in fp32 always, and a compiled sine differs in its last bit."""
     model = stage_of(config_of("gpt2").model_copy(update={"num_layers": 1}), Mesh.single())

@@ -105,7 +105,7 @@ def norm_gradients_not_summed_over_tp() -> AbstractContextManager[Any]:
 
 
 def bias_before_the_reduction() -> AbstractContextManager[Any]:
-    def forward(layer: linear.RowParallelLinear, x: Tensor, offer: Any = None) -> Tensor:
+    def forward(layer: linear.RowParallelLinear, x: Tensor, *_: Any) -> Tensor:
         return comm.reduce_from_region(F.linear(x, layer.weight, layer.bias), layer.tp)
 
     return patch.object(linear.RowParallelLinear, "forward", forward)
