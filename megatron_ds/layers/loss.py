@@ -171,9 +171,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         need_hidden, need_weight, need_bias = (rules.grad_enabled and needed for needed in ctx.needs_input_grad[:3])
         whole = comm.gather_dim0(hidden, rules.tp).wait() if sequence_parallel else hidden
-        x = whole.detach().reshape(
-            -1, whole.shape[-1]
-        )  # detached: a gradient in its place is no view that autograd knows
+        # Detached: a gradient in its place is no view that autograd knows.
+        x = whole.detach().reshape(-1, whole.shape[-1])
         labels, mask = labels.reshape(-1), loss_mask.reshape(-1)
         table, shift = weight[: rules.used], None if bias is None else bias[: rules.used]
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
