@@ -486,7 +486,10 @@ print("imported", len(sys.argv) - 1)
 
 def test_a_run_that_compiles_nothing_imports_no_compiler() -> None:
     """It comes with 150 MB for every rank, and with seconds at the start."""
-    modules = "megatron_ds.train.build, megatron_ds.train.loop, megatron_ds.engine, megatron_ds.models.families"
+    modules = (
+        "megatron_ds.train.build, megatron_ds.train.loop, megatron_ds.engine, megatron_ds.models.families, "
+        "megatron_ds.inference.llm"
+    )
     program = (
         f"import sys, {modules}; print(*sorted({{'torch._dynamo', 'torch._inductor', 'triton'}} & set(sys.modules)))"
     )

@@ -13,7 +13,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch._inductor.inductor_prims  # defines the operator that is called below
 from torch import Tensor
 
 _UNROLLED = 8
@@ -49,12 +48,14 @@ def decode_attention(
     Returns:
         ``[b, n, d]`` in ``q``'s dtype.
     """
+    from torch._inductor.inductor_prims import force_stride_order
+
     b, n, d = q.shape
     g, _, size, _ = keys.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     queries = q.to(wide) * (1.0 / math.sqrt(d))
     # Made once: otherwise the loop over keys makes each element again and again, its rotation included.
-    queries = torch.ops.prims.inductor_force_stride_order(queries, queries.stride())
+    queries = force_stride_order(queries, queries.stride())
     k, v = (pages.transpose(0, 1)[at.blocks].unsqueeze(2).to(wide) for pages in (keys, values))  # [p, g, 1, s, d]
     places = at.places[at.texts, None]
     own = at.firsts[:, None] + torch.arange(size, device=q.device)  # [p, s]
