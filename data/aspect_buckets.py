@@ -20,8 +20,13 @@ _BLOCKS, _ROWS = 0x626C6F636B, 0x726F7773  # apart from the keys of other orders
 def make_buckets(resolution: int, step: int, max_ratio: float) -> tuple[Size, ...]:
     """All sizes of multiples of ``step`` with about the pixels of ``resolution`` squared, none with more.
 
-    For every width the largest height that fits, and for every height the largest width; sorted. ``max_ratio``: of the
-    longer to the shorter side; 1 gives the square alone.
+    For every width the largest height that fits, and for every height the largest width; sorted.
+
+    Args:
+        max_ratio: of the longer to the shorter side; 1 gives the square alone.
+
+    Raises:
+        DataError: ``resolution`` is no multiple of ``step``, or a ratio below 1.
     """
     if resolution % step or resolution < step:
         raise DataError(
@@ -65,7 +70,10 @@ class BucketOrder:
 
     Attributes:
         left_out: rows that are not in an epoch.
-        unused: places in ``buckets`` of those that have fewer rows than a block; not all of them.
+        unused: places in ``buckets`` of those that have fewer rows than a block.
+
+    Raises:
+        DataError: no bucket has a block.
     """
 
     def __init__(self, seed: int, buckets: Sequence[npt.NDArray[np.int64]], block: int):

@@ -133,7 +133,9 @@ def _write(file: Path, key: str, arrays: dict[str, npt.NDArray]) -> None:
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Hold an exclusive lock on a file made for it; a process that dies lets it go. No-op where files cannot be locked.
 
-    A ``BlockingIOError`` where another process holds it and ``wait`` is False; an ``OSError`` where it cannot be made.
+    Raises:
+        BlockingIOError: another process holds it, and ``wait`` is False.
+        OSError: the file cannot be made, or is a link.
     """
     while True:
         with open(open_plain(path, os.O_RDWR | os.O_CREAT), "r+") as file:

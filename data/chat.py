@@ -45,12 +45,15 @@ class Rendering:
 
 
 class ChatTemplate:
-    """A template, or two where a model has one for conversations with tools; a ``DataError`` if not valid Jinja.
+    """A template, or two where a model has one for conversations with tools.
 
     Args:
         source: the Jinja text.
         special: names that it may use (``bos_token``, ``eos_token``).
         tool_use: what shows a conversation with tools; None: ``source`` does.
+
+    Raises:
+        DataError: not valid Jinja.
     """
 
     def __init__(self, source: str, special: dict[str, str] | None = None, tool_use: str | None = None):
@@ -74,8 +77,10 @@ class ChatTemplate:
 
         OpenAI's newer role ``developer`` is ``system`` to a template that does not know it. The content of calls alone
         is None for a template that asks for that; others would write the word None. Reasoning has all names that
-        ``transformers`` gives it. A :class:`BadConversation` where there are tools and the template shows none, or for
-        whatever it does wrong.
+        ``transformers`` gives it.
+
+        Raises:
+            BadConversation: there are tools, and the template shows none; or whatever it does wrong.
         """
         from megatron_ds.data.template_sandbox import render
 
@@ -159,9 +164,18 @@ class ChatTemplate:
         which: Sequence[int],
         add_generation_prompt: bool = False,
     ) -> None:
-        """A :class:`BadConversation` where ``whole`` is the same without a message of ``which`` that is not the
-        assistant's, or without its calls: templates skip what they do not know, and the model would answer, and learn
-        to answer, what it never saw."""
+        """Check that the template shows these messages and tool calls.
+
+        Templates skip roles and keys that they do not know. The model would answer, or learn to answer, what it never
+        saw.
+
+        Args:
+            whole: the text of all messages.
+            which: numbers of the messages that are looked at.
+
+        Raises:
+            BadConversation: the text is the same without a message that is not the assistant's, or without calls.
+        """
         marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
         try:
             marked = [_marked(message, mark) for message, mark in zip(messages, marks)]
@@ -218,8 +232,9 @@ def encode(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
     """(ids of a text, 1 for each that is learnt), with ``bos`` and ``eod`` around them where the text has none.
 
-    A :class:`BadConversation` where the ids of a prompt are not how the ids of the text begin (the model would be
-    trained on other tokens than it sees in generation), or where nothing is learnt.
+    Raises:
+        BadConversation: the ids of a prompt are not how the ids of the text begin, so that the model would be trained
+            on other tokens than it sees in generation; or nothing is learnt.
     """
     text = rendering.text
     ids, starts = tokenizer.encode_marked(text)
@@ -261,8 +276,13 @@ def split_markers(template: ChatTemplate, tokenizer: Tokenizer) -> list[str]:
 
 
 def load_template(spec: str | None, tokenizer: str, special: dict[str, str] | None = None) -> ChatTemplate:
-    """The template that ``spec`` names: ``chatml``, a file, or None for the one in the tokenizer's folder; a
-    ``DataError`` without one. ``special``: the texts of the tokenizer's special tokens, for the template to use."""
+    """The template that ``spec`` names: ``chatml``, a file, or None for the one in the tokenizer's folder.
+
+    ``special``: the texts of the tokenizer's special tokens, for the template to use.
+
+    Raises:
+        DataError: there is none; the message says what to give.
+    """
     if spec == "chatml":
         return ChatTemplate(CHATML, special)
     if spec is not None:

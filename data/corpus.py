@@ -25,12 +25,17 @@ class CorpusSummary:
 def build_corpus(
     output: str | Path, max_megabytes: float | None = None, source: str | Path | None = None, suffix: str = ".py"
 ) -> CorpusSummary:
-    """Write one JSON line ``{"text": ..., "path": ...}`` per source file, in order of path, into a `.jsonl`.
+    """Write one JSON line ``{"text": ..., "path": ...}`` per source file, in order of path.
 
     Args:
-        max_megabytes: the text has at most so many (10^6 bytes), taken evenly from the whole tree; None: everything
-            (about 31 MB).
-        source: folder to read; None: the running interpreter's standard library.
+        output: the `.jsonl` to write; appears only when complete.
+        max_megabytes: stop before the text exceeds this (10^6 bytes); None for everything (about 31 MB). Files are
+            then taken evenly from the whole tree, not from its start.
+        source: folder to read; None for the running interpreter's standard library.
+        suffix: which files.
+
+    Raises:
+        DataError: the folder holds no such file.
     """
     root = Path(source) if source is not None else Path(sysconfig.get_paths()["stdlib"])
     files = sorted(

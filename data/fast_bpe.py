@@ -48,8 +48,11 @@ class Unsuitable(Exception):
 
 
 def for_tokenizers(pattern: str) -> str:
-    """A regular expression of tiktoken's written for ``tokenizers``' engine; :class:`Unsuitable` for one with a part
-    that may mean another thing there."""
+    """A regular expression of tiktoken's written for ``tokenizers``' engine.
+
+    Raises:
+        Unsuitable: it has a part that may mean another thing there.
+    """
     parts: list[str] = []
     for part in _REGEX_PARTS.findall(pattern):
         if part in "^$":

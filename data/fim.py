@@ -89,8 +89,11 @@ class FillInTheMiddle:
 def sentinels(
     names: tuple[str, str, str], tokenizer: Tokenizer, vocab_size: int, rate: float, spm_rate: float
 ) -> FillInTheMiddle:
-    """From the names of the prefix, middle and suffix sentinels: three special tokens of the tokenizer, which the
-    model's vocabulary must hold."""
+    """From the names of the prefix, middle and suffix sentinels, special tokens of the tokenizer.
+
+    Raises:
+        DataError: the tokenizer has no such token, an id that the model's vocabulary does not hold, or one twice.
+    """
     ids: list[int] = []
     for name in names:
         if (found := tokenizer.token_id(name)) is None:

@@ -237,10 +237,17 @@ def parse_split(split: str) -> tuple[float, float, float]:
 
 
 def split_documents(dataset: IndexedDataset, split: str, sequence_length: int) -> dict[str, DocumentRange | None]:
-    """``{"train": (start, stop), "valid": ..., "test": ...}``: where the *tokens* have the proportions of the weights
-    (documents may be very uneven, and are never cut). None for weight 0, and for a test split without one sample.
+    """``{"train": (start, stop), "valid": ..., "test": ...}``: documents ``start <= i < stop``; None for weight 0, and
+    for a test split without one sample.
 
-    Train and valid must hold one sample, ``sequence_length + 1`` tokens; a ``DataError`` says what would do.
+    Args:
+        dataset: what is split where the *tokens* have the wanted proportions (documents may be very uneven, and are
+            never cut).
+        split: weights, see :func:`parse_split`.
+        sequence_length: train and valid must hold one sample, ``sequence_length + 1`` tokens.
+
+    Raises:
+        DataError: train or valid has a weight and is too short for one sample; the message says what would do.
     """
     fractions = parse_split(split)
     cuts = [0]

@@ -217,8 +217,15 @@ class DecodedImages(Images):
 
 
 class LatentImages(Images):
-    """Latents of a cache, drawn anew for each sample where their spread was kept, with ``fields`` of the condition
-    (``labels``, or ``text`` and ``pooled``). ``kept``: sorted rows of the cache. Default: all."""
+    """Latents of a cache, drawn anew for each sample where their spread was kept.
+
+    Args:
+        fields: of the condition, such as ``labels``, or ``text`` and ``pooled``.
+        kept: rows of the cache, sorted. Default: all.
+
+    Raises:
+        DataError: the cache lacks one of the fields.
+    """
 
     def __init__(self, cache: LatentCache, seed: int, fields: Sequence[str], kept: Rows | None = None):
         self._cache, self._seed, self._fields = cache, seed, tuple(fields)
@@ -239,7 +246,11 @@ class LatentImages(Images):
 
 
 def split_rows(rows: Rows, valid: int) -> tuple[Rows, Rows]:
-    """The rows to train on, of which there must be one, and ``valid`` of them spread evenly that are kept apart."""
+    """The rows to train on, and ``valid`` of them spread evenly that are kept apart.
+
+    Raises:
+        DataError: none would be left.
+    """
     if valid >= len(rows):
         raise DataError(f"data.valid={valid} of {len(rows)} images leaves none to train on; use fewer")
     kept = np.arange(valid) * len(rows) // max(valid, 1)

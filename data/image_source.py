@@ -115,8 +115,15 @@ class ImageSource(ABC):
 
 
 def open_images(path: str | Path, kind: Kind | None = None, cache_dir: Path | None = None) -> ImageSource:
-    """The images at a path: a folder of image files, tar shards, or an image set of `datasets`; ``kind=None``: what it
-    looks like. ``cache_dir``: a folder to keep indices in, instead of beside the images."""
+    """The images at a path.
+
+    Args:
+        kind: a folder of image files, tar shards, or an image set of `datasets`; None: what it looks like.
+        cache_dir: a folder to keep indices in, instead of beside the images.
+
+    Raises:
+        DataError: there is nothing of the kind, or it is damaged.
+    """
     from megatron_ds.data import image_tars
 
     path = Path(path)
@@ -168,6 +175,9 @@ class ImageFolder(ImageSource):
 
     Captions are in ``x.txt`` beside ``x.jpg``, or in ``metadata.jsonl`` with ``file_name`` and ``text`` (as in the
     image folders of `datasets`: in any subfolder, names relative to it). What is hidden is left alone, as there.
+
+    Raises:
+        DataError: no image in it; some images with captions and others without; a damaged ``metadata.jsonl``.
     """
 
     def __init__(self, folder: Path, cache_dir: Path | None):
@@ -285,7 +295,11 @@ def _parquet(path: Path) -> list[Path]:
 
 class DatasetImages(ImageSource):
     """What ``save_to_disk`` of `datasets` wrote, or Parquet files: the one column of images, with ``text`` or
-    ``caption``, ``label`` or ``labels``."""
+    ``caption``, ``label`` or ``labels``.
+
+    Raises:
+        DataError: nothing that `datasets` reads, several splits, or no column of images.
+    """
 
     def __init__(self, path: Path, cache_dir: Path | None):
         import datasets

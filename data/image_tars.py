@@ -44,7 +44,11 @@ class _Sample:
 
 
 def find_tars(path: Path) -> list[Path]:
-    """The shards of a folder, or the one that ``path`` is; a ``DataError`` where some are compressed."""
+    """The shards of a folder, or the one that ``path`` is.
+
+    Raises:
+        DataError: some of them are compressed.
+    """
     if path.is_file():
         return [path] if path.suffix == ".tar" else []
     tars = sorted(tar for tar in path.rglob("*.tar") if tar.is_file())
@@ -55,7 +59,11 @@ def find_tars(path: Path) -> list[Path]:
 
 
 class TarImages(ImageSource):
-    """Images in the order of the shards' names and members. All of them have captions, or none; and so with classes."""
+    """Images in the order of the shards' names and members. All of them have captions, or none; and so with classes.
+
+    Raises:
+        DataError: no tar, a compressed or damaged one, no image in them, or captions or classes of some alone.
+    """
 
     def __init__(self, path: Path, tars: Sequence[Path], cache_dir: Path | None):
         super().__init__(path, cache_dir)

@@ -48,7 +48,11 @@ class Pixels:
 
 
 def size_of(content: bytes) -> tuple[int, int]:
-    """Height and width once it is turned, from the file's header alone; an :class:`UndecodableImage` if it has none."""
+    """Height and width once it is turned, from the file's header alone.
+
+    Raises:
+        UndecodableImage: the header is not one of an image.
+    """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
@@ -61,7 +65,11 @@ def size_of(content: bytes) -> tuple[int, int]:
 
 
 def load_pixels(content: bytes, crop: Crop, channels: int = 3) -> Pixels:
-    """Decode an image and bring it to a size; an :class:`UndecodableImage` if it cannot be decoded to its end."""
+    """Decode an image and bring it to a size.
+
+    Raises:
+        UndecodableImage: it cannot be decoded to its end.
+    """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
             image = _plain(_eight_bits(ImageOps.exif_transpose(opened), opened.format), channels)

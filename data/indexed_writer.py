@@ -91,9 +91,12 @@ class IndexedDatasetWriter:
         self._add_lengths(lengths)
 
     def add_dataset(self, other: IndexedDataset, found: Scan, progress: Callable[[int], None] = lambda _: None) -> None:
-        """All of another dataset of this dtype, by copying bytes; its files must still be what was ``found`` of them.
+        """All of another dataset, by copying bytes; its files are compared with what was ``found`` of them on the way.
 
         ``progress``: called with bytes copied since the last call.
+
+        Raises:
+            DataError: it has another dtype, or changed.
         """
         _require_dtype(other, self.dtype, f"{self.prefix}.bin")
         _require(other.idx_path, other.index_checksum(), found.checksums["idx"])
@@ -223,6 +226,9 @@ def merge_datasets(
 
     They must be of one dtype, all conversations or none, and, where their manifests say so, of one tokenizer; the
     output is none of them. ``progress``: called with bytes copied since the last call.
+
+    Raises:
+        DataError: datasets that do not belong together, a damaged one, or the output among the inputs.
     """
     output = new_prefix(output_prefix)
     datasets = [IndexedDataset(prefix) for prefix in prefixes]

@@ -99,7 +99,11 @@ def sample_documents(dataset: IndexedDataset, count: int, seed: int = 0) -> list
 
 
 def show_document(dataset: IndexedDataset, document: int, tokenizer: Tokenizer | None, tokens: int = 64) -> str:
-    """The beginning of a document: its ids, or their text where a tokenizer is given, which must have such ids."""
+    """The beginning of a document: its ids, or their text where a tokenizer is given.
+
+    Raises:
+        DataError: the tokenizer has no such ids.
+    """
     ids = dataset.document(document)
     begin = ids[:tokens].tolist()
     more = f" ... {ids.size - tokens:,} more tokens" if ids.size > tokens else ""

@@ -76,7 +76,11 @@ class Shard:
 
     @staticmethod
     def open(path: Path, plan: Plan) -> Shard:
-        """Open and check all but the rows; a ``DataError`` if it is missing, damaged, or of another plan."""
+        """Open and check all but the rows.
+
+        Raises:
+            DataError: it is missing, damaged, or of another plan.
+        """
         try:
             check_regular(path)
             file = safe_open(path, "np")
@@ -143,7 +147,7 @@ def write_shard(path: Path, plan: Plan, arrays: Arrays, bad: list[tuple[int, str
 
 
 class LatentCache:
-    """The rows of a finished cache; a ``DataError`` where one of its files is missing, damaged, or of another cache.
+    """The rows of a finished cache.
 
     Attributes:
         fields: of ``latents``, ``latents_std``, ``text``, ``pooled``, ``labels``, ``original_size``,
@@ -154,6 +158,9 @@ class LatentCache:
         texts: how texts were encoded, for :func:`~megatron_ds.data.latent_encoders.encode_prompts`; None without.
         identity: what tells the cache's content from any other, as JSON values.
         bad: rows of the source that are left out, and why.
+
+    Raises:
+        DataError: a shard or the plan is missing, damaged, or of another cache.
     """
 
     def __init__(self, folder: str | Path):
@@ -198,12 +205,15 @@ class LatentCache:
         return {"images": "latents", "number": len(self), "plan": self._plan.digest, "rows": content.hexdigest()}
 
     def rows(self, indices: npt.ArrayLike) -> Arrays:
-        """The rows, which must be of one bucket; each field has a first dim ``b``.
+        """The rows of one bucket, each field with a first dim ``b``.
 
         ``latents`` float32 ``[b, c, h, w]`` are scaled, the mean of the VAE's distribution, and ``latents_std`` its
         scaled standard deviation; ``text`` float32 ``[b, tokens, channels]``, ``pooled`` ``[b, channels]``; ``labels``
         int64 ``[b]``; ``original_size``, ``crop_top_left`` and ``target_size`` int64 ``[b, 2]`` in pixels, vertical
         first.
+
+        Raises:
+            DataError: rows of several buckets or none of the cache's; damage.
         """
         wanted = np.asarray(indices, np.int64)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):

@@ -35,7 +35,11 @@ TextStates = Literal["penultimate", "last"]
 
 
 def model_identity(folder: Path) -> dict[str, str]:
-    """A model's class, and checksums of its configuration and of its weights: of their values, not of their files."""
+    """A model's class, and checksums of its configuration and of its weights: of their values, not of their files.
+
+    Raises:
+        DataError: the folder lacks ``config.json`` or safetensors files, or they cannot be read.
+    """
     config = _config(folder)
     kept = {name: value for name, value in config.items() if not name.startswith("_") and "version" not in name}
     kept.pop("torch_dtype", kept.pop("dtype", None))  # how they were saved; the weights say it themselves
@@ -85,7 +89,11 @@ class VaeConfig:
 
     @staticmethod
     def read(folder: Path) -> VaeConfig:
-        """Of a folder's VAE, which must be an ``AutoencoderKL`` that does not normalise each channel by itself."""
+        """Of a folder's VAE.
+
+        Raises:
+            DataError: it is no ``AutoencoderKL``, or normalises each channel by itself.
+        """
         config = _config(folder)
         if (found := _class(config)) != "AutoencoderKL":
             raise DataError(f"{folder} holds {found or 'a model of no known class'}, not AutoencoderKL of diffusers")
@@ -109,7 +117,11 @@ class EncoderFolders:
 
 
 def text_identities(encoders: EncoderFolders) -> list[dict[str, str]]:
-    """Of text encoders with their tokenizers."""
+    """Of text encoders with their tokenizers.
+
+    Raises:
+        DataError: they are no pairs, or one cannot be read.
+    """
     if (count := len(encoders.text)) != len(encoders.tokenizers):
         raise DataError(f"{count} text encoders with {len(encoders.tokenizers)} tokenizers; give each its own")
     for folder in encoders.text:
@@ -242,7 +254,11 @@ def latents_of(meta: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def check_decoder(meta: Mapping[str, Any], vae: Path | None, where: object) -> None:
-    """Require the VAE of the latents that a checkpoint's model was trained on, and none if it was trained on pixels."""
+    """Require the VAE of the latents that a checkpoint's model was trained on, and none if it was trained on pixels.
+
+    Raises:
+        DataError: it is another, is missing, or the model was trained on pixels.
+    """
     trained = latents_of(meta)
     if trained is None:
         if vae is not None and "data" in meta and meta["data"] is not None:
@@ -277,7 +293,11 @@ class LatentDecoder:
 
 
 def check_text_encoders(meta: Mapping[str, Any], encoders: EncoderFolders, where: object) -> dict[str, Any]:
-    """How the texts were encoded that a checkpoint's model was trained on; a ``DataError`` if not by these encoders."""
+    """How the texts were encoded that a checkpoint's model was trained on, by these encoders.
+
+    Raises:
+        DataError: the checkpoint does not say it, or they are others.
+    """
     texts: dict[str, Any] | None = (latents_of(meta) or {}).get("texts")
     if texts is None:
         raise DataError(f"{where} was not trained on texts of tools/cache_latents.py; what encodes prompts is unknown")

@@ -94,7 +94,11 @@ class ShardRows:
 
 
 class CacheWriter:
-    """A cache that is to be written, the same on every rank."""
+    """A cache that is to be written, the same on every rank.
+
+    Raises:
+        DataError: no image that can be used, encoders that cannot, or a folder that holds another cache.
+    """
 
     def __init__(
         self,

@@ -30,6 +30,16 @@ class MaskedSource:
     """A :class:`~megatron_ds.data.gpt_dataset.TextSource` that masks another one's tokens.
 
     ``labels`` are the tokens themselves, not the next ones, and ``loss_mask`` is True where one was chosen.
+
+    Args:
+        source: where tokens come from; its labels and loss mask are not used.
+        mask_id: what replaces a token.
+        vocab_size: random tokens are below it.
+        probability: of a token to be chosen.
+        never: ids that are not chosen, such as the one that ends a document.
+
+    Raises:
+        DataError: a mask id that the vocabulary does not hold.
     """
 
     source: TextSource  # whose labels and loss mask are not used
@@ -76,7 +86,14 @@ def mask_sources(
     seed: int,
     tokenizer: str | None = None,
 ) -> GPTSources:
-    """The samples of every split, masked. ``mask_id``: what replaces a token; None: the tokenizer's own mask token."""
+    """The samples of every split, masked.
+
+    Args:
+        mask_id: what replaces a token; None: the tokenizer's own mask token.
+
+    Raises:
+        DataError: there is no mask token, or the vocabulary does not hold it.
+    """
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)
     if mask_id is None and loaded is not None:
         mask_id = loaded.mask_id

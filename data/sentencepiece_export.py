@@ -28,8 +28,11 @@ PROBES = (
 
 
 def to_tokenizers(processor: Any) -> Any:
-    """A ``tokenizers.Tokenizer`` with the ids of a ``sentencepiece.SentencePieceProcessor``; a ``DataError`` where it
-    cannot be made to give them on the probes."""
+    """A ``tokenizers.Tokenizer`` with the ids of a ``sentencepiece.SentencePieceProcessor``.
+
+    Raises:
+        DataError: it could not be made to give the same ids on the probes.
+    """
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 

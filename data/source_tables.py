@@ -120,7 +120,11 @@ def read_arrow(item: Input, part: Slice, options: SourceOptions) -> Iterator[Rec
 
 
 def hub_revision(item: Input) -> str:
-    """The commit of a hub dataset that a run reads, so that a continued run notices another one."""
+    """The commit of a hub dataset that a run reads, so that a continued run notices another one.
+
+    Raises:
+        DataError: the hub does not answer, or has no such dataset.
+    """
     import huggingface_hub
 
     name = _hub_name(item)[0]

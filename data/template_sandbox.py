@@ -85,8 +85,11 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def compile_template(source: str) -> jinja2.Template:
-    """The template, with the settings and helpers that ``transformers`` gives it; a ``jinja2.TemplateError`` if it is
-    not valid Jinja."""
+    """The template, with the settings and helpers that ``transformers`` gives it.
+
+    Raises:
+        jinja2.TemplateError: not valid Jinja.
+    """
     environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
@@ -95,8 +98,12 @@ def compile_template(source: str) -> jinja2.Template:
 
 
 def render(template: jinja2.Template, **variables: Any) -> str:
-    """The text of a template; :class:`LimitExceeded` for one too long, in time or in text, else whatever exception the
-    template causes, ``MemoryError`` and ``RecursionError`` included."""
+    """The text of a template.
+
+    Raises:
+        LimitExceeded: too long, in time or in text.
+        Exception: whatever the template does wrong, ``MemoryError`` and ``RecursionError`` included.
+    """
     with bounded(CPU_SECONDS, EXTRA_BYTES):
         text = template.render(**variables)
     if len(text) > MAX_TEXT:

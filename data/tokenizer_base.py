@@ -179,7 +179,11 @@ class SpecialTokens:
 
 
 def read_special_tokens(folder: Path) -> SpecialTokens:
-    """Read the four places; one that is missing is empty, and one that says something else than it should an error."""
+    """Read the four places; one that is missing is empty.
+
+    Raises:
+        DataError: a file that is not valid JSON or says something else than it should.
+    """
     config = read_settings(folder / CONFIG)
     names: dict[str, str] = {}
     origins: dict[str, str] = {}
@@ -241,7 +245,11 @@ def choose(
 ) -> tuple[str | None, str]:
     """(name of a special token, where that comes from): the configured one, else the first of the known names.
 
-    ``ids``: of all tokens by their text. If they lack the configured one, no known name takes its place unsaid.
+    Args:
+        ids: of all tokens by their text.
+
+    Raises:
+        DataError: one is configured, but the vocabulary lacks it; a known name must not take its place unsaid.
     """
     if name := special.names.get(setting):
         if name not in ids:

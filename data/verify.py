@@ -69,8 +69,9 @@ def dataset_identity(dataset: IndexedDataset) -> dict[str, Any]:
 def verify(dataset: IndexedDataset, cache_dir: Path | None = None) -> Scan:
     """Read the dataset once, whole, unless that was done for these very files before; check its reads from then on.
 
-    A ``DataError`` if the index contradicts itself, or a file is not the one that its manifest describes (a flipped
-    bit, a swapped or mutated file); it names the file and both checksums.
+    Raises:
+        DataError: the index contradicts itself, or a file is not the one that its manifest describes (a flipped
+            bit, a swapped or mutated file); names the file and both checksums.
     """
     found = _kept(dataset, lambda: _checked_scan(dataset), cache_dir)
     if dataset.remote is None:  # a remote dataset's chunks are compared by its own reader
@@ -149,8 +150,11 @@ def _runs(dataset: IndexedDataset) -> Iterator[tuple[int, npt.NDArray]]:
 def check_token_ids(
     dataset: IndexedDataset, vocab_size: int, what: str = "the model's vocabulary", cache_dir: Path | None = None
 ) -> Scan:
-    """Refuse a dataset with an id that an embedding of ``vocab_size`` rows does not have, before training starts: a
-    ``DataError`` with the id, the token and document where it is first found, and both sizes."""
+    """Refuse a dataset with an id that an embedding of ``vocab_size`` rows does not have, before training starts.
+
+    Raises:
+        DataError: names the id, the token and document where it is first found, and both sizes.
+    """
     if dataset.dtype.kind not in "iu":
         raise DataError(f"{dataset.bin_path} holds {dataset.dtype.name} values, not token ids")
     found = verify(dataset, cache_dir)

@@ -39,9 +39,9 @@ class Float8Format:
 
 
 class Float8Weight:
-    """What the products of a layer are given in place of its weight, which its rank has in FP8 alone.
+    """An FP8 primary weight: codes and scales that a layer multiplies by, in place of a weight in high precision.
 
-    It belongs to the parameter (``parameter.float8``) and to the layer's recipe; whoever gathers sets the codes.
+    It belongs to the parameter (``parameter.float8``) and to the layer's recipe. ZeRO gathers the codes.
     """
 
     def __init__(self, form: Float8Format):
@@ -54,22 +54,22 @@ class Float8Weight:
 
     @property
     def is_given(self) -> bool:
-        """Whether there are codes. Else the layer has the weight itself."""
+        """Whether buffers are set. Else the layer uses its weight in high precision."""
         return bool(self._codes)
 
     def give(self, codes: Sequence[Tensor], scales: Sequence[Tensor], turned: bool = False) -> None:
-        """Memory in which whoever gathers will leave the weight.
+        """Set the buffers that codes and scales are gathered into.
 
         Args:
-            codes: each ``[rows, k]`` in e4m3, also those for the transpose.
+            codes: each ``[rows, k]`` in e4m3; a second set, for the transpose, where the format has two.
             scales: for each, of the shapes that :meth:`Float8Format.scale_shapes` says.
-            turned: whoever gathers calls :meth:`turn` each time, where there are codes for the transpose.
+            turned: the second set is transposed in place, by :meth:`turn`, after each gather.
         """
         self._codes, self._scales, self._transposed = tuple(codes), tuple(scales), None
         self._turned = turned and len(codes) > 1
 
     def turn(self) -> None:
-        """Transpose the codes for the transpose, in their place: then no copy of them is made."""
+        """Transpose the second set of codes in place, so that products need no copy of it."""
         if self._turned:
             codes = self._codes[1]
             codes.view(codes.mT.shape).copy_(codes.mT.contiguous())

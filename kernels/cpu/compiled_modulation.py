@@ -1,4 +1,4 @@
-"""adaLN's operators as Inductor graphs for a CPU: streams are read once forward, and once or twice backward.
+"""adaLN (adaptive layer norm) as Inductor graphs for a CPU: streams are read once forward, and once or twice backward.
 
 Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden; streams are ``[s, b, h]``, shifts, scales and gates ``[b, h]``.
 """
@@ -46,10 +46,9 @@ class CompiledModulation:
         found: tuple[Tensor, Tensor] = _ModulatedNorm.apply(self, x, shift, scale, eps, branch, gate)
         return found
 
-    def scaled_add(self, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        """:func:`megatron_ds.layers.modulation.scaled_add`."""
-        out: Tensor = _ScaledAdd.apply(self, x, y, scale)
-        return out
+    def scaled_add_backward(self, grad: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        """Of ``x + y scale``: the gradients of ``y`` and of ``scale``."""
+        return self.run(_scaled_add_backward, grad, y, scale)
 
     def run(self, operator: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, eps: float = 0.0) -> tuple[Tensor, ...]:
         """What ``operator`` gives for ``inputs``, by its graph. ``eps``: for those that take one."""
@@ -153,16 +152,3 @@ class _ModulatedNorm(torch.autograd.Function):
             return None, d_x, d_shift, d_scale, None, None, None
         d_x, d_shift, d_scale, *of_sum = ctx.graphs.run(_norm_of_sum_backward, *arguments, branch, gate)
         return None, d_x, d_shift, d_scale, None, *of_sum
-
-
-class _ScaledAdd(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, graphs: CompiledModulation, x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(y, scale)
-        ctx.graphs = graphs
-        return torch.addcmul(x, y, scale)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, grads[0], *ctx.graphs.run(_scaled_add_backward, grads[0], *ctx.saved_tensors)

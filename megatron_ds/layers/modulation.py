@@ -88,9 +88,7 @@ class Modulation(nn.Module):
 
     def add(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         """:func:`scaled_add` by what :meth:`forward` gave."""
-        if (graphs := self._graphs_for(x)) is not None:
-            return graphs.scaled_add(x, y, gate)
-        return scaled_add(x, y, gate, self.columns)
+        return scaled_add(x, y, gate, self.columns, self._graphs_for(x))
 
     def _graphs_for(self, x: Tensor) -> CompiledModulation | None:
         return self.compiled if self.compiled is not None and self.compiled.takes(x) else None
@@ -208,11 +206,16 @@ class _ModulatedNorm(torch.autograd.Function):
         return d_x, d_shift, d_scale, None, d_branch, d_gate, None
 
 
-def scaled_add(x: Tensor, y: Tensor, scale: Tensor, columns: slice = ALL) -> Tensor:
-    """``x + y scale``: ``x, y [s, b, h]``, ``scale [b, h]``; ``columns``, of ``scale``, as above."""
+def scaled_add(
+    x: Tensor, y: Tensor, scale: Tensor, columns: slice = ALL, graphs: CompiledModulation | None = None
+) -> Tensor:
+    """``x + y scale``: ``x, y [s, b, h]``, ``scale [b, h]``; ``columns``, of ``scale``, as above.
+
+    ``graphs``: what makes the gradients, those of all columns; None: torch's operators.
+    """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return torch.addcmul(x, y, scale)
-    out: Tensor = _ScaledAdd.apply(x, y, scale, columns)
+    out: Tensor = _ScaledAdd.apply(x, y, scale, columns, graphs)
     return out
 
 
@@ -220,9 +223,11 @@ class _ScaledAdd(torch.autograd.Function):
     """``torch.addcmul``, whose backward pass would also multiply each factor by its ``value`` of 1."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, columns: slice) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, columns: slice, graphs: CompiledModulation | None
+    ) -> Tensor:
         ctx.save_for_backward(y, scale)
-        ctx.columns = columns
+        ctx.columns, ctx.graphs = columns, graphs
         return torch.addcmul(x, y, scale)
 
     @staticmethod
@@ -230,6 +235,8 @@ class _ScaledAdd(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         y, scale = ctx.saved_tensors
         (grad,) = grads
+        if ctx.graphs is not None:
+            return grad, *ctx.graphs.scaled_add_backward(grad, y, scale), None, None
         buffer = torch.empty_like(grad)
         d_scale = _over_tokens(grad, y, ctx.columns, buffer)
-        return grad, _product(grad, scale, buffer), d_scale, None
+        return grad, _product(grad, scale, buffer), d_scale, None, None
