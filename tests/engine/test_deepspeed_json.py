@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed_table import LINES, MEANINGS, here, lists, row_of
 
 from megatron_ds.config.engine import EngineConfig, batch_sizes
-from megatron_ds.deepspeed_json import auto_values, from_deepspeed, is_deepspeed, reference
+from megatron_ds.deepspeed_json import auto_values, from_deepspeed, is_deepspeed
 from megatron_ds.deepspeed_json.keys import KEYS
 from megatron_ds.engine import read_config
 from megatron_ds.errors import ConfigError
@@ -517,14 +518,14 @@ def test_the_two_kinds_of_dictionary_are_told_apart() -> None:
 
 
 def test_the_table_in_the_documentation_is_the_codes() -> None:
-    shown = (Path(reference.__file__).parent / "README.md").read_text()
-    assert shown.splitlines() == list(reference.markdown())
+    assert {key: row.here for key, row in MEANINGS.items()} == {key: here(key) for key in MEANINGS}
+    assert [line for line in LINES if line.startswith("- ")] == list(lists())
 
 
 def test_the_table_has_the_type_of_every_key_that_is_read() -> None:
     names = {bool: "bool", int: "int", float: "float", str: "string"}
-    for key, (kind, default, meaning) in reference.MEANINGS.items():
-        row: Any = reference.row_of(key)
+    for key, (kind, default, meaning, _) in MEANINGS.items():
+        row: Any = row_of(key)
         declared = getattr(row, "kind", None)
         if isinstance(declared, Mapping):
             declared = declared.get(key.rpartition(".")[2])
@@ -538,10 +539,10 @@ def test_the_table_has_the_type_of_every_key_that_is_read() -> None:
         assert meaning.endswith(".") and len(meaning) > 8, key
 
 
-@pytest.mark.parametrize("key", [k for k, m in reference.MEANINGS.items() if m.default is not None])
+@pytest.mark.parametrize("key", [k for k, m in MEANINGS.items() if m.default is not None])
 def test_the_default_of_a_key_may_be_written_out(key: str) -> None:
     """What a silent file means, said: read without a fault, but for the names of what is refused here."""
-    default = reference.MEANINGS[key].default
+    default = MEANINGS[key].default
     if default == "auto" or key in ("optimizer.params.lr",) or key.startswith(("optimizer.params", "scheduler.params")):
         return
     config, _ = from_deepspeed(nested({f"{ZERO}.stage": 3, key: default}))

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed_table import MEANINGS
 from engine_more import message
 from torch import nn
 
@@ -22,7 +23,6 @@ import megatron_ds
 from megatron_ds.config.engine import EngineConfig
 from megatron_ds.deepspeed_json import from_deepspeed
 from megatron_ds.deepspeed_json.keys import ALIASES, CPU_OFFLOAD
-from megatron_ds.deepspeed_json.reference import MEANINGS
 from megatron_ds.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
