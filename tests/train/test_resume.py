@@ -25,7 +25,7 @@ from megatron_ds.train.callbacks import Callback, MetricsFile
 from megatron_ds.train.launch import run_main
 from megatron_ds.train.loop import Loop
 from megatron_ds.train.metrics import Speedometer
-from megatron_ds.train.output import Output
+from megatron_ds.train.output import Output, check_settings
 from megatron_ds.train.report import read_losses
 
 
@@ -179,6 +179,18 @@ def train(config: RunConfig, stop_at: int, recipe: type[Fading] | None = None) -
     loop.run()
     flat_shards = {f"{p.kind}/{p.name}/{p.start}": p.data.clone() for p in parts.optimizer.flat_shards(for_load=True)}
     return start, flat_shards
+
+
+def test_how_weights_are_quantised_is_said_where_they_are(tmp_path: Path) -> None:
+    """The setting that says it had another default once, which the files of all runs of then have."""
+    wanted = "precision.fp8_from_masters: False -> True"
+    for dtype, said in (("bf16", []), ("fp8", [wanted])):
+        config = configuration(tmp_path, dtype)
+        before = config.to_dict()
+        before["precision"]["fp8_from_masters"] = False
+        assert check_settings(before, config, "run") == said
+    before["precision"] |= {"fp8": "none"}
+    assert wanted in check_settings(before, config, "run")
 
 
 @pytest.mark.parametrize("dtype", ["muon", "bf16", "fp16", "fp8", "sent"])
