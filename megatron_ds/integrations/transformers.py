@@ -18,6 +18,8 @@ Subclasses of the Trainer and of its arguments, such as TRL's, are bases beside 
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,6 +50,23 @@ from megatron_ds.train.build import DTYPES
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """The Trainer's arguments, where ``deepspeed`` is a configuration of the engine."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Keeps the defaults of a base beside this one, such as ``trl.GRPOConfig``.
+
+        A dataclass takes each field from its first base, and this one has all of transformers' with their defaults: a
+        ``learning_rate`` of 5e-5 where GRPO's is 1e-6.
+        """
+        super().__init_subclass__(**keywords)
+        if TrainingArguments not in cls.__bases__:
+            return
+        beside = cls.__mro__[cls.__mro__.index(TrainingArguments) + 1]
+        changed = inspect.get_annotations(cls)
+        for field in dataclasses.fields(beside):
+            if field.name not in changed and field.name in TrainingArguments.__dataclass_fields__:
+                changed[field.name] = field.type
+                setattr(cls, field.name, copy.copy(field))
+        cls.__annotations__ = changed
 
     def __post_init__(self) -> None:
         # The base class would import deepspeed to read it.

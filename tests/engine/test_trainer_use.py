@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +71,34 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     assert "auto_find_batch_size" in found["batch size"] and "per_device_train_batch_size" in found["batch size"]
     assert "bf16_full_eval=True would cast the model" in found["full eval"] and "bf16=True" in found["full eval"]
     assert "has no engine/" in found["plain"] and "from_pretrained" in found["plain"]
+
+
+def test_arguments_of_another_library_keep_its_defaults() -> None:
+    from transformers import TrainingArguments
+
+    from megatron_ds.integrations import transformers as integration
+
+    @dataclass
+    class WithDefaults(TrainingArguments):
+        """As TRL's."""
+
+        learning_rate: float = 1e-6
+        remove_unused_columns: bool = False
+        label_names: list[str] | None = field(default_factory=lambda: ["a"])
+        beta: float = 0.1
+
+    @dataclass
+    class Both(integration.TrainingArguments, WithDefaults):
+        logging_steps: float = 7
+
+    @dataclass
+    class Later(Both):
+        learning_rate: float = 3e-4
+
+    want = {f.name: (f.default, f.default_factory) for f in fields(WithDefaults)}
+    want["logging_steps"] = (7, MISSING)
+    assert {f.name: (f.default, f.default_factory) for f in fields(Both)} == want
+    assert (Both.learning_rate, Later.learning_rate, integration.TrainingArguments.learning_rate) == (1e-6, 3e-4, 5e-5)
+    made = Later("unused", use_cpu=True, deepspeed=STAGE_3, beta=0.2)  # type: ignore[call-arg, arg-type]
+    assert (made.engine_config, made.label_names, made.remove_unused_columns) == (STAGE_3, ["a"], False)
+    assert (made.learning_rate, made.logging_steps, made.beta) == (3e-4, 7, 0.2)
