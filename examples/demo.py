@@ -12,7 +12,7 @@ import argparse
 import time
 from pathlib import Path
 
-from megatron_ds.convert.tables import export_hf
+from megatron_ds.convert.hugging_face import export_hf
 from megatron_ds.data.corpus import build_corpus
 from megatron_ds.data.preprocess import PreprocessOptions, preprocess
 from megatron_ds.data.tokenizer_training import train_tokenizer

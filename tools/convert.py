@@ -17,7 +17,7 @@ import tyro
 
 from megatron_ds.convert.dit_folder import export_transformer, import_transformer
 from megatron_ds.convert.dit_pipelines import export_pipeline
-from megatron_ds.convert.tables import export_hf, import_hf
+from megatron_ds.convert.hugging_face import export_hf, import_hf
 from megatron_ds.data.cli import run
 from megatron_ds.data.latent_encoders import EncoderFolders
 from megatron_ds.data.tokenizers import load_tokenizer

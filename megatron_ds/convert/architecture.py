@@ -14,8 +14,7 @@ from megatron_ds.config import ModelConfig
 from megatron_ds.convert.settings import Settings, listed
 from megatron_ds.convert.translations import Fixed, Translation
 from megatron_ds.errors import ConfigError
-
-Shapes = dict[str, tuple[int, ...]]
+from megatron_ds.models.families import global_shapes
 
 # Of every class here: a decoder or an encoder alone.
 _WHOLE = Fixed(is_encoder_decoder=False, tie_encoder_decoder=False, add_cross_attention=False)
@@ -30,14 +29,16 @@ class Rule:
     Args:
         ours: global name; ``{i}`` stands for the layer.
         theirs: one name, or several where we fuse what they keep apart.
-        to_hf: (config, our tensor) to their tensors, in the order of ``theirs``.
+        to_hf: (config of the model's family, our tensor) to their tensors, in the order of ``theirs``.
         from_hf: (config, their tensors) to ours. The exact inverse. Both also run on meta tensors, for shapes.
+        copies: ``theirs`` are all the same tensor, and a folder in which they differ is refused.
     """
 
     ours: str
     theirs: tuple[str, ...]
-    to_hf: Callable[[ModelConfig, torch.Tensor], Sequence[torch.Tensor]]
-    from_hf: Callable[[ModelConfig, Sequence[torch.Tensor]], torch.Tensor]
+    to_hf: Callable[[Any, torch.Tensor], Sequence[torch.Tensor]]
+    from_hf: Callable[[Any, Sequence[torch.Tensor]], torch.Tensor]
+    copies: bool = False
 
     def of_layer(self, index: int) -> Rule:
         names = tuple(name.replace("{i}", str(index)) for name in self.theirs)
@@ -52,7 +53,6 @@ class Architecture:
         name: the class (``LlamaForCausalLM``). model_type: its ``model_type`` in config.json.
         prefix: of the base model's names (``model.``), which some published files leave out.
         table: config to the rules of all tensors that such a model can have, ``{i}`` not yet replaced.
-        shapes: config to our global shapes.
         settings: the translations of its config.json.
         ignored: patterns of names in published files that hold no weights (masks, cached angles).
         dropped: patterns of weights that ours has no use for (heads of other losses); that they are left out is said.
@@ -66,7 +66,6 @@ class Architecture:
     model_type: str
     prefix: str
     table: Callable[[ModelConfig], Sequence[Rule]]
-    shapes: Callable[[ModelConfig], Shapes]
     settings: tuple[Translation, ...]
     ignored: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
@@ -108,12 +107,12 @@ class Architecture:
 
     def rules(self, config: ModelConfig) -> list[Rule]:
         """Those of tensors that the model has, ``{i}`` not yet replaced."""
-        layers, shapes = {0, config.num_layers - 1}, self.shapes(config)
+        layers, shapes = {0, config.num_layers - 1}, global_shapes(config)
         return [rule for rule in self.table(config) if any(rule.of_layer(i).ours in shapes for i in layers)]
 
     def expanded(self, config: ModelConfig) -> list[Rule]:
         """The rules with every layer written out, layer by layer: the order in which published files hold them."""
-        rules, shapes = self.table(config), self.shapes(config)
+        rules, shapes = self.table(config), global_shapes(config)
         layered = [rule for rule in rules if "{i}" in rule.ours]
         first = rules.index(layered[0])
         before, after = rules[:first], [rule for rule in rules[first:] if rule not in layered]

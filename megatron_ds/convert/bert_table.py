@@ -9,7 +9,6 @@ from megatron_ds.convert.architecture import Architecture, Rule
 from megatron_ds.convert.attention_fields import ModernBertWindows, Rope, RopeOfLayers
 from megatron_ds.convert.layouts import (
     Layout,
-    global_shapes,
     rules,
     same,
     separate_qkv,
@@ -158,7 +157,6 @@ _BERT_SETTINGS = _settings(
     Key("max_positions", "max_position_embeddings", 512),
 )
 _BERT: dict[str, Any] = {
-    "shapes": global_shapes,
     "ignored": (r"embeddings\.position_ids",),
     "copies": {
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
@@ -192,7 +190,6 @@ BERTS: tuple[Architecture, ...] = (
         "roberta",
         "roberta.",
         _roberta,
-        global_shapes,
         _settings({"gelu": "gelu"}, 50265, _Positions()),
         ignored=(r"embeddings\.position_ids",),
         dropped=(r"pooler\..*",),
@@ -207,7 +204,6 @@ BERTS: tuple[Architecture, ...] = (
         "modernbert",
         "model.",
         _modernbert,
-        global_shapes,
         _MODERNBERT,
         copies={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
         harmless=(

@@ -18,9 +18,9 @@ from megatron_ds.checkpoint.meta import model_config
 from megatron_ds.checkpoint.reader import Checkpoint
 from megatron_ds.config.diffusion import DiTConfig, ObjectiveConfig
 from megatron_ds.config.read import from_dict
+from megatron_ds.convert.conversion import new_folder
 from megatron_ds.convert.dit_folder import export_transformer
 from megatron_ds.convert.dit_tables import table_of
-from megatron_ds.convert.hugging_face import new_folder, publish_folder
 from megatron_ds.data.latent_encoders import EncoderFolders, VaeConfig, check_decoder, check_text_encoders, latents_of
 from megatron_ds.errors import ConfigError
 from megatron_ds.files import read_object, write_text_durably
@@ -50,8 +50,7 @@ def export_pipeline(
         objective = from_dict(ObjectiveConfig, source.meta["config"].get("objective", {}), str(source.directory))
         check_decoder(source.meta, parts.vae, source.directory)
         _check_pipeline(config, objective, source, parts)
-    unfinished = new_folder(folder, 0)
-    try:
+    with new_folder(folder, 0) as unfinished:
         export_transformer(checkpoint, unfinished / "transformer", average)
         name, shift = ("flow", shift_of(objective, config.patches)) if objective.is_flow else ("ddim", 1.0)
         make_scheduler(objective, name, shift).save_pretrained(unfinished / "scheduler")
@@ -59,10 +58,6 @@ def export_pipeline(
         if config.has_text:
             entries |= _write_text_encoders(unfinished, parts)
         _write_index(unfinished, config.has_text, entries)
-        publish_folder(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     return folder
 
 

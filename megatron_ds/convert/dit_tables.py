@@ -16,26 +16,14 @@ from torch import Tensor
 
 from megatron_ds.config.diffusion import DiTConfig
 from megatron_ds.config.read import from_dict
+from megatron_ds.convert.architecture import Rule
+from megatron_ds.convert.layouts import same
 from megatron_ds.convert.settings import Settings, must_be
 from megatron_ds.errors import ConfigError
 from megatron_ds.models.patches import sine_positions
 
 _KINDS = ("weight", "bias")
 _BOOKKEEPING = ("_class_name", "_diffusers_version", "_name_or_path", "norm_num_groups")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One of our tensors, what it is called in `diffusers`, and the two transforms, to theirs and back.
-
-    ``copies``: ``theirs`` are all the same tensor.
-    """
-
-    ours: str
-    theirs: tuple[str, ...]
-    split: Callable[[Tensor], Sequence[Tensor]] = lambda w: (w,)
-    join: Callable[[Sequence[Tensor]], Tensor] = lambda ws: ws[0]
-    copies: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,41 +56,41 @@ def table_named(name: str, where: str) -> Table:
 
 
 def _same(ours: str, theirs: str) -> list[Rule]:
-    return [Rule(f"{ours}.{kind}", (f"{theirs}.{kind}",)) for kind in _KINDS]
+    return [same(f"{ours}.{kind}", f"{theirs}.{kind}") for kind in _KINDS]
 
 
-def _stacked(ours: str, theirs: str, h: int, count: int, *, swapped: bool = False) -> list[Rule]:
+def _stacked(ours: str, theirs: str, count: int, *, swapped: bool = False) -> list[Rule]:
     """``count`` matrices of ``h`` rows, which they have as one; ``swapped``: scale before shift."""
     turn = (lambda w: w.flip(0)) if swapped else (lambda w: w)
 
-    def join(ws: Sequence[Tensor]) -> Tensor:
-        return turn(ws[0].view(count, h, *ws[0].shape[1:]))
+    def join(c: DiTConfig, ws: Sequence[Tensor]) -> Tensor:
+        return turn(ws[0].view(count, c.hidden_size, *ws[0].shape[1:]))
 
-    def split(w: Tensor) -> Sequence[Tensor]:
+    def split(c: DiTConfig, w: Tensor) -> Sequence[Tensor]:
         return (turn(w).flatten(0, 1),)
 
     return [Rule(f"{ours}.{kind}", (f"{theirs}.{kind}",), split, join) for kind in _KINDS]
 
 
-def _qkv(c: DiTConfig, ours: str, theirs: Sequence[str]) -> list[Rule]:
-    def split(w: Tensor) -> list[Tensor]:
+def _qkv(ours: str, theirs: Sequence[str]) -> list[Rule]:
+    def split(c: DiTConfig, w: Tensor) -> list[Tensor]:
         return [w[:, part].reshape(c.hidden_size, *w.shape[3:]) for part in range(3)]
 
-    def join(ws: Sequence[Tensor]) -> Tensor:
+    def join(c: DiTConfig, ws: Sequence[Tensor]) -> Tensor:
         return torch.stack([w.view(c.num_heads, c.head_size, *w.shape[1:]) for w in ws], dim=1)
 
     return [Rule(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs), split, join) for kind in _KINDS]
 
 
-def _patches(c: DiTConfig) -> list[Rule]:
-    def split(w: Tensor) -> Sequence[Tensor]:
+def _patches() -> list[Rule]:
+    def split(c: DiTConfig, w: Tensor) -> Sequence[Tensor]:
         return (w.view(c.hidden_size, c.channels, c.patch_size, c.patch_size),)
 
-    def join(ws: Sequence[Tensor]) -> Tensor:
+    def join(c: DiTConfig, ws: Sequence[Tensor]) -> Tensor:
         return ws[0].reshape(c.hidden_size, -1)
 
     weight = Rule("patches.weight", ("pos_embed.proj.weight",), split, join)
-    return [weight, Rule("patches.bias", ("pos_embed.proj.bias",))]
+    return [weight, same("patches.bias", "pos_embed.proj.bias")]
 
 
 def _mlp(ours: str, theirs: str) -> list[Rule]:
@@ -110,23 +98,23 @@ def _mlp(ours: str, theirs: str) -> list[Rule]:
 
 
 def _dit_rules(c: DiTConfig) -> list[Rule]:
-    h, blocks = c.hidden_size, [f"transformer_blocks.{i}" for i in range(c.num_layers)]
+    blocks = [f"transformer_blocks.{i}" for i in range(c.num_layers)]
 
     def copied(ours: str, theirs: str) -> Rule:
         names = tuple(f"{block}.norm1.emb.{theirs}" for block in blocks)
-        return Rule(ours, names, lambda w: (w,) * len(names), copies=True)
+        return Rule(ours, names, lambda c, w: (w,) * len(names), lambda c, ws: ws[0], copies=True)
 
-    found = [*_patches(c), copied("condition.classes.weight", "class_embedder.embedding_table.weight")]
+    found = [*_patches(), copied("condition.classes.weight", "class_embedder.embedding_table.weight")]
     for ours, theirs in (("time_in", "linear_1"), ("time_out", "linear_2")):
         found += [copied(f"condition.{ours}.{kind}", f"timestep_embedder.{theirs}.{kind}") for kind in _KINDS]
     for i, block in enumerate(blocks):
         found += [
-            *_stacked(f"layers.{i}.modulation", f"{block}.norm1.linear", h, 6),
-            *_qkv(c, f"layers.{i}.attention.qkv", [f"{block}.attn1.to_{part}" for part in "qkv"]),
+            *_stacked(f"layers.{i}.modulation", f"{block}.norm1.linear", 6),
+            *_qkv(f"layers.{i}.attention.qkv", [f"{block}.attn1.to_{part}" for part in "qkv"]),
             *_same(f"layers.{i}.attention.out", f"{block}.attn1.to_out.0"),
             *_mlp(f"layers.{i}.mlp", f"{block}.ff"),
         ]
-    return [*found, *_stacked("final_modulation", "proj_out_1", h, 2), *_same("final", "proj_out_2")]
+    return [*found, *_stacked("final_modulation", "proj_out_1", 2), *_same("final", "proj_out_2")]
 
 
 def _refuse(c: DiTConfig, name: str, **wanted: Any) -> None:
@@ -204,9 +192,9 @@ def _learns_variance(config: Settings, channels: int, default: int) -> bool:
 
 
 def _sd3_rules(c: DiTConfig) -> list[Rule]:
-    h, embedder = c.hidden_size, "time_text_embed"
+    embedder = "time_text_embed"
     found = [
-        *_patches(c),
+        *_patches(),
         *_same("text", "context_embedder"),
         *_same("condition.time_in", f"{embedder}.timestep_embedder.linear_1"),
         *_same("condition.time_out", f"{embedder}.timestep_embedder.linear_2"),
@@ -217,24 +205,24 @@ def _sd3_rules(c: DiTConfig) -> list[Rule]:
         image, text, block = f"layers.{i}.image", f"layers.{i}.text", f"transformer_blocks.{i}"
         last = i == c.num_layers - 1
         found += [
-            *_stacked(f"{image}.modulation", f"{block}.norm1.linear", h, 6),
-            *_stacked(f"{text}.modulation", f"{block}.norm1_context.linear", h, 2 if last else 6, swapped=last),
-            *_qkv(c, f"{image}.attention.qkv", [f"{block}.attn.to_{part}" for part in "qkv"]),
-            *_qkv(c, f"{text}.attention.qkv", [f"{block}.attn.add_{part}_proj" for part in "qkv"]),
+            *_stacked(f"{image}.modulation", f"{block}.norm1.linear", 6),
+            *_stacked(f"{text}.modulation", f"{block}.norm1_context.linear", 2 if last else 6, swapped=last),
+            *_qkv(f"{image}.attention.qkv", [f"{block}.attn.to_{part}" for part in "qkv"]),
+            *_qkv(f"{text}.attention.qkv", [f"{block}.attn.add_{part}_proj" for part in "qkv"]),
             *_same(f"{image}.attention.out", f"{block}.attn.to_out.0"),
             *_mlp(f"{image}.mlp", f"{block}.ff"),
         ]
         if c.qk_norm:
             for part in "qk":
                 norm = f"attention.{part}_norm.weight"
-                found.append(Rule(f"{image}.{norm}", (f"{block}.attn.norm_{part}.weight",)))
-                found.append(Rule(f"{text}.{norm}", (f"{block}.attn.norm_added_{part}.weight",)))
+                found.append(same(f"{image}.{norm}", f"{block}.attn.norm_{part}.weight"))
+                found.append(same(f"{text}.{norm}", f"{block}.attn.norm_added_{part}.weight"))
         if not last:
             found += [
                 *_same(f"{text}.attention.out", f"{block}.attn.to_add_out"),
                 *_mlp(f"{text}.mlp", f"{block}.ff_context"),
             ]
-    return [*found, *_stacked("final_modulation", "norm_out.linear", h, 2, swapped=True), *_same("final", "proj_out")]
+    return [*found, *_stacked("final_modulation", "norm_out.linear", 2, swapped=True), *_same("final", "proj_out")]
 
 
 def _sd3_constants(c: DiTConfig) -> dict[str, Tensor]:

@@ -1,14 +1,16 @@
-"""A model's folder as ``transformers`` writes it: which of its files hold the weights, read one tensor at a time.
+"""A model's folder as ``transformers`` or ``diffusers`` writes it: which files hold the weights, read tensor by tensor.
 
-The weights are chosen as ``transformers`` chooses them: ``model.safetensors``, else the shards that
-``model.safetensors.index.json`` lists, else ``pytorch_model.bin``, else the shards of its index. Nothing outside the
-folder is read, whatever a name in an index or a link says.
+The weights are chosen as those libraries choose them: ``model.safetensors``, else the shards that
+``model.safetensors.index.json`` lists, else ``pytorch_model.bin``, else the shards of its index. Files of ``diffusers``
+are called ``diffusion_pytorch_model``, and there an index comes first. Nothing outside the folder is read, whatever a
+name in an index or a link says.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,13 +23,14 @@ from megatron_ds.checkpoint.stream import Plan, TensorFiles, plan_bytes
 from megatron_ds.errors import CheckpointError
 from megatron_ds.files import check_regular, read_object, write_text_durably
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"
+"""What the names of files of weights begin with."""
+_PICKLED = {TRANSFORMERS: "pytorch_model.bin", DIFFUSERS: "diffusion_pytorch_model.bin"}
 ADAPTER = "adapter_config.json"
-PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 def file_name(stem: str, index: int, count: int) -> str:
-    """The name of one of ``count`` files of weights; ``stem`` is ``model`` in transformers' folders."""
+    """The name of one of ``count`` files of weights."""
     return f"{stem}.safetensors" if count == 1 else f"{stem}-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
@@ -49,32 +52,29 @@ class _Weights(Protocol):
     def read(self, name: str) -> torch.Tensor: ...
 
 
-class HFFolder:
-    """The model in a folder.
+class WeightFolder:
+    """The weights in a folder.
+
+    Args:
+        stem: what the names of its files begin with, :data:`TRANSFORMERS` or :data:`DIFFUSERS`. None: either, and where
+            there are none of these, all safetensors files are read.
 
     Attributes:
-        config: config.json. shapes, dtypes: of every tensor, by name. notes: what should be said of the choice.
+        shapes, dtypes: of every tensor, by name. notes: what should be said of the choice.
 
     Raises:
         CheckpointError: a file is missing, cannot be read or lies outside the folder; the files disagree about which
-            tensor lies where; the weights are quantised; there is an adapter to them.
+            tensor lies where.
     """
 
     # Neighbouring tensors may lie in two files; what is open is only mapped, not held.
     OPEN_FILES = 2
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, stem: str | None = TRANSFORMERS):
         self.path = path
         self.notes: list[str] = []
         self._open_files: OrderedDict[str, _Weights] = OrderedDict()
-        if (path / ADAPTER).is_file():
-            raise CheckpointError(
-                f"{path} holds an adapter ({ADAPTER}), which transformers applies and which is not read here: merge it "
-                "(peft's merge_and_unload, then save_pretrained), or take its files out to have the model without it"
-            )
-        self.config: dict[str, Any] = self.json("config.json")
-        self.require_plain()
-        files, listed = self._weight_files()
+        files, listed = self._weight_files(stem or self._stem())
         self._file_of: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
@@ -92,13 +92,6 @@ class HFFolder:
                     f"{path}: the index says that {name} is in {file}, but it is in "
                     f"{self._file_of.get(name, 'no file')}: index and shards are of different saves"
                 )
-
-    def require_plain(self) -> None:
-        """A :class:`CheckpointError` where config.json says that the weights are quantised."""
-        quantised = self.config.get("quantization_config") or self.config.get("compression_config")
-        if quantised:
-            method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-            raise CheckpointError(f"{self.path} is quantised (quant_method={method!r}): {_DEQUANTISE}")
 
     def check_dtype(self, name: str) -> None:
         """A :class:`CheckpointError` where a weight is kept in a format of quantisation."""
@@ -132,25 +125,37 @@ class HFFolder:
         """The object in a JSON file of the folder."""
         return read_object(self.inside(name), CheckpointError)
 
-    def _weight_files(self) -> tuple[list[str], dict[str, str]]:
+    def _stem(self) -> str | None:
+        names = [path.name for path in self.path.glob("*.safetensors")]
+        return next((s for s in _PICKLED for n in names if re.fullmatch(rf"{s}(-\d+-of-\d+)?\.safetensors", n)), None)
+
+    def _weight_files(self, stem: str | None) -> tuple[list[str], dict[str, str]]:
         """The files to read, and what an index says of them: a tensor's name to its file."""
-        there = {name for name in (SINGLE, INDEX, PICKLED, PICKLED_INDEX) if (self.path / name).is_file()}
-        if {SINGLE, INDEX} <= there:
-            self.notes.append(f"{SINGLE} is read, as transformers does; {INDEX} beside it and its shards are not")
-        if SINGLE in there:
-            return [SINGLE], {}
-        if INDEX in there:
-            return self._listed(INDEX)
+        if stem is None:
+            if files := sorted(path.name for path in self.path.glob("*.safetensors")):
+                return files, {}
+            raise CheckpointError(f"{self.path} holds no safetensors files; give a folder that save_pretrained wrote")
+        single, pickled = f"{stem}.safetensors", _PICKLED[stem]
+        index, pickled_index = f"{single}.index.json", f"{pickled}.index.json"
+        # Of two saves in one folder transformers takes the single file, and diffusers the shards of the index.
+        preferred, other = (single, index) if stem == TRANSFORMERS else (index, single)
+        there = [n for n in (preferred, other, pickled, pickled_index) if (self.path / n).is_file()]
+        if there[:2] == [preferred, other]:
+            library = "transformers" if stem == TRANSFORMERS else "diffusers"
+            self.notes.append(f"{preferred} is read, as {library} does; {other} beside it is not")
         if there:
-            self.notes.append("the weights are pickled; torch reads them with weights_only, which runs no code of them")
-            return ([PICKLED], {}) if PICKLED in there else self._listed(PICKLED_INDEX)
-        shards = sorted(path.name for path in self.path.glob("model-*-of-*.safetensors"))
+            if there[0] in (pickled, pickled_index):
+                self.notes.append(
+                    "the weights are pickled; torch reads them with weights_only, which runs no code of them"
+                )
+            return self._listed(there[0]) if there[0].endswith(".index.json") else ([there[0]], {})
+        shards = sorted(path.name for path in self.path.glob(f"{stem}-*-of-*.safetensors"))
         if shards:
-            raise CheckpointError(f"{self.path} has {shards[0]} but no {INDEX}, which says what is where")
-        for name in (SINGLE, PICKLED):
+            raise CheckpointError(f"{self.path} has {shards[0]} but no {index}, which says what is where")
+        for name in (single, pickled):
             if (self.path / name).exists() or (self.path / name).is_symlink():
                 self.inside(name)  # says what is wrong with it
-        raise CheckpointError(f"{self.path} has no {SINGLE} and no {PICKLED}; save the model with save_pretrained")
+        raise CheckpointError(f"{self.path} has no {single} and no {pickled}; save the model with save_pretrained")
 
     def _listed(self, index: str) -> tuple[list[str], dict[str, str]]:
         places = self.json(index).get("weight_map")
@@ -166,6 +171,35 @@ class HFFolder:
             self._open_files[file] = Safetensors(path) if path.suffix == ".safetensors" else _Pickled(path)
         self._open_files.move_to_end(file)
         return self._open_files[file]
+
+
+class HFFolder(WeightFolder):
+    """The model in a folder of ``transformers``.
+
+    Attributes:
+        config: config.json.
+
+    Raises:
+        CheckpointError: as of its weights; or they are quantised, or there is an adapter to them.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        if (path / ADAPTER).is_file():
+            raise CheckpointError(
+                f"{path} holds an adapter ({ADAPTER}), which transformers applies and which is not read here: merge it "
+                "(peft's merge_and_unload, then save_pretrained), or take its files out to have the model without it"
+            )
+        self.config: dict[str, Any] = self.json("config.json")
+        self.require_plain()
+        super().__init__(path)
+
+    def require_plain(self) -> None:
+        """A :class:`CheckpointError` where config.json says that the weights are quantised."""
+        quantised = self.config.get("quantization_config") or self.config.get("compression_config")
+        if quantised:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+            raise CheckpointError(f"{self.path} is quantised (quant_method={method!r}): {_DEQUANTISE}")
 
 
 _DEQUANTISE = (

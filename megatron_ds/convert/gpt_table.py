@@ -7,7 +7,7 @@ from typing import Any
 from megatron_ds.config import ModelConfig
 from megatron_ds.convert.architecture import Architecture, Rule
 from megatron_ds.convert.attention_fields import Rope
-from megatron_ds.convert.layouts import Layout, conv, global_shapes, interleaved_qkv, rules, separate_qkv, stacked_qkv
+from megatron_ds.convert.layouts import Layout, conv, interleaved_qkv, rules, separate_qkv, stacked_qkv
 from megatron_ds.convert.settings import Settings
 from megatron_ds.convert.translations import GELUS, Fixed, Key, Ours, Same, Translation, Values, dropouts
 from megatron_ds.errors import ConfigError
@@ -220,7 +220,6 @@ GPT2 = Architecture(
     "gpt2",
     "transformer.",
     _gpt2,
-    global_shapes,
     (
         *_gpt_sizes(12, 12, 768, 50257, 1024),
         Key("attention_dropout", "attn_pdrop", 0.1),
@@ -238,7 +237,6 @@ BLOOM = Architecture(
     "bloom",
     "transformer.",
     _bloom,
-    global_shapes,
     (
         *_bloom_sizes(2, 8, 64, 250880, "n"),
         _FourTimes(),
@@ -255,7 +253,6 @@ GPT_NEOX = Architecture(
     "gpt_neox",
     "gpt_neox.",
     _neox,
-    global_shapes,
     (
         Key("num_layers", "num_hidden_layers"),
         Key("hidden_size", "hidden_size"),
@@ -285,7 +282,6 @@ GPTJ = Architecture(
     "gptj",
     "transformer.",
     _gptj,
-    global_shapes,
     (
         *_gpt_sizes(28, 16, 4096, 50400, 2048),
         Key("rotary_dim", "rotary_dim", 64),
@@ -305,7 +301,6 @@ OPT = Architecture(
     "opt",
     "model.",
     _opt,
-    global_shapes,
     (
         Key("num_layers", "num_hidden_layers", 12),
         Key("hidden_size", "hidden_size"),
@@ -333,7 +328,6 @@ FALCON = Architecture(
     "falcon",
     "transformer.",
     _falcon,
-    global_shapes,
     (
         *_bloom_sizes(32, 71, 4544, 65024, "num"),
         Key("ffn_hidden_size", "ffn_hidden_size", None),

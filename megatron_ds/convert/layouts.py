@@ -13,20 +13,11 @@ import torch
 from torch import Tensor
 
 from megatron_ds.config import ModelConfig
-from megatron_ds.convert.architecture import Rule, Shapes
-from megatron_ds.models.families import class_of
-from megatron_ds.models.transformer import StageSettings
-from megatron_ds.shard import spec_of
+from megatron_ds.convert.architecture import Rule
 
 Tensors = Sequence[Tensor]
 Layout = Callable[[str, str, str], Rule]
 """From our name of a weight or bias, their name of the block, and "weight" or "bias"."""
-
-
-def global_shapes(config: ModelConfig) -> Shapes:
-    """Name to global shape of every tensor of the model."""
-    specs = [spec_of(parameter) for parameter in class_of(config)(config, StageSettings(device="meta")).parameters()]
-    return {spec.name: spec.global_shape for spec in specs}
 
 
 def same(ours: str, theirs: str) -> Rule:

@@ -13,7 +13,6 @@ from megatron_ds.convert.architecture import Architecture, Rule
 from megatron_ds.convert.attention_fields import LayerTypes, QwenWindows, Rope, RopeOfLayers, Window
 from megatron_ds.convert.layouts import (
     Layout,
-    global_shapes,
     grouped_qkv,
     rules,
     separate_gate_up,
@@ -107,7 +106,6 @@ def _gemma(*own: Translation, positions: int) -> tuple[Translation, ...]:
 _GEMMA2_LAYERS = LayerTypes(("window", "full"), 4096)
 _GEMMA3_LAYERS = LayerTypes(("window",) * 5 + ("full",), 4096, every="sliding_window_pattern")
 _COMMON: dict[str, Any] = {
-    "shapes": global_shapes,
     "ignored": (r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
     "copies": {"lm_head.weight": "model.embed_tokens.weight"},
 }

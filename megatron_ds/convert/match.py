@@ -1,31 +1,87 @@
-"""Which tensors of a folder are which of an architecture's, and what is made of a second copy of a tied one."""
+"""Which tensors of a folder are which of a model's, and what is made of a second copy of a tied one."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from megatron_ds.config import ModelConfig
+from megatron_ds.config import BaseModelConfig, ModelConfig
 from megatron_ds.convert.architecture import Architecture, Rule
-from megatron_ds.convert.folder import HFFolder
+from megatron_ds.convert.folder import WeightFolder
 from megatron_ds.convert.settings import listed
 from megatron_ds.errors import CheckpointError
+from megatron_ds.models.families import Shapes, global_shapes
 
 
-class Match:
-    """The architecture's names of a folder's tensors.
+class Matched:
+    """The tensors of a folder that a model is made of, every one there and of the right shape.
+
+    Args:
+        kind: of model, for messages. known: names that the rules do not read and that may be there.
+        names: the rules' names to the names in the files.
+
+    Raises:
+        CheckpointError: tensors are missing, of another shape, quantised, or of no known use.
+    """
+
+    def __init__(
+        self,
+        source: WeightFolder,
+        kind: str,
+        config: BaseModelConfig,
+        rules: Sequence[Rule],
+        shapes: Shapes,
+        names: dict[str, str],
+        known: Iterable[str] = (),
+    ):
+        self.source, self.rules, self.shapes, self.names = source, rules, shapes, names
+        missing: list[str] = []
+        wrong: list[str] = []
+        used = set(known)
+        for rule in rules:
+            for name, part in zip(rule.theirs, rule.to_hf(config, torch.empty(shapes[rule.ours], device="meta"))):
+                if name not in names:
+                    missing.append(name)
+                    continue
+                used.add(name)
+                source.check_dtype(names[name])
+                shape = source.shapes[names[name]]
+                if shape != tuple(part.shape):
+                    wrong.append(f"{name}: {list(shape)} instead of {list(part.shape)}")
+        problems = {
+            "missing": missing,
+            "unexpected": sorted(names[name] for name in names.keys() - used),
+            "of another shape than config.json says": wrong,
+        }
+        if any(problems.values()):
+            lines = [f"  {title}: {listed(found)}" for title, found in problems.items() if found]
+            raise CheckpointError("\n".join([f"{source.path} does not hold the {kind} it describes:", *lines]))
+
+    def read(self, rule: Rule) -> list[torch.Tensor]:
+        return [self.source.read(self.names[name]) for name in rule.theirs]
+
+    def dtype_of(self, rule: Rule) -> torch.dtype:
+        """The one dtype of the tensors that a rule reads; a :class:`CheckpointError` where they have several."""
+        dtypes = {self.source.dtypes[self.names[name]] for name in rule.theirs}
+        if len(dtypes) > 1:
+            found = ", ".join(sorted(map(str, dtypes)))
+            raise CheckpointError(
+                f"{self.source.path}: {', '.join(rule.theirs)} have dtypes {found}; choose one with --dtype"
+            )
+        return dtypes.pop()
+
+
+class Match(Matched):
+    """The same of an architecture of ``transformers``, whose files have names of several times.
 
     Attributes:
         config: the model's, with a head of its own where the file has one, whatever its configuration says.
-        names: the architecture's names to the names in the files. notes: what should be said of the choice.
-
-    Raises:
-        CheckpointError: tensors are missing, of another shape, or of no known use.
+        notes: what should be said of the choice.
     """
 
-    def __init__(self, source: HFFolder, architecture: Architecture, config: ModelConfig):
+    def __init__(self, source: WeightFolder, architecture: Architecture, config: ModelConfig):
         self.source, self.architecture = source, architecture
         self.notes: list[str] = []
         self.names = self._full_names()
@@ -35,11 +91,8 @@ class Match:
             self.notes.append(f"left out, for the model here has no use for them: {listed(dropped)}")
             self._used.update(dropped)
         self.config = self._with_copies(config)
-        self.rules = architecture.expanded(self.config)
-        self._check(self.rules)
-
-    def read(self, rule: Rule) -> list[torch.Tensor]:
-        return [self.source.read(self.names[name]) for name in rule.theirs]
+        rules, shapes = architecture.expanded(self.config), global_shapes(self.config)
+        super().__init__(source, architecture.name, self.config, rules, shapes, self.names, self._used)
 
     def _full_names(self) -> dict[str, str]:
         """Names as this version of ``transformers`` gives them: with the prefix, without those of earlier times."""
@@ -86,35 +139,6 @@ class Match:
         return shapes[0] == shapes[1] and torch.equal(
             self.source.read(self.names[one]), self.source.read(self.names[two])
         )
-
-    def _check(self, rules: Sequence[Rule]) -> None:
-        shapes = self.architecture.shapes(self.config)
-        missing: list[str] = []
-        wrong: list[str] = []
-        for rule in rules:
-            expected = rule.to_hf(self.config, torch.empty(shapes[rule.ours], device="meta"))
-            for name, part in zip(rule.theirs, expected):
-                if name not in self.names:
-                    missing.append(name)
-                    continue
-                self._used.add(name)
-                self.source.check_dtype(self.names[name])
-                shape = self.source.shapes[self.names[name]]
-                if shape != tuple(part.shape):
-                    wrong.append(f"{name}: {list(shape)} instead of {list(part.shape)}")
-        problems = {
-            "missing": missing,
-            "unexpected": sorted(self.names[name] for name in self.names.keys() - self._used),
-            "of another shape than config.json says": wrong,
-        }
-        if any(problems.values()):
-            raise CheckpointError("\n".join(self._listed(problems)))
-
-    def _listed(self, problems: Mapping[str, Sequence[str]]) -> Iterable[str]:
-        yield f"{self.source.path} does not hold the {self.architecture.name} it describes:"
-        for title, found in problems.items():
-            if found:
-                yield f"  {title}: {listed(found)}"
 
     def _known(self, name: str, patterns: Sequence[str]) -> bool:
         prefix = re.escape(self.architecture.prefix)

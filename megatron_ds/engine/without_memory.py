@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.convert.folder import Safetensors
+from megatron_ds.convert.folder import WeightFolder
 from megatron_ds.errors import CheckpointError, ConfigError, nearest
 from megatron_ds.rng import derive_seed
 
@@ -77,7 +77,7 @@ class Filler:
             self._names.setdefault(id(parameter), []).append(name)
         # What has values before its turn keeps them.
         self._kept = {id(p): p.detach() for p in model.parameters() if has_memory(p)}
-        self._folder = _Folder(Path(weights)) if isinstance(weights, str | Path) else None
+        self._folder = WeightFolder(Path(weights), None) if isinstance(weights, str | Path) else None
         self._init = weights if callable(weights) else None
         if self._folder is not None:
             self._fill_buffers(self._folder)
@@ -96,7 +96,7 @@ class Filler:
                 empty.append(parameter)
         if self._folder is not None:
             for parameter in empty:
-                parameter.data.copy_(self._folder.read(self._names[id(parameter)]))
+                parameter.data.copy_(_read(self._folder, self._names[id(parameter)], parameter.shape))
         else:
             self._initialize(empty)
 
@@ -147,29 +147,24 @@ class Filler:
             "give initialize() weights=: a folder of safetensors, or a function that initialises a module"
         )
 
-    def _fill_buffers(self, folder: _Folder) -> None:
+    def _fill_buffers(self, folder: WeightFolder) -> None:
         for name, buffer in self._model.named_buffers():
-            if name in folder:
-                buffer.copy_(folder.read([name]))
+            if name in folder.shapes:
+                buffer.copy_(_read(folder, [name], buffer.shape))
 
 
-class _Folder:
-    """Tensors by name in all safetensors files of a folder, read one at a time."""
+def _read(folder: WeightFolder, names: Sequence[str], shape: Sequence[int]) -> Tensor:
+    """The tensor under the first of ``names`` that is there.
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._file_of: dict[str, Safetensors] = {}
-        for file in map(Safetensors, sorted(path.glob("*.safetensors"))):
-            self._file_of |= dict.fromkeys(file.found, file)
-        if not self._file_of:
-            raise CheckpointError(f"{path} holds no safetensors files; give a folder that save_pretrained wrote")
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def read(self, names: Sequence[str]) -> Tensor:
-        """The tensor under the first of ``names`` that is there."""
-        for name in names:
-            if name in self:
-                return self._file_of[name].read(name)
-        raise CheckpointError(f"{self.path} has no {' or '.join(names)}{nearest(names[0], self._file_of)}")
+    Raises:
+        CheckpointError: there is none, or it is of another shape, which ``copy_`` would repeat until it fits.
+    """
+    for name in names:
+        if name in folder.shapes:
+            if folder.shapes[name] != tuple(shape):
+                raise CheckpointError(
+                    f"{folder.path}: {name} is {list(folder.shapes[name])}, and the model's is {list(shape)}; give the "
+                    "weights of this model, or the model the sizes of these"
+                )
+            return folder.read(name)
+    raise CheckpointError(f"{folder.path} has no {' or '.join(names)}{nearest(names[0], folder.shapes)}")

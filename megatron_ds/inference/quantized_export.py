@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from megatron_ds.checkpoint.stream import Plan, plan_bytes
+from megatron_ds.checkpoint.stream import Plan
 from megatron_ds.config import ModelConfig
 from megatron_ds.convert import carried_files
 from megatron_ds.convert.architecture import Rule
-from megatron_ds.convert.folder import HFFolder
-from megatron_ds.convert.hugging_face import described, exported_folder
+from megatron_ds.convert.conversion import exported_folder, write_converted
+from megatron_ds.convert.folder import TRANSFORMERS, HFFolder
+from megatron_ds.convert.hugging_face import described
 from megatron_ds.convert.match import Match
-from megatron_ds.convert.tables import ARCHITECTURES
 from megatron_ds.errors import ConfigError
 from megatron_ds.files import write_text_durably
 from megatron_ds.inference import served_model
@@ -53,19 +53,12 @@ def export_quantized(model: str | Path, output: str | Path, scheme: str, progres
             f"{model} is no folder of transformers; a checkpoint becomes one by tools/convert.py to-hf {model} FOLDER"
         )
     folder = HFFolder(model)
-    architecture, config = described(folder, ARCHITECTURES, None)
+    architecture, config = described(folder)
     match = Match(folder, architecture, config)
     fewer = set(_of_linear_layers(match.config, match.rules, architecture.name))
     plan = _plan(match, fewer, scheme)
-    with exported_folder(output, plan, "model") as (partial, files):
-        waiting: dict[str, Tensor] = {}
-        with tqdm(total=plan_bytes(plan), unit="B", unit_scale=True, disable=not progress, desc=scheme) as bar:
-            for name in files.order:
-                if name not in waiting:
-                    waiting.update(_made(match, _weight_name(name), fewer, scheme))
-                tensor = waiting.pop(name)
-                files.write(name, tensor)
-                bar.update(tensor.nbytes)
+    with exported_folder(output, plan, TRANSFORMERS) as (partial, files):
+        write_converted(files, plan, lambda name: _made(match, _weight_name(name), fewer, scheme), scheme, progress)
         carried_files.copy_all(folder, partial)
         _write_config(partial, folder, match, scheme)
     return output

@@ -19,7 +19,6 @@ from megatron_ds.convert.folder import ADAPTER, HFFolder
 from megatron_ds.convert.hugging_face import described
 from megatron_ds.convert.match import Match
 from megatron_ds.convert.settings import GENERATION
-from megatron_ds.convert.tables import ARCHITECTURES
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.files import read_json
 from megatron_ds.inference.quantized_folder import QuantizedFolder, weight_of
@@ -93,7 +92,7 @@ def find(path: str | Path) -> Source:
 def _in_folder(path: Path) -> Source:
     quantized = _says_quantized(path)
     folder = QuantizedFolder(path) if quantized else HFFolder(path)
-    architecture, config = described(folder, ARCHITECTURES, None)
+    architecture, config = described(folder)
     match = Match(folder, architecture, config)
     names = [match.names[name] for rule in match.rules for name in rule.theirs]
     plain = names if not isinstance(folder, QuantizedFolder) else [n for n in names if n not in folder.quantized]

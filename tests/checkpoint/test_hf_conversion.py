@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ds.checkpoint import Checkpoint, FlatShard, read_meta, save
 from megatron_ds.config import ModelConfig
-from megatron_ds.convert.tables import export_hf, global_shapes, import_hf
+from megatron_ds.convert.hugging_face import export_hf, import_hf
 from megatron_ds.data.tokenizers import ByteTokenizer
 from megatron_ds.errors import CheckpointError, ConfigError
+from megatron_ds.models.families import global_shapes
 from megatron_ds.testing import run_ranks
 
 
@@ -87,16 +88,13 @@ def test_the_import_has_the_models_own_names_and_shapes(tmp_path: Path, name: st
 def test_files_are_cut_and_indexed(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    from megatron_ds.convert import hugging_face
-    from megatron_ds.convert.tables import ARCHITECTURES
-
     original = make("llama-gqa")
     original.save_pretrained(tmp_path / "hf", max_shard_size="12KB")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 4
-    hugging_face.import_hf(tmp_path / "hf", tmp_path / "ours", ARCHITECTURES, file_bytes=10_000)
+    import_hf(tmp_path / "hf", tmp_path / "ours", file_bytes=10_000)
     step = tmp_path / "ours" / "step-00000000"
     assert len(list(step.glob("rank-*.safetensors"))) > 4
-    hugging_face.export_hf(tmp_path / "ours", tmp_path / "back", ARCHITECTURES, file_bytes=10_000)
+    export_hf(tmp_path / "ours", tmp_path / "back", file_bytes=10_000)
     count = len(list((tmp_path / "back").glob("*.safetensors")))
     assert count > 4 and (tmp_path / "back" / f"model-00001-of-{count:05d}.safetensors").exists()
     assert differing(tensors_in(tmp_path / "hf"), tensors_in(tmp_path / "back")) == []
@@ -169,16 +167,13 @@ def write_a_large_model(directory: str) -> int:
 
 def convert_with_little_memory(directory: str) -> tuple[int, list[str]]:
     """There and back while the process may hold at most LIMIT more of memory of its own (RLIMIT_DATA)."""
-    from megatron_ds.convert import hugging_face
-    from megatron_ds.convert.tables import ARCHITECTURES
-
     folder = Path(directory)
     size = write_a_large_model(str(folder / "ours"))  # also warms up whatever the libraries allocate once
     status = Path("/proc/self/status").read_text()
     held = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmData"))
     resource.setrlimit(resource.RLIMIT_DATA, (held + LIMIT, held + LIMIT))
-    hugging_face.export_hf(folder / "ours", folder / "hf", ARCHITECTURES, file_bytes=20_000_000)
-    hugging_face.import_hf(folder / "hf", folder / "back", ARCHITECTURES, file_bytes=20_000_000)
+    export_hf(folder / "ours", folder / "hf", file_bytes=20_000_000)
+    import_hf(folder / "hf", folder / "back", file_bytes=20_000_000)
     with Checkpoint(folder / "ours") as one, Checkpoint(folder / "back") as two:
         return size, [name for name in one.names() if not torch.equal(one.read(name), two.read(name))]
 

@@ -13,8 +13,9 @@ from hf_models import FAMILIES, MODELS, make
 from safetensors.torch import load_file, save_file
 
 from megatron_ds.checkpoint import Checkpoint
+from megatron_ds.convert.hugging_face import export_hf, import_hf
 from megatron_ds.convert.settings import Settings
-from megatron_ds.convert.tables import ARCHITECTURES, export_hf, import_hf
+from megatron_ds.convert.tables import ARCHITECTURES
 from megatron_ds.errors import ConfigError
 
 Tensors = Mapping[str, torch.Tensor]

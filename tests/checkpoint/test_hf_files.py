@@ -11,7 +11,7 @@ from hf_models import make
 
 from megatron_ds.checkpoint import Checkpoint, FlatShard, save
 from megatron_ds.convert.carried_files import take_along
-from megatron_ds.convert.tables import export_hf, import_hf
+from megatron_ds.convert.hugging_face import export_hf, import_hf
 from megatron_ds.data.tokenizers import ByteTokenizer, load_tokenizer
 from megatron_ds.errors import CheckpointError
 

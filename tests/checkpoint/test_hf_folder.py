@@ -15,7 +15,7 @@ from hf_models import LLAMA3, loaded, make, make_bert, our_logits, their_logits
 from safetensors.torch import load_file, save_file
 
 from megatron_ds.convert.folder import HFFolder
-from megatron_ds.convert.tables import export_hf, import_hf
+from megatron_ds.convert.hugging_face import export_hf, import_hf
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.inference.served_model import find
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ds.checkpoint import Checkpoint, save
 from megatron_ds.config import ModelConfig
-from megatron_ds.convert.tables import export_hf, import_hf
+from megatron_ds.convert.hugging_face import export_hf, import_hf
 from megatron_ds.models.bert import BERT
 from megatron_ds.models.gpt import GPT
 from megatron_ds.models.transformer import Transformer

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from megatron_ds.checkpoint import Checkpoint, load, read_meta, save
 from megatron_ds.config import RunConfig, from_dict, validate
-from megatron_ds.convert.tables import export_hf, import_hf
+from megatron_ds.convert.hugging_face import export_hf, import_hf
 from megatron_ds.layers.linear import RepeatedKVLinear
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.families import task_of

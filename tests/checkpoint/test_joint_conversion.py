@@ -12,6 +12,7 @@ from diffusers import SD3Transformer2DModel
 from dit_checkpoints import assert_same_bits, configuration, imported, write_checkpoint
 from safetensors.torch import load_file, save_file
 
+from megatron_ds.checkpoint import Checkpoint
 from megatron_ds.convert.dit_folder import export_transformer, import_transformer
 from megatron_ds.convert.dit_pipelines import export_pipeline
 from megatron_ds.errors import CheckpointError, ConfigError, DataError
@@ -56,6 +57,30 @@ def test_what_is_imported_predicts_the_same_and_is_exported_with_the_same_bits(
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, state[name]), name
     assert_same_bits(import_transformer(tmp_path / "again", tmp_path / "ours again"), step)
+
+
+def test_of_two_saves_in_a_folder_the_one_that_diffusers_reads_is_imported(tmp_path: Path) -> None:
+    """The shards of the index, whatever else lies beside them: what an export in fewer files has left, or one file."""
+    model, folder = theirs(), tmp_path / "theirs"
+    model.save_pretrained(folder, max_shard_size="8KB")
+    count = len(list(folder.glob("*.safetensors")))
+    state = SD3Transformer2DModel.from_pretrained(folder).state_dict()
+    older = {name: tensor + 1 for name, tensor in state.items()}
+    for name in (f"diffusion_pytorch_model-00001-of-{count + 1:05d}.safetensors", NAME):
+        save_file(older, folder / name, {"format": "pt"})
+        again = SD3Transformer2DModel.from_pretrained(folder).state_dict()
+        assert count > 2 and all(torch.equal(again[name], tensor) for name, tensor in state.items())
+        import_transformer(folder, tmp_path / name)
+        with Checkpoint(tmp_path / name) as checkpoint:
+            assert torch.equal(checkpoint.read("patches.bias"), state["pos_embed.proj.bias"])
+    (folder / f"{NAME}.index.json").unlink()
+    (folder / NAME).unlink()
+    with pytest.raises(CheckpointError, match=r"but no diffusion_pytorch_model\.safetensors\.index\.json, which says"):
+        import_transformer(folder, tmp_path / "unlisted")
+    fewer = {name: tensor.to(torch.float8_e4m3fn) if tensor.dim() == 2 else tensor for name, tensor in state.items()}
+    save_file(fewer, folder / NAME, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"is torch\.float8_e4m3fn, quantised: dequantise first"):
+        import_transformer(folder, tmp_path / "fp8")
 
 
 def test_what_would_compute_something_else_is_refused(tmp_path: Path) -> None:

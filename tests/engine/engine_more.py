@@ -286,6 +286,16 @@ class Raw(nn.Module):
         return (samples @ self.table).mean()
 
 
+def weights_of_another_shape(folder: str) -> str:
+    """One row for four, which copying would repeat."""
+    from safetensors.torch import save_file
+
+    save_file({"table": torch.ones(1, 4)}, f"{folder}/rows.safetensors")
+    with megatron_ds.empty_parameters():
+        net = Raw()
+    return message(megatron_ds.initialize, net, weights=folder)
+
+
 def what_has_no_initialisation() -> tuple[str, bool]:
     with megatron_ds.empty_parameters():
         net, other = Raw(), Raw()

@@ -15,6 +15,7 @@ from engine_more import (
     models_without_memory,
     order_of_calls,
     rest_of_an_epoch,
+    weights_of_another_shape,
     what_has_no_initialisation,
 )
 from test_engine_parity import differs
@@ -87,6 +88,10 @@ def test_a_model_without_memory_begins_alike_on_any_ranks(tmp_path: Path) -> Non
     for state, other, _ in runs[1:]:
         assert other == pytest.approx(loss, rel=1e-5)
         assert all(torch.equal(state[name], value) for name, value in first.items())
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    assert "table is [1, 4], and the model's is [4, 4]; give the weights" in weights_of_another_shape(str(tmp_path))
 
 
 def test_what_cannot_initialise_itself_says_so() -> None:

@@ -22,7 +22,7 @@ from test_swap_damage import flip as flip_in_swap
 
 from megatron_ds.checkpoint import Checkpoint
 from megatron_ds.config import RunConfig, parse
-from megatron_ds.convert.tables import import_hf
+from megatron_ds.convert.hugging_face import import_hf
 from megatron_ds.data.cache import cached_arrays
 from megatron_ds.errors import OffloadError
 from megatron_ds.models.families import task_of

@@ -21,7 +21,7 @@ from megatron_ds.checkpoint import save
 from megatron_ds.checkpoint.directory import steps_in
 from megatron_ds.checkpoint.save import prune
 from megatron_ds.config import RunConfig, parse
-from megatron_ds.convert.tables import export_hf, import_hf
+from megatron_ds.convert.hugging_face import export_hf, import_hf
 from megatron_ds.data import source_text, sources
 from megatron_ds.data.corpus import build_corpus
 from megatron_ds.data.indexed_writer import merge_datasets

@@ -26,7 +26,7 @@ from torch import nn
 
 from megatron_ds.checkpoint import Checkpoint, resolve
 from megatron_ds.config import RunConfig, load_toml, parse
-from megatron_ds.convert.tables import export_hf, import_hf
+from megatron_ds.convert.hugging_face import export_hf, import_hf
 from megatron_ds.data.chat import load_template
 from megatron_ds.data.chat_records import BadConversation
 from megatron_ds.data.preprocess import preprocess

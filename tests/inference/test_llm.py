@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
 from megatron_ds.checkpoint import Checkpoint, FlatShard, save
-from megatron_ds.convert.tables import export_hf, import_hf
+from megatron_ds.convert.hugging_face import export_hf, import_hf
 from megatron_ds.data.tokenizers import ByteTokenizer, load_tokenizer
 from megatron_ds.errors import CheckpointError, ConfigError, MegatronDSError
 from megatron_ds.inference import LLM, RequestOutput, SamplingParams

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_ds.checkpoint import Checkpoint, FlatShard, load, save
 from megatron_ds.config import ModelConfig, RunConfig, from_dict, validate
-from megatron_ds.convert.tables import export_hf, import_hf
+from megatron_ds.convert.hugging_face import export_hf, import_hf
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.bert import BERT
 from megatron_ds.models.families import task_of

@@ -50,7 +50,7 @@ def built(config: DiffusionRun) -> DiT:
 def theirs(config: DiffusionRun, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     found = {}
     for rule in SD3.rules(config.model):
-        found.update(zip(rule.theirs, rule.split(ours[rule.ours])))
+        found.update(zip(rule.theirs, rule.to_hf(config.model, ours[rule.ours])))
     return found
 
 

@@ -12,7 +12,7 @@ from started_ranks import arguments, pretrain_gpt, started
 
 from megatron_ds.checkpoint import Checkpoint, read_meta
 from megatron_ds.config import ModelConfig, load_toml
-from megatron_ds.convert.tables import import_hf
+from megatron_ds.convert.hugging_face import import_hf
 from megatron_ds.data.gpt_dataset import SyntheticDataset
 from megatron_ds.models.gpt import GPT
 from megatron_ds.models.transformer import StageSettings
