@@ -188,8 +188,12 @@ def main(place: RankInfo) -> int:
     rate = training.learning_rates(args.lr_scheduler, args.learning_rate, args.lr_warmup_steps, steps)
     torch.manual_seed(args.seed)  # of adapters
     unet = folders.load_unet(base, args.rank, args.gradient_checkpointing)
+    wide = {name: parameter.data for name, parameter in unet.named_parameters() if parameter.requires_grad}
     loss = denoising_loss(objective, DTYPES[args.mixed_precision][1])
     engine = megatron_ds.initialize(unet, settings, lr_scheduler=rate, loss=loss, mesh=mesh)
+    if args.mixed_precision != "no":
+        engine.set_parameters(wide)  # master weights are what was loaded, and not rounded
+    del wide
     if mesh.rank == 0:
         print(f"{len(samples)} images, {together} a step, {steps} steps\n{engine.bytes_table()}", flush=True)
     loader = BatchLoader(samples, together, block, mesh.data.rank, mesh.data.size)

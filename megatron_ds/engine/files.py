@@ -56,13 +56,19 @@ class Files(Inspection):
         with self._awaited("load_checkpoint()"):
             return checkpoint.load(cast("Engine", self), path, weights_only, strict)
 
-    def save_pretrained(self, folder: str | Path, average: bool | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, average: bool | None = None, masters: bool = False) -> None:
         """Write a folder that the model's ``from_pretrained`` loads, one tensor at a time.
 
-        ``average``: the moving average of the weights, or the weights. Default: the average where there is one.
+        Args:
+            average: the moving average of the weights, or the weights. Default: the average where there is one.
+            masters: write what is trained in the dtype of the master weights (fp32). Default: in that of the forward
+                pass, whose 8 bits in bf16 cannot hold what few updates at a small rate have changed.
+
+        Raises:
+            EngineError: there is no moving average to save.
         """
         if average and not self.keeps_average:
             raise EngineError("there is no moving average of the weights to save; set optimizer.ema_decay")
-        tensors = self.tensors(self.keeps_average if average is None else average)
+        tensors = self.tensors(self.keeps_average if average is None else average, masters)
         with self._awaited("save_pretrained()"):
             pretrained.save(self.module, tensors, self.mesh, Path(folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,9 +42,12 @@ class Inspection:
         """Around what takes all ranks, of which some may not come."""
         return self._late.awaited(what, self.steps + 1)
 
-    def tensors(self, average: bool = False) -> WholeTensors:
-        """The whole tensors behind the shards, of this moment; ``average``: of parameters their moving average."""
-        return WholeTensors(self.module, self.zero, self.mesh, average)
+    def tensors(self, average: bool = False, masters: bool = False) -> WholeTensors:
+        """The whole tensors behind the shards, of this moment; ``average``: of parameters their moving average.
+
+        ``masters``: of parameters in the dtype of the master weights, and not in that of the forward pass.
+        """
+        return WholeTensors(self.module, self.zero, self.mesh, average, masters)
 
     @property
     def keeps_average(self) -> bool:
@@ -66,14 +69,18 @@ class Inspection:
 
     def set_parameter(self, name: str, value: Tensor) -> None:
         """Set it on all ranks, which give the same value."""
-        self.tensors().set(name, "param", value)
+        self.set_parameters({name: value})
+
+    def set_parameters(self, values: Mapping[str, Tensor]) -> None:
+        """Set the master weights of several at once, by name: an engine in bf16 or fp16 begins with rounded ones."""
+        self.tensors().set(values, "param")
 
     def get_optimizer_state(self, name: str, kind: str) -> Tensor:
         """A parameter's whole optimizer state, such as ``"exp_avg"``."""
         return self.tensors().get(name, kind)
 
     def set_optimizer_state(self, name: str, kind: str, value: Tensor) -> None:
-        self.tensors().set(name, kind, value)
+        self.tensors().set({name: value}, kind)
 
     def get_gradient(self, name: str, partial: bool = False) -> Tensor:
         """A parameter's whole gradient, averaged and before clipping, between the step's last backward and step().

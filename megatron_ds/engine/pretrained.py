@@ -44,7 +44,7 @@ def save(module: nn.Module, tensors: WholeTensors, mesh: Mesh, folder: Path) -> 
         return
     stem = _WEIGHTS[diffusers]
     sources = _sources(module, tensors)
-    plan: Plan = {name: (tuple(value.shape), value.dtype) for name, value in sources.items()}
+    plan: Plan = {name: (tuple(value.shape), _dtype(value, tensors)) for name, value in sources.items()}
     writes = mesh.rank == 0
     partial = folder / INCOMPLETE
     with together(mesh.world):
@@ -70,7 +70,7 @@ def save(module: nn.Module, tensors: WholeTensors, mesh: Mesh, folder: Path) -> 
             if writes:
                 files.finish()
                 write_index(partial, stem, files, plan)
-                _write_configuration(module, partial, diffusers)
+                _write_configuration(module, tensors, partial, diffusers)
                 _publish(partial, folder, stem)
         finally:
             if writes:
@@ -109,13 +109,17 @@ def _sources(module: nn.Module, tensors: WholeTensors) -> dict[str, Tensor]:
     return found
 
 
-def _write_configuration(module: Any, folder: Path, diffusers: bool) -> None:
+def _dtype(value: Tensor, tensors: WholeTensors) -> torch.dtype:
+    return tensors.dtype(spec_of(value).name) if isinstance(value, nn.Parameter) else value.dtype
+
+
+def _write_configuration(module: Any, tensors: WholeTensors, folder: Path, diffusers: bool) -> None:
     if diffusers:
         module.save_config(folder)
         return
     config = copy.deepcopy(module.config)
     config.architectures = [type(module).__name__]
-    dtypes = [p.dtype for p in module.parameters() if p.is_floating_point()]
+    dtypes = [_dtype(p, tensors) for p in module.parameters() if p.is_floating_point()]
     config.dtype = str(dtypes[0] if dtypes else torch.float32).removeprefix("torch.")
     config.save_pretrained(folder)
     if module.can_generate() and module.generation_config is not None:

@@ -65,7 +65,7 @@ def resizing(engine: Engine) -> Iterator[None]:
             state["param"] = _with_old(values[name].to(state["param"].dtype), state["param"], values[name].dtype)
         for kind, value in state.items():
             of_new = state["param"] if kind == EMA else torch.zeros_like(state["param"])
-            now.set(name, kind, value if kind == "param" else _with_old(of_new, value))
+            now.set({name: value if kind == "param" else _with_old(of_new, value)}, kind)
     engine.look_at_model()
 
 

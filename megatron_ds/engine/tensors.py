@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,10 +28,14 @@ class WholeTensors:
 
     Args:
         average: :meth:`parameter`, and with it :meth:`stream`, gives the moving average of what is trained.
+        masters: they give what is trained in the dtype of its master weights, fp32 or fp64, and not of its compute.
     """
 
-    def __init__(self, module: nn.Module, zero: ZeroOptimizer, mesh: Mesh, average: bool = False):
+    def __init__(
+        self, module: nn.Module, zero: ZeroOptimizer, mesh: Mesh, average: bool = False, masters: bool = False
+    ):
         self._module, self._zero, self._mesh, self._average = module, zero, mesh, average
+        self._masters = masters
         self._parameters = {spec_of(p).name: p for p in module.parameters()}
         self._pieces: dict[tuple[str, str], list[FlatShard]] | None = None
 
@@ -50,19 +54,21 @@ class WholeTensors:
         mine = [flat_shard for flat_shard in self._zero.gradient_shards() if flat_shard.name == name]
         return self._sum(name, mine if self._zero.owns(spec) else [])
 
-    def set(self, name: str, kind: str, value: Tensor) -> None:
-        spec = self._spec(name)
-        value = as_real(value)
-        if tuple(value.shape) != spec.global_shape:
-            raise ConfigError(f"{name} has shape {list(spec.global_shape)}, the value {list(value.shape)}")
-        self._check_kind(name, kind)
-        flat_shards = [p for p in self._zero.flat_shards(for_load=True) if (p.kind, p.name) == (kind, name)]
+    def set(self, values: Mapping[str, Tensor], kind: str) -> None:
+        """Write whole tensors of one kind, by name. The parameters follow once all are written."""
+        whole = {name: as_real(value) for name, value in values.items()}
+        for name, value in whole.items():
+            shape = self._spec(name).global_shape
+            if tuple(value.shape) != shape:
+                raise ConfigError(f"{name} has shape {list(shape)}, the value {list(value.shape)}")
+            self._check_kind(name, kind)
+        flat_shards = [p for p in self._zero.flat_shards(for_load=True) if p.kind == kind and p.name in whole]
         with torch.no_grad():
             for holder, group in by_holder(flat_shards):
                 held = None if holder is None else holder.acquire()
                 for flat_shard in group:
                     for box, part in flat_shard.parts(held):
-                        part.copy_(value[box.slices])
+                        part.copy_(whole[flat_shard.name][box.slices])
                 if holder is not None:
                     holder.release(changed=True)
         self._zero.refresh_parameters()
@@ -106,13 +112,18 @@ class WholeTensors:
         return {name: _apart(value) for name, value in whole.items() if name not in known}
 
     def parameter(self, name: str) -> Tensor:
-        """Whole, in the parameter's own dtype."""
-        parameter = self._parameters[name]
+        """Whole, in :meth:`dtype`."""
+        parameter, dtype = self._parameters[name], self.dtype(name)
         if self._average and EMA in self._zero.kinds_of(name):
-            return self.get(name, EMA).to(parameter.dtype)
-        if self._zero.config.stage < 3 and not self._spec(name).placements:
+            return self.get(name, EMA).to(dtype)
+        if self._zero.config.stage < 3 and not self._spec(name).placements and dtype == parameter.dtype:
             return parameter.detach()
-        return self.get(name, "param").to(parameter.dtype)
+        return self.get(name, "param").to(dtype)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of what :meth:`parameter` gives: the parameter's own, or that of its master weights."""
+        parameter = self._parameters[name]
+        return self._dtype(name) if self._masters and not parameter.is_complex() else parameter.dtype
 
     def buffer(self, name: str) -> Tensor:
         owner, _, last = name.rpartition(".")

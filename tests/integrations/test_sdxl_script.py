@@ -132,7 +132,7 @@ def test_adapters_alone_are_trained_and_load(trained: Path) -> None:
 
     call(trained, "lora", "--rank", "2", "--latents", str(trained / "whole/latents"), "--mixed_precision", "bf16")
     weights = safetensors.torch.load_file(trained / "lora" / "pytorch_lora_weights.safetensors")
-    assert weights and all("lora" in name for name in weights)
+    assert weights and all("lora" in name and value.dtype == torch.float32 for name, value in weights.items())
     assert max(float(value.abs().max()) for name, value in weights.items() if "lora_B" in name or "up" in name) > 0
     assert not (trained / "lora" / "unet").exists()
     pipe = StableDiffusionXLPipeline.from_pretrained(trained / "base")
@@ -144,6 +144,17 @@ def test_adapters_alone_are_trained_and_load(trained: Path) -> None:
     before = image()
     pipe.load_lora_weights(trained / "lora")
     assert np.abs(image() - before).max() > 0
+
+
+def test_an_update_too_small_for_bf16_is_in_the_folder(trained: Path) -> None:
+    """AdamW's first update moves a weight by the learning rate at most, besides the decay."""
+    small = ["--learning_rate", "1e-6", "--max_train_steps", "1", "--latents", str(trained / "whole/latents")]
+    call(trained, "small", "--mixed_precision", "bf16", *small)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    found, base = (safetensors.torch.load_file(trained / run / name) for run in ("small", "base"))
+    moved = torch.cat([(found[key].double() - value.double()).abs().flatten() for key, value in base.items()])
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert moved.median() > 3e-7 and moved.max() < 1.2e-6
 
 
 @pytest.mark.parametrize(

@@ -89,13 +89,13 @@ def prepare_unet(unet: Any, rank: int | None, checkpointing: bool) -> Any:
 
 
 def save_lora(engine: Engine, folder: Path, average: bool) -> None:
-    """Adapters as ``pipe.load_lora_weights(folder)`` takes them. On all ranks; rank 0 writes."""
+    """Adapters in fp32 as ``pipe.load_lora_weights(folder)`` takes them. On all ranks; rank 0 writes."""
     from diffusers import StableDiffusionXLPipeline
     from diffusers.training_utils import _collate_lora_metadata
     from peft.utils import get_peft_model_state_dict
 
     unet: Any = engine.module
-    tensors = engine.tensors(average)
+    tensors = engine.tensors(average, masters=True)
     whole: dict[str, Tensor] = {
         name: tensors.parameter(name).cpu().clone() for name, p in unet.named_parameters() if is_trained(p)
     }
@@ -117,6 +117,7 @@ def save_pipeline(
 ) -> None:
     """The base's pipeline with the UNet that was trained, as ``from_pretrained(folder)`` takes it. On all ranks.
 
+    The UNet is in fp32: of few updates at a small rate nothing is left in bf16.
     ``model_index.json`` is written last: a folder without it is not complete.
 
     Args:
@@ -133,7 +134,7 @@ def save_pipeline(
                     _copy(source, folder / name)
             config = {**scheduler_config(base), "prediction_type": prediction_type}
             _write(folder / "scheduler" / "scheduler_config.json", config)
-    engine.save_pretrained(folder / "unet", average)
+    engine.save_pretrained(folder / "unet", average, masters=True)
     with together(engine.mesh.world):
         if engine.mesh.rank == 0:
             _write(folder / INDEX, index)
