@@ -135,6 +135,14 @@ def scale_of(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
     Args:
         power_of_two: the next power of two above it, so that multiplying by a scale never rounds.
     """
+    if torch.compiler.is_compiling():
+        # Kept whole: Inductor's division on a GPU is off by a bit at times, and a scale would depend on who made it.
+        found: Tensor = torch.ops.megatron_ds.float8_scale(amax, dtype, power_of_two)
+        return found
+    return _scale_of(amax, dtype, power_of_two)
+
+
+def _scale_of(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> Tensor:
     scale = amax.clamp(min=SMALLEST_AMAX) / torch.finfo(dtype).max
     if not power_of_two:
         return scale
@@ -355,6 +363,11 @@ def _fake_block_cast(
     return (*_outputs(x, plain, transposed, dtype), *(x.new_empty(s, dtype=torch.float32) for s in (scale, scale_t)))
 
 
+define(
+    "float8_scale(Tensor amax, ScalarType dtype, bool power_of_two) -> Tensor",
+    _scale_of,
+    lambda amax, *how: torch.empty_like(amax),
+)
 define(
     "float8_amax(Tensor x, bool whole, bool plain, bool transposed) -> (Tensor, Tensor)",
     lambda x, *how: FLOAT8.load(x).amax(x, *how),

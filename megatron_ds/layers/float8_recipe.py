@@ -18,9 +18,9 @@ of features are not cut (:func:`fault`). The layer gathers sequence-parallel act
 A weight is quantised once a step: inside :func:`weights_kept`, which the step holds around its micro-batches, when no
 weight changes. Outside of it nothing is kept, so that updates, loaded checkpoints and writes need not be noticed.
 
-With ``fp8_from_masters`` a layer in FP8 has an fp32 weight, its own master. Where ZeRO shards those, the owner of a
-part quantises it and ranks gather it in FP8 alone (:mod:`megatron_ds.kernels.float8_weight`); else the layer quantises
-what it has. A run in bf16 or fp16 without it quantises the half copies that ZeRO gathers: a weight is rounded twice.
+With ``fp8_from_masters`` a layer in FP8 has an fp32 weight, its own master. Where ZeRO shards or offloads those, the
+owner of a part quantises it and ranks gather it in FP8 alone (:mod:`megatron_ds.kernels.float8_weight`); else the layer
+quantises what it has. Without it a run in bf16 or fp16 quantises what ZeRO gathers: a weight is rounded twice.
 """
 
 from __future__ import annotations
@@ -309,10 +309,10 @@ def weight_block(settings: Float8Settings) -> Block:
     return whole.get(settings.fp8, Block(settings.fp8_block, settings.fp8_block))
 
 
-def use_float8(model: nn.Module, settings: Float8Settings, gathered: bool = False) -> None:
+def use_float8(model: nn.Module, settings: Float8Settings) -> None:
     """Give the chosen layers of a stage their recipe, and ``fp8_from_masters`` weights that are their own masters.
 
-    ``gathered``: where those are sharded, they may be gathered in FP8 alone (``parameter.float8``).
+    Where those are sharded or offloaded, they are gathered in FP8 alone (``parameter.float8``).
     """
     form = Float8Format(weight_block(settings), settings.fp8_power_of_two)
     for _, layer in linear_layers(model):
@@ -321,7 +321,7 @@ def use_float8(model: nn.Module, settings: Float8Settings, gathered: bool = Fals
                 layer.weight.data = layer.weight.data.to(torch.promote_types(layer.weight.dtype, torch.float32))
             cut = "in" if isinstance(layer, RowParallelLinear) else "out"
             layer.recipe = recipe = Float8Recipe(settings, layer.tp, cut)
-            if gathered and layer.weight.dtype in (torch.float32, torch.float64):
+            if layer.weight.dtype in (torch.float32, torch.float64):
                 layer.weight.float8 = recipe.gathered = Float8Weight(form)  # type: ignore[attr-defined]
 
 

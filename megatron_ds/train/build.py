@@ -165,16 +165,8 @@ def make_stages(
     }
     if config.precision.fp8 != "none":
         for stage in stages.values():
-            use_float8(stage, config.precision, gathers_float8(config))
+            use_float8(stage, config.precision)
     return stages, _tie_embeddings(stages, mesh)
-
-
-def gathers_float8(config: BaseRunConfig) -> bool:
-    """Whether ranks may gather the FP8 codes of sharded masters in place of the masters: with the same bits.
-
-    A compiled layer quantises its weight itself, and an offloaded shard is fetched for each gather: there they do not.
-    """
-    return not config.compile and config.zero.offload_parameters.device == "none"
 
 
 def root_of(stages: Mapping[int, nn.Module]) -> nn.Module:

@@ -20,7 +20,7 @@ from megatron_ds.optim.factory import as_rule
 from megatron_ds.pipeline.placement import Placement
 from megatron_ds.pipeline.schedules import generator_of
 from megatron_ds.pipeline.stage import Activations, StageSpan
-from megatron_ds.train.build import gathers_float8, make_stages, num_micro_batches, root_of, spans_of, stage_numbers
+from megatron_ds.train.build import make_stages, num_micro_batches, root_of, spans_of, stage_numbers
 from megatron_ds.train.task import Task, largest_activations
 from megatron_ds.zero.allocate import data_axes
 from megatron_ds.zero.buckets import ParameterInfo
@@ -95,8 +95,7 @@ class StageBook:
     ) -> tuple[ParameterInfo, ...]:
         """Of the stages ``spans`` of this rank, in units for ``shard_ranks`` if ZeRO's stage is 3."""
         kinds = tuple((span.last - span.first, span.embedding, span.head) for span in spans)
-        low = (config.precision, gathers_float8(config))
-        stage_key = (config.model, *low, config.mesh.sequence_parallel, mesh.tp.size, kinds)
+        stage_key = (config.model, config.precision, config.mesh.sequence_parallel, mesh.tp.size, kinds)
         zero = config.zero
         gathers = zero.stage == 3 and (shard_ranks > 1 or zero.offload_parameters.device != "none")
         key = (stage_key, config.optimizer, zero.persistence_threshold if gathers else None)
@@ -144,6 +143,6 @@ def account_of(
 
 def _kept_copies(info: ParameterInfo, shard_ranks: int) -> int:
     """Copies in FP8 that a step keeps of a weight besides what is gathered."""
-    if info.float8 is None or shard_ranks == 1:
+    if info.float8 is None or (shard_ranks == 1 and info.unit is None):
         return 2
     return 0 if info.unit is None and info.float8.codes == 2 else 1

@@ -36,7 +36,7 @@ class ParameterInfo:
     ``shared`` numbers the parameters that other pipeline stages hold too (a tied embedding); None for all others.
     ``unit`` numbers what stage 3 gathers and frees together (see ``zero/units.py``); None: the parameter stays whole.
     ``stage`` is the pipeline stage whose backward pass completes the gradient. ``rule``: how it is updated. ``float8``:
-    how it is gathered in FP8, where it is sharded; None: as it is.
+    how it is gathered in FP8, where it is sharded or offloaded; None: as it is.
     """
 
     spec: ShardSpec
@@ -183,14 +183,20 @@ class BucketLayout:
         return self.size * (self.codes or self.key.dtype.itemsize)
 
     @property
-    def parameter_bytes(self) -> int:
-        """Of its parameters, as one rank keeps them: in FP8, besides its masters."""
-        gathered = self.gathered_bytes if self.key.unit is None else self.gathered_bytes // self.shards
+    def parameter_bytes(self) -> list[int]:
+        """Of each piece of its parameters that one rank keeps: in FP8, the codes besides the masters."""
+        kept = self.size if self.key.unit is None else self.shard_size
         if self.key.float8 is None:
-            return gathered
+            return [kept * self.key.dtype.itemsize]
+        return [self.shard_size * self.key.dtype.itemsize, *[kept] * self.codes]
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of the scales of its parameters in FP8, which are on the device."""
+        if self.key.float8 is None:
+            return 0
         shapes = (self.key.float8.scale_shapes(*matrix_shape(slot.spec.local_shape)) for slot in self.slots)
-        scales = sum(prod(shape) for of_slot in shapes for shape in of_slot)
-        return gathered + self.shard_size * self.key.dtype.itemsize + scales * torch.float32.itemsize
+        return sum(prod(shape) for of_slot in shapes for shape in of_slot) * torch.float32.itemsize
 
     @property
     def gradient_bytes(self) -> int:
@@ -265,7 +271,7 @@ def plan_buckets(
         if not info.trainable and info.unit is None:
             continue
         cut = copies_apart and any(placement.count > 1 for placement in info.spec.placements)
-        form = info.float8 if shards_of(info.sharded_over) > 1 else None
+        form = info.float8 if shards_of(info.sharded_over) > 1 or info.unit is not None else None
         key, numel = replace(info.bucket_key, cut=cut, float8=form), info.numel
         slots, last = filling.get(key, ([], 0))
         start = _aligned(slots[-1].start + slots[-1].numel, ALIGN) if slots else 0

@@ -368,8 +368,8 @@ class FlatBucket:
     def _digest(self) -> torch.Tensor | None:
         """A sum that tells a write of an offloaded shard, which is not here to be compared. To ask a GPU means to wait
         for it: there only in the first steps, and where something was found."""
-        whole = self.parameters.whole
-        if self.parameters.holding.resident or not (whole.device.type == "cpu" or self._looks > 0):
+        whole, there = self.parameters.whole, self.parameters.has_copy
+        if self.parameters.holding.resident or not there or not (whole.device.type == "cpu" or self._looks > 0):
             return None
         return comm.slice_dim0(whole, self.shard).view(torch.int64).sum()
 
@@ -386,8 +386,7 @@ class FlatBucket:
             self.finish_gather()
         else:
             self._gathering = None
-            self.parameters.holding.acquire()
-            self.parameters.holding.release(changed=False)
+            self.parameters.cancel()
         self.parameters.free()
 
     def finish_gather(self) -> bool:

@@ -1,7 +1,8 @@
 """Parameters of which ranks gather FP8 codes: the weights of layers that compute in FP8, whose masters are sharded.
 
 A rank has its slice of the masters, which are the parameters themselves, in fp32 or fp64. After an update it quantises
-that slice, and the ranks gather the codes: at once, or at stage 3 for each use of a unit. What shares a scale may lie
+that slice, and the ranks gather the codes: at once, or at stage 3 for each use of a unit. Where the masters of a unit
+are offloaded, so are the codes, and both are read and written one bucket after the other. What shares a scale may lie
 on several ranks, so they first take the largest amax, of all such parameters together. In their own precision they are
 whole where somebody asks for them (``ZeroOptimizer.gathered``), and nowhere else.
 """
@@ -113,7 +114,7 @@ class _Group:
                 if cut == is_cut:
                     self._places[key] = used, shape
                     used += prod(shape)
-        self._scales = torch.zeros(used, device=_of(buckets[0]).shard.device)
+        self._scales = torch.zeros(used, device=_of(buckets[0]).whole.device)
         for number, bucket in enumerate(buckets):
             self._give(number, bucket)
 
@@ -136,26 +137,37 @@ class _Group:
 
     def encode(self) -> None:
         amax = torch.zeros_like(self._scales)
-        for flat, start, k, seen, _ in self._parts(amax):
-            add_amax(self.form, flat, start, k, seen)
+        for number, memory in self._fetched():
+            with memory.masters() as masters:
+                for part, start, k, seen, _ in self._parts(number, masters, amax):
+                    add_amax(self.form, part, start, k, seen)
         # As integers, of which a NaN is the largest: it reaches all ranks.
         comm.all_reduce(amax.view(torch.int32), self.axis, dist.ReduceOp.MAX)
         if self._cut < len(amax):
             comm.all_reduce(amax[self._cut :].view(torch.int32), self.tp, dist.ReduceOp.MAX)
         self._scales.copy_(scale_of(amax, E4M3, self.form.power_of_two))
-        for flat, start, k, scales, codes in self._parts(self._scales):
-            cast(self.form, flat, start, k, scales, codes)
+        for number, memory in self._fetched():
+            with memory.shards_of_codes() as every, memory.masters() as masters:
+                for part, start, k, scales, place in self._parts(number, masters, self._scales):
+                    cast(self.form, part, start, k, scales, [codes.view(E4M3)[place] for codes in every])
 
-    def _parts(self, values: Tensor) -> Iterator[tuple[Tensor, int, int, list[Tensor], list[Tensor]]]:
-        """Of each parameter that this rank has a part of: the part, its first element, the columns of the matrix, what
-        ``values`` has for it, and the part's codes."""
-        for number, bucket in enumerate(self.buckets):
-            memory = _of(bucket)
-            codes = [each.shard.view(E4M3) for each in memory.codes]
-            for segment in bucket.segments:
-                spec, place = segment.spec, slice(segment.offset, segment.offset + segment.numel)
-                mine = self._of_slot(values, number, segment.slot.parameter)
-                yield memory.shard[place], segment.start, spec.local_shape[-1], mine, [each[place] for each in codes]
+    def _fetched(self) -> Iterator[tuple[int, Float8Parameters]]:
+        """The buckets of which this rank has something, by number. Masters that are elsewhere are read one ahead."""
+        mine = [(number, _of(bucket)) for number, bucket in enumerate(self.buckets) if bucket.segments]
+        for index, (number, memory) in enumerate(mine):
+            for _, near in mine[index : index + 2]:
+                near.holding.read_start()
+            yield number, memory
+
+    def _parts(
+        self, number: int, masters: Tensor, values: Tensor
+    ) -> Iterator[tuple[Tensor, int, int, list[Tensor], slice]]:
+        """Of each parameter that this rank has a part of, in a bucket: the part, its first element, the columns of the
+        matrix, what ``values`` has for it, and the part's place in the bucket's slice."""
+        for segment in self.buckets[number].segments:
+            spec, place = segment.spec, slice(segment.offset, segment.offset + segment.numel)
+            mine = self._of_slot(values, number, segment.slot.parameter)
+            yield masters[place], segment.start, spec.local_shape[-1], mine, place
 
 
 def _of(bucket: FlatBucket) -> Float8Parameters:

@@ -54,7 +54,7 @@ class OffloadPlacement:
         parameters = _chosen(offloads[1], {i: b.size for i, b in enumerate(buckets) if b.key.unit is not None})
         sizes = [
             [sum(buckets[i].state_bytes) for i in sorted(state)],
-            [buckets[i].parameter_bytes for i in sorted(parameters)],
+            [size for i in sorted(parameters) for size in buckets[i].parameter_bytes],
         ]
         resident = sum(sum(each) for offload, each in zip(offloads, sizes) if offload.device == "cpu")
         costs = [
@@ -173,7 +173,8 @@ class ZeroLayout:
         whole_gradients = self.keeps_gradients_whole(micro_batches)
         for number, bucket in enumerate(self.buckets):
             away = config.offload_parameters.device if number in self.offload.parameters else "none"
-            held["parameters"][stores[away]] += bucket.parameter_bytes
+            held["parameters"][stores[away]] += sum(bucket.parameter_bytes)
+            held["parameters"]["device"] += bucket.scale_bytes
             if bucket.key.unit is not None:
                 if (node := self._node_size(bucket)) is not None:
                     held["parameters"]["device"] += bucket.gathered_bytes // node

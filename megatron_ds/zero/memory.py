@@ -9,6 +9,9 @@ slices is for :mod:`megatron_ds.comm.buffers`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from megatron_ds import comm
@@ -18,7 +21,7 @@ from megatron_ds.mesh import Axis
 from megatron_ds.zero.buckets import BucketLayout
 from megatron_ds.zero.state import RegionAccess
 from megatron_ds.zero.store import Store
-from megatron_ds.zero.store.device import ResidentRegion
+from megatron_ds.zero.store.device import DeviceStore, ResidentRegion
 
 
 class WholeBuffer:
@@ -64,6 +67,9 @@ class WholeBuffer:
         pass
 
     def discard(self) -> None:
+        pass
+
+    def cancel(self) -> None:
         pass
 
     def keep_slice(self) -> None:
@@ -196,25 +202,35 @@ class TransientParameters:
 
         return Pending(self.whole, then=fetch_and_gather)
 
+    def cancel(self) -> None:
+        """A gather that was started is not waited for. Only where the shard is not resident: there it has only been
+        fetched so far."""
+        self.holding.acquire()
+        self.holding.release(changed=False)
+
 
 class Float8Parameters(TransientParameters):
     """Parameters in fp32 or fp64 of which FP8 ``codes`` are gathered: a byte of each element, or two.
 
     ``shard`` is kept, and ``codes`` are whole all the time, or a unit's while it is used. ``whole`` has memory only
     while the parameters themselves are gathered, with ``exactly``. See :mod:`megatron_ds.zero.float8_gathering`.
+
+    Args:
+        store: where the shard lives, and that of the codes of a unit, if it is offloaded.
     """
 
-    def __init__(self, name: str, layout: BucketLayout, buffers: Buffers):
+    def __init__(self, name: str, layout: BucketLayout, buffers: Buffers, store: Store | None):
         self.axis, self.transient, self.exactly = buffers.axis, layout.key.unit is not None, False
-        shard = torch.zeros(layout.shard_size, dtype=layout.key.dtype, device=buffers.device)
+        place = store or DeviceStore(buffers.device)
+        self.holding = RegionAccess(place.allocate(name, layout.shard_size, layout.key.dtype))
         # Through the process group, wherever the ranks are: it is seldom.
+        shard = self.shard if self.holding.resident else None
         self._memory = GroupGathered(layout.size, layout.key.dtype, buffers.device, buffers.axis, shard)
-        self.holding = RegionAccess(ResidentRegion(name, shard))
         self.whole = self._memory.whole
         self.codes: list[WholeBuffer | TransientParameters] = []
         for _ in range(layout.codes):
             if self.transient:
-                self.codes.append(TransientParameters(name, layout.size, torch.uint8, buffers, None))
+                self.codes.append(TransientParameters(name, layout.size, torch.uint8, buffers, store))
             else:
                 self.codes.append(WholeBuffer(name, layout.size, torch.uint8, buffers))
 
@@ -228,9 +244,30 @@ class Float8Parameters(TransientParameters):
         started = [codes.all_gather_start() for codes in self.codes]
         return Pending(self.whole, then=lambda: [gather.wait() for gather in started if gather is not None])
 
+    @contextmanager
+    def masters(self) -> Iterator[torch.Tensor]:
+        """``shard``, wherever it lives, to read."""
+        yield self.holding.acquire()
+        self.holding.release(changed=False)
+
+    @contextmanager
+    def shards_of_codes(self) -> Iterator[list[torch.Tensor]]:
+        """What is written into these becomes this rank's slice of the codes. Offloaded ones are fetched afterwards, one
+        after the other: a store's staging memory may have room for one."""
+        size, away = self.holding.region.numel, [codes for codes in self.codes if not codes.holding.resident]
+        made = {id(codes): codes.whole.new_empty(size) for codes in away}
+        yield [made[id(codes)] if codes in away else codes.shard for codes in self.codes]
+        for codes in away:
+            codes.holding.acquire().copy_(made[id(codes)])
+            codes.holding.release(changed=True)
+
     def serve(self) -> None:
         for codes in self.codes:
             codes.serve()
+
+    def cancel(self) -> None:
+        for codes in self.codes:
+            codes.cancel()
 
     def free(self) -> None:
         super().free()
@@ -248,7 +285,7 @@ def parameter_memory(
 ) -> WholeBuffer | TransientParameters:
     """Of a bucket's parameters. ``store``: as of :class:`TransientParameters`."""
     if layout.codes:
-        return Float8Parameters(name, layout, buffers)
+        return Float8Parameters(name, layout, buffers, store)
     if layout.key.unit is None:
         return WholeBuffer(name, layout.size, layout.key.dtype, buffers)
     return TransientParameters(name, layout.size, layout.key.dtype, buffers, store)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -158,3 +159,20 @@ def test_products_of_nothing() -> None:
     empty = Float8(torch.zeros(0, 16).to(E4M3), torch.ones(0, 1), Block(1, None))
     some = Float8(torch.zeros(4, 16).to(E4M3), torch.ones(4, 1), Block(1, None))
     assert product(empty, some, torch.float32).shape == (0, 4)
+
+
+def test_a_compiler_leaves_scales_alone() -> None:
+    """Inductor divides by an approximation on a GPU: the same weight would have other bits in compiled code."""
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    x = random(6, 8).float()
+    for power_of_two in (False, True):
+        amax = block_amax(x, Block(1, None))
+        compiled = torch.compile(scale_of, backend=backend, fullgraph=True)(amax, E4M3, power_of_two)
+        assert torch.equal(compiled, scale_of(amax, E4M3, power_of_two))
+    assert len(graphs) == 2
+    assert all("float8_scale" in graph and "div" not in graph for graph in graphs)
