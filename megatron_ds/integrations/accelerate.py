@@ -19,10 +19,11 @@ Accelerate has no interface for a backend of one's own, so methods of this one `
 the returned optimizer; ``register_for_checkpointing`` puts them into ``save_state``, whose folder holds an engine's
 checkpoint, for any number of ranks, beside Accelerate's own files. ``mixed_precision`` of the Accelerator becomes
 ``precision.dtype``, in which the model's outputs stay: compute a loss of your own with ``outputs.float()``. Its
-``dynamo_backend`` compiles the model, in place. A parameter's ``.grad`` cannot be read: it raises, and
-``model.engine.get_gradient`` gives the gradient. ``clip_grad_norm_`` and ``clip_grad_value_`` clip the gradient that
-the optimizer steps with, as with DeepSpeed, also where the loop calls them after each micro-batch: Accelerate alone
-would clip there what has been accumulated so far. One accelerator trains one model.
+``GradScalerKwargs`` are the loss scale's settings of fp16, and its ``dynamo_backend`` compiles the model, in place. A
+parameter's ``.grad`` cannot be read: it raises, and ``model.engine.get_gradient`` gives the gradient.
+``clip_grad_norm_`` and ``clip_grad_value_`` clip the gradient that the optimizer steps with, as with DeepSpeed, also
+where the loop calls them after each micro-batch: Accelerate alone would clip there what has been accumulated so far.
+One accelerator trains one model.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DistributedType, DynamoBackend, GradScalerKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -58,10 +59,11 @@ class Bridge:
         grad_norm: 0-d, of the step that is under way; NaN where it is not known before the optimizer steps.
 
     Raises:
-        ConfigError: the accelerator has a bridge already.
+        ConfigError: the accelerator has a bridge already, or was told to shard models itself.
     """
 
     def __init__(self, accelerator: Accelerator):
+        _require_no_sharding(accelerator)
         if isinstance(getattr(accelerator.backward, "__self__", None), Bridge):
             raise ConfigError(
                 "this Accelerator trains an engine already, and its backward() can be that of one alone; make an "
@@ -237,6 +239,21 @@ class Bridge:
         return self.engine
 
 
+def _require_no_sharding(accelerator: Accelerator) -> None:
+    kind, layout = accelerator.distributed_type, getattr(accelerator.state, "parallelism_config", None)
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"this Accelerator is to shard models itself, by {kind.value}, which an engine does here; leave that out "
+            "(fsdp= of training arguments, a plugin, or the answers to `accelerate config`) and set zero.stage"
+        )
+    if layout is not None and layout.total_size != layout.dp_replicate_size:
+        raise ConfigError(
+            f"parallelism_config of the Accelerator has {layout.total_size} ranks of which "
+            f"{layout.dp_replicate_size} have a batch each, and to an engine all are data-parallel; leave it out and "
+            "set zero.stage, or use a model of megatron_ds.models on a mesh"
+        )
+
+
 @contextlib.contextmanager
 def _hooked(hook: Any) -> Iterator[None]:
     try:
@@ -257,7 +274,8 @@ def prepare(
     if accelerator.is_main_process:
         for note in notes:
             print(f"megatron_ds: {note}", flush=True)
-    settings = for_a_loop(with_precision(settings, accelerator.mixed_precision), accelerator.device)
+    settings = _with_scaler(with_precision(settings, accelerator.mixed_precision), accelerator.scaler_handler)
+    settings = for_a_loop(settings, accelerator.device)
     bridge = Bridge(accelerator)
     engine = initialize(model, settings, optimizer)
     wrapped, stepper = bridge.attach(engine)
@@ -301,6 +319,24 @@ def with_precision(config: EngineConfig, mixed: str) -> EngineConfig:
             "them"
         )
     return config
+
+
+def _with_scaler(config: EngineConfig, scaler: GradScalerKwargs | None) -> EngineConfig:
+    """The loss scale that the Accelerator was given for fp16, but for what the configuration says of it."""
+    if scaler is None or config.keeps_dtype or config.precision.dtype != "fp16":
+        return config
+    if (scaler.growth_factor, scaler.backoff_factor) != (2.0, 0.5):
+        raise ConfigError(
+            f"GradScalerKwargs(growth_factor={scaler.growth_factor:g}, backoff_factor={scaler.backoff_factor:g}): the "
+            "loss scale doubles and halves here; leave both at 2 and 0.5"
+        )
+    given: dict[str, Any] = {"loss_scale": 1.0}
+    if scaler.enabled:
+        given = {"initial_loss_scale": scaler.init_scale, "loss_scale_window": scaler.growth_interval}
+        given["loss_scale_hysteresis"] = 1
+    return config.model_copy(
+        update={"precision": PrecisionConfig(**given | config.precision.model_dump(exclude_unset=True))}
+    )
 
 
 def for_a_loop(config: EngineConfig, device: torch.device) -> EngineConfig:

@@ -291,6 +291,39 @@ def mixed_precision() -> dict[str, str]:
     return found
 
 
+def settings_of_the_accelerator() -> tuple[dict[str, str], list[Any]]:
+    """What is refused, and what the loss scale becomes with a configuration that says nothing and one that does."""
+    place_in_environment()
+    from accelerate import Accelerator, ParallelismConfig
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType, GradScalerKwargs
+
+    from megatron_ds.integrations.accelerate import prepare
+
+    def prepared(config: Any, mixed: str = "no", layout: Any = None, kind: Any = None, **more: Any) -> Any:
+        AcceleratorState._reset_state()
+        accelerator, net = Accelerator(cpu=True, **more), Net().float()
+        # What Accelerate itself sets on GPUs alone.
+        accelerator.state.parallelism_config, accelerator.state._mixed_precision = layout, mixed
+        accelerator.state.distributed_type = kind or accelerator.state.distributed_type
+        engine = prepare(accelerator, net, adamw(net), config)[0].engine
+        engine.zero.close()
+        return engine.train_step.scaler
+
+    def scale(config: Any = None, **settings: Any) -> Any:
+        scaler = prepared(config, mixed="fp16", kwargs_handlers=[GradScalerKwargs(**settings)])
+        return scaler.scale, scaler.window, scaler.hysteresis, scaler.dynamic
+
+    refused = {
+        "fsdp": message(prepared, None, kind=DistributedType.FSDP),
+        "tp": message(prepared, None, layout=ParallelismConfig(tp_size=2)),
+        "replicas": message(prepared, None, layout=ParallelismConfig(dp_replicate_size=2)),
+        "factor": message(scale, growth_factor=4.0),
+    }
+    said = {"precision": {"dtype": "fp16", "loss_scale_window": 7}}
+    return refused, [scale(init_scale=256.0, growth_interval=50), scale(said, init_scale=256.0), scale(enabled=False)]
+
+
 def two_schedules() -> str:
     """The configuration's, and the loop's."""
     warmup = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2}}

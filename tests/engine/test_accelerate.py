@@ -18,6 +18,7 @@ from accelerate_cases import (
     plain,
     prepared_again,
     refusals,
+    settings_of_the_accelerator,
     taken_up,
     two_schedules,
 )
@@ -138,3 +139,11 @@ def test_mixed_precision_is_the_accelerators() -> None:
     (found,) = run_ranks(mixed_precision, 1)
     assert found["bf16 0"] == "torch.bfloat16" and found["no 0"] == "torch.float32"
     assert "precision.dtype='fp32', but mixed_precision='bf16'" in found["bf16 1"]
+
+
+def test_what_else_an_accelerator_was_told_is_done_or_refused() -> None:
+    for refused, scales in run_ranks(settings_of_the_accelerator, 1):
+        assert "to shard models itself, by FSDP, which an engine does here; leave that out" in refused["fsdp"]
+        assert "has 2 ranks of which 1 have a batch each" in refused["tp"] and not refused["replicas"]
+        assert "growth_factor=4, backoff_factor=0.5): the loss scale doubles" in refused["factor"]
+        assert scales == [(256.0, 50, 1, True), (256.0, 7, 1, True), (1.0, scales[2][1], scales[2][2], False)]
