@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ CHATML = (
 )
 
 Spans = tuple[tuple[int, int], ...]
+_GIVEN = "messages", "tools", "add_generation_prompt", "mark_generation", "self"
 _REASONING = "reasoning_content", "thinking", "reasoning"
 _ASKS_FOR_NONE = re.compile(r"""content['"\])]*\s*(is|==|!=)\s*(not\s+)?none\b""", re.IGNORECASE)
 
@@ -86,30 +88,56 @@ class ChatTemplate:
 
         if tools and "tools" not in self.tool_use:
             raise BadConversation("the chat template shows no tools; leave tools out, or give a template that does")
+        shown = [self._as_known(message) for message in messages]
+        given = {"messages": shown, "tools": tools, "add_generation_prompt": add_generation_prompt}
         try:
-            return render(
-                self._template if tools is None else self._with_tools,
-                messages=[self._as_known(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                tools=tools,
-                documents=None,  # there, as in transformers, to templates that ask whether it is
-                **self._special,
-                **variables,
-            )
+            # Documents are there, as in transformers, to templates that ask whether they are.
+            named = {"documents": None, **self._special, **variables, **given}
+            return render(self._template if tools is None else self._with_tools, **named)
         except Exception as error:
             raise BadConversation(f"the chat template refuses it: {str(error) or type(error).__name__}") from None
 
-    def prompt(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> str:
+    def prompt(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
         """The text of a request, up to where its answer begins.
 
+        Args:
+            add_generation_prompt: whether the words that lead the assistant in end it.
+            continue_final_message: it ends with the text of the last message, which the answer goes on with.
+            variables: further ones of the template.
+
         Raises:
-            BadConversation: see :meth:`render`; or the template shows nothing of a message's role, or of tool calls.
+            BadConversation: see :meth:`render`; or the template shows nothing of a message's role, of tool calls or of
+                a variable.
         """
-        text = self.render(messages, True, tools)
+        source = self.source if tools is None else self.tool_use
+        for name in variables or {}:
+            if name in _GIVEN or not re.search(rf"\b{re.escape(name)}\b", source):
+                raise BadConversation(f"the chat template has no variable {name!r} to set")
+
+        def render(of: list[dict[str, Any]]) -> str:
+            return self.render(of, add_generation_prompt, tools, **(variables or {}))
+
+        text = render(messages)
         # The last of each kind: a request must not cost a rendering for each message.
         kinds = {(message["role"], bool(message.get("tool_calls"))): i for i, message in enumerate(messages)}
-        self._check_shown(messages, tools, text, list(kinds.values()), add_generation_prompt=True)
-        return text
+        _check_shown(messages, text, list(kinds.values()), render)
+        if not continue_final_message:
+            return text
+        if add_generation_prompt:
+            raise BadConversation("continue_final_message needs add_generation_prompt=False: no other answer is begun")
+        *before, last = messages
+        mark = "\ue000\ue001"
+        start, found, after = render([*before, {**last, "content": f"{last['content'] or ''}{mark} "}]).rpartition(mark)
+        if not found:
+            raise BadConversation("the chat template does not show the last message, which is to be continued")
+        return start if after.startswith(" ") else start.rstrip()  # where the template strips texts, of this one too
 
     def renderings(self, messages: list[dict[str, Any]], tools: list[Any] | None = None) -> list[Rendering]:
         """The texts of a conversation, so that each answer follows the text that it would follow in generation.
@@ -123,7 +151,7 @@ class ChatTemplate:
                 answer does not begin with its generation prompt.
         """
         whole = self.render(messages, tools=tools)
-        self._check_shown(messages, tools, whole, range(len(messages)))
+        _check_shown(messages, whole, range(len(messages)), partial(self.render, tools=tools))
         at_whole: list[tuple[int, int]] = []
         others: list[tuple[str, int, int]] = []
         for i, message in enumerate(messages):
@@ -156,46 +184,6 @@ class ChatTemplate:
             raise BadConversation("the chat template changes what its generation blocks wrote")
         return spans
 
-    def _check_shown(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[Any] | None,
-        whole: str,
-        which: Sequence[int],
-        add_generation_prompt: bool = False,
-    ) -> None:
-        """Check that the template shows these messages and tool calls.
-
-        Templates skip roles and keys that they do not know. The model would answer, or learn to answer, what it never
-        saw.
-
-        Args:
-            whole: the text of all messages.
-            which: numbers of the messages that are looked at.
-
-        Raises:
-            BadConversation: the text is the same without a message that is not the assistant's, or without calls.
-        """
-        marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
-        try:
-            marked = [_marked(message, mark) for message, mark in zip(messages, marks)]
-            text = self.render(marked, add_generation_prompt, tools)
-        except BadConversation:
-            text = ""
-        for i in which:
-            message, mark = messages[i], marks[i]
-            if mark in text or _marked(message, mark) == message:
-                continue
-            other = _marked(message, ".") if message["role"] != "assistant" else {**message, "tool_calls": None}
-            try:  # a template may change the mark, or show other things of calls
-                others = [*messages[:i], other, *messages[i + 1 :]]
-                same = self.render(others, add_generation_prompt, tools) == whole
-            except BadConversation:
-                same = False
-            if same:
-                what = "the tool_calls" if message["role"] == "assistant" else f"the role {message['role']!r}"
-                raise BadConversation(f"the chat template does not show {what} of message {i}; take one that does")
-
     def _as_known(self, message: dict[str, Any]) -> dict[str, Any]:
         """The message in words that the template knows."""
         if message.get("content", "") is None and not self._asks_for_none:
@@ -204,6 +192,39 @@ class ChatTemplate:
             message = {**message, "role": "system"}
         thought = next((message[name] for name in _REASONING if message.get(name) is not None), None)
         return message if thought is None else {"thinking": thought, **message, "reasoning_content": thought}
+
+
+def _check_shown(
+    messages: list[dict[str, Any]], whole: str, which: Sequence[int], render: Callable[[list[dict[str, Any]]], str]
+) -> None:
+    """Check that the template shows these messages and tool calls.
+
+    Templates skip roles and keys that they do not know. The model would answer, or learn to answer, what it never saw.
+
+    Args:
+        whole: the text of all messages.
+        which: numbers of the messages that are looked at.
+
+    Raises:
+        BadConversation: the text is the same without a message that is not the assistant's, or without calls.
+    """
+    marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
+    try:
+        text = render([_marked(message, mark) for message, mark in zip(messages, marks)])
+    except BadConversation:
+        text = ""
+    for i in which:
+        message, mark = messages[i], marks[i]
+        if mark in text or _marked(message, mark) == message:
+            continue
+        other = _marked(message, ".") if message["role"] != "assistant" else {**message, "tool_calls": None}
+        try:  # a template may change the mark, or show other things of calls
+            same = render([*messages[:i], other, *messages[i + 1 :]]) == whole
+        except BadConversation:
+            same = False
+        if same:
+            what = "the tool_calls" if message["role"] == "assistant" else f"the role {message['role']!r}"
+            raise BadConversation(f"the chat template does not show {what} of message {i}; take one that does")
 
 
 def _marked(message: dict[str, Any], mark: str) -> dict[str, Any]:

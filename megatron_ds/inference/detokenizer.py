@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True)
+class TextEnds:
+    """What the tokenizer and the model say of texts: tokens that end an answer, tokens that are no text."""
+
+    eos: tuple[int, ...] = ()
+    hidden: Container[int] = frozenset()
 
 
 class Decoder(Protocol):

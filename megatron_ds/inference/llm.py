@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -14,11 +14,7 @@ import torch
 from tqdm import tqdm
 
 from megatron_ds.comm.together import exchange
-from megatron_ds.data.chat import ChatTemplate, load_template
-from megatron_ds.data.chat_records import BadConversation, request_messages
-from megatron_ds.data.tokenizer_base import KNOWN_NAME
-from megatron_ds.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
-from megatron_ds.errors import ConfigError, DataError
+from megatron_ds.errors import ConfigError
 from megatron_ds.host import free_host_memory
 from megatron_ds.inference import served_model
 from megatron_ds.inference.batching import Batcher, require_budget
@@ -32,12 +28,12 @@ from megatron_ds.inference.packed_recipe import pack_model
 from megatron_ds.inference.quantized_recipes import linear_layers, quantize_model, require_scheme
 from megatron_ds.inference.ranks import Ranks
 from megatron_ds.inference.sampling_params import SamplingParams, suggested_settings
-from megatron_ds.inference.serving_engine import ServingEngine, TextEnds
+from megatron_ds.inference.serving_engine import ServingEngine
+from megatron_ds.inference.texts import Prompt, Texts
 from megatron_ds.layers.recipe import OwnPrecision, Recipe
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.models.transformer import Transformer
 
-Prompt = str | Sequence[int]
 CACHE_DTYPES: Mapping[str, torch.dtype] = MappingProxyType({**served_model.DTYPES, "fp8": torch.float8_e4m3fn})
 
 
@@ -116,7 +112,7 @@ class LLM:
         served_model.require_split(source.config, tensor_parallel_size, pipeline_parallel_size)
         self.model, self.seed, self.max_model_len = Path(model), seed, served_model.text_length(source, max_model_len)
         self.config, self.suggested = source.config, _suggested(source, generation_config)
-        self.tokenizer, self._template = _tokenizer(tokenizer or source.tokenizer)
+        self.texts = Texts.load(model, tokenizer or source.tokenizer)
         self._ranks = Ranks(MeshShape(pp=pipeline_parallel_size, tp=tensor_parallel_size), device, settings, place)
         mesh = self._ranks.mesh
         stage = served_model.build(source, mesh, own)
@@ -135,49 +131,10 @@ class LLM:
         runner.capture(capture, graphs)
         if draft is not None:
             draft.open(blocks, block_size)
-        pool, ends = BlockPool(blocks, block_size, enable_prefix_caching), _ends(source.generation, self.tokenizer)
+        pool, ends = BlockPool(blocks, block_size, enable_prefix_caching), self.texts.ends(source.generation)
         batcher = Batcher(pool, max_num_seqs, max_num_batched_tokens, num_speculative_tokens)
-        self.engine = ServingEngine(runner, batcher, mesh, self.max_model_len, self.tokenizer, ends, draft)
+        self.engine = ServingEngine(runner, batcher, mesh, self.max_model_len, self.texts.tokenizer, ends, draft)
         self._numbers, self._open = itertools.count(), True
-
-    # Prompts
-
-    def tokenize(self, prompt: Prompt) -> list[int]:
-        """The tokens of a text, where names of special tokens stand for these, with those that begin one; tokens stay
-        as they are."""
-        if not isinstance(prompt, str):
-            return [operator.index(token) for token in prompt]
-        tokenizer = self._require_tokenizer()
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise ConfigError("the prompt has half of a surrogate pair, which is no character: give valid Unicode")
-        if isinstance(tokenizer, HFTokenizer):
-            return list(tokenizer.backend.encode(prompt).ids)
-        begin = [tokenizer.bos_id] if tokenizer.begins and tokenizer.bos_id is not None else []
-        end = [tokenizer.eod_id] if tokenizer.ends and tokenizer.eod_id is not None else []
-        return [*begin, *(int(token) for token in tokenizer.encode_marked(prompt)[0]), *end]
-
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> list[int]:
-        """The tokens of a conversation by the model's chat template, up to where the answer begins.
-
-        Raises:
-            ConfigError: there is no template, or it refuses the conversation.
-        """
-        if self._template is None:
-            raise ConfigError(f"{self.model} has no chat template; put a chat_template.jinja beside its tokenizer")
-        try:
-            text = self._template.prompt(request_messages(messages), tools)
-        except BadConversation as error:
-            raise ConfigError(str(error)) from None
-        return [int(token) for token in self._require_tokenizer().encode_marked(text)[0]]
-
-    def token_bytes(self, token: int) -> bytes:
-        """What a token adds to a text."""
-        return f"token_id:{token}".encode() if self.tokenizer is None else self.tokenizer.token_bytes(token)
-
-    def _require_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise ConfigError(f"{self.model} has no tokenizer; name one (tokenizer=...), or give prompts as token ids")
-        return self.tokenizer
 
     # Answers
 
@@ -212,10 +169,26 @@ class LLM:
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        tools: list[Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """The answers to one conversation or several, by the model's chat template."""
+        """The answers to one conversation or several, by the model's chat template.
+
+        Args:
+            tools: shown to the model. chat_template_kwargs: further variables of the template.
+            add_generation_prompt, continue_final_message: see :meth:`ChatTemplate.prompt`.
+        """
         several: Any = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        return self.generate([self.render_chat(one) for one in several], sampling_params, use_tqdm)
+        render = partial(
+            self.texts.render_chat,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=chat_template_kwargs,
+        )
+        return self.generate([render(one) for one in several], sampling_params, use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """What there is of the answer, after every step."""
@@ -235,7 +208,7 @@ class LLM:
         """Queue a request; returns its id. :meth:`step` serves it. ``whole``: it tells of it at its end alone."""
         name = f"request-{next(self._numbers)}"
         text = prompt if isinstance(prompt, str) else None
-        self.engine.add(name, self.tokenize(prompt), self.seeded(params), text, whole)
+        self.engine.add(name, self.texts.tokenize(prompt), self.seeded(params), text, whole)
         return name
 
     def seeded(self, params: SamplingParams) -> SamplingParams:
@@ -293,36 +266,6 @@ def _dtype(setting: str, name: str, known: Mapping[str, torch.dtype] = served_mo
     if name not in known:
         raise ConfigError(f"{setting}={name!r}; use 'auto' or one of {', '.join(map(repr, known))}")
     return known[name]
-
-
-def _tokenizer(path: str | Path | None) -> tuple[Tokenizer | None, ChatTemplate | None]:
-    if path is None:
-        return None, None
-    tokenizer = load_tokenizer(path)
-    try:
-        return tokenizer, load_template(None, str(path), tokenizer.special)
-    except DataError:
-        return tokenizer, None
-
-
-def _ends(generation: Mapping[str, Any], tokenizer: Tokenizer | None) -> TextEnds:
-    """The tokens that end an answer, by what came with the model and by the tokenizer.
-
-    A model that was trained on conversations often ends as its tokenizer says, ``<|im_end|>``, and still has the base
-    model's ``generation_config.json``.
-    """
-    said = generation.get("eos_token_id")
-    eos = tuple(said) if isinstance(said, list) else () if said is None else (int(said),)
-    if tokenizer is None:
-        return TextEnds(eos)
-    guessed = tokenizer.eod_origin == KNOWN_NAME
-    if tokenizer.eod_id is not None and tokenizer.eod_id not in eos and not (eos and guessed):
-        eos = (*eos, tokenizer.eod_id)
-    hidden = {tokenizer.token_id(text) for text in tokenizer.special.values()} | set(eos)
-    if isinstance(tokenizer, HFTokenizer):
-        added = tokenizer.backend.get_added_tokens_decoder()
-        hidden |= {number for number, token in added.items() if token.special}
-    return TextEnds(eos, frozenset(token for token in hidden if token is not None))
 
 
 def _suggested(source: served_model.Source, generation_config: str) -> dict[str, Any]:

@@ -28,8 +28,10 @@ from starlette.routing import Route
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference.counters import FIRST_TOKEN_BOUNDS
 from megatron_ds.inference.llm import LLM
-from megatron_ds.inference.openai_protocol import Answers, BadRequest, Call, read_call
+from megatron_ds.inference.openai_answers import Answers
+from megatron_ds.inference.openai_protocol import BadRequest, Call, read_call
 from megatron_ds.inference.outputs import RequestOutput
+from megatron_ds.inference.serving_engine import PromptTooLongError
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +80,8 @@ class EngineThread:
             try:
                 self.llm.engine.add(name, call.prompts[prompt], self.llm.seeded(call.params))
             except ConfigError as error:
-                self._tell(name, BadRequest(str(error)))
+                code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else None
+                self._tell(name, BadRequest(str(error), code=code))
 
         self._asked.put(begin)
         if self.failure is not None:  # between a client's question and this: nobody will begin it
@@ -129,13 +132,16 @@ class Server:
         self._registry = registry
         routes = [
             Route("/v1/models", self._guarded(self._models)),
+            Route("/v1/models/{model:path}", self._guarded(self._model)),
             Route("/v1/completions", self._guarded(self._completions), methods=["POST"]),
             Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
             Route("/tokenize", self._guarded(self._tokenize), methods=["POST"]),
+            Route("/detokenize", self._guarded(self._detokenize), methods=["POST"]),
             Route("/health", self._health),
+            Route("/ping", self._health, methods=["GET", "POST"]),
             Route("/metrics", self._metrics),
         ]
-        handlers: Any = {BadRequest: _refused, HTTPException: _not_found, Exception: _defect}
+        handlers: Any = {BadRequest: _refused, ConfigError: _refused, HTTPException: _not_found, Exception: _defect}
         self.app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers)
 
     @contextlib.asynccontextmanager
@@ -151,15 +157,18 @@ class Server:
             key = self.limits.api_key
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
-                raise BadRequest("give the server's API key as a bearer token", status=401)
+                raise BadRequest("give the server's API key as a bearer token", None, 401, "invalid_api_key")
             answer: Response = await endpoint(request)
             return answer
 
         return guarded
 
     async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._about()]})
+
+    def _about(self) -> dict[str, Any]:
         about = {"id": self.model, "object": "model", "created": self.started, "owned_by": "megatron-ds"}
-        return JSONResponse({"object": "list", "data": [{**about, "max_model_len": self.llm.engine.max_model_len}]})
+        return {**about, "max_model_len": self.llm.engine.max_model_len}
 
     async def _health(self, request: Request) -> Response:
         if self.engine.failure is not None:
@@ -169,20 +178,26 @@ class Server:
     async def _metrics(self, request: Request) -> Response:
         return Response(generate_latest(self._registry), media_type="text/plain; version=0.0.4")
 
+    async def _model(self, request: Request) -> Response:
+        asked = request.path_params["model"]
+        if asked != self.model:
+            raise BadRequest(f"the model {asked!r} is not served here", "model", 404, "model_not_found")
+        return JSONResponse(self._about())
+
     async def _tokenize(self, request: Request) -> Response:
         body = await self._json(request)
-        fields = dict(body) if isinstance(body, dict) else {}
-        chat = "messages" in fields
-        if not chat and not isinstance(fields.get("prompt"), str):
+        chat = isinstance(body, dict) and "messages" in body
+        if not chat and not (isinstance(body, dict) and isinstance(body.get("prompt"), str)):
             raise BadRequest("prompt must be a text, or messages a conversation", "prompt")
-        # As a request would be read: what a template has begun gets no beginning twice, and is one for an answer.
-        for name, usual in (("add_special_tokens", not chat), ("add_generation_prompt", True)):
-            if fields.pop(name, None) not in (None, usual):
-                raise BadRequest(
-                    f"{name} can only be {str(usual).lower()}: tokens are counted as for an answer; leave it out", name
-                )
-        tokens = read_call(fields, chat, self.model, self.llm).prompts[0]
+        tokens = read_call(body, chat, self.model, self.llm.texts).prompts[0]
         return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": self.llm.engine.max_model_len})
+
+    async def _detokenize(self, request: Request) -> Response:
+        body = await self._json(request)
+        tokens, last = body.get("tokens") if isinstance(body, dict) else None, self.llm.engine.vocab_size - 1
+        if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token <= last for token in tokens):
+            raise BadRequest(f"tokens must be a list of token ids, 0 to {last}", "tokens")
+        return JSONResponse({"prompt": self.llm.texts.decode(tokens)})
 
     async def _completions(self, request: Request) -> Response:
         return await self._answer(request, chat=False)
@@ -192,14 +207,14 @@ class Server:
 
     async def _answer(self, request: Request, chat: bool) -> Response:
         body = await self._json(request)
-        call = read_call(body, chat, self.model, self.llm, self.llm.suggested)
+        call = read_call(body, chat, self.model, self.llm.texts, self.llm.suggested)
         if self.engine.under_way + len(call.prompts) > self.limits.requests:
             self.refused += 1
             raise BadRequest(f"{self.engine.under_way} requests are under way; come back later", status=429)
         if self.engine.failure is not None:
             raise BadRequest("the engine has failed; see /health", status=503)
         served = _Served(self.engine, call, self.limits.seconds)
-        answers = Answers(call, ("chatcmpl-" if chat else "cmpl-") + served.name, self.llm)
+        answers = Answers(call, self.llm.texts)
         if call.stream:
             first = await self._first(request, served)
             pieces = _pieces(served, answers, first)
@@ -345,7 +360,7 @@ def _event(body: dict[str, Any]) -> str:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, BadRequest)
+    error = error if isinstance(error, BadRequest) else BadRequest(str(error))
     headers = {"retry-after": "1"} if error.status == 429 else None
     return JSONResponse(error.body(), error.status, headers)
 

@@ -50,6 +50,7 @@ class SamplingParams:
         processed_logprobs: likewise, of the distribution that was drawn from.
         prompt_logprobs: likewise of the prompt's tokens, by the model.
         logit_bias: added to the logits of these tokens.
+        allowed_token_ids: only these may come.
         structured_outputs: the form of the answer, one of ``{"json": schema}``, ``{"json_object": True}``,
             ``{"regex": text}``, ``{"choice": texts}`` and ``{"grammar": text}`` (Lark); JSON comes without blanks.
         skip_special_tokens: whether special tokens are left out of the text.
@@ -75,6 +76,7 @@ class SamplingParams:
     processed_logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: Sequence[int] | None = None
     structured_outputs: Mapping[str, Any] | None = None
     skip_special_tokens: bool = True
     detokenize: bool = True
@@ -136,8 +138,11 @@ class SamplingParams:
             yield f"stop has {len(self.stop)} texts; {_MOST_STOPS} are the most"
         elif self.stop and not self.detokenize:
             yield "stop needs detokenize=True; use stop_token_ids"
-        if not isinstance(self.stop_token_ids, list | tuple) or not all(_is_id(i) for i in self.stop_token_ids):
-            yield f"stop_token_ids={self.stop_token_ids!r} is no list of token ids"
+        for name, ids in (("stop_token_ids", self.stop_token_ids), ("allowed_token_ids", self.allowed_token_ids or ())):
+            if not isinstance(ids, list | tuple) or not all(_is_id(i) for i in ids):
+                yield f"{name}={ids!r} is no list of token ids"
+        if self.allowed_token_ids is not None and (not self.allowed_token_ids or self.structured_outputs is not None):
+            yield "allowed_token_ids is a list of one token or more, and does not go with structured_outputs"
         if self.structured_outputs is not None:
             if fault := form_faults(self.structured_outputs):
                 yield fault

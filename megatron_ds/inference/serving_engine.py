@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference.batching import Batcher, Span
 from megatron_ds.inference.counters import Counters
-from megatron_ds.inference.detokenizer import Decoder, Detokenizer
+from megatron_ds.inference.detokenizer import Decoder, Detokenizer, TextEnds
 from megatron_ds.inference.draft_model import DraftModel
 from megatron_ds.inference.model_runner import ModelRunner
 from megatron_ds.inference.outputs import CompletionOutput, RequestOutput
@@ -32,12 +32,8 @@ from megatron_ds.inference.structured import Structures
 from megatron_ds.mesh import Mesh
 
 
-@dataclass(frozen=True)
-class TextEnds:
-    """What the tokenizer and the model say of texts: tokens that end an answer, tokens that are no text."""
-
-    eos: tuple[int, ...] = ()
-    hidden: Container[int] = frozenset()
+class PromptTooLongError(ConfigError):
+    """A prompt that leaves no room for an answer."""
 
 
 @dataclass
@@ -136,15 +132,19 @@ class ServingEngine:
         if not tokens:
             raise ConfigError("the prompt is empty; give one token at least, for example the one that begins a text")
         if len(tokens) >= self.max_model_len:
-            raise ConfigError(
-                f"the prompt has {len(tokens)} tokens, and prompt and answer may have {self.max_model_len} together: "
-                "shorten it, or serve with a longer max_model_len or more memory for the cache"
+            raise PromptTooLongError(  # "maximum context length": clients look for these words
+                f"the prompt has {len(tokens)} tokens, and this model's maximum context length is {self.max_model_len} "
+                "tokens, of prompt and answer together: shorten it, or serve with a longer max_model_len or more "
+                "memory for the cache"
             )
-        named = (*tokens, *params.stop_token_ids, *params.logit_bias)
+        allowed = params.allowed_token_ids or ()
+        named = (*tokens, *params.stop_token_ids, *params.logit_bias, *allowed)
         if outside := [token for token in named if not 0 <= token < self.vocab_size]:
             raise ConfigError(f"token {outside[0]} is none of the model's, 0 to {self.vocab_size - 1}")
         if params.stop and self.tokenizer is None:
             raise ConfigError("stop needs a tokenizer; use stop_token_ids")
+        if params.min_tokens and allowed and {*self.ends.eos, *params.stop_token_ids}.issuperset(allowed):
+            raise ConfigError("allowed_token_ids has none but tokens that end an answer, which min_tokens forbids")
         if params.structured_outputs is not None:
             self._structures.check(params.structured_outputs)
 
@@ -233,7 +233,7 @@ class ServingEngine:
 
     def _sequence(self, request: Request, index: int) -> Sequence:
         params = request.params
-        form = params.structured_outputs
+        matcher = self._structures.matcher(params.structured_outputs, params.allowed_token_ids)
         text = Detokenizer(
             self.tokenizer if params.detokenize else None,
             request.tokens,
@@ -246,9 +246,9 @@ class ServingEngine:
             index,
             list(request.tokens),
             limit=min(self.max_model_len, len(request.tokens) + (params.max_tokens or self.max_model_len)),
-            matcher=None if form is None else self._structures.matcher(form),
+            matcher=matcher,
             text=text,
-            plain=params.plain and form is None,
+            plain=params.plain and matcher is None,
         )
 
     def _rows(self, spans: list[Span]) -> _Rows:

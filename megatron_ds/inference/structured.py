@@ -76,6 +76,22 @@ class Matcher:
         return found
 
 
+class AllowedTokens(Matcher):
+    """The same ones may follow everywhere."""
+
+    ended = None
+
+    def __init__(self, tokens: Sequence[int], vocab_size: int):
+        self._allowed = torch.zeros(vocab_size, dtype=torch.bool)
+        self._allowed[list(tokens)] = True
+
+    def take(self, token: int) -> None:
+        pass
+
+    def allowed(self, draft: Sequence[int] = ()) -> Tensor:
+        return self._allowed
+
+
 class Structures:
     """Makes the matchers of a model.
 
@@ -95,8 +111,10 @@ class Structures:
         if is_error:
             raise ConfigError(f"structured_outputs: {_first_line(messages)}")
 
-    def matcher(self, form: Mapping[str, Any]) -> Matcher:
-        """For an answer of a form that :meth:`check` has let pass."""
+    def matcher(self, form: Mapping[str, Any] | None, tokens: Sequence[int] | None = None) -> Matcher | None:
+        """For an answer of a form that :meth:`check` has let pass, or of some ``tokens``; None: any may follow."""
+        if form is None:
+            return None if tokens is None else AllowedTokens(tokens, self._vocab_size)
         library, words = self._open()
         return Matcher(library.LLMatcher(words, _grammar(library, form)), self._vocab_size)
 

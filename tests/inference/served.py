@@ -13,8 +13,9 @@ from megatron_ds.config import ModelConfig
 from megatron_ds.inference import served_model
 from megatron_ds.inference.batching import Batcher
 from megatron_ds.inference.block_pool import BlockPool
+from megatron_ds.inference.detokenizer import TextEnds
 from megatron_ds.inference.model_runner import CacheSize, ModelRunner
-from megatron_ds.inference.serving_engine import ServingEngine, TextEnds
+from megatron_ds.inference.serving_engine import ServingEngine
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.gpt import GPT
 from megatron_ds.models.transformer import StageSettings, Transformer

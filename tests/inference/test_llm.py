@@ -107,7 +107,7 @@ def test_a_checkpoint_is_served_as_the_folder_that_it_came_from(folder: Path, tm
             theirs.generate("what:", params, use_tqdm=False)
         )
         with pytest.raises(ConfigError, match="the chat template shows no tools; leave tools out"):
-            ours.render_chat([{"role": "user", "content": "what"}], [{"type": "function"}])
+            ours.texts.render_chat([{"role": "user", "content": "what"}], [{"type": "function"}])
 
 
 def test_a_run_with_a_moving_average_is_served_and_exported_by_it(folder: Path, tmp_path: Path) -> None:
@@ -190,9 +190,9 @@ def test_a_prompt_of_sentencepiece_begins_and_ends_as_its_folder_says(folder: Pa
             said = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": begins, "add_eos_token": ends}
             names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
             (tmp_path / "tokenizer_config.json").write_text(json.dumps({**said, **names}))
-            llm.tokenizer = load_tokenizer(tmp_path)
+            llm.texts.tokenizer = load_tokenizer(tmp_path)
             text = "hello you</s>"
-            assert llm.tokenize(text) == AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
+            assert llm.texts.tokenize(text) == AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
 
 
 def test_a_text_may_be_as_long_as_yarn_scales_it(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -11,8 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_ds.data.chat import ChatTemplate
 from megatron_ds.data.chat_records import BadConversation, request_messages
-from megatron_ds.errors import ConfigError
-from megatron_ds.inference.openai_protocol import BadRequest, read_call
+from megatron_ds.data.tokenizers import ByteTokenizer
+from megatron_ds.inference.openai_protocol import _USUAL, BadRequest, read_call
+from megatron_ds.inference.texts import Texts
 
 CALLS = (
     "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
@@ -20,28 +20,13 @@ CALLS = (
 )
 
 
-class Texts:
-    """Of a template, and bytes as tokens."""
-
-    template = ChatTemplate(CALLS)
-
-    def tokenize(self, prompt: str | Sequence[int]) -> list[int]:
-        return list(prompt.encode() if isinstance(prompt, str) else prompt)
-
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None) -> list[int]:
-        try:
-            return self.tokenize(self.template.prompt(request_messages(messages), tools))
-        except BadConversation as error:
-            raise ConfigError(str(error)) from None
-
-    def token_bytes(self, token: int) -> bytes:
-        return bytes([token])
+TEXTS = Texts("m", ByteTokenizer(), ChatTemplate(CALLS))
 
 
 def asked(arguments: Any) -> str:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    return bytes(read_call({"messages": messages}, True, "m", Texts()).prompts[0]).decode()
+    return bytes(read_call({"messages": messages}, True, "m", TEXTS).prompts[0]).decode()
 
 
 def test_templates_get_the_arguments_of_tool_calls_as_objects() -> None:
@@ -56,7 +41,7 @@ def test_arguments_that_are_no_object_are_refused(arguments: Any) -> None:
         asked(arguments)
     broken = [{"role": "assistant", "tool_calls": arguments if arguments is not None else [1]}]
     with pytest.raises(BadRequest, match="message 0 has tool_calls"):
-        read_call({"messages": broken}, True, "m", Texts())
+        read_call({"messages": broken}, True, "m", TEXTS)
 
 
 KEYS = (  # as templates ask for them
@@ -115,10 +100,69 @@ def test_what_the_model_would_not_see_is_refused(message: Any, what: str) -> Non
         ChatTemplate(parts).prompt(request_messages([{"role": "user", "content": "a"}]))
 
 
+ASIDE = (
+    "{% if documents %}{{ documents | length }}{% endif %}{% if style is defined %}[{{ style }}]{% endif %}"
+    "{% for m in messages %}<{{ m.role }}>{{ m.content PLACE }}<im_end>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("place", ["", "| trim"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"add_generation_prompt": False},
+        {"add_generation_prompt": False, "continue_final_message": True},
+        {"chat_template_kwargs": {"style": "x"}, "documents": [{"title": "a", "text": "b"}]},
+    ],
+)
+def test_a_conversation_is_begun_and_gone_on_with_as_transformers_has_it(how: dict[str, Any], place: str) -> None:
+    template = ASIDE.replace("PLACE", place)
+    theirs = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()), chat_template=template)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": " im "}]
+    named = {name: value for name, value in how.items() if name != "chat_template_kwargs"}
+    settings: dict[str, Any] = {"add_generation_prompt": True, **named, **how.get("chat_template_kwargs", {})}
+    want = theirs.apply_chat_template(messages, tokenize=False, **settings)
+    texts = Texts("m", ByteTokenizer(), ChatTemplate(template))
+    assert bytes(read_call({"messages": messages, **how}, True, "m", texts).prompts[0]).decode() == want
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        ({"continue_final_message": True}, "needs add_generation_prompt=False"),
+        ({"chat_template_kwargs": {"color": 1}}, "no variable 'color'"),
+        ({"chat_template_kwargs": {"messages": []}}, "no variable 'messages'"),
+        ({"chat_template_kwargs": [1]}, "must be an object"),
+        ({"reasoning_effort": "low"}, "no variable 'reasoning_effort'"),
+        ({"tool_choice": "required"}, "shown to the model, not forced"),
+    ],
+)
+def test_what_the_template_would_pass_over_is_refused(how: dict[str, Any], what: str) -> None:
+    texts = Texts("m", ByteTokenizer(), ChatTemplate(ASIDE.replace("PLACE", "")))
+    with pytest.raises(BadRequest, match=what):
+        read_call({"messages": [{"role": "user", "content": "a"}], **how}, True, "m", texts)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_null_and_what_changes_nothing_are_as_if_not_there(chat: bool) -> None:
+    """Clients whose classes write out every field must get what others get, and no other setting in silence."""
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}]} if chat else {"prompt": "a"}
+    body |= {"request_id": "r", "temperature": 0.5}
+    want = read_call(body, chat, "m", TEXTS)
+    nulls = dict.fromkeys(("model", "stop", "n", "logit_bias", "max_tokens", "stream_options", "logprobs", "unknown"))
+    assert read_call({**body, **nulls}, chat, "m", TEXTS) == want
+    assert read_call({**body, **_USUAL, "best_of": 1, "user": "u"}, chat, "m", TEXTS) == want
+    for name, other in (("priority", 1), ("best_of", 2), ("use_beam_search", True), ("foo", 0), ("echo", "no")):
+        with pytest.raises(BadRequest, match=name):
+            read_call({**body, name: other}, chat, "m", TEXTS)
+
+
 @pytest.mark.parametrize(("fields", "most"), [({"max_completion_tokens": 2}, 2), ({}, 4)])
 def test_the_newer_name_of_the_most_tokens_wins(fields: dict[str, int], most: int) -> None:
     body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 4, **fields}
-    assert read_call(body, True, "m", Texts()).params.max_tokens == most
+    assert read_call(body, True, "m", TEXTS).params.max_tokens == most
 
 
 @pytest.mark.parametrize(
@@ -133,10 +177,13 @@ def test_the_newer_name_of_the_most_tokens_wins(fields: dict[str, int], most: in
         ({"prompt": "a", "skip_special_tokens": 0}, "skip_special_tokens"),
         ({"prompt": "a", "stream": True, "stream_options": {"include_usage": "no"}}, "include_usage"),
         ({"prompt": "a", "logit_bias": {"1": 1, "01": -1}}, "logit_bias['01']"),
+        ({"prompt": "a", "stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options"),
+        ({"prompt": "a", "allowed_token_ids": []}, "allowed_token_ids"),
+        ({"prompt": "a", "request_id": 3}, "request_id"),
         ({"prompt": "a", "logit_bias": {"9" * 5000: 1}}, "logit_bias['99"),
     ],
 )
 def test_what_openai_refuses_is_refused(body: dict[str, Any], parameter: str) -> None:
     with pytest.raises(BadRequest) as caught:
-        read_call(body, "messages" in body, "m", Texts())
+        read_call(body, "messages" in body, "m", TEXTS)
     assert str(caught.value.parameter).startswith(parameter) and caught.value.status == 400

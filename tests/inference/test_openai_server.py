@@ -26,9 +26,11 @@ from served import folder_logits
 from megatron_ds.data.chat import ChatTemplate
 from megatron_ds.data.tokenizers import ByteTokenizer
 from megatron_ds.inference import LLM, SamplingParams
-from megatron_ds.inference.openai_protocol import Answers, Call
+from megatron_ds.inference.openai_answers import Answers
+from megatron_ds.inference.openai_protocol import Call
 from megatron_ds.inference.openai_server import Limits, Server
 from megatron_ds.inference.outputs import CompletionOutput, RequestOutput
+from megatron_ds.inference.texts import Texts
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if tools %}T{{ tools|length }}{% endif %}>"
@@ -104,7 +106,7 @@ def running(folder: Path) -> Iterator[Running]:
 
 def test_the_official_client_gets_what_the_engine_says(running: Running, folder: Path) -> None:
     client = running.client
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["tiny"] == [client.models.retrieve("tiny").id]
     with LLM(folder, block_size=8) as llm:
         params = SamplingParams(temperature=0.8, seed=5, max_tokens=12, logprobs=2, n=2)
         want = llm.generate("hello", params, use_tqdm=False)[0]
@@ -135,11 +137,78 @@ def test_the_official_client_gets_what_the_engine_says(running: Running, folder:
     texts = ["", ""]
     usage = None
     for piece in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
-        usage = piece.usage or usage
+        assert (
+            usage is None and "usage" in piece.model_fields_set
+        )  # null but in the last one, as OpenAI's reference has it
+        usage = piece.usage
         for choice in piece.choices:
             texts[choice.index] += choice.text
     assert texts == [sample.text for sample in want.outputs]
     assert usage is not None and usage.total_tokens == whole.usage.total_tokens
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_tokens_are_shown_by_their_ids_where_that_is_asked_for(running: Running, chat: bool) -> None:
+    """A text does not tell its tokens: the ids are those of the text, of a stream's pieces together, and of usage."""
+    create: Any = running.client.chat.completions.create if chat else running.client.completions.create
+    prompt: Any = {"messages": [{"role": "user", "content": "hé"}]} if chat else {"prompt": "<user>hé>"}
+    ids = {"return_token_ids": True, "return_tokens_as_token_ids": True, "prompt_logprobs": 0, "request_id": "mine"}
+    asked = {"model": "tiny", **prompt, "seed": 2, "max_tokens": 9, "logprobs": True if chat else 1, "extra_body": ids}
+    whole = create(**asked)
+    place, choice = whole if chat else whole.choices[0], whole.choices[0]
+    assert whole.id == ("chatcmpl-mine" if chat else "cmpl-mine")
+    assert bytes(place.prompt_token_ids) == "<user>hé>".encode() and len(place.prompt_logprobs) == 10
+    assert bytes(choice.token_ids).decode("utf-8", "replace") == (choice.message.content if chat else choice.text)
+    shown = [entry.token for entry in choice.logprobs.content] if chat else choice.logprobs.tokens
+    assert shown == [f"token_id:{token}" for token in choice.token_ids]
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *pieces, _ = create(**asked, stream=True, stream_options=options)
+    assert (pieces[0] if chat else pieces[0].choices[0]).prompt_token_ids == place.prompt_token_ids
+    seen = 0
+    for piece in pieces:
+        of_piece = piece.choices[0].token_ids
+        assert of_piece == choice.token_ids[seen : seen + len(of_piece)]
+        seen += len(of_piece)
+        assert piece.usage.completion_tokens == seen and piece.usage.prompt_tokens == 10
+    assert seen == len(choice.token_ids)
+
+
+def test_tokens_are_text_and_text_is_tokens(running: Running) -> None:
+    tokens = running.post("/tokenize", '{"prompt": "hé<|endoftext|>"}'.encode())[1]["tokens"]
+    assert tokens == [*"hé".encode(), 256]
+    assert running.post("/detokenize", json.dumps({"tokens": tokens[:3]}).encode())[1] == {"prompt": "hé"}
+    for wrong in ([257], [-1], [True], "a", None):
+        assert running.post("/detokenize", json.dumps({"tokens": wrong}).encode())[0] == 400
+
+
+def test_what_clients_act_on_has_the_word_that_they_look_for(running: Running) -> None:
+    """Agents shorten a conversation on `context_length_exceeded`; proxies look for "maximum context length"."""
+    client, user = running.client, [{"role": "user", "content": "a" * 500}]
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 120 tokens") as caught:
+        client.chat.completions.create(model="tiny", messages=user)  # type: ignore[arg-type]
+    assert caught.value.code == "context_length_exceeded"
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.models.retrieve("other/one")
+    assert missing.value.code == "model_not_found"
+    with pytest.raises(openai.AuthenticationError) as refused:
+        client.with_options(api_key="wrong").models.list()
+    assert refused.value.code == "invalid_api_key"
+
+
+def test_only_allowed_tokens_come_in_their_own_proportions(running: Running, folder: Path) -> None:
+    allowed = [*b"xyz"]
+    said = running.client.completions.create(
+        model="tiny",
+        prompt="a",
+        max_tokens=1,
+        n=8,
+        seed=3,
+        extra_body={"allowed_token_ids": allowed, "processed_logprobs": 3},
+    )
+    logits = folder_logits(folder, torch.tensor([[97]]))[0, -1, allowed].log_softmax(-1)
+    for choice in said.choices:
+        (shown,) = choice.processed_logprobs["top_logprobs"]  # type: ignore[attr-defined]
+        assert choice.text in "xyz" and [shown[word] for word in "xyz"] == pytest.approx(logits.tolist(), abs=1e-5)
 
 
 @pytest.mark.parametrize("most", [0, 3])
@@ -152,7 +221,8 @@ def test_an_echoed_prompt_has_its_log_probabilities(running: Running, folder: Pa
     for prompt in (text, ids):
         seen: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         said, usage = "", None
-        found = running.client.completions.create(**asked, prompt=prompt, stream=stream)
+        more = {"prompt_logprobs": 4}  # beside those with the text, which are as many as asked for with it
+        found = running.client.completions.create(**asked, prompt=prompt, stream=stream, extra_body=more)
         for piece in found if stream else [found]:
             usage = piece.usage or usage
             for choice in piece.choices:
@@ -170,7 +240,13 @@ def test_an_echoed_prompt_has_its_log_probabilities(running: Running, folder: Pa
             [float(want[i, t]) for i, t in enumerate(ids[1:])], abs=1e-5
         )
         assert seen["token_logprobs"][5:6] == pytest.approx([float(want[-1].max())][:most], abs=1e-5)
-        assert all(2 <= len(of_token) <= 3 for of_token in seen["top_logprobs"][3:5])
+        for place in (3, 4):
+            best = [*want[place - 1].topk(2).indices.tolist(), ids[place]]
+            words = [bytes([token]).decode("utf-8", "replace") for token in best]
+            values = {
+                word: pytest.approx(float(want[place - 1, t]), abs=1e-5) for t, word in zip(best[::-1], words[::-1])
+            }
+            assert seen["top_logprobs"][place] == values
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [2, 3], [1, 2, 3, 4, 5, 6]])
@@ -178,8 +254,8 @@ def test_offsets_are_places_in_the_text(cuts: list[int]) -> None:
     """Of tokens of a byte each, sent in parts: a stray byte and half a character are characters of the text too."""
     data = b"a\xc3\xa9\x80\xc3b\xf0\x9f"
     text = data.decode("utf-8", "replace")
-    call = Call(False, "tiny", ((),), SamplingParams(logprobs=0), False, False)
-    answers = Answers(call, "name", ByteTokenizer())
+    call = Call(False, "tiny", ((),), SamplingParams(logprobs=0))
+    answers = Answers(call, Texts("tiny", ByteTokenizer()))
     offsets: list[int] = []
     sent = answers._begin(0)
     for stop in [*cuts, len(data)]:
@@ -192,12 +268,12 @@ def test_offsets_are_places_in_the_text(cuts: list[int]) -> None:
 
 def test_what_begins_a_text_has_its_first_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of the text begin at these offsets; one below 0 would be a place near the end."""
-    call = Call(False, "tiny", ((256, 98),), SamplingParams(logprobs=0), False, False, ("b",))
+    call = Call(False, "tiny", ((256, 98),), SamplingParams(logprobs=0), echoed=("b",))
     sample = CompletionOutput(0, "cd", [99, 100], [{99: -1.0}, {100: -2.0}], finish_reason="length")
     output = RequestOutput("r", None, [256, 98], [sample], [None, {98: -3.0}], True)
     tokenizer = ByteTokenizer()
     monkeypatch.setattr(tokenizer, "token_bytes", lambda token: b"<s>" if token == 256 else bytes([token]))
-    (choice,) = Answers(call, "name", tokenizer).whole([output])["choices"]
+    (choice,) = Answers(call, Texts("tiny", tokenizer)).whole([output])["choices"]
     assert choice["logprobs"]["tokens"] == ["<s>", *choice["text"]] == ["<s>", *"bcd"]
     assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2]
 
@@ -214,7 +290,7 @@ def test_a_request_that_says_nothing_takes_the_models_settings(
 
 
 def test_a_developer_is_the_system_where_the_template_does_not_know_one(running: Running) -> None:
-    said = running.llm.render_chat([{"role": "developer", "content": "x"}, {"role": "user", "content": "y"}])
+    said = running.llm.texts.render_chat([{"role": "developer", "content": "x"}, {"role": "user", "content": "y"}])
     assert said == [*b"<system>x<user>y>"]
     knows = ChatTemplate("{% for m in messages if m.role == 'developer' %}{{ m.content }}{% endfor %}")
     assert knows.render([{"role": "developer", "content": "x"}]) == "x"
@@ -250,11 +326,12 @@ def test_conversations_go_through_the_template(running: Running, folder: Path) -
     assert tokens["tokens"] == [97, 98, 99]
     shown = running.post("/tokenize", json.dumps({"messages": messages, "tools": tools}).encode())[1]
     assert bytes(shown["tokens"]) == b"<user>hiT1>"
-    assert bytes(running.llm.render_chat(messages)) == b"<user>hi>"
+    assert bytes(running.llm.texts.render_chat(messages)) == b"<user>hi>"
 
 
 @pytest.mark.parametrize(
-    ("field", "status"), [({"add_special_tokens": False}, 400), ({"model": "other"}, 404), ({"messages": []}, 400)]
+    ("field", "status"),
+    [({"return_token_strs": True}, 400), ({"model": "other"}, 404), ({"messages": []}, 400), ({"prompt": ["a"]}, 400)],
 )
 def test_what_would_change_the_tokens_is_not_passed_over(running: Running, field: Any, status: int) -> None:
     assert running.post("/tokenize", json.dumps({"prompt": "abc", **field}).encode())[0] == status

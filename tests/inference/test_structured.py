@@ -12,10 +12,12 @@ import pytest
 import torch
 from hf_models import _llama
 
+from megatron_ds.data.chat import CHATML, ChatTemplate
 from megatron_ds.data.tokenizers import ByteTokenizer
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference import LLM, SamplingParams
 from megatron_ds.inference.openai_protocol import BadRequest, read_call
+from megatron_ds.inference.texts import Texts
 
 SCHEMA = {
     "type": "object",
@@ -127,27 +129,16 @@ def test_forms_that_no_answer_can_have(folder: Path) -> None:
             (folder / f"{name}.away").rename(folder / name)
 
 
-class Bytes:
-    def tokenize(self, prompt: Any) -> list[int]:
-        return list(prompt.encode())
-
-    def render_chat(self, messages: Any, tools: Any = None) -> list[int]:
-        return [1, 2]
-
-    def token_bytes(self, token: int) -> bytes:
-        return bytes([token])
-
-
 def test_clients_ask_for_forms_as_openai_has_it() -> None:
     def asked(**more: Any) -> Any:
         body = {"messages": [{"role": "user", "content": "a"}], **more}
-        return read_call(body, True, "m", Bytes()).params.structured_outputs
+        return read_call(body, True, "m", Texts("m", ByteTokenizer(), ChatTemplate(CHATML))).params.structured_outputs
 
     schema = {"type": "json_schema", "json_schema": {"name": "pet", "strict": True, "schema": SCHEMA}}
     assert asked(response_format=schema) == {"json": SCHEMA}
     assert asked(response_format={"type": "json_object"}) == {"json_object": True}
     assert asked(response_format={"type": "text"}) is asked() is None
-    assert asked(structured_outputs={"regex": "a"}) == {"regex": "a"}
+    assert asked(structured_outputs={"regex": "a", "json": None}) == {"regex": "a"}  # as clients' own classes write it
     for wrong in ({"type": "xml"}, {"type": "json_schema"}, 3):
         with pytest.raises(BadRequest, match="response_format takes"):
             asked(response_format=wrong)

@@ -1,0 +1,224 @@
+"""Bodies of OpenAI's answers, whole or in pieces as they come."""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_ds.inference.openai_protocol import Call
+from megatron_ds.inference.outputs import CompletionOutput, RequestOutput
+from megatron_ds.inference.sequence import Logprobs
+from megatron_ds.inference.texts import Texts
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """What of a sample has gone to the client.
+
+    Attributes:
+        characters: of its text; -1: all of it. tokens: with their log-probabilities.
+        words: characters of the echoed text and of these tokens. tail: what there is of one more character.
+        first: nothing has, not even that it begins.
+    """
+
+    characters: int = 0
+    tokens: int = 0
+    words: int = 0
+    tail: bytes = b""
+    first: bool = False
+
+
+class Answers:
+    """The bodies of the answers to one call, whole or in pieces as they come."""
+
+    def __init__(self, call: Call, texts: Texts):
+        self.call, self.texts = call, texts
+        self.name = ("chatcmpl-" if call.chat else "cmpl-") + call.name
+        self.created = int(time.time())
+        self._sent: dict[tuple[int, int], _Sent] = {}
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        outputs = [self._shown(output) for output in outputs]
+        chat, kind = self.call.chat, "chat.completion" if self.call.chat else "text_completion"
+        choices = [
+            {**self._choice(prompt, output, sample, self._begin(prompt)), **({} if chat else self._of_prompt(output))}
+            for prompt, output in enumerate(outputs)
+            for sample in output.outputs
+        ]
+        of_prompt = self._of_prompt(outputs[0]) if chat else {}
+        return {**self._head(kind), "choices": choices, "usage": _usage(outputs), **of_prompt}
+
+    def pieces(self, prompt: int, output: RequestOutput) -> list[dict[str, Any]]:
+        """What has come since the last call, a body for each sample."""
+        output, found = self._shown(output), []
+        for sample in output.outputs:
+            key = (prompt, sample.index)
+            sent = self._sent.get(key, self._begin(prompt))
+            is_new = sent.first or len(sample.text) != sent.characters or sample.finish_reason is not None
+            if sent.characters < 0 or not is_new:
+                continue
+            choice = self._choice(prompt, output, sample, sent, of_stream=True)
+            self._sent[key] = self._after(sample, sent)
+            of_prompt = self._of_prompt(output) if sent.first else {}
+            piece = self._piece([choice]) | of_prompt if self.call.chat else self._piece([choice | of_prompt])
+            if self.call.usage_in_all:
+                piece["usage"] = _usage([replace(output, outputs=[sample])])
+            found.append(piece)
+        return found
+
+    def last_piece(self, outputs: Sequence[RequestOutput]) -> dict[str, Any] | None:
+        """How many tokens there were, where that was asked for."""
+        if not self.call.usage:
+            return None
+        return {**self._piece([]), "usage": _usage([self._shown(output) for output in outputs])}
+
+    def _shown(self, output: RequestOutput) -> RequestOutput:
+        """Without the token behind a prompt that is all that was asked for."""
+        if not self.call.prompt_alone:
+            return output
+        return replace(output, outputs=[_without_answer(sample) for sample in output.outputs])
+
+    def _piece(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self.call.chat else "text_completion"
+        nothing = {"usage": None} if self.call.usage else {}  # of every piece but the last, as OpenAI has it
+        return {**self._head(kind), "choices": choices, **nothing}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.name, "object": kind, "created": self.created, "model": self.call.model}
+
+    def _begin(self, prompt: int) -> _Sent:
+        return _Sent(first=True, words=len(self.call.echoed[prompt]) if self.call.echoed else 0)
+
+    def _after(self, sample: CompletionOutput, sent: _Sent) -> _Sent:
+        """What has been sent when the rest of the sample so far has."""
+        words, tail = sent.words, sent.tail
+        if sample.logprobs is not None or sample.processed_logprobs is not None:
+            count, tail = _decoded(sent.tail + b"".join(map(self.texts.token_bytes, sample.token_ids[sent.tokens :])))
+            words += count
+        return _Sent(-1 if sample.finish_reason else len(sample.text), len(sample.token_ids), words, tail)
+
+    def _choice(
+        self, prompt: int, output: RequestOutput, sample: CompletionOutput, sent: _Sent, of_stream: bool = False
+    ) -> dict[str, Any]:
+        """What was not sent before."""
+        text, ids = sample.text[sent.characters :], sample.token_ids[sent.tokens :]
+        logprobs = None if sample.logprobs is None else sample.logprobs[sent.tokens :]
+        common: dict[str, Any] = {
+            "index": prompt * self.call.params.n + sample.index,
+            "finish_reason": sample.finish_reason,
+            "stop_reason": sample.stop_reason,
+        }
+        if self.call.token_ids:
+            common["token_ids"] = ids
+        if sample.processed_logprobs is not None:
+            processed = sample.processed_logprobs[sent.tokens :]
+            common["processed_logprobs"] = self._completion_logprobs(ids, processed, sent.words, sent.tail)
+        if self.call.chat:
+            shown = None if logprobs is None else {"content": self._chat_logprobs(ids, logprobs), "refusal": None}
+            message: dict[str, Any] = {"role": "assistant", "content": text} if sent.first else {"content": text}
+            message |= {} if of_stream else {"refusal": None}
+            return {**common, "delta" if of_stream else "message": message, "logprobs": shown}
+        begun = sent.words
+        of_text: Sequence[Logprobs | None] | None = logprobs
+        if sent.first and self.call.echoed:
+            text = self.call.echoed[prompt] + text
+            if logprobs is not None:
+                of_prompt = output.prompt_token_ids
+                begun -= len(self.texts.text(of_prompt))
+                most = self.call.params.logprobs or 0
+                known = [of_token and _cut(of_token, most) for of_token in output.prompt_logprobs or []]
+                ids, of_text = [*of_prompt, *ids], [*known, *logprobs]
+        of_tokens = None if of_text is None else self._completion_logprobs(ids, of_text, begun, sent.tail)
+        return {**common, "text": text, "logprobs": of_tokens}
+
+    def _of_prompt(self, output: RequestOutput) -> dict[str, Any]:
+        """The prompt's tokens, and their log-probabilities by id, as vLLM's server has them, where they were asked for.
+
+        In a conversation's answer they stand beside the choices, else in each.
+        """
+        found: dict[str, Any] = {"prompt_token_ids": output.prompt_token_ids} if self.call.token_ids else {}
+        if output.prompt_logprobs is None:
+            return found
+        said: list[dict[str, Any] | None] = []
+        for of_token in output.prompt_logprobs:
+            entries = of_token or {}
+            shown = {str(t): {"logprob": v, "decoded_token": self.texts.text([t])} for t, v in entries.items()}
+            said.append(None if of_token is None else shown)
+        return {**found, "prompt_logprobs": said}
+
+    def _word(self, token: int) -> str:
+        return f"token_id:{token}" if self.call.ids_for_tokens else self.texts.text([token])
+
+    def _completion_logprobs(
+        self, ids: Sequence[int], logprobs: Sequence[Logprobs | None], begun: int, tail: bytes
+    ) -> dict[str, Any]:
+        """``begun``: characters before the first token; ``tail``: of one more. A text's first token has no values."""
+        pieces, offsets = [self.texts.token_bytes(token) for token in ids], []
+        for piece in pieces:
+            starts_one = piece[:1] != b"" and piece[0] & 0xC0 != 0x80  # and what there is of another stays as it is
+            offsets.append(max(0, begun + (starts_one and tail != b"")))  # what begins a text comes before its places
+            count, tail = _decoded(tail + piece)
+            begun += count
+        # Halves of characters have one text: of those the most probable one is shown, which comes last here.
+        ordered = [sorted((of_token or {}).items(), key=lambda pair: pair[1]) for of_token in logprobs]
+        tops = [{self._word(token): value for token, value in pairs} or None for pairs in ordered]
+        values = [None if of_token is None else of_token[token] for token, of_token in zip(ids, logprobs)]
+        return {
+            "tokens": [self._word(token) for token in ids],
+            "token_logprobs": values,
+            "top_logprobs": tops,
+            "text_offset": offsets,
+        }
+
+    def _chat_logprobs(self, ids: Sequence[int], logprobs: Sequence[Logprobs]) -> list[dict[str, Any]]:
+        def entry(token: int, value: float) -> dict[str, Any]:
+            piece = self.texts.token_bytes(token)
+            return {"token": self._word(token), "logprob": max(value, -9999.0), "bytes": list(piece)}
+
+        most = self.call.params.logprobs or 0
+        return [
+            {**entry(token, of_token[token]), "top_logprobs": [entry(*pair) for pair in _top(of_token, most)]}
+            for token, of_token in zip(ids, logprobs)
+        ]
+
+
+def _without_answer(sample: CompletionOutput) -> CompletionOutput:
+    return replace(
+        sample,
+        text="",
+        token_ids=[],
+        logprobs=None if sample.logprobs is None else [],
+        processed_logprobs=None if sample.processed_logprobs is None else [],
+        finish_reason=sample.finish_reason and "length",
+        stop_reason=None,
+    )
+
+
+def _decoded(data: bytes) -> tuple[int, bytes]:
+    """The number of characters in it, and what there is of one more."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return len(decoder.decode(data)), decoder.getstate()[0]
+
+
+def _cut(of_token: Logprobs, count: int) -> Logprobs:
+    """Of the token itself, which comes first, and of so many most probable ones."""
+    return dict([next(iter(of_token.items())), *_top(of_token, count)])
+
+
+def _top(of_token: Logprobs, count: int) -> list[tuple[int, float]]:
+    return sorted(of_token.items(), key=lambda pair: -pair[1])[:count]
+
+
+def _usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    prompt = sum(len(output.prompt_token_ids) for output in outputs)
+    answer = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
+    cached = {"cached_tokens": sum(output.cached for output in outputs)}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answer,
+        "total_tokens": prompt + answer,
+        "prompt_tokens_details": cached,
+    }
