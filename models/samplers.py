@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -87,6 +88,14 @@ def make_scheduler(c: ObjectiveConfig, name: str, shift: float = 1.0, learned_va
         if name == "ddpm" and learned_variance:
             settings["variance_type"] = "learned_range"
     return make(**settings)
+
+
+def check_steps(c: ObjectiveConfig, steps: int) -> None:
+    """Raise ConfigError for so many evaluations of the model as its noise schedule does not have."""
+    most = steps if c.is_flow else c.num_timesteps
+    if not 1 <= steps <= most:
+        limit = "1 or more" if c.is_flow else f"1 to objective.num_timesteps={c.num_timesteps}"
+        raise ConfigError(f"{steps} steps to draw an image: use {limit}")
 
 
 def run_of_checkpoint(meta: Mapping[str, Any], source: str, tp: int, pp: int, world_size: int) -> DiffusionRun:
@@ -200,8 +209,9 @@ class Sampler:
             size: height and width of the images, or of their latents. Default: ``model.image_size``.
 
         Raises:
-            ConfigError: a class, a text, a size or a scheduler that the model does not have.
+            ConfigError: a class, a text, a size, a scheduler or a number of steps that the model does not have.
         """
+        check_steps(self.run.objective, steps)
         c, dp, device = self.run.model, self.mesh.dp, self.mesh.device
         height, width = size or (c.image_size, c.image_size)
         if faults := [*image_faults(self.run, height, width, tp=1), *told_faults(c, wanted)]:
@@ -229,7 +239,8 @@ class Sampler:
         guided = how.guidance != 1.0
         if guided:
             told = {name: torch.cat([t, without[name].expand_as(t)]) for name, t in told.items()}
-        for time in scheduler.timesteps:
+        times = scheduler.timesteps
+        for time, following in zip(times, [*times[1:], times.new_tensor(-1)]):
             seen = scheduler.scale_model_input(images, time) if hasattr(scheduler, "scale_model_input") else images
             seen = torch.cat([seen, seen]) if guided else seen
             found = self.predict(seen, time.expand(len(seen)), told)
@@ -239,6 +250,10 @@ class Sampler:
                 found, variance = other + how.guidance * (wanted - other), variance.chunk(2)[0]
             if how.scheduler == "ddpm":
                 found = torch.cat([found, variance], dim=1)
+            if how.scheduler == "ddim":
+                # Its step goes back by num_train_timesteps // num_inference_steps, which is another way than to the
+                # next time where the number of steps does not divide that of times: the images stay noisy.
+                scheduler.num_inference_steps = Fraction(objective.num_timesteps, int(time - following))
             images = scheduler.step(found, time, images, **_generator(scheduler, generators)).prev_sample
         return images
 

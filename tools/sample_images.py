@@ -31,7 +31,7 @@ from megatron_ds.data.latent_encoders import (
 )
 from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import Mesh, MeshShape
-from megatron_ds.models.samplers import Sampler, make_scheduler, run_of_checkpoint, save_grid
+from megatron_ds.models.samplers import Sampler, check_steps, make_scheduler, run_of_checkpoint, save_grid
 from megatron_ds.train.launch import RankInfo, job, run_main, set_threads
 
 
@@ -138,6 +138,7 @@ def main(place: RankInfo) -> int:
                 run = run_of_checkpoint(source.meta, where, options.tp, options.pp, place.world_size)
             scheduler = options.scheduler or ("flow" if run.objective.is_flow else "ddim")
             make_scheduler(run.objective, scheduler)
+            check_steps(run.objective, options.steps)
             texts = check_told(options, meta, where)
             wanted = wanted_of(options)
         set_threads(place, None)

@@ -64,6 +64,30 @@ def test_every_scheduler_finds_the_image_that_a_perfect_model_knows(
         assert (drawn - known).abs().max() < 0.05, name
 
 
+@pytest.mark.parametrize("steps", [7, 60])
+@pytest.mark.parametrize("objective", [{}, {**COSINE, "num_timesteps": 100}, {"prediction": "x0"}])
+def test_ddim_is_euler_where_steps_do_not_divide_the_times(
+    objective: dict[str, Any], steps: int, tmp_path: Path
+) -> None:
+    """DDIM is Euler's method in sigma / alpha (Song et al. 2021, eq. 13), whatever the times."""
+    run = configuration(objective)
+    write_checkpoint(tmp_path, run)
+    sampler = Sampler(run, tmp_path, "param", Mesh.single())
+
+    def predict(images: Tensor, time: Tensor, told: Any) -> Tensor:
+        """What is known of images whose pixels have the mean 0.3 and the standard deviation 0.5."""
+        share = (time.double() + 0.5) / run.objective.num_timesteps
+        levels = objectives.noise_levels(run.objective, share, tokens=16)
+        alpha, sigma = (value.view(-1, 1, 1, 1) for value in (levels.alpha, levels.sigma))
+        known = 0.3 + alpha / 4 * (images.double() - 0.3 * alpha) / (alpha**2 / 4 + sigma**2)
+        noise = (images.double() - alpha * known) / sigma
+        return objectives.target(run.objective, levels, known, noise).float()
+
+    sampler.predict = predict  # type: ignore[method-assign]
+    drawn, wanted = (sampler.sample([0, 1], name, steps, seed=3) for name in ("ddim", "euler"))
+    torch.testing.assert_close(drawn, wanted, rtol=0, atol=1e-4)
+
+
 TEXT = {"condition": "text", "num_classes": 1000, "text_size": 6, "text_tokens": 5, "pooled_size": 5}
 
 
@@ -112,6 +136,9 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
     sampler = Sampler(run, tmp_path, "param", Mesh.single())
     with pytest.raises(ConfigError, match=r"class 1001 is none of the model's, 0 to 999, or 1000 for none"):
         sampler.sample([0, 1001], "ddim", 1)
+    for steps in (0, 1001):
+        with pytest.raises(ConfigError, match=rf"{steps} steps .*: use 1 to objective\.num_timesteps=1000"):
+            sampler.sample([0], "dpm++", steps)
     with pytest.raises(ConfigError, match=r"no scheduler 'flow' for objective\.schedule='linear'; use one of 'ddpm'"):
         make_scheduler(run.objective, "flow")
     with pytest.raises(ConfigError, match=r"use one of 'dpm\+\+', 'flow'"):
