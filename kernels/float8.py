@@ -102,7 +102,7 @@ def has_tensor_cores(device: torch.device) -> bool:
     return device.type == "cuda" and capability(device) >= FIRST_CAPABILITY
 
 
-def _takes_twin(x: Tensor, block: Block) -> bool:
+def takes_twin(x: Tensor, block: Block) -> bool:
     """Whether Triton casts ``x``: where the op says so, on devices and in blocks that have FP8 products."""
     sides = (None, 16, 32, 64, CUDA_BLOCK)
     known = block.k in sides and block.rows in (block.k, 1)
@@ -111,7 +111,7 @@ def _takes_twin(x: Tensor, block: Block) -> bool:
 
 def block_amax(x: Tensor, block: Block) -> Tensor:
     """The largest magnitude of each block: ``[..., rows, k] -> [..., row blocks, k blocks]`` fp32. NaN stays NaN."""
-    if block.k is None and _takes_twin(x, block):
+    if block.k is None and takes_twin(x, block):
         return _twin_amax(x, block, True, False)[0]
     rows, k = x.shape[-2:]
     row_blocks, k_blocks, block_rows, block_k = block.grid(rows, k)
@@ -123,7 +123,7 @@ def block_amax(x: Tensor, block: Block) -> Tensor:
 
 def block_amax_both(x: Tensor, block: Block) -> tuple[Tensor, Tensor]:
     """:func:`block_amax` of ``x`` and of its transpose, in one read on a GPU."""
-    if block.k is None and _takes_twin(x, block):
+    if block.k is None and takes_twin(x, block):
         return _twin_amax(x, block, True, True)
     first = block_amax(x, block)
     return first, first.mT if block.is_square else block_amax(x.mT, block)
@@ -159,7 +159,7 @@ def quantize(x: Tensor, amax: Tensor | None, block: Block, dtype: torch.dtype, p
     Args:
         amax: :func:`block_amax`, if it was reduced over ranks; None: it is found here, in the same read where possible.
     """
-    if (amax is None or block.k is None) and _takes_twin(x, block):
+    if (amax is None or block.k is None) and takes_twin(x, block):
         return _twin(x, (amax, amax), block, dtype, power_of_two, True, False)[0]
     limit = torch.finfo(dtype).max
     scale = scale_of(block_amax(x, block) if amax is None else amax, dtype, power_of_two)
@@ -178,7 +178,7 @@ def quantize_both(
     power_of_two: bool = False,
 ) -> tuple[Float8, Float8]:
     """:func:`quantize` of ``x [..., rows, k]`` and of its transpose ``[..., k, rows]``; ``amax``: of each."""
-    if (amax[0] is None or block.k is None) and _takes_twin(x, block):
+    if (amax[0] is None or block.k is None) and takes_twin(x, block):
         return _twin(x, amax, block, dtype, power_of_two, True, True)
     first = quantize(x, amax[0], block, dtype, power_of_two)
     return first, first.transposed() if block.is_square else quantize(x.mT, amax[1], block, dtype, power_of_two)
@@ -322,7 +322,7 @@ def torch_multiplies(device: torch.device, blocks: bool) -> bool:
 
 def _twin_multiplies(a: Float8, b: Float8, out: torch.dtype) -> bool:
     one = torch.empty(1, dtype=out, device=a.values.device)  # the op is asked by what it is to write
-    return a.block.k == b.block.k and _takes_twin(one, a.block) and _takes_twin(one, b.block)
+    return a.block.k == b.block.k and takes_twin(one, a.block) and takes_twin(one, b.block)
 
 
 def _multiple(values: Tensor) -> Tensor:

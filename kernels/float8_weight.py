@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_ds.kernels.float8 import E4M3, Block, Float8
+from megatron_ds.kernels.float8 import E4M3, FLOAT8, Block, Float8, takes_twin
 
 _CHUNK = 1 << 22  # elements at a time: of those several copies in the weight's own precision exist for a moment
 
@@ -109,6 +109,9 @@ def add_amax(form: Float8Format, flat: Tensor, start: int, k: int, amax: Sequenc
         amax: fp32, of the shapes that :meth:`Float8Format.scale_shapes` says, zero at first. NaN stays NaN.
     """
     side = form.block.k
+    if takes_twin(flat, form.block):
+        FLOAT8.load(flat).range_amax(flat, start, k, form.block.rows is None, side, amax)
+        return
     for part, rows, columns in _parts(flat, start, k):
         magnitude = part.abs()
         if side is not None:
@@ -130,6 +133,9 @@ def cast(
     form: Float8Format, flat: Tensor, start: int, k: int, scales: Sequence[Tensor], codes: Sequence[Tensor]
 ) -> None:
     """The same elements in e4m3, each by the scale of its block, into ``codes``, each ``[n]``."""
+    if takes_twin(flat, form.block):
+        FLOAT8.load(flat).range_cast(flat, start, k, form.block.rows is None, form.block.k, scales, codes)
+        return
     limit, begin = torch.finfo(E4M3).max, 0
     for part, rows, columns in _parts(flat, start, k):
         wide = part if part.dtype == torch.float64 else part.float()

@@ -3,12 +3,16 @@
 A program takes a tile, loads it once and writes it as it is and transposed: a layer's weight gradient sums over the
 other dim, and tensor cores take 8-bit operands with the summed dim last alone. Where a tile holds whole blocks
 (128 x 128) it finds their scales too, so that amax, cast and transpose are one read. Scales of whole rows or tensors
-need a read of their own before it.
+need a read of their own before it. Of a matrix that ranks have in parts, flat ranges of its elements, each finds the
+amax of its part (``range_amax``) and casts that (``range_cast``).
 
 Shapes: ``x [g, rows, columns]`` with any strides; a scale each ``[g, row blocks, column blocks]``.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -162,6 +166,63 @@ def block_product_kernel(
     tl.store(to, total.to(out.dtype.element_ty), mask=row_inside[:, None] & column_inside[None, :])
 
 
+@triton.jit
+def range_tile(program, start, stop, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of a tile of a matrix of which there are the elements ``[start, stop)``: its number along rows and columns, its
+    rows, its columns, the distance of each of its elements from its first row's beginning, which of them there are, and
+    where that beginning lies in the range (before it, in the first tiles)."""
+    across = tl.cdiv(k, COLUMNS)
+    tile_row = start // k // ROWS + program // across
+    tile_column = program % across
+    origin = tile_row.to(tl.int64) * ROWS * k
+    row = tl.arange(0, ROWS)
+    column = tile_column * COLUMNS + tl.arange(0, COLUMNS)
+    at = row[:, None] * k + column[None, :]
+    first = tl.maximum(start - origin, 0).to(tl.int32)
+    last = tl.minimum(stop - origin, ROWS * k).to(tl.int32)
+    inside = (column[None, :] < k) & (at >= first) & (at < last)
+    return tile_row, tile_column, tile_row * ROWS + row, column, at, inside, origin - start
+
+
+@triton.jit
+def range_amax_kernel(
+    flat, amax, amax_t, start, stop, k, WHOLE: tl.constexpr, SQUARE: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Raises amax to that of a flat range of a matrix: bits of fp32 as integers, of which a NaN is the largest."""
+    tile_row, tile_column, row, column, at, inside, origin = range_tile(tl.program_id(0), start, stop, k, ROWS, COLUMNS)
+    value = tl.load(flat + origin + at, mask=inside, other=0.0).to(tl.float32)
+    bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    if WHOLE:
+        tl.atomic_max(amax, tl.max(tl.max(bits, 1), 0))
+    elif SQUARE:
+        tl.atomic_max(amax + tile_row * tl.cdiv(k, COLUMNS) + tile_column, tl.max(tl.max(bits, 1), 0))
+    else:
+        there = tl.max(inside.to(tl.int32), 1) > 0
+        tl.atomic_max(amax + row, tl.max(bits, 1), mask=there)
+        tl.atomic_max(amax_t + column, tl.max(bits, 0), mask=column < k)
+
+
+@triton.jit
+def range_cast_kernel(
+    flat, codes, codes_t, scale, scale_t, start, stop, k, WHOLE: tl.constexpr, SQUARE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A flat range of a matrix by given scales, and once more by those of the transpose where they are others."""
+    tile_row, tile_column, row, column, at, inside, origin = range_tile(tl.program_id(0), start, stop, k, ROWS, COLUMNS)
+    value = tl.load(flat + origin + at, mask=inside, other=0.0).to(tl.float32)
+    element = codes.dtype.element_ty
+    if WHOLE:
+        by = tl.load(scale + 0 * row)
+    elif SQUARE:
+        by = tl.load(scale + tile_row * tl.cdiv(k, COLUMNS) + tile_column + 0 * row)
+    else:
+        by = tl.load(scale + row, mask=tl.max(inside.to(tl.int32), 1) > 0, other=1.0)
+        by_column = tl.load(scale_t + column, mask=column < k, other=1.0)
+        tl.store(codes_t + origin + at, tl.div_rn(value, by_column[None, :]).to(element), mask=inside)
+    tl.store(codes + origin + at, tl.div_rn(value, by[:, None]).to(element), mask=inside)
+
+
 def _launch(x: Tensor, rows: int, columns: int) -> tuple[tuple[int], tuple[int, ...]]:
     """The grid of tiles, and what every kernel wants to know of ``x``."""
     groups, height, width = x.shape
@@ -179,6 +240,36 @@ def amax(x: Tensor, whole: bool, plain: bool, transposed: bool) -> tuple[Tensor,
         amax_kernel[grid](x, by_row, by_column, *facts, WHOLE=whole, PLAIN=plain, TRANSPOSED=transposed, **TILE)
     first = by_row.amax(-1, keepdim=True)
     return first, first.clone() if whole else by_column.amax(-1, keepdim=True)
+
+
+def _launch_range(flat: Tensor, start: int, k: int, whole: bool, side: int | None) -> tuple[tuple[int], Any, Any]:
+    """The grid of the tiles in which a flat range of a matrix has elements, where it lies, and how tiles are cut."""
+    tile = TILE if side is None else {"ROWS": side, "COLUMNS": side}
+    stop, strip = start + flat.numel(), tile["ROWS"] * k
+    down = triton.cdiv(stop, strip) - start // strip
+    how = {"WHOLE": whole, "SQUARE": side is not None, **tile, "num_warps": 8 if side == 128 else 4}
+    return (down * triton.cdiv(k, tile["COLUMNS"]),), (start, stop, k), how
+
+
+def range_amax(flat: Tensor, start: int, k: int, whole: bool, side: int | None, amax: Sequence[Tensor]) -> None:
+    """Raise the amax of a matrix's blocks, fp32, to that of its elements ``flat [n]``, from element ``start`` on.
+
+    Args:
+        k: columns of the matrix.
+        whole: the matrix is one block. side: of square ones; None: they are rows, and of the transpose columns.
+    """
+    grid, place, how = _launch_range(flat, start, k, whole, side)
+    with on_device_of(flat):
+        range_amax_kernel[grid](flat, amax[0].view(torch.int32), amax[-1].view(torch.int32), *place, **how)
+
+
+def range_cast(
+    flat: Tensor, start: int, k: int, whole: bool, side: int | None, scales: Sequence[Tensor], codes: Sequence[Tensor]
+) -> None:
+    """The same elements by the scales of their blocks into ``codes``, each ``[n]``, as of :func:`range_amax`."""
+    grid, place, how = _launch_range(flat, start, k, whole, side)
+    with on_device_of(flat):
+        range_cast_kernel[grid](flat, codes[0], codes[-1], scales[0], scales[-1], *place, **how)
 
 
 def cast(

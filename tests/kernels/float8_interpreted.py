@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -24,7 +25,9 @@ from megatron_ds.kernels.float8 import (
     product,
     quantize,
     quantize_both,
+    scale_of,
 )
+from megatron_ds.kernels.float8_weight import Float8Format, add_amax, cast
 
 SIDE = 16
 WHOLE, ROWS, LINES, SQUARES = Block(None, None), Block(1, None), Block(1, SIDE), Block(SIDE, SIDE)
@@ -110,6 +113,40 @@ def tile(rows: int, columns: int) -> Tensor:
     return spread(rows, columns)
 
 
+def ranges(block: Block, finite: bool) -> None:
+    """A matrix of which ranks have flat ranges, some within a row, has the amax and codes of the plain operators."""
+    form = Float8Format(block, power_of_two=finite)
+    weight = spread(3 * SIDE + 5, 9 * SIDE + 3)
+    weight[:3, 40:70], weight[-1, -1] = 0.0, 1e-42
+    if not finite:
+        weight[7, 11], weight[2 * SIDE, SIDE] = math.nan, math.inf
+    (rows, k), flat = weight.shape, weight.view(-1)
+    ends = [0, 1, 5, 61, k, k + 3, 2 * k, 5 * k + 7, 20 * k, 33 * k + 140, len(flat)]
+    shapes = form.scale_shapes(rows, k)
+    results = []
+    for twin in (False, True):
+        with triton() if twin else nullcontext(Canaries()) as canaries:
+            amax = [canaries.around(torch.zeros(shape)) for shape in shapes]
+            given = [canaries.around(flat[start:stop]) for start, stop in pairwise(ends)]
+            for start, part in zip(ends, given):
+                add_amax(form, part, start, k, amax)
+            scales = [canaries.around(scale_of(found, E4M3, form.power_of_two)) for found in amax]
+            codes = [canaries.around(torch.zeros(len(flat), dtype=torch.uint8)) for _ in shapes]
+            for start, part in zip(ends, given):
+                cast(form, part, start, k, scales, [each.view(E4M3)[start : start + len(part)] for each in codes])
+        canaries.check()
+        results.append((amax, scales, codes))
+    (want_amax, want_scales, want), (amax, scales, got) = results
+    for a, b in zip([*amax, *scales], [*want_amax, *want_scales]):
+        assert torch.equal(a.nan_to_num(-1.0), b.nan_to_num(-1.0)) and torch.equal(a.isnan(), b.isnan())
+    for a, b in zip(got, want):
+        shows = b.view(E4M3).float().isnan()
+        assert torch.equal(a.view(E4M3).float().isnan(), shows) and torch.equal(a[~shows], b[~shows])
+
+
+for name, block in {"whole": WHOLE, "rows": ROWS, "squares": SQUARES}.items():
+    CASES[f"ranges of {name}"] = partial(ranges, block, False)
+    CASES[f"ranges of {name}, finite"] = partial(ranges, block, True)
 for name, block in {"whole": WHOLE, "rows": ROWS, "lines": LINES, "squares": SQUARES}.items():
     odd = partial(tile, 70, 133) if block.k is None else partial(tile, 37, 45)
     CASES[f"cast {name}"] = partial(casts, odd, block, E4M3)

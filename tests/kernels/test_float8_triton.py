@@ -57,6 +57,24 @@ def cast_blocks() -> None:
         float8.block_cast(meta(1, TOKENS, WIDTH), 128, square, True, True, E4M3, square, 1e-12)
 
 
+def cast_ranges() -> None:
+    """A rank's part of a matrix, which begins and ends within a row."""
+    from megatron_ds.kernels.triton import float8
+
+    flat, lines = meta(WIDTH * 600 + 1024, dtype=torch.float32), meta(WIDTH, 1, dtype=torch.float32)
+    codes = meta(len(flat), dtype=E4M3)
+    float8.range_amax(flat, 5 * WIDTH + 512, WIDTH, False, None, [lines, lines])
+    float8.range_cast(flat, 5 * WIDTH + 512, WIDTH, False, None, [lines, lines], [codes, codes])
+
+
+def cast_ranges_of_blocks() -> None:
+    from megatron_ds.kernels.triton import float8
+
+    flat, scale = meta(WIDTH * 600 + 1024, dtype=torch.float32), meta(BLOCKS, BLOCKS, dtype=torch.float32)
+    float8.range_amax(flat, 5 * WIDTH + 512, WIDTH, False, 128, [scale])
+    float8.range_cast(flat, 5 * WIDTH + 512, WIDTH, False, 128, [scale], [meta(len(flat), dtype=E4M3)])
+
+
 def multiply() -> None:
     from megatron_ds.kernels.triton import float8
 
@@ -69,7 +87,11 @@ def multiply() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("launch", [cast_whole, cast_rows, cast_blocks, multiply], ids=lambda launch: launch.__name__)
+@pytest.mark.parametrize(
+    "launch",
+    [cast_whole, cast_rows, cast_blocks, cast_ranges, cast_ranges_of_blocks, multiply],
+    ids=lambda launch: launch.__name__,
+)
 def test_compiled_for_hopper(launch: Callable[[], None]) -> None:
     from hopper import SHARED_LIMIT, captured
 
@@ -83,8 +105,8 @@ def test_compiled_for_hopper(launch: Callable[[], None]) -> None:
         multiplies = kernel.name == "block_product_kernel"
         assert kernel.count(r"LDGSTS\.E\S*\.128" if multiplies else r"LDG\.E\S*\.128") >= 8, what
         assert multiplies == (kernel.count("QGMMA") > 0)
-        if kernel.name != "amax_kernel":  # which writes a number a row
-            assert kernel.count(r"STG\.E\S*\.128") >= 8, what
+        if kernel.name not in ("amax_kernel", "range_amax_kernel"):  # which write a number a row
+            assert kernel.count(r"STG\.E\S*\.128") >= (4 if launch is cast_ranges_of_blocks else 8), what
 
 
 # --- the calls of torch that a CPU does not check ----------------------------------------------------------------
