@@ -1,9 +1,9 @@
 """Everything about speed on one GPU, in nine minutes: `make bench-gpu`.
 
 The parts: what the machine can reach, whole training steps of GPT-2 124M and a 1.3B Llama in bf16, a compiled plain
-torch loop beside them, each kernel, products and attention, and single choices. Each part is a process of its own, so
-that one that fails or hangs costs itself alone; the next one imports torch while it runs. Each prints a table as it
-ends, and all rows go to one JSON file. What no time is left for is named.
+torch loop beside them, blocks as wide as Llama 8B's in FP8, each kernel, products and attention, and single choices.
+Each part is a process of its own, so that one that fails or hangs costs itself alone; the next one imports torch while
+it runs. Each prints a table as it ends, and all rows go to one JSON file. What no time is left for is named.
 
     python tools/benchmark/gpu.py --parts products attention
     python tools/benchmark/gpu.py --tiny          # any machine: the code runs, its figures mean nothing
@@ -45,6 +45,7 @@ PARTS = {
     "gpt2": Part(gpu_steps.gpt2, 90),
     "llama": Part(gpu_steps.llama, 90),
     "plain": Part(gpu_steps.beside_plain, 200),
+    "float8": Part(gpu_steps.float8, 90),
     "kernels": Part(gpu_parts.our_kernels, 130),
     "products": Part(gpu_parts.products, 40),
     "attention": Part(gpu_parts.attention, 20),

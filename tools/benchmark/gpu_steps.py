@@ -28,6 +28,9 @@ from megatron_ds.train.metrics import peak_tflops
 
 GPT2 = Workload(layers=12, hidden=768, heads=12, sequence=1024, vocab=50304, dtype="bf16")
 LLAMA = Workload(family="llama", layers=24, hidden=2048, heads=16, sequence=2048, vocab=32000, dtype="bf16")
+LLAMA_8B_BLOCKS = replace(
+    LLAMA, layers=4, hidden=4096, heads=32, kv_heads=8, ffn_hidden=14336, sequence=8192, vocab=2048
+)
 ACCUMULATE = 4
 # Sequences a micro-batch, by the device's memory in GiB.
 MICRO_BATCH = {"gpt2": ((70, 32), (35, 16), (20, 8), (0, 2)), "llama": ((70, 4), (35, 1), (0, 1))}
@@ -35,6 +38,7 @@ WARMUP, STEPS = 3, 5
 
 # Time on the GPU by class: the first pattern that a kernel's name has.
 CLASSES: Mapping[str, str] = {
+    "casts to FP8": r"amax_kernel|cast_kernel",
     "attention": r"fmha|flash|cudnn.*(attn|sdpa|mha)|sdpa",
     "products": r"gemm|cutlass|cublas|nvjet|xmma|sm90_|splitk|addmm|::mm",
     "norms": r"norm_",
@@ -53,7 +57,8 @@ CLASSES: Mapping[str, str] = {
 def of_model(bench: Bench, w: Workload, micro_batch: int | None = None) -> Workload:
     """With a micro-batch that the memory holds."""
     if bench.tiny:
-        return replace(w, layers=2, hidden=64, heads=2, sequence=32, vocab=256, batch=4, accumulate=2)
+        small = {"layers": 2, "hidden": 64, "heads": 2, "kv_heads": None, "ffn_hidden": None, "vocab": 256}
+        return replace(w, **small, sequence=32, batch=4, accumulate=2)
     if micro_batch is None:
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         micro_batch = next(size for least, size in MICRO_BATCH[w.family] if memory >= least)
@@ -207,6 +212,23 @@ def flags(bench: Bench) -> None:
             continue
         with registry.use({name: "reference"}):
             step_of(bench, f"{model}, {name} in plain torch", own, profiled=False)
+
+
+def float8(bench: Bench) -> None:
+    """Blocks as wide as Llama 8B's in FP8 over those in bf16: 8,192 tokens of one sequence, and of four.
+
+    A recipe that has a scale a sequence makes a weight gradient of each sequence and adds them up.
+    """
+    for sequences in (1, 4):
+        of_shape = replace(LLAMA_8B_BLOCKS, sequence=LLAMA_8B_BLOCKS.sequence // sequences)
+        w, in_bf16 = of_model(bench, of_shape, sequences), None
+        for recipe in ("none", "tensorwise", "rowwise", "blockwise"):
+            title = f"{w.layers} blocks, {sequences} x {w.sequence}, " + ("bf16" if recipe == "none" else recipe)
+            step_of(bench, title, replace(w, fp8=recipe), profiled=sequences == 1 and recipe in ("none", "tensorwise"))
+            rate = next((row.get("tokens/s") for row in reversed(bench.rows) if row["name"] == title), None)
+            in_bf16 = rate if recipe == "none" else in_bf16
+            if rate and in_bf16 and recipe != "none":
+                bench.row(f"{title} over bf16", ratio=rate / in_bf16)
 
 
 def compiled(bench: Bench) -> None:

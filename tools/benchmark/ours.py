@@ -17,6 +17,7 @@ from megatron_ds.models.gpt import GPTTask
 from megatron_ds.train.build import RankRuntime, build
 
 _MICRO_BATCHES = 8
+_FP8 = {"fp8_min_features": 0, "fp8_emulate": not torch.cuda.is_available()}
 
 
 def configuration(
@@ -40,6 +41,8 @@ def configuration(
             "num_layers": w.layers,
             "hidden_size": w.hidden,
             "num_heads": w.heads,
+            "kv_heads": w.kv_heads,
+            "ffn_hidden_size": w.ffn_hidden,
             "vocab_size": w.vocab,
             "max_positions": w.sequence,
             **(family if w.family == "llama" else {}),
@@ -55,7 +58,7 @@ def configuration(
             "clip_norm": w.clip,
             "schedule": "constant",
         },
-        "precision": {"dtype": w.dtype},
+        "precision": {"dtype": w.dtype, "fp8": w.fp8, **(_FP8 if w.fp8 != "none" else {})},
         "train": {
             "global_batch": w.batch,
             "micro_batch": w.batch // (_MICRO_BATCHES if pp > 1 else dp * w.accumulate),

@@ -25,20 +25,24 @@ class Workload:
     """A model, a batch and an optimizer; by default GPT-2's architecture, small enough for a CPU, without dropout.
 
     ``family``: ``"gpt2"`` (tied embeddings, learned positions) or ``"llama"`` (rotary, RMSNorm, SwiGLU, untied).
+    ``kv_heads`` and ``ffn_hidden``: as many as ``heads``, and the family's width, where they are None.
     ``batch`` is the global batch in sequences, which one rank takes in ``accumulate`` micro-batches. ``dtype`` is
     ``"fp32"``, ``"bf16"`` (fp32 weights in the optimizer, bf16 matmuls) or ``"bf16-pure"`` (bf16 weights and
-    optimizer state, no fp32 copy).
+    optimizer state, no fp32 copy); ``fp8`` a recipe of ours for linear layers.
     """
 
     family: str = "gpt2"
     layers: int = 6
     hidden: int = 384
     heads: int = 6
+    kv_heads: int | None = None
+    ffn_hidden: int | None = None
     sequence: int = 256
     vocab: int = 8192
     batch: int = 8
     accumulate: int = 1
     dtype: str = "fp32"
+    fp8: str = "none"
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1
@@ -52,6 +56,8 @@ class Workload:
     @property
     def ffn(self) -> int:
         """Width inside the MLP: 4 h, or for SwiGLU 8/3 h rounded up to a multiple of 64."""
+        if self.ffn_hidden is not None:
+            return self.ffn_hidden
         return -(-8 * self.hidden // (3 * 64)) * 64 if self.family == "llama" else 4 * self.hidden
 
     @property
@@ -62,7 +68,8 @@ class Workload:
         square of attention scores counts whole although it is causal; recomputation does not count.
         """
         mlp = 3 * self.ffn if self.family == "llama" else 2 * self.ffn
-        weights = self.layers * (4 * self.hidden**2 + mlp * self.hidden) + self.vocab * self.hidden
+        attention = 2 * self.hidden * (1 + (self.kv_heads or self.heads) / self.heads)  # q and out; k and v
+        weights = self.layers * (attention + mlp) * self.hidden + self.vocab * self.hidden
         return 6.0 * weights + 12.0 * self.layers * self.hidden * self.sequence
 
     def batches(
