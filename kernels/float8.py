@@ -1,4 +1,4 @@
-"""Eight-bit floating point: casts with a scale for each block, and products of such tensors.
+"""Eight-bit floating point: casts with a scale for each block (products: :mod:`megatron_ds.kernels.float8_product`).
 
 A tensor ``[..., rows, k]`` is cut into blocks of ``(rows, k)`` elements. A block's largest magnitude (*amax*) becomes
 the largest number of the format, so that ``values * scale`` is the tensor again but for the rounding. ``k`` is the dim
@@ -9,8 +9,7 @@ Formats (Micikevicius et al. 2022): ``e4m3`` has 3 bits of mantissa and ends at 
 A layer needs most tensors twice, as they are and transposed, each with the scales of its own blocks: tensor cores sum
 8-bit operands over the last dim alone. :func:`quantize_both` makes the two.
 
-Not yet run on a GPU: the Triton twins run in its interpreter and compile for Hopper, and the calls of
-``torch.nn.functional.scaled_mm`` pass torch's own checks of shapes and strides for CUDA.
+Not yet run on a GPU: the Triton twins run in its interpreter and compile for Hopper.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import ScalingType
 
 from megatron_ds.kernels.registry import Op, define
 
@@ -71,19 +69,26 @@ class Float8:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """``[..., rows, k]``. In float64 exact."""
         rows, k = self.values.shape[-2:]
-        return self.values.to(dtype) * _spread(self.scale.to(dtype), rows, k, self.block)
+        return self.values.to(dtype) * spread(self.scale.to(dtype), rows, k, self.block)
 
     def group(self, number: int) -> Float8:
         """One of ``[g, rows, k]``."""
         return Float8(self.values[number], self.scale[number], self.block)
 
     def flat(self) -> Float8:
-        """``[g, rows, k] -> [g * rows, k]``, with scales a row where there are several ``g``."""
+        """``[g, rows, k] -> [rows * g, k]``, with scales a row where there are several ``g``."""
         groups, rows, k = self.values.shape
         if groups == 1:
             return self.group(0)
-        scale = self.scale.expand(groups, rows, -1).reshape(-1, self.scale.shape[-1])
-        return Float8(self.values.reshape(-1, k), scale, Block(1, self.block.k))
+        scale = self.scale.expand(groups, rows, -1).transpose(0, 1).reshape(rows * groups, -1)
+        return Float8(self.values.transpose(0, 1).reshape(-1, k), scale, Block(1, self.block.k))
+
+    def joined(self) -> Float8:
+        """``[g, rows, k] -> [rows, g * k]``, in blocks along k, which divide it: of a scale that spans k, CUDA's."""
+        groups, rows, k = self.values.shape
+        side = self.block.k or CUDA_BLOCK
+        scale = self.scale.expand(groups, rows, k // side).transpose(1, 2).reshape(-1, rows).t()  # as CUDA wants them
+        return Float8(self.values.transpose(0, 1).reshape(rows, -1), scale, Block(1, side))
 
     def transposed(self) -> Float8:
         """``[..., k, rows]`` with the same scales: of square blocks, which the transpose has too."""
@@ -165,7 +170,7 @@ def quantize(x: Tensor, amax: Tensor | None, block: Block, dtype: torch.dtype, p
     scale = scale_of(block_amax(x, block) if amax is None else amax, dtype, power_of_two)
     wide = x if x.dtype == torch.float64 else x.float()
     rows, k = x.shape[-2:]
-    scaled = wide / _spread(scale.to(wide.dtype), rows, k, block)
+    scaled = wide / spread(scale.to(wide.dtype), rows, k, block)
     # Row-major whatever ``x`` is, as Triton's: how a product sums may depend on where its operands lie.
     return Float8(scaled.clamp(-limit, limit).to(dtype).contiguous(), scale, block)
 
@@ -227,7 +232,7 @@ def _shaped(three: Tensor, x: Tensor) -> Tensor:
     return three.view(*x.shape[:-2], *three.shape[-2:]) if three.numel() else three
 
 
-def _spread(scale: Tensor, rows: int, k: int, block: Block) -> Tensor:
+def spread(scale: Tensor, rows: int, k: int, block: Block) -> Tensor:
     """A scale for each element, as a view where a block is a row or the whole tensor."""
     row_blocks, k_blocks, block_rows, block_k = block.grid(rows, k)
     if k_blocks > 1:
@@ -237,106 +242,12 @@ def _spread(scale: Tensor, rows: int, k: int, block: Block) -> Tensor:
     return scale
 
 
-@dataclass(frozen=True)
-class ScaledProduct:
-    """The arguments of ``torch.nn.functional.scaled_mm``, laid out as CUDA wants them.
-
-    ``left [m, k]`` is row-major, ``right [k, n]`` column-major, both with k padded to a multiple of 16; scales of rows
-    are contiguous ``[m, 1]`` and ``[1, n]``. Those of blocks are fp32 with rows next to each other, and those of 128 x
-    128 are padded to a multiple of four along k.
-    """
-
-    left: Tensor
-    right: Tensor
-    scales: tuple[Tensor, Tensor]
-    kinds: tuple[ScalingType, ScalingType]
-
-    def __call__(self, out: torch.dtype) -> Tensor:
-        # CUDA's row-wise product writes bf16 alone.
-        half = self.left.is_cuda and self.kinds[0] == ScalingType.RowWise
-        result: Tensor = F.scaled_mm(
-            self.left,
-            self.right,
-            self.scales[0],
-            self.kinds[0],
-            self.scales[1],
-            self.kinds[1],
-            output_dtype=torch.bfloat16 if half else out,
-            use_fast_accum=False,
-        )
-        return result.to(out)
-
-
-def scaled_product(a: Float8, b: Float8) -> ScaledProduct | None:
-    """``a @ b.T`` as torch's call; None where it has none: blocks that are not CUDA's, or a k that ends within one."""
-    left, right = _multiple(a.values), _multiple(b.values).t()
-    if a.scale.numel() == b.scale.numel() == 1:
-        return ScaledProduct(left, right, (a.scale, b.scale), (ScalingType.TensorWise, ScalingType.TensorWise))
-    if max(a.scale.shape[-1], b.scale.shape[-1]) == 1:
-        # Blocks of several rows that are as long as k have a scale for all of their rows.
-        rows = [x.values.shape[0] for x in (a, b)]
-        spread = [_spread(x.scale, count, x.values.shape[1], x.block) for x, count in zip((a, b), rows)]
-        first, second = (scale.expand(count, 1).contiguous() for scale, count in zip(spread, rows))
-        return ScaledProduct(left, right, (first, second.t()), (ScalingType.RowWise, ScalingType.RowWise))
-    kinds = {
-        Block(1, CUDA_BLOCK): ScalingType.BlockWise1x128,
-        Block(CUDA_BLOCK, CUDA_BLOCK): ScalingType.BlockWise128x128,
-    }
-    square = [x.block.is_square for x in (a, b)]
-    whole = not any(x.values.shape[0] % CUDA_BLOCK for x in (a, b) if x.block.is_square)
-    if a.block not in kinds or b.block not in kinds or all(square) or a.values.shape[-1] % CUDA_BLOCK or not whole:
-        return None
-    scales = [F.pad(x.scale, (0, -x.scale.shape[1] % 4)) if x.block.is_square else x.scale for x in (a, b)]
-    first, second = (s.t() if tiled else s.t().contiguous().t() for s, tiled in zip(scales, square))
-    return ScaledProduct(left, right, (first, second), (kinds[a.block], kinds[b.block]))
-
-
-def product(a: Float8, b: Float8, out: torch.dtype) -> Tensor:
-    """``a @ b.T``: ``[m, k]``, ``[n, k] -> [m, n]`` of dtype ``out``, summed in fp32 (in fp64 if ``out`` is fp64).
-
-    ``torch.nn.functional.scaled_mm`` does it where it can: on a CPU where no scale changes along k, on CUDA with blocks
-    too, by Hopper. Other GPUs multiply blocks by Triton. Elsewhere, and in float64, the dequantized tensors are
-    multiplied.
-    """
-    blocks = max(a.scale.shape[-1], b.scale.shape[-1]) > 1
-    if out != torch.float64 and a.values.numel() * b.values.numel() > 0:
-        call = scaled_product(a, b) if torch_multiplies(a.values.device, blocks) else None
-        if call is not None:
-            return call(out)
-        if blocks and _twin_multiplies(a, b, out):
-            rows = [x.block.rows or x.values.shape[0] for x in (a, b)]
-            values, scales = (a.values, b.values), (a.scale, b.scale)
-            result: Tensor = torch.ops.megatron_ds.float8_block_product(*values, *scales, *rows, a.block.k, out)
-            return result
-    compute = torch.float64 if out == torch.float64 else torch.float32
-    return (a.dequantize(compute) @ b.dequantize(compute).t()).to(out)
-
-
-def torch_multiplies(device: torch.device, blocks: bool) -> bool:
-    """Whether ``scaled_mm`` runs there; with ``blocks`` along k by cuBLAS of CUDA 12.9 on Hopper alone."""
-    if not blocks or not has_tensor_cores(device):
-        return not blocks and (device.type == "cpu" or has_tensor_cores(device))
-    version = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
-    return capability(device)[0] == 9 and version >= (12, 9)
-
-
-def _twin_multiplies(a: Float8, b: Float8, out: torch.dtype) -> bool:
-    one = torch.empty(1, dtype=out, device=a.values.device)  # the op is asked by what it is to write
-    return a.block.k == b.block.k and takes_twin(one, a.block) and takes_twin(one, b.block)
-
-
-def _multiple(values: Tensor) -> Tensor:
-    """``values [rows, k]``, contiguous, with zeros behind k where tensor cores want them."""
-    missing = -values.shape[-1] % CUDA_MULTIPLE
-    if missing:
-        values = F.pad(values.view(torch.uint8), (0, missing)).view(values.dtype)
-    return values.contiguous()
-
-
-def _outputs(x: Tensor, plain: bool, transposed: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def outputs(x: Tensor, plain: bool, transposed: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Memory for ``x [g, rows, columns]`` and for its transpose, with groups innermost but one; empty if not wanted."""
     groups, rows, columns = x.shape
-    out = x.new_empty((groups, rows, columns) if plain else (0,), dtype=dtype)
-    return out, x.new_empty((groups, columns, rows) if transposed else (0,), dtype=dtype)
+    out = x.new_empty((rows, groups, columns) if plain else (0, 0, 0), dtype=dtype)
+    out_t = x.new_empty((columns, groups, rows) if transposed else (0, 0, 0), dtype=dtype)
+    return out.transpose(0, 1), out_t.transpose(0, 1)
 
 
 def _fake_amax(x: Tensor, whole: bool, plain: bool, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -360,7 +271,7 @@ def _fake_block_cast(
     across, down = -(-columns // side), -(-rows // side)
     scale = (groups, down if square else rows, across) if plain else (0,)
     scale_t = (groups, across if square else columns, down) if transposed else (0,)
-    return (*_outputs(x, plain, transposed, dtype), *(x.new_empty(s, dtype=torch.float32) for s in (scale, scale_t)))
+    return (*outputs(x, plain, transposed, dtype), *(x.new_empty(s, dtype=torch.float32) for s in (scale, scale_t)))
 
 
 define(
@@ -377,17 +288,11 @@ define(
     "float8_cast(Tensor x, Tensor scale, Tensor scale_t, bool whole, bool plain, bool transposed, ScalarType dtype) "
     "-> (Tensor, Tensor)",
     lambda x, *how: FLOAT8.load(x).cast(x, *how),
-    lambda x, scale, scale_t, whole, *wanted: _outputs(x, *wanted),
+    lambda x, scale, scale_t, whole, *wanted: outputs(x, *wanted),
 )
 define(
     "float8_block_cast(Tensor x, int side, bool square, bool plain, bool transposed, ScalarType dtype, "
     "bool power_of_two, float smallest) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda x, *how: FLOAT8.load(x).block_cast(x, *how),
     _fake_block_cast,
-)
-define(
-    "float8_block_product(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, int a_rows, int b_rows, int side, "
-    "ScalarType dtype) -> Tensor",
-    lambda a, *how: FLOAT8.load(a).block_product(a, *how),
-    lambda a, b, *how: a.new_empty((a.shape[0], b.shape[0]), dtype=how[-1]),
 )

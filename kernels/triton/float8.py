@@ -6,7 +6,9 @@ other dim, and tensor cores take 8-bit operands with the summed dim last alone. 
 need a read of their own before it. Of a matrix that ranks have in parts, flat ranges of its elements, each finds the
 amax of its part (``range_amax``) and casts that (``range_cast``).
 
-Shapes: ``x [g, rows, columns]`` with any strides; a scale each ``[g, row blocks, column blocks]``.
+Shapes: ``x [g, rows, columns]`` with any strides; a scale each ``[g, row blocks, column blocks]``. Results are views
+``[g, rows, columns]`` of ``[rows, g, columns]``: a sequence is a group, activations are ``[s, b, h]``, and one product
+over the tokens of all sequences takes them side by side.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_ds.kernels.float8 import outputs
 from megatron_ds.kernels.triton.common import on_device_of
 
 TILE = {"ROWS": 64, "COLUMNS": 128}  # of the kernels whose blocks are rows or tensors
@@ -54,7 +57,7 @@ def scale_of(amax, SMALLEST: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl
 
 @triton.jit
 def amax_kernel(
-    x, by_row, by_column, x_group, x_row, x_column, rows, columns,
+    x, by_row, by_column, x_group, x_row, x_column, groups, rows, columns,
     WHOLE: tl.constexpr, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The tile's amax, or those of its rows and of its columns: ``[g, rows, tiles]``, ``[g, columns, tiles]``."""
@@ -75,7 +78,7 @@ def amax_kernel(
 
 @triton.jit
 def cast_kernel(
-    x, out, out_t, scale, scale_t, x_group, x_row, x_column, rows, columns,
+    x, out, out_t, scale, scale_t, x_group, x_row, x_column, groups, rows, columns,
     WHOLE: tl.constexpr, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """By scales of whole tensors or rows; of the transpose, columns."""
@@ -86,18 +89,18 @@ def cast_kernel(
     element = out.dtype.element_ty
     if PLAIN:
         of_row = tl.load(scale + (group + 0 * row if WHOLE else group * rows + row), mask=row < rows, other=1.0)
-        to = out + (group * rows + row[:, None]) * columns + column[None, :]
+        to = out + (row[:, None] * groups + group) * columns + column[None, :]
         tl.store(to, tl.div_rn(value, of_row[:, None]).to(element), mask=inside)
     if TRANSPOSED:
         of_column = group + 0 * column if WHOLE else group * columns + column
         by = tl.load(scale_t + of_column, mask=column < columns, other=1.0)
-        to = out_t + (group * columns + column[:, None]) * rows + row[None, :]
+        to = out_t + (column[:, None] * groups + group) * rows + row[None, :]
         tl.store(to, tl.trans(tl.div_rn(value, by[None, :]).to(element)), mask=tl.trans(inside))
 
 
 @triton.jit
 def block_cast_kernel(
-    x, out, out_t, scale, scale_t, x_group, x_row, x_column, rows, columns,
+    x, out, out_t, scale, scale_t, x_group, x_row, x_column, groups, rows, columns,
     SQUARE: tl.constexpr, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     SMALLEST: tl.constexpr, LIMIT: tl.constexpr, SIDE: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +118,7 @@ def block_cast_kernel(
         of_rows = tl.full((SIDE,), 0.0, tl.float32) + tl.max(of_rows, 0)
     by_row = scale_of(of_rows, SMALLEST, LIMIT, POWER_OF_TWO)
     if PLAIN:
-        to = out + (group * rows + row[:, None]) * columns + column[None, :]
+        to = out + (row[:, None] * groups + group) * columns + column[None, :]
         tl.store(to, tl.div_rn(value, by_row[:, None]).to(element), mask=inside)
         if SQUARE:
             tl.store(scale + (group * down + tile_row) * across + tile_column, tl.max(by_row, 0))
@@ -123,7 +126,7 @@ def block_cast_kernel(
             tl.store(scale + (group * rows + row) * across + tile_column, by_row, mask=row < rows)
     if TRANSPOSED:
         by_column = by_row if SQUARE else scale_of(tl.max(found, 0), SMALLEST, LIMIT, POWER_OF_TWO)
-        to = out_t + (group * columns + column[:, None]) * rows + row[None, :]
+        to = out_t + (column[:, None] * groups + group) * rows + row[None, :]
         tl.store(to, tl.trans(tl.div_rn(value, by_column[None, :]).to(element)), mask=tl.trans(inside))
         if SQUARE:
             tl.store(scale_t + (group * across + tile_column) * down + tile_row, tl.max(by_column, 0))
@@ -226,7 +229,7 @@ def range_cast_kernel(
 def _launch(x: Tensor, rows: int, columns: int) -> tuple[tuple[int], tuple[int, ...]]:
     """The grid of tiles, and what every kernel wants to know of ``x``."""
     groups, height, width = x.shape
-    return (groups * triton.cdiv(height, rows) * triton.cdiv(width, columns),), (*x.stride(), height, width)
+    return (groups * triton.cdiv(height, rows) * triton.cdiv(width, columns),), (*x.stride(), *x.shape)
 
 
 def amax(x: Tensor, whole: bool, plain: bool, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -276,9 +279,7 @@ def cast(
     x: Tensor, scale: Tensor, scale_t: Tensor, whole: bool, plain: bool, transposed: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """``[g, rows, columns]`` and its transpose by given scales."""
-    groups, rows, columns = x.shape
-    out = x.new_empty((groups, rows, columns) if plain else (0,), dtype=dtype)
-    out_t = x.new_empty((groups, columns, rows) if transposed else (0,), dtype=dtype)
+    out, out_t = outputs(x, plain, transposed, dtype)
     grid, facts = _launch(x, TILE["ROWS"], TILE["COLUMNS"])
     scales = scale.contiguous(), scale_t.contiguous()
     with on_device_of(x):
@@ -293,8 +294,7 @@ def block_cast(
     """``[g, rows, columns]`` and its transpose by blocks of ``side``, and the scales of both."""
     groups, rows, columns = x.shape
     across, down = triton.cdiv(columns, side), triton.cdiv(rows, side)
-    out = x.new_empty((groups, rows, columns) if plain else (0,), dtype=dtype)
-    out_t = x.new_empty((groups, columns, rows) if transposed else (0,), dtype=dtype)
+    out, out_t = outputs(x, plain, transposed, dtype)
     scale = x.new_empty((groups, down if square else rows, across) if plain else (0,), dtype=torch.float32)
     scale_t = x.new_empty((groups, across if square else columns, down) if transposed else (0,), dtype=torch.float32)
     grid, facts = _launch(x, side, side)

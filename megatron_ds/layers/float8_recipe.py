@@ -51,10 +51,10 @@ from megatron_ds.kernels.float8 import (
     block_amax_both,
     capability,
     has_tensor_cores,
-    product,
     quantize,
     quantize_both,
 )
+from megatron_ds.kernels.float8_product import product, sum_of_products
 from megatron_ds.kernels.float8_weight import Float8Format, Float8Weight, matrix_shape
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.layers.recipe import OwnPrecision, Recipe
@@ -180,9 +180,8 @@ class Float8Recipe(Recipe):
         return None
 
     def _by_sequence(self, left: Float8, right: Float8, like: Tensor) -> Tensor:
-        """``left [b, s, k]`` times ``right [n, k]``, as ``[s, b, n]``; ``like [s, (b,) k]``."""
-        out = product(left.flat(), right, like.dtype)
-        return out.view(*left.values.shape[:2], -1).transpose(0, 1).reshape(*like.shape[:-1], -1)
+        """``left [b, s, k]`` times ``right [n, k]``, as ``[s, (b,) n]``; ``like [s, (b,) k]``."""
+        return product(left.flat(), right, like.dtype).view(*like.shape[:-1], -1)
 
     def _wide_weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """``[out, in]`` in fp32 (fp64 for fp64): the sum over sequences of products of which each sums over one."""
@@ -193,10 +192,7 @@ class Float8Recipe(Recipe):
         else:
             left = self._features(grad, self.gradient_format, "out")
         right = self._features(x, E4M3, "in")
-        total = product(left.group(0), right.group(0), wide)
-        for sequence in range(1, left.values.shape[0]):
-            total.add_(product(left.group(sequence), right.group(sequence), wide))
-        return total
+        return sum_of_products(left, right, wide)
 
     def _features(self, x: Tensor, dtype: torch.dtype, dim: str) -> Float8:
         """``[s, b, features]`` quantised as ``[b, features, s]``."""

@@ -14,7 +14,7 @@ import torch
 from interpreter_worker import Canaries
 from torch import Tensor
 
-from megatron_ds.kernels import registry
+from megatron_ds.kernels import float8_product, registry
 from megatron_ds.kernels.float8 import (
     E4M3,
     E5M2,
@@ -22,11 +22,11 @@ from megatron_ds.kernels.float8 import (
     Float8,
     block_amax,
     block_amax_both,
-    product,
     quantize,
     quantize_both,
     scale_of,
 )
+from megatron_ds.kernels.float8_product import product
 from megatron_ds.kernels.float8_weight import Float8Format, add_amax, cast
 
 SIDE = 16
@@ -175,6 +175,24 @@ def shows() -> None:
     assert not got[2].isfinite().any() and got[[0, 1, 3, 4, 5, 6, 7]].isfinite().all()
 
 
+def sums(block: Block) -> None:
+    """Over the tokens of three sequences, as layers have them: ``[s, b, features]``."""
+    length = 128 if block.k is None else 3 * SIDE
+    x, grad = (spread(length, 3, features).permute(1, 2, 0) for features in (20, 37))
+    want = sum(
+        quantize(g, None, block, E5M2).dequantize(torch.float64)
+        @ quantize(y, None, block, E4M3).dequantize(torch.float64).t()
+        for g, y in zip(grad, x)
+    )
+    bound = grad.abs().double() @ x.abs().double().mT * 1e-6
+    with triton(), patch.object(float8_product, "product", side_effect=product) as products:
+        operands = quantize(grad, None, block, E5M2), quantize(x, None, block, E4M3)
+        got = float8_product.sum_of_products(*operands, torch.float32)
+    assert products.call_count == 1 and ((got - want).abs() <= bound.sum(0)).all()
+
+
+for name, block in {"whole": WHOLE, "rows": ROWS, "lines": LINES}.items():
+    CASES[f"sum of products {name}"] = partial(sums, block)
 CASES["product of lines and squares"] = partial(multiplies, 37, 133, 40, (LINES, SQUARES), torch.float32)
 CASES["product of squares and lines"] = partial(multiplies, 70, 9, 48, (SQUARES, LINES), torch.float32)
 CASES["product of lines"] = partial(multiplies, 5, 3, 19, (LINES, LINES), torch.float32)

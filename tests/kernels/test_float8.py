@@ -16,10 +16,10 @@ from megatron_ds.kernels.float8 import (
     Block,
     Float8,
     block_amax,
-    product,
     quantize,
     scale_of,
 )
+from megatron_ds.kernels.float8_product import product
 
 BLOCKS = [Block(None, None), Block(1, None), Block(1, 4), Block(4, 4)]
 

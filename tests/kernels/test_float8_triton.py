@@ -11,7 +11,8 @@ import torch
 from interpreter_worker import NO_TRITON, run_cases
 from torch import Tensor
 
-from megatron_ds.kernels.float8 import E4M3, E5M2, Block, Float8, has_tensor_cores, scaled_product, torch_multiplies
+from megatron_ds.kernels.float8 import E4M3, E5M2, Block, Float8, has_tensor_cores
+from megatron_ds.kernels.float8_product import scaled_product, torch_multiplies
 
 needs_triton = pytest.mark.skipif(bool(NO_TRITON), reason=NO_TRITON)
 
