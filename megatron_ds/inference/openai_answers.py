@@ -118,8 +118,7 @@ class Answers:
             common["processed_logprobs"] = self._completion_logprobs(ids, processed, sent.words, sent.tail)
         if self.call.chat:
             shown = None if logprobs is None else {"content": self._chat_logprobs(ids, logprobs), "refusal": None}
-            message: dict[str, Any] = {"role": "assistant", "content": text} if sent.first else {"content": text}
-            message |= {} if of_stream else {"refusal": None}
+            message = self._message(sample.index, text, sent.first, of_stream)
             return {**common, "delta" if of_stream else "message": message, "logprobs": shown}
         begun = sent.words
         of_text: Sequence[Logprobs | None] | None = logprobs
@@ -133,6 +132,18 @@ class Answers:
                 ids, of_text = [*of_prompt, *ids], [*known, *logprobs]
         of_tokens = None if of_text is None else self._completion_logprobs(ids, of_text, begun, sent.tail)
         return {**common, "text": text, "logprobs": of_tokens}
+
+    def _message(self, index: int, text: str, is_first: bool, of_stream: bool) -> dict[str, Any]:
+        """A conversation's answer, or what comes next of it: words, or the arguments of a call."""
+        message: dict[str, Any] = {"content": text}
+        if self.call.function is not None:
+            made: dict[str, Any] = {"function": {"arguments": text}}
+            if is_first:
+                named = {"name": self.call.function, "arguments": text}
+                made = {"id": f"call_{self.call.name}_{index}", "type": "function", "function": named}
+            message = {"content": None, "tool_calls": [{"index": 0, **made} if of_stream else made]}
+        role = {"role": "assistant"} if is_first else {}
+        return {**role, **message, **({} if of_stream else {"refusal": None})}
 
     def _of_prompt(self, output: RequestOutput) -> dict[str, Any]:
         """The prompt's tokens, and their log-probabilities by id, as vLLM's server has them, where they were asked for.

@@ -63,6 +63,7 @@ class Call:
         token_ids, ids_for_tokens: whether tokens are shown by their ids, beside the text and in its place.
         echoed: the prompts' texts, where the answers are to begin with them.
         prompt_alone: they are all that is wanted; the engine computes one token more, which is not shown.
+        function: the tool whose arguments the answer is.
     """
 
     chat: bool
@@ -77,6 +78,7 @@ class Call:
     ids_for_tokens: bool = False
     echoed: tuple[str, ...] = ()
     prompt_alone: bool = False
+    function: str | None = None
 
 
 def read_call(body: Any, chat: bool, model: str, texts: Texts, suggested: Mapping[str, Any] | None = None) -> Call:
@@ -102,9 +104,11 @@ def read_call(body: Any, chat: bool, model: str, texts: Texts, suggested: Mappin
     settings["max_tokens"] = fields.pop("max_completion_tokens", limit) if chat else limit
     _read_form(fields, settings)
     echoed: tuple[str, ...] = ()
+    function = None
     if chat:
         _read_chat_logprobs(fields, settings)
-        prompts = [_read_messages(fields, texts)]
+        tools, function = _read_tools(fields, settings)
+        prompts = [_read_messages(fields, texts, tools)]
     else:
         settings["logprobs"] = fields.pop("logprobs", None)
         given, special = _read_prompts(fields), _flag(fields, "add_special_tokens", True)
@@ -120,7 +124,7 @@ def read_call(body: Any, chat: bool, model: str, texts: Texts, suggested: Mappin
     except ConfigError as error:
         raise BadRequest(str(error), str(error).partition("=")[0]) from None
     tokens = tuple(tuple(prompt) for prompt in prompts)
-    return Call(chat, model, tokens, params, name, stream, usage, in_all, ids, for_tokens, echoed, alone)
+    return Call(chat, model, tokens, params, name, stream, usage, in_all, ids, for_tokens, echoed, alone, function)
 
 
 def _flag(fields: dict[str, Any], name: str, usual: bool = False) -> bool:
@@ -157,9 +161,13 @@ def _read_form(fields: dict[str, Any], settings: dict[str, Any]) -> None:
             "'json_schema': {'schema': {...}}}",
             "response_format",
         )
+    _set_form(settings, {"json_object": True} if kind == "json_object" else {"json": schema}, "response_format")
+
+
+def _set_form(settings: dict[str, Any], form: Mapping[str, Any], parameter: str) -> None:
     if "structured_outputs" in settings:
-        raise BadRequest("response_format and structured_outputs say the same thing twice", "response_format")
-    settings["structured_outputs"] = {"json_object": True} if kind == "json_object" else {"json": schema}
+        raise BadRequest(f"{parameter} and another field give the answer a form; give one", parameter)
+    settings["structured_outputs"] = form
 
 
 def _read_chat_logprobs(fields: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -186,23 +194,39 @@ def _read_prompts(fields: dict[str, Any]) -> list[str | list[int]]:
     return several
 
 
-def _read_messages(fields: dict[str, Any], texts: Texts) -> list[int]:
-    messages = fields.pop("messages", None)
-    tools, choice = fields.pop("tools", None), fields.pop("tool_choice", None)
-    if not isinstance(messages, list) or not 0 < len(messages) <= _MOST_MESSAGES:
-        raise BadRequest(f"messages must be a list of 1 to {_MOST_MESSAGES} messages", "messages")
+def _read_tools(fields: dict[str, Any], settings: dict[str, Any]) -> tuple[list[Any] | None, str | None]:
+    """The tools that the model is shown, and the name of the one that it must call: its arguments are the answer."""
+    tools, choice = fields.pop("tools", None), fields.pop("tool_choice", "auto")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise BadRequest("tools must be a list of objects", "tools")
-    if choice not in (None, "none", "auto"):
-        raise BadRequest("tool_choice takes 'none' and 'auto': tools are shown to the model, not forced", "tool_choice")
+    if choice in ("none", "auto"):
+        return (tools if choice == "auto" else None), None
+    functions = [function for tool in tools or [] if isinstance(function := tool.get("function"), dict)]
+    named = choice.get("function") if isinstance(choice, dict) else None
+    if named is not None:
+        functions = [function for function in functions if function.get("name") == named.get("name")]
+    if choice not in ("required", {"type": "function", "function": named}) or len(functions) != 1:
+        raise BadRequest(
+            "tool_choice takes 'none', 'auto' and the name of one of the tools; 'required' where there is one alone: "
+            "answers are not searched for calls of others",
+            "tool_choice",
+        )
+    fields.pop("parallel_tool_calls", None)  # of one there is nothing parallel
+    _set_form(settings, {"json": functions[0].get("parameters") or {"type": "object"}}, "tool_choice")
+    return tools, str(functions[0].get("name"))
+
+
+def _read_messages(fields: dict[str, Any], texts: Texts, tools: list[Any] | None) -> list[int]:
+    messages = fields.pop("messages", None)
+    if not isinstance(messages, list) or not 0 < len(messages) <= _MOST_MESSAGES:
+        raise BadRequest(f"messages must be a list of 1 to {_MOST_MESSAGES} messages", "messages")
     usual = {"add_generation_prompt": True, "continue_final_message": False, "add_special_tokens": False}
     how = {name: _flag(fields, name, value) for name, value in usual.items()}
     variables = fields.pop("chat_template_kwargs", {})
     if not isinstance(variables, dict):
         raise BadRequest("chat_template_kwargs must be an object", "chat_template_kwargs")
     variables = {**{name: fields.pop(name) for name in _VARIABLES if name in fields}, **variables}
-    shown = None if choice == "none" else tools
-    return _tokens(partial(texts.render_chat, messages, shown, variables=variables, **how), "messages")
+    return _tokens(partial(texts.render_chat, messages, tools, variables=variables, **how), "messages")
 
 
 def _tokens(make: Callable[[], list[int]], parameter: str) -> list[int]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import itertools
 import json
 import logging
-import math
 import queue
 import secrets
 import threading
@@ -26,7 +24,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from megatron_ds.errors import ConfigError
-from megatron_ds.inference.counters import FIRST_TOKEN_BOUNDS
 from megatron_ds.inference.llm import LLM
 from megatron_ds.inference.openai_answers import Answers
 from megatron_ds.inference.openai_protocol import BadRequest, Call, read_call
@@ -282,10 +279,12 @@ class Server:
         for reason, count in list(counters.finished.items()):
             finished.add_metric([reason], count)
         yield finished
-        sums = itertools.accumulate(counters.first_tokens)
-        buckets = [("+Inf" if math.isinf(bound) else str(bound), n) for bound, n in zip(FIRST_TOKEN_BOUNDS, sums)]
-        name, text = "megatron_ds_time_to_first_token_seconds", "From a request's arrival to its first token."
-        yield HistogramMetricFamily(name, text, buckets=buckets, sum_value=counters.first_token_seconds)
+        for name, text, times in (
+            ("time_to_first_token", "From a request's arrival to its first token.", counters.first_tokens),
+            ("time_per_output_token", "From token to token, the mean of each answer.", counters.token_times),
+        ):
+            name = f"megatron_ds_{name}_seconds"
+            yield HistogramMetricFamily(name, text, buckets=times.buckets(), sum_value=times.seconds)
 
 
 class _Served:

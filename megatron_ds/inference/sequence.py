@@ -42,7 +42,7 @@ class Sequence:
         digests: of the full blocks so far.
         reason: why it has finished: ``stop``, ``length`` or ``abort``.
         stop: the text or token at which it has.
-        limit: tokens that it may have.
+        limit: tokens that it may have. began: when its first answer token came.
         matcher: of the form that the answer must have, if it must. text: of the answer.
         plain: its tokens are the most probable ones, and nothing is asked of their probabilities.
     """
@@ -63,6 +63,7 @@ class Sequence:
     preempted: int = 0
     limit: int = 0
     matcher: Matcher | None = None
+    began: float = 0.0
     text: Detokenizer = field(default_factory=lambda: Detokenizer(None, ()))
     plain: bool = False
 

@@ -38,16 +38,15 @@ class PromptTooLongError(ConfigError):
 
 @dataclass
 class _Live:
-    """A request under way.
-
-    Attributes:
-        open: samples that have not finished. cached: tokens of the prompt that were found in the cache.
-    """
+    """A request under way. ``cached``: tokens of the prompt that were found in the cache."""
 
     request: Request
     samples: list[Sequence]
-    open: int = 1
     cached: int = 0
+
+    @property
+    def open(self) -> bool:
+        return any(sequence.status is not Status.FINISHED for sequence in self.samples)
 
 
 class _Rows(NamedTuple):
@@ -335,7 +334,8 @@ class ServingEngine:
         request, params = sequence.request, sequence.request.params
         text, answered = sequence.text, len(sequence.tokens) - len(request.tokens) + 1
         if answered == 1:
-            self.counters.first_token(self._clock() - request.arrived)
+            sequence.began = self._clock()
+            self.counters.first_tokens.add(sequence.began - request.arrived)
             if sequence.index == 0:
                 self._fork(self._live[request.id])
         sequence.tokens.append(token)
@@ -368,12 +368,12 @@ class ServingEngine:
         for index in range(1, live.request.params.n):
             sample = self._sequence(live.request, index)
             live.samples.append(sample)
-            live.open += 1
             self.batcher.fork(live.samples[0], sample)
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         sequence.text.finish()
-        self._live[sequence.request.id].open -= 1
+        if sequence.answered > 1 and reason != "abort":
+            self.counters.token_times.add((self._clock() - sequence.began) / (sequence.answered - 1))
         self.batcher.finish(sequence, reason)
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
 

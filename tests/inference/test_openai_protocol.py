@@ -136,7 +136,11 @@ def test_a_conversation_is_begun_and_gone_on_with_as_transformers_has_it(how: di
         ({"chat_template_kwargs": {"messages": []}}, "no variable 'messages'"),
         ({"chat_template_kwargs": [1]}, "must be an object"),
         ({"reasoning_effort": "low"}, "no variable 'reasoning_effort'"),
-        ({"tool_choice": "required"}, "shown to the model, not forced"),
+        ({"tool_choice": "required"}, "the name of one of the tools"),
+        ({"tool_choice": "required", "tools": [CALL, CALL]}, "'required' where there is one alone"),
+        ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [CALL]}, "the name of one"),
+        ({"tool_choice": {"type": "function"}, "tools": [CALL]}, "the name of one"),
+        ({"tool_choice": "required", "tools": [CALL], "response_format": {"type": "json_object"}}, "give one"),
     ],
 )
 def test_what_the_template_would_pass_over_is_refused(how: dict[str, Any], what: str) -> None:

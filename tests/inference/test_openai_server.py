@@ -320,12 +320,22 @@ def test_conversations_go_through_the_template(running: Running, folder: Path) -
     pets: Any = {"type": "json_schema", "json_schema": {"name": "pet", "schema": {"enum": ["cat", "dog"]}}}
     pet = client.chat.completions.create(**asked, response_format=pets).choices[0]
     assert pet.message.content in ('"cat"', '"dog"') and pet.finish_reason == "stop"
+    age = {"enum": [{"a": 3}, {"a": 4}]}
+    tools.append({"type": "function", "function": {"name": "g", "parameters": age}})
+    forced: Any = {"type": "function", "function": {"name": "g"}}
+    called = client.chat.completions.create(**asked, tools=tools, tool_choice=forced, parallel_tool_calls=False)
+    (call,), words = called.choices[0].message.tool_calls or [], called.choices[0].message.content
+    assert words is None and call.type == "function" and call.function.name == "g"
+    assert json.loads(call.function.arguments)["a"] in (3, 4)
+    with client.chat.completions.stream(**asked, tools=tools, tool_choice=forced) as pieces:
+        (streamed,) = pieces.get_final_completion().choices[0].message.tool_calls or []
+    assert (streamed.function.name, streamed.function.arguments) == ("g", call.function.arguments)
     stream = client.chat.completions.create(**asked, stream=True)
     assert "".join(piece.choices[0].delta.content or "" for piece in stream) == plain.outputs[0].text
     tokens = running.post("/tokenize", b'{"prompt": "abc"}')[1]
     assert tokens["tokens"] == [97, 98, 99]
     shown = running.post("/tokenize", json.dumps({"messages": messages, "tools": tools}).encode())[1]
-    assert bytes(shown["tokens"]) == b"<user>hiT1>"
+    assert bytes(shown["tokens"]) == b"<user>hiT2>"
     assert bytes(running.llm.texts.render_chat(messages)) == b"<user>hi>"
 
 
@@ -440,8 +450,9 @@ def test_a_load_with_clients_that_leave_loses_nothing(running: Running) -> None:
     assert running.idle(), "blocks or requests are left"
     shown = running.get("/metrics")
     assert "megatron_ds_running 0.0" in shown
-    first_tokens = re.search(r'time_to_first_token_seconds_bucket\{le="\+Inf"\} (\d+)', shown)
-    assert first_tokens is not None and int(first_tokens[1]) >= found.count("200")
+    times = [re.search(rf"time_{name}_seconds_count (\d+)", shown) for name in ("to_first_token", "per_output_token")]
+    assert times[0] is not None and times[1] is not None
+    assert int(times[0][1]) >= found.count("200") > int(times[1][1]) / 2 > 0
 
 
 def test_more_than_the_server_takes_is_told_to_come_back(folder: Path) -> None:

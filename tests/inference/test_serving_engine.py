@@ -170,6 +170,11 @@ def test_the_time_of_a_step_is_counted_apart_from_the_computing_in_it(monkeypatc
     serve(engine, {0: [("a", [1, 2, 3], SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))]}, {})
     counters = engine.counters
     assert (counters.steps, counters.step_seconds, counters.compute_seconds) == (5, 35.0, 30.0)
+    # A step of 7 s for each of the later tokens; the first one's is all that came before.
+    assert (counters.token_times.seconds, counters.first_tokens.seconds) == (7.0, 7.0)
+    assert dict(counters.token_times.buckets()) | {"5.0": 0, "10.0": 1, "+Inf": 1} == dict(
+        counters.token_times.buckets()
+    )
 
 
 def test_a_guess_is_what_followed_the_same_tokens() -> None:

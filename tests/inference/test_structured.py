@@ -142,5 +142,5 @@ def test_clients_ask_for_forms_as_openai_has_it() -> None:
     for wrong in ({"type": "xml"}, {"type": "json_schema"}, 3):
         with pytest.raises(BadRequest, match="response_format takes"):
             asked(response_format=wrong)
-    with pytest.raises(BadRequest, match="twice"):
+    with pytest.raises(BadRequest, match="give one"):
         asked(response_format={"type": "json_object"}, structured_outputs={"regex": "a"})
