@@ -194,8 +194,14 @@ def _twin_amax(x: Tensor, block: Block, plain: bool, transposed: bool) -> tuple[
         of_transpose, of_x = _twin_amax(x.mT, block, transposed, plain)
         return of_x, of_transpose
     three = x.reshape(-1, *x.shape[-2:])
-    found = torch.ops.megatron_ds.float8_amax(three, block.rows is None, plain, transposed)
+    found = _amax_of_both(three, block, plain, transposed)
     return _shaped(found[0], x), _shaped(found[1], x)
+
+
+def _amax_of_both(three: Tensor, block: Block, plain: bool, transposed: bool) -> tuple[Tensor, Tensor]:
+    whole = block.rows is None
+    found: tuple[Tensor, Tensor] = torch.ops.megatron_ds.float8_amax(three, whole, plain, transposed)
+    return (found[0], found[0]) if whole else found
 
 
 def _twin(
@@ -211,19 +217,14 @@ def _twin(
     if x.stride(-1) != 1 and x.stride(-2) == 1:
         of_transpose, of_x = _twin(x.mT, amax[::-1], block, dtype, power_of_two, transposed, plain)
         return of_x, of_transpose
-    three = x.reshape(-1, *x.shape[-2:])
+    three, how = x.reshape(-1, *x.shape[-2:]), (plain, transposed, dtype, power_of_two, SMALLEST_AMAX)
     if block.k is None:
-        whole = block.rows is None
         given = [a.reshape(-1, *a.shape[-2:]) for a in amax if a is not None]
-        found = given if len(given) == 2 else torch.ops.megatron_ds.float8_amax(three, whole, plain, transposed)
-        scales = [scale_of(a, dtype, power_of_two) for a in found]
-        values = torch.ops.megatron_ds.float8_cast(three, *scales, whole, plain, transposed, dtype)
+        found = given if len(given) == 2 else _amax_of_both(three, block, plain, transposed)
+        made = torch.ops.megatron_ds.float8_cast(three, *found, block.rows is None, *how)
     else:
-        *values, first, second = torch.ops.megatron_ds.float8_block_cast(
-            three, block.k, block.is_square, plain, transposed, dtype, power_of_two, SMALLEST_AMAX
-        )
-        scales = [first, second]
-    of_x, of_transpose = (Float8(_shaped(v, x), _shaped(s, x), block) for v, s in zip(values, scales))
+        made = torch.ops.megatron_ds.float8_block_cast(three, block.k, block.is_square, *how)
+    of_x, of_transpose = (Float8(_shaped(v, x), _shaped(s, x), block) for v, s in zip(made[:2], made[2:]))
     return of_x, of_transpose
 
 
@@ -252,9 +253,22 @@ def outputs(x: Tensor, plain: bool, transposed: bool, dtype: torch.dtype) -> tup
 
 def _fake_amax(x: Tensor, whole: bool, plain: bool, transposed: bool) -> tuple[Tensor, Tensor]:
     groups, rows, columns = x.shape
-    shapes = [(groups, 1, 1)] * 2 if whole else [(groups, rows, 1), (groups, columns, 1)]
-    first, second = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    return first, second
+    shapes = ((groups, 1, 1), (0,)) if whole else ((groups, rows, 1), (groups, columns, 1))
+    return x.new_empty(shapes[0], dtype=torch.float32), x.new_empty(shapes[1], dtype=torch.float32)
+
+
+def _fake_cast(
+    x: Tensor,
+    amax: Tensor,
+    amax_t: Tensor,
+    whole: bool,
+    plain: bool,
+    transposed: bool,
+    dtype: torch.dtype,
+    *how: object,
+) -> tuple[Tensor, ...]:
+    scales = [torch.empty_like(a if wanted else a[:0]) for a, wanted in ((amax, plain), (amax_t, transposed))]
+    return (*outputs(x, plain, transposed, dtype), *scales)
 
 
 def _fake_block_cast(
@@ -285,10 +299,10 @@ define(
     _fake_amax,
 )
 define(
-    "float8_cast(Tensor x, Tensor scale, Tensor scale_t, bool whole, bool plain, bool transposed, ScalarType dtype) "
-    "-> (Tensor, Tensor)",
+    "float8_cast(Tensor x, Tensor amax, Tensor amax_t, bool whole, bool plain, bool transposed, ScalarType dtype, "
+    "bool power_of_two, float smallest) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda x, *how: FLOAT8.load(x).cast(x, *how),
-    lambda x, scale, scale_t, whole, *wanted: outputs(x, *wanted),
+    _fake_cast,
 )
 define(
     "float8_block_cast(Tensor x, int side, bool square, bool plain, bool transposed, ScalarType dtype, "

@@ -78,24 +78,30 @@ def amax_kernel(
 
 @triton.jit
 def cast_kernel(
-    x, out, out_t, scale, scale_t, x_group, x_row, x_column, groups, rows, columns,
-    WHOLE: tl.constexpr, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, out, out_t, amax, amax_t, scale, scale_t, x_group, x_row, x_column, groups, rows, columns,
+    WHOLE: tl.constexpr, PLAIN: tl.constexpr, TRANSPOSED: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    SMALLEST: tl.constexpr, LIMIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """By scales of whole tensors or rows; of the transpose, columns."""
-    group, _, _, row, column = tile_at(tl.program_id(0), rows, columns, ROWS, COLUMNS)
+    """By scales of whole tensors or rows; of the transpose, columns. The first tile of a scale's writes it."""
+    group, tile_row, tile_column, row, column = tile_at(tl.program_id(0), rows, columns, ROWS, COLUMNS)
     inside = (row[:, None] < rows) & (column[None, :] < columns)
     at = x + group * x_group + row[:, None] * x_row + column[None, :] * x_column
     value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     element = out.dtype.element_ty
     if PLAIN:
-        of_row = tl.load(scale + (group + 0 * row if WHOLE else group * rows + row), mask=row < rows, other=1.0)
+        of_row = group + 0 * row if WHOLE else group * rows + row
+        by = scale_of(tl.load(amax + of_row, mask=row < rows, other=1.0), SMALLEST, LIMIT, POWER_OF_TWO)
         to = out + (row[:, None] * groups + group) * columns + column[None, :]
-        tl.store(to, tl.div_rn(value, of_row[:, None]).to(element), mask=inside)
+        tl.store(to, tl.div_rn(value, by[:, None]).to(element), mask=inside)
+        writes = row == 0 if WHOLE else row < rows
+        tl.store(scale + of_row, by, mask=writes & (tile_column == 0))
     if TRANSPOSED:
         of_column = group + 0 * column if WHOLE else group * columns + column
-        by = tl.load(scale_t + of_column, mask=column < columns, other=1.0)
+        by = scale_of(tl.load(amax_t + of_column, mask=column < columns, other=1.0), SMALLEST, LIMIT, POWER_OF_TWO)
         to = out_t + (column[:, None] * groups + group) * rows + row[None, :]
         tl.store(to, tl.trans(tl.div_rn(value, by[None, :]).to(element)), mask=tl.trans(inside))
+        writes = column == 0 if WHOLE else column < columns
+        tl.store(scale_t + of_column, by, mask=writes & (tile_row == 0))
 
 
 @triton.jit
@@ -233,16 +239,15 @@ def _launch(x: Tensor, rows: int, columns: int) -> tuple[tuple[int], tuple[int, 
 
 
 def amax(x: Tensor, whole: bool, plain: bool, transposed: bool) -> tuple[Tensor, Tensor]:
-    """Of whole tensors ``[g, 1, 1]``, or of rows ``[g, rows, 1]`` and of columns ``[g, columns, 1]``; fp32."""
+    """Of whole tensors ``[g, 1, 1]`` and nothing, or of rows ``[g, rows, 1]`` and columns ``[g, columns, 1]``; fp32."""
     groups, rows, columns = x.shape
     grid, facts = _launch(x, TILE["ROWS"], TILE["COLUMNS"])
     across, down = triton.cdiv(columns, TILE["COLUMNS"]), triton.cdiv(rows, TILE["ROWS"])
-    shapes = ((groups, 1, across * down), (0, 1)) if whole else ((groups, rows, across), (groups, columns, down))
+    shapes = ((groups, 1, across * down), (0,)) if whole else ((groups, rows, across), (groups, columns, down))
     by_row, by_column = (x.new_empty(shape, dtype=torch.float32) for shape in shapes)
     with on_device_of(x):
         amax_kernel[grid](x, by_row, by_column, *facts, WHOLE=whole, PLAIN=plain, TRANSPOSED=transposed, **TILE)
-    first = by_row.amax(-1, keepdim=True)
-    return first, first.clone() if whole else by_column.amax(-1, keepdim=True)
+    return by_row.amax(-1, keepdim=True), by_column if whole else by_column.amax(-1, keepdim=True)
 
 
 def _launch_range(flat: Tensor, start: int, k: int, whole: bool, side: int | None) -> tuple[tuple[int], Any, Any]:
@@ -276,15 +281,20 @@ def range_cast(
 
 
 def cast(
-    x: Tensor, scale: Tensor, scale_t: Tensor, whole: bool, plain: bool, transposed: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """``[g, rows, columns]`` and its transpose by given scales."""
+    x: Tensor, amax: Tensor, amax_t: Tensor, whole: bool, plain: bool, transposed: bool, dtype: torch.dtype,
+    power_of_two: bool, smallest: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """``[g, rows, columns]`` and its transpose, and the scales of both, which follow from a given amax."""
     out, out_t = outputs(x, plain, transposed, dtype)
     grid, facts = _launch(x, TILE["ROWS"], TILE["COLUMNS"])
-    scales = scale.contiguous(), scale_t.contiguous()
+    amaxes = amax.contiguous(), amax_t.contiguous()
+    scales = [torch.empty_like(a if wanted else a[:0]) for a, wanted in zip(amaxes, (plain, transposed))]
     with on_device_of(x):
-        cast_kernel[grid](x, out, out_t, *scales, *facts, WHOLE=whole, PLAIN=plain, TRANSPOSED=transposed, **TILE)
-    return out, out_t
+        cast_kernel[grid](
+            x, out, out_t, *amaxes, *scales, *facts, WHOLE=whole, PLAIN=plain, TRANSPOSED=transposed,
+            POWER_OF_TWO=power_of_two, SMALLEST=smallest, LIMIT=torch.finfo(dtype).max, **TILE,
+        )  # fmt: skip
+    return out, out_t, scales[0], scales[1]
 
 
 def block_cast(

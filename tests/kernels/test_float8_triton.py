@@ -40,7 +40,7 @@ def cast_whole() -> None:
 
     scale = meta(1, 1, 1, dtype=torch.float32)
     float8.amax(meta(1, TOKENS, WIDTH), True, True, True)
-    float8.cast(meta(1, TOKENS, WIDTH), scale, scale, True, True, True, E4M3)
+    float8.cast(meta(1, TOKENS, WIDTH), scale, scale, True, True, True, E4M3, False, 1e-12)
 
 
 def cast_rows() -> None:
@@ -48,7 +48,7 @@ def cast_rows() -> None:
 
     scales = meta(1, TOKENS, 1, dtype=torch.float32), meta(1, WIDTH, 1, dtype=torch.float32)
     float8.amax(meta(1, TOKENS, WIDTH), False, True, True)
-    float8.cast(meta(1, TOKENS, WIDTH), *scales, False, True, True, E5M2)
+    float8.cast(meta(1, TOKENS, WIDTH), *scales, False, True, True, E5M2, True, 1e-12)
 
 
 def cast_blocks() -> None:
