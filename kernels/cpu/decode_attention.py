@@ -41,7 +41,7 @@ def decode_attention(
     """``softmax(q k^T / sqrt(d)) v`` over the keys up to each query, in fp32 or wider.
 
     Args:
-        q: ``[b, n, d]``. keys, values: ``[g, blocks, s, d]``; query head ``h`` uses key/value head ``h // (n / g)``.
+        q: ``[b, n, d]``. keys, values: ``[blocks, g, s, d]``; query head ``h`` uses key/value head ``h // (n / g)``.
         window: a query sees only the keys that are fewer places than this before it.
         softcap: scores are ``softcap * tanh(scores / softcap)``.
 
@@ -51,12 +51,12 @@ def decode_attention(
     from torch._inductor.inductor_prims import force_stride_order
 
     b, n, d = q.shape
-    g, _, size, _ = keys.shape
+    _, g, size, _ = keys.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     queries = q.to(wide) * (1.0 / math.sqrt(d))
     # Made once: otherwise the loop over keys makes each element again and again, its rotation included.
     queries = force_stride_order(queries, queries.stride())
-    k, v = (pages.transpose(0, 1)[at.blocks].unsqueeze(2).to(wide) for pages in (keys, values))  # [p, g, 1, s, d]
+    k, v = (pages[at.blocks].unsqueeze(2).to(wide) for pages in (keys, values))  # [p, g, 1, s, d]
     places = at.places[at.texts, None]
     own = at.firsts[:, None] + torch.arange(size, device=q.device)  # [p, s]
     seen = own <= places if window is None else (own <= places) & (own > places - window)

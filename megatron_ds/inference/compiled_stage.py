@@ -94,8 +94,8 @@ class _DecodingCore:
         layer = (site - 1) // SITES_A_BLOCK
         keys, values = self.pages[2 * layer : 2 * layer + 2]
         block, slot = self.written
-        keys[:, block, slot] = k[:, 0].transpose(0, 1).to(keys.dtype)
-        values[:, block, slot] = v[:, 0].transpose(0, 1).to(values.dtype)
+        keys[block, :, slot] = k[:, 0].to(keys.dtype)
+        values[block, :, slot] = v[:, 0].to(values.dtype)
         out = decode_attention(q[:, 0], keys, values, self.at, self.rules.window, self.rules.softcap)
         return out.flatten(1).unsqueeze(1)
 
@@ -111,7 +111,7 @@ class CompiledDecoding:
     def __init__(self, model: Transformer, head: Recipe, cache: PagedCache, compiled: bool = True):
         self._size = size = cache.size
         pages = chain.from_iterable(zip(cache.keys.values(), cache.values.values()))
-        self._pages = [one.data.unflatten(1, (-1, size)) for one in pages]
+        self._pages = [one.data for one in pages]
         self._columns = torch.arange(_LONGEST)
         windows: list[int] = []
 
@@ -130,7 +130,7 @@ class CompiledDecoding:
             return model.local_logits(model.head_input(hidden), head.product)[:, 0]
 
         numbers = (torch.zeros(3, count, dtype=torch.int64) for count in (_TOKENS, _BLOCKS))
-        like = (torch.zeros_like(one[:, :1]).expand(-1, _CACHE, -1, -1).contiguous() for one in self._pages)
+        like = (torch.zeros_like(one[:1]).expand(_CACHE, -1, -1, -1).contiguous() for one in self._pages)
         graph = record(run, (*numbers, self._columns, *like), {_TOKENS, _LONGEST, _CACHE, _BLOCKS})
         self._run = compile_graph(graph, in_one_call=True) if compiled else lambda *inputs: graph(*inputs)[0]
         self._longest = 2 * min(windows, default=1 << 62)

@@ -42,13 +42,14 @@ class Stand:
 
         def replay() -> None:
             cache, pool = self.engine.runner.cache, self.engine.batcher.pool
-            data = [p.data.transpose(0, 1) for of in (cache.keys, cache.values) for p in of.values()]
+            data = [p.data for of in (cache.keys, cache.values) for p in of.values()]
             before = [x.clone() for x in data]
             run()
             self.replays += 1
             for x, was in zip(data, before, strict=True):
-                changed = (x.view(torch.int64) != was.view(torch.int64)).flatten(1).any(1).nonzero().flatten().tolist()
-                assert set(changed) - set(range(pool.count * pool.size, len(x))) <= self.written()
+                rows = (x.view(torch.int64) != was.view(torch.int64)).transpose(1, 2).flatten(0, 1)
+                changed = rows.flatten(1).any(1).nonzero().flatten().tolist()
+                assert set(changed) - set(range(pool.count * pool.size, len(rows))) <= self.written()
 
         return replay
 
@@ -60,7 +61,7 @@ def answers(model: Transformer, seed: int, graphs: bool) -> tuple[dict[str, Any]
     blocks = -(-LONGEST // size) + draw.randrange(0, 10)
     engine = engine_of(model, None, blocks, size, seats, seats + size + draw.randrange(20), longest=LONGEST)
     for of_layer in (*engine.runner.cache.keys.values(), *engine.runner.cache.values.values()):
-        of_layer.data[: blocks * size] = torch.nan
+        of_layer.data[:] = torch.nan
     stand = Stand(engine)
     if graphs:
         engine.runner.capture(stand, sizes_of(model, seats, size))
