@@ -26,19 +26,12 @@ from megatron_ds.mesh import Axis
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.gather_order import OrderComparison
 from megatron_ds.zero.memory import TransientParameters
+from megatron_ds.zero.output_hooks import register_first, tensors_in
 from megatron_ds.zero.placeholder import ShardedPlaceholder, explained
-from megatron_ds.zero.units import Unit
+from megatron_ds.zero.units import Unit, Use
 
 FORWARD_END = "the end of a forward pass"
 _NEEDS = "gather "
-
-
-class _Use:
-    """One forward of a unit, and whether its backward has begun."""
-
-    def __init__(self, unit: Unit):
-        self.unit = unit
-        self.in_backward = False
 
 
 class Gatherer:
@@ -81,7 +74,7 @@ class Gatherer:
         self._order: list[FlatBucket] = []  # of this step's gathers
         self._expected: list[FlatBucket] = []  # of the step before
         self._comparison: OrderComparison | None = None  # of the ranks' orders of this step
-        self._running: list[tuple[Unit, _Use | None]] = []  # forwards under way, and what is to know of their backward
+        self._running: list[tuple[Unit, Use | None]] = []  # forwards under way, and what is to know of their backward
         self._hooks: list[Any] = []
         for bucket in self._buckets:
             self._mark_sharded(bucket)
@@ -185,7 +178,7 @@ class Gatherer:
     def free_all(self) -> None:
         """Before parameters change, or when a batch is over."""
         for unit in self.units:
-            unit.running = unit.backward = 0
+            unit.running, unit.backward, unit.unseen = 0, 0, False
         self._running.clear()
         self._cancel(self._started)
         for bucket in filter(self._is_gathered, self._buckets):
@@ -221,7 +214,7 @@ class Gatherer:
         def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
             if module is not unit.module:
                 return None
-            use = _Use(unit) if torch.is_grad_enabled() else None
+            use = Use(unit) if torch.is_grad_enabled() else None
             unit.running += 1
             self._running.append((unit, use))
             with explained():
@@ -249,25 +242,36 @@ class Gatherer:
                 running, use = self._running.pop()
                 found = running is unit
             unit.running = max(0, unit.running - 1)
-            if found and use is not None:
-                for tensor in _tensors(output):
-                    if tensor.requires_grad:
-                        tensor.register_hook(lambda gradient, use=use: self._begin_backward(use))
+            tensors = list(tensors_in(output)) if found else []
+            # An iterator, say, in which nobody sees the tensors whose gradients will come.
+            unit.unseen |= use is not None and output is not None and not tensors
+            for tensor in tensors:
+                if use is not None and tensor.requires_grad:
+                    register_first(tensor, lambda gradient, use=use: self._begin_backward(use))
+                self._hold_for_caller(tensor)
             self._release(unit)
 
         return after
+
+    def _hold_for_caller(self, tensor: Tensor) -> None:
+        """A view of a parameter that a module returns, such as rows of a table: its caller computes with it."""
+        parameter: Any = tensor if tensor._base is None else tensor._base
+        if id(parameter) in self._owner:
+            self.adopt(parameter)
 
     def _at_end(self, here: bool) -> None:
         if here and not self._running:
             self.meet(FORWARD_END)
 
-    def _begin_backward(self, use: _Use) -> None:
+    def _begin_backward(self, use: Use) -> None:
         if not use.in_backward:
             use.in_backward = True
             use.unit.backward += 1
+            # With create_graph: this pass is differentiated in turn, and that pass calls no hook.
+            use.unit.unseen |= torch.is_grad_enabled()
             self._gather(use.unit.buckets)
 
-    def _end_backward(self, use: _Use) -> None:
+    def _end_backward(self, use: Use) -> None:
         if use.in_backward:
             use.in_backward = False
             use.unit.backward = max(0, use.unit.backward - 1)
@@ -370,18 +374,11 @@ class Gatherer:
         return True
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in what a module returns, also those that are attributes of an object (a dataclass, say)."""
-    for leaf in tree_flatten(output)[0]:
-        found = [leaf] if isinstance(leaf, Tensor) else getattr(leaf, "__dict__", {}).values()
-        yield from (value for value in found if isinstance(value, Tensor))
-
-
 class _AfterBackward(torch.autograd.Function):
     """Identity on a unit's inputs, whose backward runs when the unit's own is over."""
 
     @staticmethod
-    def forward(ctx: Any, gatherer: Gatherer, use: _Use, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, gatherer: Gatherer, use: Use, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.gatherer, ctx.use = gatherer, use
         ctx.set_materialize_grads(False)
         return tensors

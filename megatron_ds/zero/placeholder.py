@@ -78,9 +78,9 @@ def explained() -> Iterator[None]:
             raise
         raise ShardedParameterError(
             "the backward pass needed a parameter that ZeRO stage 3 had freed: nothing had told it that the pass had "
-            "come to that parameter's block. So it is with a gradient of a gradient (create_graph=True), and with a "
-            "block that returns an iterator; set zero.keep_whole=true, with which gathered parameters stay until the "
-            "step is over, or use stage 2"
+            "come to that parameter's block. So it is with a block that returns tensors hidden in an object, beside "
+            "others; set zero.keep_whole=true, with which gathered parameters stay until the step is over, or use "
+            "stage 2"
         ) from error
 
 

@@ -22,10 +22,19 @@ class Unit:
         self.buckets = list(buckets)
         self.running = 0  # forwards under way
         self.backward = 0  # uses in their backward pass
+        self.unseen = False  # a backward pass may use it that calls no hook: it is held until the step is over
 
     @property
     def holds(self) -> bool:
-        return self.running > 0 or self.backward > 0
+        return self.running > 0 or self.backward > 0 or self.unseen
+
+
+class Use:
+    """One forward of a unit, and whether its backward has begun."""
+
+    def __init__(self, unit: Unit):
+        self.unit = unit
+        self.in_backward = False
 
 
 def choose_units(

@@ -34,16 +34,35 @@ class Box:
         self.hidden = hidden
 
 
+class Hiding:
+    __slots__ = ("hidden",)
+
+    def __init__(self, hidden: Tensor):
+        self.hidden = hidden
+
+
 class Block(nn.Module):
     def __init__(self, wrap: Callable[[Tensor], Any]):
         super().__init__()
         self.up, self.down, self.wrap = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), wrap
+        self.scale = nn.Parameter(torch.rand(WIDTH))
 
     def forward(self, x: Tensor) -> Any:
         return self.wrap(self.inner(x))
 
     def inner(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
+        return x + self.down(torch.tanh(self.up(x)) * self.scale)
+
+
+class Rows(nn.Module):
+    """A table of positions, of which it returns a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4, WIDTH))
+
+    def forward(self, number: int) -> Tensor:
+        return self.weight[:number]
 
 
 class Net(nn.Module):
@@ -52,16 +71,17 @@ class Net(nn.Module):
         torch.manual_seed(0)
         self.kind = kind
         self.layers = nn.ModuleList([Block(kind.wrap) for _ in range(3)])
-        self.head = nn.Linear(WIDTH, 4)
+        self.rows, self.head = Rows(), nn.Linear(WIDTH, 4)
         for layer in self.layers:
             if kind.hook is not None:
                 kind.hook(layer)
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
+        rows = self.rows(2)
         for layer in self.layers:
             x = self.kind.call(layer, x)
-        return self.head(x)
+        return self.head(x * rows[0] + rows[1])
 
 
 def mean_square(model: Any, x: Tensor) -> Tensor:
@@ -108,6 +128,17 @@ def recomputed(block: Any, x: Tensor) -> Tensor:
     return checkpoint(block, x if x.requires_grad else x.requires_grad_(), use_reentrant=True)
 
 
+def differentiating(block: nn.Module) -> None:
+    """As a fixed point's gradient is computed: by a hook, which goes through a graph of its own."""
+
+    def after(module: Any, args: Any, output: Tensor) -> None:
+        x = args[0].detach().requires_grad_()
+        y = module.inner(x)
+        output.register_hook(lambda gradient: gradient + torch.autograd.grad(y, x, gradient)[0])
+
+    block.register_forward_hook(after)
+
+
 KINDS: dict[str, Kind] = {
     "plain": Kind(),
     "a dataclass": Kind(lambda block, x: block(x).hidden, Output),
@@ -129,13 +160,13 @@ KINDS: dict[str, Kind] = {
             lambda module, given, grads: tuple(None if g is None else g * 1.5 for g in given)
         )
     ),
+    "a hook that differentiates": Kind(hook=differentiating),
+    "a penalty": Kind(loss=penalty),
+    "an iterator": Kind(lambda block, x: next(block(x)), lambda x: iter([x])),
     "two forwards": Kind(loss=lambda model, x: (model(x) - model(x * 0.5)).square().mean()),
 }
-# Where stage 3 gathers, these need zero.keep_whole.
-HELD = {
-    "an iterator": Kind(lambda block, x: next(block(x)), lambda x: iter([x])),
-    "a penalty": Kind(loss=penalty),
-}
+# Where stage 3 gathers, this needs zero.keep_whole.
+HELD = {"hidden beside another": Kind(lambda block, x: block(x)[1].hidden, lambda x: (x * 0.5, Hiding(x * 1.0)))}
 
 
 # Stage 3 cannot gather inside of them.
