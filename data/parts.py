@@ -29,7 +29,7 @@ from megatron_ds.data.sources import read_block
 from megatron_ds.data.tokenizer_base import Ids
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.data.verify import Scan
-from megatron_ds.errors import DataError
+from megatron_ds.errors import DataError, listed
 from megatron_ds.files import parse_json, read_bytes, replacing, sync_and_close, temporary_beside, write_text_durably
 
 BATCH_BYTES = 1 << 20
@@ -296,8 +296,7 @@ def merge_parts(folder: Path, names: Sequence[str], output: IndexedDatasetWriter
             sync_and_close(target)
         temporary.replace(bad) if counts.problems else bad.unlink(missing_ok=True)
     if not counts.documents:
-        paths = [str(item["path"]) for item in plan["inputs"]]
-        shown = ", ".join(paths[:4]) + f" and {len(paths) - 4} more" * (len(paths) > 4)
+        shown = listed((item["path"] for item in plan["inputs"]), 4)
         raise UnusableInput(
             f"the inputs hold no document with text ({shown}): {sum(counts.problems.values())} records were bad "
             f"({describe_problems(counts.problems) or 'there were none at all'})"

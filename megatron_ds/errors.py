@@ -67,6 +67,12 @@ def multiples_around(number: int, step: int) -> str:
     return f"{below} or {above}" if below else str(above)
 
 
+def listed(names: Iterable[object], most: int = 10) -> str:
+    """``a, b and 3 more``: the first ones of what may be many, for an error message."""
+    found = [str(name) for name in names]
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name closest to ``name``, or an empty string when none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

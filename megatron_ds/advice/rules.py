@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from megatron_ds.errors import listed
 from megatron_ds.files import gb
 from megatron_ds.optim.loss_scaler import LossScaler
 from megatron_ds.zero.layout import ZeroLayout
@@ -181,10 +182,9 @@ def missing_masters(
 
 def untrained(names: Sequence[str]) -> Advice:
     """Parameters that require a gradient and belong to nobody's buffers."""
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return Advice(
         "untrained",
-        f"{names[0]}{more} are not among what the engine trains: the optimizer does not have them, or they were not "
+        f"{listed(names, 1)} are not among what the engine trains: the optimizer does not have them, or they were not "
         "there when initialize() was called, and gradients that autograd leaves in them are this rank's alone",
         "give the optimizer all that will ever be unfrozen, or add_param_group(); add new ones before initialize()",
     )
@@ -192,10 +192,9 @@ def untrained(names: Sequence[str]) -> Advice:
 
 def unused(names: Sequence[str]) -> Advice:
     """Parameters that no rank's backward pass of the first step came to."""
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return Advice(
         "unused",
-        f"{names[0]}{more} got no gradient in the first step on any rank, which counts as a gradient of zero: weight "
+        f"{listed(names, 1)} got no gradient in the first step on any rank, which counts as a gradient of zero: weight "
         "decay and momentum change what plain torch would leave as it is",
         "freeze what a step does not use, requires_grad_(False)",
     )

@@ -15,7 +15,7 @@ from megatron_ds.checkpoint.directory import way_out
 from megatron_ds.checkpoint.manifest import Manifest
 from megatron_ds.checkpoint.reader import Checkpoint, Request
 from megatron_ds.comm.together import exchange, group_device, together
-from megatron_ds.errors import CheckpointError
+from megatron_ds.errors import CheckpointError, listed
 from megatron_ds.mesh import Axis
 from megatron_ds.shard.flat_shards import FlatShard, by_holder
 
@@ -135,7 +135,7 @@ def _require_none(found: dict[str, list[str]], directory: Path, remedy: str) -> 
 
 
 def _lines(found: dict[str, list[str]]) -> list[str]:
-    return [f"{title}: {_list(names)}" for title, names in found.items() if names]
+    return [f"{title}: {listed(names, SHOWN)}" for title, names in found.items() if names]
 
 
 def _requests(checkpoint: Checkpoint, flat_shards: Sequence[FlatShard], held: torch.Tensor | None) -> list[Request]:
@@ -158,8 +158,3 @@ def _is_of_state(text: str) -> bool:
 
 def _distinct(names: Iterable[str]) -> list[str]:
     return sorted(set(names))
-
-
-def _list(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more

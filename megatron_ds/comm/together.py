@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from megatron_ds.errors import CheckpointError
+from megatron_ds.errors import CheckpointError, listed
 from megatron_ds.mesh import Axis
 
 SHOWN_RANKS = 4
@@ -87,7 +87,6 @@ def merged(texts: list[str]) -> str:
         return next(iter(ranks_of))
     parts = []
     for text, ranks in list(ranks_of.items())[:SHOWN_RANKS]:
-        more = f" and {len(ranks) - SHOWN_RANKS} more" if len(ranks) > SHOWN_RANKS else ""
-        parts.append(f"rank {', '.join(map(str, ranks[:SHOWN_RANKS]))}{more}: {text}")
+        parts.append(f"rank {listed(ranks, SHOWN_RANKS)}: {text}")
     rest = len(ranks_of) - SHOWN_RANKS
     return "\n".join(parts) + (f"\nand {rest} more messages" if rest > 0 else "")

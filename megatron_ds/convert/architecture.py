@@ -11,9 +11,9 @@ import torch
 from pydantic import ValidationError
 
 from megatron_ds.config import ModelConfig
-from megatron_ds.convert.settings import Settings, listed
+from megatron_ds.convert.settings import Settings
 from megatron_ds.convert.translations import Fixed, Translation
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, listed
 from megatron_ds.models.families import global_shapes
 
 # Of every class here: a decoder or an encoder alone.

@@ -125,19 +125,6 @@ def _share(part: int, whole: int) -> float:
     return share
 
 
-@dataclass(frozen=True)
-class Window:
-    """The sliding window of a class whose layers all have it; null is none, whatever the class's default."""
-
-    default: int | None = None
-
-    def read(self, config: Settings) -> dict[str, Any]:
-        return {"window": config.get("sliding_window", None if "sliding_window" in config else self.default)}
-
-    def write(self, model: Values) -> dict[str, Any]:
-        return {"sliding_window": model["window"]}
-
-
 def _layers(config: Settings) -> int:
     """Before a list of so many is made."""
     layers = config["num_hidden_layers"]

@@ -7,6 +7,7 @@ along, and an export writes what has not changed as it was.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,11 @@ def keep(source: HFFolder, out_dir: Path) -> list[str]:
         CheckpointError: a file of it cannot be read, or is a link out of the folder.
     """
     stays = []
-    for folder in (source.path, source.path / _TEMPLATES):
-        for path in sorted(folder.glob("[!.]*")):
-            name = str(path.relative_to(source.path))
-            if _travels(path):
-                _copy(source.inside(name), out_dir / (TOKENIZER if _is_tokenizers(name) else REST) / name)
-            elif name != _TEMPLATES and not name.endswith(_CONVERTED):
-                stays.append(name + "/" * path.is_dir())
+    for path, name in _files(source):
+        if _travels(path):
+            _copy(source.inside(name), out_dir / (TOKENIZER if _is_tokenizers(name) else REST) / name)
+        elif name != _TEMPLATES and not name.endswith(_CONVERTED):
+            stays.append(name + "/" * path.is_dir())
     return stays
 
 
@@ -56,11 +55,16 @@ def copy_all(source: HFFolder, out_dir: Path) -> None:
     Raises:
         CheckpointError: a file of it cannot be read, or is a link out of the folder.
     """
+    for path, name in _files(source):
+        if _travels(path) and name != CONFIG:
+            _copy(source.inside(name), out_dir / name)
+
+
+def _files(source: HFFolder) -> Iterator[tuple[Path, str]]:
+    """What lies in a folder and in the one of chat templates in it, with its name inside."""
     for folder in (source.path, source.path / _TEMPLATES):
         for path in sorted(folder.glob("[!.]*")):
-            name = str(path.relative_to(source.path))
-            if _travels(path) and name != CONFIG:
-                _copy(source.inside(name), out_dir / name)
+            yield path, str(path.relative_to(source.path))
 
 
 def take_along(checkpoints: Path, out_dir: Path) -> None:

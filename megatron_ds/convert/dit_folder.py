@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from megatron_ds.convert.folder import DIFFUSERS, WeightFolder
 from megatron_ds.convert.match import Matched
 from megatron_ds.convert.settings import Settings
 from megatron_ds.errors import CheckpointError
-from megatron_ds.files import read_object, write_text_durably
+from megatron_ds.files import read_object, write_json
 from megatron_ds.models.dit import DiT
 from megatron_ds.models.families import Shapes
 from megatron_ds.models.transformer import StageSettings
@@ -56,7 +55,7 @@ def export_transformer(
         plan |= {name: (tuple(value.shape), source.dtype("patches.weight", kind)) for name, value in constants.items()}
         with exported_folder(folder, plan, DIFFUSERS, file_bytes) as (unfinished, files):
             write_converted(files, plan, lambda name: constants if name in constants else make(name), table.name)
-            write_text_durably(unfinished / "config.json", json.dumps(described, indent=2) + "\n")
+            write_json(unfinished / "config.json", described)
     return folder
 
 

@@ -6,7 +6,6 @@ the model was trained for is refused.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from megatron_ds.convert.dit_folder import export_transformer
 from megatron_ds.convert.dit_tables import table_of
 from megatron_ds.data.latent_encoders import EncoderFolders, VaeConfig, check_decoder, check_text_encoders, latents_of
 from megatron_ds.errors import ConfigError
-from megatron_ds.files import read_object, write_text_durably
+from megatron_ds.files import read_object, write_json
 from megatron_ds.models.objectives import shift_of
 from megatron_ds.models.samplers import make_scheduler
 
@@ -105,7 +104,7 @@ def _write_vae(folder: Path, config: DiTConfig, vae: Path | None) -> dict[str, l
     where = folder / "vae" / "config.json"
     # StableDiffusion3Pipeline adds the shift, which in the configuration of many a VAE is None.
     values = {**read_object(where, ConfigError), "shift_factor": VaeConfig.read(vae).shift}
-    write_text_durably(where, json.dumps(values, indent=2) + "\n")
+    write_json(where, values)
     return {"vae": ["diffusers", str(values["_class_name"])]}
 
 
@@ -135,7 +134,7 @@ def _write_index(folder: Path, has_text: bool, entries: Mapping[str, list[str]])
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler" if has_text else "DDIMScheduler"],
         **entries,
     }
-    write_text_durably(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
+    write_json(folder / "model_index.json", index)
 
 
 def identity_vae(channels: int) -> Any:

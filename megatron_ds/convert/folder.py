@@ -8,7 +8,6 @@ name in an index or a link says.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import OrderedDict
@@ -21,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_ds.checkpoint.safetensors_header import DTYPES
 from megatron_ds.checkpoint.stream import Plan, TensorFiles, plan_bytes
 from megatron_ds.errors import CheckpointError
-from megatron_ds.files import check_regular, read_object, write_text_durably
+from megatron_ds.files import check_regular, read_object, write_json
 
 TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"
 """What the names of files of weights begin with."""
@@ -41,7 +40,7 @@ def write_index(folder: Path, stem: str, files: TensorFiles, plan: Plan) -> None
             "metadata": {"total_size": plan_bytes(plan)},
             "weight_map": {name: files.names[file] for name, (file, _) in sorted(files.place.items())},
         }
-        write_text_durably(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
 class _Weights(Protocol):

@@ -9,7 +9,7 @@ from megatron_ds.convert.architecture import Architecture, Rule
 from megatron_ds.convert.attention_fields import Rope
 from megatron_ds.convert.layouts import Layout, conv, interleaved_qkv, rules, separate_qkv, stacked_qkv
 from megatron_ds.convert.settings import Settings
-from megatron_ds.convert.translations import GELUS, Fixed, Key, Ours, Same, Translation, Values, dropouts
+from megatron_ds.convert.translations import GELUS, Fixed, Key, Ours, Translation, Values, dropouts
 from megatron_ds.errors import ConfigError
 
 
@@ -108,16 +108,11 @@ def _gpt_sizes(layers: int, heads: int, width: int, vocabulary: int, positions: 
     )
 
 
-def _bloom_sizes(layers: int, heads: int, width: int, vocabulary: int, prefix: str) -> tuple[Translation, ...]:
-    """In the words of BLOOM (``prefix`` ``"n"``) or of Falcon, which has each way round for the other's older files."""
-    layer, head = ("n_layer", "n_head"), ("num_hidden_layers", "num_attention_heads")
-    if prefix == "num":
-        layer, head = (head[0], layer[0]), (head[1], layer[1])
-    else:
-        layer, head = (layer[0], head[0]), (layer[1], head[1])
+def _bloom_sizes(layers: Key, heads: Key, width: int, vocabulary: int) -> tuple[Translation, ...]:
+    """BLOOM's and Falcon's, of which each calls layers and heads as the other's older files do."""
     return (
-        Key("num_layers", layer[0], layers, older=(layer[1],)),
-        Key("num_heads", head[0], heads, older=(head[1],)),
+        layers,
+        heads,
         Key("hidden_size", "hidden_size", width, older=("n_embed",)),
         Key("vocab_size", "vocab_size", vocabulary),
         Key("attention_dropout", "attention_dropout", 0.0),
@@ -129,7 +124,7 @@ def _bloom_sizes(layers: int, heads: int, width: int, vocabulary: int, prefix: s
     )
 
 
-class _FourTimes:
+class _FourTimes(Translation):
     """BLOOM: the MLP is four times as wide as the model."""
 
     def read(self, config: Settings) -> dict[str, Any]:
@@ -137,19 +132,6 @@ class _FourTimes:
         if config.get("n_inner", 4 * width) != 4 * width:
             raise ConfigError(f"n_inner={config['n_inner']} in {config.where} is not supported, only {4 * width}")
         return {"ffn_hidden_size": 4 * width}
-
-    def write(self, model: Values) -> dict[str, Any]:
-        return {}
-
-
-class _Residual:
-    """GPT-NeoX: whether attention and MLP stand side by side."""
-
-    def read(self, config: Settings) -> dict[str, Any]:
-        return {"residual": "parallel" if config.get("use_parallel_residual", True) else "sequential"}
-
-    def write(self, model: Values) -> dict[str, Any]:
-        return {"use_parallel_residual": model["residual"] == "parallel"}
 
 
 class _OptBlocks:
@@ -238,7 +220,12 @@ BLOOM = Architecture(
     "transformer.",
     _bloom,
     (
-        *_bloom_sizes(2, 8, 64, 250880, "n"),
+        *_bloom_sizes(
+            Key("num_layers", "n_layer", 2, older=("num_hidden_layers",)),
+            Key("num_heads", "n_head", 8, older=("num_attention_heads",)),
+            width=64,
+            vocabulary=250880,
+        ),
         _FourTimes(),
         Key("max_positions", "seq_length", 2048),
         Ours(position="alibi", bias=True, embedding_norm=True, activation="gelu_tanh"),
@@ -267,7 +254,7 @@ GPT_NEOX = Architecture(
         Key("tied_embeddings", "tie_word_embeddings", False),
         Key("bias", "attention_bias", True),
         Rope(theta_key="rotary_emb_base", fraction_key="rotary_pct", fraction=0.25),
-        _Residual(),
+        Key("residual", "use_parallel_residual", True, {True: "parallel", False: "sequential"}),
         _INIT,
         _NORM,
         Ours(mlp_bias=True),
@@ -312,7 +299,7 @@ OPT = Architecture(
         Key("attention_dropout", "attention_dropout", 0.0),
         Key("hidden_dropout", "dropout", 0.1),
         Key("init_std", "init_std", 0.02),
-        Same("bias", ("enable_bias",), True),
+        Key("bias", "enable_bias", True),
         _OptBlocks(),
         _NORM,
         _TIED,
@@ -329,7 +316,12 @@ FALCON = Architecture(
     "transformer.",
     _falcon,
     (
-        *_bloom_sizes(32, 71, 4544, 65024, "num"),
+        *_bloom_sizes(
+            Key("num_layers", "num_hidden_layers", 32, older=("n_layer",)),
+            Key("num_heads", "num_attention_heads", 71, older=("n_head",)),
+            width=4544,
+            vocabulary=65024,
+        ),
         Key("ffn_hidden_size", "ffn_hidden_size", None),
         Key("max_positions", "max_position_embeddings", 2048),
         Key("activation", "activation", "gelu", GELUS),

@@ -6,7 +6,6 @@ of them need: choosing one, and the files that ``transformers`` expects beside t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from megatron_ds.convert.settings import KEPT, Settings
 from megatron_ds.convert.tables import ARCHITECTURES
 from megatron_ds.data.tokenizer_base import Tokenizer
 from megatron_ds.errors import ConfigError
-from megatron_ds.files import write_text_durably
+from megatron_ds.files import write_json
 from megatron_ds.models.families import global_shapes
 
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -198,8 +197,8 @@ def _write_configs(
         **architecture.to_config(config),
         "torch_dtype": str(widest).removeprefix("torch."),
     }
-    write_text_durably(folder / carried_files.CONFIG, json.dumps(value, indent=2) + "\n")
+    write_json(folder / carried_files.CONFIG, value)
     if special or not generation:
         known = {**generation, **{name: value.get(name) for name in SPECIAL_TOKENS}}
         known = {name: token for name, token in known.items() if token is not None}
-        write_text_durably(folder / carried_files.GENERATION, json.dumps(known, indent=2) + "\n")
+        write_json(folder / carried_files.GENERATION, known)

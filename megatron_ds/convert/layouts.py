@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,6 @@ Layout = Callable[[str, str, str], Rule]
 
 def same(ours: str, theirs: str) -> Rule:
     return Rule(ours, (theirs,), lambda c, w: (w,), lambda c, ws: ws[0])
-
-
-def transposed(ours: str, theirs: str) -> Rule:
-    """GPT-2 at Hugging Face keeps its linear weights as ``[in, out]`` (its class ``Conv1D``)."""
-    return Rule(ours, (theirs,), lambda c, w: (w.t(),), lambda c, ws: ws[0].t())
 
 
 def vocabulary(ours: str, theirs: str) -> Rule:
@@ -47,26 +43,38 @@ def twice(rule: Rule, also: str) -> Rule:
     return Rule(rule.ours, (*rule.theirs, also), to_hf, lambda c, ws: rule.from_hf(c, ws[:1]))
 
 
-def _qkv_shape(c: ModelConfig, theirs: Tensor) -> tuple[int, ...]:
-    """Ours, of a weight or (no last dim) a bias."""
-    return (c.num_kv_heads, c.queries_per_kv_head + 2, c.head_size, *theirs.shape[1:])
+def _split(c: ModelConfig, w: Tensor) -> list[Tensor]:
+    """Query ``[n d, h]``, key and value ``[g d, h]`` (or the biases, without ``h``)."""
+    q = c.queries_per_kv_head
+    return [part.reshape(-1, *w.shape[3:]) for part in (w[:, :q], w[:, q], w[:, q + 1])]
+
+
+def _fuse(c: ModelConfig, ws: Tensors) -> Tensor:
+    return torch.cat([w.view(c.num_kv_heads, -1, c.head_size, *w.shape[1:]) for w in ws], dim=1)
 
 
 def separate_qkv(attention: str, names: Sequence[str] = ("q_proj", "k_proj", "v_proj")) -> Layout:
-    """Llama, BERT: query ``[n d, h]``, key and value ``[g d, h]`` apart (or the biases, without ``h``)."""
-
-    def split(c: ModelConfig, w: Tensor) -> Tensors:
-        q = c.queries_per_kv_head
-        return [part.reshape(-1, *w.shape[3:]) for part in (w[:, :q], w[:, q], w[:, q + 1])]
-
-    def fuse(c: ModelConfig, ws: Tensors) -> Tensor:
-        per_group = [w.view(c.num_kv_heads, -1, c.head_size, *w.shape[1:]) for w in ws]
-        return torch.cat(per_group, dim=1)
+    """Llama, BERT: query, key and value apart."""
 
     def make(ours: str, layer: str, what: str) -> Rule:
-        return Rule(ours, tuple(f"{layer}.{attention}.{name}.{what}" for name in names), split, fuse)
+        return Rule(ours, tuple(f"{layer}.{attention}.{name}.{what}" for name in names), _split, _fuse)
 
     return make
+
+
+def _one(name: str, to_hf: Callable[[Any, Tensor], Tensor], from_hf: Callable[[Any, Tensor], Tensor]) -> Layout:
+    """One tensor of ours that is one of theirs, ``name``, in another order."""
+
+    def make(ours: str, layer: str, what: str) -> Rule:
+        theirs = (f"{layer}.{name}.{what}",)
+        return Rule(ours, theirs, lambda c, w: (to_hf(c, w),), lambda c, ws: from_hf(c, ws[0]))
+
+    return make
+
+
+def _transposed(w: Tensor) -> Tensor:
+    """A bias stays as it is."""
+    return w.t()
 
 
 def stacked_qkv(name: str, conv: bool = False) -> Layout:
@@ -74,64 +82,39 @@ def stacked_qkv(name: str, conv: bool = False) -> Layout:
 
     ``conv``: the weight is ``[h, 3 n d]``, as Conv1D.
     """
+    turn = _transposed if conv else lambda w: w
 
-    def make(ours: str, layer: str, what: str) -> Rule:
-        turned = conv and what == "weight"
+    def stack(c: ModelConfig, w: Tensor) -> Tensor:
+        return turn(w.transpose(0, 1).reshape(3 * c.num_heads * c.head_size, *w.shape[3:]))
 
-        def stack(c: ModelConfig, w: Tensor) -> Tensors:
-            flat = w.transpose(0, 1).reshape(3 * c.num_heads * c.head_size, *w.shape[3:])
-            return (flat.t() if turned else flat,)
+    def unstack(c: ModelConfig, w: Tensor) -> Tensor:
+        flat = turn(w)
+        return flat.reshape(3, c.num_heads, c.head_size, *flat.shape[1:]).transpose(0, 1)
 
-        def unstack(c: ModelConfig, ws: Tensors) -> Tensor:
-            flat = ws[0].t() if turned else ws[0]
-            return flat.reshape(3, c.num_heads, c.head_size, *flat.shape[1:]).transpose(0, 1)
-
-        return Rule(ours, (f"{layer}.{name}.{what}",), stack, unstack)
-
-    return make
+    return _one(name, stack, unstack)
 
 
 def interleaved_qkv(name: str) -> Layout:
     """BLOOM, GPT-NeoX, Falcon: a group's queries, key and value together: our order, flat (the bias without ``h``)."""
 
-    def make(ours: str, layer: str, what: str) -> Rule:
-        return Rule(
-            ours,
-            (f"{layer}.{name}.{what}",),
-            lambda c, w: (w.reshape(-1, *w.shape[3:]),),
-            lambda c, ws: ws[0].view(_qkv_shape(c, ws[0])),
-        )
+    def apart(c: ModelConfig, w: Tensor) -> Tensor:
+        return w.view(c.num_kv_heads, c.queries_per_kv_head + 2, c.head_size, *w.shape[1:])
 
-    return make
+    return _one(name, lambda c, w: w.reshape(-1, *w.shape[3:]), apart)
 
 
 def grouped_qkv(name: str) -> Layout:
     """Phi-3: all queries, then all keys, then all values, ``[(n + 2 g) d, h]``."""
 
-    def make(ours: str, layer: str, what: str) -> Rule:
-        apart = separate_qkv("")(ours, layer, what)
+    def fuse(c: ModelConfig, w: Tensor) -> Tensor:
+        return _fuse(c, w.split([c.num_heads * c.head_size, *[c.num_kv_heads * c.head_size] * 2]))
 
-        def split(c: ModelConfig, ws: Tensors) -> Tensor:
-            sizes = [c.num_heads * c.head_size, c.num_kv_heads * c.head_size, c.num_kv_heads * c.head_size]
-            return apart.from_hf(c, ws[0].split(sizes))
-
-        return Rule(ours, (f"{layer}.{name}.{what}",), lambda c, w: (torch.cat(list(apart.to_hf(c, w))),), split)
-
-    return make
+    return _one(name, lambda c, w: torch.cat(_split(c, w)), fuse)
 
 
 def stacked_gate_up(name: str) -> Layout:
     """Phi-3, ModernBERT: the gate, then the up projection, ``[2 f, h]``: our order, flat."""
-
-    def make(ours: str, layer: str, what: str) -> Rule:
-        return Rule(
-            ours,
-            (f"{layer}.{name}.{what}",),
-            lambda c, w: (w.flatten(0, 1),),
-            lambda c, ws: ws[0].view(2, c.ffn_size, *ws[0].shape[1:]),
-        )
-
-    return make
+    return _one(name, lambda c, w: w.flatten(0, 1), lambda c, w: w.view(2, c.ffn_size, *w.shape[1:]))
 
 
 def separate_gate_up(mlp: str) -> Layout:
@@ -143,12 +126,8 @@ def separate_gate_up(mlp: str) -> Layout:
 
 
 def conv(name: str) -> Layout:
-    """GPT-2: a linear weight as ``[in, out]`` (the class ``Conv1D``)."""
-
-    def make(ours: str, layer: str, what: str) -> Rule:
-        return (transposed if what == "weight" else same)(ours, f"{layer}.{name}.{what}")
-
-    return make
+    """GPT-2: linear weights are ``[in, out]`` (the class ``Conv1D``)."""
+    return _one(name, lambda c, w: _transposed(w), lambda c, w: _transposed(w))
 
 
 def rules(

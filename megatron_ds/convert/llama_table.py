@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_ds.config import ModelConfig
 from megatron_ds.convert.architecture import Architecture, Rule
-from megatron_ds.convert.attention_fields import LayerTypes, QwenWindows, Rope, RopeOfLayers, Window
+from megatron_ds.convert.attention_fields import LayerTypes, QwenWindows, Rope, RopeOfLayers
 from megatron_ds.convert.layouts import (
     Layout,
     grouped_qkv,
@@ -128,7 +128,15 @@ LLAMAS: tuple[Architecture, ...] = (
         "mistral",
         "model.",
         _llama,
-        settings=_settings(_HEAD_DIM, _SILU, Rope(), _NO_BIAS, Window(4096), positions=131072, kv_heads=8),
+        settings=_settings(
+            _HEAD_DIM,
+            _SILU,
+            Rope(),
+            _NO_BIAS,
+            Key("window", "sliding_window", 4096, null=True),
+            positions=131072,
+            kv_heads=8,
+        ),
         **_COMMON,
     ),
     Architecture(
@@ -145,7 +153,7 @@ LLAMAS: tuple[Architecture, ...] = (
                 context=4096,
             ),
             _NO_BIAS,
-            Window(),
+            Key("window", "sliding_window", None),
             dropouts("resid_pdrop", "embd_pdrop"),
             Fixed(mlp_bias=False, lm_head_bias=False, full_attn_mod=1, interpolate_factor=1),  # Phi-4-mini's
             eps=1e-5,
@@ -233,7 +241,7 @@ LLAMAS: tuple[Architecture, ...] = (
             Key("activation", "hidden_act", "gelu_pytorch_tanh", {"gelu_pytorch_tanh": "gelu_tanh", **GELUS}),
             Key("bias", "use_bias", True),
             Rope(),
-            Window(),
+            Key("window", "sliding_window", None),
             dropouts("residual_dropout", "embedding_dropout"),
             Ours(norm="layernorm"),
             Fixed(mlp_type="default", norm_type="layer_norm", activation_function="gelu_pytorch_tanh"),

@@ -10,8 +10,7 @@ import torch
 from megatron_ds.config import BaseModelConfig, ModelConfig
 from megatron_ds.convert.architecture import Architecture, Rule
 from megatron_ds.convert.folder import WeightFolder
-from megatron_ds.convert.settings import listed
-from megatron_ds.errors import CheckpointError
+from megatron_ds.errors import CheckpointError, listed
 from megatron_ds.models.families import Shapes, global_shapes
 
 

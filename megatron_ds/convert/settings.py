@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, listed
 
-SHOWN = 10  # entries of a list in a message
 # How text is generated. Ours is a trainer: these go with the model, untouched.
 GENERATION = frozenset((
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "mask_token_id", "cls_token_id",
@@ -92,11 +91,6 @@ class Settings(dict[str, Any]):
             )
         for inner in self._inner:
             inner.check_all_read()
-
-
-def listed(found: Sequence[str]) -> str:
-    """The first ones of a list that may be long, and how many more there are."""
-    return ", ".join(found[:SHOWN]) + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
 
 
 def must_be(config: Settings, **fields: Any) -> None:

@@ -17,11 +17,12 @@ Values = Mapping[str, Any]
 
 
 class Translation(Protocol):
-    """Some settings of a model, at Hugging Face and here."""
+    """Some settings of a model, at Hugging Face and here. What is the same of every model is not written."""
 
     def read(self, config: Settings) -> dict[str, Any]: ...
 
-    def write(self, model: Values) -> dict[str, Any]: ...
+    def write(self, model: Values) -> dict[str, Any]:
+        return {}
 
 
 class _Required:
@@ -99,7 +100,7 @@ def dropouts(*theirs: str, default: float = 0.0) -> Same:
     return Same("hidden_dropout", theirs, default, "they must be the same here; dropout is no part of a trained model")
 
 
-class Ours:
+class Ours(Translation):
     """What every model of the class is here."""
 
     def __init__(self, **fields: Any):
@@ -107,9 +108,6 @@ class Ours:
 
     def read(self, config: Settings) -> dict[str, Any]:
         return dict(self.fields)
-
-    def write(self, model: Values) -> dict[str, Any]:
-        return {}
 
 
 class Fixed:
@@ -126,14 +124,11 @@ class Fixed:
         return dict(self.theirs) if self.written else {}
 
 
-class EmbeddingRoot:
+class EmbeddingRoot(Translation):
     """Gemma: token embeddings are multiplied with the root of their width."""
 
     def read(self, config: Settings) -> dict[str, Any]:
         return {"embedding_scale": float(config["hidden_size"] ** 0.5)}
-
-    def write(self, model: Values) -> dict[str, Any]:
-        return {}
 
 
 class QueryScalar:

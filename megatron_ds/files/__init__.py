@@ -12,7 +12,14 @@ from megatron_ds.files.whole_files import (
     read_object,
     read_text,
 )
-from megatron_ds.files.write import replacing, sync_and_close, sync_directory, temporary_beside, write_text_durably
+from megatron_ds.files.write import (
+    replacing,
+    sync_and_close,
+    sync_directory,
+    temporary_beside,
+    write_json,
+    write_text_durably,
+)
 
 __all__ = [
     "MOST_BYTES",
@@ -30,5 +37,6 @@ __all__ = [
     "sync_and_close",
     "sync_directory",
     "temporary_beside",
+    "write_json",
     "write_text_durably",
 ]

@@ -6,12 +6,13 @@ import contextlib
 import errno
 import fcntl
 import glob
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 @contextmanager
@@ -80,6 +81,11 @@ def write_text_durably(path: Path, text: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
         sync_and_close(file)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write and fsync a value as JSON to be read by people."""
+    write_text_durably(path, json.dumps(value, indent=2) + "\n")
 
 
 def sync_and_close(file: IO[bytes] | IO[str]) -> None:

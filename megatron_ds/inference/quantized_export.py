@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from megatron_ds.convert.folder import TRANSFORMERS, HFFolder
 from megatron_ds.convert.hugging_face import described
 from megatron_ds.convert.match import Match
 from megatron_ds.errors import ConfigError
-from megatron_ds.files import write_text_durably
+from megatron_ds.files import write_json
 from megatron_ds.inference import served_model
 from megatron_ds.inference.quantized_folder import quantization_config, tensors_of
 from megatron_ds.inference.quantized_recipes import linear_layers, require_scheme
@@ -112,7 +111,7 @@ def _write_config(partial: Path, folder: HFFolder, match: Match, scheme: str) ->
     config = {**folder.config, "architectures": [match.architecture.name], "quantization_config": said}
     if "tie_word_embeddings" in config or not match.config.tied_embeddings:
         config["tie_word_embeddings"] = match.config.tied_embeddings
-    write_text_durably(partial / carried_files.CONFIG, json.dumps(config, indent=2) + "\n")
+    write_json(partial / carried_files.CONFIG, config)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from megatron_ds.config.engine import EngineConfig
 from megatron_ds.deepspeed_json import auto_values
 from megatron_ds.engine import Engine, initialize, read_config
 from megatron_ds.engine.assemble import Configuration
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, listed
 from megatron_ds.integrations.engine_module import EngineModel, EngineOptimizer, require_one_schedule
 from megatron_ds.train.step import StepResult, TrainStep
 
@@ -182,9 +182,8 @@ class Bridge:
             left = [name for name, p in engine.module.named_parameters() if p.requires_grad and id(p) not in given]
             if left:
                 raise ConfigError(
-                    f"{method} was given some of the parameters, without {', '.join(left[:5])}"
-                    f"{f' and {len(left) - 5} more' if len(left) > 5 else ''}, and the engine clips all or none; give "
-                    "it model.parameters()"
+                    f"{method} was given some of the parameters, without {listed(left, 5)}, and the engine clips all "
+                    "or none; give it model.parameters()"
                 )
         return engine.train_step
 

@@ -39,6 +39,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ds import comm
+from megatron_ds.errors import listed
 from megatron_ds.kernels.float8 import (
     CUDA_BLOCK,
     CUDA_MULTIPLE,
@@ -324,8 +325,9 @@ def use_float8(model: nn.Module, settings: Float8Settings) -> None:
 def describe(model: nn.Module, settings: Float8Settings) -> tuple[str, list[str]]:
     """For the whole model: what to tell of the choice, and what is wrong with it."""
     layers = list(linear_layers(model))
+    known = listed((name for name, _ in layers), 3)
     faults = [
-        f"precision.fp8_exclude has {pattern!r}, which names no linear layer; they are {_some([n for n, _ in layers])}"
+        f"precision.fp8_exclude has {pattern!r}, which names no linear layer; they are {known}"
         for pattern in settings.fp8_exclude
         if not any(fnmatchcase(name, pattern) for name, _ in layers)
     ]
@@ -342,14 +344,16 @@ def describe(model: nn.Module, settings: Float8Settings) -> tuple[str, list[str]
             refused.setdefault(what, []).append(name)
     for what, names in refused.items():
         patterns = sorted({re.sub(r"\b\d+\b", "*", name) for name in names})
-        faults.append(f"{_some(names)}: {what}, or leave out: precision.fp8_exclude={patterns}")
+        faults.append(f"{listed(names, 3)}: {what}, or leave out: precision.fp8_exclude={patterns}")
     if not chosen:
-        left = "; ".join(f"{reason}: {_some(names)}" for reason, names in reasons.items())
+        left = "; ".join(f"{reason}: {listed(names, 3)}" for reason, names in reasons.items())
         faults.append(
             f"precision.fp8={settings.fp8!r} finds no layer to compute in FP8 ({left or 'the model has none'})"
         )
     text = f"FP8 ({settings.fp8}): {len(chosen)} of {len(layers)} linear layers"
-    notes = [f"{len(names)} stay in {settings.dtype}, {reason}: {_some(names)}" for reason, names in reasons.items()]
+    notes = [
+        f"{len(names)} stay in {settings.dtype}, {reason}: {listed(names, 3)}" for reason, names in reasons.items()
+    ]
     return "; ".join([text, *notes]), faults
 
 
@@ -390,7 +394,3 @@ def device_fault(device: torch.device, settings: Float8Settings) -> str | None:
     if settings.fp8 == "blockwise" and settings.fp8_block != CUDA_BLOCK:
         return f"precision.fp8_block={settings.fp8_block}: CUDA has blocks of {CUDA_BLOCK}; leave it out"
     return None
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

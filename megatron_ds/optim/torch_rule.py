@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, listed
 from megatron_ds.optim.probe import StateTemplate, shaped, templates_of
 from megatron_ds.optim.rule import Late, OptimizerSegment, RuleGroup, Update
 from megatron_ds.optim.twin import Common, Twin
@@ -340,8 +340,8 @@ def _groups(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], traine
     lost = [name for name in trained if name not in found]
     if lost:
         raise ConfigError(
-            f"{', '.join(lost[:5])}{f' and {len(lost) - 5} more' if len(lost) > 5 else ''} would get gradients but are "
-            "in no group of the optimizer; add them, or freeze them with requires_grad_(False)"
+            f"{listed(lost, 5)} would get gradients but are in no group of the optimizer; add them, or freeze them "
+            "with requires_grad_(False)"
         )
     return {name: found[name] for name in trained}
 

@@ -25,7 +25,7 @@ from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-from megatron_ds.errors import MegatronDSError
+from megatron_ds.errors import MegatronDSError, listed
 from megatron_ds.train.bounded import BoundedStore, StoreSilentError, end_within
 from megatron_ds.train.whereabouts import Line, Whereabouts, innermost, main_thread, note_of, notes_of, waits_in
 
@@ -246,8 +246,7 @@ class Watch:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:_SHOWN]))}{more}"
+    return f"rank{'s' * (len(ranks) > 1)} {listed(ranks, _SHOWN)}"
 
 
 def _plain(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from typing import NoReturn
 
 import torch
 
-from megatron_ds.errors import EngineError
+from megatron_ds.errors import EngineError, listed
 from megatron_ds.kernels.accumulate import add_product, add_rows
 
 
@@ -53,9 +53,8 @@ class OwnBackward:
         """What came from elsewhere and what to do, or None."""
         if not self.strays:
             return None
-        first, others = next(iter(self.strays)), len(self.strays) - 1
         return (
-            f"{first}{f' and {others} more' if others else ''} got gradients in a backward pass that was not this "
+            f"{listed(self.strays, 1)} got gradients in a backward pass that was not this "
             "engine's: another engine's, or loss.backward(), which engine.backward(loss) replaces. They were not kept; "
             "call zero_grad() to go on without them, as with a discriminator through which the generator's loss went. "
             "Models that train on one loss belong in one engine, as an nn.ModuleDict"

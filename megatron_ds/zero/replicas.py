@@ -10,7 +10,7 @@ import torch
 
 from megatron_ds import comm
 from megatron_ds.comm.together import exchange, merged
-from megatron_ds.errors import ReplicaError
+from megatron_ds.errors import ReplicaError, listed
 from megatron_ds.mesh import Mesh
 from megatron_ds.shard.flat_shards import FlatShard
 from megatron_ds.zero.optimizer import ZeroOptimizer
@@ -52,9 +52,8 @@ def _bit_sum(shard: FlatShard) -> torch.Tensor:
 
 
 def _fault(names: list[str], first: int, ranks: list[int]) -> str:
-    named = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
     return (
-        f"{named}: no longer the same on rank {', '.join(map(str, ranks))} as on rank {first}, "
+        f"{listed(names, _NAMED)}: no longer the same on rank {', '.join(map(str, ranks))} as on rank {first}, "
         "although every tensor-parallel rank holds a copy: a kernel gave them different gradients, or their memory was "
         "written. Go on from the last checkpoint, whose copies are rank "
         f"{first}'s, with torch.use_deterministic_algorithms(True); train.check_replicas_every=0 turns this check off"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 from megatron_ds.comm.together import together
 from megatron_ds.engine import Engine
 from megatron_ds.errors import ConfigError
-from megatron_ds.files import parse_json, read_json, read_text, replacing
+from megatron_ds.files import parse_json, read_json, read_text, replacing, write_json
 from megatron_ds.zero.main_grad import is_trained
 
 INDEX = "model_index.json"
@@ -148,4 +147,4 @@ def _copy(source: Path, target: Path) -> None:
 
 def _write(path: Path, values: Any) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n")
+        write_json(temporary, values)
