@@ -1,7 +1,7 @@
 """Everything about speed on one GPU, in nine minutes: `make bench-gpu`.
 
 The parts: what the machine can reach, whole training steps of GPT-2 124M and a 1.3B Llama in bf16, a compiled plain
-torch loop beside them, blocks as wide as Llama 8B's in FP8, each kernel, products and attention, and single choices.
+torch loop beside them, blocks as wide as Llama 8B's in FP8, DiT-XL/2, each kernel, products and attention, and choices.
 Each part is a process of its own, so that one that fails or hangs costs itself alone; the next one imports torch while
 it runs. Each prints a table as it ends, and all rows go to one JSON file. What no time is left for is named.
 
@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import gpu_diffusion
 import gpu_parts
 import gpu_steps
 import torch
@@ -46,6 +47,7 @@ PARTS = {
     "llama": Part(gpu_steps.llama, 90),
     "plain": Part(gpu_steps.beside_plain, 200),
     "float8": Part(gpu_steps.float8, 90),
+    "dit": Part(gpu_diffusion.dit, 90),
     "kernels": Part(gpu_parts.our_kernels, 130),
     "products": Part(gpu_parts.products, 40),
     "attention": Part(gpu_parts.attention, 20),

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 from unittest.mock import patch
 
 import ours
@@ -57,7 +57,14 @@ CLASSES: Mapping[str, str] = {
 def of_model(bench: Bench, w: Workload, micro_batch: int | None = None) -> Workload:
     """With a micro-batch that the memory holds."""
     if bench.tiny:
-        small = {"layers": 2, "hidden": 64, "heads": 2, "kv_heads": None, "ffn_hidden": None, "vocab": 256}
+        small: dict[str, Any] = {
+            "layers": 2,
+            "hidden": 64,
+            "heads": 2,
+            "kv_heads": None,
+            "ffn_hidden": None,
+            "vocab": 256,
+        }
         return replace(w, **small, sequence=32, batch=4, accumulate=2)
     if micro_batch is None:
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -74,7 +81,17 @@ def model_row(bench: Bench, title: str, measure: Callable[[], Row]) -> None:
     bench.empty_cache()
 
 
-def timed(bench: Bench, w: Workload, step: Callable[[], Any]) -> Row:
+class Work(Protocol):
+    """Of one step: what counts as its tokens, and the FLOPs of each, forward and backward."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def flops_per_token(self) -> float: ...
+
+
+def timed(bench: Bench, w: Work, step: Callable[[], Any]) -> Row:
     """Median of the timed steps: tokens/s, MFU, peak memory, first and last loss."""
     if bench.cuda:
         torch.cuda.reset_peak_memory_stats()
