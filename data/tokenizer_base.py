@@ -81,6 +81,12 @@ class Tokenizer(ABC):
 
     def token_bytes(self, token: int) -> bytes:
         """What a token adds to a text: perhaps part of a character. Special tokens are their names."""
+        known: dict[int, bytes] = self.__dict__.setdefault("_known_bytes", {})
+        if (found := known.get(token)) is None:
+            found = known[token] = self._find_bytes(token)
+        return found
+
+    def _find_bytes(self, token: int) -> bytes:
         # Decoders of SentencePiece's kind take the space from the first token of a text, so the second one is asked.
         text = self.decode([token, token])[len(self.decode([token])) :]
         if "\N{REPLACEMENT CHARACTER}" not in text:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Protocol
-
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True)
@@ -22,23 +21,21 @@ class Decoder(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def token_bytes(self, token: int) -> bytes: ...
+
 
 class Detokenizer:
     """Of one answer.
 
     Args:
         tokenizer: None: there is no text.
-        prompt: the tokens before the answer, whose last ones decide how its first ones read.
+        prompt: the tokens before the answer, which may end within a character.
         stops: texts at which the answer ends; ``keep_stop``: they are part of it.
         hidden: tokens that are not part of the text.
 
     Attributes:
         text: what is certain so far. stopped: the stop text that was found.
     """
-
-    CONTEXT = 6
-    """Tokens before that are decoded with new ones, at least. They begin where a character does: decoders of bytes as
-    SentencePiece has them make a mark of every byte of a row that holds a part of a character."""
 
     def __init__(
         self,
@@ -52,50 +49,29 @@ class Detokenizer:
         self.text = ""
         self.stopped: str | None = None
         self._held = ""  # whole characters that may begin a stop text
-        self._context = self._begin([token for token in prompt if token not in hidden])
-        self._pieces = [len(self._context)]  # tokens of whole characters, of which the context consists
-        self._new: list[int] = []
-
-    def _begin(self, prompt: list[int]) -> list[int]:
-        """The end of the prompt, from a token on that begins a character: three bytes at most come before."""
-        last = [prompt[-size:] for size in range(self.CONTEXT, self.CONTEXT + 4)]
-        if self.tokenizer is None:
-            return last[0]
-        return next((ids for ids in last if not self.tokenizer.decode(ids).startswith(_UNFINISHED)), last[0])
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        before = [token for token in prompt if token not in hidden]
+        self._begins = not before
+        if tokenizer is not None:  # of a character that is not complete there are three bytes at most
+            self._characters.decode(b"".join(map(tokenizer.token_bytes, before[-3:])))
 
     def add(self, token: int, may_stop: bool = True) -> None:
         """``may_stop``: whether the answer is long enough to end at a stop text that the token completes."""
         if self.tokenizer is None or token in self.hidden or self.stopped is not None:
             return
-        self._new.append(token)
-        before = self.tokenizer.decode(self._context)
-        now = self.tokenizer.decode([*self._context, *self._new])
-        if (now.endswith(_UNFINISHED) and len(self._new) < 16) or len(now) < len(before):
-            return  # the bytes of a character that is not complete
-        self._append(self._behind(before, now), may_stop)
-        self._context += self._new
-        self._pieces.append(len(self._new))
-        while len(self._context) - self._pieces[0] >= self.CONTEXT:
-            del self._context[: self._pieces.pop(0)]
-        self._new = []
-
-    def _behind(self, before: str, now: str) -> str:
-        """The text that the new tokens add: what ``now``, decoded with them, has more than ``before``.
-
-        Where decoding them with the context spoils its characters, the new tokens form none, and are decoded alone.
-        """
-        assert self.tokenizer is not None
-        spoilt = now[: len(before)].count(_UNFINISHED) > before.count(_UNFINISHED)
-        return self.tokenizer.decode(self._new) if spoilt else now[len(before) :]
+        added = self.tokenizer.token_bytes(token)
+        if self._begins:  # decoders of SentencePiece's kind take the space from the first token of a text
+            self._begins = False
+            if not self.tokenizer.decode([token]).startswith(" "):
+                added = added.removeprefix(b" ")
+        if text := self._characters.decode(added):
+            self._append(text, may_stop)
 
     def finish(self) -> None:
-        """No more tokens come: what was held back is text, with a mark for each character that never was complete."""
+        """No more tokens come: what was held back is text, with a mark for a character that never was complete."""
         if self.tokenizer is not None and self.stopped is None:
-            if self._new:
-                before = self.tokenizer.decode(self._context)
-                self._held += self._behind(before, self.tokenizer.decode([*self._context, *self._new]))
-                self._new = []
-            self.text, self._held = self.text + self._held, ""
+            self.text += self._held + self._characters.decode(b"", True)
+            self._held = ""
 
     def _append(self, text: str, may_stop: bool) -> None:
         pending = self._held + text

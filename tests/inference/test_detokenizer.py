@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 
+from megatron_ds.data.tokenizer_base import Tokenizer as Base
 from megatron_ds.data.tokenizers import ByteTokenizer
 from megatron_ds.inference.detokenizer import Detokenizer
 
@@ -37,6 +39,17 @@ def test_the_text_grows_by_whole_characters(text: str) -> None:
     assert detokenizer.text == text
 
 
+@given(text=TEXTS, cut=st.integers(0, 60))
+def test_an_answer_ends_the_character_that_its_prompt_began(text: str, cut: int) -> None:
+    """Clients go on from tokens that they got, which may end within a character: it is lost nowhere."""
+    data = text.encode()
+    detokenizer = Detokenizer(ByteTokenizer(), list(data[:cut]))
+    for token in data[cut:]:
+        detokenizer.add(token)
+    detokenizer.finish()
+    assert data[:cut].decode(errors="ignore") + detokenizer.text == text or cut > len(data)
+
+
 class _Pieces:
     """A tokenizer of SentencePiece's kind, of which most characters are bytes, as the `tokenizers` library decodes."""
 
@@ -50,6 +63,12 @@ class _Pieces:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.backend.decode(list(ids)))
+
+    def _name_of(self, token: int) -> str:
+        return str(self.backend.id_to_token(token))
+
+    token_bytes: Any = Base.token_bytes
+    _find_bytes = Base._find_bytes
 
 
 @given(text=TEXTS, answer=TEXTS)
