@@ -18,7 +18,7 @@ from megatron_ds.advice import rules
 from megatron_ds.advice.activation_meter import ActivationMeter, recomputes
 from megatron_ds.advice.first_inputs import FirstInputs
 from megatron_ds.advice.rules import Advice
-from megatron_ds.advice.run_advice import RATES, SETTLED, RunAdvice, recomputation
+from megatron_ds.advice.run_advice import SETTLED, RunAdvice, recomputation, transfers
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.loss_scaler import LossScaler
 from megatron_ds.zero.main_grad import MainGradient, is_trained
@@ -101,7 +101,7 @@ class EngineAdvice(RunAdvice):
             )
         if self._number == SETTLED and self.times_steps:
             self.times_steps = False
-            found.append(self._transfers())
+            found.append(transfers(self.zero, self._seconds, self.ranks_sharing))
         self._adviser(found)
 
     def _unused(self) -> Advice | None:
@@ -112,17 +112,6 @@ class EngineAdvice(RunAdvice):
         anywhere = comm.all_reduce(used, self.mesh.data).tolist()
         names = [main_grad.name for main_grad, ranks in zip(main_grads, anywhere) if not ranks]
         return rules.unused(names) if names else None
-
-    def _transfers(self) -> Advice | None:
-        offload, places = self.zero.config.offload_optimizer, self.zero.bytes_by_store()
-        away = sum(places[kind][place] for kind in ("master", "optimizer") for place in ("host", "disk"))
-        if away < rules.TRIFLE:
-            return None
-        read, write, duplex = RATES[offload.device]
-        sharing = self.ranks_sharing if offload.device == "nvme" else 1
-        return rules.offload_outlasts_compute(
-            away, offload.ratio, self._seconds, 1.0, read, write, duplex, ranks_sharing=sharing
-        )
 
     def _masters(self, lr: float) -> Advice | None:
         """Of parameters in low precision, all of which have masters if any has."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_ds.errors import listed
 from megatron_ds.files import gb
@@ -77,39 +78,45 @@ def stage_too_high(layout: ZeroLayout, micro_batches: int, free: int, activation
     )
 
 
+class Link(NamedTuple):
+    """A bus or a disk: bytes a second towards the device and away; ``duplex``: both at once (PCIe; a disk does not)."""
+
+    read: float
+    write: float
+    duplex: bool
+
+
 def offload_outlasts_compute(
-    offloaded: int,
+    read: int,
+    written: int,
     ratio: float,
-    flops: float,
-    flops_per_second: float,
-    read_rate: float,
-    write_rate: float,
-    duplex: bool,
-    key: str = "zero.offload_optimizer",
+    compute: float,
+    link: Link,
+    of_parameters: bool = False,
     ranks_sharing: int = 1,
 ) -> Advice | None:
     """Bringing offloaded state in and out takes longer than a step computes, so that it cannot be hidden.
 
     Args:
-        offloaded: bytes of a rank that travel in and out once a step, at ``ratio``.
-        flops: of a rank's step. flops_per_second: that the device achieves.
-        read_rate, write_rate: bytes a second towards the device and away from it, of one bus or disk.
-        duplex: both directions run at once (PCIe; a disk does not).
-        ranks_sharing: ranks of the node that share that bus or disk.
+        read, written: bytes of a rank that come in and go out in a step, at ``ratio``.
+        compute: seconds of a rank's step.
+        of_parameters: it comes once a pass, however large a micro-batch, and not once a step.
+        ranks_sharing: ranks of the node that share the link.
     """
-    compute = flops / flops_per_second
-    read, write = offloaded * ranks_sharing / read_rate, offloaded * ranks_sharing / write_rate
-    transfer = max(read, write) if duplex else read + write
+    inwards, outwards = read * ranks_sharing / link.read, written * ranks_sharing / link.write
+    transfer = max(inwards, outwards) if link.duplex else inwards + outwards
     if transfer <= compute or ratio == 0:
         return None
     fits = math.floor(100 * ratio * compute / transfer) / 100
+    key = f"zero.{'offload_parameters' if of_parameters else 'offload_optimizer'}.ratio"
+    more = "samples a micro-batch" if of_parameters else "micro-batches a step"
     return Advice(
-        f"{key}.ratio",
-        f"{key}.ratio={ratio:g} moves {gb(offloaded)} in and out a rank and step, {transfer:.3g} s at "
-        f"{read_rate / 1e9:.3g} and {write_rate / 1e9:.3g} GB/s for {ranks_sharing} rank(s), but a step computes for "
+        key,
+        f"{key}={ratio:g} moves {gb(read)} in and {gb(written)} out a rank and step, {transfer:.3g} s at "
+        f"{link.read / 1e9:.3g} and {link.write / 1e9:.3g} GB/s for {ranks_sharing} rank(s), but a step computes for "
         f"{compute:.3g} s",
-        f"use a ratio of at most {fits:g} if the rest fits on the device, or {math.ceil(transfer / compute)} times "
-        "the micro-batches a step",
+        f"use a ratio of at most {fits:g} if the rest fits on the device, or {math.ceil(transfer / compute)} times the "
+        f"{more}",
     )
 
 

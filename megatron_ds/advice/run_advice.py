@@ -10,15 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_ds.advice.rules import (
-    Advice,
-    Adviser,
-    LossScaleWatch,
-    offload_outlasts_compute,
-    recomputation_saves_little,
-    stage_too_high,
-)
-from megatron_ds.config import BaseRunConfig
+from megatron_ds.advice import rules
+from megatron_ds.advice.rules import Advice, Adviser, Link, LossScaleWatch
 from megatron_ds.host import free_host_memory, peak_memory_bytes
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.loss_scaler import LossScaler
@@ -27,8 +20,8 @@ from megatron_ds.zero.optimizer import ZeroOptimizer
 
 ACHIEVED = 0.4
 """Of a device's peak: what a well-tuned step reaches."""
-RATES = {"cpu": (25e9, 25e9, True), "nvme": (3e9, 2e9, False)}
-"""Bytes a second in and out, assumed for PCIe 4.0 x16 and for one NVMe disk, and whether both run at once."""
+LINKS = {"cpu": Link(25e9, 25e9, True), "nvme": Link(3e9, 2e9, False)}
+"""Assumed of PCIe 4.0 x16 and of one NVMe disk."""
 FLOOR = 1e9
 """Bytes of a run below which nothing is said of how it spends memory: it fits anywhere, and who tries stage 3 out on a
 laptop wants to see stage 3. (A tenth of the smallest GPU that anybody trains on.)"""
@@ -76,11 +69,10 @@ class RunAdvice:
         else:  # as if all ranks were on this machine: rather too little advice than wrong advice
             free = peak + free_host_memory() // self.mesh.world.size
         others = max(0, peak - layout.bytes(self.micro_batches).total("device"))
-        return stage_too_high(layout, self.micro_batches, free, others)
+        return rules.stage_too_high(layout, self.micro_batches, free, others)
 
 
 def known_beforehand(
-    config: BaseRunConfig,
     zero: ZeroOptimizer,
     micro_batches: int,
     in_flight: int,
@@ -96,30 +88,34 @@ def known_beforehand(
         flops: of one rank's step. peak_tflops: of its device; None: not known, and nothing is said of transfers.
         ranks_sharing: ranks of a node.
     """
-    found: list[Advice | None] = [recomputation(zero, micro_batches, in_flight, activations)]
-    places = zero.bytes_by_store()
-    for key, kinds in (("offload_optimizer", ("master", "optimizer")), ("offload_parameters", ("parameters",))):
-        offload = getattr(config.zero, key)
-        if offload.device == "none" or peak_tflops is None:
-            continue
-        read, write, duplex = RATES[offload.device]
-        away = sum(places[kind][place] for kind in kinds for place in ("host", "disk"))
-        # Parameters come for each pass of each micro-batch, and go back once.
-        times = 1 if key == "offload_optimizer" else 2 * micro_batches
-        found.append(
-            offload_outlasts_compute(
-                away * times,
-                offload.ratio,
-                flops,
-                ACHIEVED * peak_tflops * 1e12,
-                read,
-                write * times,
-                duplex,
-                f"zero.{key}",
-                ranks_sharing if offload.device == "nvme" else 1,
-            )
-        )
+    found = [recomputation(zero, micro_batches, in_flight, activations)]
+    if peak_tflops is not None:
+        compute = flops / (ACHIEVED * peak_tflops * 1e12)
+        found.append(transfers(zero, compute, ranks_sharing))
+        found.append(transfers(zero, compute, ranks_sharing, 2 * micro_batches))
     return found
+
+
+def transfers(zero: ZeroOptimizer, compute: float, ranks_sharing: int, passes: int = 0) -> Advice | None:
+    """Whether what is offloaded moves longer than a step computes, in seconds.
+
+    Args:
+        passes: of a step, for each of which parameters come in; they go out once. 0: of the optimizer's state.
+    """
+    offload = zero.config.offload_parameters if passes else zero.config.offload_optimizer
+    places, kinds = zero.bytes_by_store(), ("parameters",) if passes else ("master", "optimizer")
+    away = sum(places[kind][place] for kind in kinds for place in ("host", "disk"))
+    if offload.device == "none" or away < rules.TRIFLE:
+        return None
+    return rules.offload_outlasts_compute(
+        away * (passes or 1),
+        away,
+        offload.ratio,
+        compute,
+        LINKS[offload.device],
+        of_parameters=passes > 0,
+        ranks_sharing=ranks_sharing if offload.device == "nvme" else 1,
+    )
 
 
 def recomputation(
@@ -138,6 +134,6 @@ def recomputation(
     whole = zero.layout.keeps_gradients_whole(micro_batches)
     once = activations.loss * (in_flight - 1) // in_flight  # of a micro-batch's share, as the losses come one by one
     of_one = (activations.no_recompute - once, activations.stored - once, activations.recompute_peak)
-    return recomputation_saves_little(
+    return rules.recomputation_saves_little(
         micro_batches, in_flight, *of_one, gradients, on_device - gradients, whole, switch_off
     )

@@ -143,7 +143,6 @@ def _advice(
     spans = spans_of(config.pipeline, task, pp.size)
     schedule = schedule_of(config.pipeline, pp.size, micro_batches)
     known = known_beforehand(
-        config,
         parts.optimizer,
         micro_batches,
         activation_bound(config.pipeline.schedule, schedule)[pp.rank],

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import megatron_ds
 from megatron_ds.advice import rules, run_advice
 from megatron_ds.advice.activation_meter import ActivationMeter
+from megatron_ds.advice.rules import Link
 from megatron_ds.testing import run_ranks
 
 
@@ -187,7 +188,7 @@ def test_transfers_that_take_longer_than_the_measured_compute(
         engine = megatron_ds.initialize(net, config)
         places = engine.zero.bytes_by_store()
         away = places["master"]["host"] + places["optimizer"]["host"]
-        monkeypatch.setitem(run_advice.RATES, "cpu", (away / (0.1 * slower), 1e12, True))
+        monkeypatch.setitem(run_advice.LINKS, "cpu", Link(away / (0.1 * slower), 1e12, True))
         for _ in range(3):
             if batches:
                 engine.train_batch([(torch.randn(2, 16),)] * 2)
@@ -207,7 +208,7 @@ def test_transfers_that_take_longer_than_the_measured_compute(
 
 def test_an_offload_that_is_a_trifle_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = _heard()
-    monkeypatch.setitem(run_advice.RATES, "cpu", (1.0, 1.0, True))
+    monkeypatch.setitem(run_advice.LINKS, "cpu", Link(1.0, 1.0, True))
     config = {"zero": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
     assert trained(found, Net(), torch.randn(2, 16), config) == []
 
@@ -231,7 +232,7 @@ def test_sharded_parameters_are_no_activations() -> None:
 
 def on_a_rank(folder: str) -> list[str]:
     rules.TRIFLE = 0
-    run_advice.RATES["nvme"] = (1e3, 1e3, False)
+    run_advice.LINKS["nvme"] = Link(1e3, 1e3, False)
     config = {"zero": {"stage": 2, "offload_optimizer": {"device": "nvme", "path": folder}}}
     samples = torch.randn(2, 16, generator=torch.Generator().manual_seed(dist.get_rank()))
     return trained(_heard(), Net(), samples, config)

@@ -8,6 +8,7 @@ from test_layout import layout_of
 from megatron_ds.advice.rules import (
     Advice,
     Adviser,
+    Link,
     LossScaleWatch,
     missing_masters,
     offload_outlasts_compute,
@@ -38,21 +39,23 @@ def test_stage_3_where_a_lower_one_fits() -> None:
 
 
 def test_transfers_longer_than_compute() -> None:
-    settings = {"ratio": 0.8, "flops": 1e15, "flops_per_second": 500e12, "duplex": True}
-    advice = offload_outlasts_compute(100 * GB, read_rate=25e9, write_rate=20e9, **settings)  # type: ignore[arg-type]
+    link, disk = Link(25e9, 20e9, duplex=True), Link(25e9, 20e9, duplex=False)
+    advice = offload_outlasts_compute(100 * GB, 100 * GB, 0.8, 2.0, link)
     assert advice is not None and str(advice) == (
-        "zero.offload_optimizer.ratio=0.8 moves 100.00 GB in and out a rank and step, 5 s at 25 and 20 GB/s for 1 "
-        "rank(s), but a step computes for 2 s; use a ratio of at most 0.32 if the rest fits on the device, or 3 times "
-        "the micro-batches a step"
+        "zero.offload_optimizer.ratio=0.8 moves 100.00 GB in and 100.00 GB out a rank and step, 5 s at 25 and 20 GB/s "
+        "for 1 rank(s), but a step computes for 2 s; use a ratio of at most 0.32 if the rest fits on the device, or 3 "
+        "times the micro-batches a step"
     )
-    assert offload_outlasts_compute(39 * GB, read_rate=25e9, write_rate=20e9, **settings) is None  # type: ignore[arg-type]
-    settings["duplex"] = False  # 39 / 25 + 39 / 20 = 3.51 s
-    assert offload_outlasts_compute(39 * GB, read_rate=25e9, write_rate=20e9, **settings) is not None  # type: ignore[arg-type]
-    settings["duplex"] = True
-    assert offload_outlasts_compute(39 * GB, read_rate=25e9, write_rate=20e9, ranks_sharing=2, **settings) is not None  # type: ignore[arg-type]
+    assert offload_outlasts_compute(39 * GB, 39 * GB, 0.8, 2.0, link) is None
+    assert offload_outlasts_compute(39 * GB, 39 * GB, 0.8, 2.0, disk) is not None  # 39 / 25 + 39 / 20 = 3.51 s
+    assert offload_outlasts_compute(39 * GB, 39 * GB, 0.8, 2.0, link, ranks_sharing=2) is not None
     # The ratio that is advised is one at which the rule is silent.
-    settings["ratio"] = 0.32
-    assert offload_outlasts_compute(40 * GB, read_rate=25e9, write_rate=20e9, **settings) is None  # type: ignore[arg-type]
+    assert offload_outlasts_compute(40 * GB, 40 * GB, 0.32, 2.0, link) is None
+    # More micro-batches would fetch parameters more often.
+    of_parameters = offload_outlasts_compute(100 * GB, 10 * GB, 1.0, 3.0, link, of_parameters=True)
+    assert of_parameters is not None and of_parameters.rule == "zero.offload_parameters.ratio"
+    assert "100.00 GB in and 10.00 GB out" in of_parameters.message and "4 s at 25 and 20" in of_parameters.message
+    assert of_parameters.action.endswith("or 2 times the samples a micro-batch")
 
 
 def test_recomputation_under_accumulation() -> None:

@@ -70,22 +70,22 @@ def test_rank_0_is_told_of_a_loss_scale_at_its_floor() -> None:
 
 
 def test_a_run_is_told_beforehand_of_transfers_and_recomputation() -> None:
-    run = config(zero={"offload_optimizer": {"device": "cpu"}}, recompute={"mode": "full"})
     zero = zero_of(stage=1, offload_optimizer={"device": "cpu"})
     full = Activations(no_recompute=10**9, stored=5 * 10**8, recompute_peak=10**8)
-    found = known_beforehand(run, zero, 4, 1, full, flops=1e12, peak_tflops=1000.0, ranks_sharing=8)
-    recompute, transfer = found
+    found = known_beforehand(zero, 4, 1, full, flops=1e12, peak_tflops=1000.0, ranks_sharing=8)
+    recompute, transfer, nothing = found
     # 2 GB at 25 GB/s are 80 ms; 1 TFLOP at 40% of 1,000 TFLOP/s is 2.5.
     assert transfer is not None and "0.08 s at 25 and 25 GB/s" in transfer.message and "0.0025 s" in transfer.message
+    assert nothing is None
     assert recompute is not None and "with 4 micro-batches a step" in recompute.message
-    assert known_beforehand(run, zero, 4, 1, full, flops=1e14, peak_tflops=1000.0, ranks_sharing=8)[1] is None
-    assert len(known_beforehand(run, zero, 4, 1, full, flops=1e12, peak_tflops=None, ranks_sharing=8)) == 1
-    assert known_beforehand(run, zero, 1, 1, full, flops=1e14, peak_tflops=1000.0, ranks_sharing=8)[0] is None
+    assert known_beforehand(zero, 4, 1, full, flops=1e14, peak_tflops=1000.0, ranks_sharing=8)[1] is None
+    assert len(known_beforehand(zero, 4, 1, full, flops=1e12, peak_tflops=None, ranks_sharing=8)) == 1
+    assert known_beforehand(zero, 1, 1, full, flops=1e14, peak_tflops=1000.0, ranks_sharing=8)[0] is None
     small = zero_of(stage=1, offload_optimizer={"device": "cpu"}, parameters=10**6)
     few = Activations(no_recompute=10**6, stored=10**5, recompute_peak=10**5)
-    assert known_beforehand(run, small, 4, 1, few, flops=1e12, peak_tflops=None, ranks_sharing=8) == [None]
+    assert known_beforehand(small, 4, 1, few, flops=1e12, peak_tflops=None, ranks_sharing=8) == [None]
     no_recompute = Activations(no_recompute=10**9, stored=10**9, recompute_peak=0)
-    assert known_beforehand(run, zero, 4, 1, no_recompute, flops=1e12, peak_tflops=None, ranks_sharing=8) == [None]
+    assert known_beforehand(zero, 4, 1, no_recompute, flops=1e12, peak_tflops=None, ranks_sharing=8) == [None]
 
 
 def test_a_small_run_is_told_nothing_of_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:

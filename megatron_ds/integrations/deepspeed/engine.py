@@ -12,13 +12,13 @@ from torch import Tensor
 
 from megatron_ds.engine import Engine
 from megatron_ds.errors import ConfigError, EngineError
-from megatron_ds.integrations.deepspeed import files
+from megatron_ds.integrations.deepspeed.files import TaggedCheckpoints
 from megatron_ds.integrations.deepspeed.links import link, unlink
 from megatron_ds.integrations.engine_module import EngineModel, EngineOptimizer, require_one_schedule
 from megatron_ds.train.step import StepResult
 
 
-class DeepSpeedEngine(EngineModel):
+class DeepSpeedEngine(TaggedCheckpoints, EngineModel):
     """What ``deepspeed.initialize`` gives: the model, in a loop of forward, :meth:`backward`, :meth:`step`.
 
     A name that is not here is the model's own.
@@ -217,7 +217,7 @@ class DeepSpeedEngine(EngineModel):
         """Of the last update, before clipping; None before the first."""
         return None if self.engine.last is None else self.engine.last.grad_norm
 
-    # Weights and checkpoints
+    # Weights
 
     def state_dict(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:  # type: ignore[override]
         """Whole, on all ranks, under the names that a module around the model has."""
@@ -237,51 +237,6 @@ class DeepSpeedEngine(EngineModel):
         """Takes what :meth:`module_state_dict` gave, on all ranks the same."""
         with self.engine.gathered(write=True):
             return self.engine.module.load_state_dict(state_dict, strict)
-
-    def save_checkpoint(
-        self,
-        save_dir: str | os.PathLike[str],
-        tag: str | None = None,
-        client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Writes ``save_dir/tag``; on all ranks. ``tag``: ``global_stepN`` unless given."""
-        files.save_checkpoint(self, save_dir, tag, dict(client_state or {}), save_latest, exclude_frozen_parameters)
-        return True
-
-    def load_checkpoint(
-        self,
-        load_dir: str | os.PathLike[str],
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: Any = None,
-    ) -> tuple[str | None, dict[str, Any] | None]:
-        """Path and client state of the checkpoint that was loaded; two None where no tag is given and none saved."""
-        if custom_load_fn is not None:
-            raise ConfigError("load_checkpoint(custom_load_fn=) is not supported; use load_module_state_dict()")
-        parts = files.Parts(
-            module_only=load_module_only,
-            optimizer=load_optimizer_states and not load_module_only,
-            scheduler=load_lr_scheduler_states and not load_module_only,
-            strict=load_module_strict,
-        )
-        return files.load_checkpoint(self, load_dir, tag, parts)
-
-    def save_16bit_model(
-        self,
-        save_dir: str | os.PathLike[str],
-        save_filename: str = "pytorch_model.bin",
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Writes the model's weights, whole and in their dtype, as safetensors; ``.bin`` in the name becomes that."""
-        files.save_weights(self, save_dir, save_filename, exclude_frozen_parameters)
-        return True
-
-    save_fp16_model = save_16bit_model
 
 
 class DeepSpeedOptimizer(EngineOptimizer):

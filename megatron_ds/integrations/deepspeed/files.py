@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -17,45 +17,111 @@ from megatron_ds.engine import Engine
 from megatron_ds.engine.wrapped import plain_name
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.files import print_line, read_bytes, replacing, sync_directory, write_text_durably
+from megatron_ds.mesh import Axis
 from megatron_ds.shard import spec_of
-
-if TYPE_CHECKING:
-    from megatron_ds.integrations.deepspeed.engine import DeepSpeedEngine
 
 _LATEST = "latest"
 _LONGEST_TAG = 4096
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What of a checkpoint is loaded besides the weights. ``strict``: all of these, by name."""
+class TaggedCheckpoints:
+    """What a :class:`~.engine.DeepSpeedEngine` reads and writes."""
 
-    module_only: bool
-    optimizer: bool
-    scheduler: bool
-    strict: bool
+    engine: Engine
+    lr_scheduler: Any
 
+    def save_checkpoint(
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Writes ``save_dir/tag``; on all ranks. ``tag``: ``global_stepN`` unless given."""
+        own, folder = self.engine, Path(save_dir)
+        if exclude_frozen_parameters:
+            raise ConfigError("save_checkpoint(exclude_frozen_parameters=True): a checkpoint holds all parameters")
+        name = _agreed(own.mesh.world, f"global_step{own.steps}" if tag is None else str(tag))
+        state = {"client": dict(client_state or {}), **_for_zero_to_fp32(own)}
+        own.save_checkpoint(folder / name, state, keep_last=1)
+        with together(own.mesh.world):
+            if save_latest and own.mesh.rank == 0:
+                with replacing(folder / _LATEST) as temporary:
+                    write_text_durably(temporary, name)
+                sync_directory(folder)
+        return True
 
-def save_checkpoint(
-    engine: DeepSpeedEngine,
-    save_dir: str | os.PathLike[str],
-    tag: str | None,
-    client_state: dict[str, Any],
-    save_latest: bool,
-    exclude_frozen: bool,
-) -> None:
-    own = engine.engine
-    if exclude_frozen:
-        raise ConfigError("save_checkpoint(exclude_frozen_parameters=True): a checkpoint holds all parameters")
-    name = _agreed(engine, f"global_step{own.steps}" if tag is None else str(tag))
-    folder = Path(save_dir)
-    state = {"client": client_state, **_for_zero_to_fp32(own)}
-    own.save_checkpoint(folder / name, state, keep_last=1)
-    with together(own.mesh.world):
-        if save_latest and own.mesh.rank == 0:
-            with replacing(folder / _LATEST) as temporary:
-                write_text_durably(temporary, name)
-            sync_directory(folder)
+    def load_checkpoint(
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Path and client state of the checkpoint that was loaded; two None where no tag is given and none saved."""
+        if custom_load_fn is not None:
+            raise ConfigError("load_checkpoint(custom_load_fn=) is not supported; use load_module_state_dict()")
+        own, folder = self.engine, Path(load_dir)
+        if tag is None:
+            found = exchange(own.mesh.world, _newest(folder) if own.mesh.rank == 0 else "")[0]
+            if not found:
+                return None, None
+            tag = found
+        path = folder / str(tag)
+        optimizer = load_optimizer_states and not load_module_only
+        scheduler = load_lr_scheduler_states and not load_module_only
+        if own.lr_scheduler is None and self.lr_scheduler is not None and optimizer != scheduler:
+            raise ConfigError(
+                f"load_optimizer_states={optimizer} with load_lr_scheduler_states={scheduler}: the configuration's "
+                "schedule goes by the optimizer's updates; load both, or neither"
+            )
+        kept = own.lr_scheduler.state_dict() if hasattr(own.lr_scheduler, "state_dict") else None
+        own.require_between_steps("load_checkpoint()")
+        try:
+            state = own.load_checkpoint(path, weights_only=not optimizer, strict=load_module_strict or optimizer)
+        except CheckpointError as error:
+            raise CheckpointError(_in_words_of_deepspeed(str(error))) from None
+        meta = checkpoint.read_meta(path)
+        if kept is not None and optimizer and not scheduler:
+            own.lr_scheduler.load_state_dict(kept)
+        if kept is not None and scheduler and not optimizer and "lr_scheduler" in meta:
+            own.lr_scheduler.load_state_dict(meta["lr_scheduler"])
+        if not load_module_only:
+            own.steps, own.skipped = int(meta["step"]), int(meta.get("skipped_steps", 0))
+        return str(path), dict(state.get("client", {}))
+
+    def save_16bit_model(
+        self,
+        save_dir: str | os.PathLike[str],
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Writes the model's weights, whole and in their dtype, as safetensors; ``.bin`` in the name becomes that."""
+        own, folder = self.engine, Path(save_dir)
+        path = folder / save_filename
+        if path.suffix != ".safetensors":
+            path = path.with_name("model.safetensors" if path.stem == "pytorch_model" else f"{path.stem}.safetensors")
+        frozen = {n for n, p in own.module.named_parameters() if not p.requires_grad}
+        whole: dict[str, torch.Tensor] = {}
+        for key, value in own.tensors().stream():
+            if own.mesh.rank == 0 and not (exclude_frozen_parameters and key in frozen):
+                whole[plain_name(key)] = value.detach().contiguous().clone()
+        with together(own.mesh.world):
+            if own.mesh.rank == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as temporary:
+                    safetensors.torch.save_file(whole, temporary, metadata={"format": "pt"})
+                sync_directory(folder)
+                if path.name != save_filename:
+                    asked = folder / save_filename
+                    print_line(f"megatron_ds: {asked} was asked for and would be a pickle: wrote {path}")
+        return True
+
+    save_fp16_model = save_16bit_model
 
 
 def _for_zero_to_fp32(engine: Engine) -> dict[str, Any]:
@@ -71,44 +137,13 @@ def _for_zero_to_fp32(engine: Engine) -> dict[str, Any]:
     }
 
 
-def load_checkpoint(
-    engine: DeepSpeedEngine, load_dir: str | os.PathLike[str], tag: str | None, parts: Parts
-) -> tuple[str | None, dict[str, Any] | None]:
-    own, folder = engine.engine, Path(load_dir)
-    if tag is None:
-        found = exchange(own.mesh.world, _newest(folder) if own.mesh.rank == 0 else "")[0]
-        if not found:
-            return None, None
-        tag = found
-    path = folder / str(tag)
-    if own.lr_scheduler is None and engine.lr_scheduler is not None and parts.optimizer != parts.scheduler:
-        raise ConfigError(
-            f"load_optimizer_states={parts.optimizer} with load_lr_scheduler_states={parts.scheduler}: the "
-            "configuration's schedule goes by the optimizer's updates; load both, or neither"
-        )
-    kept = own.lr_scheduler.state_dict() if hasattr(own.lr_scheduler, "state_dict") else None
-    own.require_between_steps("load_checkpoint()")
-    try:
-        state = own.load_checkpoint(path, weights_only=not parts.optimizer, strict=parts.strict or parts.optimizer)
-    except CheckpointError as error:
-        raise CheckpointError(_in_words_of_deepspeed(str(error))) from None
-    meta = checkpoint.read_meta(path)
-    if kept is not None and parts.optimizer and not parts.scheduler:
-        own.lr_scheduler.load_state_dict(kept)
-    if kept is not None and parts.scheduler and not parts.optimizer and "lr_scheduler" in meta:
-        own.lr_scheduler.load_state_dict(meta["lr_scheduler"])
-    if not parts.module_only:
-        own.steps, own.skipped = int(meta["step"]), int(meta.get("skipped_steps", 0))
-    return str(path), dict(state.get("client", {}))
-
-
 def _in_words_of_deepspeed(advice: str) -> str:
     theirs = advice.replace("weights_only=True", "load_module_only=True")
     return theirs.replace(" strict=False", " load_module_strict=False")
 
 
-def _agreed(engine: DeepSpeedEngine, tag: str) -> str:
-    tags = exchange(engine.engine.mesh.world, json.dumps(tag))
+def _agreed(world: Axis, tag: str) -> str:
+    tags = exchange(world, json.dumps(tag))
     if len(set(tags)) > 1:
         raise CheckpointError(f"the ranks save different tags, {', '.join(dict.fromkeys(tags))}; give all the same")
     if not tag or tag in (".", "..", _LATEST) or os.sep in tag:
@@ -119,25 +154,3 @@ def _agreed(engine: DeepSpeedEngine, tag: str) -> str:
 def _newest(folder: Path) -> str:
     path = folder / _LATEST
     return read_bytes(path, _LONGEST_TAG).decode().strip() if path.is_file() else ""
-
-
-def save_weights(
-    engine: DeepSpeedEngine, save_dir: str | os.PathLike[str], name: str, exclude_frozen: bool = False
-) -> None:
-    own, folder = engine.engine, Path(save_dir)
-    path = folder / name
-    if path.suffix != ".safetensors":
-        path = path.with_name("model.safetensors" if path.stem == "pytorch_model" else f"{path.stem}.safetensors")
-    frozen = {n for n, p in own.module.named_parameters() if not p.requires_grad} if exclude_frozen else set()
-    whole: dict[str, torch.Tensor] = {}
-    for key, value in own.tensors().stream():
-        if own.mesh.rank == 0 and key not in frozen:
-            whole[plain_name(key)] = value.detach().contiguous().clone()
-    with together(own.mesh.world):
-        if own.mesh.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                safetensors.torch.save_file(whole, temporary, metadata={"format": "pt"})
-            sync_directory(folder)
-            if path.name != name:
-                print_line(f"megatron_ds: {folder / name} was asked for and would be a pickle: wrote {path}")
