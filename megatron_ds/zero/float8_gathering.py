@@ -9,6 +9,7 @@ whole where somebody asks for them (``ZeroOptimizer.gathered``), and nowhere els
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -76,6 +77,7 @@ class Float8Gathering:
         finally:
             for bucket in mine:
                 bucket.release()
+                _hide(bucket)
 
     def close(self) -> None:
         """Every parameter is left whole, and products are given it again. Collective."""
@@ -90,6 +92,7 @@ class Float8Gathering:
             bucket.start_gather()
         for bucket in buckets:
             bucket.finish_gather()
+            bucket.view_parameters()
         self.gather_exactly(False)
 
 
@@ -124,12 +127,16 @@ class _Group:
             codes.take()  # for views of what has no memory between uses
         for slot, parameter in zip(bucket.layout.slots, bucket.tensors):
             shape = matrix_shape(slot.spec.local_shape)
-            views = [codes.whole.narrow(0, slot.start, slot.numel).view(E4M3).view(shape) for codes in every]
+            # Of ``data``, whose version a gather does not count: what a compiled block keeps is good again after it.
+            flat = [codes.whole.data.narrow(0, slot.start, slot.numel) for codes in every]
+            views = [codes.view(E4M3).view(shape) for codes in flat]
             weight: Float8Weight = parameter.float8  # type: ignore[attr-defined]
             scales = self._of_slot(self._scales, number, slot.parameter)
             weight.give(views, scales, turned=not bucket.parameters.transient)
         for codes in every:
             codes.discard()
+        if not bucket.parameters.transient:
+            _hide(bucket)
 
     def _of_slot(self, flat: Tensor, bucket: int, parameter: int) -> list[Tensor]:
         places = [self._places[bucket, parameter, number] for number in range(self.form.codes)]
@@ -168,6 +175,15 @@ class _Group:
             spec, place = segment.spec, slice(segment.offset, segment.offset + segment.numel)
             mine = self._of_slot(values, number, segment.slot.parameter)
             yield masters[place], segment.start, spec.local_shape[-1], mine, place
+
+
+def _hide(bucket: FlatBucket) -> None:
+    """Who reads the parameters sees NaN, and who writes to them an error of torch's: in their own memory, which is not
+    there, either would end the process."""
+    for parameter in bucket.tensors:
+        parameter.data = torch.full((), math.nan, dtype=parameter.dtype, device=parameter.device).expand(
+            parameter.shape
+        )
 
 
 def _of(bucket: FlatBucket) -> Float8Parameters:
