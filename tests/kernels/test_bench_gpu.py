@@ -34,6 +34,8 @@ ROWS = {
     "gpt2": "  on the GPU",
     "llama": "Llama, micro-batch 16",
     "plain": "Llama, ours over plain, 2",
+    "float8": "2 blocks, 4 x 32, blockwise over bf16",
+    "dit": "DiT-XL/2, micro-batches of 64, compiled blocks",
     "kernels": "rms_norm 256x16, 32 warps an SM",
     "products": "cpu Llama head, 8192 rows weight gradient, bf16",
     "attention": "Llama math views of [s, b, n, 3, d]",
