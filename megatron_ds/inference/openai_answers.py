@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,21 +14,34 @@ from megatron_ds.inference.sequence import Logprobs
 from megatron_ds.inference.texts import Texts
 
 
-@dataclass(frozen=True)
+class _Places:
+    """Where tokens begin in a text that grows. ``before``: bytes that may be part of a character that they end."""
+
+    def __init__(self, place: int, before: bytes = b""):
+        self._place = place
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._characters.decode(before)
+
+    def of(self, pieces: Iterable[bytes]) -> list[int]:
+        """Of the tokens with these bytes, which come next."""
+        found = []
+        for piece in pieces:
+            starts_one = piece[:1] != b"" and piece[0] & 0xC0 != 0x80  # and what there is of another stays as it is
+            at = self._place + (starts_one and self._characters.getstate()[0] != b"")
+            found.append(max(0, at))  # what begins a text comes before its places
+            self._place += len(self._characters.decode(piece))
+        return found
+
+
+@dataclass
 class _Sent:
-    """What of a sample has gone to the client.
+    """What of a sample has gone to the client: characters of its text, and tokens, with their log-probabilities."""
 
-    Attributes:
-        characters: of its text; -1: all of it. tokens: with their log-probabilities.
-        words: characters of the echoed text and of these tokens. tail: what there is of one more character.
-        first: nothing has, not even that it begins.
-    """
-
+    places: _Places
     characters: int = 0
     tokens: int = 0
-    words: int = 0
-    tail: bytes = b""
-    first: bool = False
+    begun: bool = False
+    ended: bool = False
 
 
 class Answers:
@@ -44,7 +57,7 @@ class Answers:
         outputs = [self._shown(output) for output in outputs]
         chat, kind = self.call.chat, "chat.completion" if self.call.chat else "text_completion"
         choices = [
-            {**self._choice(prompt, output, sample, self._begin(prompt)), **({} if chat else self._of_prompt(output))}
+            {**self._choice(prompt, output, sample, self._unsent(prompt)), **({} if chat else self._of_prompt(output))}
             for prompt, output in enumerate(outputs)
             for sample in output.outputs
         ]
@@ -56,13 +69,12 @@ class Answers:
         output, found = self._shown(output), []
         for sample in output.outputs:
             key = (prompt, sample.index)
-            sent = self._sent.get(key, self._begin(prompt))
-            is_new = sent.first or len(sample.text) != sent.characters or sample.finish_reason is not None
-            if sent.characters < 0 or not is_new:
+            sent = self._sent[key] = self._sent.get(key) or self._unsent(prompt)
+            is_new = not sent.begun or len(sample.text) != sent.characters or sample.finish_reason is not None
+            if sent.ended or not is_new:
                 continue
+            of_prompt = {} if sent.begun else self._of_prompt(output)
             choice = self._choice(prompt, output, sample, sent, of_stream=True)
-            self._sent[key] = self._after(sample, sent)
-            of_prompt = self._of_prompt(output) if sent.first else {}
             piece = self._piece([choice]) | of_prompt if self.call.chat else self._piece([choice | of_prompt])
             if self.call.usage_in_all:
                 piece["usage"] = _usage([replace(output, outputs=[sample])])
@@ -89,23 +101,20 @@ class Answers:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.name, "object": kind, "created": self.created, "model": self.call.model}
 
-    def _begin(self, prompt: int) -> _Sent:
-        return _Sent(first=True, words=len(self.call.echoed[prompt]) if self.call.echoed else 0)
-
-    def _after(self, sample: CompletionOutput, sent: _Sent) -> _Sent:
-        """What has been sent when the rest of the sample so far has."""
-        words, tail = sent.words, sent.tail
-        if sample.logprobs is not None or sample.processed_logprobs is not None:
-            count, tail = _decoded(sent.tail + b"".join(map(self.texts.token_bytes, sample.token_ids[sent.tokens :])))
-            words += count
-        return _Sent(-1 if sample.finish_reason else len(sample.text), len(sample.token_ids), words, tail)
+    def _unsent(self, prompt: int) -> _Sent:
+        place = len(self.call.echoed[prompt]) if self.call.echoed else 0
+        return _Sent(_Places(place, b"".join(map(self.texts.token_bytes, self.call.prompts[prompt][-3:]))))
 
     def _choice(
         self, prompt: int, output: RequestOutput, sample: CompletionOutput, sent: _Sent, of_stream: bool = False
     ) -> dict[str, Any]:
         """What was not sent before."""
         text, ids = sample.text[sent.characters :], sample.token_ids[sent.tokens :]
-        logprobs = None if sample.logprobs is None else sample.logprobs[sent.tokens :]
+        own, processed = (of and of[sent.tokens :] for of in (sample.logprobs, sample.processed_logprobs))
+        is_first, most = not sent.begun, self.call.params.logprobs or 0
+        sent.begun, sent.ended = True, sample.finish_reason is not None
+        sent.characters, sent.tokens = len(sample.text), len(sample.token_ids)
+        places = [] if own is None and processed is None else sent.places.of(map(self.texts.token_bytes, ids))
         common: dict[str, Any] = {
             "index": prompt * self.call.params.n + sample.index,
             "finish_reason": sample.finish_reason,
@@ -113,24 +122,22 @@ class Answers:
         }
         if self.call.token_ids:
             common["token_ids"] = ids
-        if sample.processed_logprobs is not None:
-            processed = sample.processed_logprobs[sent.tokens :]
-            common["processed_logprobs"] = self._completion_logprobs(ids, processed, sent.words, sent.tail)
+        if processed is not None:
+            common["processed_logprobs"] = self._completion_logprobs(ids, processed, places)
         if self.call.chat:
-            shown = None if logprobs is None else {"content": self._chat_logprobs(ids, logprobs), "refusal": None}
-            message = self._message(sample.index, text, sent.first, of_stream)
+            shown = None if own is None else {"content": self._chat_logprobs(ids, own, most), "refusal": None}
+            message = self._message(sample.index, text, is_first, of_stream)
             return {**common, "delta" if of_stream else "message": message, "logprobs": shown}
-        begun = sent.words
-        of_text: Sequence[Logprobs | None] | None = logprobs
-        if sent.first and self.call.echoed:
+        known: Sequence[Logprobs | None] | None = own
+        if is_first and self.call.echoed:
             text = self.call.echoed[prompt] + text
-            if logprobs is not None:
-                of_prompt = output.prompt_token_ids
-                begun -= len(self.texts.text(of_prompt))
-                most = self.call.params.logprobs or 0
-                known = [of_token and _cut(of_token, most) for of_token in output.prompt_logprobs or []]
-                ids, of_text = [*of_prompt, *ids], [*known, *logprobs]
-        of_tokens = None if of_text is None else self._completion_logprobs(ids, of_text, begun, sent.tail)
+            if own is not None:
+                before = output.prompt_token_ids
+                start = _Places(len(self.call.echoed[prompt]) - len(self.texts.text(before)))
+                places = [*start.of(map(self.texts.token_bytes, before)), *places]
+                known = [*(of and _cut(of, most) for of in output.prompt_logprobs or []), *own]
+                ids = [*before, *ids]
+        of_tokens = None if known is None else self._completion_logprobs(ids, known, places)
         return {**common, "text": text, "logprobs": of_tokens}
 
     def _message(self, index: int, text: str, is_first: bool, of_stream: bool) -> dict[str, Any]:
@@ -164,32 +171,21 @@ class Answers:
         return f"token_id:{token}" if self.call.ids_for_tokens else self.texts.text([token])
 
     def _completion_logprobs(
-        self, ids: Sequence[int], logprobs: Sequence[Logprobs | None], begun: int, tail: bytes
+        self, ids: Sequence[int], logprobs: Sequence[Logprobs | None], places: Sequence[int]
     ) -> dict[str, Any]:
-        """``begun``: characters before the first token; ``tail``: of one more. A text's first token has no values."""
-        pieces, offsets = [self.texts.token_bytes(token) for token in ids], []
-        for piece in pieces:
-            starts_one = piece[:1] != b"" and piece[0] & 0xC0 != 0x80  # and what there is of another stays as it is
-            offsets.append(max(0, begun + (starts_one and tail != b"")))  # what begins a text comes before its places
-            count, tail = _decoded(tail + piece)
-            begun += count
+        """A text's first token has no values."""
         # Halves of characters have one text: of those the most probable one is shown, which comes last here.
         ordered = [sorted((of_token or {}).items(), key=lambda pair: pair[1]) for of_token in logprobs]
         tops = [{self._word(token): value for token, value in pairs} or None for pairs in ordered]
         values = [None if of_token is None else of_token[token] for token, of_token in zip(ids, logprobs)]
-        return {
-            "tokens": [self._word(token) for token in ids],
-            "token_logprobs": values,
-            "top_logprobs": tops,
-            "text_offset": offsets,
-        }
+        words = [self._word(token) for token in ids]
+        return {"tokens": words, "token_logprobs": values, "top_logprobs": tops, "text_offset": places}
 
-    def _chat_logprobs(self, ids: Sequence[int], logprobs: Sequence[Logprobs]) -> list[dict[str, Any]]:
+    def _chat_logprobs(self, ids: Sequence[int], logprobs: Sequence[Logprobs], most: int) -> list[dict[str, Any]]:
         def entry(token: int, value: float) -> dict[str, Any]:
             piece = self.texts.token_bytes(token)
             return {"token": self._word(token), "logprob": max(value, -9999.0), "bytes": list(piece)}
 
-        most = self.call.params.logprobs or 0
         return [
             {**entry(token, of_token[token]), "top_logprobs": [entry(*pair) for pair in _top(of_token, most)]}
             for token, of_token in zip(ids, logprobs)
@@ -206,12 +202,6 @@ def _without_answer(sample: CompletionOutput) -> CompletionOutput:
         finish_reason=sample.finish_reason and "length",
         stop_reason=None,
     )
-
-
-def _decoded(data: bytes) -> tuple[int, bytes]:
-    """The number of characters in it, and what there is of one more."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return len(decoder.decode(data)), decoder.getstate()[0]
 
 
 def _cut(of_token: Logprobs, count: int) -> Logprobs:

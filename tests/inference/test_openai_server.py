@@ -26,6 +26,7 @@ from served import folder_logits
 from megatron_ds.data.chat import ChatTemplate
 from megatron_ds.data.tokenizers import ByteTokenizer
 from megatron_ds.inference import LLM, SamplingParams
+from megatron_ds.inference.detokenizer import Detokenizer
 from megatron_ds.inference.openai_answers import Answers
 from megatron_ds.inference.openai_protocol import Call
 from megatron_ds.inference.openai_server import Limits, Server
@@ -250,20 +251,26 @@ def test_an_echoed_prompt_has_its_log_probabilities(running: Running, folder: Pa
 
 
 @pytest.mark.parametrize("cuts", [[], [1], [2, 3], [1, 2, 3, 4, 5, 6]])
-def test_offsets_are_places_in_the_text(cuts: list[int]) -> None:
-    """Of tokens of a byte each, sent in parts: a stray byte and half a character are characters of the text too."""
-    data = b"a\xc3\xa9\x80\xc3b\xf0\x9f"
-    text = data.decode("utf-8", "replace")
-    call = Call(False, "tiny", ((),), SamplingParams(logprobs=0))
+@pytest.mark.parametrize("before", [b"", b"x", b"\xf0\x9f"])
+def test_offsets_are_places_in_the_text(cuts: list[int], before: bytes) -> None:
+    """Of tokens of a byte each, sent in parts: a stray byte and half a character are characters of the text too, and
+    what ends a character of the prompt is the answer's."""
+    data = b"\x99\x82" * (before > b"x") + b"a\xc3\xa9\x80\xc3b\xf0\x9f"
+    detokenizer = Detokenizer(ByteTokenizer(), list(before))
+    for token in data:
+        detokenizer.add(token)
+    detokenizer.finish()
+    call = Call(False, "tiny", (tuple(before),), SamplingParams(logprobs=0))
     answers = Answers(call, Texts("tiny", ByteTokenizer()))
     offsets: list[int] = []
-    sent = answers._begin(0)
+    sent = answers._unsent(0)
     for stop in [*cuts, len(data)]:
-        part = CompletionOutput(0, text, [*data[:stop]], [{token: 0.0} for token in data[:stop]])
+        part = CompletionOutput(0, detokenizer.text, [*data[:stop]], [{token: 0.0} for token in data[:stop]])
         offsets += answers._choice(0, RequestOutput("r", "", [], [part]), part, sent)["logprobs"]["text_offset"]
-        sent = answers._after(part, sent)
-    assert text == "aé\ufffd\ufffdb\ufffd"
-    assert offsets == [0, 1, 1, 2, 3, 4, 5, 5]
+    want = "aé\ufffd\ufffdb\ufffd", [0, 1, 1, 2, 3, 4, 5, 5]
+    if before > b"x":
+        want = "🙂" + want[0], [0, 0, *(place + 1 for place in want[1])]
+    assert (detokenizer.text, offsets) == want
 
 
 def test_what_begins_a_text_has_its_first_place(monkeypatch: pytest.MonkeyPatch) -> None:
