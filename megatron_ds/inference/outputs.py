@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_ds.inference.sequence import Logprobs, Sequence
+from megatron_ds.inference.sequence import Logprobs, Request, Sequence
 
 
 @dataclass
@@ -53,3 +53,15 @@ class RequestOutput:
     prompt_logprobs: list[Logprobs | None] | None = None
     finished: bool = False
     cached: int = 0
+
+    @classmethod
+    def of(cls, request: Request) -> RequestOutput:
+        return cls(
+            request.id,
+            request.prompt,
+            request.tokens,
+            [CompletionOutput.of(sample) for sample in request.samples],
+            request.prompt_logprobs if request.params.prompt_logprobs is not None else None,
+            request.finished,
+            request.cached,
+        )

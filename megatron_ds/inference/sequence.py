@@ -19,9 +19,14 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
-    """What a user has asked for. ``tokens``: of the prompt."""
+    """What a user has asked for, and what comes of it.
+
+    Attributes:
+        tokens: of the prompt. cached: how many of them were found in the cache.
+        samples: the first one, and the others from when the prompt is computed.
+    """
 
     id: str
     tokens: list[int]
@@ -30,6 +35,12 @@ class Request:
     arrived: float = 0.0
     prompt: str | None = None
     prompt_logprobs: list[Logprobs | None] = field(default_factory=list)
+    samples: list[Sequence] = field(default_factory=list)
+    cached: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return all(sample.status is Status.FINISHED for sample in self.samples)
 
 
 @dataclass(eq=False)

@@ -10,7 +10,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from megatron_ds.inference.counters import Counters
 from megatron_ds.inference.detokenizer import Decoder, Detokenizer, TextEnds
 from megatron_ds.inference.draft_model import DraftModel
 from megatron_ds.inference.model_runner import ModelRunner
-from megatron_ds.inference.outputs import CompletionOutput, RequestOutput
+from megatron_ds.inference.outputs import RequestOutput
 from megatron_ds.inference.ranks import from_first, from_last
 from megatron_ds.inference.sampler import Row, Sampler
 from megatron_ds.inference.sampling_params import SamplingParams
@@ -34,19 +33,6 @@ from megatron_ds.mesh import Mesh
 
 class PromptTooLongError(ConfigError):
     """A prompt that leaves no room for an answer."""
-
-
-@dataclass
-class _Live:
-    """A request under way. ``cached``: tokens of the prompt that were found in the cache."""
-
-    request: Request
-    samples: list[Sequence]
-    cached: int = 0
-
-    @property
-    def open(self) -> bool:
-        return any(sequence.status is not Status.FINISHED for sequence in self.samples)
 
 
 class _Rows(NamedTuple):
@@ -95,7 +81,7 @@ class ServingEngine:
         self.vocab_size = config.vocab_size
         self._structures = Structures(tokenizer, self.ends.eos, config.vocab_size)
         self.sampler = Sampler(mesh.tp, mesh.tp.rank * width, config.vocab_size)
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, Request] = {}
         self._whole: set[str] = set()
         self._events: list[list[Any]] = []
 
@@ -161,7 +147,7 @@ class ServingEngine:
             waits = bool(self.batcher.waiting) or any(event[0] == "add" for event in events)  # nobody is guessed for
             events.append(["guess", [] if waits else self._draft_model.guess(self.batcher.running)])
         changed = self._step(from_first(self.mesh.world, events))
-        outputs = [_output(live) for live in changed if not live.open or live.request.id not in self._whole]
+        outputs = [RequestOutput.of(one) for one in changed if one.finished or one.id not in self._whole]
         self._whole.difference_update(output.request_id for output in outputs)
         self.counters.step_seconds += self._clock() - begun
         return outputs
@@ -176,17 +162,17 @@ class ServingEngine:
         if self.mesh.world.size > 1:
             from_first(self.mesh.world, [["stop"]])
 
-    def _step(self, events: Iterable[list[Any]]) -> list[_Live]:
+    def _step(self, events: Iterable[list[Any]]) -> list[Request]:
         """Returns the requests that have got tokens, or have ended."""
         ended = [self._take(event) for event in events]
         plan = self.batcher.plan()
-        changed = {live.request.id: live for live in ended if live is not None}
+        changed = {request.id: request for request in ended if request is not None}
         if plan.spans:
             self.counters.steps += 1
             for span in plan.spans:
                 if span.start == span.sequence.cached and not span.sequence.answered:
                     self.counters.cached_tokens += span.sequence.cached
-                    self._live[span.sequence.request.id].cached = span.sequence.cached
+                    span.sequence.request.cached = span.sequence.cached
             rows = self._rows(plan.spans)
             logits = self._timed(self.runner.run, plan, rows.of_step)
             for span in plan.spans:
@@ -194,10 +180,9 @@ class ServingEngine:
             with torch.inference_mode():
                 self._sample(rows, logits)
             for span in rows.last:
-                name = span.sequence.request.id
-                changed[name] = self._live[name]
-        for name, live in changed.items():
-            if not live.open:
+                changed[span.sequence.request.id] = span.sequence.request
+        for name, request in changed.items():
+            if request.finished:
                 self._live.pop(name, None)
         return list(changed.values())
 
@@ -207,7 +192,7 @@ class ServingEngine:
         self.counters.compute_seconds += self._clock() - begun
         return found
 
-    def _take(self, event: list[Any]) -> _Live | None:
+    def _take(self, event: list[Any]) -> Request | None:
         """Returns the request that has ended by it."""
         kind, name, *rest = event
         if kind == "guess":
@@ -217,18 +202,15 @@ class ServingEngine:
             tokens, params, seed, prompt = rest
             params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
             request = Request(name, tokens, SamplingParams(**params), seed, self._clock(), prompt)
-            first = self._sequence(request, 0)
-            self._live[name] = _Live(request, [first])
+            self._live[name] = request
             self.counters.prompt_tokens += len(tokens)
-            self.batcher.add(first)
+            self.batcher.add(self._sequence(request, 0))
             return None
-        live = self._live.get(name)
-        if live is None:
-            return None
-        for sequence in live.samples:
+        aborted = self._live.get(name)
+        for sequence in aborted.samples if aborted is not None else ():
             if sequence.status is not Status.FINISHED:
                 self._finish(sequence, "abort")
-        return live
+        return aborted
 
     def _sequence(self, request: Request, index: int) -> Sequence:
         params = request.params
@@ -240,7 +222,7 @@ class ServingEngine:
             params.include_stop_str_in_output,
             self.ends.hidden if params.skip_special_tokens else (),
         )
-        return Sequence(
+        sequence = Sequence(
             request,
             index,
             list(request.tokens),
@@ -249,6 +231,8 @@ class ServingEngine:
             text=text,
             plain=params.plain and matcher is None,
         )
+        request.samples.append(sequence)
+        return sequence
 
     def _rows(self, spans: list[Span]) -> _Rows:
         if all(span.count == 1 and span.sequence.plain and span.is_last for span in spans):
@@ -337,7 +321,8 @@ class ServingEngine:
             sequence.began = self._clock()
             self.counters.first_tokens.add(sequence.began - request.arrived)
             if sequence.index == 0:
-                self._fork(self._live[request.id])
+                for sample in range(1, params.n):  # now that the prompt is computed
+                    self.batcher.fork(sequence, self._sequence(request, sample))
         sequence.tokens.append(token)
         self.counters.answer_tokens += 1
         if own is not None:
@@ -363,32 +348,12 @@ class ServingEngine:
         elif len(sequence.tokens) >= sequence.limit:
             self._finish(sequence, "length")
 
-    def _fork(self, live: _Live) -> None:
-        """The other samples of the prompt, now that it is computed."""
-        for index in range(1, live.request.params.n):
-            sample = self._sequence(live.request, index)
-            live.samples.append(sample)
-            self.batcher.fork(live.samples[0], sample)
-
     def _finish(self, sequence: Sequence, reason: str) -> None:
         sequence.text.finish()
         if sequence.answered > 1 and reason != "abort":
             self.counters.token_times.add((self._clock() - sequence.began) / (sequence.answered - 1))
         self.batcher.finish(sequence, reason)
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
-
-
-def _output(live: _Live) -> RequestOutput:
-    request = live.request
-    return RequestOutput(
-        request.id,
-        request.prompt,
-        request.tokens,
-        [CompletionOutput.of(sequence) for sequence in live.samples],
-        request.prompt_logprobs if request.params.prompt_logprobs is not None else None,
-        not live.open,
-        live.cached,
-    )
 
 
 def _listed(found: Iterable[dict[int, float] | None]) -> list[list[tuple[int, float]] | None]:
