@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import fields
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference.structured import form_faults
 
-_MOST_SAMPLES, _MOST_LOGPROBS, _MOST_STOPS = 128, 1000, 64
 _SUGGESTED = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
 )  # fmt: skip
@@ -23,12 +25,36 @@ _NEUTRAL: Mapping[str, float | None] = {
     "watermarking_config": None,
 }  # fmt: skip
 """Settings of ``transformers`` that change which tokens come and are not served here, and where they change nothing."""
-_FLAGS = "ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"
 _COLDEST = 1e-5
 """Logits divided by less would overflow in fp32, and the first of several infinite ones would be taken."""
 
 
-@dataclass(frozen=True)
+def _or(empty: Any) -> BeforeValidator:
+    """What None means, as it is by default in vLLM."""
+    return BeforeValidator(lambda value: empty if value is None else value)
+
+
+def _texts(value: Any) -> Any:
+    return () if value is None else (value,) if isinstance(value, str) else value
+
+
+def _biases(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return {} if value is None else value
+    for token in map(str, value):  # in its one form: two that mean the same would hide one another
+        if not (token.isascii() and token.isdecimal() and len(token) < 12 and token == str(int(token))):
+            raise ValueError(f"{token[:20]!r} is no token id")
+    return {int(token): bias for token, bias in value.items()}
+
+
+_Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+_Logprobs = Annotated[int, Field(ge=0, le=1000)] | None
+_Ids = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)]
+_Stops = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, max_length=64)]
+_Biases = dict[int, Annotated[float, Field(ge=-100.0, le=100.0)]]
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False, extra="forbid"))
 class SamplingParams:
     """The order in which they act: ``logit_bias``, penalties, ``min_tokens``, temperature, top-k, top-p, min-p.
 
@@ -57,104 +83,51 @@ class SamplingParams:
         detokenize: whether there is to be a text at all.
     """
 
-    n: int = 1
-    temperature: float = 1.0
-    top_k: int = -1
-    top_p: float = 1.0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    stop: Sequence[str] | str = ()
-    stop_token_ids: Sequence[int] = ()
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    top_k: Annotated[int, Field(ge=-1)] = -1
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    presence_penalty: _Penalty = 0.0
+    frequency_penalty: _Penalty = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0.0)] = 1.0
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    stop: Annotated[_Stops, BeforeValidator(_texts)] = ()
+    stop_token_ids: Annotated[_Ids, _or(())] = ()
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
-    logprobs: int | None = None
-    processed_logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    allowed_token_ids: Sequence[int] | None = None
-    structured_outputs: Mapping[str, Any] | None = None
+    logprobs: _Logprobs = None
+    processed_logprobs: _Logprobs = None
+    prompt_logprobs: _Logprobs = None
+    logit_bias: Annotated[_Biases, BeforeValidator(_biases)] = Field(default_factory=dict)
+    allowed_token_ids: Annotated[_Ids, Field(min_length=1)] | None = None
+    structured_outputs: Any = None
     skip_special_tokens: bool = True
     detokenize: bool = True
 
-    def __post_init__(self) -> None:
-        nothing: Mapping[str, Any] = {"stop": (), "stop_token_ids": (), "logit_bias": {}}
-        for name, empty in nothing.items():
-            if getattr(self, name) is None:  # as it is by default in vLLM
-                object.__setattr__(self, name, empty)
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        faults = list(self._faults())
-        if faults:
-            raise ConfigError("; ".join(faults))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        object.__setattr__(self, "logit_bias", {int(token): float(b) for token, b in self.logit_bias.items()})
+    @pydantic.model_validator(mode="wrap")
+    @classmethod
+    def _as_config_error(cls, given: Any, validate: pydantic.ModelWrapValidatorHandler[SamplingParams]) -> Any:
+        try:
+            return validate(given)
+        except pydantic.ValidationError as error:
+            faults = (f"{e['loc'][0]}={e['input']!r:.100}: {e['msg']}" for e in error.errors())
+            raise ConfigError("; ".join(faults)) from None
 
-    def _faults(self) -> Any:
-        low: float
-        high: float
-        most = math.inf
-        for name, low, high in (
-            ("n", 1, _MOST_SAMPLES),
-            ("top_k", -1, most),
-            ("min_tokens", 0, most),
-            ("max_tokens", 1, most),
-            ("seed", -(1 << 63), (1 << 63) - 1),
-            ("logprobs", 0, _MOST_LOGPROBS),
-            ("processed_logprobs", 0, _MOST_LOGPROBS),
-            ("prompt_logprobs", 0, _MOST_LOGPROBS),
-        ):
-            value = getattr(self, name)
-            if value is None and name not in ("n", "top_k", "min_tokens"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                yield f"{name}={value!r} is no whole number from {low} to {high}"
-        for name, low, high in (
-            ("temperature", 0.0, most),
-            ("top_p", 0.0, 1.0),
-            ("min_p", 0.0, 1.0),
-            ("presence_penalty", -2.0, 2.0),
-            ("frequency_penalty", -2.0, 2.0),
-            ("repetition_penalty", 0.0, most),
-        ):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or not low <= value <= high or (value == 0 and name in ("top_p", "repetition_penalty")):
-                first = f"above {low:g} and up" if name in ("top_p", "repetition_penalty") else f"from {low:g}"
-                yield f"{name}={value!r} is no number {first} to {high:g}"
-        for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                yield f"{name}={getattr(self, name)!r} is neither true nor false"
-        if isinstance(self.max_tokens, int) and isinstance(self.min_tokens, int) and self.min_tokens > self.max_tokens:
-            yield f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}"
-        if not isinstance(self.stop, list | tuple) or not all(isinstance(s, str) and s for s in self.stop):
-            yield f"stop={self.stop!r} is neither a text nor a list of texts, none of them empty"
-        elif len(self.stop) > _MOST_STOPS:
-            yield f"stop has {len(self.stop)} texts; {_MOST_STOPS} are the most"
-        elif self.stop and not self.detokenize:
-            yield "stop needs detokenize=True; use stop_token_ids"
-        for name, ids in (("stop_token_ids", self.stop_token_ids), ("allowed_token_ids", self.allowed_token_ids or ())):
-            if not isinstance(ids, list | tuple) or not all(_is_id(i) for i in ids):
-                yield f"{name}={ids!r} is no list of token ids"
-        if self.allowed_token_ids is not None and (not self.allowed_token_ids or self.structured_outputs is not None):
-            yield "allowed_token_ids is a list of one token or more, and does not go with structured_outputs"
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ConfigError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
+        if self.stop and not self.detokenize:
+            raise ConfigError("stop needs detokenize=True; use stop_token_ids")
         if self.structured_outputs is not None:
             if fault := form_faults(self.structured_outputs):
-                yield fault
+                raise ConfigError(fault)
+            if self.allowed_token_ids is not None:
+                raise ConfigError("structured_outputs and allowed_token_ids both say which tokens may come; give one")
             if self.min_tokens or self.ignore_eos:
-                yield "structured_outputs says where the answer ends; leave out min_tokens and ignore_eos"
-        if not isinstance(self.logit_bias, Mapping):
-            yield f"logit_bias={self.logit_bias!r} does not give numbers to token ids"
-            return
-        for token, bias in self.logit_bias.items():
-            if not _is_number_of_token(str(token)) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
-                yield f"logit_bias[{token!r}]={bias!r}: give a number from -100 to 100 to a token id"
-                return
+                raise ConfigError("structured_outputs says where the answer ends; leave out min_tokens and ignore_eos")
 
     @cached_property
     def greedy(self) -> bool:
@@ -194,12 +167,3 @@ def suggested_settings(generation: Mapping[str, Any]) -> dict[str, Any]:
     except ConfigError as error:
         raise ConfigError(f"generation_config.json: {error}; mend it, or pass generation_config='none'") from None
     return said
-
-
-def _is_number_of_token(text: str) -> bool:
-    """In its one form: two that mean the same would hide one another."""
-    return text.isascii() and text.isdecimal() and len(text) < 12 and text == str(int(text))
-
-
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

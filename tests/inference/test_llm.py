@@ -157,7 +157,9 @@ def test_without_settings_the_models_own_ones_are_taken(folder: Path, tmp_path: 
         neutral = answers(plain.generate("ab", use_tqdm=False))
         assert neutral == answers(own.generate("ab", SamplingParams(), use_tqdm=False)) != found
     (tmp_path / "generation_config.json").write_text('{"top_p": 2}')
-    with pytest.raises(ConfigError, match=r"generation_config.json: top_p=2 is no number above 0 and up to 1; mend it"):
+    with pytest.raises(
+        ConfigError, match=r"generation_config.json: top_p=2: Input should be less than or equal to 1; mend it"
+    ):
         LLM(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"no_repeat_ngram_size": 3, "num_beams": 1, "min_length": 0}')
     with pytest.raises(ConfigError, match=r"no_repeat_ngram_size=3 changes .* and is not served here; remove it, or"):

@@ -192,7 +192,7 @@ def test_a_split_vocabulary_gives_the_same_tokens(ranks: int) -> None:
         {"top_p": 1.5}, {"top_k": -2}, {"top_k": 1.5}, {"max_tokens": 0}, {"min_tokens": 20}, {"stop": ""},
         {"stop": [3]}, {"stop_token_ids": [-1]}, {"logit_bias": {"x": 1}}, {"logit_bias": {1: float("nan")}},
         {"logprobs": -1}, {"seed": "x"}, {"presence_penalty": 3}, {"repetition_penalty": 0}, {"logit_bias": 5},
-        {"stop": ["a"], "detokenize": False}, {"max_tokens": float("inf")}, {"n": None},
+        {"stop": ["a"], "detokenize": False}, {"max_tokens": float("inf")}, {"n": None}, {"foo": 1},
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_named(wrong: dict[str, Any]) -> None:
