@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference.pages import Pages
+from megatron_ds.kernels.cpu.attention_route import QUERIES
 from megatron_ds.kernels.paged_attention import PAGED_ATTENTION, PagedTexts, paged_attention
 from megatron_ds.kernels.span_attention import span_attention, span_bias
 from megatron_ds.layers.attention_cores import AttentionRules
@@ -28,6 +29,8 @@ _PADDED = 1 << 18
 ROUNDED = 16
 """Numbers of queries are padded to multiples of it, and those of keys to whole blocks: oneDNN compiles a kernel for
 each shape, which takes longer than a product."""
+_CUT = 1024
+"""Keys of a prompt that is cut into parts, at most."""
 _KEPT_BIASES = 1 << 23
 """Elements of the biases of a step that are kept for all layers; more of them are made again by each."""
 
@@ -159,38 +162,52 @@ class PagedBatch:
         return PagedCore(self, rules, tiles, biases)
 
     def _pieces(self) -> np.ndarray:
-        """``[p, 4]``: of each text, or part of one, its number, its first row, how many, the first one's place."""
+        """``[p, 4]``: of each text, or part of one, its number, its first row, how many, the first one's place.
+
+        Several prompts that are short are cut into parts, of which those with as many keys are attended to together. A
+        long one would have its keys gathered for each part.
+        """
         texts = self.step.texts
         spans = texts.spans.cpu().numpy()
-        if not self.apart:
-            return np.column_stack((np.arange(len(spans)), spans))
+        several = int((spans[:, 1] > 1).sum()) > 1
         found = []
         for number, (first, count, start) in enumerate(spans.tolist()):
-            cuts = [0, *range(texts.size - start % texts.size, count, texts.size), count]
+            cuts = [0, count]
+            if self.apart:
+                cuts[1:1] = range(texts.size - start % texts.size, count, texts.size)
+            elif several and start + count <= _CUT:
+                cuts[1:1] = range(QUERIES, count, QUERIES)
             found += [(number, first + at, end - at, start + at) for at, end in pairwise(cuts)]
         return np.array(found)
 
     def _together(self, pieces: np.ndarray) -> list[list[int]]:
-        """The pieces that are attended to in one call: those of one row and of about as long texts, or one alone."""
-        if len(pieces) == 1:
-            return [[0]]
+        """The pieces that are attended to in one call: those of one row and of about as long texts, parts of prompts
+        with as many rows and keys, or one alone."""
+        if len(pieces) == 1 or self.apart:
+            return [[piece] for piece in range(len(pieces))]
         found: list[list[int]] = []
         padding = longest = 0
-        most = 0 if self.apart else _PADDED // self.cache.row_elements
         for piece in np.lexsort((-pieces[:, 3], pieces[:, 2] > 1)).tolist():
             count, place = pieces[piece, 2:].tolist()
+            if count > 1:
+                break
             padding += longest - place
-            if self.apart or count > 1 or not found or padding > most:
+            if not found or padding > _PADDED // self.cache.row_elements:
                 found.append([])
                 padding, longest = 0, place
             found[-1].append(piece)
-        return [sorted(own) for own in found]
+        alike: dict[tuple[int, int], list[int]] = {}
+        for piece in (pieces[:, 2] > 1).nonzero()[0].tolist():
+            count, place = pieces[piece, 2:].tolist()
+            rows = -(-count // ROUNDED) * ROUNDED
+            alike.setdefault((rows, (place + rows - 1) // self.cache.size), []).append(piece)
+        return [sorted(own) for own in (*found, *alike.values())]
 
     def _tile(self, pieces: np.ndarray, rules: AttentionRules, alone: bool) -> _Tile:
         text, first, count, start = pieces.T
         stop, size, device = start + count, self.cache.size, self.cache.device
         lowest = np.maximum(0, start - (rules.window or start.max() + 1) + 1)
-        queries, last = int(count[0]), (stop - 1) // size
+        queries, last = int(count.max()), (stop - 1) // size
         if queries > 1:
             queries = -(-queries // ROUNDED) * ROUNDED
         # Shorter texts are padded with their own last block, whose keys are hidden: nobody reads those of others.
@@ -203,13 +220,14 @@ class PagedBatch:
             at = slice(begin, begin + length)
         else:
             at, length, lowest = torch.from_numpy(blocks).to(device), most * size, lowest - lowest % size
-        rows = None
-        if not alone or queries > count[0]:
-            of_texts = np.minimum(first[:, None] + np.arange(queries), (first + count)[:, None] - 1)
-            rows = torch.from_numpy(of_texts).to(device)
+        rows = targets = None
+        if not alone or bool((count < queries).any()):
+            places, ends = first[:, None] + np.arange(queries), (first + count)[:, None]
+            rows = torch.from_numpy(np.minimum(places, ends - 1)).to(device)
+            targets = torch.from_numpy(np.where(places < ends, places, len(self.step.written)).ravel()).to(device)
         sees_all = rules.alibi is None and queries == 1 and bool((stop - lowest == length).all())
         sees_all = sees_all and (rules.window is None or rules.window >= length)
-        return _Tile(rows, at, start, lowest, int(count[0]), queries, length, sees_all)
+        return _Tile(rows, targets, at, start, lowest, queries, length, sees_all)
 
 
 @dataclass(frozen=True)
@@ -217,26 +235,22 @@ class _Tile:
     """Queries that are attended to in one call, as many of each text.
 
     Attributes:
-        rows: ``[b, c]`` of the step; None: all, in their order.
+        rows: ``[b, c]`` of the step, a text's last one in place of further ones; None: all, in their order.
+        targets: ``[b * c]`` where what they get belongs, behind the step's rows if nowhere.
         at: where their keys and values are, as :meth:`Pages.read` takes it.
         starts, firsts: ``[b]`` places in its text of each text's first query and first key.
-        count, queries: rows of each text, and what they are padded to.
-        length: keys of each text. sees_all: every query sees every key, without a bias.
+        queries: rows of each text. length: keys of each.
+        sees_all: every query sees every key, without a bias.
     """
 
     rows: Tensor | None
+    targets: Tensor | None
     at: slice | Tensor
     starts: np.ndarray
     firsts: np.ndarray
-    count: int
     queries: int
     length: int
     sees_all: bool
-
-    @property
-    def wanted(self) -> int:
-        """Rows that are of texts."""
-        return len(self.starts) * self.count
 
     @property
     def scores(self) -> int:
@@ -252,15 +266,11 @@ class _Tile:
         )
         return span_bias(queries, keys, dtype, rules.window, rules.alibi)
 
-    def attend(
-        self, q: Tensor, keys: Pages, values: Pages, bias: Tensor | None, softcap: float | None
-    ) -> tuple[Tensor | None, Tensor]:
-        """Which rows of the step's ``q [t, n, d]`` (None: all), and what they get, ``[rows, n, d]``."""
+    def attend(self, q: Tensor, keys: Pages, values: Pages, bias: Tensor | None, softcap: float | None) -> Tensor:
+        """What the rows of the step's ``q [t, n, d]`` get, ``[b * c, n, d]``."""
         own = q if self.rows is None else q.index_select(0, self.rows.view(-1))
         k, v = (pages.read(self.at, q.dtype) for pages in (keys, values))
-        found = span_attention(own.unflatten(0, (len(self.starts), self.queries)), k, v, bias, softcap)
-        rows = None if self.rows is None else self.rows[:, : self.count].reshape(-1)
-        return rows, found[:, : self.count].flatten(0, 1)
+        return span_attention(own.unflatten(0, (len(self.starts), self.queries)), k, v, bias, softcap).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -287,10 +297,9 @@ class PagedCore:
         if self.tiles is None:
             found = paged_attention(q, keys.pages, values.pages, step.texts, r.window, r.alibi, r.softcap)
             return found.flatten(1).unsqueeze(1)
-        whole = len(self.tiles) == 1 and self.tiles[0].wanted == len(q)
-        out = q if whole else q.new_zeros(q.shape)  # no garbage where rows are of no text
+        out = q.new_zeros((len(q) + 1, *q.shape[1:])) if self.tiles[0].rows is not None else q  # no garbage is left
         for number, tile in enumerate(self.tiles):
             bias = tile.bias(r, q.dtype, q.device) if self.biases is None else self.biases[number]
-            rows, found = tile.attend(q, keys, values, bias, r.softcap)
-            out = found if whole or rows is None else out.index_copy_(0, rows, found)
-        return out.flatten(1).unsqueeze(1)
+            found = tile.attend(q, keys, values, bias, r.softcap)
+            out = found if tile.targets is None else out.index_copy_(0, tile.targets, found)
+        return out[: len(q)].flatten(1).unsqueeze(1)
