@@ -29,6 +29,8 @@ _PADDED = 1 << 18
 ROUNDED = 16
 """Numbers of queries are padded to multiples of it, and those of keys to whole blocks: oneDNN compiles a kernel for
 each shape, which takes longer than a product."""
+_SCORES = 1 << 16
+"""Scores of a head in a call of several prompts, at most: those of all heads stay in the processor's cache."""
 _CUT = 1024
 """Keys of a prompt that is cut into parts, at most."""
 _KEPT_BIASES = 1 << 23
@@ -201,7 +203,10 @@ class PagedBatch:
             count, place = pieces[piece, 2:].tolist()
             rows = -(-count // ROUNDED) * ROUNDED
             alike.setdefault((rows, (place + rows - 1) // self.cache.size), []).append(piece)
-        return [sorted(own) for own in (*found, *alike.values())]
+        for (rows, last), own in alike.items():
+            most = max(1, _SCORES // (rows * (last + 1) * self.cache.size))
+            found += [own[at : at + most] for at in range(0, len(own), most)]
+        return [sorted(own) for own in found]
 
     def _tile(self, pieces: np.ndarray, rules: AttentionRules, alone: bool) -> _Tile:
         text, first, count, start = pieces.T

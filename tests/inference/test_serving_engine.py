@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import FAMILIES, VOCAB, config_of, engine_of, stage_of, whole_logits
 
+from megatron_ds.inference import paged_cache
 from megatron_ds.inference.batching import guess
 from megatron_ds.inference.outputs import RequestOutput
 from megatron_ds.inference.sampling_params import SamplingParams
@@ -93,7 +95,9 @@ def test_any_schedule_gives_the_logits_of_the_whole_text(seed: int, family: str)
         if draw.random() < 0.2:
             aborts.setdefault(step + draw.randrange(0, 6), []).append(f"r{number}")
     count = sum(map(len, arrivals.values()))
-    done = serve(engine, arrivals, aborts)
+    limits = {"QUERIES": draw.choice([3, 64]), "_SCORES": draw.choice([200, 10**6])}  # of a part and of a call
+    with mock.patch.multiple(paged_cache, **limits):
+        done = serve(engine, arrivals, aborts)
     assert len(done) == count
     for output in done.values():
         check(MODELS[family], output)
