@@ -17,6 +17,8 @@ from megatron_ds.errors import ConfigError
 
 # The optimizer section's other defaults here: whoever brings a model and a loop expects what plain torch does.
 _PLAIN: dict[str, Any] = {"schedule": "constant", "clip_norm": 0.0}
+# What of that section is no update rule's: it holds for an optimizer that the caller brings, too.
+_OF_NO_RULE = {"clip_norm", "ema_decay", "ema_warmup"}
 
 
 class DeepSpeedSchedule(Section):
@@ -126,8 +128,18 @@ class EngineConfig(Section):
 
     def optimizer_settings(self) -> list[str]:
         """Settings of an update rule that were made: they contradict an optimizer that the caller brings."""
-        given = sorted(self.optimizer.model_fields_set - {"clip_norm", "ema_decay", "ema_warmup"})
+        given = sorted(self.optimizer.model_fields_set - _OF_NO_RULE)
         return [f"optimizer.{name}" for name in given if getattr(self.optimizer, name) != _PLAIN.get(name)]
+
+    @property
+    def has_optimizer(self) -> bool:
+        return bool(self.optimizer_settings()) or self.torch_optimizer is not None
+
+    def without_optimizer(self) -> EngineConfig:
+        """The same for an optimizer that the caller makes: clipping and the average of the weights stay."""
+        kept = self.optimizer.model_dump(include=_OF_NO_RULE, exclude_unset=True)
+        plain = OptimizerConfig(**{**_PLAIN, **kept})
+        return self.model_copy(update={"optimizer": plain, "torch_optimizer": None})
 
 
 @dataclass(frozen=True)

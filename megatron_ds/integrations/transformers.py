@@ -30,8 +30,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from megatron_ds.config import OptimizerConfig
-from megatron_ds.config.engine import EngineConfig
+from megatron_ds.config.engine import EngineConfig, validate_engine
 from megatron_ds.deepspeed_json import auto_values, from_deepspeed, is_deepspeed
 from megatron_ds.engine import Engine, initialize, read_config
 from megatron_ds.engine.assemble import rate_of, torch_optimizer
@@ -179,7 +178,9 @@ class Trainer(transformers.Trainer):
             raise ConfigError(
                 f"optimizer.clip_norm={said:g}, but max_grad_norm={args.max_grad_norm:g}; set one of them"
             )
-        return for_a_loop(config.model_copy(update={"steps": max_steps}), args.device)
+        config = for_a_loop(config.model_copy(update={"steps": max_steps}), args.device)
+        validate_engine(config, args.world_size)  # the engine itself does not see the optimizer's settings
+        return config
 
     def _with_arguments(self, config: EngineConfig, max_steps: int) -> EngineConfig:
         """An optimizer of the configuration has from the training arguments what it does not say itself."""
@@ -191,15 +192,13 @@ class Trainer(transformers.Trainer):
             return config.model_copy(update={"torch_optimizer": named.model_copy(update={"params": params})})
         if not config.optimizer_settings():
             return config
-        unsaid = {**shared, "beta1": args.adam_beta1, "beta2": args.adam_beta2, "eps": args.adam_epsilon}
+        unsaid = dict(shared)
+        if section.name == "adamw":
+            unsaid |= {"beta1": args.adam_beta1, "beta2": args.adam_beta2, "eps": args.adam_epsilon}
         if section.schedule != "constant":
             unsaid["warmup_steps"] = args.get_warmup_steps(max_steps)
         unsaid = {key: value for key, value in unsaid.items() if key not in section.model_fields_set}
         return config.model_copy(update={"optimizer": section.model_copy(update=unsaid)})
-
-    @property
-    def _has_optimizer(self) -> bool:
-        return bool(self._settings.optimizer_settings()) or self._settings.torch_optimizer is not None
 
     @property
     def _has_schedule(self) -> bool:
@@ -207,7 +206,7 @@ class Trainer(transformers.Trainer):
         return self._settings.schedule is not None or section.schedule != "constant" or section.warmup_steps > 0
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None and self._has_optimizer:
+        if self.optimizer is None and self._settings.has_optimizer:
             named = [(n, p) for n, p in (model or self.model).named_parameters() if p.requires_grad]
             every = self._settings.decay == "all"
             groups: list[dict[str, Any]] = [
@@ -229,12 +228,11 @@ class Trainer(transformers.Trainer):
         if not training or isinstance(model, EngineModel):
             return model
         settings = self._settings
-        if self._has_optimizer:
+        if settings.has_optimizer:
             if self.optimizer is not self._own_optimizer:
                 raise _another("optimizer")
             # The optimizer was made of them above; to the engine it is simply the caller's.
-            plain = OptimizerConfig(clip_norm=settings.optimizer.clip_norm, schedule="constant")
-            settings = settings.model_copy(update={"optimizer": plain, "torch_optimizer": None})
+            settings = settings.without_optimizer()
         settings = settings.model_copy(update={"schedule": None})
         if self.engine is not None:  # of the model before, where model_init makes a new one for each training
             self.engine.close()

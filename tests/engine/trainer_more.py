@@ -302,6 +302,11 @@ def configured(output: str) -> tuple[dict[str, Any], dict[str, Any], list[list[f
         trainer = trainer_of(output, config, llama(), max_steps=3, weight_decay=decay, warmup_steps=1)
         trainer.train()
         trained.append(end(trainer))
+    trainer = trainer_of(output, {"optimizer": {"name": "sgd", "ema_decay": 0.5}}, llama(), max_steps=2)
+    trainer.train()
+    average, weights = (trainer.engine.tensors(kind).parameter("lm_head.weight").clone() for kind in (True, False))
+    assert not torch.equal(average, weights)
+    trainer.engine.zero.close()
     trainer = trainer_of(output, {"zero_optimization": {"stage": 1}, "scheduler": RANGE_TEST}, llama(), max_steps=3)
     trainer.optimizer = two_groups(trainer.model)
     trainer.add_callback(rates := Rates())
@@ -334,6 +339,7 @@ def refusals(output: str) -> dict[str, str]:
     return {
         "optimizer": other(True, {"optimizer": {"lr": 0.1}}),
         "scheduler": other(False, ranged),
+        "muon": message(lambda: trainer_of(output, {"optimizer": {"name": "muon"}}, llama()).train()),
         "no rate": message(lambda: trainer_of(output, ranged, llama(), learning_rate=0.0).train()),
         "only model": message(
             lambda: trainer_of(

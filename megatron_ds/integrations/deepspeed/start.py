@@ -12,7 +12,6 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
 
 import megatron_ds
-from megatron_ds.config import OptimizerConfig
 from megatron_ds.config.engine import EngineConfig
 from megatron_ds.deepspeed_json import from_deepspeed, read_values
 from megatron_ds.engine.assemble import mesh_of, start_ranks, torch_optimizer
@@ -134,17 +133,12 @@ def _optimizer(
     settings: EngineConfig, given: Optimizer | Callable[[Any], Optimizer] | None, parameters: list[Any]
 ) -> tuple[EngineConfig, Optimizer, bool]:
     """Settings without an optimizer, the optimizer, and whether there is one: without, the model is only run."""
-    plain = settings.model_copy(
-        update={
-            "optimizer": OptimizerConfig(clip_norm=settings.optimizer.clip_norm, schedule="constant"),
-            "torch_optimizer": None,
-        }
-    )
+    plain = settings.without_optimizer()
     if isinstance(given, Optimizer):
         return plain, given, True
     if given is not None:
         return plain, given(parameters), True
-    if settings.optimizer_settings() or settings.torch_optimizer is not None:
+    if settings.has_optimizer:
         return plain, torch_optimizer(settings, parameters), True
     return plain.model_copy(update={"schedule": None}), SGD(parameters, lr=0.0), False
 
