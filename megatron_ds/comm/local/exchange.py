@@ -62,10 +62,12 @@ class LocalExchange:
         parts[self.axis.rank].copy_(own)
 
         def add_up() -> None:
-            step = _CHUNK if self.axis.size > 2 else own.numel()
-            for start in range(0, own.numel(), step):
-                first, second, *others = (part[start : start + step] for part in parts)
-                result = own[start : start + step]
+            if self.axis.size == 2:
+                own.add_(parts[self.axis.peers[0]])  # of two, either order has the same bits
+                return
+            for start in range(0, own.numel(), _CHUNK):
+                first, second, *others = (part[start : start + _CHUNK] for part in parts)
+                result = own[start : start + _CHUNK]
                 torch.add(first, second, out=result)  # in rank order: the same bits on every rank
                 for other in others:
                     result.add_(other)
