@@ -147,7 +147,7 @@ class ServingEngine:
             waits = bool(self.batcher.waiting) or any(event[0] == "add" for event in events)  # nobody is guessed for
             events.append(["guess", [] if waits else self._draft_model.guess(self.batcher.running)])
         changed = self._step(from_first(self.mesh.world, events))
-        outputs = [RequestOutput.of(one) for one in changed if one.finished or one.id not in self._whole]
+        outputs = [RequestOutput.of(one) for one in changed if one.id not in self._live or one.id not in self._whole]
         self._whole.difference_update(output.request_id for output in outputs)
         self.counters.step_seconds += self._clock() - begun
         return outputs
@@ -181,9 +181,6 @@ class ServingEngine:
                 self._sample(rows, logits)
             for span in rows.last:
                 changed[span.sequence.request.id] = span.sequence.request
-        for name, request in changed.items():
-            if request.finished:
-                self._live.pop(name, None)
         return list(changed.values())
 
     def _timed(self, compute: Callable[..., Any], *arguments: Any) -> Any:
@@ -353,6 +350,8 @@ class ServingEngine:
         if sequence.answered > 1 and reason != "abort":
             self.counters.token_times.add((self._clock() - sequence.began) / (sequence.answered - 1))
         self.batcher.finish(sequence, reason)
+        if sequence.request.finished:
+            del self._live[sequence.request.id]
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
 
 
