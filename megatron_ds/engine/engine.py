@@ -187,6 +187,7 @@ class Engine(JoinableEngine, Files):
         if loss.dim() != 0:
             raise EngineError(f"backward() takes a 0-d loss, not one of shape {list(loss.shape)}; call .mean() on it")
         self._notice_zeroing()
+        _raise(self._own.fault())
         if self._complete:
             raise EngineError(
                 f"backward() was called after the last of accumulation={self.sizes.accumulation} micro-batches; "
@@ -194,7 +195,6 @@ class Engine(JoinableEngine, Files):
                 "their own with losses='sum' and no_sync() (accelerator.no_sync(model)) around all but the last"
             )
         self._placeholders.remove()
-        _raise(self._own.fault())
         last = self._next_is_last
         self._uneven.announce("backward", last)
         self._backward(last, lambda seed: torch.autograd.backward(loss, seed.to(loss.dtype), retain_graph=retain_graph))
@@ -267,9 +267,9 @@ class Engine(JoinableEngine, Files):
         taken = [to_device(batch, self.mesh.device) for batch, _ in zip(micro_batches, range(wanted))]
         if len(taken) < wanted:
             raise EngineError(f"train_batch() got {len(taken)} micro-batches where accumulation={wanted}")
-        _raise(self._own.fault())
-        if self._seed is not None:  # a forward pass that nobody needed began the step
+        if self._seed is not None or self._own.failed:  # by a forward pass that nobody needed, or a step that failed
             self._drop_gradients()
+        _raise(self._own.fault())
         self.module.train()
         if self._join_config.enable:  # by parts, which ranks without a batch follow
             for batch in taken:
@@ -307,11 +307,10 @@ class Engine(JoinableEngine, Files):
         self.steps += 1
         self.skipped += result.skipped
         self.last = result
-        if not result.skipped:
-            self.keeper.good_step()
         if self.optimizer is not None:
             self.optimizer._opt_called = True  # type: ignore[attr-defined]  # or schedulers warn that it never steps
         if not result.skipped:
+            self.keeper.good_step()
             self._schedule(self.lr_scheduler)
         self._clock.finished(self.steps, result)
         self._advice.scheduled_twice = self._schedule.twice
@@ -354,7 +353,7 @@ class Engine(JoinableEngine, Files):
         all ranks alike, as gradients may be under way between them.
         """
         self._own.strays.clear()
-        if self._done and not self._postponed:
+        if self._own.failed or (self._done and not self._postponed):
             self._drop_gradients()
 
     def _notice_zeroing(self) -> None:
@@ -374,6 +373,7 @@ class Engine(JoinableEngine, Files):
         """The next forward or backward pass is the first of a step."""
         self._placeholders.remove()
         self._seed, self._done, self._complete, self._postponed = None, 0, False, False
+        self._own.failed = False
         self._loss_sum = torch.zeros_like(self._loss_sum)
 
     def parameters(self) -> Iterator[nn.Parameter]:

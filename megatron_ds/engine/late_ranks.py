@@ -40,7 +40,7 @@ class _Note:
 
 
 class LateRanks:
-    """This rank's part in it.
+    """Leaves this rank's notes, and warns of ranks that a call of this one waits for.
 
     Args:
         world: the ranks that take part; all of them make this object, and later close it, alike.

@@ -222,12 +222,11 @@ class Gatherer:
                 if use is None:
                     return None
                 leaves, spec = tree_flatten((args, kwargs))
-                wanted = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-                if wanted:
-                    marked = _AfterBackward.apply(self, use, *(leaves[i] for i in wanted))
-                    for i, tensor in zip(wanted, marked):
-                        leaves[i] = tensor
-                    args, kwargs = tree_unflatten(leaves, spec)
+                # Each once: attention asks whether its query is its key.
+                inputs = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad}
+                if inputs:
+                    marked = dict(zip(inputs, _AfterBackward.apply(self, use, *inputs.values())))
+                    args, kwargs = tree_unflatten([marked.get(id(leaf), leaf) for leaf in leaves], spec)
             return args, kwargs
 
         return before

@@ -88,7 +88,7 @@ class ZeroLayout:
 
     @staticmethod
     def plan(parameters: Sequence[ParameterInfo], config: ZeroConfig, axes: AxisSizes) -> ZeroLayout:
-        """One rank alone, with nothing offloaded, exchanges nothing: few buckets make few launches."""
+        """Buckets for the parameters of a rank; few where it is alone, offloads nothing and so exchanges nothing."""
         alone = all(size == 1 for sizes in axes.values() for size in sizes)
         alone = alone and {config.offload_optimizer.device, config.offload_parameters.device} == {"none"}
         size = math.inf if alone else config.bucket_mb * 1e6

@@ -34,23 +34,30 @@ class OwnBackward:
 
     Attributes:
         strays: the parameters that got a gradient outside of :meth:`running`, by name, in order.
+        failed: a pass ended in an error, and left the gradients of some parameters.
     """
 
     def __init__(self) -> None:
         self.strays: dict[str, None] = {}
-        self._running = False
+        self._running = self.failed = False
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Gradients that come inside are the engine's own."""
-        self._running = True
+        self._running = self.failed = True
         try:
             yield
+            self.failed = False
         finally:
             self._running = False
 
     def fault(self) -> str | None:
-        """What came from elsewhere and what to do, or None."""
+        """What came from elsewhere, or not in full, and what to do; or None."""
+        if self.failed:
+            return (
+                "a backward pass of this step ended in an error, and left the gradients of some parameters; call "
+                "zero_grad() to drop the step's gradients, and begin with its first micro-batch again"
+            )
         if not self.strays:
             return None
         return (

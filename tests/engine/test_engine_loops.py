@@ -35,9 +35,13 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
+def loss_of(model: Any, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
 def engine_of(model: nn.Module, stage: int, **config: Any) -> Engine:
     zero = {"stage": stage, "bucket_mb": 0.0005, **({"persistence_threshold": 0} if stage == 3 else {})}
-    return megatron_ds.initialize(model, {"zero": zero, **config}, adamw(model))
+    return megatron_ds.initialize(model, {"zero": zero, **config}, adamw(model), loss=loss_of)
 
 
 def parts(number: int, ranks: int, rank: int, accumulation: int) -> tuple[Tensor, ...]:
@@ -130,10 +134,6 @@ WAYS: dict[str, Callable[[Engine], object]] = {
 }
 
 
-def loss_of(model: Any, x: Tensor) -> Tensor:
-    return model(x).square().mean()
-
-
 def dropped(stage: int, accumulation: int, way: str) -> States:
     """Of each step the first micro-batch, or all of them, are thought better of."""
     engine = engine_of(net(1, 2), stage, accumulation=accumulation)
@@ -152,9 +152,40 @@ def dropped(stage: int, accumulation: int, way: str) -> States:
     return state
 
 
+def failed(stage: int, accumulation: int) -> States:
+    """Of each step a backward pass ends in an error, as for want of memory, with half of the gradients."""
+    engine = engine_of(net(1, 2), stage, accumulation=accumulation)
+    axis, fails = engine.mesh.data, False
+
+    def fail(gradient: Tensor) -> None:
+        if fails:
+            raise MemoryError
+
+    def after(module: Any, args: Any, output: Tensor) -> None:
+        output.register_hook(fail)
+
+    engine.module[0].register_forward_hook(after)  # type: ignore[index, operator, union-attr]
+    for step in range(STEPS):
+        batches = [x.square() for x in parts(100 + step, axis.size, axis.rank, accumulation)]
+        for x in batches[1:] if step else ():
+            engine.backward(loss_of(engine, x))
+        fails = True
+        with pytest.raises(MemoryError):
+            engine.backward(loss_of(engine, batches[0])) if step else engine.train_batch(batches)
+        fails = False
+        if step:
+            assert "zero_grad() to drop" in message(engine.backward, loss_of(engine, batches[0]))
+            assert "zero_grad() to drop" in message(engine.step)
+            engine.zero_grad()
+        engine.train_batch(parts(step, axis.size, axis.rank, accumulation))
+    (state,) = close(engine)
+    return state
+
+
 def all_dropped() -> dict[Any, States]:
-    cases = [(stage, accumulation, way) for stage in STAGES for accumulation in (1, 2) for way in WAYS]
-    return {case: dropped(*case) for case in cases}
+    cases = [(stage, accumulation) for stage in STAGES for accumulation in (1, 2)]
+    ways = {(*case, way): dropped(*case, way) for case in cases for way in WAYS}
+    return {**ways, **{case: failed(*case) for case in cases}}
 
 
 def test_zero_grad_drops_what_there_is() -> None:

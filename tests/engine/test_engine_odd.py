@@ -47,7 +47,8 @@ class Block(nn.Module):
         self.up, self.down, self.wrap = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), wrap
         self.scale = nn.Parameter(torch.rand(WIDTH))
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor, again: Tensor | None = None) -> Any:
+        assert again is None or again is x  # as attention asks whether its query is its key
         return self.wrap(self.inner(x))
 
     def inner(self, x: Tensor) -> Tensor:
@@ -145,6 +146,7 @@ KINDS: dict[str, Kind] = {
     "an object": Kind(lambda block, x: block(x).hidden, Box),
     "nested": Kind(lambda block, x: block(x)["a"][0], lambda x: {"a": [x, (None,)], "n": 3}),
     "by keyword": Kind(lambda block, x: block(x=x)),
+    "one tensor twice": Kind(lambda block, x: block(x, again=x)),
     "another method": Kind(lambda block, x: block.inner(x)),
     "functional": Kind(functional),
     "a weight elsewhere": Kind(lambda block, x: block(x) + block.up.weight.sum() * 0.01),
