@@ -225,11 +225,11 @@ class GroupGathered:
         self.whole.set_(self.whole.untyped_storage(), 0, (size,))  # type: ignore[call-overload]
         self.shard = shard
         self.is_collective = axis.group is not None
-        self.whole.untyped_storage().resize_(0)  # set_ has taken memory for the size
+        self._resize(0)  # set_ has taken memory for the size
         self.is_whole, self.is_gathered = size == 0, False
 
     def take(self) -> None:
-        self.whole.untyped_storage().resize_(self.whole.numel() * self.whole.element_size())
+        self._resize(self.whole.numel() * self.whole.element_size())
         self.is_whole = True
 
     def all_gather_start(self, shard: torch.Tensor) -> Pending:
@@ -257,5 +257,10 @@ class GroupGathered:
         self.discard()
 
     def discard(self) -> None:
-        self.whole.untyped_storage().resize_(0)
+        self._resize(0)
         self.is_whole, self.is_gathered = self.whole.numel() == 0, False
+
+    def _resize(self, size: int) -> None:
+        """``size`` bytes of memory, unless ``parameter.numpy()`` was called: the array has the memory, which stays."""
+        if (storage := self.whole.untyped_storage()).resizable():
+            storage.resize_(size)

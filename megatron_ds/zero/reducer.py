@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -138,11 +138,13 @@ class Reducer:
             bucket.start_step(step, seed)
         for main_grad in self.main_grads():
             main_grad.written = main_grad.used = False
-            main_grad.writes = 0
         for context in self.contexts.values():
-            context.launched = 0
             context.reducing = False
             context.deferred.clear()
+        for hook in self._hooks:  # after a user's that was registered since, which would find no gradient
+            hooks: Any = hook.hooks_dict_ref()
+            if len(hooks) > 1 and next(reversed(hooks)) != hook.id:
+                hooks[hook.id] = hooks.pop(hook.id)
         self.phase = Phase.ACCUMULATING
 
     def start_backward(self, last: bool, stage: int) -> None:

@@ -54,6 +54,7 @@ def looking_loop(model: nn.Module, calls: Calls, cut: Callable[[Tensor], Tensor]
         with calls.whole():
             average.update_parameters(model)
             target.load_state_dict(model.state_dict())
+            found[f"{step} numpy"] = torch.tensor([p.detach().cpu().numpy().sum() for p in model.parameters()])
         if alone:
             with torch.no_grad():
                 average(samples(98))
