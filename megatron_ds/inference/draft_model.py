@@ -8,7 +8,7 @@ whole on the first rank, which tells the others what it guesses.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -25,16 +25,6 @@ Guess = tuple[str, int, list[int]]
 """Of a request's sample the tokens that may follow."""
 
 
-@dataclass
-class _Followed:
-    """A sample as the small model knows it: of ``computed`` of its tokens there are keys and values in ``blocks``."""
-
-    sequence: Sequence
-    tokens: list[int]
-    computed: int = 0
-    blocks: list[int] = field(default_factory=list)
-
-
 class DraftModel:
     """A small model beside a cache of its own.
 
@@ -47,7 +37,7 @@ class DraftModel:
         self.source, self._dtype, self._budget, self._most = source, dtype, budget, most
         self._mesh = Mesh.single(device)
         self._stage = served_model.build(source, self._mesh, dtype)
-        self._followed: dict[tuple[str, int], _Followed] = {}
+        self._followed: dict[tuple[str, int], Sequence] = {}  # samples as this model knows them, with blocks of its own
 
     @staticmethod
     def find(path: str | Path, vocab_size: int) -> served_model.Source:
@@ -78,29 +68,29 @@ class DraftModel:
         """What may follow in each of these samples, where they are about to get a token."""
         now = [sequence for sequence in running if sequence.pending == 1 and sequence.room > 1]
         self._forget({(sequence.request.id, sequence.index) for sequence in now})
-        followed = [of for sequence in now if (of := self._follow(sequence)) is not None]
-        guessed: list[_Followed] = []
+        followed = [(of, sequence) for sequence in now if (of := self._follow(sequence)) is not None]
+        guessed: list[tuple[Sequence, Sequence]] = []
         left = self._budget
-        for of in followed:  # what is left of the budget goes to texts that it does not know yet, in parts
-            count = min(len(of.tokens) - of.computed, left)
+        for of, sequence in followed:  # what is left of the budget goes to texts that it does not know yet, in parts
+            count = min(of.pending, left)
             left -= count
-            if count and of.computed + count == len(of.tokens):
-                guessed.append(of)
+            if count and count == of.pending:
+                guessed.append((of, sequence))
             elif count:
                 self._compute([of], count)
+        own = [of for of, _ in guessed]
         for _ in range(self._most):
-            for of, token in zip(guessed, self._compute(guessed, None)):
+            for of, token in zip(own, self._compute(own, None)):
                 of.tokens.append(token)
         return [
-            (of.sequence.request.id, of.sequence.index, of.tokens[len(of.sequence.tokens) :][: of.sequence.room - 1])
-            for of in guessed
+            (sequence.request.id, sequence.index, of.tokens[len(sequence.tokens) :][: sequence.room - 1])
+            for of, sequence in guessed
         ]
 
-    def _follow(self, sequence: Sequence) -> _Followed | None:
+    def _follow(self, sequence: Sequence) -> Sequence | None:
         """What is known of a sample, up to where it went another way; None: there is no memory for it."""
         key = (sequence.request.id, sequence.index)
-        of = self._followed.setdefault(key, _Followed(sequence, []))
-        of.sequence = sequence
+        of = self._followed.setdefault(key, Sequence(sequence.request, sequence.index, []))
         same = max(0, min(of.computed, len(sequence.tokens)) - self._most - 1)
         end = min(of.computed, len(sequence.tokens) - 1)
         while same < end and of.tokens[same] == sequence.tokens[same]:
@@ -120,18 +110,15 @@ class DraftModel:
         for key in [key for key in self._followed if key not in present]:
             self._pool.release(self._followed.pop(key).blocks)
 
-    def _compute(self, several: list[_Followed], count: int | None) -> list[int]:
+    def _compute(self, several: list[Sequence], count: int | None) -> list[int]:
         """The next ``count`` tokens of each (None: all it has), and the likeliest that follows."""
         if not several:
             return []
-        spans, rows, row = [], [], 0
-        for of in several:
-            shadow = Sequence(of.sequence.request, of.sequence.index, of.tokens, of.computed, of.blocks)
-            spans.append(Span(shadow, of.computed, count or len(of.tokens) - of.computed))
-            row += spans[-1].count
-            rows.append(row - 1)
-            of.computed += spans[-1].count
+        spans = [Span(of, of.computed, count or of.pending) for of in several]
+        rows = [end - 1 for end in accumulate(span.count for span in spans)]
         logits = self._runner.run(Plan(spans), rows)
         assert logits is not None
+        for span in spans:
+            span.sequence.computed += span.count
         best: list[int] = logits[:, : self.source.config.vocab_size].argmax(1).tolist()
         return best
