@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -75,7 +76,7 @@ class EngineThread:
 
         def begin() -> None:
             try:
-                self.llm.engine.add(name, call.prompts[prompt], self.llm.seeded(call.params))
+                self.llm.engine.add(name, call.prompts[prompt], self.llm.seeded(call.params), whole=not call.stream)
             except ConfigError as error:
                 code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else None
                 self._tell(name, BadRequest(str(error), code=code))
@@ -291,23 +292,17 @@ class _Served:
     """The prompts of one call on their way through the engine."""
 
     def __init__(self, engine: EngineThread, call: Call, seconds: float):
-        self.name = secrets.token_hex(12)
-        self._engine = engine
-        self._loop = asyncio.get_running_loop()
+        self._engine, loop = engine, asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, RequestOutput | BaseException]] = asyncio.Queue()
-        self._deadline = self._loop.time() + seconds
+        self._deadline = loop.time() + seconds
         self._latest: list[RequestOutput | None] = [None] * len(call.prompts)
-        for prompt in range(len(call.prompts)):
-            engine.add(self._of(prompt), call, prompt, self._hear(prompt))
+        self._names = [f"{secrets.token_hex(12)}-{prompt}" for prompt in range(len(call.prompts))]
 
-    def _of(self, prompt: int) -> str:
-        return f"{self.name}-{prompt}"
+        def hear(prompt: int, what: RequestOutput | BaseException) -> None:
+            loop.call_soon_threadsafe(self._queue.put_nowait, (prompt, what))
 
-    def _hear(self, prompt: int) -> Callable[[RequestOutput | BaseException], None]:
-        def hear(what: RequestOutput | BaseException) -> None:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (prompt, what))
-
-        return hear
+        for prompt, name in enumerate(self._names):
+            engine.add(name, call, prompt, partial(hear, prompt))
 
     @property
     def outputs(self) -> list[RequestOutput]:
@@ -330,8 +325,8 @@ class _Served:
         return prompt, what
 
     def abort(self) -> None:
-        for prompt in range(len(self._latest)):
-            self._engine.abort(self._of(prompt))
+        for name in self._names:
+            self._engine.abort(name)
 
 
 async def _pieces(served: _Served, answers: Answers, first: tuple[int, RequestOutput]) -> AsyncIterator[str]:

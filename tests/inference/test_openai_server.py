@@ -462,6 +462,20 @@ def test_a_load_with_clients_that_leave_loses_nothing(running: Running) -> None:
     assert int(times[0][1]) >= found.count("200") > int(times[1][1]) / 2 > 0
 
 
+def test_an_answer_in_one_piece_is_told_of_once(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of every answer so far, after every step, would be quadratic in its length."""
+    engine, told = running.server.engine, []
+    tell = engine._tell
+    monkeypatch.setattr(engine, "_tell", lambda name, what: (told.append(what), tell(name, what)))
+    asked: dict[str, Any] = {"model": "tiny", "prompt": ["a", "b"], "max_tokens": 9, "n": 2}
+    asked["extra_body"] = {"ignore_eos": True}
+    running.client.completions.create(**asked)
+    assert [what.finished for what in told] == [True, True]
+    for _ in running.client.completions.create(**asked, stream=True):
+        pass
+    assert len(told) > 10
+
+
 def test_more_than_the_server_takes_is_told_to_come_back(folder: Path) -> None:
     server = Running(folder, requests=2)
     try:
