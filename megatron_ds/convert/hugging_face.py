@@ -29,7 +29,7 @@ from megatron_ds.convert.conversion import (
 )
 from megatron_ds.convert.folder import TRANSFORMERS, HFFolder
 from megatron_ds.convert.match import Match
-from megatron_ds.convert.settings import KEPT, Settings
+from megatron_ds.convert.settings import KEPT, TOKEN_IDS, Settings
 from megatron_ds.convert.tables import ARCHITECTURES
 from megatron_ds.data.tokenizer_base import Tokenizer
 from megatron_ds.errors import ConfigError
@@ -184,6 +184,7 @@ def _write_configs(
     kept = {key: value for key, value in original.items() if key in travels}
     special: dict[str, Any] = {}
     if tokenizer is not None:
+        kept, generation = ({k: v for k, v in old.items() if k not in TOKEN_IDS} for old in (kept, generation))
         special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": None}
     elif not original:
         # Stated: the classes' defaults are the ids of tokenizers that this model never saw.

@@ -7,11 +7,15 @@ from typing import Any
 
 from megatron_ds.errors import ConfigError, listed
 
-# How text is generated. Ours is a trainer: these go with the model, untouched.
-GENERATION = frozenset((
+# Numbers of tokens, which mean something by one tokenizer alone.
+TOKEN_IDS = frozenset((
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "mask_token_id", "cls_token_id",
     "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "begin_suppress_tokens",
-    "suppress_tokens", "prefix", "max_length", "max_new_tokens", "min_length", "do_sample", "early_stopping",
+    "suppress_tokens", "forced_decoder_ids", "sequence_bias",
+))  # fmt: skip
+# How text is generated. Ours is a trainer: these go with the model, untouched.
+GENERATION = TOKEN_IDS | frozenset((
+    "prefix", "max_length", "max_new_tokens", "min_length", "do_sample", "early_stopping",
     "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p",
     "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
     "num_return_sequences", "exponential_decay_length_penalty", "remove_invalid_values", "task_specific_params",

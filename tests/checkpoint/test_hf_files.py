@@ -80,12 +80,16 @@ def test_import_training_and_export_change_none_of_it(folder: Path, tmp_path: Pa
 
 def test_another_tokenizer_replaces_the_old_one_and_its_ids_alone(folder: Path, tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {"type": "other"}}))
+    for name, old in (("config.json", "mask_token_id"), ("generation_config.json", "suppress_tokens")):
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**settings, old: [7] if name.startswith("gen") else 7}))
     import_hf(folder, tmp_path / "ours")
     export_hf(tmp_path / "ours", tmp_path / "back", tokenizer=ByteTokenizer())
     generation = json.loads((tmp_path / "back" / "generation_config.json").read_text())
     assert generation == {"eos_token_id": 256, "temperature": 0.6, "do_sample": True}
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert (config["eos_token_id"], config["pad_token_id"], config["temperature"]) == (256, None, 0.6)
+    assert "mask_token_id" not in config
     there = {path.name for path in (tmp_path / "back").iterdir()}
     assert {"LICENSE", "README.md"} <= there and not {"special_tokens_map.json", "chat_template.jinja"} & there
 
