@@ -314,8 +314,8 @@ def with_precision(config: EngineConfig, mixed: str) -> EngineConfig:
         return config.model_copy(update={"precision": PrecisionConfig(**precision)})
     if config.precision.dtype != mixed:
         raise ConfigError(
-            f"precision.dtype={config.precision.dtype!r}, but mixed_precision={mixed!r} of the Accelerator; set one of "
-            "them"
+            f"precision.dtype={config.precision.dtype!r}, but mixed_precision={mixed!r} of the Accelerator, or "
+            f"{mixed}=True of the training arguments; set one of them"
         )
     return config
 

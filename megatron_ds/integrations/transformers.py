@@ -171,8 +171,7 @@ class Trainer(transformers.Trainer):
                 print(*(f"megatron_ds: {note}" for note in notes), sep="\n", flush=True)
         else:
             config = self._with_arguments(read_config(source)[0], max_steps)
-        if config.keeps_dtype:
-            config = with_precision(config, "bf16" if args.bf16 else "fp16" if args.fp16 else "no")
+        config = with_precision(config, "bf16" if args.bf16 else "fp16" if args.fp16 else "no")
         said = config.optimizer.clip_norm
         if "clip_norm" in config.optimizer.model_fields_set and said not in (0.0, args.max_grad_norm):
             raise ConfigError(

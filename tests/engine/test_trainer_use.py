@@ -68,6 +68,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     for kind in ("optimizer", "scheduler"):
         assert f"given a {kind} or makes one itself, and the configuration (deepspeed=) has one too" in found[kind]
     assert "learning_rate=0, and the configuration's scheduler" in found["no rate"]
+    assert "precision.dtype='fp32', but mixed_precision='bf16'" in found["dtype"]
     assert "optimizer.name='muon' knows the matrices of this library's own models" in found["muon"]
     assert "auto_find_batch_size" in found["batch size"] and "per_device_train_batch_size" in found["batch size"]
     assert "bf16_full_eval=True would cast the model" in found["full eval"] and "bf16=True" in found["full eval"]

@@ -339,6 +339,7 @@ def refusals(output: str) -> dict[str, str]:
     return {
         "optimizer": other(True, {"optimizer": {"lr": 0.1}}),
         "scheduler": other(False, ranged),
+        "dtype": message(lambda: trainer_of(output, {"precision": {"dtype": "fp32"}}, llama(), bf16=True).train()),
         "muon": message(lambda: trainer_of(output, {"optimizer": {"name": "muon"}}, llama()).train()),
         "no rate": message(lambda: trainer_of(output, ranged, llama(), learning_rate=0.0).train()),
         "only model": message(
