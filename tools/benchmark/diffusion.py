@@ -7,10 +7,12 @@ rank, and the table shows the median and the range of the rounds' ratios: of one
 to twice what one of ours does in the same round. Ratios by the first rank's CPU time are what is left on a machine that
 others use too. Two ranks that exchange nothing are what the machine allows. With ``--gpt`` a language model of as many
 layers, as wide, on as many tokens in sequences as long, goes through the same contenders. ``--compile`` is the setting
-of a run, for all but the plain loop.
+of a run, for all but the plain loop. ``--turns`` compares one and two ranks of ours more closely: all in the same two
+processes, a few steps in turn, by the first rank's CPU time alone.
 
 python tools/benchmark/diffusion.py --rounds 3 --json diffusion.json
 python tools/benchmark/diffusion.py --rounds 1 --only fp32 digits --gpt
+python tools/benchmark/diffusion.py --turns --rounds 9 --only fp32 DiT-S/8 --gpt
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "ours TP 2 + SP": {"tp": 2, "sequence_parallel": True},
 }
 GPT = "GPT as "
+ONE, APART = "ours", "ours apart"
 
 Step = Callable[[], float]
 
@@ -184,12 +187,55 @@ def run(name: str, model: str, dtype: str, compiled: bool) -> dict[str, float]:
     return found
 
 
+def take_turns(models: list[str], dtype: str, rounds: int, *, compiled: bool) -> None:
+    """In each of two ranks: every contender takes a few steps in turn, and rank 0 prints the medians of ratios."""
+    names = [name for name in LAYOUTS if name != "diffusers"]
+    cases = [(model, name) for model in models for name in names]
+    steps: dict[tuple[str, str], Step] = {}
+    counts: dict[tuple[str, str], int] = {}
+    times: dict[tuple[str, str], list[float]] = {case: [] for case in cases}
+    for model, name in cases:
+        if name != ONE or dist.get_rank() == 0:  # while the other waits
+            step = steps[model, name] = make_step(name, model, dtype, compiled)
+            step()
+            begin = time.perf_counter()
+            step()
+            counts[model, name] = max(2, int(1.0 / (time.perf_counter() - begin)))
+        agreed = torch.tensor([counts.get((model, name), 0)])
+        dist.broadcast(agreed, 0)
+        counts[model, name] = int(agreed)
+    for number in range(rounds):
+        for model, name in cases[number % len(cases) :] + cases[: number % len(cases)]:
+            dist.barrier()
+            if (model, name) in steps:
+                begin = time.process_time()
+                for _ in range(counts[model, name]):
+                    steps[model, name]()
+                times[model, name].append((time.process_time() - begin) / counts[model, name])
+    dist.barrier()
+    if dist.get_rank() == 0:
+        _show_turns(times, dtype)
+
+
+def _show_turns(times: dict[tuple[str, str], list[float]], dtype: str) -> None:
+    print(f"{'model':<16}{'':<6}{'contender':<18}{'ms a step':>10}{'to twice one':>14}{'range':>11}{'to apart':>10}")
+    for (model, name), own in times.items():
+        one, apart = times[model, ONE], times[model, APART]
+        ratios = [b / a / (1 if name == ONE else 2) for a, b in zip(own, one)]
+        spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
+        to_apart = statistics.median(b / a for a, b in zip(own, apart))
+        milliseconds = statistics.median(own) * 1e3
+        figures = f"{milliseconds:>10.1f}{statistics.median(ratios):>14.3f}{spread:>11}{to_apart:>10.3f}"
+        print(f"{model:<16}{dtype:<6}{name:<18}{figures}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="each runs every contender once; %(default)s")
     parser.add_argument("--only", nargs="+", default=[], help="of fp32 and bf16, digits and DiT-S/8, contenders; all")
     parser.add_argument("--gpt", action="store_true", help="language models of the same shapes beside them")
     parser.add_argument("--compile", action="store_true", help="compile what products of matrices leave")
+    parser.add_argument("--turns", action="store_true", help="ours on one and two ranks, in turns in two processes")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -200,6 +246,15 @@ def main() -> None:
     models = [model for model in MODELS if model in options.only] or list(MODELS)
     names = [name for name in LAYOUTS if name in options.only] or list(LAYOUTS)
     models = [kind + model for model in models for kind in ("", GPT)[: 1 + options.gpt]]
+    if options.turns:
+        if "RANK" not in os.environ:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+            sys.exit(subprocess.run([*launcher, *sys.argv], env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode)
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+        for dtype in dtypes:
+            take_turns(models, dtype, options.rounds, compiled=options.compile)
+        return
     cases = [
         (name, model, dtype)
         for dtype in dtypes
