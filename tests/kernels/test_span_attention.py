@@ -74,9 +74,10 @@ def test_sharp_scores_are_as_exact_in_bf16_as_of_torch(texts: int, count: int, l
     assert error < 2.0 * of_torch
 
 
-def test_products_of_widened_numbers_are_exact_and_leave_the_setting_alone() -> None:
+@pytest.mark.parametrize("texts", [3, 6])
+def test_products_of_widened_numbers_are_exact_and_leave_the_setting_alone(texts: int) -> None:
     generator = torch.Generator().manual_seed(4)
-    q, k = (torch.randn(shape, generator=generator).bfloat16() for shape in ((3, 96, 64), (3, 64, 200)))
+    q, k = (torch.randn(shape, generator=generator).bfloat16() for shape in ((texts, 96, 64), (texts, 64, 200)))
     before = torch.backends.mkldnn.matmul.fp32_precision
     found = widened_product(q, k.float(), 0.125)
     torch.testing.assert_close(found.double(), 0.125 * q.double() @ k.double(), rtol=0, atol=1e-5)
