@@ -36,6 +36,7 @@ IMPLEMENTATIONS = ("auto", "reference", "triton")
 # Where the ops are defined; `report` and `use` know an op by its module's Op objects.
 MODULES = (
     "norm",
+    "adaln",
     "dropout",
     "activation",
     "softmax",

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.kernels.cpu.compiled_graph import compile_outputs, record
 
 _SHAPES = 8
@@ -20,7 +18,7 @@ _SHAPES = 8
 
 
 class CompiledModulation:
-    """The graphs, one for each operator and kind of its inputs.
+    """:class:`~megatron_ds.kernels.adaln.Operators` by graphs, one for each operator and kind of its inputs.
 
     Args:
         compiled: False leaves the graphs to be run operator by operator.
@@ -39,15 +37,18 @@ class CompiledModulation:
             self._shapes.add(stream.shape)
         return stream.shape in self._shapes
 
-    def modulated_norm(
-        self, x: Tensor, shift: Tensor, scale: Tensor, eps: float, branch: Tensor | None, gate: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """:func:`megatron_ds.layers.modulation.modulated_norm`."""
-        found: tuple[Tensor, Tensor] = _ModulatedNorm.apply(self, x, shift, scale, eps, branch, gate)
-        return found
+    def norm(
+        self, x: Tensor, shift: Tensor, scale: Tensor, branch: Tensor | None, gate: Tensor | None, eps: float
+    ) -> tuple[Tensor, ...]:
+        if branch is None or gate is None:
+            return self.run(_norm, x, shift, scale, eps=eps)
+        return self.run(_norm_of_sum, x, shift, scale, branch, gate, eps=eps)
+
+    def norm_backward(self, *arguments: Tensor | None) -> tuple[Tensor, ...]:
+        given = [tensor for tensor in arguments if tensor is not None]
+        return self.run(_norm_backward if len(given) < len(arguments) else _norm_of_sum_backward, *given)
 
     def scaled_add_backward(self, grad: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        """Of ``x + y scale``: the gradients of ``y`` and of ``scale``."""
         return self.run(_scaled_add_backward, grad, y, scale)
 
     def run(self, operator: Callable[..., tuple[Tensor, ...]], *inputs: Tensor, eps: float = 0.0) -> tuple[Tensor, ...]:
@@ -117,38 +118,3 @@ def _norm_of_sum_backward(
 def _scaled_add_backward(grad: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
     wide = _wide(grad)
     return (wide * _wide(scale)).to(y.dtype), (wide * _wide(y)).sum(0).to(scale.dtype)
-
-
-class _ModulatedNorm(torch.autograd.Function):
-    """Keeps the stream, from which the backward pass makes the normed values again while it has them in registers."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        graphs: CompiledModulation,
-        x: Tensor,
-        shift: Tensor,
-        scale: Tensor,
-        eps: float,
-        branch: Tensor | None,
-        gate: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        if branch is None or gate is None:
-            out, mean, rstd = graphs.run(_norm, x, shift, scale, eps=eps)
-            summed = x.view_as(x)
-        else:
-            out, mean, rstd, summed = graphs.run(_norm_of_sum, x, shift, scale, branch, gate, eps=eps)
-        ctx.save_for_backward(summed, mean, rstd, scale, branch, gate)
-        ctx.graphs = graphs
-        return out, summed
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        summed, mean, rstd, scale, branch, gate = ctx.saved_tensors
-        arguments = *grads, summed, mean, rstd, scale
-        if branch is None:
-            d_x, d_shift, d_scale = ctx.graphs.run(_norm_backward, *arguments)
-            return None, d_x, d_shift, d_scale, None, None, None
-        d_x, d_shift, d_scale, *of_sum = ctx.graphs.run(_norm_of_sum_backward, *arguments, branch, gate)
-        return None, d_x, d_shift, d_scale, None, *of_sum

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_ds import comm
+from megatron_ds.kernels import adaln
+from megatron_ds.kernels.adaln import Operators
 from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.kernels.cpu.compiled_modulation import CompiledModulation
 from megatron_ds.kernels.cpu.plain_layer_norm import plain_layer_norm
@@ -82,9 +84,7 @@ class Modulation(nn.Module):
         gate: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """:func:`modulated_norm` by what :meth:`forward` gave."""
-        if (graphs := self._graphs_for(x)) is not None:
-            return graphs.modulated_norm(x, shift, scale, eps, branch, gate)
-        return modulated_norm(x, shift, scale, eps, branch, gate, self.columns)
+        return modulated_norm(x, shift, scale, eps, branch, gate, self.columns, self._graphs_for(x))
 
     def add(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         """:func:`scaled_add` by what :meth:`forward` gave."""
@@ -141,6 +141,7 @@ def modulated_norm(
     branch: Tensor | None = None,
     gate: Tensor | None = None,
     columns: slice = ALL,
+    operators: Operators | None = None,
 ) -> tuple[Tensor, Tensor]:
     """adaLN of the residual stream: ``layer_norm(x) (1 + scale) + shift``, without weights, and ``x`` itself.
 
@@ -150,7 +151,11 @@ def modulated_norm(
     Args:
         x, branch: ``[s, b, h]``; shift, scale, gate: ``[b, h]``.
         columns: of ``shift``, ``scale`` and ``gate``, for their gradients, see :class:`Modulation`.
+        operators: what computes, with gradients of all columns; None: Triton, or torch's operators.
     """
+    operators = operators or adaln.fused_for(x)
+    if operators is not None:
+        return adaln.modulated_norm(operators, x, shift, scale, eps, branch, gate)
     if torch.compiler.is_compiling():
         x = x if branch is None or gate is None else torch.addcmul(x, branch, gate)
         return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale), x
@@ -206,16 +211,14 @@ class _ModulatedNorm(torch.autograd.Function):
         return d_x, d_shift, d_scale, None, d_branch, d_gate, None
 
 
-def scaled_add(
-    x: Tensor, y: Tensor, scale: Tensor, columns: slice = ALL, graphs: CompiledModulation | None = None
-) -> Tensor:
+def scaled_add(x: Tensor, y: Tensor, scale: Tensor, columns: slice = ALL, operators: Operators | None = None) -> Tensor:
     """``x + y scale``: ``x, y [s, b, h]``, ``scale [b, h]``; ``columns``, of ``scale``, as above.
 
-    ``graphs``: what makes the gradients, those of all columns; None: torch's operators.
+    ``operators``: what makes the gradients, those of all columns; None: Triton, or torch's operators.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return torch.addcmul(x, y, scale)
-    out: Tensor = _ScaledAdd.apply(x, y, scale, columns, graphs)
+    out: Tensor = _ScaledAdd.apply(x, y, scale, columns, operators or adaln.fused_for(x))
     return out
 
 
@@ -223,11 +226,9 @@ class _ScaledAdd(torch.autograd.Function):
     """``torch.addcmul``, whose backward pass would also multiply each factor by its ``value`` of 1."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, columns: slice, graphs: CompiledModulation | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, scale: Tensor, columns: slice, operators: Operators | None) -> Tensor:
         ctx.save_for_backward(y, scale)
-        ctx.columns, ctx.graphs = columns, graphs
+        ctx.columns, ctx.operators = columns, operators
         return torch.addcmul(x, y, scale)
 
     @staticmethod
@@ -235,8 +236,8 @@ class _ScaledAdd(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         y, scale = ctx.saved_tensors
         (grad,) = grads
-        if ctx.graphs is not None:
-            return grad, *ctx.graphs.scaled_add_backward(grad, y, scale), None, None
+        if ctx.operators is not None:
+            return grad, *ctx.operators.scaled_add_backward(grad, y, scale), None, None
         buffer = torch.empty_like(grad)
         d_scale = _over_tokens(grad, y, ctx.columns, buffer)
         return grad, _product(grad, scale, buffer), d_scale, None, None

@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from interpreted_adaln import ADALN
 from interpreted_benchmark import benchmark_checks, benchmark_measures
 from interpreted_heads import HEADS
 from interpreted_inputs import LAYOUTS, keys, normal, sliced, strided, table
@@ -474,7 +475,7 @@ CASES["rotary many heads"] = partial(rotary_case, torch.float32, 4, 4, False, 1,
 CASES["rotary ragged rest"] = partial(rotary_case, torch.float32, 11, 6, False, 0, 2, 1)
 CASES["rotary odd head dim"] = partial(rotary_case, torch.float32, 9, 6, False, 0, 2, 1)
 
-CASES |= UNUSUAL | LIBRARY | HEADS | ROWS | PAGED
+CASES |= UNUSUAL | LIBRARY | HEADS | ADALN | ROWS | PAGED
 CASES["Llama"] = partial(
     whole_model, position="rope", norm="rmsnorm", activation="swiglu", bias=False, kv_heads=2, qk_norm=True
 )

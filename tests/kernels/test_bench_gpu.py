@@ -35,7 +35,7 @@ ROWS = {
     "llama": "Llama, micro-batch 16",
     "plain": "Llama, ours over plain, 2",
     "float8": "2 blocks, 4 x 32, blockwise over bf16",
-    "dit": "DiT-XL/2, micro-batches of 64, compiled blocks",
+    "dit": "adaLN, (4096, 2, 3072), reference",
     "kernels": "rms_norm 256x16, 32 warps an SM",
     "products": "cpu Llama head, 8192 rows weight gradient, bf16",
     "attention": "Llama math views of [s, b, n, 3, d]",

@@ -25,6 +25,8 @@ STORE, WIDE_STORE = r"STG\.E", r"STG\.E\S*\.128"
 NARROW = {
     "norm_kernel": (12, 2),
     "norm_backward_kernel": (9, 2),
+    "modulated_norm_kernel": (0, 2),
+    "modulated_norm_backward_kernel": (6, 0),
     "partial_sums_kernel": (1, 1),
     "bias_gelu_sums_kernel": (0, 1),
     "norm_backward_parts_kernel": (5, 0),
@@ -49,7 +51,10 @@ NARROW = {
 # With Triton 3.6 numbers of the table come into each layout that uses them, past shared memory.
 NARROW_BEFORE_3_7 = {"attend_kernel": (27, 1)}
 # Walk over rows or tiles, of which the next ones are under way into shared memory while one is computed.
-AHEAD = {"norm_kernel", "norm_backward_kernel", "bias_gelu_sums_kernel", "token_losses_kernel", "square_sum_kernel"}
+AHEAD = {
+    "norm_kernel", "norm_backward_kernel", "modulated_norm_backward_kernel", "scaled_add_backward_kernel",
+    "bias_gelu_sums_kernel", "token_losses_kernel", "square_sum_kernel",
+}  # fmt: skip
 # The last, masked tile of a vocabulary that is no multiple of 16 is narrow, and only that.
 RAGGED_TILE = 32
 
@@ -83,6 +88,17 @@ def activations(features: int, activation: str) -> None:
     else:
         module.gated(meta(8192, 2 * features), activation)
         module.gated_backward(meta(8192, features), meta(8192, 2 * features), activation)
+
+
+def modulation(columns: int, dtype: torch.dtype) -> None:
+    """A norm of a residual sum, and what is added behind it, of 32 samples: shifts, scales and gates of one layer."""
+    from megatron_ds.kernels.triton import adaln as module
+
+    x, (shift, scale, gate) = meta(256, 32, columns, dtype=dtype), meta(32, 3, columns, dtype=dtype).unbind(1)
+    statistics = meta(8192, dtype=SINGLE), meta(8192, dtype=SINGLE)
+    module.modulated_norm(x, shift, scale, x, gate, 1e-6)
+    module.modulated_norm_backward(x, x, x, *statistics, scale, x, gate)
+    module.scaled_add_backward(x, x, scale)
 
 
 def dropout(features: int) -> None:
@@ -177,6 +193,9 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "rms_norm 128": lambda: norm(128, HALF, rms=True),
     "layer_norm 768 seam": lambda: norm(768, HALF, rms=False, sums=True),
     "rms_norm 2048 seam": lambda: norm(2048, HALF, rms=True, sums=True),
+    "adaLN 1152": lambda: modulation(1152, HALF),
+    "adaLN 8192": lambda: modulation(8192, HALF),
+    "adaLN 3072 fp32": lambda: modulation(3072, SINGLE),
     "swiglu 14336": lambda: activations(14336, "silu"),
     "bias_gelu 12288": lambda: activations(12288, "bias_gelu"),
     "dropout_add 4096": lambda: dropout(4096),

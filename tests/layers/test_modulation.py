@@ -39,11 +39,9 @@ def test_values_and_gradients_are_those_of_the_formula(
     def compute() -> tuple[Tensor, ...]:
         own = graphs if graphs is not None and graphs.takes(inputs[0]) else None
         if operator == "gate":
-            return (scaled_add(*inputs, graphs=own),)
+            return (scaled_add(*inputs, operators=own),)
         x, shift, scale, *sums = inputs
-        if own is not None:
-            return own.modulated_norm(x, shift, scale, 1e-6, *(sums or (None, None)))
-        return modulated_norm(x, shift, scale, 1e-6, *sums)
+        return modulated_norm(x, shift, scale, 1e-6, *sums, operators=own)
 
     if operator == "gate":
         expected: tuple[Tensor, ...] = (wide[0] + wide[1] * wide[2],)
@@ -83,8 +81,7 @@ def test_a_stream_in_half_precision_takes_modulation_in_fp32(branch: bool, compi
     wide = [torch.randn(shape, generator=generator).bfloat16().float().requires_grad_() for shape in shapes]
     inputs = [tensor.detach().to(torch.bfloat16 if len(tensor.shape) == 3 else torch.float32) for tensor in wide]
     x, shift, scale, *sums = (tensor.requires_grad_() for tensor in inputs)
-    norm = CompiledModulation().modulated_norm if compiled else modulated_norm
-    found = norm(x, shift, scale, 1e-6, *(sums or (None, None)))
+    found = modulated_norm(x, shift, scale, 1e-6, *sums, operators=CompiledModulation() if compiled else None)
     summed = wide[0] + wide[3] * wide[4] if branch else wide[0]
     expected = norm_by_formula(summed, wide[1], wide[2]), summed
     assert found[0].dtype == torch.float32

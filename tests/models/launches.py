@@ -17,8 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_ds.kernels import registry
 
 # Kernels of one call, where it is more than one: cuDNN's and flash attention's backward pass has three; partial sums of
-# squares are added up, and those of rows that many tokens add to; the maxima of tiles are reduced.
-KERNELS = {"_scaled_dot_product_flash_attention_backward": 3, "square_sum": 2, "add_rows_": 2, "float8_amax": 2}
+# squares are added up, those of rows that many tokens add to, and those over a sample's tokens; maxima of tiles are
+# reduced.
+KERNELS = {
+    "_scaled_dot_product_flash_attention_backward": 3, "square_sum": 2, "add_rows_": 2, "float8_amax": 2,
+    "modulated_norm_backward": 2, "scaled_add_backward": 2,
+}  # fmt: skip
 # Without a kernel: memory, and other looks at it.
 NOTHING = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach", "lift_fresh",

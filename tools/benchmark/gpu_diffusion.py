@@ -12,10 +12,13 @@ import gpu_steps
 import torch
 from diffusion import MODELS, batch_of
 from gpu_clock import Bench, Row
+from torch import Tensor
 
 from megatron_ds.config import from_dict
 from megatron_ds.config.diffusion import DiffusionRun
 from megatron_ds.config.read import read_toml
+from megatron_ds.kernels import registry
+from megatron_ds.layers.modulation import modulated_norm
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.dit_task import DiTTask
 from megatron_ds.train.build import build
@@ -38,6 +41,34 @@ def dit(bench: Bench) -> None:
     for title, compiled in (("fused kernels", False), ("compiled blocks", True)):
         measure = partial(steps, bench, compiled and not bench.tiny)
         gpu_steps.model_row(bench, f"DiT-XL/2, micro-batches of {MICRO_BATCH}, {title}", measure)
+    for shape in ((256, MICRO_BATCH, 1152), (4096, 2, 3072)):
+        for implementation in ("triton", "reference")[not bench.cuda :]:
+            bench.each(f"adaLN, {shape}, {implementation}", partial(adaln, bench, shape, implementation))
+
+
+def adaln(bench: Bench, shape: tuple[int, int, int], implementation: str) -> Row:
+    """A residual sum by a gate and its norm, ``[s, b, h]``; GB/s of streams that are read or written, each once."""
+    s, b, h = (bench.size(side, 16) for side in shape)
+    streams = [bench.normal(s, b, h).requires_grad_() for _ in range(2)]
+    vectors = bench.normal(b, 3, h).requires_grad_()
+
+    def forward() -> tuple[Tensor, Tensor]:
+        shift, scale, gate = vectors.unbind(1)
+        return modulated_norm(streams[0], shift, scale, 1e-6, streams[1], gate)
+
+    grads = [bench.normal(s, b, h) for _ in range(2)]
+
+    def both() -> None:
+        torch.autograd.grad(forward(), [*streams, vectors], grads)
+
+    with registry.use({"adaln": implementation}):
+        first = bench.milliseconds(forward)
+        second = bench.milliseconds(both) - first
+    stream = 2 * s * b * h / 1e6
+    return {
+        "forward ms": first, "forward GB/s": 4 * stream / first,
+        "backward ms": second, "backward GB/s": 6 * stream / max(second, 1e-9),
+    }  # fmt: skip
 
 
 def steps(bench: Bench, compiled: bool) -> Row:
