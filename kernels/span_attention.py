@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megatron_ds.kernels.alibi import Alibi
 from megatron_ds.kernels.cpu.attention_route import QUERIES
-from megatron_ds.kernels.cpu.onednn import widened_product
 
 _FEW = 32
 """Queries of a key/value head."""
@@ -68,8 +67,6 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     torch has no product of bf16 with a result in fp32 on a CPU. For few queries a second product, of what the rounded
     first one lacks, costs less than wider keys; where all scores are small it is not needed.
     """
-    if q.dtype is torch.bfloat16 and k.dtype is torch.float32:
-        return widened_product(q, k, scale)
     q = q.to(k.dtype)
     high = torch.baddbmm(q.new_empty(()), q, k, beta=0.0, alpha=scale)
     if q.dtype is not torch.bfloat16:

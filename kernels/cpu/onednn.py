@@ -8,8 +8,6 @@ kernels, oneDNN is about twice as fast for all three. Half precision takes oneDN
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -29,8 +27,6 @@ _BLOCK_ELEMENTS = 1 << 19
 """Of a weight gradient that are in memory beside their sum: few enough to be added from the cache."""
 _LEAST_ROWS = 128
 """Fewer rows of a wide gradient would take a sixth longer."""
-_LEAST_WIDENED = 1 << 22
-"""Multiplications of a batched product; oneDNN takes longer than BLAS for half as many."""
 
 
 def is_faster(x: Tensor) -> bool:
@@ -92,23 +88,6 @@ def packed(weight: Tensor) -> Tensor:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias``: ``[..., in]``, ``[out, in]``, ``[out]`` -> ``[..., out]``. Not differentiable."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def widened_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """``scale * left right`` in fp32: ``[b, m, k]`` bf16, and ``[b, k, n]`` that was bf16 before it became fp32.
-
-    oneDNN may multiply in bf16, which rounds neither, and takes half the time of a product in fp32 or less. Another
-    thread's products in fp32 may be rounded meanwhile: only steps of generation do this. A small one is left to BLAS.
-    """
-    if left.numel() * right.shape[2] < _LEAST_WIDENED:
-        return torch.baddbmm(right.new_empty(()), left.float(), right, beta=0.0, alpha=scale)
-    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        return torch.baddbmm(right.new_empty(()), left.float(), right, beta=0.0, alpha=scale)
-    finally:
-        matmul.fp32_precision = before
 
 
 MOST_INT8_PRODUCTS = (2**31 - 1) // 127**2

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.kernels.alibi import Alibi
-from megatron_ds.kernels.cpu.onednn import widened_product
 from megatron_ds.kernels.span_attention import span_attention, span_bias
 
 
@@ -72,15 +71,3 @@ def test_sharp_scores_are_as_exact_in_bf16_as_of_torch(texts: int, count: int, l
     want = fused(torch.float64)
     error, of_torch = ((x - want).norm() for x in (span_attention(q, k, v, bias).double(), fused(torch.bfloat16)))
     assert error < 2.0 * of_torch
-
-
-@pytest.mark.parametrize("texts", [3, 6])
-def test_products_of_widened_numbers_are_exact_and_leave_the_setting_alone(texts: int) -> None:
-    generator = torch.Generator().manual_seed(4)
-    q, k = (torch.randn(shape, generator=generator).bfloat16() for shape in ((texts, 96, 64), (texts, 64, 200)))
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    found = widened_product(q, k.float(), 0.125)
-    torch.testing.assert_close(found.double(), 0.125 * q.double() @ k.double(), rtol=0, atol=1e-5)
-    with pytest.raises(RuntimeError):
-        widened_product(q, k.float()[:, :5], 0.125)
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
