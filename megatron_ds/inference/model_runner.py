@@ -133,6 +133,8 @@ class ModelRunner:
     def _logits(self, hidden: Tensor) -> Tensor:
         if self._compiled is None:
             hidden = self.model.head_input(hidden)
+        if not len(hidden):  # of chunks of prompts nothing follows, and not all recipes multiply no rows
+            return hidden.new_empty(0, self.model.output_weight.shape[0])
         return self.model.local_logits(hidden, self.head_recipe.product)[:, 0]
 
     def _decoded(self, tokens: Tensor, positions: Tensor, step: PagedStep) -> Tensor:

@@ -78,14 +78,16 @@ def logprobs_of(scheme: str, ranks: int) -> Any:
     config = config_of("llama").model_copy(update={"hidden_size": 128, "ffn_hidden_size": 128, "vocab_multiple": 16})
     model = stage_of(config, mesh)
     head = quantize_model(model, scheme)
-    engine = engine_of(model, mesh)
+    engine = engine_of(model, mesh, budget=12)
     engine.runner = ModelRunner(model, mesh, CacheSize(64, 4, torch.float64), head)
     if mesh.rank > 0:
         engine.follow()
         return None
-    engine.add("a", [3, 1, 4, 1, 5], SamplingParams(temperature=0.0, max_tokens=6, logprobs=3))
+    # Of the prompt's first step no token follows: the head has no rows.
+    engine.add("a", [3, 1, 4, 1, 5] * 3, SamplingParams(temperature=0.0, max_tokens=6, logprobs=3))
     while engine.has_work:
-        output = engine.step()[0]
+        for output in engine.step():
+            assert output.request_id == "a"
     engine.stop()
     return output.outputs[0].token_ids, output.outputs[0].logprobs
 
