@@ -137,6 +137,18 @@ REFUSED: list[tuple[int, dict[str, dict[str, Any]], str]] = [
     ),
     (
         1,
+        {
+            "model": {
+                "position": "rope",
+                "rotary_dim": 2,
+                "rope_scaling": {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 4},
+            }
+        },
+        "model.rope_scaling.rope_type='dynamic' does nothing with 2 rotated dims of a head: they turn by 1 a token "
+        "for any model.rope_theta, which it raises; leave model.rope_scaling out",
+    ),
+    (
+        1,
         {"model": {"residual": "parallel", "norm_position": "post"}},
         "model.residual='parallel' with model.norm_position='post': attention and MLP side by side have their norms "
         "before them; use model.norm_position='pre', or model.residual='sequential'",

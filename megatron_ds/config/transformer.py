@@ -113,6 +113,11 @@ def rotary_faults(m: ModelConfig) -> Iterator[str]:
         yield f"rotary positions need an even {name}, not {rotated}; use {multiples_around(rotated, 2)}"
     if rotated > m.head_size:
         yield f"model.rotary_dim={m.rotary_dim} is more than the {m.head_size} dims of a head; use that or fewer"
+    if rotated == 2 and (m.rope_scaling or {}).get("rope_type") == "dynamic":
+        yield (
+            "model.rope_scaling.rope_type='dynamic' does nothing with 2 rotated dims of a head: they turn by 1 a token "
+            "for any model.rope_theta, which it raises; leave model.rope_scaling out"
+        )
 
 
 def _position_faults(m: ModelConfig, length: int) -> Iterator[str]:
