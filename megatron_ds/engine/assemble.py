@@ -23,7 +23,7 @@ from megatron_ds.engine.engine import Engine
 from megatron_ds.engine.loss_stage import LossStage, is_stage, loss_of_output
 from megatron_ds.engine.model_check import check_model
 from megatron_ds.engine.model_guard import require_trainable_dtype
-from megatron_ds.engine.without_memory import Filler, Weights, has_memory, take_places
+from megatron_ds.engine.without_memory import Filler, Weights, dtypes_of, has_memory, take_places
 from megatron_ds.engine.wrapped import plain_name, unwrapped
 from megatron_ds.errors import ConfigError
 from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
@@ -249,14 +249,13 @@ def mesh_of(config: EngineConfig, place: RankInfo, pp: int = 1) -> Mesh:
 @torch.no_grad()
 def _place_model(model: nn.Module, mesh: Mesh, dtype: torch.dtype | None) -> None:
     """On the device, in the dtype, and as on rank 0. Buffers keep their dtype: a rotary table must not be rounded."""
+    wanted = dtypes_of(model, dtype)
     for parameter in model.parameters():
-        if not has_memory(parameter):
-            continue
-        wanted = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
-        parameter.data = parameter.data.to(mesh.device, wanted)
+        if has_memory(parameter):
+            parameter.data = parameter.data.to(mesh.device, wanted[parameter])
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            module._buffers[name] = buffer.to(mesh.device)
+            module._buffers[name] = buffer.to(mesh.device, wanted.get(buffer, buffer.dtype))
     for tensor in [*model.parameters(), *model.buffers()]:
         if has_memory(tensor):
             comm.broadcast(tensor.data, mesh.data)

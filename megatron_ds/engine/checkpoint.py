@@ -37,6 +37,7 @@ _REMEDY = (
 
 
 def save(engine: Engine, directory: str | Path, client_state: dict[str, Any], keep_last: int | None) -> Path:
+    engine.take_unfrozen()  # whoever resumes has it unfrozen from the start
     flat_shards = engine.zero.flat_shards() + _own_buffers(engine)
     meta: dict[str, Any] = {
         "config": {"engine": engine.config.to_dict()},

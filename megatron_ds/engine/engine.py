@@ -282,12 +282,15 @@ class Engine(JoinableEngine, Files):
             return self._finished(self.train_step(taken, stop))
 
     def _require_ready(self) -> None:
-        """Before a step: what was unfrozen since the last one is trained from now on."""
-        if late := self._model_guard.late():
+        self.take_unfrozen()
+        self._require_intact()
+
+    def take_unfrozen(self) -> None:
+        """What was unfrozen since the last step is trained from now on; within a step it is left."""
+        if self._seed is None and (late := self._model_guard.late()):
             for parameter in late.values():
                 parameter.grad = None  # of a backward pass that no step took
             self.train_also(late)
-        self._require_intact()
 
     def _require_intact(self) -> None:
         _raise(self._model_guard.fault())

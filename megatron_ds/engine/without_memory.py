@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from megatron_ds.convert.folder import WeightFolder
 from megatron_ds.errors import CheckpointError, ConfigError, nearest
@@ -50,12 +51,27 @@ def empty_parameters() -> Iterator[None]:
 def take_places(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> bool:
     """Move meta parameters to the device, still without memory; the objects stay the same. False: there are none."""
     empty = [parameter for parameter in model.parameters() if parameter.is_meta]
+    wanted = dtypes_of(model, dtype)
     for parameter in empty:
-        wanted = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
-        place = torch.empty(parameter.shape, dtype=wanted, device=device)
+        place = torch.empty(parameter.shape, dtype=wanted[parameter], device=device)
         place.untyped_storage().resize_(0)
         torch.utils.swap_tensors(parameter, nn.Parameter(place, parameter.requires_grad))
     return bool(empty)
+
+
+def dtypes_of(model: nn.Module, dtype: torch.dtype | None) -> dict[Tensor, torch.dtype]:
+    """What each parameter is to be of, and each running statistic of a norm; ``dtype``: None leaves all as they are.
+
+    A norm with running statistics, as BatchNorm, has these and its parameters in fp32 where the rest is in half
+    precision: torch takes inputs in half precision only with both of them in fp32, or neither.
+    """
+    found: dict[Tensor, torch.dtype] = {}
+    for module in model.modules():
+        running = isinstance(module, _NormBase) and module.running_mean is not None
+        own = torch.promote_types(dtype, torch.float32) if running and dtype is not None else dtype
+        for tensor in [*module.parameters(recurse=False), *(module.buffers(recurse=False) if running else ())]:
+            found[tensor] = own if own is not None and tensor.is_floating_point() else tensor.dtype
+    return found
 
 
 def has_memory(parameter: Tensor) -> bool:

@@ -335,9 +335,14 @@ class FlatBucket:
             self.state.release(changed=found)
             self._looks = math.inf if found else self._looks - 1  # who writes once does so again
 
-    def keep_writes(self) -> None:
-        """Shard and master weights become what was written into the parameters; no peer may be reading the shard."""
+    def keep_writes(self, replaced: bool = False) -> None:
+        """Shard and master weights become what was written into the parameters; no peer may be reading the shard.
+
+        ``replaced``: or what they were given by ``parameter.data = ...``, where they are whole all the time, too.
+        """
         self._write_back()
+        if replaced and not self.parameters.transient:
+            take_replaced(self.layout.slots, self.tensors, self.parameters.whole)
         self.parameters.write_back()
         if self.gradients is not None and self.segments and (self.resident or self._is_written()):
             self._masters_follow(EVERYTHING)
@@ -352,12 +357,8 @@ class FlatBucket:
         """What was written is in the buffer, and in the shard where that is offloaded."""
         if not self.parameters.has_copy:
             return
-        whole, replaced = self.parameters.whole, False
-        start, size = whole.data_ptr(), whole.element_size()
-        for slot, parameter in zip(self.layout.slots, self.tensors):
-            if slot.numel and parameter.data_ptr() != start + slot.start * size:
-                take_replaced(slot.spec, parameter, whole.narrow(0, slot.start, slot.numel))
-                replaced = True
+        whole = self.parameters.whole
+        replaced = take_replaced(self.layout.slots, self.tensors, whole)
         arrived, digest = self._arrived, self._digest()
         differs = arrived is not None and digest is not None and bool(arrived != digest)
         if not self.parameters.holding.resident and (replaced or differs or self._is_written()):

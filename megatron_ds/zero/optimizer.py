@@ -286,7 +286,7 @@ class ZeroOptimizer(MovableParameters):
             if write:
                 self._meet()
                 for bucket in touched:
-                    bucket.keep_writes()
+                    bucket.keep_writes(replaced=True)
         if write:
             self._publish()
 

@@ -7,10 +7,13 @@ written. A version counter cannot tell: a write through ``.data`` has none. So t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from megatron_ds.shard import ShardSpec, shaped_as
+from megatron_ds.zero.buckets import Slot
 
 _CHUNK_CPU, _CHUNK = 1 << 19, 1 << 24  # elements compared at a time: of a cache, of a device's memory
 _EVERY = 509  # elements from one that is looked at to the next: a prime, so that they lie in all columns of a matrix
@@ -48,13 +51,24 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(*words) and torch.equal(one[whole:], other[whole:])
 
 
-def take_replaced(spec: ShardSpec, parameter: nn.Parameter, place: Tensor) -> None:
-    """A parameter whose memory was exchanged (``parameter.data = ...``) lies in ``place`` again, its part of a flat
-    buffer, with the new values.
+def take_replaced(slots: Sequence[Slot], parameters: Sequence[nn.Parameter], whole: Tensor) -> bool:
+    """Parameters whose memory was exchanged (``parameter.data = ...``) lie in a flat buffer again, with the new values.
+
+    Returns:
+        Whether there were any.
 
     Raises:
-        RuntimeError: its shape is another one now.
+        RuntimeError: the shape of one of them is another one now.
     """
+    replaced, start, size = False, whole.data_ptr(), whole.element_size()
+    for slot, parameter in zip(slots, parameters):
+        if slot.numel and parameter.data_ptr() != start + slot.start * size:
+            _take(slot.spec, parameter, whole.narrow(0, slot.start, slot.numel))
+            replaced = True
+    return replaced
+
+
+def _take(spec: ShardSpec, parameter: nn.Parameter, place: Tensor) -> None:
     shape = (*parameter.shape, 2) if parameter.is_complex() else tuple(parameter.shape)
     if shape != spec.local_shape:
         raise RuntimeError(

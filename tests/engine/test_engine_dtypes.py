@@ -163,6 +163,43 @@ def test_dtypes_that_cannot_be_trained_are_named() -> None:
     assert "make it complex64" in message(megatron_ds.initialize, model)
 
 
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), nn.Tanh(), nn.Conv1d(4, 3, 1))
+        self.norm = nn.InstanceNorm1d(3, affine=True, track_running_stats=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.net(x)).float().square().mean()
+
+
+@pytest.mark.parametrize(("dtype", "stage"), [("bf16", 1), ("bf16", 3), ("fp16", 2), ("fp64", 0)])
+def test_norms_with_running_statistics_are_computed_in_fp32_at_least(dtype: str, stage: int) -> None:
+    """As in plain torch with the norms in fp32: with half-precision weights torch takes no running mean in fp32."""
+    other = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}[dtype]
+    x = torch.randn(5, 2, 6, generator=torch.Generator().manual_seed(0)).to(other)
+    plain = Normed().to(other)
+    for norm in (plain.net[1], plain.norm) if dtype != "fp64" else ():
+        norm.float()
+    model = Normed()
+    config = {"precision": {"dtype": dtype}, "zero": {"stage": stage}}
+    engine = megatron_ds.initialize(model, config, torch.optim.SGD(model.parameters(), lr=0.1))
+    loss, want = engine(x), plain(x)
+    assert torch.equal(loss, want)
+    engine.backward(loss)
+    want.backward()
+    engine.step()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+    state = engine.state_dict()
+    for key, value in plain.state_dict().items():
+        assert state[key].dtype == value.dtype and torch.allclose(state[key], value, rtol=1e-2, atol=1e-3), key
+    plain.load_state_dict(state)
+    engine.eval()
+    assert torch.equal(engine(x), plain.eval()(x))
+    engine.close()
+
+
 class Small(nn.Module):
     """Its gradient is ``size``, which fp16 cannot hold unless it is scaled."""
 

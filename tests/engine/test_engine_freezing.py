@@ -222,6 +222,33 @@ def test_what_is_unfrozen_late_trains_as_in_plain_torch(ranks: int, apart: bool,
                 assert (state[key] - value).abs().max() < 1e-9, (ranks, stage, name, offload, key)
 
 
+def test_a_checkpoint_between_unfreezing_and_the_first_step_goes_on(tmp_path: Path) -> None:
+    states = []
+    for seed in (1, 9):
+        model = Adapted(seed)
+        model.body.requires_grad_(seed == 9)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        engine = megatron_ds.initialize(model, {}, optimizer, loss=lambda model, x: model(x))
+        if seed == 1:
+            engine.train_batch([samples(0)])
+            model.body.requires_grad_(True)
+            engine.save_checkpoint(tmp_path)
+        else:
+            engine.load_checkpoint(tmp_path)
+        engine.train_batch([samples(1)])
+        states.append(engine.state_dict())
+        engine.close()
+    plain = Adapted()
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    for step in range(2):
+        plain.body.requires_grad_(step == 1)
+        plain(samples(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for key, value in plain.state_dict().items():
+        assert all((state[key] - value).abs().max() < 1e-12 for state in states), key
+
+
 def test_what_is_unfrozen_in_the_middle_of_a_step_is_named() -> None:
     model = Adapted()
     engine = megatron_ds.initialize(model, {"accumulation": 2}, torch.optim.SGD(model.parameters()))

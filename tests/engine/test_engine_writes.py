@@ -169,7 +169,8 @@ def test_what_is_written_holds_where_parameters_are_offloaded(tmp_path: Path) ->
 
 
 def written_beside(stage: int) -> bool:
-    """A master weight has the digits that its parameter lacks, also after another one of its bucket was written."""
+    """A master weight has the digits that its parameter lacks, also after another one of its bucket was written. What
+    is written may be other memory, and trains on."""
     net = Net(torch.bfloat16).eval()
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-3)
     zero = {"stage": stage} if stage < 3 else {"stage": stage, "persistence_threshold": 1}
@@ -182,6 +183,14 @@ def written_beside(stage: int) -> bool:
         net.outer.linear.bias.data.fill_(0.5)
     assert (engine.get_parameter("outer.linear.bias") == 0.5).all()
     after = engine.get_parameter("outer.weight")
+    bias = net.outer.linear.bias
+    with engine.gathered([bias], write=True):
+        bias.data = bias.data + (1.0 if engine.mesh.rank == 0 else 2.0)  # other memory, at any stage
+    assert (engine.get_parameter("outer.linear.bias") == 1.5).all()
+    engine.backward(engine(batch(1).bfloat16()))
+    engine.step()
+    with engine.gathered():
+        assert torch.equal(bias.float(), engine.get_parameter("outer.linear.bias").bfloat16().float())
     return torch.equal(before, after) and not torch.equal(after, after.bfloat16().float())
 
 

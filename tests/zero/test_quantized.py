@@ -19,7 +19,7 @@ from megatron_ds.comm import quantized_buffers
 from megatron_ds.comm.quantized_buffers import Quantization
 from megatron_ds.config import OptimizerConfig, ZeroConfig
 from megatron_ds.config.zero import zero_faults
-from megatron_ds.kernels.quantized_blocks import BLOCK, LARGEST, pack
+from megatron_ds.kernels.quantized_blocks import BLOCK, LARGEST, pack, unpack
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import run_ranks
@@ -142,6 +142,16 @@ def on_the_grid() -> None:
 
 def test_on_the_grid_they_are_the_plain_collectives() -> None:
     run_ranks(on_the_grid, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", sorted(LARGEST))
+def test_the_largest_number_stays_finite_and_an_overflow_does_not(form: str, dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    rows = torch.tensor([[largest, 1.0], [-largest, 0.0], [torch.inf, 1.0], [torch.nan, 1.0]], dtype=dtype)
+    found = unpack(pack(rows, form), 2, form, dtype)
+    assert torch.allclose(found[:2, 0], rows[:2, 0], rtol=1e-6) and (found[:2, 1] == 0).all()
+    assert not found[2:].isfinite().any(), "an overflow is still seen"
 
 
 class Writes(nn.Module):
