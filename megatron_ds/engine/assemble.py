@@ -321,7 +321,7 @@ def _train_step(
     model: nn.Module,
     loss: Callable[[Any, Any], Tensor],
 ) -> TrainStep:
-    schedule = build_schedule("1f1b" if mesh.pp.size > 1 else "gpipe", mesh.pp.size, sizes.accumulation)
+    schedule = build_schedule("1f1b", mesh.pp.size, sizes.accumulation)
     device = mesh.device
     executor = Executor(
         schedule,

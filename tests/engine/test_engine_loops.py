@@ -125,6 +125,19 @@ def test_two_engines_in_a_gan_equal_plain_torch_and_ddp() -> None:
                 assert all(map(same, states, want)), case
 
 
+def test_a_step_keeps_the_activations_of_one_micro_batch() -> None:
+    """Each forward pass is followed by its backward pass, as in a loop: memory does not grow with the accumulation."""
+    passes: list[str] = []
+    model = nn.Linear(2, 1)
+    model.register_forward_hook(lambda *_: passes.append("forward"))
+    model.weight.register_hook(lambda _: passes.append("backward"))
+    config = {"accumulation": 3}
+    engine = megatron_ds.initialize(model, config, loss=lambda model, x: model(x).mean())
+    engine.train_batch(torch.ones(3, 4, 2))
+    assert passes == ["forward", "backward"] * 3
+    engine.close()
+
+
 # --- what zero_grad drops
 
 WAYS: dict[str, Callable[[Engine], object]] = {
