@@ -27,7 +27,7 @@ from megatron_ds.layers.attention import AttentionInputs
 from megatron_ds.layers.attention_cores import AttentionRules, MakeCore, make_core
 from megatron_ds.layers.embedding import VocabParallelEmbedding, lookup
 from megatron_ds.layers.linear import replicated_parameter
-from megatron_ds.layers.loss import Logits, capped, linear_cross_entropy
+from megatron_ds.layers.loss import Logits, linear_cross_entropy
 from megatron_ds.layers.norm import Norm
 from megatron_ds.layers.position import Rotary, alibi_slopes, rotary_table
 from megatron_ds.mesh import Mesh
@@ -286,7 +286,9 @@ class Transformer(nn.Module):
     def local_logits(self, x: Tensor, linear: Callable[..., Tensor] = F.linear) -> Tensor:
         """``[..., h] -> [..., v / tp]`` of the padded vocabulary, from what :meth:`head_input` gives."""
         scores = linear(x, self.output_weight, self.head.bias)
-        return scores if self.config.logit_softcap is None else capped(scores, self.config.logit_softcap)
+        cap = self.config.logit_softcap
+        # Not in place: torch cannot record such a tanh of half precision.
+        return scores if cap is None else scores.div_(cap).tanh().mul_(cap)
 
     def _embed(self, micro_batch: MicroBatch, inputs: AttentionInputs) -> Tensor:
         tokens = micro_batch["tokens"].t()

@@ -11,7 +11,7 @@ from served import VOCAB, config_of, engine_of, stage_of
 
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference import SamplingParams, compiled_stage, served_model
-from megatron_ds.inference.compiled_stage import CompiledDecoding, CompiledStage
+from megatron_ds.inference.compiled_stage import CompiledDecoding
 from megatron_ds.inference.model_runner import CacheSize, ModelRunner
 from megatron_ds.inference.packed_recipe import PackedWeight, pack_model
 from megatron_ds.inference.quantized_recipes import quantize_model
@@ -69,11 +69,12 @@ def test_a_family_is_recorded_as_it_computes(tmp_path: Path, name: str) -> None:
         assert mine == pytest.approx(theirs, abs=1e-5)  # a table of sines in fp32
 
 
-def test_half_precision_and_packed_weights_are_recorded(tmp_path: Path) -> None:
-    model = build("opt", tmp_path, torch.bfloat16)
+@pytest.mark.parametrize("name", ["opt", "gemma2"])
+def test_half_precision_and_packed_weights_are_recorded(tmp_path: Path, name: str) -> None:
+    model = build(name, tmp_path, torch.bfloat16)
     head = pack_model(model)
     assert isinstance(head, PackedWeight)
-    CompiledStage(model, compiled=False)
+    ModelRunner(model, Mesh.single(), CacheSize(4, 4, torch.bfloat16), head).compile(compiled=False)
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "int4"])
