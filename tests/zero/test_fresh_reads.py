@@ -25,10 +25,10 @@ def late(mesh: Mesh, method: str) -> Iterator[None]:
     """Rank 1 comes late to what changes a bucket."""
     real = getattr(FlatBucket, method)
 
-    def slow(bucket: FlatBucket, *arguments: object) -> object:
+    def slow(bucket: FlatBucket, *arguments: object, **named: object) -> object:
         if mesh.rank == 1:
             time.sleep(LATE / 10)
-        return real(bucket, *arguments)
+        return real(bucket, *arguments, **named)
 
     with patch.object(FlatBucket, method, slow):
         yield
