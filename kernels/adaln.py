@@ -19,12 +19,12 @@ MOST_COLUMNS = 8192
 
 
 class Operators(Protocol):
-    """Who computes: Triton (:data:`FUSED`), or graphs for a CPU."""
+    """Fused operators of adaLN: Triton kernels (:data:`FUSED`), or compiled graphs for a CPU."""
 
     def norm(
         self, x: Tensor, shift: Tensor, scale: Tensor, branch: Tensor | None, gate: Tensor | None, eps: float
     ) -> tuple[Tensor, ...]:
-        """The norm, mean and reciprocal deviation of each row, and with a branch the sum ``x + branch gate``."""
+        """The norm, mean and reciprocal deviation of each row; with a branch also the sum ``x + branch gate``."""
 
     def norm_backward(
         self,
@@ -37,28 +37,23 @@ class Operators(Protocol):
         branch: Tensor | None,
         gate: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        """Gradients of the stream, of shift and scale, and with a branch of that and its gate."""
+        """Gradients of the stream, of shift and of scale; with a branch also of that and of its gate."""
 
     def scaled_add_backward(self, grad: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
         """Of ``x + y scale``: the gradients of ``y`` and of ``scale``."""
 
 
 class _Fused:
-    """Two launches backward and one forward, where torch's operators take 13 and 4."""
+    """The Triton kernels. What there is with a branch alone comes empty without one."""
 
-    def norm(
-        self, x: Tensor, shift: Tensor, scale: Tensor, branch: Tensor | None, gate: Tensor | None, eps: float
-    ) -> tuple[Tensor, ...]:
-        out, summed, mean, rstd = torch.ops.megatron_ds.modulated_norm(x, shift, scale, branch, gate, eps)
-        return (out, mean, rstd) if branch is None else (out, mean, rstd, summed)
+    def norm(self, *arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.ops.megatron_ds.modulated_norm(*arguments))
 
     def norm_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = torch.ops.megatron_ds.modulated_norm_backward(*arguments)
-        return found[:3] if arguments[-1] is None else found
+        return tuple(torch.ops.megatron_ds.modulated_norm_backward(*arguments))
 
-    def scaled_add_backward(self, grad: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = torch.ops.megatron_ds.scaled_add_backward(grad, y, scale)
-        return found
+    def scaled_add_backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.ops.megatron_ds.scaled_add_backward(*arguments))
 
 
 FUSED: Operators = _Fused()
@@ -98,7 +93,7 @@ class _ModulatedNorm(torch.autograd.Function):
         gate: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         out, mean, rstd, *of_sum = operators.norm(x, shift, scale, branch, gate, eps)
-        summed = of_sum[0] if of_sum else x.view_as(x)
+        summed = x.view_as(x) if branch is None else of_sum[0]
         ctx.save_for_backward(summed, mean, rstd, scale, branch, gate)
         ctx.operators = operators
         return out, summed
@@ -107,31 +102,20 @@ class _ModulatedNorm(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_x, d_shift, d_scale, *of_sum = ctx.operators.norm_backward(*grads, *ctx.saved_tensors)
-        return None, d_x, d_shift, d_scale, None, *(of_sum or (None, None))
+        return None, d_x, d_shift, d_scale, None, *((None, None) if ctx.saved_tensors[-1] is None else of_sum)
 
 
-def _fake_norm(
-    x: Tensor, shift: Tensor, scale: Tensor, branch: Tensor | None, gate: Tensor | None, eps: float
-) -> tuple[Tensor, ...]:
+def _fake_norm(x: Tensor, shift: Tensor, scale: Tensor, branch: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(x.dtype, scale.dtype)
-    statistics = [x.new_empty(x.shape[0] * x.shape[1], dtype=torch.float32) for _ in range(2)]
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(0 if branch is None else x.shape, dtype=dtype), *statistics
+    mean, rstd = (x.new_empty(x.shape[0] * x.shape[1], dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape, dtype=dtype), mean, rstd, x.new_empty(0 if branch is None else x.shape, dtype=dtype)
 
 
 def _fake_norm_backward(
-    grad: Tensor,
-    d_summed: Tensor,
-    summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    scale: Tensor,
-    branch: Tensor | None,
-    gate: Tensor | None,
+    grad: Tensor, d_summed: Tensor, summed: Tensor, mean: Tensor, rstd: Tensor, scale: Tensor, *of_sum: Tensor | None
 ) -> tuple[Tensor, ...]:
-    of_sum = (summed.new_empty(0), scale.new_empty(0)) if branch is None else (branch.new_empty(branch.shape), scale)
-    return tuple(
-        torch.empty_like(each, memory_format=torch.contiguous_format) for each in (summed, scale, scale, *of_sum)
-    )
+    branch, gate = (of[:0] if given is None else given for of, given in zip((summed, scale), of_sum))
+    return tuple(like.new_empty(like.shape) for like in (summed, scale, scale, branch, gate))
 
 
 define(

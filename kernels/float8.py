@@ -84,7 +84,10 @@ class Float8:
         return Float8(self.values.transpose(0, 1).reshape(-1, k), scale, Block(1, self.block.k))
 
     def joined(self) -> Float8:
-        """``[g, rows, k] -> [rows, g * k]``, in blocks along k, which divide it: of a scale that spans k, CUDA's."""
+        """Concatenates the groups along k: ``[g, rows, k] -> [rows, g * k]``. Blocks divide k.
+
+        A scale that spans k is repeated for each block of 128, which a product may change scales at.
+        """
         groups, rows, k = self.values.shape
         side = self.block.k or CUDA_BLOCK
         scale = self.scale.expand(groups, rows, k // side).transpose(1, 2).reshape(-1, rows).t()  # as CUDA wants them

@@ -93,7 +93,7 @@ def product(a: Float8, b: Float8, out: torch.dtype) -> Tensor:
         call = scaled_product(a, b) if torch_multiplies(a.values.device, blocks) else None
         if call is not None:
             return call(out)
-        if blocks and _twin_multiplies(a, b, out):
+        if blocks and a.block.k == b.block.k and _twin_multiplies(a, b, out):
             rows = [x.block.rows or x.values.shape[0] for x in (a, b)]
             values, scales = (a.values, b.values), (a.scale, b.scale)
             result: Tensor = torch.ops.megatron_ds.float8_block_product(*values, *scales, *rows, a.block.k, out)
@@ -105,13 +105,12 @@ def product(a: Float8, b: Float8, out: torch.dtype) -> Tensor:
 def sum_of_products(a: Float8, b: Float8, out: torch.dtype) -> Tensor:
     """The sum over ``g`` of ``a @ b.T``: ``[g, m, k]``, ``[g, n, k] -> [m, n]``, with scales of rows or whole tensors.
 
-    One product where a GPU multiplies blocks along k: else each but the first is written and read to be added.
+    One product where a GPU multiplies blocks along k. Otherwise each product is written and read again to be added.
     """
     groups, k = a.values.shape[0], a.values.shape[-1]
-    if groups > 1 and out != torch.float64 and k % (a.block.k or CUDA_BLOCK) == 0:
-        first, second = a.joined(), b.joined()
-        if torch_multiplies(a.values.device, True) or _twin_multiplies(first, second, out):
-            return product(first, second, out)
+    whole_blocks = out != torch.float64 and k % (a.block.k or CUDA_BLOCK) == 0
+    if groups > 1 and whole_blocks and (torch_multiplies(a.values.device, True) or _twin_multiplies(a, b, out)):
+        return product(a.joined(), b.joined(), out)
     total = product(a.group(0), b.group(0), out)
     for number in range(1, groups):
         total.add_(product(a.group(number), b.group(number), out))
@@ -128,7 +127,7 @@ def torch_multiplies(device: torch.device, blocks: bool) -> bool:
 
 def _twin_multiplies(a: Float8, b: Float8, out: torch.dtype) -> bool:
     one = torch.empty(1, dtype=out, device=a.values.device)  # the op is asked by what it is to write
-    return a.block.k == b.block.k and takes_twin(one, a.block) and takes_twin(one, b.block)
+    return takes_twin(one, a.block) and takes_twin(one, b.block)
 
 
 def _multiple(values: Tensor) -> Tensor:

@@ -46,8 +46,8 @@ def pack(x: Tensor, form: str, keys: Tensor | None = None) -> Tensor:
     blocks = F.pad(x.to(wide), (0, -x.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     scale = blocks.abs().amax(2, keepdim=True) / LARGEST[form]
     # A quotient that was rounded up times what it was divided by is Inf, where there was the largest finite number.
-    largest = torch.full_like(scale, torch.finfo(wide).max) / LARGEST[form]
-    scale = torch.where(scale == largest, largest.nextafter(torch.zeros_like(scale)), scale)
+    largest = scale.new_full((), torch.finfo(wide).max) / LARGEST[form]
+    scale = torch.where(scale == largest, largest.nextafter(torch.zeros_like(largest)), scale)
     relative = blocks / torch.where(scale == 0, torch.ones_like(scale), scale)
     if form == "fp8":
         values = relative.to(E4M3).view(torch.uint8)

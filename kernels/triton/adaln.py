@@ -121,7 +121,7 @@ def _programs(x: Tensor, tokens: int, batch: int, warps: int) -> int:
 def modulated_norm(
     x: Tensor, shift: Tensor, scale: Tensor, branch: Tensor | None, gate: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The norm, the sum (empty without a branch), and mean and reciprocal deviation of each row of that."""
+    """The norm, mean and reciprocal deviation of each row, and the sum (empty without a branch)."""
     rows, (batch, columns) = as_rows(x), x.shape[1:]
     added = None if branch is None else as_rows(branch)
     vectors = [None if each is None else unit_stride(each) for each in (shift, scale, gate)]
@@ -135,7 +135,7 @@ def modulated_norm(
                 rows, added, *vectors, out, summed, mean, rstd, *_strides(rows, added, *vectors), batch, columns, eps,
                 HAS_BRANCH=added is not None, BLOCK=block, num_warps=warps,
             )  # fmt: skip
-    return out, summed, mean, rstd
+    return out, mean, rstd, summed
 
 
 def modulated_norm_backward(

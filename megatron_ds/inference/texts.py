@@ -18,7 +18,7 @@ Prompt = str | Sequence[int]
 
 
 class Texts:
-    """What a model's folder says of texts.
+    """A model's tokenizer and chat template.
 
     Args:
         model: whose they are, for messages.
