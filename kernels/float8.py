@@ -169,13 +169,17 @@ def quantize(x: Tensor, amax: Tensor | None, block: Block, dtype: torch.dtype, p
     """
     if (amax is None or block.k is None) and takes_twin(x, block):
         return _twin(x, (amax, amax), block, dtype, power_of_two, True, False)[0]
-    limit = torch.finfo(dtype).max
     scale = scale_of(block_amax(x, block) if amax is None else amax, dtype, power_of_two)
     wide = x if x.dtype == torch.float64 else x.float()
     rows, k = x.shape[-2:]
-    scaled = wide / spread(scale.to(wide.dtype), rows, k, block)
-    # Row-major whatever ``x`` is, as Triton's: how a product sums may depend on where its operands lie.
-    return Float8(scaled.clamp(-limit, limit).to(dtype).contiguous(), scale, block)
+    cast = torch.ops.megatron_ds.float8_plain_cast if torch.compiler.is_compiling() else _plain_cast
+    return Float8(cast(wide, spread(scale.to(wide.dtype), rows, k, block), dtype), scale, block)
+
+
+def _plain_cast(wide: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Row-major whatever ``wide`` is, as Triton's: how a product sums may depend on where its operands lie."""
+    limit = torch.finfo(dtype).max
+    return (wide / scale).clamp(-limit, limit).to(dtype).contiguous()
 
 
 def quantize_both(
@@ -295,6 +299,11 @@ define(
     "float8_scale(Tensor amax, ScalarType dtype, bool power_of_two) -> Tensor",
     _scale_of,
     lambda amax, *how: torch.empty_like(amax),
+)
+define(
+    "float8_plain_cast(Tensor wide, Tensor scale, ScalarType dtype) -> Tensor",
+    _plain_cast,
+    lambda wide, scale, dtype: wide.new_empty(wide.shape, dtype=dtype),
 )
 define(
     "float8_amax(Tensor x, bool whole, bool plain, bool transposed) -> (Tensor, Tensor)",

@@ -174,5 +174,9 @@ def test_a_compiler_leaves_scales_alone() -> None:
         amax = block_amax(x, Block(1, None))
         compiled = torch.compile(scale_of, backend=backend, fullgraph=True)(amax, E4M3, power_of_two)
         assert torch.equal(compiled, scale_of(amax, E4M3, power_of_two))
-    assert len(graphs) == 2
+        cast = torch.compile(quantize, backend=backend, fullgraph=True)(x.t(), None, Block(4, 4), E4M3, power_of_two)
+        want = quantize(x.t(), None, Block(4, 4), E4M3, power_of_two)
+        assert torch.equal(cast.values.float(), want.values.float()) and cast.values.stride() == want.values.stride()
+    assert len(graphs) == 4
     assert all("float8_scale" in graph and "div" not in graph for graph in graphs)
+    assert all("float8_plain_cast" in graph for graph in graphs[1::2])
