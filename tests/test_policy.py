@@ -276,7 +276,6 @@ MOST_LINES, MOST_ARGUMENTS = 60, 10
 # Whose arguments another library names.
 NAMED_ELSEWHERE = {
     "auto_values",
-    "megatron_ds/inference/llm.py:__init__",
     "megatron_ds/integrations/deepspeed/start.py:initialize",
     "variable",
 }

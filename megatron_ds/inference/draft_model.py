@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_ds.config import ModelConfig
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference import served_model
 from megatron_ds.inference.batching import Plan, Span
@@ -40,13 +41,13 @@ class DraftModel:
         self._followed: dict[tuple[str, int], Sequence] = {}  # samples as this model knows them, with blocks of its own
 
     @staticmethod
-    def find(path: str | Path, vocab_size: int) -> served_model.Source:
-        """Raises :class:`ConfigError` where the model at ``path`` cannot guess tokens of this vocabulary."""
+    def find(path: str | Path, of: ModelConfig) -> served_model.Source:
+        """Raises :class:`ConfigError` where the model at ``path`` cannot guess tokens of the model ``of``."""
         source = served_model.find(path)
-        if source.config.vocab_size != vocab_size:
+        if source.config.vocab_size != of.vocab_size:
             raise ConfigError(
                 f"speculative_model={str(path)!r} has a vocabulary of {source.config.vocab_size} tokens and the model "
-                f"one of {vocab_size}; it has to guess the same tokens"
+                f"one of {of.vocab_size}; it has to guess the same tokens"
             )
         return source
 

@@ -12,8 +12,8 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -30,24 +30,9 @@ from megatron_ds.inference.openai_answers import Answers
 from megatron_ds.inference.openai_protocol import BadRequest, Call, read_call
 from megatron_ds.inference.outputs import RequestOutput
 from megatron_ds.inference.serving_engine import PromptTooLongError
+from megatron_ds.inference.serving_options import ServerOptions
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one server takes on.
-
-    Attributes:
-        requests: prompts that are served or wait at one time; more are told to come back later (429).
-        body_bytes: of a request. seconds: that a request may take; then it is ended.
-        api_key: that clients must give; None: none.
-    """
-
-    requests: int = 256
-    body_bytes: int = 4 << 20
-    seconds: float = 600.0
-    api_key: str | None = None
 
 
 class EngineThread:
@@ -118,10 +103,11 @@ class EngineThread:
 
 
 class Server:
-    """The application: ``app`` is ASGI. Args: ``model``, the name under which clients ask for the model."""
+    """The application: ``app`` is ASGI."""
 
-    def __init__(self, llm: LLM, model: str, limits: Limits | None = None):
-        self.llm, self.model, self.limits = llm, model, limits or Limits()
+    def __init__(self, llm: LLM, options: ServerOptions):
+        self.llm, self.options = llm, options
+        self.model = options.served_model_name or Path(llm.options.model).resolve().name
         self.engine = EngineThread(llm)
         self.started = int(time.time())
         self.refused = 0
@@ -152,7 +138,7 @@ class Server:
 
     def _guarded(self, endpoint: Callable[[Request], Any]) -> Callable[[Request], Any]:
         async def guarded(request: Request) -> Response:
-            key = self.limits.api_key
+            key = self.options.api_key
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             if key is not None and not hmac.compare_digest(given.encode(), key.encode()):
                 raise BadRequest("give the server's API key as a bearer token", None, 401, "invalid_api_key")
@@ -206,12 +192,12 @@ class Server:
     async def _answer(self, request: Request, chat: bool) -> Response:
         body = await self._json(request)
         call = read_call(body, chat, self.model, self.llm.texts, self.llm.suggested)
-        if self.engine.under_way + len(call.prompts) > self.limits.requests:
+        if self.engine.under_way + len(call.prompts) > self.options.max_requests:
             self.refused += 1
             raise BadRequest(f"{self.engine.under_way} requests are under way; come back later", status=429)
         if self.engine.failure is not None:
             raise BadRequest("the engine has failed; see /health", status=503)
-        served = _Served(self.engine, call, self.limits.seconds)
+        served = _Served(self.engine, call, self.options.request_timeout)
         answers = Answers(call, self.llm.texts)
         if call.stream:
             first = await self._first(request, served)
@@ -240,9 +226,8 @@ class Server:
             async with asyncio.timeout(30):
                 async for chunk in request.stream():
                     data += chunk
-                    if len(data) > self.limits.body_bytes:
-                        most = self.limits.body_bytes
-                        raise BadRequest(f"the body is longer than {most} bytes", status=413)
+                    if len(data) > self.options.max_body_mb * 1e6:
+                        raise BadRequest(f"the body is longer than {self.options.max_body_mb} MB", status=413)
             return json.loads(data)
         except TimeoutError:
             raise BadRequest("the body has not come within 30 s", status=408) from None

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_ds import comm
 from megatron_ds.errors import ConfigError
+from megatron_ds.inference.serving_options import EngineOptions
 from megatron_ds.mesh import Axis, Mesh, MeshShape, init_process_group
 
 FOREVER = 10 * 365 * 86400.0
@@ -24,29 +24,22 @@ FOREVER = 10 * 365 * 86400.0
 class Ranks:
     """The mesh of a served model.
 
-    Args:
-        shape: of the mesh; settings: of the :class:`~megatron_ds.inference.llm.LLM`, for the ranks that are started.
-        place: (rank, port of the store) of a rank that was started so; None: the first one.
+    Ranks that this process starts find their places where ``torchrun`` puts those of its own: in the environment.
     """
 
-    def __init__(self, shape: MeshShape, device: str, settings: Mapping[str, Any], place: tuple[int, int] | None):
+    def __init__(self, options: EngineOptions):
         self._children: list[subprocess.Popen[bytes]] = []
         self.owns_group = False
-        world, by_torchrun = shape.world_size, int(os.environ.get("WORLD_SIZE", "1")) > 1
-        rank = place[0] if place is not None else int(os.environ.get("RANK", "0")) if by_torchrun else 0
-        local = int(os.environ.get("LOCAL_RANK", "0")) if by_torchrun and place is None else rank
-        self.device = _device(device, local)
+        shape = MeshShape(pp=options.pipeline_parallel_size, tp=options.tensor_parallel_size)
+        world, started = shape.world_size, int(os.environ.get("WORLD_SIZE", "1")) > 1
+        rank, local = (int(os.environ.get(name, "0")) if started else 0 for name in ("RANK", "LOCAL_RANK"))
+        self.device = _device(options.device, local)
         if world > 1 and not dist.is_initialized():
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            if by_torchrun and place is None:
-                store: dist.Store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world)
-            else:
-                wait = timedelta(seconds=600)
-                port = place[1] if place is not None else 0
-                store = dist.TCPStore("127.0.0.1", port, world, rank == 0, wait, wait_for_workers=False)
-                if rank == 0:
-                    self._children = [_start(other, store.port, settings) for other in range(1, world)]
-            init_process_group(backend, rank, world, store, FOREVER)
+            address, port = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if started else ("127.0.0.1", 0)
+            store = dist.TCPStore(address, port, world, not started, timedelta(seconds=600), wait_for_workers=False)
+            if not started:
+                self._children = [_start(other, world, store.port, options) for other in range(1, world)]
+            init_process_group("nccl" if self.device.type == "cuda" else "gloo", rank, world, store, FOREVER)
             self.owns_group = True
         if world > 1 and dist.get_world_size() != world:
             raise ConfigError(
@@ -74,8 +67,6 @@ class Ranks:
 
 
 def _device(wanted: str, local: int) -> torch.device:
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"device={wanted!r}; use 'auto', 'cpu' or 'cuda'")
     count = torch.cuda.device_count() if torch.cuda.is_available() and wanted != "cpu" else 0
     if wanted == "cuda" and local >= count:
         raise ConfigError(f"device='cuda', but there are {count} GPUs; use device='cpu', or fewer ranks")
@@ -85,9 +76,12 @@ def _device(wanted: str, local: int) -> torch.device:
     return torch.device("cpu")
 
 
-def _start(rank: int, port: int, settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "megatron_ds.inference.follower", str(rank), str(port), json.dumps(settings)]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+def _start(rank: int, world: int, port: int, options: EngineOptions) -> subprocess.Popen[bytes]:
+    settings = json.dumps(options.engine_arguments(), default=str)
+    command = [sys.executable, "-m", "megatron_ds.inference.follower", settings]
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
 
 
 def from_first(axis: Axis, value: Any) -> Any:

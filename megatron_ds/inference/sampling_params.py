@@ -7,11 +7,11 @@ from dataclasses import fields
 from functools import cached_property
 from typing import Annotated, Any
 
-import pydantic
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
 from megatron_ds.errors import ConfigError
+from megatron_ds.inference.checked_settings import CheckedSettings
 from megatron_ds.inference.structured import form_faults
 
 _SUGGESTED = (
@@ -54,8 +54,8 @@ _Stops = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict
 _Biases = dict[int, Annotated[float, Field(ge=-100.0, le=100.0)]]
 
 
-@dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False, extra="forbid"))
-class SamplingParams:
+@dataclass(frozen=True)
+class SamplingParams(CheckedSettings):
     """The order in which they act: ``logit_bias``, penalties, ``min_tokens``, temperature, top-k, top-p, min-p.
 
     Attributes:
@@ -106,15 +106,6 @@ class SamplingParams:
     structured_outputs: Any = None
     skip_special_tokens: bool = True
     detokenize: bool = True
-
-    @pydantic.model_validator(mode="wrap")
-    @classmethod
-    def _as_config_error(cls, given: Any, validate: pydantic.ModelWrapValidatorHandler[SamplingParams]) -> Any:
-        try:
-            return validate(given)
-        except pydantic.ValidationError as error:
-            faults = (f"{e['loc'][0]}={e['input']!r:.100}: {e['msg']}" for e in error.errors())
-            raise ConfigError("; ".join(faults)) from None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

@@ -31,13 +31,6 @@ from megatron_ds.pipeline.stage import stage_spans
 from megatron_ds.shard import spec_of
 from megatron_ds.shard.flat_shards import FlatShard
 
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-
 
 @dataclass(frozen=True)
 class Source:
@@ -187,8 +180,6 @@ def build(source: Source, mesh: Mesh, dtype: torch.dtype) -> Transformer:
 
 def require_split(c: ModelConfig, tp: int, pp: int) -> None:
     """Raises :class:`ConfigError` where a model cannot be split over ``tp x pp`` ranks."""
-    if tp < 1 or pp < 1:
-        raise ConfigError(f"tensor_parallel_size={tp} and pipeline_parallel_size={pp} must be 1 or more")
     if c.num_heads % tp or c.padded_vocab % tp or c.ffn_size % tp or (c.num_kv_heads % tp and tp % c.num_kv_heads):
         raise ConfigError(
             f"tensor_parallel_size={tp} does not divide {c.num_heads} heads, {c.num_kv_heads} key/value heads, a "

@@ -29,8 +29,9 @@ from megatron_ds.inference import LLM, SamplingParams
 from megatron_ds.inference.detokenizer import Detokenizer
 from megatron_ds.inference.openai_answers import Answers
 from megatron_ds.inference.openai_protocol import Call
-from megatron_ds.inference.openai_server import Limits, Server
+from megatron_ds.inference.openai_server import Server
 from megatron_ds.inference.outputs import CompletionOutput, RequestOutput
+from megatron_ds.inference.serving_options import ServerOptions
 from megatron_ds.inference.texts import Texts
 
 TEMPLATE = (
@@ -44,7 +45,7 @@ class Running:
 
     def __init__(self, folder: Path, **limits: Any):
         self.llm = LLM(folder, num_blocks=40, block_size=8, max_model_len=120, max_num_seqs=8)
-        self.server = Server(self.llm, "tiny", Limits(api_key=KEY, **limits))
+        self.server = Server(self.llm, ServerOptions(api_key=KEY, served_model_name="tiny", **limits))
         listening = socket.socket()
         listening.bind(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
@@ -100,7 +101,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(folder: Path) -> Iterator[Running]:
-    server = Running(folder, requests=64, body_bytes=200_000)
+    server = Running(folder, max_requests=64, max_body_mb=0.2)
     yield server
     server.close()
 
@@ -477,7 +478,7 @@ def test_an_answer_in_one_piece_is_told_of_once(running: Running, monkeypatch: p
 
 
 def test_more_than_the_server_takes_is_told_to_come_back(folder: Path) -> None:
-    server = Running(folder, requests=2)
+    server = Running(folder, max_requests=2)
     try:
         assert server.post("/v1/completions", b'{"prompt": ["a", "b", "c"]}')[0] == 429
         assert server.post("/v1/completions", b'{"prompt": ["a", "b"], "max_tokens": 1}')[0] == 200

@@ -86,5 +86,5 @@ def test_a_folder_is_served_with_it(tmp_path: Path) -> None:
         caches = [llm.engine.runner.cache.keys[0] for llm in (plain, less)]
         assert caches[1].data.nbytes * 2 == caches[0].data.nbytes
         assert len(less.generate([[5, 6, 7, 8]], params, use_tqdm=False)[0].outputs[0].token_ids) == 8
-    with pytest.raises(ConfigError, match=r"kv_cache_dtype='int8'; use 'auto' or one of .*'fp8'"):
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype='int8': Input should be 'auto', .*'fp8'"):
         LLM(folder, kv_cache_dtype="int8")

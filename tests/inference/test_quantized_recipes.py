@@ -124,7 +124,7 @@ def test_a_served_model_stays_near_itself_and_gives_memory_back(tmp_path: Path, 
 
 def test_schemes_and_layers_that_do_not_go_together(tmp_path: Path) -> None:
     _llama(hidden_size=24).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="quantization='int5'; use one of 'int8', 'w8a8', 'fp8', 'int4'"):
+    with pytest.raises(ConfigError, match="quantization='int5': Input should be 'int8', 'w8a8', 'fp8' or 'int4'"):
         LLM(tmp_path, quantization="int5")
     with pytest.raises(ConfigError, match="24 on a rank; use 'int8'"):
         LLM(tmp_path, quantization="int4")
