@@ -37,6 +37,7 @@ LONGROPE = {
     "long_factor": [1.0, 2.0],
 }  # fmt: skip
 
+CONTEXT = {"original_max_position_embeddings": 8}
 BY_SIX = {"vocab_multiple": 6}  # what six tensor-parallel ranks can split
 
 
@@ -146,6 +147,35 @@ REFUSED: list[tuple[int, dict[str, dict[str, Any]], str]] = [
         },
         "model.rope_scaling.rope_type='dynamic' does nothing with 2 rotated dims of a head: they turn by 1 a token "
         "for any model.rope_theta, which it raises; leave model.rope_scaling out",
+    ),
+    (
+        1,
+        {
+            "model": {
+                "position": "rope",
+                "rope_scaling": {"factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 2.0, **CONTEXT},
+            }
+        },
+        "model.rope_scaling.high_freq_factor=2.0 should be above low_freq_factor=2.0: wavelengths between the two are "
+        "blended",
+    ),
+    (
+        1,
+        {
+            "model": {
+                "position": "rope",
+                "rope_theta": 1.0,
+                "rope_scaling": {"rope_type": "yarn", "factor": 8.0, **CONTEXT},
+            }
+        },
+        "model.rope_theta=1.0 makes all wavelengths one, of which model.rope_scaling.rope_type='yarn' would stretch "
+        "the long ones; use another rope_theta, or 'linear'",
+    ),
+    (
+        1,
+        {"model": {"position": "rope", "head_dim": 4, "rope_scaling": {**LONGROPE, **dict.fromkeys(CONTEXT, 1)}}},
+        "model.rope_scaling.original_max_position_embeddings=1 should be above 1: by its logarithm longrope "
+        "scales cos and sin; or give attention_factor",
     ),
     (
         1,

@@ -118,6 +118,29 @@ def rotary_faults(m: ModelConfig) -> Iterator[str]:
             "model.rope_scaling.rope_type='dynamic' does nothing with 2 rotated dims of a head: they turn by 1 a token "
             "for any model.rope_theta, which it raises; leave model.rope_scaling out"
         )
+    if m.position == "rope" and m.rope_scaling is not None:
+        found = list(_scaling_faults(dict(m.rope_scaling), rotated // 2))
+        yield from found or _undefined_angles(m.rope_scaling, m.rope_theta)
+
+
+def _undefined_angles(scaling: Mapping[str, Any], theta: float) -> Iterator[str]:
+    """Where the formula of a scaling divides by zero, or a blend runs backwards."""
+    kind = scaling.get("rope_type", "llama3")
+    if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+        yield (
+            f"model.rope_scaling.high_freq_factor={scaling['high_freq_factor']} should be above "
+            f"low_freq_factor={scaling['low_freq_factor']}: wavelengths between the two are blended"
+        )
+    if kind == "yarn" and theta == 1.0:
+        yield (
+            "model.rope_theta=1.0 makes all wavelengths one, of which model.rope_scaling.rope_type='yarn' would "
+            "stretch the long ones; use another rope_theta, or 'linear'"
+        )
+    if kind == "longrope" and "attention_factor" not in scaling and scaling[_CONTEXT] <= 1:
+        yield (
+            f"model.rope_scaling.{_CONTEXT}={scaling[_CONTEXT]} should be above 1: by its logarithm longrope "
+            "scales cos and sin; or give attention_factor"
+        )
 
 
 def _position_faults(m: ModelConfig, length: int) -> Iterator[str]:
@@ -127,8 +150,6 @@ def _position_faults(m: ModelConfig, length: int) -> Iterator[str]:
             "model.position='alibi' with model.family='bert': ALiBi's bias is for tokens that look back; use "
             "'learned', 'rope' or 'none'"
         )
-    if m.rope_scaling is not None:
-        yield from _scaling_faults(dict(m.rope_scaling), (m.rotary_dim or m.head_size) // 2)
     if m.position == "learned" and length > m.max_positions:
         yield (
             f"train.sequence_length={length} is longer than model.max_positions={m.max_positions}; "

@@ -18,6 +18,7 @@ from megatron_ds.checkpoint.meta import model_config
 from megatron_ds.checkpoint.reader import Checkpoint
 from megatron_ds.checkpoint.stream import FILE_BYTES, Plan
 from megatron_ds.config import ModelConfig
+from megatron_ds.config.transformer import rotary_faults
 from megatron_ds.convert import carried_files
 from megatron_ds.convert.architecture import Architecture, architecture_of, choose
 from megatron_ds.convert.conversion import (
@@ -134,6 +135,8 @@ def described(source: HFFolder, vocab_multiple: int | None = None) -> tuple[Arch
         config = ModelConfig(**fields)
     except pydantic.ValidationError as error:
         raise ConfigError(f"{source.path / 'config.json'} describes a model that is not supported: {error}") from error
+    if faults := list(rotary_faults(config)):
+        raise ConfigError(f"{source.path / 'config.json'} describes what cannot be computed: {'; '.join(faults)}")
     # Written out, so that what was left to a default reads the same as what was given.
     sizes = {"kv_heads": config.num_kv_heads, "head_dim": config.head_size, "ffn_hidden_size": config.ffn_size}
     return architecture, config.model_copy(update=sizes)

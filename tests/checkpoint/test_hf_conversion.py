@@ -235,6 +235,12 @@ def test_a_model_that_hugging_face_cannot_express(tmp_path: Path, model: dict[st
         ),
         ("llama-gqa", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "without original_max_position_emb"),
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'.* known: 'default', 'longrope'$"),
+        (
+            "llama-gqa",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}},
+            "describes what cannot be computed: model.rope_scaling.original_max_position_embeddings=0 should be a pos",
+        ),
+        ("llama-gqa", {"rope_parameters": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor=1.0 should be above"),
         ("phi3", {"embd_pdrop": 0.0}, "embd_pdrop=0.0"),
         (
             "qwen2",
