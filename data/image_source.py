@@ -1,16 +1,17 @@
 """Encoded images by their row, with captions or classes: what every place that keeps images offers; folders of image
 files, and image sets of `datasets`. Tar shards are in :mod:`.image_tars`.
 
-Their sizes are read from the headers of their files once, then kept beside the source.
+Their sizes are read once, from both ends of their files, then kept beside the source.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -21,14 +22,14 @@ import xxhash
 
 from megatron_ds.data.cache import cached_arrays
 from megatron_ds.data.dataset_files import files_identity
-from megatron_ds.data.image_transforms import UndecodableImage, size_of
+from megatron_ds.data.image_transforms import UndecodableImage, size_of_whole
 from megatron_ds.errors import DataError
 from megatron_ds.files import open_regular, parse_json, read_bytes, read_text
 
 Kind = Literal["folder", "tar", "dataset"]
 OnError = Literal["skip", "fail"]
 _SHOWN = 3
-_HEADER_BYTES = 64 << 10
+FIRST_BYTES, LAST_BYTES = 64 << 10, 64
 SKIP = "--data.on-error skip (of tools/cache_latents.py: --on-error skip)"
 """The way to leave out images that do not decode."""
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
@@ -73,8 +74,13 @@ class ImageSource(ABC):
         """Of the image, for messages."""
 
     @abstractmethod
-    def content(self, row: int, most: int | None = None) -> bytes:
-        """The image's file, or so many bytes of its beginning at least."""
+    def content(self, row: int) -> bytes:
+        """The image's file."""
+
+    def ends(self, row: int) -> tuple[bytes, bytes]:
+        """The first and the last bytes of the image's file."""
+        content = self.content(row)
+        return content[:FIRST_BYTES], content[-LAST_BYTES:]
 
     @abstractmethod
     def caption(self, row: int) -> str:
@@ -82,26 +88,25 @@ class ImageSource(ABC):
 
     @cached_property
     def sizes(self) -> npt.NDArray[np.int64]:
-        """Height and width of each image once it is turned, int64 ``[rows, 2]``; zeros where the file is no image."""
+        """Height and width of each image once it is turned, int64 ``[rows, 2]``; zeros where the file is no image, or
+        was cut off."""
 
         def size(row: int) -> tuple[int, int]:
-            for most in (_HEADER_BYTES, None):  # few formats say their size further on
-                try:
-                    return size_of(self.content(row, most))
-                except UndecodableImage:
-                    pass
-            return 0, 0
+            try:
+                return size_of_whole(*self.ends(row), partial(self.content, row))
+            except UndecodableImage:
+                return 0, 0
 
         def build() -> dict[str, npt.NDArray]:
             with ThreadPoolExecutor() as pool:
                 return {"sizes": np.array(list(pool.map(size, range(len(self)))), np.int64).reshape(-1, 2)}
 
         beside = self.path.with_name(f"{self.path.name}.image-sizes")
-        key = {**self.identity, "modified": self.modified, "rows": len(self)}
+        key = {**self.identity, "modified": self.modified, "rows": len(self), "ends": LAST_BYTES}
         return cached_arrays(beside, key, build, self.cache_dir)["sizes"]
 
     def usable_rows(self, on_error: OnError) -> npt.NDArray[np.int64]:
-        """The rows whose files begin as images do. One must, and with ``on_error="fail"`` all."""
+        """The rows whose files begin and end as images do. One must, and with ``on_error="fail"`` all."""
         good = self.sizes[:, 0] > 0
         count = int((~good).sum())
         if count and (on_error == "fail" or not good.any()):
@@ -210,10 +215,18 @@ class ImageFolder(ImageSource):
     def name(self, row: int) -> str:
         return str(self.path / self._paths[row])
 
-    def content(self, row: int, most: int | None = None) -> bytes:
+    def content(self, row: int) -> bytes:
+        return self._read(row, _MOST_BYTES, 0)[0]
+
+    def ends(self, row: int) -> tuple[bytes, bytes]:
+        return self._read(row, FIRST_BYTES, LAST_BYTES)
+
+    def _read(self, row: int, first: int, last: int) -> tuple[bytes, bytes]:
         try:
             with open_regular(self.path / self._paths[row]) as file:
-                return file.read(_MOST_BYTES if most is None else most)
+                beginning, size = file.read(first), file.seek(0, os.SEEK_END)
+                file.seek(max(size - last, 0))
+                return beginning, file.read(last)
         except OSError as error:
             raise DataError(f"{self.name(row)} cannot be read: {error}") from None
 
@@ -341,7 +354,7 @@ class DatasetImages(ImageSource):
     def name(self, row: int) -> str:
         return f"{self.path}: row {row}"
 
-    def content(self, row: int, most: int | None = None) -> bytes:
+    def content(self, row: int) -> bytes:
         try:
             image = self._table[row][self._image] or {}
             if (content := image.get("bytes")) is None:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from megatron_ds.data.cache import cached_arrays
 from megatron_ds.data.dataset_files import files_identity
-from megatron_ds.data.image_source import SUFFIXES, ImageSource, require_one_split
+from megatron_ds.data.image_source import FIRST_BYTES, LAST_BYTES, SUFFIXES, ImageSource, require_one_split
 from megatron_ds.errors import DataError
 from megatron_ds.files import parse_json
 
@@ -112,9 +112,14 @@ class TarImages(ImageSource):
         key = self._names[start : int(self._ends[row])].tobytes().decode()
         return f"{self._tars[int(self._images[row, 0])]}: {key}{'' if self._images[row, 1] else ' (no image)'}"
 
-    def content(self, row: int, most: int | None = None) -> bytes:
+    def content(self, row: int) -> bytes:
         number, offset, size = self._images[row].tolist()
-        return _member(self._tars[number], offset, size if most is None else min(size, most))
+        return _member(self._tars[number], offset, size)
+
+    def ends(self, row: int) -> tuple[bytes, bytes]:
+        number, offset, size = self._images[row].tolist()
+        tar, last = self._tars[number], min(size, LAST_BYTES)
+        return _member(tar, offset, min(size, FIRST_BYTES)), _member(tar, offset + size - last, last)
 
     def caption(self, row: int) -> str:
         if not self.captioned:

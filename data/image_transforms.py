@@ -5,7 +5,9 @@ By Pillow, which gives up Python's lock while it works: threads decode in parall
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none whose decoder is another program
+_MARKERS = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND"))  # at both ends of a JPEG and of a PNG
 _ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)  # an EXIF tag, and its values that swap height and width
 
 Place = tuple[int, int]
@@ -62,6 +65,25 @@ def size_of(content: bytes) -> tuple[int, int]:
     except Exception as error:  # Pillow's plugins raise whatever their parsers stumble over
         raise UndecodableImage(_reason(error)) from None
     return (width, height) if turned else (height, width)
+
+
+def size_of_whole(first: bytes, last: bytes, content: Callable[[], bytes]) -> tuple[int, int]:
+    """:func:`size_of` a file that was not cut off: by its first and last bytes, or else by decoding it.
+
+    Raises:
+        UndecodableImage: it is no image, or was cut off.
+    """
+    if any(first.startswith(start) and end in last for start, end in _MARKERS):
+        with contextlib.suppress(UndecodableImage):
+            return size_of(first)
+    whole = content()  # its format has no marker, much stands behind it, or its size stands further on
+    size = size_of(whole)
+    try:
+        with Image.open(io.BytesIO(whole), formats=FORMATS) as image:
+            image.load()
+    except Exception as error:
+        raise UndecodableImage(_reason(error)) from None
+    return size
 
 
 def load_pixels(content: bytes, crop: Crop, channels: int = 3) -> Pixels:

@@ -39,7 +39,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 Encoders = tuple[ImageEncoder, TextEncoder | None]
 T = TypeVar("T")
 _SHOWN = 20
-BROKEN, NO_IMAGES = "which cannot be decoded to their end", "which are no images"
+BROKEN, NO_IMAGES = "which cannot be decoded to their end", "which are no images, or cut off"
 """Why images are left out."""
 
 

@@ -103,8 +103,8 @@ def _decoded(config: DiffusionRun, fields: Sequence[str]) -> Sources:
     notes = []
     if len(rows) < len(source):
         first = source.name(int(np.flatnonzero(sizes[:, 0] == 0)[0]))
-        left_out = len(source) - len(rows)
-        notes = [f"{path}: {left_out} of {len(source)} files are no images and are left out, {first} first"]
+        left_out = f"{len(source) - len(rows)} of {len(source)} files"
+        notes = [f"{path}: {left_out} are no images, or cut off, and are left out, {first} first"]
     return _sources(config, train, valid, identity, notes)
 
 

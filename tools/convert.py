@@ -22,6 +22,7 @@ from megatron_ds.data.cli import run
 from megatron_ds.data.latent_encoders import EncoderFolders
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.errors import ConfigError
+from megatron_ds.files import read_object
 
 DType = Literal["float32", "bfloat16", "float16"]
 Weights = Literal["average", "last"]
@@ -108,7 +109,8 @@ def main(command: ToHf | FromHf | ToDiffusers | FromDiffusers) -> None:
             raise ConfigError(f"--{given[0]} does nothing: it is no part of the transformer alone; add --pipeline")
         if command.pipeline:
             beside = EncoderFolders(command.vae, command.text_encoder, command.tokenizer)
-            print(export_pipeline(command.checkpoint, command.output, beside, _average(command.weights)))
+            folder = export_pipeline(command.checkpoint, command.output, beside, _average(command.weights))
+            print("\n".join([str(folder), *remarks(folder)]))
         else:
             print(export_transformer(command.checkpoint, command.output, _average(command.weights)))
         return
@@ -123,6 +125,18 @@ def main(command: ToHf | FromHf | ToDiffusers | FromDiffusers) -> None:
     else:
         written = import_hf(command.model, command.output, dtype, command.vocab_multiple, progress=True, warn=print)
     print(written)
+
+
+def remarks(folder: Path) -> list[str]:
+    """What a pipeline of diffusers does in another way than tools/sample_images.py."""
+    scheduler = read_object(folder / "scheduler" / "scheduler_config.json", ConfigError)
+    if scheduler["_class_name"] != "DDIMScheduler":
+        return []
+    times = scheduler["num_train_timesteps"]
+    return [
+        f"draw with a num_inference_steps that divides {times}: of others, a step of diffusers' DDIM goes back by "
+        f"{times} // num_inference_steps, less than to the next time: noise stays. tools/sample_images.py takes any"
+    ]
 
 
 if __name__ == "__main__":

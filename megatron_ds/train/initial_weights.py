@@ -14,9 +14,10 @@ from megatron_ds.checkpoint.directory import find
 from megatron_ds.checkpoint.load import load
 from megatron_ds.checkpoint.meta import model_config
 from megatron_ds.config import BaseModelConfig, BaseRunConfig, from_dict, read_toml
+from megatron_ds.data.samples import LATENTS
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.mesh import Mesh
-from megatron_ds.train.output import Output
+from megatron_ds.train.output import Output, latents_of
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 
@@ -86,6 +87,15 @@ def check_model(config: BaseRunConfig) -> list[str]:
             f"{'; '.join(refused)}. What is left out is taken from the checkpoint: remove these settings"
         )
     return said
+
+
+def check_latents(config: BaseRunConfig, data: Mapping[str, Any]) -> list[str]:
+    """A line where the weights are of other latents or texts than those of ``data``, which may be meant."""
+    path = config.checkpoint.init_from
+    before = find(path)[1].meta.get("data") if path is not None else None
+    if before is None or before.get(LATENTS) == data.get(LATENTS):
+        return []
+    return [f"warning: they were trained on {latents_of(before)}, and the data has {latents_of(data)}"]
 
 
 def load_weights(config: BaseRunConfig, tables: Mapping[str, str], optimizer: ZeroOptimizer, mesh: Mesh) -> None:

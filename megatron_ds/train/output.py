@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,7 @@ def check_data(before: dict[str, Any] | None, now: dict[str, Any] | None, change
         return []
     if before.get(LATENTS) != now.get(LATENTS):
         raise ConfigError(
-            f"checkpoint.resume: this run was trained on {_latents(before)}, and the data has {_latents(now)}: the "
+            f"checkpoint.resume: this run was trained on {latents_of(before)}, and the data has {latents_of(now)}: the "
             "model would see and draw something else than it has learnt. Use the data of before, or start a run of its "
             "own with checkpoint.init_from"
         )
@@ -213,7 +213,8 @@ def check_data(before: dict[str, Any] | None, now: dict[str, Any] | None, change
     )
 
 
-def _latents(identity: dict[str, Any]) -> str:
+def latents_of(identity: Mapping[str, Any]) -> str:
+    """What images are of some data, and texts, for messages."""
     found = identity.get(LATENTS)
     if found is None:
         return "pixels"

@@ -29,7 +29,7 @@ from megatron_ds.train.build import (
     spans_of,
 )
 from megatron_ds.train.callbacks import AdviceCallback, Callback, default_callbacks
-from megatron_ds.train.initial_weights import check_model, load_weights
+from megatron_ds.train.initial_weights import check_latents, check_model, load_weights
 from megatron_ds.train.launch import RankInfo, job, set_threads
 from megatron_ds.train.loop import Evaluation, Loop
 from megatron_ds.train.metrics import Speedometer, peak_tflops
@@ -55,6 +55,7 @@ def pretrain(config: BaseRunConfig, place: RankInfo, task: Task) -> bool:
             registry.check_runnable(device, DTYPES[config.precision.dtype])
             changes = output.check(config)
             sources = task.open_sources()
+            differs += [] if source is not None else check_latents(config, sources.identity)
             notes = [*sources.notes, *low_precision(config, shape, task, device)]
         set_threads(place, config.threads)
         keep_freed_memory()

@@ -29,6 +29,14 @@ def encoded(image: Image.Image, format: str = "PNG", **settings: object) -> byte
     return content.getvalue()
 
 
+def damage(path: Path) -> Path:
+    """Zeros within a PNG, which nobody notices before the pixels are decoded."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes(200) + content[middle + 200 :])
+    return path
+
+
 def write_classes(folder: Path) -> Path:
     """Ten images in two classes: PNG and JPEG, wide, high and square."""
     for name, format in (("china", "PNG"), ("flower", "JPEG")):

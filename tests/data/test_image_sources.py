@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_images import CROPS, encoded, photograph, write_captions, write_classes
+from small_images import CROPS, damage, encoded, photograph, write_captions, write_classes
 
 from megatron_ds.data.aspect_buckets import bucket_rows, make_buckets
 from megatron_ds.data.image_samples import Augmentation, DecodedImages, DiffusionSamples, split_rows
@@ -182,9 +182,7 @@ def test_an_image_that_does_not_decode_counts_nothing_or_ends_the_run(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(root / "classes", tmp_path / "classes")
-    path = tmp_path / "classes" / "china" / "1.png"
-    whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+    damage(tmp_path / "classes" / "china" / "1.png")
     samples = samples_of(tmp_path / "classes", on_error="skip")
     batches = [samples.batch(np.arange(place, place + 2)) for place in range(0, 20, 2)]
     counts = np.concatenate([batch["counts"] for batch in batches])
@@ -197,6 +195,36 @@ def test_an_image_that_does_not_decode_counts_nothing_or_ends_the_run(
             fatal.batch(np.arange(place, place + 2))
 
 
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"])
+def test_a_file_that_was_cut_off_is_found_before_it_is_decoded(format: str, tmp_path: Path) -> None:
+    """Its header, with the size, is whole. What stands behind an image is no damage."""
+    import datasets
+
+    whole = encoded(photograph("china").crop((0, 0, 120, 90)), format)
+    files = {"a": whole, "b": whole[: len(whole) // 2], "c": whole + bytes(100), "d": whole[:-2]}
+    (tmp_path / "folder").mkdir()
+    for name, content in files.items():
+        (tmp_path / "folder" / f"{name}.{format.lower()}").write_bytes(content)
+    write_tar(tmp_path / "x.tar", [(f"{name}.png", content) for name, content in files.items()])
+    images = [{"bytes": content, "path": None} for content in files.values()]
+    kinds = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict({"image": images}, features=kinds).save_to_disk(str(tmp_path / "set"))
+    for path in (tmp_path / "folder", tmp_path / "x.tar", tmp_path / "set"):
+        source = open_images(path)
+        found = [size_by_decoding(content) for content in files.values()]
+        assert source.sizes.tolist() == found and found[::2] == [[90, 120]] * 2 and found[1] == [0, 0]
+        with pytest.raises(DataError, match=r" of 4 images cannot be decoded: .*(b\.|: b|row 1)"):
+            source.usable_rows("fail")
+
+
+def size_by_decoding(content: bytes) -> list[int]:
+    try:
+        load_pixels(content, Crop(8, 8))
+    except UndecodableImage:
+        return [0, 0]
+    return list(size_of(content))
+
+
 def test_an_image_that_was_replaced_is_measured_anew(tmp_path: Path) -> None:
     wide = photograph("china").crop((0, 0, 60, 40))
     (tmp_path / "x").mkdir()
@@ -205,7 +233,7 @@ def test_an_image_that_was_replaced_is_measured_anew(tmp_path: Path) -> None:
         assert open_images(tmp_path / "x").sizes.tolist() == [size]
 
 
-def test_sizes_are_read_from_the_first_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_are_read_from_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").mkdir()
     wide = photograph("china").crop((0, 0, 600, 400))
     for name, format in (("a.jpg", "JPEG"), ("b.png", "PNG"), ("c.tif", "TIFF"), ("d.webp", "WEBP")):
@@ -213,17 +241,17 @@ def test_sizes_are_read_from_the_first_bytes(tmp_path: Path, monkeypatch: pytest
     source, read = open_images(tmp_path / "x"), []
     content = source.content
 
-    def counted(row: int, most: int | None = None) -> bytes:
-        read.append((row, most))
-        return content(row, most)
+    def counted(row: int) -> bytes:
+        read.append(row)
+        return content(row)
 
     monkeypatch.setattr(source, "content", counted)
-    monkeypatch.setattr("megatron_ds.data.image_source._HEADER_BYTES", 4096)
+    monkeypatch.setattr("megatron_ds.data.image_source.FIRST_BYTES", 4096)
     assert source.sizes.tolist() == [[400, 600]] * 4
-    assert sorted(row for row, most in read if most is None) in ([], [2], [3], [2, 3])
+    assert sorted(read) == [2, 3]  # what has no marker at its end is decoded
     again = open_images(tmp_path / "x")
-    monkeypatch.setattr(again, "content", counted)
-    assert len(again.sizes) == 4 and len(read) <= 6  # the second time nothing is read
+    monkeypatch.setattr(again, "ends", counted)
+    assert len(again.sizes) == 4 and len(read) == 2  # the second time nothing is read
 
 
 def test_a_tar_that_is_damaged_or_no_longer_the_same(root: Path, tmp_path: Path) -> None:

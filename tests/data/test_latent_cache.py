@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from scripts_as_modules import load_script
-from small_images import photograph, write_captions, write_classes, write_text_encoder, write_vae
+from small_images import damage, photograph, write_captions, write_classes, write_text_encoder, write_vae
 
 from megatron_ds.data.image_source import open_images
 from megatron_ds.data.image_transforms import Crop, load_pixels
@@ -218,16 +218,15 @@ def test_an_encoder_that_overflows_is_an_error(folders: Path, tmp_path: Path) ->
 def test_images_that_do_not_decode_are_left_out_or_fatal(folders: Path, tmp_path: Path) -> None:
     shutil.copytree(folders / "classes", tmp_path / "classes")
     (tmp_path / "vae").symlink_to(folders / "vae")
-    whole = tmp_path / "classes" / "china" / "1.png"
-    whole.write_bytes(whole.read_bytes()[:3000])  # its header is right
+    whole = damage(tmp_path / "classes" / "china" / "1.png")
     (tmp_path / "classes" / "china" / "3.png").write_text("no image")
     (left_out,) = write(tmp_path, tmp_path / "skipped")
-    assert left_out.startswith(f"{whole}: ") and "truncated" in left_out
+    assert left_out.startswith(f"{whole}: ") and "data stream" in left_out
     assert write(tmp_path, tmp_path / "skipped") == [left_out]
     made = writer(tmp_path / "classes", EncoderFolders(tmp_path / "vae"), tmp_path / "skipped")
     assert made.unreadable == [str(tmp_path / "classes" / "china" / "3.png")]
     cache = LatentCache(tmp_path / "skipped")
-    assert len(cache) == 8 and [row for row, _ in cache.bad] == [1] and "truncated" in cache.bad[0][1]
+    assert len(cache) == 8 and [row for row, _ in cache.bad] == [1] and "data stream" in cache.bad[0][1]
     fatal = dataclasses.replace(SETTINGS, on_error="fail")
     with pytest.raises(DataError, match=r"1 of 10 images cannot be decoded: .*china/3.png; remove"):
         write(tmp_path, tmp_path / "fatal", settings=fatal)
@@ -297,7 +296,9 @@ def test_the_tool_writes_and_goes_on(
 
     assert call("--bucket-step", 32) == 0
     said = capsys.readouterr().out
-    assert "1 latents: 1 of 8 x 8" in said and f"left out 1, which are no images:\n  {images}/x.jpg\n" in said
+    assert (
+        "1 latents: 1 of 8 x 8" in said and f"left out 1, which are no images, or cut off:\n  {images}/x.jpg\n" in said
+    )
     before = contents(tmp_path / "cache")
     assert call("--bucket-step", 32) == 0 and contents(tmp_path / "cache") == before
     assert call("--text-tokens", 0) == 2 and "--text-tokens 0: use 1 or more" in capsys.readouterr().err

@@ -102,6 +102,7 @@ def test_a_model_goes_to_diffusers_and_comes_back(tmp_path: Path, capsys: pytest
     convert = tool("convert")
     write_checkpoint(tmp_path / "run", configuration())
     convert.main(convert.ToDiffusers(tmp_path / "run", tmp_path / "pipeline", pipeline=True))
+    assert "draw with a num_inference_steps that divides 1000: " in capsys.readouterr().out
     DiTTransformer2DModel.from_pretrained(tmp_path / "pipeline" / "transformer")
     convert.main(convert.ToDiffusers(tmp_path / "run", tmp_path / "alone"))
     convert.main(convert.FromDiffusers(tmp_path / "alone", tmp_path / "back"))

@@ -107,15 +107,17 @@ def test_a_run_that_is_stopped_and_resumed_is_the_same_bit_for_bit(trained: Path
 def test_images_that_are_left_out_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos, whole = tmp_path / "photos", (folder / "photos" / "8.png").read_bytes()
     photos.mkdir()
-    for name, content in (("good", whole), ("half", whole[: len(whole) // 2]), ("text", b"none")):
+    middle = len(whole) // 2
+    damaged = whole[:middle] + bytes(200) + whole[middle + 200 :]
+    for name, content in (("broken", damaged), ("good", whole), ("half", whole[:middle])):
         (photos / f"{name}.png").write_bytes(content)
         (photos / f"{name}.txt").write_text("a flower")
     base = folder / "base"
     settings = CacheSettings(16, 8, batch=1)
     cache = latents.write_latents(Mesh.single(), photos, base, base / "vae", settings, tmp_path / "latents")
     said = capsys.readouterr().out
-    assert len(cache) == 1 and f"left out 1, which are no images:\n  {photos}/text.png\n" in said
-    assert f"left out 1, which cannot be decoded to their end:\n  {photos}/half.png: " in said
+    assert len(cache) == 1 and f"left out 1, which are no images, or cut off:\n  {photos}/half.png\n" in said
+    assert f"left out 1, which cannot be decoded to their end:\n  {photos}/broken.png: " in said
 
 
 def test_the_folder_is_a_pipeline_that_generates(trained: Path) -> None:

@@ -145,7 +145,10 @@ def test_latents_of_another_scale_are_refused_on_resuming_and_on_drawing(
     with pytest.raises(ConfigError, match=r"latents are shifted by 0.5, which DiTPipeline does not undo"):
         export_pipeline(tmp_path / "run" / "checkpoints", tmp_path / "pipeline", EncoderFolders(root / "vae"))
     run = [*SMALL, *LATENTS, "--output", tmp_path / "unshifted", "--train.steps", 1]
-    assert train(monkeypatch, *run, "--data.path", root / "other") == 0
+    capsys.readouterr()
+    started_from = ["--checkpoint.init-from", tmp_path / "run" / "checkpoints"]
+    assert train(monkeypatch, *run, "--data.path", root / "other", *started_from) == 0
+    assert "warning: they were trained on latents of scale 0.25, shift 0.5, " in capsys.readouterr().out
     checkpoints, exported = tmp_path / "unshifted" / "checkpoints", tmp_path / "pipeline"
     for vae, problem in ((root / "vae", "configuration .its scaling_factor"), (None, "give its folder with --vae")):
         with pytest.raises(DataError, match=problem):
@@ -264,7 +267,8 @@ def test_folders_that_cannot_be_trained_on(
     broken = tmp_path / "broken"
     shutil.copytree(root / "classes", broken)
     (broken / "china" / "0.png").write_text("no image")
-    (broken / "flower" / "4.jpg").write_text("no image")
+    cut = broken / "flower" / "4.jpg"
+    cut.write_bytes(cut.read_bytes()[:-1000])
     for path, message in (
         (one, "are of one class; put those of each class into a subfolder of its own"),
         (tmp_path / "none", "has no classes: put the images of each class into a subfolder"),
@@ -274,7 +278,10 @@ def test_folders_that_cannot_be_trained_on(
         assert message in capsys.readouterr().err
     skipped = [*folder_run(root, tmp_path / "x"), "--train.steps", 1, "--data.path", broken, "--data.on-error", "skip"]
     assert train(monkeypatch, *skipped) == 0
-    assert f"2 of 10 files are no images and are left out, {broken}/china/0.png first" in capsys.readouterr().out
+    assert (
+        f"2 of 10 files are no images, or cut off, and are left out, {broken}/china/0.png first"
+        in capsys.readouterr().out
+    )
     for more, message in (
         (["--model.channels", 3], "has latents of 4 channels, not model.channels=3"),
         (["--data.path", root], "cache.json is missing or damaged"),
