@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,6 +22,7 @@ import xxhash
 
 from megatron_ds.data.cache import cached_arrays
 from megatron_ds.data.dataset_files import files_identity
+from megatron_ds.data.folders import files_below
 from megatron_ds.data.image_transforms import UndecodableImage, size_of_whole
 from megatron_ds.errors import DataError
 from megatron_ds.files import open_regular, parse_json, read_bytes, read_text
@@ -135,8 +136,8 @@ def open_images(path: str | Path, kind: Kind | None = None, cache_dir: Path | No
     if not path.exists():
         raise DataError(f"{path} does not exist; give a folder of images, tar shards, or an image set of `datasets`")
     tars = image_tars.find_tars(path) if kind in (None, "tar") else []
-    if kind is None and path.is_dir() and tars and (image := next(find_images(path), None)):
-        raise DataError(f"{path} holds tar shards and image files ({tars[0]}, {image}); move one kind of them away")
+    if kind is None and path.is_dir() and tars and (images := find_images(path)):
+        raise DataError(f"{path} holds tar shards and image files ({tars[0]}, {images[0]}); move one kind of them away")
     if kind == "tar" or tars:
         return image_tars.TarImages(path, tars, cache_dir)
     if kind == "dataset" or (kind is None and is_dataset(path)):
@@ -163,16 +164,9 @@ def require_one_split(path: Path, names: Iterable[Path]) -> None:
 # --- folders of image files ----------------------------------------------------------------------------------------
 
 
-def find_images(folder: Path) -> Iterator[Path]:
-    """The image files of a folder and its subfolders, in any order, but none that is hidden."""
-    for path in folder.rglob("*"):
-        if path.suffix.lower() in SUFFIXES and not _is_hidden(path, folder) and path.is_file():
-            yield path
-
-
-def _is_hidden(path: Path, folder: Path) -> bool:
-    """Such as ``.ipynb_checkpoints/x-checkpoint.png`` of Jupyter, or ``__MACOSX/x.jpg`` of a Mac's zip."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(folder).parts)
+def find_images(folder: Path) -> list[Path]:
+    """The image files of a folder and its subfolders, sorted, but none that is hidden."""
+    return files_below(folder, lambda path: path.suffix.lower() in SUFFIXES)
 
 
 class ImageFolder(ImageSource):
@@ -187,7 +181,7 @@ class ImageFolder(ImageSource):
 
     def __init__(self, folder: Path, cache_dir: Path | None):
         super().__init__(folder, cache_dir)
-        paths = sorted(path.relative_to(folder) for path in find_images(folder))
+        paths = [path.relative_to(folder) for path in find_images(folder)]
         if not paths:
             raise DataError(f"{folder} holds no image file ({', '.join(sorted(SUFFIXES))})")
         self._paths = [str(path) for path in paths]
@@ -303,7 +297,7 @@ def is_dataset(path: Path) -> bool:
 def _parquet(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if path.suffix == ".parquet" else []
-    return sorted(file for file in path.rglob("*.parquet") if file.is_file() and not _is_hidden(file, path))
+    return files_below(path, lambda file: file.suffix == ".parquet")
 
 
 class DatasetImages(ImageSource):

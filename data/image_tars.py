@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from megatron_ds.data.cache import cached_arrays
 from megatron_ds.data.dataset_files import files_identity
+from megatron_ds.data.folders import files_below
 from megatron_ds.data.image_source import FIRST_BYTES, LAST_BYTES, SUFFIXES, ImageSource, require_one_split
 from megatron_ds.errors import DataError
 from megatron_ds.files import parse_json
@@ -51,9 +52,10 @@ def find_tars(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path] if path.suffix == ".tar" else []
-    tars = sorted(tar for tar in path.rglob("*.tar") if tar.is_file())
-    packed = next((file for file in path.rglob("*") if file.name.endswith(_COMPRESSED)), None) if tars else None
-    if packed is not None:
+    files = files_below(path, lambda file: file.name.endswith((".tar", *_COMPRESSED)))
+    tars = [file for file in files if file.suffix == ".tar"]
+    if tars and len(tars) < len(files):
+        packed = next(file for file in files if file not in tars)
         raise DataError(f"{packed} is compressed and cannot be read at random; decompress it, or move it away")
     return tars
 

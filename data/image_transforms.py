@@ -14,10 +14,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps
+from PIL.TiffImagePlugin import TiffImageFile
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # none whose decoder is another program
 _MARKERS = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND"))  # at both ends of a JPEG and of a PNG
 _ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)  # an EXIF tag, and its values that swap height and width
+_TIFF_SIZE = 256, 257  # tags of the width and height that are stored
 
 Place = tuple[int, int]
 """Vertical first, in pixels."""
@@ -58,7 +60,10 @@ def size_of(content: bytes) -> tuple[int, int]:
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            width, height = image.size
+            # Pillow's later versions have turned a TIFF's size themselves.
+            width, height = (
+                (image.tag_v2[tag] for tag in _TIFF_SIZE) if isinstance(image, TiffImageFile) else image.size
+            )
             # Of a PNG without EXIF data in its header Pillow would decode all to look behind the pixels.
             described = image.format != "PNG" or "exif" in image.info
             turned = described and image.getexif().get(_ORIENTATION) in _TRANSPOSED

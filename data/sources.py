@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_ds.data import source_tables, source_text
+from megatron_ds.data.folders import files_below
 from megatron_ds.data.source_text import Block, Input, IsDone, Kind, Problem, Record, Slice, SourceOptions
 from megatron_ds.errors import DataError
 
@@ -25,8 +26,8 @@ MIN_BLOCK, MAX_BLOCK = 1 << 20, 64 << 20
 
 
 def find_inputs(specs: list[str], options: SourceOptions) -> list[Input]:
-    """The inputs that paths name: files, folders (every known file in them, sorted; none of a name that starts with
-    ``.`` or ``__``), saved datasets, ``hub:NAME``.
+    """The inputs that paths name: files, folders (every known file in them, sorted; none that is hidden), saved
+    datasets, ``hub:NAME``.
 
     Raises:
         DataError: a path that does not exist, a suffix that is not known, a folder with nothing in it, or with texts
@@ -52,26 +53,21 @@ def find_inputs(specs: list[str], options: SourceOptions) -> list[Input]:
 
 
 def _files_of(folder: Path, options: SourceOptions) -> list[Path]:
-    """As ``datasets`` does, hidden files and folders are passed over: what editors and file managers leave."""
-    there = sorted(
-        path
-        for path in folder.rglob("*")
-        if not any(name.startswith((".", "__")) for name in path.relative_to(folder).parts)
-    )
-    files = [path for path in there if path.is_file() and _kind_of(path, options) is not None]
-    for path in there:
-        if path.is_symlink() and path.is_dir():
-            raise DataError(f"{path} is a link to a folder, which is not followed; name that folder as an input too")
-        if path.suffix.lower() in UNREAD and path.with_suffix("").suffix in SUFFIXES:
+    def is_input(path: Path) -> bool:
+        if path.suffix.lower() in UNREAD and path.with_suffix("").suffix.lower() in SUFFIXES:
             raise DataError(f"{path} would be passed over: expected {KNOWN}. Compress it anew, or move it elsewhere")
+        return _kind_of(path, options) is not None
+
+    files = files_below(folder, is_input)
     if not files:
         raise DataError(f"{folder} holds no input: expected {KNOWN} or a saved `datasets` dataset")
     return files
 
 
 def _kind_of(path: Path, options: SourceOptions) -> tuple[Kind, str] | None:
-    compression = path.suffix if path.suffix in COMPRESSIONS else ""
-    suffix = Path(path.stem).suffix if compression else path.suffix
+    last = path.suffix.lower()
+    compression = last if last in COMPRESSIONS else ""
+    suffix = Path(path.stem).suffix.lower() if compression else last
     if suffix == ".parquet":
         return None if compression else ("parquet", "")
     if suffix not in SUFFIXES:
@@ -85,12 +81,15 @@ def _file_input(path: Path, options: SourceOptions) -> Input:
         raise DataError(f"input {path} has suffix {path.suffix!r}, not one of {KNOWN}")
     with path.open("rb") as file:
         first = file.read(4096).lstrip()[:1]
-    if path.suffix == ".json" and first == b"[":
+    if path.suffix.lower() == ".json" and first == b"[":
         raise DataError(
             f"input {path} is one JSON array, and a record a line is read; write it as such: "
             f"jq -c '.[]' {path} > {path.with_suffix('.jsonl')}"
         )
-    return Input(str(path), found[0], found[1], path.stat().st_size)
+    size = path.stat().st_size
+    if found[1] and not size:
+        raise DataError(f"input {path} is empty: a compressed file of no text has some bytes, so it was cut off")
+    return Input(str(path), found[0], found[1], size)
 
 
 def plan_blocks(inputs: list[Input], options: SourceOptions, is_done: IsDone = lambda *_: False) -> Iterator[Block]:

@@ -141,6 +141,11 @@ def test_a_folder_is_what_datasets_finds_in_it(tmp_path: Path) -> None:
     (folder / "a" / "metadata.jsonl").rename(folder / "a" / "metadata.csv")
     with pytest.raises(DataError, match=r"a/metadata.csv is not read: write its rows to metadata.jsonl beside it"):
         open_images(folder)
+    for name, target in (("a class", folder / "b"), ("x.png", folder / "nowhere")):
+        (folder / name).symlink_to(target)
+        with pytest.raises(DataError, match=f"{name} is a link to"):
+            open_images(folder)
+        (folder / name).unlink()
 
 
 def test_a_file_is_turned_resized_cropped_and_mirrored() -> None:
@@ -149,6 +154,10 @@ def test_a_file_is_turned_resized_cropped_and_mirrored() -> None:
     turned[0x0112] = 6  # to be turned by 90 degrees
     content = encoded(image.transpose(Image.Transpose.ROTATE_90), "PNG", exif=turned)
     assert size_of(content) == (60, 90) == size_of(encoded(image))
+    for format in ("JPEG", "PNG", "TIFF", "WEBP"):
+        content = encoded(image, format, exif=turned)
+        assert size_of(content) == (90, 60) == load_pixels(content, Crop(90, 60)).original_size
+    content = encoded(image.transpose(Image.Transpose.ROTATE_90), "PNG", exif=turned)
     whole = np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1
     assert np.abs(load_pixels(content, Crop(60, 90)).values - whole).max() < 1e-6
     found = load_pixels(content, Crop(60, 40, (0.0, 1.0 - 1e-9)))

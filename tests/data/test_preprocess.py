@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import indexed_reference
 import pyarrow
@@ -24,6 +25,7 @@ from megatron_ds.data.indexed_writer import merge_datasets
 from megatron_ds.data.parts import PartMaker, PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
 from megatron_ds.data.source_text import Block, Slice, SourceOptions, TxtDocuments
+from megatron_ds.data.sources import iterate_texts
 from megatron_ds.errors import DataError
 
 
@@ -242,6 +244,9 @@ def test_inputs_that_cannot_be(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.jsonl")
     with pytest.raises(DataError, match=r"fifo\.jsonl' is no regular file"):
         preprocess([str(tmp_path / "fifo.jsonl")], tmp_path / "out", PreprocessOptions("bytes"))
+    with pytest.raises(DataError, match=r"fifo\.jsonl is a link to nothing, or no regular file"):
+        preprocess([str(tmp_path)], tmp_path / "out", PreprocessOptions("bytes"))
+    (tmp_path / "fifo.jsonl").unlink()
     (tmp_path / "in.csv").write_text("a,b")
     with pytest.raises(DataError, match=r"in\.csv has suffix '\.csv', not one of \.jsonl"):
         preprocess([str(tmp_path / "in.csv")], tmp_path / "out", PreprocessOptions("bytes"))
@@ -253,9 +258,14 @@ def test_inputs_that_cannot_be(tmp_path: Path) -> None:
         preprocess([str(tmp_path)], tmp_path / "out", PreprocessOptions("bytes"))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.jsonl").write_bytes(jsonl(TEXTS))
-    for name, message in (("b.jsonl.xz", "would be passed over: expected .jsonl"), ("c", "is a link to a folder")):
+    for name, target, message in (
+        ("b.jsonl.xz", None, "would be passed over: expected .jsonl"),
+        ("B.JSONL.GZ", None, "is empty: .* it was cut off"),
+        ("c", tmp_path, "is a link to a folder"),
+        ("d.jsonl", tmp_path / "nowhere", "is a link to nothing"),
+    ):
         path = tmp_path / "folder" / name
-        path.symlink_to(tmp_path) if name == "c" else path.touch()
+        path.touch() if target is None else path.symlink_to(target)
         with pytest.raises(DataError, match=f"{path} {message}"):
             preprocess([str(tmp_path / "folder")], tmp_path / "out", PreprocessOptions("bytes"))
         path.unlink()
@@ -265,6 +275,26 @@ def test_inputs_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "in.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"in\.parquet is not a readable parquet file"):
         preprocess([str(tmp_path / "in.parquet")], tmp_path / "other", PreprocessOptions("bytes"))
+
+
+def test_a_folder_is_read_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Suffixes of any case; hidden files and lost+found are left alone; a folder that cannot be listed is an error."""
+    scandir = os.scandir
+    places = ("b.jsonl", "C.JSONL", "d/E.Txt.GZ", "d/.hidden.jsonl", "__MACOSX/a.jsonl", "lost+found/a.jsonl")
+    for number, name in enumerate(places):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        content = b"2" if number == 2 else jsonl([str(number)])
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("GZ") else content)
+    assert sorted(iterate_texts([str(tmp_path)])) == ["0", "1", "2"]
+
+    def refusing(path: str) -> Any:
+        if Path(path).name == "d":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DataError, match=f"the folder {tmp_path / 'd'} cannot be read: Permission denied"):
+        list(iterate_texts([str(tmp_path)]))
 
 
 def test_a_prefix_that_names_a_file_or_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
