@@ -195,11 +195,19 @@ class LLM:
         self.engine.follow()
 
     def close(self) -> None:
-        """End the ranks that this process has started."""
-        if self._open and self._ranks.mesh.rank == 0:
-            self.engine.stop()
-        if self._open:
-            self._open = False
+        """End the ranks that this process has started.
+
+        Raises:
+            ConfigError: one of them has ended before.
+        """
+        if not self._open:
+            return
+        self._open = False
+        try:
+            if self._ranks.mesh.rank == 0:
+                self._ranks.require_alive()
+                self.engine.stop()
+        finally:
             self._ranks.close()
 
     def __enter__(self) -> LLM:

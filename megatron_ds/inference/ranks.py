@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -39,6 +40,9 @@ class Ranks:
             store = dist.TCPStore(address, port, world, not started, timedelta(seconds=600), wait_for_workers=False)
             if not started:
                 self._children = [_start(other, world, store.port, options) for other in range(1, world)]
+                self._wait_for_children(store)
+            else:
+                store.set(_here(rank), "")
             init_process_group("nccl" if self.device.type == "cuda" else "gloo", rank, world, store, FOREVER)
             self.owns_group = True
         if world > 1 and dist.get_world_size() != world:
@@ -48,8 +52,21 @@ class Ranks:
             )
         self.mesh = Mesh.create(shape, self.device, FOREVER if world > 1 else None)
 
+    def _wait_for_children(self, store: dist.Store) -> None:
+        """The process group, which waits without end for those that are missing, is made when all are there."""
+        try:
+            while not store.check([_here(rank) for rank in range(1, len(self._children) + 1)]):
+                self.require_alive()
+                time.sleep(0.02)
+        except ConfigError:
+            self.close()
+            raise
+
     def close(self) -> None:
-        """The others have been told to stop."""
+        """The others have been told to stop, unless one of them has ended, which the rest may wait for."""
+        if any(child.poll() not in (None, 0) for child in self._children):
+            for child in self._children:
+                child.kill()
         for child in self._children:
             try:
                 child.wait(timeout=30)
@@ -64,6 +81,11 @@ class Ranks:
         for child in self._children:
             if child.poll() is not None:
                 raise ConfigError(f"a rank of the served model ended with exit code {child.returncode}: see its output")
+
+
+def _here(rank: int) -> str:
+    """The key by which a rank says in the store that it has begun."""
+    return f"megatron-ds/rank-{rank}"
 
 
 def _device(wanted: str, local: int) -> torch.device:

@@ -7,6 +7,8 @@ import io
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from megatron_ds.checkpoint import Checkpoint, FlatShard, save
 from megatron_ds.convert.hugging_face import export_hf, import_hf
 from megatron_ds.data.tokenizers import ByteTokenizer, load_tokenizer
 from megatron_ds.errors import CheckpointError, ConfigError, MegatronDSError
-from megatron_ds.inference import LLM, RequestOutput, SamplingParams
+from megatron_ds.inference import LLM, RequestOutput, SamplingParams, ranks
 
 REFUSED = {
     **dict.fromkeys(("bert", "bert-pretraining", "roberta", "modernbert"), "no decoder"),
@@ -91,8 +93,24 @@ def test_ranks_that_the_first_one_starts_give_the_same_tokens(folder: Path) -> N
     params = SamplingParams(seed=1, max_tokens=8, n=2)
     with LLM(folder) as one:
         want = answers(one.generate(["abc", "de"], params, use_tqdm=False))
-    with LLM(folder, tensor_parallel_size=2) as two:
+    with pytest.raises(ConfigError, match="ended with exit code -9"), LLM(folder, tensor_parallel_size=2) as two:
         assert answers(two.generate(["abc", "de"], params, use_tqdm=False)) == want
+        other = two._ranks._children[0]
+        other.kill()
+        other.wait()
+
+
+def test_a_rank_that_ends_before_it_has_begun_is_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def start(rank: int, *_: Any) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen([sys.executable, "-c", ["import time; time.sleep(600)", "exit(3)"][rank - 1]]))
+        return started[-1]
+
+    monkeypatch.setattr(ranks, "_start", start)
+    with pytest.raises(ConfigError, match="ended with exit code 3"):
+        LLM(folder, pipeline_parallel_size=3)
+    assert [child.returncode for child in started] == [-9, 3]
 
 
 def test_a_checkpoint_is_served_as_the_folder_that_it_came_from(folder: Path, tmp_path: Path) -> None:
