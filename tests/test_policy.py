@@ -45,7 +45,7 @@ ONLY = {
 # What no order says: these get the model as an argument.
 NEVER = {"train": {"models", "layers"}, "zero": {"models", "layers"}, "pipeline": {"models", "layers"}}
 # But for recipes, which the run's precision gives to the layers of whatever model it got.
-EXCEPT = {("train", "megatron_ds.layers.float8_recipe")}
+EXCEPT = {("train", f"megatron_ds.layers.float8_{what}") for what in ("layers", "recipe")}
 
 Checker = Callable[[str, ast.Module], Iterator[str]]
 

@@ -12,8 +12,9 @@ blockwise   128 features of a token      128 x 128              128 tokens of a 
 =========== ============================ ====================== =======================================
 
 No scale depends on the mesh. A scale never spans two sequences, so that how samples are put on replicas and into
-micro-batches is no matter; where tensor parallelism cuts what shares a scale, its amax is reduced over tp; and blocks
-of features are not cut (:func:`fault`). The layer gathers sequence-parallel activations before it asks the recipe.
+micro-batches is no matter; its amax is reduced over the axes that cut what shares it, features over tp and tokens over
+cp; and blocks are not cut (:func:`~megatron_ds.layers.float8_layers.fault` for features, :func:`length_fault` for
+tokens). The layer gathers sequence-parallel activations before it asks the recipe.
 
 A weight is quantised once a step: inside :func:`weights_kept`, which the step holds around its micro-batches, when no
 weight changes. Outside of it nothing is kept, so that updates, loaded checkpoints and writes need not be noticed.
@@ -25,13 +26,10 @@ quantises what it has. Without it a run in bf16 or fp16 quantises what ZeRO gath
 
 from __future__ import annotations
 
-import math
-import re
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Protocol
 
 import torch
@@ -39,30 +37,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ds import comm
-from megatron_ds.errors import listed
+from megatron_ds.errors import ConfigError
 from megatron_ds.kernels.float8 import (
-    CUDA_BLOCK,
-    CUDA_MULTIPLE,
     E4M3,
     E5M2,
-    FIRST_CAPABILITY,
     Block,
     Float8,
     block_amax,
     block_amax_both,
-    capability,
-    has_tensor_cores,
     quantize,
     quantize_both,
 )
 from megatron_ds.kernels.float8_product import product, sum_of_products
-from megatron_ds.kernels.float8_weight import Float8Format, Float8Weight, matrix_shape
+from megatron_ds.kernels.float8_weight import Float8Weight
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.layers.recipe import OwnPrecision, Recipe
 from megatron_ds.mesh import Axis
-from megatron_ds.shard import ShardSpec, spec_of
 
 Linear = ColumnParallelLinear | RowParallelLinear
+
+Axes = tuple[Axis, ...]
 
 
 class Float8Settings(Protocol):
@@ -122,12 +116,15 @@ class Float8Recipe(Recipe):
 
     Args:
         settings: ``precision.fp8*``.
-        cut: which dim of the weight tp cuts, ``"out"`` or ``"in"``.
+        cut: the axis that cuts features of the weight, by their dim ``"out"`` or ``"in"``, and the one that cuts
+            ``"tokens"``.
     """
 
-    def __init__(self, settings: Float8Settings, tp: Axis, cut: str):
+    def __init__(self, settings: Float8Settings, cut: Mapping[str, Axis]):
         super().__init__()
-        self.settings, self.tp, self.cut = settings, tp, cut
+        self.settings = settings
+        self.cut: dict[str, Axes] = {"out": (), "in": (), "tokens": ()}
+        self.cut |= {dim: (axis,) for dim, axis in cut.items() if axis.size > 1}
         self.high = OwnPrecision()
         wanted = settings.fp8_gradients or ("e5m2" if settings.fp8 == "tensorwise" else "e4m3")
         self.gradient_format = E5M2 if wanted == "e5m2" else E4M3
@@ -153,18 +150,18 @@ class Float8Recipe(Recipe):
         return out if bias is None else out + bias
 
     def _forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        right, cut = self._weight(weight, "in"), self.cut == "in"
+        right, over = self._weight(weight, "in"), (self.cut["tokens"], self.cut["in"])
         if self.block.rows is None:  # a scale a sequence
-            return self._by_sequence(self._quantize(_sequences(x), self.block, E4M3, k_cut=cut), right, x)
+            return self._by_sequence(self._quantize(_sequences(x), self.block, E4M3, *over), right, x)
         rows = x.reshape(-1, x.shape[-1])
-        return product(self._quantize(rows, self.block, E4M3, k_cut=cut), right, x.dtype).view(*x.shape[:-1], -1)
+        return product(self._quantize(rows, self.block, E4M3, *over), right, x.dtype).view(*x.shape[:-1], -1)
 
     def input_gradient(self, grad: Tensor, weight: Tensor) -> Tensor:
-        right, cut, rows = self._weight(weight, "out"), self.cut == "out", _sequences(grad)
+        right, rows, over = self._weight(weight, "out"), _sequences(grad), (self.cut["tokens"], self.cut["out"])
         if not self.settings.fp8_weight_gradient or torch.compiler.is_compiling():
-            left = self._quantize(rows, self.block, self.gradient_format, k_cut=cut)
+            left = self._quantize(rows, self.block, self.gradient_format, *over)
         else:
-            left, transposed = self._quantize_both(rows, self.block, self.gradient_format, k_cut=cut)
+            left, transposed = self._quantize_both(rows, self.block, self.gradient_format, *over)
             self._ahead = weakref.ref(grad), transposed
         return self._by_sequence(left, right, grad)
 
@@ -186,6 +183,8 @@ class Float8Recipe(Recipe):
 
     def _wide_weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         """``[out, in]`` in fp32 (fp64 for fp64): the sum over sequences of products of which each sums over one."""
+        if what := length_fault(x.shape[0], self.cut["tokens"], self.block):
+            raise ConfigError(what)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         ahead, self._ahead = (None, None) if torch.compiler.is_compiling() else (self._ahead, None)
         if ahead is not None and ahead[0]() is grad:
@@ -197,54 +196,67 @@ class Float8Recipe(Recipe):
 
     def _features(self, x: Tensor, dtype: torch.dtype, dim: str) -> Float8:
         """``[s, b, features]`` quantised as ``[b, features, s]``."""
-        return self._quantize(_sequences(x).transpose(1, 2), self.block, dtype, rows_cut=self.cut == dim)
+        return self._quantize(_sequences(x).transpose(1, 2), self.block, dtype, self.cut[dim], self.cut["tokens"])
 
     def _weight(self, weight: Tensor, over: str) -> Float8:
         """``[out, in]`` quantised for a product that sums over that dim of it, as ``[n, k]``."""
         if self.gathered is not None and self.gathered.is_given:
             return self.gathered.of(transposed=over == "out")
         block, kept = self.weight_block, None if torch.compiler.is_compiling() else self._kept
-        rows_cut, k_cut = self.cut == "out", self.cut == "in"
+        over_both = self.cut["out"], self.cut["in"]
         if kept is not None and kept.version != weight._version:
             kept = self._kept = KeptWeight(kept.whole, weight._version)
         if kept is not None and kept.whole:
             if kept.both is None:
-                kept.both = self._quantize_both(weight, block, E4M3, rows_cut, k_cut)
+                kept.both = self._quantize_both(weight, block, E4M3, *over_both)
             return kept.both[over == "out"]
         x = weight if over == "in" else weight.t()
         if kept is None or block.k is not None:
-            return self._quantize(x, block, E4M3, rows_cut=self.cut != over, k_cut=self.cut == over)
+            return self._quantize(x, block, E4M3, *(over_both if over == "in" else over_both[::-1]))
         if kept.amax is None:
-            kept.amax = self._amax_both(weight, block, rows_cut, k_cut)
+            kept.amax = self._amax_both(weight, block, *over_both)
         return quantize(x, kept.amax[over == "out"], block, E4M3, self.settings.fp8_power_of_two)
 
-    def _quantize(
-        self, x: Tensor, block: Block, dtype: torch.dtype, rows_cut: bool = False, k_cut: bool = False
-    ) -> Float8:
-        """``rows_cut``, ``k_cut``: tp cuts that dim of ``x [..., rows, k]``."""
+    def _quantize(self, x: Tensor, block: Block, dtype: torch.dtype, rows: Axes, k: Axes) -> Float8:
+        """``x [..., rows, k]``, of which each dim is cut by these axes."""
         amax = None
         if block.k is None:  # else no scale is cut
-            amax = self._reduced(block_amax(x, block), k_cut or (rows_cut and block.rows is None))
+            amax = _reduced(block_amax(x, block), (*k, *rows) if block.rows is None else k)
         return quantize(x, amax, block, dtype, self.settings.fp8_power_of_two)
 
-    def _quantize_both(
-        self, x: Tensor, block: Block, dtype: torch.dtype, rows_cut: bool = False, k_cut: bool = False
-    ) -> tuple[Float8, Float8]:
+    def _quantize_both(self, x: Tensor, block: Block, dtype: torch.dtype, rows: Axes, k: Axes) -> tuple[Float8, Float8]:
         """``x [..., rows, k]`` and its transpose."""
-        amax = self._amax_both(x, block, rows_cut, k_cut)
-        return quantize_both(x, amax, block, dtype, self.settings.fp8_power_of_two)
+        return quantize_both(x, self._amax_both(x, block, rows, k), block, dtype, self.settings.fp8_power_of_two)
 
-    def _amax_both(self, x: Tensor, block: Block, rows_cut: bool, k_cut: bool) -> tuple[Tensor | None, Tensor | None]:
+    def _amax_both(self, x: Tensor, block: Block, rows: Axes, k: Axes) -> tuple[Tensor | None, Tensor | None]:
         if block.k is not None:
             return None, None
         first, second = block_amax_both(x, block)
         if block.is_square:
-            whole = self._reduced(first, rows_cut or k_cut)
+            whole = _reduced(first, (*k, *rows))
             return whole, whole.mT
-        return self._reduced(first, k_cut), self._reduced(second, rows_cut)
+        return _reduced(first, k), _reduced(second, rows)
 
-    def _reduced(self, amax: Tensor, cut: bool) -> Tensor:
-        return comm.all_reduce(amax, self.tp, dist.ReduceOp.MAX) if cut and self.tp.size > 1 else amax
+
+def _reduced(amax: Tensor, over: Axes) -> Tensor:
+    for axis in over:  # as integers, of which a NaN is the largest: it reaches all ranks
+        comm.all_reduce(amax.view(torch.int32), axis, dist.ReduceOp.MAX)
+    return amax
+
+
+def length_fault(tokens: int, cut: Axes, block: Block) -> str | None:
+    """Why a rank with so many tokens of a sequence lacks whole blocks of it, if it does.
+
+    Context parallelism gives a rank two chunks of a sequence, one from either half.
+    """
+    if block.k is None or not cut or tokens % (2 * block.k) == 0:
+        return None
+    return (
+        f"precision.fp8='blockwise' with {tokens} tokens of a sequence on each of mesh.cp={cut[0].size} ranks, "
+        f"in two chunks: a block of precision.fp8_block={block.k} tokens, for the weight gradient, would be cut; use "
+        f"a sequence length that is a multiple of {2 * cut[0].size * block.k} (2 x {cut[0].size} x {block.k}), "
+        "precision.fp8='rowwise', or precision.fp8_weight_gradient=false"
+    )
 
 
 def recipes_of(models: Iterable[nn.Module]) -> list[Float8Recipe]:
@@ -268,129 +280,6 @@ def _sequences(x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], -1, x.shape[-1]).transpose(0, 1)
 
 
-def linear_layers(model: nn.Module) -> Iterator[tuple[str, Linear]]:
-    """The layers that have a recipe, by global name (``layers.3.mlp.up``)."""
-    for module in model.modules():
-        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-            yield spec_of(module.weight).name.removesuffix(".weight"), module
-
-
-def why_not(spec: ShardSpec, settings: Float8Settings) -> str | None:
-    """Why the layer of a weight stays in ``precision.dtype``, or None. The same on every mesh: by the global shape."""
-    for pattern in settings.fp8_exclude:
-        if fnmatchcase(spec.name.removesuffix(".weight"), pattern):
-            return f"excluded by {pattern!r}"
-    if min(matrix_shape(spec.global_shape)) < settings.fp8_min_features:
-        return f"fewer than precision.fp8_min_features={settings.fp8_min_features} features in or out"
-    return None
-
-
-def kept_bytes(specs: Iterable[tuple[ShardSpec, int]], settings: Float8Settings) -> int:
-    """What :func:`weights_kept` keeps of the weights among a rank's parameters, with fp32 scales.
-
-    ``specs``: each with its copies in FP8 that are kept: 2, the weight and its transpose; 1, the transpose of what is
-    gathered in FP8; 0, both are gathered so that they can be used.
-    """
-    total, block = 0, weight_block(settings)
-    for spec, copies in specs if settings.fp8 != "none" else ():
-        if spec.matrices is not None and why_not(spec, settings) is None:
-            out, features = matrix_shape(spec.local_shape)
-            scales = [math.prod(block.grid(*shape)[:2]) for shape in ((out, features), (features, out))]
-            own = scales[:copies] if block.is_square or copies == 2 else []
-            total += copies * out * features + sum(own) * torch.float32.itemsize
-    return total
-
-
 def weight_block(settings: Float8Settings) -> Block:
     whole = {"tensorwise": Block(None, None), "rowwise": Block(1, None)}
     return whole.get(settings.fp8, Block(settings.fp8_block, settings.fp8_block))
-
-
-def use_float8(model: nn.Module, settings: Float8Settings) -> None:
-    """Give the chosen layers of a stage their recipe, and ``fp8_from_masters`` weights that are their own masters.
-
-    Where those are sharded or offloaded, they are gathered in FP8 alone (``parameter.float8``).
-    """
-    form = Float8Format(weight_block(settings), settings.fp8_power_of_two)
-    for _, layer in linear_layers(model):
-        if why_not(spec_of(layer.weight), settings) is None:
-            if settings.fp8_from_masters:
-                layer.weight.data = layer.weight.data.to(torch.promote_types(layer.weight.dtype, torch.float32))
-            cut = "in" if isinstance(layer, RowParallelLinear) else "out"
-            layer.recipe = recipe = Float8Recipe(settings, layer.tp, cut)
-            if layer.weight.dtype in (torch.float32, torch.float64):
-                layer.weight.float8 = recipe.gathered = Float8Weight(form)  # type: ignore[attr-defined]
-
-
-def describe(model: nn.Module, settings: Float8Settings) -> tuple[str, list[str]]:
-    """For the whole model: what to tell of the choice, and what is wrong with it."""
-    layers = list(linear_layers(model))
-    known = listed((name for name, _ in layers), 3)
-    faults = [
-        f"precision.fp8_exclude has {pattern!r}, which names no linear layer; they are {known}"
-        for pattern in settings.fp8_exclude
-        if not any(fnmatchcase(name, pattern) for name, _ in layers)
-    ]
-    reasons: dict[str, list[str]] = {}
-    refused: dict[str, list[str]] = {}
-    chosen = []
-    for name, layer in layers:
-        reason = why_not(spec_of(layer.weight), settings)
-        if reason is not None:
-            reasons.setdefault(reason, []).append(name)
-            continue
-        chosen.append(name)
-        if what := fault(layer, settings):
-            refused.setdefault(what, []).append(name)
-    for what, names in refused.items():
-        patterns = sorted({re.sub(r"\b\d+\b", "*", name) for name in names})
-        faults.append(f"{listed(names, 3)}: {what}, or leave out: precision.fp8_exclude={patterns}")
-    if not chosen:
-        left = "; ".join(f"{reason}: {listed(names, 3)}" for reason, names in reasons.items())
-        faults.append(
-            f"precision.fp8={settings.fp8!r} finds no layer to compute in FP8 ({left or 'the model has none'})"
-        )
-    text = f"FP8 ({settings.fp8}): {len(chosen)} of {len(layers)} linear layers"
-    notes = [
-        f"{len(names)} stay in {settings.dtype}, {reason}: {listed(names, 3)}" for reason, names in reasons.items()
-    ]
-    return "; ".join([text, *notes]), faults
-
-
-def fault(layer: Linear, settings: Float8Settings) -> str | None:
-    """What FP8 products cannot do with this rank's shape: checked on every device, though a CPU would take it."""
-    out, features = matrix_shape(layer.weight.shape)
-    multiple = min(CUDA_MULTIPLE, settings.fp8_block)
-    if out % multiple or features % multiple:
-        return (
-            f"{out} x {features} on a tensor-parallel rank, and FP8 takes multiples of {multiple}; change the model's "
-            f"size or mesh.tp={layer.tp.size}"
-        )
-    if settings.fp8 != "blockwise" or layer.tp.size == 1:
-        return None
-    dim = spec_of(layer.weight).placements[0].dim
-    uncut = features if dim == layer.weight.dim() - 1 else math.prod(layer.weight.shape[dim:-1])
-    if uncut % settings.fp8_block:
-        return (
-            f"{uncut} consecutive features on a tensor-parallel rank, which cuts a block of "
-            f"precision.fp8_block={settings.fp8_block}; use another mesh.tp or precision.fp8='rowwise'"
-        )
-    return None
-
-
-def device_fault(device: torch.device, settings: Float8Settings) -> str | None:
-    """Why the device cannot compute in FP8."""
-    if settings.fp8_emulate:
-        return None
-    if device.type != "cuda":
-        return f"precision.fp8={settings.fp8!r}: {device.type} has no FP8; emulate it with precision.fp8_emulate=true"
-    if not has_tensor_cores(device):
-        have, first = (".".join(map(str, c)) for c in (capability(device), FIRST_CAPABILITY))
-        name = torch.cuda.get_device_properties(device).name
-        return (
-            f"precision.fp8={settings.fp8!r}: {name} has compute capability {have} and "
-            f"FP8 begins with {first}; emulate it with precision.fp8_emulate=true"
-        )
-    if settings.fp8 == "blockwise" and settings.fp8_block != CUDA_BLOCK:
-        return f"precision.fp8_block={settings.fp8_block}: CUDA has blocks of {CUDA_BLOCK}; leave it out"
-    return None

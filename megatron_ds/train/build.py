@@ -13,7 +13,8 @@ from torch import nn
 from megatron_ds.config import BaseRunConfig, PipelineConfig
 from megatron_ds.data.loader import BatchRamp
 from megatron_ds.errors import ConfigError
-from megatron_ds.layers.float8_recipe import describe, device_fault, recipes_of, use_float8, weights_kept
+from megatron_ds.layers.float8_layers import describe, device_fault, use_float8
+from megatron_ds.layers.float8_recipe import recipes_of, weights_kept
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.optim.learning_rate import learning_rate
 from megatron_ds.optim.loss_scaler import LossScaler
@@ -165,7 +166,7 @@ def make_stages(
     }
     if config.precision.fp8 != "none":
         for stage in stages.values():
-            use_float8(stage, config.precision)
+            use_float8(stage, config.precision, mesh.cp)
     return stages, _tie_embeddings(stages, mesh)
 
 

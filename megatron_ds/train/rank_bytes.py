@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from megatron_ds.config import BaseRunConfig
-from megatron_ds.layers.float8_recipe import kept_bytes
+from megatron_ds.layers.float8_layers import kept_bytes
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.optim.factory import as_rule
 from megatron_ds.pipeline.placement import Placement

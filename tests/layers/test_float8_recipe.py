@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from megatron_ds.config import PrecisionConfig
 from megatron_ds.kernels.float8 import E4M3, E5M2, Block, block_amax, quantize
+from megatron_ds.kernels.float8_weight import matrix_shape
+from megatron_ds.layers import float8_layers
 from megatron_ds.layers import float8_recipe as float8
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.layers.recipe import OwnPrecision
@@ -19,6 +21,7 @@ from megatron_ds.rng import initialize_parameters
 from megatron_ds.testing import run_ranks
 
 S, B, H, FFN, SIDE = 8, 3, 16, 32, 4
+ONE = Axis("cp")
 RECIPES = ["tensorwise", "rowwise", "blockwise"]
 
 
@@ -89,9 +92,9 @@ def run(layer: Any, x: Tensor, grad: Tensor, forward: Any = None) -> list[Tensor
 @pytest.mark.parametrize("fp8", RECIPES)
 def test_the_products_of_a_layer(fp8: str, which: int) -> None:
     layer: Any = pair(Axis("tp"))[which]
-    out, features = float8.matrix_shape(layer.weight.shape)
+    out, features = matrix_shape(layer.weight.shape)
     x, grad, weight = random(S, B, features), random(S, B, out), layer.weight.detach().view(out, features)
-    float8.use_float8(layer, settings(fp8))
+    float8_layers.use_float8(layer, settings(fp8), ONE)
     format_ = E5M2 if fp8 == "tensorwise" else E4M3
     want = [*expected(fp8, x, weight, grad, format_), grad.sum((0, 1))]
     for got, wanted in zip(run(layer, x, grad), want, strict=True):
@@ -105,7 +108,7 @@ def test_the_products_of_a_layer(fp8: str, which: int) -> None:
 def test_in_the_dtypes_of_training(dtype: torch.dtype, fp8: str) -> None:
     layer: Any = pair(Axis("tp"), dtype)[2]
     x, grad = random(S, B, FFN // 2).to(dtype), random(S, B, H).to(dtype)
-    float8.use_float8(layer, settings(fp8, fp8_from_masters=False))
+    float8_layers.use_float8(layer, settings(fp8, fp8_from_masters=False), ONE)
     format_ = E5M2 if fp8 == "tensorwise" else E4M3
     want = expected(fp8, x.double(), layer.weight.detach().double(), grad.double(), format_)
     for got, wanted in zip(run(layer, x, grad), want):
@@ -118,11 +121,11 @@ def test_the_settings_reach_the_products() -> None:
     x, grad = random(S, B, FFN // 2), random(S, B, H)
     plain = run(layer, x, grad)
     weight = layer.weight.detach()
-    float8.use_float8(layer, settings("rowwise", fp8_weight_gradient=False, fp8_gradients="e5m2"))
+    float8_layers.use_float8(layer, settings("rowwise", fp8_weight_gradient=False, fp8_gradients="e5m2"), ONE)
     got = run(layer, x, grad)
     torch.testing.assert_close(got[2], plain[2], rtol=1e-13, atol=1e-11)
     torch.testing.assert_close(got[1], expected("rowwise", x, weight, grad, E5M2)[1], rtol=1e-13, atol=1e-11)
-    float8.use_float8(layer, settings("rowwise", fp8_power_of_two=True))
+    float8_layers.use_float8(layer, settings("rowwise", fp8_power_of_two=True), ONE)
     exact = torch.ldexp(torch.randint(-7, 8, (S, B, FFN // 2)).double(), torch.randint(-3, 4, (S, B, 1)))
     layer.weight.data.copy_(torch.randint(-7, 8, (H, FFN // 2)))
     torch.testing.assert_close(layer(exact), exact @ layer.weight.t(), rtol=0, atol=0)  # the values lie on the grid
@@ -131,7 +134,7 @@ def test_the_settings_reach_the_products() -> None:
 @pytest.mark.parametrize("fp8", RECIPES)
 def test_compiled_is_eager(fp8: str) -> None:
     layer: Any = pair(Axis("tp"))[0]
-    float8.use_float8(layer, settings(fp8))
+    float8_layers.use_float8(layer, settings(fp8), ONE)
     x, grad = random(S, B, H), random(S, B, FFN)
     eager = run(layer, x, grad)
     compiled = torch.compile(layer.forward, backend="aot_eager", fullgraph=True)
@@ -151,7 +154,7 @@ def cut_layers() -> None:
         for sequence_parallel in (False, True):
             whole, layers = pair(Axis("tp")), pair(mesh.tp, sequence_parallel=sequence_parallel)
             for model in (whole, layers):
-                float8.use_float8(model, settings(fp8))
+                float8_layers.use_float8(model, settings(fp8), ONE)
             x, grad = random(S, B, H), random(S, B, H)
             part = slice(mesh.tp.rank * S // 2, (mesh.tp.rank + 1) * S // 2) if sequence_parallel else slice(None)
             results = []
@@ -183,16 +186,21 @@ def test_two_ranks_have_the_scales_of_one() -> None:
 def test_layers_are_chosen_by_name_and_global_size() -> None:
     layers = pair(Axis("tp"))
     chosen = PrecisionConfig(fp8="rowwise", fp8_min_features=16, fp8_exclude=("down",))
-    float8.use_float8(layers, chosen)
-    assert [type(layer.recipe) for _, layer in float8.linear_layers(layers)] == [float8.Float8Recipe, OwnPrecision]
-    text, faults = float8.describe(layers, chosen)
+    float8_layers.use_float8(layers, chosen, ONE)
+    assert [type(layer.recipe) for _, layer in float8_layers.linear_layers(layers)] == [
+        float8.Float8Recipe,
+        OwnPrecision,
+    ]
+    text, faults = float8_layers.describe(layers, chosen)
     assert text == "FP8 (rowwise): 1 of 2 linear layers; 1 stay in fp32, excluded by 'down': down" and not faults
-    _, faults = float8.describe(layers, PrecisionConfig(fp8="rowwise"))
+    _, faults = float8_layers.describe(layers, PrecisionConfig(fp8="rowwise"))
     assert faults == [
         "precision.fp8='rowwise' finds no layer to compute in FP8 (fewer than precision.fp8_min_features=2048 features "
         "in or out: up, down)"
     ]
-    _, faults = float8.describe(layers, PrecisionConfig(fp8="rowwise", fp8_min_features=0, fp8_exclude=("layers.*",)))
+    _, faults = float8_layers.describe(
+        layers, PrecisionConfig(fp8="rowwise", fp8_min_features=0, fp8_exclude=("layers.*",))
+    )
     assert faults == ["precision.fp8_exclude has 'layers.*', which names no linear layer; they are up, down"]
 
 
@@ -202,14 +210,14 @@ def test_shapes_that_tensor_cores_refuse_are_refused_on_a_cpu() -> None:
             layer = RowParallelLinear(
                 "down", features, out, bias=False, tp=Axis("tp"), sequence_parallel=False, init_std=1.0
             )
-            fault = float8.fault(layer, PrecisionConfig(fp8=fp8))  # type: ignore[arg-type]
+            fault = float8_layers.fault(layer, PrecisionConfig(fp8=fp8))  # type: ignore[arg-type]
             assert fault is not None and fault.startswith(
                 f"{out} x {features} on a tensor-parallel rank, and FP8 takes multiples of 16; change"
             )
     cut = Mesh.described(MeshShape(tp=2), 0).tp
     layer = RowParallelLinear("down", 320, 16, bias=False, tp=cut, sequence_parallel=False, init_std=1.0)
-    assert float8.fault(layer, PrecisionConfig(fp8="rowwise")) is None
-    fault = float8.fault(layer, PrecisionConfig(fp8="blockwise"))
+    assert float8_layers.fault(layer, PrecisionConfig(fp8="rowwise")) is None
+    fault = float8_layers.fault(layer, PrecisionConfig(fp8="blockwise"))
     assert fault is not None and "160 consecutive features" in fault and "fp8='rowwise'" in fault
 
 
@@ -218,13 +226,13 @@ def test_a_fault_of_many_layers_is_said_once() -> None:
         return RowParallelLinear(name, 24, 16, bias=False, tp=Axis("tp"), sequence_parallel=False, init_std=1.0)
 
     model = torch.nn.Sequential(*(layer(f"layers.{index}.mlp.down") for index in range(5)))
-    _, faults = float8.describe(model, PrecisionConfig(fp8="rowwise", fp8_min_features=0))
+    _, faults = float8_layers.describe(model, PrecisionConfig(fp8="rowwise", fp8_min_features=0))
     assert faults == [
         "layers.0.mlp.down, layers.1.mlp.down, layers.2.mlp.down and 2 more: 16 x 24 on a tensor-parallel rank, and "
         "FP8 takes multiples of 16; change the model's size or mesh.tp=1, or leave out: "
         "precision.fp8_exclude=['layers.*.mlp.down']"
     ]
-    _, faults = float8.describe(
+    _, faults = float8_layers.describe(
         model, PrecisionConfig(fp8="rowwise", fp8_min_features=0, fp8_exclude=("layers.[0-3].mlp.down",))
     )
     assert len(faults) == 1 and faults[0].startswith("layers.4.mlp.down: 16 x 24")
@@ -232,28 +240,28 @@ def test_a_fault_of_many_layers_is_said_once() -> None:
 
 def test_a_device_without_fp8_is_refused_unless_asked_to_emulate() -> None:
     wanted = PrecisionConfig(fp8="blockwise")
-    fault = float8.device_fault(torch.device("cpu"), wanted)
+    fault = float8_layers.device_fault(torch.device("cpu"), wanted)
     assert fault == "precision.fp8='blockwise': cpu has no FP8; emulate it with precision.fp8_emulate=true"
-    assert float8.device_fault(torch.device("cpu"), wanted.model_copy(update={"fp8_emulate": True})) is None
+    assert float8_layers.device_fault(torch.device("cpu"), wanted.model_copy(update={"fp8_emulate": True})) is None
 
 
 def test_a_gpu_is_asked_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, wanted = torch.device("cuda"), PrecisionConfig(fp8="blockwise")
     properties = SimpleNamespace(name="A100", major=8, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    assert float8.device_fault(gpu, wanted) == (
+    assert float8_layers.device_fault(gpu, wanted) == (
         "precision.fp8='blockwise': A100 has compute capability 8.0 and FP8 begins with 8.9; emulate it with "
         "precision.fp8_emulate=true"
     )
     properties.major = 9
-    assert float8.device_fault(gpu, wanted) is None
-    fault = float8.device_fault(gpu, wanted.model_copy(update={"fp8_block": 64}))
+    assert float8_layers.device_fault(gpu, wanted) is None
+    fault = float8_layers.device_fault(gpu, wanted.model_copy(update={"fp8_block": 64}))
     assert fault == "precision.fp8_block=64: CUDA has blocks of 128; leave it out"
 
 
 def test_a_write_inside_a_run_is_noticed() -> None:
     layer: Any = pair(Axis("tp"))[2]
-    float8.use_float8(layer, settings("tensorwise"))
+    float8_layers.use_float8(layer, settings("tensorwise"), ONE)
     x = random(S, B, FFN // 2)
     with torch.no_grad(), float8.weights_kept(float8.recipes_of([layer]), whole=True):
         layer(x)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from megatron_ds.comm import Pending, buffers, local
 from megatron_ds.config import PrecisionConfig, RunConfig, validate
 from megatron_ds.kernels.float8 import E4M3, Float8
+from megatron_ds.layers import float8_layers
 from megatron_ds.layers import float8_recipe as float8
 from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.models.families import task_of
@@ -126,7 +127,11 @@ def seen(config: RunConfig, parts: RankRuntime) -> Iterator[dict[str, list[Piece
     found: dict[str, list[Piece]] = {"in": [], "out": []}
     original = float8.Float8Recipe._weight
     gathered = parts.optimizer.shard.size > 1 or parts.optimizer.gatherer is not None
-    specs = {id(x.recipe): spec_of(x.weight) for stage in parts.stages.values() for _, x in float8.linear_layers(stage)}
+    specs = {
+        id(x.recipe): spec_of(x.weight)
+        for stage in parts.stages.values()
+        for _, x in float8_layers.linear_layers(stage)
+    }
 
     def weight(recipe: float8.Float8Recipe, matrix: Tensor, over: str) -> Float8:
         quantised = original(recipe, matrix, over)
@@ -224,7 +229,9 @@ def looks(rows: list[Row]) -> list[list[Look]]:
                 assert counted[0] == codes_sent(config, parts)
             found.append(Look(before, masters, given))
         assert exact(parts) and isfinite(parts.step.evaluate([batches]))
-        weights: list[Any] = [x.weight for stage in parts.stages.values() for _, x in float8.linear_layers(stage)]
+        weights: list[Any] = [
+            x.weight for stage in parts.stages.values() for _, x in float8_layers.linear_layers(stage)
+        ]
         if parts.optimizer.gatherer is not None:  # else autograd would refuse what a compiled block kept over a gather
             assert not any(codes._version for weight in weights for codes in weight.float8._codes)
         elif parts.optimizer.shard.size > 1:  # who looks all the same sees that nothing is there
@@ -314,7 +321,7 @@ def test_a_stage_whose_first_weight_is_a_master_computes_in_half_precision() -> 
     whole, first, rest = (task.make_stage(span, Mesh.single(), torch.device("cpu"), torch.bfloat16) for span in spans)
     for stage in (whole, first, rest):
         stage.initialize(3)  # type: ignore[operator]
-        float8.use_float8(stage, config.precision)
+        float8_layers.use_float8(stage, config.precision, Axis("cp"))
     assert next(rest.parameters()).dtype == torch.float32
     batch = steps_of(config, Mesh.single())[0][0]
     assert torch.equal(rest(batch, first(batch)), whole(batch))
@@ -323,8 +330,8 @@ def test_a_stage_whose_first_weight_is_a_master_computes_in_half_precision() -> 
 def test_weights_quantised_from_half_copies_show() -> None:
     """The comparison notices what it is there for: a setting that is not obeyed."""
 
-    def use(model: nn.Module, settings: PrecisionConfig) -> None:
-        float8.use_float8(model, settings.model_copy(update={"fp8_from_masters": False}))
+    def use(model: nn.Module, settings: PrecisionConfig, cp: Axis) -> None:
+        float8_layers.use_float8(model, settings.model_copy(update={"fp8_from_masters": False}), cp)
 
     with patch.object(build_module, "use_float8", use), pytest.raises(AssertionError, match="for a sum over 'in'"):
         check(ALONE[0], looks(ALONE[:1]))

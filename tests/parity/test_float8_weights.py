@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_ds.config import validate
 from megatron_ds.kernels.float8 import Float8
 from megatron_ds.kernels.float8_weight import Float8Weight
+from megatron_ds.layers import float8_layers
 from megatron_ds.layers import float8_recipe as float8
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.families import task_of
@@ -71,7 +72,7 @@ def counted(parts: RankRuntime) -> Iterator[list[int]]:
     """How often a weight was quantised, or the transpose made of one that is gathered in FP8: of each step."""
     counts, last, of = [0], dict[int, Float8](), Float8Weight.of
     quantize, both = float8.quantize, float8.quantize_both
-    layers = [layer for stage in parts.stages.values() for _, layer in float8.linear_layers(stage)]
+    layers = [layer for stage in parts.stages.values() for _, layer in float8_layers.linear_layers(stage)]
 
     def count(x: Tensor) -> None:
         counts[-1] += any(x.data_ptr() == layer.weight.data_ptr() for layer in layers)
@@ -102,7 +103,7 @@ def measured(parts: RankRuntime, expected: int) -> Iterator[None]:
     whole = parts.optimizer.gatherer is None or parts.optimizer.config.keep_whole
     with float8.weights_kept(float8.recipes_of(parts.stages.values()), whole):
         yield
-        recipes = [layer.recipe for stage in parts.stages.values() for _, layer in float8.linear_layers(stage)]
+        recipes = [layer.recipe for stage in parts.stages.values() for _, layer in float8_layers.linear_layers(stage)]
         found = [found for recipe in recipes for found in recipe._kept.both or ()]  # type: ignore[union-attr]
         given = [weight for recipe in recipes if (weight := recipe.gathered) is not None and weight.is_given]
         found += [weight._transposed for weight in given if weight._transposed is not None]
@@ -138,7 +139,7 @@ def run(row: Row, mesh: Mesh, kept: bool, half: bool) -> tuple[list[Any], list[i
     parameters = [p for stage in parts.stages.values() for p in stage.parameters()]
     with parts.optimizer.gathered(parameters):
         weights = [p.detach().clone() for p in parameters]
-    layers = [layer for stage in parts.stages.values() for _, layer in float8.linear_layers(stage)]
+    layers = [layer for stage in parts.stages.values() for _, layer in float8_layers.linear_layers(stage)]
     assert all(isinstance(layer.recipe, float8.Float8Recipe) for layer in layers)
     return [*((r.loss, r.grad_norm, r.skipped) for r in results), *weights], counts[:-1], len(layers)
 
