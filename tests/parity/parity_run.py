@@ -157,19 +157,19 @@ def train_task(
     update = parts.optimizer.step
 
     def keep_gradients(*arguments: Any, **keywords: Any) -> None:
-        gradients.append(_parts_of(parts.optimizer.gradient_shards()))
+        gradients.append(parts_of(parts.optimizer.gradient_shards()))
         update(*arguments, **keywords)
 
     parts.optimizer.step = keep_gradients  # type: ignore[method-assign]
     results = [parts.step(batches) for batches in steps]
     assert not any(result.skipped for result in results)
     with parts.optimizer.gathered(whole):
-        parameters = [_whole(spec_of(p), p) for p in whole]
+        parameters = [whole_part(spec_of(p), p) for p in whole]
     averages = [shard for shard in parts.optimizer.flat_shards() if shard.kind == "ema"]
-    return Outcome([(r.loss, r.grad_norm) for r in results], gradients, parameters, _parts_of(averages))
+    return Outcome([(r.loss, r.grad_norm) for r in results], gradients, parameters, parts_of(averages))
 
 
-def _parts_of(flat_shards: Sequence[FlatShard]) -> list[Part]:
+def parts_of(flat_shards: Sequence[FlatShard]) -> list[Part]:
     return [Part(p.name, p.global_shape, p.box_offset, p.box_shape, p.start, _copy(p.data)) for p in flat_shards]
 
 
@@ -177,7 +177,7 @@ def _copy(tensor: torch.Tensor) -> Array:
     return tensor.detach().cpu().clone().flatten().numpy()
 
 
-def _whole(spec: ShardSpec, parameter: torch.Tensor) -> Part:
+def whole_part(spec: ShardSpec, parameter: torch.Tensor) -> Part:
     return Part(spec.name, spec.global_shape, spec.offset, spec.local_shape, 0, _copy(parameter))
 
 
