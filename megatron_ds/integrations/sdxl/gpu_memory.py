@@ -13,8 +13,10 @@ from megatron_ds.config.engine import EngineConfig
 from megatron_ds.engine.model_layout import layout_of
 from megatron_ds.kernels.autograd import first_derivative_only
 
-GPUS = (1, 2, 4, 8)
+GPUS = range(1, 9)
+STAGES = range(4)
 CARDS = (24, 40, 80)
+_AVERAGE = " with --use_ema"
 LEFT_FREE = 2.0  # GiB of a card for CUDA, its libraries and what the allocator cannot use; assumed, not measured
 
 
@@ -121,29 +123,33 @@ def memory_table(unet: nn.Module, settings: dict[str, Any], activations: int, wh
     """
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     every = sum(p.numel() for p in unet.parameters())
+    exact: dict[str, list[int]] = {}
+    needed: dict[str, list[float]] = {}
+    for average in (False, True):
+        for ranks in GPUS:
+            name = _gpus(ranks) + _AVERAGE * average
+            found = [_bytes(unet, settings, stage, 0.9999 * average, ranks) for stage in STAGES]
+            exact[name] = [held for held, _ in found]
+            needed[name] = [(held + transient + activations) / 2**30 for held, transient in found]
+    stages = "".join(f"{f'ZeRO-{stage}':>18}" for stage in STAGES)
     lines = [
         f"{every:,} parameters, {trained:,} of them trained; master weights, gradients and AdamW's moments in fp32",
         "",
-        f"{'bytes a rank holds, exactly':<28}" + "".join(f"{_gpus(n):>18}" for n in GPUS),
-    ]
-    needed: dict[str, list[float]] = {}
-    for stage in range(4):
-        for average in (0.0, 0.9999):
-            name = f"ZeRO-{stage}" + " with --use_ema" * bool(average)
-            exact, transient = zip(*(_bytes(unet, settings, stage, average, ranks) for ranks in GPUS))
-            lines.append(f"{name:<28}" + "".join(f"{size:>18,}" for size in exact))
-            needed[name] = [(a + b + activations) / 2**30 for a, b in zip(exact, transient)]
-    lines += [
+        f"{'bytes a rank holds, exactly':<28}{stages}",
+        *(f"{name:<28}" + "".join(f"{size:>18,}" for size in sizes) for name, sizes in exact.items()),
         "",
         f"With activations, estimated at {activations / 2**30:.2f} GiB ({what}), and what is whole for a moment at "
         "stages 2 and 3:",
         "",
-        f"{'GiB a rank needs':<28}" + "".join(f"{_gpus(n):>18}" for n in GPUS),
+        f"{'GiB a rank needs':<28}{stages}",
         *(f"{name:<28}" + "".join(f"{size:>18.1f}" for size in sizes) for name, sizes in needed.items()),
         "",
         f"{f'fits ({LEFT_FREE:.0f} GiB left free)':<28}" + "".join(f"{f'{card} GB':>18}" for card in CARDS),
-        *(f"{name:<28}" + "".join(f"{_fits(sizes, card):>18}" for card in CARDS) for name, sizes in needed.items()),
     ]
+    for stage in STAGES:
+        for more in ("", _AVERAGE):
+            sizes = [needed[_gpus(ranks) + more][stage] for ranks in GPUS]
+            lines.append(f"{f'ZeRO-{stage}{more}':<28}" + "".join(f"{_fits(sizes, card):>18}" for card in CARDS))
     return "\n".join(lines)
 
 
