@@ -39,7 +39,7 @@ def save(module: nn.Module, tensors: WholeTensors, mesh: Mesh, folder: Path) -> 
             f"{type(module).__name__} is no model of transformers or diffusers: it has no configuration to save; use "
             "engine.state_dict() or engine.save_checkpoint()"
         )
-    if getattr(module, "_weight_conversions", None):
+    if _is_converted(module):
         _save_by_itself(module, tensors, mesh, folder)
         return
     stem = _WEIGHTS[diffusers]
@@ -75,6 +75,18 @@ def save(module: nn.Module, tensors: WholeTensors, mesh: Mesh, folder: Path) -> 
         finally:
             if writes:
                 shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_converted(module: nn.Module) -> bool:
+    """Whether the library's files hold other tensors than the module: experts one by one, names of earlier times."""
+    done = getattr(module, "_weight_conversions", None)  # by from_pretrained
+    if done is None and hasattr(module, "all_tied_weights_keys"):
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+        except ImportError:  # a version whose files hold a new model's tensors as they are
+            return False
+        done = get_model_conversion_mapping(module, add_legacy=False)
+    return bool(done)
 
 
 def _publish(partial: Path, folder: Path, stem: str) -> None:
@@ -136,3 +148,5 @@ def _save_by_itself(module: Any, tensors: WholeTensors, mesh: Mesh, folder: Path
     with tensors.gathered(looked_at, write=False), together(mesh.world):
         if mesh.rank == 0:
             module.save_pretrained(folder, state_dict=state)
+            if not hasattr(module, "peft_config"):
+                _write_configuration(module, tensors, folder, False)  # with the dtype that is in the files
