@@ -21,20 +21,16 @@ from megatron_ds.inference.block_pool import BlockPool
 from megatron_ds.inference.checked_settings import takes_fields_of
 from megatron_ds.inference.decode_graphs import GraphSizes, capture_for
 from megatron_ds.inference.draft_model import DraftModel
-from megatron_ds.inference.invariant_recipe import BatchInvariant
 from megatron_ds.inference.model_runner import CacheSize, ModelRunner, bytes_of_token
 from megatron_ds.inference.outputs import RequestOutput
-from megatron_ds.inference.packed_recipe import pack_model
-from megatron_ds.inference.quantized_recipes import linear_layers, quantize_model
 from megatron_ds.inference.ranks import Ranks
 from megatron_ds.inference.sampling_params import SamplingParams, suggested_settings
 from megatron_ds.inference.serving_engine import ServingEngine
 from megatron_ds.inference.serving_options import EngineOptions
+from megatron_ds.inference.serving_recipes import use_serving_recipes
 from megatron_ds.inference.texts import Prompt, Texts
 from megatron_ds.kernels.float8 import E4M3
-from megatron_ds.layers.recipe import OwnPrecision, Recipe
 from megatron_ds.mesh import Axis
-from megatron_ds.models.transformer import Transformer
 
 
 class LLM:
@@ -66,7 +62,7 @@ class LLM:
         dtype = _dtype(o.dtype, source.dtype)
         cache_dtype = _dtype(o.kv_cache_dtype, dtype)
         stage = served_model.build(source, mesh, dtype)
-        head = _recipes(stage, None if source.quantization else o.quantization, o.batch_invariant)
+        head = use_serving_recipes(stage, None if source.quantization else o.quantization, o.batch_invariant)
         draft = None
         if draft_source is not None and mesh.rank == 0:  # whole, on the first rank
             draft = DraftModel(draft_source, dtype, mesh.device, o.max_num_batched_tokens, o.num_speculative_tokens)
@@ -233,16 +229,6 @@ def _require_recipes(of_folder: str | None, o: EngineOptions) -> None:
         )
     if o.batch_invariant and (o.quantization or of_folder):
         raise ConfigError("batch_invariant=True goes with quantization=None: quantised products have no such kernels")
-
-
-def _recipes(stage: Transformer, quantization: str | None, batch_invariant: bool) -> Recipe | None:
-    """How the layers of a stage multiply; returns how its head does."""
-    head = pack_model(stage) if quantization is None else quantize_model(stage, quantization)
-    if not batch_invariant:
-        return head
-    for layer in linear_layers(stage):
-        layer.recipe = BatchInvariant(layer.recipe)  # type: ignore[arg-type]
-    return BatchInvariant(head or OwnPrecision())
 
 
 def _memory(device: torch.device, part: float) -> int:

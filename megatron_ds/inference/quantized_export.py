@@ -23,9 +23,9 @@ from megatron_ds.convert.match import Match
 from megatron_ds.errors import ConfigError
 from megatron_ds.files import write_json
 from megatron_ds.inference import served_model
-from megatron_ds.inference.quantized_folder import quantization_config, tensors_of
-from megatron_ds.inference.quantized_recipes import linear_layers, require_scheme
-from megatron_ds.inference.quantized_weights import QuantizedWeight, quantize, scale_dtype
+from megatron_ds.inference.quantization import SCHEMES, quantize, scale_dtype
+from megatron_ds.inference.quantized_folder import layout, quantization_config, tensors_of
+from megatron_ds.inference.serving_recipes import linear_layers
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.families import class_of
 from megatron_ds.models.transformer import StageSettings
@@ -45,7 +45,6 @@ def export_quantized(model: str | Path, output: str | Path, scheme: str, progres
     Raises:
         CheckpointError: the folder cannot be read. ConfigError: a scheme or a model that this does not go for.
     """
-    require_scheme(scheme)
     model, output = Path(model), Path(output)
     if not (model / "config.json").is_file():
         raise ConfigError(
@@ -80,16 +79,12 @@ def _of_linear_layers(config: ModelConfig, rules: Sequence[Rule], architecture: 
 
 def _plan(match: Match, fewer: set[str], scheme: str) -> Plan:
     plan: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for rule in match.rules:
-        for name in rule.theirs:
-            shape, dtype = match.source.shapes[match.names[name]], match.source.dtypes[match.names[name]]
-            if name not in fewer:
-                plan[name] = shape, dtype
-                continue
-            example = quantize(torch.zeros(1, shape[1], dtype=dtype), scheme)
-            rows = QuantizedWeight(scheme, example.values.expand(shape), example.scale.expand(shape[0], -1))
-            assert rows.scale.dtype == scale_dtype(dtype)
-            plan.update({part: (tuple(t.shape), t.dtype) for part, t in tensors_of(name, rows).items()})
+    for name in (name for rule in match.rules for name in rule.theirs):
+        shape, dtype = match.source.shapes[match.names[name]], match.source.dtypes[match.names[name]]
+        if name in fewer:
+            plan.update(layout(name, shape, scheme, SCHEMES[scheme].group, scale_dtype(dtype)))
+        else:
+            plan[name] = shape, dtype
     return plan
 
 

@@ -22,7 +22,7 @@ from megatron_ds.convert.settings import GENERATION
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.files import read_json
 from megatron_ds.inference.quantized_folder import QuantizedFolder, weight_of
-from megatron_ds.inference.quantized_recipes import linear_layers, use_weight
+from megatron_ds.inference.serving_recipes import linear_layers, use_weight
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.families import class_of
 from megatron_ds.models.transformer import StageSettings, Transformer

@@ -14,7 +14,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.inference.checked_settings import CheckedSettings
 
 Scheme = Literal["int8", "w8a8", "fp8", "int4"]
-"""Of weights in fewer bits: see :mod:`megatron_ds.inference.quantized_weights`."""
+"""Of weights in fewer bits: see :mod:`megatron_ds.inference.quantization`."""
 AnyPath = str | Path
 _Count = Annotated[int, Field(ge=1)]
 

@@ -10,8 +10,7 @@ import torch
 from hf_models import _llama
 
 from megatron_ds.inference import LLM, SamplingParams
-from megatron_ds.inference.invariant_recipe import BatchInvariant
-from megatron_ds.inference.packed_recipe import PackedWeight
+from megatron_ds.inference.serving_recipes import BatchInvariant, PackedWeight
 from megatron_ds.kernels.cpu import onednn
 from megatron_ds.layers.recipe import OwnPrecision
 

@@ -13,9 +13,8 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.inference import SamplingParams, compiled_stage, served_model
 from megatron_ds.inference.compiled_stage import CompiledDecoding
 from megatron_ds.inference.model_runner import CacheSize, ModelRunner
-from megatron_ds.inference.packed_recipe import PackedWeight, pack_model
-from megatron_ds.inference.quantized_recipes import quantize_model
 from megatron_ds.inference.serving_engine import ServingEngine
+from megatron_ds.inference.serving_recipes import PackedWeight, use_serving_recipes
 from megatron_ds.kernels.cpu.compiled_graph import compile_graph, record
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.transformer import Transformer
@@ -72,7 +71,7 @@ def test_a_family_is_recorded_as_it_computes(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["opt", "gemma2"])
 def test_half_precision_and_packed_weights_are_recorded(tmp_path: Path, name: str) -> None:
     model = build(name, tmp_path, torch.bfloat16)
-    head = pack_model(model)
+    head = use_serving_recipes(model)
     assert isinstance(head, PackedWeight)
     ModelRunner(model, Mesh.single(), CacheSize(4, 4, torch.bfloat16), head).compile(compiled=False)
 
@@ -86,7 +85,7 @@ def test_quantised_weights_are_recorded_as_they_compute(scheme: str, monkeypatch
     """
     sizes = {"num_layers": 1, "hidden_size": 128, "ffn_hidden_size": 128, "vocab_multiple": 16}
     model = stage_of(config_of("llama").model_copy(update=sizes), Mesh.single(), torch.bfloat16)
-    head = quantize_model(model, scheme)
+    head = use_serving_recipes(model, scheme)
     found = []
     for recorded in (False, True):
         engine = engine_of(model, budget=64)

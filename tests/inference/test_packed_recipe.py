@@ -9,8 +9,7 @@ import torch
 from hf_models import _llama
 
 from megatron_ds.inference import LLM, SamplingParams
-from megatron_ds.inference.packed_recipe import PackedWeight
-from megatron_ds.inference.quantized_recipes import release, rows_of
+from megatron_ds.inference.serving_recipes import PackedWeight, release, rows_of
 from megatron_ds.kernels.cpu import onednn
 from megatron_ds.layers.linear import RepeatedKVLinear
 from megatron_ds.layers.recipe import OwnPrecision

@@ -13,8 +13,8 @@ from served import config_of, engine_of, stage_of
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference import LLM, SamplingParams
 from megatron_ds.inference.model_runner import CacheSize, ModelRunner
-from megatron_ds.inference.quantized_recipes import RECIPES, quantize_model
-from megatron_ds.inference.quantized_weights import QuantizedWeight, quantize
+from megatron_ds.inference.quantization import SCHEMES, QuantizedWeight, quantize
+from megatron_ds.inference.serving_recipes import use_serving_recipes
 from megatron_ds.kernels.cpu import int4_product, onednn
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.testing import run_ranks
@@ -28,7 +28,7 @@ EXACT = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.
 
 @pytest.mark.parametrize("packs", [True, False])
 @pytest.mark.parametrize("dtype", EXACT)
-@pytest.mark.parametrize("scheme", RECIPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_products_are_those_of_the_dequantised_weight(
     scheme: str, dtype: torch.dtype, packs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -39,7 +39,7 @@ def test_products_are_those_of_the_dequantised_weight(
     torch.manual_seed(0)
     weight = (torch.randn(64, 96) * torch.rand(64, 1)).to(dtype)
     quantized = quantize(weight, scheme)
-    recipe, dequantized = RECIPES[scheme](quantized, None, dtype), quantized.dequantized()
+    recipe, dequantized = SCHEMES[scheme].recipe(quantized, None, dtype), quantized.dequantized()
     relative = (dequantized - weight.double()).norm() / weight.double().norm()
     assert relative < WORST[scheme], "the weight"
     for count in (1, 8, 33, 130):
@@ -57,7 +57,7 @@ def test_groups_that_no_kernel_knows_are_multiplied_all_the_same() -> None:
     """Folders of others have groups of any size."""
     values, scale = torch.randint(-8, 8, (32, 96)).to(torch.int8), torch.rand(32, 6).to(torch.bfloat16)
     x, weight = torch.randn(3, 96, dtype=torch.bfloat16), QuantizedWeight("int4", values, scale)
-    out, want = RECIPES["int4"](weight, None, x.dtype).product(x, x, None), x.double() @ weight.dequantized().t()
+    out, want = SCHEMES["int4"].recipe(weight, None, x.dtype).product(x, x, None), x.double() @ weight.dequantized().t()
     assert (out - want).norm() < EXACT[x.dtype] * want.norm()
 
 
@@ -65,19 +65,19 @@ def test_sums_that_int32_does_not_hold_are_not_made() -> None:
     """Of ones: the product is the number of inputs."""
     inputs = 2**31 // 127**2 + 100
     ones = torch.ones(16, inputs, dtype=torch.bfloat16)
-    product = RECIPES["int8"](quantize(ones, "int8"), None, ones.dtype).product(ones[:2], ones, None)
+    product = SCHEMES["int8"].recipe(quantize(ones, "int8"), None, ones.dtype).product(ones[:2], ones, None)
     assert torch.all((product.double() / inputs - 1).abs() < 0.01)
     with pytest.raises(
         ConfigError, match=r"sums 133244 int8 products of a layer in int32, which may overflow beyond 133144"
     ):
-        RECIPES["w8a8"](quantize(ones, "w8a8"), None, ones.dtype)
+        SCHEMES["w8a8"].recipe(quantize(ones, "w8a8"), None, ones.dtype)
 
 
 def logprobs_of(scheme: str, ranks: int) -> Any:
     mesh = Mesh.create(MeshShape(tp=ranks), torch.device("cpu"))
     config = config_of("llama").model_copy(update={"hidden_size": 128, "ffn_hidden_size": 128, "vocab_multiple": 16})
     model = stage_of(config, mesh)
-    head = quantize_model(model, scheme)
+    head = use_serving_recipes(model, scheme)
     engine = engine_of(model, mesh, budget=12)
     engine.runner = ModelRunner(model, mesh, CacheSize(64, 4, torch.float64), head)
     if mesh.rank > 0:
@@ -92,7 +92,7 @@ def logprobs_of(scheme: str, ranks: int) -> Any:
     return output.outputs[0].token_ids, output.outputs[0].logprobs
 
 
-@pytest.mark.parametrize("scheme", RECIPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_mesh_has_the_same_quantised_model(scheme: str) -> None:
     tokens, want = logprobs_of(scheme, 1)
     found, logprobs = run_ranks(logprobs_of, 2, scheme, 2)[0]
@@ -101,7 +101,7 @@ def test_every_mesh_has_the_same_quantised_model(scheme: str) -> None:
         assert mine == pytest.approx(theirs, abs=1e-9)
 
 
-@pytest.mark.parametrize("scheme", RECIPES)
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_served_model_stays_near_itself_and_gives_memory_back(tmp_path: Path, scheme: str) -> None:
     torch.manual_seed(0)
     _llama(hidden_size=192, intermediate_size=256).to(torch.bfloat16).save_pretrained(tmp_path)

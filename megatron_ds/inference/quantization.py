@@ -1,4 +1,4 @@
-"""Products with weights of fewer bits, for linear layers that only compute forward.
+"""Weights of linear layers in fewer bits, and the products with them, of layers that only compute forward.
 
 =========  =======================================  ===========================
 scheme     weights                                  inputs
@@ -9,30 +9,136 @@ scheme     weights                                  inputs
 ``int4``   4 bits, a scale for 32 of an output's    as they are
 =========  =======================================  ===========================
 
-The vocabulary's projection has 8 bits under ``int4`` too, unless a folder says otherwise; embeddings, norms and biases
-keep their dtype.
+Scales are over what tensor parallelism does not cut: of a layer that is split along its inputs the largest magnitude is
+taken over all ranks, so that the quantised weights are those of one process on every mesh. A scale has the precision in
+which it is kept and multiplied by; the values are rounded after it is (rounded later, it would be another weight's
+scale). Embeddings, norms and biases keep their dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
 
+from megatron_ds import comm
 from megatron_ds.errors import ConfigError
-from megatron_ds.inference.quantized_weights import LARGEST, QuantizedWeight, largest, quantize
 from megatron_ds.kernels.cpu import int4_product, onednn
-from megatron_ds.kernels.float8 import E4M3
-from megatron_ds.layers.linear import RepeatedKVLinear, RowParallelLinear
+from megatron_ds.kernels.float8 import E4M3, SMALLEST_AMAX
 from megatron_ds.layers.recipe import Recipe, linear
 from megatron_ds.mesh import Axis
-from megatron_ds.models.transformer import Transformer
 
 _HALF = (torch.bfloat16, torch.float16)
 _DIGIT = 254
 """Units of a low digit in one of the high digit: what is left of that, half a unit at most, is 127 at most."""
+_INT8_MAX, _E4M3_MAX = 127.0, torch.finfo(E4M3).max
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """``values [out, in]`` int8 or e4m3, times ``scale [out, groups]``, each of ``in / groups`` inputs.
+
+    Four bits are kept as int8 from -8 to 7 here; how a recipe or a file packs them is its own affair.
+    """
+
+    scheme: str
+    values: Tensor
+    scale: Tensor
+
+    def dequantized(self) -> Tensor:
+        """``[out, in]`` in float64: the weight that products with this one are those of."""
+        values = self.values.double().unflatten(1, (self.scale.shape[1], -1))
+        return (values * self.scale.double().unsqueeze(2)).flatten(1)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are quantised.
+
+    Attributes:
+        recipe: of the products with a rank's weight; of the ranks among which the inputs are split, or None; and of the
+            dtype of inputs and products.
+        bits: of a weight; floating: e4m3, no whole number. group: inputs that share a scale; None: all of an output's.
+        inputs: whether each token's inputs are quantised too, with a scale, as they come.
+    """
+
+    recipe: Callable[[QuantizedWeight, Axis | None, torch.dtype], Recipe]
+    bits: int = 8
+    floating: bool = False
+    group: int | None = None
+    inputs: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return E4M3 if self.floating else torch.int8
+
+    @property
+    def largest(self) -> float:
+        """The value that the largest magnitude becomes."""
+        return _E4M3_MAX if self.floating else 2.0 ** (self.bits - 1) - 1
+
+
+def largest(x: Tensor, dim: int, tp: Axis | None) -> Tensor:
+    """The largest magnitudes along ``dim``, fp32 or wider, over the ranks of ``tp``: 1 along ``dim``."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    amax = x.abs().amax(dim, keepdim=True).to(wide).clamp(min=SMALLEST_AMAX)
+    return amax if tp is None or tp.size == 1 else comm.all_reduce(amax, tp, dist.ReduceOp.MAX)
+
+
+def scale_dtype(weight: torch.dtype) -> torch.dtype:
+    """Of the scales of weights of a dtype. bf16 has the range of fp32; fp16 has not."""
+    return torch.float32 if weight is torch.float16 else weight
+
+
+def quantize(weight: Tensor, scheme: str, tp: Axis | None = None) -> QuantizedWeight:
+    """``[out, in]`` of this rank in fewer bits.
+
+    Args:
+        tp: the ranks among which the inputs are split, where they are.
+
+    Raises:
+        ConfigError: the inputs cannot be cut into groups.
+    """
+    s, inputs = SCHEMES[scheme], weight.shape[1]
+    if s.group and inputs % s.group:
+        raise ConfigError(
+            f"quantization={scheme!r} shares scales among {s.group} inputs, and a layer here has {inputs} on a rank; "
+            "use 'int8', or fewer ranks"
+        )
+    groups = weight.view(len(weight), -1, s.group or inputs)
+    amax = largest(groups, 2, None if s.group else tp)
+    scale = (amax / s.largest).to(scale_dtype(weight.dtype))
+    relative = groups.to(amax.dtype) / scale.to(amax.dtype)
+    if not s.floating:
+        relative = relative.round()
+    lowest = -s.largest - (s.bits == 4)  # eight bits leave out -128
+    return QuantizedWeight(scheme, relative.clamp(lowest, s.largest).to(s.dtype).flatten(1), scale.squeeze(2))
+
+
+def packed(values: Tensor, bits: int) -> Tensor:
+    """int8 ``[out, in]`` of 4 or 8 bits in int32 ``[out, in * bits / 32]``, rounded up.
+
+    They have no sign there (the value plus 8, or plus 128), and the first is in the lowest bits.
+    """
+    unsigned = (values.to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
+    unsigned = F.pad(unsigned, (0, -values.shape[1] % (32 // bits)))
+    if bits == 4:
+        low, high = unsigned.view(len(values), -1, 2).unbind(2)
+        unsigned = low | high << 4
+    return unsigned.contiguous().view(torch.int32)
+
+
+def unpacked(words: Tensor, bits: int, inputs: int) -> Tensor:
+    """The inverse of :func:`packed`: int8 ``[out, inputs]``."""
+    unsigned = words.contiguous().view(torch.uint8)
+    if bits == 4:
+        unsigned = torch.stack((unsigned & 15, unsigned >> 4), dim=2).flatten(1)
+    return (unsigned.to(torch.int16) - (1 << bits - 1)).to(torch.int8)[:, :inputs]
 
 
 class _Quantized(Recipe):
@@ -102,7 +208,7 @@ class Int8(_ScaledOutputs):
             # Whole numbers up to 127 are exact in every dtype; the scale comes last.
             scale = self.scale / _unit(self.values, x.dtype)
             return linear(x, _terms(self.values, x.dtype), None) * scale.to(x.dtype)
-        scale = largest(x, 1, None) / 127
+        scale = largest(x, 1, None) / _INT8_MAX
         relative = x / scale
         high = relative.round()
         low = relative.sub_(high).mul_(_DIGIT).round_()
@@ -123,7 +229,7 @@ class Int8Inputs(_ScaledOutputs):
         super().__init__(weight, tp, dtype)
 
     def rows(self, x: Tensor) -> Tensor:
-        scale = largest(x, 1, self.tp) / LARGEST["w8a8"]
+        scale = largest(x, 1, self.tp) / _INT8_MAX
         whole = (x.to(scale.dtype) / scale).round_()
         if self.packs:
             return self.sums(whole).mul_(scale).to(x.dtype)
@@ -139,7 +245,7 @@ class Float8Inputs(_ScaledOutputs):
     """Weights and inputs in e4m3."""
 
     def rows(self, x: Tensor) -> Tensor:
-        scale = largest(x, 1, self.tp) / LARGEST["fp8"]
+        scale = largest(x, 1, self.tp) / _E4M3_MAX
         values = (x.to(scale.dtype) / scale).to(E4M3)
         if x.device.type == "cuda" and x.dtype is torch.bfloat16:
             scales = scale.float(), self.scale.float().unsqueeze(0)
@@ -166,8 +272,7 @@ class Int4(_Quantized):
             self._widens = int4_product.can_widen(values, in_order)
             return
         self.register_buffer("scale", scale)
-        low, high = (values + 8).to(torch.uint8).view(len(values), -1, 2).unbind(2)
-        self.register_buffer("values", low | high << 4)
+        self.register_buffer("values", packed(values, 4))
 
     values: Tensor
     scale: Tensor
@@ -176,74 +281,15 @@ class Int4(_Quantized):
     def rows(self, x: Tensor) -> Tensor:
         if self._packs:
             return int4_product.product(x, self.values, self.pairs, self._widens)
-        pairs = torch.stack((self.values & 15, self.values >> 4), dim=2).to(torch.int8).flatten(1) - 8
-        groups = pairs.view(len(pairs), -1, self.group).to(x.dtype)
+        groups = unpacked(self.values, 4, x.shape[1]).view(len(self.values), -1, self.group).to(x.dtype)
         return linear(x, (groups * self.scale.to(x.dtype).unsqueeze(2)).flatten(1), None)
 
 
-RECIPES: Mapping[str, Callable[[QuantizedWeight, Axis | None, torch.dtype], Recipe]] = MappingProxyType(
-    {"int8": Int8, "w8a8": Int8Inputs, "fp8": Float8Inputs, "int4": Int4}
+SCHEMES: Mapping[str, Scheme] = MappingProxyType(
+    {
+        "int8": Scheme(Int8),
+        "w8a8": Scheme(Int8Inputs, inputs=True),
+        "fp8": Scheme(Float8Inputs, floating=True, inputs=True),
+        "int4": Scheme(Int4, bits=4, group=32),
+    }
 )
-
-
-def require_scheme(scheme: str) -> None:
-    """Raises :class:`ConfigError` where there is no such scheme."""
-    if scheme not in RECIPES:
-        raise ConfigError(f"quantization={scheme!r}; use one of {', '.join(map(repr, RECIPES))}, or None")
-
-
-def quantize_model(model: Transformer, scheme: str) -> Recipe | None:
-    """Give every linear layer of ``model`` its weight in fewer bits, and the memory of the old ones back.
-
-    A head's that is the embedding's too stays as it is.
-
-    Returns:
-        The recipe of the vocabulary's projection, where the stage has it.
-
-    Raises:
-        ConfigError: no such scheme, or a layer that it cannot serve.
-    """
-    require_scheme(scheme)
-    for module in linear_layers(model):
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        use_weight(module, quantize(rows_of(module, weight.detach()), scheme, _split(module)))
-    if not model.span.head:
-        return None
-    head, of_head = model.output_weight, "int8" if scheme == "int4" else scheme
-    recipe = RECIPES[of_head](quantize(head.detach(), of_head), None, head.dtype)
-    release_head(model)
-    return recipe
-
-
-def linear_layers(model: nn.Module) -> list[nn.Module]:
-    """Those with a recipe, which a scheme replaces."""
-    return [module for module in model.modules() if isinstance(getattr(module, "recipe", None), Recipe)]
-
-
-def rows_of(module: nn.Module, of_weight: Tensor) -> Tensor:
-    """``[out, ...]`` of what a layer computes with, of its weight's values or scales on this rank."""
-    own = module.own(of_weight) if isinstance(module, RepeatedKVLinear) else of_weight
-    return own.reshape(-1, own.shape[-1])
-
-
-def use_weight(module: nn.Module, quantized: QuantizedWeight) -> None:
-    """Let a linear layer multiply by ``quantized``; its parameter keeps its shape and the memory of one element."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    module.recipe = RECIPES[quantized.scheme](quantized, _split(module), weight.dtype)
-    release(weight)
-
-
-def release(weight: Tensor) -> None:
-    """Give back the memory of a weight that a recipe has in another form; it keeps its shape."""
-    weight.data = weight.new_zeros(()).expand(weight.shape)
-
-
-def release_head(model: Transformer) -> None:
-    """Give back the memory of the vocabulary's projection, unless it is the embedding's too."""
-    if not model.config.tied_embeddings:
-        release(model.output_weight)
-
-
-def _split(module: nn.Module) -> Axis | None:
-    """The ranks among which a layer's inputs are split."""
-    return module.tp if isinstance(module, RowParallelLinear) else None
