@@ -31,6 +31,8 @@ from megatron_ds.files import checksum, read_json, replacing
 
 _STATED = "the manifest", "copy it there again"
 OPTIONAL = ("manifest.json", "loss_mask")
+_VALIDATORS = "ETag", "Last-Modified", "Content-MD5", "Digest"
+"""What a web server says of a file's version (RFC 9110, section 8.8)."""
 _COMPLETE = "fetched.json"
 """Says which version of the remote files a folder of the cache belongs to; written last."""
 
@@ -87,11 +89,14 @@ class RemoteDataset:
     def _identity(self, kind: str) -> dict[str, Any] | None:
         path = f"{self.path}.{kind}"
         try:
-            return {"size": int(self.filesystem.info(path)["size"]), "version": str(self.filesystem.ukey(path))}
+            info, version = self.filesystem.info(path), str(self.filesystem.ukey(path))
         except FileNotFoundError:
             if kind in OPTIONAL:
                 return None
             raise
+        if "http" in self.filesystem.protocol:  # fsspec's key is made of the address alone
+            version = " ".join([version, *(str(info[name]) for name in _VALIDATORS if name in info)])
+        return {"size": int(info["size"]), "version": version}
 
     def _compare_with_cached(self, folder: Path) -> None:
         cached, now = read_json(folder / _COMPLETE)["identity"], self.identity

@@ -118,6 +118,27 @@ def test_damage_is_named(local: Path, memory: Any, tmp_path: Path) -> None:
         IndexedDataset(URL, tmp_path / "other")
 
 
+def test_a_change_on_a_web_server_is_noticed(
+    local: Path, memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsspec takes files of the same address for the same: the server's own words tell versions apart."""
+    kind, tags = fsspec.implementations.memory.MemoryFileSystem, {"bin": '"1"'}
+    info = kind.info
+
+    def with_tag(self: Any, path: str) -> dict[str, Any]:
+        return {**info(self, path), "ETag": tags.get(path.rpartition(".")[2])}
+
+    monkeypatch.setattr(kind, "protocol", ("memory", "http"))
+    monkeypatch.setattr(kind, "ukey", lambda self, path: path)
+    monkeypatch.setattr(kind, "info", with_tag)
+    IndexedDataset(URL, tmp_path / "cache")
+    upload(local, memory, "bin")  # without a sign of it in size and key
+    IndexedDataset(URL, tmp_path / "cache")
+    tags["bin"] = '"2"'
+    with pytest.raises(DataError, match=r"set\.bin changed since it was cached: .* delete .*cache"):
+        IndexedDataset(URL, tmp_path / "cache")
+
+
 def test_a_change_since_it_was_cached_is_noticed(local: Path, memory: Any, tmp_path: Path) -> None:
     IndexedDataset(URL, tmp_path / "cache")
     upload(local, memory, "bin")  # the same bytes, written again: another version to the store
