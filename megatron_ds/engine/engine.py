@@ -293,7 +293,7 @@ class Engine(JoinableEngine, Files):
             self.train_also(late)
 
     def _require_intact(self) -> None:
-        _raise(self._model_guard.fault())
+        _raise(self._model_guard.fault() or self._hooks.fault())
 
     def change_weights(self, first: Callable[[], None], change: Callable[[Update], None]) -> None:
         """What an optimizer does to the weights between two steps, as Schedule-Free's ``eval()``."""

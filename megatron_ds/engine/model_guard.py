@@ -7,7 +7,6 @@ while. A parameter unfrozen or added later is no error unless the optimizer has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +52,7 @@ class ModelGuard:
 
     def __init__(self, module: nn.Module, zero: ZeroOptimizer, optimizer: Optimizer | None):
         self._module, self._optimizer = module, optimizer
-        self._groups = {id(parameter) for parameter in self._optimized()}
+        self._groups = self._groups_now()
         self.strays: dict[str, nn.Parameter] = {}
         self._added: dict[str, nn.Parameter] = {}
         sharded = zero.gatherer
@@ -74,7 +73,7 @@ class ModelGuard:
         unfrozen = {s.name: s.parameter for s in self._seen if s.parameter.requires_grad and not s.trained}
         if not unfrozen or self._optimizer is None:
             return unfrozen
-        optimized = {id(parameter) for parameter in self._optimized()}
+        optimized = self._groups_now()
         return {name: parameter for name, parameter in unfrozen.items() if id(parameter) in optimized}
 
     def _fault_of_parameters(self) -> str | None:
@@ -122,9 +121,14 @@ class ModelGuard:
 
     def _fault_of_optimizer(self) -> str | None:
         known = {id(seen.parameter) for seen in self._seen}
-        now = {id(parameter) for parameter in self._optimized()}
-        if self._groups <= now and now - self._groups <= known:
+        now = self._groups_now()
+        if self._groups.items() <= now.items() and now.keys() - self._groups.keys() <= known:
             return None
+        moved = [s.name for s in self._seen if now.get(id(s.parameter)) != self._groups.get(id(s.parameter))]
+        if moved and now.keys() == self._groups.keys():
+            return (
+                f"{moved[0]} is in another group of the optimizer than at initialize(), which notes them once{_AGAIN}"
+            )
         return f"the optimizer's groups have other parameters than at initialize(), which takes them over once{_AGAIN}"
 
     def _note_structure(self) -> None:
@@ -132,6 +136,7 @@ class ModelGuard:
         self._children = [(m, list(m._modules.values())) for m in modules if m._modules]
         self._own = [(m, list(m._parameters.values())) for m in modules if m._parameters]
 
-    def _optimized(self) -> Iterator[nn.Parameter]:
-        for group in self._optimizer.param_groups if self._optimizer is not None else ():
-            yield from group["params"]
+    def _groups_now(self) -> dict[int, int]:
+        """The id of each parameter of the optimizer, and the index of its group."""
+        groups = self._optimizer.param_groups if self._optimizer is not None else ()
+        return {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}

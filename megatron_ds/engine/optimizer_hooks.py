@@ -1,20 +1,61 @@
 """The hooks of a user's optimizer, which torch would run in its ``step()`` and an engine, which never calls that, runs.
 
 And two of the engine's own: the optimizer's state is in shards, so that torch's ``state_dict()`` would be without it.
+So would ``optimizer.state``, which is one that says so meanwhile.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim import optimizer as of_all
 
 from megatron_ds.errors import EngineError
 
 Hook = Callable[[Optimizer, Any, Any], Any]
+
+
+class ShardedState(defaultdict[Any, Any]):
+    """``optimizer.state`` where the state of parameters is elsewhere: what is kept under other keys alone.
+
+    A parameter is in it no more than in that of an optimizer before its first step, by ``in`` and ``get()``: so it can
+    be copied with the optimizer, of which torch's optimizers ask that.
+
+    Raises:
+        EngineError: it is asked for a parameter's, or given some, as by a loop that begins anew without momentum.
+    """
+
+    def __missing__(self, key: Any) -> Any:
+        _require_own_key(key)
+        return super().__missing__(key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        _require_own_key(key)
+        super().__setitem__(key, value)
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        _require_own_key(key)
+        return super().setdefault(key, default)
+
+    def clear(self) -> None:
+        raise EngineError(_ELSEWHERE)
+
+
+_ELSEWHERE = (
+    "optimizer.state is without the state of parameters, which the engine keeps in parts over the ranks: "
+    "engine.get_optimizer_state(name, kind) gives one whole tensor of it, and set_optimizer_state(name, kind, value) "
+    "writes one; to train on without it, call engine.close() and initialize() again"
+)
+
+
+def _require_own_key(key: Any) -> None:
+    if isinstance(key, Tensor):
+        raise EngineError(_ELSEWHERE)
 
 
 class OptimizerHooks:
@@ -29,7 +70,9 @@ class OptimizerHooks:
     def __init__(self, optimizer: Optimizer | None, keeps_state: bool, mark_gradients: Callable[[], None]):
         self._optimizer, self._mark_gradients = optimizer, mark_gradients
         self._own = []
+        self._state: ShardedState | None = None
         if optimizer is not None and keeps_state:
+            optimizer.state = self._state = ShardedState(dict, optimizer.state)
             self._own = [
                 optimizer.register_state_dict_pre_hook(_refuse_to_save),
                 optimizer.register_load_state_dict_pre_hook(_refuse_to_load),
@@ -45,9 +88,16 @@ class OptimizerHooks:
             own: Any = self._optimizer
             self._run(chain(own._optimizer_step_post_hooks.values(), of_all._global_optimizer_post_hooks.values()))
 
+    def fault(self) -> str | None:
+        """What was done to the optimizer's state, which an update would not know of; or None."""
+        intact = self._state is None or (self._optimizer is not None and self._optimizer.state is self._state)
+        return None if intact else _ELSEWHERE
+
     def close(self) -> None:
         for handle in self._own:
             handle.remove()
+        if self._optimizer is not None and self._state is not None:
+            self._optimizer.state = defaultdict(dict, self._state)
 
     def _run(self, hooks: Iterable[Hook]) -> None:
         for number, hook in enumerate(list(hooks)):

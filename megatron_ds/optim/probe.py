@@ -30,7 +30,7 @@ _WHY_NOT = {
     "LBFGS": "its line search evaluates the loss again and again through a closure",
     "SparseAdam": "it takes sparse gradients, and flat gradients are dense",
 }
-_INSTEAD = "use an elementwise one such as AdamW, SGD, RMSprop, Adagrad or NAdam"
+_INSTEAD = "use an elementwise one such as AdamW, SGD or Lion, or one of whole parameters such as Muon, LAMB or LARS"
 # Gradients of each step. They have one direction, along which distance estimates grow; they differ in size, so that
 # what is clipped or damped above or below some size is met.
 _SIZES = (1.0, 1.0, 0.5, 30.0, 1e-3, 1e3)
@@ -145,6 +145,10 @@ def _try_groups(
 
 def refusal(optimizer: Optimizer, reason: str) -> ConfigError:
     return ConfigError(f"{type(optimizer).__name__} cannot update sharded parameters: {reason}; {_INSTEAD}")
+
+
+def other_shape(optimizer: Optimizer, key: str, value: torch.Tensor, parameter: torch.Tensor) -> ConfigError:
+    return refusal(optimizer, f"it keeps {key!r}, {_kind(value)}, for a parameter that is {_kind(parameter)}")
 
 
 def _tried_shapes(members: Sequence[Shape]) -> list[Shape]:
@@ -343,8 +347,7 @@ def _template(optimizer: Optimizer, index: int, sample: Sample, shape: Shape) ->
         elif is_number(value):
             found.numbers[key] = value
         elif isinstance(value, torch.Tensor):
-            reason = f"it keeps {key!r}, {_kind(value)}, for a parameter that is {_kind(start)}"
-            raise refusal(optimizer, reason)
+            raise other_shape(optimizer, key, value, start)
         elif value is None or isinstance(value, str):
             found.rest[key] = value
         else:

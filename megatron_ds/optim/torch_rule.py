@@ -25,7 +25,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from megatron_ds.errors import ConfigError, listed
-from megatron_ds.optim.probe import StateTemplate, shaped, templates_of
+from megatron_ds.optim.probe import StateTemplate, is_number, other_shape, shaped, templates_of
 from megatron_ds.optim.rule import Late, OptimizerSegment, RuleGroup, Update
 from megatron_ds.optim.twin import Common, Twin
 from megatron_ds.shard import as_real, real_dtype
@@ -56,6 +56,8 @@ class TorchRule:
         self._initial = {name: _real(optimizer.state.get(p, {})) for name, p in parameters.items()}
         for parameter in parameters.values():
             optimizer.state.pop(parameter, None)
+        for name, state in self._initial.items():
+            _require_shape(optimizer, state, as_real(parameters[name]))
         self.templates: list[StateTemplate] = []
         self._updates: WeakSet[_TorchUpdate] = WeakSet()  # the buckets keep them
         self._mode = ""  # that was called last; a checkpoint may have been taken in another
@@ -68,7 +70,8 @@ class TorchRule:
         for index in range(len(optimizer.param_groups)):
             members = [name for name, of in self._group_of.items() if of == index]
             # Not of a 0-d parameter: its tensors could not be told from numbers.
-            candidates = [n for n in [*members, *self._group_of] if parameters[n].dim() and parameters[n].numel()]
+            of_group = [name for name in members if parameters[name].dim() and parameters[name].numel()]
+            candidates = of_group or [n for n in self._group_of if parameters[n].dim() and parameters[n].numel()]
             samples.append(next((self._initial[name] for name in candidates if self._initial[name]), {}))
             shapes.append([tuple(parameters[name].shape) for name in members])
         self.templates = templates_of(optimizer, samples, shapes)
@@ -88,7 +91,12 @@ class TorchRule:
             ConfigError: it cannot update them, or has them in no group.
         """
         numbers = self.numbers()
-        self._group_of |= _groups(self.optimizer, parameters, names)
+        found = _groups(self.optimizer, parameters, [*self._group_of, *names])
+        if moved := [name for name, index in self._group_of.items() if found[name] != index]:
+            raise ConfigError(
+                f"{moved[0]} is in another group of the optimizer than at initialize(); add new groups after the others"
+            )
+        self._group_of = found
         self._try_groups(parameters)
         self._leader.load_numbers(numbers)
 
@@ -318,6 +326,13 @@ class _TorchUpdate:
             state = template.fresh(numbers)
             state.update({kind: segment.state[kind] for kind in template.kinds})
             self._twin.state[parameter] = state
+
+
+def _require_shape(optimizer: Optimizer, state: Mapping[str, Any], parameter: torch.Tensor) -> None:
+    """ConfigError for a tensor that the optimizer has kept of the parameter and that has another shape."""
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor) and value.shape != parameter.shape and not is_number(value):
+            raise other_shape(optimizer, key, value, parameter)
 
 
 def _real(state: Mapping[str, Any]) -> dict[str, Any]:

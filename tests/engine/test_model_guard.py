@@ -141,18 +141,35 @@ def test_what_would_train_wrongly_is_said(index: int) -> None:
             assert (want in said[name]) if want else said[name] == "", (name, said[name])
 
 
-def new_group() -> str:
-    engine = engine_of(Net(), 1, "fp32")
-    assert engine.optimizer is not None
-    engine.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
-    with pytest.raises(MegatronDSError) as raised:
-        engine.train_batch([samples(torch.float32)])
-    return str(raised.value)
+def other_groups() -> list[str]:
+    """What is said of a parameter that no model has, of one in another group, and of that beside an unfrozen one."""
+    said = []
+    for case in ("new", "moved", "moved beside one unfrozen"):
+        net = Net()
+        first, *others = net.parameters()
+        others[-1].requires_grad_(case != "moved beside one unfrozen")
+        trained = [p for p in others if p.requires_grad]
+        optimizer = torch.optim.AdamW([{"params": [first]}, {"params": trained, "lr": 0.1}])
+        engine = megatron_ds.initialize(net, {"zero": {"stage": 1}}, optimizer, loss=loss_of)
+        if case == "new":
+            optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+        else:
+            optimizer.param_groups.reverse()
+        if case == "moved beside one unfrozen":
+            others[-1].requires_grad_(True)
+            optimizer.add_param_group({"params": others[-1:]})
+        with pytest.raises(MegatronDSError) as raised:
+            engine.train_batch([samples(torch.float32)])
+        said.append(str(raised.value))
+        engine.close()
+    return said
 
 
-def test_a_new_group_of_the_optimizer_is_said() -> None:
-    for said in run_ranks(new_group, 2):
-        assert "the optimizer's groups have other parameters than at initialize()" in said
+def test_other_groups_of_the_optimizer_are_said() -> None:
+    for new, *moved in run_ranks(other_groups, 2):
+        assert "the optimizer's groups have other parameters than at initialize()" in new
+        for said in moved:
+            assert "is in another group of the optimizer than at initialize()" in said
 
 
 @pytest.mark.parametrize("way", ["unfrozen", "added"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -109,7 +111,15 @@ def test_the_state_is_not_left_to_torch() -> None:
     engine = megatron_ds.initialize(model, {}, optimizer)
     assert "engine.save_checkpoint() writes it" in message(optimizer.state_dict)
     assert "call it before initialize()" in message(optimizer.load_state_dict, {})
+    weight, held = model[0].weight, optimizer.state  # type: ignore[index]
+    for touch in (held.__getitem__, held.setdefault, lambda key: held.__setitem__(key, {}), lambda _: held.clear()):
+        assert "engine.get_optimizer_state(name, kind) gives one whole tensor" in message(touch, weight)
+    assert weight not in copy.copy(optimizer).state
+    optimizer.state = defaultdict(dict)  # as a loop does that begins anew without momentum
+    assert "to train on without it, call engine.close()" in message(engine.train_batch, [batch(0)])
+    optimizer.state = held
     engine.close()
+    assert optimizer.state == {} and optimizer.state[weight] == {}
     optimizer.load_state_dict(optimizer.state_dict())
     model = net()
     without = torch.optim.SGD(model.parameters(), lr=0.25)

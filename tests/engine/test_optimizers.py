@@ -131,6 +131,27 @@ def test_what_cannot_be_right_on_shards_is_refused(make: Any, reason: str) -> No
     assert reason.replace("\\", "") in str(refused.value)
 
 
+def test_state_of_another_shape_that_is_there_already_is_refused() -> None:
+    net = torch.nn.Linear(6, 4).double()
+    optimizer = torch.optim.Adafactor(net.parameters())
+    net(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ConfigError, match=r"it keeps 'row_var', float64 of shape \[4, 1\], for a parameter that is"):
+        megatron_ds.initialize(net, None, optimizer)
+
+
+def test_a_group_without_state_takes_none_of_another_groups() -> None:
+    net = model()
+    first, *others = net.parameters()
+    optimizer = torch.optim.SGD([{"params": [first]}, {"params": others, "momentum": 0.9}], lr=0.1)
+    net(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    engine = megatron_ds.initialize(net, None, optimizer)
+    assert engine.rule is not None
+    assert [template.kinds for template in engine.rule.templates] == [[], ["momentum_buffer"]]
+    engine.close()
+
+
 @pytest.mark.parametrize("make", [FirstRate, Bounded])
 def test_a_group_that_is_not_updated_for_itself_is_refused(make: Any) -> None:
     net = model()
