@@ -2,9 +2,9 @@
 
 (``transformers`` 5.23 reads a bare ``tokenizer.model`` as BPE with Llama's rules even where it is a unigram model
 with other ones, and then tokenises differently without a word.) The result is compared with the original on
-:data:`PROBES` before anyone sees it. What remains: where two ways of cutting a word are equally likely within rounding
-under a unigram model, the two libraries may choose differently (in 4 of 300 source files), and NFKC may leave a mark
-behind that no composed character has.
+:data:`PROBES`, and on the model's user-defined symbols in a text, before anyone sees it. What remains: where two ways
+of cutting a word are equally likely within rounding under a unigram model, the two libraries may choose differently (in
+4 of 300 source files), and NFKC may leave a mark behind that no composed character has.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def to_tokenizers(processor: Any) -> Any:
             backend.add_special_tokens([AddedToken(piece.piece, normalized=False, special=True)])
         elif piece.type == piece.USER_DEFINED:
             backend.add_tokens([AddedToken(piece.piece, normalized=False)])
-    for text in PROBES:
+    # Behind a symbol `tokenizers` begins anew: it strips spaces there, and puts another one in front.
+    own = [piece.piece for piece in proto.pieces if piece.type == piece.USER_DEFINED]
+    for text in (*PROBES, *(f"1{piece}a {piece} b{piece}" for piece in own)):
         theirs, ours = processor.EncodeAsIds(text), backend.encode(text, add_special_tokens=False).ids
         if theirs != ours:
             raise DataError(

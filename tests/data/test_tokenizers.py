@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import unicodedata
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,27 @@ def test_what_sentencepiece_composes_is_composed_in_what_is_saved(corpus: Path, 
     for start, stop in ((0xAC00, 0xD7A4), (0xC0, 0x17F), (0x1EA0, 0x1EFA)):  # Hangul, Latin, Vietnamese
         text = unicodedata.normalize("NFD", "".join(map(chr, rng.integers(start, stop, 50))))
         assert theirs.encode(text, add_special_tokens=False).ids == list(tokenizer.encode_batch([text])[0])
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_symbols_of_a_sentencepiece_model_are_exported_with_the_same_ids_or_not_at_all(
+    prefix: bool, corpus: Path, tmp_path: Path
+) -> None:
+    """``tokenizers`` puts the space in front of a text behind each symbol too, and strips what was there."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.Train(
+        input=str(corpus), input_format="text", model_prefix=str(tmp_path / "tokenizer"), vocab_size=330,
+        user_defined_symbols=["<u>"], add_dummy_prefix=prefix, remove_extra_whitespaces=False,
+        normalization_rule_name="identity", hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.warns(UserWarning, match="tokenizer.model alone: .* '1<u>a <u> b<u>'") if prefix else nullcontext():
+        tokenizer.save_hf(tmp_path / "export")
+    saved = load_tokenizer(tmp_path / "export")
+    assert saved.encoder.startswith("sentencepiece" if prefix else "tokenizers")
+    text = "of <u>the<u> word"
+    assert list(saved.encode_batch([text])[0]) == list(tokenizer.encode_batch([text])[0])
 
 
 def test_sentencepiece_is_given_long_lines_in_pieces() -> None:
