@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_ds.inference.openai_protocol import Call
 from megatron_ds.inference.outputs import CompletionOutput, RequestOutput
@@ -44,6 +44,14 @@ class _Sent:
     ended: bool = False
 
 
+class _New(NamedTuple):
+    """Of a sample, what was not sent before. ``beside``: what is said of a conversation beside its choices."""
+
+    sample: CompletionOutput
+    choice: dict[str, Any]
+    beside: dict[str, Any]
+
+
 class Answers:
     """The bodies of the answers to one call, whole or in pieces as they come."""
 
@@ -52,62 +60,54 @@ class Answers:
         self.name = ("chatcmpl-" if call.chat else "cmpl-") + call.name
         self.created = int(time.time())
         self._sent: dict[tuple[int, int], _Sent] = {}
+        self._latest: dict[int, RequestOutput] = {}
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        outputs = [self._shown(output) for output in outputs]
-        chat, kind = self.call.chat, "chat.completion" if self.call.chat else "text_completion"
-        choices = [
-            {**self._choice(prompt, output, sample, self._unsent(prompt)), **({} if chat else self._of_prompt(output))}
-            for prompt, output in enumerate(outputs)
-            for sample in output.outputs
-        ]
-        of_prompt = self._of_prompt(outputs[0]) if chat else {}
-        return {**self._head(kind), "choices": choices, "usage": _usage(outputs), **of_prompt}
+        news = [new for prompt, output in enumerate(outputs) for new in self._news(prompt, output)]
+        return {**self._body([new.choice for new in news]), "usage": _usage(self._latest.values()), **news[0].beside}
 
     def pieces(self, prompt: int, output: RequestOutput) -> list[dict[str, Any]]:
         """What has come since the last call, a body for each sample."""
-        output, found = self._shown(output), []
-        for sample in output.outputs:
-            key = (prompt, sample.index)
-            sent = self._sent[key] = self._sent.get(key) or self._unsent(prompt)
-            is_new = not sent.begun or len(sample.text) != sent.characters or sample.finish_reason is not None
-            if sent.ended or not is_new:
-                continue
-            of_prompt = {} if sent.begun else self._of_prompt(output)
-            choice = self._choice(prompt, output, sample, sent, of_stream=True)
-            piece = self._piece([choice]) | of_prompt if self.call.chat else self._piece([choice | of_prompt])
+        found = []
+        for new in self._news(prompt, output):
+            piece = {**self._body([new.choice]), **new.beside}
             if self.call.usage_in_all:
-                piece["usage"] = _usage([replace(output, outputs=[sample])])
+                piece["usage"] = _usage([replace(self._latest[prompt], outputs=[new.sample])])
             found.append(piece)
         return found
 
-    def last_piece(self, outputs: Sequence[RequestOutput]) -> dict[str, Any] | None:
+    def last_pieces(self) -> list[dict[str, Any]]:
         """How many tokens there were, where that was asked for."""
-        if not self.call.usage:
-            return None
-        return {**self._piece([]), "usage": _usage([self._shown(output) for output in outputs])}
+        return [{**self._body([]), "usage": _usage(self._latest.values())}] if self.call.usage else []
 
-    def _shown(self, output: RequestOutput) -> RequestOutput:
-        """Without the token behind a prompt that is all that was asked for."""
-        if not self.call.prompt_alone:
-            return output
-        return replace(output, outputs=[_without_answer(sample) for sample in output.outputs])
+    def _news(self, prompt: int, output: RequestOutput) -> Iterator[_New]:
+        """What was not sent before."""
+        if self.call.prompt_alone:  # there is a token behind it
+            output = replace(output, outputs=[_without_answer(sample) for sample in output.outputs])
+        self._latest[prompt] = output
+        for sample in output.outputs:
+            key = prompt, sample.index
+            sent = self._sent[key] = self._sent.get(key) or self._unsent(prompt)
+            is_new = len(sample.text) != sent.characters or sample.finish_reason is not None
+            if sent.ended or (sent.begun and not is_new):
+                continue
+            of_prompt = {} if sent.begun else self._of_prompt(output)
+            choice = self._choice(prompt, output, sample, sent)
+            yield _New(sample, choice, of_prompt) if self.call.chat else _New(sample, {**choice, **of_prompt}, {})
 
-    def _piece(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self.call.chat else "text_completion"
+    def _body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        kind = "text_completion"
+        if self.call.chat:
+            kind = "chat.completion.chunk" if self.call.stream else "chat.completion"
         nothing = {"usage": None} if self.call.usage else {}  # of every piece but the last, as OpenAI has it
-        return {**self._head(kind), "choices": choices, **nothing}
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.name, "object": kind, "created": self.created, "model": self.call.model}
+        head = {"id": self.name, "object": kind, "created": self.created, "model": self.call.model}
+        return {**head, "choices": choices, **nothing}
 
     def _unsent(self, prompt: int) -> _Sent:
         place = len(self.call.echoed[prompt]) if self.call.echoed else 0
         return _Sent(_Places(place, b"".join(map(self.texts.token_bytes, self.call.prompts[prompt][-3:]))))
 
-    def _choice(
-        self, prompt: int, output: RequestOutput, sample: CompletionOutput, sent: _Sent, of_stream: bool = False
-    ) -> dict[str, Any]:
+    def _choice(self, prompt: int, output: RequestOutput, sample: CompletionOutput, sent: _Sent) -> dict[str, Any]:
         """What was not sent before."""
         text, ids = sample.text[sent.characters :], sample.token_ids[sent.tokens :]
         own, processed = (of and of[sent.tokens :] for of in (sample.logprobs, sample.processed_logprobs))
@@ -126,8 +126,8 @@ class Answers:
             common["processed_logprobs"] = self._completion_logprobs(ids, processed, places)
         if self.call.chat:
             shown = None if own is None else {"content": self._chat_logprobs(ids, own, most), "refusal": None}
-            message = self._message(sample.index, text, is_first, of_stream)
-            return {**common, "delta" if of_stream else "message": message, "logprobs": shown}
+            message = self._message(sample.index, text, is_first)
+            return {**common, "delta" if self.call.stream else "message": message, "logprobs": shown}
         known: Sequence[Logprobs | None] | None = own
         if is_first and self.call.echoed:
             text = self.call.echoed[prompt] + text
@@ -140,7 +140,7 @@ class Answers:
         of_tokens = None if known is None else self._completion_logprobs(ids, known, places)
         return {**common, "text": text, "logprobs": of_tokens}
 
-    def _message(self, index: int, text: str, is_first: bool, of_stream: bool) -> dict[str, Any]:
+    def _message(self, index: int, text: str, is_first: bool) -> dict[str, Any]:
         """A conversation's answer, or what comes next of it: words, or the arguments of a call."""
         message: dict[str, Any] = {"content": text}
         if self.call.function is not None:
@@ -148,9 +148,9 @@ class Answers:
             if is_first:
                 named = {"name": self.call.function, "arguments": text}
                 made = {"id": f"call_{self.call.name}_{index}", "type": "function", "function": named}
-            message = {"content": None, "tool_calls": [{"index": 0, **made} if of_stream else made]}
+            message = {"content": None, "tool_calls": [{"index": 0, **made} if self.call.stream else made]}
         role = {"role": "assistant"} if is_first else {}
-        return {**role, **message, **({} if of_stream else {"refusal": None})}
+        return {**role, **message, **({} if self.call.stream else {"refusal": None})}
 
     def _of_prompt(self, output: RequestOutput) -> dict[str, Any]:
         """The prompt's tokens, and their log-probabilities by id, as vLLM's server has them, where they were asked for.
@@ -213,7 +213,7 @@ def _top(of_token: Logprobs, count: int) -> list[tuple[int, float]]:
     return sorted(of_token.items(), key=lambda pair: -pair[1])[:count]
 
 
-def _usage(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+def _usage(outputs: Collection[RequestOutput]) -> dict[str, Any]:
     prompt = sum(len(output.prompt_token_ids) for output in outputs)
     answer = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
     cached = {"cached_tokens": sum(output.cached for output in outputs)}

@@ -7,6 +7,7 @@ have meant something. One that is null is as if it were not there.
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,11 +18,8 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.inference.sampling_params import SamplingParams
 from megatron_ds.inference.texts import Texts
 
-_SAMPLING = (
-    "n", "temperature", "top_p", "presence_penalty", "frequency_penalty", "seed", "stop", "logit_bias", "top_k",
-    "min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "ignore_eos", "include_stop_str_in_output",
-    "skip_special_tokens", "prompt_logprobs", "processed_logprobs", "structured_outputs", "allowed_token_ids",
-)  # fmt: skip
+_SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)} - {"max_tokens", "logprobs", "detokenize"}
+"""Fields that mean what they mean there."""
 _NOTHING = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 """Fields that say something to OpenAI, and nothing to a server of one's own."""
 _USUAL: Mapping[str, Any] = {
@@ -99,7 +97,7 @@ def read_call(body: Any, chat: bool, model: str, texts: Texts, suggested: Mappin
     stream = _flag(fields, "stream")
     usage, in_all = _read_stream_options(fields, stream)
     ids, for_tokens = _flag(fields, "return_token_ids"), _flag(fields, "return_tokens_as_token_ids")
-    settings = {**(suggested or {}), **{name: fields.pop(name) for name in _SAMPLING if name in fields}}
+    settings = {**(suggested or {}), **{name: fields.pop(name) for name in _SAMPLING & fields.keys()}}
     limit = fields.pop("max_tokens", None if chat else 16)
     settings["max_tokens"] = fields.pop("max_completion_tokens", limit) if chat else limit
     _read_form(fields, settings)
@@ -111,11 +109,11 @@ def read_call(body: Any, chat: bool, model: str, texts: Texts, suggested: Mappin
         prompts = [_read_messages(fields, texts, tools)]
     else:
         settings["logprobs"] = fields.pop("logprobs", None)
-        given, special = _read_prompts(fields), _flag(fields, "add_special_tokens", True)
-        prompts = [_tokens(partial(texts.tokenize, each, special), "prompt") for each in given]
+        several, special = _read_prompts(fields), _flag(fields, "add_special_tokens", True)
+        prompts = [_tokens(partial(texts.tokenize, each, special), "prompt") for each in several]
         if _flag(fields, "echo"):
             settings.setdefault("prompt_logprobs", settings["logprobs"])
-            echoed = tuple(each if isinstance(each, str) else texts.text(each) for each in given)
+            echoed = tuple(each if isinstance(each, str) else texts.text(each) for each in several)
     _refuse_others(fields, settings.get("n", 1))
     alone = bool(echoed) and type(settings["max_tokens"]) is int and settings["max_tokens"] == 0
     settings["max_tokens"] = 1 if alone else settings["max_tokens"]
@@ -149,19 +147,19 @@ def _read_stream_options(fields: dict[str, Any], stream: bool) -> tuple[bool, bo
 def _read_form(fields: dict[str, Any], settings: dict[str, Any]) -> None:
     if isinstance(form := settings.get("structured_outputs"), dict):
         settings["structured_outputs"] = {kind: value for kind, value in form.items() if value is not None}
-    asked = fields.pop("response_format", None)
-    form = asked if isinstance(asked, dict) else {}
-    kind, inner = form.get("type"), form.get("json_schema")
-    if asked is None or kind == "text":
-        return
-    schema = inner.get("schema") if isinstance(inner, dict) else None
-    if kind not in ("json_object", "json_schema") or (kind == "json_schema" and not isinstance(schema, dict)):
-        raise BadRequest(
-            "response_format takes {'type': 'text'}, {'type': 'json_object'} or {'type': 'json_schema', "
-            "'json_schema': {'schema': {...}}}",
-            "response_format",
-        )
-    _set_form(settings, {"json_object": True} if kind == "json_object" else {"json": schema}, "response_format")
+    match fields.pop("response_format", None):
+        case None | {"type": "text"}:
+            pass
+        case {"type": "json_object"}:
+            _set_form(settings, {"json_object": True}, "response_format")
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            _set_form(settings, {"json": schema}, "response_format")
+        case _:
+            raise BadRequest(
+                "response_format takes {'type': 'text'}, {'type': 'json_object'} or {'type': 'json_schema', "
+                "'json_schema': {'schema': {...}}}",
+                "response_format",
+            )
 
 
 def _set_form(settings: dict[str, Any], form: Mapping[str, Any], parameter: str) -> None:
@@ -202,10 +200,12 @@ def _read_tools(fields: dict[str, Any], settings: dict[str, Any]) -> tuple[list[
     if choice in ("none", "auto"):
         return (tools if choice == "auto" else None), None
     functions = [function for tool in tools or [] if isinstance(function := tool.get("function"), dict)]
-    named = choice.get("function") if isinstance(choice, dict) else None
-    if named is not None:
-        functions = [function for function in functions if function.get("name") == named.get("name")]
-    if choice not in ("required", {"type": "function", "function": named}) or len(functions) != 1:
+    match choice:
+        case {"type": "function", "function": {"name": name}, **others} if not others:
+            functions = [function for function in functions if function.get("name") == name]
+        case _ if choice != "required":
+            functions = []
+    if len(functions) != 1:
         raise BadRequest(
             "tool_choice takes 'none', 'auto' and the name of one of the tools; 'required' where there is one alone: "
             "answers are not searched for calls of others",

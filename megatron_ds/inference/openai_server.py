@@ -11,10 +11,10 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -33,16 +33,27 @@ from megatron_ds.inference.serving_engine import PromptTooLongError
 from megatron_ds.inference.serving_options import ServerOptions
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+Update = tuple[int, RequestOutput]
+"""A call's prompt that has got further, by its number, and what there is of its answers."""
+_Hear = Callable[[RequestOutput | BaseException], None]
 
 
 class EngineThread:
-    """Runs the steps; other threads ask it for requests and hear of what comes of them."""
+    """Runs the steps; the event loop asks it for answers and hears of what comes of them.
 
-    def __init__(self, llm: LLM):
-        self.llm = llm
+    Args:
+        most: prompts that are under way at one time at most. seconds: that a call may take.
+    """
+
+    def __init__(self, llm: LLM, most: int, seconds: float):
+        self.llm, self._most, self._seconds = llm, most, seconds
         self.failure: BaseException | None = None
+        self.refused = 0
         self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._heard: dict[str, Callable[[RequestOutput | BaseException], None]] = {}
+        self._heard: dict[str, _Hear] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
@@ -56,7 +67,38 @@ class EngineThread:
         self._asked.put(None)
         self._thread.join(timeout=60)
 
-    def add(self, name: str, call: Call, prompt: int, hear: Callable[[RequestOutput | BaseException], None]) -> None:
+    async def answers(self, call: Call) -> AsyncGenerator[Update, None]:
+        """What comes of a call's prompts, until all have ended. Where nobody listens any more, they are aborted."""
+        if self.under_way + len(call.prompts) > self._most:
+            self.refused += 1
+            raise BadRequest(f"{self.under_way} requests are under way; come back later", status=429)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._seconds
+        told: asyncio.Queue[tuple[int, RequestOutput | BaseException]] = asyncio.Queue()
+        names = [f"{secrets.token_hex(12)}-{prompt}" for prompt in range(len(call.prompts))]
+        left = len(names)
+
+        def tell(prompt: int, what: RequestOutput | BaseException) -> None:
+            loop.call_soon_threadsafe(told.put_nowait, (prompt, what))
+
+        try:
+            for prompt, name in enumerate(names):
+                self._add(name, call, prompt, partial(tell, prompt))
+            while left:
+                async with asyncio.timeout_at(deadline):
+                    prompt, what = await told.get()
+                if isinstance(what, BaseException):
+                    raise what
+                left -= what.finished
+                yield prompt, what
+        except TimeoutError:
+            raise BadRequest("the request has taken too long", status=504) from None
+        finally:
+            for name in names:
+                if self._heard.pop(name, None) is not None:
+                    self._asked.put(partial(self.llm.engine.abort, name))
+
+    def _add(self, name: str, call: Call, prompt: int, hear: _Hear) -> None:
         self._heard[name] = hear
 
         def begin() -> None:
@@ -67,12 +109,8 @@ class EngineThread:
                 self._tell(name, BadRequest(str(error), code=code))
 
         self._asked.put(begin)
-        if self.failure is not None:  # between a client's question and this: nobody will begin it
+        if self.failure is not None:  # nobody will begin it
             self._tell(name, BadRequest("the engine has failed; see /health", status=503))
-
-    def abort(self, name: str) -> None:
-        if self._heard.pop(name, None) is not None:
-            self._asked.put(lambda: self.llm.engine.abort(name))
 
     def _tell(self, name: str, what: RequestOutput | BaseException) -> None:
         ended = not isinstance(what, RequestOutput) or what.finished
@@ -108,24 +146,23 @@ class Server:
     def __init__(self, llm: LLM, options: ServerOptions):
         self.llm, self.options = llm, options
         self.model = options.served_model_name or Path(llm.options.model).resolve().name
-        self.engine = EngineThread(llm)
+        self.engine = EngineThread(llm, options.max_requests, options.request_timeout)
         self.started = int(time.time())
-        self.refused = 0
         registry = CollectorRegistry()
         registry.register(self)
         self._registry = registry
         routes = [
             Route("/v1/models", self._guarded(self._models)),
             Route("/v1/models/{model:path}", self._guarded(self._model)),
-            Route("/v1/completions", self._guarded(self._completions), methods=["POST"]),
-            Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
+            Route("/v1/completions", self._guarded(partial(self._answer, chat=False)), methods=["POST"]),
+            Route("/v1/chat/completions", self._guarded(partial(self._answer, chat=True)), methods=["POST"]),
             Route("/tokenize", self._guarded(self._tokenize), methods=["POST"]),
             Route("/detokenize", self._guarded(self._detokenize), methods=["POST"]),
             Route("/health", self._health),
             Route("/ping", self._health, methods=["GET", "POST"]),
             Route("/metrics", self._metrics),
         ]
-        handlers: Any = {BadRequest: _refused, ConfigError: _refused, HTTPException: _not_found, Exception: _defect}
+        handlers: Any = dict.fromkeys((BadRequest, ConfigError, HTTPException, Exception), _refused)
         self.app = Starlette(routes=routes, lifespan=self._lifespan, exception_handlers=handlers)
 
     @contextlib.asynccontextmanager
@@ -183,42 +220,15 @@ class Server:
             raise BadRequest(f"tokens must be a list of token ids, 0 to {last}", "tokens")
         return JSONResponse({"prompt": self.llm.texts.decode(tokens)})
 
-    async def _completions(self, request: Request) -> Response:
-        return await self._answer(request, chat=False)
-
-    async def _chat(self, request: Request) -> Response:
-        return await self._answer(request, chat=True)
-
     async def _answer(self, request: Request, chat: bool) -> Response:
         body = await self._json(request)
         call = read_call(body, chat, self.model, self.llm.texts, self.llm.suggested)
-        if self.engine.under_way + len(call.prompts) > self.options.max_requests:
-            self.refused += 1
-            raise BadRequest(f"{self.engine.under_way} requests are under way; come back later", status=429)
-        if self.engine.failure is not None:
-            raise BadRequest("the engine has failed; see /health", status=503)
-        served = _Served(self.engine, call, self.options.request_timeout)
-        answers = Answers(call, self.llm.texts)
+        updates, answers = self.engine.answers(call), Answers(call, self.llm.texts)
         if call.stream:
-            first = await self._first(request, served)
-            pieces = _pieces(served, answers, first)
+            pieces = _events(answers, await _while_there(request, anext(updates)), updates)
             return StreamingResponse(pieces, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        while not served.finished:
-            await self._first(request, served)
-        return JSONResponse(answers.whole(served.outputs))
-
-    async def _first(self, request: Request, served: _Served) -> tuple[int, RequestOutput]:
-        """What comes next, as long as the client is there."""
-        waiting = asyncio.ensure_future(served.next())
-        try:
-            while not (await asyncio.wait({waiting}, timeout=0.5))[0]:
-                if await request.is_disconnected():
-                    raise BadRequest("the client has left", status=499)
-            return await waiting
-        except BaseException:
-            waiting.cancel()
-            served.abort()
-            raise
+        ended = sorted(await _while_there(request, _all(updates)), key=lambda update: update[0])
+        return JSONResponse(answers.whole([output for _, output in ended]))
 
     async def _json(self, request: Request) -> Any:
         data = bytearray()
@@ -258,7 +268,7 @@ class Server:
             ("step_seconds", "Time of all batches.", counters.step_seconds),
             ("compute_seconds", "Of it, the model's and the choice of tokens.", counters.compute_seconds),
             ("preemptions", "Sequences that gave up their blocks and were computed again.", batcher.preemptions),
-            ("refused", "Requests that were told to come back later.", self.refused),
+            ("refused", "Requests that were told to come back later.", self.engine.refused),
         ):
             yield CounterMetricFamily(f"megatron_ds_{name}", text, value)
         finished = CounterMetricFamily("megatron_ds_finished", "Answers by how they ended.", labels=["reason"])
@@ -273,65 +283,36 @@ class Server:
             yield HistogramMetricFamily(name, text, buckets=times.buckets(), sum_value=times.seconds)
 
 
-class _Served:
-    """The prompts of one call on their way through the engine."""
-
-    def __init__(self, engine: EngineThread, call: Call, seconds: float):
-        self._engine, loop = engine, asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, RequestOutput | BaseException]] = asyncio.Queue()
-        self._deadline = loop.time() + seconds
-        self._latest: list[RequestOutput | None] = [None] * len(call.prompts)
-        self._names = [f"{secrets.token_hex(12)}-{prompt}" for prompt in range(len(call.prompts))]
-
-        def hear(prompt: int, what: RequestOutput | BaseException) -> None:
-            loop.call_soon_threadsafe(self._queue.put_nowait, (prompt, what))
-
-        for prompt, name in enumerate(self._names):
-            engine.add(name, call, prompt, partial(hear, prompt))
-
-    @property
-    def outputs(self) -> list[RequestOutput]:
-        return [output for output in self._latest if output is not None]
-
-    @property
-    def finished(self) -> bool:
-        return all(output is not None and output.finished for output in self._latest)
-
-    async def next(self) -> tuple[int, RequestOutput]:
-        """The prompt that has got further, and what there is of its answers."""
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                prompt, what = await self._queue.get()
-        except TimeoutError:
-            raise BadRequest("the request has taken too long", status=504) from None
-        if isinstance(what, BaseException):
-            raise what
-        self._latest[prompt] = what
-        return prompt, what
-
-    def abort(self) -> None:
-        for name in self._names:
-            self._engine.abort(name)
+async def _while_there(request: Request, answer: Awaitable[T]) -> T:
+    """``answer``, as long as the client waits for it."""
+    waiting = asyncio.ensure_future(answer)
+    try:
+        while not (await asyncio.wait({waiting}, timeout=0.5))[0]:
+            if await request.is_disconnected():
+                raise BadRequest("the client has left", status=499)
+        return await waiting
+    finally:
+        waiting.cancel()
 
 
-async def _pieces(served: _Served, answers: Answers, first: tuple[int, RequestOutput]) -> AsyncIterator[str]:
+async def _all(updates: AsyncGenerator[Update, None]) -> list[Update]:
+    return [update async for update in updates]
+
+
+async def _events(answers: Answers, first: Update, updates: AsyncGenerator[Update, None]) -> AsyncIterator[str]:
     """Server-sent events. Where the client leaves, the request ends with this generator."""
     try:
-        prompt, output = first
-        while True:
-            for piece in answers.pieces(prompt, output):
+        async with contextlib.aclosing(updates):
+            for piece in answers.pieces(*first):
                 yield _event(piece)
-            if served.finished:
-                break
-            prompt, output = await served.next()
-        last = answers.last_piece(served.outputs)
-        if last is not None:
-            yield _event(last)
+            async for update in updates:
+                for piece in answers.pieces(*update):
+                    yield _event(piece)
+        for piece in answers.last_pieces():
+            yield _event(piece)
         yield "data: [DONE]\n\n"
     except BadRequest as error:
         yield _event(error.body())
-    finally:
-        served.abort()
 
 
 def _event(body: dict[str, Any]) -> str:
@@ -339,15 +320,10 @@ def _event(body: dict[str, Any]) -> str:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    error = error if isinstance(error, BadRequest) else BadRequest(str(error))
-    headers = {"retry-after": "1"} if error.status == 429 else None
-    return JSONResponse(error.body(), error.status, headers)
-
-
-async def _not_found(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return JSONResponse(BadRequest(error.detail, status=error.status_code).body(), error.status_code)
-
-
-async def _defect(request: Request, error: Exception) -> Response:
-    return JSONResponse(BadRequest(f"{type(error).__name__}: {error}", status=500).body(), 500)
+    if isinstance(error, HTTPException):
+        error = BadRequest(error.detail, status=error.status_code)
+    elif isinstance(error, ConfigError):
+        error = BadRequest(str(error))
+    elif not isinstance(error, BadRequest):  # a defect
+        error = BadRequest(f"{type(error).__name__}: {error}", status=500)
+    return JSONResponse(error.body(), error.status, {"retry-after": "1"} if error.status == 429 else None)

@@ -50,11 +50,6 @@ class QuantizedWeight:
     values: Tensor
     scale: Tensor
 
-    def dequantized(self) -> Tensor:
-        """``[out, in]`` in float64: the weight that products with this one are those of."""
-        values = self.values.double().unflatten(1, (self.scale.shape[1], -1))
-        return (values * self.scale.double().unsqueeze(2)).flatten(1)
-
 
 @dataclass(frozen=True)
 class Scheme:
