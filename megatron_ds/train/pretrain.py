@@ -57,6 +57,9 @@ def pretrain(config: BaseRunConfig, place: RankInfo, task: Task) -> bool:
             sources = task.open_sources()
             differs += [] if source is not None else check_latents(config, sources.identity)
             notes = [*sources.notes, *low_precision(config, shape, task, device)]
+            if config.train.eval_every and sources.valid is None:
+                every = config.train.eval_every
+                notes.append(f"train.eval_every={every} evaluates nothing: no data is kept apart for it")
         set_threads(place, config.threads)
         keep_freed_memory()
         ranks.start(device)

@@ -119,7 +119,9 @@ def test_blend_url_ramp_and_masking_in_one_run_that_resumes_on_other_meshes(
     assert positions_a_step(whole) == [8 * size for size in sizes[:6]]
 
 
-def test_a_blend_for_each_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_blend_for_each_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     one, other = numbers(tmp_path / "one", 20, 0), numbers(tmp_path / "other", 20, 30)
     own = ["--data.train-blend", "1", one, "--data.valid-blend", "2", other, "--train.eval-every", "2"]
     assert run(monkeypatch, *own, "--output", str(tmp_path / "run")) == 0
@@ -127,6 +129,11 @@ def test_a_blend_for_each_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     found = sources(*own)
     assert found.valid is not None
     assert found.train.batch(range(50))["tokens"].max() < 30 <= found.valid.rows(range(20))["tokens"].min()
+    said = "train.eval_every=2 evaluates nothing: no data is kept apart for it"
+    assert said not in capsys.readouterr().out
+    alone = ["--data.prefix", one, "--data.split", "1", "--train.eval-every", "2"]
+    assert run(monkeypatch, *alone, "--output", str(tmp_path / "alone")) == 0
+    assert said in capsys.readouterr().out
 
 
 # --- conversations ----------------------------------------------------------------------------------------------
