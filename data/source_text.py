@@ -179,9 +179,13 @@ def _lines(item: Input, part: Slice, file: IO[bytes]) -> Iterator[tuple[int, byt
 
 def _read_line(item: Input, file: IO[bytes]) -> bytes:
     line = file.readline(MAX_FILE_DOCUMENT + 1)
-    if len(line) > MAX_FILE_DOCUMENT:
-        raise DataError(f"{item.path} has a line of more than {MAX_FILE_DOCUMENT >> 20} MB: is it a text?")
+    _check_line(item, len(line))
     return line
+
+
+def _check_line(item: Input, size: int) -> None:
+    if size > MAX_FILE_DOCUMENT:
+        raise DataError(f"{item.path} has a line of more than {MAX_FILE_DOCUMENT >> 20} MB: is it a text?")
 
 
 def _paragraphs(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
@@ -257,6 +261,8 @@ def stream_blocks(number: int, item: Input, chunks: Iterable[tuple[bytes, int]],
             yield made(rest[:end])
             at, block, lines = at + end, block + 1, lines + rest.count(b"\n", 0, end)
             rest, weight = rest[end:], 0
+        if separator == b"\n" and not whole:
+            _check_line(item, len(rest))  # as it comes: the memory may not hold all of it
     if rest:
         yield made(rest)
 

@@ -24,7 +24,7 @@ from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import merge_datasets
 from megatron_ds.data.parts import PartMaker, PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
-from megatron_ds.data.source_text import Block, Slice, SourceOptions, TxtDocuments
+from megatron_ds.data.source_text import Block, Input, Slice, SourceOptions, TxtDocuments
 from megatron_ds.data.sources import iterate_texts
 from megatron_ds.errors import DataError
 
@@ -275,6 +275,14 @@ def test_inputs_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "in.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"in\.parquet is not a readable parquet file"):
         preprocess([str(tmp_path / "in.parquet")], tmp_path / "other", PreprocessOptions("bytes"))
+
+
+def test_a_compressed_line_without_an_end_is_refused_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_text, "MAX_FILE_DOCUMENT", 1000)
+    chunks = iter([(b"[" * 600, 1)] * 9)
+    with pytest.raises(DataError, match=r"x\.jsonl\.gz has a line of more than 0 MB: is it a text\?"):
+        next(source_text.stream_blocks(0, Input("x.jsonl.gz", "jsonl", ".gz"), chunks, lambda *_: False))
+    assert len(list(chunks)) == 7
 
 
 def test_a_folder_is_read_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
