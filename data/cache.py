@@ -60,7 +60,7 @@ def first_difference(before: Any, now: Any, where: str = "") -> str:
         for name in {**before, **now}:
             label = f"{before['path']}: {name}" if "path" in before and name != "path" else f"{where}{name}"
             if found := first_difference(before.get(name), now.get(name), f"{label}." if "path" not in before else ""):
-                return found if found.startswith(label) else f"{label}{found}"
+                return found if found.startswith(label) else f"{label}{'' if found[0] == ' ' else ': '}{found}"
         return ""
     if isinstance(before, list) and isinstance(now, list):
         for one, other in zip(before, now):

@@ -39,6 +39,8 @@ def _open_parquet(item: Input, options: SourceOptions) -> Any:
 def _check_column(item: Input, options: SourceOptions, columns: list[str]) -> None:
     if options.key not in columns:
         raise DataError(f"{item.path} has no column {options.key!r}{nearest(options.key, columns)}; it has {columns}")
+    if (count := columns.count(options.key)) > 1:
+        raise DataError(f"{item.path} has {count} columns {options.key!r}; rename those that are not meant")
 
 
 def read_parquet(item: Input, part: Slice, options: SourceOptions) -> Iterator[Record]:

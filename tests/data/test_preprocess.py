@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import indexed_reference
 import pyarrow
@@ -25,7 +24,6 @@ from megatron_ds.data.indexed_writer import merge_datasets
 from megatron_ds.data.parts import PartMaker, PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
 from megatron_ds.data.source_text import Block, Input, Slice, SourceOptions, TxtDocuments
-from megatron_ds.data.sources import iterate_texts
 from megatron_ds.errors import DataError
 
 
@@ -272,6 +270,10 @@ def test_inputs_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl.gz").write_bytes(gzip.compress(jsonl(TEXTS))[:-20])
     with pytest.raises(DataError, match=r"in\.jsonl\.gz is damaged or truncated"):
         run([tmp_path / "in.jsonl.gz"], tmp_path / "out")
+    twice = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match=r"twice\.parquet has 2 columns 'text'"):
+        run([tmp_path / "twice.parquet"], tmp_path / "twice")
     (tmp_path / "in.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match=r"in\.parquet is not a readable parquet file"):
         preprocess([str(tmp_path / "in.parquet")], tmp_path / "other", PreprocessOptions("bytes"))
@@ -283,26 +285,6 @@ def test_a_compressed_line_without_an_end_is_refused_as_it_comes(monkeypatch: py
     with pytest.raises(DataError, match=r"x\.jsonl\.gz has a line of more than 0 MB: is it a text\?"):
         next(source_text.stream_blocks(0, Input("x.jsonl.gz", "jsonl", ".gz"), chunks, lambda *_: False))
     assert len(list(chunks)) == 7
-
-
-def test_a_folder_is_read_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Suffixes of any case; hidden files and lost+found are left alone; a folder that cannot be listed is an error."""
-    scandir = os.scandir
-    places = ("b.jsonl", "C.JSONL", "d/E.Txt.GZ", "d/.hidden.jsonl", "__MACOSX/a.jsonl", "lost+found/a.jsonl")
-    for number, name in enumerate(places):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        content = b"2" if number == 2 else jsonl([str(number)])
-        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("GZ") else content)
-    assert sorted(iterate_texts([str(tmp_path)])) == ["0", "1", "2"]
-
-    def refusing(path: str) -> Any:
-        if Path(path).name == "d":
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refusing)
-    with pytest.raises(DataError, match=f"the folder {tmp_path / 'd'} cannot be read: Permission denied"):
-        list(iterate_texts([str(tmp_path)]))
 
 
 def test_a_prefix_that_names_a_file_or_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

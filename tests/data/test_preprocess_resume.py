@@ -175,7 +175,7 @@ def test_a_changed_input_is_noticed(interrupted: tuple[Path, Path]) -> None:
     with pytest.raises(DataError, match=r"with other inputs or settings: .*in\.jsonl: (mtime_ns|sampled_xxh3) was"):
         run([source], prefix)
     source.write_bytes(content + b"\n")
-    with pytest.raises(DataError, match=r"in\.jsonl: size was \d+, is now"):
+    with pytest.raises(DataError, match=r"settings: inputs: .*in\.jsonl: size was \d+, is now"):
         run([source], prefix)
     assert run([source], prefix, restart=True) == TEXTS
 
