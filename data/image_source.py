@@ -240,6 +240,12 @@ def _captions(folder: Path, paths: list[Path]) -> list[str] | None:
                 f"{folder / parent / unread} is not read: write its rows to {METADATA} beside it, each a JSON object "
                 'such as {"file_name": "0001.png", "text": "a cat"}, or move it away'
             )
+    there = set(map(str, paths))
+    if lost := [name for name in listed if name not in there and Path(name).suffix.lower() in SUFFIXES]:
+        raise DataError(
+            f"{METADATA} of {folder} lists {len(lost)} images that are not there, {lost[0]!r} first: copy them there, "
+            "or take them off the list"
+        )
     beside = {path: (folder / path).with_suffix(".txt") for path in paths}
     found = [
         listed[str(path)] if str(path) in listed else _read_caption(beside[path]) if beside[path].is_file() else None
@@ -269,7 +275,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
         lines = read_bytes(path).splitlines()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from None
-    captions = {}
+    captions: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -278,12 +284,13 @@ def _read_metadata(path: Path) -> dict[str, str]:
             name, text = record["file_name"], record["text"]
             if not isinstance(name, str) or not isinstance(text, str):
                 raise TypeError("file_name and text are not both texts")
+            if captions.setdefault(name := str(Path(name)), text) != text:
+                raise ValueError(f"{name} has had another caption before")
         except (ValueError, LookupError, TypeError) as error:
             raise DataError(
                 f"{path}, line {number}: {type(error).__name__} {error}; each line is a JSON object such as "
                 '{"file_name": "0001.png", "text": "a cat"}'
             ) from None
-        captions[str(Path(name))] = text
     return captions
 
 

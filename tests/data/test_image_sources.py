@@ -141,6 +141,21 @@ def test_a_folder_is_what_datasets_finds_in_it(tmp_path: Path) -> None:
     (folder / "a" / "metadata.jsonl").rename(folder / "a" / "metadata.csv")
     with pytest.raises(DataError, match=r"a/metadata.csv is not read: write its rows to metadata.jsonl beside it"):
         open_images(folder)
+    (folder / "a" / "metadata.csv").rename(folder / "a" / "metadata.jsonl")
+    listed = (folder / "metadata.jsonl").read_text()
+    for line, said in (
+        (
+            '{"file_name": "b/2.png", "text": ""}',
+            "lists 1 images that are not there, 'b/2.png' first",
+        ),
+        (
+            '{"file_name": "./b/1.png", "text": "c"}',
+            "line 2: .* b/1.png has had another caption before",
+        ),
+    ):
+        (folder / "metadata.jsonl").write_text(listed + line)
+        with pytest.raises(DataError, match=said):
+            open_images(folder)
     for name, target in (("a class", folder / "b"), ("x.png", folder / "nowhere")):
         (folder / name).symlink_to(target)
         with pytest.raises(DataError, match=f"{name} is a link to"):
