@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_ds import comm
 from megatron_ds.advice.rules import Advice
 from megatron_ds.mesh import Axis
+from megatron_ds.shard import as_bytes
 
 _BYTES = 1 << 20  # of a tensor that are looked at
 
@@ -30,8 +31,8 @@ class FirstInputs:
         self._digest = 0
         for tensor in tree_leaves(inputs):
             if isinstance(tensor, Tensor) and _is_plain(tensor) and tensor.numel():
-                some = tensor.detach().reshape(-1)[: _BYTES // tensor.element_size()].cpu().contiguous()
-                self._digest = crc32(some.view(torch.uint8).numpy().tobytes(), self._digest)
+                some = tensor.detach().reshape(-1)[: _BYTES // tensor.element_size()].cpu()
+                self._digest = crc32(as_bytes(some).numpy().tobytes(), self._digest)
                 self._what = self._what or f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
     def compare(self, axis: Axis, device: torch.device) -> Advice | None:

@@ -20,6 +20,7 @@ import torch
 from megatron_ds.checkpoint.safetensors_header import Layout
 from megatron_ds.files import checksum
 from megatron_ds.files.direct_io import DirectFile, aligned_buffer, aligned_up
+from megatron_ds.shard import as_bytes
 
 CHUNK_BYTES = 8 << 20
 THREADS = 4
@@ -67,7 +68,7 @@ class ChunkedWriter:
 
     def write(self, data: torch.Tensor) -> None:
         """Append a contiguous tensor. It must not change until :meth:`close` returns."""
-        self._queue(data.detach().reshape(-1).view(torch.uint8))
+        self._queue(as_bytes(data))
 
     def write_back_initial(self) -> None:
         """From now on the tensors written so far may change, or their memory go."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megatron_ds import comm
 from megatron_ds.comm.together import exchange
 from megatron_ds.mesh import Axis
+from megatron_ds.shard import as_bytes
 
 _ALIGN = 16  # bytes: no dtype is wider
 
@@ -95,4 +96,4 @@ def _same(buffer: Tensor, before: Tensor | None) -> bool:
     """Equal in every bit: a NaN is one that was there before."""
     if before is None or before.shape != buffer.shape or before.dtype != buffer.dtype:
         return False
-    return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (buffer, before)))
+    return torch.equal(as_bytes(buffer), as_bytes(before))

@@ -13,6 +13,7 @@ from test_engine_parity import differs
 from torch import Tensor, nn
 
 import megatron_ds
+from megatron_ds.engine import buffer_sync
 from megatron_ds.errors import CheckpointError
 from megatron_ds.testing import run_ranks
 
@@ -100,3 +101,19 @@ def test_extra_state_of_modules_is_saved_and_goes_on(compiled: bool, tmp_path: P
     with pytest.raises(CheckpointError, match=r"strict=False"):
         bare.load_checkpoint(tmp_path, weights_only=True)
     bare.close()
+
+
+def test_a_tensor_of_one_element_is_saved_whatever_its_stride(tmp_path: Path) -> None:
+    def model(*values: float) -> nn.Module:
+        table, made = torch.tensor([values]), nn.Linear(2, 2)
+        made.register_buffer("kept", table[:, 0])
+        made.register_parameter("still", nn.Parameter(table[:, 1], requires_grad=False))
+        return made
+
+    engine, again = (megatron_ds.initialize(model(*values)) for values in ((3.0, 5.0), (0.0, 0.0)))
+    assert buffer_sync._same(engine.module.kept, torch.tensor([3.0]))  # type: ignore[arg-type]
+    engine.save_checkpoint(tmp_path)
+    again.load_checkpoint(tmp_path)
+    assert again.module.kept.tolist() == [3.0] and again.module.still.tolist() == [5.0]  # type: ignore[operator]
+    engine.close()
+    again.close()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_ds.errors import EngineError
+from megatron_ds.shard import as_bytes
 
 _DTYPES = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -84,5 +85,5 @@ def unpack(flat: Tensor) -> Tensor | tuple[Tensor, ...]:
 
 def _raw(tensor: Tensor) -> Tensor:
     """The bytes, filled up to a whole number of words."""
-    given = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    given = as_bytes(tensor)
     return torch.nn.functional.pad(given, (0, -given.numel() % _WORD))
