@@ -13,6 +13,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +151,18 @@ class HFTokenizer(Tokenizer):
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    @cached_property
+    def _marking(self) -> Any:
+        """The backend without a step that takes white space from where tokens start, and all of it from some."""
+        description = json.loads(self.backend.to_str())
+        if '"trim_offsets": true' not in json.dumps(description["post_processor"]):
+            return self.backend
+        marking = type(self.backend).from_str(json.dumps({**description, "post_processor": None}))
+        marking.encode_special_tokens = self.backend.encode_special_tokens
+        return marking
+
     def encode_marked(self, text: str) -> Marked:
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        encoding = self._marking.encode(text, add_special_tokens=False)
         starts = np.array(encoding.offsets, np.int64).reshape(-1, 2)[:, 0]
         return np.array(encoding.ids, np.int64), starts
 

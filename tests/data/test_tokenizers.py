@@ -241,6 +241,19 @@ def test_what_sentencepiece_composes_is_composed_in_what_is_saved(corpus: Path, 
         assert theirs.encode(text, add_special_tokens=False).ids == list(tokenizer.encode_batch([text])[0])
 
 
+def test_tokens_start_where_the_bytes_before_them_end(corpus: Path, tmp_path: Path) -> None:
+    """Also where the file of a tokenizer takes spaces out of its offsets, as RoBERTa's and GPT-NeoX's do."""
+    path = train_tokenizer([str(corpus)], tmp_path, 300) / "tokenizer.json"
+    trimmed = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": trimmed}))
+    tokenizer = load_tokenizer(path)
+    text = "  the  cat \n\n sat<|endoftext|>  on é🙂   "
+    ids, starts = tokenizer.encode_marked(text)
+    sizes = [len(tokenizer.token_bytes(token)) for token in ids.tolist()]
+    ends = np.cumsum(sizes)
+    assert starts.tolist() == [len(text.encode()[:at].decode(errors="ignore")) for at in ends - sizes]
+
+
 @pytest.mark.parametrize("prefix", [False, True])
 def test_symbols_of_a_sentencepiece_model_are_exported_with_the_same_ids_or_not_at_all(
     prefix: bool, corpus: Path, tmp_path: Path
