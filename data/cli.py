@@ -18,7 +18,7 @@ from megatron_ds.errors import ConfigError, MegatronDSError
 Options = TypeVar("Options")
 
 # The system's refusals; any other OSError is a defect of this library and keeps its traceback.
-_REFUSALS = frozenset(
+REFUSALS = frozenset(
     (
         *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
         *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENXIO, errno.EMFILE, errno.ENFILE),
@@ -85,7 +85,7 @@ def guarded(program: Callable[[], int | None], report: Callable[[str, int], int]
     except KeyboardInterrupt:
         return report("interrupted", 128 + signal.SIGINT)
     except OSError as error:
-        if error.errno not in _REFUSALS:
+        if error.errno not in REFUSALS:
             raise
         _leave_stdout()
         return report(f"error: {_described(error)}", 2)

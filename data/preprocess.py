@@ -92,6 +92,9 @@ def preprocess(
         except UnusableInput:
             shutil.rmtree(folder)  # the way on is another input or setting, to which these parts do not belong
             raise
+        except OSError as error:
+            error.filename = error.filename or prefix  # a full disk does not say where
+            raise
         shutil.rmtree(folder)
     return counts
 

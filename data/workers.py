@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
+from megatron_ds.data.cli import REFUSALS
 from megatron_ds.errors import DataError, MegatronDSError
 
 Task = TypeVar("Task")
@@ -29,7 +30,7 @@ def run_tasks(
 
     Raises:
         DataError: a worker was killed.
-        MegatronDSError: of a handler; if several fail, that of the earliest task.
+        MegatronDSError, OSError: of a handler, such as a full disk; if several fail, that of the earliest task.
         RuntimeError: any other exception of a handler, with its traceback.
     """
     if not workers:
@@ -132,7 +133,8 @@ def _work(pipe: Connection, make_handler: Callable[[], Handler[Any, Any]]) -> No
             except MegatronDSError as failure:
                 error = failure
             except Exception as failure:
-                error = RuntimeError(f"{failure!r} in a worker:\n{traceback.format_exc()}")
+                refused = isinstance(failure, OSError) and failure.errno in REFUSALS
+                error = failure if refused else RuntimeError(f"{failure!r} in a worker:\n{traceback.format_exc()}")
             pipe.send((result, error))
     except (EOFError, BrokenPipeError, ConnectionResetError, KeyboardInterrupt):
         return  # the parent has closed the pipe, or is gone

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from preprocess_helpers import REPOSITORY, TEXTS, Killed, blocks_of, jsonl, outputs, run
+from small_disk import small_disk
 
 from megatron_ds.data import sources
 from megatron_ds.data.parts import Counts, PartMaker, PreprocessOptions
@@ -208,6 +209,18 @@ def test_an_input_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch:
     with pytest.raises(DataError, match="an input changed while it was read"):
         run([source], tmp_path / "out")
     assert not (tmp_path / "out.idx").exists()
+
+
+def test_a_full_disk_is_named_and_what_fitted_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks_of(20_000, monkeypatch)
+    (tmp_path / "in.jsonl").write_bytes(jsonl(["x" * 10_000] * 100))
+    with small_disk(tmp_path, 1, "tmpfs") as disk:
+        with pytest.raises(OSError, match="No space left on device") as told:
+            preprocess([str(tmp_path / "in.jsonl")], disk / "out", PreprocessOptions("bytes"), 0)
+        assert told.value.filename == str(disk / "out")
+        assert [path.name for path in disk.iterdir()] == ["out.parts"]
+        kept = list((disk / "out.parts").glob("*.part"))
+        assert kept and all(path.with_suffix(".bin").is_file() for path in kept)
 
 
 def test_two_runs_on_one_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

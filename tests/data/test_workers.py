@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -20,6 +21,8 @@ def make_handler() -> Callable[[tuple[str, float]], int]:
         time.sleep(seconds)
         if what == "data error":
             raise DataError(f"after {seconds} s")
+        if what == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if what == "defect":
             raise ZeroDivisionError
         if what == "kill":
@@ -60,6 +63,12 @@ def test_tasks_after_an_error_are_not_waited_for() -> None:
 def test_a_defect_keeps_its_traceback() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)ZeroDivisionError.* in a worker:.*raise ZeroDivisionError"):
         run(("defect", 0.0))
+
+
+def test_what_the_system_refuses_a_worker_is_told_as_it_is() -> None:
+    with pytest.raises(OSError, match="No space left on device") as told:
+        run(("full", 0.0), ("quiet", 0.0))
+    assert told.value.errno == errno.ENOSPC
 
 
 def test_a_killed_worker_is_said() -> None:
