@@ -171,7 +171,7 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
     A tensor of one element is contiguous with any stride, and torch views as bytes what has a stride of 1.
     """
-    return tensor.detach().reshape(-1).unsqueeze(-1).view(torch.uint8).view(-1)
+    return tensor.detach().contiguous().reshape(-1).unsqueeze(-1).view(torch.uint8).view(-1)
 
 
 def shaped_as(flat: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
