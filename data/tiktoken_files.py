@@ -12,6 +12,7 @@ import base64
 import binascii
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +63,8 @@ KNOWN: dict[str, tuple[str, dict[str, int]]] = {
     "tokenizer": (_CL100K, _llama3_special()),
 }  # fmt: skip
 """By the stem of the file's name: (regular expression of words, special tokens). ``tokenizer`` is Llama 3's."""
+_PROBE = "aZ é漢1٣ \t\r\n.,_-'<|> 🙂\u0301 \u200b\u3000"
+"""Signs of all kinds, none of which a regular expression of words may leave out."""
 
 
 def is_tiktoken_file(path: Path) -> bool:
@@ -75,6 +78,14 @@ def is_tiktoken_file(path: Path) -> bool:
     except binascii.Error:
         return False
     return True
+
+
+def _id(written: Any) -> int:
+    """Of a token; a ``ValueError`` where it is none that tiktoken has."""
+    number = int(written)
+    if not 0 <= number < 1 << 31:
+        raise ValueError(f"{number} is no id")
+    return number
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -95,9 +106,23 @@ class TiktokenTokenizer(Tokenizer):
         taken = {rank for rank in self.ranks.values() if rank in self._special_ids.values()}
         if taken:
             raise DataError(f"{path}: the ids {sorted(taken)[:5]} belong to special tokens and to others")
-        self.backend = tiktoken.Encoding(
-            self.path.stem, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self._special_ids
-        )
+        if "" in self._special_ids or len(set(self._special_ids.values())) < len(self._special_ids):
+            raise DataError(f"{path}: one of the special tokens has no name, or two have one id: {self._special_ids}")
+        try:
+            self.backend = tiktoken.Encoding(
+                self.path.stem, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self._special_ids
+            )
+            kept = self.backend.decode(self.backend.encode_ordinary(_PROBE))
+        except BaseException as error:
+            if not gives_up(error):
+                raise
+            raise DataError(f"{path}: tiktoken does not take its pattern {self.pattern!r}: {error}") from None
+        if kept != _PROBE:
+            lost = sorted(set(_PROBE) - set(kept))
+            raise DataError(
+                f"{path}: its pattern {self.pattern!r} does not match all of a text, and what it leaves out would be "
+                f"lost, such as {''.join(lost)!r}; let it end in |.|\\s"
+            )
         self._known = frozenset(self._special_ids)
         self.fingerprint = xxhash.xxh3_64_hexdigest(
             content + json.dumps([self.pattern, self._special_ids], sort_keys=True).encode()
@@ -107,13 +132,16 @@ class TiktokenTokenizer(Tokenizer):
         self._take_special(found, self._special_ids)
 
     def _read(self, content: bytes) -> dict[bytes, int]:
-        ranks = {}
+        ranks: dict[bytes, int] = {}
+        tokens: dict[int, bytes] = {}
         for number, line in enumerate(content.splitlines(), 1):
             try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
+                written, digits = line.split()
+                token, rank = base64.b64decode(written, validate=True), _id(digits)
             except ValueError:  # binascii.Error is one
                 raise DataError(f"{self.path}, line {number}: not `base64 rank` but {line[:60]!r}") from None
+            if ranks.setdefault(token, rank) != rank or tokens.setdefault(rank, token) != token:
+                raise DataError(f"{self.path}, line {number}: {line[:60]!r} has the token or the rank of a line before")
         missing = sum(bytes([byte]) not in ranks for byte in range(256))
         if missing:
             raise DataError(f"{self.path} has no token for {missing} of the 256 bytes: truncated?")
@@ -124,7 +152,7 @@ class TiktokenTokenizer(Tokenizer):
         if beside.is_file():
             try:
                 settings = read_json(beside)
-                return str(settings["pattern"]), {str(k): int(v) for k, v in settings["special_tokens"].items()}
+                return str(settings["pattern"]), {str(k): _id(v) for k, v in settings["special_tokens"].items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(
                     f"{beside} must hold `pattern` and `special_tokens` (name -> id) for {self.path.name}: {error!r}"

@@ -322,6 +322,21 @@ def test_tiktoken_files(corpus: Path, tmp_path: Path) -> None:
     assert newer.token_id("<|eom_id|>") == newer.encode_batch(["a<|eom_id|>"])[0][-1] == 128_008
     with pytest.raises(DataError, match="tiktoken gave up on a text of 3000001 characters that starts with '   "):
         tokenizer.encode_batch([" " * 3_000_000 + "x"])
+    for pattern, special, said in (
+        (r"\p{L}+|\s+", {}, r"does not match all of a text, and .* lost, such as \"',-\.1<>_"),
+        ("(", {}, "tiktoken does not take its pattern"),
+        (r".|\s", {"": 400}, "has no name, or two have one id"),
+        (r".|\s", {"<a>": 400, "<b>": 400}, "has no name, or two have one id"),
+        (r".|\s", {"<a>": -1}, "must hold `pattern` and `special_tokens`"),
+    ):
+        path.with_suffix(".json").write_text(json.dumps({"pattern": pattern, "special_tokens": special}))
+        with pytest.raises(DataError, match=said):
+            load_tokenizer(path)
+    for line in (b"AAA= 9", b"Y2F0 9", b"Y2F0 -1", b"Y2F0 4294967296"):
+        path.write_bytes(lines + line)
+        with pytest.raises(DataError, match=f"line .*: .*{line.decode()}"):
+            load_tokenizer(path)
+    path.write_bytes(lines)
     path.with_suffix(".json").unlink()
     with pytest.raises(DataError, match=r"does not say how words are cut; name it like one of \['cl100k_base'"):
         load_tokenizer(path)
