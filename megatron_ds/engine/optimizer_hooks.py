@@ -47,9 +47,10 @@ class ShardedState(defaultdict[Any, Any]):
 
 
 _ELSEWHERE = (
-    "optimizer.state is without the state of parameters, which the engine keeps in parts over the ranks: "
-    "engine.get_optimizer_state(name, kind) gives one whole tensor of it, and set_optimizer_state(name, kind, value) "
-    "writes one; to train on without it, call engine.close() and initialize() again"
+    "optimizer.state is without the state of parameters, which the engine keeps in parts over the ranks: to update "
+    "call engine.step(), and not the optimizer's; engine.get_optimizer_state(name, kind) gives one whole tensor of it "
+    "and set_optimizer_state(name, kind, value) writes one; to train on without it, call engine.close() and "
+    "initialize() again"
 )
 
 

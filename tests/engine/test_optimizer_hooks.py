@@ -116,7 +116,7 @@ def test_the_state_is_not_left_to_torch() -> None:
         assert "engine.get_optimizer_state(name, kind) gives one whole tensor" in message(touch, weight)
     assert weight not in copy.copy(optimizer).state
     optimizer.state = defaultdict(dict)  # as a loop does that begins anew without momentum
-    assert "to train on without it, call engine.close()" in message(engine.train_batch, [batch(0)])
+    assert "to train on without it, call engine.close() and" in message(engine.train_batch, [batch(0)])
     optimizer.state = held
     engine.close()
     assert optimizer.state == {} and optimizer.state[weight] == {}
