@@ -24,7 +24,15 @@ from megatron_ds.data.chat_records import BadConversation
 from megatron_ds.data.dataset_files import checksum, require_checksum
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
-from megatron_ds.data.source_text import Block, Input, Problem, Slice, SourceOptions, UnusableInput
+from megatron_ds.data.source_text import (
+    Block,
+    Input,
+    Problem,
+    Slice,
+    SourceOptions,
+    UnusableInput,
+    describe_problems,
+)
 from megatron_ds.data.sources import read_block
 from megatron_ds.data.tokenizer_base import Ids
 from megatron_ds.data.tokenizers import load_tokenizer
@@ -314,7 +322,3 @@ def _copy_bad_records(part: Path, target: IO[bytes], inputs: list[dict[str, Any]
             record = {"file": inputs[number]["path"], **record}
             record["line"] += 1 + lines.get(number, 0)
             target.write(json.dumps(record).encode() + b"\n")
-
-
-def describe_problems(problems: dict[str, int]) -> str:
-    return ", ".join(f"{count} x {reason}" for reason, count in sorted(problems.items()))

@@ -78,6 +78,11 @@ class Problem:
     detail: str = ""
 
 
+def describe_problems(problems: dict[str, int]) -> str:
+    """How many there were of each reason."""
+    return ", ".join(f"{count} x {reason}" for reason, count in sorted(problems.items()))
+
+
 TOOLS, SYSTEM = "tools", "system"
 """The keys of what a conversation's messages may call, and of its system message where that is not among them."""
 

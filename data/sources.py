@@ -148,19 +148,24 @@ def _read_slice(item: Input, part: Slice, block: Block, options: SourceOptions) 
     return source_text.read_text_slice(item, part, options, block.data)
 
 
-def iterate_texts(specs: list[str], key: str = "text") -> Iterator[str]:
-    """The good texts of all inputs in order, in this process; an error if there is none at all."""
+def iterate_texts(specs: list[str], key: str = "text", problems: dict[str, int] | None = None) -> Iterator[str]:
+    """The good texts of all inputs in order, in this process; an error if there is none at all.
+
+    ``problems``: where bad records are counted by their reason.
+    """
     options = SourceOptions(key=key)
     inputs = find_inputs(specs, options)
-    problem: Problem | None = None
+    first: Problem | None = None
     found = False
     for block in plan_blocks(inputs, options):
         for _, _, text in read_block(inputs, block, options):
             if isinstance(text, Problem):
-                problem = problem or text
+                first = first or text
+                if problems is not None:
+                    problems[text.reason] = problems.get(text.reason, 0) + 1
             else:
                 found = True
                 yield text
     if not found:
-        why = f": {problem.reason}{', ' + problem.detail if problem.detail else ''}" if problem else ""
+        why = f": {first.reason}{', ' + first.detail if first.detail else ''}" if first else ""
         raise DataError(f"no text in {', '.join(specs)}{why}")

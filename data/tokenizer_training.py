@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_ds.data.source_text import describe_problems
 from megatron_ds.data.sources import iterate_texts
 from megatron_ds.data.tokenizer_base import write_hf
 from megatron_ds.errors import DataError
@@ -59,12 +60,15 @@ def train_tokenizer(
     if len(set(special_tokens)) < len(special_tokens) or EOD in special_tokens:
         raise DataError(f"special_tokens={list(special_tokens)} must differ from each other and from {EOD}")
     cutter = _RunCutter()
-    texts = cutter(_limited(iterate_texts(inputs, key), max_megabytes, show_progress))
+    problems: dict[str, int] = {}
+    texts = cutter(_limited(iterate_texts(inputs, key, problems), max_megabytes, show_progress))
     with _written_whole(folder) as partial:
         if kind == "unigram":
             _train_unigram(texts, partial, vocab_size, special_tokens)
         else:
             _train_hf(texts, partial, vocab_size, kind, special_tokens, show_progress)
+    if problems:
+        warn(f"left out of training: {describe_problems(problems)}")
     if cutter.runs:
         warn(
             f"{cutter.runs:,} runs of more than {MAX_RUN} characters without a break (the longest {cutter.longest:,}) "

@@ -19,7 +19,7 @@ from megatron_ds.data.inspect import (
     sample_documents,
     show_document,
 )
-from megatron_ds.data.parts import describe_problems
+from megatron_ds.data.source_text import describe_problems
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.data.verify import verify
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from megatron_ds.data.chat import load_template, split_markers
 from megatron_ds.data.cli import run
 from megatron_ds.data.indexed import strip_suffix
-from megatron_ds.data.parts import PreprocessOptions, describe_problems
+from megatron_ds.data.parts import PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
+from megatron_ds.data.source_text import describe_problems
 from megatron_ds.data.tokenizers import load_tokenizer
 
 

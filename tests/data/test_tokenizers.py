@@ -210,16 +210,19 @@ def test_long_runs_are_cut_for_training_and_said(tmp_path: Path, kind: Kind) -> 
     letters = np.random.default_rng(0).choice(list("abcdefgh"), 30_000)
     text = "short words " + "".join(letters) + " " * 1000 + "é" * 256 + "!" * 257 + "\nlast"
     (tmp_path / "in.txt").write_text(text)
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "cut off\n{"text": "\xff"}\n{"Text": "another key"}\n')
     cutter = tokenizer_training._RunCutter()
     pieces = list(cutter(iter([text])))
     assert "".join(pieces) == text and (cutter.runs, cutter.longest) == (3, 30_000)
     assert all(len(run) <= 256 for piece in pieces for run in re.findall(r"\w+|\s+|[^\w\s]+", piece))
     said: list[str] = []
-    trained = train_tokenizer([str(tmp_path / "in.txt")], tmp_path / "t", 400, kind, warn=said.append)
+    inputs = [str(tmp_path / name) for name in ("in.txt", "bad.jsonl")]
+    trained = train_tokenizer(inputs, tmp_path / "t", 400, kind, warn=said.append)
     assert load_tokenizer(trained).vocab_size == 400
     assert said == [
+        "left out of training: 1 x invalid JSON, 1 x invalid UTF-8, 1 x missing key",
         "3 runs of more than 256 characters without a break (the longest 30,000) were cut into pieces of 256 for "
-        "training: it takes time in the square of their length"
+        "training: it takes time in the square of their length",
     ]
 
 
