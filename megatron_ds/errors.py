@@ -74,6 +74,8 @@ def listed(names: Iterable[object], most: int = 10) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the known name closest to ``name``, or an empty string when none is close."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    """`; did you mean 'x'?` for the known name closest to ``name`` in letters of any case, or an empty string when
+    none is close."""
+    names = {each.casefold(): each for each in known}
+    matches = difflib.get_close_matches(name.casefold(), list(names), n=1, cutoff=0.5)
+    return f"; did you mean {names[matches[0]]!r}?" if matches else ""

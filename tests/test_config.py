@@ -333,6 +333,7 @@ def test_derived_sizes() -> None:
     [
         ("[model]\nnum_layer = 3", "unknown key 'model.num_layer'; did you mean 'model.num_layers'?"),
         ("[modle]\nnum_layers = 3", "unknown key 'modle'; did you mean 'model'?"),
+        ("[optimizer]\nLR = 3", "unknown key 'optimizer.LR'; did you mean 'optimizer.lr'?"),
         ("[model]\nqqqq = 3", "unknown key 'model.qqqq'"),
         ("[train]\nsteps = 0", "train.steps = 0: Input should be greater than 0"),
         ("[train]\nsteps = 1.5", "train.steps = 1.5: Input should be a valid integer"),
