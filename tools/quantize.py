@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -20,6 +20,7 @@ from megatron_ds.data.cli import run
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference.quantized_export import Difference, compare, export_quantized
+from megatron_ds.inference.serving_options import Scheme
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Quantize:
     """The folder with config.json and the weights, as transformers has it (of a checkpoint: convert.py to-hf)."""
     output: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="OUTPUT")]]
     """The folder to make; it must not exist or be empty."""
-    scheme: Literal["int8", "w8a8", "fp8", "int4"] = "int8"
+    scheme: Scheme = "int8"
     """int8 and int4 (groups of 32): weights alone. w8a8 (int8) and fp8: each token's inputs too, as it comes."""
     text: Path | None = None
     """Compare both models on this text."""

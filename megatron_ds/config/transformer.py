@@ -30,7 +30,7 @@ ROPE_SCALING: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = MappingPro
 def transformer_faults(config: RunConfig) -> Iterator[str]:
     """Why a GPT or a BERT cannot be built, split over tp, or fed with these samples, if it cannot."""
     yield from _attention_faults(config.model)
-    yield from _split_faults(config.model, config.mesh.tp)
+    yield from split_faults(config.model, config.mesh.tp)
     yield from _position_faults(config.model, config.train.sequence_length)
     yield from _block_faults(config.model)
     if config.model.num_kv_heads < config.mesh.tp and config.precision.fp8 != "none":
@@ -62,7 +62,8 @@ def _attention_faults(m: ModelConfig) -> Iterator[str]:
         )
 
 
-def _split_faults(m: ModelConfig, tp: int) -> Iterator[str]:
+def split_faults(m: ModelConfig, tp: int, name: str = "mesh.tp") -> Iterator[str]:
+    """Why a model cannot be split over ``tp`` ranks, a setting that is called ``name``."""
     if m.num_kv_heads % tp and (tp % m.num_kv_heads or m.num_heads % tp):
         heads = m.num_heads
         may = [
@@ -70,23 +71,23 @@ def _split_faults(m: ModelConfig, tp: int) -> Iterator[str]:
         ]
         yield (
             f"model.{'num_heads' if m.kv_heads is None else 'kv_heads'}={m.num_kv_heads} cannot be split over "
-            f"mesh.tp={tp}; tp may be {one_of(may)}"
+            f"{name}={tp}; tp may be {one_of(may)}"
         )
     elif m.num_kv_heads < tp and m.qk_norm and m.qk_norm_over == "projection":
         yield (
-            f"model.kv_heads={m.num_kv_heads} are fewer than mesh.tp={tp}, and the norm over all of them "
+            f"model.kv_heads={m.num_kv_heads} are fewer than {name}={tp}, and the norm over all of them "
             "(model.qk_norm_over='projection') is not known to be of repeated heads; use "
-            f"mesh.tp={m.num_kv_heads} or fewer"
+            f"{name}={m.num_kv_heads} or fewer"
         )
     if m.ffn_size % tp:
         yield (
-            f"model.ffn_hidden_size={m.ffn_size} cannot be split over mesh.tp={tp}; "
+            f"model.ffn_hidden_size={m.ffn_size} cannot be split over {name}={tp}; "
             f"use {multiples_around(m.ffn_size, tp)}"
         )
     if m.padded_vocab % tp:
         yield (
             f"the vocabulary padded to {m.padded_vocab} (model.vocab_size={m.vocab_size}, "
-            f"model.vocab_multiple={m.vocab_multiple}) cannot be split over mesh.tp={tp}; "
+            f"model.vocab_multiple={m.vocab_multiple}) cannot be split over {name}={tp}; "
             f"use model.vocab_multiple={math.lcm(m.vocab_multiple, tp)}"
         )
 

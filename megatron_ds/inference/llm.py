@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -32,6 +33,8 @@ from megatron_ds.inference.texts import Prompt, Texts
 from megatron_ds.kernels.float8 import E4M3
 from megatron_ds.mesh import Axis
 
+log = logging.getLogger(__name__)
+
 
 class LLM:
     """A decoder that serves requests. Its arguments are the fields of
@@ -46,13 +49,15 @@ class LLM:
         o = self.options = options
         require_budget(o.max_num_seqs, o.max_num_batched_tokens, o.block_size)
         source = served_model.find(o.model)
-        draft_source = DraftModel.find(o.speculative_model, source.config) if o.speculative_model else None
+        draft_source = DraftModel.find(o.speculative_model, source.config) if o.speculative_model is not None else None
         _require_recipes(source.quantization, o)
         served_model.require_split(source.config, o.tensor_parallel_size, o.pipeline_parallel_size)
-        self.config, self.max_model_len = source.config, served_model.text_length(source, o.max_model_len)
+        self.max_model_len = served_model.text_length(source, o.max_model_len)
         self.suggested = suggested_settings(source.generation) if o.generation_config == "auto" else {}
         self.texts = Texts.load(o.model, o.tokenizer or source.tokenizer)
         self._ranks = Ranks(o)
+        for note in source.notes if self._ranks.mesh.rank == 0 else ():
+            log.warning("%s: %s", o.model, note)
         self.engine = self._engine(source, draft_source)
         self._numbers, self._open = itertools.count(), True
 

@@ -13,7 +13,7 @@ from megatron_ds.checkpoint.load import load
 from megatron_ds.checkpoint.meta import model_config
 from megatron_ds.checkpoint.reader import Checkpoint
 from megatron_ds.config import ModelConfig
-from megatron_ds.config.transformer import rotary_faults
+from megatron_ds.config.transformer import rotary_faults, split_faults
 from megatron_ds.convert import carried_files
 from megatron_ds.convert.folder import ADAPTER, HFFolder
 from megatron_ds.convert.hugging_face import described
@@ -43,6 +43,7 @@ class Source:
         tokenizer: the folder with its tokenizer, where there is one.
         generation: what generation_config.json and config.json say of generation.
         longest: tokens of a text that the model was made for; None: nothing says it.
+        notes: what should be said of the choice of the files.
         quantization: the scheme of the linear layers' weights in the files; None: they are whole.
     """
 
@@ -180,11 +181,8 @@ def build(source: Source, mesh: Mesh, dtype: torch.dtype) -> Transformer:
 
 def require_split(c: ModelConfig, tp: int, pp: int) -> None:
     """Raises :class:`ConfigError` where a model cannot be split over ``tp x pp`` ranks."""
-    if c.num_heads % tp or c.padded_vocab % tp or c.ffn_size % tp or (c.num_kv_heads % tp and tp % c.num_kv_heads):
-        raise ConfigError(
-            f"tensor_parallel_size={tp} does not divide {c.num_heads} heads, {c.num_kv_heads} key/value heads, a "
-            f"feed-forward width of {c.ffn_size} and a vocabulary of {c.padded_vocab}; choose a divisor of all"
-        )
+    if faults := list(split_faults(c, tp, "tensor_parallel_size")):
+        raise ConfigError("; ".join(faults))
     if pp > c.num_layers:
         raise ConfigError(f"pipeline_parallel_size={pp} is more than the {c.num_layers} layers; use as many at most")
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hf_models import FAMILIES, MODELS, _llama, make
 from safetensors.torch import load_file
+from served import config_of
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig
 
 from megatron_ds.checkpoint import Checkpoint, FlatShard, save
@@ -23,6 +24,7 @@ from megatron_ds.convert.hugging_face import export_hf, import_hf
 from megatron_ds.data.tokenizers import ByteTokenizer, load_tokenizer
 from megatron_ds.errors import CheckpointError, ConfigError, MegatronDSError
 from megatron_ds.inference import LLM, RequestOutput, SamplingParams, ranks
+from megatron_ds.inference.served_model import require_split
 
 REFUSED = {
     **dict.fromkeys(("bert", "bert-pretraining", "roberta", "modernbert"), "no decoder"),
@@ -253,7 +255,7 @@ def test_an_answer_ends_at_every_end_of_the_model(folder: Path) -> None:
     [
         ({"dtype": "int3"}, "dtype='int3'"),
         ({"max_model_len": 5000}, "max_model_len=5000: the model was made for 2 to 128"),
-        ({"tensor_parallel_size": 5}, "tensor_parallel_size=5 does not divide"),
+        ({"tensor_parallel_size": 5}, "cannot be split over tensor_parallel_size=5; tp may be 1, 2 or 6"),
         ({"num_blocks": 1}, "no text of 128 tokens"),
         ({"max_num_batched_tokens": 20}, "max_num_batched_tokens=20 is less than"),
         ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization"),
@@ -286,3 +288,10 @@ def test_heads_that_cannot_be_turned_are_refused_before_anything_is_computed(wid
     _llama(head_dim=width).save_pretrained(tmp_path / "odd")
     with pytest.raises(ConfigError, match=f"rotary positions need an even head_dim, not {width}; use 2"):
         LLM(tmp_path / "odd")
+
+
+def test_a_norm_over_all_key_heads_goes_to_no_more_ranks_than_there_are() -> None:
+    config = config_of("llama").model_copy(update={"qk_norm": True, "qk_norm_over": "projection"})
+    require_split(config, 2, 1)
+    with pytest.raises(ConfigError, match="kv_heads=2 are fewer than tensor_parallel_size=4, and the norm over all"):
+        require_split(config, 4, 1)

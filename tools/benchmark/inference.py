@@ -68,7 +68,7 @@ def ours(folder: str, quantization: str | None, scheduler: dict[str, float]) -> 
     llm = LLM(
         folder,
         dtype="bfloat16",
-        quantization=None if quantization == "eager" else quantization,
+        quantization=None if quantization == "eager" else quantization,  # type: ignore[arg-type]
         num_blocks=400,
         enable_prefix_caching=False,
         enforce_eager=quantization == "eager",
