@@ -34,7 +34,9 @@ class Ranks:
         shape = MeshShape(pp=options.pipeline_parallel_size, tp=options.tensor_parallel_size)
         world, started = shape.world_size, int(os.environ.get("WORLD_SIZE", "1")) > 1
         rank, local = (int(os.environ.get(name, "0")) if started else 0 for name in ("RANK", "LOCAL_RANK"))
-        self.device = _device(options.device, local)
+        self.device = _device(options.device, local, int(os.environ["LOCAL_WORLD_SIZE"]) if started else world)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         if world > 1 and not dist.is_initialized():
             address, port = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if started else ("127.0.0.1", 0)
             store = dist.TCPStore(address, port, world, not started, timedelta(seconds=600), wait_for_workers=False)
@@ -88,21 +90,19 @@ def _here(rank: int) -> str:
     return f"megatron-ds/rank-{rank}"
 
 
-def _device(wanted: str, local: int) -> torch.device:
+def _device(wanted: str, local: int, ranks: int) -> torch.device:
+    """Of one of the ``ranks`` of this machine; on a CPU are all of them, or none."""
     count = torch.cuda.device_count() if torch.cuda.is_available() and wanted != "cpu" else 0
-    if wanted == "cuda" and local >= count:
-        raise ConfigError(f"device='cuda', but there are {count} GPUs; use device='cpu', or fewer ranks")
-    if local < count:
-        torch.cuda.set_device(local)
-        return torch.device("cuda", local)
-    return torch.device("cpu")
+    if wanted == "cuda" and count < ranks:
+        raise ConfigError(f"device='cuda', but {ranks} ranks have {count} GPUs; use device='cpu', or fewer ranks")
+    return torch.device("cuda", local) if count >= ranks else torch.device("cpu")
 
 
 def _start(rank: int, world: int, port: int, options: EngineOptions) -> subprocess.Popen[bytes]:
     settings = json.dumps(options.engine_arguments(), default=str)
     command = [sys.executable, "-m", "megatron_ds.inference.follower", settings]
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)
 
 

@@ -65,7 +65,7 @@ class EngineOptions(CheckedSettings):
     generation_config: Literal["auto", "none"] = "auto"
     """auto: requests that do not say how tokens are drawn take the model's generation_config.json."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: a GPU for each rank where there is one."""
+    """auto: a GPU for each rank where there are as many, else the CPU."""
 
     def __post_init__(self) -> None:
         if self.speculative_model is not None and not self.num_speculative_tokens:

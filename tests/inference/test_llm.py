@@ -290,6 +290,15 @@ def test_heads_that_cannot_be_turned_are_refused_before_anything_is_computed(wid
         LLM(tmp_path / "odd")
 
 
+def test_all_ranks_of_a_machine_are_on_gpus_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for count, kind in ((1, "cuda"), (2, "cuda"), (3, "cpu")):
+        assert {ranks._device("auto", rank, count).type for rank in range(count)} == {kind}
+    with pytest.raises(ConfigError, match="device='cuda', but 3 ranks have 2 GPUs"):
+        ranks._device("cuda", 0, 3)
+
+
 def test_a_norm_over_all_key_heads_goes_to_no_more_ranks_than_there_are() -> None:
     config = config_of("llama").model_copy(update={"qk_norm": True, "qk_norm_over": "projection"})
     require_split(config, 2, 1)
