@@ -161,16 +161,17 @@ class LLM:
             if not finished:
                 self.engine.abort(name)
 
-    def add(self, prompt: Prompt, params: SamplingParams, whole: bool = False) -> str:
-        """Queue a request; returns its id. :meth:`step` serves it. ``whole``: it tells of it at its end alone."""
-        name = f"request-{next(self._numbers)}"
-        text = prompt if isinstance(prompt, str) else None
-        self.engine.add(name, self.texts.tokenize(prompt), self.seeded(params), text, whole)
-        return name
+    def add(self, prompt: Prompt, params: SamplingParams, whole: bool = False, name: str | None = None) -> str:
+        """Queue a request, which :meth:`step` serves; returns its id, ``name`` where it is given.
 
-    def seeded(self, params: SamplingParams) -> SamplingParams:
-        """With this model's seed where the request has none of its own."""
-        return replace(params, seed=self.options.seed) if params.seed is None else params
+        Args:
+            whole: :meth:`step` tells of it at its end alone.
+        """
+        name = name or f"request-{next(self._numbers)}"
+        if params.seed is None and self.options.seed is not None:
+            params = replace(params, seed=self.options.seed)
+        self.engine.add(name, self.texts.tokenize(prompt), params, prompt if isinstance(prompt, str) else None, whole)
+        return name
 
     def step(self) -> list[RequestOutput]:
         """Compute one batch of what is queued; returns the requests that have got further."""

@@ -103,7 +103,7 @@ class EngineThread:
 
         def begin() -> None:
             try:
-                self.llm.engine.add(name, call.prompts[prompt], self.llm.seeded(call.params), whole=not call.stream)
+                self.llm.add(call.prompts[prompt], call.params, whole=not call.stream, name=name)
             except ConfigError as error:
                 code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else None
                 self._tell(name, BadRequest(str(error), code=code))
