@@ -33,8 +33,9 @@ class Ranks:
         self.owns_group = False
         shape = MeshShape(pp=options.pipeline_parallel_size, tp=options.tensor_parallel_size)
         world, started = shape.world_size, int(os.environ.get("WORLD_SIZE", "1")) > 1
-        rank, local = (int(os.environ.get(name, "0")) if started else 0 for name in ("RANK", "LOCAL_RANK"))
-        self.device = _device(options.device, local, int(os.environ["LOCAL_WORLD_SIZE"]) if started else world)
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": world}
+        rank, local, here = (int(os.environ.get(name, n)) if started else n for name, n in alone.items())
+        self.device = _device(options.device, local, here)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if world > 1 and not dist.is_initialized():
