@@ -54,6 +54,7 @@ class Tokenizer(ABC):
         fingerprint: changes when the tokenizer's file does.
         encoder: which library encodes, and why that one.
         fast: tiktoken stands in for the library that the tokenizer's file is of.
+        drops: it leaves characters out for which it has no token, as `tokenizers` does unsaid.
     """
 
     vocab_size: int
@@ -66,6 +67,7 @@ class Tokenizer(ABC):
     fingerprint: str
     encoder: str
     fast: bool = False
+    drops: bool = False
 
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[Ids]:

@@ -117,6 +117,7 @@ class HFTokenizer(Tokenizer):
                 self.encoder = "tiktoken (the same ids as tokenizers)"
             except Unsuitable as why:
                 self.encoder = f"tokenizers ({why})"
+        self.drops = self._fast is None and _drops(self.backend)
 
     def _add(self, found: SpecialTokens) -> dict[int, dict[str, Any]]:
         """Make special what the files beside it name as such, as ``transformers`` does; returns what was not yet."""
@@ -180,6 +181,18 @@ class HFTokenizer(Tokenizer):
     def save_hf(self, folder: str | Path) -> None:
         # The special tokens are those that count: an older file beside the configuration may have named others.
         write_hf(folder, {"tokenizer_class": "PreTrainedTokenizerFast", **self.config, **self.special}, self.backend)
+
+
+def _drops(backend: Any) -> bool:
+    """Whether it is a BPE with nothing to put in place of a character that its vocabulary lacks."""
+    model = backend.model
+    if type(model).__name__ != "BPE" or model.unk_token is not None:
+        return False
+    vocabulary = backend.get_vocab(with_added_tokens=False)
+    if model.byte_fallback:
+        return not all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
+    in_bytes = "ByteLevel" in f"{backend.pre_tokenizer}{backend.normalizer}"
+    return not (in_bytes and all(character in vocabulary for character in byte_characters()))
 
 
 class SentencePieceTokenizer(Tokenizer):

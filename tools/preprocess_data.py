@@ -43,6 +43,12 @@ def main(options: PreprocessData) -> None:
     making = options.making
     tokenizer = load_tokenizer(making.tokenizer)
     print(f"tokenizer: {making.tokenizer}, encoded by {tokenizer.encoder}")
+    if tokenizer.drops:
+        print(
+            "warning: this BPE has neither a token for unknown characters nor all bytes: what its vocabulary lacks "
+            "will be missing in the data",
+            file=sys.stderr,
+        )
     if making.append_eod and tokenizer.eod_id is not None:
         print(f"end of document: {tokenizer.special['eos_token']!r}, id {tokenizer.eod_id} ({tokenizer.eod_origin})")
     if making.source.conversations:

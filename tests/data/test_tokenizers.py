@@ -244,6 +244,25 @@ def test_what_sentencepiece_composes_is_composed_in_what_is_saved(corpus: Path, 
         assert theirs.encode(text, add_special_tokens=False).ids == list(tokenizer.encode_batch([text])[0])
 
 
+def test_a_bpe_that_leaves_characters_out_is_known(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers
+
+    letters = {"a": 0, "b": 1, "?": 2}
+    named = letters | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    whole = {character: byte for byte, character in enumerate(byte_characters())}
+    for vocabulary, options, in_bytes in (
+        *((letters, {}, False), (letters, {"unk_token": "?"}, False), (letters, {}, True), (whole, {}, True)),
+        *((named, {}, False), (named, {"byte_fallback": True}, False), (letters, {"byte_fallback": True}, False)),
+    ):
+        backend = Backend(models.BPE(vocabulary, [], **options))
+        if in_bytes:
+            backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.save(str(tmp_path / "t.json"))
+        tokenizer = load_tokenizer(tmp_path / "t.json")
+        assert tokenizer.drops == (len(tokenizer.encode_batch(["é"])[0]) == 0), (options, in_bytes)
+
+
 def test_tokens_start_where_the_bytes_before_them_end(corpus: Path, tmp_path: Path) -> None:
     """Also where the file of a tokenizer takes spaces out of its offsets, as RoBERTa's and GPT-NeoX's do."""
     path = train_tokenizer([str(corpus)], tmp_path, 300) / "tokenizer.json"
