@@ -386,7 +386,7 @@ def _load(path: Path) -> tuple[Any, list[Path]]:
         raise DataError(f"{path} holds several splits; give one: {', '.join(str(path / split) for split in splits)}")
     try:
         if (path / _STATE).is_file():
-            return datasets.load_from_disk(str(path)), sorted(path.rglob("*.arrow"))
+            return datasets.load_from_disk(str(path)).with_format(None), sorted(path.rglob("*.arrow"))
         if files := _parquet(path):
             require_one_split(path, (file.relative_to(path) for file in files))
             return datasets.Dataset.from_parquet([str(file) for file in files]), files

@@ -94,7 +94,7 @@ def _open_arrow(item: Input, options: SourceOptions) -> Any:
             )
         dataset = dataset[options.dataset_split]
     _check_column(item, options, dataset.column_names)
-    return dataset
+    return dataset.with_format(None)  # saved with one, it may show other columns alone, or tensors
 
 
 def plan_arrow(number: int, item: Input, options: SourceOptions, size: int) -> Iterator[Block]:

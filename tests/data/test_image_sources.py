@@ -42,7 +42,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["china", "flower"])})
     images = [{"bytes": labelled.content(row), "path": None} for row in range(10)]
     table = datasets.Dataset.from_dict({"image": images, "label": labelled.labels.tolist()}, features=kinds)
-    table.save_to_disk(str(root / "set"))
+    table.with_format("pandas", columns=["label"]).save_to_disk(str(root / "set"))
     datasets.DatasetDict({"train": table}).save_to_disk(str(root / "splits"))
     (root / "parquet").mkdir()
     table.to_parquet(str(root / "parquet" / "0.parquet"))

@@ -46,7 +46,8 @@ def test_every_kind_of_input_gives_the_same_documents(tmp_path: Path, kind: str)
     elif kind == "arrow":
         import datasets
 
-        datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(source)
+        shown = datasets.Dataset.from_dict({"text": TEXTS, "n": range(len(TEXTS))}).with_format("arrow", columns=["n"])
+        shown.save_to_disk(source)
     else:
         (source / "sub").mkdir(parents=True)
         (source / "a.jsonl").write_bytes(jsonl(TEXTS[:10]))
