@@ -100,7 +100,7 @@ class Part:
     """What a ``.part`` file says.
 
     Attributes:
-        lines: by the number of an input, how many of its records were read.
+        lines: by the number of an input, how many of its lines or rows were read.
         checksums: by the suffix of each file.
     """
 
@@ -169,7 +169,8 @@ class PartMaker:
         batch: list[Text] = []
         size = 0
         for part, number, text in read_block(self.job.inputs, self.block, self.job.options.source):
-            self.lines[part.input] = self.lines.get(part.input, 0) + 1
+            if self.job.inputs[part.input].kind != "paragraph":  # a record is one line, or row
+                self.lines[part.input] = self.lines.get(part.input, 0) + 1
             if isinstance(text, Problem):
                 self._problem(part, number, text)
                 continue
@@ -179,11 +180,16 @@ class PartMaker:
                 self._write(batch)
                 batch, size = [], 0
         self._write(batch)
+        for part in self.block.slices:
+            if (item := self.job.inputs[part.input]).kind == "paragraph":
+                data = self.block.data
+                ends = _line_ends(item, part.start, part.stop) if data is None else data.count(b"\n")
+                self.lines[part.input] = self.lines.get(part.input, 0) + ends
 
     def _problem(self, part: Slice, number: int, problem: Problem) -> None:
         item = self.job.inputs[part.input]
         if self.job.options.on_error == "fatal":
-            line = number + 1 + (_lines_before(item, part.start) if part.first is None else part.first)
+            line = number + 1 + (_line_ends(item, 0, part.start) if part.first is None else part.first)
             raise UnusableInput(
                 f"{item.path}, {'row' if item.kind in ('parquet', 'arrow') else 'line'} {line}: {problem.reason}"
                 f"{': ' + problem.detail if problem.detail else ''}. Mend it, or skip bad records with --on-error skip"
@@ -256,14 +262,15 @@ def _utf8_size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def _lines_before(item: Input, start: int) -> int:
-    """Lines of a plain file before byte ``start``."""
-    lines = 0
+def _line_ends(item: Input, start: int, stop: int) -> int:
+    """How many there are in these bytes of a plain file."""
+    ends = 0
     with open(item.path, "rb") as file:
-        while start > 0 and (chunk := file.read(min(start, 1 << 20))):
-            lines += chunk.count(b"\n")
-            start -= len(chunk)
-    return lines
+        file.seek(start)
+        while start < stop and (chunk := file.read(min(stop - start, 1 << 20))):
+            ends += chunk.count(b"\n")
+            start += len(chunk)
+    return ends
 
 
 def _require(path: Path, digest: str, stated: str) -> None:

@@ -217,6 +217,19 @@ def test_bad_records_are_listed_with_file_and_line(
     assert not (tmp_path / "fatal.idx").exists()
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_bad_paragraphs_are_listed_with_their_first_line(
+    compressed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks_of(30, monkeypatch)
+    content = b"one\ntwo\n\n\n" * 20 + b"\xff\nx\n\n" + b"one\ntwo\n\n\n" * 20 + b"\xff"
+    source = tmp_path / ("in.txt.gz" if compressed else "in.txt")
+    source.write_bytes(gzip.compress(content) if compressed else content)
+    run([source], tmp_path / "out", PreprocessOptions("bytes", source=SourceOptions(txt_documents="paragraph")))
+    listed = [json.loads(line)["line"] for line in (tmp_path / "out.bad.jsonl").read_text().splitlines()]
+    assert listed == [number for number, line in enumerate(content.split(b"\n"), 1) if line == b"\xff"]
+
+
 def test_fatal_counts_the_lines_of_the_blocks_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks_of(50, monkeypatch)
     source = tmp_path / "in.jsonl"
