@@ -165,14 +165,25 @@ class GroupBuffers:
         self.axis, self.device = axis, device
 
     def whole(self, size: int, dtype: torch.dtype) -> WholeMemory:
-        return _Whole(torch.zeros(size, dtype=dtype, device=self.device), self.axis)
+        return _Whole(torch.zeros(size, dtype=dtype, device=self.device), self)
 
     def slots(self, number: int, size: int, dtype: torch.dtype) -> Slots:
-        return _Slots(self.axis, dtype, self.device)
+        return _Slots(dtype, self)
 
     def gathered(self, size: int, dtype: torch.dtype) -> GatheredMemory:
         shard = torch.zeros(size // self.axis.size, dtype=dtype, device=self.device)
         return GroupGathered(size, dtype, self.device, self.axis, shard)
+
+    def sum_start(self, output: torch.Tensor, whole: torch.Tensor, add: bool, key: int) -> Pending:
+        """Sum this rank's slice of ``whole`` over the axis into ``output`` (or ``add`` it), which may be that slice.
+
+        ``key``: as of :meth:`WholeMemory.reduce_scatter_start`.
+        """
+        own = slice_dim0(whole, self.axis)
+        summing = reduce_scatter_start(own, whole, self.axis)
+        if output.data_ptr() == own.data_ptr():
+            return summing
+        return Pending(output, then=lambda: output.add_(summing.wait()) if add else output.copy_(summing.wait()))
 
     def gather_exactly(self, on: bool) -> None:
         pass
@@ -185,32 +196,31 @@ class GroupBuffers:
 
 
 class _Whole:
-    def __init__(self, whole: torch.Tensor, axis: Axis):
-        self.whole, self._axis = whole, axis
-        self._shard = slice_dim0(whole, axis)
+    def __init__(self, whole: torch.Tensor, buffers: GroupBuffers):
+        self.whole, self._buffers = whole, buffers
+        self._shard = slice_dim0(whole, buffers.axis)
 
     def reduce_scatter_start(self, key: int = 0) -> Pending:
-        return reduce_scatter_start(self._shard, self.whole, self._axis)
+        return self._buffers.sum_start(self._shard, self.whole, False, key)
 
     def all_gather_start(self) -> Pending:
-        return all_gather_start(self.whole, self._shard, self._axis)
+        return all_gather_start(self.whole, self._shard, self._buffers.axis)
 
 
 class _Slots:
-    def __init__(self, axis: Axis, dtype: torch.dtype, device: torch.device):
-        self._axis, self.dtype, self.device = axis, dtype, device
+    def __init__(self, dtype: torch.dtype, buffers: GroupBuffers):
+        self.dtype, self.device, self._buffers = dtype, buffers.device, buffers
 
     def take(self, size: int) -> Slot:
-        return _Slot(torch.empty(size, dtype=self.dtype, device=self.device), self._axis)
+        return _Slot(torch.empty(size, dtype=self.dtype, device=self.device), self._buffers)
 
 
 class _Slot:
-    def __init__(self, whole: torch.Tensor, axis: Axis):
-        self.whole, self._axis = whole, axis
+    def __init__(self, whole: torch.Tensor, buffers: GroupBuffers):
+        self.whole, self._buffers = whole, buffers
 
     def reduce_scatter_start(self, shard: torch.Tensor, add: bool, key: int = 0) -> Pending:
-        summing = reduce_scatter_start(slice_dim0(self.whole, self._axis), self.whole, self._axis)
-        return Pending(shard, then=lambda: shard.add_(summing.wait()) if add else shard.copy_(summing.wait()))
+        return self._buffers.sum_start(shard, self.whole, add, key)
 
     def free(self) -> None:
         pass

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from megatron_ds.comm.buffers import GatheredMemory, GroupBuffers, GroupGathered, Slot, Slots, WholeMemory
+from megatron_ds.comm.buffers import GatheredMemory, GroupBuffers, GroupGathered
 from megatron_ds.comm.collectives import all_gather_start, all_reduce_start, all_to_all_start
 from megatron_ds.comm.pending import Pending, slice_dim0
 from megatron_ds.kernels.quantized_blocks import pack, packed_bytes, row_keys, unpack
@@ -45,13 +45,10 @@ class QuantizedBuffers(GroupBuffers):
         self.version = 0
         self.exact = False
 
-    def whole(self, size: int, dtype: torch.dtype) -> WholeMemory:
-        memory = super().whole(size, dtype)
-        return memory if self.how.gradients is None else _Whole(memory, self.axis, self.how)
-
-    def slots(self, number: int, size: int, dtype: torch.dtype) -> Slots:
-        memory = super().slots(number, size, dtype)
-        return memory if self.how.gradients is None else _Slots(memory, self.axis, self.how)
+    def sum_start(self, output: Tensor, whole: Tensor, add: bool, key: int) -> Pending:
+        if self.how.gradients is None:
+            return super().sum_start(output, whole, add, key)
+        return reduce_scatter_start(output, whole, add, self.axis, self.how, key)
 
     def gathered(self, size: int, dtype: torch.dtype) -> GatheredMemory:
         how = self.how if dtype.is_floating_point else replace(self.how, weights=None)  # codes are rounded already
@@ -66,35 +63,6 @@ class QuantizedBuffers(GroupBuffers):
 
     def publish(self) -> None:
         self.version += 1
-
-
-class _Whole:
-    """Gradients; see :class:`~megatron_ds.comm.buffers.WholeMemory`."""
-
-    def __init__(self, memory: WholeMemory, axis: Axis, how: Quantization):
-        self.whole, self._axis, self._how = memory.whole, axis, how
-        self.all_gather_start = memory.all_gather_start
-
-    def reduce_scatter_start(self, key: int = 0) -> Pending:
-        return reduce_scatter_start(slice_dim0(self.whole, self._axis), self.whole, False, self._axis, self._how, key)
-
-
-class _Slots:
-    def __init__(self, memory: Slots, axis: Axis, how: Quantization):
-        self.dtype, self.device = memory.dtype, memory.device
-        self._memory, self._axis, self._how = memory, axis, how
-
-    def take(self, size: int) -> Slot:
-        return _Slot(self._memory.take(size), self._axis, self._how)
-
-
-class _Slot:
-    def __init__(self, slot: Slot, axis: Axis, how: Quantization):
-        self.whole, self.free = slot.whole, slot.free
-        self._axis, self._how = axis, how
-
-    def reduce_scatter_start(self, shard: Tensor, add: bool, key: int = 0) -> Pending:
-        return reduce_scatter_start(shard, self.whole, add, self._axis, self._how, key)
 
 
 class QuantizedGathered(GroupGathered):
