@@ -20,6 +20,7 @@ from megatron_ds.config import BaseRunConfig
 from megatron_ds.host import peak_memory_bytes
 from megatron_ds.mesh import Mesh
 from megatron_ds.pipeline.executor import Executor
+from megatron_ds.pipeline.timeline import Timeline
 from megatron_ds.train.metrics import MeanSpeed
 from megatron_ds.train.output import Output
 from megatron_ds.train.step import StepResult
@@ -229,11 +230,7 @@ class TimelineRecorder(Callback):
             return
         folder = self.folder / f"step-{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
-        events = [
-            {"rank": event.rank, "action": str(event.action), "start": event.start, "end": event.end}
-            for event in self.executor.recorded
-        ]
-        (folder / f"rank-{self.executor.pp.rank:05d}.json").write_text(json.dumps(events))
+        Timeline(tuple(self.executor.recorded)).to_json_file(folder / f"rank-{self.executor.pp.rank:05d}.json")
         self.executor.recorded = None
 
 

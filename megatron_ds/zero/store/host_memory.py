@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
 from megatron_ds.comm import Pending
+from megatron_ds.zero.store.base import Region
 from megatron_ds.zero.store.blocks import Block, BlockPool, HostBlock, Streams
 from megatron_ds.zero.store.device import ResidentRegion
-
-
-class HostRegion(Protocol):
-    """A region in host memory; see :class:`megatron_ds.zero.store.base.Region`."""
-
-    name: str
-    numel: int
-    dtype: torch.dtype
-
-    def read_start(self) -> Pending: ...
-    def write_start(self) -> None: ...
-    def release(self) -> None: ...
 
 
 class HostStore:
@@ -45,7 +32,7 @@ class HostStore:
         self._memory: list[HostBlock] = []
         self._streams = Streams(device) if device.type == "cuda" else None
 
-    def allocate(self, name: str, numel: int, dtype: torch.dtype) -> HostRegion:
+    def allocate(self, name: str, numel: int, dtype: torch.dtype) -> Region:
         size = numel * dtype.itemsize
         self._bytes += size
         if self._streams is None:
