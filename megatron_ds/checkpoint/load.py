@@ -17,7 +17,7 @@ from megatron_ds.checkpoint.reader import Checkpoint, Request
 from megatron_ds.comm.together import exchange, group_device, together
 from megatron_ds.errors import CheckpointError, listed
 from megatron_ds.mesh import Axis
-from megatron_ds.shard.flat_shards import FlatShard, by_holder
+from megatron_ds.shard.flat_shards import FlatShard, acquired
 
 SHOWN = 10
 _SHAPES = "of another shape"
@@ -75,11 +75,8 @@ def load(
         with together(world):
             try:
                 with torch.no_grad():
-                    for holder, group in by_holder(flat_shards):
-                        held = None if holder is None else holder.acquire()
+                    for group, held in acquired(flat_shards, changed=True):
                         checkpoint.fill(_requests(checkpoint, group, held))
-                        if holder is not None:
-                            holder.release(changed=True)
             except CheckpointError as error:
                 hint = way_out(checkpoint.directory.parent, besides=checkpoint.directory)
                 raise CheckpointError(f"{error}{hint}") from error

@@ -34,7 +34,7 @@ from megatron_ds.comm.together import together, total
 from megatron_ds.errors import CheckpointError
 from megatron_ds.files import gb, read_json, sync_directory
 from megatron_ds.mesh import Axis
-from megatron_ds.shard.flat_shards import FlatShard, by_holder
+from megatron_ds.shard.flat_shards import FlatShard, acquired
 
 
 def save(
@@ -139,13 +139,10 @@ def check_space(directory: Path, needed: int, what: str) -> None:
 def stage(flat_shards: Sequence[FlatShard]) -> list[FlatShard]:
     """A copy of the flat shards in host memory, made between two steps: training may go on while it is written."""
     staged: list[FlatShard] = []
-    for holder, group in by_holder(flat_shards):
-        held = None if holder is None else holder.acquire()
+    for group, held in acquired(flat_shards):
         for flat_shard in group:
             data = flat_shard.tensor(held).detach().to("cpu", copy=True)
             staged.append(replaced_by(flat_shard, data=data, holder=None, offset=0))
-        if holder is not None:
-            holder.release(changed=False)
     return staged
 
 
@@ -165,15 +162,13 @@ def write_rank(partial: Path, rank: int, flat_shards: Sequence[FlatShard]) -> Fi
     if on_gpu:
         torch.cuda.synchronize()  # the writer's threads read on another stream than the one that made the data
     with ChunkedWriter(partial / rank_name(rank), planned, pin=on_gpu) as writer:
-        for holder, group in by_holder(ordered):
-            held = None if holder is None else holder.acquire()
+        for group, held in acquired(ordered):
             if held is not None and held.is_cuda:
                 torch.cuda.synchronize()
             for flat_shard in group:
                 writer.write(flat_shard.row_major(held))
-            if holder is not None:
+            if held is not None:
                 writer.write_back_initial()
-                holder.release(changed=False)
         file = writer.close()
     sync_directory(partial)
     index = {"size": file.size, "checksums": file.checksums, "tensors": tensors, "rows": rows}

@@ -18,7 +18,7 @@ from megatron_ds.errors import ConfigError, nearest
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.ema import EMA
 from megatron_ds.shard import ShardSpec, as_real, real_dtype, spec_of
-from megatron_ds.shard.flat_shards import FlatShard, by_holder
+from megatron_ds.shard.flat_shards import FlatShard, acquired
 from megatron_ds.zero.main_grad import is_trained
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
@@ -64,13 +64,10 @@ class WholeTensors:
             self._check_kind(name, kind)
         flat_shards = [p for p in self._zero.flat_shards(for_load=True) if p.kind == kind and p.name in whole]
         with torch.no_grad():
-            for holder, group in by_holder(flat_shards):
-                held = None if holder is None else holder.acquire()
+            for group, held in acquired(flat_shards, changed=True):
                 for flat_shard in group:
                     for box, part in flat_shard.parts(held):
                         part.copy_(whole[flat_shard.name][box.slices])
-                if holder is not None:
-                    holder.release(changed=True)
         self._zero.refresh_parameters()
 
     @contextlib.contextmanager
@@ -135,13 +132,10 @@ class WholeTensors:
         """Over all ranks the flat shards hold every element once."""
         spec = self._spec(name)
         whole = torch.zeros(spec.global_shape, dtype=self._dtype(name), device=self._mesh.device)
-        for holder, group in by_holder(flat_shards):
-            held = None if holder is None else holder.acquire()
+        for group, held in acquired(flat_shards):
             for flat_shard in group:
                 for box, part in flat_shard.parts(held):
                     whole[box.slices] = part.to(whole)
-            if holder is not None:
-                holder.release(changed=False)
         # Of one rank's bytes and zeros it is the same sum. Of a pipeline only the stages that have it take part.
         stages = self._mesh.pp.size > 1
         for axis in [self._mesh.data, *map(self._mesh.axis, spec.reduce_over)] if stages else [self._mesh.world]:

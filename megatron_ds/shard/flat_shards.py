@@ -187,8 +187,16 @@ def buffers_with_shards(stages: Iterable[nn.Module], for_load: bool, first_repli
     return found
 
 
-def by_holder(flat_shards: Sequence[FlatShard]) -> Iterator[tuple[Holder | None, list[FlatShard]]]:
-    """Runs of neighbours with the same holder, so that each is held once for all of them."""
+def acquired(
+    flat_shards: Sequence[FlatShard], changed: bool = False
+) -> Iterator[tuple[list[FlatShard], torch.Tensor | None]]:
+    """Runs of neighbours with the same holder, and what that has, held once for all of them; None: they have no holder.
+
+    ``changed``: the body of the loop writes into them.
+    """
     for _, run in groupby(flat_shards, key=lambda flat_shard: id(flat_shard.holder)):
         group = list(run)
-        yield group[0].holder, group
+        holder = group[0].holder
+        yield group, None if holder is None else holder.acquire()
+        if holder is not None:
+            holder.release(changed=changed)

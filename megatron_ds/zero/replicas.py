@@ -12,7 +12,7 @@ from megatron_ds import comm
 from megatron_ds.comm.together import exchange, merged
 from megatron_ds.errors import ReplicaError, listed
 from megatron_ds.mesh import Mesh
-from megatron_ds.shard.flat_shards import FlatShard
+from megatron_ds.shard.flat_shards import FlatShard, acquired
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -30,7 +30,7 @@ def check_replicas(zero: ZeroOptimizer, mesh: Mesh) -> None:
     own = [shard for shard in own if shard.kind == "param" and shard.box_shape == shard.global_shape]
     fault = ""
     if own:
-        sums = torch.stack([_bit_sum(shard).to(mesh.device) for shard in own])
+        sums = torch.stack([_bit_sum(shard, held).to(mesh.device) for group, held in acquired(own) for shard in group])
         everyone = comm.gather_dim0(sums, mesh.tp).wait().view(mesh.tp.size, -1)
         differs = everyone != everyone[0]
         ranks = [mesh.tp.ranks[place] for place in differs.any(1).nonzero().flatten().tolist()]
@@ -42,13 +42,9 @@ def check_replicas(zero: ZeroOptimizer, mesh: Mesh) -> None:
         raise ReplicaError(found)
 
 
-def _bit_sum(shard: FlatShard) -> torch.Tensor:
+def _bit_sum(shard: FlatShard, held: torch.Tensor | None) -> torch.Tensor:
     """0-d int64."""
-    held = shard.holder.acquire() if shard.holder is not None else None
-    total = shard.tensor(held).view(_BITS[shard.data.itemsize]).sum(dtype=torch.int64)
-    if shard.holder is not None:
-        shard.holder.release(changed=False)
-    return total
+    return shard.tensor(held).view(_BITS[shard.data.itemsize]).sum(dtype=torch.int64)
 
 
 def _fault(names: list[str], first: int, ranks: list[int]) -> str:
