@@ -19,26 +19,3 @@ from megatron_ds.comm.collectives import (
 )
 from megatron_ds.comm.pending import Pending, slice_dim0
 from megatron_ds.comm.regions import gather_from_region, reduce_from_region, reduce_scatter_sequence, sum_over_region
-
-__all__ = [
-    "Agreement",
-    "BufferSizes",
-    "Buffers",
-    "GroupBuffers",
-    "Pending",
-    "all_gather_start",
-    "all_reduce",
-    "all_reduce_start",
-    "broadcast",
-    "gather_dim0",
-    "gather_from_region",
-    "movable",
-    "open_agreement",
-    "open_buffers",
-    "reduce_from_region",
-    "reduce_scatter_sequence",
-    "reduce_scatter_start",
-    "scatter_sum_dim0",
-    "slice_dim0",
-    "sum_over_region",
-]

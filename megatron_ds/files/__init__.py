@@ -20,23 +20,3 @@ from megatron_ds.files.write import (
     write_json,
     write_text_durably,
 )
-
-__all__ = [
-    "MOST_BYTES",
-    "check_regular",
-    "checksum",
-    "gb",
-    "open_regular",
-    "parse_json",
-    "print_line",
-    "read_bytes",
-    "read_json",
-    "read_object",
-    "read_text",
-    "replacing",
-    "sync_and_close",
-    "sync_directory",
-    "temporary_beside",
-    "write_json",
-    "write_text_durably",
-]

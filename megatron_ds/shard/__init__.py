@@ -17,21 +17,3 @@ from megatron_ds.shard.spec import (
     shaped_as,
     spec_of,
 )
-
-__all__ = [
-    "WHOLE",
-    "Init",
-    "Line",
-    "Matrices",
-    "ShardSpec",
-    "ShardedDim",
-    "as_bytes",
-    "as_real",
-    "empty_parameter",
-    "in_order",
-    "memory_order",
-    "real_dtype",
-    "set_matrices",
-    "shaped_as",
-    "spec_of",
-]

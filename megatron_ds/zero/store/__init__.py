@@ -12,8 +12,6 @@ from megatron_ds.zero.store.device import DeviceStore
 from megatron_ds.zero.store.host_memory import HostStore
 from megatron_ds.zero.store.nvme import NvmeStore
 
-__all__ = ["BucketStores", "DeviceStore", "HostStore", "NvmeStore", "Region", "Store", "create_store", "placement"]
-
 
 @dataclass(frozen=True)
 class BucketStores:

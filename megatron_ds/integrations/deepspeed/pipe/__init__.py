@@ -7,5 +7,3 @@ from megatron_ds.integrations.deepspeed.pipe.module import (
     PipelineModule,
     TiedLayerSpec,
 )
-
-__all__ = ["LayerSpec", "PipeDataParallelTopology", "PipelineEngine", "PipelineModule", "TiedLayerSpec"]
