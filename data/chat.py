@@ -22,7 +22,7 @@ import xxhash
 
 from megatron_ds.data.chat_records import BadConversation, is_learnt
 from megatron_ds.data.tokenizer_base import Tokenizer, read_settings
-from megatron_ds.errors import DataError
+from megatron_ds.errors import DataError, RaisedAs
 from megatron_ds.files import read_text
 
 CHATML = (
@@ -242,10 +242,9 @@ def _marked(message: dict[str, Any], mark: str) -> dict[str, Any]:
 def _compiled(source: str) -> Any:
     from megatron_ds.data.template_sandbox import compile_template  # imports jinja2: only where it is needed
 
-    try:
+    # Deep nesting is a RecursionError, much else a SyntaxError.
+    with RaisedAs(DataError, "the chat template is not valid Jinja", Exception):
         return compile_template(source)
-    except Exception as error:  # deep nesting is a RecursionError, much else a SyntaxError
-        raise DataError(f"the chat template is not valid Jinja: {error}") from None
 
 
 def encode(
@@ -331,7 +330,5 @@ def _of_folder(folder: Path) -> tuple[Any, Any]:
 
 
 def _read_text(path: Path) -> str:
-    try:
+    with RaisedAs(DataError, f"the chat template {path} cannot be read", OSError, UnicodeDecodeError):
         return read_text(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"the chat template {path} cannot be read: {error}") from None

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_ds.errors import DataError
+from megatron_ds.errors import DataError, RaisedAs
 from megatron_ds.files import read_json
 
 READ_BYTES = 16 << 20
@@ -88,14 +88,12 @@ def file_identity(path: Path) -> dict[str, Any]:
     """What tells a file from every other version of itself without reading it all: its size, its times of change
     (contents, and inode) and a checksum of 16 pieces spread over it."""
     digest = xxhash.xxh3_64()
-    try:
+    with RaisedAs(DataError, f"{path} cannot be read", OSError):
         status = path.stat()
         with path.open("rb") as file:
             for number in range(SAMPLES):
                 file.seek(max(0, (status.st_size - SAMPLE_BYTES) * number // (SAMPLES - 1)))
                 digest.update(file.read(SAMPLE_BYTES))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sampled_xxh3": digest.hexdigest()}
 
 

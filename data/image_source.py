@@ -24,7 +24,7 @@ from megatron_ds.data.cache import cached_arrays
 from megatron_ds.data.dataset_files import files_identity
 from megatron_ds.data.folders import files_below
 from megatron_ds.data.image_transforms import UndecodableImage, size_of_whole
-from megatron_ds.errors import DataError
+from megatron_ds.errors import DataError, RaisedAs
 from megatron_ds.files import open_regular, parse_json, read_bytes, read_text
 
 Kind = Literal["folder", "tar", "dataset"]
@@ -216,13 +216,11 @@ class ImageFolder(ImageSource):
         return self._read(row, FIRST_BYTES, LAST_BYTES)
 
     def _read(self, row: int, first: int, last: int) -> tuple[bytes, bytes]:
-        try:
-            with open_regular(self.path / self._paths[row]) as file:
-                beginning, size = file.read(first), file.seek(0, os.SEEK_END)
-                file.seek(max(size - last, 0))
-                return beginning, file.read(last)
-        except OSError as error:
-            raise DataError(f"{self.name(row)} cannot be read: {error}") from None
+        cannot = RaisedAs(DataError, f"{self.name(row)} cannot be read", OSError)
+        with cannot, open_regular(self.path / self._paths[row]) as file:
+            beginning, size = file.read(first), file.seek(0, os.SEEK_END)
+            file.seek(max(size - last, 0))
+            return beginning, file.read(last)
 
     def caption(self, row: int) -> str:
         return "" if self._captions is None else self._captions[row]
@@ -263,18 +261,14 @@ def _captions(folder: Path, paths: list[Path]) -> list[str] | None:
 
 
 def _read_caption(path: Path) -> str:
-    try:
+    with RaisedAs(DataError, f"the caption {path} cannot be read", OSError, ValueError):
         return read_text(path).strip()
-    except (OSError, ValueError) as error:
-        raise DataError(f"the caption {path} cannot be read: {error}") from None
 
 
 def _read_metadata(path: Path) -> dict[str, str]:
     """File name to caption."""
-    try:
+    with RaisedAs(DataError, f"{path} cannot be read", OSError):
         lines = read_bytes(path).splitlines()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from None
     captions: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -356,12 +350,11 @@ class DatasetImages(ImageSource):
         return f"{self.path}: row {row}"
 
     def content(self, row: int) -> bytes:
-        try:
+        what = f"{self.name(row)} has no image, neither its bytes nor a file"
+        with RaisedAs(DataError, what, OSError, KeyError, TypeError):
             image = self._table[row][self._image] or {}
             if (content := image.get("bytes")) is None:
                 content = Path(image["path"]).read_bytes()
-        except (OSError, KeyError, TypeError) as error:
-            raise DataError(f"{self.name(row)} has no image, neither its bytes nor a file: {error}") from None
         return bytes(content)
 
     def caption(self, row: int) -> str:

@@ -24,7 +24,7 @@ from megatron_ds.data.cache import cached_arrays
 from megatron_ds.data.dataset_files import files_identity
 from megatron_ds.data.folders import files_below
 from megatron_ds.data.image_source import FIRST_BYTES, LAST_BYTES, SUFFIXES, ImageSource, require_one_split
-from megatron_ds.errors import DataError
+from megatron_ds.errors import DataError, RaisedAs
 from megatron_ds.files import parse_json
 
 _NONE = (-1, -1, -1)
@@ -127,19 +127,14 @@ class TarImages(ImageSource):
         if not self.captioned:
             return ""
         number, offset, size = self._texts[row].tolist()
-        try:
+        with RaisedAs(DataError, f"the caption of {self.name(row)} cannot be read", UnicodeDecodeError):
             return _caption(_member(self._tars[number], offset, size))
-        except UnicodeDecodeError as error:
-            raise DataError(f"the caption of {self.name(row)} cannot be read: {error}") from None
 
 
 def _member(tar: Path, offset: int, size: int) -> bytes:
-    try:
-        with tar.open("rb") as file:
-            file.seek(offset)
-            content = file.read(size)
-    except OSError as error:
-        raise DataError(f"{tar} cannot be read: {error}") from None
+    with RaisedAs(DataError, f"{tar} cannot be read", OSError), tar.open("rb") as file:
+        file.seek(offset)
+        content = file.read(size)
     if len(content) != size:
         raise DataError(f"{tar} is cut off: it ends before a member that it had when it was indexed")
     return content
@@ -148,16 +143,14 @@ def _member(tar: Path, offset: int, size: int) -> bytes:
 def _samples(number: int, path: Path) -> tuple[list[_Sample], list[_Sample]]:
     """The images of a shard in the order of their first members, and captions and classes without an image."""
     found: dict[str, _Sample] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                folder, _, file = member.name.rpartition("/")
-                base, _, suffix = file.partition(".")
-                if member.isreg() and base:
-                    key = f"{folder}/{base}" if folder else base
-                    _add(found.setdefault(key, _Sample(key)), suffix.lower(), number, path, member)
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{path} cannot be read as an uncompressed tar: {error}") from None
+    cannot = RaisedAs(DataError, f"{path} cannot be read as an uncompressed tar", OSError, tarfile.TarError)
+    with cannot, tarfile.open(path, "r:") as tar:
+        for member in tar:
+            folder, _, file = member.name.rpartition("/")
+            base, _, suffix = file.partition(".")
+            if member.isreg() and base:
+                key = f"{folder}/{base}" if folder else base
+                _add(found.setdefault(key, _Sample(key)), suffix.lower(), number, path, member)
     if lost := next((sample for sample in found.values() if sample.other and sample.image == _NONE), None):
         raise DataError(
             f"{path}: {lost.other} would never be seen: a key ends at the first dot of a name, and {lost.key} has no "
@@ -185,7 +178,7 @@ def _add(sample: _Sample, suffix: str, number: int, path: Path, member: tarfile.
     if suffix not in ("txt", "cls", "json") or member.size > _MOST_TEXT:
         return
     content = _member(path, member.offset_data, member.size)
-    try:
+    with RaisedAs(DataError, f"{path}: {member.name} cannot be read", ValueError, AttributeError):
         if suffix == "txt":
             sample.text = place
         elif suffix == "cls":
@@ -196,8 +189,6 @@ def _add(sample: _Sample, suffix: str, number: int, path: Path, member: tarfile.
                 sample.text = place
             if sample.label < 0 and isinstance(described.get("label"), int):
                 sample.label = described["label"]
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{path}: {member.name} cannot be read: {error}") from None
 
 
 def _described(values: Mapping[str, Any]) -> str | None:

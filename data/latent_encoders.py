@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ds.data.samples import LATENTS
-from megatron_ds.errors import DataError
+from megatron_ds.errors import DataError, RaisedAs
 from megatron_ds.files import check_regular, read_bytes, read_object
 
 _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)(-\d+-of-\d+)?\.safetensors")
@@ -71,12 +71,10 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Path]]:
             "hold code and are not read: save the model with save_pretrained"
         )
     for path in paths:
-        try:
+        with RaisedAs(DataError, f"{path} cannot be read", OSError, SafetensorError):
             check_regular(path)
             with safe_open(path, "pt") as file:
                 yield from ((name, path) for name in file.keys())  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{path} cannot be read: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from megatron_ds.data import dataset_files
 from megatron_ds.data.cache import default_cache_dir, locked
 from megatron_ds.data.dataset_files import CheckedArray, read_manifest, require_checksum
 from megatron_ds.data.dataset_files import checksum as file_checksum
-from megatron_ds.errors import DataError
+from megatron_ds.errors import DataError, RaisedAs
 from megatron_ds.files import checksum, read_json, replacing
 
 _STATED = "the manifest", "copy it there again"
@@ -57,10 +57,8 @@ class RemoteDataset:
     def __init__(self, url: str, cache_dir: Path | None = None):
         import fsspec  # type: ignore[import-untyped]
 
-        try:
+        with RaisedAs(DataError, f"{url} cannot be read", ImportError, ValueError):
             self.filesystem, self.path = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise DataError(f"{url} cannot be read: {error}") from None
         name = Path(self.path).name
         folder = (cache_dir or default_cache_dir()) / f"{xxhash.xxh3_64_hexdigest(url.encode())}-{name}"
         self.url, self.prefix = url, str(folder / name)

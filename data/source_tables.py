@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_ds.data.source_text import STREAM_BLOCK, Block, Input, Problem, Record, Slice, SourceOptions, check_record
-from megatron_ds.errors import DataError, nearest
+from megatron_ds.errors import DataError, RaisedAs, nearest
 
 
 def plan_parquet(number: int, item: Input, options: SourceOptions, size: int) -> Iterator[Block]:
@@ -28,10 +28,8 @@ def _open_parquet(item: Input, options: SourceOptions) -> Any:
     import pyarrow
     import pyarrow.parquet
 
-    try:
+    with RaisedAs(DataError, f"{item.path} is not a readable parquet file", pyarrow.ArrowInvalid, OSError):
         file = pyarrow.parquet.ParquetFile(item.path, page_checksum_verification=True)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{item.path} is not a readable parquet file: {error}") from None
     _check_column(item, options, file.schema_arrow.names)
     return file
 
@@ -82,10 +80,8 @@ def _checked(read: Callable[[], dict[str, Any]], options: SourceOptions) -> str 
 def _open_arrow(item: Input, options: SourceOptions) -> Any:
     import datasets
 
-    try:
+    with RaisedAs(DataError, f"{item.path} is not a dataset saved by `datasets`", Exception):
         dataset = datasets.load_from_disk(item.path)
-    except Exception as error:
-        raise DataError(f"{item.path} is not a dataset saved by `datasets`: {error}") from None
     if isinstance(dataset, datasets.DatasetDict):
         if options.dataset_split not in dataset:
             raise DataError(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import IO, Any, Literal
 
 from megatron_ds.data.chat_records import BadConversation, parse_messages, parse_tools, with_system
-from megatron_ds.errors import DataError, nearest
+from megatron_ds.errors import DataError, RaisedAs, nearest
 
 STREAM_BLOCK = 8 << 20
 MAX_FILE_DOCUMENT = 256 << 20
@@ -234,10 +234,8 @@ def decompressed(item: Input) -> Iterator[tuple[bytes, int]]:
         stream = pyarrow.CompressedInputStream(raw, {".gz": "gzip", ".zst": "zstd"}[item.compression])
         before = 0
         while True:
-            try:
+            with RaisedAs(DataError, f"{item.path} is damaged or truncated", Exception):
                 chunk = stream.read(MAX_FILE_DOCUMENT if item.kind == "file" else STREAM_BLOCK)
-            except Exception as error:
-                raise DataError(f"{item.path} is damaged or truncated: {error}") from None
             if not chunk:
                 return
             yield chunk, raw.tell() - before

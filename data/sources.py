@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_ds.data import source_tables, source_text
 from megatron_ds.data.folders import files_below
 from megatron_ds.data.source_text import Block, Input, IsDone, Kind, Problem, Record, Slice, SourceOptions
-from megatron_ds.errors import DataError
+from megatron_ds.errors import DataError, RaisedAs
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".text", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
@@ -133,11 +133,9 @@ def read_block(inputs: list[Input], block: Block, options: SourceOptions) -> Ite
     """Every record of a block, with its slice and its number in it; a ``DataError`` for a file that cannot be read."""
     for part in block.slices:
         item = inputs[part.input]
-        try:
+        with RaisedAs(DataError, f"{item.path} cannot be read, or is damaged", OSError):
             for number, text in _read_slice(item, part, block, options):
                 yield part, number, text
-        except OSError as error:
-            raise DataError(f"{item.path} cannot be read, or is damaged: {error}") from None
 
 
 def _read_slice(item: Input, part: Slice, block: Block, options: SourceOptions) -> Iterator[Record]:

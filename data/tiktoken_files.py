@@ -28,7 +28,7 @@ from megatron_ds.data.tokenizer_base import (
     read_special_tokens,
     write_hf,
 )
-from megatron_ds.errors import DataError
+from megatron_ds.errors import DataError, RaisedAs
 from megatron_ds.files import read_json
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -205,10 +205,8 @@ class TiktokenTokenizer(Tokenizer):
 
         merges = [(written(a), written(b)) for a, b in merges_of(self.ranks, self.ranks.__getitem__)]
         vocabulary = {written(token): rank for token, rank in self.ranks.items()}
-        try:
+        with RaisedAs(DataError, f"{self.path}: how it cuts words cannot be written as tokenizer.json", Unsuitable):
             words = Regex(for_tokenizers(self.pattern))
-        except Unsuitable as why:
-            raise DataError(f"{self.path}: how it cuts words cannot be written as tokenizer.json: {why}") from None
         backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [

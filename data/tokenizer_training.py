@@ -12,7 +12,7 @@ from typing import Any, Literal
 from megatron_ds.data.source_text import describe_problems
 from megatron_ds.data.sources import iterate_texts
 from megatron_ds.data.tokenizer_base import write_hf
-from megatron_ds.errors import DataError
+from megatron_ds.errors import DataError, RaisedAs
 
 Kind = Literal["bpe", "unigram", "wordpiece"]
 EOD = "<|endoftext|>"
@@ -149,7 +149,8 @@ def _train_unigram(texts: Iterator[str], folder: Path, vocab_size: int, extra: S
 
     from megatron_ds.data.tokenizers import SentencePieceTokenizer
 
-    try:
+    failed = f"SentencePiece could not train {vocab_size} pieces on these inputs"
+    with RaisedAs(DataError, failed, RuntimeError, OSError):
         sentencepiece.SentencePieceTrainer.Train(
             sentence_iterator=_pieces(texts),
             model_prefix=str(folder / "tokenizer"),
@@ -167,8 +168,6 @@ def _train_unigram(texts: Iterator[str], folder: Path, vocab_size: int, extra: S
             shuffle_input_sentence=False,
             minloglevel=2,
         )
-    except (RuntimeError, OSError) as error:
-        raise DataError(f"SentencePiece could not train {vocab_size} pieces on these inputs: {error}") from None
     SentencePieceTokenizer(folder / "tokenizer.model").save_hf(folder)
 
 

@@ -34,7 +34,7 @@ from megatron_ds.data.tokenizer_base import (
     read_special_tokens,
     write_hf,
 )
-from megatron_ds.errors import DataError
+from megatron_ds.errors import DataError, RaisedAs
 
 
 def load_tokenizer(path_or_spec: str | Path, fast: bool | None = None) -> Tokenizer:
@@ -85,10 +85,9 @@ class HFTokenizer(Tokenizer):
         import tokenizers
 
         self.path = Path(path)
-        try:
+        # The Rust side raises bare Exception.
+        with RaisedAs(DataError, f"{path} is not a tokenizer.json of Hugging Face `tokenizers`", Exception):
             self.backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust side raises bare Exception
-            raise DataError(f"{path} is not a tokenizer.json of Hugging Face `tokenizers`: {error}") from None
         if dropout := getattr(self.backend.model, "dropout", None):
             raise DataError(
                 f"{path} has dropout={dropout}: the same text would have other ids each time. Set it to null there"
@@ -210,10 +209,8 @@ class SentencePieceTokenizer(Tokenizer):
 
         self.path = Path(path)
         self.backend = sentencepiece.SentencePieceProcessor()
-        try:
+        with RaisedAs(DataError, f"{path} is not a SentencePiece model", Exception):
             self.backend.Load(str(path))
-        except Exception as error:
-            raise DataError(f"{path} is not a SentencePiece model: {error}") from None
         found = read_special_tokens(self.path.parent)
         self.begins = found.config.get("add_bos_token") is not False
         self.ends = found.config.get("add_eos_token") is True

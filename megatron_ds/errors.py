@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from types import TracebackType
 
 
 class MegatronDSError(Exception):
@@ -48,6 +49,25 @@ class ShardedParameterError(MegatronDSError):
 
 class ShardedGradientError(MegatronDSError):
     """A parameter's ``.grad`` was computed with while an engine has the gradients sharded."""
+
+
+class RaisedAs:
+    """A context in which exceptions of other libraries become one of ours: an ``error`` that says ``what: reason``.
+
+    Args:
+        kinds: those exceptions. Ours pass as they are.
+    """
+
+    def __init__(self, error: type[MegatronDSError], what: str, *kinds: type[Exception]):
+        self.error, self.what, self.kinds = error, what, kinds
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, reason: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(reason, self.kinds) and not isinstance(reason, MegatronDSError):
+            raise self.error(f"{self.what}: {reason}") from reason
 
 
 def divisors(number: int) -> str:

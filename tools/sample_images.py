@@ -29,7 +29,7 @@ from megatron_ds.data.latent_encoders import (
     check_text_encoders,
     encode_prompts,
 )
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, RaisedAs
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.samplers import Sampler, check_steps, make_scheduler, run_of_checkpoint, save_grid
 from megatron_ds.train.launch import RankInfo, job, run_main, set_threads
@@ -98,10 +98,8 @@ def wanted_of(options: Options) -> list[int] | dict[str, Tensor]:
     if options.embeddings is None:
         classes = range(10) if options.classes is None else options.classes
         return [label for label in classes for _ in range(options.columns)]
-    try:
+    with RaisedAs(ConfigError, f"--embeddings {options.embeddings} cannot be read", OSError, SafetensorError):
         found = {name: t.float() for name, t in load_file(options.embeddings).items()}
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"--embeddings {options.embeddings} cannot be read: {error}") from error
     return each_row(found, options.columns)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_ds.checkpoint.manifest import MANIFEST, REPLACED, STEP, Manifest, rank_name, step_of
 from megatron_ds.checkpoint.manifest_file import check_size, read_manifest
-from megatron_ds.errors import CheckpointError
+from megatron_ds.errors import CheckpointError, RaisedAs
 from megatron_ds.files import checksum, read_bytes, replacing, sync_directory, write_text_durably
 
 LATEST = "latest"
@@ -60,11 +60,9 @@ def point_latest(directory: Path, name: str) -> None:
 def read_latest(directory: Path) -> str:
     """The step name that ``latest`` holds; a :class:`CheckpointError` if it is damaged."""
     path = directory / LATEST
-    try:
+    with RaisedAs(CheckpointError, f"{path} cannot be read", OSError, ValueError):
         text = read_bytes(path, 4096).decode()
         name, digest = text.split()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
     if digest != checksum(name.encode()):
         raise CheckpointError(f"{path} is damaged: {name!r} does not match its checksum")
     if not STEP.fullmatch(name):

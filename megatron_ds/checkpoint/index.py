@@ -31,7 +31,7 @@ import numpy.typing as npt
 
 from megatron_ds.checkpoint.safetensors_header import DTYPES
 from megatron_ds.checkpoint.writer import FileRecord
-from megatron_ds.errors import CheckpointError
+from megatron_ds.errors import CheckpointError, RaisedAs
 from megatron_ds.files import checksum, open_regular, sync_and_close
 from megatron_ds.shard.boxes import Box, corners_cancel, flat_range, intersection, tiles
 
@@ -317,12 +317,9 @@ class BlockFile:
         return words[first - begin * (BLOCK - 1) :][: last - first]
 
     def _fetch(self, begin: int, end: int) -> None:
-        try:
-            with open_regular(self.path) as file:
-                file.seek(begin * BLOCK * 8)
-                raw = file.read((end - begin) * BLOCK * 8)
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error}") from error
+        with RaisedAs(CheckpointError, f"{self.path} cannot be read", OSError), open_regular(self.path) as file:
+            file.seek(begin * BLOCK * 8)
+            raw = file.read((end - begin) * BLOCK * 8)
         for number in range(begin, end):
             block = raw[(number - begin) * BLOCK * 8 :][: BLOCK * 8]
             body = block[:-8]

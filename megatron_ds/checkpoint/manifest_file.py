@@ -27,7 +27,7 @@ from megatron_ds.checkpoint.index import (
 from megatron_ds.checkpoint.manifest import FORMAT, INCOMPLETE, INDEX, MANIFEST, VERSION, Manifest, step_of
 from megatron_ds.checkpoint.values import decode, encode
 from megatron_ds.checkpoint.writer import CHUNK_BYTES
-from megatron_ds.errors import CheckpointError
+from megatron_ds.errors import CheckpointError, RaisedAs
 from megatron_ds.files import checksum, parse_json, read_bytes, write_text_durably
 from megatron_ds.files.direct_io import ALIGNMENT
 
@@ -81,7 +81,7 @@ def read_manifest(directory: Path) -> Manifest:
     first, _, body = raw.partition(b"\n")
     if first != f'{{"checksum":"{checksum(body)}",'.encode():
         raise CheckpointError(f"{path} is damaged: its text does not match its checksum")
-    try:
+    with RaisedAs(CheckpointError, f"{path} is malformed", ValueError):
         value = an_object(parse_json(b"{" + body), "it")
         version = value.get("version")
         if value.get("format") != FORMAT or type(version) is not int or not 1 <= version <= VERSION:
@@ -90,8 +90,6 @@ def read_manifest(directory: Path) -> Manifest:
                 f"up to version {VERSION}: use a newer megatron-ds"
             )
         manifest = _from_json(value, directory)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is malformed: {error}") from None
     if step_of(directory) not in (None, manifest.step):
         raise CheckpointError(
             f"{directory} holds step {manifest.step}: it was copied or renamed; give it the name of its own step"

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from megatron_ds.config import ModelConfig
 from megatron_ds.convert.settings import Settings
 from megatron_ds.convert.translations import Fixed, Translation
-from megatron_ds.errors import ConfigError, listed
+from megatron_ds.errors import ConfigError, RaisedAs, listed
 from megatron_ds.models.families import global_shapes
 
 # Of every class here: a decoder or an encoder alone.
@@ -121,10 +121,9 @@ class Architecture:
 
 
 def _read(part: Translation, config: Settings) -> dict[str, Any]:
-    try:
+    kinds = (TypeError, ValueError, ArithmeticError, AttributeError)
+    with RaisedAs(ConfigError, f"{config.where} has a value of a wrong type or size", *kinds):
         return part.read(config)
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise ConfigError(f"{config.where} has a value of a wrong type or size: {error}") from error
 
 
 def choose(config: ModelConfig, architectures: Sequence[Architecture]) -> Architecture:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ds.convert.folder import HFFolder
-from megatron_ds.errors import CheckpointError
+from megatron_ds.errors import CheckpointError, RaisedAs
 from megatron_ds.files import checksum, read_bytes, read_object
 
 TOKENIZER, REST = "tokenizer", "hf"
@@ -93,11 +93,9 @@ def copy_out(checkpoints: Path, folder: Path, kept: str) -> None:
 
 def _copy(path: Path, target: Path) -> None:
     """Copy a regular file of bounded size: these are texts and settings."""
-    try:
+    with RaisedAs(CheckpointError, f"{path} cannot be copied to {target}", OSError):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(read_bytes(path))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be copied to {target}: {error}") from error
 
 
 def settings(checkpoints: Path, name: str) -> dict[str, Any]:

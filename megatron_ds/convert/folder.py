@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_ds.checkpoint.safetensors_header import DTYPES
 from megatron_ds.checkpoint.stream import Plan, TensorFiles, plan_bytes
-from megatron_ds.errors import CheckpointError
+from megatron_ds.errors import CheckpointError, RaisedAs
 from megatron_ds.files import check_regular, read_object, write_json
 
 TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"
@@ -110,14 +110,12 @@ class WeightFolder:
         path, home = self.path / name, Path(os.path.realpath(self.path))
         roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
         outside = Path(name).is_absolute() or ".." in Path(name).parts
-        try:
+        with RaisedAs(CheckpointError, f"{path} cannot be read", OSError, ValueError):
             if outside or not any(Path(os.path.realpath(path)).is_relative_to(root) for root in roots):
                 raise CheckpointError(
                     f"{self.path}: {name} leads out of the folder, and nothing outside it is read; copy the file there"
                 )
             check_regular(path)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from None
         return path
 
     def json(self, name: str) -> dict[str, Any]:
@@ -211,7 +209,7 @@ class Safetensors:
 
     def __init__(self, path: Path):
         self.found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        try:
+        with RaisedAs(CheckpointError, f"{path} cannot be read", OSError, SafetensorError):
             check_regular(path)
             self._handle = safe_open(path, "pt")
             for name in self._handle.keys():  # noqa: SIM118
@@ -219,8 +217,6 @@ class Safetensors:
                 if part.get_dtype() not in DTYPES:
                     raise CheckpointError(f"{path}: {name} is {part.get_dtype()}, quantised: {_DEQUANTISE}")
                 self.found[name] = (tuple(part.get_shape()), DTYPES[part.get_dtype()])
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
 
     def read(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._handle.get_tensor(name)

@@ -33,7 +33,7 @@ from megatron_ds.convert.match import Match
 from megatron_ds.convert.settings import KEPT, TOKEN_IDS, Settings
 from megatron_ds.convert.tables import ARCHITECTURES
 from megatron_ds.data.tokenizer_base import Tokenizer
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, RaisedAs
 from megatron_ds.files import write_json
 from megatron_ds.models.families import global_shapes
 
@@ -131,12 +131,11 @@ def described(source: HFFolder, vocab_multiple: int | None = None) -> tuple[Arch
     settings.check_all_read(architecture.harmless)
     if vocab_multiple is not None:
         fields["vocab_multiple"] = vocab_multiple
-    try:
+    where = source.path / "config.json"
+    with RaisedAs(ConfigError, f"{where} describes a model that is not supported", pydantic.ValidationError):
         config = ModelConfig(**fields)
-    except pydantic.ValidationError as error:
-        raise ConfigError(f"{source.path / 'config.json'} describes a model that is not supported: {error}") from error
     if faults := list(rotary_faults(config)):
-        raise ConfigError(f"{source.path / 'config.json'} describes what cannot be computed: {'; '.join(faults)}")
+        raise ConfigError(f"{where} describes what cannot be computed: {'; '.join(faults)}")
     # Written out, so that what was left to a default reads the same as what was given.
     sizes = {"kv_heads": config.num_kv_heads, "head_dim": config.head_size, "ffn_hidden_size": config.ffn_size}
     return architecture, config.model_copy(update=sizes)

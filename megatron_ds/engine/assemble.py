@@ -25,7 +25,7 @@ from megatron_ds.engine.model_check import check_model
 from megatron_ds.engine.model_guard import require_trainable_dtype
 from megatron_ds.engine.without_memory import Filler, Weights, dtypes_of, has_memory, take_places
 from megatron_ds.engine.wrapped import plain_name, unwrapped
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, RaisedAs
 from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
 from megatron_ds.mesh import Mesh, MeshShape, init_process_group
 from megatron_ds.optim.deepspeed_schedule import scheduled_betas, scheduled_rate
@@ -297,10 +297,8 @@ def torch_optimizer(config: EngineConfig, parameters: Iterable[Any]) -> Optimize
     cls = getattr(torch.optim, name, None)
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise ConfigError(f"torch_optimizer.name={name!r} is no optimizer of torch.optim")
-    try:
+    with RaisedAs(ConfigError, f"torch_optimizer.params={params}", TypeError, ValueError):
         return cls(parameters, **params)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"torch_optimizer.params={params}: {error}") from None
 
 
 def rate_of(config: EngineConfig) -> Callable[[float, int], float]:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from megatron_ds.comm.together import merged
 from megatron_ds.data.cli import guarded, print_error
-from megatron_ds.errors import ConfigError, MegatronDSError
+from megatron_ds.errors import ConfigError, MegatronDSError, RaisedAs
 from megatron_ds.mesh import MOST_RANKS, init_process_group
 from megatron_ds.train.bounded import BoundedStore, StoreSilentError, in_thread
 from megatron_ds.train.failure import Watch
@@ -64,10 +64,8 @@ class RankInfo:
             raise ConfigError(
                 f"the environment has some of {', '.join(keys)} but lacks {', '.join(missing)}; start with torchrun"
             )
-        try:
+        with RaisedAs(ConfigError, f"{', '.join(numbers)} in the environment must be numbers", ValueError):
             place = RankInfo(*(int(os.environ[key]) for key in numbers))
-        except ValueError as error:
-            raise ConfigError(f"{', '.join(numbers)} in the environment must be numbers: {error}") from None
         if not (0 <= place.rank < place.world_size and 0 <= place.local_rank < place.local_world_size):
             raise ConfigError(f"{place}, from the environment, is not one of the ranks; start with torchrun")
         if place.world_size > MOST_RANKS:

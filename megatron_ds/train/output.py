@@ -26,7 +26,7 @@ from megatron_ds.checkpoint.manifest import step_name
 from megatron_ds.config import BaseRunConfig, from_dict, read_toml, to_toml
 from megatron_ds.data.cache import locked
 from megatron_ds.data.samples import LATENTS
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, RaisedAs
 from megatron_ds.files import read_bytes, replacing
 from megatron_ds.train.report import MOST_BYTES
 
@@ -137,13 +137,11 @@ class Output:
         Raises:
             ConfigError: the disk is full, or the like.
         """
-        try:
+        with RaisedAs(ConfigError, f"output={str(self.root)!r} cannot be written", OSError):
             notes = self.truncate_metrics(steps)
             with replacing(self.config) as temporary:
                 temporary.write_bytes(to_toml(_for_good(config)).encode())
             return notes
-        except OSError as error:
-            raise ConfigError(f"output={str(self.root)!r} cannot be written: {error}") from None
 
     def truncate_metrics(self, steps: int) -> list[str]:
         """Drop the lines of steps beyond ``steps``, which a resumed run does again, and damaged ones.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_ds.comm.together import together
 from megatron_ds.engine import Engine
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, RaisedAs
 from megatron_ds.files import parse_json, read_json, read_text, replacing, write_json
 from megatron_ds.zero.main_grad import is_trained
 
@@ -33,15 +33,11 @@ def local_folder(name: str) -> Path:
     if not folder.is_dir():
         from diffusers import DiffusionPipeline
 
-        try:
+        with RaisedAs(ConfigError, f"{name!r} is no folder, and cannot be downloaded", OSError, ValueError):
             folder = Path(DiffusionPipeline.download(name))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{name!r} is no folder, and cannot be downloaded: {error}") from error
-    try:
+    with RaisedAs(ConfigError, f"{folder} holds no pipeline of diffusers with a UNet", OSError, ValueError):
         config = read_json(folder / "unet" / "config.json")
         read_json(folder / INDEX)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder} holds no pipeline of diffusers with a UNet: {error}") from error
     if config.get("addition_embed_type") != "text_time":
         raise ConfigError(
             f"{folder / 'unet'} has addition_embed_type={config.get('addition_embed_type')!r}, and SDXL's UNet has "

@@ -16,7 +16,7 @@ from megatron_ds.config.diffusion import ObjectiveConfig
 from megatron_ds.data.latent_cache import LatentCache
 from megatron_ds.data.loader import BatchLoader
 from megatron_ds.engine import Engine
-from megatron_ds.errors import CheckpointError, ConfigError
+from megatron_ds.errors import CheckpointError, ConfigError, RaisedAs
 from megatron_ds.models.samplers import PREDICTIONS
 from megatron_ds.train.callbacks import MetricsFile
 from megatron_ds.train.loop import stop_signals
@@ -154,9 +154,7 @@ def learning_rates(name: str, lr: float, warmup: int, steps: int) -> Callable[[i
 
     # Of the same rate: polynomial ends at 1e-7, whatever it begins with.
     held = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=lr)
-    try:
+    with RaisedAs(ConfigError, f"--lr_scheduler {name}", ValueError):
         scheduler = get_scheduler(name, held, num_warmup_steps=warmup, num_training_steps=steps)
-    except ValueError as error:
-        raise ConfigError(f"--lr_scheduler {name}: {error}") from error
     (factor,) = scheduler.lr_lambdas
     return lambda update: lr * float(factor(update - 1))

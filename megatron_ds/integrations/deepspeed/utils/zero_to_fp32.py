@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds import checkpoint
-from megatron_ds.errors import CheckpointError, ConfigError
+from megatron_ds.errors import CheckpointError, ConfigError, RaisedAs
 from megatron_ds.files import read_bytes, replacing, sync_directory, write_text_durably
 from megatron_ds.integrations.deepspeed.their_checkpoint import is_theirs, read_weights
 
@@ -107,12 +107,10 @@ def convert_zero_checkpoint_to_state_dict(
     name = "model.safetensors" if safe_serialization else "pytorch_model.bin"
     stem, _, ending = name.rpartition(".")
     largest = max_shard_size if max_shard_size is not None else sum(value.nbytes for value in weights.values()) + 1
-    try:
+    with RaisedAs(ConfigError, f"max_shard_size={max_shard_size!r}", ValueError):
         split = huggingface_hub.split_torch_state_dict_into_shards(
             weights, filename_pattern=f"{stem}{{suffix}}.{ending}", max_shard_size=largest
         )
-    except ValueError as error:
-        raise ConfigError(f"max_shard_size={max_shard_size!r}: {error}") from None
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for file, names in split.filename_to_tensors.items():
