@@ -6,10 +6,11 @@ Gemma have other norms, StarCoder 2 LayerNorms and an MLP without a gate.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
-from megatron_ds.config import ModelConfig
-from megatron_ds.convert.architecture import Architecture, Rule
+from megatron_ds.convert.architecture import Architecture
 from megatron_ds.convert.attention_fields import LayerTypes, QwenWindows, Rope, RopeOfLayers
 from megatron_ds.convert.layouts import (
     Layout,
@@ -20,45 +21,6 @@ from megatron_ds.convert.layouts import (
     stacked_gate_up,
 )
 from megatron_ds.convert.translations import GELUS, EmbeddingRoot, Fixed, Key, Ours, QueryScalar, Translation, dropouts
-
-
-def _table(**other: str | Layout) -> list[Rule]:
-    """Llama's names, but for ``other`` ones."""
-    inside: dict[str, str | Layout] = {
-        "attention_norm": "input_layernorm",
-        "attention.qkv": separate_qkv("self_attn"),
-        "attention.q_norm": "self_attn.q_norm",
-        "attention.k_norm": "self_attn.k_norm",
-        "attention.out": "self_attn.o_proj",
-        "mlp_norm": "post_attention_layernorm",
-        "mlp.gate_up": separate_gate_up("mlp"),
-        "mlp.up": "mlp.c_fc",
-        "mlp.down": "mlp.down_proj",
-    }
-    inside.update({name.replace("__", "."): theirs for name, theirs in other.items()})
-    after = {"final_norm": "model.norm", "head": "lm_head"}
-    return rules({"embedding": "model.embed_tokens"}, "model.layers.{i}", inside, after)
-
-
-def _llama(c: ModelConfig) -> list[Rule]:
-    return _table()
-
-
-def _phi3(c: ModelConfig) -> list[Rule]:
-    return _table(attention__qkv=grouped_qkv("self_attn.qkv_proj"), mlp__gate_up=stacked_gate_up("mlp.gate_up_proj"))
-
-
-def _outputs_normed(c: ModelConfig) -> list[Rule]:
-    return _table(
-        attention_output_norm="post_attention_layernorm",
-        mlp_norm="pre_feedforward_layernorm",
-        mlp_output_norm="post_feedforward_layernorm",
-    )
-
-
-def _starcoder2(c: ModelConfig) -> list[Rule]:
-    return _table(mlp__down="mlp.c_proj")
-
 
 SIZES: tuple[Translation, ...] = (
     Key("num_layers", "num_hidden_layers"),
@@ -105,30 +67,58 @@ def _gemma(*own: Translation, positions: int) -> tuple[Translation, ...]:
 
 _GEMMA2_LAYERS = LayerTypes(("window", "full"), 4096)
 _GEMMA3_LAYERS = LayerTypes(("window",) * 5 + ("full",), 4096, every="sliding_window_pattern")
-_COMMON: dict[str, Any] = {
-    "ignored": (r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
-    "copies": {"lm_head.weight": "model.embed_tokens.weight"},
-}
 _WINDOW = ("sliding_window", "max_window_layers")  # nothing, while use_sliding_window is false
 
+
+def _kin(
+    name: str,
+    model_type: str,
+    settings: tuple[Translation, ...],
+    other: Mapping[str, str | Layout] = MappingProxyType({}),
+    harmless: tuple[str, ...] = (),
+) -> Architecture:
+    """An architecture with Llama's names, but for ``other`` ones."""
+    inside = {**_INSIDE, **other}
+    after = {"final_norm": "model.norm", "head": "lm_head"}
+    return Architecture(
+        name,
+        model_type,
+        "model.",
+        lambda c: rules({"embedding": "model.embed_tokens"}, "model.layers.{i}", inside, after),
+        settings,
+        ignored=(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
+        copies={"lm_head.weight": "model.embed_tokens.weight"},
+        harmless=harmless,
+    )
+
+
+_INSIDE: dict[str, str | Layout] = {
+    "attention_norm": "input_layernorm",
+    "attention.qkv": separate_qkv("self_attn"),
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+    "attention.out": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate_up": separate_gate_up("mlp"),
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.down_proj",
+}
+_OUTPUTS_NORMED = {
+    "attention_output_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_output_norm": "post_feedforward_layernorm",
+}
 LLAMAS: tuple[Architecture, ...] = (
-    Architecture(
+    _kin(
         "LlamaForCausalLM",
         "llama",
-        "model.",
-        _llama,
-        settings=_settings(
-            _HEAD_DIM, _SILU, Rope(), Key("bias", "attention_bias", False), Key("mlp_bias", "mlp_bias", False)
-        ),
+        _settings(_HEAD_DIM, _SILU, Rope(), Key("bias", "attention_bias", False), Key("mlp_bias", "mlp_bias", False)),
         harmless=("is_llama_config", "max_sequence_length"),
-        **_COMMON,
     ),
-    Architecture(
+    _kin(
         "MistralForCausalLM",
         "mistral",
-        "model.",
-        _llama,
-        settings=_settings(
+        _settings(
             _HEAD_DIM,
             _SILU,
             Rope(),
@@ -137,14 +127,11 @@ LLAMAS: tuple[Architecture, ...] = (
             positions=131072,
             kv_heads=8,
         ),
-        **_COMMON,
     ),
-    Architecture(
+    _kin(
         "Phi3ForCausalLM",
         "phi3",
-        "model.",
-        _phi3,
-        settings=_settings(
+        _settings(
             _SILU,
             Rope(
                 fraction_key="partial_rotary_factor",
@@ -159,64 +146,50 @@ LLAMAS: tuple[Architecture, ...] = (
             eps=1e-5,
             positions=4096,
         ),
+        {"attention.qkv": grouped_qkv("self_attn.qkv_proj"), "mlp.gate_up": stacked_gate_up("mlp.gate_up_proj")},
         harmless=("original_max_position_embeddings",),  # says nothing without rotary scaling
-        **_COMMON,
     ),
-    Architecture(
+    _kin(
         "Qwen2ForCausalLM",
         "qwen2",
-        "model.",
-        _llama,
-        settings=_settings(_SILU, Rope(), Ours(qkv_bias=True), QwenWindows((), 4096)),
+        _settings(_SILU, Rope(), Ours(qkv_bias=True), QwenWindows((), 4096)),
         harmless=_WINDOW,
-        **_COMMON,
     ),
-    Architecture(
+    _kin(
         "Qwen3ForCausalLM",
         "qwen3",
-        "model.",
-        _llama,
-        settings=_settings(
-            Key("head_dim", "head_dim", 128), _SILU, Rope(), _NO_BIAS, Ours(qk_norm=True), QwenWindows((), 4096)
-        ),
+        _settings(Key("head_dim", "head_dim", 128), _SILU, Rope(), _NO_BIAS, Ours(qk_norm=True), QwenWindows((), 4096)),
         harmless=_WINDOW,
-        **_COMMON,
     ),
-    Architecture(
+    _kin(
         "Olmo2ForCausalLM",
         "olmo2",
-        "model.",
-        _outputs_normed,
-        settings=_settings(
+        _settings(
             _SILU,
             Rope(),
             Key("bias", "attention_bias", False),
             Ours(norm_position="output", qk_norm=True, qk_norm_over="projection", mlp_bias=False),
             eps=1e-5,
         ),
-        **_COMMON,
+        _OUTPUTS_NORMED,
     ),
-    Architecture(
+    _kin(
         "Gemma2ForCausalLM",
         "gemma2",
-        "model.",
-        _outputs_normed,
-        settings=_gemma(
+        _gemma(
             Rope(),
             _GEMMA2_LAYERS,
             Key("attention_softcap", "attn_logit_softcapping", 50.0, null=True),
             Key("logit_softcap", "final_logit_softcapping", 30.0, null=True),
             positions=8192,
         ),
+        _OUTPUTS_NORMED,
         harmless=("cache_implementation", "sliding_window_size"),
-        **_COMMON,
     ),
-    Architecture(
+    _kin(
         "Gemma3ForCausalLM",
         "gemma3_text",
-        "model.",
-        _outputs_normed,
-        settings=_gemma(
+        _gemma(
             RopeOfLayers("rope_theta", "rope_local_base_freq", (1e6, 1e4), _GEMMA3_LAYERS),
             _GEMMA3_LAYERS,
             Ours(qk_norm=True),
@@ -224,15 +197,13 @@ LLAMAS: tuple[Architecture, ...] = (
             Fixed(attn_logit_softcapping=None),
             positions=131072,
         ),
+        _OUTPUTS_NORMED,
         harmless=("cache_implementation", "_sliding_window_pattern"),  # of which layer_types is the outcome
-        **_COMMON,
     ),
-    Architecture(
+    _kin(
         "Starcoder2ForCausalLM",
         "starcoder2",
-        "model.",
-        _starcoder2,
-        settings=(
+        (
             *SIZES,
             Key("kv_heads", "num_key_value_heads", 2),
             Key("max_positions", "max_position_embeddings", 4096),
@@ -247,10 +218,10 @@ LLAMAS: tuple[Architecture, ...] = (
             Fixed(mlp_type="default", norm_type="layer_norm", activation_function="gelu_pytorch_tanh"),
             Fixed(scale_attn_weights=True),
         ),
+        {"mlp.down": "mlp.c_proj"},
         harmless=(
             *("layer_norm_epsilon", "rms_norm_eps"),
             *("scale_attention_softmax_in_fp32", "attention_softmax_in_fp32"),
         ),
-        **_COMMON,
     ),
 )
