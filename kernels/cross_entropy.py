@@ -7,7 +7,7 @@ vocabulary. The passes have no gradient: the loss computes its own.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,14 @@ from torch import Tensor
 from megatron_ds.kernels.registry import Op, define
 
 CROSS_ENTROPY = Op("cross_entropy", twin="cross_entropy")
+
+
+class LossTerms(NamedTuple):
+    """What a token's loss has besides the cross entropy, and the size of the whole vocabulary."""
+
+    label_smoothing: float
+    z_loss: float
+    vocab_size: int
 
 
 def token_statistics(logits: Tensor, target: Tensor, *, want_sum: bool) -> tuple[Tensor, Tensor]:
@@ -35,16 +43,7 @@ def token_statistics(logits: Tensor, target: Tensor, *, want_sum: bool) -> tuple
 
 
 def logit_gradient(
-    scratch: Tensor,
-    top: Tensor,
-    lse: Tensor,
-    target: Tensor,
-    mask: Tensor,
-    *,
-    seed: Tensor | None = None,
-    label_smoothing: float,
-    z_loss: float,
-    vocab_size: int,
+    scratch: Tensor, top: Tensor, lse: Tensor, target: Tensor, mask: Tensor, seed: Tensor | None, terms: LossTerms
 ) -> Tensor:
     """The gradient of each token's loss by its logits, ``[t, v]``, in place of ``scratch``.
 
@@ -54,22 +53,11 @@ def logit_gradient(
         lse: ``[t]``, log of the sum of exponentials over the whole vocabulary.
         mask: ``[t]`` bool; rows of tokens that do not count are zero.
         seed: 0-d, what the gradient is multiplied with, before it is rounded to the dtype of the logits; None: 1.
-        vocab_size: size of the whole vocabulary.
     """
     if CROSS_ENTROPY.choose(scratch) == "triton":
-        torch.ops.megatron_ds.logit_gradient_(scratch, lse, target, mask, seed, label_smoothing, z_loss, vocab_size)
+        torch.ops.megatron_ds.logit_gradient_(scratch, lse, target, mask, seed, *terms)
         return scratch
-    return logit_gradient_reference(
-        scratch,
-        top,
-        lse,
-        target,
-        mask,
-        seed=seed,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        vocab_size=vocab_size,
-    )
+    return logit_gradient_reference(scratch, top, lse, target, mask, seed, terms)
 
 
 def token_statistics_reference(logits: Tensor, target: Tensor, *, want_sum: bool) -> tuple[Tensor, Tensor]:
@@ -93,17 +81,9 @@ def token_statistics_reference(logits: Tensor, target: Tensor, *, want_sum: bool
 
 
 def logit_gradient_reference(
-    scratch: Tensor,
-    top: Tensor,
-    lse: Tensor,
-    target: Tensor,
-    mask: Tensor,
-    *,
-    seed: Tensor | None = None,
-    label_smoothing: float,
-    z_loss: float,
-    vocab_size: int,
+    scratch: Tensor, top: Tensor, lse: Tensor, target: Tensor, mask: Tensor, seed: Tensor | None, terms: LossTerms
 ) -> Tensor:
+    label_smoothing, z_loss, vocab_size = terms
     if not scratch.shape[1]:
         return scratch
     here = (target >= 0) & (target < scratch.shape[1])
@@ -121,16 +101,9 @@ def logit_gradient_reference(
     return gradient.scatter_add_(1, target.masked_fill(~here, 0).unsqueeze(1), hit.unsqueeze(1))
 
 
-def losses_of(
-    lse: Tensor,
-    target_logit: Tensor,
-    sum_of_logits: Tensor,
-    *,
-    label_smoothing: float,
-    z_loss: float,
-    vocab_size: int,
-) -> Tensor:
+def losses_of(lse: Tensor, target_logit: Tensor, sum_of_logits: Tensor, terms: LossTerms) -> Tensor:
     """``[t]``, each token's loss, from what all ranks know of it together."""
+    label_smoothing, z_loss, vocab_size = terms
     losses = lse - (1.0 - label_smoothing) * target_logit
     if label_smoothing:
         losses = losses - label_smoothing / vocab_size * sum_of_logits
@@ -140,14 +113,7 @@ def losses_of(
 
 
 def token_losses(
-    logits: Tensor,
-    target: Tensor,
-    mask: Tensor,
-    seed: Tensor | None,
-    *,
-    label_smoothing: float,
-    z_loss: float,
-    vocab_size: int,
+    logits: Tensor, target: Tensor, mask: Tensor, seed: Tensor | None, terms: LossTerms
 ) -> tuple[Tensor, Tensor]:
     """Cross entropy and its gradient by the logits, where one rank has the whole vocabulary (tp = 1).
 
@@ -160,14 +126,12 @@ def token_losses(
     Returns:
         ``[t]`` losses in fp32 (fp64 for fp64 logits), 0 where ``mask`` is False; and the gradient by the logits.
     """
-    options: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss, "vocab_size": vocab_size}
     if CROSS_ENTROPY.choose(logits) == "triton":
-        rest = label_smoothing, z_loss, vocab_size
-        return torch.ops.megatron_ds.token_losses_(logits, target, mask, seed, *rest), logits
-    stats, scratch = token_statistics_reference(logits, target, want_sum=label_smoothing > 0.0)
+        return torch.ops.megatron_ds.token_losses_(logits, target, mask, seed, *terms), logits
+    stats, scratch = token_statistics_reference(logits, target, want_sum=terms.label_smoothing > 0.0)
     lse = stats[0] + stats[1].log()
-    losses = losses_of(lse, stats[2], stats[3], **options).masked_fill(~mask, 0.0)
-    return losses, logit_gradient_reference(scratch, stats[0], lse, target, mask, seed=seed, **options)
+    losses = losses_of(lse, stats[2], stats[3], terms).masked_fill(~mask, 0.0)
+    return losses, logit_gradient_reference(scratch, stats[0], lse, target, mask, seed, terms)
 
 
 define(

@@ -28,7 +28,14 @@ from torch import Tensor
 from megatron_ds import comm
 from megatron_ds.kernels.accumulate import add_product
 from megatron_ds.kernels.autograd import first_derivative_only, main_gradients
-from megatron_ds.kernels.cross_entropy import CROSS_ENTROPY, logit_gradient, losses_of, token_losses, token_statistics
+from megatron_ds.kernels.cross_entropy import (
+    CROSS_ENTROPY,
+    LossTerms,
+    logit_gradient,
+    losses_of,
+    token_losses,
+    token_statistics,
+)
 from megatron_ds.kernels.matmul import linear_input_gradient, linear_of_vocabulary
 from megatron_ds.kernels.registry import on_gpu
 from megatron_ds.mesh import Axis
@@ -90,7 +97,8 @@ def linear_cross_entropy(
     grad_enabled = torch.is_grad_enabled()
     # In fp16 the loss scale is in it: logits' gradients times that could leave the dtype's range.
     seed = None if hidden.dtype == torch.float16 else given.seed
-    rules = _Rules(vocab_size, tp, weight.shape[0], label_smoothing, z_loss, grad_enabled, replace(given, seed=seed))
+    terms = LossTerms(label_smoothing, z_loss, vocab_size)
+    rules = _Rules(terms, tp, weight.shape[0], grad_enabled, replace(given, seed=seed))
     return _LinearCrossEntropy.apply(hidden, weight, given.bias, labels, loss_mask, rules, sequence_parallel)
 
 
@@ -103,11 +111,9 @@ class _Rules:
         grad_enabled: inside an autograd function the grad mode is always off, and needs_input_grad does not know of it.
     """
 
-    vocab_size: int
+    terms: LossTerms
     tp: Axis
     rows: int
-    label_smoothing: float
-    z_loss: float
     grad_enabled: bool
     logits: Logits = field(default_factory=Logits)
 
@@ -135,7 +141,7 @@ class _Rules:
     @property
     def used(self) -> int:
         """Rows of this rank that are no padding."""
-        return min(max(self.vocab_size - self.first, 0), self.rows)
+        return min(max(self.terms.vocab_size - self.first, 0), self.rows)
 
 
 def _gpu_chunk(tokens: int, rows: int, itemsize: int, softcap: float | None, room: int) -> int:
@@ -304,7 +310,8 @@ def cross_entropy(
     counts = labels != ignore_index
     mask = counts if loss_mask is None else counts & loss_mask
     _check_labels(labels, mask, vocab_size)
-    rules = _Rules(vocab_size, tp, logits.shape[-1], label_smoothing, z_loss, torch.is_grad_enabled())
+    terms = LossTerms(label_smoothing, z_loss, vocab_size)
+    rules = _Rules(terms, tp, logits.shape[-1], torch.is_grad_enabled())
     return _CrossEntropy.apply(logits, labels, mask, rules)
 
 
@@ -347,19 +354,14 @@ def _chunk(
 
     ``logits`` ``[t, used]`` of this rank's real rows; ``labels`` and ``mask`` ``[t]``.
     """
-    tp, local = rules.tp, labels - rules.first
-    smoothing: dict[str, Any] = {
-        "label_smoothing": rules.label_smoothing,
-        "z_loss": rules.z_loss,
-        "vocab_size": rules.vocab_size,
-    }
+    tp, local, terms = rules.tp, labels - rules.first, rules.terms
     slope = None
     if rules.softcap is not None:
         slope = capped(logits, rules.softcap).div(rules.softcap).square_().neg_().add_(1.0)
     if tp.group is None and want_gradient:
-        losses, gradient = token_losses(logits, local, mask, seed, **smoothing)
+        losses, gradient = token_losses(logits, local, mask, seed, terms)
         return losses.sum(), gradient if slope is None else gradient.mul_(slope)
-    stats, scratch = token_statistics(logits, local, want_sum=rules.label_smoothing > 0.0)
+    stats, scratch = token_statistics(logits, local, want_sum=terms.label_smoothing > 0.0)
     if tp.group is None:
         top, total, target, sum_of_logits = stats
     else:
@@ -368,10 +370,10 @@ def _chunk(
         total = (everyone[:, 1] * (everyone[:, 0] - top).exp()).sum(dim=0)
         target, sum_of_logits = everyone[:, 2].sum(dim=0), everyone[:, 3].sum(dim=0)
     lse = top + total.log()
-    loss = losses_of(lse, target, sum_of_logits, **smoothing).masked_fill(~mask, 0.0).sum()
+    loss = losses_of(lse, target, sum_of_logits, terms).masked_fill(~mask, 0.0).sum()
     if not want_gradient:
         return loss, None
-    gradient = logit_gradient(scratch, stats[0], lse, local, mask, seed=seed, **smoothing)
+    gradient = logit_gradient(scratch, stats[0], lse, local, mask, seed, terms)
     return loss, gradient if slope is None else gradient.mul_(slope)
 
 

@@ -25,7 +25,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.kernels import registry
 from megatron_ds.kernels.activation import bias_gelu, gated
 from megatron_ds.kernels.adamw import AdamWNumbers, adamw_
-from megatron_ds.kernels.cross_entropy import logit_gradient, token_losses, token_statistics
+from megatron_ds.kernels.cross_entropy import LossTerms, logit_gradient, token_losses, token_statistics
 from megatron_ds.kernels.dropout import dropout_add, keep_mask
 from megatron_ds.kernels.norm import add_norm, layer_norm, rms_norm
 from megatron_ds.kernels.rotary import rotary
@@ -341,13 +341,11 @@ def cross_entropy(
             close(name, a, b, 1e-5)
     lse = want[0] + want[1].log()
     seed = torch.tensor(1.5, dtype=torch.float64) if smoothing else None
-    options: dict[str, Any] = {
-        "seed": seed, "label_smoothing": smoothing, "z_loss": z_loss, "vocab_size": 3 * columns
-    }  # fmt: skip
+    terms = LossTerms(smoothing, z_loss, vocab_size=3 * columns)
     with registry.use("triton"), canaries.around_allocations():
-        gradient = logit_gradient(scratch, stats[0], lse.float(), target, mask, **options)
+        gradient = logit_gradient(scratch, stats[0], lse.float(), target, mask, seed, terms)
     assert gradient.data_ptr() == own.data_ptr(), "the gradient is to be written in place"
-    expected = logit_gradient(exact, want[0], lse, target, mask, **options)
+    expected = logit_gradient(exact, want[0], lse, target, mask, seed, terms)
     canaries.check()
     if tokens:
         close("gradient", gradient, expected, TOLERANCE[dtype])
@@ -371,16 +369,12 @@ def losses_at_once(dtype: torch.dtype, columns: int, smoothing: float) -> None:
     target = torch.tensor([0, columns - 1, 1, -5, columns // 2, columns + 9, 3])
     mask = torch.tensor([True, True, False, False, True, False, True])
     seed = torch.tensor(0.25) if smoothing else None
-    options: dict[str, Any] = {
-        "label_smoothing": smoothing,
-        "z_loss": 1e-2 if smoothing else 0.0,
-        "vocab_size": columns,
-    }
-    want, expected = token_losses(logits.double(), target, mask, seed, **options)
+    terms = LossTerms(smoothing, 1e-2 if smoothing else 0.0, vocab_size=columns)
+    want, expected = token_losses(logits.double(), target, mask, seed, terms)
     own = canaries.around(logits)
     own[2] = torch.inf  # of a token that does not count
     with registry.use("triton"), canaries.around_allocations():
-        got, gradient = token_losses(own, target, mask, seed, **options)
+        got, gradient = token_losses(own, target, mask, seed, terms)
     canaries.check()
     assert gradient.data_ptr() == own.data_ptr()
     close("losses", got, want, 1e-5)
@@ -388,7 +382,7 @@ def losses_at_once(dtype: torch.dtype, columns: int, smoothing: float) -> None:
     leaf = logits.double().requires_grad_()
     torch_loss = torch.nn.functional.cross_entropy(
         leaf[mask], target[mask], label_smoothing=smoothing, reduction="sum"
-    ) + options["z_loss"] * leaf[mask].logsumexp(1).square().sum()  # fmt: skip
+    ) + terms.z_loss * leaf[mask].logsumexp(1).square().sum()  # fmt: skip
     close("torch's loss", want.sum(), torch_loss.detach(), 1e-12)
     torch_loss.backward()
     assert leaf.grad is not None
@@ -409,8 +403,8 @@ def masked_logits() -> None:
     with registry.use("triton"):
         stats, scratch = token_statistics(logits.clone(), target, want_sum=False)
         lse = stats[0] + stats[1].log()
-        options: dict[str, Any] = {"label_smoothing": 0.0, "z_loss": 0.0, "vocab_size": 5000}
-        gradient = logit_gradient(scratch, stats[0], lse, target, torch.ones(2, dtype=torch.bool), **options)
+        mask = torch.ones(2, dtype=torch.bool)
+        gradient = logit_gradient(scratch, stats[0], lse, target, mask, None, LossTerms(0.0, 0.0, vocab_size=5000))
     close("lse", lse, logits.double().logsumexp(1), 1e-6)
     want = logits.double().softmax(1) - torch.nn.functional.one_hot(target, 5000)
     close("gradient", gradient, want, 1e-6)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ds.kernels.activation import bias_gelu, gated
-from megatron_ds.kernels.cross_entropy import logit_gradient, token_statistics
+from megatron_ds.kernels.cross_entropy import LossTerms, logit_gradient, token_statistics
 from megatron_ds.kernels.dropout import dropout_add, keep_mask
 from megatron_ds.kernels.norm import add_norm, layer_norm, rms_norm
 from megatron_ds.kernels.rotary import rotary
@@ -138,9 +138,9 @@ def test_cross_entropy_of_a_rank_without_a_finite_logit() -> None:
     stats = torch.stack([stats for stats, _ in results])
     assert stats[0, 1, 0] == 0.0 == stats[1, 1, 1]
     lse = logits.logsumexp(1)
-    options = {"label_smoothing": 0.0, "z_loss": 0.0, "vocab_size": 12}
+    terms = LossTerms(0.0, 0.0, vocab_size=12)
     gradients = [
-        logit_gradient(scratch, own[0], lse, local, mask, **options)
+        logit_gradient(scratch, own[0], lse, local, mask, None, terms)
         for (own, scratch), (_, local) in zip(results, parts)
     ]
     want = logits.softmax(1) - F.one_hot(target, 12)
@@ -180,7 +180,7 @@ def test_cross_entropy_of_a_vocabulary_in_two_parts(smoothing: float, z_loss: fl
     if smoothing:
         torch.testing.assert_close(stats[:, 3].sum(0), logits.detach().sum(1))
     gradients = [
-        logit_gradient(scratch, own[0], lse, local, mask, label_smoothing=smoothing, z_loss=z_loss, vocab_size=20)
+        logit_gradient(scratch, own[0], lse, local, mask, None, LossTerms(smoothing, z_loss, vocab_size=20))
         for (own, scratch), (_, local) in zip(results, parts)
     ]
     torch.testing.assert_close(torch.cat(gradients, dim=1), logits.grad)

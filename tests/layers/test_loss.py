@@ -222,7 +222,7 @@ CHUNKS = [
 @pytest.mark.parametrize(("rows", "width", "given", "spared", "tokens", "want"), CHUNKS)
 def test_chunks_on_a_gpu(rows: int, width: int, given: loss.Logits, spared: int, tokens: int, want: int) -> None:
     """As large as pays, equal, and no larger than what a gradient of the table beside small ones would take."""
-    rules = loss._Rules(rows, Axis("tp"), rows, 0.0, 0.0, True, given)
+    rules = loss._Rules(loss.LossTerms(0.0, 0.0, rows), Axis("tp"), rows, True, given)
     x = torch.empty(tokens, width, dtype=torch.bfloat16, device="meta")
     with registry.meta_as("cuda"):
         chunk = rules.chunk(x, torch.float32, spared)

@@ -17,7 +17,7 @@ from megatron_ds.kernels.accumulate import add_rows
 from megatron_ds.kernels.activation import bias_gelu, gated
 from megatron_ds.kernels.adamw import AdamWNumbers, adamw_
 from megatron_ds.kernels.block_layout import BlockLayout
-from megatron_ds.kernels.cross_entropy import logit_gradient, token_losses, token_statistics
+from megatron_ds.kernels.cross_entropy import LossTerms, logit_gradient, token_losses, token_statistics
 from megatron_ds.kernels.dropout import dropout_add
 from megatron_ds.kernels.float8 import E4M3, Block, quantize_both
 from megatron_ds.kernels.heads import split_heads
@@ -346,14 +346,12 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     stats, scratch = token_statistics(logits, target, want_sum=False)
     lse = stats[0] + stats[1].log()
     mask = torch.ones(target.shape, dtype=torch.bool, device=target.device)
-    size = logits.shape[1]
-    return logit_gradient(scratch, stats[0], lse, target, mask, label_smoothing=0.0, z_loss=0.0, vocab_size=size)
+    return logit_gradient(scratch, stats[0], lse, target, mask, None, LossTerms(0.0, 0.0, logits.shape[1]))
 
 
 def all_losses(logits: Tensor, target: Tensor) -> Any:
     mask = torch.ones(target.shape, dtype=torch.bool, device=target.device)
-    size = logits.shape[1]
-    return token_losses(logits, target, mask, None, label_smoothing=0.0, z_loss=0.0, vocab_size=size)
+    return token_losses(logits, target, mask, None, LossTerms(0.0, 0.0, logits.shape[1]))
 
 
 def fused_linear(x: Tensor, table: Tensor, labels: Tensor) -> Tensor:
