@@ -31,6 +31,8 @@ Kind = Literal["folder", "tar", "dataset"]
 OnError = Literal["skip", "fail"]
 _SHOWN = 3
 FIRST_BYTES, LAST_BYTES = 64 << 10, 64
+ANY_NAME = "surrogatepass"
+"""How names of files are encoded, which need not be UTF-8."""
 SKIP = "--data.on-error skip (of tools/cache_latents.py: --on-error skip)"
 """The way to leave out images that do not decode."""
 SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"))
@@ -198,7 +200,7 @@ class ImageFolder(ImageSource):
         listing, times = xxhash.xxh3_128(), xxhash.xxh3_128()
         for row, path in enumerate(self._paths):
             status = (folder / path).stat()
-            listing.update(f"{path}\0{status.st_size}\0{self.caption(row)}\0".encode())
+            listing.update(f"{path}\0{status.st_size}\0{self.caption(row)}\0".encode(errors=ANY_NAME))
             times.update(f"{status.st_mtime_ns}\0".encode())
         self.identity = {"images": "folder", "number": len(self), "listing": listing.hexdigest()}
         self.modified = times.hexdigest()

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from megatron_ds.data.cache import cached_arrays
 from megatron_ds.data.dataset_files import files_identity
 from megatron_ds.data.folders import files_below
-from megatron_ds.data.image_source import FIRST_BYTES, LAST_BYTES, SUFFIXES, ImageSource, require_one_split
+from megatron_ds.data.image_source import ANY_NAME, FIRST_BYTES, LAST_BYTES, SUFFIXES, ImageSource, require_one_split
 from megatron_ds.errors import DataError, RaisedAs
 from megatron_ds.files import parse_json
 
@@ -97,7 +97,7 @@ class TarImages(ImageSource):
         for sample in lone:  # a class that there is, as it is never seen
             sample.label = images[0].label if images else -1
         samples = [*images, *lone]
-        names = [sample.key.encode() for sample in samples]
+        names = [sample.key.encode(errors=ANY_NAME) for sample in samples]
         return {
             "image": np.array([sample.image for sample in samples], np.int64).reshape(-1, 3),
             "text": np.array([sample.text for sample in samples], np.int64).reshape(-1, 3),
@@ -111,7 +111,7 @@ class TarImages(ImageSource):
 
     def name(self, row: int) -> str:
         start = int(self._ends[row - 1]) if row else 0
-        key = self._names[start : int(self._ends[row])].tobytes().decode()
+        key = self._names[start : int(self._ends[row])].tobytes().decode(errors=ANY_NAME)
         return f"{self._tars[int(self._images[row, 0])]}: {key}{'' if self._images[row, 1] else ' (no image)'}"
 
     def content(self, row: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -161,6 +162,17 @@ def test_a_folder_is_what_datasets_finds_in_it(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"{name} is a link to"):
             open_images(folder)
         (folder / name).unlink()
+
+
+def test_names_need_not_be_utf_8(tmp_path: Path) -> None:
+    odd, content = os.fsdecode(b"\xff\n \xe9"), encoded(photograph("china").crop((0, 0, 8, 8)))
+    (tmp_path / odd).mkdir()
+    (tmp_path / odd / f"{odd}.png").write_bytes(content)
+    (tmp_path / odd / f"{odd}.txt").write_text("odd")
+    write_tar(tmp_path / "odd.tar", [(f"{odd}.png", content), (f"{odd}.txt", b"odd")])
+    for source in map(open_images, (tmp_path / odd, tmp_path / "odd.tar")):
+        assert (source.caption(0), source.content(0), source.sizes.tolist()) == ("odd", content, [[8, 8]])
+        assert odd in source.name(0)
 
 
 def test_a_file_is_turned_resized_cropped_and_mirrored() -> None:
