@@ -46,27 +46,28 @@ class Case:
     shape: MeshShape = ONE
     zero: int = 0
     sequence_parallel: bool = False
+    optimizer: str = "adamw"
 
     def __str__(self) -> str:
         mesh = "".join(f"{name}{getattr(self.shape, name)}" for name in ("dp", "cp", "tp"))
-        return f"{self.fp8}-{mesh}-zero{self.zero}{'-sp' * self.sequence_parallel}"
+        return f"{self.fp8}-{mesh}-zero{self.zero}{'-sp' * self.sequence_parallel}-{self.optimizer}"
 
 
 CASES = [
     Case("tensorwise", CP, zero=1),
-    Case("rowwise", CP),
+    Case("rowwise", CP, optimizer="muon"),
     Case("blockwise", CP, zero=3),
     Case("tensorwise", CP_TP, sequence_parallel=True),
     Case("tensorwise", CP_TP, zero=3),
     Case("rowwise", CP_TP, zero=2, sequence_parallel=True),
     Case("rowwise", CP_TP, zero=1),
     Case("blockwise", CP_TP, zero=1, sequence_parallel=True),
-    Case("blockwise", CP_TP),
+    Case("blockwise", CP_TP, optimizer="muon"),
     Case("tensorwise", CP_DP, zero=2),
     Case("tensorwise", CP_DP),
-    Case("rowwise", CP_DP, zero=3),
+    Case("rowwise", CP_DP, zero=3, optimizer="muon"),
     Case("rowwise", CP_DP, zero=1),
-    Case("blockwise", CP_DP, zero=2),
+    Case("blockwise", CP_DP, zero=2, optimizer="muon"),
     Case("blockwise", CP_DP, zero=3),
 ]
 FAULTS: Mapping[Case, Callable[[], Any]] = {
@@ -155,7 +156,7 @@ def take(case: Case, mesh: Mesh) -> Look:
         model.named_parameters(),
         mesh,
         ZeroConfig(stage=case.zero, bucket_mb=0.004, persistence_threshold=0),
-        OptimizerConfig(lr=0.05),
+        OptimizerConfig(name=case.optimizer, lr=0.05, muon_dtype="fp64"),  # type: ignore[arg-type]
         root=model,
     )
     tokens, samples = part(S, mesh.cp), torch.arange(B).chunk(mesh.dp.size)[mesh.dp.rank]
@@ -205,12 +206,12 @@ def job(shape: MeshShape) -> dict[Case, list[Look]]:
 
 
 @cache
-def one_process(fp8: str) -> Look:
-    return take(Case(fp8), Mesh.single())
+def one_process(fp8: str, optimizer: str) -> Look:
+    return take(Case(fp8, optimizer=optimizer), Mesh.single())
 
 
 def check_operands(case: Case) -> None:
-    want = one_process(case.fp8)
+    want = one_process(case.fp8, case.optimizer)
     assert all(len(step) == 2 * 4 * 3 for step in want.operands)
     for rank, look in enumerate(job(case.shape)[case]):
         for step, (ours, whole) in enumerate(zip(look.operands, want.operands, strict=True)):
@@ -229,7 +230,7 @@ def test_every_scale_and_code_is_that_of_one_process(case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_outputs_gradients_and_updates_are_those_of_one_process(case: Case) -> None:
-    want, looks = one_process(case.fp8), job(case.shape)[case]
+    want, looks = one_process(case.fp8, case.optimizer), job(case.shape)[case]
     for look in looks:
         for ours, whole in zip(look.results, want.results, strict=True):
             for got, wanted in zip(ours, whole):
@@ -242,7 +243,7 @@ def test_scales_of_a_part_of_the_sequence_show(case: Case) -> None:
     with pytest.raises(AssertionError, match=r"scales of operand|codes of operand"):
         check_operands(case)
     with pytest.raises(ParityError, match="first gradient that differs"):
-        assert_parity([look.outcome for look in job(case.shape)[case]], one_process(case.fp8).outcome)
+        assert_parity([look.outcome for look in job(case.shape)[case]], one_process(case.fp8, case.optimizer).outcome)
 
 
 def test_blocks_of_tokens_that_a_cp_rank_lacks_a_part_of_are_refused() -> None:

@@ -52,8 +52,8 @@ def errors(settings: dict[str, Any], passes: int, mesh: Mesh, seed: int = 0) -> 
 
 
 def on_this_rank() -> dict[bool, dict[str, Tensor]]:
-    """As they are, and with one key for all messages."""
-    mesh, found = Mesh.create(MeshShape(dp=RANKS), torch.device("cpu")), {}
+    """As they are, and with one key for all messages; ranks of all samples and of all parts of a sequence sum."""
+    mesh, found = Mesh.create(MeshShape(dp=RANKS // 2, cp=2), torch.device("cpu")), {}
     for one_key in (False, True):
         with patch.object(gradient_sums, "derive_seed", lambda *names: 5) if one_key else nullcontext():
             found[one_key] = {name: errors(*case, mesh) for name, case in CASES.items()}
