@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.config import PrecisionConfig
+from megatron_ds.config import PrecisionConfig, RunConfig, from_dict
+from megatron_ds.config.diffusion import DiffusionRun
 from megatron_ds.kernels.float8 import E4M3, E5M2, Block, block_amax, quantize
 from megatron_ds.kernels.float8_weight import matrix_shape
 from megatron_ds.layers import float8_layers
@@ -17,7 +18,11 @@ from megatron_ds.layers import float8_recipe as float8
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.layers.recipe import OwnPrecision
 from megatron_ds.mesh import Axis, Mesh, MeshShape
+from megatron_ds.models.dit_task import DiTTask
+from megatron_ds.models.families import task_of
+from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.rng import initialize_parameters
+from megatron_ds.shard import spec_of
 from megatron_ds.testing import run_ranks
 
 S, B, H, FFN, SIDE = 8, 3, 16, 32, 4
@@ -181,6 +186,32 @@ def test_two_ranks_have_the_scales_of_one() -> None:
 
 
 # --- which layers ------------------------------------------------------------------------------------------------
+
+
+SMALL: dict[str, Any] = {"num_layers": 1, "hidden_size": 32, "num_heads": 4}
+MODELS: dict[str, tuple[type[Any], dict[str, Any], tuple[str, ...]]] = {
+    "gpt": (RunConfig, {"vocab_size": 64, "max_positions": 16, "tied_embeddings": False}, ("layers.0",)),
+    "dit": (DiffusionRun, {"image_size": 8}, ("layers.0",)),
+    "joint": (DiffusionRun, {"image_size": 8, "condition": "text", "text_tokens": 8}, ("layers.0.image",)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_embeddings_head_norms_and_adaln_stay_in_high_precision(name: str) -> None:
+    kind, more, streams = MODELS[name]
+    data = {"synthetic": True} if kind is RunConfig else {"path": "nowhere"}
+    train = {"sequence_length": 16} if kind is RunConfig else {}
+    config = from_dict(kind, {"output": "nowhere", "model": {**SMALL, **more}, "data": data, "train": train}, name)
+    task: Any = task_of(config) if kind is RunConfig else DiTTask(config)
+    model = task.make_stage(StageSpan(0, 1), Mesh.single("meta"), torch.device("meta"), torch.float32)
+    found = {layer for layer, _ in float8_layers.linear_layers(model)}
+    own = {
+        f"{stream}.{part}" for stream in streams for part in ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
+    }
+    assert found == own | ({"layers.0.text.attention.qkv"} if name == "joint" else set())
+    matrices = {spec_of(p).name.removesuffix(".weight") for p in model.parameters() if p.dim() > 1}
+    high = {"gpt": {"embedding", "head"}}.get(name, {"condition.time_in", "final_modulation", "final"})
+    assert high | {f"{stream}.modulation" for stream in streams if name != "gpt"} <= matrices - found
 
 
 def test_layers_are_chosen_by_name_and_global_size() -> None:
