@@ -25,9 +25,9 @@ from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Axis
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.gather_order import OrderComparison
-from megatron_ds.zero.memory import TransientParameters
+from megatron_ds.zero.memory import Float8Parameters, TransientParameters
 from megatron_ds.zero.output_hooks import register_first, tensors_in
-from megatron_ds.zero.placeholder import ShardedPlaceholder, explained
+from megatron_ds.zero.placeholder import CodesAlone, ShardedPlaceholder, explained
 from megatron_ds.zero.units import Unit, Use
 
 FORWARD_END = "the end of a forward pass"
@@ -292,8 +292,9 @@ class Gatherer:
         for bucket in missing:
             self._started.remove(bucket)
             bucket.finish_gather()
+            codes = isinstance(bucket.parameters, Float8Parameters) and not bucket.parameters.exactly
             for parameter in bucket.tensors:
-                parameter.__class__ = self._classes[id(parameter)]
+                parameter.__class__ = CodesAlone if codes else self._classes[id(parameter)]
         self._order += missing
         if ahead:
             self._start_all(self._ahead())

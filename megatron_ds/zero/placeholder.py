@@ -1,9 +1,11 @@
-"""A parameter whose values are not here: between two gathers of ZeRO stage 3."""
+"""A parameter whose values are not here: between two gathers of ZeRO stage 3, or where its FP8 codes are gathered."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -56,11 +58,43 @@ class ShardedPlaceholder(nn.Parameter):
             for leaf in tree_flatten((args, kwargs))[0]:
                 if isinstance(leaf, ShardedPlaceholder) and not leaf.__dict__["zero_gatherer"].adopt(leaf):
                     raise ShardedParameterError(_explain(leaf, getattr(func, "__name__", str(func))))
+                if isinstance(leaf, CodesAlone):
+                    return CodesAlone.__torch_function__(func, types, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ShardedPlaceholder({spec_of(self).name}, shape={list(self.shape)}, its values are sharded)"
+
+
+@cache
+def _nan(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), math.nan, dtype=dtype, device=device)
+
+
+class CodesAlone(nn.Parameter):
+    """A parameter of which FP8 codes are gathered: its layer hands it on to autograd, and nobody may read it.
+
+    Its own memory is not there, and to read that would end the process. Who reads a view sees NaN.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.compiler.is_compiling():
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if func in (Tensor.view, Tensor.detach):  # by layers and torch's checkpoint, which do not look at the values
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(_nan(args[0].dtype, args[0].device).expand(args[0].shape), *args[1:])
+        if func not in _HARMLESS and func not in (Tensor.data_ptr, Tensor.untyped_storage):  # of no bytes
+            leaf = next(leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, CodesAlone))
+            raise ShardedParameterError(
+                f"{getattr(func, '__name__', func)}() needs the values of {spec_of(leaf).name}, of which ZeRO stage 3 "
+                "gathers FP8 codes alone for its module's forward and backward; look at it between two steps, inside "
+                "of `with optimizer.gathered([parameter]):`, or use precision.fp8_from_masters=false"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -23,11 +23,14 @@ from torch import Tensor, nn
 
 from megatron_ds.comm import Pending, buffers, local
 from megatron_ds.config import PrecisionConfig, RunConfig, validate
+from megatron_ds.data.loader import MicroBatch
+from megatron_ds.errors import ShardedParameterError
 from megatron_ds.kernels.float8 import E4M3, Float8
 from megatron_ds.layers import float8_layers
 from megatron_ds.layers import float8_recipe as float8
 from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.models.families import task_of
+from megatron_ds.optim.muon import MOMENTUM
 from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.shard import spec_of
 from megatron_ds.shard.flat_shards import FlatShard
@@ -111,6 +114,7 @@ def masters_of(parts: RankRuntime) -> list[Piece]:
     """What a checkpoint would hold, each element on one rank."""
     found = []
     for shard in parts.optimizer.flat_shards():
+        assert shard.kind in ("param", "exp_avg", "exp_avg_sq", MOMENTUM) and shard.data.dtype == torch.float32
         if shard.kind == "param":
             acquired = shard.holder.acquire() if shard.holder else None
             for box, values in shard.parts(acquired):
@@ -234,12 +238,24 @@ def looks(rows: list[Row]) -> list[list[Look]]:
         ]
         if parts.optimizer.gatherer is not None:  # else autograd would refuse what a compiled block kept over a gather
             assert not any(codes._version for weight in weights for codes in weight.float8._codes)
+            read_in_forward(parts, batches)
         elif parts.optimizer.shard.size > 1:  # who looks all the same sees that nothing is there
             assert all(bool(weight.isnan().all()) for weight in weights)
         results.append(found)
         parts.optimizer.close()
         assert all(bool(p.isfinite().all()) for stage in parts.stages.values() for p in stage.parameters())
     return results
+
+
+def read_in_forward(parts: RankRuntime, batches: Sequence[MicroBatch]) -> None:
+    """A hook that reads a weight where its unit is gathered gets an error, and the memory that is not there is left."""
+    _, layer = next(float8_layers.linear_layers(parts.stages[0]))
+    hook = layer.register_forward_hook(lambda module, *_: module.weight.norm())
+    with pytest.raises(
+        ShardedParameterError, match=r"norm\(\) needs the values of layers\.0\..*, of which .* FP8 codes"
+    ):
+        parts.step.evaluate([batches])
+    hook.remove()
 
 
 def first_masters(row: Row) -> dict[str, Array]:
