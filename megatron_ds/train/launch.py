@@ -249,7 +249,10 @@ def connect(place: RankInfo, timeout: float) -> dist.Store:
             "machine, and the port free there?"
         ) from error
     store.set_timeout(timedelta(seconds=timeout))
-    return dist.PrefixStore("megatron_ds", store)
+    # torchrun's store outlives the ranks that it starts again, with what those before have said in it. On several nodes
+    # their counts may differ.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") if place.local_world_size == place.world_size else None
+    return dist.PrefixStore(f"megatron_ds/{attempt or 0}", store)
 
 
 def _reach(host: str, port: int, seconds: float) -> None:
