@@ -93,6 +93,11 @@ def listed(names: Iterable[object], most: int = 10) -> str:
     return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
 
 
+def itemised(faults: Sequence[str]) -> str:
+    """One fault as it is, several below each other."""
+    return faults[0] if len(faults) == 1 else "".join(f"\n  - {fault}" for fault in faults)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the known name closest to ``name`` in letters of any case, or an empty string when
     none is close."""

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 import warnings
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from pydantic import BaseModel
 
 from megatron_ds.config import RunConfig, from_dict, load_toml, parse, to_toml, validate
 from megatron_ds.config import transformer as transformer_module
+from megatron_ds.config.schema import OptimizerConfig
 from megatron_ds.errors import ConfigError, divisors
 from megatron_ds.mesh import MeshShape
 
@@ -273,8 +275,9 @@ def test_a_refusal_names_value_rule_and_way_out(world_size: int, changes: dict[s
 
 def test_every_check_of_the_validation_is_refused_above() -> None:
     """But for the ramp-up's, which tests/test_data_config.py shows."""
-    modules = (sys.modules[validate.__module__], transformer_module)
-    functions = [f for m in modules for f in ast.parse(inspect.getsource(m)).body if isinstance(f, ast.FunctionDef)]
+    places = (sys.modules[validate.__module__], transformer_module, OptimizerConfig.faults)
+    bodies = [ast.parse(textwrap.dedent(inspect.getsource(place))).body for place in places]
+    functions = [f for body in bodies for f in body if isinstance(f, ast.FunctionDef)]
     checks = [n for f in functions if f.name != "_ramp_faults" for n in ast.walk(f) if isinstance(n, ast.Yield)]
     beginnings = {re.split(r"[=\d]", message)[0] + message[-60:] for _, _, message in REFUSED}
     assert len(beginnings) == len(REFUSED), "two rows show the same refusal"

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from megatron_ds.config.schema import OptimizerConfig, PrecisionConfig, Section, ZeroConfig
 from megatron_ds.config.unused import ENGINE, unused_faults
 from megatron_ds.config.zero import zero_faults
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, itemised
 
 # The optimizer section's other defaults here: whoever brings a model and a loop expects what plain torch does.
 _PLAIN: dict[str, Any] = {"schedule": "constant", "clip_norm": 0.0}
@@ -199,8 +199,7 @@ def engine_faults(config: EngineConfig, dp: int) -> Iterator[str]:
         )
     yield from unused_faults(config, ENGINE)
     section = config.optimizer
-    if section.min_lr > section.lr:
-        yield f"optimizer.min_lr={section.min_lr:g} is above optimizer.lr={section.lr:g}"
+    yield from section.faults(config.steps)
     if config.torch_optimizer is not None and (given := config.optimizer_settings()):
         yield (
             f"torch_optimizer.name={config.torch_optimizer.name!r} and {', '.join(given)} are two optimizers; "
@@ -212,9 +211,6 @@ def engine_faults(config: EngineConfig, dp: int) -> Iterator[str]:
             f"optimizer.schedule={section.schedule!r} decays to the end of the run, which is not known; "
             "set steps or optimizer.decay_steps"
         )
-    end = section.decay_steps or config.steps
-    if end is not None and section.warmup_steps > end:
-        yield f"optimizer.warmup_steps={section.warmup_steps} is more than the {end} steps of the schedule"
     schedule = config.schedule
     if schedule is not None:
         if "schedule" in section.model_fields_set and section.schedule != "constant":
@@ -246,5 +242,5 @@ def validate_engine(config: EngineConfig, dp: int) -> BatchSizes:
     except ConfigError as error:
         faults.append(str(error))
     if faults:
-        raise ConfigError(faults[0] if len(faults) == 1 else "".join(f"\n  - {fault}" for fault in faults))
+        raise ConfigError(itemised(faults))
     return sizes

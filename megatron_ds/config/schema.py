@@ -195,6 +195,14 @@ class OptimizerConfig(Section):
     )
     ema_warmup: bool = Field(True, description="The average forgets early weights sooner: (1 + n) / (10 + n) at most.")
 
+    def faults(self, steps: int | None) -> Iterator[str]:
+        """What the learning rate cannot do in a run of so many steps, where they are known."""
+        end = self.decay_steps or steps
+        if end is not None and self.warmup_steps > end:
+            yield f"optimizer.warmup_steps={self.warmup_steps} is more than the {end} steps of the schedule"
+        if self.min_lr > self.lr:
+            yield f"optimizer.min_lr={self.min_lr:g} is above optimizer.lr={self.lr:g}"
+
 
 class PrecisionConfig(Section):
     """Number formats. Gradients are always accumulated and master weights kept in fp32 (fp64 for fp64)."""

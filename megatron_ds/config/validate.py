@@ -8,7 +8,7 @@ from megatron_ds.config.pipeline import pipeline_faults
 from megatron_ds.config.schema import BaseRunConfig
 from megatron_ds.config.unused import PRETRAINING, unused_faults
 from megatron_ds.config.zero import zero_faults
-from megatron_ds.errors import ConfigError, multiples_around
+from megatron_ds.errors import ConfigError, itemised, multiples_around
 from megatron_ds.mesh import MeshShape
 
 MOST_MICRO_BATCHES = 1 << 16
@@ -29,14 +29,15 @@ def validate(config: BaseRunConfig, world_size: int, needs_data: bool = True) ->
         *_mesh_faults(config),
         *config.faults(shape, needs_data),
         *_batch_faults(config, shape),
-        *_optimizer_faults(config),
+        *config.optimizer.faults(config.train.steps),
+        *_precision_faults(config),
         *_late_check_faults(config),
         *pipeline_faults(config),
         *unused_faults(config, PRETRAINING),
         *zero_faults(config.zero, shape.dp),
     ]
     if faults:
-        raise ConfigError("\n".join(faults) if len(faults) == 1 else "".join(f"\n  - {fault}" for fault in faults))
+        raise ConfigError(itemised(faults))
     return shape
 
 
@@ -61,13 +62,8 @@ def _batch_faults(config: BaseRunConfig, shape: MeshShape) -> Iterator[str]:
     yield from _ramp_faults(config, portion)
 
 
-def _optimizer_faults(config: BaseRunConfig) -> Iterator[str]:
-    optimizer, precision = config.optimizer, config.precision
-    steps = optimizer.decay_steps or config.train.steps
-    if optimizer.warmup_steps > steps:
-        yield f"optimizer.warmup_steps={optimizer.warmup_steps} is more than the {steps} steps of the schedule"
-    if optimizer.min_lr > optimizer.lr:
-        yield f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}"
+def _precision_faults(config: BaseRunConfig) -> Iterator[str]:
+    precision = config.precision
     if precision.min_loss_scale > precision.initial_loss_scale:
         yield (
             f"precision.initial_loss_scale={precision.initial_loss_scale:g} is below "

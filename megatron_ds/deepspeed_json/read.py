@@ -31,7 +31,7 @@ from megatron_ds.deepspeed_json.keys import (
     stage_of,
 )
 from megatron_ds.deepspeed_json.optimizer import MOST, optimizer_of, scheduler_of
-from megatron_ds.errors import ConfigError, nearest
+from megatron_ds.errors import ConfigError, itemised, nearest
 from megatron_ds.files import parse_json, read_json
 
 
@@ -77,7 +77,7 @@ def from_deepspeed(
     optimizer_of(flat, built, faults)
     scheduler_of(flat, built, faults, notes)
     if faults:
-        raise ConfigError(f"{name}: " + (faults[0] if len(faults) == 1 else "".join(f"\n  - {f}" for f in faults)))
+        raise ConfigError(f"{name}: {itemised(faults)}")
     built.setdefault("zero", {}).setdefault("stage", 0)
     built["decay"] = "all"
     precision = built.get("precision", {})
