@@ -21,7 +21,7 @@ import xxhash
 
 from megatron_ds.data import chat
 from megatron_ds.data.chat_records import BadConversation
-from megatron_ds.data.dataset_files import checksum, require_checksum
+from megatron_ds.data.dataset_files import checksum, file_of, require_checksum
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.source_text import (
@@ -41,7 +41,7 @@ from megatron_ds.errors import DataError, listed
 from megatron_ds.files import parse_json, read_bytes, replacing, sync_and_close, temporary_beside, write_text_durably
 
 BATCH_BYTES = 1 << 20
-PLAN = "plan.json"
+PLAN, BAD_RECORDS = "plan.json", "bad.jsonl"
 SUMMARY, BAD = ".part", ".bad"
 
 
@@ -294,7 +294,7 @@ def keep_intact(folder: Path) -> set[str]:
 def merge_parts(folder: Path, names: Sequence[str], output: IndexedDatasetWriter, plan: dict[str, Any]) -> Counts:
     """Lay the parts end to end, each compared with its checksums, with a manifest and a list of bad records."""
     counts, lines = Counts(), dict[int, int]()
-    bad = Path(f"{output.prefix}.bad.jsonl")
+    bad = file_of(output.prefix, BAD_RECORDS)
     with temporary_beside(bad) as temporary:
         with temporary.open("wb") as target:
             for name in names:

@@ -23,10 +23,19 @@ from typing import Any
 
 from megatron_ds.data.cache import first_difference, locked
 from megatron_ds.data.chat import load_template
-from megatron_ds.data.dataset_files import file_identity
+from megatron_ds.data.dataset_files import MANIFEST, file_identity
 from megatron_ds.data.indexed import dtype_for_vocabulary, new_prefix
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
-from megatron_ds.data.parts import PLAN, Counts, Job, PartMaker, PreprocessOptions, keep_intact, merge_parts
+from megatron_ds.data.parts import (
+    BAD_RECORDS,
+    PLAN,
+    Counts,
+    Job,
+    PartMaker,
+    PreprocessOptions,
+    keep_intact,
+    merge_parts,
+)
 from megatron_ds.data.source_tables import hub_revision
 from megatron_ds.data.source_text import Block, Input, UnusableInput
 from megatron_ds.data.sources import find_inputs, plan_blocks
@@ -70,9 +79,11 @@ def preprocess(
     ):
         if wanted and token is None:
             raise DataError(f"the tokenizer {options.tokenizer} has no {what} token to add")
-    found = find_inputs(inputs, options.source)
-    plan = _plan(found, options, tokenizer)
     folder = Path(f"{prefix}.parts")
+    own = [os.path.abspath(path) for path in (folder / PLAN, f"{prefix}.{MANIFEST}", f"{prefix}.{BAD_RECORDS}")]
+    # In a folder of inputs a run may leave JSON of its own.
+    found = [item for item in find_inputs(inputs, options.source) if os.path.abspath(item.path) not in own]
+    plan = _plan(found, options, tokenizer)
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         lock = Path(f"{prefix}.lock")

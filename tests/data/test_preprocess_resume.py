@@ -169,6 +169,15 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, 
     return source, prefix
 
 
+def test_what_a_run_leaves_in_its_folder_of_inputs_is_none(interrupted: tuple[Path, Path]) -> None:
+    source, prefix = interrupted
+    assert run([source.parent], prefix) == TEXTS  # it goes on, beside the plan of before
+    source.write_bytes(source.read_bytes() + b"{\n")
+    for _ in range(2):  # beside a manifest, and bad records
+        assert run([source.parent], prefix) == TEXTS
+        assert len(Path(f"{prefix}.bad.jsonl").read_text().splitlines()) == 1
+
+
 def test_a_changed_input_is_noticed(interrupted: tuple[Path, Path]) -> None:
     source, prefix = interrupted
     content = source.read_bytes()
