@@ -139,6 +139,11 @@ class _Files:
                 "checksums": [found.checksums[kind] for kind in ("bin", "idx", MASK_SUFFIX)],
             }
         )
+        if found.checksums[MASK_SUFFIX] and not self.options.conversations:
+            self.notes.append(
+                f"{prefix} holds conversations, all tokens of which count alike, prompts too; data.conversations "
+                "counts the answers alone"
+            )
         made_with = (read_manifest(indexed.prefix) or {}).get("tokenizer")
         if made_with is None:
             return indexed

@@ -15,6 +15,7 @@ from megatron_ds.data import conversation_dataset
 from megatron_ds.data.chat import CHATML, ChatTemplate, load_template
 from megatron_ds.data.chat_records import BadConversation, parse_messages
 from megatron_ds.data.conversation_dataset import ConversationDataset, best_fit_decreasing
+from megatron_ds.data.gpt_sources import SampleOptions, open_sources
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.preprocess import preprocess
@@ -130,6 +131,10 @@ def test_preprocessed_conversations_and_their_masks(tmp_path: Path, kind: str) -
     template, tokenizer = ChatTemplate(CHATML), load_tokenizer("bytes")
     assert tokenizer.decode(first) == template.render(parse_messages(CHATS[0]))
     assert tokenizer.decode(first[mask[: first.size]]) == "Hé!<|im_end|>\n"
+    for wanted in (False, True):
+        options = SampleOptions(conversations=wanted)
+        opened = open_sources(str(prefix), split="1", sequence_length=99, vocab_size=257, seed=0, options=options)
+        assert any("all tokens of which count alike, prompts too" in note for note in opened.notes) == (not wanted)
 
 
 def test_a_damaged_mask_is_named(tmp_path: Path) -> None:
