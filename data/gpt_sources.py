@@ -6,6 +6,7 @@ first two. What is kept for a test afterwards may be shorter than a sample: then
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,9 @@ from megatron_ds.data.conversation_dataset import ConversationDataset
 from megatron_ds.data.dataset_files import MASK_SUFFIX, read_manifest
 from megatron_ds.data.fim import sentinels
 from megatron_ds.data.gpt_dataset import DocumentRange, GPTDataset, SyntheticDataset, TextSource
-from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.indexed import IndexedDataset, strip_suffix
 from megatron_ds.data.order import key
+from megatron_ds.data.remote import is_url
 from megatron_ds.data.samples import Sources
 from megatron_ds.data.tokenizer_base import Tokenizer
 from megatron_ds.data.tokenizers import load_tokenizer
@@ -197,9 +199,11 @@ def open_splits(
     used: dict[str, str] = {}
     for name, blend in blends.items():
         for _, prefix in blend:
-            if used.setdefault(prefix, name) != name:
+            place = strip_suffix(prefix)  # whatever it is called
+            place = place if is_url(place) else os.path.realpath(f"{place}.idx")
+            if used.setdefault(place, name) != name:
                 raise DataError(
-                    f"{prefix} is in the blends of both {used[prefix]} and {name}; give each split datasets of its "
+                    f"{prefix} is in the blends of both {used[place]} and {name}; give each split datasets of its "
                     "own, or one blend and split weights"
                 )
     opened = {name: [open_dataset(prefix) for _, prefix in blends.get(name, ())] for name in ("", *READ)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,8 @@ def test_a_blend_for_each_split(prefixes: list[str]) -> None:
 def test_what_is_refused(prefixes: list[str]) -> None:
     with pytest.raises(DataError, match=r"split 'vaild' is none of train, valid, test; did you mean 'valid'\?"):
         open_splits({"vaild": [(1, prefixes[0])]}, "", S, 1, make, IndexedDataset)
-    with pytest.raises(DataError, match="is in the blends of both train and valid"):
-        open_splits({"train": [(1, prefixes[0])], "valid": [(1, prefixes[0])]}, "", S, 1, make, IndexedDataset)
+    for name in (prefixes[0], f"{prefixes[0]}.bin", os.path.relpath(prefixes[0])):
+        with pytest.raises(DataError, match="is in the blends of both train and valid"):
+            open_splits({"train": [(1, prefixes[0])], "valid": [(1, name)]}, "", S, 1, make, IndexedDataset)
     with pytest.raises(DataError, match="must be positive numbers"):
         open_splits({"": [(1, prefixes[0]), (0, prefixes[1])]}, "1", S, 1, make, IndexedDataset)
