@@ -56,6 +56,8 @@ def _files_of(folder: Path, options: SourceOptions) -> list[Path]:
     def is_input(path: Path) -> bool:
         if path.suffix.lower() in UNREAD and path.with_suffix("").suffix.lower() in SUFFIXES:
             raise DataError(f"{path} would be passed over: expected {KNOWN}. Compress it anew, or move it elsewhere")
+        if path.name == "state.json" and any(path.parent.glob("*.arrow")):
+            raise DataError(f"{path.parent} is a saved dataset; name it as an input of its own, or move it elsewhere")
         return _kind_of(path, options) is not None
 
     files = files_below(folder, is_input)

@@ -32,3 +32,9 @@ def test_a_folder_is_read_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(DataError, match=f"the folder {tmp_path / 'd'} cannot be read: Permission denied"):
         list(iterate_texts([str(tmp_path)]))
+    monkeypatch.undo()
+    (tmp_path / "saved").mkdir()
+    for name in ("state.json", "data-00000-of-00001.arrow"):
+        (tmp_path / "saved" / name).touch()
+    with pytest.raises(DataError, match=f"{tmp_path / 'saved'} is a saved dataset; name it as an input of its own"):
+        list(iterate_texts([str(tmp_path)]))
