@@ -39,7 +39,7 @@ class Span:
 
 @dataclass
 class Plan:
-    """One step. ``copies``: (from, to) of blocks, before anything is written; ``fresh``: blocks that are taken anew."""
+    """One step. ``copies``: (from, to) of blocks, before anything is written; ``fresh``: blocks filled in part."""
 
     spans: list[Span] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
@@ -153,7 +153,9 @@ class Batcher:
 
     def _count(self, sequence: Sequence, left: int) -> int:
         pending = len(sequence.tokens) - sequence.computed
-        of_prompt = pending > 1 and sequence.computed < len(sequence.request.tokens)
+        if pending == 1:
+            return min(1, left)
+        of_prompt = sequence.computed < len(sequence.request.tokens)
         if of_prompt and sequence.request.params.prompt_logprobs is not None:
             left = min(left, max(_PROMPT_LOGPROBS_ROWS, self.pool.size))
         if pending <= left:
@@ -213,7 +215,8 @@ class Batcher:
             sequence.blocks[first] = own
             self.pool.release([shared])
         sequence.blocks += blocks
-        plan.fresh += blocks
+        if blocks and (sequence.computed + count) % size:  # the others are filled in the same step
+            plan.fresh.append(blocks[-1])
         return True
 
     def _make_room(self) -> None:

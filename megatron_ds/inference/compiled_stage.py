@@ -146,15 +146,16 @@ class CompiledDecoding:
 
     def run(self, spans: Sequence[Span]) -> Tensor:
         """Logits ``[b, v]``."""
-        tokens, places = [span.sequence.tokens[span.start] for span in spans], [span.start for span in spans]
+        places = [span.start for span in spans]
         counts = [place // self._size + 1 for place in places]  # blocks of each text
         most = max(counts)
         if most > len(self._columns):
             self._columns = torch.arange(2 * most)
-        blocks = chain.from_iterable(span.sequence.blocks[:count] for span, count in zip(spans, counts))
-        ends = np.cumsum(counts)
-        firsts = ends - counts  # of each text among the blocks of all
-        texts = np.repeat(np.arange(len(spans)), counts)
-        starts = (np.arange(ends[-1]) - firsts[texts]) * self._size
-        of_texts, of_blocks = np.stack((tokens, places, firsts)), np.stack((list(blocks), texts, starts))
+        of_texts = np.array(([span.sequence.tokens[span.start] for span in spans], places, counts))
+        ends = of_texts[2].cumsum()
+        of_texts[2] = firsts = ends - counts  # of each text among the blocks of all
+        of_blocks = np.empty((3, ends[-1]), np.int64)
+        of_blocks[0] = list(chain.from_iterable(span.sequence.blocks[:count] for span, count in zip(spans, counts)))
+        of_blocks[1] = texts = np.arange(len(spans)).repeat(counts)
+        of_blocks[2] = (np.arange(ends[-1]) - firsts[texts]) * self._size
         return self._run(torch.from_numpy(of_texts), torch.from_numpy(of_blocks), self._columns[:most], *self._pages)

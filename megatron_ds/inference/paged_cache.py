@@ -64,7 +64,7 @@ class PagedCache:
         self.keys, self.values = made(), made()
 
     def clear(self, blocks: Sequence[int]) -> None:
-        """Forget what new blocks hold. Behind a text's end they are read, with weights of 0, but by a GPU's kernel."""
+        """Forget what they hold. Behind a text's end blocks are read, with weights of 0, but by a GPU's kernel."""
         if blocks and self._reads_whole_blocks:
             numbers = torch.tensor(blocks, device=self.device)
             for of_layer in (*self.keys.values(), *self.values.values()):
@@ -147,6 +147,8 @@ class PagedBatch:
 
     def __init__(self, cache: PagedCache, step: PagedStep, layer_of: Callable[[int], int], apart: bool = False):
         self.cache, self.step, self.layer_of, self.apart = cache, step, layer_of, apart
+        self.pages = next(iter(cache.keys.values()))  # all lie alike
+        self.written = self.pages.rows_of(step.written)
 
     def make_core(
         self, rules: AttentionRules, length: int, head_dim: int, device: torch.device, dtype: torch.dtype
@@ -224,7 +226,8 @@ class PagedBatch:
             length, begin = int(stop[0] - lowest[0]), int(blocks[0, 0] * size + lowest[0] % size)
             at = slice(begin, begin + length)
         else:
-            at, length, lowest = torch.from_numpy(blocks).to(device), most * size, lowest - lowest % size
+            at = self.pages.blocks_of(torch.from_numpy(blocks).to(device))
+            length, lowest = most * size, lowest - lowest % size
         rows = targets = None
         if not alone or bool((count < queries).any()):
             places, ends = first[:, None] + np.arange(queries), (first + count)[:, None]
@@ -296,8 +299,8 @@ class PagedCore:
         """``q [t, 1, n, d]``, ``k, v [t, 1, g, d]`` -> ``[t, 1, n * d]``."""
         layer = self.batch.layer_of(site)
         keys, values, step = self.batch.cache.keys[layer], self.batch.cache.values[layer], self.batch.step
-        keys.write(step.written, k[:, 0])
-        values.write(step.written, v[:, 0])
+        keys.write(self.batch.written, k[:, 0])
+        values.write(self.batch.written, v[:, 0])
         q, r = q[:, 0], self.rules
         if self.tiles is None:
             found = paged_attention(q, keys.pages, values.pages, step.texts, r.window, r.alibi, r.softcap)

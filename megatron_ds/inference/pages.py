@@ -21,11 +21,12 @@ class Pages:
         self, blocks: int, size: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
     ):
         self.size, self._float8 = size, dtype == E4M3
+        self._heads_apart = torch.device(device).type != "cuda"
 
         def made(width: int, dtype: torch.dtype) -> Tensor:
-            if torch.device(device).type == "cuda":
-                return torch.zeros(blocks, size, heads, width, dtype=dtype, device=device).transpose(1, 2)
-            return torch.zeros(blocks, heads, size, width, dtype=dtype, device=device)
+            if self._heads_apart:
+                return torch.zeros(blocks, heads, size, width, dtype=dtype, device=device)
+            return torch.zeros(blocks, size, heads, width, dtype=dtype, device=device).transpose(1, 2)
 
         self.data = made(head_dim, torch.uint8 if self._float8 else dtype)  # bytes: not every operation knows FP8
         self.scale = made(1, torch.float32) if self._float8 else None
@@ -41,40 +42,53 @@ class Pages:
     def bytes_of_token(heads: int, head_dim: int, dtype: torch.dtype) -> int:
         return heads * (head_dim * dtype.itemsize + (4 if dtype == E4M3 else 0))
 
-    def write(self, slots: Tensor, rows: Tensor) -> None:
-        """``rows [t, g, d]`` to ``slots [t]``."""
+    def rows_of(self, slots: Tensor) -> Tensor:
+        """Where ``slots [t]`` lie, as :meth:`write` takes it: rows of all heads on a GPU, elsewhere of each head."""
+        if not self._heads_apart:
+            return slots
+        return (self._of_heads(slots // self.size).t() * self.size + (slots % self.size).unsqueeze(1)).flatten()
+
+    def blocks_of(self, blocks: Tensor) -> Tensor:
+        """Where ``blocks [b, m]`` lie, as :meth:`read` takes it."""
+        return self._of_heads(blocks) if self._heads_apart else blocks
+
+    def _of_heads(self, blocks: Tensor) -> Tensor:
+        """``[g, ...]``: the blocks of each head."""
+        heads = self.data.shape[1]
+        return blocks * heads + torch.arange(heads, device=blocks.device).view(-1, *[1] * blocks.dim())
+
+    def write(self, at: Tensor, rows: Tensor) -> None:
+        """``rows [t, g, d]`` to the slots of which ``at`` are the :meth:`rows_of`."""
         if self.scale is None:
-            self._put(self.data, slots, rows.to(self.data.dtype))
+            self._put(self.data, at, rows.to(self.data.dtype))
             return
         wide = rows.float()
         scale = wide.abs().amax(2, keepdim=True).clamp(min=SMALLEST_AMAX) / torch.finfo(E4M3).max
-        self._put(self.data, slots, (wide / scale).to(E4M3).view(torch.uint8))
-        self._put(self.scale, slots, scale)
+        self._put(self.data, at, (wide / scale).to(E4M3).view(torch.uint8))
+        self._put(self.scale, at, scale)
 
-    def _put(self, x: Tensor, slots: Tensor, rows: Tensor) -> None:
-        of_slots = x.transpose(1, 2)
-        if of_slots.is_contiguous():
-            of_slots.flatten(0, 1).index_copy_(0, slots, rows)
+    def _put(self, x: Tensor, at: Tensor, rows: Tensor) -> None:
+        if self._heads_apart:
+            x.view(-1, x.shape[3]).index_copy_(0, at, rows.flatten(0, 1))
         else:
-            of_slots[slots // self.size, slots % self.size] = rows
+            x.transpose(1, 2).flatten(0, 1).index_copy_(0, at, rows)
 
     def read(self, at: slice | Tensor, dtype: torch.dtype) -> Tensor:
-        """``[g, b, l, d]`` of blocks ``[b, l / size]``; of consecutive slots ``[g, 1, l, d]``."""
+        """``[g, b, l, d]`` of the :meth:`blocks_of` blocks ``[b, l / size]``; of consecutive slots ``[g, 1, l, d]``."""
         rows = self._rows(self.data, at)
         if self.scale is None:
             return rows.to(dtype)
         return rows.view(E4M3).to(dtype) * self._rows(self.scale, at).to(dtype)
 
     def _rows(self, x: Tensor, at: slice | Tensor) -> Tensor:
-        heads = x.shape[1]
         if isinstance(at, slice):
             first = at.start // self.size
             blocks = x[first : -(-at.stop // self.size)].transpose(0, 1).flatten(1, 2)
             return blocks[:, None, at.start - first * self.size : at.stop - first * self.size]
-        if not x.is_contiguous():
+        if not self._heads_apart:
             return x[at].permute(2, 0, 1, 3, 4).flatten(2, 3)
-        own = at.view(-1) * heads + torch.arange(heads, device=x.device).unsqueeze(1)
-        return x.flatten(0, 1).flatten(1).index_select(0, own.view(-1)).view(heads, at.shape[0], -1, x.shape[3])
+        found = x.view(x.shape[0] * x.shape[1], -1).index_select(0, at.view(-1))
+        return found.view(*at.shape[:2], -1, x.shape[3])
 
     def clear(self, blocks: Tensor) -> None:
         """Forget what they hold, which may be no numbers: a product with zero weights would be none either."""

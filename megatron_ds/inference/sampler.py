@@ -67,7 +67,8 @@ class Sampler:
     def mask_padding(self, logits: Tensor) -> Tensor:
         """fp32 or wider, with the padding rows of the vocabulary impossible."""
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-        logits[:, max(0, self.vocab_size - self.first) :] = -torch.inf
+        if self.first + logits.shape[1] > self.vocab_size:
+            logits[:, max(0, self.vocab_size - self.first) :] = -torch.inf
         return logits
 
     def most_probable(self, logits: Tensor) -> list[int]:
@@ -135,11 +136,10 @@ class Sampler:
 
     def _largest(self, values: Tensor, ids: Tensor) -> Tensor:
         """``[r]``: the token of the largest of all ranks' ``values [r]``, each at ``ids [r]``; of equals the first."""
-        ids = ids + self.first
         if self.tp.size == 1:
             return ids
         every = self._gather(values.double())  # [tp, r]
-        every_ids = self._gather(ids)
+        every_ids = self._gather(ids + self.first)
         best = every.max(0).values
         return every_ids.masked_fill(every != best, torch.iinfo(torch.int64).max).min(0).values
 

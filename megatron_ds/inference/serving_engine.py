@@ -169,16 +169,15 @@ class ServingEngine:
         changed = {request.id: request for request in ended if request is not None}
         if plan.spans:
             self.counters.steps += 1
-            for span in plan.spans:
-                if span.start == span.sequence.cached and not span.sequence.answered:
-                    self.counters.cached_tokens += span.sequence.cached
-                    span.sequence.request.cached = span.sequence.cached
             rows = self._rows(plan.spans)
             logits = self._timed(self.runner.run, plan, rows.of_step)
             for span in plan.spans:
-                self.batcher.computed(span.sequence, span.count - len(span.draft))
-            with torch.inference_mode():
-                self._sample(rows, logits)
+                sequence = span.sequence
+                if span.start == sequence.cached and not sequence.answered:
+                    self.counters.cached_tokens += sequence.cached
+                    sequence.request.cached = sequence.cached
+                self.batcher.computed(sequence, span.count - len(span.draft))
+            self._sample(rows, logits)
             for span in rows.last:
                 changed[span.sequence.request.id] = span.sequence.request
         return list(changed.values())
@@ -255,19 +254,7 @@ class ServingEngine:
 
     def _sample(self, rows: _Rows, logits: Tensor | None) -> None:
         """Choose the next token of every sequence that is at its end, and follow it there."""
-        found: Any = None
-        if logits is not None:
-            logits = self._timed(self.sampler.mask_padding, logits)
-            found = [[self._of_prompt(*asked, logits) for asked in rows.asked], [], [], []]
-            if rows.last:
-                logits = logits if len(rows.ends) == len(logits) else logits[rows.ends]
-                if all(span.sequence.plain for span in rows.last):
-                    nothing = [None] * len(logits)
-                    found[1:] = [self._timed(self.sampler.most_probable, logits), nothing, nothing]
-                else:
-                    of_rows = [self._row(span, place) for span in rows.last for place in range(1 + len(span.draft))]
-                    sampled = self._timed(self.sampler.sample, logits, of_rows)
-                    found[1:] = [sampled.tokens, _listed(sampled.logprobs), _listed(sampled.processed)]
+        found = None if logits is None else self._timed(self._chosen, rows, logits)
         of_prompts, *of_answers = from_last(self.mesh.pp, found)
         for (span, _), said in zip(rows.asked, of_prompts):
             of_prompt = span.sequence.request.prompt_logprobs
@@ -279,6 +266,21 @@ class ServingEngine:
                 self._follow(span, list(islice(answers, 1 + len(span.draft))))
             else:
                 self._append(span.sequence, *next(answers))
+
+    @torch.inference_mode()
+    def _chosen(self, rows: _Rows, logits: Tensor) -> list[Any]:
+        """What is asked of each prompt; of each row the next token, and its log-probabilities of either kind."""
+        logits = self.sampler.mask_padding(logits)
+        of_prompts = [self._of_prompt(*asked, logits) for asked in rows.asked]
+        if not rows.last:
+            return [of_prompts, [], [], []]
+        logits = logits if len(rows.ends) == len(logits) else logits[rows.ends]
+        if all(span.sequence.plain for span in rows.last):
+            nothing = [None] * len(logits)
+            return [of_prompts, self.sampler.most_probable(logits), nothing, nothing]
+        of_rows = [self._row(span, place) for span in rows.last for place in range(1 + len(span.draft))]
+        sampled = self.sampler.sample(logits, of_rows)
+        return [of_prompts, sampled.tokens, _listed(sampled.logprobs), _listed(sampled.processed)]
 
     def _follow(self, span: Span, rows: Many[Any]) -> None:
         """Take the token of each row as long as the draft has guessed the one before: the others saw a wrong text."""

@@ -33,11 +33,11 @@ def test_rows_come_back_as_the_nearest_numbers_of_the_format() -> None:
     rows = torch.randn(9, 3, 16) * torch.logspace(-6, 6, 9).view(9, 1, 1)
     pages = Pages(4, 5, 3, 16, E4M3, "cpu")
     slots = torch.tensor([4, 19, 0, 1, 2, 3, 7, 8, 9])
-    pages.write(slots, rows)
+    pages.write(pages.rows_of(slots), rows)
     found = pages.read(slice(0, 20), torch.float32)[:, 0].transpose(0, 1)[slots]
     assert torch.allclose(found, rounded(rows), rtol=1e-6) and not torch.equal(found, rows)
     pages.copy(0, 2)
-    blocks = pages.read(torch.tensor([[2, 1], [0, 1]]), torch.float32)
+    blocks = pages.read(pages.blocks_of(torch.tensor([[2, 1], [0, 1]])), torch.float32)
     assert torch.equal(blocks[:, 0], blocks[:, 1])
     assert torch.equal(blocks[:, 1:], pages.read(slice(0, 10), torch.float32))
     pages.clear(torch.tensor([2]))
