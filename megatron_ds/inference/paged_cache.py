@@ -42,6 +42,9 @@ class PagedCache:
 
     Args:
         layers: numbers of the layers. blocks: of how many tokens ``size``.
+
+    Attributes:
+        keys, values: of each layer, which are parts of the ``pages``.
     """
 
     def __init__(
@@ -57,24 +60,20 @@ class PagedCache:
         self.size, self.device, self.row_elements = size, device, kv_heads * head_dim
         self._reads_whole_blocks = torch.device(device).type != "cuda" or dtype is torch.float64
         numbers = list(layers)
-
-        def made() -> dict[int, Pages]:
-            return {layer: Pages(blocks, size, kv_heads, head_dim, dtype, device) for layer in numbers}
-
-        self.keys, self.values = made(), made()
+        self._firsts = torch.arange(2 * len(numbers), device=device) * blocks  # of the keys, or values, of each layer
+        self.pages = Pages(2 * len(numbers) * blocks, size, kv_heads, head_dim, dtype, device)
+        parts = [self.pages.part(slice(first, first + blocks)) for first in self._firsts.tolist()]
+        self.keys, self.values = dict(zip(numbers, parts[::2])), dict(zip(numbers, parts[1::2]))
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Forget what they hold. Behind a text's end blocks are read, with weights of 0, but by a GPU's kernel."""
         if blocks and self._reads_whole_blocks:
-            numbers = torch.tensor(blocks, device=self.device)
-            for of_layer in (*self.keys.values(), *self.values.values()):
-                of_layer.clear(numbers)
+            self.pages.clear((self._firsts + torch.tensor(blocks, device=self.device).unsqueeze(1)).flatten())
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:
         """Blocks to blocks, (from, to) each."""
         for source, target in copies:
-            for of_layer in (*self.keys.values(), *self.values.values()):
-                of_layer.copy(source, target)
+            self.pages.copy(self._firsts + source, self._firsts + target)
 
 
 @dataclass(frozen=True)
@@ -147,8 +146,7 @@ class PagedBatch:
 
     def __init__(self, cache: PagedCache, step: PagedStep, layer_of: Callable[[int], int], apart: bool = False):
         self.cache, self.step, self.layer_of, self.apart = cache, step, layer_of, apart
-        self.pages = next(iter(cache.keys.values()))  # all lie alike
-        self.written = self.pages.rows_of(step.written)
+        self.written = cache.pages.rows_of(step.written)
 
     def make_core(
         self, rules: AttentionRules, length: int, head_dim: int, device: torch.device, dtype: torch.dtype
@@ -226,7 +224,7 @@ class PagedBatch:
             length, begin = int(stop[0] - lowest[0]), int(blocks[0, 0] * size + lowest[0] % size)
             at = slice(begin, begin + length)
         else:
-            at = self.pages.blocks_of(torch.from_numpy(blocks).to(device))
+            at = self.cache.pages.blocks_of(torch.from_numpy(blocks).to(device))
             length, lowest = most * size, lowest - lowest % size
         rows = targets = None
         if not alone or bool((count < queries).any()):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -96,8 +98,14 @@ class Pages:
             if tensor is not None:
                 tensor.index_fill_(0, blocks, 0)
 
-    def copy(self, source: int, target: int) -> None:
-        """A block to another."""
+    def copy(self, sources: Tensor, targets: Tensor) -> None:
+        """Blocks to others."""
         for tensor in (self.data, self.scale):
             if tensor is not None:
-                tensor[target] = tensor[source]
+                tensor[targets] = tensor[sources]
+
+    def part(self, blocks: slice) -> Pages:
+        """These blocks, where they are."""
+        part = copy(self)
+        part.data, part.scale = self.data[blocks], None if self.scale is None else self.scale[blocks]
+        return part

@@ -148,7 +148,8 @@ class ServingEngine:
             events.append(["guess", [] if waits else self._draft_model.guess(self.batcher.running)])
         changed = self._step(from_first(self.mesh.world, events))
         outputs = [RequestOutput.of(one) for one in changed if one.id not in self._live or one.id not in self._whole]
-        self._whole.difference_update(output.request_id for output in outputs)
+        for output in outputs:
+            self._whole.discard(output.request_id)
         self.counters.step_seconds += self._clock() - begun
         return outputs
 

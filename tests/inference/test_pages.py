@@ -36,7 +36,7 @@ def test_rows_come_back_as_the_nearest_numbers_of_the_format() -> None:
     pages.write(pages.rows_of(slots), rows)
     found = pages.read(slice(0, 20), torch.float32)[:, 0].transpose(0, 1)[slots]
     assert torch.allclose(found, rounded(rows), rtol=1e-6) and not torch.equal(found, rows)
-    pages.copy(0, 2)
+    pages.copy(torch.tensor([0]), torch.tensor([2]))
     blocks = pages.read(pages.blocks_of(torch.tensor([[2, 1], [0, 1]])), torch.float32)
     assert torch.equal(blocks[:, 0], blocks[:, 1])
     assert torch.equal(blocks[:, 1:], pages.read(slice(0, 10), torch.float32))
