@@ -19,7 +19,7 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """What a user has asked for, and what comes of it.
 
@@ -43,7 +43,7 @@ class Request:
         return all(sample.status is Status.FINISHED for sample in self.samples)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One sample of a request.
 
