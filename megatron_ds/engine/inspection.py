@@ -31,12 +31,15 @@ class Inspection:
     steps: int
     _done: int
     _complete: bool
+    _seed: Tensor | None
     _late: LateRanks
 
     if TYPE_CHECKING:  # the engine's
 
         def _count(self, micro_batches: int) -> Tensor: ...
         def _share_buffers(self) -> None: ...
+        def _drop_gradients(self) -> None: ...
+        def require_between_steps(self, what: str) -> None: ...
 
     def _awaited(self, what: str) -> contextlib.AbstractContextManager[None]:
         """Around what takes all ranks, of which some may not come."""
@@ -58,7 +61,14 @@ class Inspection:
     def gathered(
         self, parameters: nn.Parameter | Iterable[nn.Parameter] | None = None, write: bool = False
     ) -> Iterator[None]:
-        """The parameters (default: all) are whole inside. ``write``: what rank 0 changed holds everywhere after."""
+        """The parameters (default: all) are whole inside. ``write``: what rank 0 changed holds everywhere after.
+
+        To write takes a moment between two steps; a forward pass that no backward pass has followed is forgotten.
+        """
+        if write:
+            self.require_between_steps("gathered(write=True)")
+            if self._seed is not None:
+                self._drop_gradients()
         chosen = self.module.parameters() if parameters is None else parameters
         with self.tensors().gathered([chosen] if isinstance(chosen, nn.Parameter) else list(chosen), write):
             yield

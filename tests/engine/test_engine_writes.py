@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import megatron_ds
+from megatron_ds.errors import EngineError
 from megatron_ds.testing import run_ranks
 from megatron_ds.zero.writes import EVERYTHING, masters_follow
 
@@ -187,7 +188,13 @@ def written_beside(stage: int) -> bool:
     with engine.gathered([bias], write=True):
         bias.data = bias.data + (1.0 if engine.mesh.rank == 0 else 2.0)  # other memory, at any stage
     assert (engine.get_parameter("outer.linear.bias") == 1.5).all()
+    engine(batch(1).bfloat16())  # of a loss that nobody needs
+    with engine.gathered([bias], write=True):
+        bias.data += 1.0
+    assert (engine.get_parameter("outer.linear.bias") == 2.5).all()
     engine.backward(engine(batch(1).bfloat16()))
+    with pytest.raises(EngineError, match=r"gathered\(write=True\) after 1 of a step's micro-batches.*finish the step"):
+        engine.gathered([bias], write=True).__enter__()
     engine.step()
     with engine.gathered():
         assert torch.equal(bias.float(), engine.get_parameter("outer.linear.bias").bfloat16().float())
