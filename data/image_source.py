@@ -218,8 +218,8 @@ class ImageFolder(ImageSource):
         return self._read(row, FIRST_BYTES, LAST_BYTES)
 
     def _read(self, row: int, first: int, last: int) -> tuple[bytes, bytes]:
-        cannot = RaisedAs(DataError, f"{self.name(row)} cannot be read", OSError)
-        with cannot, open_regular(self.path / self._paths[row]) as file:
+        path = self.path / self._paths[row]
+        with RaisedAs(DataError, f"{path} cannot be read", OSError), open_regular(path) as file:
             beginning, size = file.read(first), file.seek(0, os.SEEK_END)
             file.seek(max(size - last, 0))
             return beginning, file.read(last)
