@@ -1,4 +1,4 @@
-"""What DeepSpeed itself does where a file is silent, and its schedulers update by update: for tests/engine.
+"""What DeepSpeed itself does where a file is silent, and its schedulers update by update.
 
 Runs in the peers' environment. Standard input is a JSON list of ``scheduler`` sections with an optimizer's ``lr``;
 standard output, in its last line, a JSON object:

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
-sys.path += [str(Path(__file__).parents[2]), str(Path(__file__).parents[2] / "tests/engine")]
+sys.path.append(str(Path(__file__).parents[2]))
+
+import optimizer_cases as cases
 
 import megatron_ds
 from megatron_ds.errors import MegatronDSError
 from megatron_ds.testing import run_ranks
 
-cases: Any = importlib.import_module("optimizer_cases")
 PACKAGES = ("torch.optim", "schedulefree", "prodigyopt", "pytorch_optimizer")
 STAGES, TOLERANCE = (1, 2, 3), 1e-9
 

@@ -226,7 +226,7 @@ def test_where_a_file_is_silent_their_defaults_hold() -> None:
 @functools.cache
 def theirs() -> dict[str, Any]:
     sections = json.dumps([{"type": kind, "lr": LR, "params": params} for kind, params, _ in CASES.values()])
-    program = [str(PEERS), str(ROOT / "tools/benchmark/deepspeed_defaults.py")]
+    program = [str(PEERS), str(Path(__file__).with_name("deepspeed_defaults.py"))]
     done = subprocess.run(program, input=sections, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
