@@ -471,7 +471,7 @@ FAULTS = [
     ({"bf16": {"enabled": "auto"}}, "bf16.enabled='auto' stands for nothing here"),
     ({"train_batch_size": math.inf}, "train_batch_size=inf must be a whole number"),
     ({ZERO: {"stage": 3, "zero_hpz_partition_size": "8"}}, "zero_hpz_partition_size='8' must be a whole number"),
-    ({"optimizer": {"type": "AdamX"}}, "did you mean 'Adam'"),
+    ({"optimizer": {"type": "Adamm"}}, "did you mean 'Adam'"),
     ({"scheduler": {"type": "WarmupDecayLR", "params": {}}}, "needs scheduler.params.total_num_steps"),
     (
         {"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 5, "warmup_num_steps": 10}}},
