@@ -12,6 +12,7 @@ from megatron_ds.zero.buckets import ParameterInfo
 from megatron_ds.zero.flat import FlatBucket
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+_HOLDERS = (nn.ParameterList, nn.ParameterDict)
 
 
 class Unit:
@@ -82,14 +83,17 @@ def find_units(
 
     Units are the members of lists of modules (transformer blocks, experts) that hold no such list themselves, and
     what lies outside of them by single modules (embeddings, heads). ``wanted`` names the classes of blocks instead.
-    Modules without a parameter of at least ``threshold`` elements of their own are none.
+    Modules without a parameter of at least ``threshold`` elements of their own are none; what is in a list or a
+    dictionary of parameters, which nobody calls, is the own of the module that has it.
     """
     blocks = [m for m in root.modules() if m is not root and isinstance(m, tuple(wanted))] if wanted else _blocks(root)
     inside = {id(m) for block in blocks for m in block.modules()}
     chosen = {id(block) for block in blocks if _is_large(block.parameters(), threshold)}
     units = {}
     for module in root.modules():
-        parameters = list(module.parameters(recurse=id(module) in chosen))
+        if isinstance(module, _HOLDERS) and module is not root:
+            continue
+        parameters = list(module.parameters()) if id(module) in chosen else _own(module)
         if id(module) in chosen or (id(module) not in inside and _is_large(parameters, threshold)):
             units[module] = parameters
     return units
@@ -113,6 +117,11 @@ def _blocks(root: nn.Module) -> list[nn.Module]:
 
     descend(root)
     return found
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    holders = [child for child in module.children() if isinstance(child, _HOLDERS)]
+    return [*module.parameters(recurse=False), *(p for holder in holders for p in holder.parameters())]
 
 
 def _is_large(parameters: Iterable[nn.Parameter], threshold: int) -> bool:

@@ -73,11 +73,37 @@ def by_engine(stages: tuple[int, ...], folder: str) -> list[dict[str, Tensor]]:
     return found
 
 
+def of_embeddings() -> Any:
+    """Its two matrices are in dictionaries of parameters, which the embedding looks into."""
+    torch.manual_seed(0)
+    lora = {"r": 4, "target_modules": ["embed_tokens"], "init_lora_weights": False, "task_type": "CAUSAL_LM"}
+    return peft.get_peft_model(adapted().unload(), peft.LoraConfig(**lora)).double().eval()
+
+
+def generated(model: Any) -> list[int]:
+    tokens: list[int] = model.generate(input_ids=sample(0, 0)[:1], max_new_tokens=6, do_sample=False).tolist()
+    return tokens
+
+
+def by_ranks() -> list[int]:
+    model = of_embeddings()
+    engine = megatron_ds.initialize(model, {"zero": {"stage": 3, "persistence_threshold": 0}}, adam(model))
+    tokens = generated(engine.module)
+    engine.close()
+    return tokens
+
+
+def both(stages: tuple[int, ...], folder: str) -> tuple[list[dict[str, Tensor]], list[int]]:
+    return by_engine(stages, folder), by_ranks()
+
+
 @pytest.mark.parametrize(("ranks", "apart"), [(1, False), (2, False), (2, True)])
-def test_adapters_of_peft_take_turns_as_in_plain_torch(tmp_path: Path, ranks: int, apart: bool) -> None:
+def test_adapters_of_peft_take_turns_and_generate_as_in_plain_torch(tmp_path: Path, ranks: int, apart: bool) -> None:
     want = by_torch(ranks)
     assert len(want) == 16
-    for of_stage in run_ranks(by_engine, ranks, (0, 2, 3), str(tmp_path), apart=apart)[0]:
+    found, tokens = run_ranks(both, ranks, (0, 2, 3), str(tmp_path), apart=apart)[0]
+    assert tokens == generated(of_embeddings())
+    for of_stage in found:
         assert of_stage.keys() == want.keys()
         for name, value in want.items():
             assert (of_stage[name] - value).abs().max() < 1e-12, name

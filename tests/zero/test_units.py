@@ -226,6 +226,10 @@ def test_units_are_the_innermost_blocks_and_what_lies_outside_of_them() -> None:
     chosen = find_units(made, 1, [nn.Linear, nn.LayerNorm])
     assert all(isinstance(m, nn.Linear | nn.LayerNorm | nn.Embedding) or m is made for m in chosen)
     assert not any(isinstance(m, Block) for m in chosen)
+    made.scales = nn.ParameterDict({"a": torch.ones(3), "b": nn.ParameterList([torch.ones(4)])})
+    chosen = find_units(made, 1)
+    assert made.scales not in chosen and {p.numel() for p in made.scales.parameters()} == {3, 4}
+    assert {id(p) for p in made.scales.parameters()} <= {id(p) for p in chosen[made]}
 
 
 def save_after_two(setting: Setting, folder: str) -> None:
