@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_ds import comm
 from megatron_ds.advice.rules import Advice
 from megatron_ds.mesh import Axis
-from megatron_ds.shard import as_bytes
+from megatron_ds.shard.flat_shards import as_bytes
 
 _BYTES = 1 << 20  # of a tensor that are looked at
 

@@ -20,7 +20,7 @@ import torch
 from megatron_ds.checkpoint.safetensors_header import Layout
 from megatron_ds.files import checksum
 from megatron_ds.files.direct_io import DirectFile, aligned_buffer, aligned_up
-from megatron_ds.shard import as_bytes
+from megatron_ds.shard.flat_shards import as_bytes
 
 CHUNK_BYTES = 8 << 20
 THREADS = 4

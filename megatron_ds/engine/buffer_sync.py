@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from megatron_ds import comm
 from megatron_ds.comm.together import exchange
 from megatron_ds.mesh import Axis
-from megatron_ds.shard import as_bytes
+from megatron_ds.shard.flat_shards import as_bytes
 
 _ALIGN = 16  # bytes: no dtype is wider
 

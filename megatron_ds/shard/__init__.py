@@ -7,7 +7,6 @@ from megatron_ds.shard.spec import (
     Matrices,
     ShardedDim,
     ShardSpec,
-    as_bytes,
     as_real,
     empty_parameter,
     in_order,

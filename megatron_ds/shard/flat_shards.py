@@ -200,3 +200,11 @@ def acquired(
         yield group, None if holder is None else holder.acquire()
         if holder is not None:
             holder.release(changed=changed)
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes in a row: of a contiguous tensor a view.
+
+    A tensor of one element is contiguous with any stride, and torch views as bytes what has a stride of 1.
+    """
+    return tensor.detach().contiguous().reshape(-1).unsqueeze(-1).view(torch.uint8).view(-1)

@@ -166,14 +166,6 @@ def as_real(tensor: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes in a row: of a contiguous tensor a view.
-
-    A tensor of one element is contiguous with any stride, and torch views as bytes what has a stride of 1.
-    """
-    return tensor.detach().contiguous().reshape(-1).unsqueeze(-1).view(torch.uint8).view(-1)
-
-
 def shaped_as(flat: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """A flat range of real numbers as a view that has the parameter's shape, and is complex where it is."""
     if parameter.is_complex():

@@ -186,7 +186,8 @@ def smoothing_over_the_local_vocabulary() -> AbstractContextManager[Any]:
     chunk = loss._chunk
 
     def local(logits: Tensor, labels: Tensor, mask: Tensor, rules: Any, *others: Any) -> Any:
-        return chunk(logits, labels, mask, replace(rules, vocab_size=logits.shape[1]), *others)
+        terms = rules.terms._replace(vocab_size=logits.shape[1])
+        return chunk(logits, labels, mask, replace(rules, terms=terms), *others)
 
     return patch.object(loss, "_chunk", local)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_ds.errors import EngineError
-from megatron_ds.shard import as_bytes
+from megatron_ds.shard.flat_shards import as_bytes
 
 _DTYPES = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int16, torch.int8,
