@@ -227,7 +227,6 @@ class Batcher:
                 return
         sequence = self.running.pop()
         sequence.status = Status.WAITING
-        sequence.preempted += 1
         self.preemptions += 1
         self._give_back(sequence)
         self.waiting.appendleft(sequence)

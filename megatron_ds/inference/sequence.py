@@ -71,7 +71,6 @@ class Sequence:
     processed_logprobs: list[Logprobs] = field(default_factory=list)
     cumulative: float = 0.0
     cached: int = 0
-    preempted: int = 0
     limit: int = 0
     matcher: Matcher | None = None
     began: float = 0.0
