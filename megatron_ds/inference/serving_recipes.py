@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from megatron_ds.inference.quantization import SCHEMES, QuantizedWeight, quantize
 from megatron_ds.kernels.cpu import onednn
 from megatron_ds.layers.linear import RepeatedKVLinear, RowParallelLinear
+from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.recipe import OwnPrecision, Recipe
 from megatron_ds.mesh import Axis
 from megatron_ds.models.transformer import Transformer
@@ -78,6 +79,10 @@ def use_serving_recipes(model: Transformer, scheme: str | None = None, batch_inv
             release(layer.weight)  # type: ignore[arg-type]
         if batch_invariant:
             layer.recipe = BatchInvariant(layer.recipe)  # type: ignore[arg-type]
+    if batch_invariant:
+        for module in model.modules():
+            if isinstance(module, MLP):
+                module.activate_by_rows()
     head: Recipe = OwnPrecision()
     if model.span.head:
         weight, of_head = model.output_weight.detach(), "int8" if scheme == "int4" else scheme

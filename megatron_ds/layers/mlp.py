@@ -70,7 +70,7 @@ class MLP(nn.Module):
                 f"{name}.up", hidden_size, (ffn_size,), shard_dim=0, init_std=stds[0], **make
             )
         self.down = RowParallelLinear(f"{name}.down", ffn_size, hidden_size, init_std=stds[1], **make)
-        self._compiled: Callable[[Tensor], Tensor] | None = None
+        self._activation: Callable[[Tensor], Tensor] | None = None  # in place of the plain one
         self.recompute_activation = False
 
     def forward(self, x: Tensor, offer: BiasOffer | None = None, unused: bool = False) -> Tensor:
@@ -79,7 +79,7 @@ class MLP(nn.Module):
         between = BiasOffer()
         x = self.gate_up(x) if self.gate is not None else self.up(x, between)
         again = partial(self._activate, x.detach(), BiasOffer()) if self.recompute_activation else None
-        activated = self._compiled(x) if self._compiled is not None else self._activate(x, between)
+        activated = self._activation(x) if self._activation is not None else self._activate(x, between)
         return self.down(activated, offer, again, unused)
 
     def _activate(self, x: Tensor, between: BiasOffer) -> Tensor:
@@ -93,4 +93,12 @@ class MLP(nn.Module):
     def compile_activation(self) -> None:
         """``torch.compile`` the activation alone."""
         if not self.relu:  # which has nothing to gain
-            self._compiled = compiled_activation(self.gate, self.approximate)
+            self._activation = compiled_activation(self.gate, self.approximate)
+
+    def activate_by_rows(self) -> None:
+        """Compute the activation of each row for itself, so that its bits do not depend on how many others there are.
+
+        On a CPU torch cuts a large tensor between threads, wherever that is in a row, and what is left of a vector at a
+        cut is computed by other functions than whole vectors are.
+        """
+        self._activation = lambda x: torch.cat([self._activate(row, BiasOffer()) for row in x.split(1)])
