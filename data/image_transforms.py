@@ -83,6 +83,8 @@ def size_of_whole(first: bytes, last: bytes, content: Callable[[], bytes]) -> tu
             return size_of(first)
     whole = content()  # its format has no marker, much stands behind it, or its size stands further on
     size = size_of(whole)
+    if whole.startswith(b"RIFF") and int.from_bytes(whole[4:8], "little") + 8 <= len(whole):
+        return size  # a WebP says in its header how long it is
     try:
         with Image.open(io.BytesIO(whole), formats=FORMATS) as image:
             image.load()

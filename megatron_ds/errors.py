@@ -52,7 +52,7 @@ class ShardedGradientError(MegatronDSError):
 
 
 class RaisedAs:
-    """A context in which exceptions of other libraries become one of ours: an ``error`` that says ``what: reason``.
+    """A context manager that turns exceptions of other libraries into ``error``, with the message ``what: reason``.
 
     Args:
         kinds: those exceptions. Ours pass as they are.

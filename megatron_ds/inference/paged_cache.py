@@ -66,7 +66,10 @@ class PagedCache:
         self.keys, self.values = dict(zip(numbers, parts[::2])), dict(zip(numbers, parts[1::2]))
 
     def clear(self, blocks: Sequence[int]) -> None:
-        """Forget what they hold. Behind a text's end blocks are read, with weights of 0, but by a GPU's kernel."""
+        """Fill these blocks with zeros: attention reads them whole, with weights of 0 behind a text's end.
+
+        The GPU's kernel does not, and nothing is filled there.
+        """
         if blocks and self._reads_whole_blocks:
             self.pages.clear((self._firsts + torch.tensor(blocks, device=self.device).unsqueeze(1)).flatten())
 

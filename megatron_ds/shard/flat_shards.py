@@ -190,9 +190,13 @@ def buffers_with_shards(stages: Iterable[nn.Module], for_load: bool, first_repli
 def acquired(
     flat_shards: Sequence[FlatShard], changed: bool = False
 ) -> Iterator[tuple[list[FlatShard], torch.Tensor | None]]:
-    """Runs of neighbours with the same holder, and what that has, held once for all of them; None: they have no holder.
+    """Flat shards grouped by their holder, each group with the holder's memory, acquired once; None without a holder.
 
-    ``changed``: the body of the loop writes into them.
+    The memory is released when the next group is asked for.
+
+    Args:
+        flat_shards: in any order; neighbours with the same holder are one group.
+        changed: the body of the loop writes into them.
     """
     for _, run in groupby(flat_shards, key=lambda flat_shard: id(flat_shard.holder)):
         group = list(run)
@@ -203,7 +207,7 @@ def acquired(
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes in a row: of a contiguous tensor a view.
+    """A tensor's bytes, 1-D uint8 in row-major order: a view of a contiguous tensor, else a copy.
 
     A tensor of one element is contiguous with any stride, and torch views as bytes what has a stride of 1.
     """
