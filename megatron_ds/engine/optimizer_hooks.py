@@ -1,7 +1,7 @@
 """The hooks of a user's optimizer, which torch would run in its ``step()`` and an engine, which never calls that, runs.
 
-And two of the engine's own: the optimizer's state is in shards, so that torch's ``state_dict()`` would be without it.
-So would ``optimizer.state``, which is one that says so meanwhile.
+The optimizer's state is sharded meanwhile, and torch's ``state_dict()`` would be without it. Two hooks of the engine
+refuse ``state_dict()`` and ``load_state_dict()``, and a dictionary in place of ``optimizer.state`` refuses to be read.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ Hook = Callable[[Optimizer, Any, Any], Any]
 
 
 class ShardedState(defaultdict[Any, Any]):
-    """``optimizer.state`` where the state of parameters is elsewhere: what is kept under other keys alone.
+    """``optimizer.state`` while the engine has the parameters' state sharded. Other keys are kept as in any dictionary.
 
-    A parameter is in it no more than in that of an optimizer before its first step, by ``in`` and ``get()``: so it can
-    be copied with the optimizer, of which torch's optimizers ask that.
+    ``in`` and ``get()`` find no parameter, as before an optimizer's first step, so that an optimizer can be copied.
 
     Raises:
-        EngineError: it is asked for a parameter's, or given some, as by a loop that begins anew without momentum.
+        EngineError: the state of a parameter is read or set, as by a loop that drops its momentum.
     """
 
     def __missing__(self, key: Any) -> Any:

@@ -73,9 +73,10 @@ def _nan(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class CodesAlone(nn.Parameter):
-    """A parameter of which FP8 codes are gathered: its layer hands it on to autograd, and nobody may read it.
+    """Placeholder of a parameter of which ZeRO stage 3 has gathered the FP8 codes alone.
 
-    Its own memory is not there, and to read that would end the process. Who reads a view sees NaN.
+    Its layer hands it to autograd. Its own memory is freed, and reading that would end the process: so an operation on
+    it raises. A view or a detached alias, which layers and torch's checkpoint make, holds NaN.
     """
 
     @classmethod
