@@ -43,6 +43,23 @@ def test_every_package_is_listed() -> None:
     assert linked <= set(listed) and len(listed) == len(set(listed))
 
 
+def test_a_users_type_checker_sees_the_annotations() -> None:
+    """PEP 561: the marker is installed, and what a package offers is named (``mypy --strict`` asks for it)."""
+    assert (ROOT / "megatron_ds" / "py.typed").exists()
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert setuptools["package-data"] == {"megatron_ds": ["py.typed"]}
+    for name in ("", "checkpoint", "config", "engine", "inference", "integrations/deepspeed/pipe"):
+        tree = ast.parse((ROOT / "megatron_ds" / name / "__init__.py").read_text())
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "__future__"]
+        offered = {alias.name for node in imports if node.module != "typing" for alias in node.names} - {"engine"}
+        (named,) = (node.value for node in tree.body if isinstance(node, ast.Assign) and _assigns(node, "__all__"))
+        assert offered and set(ast.literal_eval(named)) == offered, name
+
+
+def _assigns(node: ast.Assign, name: str) -> bool:
+    return any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
+
+
 def test_constraints_pin_exactly_and_resolve_anywhere() -> None:
     for pin in PINS:
         assert re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", pin), f"{pin!r}: a name and an exact public version"

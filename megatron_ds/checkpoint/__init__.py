@@ -5,3 +5,12 @@ from megatron_ds.checkpoint.load import load
 from megatron_ds.checkpoint.reader import Checkpoint
 from megatron_ds.checkpoint.save import save
 from megatron_ds.shard.flat_shards import FlatShard
+
+__all__ = [
+    "Checkpoint",
+    "FlatShard",
+    "load",
+    "read_meta",
+    "resolve",
+    "save",
+]

@@ -33,3 +33,34 @@ from megatron_ds.config.text import (
 )
 from megatron_ds.config.validate import validate
 from megatron_ds.config.zero import zero_faults
+
+__all__ = [
+    "AttentionConfig",
+    "BaseDataConfig",
+    "BaseModelConfig",
+    "BaseRunConfig",
+    "BaseTrainConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "FIMConfig",
+    "LogConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OffloadConfig",
+    "OptimizerConfig",
+    "PipelineConfig",
+    "PrecisionConfig",
+    "RecomputeConfig",
+    "RunConfig",
+    "Section",
+    "SparseAttentionConfig",
+    "TrainConfig",
+    "ZeroConfig",
+    "from_dict",
+    "load_toml",
+    "parse",
+    "read_toml",
+    "to_toml",
+    "validate",
+    "zero_faults",
+]

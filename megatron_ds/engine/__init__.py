@@ -3,3 +3,10 @@
 from megatron_ds.engine.assemble import initialize, read_config
 from megatron_ds.engine.engine import Engine
 from megatron_ds.engine.without_memory import empty_parameters
+
+__all__ = [
+    "Engine",
+    "empty_parameters",
+    "initialize",
+    "read_config",
+]

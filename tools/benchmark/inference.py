@@ -141,10 +141,6 @@ def openvino(folder: str) -> Generate:
     from openvino_genai import ContinuousBatchingPipeline, GenerationConfig, SchedulerConfig
     from optimum.intel import OVModelForCausalLM
 
-    converted = tempfile.mkdtemp()
-    OVModelForCausalLM.from_pretrained(folder, export=True, compile=False, load_in_8bit=False).save_pretrained(
-        converted
-    )
     scheduler = SchedulerConfig()
     scheduler.cache_size, scheduler.enable_prefix_caching, scheduler.max_num_batched_tokens = 1, False, 2048
     settings = {
@@ -152,7 +148,11 @@ def openvino(folder: str) -> Generate:
         "INFERENCE_PRECISION_HINT": "bf16",
         "KV_CACHE_PRECISION": "bf16",  # 8 bits otherwise
     }
-    pipeline = ContinuousBatchingPipeline(converted, scheduler, "CPU", settings)
+    with tempfile.TemporaryDirectory() as converted:
+        OVModelForCausalLM.from_pretrained(folder, export=True, compile=False, load_in_8bit=False).save_pretrained(
+            converted
+        )
+        pipeline = ContinuousBatchingPipeline(converted, scheduler, "CPU", settings)
 
     def generate(prompts: list[list[int]], count: int) -> None:
         config = GenerationConfig(max_new_tokens=count, ignore_eos=True, do_sample=False, eos_token_id=0)

@@ -7,3 +7,11 @@ from megatron_ds.integrations.deepspeed.pipe.module import (
     PipelineModule,
     TiedLayerSpec,
 )
+
+__all__ = [
+    "LayerSpec",
+    "PipeDataParallelTopology",
+    "PipelineEngine",
+    "PipelineModule",
+    "TiedLayerSpec",
+]
