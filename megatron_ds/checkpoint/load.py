@@ -60,6 +60,7 @@ def load(
     with together(world):
         checkpoint = Checkpoint(path, verify, (world.rank, world.size))
     with checkpoint:
+        _require_the_same(checkpoint, world)
         found = differences(checkpoint.manifest, flat_shards, world)
         common = [
             flat_shard
@@ -121,6 +122,18 @@ def differences(manifest: Manifest, flat_shards: Sequence[FlatShard], world: Axi
         "in the checkpoint but not in the model": unexpected,
         _SHAPES: _distinct(text for rank in everyone for text in rank[1]),
     }
+
+
+def _require_the_same(checkpoint: Checkpoint, world: Axis) -> None:
+    """By one path nodes find different checkpoints where they do not share the folder."""
+    found = exchange(world, f"step {checkpoint.step} {checkpoint.manifest.checksum}")
+    others = [rank for rank, text in enumerate(found) if text != found[0]]
+    if others:
+        (first, _), (other, _) = (found[rank].rsplit(" ", 1) for rank in (0, others[0]))
+        raise CheckpointError(
+            f"{checkpoint.directory.parent} holds another checkpoint on rank {listed(others, SHOWN)} ({other}) than on "
+            f"rank 0 ({first}); it must be on a filesystem that all nodes share, or a whole copy on each"
+        )
 
 
 def _require_none(found: dict[str, list[str]], directory: Path, remedy: str) -> None:

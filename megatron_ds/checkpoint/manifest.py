@@ -36,13 +36,17 @@ STEP = re.compile(r"step-\d{8,}")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds. ``tensors`` is keyed by (kind, name); file number i is called ``rank_name(i)``."""
+    """What a checkpoint holds. ``tensors`` is keyed by (kind, name); file number i is called ``rank_name(i)``.
+
+    ``checksum``: of all that is in it, through the index's.
+    """
 
     step: int
     world_size: int
     meta: dict[str, Any]
     tensors: dict[Key, TensorRecord]
     index: Index
+    checksum: str
 
 
 def tensor_key(kind: str, name: str, shape: tuple[int, ...], box: Box) -> str:

@@ -89,7 +89,7 @@ def read_manifest(directory: Path) -> Manifest:
                 f"{path} has format {value.get('format')!r} version {version}; this library reads {FORMAT!r} "
                 f"up to version {VERSION}: use a newer megatron-ds"
             )
-        manifest = _from_json(value, directory)
+        manifest = _from_json(value, directory, checksum(body))
     if step_of(directory) not in (None, manifest.step):
         raise CheckpointError(
             f"{directory} holds step {manifest.step}: it was copied or renamed; give it the name of its own step"
@@ -97,7 +97,7 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def _from_json(value: dict[str, Any], directory: Path) -> Manifest:
+def _from_json(value: dict[str, Any], directory: Path, digest: str) -> Manifest:
     contents = format_1.FIELDS if value["version"] == 1 else ("index", "tensors")
     _, _, step, world_size, meta, chunk_bytes, listed, tensors = take(value, (*_FIELDS, *contents), "the manifest")
     step, world_size = integer(step, "step"), integer(world_size, "world_size", least=1)
@@ -109,7 +109,7 @@ def _from_json(value: dict[str, Any], directory: Path) -> Manifest:
         records, index = format_1.read_index(listed, tensors, chunk_bytes, directory / MANIFEST)
     else:
         records, index = _read_index(listed, tensors, chunk_bytes, directory / INDEX)
-    return Manifest(step, world_size, meta, records, index)
+    return Manifest(step, world_size, meta, records, index, digest)
 
 
 def _read_index(value: Any, tensors: Any, chunk_bytes: int, path: Path) -> tuple[dict[Key, TensorRecord], Index]:

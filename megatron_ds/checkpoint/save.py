@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,7 @@ from megatron_ds.checkpoint.manifest_file import MOST_BYTES, write_manifest
 from megatron_ds.checkpoint.safetensors_header import Entry, Layout, dtype_name, layout
 from megatron_ds.checkpoint.values import encode
 from megatron_ds.checkpoint.writer import ChunkedWriter, FileRecord
-from megatron_ds.comm.together import together, total
+from megatron_ds.comm.together import exchange, together, total
 from megatron_ds.errors import CheckpointError
 from megatron_ds.files import gb, read_json, sync_directory
 from megatron_ds.mesh import Axis
@@ -88,21 +89,41 @@ def save(
 
 
 def check_room(directory: Path, flat_shards: Sequence[FlatShard], world: Axis) -> None:
-    """Before the first of a run's checkpoints, which may be hours away: whether one can be written. Writes nothing.
+    """Before the first of a run's checkpoints, which may be hours away: whether one can be written. Leaves nothing.
 
     Raises:
         CheckpointError: on every rank.
     """
     needed = total(world, sum(flat_shard.data.nbytes for flat_shard in flat_shards))
+    existing = directory
+    while not existing.exists():
+        existing = existing.parent
     with together(world):
         if world.rank == 0:
-            existing = directory.absolute()
-            while not existing.exists():
-                existing = existing.parent
             check_space(existing, needed, "a checkpoint of this run")
             latest = directory / LATEST
             if latest.exists() and not latest.is_file():
                 raise CheckpointError(f"{latest} is no regular file, where one has to be written; remove it")
+    if world.size > 1:
+        _require_shared(existing, world)
+
+
+def _require_shared(folder: Path, world: Axis) -> None:
+    """Every rank sees what rank 0 writes into ``folder``, by the path that rank 0 uses."""
+    probe = Path(exchange(world, str(folder / f".shared-{secrets.token_hex(8)}") if world.rank == 0 else "")[0])
+    try:
+        with together(world):
+            if world.rank == 0:
+                probe.touch()
+        with together(world):
+            if not probe.exists():
+                raise CheckpointError(
+                    f"{probe.parent} is not the folder that rank 0 writes to; checkpoints need a filesystem that all "
+                    "nodes share"
+                )
+    finally:
+        if world.rank == 0:
+            probe.unlink(missing_ok=True)
 
 
 def prepare(directory: Path, step: int, needed: int, replace: bool = False) -> Path:

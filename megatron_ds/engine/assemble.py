@@ -25,7 +25,7 @@ from megatron_ds.engine.model_check import check_model
 from megatron_ds.engine.model_guard import require_trainable_dtype
 from megatron_ds.engine.without_memory import Filler, Weights, dtypes_of, has_memory, take_places
 from megatron_ds.engine.wrapped import plain_name, unwrapped
-from megatron_ds.errors import ConfigError, RaisedAs
+from megatron_ds.errors import ConfigError, RaisedAs, listed
 from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
 from megatron_ds.mesh import Mesh, MeshShape, init_process_group
 from megatron_ds.optim.deepspeed_schedule import scheduled_betas, scheduled_rate
@@ -36,6 +36,7 @@ from megatron_ds.optim.torch_rule import TorchRule
 from megatron_ds.pipeline.executor import Executor
 from megatron_ds.pipeline.schedules import build_schedule
 from megatron_ds.shard import ShardSpec, memory_order, spec_of
+from megatron_ds.train.alike import SETTINGS, differences
 from megatron_ds.train.build import DTYPES
 from megatron_ds.train.launch import RankInfo, connect
 from megatron_ds.train.step import TrainStep
@@ -143,9 +144,8 @@ def _checked(config: EngineConfig, mesh: Mesh, stage: bool) -> BatchSizes:
     prints = exchange(mesh.world, config.fingerprint())
     others = [rank for rank, text in enumerate(prints) if text != prints[0]]
     if others:
-        raise ConfigError(
-            f"ranks {', '.join(map(str, others[:8]))} were given another configuration than rank 0; give all the same"
-        )
+        settings = [json.loads(text) for text in exchange(mesh.world, json.dumps({SETTINGS: config.to_dict()}))]
+        raise ConfigError(*differences(f"rank {listed(others)}", settings[others[0]], settings[0]))
     return sizes
 
 

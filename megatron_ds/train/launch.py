@@ -16,17 +16,19 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_ds.comm.together import merged
 from megatron_ds.data.cli import guarded, print_error
-from megatron_ds.errors import ConfigError, MegatronDSError, RaisedAs
+from megatron_ds.errors import ConfigError, MegatronDSError, RaisedAs, listed
 from megatron_ds.mesh import MOST_RANKS, init_process_group
+from megatron_ds.train.alike import differences, digest
 from megatron_ds.train.bounded import BoundedStore, StoreSilentError, in_thread
 from megatron_ds.train.failure import Watch
 
@@ -37,6 +39,7 @@ _NCCL_MARGIN = 60.0  # seconds
 _SPELL = 2.0  # seconds
 _PARTING = 5.0  # seconds at most that ranks which end wait for each other
 _TORCH_TIMES_OUT_FIRST = 5.0  # seconds
+_KINDS_SHOWN = 4
 
 
 class StartError(MegatronDSError):
@@ -142,11 +145,11 @@ class Job:
         self.watch: Watch | None = None
 
     @contextlib.contextmanager
-    def checking(self, fingerprint: str) -> Iterator[None]:
-        """If the body fails on any rank, or fingerprints differ, every rank ends; none waits for one that failed.
+    def checking(self, facts: Mapping[str, Any]) -> Iterator[None]:
+        """If the body fails on any rank, or the ranks' facts differ, every rank ends; none waits for one that failed.
 
         Args:
-            fingerprint: of the configuration.
+            facts: what must be alike on all ranks (see ``alike.py``), as JSON values; the body may add to it.
 
         Raises:
             SystemExit: in a job of several ranks. What is wrong has been said then, once a node.
@@ -160,7 +163,7 @@ class Job:
             if failure is not None:
                 raise failure
             return
-        verdict = self._verdict(self.store, fingerprint, "" if failure is None else _text(failure))
+        verdict = self._verdict(self.store, facts, "" if failure is None else _text(failure))
         if not verdict:
             return
         defect = failure is not None and _is_defect(failure)
@@ -173,33 +176,28 @@ class Job:
         _part(self.store, self.place)
         raise SystemExit(1 if defect else 2)
 
-    def _verdict(self, store: BoundedStore, fingerprint: str, problem: str) -> str:
+    def _verdict(self, store: BoundedStore, facts: Mapping[str, Any], problem: str) -> str:
         """One message for all ranks, empty where all is well. Rank 0 gathers and answers: O(ranks) messages."""
         rank, world_size = self.place.rank, self.place.world_size
-        own = json.dumps([world_size, fingerprint, problem])
+        fingerprint = digest(facts)
         try:
-            _set(store, f"check/{rank}", own)
+            _post(store, fingerprint, facts)
+            _set(store, f"check/{rank}", json.dumps([world_size, fingerprint, problem]))
             if rank > 0:
                 told, verdict = json.loads(_patiently(store, "verdict"))
                 return str(verdict) or (_other_world(rank, world_size, told) if told != world_size else "")
             checks = [json.loads(_patiently(store, f"check/{other}")) for other in range(world_size)]
+            worlds = [other for other, check in enumerate(checks) if check[0] != world_size]
+            if worlds:
+                verdict = _other_world(worlds[0], checks[worlds[0]][0], world_size)
+            else:
+                lines = [*_differences(store, facts, [check[1] for check in checks]), merged([c[2] for c in checks])]
+                verdict = "\n".join(filter(None, lines))
         except StartError as error:
+            verdict = "\n".join(filter(None, [problem, str(error)]))
             with contextlib.suppress(StartError):
                 _set(store, "verdict", json.dumps([world_size, str(error)]))
-            return "\n".join(filter(None, [problem, str(error)]))
-        verdict = merged([text for _, _, text in checks])
-        different = [other for other, check in enumerate(checks) if check[1] != fingerprint]
-        worlds = [other for other, check in enumerate(checks) if check[0] != world_size]
-        if worlds:
-            verdict = _other_world(worlds[0], checks[worlds[0]][0], world_size)
-        elif different:
-            who = f"ranks {', '.join(map(str, different[:8]))} were" if different[1:] else f"rank {different[0]} was"
-            verdict = (
-                f"{who} started with another configuration than rank 0 ({checks[different[0]][1]} against "
-                f"{fingerprint}); give every node the same arguments and files (compare `--print-config` on both)"
-                + f"\n{verdict}"
-                * bool(verdict)
-            )
+            return verdict
         _set(store, "verdict", json.dumps([world_size, verdict]))
         return verdict
 
@@ -269,6 +267,27 @@ def _reach(host: str, port: int, seconds: float) -> None:
             if time.monotonic() >= end:
                 raise ConnectionError(f"no connection in {seconds:.0f} s: {error}") from None
         time.sleep(0.1)
+
+
+def _post(store: BoundedStore, fingerprint: str, facts: Mapping[str, Any]) -> None:
+    """Facts for who has to name what differs in them: once for all ranks that have the same."""
+    try:
+        if not store(lambda store: store.check([f"facts/{fingerprint}"])):
+            _set(store, f"facts/{fingerprint}", json.dumps(facts))
+    except RuntimeError as error:
+        raise _lost(error) from error
+
+
+def _differences(store: BoundedStore, own: Mapping[str, Any], fingerprints: Sequence[str]) -> list[str]:
+    """How ranks differ from this one, a line for each of the facts; by their fingerprints."""
+    ranks: dict[str, list[int]] = {}
+    for rank, fingerprint in enumerate(fingerprints):
+        ranks.setdefault(fingerprint, []).append(rank)
+    lines = []
+    for fingerprint, who in list(ranks.items())[1 : 1 + _KINDS_SHOWN]:
+        theirs = json.loads(_patiently(store, f"facts/{fingerprint}"))
+        lines += differences(f"rank {listed(who, 8)}", theirs, own)
+    return lines
 
 
 def _set(store: BoundedStore, key: str, value: str) -> None:

@@ -193,7 +193,7 @@ def check_data(before: dict[str, Any] | None, now: dict[str, Any] | None, change
     Raises:
         ConfigError: it differs, and that is not accepted, or is of another VAE or scale of latents.
     """
-    if before is None or now is None or _content(before) == _content(now):
+    if before is None or now is None or content_of(before) == content_of(now):
         return []
     if before.get(LATENTS) != now.get(LATENTS):
         raise ConfigError(
@@ -225,7 +225,7 @@ def _data_changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     if len(old) != len(new):
         yield f"{len(old)} datasets -> {len(new)}"
     for one, other in zip(old, new):
-        if _content(one) != _content(other):
+        if content_of(one) != content_of(other):
             sizes = [f"{d['documents']:,} documents of {d['tokens']:,} tokens" for d in (one, other)]
             yield f"{other['prefix']}: {sizes[0]} -> {sizes[1] if sizes[0] != sizes[1] else 'as many, but others'}"
     for key in sorted((before.keys() | now.keys()) - {"datasets"}):
@@ -233,11 +233,11 @@ def _data_changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
             yield f"{key}: {before.get(key)} -> {now.get(key)}"
 
 
-def _content(identity: Any) -> Any:
+def content_of(identity: Any) -> Any:
     """An identity of data without the places where it lies."""
     if isinstance(identity, dict):
-        return {key: _content(value) for key, value in identity.items() if key != "prefix"}
-    return [_content(item) for item in identity] if isinstance(identity, list | tuple) else identity
+        return {key: content_of(value) for key, value in identity.items() if key != "prefix"}
+    return [content_of(item) for item in identity] if isinstance(identity, list | tuple) else identity
 
 
 def _for_good(config: BaseRunConfig) -> BaseRunConfig:

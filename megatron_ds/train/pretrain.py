@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from megatron_ds.advice.run_advice import RunAdvice, known_beforehand
 from megatron_ds.checkpoint.directory import resolve
@@ -18,6 +19,7 @@ from megatron_ds.kernels import registry
 from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
 from megatron_ds.mesh import Mesh
 from megatron_ds.pipeline.schedules import activation_bound
+from megatron_ds.train.alike import CHECKPOINT, DATA, DEVICE, SETTINGS, VERSIONS, versions
 from megatron_ds.train.build import (
     DTYPES,
     RankRuntime,
@@ -33,7 +35,7 @@ from megatron_ds.train.initial_weights import check_latents, check_model, load_w
 from megatron_ds.train.launch import RankInfo, job, set_threads
 from megatron_ds.train.loop import Evaluation, Loop
 from megatron_ds.train.metrics import Speedometer, peak_tflops
-from megatron_ds.train.output import LAST_GOOD, Output
+from megatron_ds.train.output import LAST_GOOD, Output, content_of
 from megatron_ds.train.task import Task, largest_activations
 
 
@@ -45,9 +47,11 @@ def pretrain(config: BaseRunConfig, place: RankInfo, task: Task) -> bool:
     output = Output(config.output)
     with contextlib.ExitStack() as stack:
         ranks = stack.enter_context(job(place, config.timeout))
-        with ranks.checking(config.fingerprint()):
+        facts: dict[str, Any] = {SETTINGS: config.to_dict(), VERSIONS: versions()}
+        with ranks.checking(facts):
             device = place.device(config.device)
             source = output.resume_path(config)
+            facts |= {DEVICE: device.type, CHECKPOINT: None if source is None else str(source)}
             # First: the settings lack those of a checkpoint that cannot be read, and would be found fault with.
             differs = [] if source is not None else check_model(config)
             shape = validate(config, place.world_size)
@@ -55,6 +59,7 @@ def pretrain(config: BaseRunConfig, place: RankInfo, task: Task) -> bool:
             registry.check_runnable(device, DTYPES[config.precision.dtype])
             changes = output.check(config)
             sources = task.open_sources()
+            facts[DATA] = content_of(sources.identity)
             differs += [] if source is not None else check_latents(config, sources.identity)
             notes = [*sources.notes, *low_precision(config, shape, task, device)]
             if config.train.eval_every and sources.valid is None:

@@ -186,7 +186,7 @@ def test_ranks_with_different_configurations_end_before_the_first_collective(tmp
     with started(tmp_path, [one, one, other]) as ranks:
         assert ranks.wait() == [2, 2, 2]
         text = ranks.everything()
-        assert text.count("error: rank 2 was started with another configuration than rank 0") == 1
+        assert text.count("error: rank 2: another configuration than on rank 0 (optimizer.lr: 0.5 against ") == 1
         assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,93 @@
+"""Nodes that differ in what they read are refused before they train, and what differs is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from started_ranks import arguments, started
+
+from megatron_ds.engine import initialize
+from megatron_ds.errors import ConfigError
+from megatron_ds.testing import run_ranks
+from megatron_ds.train.alike import DATA, DEVICE, SETTINGS, differences, digest
+
+
+def test_facts_are_compared_as_far_as_both_ranks_came() -> None:
+    own = {SETTINGS: {"a": 1, "b": {"c": [1, 2], "d": None}}, DEVICE: "cpu", DATA: {}}
+    theirs = {SETTINGS: {"a": 1, "b": {"c": [1, 3], "d": "x" * 100}}, DEVICE: "cpu"}
+    (line,) = differences("rank 2, 3", theirs, own)
+    assert line.startswith("rank 2, 3: another configuration than on rank 0 (b.c[1]: 3 against 2; b.d: xxx")
+    assert "x... against none); give every node the same arguments" in line
+    assert differences("rank 2", {SETTINGS: own[SETTINGS]}, own) == []
+    assert digest(own) == digest(json.loads(json.dumps(own))) != digest(theirs)
+
+
+def _other_version(rank: int) -> None:
+    if rank == 1:
+        torch.__version__ = "1.0"  # type: ignore[assignment]
+
+
+def test_other_versions_are_refused(tmp_path: Path) -> None:
+    with started(tmp_path, [arguments(tmp_path / "run")] * 2, _other_version) as ranks:
+        assert ranks.wait() == [2, 2]
+        found = f"error: rank 1: other versions than on rank 0 (torch: 1.0 against {torch.__version__})"
+        assert ranks.everything().count(found) == 1
+
+
+def _engine() -> str:
+    with pytest.raises(ConfigError) as caught:
+        initialize(torch.nn.Linear(2, 2), {"zero": {"stage": 1 + torch.distributed.get_rank()}})
+    return str(caught.value)
+
+
+def test_an_engine_names_the_settings_that_differ() -> None:
+    expected = "rank 1: another configuration than on rank 0 (zero.stage: 2 against 1); give every node the same"
+    assert all(text.startswith(expected) for text in run_ranks(_engine, 2))
+
+
+# --- folders that the nodes do not share: the same path, other files ----------------------------------------------
+
+
+def _on_a_host_of_its_own(rank: int) -> None:
+    os.chdir(f"host-{rank}")
+
+
+def test_nodes_that_share_no_folder_do_not_mix_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One has a checkpoint of another step by that path, another one of that step, or none."""
+    monkeypatch.chdir(tmp_path)
+    for rank, steps in enumerate(("2", "1", "2")):
+        with started(
+            tmp_path, [arguments(tmp_path / f"host-{rank}" / "run", "--train.steps", steps, "--seed", "5")]
+        ) as r:
+            assert r.wait() == [0]
+    own = arguments(Path("run"), "--seed", "5", "--checkpoint.resume")
+    found = "run/checkpoints holds another checkpoint on rank 1 (step 1) than on rank 0 (step 2); it must be on a file"
+    _refused(tmp_path, own, found)
+    shutil.rmtree("host-1")
+    os.rename("host-2", "host-1")
+    _refused(tmp_path, own, "run/checkpoints holds another checkpoint on rank 1 (step 2) than on rank 0 (step 2)")
+    shutil.rmtree("host-1/run")
+    _refused(tmp_path, own, "error: rank 1: another checkpoint than on rank 0 (none against run/checkpoints); let all")
+
+
+def test_an_output_folder_that_is_not_shared_is_refused_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for rank in (0, 1):
+        Path(f"host-{rank}").mkdir()
+    _refused(
+        tmp_path, arguments(Path("run")), "error: rank 1: run is not the folder that rank 0 writes to; checkpoints"
+    )
+    assert sorted(path.name for path in Path("host-0").rglob("*")) == ["run"]
+
+
+def _refused(folder: Path, own: list[str], message: str) -> None:
+    with started(folder, [own] * 2, _on_a_host_of_its_own) as ranks:
+        assert ranks.wait() == [2, 2], ranks.everything()
+        assert ranks.everything().count(message) == 1, ranks.everything()
