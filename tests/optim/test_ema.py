@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import megatron_ds
 from megatron_ds.checkpoint import Checkpoint
+from megatron_ds.config import OptimizerConfig
+from megatron_ds.optim.ema import EMA, averaged
+from megatron_ds.optim.factory import ConfigRule, SegmentOptimizer
+from megatron_ds.optim.rule import OptimizerSegment
 from megatron_ds.testing import run_ranks
 
 STEPS = 12
@@ -65,6 +72,36 @@ def by_the_engine(folder: str, stage: int, warmup: bool, own: bool) -> list[torc
         averages = [engine.get_optimizer_state(name, "ema") for name, _ in m.named_parameters()]
         engine.close()
     return averages
+
+
+class WithoutAverage(ConfigRule):
+    """Sees the state tensors of its own kinds and no other."""
+
+    def over(self, segments: Sequence[OptimizerSegment]) -> SegmentOptimizer:
+        assert all(segment.state.keys() == set(self.group.kinds) for segment in segments)
+        return super().over(segments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_scale_that_the_device_alone_knows_averages_too_and_a_skipped_step_does_not(dtype: torch.dtype) -> None:
+    config = OptimizerConfig(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0, ema_decay=0.75, ema_warmup=False)
+    rule = averaged(WithoutAverage(config), config)
+    assert rule.group_of("w").kinds == (EMA,)
+    master = torch.tensor([8.0, -2.0], dtype=dtype)
+    segment = OptimizerSegment(master, torch.zeros_like(master), {EMA: torch.zeros_like(master)}, False, "w")
+    update, average = rule.over([segment]), None
+    for scale in (0.5, 0.25, math.nan, 2.0):
+        segment.gradient.copy_(torch.tensor([4.0, 1.0], dtype=dtype))
+        before = segment.master.clone(), segment.state[EMA].clone()
+        update.step(1.0, torch.tensor(scale, dtype=torch.float64))
+        if math.isnan(scale):
+            assert torch.equal(segment.master, before[0]) and torch.equal(segment.state[EMA], before[1])
+            update.set_count(2)  # as the caller does when it knows
+            continue
+        weight = before[0] - scale * torch.tensor([4.0, 1.0], dtype=dtype)
+        average = weight if average is None else 0.75 * average + 0.25 * weight
+        torch.testing.assert_close(segment.master, weight, rtol=0, atol=1e-6)
+        torch.testing.assert_close(segment.state[EMA], average, rtol=0, atol=1e-6)
 
 
 CASES = [(0, True, False), (2, False, True), (3, True, True)]  # stage, warm-up, an optimizer of one's own

@@ -18,6 +18,8 @@ from megatron_ds.config import OptimizerConfig, ZeroConfig
 from megatron_ds.kernels import registry
 from megatron_ds.kernels.adamw import AdamWNumbers, adamw_reference_
 from megatron_ds.mesh import Mesh
+from megatron_ds.optim.factory import ConfigRule
+from megatron_ds.optim.rule import OptimizerSegment
 from megatron_ds.shard import ShardSpec
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
@@ -117,6 +119,27 @@ def test_a_step_that_the_device_skips_is_as_if_it_had_not_been(calls: list[int])
         found.append({f"{s.kind} {s.name}": s.data.clone() for s in zero.flat_shards()})
     for name, want in found[0].items():
         assert torch.equal(found[1][name], want), name
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_segments_in_memory_of_their_own_are_updated_one_by_one(name: str, calls: list[int]) -> None:
+    """And only AdamW's by its kernel."""
+    config = ADAMW.model_copy(update={"name": name, "momentum": 0.0})
+    rule, weight = ConfigRule(config), torch.arange(1.0, 8.0)
+    segments = [
+        OptimizerSegment(part.clone(), part / 2, {kind: torch.zeros_like(part) for kind in rule.group.kinds}, True, "w")
+        for part in weight.split([3, 4])
+    ]
+    rule.over(segments).step(0.1, 0.5)
+    assert calls == ([3, 4] if name == "adamw" else [])
+    parameter = nn.Parameter(weight.clone())
+    parameter.grad = weight / 4
+    theirs: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.2, "foreach": False}
+    if name == "adamw":
+        torch.optim.AdamW([parameter], betas=(0.8, 0.9), eps=1e-6, **theirs).step()
+    else:
+        torch.optim.SGD([parameter], **theirs).step()
+    torch.testing.assert_close(torch.cat([segment.master for segment in segments]), parameter.detach())
 
 
 def test_one_rank_alone_has_one_bucket(calls: list[int]) -> None:

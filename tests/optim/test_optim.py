@@ -84,12 +84,20 @@ def test_loss_scaler_equals_torchs_with_a_hysteresis_of_one() -> None:
 
 
 def test_hysteresis_tolerates_overflows_until_the_scale_grows_again() -> None:
-    scaler = LossScaler(scale=1024.0, dynamic=True, window=3, hysteresis=2, min_scale=128.0)
+    scaler = LossScaler.from_config(
+        PrecisionConfig(
+            dtype="fp16",
+            initial_loss_scale=1024.0,
+            loss_scale_window=3,
+            loss_scale_hysteresis=3,
+            min_loss_scale=128.0,
+        )
+    )
     trace = []
-    for found_inf in [True, False, True, True, False, False, False, True, True, True, True, True]:
+    for found_inf in [True, False, True, True, False, False, False, True, True, True, True, True, True]:
         scaler.update(found_inf)
         trace.append(scaler.scale)
-    assert trace == [1024, 1024, 512, 256, 256, 256, 512, 512, 256, 128, 128, 128]
+    assert trace == [1024, 1024, 1024, 512, 512, 512, 1024, 1024, 1024, 512, 256, 128, 128]
     assert scaler.at_floor
 
 

@@ -41,6 +41,21 @@ def test_the_first_pattern_that_fits_decides_and_a_bucket_holds_one_group() -> N
     assert layout.bytes().by_kind["optimizer"] == 64 * 4 * (1 + 2)  # a half of two parameters, one and two kinds
 
 
+class Counted(ConfigRule):
+    """Knows how many steps have begun."""
+
+    steps = 0
+
+    def begin_step(self) -> None:
+        self.steps += 1
+
+
+def test_a_step_begins_once_for_each_rule() -> None:
+    several, one = Counted(OptimizerConfig()), Counted(OptimizerConfig(name="sgd"))
+    RulesByName({"a": several, "b": one, "*": several}).begin_step()
+    assert (several.steps, one.steps) == (1, 1)
+
+
 def test_an_update_of_whole_matrices_needs_them_whole_on_a_rank() -> None:
     made = torch.nn.Parameter(torch.zeros(8, 4))
     made.shard = ShardSpec("w", (16, 4), (ShardedDim(0, "tp", 0, 2),))  # type: ignore[attr-defined]
