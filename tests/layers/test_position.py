@@ -46,6 +46,55 @@ def test_rotary_equals_transformers(head_dim: int, theta: float, scaling: dict[s
     torch.testing.assert_close(got[:, :4], want.transpose(1, 2)[:, :4], rtol=0, atol=1e-5)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+LONG = {
+    "rope_type": "longrope",
+    "factor": 4.0,
+    "original_max_position_embeddings": 256,
+    "short_factor": [1.0 + 0.1 * i for i in range(16)],
+    "long_factor": [2.0 + 0.5 * i for i in range(16)],
+}
+
+
+@pytest.mark.parametrize("length", [255, 256, 257, 1000])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 3.0},
+        {"rope_type": "dynamic", "factor": 2.5, "original_max_position_embeddings": 256},
+        YARN,
+        {**YARN, "beta_fast": 16, "beta_slow": 2, "truncate": False},
+        {**YARN, "attention_factor": 1.7, "original_max_position_embeddings": 20},
+        {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4, "original_max_position_embeddings": 2**20},
+        {**YARN, "factor": 1.0},
+        LONG,
+        {**LONG, "factor": 0.5},
+        {**LONG, "attention_factor": 1.3},
+    ],
+    ids=lambda scaling: "-".join(map(str, list(scaling.values())[:2])),
+)
+def test_stretched_frequencies_equal_transformers(scaling: dict[str, Any], length: int) -> None:
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    rope = pytest.importorskip("transformers.modeling_rope_utils")
+    config = llama.LlamaConfig(
+        head_dim=32, max_position_embeddings=256, rope_parameters={"rope_theta": 10000.0, **scaling}
+    )
+    frequencies, amplitude = rope.ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, "cpu", seq_len=length)
+    ours = Rotary(32, 10000.0, scaling)
+    torch.testing.assert_close(ours.frequencies(length), frequencies, rtol=1e-6, atol=0)
+    assert ours.amplitude == pytest.approx(amplitude, rel=1e-12)
+    cos, sin = rotary_table(torch.tensor([[7]]), frequencies, torch.float64, ours.amplitude)
+    torch.testing.assert_close((cos**2 + sin**2).flatten(), torch.full((32,), amplitude**2).double(), rtol=1e-6, atol=0)
+
+
+def test_frequencies_change_with_the_length_only_beyond_the_context() -> None:
+    for scaling in (LONG, {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 256}, YARN):
+        rotary = Rotary(32, 10000.0, scaling)
+        for length in (1, 256, 257):
+            same = torch.equal(rotary.frequencies(length), rotary.frequencies(1))
+            assert rotary.depends_on(length) == (not same) == (length > 256 and scaling is not YARN)
+
+
 def test_llama3_scaling_is_continuous_and_keeps_and_stretches() -> None:
     scaled, plain = Rotary(128, 500000.0, LLAMA31).frequencies(), Rotary(128, 500000.0).frequencies()
     wavelengths = 2 * math.pi / plain
