@@ -65,7 +65,7 @@ LONG = {
         YARN,
         {**YARN, "beta_fast": 16, "beta_slow": 2, "truncate": False},
         {**YARN, "attention_factor": 1.7, "original_max_position_embeddings": 20},
-        {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4, "original_max_position_embeddings": 2**20},
+        {**YARN, "mscale": 0.7, "mscale_all_dim": 0.4, "original_max_position_embeddings": 2**30},
         {**YARN, "factor": 1.0},
         LONG,
         {**LONG, "factor": 0.5},
