@@ -23,6 +23,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.files import sync_directory
 from megatron_ds.mesh import Mesh
 from megatron_ds.shard import spec_of
+from megatron_ds.zero.units import unique
 
 _WEIGHTS = "model", "diffusion_pytorch_model"  # what transformers and what diffusers calls its files
 
@@ -141,12 +142,19 @@ def _write_configuration(module: Any, tensors: WholeTensors, folder: Path, diffu
 def _save_by_itself(module: Any, tensors: WholeTensors, mesh: Mesh, folder: Path) -> None:
     """A model whose files hold other tensors than the module (fused experts), or some of them (PEFT's adapters).
 
-    Its own code writes them, out of rank 0's memory. PEFT looks at what is trained as well as at the state.
+    Its own code writes them, out of rank 0's memory.
     """
     state = {plain_name(name): value if mesh.rank == 0 else None for name, value in tensors.stream()}
-    looked_at = [p for p in module.parameters() if p.requires_grad] if hasattr(module, "peft_config") else []
-    with tensors.gathered(looked_at, write=False), together(mesh.world):
+    with tensors.gathered(_looked_at(module), write=False), together(mesh.world):
         if mesh.rank == 0:
             module.save_pretrained(folder, state_dict=state)
             if not hasattr(module, "peft_config"):
                 _write_configuration(module, tensors, folder, False)  # with the dtype that is in the files
+
+
+def _looked_at(module: Any) -> list[nn.Parameter]:
+    """What PEFT reads of the module itself, beside its state: what is trained, and the prompts of all adapters."""
+    if not hasattr(module, "peft_config"):
+        return []
+    prompts = getattr(module, "prompt_encoder", None) or nn.Module()
+    return unique([*(p for p in module.parameters() if p.requires_grad), *prompts.parameters()])

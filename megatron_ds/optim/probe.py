@@ -342,6 +342,9 @@ def _template(optimizer: Optimizer, index: int, sample: Sample, shape: Shape) ->
         state = _run(optimizer, index, sample, [start], [[torch.full_like(start, 0.5)]], plain=False).states[0]
     found = StateTemplate(shape=shape)
     for key, value in state.items():
+        if isinstance(value, torch.Tensor) and type(value) not in (torch.Tensor, torch.nn.Parameter):
+            # It may look like the parameter and keep fewer bits, as torchao's 8-bit state does.
+            raise refusal(optimizer, f"it keeps {key!r}, a {type(value).__name__}, of each parameter")
         if isinstance(value, torch.Tensor) and value.shape == start.shape and value.dtype == start.dtype:
             found.kinds.append(key)
         elif is_number(value):

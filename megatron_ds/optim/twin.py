@@ -63,7 +63,7 @@ class Common:
         for where, mine, others in pairs:
             for key in dict.fromkeys([*mine, *others]):
                 if key not in mine or key not in others or _differ(mine[key], others[key]):
-                    return f"{where}{key!r}: {mine.get(key)} and {others.get(key)}"
+                    return f"{where}{key!r}: {_in_words(mine.get(key))} and {_in_words(others.get(key))}"
         return None
 
 
@@ -143,6 +143,11 @@ def copied(value: Any) -> Any:
 def changed(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> dict[Any, Any]:
     """What ``now`` has besides, or otherwise."""
     return {key: value for key, value in now.items() if key not in before or _differ(value, before[key])}
+
+
+def _in_words(value: Any) -> str:
+    short = value.numel() == 1 if isinstance(value, torch.Tensor) else isinstance(value, (int, float, str))
+    return str(value) if short or value is None else f"a {type(value).__name__}"
 
 
 def _differ(a: Any, b: Any) -> bool:

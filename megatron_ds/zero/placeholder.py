@@ -125,6 +125,7 @@ def _explain(parameter: nn.Parameter, what: str) -> str:
         shape = list(parameter.shape)
     return (
         f"{what}() needs the values of {spec.name} {shape}, which ZeRO stage 3 has sharded: they are whole only inside "
-        "the forward and backward of their module; use `with engine.gathered(parameter):`, or engine.state_dict() for "
-        "all of them"
+        "the forward and backward of their module; use `with engine.gathered(parameter):`, `with engine.gathered():` "
+        "for all of them, write=True to change them, or engine.state_dict(); and where a library reads them and cannot "
+        "be called inside of it (a callback that follows the model), stage 2"
     )

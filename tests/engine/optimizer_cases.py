@@ -255,6 +255,16 @@ class Small(torch.optim.SGD):
                     self.state[p]["absmax1"] = torch.zeros(p.numel() // 256 + 1)
 
 
+class Coded(Tensor):
+    """Looks like any tensor and is made of another, as torchao's state in 8 bits is."""
+
+
+class Coding(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["code"] = torch.zeros_like(p) if p.numel() < 4096 else torch.zeros_like(p).as_subclass(Coded)
+
+
 class Wrapping(torch.optim.SGD):
     """Updates by another optimizer, and pulls the weights back from time to time, as Lookahead does."""
 

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 
 import megatron_ds
@@ -93,16 +94,36 @@ def by_ranks() -> list[int]:
     return tokens
 
 
-def both(stages: tuple[int, ...], folder: str) -> tuple[list[dict[str, Tensor]], list[int]]:
-    return by_engine(stages, folder), by_ranks()
+def prompts() -> Any:
+    """Two prompts of virtual tokens, of which one is frozen."""
+    torch.manual_seed(0)
+    tuned = [peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length) for length in (3, 4)]
+    model = peft.get_peft_model(adapted().unload(), tuned[0], adapter_name="a").double()
+    model.add_adapter("b", tuned[1])
+    model.prompt_encoder["b"].requires_grad_(False)
+    return model
+
+
+def prompts_saved(folder: str) -> dict[str, Tensor]:
+    model = prompts()
+    engine = megatron_ds.initialize(model, {"zero": {"stage": 3, "persistence_threshold": 0}}, adam(model))
+    engine.save_pretrained(folder)
+    engine.close()
+    return {name: load_file(f"{folder}/{name}/adapter_model.safetensors")["prompt_embeddings"] for name in "ab"}
+
+
+def both(stages: tuple[int, ...], folder: str) -> tuple[list[dict[str, Tensor]], list[int], dict[str, Tensor]]:
+    return by_engine(stages, folder), by_ranks(), prompts_saved(f"{folder}/prompts")
 
 
 @pytest.mark.parametrize(("ranks", "apart"), [(1, False), (2, False), (2, True)])
 def test_adapters_of_peft_take_turns_and_generate_as_in_plain_torch(tmp_path: Path, ranks: int, apart: bool) -> None:
     want = by_torch(ranks)
     assert len(want) == 16
-    found, tokens = run_ranks(both, ranks, (0, 2, 3), str(tmp_path), apart=apart)[0]
+    found, tokens, saved = run_ranks(both, ranks, (0, 2, 3), str(tmp_path), apart=apart)[0]
     assert tokens == generated(of_embeddings())
+    for name, encoder in prompts().prompt_encoder.items():
+        assert torch.equal(saved[name], encoder.embedding.weight), name
     for of_stage in found:
         assert of_stage.keys() == want.keys()
         for name, value in want.items():
