@@ -23,10 +23,11 @@ def _vendor() -> str:
 
 BLAS_IS_SLOW = torch.backends.mkl.is_available() and _vendor() == "AuthenticAMD"
 """By the vendor and not by a trial, so that every rank and every run takes the same route."""
-_BLOCK_ELEMENTS = 1 << 19
-"""Of a weight gradient that are in memory beside their sum: few enough to be added from the cache."""
-_LEAST_ROWS = 128
-"""Fewer rows of a wide gradient would take a sixth longer."""
+_WHOLE_ELEMENTS = 1 << 19
+"""Of a weight gradient that is made by one product: beside its sum it is in memory as a whole."""
+_BLOCK_COLUMNS = 192
+"""Of a larger one, by each product. A power of two takes up to a fifth longer, as its rows fall on the same places of
+the cache."""
 
 
 def is_faster(x: Tensor) -> bool:
@@ -53,15 +54,16 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None
     """``total += left @ right`` (``[rows, k] @ [k, columns]``) in fp32; ``first``: ``=`` and not ``+=``.
 
     A product's first operand is copied to have its rows side by side, which of a weight gradient's neither has. So the
-    narrower one is the first, and ``right^T left^T`` has the same bits. The second operand must be dense: for a part of
-    a transposed one oneDNN takes its reference loop, a thousand times slower.
+    narrower one is the first, and ``right^T left^T`` has the same bits. The second operand is put into oneDNN's order,
+    a copy that no profiler of tensors sees, by every product anew: so each takes some columns of it, for all rows. They
+    must be dense: for a part of a transposed one oneDNN takes its reference loop, a thousand times slower.
     """
     if left.shape[0] > right.shape[1]:
         total, left, right = total.t(), right.t(), left.t()
-    right, left = right.contiguous(), left.contiguous()
-    rows = max(_LEAST_ROWS, _BLOCK_ELEMENTS // max(1, right.shape[1]))
-    for of_total, of_left in zip(total.split(rows), left.split(rows)):
-        found = product(of_left, right.t(), None)
+    left = left.contiguous()
+    columns = max(1, right.shape[1]) if total.numel() <= _WHOLE_ELEMENTS else _BLOCK_COLUMNS
+    for of_total, of_right in zip(total.split(columns, dim=1), right.split(columns, dim=1)):
+        found = product(left, of_right.contiguous().t(), None)
         of_total.copy_(found) if first else of_total.add_(found)
         del found  # before the next
 

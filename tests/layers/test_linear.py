@@ -251,22 +251,27 @@ def test_products_in_fp32_where_blas_is_slow_and_where_not(
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 @pytest.mark.parametrize("features", [(300, 70), (70, 300)], ids=["wide grad", "wide input"])
-def test_onednn_adds_a_weight_gradient_that_copies_the_narrower_operand(
+def test_onednn_adds_a_weight_gradient_by_columns_of_the_wider_operand(
     monkeypatch: pytest.MonkeyPatch, features: tuple[int, int]
 ) -> None:
-    """By blocks of rows, and from parts of wider rows too, for which oneDNN itself would take its reference loop."""
-    monkeypatch.setattr(onednn, "_BLOCK_ELEMENTS", 0)
-    monkeypatch.setattr(onednn, "_LEAST_ROWS", 64)
-    copied: list[int] = []
+    """Each column is put into oneDNN's order once. From parts of wider rows too, for which oneDNN itself would take its
+    reference loop."""
+    copied: list[tuple[int, int]] = []
     product = onednn.product
-    monkeypatch.setattr(onednn, "product", lambda *args: (copied.append(args[0].numel()), product(*args))[1])
+    monkeypatch.setattr(
+        onednn, "product", lambda *args: (copied.append((args[0].numel(), args[1].numel())), product(*args))[1]
+    )
     (wide, narrow), tokens = features, 50
     grad, x = random(tokens, wide + 5)[:, 5:].float(), random(tokens, narrow + 3, seed=1)[:, :narrow].float()
     total = random(wide, narrow, seed=2).float()
     want = total.double() + grad.double().t() @ x.double()
+    at_once = total.clone()
+    onednn.add_product(at_once, grad.t(), x, False)
+    assert copied == [(70 * tokens, 300 * tokens)]
+    monkeypatch.setattr(onednn, "_WHOLE_ELEMENTS", 0)
     onednn.add_product(total, grad.t(), x, False)
     torch.testing.assert_close(total, want, rtol=0, atol=1e-5, check_dtype=False)
-    assert len(copied) == 2 and sum(copied) == 70 * tokens
+    assert copied[1:] == [(70 * tokens, 192 * tokens), (70 * tokens, 108 * tokens)] and total.equal(at_once)
     onednn.add_product(total, grad.t(), x, True)
     torch.testing.assert_close(total.double(), grad.double().t() @ x.double(), rtol=0, atol=1e-5)
 
