@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from megatron_ds.models.dit import DiT
 from megatron_ds.models.dit_task import DiTTask
 from megatron_ds.models.patches import sine_positions
 from megatron_ds.pipeline.stage import StageSpan
+from megatron_ds.shard import spec_of
 
 LAYERS, HIDDEN, HEADS, CLASSES = 2, 24, 3, 10
 
@@ -195,6 +197,27 @@ def test_a_new_model_predicts_nothing_and_its_blocks_do_nothing() -> None:
     block = model.layers["0"]
     condition = torch.randn(2, HIDDEN, dtype=torch.float64)
     assert torch.equal(block(condition, model._inputs(seen, x.dtype), x)[0], x)
+
+
+@pytest.mark.parametrize("condition", ["class", "text"])
+def test_a_new_model_is_as_wide_as_its_paper_says_and_its_matrices_decay(condition: str) -> None:
+    """Xavier's standard deviation around the blocks and for square weights in them; 0.02 of times and classes; zeros of
+    what adaLN-Zero starts with (Peebles and Xie 2023, section 3)."""
+    values = configuration().to_dict()
+    values["model"] |= {"zero_init_std": 0.0, "hidden_size": 128, "num_heads": 4, "patch_size": 4, "num_classes": 300}
+    values["model"] |= {"text_size": 96, "text_tokens": 4, "pooled_size": 64} if condition == "text" else {}
+    values["model"]["condition"] = condition
+    if condition == "text":
+        values["objective"]["condition_dropout"] = 0.0
+    for name, parameter in built(from_dict(DiffusionRun, values, "test")).named_parameters():
+        matrix = name.endswith("weight") and "norm" not in name
+        assert spec_of(parameter).weight_decay == matrix, name
+        if not matrix or "modulation" in name or name.startswith("final"):
+            assert (parameter == float("norm" in name and name.endswith("weight"))).all(), name
+            continue
+        outside = 0.02 if ".time_" in name or ".classes" in name else math.sqrt(2 / sum(parameter.shape))
+        want = 128**-0.5 if name.startswith("layers.") else outside
+        assert parameter.std().item() == pytest.approx(want, rel=0.05), name
 
 
 def test_times_stay_apart_in_half_precision() -> None:
