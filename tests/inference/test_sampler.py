@@ -61,6 +61,40 @@ def test_what_is_drawn_from_is_what_transformers_draws_from(ours: dict[str, Any]
     torch.testing.assert_close(found, want[0].softmax(-1), rtol=0, atol=1e-12)
 
 
+def test_each_row_of_a_batch_is_cut_by_its_own_settings() -> None:
+    """Of a vocabulary of which the candidates of top-p are a part."""
+    import transformers
+
+    logits = 3 * torch.randn(1, 3000, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    settings: list[dict[str, Any]] = [{}, {"top_p": 0.6}, {"top_k": 5}, {"top_k": 2000}, {"min_p": 0.05}]
+    settings += [{"top_k": 50, "top_p": 0.5, "min_p": 0.3}, {"top_p": 0.999}, {"top_k": 2500, "top_p": 0.5}]
+    for batch in (settings, settings[:4]):
+        rows = [SamplingParams(**of_row) for of_row in batch]
+        found = Sampler(Axis("tp"), 0, 3000)._kept(logits.repeat(len(rows), 1), rows)
+        for of_row, got in zip(batch, found, strict=True):
+            want, nothing = logits.clone(), torch.zeros(1, 1, dtype=torch.int64)
+            for name, kind in (("top_k", "TopK"), ("top_p", "TopP"), ("min_p", "MinP")):
+                if name in of_row:
+                    # Min-p is relative to the most probable token, so it may as well come last.
+                    want = getattr(transformers, f"{kind}LogitsWarper")(of_row[name])(nothing, want)
+            assert torch.equal(got, want[0]), of_row
+
+
+def test_logprobs_are_of_the_model_and_processed_ones_of_what_is_drawn_from() -> None:
+    params = SamplingParams(top_k=4, temperature=0.5, repetition_penalty=1.4, logprobs=VOCAB, processed_logprobs=4)
+    logits = scores(2)
+    logits[0, 2] = 9.0  # of the prompt, so that its penalty is seen
+    rows = [row(params), row(SamplingParams(temperature=0.0, logprobs=VOCAB))]
+    found = Sampler(Axis("tp"), 0, VOCAB).sample(logits.clone(), rows)
+    for of_row, want in zip(found.logprobs, logits.log_softmax(-1), strict=True):
+        assert of_row == pytest.approx(dict(enumerate(want.tolist())), abs=1e-12)
+    assert found.processed[1] is None and found.processed[0] is not None and len(found.processed[0]) == 4
+    penalised = logits[0].clone()
+    penalised[[1, 2, 3]] = torch.where(penalised[[1, 2, 3]] > 0, penalised[[1, 2, 3]] / 1.4, penalised[[1, 2, 3]] * 1.4)
+    values, ids = (penalised / 0.5).topk(4)
+    assert found.processed[0] == pytest.approx(dict(zip(ids.tolist(), values.log_softmax(0).tolist())), abs=1e-12)
+
+
 def test_a_flat_distribution_asks_for_more_candidates() -> None:
     logits = torch.zeros(1, 5000, dtype=torch.float64) - torch.arange(5000) * 1e-6
     sampler = Sampler(Axis("tp"), 0, 5000)
