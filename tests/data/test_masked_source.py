@@ -58,6 +58,21 @@ def test_masks_follow_from_seed_and_place_alone() -> None:
     assert not np.array_equal(first["loss_mask"], second["loss_mask"])
 
 
+def test_every_split_is_masked_by_all_settings() -> None:
+    train, valid = SyntheticDataset(50, 8, seed=1), SyntheticDataset(50, 8, seed=2)
+    made = mask_sources(GPTSources(train, valid), mask_id=7, probability=0.5, vocab_size=50, seed=3)
+    rows = np.array([4, 9, 0])
+    for got, text in ((made.train, train), (made.valid, valid)):
+        assert got is not None
+        want = MaskedSource(text, mask_id=7, vocab_size=50, probability=0.5, seed=3)
+        for kind in ("batch", "rows"):
+            ours, theirs = getattr(got, kind)(rows), getattr(want, kind)(rows)
+            assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+            alone = [getattr(got, kind)([row]) for row in rows]
+            assert all(np.array_equal(ours[name], np.concatenate([one[name] for one in alone])) for name in ours)
+            assert 0.25 < ours["loss_mask"].mean() < 0.75
+
+
 class _OneRow(SyntheticDataset):
     def __init__(self) -> None:
         super().__init__(VOCABULARY, LENGTH)
