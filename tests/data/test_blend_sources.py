@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_ds.data.gpt_dataset import DocumentRange, GPTDataset, TextSource
-from megatron_ds.data.gpt_sources import open_splits
+from megatron_ds.data.conversation_dataset import ConversationDataset
+from megatron_ds.data.fim import FillInTheMiddle
+from megatron_ds.data.gpt_dataset import DocumentRange, GPTDataset, SyntheticDataset, TextSource
+from megatron_ds.data.gpt_sources import SampleOptions, open_sources, open_splits
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.order import key
@@ -71,6 +74,34 @@ def test_a_blend_for_each_split(prefixes: list[str]) -> None:
     assert counts.tolist() == [100, 300]
     alone = GPTDataset(IndexedDataset(prefixes[2]), S, seed=1)
     assert (found["valid"].batch(range(20))["tokens"] == alone.batch(range(20))["tokens"]).all()
+
+
+def same_samples(one: TextSource | None, other: TextSource) -> None:
+    assert one is not None and len(one) == len(other)
+    for got, want in ((one.batch(range(50)), other.batch(range(50))), (one.rows([3, 1]), other.rows([3, 1]))):
+        assert got.keys() == want.keys() and all(np.array_equal(got[name], want[name]) for name in want)
+
+
+def test_every_option_reaches_the_samples(prefixes: list[str], tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    names = ("<P>", "<M>", "<S>")
+    backend = Tokenizer(models.WordLevel({word: 2000 + i for i, word in enumerate(["a", *names])}, unk_token="a"))
+    backend.add_special_tokens(list(names))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    opened = partial(open_sources, prefixes[0], split="75,25", sequence_length=16, seed=9)
+    options = SampleOptions(document_masking=True, fim_rate=0.7, fim_spm_rate=0.2, fim_tokens=("<P>", "<M>", "<S>"))
+    found = opened(vocab_size=3000, tokenizer=str(tmp_path / "tokenizer.json"), options=options)
+    fim = FillInTheMiddle(2001, 2002, 2003, rate=0.7, spm_rate=0.2)
+    indexed = IndexedDataset(prefixes[0])
+    same_samples(found.train, GPTDataset(indexed, 16, (0, 75), 9, document_masking=True, fim=fim))
+    same_samples(found.valid, GPTDataset(indexed, 16, (75, 100), 9, document_masking=True, fim=fim))
+    Path(f"{prefixes[0]}.loss_mask").write_bytes(bytes(i % 3 == 0 for i in range(2000)))
+    found = opened(vocab_size=2000, options=SampleOptions(conversations=True))
+    same_samples(found.train, ConversationDataset(IndexedDataset(prefixes[0]), 16, (0, 75), 9))
+    same_samples(found.valid, ConversationDataset(IndexedDataset(prefixes[0]), 16, (75, 100), 9))
+    made_up = open_sources(split="1", sequence_length=16, vocab_size=70, seed=9)
+    same_samples(made_up.train, SyntheticDataset(70, 16, 9))
 
 
 def test_what_is_refused(prefixes: list[str]) -> None:
