@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -199,19 +200,38 @@ def test_help_names_every_variable(script: Path, echo: dict[str, str]) -> None:
         assert name in done.stdout
 
 
-def test_slurm_starts_one_launcher_a_node(echo: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "srun").write_text('#!/bin/sh\nSLURM_NODEID=3 exec "$@"\n')
-    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'node-7\\nnode-8\\n'\n")
-    for name in ("srun", "scontrol"):
-        (tmp_path / name).chmod(0o755)
-    job = {"SLURM_JOB_NODELIST": "node-[7-10]", "SLURM_JOB_ID": "123456", "SLURM_NNODES": "4"}
-    job |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_CPUS_PER_TASK": "64"}
-    copied = tmp_path / "slurm_script"  # SLURM runs a copy of the file, somewhere else
-    shutil.copy(SLURM, copied)
-    started = run(copied, "--data.prefix", "a b", env={**echo, **job}).stdout.splitlines()
+@pytest.fixture
+def slurm(echo: dict[str, str], tmp_path: Path) -> Callable[[str], tuple[Path, dict[str, str]]]:
+    """What SLURM runs, a copy of the script somewhere else, and in which environment; given the text of an srun."""
+
+    def make(srun: str) -> tuple[Path, dict[str, str]]:
+        # Of more nodes than a reader of the first takes; each name is a write.
+        for name, text in (("srun", srun), ("scontrol", "seq -f node-%g 7 3000 | while read n; do echo $n; done\n")):
+            (tmp_path / name).write_text(f"#!/bin/sh\n{text}")
+            (tmp_path / name).chmod(0o755)
+        job = {"SLURM_JOB_NODELIST": "node-[7-10]", "SLURM_JOB_ID": "123456", "SLURM_NNODES": "4"}
+        job |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_CPUS_PER_TASK": "64"}
+        return Path(shutil.copy(SLURM, tmp_path / "slurm_script")), {**echo, **job}
+
+    return make
+
+
+def test_slurm_starts_one_launcher_a_node(slurm: Callable[[str], tuple[Path, dict[str, str]]]) -> None:
+    script, env = slurm('SLURM_NODEID=3 exec "$@"\n')
+    started = run(script, "--data.prefix", "a b", env=env).stdout.splitlines()
     text = " ".join(started)
     assert "--nnodes 4 --node-rank 3 --nproc-per-node 8 --master-addr node-7 --master-port 23456" in text
     assert started[-3:] == ["--checkpoint.resume", "--data.prefix", "a b"]
+
+
+def test_a_signal_to_the_slurm_script_itself_reaches_srun(
+    slurm: Callable[[str], tuple[Path, dict[str, str]]],
+) -> None:
+    script, env = slurm("trap 'exit 7' TERM; echo ready; while :; do sleep 0.02; done\n")
+    with subprocess.Popen(["bash", str(script)], env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.terminate()
+        assert process.wait(20) == 7
 
 
 def test_slurm_dry_runs_without_slurm(echo: dict[str, str]) -> None:
