@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,9 +140,15 @@ def _exchange_bytes(rank: RankBytes, resident: int, world: Axis) -> list[tuple[R
     return found
 
 
-def _node() -> int:
-    """Ranks of one machine have its boot in common, and those of one container its control group."""
-    own = hashlib.sha256(Path("/proc/sys/kernel/random/boot_id").read_bytes() + Path("/proc/self/cgroup").read_bytes())
+def _node(proc: str = "/proc") -> int:
+    """Ranks of one machine have its boot in common, and those of one container its control group.
+
+    A container sees its group as the root, by the same name as the next one: its namespace tells them apart.
+    """
+    own = hashlib.sha256(Path(proc, "sys/kernel/random/boot_id").read_bytes())
+    own.update(Path(proc, "self/cgroup").read_bytes())
+    with contextlib.suppress(OSError):  # a kernel without them
+        own.update(os.readlink(Path(proc, "self/ns/cgroup")).encode())
     return int.from_bytes(own.digest()[:7], "big")
 
 

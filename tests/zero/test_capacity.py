@@ -137,6 +137,25 @@ def told_of_each(cases: list[list[int]]) -> list[str]:
     return said
 
 
+def test_containers_of_one_machine_are_nodes_of_their_own(tmp_path: Path) -> None:
+    """Each sees its control group as the root."""
+    found = []
+    for name, (boot, group, namespace) in {
+        "a container": ("1", "0::/", "cgroup:[1]"),
+        "a rank beside it in the same one": ("1", "0::/", "cgroup:[1]"),
+        "the next container": ("1", "0::/", "cgroup:[2]"),
+        "another group of the first": ("1", "0::/job", "cgroup:[1]"),
+        "another machine": ("2", "0::/", "cgroup:[1]"),
+    }.items():
+        (tmp_path / name / "sys/kernel/random").mkdir(parents=True)
+        (tmp_path / name / "self/ns").mkdir(parents=True)
+        (tmp_path / name / "sys/kernel/random/boot_id").write_text(boot)
+        (tmp_path / name / "self/cgroup").write_text(group)
+        (tmp_path / name / "self/ns/cgroup").symlink_to(namespace)
+        found.append(capacity._node(str(tmp_path / name)))
+    assert found[0] == found[1] and len(set(found)) == 4
+
+
 def test_the_ranks_of_a_node_are_added_up_and_not_taken_for_alike() -> None:
     """Pipeline stages differ: 70 and 20 GB have room in 100, which neither has twice over; 70 and 40 have none."""
     gigabytes = 10**9
