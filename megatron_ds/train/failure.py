@@ -16,6 +16,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -29,7 +30,7 @@ from megatron_ds.errors import MegatronDSError, listed
 from megatron_ds.train.bounded import BoundedStore, StoreSilentError, end_within
 from megatron_ds.train.whereabouts import Line, Whereabouts, innermost, main_thread, note_of, notes_of, waits_in
 
-_FAILED = "failed"
+FAILED = "failed"  # the store's key of the first failure
 _SHOWN = 16
 # What gloo and NCCL say, and our own tokens, when a peer is gone or does not come.
 _PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|time(d |-)?out|gloo|nccl", re.IGNORECASE)
@@ -40,11 +41,12 @@ _LAST_WORDS_TAKE = 30.0  # seconds at most from a rank's failure to its end
 
 @dataclass(frozen=True)
 class FirstFailure:
-    """The rank that failed first, and what of. ``said``: by that rank itself."""
+    """The rank that failed first, and what of. ``said``: by that rank itself, which is on ``host``."""
 
     rank: int
     text: str
     said: bool = True
+    host: str = ""
 
 
 class Watch:
@@ -53,6 +55,7 @@ class Watch:
     Args:
         store: of the job. Its one server runs in rank 0, or in torchrun.
         local_rank: the first rank of a node speaks for it.
+        local_world_size: ranks of this node.
         timeout: seconds a rank may wait for others. A process group that ends such a wait does it first; this is for
             those that do not.
         interval: seconds between two looks at the store. It grows with the world: at most 2,000 looks a second.
@@ -68,14 +71,17 @@ class Watch:
         rank: int,
         world_size: int,
         local_rank: int = 0,
+        local_world_size: int = 1,
         timeout: float = 600.0,
         interval: float = 1.0,
         grace: float = 5.0,
     ):
         self.store, self.rank, self.world_size, self.local_rank = store, rank, world_size, local_rank
+        self.node = range(rank - local_rank, rank - local_rank + local_world_size)
         self.timeout, self.interval = timeout, max(interval, world_size / 2000)
         self.grace = grace + self.interval
         self.describe: Callable[[], str] = lambda: "starting"
+        self.host = socket.gethostname() if local_world_size < world_size else ""  # on one node it tells nothing
         self._first: FirstFailure | None = None
         self._asked: Future[bytes] | None = None
         self._answers_within = _ANSWERS_WITHIN + self.interval
@@ -85,6 +91,8 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
     def start(self) -> None:
+        if self.host:
+            self.store.ask(lambda store: store.set(_host_of(self.rank), self.host))
         self._thread.start()
 
     def stop(self) -> None:
@@ -115,6 +123,8 @@ class Watch:
         if first.rank != self.rank:
             if not (mistake and first.text == text):
                 self._report_stop(first)
+            elif self.local_rank == 0 and first.rank not in self.node:
+                _report(f"error: {error}")  # found by all together: it is said once a node
         elif mistake:
             _report(f"error: {error}")
         elif peer:
@@ -132,10 +142,10 @@ class Watch:
         """Leave a note in the store; returns the note that came first, this rank's or another's."""
         if self._first is not None:
             return self._first
-        own = FirstFailure(self.rank, text)
+        own = FirstFailure(self.rank, text, host=self.host)
         note = json.dumps(asdict(own))
         try:
-            found = self.store(lambda store: store.compare_set(_FAILED, "", note), self._answers_within)
+            found = self.store(lambda store: store.compare_set(FAILED, "", note), self._answers_within)
             return FirstFailure(**json.loads(found))
         except StoreSilentError as error:
             end = f"no word from it or its torchrun; stopped, or its machine cannot be reached ({error})"
@@ -145,7 +155,8 @@ class Watch:
 
     def _report_stop(self, first: FirstFailure) -> None:
         if self.local_rank == 0 or not first.said:
-            _report(f"rank {self.rank} stops: rank {first.rank}: {first.text}")
+            where = f" on {first.host}" if first.host else ""
+            _report(f"rank {self.rank} stops: rank {first.rank}{where}: {first.text}")
 
     # The roll call
 
@@ -161,11 +172,11 @@ class Watch:
             lines.append("the job's store does not answer, so that no other rank could be asked")
         elif silent:
             lines.append(
-                f"no answer from {_ranks(silent)}: killed (for want of memory? see the kernel's log), stopped, or "
-                "its machine is gone"
+                f"no answer from {_ranks(silent)}{self._hosts_of(silent)}: killed (for want of memory? see the "
+                "kernel's log), stopped, or its machine is gone"
             )
         elif late and busy:
-            lines.append(f"{_ranks(busy)} did not wait for any other and so held them up")
+            lines.append(f"{_ranks(busy)}{self._hosts_of(busy)} did not wait for any other and so held them up")
         order = [*busy, *(rank for rank in sorted(places) if rank not in busy)]
         for rank in order[:_SHOWN]:
             since = f" (for {places[rank].seconds} s)" if places[rank].seconds else ""
@@ -194,6 +205,18 @@ class Watch:
             return answers  # the store is gone: what is known is known
         return answers
 
+    def _hosts_of(self, ranks: Sequence[int]) -> str:
+        """`` on`` the machines of these ranks, as far as they have left a note of it."""
+        keys = [_host_of(rank) for rank in ranks[:_SHOWN]]
+        try:
+            found = self.store(
+                lambda store: [store.get(key) for key in keys if store.check([key])], self._answers_within
+            )
+        except Exception:
+            return ""
+        names = {name.decode() for name in found}
+        return f" on {listed(sorted(names), _SHOWN)}" if names else ""
+
     # The thread
 
     def _run(self) -> None:
@@ -212,7 +235,7 @@ class Watch:
     def _heard(self) -> FirstFailure | None:
         """A rank's failure, if the store has told of one. It may be silent: that is no reason to end a run."""
         if self._asked is None:
-            self._asked = self.store.ask(lambda store: store.get(_FAILED) if store.check([_FAILED]) else b"")
+            self._asked = self.store.ask(lambda store: store.get(FAILED) if store.check([FAILED]) else b"")
         if not self._asked.done() or self._asked.exception() is not None:
             return None  # a store that is gone stays so, and is not asked again
         answer = self._asked.result()
@@ -243,6 +266,11 @@ class Watch:
             self._report_stop(first)
         sys.stdout.flush()
         os._exit(1)
+
+
+def _host_of(rank: int) -> str:
+    """The store's key of the name of a rank's machine."""
+    return f"host/{rank}"
 
 
 def _ranks(ranks: Sequence[int]) -> str:

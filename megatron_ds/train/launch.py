@@ -29,8 +29,9 @@ from megatron_ds.data.cli import guarded, print_error
 from megatron_ds.errors import ConfigError, MegatronDSError, RaisedAs, listed
 from megatron_ds.mesh import MOST_RANKS, init_process_group
 from megatron_ds.train.alike import differences, digest
+from megatron_ds.train.attempts import met
 from megatron_ds.train.bounded import BoundedStore, StoreSilentError, in_thread
-from megatron_ds.train.failure import Watch
+from megatron_ds.train.failure import FAILED, FirstFailure, Watch
 
 LAUNCHER = "MEGATRON_DS_LAUNCHER"  # the process id of a rank's launcher, in its environment
 _CHECKS_TAKE = 3600.0  # seconds at most: a rank may read a whole dataset for the first time
@@ -208,7 +209,8 @@ class Job:
         if self.store is None:
             return
         place = self.place
-        self.watch = Watch(self.store, place.rank, place.world_size, place.local_rank, self.timeout)
+        own = place.rank, place.world_size, place.local_rank, place.local_world_size
+        self.watch = Watch(self.store, *own, self.timeout)
         self.watch.start()
         backend = "nccl" if device.type == "cuda" else "gloo"
         init_process_group(backend, place.rank, place.world_size, self.store.store, self.group_timeout(device))
@@ -234,6 +236,12 @@ def connect(place: RankInfo, timeout: float) -> dist.Store:
         # A server that takes the connection and says nothing is no case of torch's own timeout.
         joining = in_thread(lambda: next(dist.rendezvous("env://", place.rank, place.world_size, timeout=limit)))
         store, _, _ = joining.result(timeout + _TORCH_TIMES_OUT_FIRST)
+        store.set_timeout(limit)
+        store = dist.PrefixStore("megatron_ds", store)
+        # The store of torchrun itself outlives the ranks that it starts again.
+        agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        attempt = met(store, place.rank, place.world_size, timeout) if agents else 0
+        return dist.PrefixStore(str(attempt), store)
     except TimeoutError:
         raise StartError(
             f"rank {place.rank} of {place.world_size}: what listens at MASTER_ADDR:MASTER_PORT={address} has not "
@@ -246,11 +254,6 @@ def connect(place: RankInfo, timeout: float) -> dist.Store:
             f"{reason}. Are all {place.world_size} ranks started, is the address rank 0's "
             "machine, and the port free there?"
         ) from error
-    store.set_timeout(timedelta(seconds=timeout))
-    # torchrun's store outlives the ranks that it starts again, with what those before have said in it. On several nodes
-    # their counts may differ.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT") if place.local_world_size == place.world_size else None
-    return dist.PrefixStore(f"megatron_ds/{attempt or 0}", store)
 
 
 def _reach(host: str, port: int, seconds: float) -> None:
@@ -307,6 +310,10 @@ def _patiently(store: BoundedStore, key: str) -> bytes:
         except RuntimeError as error:
             if isinstance(error, StoreSilentError) or "timeout" not in str(error):
                 raise _lost(error) from error
+        with contextlib.suppress(RuntimeError):
+            if store(lambda store: store.check([FAILED])):
+                failed = FirstFailure(**json.loads(store(lambda store: store.get(FAILED))))
+                raise StartError(f"rank {failed.rank} {failed.text}")
     raise StartError(f"rank {key.rpartition('/')[2]} has not checked its input in {_CHECKS_TAKE:.0f} s")
 
 

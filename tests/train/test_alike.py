@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import signal
+import socket
 from pathlib import Path
 
+import planted_faults
 import pytest
 import torch
 from started_ranks import arguments, started
@@ -87,7 +91,24 @@ def test_an_output_folder_that_is_not_shared_is_refused_before_the_first_step(
     assert sorted(path.name for path in Path("host-0").rglob("*")) == ["run"]
 
 
+def _killed_on_a_host_of_its_own(rank: int) -> None:
+    socket.gethostname = lambda: f"host-{rank}"
+    planted_faults.is_killed(rank)
+
+
+def test_a_lost_rank_of_another_node_is_named_with_its_machine(tmp_path: Path) -> None:
+    nodes = [{"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}] * 3
+    with started(
+        tmp_path, [arguments(tmp_path / "run", "--train.global-batch", "3")] * 3, _killed_on_a_host_of_its_own, nodes
+    ) as ranks:
+        assert ranks.wait() == [1, -signal.SIGKILL, 1]
+        text = ranks.everything()
+        assert "no answer from rank 1 on host-1: killed" in text
+        assert re.search("rank ([02]) stops: rank ([02]) on host-\\2: ", text), text
+
+
 def _refused(folder: Path, own: list[str], message: str) -> None:
-    with started(folder, [own] * 2, _on_a_host_of_its_own) as ranks:
-        assert ranks.wait() == [2, 2], ranks.everything()
-        assert ranks.everything().count(message) == 1, ranks.everything()
+    """Two nodes of one rank, and each says it."""
+    with started(folder, [own] * 2, _on_a_host_of_its_own, [{"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}] * 2) as ranks:
+        assert ranks.wait() == [2, 2]
+        assert message in ranks.output(0) and message in ranks.output(1), ranks.everything()

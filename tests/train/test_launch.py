@@ -22,7 +22,7 @@ from started_ranks import Ranks, arguments, free_port, started, steps_done
 from megatron_ds.errors import ConfigError
 from megatron_ds.train.bounded import BoundedStore
 from megatron_ds.train.failure import Watch
-from megatron_ds.train.launch import RankInfo, clear_launch_environment, connect
+from megatron_ds.train.launch import RankInfo, clear_launch_environment
 from megatron_ds.train.loop import stop_signals
 
 pytestmark = pytest.mark.alone
@@ -256,20 +256,6 @@ def test_a_whole_environment_and_none(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     assert RankInfo.from_environment() == RankInfo(1, 2, 1, 2)
     assert not set(_environment(1, 2)) & set(clear_launch_environment())
-
-
-def test_ranks_that_torchrun_starts_again_find_nothing_of_those_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its store goes on: with the addresses of processes that are gone, no process group would be made."""
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    own = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    for name, value in own.items():
-        monkeypatch.setenv(name, value)
-    for attempt in "01":
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        for rank in (0, 1):
-            store = connect(RankInfo(rank, 2, rank, 2), 5.0)
-            assert store.check(["address of rank 0"]) == (rank == 1)
-            store.set(f"address of rank {rank}", attempt)
 
 
 # --- signals ----------------------------------------------------------------------------------------------------
