@@ -8,6 +8,7 @@ again later (preemption by recomputation); the oldest one is never asked to, so 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from megatron_ds.errors import ConfigError
@@ -39,11 +40,19 @@ class Span:
 
 @dataclass
 class Plan:
-    """One step. ``copies``: (from, to) of blocks, before anything is written; ``fresh``: blocks filled in part."""
+    """One step.
+
+    Attributes:
+        copies: (from, to) of blocks, before anything is written. fresh: blocks filled in part.
+        admitted: the spans of sequences that have begun with it. decodes: each span is the last token of its sequence,
+            and no guess.
+    """
 
     spans: list[Span] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     fresh: list[int] = field(default_factory=list)
+    admitted: list[Span] = field(default_factory=list)
+    decodes: bool = True
 
     @property
     def tokens(self) -> int:
@@ -103,9 +112,15 @@ class Batcher:
 
     def plan(self) -> Plan:
         plan, left, index = Plan(), self.budget, 0
-        preempted = False
+        preempted, pool = False, self.pool
         while index < len(self.running):
             sequence = self.running[index]
+            start = sequence.computed
+            pending = len(sequence.tokens) - start
+            if pending == 1 and left and not self.drafts and pool.has_room(sequence.blocks, start):  # as nearly always
+                plan.spans.append(Span(sequence, start, 1))
+                left, index = left - 1, index + 1
+                continue
             count = self._count(sequence, left)
             if count and not self._reserve(sequence, count, plan):
                 preempted = True
@@ -114,6 +129,7 @@ class Batcher:
             if count:
                 draft = self._draft(sequence, left - count, plan) if self.drafts and sequence.pending == 1 else ()
                 plan.spans.append(Span(sequence, sequence.computed, count + len(draft), draft))
+                plan.decodes = plan.decodes and pending == 1 and not draft
                 left -= count + len(draft)
             index += 1
         while self.waiting and not preempted and len(self.running) < self.seats:
@@ -123,8 +139,10 @@ class Batcher:
             sequence = self.waiting.popleft()
             sequence.status = Status.RUNNING
             self.running.append(sequence)
-            plan.spans.append(Span(sequence, sequence.computed, count))
+            plan.admitted.append(Span(sequence, sequence.computed, count))
+            plan.decodes = plan.decodes and sequence.pending == 1
             left -= count
+        plan.spans += plan.admitted
         return plan
 
     def _draft(self, sequence: Sequence, left: int, plan: Plan) -> tuple[int, ...]:
@@ -137,11 +155,23 @@ class Batcher:
             draft = tuple(self.guesses.get((sequence.request.id, sequence.index), ())[:most])
         return draft if draft and self._reserve(sequence, 1 + len(draft), plan) else ()
 
-    def computed(self, sequence: Sequence, count: int) -> None:
-        """The keys and values of so many more of its tokens are in its blocks."""
+    def computed(self, spans: Iterable[Span]) -> None:
+        """The keys and values of the spans' tokens are in the blocks of their sequences, but for those of guesses."""
+        for span in spans:
+            span.sequence.computed += span.count - len(span.draft)
+            if self.pool.share:
+                self._publish(span.sequence)
+
+    def guessed(self, sequence: Sequence) -> None:
+        """So are those of one more of its tokens, which was guessed."""
+        sequence.computed += 1
+        if self.pool.share:
+            self._publish(sequence)
+
+    def _publish(self, sequence: Sequence) -> None:
+        """From now on others may take its blocks that are full."""
         pool = self.pool
-        sequence.computed += count
-        while pool.share and (len(sequence.digests) + 1) * pool.size <= sequence.computed:
+        while (len(sequence.digests) + 1) * pool.size <= sequence.computed:
             number = len(sequence.digests)
             digest = self._digest(sequence, number, sequence.digests[-1] if number else b"")
             sequence.digests.append(digest)
@@ -179,7 +209,7 @@ class Batcher:
         if found:
             self._give_back(sequence)
             sequence.cached = 0
-        if not self.running and not plan.spans and count:
+        if not self.running and count:
             # Nobody runs who could give blocks back: those of samples that wait are all there is.
             self._make_room()
         return 0

@@ -73,6 +73,11 @@ class BlockPool:
     def is_shared(self, block: int) -> bool:
         return self._holders[block] > 1
 
+    def has_room(self, blocks: Sequence[int], place: int) -> bool:
+        """Whether the token at a ``place`` of a text goes to one of its ``blocks`` that is filled in part and shared
+        with nobody."""
+        return bool(place % self.size) and self._holders[blocks[place // self.size]] == 1
+
     def hash_of(self, before: bytes, tokens: Sequence[int]) -> bytes:
         """Of a full block's tokens, ``before`` being that of the block before it (empty for the first)."""
         return blake2b(before + np.asarray(tokens, np.int64).tobytes(), digest_size=16).digest()

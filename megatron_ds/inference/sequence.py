@@ -56,6 +56,7 @@ class Sequence:
         limit: tokens that it may have. began: when its first answer token came.
         matcher: of the form that the answer must have, if it must. text: of the answer.
         plain: its tokens are the most probable ones, and nothing is asked of their probabilities.
+        ends: tokens that end the answer, once it is long enough.
     """
 
     request: Request
@@ -76,6 +77,7 @@ class Sequence:
     began: float = 0.0
     text: Detokenizer = field(default_factory=lambda: Detokenizer(None, ()))
     plain: bool = False
+    ends: frozenset[int] = frozenset()
 
     @property
     def answer(self) -> list[int]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_ds.errors import ConfigError
-from megatron_ds.inference.batching import Batcher, Span
+from megatron_ds.inference.batching import Batcher, Plan, Span
 from megatron_ds.inference.counters import Counters
 from megatron_ds.inference.detokenizer import Decoder, Detokenizer, TextEnds
 from megatron_ds.inference.draft_model import DraftModel
@@ -83,6 +83,7 @@ class ServingEngine:
         self.sampler = Sampler(mesh.tp, mesh.tp.rank * width, config.vocab_size)
         self._live: dict[str, Request] = {}
         self._whole: set[str] = set()
+        self._added: set[str] = set()  # in the events of the next step
         self._events: list[list[Any]] = []
 
     # Requests
@@ -106,13 +107,15 @@ class ServingEngine:
         """
         self.check(request_id, tokens, params)
         seed = secrets.randbits(62) if params.seed is None else params.seed
-        self._events.append(["add", request_id, list(tokens), params.to_json(), seed, prompt])
+        said = params if self.mesh.world.size == 1 else params.to_json()
+        self._events.append(["add", request_id, list(tokens), said, seed, prompt])
+        self._added.add(request_id)
         if whole:
             self._whole.add(request_id)
 
     def check(self, request_id: str, tokens: Many[int], params: SamplingParams) -> None:
         """Raises :class:`ConfigError` where :meth:`add` would."""
-        if request_id in self._live or any(event[:2] == ["add", request_id] for event in self._events):
+        if request_id in self._live or request_id in self._added:
             raise ConfigError(f"request {request_id!r} is being served already; give each an id of its own")
         if not tokens:
             raise ConfigError("the prompt is empty; give one token at least, for example the one that begins a text")
@@ -143,6 +146,7 @@ class ServingEngine:
         """Compute one batch; on the first rank. Returns the requests that have got tokens, or have ended."""
         begun = self._clock()
         events, self._events = self._events, []
+        self._added.clear()
         if self._draft_model is not None:
             waits = bool(self.batcher.waiting) or any(event[0] == "add" for event in events)  # nobody is guessed for
             events.append(["guess", [] if waits else self._draft_model.guess(self.batcher.running)])
@@ -167,21 +171,20 @@ class ServingEngine:
         """Returns the requests that have got tokens, or have ended."""
         ended = [self._take(event) for event in events]
         plan = self.batcher.plan()
-        changed = {request.id: request for request in ended if request is not None}
+        changed = dict.fromkeys(request for request in ended if request is not None)
         if plan.spans:
             self.counters.steps += 1
-            rows = self._rows(plan.spans)
+            rows = self._rows(plan)
             logits = self._timed(self.runner.run, plan, rows.of_step)
-            for span in plan.spans:
+            for span in plan.admitted:
                 sequence = span.sequence
                 if span.start == sequence.cached and not sequence.answered:
                     self.counters.cached_tokens += sequence.cached
                     sequence.request.cached = sequence.cached
-                self.batcher.computed(sequence, span.count - len(span.draft))
+            self.batcher.computed(plan.spans)
             self._sample(rows, logits)
-            for span in rows.last:
-                changed[span.sequence.request.id] = span.sequence.request
-        return list(changed.values())
+            changed |= dict.fromkeys([span.sequence.request for span in rows.last])
+        return list(changed)
 
     def _timed(self, compute: Callable[..., Any], *arguments: Any) -> Any:
         begun = self._clock()
@@ -197,8 +200,10 @@ class ServingEngine:
             return None
         if kind == "add":
             tokens, params, seed, prompt = rest
-            params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
-            request = Request(name, tokens, SamplingParams(**params), seed, self._clock(), prompt)
+            if not isinstance(params, SamplingParams):  # of several ranks the first one has told the others
+                params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
+                params = SamplingParams(**params)
+            request = Request(name, tokens, params, seed, self._clock(), prompt)
             self._live[name] = request
             self.counters.prompt_tokens += len(tokens)
             self.batcher.add(self._sequence(request, 0))
@@ -227,17 +232,18 @@ class ServingEngine:
             matcher=matcher,
             text=text,
             plain=params.plain and matcher is None,
+            ends=frozenset((*params.stop_token_ids, *(() if params.ignore_eos else self.ends.eos))),
         )
         request.samples.append(sequence)
         return sequence
 
-    def _rows(self, spans: list[Span]) -> _Rows:
-        if all(span.count == 1 and span.sequence.plain and span.is_last for span in spans):
-            numbers = list(range(len(spans)))
-            return _Rows(numbers, numbers, spans, [])
+    def _rows(self, plan: Plan) -> _Rows:
+        if plan.decodes and all(span.sequence.plain for span in plan.spans):
+            numbers = list(range(len(plan.spans)))
+            return _Rows(numbers, numbers, plan.spans, [])
         rows = _Rows([], [], [], [])
         first = 0
-        for span in spans:
+        for span in plan.spans:
             stop = first + span.count
             count = 0
             if span.is_last:
@@ -256,12 +262,16 @@ class ServingEngine:
     def _sample(self, rows: _Rows, logits: Tensor | None) -> None:
         """Choose the next token of every sequence that is at its end, and follow it there."""
         found = None if logits is None else self._timed(self._chosen, rows, logits)
-        of_prompts, *of_answers = from_last(self.mesh.pp, found)
+        of_prompts, tokens, *probabilities = from_last(self.mesh.pp, found)
         for (span, _), said in zip(rows.asked, of_prompts):
             of_prompt = span.sequence.request.prompt_logprobs
             of_prompt += [None] * (not of_prompt)  # of the first token there is nothing to say
             of_prompt += (None if pairs is None else _as_logprobs(pairs) for pairs in said)
-        answers = zip(*of_answers)
+        if not probabilities and len(tokens) == len(rows.last):  # and no drafts
+            for span, token in zip(rows.last, tokens):
+                self._append(span.sequence, token)
+            return
+        answers = zip(tokens, *(probabilities or ([None] * len(tokens),) * 2))
         for span in rows.last:
             if span.draft:
                 self._follow(span, list(islice(answers, 1 + len(span.draft))))
@@ -270,15 +280,15 @@ class ServingEngine:
 
     @torch.inference_mode()
     def _chosen(self, rows: _Rows, logits: Tensor) -> list[Any]:
-        """What is asked of each prompt; of each row the next token, and its log-probabilities of either kind."""
+        """What is asked of each prompt; of each row the next token, and its log-probabilities of either kind, which
+        are left out where nobody asks for any."""
         logits = self.sampler.mask_padding(logits)
         of_prompts = [self._of_prompt(*asked, logits) for asked in rows.asked]
         if not rows.last:
-            return [of_prompts, [], [], []]
+            return [of_prompts, []]
         logits = logits if len(rows.ends) == len(logits) else logits[rows.ends]
         if all(span.sequence.plain for span in rows.last):
-            nothing = [None] * len(logits)
-            return [of_prompts, self.sampler.most_probable(logits), nothing, nothing]
+            return [of_prompts, self.sampler.most_probable(logits)]
         of_rows = [self._row(span, place) for span in rows.last for place in range(1 + len(span.draft))]
         sampled = self.sampler.sample(logits, of_rows)
         return [of_prompts, sampled.tokens, _listed(sampled.logprobs), _listed(sampled.processed)]
@@ -290,7 +300,7 @@ class ServingEngine:
             self._append(sequence, token, own, processed)
             if sequence.status is Status.FINISHED or span.draft[place : place + 1] != (token,):
                 return
-            self.batcher.computed(sequence, 1)
+            self.batcher.guessed(sequence)
             self.counters.drafted_tokens += 1
 
     def _of_prompt(self, span: Span, row: int, logits: Tensor) -> list[Any]:
@@ -314,24 +324,19 @@ class ServingEngine:
         allowed = None if sequence.matcher is None else sequence.matcher.allowed(span.draft[:place])
         return Row(params, request.seed, sequence.index, tokens, prompt, banned, allowed)
 
-    def _append(self, sequence: Sequence, token: int, own: Any, processed: Any) -> None:
-        request, params = sequence.request, sequence.request.params
-        text, answered = sequence.text, len(sequence.tokens) - len(request.tokens) + 1
-        if answered == 1:
-            sequence.began = self._clock()
-            self.counters.first_tokens.add(sequence.began - request.arrived)
-            if sequence.index == 0:
-                for sample in range(1, params.n):  # now that the prompt is computed
-                    self.batcher.fork(sequence, self._sequence(request, sample))
+    def _append(self, sequence: Sequence, token: int, own: Any = None, processed: Any = None) -> None:
+        params, text = sequence.request.params, sequence.text
         sequence.tokens.append(token)
+        answered = sequence.answered
+        if answered == 1:
+            self._begin(sequence)
         self.counters.answer_tokens += 1
         if own is not None:
             sequence.logprobs.append(_as_logprobs(own))
             sequence.cumulative += sequence.logprobs[-1][token]
         if processed is not None:
             sequence.processed_logprobs.append(_as_logprobs(processed))
-        ends = token in params.stop_token_ids or (token in self.ends.eos and not params.ignore_eos)
-        if ends and answered > params.min_tokens:
+        if token in sequence.ends and answered > params.min_tokens:
             sequence.stop = token if token in params.stop_token_ids else None
             if params.include_stop_str_in_output:
                 text.add(token)
@@ -347,6 +352,14 @@ class ServingEngine:
             self._finish(sequence, why)
         elif len(sequence.tokens) >= sequence.limit:
             self._finish(sequence, "length")
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Its first token has come: the prompt is computed, and its other samples begin."""
+        sequence.began = self._clock()
+        self.counters.first_tokens.add(sequence.began - sequence.request.arrived)
+        if sequence.index == 0:
+            for sample in range(1, sequence.request.params.n):
+                self.batcher.fork(sequence, self._sequence(sequence.request, sample))
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         sequence.text.finish()
