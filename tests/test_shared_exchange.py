@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+import mmap
+import os
 import random
 import struct
 import time
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ds import comm
 from megatron_ds.comm import Pending, local
-from megatron_ds.comm.local.arena import SharedArena
+from megatron_ds.comm.local.arena import PrivateView, SharedArena
 from megatron_ds.comm.local.exchange import LocalExchange
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.testing import run_ranks
@@ -133,3 +137,33 @@ def without_memory() -> int:
 
 def test_where_the_host_cannot_share_memory_the_group_does_it() -> None:
     assert run_ranks(without_memory, 2) == [0, 0]
+
+
+def test_a_private_view_tells_what_was_written_without_an_operator() -> None:
+    """It is asked whenever a unit of stage 3 is freed."""
+
+    class Operators(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    size = 5 * mmap.PAGESIZE
+    descriptor = os.memfd_create("test")
+    os.ftruncate(descriptor, size)
+    common = torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
+    pages = mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE)
+    view = PrivateView(pages, torch.frombuffer(pages, dtype=torch.uint8))
+    os.close(descriptor)
+    with Operators() as operators:
+        assert not view.written()
+    common[3 * mmap.PAGESIZE] = 4
+    assert view.tensor.sum() == 4 and not view.written()  # every page is looked at
+    view.tensor[-1] = 5
+    with operators:
+        operators.count = 0
+        assert view.written() and operators.count == 0
+    assert common.sum() == 4
+    view.forget()
+    assert not view.written() and view.tensor.sum() == 4 and not view.written()
