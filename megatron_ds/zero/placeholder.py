@@ -81,20 +81,18 @@ class CodesAlone(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.compiler.is_compiling():
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        if func in (Tensor.view, Tensor.detach):  # by layers and torch's checkpoint, which do not look at the values
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(_nan(args[0].dtype, args[0].device).expand(args[0].shape), *args[1:])
-        if func not in _HARMLESS and func not in (Tensor.data_ptr, Tensor.untyped_storage):  # of no bytes
-            leaf = next(leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, CodesAlone))
-            raise ShardedParameterError(
-                f"{getattr(func, '__name__', func)}() needs the values of {spec_of(leaf).name}, of which ZeRO stage 3 "
-                "gathers FP8 codes alone for its module's forward and backward; look at it between two steps, inside "
-                "of `with optimizer.gathered([parameter]):`, or use precision.fp8_from_masters=false"
-            )
         with torch._C.DisableTorchFunctionSubclass():
+            if torch.compiler.is_compiling() or func in _HARMLESS:
+                pass
+            elif func in (Tensor.view, Tensor.detach):  # layers and torch's checkpoint do not look at the values
+                args = (_nan(args[0].dtype, args[0].device).expand(args[0].shape), *args[1:])
+            elif func not in (Tensor.data_ptr, Tensor.untyped_storage):  # of no bytes
+                leaf = next(leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, CodesAlone))
+                raise ShardedParameterError(
+                    f"{getattr(func, '__name__', func)}() needs the values of {spec_of(leaf).name}, of which ZeRO "
+                    "stage 3 gathers FP8 codes alone for its module's forward and backward; look at it between two "
+                    "steps, inside of `with optimizer.gathered([parameter]):`, or use precision.fp8_from_masters=false"
+                )
             return func(*args, **(kwargs or {}))
 
 

@@ -111,8 +111,8 @@ class Reducer:
         parameter.main_grad = main_grad  # type: ignore[attr-defined]
 
         def move(parameter: torch.Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            if gradient is not None:  # None: the layer wrote into the main gradient itself
+            if (gradient := parameter.grad) is not None:  # None: the layer wrote into the main gradient itself
+                parameter.grad = None
                 main_grad.add(gradient)
 
         trained = parameter.requires_grad
