@@ -26,6 +26,9 @@ from megatron_ds.kernels.float8 import (
 )
 from megatron_ds.kernels.registry import define
 
+# Not those of torch 2.11.
+CPU_MULTIPLIES = torch._C._dispatch_has_kernel_for_dispatch_key("aten::_scaled_mm_v2", "CPU")
+
 
 @dataclass(frozen=True)
 class ScaledProduct:
@@ -84,9 +87,9 @@ def scaled_product(a: Float8, b: Float8) -> ScaledProduct | None:
 def product(a: Float8, b: Float8, out: torch.dtype) -> Tensor:
     """``a @ b.T``: ``[m, k]``, ``[n, k] -> [m, n]`` of dtype ``out``, summed in fp32 (in fp64 if ``out`` is fp64).
 
-    ``torch.nn.functional.scaled_mm`` does it where it can: on a CPU where no scale changes along k, on CUDA with blocks
-    too, by Hopper. Other GPUs multiply blocks by Triton. Elsewhere, and in float64, the dequantized tensors are
-    multiplied.
+    ``torch.nn.functional.scaled_mm`` does it where it can: on a CPU where no scale changes along k (torch 2.11 has none
+    there), on CUDA with blocks too, by Hopper. Other GPUs multiply blocks by Triton. Elsewhere, and in float64, the
+    dequantized tensors are multiplied.
     """
     blocks = max(a.scale.shape[-1], b.scale.shape[-1]) > 1
     if out != torch.float64 and a.values.numel() * b.values.numel() > 0:
@@ -120,7 +123,7 @@ def sum_of_products(a: Float8, b: Float8, out: torch.dtype) -> Tensor:
 def torch_multiplies(device: torch.device, blocks: bool) -> bool:
     """Whether ``scaled_mm`` runs there; with ``blocks`` along k by cuBLAS of CUDA 12.9 on Hopper alone."""
     if not blocks or not has_tensor_cores(device):
-        return not blocks and (device.type == "cpu" or has_tensor_cores(device))
+        return not blocks and (CPU_MULTIPLIES if device.type == "cpu" else has_tensor_cores(device))
     version = tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2])
     return capability(device)[0] == 9 and version >= (12, 9)
 

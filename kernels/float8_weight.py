@@ -55,7 +55,7 @@ class Float8Weight:
     @property
     def is_given(self) -> bool:
         """Whether buffers are set. Else the layer uses its weight in high precision."""
-        return bool(self._codes)
+        return len(self._codes) > 0
 
     def give(self, codes: Sequence[Tensor], scales: Sequence[Tensor], turned: bool = False) -> None:
         """Set the buffers that codes and scales are gathered into.

@@ -186,10 +186,11 @@ class Float8Recipe(Recipe):
         if what := length_fault(x.shape[0], self.cut["tokens"], self.block):
             raise ConfigError(what)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        ahead, self._ahead = (None, None) if torch.compiler.is_compiling() else (self._ahead, None)
-        if ahead is not None and ahead[0]() is grad:
-            left = ahead[1]
-        else:
+        left = None
+        if not torch.compiler.is_compiling():  # which cannot set an attribute in a backward pass (torch 2.11)
+            ahead, self._ahead = self._ahead, None
+            left = ahead[1] if ahead is not None and ahead[0]() is grad else None
+        if left is None:
             left = self._features(grad, self.gradient_format, "out")
         right = self._features(x, E4M3, "in")
         return sum_of_products(left, right, wide)

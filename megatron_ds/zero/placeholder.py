@@ -25,17 +25,19 @@ class Adopter(Protocol):
 
 # What may be asked of a parameter whose values are not here.
 _ATTRIBUTES = (
-    "shape dtype device requires_grad grad grad_fn is_leaf ndim layout itemsize nbytes name names is_cpu is_cuda "
-    "is_meta is_nested is_quantized is_sparse _backward_hooks _version"
+    "shape dtype device requires_grad grad grad_fn ndim layout itemsize nbytes name names _backward_hooks _base "
+    "_version"
 )
 _METHODS = (
     "size dim numel nelement element_size stride ndimension is_contiguous is_floating_point is_complex requires_grad_ "
-    "register_hook register_post_accumulate_grad_hook __hash__ __len__"
+    "register_hook register_post_accumulate_grad_hook storage_offset is_conj is_inference is_neg _is_view __hash__ "
+    "__len__"
 )
 
 
 def _harmless() -> frozenset[Any]:
     attributes = [getattr(Tensor, name, None) for name in _ATTRIBUTES.split()]
+    attributes += [a for name in dir(Tensor) if name.startswith("is_") and not callable(a := getattr(Tensor, name))]
     allowed = [a.__get__ for a in attributes if a is not None]
     allowed += [getattr(Tensor, name) for name in _METHODS.split()]
     allowed += [getattr(Tensor.grad, "__set__"), getattr(Tensor.grad, "__delete__")]  # noqa: B009

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ds.kernels import float8_product
 from megatron_ds.kernels.float8 import (
     E4M3,
     E5M2,
@@ -153,6 +154,15 @@ def test_a_product_is_that_of_what_the_values_stand_for(
     size = left.dequantize(torch.float64).abs() @ right.dequantize(torch.float64).abs().t()
     rounding = {torch.float64: 1e-15, torch.float32: 1e-6, torch.bfloat16: 2.0**-8}[out]
     assert ((got.double() - want).abs() <= rounding * size).all()
+
+
+def test_a_torch_without_the_product_on_a_cpu_multiplies_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float8_product, "CPU_MULTIPLIES", False)
+    block = Block(1, None)
+    left, right = (quantize(x, block_amax(x, block), block, E4M3) for x in (random(5, 32), random(3, 32, seed=1)))
+    monkeypatch.setattr(torch.nn.functional, "scaled_mm", None)
+    want = left.dequantize(torch.float32) @ right.dequantize(torch.float32).t()
+    torch.testing.assert_close(product(left, right, torch.float32), want)
 
 
 def test_products_of_nothing() -> None:

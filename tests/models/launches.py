@@ -55,7 +55,7 @@ class _Dispatched(TorchDispatchMode):
         self.count = count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = _run(func, args, kwargs or {})
         name = func._schema.name.split("::")[1]
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         written = any(a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
@@ -70,6 +70,12 @@ class _Dispatched(TorchDispatchMode):
         # Each tensor once, also one that is read and written; one that is expanded for what it is.
         self.count.bytes += sum(_bytes(t) for t in {id(t): t for t in flat + results}.values())
         return out
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    if func is torch.ops.aten.addmm.dtype_out:  # of which torch 2.11 has no version for the meta device
+        return kwargs["out"]
+    return func(*args, **kwargs)
 
 
 def _bytes(t: Tensor) -> int:
@@ -105,7 +111,7 @@ class _Allocated(TorchDispatchMode):
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = _run(func, args, kwargs or {})
         given = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves((args, kwargs)) if _is_meta(t)}
         for storage in (t.untyped_storage() for t in torch.utils._pytree.tree_leaves(out) if _is_meta(t)):
             if storage._cdata not in given:
