@@ -8,7 +8,6 @@ What goes wrong after that is `failure.py`'s.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -32,8 +31,8 @@ from megatron_ds.train.alike import differences, digest
 from megatron_ds.train.attempts import met
 from megatron_ds.train.bounded import BoundedStore, StoreSilentError, in_thread
 from megatron_ds.train.failure import FAILED, FirstFailure, Watch
+from megatron_ds.train.signals import LAUNCHER, end_with_launcher, unheard_sigterm
 
-LAUNCHER = "MEGATRON_DS_LAUNCHER"  # the process id of a rank's launcher, in its environment
 _CHECKS_TAKE = 3600.0  # seconds at most: a rank may read a whole dataset for the first time
 _RANK_0_SPEAKS_FIRST = 10.0  # seconds
 _NCCL_MARGIN = 60.0  # seconds
@@ -89,21 +88,6 @@ class RankInfo:
         return torch.device("cpu")
 
 
-def end_with_launcher() -> None:
-    """Have the kernel send this rank a SIGTERM when the launcher that started it ends, however: it saves and ends too.
-
-    Else a launcher that was killed leaves ranks behind that train on and hold their devices. On Linux alone.
-    """
-    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    pr_set_pdeathsig = 1  # from linux/prctl.h
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    try:
-        os.kill(int(os.environ.get(LAUNCHER, os.getpid())), 0)
-    except ProcessLookupError:  # it has ended before that
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
 def set_threads(place: RankInfo, threads: int | None) -> None:
     """One share of the node's cores a rank, unless told otherwise."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -121,20 +105,22 @@ def job(place: RankInfo, timeout: float) -> Iterator[Job]:
         yield Job(place, timeout, None)
         return
     ranks = Job(place, timeout, connect(place, timeout))
-    try:
-        yield ranks
-        if dist.is_initialized():
-            dist.barrier()
-    except BaseException as error:
-        if ranks.watch is None:
-            raise
-        raise SystemExit(ranks.watch.conclude(error)) from None
-    finally:
-        if ranks.watch is not None:
-            ranks.watch.stop()
-        if dist.is_initialized():
-            with contextlib.suppress(Exception):
-                dist.destroy_process_group()
+    with contextlib.ExitStack() as parting:
+        try:
+            yield ranks
+            parting.enter_context(unheard_sigterm())
+            if dist.is_initialized():
+                dist.barrier()
+        except BaseException as error:
+            if ranks.watch is None:
+                raise
+            raise SystemExit(ranks.watch.conclude(error)) from None
+        finally:
+            if ranks.watch is not None:
+                ranks.watch.stop()
+            if dist.is_initialized():
+                with contextlib.suppress(Exception):
+                    dist.destroy_process_group()
 
 
 class Job:
@@ -366,7 +352,10 @@ def run_main(main: Callable[[RankInfo], int]) -> int:
     def start() -> int:
         nonlocal place
         place = RankInfo.from_environment()
-        return main(place)
+        code = main(place)
+        if place.world_size > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all that is left is Python's end
+        return code
 
     def speak(text: str, code: int) -> int:
         if place.rank > 0 and code == 128 + signal.SIGINT:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import socket
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from megatron_ds.checkpoint.directory import read_meta
@@ -28,12 +22,9 @@ from megatron_ds.train.callbacks import Callback
 from megatron_ds.train.keeping import Keeper
 from megatron_ds.train.metrics import Speedometer
 from megatron_ds.train.output import Output, check_data, check_settings
+from megatron_ds.train.signals import stop_signals
 from megatron_ds.train.step import StepResult
 from megatron_ds.zero.replicas import check_replicas
-
-# Seconds within which two SIGINTs are one: under torchrun a Ctrl-C comes from the terminal and from torchrun.
-ONE_CTRL_C = 1.0
-_HEARS_AFTER = 3.0  # seconds in which a main thread that is not stuck in C has handled a signal
 
 Evaluation = Callable[[], Iterable[Sequence[MicroBatch]]]
 
@@ -271,52 +262,3 @@ class Loop:
 
 def _schedule_end(config: Mapping[str, Any]) -> int:
     return int(config["optimizer"]["decay_steps"] or config["train"]["steps"])
-
-
-@contextlib.contextmanager
-def stop_signals(asked: threading.Event) -> Iterator[None]:
-    """SIGTERM and the first Ctrl-C set the event: finish the step, save, and end well. A second Ctrl-C interrupts, even
-    a rank that hangs in a collective, where Python handles no signals."""
-    main = threading.main_thread()
-    if threading.current_thread() is not main:
-        yield
-        return
-    interrupt, heard = threading.Event(), threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        asked.set()
-        if interrupt.is_set() and not heard.is_set():
-            heard.set()
-            raise KeyboardInterrupt
-
-    def listen(receiver: socket.socket) -> None:
-        """Gets the numbers of signals from the C handler as they come, also while the main thread is in C."""
-        first: float | None = None
-        while number := receiver.recv(1):
-            now = time.monotonic()
-            if first is None:
-                first = now
-            elif number[0] == signal.SIGINT and now - first > ONE_CTRL_C:
-                interrupt.set()
-                # The handler may have run before the flag was up, and a signal just before a blocking call is lost.
-                while not heard.wait(0.1):
-                    if time.monotonic() - now > _HEARS_AFTER:
-                        os._exit(130)
-                    signal.pthread_kill(main.ident or 0, signal.SIGINT)
-                return
-
-    receiver, sender = socket.socketpair()
-    sender.setblocking(False)
-    with receiver, sender:
-        listener = threading.Thread(target=listen, args=(receiver,), name="signals", daemon=True)
-        listener.start()
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(wakeup)
-            sender.shutdown(socket.SHUT_RDWR)
-            listener.join()  # before the handlers go: it may be about to send a signal
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -24,23 +24,26 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-from megatron_ds.train.launch import LAUNCHER, clear_launch_environment
-from megatron_ds.train.loop import ONE_CTRL_C
+from megatron_ds.train.launch import clear_launch_environment
+from megatron_ds.train.signals import LAUNCHER, ONE_CTRL_C
 
 _OURS = (signal.SIGTERM, signal.SIGINT)
 _THEIRS = "SIGHUP,SIGQUIT"
 _ENDS_WITHIN = 5.0  # seconds from a second Ctrl-C: a rank that can end by itself has done so in 4
+
+_NOTICES_WITHIN = 1.0  # seconds, ten times torchrun's interval, in which it notices that its ranks have ended
 
 
 def main(arguments: list[str]) -> int:
     """Run torchrun and return an exit code; raises what it raises besides the failure of a rank."""
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
-    twice = threading.Event()
-    threading.Thread(target=_pass_on, args=(receiver, twice), name="signals", daemon=True).start()
+    twice, done = threading.Event(), threading.Event()
+    threading.Thread(target=_pass_on, args=(receiver, twice, done), name="signals", daemon=True).start()
     for number in _OURS:
         signal.signal(number, lambda *_: None)
     # The C handler writes the number there at once, also while the main thread waits for other nodes in C.
@@ -50,6 +53,7 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(lambda record: False)
     # Five lines to say that each rank gets one thread for OpenMP; the run's --threads decides.
     logging.getLogger("torch.distributed.run").addFilter(lambda record: "OMP_NUM_THREADS" not in record.getMessage())
+    _tell_of_success(done)
     try:
         torchrun(["--signals-to-handle", _THEIRS, *arguments])
     except ChildFailedError as error:
@@ -120,13 +124,26 @@ def _ending(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def _pass_on(receiver: socket.socket, twice: threading.Event) -> None:
+def _tell_of_success(done: threading.Event) -> None:
+    """Set ``done`` when the ranks of this node have all ended well; torchrun then waits for the other nodes."""
+    wait = SimpleElasticAgent._exit_barrier
+
+    def tell_and_wait(agent: SimpleElasticAgent) -> None:
+        done.set()
+        wait(agent)
+
+    SimpleElasticAgent._exit_barrier = tell_and_wait  # type: ignore[method-assign]
+
+
+def _pass_on(receiver: socket.socket, twice: threading.Event, done: threading.Event) -> None:
     first: float | None = None
     while number := receiver.recv(1):
         if number[0] not in _OURS:
             continue
         ranks = children(os.getpid())
         if not ranks:
+            if done.wait(_NOTICES_WITHIN):
+                continue  # they have saved, perhaps for a signal that another node got earlier
             os._exit(128 + number[0])  # nothing has started yet
         now = time.monotonic()
         if first is None:

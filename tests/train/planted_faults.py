@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_ds.advice import rules, run_advice
 from megatron_ds.train import launch
 from megatron_ds.train.step import StepResult, TrainStep
@@ -44,6 +46,18 @@ def is_killed(rank: int) -> None:
 def rank_0_is_killed(rank: int) -> None:
     if rank == 0:
         at_step(2, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def hears_of_the_end_late(rank: int) -> None:
+    """A SIGTERM when the run has ended: SLURM does not signal all nodes at once."""
+    destroy = dist.destroy_process_group
+
+    def signalled() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        destroy()
+
+    if rank == 1:
+        dist.destroy_process_group = signalled
 
 
 def hangs(rank: int) -> None:

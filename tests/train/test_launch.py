@@ -23,7 +23,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.train.bounded import BoundedStore
 from megatron_ds.train.failure import Watch
 from megatron_ds.train.launch import RankInfo, clear_launch_environment
-from megatron_ds.train.loop import stop_signals
+from megatron_ds.train.signals import stop_signals
 
 pytestmark = pytest.mark.alone
 
@@ -293,6 +293,11 @@ def test_a_signal_to_one_rank_saves_on_all_and_the_rest_gives_the_same_curve(
         assert ranks.wait() == [0, 0]
         assert f"resumed from step {stopped} of 12" in ranks.output(0)
     assert _losses(tmp_path / "run") == uninterrupted
+
+
+def test_a_sigterm_that_comes_when_all_is_saved_is_not_heard(tmp_path: Path) -> None:
+    with started(tmp_path, [arguments(tmp_path / "run")] * 2, planted_faults.hears_of_the_end_late) as ranks:
+        assert ranks.wait() == [0, 0]
 
 
 def test_a_second_ctrl_c_interrupts_a_rank_that_waits_for_one_that_hangs(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +17,9 @@ from pathlib import Path
 import pytest
 from started_ranks import ROOT, arguments, steps_done
 
-from megatron_ds.train.launch import LAUNCHER, clear_launch_environment
+from megatron_ds.train import torchrun
+from megatron_ds.train.launch import clear_launch_environment
+from megatron_ds.train.signals import LAUNCHER
 from megatron_ds.train.torchrun import children, conclude
 
 pytestmark = pytest.mark.alone
@@ -222,3 +226,24 @@ def test_an_error_of_the_command_line_is_said_once_under_torchrun(tmp_path: Path
     assert done.returncode == (2 if module == OURS else 1)
     assert module == TORCHS or len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("ended_well", "exits"), [(True, []), (False, [143])])
+def test_a_signal_that_comes_when_the_ranks_have_saved_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, ended_well: bool, exits: list[int]
+) -> None:
+    """The other node got it earlier, and told them."""
+    found: list[int] = []
+    monkeypatch.setattr(torchrun, "children", lambda parent: [])
+    monkeypatch.setattr(torchrun, "_NOTICES_WITHIN", 0.05)
+    monkeypatch.setattr(os, "_exit", found.append)
+    receiver, sender = socket.socketpair()
+    done = threading.Event()
+    if ended_well:
+        done.set()
+    with receiver, sender:
+        sender.send(bytes([signal.SIGTERM]))
+        sender.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(ProcessLookupError):
+            torchrun._pass_on(receiver, threading.Event(), done)
+    assert found == exits

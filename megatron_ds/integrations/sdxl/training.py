@@ -19,7 +19,7 @@ from megatron_ds.engine import Engine
 from megatron_ds.errors import CheckpointError, ConfigError, RaisedAs
 from megatron_ds.models.samplers import PREDICTIONS
 from megatron_ds.train.callbacks import MetricsFile
-from megatron_ds.train.loop import stop_signals
+from megatron_ds.train.signals import stop_signals
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
