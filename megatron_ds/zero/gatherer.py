@@ -11,6 +11,7 @@ gathered there and then, and belongs to what that module needs from then on.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -79,8 +80,9 @@ class Gatherer:
         for bucket in self._buckets:
             self._mark_sharded(bucket)
         for unit in units:
-            self._hooks.append(unit.module.register_forward_pre_hook(self._before(unit), with_kwargs=True))
-            self._hooks.append(unit.module.register_forward_hook(self._after(unit), always_call=True))
+            before, after = _untraced(self._before(unit)), _untraced(self._after(unit))
+            self._hooks.append(unit.module.register_forward_pre_hook(before, with_kwargs=True))
+            self._hooks.append(unit.module.register_forward_hook(after, always_call=True))
         for module in ends:  # not after one that failed: the other ranks may wait for what it has not gathered
             self._hooks.append(module.register_forward_hook(lambda m, *_, end=module: self._at_end(m is end)))
 
@@ -372,6 +374,11 @@ class Gatherer:
             self._users[id(bucket)].append(unit)
         self._gather([bucket])
         return True
+
+
+def _untraced(hook: Any) -> Any:
+    """The hook, which a compiler does not follow: it would compile it for each parameter and each output anew."""
+    return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook  # which is slow to load
 
 
 class _AfterBackward(torch.autograd.Function):

@@ -65,6 +65,9 @@ class ShardedPlaceholder(nn.Parameter):
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
+    # A compiler that traced it would gather on its way, and find another class when it begins again.
+    __torch_function__.__func__._torchdynamo_disable = True  # type: ignore[attr-defined]
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ShardedPlaceholder({spec_of(self).name}, shape={list(self.shape)}, its values are sharded)"
 

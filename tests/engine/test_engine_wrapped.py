@@ -102,6 +102,44 @@ def test_a_compiled_model_trains_and_is_saved_as_it_is_without(ways: tuple[str, 
             assert how == "blocks" or names == own
 
 
+class Fused(nn.Module):
+    """Computes with the weight of its head by itself, as TRL's trainers let a model do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 5)
+        self.double()
+
+    def forward(self, samples: Tensor) -> Tensor:
+        hidden = self.body(samples)
+        hidden = hidden.to(self.head.weight.device)
+        return (hidden @ self.head.weight.t()).square().mean()
+
+
+def with_its_heads_weight(compiles: bool) -> list[float]:
+    model: Any = Fused()
+    if compiles:
+        model.compile(backend="eager")
+    config = {"zero": {"stage": 3, "persistence_threshold": 0}}
+    engine = megatron_ds.initialize(model, config, torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(2):
+        engine.backward(engine(torch.ones(2, 4, dtype=torch.float64)))
+        engine.step()
+    weight = engine.get_parameter("head.weight")
+    engine.close()
+    return weight.flatten().tolist()
+
+
+def test_a_compiled_model_may_use_the_weight_of_one_of_its_modules() -> None:
+    plainly, found = run_ranks(both_ways, 2)[0]
+    assert found == plainly
+
+
+def both_ways() -> list[list[float]]:
+    return [with_its_heads_weight(compiles) for compiles in (False, True)]
+
+
 def refused() -> dict[str, str]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
