@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from megatron_ds import checkpoint
 from megatron_ds.comm.together import exchange
 from megatron_ds.engine.wrapped import plain_name
 from megatron_ds.errors import CheckpointError
+from megatron_ds.optim.ema import EMA
 from megatron_ds.shard import as_real, spec_of
 from megatron_ds.shard.flat_shards import FlatShard
 from megatron_ds.train.keeping import Keeper
@@ -90,6 +91,7 @@ def load(engine: Engine, path: str | Path, weights_only: bool, strict: bool) -> 
         engine.zero.count = int(meta["optimizer_count"])
     engine.zero.refresh_parameters()
     if weights_only:
+        _take_average(engine, path, meta)
         return dict(meta.get("client_state", {}))
     saved = meta.get("torch_optimizer")
     if engine.rule is not None and saved is not None:
@@ -102,6 +104,31 @@ def load(engine: Engine, path: str | Path, weights_only: bool, strict: bool) -> 
     engine.keeper = Keeper(Path(path), None, engine.mesh.world, log.warning)
     engine.keeper.started_from(engine.steps, meta.get("unproven"))
     return dict(meta.get("client_state", {}))
+
+
+def begin_average(engine: Engine, names: Collection[str]) -> None:
+    """The moving average of these parameters goes on from their weights, in as many updates as that of the others."""
+    if not (engine.keeps_average and engine.zero.count):
+        return
+    late = late_parameters(engine)
+    engine.zero.count = engine.zero.count
+    engine.zero.load_late(late)
+    engine.zero.change(lambda update: update.begin(names))  # type: ignore[attr-defined]
+
+
+def _take_average(engine: Engine, path: str | Path, meta: dict[str, Any]) -> None:
+    """With the weights alone: the average that belongs to them, or where there is none they themselves."""
+    trained = [name for name, p in _parameters(engine).items() if is_trained(p)]
+    begin_average(engine, trained)
+    if engine.keeps_average and _has_average(meta) and meta.get("trained") == sorted(trained):
+        averages = [p for p in engine.zero.flat_shards(for_load=True) if p.kind == EMA]
+        checkpoint.load(path, averages, engine.mesh.world, remedy=_REMEDY)
+        engine.zero.refresh_parameters()
+
+
+def _has_average(meta: dict[str, Any]) -> bool:
+    settings = meta.get("config", {}).get("engine", {}).get("optimizer", {})
+    return bool(settings.get("ema_decay"))
 
 
 def _train_as_saved(engine: Engine, meta: dict[str, Any]) -> None:

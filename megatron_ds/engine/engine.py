@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from megatron_ds.advice.engine_advice import EngineAdvice
 from megatron_ds.config.engine import BatchSizes, EngineConfig
 from megatron_ds.engine.buffer_sync import BufferSync
+from megatron_ds.engine.checkpoint import begin_average
 from megatron_ds.engine.clock import Clock
 from megatron_ds.engine.files import Files
 from megatron_ds.engine.generation import generate_together
@@ -24,7 +25,6 @@ from megatron_ds.engine.late_ranks import LateRanks
 from megatron_ds.engine.loss_stage import LossStage, to_device
 from megatron_ds.engine.model_guard import ModelGuard, require_trainable_dtype
 from megatron_ds.engine.optimizer_hooks import OptimizerHooks
-from megatron_ds.engine.resizing import resizing
 from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.learning_rate import SchedulerSteps
@@ -128,15 +128,8 @@ class Engine(JoinableEngine, Files):
         if self.rule is not None:
             self.rule.train_also(list(parameters), {spec_of(p).name: p for p in self.module.parameters()})
         self.zero.train_also(parameters.values())
+        begin_average(self, parameters)
         self.look_at_model()
-
-    def resizing(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, parameters may get another shape, as by ``model.resize_token_embeddings(n)``, on all ranks alike.
-
-        Afterwards those are trained in place of the old ones. Rows that there were keep their master weights and state,
-        new ones have rank 0's values and a state of zero. Between two steps.
-        """
-        return resizing(self)
 
     # Training
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from megatron_ds import comm
 from megatron_ds.config.engine import EngineConfig
 from megatron_ds.engine.late_ranks import LateRanks
+from megatron_ds.engine.resizing import resizing
 from megatron_ds.engine.tensors import WholeTensors
 from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Mesh
 from megatron_ds.train.step import TrainStep
 from megatron_ds.zero.byte_table import bytes_table
 from megatron_ds.zero.optimizer import ZeroOptimizer
+
+if TYPE_CHECKING:
+    from megatron_ds.engine.engine import Engine
 
 
 class Inspection:
@@ -72,6 +76,14 @@ class Inspection:
         chosen = self.module.parameters() if parameters is None else parameters
         with self.tensors().gathered([chosen] if isinstance(chosen, nn.Parameter) else list(chosen), write):
             yield
+
+    def resizing(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, parameters may get another shape, as by ``model.resize_token_embeddings(n)``, on all ranks alike.
+
+        Afterwards those are trained in place of the old ones. Rows that there were keep their master weights and state,
+        new ones have rank 0's values and a state of zero. Between two steps.
+        """
+        return resizing(cast("Engine", self))
 
     def get_parameter(self, name: str) -> Tensor:
         """The whole master weight, in fp32 (fp64), on every rank."""

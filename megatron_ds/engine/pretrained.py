@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,11 @@ _WEIGHTS = "model", "diffusion_pytorch_model"  # what transformers and what diff
 
 def save(module: nn.Module, tensors: WholeTensors, mesh: Mesh, folder: Path) -> None:
     """On all ranks; rank 0 writes. See :meth:`Engine.save_pretrained`."""
-    if hasattr(module, "peft_config") and hasattr(module, "save_pretrained"):
+    diffusers = hasattr(module, "save_config")
+    # One of diffusers writes all of its own state, adapters and what they adapt, whatever it is given.
+    if hasattr(module, "peft_config") and hasattr(module, "save_pretrained") and not diffusers:
         _save_by_itself(module, tensors, mesh, folder)
         return
-    diffusers = hasattr(module, "save_config")
     config = getattr(module, "config", None)
     if not diffusers and not hasattr(config, "save_pretrained"):
         raise ConfigError(
@@ -147,7 +150,8 @@ def _save_by_itself(module: Any, tensors: WholeTensors, mesh: Mesh, folder: Path
     state = {plain_name(name): value if mesh.rank == 0 else None for name, value in tensors.stream()}
     with tensors.gathered(_looked_at(module), write=False), together(mesh.world):
         if mesh.rank == 0:
-            module.save_pretrained(folder, state_dict=state)
+            with _prompts_as_in(module, state):
+                module.save_pretrained(folder, state_dict=state)
             if not hasattr(module, "peft_config"):
                 _write_configuration(module, tensors, folder, False)  # with the dtype that is in the files
 
@@ -158,3 +162,19 @@ def _looked_at(module: Any) -> list[nn.Parameter]:
         return []
     prompts = getattr(module, "prompt_encoder", None) or nn.Module()
     return unique([*(p for p in module.parameters() if p.requires_grad), *prompts.parameters()])
+
+
+@contextlib.contextmanager
+def _prompts_as_in(module: Any, state: dict[str, Any]) -> Iterator[None]:
+    """Inside, PEFT's prompts are those of the state, such as the average: it has them of their encoder, not of it."""
+    encoder = getattr(module, "prompt_encoder", None) if hasattr(module, "peft_config") else None
+    if not encoder:
+        yield
+        return
+    module.prompt_encoder = copy.deepcopy(encoder)
+    try:
+        for name, parameter in module.prompt_encoder.named_parameters():
+            parameter.data = state[f"prompt_encoder.{name}"]
+        yield
+    finally:
+        module.prompt_encoder = encoder

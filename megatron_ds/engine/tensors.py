@@ -111,7 +111,8 @@ class WholeTensors:
     def parameter(self, name: str) -> Tensor:
         """Whole, in :meth:`dtype`."""
         parameter, dtype = self._parameters[name], self.dtype(name)
-        if self._average and EMA in self._zero.kinds_of(name):
+        # Before the first update the average is the weights, and its state zero.
+        if self._average and self._zero.count and EMA in self._zero.kinds_of(name):
             return self.get(name, EMA).to(dtype)
         if self._zero.config.stage < 3 and not self._spec(name).placements and dtype == parameter.dtype:
             return parameter.detach()

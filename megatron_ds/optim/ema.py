@@ -6,7 +6,7 @@ a step that is skipped does not move it, and no loop can forget to.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -62,6 +62,7 @@ class AveragedUpdate:
     def _take(self, segments: Sequence[OptimizerSegment]) -> None:
         self._averages = [segment.state[EMA] for segment in segments]
         self._masters = [segment.master for segment in segments]
+        self._names = [segment.name for segment in segments]
 
     @property
     def frozen(self) -> frozenset[str]:
@@ -91,6 +92,13 @@ class AveragedUpdate:
     def run(self, method: str) -> None:
         """A method of an optimizer of the caller's own, see ``torch_rule.py``."""
         self._update.run(method)  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def begin(self, names: Collection[str]) -> None:
+        """The average of these parameters is their weights, as if it had followed them from the first update on."""
+        for name, average, master in zip(self._names, self._averages, self._masters):
+            if name in names:
+                average.copy_(master)
 
     def set_count(self, updates: int) -> None:
         self._count = updates

@@ -135,7 +135,9 @@ def add_unfrozen(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
 def late_turns(
     engine: Engine | None, model: Adapted, optimizer: torch.optim.Optimizer | None, numbers: range, adds: bool
-) -> None:
+) -> dict[str, Tensor]:
+    """The moving average of plain torch, of all parameters, also of those that are frozen."""
+    average: dict[str, Tensor] = {}
     for number in numbers:
         model.set_adapters(LATE_TURNS[number])
         if adds and optimizer is not None:
@@ -149,6 +151,10 @@ def late_turns(
             optimizer.zero_grad()
             model(samples(number)).backward()
             optimizer.step()
+            decay = min(0.25, (1 + number) / (10 + number)) if number else 0.0
+            for key, value in model.state_dict().items():
+                average[key] = decay * average.get(key, value) + (1 - decay) * value
+    return average
 
 
 def late_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
@@ -170,22 +176,34 @@ def late_engine(stage: int, name: str | None, offload: str, seed: int, folder: s
     if stage == 3:
         zero |= {"persistence_threshold": 0, "offload_parameters": place}
     config: dict[str, Any] = {"zero": {**zero, "offload_optimizer": place} if offload != "none" else zero}
+    config["optimizer"] = {"ema_decay": 0.25}
     if offload == "none":
         config["zero"].pop("offload_parameters", None)
     if name is None:
-        config |= {"optimizer": {"lr": 1e-2, "beta2": 0.999, "weight_decay": 0.1}, "decay": "all"}
+        config["optimizer"] |= {"lr": 1e-2, "beta2": 0.999, "weight_decay": 0.1}
+        config["decay"] = "all"
         return megatron_ds.initialize(model, config)
     return megatron_ds.initialize(model, config, late_optimizer(name, model))
 
 
+def with_average(engine: Engine) -> dict[str, Tensor]:
+    return engine.state_dict() | {f"average {key}": value for key, value in engine.state_dict(average=True).items()}
+
+
+def same(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, others[key]) for key, value in some.items())
+
+
 def late_run(stage: int, name: str | None, offload: str, folder: str) -> dict[str, Tensor]:
     engine = late_engine(stage, name, offload, 1, folder)
+    assert same(engine.state_dict(average=True), engine.state_dict())
     before = engine.bytes_report()
     late_turns(engine, engine.module, engine.optimizer, range(RESUMED_AT), name == "groups")
     assert engine.bytes_report()["gradients"] > before["gradients"]
     engine.save_checkpoint(folder)
+    saved = with_average(engine)
     late_turns(engine, engine.module, engine.optimizer, range(RESUMED_AT, len(LATE_TURNS)), name == "groups")
-    state = engine.state_dict()
+    state = with_average(engine)
     engine.close()
     again = late_engine(stage, name, offload, 9, folder)
     if name == "groups":  # as plain torch wants it: the same groups before their state is loaded
@@ -196,7 +214,9 @@ def late_run(stage: int, name: str | None, offload: str, folder: str) -> dict[st
         model.set_adapters(LATE_TURNS[0])
     again.load_checkpoint(folder)
     late_turns(again, again.module, again.optimizer, range(RESUMED_AT, len(LATE_TURNS)), name == "groups")
-    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
+    assert same(with_average(again), state)
+    again.load_checkpoint(folder, weights_only=True)
+    assert same(with_average(again), saved)
     again.close()
     return state
 
@@ -209,8 +229,8 @@ def late_plain(name: str) -> dict[str, Tensor]:
     model = Adapted()
     model.set_adapters(LATE_TURNS[0])
     optimizer = late_optimizer(name, model)
-    late_turns(None, model, optimizer, range(len(LATE_TURNS)), name == "groups")
-    return model.state_dict()
+    average = late_turns(None, model, optimizer, range(len(LATE_TURNS)), name == "groups")
+    return model.state_dict() | {f"average {key}": value for key, value in average.items()}
 
 
 @pytest.mark.parametrize(("ranks", "apart"), [(1, False), (2, False), (2, True)])

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hf_cases import MODELS, all_on_the_engine, plain
+from safetensors.torch import load_file
 
 import megatron_ds
 from megatron_ds.testing import run_ranks
@@ -45,3 +47,28 @@ def test_a_folder_of_master_weights_says_their_dtype(tmp_path: Path) -> None:
         engine.save_pretrained(tmp_path / name, masters=True)
         engine.close()
         assert {p.dtype for p in type(model).from_pretrained(tmp_path / name).parameters()} == {torch.float32}  # type: ignore[attr-defined]
+
+
+def test_adapters_in_a_model_of_diffusers_are_saved_as_their_average(tmp_path: Path) -> None:
+    """diffusers writes what it has itself, whatever state it is given."""
+    from diffusers import UNet2DConditionModel
+
+    sizes = {"sample_size": 4, "in_channels": 1, "out_channels": 1, "block_out_channels": (8,), "norm_num_groups": 4}
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    shape = {"layers_per_block": 1, "cross_attention_dim": 4, "attention_head_dim": 4}
+    model: Any = UNet2DConditionModel(**sizes, **blocks, **shape).requires_grad_(False)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    adapters = [p for p in model.double().parameters() if p.requires_grad]
+    config = {"optimizer": {"ema_decay": 0.9}}
+    engine = megatron_ds.initialize(model, config, torch.optim.SGD(adapters, lr=0.1))
+    for _ in range(2):
+        words = torch.ones(1, 3, 4, dtype=torch.float64)
+        engine.backward(engine(torch.ones(1, 1, 4, 4, dtype=torch.float64), 1, words).sample.square().mean())
+        engine.step()
+    engine.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    average, weights = engine.state_dict(average=True), engine.state_dict()
+    engine.close()
+    assert saved.keys() == average.keys()
+    assert all(torch.equal(value, average[name]) for name, value in saved.items())
+    assert not all(torch.equal(value, weights[name]) for name, value in saved.items())
