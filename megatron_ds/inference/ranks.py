@@ -40,7 +40,9 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if world > 1 and not dist.is_initialized():
             address, port = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if started else ("127.0.0.1", 0)
-            store = dist.TCPStore(address, port, world, not started, timedelta(seconds=600), wait_for_workers=False)
+            # torchrun serves the store itself, other launchers leave that to the first rank.
+            serves = rank == 0 and not (started and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+            store = dist.TCPStore(address, port, world, serves, timedelta(seconds=600), wait_for_workers=False)
             if not started:
                 self._children = [_start(other, world, store.port, options) for other in range(1, world)]
                 self._wait_for_children(store)

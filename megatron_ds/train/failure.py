@@ -168,6 +168,11 @@ class Watch:
         busy = [rank for rank in sorted(places) if not places[rank].waits]
         what = f"waited {self.timeout:.0f} s in vain for" if late else "lost its connection to"
         lines = [f"error: rank {self.rank} {what} another rank: {text}"]
+        if self.host and "[127." in text:
+            lines.append(
+                f"the name of its machine, or of {self.host}, stands for the loopback there (/etc/hosts), which gloo "
+                "took: set GLOO_SOCKET_IFNAME to the network's interface on every node, e.g. eth0"
+            )
         if silent and self.store.silent:
             lines.append("the job's store does not answer, so that no other rank could be asked")
         elif silent:

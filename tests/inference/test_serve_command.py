@@ -13,10 +13,13 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from hf_models import _llama
 
 from megatron_ds.data.tokenizers import ByteTokenizer
 from megatron_ds.inference.command import main
+from megatron_ds.inference.ranks import Ranks
+from megatron_ds.inference.serving_options import EngineOptions
 
 COMMAND = [sys.executable, "-m", "megatron_ds.inference.command"]
 
@@ -87,3 +90,26 @@ def test_help_teaches(folder: Path) -> None:
     assert code == 0 and "megatron-ds serve runs/mine/hf --port 8000\n" in said and "--tensor-parallel-size" in said
     assert run("--help") == (0, "usage: megatron-ds serve FOLDER ...   (megatron-ds serve --help says what else)\n")
     assert run("train")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("world", "rank", "agents", "serves"),
+    [("2", "0", "True", False), ("2", "0", None, True), ("2", "1", None, False), ("1", "0", "True", True)],
+)
+def test_the_first_rank_serves_the_store_where_no_torchrun_does(
+    monkeypatch: pytest.MonkeyPatch, world: str, rank: str, agents: str | None, serves: bool
+) -> None:
+    """As where each rank is started by hand on its node: all of them waited ten minutes for a server."""
+    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | (
+        {"TORCHELASTIC_USE_AGENT_STORE": agents} if agents else {}
+    )
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+
+    def store(address: str, port: int, world: int, is_master: bool, *rest: object, **more: object) -> None:
+        raise RuntimeError(f"is_master={is_master}")
+
+    monkeypatch.setattr(dist, "TCPStore", store)
+    with pytest.raises(RuntimeError, match=f"is_master={serves}"):
+        Ranks(EngineOptions("model", tensor_parallel_size=2, device="cpu"))

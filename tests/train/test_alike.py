@@ -19,6 +19,9 @@ from megatron_ds.engine import initialize
 from megatron_ds.errors import ConfigError
 from megatron_ds.testing import run_ranks
 from megatron_ds.train.alike import DATA, DEVICE, SETTINGS, differences, digest
+from megatron_ds.train.bounded import BoundedStore
+from megatron_ds.train.failure import Watch
+from megatron_ds.train.whereabouts import Whereabouts
 
 
 def test_facts_are_compared_as_far_as_both_ranks_came() -> None:
@@ -112,3 +115,9 @@ def _refused(folder: Path, own: list[str], message: str) -> None:
     with started(folder, [own] * 2, _on_a_host_of_its_own, [{"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}] * 2) as ranks:
         assert ranks.wait() == [2, 2]
         assert message in ranks.output(0) and message in ranks.output(1), ranks.everything()
+
+
+def test_gloo_on_the_loopback_of_several_nodes_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    watch = Watch(BoundedStore(torch.distributed.HashStore(), 1.0), 0, 2, interval=0.01)
+    watch._report_peer("timed out connecting: SO_ERROR: Connection refused, remote=[127.0.0.1]:9613", Whereabouts())
+    assert "set GLOO_SOCKET_IFNAME to the network's interface on every node" in capsys.readouterr().err
