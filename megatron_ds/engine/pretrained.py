@@ -30,19 +30,24 @@ from megatron_ds.zero.units import unique
 _WEIGHTS = "model", "diffusion_pytorch_model"  # what transformers and what diffusers calls its files
 
 
+def saves(module: nn.Module) -> bool:
+    """Whether :func:`save` has a folder for it: a model of transformers or diffusers, or one that PEFT has wrapped."""
+    adapted = hasattr(module, "peft_config") and hasattr(module, "save_pretrained")
+    return adapted or hasattr(module, "save_config") or hasattr(getattr(module, "config", None), "save_pretrained")
+
+
 def save(module: nn.Module, tensors: WholeTensors, mesh: Mesh, folder: Path) -> None:
     """On all ranks; rank 0 writes. See :meth:`Engine.save_pretrained`."""
+    if not saves(module):
+        raise ConfigError(
+            f"{type(module).__name__} is no model of transformers or diffusers: it has no configuration to save; use "
+            "engine.state_dict() or engine.save_checkpoint()"
+        )
     diffusers = hasattr(module, "save_config")
     # One of diffusers writes all of its own state, adapters and what they adapt, whatever it is given.
     if hasattr(module, "peft_config") and hasattr(module, "save_pretrained") and not diffusers:
         _save_by_itself(module, tensors, mesh, folder)
         return
-    config = getattr(module, "config", None)
-    if not diffusers and not hasattr(config, "save_pretrained"):
-        raise ConfigError(
-            f"{type(module).__name__} is no model of transformers or diffusers: it has no configuration to save; use "
-            "engine.state_dict() or engine.save_checkpoint()"
-        )
     if _is_converted(module):
         _save_by_itself(module, tensors, mesh, folder)
         return

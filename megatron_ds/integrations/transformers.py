@@ -30,10 +30,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from megatron_ds.comm.together import together
 from megatron_ds.config.engine import EngineConfig, validate_engine
 from megatron_ds.deepspeed_json import auto_values, from_deepspeed, is_deepspeed
 from megatron_ds.engine import Engine, initialize, read_config
 from megatron_ds.engine.assemble import rate_of, torch_optimizer
+from megatron_ds.engine.pretrained import saves
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.integrations.accelerate import (
     ENGINE,
@@ -252,12 +254,27 @@ class Trainer(transformers.Trainer):
             super().save_model(output_dir, _internal_call)
             return
         folder = output_dir or self.args.output_dir
-        if hasattr(self.model, "save_pretrained"):
+        if saves(self.model):
             self.engine.save_pretrained(folder)
         else:
-            self._save(folder, state_dict=self.engine.state_dict())
+            self._save_by_itself(folder)
         if self.args.should_save and self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+
+    def _save_by_itself(self, folder: str) -> None:
+        """As the Trainer saves a model of no library, or a Trainer beside this one a model of its own."""
+        assert self.engine is not None
+        average = self.engine.keeps_average
+        if average and type(self)._save is not transformers.Trainer._save:
+            raise ConfigError(
+                f"{type(self).__name__} saves the weights that {type(self.model).__name__} has, and not the moving "
+                "average: leave optimizer.ema_decay out, or set save_strategy='no' and take engine.state_dict(average="
+                "True) after training"
+            )
+        state = self.engine.state_dict(average=average)
+        with self.engine.gathered(), together(self.engine.mesh.world):
+            if self.args.should_save:
+                self._save(folder, state_dict=state)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.engine is not None

@@ -37,6 +37,8 @@ def test_a_trainer_is_used_in_many_ways(tmp_path: Path) -> None:
         without, with_it, later = results["full eval"]
         assert with_it == without and later != without
         same({**results["resumed 3"], "best": None}, plain["adapted"])
+        written, state = results["by itself"]
+        assert written.keys() == state.keys() and all(torch.equal(written[name], p) for name, p in state.items())
     start = {name: p for name, p in frozen_llama().named_parameters() if not p.requires_grad}
     assert all(torch.equal(results["frozen 3"]["state"][name], p) for name, p in start.items()) and len(start) > 5
     files = sorted(path.name for path in (folder / "adapted-3" / "checkpoint-4").glob("*.safetensors"))

@@ -57,6 +57,21 @@ class Adapted(nn.Module):
         save_file({k: v for k, v in state.items() if "lora_" in k}, Path(folder) / "adapter_model.safetensors")
 
 
+class Embedder(nn.Module):
+    """Of a library that writes its models itself, and has a Trainer that lets them, as SentenceTransformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = llama()
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        return self.inner(input_ids=input_ids, labels=labels)
+
+    def save_pretrained(self, folder: str) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        torch.save(self.state_dict(), Path(folder) / "embedder.pt")
+
+
 def frozen_llama() -> nn.Module:
     """All but the last layer's norms and the head."""
     model = llama()
@@ -255,6 +270,16 @@ def resumed(output: str, config: Any, kind: Any, step: int) -> dict[str, Any]:
     return end(trainer)
 
 
+def by_itself(output: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a Trainer beside the library's lets the model write, at stage 3, and what it is."""
+    trainer = trainer_of(output, STAGE_3, Embedder(), max_steps=1, save_strategy="steps", save_steps=1)
+    trainer._save = lambda folder, state_dict: trainer.model.save_pretrained(folder)
+    trainer.train()
+    state = trainer.engine.state_dict()
+    trainer.engine.close()
+    return torch.load(f"{output}/checkpoint-1/embedder.pt"), state
+
+
 CASES = {
     "frozen": frozen,
     "best": best_of_few,
@@ -270,6 +295,7 @@ def everything(output: str) -> dict[str, Any]:
     results = {f"{name} 2": case(f"{output}/{name}-2", DEEPSPEED) for name, case in CASES.items()}
     results |= {f"{name} 3": case(f"{output}/{name}-3", STAGE_3) for name, case in CASES.items()}
     results["full eval"] = full_eval(f"{output}/full")
+    results["by itself"] = by_itself(f"{output}/itself")
     results["resumed 3"] = resumed(f"{output}/adapted-2", STAGE_3, Adapted, 2)
     return results
 
