@@ -75,11 +75,12 @@ class BufferSync:
         wanted = None if names is None else set(names)
         buffers = [b for name, b in self._named() if b.numel() and (wanted is None or name in wanted)]
         for device in dict.fromkeys(b.device for b in buffers):
-            self._broadcast([b for b in buffers if b.device == device])
+            self._broadcast([b for b in buffers if b.device == device], wanted is None)
         if wanted is None:
             self._note()
 
-    def _broadcast(self, buffers: list[Tensor]) -> None:
+    def _broadcast(self, buffers: list[Tensor], compares: bool) -> None:
+        """``compares``: what is equal is not written; a forward pass of the same step may have kept it for backward."""
         sizes = [-(-b.nbytes // _ALIGN) * _ALIGN for b in buffers]
         packed = torch.zeros(sum(sizes), dtype=torch.uint8, device=buffers[0].device)
         parts = [part[: b.nbytes].view(b.dtype).view(b.shape) for part, b in zip(packed.split(sizes), buffers)]
@@ -89,7 +90,8 @@ class BufferSync:
         comm.broadcast(packed, self._axis, self.source)
         if self._axis.rank != self.source:
             for part, buffer in zip(parts, buffers):
-                buffer.copy_(part)
+                if not (compares and _same(buffer, part)):
+                    buffer.copy_(part)
 
 
 def _same(buffer: Tensor, before: Tensor | None) -> bool:

@@ -195,3 +195,45 @@ def kept() -> list[float]:
 def test_a_state_dict_has_rank_0s_buffers_on_every_rank() -> None:
     (zero, first), (one, second) = run_ranks(kept, 2)
     assert zero == first == second != one
+
+
+class Placed(nn.Module):
+    """Looks places up in a constant buffer, which autograd keeps for the backward pass, as BERT does."""
+
+    places: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(4, 3)
+        self.register_buffer("places", torch.arange(4))
+        self.double()
+
+    def forward(self, samples: Tensor) -> Tensor:
+        return (self.table(self.places[: len(samples)]) * samples).square().mean()
+
+
+def three_passes(model: Any, step: int) -> Tensor:
+    samples = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+    return sum((model(rows) for rows in samples), torch.zeros((), dtype=torch.float64))
+
+
+def compared() -> Tensor:
+    """The table after a step of two micro-batches."""
+    model = Placed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = megatron_ds.initialize(model, {"accumulation": 2}, optimizer)
+    for micro_batch in range(2):
+        engine.backward(three_passes(engine, 2 * micro_batch + dist.get_rank()))
+        engine.step()
+    table = engine.get_parameter("table.weight")
+    engine.close()
+    return table
+
+
+def test_constant_buffers_are_not_written_between_the_forward_passes_of_a_step() -> None:
+    model = Placed()
+    (sum(three_passes(model, step) for step in range(4)) / 4).backward()
+    want = model.table.weight - 0.1 * model.table.weight.grad
+    for found in run_ranks(compared, 2):
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
