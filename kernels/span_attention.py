@@ -16,6 +16,8 @@ from megatron_ds.kernels.cpu.attention_route import QUERIES
 
 _FEW = 32
 """Queries of a key/value head."""
+_WHOLE = 1 << 14
+"""Scores of a head that are computed in one product, though up to half of them are hidden: calls take longer."""
 _SMALL = 4.0
 """Scores whose rounding to bf16 changes the result by about as much as that of the probabilities does."""
 
@@ -48,8 +50,9 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap
     if q.dtype is torch.float16 or (q.dtype is torch.bfloat16 and group * c > _FEW):
         k = k.float()
     queries, parts = q.unflatten(2, (g, group)).permute(2, 0, 3, 1, 4), []  # [g, b, n / g, c, d]
-    for start in range(0, c, QUERIES):
-        end = min(start + QUERIES, c)
+    at_once = max(QUERIES, _WHOLE // length)
+    for start in range(0, c, at_once):
+        end = min(start + at_once, c)
         seen = length - c + end
         own = queries[:, :, :, start:end].reshape(g * b, -1, d)
         scores = _scores(own, k[:, :, :seen], 1.0 / math.sqrt(d))

@@ -134,6 +134,7 @@ class CompiledDecoding:
         graph = record(run, (*numbers, self._columns, *like), {_TOKENS, _LONGEST, _CACHE, _BLOCKS})
         self._run = compile_graph(graph, in_one_call=True) if compiled else lambda *inputs: graph(*inputs)[0]
         self._longest = 2 * min(windows, default=1 << 62)
+        self._step: _DecodingStep | None = None
 
     @staticmethod
     def can(model: Transformer, cache: PagedCache) -> bool:
@@ -144,18 +145,44 @@ class CompiledDecoding:
         """Whether it is such a step, and most keys that it would read are seen."""
         return all(span.count == 1 and span.start < self._longest for span in spans)
 
-    def run(self, spans: Sequence[Span]) -> Tensor:
-        """Logits ``[b, v]``."""
-        places = [span.start for span in spans]
-        counts = [place // self._size + 1 for place in places]  # blocks of each text
-        most = max(counts)
+    def run(self, spans: Sequence[Span], copied: bool = False) -> Tensor:
+        """Logits ``[b, v]``. ``copied``: a text has got other blocks since the last step."""
+        if copied or self._step is None or not self._step.goes_on(spans):
+            self._step = _DecodingStep(spans, self._size)
+        most = self._step.most
         if most > len(self._columns):
             self._columns = torch.arange(2 * most)
+        return self._run(self._step.of_texts, self._step.of_blocks, self._columns[:most], *self._pages)
+
+
+class _DecodingStep:
+    """The inputs of a step, of which the next one changes two rows where the same texts stay in the same blocks.
+
+    Attributes:
+        most: blocks of a text.
+    """
+
+    def __init__(self, spans: Sequence[Span], size: int):
+        places = [span.start for span in spans]
+        counts = [place // size + 1 for place in places]
         of_texts = np.array(([span.sequence.tokens[span.start] for span in spans], places, counts))
         ends = of_texts[2].cumsum()
         of_texts[2] = firsts = ends - counts  # of each text among the blocks of all
         of_blocks = np.empty((3, ends[-1]), np.int64)
         of_blocks[0] = list(chain.from_iterable(span.sequence.blocks[:count] for span, count in zip(spans, counts)))
         of_blocks[1] = texts = np.arange(len(spans)).repeat(counts)
-        of_blocks[2] = (np.arange(ends[-1]) - firsts[texts]) * self._size
-        return self._run(torch.from_numpy(of_texts), torch.from_numpy(of_blocks), self._columns[:most], *self._pages)
+        of_blocks[2] = (np.arange(ends[-1]) - firsts[texts]) * size
+        self.of_texts, self.of_blocks, self.most = torch.from_numpy(of_texts), torch.from_numpy(of_blocks), max(counts)
+        self._numbers, self._sequences = of_texts, [span.sequence for span in spans]
+        self._next = [place + 1 for place in places]
+        self._steps = size - 1 - max(place % size for place in places)  # until a text needs another block
+
+    def goes_on(self, spans: Sequence[Span]) -> bool:
+        """Whether ``spans`` are of the same texts, each one token further in its last block; then it is their step."""
+        if not self._steps or [s.start for s in spans] != self._next or [s.sequence for s in spans] != self._sequences:
+            return False
+        self._steps -= 1
+        self._numbers[0] = [span.sequence.tokens[span.start] for span in spans]
+        self._numbers[1] = self._next
+        self._next = [place + 1 for place in self._next]
+        return True

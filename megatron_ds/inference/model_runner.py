@@ -98,7 +98,7 @@ class ModelRunner:
         self.cache.clear(plan.fresh)
         spans = plan.spans
         if self.decoding is not None and self.decoding.takes(spans):
-            return _of_rows(self.decoding.run(spans), rows)
+            return _of_rows(self.decoding.run(spans, bool(plan.copies)), rows)
         places = StepPlaces.of(
             [s.sequence.blocks for s in spans], [s.count for s in spans], [s.start for s in spans], self.cache.size
         )

@@ -63,6 +63,7 @@ class PagedCache:
         self._firsts = torch.arange(2 * len(numbers), device=device) * blocks  # of the keys, or values, of each layer
         self.pages = Pages(2 * len(numbers) * blocks, size, kv_heads, head_dim, dtype, device)
         parts = [self.pages.part(slice(first, first + blocks)) for first in self._firsts.tolist()]
+        self._bytes = self.pages.bytes_of(2 * len(numbers)) if torch.device(device).type == "cpu" else None
         self.keys, self.values = dict(zip(numbers, parts[::2])), dict(zip(numbers, parts[1::2]))
 
     def clear(self, blocks: Sequence[int]) -> None:
@@ -70,7 +71,11 @@ class PagedCache:
 
         The GPU's kernel does not, and nothing is filled there.
         """
-        if blocks and self._reads_whole_blocks:
+        if self._bytes is not None:
+            for block in blocks:  # as there are few, calls are what takes the time
+                for of_tensor in self._bytes:
+                    of_tensor[:, block] = 0
+        elif blocks and self._reads_whole_blocks:
             self.pages.clear((self._firsts + torch.tensor(blocks, device=self.device).unsqueeze(1)).flatten())
 
     def copy(self, copies: Sequence[tuple[int, int]]) -> None:

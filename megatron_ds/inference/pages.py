@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ class Pages:
                 return torch.zeros(blocks, heads, size, width, dtype=dtype, device=device)
             return torch.zeros(blocks, size, heads, width, dtype=dtype, device=device).transpose(1, 2)
 
+        self._heads_at = torch.arange(heads, device=device) * size  # of a block, its slots of each head
         self.data = made(head_dim, torch.uint8 if self._float8 else dtype)  # bytes: not every operation knows FP8
         self.scale = made(1, torch.float32) if self._float8 else None
 
@@ -48,7 +50,8 @@ class Pages:
         """Where ``slots [t]`` lie, as :meth:`write` takes it: rows of all heads on a GPU, elsewhere of each head."""
         if not self._heads_apart:
             return slots
-        return (self._of_heads(slots // self.size).t() * self.size + (slots % self.size).unsqueeze(1)).flatten()
+        of_first = slots + slots // self.size * ((self.data.shape[1] - 1) * self.size)
+        return (of_first.unsqueeze(1) + self._heads_at).flatten()
 
     def blocks_of(self, blocks: Tensor) -> Tensor:
         """Where ``blocks [b, m]`` lie, as :meth:`read` takes it."""
@@ -97,6 +100,11 @@ class Pages:
         for tensor in (self.data, self.scale):
             if tensor is not None:
                 tensor.index_fill_(0, blocks, 0)
+
+    def bytes_of(self, parts: int) -> list[np.ndarray]:
+        """``[parts, blocks / parts, ...]``: the bytes of all tensors in the memory of the host, where they lie."""
+        tensors = (x for x in (self.data, self.scale) if x is not None)
+        return [x.view(torch.uint8).view(parts, len(x) // parts, -1).numpy() for x in tensors]
 
     def copy(self, sources: Tensor, targets: Tensor) -> None:
         """Blocks to others."""

@@ -63,7 +63,11 @@ class PoolMachine(RuleBasedStateMachine):
     def nothing_is_lost(self) -> None:
         holders = [block for blocks in self.held for block in blocks]
         assert self.pool.free == 7 - len(set(holders))
-        assert all(self.pool.is_shared(block) == (holders.count(block) > 1) for block in range(7))
+        for block in range(7):
+            assert self.pool.is_shared(block) == (holders.count(block) > 1)
+            assert [place for place in range(12) if self.pool.has_room([block] * 3, place)] == (
+                [1, 2, 3, 5, 6, 7, 9, 10, 11] if holders.count(block) == 1 else []
+            )
 
 
 PoolMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

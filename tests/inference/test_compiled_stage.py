@@ -11,8 +11,10 @@ from served import VOCAB, config_of, engine_of, stage_of
 
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference import SamplingParams, compiled_stage, served_model
-from megatron_ds.inference.compiled_stage import CompiledDecoding
+from megatron_ds.inference.batching import Span
+from megatron_ds.inference.compiled_stage import CompiledDecoding, _DecodingStep
 from megatron_ds.inference.model_runner import CacheSize, ModelRunner
+from megatron_ds.inference.sequence import Request, Sequence
 from megatron_ds.inference.serving_engine import ServingEngine
 from megatron_ds.inference.serving_recipes import PackedWeight, use_serving_recipes
 from megatron_ds.kernels.cpu.compiled_graph import compile_graph, record
@@ -99,6 +101,33 @@ def test_quantised_weights_are_recorded_as_they_compute(scheme: str, monkeypatch
         found.append(logprobs_of(engine, 2))
     for mine, theirs in zip(*found, strict=True):
         assert mine == pytest.approx(theirs, abs=1e-5)
+
+
+def test_a_step_that_goes_on_has_the_inputs_of_one_made_anew() -> None:
+    texts = [
+        Sequence(Request(str(n), [1], SamplingParams(), 0), 0, list(range(30)), blocks=[9, n, 8, 7 * n])
+        for n in (1, 2, 3)
+    ]
+
+    def spans(place: int, count: int = 3) -> list[Span]:
+        return [Span(text, place + 2 * number, 1) for number, text in enumerate(texts[:count])]
+
+    step, went_on = _DecodingStep(spans(0), 8), []
+    for place in range(1, 12):
+        went_on.append(step.goes_on(spans(place)))
+        fresh = _DecodingStep(spans(place), 8)
+        step = step if went_on[-1] else fresh
+        assert torch.equal(step.of_texts, fresh.of_texts) and torch.equal(step.of_blocks, fresh.of_blocks)
+        assert step.most == fresh.most
+    assert went_on == [place not in (4, 6, 8) for place in range(1, 12)], "a text needs another block"
+    step = _DecodingStep(spans(8), 8)
+    assert not step.goes_on(spans(10)) and not step.goes_on(spans(9, 2)) and not step.goes_on(spans(9)[::-1])
+    assert step.goes_on(spans(9))
+    decoding = CompiledDecoding.__new__(CompiledDecoding)
+    decoding._size, decoding._step, decoding._columns, decoding._pages = 8, step, torch.arange(9), []
+    decoding._run = lambda *inputs: inputs[1]
+    texts[0].blocks = [9, 5, 8, 7]  # its last one was shared, and is a copy now
+    assert torch.equal(decoding.run(spans(10), copied=True), _DecodingStep(spans(10), 8).of_blocks)
 
 
 def test_a_size_that_decides_what_is_computed_is_refused() -> None:
