@@ -121,7 +121,7 @@ class Output:
             except BlockingIOError:
                 raise ConfigError(
                     f"another job is writing to output={str(self.root)!r} at this moment; wait for it, or choose "
-                    "another directory"
+                    f"another directory{_each_a_job()}"
                 ) from None
             except OSError as error:
                 raise ConfigError(f"output={str(self.root)!r} cannot be written: {error}") from None
@@ -164,6 +164,17 @@ class Output:
                 shown = ", ".join(damaged[:8]) + ", ..." * (len(damaged) > 8)
                 notes.append(f"{path}: {len(damaged)} damaged or cut-off lines were dropped (line {shown})")
         return notes
+
+
+def _each_a_job() -> str:
+    """What to say where srun or mpirun started several processes, each of which takes itself for a whole job."""
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if "RANK" not in os.environ and os.environ.get(name, "1") != "1":
+            return (
+                f". {name}={os.environ[name]}: that many processes were started, and each trains alone; start one a "
+                "node that runs torchrun, as in examples/slurm_pretrain_llama3_8b.sbatch"
+            )
+    return ""
 
 
 def check_settings(

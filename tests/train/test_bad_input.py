@@ -258,12 +258,16 @@ def test_resume_where_there_is_nothing_says_so_and_begins(run: Run, tmp_path: Pa
     assert len(read_losses(tmp_path / "run")) == 4
 
 
-def test_two_jobs_do_not_write_to_one_directory_at_once(run: Run, finished: Path) -> None:
+def test_two_jobs_do_not_write_to_one_directory_at_once(
+    run: Run, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")  # by srun, without torchrun
     with (finished / "lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         before = snapshot(finished)
         done = run("--output", str(finished), "--checkpoint.resume", "--train.steps", "6")
         assert done.code == 2 and "another job is writing to" in done.error
+        assert "SLURM_STEP_NUM_TASKS=8: that many processes were started, and each trains alone" in done.error
         assert snapshot(finished) == before
 
 
