@@ -155,7 +155,7 @@ def _prepare(
     """The model's parameters by name, in their dtype; and what gives values to those that have none yet."""
     if config.keep_freed_memory:
         keep_freed_memory()
-    check_model(model, gathers=config.zero.stage == 3 and mesh.data.size > 1)
+    check_model(model, gathers=config.zero.stage == 3 and mesh.data.size > 1, ranks=mesh.data.size)
     dtype = None if config.keeps_dtype else DTYPES[config.precision.dtype]
     empty = take_places(model, mesh.device, dtype)
     _place_model(model, mesh, dtype)

@@ -7,17 +7,28 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from megatron_ds.errors import ConfigError
 
 
-def check_model(model: nn.Module, gathers: bool = False) -> None:
-    """Raise ConfigError, with the way out. ``gathers``: parameters are whole only while their module is used."""
+def check_model(model: nn.Module, gathers: bool = False, ranks: int = 1) -> None:
+    """Raise ConfigError, with the way out. ``gathers``: parameters are whole only while their module is used.
+
+    ``ranks``: that have the same parameters.
+    """
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise ConfigError(
             f"{lazy[0]} has no shape yet; call the model once with a batch, as lazy modules want, before initialize()"
         )
+    for name, parameter in model.named_parameters():
+        if is_traceable_wrapper_subclass(parameter) and (parameter.requires_grad or ranks > 1):
+            raise ConfigError(
+                f"{name} is a {type(parameter).__name__}, a tensor made of others as torchao's are, and an engine "
+                "keeps and sends plain ones alone: quantize after training; for adapters of a model in 8 or 4 bits "
+                "use bitsandbytes, for products in FP8 torchao's convert_to_float8_training"
+            )
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
             raise ConfigError(

@@ -13,10 +13,12 @@ import pytest
 import torch
 from hf_cases import STEPS, batch_of, loss_of, made, plain
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from trainer_cases import place_in_environment
 from trainer_cases import trained as trained_by_trainer
 
 import megatron_ds
+from megatron_ds.engine.model_check import check_model
 from megatron_ds.errors import ConfigError
 from megatron_ds.testing import run_ranks
 
@@ -180,6 +182,17 @@ def test_what_another_library_has_wrapped_is_refused_on_all_ranks() -> None:
         assert "wrapped in FSDPModule" in said["fsdp2"]
         assert said["dtensor"].startswith("0.weight is a DTensor")
         assert all("give initialize() the model as it was before" in text for text in said.values())
+
+
+def test_a_weight_made_of_other_tensors_is_refused_where_it_would_be_a_plain_one() -> None:
+    net = nn.Linear(4, 4, bias=False)
+    net.weight = nn.Parameter(TwoTensor(torch.ones(4, 4), torch.ones(4, 4)))
+    with pytest.raises(ConfigError, match=r"weight is a TwoTensor, .* quantize after training"):
+        megatron_ds.initialize(net, {}, torch.optim.SGD(net.parameters()))
+    net.requires_grad_(False)
+    check_model(net)
+    with pytest.raises(ConfigError, match="weight is a TwoTensor"):
+        check_model(net, ranks=2)
 
 
 def by_the_trainer(output: str, stage: int) -> list[Any]:
