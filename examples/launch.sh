@@ -19,8 +19,8 @@ usage: $0 [--dry-run [--world-size N] [--rank R]] [--dotted.key VALUE ...]
 environment (run the same command on every node, with its own NODE_RANK):
   GPUS_PER_NODE   ranks a node                              (default: its GPUs; 1 where there is none)
   NNODES          number of nodes                           (default: 1)
-  NODE_RANK       this node, from 0                         (default: 0)
-  MASTER_ADDR     address of node 0                         (default: localhost)
+  NODE_RANK       this node, from 0                         (default: 0, on one node alone)
+  MASTER_ADDR     address of node 0                         (default: localhost, on one node alone)
   MASTER_PORT     a free port of node 0                     (default: 29500)
   PYTHON          the Python that has torch and megatron_ds (default: .venv/bin/python of this checkout)
 TEXT
@@ -79,8 +79,15 @@ find_python() {
 
 # A program and its arguments on every rank of this node.
 start_ranks() {
-    local python
+    local python name
     python="$(find_python)"
+    # Their defaults are right for one node; on several, launchers would wait for each other, each at its own localhost.
+    for name in NODE_RANK MASTER_ADDR; do
+        if [[ "${NNODES:-1}" != 1 && -z "${!name:-}" ]]; then
+            echo "error: NNODES=$NNODES needs $name on each node: NODE_RANK counts them from 0, MASTER_ADDR is that of node 0" >&2
+            exit 2
+        fi
+    done
     # torchrun, of the same installation as $python, which leaves SIGTERM and Ctrl-C to its ranks: they save and exit 0.
     exec "$python" -m megatron_ds.train.torchrun \
         --nnodes "${NNODES:-1}" \

@@ -155,6 +155,15 @@ def test_a_script_counts_the_gpus(echo: dict[str, str], tmp_path: Path) -> None:
     assert "--nproc-per-node 2" in started
 
 
+@pytest.mark.parametrize("missing", ["NODE_RANK", "MASTER_ADDR"])
+def test_several_nodes_have_no_defaults(echo: dict[str, str], missing: str) -> None:
+    """Two nodes of rank 0, or one that looks for the first at its own localhost, would wait for ever."""
+    place = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "node-0"}
+    del place[missing]
+    done = run(SCRIPTS[0], env={**echo, **place})
+    assert done.returncode == 2 and f"error: NNODES=2 needs {missing} on each node" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "extra", "world_size", "rank"),
     [
