@@ -58,7 +58,11 @@ class LLM:
         self._ranks = Ranks(o)
         for note in source.notes if self._ranks.mesh.rank == 0 else ():
             log.warning("%s: %s", o.model, note)
-        self.engine = self._engine(source, draft_source)
+        try:
+            self.engine = self._engine(source, draft_source)
+        except BaseException:
+            self._ranks.abort()
+            raise
         self._numbers, self._open = itertools.count(), True
 
     def _engine(self, source: served_model.Source, draft_source: served_model.Source | None) -> ServingEngine:

@@ -63,9 +63,15 @@ class Ranks:
             while not store.check([_here(rank) for rank in range(1, len(self._children) + 1)]):
                 self.require_alive()
                 time.sleep(0.02)
-        except ConfigError:
-            self.close()
+        except BaseException:
+            self.abort()
             raise
+
+    def abort(self) -> None:
+        """End the others at once: nobody will tell them to stop."""
+        for child in self._children:
+            child.kill()
+        self.close()
 
     def close(self) -> None:
         """The others have been told to stop, unless one of them has ended, which the rest may wait for."""

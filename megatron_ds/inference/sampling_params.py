@@ -27,6 +27,8 @@ _NEUTRAL: Mapping[str, float | None] = {
 """Settings of ``transformers`` that change which tokens come and are not served here, and where they change nothing."""
 _COLDEST = 1e-5
 """Logits divided by less would overflow in fp32, and the first of several infinite ones would be taken."""
+_HOTTEST = 1e30
+"""Far above it fp32 has infinity alone, and a token that must not come would have no number."""
 
 
 def _or(empty: Any) -> BeforeValidator:
@@ -84,13 +86,13 @@ class SamplingParams(CheckedSettings):
     """
 
     n: Annotated[int, Field(ge=1, le=128)] = 1
-    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    temperature: Annotated[float, Field(ge=0.0, le=_HOTTEST)] = 1.0
     top_k: Annotated[int, Field(ge=-1)] = -1
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     presence_penalty: _Penalty = 0.0
     frequency_penalty: _Penalty = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0.0)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=1 / _HOTTEST, le=_HOTTEST)] = 1.0
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     min_tokens: Annotated[int, Field(ge=0)] = 0

@@ -115,6 +115,20 @@ def test_a_rank_that_ends_before_it_has_begun_is_not_waited_for(folder: Path, mo
     assert [child.returncode for child in started] == [-9, 3]
 
 
+def test_a_model_for_which_there_is_no_memory_leaves_no_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would wait for the first one for ever, and so would a second try in this process for them."""
+    real, other = ranks.Ranks.__init__, subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+
+    def init(self: ranks.Ranks, options: Any) -> None:
+        real(self, options)
+        self._children.append(other)
+
+    monkeypatch.setattr(ranks.Ranks, "__init__", init)
+    with pytest.raises(ConfigError, match="there is memory for 0 blocks"):
+        LLM(folder, gpu_memory_utilization=1e-12)
+    assert other.returncode == -9
+
+
 def test_a_checkpoint_is_served_as_the_folder_that_it_came_from(folder: Path, tmp_path: Path) -> None:
     import_hf(folder, tmp_path / "run")
     params = SamplingParams(temperature=0.0, max_tokens=12)

@@ -185,6 +185,8 @@ def test_the_newer_name_of_the_most_tokens_wins(fields: dict[str, int], most: in
         ({"prompt": "a", "allowed_token_ids": []}, "allowed_token_ids"),
         ({"prompt": "a", "request_id": 3}, "request_id"),
         ({"prompt": "a", "logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+        ({"prompt": [-1], "echo": True}, "prompt"),
+        ({"prompt": [[97, 1 << 70]], "echo": True}, "prompt"),
     ],
 )
 def test_what_openai_refuses_is_refused(body: dict[str, Any], parameter: str) -> None:

@@ -153,6 +153,13 @@ def test_of_equals_the_smallest_id_is_taken_and_top_k_1_is_greedy() -> None:
     assert Sampler(Axis("tp"), 0, VOCAB).sample(colder.clone(), rows).tokens == [VOCAB - 1] * 2
 
 
+def test_at_the_highest_temperature_no_token_beyond_the_vocabulary_comes() -> None:
+    sampler = Sampler(Axis("tp"), 0, VOCAB)
+    logits = sampler.mask_padding(torch.randn(64, VOCAB + 64))
+    rows = [row(SamplingParams(temperature=1e30, repetition_penalty=1e30), seed=seed) for seed in range(64)]
+    assert max(sampler.sample(logits, rows).tokens) < VOCAB
+
+
 def test_draws_have_the_distribution() -> None:
     """Chi-square of 20,000 draws; 39 degrees of freedom, the bound is passed once in 10^5."""
     logits = scores()
@@ -227,6 +234,7 @@ def test_a_split_vocabulary_gives_the_same_tokens(ranks: int) -> None:
         {"stop": [3]}, {"stop_token_ids": [-1]}, {"logit_bias": {"x": 1}}, {"logit_bias": {1: float("nan")}},
         {"logprobs": -1}, {"seed": "x"}, {"presence_penalty": 3}, {"repetition_penalty": 0}, {"logit_bias": 5},
         {"stop": ["a"], "detokenize": False}, {"max_tokens": float("inf")}, {"n": None}, {"foo": 1},
+        {"temperature": 1e39}, {"repetition_penalty": 1e39}, {"repetition_penalty": 1e-40},
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_named(wrong: dict[str, Any]) -> None:

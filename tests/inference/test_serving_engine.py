@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import FAMILIES, VOCAB, config_of, engine_of, stage_of, whole_logits
 
+from megatron_ds.errors import ConfigError
 from megatron_ds.inference import paged_cache
 from megatron_ds.inference.batching import guess
 from megatron_ds.inference.outputs import RequestOutput
@@ -154,6 +155,17 @@ def test_guesses_change_nothing_but_the_number_of_steps() -> None:
     for name, without in found[0].items():
         assert found[1][name].token_ids == without.token_ids, name
         assert found[1][name].finish_reason == without.finish_reason
+
+
+def test_an_id_is_free_again_when_its_request_has_ended() -> None:
+    engine, params = engine_of(MODELS["llama"]), SamplingParams(temperature=0.0, max_tokens=2)
+    for _ in range(2):
+        engine.add("a", [1, 2], params)
+        for _ in range(2):  # it waits for a step, then it is under way
+            with pytest.raises(ConfigError, match="request 'a' is being served already"):
+                engine.add("a", [3], params)
+            engine.step()
+        assert not engine.has_work
 
 
 def test_the_time_of_a_step_is_counted_apart_from_the_computing_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
