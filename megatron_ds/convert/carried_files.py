@@ -7,13 +7,15 @@ along, and an export writes what has not changed as it was.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_ds.convert.folder import HFFolder
-from megatron_ds.errors import CheckpointError, RaisedAs
-from megatron_ds.files import checksum, read_bytes, read_object
+from megatron_ds.data.tokenizers import load_tokenizer
+from megatron_ds.errors import CheckpointError, DataError, RaisedAs
+from megatron_ds.files import read_bytes, read_object
 
 TOKENIZER, REST = "tokenizer", "hf"
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -105,10 +107,10 @@ def settings(checkpoints: Path, name: str) -> dict[str, Any]:
 
 
 def has_tokenizer(checkpoints: Path, fingerprint: str) -> bool:
-    """Whether the tokenizer beside the checkpoints is the one with this fingerprint: the xxh3-64 of its file."""
-    names = ("tokenizer.json", "tokenizer.model")
-    files = [checkpoints / TOKENIZER / name for name in names]
-    return any(file.is_file() and checksum(read_bytes(file)) == fingerprint for file in files)
+    """Whether the tokenizer beside the checkpoints, with what its settings add, is the one with this fingerprint."""
+    with contextlib.suppress(DataError):
+        return load_tokenizer(checkpoints / TOKENIZER, fast=False).fingerprint == fingerprint
+    return False  # there is none, or none that can be read
 
 
 def _travels(path: Path) -> bool:

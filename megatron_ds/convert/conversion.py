@@ -38,8 +38,11 @@ def new_folder(out_dir: Path, needed: int) -> Iterator[Path]:
     """A folder that becomes ``out_dir`` on leaving, when it is complete; by an exception it is removed.
 
     Raises:
-        ConfigError: ``out_dir`` holds something. CheckpointError: its disk has no room for ``needed`` bytes.
+        ConfigError: ``out_dir`` holds something, or has no name.
+        CheckpointError: its disk has no room for ``needed`` bytes.
     """
+    if not out_dir.name:
+        raise ConfigError(f"{out_dir} is a folder that is there; give the name of one that is to be made")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ConfigError(f"{out_dir} exists and is not an empty directory; export to another, or remove it first")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -156,12 +159,21 @@ def write_converted(
     title: str,
     progress: bool = False,
 ) -> None:
-    """Write every tensor in the order of the files. Tensors that ``make`` gives along wait here until their turn."""
+    """Write every tensor in the order of the files. Tensors that ``make`` gives along wait here until their turn.
+
+    Raises:
+        ConfigError: a value is beyond the range of the dtype in ``plan``.
+    """
     waiting: dict[str, Tensor] = {}
     with tqdm(total=plan_bytes(plan), desc=title, unit="B", unit_scale=True, disable=not progress) as bar:
         for name in files.order:
             if name not in waiting:
                 waiting.update(make(name))
-            tensor = waiting.pop(name).to(plan[name][1])
+            wide = waiting.pop(name)
+            tensor = wide.to(plan[name][1])
+            if tensor.dtype is torch.float16 and not torch.equal(tensor.isfinite(), wide.isfinite()):
+                raise ConfigError(
+                    f"{name} has values up to {wide.abs().max():.3g}, and float16 ends at 65504; use bfloat16"
+                )
             files.write(name, tensor)
             bar.update(tensor.nbytes)

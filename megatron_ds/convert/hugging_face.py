@@ -73,7 +73,7 @@ def export_hf(
         original = carried_files.settings(source.directory.parent, carried_files.CONFIG)
         # A model that came as one class goes out as that class, where another could express it too.
         architecture = choose(
-            config, sorted(ARCHITECTURES, key=lambda a: a.name not in original.get("architectures", ()))
+            config, sorted(ARCHITECTURES, key=lambda a: a.name not in (original.get("architectures") or ()))
         )
         rules, shapes = architecture.expanded(config), global_shapes(config)
         plan, make = plan_export(source, source.weights_kind(average), config, rules, shapes, dtype)
@@ -181,7 +181,7 @@ def _write_configs(
     """
     original = carried_files.settings(checkpoints, carried_files.CONFIG)
     generation = carried_files.settings(checkpoints, carried_files.GENERATION)
-    same_class = architecture.name in original.get("architectures", ())
+    same_class = architecture.name in (original.get("architectures") or ())
     travels = KEPT | set(architecture.harmless if same_class else ())
     kept = {key: value for key, value in original.items() if key in travels}
     special: dict[str, Any] = {}

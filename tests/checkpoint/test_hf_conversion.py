@@ -126,6 +126,11 @@ def test_the_dtype_can_be_changed_on_the_way(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     with Checkpoint(tmp_path / "ours") as checkpoint:
         assert checkpoint.shape("embedding.weight") == (131, 24)
+    large = load_file(tmp_path / "hf" / "model.safetensors")
+    large["model.norm.weight"][3] = -70_000.0
+    save_file(large, tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"final_norm\.weight has values up to 7e\+04, and float16 ends at 65504"):
+        import_hf(tmp_path / "hf", tmp_path / "narrow", dtype=torch.float16)
 
 
 def test_the_tokenizer_goes_with_the_model(tmp_path: Path) -> None:
@@ -301,13 +306,17 @@ def test_an_hf_folder_that_is_not_what_it_says(tmp_path: Path) -> None:
     assert not (tmp_path / "ours").exists()
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
+def test_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_checkpoint(tmp_path / "ours")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
     with pytest.raises(ConfigError, match="is not an empty directory"):
         export_hf(tmp_path / "ours", tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ConfigError, match="is a folder that is there; give the name of one that is to be made"):
+        export_hf(tmp_path / "ours", ".")
     make("gpt2").save_pretrained(tmp_path / "hf")
     import_hf(tmp_path / "hf", tmp_path / "imported")
     with pytest.raises(CheckpointError, match="step-00000000 exists already"):

@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"eos_token_id": EOS, "pad_token_id": 5, "temperature": 0.6}
+    config |= {"eos_token_id": EOS, "pad_token_id": 5, "temperature": 0.6, "architectures": None}
     del config["bos_token_id"]  # then it is the class's default: 1
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -56,10 +56,13 @@ def fine_tuned(start: Path, checkpoints: Path, **model: Any) -> Path:
     return checkpoints
 
 
-@pytest.mark.parametrize("tokenizer", [None, "the same"])
+@pytest.mark.parametrize("tokenizer", [None, "the same", "the same, with a token of its settings"])
 def test_import_training_and_export_change_none_of_it(folder: Path, tmp_path: Path, tokenizer: str | None) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+    if tokenizer is not None and tokenizer != "the same":
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "extra_special_tokens": ["<|image|>"]}))
     said: list[str] = []
     import_hf(folder, tmp_path / "ours", warn=said.append)
     assert said == [f"{folder}: not taken along: modeling.py, notes.pt, original/"]
