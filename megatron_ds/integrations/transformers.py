@@ -169,8 +169,8 @@ class Trainer(transformers.Trainer):
         if (isinstance(source, dict) and is_deepspeed(source)) or str(source).endswith(".json"):
             config, notes = from_deepspeed(source or {}, auto, must_match=True)
             config = config.model_copy(update={"micro_batch": None, "global_batch": None, "accumulation": None})
-            if args.process_index == 0:
-                print(*(f"megatron_ds: {note}" for note in notes), sep="\n", flush=True)
+            for note in notes if args.process_index == 0 else ():
+                print(f"megatron_ds: {note}", flush=True)
         else:
             config = self._with_arguments(read_config(source)[0], max_steps)
         config = with_precision(config, "bf16" if args.bf16 else "fp16" if args.fp16 else "no")

@@ -182,12 +182,21 @@ def resumed(folder: str, stage: int) -> list[Any]:
     return [path, client, same, other.micro_steps, other.global_steps, other.get_lr(), weights.global_steps]
 
 
+def told_of_a_damaged_tag(folder: str) -> str:
+    (Path(folder) / "latest").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError) as told:
+        made().load_checkpoint(folder)
+    return str(told.value)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_checkpoint_by_tag_goes_on_where_it_was(ranks: int, tmp_path: Path) -> None:
     for path, client, same, micro, steps_, rates, anew in run_ranks(resumed, ranks, str(tmp_path), 2):
         assert path == str(tmp_path / "global_step3") and client == {"epoch": 3, 1: (2.5, None)} and same
         assert (micro, steps_, anew) == (6, 6, 0) and rates == [scripts.LR]
     assert (tmp_path / "latest").read_text() == "global_step3" and (tmp_path / "best").is_dir()
+    for told in run_ranks(told_of_a_damaged_tag, ranks, str(tmp_path)):  # and no rank waits for the one that reads it
+        assert "latest, which names the newest tag, is damaged; give tag=" in told
 
 
 def test_a_checkpoint_in_parts(tmp_path: Path) -> None:

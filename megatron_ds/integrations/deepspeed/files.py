@@ -15,7 +15,7 @@ from megatron_ds import checkpoint
 from megatron_ds.comm.together import exchange, together
 from megatron_ds.engine import Engine
 from megatron_ds.engine.wrapped import plain_name
-from megatron_ds.errors import CheckpointError, ConfigError
+from megatron_ds.errors import CheckpointError, ConfigError, RaisedAs
 from megatron_ds.files import print_line, read_bytes, replacing, sync_directory, write_text_durably
 from megatron_ds.mesh import Axis
 from megatron_ds.shard import spec_of
@@ -67,10 +67,13 @@ class TaggedCheckpoints:
             raise ConfigError("load_checkpoint(custom_load_fn=) is not supported; use load_module_state_dict()")
         own, folder = self.engine, Path(load_dir)
         if tag is None:
-            found = exchange(own.mesh.world, _newest(folder) if own.mesh.rank == 0 else "")[0]
-            if not found:
+            newest = ""
+            with together(own.mesh.world):
+                if own.mesh.rank == 0:
+                    newest = _newest(folder)
+            tag = exchange(own.mesh.world, newest)[0]
+            if not tag:
                 return None, None
-            tag = found
         path = folder / str(tag)
         optimizer = load_optimizer_states and not load_module_only
         scheduler = load_lr_scheduler_states and not load_module_only
@@ -153,4 +156,5 @@ def _agreed(world: Axis, tag: str) -> str:
 
 def _newest(folder: Path) -> str:
     path = folder / _LATEST
-    return read_bytes(path, _LONGEST_TAG).decode().strip() if path.is_file() else ""
+    with RaisedAs(CheckpointError, f"{path}, which names the newest tag, is damaged; give tag=", OSError, ValueError):
+        return read_bytes(path, _LONGEST_TAG).decode().strip() if path.is_file() else ""

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_ds.comm.together import together
 from megatron_ds.engine import Engine
 from megatron_ds.errors import ConfigError, RaisedAs
-from megatron_ds.files import parse_json, read_json, read_text, replacing, write_json
+from megatron_ds.files import read_json, replacing, write_json
 from megatron_ds.zero.main_grad import is_trained
 
 INDEX = "model_index.json"
@@ -118,7 +118,7 @@ def save_pipeline(
     Args:
         vae: the folder of the VAE whose latents were trained on. Default: the base's.
     """
-    index = parse_json(read_text(base / INDEX))
+    index = read_json(base / INDEX)
     with together(engine.mesh.world):
         if engine.mesh.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
