@@ -4,7 +4,6 @@ without its condition."""
 from __future__ import annotations
 
 import logging
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from megatron_ds.data.image_source import SKIP, ImageSource, OnError
 from megatron_ds.data.image_transforms import Crop, Pixels, UndecodableImage, load_pixels
 from megatron_ds.data.latent_cache import LatentCache, sample_latents
 from megatron_ds.data.samples import Batch
+from megatron_ds.data.workers import usable_cores
 from megatron_ds.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -212,8 +212,7 @@ class DecodedImages(Images):
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return ThreadPoolExecutor(self._augmentation.workers or cores, thread_name_prefix="decode")
+        return ThreadPoolExecutor(self._augmentation.workers or usable_cores(), thread_name_prefix="decode")
 
 
 class LatentImages(Images):

@@ -27,12 +27,14 @@ from megatron_ds.data.dataset_files import (
     require_checksum,
 )
 from megatron_ds.data.indexed import IndexedDataset, dtype_code, header, new_prefix
-from megatron_ds.data.verify import Scan, remember, verify
+from megatron_ds.data.verify import Scan, remember, runs, verify
 from megatron_ds.errors import DataError
 from megatron_ds.files import replacing, sync_and_close, temporary_beside
 
 INDEX_CHUNK = 1 << 20
 COPY_BYTES = 8 << 20
+MOST_TOKENS = (1 << 31) - 1
+"""Of a sequence: its length is an int32."""
 
 
 class IndexedDatasetWriter:
@@ -72,10 +74,11 @@ class IndexedDatasetWriter:
         self._closed = False
 
     def add_document(self, *sequences: npt.ArrayLike) -> None:
-        """One document, of one sequence ``[n]`` or more. Ids that do not fit the dtype are refused."""
+        """One document, of one sequence ``[n]`` or more. Ids that do not fit the dtype are refused, and so is a length
+        that does not fit the index."""
         for values in map(np.asarray, sequences):
-            self._add_tokens(values)
             self._add_lengths(np.array([values.size]))
+            self._add_tokens(values)
         self._add_ends(np.array([self._sequences]))
 
     def add_documents(
@@ -102,7 +105,9 @@ class IndexedDatasetWriter:
         _require(other.idx_path, other.index_checksum(), found.checksums["idx"])
         for kind in self._open.keys() - {"idx"}:
             path, digest = file_of(other.prefix, kind), xxhash.xxh3_64()
-            for piece in pieces(path, COPY_BYTES):
+            # The tokens of a remote one are in its copy once they have been read.
+            fetched = other.remote is not None and kind == "bin"
+            for piece in (run.view(np.uint8).data for _, run in runs(other)) if fetched else pieces(path, COPY_BYTES):
                 digest.update(piece)
                 self._write(kind, piece)
                 progress(len(piece))
@@ -121,6 +126,11 @@ class IndexedDatasetWriter:
                 self._low = min(self._low, tokens.min())
 
     def _add_lengths(self, lengths: npt.NDArray) -> None:
+        if lengths.size and not 0 <= int(lengths.min()) <= int(lengths.max()) <= MOST_TOKENS:
+            raise DataError(
+                f"a sequence of {int(lengths.max())} tokens is longer than an index can say, {MOST_TOKENS}; cut it "
+                "into several documents"
+            )
         self._lengths.write(lengths.astype("<i4").tobytes())
         self._sequences += lengths.size
 

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -40,12 +41,14 @@ from megatron_ds.data.source_tables import hub_revision
 from megatron_ds.data.source_text import Block, Input, UnusableInput
 from megatron_ds.data.sources import find_inputs, plan_blocks
 from megatron_ds.data.tokenizers import Tokenizer, load_tokenizer
-from megatron_ds.data.workers import run_tasks
+from megatron_ds.data.workers import run_tasks, usable_cores
 from megatron_ds.errors import DataError
 from megatron_ds.files import read_json, replacing
 
-VERSION = 3
+VERSION = 4
 """Of what is made of the inputs: a run that another version began is not continued."""
+OWN = re.compile(rf"{re.escape(PLAN)}|\d{{6,}}-\d{{6,}}\.")
+"""How the names of a run's files in its folder begin."""
 
 
 def preprocess(
@@ -68,17 +71,15 @@ def preprocess(
 
     Raises:
         DataError: nothing to read, no EOD/BOS token where one is asked for, a bad record with
-            ``on_error="fatal"``, an output prefix without a name, inputs or options that are not those of the
-            interrupted run, another run at work on the same prefix, a worker that died.
+            ``on_error="fatal"``, an output prefix without a name, fewer than no workers, inputs or options that are
+            not those of the interrupted run, files of others where its parts would be, another run at work on the same
+            prefix, a worker that died.
     """
     prefix = new_prefix(output_prefix)
+    if workers is not None and workers < 0:
+        raise DataError(f"workers={workers}: give a number of processes, 0 for none, or leave it out for one a core")
     tokenizer = load_tokenizer(options.tokenizer)
-    for wanted, token, what in (
-        (options.append_eod, tokenizer.eod_id, "end-of-document"),
-        (options.prepend_bos, tokenizer.bos_id, "begin-of-sequence"),
-    ):
-        if wanted and token is None:
-            raise DataError(f"the tokenizer {options.tokenizer} has no {what} token to add")
+    _require_tokens(options, tokenizer)
     folder = Path(f"{prefix}.parts")
     own = [os.path.abspath(path) for path in (folder / PLAN, f"{prefix}.{MANIFEST}", f"{prefix}.{BAD_RECORDS}")]
     # In a folder of inputs a run may leave JSON of its own.
@@ -96,7 +97,7 @@ def preprocess(
         _start_or_continue(folder, plan, restart)
         job = Job(str(folder), found, options, dtype_for_vocabulary(tokenizer.vocab_size).name, tokenizer.fast)
         try:
-            parts = _make_parts(job, os.cpu_count() or 1 if workers is None else workers, show_progress)
+            parts = _make_parts(job, usable_cores() if workers is None else workers, show_progress)
             _check_unchanged(found, plan)
             with IndexedDatasetWriter(prefix, job.dtype, options.source.conversations) as output:
                 counts = merge_parts(folder, parts, output, plan)
@@ -108,6 +109,16 @@ def preprocess(
             raise
         shutil.rmtree(folder)
     return counts
+
+
+def _require_tokens(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
+    """Raises :class:`DataError` where a token is to be added that the tokenizer lacks."""
+    for wanted, token, what in (
+        (options.append_eod, tokenizer.eod_id, "end-of-document"),
+        (options.prepend_bos, tokenizer.bos_id, "begin-of-sequence"),
+    ):
+        if wanted and token is None:
+            raise DataError(f"the tokenizer {options.tokenizer} has no {what} token to add")
 
 
 def _plan(inputs: list[Input], options: PreprocessOptions, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -144,6 +155,11 @@ def _identity(item: Input) -> dict[str, Any]:
 def _start_or_continue(folder: Path, plan: dict[str, Any], restart: bool) -> None:
     path = folder / PLAN
     if folder.exists() and (restart or not path.is_file()):
+        if foreign := [name for name in sorted(os.listdir(folder)) if not OWN.match(name)]:
+            raise DataError(
+                f"{folder} is where the parts of a run would be, and holds {foreign[0]}, which is of none; choose "
+                "another output prefix, or move it away"
+            )
         shutil.rmtree(folder)
     if not folder.exists():
         folder.mkdir(parents=True)

@@ -188,9 +188,19 @@ def _read_line(item: Input, file: IO[bytes]) -> bytes:
     return line
 
 
-def _check_line(item: Input, size: int) -> None:
+def _check_line(item: Input, size: int, what: str = "line") -> None:
     if size > MAX_FILE_DOCUMENT:
-        raise DataError(f"{item.path} has a line of more than {MAX_FILE_DOCUMENT >> 20} MB: is it a text?")
+        raise DataError(f"{item.path} has a {what} of more than {MAX_FILE_DOCUMENT >> 20} MB: is it a text?")
+
+
+def _last_blank_line(text: bytes) -> int:
+    """Where the last line begins that has nothing but white space; 0 where there is none."""
+    end = text.rfind(b"\n")
+    while (before := text.rfind(b"\n", 0, max(end, 0))) >= 0:
+        if not text[before + 1 : end].strip():
+            return before + 1
+        end = before
+    return 0
 
 
 def _paragraphs(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
@@ -248,7 +258,7 @@ def stream_blocks(number: int, item: Input, chunks: Iterable[tuple[bytes, int]],
     Args:
         chunks: of the text, with their weights; cut at line ends (or paragraphs, or not at all).
     """
-    whole, separator = item.kind == "file", b"\n\n" if item.kind == "paragraph" else b"\n"
+    whole, paragraphs = item.kind == "file", item.kind == "paragraph"
     rest = b""
     at = block = lines = weight = 0
 
@@ -260,12 +270,12 @@ def stream_blocks(number: int, item: Input, chunks: Iterable[tuple[bytes, int]],
         rest, weight = rest + chunk, weight + more
         if whole and len(rest) > MAX_FILE_DOCUMENT:
             raise DataError(huge_document(item, len(rest)))
-        if end := 0 if whole else rest.rfind(separator) + 1:
+        if end := 0 if whole else _last_blank_line(rest) if paragraphs else rest.rfind(b"\n") + 1:
             yield made(rest[:end])
             at, block, lines = at + end, block + 1, lines + rest.count(b"\n", 0, end)
             rest, weight = rest[end:], 0
-        if separator == b"\n" and not whole:
-            _check_line(item, len(rest))  # as it comes: the memory may not hold all of it
+        if not whole:
+            _check_line(item, len(rest), "paragraph" if paragraphs else "line")  # as it comes: memory may not hold all
     if rest:
         yield made(rest)
 

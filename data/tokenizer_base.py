@@ -128,7 +128,8 @@ def write_hf(folder: str | Path, config: dict[str, Any], backend: Any = None) ->
     target.mkdir(parents=True, exist_ok=True)
     if backend is not None:
         backend.save(str(target / "tokenizer.json"))
-    (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (target / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
 def merges_of(ids: Mapping[AnyStr, int], badness: Callable[[AnyStr], float]) -> list[tuple[AnyStr, AnyStr]]:

@@ -127,7 +127,7 @@ def scan(dataset: IndexedDataset) -> Scan:
     """Read every token (1 to 2 GB/s from memory, the disk's rate otherwise)."""
     low, high = 0, -1
     sums = {"bin": StreamSums(CHUNK_BYTES)}
-    for _, tokens in _runs(dataset):
+    for _, tokens in runs(dataset):
         sums["bin"].update(tokens.data)
         low, high = min(low, int(tokens.min())), max(high, int(tokens.max()))
     mask = file_of(dataset.prefix, MASK_SUFFIX)
@@ -140,7 +140,7 @@ def scan(dataset: IndexedDataset) -> Scan:
     return Scan(low, high, {MASK_SUFFIX: "", **checksums, "idx": dataset.index_checksum()}, chunks)
 
 
-def _runs(dataset: IndexedDataset) -> Iterator[tuple[int, npt.NDArray]]:
+def runs(dataset: IndexedDataset) -> Iterator[tuple[int, npt.NDArray]]:
     """All tokens, some MB at a time, each run with the place of its first."""
     step = READ_BYTES // dataset.dtype.itemsize
     for start in range(0, dataset.num_tokens, step):
@@ -160,7 +160,7 @@ def check_token_ids(
     found = verify(dataset, cache_dir)
     if found.max_id < vocab_size and found.min_id >= 0:
         return found
-    for start, tokens in _runs(dataset):
+    for start, tokens in runs(dataset):
         wrong = np.flatnonzero((tokens >= vocab_size) | (tokens < 0))
         if wrong.size:
             at = start + int(wrong[0])

@@ -21,6 +21,11 @@ Result = TypeVar("Result")
 Handler = Callable[[Task], Result]
 
 
+def usable_cores() -> int:
+    """Those that this process may run on, which in a container or a job are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_tasks(
     tasks: Iterator[Task], make_handler: Callable[[], Handler[Task, Result]], workers: int
 ) -> Generator[Result, None, None]:

@@ -111,6 +111,15 @@ def test_captions(root: Path, tmp_path: Path) -> None:
         open_images(folder)
 
 
+def test_captions_are_listed_in_a_file_of_any_size(tmp_path: Path) -> None:
+    """It is read line by line; what is read whole is bounded."""
+    (tmp_path / "1.png").write_bytes(encoded(photograph("china").crop((0, 0, 8, 8))))
+    with (tmp_path / "metadata.jsonl").open("wb") as lines:
+        lines.writelines([b" " * (1 << 20) + b"\n"] * 257)
+        lines.write(b'{"file_name": "1.png", "text": "a temple"}\r\n')
+    assert open_images(tmp_path).caption(0) == "a temple"
+
+
 def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
     image, caption = encoded(photograph("china").crop((0, 0, 8, 8))), codecs.BOM_UTF8 + " Été\r\n".encode()
     (tmp_path / "1.png").write_bytes(image)
@@ -274,6 +283,7 @@ def test_sizes_are_read_from_both_ends(tmp_path: Path, monkeypatch: pytest.Monke
     wide = photograph("china").crop((0, 0, 600, 400))
     for name, format in (("a.jpg", "JPEG"), ("b.png", "PNG"), ("c.tif", "TIFF"), ("d.webp", "WEBP")):
         (tmp_path / "x" / name).write_bytes(encoded(wide, format))
+    (tmp_path / "x" / "e.jpg").write_bytes(encoded(wide.crop((0, 0, 300, 200))))
     source, read = open_images(tmp_path / "x"), []
     content = source.content
 
@@ -283,11 +293,12 @@ def test_sizes_are_read_from_both_ends(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(source, "content", counted)
     monkeypatch.setattr("megatron_ds.data.image_source.FIRST_BYTES", 4096)
-    assert source.sizes.tolist() == [[400, 600]] * 4
+    monkeypatch.setattr("megatron_ds.data.image_source._ROWS", 3)
+    assert source.sizes.tolist() == [[400, 600]] * 4 + [[200, 300]]
     assert sorted(read) == [2, 3]  # what has no marker at its end is decoded
     again = open_images(tmp_path / "x")
     monkeypatch.setattr(again, "ends", counted)
-    assert len(again.sizes) == 4 and len(read) == 2  # the second time nothing is read
+    assert len(again.sizes) == 5 and len(read) == 2  # the second time nothing is read
 
 
 def test_a_tar_that_is_damaged_or_no_longer_the_same(root: Path, tmp_path: Path) -> None:

@@ -94,6 +94,15 @@ def test_a_failed_writer_leaves_nothing(prefix: Path) -> None:
     assert not list(prefix.parent.iterdir())
 
 
+def test_lengths_that_would_wrap_around_are_refused(prefix: Path) -> None:
+    with (
+        pytest.raises(DataError, match=r"a sequence of 2147483648 tokens is longer than an index can say, 2147483647"),
+        IndexedDatasetWriter(prefix, "uint8") as writer,
+    ):
+        writer.add_document(np.broadcast_to(np.uint8(1), 1 << 31))
+    assert not list(prefix.parent.iterdir())
+
+
 @pytest.mark.parametrize("token", [-1, 65_536])
 def test_ids_that_would_wrap_around_are_refused(prefix: Path, token: int) -> None:
     refused = pytest.raises(DataError, match=f"token id {token} does not fit uint16")

@@ -23,7 +23,7 @@ from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import merge_datasets
 from megatron_ds.data.parts import PartMaker, PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
-from megatron_ds.data.source_text import Block, Input, Slice, SourceOptions, TxtDocuments
+from megatron_ds.data.source_text import Block, Input, Kind, Slice, SourceOptions, TxtDocuments
 from megatron_ds.errors import DataError
 
 
@@ -250,6 +250,11 @@ def test_nothing_to_read(tmp_path: Path, content: bytes, message: str) -> None:
         run([source], tmp_path / "out")
 
 
+def test_fewer_than_no_workers(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="workers=-1: give a number of processes, 0 for none"):
+        preprocess([str(tmp_path)], tmp_path / "out", PreprocessOptions("bytes"), workers=-1)
+
+
 def test_inputs_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="input 'nowhere' does not exist"):
         preprocess(["nowhere"], tmp_path / "out", PreprocessOptions("bytes"))
@@ -293,12 +298,24 @@ def test_inputs_that_cannot_be(tmp_path: Path) -> None:
         preprocess([str(tmp_path / "in.parquet")], tmp_path / "other", PreprocessOptions("bytes"))
 
 
-def test_a_compressed_line_without_an_end_is_refused_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "what", "text"), [("jsonl", "line", b"["), ("paragraph", "paragraph", b"a line\r\n")])
+def test_a_compressed_record_without_an_end_is_refused_as_it_comes(
+    monkeypatch: pytest.MonkeyPatch, kind: Kind, what: str, text: bytes
+) -> None:
     monkeypatch.setattr(source_text, "MAX_FILE_DOCUMENT", 1000)
-    chunks = iter([(b"[" * 600, 1)] * 9)
-    with pytest.raises(DataError, match=r"x\.jsonl\.gz has a line of more than 0 MB: is it a text\?"):
-        next(source_text.stream_blocks(0, Input("x.jsonl.gz", "jsonl", ".gz"), chunks, lambda *_: False))
+    chunks = iter([(text * (600 // len(text)), 1)] * 9)
+    with pytest.raises(DataError, match=rf"x\.gz has a {what} of more than 0 MB: is it a text\?"):
+        next(source_text.stream_blocks(0, Input("x.gz", kind, ".gz"), chunks, lambda *_: False))
     assert len(list(chunks)) == 7
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " \n"])
+def test_a_compressed_text_is_cut_at_any_blank_line(end: str) -> None:
+    text = f"one{end}more{end}{end}two{end}{end}three{end}".encode()
+    chunks = ((text[at : at + 5], 5) for at in range(0, len(text), 5))
+    blocks = list(source_text.stream_blocks(0, Input("x.txt.gz", "paragraph", ".gz"), chunks, lambda *_: False))
+    assert [(block.data or b"").split() for block in blocks] == [[b"one", b"more"], [b"two"], [b"three"]]
+    assert b"".join(block.data or b"" for block in blocks) == text
 
 
 def test_a_prefix_that_names_a_file_or_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

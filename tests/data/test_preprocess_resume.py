@@ -245,3 +245,16 @@ def test_two_runs_on_one_prefix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(PartMaker, "__call__", start_another)
     assert run([source], tmp_path / "out") == TEXTS and refused
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_folder_of_others_is_not_removed_as_a_runs_parts(tmp_path: Path, restart: bool) -> None:
+    """Here it holds the very inputs."""
+    (folder := tmp_path / "out.parts").mkdir()
+    (source := folder / "in.jsonl").write_bytes(jsonl(TEXTS))
+    with pytest.raises(DataError, match=r"out\.parts is where the parts .* holds in\.jsonl, which is of none; choose"):
+        preprocess([str(folder)], tmp_path / "out", PreprocessOptions("bytes"), 0, restart)
+    assert source.read_bytes() == jsonl(TEXTS)
+    source.rename(tmp_path / "in.jsonl")
+    (folder / "000000-000000.bin").touch()  # what a run leaves that is killed while it removes them
+    assert run([tmp_path / "in.jsonl"], tmp_path / "out") == TEXTS

@@ -14,6 +14,7 @@ import pytest
 from megatron_ds.data import dataset_files
 from megatron_ds.data.gpt_dataset import GPTDataset
 from megatron_ds.data.indexed import IndexedDataset
+from megatron_ds.data.indexed_writer import merge_datasets
 from megatron_ds.data.parts import PreprocessOptions
 from megatron_ds.data.preprocess import preprocess
 from megatron_ds.data.source_text import SourceOptions
@@ -74,6 +75,19 @@ def test_the_same_samples_and_only_what_they_need(local: Path, tmp_path: Path, m
     again = IndexedDataset(URL + ".bin", tmp_path / "cache")
     assert (again.tokens[:] == IndexedDataset(local).tokens[:]).all() and len(fetched) == -(-size // 256)
     assert np.array_equal(again.tokens[0 : again.num_tokens], IndexedDataset(local).tokens)
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_merged_with_one_on_the_disk(
+    local: Path, memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, manifest: bool
+) -> None:
+    """Its tokens are fetched, whether they have been read before or not."""
+    monkeypatch.setenv("HOME", str(tmp_path))  # where it is cached
+    if not manifest:
+        memory.rm("/bucket/set.manifest.json")
+    merge_datasets([URL, str(local)], tmp_path / "all")
+    assert (tmp_path / "all.bin").read_bytes() == 2 * local.with_suffix(".bin").read_bytes()
+    verify(IndexedDataset(tmp_path / "all"))
 
 
 def test_without_a_manifest_everything_is_scanned(local: Path, memory: Any, tmp_path: Path) -> None:
