@@ -109,7 +109,11 @@ class BatchLoader:
         if self._steps is None:
             steps = self._read(self.consumed)
             self._steps = _ReadAhead(steps, self.prefetch) if self.prefetch > 0 else steps
-        micro_batches, self.consumed = next(self._steps)
+        try:
+            micro_batches, self.consumed = next(self._steps)
+        except BaseException:
+            self.close()  # asked again, it reads the same step again
+            raise
         return micro_batches
 
     def _read(self, consumed: int) -> Iterator[tuple[list[MicroBatch], int]]:
@@ -218,7 +222,6 @@ class _ReadAhead(Iterator[tuple[list[MicroBatch], int]]):
     def __next__(self) -> tuple[list[MicroBatch], int]:
         item = self._queue.get()
         if isinstance(item, BaseException):
-            self._queue.put(item)  # asked again, it fails again instead of waiting for a thread that is gone
             raise item
         self._room.release()
         return item

@@ -128,6 +128,7 @@ def test_indivisible_batch(dataset: GPTDataset, global_batch: int, message: str)
 
 class Failing:
     sequence_length = SEQUENCE
+    most = 4
 
     def __len__(self) -> int:
         return 100
@@ -136,17 +137,22 @@ class Failing:
         return self.batch(rows)
 
     def batch(self, indices: object) -> Batch:
-        if np.asarray(indices).max() >= 4:
+        if np.asarray(indices).max() >= self.most:
             raise DataError("a damaged sample")
         return {"tokens": np.zeros((np.size(indices), SEQUENCE), np.int64)}
 
 
-def test_an_error_in_the_reader_reaches_the_caller_each_time_and_stops_nothing_before(dataset: GPTDataset) -> None:
-    with BatchLoader(Failing(), 2, 2) as loader:
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_an_error_in_the_reader_reaches_the_caller_each_time_and_stops_nothing_before(
+    monkeypatch: pytest.MonkeyPatch, prefetch: int
+) -> None:
+    with BatchLoader(Failing(), 2, 2, prefetch=prefetch) as loader:
         assert len(list(islice(loader, 2))) == 2
         for _ in range(2):
             with pytest.raises(DataError, match="a damaged sample"):
                 next(loader)
+        monkeypatch.setattr(Failing, "most", 6)  # as where it was a filesystem that did not answer for a while
+        assert next(loader)[0]["sample_index"].tolist() == [4, 5]
 
 
 def test_no_more_is_read_ahead_than_asked_for(dataset: GPTDataset, monkeypatch: pytest.MonkeyPatch) -> None:
