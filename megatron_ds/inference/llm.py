@@ -63,7 +63,7 @@ class LLM:
         except BaseException:
             self._ranks.abort()
             raise
-        self._numbers, self._open = itertools.count(), True
+        self._numbers, self._open, self._in_step = itertools.count(), True, False
 
     def _engine(self, source: served_model.Source, draft_source: served_model.Source | None) -> ServingEngine:
         """With the model's weights, and with memory for its cache."""
@@ -178,9 +178,18 @@ class LLM:
         return name
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch of what is queued; returns the requests that have got further."""
+        """Compute one batch of what is queued; returns the requests that have got further.
+
+        Raises:
+            ConfigError: another rank has ended, or waits in the middle of a step that was interrupted.
+        """
         self._ranks.require_alive()
-        return self.engine.step()
+        if self._in_step and self._ranks.mesh.world.size > 1:
+            raise ConfigError("a step was interrupted, and the other ranks wait in the middle of it: make the LLM anew")
+        self._in_step = True
+        outputs = self.engine.step()
+        self._in_step = False
+        return outputs
 
     def _finished(self, names: Sequence[str], show: bool) -> dict[str, RequestOutput]:
         done: dict[str, RequestOutput] = {}
@@ -209,6 +218,9 @@ class LLM:
         if not self._open:
             return
         self._open = False
+        if self._in_step:  # which was interrupted: the others wait for this rank in the middle of it
+            self._ranks.abort()
+            return
         try:
             if self._ranks.mesh.rank == 0:
                 self._ranks.require_alive()

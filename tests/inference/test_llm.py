@@ -9,8 +9,10 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -117,16 +119,35 @@ def test_a_rank_that_ends_before_it_has_begun_is_not_waited_for(folder: Path, mo
 
 def test_a_model_for_which_there_is_no_memory_leaves_no_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They would wait for the first one for ever, and so would a second try in this process for them."""
-    real, other = ranks.Ranks.__init__, subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    others = with_another_rank(monkeypatch)
+    with pytest.raises(ConfigError, match="there is memory for 0 blocks"):
+        LLM(folder, gpu_memory_utilization=1e-12)
+    assert others[0].returncode == -9
+
+
+def test_ctrl_c_within_a_step_ends_the_other_ranks_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    others = with_another_rank(monkeypatch)
+    with pytest.raises(KeyboardInterrupt), LLM(folder) as llm:
+        monkeypatch.setattr(llm.engine, "_step", Mock(side_effect=KeyboardInterrupt))
+        began = time.monotonic()
+        llm.generate("a", use_tqdm=False)
+    assert others[0].returncode == -9 and time.monotonic() - began < 20  # else they are given 30 s to end by themselves
+    llm._ranks = Mock(**{"mesh.world.size": 2, "mesh.rank": 0})
+    with pytest.raises(ConfigError, match="a step was interrupted, and the other ranks wait in the middle of it"):
+        llm.generate("a", use_tqdm=False)
+
+
+def with_another_rank(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
+    """Let a served model have started one more, which waits."""
+    real, others = ranks.Ranks.__init__, []
 
     def init(self: ranks.Ranks, options: Any) -> None:
         real(self, options)
-        self._children.append(other)
+        others.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
+        self._children += others
 
     monkeypatch.setattr(ranks.Ranks, "__init__", init)
-    with pytest.raises(ConfigError, match="there is memory for 0 blocks"):
-        LLM(folder, gpu_memory_utilization=1e-12)
-    assert other.returncode == -9
+    return others
 
 
 def test_a_checkpoint_is_served_as_the_folder_that_it_came_from(folder: Path, tmp_path: Path) -> None:
