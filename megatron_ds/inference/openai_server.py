@@ -69,6 +69,10 @@ class EngineThread:
 
     async def answers(self, call: Call) -> AsyncGenerator[Update, None]:
         """What comes of a call's prompts, until all have ended. Where nobody listens any more, they are aborted."""
+        if len(call.prompts) > self._most:  # of which no later try would come to anything
+            raise BadRequest(
+                f"{len(call.prompts)} prompts, of which this server takes {self._most} at one time", "prompt"
+            )
         if self.under_way + len(call.prompts) > self._most:
             self.refused += 1
             raise BadRequest(f"{self.under_way} requests are under way; come back later", status=429)
