@@ -6,10 +6,12 @@ import contextlib
 import signal
 import socket
 import sys
+from functools import partial
 
 import tyro
 
-from megatron_ds.errors import ConfigError, MegatronDSError
+from megatron_ds.data.cli import guarded
+from megatron_ds.errors import ConfigError
 from megatron_ds.inference.serving_options import ServeOptions
 from megatron_ds.kernels.cpu.allocator import keep_freed_memory
 
@@ -76,11 +78,8 @@ def main() -> int:
     if arguments[:1] != ["serve"]:
         print("usage: megatron-ds serve FOLDER ...   (megatron-ds serve --help says what else)", file=sys.stderr)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    try:
-        return serve(tyro.cli(ServeOptions, prog="megatron-ds serve", description=DESCRIPTION, args=arguments[1:]))
-    except MegatronDSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    cli = partial(tyro.cli, ServeOptions, prog="megatron-ds serve", description=DESCRIPTION, args=arguments[1:])
+    return guarded(lambda: serve(cli()))
 
 
 if __name__ == "__main__":
