@@ -91,6 +91,11 @@ class ImageSource(ABC):
     def caption(self, row: int) -> str:
         """Of the image; empty without captions."""
 
+    def beside(self, suffix: str) -> Path:
+        """A file beside the images, to keep what was read of them in."""
+        path = Path(os.path.abspath(self.path))  # "." has no name
+        return path.with_name(f"{path.name}.{suffix}")
+
     @cached_property
     def sizes(self) -> npt.NDArray[np.int64]:
         """Height and width of each image once it is turned, int64 ``[rows, 2]``; zeros where the file is no image, or
@@ -109,9 +114,8 @@ class ImageSource(ABC):
             with ThreadPoolExecutor() as pool:
                 return {"sizes": np.concatenate(list(pool.map(of_rows, range(0, len(self), _ROWS))))}
 
-        beside = self.path.with_name(f"{self.path.name}.image-sizes")
         key = {**self.identity, "modified": self.modified, "rows": len(self), "ends": LAST_BYTES}
-        return cached_arrays(beside, key, build, self.cache_dir)["sizes"]
+        return cached_arrays(self.beside("image-sizes"), key, build, self.cache_dir)["sizes"]
 
     def usable_rows(self, on_error: OnError) -> npt.NDArray[np.int64]:
         """The rows whose files begin and end as images do. One must, and with ``on_error="fail"`` all."""

@@ -74,8 +74,7 @@ class TarImages(ImageSource):
         require_one_split(path, (tar.relative_to(path) for tar in tars))
         self._tars = list(tars)
         self.identity = {"images": "tar", **files_identity(tars)}
-        beside = path.with_name(f"{path.name}.image-index")
-        index = cached_arrays(beside, {"version": 2, **self.identity}, self._index, cache_dir)
+        index = cached_arrays(self.beside("image-index"), {"version": 2, **self.identity}, self._index, cache_dir)
         self._images, self._texts, self._names, self._ends = (index[n] for n in ("image", "text", "names", "ends"))
         there = self._images[:, 1] > 0
         if not there.any():

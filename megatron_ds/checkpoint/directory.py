@@ -83,6 +83,8 @@ def find(path: str | Path, share: tuple[int, int] = (0, 0)) -> tuple[Path, Manif
         CheckpointError: there is none, or it is damaged or incomplete (naming another that looks whole).
     """
     path = Path(path)
+    if path.name in ("", ".."):  # ".", for one: what belongs to a step is found by its name, beside it
+        path = Path(os.path.abspath(path))
     if (path / MANIFEST).exists() or STEP.match(path.name):
         step, directory = path, path.parent
     elif not path.is_dir():

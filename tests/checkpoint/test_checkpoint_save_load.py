@@ -118,6 +118,14 @@ def test_reader_names_shapes_and_values(tmp_path: Path) -> None:
             checkpoint.read("layers.0.mlp.dwn.weight")
 
 
+def test_a_folder_may_be_called_by_a_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies beside a checkpoint, as its tokenizer, is found from it."""
+    step = save(tmp_path, 4, [FlatShard.whole("a", "param", torch.zeros(2))], {"n": 1})
+    for folder in (tmp_path, step):
+        monkeypatch.chdir(folder)
+        assert resolve(".") == step and read_meta(".") == {"n": 1}
+
+
 def test_the_newest_are_kept_and_latest_follows(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         save_virtually(tmp_path, step, tp=1, zero=1)

@@ -173,6 +173,17 @@ def test_a_folder_is_what_datasets_finds_in_it(tmp_path: Path) -> None:
         (folder / name).unlink()
 
 
+@pytest.mark.parametrize("kind", ["captions", "class-tars"])
+def test_a_folder_may_be_called_by_a_dot(
+    kind: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(root / kind, tmp_path / "x")
+    wanted = open_images(root / kind).sizes
+    monkeypatch.chdir(tmp_path / "x")
+    assert np.array_equal(open_images(".").sizes, wanted)
+    assert all(path.name.startswith("x") for path in tmp_path.iterdir()) and (tmp_path / "x.image-sizes").is_file()
+
+
 def test_names_need_not_be_utf_8(tmp_path: Path) -> None:
     odd, content = os.fsdecode(b"\xff\n \xe9"), encoded(photograph("china").crop((0, 0, 8, 8)))
     (tmp_path / odd).mkdir()
