@@ -141,7 +141,9 @@ KEYS: Mapping[str, Becomes | Noted | Refused] = {
     "fp16.enabled": Becomes("precision.dtype", bool, lambda on: "fp16" if on else None),
     "fp16.auto_cast": Becomes("cast_inputs", bool, when=_fp16),
     "fp16.loss_scale": Becomes("precision.loss_scale", float, lambda scale: scale or None, _fp16),
-    "fp16.initial_scale_power": Becomes("precision.initial_loss_scale", int, lambda power: 2.0**power, _fp16),
+    "fp16.initial_scale_power": Becomes(
+        "precision.initial_loss_scale", int, lambda power: 2.0 ** min(power, 1000), _fp16
+    ),
     "fp16.loss_scale_window": Becomes("precision.loss_scale_window", int, when=_fp16),
     "fp16.hysteresis": Becomes("precision.loss_scale_hysteresis", int, when=_fp16),
     "fp16.min_loss_scale": Becomes("precision.min_loss_scale", float, when=_fp16),

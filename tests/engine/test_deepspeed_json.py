@@ -449,6 +449,7 @@ FAULTS = [
     ({ZERO: {"stage": 1, "offload_optimizer": {"device": "nvme"}}}, "needs zero_optimization.offload_optimizer"),
     ({"gradient_clipping": -1}, "gradient_clipping=-1.0 is negative; use 0 for none"),
     ({ZERO: {"reduce_bucket_size": 0.5}}, "reduce_bucket_size=0.5 must be a whole number"),
+    ({"fp16": {"enabled": True, "initial_scale_power": 2000}}, "Input should be less than or equal to 1099511627776"),
     ({ZERO: {"stage": 4}}, "zero.stage = 4"),
     ({ZERO: {"overlap_comm": 1}}, "overlap_comm=1 must be true or false"),
     ({"aio": {"block_size": "x"}}, "aio.block_size='x' must be a whole number"),
