@@ -310,11 +310,22 @@ def load_template(spec: str | None, tokenizer: str, special: dict[str, str] | No
         if not path.is_file():
             raise DataError(f"chat template {spec!r} is not a file; give a Jinja file, or 'chatml'")
         return ChatTemplate(_read_text(path), special)
+    if (found := template_of(tokenizer, special)) is None:
+        raise DataError(f"the tokenizer {tokenizer} has no chat template; give a Jinja file, or 'chatml'")
+    return found
+
+
+def template_of(tokenizer: str, special: dict[str, str] | None = None) -> ChatTemplate | None:
+    """The template in a tokenizer's folder; None: it has none.
+
+    Raises:
+        DataError: it cannot be read, or is not valid Jinja.
+    """
     folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
     source, tool_use = _of_folder(folder)
-    if isinstance(source, str):
-        return ChatTemplate(source, special, tool_use if isinstance(tool_use, str) else None)
-    raise DataError(f"the tokenizer {tokenizer} has no chat template; give a Jinja file, or 'chatml'")
+    if not isinstance(source, str):
+        return None
+    return ChatTemplate(source, special, tool_use if isinstance(tool_use, str) else None)
 
 
 def _of_folder(folder: Path) -> tuple[Any, Any]:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ds.data.chat import ChatTemplate, load_template
+from megatron_ds.data.chat import ChatTemplate, template_of
 from megatron_ds.data.chat_records import BadConversation, request_messages
 from megatron_ds.data.tokenizer_base import KNOWN_NAME
 from megatron_ds.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
 from megatron_ds.errors import ConfigError, DataError
 from megatron_ds.inference.detokenizer import TextEnds
 
+log = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
 
 
@@ -23,15 +25,19 @@ class Texts:
     Args:
         model: whose they are, for messages.
         tokenizer: None: prompts come as tokens, and answers have no text.
-        template: None: there are no conversations.
+        template: None: there are no conversations. fault: what is wrong with the one that the model has.
     """
 
-    def __init__(self, model: str | Path, tokenizer: Tokenizer | None, template: ChatTemplate | None = None):
-        self.model, self.tokenizer, self.template = model, tokenizer, template
+    def __init__(
+        self, model: str | Path, tokenizer: Tokenizer | None, template: ChatTemplate | None = None, fault: str = ""
+    ):
+        self.model, self.tokenizer, self.template, self._fault = model, tokenizer, template, fault
 
     @classmethod
     def load(cls, model: str | Path, folder: str | Path | None) -> Texts:
         """The tokenizer in ``folder`` with its template, if it has one.
+
+        With a damaged template texts are served all the same.
 
         Raises:
             DataError: the tokenizer cannot be read.
@@ -40,9 +46,10 @@ class Texts:
             return cls(model, None)
         tokenizer = load_tokenizer(folder)
         try:
-            return cls(model, tokenizer, load_template(None, str(folder), tokenizer.special))
-        except DataError:
-            return cls(model, tokenizer)
+            return cls(model, tokenizer, template_of(str(folder), tokenizer.special))
+        except DataError as error:
+            log.warning("%s: there are no conversations: %s", model, error)
+            return cls(model, tokenizer, fault=str(error))
 
     def tokenize(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
         """The tokens of a text, where names of special tokens stand for these, with those that begin one; tokens stay
@@ -80,7 +87,8 @@ class Texts:
             ConfigError: there is no template, or it refuses the conversation.
         """
         if self.template is None:
-            raise ConfigError(f"{self.model} has no chat template; put a chat_template.jinja beside its tokenizer")
+            why = self._fault or "it has no chat template"
+            raise ConfigError(f"{self.model}: {why}; put a chat_template.jinja beside its tokenizer")
         try:
             text = self.template.prompt(request_messages(messages), tools, **how)
         except BadConversation as error:

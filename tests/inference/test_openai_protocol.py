@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +28,18 @@ def asked(arguments: Any) -> str:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
     return bytes(read_call({"messages": messages}, True, "m", TEXTS).prompts[0]).decode()
+
+
+def test_a_damaged_template_is_named_where_a_conversation_comes(tmp_path: Path) -> None:
+    ByteTokenizer().save_hf(tmp_path)
+    ask: Any = {"messages": [{"role": "user", "content": "a"}]}, True, "m"
+    with pytest.raises(BadRequest, match="m: it has no chat template; put a chat_template"):
+        read_call(*ask, Texts.load("m", tmp_path))
+    (tmp_path / "chat_template.jinja").write_text("{% for %}")
+    texts = Texts.load("m", tmp_path)
+    assert texts.tokenize("a") == [97]
+    with pytest.raises(BadRequest, match=r"m: the chat template is not valid Jinja: .*; put a chat_"):
+        read_call(*ask, texts)
 
 
 def test_templates_get_the_arguments_of_tool_calls_as_objects() -> None:
