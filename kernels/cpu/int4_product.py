@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_ds.kernels.cpu.allocator import use_huge_pages
+
 _OUTPUTS = 64
 """Outputs that are packed together: a byte of inputs ``k`` has outputs ``o`` and ``o + 32`` of them."""
 _WIDENED = 1024
@@ -27,7 +29,10 @@ def can_pack(values: Tensor, group: int) -> bool:
 def packed(values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """``values [o, i]`` from -8 to 7, ``scale [o, groups]`` -> what :func:`product` takes."""
     pairs = torch.stack((scale.t(), torch.zeros_like(scale.t())), dim=2).to(torch.bfloat16).contiguous()
-    return torch._convert_weight_to_int4pack_for_cpu(values.to(torch.int32) + 8, 2), pairs
+    in_order = torch._convert_weight_to_int4pack_for_cpu(values.to(torch.int32) + 8, 2)
+    for read in (in_order, pairs):
+        use_huge_pages(read.data_ptr(), read.nbytes)
+    return in_order, pairs
 
 
 def can_widen(values: Tensor, weight: Tensor) -> bool:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_ds.kernels.cpu.allocator import use_huge_pages
+
 
 def _vendor() -> str:
     """Of the CPU, as Linux says it: ``GenuineIntel``, ``AuthenticAMD``; "" where it does not."""
@@ -84,7 +86,7 @@ def packed(weight: Tensor) -> Tensor:
 
     Otherwise every product of half precision puts the weight into that order anew: one row takes twice as long.
     """
-    return torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return _on_huge_pages(torch.ops.mkldnn._reorder_linear_weight(weight, None))
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -104,7 +106,12 @@ def can_multiply_int8(weight: Tensor) -> bool:
 
 def packed_int8(weight: Tensor) -> Tensor:
     """A copy of ``weight [out, in]`` int8 for :func:`int8_product`."""
-    return torch.ops.onednn.qlinear_prepack(weight, None)
+    return _on_huge_pages(torch.ops.onednn.qlinear_prepack(weight, None))
+
+
+def _on_huge_pages(weight: Tensor) -> Tensor:
+    use_huge_pages(torch.ops.mkldnn.data_ptr(weight), torch.ops.mkldnn._nbytes(weight))
+    return weight
 
 
 INT8_ZERO = 128

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hf_models import _llama
 from megatron_ds.inference import LLM, SamplingParams
 from megatron_ds.inference.serving_recipes import PackedWeight, release, rows_of
 from megatron_ds.kernels.cpu import onednn
+from megatron_ds.kernels.cpu.allocator import use_huge_pages
 from megatron_ds.layers.linear import RepeatedKVLinear
 from megatron_ds.layers.recipe import OwnPrecision
 from megatron_ds.mesh import Mesh
@@ -31,6 +34,45 @@ def test_products_are_those_of_the_weight(dtype: torch.dtype) -> None:
             assert found.shape == want.shape and found.dtype == dtype
             bound = 1e-6 if dtype is torch.float32 else torch.finfo(dtype).eps  # whose sums are of fp32
             assert (found - want).norm() / want.norm() < bound, (count, added is None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_packed_weights_are_on_huge_pages_where_linux_says_so(dtype: torch.dtype, monkeypatch: Any) -> None:
+    moved: dict[int, int] = {}
+
+    def counted(address: int, count: int) -> int:
+        return moved.setdefault(address, use_huge_pages(address, count))
+
+    monkeypatch.setattr(onednn, "use_huge_pages", counted)
+    weight = (torch.randn(2560, 2048) * 40).to(dtype)
+    if not (onednn.can_multiply_int8(weight) if dtype is torch.int8 else onednn.can_pack(weight)):
+        pytest.skip(f"this machine has no products of {dtype}")
+    packed = onednn.packed_int8(weight) if dtype is torch.int8 else onednn.packed(weight)
+    address, count = torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed)
+    assert list(moved) == [address] and count >= weight.nbytes
+    if not moved[address]:
+        pytest.skip("this machine has no huge pages to give")
+    of_weight = [huge for start, end, huge in mappings() if start < address + count and address < end]
+    assert sum(of_weight) >= moved[address] << 21
+    assert use_huge_pages(address, 4096) == 0, "so few bytes stay where they are"
+    x = torch.eye(2048)[:3]
+    if dtype is torch.bfloat16:
+        assert torch.equal(onednn.product(x.bfloat16(), packed, None), weight[:, :3].t())
+    else:
+        ones, zeros = torch.ones(2560), torch.zeros(2560, dtype=torch.int32)
+        found = onednn.int8_product((x + onednn.INT8_ZERO).to(torch.uint8), packed, ones, zeros)
+        assert torch.equal(found, weight[:, :3].t().float())
+
+
+def mappings() -> Iterator[tuple[int, int, int]]:
+    """Of this process's memory: from where to where, and how many bytes of it are on huge pages."""
+    start = end = 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            start, end = (int(place, 16) for place in first.split("-"))
+        elif first == "AnonHugePages:":
+            yield start, end, int(rest[0]) << 10
 
 
 @pytest.mark.parametrize("tied", [False, True])
