@@ -81,3 +81,34 @@ def test_a_block_given_back_twice_is_a_defect() -> None:
     pool.release(blocks)
     with pytest.raises(RuntimeError, match="more often"):
         pool.release(blocks)
+
+
+def test_a_digest_is_of_all_that_stands_before() -> None:
+    """Keys and values of the same tokens behind other ones are others."""
+    pool = BlockPool(1, 4)
+    begins = [pool.hash_of(b"", tokens) for tokens in ([1, 2, 3, 4], [1, 2, 3, 5], [4, 3, 2, 1])]
+    assert len({b"", *begins, *(pool.hash_of(before, [1, 2, 3, 4]) for before in begins)}) == 7
+    assert pool.hash_of(begins[0], [5, 6, 7, 8]) == pool.hash_of(pool.hash_of(b"", (1, 2, 3, 4)), (5, 6, 7, 8))
+
+
+def test_what_is_worth_least_is_used_again_first() -> None:
+    """Of what nobody holds: blocks without anything known, then the text released first, its end before its begin."""
+    pool = BlockPool(6, 4)
+    one, other = pool.allocate(3), pool.allocate(2)
+    assert one is not None and other is not None
+    for number, block in enumerate([*one[:2], *other]):
+        pool.publish(block, bytes([number]))
+    pool.release(other)
+    pool.release(one)
+    taken = [block for _ in range(6) for block in pool.allocate(1) or []]
+    assert set(taken[:2]) == {5, one[2]}, "the block that was never used, and the one that was not full"
+    assert taken[2:] == [other[1], other[0], one[1], one[0]]
+    assert all(pool.find(bytes([number])) is None for number in range(4))
+
+
+def test_a_pool_that_is_not_to_share_knows_no_block() -> None:
+    pool = BlockPool(1, 4, share=False)
+    blocks = pool.allocate(1)
+    assert blocks is not None
+    pool.publish(blocks[0], b"1")
+    assert pool.find(b"1") is None
