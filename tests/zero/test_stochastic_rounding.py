@@ -10,11 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_ds.config import OptimizerConfig, ZeroConfig
+import megatron_ds
+from megatron_ds.config import OptimizerConfig, RunConfig, ZeroConfig, from_dict
 from megatron_ds.kernels.quantized_blocks import BLOCK, LARGEST
 from megatron_ds.mesh import Mesh, MeshShape
+from megatron_ds.models.gpt import GPTTask
 from megatron_ds.shard import ShardSpec
 from megatron_ds.testing import run_ranks
+from megatron_ds.train.build import build
 from megatron_ds.zero import gradient_sums
 from megatron_ds.zero.optimizer import ZeroOptimizer
 
@@ -99,3 +102,12 @@ def test_messages_are_rounded_independently(name: str, by_key: dict[bool, dict[s
 def test_runs_of_two_seeds_are_rounded_independently(by_key: dict[bool, dict[str, Tensor]]) -> None:
     one, other = by_key[False]["whole gradients"], by_key[False]["another seed"]
     assert rms((one + other) / 2) == pytest.approx(rms(one) / 2**0.5, rel=0.03)
+
+
+def test_the_seed_is_that_of_the_run_or_of_the_engine() -> None:
+    model = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "vocab_size": 10, "max_positions": 4}
+    config = from_dict(RunConfig, {"model": model, "data": {"synthetic": True}, "seed": 7}, "test")
+    assert build(config, Mesh.single(), GPTTask(config), torch.device("meta")).optimizer.seed == 7
+    engine = megatron_ds.initialize(nn.Linear(2, 2), {"seed": 8})
+    assert engine.zero.seed == 8
+    engine.close()
