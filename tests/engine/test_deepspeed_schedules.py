@@ -98,7 +98,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "a cycle and a decay": (
         "OneCycle",
         {"cycle_min_lr": 0.01, "cycle_max_lr": 0.05, "cycle_first_step_size": 6, "cycle_second_step_size": 4,
-         "decay_step_size": 5, "decay_lr_rate": 0.5, "decay_mom_rate": 0.01, "cycle_min_mom": 0.7},
+         "decay_step_size": 5, "decay_lr_rate": 0.5, "decay_mom_rate": 0.01, "cycle_min_mom": 0.7,
+         "cycle_max_mom": 0.95},
         lambda i: 0.01 + 0.04 * triangle(i, 6, 4) if i <= 10 else 0.01 / (1 + 0.5 * (i - 10) / 5),
     ),
     "a cycle up alone": (
@@ -150,7 +151,7 @@ def test_a_cycle_moves_beta1_against_the_rate_unless_told_not_to() -> None:
     for optimizer in (None, lambda p: torch.optim.AdamW(p, lr=LR)):
         betas = of_engine(kind, params, optimizer)[1]
         want = [
-            0.9 - 0.2 * triangle(i, 6, 4) if i <= 10 else 0.9 * (1 + 0.01 * (i - 10) / 5) for i in range(1, UPDATES)
+            0.95 - 0.25 * triangle(i, 6, 4) if i <= 10 else 0.95 * (1 + 0.01 * (i - 10) / 5) for i in range(1, UPDATES)
         ]
         assert [beta[0] for beta in betas] == pytest.approx([0.7, *want])
         assert {beta[1] for beta in betas} == {0.99}

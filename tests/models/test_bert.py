@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch import Tensor
 from megatron_ds.checkpoint import Checkpoint, FlatShard, load, save
 from megatron_ds.config import ModelConfig, RunConfig, from_dict, validate
 from megatron_ds.convert.hugging_face import export_hf, import_hf
+from megatron_ds.data.gpt_dataset import SyntheticDataset
+from megatron_ds.data.masked_source import MaskedSource
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.bert import BERT
 from megatron_ds.models.families import task_of
@@ -52,6 +55,14 @@ def config(model: dict[str, Any] | None = None, **sections: dict[str, Any]) -> R
     for name, fields in sections.items():
         values[name] = {**values.get(name, {}), **fields}
     return from_dict(RunConfig, values, "test")
+
+
+def test_every_setting_of_the_masking_reaches_the_samples() -> None:
+    data = {"prefix": None, "document_masking": False, "synthetic": True, "mask_token": 7, "mask_probability": 0.4}
+    found = task_of(config(data=data).model_copy(update={"seed": 3})).open_sources().train
+    want = MaskedSource(SyntheticDataset(50, LENGTH, 3), mask_id=7, vocab_size=50, probability=0.4, seed=3)
+    for name, array in want.batch(range(20)).items():
+        assert np.array_equal(found.batch(range(20))[name], array), name
 
 
 # --- what it computes -------------------------------------------------------------------------------------------
