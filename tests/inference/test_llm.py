@@ -199,6 +199,14 @@ def test_a_stream_grows_into_the_whole_answer(folder: Path) -> None:
         assert not llm.engine.has_work and llm.engine.batcher.pool.free == llm.engine.batcher.pool.count
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_beginnings_are_computed_once_unless_told_not_to(folder: Path, share: bool) -> None:
+    with LLM(folder, block_size=4, num_blocks=32, enable_prefix_caching=share) as llm:
+        first, again = (llm.generate(prompts()[1], GREEDY, use_tqdm=False)[0] for _ in range(2))
+    assert (first.cached, again.cached) == (0, 16 if share else 0)
+    assert first.outputs[0].token_ids == again.outputs[0].token_ids
+
+
 def test_without_settings_the_models_own_ones_are_taken(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     said = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "repetition_penalty": 1.2, "frequency_penalty": 0.5}

@@ -56,6 +56,9 @@ def check(model: Any, output: RequestOutput) -> None:
             if of_token is not None:
                 for token, value in of_token.items():
                     assert abs(value - want[place, token].item()) < 1e-10, (output.request_id, place, token)
+        if sample.logprobs is not None:
+            chosen = [of_token[token] for token, of_token in zip(sample.token_ids, sample.logprobs, strict=True)]
+            assert sample.cumulative_logprob == pytest.approx(sum(chosen), abs=1e-9)
         if output.prompt_logprobs is not None:
             complete = bool(sample.token_ids) or sample.finish_reason != "abort"
             assert not complete or len(output.prompt_logprobs) == prompt, sample.finish_reason
@@ -130,7 +133,7 @@ def test_a_shared_beginning_is_computed_once() -> None:
     shared = list(range(1, 41))
     first = serve(engine, {0: [("a", [*shared, 50], params)]}, {})["a"]
     second = serve(engine, {0: [("b", [*shared, 51, 52], params)]}, {})["b"]
-    assert (first.cached, second.cached) == (0, 40)
+    assert (first.cached, second.cached, engine.counters.cached_tokens) == (0, 40, 40)
     check(MODELS["llama"], second)
 
 
