@@ -223,8 +223,10 @@ def odd() -> list[Any]:
     )
     batch = (torch.tensor([1, 3]), torch.tensor([0.25, 0.5]))
     engine.set_batch_fn(lambda given: given[::-1])
-    engine.set_dataiterator(iter([batch[::-1]] * 2))
-    losses = [engine.train_batch().item() for _ in range(2)]
+    engine.set_dataiterator(iter([batch[::-1]]))
+    losses = [engine.train_batch().item()]
+    engine.set_dataloader([batch[::-1]])  # which begins anew
+    losses += [engine.train_batch().item() for _ in range(2)]
     said = []
     for call in (
         lambda: engine(batch[0]),
@@ -244,7 +246,7 @@ def test_a_stage_may_hand_over_what_needs_no_gradient() -> None:
     weight = torch.tensor([0.5, -1.0, 2.0], requires_grad=True)
     ids, labels = torch.tensor([1, 3]), torch.tensor([0.25, 0.5])
     loss = nn.functional.mse_loss((torch.arange(12.0).view(4, 3)[ids] * weight).sum(-1) + ids, labels)
-    assert first[0] == last[0] and first[0][0] == pytest.approx(loss.item())
+    assert first[0] == last[0] and first[0][0] == pytest.approx(loss.item()) and len(first[0]) == 3
     assert first[1] is None and (first[3:5], last[3:5]) == ([2, 0], [2, 1]) and last[5] and last[6]
     for said in (first[2], last[2]):
         assert "call train_batch(data_iter)" in said[0] and "python tools/zero_to_fp32.py" in said[1]
