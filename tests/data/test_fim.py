@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ds.data.fim import FillInTheMiddle
+from megatron_ds.data.fim import FillInTheMiddle, sentinels
 from megatron_ds.data.gpt_dataset import GPTDataset
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
+from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.errors import DataError
 
 PREFIX, MIDDLE, SUFFIX, EOD, BOS = 900, 901, 902, 903, 904
@@ -119,6 +120,20 @@ def test_rate_zero_changes_nothing(dataset: GPTDataset) -> None:
     fim = with_fim(dataset, FillInTheMiddle(PREFIX, MIDDLE, SUFFIX, rate=0.0, eod_id=EOD))
     ours, plain = fim.batch(range(20)), dataset.batch(range(20))
     assert all((ours[name] == plain[name]).all() for name in plain)
+
+
+def test_sentinels_are_tokens_of_the_tokenizer(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    words = ["[SEP]", "[CLS]", "a", "<P>", "<M>", "<S>"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="a"))
+    backend.add_special_tokens([word for word in words if word != "a"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    names, tokenizer = ("<P>", "<M>", "<S>"), load_tokenizer(str(tmp_path))
+    found = sentinels(names, tokenizer, 6, 0.3, 0.2)
+    assert found == FillInTheMiddle(3, 4, 5, rate=0.3, spm_rate=0.2, eod_id=0, bos_id=1)
+    with pytest.raises(DataError, match=r"'<S>' has the id 5, but model\.vocab_size=5"):
+        sentinels(names, tokenizer, 5, 0.3, 0.2)
 
 
 def test_bad_settings() -> None:
