@@ -36,6 +36,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("names", ["a", "ab", "cba", "aca"])
 def test_merged_documents_follow_each_other(folder: Path, names: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexed_writer, "INDEX_CHUNK", 2)
+    monkeypatch.setattr(indexed_writer, "COPY_BYTES", 3)
     copied: list[int] = []
     merge_datasets([str(folder / name) for name in names], folder / "all", copied.append)
     expected = [document for name in names for document in SETS[name]]

@@ -75,9 +75,10 @@ def test_sums_over_many_tokens(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("rows", [1, 255, 700])
+@pytest.mark.parametrize("rows", [1, 255, 2000])
 def test_layer_norm_gradients_of_rows_far_from_zero(rows: int, dtype: torch.dtype) -> None:
-    """Statistics are kept in fp32: a mean rounded to half precision would be off by half a deviation."""
+    """Statistics are kept in fp32: a mean rounded to half precision would be off by half a deviation. 2,000 rows are
+    taken in several blocks."""
     generator = torch.Generator().manual_seed(rows)
     x = (64.0 + torch.randn(rows, 400, generator=generator)).to(dtype)
     grad, w, b = torch.randn(rows, 400, generator=generator).to(dtype), torch.rand(400).to(dtype), torch.rand(400)
@@ -123,6 +124,17 @@ def test_a_product_of_fp16_comes_in_fp32() -> None:
     total = torch.ones(2, 3)
     add_product(total, left, right, first=False)
     assert total.unique().tolist() == [1.0 + 4096 * 256.0]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_large_product_of_bf16_is_added_in_full(first: bool) -> None:
+    """Of more rows than are multiplied at a time."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(shape, generator=generator).bfloat16() for shape in ((1200, 5), (5, 1000)))
+    total = torch.randn(1200, 1000, generator=generator)
+    want = left.double() @ right.double() + (0.0 if first else total.double())
+    add_product(total, left, right, first)
+    torch.testing.assert_close(total.double(), want, rtol=8e-3, atol=2e-2)
 
 
 @pytest.mark.parametrize("family", [GPT, BERT])
