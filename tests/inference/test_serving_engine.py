@@ -100,6 +100,11 @@ def test_any_schedule_gives_the_logits_of_the_whole_text(seed: int, family: str)
             aborts.setdefault(step + draw.randrange(0, 6), []).append(f"r{number}")
     count = sum(map(len, arrivals.values()))
     limits = {"QUERIES": draw.choice([3, 64]), "_SCORES": draw.choice([200, 10**6])}  # of a part and of a call
+    limits |= {
+        "_PADDED": draw.choice([100, 10**6]),
+        "_CUT": draw.choice([10, 10**3]),
+        "_KEPT_BIASES": draw.choice([0, 10**6]),
+    }
     with mock.patch.multiple(paged_cache, **limits):
         done = serve(engine, arrivals, aborts)
     assert len(done) == count

@@ -15,6 +15,7 @@ from megatron_ds.kernels.dropout import dropout_add, keep_mask
 from megatron_ds.kernels.norm import add_norm, layer_norm, rms_norm
 from megatron_ds.kernels.rotary import rotary
 from megatron_ds.kernels.softmax import scaled_masked_softmax
+from megatron_ds.kernels.square_sum import square_sum
 
 
 def exact(*shape: int) -> Tensor:
@@ -84,6 +85,17 @@ def test_dropout_keeps_as_many_as_it_should_and_scales_them() -> None:
         rows, columns = (out != 0).double().mean(1), (out != 0).double().mean(0)
         assert rows.std() < 1.5 * math.sqrt(p * (1 - p) / 500) and columns.std() < 1.5 * math.sqrt(p * (1 - p) / 200)
     assert dropout_add(ones, None, 0.0, keys) is ones and dropout_add(ones, None, 0.5, None) is ones
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sums_of_squares_are_of_all_elements(dtype: torch.dtype) -> None:
+    """Of fewer than a row, whole rows, and a rest behind them."""
+    for n in (0, 1, 4095, 4096, 4097, 3 * 4096 + 5):
+        flat = exact(n).to(dtype)
+        want = flat.double().square().sum()
+        found = square_sum(flat)
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, want, rtol=1e-14 if dtype == torch.float64 else 1e-6, atol=0)
 
 
 def test_activations_are_torchs() -> None:
