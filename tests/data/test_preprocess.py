@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from preprocess_helpers import REPOSITORY, TEXTS, Killed, blocks_of, jsonl, run, texts_of
 
-from megatron_ds.data import source_tables, source_text, sources
+from megatron_ds.data import parts, source_tables, source_text, sources
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import merge_datasets
 from megatron_ds.data.parts import PartMaker, PreprocessOptions
@@ -33,7 +33,11 @@ def zstd(text: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", "folder"])
-def test_every_kind_of_input_gives_the_same_documents(tmp_path: Path, kind: str) -> None:
+def test_every_kind_of_input_gives_the_same_documents(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In more than one batch of texts."""
+    monkeypatch.setattr(parts, "BATCH_BYTES", sum(map(len, TEXTS)) // 3)
     source = tmp_path / f"in.{kind}"
     if kind == "jsonl":
         source.write_bytes(jsonl(TEXTS))
