@@ -172,6 +172,27 @@ def test_the_cut_into_blocks_never_shows(
         assert read(pieces) == ["\n".join(group) for group in groups if group]
 
 
+def test_every_byte_of_many_files_is_in_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small files share blocks, which are closed before they would become too large; a large one is cut."""
+    blocks_of(100, monkeypatch)
+    sizes = [40, 40, 40, 250, 30, 60, 20, 100, 10]
+    for number, size in enumerate(sizes):
+        (tmp_path / f"{number}.txt").write_text("a\n" * (size // 2))
+    options = SourceOptions(txt_documents="line")
+    inputs = sources.find_inputs([str(tmp_path)], options)
+    blocks = list(sources.plan_blocks(inputs, options))
+    assert [(part.input, part.start, part.stop) for block in blocks for part in block.slices if part.input != 3] == [
+        (number, 0, size) for number, size in enumerate(sizes) if number != 3
+    ]
+    cuts = [(part.start, part.stop) for block in blocks for part in block.slices if part.input == 3]
+    assert (
+        [start for start, _ in cuts] == [0, *(stop for _, stop in cuts[:-1])] and cuts[-1][1] == 250 and len(cuts) > 1
+    )
+    shared = [block for block in blocks if len(block.slices) > 1]
+    assert len(shared) >= 2 and all(block.weight == sum(p.stop - p.start for p in block.slices) for block in blocks)
+    assert all(block.weight <= 100 for block in shared)
+
+
 def test_end_and_beginning_tokens(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_bytes(jsonl(["ab", "c"]))
