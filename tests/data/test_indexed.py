@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ds.data import verify as verify_module
 from megatron_ds.data.indexed import DTYPES, IndexedDataset, dtype_for_vocabulary
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.verify import check_token_ids, scan, verify
@@ -255,3 +256,17 @@ def test_the_scan_is_kept_and_noticed_when_stale(prefix: Path, monkeypatch: pyte
     with pytest.raises(DataError, match="token id 12 at token 0"):
         check_token_ids(IndexedDataset(prefix), 10)
     assert len(scans) == 2
+
+
+def test_a_dataset_is_read_in_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An id that no model has is found in whichever of them it is."""
+    with IndexedDatasetWriter(tmp_path / "set", "int32") as writer:
+        for document in ([5, 1, 2, 3], [30, 4, 4], [7, -2]):
+            writer.add_document(document)
+    whole = scan(IndexedDataset(tmp_path / "set"))
+    monkeypatch.setattr(verify_module, "READ_BYTES", 12)
+    assert scan(IndexedDataset(tmp_path / "set")) == whole and (whole.min_id, whole.max_id) == (-2, 30)
+    with pytest.raises(DataError, match=r"token id 30 at token 4 \(document 1, place 0\), and ids from -2 to 30"):
+        check_token_ids(IndexedDataset(tmp_path / "set"), 30)
+    with pytest.raises(DataError, match=r"token id -2 at token 8 \(document 2, place 1\)"):
+        check_token_ids(IndexedDataset(tmp_path / "set"), 31)
