@@ -42,11 +42,11 @@ class MaskedSource:
         DataError: a mask id that the vocabulary does not hold.
     """
 
-    source: TextSource  # whose labels and loss mask are not used
+    source: TextSource
     mask_id: int
-    vocab_size: int  # random tokens are below it
-    probability: float = 0.15  # of a token to be chosen
-    never: Sequence[int] = ()  # ids that are not chosen, such as the one that ends a document
+    vocab_size: int
+    probability: float = 0.15
+    never: Sequence[int] = ()
     seed: int = 0
     sequence_length: int = field(init=False)
 

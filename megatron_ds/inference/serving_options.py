@@ -17,6 +17,7 @@ Scheme = Literal["int8", "w8a8", "fp8", "int4"]
 """Of weights in fewer bits: see :mod:`megatron_ds.inference.quantization`."""
 AnyPath = str | Path
 _Count = Annotated[int, Field(ge=1)]
+_Positive = Annotated[float, Field(gt=0.0)]
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,11 @@ class ServerOptions(CheckedSettings):
     """That clients must give. Default: none."""
     served_model_name: str | None = None
     """The name that clients ask for. Default: the folder's."""
-    max_requests: int = 256
+    max_requests: _Count = 256
     """Prompts under way; more are told to come back later (429)."""
-    max_body_mb: float = 4.0
+    max_body_mb: _Positive = 4.0
     """Size of a request's body."""
-    request_timeout: float = 600.0
+    request_timeout: _Positive = 600.0
     """Seconds that a request may take."""
 
 

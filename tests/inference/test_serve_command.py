@@ -80,10 +80,9 @@ def test_mistakes_are_one_line(
             (run("serve", str(folder), "--port", port), rf"cannot listen at 127.0.0.1:{port}: .*; choose another with"),
             (here("serve", str(folder), "--port", "99999999"), "cannot listen at"),
             (here("serve", str(tmp_path), "--port", "0"), "no checkpoint"),
-            (
-                here("serve", "a" * 300, "--port", "0"),
-                "File name too long",
-            ),  # an OSError, as of a folder of others
+            (here("serve", str(folder), "--max-requests", "0"), "max_requests=0: Input should be greater"),
+            (here("serve", str(folder), "--request-timeout", "0"), "request_timeout=0.0: Input should be greater"),
+            (here("serve", "a" * 300, "--port", "0"), "File name too long"),  # an OSError, as of others' folders
         ]
     for (code, said), what in cases:
         assert code == 2 and re.match(f"error: .*{what}", said) and said.count("\n") == 1, said
