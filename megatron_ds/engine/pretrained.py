@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from megatron_ds.checkpoint.manifest import INCOMPLETE
 from megatron_ds.checkpoint.save import check_space
 from megatron_ds.checkpoint.stream import Plan, TensorFiles, plan_bytes
-from megatron_ds.comm.together import together
+from megatron_ds.comm.together import exchange, together
 from megatron_ds.convert.folder import file_name, write_index
 from megatron_ds.engine.tensors import WholeTensors
 from megatron_ds.engine.wrapped import plain_name
@@ -52,7 +53,7 @@ def save(module: nn.Module, tensors: WholeTensors, mesh: Mesh, folder: Path) -> 
         _save_by_itself(module, tensors, mesh, folder)
         return
     stem = _WEIGHTS[diffusers]
-    sources = _sources(module, tensors)
+    sources = _sources(module, tensors) | _added(tensors, mesh)
     plan: Plan = {name: (tuple(value.shape), _dtype(value, tensors)) for name, value in sources.items()}
     writes = mesh.rank == 0
     partial = folder / INCOMPLETE
@@ -130,6 +131,19 @@ def _sources(module: nn.Module, tensors: WholeTensors) -> dict[str, Tensor]:
     return found
 
 
+def _added(tensors: WholeTensors, mesh: Mesh) -> dict[str, Tensor]:
+    """Tensors that hooks and modules of their own kind (metrics) add to the state: rank 0's, elsewhere their shapes.
+
+    With those all ranks gather in one order.
+    """
+    own = {plain_name(name): value for name, value in tensors.others().items() if isinstance(value, Tensor)}
+    kinds = [[name, list(value.shape), str(value.dtype).removeprefix("torch.")] for name, value in own.items()]
+    described = json.loads(exchange(mesh.world, json.dumps(kinds))[0])
+    if mesh.rank == 0:
+        return own
+    return {name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for name, shape, dtype in described}
+
+
 def _dtype(value: Tensor, tensors: WholeTensors) -> torch.dtype:
     return tensors.dtype(spec_of(value).name) if isinstance(value, nn.Parameter) else value.dtype
 
@@ -153,6 +167,8 @@ def _save_by_itself(module: Any, tensors: WholeTensors, mesh: Mesh, folder: Path
     Its own code writes them, out of rank 0's memory.
     """
     state = {plain_name(name): value if mesh.rank == 0 else None for name, value in tensors.stream()}
+    if not hasattr(module, "peft_config"):
+        state |= _added(tensors, mesh)
     with tensors.gathered(_looked_at(module), write=False), together(mesh.world):
         if mesh.rank == 0:
             with _prompts_as_in(module, state):

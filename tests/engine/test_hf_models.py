@@ -8,8 +8,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from hf_cases import MODELS, all_on_the_engine, plain
+import torch.distributed as dist
+from hf_cases import MODELS, all_on_the_engine, made, plain
 from safetensors.torch import load_file
+from torch import Tensor
 
 import megatron_ds
 from megatron_ds.testing import run_ranks
@@ -72,3 +74,21 @@ def test_adapters_in_a_model_of_diffusers_are_saved_as_their_average(tmp_path: P
     assert saved.keys() == average.keys()
     assert all(torch.equal(value, average[name]) for name, value in saved.items())
     assert not all(torch.equal(value, weights[name]) for name, value in saved.items())
+
+
+def with_added(folder: str) -> dict[str, Tensor]:
+    """A hook adds to the state of rank 0 alone."""
+    model = made("llama")
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        model.register_state_dict_post_hook(lambda module, state, *_: state.update({"added": torch.arange(3)}))
+    config = {"zero": {"stage": 3, "persistence_threshold": 0}}
+    engine = megatron_ds.initialize(model, config, torch.optim.SGD(model.parameters()))
+    engine.save_pretrained(folder)
+    engine.close()
+    return load_file(f"{folder}/model.safetensors")
+
+
+def test_what_a_hook_adds_to_the_state_is_saved(tmp_path: Path) -> None:
+    state = made("llama").state_dict() | {"added": torch.arange(3)}
+    for found in [with_added(str(tmp_path / "1")), *run_ranks(with_added, 2, str(tmp_path / "2"))]:
+        assert found.keys() == state.keys() and all(torch.equal(value, state[name]) for name, value in found.items())
