@@ -57,7 +57,8 @@ class FlatBucket:
         state: master weights in fp32 (fp64 for fp64), each ``[size / shards]``, and the kinds of optimizer state.
             A parameter of that dtype is its own master weight.
         segments: this rank's part of the parameters.
-        main gradients: where the gradient of each parameter goes, set by the owner.
+        main_grads: where the gradient of each parameter goes, set by the owner.
+        gathering: the gather of the parameters that is under way.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class FlatBucket:
         stores: BucketStores,
         how: Quantization | None = None,
     ):
-        self.layout = layout
+        self.layout, self.rule = layout, rule
         self.shard, self.replicate = shard, _ = axes
         self.main_grads: list[MainGradient] = []
         self.tensors = list(parameters)
@@ -86,7 +87,6 @@ class FlatBucket:
             else:
                 self.gradients = TransientGradients(layout.size, shard, slots)
             self._sums = GradientSums(layout, self.gradients, axes, also_over, how)
-        self.rule = rule
         self.segments = layout.segments(shard.rank)
         rows = (*(("master",) if wide != dtype else ()), *layout.key.rule.kinds)
         self.state = BucketState(name, rows if layout.key.trainable else (), layout.shard_size, wide, stores.state)
@@ -96,7 +96,7 @@ class FlatBucket:
         self._arrived: torch.Tensor | None = None  # what _digest() was when the parameters came
         self._bound = False  # the optimizer has the state's tensors for good
         self._frozen: set[str] | None = None  # in all backward passes of the step; None before the first
-        self._gathering: Pending | None = None
+        self.gathering: Pending | None = None
 
     def adopt_values(self) -> None:
         """Take over what the parameters hold: they become views of the flat buffer, and their old memory is free."""
@@ -379,22 +379,22 @@ class FlatBucket:
 
     def start_gather(self) -> None:
         """Start to collect every rank's slice of the parameters, in place."""
-        self._gathering = self.parameters.all_gather_start()
+        self.gathering = self.parameters.all_gather_start()
 
     def cancel_gather(self) -> None:
         """A gather was begun for a use that did not come. Of a shard that is fetched first it has not begun."""
         if self.parameters.holding.resident:
             self.finish_gather()
         else:
-            self._gathering = None
+            self.gathering = None
             self.parameters.cancel()
         self.parameters.free()
 
     def finish_gather(self) -> bool:
         """Wait for the gather; False if there was none under way."""
-        if self._gathering is None:
+        gathering, self.gathering = self.gathering, None  # none is under way either when it fails
+        if gathering is None:
             return False
-        self._gathering.wait()
-        self._gathering = None
+        gathering.wait()
         self._arrived = self._digest()
         return True

@@ -26,7 +26,7 @@ from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Axis
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.gather_order import OrderComparison
-from megatron_ds.zero.memory import Float8Parameters, TransientParameters
+from megatron_ds.zero.memory import Float8Parameters
 from megatron_ds.zero.output_hooks import register_first, tensors_in
 from megatron_ds.zero.placeholder import CodesAlone, ShardedPlaceholder, explained
 from megatron_ds.zero.units import Unit, Use
@@ -71,7 +71,6 @@ class Gatherer:
         self._users = {id(b): [unit for unit in units if b in unit.buckets] for b in self._buckets}
         self._explicit: Counter[int] = Counter()  # bucket -> gathered() contexts open on it
         self._idle: list[FlatBucket] = []  # nobody holds them; freed when the next gather needs memory
-        self._started: list[FlatBucket] = []  # gathers under way, begun ahead of use
         self._order: list[FlatBucket] = []  # of this step's gathers
         self._expected: list[FlatBucket] = []  # of the step before
         self._comparison: OrderComparison | None = None  # of the ranks' orders of this step
@@ -133,7 +132,7 @@ class Gatherer:
         """
         while self._agreement is not None and (said := self._agreement.differences(place)):
             for bucket in self._needed(said):
-                self._serve(bucket)
+                bucket.parameters.serve()
 
     def _agreed(self, wanted: Sequence[FlatBucket]) -> list[FlatBucket]:
         """What is gathered next where that takes all ranks: what this rank wants, and what any other does."""
@@ -154,10 +153,6 @@ class Gatherer:
                 "every rank do so, with `with engine.join():` around the loop where some have fewer batches"
             )
         return [self._buckets[number] for number in sorted(needed)]
-
-    def _serve(self, bucket: FlatBucket) -> None:
-        assert isinstance(bucket.parameters, TransientParameters)
-        bucket.parameters.serve()
 
     def compare_orders_start(self) -> None:
         """Start to compare what the ranks gathered in this step, where they have not agreed on it before."""
@@ -182,7 +177,7 @@ class Gatherer:
         for unit in self.units:
             unit.running, unit.backward, unit.unseen = 0, 0, False
         self._running.clear()
-        self._cancel(self._started)
+        self._cancel(self._buckets)
         for bucket in filter(self._is_gathered, self._buckets):
             self._free(bucket)
         self._idle.clear()
@@ -290,9 +285,8 @@ class Gatherer:
         self._start_all(missing)
         away = [bucket for bucket in missing if not bucket.parameters.holding.resident]
         for bucket in self._agreed(away):
-            bucket.finish_gather() if bucket in away else self._serve(bucket)
+            bucket.finish_gather() if bucket in away else bucket.parameters.serve()
         for bucket in missing:
-            self._started.remove(bucket)
             bucket.finish_gather()
             codes = isinstance(bucket.parameters, Float8Parameters) and not bucket.parameters.exactly
             for parameter in bucket.tensors:
@@ -304,20 +298,19 @@ class Gatherer:
     def _start_all(self, wanted: Sequence[FlatBucket]) -> None:
         """Start to gather these, or to fetch the shard that is to be gathered."""
         # Each once: what comes next may be the same unit twice, for two micro-batches.
-        wanted = [b for b in dict.fromkeys(wanted) if b not in self._started and not self._is_gathered(b)]
+        wanted = [b for b in dict.fromkeys(wanted) if b.gathering is None and not self._is_gathered(b)]
         here = [bucket for bucket in wanted if bucket.parameters.holding.resident]
         for bucket in [*self._agreed(here), *(bucket for bucket in wanted if bucket not in here)]:
             if bucket in wanted:
                 bucket.start_gather()
-                self._started.append(bucket)
             else:
-                self._serve(bucket)
+                bucket.parameters.serve()
 
     def _cancel(self, buckets: Sequence[FlatBucket]) -> None:
         """Of the gathers that were begun ahead of use."""
-        for bucket in [bucket for bucket in self._started if bucket in buckets]:
-            bucket.cancel_gather()
-            self._started.remove(bucket)
+        for bucket in buckets:
+            if bucket.gathering is not None:
+                bucket.cancel_gather()
 
     def _ahead(self) -> list[FlatBucket]:
         """What the step before gathered next, ``prefetch`` units of it, if this step has taken the same way so far."""
