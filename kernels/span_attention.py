@@ -16,8 +16,9 @@ from megatron_ds.kernels.cpu.attention_route import QUERIES
 
 _FEW = 32
 """Queries of a key/value head."""
-_WHOLE = 1 << 14
-"""Scores of a head that are computed in one product, though up to half of them are hidden: calls take longer."""
+_WHOLE = 1 << 22
+"""Products of the scores of all heads that are made in one call, though up to half of the scores are hidden: of so few
+the calls are what takes the time."""
 _SMALL = 4.0
 """Scores whose rounding to bf16 changes the result by about as much as that of the probabilities does."""
 
@@ -50,7 +51,7 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap
     if q.dtype is torch.float16 or (q.dtype is torch.bfloat16 and group * c > _FEW):
         k = k.float()
     queries, parts = q.unflatten(2, (g, group)).permute(2, 0, 3, 1, 4), []  # [g, b, n / g, c, d]
-    at_once = max(QUERIES, _WHOLE // length)
+    at_once = max(QUERIES, _WHOLE // (length * n * d))
     for start in range(0, c, at_once):
         end = min(start + at_once, c)
         seen = length - c + end
