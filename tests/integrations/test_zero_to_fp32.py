@@ -173,6 +173,13 @@ def test_the_weights_are_written_as_from_pretrained_reads_them(safe: bool, tmp_p
         found = load(tmp_path / "some" / file)[name]
         want = whole()[name]
         assert torch.equal(found, want.bfloat16() if want.is_floating_point() else want), name
+    convert_zero_checkpoint_to_fp32_state_dict(tmp_path / "in", tmp_path / "one", safe_serialization=safe)  # anew
+    for more in ({"safe_serialization": not safe}, {"safe_serialization": safe, "max_shard_size": 60}):
+        with pytest.raises(
+            ConfigError, match=rf"one holds {ending}, of other weights, which from_pretrained might read"
+        ):
+            convert_zero_checkpoint_to_fp32_state_dict(tmp_path / "in", tmp_path / "one", **more)
+    assert [path.name for path in (tmp_path / "one").iterdir()] == [ending]
 
 
 def damage(kind: str, path: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from megatron_ds.files import read_bytes, replacing, sync_directory, write_text_
 from megatron_ds.integrations.deepspeed.their_checkpoint import is_theirs, read_weights
 
 Model = TypeVar("Model", bound=nn.Module)
+_WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)(\.index\.json)?")
 
 DTYPES: Mapping[str, torch.dtype] = {
     **dict.fromkeys(("fp32", "float32", "torch.float32"), torch.float32),
@@ -98,6 +100,10 @@ def convert_zero_checkpoint_to_state_dict(
         dtype: of the floating-point tensors: ``fp32``, ``fp16`` or ``bf16``.
         max_shard_size: of a file; several have an index beside them. None: one file.
         safe_serialization: ``model.safetensors`` instead of ``pytorch_model.bin``.
+
+    Raises:
+        CheckpointError: there is none, it is damaged or incomplete.
+        ConfigError: an argument that means nothing, or weights in ``output_dir`` that might be read instead of these.
     """
     wanted = DTYPES.get(str(dtype).lower())
     if wanted is None:
@@ -113,6 +119,7 @@ def convert_zero_checkpoint_to_state_dict(
         )
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    _require_no_others(folder, {*split.filename_to_tensors, f"{name}.index.json"})
     for file, names in split.filename_to_tensors.items():
         _write(folder / file, {name: weights[name] for name in names}, safe_serialization)
     if split.is_sharded:
@@ -120,6 +127,15 @@ def convert_zero_checkpoint_to_state_dict(
         with replacing(folder / f"{name}.index.json") as temporary:
             write_text_durably(temporary, json.dumps(index, indent=2, sort_keys=True) + "\n")
     sync_directory(folder)
+
+
+def _require_no_others(folder: Path, written: Set[str]) -> None:
+    there = (path.name for path in sorted(folder.iterdir()) if _WEIGHTS.fullmatch(path.name))
+    if other := next((name for name in there if name not in written), None):
+        raise ConfigError(
+            f"{folder} holds {other}, of other weights, which from_pretrained might read instead of these: remove it, "
+            "or give another folder"
+        )
 
 
 def convert_zero_checkpoint_to_fp32_state_dict(
