@@ -1,21 +1,30 @@
 """Traces a function with ``make_fx`` and compiles it with Inductor for a CPU, without guards.
 
 ``torch.compile`` checks its inputs at each call; here the caller sees to it that they are like the traced ones. What
-the function closes over is not copied, weights in oneDNN's own order included.
+the function closes over is not copied, weights in oneDNN's own order included. It is no part of what is compiled, so
+that Inductor's cache on disk serves another process, and other weights of the same shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from megatron_ds.errors import ConfigError
 
 _UNCHECKED = ("size_asserts", "alignment_asserts", "assert_indirect_indexing")
+_PACKED_WEIGHTS = {
+    "mkldnn._linear_pointwise.default": 1,
+    "mkldnn._linear_pointwise.binary": 2,
+    "onednn.qlinear_pointwise.default": 3,
+}
+"""oneDNN's products, and which of their arguments is the weight."""
 
 
 def record(
@@ -77,21 +86,92 @@ def compile_outputs(
     Raises:
         ConfigError: there is no C++ compiler, or it does not find torch.
     """
+    from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
+    graph, weights = _weights_as_inputs(graph)
+    inputs = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    settings = {"compile_threads": 1, **dict.fromkeys(_UNCHECKED, False)}
+    # Without a tracing context Inductor does not look into its cache.
+    context = tracing(TracingContext(inputs[0].fake_mode))
     try:
-        with torch.no_grad(), config.patch({"compile_threads": 1, **dict.fromkeys(_UNCHECKED, False)}):
-            inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+        with torch.no_grad(), config.patch(settings), context, _packed_weights_as_inputs(), _simplified_once():
             compiled = compile_fx_inner(graph, inputs, cpp_wrapper=in_one_call)
-    except InductorError as error:
-        if isinstance(error.inner_exception, InvalidCxxCompiler):
+    except (InductorError, CppCompileError, InvalidCxxCompiler) as error:  # bare ones of what is in the cache
+        cause = error.inner_exception if isinstance(error, InductorError) else error
+        if isinstance(cause, InvalidCxxCompiler):
             raise ConfigError(f"compiling the model needs a C++ compiler: install g++, or use {without}") from None
-        if isinstance(error.inner_exception, CppCompileError) and " " in torch.__file__:
+        if isinstance(cause, CppCompileError) and " " in torch.__file__:
             raise ConfigError(
                 f"torch stands in {torch.__path__[0]!r}, and its compiler takes no path with a space: move it, or use "
                 f"{without}"
             ) from None
         raise
-    return lambda *args: compiled(list(args))
+    return lambda *args: compiled([*args, *weights])
+
+
+def _weights_as_inputs(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
+    """The graph with the tensors that it holds as further inputs, and these tensors."""
+    inputs = graph.graph.find_nodes(op="placeholder")
+    mode, last = inputs[0].meta["val"].fake_mode, inputs[-1]
+    weights: dict[Tensor, Node] = {}  # by identity
+    for node in graph.graph.find_nodes(op="get_attr"):
+        weight = getattr(graph, node.target)
+        if weight not in weights:
+            with graph.graph.inserting_after(last):
+                weights[weight] = last = graph.graph.placeholder(f"weight_{len(weights)}")
+            like = torch.empty(weight.shape, dtype=weight.dtype) if weight.is_mkldnn else weight.detach()
+            last.meta["val"] = mode.from_tensor(like, static_shapes=True)
+        node.replace_all_uses_with(weights[weight])
+        graph.graph.erase_node(node)
+    return GraphModule({}, graph.graph), list(weights)
+
+
+@contextmanager
+def _simplified_once() -> Iterator[None]:
+    """Let Inductor keep every index that it has simplified, until it has compiled a graph.
+
+    By itself it keeps 128, and a layer's decoding has more, so each layer's were simplified anew.
+    """
+    from torch._inductor import sizevars
+
+    before = sizevars.simplify_index_in_vec_range
+    sizevars.simplify_index_in_vec_range = cache(before.__wrapped__)
+    try:
+        yield
+    finally:
+        sizevars.simplify_index_in_vec_range = before
+
+
+@contextmanager
+def _packed_weights_as_inputs() -> Iterator[None]:
+    """Let Inductor lower oneDNN's products with packed weights that are inputs.
+
+    Its rules assert that they are constants, and read no more of them than shape and dtype.
+    """
+    from torch._inductor import mkldnn_lowerings  # noqa: F401  which adds the rules
+    from torch._inductor.lowering import lowerings
+    from torch._inductor.virtualized import V
+
+    def with_constant(rule: Callable[..., Any], weight: int) -> Callable[..., Any]:
+        def lower(*args: Any, **kwargs: Any) -> Any:
+            constants, name = V.graph.constants, args[weight].get_name()
+            if name in constants:
+                return rule(*args, **kwargs)
+            constants[name] = torch.empty(0)
+            try:
+                return rule(*args, **kwargs)
+            finally:
+                del constants[name]
+
+        return lower
+
+    named = {str(op): op for op in lowerings}
+    before = {named[name]: lowerings[named[name]] for name in _PACKED_WEIGHTS if name in named}
+    lowerings.update({op: with_constant(rule, _PACKED_WEIGHTS[str(op)]) for op, rule in before.items()})
+    try:
+        yield
+    finally:
+        lowerings.update(before)

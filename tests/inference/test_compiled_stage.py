@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from megatron_ds.inference.model_runner import CacheSize, ModelRunner
 from megatron_ds.inference.sequence import Request, Sequence
 from megatron_ds.inference.serving_engine import ServingEngine
 from megatron_ds.inference.serving_recipes import PackedWeight, use_serving_recipes
+from megatron_ds.kernels.cpu import onednn
 from megatron_ds.kernels.cpu.compiled_graph import compile_graph, record
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.transformer import Transformer
@@ -136,6 +139,51 @@ def test_a_size_that_decides_what_is_computed_is_refused() -> None:
 
     with pytest.raises(ConfigError, match="other numbers of tokens; use enforce_eager=True"):
         record(cut, [torch.ones(61)], {61})
+
+
+def _product(seed: int) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """Inputs, and what multiplies them by weights of a seed: whole, packed, packed int8 where that can be."""
+    draw = torch.Generator().manual_seed(seed)
+    scale, weight = torch.randn(32, generator=draw), torch.randn(32, 32, generator=draw)
+    packed = onednn.packed(weight) if onednn.can_pack(weight) else None
+    whole = torch.randint(-127, 128, (32, 32), generator=draw, dtype=torch.int8)
+    int8 = onednn.packed_int8(whole) if onednn.can_multiply_int8(whole) else None
+    zeros = torch.zeros(32, dtype=torch.int32)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        out = x * scale
+        if packed is not None:
+            out = out + onednn.product(out, packed, None)
+            out = onednn.product(out.relu(), packed, scale)
+        if int8 is not None:
+            out = out + onednn.int8_product((x + onednn.INT8_ZERO).to(torch.uint8), int8, scale, zeros)
+        return out
+
+    return torch.randint(-127, 128, (61, 32), generator=draw).float(), run
+
+
+@pytest.mark.skipif(" " in torch.__file__, reason="torch's compiler takes no path with a space")
+def test_other_weights_of_the_same_shapes_find_the_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a second process do: neither their values nor where they are may be compiled in."""
+    from torch._dynamo.utils import counters
+    from torch._inductor import cpp_builder, exc
+
+    for _ in range(2):
+        # Of a seed that no run had before: the cache on disk may have its graph.
+        x, run = _product(int.from_bytes(os.urandom(7), "big"))
+        counters.clear()
+        compiled = compile_graph(record(run, [x], {61}))
+        for rows in (x, x[:1]):
+            torch.testing.assert_close(compiled(rows), run(rows), rtol=1e-5, atol=1e-3)
+    found = {key: count for key, count in counters["inductor"].items() if key.startswith("fxgraph_cache")}
+    assert found == {"fxgraph_cache_hit": 1}
+
+    def missing(*_: object) -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    with pytest.raises(ConfigError, match=r"install g\+\+, or use enforce"):  # what is found is C++, too
+        compile_graph(record(run, [x], {61}))
 
 
 def test_without_a_compiler_the_error_says_what_helps() -> None:
