@@ -7,6 +7,7 @@ that Inductor's cache on disk serves another process, and other weights of the s
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -57,7 +58,7 @@ def record(
         return found if isinstance(found, tuple) else (found,)
 
     functional = torch.func.functionalize(outputs, remove="mutations")
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), _no_collections():
         fakes = [fake(x) for x in inputs]
         with mode:
             graph = make_fx(functional, select_decomp_table())(*fakes)
@@ -97,7 +98,10 @@ def compile_outputs(
     # Without a tracing context Inductor does not look into its cache.
     context = tracing(TracingContext(inputs[0].fake_mode))
     try:
-        with torch.no_grad(), config.patch(settings), context, _packed_weights_as_inputs(), _simplified_once():
+        with (
+            torch.no_grad(), _no_collections(), config.patch(settings), context, _packed_weights_as_inputs(),
+            _strides_found_once(),
+        ):  # fmt: skip
             compiled = compile_fx_inner(graph, inputs, cpp_wrapper=in_one_call)
     except (InductorError, CppCompileError, InvalidCxxCompiler) as error:  # bare ones of what is in the cache
         cause = error.inner_exception if isinstance(error, InductorError) else error
@@ -130,19 +134,31 @@ def _weights_as_inputs(graph: GraphModule) -> tuple[GraphModule, list[Tensor]]:
 
 
 @contextmanager
-def _simplified_once() -> Iterator[None]:
-    """Let Inductor keep every index that it has simplified, until it has compiled a graph.
-
-    By itself it keeps 128, and a layer's decoding has more, so each layer's were simplified anew.
-    """
-    from torch._inductor import sizevars
-
-    before = sizevars.simplify_index_in_vec_range
-    sizevars.simplify_index_in_vec_range = cache(before.__wrapped__)
+def _no_collections() -> Iterator[None]:
+    """Python's garbage collector pauses: nodes and expressions live to the end, and going over them takes a fifth."""
+    collects = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
-        sizevars.simplify_index_in_vec_range = before
+        if collects:
+            gc.enable()
+
+
+@contextmanager
+def _strides_found_once() -> Iterator[None]:
+    """Let Inductor keep every stride that it has found in an index, until it has compiled a graph.
+
+    By itself it keeps 128, and decoding has more in a layer, so that they were found anew for each of equal layers.
+    """
+    from torch._inductor.codegen import cpp
+
+    before = cpp.stride_at_vec_range
+    cpp.stride_at_vec_range = cache(before.__wrapped__)
+    try:
+        yield
+    finally:
+        cpp.stride_at_vec_range = before
 
 
 @contextmanager
