@@ -119,6 +119,8 @@ def begin_average(engine: Engine, names: Collection[str]) -> None:
 def _take_average(engine: Engine, path: str | Path, meta: dict[str, Any]) -> None:
     """With the weights alone: the average that belongs to them, or where there is none they themselves."""
     trained = [name for name, p in _parameters(engine).items() if is_trained(p)]
+    if engine.keeps_average and engine._seed is not None:  # of a forward pass that no backward pass has followed
+        engine._drop_gradients()
     begin_average(engine, trained)
     if engine.keeps_average and _has_average(meta) and meta.get("trained") == sorted(trained):
         averages = [p for p in engine.zero.flat_shards(for_load=True) if p.kind == EMA]

@@ -215,6 +215,7 @@ def late_run(stage: int, name: str | None, offload: str, folder: str) -> dict[st
     again.load_checkpoint(folder)
     late_turns(again, again.module, again.optimizer, range(RESUMED_AT, len(LATE_TURNS)), name == "groups")
     assert same(with_average(again), state)
+    again(samples(0))  # which nobody needs
     again.load_checkpoint(folder, weights_only=True)
     assert same(with_average(again), saved)
     again.close()
