@@ -147,6 +147,7 @@ def openvino(folder: str) -> Generate:
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": "bf16",
         "KV_CACHE_PRECISION": "bf16",  # 8 bits otherwise
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,  # of inputs, for weights of fewer bits
     }
     with tempfile.TemporaryDirectory() as converted:
         OVModelForCausalLM.from_pretrained(folder, export=True, compile=False, load_in_8bit=False).save_pretrained(
