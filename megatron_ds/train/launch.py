@@ -31,7 +31,7 @@ from megatron_ds.train.alike import differences, digest
 from megatron_ds.train.attempts import met
 from megatron_ds.train.bounded import BoundedStore, StoreSilentError, in_thread
 from megatron_ds.train.failure import FAILED, FirstFailure, Watch
-from megatron_ds.train.signals import LAUNCHER, end_with_launcher, unheard_sigterm
+from megatron_ds.train.signals import LAUNCHER, REQUESTS, end_with_launcher, unheard_requests
 
 _CHECKS_TAKE = 3600.0  # seconds at most: a rank may read a whole dataset for the first time
 _RANK_0_SPEAKS_FIRST = 10.0  # seconds
@@ -108,7 +108,7 @@ def job(place: RankInfo, timeout: float) -> Iterator[Job]:
     with contextlib.ExitStack() as parting:
         try:
             yield ranks
-            parting.enter_context(unheard_sigterm())
+            parting.enter_context(unheard_requests())
             if dist.is_initialized():
                 dist.barrier()
         except BaseException as error:
@@ -354,7 +354,8 @@ def run_main(main: Callable[[RankInfo], int]) -> int:
         place = RankInfo.from_environment()
         code = main(place)
         if place.world_size > 1:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all that is left is Python's end
+            for number in REQUESTS:
+                signal.signal(number, signal.SIG_IGN)  # all that is left is Python's end
         return code
 
     def speak(text: str, code: int) -> int:

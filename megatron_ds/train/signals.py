@@ -1,4 +1,4 @@
-"""What SIGTERM and Ctrl-C ask of a run: to finish the step, save, and end well."""
+"""What SIGTERM, SLURM's SIGUSR1 and Ctrl-C ask of a run: to finish the step, save, and end well."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from types import FrameType
 
 LAUNCHER = "MEGATRON_DS_LAUNCHER"  # the process id of a rank's launcher, in its environment
+# By which a scheduler asks for an end; SIGUSR1 in many job scripts of SLURM (--signal=USR1@120).
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1)
 # Seconds within which two SIGINTs are one: under torchrun a Ctrl-C comes from the terminal and from torchrun.
 ONE_CTRL_C = 1.0
 _HEARS_AFTER = 3.0  # seconds in which a main thread that is not stuck in C has handled a signal
@@ -35,22 +37,25 @@ def end_with_launcher() -> None:
 
 
 @contextlib.contextmanager
-def unheard_sigterm() -> Iterator[None]:
+def unheard_requests() -> Iterator[None]:
     """A run has ended well: a SIGTERM that comes late, as on the second of two nodes, must not say otherwise."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in REQUESTS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def stop_signals(asked: threading.Event) -> Iterator[None]:
-    """SIGTERM and the first Ctrl-C set the event: finish the step, save, and end well. A second Ctrl-C interrupts, even
-    a rank that hangs in a collective, where Python handles no signals."""
+    """A request and the first Ctrl-C set the event: finish the step, save, and end well.
+
+    A second Ctrl-C interrupts, even a rank that hangs in a collective, where Python handles no signals.
+    """
     main = threading.main_thread()
     if threading.current_thread() is not main:
         yield
@@ -84,7 +89,7 @@ def stop_signals(asked: threading.Event) -> Iterator[None]:
     with receiver, sender:
         listener = threading.Thread(target=listen, args=(receiver,), name="signals", daemon=True)
         listener.start()
-        before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, on_signal) for number in (*REQUESTS, signal.SIGINT)}
         wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         try:
             yield

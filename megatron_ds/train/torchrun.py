@@ -3,7 +3,7 @@
 A SIGTERM or Ctrl-C makes torchrun itself tell its ranks, and then fail with a traceback whatever they do: a run that
 saved and ended well looks like one that crashed. Here the signal goes to the ranks alone, and torchrun ends as they
 do: with 0 after they have saved. SLURM signals every process of a job, and so ranks may hear of it twice; that is one
-request to them. A second Ctrl-C ends them at once, those too that no longer listen.
+request to them. SIGUSR1 asks for the same. A second Ctrl-C ends them at once, those too that no longer listen.
 
 Exit codes: 0; 2 for what the user can mend, which a rank has said; 130 and 143 for Ctrl-C and SIGTERM before there was
 anything to save, and 130 for a second Ctrl-C; 1 for all else. torchrun's own account of a failure is forty lines and
@@ -29,9 +29,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 from megatron_ds.train.launch import clear_launch_environment
-from megatron_ds.train.signals import LAUNCHER, ONE_CTRL_C
+from megatron_ds.train.signals import LAUNCHER, ONE_CTRL_C, REQUESTS
 
-_OURS = (signal.SIGTERM, signal.SIGINT)
+_OURS = (*REQUESTS, signal.SIGINT)
 _THEIRS = "SIGHUP,SIGQUIT"
 _ENDS_WITHIN = 5.0  # seconds from a second Ctrl-C: a rank that can end by itself has done so in 4
 
@@ -108,9 +108,9 @@ def conclude(codes: dict[int, int], twice: bool) -> tuple[int, str]:
         # Below a progress bar that its rank did not live to close.
         return 128 + signal.SIGINT, "\ninterrupted at once; what was saved before is as it was"
     # torchrun ends with SIGTERM the ranks that outlive one that failed.
-    own = {rank: code for rank, code in codes.items() if code != -signal.SIGTERM}
+    own = {rank: code for rank, code in codes.items() if -code not in REQUESTS}
     if not own:
-        return 128 + signal.SIGTERM, "stopped by SIGTERM before training started"
+        return 128 + signal.SIGTERM, "stopped by a signal before training started"
     # The others of a rank that met a mistake after the start end with 1, on its account.
     if {2} <= set(own.values()) <= {1, 2}:
         return 2, ""

@@ -313,6 +313,15 @@ def test_a_second_ctrl_c_interrupts_a_rank_that_waits_for_one_that_hangs(tmp_pat
         assert ranks.processes[0].exitcode == 130
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_may_ask_as_often_as_it_likes(number: signal.Signals) -> None:
+    asked = threading.Event()
+    with stop_signals(asked):
+        for _ in range(3):
+            os.kill(os.getpid(), number)
+        assert asked.wait(5)
+
+
 def test_two_sigints_at_once_are_one_ctrl_c_and_a_later_one_is_the_second() -> None:
     asked = threading.Event()
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]

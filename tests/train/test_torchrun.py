@@ -198,7 +198,7 @@ def test_who_runs_a_job_waits_for_it_after_a_signal(tmp_path: Path, to: Callable
         ({0: -15, 1: 2}, False, 2, ""),
         ({0: 2, 1: 1}, False, 2, ""),
         ({0: 130, 1: -2}, False, 130, "interrupted before training started"),
-        ({0: -15, 1: -15}, False, 143, "stopped by SIGTERM before training started"),
+        ({0: -15, 1: -15}, False, 143, "stopped by a signal before training started"),
         ({0: -9, 1: 130}, True, 130, "\ninterrupted at once; what was saved before is as it was"),
         (
             {0: 1, 1: -15, 2: -9},
@@ -247,3 +247,15 @@ def test_a_signal_that_comes_when_the_ranks_have_saved_is_no_failure(
         with contextlib.suppress(ProcessLookupError):
             torchrun._pass_on(receiver, threading.Event(), done)
     assert found == exits
+
+
+def test_slurms_sigusr1_is_passed_on_to_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[list[int], int]] = []
+    monkeypatch.setattr(torchrun, "children", lambda parent: [7, 8])
+    monkeypatch.setattr(torchrun, "_send", lambda ranks, number: found.append((ranks, number)))
+    receiver, sender = socket.socketpair()
+    with receiver, sender:
+        sender.send(bytes([signal.SIGUSR1]))
+        sender.shutdown(socket.SHUT_RDWR)
+        torchrun._pass_on(receiver, threading.Event(), threading.Event())
+    assert found == [([7, 8], signal.SIGUSR1)]
