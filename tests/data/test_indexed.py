@@ -258,6 +258,18 @@ def test_the_scan_is_kept_and_noticed_when_stale(prefix: Path, monkeypatch: pyte
     assert len(scans) == 2
 
 
+def test_an_index_of_over_a_million_sequences_is_checked_to_its_end(tmp_path: Path) -> None:
+    count = (1 << 20) + 3
+    with IndexedDatasetWriter(tmp_path / "set", "uint16") as writer:
+        writer.add_documents(np.arange(count).astype(np.uint16), np.ones(count, np.int64))
+    IndexedDataset(tmp_path / "set").check_index()
+    content = bytearray((tmp_path / "set.idx").read_bytes())
+    content[34 + 4 * (count - 2)] = 2  # behind the header, the length of the last sequence but one
+    (tmp_path / "set.idx").write_bytes(content)
+    with pytest.raises(DataError, match=rf"damaged at sequence {count - 1}"):
+        IndexedDataset(tmp_path / "set").check_index()
+
+
 def test_a_dataset_is_read_in_several_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An id that no model has is found in whichever of them it is."""
     with IndexedDatasetWriter(tmp_path / "set", "int32") as writer:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import megatron_ds
 from megatron_ds.errors import EngineError
 from megatron_ds.testing import run_ranks
+from megatron_ds.zero import writes
 from megatron_ds.zero.writes import EVERYTHING, masters_follow
 
 STEPS, WIDTH = 4, 32
@@ -210,8 +211,13 @@ def test_a_write_leaves_the_other_master_weights_as_they_are(stage: int) -> None
 
 @pytest.mark.parametrize("offset", [0, 3])
 @pytest.mark.parametrize("place", [0, 15, 16, 20])
-def test_a_written_element_is_found_wherever_it_lies(place: int, offset: int) -> None:
-    """Eight bytes are compared as one: whole words, the elements behind the last one, memory that begins within one."""
+@pytest.mark.parametrize("chunk", [8, 1 << 19])
+def test_a_written_element_is_found_wherever_it_lies(
+    place: int, offset: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight bytes are compared as one: whole words, the elements behind the last one, memory that begins within one.
+    And a large shard in parts."""
+    monkeypatch.setattr(writes, "_CHUNK_CPU", chunk)
     master = torch.linspace(1.0, 2.0, 32)[offset : offset + 21]
     before, shard = master.clone(), torch.empty(32, dtype=torch.bfloat16)[offset : offset + 21].copy_(master)
     assert not masters_follow(master, shard, EVERYTHING)
