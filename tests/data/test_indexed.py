@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 from pathlib import Path
@@ -13,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ds.data import verify as verify_module
+from megatron_ds.data.dataset_files import file_identity
 from megatron_ds.data.indexed import DTYPES, IndexedDataset, dtype_for_vocabulary
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
-from megatron_ds.data.verify import check_token_ids, scan, verify
+from megatron_ds.data.verify import check_token_ids, dataset_identity, scan, verify
 from megatron_ds.errors import DataError
 
 DOCUMENTS = [[[3, 1, 4], [1, 5]], [[9, 2, 6, 5, 3]], [[5]], [[8, 9, 7, 9]]]
@@ -256,6 +258,18 @@ def test_the_scan_is_kept_and_noticed_when_stale(prefix: Path, monkeypatch: pyte
     with pytest.raises(DataError, match="token id 12 at token 0"):
         check_token_ids(IndexedDataset(prefix), 10)
     assert len(scans) == 2
+
+
+def test_a_file_that_is_dated_back_is_another_one_all_the_same(prefix: Path) -> None:
+    """Changed where no sample is taken: its inode tells."""
+    write(prefix, [[list(range(200))] * 500])
+    path, before = prefix.with_suffix(".bin"), dataset_identity(IndexedDataset(prefix))
+    status, sampled = path.stat(), file_identity(path)
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file_identity(path) == sampled and dataset_identity(IndexedDataset(prefix)) != before
 
 
 def test_an_index_of_over_a_million_sequences_is_checked_to_its_end(tmp_path: Path) -> None:
