@@ -265,6 +265,19 @@ def test_logits_that_are_there_already() -> None:
     assert check_unfused(Axis("tp")) == 12
 
 
+def test_which_label_does_not_count_may_be_chosen() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 9, generator=generator, dtype=torch.float64).requires_grad_()
+    labels = torch.tensor([3, 5, 0, 5, 8, 2])
+    want = F.cross_entropy(logits, labels, ignore_index=5, reduction="sum")
+    (gradient,) = torch.autograd.grad(want, logits)
+    own = logits.detach().clone().requires_grad_()
+    found = cross_entropy(own * 1.0, labels, vocab_size=9, tp=Axis("tp"), ignore_index=5)
+    found.backward()
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(own.grad, gradient)
+
+
 def check_all(tp_size: int) -> int:
     mesh = Mesh.create(MeshShape(tp=tp_size), device_of_rank(dist.get_rank(), tp_size))
     done = 0
