@@ -11,7 +11,7 @@ import torch
 from megatron_ds.config import OptimizerConfig, PrecisionConfig
 from megatron_ds.optim.clip import clip_coefficient
 from megatron_ds.optim.factory import ConfigRule
-from megatron_ds.optim.learning_rate import learning_rate
+from megatron_ds.optim.learning_rate import learning_rate, rate_change
 from megatron_ds.optim.loss_scaler import LossScaler
 from megatron_ds.optim.rule import OptimizerSegment
 
@@ -70,6 +70,13 @@ def test_no_warm_up_starts_near_the_peak_and_warm_up_may_take_all_steps() -> Non
     assert rates(10, schedule="cosine", warmup_steps=10)[-1] == 1.0
     with pytest.raises(ValueError, match="step=0: updates are counted from 1"):
         learning_rate(OptimizerConfig(), 0, 10)
+
+
+def test_a_rate_that_jumps_is_said_and_where_its_schedule_ends_if_that_is_why() -> None:
+    assert rate_change(0.1, 0.1 * (1 + 1e-12), 5, 9) == ""
+    assert rate_change(0.1, 0.2, 9, 9) == "the learning rate goes from 0.1 to 0.2"
+    text = rate_change(0.1, 0.2, 5, 9)
+    assert "ends at step 9 where it ended at 5" in text and "--optimizer.decay-steps 5 keeps that" in text
 
 
 def test_loss_scaler_equals_torchs_with_a_hysteresis_of_one() -> None:
