@@ -128,3 +128,18 @@ def test_a_recorded_graph_takes_any_number_of_rows(form: str) -> None:
         with pytest.raises(AssertionError, match="__len__"):
             len(x)
     assert torch.equal(found, through(x, form))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_largest_finite_number_stays_finite(form: str, dtype: torch.dtype) -> None:
+    """Times its rounded scale it would be infinite, and a step be skipped that need not be."""
+    x = torch.zeros(1, BLOCK + 3, dtype=dtype)
+    x[0, 1], x[0, -1] = torch.finfo(dtype).max, -torch.finfo(dtype).max
+    torch.testing.assert_close(through(x, form), x, rtol=1e-6, atol=0)
+
+
+def test_keys_of_rows_follow_from_all_bits_of_the_seed_and_from_the_row() -> None:
+    seeds = [0, *(1 << bit for bit in range(2, 63))]
+    assert len(torch.cat([keys(seed, 4) for seed in seeds]).unique()) == 4 * len(seeds)
+    assert torch.equal(keys(7, 3, first=2), keys(7, 5)[2:])
