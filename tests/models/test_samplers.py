@@ -88,6 +88,20 @@ def test_ddim_is_euler_where_steps_do_not_divide_the_times(
     torch.testing.assert_close(drawn, wanted, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("scheduler", ["euler", "ddpm"])
+def test_an_image_follows_from_the_seed_and_its_number_alone(scheduler: str, tmp_path: Path) -> None:
+    """Of one class: what a scheduler adds on the way is each image's own, too."""
+    run = configuration({})
+    write_checkpoint(tmp_path, run)
+    sampler = Sampler(run, tmp_path, "param", Mesh.single())
+    drawn = sampler.sample([1] * 3, scheduler, 3, seed=7)
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert (drawn[one] - drawn[other]).abs().max() > 0.1
+    torch.testing.assert_close(sampler.sample([1] * 3, scheduler, 3, seed=7, batch=1), drawn, rtol=0, atol=1e-3)
+    torch.testing.assert_close(sampler.sample([1] * 2, scheduler, 3, seed=7), drawn[:2], rtol=0, atol=1e-3)
+    assert (sampler.sample([1], scheduler, 3, seed=8) - drawn[:1]).abs().max() > 0.1
+
+
 TEXT = {"condition": "text", "num_classes": 1000, "text_size": 6, "text_tokens": 5, "pooled_size": 5}
 
 
