@@ -50,7 +50,7 @@ def test_a_compiled_model_says_the_same_to_1e_10(monkeypatch: pytest.MonkeyPatch
     engine.runner.compile()
     texts: list[int] = []
     run = CompiledDecoding.run
-    monkeypatch.setattr(CompiledDecoding, "run", lambda own, spans: (texts.append(len(spans)), run(own, spans))[1])
+    monkeypatch.setattr(CompiledDecoding, "run", lambda *of: (texts.append(len(of[1])), run(*of))[1])
     found = logprobs_of(engine, 2)
     assert texts == [5] * 4 + [2] + [1] * 6  # every step but those of the prompts
     assert len(found) == len(want) == 36
