@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -49,6 +50,8 @@ def main(arguments: list[str]) -> int:
     # The C handler writes the number there at once, also while the main thread waits for other nodes in C.
     signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     os.environ[LAUNCHER] = str(os.getpid())
+    for name, value in rendezvous_environment(arguments).items():
+        os.environ.setdefault(name, value)
     # "Sending process closing signal", "failed (exitcode: 2)": `conclude` says it.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(lambda record: False)
     # Five lines to say that each rank gets one thread for OpenMP; the run's --threads decides.
@@ -62,6 +65,16 @@ def main(arguments: list[str]) -> int:
             print(line, file=sys.stderr, flush=True)
         return code
     return 0
+
+
+def rendezvous_environment(arguments: Sequence[str]) -> dict[str, str]:
+    """A store of the ranks' own for each round of a rendezvous in which nodes come and go (``--rdzv-backend c10d``).
+
+    The one that torch shares by default keeps its address from the first round, and a node that joins later, or once
+    more, waits for it in vain.
+    """
+    elastic = any(argument.replace("_", "-").startswith("--rdzv-backend") for argument in arguments)
+    return {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if elastic else {}
 
 
 def run_job(command: list[str]) -> int:

@@ -259,3 +259,11 @@ def test_slurms_sigusr1_is_passed_on_to_the_ranks(monkeypatch: pytest.MonkeyPatc
         sender.shutdown(socket.SHUT_RDWR)
         torchrun._pass_on(receiver, threading.Event(), threading.Event())
     assert found == [([7, 8], signal.SIGUSR1)]
+
+
+def test_a_node_that_joins_an_elastic_job_later_finds_the_store_of_its_round() -> None:
+    """With the shared one the agents wait for each other; run as two nodes of which the second came late."""
+    own = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    assert torchrun.rendezvous_environment(["--nnodes", "2:4", "--rdzv_backend=c10d", "x.py"]) == own
+    assert torchrun.rendezvous_environment(["--nnodes", "2", "--rdzv-backend", "c10d", "x.py"]) == own
+    assert torchrun.rendezvous_environment(["--nnodes", "2", "--node-rank", "0", "x.py"]) == {}
