@@ -34,14 +34,16 @@ _WEIGHTS = "model", "diffusion_pytorch_model"  # what transformers and what diff
 def saves(module: nn.Module) -> bool:
     """Whether :func:`save` has a folder for it: a model of transformers or diffusers, or one that PEFT has wrapped."""
     adapted = hasattr(module, "peft_config") and hasattr(module, "save_pretrained")
-    return adapted or hasattr(module, "save_config") or hasattr(getattr(module, "config", None), "save_pretrained")
+    # Models that hold one of transformers, as SentenceTransformer, may show its configuration as theirs.
+    transformer = hasattr(getattr(module, "config", None), "save_pretrained") and hasattr(module, "can_generate")
+    return adapted or hasattr(module, "save_config") or transformer
 
 
 def save(module: nn.Module, tensors: WholeTensors, mesh: Mesh, folder: Path) -> None:
     """On all ranks; rank 0 writes. See :meth:`Engine.save_pretrained`."""
     if not saves(module):
         raise ConfigError(
-            f"{type(module).__name__} is no model of transformers or diffusers: it has no configuration to save; use "
+            f"{type(module).__name__} is no model of transformers or diffusers with a configuration to save; use "
             "engine.state_dict() or engine.save_checkpoint()"
         )
     diffusers = hasattr(module, "save_config")

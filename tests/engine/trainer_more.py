@@ -63,6 +63,7 @@ class Embedder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = llama()
+        self.config = self.inner.config
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
         return self.inner(input_ids=input_ids, labels=labels)
