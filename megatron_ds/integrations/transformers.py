@@ -80,6 +80,7 @@ class Trainer(transformers.Trainer):
     """The Trainer, with its model trained by an engine (``trainer.engine``, from :meth:`train` on)."""
 
     engine: Engine | None = None
+    model: Any
     optimizer: Any
     lr_scheduler: Any
     _own_optimizer: Any = None  # made of the configuration, as the next
@@ -262,19 +263,19 @@ class Trainer(transformers.Trainer):
             self.processing_class.save_pretrained(folder)
 
     def _save_by_itself(self, folder: str) -> None:
-        """As the Trainer saves a model of no library, or a Trainer beside this one a model of its own."""
+        """As the Trainer saves a model of no library, or a Trainer beside this one a model that writes itself."""
         assert self.engine is not None
-        average = self.engine.keeps_average
-        if average and type(self)._save is not transformers.Trainer._save:
-            raise ConfigError(
-                f"{type(self).__name__} saves the weights that {type(self.model).__name__} has, and not the moving "
-                "average: leave optimizer.ema_decay out, or set save_strategy='no' and take engine.state_dict(average="
-                "True) after training"
-            )
-        state = self.engine.state_dict(average=average)
+        state, model = self.engine.state_dict(average=self.engine.keeps_average), self.model
         with self.engine.gathered(), together(self.engine.mesh.world):
             if self.args.should_save:
-                self._save(folder, state_dict=state)
+                # In memory of its own: parameters of the engine are parts of a larger one, which safetensors refuses.
+                self.model = copy.deepcopy(model)
+                try:
+                    for name, parameter in self.model.named_parameters():
+                        parameter.data = state[name]
+                    self._save(folder, state_dict=state)
+                finally:
+                    self.model = model
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         assert self.engine is not None
