@@ -12,7 +12,6 @@ All ranks write the same files as one would. The same command again continues af
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from megatron_ds.data.latent_writer import (
     left_out,
 )
 from megatron_ds.errors import DataError
+from megatron_ds.train.alike import facts_of
 from megatron_ds.train.launch import RankInfo, job, run_main
 
 
@@ -59,7 +59,7 @@ class Options:
 def main(place: RankInfo) -> int:
     options = tyro.cli(Options, description=__doc__)
     with job(place, 600.0) as ranks, contextlib.ExitStack() as stack:
-        with ranks.checking(hashlib.sha256(repr(options).encode()).hexdigest()):
+        with ranks.checking(facts_of(options)):
             device = place.device(options.device)
             source = open_images(options.images)
             encoders = EncoderFolders(options.vae, options.text_encoder, options.tokenizer)

@@ -8,7 +8,6 @@ python tools/sample_images.py runs/text/checkpoints --vae sd3/vae --text "a red 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from megatron_ds.data.latent_encoders import (
 from megatron_ds.errors import ConfigError, RaisedAs
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.models.samplers import Sampler, check_steps, make_scheduler, run_of_checkpoint, save_grid
+from megatron_ds.train.alike import facts_of
 from megatron_ds.train.launch import RankInfo, job, run_main, set_threads
 
 
@@ -127,7 +127,7 @@ def encoded_texts(options: Options, texts: dict[str, Any], mesh: Mesh) -> dict[s
 def main(place: RankInfo) -> int:
     options = tyro.cli(Options, description=__doc__)
     with job(place, 600.0) as ranks:
-        with ranks.checking(hashlib.sha256(repr(options).encode()).hexdigest()):
+        with ranks.checking(facts_of(options)):
             device = place.device(options.device)
             with Checkpoint(options.checkpoint) as source:
                 kind = source.weights_kind(None if options.weights is None else options.weights == "average")

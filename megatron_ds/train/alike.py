@@ -33,6 +33,11 @@ def versions() -> dict[str, str]:
     return {"megatron_ds": megatron_ds.__version__, "torch": torch.__version__, "numpy": numpy.__version__}
 
 
+def facts_of(options: Any) -> dict[str, Any]:
+    """The facts of a program whose settings are the fields of one dataclass."""
+    return {SETTINGS: {name: str(value) for name, value in vars(options).items()}, VERSIONS: versions()}
+
+
 def digest(facts: Mapping[str, Any]) -> str:
     """A hash of what a rank was started with."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

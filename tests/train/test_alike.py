@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 
 import planted_faults
@@ -18,7 +19,7 @@ from started_ranks import arguments, started
 from megatron_ds.engine import initialize
 from megatron_ds.errors import ConfigError
 from megatron_ds.testing import run_ranks
-from megatron_ds.train.alike import DATA, DEVICE, SETTINGS, differences, digest
+from megatron_ds.train.alike import DATA, DEVICE, SETTINGS, differences, digest, facts_of
 from megatron_ds.train.bounded import BoundedStore
 from megatron_ds.train.failure import Watch
 from megatron_ds.train.whereabouts import Whereabouts
@@ -32,6 +33,20 @@ def test_facts_are_compared_as_far_as_both_ranks_came() -> None:
     assert "x... against none); give every node the same arguments" in line
     assert differences("rank 2", {SETTINGS: own[SETTINGS]}, own) == []
     assert digest(own) == digest(json.loads(json.dumps(own))) != digest(theirs)
+
+
+@dataclass(frozen=True)
+class Options:
+    output: Path
+    steps: int = 50
+    vae: Path | None = None
+
+
+def test_options_of_a_tool_are_named() -> None:
+    own, theirs = facts_of(Options(Path("a"))), facts_of(Options(Path("a"), 20, Path("v")))
+    (line,) = differences("rank 1", json.loads(json.dumps(theirs)), json.loads(json.dumps(own)))
+    assert "rank 1: another configuration than on rank 0 (steps: 20 against 50; vae: v against None)" in line
+    assert differences("rank 1", facts_of(Options(Path("a"))), own) == []
 
 
 def _other_version(rank: int) -> None:
