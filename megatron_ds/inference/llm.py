@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from types import TracebackType
 from typing import Any
 
@@ -29,7 +30,7 @@ from megatron_ds.inference.sampling_params import SamplingParams, suggested_sett
 from megatron_ds.inference.serving_engine import ServingEngine
 from megatron_ds.inference.serving_options import EngineOptions
 from megatron_ds.inference.serving_recipes import use_serving_recipes
-from megatron_ds.inference.texts import Prompt, Texts
+from megatron_ds.inference.texts import Prompt, Texts, unnamed
 from megatron_ds.kernels.float8 import E4M3
 from megatron_ds.mesh import Axis
 
@@ -174,7 +175,8 @@ class LLM:
         name = name or f"request-{next(self._numbers)}"
         if params.seed is None and self.options.seed is not None:
             params = replace(params, seed=self.options.seed)
-        self.engine.add(name, self.texts.tokenize(prompt), params, prompt if isinstance(prompt, str) else None, whole)
+        given = unnamed(prompt)
+        self.engine.add(name, self.texts.tokenize(given), params, given if isinstance(given, str) else None, whole)
         return name
 
     def step(self) -> list[RequestOutput]:
@@ -236,7 +238,7 @@ class LLM:
 
 
 def _is_one(prompts: Any) -> bool:
-    return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+    return isinstance(prompts, str | Mapping) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
 
 
 def _dtype(name: str, auto: torch.dtype) -> torch.dtype:

@@ -12,11 +12,30 @@ from megatron_ds.data.chat import ChatTemplate, template_of
 from megatron_ds.data.chat_records import BadConversation, request_messages
 from megatron_ds.data.tokenizer_base import KNOWN_NAME
 from megatron_ds.data.tokenizers import HFTokenizer, Tokenizer, load_tokenizer
-from megatron_ds.errors import ConfigError, DataError
+from megatron_ds.errors import ConfigError, DataError, RaisedAs
 from megatron_ds.inference.detokenizer import TextEnds
 
 log = logging.getLogger(__name__)
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""A text, tokens, or one of the two under the names that vLLM has for them: ``prompt``, ``prompt_token_ids``."""
+
+
+def unnamed(prompt: Prompt) -> str | Sequence[int]:
+    """The text or the tokens of a prompt; tokens where both are named.
+
+    Raises:
+        ConfigError: it names neither, or something else beside them.
+    """
+    if not isinstance(prompt, Mapping):
+        return prompt
+    tokens, text = prompt.get("prompt_token_ids"), prompt.get("prompt")
+    if prompt.keys() - {"prompt", "prompt_token_ids"} or (tokens is None and text is None):
+        raise ConfigError(
+            f"a prompt is a text, tokens, {{'prompt': text}} or {{'prompt_token_ids': tokens}}; this one has the keys "
+            f"{', '.join(map(str, prompt)) or 'of an empty dictionary'}"
+        )
+    found: Any = text if tokens is None else tokens
+    return found
 
 
 class Texts:
@@ -51,7 +70,7 @@ class Texts:
             log.warning("%s: there are no conversations: %s", model, error)
             return cls(model, tokenizer, fault=str(error))
 
-    def tokenize(self, prompt: Prompt, add_special_tokens: bool = True) -> list[int]:
+    def tokenize(self, prompt: str | Sequence[int], add_special_tokens: bool = True) -> list[int]:
         """The tokens of a text, where names of special tokens stand for these, with those that begin one; tokens stay
         as they are.
 
@@ -59,7 +78,8 @@ class Texts:
             ConfigError: there is no tokenizer, or the text is none.
         """
         if not isinstance(prompt, str):
-            return [operator.index(token) for token in prompt]
+            with RaisedAs(ConfigError, "a prompt is a text or a list of tokens, which are whole numbers", TypeError):
+                return [operator.index(token) for token in prompt]
         tokenizer = self._require_tokenizer()
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise ConfigError("the prompt has half of a surrogate pair, which is no character: give valid Unicode")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from hf_models import FAMILIES, MODELS, _llama, make
@@ -207,6 +208,21 @@ def test_beginnings_are_computed_once_unless_told_not_to(folder: Path, share: bo
     assert first.outputs[0].token_ids == again.outputs[0].token_ids
 
 
+def test_prompts_come_as_texts_tokens_and_dictionaries(folder: Path) -> None:
+    with LLM(folder) as llm:
+        tokens = llm.texts.tokenize("import os")
+        params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+        of_text = {"prompt": "import os"}
+        forms: list[Any] = ["import os", of_text, tokens, {"prompt_token_ids": tokens}, np.array(tokens)]
+        for number, form in enumerate([*forms, torch.tensor([tokens])]):
+            (output,) = llm.generate(form, params, use_tqdm=False)
+            assert (output.prompt_token_ids, output.prompt) == (tokens, "import os" if number < 2 else None)
+        assert len({tuple(o.outputs[0].token_ids) for o in llm.generate(forms, params, use_tqdm=False)}) == 1
+        for wrong in ({"multi_modal_data": 1, "prompt": "a"}, {}, [["a"]], [[1.5]]):
+            with pytest.raises(ConfigError, match="a prompt is a text"):
+                llm.generate(wrong, params)
+
+
 def test_without_settings_the_models_own_ones_are_taken(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     said = {"temperature": 0.5, "top_k": 7, "top_p": 0.9, "repetition_penalty": 1.2, "frequency_penalty": 0.5}
@@ -321,7 +337,7 @@ def test_a_folder_without_a_model_and_without_a_tokenizer(folder: Path, tmp_path
         with pytest.raises(ConfigError, match="prompt is empty"):
             llm.generate([[]], use_tqdm=False)
         for no_tokens in ([3.7], ["5"]):  # int() would make tokens of them
-            with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+            with pytest.raises(ConfigError, match=r"whole numbers: .* cannot be interpreted as an integer"):
                 llm.generate([no_tokens], use_tqdm=False)
         assert len(llm.generate([5, 6], GREEDY, use_tqdm=False)[0].outputs[0].token_ids) == 10
 
