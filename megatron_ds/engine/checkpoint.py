@@ -110,6 +110,8 @@ def begin_average(engine: Engine, names: Collection[str]) -> None:
     """The moving average of these parameters goes on from their weights, in as many updates as that of the others."""
     if not (engine.keeps_average and engine.zero.count):
         return
+    # Setting the count tells it to the averages of buckets that are new, and has the optimizer's rules forget which of
+    # their parameters have had fewer updates.
     late = late_parameters(engine)
     engine.zero.count = engine.zero.count
     engine.zero.load_late(late)
