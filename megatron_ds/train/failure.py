@@ -21,10 +21,12 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+
+import torch.distributed as dist
 
 from megatron_ds.errors import MegatronDSError, listed
 from megatron_ds.train.bounded import BoundedStore, StoreSilentError, end_within
@@ -163,6 +165,7 @@ class Watch:
     def _report_peer(self, text: str, own: Whereabouts) -> None:
         """This rank lost a peer, or waited for it in vain, and nobody has said why."""
         late = _TIMEOUT.search(text) is not None
+        hosts = self._hosts()  # before the roll call: with its own, rank 0 may end, and the store with it
         places = {**self._roll_call(), self.rank: own}
         silent = [rank for rank in range(self.world_size) if rank not in places]
         busy = [rank for rank in sorted(places) if not places[rank].waits]
@@ -177,11 +180,11 @@ class Watch:
             lines.append("the job's store does not answer, so that no other rank could be asked")
         elif silent:
             lines.append(
-                f"no answer from {_ranks(silent)}{self._hosts_of(silent)}: killed (for want of memory? see the "
+                f"no answer from {_ranks(silent)}{_on_hosts(silent, hosts)}: killed (for want of memory? see the "
                 "kernel's log), stopped, or its machine is gone"
             )
         elif late and busy:
-            lines.append(f"{_ranks(busy)}{self._hosts_of(busy)} did not wait for any other and so held them up")
+            lines.append(f"{_ranks(busy)}{_on_hosts(busy, hosts)} did not wait for any other and so held them up")
         order = [*busy, *(rank for rank in sorted(places) if rank not in busy)]
         for rank in order[:_SHOWN]:
             since = f" (for {places[rank].seconds} s)" if places[rank].seconds else ""
@@ -210,17 +213,19 @@ class Watch:
             return answers  # the store is gone: what is known is known
         return answers
 
-    def _hosts_of(self, ranks: Sequence[int]) -> str:
-        """`` on`` the machines of these ranks, as far as they have left a note of it."""
-        keys = [_host_of(rank) for rank in ranks[:_SHOWN]]
+    def _hosts(self) -> dict[int, str]:
+        """The machines of all ranks, as far as they have left a note of it; on one node there are no notes."""
+        if not self.host:
+            return {}
+
+        def noted(store: dist.Store) -> dict[int, str]:
+            keys = {rank: _host_of(rank) for rank in range(self.world_size)}
+            return {rank: store.get(key).decode() for rank, key in keys.items() if store.check([key])}
+
         try:
-            found = self.store(
-                lambda store: [store.get(key) for key in keys if store.check([key])], self._answers_within
-            )
+            return self.store(noted, self._answers_within)
         except Exception:
-            return ""
-        names = {name.decode() for name in found}
-        return f" on {listed(sorted(names), _SHOWN)}" if names else ""
+            return {}
 
     # The thread
 
@@ -276,6 +281,11 @@ class Watch:
 def _host_of(rank: int) -> str:
     """The store's key of the name of a rank's machine."""
     return f"host/{rank}"
+
+
+def _on_hosts(ranks: Sequence[int], hosts: Mapping[int, str]) -> str:
+    names = sorted({hosts[rank] for rank in ranks[:_SHOWN] if rank in hosts})
+    return f" on {listed(names, _SHOWN)}" if names else ""
 
 
 def _ranks(ranks: Sequence[int]) -> str:
