@@ -17,8 +17,8 @@ from megatron_ds.kernels.cpu.attention_route import QUERIES
 _FEW = 32
 """Queries of a key/value head."""
 _WHOLE = 1 << 22
-"""Products of the scores of all heads that are made in one call, though up to half of the scores are hidden: of so few
-the calls are what takes the time."""
+"""Multiplications up to which all scores are computed in one product, though the causal mask hides up to half of them:
+so small a product costs little more than its call."""
 _SMALL = 4.0
 """Scores whose rounding to bf16 changes the result by about as much as that of the probabilities does."""
 

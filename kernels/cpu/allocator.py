@@ -34,7 +34,7 @@ def give_back_freed_memory() -> None:
 
 
 def use_huge_pages(address: int, count: int) -> int:
-    """Have Linux move ``count`` bytes from ``address`` on to pages of 2 MiB (THP) now, and what shares these with them.
+    """Move ``count`` bytes from ``address`` on to transparent huge pages of 2 MiB now, and what shares these with them.
 
     For weights that are read once a step: no cache of the processor keeps where so many pages of 4 KiB are, least of
     all in a virtual machine, whose pages are looked up twice.

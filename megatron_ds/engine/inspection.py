@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 class Inspection:
-    """The methods of an engine that look inside. Every rank calls each of them alike, and what it gives is on all."""
+    """The methods of an engine that look inside or change what is there.
+
+    Every rank calls each of them alike, and what it gives is on all.
+    """
 
     module: nn.Module
     config: EngineConfig

@@ -30,7 +30,7 @@ _PAGE = 4096
 _PAGE_STATE = slice(7 if sys.byteorder == "little" else 0, None, 8)
 """Of a page's eight bytes in ``pagemap``, the one that says, from the left: present, swapped out, of a file."""
 _NOT_WRITTEN = bytes(state for state in range(256) if not state & 0xC0 or state & 0x20)
-"""A page of a private view is there once it was looked at, and of a file, as common memory is, until written."""
+"""That byte of a page which was not written: the page is absent, or it still is the file's, as after a read."""
 
 
 class SharedArena:
