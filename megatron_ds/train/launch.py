@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from megatron_ds.comm.together import merged
 from megatron_ds.data.cli import guarded, print_error
+from megatron_ds.data.workers import usable_cores
 from megatron_ds.errors import ConfigError, MegatronDSError, RaisedAs, listed
 from megatron_ds.mesh import MOST_RANKS, init_process_group
 from megatron_ds.train.alike import differences, digest
@@ -90,8 +91,7 @@ class RankInfo:
 
 def set_threads(place: RankInfo, threads: int | None) -> None:
     """One share of the node's cores a rank, unless told otherwise."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, available // place.local_world_size))
+    torch.set_num_threads(threads or max(1, usable_cores() // place.local_world_size))
 
 
 @contextlib.contextmanager
