@@ -29,14 +29,10 @@ def an_object(value: Any, what: str) -> dict[str, Any]:
     return dict(value)
 
 
-def a_list(value: Any, what: str) -> list[Any]:
+def integers(value: Any, what: str) -> tuple[int, ...]:
     if not isinstance(value, list | tuple):
         raise ValueError(f"{what}: {shown(value)}, not a list")
-    return list(value)
-
-
-def integers(value: Any, what: str) -> tuple[int, ...]:
-    return tuple(integer(item, what) for item in a_list(value, what))
+    return tuple(integer(item, what) for item in value)
 
 
 def integer(value: Any, what: str, least: int = 0, most: int = MOST) -> int:

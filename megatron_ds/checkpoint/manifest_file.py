@@ -11,7 +11,6 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from megatron_ds.checkpoint import format_1
 from megatron_ds.checkpoint.fields import a_checksum, an_object, integer, shape_and_dtype, take
 from megatron_ds.checkpoint.index import (
     BlockFile,
@@ -34,7 +33,7 @@ from megatron_ds.files.direct_io import ALIGNMENT
 MOST_BYTES = 1 << 30  # of a manifest
 MOST_CHUNK_BYTES = 64 << 20  # a reader's thread holds one chunk
 MOST_DIMS = 64
-_FIELDS = ("format", "version", "step", "world_size", "meta", "chunk_bytes")
+_FIELDS = ("format", "version", "step", "world_size", "meta", "chunk_bytes", "index", "tensors")
 
 
 def write_manifest(directory: Path, step: int, world_size: int, meta: dict[str, Any], contents: IndexBuilder) -> None:
@@ -66,7 +65,7 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a step directory.
 
     Raises:
-        CheckpointError: it is not there, damaged, malformed, of a newer format, or of another step than its directory.
+        CheckpointError: it is not there, damaged, malformed, of another format, or of another step than its directory.
     """
     path = directory / MANIFEST
     if directory.name.endswith(INCOMPLETE):
@@ -84,10 +83,10 @@ def read_manifest(directory: Path) -> Manifest:
     with RaisedAs(CheckpointError, f"{path} is malformed", ValueError):
         value = an_object(parse_json(b"{" + body), "it")
         version = value.get("version")
-        if value.get("format") != FORMAT or type(version) is not int or not 1 <= version <= VERSION:
+        if value.get("format") != FORMAT or type(version) is not int or version != VERSION:
             raise CheckpointError(
                 f"{path} has format {value.get('format')!r} version {version}; this library reads {FORMAT!r} "
-                f"up to version {VERSION}: use a newer megatron-ds"
+                f"version {VERSION}: use the megatron-ds that wrote it"
             )
         manifest = _from_json(value, directory, checksum(body))
     if step_of(directory) not in (None, manifest.step):
@@ -98,17 +97,13 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def _from_json(value: dict[str, Any], directory: Path, digest: str) -> Manifest:
-    contents = format_1.FIELDS if value["version"] == 1 else ("index", "tensors")
-    _, _, step, world_size, meta, chunk_bytes, listed, tensors = take(value, (*_FIELDS, *contents), "the manifest")
+    _, _, step, world_size, meta, chunk_bytes, listed, tensors = take(value, _FIELDS, "the manifest")
     step, world_size = integer(step, "step"), integer(world_size, "world_size", least=1)
     meta = {name: decode(part) for name, part in an_object(meta, "meta").items()}
     chunk_bytes = integer(chunk_bytes, "chunk_bytes", ALIGNMENT, MOST_CHUNK_BYTES)
     if chunk_bytes % ALIGNMENT:
         raise ValueError(f"chunk_bytes is {chunk_bytes}, not a multiple of {ALIGNMENT}")
-    if value["version"] == 1:
-        records, index = format_1.read_index(listed, tensors, chunk_bytes, directory / MANIFEST)
-    else:
-        records, index = _read_index(listed, tensors, chunk_bytes, directory / INDEX)
+    records, index = _read_index(listed, tensors, chunk_bytes, directory / INDEX)
     return Manifest(step, world_size, meta, records, index, digest)
 
 

@@ -38,35 +38,6 @@ def write_json(step: Path, value: Json) -> None:
     (step / "manifest.json").write_text(f'{{"checksum":"{checksum(body.encode())}",\n{body}')
 
 
-def as_format_1(step: Path) -> Json:
-    """Make a step's manifest one of format 1, from what its safetensors files say of themselves; its contents."""
-    value = read_json(step)
-    del value["index"]
-    tensors: Json = {
-        kind: {name: {**record, "parts": []} for name, record in named.items()}
-        for kind, named in value["tensors"].items()
-    }
-    files = []
-    for number, path in enumerate(sorted(step.glob("*.safetensors"))):
-        data = path.read_bytes()
-        chunks = [data[start : start + (8 << 20)] for start in range(0, len(data), 8 << 20)]
-        files.append({"name": path.name, "size": len(data), "checksums": [checksum(chunk) for chunk in chunks]})
-        header = 8 + int.from_bytes(data[:8], "little")
-        for key, entry in json.loads(data[8:header]).items():
-            if key == "__metadata__":
-                continue
-            kind, _, name = key.partition("/")
-            name, _, place = name.partition("@")
-            offset = [int(text) for text in place.split(",")] if place else [0] * len(entry["shape"])
-            start = header + entry["data_offsets"][0]
-            part = {"file": number, "offset": offset, "shape": entry["shape"], "start": start}
-            tensors[kind][name]["parts"].append(part)
-    value = {**value, "version": 1, "files": files, "tensors": tensors}
-    (step / "manifest.index").unlink()
-    write_json(step, value)
-    return value
-
-
 def read_index(step: Path) -> tuple[Json, IndexSizes, Words]:
     """The manifest, and all words of the index."""
     value = read_json(step)
@@ -97,9 +68,8 @@ def at(*path: str | int) -> Callable[[Json, Any], None]:
 
 
 EMBEDDING = ("tensors", "param", "embedding.weight")
-PART = (*EMBEDDING, "parts", 0)
 Wrong = list[tuple[Callable[[Json, Any], None], Any, str]]
-IN_BOTH: Wrong = [
+FIELDS: Wrong = [
     *((at(name), ..., f"lacks ['{name}']") for name in ("step", "world_size", "meta", "chunk_bytes", "tensors")),
     *((at("step"), bad, "step is ") for bad in (-1, 1.0, True, "1", None, 1 << 70)),
     *((at("world_size"), bad, "world_size is ") for bad in (0, -4, [], "6")),
@@ -117,42 +87,6 @@ IN_BOTH: Wrong = [
     (at(*EMBEDDING, "shape"), [24, 6.0], "is 6.0"),
     (at(*EMBEDDING, "shape"), [1 << 62, 1 << 62, 0], "more elements than can be counted"),
     (at(*EMBEDDING, "parts"), ..., "lacks ['parts']"),
-]
-SHAPES: Wrong = [
-    *((at(*EMBEDDING, "shape"), bad, "overlap or leave a gap") for bad in ([48, 6], [1 << 50, 6])),
-    (at(*EMBEDDING, "shape"), [20, 6], "overlap or leave a gap|which is not inside it"),
-    (at(*EMBEDDING, "shape"), [24], "overlap or leave a gap|which is not inside it"),
-    (at(*EMBEDDING, "shape"), [12, 12], "overlap or leave a gap|which is not inside it"),
-]
-IN_FORMAT_1: Wrong = [
-    (at("files"), ..., "lacks ['files']"),
-    (at("files"), {}, "files: {}, not a list"),
-    (at("files"), [], "is in file 0, but only 0 are listed"),
-    (at("files", 0), None, "a file is None"),
-    (at("files", 0, "name"), "../rank-00000.safetensors", "is not the rank-00000.safetensors of this place"),
-    (at("files", 0, "name"), "/etc/passwd", "is not the rank-00000.safetensors of this place"),
-    (at("files", 0, "name"), 7, "is not the rank-00000.safetensors of this place"),
-    (at("files", 0, "name"), "rank-00001.safetensors", "is not the rank-00000.safetensors of this place"),
-    (at("files", 0, "size"), 1 << 60, "checksums"),
-    (at("files", 0, "size"), -1, "the size of rank-00000.safetensors is -1"),
-    (at("files", 0, "size"), 4096, "which has 4096"),
-    (at("files", 0, "checksums"), [], "but has 0 checksums"),
-    (at("files", 0, "checksums"), [7], "not 16 hexadecimal digits"),
-    (at("files", 0, "checksums"), ["0123456789ABCDEF"], "not 16 hexadecimal digits"),
-    (at("files", 0, "more"), 1, "has the unknown ['more']"),
-    (at(*EMBEDDING, "parts"), [], "overlap or leave a gap"),
-    (at(*PART), ..., "overlap or leave a gap"),
-    (at(*PART, "file"), 6, "is in file 6, but only 6 are listed"),
-    (at(*PART, "file"), -1, "is -1"),
-    (at(*PART, "start"), 1 << 40, "which has"),
-    (at(*PART, "start"), -4, "is -4"),
-    (at(*PART, "start"), 4097, "at bytes 4097-"),
-    (at(*PART, "offset"), [23, 0], "which is not inside it"),
-    (at(*PART, "offset"), [-1, 0], "is -1"),
-    (at(*PART, "shape"), [1, 1 << 60], "which is not inside it"),
-    (at(*PART, "shape"), [4], "which is not inside it"),
-]
-IN_FORMAT_2: Wrong = [
     (at("index"), ..., "lacks ['index']"),
     (at("index"), 5, "the index is 5, not an object"),
     (at("index", "checksum"), 5, "the index has the checksum 5"),
@@ -166,6 +100,12 @@ IN_FORMAT_2: Wrong = [
     (at("index", "dims"), 1 << 40, "the dims of the index is 1099511627776"),
     (at(*EMBEDDING, "parts"), 1 << 40, "not a whole number from 0 to"),
     (at(*EMBEDDING, "parts"), 0, "parts, and the index"),
+]
+SHAPES: Wrong = [
+    *((at(*EMBEDDING, "shape"), bad, "overlap or leave a gap") for bad in ([48, 6], [1 << 50, 6])),
+    (at(*EMBEDDING, "shape"), [20, 6], "overlap or leave a gap|which is not inside it"),
+    (at(*EMBEDDING, "shape"), [24], "overlap or leave a gap|which is not inside it"),
+    (at(*EMBEDDING, "shape"), [12, 12], "overlap or leave a gap|which is not inside it"),
 ]
 # Of a row of the index: column, value.
 IN_A_FILE: list[tuple[int, int, str]] = [
@@ -210,14 +150,13 @@ def check_refused(directory: Path, message: str) -> None:
     assert "step-00000001 looks whole" in str(refused.value)
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_every_field_is_checked(tmp_path: Path, version: int) -> None:
+def test_every_field_is_checked(tmp_path: Path) -> None:
     step = fresh(tmp_path)
-    good = as_format_1(step) if version == 1 else read_json(step)
+    good = read_json(step)
     write_json(step, good)
     load(tmp_path, flat_shards := pieces_of_rank(1, 0, 1, 0, fill=None))
     assert wrong_pieces(flat_shards) == []
-    for put, new, message in [*IN_BOTH, *(IN_FORMAT_1 if version == 1 else IN_FORMAT_2)]:
+    for put, new, message in FIELDS:
         bad = copy.deepcopy(good)
         put(bad, new)
         write_json(step, bad)
@@ -252,24 +191,14 @@ def test_every_number_of_the_index_is_checked(tmp_path: Path) -> None:
             assert checkpoint.check_everything(), place
 
 
-@pytest.mark.parametrize("version", [1, 2])
-def test_two_parts_that_cover_the_same_half(tmp_path: Path, version: int) -> None:
+def test_two_parts_that_cover_the_same_half(tmp_path: Path) -> None:
     """Numbers and bytes are right, one half is there twice and the other in no part."""
     data = torch.arange(8.0)
     halves = [FlatShard("w", "param", (8,), (0,), (8,), 4 * i, 4 * i + 4, data[4 * i : 4 * i + 4]) for i in range(2)]
     step = save(tmp_path, 1, halves, {})
-    first = as_format_1(step) if version == 1 else None
 
     def change(part: int, name: str, by: int) -> None:
         """Adds to a number of a part."""
-        if first is not None:
-            record = first["tensors"]["param"]["w"]["parts"][part]
-            if name == "start":
-                record["start"] += by
-            else:
-                record["offset"][0] += by
-            write_json(step, first)
-            return
         value, sizes, words = read_index(step)
         words[len(words) - (2 - part) * sizes.row + {"start": START, "offset": OFFSET}[name]] += by
         write_index(step, value, words)
