@@ -152,13 +152,21 @@ LLAMAS: tuple[Architecture, ...] = (
     _kin(
         "Qwen2ForCausalLM",
         "qwen2",
-        _settings(_SILU, Rope(), Ours(qkv_bias=True), QwenWindows((), 4096)),
+        _settings(_SILU, Rope(), Ours(qkv_bias=True), QwenWindows((), 4096), positions=32768),
         harmless=_WINDOW,
     ),
     _kin(
         "Qwen3ForCausalLM",
         "qwen3",
-        _settings(Key("head_dim", "head_dim", 128), _SILU, Rope(), _NO_BIAS, Ours(qk_norm=True), QwenWindows((), 4096)),
+        _settings(
+            Key("head_dim", "head_dim", 128),
+            _SILU,
+            Rope(),
+            _NO_BIAS,
+            Ours(qk_norm=True),
+            QwenWindows((), 4096),
+            positions=32768,
+        ),
         harmless=_WINDOW,
     ),
     _kin(
@@ -205,6 +213,7 @@ LLAMAS: tuple[Architecture, ...] = (
         "starcoder2",
         (
             *SIZES,
+            Key("init_std", "initializer_range", 0.018042),  # in place of the one among SIZES
             Key("kv_heads", "num_key_value_heads", 2),
             Key("max_positions", "max_position_embeddings", 4096),
             Key("tied_embeddings", "tie_word_embeddings", True),

@@ -13,6 +13,8 @@ from hf_models import FAMILIES, MODELS, make
 from safetensors.torch import load_file, save_file
 
 from megatron_ds.checkpoint import Checkpoint
+from megatron_ds.config import ModelConfig
+from megatron_ds.convert.architecture import Architecture
 from megatron_ds.convert.hugging_face import export_hf, import_hf
 from megatron_ds.convert.settings import Settings
 from megatron_ds.convert.tables import ARCHITECTURES
@@ -232,6 +234,21 @@ def test_what_published_files_hold_is_known(name: str) -> None:
     settings.check_all_read(architecture.harmless)
     with pytest.raises(ConfigError, match=r"not known here.*: unheard_of=1\."):
         Settings({"unheard_of": 1}).check_all_read(architecture.harmless)
+
+
+# What a file of any class says, where the class knows it.
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
+def test_what_a_file_leaves_out_is_the_default_of_its_class(architecture: Architecture) -> None:
+    """A model imported with another one would be another model, and its weights would fit all the same."""
+    from transformers import AutoConfig
+
+    every = AutoConfig.for_model(architecture.model_type).to_dict()
+    sizes = {key: every[key] for key in SIZES if key in every}
+    said, silent = (ModelConfig(**architecture.from_config(Settings(dict(c)))).resolved for c in (every, sizes))
+    assert silent == said
 
 
 # --- what is not there ------------------------------------------------------------------------------------------
