@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from engine_cases import Case, Ran, plain
+from engine_cases import Case, Ran, plain, samples
 from engine_more import go_on, kept_while_steps_fail, refusals, save_after_two, saved_and_continued
 from test_engine_parity import differs
 from torch import Tensor, nn
@@ -48,6 +49,41 @@ def test_any_ranks_and_stage_to_any_other(tmp_path: Path) -> None:
 
 def test_the_newest_good_checkpoint_is_kept_while_steps_are_skipped(tmp_path: Path) -> None:
     assert kept_while_steps_fail(str(tmp_path)) == [[1], [1, 2], [1, 3], [1, 4], [4, 5]]
+
+
+def skipping_run(folder: Path, stops: bool) -> list[Any]:
+    """Steps in fp16, some of which are skipped, each followed by a save; ``stops``: each is an engine's only one."""
+    factors, found, engine = (1, 1, 1, math.nan, 1, 1, math.nan, math.nan, math.nan, 1, 1), list[Any](), None
+    for step, factor in enumerate(factors):
+        if engine is None or stops:
+            torch.manual_seed(step)
+            config = {
+                "precision": {"dtype": "fp16", "initial_loss_scale": 2.0**10, "loss_scale_window": 2},
+                "optimizer": {"lr": 1e-2, "schedule": "linear", "decay_steps": 9, "warmup_steps": 3},
+                "cast_inputs": True,
+            }
+            engine = megatron_ds.initialize(
+                nn.Linear(6, 4), config, loss=lambda call, x: call(x).float().square().mean()
+            )
+            if step:
+                engine.load_checkpoint(folder)
+            else:
+                engine.set_parameter("weight", torch.ones(4, 6))
+        result = engine.train_batch([samples(step).float() * factor])
+        engine.save_checkpoint(folder, keep_last=2)
+        kept = sorted(path.name for path in folder.glob("step-*"))
+        found.append((str(result), engine.steps, engine.skipped, engine.learning_rate, kept))
+        if stops:
+            engine.close()
+    return found
+
+
+def test_a_run_that_skips_steps_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    """Loss scale, its counters, the place in the schedule, what was skipped and which checkpoint is proven."""
+    want = skipping_run(tmp_path / "whole", False)
+    assert skipping_run(tmp_path / "parts", True) == want
+    scales = [float(text.partition("loss_scale=")[2].partition(",")[0]) for text, *_ in want]
+    assert scales == [1024.0] * 2 + [2048.0] * 4 + [4096.0] * 2 + [2048.0] + [1024.0] * 2
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
