@@ -13,6 +13,7 @@ import torch
 from step_runs import configuration, plain, poison_second_forward, poisoned, several
 from torch import Tensor
 
+from megatron_ds.checkpoint.directory import read_meta, steps_in
 from megatron_ds.config import RunConfig, from_dict
 from megatron_ds.data.gpt_dataset import SyntheticDataset
 from megatron_ds.data.loader import BatchLoader
@@ -153,8 +154,8 @@ def same_checkpoints(one: Path, other: Path) -> None:
     mine, others = weights(one), weights(other)
     assert mine.keys() == others.keys() and mine
     assert all(torch.equal(mine[name], tensor) for name, tensor in others.items())
-    for path in one.glob("checkpoints/step-*/meta.json"):
-        kept = [json.loads((folder / path.relative_to(one)).read_text()) for folder in (one, other)]
+    for path in steps_in(one / "checkpoints"):
+        kept = [read_meta(folder / path.relative_to(one)) for folder in (one, other)]
         for meta in kept:
             meta.pop("config")
         assert kept[0] == kept[1]

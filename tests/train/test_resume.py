@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from megatron_ds.train.loop import Loop
 from megatron_ds.train.metrics import Speedometer
 from megatron_ds.train.output import Output, check_settings
 from megatron_ds.train.report import read_losses
+from megatron_ds.train.step import StepResult
 
 
 def said(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, output: Path, *more: str) -> str:
@@ -96,6 +99,8 @@ def configuration(output: Path, dtype: str, **mesh: int) -> RunConfig:
     precision = {"dtype": "bf16", **(FP8 if dtype == "fp8" else {})} if dtype in ("fp8", "sent") else {"dtype": dtype}
     if dtype == "muon":
         precision = {}
+    if dtype == "fp16":
+        precision |= {"initial_loss_scale": 2.0**20, "loss_scale_window": 2}
     return from_dict(
         RunConfig,
         {
@@ -174,11 +179,19 @@ def train(config: RunConfig, stop_at: int, recipe: type[Fading] | None = None) -
         loop.resume()
         if mesh.rank == 0:
             output.truncate_metrics(loop.step)
+            assert loop.skipped == sum(line["skipped"] for line in metrics(output.root))
     start = loop.step
     loop.callbacks.append(StopAfter(loop, stop_at))
     loop.run()
     flat_shards = {f"{p.kind}/{p.name}/{p.start}": p.data.clone() for p in parts.optimizer.flat_shards(for_load=True)}
     return start, flat_shards
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    """What the step did, line by line; not how fast."""
+    of_step = {"step", *(field.name for field in fields(StepResult) if field.name != "stop")}
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key in of_step} for line in lines]
 
 
 def test_how_weights_are_quantised_is_said_where_they_are(tmp_path: Path) -> None:
@@ -201,7 +214,11 @@ def test_resume_on_the_same_mesh_is_bitwise(tmp_path: Path, dtype: str) -> None:
     second = run_ranks(train, 4, configuration(tmp_path / "parts", dtype, **mesh), 6)
     assert [start for start, _ in first] == [0] * 4
     assert [start for start, _ in second] == [3] * 4
-    assert read_losses(tmp_path / "parts") == read_losses(tmp_path / "whole")
+    lines = metrics(tmp_path / "whole")
+    assert metrics(tmp_path / "parts") == lines and len(lines) == 6
+    if dtype == "fp16":  # the scale moves on both sides of the stop, and a step before it was skipped
+        scales = [line["loss_scale"] for line in lines]
+        assert any(line["skipped"] for line in lines[:3]) and len(set(scales[:4])) > 1 < len(set(scales[3:])), scales
     for (_, want), (_, got) in zip(whole, second):
         assert want.keys() == got.keys()
         for name in want:
