@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import megatron_ds
 from megatron_ds.config.engine import EngineConfig, batch_sizes, engine_faults, validate_engine
 from megatron_ds.config.read import from_dict
 from megatron_ds.engine import read_config
@@ -74,6 +77,28 @@ def test_the_defaults_are_plain_torchs_but_only_where_nothing_is_said() -> None:
     assert EngineConfig().optimizer.clip_norm == 0.0 and EngineConfig().optimizer.schedule == "constant"
     said = EngineConfig(optimizer={"lr": 1e-3, "clip_norm": 2.0, "schedule": "linear"}, steps=10)  # type: ignore[arg-type]
     assert said.optimizer.clip_norm == 2.0 and learning_rate(said.optimizer, 10, 10) == 0.0
+
+
+CYCLE = {"name": "OneCycle", "cycle_min_lr": 0.05, "cycle_max_lr": 0.1, "cycle_first_step_size": 3}
+
+
+@pytest.mark.parametrize("rule", [{}, {"name": "sgd"}, {"ema_decay": 0.5}, {"schedule": CYCLE}], ids=str)
+@pytest.mark.parametrize("decay", ["matrices", "all"])
+def test_biases_and_norms_decay_only_where_that_is_asked_for(rule: dict[str, Any], decay: str) -> None:
+    """Of gradients that are zero an update is the decay alone."""
+    net = nn.Sequential(nn.Conv1d(2, 3, 2), nn.LayerNorm(4), nn.Linear(4, 2)).double()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    schedule = {key: rule[key] for key in rule.keys() & {"schedule"}}
+    own = {key: rule[key] for key in rule.keys() - {"schedule"}}
+    config = {"optimizer": {"lr": 0.1, "weight_decay": 0.5, **own}, "decay": decay, **schedule}
+    engine = megatron_ds.initialize(net, config, loss=lambda call, x: 0 * call(x).sum())
+    factor = 1.0
+    for _ in range(2):
+        factor *= 1 - 0.5 * engine.train_batch([torch.ones(1, 2, 5, dtype=torch.float64)]).learning_rate
+    for name, parameter in net.named_parameters():
+        decays = decay == "all" or name in ("0.weight", "2.weight")
+        torch.testing.assert_close(parameter, before[name] * (factor if decays else 1.0), rtol=1e-12, atol=0)
+    engine.close()
 
 
 @pytest.mark.parametrize("config", [7, 1.5, [], [("zero", {})], {1, 2}, b"run.toml"])
