@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_ds.shard import ShardedDim, ShardSpec
 from megatron_ds.shard.boxes import Box, intersection, rectangles, tiles
-from megatron_ds.shard.flat_shards import FlatShard, share_out
+from megatron_ds.shard.flat_shards import FlatShard, acquired, share_out
 
 SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
 
@@ -71,11 +71,27 @@ def test_a_range_outside_its_tensor_is_refused() -> None:
         rectangles((2, 3), 2, 7)
 
 
+class Held:
+    """Memory as of a store, in which a flat shard begins somewhere."""
+
+    def __init__(self, values: torch.Tensor):
+        self.values = values
+
+    def acquire(self) -> torch.Tensor:
+        return self.values
+
+    def release(self, changed: bool) -> None:
+        assert not changed
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 200])
 def test_what_replicas_share_out_is_all_of_it_once_in_near_equal_shares(count: int) -> None:
     spec = ShardSpec("w", (4, 6, 3), (ShardedDim(1, "tp", 1, 2),))
     whole = torch.arange(72.0).reshape(4, 6, 3)
+    own = spec.slice_of(whole).flatten()  # of which a slice of a bucket has a part
     held = [
+        FlatShard.of(spec, "part", own[5:20].clone(), 5, 20),
+        FlatShard.from_holder(spec, "stored", Held(torch.cat([own[:3], own])), 3 + 7, own.dtype, 7, 31),
         FlatShard.of(spec, "param", spec.slice_of(whole).contiguous()),
         FlatShard.whole("empty", "param", torch.empty(0, 5)),
         FlatShard.whole("scalar", "param", torch.tensor(3.0, dtype=torch.float64)),
@@ -84,15 +100,18 @@ def test_what_replicas_share_out_is_all_of_it_once_in_near_equal_shares(count: i
     ]
     got = {(s.kind, s.name): torch.full(s.global_shape, -99.0, dtype=torch.float64) for s in held}
     shares = [share_out(held, index, count) for index in range(count)]
-    for flat_shard in (flat_shard for share in shares for flat_shard in share):
-        into, begin = got[flat_shard.kind, flat_shard.name], 0
-        for box in flat_shard.boxes():
-            place = box.slices_in(Box((0,) * into.dim(), tuple(into.shape)))
-            assert (into[place] == -99).all()
-            into[place] = flat_shard.data[begin : begin + box.numel].view(box.shape).double()
-            begin += box.numel
+    for group, memory in (each for share in shares for each in acquired(share)):
+        for flat_shard in group:
+            into = got[flat_shard.kind, flat_shard.name]
+            for box, values in flat_shard.parts(memory):
+                assert (into[box.slices] == -99).all()
+                into[box.slices] = values.double()
     assert torch.equal(got["param", "w"][:, 3:], whole[:, 3:].double()) and (got["param", "w"][:, :3] == -99).all()
     assert torch.equal(got["exp_avg", "w"][:, 3:], -whole[:, 3:].double())
+    for kind, start, stop in (("part", 5, 20), ("stored", 7, 31)):
+        local = got[kind, "w"][:, 3:].flatten()
+        assert torch.equal(local[start:stop], own[start:stop].double())
+        assert (local[:start] == -99).all() and (local[stop:] == -99).all()
     assert got["param", "scalar"] == 3 and torch.equal(got["param", "narrow"], torch.arange(17.0).double())
     assert [s.name for share in shares for s in share].count("empty") == 1
     assert sum(len(share) for share in shares) <= len(held) + count - 1
