@@ -16,7 +16,7 @@ from megatron_ds.zero.buckets import state_dtype
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.layout import ZeroLayout
 from megatron_ds.zero.nodes import AxisSizes, node_size
-from megatron_ds.zero.store import BucketStores, DeviceStore, Store, create_store
+from megatron_ds.zero.store import BucketStores, DeviceStore, HostStore, NvmeStore, Store
 
 
 def data_axes(mesh: Mesh, config: ZeroConfig) -> dict[tuple[str, ...], tuple[Axis, Axis]]:
@@ -39,7 +39,11 @@ def shard_axes(mesh: Mesh, config: ZeroConfig, sharded_over: tuple[str, ...] = (
 
 
 class Stores:
-    """The stores of one optimizer. On the meta device there are none, whatever the layout: nothing holds anything."""
+    """The stores of one optimizer. On the meta device there are none, whatever the layout: nothing holds anything.
+
+    Raises:
+        OffloadError: the folder of the swap files cannot be used.
+    """
 
     def __init__(self, layout: ZeroLayout, device: torch.device):
         self._offload = layout.offload
@@ -48,7 +52,10 @@ class Stores:
         def make(offload: OffloadConfig, chosen: frozenset[int], staging: int) -> Store:
             if device.type == "meta" or offload.device == "none" or not chosen:
                 return self._device
-            return create_store(offload, device, staging)
+            if offload.device == "cpu":
+                return HostStore(device, offload.pin_memory)
+            assert offload.path is not None
+            return NvmeStore(offload.path, device, staging, offload.pin_memory)
 
         placed, config = layout.offload, layout.config
         self._state = make(config.offload_optimizer, placed.state, placed.staging[0])

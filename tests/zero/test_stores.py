@@ -13,9 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ds.config import OffloadConfig
 from megatron_ds.errors import OffloadError
-from megatron_ds.zero.store import DeviceStore, HostStore, NvmeStore, Store, create_store, placement
+from megatron_ds.zero.store import DeviceStore, HostStore, NvmeStore, Store, placement
 from megatron_ds.zero.store.blocks import BlockPool
 from megatron_ds.zero.store.nvme import Phase
 
@@ -69,11 +68,10 @@ def test_memory_stays_under_the_bound_however_much_there_is(tmp_path: Path, bloc
     """Eight regions through one to five buffers; a bound too small for what is read ahead costs overlap alone."""
     store = NvmeStore(tmp_path, CPU, blocks * BLOCK, chunk=CHUNK)
     check_updates(store, [50_000] * 8, torch.float32, ahead)
-    held = store.bytes()
-    assert held["host"] <= blocks * BLOCK and held["device"] == 0
-    assert 8 * 200_000 <= held["disk"] <= 8 * (200_000 + 4096)
+    assert store._blocks.total <= blocks * BLOCK
+    assert 8 * 200_000 <= store._size <= 8 * (200_000 + 4096)
     store.close()
-    assert store.bytes() == {"device": 0, "host": 0, "disk": 0}
+    assert store._blocks.total == store._size == 0
 
 
 @pytest.mark.cuda
@@ -92,7 +90,7 @@ def test_any_sizes_through_any_bound(tmp_path_factory: Any, sizes: list[int], ah
         tmp_path_factory.mktemp("swap"), CPU, blocks * BlockPool.cost(4 * max(sizes)), threads=3, chunk=8192
     )
     check_updates(store, sizes, torch.float32, ahead, rounds=2)
-    assert store.bytes()["host"] <= blocks * BlockPool.cost(4 * max(sizes))
+    assert store._blocks.total <= blocks * BlockPool.cost(4 * max(sizes))
     store.close()
 
 
@@ -221,20 +219,6 @@ def open_under(folder: Path) -> int:
         with contextlib.suppress(FileNotFoundError):
             opened += os.readlink(descriptor).startswith(str(folder))
     return opened
-
-
-def test_the_configuration_names_the_store(tmp_path: Path) -> None:
-    offloads = [
-        OffloadConfig(),
-        OffloadConfig(device="cpu"),
-        OffloadConfig(device="nvme", path=str(tmp_path)),
-    ]
-    stores = [create_store(offload, CPU, BLOCK) for offload in offloads]
-    assert [store.kind for store in stores] == ["device", "cpu", "nvme"]
-    for store, where in zip(stores, ["device", "host", "disk"]):
-        store.allocate("a", 1024, torch.float32)
-        assert store.bytes() == {**{"device": 0, "host": 0, "disk": 0}, where: 4096}
-        store.close()
 
 
 @given(st.lists(st.integers(0, 1000), max_size=50), st.floats(0, 1))

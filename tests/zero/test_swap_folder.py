@@ -16,12 +16,13 @@ import torch.distributed as dist
 from small_disk import fill, largest_file, small_disk, used
 from test_capacity import ELEMENTS, build, offload
 
-from megatron_ds.config import ZeroConfig
+from megatron_ds.config import OffloadConfig, ZeroConfig
 from megatron_ds.errors import ConfigError, OffloadError
 from megatron_ds.testing import run_ranks
 from megatron_ds.zero import allocate
 from megatron_ds.zero import optimizer as optimizer_module
 from megatron_ds.zero.capacity import SwapReservation
+from megatron_ds.zero.store import DeviceStore, HostStore, NvmeStore, Store
 
 STATE = 12 * ELEMENTS
 """Bytes of master weights and AdamW's state over all ranks: 3.1 MB."""
@@ -223,5 +224,13 @@ def test_a_reservation_keeps_what_others_have_put_into_its_folders(tmp_path: Pat
 
 def test_a_run_that_is_let_in_uses_the_folder(tmp_path: Path) -> None:
     zero = build(offload("nvme", str(tmp_path / "swap" / "here")))
-    assert zero.stores[0]._state.bytes()["disk"] == STATE and (tmp_path / "swap" / "here").is_dir()
+    store = zero.stores[0]._state
+    assert isinstance(store, NvmeStore) and store._size == STATE and (tmp_path / "swap" / "here").is_dir()
+    zero.close()
+
+
+@pytest.mark.parametrize(("device", "kind"), [("none", DeviceStore), ("cpu", HostStore)])
+def test_without_a_folder_the_configuration_names_the_store(device: Any, kind: type[Store]) -> None:
+    zero = build(ZeroConfig(stage=1, offload_optimizer=OffloadConfig(device=device)))
+    assert type(zero.stores[0]._state) is kind
     zero.close()

@@ -51,9 +51,7 @@ class Region(Protocol):
 
 
 class Store(Protocol):
-    """``kind`` is ``"device"``, ``"cpu"`` or ``"nvme"``."""
-
-    kind: str
+    """What regions are taken from."""
 
     def allocate(self, name: str, numel: int, dtype: torch.dtype) -> Region:
         """A new region of zeros. ``name`` is for messages."""
@@ -65,10 +63,6 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Give all memory, threads and files back. Raises nothing, may be repeated; the regions are gone."""
-        ...
-
-    def bytes(self) -> dict[str, int]:
-        """Bytes held now by ``"device"``, ``"host"`` and ``"disk"``, staging buffers included."""
         ...
 
 

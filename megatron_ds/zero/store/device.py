@@ -27,21 +27,14 @@ class ResidentRegion:
 class DeviceStore:
     """Plain device memory: reading gives the tensor itself."""
 
-    kind = "device"
-
     def __init__(self, device: torch.device):
         self.device = device
-        self._bytes = 0
 
     def allocate(self, name: str, numel: int, dtype: torch.dtype) -> ResidentRegion:
-        self._bytes += numel * dtype.itemsize
         return ResidentRegion(name, torch.zeros(numel, dtype=dtype, device=self.device))
 
     def drain(self) -> None:
         pass
 
     def close(self) -> None:
-        self._bytes = 0
-
-    def bytes(self) -> dict[str, int]:
-        return {"device": self._bytes, "host": 0, "disk": 0}
+        pass

@@ -22,22 +22,17 @@ class HostStore:
             directions overlap. None: just what is held at once.
     """
 
-    kind = "cpu"
-
     def __init__(self, device: torch.device, pin: bool = True, staging_bytes: int | None = None):
         self.device = device
         self._pin = pin
-        self._bytes = 0
         self._blocks = BlockPool(device, with_host=False, limit=staging_bytes)
         self._memory: list[HostBlock] = []
         self._streams = Streams(device) if device.type == "cuda" else None
 
     def allocate(self, name: str, numel: int, dtype: torch.dtype) -> Region:
-        size = numel * dtype.itemsize
-        self._bytes += size
         if self._streams is None:
             return ResidentRegion(name, torch.zeros(numel, dtype=dtype))
-        memory = HostBlock(size, self._pin)
+        memory = HostBlock(numel * dtype.itemsize, self._pin)
         memory.tensor.zero_()
         self._memory.append(memory)
         return _TravellingRegion(name, memory.tensor.view(dtype), self._blocks, self._streams)
@@ -53,10 +48,6 @@ class HostStore:
         for memory in self._memory:
             memory.free()
         self._memory.clear()
-        self._bytes = 0
-
-    def bytes(self) -> dict[str, int]:
-        return {"device": self._blocks.total, "host": self._bytes, "disk": 0}
 
 
 class _TravellingRegion:

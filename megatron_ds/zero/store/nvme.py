@@ -84,8 +84,6 @@ class NvmeStore:
             :meth:`drain` (whatever failed on a worker thread before).
     """
 
-    kind = "nvme"
-
     def __init__(
         self,
         folder: str | Path,
@@ -144,10 +142,6 @@ class NvmeStore:
             self._blocks.clear()
             self._blocks.total = self._size = self._jobs = 0
         self._file.close()
-
-    def bytes(self) -> dict[str, int]:
-        staging = self._blocks.total
-        return {"device": staging if self._streams else 0, "host": staging, "disk": self._size}
 
     # What regions ask for, on the caller's thread.
 
