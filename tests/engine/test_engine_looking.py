@@ -16,8 +16,12 @@ from test_engine_setups import Setup, adamw, made, samples
 from torch import Tensor, nn
 
 import megatron_ds
+from megatron_ds.config.engine import EngineLogConfig
+from megatron_ds.engine.clock import Clock
 from megatron_ds.engine.model_check import check_model
+from megatron_ds.mesh import Mesh
 from megatron_ds.testing import run_ranks
+from megatron_ds.train.step import StepResult
 
 
 @dataclass
@@ -143,3 +147,24 @@ def test_what_is_the_engines_is_not_left_to_torch(tmp_path: Path) -> None:
     assert "save engine.state_dict()" in message(torch.save, model, tmp_path / "model.pt")
     engine.close()
     torch.save(model, tmp_path / "model.pt")
+
+
+def test_the_line_of_a_few_steps_has_their_means(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clock, quiet = (Clock(EngineLogConfig(every=n, breakdown=n > 0), Mesh.single(), 32) for n in (2, 0))
+    for step in range(1, 5):
+        for part, seconds in (("forward", 0.5), ("backward", float(step)), ("forward", 0.25)):
+            with clock.timing(part), quiet.timing(part):
+                now[0] += seconds
+        now[0] += 0.25
+        for each in (clock, quiet):
+            each.finished(step, StepResult(step / 2, 3.0, 1e-3, 4, 64.0 if step > 2 else 1.0, step == 4, False))
+    assert capsys.readouterr().out.splitlines() == [
+        "step 2: loss 1.0000, learning rate 0.001, gradient norm 3, 2.500 s a step, 12.8 samples/s, "
+        "forward 0.750 s, backward 1.500 s",
+        "step 4: loss 2.0000, learning rate 0.001, gradient norm 3, 4.500 s a step, loss scale 64, skipped, "
+        "7.1 samples/s, forward 0.750 s, backward 3.500 s",
+    ]
