@@ -54,23 +54,59 @@ def errors(settings: dict[str, Any], passes: int, mesh: Mesh, seed: int = 0) -> 
     return torch.stack(found)
 
 
-def on_this_rank() -> dict[bool, dict[str, Tensor]]:
-    """As they are, and with one key for all messages; ranks of all samples and of all parts of a sequence sum."""
+def keys() -> list[tuple[object, ...]]:
+    """What the key of each sum is made of: two buckets, two steps of two passes each, over shards and replicas."""
+    mesh, made = Mesh.create(MeshShape(dp=RANKS), torch.device("cpu")), list[tuple[object, ...]]()
+    parameters = [nn.Parameter(torch.zeros(SIZE, dtype=torch.float64)) for _ in range(2)]
+    for number, parameter in enumerate(parameters):
+        parameter.shard = ShardSpec(f"weight {number}", (SIZE,))  # type: ignore[attr-defined]
+    how = {"quantized_gradients": "int4", "quantized_stochastic": True}
+    config = from_dict(ZeroConfig, {"stage": 2, "shard_size": 2, "bucket_mb": SIZE * 8 / 1e6, **how}, "test")
+    zero = ZeroOptimizer(parameters, mesh, config, OptimizerConfig(name="sgd"))
+    assert len(zero.buckets) == 2
+
+    def note(*names: object) -> int:
+        made.append(names)
+        return 5
+
+    with patch.object(gradient_sums, "derive_seed", note):
+        for _ in range(2):
+            zero.start_step()
+            for last in (False, True):
+                zero.start_backward(last)
+                for parameter in parameters:
+                    parameter.main_grad.add(gradient())  # type: ignore[attr-defined]
+                zero.end_backward()
+            zero.finish_gradients()
+            zero.step(0.0)
+    return made
+
+
+def on_this_rank() -> tuple[dict[bool, dict[str, Tensor]], list[tuple[object, ...]]]:
+    """Errors as they are, and with one key for all messages; ranks of all samples and of all parts of a sequence sum.
+    And what the keys are made of."""
     mesh, found = Mesh.create(MeshShape(dp=RANKS // 2, cp=2), torch.device("cpu")), {}
     for one_key in (False, True):
         with patch.object(gradient_sums, "derive_seed", lambda *names: 5) if one_key else nullcontext():
             found[one_key] = {name: errors(*case, mesh) for name, case in CASES.items()}
     found[False]["another seed"] = errors(*CASES["whole gradients"], mesh, seed=1)
-    return found
+    return found, keys()
+
+
+Ranks = list[tuple[dict[bool, dict[str, Tensor]], list[tuple[object, ...]]]]
 
 
 @pytest.fixture(scope="module")
-def by_key() -> dict[bool, dict[str, Tensor]]:
+def ranks() -> Ranks:
+    return run_ranks(on_this_rank, RANKS)
+
+
+@pytest.fixture(scope="module")
+def by_key(ranks: Ranks) -> dict[bool, dict[str, Tensor]]:
     """All ranks' errors side by side."""
-    ranks = run_ranks(on_this_rank, RANKS)
     return {
-        key: {name: torch.cat([rank[key][name] for rank in ranks], dim=1) for name in names}
-        for key, names in ranks[0].items()
+        key: {name: torch.cat([found[key][name] for found, _ in ranks], dim=1) for name in names}
+        for key, names in ranks[0][0].items()
     }
 
 
@@ -97,6 +133,12 @@ def test_messages_are_rounded_independently(name: str, by_key: dict[bool, dict[s
     messages, size = (RANKS - 1) * (1 if whole else 2), 2.0 if whole else 1.0
     assert rms(by_key[False][name]) == pytest.approx(messages**0.5 * size * deviation, rel=0.03)
     assert rms(by_key[True][name]) == pytest.approx(messages * size * deviation, rel=0.1)
+
+
+def test_no_two_sums_have_one_key(ranks: Ranks) -> None:
+    """A rank sums two passes over its shards and once over replicas, of each bucket and in each step."""
+    every = [key for _, of_rank in ranks for key in of_rank]
+    assert len(set(every)) == len(every) == RANKS * 2 * 2 * (2 + 1)
 
 
 def test_runs_of_two_seeds_are_rounded_independently(by_key: dict[bool, dict[str, Tensor]]) -> None:
