@@ -227,7 +227,7 @@ def _is_false(value: ast.expr) -> bool:
 
 # Autograd functions whose backward is made of differentiable operations alone, so that second derivatives are right:
 # the first two are tested in tests/kernels/interpreted_cases.py; the third passes gradients on.
-TWICE_DIFFERENTIABLE = {"_Rotary", "_DropoutAdd", "_AfterBackward"}
+TWICE_DIFFERENTIABLE = {"_Rotary", "_DropoutAdd", "AfterBackward"}
 
 
 def second_derivatives_are_decided(path: str, tree: ast.Module) -> Iterator[str]:

@@ -51,7 +51,8 @@ def _require_own_memory(model: nn.Module) -> None:
         if start < end and (tensors[first].requires_grad or tensors[second].requires_grad):
             raise ConfigError(
                 f"{first} and {second} are two tensors in one memory, as after a.weight.data = b.weight.data, and "
-                "would come apart; tie parameters by a.weight = b.weight; a buffer that shows one may be a property"
+                "would come apart; tie parameters by a.weight = b.weight, or clone() what only lies beside another; a "
+                "buffer that shows one may be a property"
             )
 
 

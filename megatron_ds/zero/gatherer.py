@@ -27,8 +27,9 @@ from megatron_ds.mesh import Axis
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.gather_order import OrderComparison
 from megatron_ds.zero.memory import Float8Parameters
-from megatron_ds.zero.output_hooks import register_first, tensors_in
+from megatron_ds.zero.output_hooks import AfterBackward, register_first, tensors_in
 from megatron_ds.zero.placeholder import CodesAlone, ShardedPlaceholder, explained
+from megatron_ds.zero.saved_parameters import SavedParameters
 from megatron_ds.zero.units import Unit, Use
 
 FORWARD_END = "the end of a forward pass"
@@ -184,16 +185,23 @@ class Gatherer:
 
     @contextmanager
     def gathered(self, buckets: Sequence[FlatBucket], exactly: AbstractContextManager[None]) -> Iterator[None]:
-        """Hold these buckets whole. ``exactly``: a context around gathers in no forward, which all ranks make."""
+        """Hold these buckets whole. ``exactly``: a context around gathers in no forward, which all ranks make.
+
+        What a graph has saved of them inside stays whole until the step is over: its backward pass calls no hook.
+        """
         mine = [b for b in buckets if id(b) in self._users]
         self._cancel(mine)  # what comes ahead of a forward, or is left of one, may be in fewer bits
         self._free_unheld(mine)
         self._explicit.update(map(id, mine))
         with nullcontext() if self._running else exactly:
             self._gather(mine, ahead=False)
+        saved = SavedParameters(mine)
         try:
-            yield
+            with saved.noting():
+                yield
         finally:
+            for bucket in saved.alive():
+                self._users[id(bucket)][0].unseen = True
             self._explicit.subtract(map(id, mine))
             self._free_unheld(mine)
 
@@ -222,7 +230,7 @@ class Gatherer:
                 # Each once: attention asks whether its query is its key.
                 inputs = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad}
                 if inputs:
-                    marked = dict(zip(inputs, _AfterBackward.apply(self, use, *inputs.values())))
+                    marked = dict(zip(inputs, AfterBackward.apply(self._end_backward, use, *inputs.values())))
                     args, kwargs = tree_unflatten([marked.get(id(leaf), leaf) for leaf in leaves], spec)
             return args, kwargs
 
@@ -372,18 +380,3 @@ class Gatherer:
 def _untraced(hook: Any) -> Any:
     """The hook, which a compiler does not follow: it would compile it for each parameter and each output anew."""
     return torch.compiler.disable(hook) if "torch._dynamo" in sys.modules else hook  # which is slow to load
-
-
-class _AfterBackward(torch.autograd.Function):
-    """Identity on a unit's inputs, whose backward runs when the unit's own is over."""
-
-    @staticmethod
-    def forward(ctx: Any, gatherer: Gatherer, use: Use, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.gatherer, ctx.use = gatherer, use
-        ctx.set_materialize_grads(False)
-        return tensors
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        ctx.gatherer._end_backward(ctx.use)
-        return None, None, *grads

@@ -59,7 +59,7 @@ class ShardedPlaceholder(nn.Parameter):
         if func not in _HARMLESS:
             for leaf in tree_flatten((args, kwargs))[0]:
                 if isinstance(leaf, ShardedPlaceholder) and not leaf.__dict__["zero_gatherer"].adopt(leaf):
-                    raise ShardedParameterError(_explain(leaf, getattr(func, "__name__", str(func))))
+                    raise ShardedParameterError(_explain(leaf, func))
                 if isinstance(leaf, CodesAlone):
                     return CodesAlone.__torch_function__(func, types, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
@@ -122,12 +122,15 @@ def explained() -> Iterator[None]:
         ) from error
 
 
-def _explain(parameter: nn.Parameter, what: str) -> str:
+def _explain(parameter: nn.Parameter, func: Any) -> str:
     spec = parameter.__dict__["shard"]
+    # Reading an attribute, such as .data, calls the __get__ of its descriptor.
+    attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+    what = f".{attribute}" if attribute and func.__name__ in ("__get__", "__set__") else f"{func.__name__}()"
     with torch._C.DisableTorchFunctionSubclass():
         shape = list(parameter.shape)
     return (
-        f"{what}() needs the values of {spec.name} {shape}, which ZeRO stage 3 has sharded: they are whole only inside "
+        f"{what} needs the values of {spec.name} {shape}, which ZeRO stage 3 has sharded: they are whole only inside "
         "the forward and backward of their module; use `with engine.gathered(parameter):`, `with engine.gathered():` "
         "for all of them, write=True to change them, or engine.state_dict(); and where a library reads them and cannot "
         "be called inside of it (a callback that follows the model), stage 2"

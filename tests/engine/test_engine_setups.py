@@ -5,6 +5,7 @@ Float64, at stages 0 to 3, on one rank and on two that share memory or do not.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -189,6 +191,23 @@ def penalty_by_differences(model: Any, x: Tensor) -> Tensor:
     return model(x).square().mean() + slope.square().mean()
 
 
+def penalty_on_weights(model: Any, x: Tensor) -> Tensor:
+    """Of all weights, and of one that the loss computes with by itself: on the engine where they are whole."""
+    module = getattr(model, "module", model)
+    with contextlib.nullcontext() if model is module else model.gathered():
+        decay = sum(p.square().sum() for p in module.parameters())
+        again = x @ module.blocks[0][2].weight.t()
+    return (model(x) + again).square().mean() + 0.01 * decay
+
+
+def forward_mode(model: Any, x: Tensor) -> Tensor:
+    """The slope in one direction, and its gradient."""
+    with forward_ad.dual_level():
+        y, slope = forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x))))
+    assert slope is not None
+    return y.square().mean() + slope.square().mean()
+
+
 def lrs_by_layer(model: nn.Module) -> torch.optim.Optimizer:
     groups = [{"params": [p], "lr": 1e-2 / (1 + n)} for n, p in enumerate(model.parameters())]
     return torch.optim.AdamW(groups, weight_decay=0.1)
@@ -307,6 +326,8 @@ SETUPS: dict[str, Setup] = {
     "several calls": Setup(loss=contrast),
     "nested autocast": Setup(loss=nested_autocast),
     "a penalty by differences": Setup(loss=penalty_by_differences),
+    "a penalty on weights": Setup(loss=penalty_on_weights),
+    "forward mode": Setup(loss=forward_mode),
     "a rate a layer": Setup(optimizer=lrs_by_layer),
     "attention": Setup(Attending),
     **{
