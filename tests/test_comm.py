@@ -73,7 +73,9 @@ def test_collectives(size: int) -> None:
 # For each pair: whether all ranks have the same input, and whether all have the same output, which then counts once.
 PAIRS: dict[str, tuple[bool, bool]] = {
     "reduce_from_region": (False, True),
+    "sum_over_region": (False, False),
     "reduce_scatter_sequence": (False, False),
+    "gather_from_region": (False, False),
 }
 
 

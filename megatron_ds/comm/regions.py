@@ -6,7 +6,7 @@ function                          forward              backward
 :func:`reduce_from_region`        all-reduce           identity
 :func:`sum_over_region`           all-reduce           all-reduce
 :func:`reduce_scatter_sequence`   reduce-scatter dim 0 all-gather dim 0
-:func:`gather_from_region`        all-gather dim 0     own part of dim 0, or reduce-scatter
+:func:`gather_from_region`        all-gather dim 0     reduce-scatter dim 0
 ================================  ===================  ===================================
 """
 
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from megatron_ds.comm.collectives import all_reduce, gather_dim0, scatter_sum_dim0
-from megatron_ds.comm.pending import slice_dim0
 from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.mesh import Axis
 
@@ -59,15 +58,14 @@ class _ReduceScatterSequence(torch.autograd.Function):
 
 class _GatherFromRegion(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis, partial: bool) -> torch.Tensor:
-        ctx.axis, ctx.partial = axis, partial
+    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
         return gather_dim0(tensor, axis).wait()
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        own = scatter_sum_dim0(grads[0], ctx.axis).wait() if ctx.partial else slice_dim0(grads[0], ctx.axis)
-        return own, None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return scatter_sum_dim0(grads[0], ctx.axis).wait(), None
 
 
 def reduce_from_region(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -85,9 +83,6 @@ def reduce_scatter_sequence(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     return tensor if axis.group is None else _ReduceScatterSequence.apply(tensor, axis)
 
 
-def gather_from_region(tensor: torch.Tensor, axis: Axis, partial: bool) -> torch.Tensor:
-    """``[n / tp, ...] -> [n, ...]``, whole on every rank.
-
-    ``partial``: each rank uses the result on its own part of the sequence, so that the ranks' gradients add up.
-    """
-    return tensor if axis.group is None else _GatherFromRegion.apply(tensor, axis, partial)
+def gather_from_region(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """``[n / tp, ...] -> [n, ...]``, whole on every rank, which uses it in its own way: the ranks' gradients add up."""
+    return tensor if axis.group is None else _GatherFromRegion.apply(tensor, axis)

@@ -69,7 +69,7 @@ class Modulation(nn.Module):
         if self.tp.size == 1:
             return own.view(condition.shape[0], self.count, -1).unbind(1)
         if self.partial:
-            whole = comm.gather_from_region(own.unsqueeze(0), self.tp, True)  # [tp, b, count * h / tp]
+            whole = comm.gather_from_region(own.unsqueeze(0), self.tp)  # [tp, b, count * h / tp]
             return _outputs(whole, self.count)
         gathered: tuple[Tensor, ...] = _Gathered.apply(own, self.tp, self.count, self.columns)
         return gathered
