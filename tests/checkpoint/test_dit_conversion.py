@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTPipeline, DiTTransformer2DModel
+from diffusers import DiTPipeline, DiTTransformer2DModel, SD3Transformer2DModel
 from dit_checkpoints import assert_same_bits, configuration, imported, model_of, write_checkpoint
 
 from megatron_ds.convert.dit_folder import export_transformer, import_transformer
 from megatron_ds.convert.dit_pipelines import export_pipeline, identity_vae
+from megatron_ds.convert.dit_tables import DIT, SD3, Table
+from megatron_ds.convert.settings import Settings
 from megatron_ds.data.latent_encoders import EncoderFolders
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.mesh import Mesh
@@ -81,6 +84,15 @@ def _with_other_embeddings() -> DiTTransformer2DModel:
     model = theirs()
     model.transformer_blocks[2].norm1.emb.timestep_embedder.linear_1.bias.data += 1
     return model
+
+
+@pytest.mark.parametrize(
+    ("table", "theirs"), [(DIT, DiTTransformer2DModel), (SD3, SD3Transformer2DModel)], ids=["DiT", "SD3"]
+)
+def test_what_a_file_leaves_out_is_the_default_of_its_class(table: Table, theirs: type) -> None:
+    every = {name: argument.default for name, argument in signature(theirs).parameters.items()}
+    said, silent = (table.from_config(Settings(values)).resolved for values in (every, {}))
+    assert silent == said and len(every) > 10
 
 
 PUBLISHED = {  # DiT-XL/2 of 256 pixels, but for sizes
