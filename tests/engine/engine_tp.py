@@ -53,16 +53,23 @@ def trained(tp: int, stage: int, folder: str) -> tuple[list[float], list[float],
         loss=lambda call, batch: call(batch) / batch["loss_mask"].sum(),
     )
     losses, norms = [], []
-    for step in range(3):
+
+    def take(step: int) -> None:
         own = {name: t.chunk(mesh.dp.size)[mesh.dp.rank].to(mesh.device) for name, t in batch_of(step).items()}
         result = engine.train_batch([own])
         losses.append(result.loss)
         norms.append(result.grad_norm)
+
+    for step in range(3):
+        if step == 2:
+            engine.save_checkpoint(folder)
+        take(step)
     state = engine.state_dict()
-    engine.save_checkpoint(folder)
     name = next(name for name in state if name.endswith("qkv.weight"))
     assert torch.equal(engine.get_parameter(name).cpu(), state[name])
-    engine.load_checkpoint(folder)
+    engine.load_checkpoint(folder)  # and the last step once more
+    take(2)
+    assert (losses.pop(), norms.pop()) == (losses[-1], norms[-1])
     assert all(torch.equal(value, state[name]) for name, value in engine.state_dict().items())
     engine.zero.close()
     return losses, norms, state
