@@ -10,27 +10,36 @@ _HUGE_PAGE_GAINS = 1 << 18
 """Bytes from which on it is worth the call."""
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next ones.
+def map_large_tensors() -> None:
+    """Have glibc map every large tensor apart from its heap (``M_MMAP_THRESHOLD``), and unmap it once it is freed.
 
-    By default every large temporary is mapped and unmapped anew: 100,000 page faults a step of a small model on a CPU,
-    6% of the CPU time in fp32 and 11% in bf16. Where the C library is another one, nothing happens.
+    Until a first step is over, as that leaves small blocks behind: modules that it imports, kernels that oneDNN
+    compiles. In the room between large tensors they would keep the heap in pieces, into which those of later steps do
+    not fit. glibc by itself raises the threshold as tensors are freed. Where the C library is another one, nothing
+    happens.
     """
+    _set_options(1 << 17)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep in its heap the memory of tensors that are freed from now on, for the next ones.
+
+    Otherwise every large temporary is mapped and unmapped anew: 100,000 page faults a step of a small model on a CPU,
+    6% of the CPU time in fp32 and 11% in bf16. What is free already goes back to the system.
+    """
+    _set_options(1 << 30)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _set_options(mapped_from: int) -> None:
+    """Blocks of ``mapped_from`` bytes and more are mapped; the heap, one for all threads, keeps what is freed."""
     mmap_threshold, trim_threshold, arena_max = -3, -1, -8  # from malloc.h
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(mmap_threshold, mapped_from)
         libc.mallopt(trim_threshold, (1 << 31) - 1)
         libc.mallopt(arena_max, 1)
-
-
-def give_back_freed_memory() -> None:
-    """After a first step: what building the model has freed, and what lies between the step's tensors.
-
-    The steps that follow settle in less: 10 MiB of 700 in bf16 and 25 of 815 in fp32, two ranks at stage 2.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def use_huge_pages(address: int, count: int) -> int:

@@ -26,7 +26,7 @@ from megatron_ds.engine.model_guard import require_trainable_dtype
 from megatron_ds.engine.without_memory import Filler, Weights, dtypes_of, has_memory, take_places
 from megatron_ds.engine.wrapped import plain_name, unwrapped
 from megatron_ds.errors import ConfigError, RaisedAs, listed
-from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
+from megatron_ds.kernels.cpu.allocator import keep_freed_memory, map_large_tensors
 from megatron_ds.mesh import Mesh, MeshShape, init_process_group
 from megatron_ds.optim.deepspeed_schedule import scheduled_betas, scheduled_rate
 from megatron_ds.optim.ema import averaged
@@ -154,7 +154,7 @@ def _prepare(
 ) -> tuple[dict[str, nn.Parameter], Filler | None]:
     """The model's parameters by name, in their dtype; and what gives values to those that have none yet."""
     if config.keep_freed_memory:
-        keep_freed_memory()
+        map_large_tensors()
     check_model(model, gathers=config.zero.stage == 3 and mesh.data.size > 1, ranks=mesh.data.size)
     dtype = None if config.keeps_dtype else DTYPES[config.precision.dtype]
     empty = take_places(model, mesh.device, dtype)
@@ -336,7 +336,7 @@ def _train_step(
         return torch.full((), float(len(micro_batches) if config.losses == "mean" else 1), device=device)
 
     step = TrainStep(executor, zero, mesh, scaler, clip_norm=config.optimizer.clip_norm, rate=rate, count=count)
-    step.after_first = give_back_freed_memory if config.keep_freed_memory else None
+    step.after_first = keep_freed_memory if config.keep_freed_memory else None
     return step
 
 

@@ -16,7 +16,7 @@ from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
 from megatron_ds.data.samples import SampleSource, Sources
 from megatron_ds.files import print_line
 from megatron_ds.kernels import registry
-from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
+from megatron_ds.kernels.cpu.allocator import keep_freed_memory, map_large_tensors
 from megatron_ds.mesh import Mesh
 from megatron_ds.pipeline.schedules import activation_bound
 from megatron_ds.train.alike import CHECKPOINT, DATA, DEVICE, SETTINGS, VERSIONS, versions
@@ -66,7 +66,7 @@ def pretrain(config: BaseRunConfig, place: RankInfo, task: Task) -> bool:
                 every = config.train.eval_every
                 notes.append(f"train.eval_every={every} evaluates nothing: no data is kept apart for it")
         set_threads(place, config.threads)
-        keep_freed_memory()
+        map_large_tensors()
         ranks.start(device)
         mesh = Mesh.create(shape, device, ranks.group_timeout(device))
         if mesh.rank == 0:
@@ -76,7 +76,7 @@ def pretrain(config: BaseRunConfig, place: RankInfo, task: Task) -> bool:
                 kernels = registry.report(device, DTYPES[config.precision.dtype])
                 print_line("\n  ".join(["kernels:", *map(str, kernels)]))
         parts = build(config, mesh, task)
-        parts.step.after_first = give_back_freed_memory
+        parts.step.after_first = keep_freed_memory
         callbacks = default_callbacks(config, mesh, parts.executor, output)
         callbacks.append(_advice(config, place, mesh, task, parts, callbacks))
         loop = _loop(config, mesh, task, parts, output, sources, callbacks)

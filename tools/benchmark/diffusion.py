@@ -104,12 +104,12 @@ def plain(model: dict[str, Any], dtype: str) -> Step:
 def ours(model: dict[str, Any], dtype: str, layout: dict[str, Any], compiled: bool) -> Step:
     from megatron_ds.config import from_dict, validate
     from megatron_ds.config.diffusion import DiffusionRun
-    from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
+    from megatron_ds.kernels.cpu.allocator import keep_freed_memory, map_large_tensors
     from megatron_ds.mesh import Mesh
     from megatron_ds.models.dit_task import DiTTask
     from megatron_ds.train.build import build
 
-    keep_freed_memory()
+    map_large_tensors()
     layout = dict(layout)
     size = BATCH // layout.get("dp", 1) // (apart := layout.pop("apart", 1))
     ranks = max(layout.values(), default=1)
@@ -125,7 +125,7 @@ def ours(model: dict[str, Any], dtype: str, layout: dict[str, Any], compiled: bo
     config = from_dict(DiffusionRun, settings, "benchmark")
     mesh = Mesh.create(validate(config, ranks), torch.device("cpu"))
     parts = build(config, mesh, DiTTask(config))
-    parts.step.after_first = give_back_freed_memory
+    parts.step.after_first = keep_freed_memory
     own = {name: value[mesh.dp.rank * size :][:size] for name, value in batch_of(model, BATCH).items()}
     return lambda: float(parts.step([own]).loss)
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from setting import Workload
 
 from megatron_ds.config import RunConfig, from_dict, validate
-from megatron_ds.kernels.cpu.allocator import give_back_freed_memory, keep_freed_memory
+from megatron_ds.kernels.cpu.allocator import keep_freed_memory, map_large_tensors
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.gpt import GPTTask
 from megatron_ds.train.build import RankRuntime, build
@@ -80,12 +80,12 @@ def built(
     w: Workload, device: str = "cpu", world_size: int | None = None, **layout: object
 ) -> tuple[RunConfig, Mesh, RankRuntime]:
     """What this rank runs; see :func:`training_step`."""
-    keep_freed_memory()
+    map_large_tensors()
     config = configuration(w, **layout)  # type: ignore[arg-type]
     shape = validate(config, world_size or (dist.get_world_size() if dist.is_initialized() else 1))
     mesh = Mesh.create(shape, torch.device(device))
     parts = build(config, mesh, GPTTask(config))
-    parts.step.after_first = give_back_freed_memory
+    parts.step.after_first = keep_freed_memory
     return config, mesh, parts
 
 
