@@ -39,6 +39,8 @@ T = TypeVar("T")
 Update = tuple[int, RequestOutput]
 """A call's prompt that has got further, by its number, and what there is of its answers."""
 _Hear = Callable[[RequestOutput | BaseException], None]
+_BODY_SECONDS = 30.0
+"""Within which the body of a request has to come."""
 
 
 class EngineThread:
@@ -237,14 +239,14 @@ class Server:
     async def _json(self, request: Request) -> Any:
         data = bytearray()
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(_BODY_SECONDS):
                 async for chunk in request.stream():
                     data += chunk
                     if len(data) > self.options.max_body_mb * 1e6:
                         raise BadRequest(f"the body is longer than {self.options.max_body_mb} MB", status=413)
             return json.loads(data)
         except TimeoutError:
-            raise BadRequest("the body has not come within 30 s", status=408) from None
+            raise BadRequest(f"the body has not come within {_BODY_SECONDS:g} s", status=408) from None
         except ClientDisconnect:
             raise BadRequest("the client has left", status=499) from None
         except (ValueError, RecursionError) as error:

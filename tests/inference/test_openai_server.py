@@ -25,7 +25,7 @@ from served import folder_logits
 
 from megatron_ds.data.chat import ChatTemplate
 from megatron_ds.data.tokenizers import ByteTokenizer
-from megatron_ds.inference import LLM, SamplingParams
+from megatron_ds.inference import LLM, SamplingParams, openai_server
 from megatron_ds.inference.detokenizer import Detokenizer
 from megatron_ds.inference.openai_answers import Answers
 from megatron_ds.inference.openai_protocol import Call
@@ -488,6 +488,35 @@ def test_more_than_the_server_takes_is_told_to_come_back(folder: Path) -> None:
         assert server.post("/v1/completions", b'{"prompt": ["a", "b"], "max_tokens": 1}')[0] == 200
     finally:
         server.close()
+
+
+def test_an_answer_that_takes_too_long_is_ended(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = running.llm.engine.step
+    monkeypatch.setattr(running.llm.engine, "step", lambda: (time.sleep(0.05), step())[1])
+    asked = {"prompt": "a", "max_tokens": 110, "ignore_eos": True}
+    monkeypatch.setattr(running.server.engine, "_seconds", 0.0)
+    status, answer = running.post("/v1/completions", json.dumps(asked).encode())
+    assert status == 504 and "taken too long" in answer["error"]["message"]
+    assert running.idle(), "it is still computed"
+    monkeypatch.setattr(running.server.engine, "_seconds", 1.0)
+    stream = running.client.completions.create(
+        model="tiny", prompt="a", max_tokens=110, stream=True, extra_body={"ignore_eos": True}
+    )
+    with pytest.raises(openai.APIError, match="taken too long"):
+        for _ in stream:
+            pass
+    assert running.idle(), "it is still computed"
+    monkeypatch.undo()
+    assert running.post("/v1/completions", b'{"prompt": "a", "max_tokens": 1}')[0] == 200
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_server, "_BODY_SECONDS", 0.3)
+    with socket.create_connection(("127.0.0.1", running.port), timeout=60) as slow:
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\ncontent-length: 99\r\n\r\n"
+        slow.sendall(head.encode() + b'{"prompt":')
+        said = slow.recv(4096).decode()
+    assert said.startswith("HTTP/1.1 408") and "within 0.3 s" in said
 
 
 def test_a_failed_engine_answers_and_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

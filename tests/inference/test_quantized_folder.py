@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from compressed_tensors.quantization import (
     apply_quantization_config,
 )
 from safetensors.torch import load_file, save_file
+from scripts_as_modules import load_script
 from served import folder_logits
+from torch.nn.functional import cross_entropy, kl_div
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -29,6 +33,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
+from megatron_ds.data.tokenizers import ByteTokenizer
 from megatron_ds.errors import CheckpointError, ConfigError
 from megatron_ds.inference import LLM, SamplingParams
 from megatron_ds.inference.quantization import SCHEMES, packed, unpacked
@@ -42,10 +47,10 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def save_model(family: str, folder: Path, dtype: torch.dtype) -> None:
+def save_model(family: str, folder: Path, dtype: torch.dtype, vocab_size: int = 99) -> None:
     torch.manual_seed(0)
     if family == "llama":  # separate, grouped queries
-        model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2))
+        model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": vocab_size}, num_key_value_heads=2))
     elif family == "phi3":  # fused, stacked
         model = Phi3ForCausalLM(Phi3Config(**SIZES, num_key_value_heads=2, pad_token_id=0, eos_token_id=1))
     else:  # interleaved, with biases
@@ -126,6 +131,42 @@ def test_the_folder_is_what_quantising_in_memory_gives(tmp_path: Path, scheme: s
     assert difference.tokens == 75 and most / 4 < difference.logit < most and difference.kl > 0
     same = compare(folder, folder, [list(range(3, 40))])
     assert same.logit == same.kl == 0 and same.agreement == 1 and same.perplexities[0] == same.perplexities[1]
+
+
+def test_the_tool_says_what_fewer_bits_change_on_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As transformers has it of both folders, window by window."""
+    save_model("llama", tmp_path / "whole", torch.float32, vocab_size=257)
+    ByteTokenizer().save_hf(tmp_path / "whole")
+    text = tmp_path / "text.txt"
+    text.write_text(Path(__file__).read_text()[:300])
+    tool = load_script("tools/quantize.py")
+    fewer = tmp_path / "fewer"
+    tool.main(tool.Quantize(tmp_path / "whole", fewer, "int4", text, window=64, max_windows=3))
+    windows = torch.tensor(list(text.read_bytes()[: 3 * 64])).view(3, 64)  # a byte's token is its number
+    with torch.no_grad():
+        before, after = (AutoModelForCausalLM.from_pretrained(path).eval()(windows).logits[:, :-1].double()
+                         for path in (tmp_path / "whole", fewer))  # fmt: skip
+    nll = [cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()).item() for logits in (before, after)]
+    first, second = (logits - logits.mean(-1, keepdim=True) for logits in (before, after))
+    kl = kl_div(after.log_softmax(-1), before.log_softmax(-1), reduction="none", log_target=True).sum(-1).mean()
+    same = (before.argmax(-1) == after.argmax(-1)).double().mean()
+    said = re.search(
+        r"on 189 tokens\nperplexity +(\S+) -> (\S+) \((\S+)%\)\nlogits +(\S+)% off .*, (\S+) at most\n"
+        r"KL divergence +(\S+) nats a token\nlikeliest token the same for (\S+)%", capsys.readouterr().out,
+    )  # fmt: skip
+    assert said is not None
+    want = [
+        math.exp(nll[0]), math.exp(nll[1]), 100 * math.expm1(nll[1] - nll[0]),
+        100 * (second - first).norm() / first.norm(), (second - first).abs().max(), kl, 100 * same,
+    ]  # fmt: skip
+    last_digits = (1e-4, 1e-4, 1e-2, 1e-2, 1e-3, 0.0, 1e-2)
+    for number, expected, digit in zip(said.groups(), want, last_digits, strict=True):
+        assert float(number) == pytest.approx(float(expected), rel=0.01, abs=digit)
+    assert want[3] > 1 and want[6] < 100
+    for wrong, what in (({"window": 1}, "--window 1"), ({"max_windows": 0}, "--max-windows 0")):
+        with pytest.raises(ConfigError, match=what):
+            tool.main(tool.Quantize(tmp_path / "whole", tmp_path / "third", "int8", text, **wrong))
+    assert not (tmp_path / "third").exists()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
