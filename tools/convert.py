@@ -40,7 +40,7 @@ class ToHf:
     """Of the exported weights; default: as saved."""
     tokenizer: str | None = None
     """A folder or tokenizer.json, a SentencePiece .model, or 'bytes', to go with the model; default: the one it
-    was imported with."""
+    was imported or trained with (data.tokenizer)."""
     weights: Weights | None = None
     """The moving average of the weights or those of the last step. Default: the average where there is one."""
 

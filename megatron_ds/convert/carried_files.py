@@ -2,20 +2,23 @@
 
 Beside the checkpoints that came from a folder lie ``tokenizer/``, the files that make the tokenizer, and ``hf/``, the
 rest: configuration, generation settings, licence, model card. A run that starts from such a checkpoint takes both
-along, and an export writes what has not changed as it was.
+along, and an export writes what has not changed as it was. A run that names a tokenizer keeps that one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_ds.convert.folder import HFFolder
+from megatron_ds.convert.settings import TOKEN_IDS
+from megatron_ds.data.tokenizer_base import Tokenizer
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.errors import CheckpointError, DataError, RaisedAs
-from megatron_ds.files import read_bytes, read_object
+from megatron_ds.files import read_bytes, read_object, write_json
 
 TOKENIZER, REST = "tokenizer", "hf"
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -43,7 +46,7 @@ def keep(source: HFFolder, out_dir: Path) -> list[str]:
         CheckpointError: a file of it cannot be read, or is a link out of the folder.
     """
     stays = []
-    for path, name in _files(source):
+    for path, name in _files(source.path):
         if _travels(path):
             _copy(source.inside(name), out_dir / (TOKENIZER if _is_tokenizers(name) else REST) / name)
         elif name != _TEMPLATES and not name.endswith(_CONVERTED):
@@ -57,16 +60,16 @@ def copy_all(source: HFFolder, out_dir: Path) -> None:
     Raises:
         CheckpointError: a file of it cannot be read, or is a link out of the folder.
     """
-    for path, name in _files(source):
+    for path, name in _files(source.path):
         if _travels(path) and name != CONFIG:
             _copy(source.inside(name), out_dir / name)
 
 
-def _files(source: HFFolder) -> Iterator[tuple[Path, str]]:
+def _files(source: Path) -> Iterator[tuple[Path, str]]:
     """What lies in a folder and in the one of chat templates in it, with its name inside."""
-    for folder in (source.path, source.path / _TEMPLATES):
+    for folder in (source, source / _TEMPLATES):
         for path in sorted(folder.glob("[!.]*")):
-            yield path, str(path.relative_to(source.path))
+            yield path, str(path.relative_to(source))
 
 
 def take_along(checkpoints: Path, out_dir: Path) -> None:
@@ -78,6 +81,42 @@ def take_along(checkpoints: Path, out_dir: Path) -> None:
     for kept in (TOKENIZER, REST):
         if not (out_dir / kept).exists():
             copy_out(checkpoints, out_dir / kept, kept)
+
+
+def keep_tokenizer(spec: str, checkpoints: Path, vocab_size: int) -> None:
+    """Keep the tokenizer that a run is trained with beside its checkpoints, so that exports and servers find it.
+
+    In place of another one that came with the model: its tokens then end and begin a text.
+
+    Args:
+        spec: as for :func:`load_tokenizer`.
+        vocab_size: of the model that is trained.
+
+    Raises:
+        CheckpointError, DataError: it cannot be read, or not be written.
+    """
+    tokenizer, target = load_tokenizer(spec, fast=False), checkpoints / TOKENIZER
+    inside = Path(spec).absolute().is_relative_to(target.absolute())
+    if inside or has_tokenizer(checkpoints, tokenizer.fingerprint):
+        return
+    with RaisedAs(CheckpointError, f"{target} cannot be written", OSError):
+        shutil.rmtree(target, ignore_errors=True)
+        if Path(spec).is_dir():
+            for path, name in _files(Path(spec)):
+                if _travels(path) and _is_tokenizers(name):
+                    _copy(path, target / name)
+        else:
+            tokenizer.save_hf(target)
+        for name in (CONFIG, GENERATION):
+            if carried := settings(checkpoints, name):
+                kept = {key: value for key, value in carried.items() if key not in TOKEN_IDS}
+                sizes = {"vocab_size": vocab_size} if name == CONFIG else {}
+                write_json(checkpoints / REST / name, {**kept, **sizes, **special_tokens(tokenizer)})
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """The ids that a model's configuration has of its tokenizer."""
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": None}
 
 
 def copy_out(checkpoints: Path, folder: Path, kept: str) -> None:

@@ -33,6 +33,7 @@ from megatron_ds.convert.match import Match
 from megatron_ds.convert.settings import KEPT, TOKEN_IDS, Settings
 from megatron_ds.convert.tables import ARCHITECTURES
 from megatron_ds.data.tokenizer_base import Tokenizer
+from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.errors import ConfigError, RaisedAs
 from megatron_ds.files import write_json
 from megatron_ds.models.families import global_shapes
@@ -57,7 +58,7 @@ def export_hf(
         out_dir: made here; must not exist or be empty. It appears only when it is complete.
         dtype: of the exported tensors; None keeps the checkpoint's.
         tokenizer: saved beside the model; its end-of-document token becomes the model's EOS. None: the one that came
-            with the model, if it did.
+            with the model or that the run was told of, if there is one.
         progress: show a progress bar.
         warn: told what a user should know of the result.
         average: the moving average of the weights, or the weights. None: the average where there is one.
@@ -152,18 +153,19 @@ def _write_rest(
 ) -> None:
     """Everything but the weights: what came with the model and has not changed, as it was."""
     original = carried_files.settings(checkpoints, carried_files.CONFIG)
+    if tokenizer is None and not original and (checkpoints / carried_files.TOKENIZER).is_dir():
+        tokenizer = load_tokenizer(checkpoints / carried_files.TOKENIZER, fast=False)
     same = tokenizer is not None and carried_files.has_tokenizer(checkpoints, tokenizer.fingerprint)
     carried_files.copy_out(checkpoints, folder, carried_files.REST)
     if tokenizer is not None and not same:
         tokenizer.save_hf(folder)
     elif same or original.get("vocab_size") == config.vocab_size:
         carried_files.copy_out(checkpoints, folder, carried_files.TOKENIZER)
-    elif original and warn is not None:
-        warn(
-            f"the vocabulary has {config.vocab_size} tokens where the original's has {original.get('vocab_size')}: no "
-            "tokenizer goes with the model; name the one it was trained with (--tokenizer)"
-        )
-    _write_configs(folder, architecture, config, plan, checkpoints, None if same else tokenizer)
+    elif warn is not None:
+        sizes = (config.vocab_size, original.get("vocab_size"))
+        why = "the vocabulary has {} tokens where the original's has {}: ".format(*sizes) if original else ""
+        warn(f"{why}no tokenizer goes with the model; name the one it was trained with (--tokenizer)")
+    _write_configs(folder, architecture, config, plan, checkpoints, None if same and original else tokenizer)
 
 
 def _write_configs(
@@ -187,7 +189,7 @@ def _write_configs(
     special: dict[str, Any] = {}
     if tokenizer is not None:
         kept, generation = ({k: v for k, v in old.items() if k not in TOKEN_IDS} for old in (kept, generation))
-        special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": None}
+        special = carried_files.special_tokens(tokenizer)
     elif not original:
         # Stated: the classes' defaults are the ids of tokenizers that this model never saw.
         special = dict.fromkeys(SPECIAL_TOKENS)

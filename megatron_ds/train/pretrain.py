@@ -11,9 +11,10 @@ from megatron_ds.advice.run_advice import RunAdvice, known_beforehand
 from megatron_ds.checkpoint.directory import resolve
 from megatron_ds.checkpoint.last_good import last_good
 from megatron_ds.config import BaseRunConfig, validate
-from megatron_ds.convert.carried_files import take_along
+from megatron_ds.convert.carried_files import keep_tokenizer, take_along
 from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
 from megatron_ds.data.samples import SampleSource, Sources
+from megatron_ds.errors import MegatronDSError
 from megatron_ds.files import print_line
 from megatron_ds.kernels import registry
 from megatron_ds.kernels.cpu.allocator import keep_freed_memory, map_large_tensors
@@ -95,10 +96,25 @@ def pretrain(config: BaseRunConfig, place: RankInfo, task: Task) -> bool:
                 print_line(note)
             if config.checkpoint.resume or source is not None:
                 print_line(_resumed(loop.step, config, changes))
+            _keep_files(config, output, source is None)
             if config.checkpoint.init_from and source is None:
-                take_along(resolve(config.checkpoint.init_from).parent, output.checkpoints)
                 print_line("\n  ".join([f"weights from {config.checkpoint.init_from}", *differs]))
         return loop.run()
+
+
+def _keep_files(config: BaseRunConfig, output: Output, starts: bool) -> None:
+    """Lay beside the checkpoints what came with the weights that a run starts from, and the tokenizer that it names.
+
+    A run does not end where the tokenizer cannot be copied.
+    """
+    if config.checkpoint.init_from and starts:
+        take_along(resolve(config.checkpoint.init_from).parent, output.checkpoints)
+    spec = getattr(config.data, "tokenizer", None)
+    if spec is not None:
+        try:
+            keep_tokenizer(spec, output.checkpoints, config.model.resolved["vocab_size"])
+        except MegatronDSError as error:
+            print_line(f"{spec} does not go along with the checkpoints, name it where they are used: {error}")
 
 
 def _loop(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hf_models import make
 
 from megatron_ds.checkpoint import Checkpoint, FlatShard, save
-from megatron_ds.convert.carried_files import take_along
+from megatron_ds.convert.carried_files import keep_tokenizer, take_along
 from megatron_ds.convert.hugging_face import export_hf, import_hf
 from megatron_ds.data.tokenizers import ByteTokenizer, load_tokenizer
 from megatron_ds.errors import CheckpointError
@@ -104,6 +105,36 @@ def test_a_grown_vocabulary_does_not_take_the_smaller_tokenizer(folder: Path, tm
     export_hf(run, tmp_path / "back", warn=notes.append)
     assert not (tmp_path / "back" / "tokenizer.json").exists() and (tmp_path / "back" / "LICENSE").exists()
     assert len(notes) == 1 and "140 tokens where the original's has 131: no tokenizer goes with the model" in notes[0]
+
+
+def test_the_tokenizer_that_a_run_names_goes_with_it(folder: Path, tmp_path: Path) -> None:
+    """From scratch, and in place of an imported model's, whose vocabulary grew; the same one stays as it came."""
+    import_hf(folder, tmp_path / "ours")
+    (tmp_path / "ours" / "tokenizer" / "chat_template.jinja").write_text("{{ mine }}")
+    for same in (folder, tmp_path / "ours" / "tokenizer" / "tokenizer.json"):
+        keep_tokenizer(str(same), tmp_path / "ours", 131)
+    assert (tmp_path / "ours" / "tokenizer" / "chat_template.jinja").read_text() == "{{ mine }}"
+    said: list[str] = []
+    bare = fine_tuned(tmp_path / "ours", tmp_path / "bare", vocab_size=140)
+    for kept in ("tokenizer", "hf"):
+        shutil.rmtree(bare / kept)
+    export_hf(bare, tmp_path / "nothing", warn=said.append)
+    assert len(said) == 1 and said[0].startswith("no tokenizer goes with the model")
+    (tmp_path / "own").mkdir()
+    other = json.loads((folder / "tokenizer.json").read_text())
+    other["added_tokens"].append({**other["added_tokens"][0], "id": 257, "content": "<|im_end|>"})
+    (tmp_path / "own" / "tokenizer.json").write_text(json.dumps(other))
+    (tmp_path / "own" / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    grown = fine_tuned(tmp_path / "ours", tmp_path / "grown", vocab_size=140)
+    for run in (bare, grown):
+        keep_tokenizer(str(tmp_path / "own"), run, 140)
+        export_hf(run, tmp_path / run.name / "back", warn=said.append)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            assert (run / "back" / name).read_bytes() == (tmp_path / "own" / name).read_bytes()
+        for name in ("config.json", "generation_config.json"):
+            assert json.loads((run / "back" / name).read_text())["eos_token_id"] == 257
+        assert not (run / "back" / "chat_template.jinja").exists()
+    assert len(said) == 1 and (grown / "back" / "LICENSE").exists()
 
 
 def test_a_folder_without_generation_settings_gets_those_of_its_configuration(folder: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from started_ranks import TINY, started
 
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.preprocess import PreprocessOptions, preprocess
+from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.train.report import read_losses
 
 if TYPE_CHECKING:
@@ -174,6 +175,8 @@ def test_the_dataset_of_another_tokenizer(run: Run, tmp_path: Path) -> None:
     assert done.code == 2 and "was made with the tokenizer" in done.error and str(tmp_path / "mine") in done.error
     assert not (tmp_path / "run").exists()
     assert run(*common, "--data.tokenizer", str(tmp_path / "mine")).code == 0
+    kept = load_tokenizer(tmp_path / "run" / "checkpoints" / "tokenizer")
+    assert kept.fingerprint == load_tokenizer(tmp_path / "mine").fingerprint
 
 
 def test_data_that_is_damaged_is_one_error_for_all_ranks(tmp_path: Path, dataset: Path) -> None:
