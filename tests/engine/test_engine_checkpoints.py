@@ -139,10 +139,11 @@ def test_extra_state_of_modules_is_saved_and_goes_on(compiled: bool, tmp_path: P
     bare.close()
 
 
-def test_a_tensor_of_one_element_is_saved_whatever_its_stride(tmp_path: Path) -> None:
+def test_a_tensor_is_saved_whatever_its_strides(tmp_path: Path) -> None:
     def model(*values: float) -> nn.Module:
         table, made = torch.tensor([values]), nn.Linear(2, 2)
         made.register_buffer("kept", table[:, 0])
+        made.register_buffer("turned", (values[0] * torch.arange(6.0)).view(2, 3).t())
         made.register_parameter("still", nn.Parameter(table[:, 1], requires_grad=False))
         return made
 
@@ -151,5 +152,6 @@ def test_a_tensor_of_one_element_is_saved_whatever_its_stride(tmp_path: Path) ->
     engine.save_checkpoint(tmp_path)
     again.load_checkpoint(tmp_path)
     assert again.module.kept.tolist() == [3.0] and again.module.still.tolist() == [5.0]  # type: ignore[operator]
+    assert again.module.turned.tolist() == [[0, 9], [3, 12], [6, 15]]  # type: ignore[operator]
     engine.close()
     again.close()
