@@ -189,7 +189,7 @@ def write_rank(partial: Path, rank: int, flat_shards: Sequence[FlatShard]) -> Fi
             for flat_shard in group:
                 writer.write(flat_shard.row_major(held))
             if held is not None:
-                writer.write_back_initial()
+                writer.release_sources()
         file = writer.close()
     sync_directory(partial)
     index = {"size": file.size, "checksums": file.checksums, "tensors": tensors, "rows": rows}

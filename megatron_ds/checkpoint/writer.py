@@ -70,7 +70,7 @@ class ChunkedWriter:
         """Append a contiguous tensor. It must not change until :meth:`close` returns."""
         self._queue(as_bytes(data))
 
-    def write_back_initial(self) -> None:
+    def release_sources(self) -> None:
         """From now on the tensors written so far may change, or their memory go."""
         self._spans = [span.clone() for span in self._spans]
         for future in self._futures:
