@@ -13,6 +13,7 @@ from megatron_ds.checkpoint import Checkpoint, FlatShard, load, read_meta, resol
 from megatron_ds.checkpoint.save import prune
 from megatron_ds.errors import CheckpointError
 from megatron_ds.files.direct_io import ALIGNMENT
+from megatron_ds.shard import ShardSpec
 
 MESHES = [(1, 1), (2, 1), (1, 3), (4, 2), (2, 5), (4, 16)]
 
@@ -70,6 +71,38 @@ def test_a_tensor_larger_than_a_chunk(tmp_path: Path) -> None:
     rest = FlatShard.whole("first", "param", torch.zeros(3))
     load(tmp_path, [got, rest])
     assert torch.equal(got.data, tensor.flatten()[3_000_000:6_000_000])
+
+
+class Staged:
+    """State on a disk: in memory only while it is held, and in that of all the others."""
+
+    memory = torch.empty(1_300_000)
+
+    def __init__(self, values: torch.Tensor):
+        self.values = values
+
+    def acquire(self) -> torch.Tensor:
+        return self.memory.copy_(self.values)
+
+    def release(self, changed: bool) -> None:
+        if changed:
+            self.values = self.memory.clone()
+        self.memory.fill_(torch.nan)
+
+
+def test_what_is_in_memory_for_a_moment_is_saved_and_filled_in_that_moment(tmp_path: Path) -> None:
+    """Chunks of 8 MB begin and end within the parts of 5 MB."""
+    size = len(Staged.memory)
+
+    def flat_shards(stores: list[Staged]) -> list[FlatShard]:
+        specs = [ShardSpec(f"w{number}", (size,)) for number in range(len(stores))]
+        return [FlatShard.from_holder(w, "param", s, 0, torch.float32, 0, size) for w, s in zip(specs, stores)]
+
+    saved = [Staged(torch.arange(size) + 1000.0 * number) for number in range(4)]
+    save(tmp_path, 1, flat_shards(saved), {})
+    loaded = [Staged(torch.zeros(size)) for _ in saved]
+    load(tmp_path, flat_shards(loaded))
+    assert all(torch.equal(got.values, want.values) for got, want in zip(loaded, saved, strict=True))
 
 
 def test_meta_comes_back(tmp_path: Path) -> None:
