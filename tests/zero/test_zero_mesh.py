@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from math import prod
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_ds import comm
+from megatron_ds.checkpoint import load, save
 from megatron_ds.config import OptimizerConfig, ZeroConfig
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter, spec_of
@@ -217,6 +219,52 @@ def reload(shape: MeshShape, stage: int) -> list[float]:
 def test_loading_and_the_update_after_it(shape: MeshShape, stage: int) -> None:
     for errors in run_ranks(reload, 4, shape, stage):
         assert all(error < 1e-12 for error in errors), errors
+
+
+def passed_on(
+    shape: MeshShape, stage: int, source: str, target: str, trained: MeshShape
+) -> dict[tuple[str, str], float]:
+    """Load what mesh ``trained`` saved after a step, or take that step where there is no ``source``; save it.
+
+    Returns the errors of all that a rank holds, against the update computed with no collective.
+    """
+    mesh = Mesh.create(shape, torch.device("cpu"))
+    zero, parameters = build(mesh, stage, "sgd")
+    if source:
+        shards = list(zero.flat_shards(for_load=True))
+        for shard in shards:
+            shard.data.fill_(float("nan"))
+        load(source, shards, mesh.world)
+        zero.refresh_parameters()
+    else:
+        reduce_gradients(zero, parameters, mesh)
+        zero.step(LR, SCALE)
+        shards = list(zero.flat_shards())
+    errors = {}
+    for parameter in parameters:
+        spec = spec_of(parameter)
+        moment = SCALE * summed(spec.name, trained)
+        values = {"param": random(spec.name, spec.global_shape), "momentum_buffer": moment}
+        if parameter.requires_grad:
+            values["param"] = values["param"] - LR * moment
+        errors["read", spec.name] = (parameter.detach() - spec.slice_of(values["param"])).abs().max().item()
+        for shard in (shard for shard in shards if shard.name == spec.name and shard.data.numel()):
+            box = tuple(slice(o, o + b) for o, b in zip(shard.box_offset, shard.box_shape))
+            want = values[shard.kind][box].flatten()[shard.start : shard.stop]
+            errors[shard.kind, spec.name] = (shard.data - want).abs().max().item()
+    save(target, 1, list(zero.flat_shards()), {}, mesh.world)
+    return errors
+
+
+def test_a_checkpoint_of_experts_goes_through_every_kind_of_mesh(tmp_path: Path) -> None:
+    """With a parameter that is cut on two dims over ep and tp, whose ZeRO axis is what ep leaves of the data axis."""
+    shapes = [MeshShape(dp=4, tp=2, ep=2), MeshShape(dp=2, cp=2, ep=4), MeshShape(dp=3, tp=2), MeshShape()]
+    source = ""
+    for number, (shape, stage) in enumerate(zip([*shapes, shapes[0]], (2, 1, 0, 1, 1), strict=True)):
+        target = str(tmp_path / str(number))
+        for errors in run_ranks(passed_on, shape.world_size, shape, stage, source, target, shapes[0]):
+            assert len(errors) >= 7 and max(errors.values()) < 1e-14, (shape, errors)
+        source = target
 
 
 def skipped_then_stepped() -> bool:
