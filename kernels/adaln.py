@@ -14,7 +14,7 @@ from megatron_ds.kernels.autograd import first_derivative_only
 from megatron_ds.kernels.registry import Op, define
 
 ADALN = Op("adaln", twin="adaln", fuses=True)
-MOST_COLUMNS = 8192
+MOST_BYTES = 16384
 """Of a row that the kernels hold in registers."""
 
 
@@ -61,7 +61,7 @@ FUSED: Operators = _Fused()
 
 def fused_for(x: Tensor) -> Operators | None:
     """The Triton kernels, where the op says so and a row fits."""
-    return FUSED if x.shape[-1] <= MOST_COLUMNS and ADALN.choose(x) == "triton" else None
+    return FUSED if x.shape[-1] * x.itemsize <= MOST_BYTES and ADALN.choose(x) == "triton" else None
 
 
 def modulated_norm(

@@ -1,7 +1,9 @@
 """adaLN: a residual sum by a gate, its layer norm by a shift and a scale a sample, and the gradients of all of them.
 
 Forward, a program takes a token. Backward, it walks over tokens of one sample, whose sums over tokens (gradients of
-shift, scale and gate) it has in registers, and leaves a partial sum of each; one more launch adds those.
+shift, scale and gate) it has in registers, and leaves a partial sum of each; one more launch adds those. For wide rows
+there are no registers for the sample's scale and gate besides: they are loaded again for each token, of which one is
+under way ahead.
 
 Shapes: ``b`` batch, ``h`` hidden; streams are rows ``[s * b, h]``, of which row ``i`` is of sample ``i % b``; shifts,
 scales and gates ``[b, h]``; statistics fp32 ``[s * b]``.
@@ -53,14 +55,15 @@ def modulated_norm_kernel(
 def modulated_norm_backward_kernel(
     grad, d_summed, summed, branch, mean, rstd, scale, gate, d_x, d_branch, partial,
     grad_row, d_summed_row, summed_row, branch_row, scale_row, gate_row, tokens, batch, columns,
-    HAS_BRANCH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, RELOADS: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
     own = column < columns
-    by = 1.0 + tl.load(scale + sample * scale_row + column, mask=own, other=0.0).to(tl.float32)
-    if HAS_BRANCH:
-        through = tl.load(gate + sample * gate_row + column, mask=own, other=0.0).to(tl.float32)
+    if not RELOADS:
+        by = 1.0 + tl.load(scale + sample * scale_row + column, mask=own, other=0.0).to(tl.float32)
+        if HAS_BRANCH:
+            through = tl.load(gate + sample * gate_row + column, mask=own, other=0.0).to(tl.float32)
     count = tl.cast(columns, tl.float32)
     d_shift = tl.zeros((1, BLOCK), tl.float32)
     d_scale = tl.zeros((1, BLOCK), tl.float32)
@@ -73,6 +76,8 @@ def modulated_norm_backward_kernel(
         unit = tl.where(own, (v - tl.load(mean + row)) * r, 0.0)
         d_shift += g
         d_scale += g * unit
+        if RELOADS:
+            by = 1.0 + tl.load(scale + sample * scale_row + column, mask=own, other=0.0).to(tl.float32)
         g *= by
         total, along = sum_pair(g, g * unit)
         d = tl.load(d_summed + row * d_summed_row + column, mask=own, other=0.0).to(tl.float32)
@@ -80,6 +85,8 @@ def modulated_norm_backward_kernel(
         tl.store(d_x + row * columns + column, d.to(d_x.dtype.element_ty), mask=own)
         if HAS_BRANCH:
             d_gate += d * tl.load(branch + row * branch_row + column, mask=own, other=0.0).to(tl.float32)
+            if RELOADS:
+                through = tl.load(gate + sample * gate_row + column, mask=own, other=0.0).to(tl.float32)
             tl.store(d_branch + row * columns + column, (d * through).to(d_branch.dtype.element_ty), mask=own)
     kind = tl.cast(tl.num_programs(0), tl.int64) * batch * columns
     to = partial + (tl.cast(tl.program_id(0), tl.int64) * batch + sample) * columns + column
@@ -156,13 +163,14 @@ def modulated_norm_backward(
     d_branch = summed.new_empty(0) if branch is None else branch.new_empty(branch.shape)
     sums = [scale.new_empty(scale.shape) for _ in range(2 if gate is None else 3)]
     block, warps = _block(columns)
-    programs = _programs(summed, tokens, batch, warps) if summed.numel() else 0
+    programs, wide = _programs(summed, tokens, batch, warps) if summed.numel() else 0, block > 256 * warps
     partial = summed.new_empty(len(sums), programs, batch * columns, dtype=torch.float32)
     if programs:
         with on_device_of(summed):
             modulated_norm_backward_kernel[(programs, batch)](
                 *streams, mean, rstd, *vectors, d_x, d_branch, partial, *_strides(*streams, *vectors),
-                tokens, batch, columns, HAS_BRANCH=branch is not None, BLOCK=block, STAGES=STAGES, num_warps=warps,
+                tokens, batch, columns, HAS_BRANCH=branch is not None, BLOCK=block, STAGES=2 if wide else STAGES,
+                RELOADS=wide, num_warps=warps,
             )  # fmt: skip
     _add(partial, sums)
     return d_x, sums[0], sums[1], d_branch, sums[2] if gate is not None else scale.new_empty(0)

@@ -14,6 +14,8 @@ import torch
 from interpreter_worker import NO_TRITON
 from torch import Tensor
 
+from megatron_ds.kernels.adaln import MOST_BYTES
+
 pytestmark = pytest.mark.skipif(bool(NO_TRITON), reason=NO_TRITON)
 
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -194,7 +196,8 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "layer_norm 768 seam": lambda: norm(768, HALF, rms=False, sums=True),
     "rms_norm 2048 seam": lambda: norm(2048, HALF, rms=True, sums=True),
     "adaLN 1152": lambda: modulation(1152, HALF),
-    "adaLN 8192": lambda: modulation(8192, HALF),
+    "adaLN of the widest rows": lambda: modulation(MOST_BYTES // 2, HALF),
+    "adaLN of the widest rows in fp32": lambda: modulation(MOST_BYTES // 4, SINGLE),
     "adaLN 3072 fp32": lambda: modulation(3072, SINGLE),
     "swiglu 14336": lambda: activations(14336, "silu"),
     "bias_gelu 12288": lambda: activations(12288, "bias_gelu"),
