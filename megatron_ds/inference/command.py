@@ -26,16 +26,25 @@ curl localhost:8000/v1/completions -d '{"prompt": "Once", "max_tokens": 20}'
 
 
 def serve(options: ServeOptions) -> int:
-    """Serve until SIGINT or SIGTERM; what is under way is answered first."""
+    """Serve until SIGINT or SIGTERM; what is under way is answered first. On other ranks than the first: take part.
+
+    Raises:
+        BaseException: that ended the engine, when all clients have been told.
+    """
     try:
         import uvicorn
 
         from megatron_ds.inference.openai_server import Server
     except ImportError as error:
         raise ConfigError(f"the server needs {error.name}: pip install 'megatron-ds[serve]'") from None
+    from megatron_ds.inference.follower import follow
     from megatron_ds.inference.llm import LLM
+    from megatron_ds.inference.ranks import rank_of_launch
 
     o = options
+    if rank_of_launch() > 0:
+        follow(o.engine_arguments())
+        return 0
     listening = _listen(o.host, o.port)
     with LLM(**o.engine_arguments()) as llm:
         keep_freed_memory()  # of the steps, not of what loading has freed
@@ -55,8 +64,12 @@ def serve(options: ServeOptions) -> int:
         )
         # uvicorn answers what is under way and raises the signal again: here, so that the other ranks end as well.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        running = uvicorn.Server(config)
+        server.engine.on_failure = partial(setattr, running, "should_exit", True)
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listening])
+            running.run(sockets=[listening])
+        if server.engine.failure is not None:
+            raise server.engine.failure
     return 0
 
 

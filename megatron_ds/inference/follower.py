@@ -1,26 +1,36 @@
-"""A rank that the first one of a served model has started (``python -m megatron_ds.inference.follower``)."""
+"""A rank of a served model but the first, which may have started it (``python -m megatron_ds.inference.follower``)."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
+from typing import Any
 
+from megatron_ds.data.cli import guarded
 from megatron_ds.inference.llm import LLM
 from megatron_ds.kernels.cpu.allocator import keep_freed_memory
 
 
-def main(options: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first rank, which tells the others
-    llm = LLM(**json.loads(options))
-    keep_freed_memory()
-    try:
+def follow(arguments: dict[str, Any]) -> None:
+    """Take part in what the first rank serves, until it says that it has ended.
+
+    Raises:
+        MegatronDSError: the model cannot be served, or the first rank is gone.
+    """
+    with LLM(**arguments) as llm:
+        _leave_signals_to_the_first()
+        keep_freed_memory()
         llm.follow()
-    except RuntimeError as error:
-        why, rank = str(error).splitlines()[0], os.environ["RANK"]
-        sys.exit(f"rank {rank} ends: the first rank of the served model is gone ({why})")
+
+
+def _leave_signals_to_the_first() -> None:
+    """A terminal, a service manager and torchrun signal every process: the first rank answers what is under way, and
+    tells the others to end when that is done."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    _leave_signals_to_the_first()
+    sys.exit(guarded(lambda: follow(json.loads(sys.argv[1]))))

@@ -60,11 +60,13 @@ class LLM:
         for note in source.notes if self._ranks.mesh.rank == 0 else ():
             log.warning("%s: %s", o.model, note)
         try:
-            self.engine = self._engine(source, draft_source)
+            with self._ranks.exchange():
+                self.engine = self._engine(source, draft_source)
         except BaseException:
             self._ranks.abort()
             raise
-        self._numbers, self._open, self._in_step = itertools.count(), True, False
+        self._ranks.start_heartbeat(self.engine.beat)
+        self._numbers, self._open = itertools.count(), True
 
     def _engine(self, source: served_model.Source, draft_source: served_model.Source | None) -> ServingEngine:
         """With the model's weights, and with memory for its cache."""
@@ -183,15 +185,14 @@ class LLM:
         """Compute one batch of what is queued; returns the requests that have got further.
 
         Raises:
-            ConfigError: another rank has ended, or waits in the middle of a step that was interrupted.
+            ConfigError: another rank has ended, does not answer, or waits in the middle of a step that was interrupted.
         """
+        with self._ranks.exchange():
+            return self.engine.step()
+
+    def require_ranks(self) -> None:
+        """Raises :class:`ConfigError` where another rank is known to have ended, or not to answer."""
         self._ranks.require_alive()
-        if self._in_step and self._ranks.mesh.world.size > 1:
-            raise ConfigError("a step was interrupted, and the other ranks wait in the middle of it: make the LLM anew")
-        self._in_step = True
-        outputs = self.engine.step()
-        self._in_step = False
-        return outputs
 
     def _finished(self, names: Sequence[str], show: bool) -> dict[str, RequestOutput]:
         done: dict[str, RequestOutput] = {}
@@ -208,8 +209,13 @@ class LLM:
     # The end
 
     def follow(self) -> None:
-        """On the other ranks: take part until the first one closes."""
-        self.engine.follow()
+        """On the other ranks: take part until the first one closes.
+
+        Raises:
+            ConfigError: it has ended otherwise, or does not answer.
+        """
+        with self._ranks.exchange():
+            self.engine.follow()
 
     def close(self) -> None:
         """End the ranks that this process has started.
@@ -220,13 +226,13 @@ class LLM:
         if not self._open:
             return
         self._open = False
-        if self._in_step:  # which was interrupted: the others wait for this rank in the middle of it
+        if self._ranks.interrupted:  # the others wait for this rank in the middle of a step
             self._ranks.abort()
             return
         try:
             if self._ranks.mesh.rank == 0:
-                self._ranks.require_alive()
-                self.engine.stop()
+                with self._ranks.exchange():
+                    self.engine.stop()
         finally:
             self._ranks.close()
 

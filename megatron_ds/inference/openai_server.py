@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import hmac
 import json
-import logging
 import queue
 import secrets
 import threading
@@ -32,7 +31,6 @@ from megatron_ds.inference.outputs import RequestOutput
 from megatron_ds.inference.serving_engine import PromptTooLongError
 from megatron_ds.inference.serving_options import ServerOptions
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -41,6 +39,8 @@ Update = tuple[int, RequestOutput]
 _Hear = Callable[[RequestOutput | BaseException], None]
 _BODY_SECONDS = 30.0
 """Within which the body of a request has to come."""
+_LOOKS_AROUND = 1.0
+"""Seconds without a request after which the server sees whether its other ranks are there."""
 
 
 class EngineThread:
@@ -48,11 +48,15 @@ class EngineThread:
 
     Args:
         most: prompts that are under way at one time at most. seconds: that a call may take.
+
+    Attributes:
+        on_failure: called in its thread when it has failed, and everybody has been told.
     """
 
     def __init__(self, llm: LLM, most: int, seconds: float):
         self.llm, self._most, self._seconds = llm, most, seconds
         self.failure: BaseException | None = None
+        self.on_failure: Callable[[], None] = lambda: None
         self.refused = 0
         self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._heard: dict[str, _Hear] = {}
@@ -131,7 +135,7 @@ class EngineThread:
                 wait = not self.llm.engine.has_work
                 with contextlib.suppress(queue.Empty):
                     while True:
-                        asked = self._asked.get(block=wait)
+                        asked = self._asked.get(block=wait, timeout=_LOOKS_AROUND)
                         if asked is None:
                             return
                         asked()
@@ -139,11 +143,13 @@ class EngineThread:
                 if self.llm.engine.has_work:
                     for output in self.llm.step():
                         self._tell(output.request_id, output)
+                else:
+                    self.llm.require_ranks()
         except BaseException as error:
-            log.exception("the engine has failed; /health says so from now on")
             self.failure = error
             for name in list(self._heard):
                 self._tell(name, BadRequest(f"the engine has failed: {type(error).__name__}: {error}", status=500))
+            self.on_failure()
 
 
 class Server:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -14,23 +18,32 @@ import torch
 import torch.distributed as dist
 
 from megatron_ds import comm
+from megatron_ds.comm.together import group_device
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference.serving_options import EngineOptions
 from megatron_ds.mesh import Axis, Mesh, MeshShape, init_process_group
 
-FOREVER = 10 * 365 * 86400.0
-"""Seconds: a rank without requests waits for the next one."""
+_BEAT = 5.0
+"""Seconds between heartbeats, or a quarter of ``rank_timeout`` where that is less."""
+_LAST_WORDS = 2.0
+"""Seconds from a lost connection until its process has ended for sure, if that is why."""
 
 
 class Ranks:
     """The mesh of a served model.
 
     Ranks that this process starts find their places where ``torchrun`` puts those of its own: in the environment.
+
+    Attributes:
+        interrupted: an exchange has not ended as it should; the other ranks may wait in the middle of it.
     """
 
     def __init__(self, options: EngineOptions):
         self._children: list[subprocess.Popen[bytes]] = []
-        self.owns_group = False
+        self.owns_group, self.interrupted = False, False
+        self._timeout, self._lock = options.rank_timeout, threading.Lock()
+        self._failure: BaseException | None = None
+        self._closed = threading.Event()
         shape = MeshShape(pp=options.pipeline_parallel_size, tp=options.tensor_parallel_size)
         world, started = shape.world_size, int(os.environ.get("WORLD_SIZE", "1")) > 1
         alone = {"RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": world}
@@ -48,14 +61,14 @@ class Ranks:
                 self._wait_for_children(store)
             else:
                 store.set(_here(rank), "")
-            init_process_group("nccl" if self.device.type == "cuda" else "gloo", rank, world, store, FOREVER)
+            init_process_group("nccl" if self.device.type == "cuda" else "gloo", rank, world, store, self._timeout)
             self.owns_group = True
         if world > 1 and dist.get_world_size() != world:
             raise ConfigError(
                 f"tensor_parallel_size x pipeline_parallel_size = {world}, but the job has {dist.get_world_size()} "
                 "ranks; start as many, or let the first process start them"
             )
-        self.mesh = Mesh.create(shape, self.device, FOREVER if world > 1 else None)
+        self.mesh = Mesh.create(shape, self.device, self._timeout)
 
     def _wait_for_children(self, store: dist.Store) -> None:
         """The process group, which waits without end for those that are missing, is made when all are there."""
@@ -67,6 +80,50 @@ class Ranks:
             self.abort()
             raise
 
+    @contextlib.contextmanager
+    def exchange(self) -> Iterator[None]:
+        """Around whatever the ranks exchange; one at a time.
+
+        Raises:
+            ConfigError: another rank has ended, has not answered within ``rank_timeout``, or waits in the middle of an
+                exchange that was interrupted.
+        """
+        with self._lock:
+            self.require_alive()
+            if self.interrupted and self.mesh.world.size > 1:
+                raise ConfigError(
+                    "a step was interrupted, and the other ranks wait in the middle of it: make the LLM anew"
+                )
+            self.interrupted = True
+            try:
+                yield
+            except RuntimeError as error:
+                if type(error) is not RuntimeError or self.mesh.world.size == 1:  # else a collective's, most likely
+                    raise
+                self.require_alive(_LAST_WORDS)
+                why = re.sub(
+                    r"^\[\S+\] ", "", re.split(r"\. |\n", str(error))[0]
+                )  # without gloo's source line and advice
+                raise ConfigError(
+                    f"rank {self.mesh.rank} of the served model cannot go on with the others: {why} "
+                    f"(rank_timeout={self._timeout:g} s)"
+                ) from error
+            self.interrupted = False
+
+    def start_heartbeat(self, beat: Callable[[], None]) -> None:
+        """On the first rank: exchange ``beat`` from time to time, so that ranks which wait for requests know of each
+        other, however long none comes."""
+        if self.mesh.world.size > 1 and self.mesh.rank == 0:
+            threading.Thread(target=self._beat, args=(beat,), name="heartbeat", daemon=True).start()
+
+    def _beat(self, beat: Callable[[], None]) -> None:
+        try:
+            while not self._closed.wait(min(_BEAT, self._timeout / 4)):
+                with self.exchange():
+                    beat()
+        except Exception as error:
+            self._failure = error
+
     def abort(self) -> None:
         """End the others at once: nobody will tell them to stop."""
         for child in self._children:
@@ -75,6 +132,7 @@ class Ranks:
 
     def close(self) -> None:
         """The others have been told to stop, unless one of them has ended, which the rest may wait for."""
+        self._closed.set()
         if any(child.poll() not in (None, 0) for child in self._children):
             for child in self._children:
                 child.kill()
@@ -87,11 +145,26 @@ class Ranks:
             dist.destroy_process_group()
             self.owns_group = False
 
-    def require_alive(self) -> None:
-        """Raises :class:`ConfigError` where a rank that was started has ended: the others wait for it for ever."""
-        for child in self._children:
-            if child.poll() is not None:
-                raise ConfigError(f"a rank of the served model ended with exit code {child.returncode}: see its output")
+    def require_alive(self, patience: float = 0.0) -> None:
+        """Raises :class:`ConfigError` where a rank that was started has ended (within ``patience`` seconds), or one has
+        not answered the last heartbeat."""
+        if self._failure is not None:
+            raise self._failure
+        until = time.monotonic() + patience
+        while self._children:
+            for child in self._children:
+                if child.poll() is not None:
+                    raise ConfigError(
+                        f"a rank of the served model ended with exit code {child.returncode}: see its output"
+                    )
+            if time.monotonic() >= until:
+                return
+            time.sleep(0.02)
+
+
+def rank_of_launch() -> int:
+    """That torchrun, or another launcher, has given this process; 0 where none has started several."""
+    return int(os.environ["RANK"]) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
 
 
 def _here(rank: int) -> str:
@@ -129,10 +202,10 @@ def _told(axis: Axis, value: Any, source: int) -> Any:
     if axis.size == 1:
         return value
     text = json.dumps(value).encode() if axis.rank == source else b""
-    size = torch.tensor([len(text)])
-    comm.broadcast(size, axis, source)
-    data = torch.empty(int(size), dtype=torch.uint8)
+    device = group_device(axis)
+    size = comm.broadcast(torch.tensor([len(text)], device=device), axis, source)
+    data = torch.empty(int(size), dtype=torch.uint8, device=device)
     if axis.rank == source:
         data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
     comm.broadcast(data, axis, source)
-    return json.loads(bytes(data.numpy()))
+    return json.loads(bytes(data.cpu().numpy()))

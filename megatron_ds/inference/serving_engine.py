@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_ds.comm.together import exchange
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference.batching import Batcher, Plan, Span
 from megatron_ds.inference.counters import Counters
@@ -159,13 +160,23 @@ class ServingEngine:
 
     def follow(self) -> None:
         """On the other ranks: take part in every step, until the first rank says :meth:`stop`."""
-        while ["stop"] not in (events := from_first(self.mesh.world, None)):
-            self._step(events)
+        while (events := from_first(self.mesh.world, None)) != "stop":
+            if events == "beat":
+                self._answer()
+            else:
+                self._step(events)
 
     def stop(self) -> None:
         """On the first rank: the others need not wait for steps any more."""
-        if self.mesh.world.size > 1:
-            from_first(self.mesh.world, [["stop"]])
+        from_first(self.mesh.world, "stop")
+
+    def beat(self) -> None:
+        """On the first rank, between steps: every rank is there, and knows that this one is."""
+        from_first(self.mesh.world, "beat")
+        self._answer()
+
+    def _answer(self) -> None:
+        exchange(self.mesh.world, "")
 
     def _step(self, events: Iterable[list[Any]]) -> list[Request]:
         """Returns the requests that have got tokens, or have ended."""

@@ -67,6 +67,8 @@ class EngineOptions(CheckedSettings):
     """auto: requests that do not say how tokens are drawn take the model's generation_config.json."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU for each rank where there are as many, else the CPU."""
+    rank_timeout: _Positive = 600.0
+    """Seconds that ranks wait for one another, in a step or between requests; then all of them end."""
 
     def __post_init__(self) -> None:
         if self.speculative_model is not None and not self.num_speculative_tokens:

@@ -10,16 +10,21 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
 from hf_models import _llama
 
 from megatron_ds.data.tokenizers import ByteTokenizer
+from megatron_ds.errors import ConfigError
+from megatron_ds.inference import LLM
 from megatron_ds.inference.command import main
 from megatron_ds.inference.ranks import Ranks
 from megatron_ds.inference.serving_options import EngineOptions
+from megatron_ds.train.torchrun import children
 
 COMMAND = [sys.executable, "-m", "megatron_ds.inference.command"]
 
@@ -32,13 +37,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(*arguments: str) -> tuple[int, str]:
-    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=240)
-    return done.returncode, done.stdout + done.stderr
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the program without the seconds that a process takes to start: its exit status, and what it says."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["megatron-ds", *arguments])
+        return main(), "".join(capsys.readouterr())
+
+    return run
 
 
 def test_what_is_under_way_is_answered_before_it_ends(folder: Path) -> None:
-    """With two ranks, of which the signal reaches the first."""
+    """With two ranks, both of which the signal reaches, as from a service manager."""
     command = [*COMMAND, "serve", str(folder), "--port", "0", "--tensor-parallel-size", "2", "--max-num-seqs", "4"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
@@ -54,7 +68,8 @@ def test_what_is_under_way_is_answered_before_it_ends(folder: Path) -> None:
         body = json.dumps({"prompt": "abc", "max_tokens": 150, "ignore_eos": True, "stream": True}).encode()
         with urllib.request.urlopen(urllib.request.Request(f"{address}/completions", body), timeout=240) as answer:
             answers.append(answer.readline().decode())
-            server.send_signal(signal.SIGTERM)
+            for process in (*children(server.pid), server.pid):
+                os.kill(process, signal.SIGTERM)
             answers += [line.decode() for line in answer]
         assert '"finish_reason": "length"' in "".join(answers) and answers[-2] == "data: [DONE]\n"
         rest = server.communicate(timeout=240)[0]
@@ -63,21 +78,19 @@ def test_what_is_under_way_is_answered_before_it_ends(folder: Path) -> None:
         server.kill()
 
 
-def test_mistakes_are_one_line(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One as a process, the others without the seconds that it takes to start."""
-
-    def here(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["megatron-ds", *arguments])
-        return main(), "".join(capsys.readouterr())
-
+def test_mistakes_are_one_line(folder: Path, tmp_path: Path, here: Run) -> None:
+    """One as a process."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
+        command = [*COMMAND, "serve", str(folder), "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
         cases = [
-            (run("serve", str(folder), "--port", port), rf"cannot listen at 127.0.0.1:{port}: .*; choose another with"),
+            (
+                (done.returncode, done.stdout + done.stderr),
+                rf"cannot listen at 127.0.0.1:{port}: .*; choose another with",
+            ),
             (here("serve", str(folder), "--port", "99999999"), "cannot listen at"),
             (here("serve", str(tmp_path), "--port", "0"), "no checkpoint"),
             (here("serve", str(folder), "--max-requests", "0"), "max_requests=0: Input should be greater"),
@@ -88,11 +101,21 @@ def test_mistakes_are_one_line(
         assert code == 2 and re.match(f"error: .*{what}", said) and said.count("\n") == 1, said
 
 
-def test_help_teaches(folder: Path) -> None:
-    code, said = run("serve", "--help")
-    assert code == 0 and "megatron-ds serve runs/mine/hf --port 8000\n" in said and "--tensor-parallel-size" in said
-    assert run("--help") == (0, "usage: megatron-ds serve FOLDER ...   (megatron-ds serve --help says what else)\n")
-    assert run("train")[0] == 2
+def test_a_server_without_one_of_its_ranks_ends(folder: Path, here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LLM, "require_ranks", Mock(side_effect=ConfigError("rank 1 is gone")))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code, said = here("serve", str(folder), "--port", "0")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 2 and re.fullmatch(".* at http://127.0.0.1:.*\nerror: rank 1 is gone\n", said)
+
+
+def test_help_teaches(here: Run) -> None:
+    code, said = here("serve", "--help")
+    assert code == 0 and "megatron-ds serve runs/mine/hf --port 8000" in said and "--tensor-parallel-size" in said
+    assert here("--help") == (0, "usage: megatron-ds serve FOLDER ...   (megatron-ds serve --help says what else)\n")
+    assert here("train")[0] == 2
 
 
 @pytest.mark.parametrize(
