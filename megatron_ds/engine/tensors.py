@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ds import comm
-from megatron_ds.errors import ConfigError, nearest
+from megatron_ds.errors import ConfigError, EngineError, nearest
 from megatron_ds.mesh import Mesh
 from megatron_ds.optim.ema import EMA
 from megatron_ds.shard import ShardSpec, as_real, real_dtype, spec_of
@@ -29,6 +29,9 @@ class WholeTensors:
     Args:
         average: :meth:`parameter`, and with it :meth:`stream`, gives the moving average of what is trained.
         masters: they give what is trained in the dtype of its master weights, fp32 or fp64, and not of its compute.
+
+    Raises:
+        EngineError: the model has parameters that it did not have at initialize().
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class WholeTensors:
     ):
         self._module, self._zero, self._mesh, self._average = module, zero, mesh, average
         self._masters = masters
+        _require_known(module)
         self._parameters = {spec_of(p).name: p for p in module.parameters()}
         self._pieces: dict[tuple[str, str], list[FlatShard]] | None = None
 
@@ -159,6 +163,16 @@ class WholeTensors:
         kinds = ("param", *self._zero.kinds_of(name))
         if kind not in kinds:
             raise ConfigError(f"{name} has no {kind!r}{nearest(kind, kinds)}; there is {', '.join(kinds)}")
+
+
+def _require_known(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if not hasattr(parameter, "shard"):
+            raise EngineError(
+                f"{name} was added after initialize(), and the engine has no shards of it that it could gather or "
+                "save; take it out of the model and put it back afterwards, add it before initialize(), or call "
+                "engine.close() and initialize() again"
+            )
 
 
 def _apart(value: Any) -> Any:

@@ -190,6 +190,9 @@ def test_what_the_engine_does_not_train_is_said_once(way: str, caplog: pytest.Lo
         engine.train_batch([x])
     name = WEIGHT if way == "unfrozen" else "adapter.weight"
     assert [text.partition(" are not among")[0] for text in caplog.messages] == [f"{name} and 1 more"]
+    if way == "added":
+        with pytest.raises(MegatronDSError, match=r"adapter\.weight was added after initialize\(\).* put it back"):
+            engine.state_dict()
     engine.close()
 
 
