@@ -15,15 +15,16 @@
 
 Accelerate has no interface for a backend of one's own, so methods of this one ``accelerator`` object are replaced:
 ``backward``, ``no_sync``, ``clip_grad_norm_``, ``clip_grad_value_``, ``unwrap_model``, ``get_state_dict``,
-``save_state``, ``load_state``, ``prepare_model`` and ``prepare_optimizer``. Schedulers are ordinary torch schedulers of
-the returned optimizer; ``register_for_checkpointing`` puts them into ``save_state``, whose folder holds an engine's
-checkpoint, for any number of ranks, beside Accelerate's own files. ``mixed_precision`` of the Accelerator becomes
-``precision.dtype``, in which the model's outputs stay: compute a loss of your own with ``outputs.float()``. Its
-``GradScalerKwargs`` are the loss scale's settings of fp16, and its ``dynamo_backend`` compiles the model, in place. A
-parameter's ``.grad`` cannot be read: it raises, and ``model.engine.get_gradient`` gives the gradient.
+``save_state``, ``load_state``, ``prepare_model``, ``prepare_optimizer`` and ``free_memory``. Schedulers are ordinary
+torch schedulers of the returned optimizer; ``register_for_checkpointing`` puts them into ``save_state``, whose folder
+holds an engine's checkpoint, for any number of ranks, beside Accelerate's own files. ``mixed_precision`` of the
+Accelerator becomes ``precision.dtype``, in which the model's outputs stay: compute a loss of your own with
+``outputs.float()``. Its ``GradScalerKwargs`` are the loss scale's settings of fp16, and its ``dynamo_backend`` compiles
+the model, in place. A parameter's ``.grad`` cannot be read: it raises, and ``model.engine.get_gradient`` gives the
+gradient.
 ``clip_grad_norm_`` and ``clip_grad_value_`` clip the gradient that the optimizer steps with, as with DeepSpeed, also
 where the loop calls them after each micro-batch: Accelerate alone would clip there what has been accumulated so far.
-One accelerator trains one model.
+One accelerator trains one model, and after ``free_memory()`` another.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Bridge:
         if isinstance(getattr(accelerator.backward, "__self__", None), Bridge):
             raise ConfigError(
                 "this Accelerator trains an engine already, and its backward() can be that of one alone; make an "
-                "Accelerator for each model"
+                "Accelerator for each model, or call accelerator.free_memory() when the first one is done"
             )
         self.accelerator = accelerator
         self.engine: Engine | None = None
@@ -215,6 +216,16 @@ class Bridge:
         with _hooked(self.accelerator.register_load_state_pre_hook(load)):
             return self._load(*arguments, **keywords)
 
+    def free_memory(self, *objects: Any) -> Any:
+        """Accelerate's, which also closes the engine: another model may be prepared then."""
+        if self.engine is not None:
+            self.engine.close()
+        for name in [
+            name for name, value in vars(self.accelerator).items() if getattr(value, "__self__", None) is self
+        ]:
+            delattr(self.accelerator, name)
+        return self.accelerator.free_memory(*objects)
+
     def unwrap_model(self, model: Any, *arguments: Any, **keywords: Any) -> Any:
         return model.module if isinstance(model, EngineModel) else self._unwrap(model, *arguments, **keywords)
 
@@ -278,6 +289,7 @@ def prepare(
     bridge = Bridge(accelerator)
     engine = initialize(model, settings, optimizer)
     wrapped, stepper = bridge.attach(engine)
+    accelerator.free_memory = bridge.free_memory  # type: ignore[method-assign]  # a Trainer calls that before it trains
     return wrapped, accelerator.prepare(stepper)
 
 

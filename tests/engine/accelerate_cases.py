@@ -269,8 +269,23 @@ def refusals(folder: str) -> dict[str, str]:
     found["local"] = message(run.optimizer.step)
     net = Net()
     found["second"] = message(prepare, accelerator, net, adamw(net))
-    run.end()
+    accelerator.free_memory()
+    found["freed"] = str(trained_after_free_memory(accelerator))
     return found
+
+
+def trained_after_free_memory(accelerator: Any) -> bool:
+    """Whether another model and optimizer take a step as in plain torch."""
+    from megatron_ds.integrations.accelerate import prepare
+
+    batch, want = rows()[:4], Net()
+    want(batch).backward()
+    net = Net()
+    model, optimizer = prepare(accelerator, net, torch.optim.SGD(net.parameters(), lr=1.0), {"zero": {"stage": 2}})
+    accelerator.backward(model(batch) * accelerator.gradient_accumulation_steps)
+    optimizer.step()
+    accelerator.free_memory()
+    return all(torch.allclose(a, b - b.grad, rtol=1e-12) for a, b in zip(net.parameters(), want.parameters()))
 
 
 def mixed_precision() -> dict[str, str]:

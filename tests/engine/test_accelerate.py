@@ -122,7 +122,8 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         assert "optimizer, after 1 updates, takes settings alone" in found["earlier"]
         assert "these were taken after 5 updates" in found["earlier"] and "load_state()" in found["earlier"]
         assert "were all in no_sync()" in found["local"] and "LocalSGD" in found["local"]
-        assert "make an Accelerator for each model" in found["second"]
+        assert "make an Accelerator for each model, or call accelerator.free_memory()" in found["second"]
+        assert found["freed"] == "True"
 
 
 def test_elements_are_clipped_at_their_own_size_whatever_the_loss_scale() -> None:
