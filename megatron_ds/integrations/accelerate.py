@@ -289,7 +289,7 @@ def prepare(
     bridge = Bridge(accelerator)
     engine = initialize(model, settings, optimizer)
     wrapped, stepper = bridge.attach(engine)
-    accelerator.free_memory = bridge.free_memory  # type: ignore[method-assign]  # a Trainer calls that before it trains
+    accelerator.free_memory = bridge.free_memory  # a Trainer calls that before it trains
     return wrapped, accelerator.prepare(stepper)
 
 

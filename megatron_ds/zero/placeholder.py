@@ -31,7 +31,7 @@ _ATTRIBUTES = (
 _METHODS = (
     "size dim numel nelement element_size stride ndimension is_contiguous is_floating_point is_complex requires_grad_ "
     "register_hook register_post_accumulate_grad_hook storage_offset is_conj is_inference is_neg _is_view __hash__ "
-    "__len__"
+    "__len__ __format__ get_device"
 )
 
 
@@ -41,6 +41,7 @@ def _harmless() -> frozenset[Any]:
     allowed = [a.__get__ for a in attributes if a is not None]
     allowed += [getattr(Tensor, name) for name in _METHODS.split()]
     allowed += [getattr(Tensor.grad, "__set__"), getattr(Tensor.grad, "__delete__")]  # noqa: B009
+    allowed += [getattr(Tensor.requires_grad, "__set__")]  # noqa: B009
     allowed += [torch.is_floating_point, torch.is_complex, torch.numel]
     return frozenset(allowed)
 

@@ -57,7 +57,8 @@ class Adapted(nn.Module):
     def set_adapters(self, names: str) -> None:
         for name, adapter in self.adapters.items():
             adapter.requires_grad_(name in names.split())
-        self.body.requires_grad_("body" in names.split())
+        for parameter in self.body.parameters():
+            parameter.requires_grad = "body" in names.split()
 
 
 def samples(step: int) -> Tensor:
