@@ -11,7 +11,7 @@ from torch import nn
 from megatron_ds.config import ZeroConfig
 from megatron_ds.optim.rule import RuleGroup
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
-from megatron_ds.zero.buckets import ALIGN, ParameterInfo, plan_buckets
+from megatron_ds.zero.buckets import ALIGN, ParameterInfo, owned_ranges, plan_buckets
 from megatron_ds.zero.layout import ZeroLayout
 
 ADAMW = RuleGroup(kinds=("exp_avg", "exp_avg_sq"))
@@ -19,8 +19,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 parameter_infos = st.lists(
     st.builds(
-        lambda numel, dtype, partial, trainable, shared, whole: ParameterInfo(
-            ShardSpec("p", (numel,), reduce_over=("tp",) if partial else ()),
+        lambda numel, dtype, partial, trainable, shared, whole, replica: ParameterInfo(
+            ShardSpec("p", (numel,), reduce_over=("tp",) if partial else (), replica=replica),
             dtype,
             trainable,
             0 if shared else None,
@@ -32,6 +32,7 @@ parameter_infos = st.lists(
         trainable=st.booleans(),
         shared=st.booleans(),
         whole=st.booleans(),
+        replica=st.booleans(),
     ),
     max_size=30,
 )
@@ -68,13 +69,21 @@ def test_every_element_has_one_place(infos: list[ParameterInfo], shards: int, bu
         else:
             end = layout.slots[-1].start + layout.slots[-1].numel
             assert len(layout.slots) == 1 or end * itemsize <= bucket_bytes
-        seen = torch.zeros(layout.size)
+        padded = torch.full((layout.size,), torch.nan)
+        layout.clear_padding(padded)
+        assert torch.equal(padded.isnan(), owners == 1) and not padded[owners == 0].any()
+        seen, counted, replicas = (torch.zeros(layout.size) for _ in range(3))
         for rank in range(shards):
+            for begin, end in owned_ranges(layout.segments(rank)):
+                counted[rank * layout.shard_size :][begin:end] += 1
             for segment in layout.segments(rank):
                 assert segment.offset >= 0 and segment.offset + segment.numel <= layout.shard_size
                 place = rank * layout.shard_size + segment.offset
                 assert place == segment.slot.start + segment.start
                 seen[place : place + segment.numel] += 1
+                replicas[place : place + segment.numel] += segment.spec.replica
+        # What counts in the norm: each element once, but for replicas; padding is zero.
+        assert torch.equal(counted[owners == 1], 1 - replicas[owners == 1]) and not (counted > 1).any()
         assert torch.equal(seen, owners)  # the segments of all ranks are the parameters, each element once
 
 
