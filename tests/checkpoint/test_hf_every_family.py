@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -249,6 +250,43 @@ def test_what_a_file_leaves_out_is_the_default_of_its_class(architecture: Archit
     sizes = {key: every[key] for key in SIZES if key in every}
     said, silent = (ModelConfig(**architecture.from_config(Settings(dict(c)))).resolved for c in (every, sizes))
     assert silent == said
+
+
+# What files hold that `transformers` 4 wrote, of which 5 makes rope_parameters and layer_types.
+_BLOCKS = {"hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 6, "num_hidden_layers": 30}
+_LISTS = {"short_factor": [1.0, 1.1, 1.2], "long_factor": [1.3, 4.0, 4.1]}
+_LONGER = {
+    "max_position_embeddings": 9000,
+    "original_max_position_embeddings": 3000,
+    "rope_scaling": {"type": "longrope", **_LISTS},
+}
+OLDER: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 64}),
+    ("mistral", {"rope_theta": 1e6, "sliding_window": None}),
+    ("gemma2", {"rope_theta": 5e5, "sliding_window": 7}),
+    ("gemma3_text", {"sliding_window_pattern": 4, "sliding_window": 7, "rope_local_base_freq": 3e3}),
+    ("gemma3_text", {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 3, "rope_theta": 1e6}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 7}),
+    ("starcoder2", {"rope_theta": 1e5, "sliding_window": 7}),
+    ("phi3", {"partial_rotary_factor": 0.75, **_LONGER}),
+    ("gpt_neox", {"rotary_pct": 0.47, "rotary_emb_base": 5000}),
+    ("gpt_neox", {"rotary_pct": 0.9}),
+    ("modernbert", {"global_attn_every_n_layers": 4, "local_attention": 10}),
+    ("modernbert", {"global_attn_every_n_layers": 2, "global_rope_theta": 5e4, "local_rope_theta": 2e3}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "older"), OLDER, ids=str)
+def test_older_settings_are_read_as_transformers_reads_them(model_type: str, older: dict[str, Any]) -> None:
+    from transformers import AutoConfig
+
+    [architecture] = [each for each in ARCHITECTURES if each.model_type == model_type]
+    config = {"vocab_size": 131, "num_key_value_heads": 2, **_BLOCKS, **older}
+    newer = AutoConfig.for_model(model_type, **copy.deepcopy(config)).to_dict()
+    got, want = (ModelConfig(**architecture.from_config(Settings(each))).resolved for each in (config, newer))
+    assert got == want
 
 
 # --- what is not there ------------------------------------------------------------------------------------------
