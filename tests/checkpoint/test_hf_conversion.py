@@ -239,6 +239,12 @@ def test_a_model_that_hugging_face_cannot_express(tmp_path: Path, model: dict[st
             "has rope_type='longrope' without short_factor, long_factor, and what",
         ),
         ("llama-gqa", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "without original_max_position_emb"),
+        (
+            "llama-gqa",
+            {"rope_parameters": {**LLAMA3, "mscale": 0.7}},
+            r"rope_parameters .* not known here.*: mscale=0\.7",
+        ),
+        ("llama-gqa", {"rope_scaling": LLAMA3}, "and rope_parameters=.*, which differ; remove one of them"),
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'.* known: 'default', 'longrope'$"),
         (
             "llama-gqa",
@@ -264,6 +270,7 @@ def test_a_model_that_hugging_face_cannot_express(tmp_path: Path, model: dict[st
         ("modernbert", {"mlp_dropout": 0.1}, "mlp_dropout=0.1"),
         ("modernbert", {"classifier_bias": True}, "classifier_bias=True beside attention_bias=False"),
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
+        ("bloom", {"n_inner": 48}, "n_inner=48 in config.json is not supported, only 96"),
         ("bloom", {"slow_but_exact": True, "pretraining_tp": 2}, "slow_but_exact=True"),
         ("gpt2", {"architectures": "T5Model"}, "architectures='T5Model' of config.json is no list of classes"),
         ("llama-gqa", {"vocab_size": 0}, "vocab_size"),
