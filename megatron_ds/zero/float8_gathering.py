@@ -10,6 +10,7 @@ whole where somebody asks for them (``ZeroOptimizer.gathered``), and nowhere els
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -35,7 +36,7 @@ class Float8Gathering:
     """
 
     def __init__(self, buckets: Sequence[FlatBucket], tp: Axis):
-        self._buckets = [bucket for bucket in buckets if isinstance(bucket.parameters, Float8Parameters)]
+        self._buckets = [bucket for bucket in buckets if bucket.layout.codes]
         kinds = dict.fromkeys((b.layout.key.sharded_over, b.layout.key.float8) for b in self._buckets)
         self._groups = [
             _Group([b for b in self._buckets if (b.layout.key.sharded_over, b.layout.key.float8) == kind], form, tp)
@@ -187,8 +188,7 @@ def _hide(bucket: FlatBucket) -> None:
 
 
 def _of(bucket: FlatBucket) -> Float8Parameters:
-    assert isinstance(bucket.parameters, Float8Parameters)
-    return bucket.parameters
+    return typing.cast(Float8Parameters, bucket.parameters)  # what a layout with codes gets
 
 
 def _cut_by_tp(form: Float8Format, spec: ShardSpec, tp: Axis) -> list[bool]:

@@ -26,7 +26,6 @@ from megatron_ds.errors import EngineError
 from megatron_ds.mesh import Axis
 from megatron_ds.zero.flat import FlatBucket
 from megatron_ds.zero.gather_order import OrderComparison
-from megatron_ds.zero.memory import Float8Parameters
 from megatron_ds.zero.output_hooks import AfterBackward, register_first, tensors_in
 from megatron_ds.zero.placeholder import CodesAlone, ShardedPlaceholder, explained
 from megatron_ds.zero.saved_parameters import SavedParameters
@@ -296,9 +295,8 @@ class Gatherer:
             bucket.finish_gather() if bucket in away else bucket.parameters.serve()
         for bucket in missing:
             bucket.finish_gather()
-            codes = isinstance(bucket.parameters, Float8Parameters) and not bucket.parameters.exactly
             for parameter in bucket.tensors:
-                parameter.__class__ = CodesAlone if codes else self._classes[id(parameter)]
+                parameter.__class__ = self._classes[id(parameter)] if bucket.parameters.exactly else CodesAlone
         self._order += missing
         if ahead:
             self._start_all(self._ahead())

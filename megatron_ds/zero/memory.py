@@ -31,6 +31,7 @@ class WholeBuffer:
     is_collective = False
     has_copy = False
     empty = False
+    exactly = True
 
     def __init__(self, name: str, size: int, dtype: torch.dtype, buffers: Buffers):
         self._memory = buffers.whole(size, dtype)
@@ -128,6 +129,7 @@ class TransientParameters:
     """
 
     transient = True
+    exactly = True  # what is gathered are the parameters themselves
 
     def __init__(self, name: str, size: int, dtype: torch.dtype, buffers: Buffers, store: Store | None):
         self.axis = axis = buffers.axis
@@ -144,8 +146,9 @@ class TransientParameters:
     @property
     def shard(self) -> torch.Tensor:
         """``[size / axis.size]``, where it is resident."""
-        assert isinstance(self.holding.region, ResidentRegion), "an offloaded shard is held for each use"
-        return self.holding.region.tensor
+        tensor = self.holding.region.tensor
+        assert tensor is not None, "an offloaded shard is held for each use"
+        return tensor
 
     @property
     def is_whole(self) -> bool:

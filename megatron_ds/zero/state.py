@@ -13,7 +13,6 @@ import torch
 
 from megatron_ds.comm import Pending
 from megatron_ds.zero.store import Region, Store
-from megatron_ds.zero.store.device import ResidentRegion
 
 
 class RegionAccess:
@@ -21,7 +20,7 @@ class RegionAccess:
 
     def __init__(self, region: Region):
         self.region = region
-        self.resident = isinstance(region, ResidentRegion)
+        self.resident = region.tensor is not None
         self._coming: Pending | None = None
         self._tensor: torch.Tensor | None = None
         self._uses = 0

@@ -34,6 +34,11 @@ class Region(Protocol):
     numel: int
     dtype: torch.dtype
 
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        """``[numel]``, where it is on the compute device all the time; None where it has to be brought there."""
+        ...
+
     def read_start(self) -> Pending:
         """Start to bring it to the compute device; ``wait()`` gives a 1-D tensor ``[numel]`` there.
 

@@ -53,6 +53,8 @@ class HostStore:
 class _TravellingRegion:
     """A host tensor whose content is brought to a block on the device."""
 
+    tensor = None
+
     def __init__(self, name: str, tensor: torch.Tensor, blocks: BlockPool, streams: Streams):
         self.name, self.numel, self.dtype = name, tensor.numel(), tensor.dtype
         self._bytes = tensor.view(torch.uint8)

@@ -48,6 +48,8 @@ class Phase(Enum):
 class NvmeRegion:
     """A range of the swap file; see :class:`megatron_ds.zero.store.base.Region`."""
 
+    tensor = None
+
     def __init__(self, store: NvmeStore, name: str, numel: int, dtype: torch.dtype, offset: int):
         self.name, self.numel, self.dtype = name, numel, dtype
         self.size = numel * dtype.itemsize
