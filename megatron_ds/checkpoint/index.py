@@ -242,8 +242,8 @@ class IndexBuilder:
             number, *old = self._tensors.setdefault((kind, name), (len(self._tensors), tuple(shape), dtype))
             if old != [tuple(shape), dtype]:
                 raise CheckpointError(
-                    f"{kind} of {name} is {old[1]} of shape {list(old[0])} in one piece and {dtype} of "
-                    f"shape {list(shape)} in another; all pieces of a tensor must agree"
+                    f"{kind} of {name} is {old[1]} of shape {list(old[0])} in one part and {dtype} of "
+                    f"shape {list(shape)} in another; all parts of a tensor must agree"
                 )
             owners += [number] * count
         if owners:

@@ -88,7 +88,7 @@ def save(
     return directory / step_name(step)
 
 
-def check_room(directory: Path, flat_shards: Sequence[FlatShard], world: Axis) -> None:
+def check_disk_space(directory: Path, flat_shards: Sequence[FlatShard], world: Axis) -> None:
     """Before the first of a run's checkpoints, which may be hours away: whether one can be written. Leaves nothing.
 
     Raises:

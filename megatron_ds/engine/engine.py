@@ -243,7 +243,7 @@ class Engine(JoinableEngine, Files):
         return self._update()
 
     def _update(self, stop: bool = False) -> StepResult:
-        self._require_intact()
+        self._check_guard()
         with self._clock.timing("step"), self._awaited("update"):
             result = self.train_step.finish(self._loss_sum, self._count(self._done), stop)
         return self._finished(result)
@@ -276,7 +276,7 @@ class Engine(JoinableEngine, Files):
 
     def _require_ready(self) -> None:
         self.take_unfrozen()
-        self._require_intact()
+        self._check_guard()
 
     def take_unfrozen(self) -> None:
         """What was unfrozen since the last step is trained from now on; within a step it is left."""
@@ -285,7 +285,7 @@ class Engine(JoinableEngine, Files):
                 parameter.grad = None  # of a backward pass that no step took
             self.train_also(late)
 
-    def _require_intact(self) -> None:
+    def _check_guard(self) -> None:
         _raise(self._model_guard.fault() or self._hooks.fault())
 
     def change_weights(self, first: Callable[[], None], change: Callable[[Update], None]) -> None:

@@ -3,8 +3,8 @@
 Initialisation, gradient norm, checkpoint, Hugging Face conversion and memory estimates all take a parameter's
 :class:`ShardSpec` and none of them derives the layout again. The invariant that makes this possible: *a shard is one
 box of a global tensor whose layout does not depend on the mesh*: along each sharded dim a plain slice. Fused weights
-are therefore given extra dims (`qkv` is ``[kv_groups, q_per_group + 2, head_dim, hidden]``) instead of an interleaving
-that only one tensor-parallel size understands.
+are therefore given extra dims (`qkv` is ``[kv_heads, queries_per_kv_head + 2, head_dim, hidden]``) instead of an
+interleaving that only one tensor-parallel size understands.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class DryRun:
             return ["  (activations are not known of this model)"]
         stored, recompute_peak = self.activations.stored, self.activations.recompute_peak
         device = "a CPU" if self.config.device == "cpu" else "a GPU"
-        kinds = {"kept": self.activations.of(self.in_flight), "recomputed": recompute_peak}
+        kinds = {"stored": self.activations.of(self.in_flight), "recompute peak": recompute_peak}
         once = f", {self.activations.loss:,} of them once" if self.activations.loss and self.in_flight > 1 else ""
         return [
             f"activations on {device}, estimated: {stored:,} bytes a micro-batch x {self.in_flight} in flight{once}",
@@ -122,7 +122,7 @@ class DryRun:
 
 
 def _table(sizes: dict[str, int]) -> list[str]:
-    return [f"  {kind:<10}  {size:>18,} bytes  {size / 2**30:9.3f} GiB" for kind, size in sizes.items()]
+    return [f"  {kind:<14}  {size:>18,} bytes  {size / 2**30:9.3f} GiB" for kind, size in sizes.items()]
 
 
 def dry_run(config: BaseRunConfig, task: Task, world_size: int, rank: int = 0) -> DryRun:

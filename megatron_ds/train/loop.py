@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_ds.checkpoint.directory import read_meta
 from megatron_ds.checkpoint.load import load
-from megatron_ds.checkpoint.save import check_room, save
+from megatron_ds.checkpoint.save import check_disk_space, save
 from megatron_ds.comm.together import together
 from megatron_ds.config import BaseRunConfig
 from megatron_ds.data.loader import BatchLoader, MicroBatch, to_device
@@ -34,7 +34,7 @@ class TrainingDivergedError(MegatronDSError):
 
 
 class Loop:
-    """Runs ``config.train.steps`` steps of ``parts`` on the loader's batches.
+    """Runs ``config.train.steps`` steps of ``runtime`` on the loader's batches.
 
     Args:
         evaluation: makes the validation batches anew for each evaluation; None: there is no validation data.
@@ -45,7 +45,7 @@ class Loop:
         self,
         config: BaseRunConfig,
         mesh: Mesh,
-        parts: RankRuntime,
+        runtime: RankRuntime,
         loader: BatchLoader,
         output: Output,
         speedometer: Speedometer,
@@ -53,7 +53,7 @@ class Loop:
         callbacks: Sequence[Callback] = (),
         data: Mapping[str, Any] | None = None,
     ):
-        self.config, self.mesh, self.parts, self.loader = config, mesh, parts, loader
+        self.config, self.mesh, self.runtime, self.loader = config, mesh, runtime, loader
         self.output, self.speedometer, self.evaluation = output, speedometer, evaluation
         self.callbacks = list(callbacks)
         self.data = None if data is None else dict(data)
@@ -73,7 +73,7 @@ class Loop:
 
     def where(self) -> str:
         """What this rank is doing, for a message; may be called from another thread."""
-        return f"step {self.step + 1}, {self.parts.executor.where()}".rstrip(", ")
+        return f"step {self.step + 1}, {self.runtime.executor.where()}".rstrip(", ")
 
     def run(self) -> bool:
         """Train to the end; False if the run was asked to stop before it (everything is saved then)."""
@@ -91,15 +91,15 @@ class Loop:
                     with self.speedometer.waiting_for_data():
                         own = next(batches)
                     self._untold.append((step, sum(len(batch["sample_index"]) for batch in own)))
-                    run_step = self.parts.step.queue if self.config.train.late_check else self.parts.step
+                    run_step = self.runtime.step.queue if self.config.train.late_check else self.runtime.step
                     result = run_step(self._to_device(own), self._asked_to_stop.is_set())
                     self.step = step
                     stopped = self._tell(result)
                     if self.config.train.late_check and (stopped or step == total or any(self._due(step))):
-                        stopped |= self._tell(self.parts.step.settle())
+                        stopped |= self._tell(self.runtime.step.queued_result())
                     every = self.config.train.check_replicas_every
                     if every and step % every == 0:
-                        check_replicas(self.parts.optimizer, self.mesh)
+                        check_replicas(self.runtime.optimizer, self.mesh)
                     self._evaluate_and_save(step, total, stopped)
             finally:
                 self.loader.close()
@@ -154,7 +154,7 @@ class Loop:
         at_end = step == total
         evaluates, due = self._due(step)
         if evaluates and self.evaluation is not None:
-            loss = self.parts.step.evaluate(self._to_device(batch) for batch in self.evaluation())
+            loss = self.runtime.step.evaluate(self._to_device(batch) for batch in self.evaluation())
             self._call("on_evaluation", step, loss)
             self.speedometer.restart()
         last = stopped or (at_end and self.config.checkpoint.save_at_end)
@@ -187,7 +187,7 @@ class Loop:
 
     # Checkpoints
 
-    def check_room(self) -> None:
+    def check_disk_space(self) -> None:
         """Refuse to begin where the run could not be saved: that would be seen when its time is spent.
 
         Raises:
@@ -195,7 +195,7 @@ class Loop:
         """
         wanted = self.config.checkpoint
         if self.step < self.config.train.steps and (wanted.save_every or wanted.save_at_end):
-            check_room(self.output.checkpoints, self._flat_shards(), self.mesh.world)
+            check_disk_space(self.output.checkpoints, self._flat_shards(), self.mesh.world)
 
     def save(self) -> Path:
         """Write a checkpoint of this moment; the one before stays until this one is complete.
@@ -211,9 +211,9 @@ class Loop:
             "step": self.step,
             "skipped_steps": self.skipped,
             "consumed": self.loader.state_dict()["consumed"],
-            "optimizer_count": self.parts.optimizer.count,
-            "next_learning_rate": self.parts.step.next_rate,
-            "loss_scaler": self.parts.scaler.state_dict(),
+            "optimizer_count": self.runtime.optimizer.count,
+            "next_learning_rate": self.runtime.step.next_rate,
+            "loss_scaler": self.runtime.scaler.state_dict(),
             "data": self.data,
             "skipped_in_a_row": self.skipped_in_a_row,
             "unproven": self.keeper.unproven,
@@ -239,22 +239,22 @@ class Loop:
         said = [] if path is None else check_settings(before.get("config", {}), self.config, str(source))
         said += check_data(before.get("data"), self.data, self.config.data.changed)
         meta = load(source, self._flat_shards(for_load=True), self.mesh.world)
-        self.parts.optimizer.count = int(meta["optimizer_count"])
-        self.parts.optimizer.refresh_parameters()
-        self.parts.scaler.load_state_dict(meta["loss_scaler"])
+        self.runtime.optimizer.count = int(meta["optimizer_count"])
+        self.runtime.optimizer.refresh_parameters()
+        self.runtime.scaler.load_state_dict(meta["loss_scaler"])
         self.step = int(meta["step"])
         self.skipped = int(meta.get("skipped_steps", 0))
         self.skipped_in_a_row = int(meta.get("skipped_in_a_row", 0))
         self.keeper.started_from(self.step, meta.get("unproven"))
         self.loader.load_state_dict({"consumed": int(meta["consumed"])})
-        now = self.parts.step.next_rate
+        now = self.runtime.step.next_rate
         ends = _schedule_end(meta["config"]), _schedule_end(self.config.to_dict())
         return [*said, rate_change(float(meta.get("next_learning_rate", now)), now, *ends)]
 
     def _flat_shards(self, for_load: bool = False) -> list[FlatShard]:
         """What a checkpoint keeps of this rank."""
-        buffers = buffers_with_shards(self.parts.stages.values(), for_load, self.mesh.data.is_first)
-        return [*self.parts.optimizer.flat_shards(for_load), *buffers]
+        buffers = buffers_with_shards(self.runtime.stages.values(), for_load, self.mesh.data.is_first)
+        return [*self.runtime.optimizer.flat_shards(for_load), *buffers]
 
     def _to_device(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
         return [to_device(batch, self.mesh.device) for batch in batches]

@@ -76,11 +76,11 @@ def pretrain(config: BaseRunConfig, place: RankInfo, task: Task) -> bool:
             if device.type == "cuda" or config.kernels != "auto":
                 kernels = registry.report(device, DTYPES[config.precision.dtype])
                 print_line("\n  ".join(["kernels:", *map(str, kernels)]))
-        parts = build(config, mesh, task)
-        parts.step.after_first = keep_freed_memory
-        callbacks = default_callbacks(config, mesh, parts.executor, output)
-        callbacks.append(_advice(config, place, mesh, task, parts, callbacks))
-        loop = _loop(config, mesh, task, parts, output, sources, callbacks)
+        runtime = build(config, mesh, task)
+        runtime.step.after_first = keep_freed_memory
+        callbacks = default_callbacks(config, mesh, runtime.executor, output)
+        callbacks.append(_advice(config, place, mesh, task, runtime, callbacks))
+        loop = _loop(config, mesh, task, runtime, output, sources, callbacks)
         ranks.describe(loop.where)
         if source is not None:
             if config.checkpoint.resume_from == LAST_GOOD:
@@ -88,8 +88,8 @@ def pretrain(config: BaseRunConfig, place: RankInfo, task: Task) -> bool:
                 changes = [*changes, *(f"passed over: {problem}" for problem in damaged)]
             changes = [*changes, *loop.resume(None if source == output.checkpoints else source)]
         elif config.checkpoint.init_from:
-            load_weights(config, task.tables, parts.optimizer, mesh)
-        loop.check_room()
+            load_weights(config, task.tables, runtime.optimizer, mesh)
+        loop.check_disk_space()
         if mesh.rank == 0:
             # Only now: whatever failed until here has left the directory as it was.
             for note in output.prepare(config, loop.step):
@@ -121,7 +121,7 @@ def _loop(
     config: BaseRunConfig,
     mesh: Mesh,
     task: Task,
-    parts: RankRuntime,
+    runtime: RankRuntime,
     output: Output,
     sources: Sources,
     callbacks: list[Callback],
@@ -142,7 +142,7 @@ def _loop(
         task.tokens,
     )
     evaluation = _evaluation(config, mesh, task, sources.valid)
-    return Loop(config, mesh, parts, loader, output, speedometer, evaluation, callbacks, sources.identity)
+    return Loop(config, mesh, runtime, loader, output, speedometer, evaluation, callbacks, sources.identity)
 
 
 def _resumed(step: int, config: BaseRunConfig, changes: Sequence[str]) -> str:
@@ -156,7 +156,7 @@ def _resumed(step: int, config: BaseRunConfig, changes: Sequence[str]) -> str:
 
 
 def _advice(
-    config: BaseRunConfig, place: RankInfo, mesh: Mesh, task: Task, parts: RankRuntime, callbacks: Sequence[Callback]
+    config: BaseRunConfig, place: RankInfo, mesh: Mesh, task: Task, runtime: RankRuntime, callbacks: Sequence[Callback]
 ) -> AdviceCallback:
     """Says on rank 0, through the other callbacks, what the settings cost more than they need to."""
 
@@ -168,15 +168,15 @@ def _advice(
     spans = spans_of(config.pipeline, task, pp.size)
     schedule = schedule_of(config.pipeline, pp.size, micro_batches)
     known = known_beforehand(
-        parts.optimizer,
+        runtime.optimizer,
         micro_batches,
         activation_bound(config.pipeline.schedule, schedule)[pp.rank],
-        largest_activations(task, [spans[stage] for stage in parts.stages], mesh.tp.size, mesh.device.type),
+        largest_activations(task, [spans[stage] for stage in runtime.stages], mesh.tp.size, mesh.device.type),
         task.flops_per_token * config.train.global_batch * task.tokens_per_sample / mesh.world.size,
         config.log.peak_tflops or peak_tflops(mesh.device),
         place.local_world_size,
     )
-    return AdviceCallback(RunAdvice(parts.optimizer, parts.scaler, mesh, micro_batches, message), known)
+    return AdviceCallback(RunAdvice(runtime.optimizer, runtime.scaler, mesh, micro_batches, message), known)
 
 
 def _evaluation(config: BaseRunConfig, mesh: Mesh, task: Task, valid: SampleSource | None) -> Evaluation | None:

@@ -138,13 +138,13 @@ class TrainStep:
         assert not self.scaler.dynamic and self.clip_value is None
         sums = self._sums(*self._run(micro_batches), stop)
         on_host = _HostCopy(sums)
-        before = self.settle()
+        before = self.queued_result()
         self._queued = on_host, self.next_rate
         self.optimizer.step(self.next_rate, self._factor(sums))
         self._after()
         return before
 
-    def settle(self) -> StepResult | None:
+    def queued_result(self) -> StepResult | None:
         """Wait for the step that was queued last: what it did, None if that is known."""
         if self._queued is None:
             return None

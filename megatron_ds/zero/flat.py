@@ -228,7 +228,7 @@ class FlatBucket:
         self._sums.start_step(step, seed)
         self._frozen = None
         if self.gradients.whole is not None and self.main_grads[0].view is None:
-            self._show_gradients(self.gradients.whole)
+            self._set_grad_views(self.gradients.whole)
 
     def note_frozen(self) -> None:
         """Record which parameters are frozen (``requires_grad=False``), before each backward pass of a step.
@@ -244,9 +244,9 @@ class FlatBucket:
         assert self.gradients is not None
         whole = self.gradients.take()
         self.layout.clear_padding(whole)
-        self._show_gradients(whole)
+        self._set_grad_views(whole)
 
-    def _show_gradients(self, whole: torch.Tensor) -> None:
+    def _set_grad_views(self, whole: torch.Tensor) -> None:
         for slot, parameter, main_grad in zip(self.layout.slots, self.tensors, self.main_grads):
             main_grad.view = shaped_as(whole.narrow(0, slot.start, slot.numel), parameter)
             main_grad.written = False

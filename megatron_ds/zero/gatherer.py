@@ -251,12 +251,12 @@ class Gatherer:
             for tensor in tensors:
                 if use is not None and tensor.requires_grad:
                     register_first(tensor, lambda gradient, use=use: self._begin_backward(use))
-                self._hold_for_caller(tensor)
+                self._acquire_for_caller(tensor)
             self._release(unit)
 
         return after
 
-    def _hold_for_caller(self, tensor: Tensor) -> None:
+    def _acquire_for_caller(self, tensor: Tensor) -> None:
         """A view of a parameter that a module returns, such as rows of a table: its caller computes with it."""
         parameter: Any = tensor if tensor._base is None else tensor._base
         if id(parameter) in self._owner:
@@ -336,16 +336,16 @@ class Gatherer:
     def _release(self, unit: Unit) -> None:
         """Its buckets, where nobody needs them any more, are freed when another one is gathered, at the latest."""
         for bucket in unit.buckets:
-            if not (self._is_held(bucket) or self.keep or bucket in self._idle) and self._is_gathered(bucket):
+            if not (self._is_acquired(bucket) or self.keep or bucket in self._idle) and self._is_gathered(bucket):
                 self._idle.append(bucket)
 
-    def _is_held(self, bucket: FlatBucket) -> bool:
+    def _is_acquired(self, bucket: FlatBucket) -> bool:
         return any(user.holds for user in self._users[id(bucket)]) or self._explicit[id(bucket)] > 0
 
     def _free_unheld(self, buckets: Sequence[FlatBucket]) -> None:
         self._idle = [bucket for bucket in self._idle if bucket not in buckets]
         for bucket in buckets:
-            if self._is_gathered(bucket) and not self._is_held(bucket):
+            if self._is_gathered(bucket) and not self._is_acquired(bucket):
                 self._free(bucket)
 
     def _free_idle(self) -> None:

@@ -33,7 +33,7 @@ def whole(name: str, kind: str, dtype: torch.dtype = torch.float32) -> torch.Ten
     return ((torch.arange(prod(shape)) * 7 + salt * 13) % 251 - 125).to(dtype).reshape(shape)
 
 
-def pieces_of_rank(
+def shards_of_rank(
     tp: int,
     tp_rank: int,
     zero: int,
@@ -70,14 +70,14 @@ def save_virtually(directory: Path, step: int, tp: int = 2, zero: int = 3, dtype
     """Save the state from tp x zero ranks in this one process, through the same three phases as the real ones."""
     partial = prepare(directory, step, needed=0)
     for rank in range(tp * zero):
-        write_rank(partial, rank, pieces_of_rank(tp, rank % tp, zero, rank // tp, dtype=dtype))
+        write_rank(partial, rank, shards_of_rank(tp, rank % tp, zero, rank // tp, dtype=dtype))
     meta = {"consumed_samples": step * 8}
     final = commit(directory, step, tp * zero, meta)
     assert final == directory / step_name(step)
     return final
 
 
-def wrong_pieces(flat_shards: list[FlatShard], dtype: torch.dtype = torch.float32) -> list[str]:
+def wrong_shards(flat_shards: list[FlatShard], dtype: torch.dtype = torch.float32) -> list[str]:
     """The flat shards that do not hold exactly their part of the state."""
     wrong = []
     for flat_shard in flat_shards:

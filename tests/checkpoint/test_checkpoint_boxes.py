@@ -119,7 +119,7 @@ def test_what_replicas_share_out_is_all_of_it_once_in_near_equal_shares(count: i
     assert max(sizes) - min(sizes) <= 2 * 8
 
 
-def test_a_piece_that_contradicts_itself_is_refused() -> None:
+def test_a_flat_shard_that_contradicts_itself_is_refused() -> None:
     with pytest.raises(ValueError, match="of 4 elements"):
         FlatShard("w", "param", (4,), (0,), (4,), 0, 4, torch.zeros(3))
     with pytest.raises(ValueError, match=r"range \[2, 6\) is not inside its box"):

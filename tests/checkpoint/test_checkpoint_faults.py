@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_state import pieces_of_rank, save_virtually, wrong_pieces
+from checkpoint_state import save_virtually, shards_of_rank, wrong_shards
 
 from megatron_ds.checkpoint import Checkpoint, FlatShard, load, resolve, save
 from megatron_ds.checkpoint.manifest import INCOMPLETE
@@ -28,9 +28,9 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def load_all(path: Path) -> None:
-    flat_shards = pieces_of_rank(1, 0, 1, 0, fill=None)
+    flat_shards = shards_of_rank(1, 0, 1, 0, fill=None)
     load(path, flat_shards)
-    assert wrong_pieces(flat_shards) == []
+    assert wrong_shards(flat_shards) == []
 
 
 # --- kills ----------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def test_a_kill_at_any_point_leaves_a_good_latest(tmp_path: Path, where: str, su
 
 def test_an_incomplete_directory_is_not_read(tmp_path: Path) -> None:
     save_virtually(tmp_path, 1)
-    write_rank(prepare(tmp_path, 2, 0), 0, pieces_of_rank(1, 0, 1, 0))
+    write_rank(prepare(tmp_path, 2, 0), 0, shards_of_rank(1, 0, 1, 0))
     with pytest.raises(CheckpointError, match=r"was never completed.*step-00000001 looks whole"):
         load_all(tmp_path / f"step-00000002{INCOMPLETE}")
     load_all(tmp_path)
@@ -187,7 +187,7 @@ def test_a_newer_format_is_refused_by_its_version(tmp_path: Path, monkeypatch: p
 
 def test_another_model_is_named_tensor_by_tensor(tmp_path: Path) -> None:
     save_virtually(tmp_path, 1)
-    flat_shards = [flat_shard for flat_shard in pieces_of_rank(1, 0, 1, 0, fill=None) if flat_shard.name != "scale"]
+    flat_shards = [flat_shard for flat_shard in shards_of_rank(1, 0, 1, 0, fill=None) if flat_shard.name != "scale"]
     flat_shards += [FlatShard.whole(f"layers.{i}.new", "param", torch.zeros(1)) for i in range(30)]
     shape = FlatShard.whole("layers.0.norm.weight", "exp_avg", torch.zeros(8))
     flat_shards = [p for p in flat_shards if (p.name, p.kind) != ("layers.0.norm.weight", "exp_avg")] + [shape]
@@ -206,7 +206,7 @@ def test_another_model_is_named_tensor_by_tensor(tmp_path: Path) -> None:
 
 def test_another_optimizer_is_no_other_model(tmp_path: Path) -> None:
     save_virtually(tmp_path, 1)
-    flat_shards = [flat_shard for flat_shard in pieces_of_rank(1, 0, 1, 0, fill=None) if flat_shard.kind == "param"]
+    flat_shards = [flat_shard for flat_shard in shards_of_rank(1, 0, 1, 0, fill=None) if flat_shard.kind == "param"]
     flat_shards += [FlatShard.whole(p.name, "momentum_buffer", torch.zeros(p.global_shape)) for p in flat_shards]
     with pytest.raises(CheckpointError, match=r"holds the state of another optimizer than .*:\n  missing .* of emb"):
         load(tmp_path, flat_shards)
@@ -248,7 +248,7 @@ def test_a_filesystem_without_direct_io_gets_the_same_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refuse_at: str
 ) -> None:
     real_open, real_write, real_read = os.open, os.pwrite, os.preadv
-    state = [*pieces_of_rank(1, 0, 1, 0), FlatShard.whole("big", "param", torch.arange(5_000_001.0))]
+    state = [*shards_of_rank(1, 0, 1, 0), FlatShard.whole("big", "param", torch.arange(5_000_001.0))]
     direct = save(tmp_path / "direct", 1, state, {})
 
     def is_direct(fd: int) -> bool:

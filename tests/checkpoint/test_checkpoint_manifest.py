@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_state import pieces_of_rank, save_virtually, wrong_pieces
+from checkpoint_state import save_virtually, shards_of_rank, wrong_shards
 
 from megatron_ds.checkpoint import Checkpoint, FlatShard, load, resolve, save
 from megatron_ds.checkpoint.directory import find
@@ -145,7 +145,7 @@ def fresh(tmp_path: Path) -> Path:
 
 def check_refused(directory: Path, message: str) -> None:
     with pytest.raises(CheckpointError) as refused:
-        load(directory, pieces_of_rank(1, 0, 1, 0, fill=None))
+        load(directory, shards_of_rank(1, 0, 1, 0, fill=None))
     assert message in str(refused.value), (message, str(refused.value))
     assert "step-00000001 looks whole" in str(refused.value)
 
@@ -154,8 +154,8 @@ def test_every_field_is_checked(tmp_path: Path) -> None:
     step = fresh(tmp_path)
     good = read_json(step)
     write_json(step, good)
-    load(tmp_path, flat_shards := pieces_of_rank(1, 0, 1, 0, fill=None))
-    assert wrong_pieces(flat_shards) == []
+    load(tmp_path, flat_shards := shards_of_rank(1, 0, 1, 0, fill=None))
+    assert wrong_shards(flat_shards) == []
     for put, new, message in FIELDS:
         bad = copy.deepcopy(good)
         put(bad, new)
@@ -252,7 +252,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path, name: str, make: Cal
     (tmp_path / name).unlink()
     make(tmp_path / name)
     with pytest.raises(CheckpointError, match=r"step-0000000[12] looks whole"):
-        load(tmp_path, pieces_of_rank(1, 0, 1, 0, fill=None))
+        load(tmp_path, shards_of_rank(1, 0, 1, 0, fill=None))
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, '{"a":' * 200_000, "7", "null}", '"step": NaN'], ids=lambda t: t[:6])
@@ -296,9 +296,9 @@ def test_the_last_good_one_is_found_by_its_contents(tmp_path: Path, ranks: int) 
         assert (name, passed) == other and name == "step-00000002"
     assert len(passed) == 2 and "step-00000004/rank-00001.safetensors is damaged" in passed[0]
     assert "step-00000003/rank-00004.safetensors is damaged" in passed[1]
-    flat_shards = pieces_of_rank(1, 0, 1, 0, fill=None)
+    flat_shards = shards_of_rank(1, 0, 1, 0, fill=None)
     load(tmp_path / "step-00000002", flat_shards)
-    assert wrong_pieces(flat_shards) == []
+    assert wrong_shards(flat_shards) == []
 
 
 def test_steps_before_the_latest_come_before_those_after_it(tmp_path: Path) -> None:

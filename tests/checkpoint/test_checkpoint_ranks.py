@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_state import pieces_of_rank, wrong_pieces
+from checkpoint_state import shards_of_rank, wrong_shards
 
 from megatron_ds.checkpoint import FlatShard, load, save
 from megatron_ds.checkpoint.save import commit, prepare, stage, write_rank
@@ -23,22 +23,22 @@ def world_axis() -> Axis:
     return Axis("world", dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
 
 
-def my_pieces(tp: int, fill: bool) -> list[FlatShard]:
+def my_shards(tp: int, fill: bool) -> list[FlatShard]:
     rank, zero = dist.get_rank(), dist.get_world_size() // tp
-    flat_shards = pieces_of_rank(tp, rank % tp, zero, rank // tp, **({} if fill else {"fill": None, "replicas": True}))
+    flat_shards = shards_of_rank(tp, rank % tp, zero, rank // tp, **({} if fill else {"fill": None, "replicas": True}))
     if torch.cuda.is_available() and dist.get_backend() == "nccl":
         flat_shards = [FlatShard(**{**vars(flat_shard), "data": flat_shard.data.cuda()}) for flat_shard in flat_shards]
     return flat_shards
 
 
 def save_on_ranks(directory: str, step: int, tp: int) -> str:
-    return str(save(directory, step, my_pieces(tp, fill=True), {"step": step}, world_axis()))
+    return str(save(directory, step, my_shards(tp, fill=True), {"step": step}, world_axis()))
 
 
 def load_on_ranks(directory: str, tp: int) -> tuple[list[str], dict[str, int]]:
-    flat_shards = my_pieces(tp, fill=False)
+    flat_shards = my_shards(tp, fill=False)
     meta = load(directory, flat_shards, world_axis())
-    return wrong_pieces(
+    return wrong_shards(
         [FlatShard(**{**vars(flat_shard), "data": flat_shard.data.cpu()}) for flat_shard in flat_shards]
     ), meta
 
@@ -55,7 +55,7 @@ def write_without_a_group(directory: str) -> bool:
     partial, rank = Path(directory) / "step-00000005.incomplete", dist.get_rank()
     if rank == 0:
         prepare(Path(directory), 5, needed=0)
-    flat_shards = my_pieces(2, fill=True)
+    flat_shards = my_shards(2, fill=True)
     staged = stage(flat_shards)
     for flat_shard in flat_shards:
         flat_shard.data.fill_(-1)
@@ -70,8 +70,8 @@ def write_without_a_group(directory: str) -> bool:
 def test_what_is_staged_is_written_without_the_training(tmp_path: Path) -> None:
     assert run_ranks(write_without_a_group, 2, str(tmp_path)) == [True, True]
     commit(tmp_path, 5, 2, {"step": 5})
-    target = pieces_of_rank(1, 0, 1, 0, fill=None)
-    assert load(tmp_path, target) == {"step": 5} and wrong_pieces(target) == []
+    target = shards_of_rank(1, 0, 1, 0, fill=None)
+    assert load(tmp_path, target) == {"step": 5} and wrong_shards(target) == []
 
 
 def message_of(function: Callable[[], object]) -> str:
@@ -125,7 +125,7 @@ def test_a_defect_keeps_its_type_where_it_happened(tmp_path: Path) -> None:
 
 def load_something_else(directory: str) -> str:
     """Rank 0 asks for a name that is not there, rank 1 for another shape; each differs, all must hear of both."""
-    flat_shards = my_pieces(1, fill=False)
+    flat_shards = my_shards(1, fill=False)
     if dist.get_rank() == 0:
         flat_shards = [p for p in flat_shards if p.name != "scale"] + [
             FlatShard.whole("extra", "param", torch.zeros(1))
@@ -149,7 +149,7 @@ def test_a_mismatch_is_the_same_message_everywhere(tmp_path: Path) -> None:
 
 
 def load_damaged(directory: str) -> str:
-    return message_of(lambda: load(directory, my_pieces(2, fill=False), world_axis()))
+    return message_of(lambda: load(directory, my_shards(2, fill=False), world_axis()))
 
 
 def test_damage_that_one_rank_meets_is_every_ranks(tmp_path: Path) -> None:

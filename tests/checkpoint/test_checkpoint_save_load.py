@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_state import KINDS, TENSORS, pieces_of_rank, save_virtually, whole, wrong_pieces
+from checkpoint_state import KINDS, TENSORS, save_virtually, shards_of_rank, whole, wrong_shards
 from safetensors import safe_open
 
 from megatron_ds.checkpoint import Checkpoint, FlatShard, load, read_meta, resolve, save
@@ -24,27 +24,27 @@ def test_any_mesh_loads_from_any_mesh(tmp_path: Path, saved: tuple[int, int]) ->
     for tp, zero in MESHES[:-1]:
         loaded: list[FlatShard] = []
         for rank in range(tp * zero):
-            loaded += pieces_of_rank(tp, rank % tp, zero, rank // tp, fill=None, replicas=True)
+            loaded += shards_of_rank(tp, rank % tp, zero, rank // tp, fill=None, replicas=True)
         load(tmp_path, loaded)
-        assert wrong_pieces(loaded) == []
+        assert wrong_shards(loaded) == []
 
 
 def test_the_check_itself_sees_a_wrong_element(tmp_path: Path) -> None:
     save_virtually(tmp_path, 1)
-    loaded = pieces_of_rank(1, 0, 1, 0, fill=None)
-    assert len(wrong_pieces(loaded)) == len(loaded) - len(KINDS)  # all but the tensor without elements
+    loaded = shards_of_rank(1, 0, 1, 0, fill=None)
+    assert len(wrong_shards(loaded)) == len(loaded) - len(KINDS)  # all but the tensor without elements
     load(tmp_path, loaded)
     loaded[0].data[5] += 1
-    assert wrong_pieces(loaded) == ["param of embedding.weight [0, 144)"]
+    assert wrong_shards(loaded) == ["param of embedding.weight [0, 144)"]
 
 
 @pytest.mark.parametrize("saved_as", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("loaded_as", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_values_are_converted_on_load(tmp_path: Path, saved_as: torch.dtype, loaded_as: torch.dtype) -> None:
     save_virtually(tmp_path, 1, dtype=saved_as)
-    loaded = pieces_of_rank(2, 1, 2, 1, fill=None, dtype=loaded_as, replicas=True)
+    loaded = shards_of_rank(2, 1, 2, 1, fill=None, dtype=loaded_as, replicas=True)
     load(tmp_path, loaded)
-    assert wrong_pieces(loaded) == []
+    assert wrong_shards(loaded) == []
     assert {flat_shard.data.dtype for flat_shard in loaded} == {loaded_as}
 
 
@@ -133,9 +133,9 @@ def test_files_are_plain_safetensors_with_aligned_data(tmp_path: Path) -> None:
 
 def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:
     save_virtually(tmp_path, 1)
-    loaded = pieces_of_rank(1, 0, 1, 0, fill=None, kinds=("param",))
+    loaded = shards_of_rank(1, 0, 1, 0, fill=None, kinds=("param",))
     load(tmp_path, loaded)
-    assert wrong_pieces(loaded) == []
+    assert wrong_shards(loaded) == []
 
 
 def test_reader_names_shapes_and_values(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_the_same_step_is_refused_or_replaced(tmp_path: Path) -> None:
                 FlatShard("w", "param", (4,), (0,), (4,), 0, 2, torch.zeros(2)),
                 FlatShard("w", "param", (4,), (0,), (4,), 2, 4, torch.zeros(2).double()),
             ],
-            "all pieces of a tensor must agree",
+            "all parts of a tensor must agree",
         ),
     ],
 )

@@ -97,7 +97,7 @@ def test_layer_norm_gradients_are_fp32_until_they_are_a_parameters() -> None:
     assert d_x.dtype == torch.bfloat16 and d_b is not None and d_w.dtype == d_b.dtype == torch.float32
 
 
-def sink_of(parameter: nn.Parameter) -> Tensor:
+def main_grad_of(parameter: nn.Parameter) -> Tensor:
     """The parameter's gradient buffer in fp32, attached as an optimizer would."""
     main_grad = MainGradient("p", lambda main_grad: None, lambda main_grad: None)
     main_grad.view = torch.full(parameter.shape, torch.nan)
@@ -110,7 +110,7 @@ def test_a_sum_that_fp16_cannot_hold_reaches_the_fp32_buffer(name: str) -> None:
     """4,096 products of 8 x 8 are 262,144, and as many biases' gradients of 32 are 131,072; fp16 ends at 65,504."""
     x = torch.full((4096, 1, H), 8.0, dtype=torch.float16)
     parameters = [nn.Parameter(torch.zeros(shape, dtype=torch.float16)) for shape in LAYERS[name][1]]
-    buffers = [sink_of(p) for p in parameters]
+    buffers = [main_grad_of(p) for p in parameters]
     for micro_batch in (1, 2):
         LAYERS[name][0](x, *parameters).backward(torch.full_like(x, 32.0))
         assert all(p.grad is None for p in parameters)

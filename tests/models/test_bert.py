@@ -78,7 +78,7 @@ def randomised(model: BERT) -> BERT:
     return model.eval()
 
 
-def pieces(model: BERT) -> list[FlatShard]:
+def flat_shards(model: BERT) -> list[FlatShard]:
     return [FlatShard.of(spec_of(parameter), "param", parameter.data) for parameter in model.parameters()]
 
 
@@ -87,7 +87,7 @@ def test_logits_and_loss_are_those_of_transformers(tmp_path: Path) -> None:
     from transformers import BertForMaskedLM
 
     ours = randomised(BERT(config().model))
-    save(tmp_path / "ours", 1, pieces(ours), {"config": {"model": ours.config.model_dump(mode="json")}})
+    save(tmp_path / "ours", 1, flat_shards(ours), {"config": {"model": ours.config.model_dump(mode="json")}})
     export_hf(tmp_path / "ours", tmp_path / "hf")
     theirs = BertForMaskedLM.from_pretrained(tmp_path / "hf", attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(0)
@@ -117,7 +117,7 @@ def test_logits_and_loss_are_those_of_transformers(tmp_path: Path) -> None:
         import_hf(tmp_path / "changed", tmp_path / "imported", vocab_multiple=16)
         with Checkpoint(tmp_path / "imported") as checkpoint:
             again = BERT(ModelConfig(**checkpoint.meta["config"]["model"])).eval()
-        load(tmp_path / "imported", pieces(again))
+        load(tmp_path / "imported", flat_shards(again))
         want = theirs(tokens, attention_mask=there, token_type_ids=types).logits
         assert (again.logits(batch) - want)[there].abs().max() < 2e-5
         assert (ours.logits(batch) - want)[there].abs().max() > 1e-2

@@ -76,7 +76,7 @@ POSITIVE = torch.arange(127, dtype=torch.uint8).view(E4M3).double().numpy()
 
 
 @dataclass(frozen=True)
-class Piece:
+class Share:
     """A box of a global tensor that one rank has; of a weight in FP8 its bits and scales ``[*out, in]``."""
 
     name: str
@@ -94,9 +94,9 @@ class Look:
         given: weights that the step's products are given, by the dim that they sum over.
     """
 
-    before: list[Piece]
-    masters: list[Piece]
-    given: dict[str, list[Piece]]
+    before: list[Share]
+    masters: list[Share]
+    given: dict[str, list[Share]]
 
 
 def half(row: Row) -> RunConfig:
@@ -111,7 +111,7 @@ def box_of(offset: Sequence[int], shape: Sequence[int]) -> Box:
     return tuple(slice(start, start + size) for start, size in zip(offset, shape))
 
 
-def masters_of(parts: RankRuntime) -> list[Piece]:
+def masters_of(parts: RankRuntime) -> list[Share]:
     """What a checkpoint would hold, each element on one rank."""
     found = []
     for shard in parts.optimizer.flat_shards():
@@ -119,17 +119,17 @@ def masters_of(parts: RankRuntime) -> list[Piece]:
         if shard.kind == "param":
             acquired = shard.holder.acquire() if shard.holder else None
             for box, values in shard.parts(acquired):
-                piece = values.numpy().copy()
-                found.append(Piece(shard.name, shard.global_shape, box_of(box.offset, box.shape), piece))
+                share = values.numpy().copy()
+                found.append(Share(shard.name, shard.global_shape, box_of(box.offset, box.shape), share))
             if shard.holder:
                 shard.holder.release(changed=False)
     return found
 
 
 @contextmanager
-def seen(config: RunConfig, parts: RankRuntime) -> Iterator[dict[str, list[Piece]]]:
+def seen(config: RunConfig, parts: RankRuntime) -> Iterator[dict[str, list[Share]]]:
     """Every weight that a product is given, whenever a micro-batch or its recomputation does."""
-    found: dict[str, list[Piece]] = {"in": [], "out": []}
+    found: dict[str, list[Share]] = {"in": [], "out": []}
     original = float8.Float8Recipe._weight
     gathered = parts.optimizer.shard.size > 1 or parts.optimizer.gatherer is not None
     specs = {
@@ -146,7 +146,7 @@ def seen(config: RunConfig, parts: RankRuntime) -> Iterator[dict[str, list[Piece
         scales = scales.repeat_interleave(rows // scales.shape[0], 0).repeat_interleave(k // scales.shape[1], 1)
         spec, turn = specs[id(recipe)], over == "out"
         both = [(x.t() if turn else x).reshape(spec.local_shape).clone().numpy() for x in (bits, scales)]
-        found[over].append(Piece(spec.name, spec.global_shape, box_of(spec.offset, spec.local_shape), *both))
+        found[over].append(Share(spec.name, spec.global_shape, box_of(spec.offset, spec.local_shape), *both))
         return quantised
 
     with patch.object(float8.Float8Recipe, "_weight", weight):
@@ -265,10 +265,10 @@ def first_masters(row: Row) -> dict[str, Array]:
     return whole(masters_of(build(config, Mesh.single(), task_of(config))))
 
 
-def whole(pieces: Iterable[Piece]) -> dict[str, Array]:
+def whole(shares: Iterable[Share]) -> dict[str, Array]:
     found: dict[str, Array] = {}
-    for piece in pieces:
-        found.setdefault(piece.name, np.full(piece.shape, np.nan, piece.values.dtype))[piece.box] = piece.values
+    for share in shares:
+        found.setdefault(share.name, np.full(share.shape, np.nan, share.values.dtype))[share.box] = share.values
     return found
 
 
@@ -300,19 +300,19 @@ def check(row: Row, ranks: Sequence[Sequence[Look]]) -> None:
         if step == 0:
             assert all(np.array_equal(masters[name], values) for name, values in first_masters(row).items())
         for over in ("in", "out"):
-            names = sorted({piece.name for look in of_ranks for piece in look.given[over]})
+            names = sorted({share.name for look in of_ranks for share in look.given[over]})
             assert len(names) == 4 * config_of(row).model.num_layers
             for name in names:
                 factor = np.float32(FACTOR if step == 2 else 1.0)
                 assert masters[name].dtype == np.float32 and np.array_equal(masters[name], before[name] * factor)
                 bits, scales = slowly(masters[name], row.fp8, over)
                 for rank, look in enumerate(of_ranks):
-                    mine = [piece for piece in look.given[over] if piece.name == name]
+                    mine = [share for share in look.given[over] if share.name == name]
                     assert mine or row.mesh[1] > 1, "a stage has its own layers"
-                    for piece in mine:
+                    for share in mine:
                         what = f"{row}: {name} of rank {rank} in step {step}, for a sum over {over!r}"
-                        assert np.array_equal(piece.scales, scales[piece.box]), what  # type: ignore[arg-type]
-                        assert np.array_equal(piece.values, bits[piece.box]), what
+                        assert np.array_equal(share.scales, scales[share.box]), what  # type: ignore[arg-type]
+                        assert np.array_equal(share.values, bits[share.box]), what
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def steps(
         ran.results += [] if result is None else [result]
         ran.parameters.append(snapshot(parts))
         ran.scales.append(parts.scaler.scale)
-    last = parts.step.settle()
+    last = parts.step.queued_result()
     ran.results += [] if last is None else [last]
     return ran
 

@@ -110,7 +110,7 @@ class Poison(Callback):
     def before_step(self, step: int) -> None:
         assert self.loop is not None
         if step in self.steps:
-            poison_second_forward(next(iter(self.loop.parts.stages[0].layers.values())), math.nan)
+            poison_second_forward(next(iter(self.loop.runtime.stages[0].layers.values())), math.nan)
         if step == self.stop_before:
             self.loop.ask_to_stop()
 

@@ -277,7 +277,7 @@ def test_the_loop_says_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     loop, _ = scripted(tmp_path, monkeypatch)
     assert loop.where() == "step 1"
     loop.step = 4
-    loop.parts.executor.where = lambda: "0F1, forward"  # type: ignore[method-assign]
+    loop.runtime.executor.where = lambda: "0F1, forward"  # type: ignore[method-assign]
     assert loop.where() == "step 5, 0F1, forward"
 
 

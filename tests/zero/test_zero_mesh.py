@@ -154,7 +154,7 @@ MESHES = [
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("shape", MESHES, ids=lambda s: f"pp{s.pp}dp{s.dp}cp{s.cp}tp{s.tp}ep{s.ep}")
-def test_sums_norm_and_pieces(shape: MeshShape, stage: int) -> None:
+def test_sums_norm_and_flat_shards(shape: MeshShape, stage: int) -> None:
     results = run_ranks(one_step, shape.world_size, shape, stage)
     trained = [name for name in global_names(shape) if not name.endswith("frozen")]
     squared = sum(summed(name, shape).square().sum().item() for name in trained)
