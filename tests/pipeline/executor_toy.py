@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_ds.mesh import Mesh, MeshShape
+from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.pipeline.action import Action
 from megatron_ds.pipeline.executor import Executor, LeftToAutograd
 from megatron_ds.pipeline.placement import Placement
@@ -183,6 +185,44 @@ def transfers(schedule: Schedule, num_stages: int, count: int) -> list[tuple[str
 
     with patch.object(dist, "send", noted(dist.send)), patch.object(dist, "isend", noted(dist.isend)):
         run(schedule, num_stages, count)
+    return found
+
+
+def first_transfers(schedule: Schedule) -> list[tuple[str, int, int]]:
+    """(group, from, to) of what executors transfer when they are made, a thread a rank, all at once.
+
+    As under NCCL where a pair meets for the first time: a send blocks its rank until the other one receives. Raises
+    where ranks wait for one another in a circle.
+    """
+    pp, here, guard = len(schedule), threading.local(), threading.Lock()
+    found: list[tuple[str, int, int]] = []
+    doors: dict[tuple[str, int, int], tuple[threading.Semaphore, threading.Semaphore]] = {}
+
+    def meet(link: tuple[str, int, int], sends: bool) -> None:
+        with guard:
+            mine, other = doors.setdefault(link, (threading.Semaphore(0), threading.Semaphore(0)))[
+                :: 1 if sends else -1
+            ]
+            found.extend([link] * sends)
+        mine.release()
+        assert other.acquire(timeout=2), f"rank {here.rank} waits for ever in {link}"
+
+    def make_one(rank: int) -> None:
+        here.rank = rank
+        ranks: dict[str, Any] = {"rank": rank, "size": pp, "ranks": tuple(range(pp))}
+        pp_axis, back, *against = (
+            Axis(name, group=name, **ranks) for name in ("pp", "back", "against", "against back")
+        )  # type: ignore[arg-type]
+        stages = {i: nn.Identity() for i in schedule.placement.stages_of(rank)}
+        axes: dict[str, Any] = {"pp": pp_axis, "pp_back": back, "against": tuple(against)}
+        Executor(schedule, stages, **axes, activation_shape=shape_of, dtype=torch.float64, device=torch.device("cpu"))
+
+    with (
+        patch.object(dist, "send", lambda token, target, group: meet((group, here.rank, target), True)),
+        patch.object(dist, "recv", lambda token, source, group: meet((group, source, here.rank), False)),
+        ThreadPoolExecutor(pp) as pool,
+    ):
+        list(pool.map(make_one, range(pp)))
     return found
 
 

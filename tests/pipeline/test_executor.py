@@ -12,6 +12,7 @@ from executor_toy import (
     evaluate,
     expected,
     fail_on_stage,
+    first_transfers,
     outlive_a_failed_stage,
     run_against_the_flow,
     run_given,
@@ -134,6 +135,20 @@ def test_between_two_ranks_each_group_carries_one_direction(placement: Placement
     for group, source, target in sent:
         directions.setdefault(group, set()).add((source, target))
     assert len(directions) == 4 and all(len(ways) == 1 for ways in directions.values()), directions
+
+
+@pytest.mark.parametrize("pp", [2, 3, 5])
+@pytest.mark.parametrize("kind", ["one", "looped", "v"])
+def test_pairs_meet_in_an_order_without_a_circle_and_none_is_left_out(kind: str, pp: int) -> None:
+    """Every pair that a step's transfers connect, over the group that they use, where meeting blocks both."""
+    chunks = 1 if kind == "one" else 2
+    schedule = build_schedule("gpipe", pp, 2, chunks, "v" if kind == "v" else "looped")
+    rank_of = schedule.placement.rank_of
+    hops = [(rank_of(stage), rank_of(stage + 1)) for stage in range(schedule.num_stages - 1)]
+    wanted = {("pp" if a < b else "against", a, b) for a, b in hops if a != b}
+    wanted |= {("back" if a < b else "against back", b, a) for a, b in hops if a != b}
+    found = first_transfers(schedule)
+    assert len(found) == len(wanted) and set(found) == wanted
 
 
 def test_an_executor_without_groups_against_the_flow_says_so() -> None:
