@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.pipeline.action import Action
@@ -224,6 +225,43 @@ def first_transfers(schedule: Schedule) -> list[tuple[str, int, int]]:
     ):
         list(pool.map(make_one, range(pp)))
     return found
+
+
+def outputs_alive(count: int) -> list[int]:
+    """How many outputs of the first of two stages have memory when each of their gradients is waited for.
+
+    Between the ranks a transfer is over at once.
+    """
+    sent: list[StorageWeakRef] = []
+    alive: list[int] = []
+
+    class Gone:
+        def __init__(self, tensor: Tensor, *_: Any):
+            sent.append(StorageWeakRef(tensor.untyped_storage()))
+
+        def wait(self) -> None:
+            pass
+
+    class Gradient:
+        def __init__(self, shape: tuple[int, ...], *_: Any):
+            self.shape = shape
+
+        def wait(self) -> Tensor:
+            alive.append(sum(not storage.expired() for storage in sent))
+            return torch.ones(self.shape, dtype=torch.float64)
+
+    class Linear(nn.Linear):  # keeps its input for the backward pass, and not its output
+        def forward(self, micro_batch: dict[str, Tensor], hidden: Tensor | None = None) -> Tensor:  # type: ignore[override]
+            return super().forward(micro_batch["input"])
+
+    alone = Axis("pp", size=2, ranks=(0, 1))
+    where: dict[str, Any] = {"activation_shape": shape_of, "dtype": torch.float64, "device": torch.device("cpu")}
+    stages = {0: Linear(WIDTH, WIDTH, dtype=torch.float64)}
+    executor = Executor(build_schedule("gpipe", 2, count), stages, pp=alone, pp_back=alone, **where)
+    with patch("megatron_ds.pipeline.executor.Send", Gone), patch("megatron_ds.pipeline.executor.Receive", Gradient):
+        executor.run(micro_batches(count), torch.tensor(1.0, dtype=torch.float64))
+    assert len(sent) == count
+    return alive
 
 
 def run_against_the_flow(schedule: Schedule) -> None:

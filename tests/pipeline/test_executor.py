@@ -14,6 +14,7 @@ from executor_toy import (
     fail_on_stage,
     first_transfers,
     outlive_a_failed_stage,
+    outputs_alive,
     run_against_the_flow,
     run_given,
     run_schedules,
@@ -149,6 +150,11 @@ def test_pairs_meet_in_an_order_without_a_circle_and_none_is_left_out(kind: str,
     wanted |= {("back" if a < b else "against back", b, a) for a, b in hops if a != b}
     found = first_transfers(schedule)
     assert len(found) == len(wanted) and set(found) == wanted
+
+
+def test_an_output_that_is_sent_has_no_memory_any_more() -> None:
+    """Until its backward pass only its graph is needed."""
+    assert outputs_alive(3) == [0, 0, 0]
 
 
 def test_an_executor_without_groups_against_the_flow_says_so() -> None:
