@@ -28,7 +28,7 @@ from megatron_ds.data.loader import BatchLoader
 from megatron_ds.engine import Engine
 from megatron_ds.engine.assemble import mesh_of, start_ranks
 from megatron_ds.errors import ConfigError, multiples_around
-from megatron_ds.integrations.sdxl import folders, gpu_memory, latents, training
+from megatron_ds.integrations.sdxl import gpu_memory, latents, model_folders, training
 from megatron_ds.models.samplers import PREDICTIONS
 from megatron_ds.models.sdxl import denoising_loss, objective_of
 from megatron_ds.train.launch import RankInfo, run_main
@@ -142,7 +142,7 @@ def dry_run(args: argparse.Namespace) -> str:
     local = Path(args.pretrained_model_name_or_path) / "unet" / "config.json"
     config = json.loads((local if local.exists() else UNET).read_text())
     with torch.device("meta"):
-        unet = folders.prepare_unet(UNet2DConditionModel.from_config(config), args.rank, checkpointing=False)
+        unet = model_folders.prepare_unet(UNet2DConditionModel.from_config(config), args.rank, checkpointing=False)
     torch.nn.Module.to(unet, DTYPES[args.mixed_precision][1])
     again, side = args.gradient_checkpointing, args.resolution or RESOLUTION
     activations = gpu_memory.activation_bytes(unet, args.train_batch_size, side, again)
@@ -158,9 +158,9 @@ def main(place: RankInfo) -> int:
         print(dry_run(args))
         return 0
     settings = EngineConfig.model_validate(engine_settings(args))
-    base = folders.local_folder(args.pretrained_model_name_or_path)
+    base = model_folders.local_folder(args.pretrained_model_name_or_path)
     vae = args.pretrained_vae_model_name_or_path or base / "vae"
-    scheduler = folders.scheduler_config(base)
+    scheduler = model_folders.scheduler_config(base)
     objective = objective_of(scheduler, args.prediction_type, args.snr_gamma, args.proportion_empty_prompts)
     training.check_output(args.output_dir, args.resume_from_checkpoint, objective)
     mesh = mesh_of(settings, start_ranks(settings))
@@ -178,7 +178,7 @@ def main(place: RankInfo) -> int:
         }
         wanted = {name: value for name, value in given.items() if value is not None}
         cache = latents.open_latents(args.latents, base, vae, wanted)
-    zeros = folders.zeros_for_empty_prompts(base)
+    zeros = model_folders.zeros_for_empty_prompts(base)
     block = args.train_batch_size
     samples = latents.samples_of(cache, args.seed, objective.condition_dropout, zeros, args.noise_offset, block)
     identity = training.identity_of(objective, args.seed, cache, args.rank, block)
@@ -187,7 +187,7 @@ def main(place: RankInfo) -> int:
     steps = args.max_train_steps or -(-args.num_train_epochs * len(samples) // together)
     rate = training.learning_rates(args.lr_scheduler, args.learning_rate, args.lr_warmup_steps, steps)
     torch.manual_seed(args.seed)  # of adapters
-    unet = folders.load_unet(base, args.rank, args.gradient_checkpointing)
+    unet = model_folders.load_unet(base, args.rank, args.gradient_checkpointing)
     wide = {name: parameter.data for name, parameter in unet.named_parameters() if parameter.requires_grad}
     loss = denoising_loss(objective, DTYPES[args.mixed_precision][1])
     engine = megatron_ds.initialize(unet, settings, lr_scheduler=rate, loss=loss, mesh=mesh)
@@ -205,12 +205,12 @@ def main(place: RankInfo) -> int:
 
 def save(engine: Engine, base: Path, args: argparse.Namespace, objective: ObjectiveConfig) -> None:
     if args.rank is not None:
-        folders.save_lora(engine, args.output_dir, args.use_ema)
+        model_folders.save_lora(engine, args.output_dir, args.use_ema)
         text = f"pipe.load_lora_weights({str(args.output_dir)!r}) loads the adapters"
     else:
         kind = PREDICTIONS[objective.prediction]
         vae = args.pretrained_vae_model_name_or_path
-        folders.save_pipeline(engine, base, args.output_dir, args.use_ema, kind, vae)
+        model_folders.save_pipeline(engine, base, args.output_dir, args.use_ema, kind, vae)
         text = f"StableDiffusionXLPipeline.from_pretrained({str(args.output_dir)!r}) loads the pipeline"
     if engine.mesh.rank == 0:
         print(text)

@@ -19,7 +19,7 @@ from megatron_ds.data.gpt_sources import GPTSources
 from megatron_ds.data.masked_source import mask_sources
 from megatron_ds.kernels.activation import bias_gelu
 from megatron_ds.layers.linear import replicated_parameter
-from megatron_ds.layers.norm import Norm
+from megatron_ds.layers.norms import Norm
 from megatron_ds.models.text_task import TextTask
 from megatron_ds.models.transformer import MicroBatch, Transformer
 

@@ -17,7 +17,7 @@ from megatron_ds.layers.attention import AttentionConfig, AttentionInputs, SelfA
 from megatron_ds.layers.linear import BiasOffer, output_std
 from megatron_ds.layers.loss import traffic_spared
 from megatron_ds.layers.mlp import MLP
-from megatron_ds.layers.norm import Norm
+from megatron_ds.layers.norms import Norm
 from megatron_ds.rng import keys_of_rows
 
 SITES_A_BLOCK = 3

@@ -28,7 +28,7 @@ from megatron_ds.layers.attention_cores import AttentionRules, MakeCore, make_co
 from megatron_ds.layers.embedding import VocabParallelEmbedding, lookup
 from megatron_ds.layers.linear import replicated_parameter
 from megatron_ds.layers.loss import Logits, linear_cross_entropy
-from megatron_ds.layers.norm import Norm
+from megatron_ds.layers.norms import Norm
 from megatron_ds.layers.position import Rotary, alibi_slopes, rotary_table
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.block import SITES_A_BLOCK, Block, RecomputedBlock, Stream, freed_for_loss, norm_settings

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ds.deepspeed_json.optimizer import MOST, OPTIMIZER_KEYS
+from megatron_ds.deepspeed_json.optimizer_keys import MOST, OPTIMIZER_KEYS
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from megatron_ds.kernels.heads import HEADS, split_heads
 from megatron_ds.kernels.rotary import rotary
 from megatron_ds.layers.attention_cores import AttentionCore
 from megatron_ds.layers.linear import BiasOffer, ColumnParallelLinear, RepeatedKVLinear, RowParallelLinear
-from megatron_ds.layers.norm import Norm, SplitRMSNorm
+from megatron_ds.layers.norms import Norm, SplitRMSNorm
 from megatron_ds.mesh import Axis
 from megatron_ds.rng import DropoutKeys
 from megatron_ds.shard import Matrices, set_matrices

@@ -14,8 +14,8 @@ import megatron_ds
 from megatron_ds.config.engine import EngineConfig
 from megatron_ds.engine.model_layout import layout_of
 from megatron_ds.integrations.sdxl import gpu_memory
-from megatron_ds.integrations.sdxl.folders import prepare_unet
 from megatron_ds.integrations.sdxl.gpu_memory import activation_bytes, memory_table, saved_bytes
+from megatron_ds.integrations.sdxl.model_folders import prepare_unet
 
 CONFIG = Path(__file__).parents[2] / "examples" / "configs" / "diffusion" / "sdxl-unet.json"
 PUBLISHED = 2_567_463_684

@@ -20,7 +20,7 @@ from megatron_ds.kernels.matmul import linear_input_gradient, linear_of_vocabula
 from megatron_ds.layers.embedding import VocabParallelEmbedding
 from megatron_ds.layers.linear import ColumnParallelLinear, RowParallelLinear
 from megatron_ds.layers.mlp import MLP
-from megatron_ds.layers.norm import Norm
+from megatron_ds.layers.norms import Norm
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.rng import initialize_parameters
 from megatron_ds.shard import ShardedDim, spec_of

@@ -16,7 +16,7 @@ from parity_run import Outcome, ParityError, assert_parity, reference, train
 from megatron_ds import comm
 from megatron_ds.config import RunConfig, from_dict, validate
 from megatron_ds.errors import ConfigError
-from megatron_ds.layers import norm
+from megatron_ds.layers import norms
 from megatron_ds.mesh import Mesh
 from megatron_ds.models.families import class_of
 from megatron_ds.models.text_task import layer_costs
@@ -89,7 +89,7 @@ def train_on_this_rank(run: RunConfig, fault: bool = False) -> Outcome:
     mesh = Mesh.create(validate(run, world), device_of_rank(dist.get_rank(), world))
     if not fault:
         return train(run, mesh)
-    with patch.object(norm.comm, "sum_over_region", comm.reduce_from_region):  # a backward pass without its sum
+    with patch.object(norms.comm, "sum_over_region", comm.reduce_from_region):  # a backward pass without its sum
         return train(run, mesh)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_ds.comm import regions
 from megatron_ds.data import noise
 from megatron_ds.layers import affine
-from megatron_ds.layers.norm import Norm
+from megatron_ds.layers.norms import Norm
 from megatron_ds.models import dit
 from megatron_ds.models.conditions import TimeEmbedding
 from megatron_ds.models.dit import DiT

@@ -26,7 +26,7 @@ from megatron_ds.data.samples import Batch, Sources
 from megatron_ds.errors import divisors
 from megatron_ds.layers.linear import replicated_parameter
 from megatron_ds.layers.mlp import MLP
-from megatron_ds.layers.norm import Norm
+from megatron_ds.layers.norms import Norm
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.pipeline.stage import Activations, LayerCosts, StageSpan
 from megatron_ds.rng import initialize_parameters

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from megatron_ds.engine import Engine
 from megatron_ds.errors import ConfigError, EngineError
-from megatron_ds.integrations.deepspeed.files import TaggedCheckpoints
 from megatron_ds.integrations.deepspeed.links import link, unlink
+from megatron_ds.integrations.deepspeed.tags import TaggedCheckpoints
 from megatron_ds.integrations.engine_module import EngineModel, EngineOptimizer, require_one_schedule
 from megatron_ds.train.step import StepResult
 

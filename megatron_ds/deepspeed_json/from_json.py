@@ -30,7 +30,7 @@ from megatron_ds.deepspeed_json.keys import (
     offloads,
     stage_of,
 )
-from megatron_ds.deepspeed_json.optimizer import MOST, optimizer_of, scheduler_of
+from megatron_ds.deepspeed_json.optimizer_keys import MOST, optimizer_of, scheduler_of
 from megatron_ds.errors import ConfigError, itemised, nearest
 from megatron_ds.files import parse_json, read_json
 
