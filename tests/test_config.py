@@ -11,7 +11,7 @@ import sys
 import textwrap
 import tomllib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pydantic import BaseModel
 
 from megatron_ds.config import RunConfig, from_dict, load_toml, parse, to_toml, validate
 from megatron_ds.config import transformer as transformer_module
+from megatron_ds.config.other_names import OTHER_NAMES
 from megatron_ds.config.schema import OptimizerConfig
 from megatron_ds.errors import ConfigError, divisors
 from megatron_ds.mesh import MeshShape
@@ -337,6 +338,7 @@ def test_derived_sizes() -> None:
         ("[model]\nnum_layer = 3", "unknown key 'model.num_layer'; did you mean 'model.num_layers'?"),
         ("[modle]\nnum_layers = 3", "unknown key 'modle'; did you mean 'model'?"),
         ("[optimizer]\nLR = 3", "unknown key 'optimizer.LR'; did you mean 'optimizer.lr'?"),
+        ("[train]\nclip_grad = 3", "unknown key 'train.clip_grad'; did you mean 'optimizer.clip_norm'?"),
         ("[model]\nqqqq = 3", "unknown key 'model.qqqq'"),
         ("[train]\nsteps = 0", "train.steps = 0: Input should be greater than 0"),
         ("[train]\nsteps = 1.5", "train.steps = 1.5: Input should be a valid integer"),
@@ -464,6 +466,20 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--train.stepz", "3"], "command line: unknown option --train.stepz; did you mean '--train.steps'?"),
+        (["--lr", "3"], "command line: unknown option --lr; did you mean '--optimizer.lr'?"),
+        (
+            ["--tensor-model-parallel-size=2"],
+            "command line: unknown option --tensor-model-parallel-size; did you mean '--mesh.tp'?",
+        ),
+        (
+            ["--train.batch_size", "3"],
+            "command line: unknown option --train.batch-size; did you mean '--train.global-batch'?",
+        ),
+        (["--bf16"], "command line: unknown option --bf16; did you mean '--precision.dtype bf16'?"),
+        (
+            ["--schedule", "1f1b"],
+            "command line: unknown option --schedule; did you mean '--optimizer.schedule' or '--pipeline.schedule'?",
+        ),
         (["--confg", "x"], "command line: unknown option --confg; did you mean '--config'?"),
         (["--zzz"], "command line: unknown option --zzz"),
         (
@@ -485,6 +501,18 @@ def test_a_bad_command_line_is_one_error(arguments: list[str], message: str, cap
         parse(arguments)
     assert str(refused.value) == message
     assert capfd.readouterr() == ("", ""), "every rank would print it once more"
+
+
+def test_what_settings_are_called_elsewhere_are_settings_here_under_another_name() -> None:
+    def keys(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
+        for name, value in section.items():
+            yield f"{prefix}{name}".replace("_", "-")
+            yield from keys(value, f"{prefix}{name}.") if isinstance(value, dict) else ()
+
+    known = set(keys(RunConfig().to_dict()))
+    meant = {name: target.split(" ")[0] for name, target in OTHER_NAMES.items()}
+    assert set(meant.values()) <= known and not meant.keys() & known
+    assert all(not target.endswith(f".{name}") for name, target in meant.items()), "its last part says that already"
 
 
 @pytest.mark.parametrize(

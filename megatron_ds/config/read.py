@@ -15,9 +15,10 @@ import pydantic
 import tyro
 from pydantic import BaseModel
 
+from megatron_ds.config.other_names import suggestion
 from megatron_ds.config.schema import BaseRunConfig
 from megatron_ds.config.text import RunConfig
-from megatron_ds.errors import ConfigError, nearest
+from megatron_ds.errors import ConfigError
 from megatron_ds.files import read_text
 
 C = TypeVar("C", bound=BaseModel)
@@ -43,7 +44,7 @@ def from_dict(config_class: type[C], values: dict[str, Any], source: str) -> C:
         for error in invalid.errors():
             key = ".".join(str(part) for part in error["loc"])
             if error["type"] == "extra_forbidden":
-                lines.append(f"unknown key {key!r}{nearest(key, known)}")
+                lines.append(f"unknown key {key!r}{suggestion(key, known)}")
             else:
                 lines.append(f"{key} = {error['input']!r}: {_rule(error)}")
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
@@ -159,8 +160,7 @@ def _reject_unknown_flags(config_class: type[BaseModel], arguments: Sequence[str
         if argument.startswith("--"):
             flag = argument[2:].split("=")[0].replace("_", "-")
             if flag not in known:
-                hint = nearest(flag, known).replace("'", "'--", 1)
-                raise ConfigError(f"command line: unknown option --{flag}{hint}")
+                raise ConfigError(f"command line: unknown option --{flag}{suggestion(flag, known, '--')}")
 
 
 def _negated(key: str) -> str:
