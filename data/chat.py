@@ -311,7 +311,9 @@ def load_template(spec: str | None, tokenizer: str, special: dict[str, str] | No
             raise DataError(f"chat template {spec!r} is not a file; give a Jinja file, or 'chatml'")
         return ChatTemplate(_read_text(path), special)
     if (found := template_of(tokenizer, special)) is None:
-        raise DataError(f"the tokenizer {tokenizer} has no chat template; give a Jinja file, or 'chatml'")
+        raise DataError(
+            f"the tokenizer {tokenizer} has no chat template; give a Jinja file, or 'chatml' (--chat-template)"
+        )
     return found
 
 

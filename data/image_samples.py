@@ -229,10 +229,11 @@ class LatentImages(Images):
     def __init__(self, cache: LatentCache, seed: int, fields: Sequence[str], kept: Rows | None = None):
         self._cache, self._seed, self._fields = cache, seed, tuple(fields)
         if missing := [name for name in fields if name not in cache.fields]:
-            raise DataError(
-                f"{cache.folder} has no {' and no '.join(missing)}, only {', '.join(cache.fields)}; write it from "
-                "images with classes, or with text encoders"
-            )
+            way_out = "write it from images with classes, or with text encoders"
+            if "labels" in missing and "text" in cache.fields:
+                way_out = "a model that is told its texts has model.condition='text'"
+            have = ", ".join(cache.fields)
+            raise DataError(f"{cache.folder} has no {' and no '.join(missing)}, only {have}; {way_out}")
         self.buckets = cache.buckets
         if kept is not None:
             found = {bucket: rows[np.isin(rows, kept)] for bucket, rows in cache.buckets.items()}

@@ -314,10 +314,20 @@ def merge_parts(folder: Path, names: Sequence[str], output: IndexedDatasetWriter
         shown = listed((item["path"] for item in plan["inputs"]), 4)
         raise UnusableInput(
             f"the inputs hold no document with text ({shown}): {sum(counts.problems.values())} records were bad "
-            f"({describe_problems(counts.problems) or 'there were none at all'})"
+            f"({describe_problems(counts.problems) or 'there were none at all'}){_first_of(bad)}"
         )
     output.close({**plan, "counts": asdict(counts)})
     return counts
+
+
+def _first_of(bad: Path) -> str:
+    """The first of the bad records, for a message; nothing where there are none."""
+    if not bad.exists():
+        return ""
+    with bad.open(encoding="utf-8") as lines:
+        first = json.loads(next(lines))
+    detail = f": {first['detail']}" if first.get("detail") else ""
+    return f"; the first, {first['file']}, line {first['line']}: {first['reason']}{detail} (all of them: {bad})"
 
 
 def _copy_bad_records(part: Path, target: IO[bytes], inputs: list[dict[str, Any]], lines: dict[int, int]) -> None:

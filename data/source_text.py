@@ -128,7 +128,8 @@ def check_record(record: dict[str, Any], options: SourceOptions) -> str | Proble
         except (BadConversation, TypeError, ValueError, RecursionError) as error:  # a table's values may be no JSON
             return Problem("bad conversation", str(error))
     if not isinstance(text, str):
-        return Problem("missing key", f"{key!r} is a {type(text).__name__}, not a string")
+        way_out = "; --conversations takes messages" if isinstance(text, list) else ""
+        return Problem("missing key", f"{key!r} is a {type(text).__name__}, not a string{way_out}")
     if not text:
         return Problem("empty")
     if not text.isascii():

@@ -81,10 +81,13 @@ def _decoded(config: DiffusionRun, fields: Sequence[str]) -> Sources:
             f"data.source={data.source!r}: texts are encoded once, by tools/cache_latents.py; train on data.source="
             "'latents'"
         )
+    if source.labels is None and m.num_classes == 1:
+        source.labels = np.zeros(len(source), np.int64)
     if source.labels is None:
         raise DataError(
             f"{path} has no classes: put the images of each class into a subfolder of its own, give tars key.cls, or a "
-            "set a column `label`; with captions, encode them by tools/cache_latents.py"
+            "set a column `label`; with captions, encode them by tools/cache_latents.py; model.num_classes=1 trains "
+            "without classes"
         )
     _check_labels(config, source.labels)
     rows, sizes = source.usable_rows(data.on_error), source.sizes
@@ -177,7 +180,8 @@ def _check_labels(config: DiffusionRun, labels: npt.NDArray[np.int64]) -> None:
             f"{config.data.path} has class {wrong}, and model.num_classes={known} are numbered 0 to {known - 1}; use "
             f"model.num_classes={max(wrong + 1, known)} or more, and labels from 0"
         )
-    if len(np.unique(labels)) < 2:
+    if known > 1 and len(np.unique(labels)) < 2:
         raise DataError(
-            f"all images of {config.data.path} are of one class; put those of each class into a subfolder of its own"
+            f"all images of {config.data.path} are of one class; put those of each class into a subfolder of its own, "
+            "or set model.num_classes=1 to train without classes"
         )

@@ -1,8 +1,8 @@
 """Encode images by a VAE, and their captions by text encoders, once: training then reads latents and embeddings.
 
-python tools/cache_latents.py photos --vae sd-vae --output cache --resolution 256
-torchrun --nproc-per-node 8 tools/cache_latents.py photos --vae sdxl/vae --output cache --resolution 1024 \\
-    --max-ratio 2 --text-encoder sdxl/text_encoder sdxl/text_encoder_2 --tokenizer sdxl/tokenizer sdxl/tokenizer_2
+    python tools/cache_latents.py photos --vae sd-vae --output cache --resolution 256
+    torchrun --nproc-per-node 8 tools/cache_latents.py photos --vae sdxl/vae --output cache --resolution 1024 \\
+        --max-ratio 2 --text-encoder sdxl/text_encoder sdxl/text_encoder_2 --tokenizer sdxl/tokenizer sdxl/tokenizer_2
 
 As Stable Diffusion 3 has it, with its three encoders in their order: `text` is [77 + --text-tokens, 4096].
 

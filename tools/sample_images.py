@@ -1,9 +1,10 @@
 """Draw images with a trained diffusion transformer, as one PNG with a row of images for each class.
 
-python tools/sample_images.py runs/digits/checkpoints --output digits.png --classes 0 1 2 3 --guidance 2
-torchrun --nproc-per-node 4 tools/sample_images.py runs/digits/checkpoints --tp 2 --pp 2
-python tools/sample_images.py runs/text/checkpoints --vae sd3/vae --text "a red square" "a blue circle" --guidance 5 \\
-    --text-encoder sd3/text_encoder sd3/text_encoder_2 --tokenizer sd3/tokenizer sd3/tokenizer_2 --size 96 160
+    python tools/sample_images.py runs/digits/checkpoints --output digits.png --classes 0 1 2 3 --guidance 2
+    torchrun --nproc-per-node 4 tools/sample_images.py runs/digits/checkpoints --tp 2 --pp 2
+    python tools/sample_images.py runs/text/checkpoints --vae sd3/vae --text "a red square" "a blue circle" \\
+        --guidance 5 --size 96 160 --text-encoder sd3/text_encoder sd3/text_encoder_2 \\
+        --tokenizer sd3/tokenizer sd3/tokenizer_2
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Options:
     output: Path = Path("samples.png")
     """The PNG file."""
     classes: tuple[int, ...] | None = None
-    """A row for each. Default: 0 to 9."""
+    """A row for each. Default: 0 to 9, or as many as there are."""
     text: tuple[str, ...] = ()
     """A row for each, for a model that is told texts; with the encoders of the cache that it was trained on."""
     text_encoder: tuple[Path, ...] = ()
@@ -93,10 +94,10 @@ def check_told(options: Options, meta: Mapping[str, Any], where: str) -> dict[st
     return None
 
 
-def wanted_of(options: Options) -> list[int] | dict[str, Tensor]:
+def wanted_of(options: Options, num_classes: int) -> list[int] | dict[str, Tensor]:
     """The class or the embeddings of each image, row by row of the grid."""
     if options.embeddings is None:
-        classes = range(10) if options.classes is None else options.classes
+        classes = range(min(10, num_classes)) if options.classes is None else options.classes
         return [label for label in classes for _ in range(options.columns)]
     with RaisedAs(ConfigError, f"--embeddings {options.embeddings} cannot be read", OSError, SafetensorError):
         found = {name: t.float() for name, t in load_file(options.embeddings).items()}
@@ -138,7 +139,7 @@ def main(place: RankInfo) -> int:
             make_scheduler(run.objective, scheduler)
             check_steps(run.objective, options.steps)
             texts = check_told(options, meta, where)
-            wanted = wanted_of(options)
+            wanted = wanted_of(options, run.model.num_classes)
         set_threads(place, None)
         ranks.start(device)
         shape = MeshShape.for_world(place.world_size, pp=options.pp, tp=options.tp)

@@ -92,7 +92,9 @@ def find(path: str | Path, share: tuple[int, int] = (0, 0)) -> tuple[Path, Manif
     elif not os.path.lexists(path / LATEST):
         if steps_in(path):
             raise CheckpointError(f"{path} has no file `latest`" + way_out(path))
-        raise CheckpointError(f"{path} holds no checkpoint: no manifest.json, no `latest`, no step-* directory")
+        of_others = f"{path} is a model of transformers or diffusers, no checkpoint: tools/convert.py makes one of it"
+        nothing = f"{path} holds no checkpoint: no manifest.json, no `latest`, no step-* directory"
+        raise CheckpointError(of_others if (path / "config.json").exists() else nothing)
     else:
         try:
             step, directory = path / read_latest(path), path

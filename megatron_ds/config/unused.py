@@ -207,7 +207,7 @@ PRETRAINING = (
     Unused(
         ("train.eval_batches",),
         lambda c: c.train.eval_every > 0,
-        "train.eval_every=0 evaluates never; set train.eval_every",
+        "train.eval_every=0 evaluates never; set train.eval_every, or leave train.eval_batches at 8, its default",
     ),
     Unused(
         ("checkpoint.keep_last",),

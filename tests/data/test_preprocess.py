@@ -265,7 +265,8 @@ def test_fatal_counts_the_lines_of_the_blocks_before(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("content, message", [
     (b"", r"the inputs hold no document with text \(.*in\.jsonl\): 0 records were bad"),
-    (b"{}\n{}\n", r"2 records were bad \(2 x missing key\)"),
+    (b'{"a": 1}\n{}\n', r"2 records were bad \(2 x missing key\); the first, .*in\.jsonl, line 1: missing key: no "
+                        r"'text' among \['a'\] \(all of them: .*out\.bad\.jsonl\)"),
     (2 * '{"text": "a"}\n'.encode("utf-16-le"), r"3 records were bad \(3 x invalid JSON\)"),  # one is big-endian text
 ])  # fmt: skip
 def test_nothing_to_read(tmp_path: Path, content: bytes, message: str) -> None:

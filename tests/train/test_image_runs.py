@@ -270,12 +270,15 @@ def test_folders_that_cannot_be_trained_on(
     cut = broken / "flower" / "4.jpg"
     cut.write_bytes(cut.read_bytes()[:-1000])
     for path, message in (
-        (one, "are of one class; put those of each class into a subfolder of its own"),
+        (one, "are of one class; put those of each class into a subfolder of its own, or set model.num_classes=1"),
         (tmp_path / "none", "has no classes: put the images of each class into a subfolder"),
         (broken, "2 of 10 images cannot be decoded: "),
     ):
         assert train(monkeypatch, *folder_run(root, tmp_path / "x"), "--train.steps", 1, "--data.path", path) == 2
         assert message in capsys.readouterr().err
+    for path in (one, tmp_path / "none"):
+        run = [*folder_run(root, tmp_path / f"of-{path.name}"), "--train.steps", 1, "--data.path", path]
+        assert train(monkeypatch, *run, "--model.num-classes", 1) == 0
     skipped = [*folder_run(root, tmp_path / "x"), "--train.steps", 1, "--data.path", broken, "--data.on-error", "skip"]
     assert train(monkeypatch, *skipped) == 0
     assert (
