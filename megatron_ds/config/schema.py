@@ -313,7 +313,10 @@ class LogConfig(Section):
 
     every: int = Field(1, gt=0, description="Steps between lines and TensorBoard points.")
     tensorboard: bool = Field(True, description="Write TensorBoard events to output/tensorboard.")
-    progress: bool = Field(True, description="Show a progress bar.")
+    progress: bool = Field(
+        True,
+        description="Show a progress bar; into a file, a line every 10 s at most. Off: a line every log.every steps.",
+    )
     record_steps: tuple[Count, ...] = Field(
         (),
         description="Steps whose pipeline timeline is recorded to output/timeline for tools/show_schedule.py.",

@@ -8,7 +8,9 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,8 @@ from megatron_ds.pipeline.timeline import Timeline
 from megatron_ds.train.metrics import MeanSpeed
 from megatron_ds.train.output import Output
 from megatron_ds.train.step import StepResult
+
+LOG_SECONDS = 10.0  # between lines in place of a bar: a run of a million steps would fill its log
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -60,40 +64,43 @@ class Messages(Callback):
 
 
 class LossLines(Messages):
-    """Loss and speed in a line every few steps and after the last, in place of a progress bar."""
+    """Loss, learning rate, gradient norm, speed and time left in a line every few steps, and after the last one.
 
-    def __init__(self, every: int):
-        self.every = every
-        self.total = 0
+    Args:
+        every: steps from one line to the next.
+        seconds: at least so many pass from one line to the next.
+    """
+
+    def __init__(self, every: int, seconds: float = 0.0):
+        self.every, self.seconds = every, seconds
+        self.total = self.shown = 0
         self.speed = MeanSpeed()
+        self._shown_at = -math.inf
 
     def on_start(self, step: int, total_steps: int, skipped: int) -> None:
-        self.total = total_steps
+        self.total, self.shown = total_steps, step
 
     def on_step(self, step: int, result: StepResult, speed: Mapping[str, float]) -> None:
         self.speed.add(speed)
-        if step % self.every == 0 or step == self.total:
-            self.on_message(f"step {step} of {self.total}: {_shown(result, self.speed.read())}")
+        now = time.monotonic()
+        if step == self.total or (step % self.every == 0 and now - self._shown_at >= self.seconds):
+            mean = self.speed.read()
+            left = mean["seconds"] / (step - self.shown) * (self.total - step)
+            rates = f"learning rate {result.learning_rate:.3g}, gradient norm {result.grad_norm:.3g}"
+            self.on_message(
+                f"step {step} of {self.total}: {_shown(result, mean)}, {rates}, {timedelta(seconds=round(left))} left"
+            )
+            self.shown, self._shown_at = step, now
 
 
 class ProgressBar(Messages):
-    """Loss, tokens/s and time left on one line; on rank 0's terminal, or a line now and then into a log file."""
+    """Loss, tokens/s and time left on one line of rank 0's terminal."""
 
     def __init__(self) -> None:
         self.bar: tqdm[Any] | None = None
 
     def on_start(self, step: int, total_steps: int, skipped: int) -> None:
-        interactive = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=total_steps,
-            initial=step,
-            desc="train",
-            unit="step",
-            mininterval=0.2 if interactive else 10.0,
-            maxinterval=10.0 if interactive else 60.0,
-            dynamic_ncols=interactive,
-            ncols=None if interactive else 100,
-        )
+        self.bar = tqdm(total=total_steps, initial=step, desc="train", unit="step", mininterval=0.2, dynamic_ncols=True)
 
     def on_step(self, step: int, result: StepResult, speed: Mapping[str, float]) -> None:
         assert self.bar is not None
@@ -253,12 +260,19 @@ def default_callbacks(config: BaseRunConfig, mesh: Mesh, executor: Executor, out
     if config.log.record_steps and mesh.dp.is_first and mesh.cp.is_first and mesh.tp.is_first:
         callbacks.append(TimelineRecorder(output.timeline, executor, config.log.record_steps))
     if mesh.rank == 0:
-        messages = ProgressBar() if config.log.progress else LossLines(config.log.every)
+        messages = _messages(config)
         callbacks.append(MetricsFile(output.metrics, messages.on_message))
         if config.log.tensorboard:
             callbacks.append(TensorBoard(output.tensorboard, mesh, config.log.every))
         callbacks.append(messages)
     return callbacks
+
+
+def _messages(config: BaseRunConfig) -> Messages:
+    """A bar on a terminal; into a file, lines that can be searched."""
+    if config.log.progress and sys.stderr.isatty():
+        return ProgressBar()
+    return LossLines(config.log.every, LOG_SECONDS if config.log.progress else 0.0)
 
 
 def _shown(result: StepResult, speed: Mapping[str, float]) -> str:

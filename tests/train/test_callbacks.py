@@ -107,10 +107,27 @@ def test_without_a_progress_bar_a_line_every_few_steps_says_how_it_goes(capfd: p
     for step in range(1, 6):
         lines.on_step(step, result(step / 4, skipped=step == 4), {**speed(1000.0 * step), "targets_per_s": 150.0})
     assert capfd.readouterr().err.splitlines() == [
-        "step 2 of 5: loss 0.5000, 1,500 tok/s (150 targets/s)",
-        "step 4 of 5: loss 1.0000, 3,500 tok/s (150 targets/s), SKIPPED",
-        "step 5 of 5: loss 1.2500, 5,000 tok/s (150 targets/s)",
+        "step 2 of 5: loss 0.5000, 1,500 tok/s (150 targets/s), learning rate 0.001, gradient norm 2, 0:00:03 left",
+        "step 4 of 5: loss 1.0000, 3,500 tok/s (150 targets/s), SKIPPED, learning rate 0.001, gradient norm 2, "
+        "0:00:01 left",
+        "step 5 of 5: loss 1.2500, 5,000 tok/s (150 targets/s), learning rate 0.001, gradient norm 2, 0:00:00 left",
     ]
+
+
+def test_a_log_file_gets_the_first_line_the_last_and_some_between(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a resumed run, with a step a second: the time left is from the steps of this run."""
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    lines = LossLines(every=1, seconds=10.0)
+    lines.on_start(100, 125, 0)
+    for step in range(101, 126):
+        clock[0] += 1.0
+        lines.on_step(step, result(), speed(1000.0))
+    shown = capfd.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in shown] == [f"step {n} of 125" for n in (101, 111, 121, 125)]
+    assert [line.rpartition(", ")[2] for line in shown] == [f"0:00:{n:02} left" for n in (24, 14, 4, 0)]
 
 
 def test_what_is_not_finite_is_null_in_the_metrics_and_nan_when_read(tmp_path: Path) -> None:
