@@ -278,7 +278,7 @@ def test_folders_that_cannot_be_trained_on(
         assert message in capsys.readouterr().err
     for path in (one, tmp_path / "none"):
         run = [*folder_run(root, tmp_path / f"of-{path.name}"), "--train.steps", 1, "--data.path", path]
-        assert train(monkeypatch, *run, "--model.num-classes", 1) == 0
+        assert train(monkeypatch, *run, "--model.num-classes", 1, "--data.bucket-batch", 1, "--data.valid", 2) == 0
     skipped = [*folder_run(root, tmp_path / "x"), "--train.steps", 1, "--data.path", broken, "--data.on-error", "skip"]
     assert train(monkeypatch, *skipped) == 0
     assert (
