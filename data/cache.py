@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
-import xxhash
 
-from megatron_ds.files import parse_json, replacing
+from megatron_ds.files import checksum, parse_json, replacing
 
 _TYPES = {"I64": "<i8", "I32": "<i4", "U8": "u1", "U64": "<u8", "F64": "<f8"}
 
@@ -37,7 +36,7 @@ def candidates(path: Path, cache_dir: Path | None = None) -> list[Path]:
     """Where a cached file may be: in ``cache_dir`` if that is given, else at ``path``, else in this user's own cache
     folder, named after ``path``."""
     whole = Path(os.path.realpath(path.parent)) / path.name  # the file itself may be a link to nowhere, or to itself
-    unique = f"{xxhash.xxh3_64_hexdigest(os.fsencode(whole))}-{path.name}"
+    unique = f"{checksum(os.fsencode(whole))}-{path.name}"
     first = path if cache_dir is None else cache_dir / unique
     try:
         return [first, default_cache_dir() / unique]
@@ -110,7 +109,7 @@ def _read(file: Path, key: str) -> dict[str, npt.NDArray] | None:
         start = 8 + int(raw[:8].view("<u8")[0])
         header = parse_json(raw[8:start].tobytes())
         metadata = header.pop("__metadata__")
-        if metadata["key"] == key and metadata["xxh3"] == xxhash.xxh3_64_hexdigest(raw[start:].data):
+        if metadata["key"] == key and metadata["xxh3"] == checksum(raw[start:].data):
             return {
                 name: raw[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
                 .view(_TYPES[entry["dtype"]])
@@ -124,7 +123,7 @@ def _write(file: Path, key: str, arrays: dict[str, npt.NDArray]) -> None:
     """Write a file that was just made, and nothing that somebody put in its place."""
     content = safetensors.numpy.save(arrays)
     body = content[8 + int.from_bytes(content[:8], "little") :]
-    metadata = {"key": key, "xxh3": xxhash.xxh3_64_hexdigest(body)}
+    metadata = {"key": key, "xxh3": checksum(body)}
     with open(open_plain(file, os.O_WRONLY | os.O_TRUNC), "wb") as opened:
         opened.write(safetensors.numpy.save(arrays, metadata))
 

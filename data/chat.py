@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from megatron_ds.data.chat_records import BadConversation, is_learnt
 from megatron_ds.data.tokenizer_base import Tokenizer, read_settings
 from megatron_ds.errors import DataError, RaisedAs
-from megatron_ds.files import read_text
+from megatron_ds.files import checksum, read_text
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -66,7 +65,7 @@ class ChatTemplate:
         self._knows_developer = "developer" in self.source or "developer" in self.tool_use
         self._asks_for_none = any(_ASKS_FOR_NONE.search(text) for text in (self.source, self.tool_use))
         sources = [source, self._special, *([] if tool_use is None else [tool_use])]
-        self.fingerprint = xxhash.xxh3_64_hexdigest(json.dumps(sources).encode())
+        self.fingerprint = checksum(json.dumps(sources).encode())
 
     def render(
         self,

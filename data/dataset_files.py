@@ -67,7 +67,7 @@ def pieces(path: Path, size: int = READ_BYTES) -> Iterator[bytes]:
             yield piece
 
 
-def checksum(path: Path) -> str:
+def file_checksum(path: Path) -> str:
     """xxh3-64 of a file, in hexadecimal; empty where there is none."""
     if not path.is_file():
         return ""

@@ -27,11 +27,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from megatron_ds.data.dataset_files import CheckedArray, file_of
 from megatron_ds.data.remote import RemoteDataset, RemoteTokens, is_url
 from megatron_ds.errors import DataError
+from megatron_ds.files import checksum
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -146,7 +146,7 @@ class IndexedDataset:
 
     def index_checksum(self) -> str:
         """xxh3-64 of the mapped index, in hexadecimal."""
-        return xxhash.xxh3_64_hexdigest(self._index.data)
+        return checksum(self._index.data)
 
     def _array(self, dtype: str, offset: int, count: int) -> npt.NDArray:
         # A plain ndarray view: np.memmap's own indexing is several times slower than ndarray's.

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_ds.data import noise
 from megatron_ds.errors import DataError
-from megatron_ds.files import check_regular, parse_json, read_json, replacing
+from megatron_ds.files import check_regular, checksum, parse_json, read_json, replacing
 
 VERSION = 1
 PLAN, EMPTY = "cache.json", "empty.safetensors"
@@ -93,9 +93,7 @@ class Shard:
                     f"beside it (its VAE is {meta['vae']['weights']}, scale {meta['scale']}, shift {meta['shift']}); "
                     "remove it and run tools/cache_latents.py again"
                 )
-            if meta["sums"] != xxhash.xxh3_64_hexdigest(sums.tobytes()) or any(
-                shape[0] != len(sums) for shape in shapes.values()
-            ):
+            if meta["sums"] != checksum(sums.tobytes()) or any(shape[0] != len(sums) for shape in shapes.values()):
                 raise ValueError("its checksums do not match")
             bad = tuple((int(row), str(why)) for row, why in meta["bad"])
             _, _, height, width = shapes.get("latents", (0, 0, 0, 0))
@@ -137,7 +135,7 @@ def write_shard(path: Path, plan: Plan, arrays: Arrays, bad: list[tuple[int, str
         "vae": values["vae"],
         "scale": values["scale"],
         "shift": values["shift"],
-        "sums": xxhash.xxh3_64_hexdigest(sums.tobytes()),
+        "sums": checksum(sums.tobytes()),
         "bad": bad,
     }
     # One entry: the order of several is that of a hash table, and files are compared by their bytes.

@@ -17,11 +17,10 @@ from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from megatron_ds.data import chat
 from megatron_ds.data.chat_records import BadConversation
-from megatron_ds.data.dataset_files import checksum, file_of, require_checksum
+from megatron_ds.data.dataset_files import file_checksum, file_of, require_checksum
 from megatron_ds.data.indexed import IndexedDataset
 from megatron_ds.data.indexed_writer import IndexedDatasetWriter
 from megatron_ds.data.source_text import (
@@ -38,7 +37,15 @@ from megatron_ds.data.tokenizer_base import Ids
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.data.verify import Scan
 from megatron_ds.errors import DataError, listed
-from megatron_ds.files import parse_json, read_bytes, replacing, sync_and_close, temporary_beside, write_text_durably
+from megatron_ds.files import (
+    checksum,
+    parse_json,
+    read_bytes,
+    replacing,
+    sync_and_close,
+    temporary_beside,
+    write_text_durably,
+)
 
 BATCH_BYTES = 1 << 20
 PLAN, BAD_RECORDS = "plan.json", "bad.jsonl"
@@ -111,13 +118,13 @@ class Part:
     def write(self, path: Path) -> None:
         body = json.dumps(asdict(self))
         with replacing(path) as temporary:
-            write_text_durably(temporary, f"{xxhash.xxh3_64_hexdigest(body.encode())}\n{body}")
+            write_text_durably(temporary, f"{checksum(body.encode())}\n{body}")
 
     @staticmethod
     def read(path: Path) -> Part:
         """A ``DataError`` where it is not what was written."""
         digest, _, body = read_bytes(path).partition(b"\n")
-        _require(path, xxhash.xxh3_64_hexdigest(body), digest.decode("ascii", "replace"))
+        _require(path, checksum(body), digest.decode("ascii", "replace"))
         found = parse_json(body)
         lines = {int(number): read for number, read in found["lines"].items()}
         return Part(Counts(**found["counts"]), lines, found["checksums"])
@@ -126,7 +133,7 @@ class Part:
         """Compare those of its files, of which ``path`` is the ``.part``."""
         for suffix in suffixes:
             file = path.with_suffix(suffix)
-            _require(file, checksum(file), self.checksums[suffix])
+            _require(file, file_checksum(file), self.checksums[suffix])
 
 
 Text = tuple[Slice, int, str]
@@ -162,7 +169,7 @@ class PartMaker:
         found = self._dataset.found
         self.counts.max_id = found.max_id
         checksums = {f".{kind}": digest for kind, digest in found.checksums.items() if digest}
-        Part(self.counts, self.lines, {**checksums, BAD: checksum(bad)}).write(base.with_suffix(SUMMARY))
+        Part(self.counts, self.lines, {**checksums, BAD: file_checksum(bad)}).write(base.with_suffix(SUMMARY))
         return block.weight, self.counts
 
     def _write_all(self) -> None:

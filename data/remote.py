@@ -24,8 +24,7 @@ import xxhash
 
 from megatron_ds.data import dataset_files
 from megatron_ds.data.cache import default_cache_dir, locked
-from megatron_ds.data.dataset_files import CheckedArray, read_manifest, require_checksum
-from megatron_ds.data.dataset_files import checksum as file_checksum
+from megatron_ds.data.dataset_files import CheckedArray, file_checksum, read_manifest, require_checksum
 from megatron_ds.errors import DataError, RaisedAs
 from megatron_ds.files import checksum, read_json, replacing
 
@@ -60,7 +59,7 @@ class RemoteDataset:
         with RaisedAs(DataError, f"{url} cannot be read", ImportError, ValueError):
             self.filesystem, self.path = fsspec.core.url_to_fs(url)
         name = Path(self.path).name
-        folder = (cache_dir or default_cache_dir()) / f"{xxhash.xxh3_64_hexdigest(url.encode())}-{name}"
+        folder = (cache_dir or default_cache_dir()) / f"{checksum(url.encode())}-{name}"
         self.url, self.prefix = url, str(folder / name)
         with _told(url):
             found = {kind: self._identity(kind) for kind in ("idx", "bin", *OPTIONAL)}

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from megatron_ds.data.fast_bpe import Unsuitable, byte_characters, for_tokenizers, gives_up
 from megatron_ds.data.tokenizer_base import (
@@ -29,7 +28,7 @@ from megatron_ds.data.tokenizer_base import (
     write_hf,
 )
 from megatron_ds.errors import DataError, RaisedAs
-from megatron_ds.files import read_json
+from megatron_ds.files import checksum, read_json
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -124,9 +123,7 @@ class TiktokenTokenizer(Tokenizer):
                 f"lost, such as {''.join(lost)!r}; let it end in |.|\\s"
             )
         self._known = frozenset(self._special_ids)
-        self.fingerprint = xxhash.xxh3_64_hexdigest(
-            content + json.dumps([self.pattern, self._special_ids], sort_keys=True).encode()
-        )
+        self.fingerprint = checksum(content + json.dumps([self.pattern, self._special_ids], sort_keys=True).encode())
         self._ids = frozenset((*self.ranks.values(), *self._special_ids.values()))
         self.vocab_size = max(self._ids) + 1
         self._take_special(found, self._special_ids)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from megatron_ds.data.fast_bpe import FastEncoder, Unsuitable, byte_characters
 from megatron_ds.data.sentencepiece_export import to_tokenizers
@@ -35,6 +34,7 @@ from megatron_ds.data.tokenizer_base import (
     write_hf,
 )
 from megatron_ds.errors import DataError, RaisedAs
+from megatron_ds.files import checksum
 
 
 def load_tokenizer(path_or_spec: str | Path, fast: bool | None = None) -> Tokenizer:
@@ -101,7 +101,7 @@ class HFTokenizer(Tokenizer):
         split = self.backend.encode_special_tokens = found.config.get("split_special_tokens") is True
         settings = [value for value in (added, split) if value]
         content = self.path.read_bytes() + b"".join(json.dumps(v, sort_keys=True).encode() for v in settings)
-        self.fingerprint = xxhash.xxh3_64_hexdigest(content)
+        self.fingerprint = checksum(content)
         ids = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
         # One that is an ordinary entry of the vocabulary is no special token, whatever its name.
@@ -224,7 +224,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._added = self._read_added(found)
         settings = [value for value in (self._added, self._unprefixed) if value]
         content = self.path.read_bytes() + b"".join(json.dumps(value).encode() for value in settings)
-        self.fingerprint = xxhash.xxh3_64_hexdigest(content)
+        self.fingerprint = checksum(content)
         self.vocab_size = max([pieces - 1, *self._added.values()]) + 1
         # Control pieces have no text of their own: the model itself writes "</s>" in letters.
         control = {self.backend.IdToPiece(i): i for i in range(pieces) if self.backend.IsControl(i)}

@@ -25,7 +25,7 @@ from megatron_ds.data.dataset_files import (
     READ_BYTES,
     SUMS,
     StreamSums,
-    checksum,
+    file_checksum,
     file_identity,
     file_of,
     pieces,
@@ -89,7 +89,7 @@ def _checked_scan(dataset: IndexedDataset) -> Scan:
         checksums = {
             "bin": manifest["files"]["bin"]["xxh3"],
             "idx": dataset.index_checksum(),
-            MASK_SUFFIX: checksum(file_of(dataset.prefix, MASK_SUFFIX)),
+            MASK_SUFFIX: file_checksum(file_of(dataset.prefix, MASK_SUFFIX)),
         }
         found = Scan(0, manifest["counts"]["max_id"], checksums)
     else:
