@@ -30,6 +30,8 @@ GPTSources = Sources[TextSource]
 SPLITS = ("train", "valid", "test")
 READ = SPLITS[:2]
 """Those of which a run makes samples."""
+MOST_UNUSED = 1.1
+"""A vocabulary this much larger than its tokenizer's is said; published models leave room for some tokens."""
 Weighted = Sequence[tuple[float, str]]
 """(weight by samples, prefix of a dataset), one for each dataset."""
 
@@ -92,6 +94,11 @@ def open_sources(
         return GPTSources(SyntheticDataset(vocab_size, sequence_length, seed))
     blends = split_blends or {"": blend}
     files = _Files(sequence_length, vocab_size, options, tokenizer, loaded, cache_dir)
+    if loaded is not None and vocab_size > MOST_UNUSED * loaded.vocab_size:
+        files.notes.append(
+            f"model.vocab_size={vocab_size}, of which the tokenizer {tokenizer} has {loaded.vocab_size}: no text has "
+            "the others, which cost memory and time"
+        )
     # A conversation is a sample of its own, however short.
     least = 1 if options.conversations else sequence_length
     found = open_splits(blends, split, least, seed, files.samples, files.open)

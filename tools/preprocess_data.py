@@ -49,15 +49,17 @@ def main(options: PreprocessData) -> None:
             "will be missing in the data",
             file=sys.stderr,
         )
-    if making.append_eod and tokenizer.eod_id is not None:
-        print(f"end of document: {tokenizer.special['eos_token']!r}, id {tokenizer.eod_id} ({tokenizer.eod_origin})")
+    if tokenizer.eod_id is not None and (making.append_eod or not making.source.conversations):
+        end = f"{tokenizer.special['eos_token']!r}, id {tokenizer.eod_id} ({tokenizer.eod_origin})"
+        none = f"none is added: documents run into each other; --append-eod ends each with {end}"
+        print(f"end of document: {end if making.append_eod else none}")
     if making.source.conversations:
         template = load_template(making.chat_template, making.tokenizer, tokenizer.special)
         if cut := split_markers(template, tokenizer):
             print(
                 f"warning: {', '.join(cut)} of the chat template are no tokens of this tokenizer: each is cut into "
-                f"pieces. Train it with --special-tokens {' '.join(map(repr, cut))}, or use the template that belongs "
-                "to it",
+                f"pieces. Train it with --special-tokens {' '.join(map(repr, cut))}, add them to it as special "
+                "tokens, or use the template that belongs to it",
                 file=sys.stderr,
             )
     counts = preprocess(

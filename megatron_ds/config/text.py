@@ -46,7 +46,9 @@ class ModelConfig(BaseModelConfig):
         gt=0,
         description="Width inside the MLP. Default: 4 x hidden_size; gated 8/3 x, rounded up to 64.",
     )
-    vocab_size: int = Field(50257, gt=0, description="Tokens of the tokenizer; ids are 0..vocab_size-1.")
+    vocab_size: int = Field(
+        50257, gt=0, description="Tokens of the tokenizer; ids are 0..vocab_size-1. Default: those of data.tokenizer."
+    )
     vocab_multiple: int = Field(
         128, gt=0, description="The embedding is padded to a multiple of this, which every tp must divide."
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatron_ds.config import BaseRunConfig, parse, to_toml
-from megatron_ds.errors import ConfigError
+from megatron_ds.data.tokenizers import load_tokenizer
+from megatron_ds.errors import ConfigError, MegatronDSError
 from megatron_ds.train.dry_run import dry_run
 from megatron_ds.train.initial_weights import check_model, model_defaults
 from megatron_ds.train.launch import RankInfo
@@ -24,7 +26,7 @@ def run_pretraining(place: RankInfo, config_class: type[R], task_of: Callable[[R
     dry = "--dry-run" in arguments
     arguments = [a for a in arguments if a not in ("--print-config", "--dry-run")]
     world_size, rank = (_take(arguments, "--world-size"), _take(arguments, "--rank")) if dry else (None, None)
-    config = parse(arguments, description, model_defaults, config_class)
+    config = parse(arguments, description, _defaults, config_class)
     if show:
         print(to_toml(config), end="")
         return 0
@@ -37,6 +39,17 @@ def run_pretraining(place: RankInfo, config_class: type[R], task_of: Callable[[R
         return 0
     pretrain(config, place, task)
     return 0
+
+
+def _defaults(config: BaseRunConfig) -> dict[str, Any]:
+    """Settings that follow from others: the model from the checkpoint that a run starts from, else the vocabulary from
+    the tokenizer. One that cannot be read is named later, on all ranks alike."""
+    spec = getattr(config.data, "tokenizer", None)
+    if config.checkpoint.init_from is not None or spec is None:
+        return model_defaults(config)
+    with contextlib.suppress(MegatronDSError):
+        return {"model": {"vocab_size": load_tokenizer(spec, fast=False).vocab_size}}
+    return {}
 
 
 def _take(arguments: list[str], flag: str) -> int | None:

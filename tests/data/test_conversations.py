@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,10 +132,15 @@ def test_preprocessed_conversations_and_their_masks(tmp_path: Path, kind: str) -
     template, tokenizer = ChatTemplate(CHATML), load_tokenizer("bytes")
     assert tokenizer.decode(first) == template.render(parse_messages(CHATS[0]))
     assert tokenizer.decode(first[mask[: first.size]]) == "Hé!<|im_end|>\n"
-    for wanted in (False, True):
+    common: dict[str, Any] = {"split": "1", "sequence_length": 99, "seed": 0, "tokenizer": "bytes"}
+    for wanted, size in ((False, 300), (True, 257)):
         options = SampleOptions(conversations=wanted)
-        opened = open_sources(str(prefix), split="1", sequence_length=99, vocab_size=257, seed=0, options=options)
-        assert any("all tokens of which count alike, prompts too" in note for note in opened.notes) == (not wanted)
+        opened = open_sources(str(prefix), vocab_size=size, options=options, **common)
+        for said in (
+            "all tokens of which count alike, prompts too",
+            "vocab_size=300, of which the tokenizer bytes has",
+        ):
+            assert any(said in note for note in opened.notes) == (not wanted)
 
 
 def test_a_damaged_mask_is_named(tmp_path: Path) -> None:

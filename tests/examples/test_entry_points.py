@@ -99,6 +99,21 @@ def test_print_config_is_a_file_that_means_the_same(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "size"),
+    [
+        (["--data.tokenizer", "bytes"], 257),
+        (["--data.tokenizer", "bytes", "--model.vocab-size", "300"], 300),
+        (["--data.tokenizer", "nowhere"], 50257),  # which the run itself refuses
+    ],
+)
+def test_the_vocabulary_is_the_tokenizers_unless_it_is_given(
+    arguments: list[str], size: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *arguments, "--print-config") == 0
+    assert f"\nvocab_size = {size}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--rank", "3"], "unknown option --rank"),
