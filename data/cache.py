@@ -78,8 +78,8 @@ def cached_arrays(
     """The arrays that ``build`` returns, mapped read-only from a file that all processes of the node share.
 
     The file, one of the :func:`candidates` for ``path``, is safetensors; its header also holds the key (JSON values on
-    which the result depends) and a checksum of the arrays, which is compared whenever it is opened (10 ms for 100 MB):
-    a damaged one is made again. Exceptions of ``build`` pass through, and nothing is kept then.
+    which the result depends) and a checksum of the arrays, which is compared whenever it is opened: a damaged one
+    is made again. Exceptions of ``build`` pass through, and nothing is kept then.
     """
     text, files = json.dumps(key, sort_keys=True), candidates(path, cache_dir)
     for file in files:

@@ -175,7 +175,7 @@ class IndexedDataset:
     def check_index(self) -> None:
         """Read the whole index: lengths and offsets must agree everywhere, documents must be in order.
 
-        0.3 s for 10 million sequences; :func:`megatron_ds.data.verify.verify` remembers the answer.
+        :func:`megatron_ds.data.verify.verify` remembers the answer.
         """
         step = 1 << 20
         expected = 0

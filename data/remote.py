@@ -3,8 +3,8 @@
 The index comes whole. The tokens come in chunks, when they are first read, into a sparse file of the final size; a
 second file holds each chunk's checksum (8 bytes), 0 until the chunk is on the disk. All processes of the node share
 both, and each chunk is fetched once. Where the dataset has a manifest of this library, every chunk and file is compared
-with its checksum on arrival; and each process compares a chunk of the copy with its checksum before it first reads it
-(1 to 2 ms for 16 MB), so that a damaged copy is named too.
+with its checksum on arrival; and each process compares a chunk of the copy with its checksum before it first reads
+it, so that a damaged copy is named too.
 """
 
 from __future__ import annotations

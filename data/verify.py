@@ -124,7 +124,7 @@ def remember(prefix: str, found: Scan) -> None:
 
 
 def scan(dataset: IndexedDataset) -> Scan:
-    """Read every token (1 to 2 GB/s from memory, the disk's rate otherwise)."""
+    """Read every token."""
     low, high = 0, -1
     sums = {"bin": StreamSums(CHUNK_BYTES)}
     for _, tokens in runs(dataset):

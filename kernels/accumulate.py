@@ -19,9 +19,9 @@ ADD_ROWS = Op("add_rows", twin="add_rows")
 def add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
     """``total += left @ right`` (``[rows, k] @ [k, columns]``), for weight gradients; ``first``: ``=`` and not ``+=``.
 
-    So ``total`` need not be zeroed before: for an 8192 x 384 table that took 4 ms on a CPU. A product of its dtype is
-    accumulated in place by BLAS, where that is fast, and one of half precision on a GPU always: it is rounded nowhere,
-    and passes through no memory of its own. In fp16 a product comes out in fp32 on a CPU too, where no faster route is
+    So ``total`` need not be zeroed before, which would be one pass over it more. A product of its dtype is accumulated
+    in place by BLAS, where that is fast, and one of half precision on a GPU always: it is rounded nowhere, and passes
+    through no memory of its own. In fp16 a product comes out in fp32 on a CPU too, where no faster route is
     lost by it: what fp16 cannot hold would be infinite before it is added, whatever the loss scale. In bf16 on a CPU
     torch has no such product, and each is rounded once before it is added.
     """

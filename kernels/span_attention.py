@@ -26,8 +26,8 @@ _SMALL = 4.0
 def span_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap: float | None = None) -> Tensor:
     """``softmax(q k^T / sqrt(d) + bias) v``, the queries being those of the last ``c`` of ``l`` places.
 
-    One batched product of all texts and heads is several times as fast as torch's fused kernel, which makes a product
-    for each head of each text. As there, scores and softmax are fp32 where the dtype is narrower.
+    One batched product of all texts and heads: torch's fused kernel makes a small one for each head of each text. As
+    there, scores and softmax are fp32 where the dtype is narrower.
 
     Args:
         q: ``[b, c, n, d]``. k, v: ``[g, b, l, d]``; query head ``h`` uses key/value head ``h // (n / g)``.
@@ -46,7 +46,7 @@ def span_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap
         return F.scaled_dot_product_attention(
             q.view(g, 1, group, d), k, v, None if bias is None else bias[:, :, :, 0]
         ).reshape(q.shape)
-    # In one piece: products of strided keys take up to twenty times as long.
+    # In one piece of memory: batched products of strided keys are slow.
     k, v = k.contiguous().flatten(0, 1).transpose(1, 2), v.flatten(0, 1)
     if q.dtype is torch.float16 or (q.dtype is torch.bfloat16 and group * c > _FEW):
         k = k.float()

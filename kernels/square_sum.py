@@ -20,8 +20,8 @@ def square_sum(flat: Tensor) -> Tensor:
 
 
 def square_sum_reference(flat: Tensor) -> Tensor:
-    """``vector_norm`` adds fp32 squares in fp32: over 7 M normal numbers it comes out 4e-4 too small, and asking it for
-    float64 takes 30 times as long. Norms of short rows, added in float64, are right to 1e-8 at the same speed."""
+    """``vector_norm`` adds fp32 squares in fp32: of many numbers it comes out too small, and asking it for float64 is
+    slow. Norms of short rows, added in float64, are right to 1e-8 at the same speed."""
     whole = flat.numel() // _NORM_ROW * _NORM_ROW
     total = torch.zeros((), dtype=torch.float64, device=flat.device)
     if whole:

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 # Imported once in the fork server; a child then starts with them in memory. Names only: nothing here imports them.
 _PRELOAD = [
-    "torch._dynamo",  # activation checkpointing imports it when first used: 1.4 s of each rank otherwise
+    "torch._dynamo",  # activation checkpointing imports it when first used, in each rank otherwise
     "torch._dynamo.backends.common",  # and this whatever compiles, in as long
     "torch.distributed.device_mesh",
     "torch.utils.checkpoint",
@@ -127,7 +127,7 @@ def modules_to_preload() -> list[str]:
 
 @contextlib.contextmanager
 def _plain_main(function: Callable[..., Any]) -> Iterator[None]:
-    """Start a child that does not import this process's main module (pytest, 0.2 s a rank) without need."""
+    """Start a child that does not import this process's main module (pytest) without need."""
     main = sys.modules["__main__"]
     if function.__module__ == "__main__":
         yield

@@ -24,8 +24,8 @@ def map_large_tensors() -> None:
 def keep_freed_memory() -> None:
     """Have glibc keep in its heap the memory of tensors that are freed from now on, for the next ones.
 
-    Otherwise every large temporary is mapped and unmapped anew: 100,000 page faults a step of a small model on a CPU,
-    6% of the CPU time in fp32 and 11% in bf16. What is free already goes back to the system.
+    Otherwise every large temporary is mapped and unmapped anew, with a fault for each of its pages. What is free
+    already goes back to the system.
     """
     _set_options(1 << 30)
     with contextlib.suppress(OSError, AttributeError):

@@ -11,8 +11,8 @@ QUERIES = 64
 def prefers_blocks(dtype: torch.dtype, keeps_probabilities: bool, causal: bool, other_rules: bool) -> bool:
     """Whether blocks of queries are faster: but in fp32 and fp16 for whole rows, and in fp32 for long causal ones.
 
-    torch's kernel computes its tiles at a fraction of the matmul rate, in bf16 more slowly than in fp32 (its backward
-    pass over rows of 16 takes ten times as long), and other rules reach it as a matrix of ``[s, s]``. In fp16 products
+    torch's kernel computes its tiles at a fraction of the matmul rate, in bf16 more slowly than in fp32 (most
+    of all its backward pass over short rows), and other rules reach it as a matrix of ``[s, s]``. In fp16 products
     are slow without AVX-512's or AMX's own, and it computes them in fp32.
 
     Args:

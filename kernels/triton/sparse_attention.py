@@ -373,8 +373,8 @@ def _tiles(kernel: str, block: int, head_dim: int, dtype: torch.dtype, even: boo
         keys = 32 if not wide or head_dim & (head_dim - 1) else 64
         tm, tn, stages = min(block, 64), min(block, keys), 2
     else:
-        # At wide heads a few registers spill, 32 to 48 bytes a thread; the widest tiles without were 15% slower. Masks
-        # of a sequence that ends inside a block take more: 64 queries a tile would spill 80 bytes with Triton 3.8.
+        # At wide heads a few registers spill: the widest tiles without any were slower. Masks of a sequence that ends
+        # inside a block take more, and 64 queries a tile would spill many.
         most = 64 if even or not wide else 32
         tm, tn, stages = max(16, min(most, block // 2 if wide else block)), min(block, 128 if wide else 64), 2
     warps = {16: 1, 32: 2, 64: 4, 128: 8}[max(tm, tn)]

@@ -19,7 +19,7 @@ _PROMPT_LOGPROBS_ROWS = 256
 """Tokens of a chunk whose logits are all wanted: they are whole rows of the vocabulary."""
 
 
-@dataclass(slots=True)  # not frozen: that would take three times as long to make
+@dataclass(slots=True)  # not frozen: that would take longer to make
 class Span:
     """Tokens ``start`` to ``start + count`` of a sequence, of which the last are a guess where there is a ``draft``."""
 

@@ -245,7 +245,7 @@ class Float8Inputs(_ScaledOutputs):
         if x.device.type == "cuda" and x.dtype is torch.bfloat16:
             scales = scale.float(), self.scale.float().unsqueeze(0)
             return torch._scaled_mm(values, self.values.t(), *scales, out_dtype=x.dtype)
-        # On a CPU a product of widened values is twenty times as fast as torch's of FP8, and as exact.
+        # On a CPU a product of widened values is much faster than torch's of FP8, and as exact.
         sums = linear(_terms(values, x.dtype), _terms(self.values, x.dtype), None)
         scale = scale / _unit(values, x.dtype) ** 2
         return (sums.to(scale.dtype) * scale * self.scale.to(scale.dtype)).to(x.dtype)

@@ -64,7 +64,7 @@ class SegmentOptimizer:
     (Loshchilov & Hutter 2019, algorithm 2). SGD: ``g += wd w``, ``m = mu m + g``, ``w -= lr m``.
 
     torch's functional forms are called and not its optimizer classes: those import ``torch._dynamo``, which takes
-    100 MB and 1.4 s a rank.
+    memory and a second of every rank.
     """
 
     def __init__(

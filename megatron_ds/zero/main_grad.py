@@ -156,8 +156,7 @@ class MainGradient:
     def add_rows(self, indices: torch.Tensor, rows: torch.Tensor) -> None:
         """Add ``rows[i]`` to row ``indices[i]`` of a 2-D parameter (``[n]``, ``[n, columns]``); indices may repeat.
 
-        2,048 rows of an 8,192 x 384 embedding: 0.14 ms on a CPU, where the dense gradient that autograd makes takes
-        0.8 to 6 and its addition 2 more.
+        The dense gradient that autograd would make is as large as the table, and so is its addition.
         """
         if self._keep(self.add_rows, indices, rows):
             return

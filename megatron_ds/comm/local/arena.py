@@ -1,7 +1,7 @@
 """Memory that the ranks of one host read from each other directly, instead of through a socket.
 
-Sending 55 MB from one CPU rank to another copies it into the kernel and out again on both sides: about 30 ms of CPU
-time a rank, taken from the cores that compute. Where all ranks of an axis run on one Linux host their flat buffers lie
+What one CPU rank sends to another is copied into the kernel and out again, with CPU time that is taken from the cores
+that compute. Where all ranks of an axis run on one Linux host their flat buffers lie
 in an arena that every rank of the axis maps, and a reduction is one read of the neighbour's memory.
 
 Data goes through the arena, *order* goes through pipes (see ``tokens.py``): a rank that has finished writing sends a
@@ -139,7 +139,7 @@ class PrivateView:
     def written(self) -> bool:
         """Whether this rank has written the view since it last forgot: then it has pages of its own.
 
-        The kernel tells (``pagemap``, see proc(5)), in 30 ns a page; where it does not, the answer is yes.
+        The kernel tells (``pagemap``, see proc(5)), page by page; where it does not, the answer is yes.
         """
         if self.pages is None:
             return False

@@ -4,8 +4,7 @@ A token is eight bytes in a pipe that two ranks share. The kernel gives the orde
 needs, a rank that waits sleeps, and a rank that dies closes its pipes, which wakes those who wait for it.
 
 The process group could send them too, and did: but gloo sends with a thread of its own, which takes the core from the
-thread that computes. Measured with 2 ranks on 2 cores: a token to and from the other rank takes 0.77 ms of clock to
-send and 0.6 ms to wait for through gloo (26 a step under TP 2, 4% of the step); through a pipe 0.02 ms.
+thread that computes, for a share of a step that a pipe does not take.
 """
 
 from __future__ import annotations
