@@ -12,7 +12,8 @@ $DESCRIPTION
 usage: $0 [--dry-run [--world-size N] [--rank R]] [--dotted.key VALUE ...]
 
   --dry-run       build one rank of the mesh without memory or other ranks and print the layout, the bytes a rank
-                  needs and the pipeline's bubble (world size $DRY_RUN_WORLD_SIZE unless given here or by NNODES and GPUS_PER_NODE)
+                  needs and the pipeline's bubble (world size $DRY_RUN_WORLD_SIZE unless given here or by NNODES and GPUS_PER_NODE);
+                  with --layouts, compare every mesh of these ranks and ZeRO stage (--gpu-gb N: memory of a GPU)
   --dotted.key    any setting of examples/configs/$CONFIG, e.g. --data.prefix corpus/text_document --mesh.tp 4;
                   all of them: python examples/${ENTRY:-pretrain_gpt.py} --help
 

@@ -9,6 +9,7 @@ Besides the settings below:
     --print-config   print the resolved settings as TOML and stop
     --dry-run        build one rank of the mesh without memory or other processes: layout, exact bytes, bubble
                      (--world-size N, default the mesh's product; --rank R, default 0)
+    --dry-run --layouts    compare what every mesh of these ranks needs at each ZeRO stage (--gpu-gb N, default 80)
 """
 
 from __future__ import annotations

@@ -82,6 +82,7 @@ class DryRun:
                 *self._offloaded(),
                 *self._activations(),
                 *self._transient(),
+                *self._fullest(),
                 f"schedule: {self.config.pipeline.schedule}, {batches} micro-batches, at most {self.in_flight} "
                 f"in flight on this rank, bubble {self.bubble:.1%} of the time",
                 *self.notes,
@@ -111,6 +112,11 @@ class DryRun:
     def _transient(self) -> list[str]:
         there = {kind: size for kind, size in self.account.transient_bytes().items() if size}
         return ["for a moment, at most:", *_table(there)] if there else []
+
+    def _fullest(self) -> list[str]:
+        without = " without activations" if self.activations is None else ""
+        total = {"in all": self.account.total("device")}
+        return [f"on the device at the fullest moment{without} (--dry-run --layouts compares layouts):", *_table(total)]
 
     def _offloaded(self) -> list[str]:
         """What lies where, if not all of it is on the device."""

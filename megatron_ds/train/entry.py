@@ -13,6 +13,7 @@ from megatron_ds.errors import ConfigError, MegatronDSError
 from megatron_ds.train.dry_run import dry_run
 from megatron_ds.train.initial_weights import check_model, model_defaults
 from megatron_ds.train.launch import RankInfo
+from megatron_ds.train.layout_table import layouts
 from megatron_ds.train.pretrain import pretrain
 from megatron_ds.train.task import Task
 
@@ -24,8 +25,10 @@ def run_pretraining(place: RankInfo, config_class: type[R], task_of: Callable[[R
     arguments = sys.argv[1:]
     show = "--print-config" in arguments
     dry = "--dry-run" in arguments
-    arguments = [a for a in arguments if a not in ("--print-config", "--dry-run")]
+    compare = dry and "--layouts" in arguments
+    arguments = [a for a in arguments if a not in ("--print-config", "--dry-run", *["--layouts"] * compare)]
     world_size, rank = (_take(arguments, "--world-size"), _take(arguments, "--rank")) if dry else (None, None)
+    gpu_gb = _take(arguments, "--gpu-gb") if compare else None
     config = parse(arguments, description, _defaults, config_class)
     if show:
         print(to_toml(config), end="")
@@ -35,7 +38,7 @@ def run_pretraining(place: RankInfo, config_class: type[R], task_of: Callable[[R
         check_model(config)
         m = config.mesh
         ranks = m.tp * m.pp * m.cp * (m.dp or 1) if world_size is None else world_size
-        print(dry_run(config, task, ranks, rank or 0))
+        print(layouts(config, task_of, ranks, gpu_gb or 80) if compare else dry_run(config, task, ranks, rank or 0))
         return 0
     pretrain(config, place, task)
     return 0

@@ -76,12 +76,23 @@ def test_every_configuration_dry_runs_from_one_replica_to_16384_ranks(
     assert [p.name for p in tmp_path.iterdir() if p.name != "bloom.toml"] == []  # nothing is written
 
 
+def test_the_dry_run_compares_layouts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--model.num-layers", "2", "--model.hidden-size", "64", "--model.num-heads", "4"]
+    assert call(monkeypatch, *small, "--dry-run", "--layouts", "--world-size", "2", "--gpu-gb", "24") == 0
+    shown = capsys.readouterr().out
+    assert "of 24 GB" in shown and re.findall(r"^ +(\d) +(\d) +(\d)  .*\*", shown, re.MULTILINE) == [
+        ("1", "1", "2"),
+        ("1", "2", "1"),
+        ("2", "1", "1"),
+    ]
+
+
 def test_help_names_what_is_not_a_setting_and_every_setting(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "--help") == 0
     shown = capsys.readouterr().out
-    for option in ("--config FILE", "--print-config", "--dry-run", "--world-size N", "--rank R"):
+    for option in ("--config FILE", "--print-config", "--dry-run", "--world-size N", "--rank R", "--layouts"):
         assert option in shown
     for option in ("--output", "--mesh.tp", "--pipeline.layers-per-stage", "--checkpoint.resume", "--timeout"):
         assert option in shown

@@ -20,6 +20,7 @@ from megatron_ds.pipeline.stage import LayerCosts
 from megatron_ds.testing import device_of_rank, run_ranks
 from megatron_ds.train.build import build
 from megatron_ds.train.dry_run import dry_run
+from megatron_ds.train.layout_table import layouts
 
 LLAMA = {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "tied_embeddings": False}
 
@@ -255,3 +256,24 @@ def test_the_layers_in_fp8_are_said_and_what_a_gpu_refuses_is_found() -> None:
         wrong = config.model_copy(update={"precision": config.precision.model_copy(update=change)})
         with pytest.raises(ConfigError, match=message):
             dry_run(wrong, GPTTask(wrong), 4)
+
+
+def test_the_table_of_layouts_has_the_bytes_of_a_dry_run_of_each() -> None:
+    """On 8 ranks, for a model of 4 heads: 8 do not share them, and 3 data-parallel ranks would need another batch."""
+    table = layouts(configuration({"tp": 2}), GPTTask, 8, gpu_gb=0.0005)
+    assert {(s.tp, s.pp, s.dp) for s in table.sizes} == {
+        *((1, 1, 8), (1, 2, 4), (1, 4, 2), (2, 1, 4), (2, 2, 2), (2, 4, 1), (4, 1, 2), (4, 2, 1)),
+    }
+    for shape, cells in table.sizes.items():
+        for name, stage, recompute in (("zero 1", 1, "none"), ("zero 3", 3, "none"), ("2, full", 2, "full")):
+            mesh = {"tp": shape.tp, "pp": shape.pp}
+            config = configuration(mesh, zero={"stage": stage}, recompute={"mode": recompute})
+            runs = (dry_run(config, GPTTask(config), 8, rank) for rank in range(8))
+            ends = [run for run in runs if shape.coordinates(run.rank)["pp"] in (0, shape.pp - 1)]
+            assert cells[name] == max(run.account.total("device") for run in ends)
+    head, _, _, *rows = str(table).splitlines()
+    assert "fits 90% of 0 GB" in head and len(rows) == 8 and "*" in rows[0] + rows[-1]
+    assert set(layouts(configuration({"tp": 2}, train={"global_batch": 9}), GPTTask, 8, 80).sizes) == {
+        MeshShape(pp=4, dp=1, tp=2),
+        MeshShape(pp=2, dp=1, tp=4),
+    }
