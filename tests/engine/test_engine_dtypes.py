@@ -220,8 +220,14 @@ def test_a_model_in_fp16_has_its_loss_scaled(frozen: bool, capsys: pytest.Captur
     optimizer = torch.optim.SGD(model.parameters(), lr=1e3)
     engine = megatron_ds.initialize(model, {"precision": {"initial_loss_scale": 2.0**12}}, optimizer)
     engine.backward(engine())
+    # What a loop may look at is without the scale.
+    for name, size in (("other.weight", 1.0), *([] if frozen else [("small.weight", 2e-8)])):
+        gradient = engine.get_gradient(name).float()
+        torch.testing.assert_close(gradient, torch.full_like(gradient, size), rtol=1e-3, atol=0)
+    norm = engine.get_gradient_norm().item()
     result = engine.step()
     assert result is not None and not result.skipped
+    assert norm == pytest.approx(1.0) == result.grad_norm
     assert result.loss_scale == (1.0 if frozen else 2.0**12)
     assert ("parameters are in fp16: the loss is scaled" in capsys.readouterr().out) == (not frozen)
     want = torch.full((8,), 0.0 if frozen else -2e-5)
