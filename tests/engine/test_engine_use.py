@@ -18,7 +18,9 @@ from engine_more import (
     weights_of_another_shape,
     what_has_no_initialisation,
 )
+from safetensors.torch import save_file
 from test_engine_parity import differs
+from torch import nn
 
 import megatron_ds
 from megatron_ds.testing import run_ranks
@@ -92,6 +94,18 @@ def test_a_model_without_memory_begins_alike_on_any_ranks(tmp_path: Path) -> Non
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     assert "table is [1, 4], and the model's is [4, 4]; give the weights" in weights_of_another_shape(str(tmp_path))
+
+
+def test_a_folder_of_weights_has_buffers_too(tmp_path: Path) -> None:
+    saved = {name: torch.rand(3) for name in ("weight", "bias", "running_mean", "running_var")}
+    saved["num_batches_tracked"] = torch.tensor(7)
+    save_file(saved, tmp_path / "model.safetensors")
+    with megatron_ds.empty_parameters():
+        net = nn.BatchNorm1d(3)
+    engine = megatron_ds.initialize(net, weights=tmp_path)
+    state = engine.state_dict()
+    assert state.keys() == saved.keys() and all(torch.equal(state[name], value) for name, value in saved.items())
+    engine.close()
 
 
 def test_what_cannot_initialise_itself_says_so() -> None:
