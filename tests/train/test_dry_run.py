@@ -21,6 +21,7 @@ from megatron_ds.testing import device_of_rank, run_ranks
 from megatron_ds.train.build import build
 from megatron_ds.train.dry_run import dry_run
 from megatron_ds.train.layout_table import layouts
+from megatron_ds.zero.store.nvme import NvmeStore
 
 LLAMA = {"position": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "tied_embeddings": False}
 
@@ -130,9 +131,9 @@ def kept_by_each(configs: list[RunConfig]) -> list[Any]:
         shards = [bucket.gradients.shard.nbytes for bucket in zero.buckets if bucket.gradients is not None]
         whole = [b.parameters.whole.nbytes for b in zero._all if b.layout.key.unit is None]
         units = [b.parameters.holding.region for b in zero._all if b.layout.key.unit is not None]
-        away = [zero.stores[0]._state.bytes(), zero.stores[0]._parameters.bytes()]
+        away = {id(store): store for store in (zero.stores[0]._state, zero.stores[0]._parameters)}.values()
         parameters = sum(whole) + sum(region.numel * region.dtype.itemsize for region in units)
-        found.append((sum(shards), parameters, sum(held["disk"] for held in away)))
+        found.append((sum(shards), parameters, sum(store._size for store in away if isinstance(store, NvmeStore))))
         zero.close()
     return found
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice, product
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ from megatron_ds.train.rank_bytes import StageBook, account_of
 from megatron_ds.zero.byte_table import PLACES
 from megatron_ds.zero.layout import ZeroLayout
 from megatron_ds.zero.memory import WholeBuffer
+from megatron_ds.zero.store import DeviceStore, HostStore, NvmeStore
 
 CPU = {"device": "cpu"}
 MESHES: list[dict[str, int]] = [{"dp": 4}, {"tp": 2, "dp": 2}, {"pp": 2, "dp": 2}]
@@ -50,13 +54,27 @@ def configurations(disk: str) -> list[RunConfig]:
     return [*found, configuration({"pp": 2, "dp": 2}, pipeline=tied), configuration({"pp": 4})]
 
 
+@contextmanager
+def counted(store: type[DeviceStore | HostStore], held: dict[str, int], place: str) -> Iterator[None]:
+    """Add up the bytes of all regions that such stores hand out."""
+    allocate: Any = store.allocate
+
+    def counting(self: Any, name: str, numel: int, dtype: torch.dtype) -> Any:
+        held[place] += numel * dtype.itemsize
+        return allocate(self, name, numel, dtype)
+
+    with patch.object(store, "allocate", counting):
+        yield
+
+
 def held_by_each(disk: str) -> list[tuple[ZeroLayout, dict[str, int]]]:
     """On a real rank: the layout of its optimizer, and bytes by place that its buffers and its stores hold."""
     found = []
     for config in configurations(disk):
         mesh = Mesh.create(validate(config, dist.get_world_size()), torch.device("cpu"))
-        zero = build(config, mesh, GPTTask(config)).optimizer
         held = dict.fromkeys(PLACES, 0)
+        with counted(DeviceStore, held, "device"), counted(HostStore, held, "host"):
+            zero = build(config, mesh, GPTTask(config)).optimizer
         for bucket in zero._all:
             if isinstance(bucket.parameters, WholeBuffer):
                 held["device"] += bucket.parameters.whole.nbytes
@@ -66,11 +84,10 @@ def held_by_each(disk: str) -> list[tuple[ZeroLayout, dict[str, int]]]:
                 held["device"] += bucket.gradients.whole.nbytes
             elif bucket.gradients is not None:
                 held["device"] += bucket.gradients.shard.nbytes
-        for store in {
-            id(s): s for s in (zero.stores[0]._device, zero.stores[0]._state, zero.stores[0]._parameters)
-        }.values():
-            for place, size in store.bytes().items():
-                held[place] += size
+        for store in (zero.stores[0]._state, zero.stores[0]._parameters):
+            if isinstance(store, NvmeStore):
+                held["disk"] += store._size
+                held["host"] += store._blocks.total
         found.append((zero.layout, held))
         zero.close()
     return found
