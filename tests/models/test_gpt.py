@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_ds.config import ModelConfig, RecomputeConfig, RunConfig, from_dict
 from megatron_ds.kernels.accumulate import add_product
+from megatron_ds.layers import attention_cores
 from megatron_ds.layers.recipe import OwnPrecision
 from megatron_ds.mesh import Axis, Mesh
 from megatron_ds.models.gpt import GPT, GPTTask
@@ -374,3 +375,15 @@ def test_of_many_micro_batches_in_flight_one_holds_a_gradient_of_the_output_weig
         found.append([total, *(p.grad for p in net.parameters())])
     for one, other in zip(*found):
         assert one is not None and other is not None and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_biases_and_masks_are_made_once_a_micro_batch(mode: Any) -> None:
+    """ALiBi and documents, where attention takes them as a matrix: for four layers, recomputed ones included."""
+    net = model(BLOOM, recompute=RecomputeConfig(mode=mode))
+    with (
+        patch.object(attention_cores, "is_preferred", lambda *_: False),
+        patch.object(attention_cores, "_bias", wraps=attention_cores._bias) as bias,
+    ):
+        net(batch()).backward()
+    assert bias.call_count == 1
