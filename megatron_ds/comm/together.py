@@ -5,6 +5,7 @@ Text travels as bytes in plain tensors: the object collectives of ``torch.distri
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,19 @@ from megatron_ds.errors import CheckpointError, listed
 from megatron_ds.mesh import Axis
 
 SHOWN_RANKS = 4
+# What gloo and NCCL say, and our own tokens, when a peer is gone or does not come.
+_PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|time(d |-)?out|gloo|nccl", re.IGNORECASE)
+
+
+def blames_peer(error: BaseException | str) -> bool:
+    """Whether a collective has failed, or what is said of it, because another rank is gone or does not come."""
+    return isinstance(error, RuntimeError | str) and _PEER.search(str(error)) is not None
+
+
+def plain_message(error: BaseException) -> str:
+    """A backend's message without its source line, its stack and its advice."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return re.sub(r"^\[[^\]]*\] ", "", lines[0]).partition(". This is typically")[0]
 
 
 def group_device(axis: Axis) -> torch.device:

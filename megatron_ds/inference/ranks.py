@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ds import comm
-from megatron_ds.comm.together import group_device
+from megatron_ds.comm.together import blames_peer, group_device, plain_message
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference.serving_options import EngineOptions
 from megatron_ds.mesh import Axis, Mesh, MeshShape, init_process_group
@@ -98,14 +97,11 @@ class Ranks:
             try:
                 yield
             except RuntimeError as error:
-                if type(error) is not RuntimeError or self.mesh.world.size == 1:  # else a collective's, most likely
+                if self.mesh.world.size == 1 or not blames_peer(error):
                     raise
                 self.require_alive(_LAST_WORDS)
-                why = re.sub(
-                    r"^\[\S+\] ", "", re.split(r"\. |\n", str(error))[0]
-                )  # without gloo's source line and advice
                 raise ConfigError(
-                    f"rank {self.mesh.rank} of the served model cannot go on with the others: {why} "
+                    f"rank {self.mesh.rank} of the served model cannot go on with the others: {plain_message(error)} "
                     f"(rank_timeout={self._timeout:g} s)"
                 ) from error
             self.interrupted = False

@@ -28,14 +28,13 @@ from functools import partial
 
 import torch.distributed as dist
 
+from megatron_ds.comm.together import blames_peer, plain_message
 from megatron_ds.errors import MegatronDSError, listed
 from megatron_ds.train.bounded import BoundedStore, StoreSilentError, end_within
 from megatron_ds.train.whereabouts import Line, Whereabouts, innermost, main_thread, note_of, notes_of, waits_in
 
 FAILED = "failed"  # the store's key of the first failure
 _SHOWN = 16
-# What gloo and NCCL say, and our own tokens, when a peer is gone or does not come.
-_PEER = re.compile(r"connection (closed|reset|refused)|broken pipe|time(d |-)?out|gloo|nccl", re.IGNORECASE)
 _TIMEOUT = re.compile(r"time(d |-)?out", re.IGNORECASE)
 _ANSWERS_WITHIN = 4.0  # seconds in which a store that is there answers
 _LAST_WORDS_TAKE = 30.0  # seconds at most from a rank's failure to its end
@@ -117,8 +116,8 @@ class Watch:
         end_within(_LAST_WORDS_TAKE + 6 * self.interval, code)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, at once after a death: let this be said first
-        peer = isinstance(error, RuntimeError) and _PEER.search(str(error)) is not None
-        text = _plain(error) if peer else str(error) if mistake else f"{type(error).__name__}: {error}"
+        peer = blames_peer(error)
+        text = plain_message(error) if peer else str(error) if mistake else f"{type(error).__name__}: {error}"
         lines = [(frame.f_code, number) for frame, number in traceback.walk_tb(error.__traceback__)]
         own = Whereabouts(self._text(lines[::-1]), True)
         first = self._claim(text)
@@ -153,7 +152,7 @@ class Watch:
             end = f"no word from it or its torchrun; stopped, or its machine cannot be reached ({error})"
         except Exception:
             end = "gone without a word, it or its torchrun, and the job's store with it"
-        return FirstFailure(0, end, said=False) if self.rank > 0 and _PEER.search(text) else own
+        return FirstFailure(0, end, said=False) if self.rank > 0 and blames_peer(text) else own
 
     def _report_stop(self, first: FirstFailure) -> None:
         if self.local_rank == 0 or not first.said:
@@ -290,12 +289,6 @@ def _on_hosts(ranks: Sequence[int], hosts: Mapping[int, str]) -> str:
 
 def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {listed(ranks, _SHOWN)}"
-
-
-def _plain(error: BaseException) -> str:
-    """A backend's message without its source line, its stack and its advice."""
-    lines = str(error).splitlines() or [type(error).__name__]
-    return re.sub(r"^\[[^\]]*\] ", "", lines[0]).partition(". This is typically")[0]
 
 
 def _report(text: str) -> None:

@@ -16,6 +16,9 @@ from hf_models import _llama
 
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference import LLM, SamplingParams
+from megatron_ds.inference.ranks import Ranks
+from megatron_ds.inference.serving_options import EngineOptions
+from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.testing import RankFailed, run_ranks
 
 TIMEOUT = 1.0
@@ -69,3 +72,10 @@ def test_a_rank_whose_first_one_is_killed_ends(folder: Path) -> None:
     what = r"rank 0 of 2 failed first:\ndied without a traceback, exit code -9\n\(ranks \[1\] failed after it"
     with pytest.raises(RankFailed, match=what):
         run_ranks(loses_a_rank, 2, folder, 0, signal.SIGKILL, timeout=60)
+
+
+def test_a_defect_is_not_taken_for_a_lost_rank() -> None:
+    own = Ranks(EngineOptions("model", device="cpu"))
+    own.mesh = Mesh.described(MeshShape(tp=2), 0)
+    with pytest.raises(RuntimeError, match="The size of tensor a"), own.exchange():
+        torch.ones(2) + torch.ones(3)
