@@ -82,7 +82,8 @@ class LLM:
         of_text = -(-self.max_model_len // o.block_size)
         capture = None if o.enforce_eager else capture_for(mesh)
         graphs = GraphSizes(o.max_num_seqs, of_text, o.block_size, source.config.padded_vocab, dtype)
-        memory = _memory(mesh.device, o.gpu_memory_utilization) - (graphs.bytes if capture else 0)
+        memory = _memory(mesh.device, o.gpu_memory_utilization) // self._ranks.sharing
+        memory -= graphs.bytes if capture else 0
         # One block is no text's. All ranks take the smallest number before anything is made: an error is one on each.
         blocks = _smallest(o.num_blocks or min(o.max_num_seqs * of_text, memory // block - 1), mesh.world)
         if blocks < min(of_text, 2):

@@ -35,6 +35,7 @@ class Ranks:
 
     Attributes:
         interrupted: an exchange has not ended as it should; the other ranks may wait in the middle of it.
+        sharing: ranks that take from the same memory; each GPU has its own.
     """
 
     def __init__(self, options: EngineOptions):
@@ -48,6 +49,7 @@ class Ranks:
         alone = {"RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": world}
         rank, local, here = (int(os.environ.get(name, n)) if started else n for name, n in alone.items())
         self.device = _device(options.device, local, here)
+        self.sharing = here if self.device.type == "cpu" else 1
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if world > 1 and not dist.is_initialized():
@@ -70,7 +72,7 @@ class Ranks:
         self.mesh = Mesh.create(shape, self.device, self._timeout)
 
     def _wait_for_children(self, store: dist.Store) -> None:
-        """The process group, which waits without end for those that are missing, is made when all are there."""
+        """The process group, which would wait for one that has ended, is made when all are there."""
         try:
             while not store.check([_here(rank) for rank in range(1, len(self._children) + 1)]):
                 self.require_alive()

@@ -27,6 +27,7 @@ from megatron_ds.convert.hugging_face import export_hf, import_hf
 from megatron_ds.data.tokenizers import ByteTokenizer, load_tokenizer
 from megatron_ds.errors import CheckpointError, ConfigError, MegatronDSError
 from megatron_ds.inference import LLM, RequestOutput, SamplingParams, ranks
+from megatron_ds.inference import llm as llm_module
 from megatron_ds.inference.served_model import require_split
 
 REFUSED = {
@@ -94,11 +95,15 @@ def answers(outputs: list[RequestOutput]) -> list[list[int]]:
     return [sample.token_ids for output in outputs for sample in output.outputs]
 
 
-def test_ranks_that_the_first_one_starts_give_the_same_tokens(folder: Path) -> None:
+def test_ranks_that_the_first_one_starts_give_the_same_tokens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each has half of every block, in its part of the machine's memory."""
+    monkeypatch.setattr(llm_module, "free_host_memory", lambda: 1 << 18)
     params = SamplingParams(seed=1, max_tokens=8, n=2)
     with LLM(folder) as one:
+        blocks = one.engine.batcher.pool.count
         want = answers(one.generate(["abc", "de"], params, use_tqdm=False))
     with pytest.raises(ConfigError, match="ended with exit code -9"), LLM(folder, tensor_parallel_size=2) as two:
+        assert two.engine.batcher.pool.count == blocks < 64 * 4
         assert answers(two.generate(["abc", "de"], params, use_tqdm=False)) == want
         other = two._ranks._children[0]
         other.kill()
