@@ -46,6 +46,8 @@ def serve(options: ServeOptions) -> int:
         follow(o.engine_arguments())
         return 0
     listening = _listen(o.host, o.port)
+    # So that the other ranks end as well. uvicorn answers what is under way, and raises the signal again.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with LLM(**o.engine_arguments()) as llm:
         keep_freed_memory()  # of the steps, not of what loading has freed
         server = Server(llm, o)
@@ -62,8 +64,6 @@ def serve(options: ServeOptions) -> int:
             timeout_graceful_shutdown=int(o.request_timeout),
             h11_max_incomplete_event_size=65536,
         )
-        # uvicorn answers what is under way and raises the signal again: here, so that the other ranks end as well.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         running = uvicorn.Server(config)
         server.engine.on_failure = partial(setattr, running, "should_exit", True)
         with contextlib.suppress(KeyboardInterrupt):

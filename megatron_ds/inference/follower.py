@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
+import threading
+import time
 from typing import Any
 
 from megatron_ds.data.cli import guarded
@@ -31,6 +34,15 @@ def _leave_signals_to_the_first() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _end_after(first: int, last_words: float = 5.0) -> None:
+    """The first rank, process ``first``, may be gone before this one has reached it, which would go on trying."""
+    while os.getppid() == first:
+        time.sleep(1.0)
+    time.sleep(last_words)
+    os._exit(1)
+
+
 if __name__ == "__main__":
     _leave_signals_to_the_first()
+    threading.Thread(target=_end_after, args=(int(sys.argv[2]),), daemon=True).start()
     sys.exit(guarded(lambda: follow(json.loads(sys.argv[1]))))

@@ -180,7 +180,7 @@ def _device(wanted: str, local: int, ranks: int) -> torch.device:
 
 def _start(rank: int, world: int, port: int, options: EngineOptions) -> subprocess.Popen[bytes]:
     settings = json.dumps(options.engine_arguments(), default=str)
-    command = [sys.executable, "-m", "megatron_ds.inference.follower", settings]
+    command = [sys.executable, "-m", "megatron_ds.inference.follower", settings, str(os.getpid())]
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)

@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from hf_models import _llama
 
 from megatron_ds.errors import ConfigError
-from megatron_ds.inference import LLM, SamplingParams
+from megatron_ds.inference import LLM, SamplingParams, follower
 from megatron_ds.inference.ranks import Ranks
 from megatron_ds.inference.serving_options import EngineOptions
 from megatron_ds.mesh import Mesh, MeshShape
@@ -79,3 +80,11 @@ def test_a_defect_is_not_taken_for_a_lost_rank() -> None:
     own.mesh = Mesh.described(MeshShape(tp=2), 0)
     with pytest.raises(RuntimeError, match="The size of tensor a"), own.exchange():
         torch.ones(2) + torch.ones(3)
+
+
+def test_a_rank_ends_after_the_process_that_has_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may have ended before this rank could ask for it."""
+    ended = Mock()
+    monkeypatch.setattr(os, "_exit", ended)
+    follower._end_after(first=-1, last_words=0.0)
+    ended.assert_called_once_with(1)

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -20,7 +20,7 @@ from hf_models import _llama
 
 from megatron_ds.data.tokenizers import ByteTokenizer
 from megatron_ds.errors import ConfigError
-from megatron_ds.inference import LLM
+from megatron_ds.inference import LLM, served_model
 from megatron_ds.inference.command import main
 from megatron_ds.inference.ranks import Ranks
 from megatron_ds.inference.serving_options import EngineOptions
@@ -41,14 +41,16 @@ Run = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
     """Runs the program without the seconds that a process takes to start: its exit status, and what it says."""
+    before = signal.getsignal(signal.SIGTERM)
 
     def run(*arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["megatron-ds", *arguments])
         return main(), "".join(capsys.readouterr())
 
-    return run
+    yield run
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_what_is_under_way_is_answered_before_it_ends(folder: Path) -> None:
@@ -103,12 +105,17 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path, here: Run) -> None:
 
 def test_a_server_without_one_of_its_ranks_ends(folder: Path, here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LLM, "require_ranks", Mock(side_effect=ConfigError("rank 1 is gone")))
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        code, said = here("serve", str(folder), "--port", "0")
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    code, said = here("serve", str(folder), "--port", "0")
     assert code == 2 and re.fullmatch(".* at http://127.0.0.1:.*\nerror: rank 1 is gone\n", said)
+
+
+def test_a_signal_ends_a_server_that_is_loading(folder: Path, here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an exception, after which no other rank is left."""
+    monkeypatch.setattr(served_model, "build", lambda *_: signal.raise_signal(signal.SIGTERM))
+    abort = Mock()
+    monkeypatch.setattr(Ranks, "abort", abort)
+    assert here("serve", str(folder), "--port", "0") == (0, "")
+    abort.assert_called_once_with()
 
 
 def test_help_teaches(here: Run) -> None:
