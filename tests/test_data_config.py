@@ -39,6 +39,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "data.blend: the weight 0 of 'b' must be positive; leave it out for none",
     ),
     (
+        {"prefix": "0.7 a 1 b"},
+        "data.prefix='0.7 a 1 b' is one dataset; a blend is --data.blend 0.7 a 1 b",
+    ),
+    (
         {"prefix": "a", "tokenizer": "t", "fim": {"rate": 0.5}},
         "data.fim.rate=0.5 needs data.fim.tokens: the names of the prefix, middle and suffix sentinels, e.g. "
         "'<|fim_prefix|>' '<|fim_middle|>' '<|fim_suffix|>'",

@@ -28,6 +28,8 @@ def data_faults(config: RunConfig, needed: bool = True) -> Iterator[str]:
             f"{' and '.join(given)} each say where the samples come from; keep one of them (--data.prefix None unsets "
             "the one of a file)"
         )
+    elif data.prefix and _is_blend(data.prefix.split()):
+        yield f"data.prefix={data.prefix!r} is one dataset; a blend is --data.blend {data.prefix}"
     if own and "data.train_blend" not in own:
         yield f"{own[0]} without data.train_blend: nothing to train on; give data.train_blend too, or data.blend"
     for name in ("blend", *_OWN_BLENDS):
@@ -35,6 +37,11 @@ def data_faults(config: RunConfig, needed: bool = True) -> Iterator[str]:
             if not weight > 0:
                 yield f"data.{name}: the weight {weight:g} of {prefix!r} must be positive; leave it out for none"
     yield from _fim_faults(data)
+
+
+def _is_blend(words: list[str]) -> bool:
+    """Whether these are weights and prefixes in turn, as Megatron-LM's ``--data-path`` has them."""
+    return len(words) > 1 and all(word.replace(".", "", 1).isdigit() for word in words[::2])
 
 
 def _fim_faults(data: DataConfig) -> Iterator[str]:

@@ -241,7 +241,8 @@ def _refuse_others(fields: Mapping[str, Any], samples: Any) -> None:
     usual = {**_USUAL, "best_of": samples}
     for name, value in fields.items():
         if name not in usual:
-            raise BadRequest(f"{name!r} is no field that is served here", name)
+            way_out = "; use response_format or structured_outputs" if name.startswith("guided_") else ""
+            raise BadRequest(f"{name!r} is no field that is served here{way_out}", name)
         if value != usual[name]:
             raise BadRequest(f"{name} can only be {usual[name]!r} here; leave it out", name)
 
