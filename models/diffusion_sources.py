@@ -59,15 +59,15 @@ def _cached(config: DiffusionRun, fields: Sequence[str]) -> Sources:
     train, valid = split_rows(every, data.valid)
     images = LatentImages(cache, config.seed, fields, train)
     kept = LatentImages(cache, config.seed, fields, valid) if data.valid else None
+    notes = [f"{data.path}: {len(cache.bad)} images could not be decoded and are not in it"] if cache.bad else []
     if "labels" in fields:
-        _check_labels(config, cache.labels)
+        notes += _check_labels(config, cache.labels)
     else:
         _check_texts(config, images.empty)
     latents = {"scale": cache.scale, "shift": cache.shift, "vae": cache.encoder}
     if "text" in fields:
         latents["texts"] = cache.texts
     identity = {**cache.identity, LATENTS: latents, "valid": data.valid}
-    notes = [f"{data.path}: {len(cache.bad)} images could not be decoded and are not in it"] if cache.bad else []
     return _sources(config, images, kept, identity, notes)
 
 
@@ -89,7 +89,7 @@ def _decoded(config: DiffusionRun, fields: Sequence[str]) -> Sources:
             "set a column `label`; with captions, encode them by tools/cache_latents.py; model.num_classes=1 trains "
             "without classes"
         )
-    _check_labels(config, source.labels)
+    notes = _check_labels(config, source.labels)
     rows, sizes = source.usable_rows(data.on_error), source.sizes
     buckets: Sequence[Size] = ((m.image_size, m.image_size),)
     if data.max_ratio > 1:
@@ -103,11 +103,10 @@ def _decoded(config: DiffusionRun, fields: Sequence[str]) -> Sources:
     )
     assert train is not None
     identity = {**source.identity, "valid": data.valid, "crop": data.crop, "flip": data.flip}
-    notes = []
     if len(rows) < len(source):
         first = source.name(int(np.flatnonzero(sizes[:, 0] == 0)[0]))
         left_out = f"{len(source) - len(rows)} of {len(source)} files"
-        notes = [f"{path}: {left_out} are no images, or cut off, and are left out, {first} first"]
+        notes.append(f"{path}: {left_out} are no images, or cut off, and are left out, {first} first")
     return _sources(config, train, valid, identity, notes)
 
 
@@ -172,7 +171,15 @@ def _check_texts(config: DiffusionRun, empty: Mapping[str, npt.NDArray[Any]]) ->
             )
 
 
-def _check_labels(config: DiffusionRun, labels: npt.NDArray[np.int64]) -> None:
+def _check_labels(config: DiffusionRun, labels: npt.NDArray[np.int64]) -> list[str]:
+    """Compare the classes of the data with the model's.
+
+    Returns:
+        A note where the model has more than these: images drawn of the others are of a class that it never saw.
+
+    Raises:
+        ConfigError, DataError: the model cannot be trained on them.
+    """
     known = config.model.num_classes
     if not (labels.min() >= 0 and labels.max() < known):
         wrong = int(labels.max()) if labels.max() >= known else int(labels.min())
@@ -185,3 +192,5 @@ def _check_labels(config: DiffusionRun, labels: npt.NDArray[np.int64]) -> None:
             f"all images of {config.data.path} are of one class; put those of each class into a subfolder of its own, "
             "or set model.num_classes=1 to train without classes"
         )
+    count = int(labels.max()) + 1
+    return [f"model.num_classes={known}, of which {config.data.path} has {count}"] if count < known else []

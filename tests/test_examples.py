@@ -233,6 +233,22 @@ def test_slurm_starts_one_launcher_a_node(slurm: Callable[[str], tuple[Path, dic
     assert started[-3:] == ["--checkpoint.resume", "--data.prefix", "a b"]
 
 
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("SLURM_JOB_NODELIST", "no SLURM job: submit this with sbatch"),
+        ("SLURM_SUBMIT_DIR", "call sbatch in the checkout"),
+    ],
+)
+def test_the_slurm_script_at_another_place_says_where_it_belongs(
+    missing: str, message: str, slurm: Callable[[str], tuple[Path, dict[str, str]]]
+) -> None:
+    script, env = slurm('exec "$@"\n')
+    del env[missing]
+    done = run(script, "--data.prefix", "a", env=env)
+    assert done.returncode == 2 and message in done.stderr
+
+
 def test_a_signal_to_the_slurm_script_itself_reaches_srun(
     slurm: Callable[[str], tuple[Path, dict[str, str]]],
 ) -> None:
