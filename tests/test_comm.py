@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_ds import comm
 from megatron_ds.comm import collectives
+from megatron_ds.comm.quantized_buffers import Quantization, QuantizedBuffers
 from megatron_ds.mesh import Axis, Mesh, MeshShape
 from megatron_ds.testing import device_of_rank, run_ranks
 
@@ -144,3 +145,21 @@ def backward_leaves_its_input_alone() -> bool:
 
 def test_backward_leaves_its_input_alone() -> None:
     assert all(run_ranks(backward_leaves_its_input_alone, 2))
+
+
+def test_a_shard_takes_what_was_written_last_and_is_else_as_exact_as_it_was() -> None:
+    """Of weights that are gathered in fewer bits: also the rounded value that was there before the first write."""
+    buffers = QuantizedBuffers(Axis("shard"), torch.device("cpu"), Quantization(weights="int8"))
+    memory = buffers.gathered(256, torch.float32)
+    assert memory.shard is not None
+    exact = memory.shard.copy_(torch.randn(256, generator=torch.Generator().manual_seed(0))).clone()
+    buffers.publish()
+    memory.all_gather_start(memory.shard).wait()
+    rounded = memory.whole[3].item()
+    assert rounded != exact[3]
+    memory.write_back()
+    assert torch.equal(memory.shard, exact)
+    for value in (5.0, rounded):
+        memory.whole[3] = exact[3] = value
+        memory.write_back()
+        assert torch.equal(memory.shard, exact)
