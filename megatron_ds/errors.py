@@ -7,7 +7,9 @@ without a traceback; anything else that escapes is a defect of this library and 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import TracebackType
 
 
@@ -104,3 +106,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = {each.casefold(): each for each in known}
     matches = difflib.get_close_matches(name.casefold(), list(names), n=1, cutoff=0.5)
     return f"; did you mean {names[matches[0]]!r}?" if matches else ""
+
+
+def not_there(path: object) -> str:
+    """``x does not exist``, with the way out where it looks like a model's name on the Hugging Face Hub."""
+    text = str(path)
+    hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", text) and not Path(text).parent.exists()
+    way_out = f"; if it is one of the Hugging Face Hub: hf download {text} --local-dir FOLDER, and give that folder"
+    return f"{text} does not exist{way_out if hub else ''}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from megatron_ds.errors import ConfigError, DataError, RaisedAs
+from megatron_ds.errors import ConfigError, DataError, RaisedAs, not_there
 
 
 def test_of_the_kinds() -> None:
@@ -19,3 +21,13 @@ def test_others_and_ours_pass() -> None:
         raise KeyError("gone")
     with pytest.raises(ConfigError, match="set it"), RaisedAs(DataError, "a.txt cannot be read", Exception):
         raise ConfigError("set it")
+
+
+def test_a_model_of_the_hub_is_told_from_a_folder_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/llama", "llama", "/models/llama", "a/b/c"):
+        assert not_there(name) == f"{name} does not exist"
+    assert not_there("org/Model-1B").endswith("Hub: hf download org/Model-1B --local-dir FOLDER, and give that folder")

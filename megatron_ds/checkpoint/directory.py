@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_ds.checkpoint.manifest import MANIFEST, REPLACED, STEP, Manifest, rank_name, step_of
 from megatron_ds.checkpoint.manifest_file import check_size, read_manifest
-from megatron_ds.errors import CheckpointError, RaisedAs
+from megatron_ds.errors import CheckpointError, RaisedAs, not_there
 from megatron_ds.files import checksum, read_bytes, replacing, sync_directory, write_text_durably
 
 LATEST = "latest"
@@ -88,7 +88,7 @@ def find(path: str | Path, share: tuple[int, int] = (0, 0)) -> tuple[Path, Manif
     if (path / MANIFEST).exists() or STEP.match(path.name):
         step, directory = path, path.parent
     elif not path.is_dir():
-        raise CheckpointError(f"{path} does not exist")
+        raise CheckpointError(not_there(path))
     elif not os.path.lexists(path / LATEST):
         if steps_in(path):
             raise CheckpointError(f"{path} has no file `latest`" + way_out(path))

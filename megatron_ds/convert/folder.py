@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_ds.checkpoint.safetensors_header import DTYPES
 from megatron_ds.checkpoint.stream import Plan, TensorFiles, plan_bytes
-from megatron_ds.errors import CheckpointError, RaisedAs
+from megatron_ds.errors import CheckpointError, RaisedAs, not_there
 from megatron_ds.files import check_regular, read_object, write_json
 
 TRANSFORMERS, DIFFUSERS = "model", "diffusion_pytorch_model"
@@ -182,6 +182,8 @@ class HFFolder(WeightFolder):
 
     def __init__(self, path: Path):
         self.path = path
+        if not path.exists():
+            raise CheckpointError(not_there(path))
         if (path / ADAPTER).is_file():
             raise CheckpointError(
                 f"{path} holds an adapter ({ADAPTER}), which transformers applies and which is not read here: merge it "

@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
 import pydantic
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, nearest
 
 P = ParamSpec("P")
 S = TypeVar("S")
 Settings = TypeVar("Settings")
+
+OTHER_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "num_return_sequences": "n",
+    "do_sample": "temperature",
+    "stop_strings": "stop",
+    "eos_token_id": "stop_token_ids",
+    "random_seed": "seed",
+    "tp": "tensor_parallel_size",
+    "tp_size": "tensor_parallel_size",
+    "pp": "pipeline_parallel_size",
+    "pp_size": "pipeline_parallel_size",
+    "max_length": "max_model_len",
+    "context_length": "max_model_len",
+    "max_batch_size": "max_num_seqs",
+    "torch_dtype": "dtype",
+    "compile": "enforce_eager",
+}
+"""Settings as transformers and other engines call them."""
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False, extra="forbid"))
@@ -32,8 +52,17 @@ class CheckedSettings:
         try:
             return validate(given)
         except pydantic.ValidationError as error:
-            faults = (f"{e['loc'][0]}={e['input']!r:.100}: {e['msg']}" for e in error.errors())
+            faults = (f"{e['loc'][0]}={e['input']!r:.100}: {e['msg']}{cls._meant(e)}" for e in error.errors())
             raise ConfigError("; ".join(faults)) from None
+
+    @classmethod
+    def _meant(cls, error: Mapping[str, Any]) -> str:
+        """What an unknown name stands for: what transformers calls it, or the nearest one."""
+        if error["type"] != "unexpected_keyword_argument":
+            return ""
+        name, fields = str(error["loc"][0]), [field.name for field in dataclasses.fields(cls)]
+        meant = OTHER_NAMES.get(name)
+        return f"; did you mean {meant!r}?" if meant in fields else nearest(name, fields)
 
 
 def takes_fields_of(

@@ -324,6 +324,8 @@ def test_an_answer_ends_at_every_end_of_the_model(folder: Path) -> None:
         ({"max_num_batched_tokens": 20}, "max_num_batched_tokens=20 is less than"),
         ({"gpu_memory_utilization": 0.0}, "gpu_memory_utilization"),
         ({"device": "tpu"}, "device='tpu'"),
+        ({"tp": 2}, "tp=2: .*; did you mean 'tensor_parallel_size'"),
+        ({"max_model_length": 2}, "did you mean 'max_model_len'"),
         ({"tokenizer": "/nowhere"}, "does not exist"),
     ],
 )
