@@ -13,7 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ds.comm import Pending
 from megatron_ds.errors import OffloadError
+from megatron_ds.zero.state import RegionAccess
 from megatron_ds.zero.store import DeviceStore, HostStore, NvmeStore, Store, placement
 from megatron_ds.zero.store.blocks import BlockPool
 from megatron_ds.zero.store.nvme import Phase
@@ -231,3 +233,33 @@ def test_placement_takes_the_share_that_is_asked_for(sizes: list[int], ratio: fl
 def test_placement_spreads_what_it_takes() -> None:
     assert placement([10] * 8, 0.5) == (False, True) * 4 or placement([10] * 8, 0.5) == (True, False) * 4
     assert placement([10] * 4, 1.0) == (True,) * 4 and placement([10] * 4, 0.0) == (False,) * 4
+
+
+class Noted:
+    """A region that notes what became of each use."""
+
+    name, numel, dtype, tensor = "noted", 3, torch.float32, None
+
+    def __init__(self) -> None:
+        self.uses: list[str] = []
+
+    def read_start(self) -> Pending:
+        self.uses.append("read")
+        return Pending(torch.zeros(3))
+
+    def write_start(self) -> None:
+        self.uses.append("written")
+
+    def release(self) -> None:
+        self.uses.append("dropped")
+
+
+def test_a_region_is_written_once_where_any_of_its_nested_uses_has_changed_it() -> None:
+    access, wanted = RegionAccess(region := Noted()), list[str]()
+    for outer, inner in ((True, False), (False, True), (False, False)):
+        assert access.acquire() is access.acquire()
+        access.release(changed=inner)
+        assert len(region.uses) == len(wanted) + 1, "the outer use goes on"
+        access.release(changed=outer)
+        wanted += ["read", "written" if outer or inner else "dropped"]
+        assert region.uses == wanted
