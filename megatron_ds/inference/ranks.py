@@ -22,6 +22,8 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.inference.serving_options import EngineOptions
 from megatron_ds.mesh import Axis, Mesh, MeshShape, init_process_group
 
+_SERVED = "served model"
+"""What the process group of ranks that an LLM has started says of itself."""
 _BEAT = 5.0
 """Seconds between heartbeats, or a quarter of ``rank_timeout`` where that is less."""
 _LAST_WORDS = 2.0
@@ -52,24 +54,37 @@ class Ranks:
         self.sharing = here if self.device.type == "cpu" else 1
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if world > 1 and not dist.is_initialized():
-            address, port = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if started else ("127.0.0.1", 0)
-            # torchrun serves the store itself, other launchers leave that to the first rank.
-            serves = rank == 0 and not (started and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
-            store = dist.TCPStore(address, port, world, serves, timedelta(seconds=600), wait_for_workers=False)
-            if not started:
-                self._children = [_start(other, world, store.port, options) for other in range(1, world)]
-                self._wait_for_children(store)
-            else:
-                store.set(_here(rank), "")
-            init_process_group("nccl" if self.device.type == "cuda" else "gloo", rank, world, store, self._timeout)
-            self.owns_group = True
-        if world > 1 and dist.get_world_size() != world:
+        try:
+            if world > 1 and not dist.is_initialized():
+                self._make_group(rank, world, started, options)
+            elif world > 1 and getattr(dist.group.WORLD, "group_desc", "") == _SERVED:
+                raise ConfigError("another LLM of this process is served on several ranks; close it first")
+            if world > 1 and dist.get_world_size() != world:
+                raise ConfigError(
+                    f"tensor_parallel_size x pipeline_parallel_size = {world}, but the job has {dist.get_world_size()} "
+                    "ranks; start as many, or let the first process start them"
+                )
+            self.mesh = Mesh.create(shape, self.device, self._timeout)
+        except RuntimeError as error:
+            self.abort()
             raise ConfigError(
-                f"tensor_parallel_size x pipeline_parallel_size = {world}, but the job has {dist.get_world_size()} "
-                "ranks; start as many, or let the first process start them"
-            )
-        self.mesh = Mesh.create(shape, self.device, self._timeout)
+                f"rank {rank} has not met the other ranks of the served model: {plain_message(error)}"
+            ) from error
+
+    def _make_group(self, rank: int, world: int, started: bool, options: EngineOptions) -> None:
+        address, port = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if started else ("127.0.0.1", 0)
+        # torchrun serves the store itself, other launchers leave that to the first rank.
+        serves = rank == 0 and not (started and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
+        store = dist.TCPStore(address, port, world, serves, timedelta(seconds=self._timeout), wait_for_workers=False)
+        if not started:
+            self._children = [_start(other, world, store.port, options) for other in range(1, world)]
+            self._wait_for_children(store)
+        else:
+            store.set(_here(rank), "")
+        init_process_group("nccl" if self.device.type == "cuda" else "gloo", rank, world, store, self._timeout)
+        self.owns_group = True
+        if not started and dist.group.WORLD is not None:
+            dist.group.WORLD._set_group_desc(_SERVED)
 
     def _wait_for_children(self, store: dist.Store) -> None:
         """The process group, which would wait for one that has ended, is made when all are there."""

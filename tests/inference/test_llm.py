@@ -104,6 +104,8 @@ def test_ranks_that_the_first_one_starts_give_the_same_tokens(folder: Path, monk
         want = answers(one.generate(["abc", "de"], params, use_tqdm=False))
     with pytest.raises(ConfigError, match="ended with exit code -9"), LLM(folder, tensor_parallel_size=2) as two:
         assert two.engine.batcher.pool.count == blocks < 64 * 4
+        with pytest.raises(ConfigError, match="another LLM of this process is served on several ranks; close it first"):
+            LLM(folder, tensor_parallel_size=2)
         assert answers(two.generate(["abc", "de"], params, use_tqdm=False)) == want
         other = two._ranks._children[0]
         other.kill()

@@ -144,5 +144,5 @@ def test_the_first_rank_serves_the_store_where_no_torchrun_does(
         raise RuntimeError(f"is_master={is_master}")
 
     monkeypatch.setattr(dist, "TCPStore", store)
-    with pytest.raises(RuntimeError, match=f"is_master={serves}"):
+    with pytest.raises(ConfigError, match=f"has not met the other ranks of the served model: is_master={serves}"):
         Ranks(EngineOptions("model", tensor_parallel_size=2, device="cpu"))
