@@ -225,3 +225,28 @@ def test_a_written_element_is_found_wherever_it_lies(
     assert masters_follow(master, shard, EVERYTHING)
     before[place] = 7.0
     assert torch.equal(master, before)
+
+
+@pytest.mark.parametrize("first", [0, 4])
+def test_an_element_that_is_written_after_every_step_holds(first: int) -> None:
+    """From the start, when updates look at everything, or later, when each looks at a part: then in the part's turn."""
+    net = nn.Linear(64, 64, bias=False)
+    config = {"precision": {"dtype": "bf16"}, "zero": {"bucket_mb": 0.002}, "cast_inputs": True}
+    engine = megatron_ds.initialize(net, config, loss=lambda call, x: call(x).float().square().mean())
+    for step in range(18):
+        engine.train_batch([torch.ones(2, 64)])
+        if step >= first:
+            net.weight.data.view(-1)[3001] = 7.0 + step  # another one than the master weight has taken
+    engine.train_batch([torch.ones(2, 64)])
+    assert net.weight.view(-1)[3001] > 23.5
+    engine.close()
+
+
+def test_a_look_sees_its_part_and_some_elements_of_all_others() -> None:
+    master = torch.linspace(1.0, 2.0, 4096)
+    for place, look, seen in ((5, None, False), (5, slice(0, 8), True), (5, slice(8, 16), False), (1018, None, True)):
+        kept, shard = master.clone(), master.bfloat16()
+        shard[place] = shard[7] = 7.0
+        assert masters_follow(kept, shard, look) == seen
+        written = torch.tensor([place, 7])
+        assert torch.equal(kept[written], torch.full((2,), 7.0) if seen else master[written])
