@@ -30,6 +30,7 @@ from megatron_ds.mesh import Mesh
 from megatron_ds.optim.learning_rate import SchedulerSteps
 from megatron_ds.optim.rule import Update
 from megatron_ds.optim.torch_rule import TorchRule
+from megatron_ds.pipeline.run_backward import run_backward
 from megatron_ds.shard import spec_of
 from megatron_ds.train.keeping import Keeper
 from megatron_ds.train.step import StepResult, TrainStep
@@ -190,7 +191,7 @@ class Engine(JoinableEngine, Files):
         self._placeholders.remove()
         last = self._next_is_last
         self._uneven.announce("backward", last)
-        self._backward(last, lambda seed: torch.autograd.backward(loss, seed.to(loss.dtype), retain_graph=retain_graph))
+        self._backward(last, lambda seed: run_backward(loss, seed.to(loss.dtype), retain_graph))
         self._loss_sum += loss.detach()
         self._placeholders.put()
         return loss

@@ -26,6 +26,7 @@ from megatron_ds.mesh import Axis
 from megatron_ds.pipeline.action import MAX_SENDS, Action, Op
 from megatron_ds.pipeline.graphs import MicroBatchGraphs
 from megatron_ds.pipeline.passes import make_ready
+from megatron_ds.pipeline.run_backward import run_backward
 from megatron_ds.pipeline.schedule import Schedule
 from megatron_ds.pipeline.stopwatch import timed
 from megatron_ds.pipeline.timeline import Event
@@ -322,7 +323,7 @@ class Executor:
         if grad is None:
             assert run.seed is not None
             grad = run.seed.to(kept.dtype)
-        torch.autograd.backward(output, grad)
+        run_backward(output, grad)
         if kept.hidden is not None:
             assert kept.hidden.grad is not None
             self._hand_over(Action(action.stage, Op.SEND_B, action.micro_batch), kept.hidden.grad, run)
