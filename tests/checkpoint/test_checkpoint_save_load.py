@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -67,10 +68,13 @@ def test_a_tensor_larger_than_a_chunk(tmp_path: Path) -> None:
     tensor = torch.arange(9_000_001, dtype=torch.float32).view(-1, 1)
     flat_shard = FlatShard.whole("w", "param", tensor)
     save(tmp_path, 1, [FlatShard.whole("first", "param", torch.ones(3)), flat_shard], {})
-    got = FlatShard.whole("w", "param", torch.zeros_like(tensor)).cut(3_000_000, 6_000_000)
-    rest = FlatShard.whole("first", "param", torch.zeros(3))
-    load(tmp_path, [got, rest])
-    assert torch.equal(got.data, tensor.flatten()[3_000_000:6_000_000])
+    for verify, (start, stop) in product(
+        (True, False), ((3_000_000, 6_000_000), (2_097_001, 2_097_300), (0, 9_000_001))
+    ):
+        got = FlatShard.whole("w", "param", torch.zeros_like(tensor)).cut(start, stop)
+        rest = FlatShard.whole("first", "param", torch.zeros(3))
+        load(tmp_path, [got, rest], verify=verify)
+        assert torch.equal(got.data, tensor.flatten()[start:stop]) and torch.equal(rest.data, torch.ones(3))
 
 
 class Staged:
