@@ -6,7 +6,7 @@ of them need: choosing one, and the files that ``transformers`` expects beside t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,7 @@ def export_hf(
     with Checkpoint(checkpoint) as source:
         config = model_config(ModelConfig, source.meta, source.directory)
         original = carried_files.settings(source.directory.parent, carried_files.CONFIG)
+        config = _for_its_sequences(config, source.meta, imported=bool(original))
         # A model that came as one class goes out as that class, where another could express it too.
         architecture = choose(
             config, sorted(ARCHITECTURES, key=lambda a: a.name not in (original.get("architectures") or ()))
@@ -82,6 +83,19 @@ def export_hf(
             write_converted(files, plan, make, f"{architecture.name} to {out_dir.name}", progress)
             _write_rest(partial, architecture, config, plan, source.directory.parent, tokenizer, warn)
     return out_dir
+
+
+def _for_its_sequences(config: ModelConfig, meta: Mapping[str, Any], imported: bool) -> ModelConfig:
+    """With ``max_positions`` as an export says it, where positions are no table: the longest sequence trained on.
+
+    Such a model does not read the setting in training, so that one trained from scratch has its default. Rotary scaling
+    states the lengths that it is made for, and may be computed from this one.
+    """
+    length = meta.get("config", {}).get("train", {}).get("sequence_length")
+    if config.position == "learned" or config.rope_scaling or not isinstance(length, int):
+        return config
+    unset = not imported and config.max_positions == ModelConfig.model_fields["max_positions"].default
+    return config.model_copy(update={"max_positions": length if unset else max(length, config.max_positions)})
 
 
 def import_hf(

@@ -47,10 +47,11 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def fine_tuned(start: Path, checkpoints: Path, **model: Any) -> Path:
+def fine_tuned(start: Path, checkpoints: Path, length: int = 8, **model: Any) -> Path:
     """A later checkpoint as a run that starts from ``start`` saves it; with other settings of the model, if told."""
     with Checkpoint(start) as source:
-        meta = {"config": {"model": {**source.meta["config"]["model"], **model}}, "step": 3}
+        settings = {"model": {**source.meta["config"]["model"], **model}, "train": {"sequence_length": length}}
+        meta = {"config": settings, "step": 3}
         flat_shards = [FlatShard.whole(name, "param", source.read(name)) for name in source.names()]
     save(checkpoints, 3, flat_shards, meta)
     take_along(start, checkpoints)
@@ -135,6 +136,22 @@ def test_the_tokenizer_that_a_run_names_goes_with_it(folder: Path, tmp_path: Pat
             assert json.loads((run / "back" / name).read_text())["eos_token_id"] == 257
         assert not (run / "back" / "chat_template.jinja").exists()
     assert len(said) == 1 and (grown / "back" / "LICENSE").exists()
+
+
+@pytest.mark.parametrize(
+    ("imported", "max_positions", "length", "exported"),
+    [(True, 64, 48, 64), (True, 64, 96, 96), (False, 1024, 96, 96), (False, 1024, 4096, 4096), (False, 80, 48, 80)],
+)
+def test_the_context_of_rotary_positions_is_the_longest_sequence_trained_on(
+    imported: bool, max_positions: int, length: int, exported: int, folder: Path, tmp_path: Path
+) -> None:
+    """1024 is the setting's default, of which a model from scratch knows nothing."""
+    import_hf(folder, tmp_path / "ours")
+    run = fine_tuned(tmp_path / "ours", tmp_path / "run", length, max_positions=max_positions)
+    if not imported:
+        shutil.rmtree(run / "hf")
+    export_hf(run, tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["max_position_embeddings"] == exported
 
 
 def test_a_folder_without_generation_settings_gets_those_of_its_configuration(folder: Path, tmp_path: Path) -> None:
