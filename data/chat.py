@@ -8,6 +8,7 @@ prompt are their prefix: what the model is trained on is what it sees when it ge
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ds.data.chat_records import BadConversation, is_learnt
+from megatron_ds.data.dataset_files import read_manifest
 from megatron_ds.data.tokenizer_base import Tokenizer, read_settings
 from megatron_ds.errors import DataError, RaisedAs
 from megatron_ds.files import checksum, read_text
@@ -327,6 +329,22 @@ def template_of(tokenizer: str, special: dict[str, str] | None = None) -> ChatTe
     if not isinstance(source, str):
         return None
     return ChatTemplate(source, special, tool_use if isinstance(tool_use, str) else None)
+
+
+def template_of_dataset(prefix: str, special: dict[str, str] | None = None) -> ChatTemplate | None:
+    """The template that conversations were written by, other than their tokenizer's own; None: that one, or not known.
+
+    Args:
+        special: as for :func:`load_template`; with other ones the template is not the same.
+    """
+    manifest = read_manifest(prefix) or {}
+    spec = manifest.get("settings", {}).get("chat_template")
+    if spec is not None:
+        with contextlib.suppress(DataError):  # its file has gone
+            template = load_template(spec, "", special)
+            if template.fingerprint == manifest.get("chat_template_xxh3"):
+                return template
+    return None
 
 
 def _of_folder(folder: Path) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_ds.convert.folder import HFFolder
 from megatron_ds.convert.settings import TOKEN_IDS
+from megatron_ds.data.chat import ChatTemplate
 from megatron_ds.data.tokenizer_base import Tokenizer
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.errors import CheckpointError, DataError, RaisedAs
@@ -112,6 +113,19 @@ def keep_tokenizer(spec: str, checkpoints: Path, vocab_size: int) -> None:
                 kept = {key: value for key, value in carried.items() if key not in TOKEN_IDS}
                 sizes = {"vocab_size": vocab_size} if name == CONFIG else {}
                 write_json(checkpoints / REST / name, {**kept, **sizes, **special_tokens(tokenizer)})
+
+
+def keep_template(template: ChatTemplate, checkpoints: Path) -> None:
+    """Put the template that conversations were written by beside the tokenizer, in place of the tokenizer's own.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    folder = checkpoints / TOKENIZER
+    if folder.is_dir():
+        with RaisedAs(CheckpointError, f"{folder} cannot be written", OSError):
+            shutil.rmtree(folder / _TEMPLATES, ignore_errors=True)
+            (folder / "chat_template.jinja").write_text(template.source, encoding="utf-8")
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, int | None]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_ds.advice.run_advice import RunAdvice, known_beforehand
 from megatron_ds.checkpoint.directory import resolve
 from megatron_ds.checkpoint.last_good import last_good
 from megatron_ds.config import BaseRunConfig, validate
-from megatron_ds.convert.carried_files import keep_tokenizer, take_along
+from megatron_ds.convert.carried_files import keep_template, keep_tokenizer, take_along
+from megatron_ds.data.chat import template_of_dataset
 from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
 from megatron_ds.data.samples import SampleSource, Sources
+from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.errors import MegatronDSError
 from megatron_ds.files import print_line
 from megatron_ds.kernels import registry
@@ -96,16 +98,17 @@ def pretrain(config: BaseRunConfig, place: RankInfo, task: Task) -> bool:
                 print_line(note)
             if config.checkpoint.resume or source is not None:
                 print_line(_resumed(loop.step, config, changes))
-            _keep_files(config, output, source is None)
+            _keep_files(config, output, sources.identity, source is None)
             if config.checkpoint.init_from and source is None:
                 print_line("\n  ".join([f"weights from {config.checkpoint.init_from}", *differs]))
         return loop.run()
 
 
-def _keep_files(config: BaseRunConfig, output: Output, starts: bool) -> None:
-    """Lay beside the checkpoints what came with the weights that a run starts from, and the tokenizer that it names.
+def _keep_files(config: BaseRunConfig, output: Output, data: Mapping[str, Any], starts: bool) -> None:
+    """Lay beside the checkpoints what came with the weights that a run starts from, the tokenizer that it names, and
+    the chat template that its conversations were written by.
 
-    A run does not end where the tokenizer cannot be copied.
+    A run does not end where these two cannot be copied.
     """
     if config.checkpoint.init_from and starts:
         take_along(resolve(config.checkpoint.init_from).parent, output.checkpoints)
@@ -113,6 +116,10 @@ def _keep_files(config: BaseRunConfig, output: Output, starts: bool) -> None:
     if spec is not None:
         try:
             keep_tokenizer(spec, output.checkpoints, config.model.resolved["vocab_size"])
+            prefixes = [dataset["prefix"] for dataset in data["datasets"]] if data.get("conversations") else []
+            special = load_tokenizer(spec, fast=False).special if prefixes else {}
+            for template in filter(None, (template_of_dataset(prefix, special) for prefix in prefixes[:1])):
+                keep_template(template, output.checkpoints)
         except MegatronDSError as error:
             print_line(f"{spec} does not go along with the checkpoints, name it where they are used: {error}")
 

@@ -11,8 +11,9 @@ import pytest
 from hf_models import make
 
 from megatron_ds.checkpoint import Checkpoint, FlatShard, save
-from megatron_ds.convert.carried_files import keep_tokenizer, take_along
+from megatron_ds.convert.carried_files import keep_template, keep_tokenizer, take_along
 from megatron_ds.convert.hugging_face import export_hf, import_hf
+from megatron_ds.data.chat import ChatTemplate
 from megatron_ds.data.tokenizers import ByteTokenizer, load_tokenizer
 from megatron_ds.errors import CheckpointError
 
@@ -136,6 +137,10 @@ def test_the_tokenizer_that_a_run_names_goes_with_it(folder: Path, tmp_path: Pat
             assert json.loads((run / "back" / name).read_text())["eos_token_id"] == 257
         assert not (run / "back" / "chat_template.jinja").exists()
     assert len(said) == 1 and (grown / "back" / "LICENSE").exists()
+    keep_template(ChatTemplate("{{ own }}"), tmp_path / "ours")
+    export_hf(tmp_path / "ours", tmp_path / "templated")
+    assert (tmp_path / "templated" / "chat_template.jinja").read_text() == "{{ own }}"
+    assert not (tmp_path / "templated" / "additional_chat_templates").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from started_ranks import TINY, pretrain_gpt, started
 
 from megatron_ds.config import parse
 from megatron_ds.data.blend import BlendSchedule
+from megatron_ds.data.chat import template_of_dataset
 from megatron_ds.data.gpt_dataset import GPTDataset
 from megatron_ds.data.gpt_sources import GPTSources
 from megatron_ds.data.indexed import IndexedDataset
@@ -165,6 +166,12 @@ def test_conversations_count_their_answers_alone(tmp_path: Path, monkeypatch: py
     assert targets_a_step(tmp_path / "run") == [answers, answers]
     batch = train.rows(range(epoch))
     assert set(batch["labels"][batch["loss_mask"]].tolist()) == {ord("y")}
+    # The template that they were written by goes with the model, unless it has changed since.
+    template, special = Path(prefix).with_suffix(".jinja"), load_tokenizer("bytes").special
+    kept = tmp_path / "run" / "checkpoints" / "tokenizer" / "chat_template.jinja"
+    assert kept.read_text() == template.read_text() and template_of_dataset(prefix, special) is not None
+    template.write_text("{{ another }}")
+    assert template_of_dataset(prefix, special) is None and template_of_dataset(str(tmp_path), special) is None
 
 
 # --- fill-in-the-middle -----------------------------------------------------------------------------------------
