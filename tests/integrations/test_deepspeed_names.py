@@ -274,6 +274,15 @@ def test_adam_is_the_formula(decoupled: bool, corrects: bool) -> None:
         by_hand = by_hand - 0.1 * (m / c1) / ((v / c2).sqrt() + 1e-8)
         assert torch.allclose(weight.detach(), by_hand, atol=1e-13)
     assert DeepSpeedCPUAdam([weight]).param_groups[0]["adam_w_mode"] is True
+    group = DeepSpeedCPUAdam([weight], 0.1, False, (0.5, 0.6), 1e-3, 0.3, False, False).param_groups[0]
+    assert {key: value for key, value in group.items() if key != "params"} == {
+        "lr": 0.1,
+        "bias_correction": False,
+        "betas": (0.5, 0.6),
+        "eps": 1e-3,
+        "weight_decay": 0.3,
+        "adam_w_mode": False,
+    }
     with pytest.raises(ValueError, match=r"use torch\.optim\.AdamW\(amsgrad=True\)"):
         FusedAdam([weight], amsgrad=True)
 
