@@ -20,7 +20,7 @@ from megatron_ds.errors import MegatronDSError
 from megatron_ds.files import print_line
 from megatron_ds.kernels import registry
 from megatron_ds.kernels.cpu.allocator import keep_freed_memory, map_large_tensors
-from megatron_ds.mesh import Mesh
+from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.pipeline.schedules import activation_bound
 from megatron_ds.train.alike import CHECKPOINT, DATA, DEVICE, SETTINGS, VERSIONS, versions
 from megatron_ds.train.build import (
@@ -64,7 +64,7 @@ def pretrain(config: BaseRunConfig, place: RankInfo, task: Task) -> bool:
             sources = task.open_sources()
             facts[DATA] = content_of(sources.identity)
             differs += [] if source is not None else check_latents(config, sources.identity)
-            notes = [*sources.notes, *low_precision(config, shape, task, device)]
+            notes = [_steps(config, task, shape, sources), *sources.notes, *low_precision(config, shape, task, device)]
             if config.train.eval_every and sources.valid is None:
                 every = config.train.eval_every
                 notes.append(f"train.eval_every={every} evaluates nothing: no data is kept apart for it")
@@ -102,6 +102,19 @@ def pretrain(config: BaseRunConfig, place: RankInfo, task: Task) -> bool:
             if config.checkpoint.init_from and source is None:
                 print_line("\n  ".join([f"weights from {config.checkpoint.init_from}", *differs]))
         return loop.run()
+
+
+def _steps(config: BaseRunConfig, task: Task, shape: MeshShape, sources: Sources) -> str:
+    """How much a run trains, and how often it reads its data."""
+    train, epoch = config.train, len(sources.train)
+    batches, tokens = num_micro_batches(config, shape), train.global_batch * task.tokens_per_sample
+    ramp = "" if train.batch_ramp is None else " at the end"
+    read = "at most " * (train.batch_ramp is not None) + f"{train.steps * train.global_batch / epoch:.3g}"
+    return (
+        f"{train.steps:,} steps of {train.global_batch:,} samples{ramp} (dp {shape.dp} x micro-batch "
+        f"{train.micro_batch} x {batches} micro-batches), {tokens:,} tokens a step; "
+        f"{read} epochs of {epoch:,} samples"
+    )
 
 
 def _keep_files(config: BaseRunConfig, output: Output, data: Mapping[str, Any], starts: bool) -> None:

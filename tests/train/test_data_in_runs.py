@@ -155,7 +155,9 @@ def chats(path: Path, count: int = 20) -> tuple[str, int]:
     return str(path), sum(map(len, answers))
 
 
-def test_conversations_count_their_answers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversations_count_their_answers_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     prefix, answers = chats(tmp_path / "chats")
     own = ["--data.prefix", prefix, "--data.conversations", "--data.split", "1", "--data.tokenizer", "bytes"]
     own += ["--model.vocab-size", "257", "--train.sequence-length", "16", "--output", str(tmp_path / "run")]
@@ -164,6 +166,8 @@ def test_conversations_count_their_answers_alone(tmp_path: Path, monkeypatch: py
     own += ["--train.global-batch", str(epoch), "--train.steps", "2"]  # a step is an epoch
     assert run(monkeypatch, *own) == 0
     assert targets_a_step(tmp_path / "run") == [answers, answers]
+    size = f"2 steps of {epoch} samples (dp 1 x micro-batch 1 x {epoch} micro-batches), {16 * epoch} tokens a step"
+    assert f"{size}; 2 epochs of {epoch} samples\n" in capsys.readouterr().out
     batch = train.rows(range(epoch))
     assert set(batch["labels"][batch["loss_mask"]].tolist()) == {ord("y")}
     # The template that they were written by goes with the model, unless it has changed since.
