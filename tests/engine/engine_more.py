@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from engine_cases import Case, Ran, engine_of, look, model, own_samples, samples, take_step
+from engine_cases import STEPS, Case, Ran, engine_of, look, model, own_samples, samples, take_step
 from torch import Tensor, nn
 
 import megatron_ds
@@ -59,6 +59,30 @@ def go_on(case: Case, folder: str) -> Ran:
 def saved_and_continued(case: Case, others: list[Case], folder: str) -> list[Ran]:
     save_after_two(case, folder)
     return [go_on(other, folder) for other in others]
+
+
+def saved_within_a_step(cases: list[Case], folder: str) -> list[list[Ran]]:
+    """To the end of a run that saves between micro-batches of its last step; and again from that checkpoint."""
+    found = []
+    for number, case in enumerate(cases):
+        runs = []
+        for loads in (False, True):
+            engine, ran = engine_of(case, model(seed=99) if loads else None), Ran()
+            if loads:
+                engine.load_checkpoint(f"{folder}/{number}")
+            for step in range(engine.steps, STEPS):
+                for part, batch in enumerate(own_samples(engine, step)):
+                    engine.backward(engine(batch))
+                    if not loads and step == STEPS - 1 and part == 0:
+                        engine.save_checkpoint(f"{folder}/{number}", within_step=True)
+                    result = engine.step()
+                assert result is not None
+                ran.losses.append(result.loss)
+            look(engine, ran)
+            close(engine)
+            runs.append(ran)
+        found.append(runs)
+    return found
 
 
 def kept_while_steps_fail(folder: str) -> list[list[int]]:

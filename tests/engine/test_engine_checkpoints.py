@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import Case, Ran, plain, samples
-from engine_more import go_on, kept_while_steps_fail, refusals, save_after_two, saved_and_continued
+from engine_more import (
+    go_on,
+    kept_while_steps_fail,
+    refusals,
+    save_after_two,
+    saved_and_continued,
+    saved_within_a_step,
+)
 from test_engine_parity import differs
 from torch import Tensor, nn
 
@@ -45,6 +52,17 @@ def test_any_ranks_and_stage_to_any_other(tmp_path: Path) -> None:
     save_after_two(Case("SGD", 0), str(tmp_path / "of-1"))
     for ran in run_ranks(go_on, 3, Case("SGD", 3), str(tmp_path / "of-1")):
         check(Case("SGD"), ran)
+
+
+def test_a_checkpoint_within_a_step_is_of_its_beginning_and_the_step_goes_on(tmp_path: Path) -> None:
+    cases = [Case("NAdam", stage, 3) for stage in (1, 3)]
+    want = plain(cases[0])
+    for of_rank in run_ranks(saved_within_a_step, 2, cases, str(tmp_path)):
+        for case, (whole, resumed) in zip(cases, of_rank, strict=True):
+            assert whole.losses == pytest.approx(want.losses, rel=1e-12)
+            whole.losses = whole.losses[2:]
+            check(case, whole)
+            check(case, resumed)
 
 
 def test_the_newest_good_checkpoint_is_kept_while_steps_are_skipped(tmp_path: Path) -> None:
