@@ -165,11 +165,10 @@ class Ranks:
             raise self._failure
         until = time.monotonic() + patience
         while self._children:
-            for child in self._children:
-                if child.poll() is not None:
-                    raise ConfigError(
-                        f"a rank of the served model ended with exit code {child.returncode}: see its output"
-                    )
+            ended = [(rank, code) for rank, child in enumerate(self._children, 1) if (code := child.poll()) is not None]
+            if ended:
+                what = ", ".join(f"rank {rank} ended with exit code {code}" for rank, code in ended)
+                raise ConfigError(f"{what}, and with it the served model: see the output above")
             if time.monotonic() >= until:
                 return
             time.sleep(0.02)
