@@ -17,11 +17,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_ds import comm
-from megatron_ds.comm.together import blames_peer, group_device, plain_message
+from megatron_ds.comm.together import blames_peer, exchange, group_device, plain_message
 from megatron_ds.errors import ConfigError
 from megatron_ds.inference.serving_options import EngineOptions
 from megatron_ds.mesh import Axis, Mesh, MeshShape, init_process_group
 
+_PATHS = ("model", "tokenizer", "speculative_model")
 _SERVED = "served model"
 """What the process group of ranks that an LLM has started says of itself."""
 _BEAT = 5.0
@@ -65,11 +66,13 @@ class Ranks:
                     "ranks; start as many, or let the first process start them"
                 )
             self.mesh = Mesh.create(shape, self.device, self._timeout)
-        except RuntimeError as error:
+            self._require_same(options)
+        except BaseException as error:
             self.abort()
-            raise ConfigError(
-                f"rank {rank} has not met the other ranks of the served model: {plain_message(error)}"
-            ) from error
+            if not isinstance(error, RuntimeError):
+                raise
+            why = plain_message(error)
+            raise ConfigError(f"rank {rank} has not met the other ranks of the served model: {why}") from error
 
     def _make_group(self, rank: int, world: int, started: bool, options: EngineOptions) -> None:
         address, port = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if started else ("127.0.0.1", 0)
@@ -86,15 +89,22 @@ class Ranks:
         if not started and dist.group.WORLD is not None:
             dist.group.WORLD._set_group_desc(_SERVED)
 
+    def _require_same(self, options: EngineOptions) -> None:
+        """Each rank may have been started with settings of its own; paths may differ from host to host."""
+        own = {name: value for name, value in options.engine_arguments().items() if name not in _PATHS}
+        first, *others = map(json.loads, exchange(self.mesh.world, json.dumps(own)))
+        for rank, other in enumerate(others, 1):
+            if names := [name for name in own if other[name] != first[name]]:
+                raise ConfigError(
+                    f"rank {rank} was started with {names[0]}={other[names[0]]!r} and the first rank with "
+                    f"{first[names[0]]!r}: give all ranks of a served model the same settings"
+                )
+
     def _wait_for_children(self, store: dist.Store) -> None:
         """The process group, which would wait for one that has ended, is made when all are there."""
-        try:
-            while not store.check([_here(rank) for rank in range(1, len(self._children) + 1)]):
-                self.require_alive()
-                time.sleep(0.02)
-        except BaseException:
-            self.abort()
-            raise
+        while not store.check([_here(rank) for rank in range(1, len(self._children) + 1)]):
+            self.require_alive()
+            time.sleep(0.02)
 
     @contextlib.contextmanager
     def exchange(self) -> Iterator[None]:

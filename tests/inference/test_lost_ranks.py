@@ -16,8 +16,7 @@ import torch.distributed as dist
 from hf_models import _llama
 
 from megatron_ds.errors import ConfigError
-from megatron_ds.inference import LLM, SamplingParams, follower
-from megatron_ds.inference.ranks import Ranks
+from megatron_ds.inference import LLM, SamplingParams, follower, ranks
 from megatron_ds.inference.serving_options import EngineOptions
 from megatron_ds.mesh import Mesh, MeshShape
 from megatron_ds.testing import RankFailed, run_ranks
@@ -75,8 +74,15 @@ def test_a_rank_whose_first_one_is_killed_ends(folder: Path) -> None:
         run_ranks(loses_a_rank, 2, folder, 0, signal.SIGKILL, timeout=60)
 
 
+def test_ranks_with_different_settings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where each was started by hand on its host; they would cut their batches differently."""
+    monkeypatch.setattr(ranks, "exchange", lambda _, text: [text, text.replace('"block_size": 32', '"block_size": 8')])
+    with pytest.raises(ConfigError, match="rank 1 was started with block_size=8 and the first rank with 32"):
+        ranks.Ranks(EngineOptions("model", device="cpu"))
+
+
 def test_a_defect_is_not_taken_for_a_lost_rank() -> None:
-    own = Ranks(EngineOptions("model", device="cpu"))
+    own = ranks.Ranks(EngineOptions("model", device="cpu"))
     own.mesh = Mesh.described(MeshShape(tp=2), 0)
     with pytest.raises(RuntimeError, match="The size of tensor a"), own.exchange():
         torch.ones(2) + torch.ones(3)
