@@ -90,10 +90,7 @@ def stage_activations(
         stored = sum(layer.without_attention_core + layer.attention_core_inputs for layer in layers) + fixed
         peak = max((layer.no_recompute - layer.without_attention_core for layer in layers), default=0)
         return Activations(no_recompute, stored, peak, loss)
-    every = {"full": 1, "every_n": recompute.every}.get(recompute.mode)
-    if every is None:
-        return Activations(no_recompute, no_recompute, 0, loss)
-    recomputed = [layer for index, layer in enumerate(layers, first) if index % every == 0]
+    recomputed = [layer for index, layer in enumerate(layers, first) if recompute.whole_block(index)]
     spared = sum(layer.no_recompute - layer.input for layer in recomputed)
     peak = max((layer.no_recompute for layer in recomputed), default=0)
     return Activations(no_recompute, no_recompute - spared, peak, loss)

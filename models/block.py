@@ -5,6 +5,7 @@ Shapes: ``s`` sequence, ``b`` batch, ``h`` hidden. A block maps the residual str
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,43 @@ from megatron_ds.layers.linear import BiasOffer, output_std
 from megatron_ds.layers.loss import traffic_spared
 from megatron_ds.layers.mlp import MLP
 from megatron_ds.layers.norms import Norm
+from megatron_ds.mesh import Mesh
+from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.rng import keys_of_rows
 
 SITES_A_BLOCK = 3
 """Dropouts of a block: of the attention's output, of the MLP's, and of the attention's probabilities."""
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """What the layers of a stage depend on besides the model's own settings.
+
+    Attributes:
+        span: which part of the model to build; None: all of it.
+        sequence_parallel: split activations along the sequence over tp, outside of tensor-parallel layers.
+        dropout_seed: seed of the dropout decisions.
+    """
+
+    mesh: Mesh = field(default_factory=Mesh.single)
+    span: StageSpan | None = None
+    sequence_parallel: bool = False
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    dropout_seed: int = 0
+    device: torch.device | str | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """The arguments of a layer that say where its parameters lie."""
+        return {"tp": self.mesh.tp, "device": self.device, "dtype": self.dtype}
+
+    @property
+    def partial(self) -> bool:
+        """Whether a tensor-parallel rank sees a part of the sequence alone, outside of tensor-parallel layers."""
+        return self.sequence_parallel and self.mesh.tp.size > 1
 
 
 class Stream(NamedTuple):
@@ -56,27 +90,13 @@ class Block(nn.Module):
 
     ``config.norm_position`` says where the norms are, ``config.residual`` whether the MLP follows the attention or
     stands beside it. Dropout sites are ``site`` (attention output), ``site + 1`` (MLP output) and ``site + 2``
-    (probabilities).
-
-    Args:
-        where: the mesh axis, device and dtype of the parameters.
-        partial: a tensor-parallel rank sees a part of the sequence alone, outside of tensor-parallel layers.
+    (probabilities), behind that of the embedding.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        index: int,
-        *,
-        site: int,
-        sequence_parallel: bool,
-        partial: bool,
-        recompute: RecomputeConfig,
-        where: dict[str, Any],
-    ):
+    def __init__(self, config: ModelConfig, index: int, settings: StageSettings):
         super().__init__()
-        c, name = config, f"layers.{index}"
-        self.hidden_dropout, self.site = c.hidden_dropout, site
+        c, s, name = config, settings, f"layers.{index}"
+        self.hidden_dropout, self.site = c.hidden_dropout, 1 + index * SITES_A_BLOCK
         self.parallel = c.residual != "sequential"
         position = c.resolved["norm_position"]
         self.norm_last = position == "post"
@@ -85,16 +105,16 @@ class Block(nn.Module):
         def norm(title: str, there: bool) -> Norm | None:
             if not there:
                 return None
-            return Norm(f"{name}.{title}", c.norm, c.hidden_size, **norm_settings(c), partial=partial, **where)
+            return Norm(f"{name}.{title}", c.norm, c.hidden_size, **norm_settings(c), partial=s.partial, **s.where)
 
         self.attention_norm = norm("attention_norm", before and (c.first_norm or index > 0 or self.norm_last))
         self.attention = SelfAttention(
             f"{name}.attention",
             attention_config(c),
-            site=site + 2,
-            recompute_core=recompute.mode == "selective",
-            sequence_parallel=sequence_parallel,
-            **where,
+            site=self.site + 2,
+            recompute_core=s.recompute.mode == "selective",
+            sequence_parallel=s.sequence_parallel,
+            **s.where,
         )
         self.attention_output_norm = norm("attention_output_norm", after)
         self.mlp_norm = norm("mlp_norm", before and c.residual != "parallel_one_norm")
@@ -104,9 +124,9 @@ class Block(nn.Module):
             c.ffn_size,
             c.activation,
             bias=c.resolved["mlp_bias"],
-            sequence_parallel=sequence_parallel,
+            sequence_parallel=s.sequence_parallel,
             stds=(c.init_std, output_std(c.init_std, c.num_layers)),
-            **where,
+            **s.where,
         )
         self.mlp_output_norm = norm("mlp_output_norm", after)
 

@@ -65,8 +65,7 @@ class DiT(nn.Module):
             if c.has_text:
                 self.text = Affine("text", c.text_size, c.hidden_size, partial=s.partial, **s.where)
         self.layers = nn.ModuleDict({str(i): make_block(i, c, s) for i in range(span.first, span.last)})
-        every = {"full": 1, "every_n": s.recompute.every}.get(s.recompute.mode)
-        self.recomputed = {str(i) for i in range(span.first, span.last) if every and i % every == 0}
+        self.recomputed = {str(i) for i in range(span.first, span.last) if s.recompute.whole_block(i)}
         if span.head:
             std = c.zero_init_std
             self.final_modulation = Modulation(

@@ -9,7 +9,6 @@ A parameter's name does not depend on the stage it lives in: block 17 is ``layer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ds import comm
-from megatron_ds.config import ModelConfig, RecomputeConfig
+from megatron_ds.config import ModelConfig
 from megatron_ds.config.sparse import layout_of_rank
 from megatron_ds.kernels.alibi import Alibi
 from megatron_ds.kernels.block_layout import BlockLayout
@@ -30,8 +29,8 @@ from megatron_ds.layers.linear import replicated_parameter
 from megatron_ds.layers.loss import Logits, linear_cross_entropy
 from megatron_ds.layers.norms import Norm
 from megatron_ds.layers.position import Rotary, alibi_slopes, rotary_table
-from megatron_ds.mesh import Mesh
-from megatron_ds.models.block import SITES_A_BLOCK, Block, RecomputedBlock, Stream, freed_for_loss, norm_settings
+from megatron_ds.models.block import Block, RecomputedBlock, Stream, freed_for_loss, norm_settings
+from megatron_ds.models.block import StageSettings as StageSettings
 from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.rng import DropoutKeys, dropout, initialize_parameters
 from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
@@ -39,39 +38,7 @@ from megatron_ds.shard import ShardedDim, ShardSpec, empty_parameter
 MicroBatch = Mapping[str, Tensor]
 Part = Literal["whole", "before loss", "loss"]
 
-# Dropout sites of a model: one of the embedding, then those of the blocks.
-_EMBEDDING_SITE = 0
-
-
-@dataclass(frozen=True)
-class StageSettings:
-    """What the layers of a stage depend on besides the model's own settings.
-
-    Attributes:
-        span: which part of the model to build; None: all of it.
-        sequence_parallel: split activations along the sequence over tp, outside of tensor-parallel layers.
-        dropout_seed: seed of the dropout decisions.
-    """
-
-    mesh: Mesh = field(default_factory=Mesh.single)
-    span: StageSpan | None = None
-    sequence_parallel: bool = False
-    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-    dropout_seed: int = 0
-    device: torch.device | str | None = None
-    dtype: torch.dtype | None = None
-
-    @property
-    def where(self) -> dict[str, Any]:
-        """The arguments of a layer that say where its parameters lie."""
-        return {"tp": self.mesh.tp, "device": self.device, "dtype": self.dtype}
-
-    @property
-    def partial(self) -> bool:
-        """Whether a tensor-parallel rank sees a part of the sequence alone, outside of tensor-parallel layers."""
-        return self.sequence_parallel and self.mesh.tp.size > 1
+_EMBEDDING_SITE = 0  # of dropout; those of the blocks follow
 
 
 class Table(nn.Module):
@@ -124,9 +91,8 @@ class Transformer(nn.Module):
         norm: dict[str, Any] = {**norm_settings(c), "partial": s.partial, **s.where}
         if span.embedding and c.embedding_norm:
             self.embedding_norm = Norm("embedding_norm", "layernorm", c.hidden_size, **norm)
-        self.layers = nn.ModuleDict({str(i): self._build_block(i) for i in range(span.first, span.last)})
-        every = {"full": 1, "every_n": s.recompute.every}.get(s.recompute.mode)
-        self.recomputed = {str(i) for i in range(span.first, span.last) if every and i % every == 0}
+        self.layers = nn.ModuleDict({str(i): Block(c, i, s) for i in range(span.first, span.last)})
+        self.recomputed = {str(i) for i in range(span.first, span.last) if s.recompute.whole_block(i)}
         if span.head:
             if c.resolved["norm_position"] != "post":
                 self.final_norm = Norm("final_norm", c.norm, c.hidden_size, **norm)
@@ -141,18 +107,6 @@ class Transformer(nn.Module):
         slopes = alibi_slopes(c.num_heads)[self.first_head :][:local] if c.position == "alibi" else None
         self.slopes: Tensor | None
         self.register_buffer("slopes", None if slopes is None else slopes.to(s.device), persistent=False)
-
-    def _build_block(self, index: int) -> Block:
-        s = self.settings
-        return Block(
-            self.config,
-            index,
-            site=1 + index * SITES_A_BLOCK,
-            sequence_parallel=s.sequence_parallel,
-            partial=s.partial,
-            recompute=s.recompute,
-            where=s.where,
-        )
 
     def _rotary(self) -> dict[str, Rotary]:
         c = self.config

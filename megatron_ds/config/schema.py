@@ -246,6 +246,11 @@ class RecomputeConfig(Section):
     )
     every: int = Field(2, gt=0, description="n of every_n.")
 
+    def whole_block(self, index: int) -> bool:
+        """Whether all of the block with this number is computed again."""
+        every = {"full": 1, "every_n": self.every}.get(self.mode)
+        return every is not None and index % every == 0
+
 
 class BaseDataConfig(Section):
     """How samples are read; a family says where they come from."""
