@@ -264,7 +264,7 @@ def _fake_amax(x: Tensor, whole: bool, plain: bool, transposed: bool) -> tuple[T
     return x.new_empty(shapes[0], dtype=torch.float32), x.new_empty(shapes[1], dtype=torch.float32)
 
 
-def _fake_cast(
+def cast_outputs(
     x: Tensor,
     amax: Tensor,
     amax_t: Tensor,
@@ -273,26 +273,21 @@ def _fake_cast(
     transposed: bool,
     dtype: torch.dtype,
     *how: object,
-) -> tuple[Tensor, ...]:
-    scales = [torch.empty_like(a if wanted else a[:0]) for a, wanted in ((amax, plain), (amax_t, transposed))]
-    return (*outputs(x, plain, transposed, dtype), *scales)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`outputs`, and memory for the scales of both."""
+    scale, scale_t = (torch.empty_like(a if wanted else a[:0]) for a, wanted in ((amax, plain), (amax_t, transposed)))
+    return *outputs(x, plain, transposed, dtype), scale, scale_t
 
 
-def _fake_block_cast(
-    x: Tensor,
-    side: int,
-    square: bool,
-    plain: bool,
-    transposed: bool,
-    dtype: torch.dtype,
-    power_of_two: bool,
-    smallest: float,
-) -> tuple[Tensor, ...]:
+def block_outputs(
+    x: Tensor, side: int, square: bool, plain: bool, transposed: bool, dtype: torch.dtype, *how: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`outputs`, and memory for the scales of both, by blocks of ``side``."""
     groups, rows, columns = x.shape
     across, down = -(-columns // side), -(-rows // side)
-    scale = (groups, down if square else rows, across) if plain else (0,)
-    scale_t = (groups, across if square else columns, down) if transposed else (0,)
-    return (*outputs(x, plain, transposed, dtype), *(x.new_empty(s, dtype=torch.float32) for s in (scale, scale_t)))
+    scale = x.new_empty((groups, down if square else rows, across) if plain else (0,), dtype=torch.float32)
+    scale_t = x.new_empty((groups, across if square else columns, down) if transposed else (0,), dtype=torch.float32)
+    return *outputs(x, plain, transposed, dtype), scale, scale_t
 
 
 define(
@@ -314,11 +309,11 @@ define(
     "float8_cast(Tensor x, Tensor amax, Tensor amax_t, bool whole, bool plain, bool transposed, ScalarType dtype, "
     "bool power_of_two, float smallest) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda x, *how: FLOAT8.load(x).cast(x, *how),
-    _fake_cast,
+    cast_outputs,
 )
 define(
     "float8_block_cast(Tensor x, int side, bool square, bool plain, bool transposed, ScalarType dtype, "
     "bool power_of_two, float smallest) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda x, *how: FLOAT8.load(x).block_cast(x, *how),
-    _fake_block_cast,
+    block_outputs,
 )

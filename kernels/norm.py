@@ -125,17 +125,8 @@ class _Norm(torch.autograd.Function):
         return d_x, d_residual, None, *sums.gradients, None, None, None
 
 
-def _norm_fake(
-    x: Tensor,
-    residual: Tensor | None,
-    row_keys: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    x_bias: Tensor | None,
-    eps: float,
-    p: float,
-    rms: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def outputs(x: Tensor, residual: Tensor | None, rms: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for the norm, the sum, the mean and the reciprocal deviation; empty for what there is not."""
     rows = x.numel() // x.shape[-1]
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     summed = x.new_empty(0 if residual is None else x.shape, dtype=dtype)
@@ -155,7 +146,7 @@ define(
     lambda x, residual, row_keys, weight, bias, x_bias, eps, p, rms: NORM.load(x).norm(
         x, residual, row_keys, weight, bias, eps, p, threshold(p), rms
     ),
-    _norm_fake,
+    lambda x, residual, row_keys, weight, bias, x_bias, eps, p, rms: outputs(x, residual, rms),
     _Norm,
 )
 define(

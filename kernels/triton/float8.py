@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_ds.kernels.float8 import outputs
+from megatron_ds.kernels.float8 import block_outputs, cast_outputs
 from megatron_ds.kernels.triton.common import on_device_of
 
 TILE = {"ROWS": 64, "COLUMNS": 128}  # of the kernels whose blocks are rows or tensors
@@ -285,16 +285,15 @@ def cast(
     power_of_two: bool, smallest: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """``[g, rows, columns]`` and its transpose, and the scales of both, which follow from a given amax."""
-    out, out_t = outputs(x, plain, transposed, dtype)
-    grid, facts = _launch(x, TILE["ROWS"], TILE["COLUMNS"])
     amaxes = amax.contiguous(), amax_t.contiguous()
-    scales = [torch.empty_like(a if wanted else a[:0]) for a, wanted in zip(amaxes, (plain, transposed))]
+    made = cast_outputs(x, *amaxes, whole, plain, transposed, dtype)
+    grid, facts = _launch(x, TILE["ROWS"], TILE["COLUMNS"])
     with on_device_of(x):
         cast_kernel[grid](
-            x, out, out_t, *amaxes, *scales, *facts, WHOLE=whole, PLAIN=plain, TRANSPOSED=transposed,
+            x, *made[:2], *amaxes, *made[2:], *facts, WHOLE=whole, PLAIN=plain, TRANSPOSED=transposed,
             POWER_OF_TWO=power_of_two, SMALLEST=smallest, LIMIT=torch.finfo(dtype).max, **TILE,
         )  # fmt: skip
-    return out, out_t, scales[0], scales[1]
+    return made
 
 
 def block_cast(
@@ -302,18 +301,14 @@ def block_cast(
     smallest: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """``[g, rows, columns]`` and its transpose by blocks of ``side``, and the scales of both."""
-    groups, rows, columns = x.shape
-    across, down = triton.cdiv(columns, side), triton.cdiv(rows, side)
-    out, out_t = outputs(x, plain, transposed, dtype)
-    scale = x.new_empty((groups, down if square else rows, across) if plain else (0,), dtype=torch.float32)
-    scale_t = x.new_empty((groups, across if square else columns, down) if transposed else (0,), dtype=torch.float32)
+    made = block_outputs(x, side, square, plain, transposed, dtype)
     grid, facts = _launch(x, side, side)
     with on_device_of(x):
         block_cast_kernel[grid](
-            x, out, out_t, scale, scale_t, *facts, SQUARE=square, PLAIN=plain, TRANSPOSED=transposed,
+            x, *made, *facts, SQUARE=square, PLAIN=plain, TRANSPOSED=transposed,
             POWER_OF_TWO=power_of_two, SMALLEST=smallest, LIMIT=torch.finfo(dtype).max, SIDE=side, num_warps=8,
         )  # fmt: skip
-    return out, out_t, scale, scale_t
+    return made
 
 
 def block_product(

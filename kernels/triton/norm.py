@@ -6,11 +6,11 @@ into shared memory. A row beyond 16384 columns is read in tiles, twice (the seco
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_ds.kernels.norm import outputs
 from megatron_ds.kernels.triton.common import STAGES, as_rows, kept, on_device_of, persistent, sum_pair
 from megatron_ds.kernels.triton.norm_backward import TILE, norm_backward, tile_of
 
@@ -156,15 +156,12 @@ def norm(
     rows, base = as_rows(x), as_rows(residual) if residual is not None else None
     count, columns = rows.shape
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = x.new_empty(x.shape, dtype=dtype)
-    summed = x.new_empty(x.shape if fused else 0, dtype=dtype)
-    mean = x.new_empty(0 if rms else count, dtype=torch.float32)
-    rstd = x.new_empty(count, dtype=torch.float32)
-    tensors = (rows, base, None if row_keys is None else row_keys.contiguous(), weight, bias, y, summed, mean, rstd)
+    made = outputs(x, residual, rms)
+    dtype = made[0].dtype
+    tensors = (rows, base, None if row_keys is None else row_keys.contiguous(), weight, bias, *made)
     strides = (rows.stride(0), 0 if base is None else base.stride(0))
-    if not y.numel():
-        return y, summed, mean, rstd
+    if not x.numel():
+        return made
     with on_device_of(x):
         if columns <= MOST_COLUMNS:
             block, tile_rows, warps = tile_of(columns, 2048)
@@ -181,4 +178,4 @@ def norm(
                 *tensors, *strides, columns, eps, threshold, 1.0 / (1.0 - p),
                 RMS=rms, HAS_BIAS=bias is not None, HAS_RESIDUAL=fused, DROP=drop, BLOCK=2 * TILE, num_warps=8,
             )  # fmt: skip
-    return y, summed, mean, rstd
+    return made
