@@ -51,21 +51,23 @@ def differences(who: str, theirs: Mapping[str, Any], own: Mapping[str, Any]) -> 
     lines = []
     for kind, (what, way_out) in _DIFFERS.items():
         if kind in theirs and kind in own and theirs[kind] != own[kind]:
-            found = list(_changes(own[kind], theirs[kind]))
+            changed = changes(own[kind], theirs[kind])
+            found = [f"{key + ': ' if key else ''}{_short(new)} against {_short(old)}" for key, old, new in changed]
             more = f"; and {len(found) - _SHOWN} more" if found[_SHOWN:] else ""
             lines.append(f"{who}: {what} on rank 0 ({'; '.join(found[:_SHOWN])}{more}); {way_out}")
     return lines
 
 
-def _changes(own: Any, theirs: Any, key: str = "") -> Iterator[str]:
-    if isinstance(own, Mapping) and isinstance(theirs, Mapping):
-        for name in dict.fromkeys([*own, *theirs]):
-            yield from _changes(own.get(name), theirs.get(name), f"{key}.{name}" if key else str(name))
-    elif isinstance(own, list) and isinstance(theirs, list) and len(own) == len(theirs):
-        for number, (one, other) in enumerate(zip(own, theirs)):
-            yield from _changes(one, other, f"{key}[{number}]")
-    elif own != theirs:
-        yield f"{key + ': ' if key else ''}{_short(theirs)} against {_short(own)}"
+def changes(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) of all that differs in nested plain values."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in dict.fromkeys([*old, *new]):
+            yield from changes(old.get(name), new.get(name), f"{key}.{name}" if key else str(name))
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for number, (one, other) in enumerate(zip(old, new)):
+            yield from changes(one, other, f"{key}[{number}]")
+    elif old != new:
+        yield key, old, new
 
 
 def _short(value: Any) -> str:

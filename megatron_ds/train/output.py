@@ -26,8 +26,9 @@ from megatron_ds.checkpoint.manifest import step_name
 from megatron_ds.config import BaseRunConfig, from_dict, read_toml, to_toml
 from megatron_ds.data.cache import locked
 from megatron_ds.data.samples import LATENTS
-from megatron_ds.errors import ConfigError, RaisedAs
+from megatron_ds.errors import ConfigError, RaisedAs, listed
 from megatron_ds.files import read_bytes, replacing
+from megatron_ds.train.alike import changes
 from megatron_ds.train.report import MOST_BYTES
 
 # A run that goes on with another one of these would be another run.
@@ -159,9 +160,9 @@ class Output:
             if len(kept) < len(lines):
                 with replacing(path) as temporary:
                     temporary.write_bytes(b"".join(kept))
-            damaged = [str(number) for number, step in enumerate(told, start=1) if step is None]
+            damaged = [number for number, step in enumerate(told, start=1) if step is None]
             if damaged:
-                shown = ", ".join(damaged[:8]) + ", ..." * (len(damaged) > 8)
+                shown = listed(damaged, 8)
                 notes.append(f"{path}: {len(damaged)} damaged or cut-off lines were dropped (line {shown})")
         return notes
 
@@ -185,17 +186,18 @@ def check_settings(
     Raises:
         ConfigError: the model or the seed is another one.
     """
-    whole = from_dict(type(config), before, where).to_dict()
-    changes = list(_changes(whole, config.to_dict()))
+    free = set(_OF_ONE_START)
     if config.precision.fp8 == "none":  # nothing is quantised; but the files of older runs have what was its default
-        changes = [change for change in changes if change[0] != "precision.fp8_from_masters"]
-    refused = [text for key, text in changes if config.fixed & {key, key.split(".")[0]}]
+        free.add("precision.fp8_from_masters")
+    changed = changes(from_dict(type(config), before, where).to_dict(), config.to_dict())
+    found = {key: f"{key}: {old!r} -> {new!r}" for key, old, new in changed if key not in free}
+    refused = [text for key, text in found.items() if config.fixed & {key, key.split(".")[0]}]
     if refused:
         raise ConfigError(
             f"checkpoint.resume: the run in {where!r} is of another model or seed ({'; '.join(refused)}); use "
             f"{way_out}, or another output directory"
         )
-    return [text for _, text in changes]
+    return list(found.values())
 
 
 def check_data(before: dict[str, Any] | None, now: dict[str, Any] | None, changed: str) -> list[str]:
@@ -269,13 +271,3 @@ def _step_of(line: bytes) -> int | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return step if isinstance(step, int) else None
-
-
-def _changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, ``key: before -> now``) of every setting that differs."""
-    for name, value in now.items():
-        key, old = prefix + name, before.get(name)
-        if isinstance(value, dict) and isinstance(old, dict):
-            yield from _changes(old, value, f"{key}.")
-        elif value != old and key not in _OF_ONE_START:
-            yield key, f"{key}: {old!r} -> {value!r}"
