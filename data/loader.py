@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from megatron_ds.data.samples import Batch, SampleSource
-from megatron_ds.errors import DataError
+from megatron_ds.errors import DataError, multiples_around
 
 MicroBatch = dict[str, torch.Tensor]
 """The arrays of a :data:`~megatron_ds.data.samples.Batch` as tensors, and ``sample_index`` int64 [b]: each
@@ -33,10 +33,9 @@ def rank_offsets(global_batch: int, micro_batch: int, dp_rank: int, dp_size: int
         raise DataError(f"dp_rank={dp_rank} of dp_size={dp_size}, micro_batch={micro_batch}: not a rank's share")
     together = micro_batch * dp_size
     if global_batch < 1 or global_batch % together:
-        below, above = global_batch // together * together, (global_batch // together + 1) * together
         raise DataError(
             f"global_batch={global_batch} cannot be divided into micro-batches: micro_batch={micro_batch} x "
-            f"dp_size={dp_size} = {together} does not divide it; use {f'{below} or ' if below else ''}{above}"
+            f"dp_size={dp_size} = {together} does not divide it; use {multiples_around(max(global_batch, 1), together)}"
         )
     return np.arange(global_batch, dtype=np.int64).reshape(-1, dp_size, micro_batch)[:, dp_rank]
 

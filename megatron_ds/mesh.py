@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from megatron_ds.errors import ConfigError
+from megatron_ds.errors import ConfigError, divisors, multiples_around
 
 AXES = ("pp", "dp", "cp", "tp")
 LAYERWISE = ("cp", "tp")
@@ -75,10 +75,8 @@ class MeshShape:
     def __post_init__(self) -> None:
         data = self.dp * self.cp
         if data % self.ep:
-            may = [str(size) for size in range(1, data + 1) if data % size == 0]
             raise ConfigError(
-                f"ep={self.ep} does not divide dp={self.dp} x cp={self.cp} = {data} ranks; ep may be "
-                f"{', '.join(may[:-1])} or {may[-1]}"
+                f"ep={self.ep} does not divide dp={self.dp} x cp={self.cp} = {data} ranks; ep may be {divisors(data)}"
             )
 
     @property
@@ -106,11 +104,10 @@ class MeshShape:
             raise ConfigError(f"world_size={world_size} is no number of ranks; start 1 to {MOST_RANKS}")
         model = pp * cp * tp
         if world_size % model:
-            below, above = world_size // model * model, -(-world_size // model) * model
-            legal = f"{below} or {above}" if below else str(above)
             raise ConfigError(
-                f"world_size={world_size} cannot be divided by pp={pp} x cp={cp} x tp={tp} = {model}; "
-                f"start {legal} ranks, or change mesh.pp, mesh.cp or mesh.tp so that their product divides {world_size}"
+                f"world_size={world_size} cannot be divided by pp={pp} x cp={cp} x tp={tp} = {model}; start "
+                f"{multiples_around(world_size, model)} ranks, or change mesh.pp, mesh.cp or mesh.tp so that their "
+                f"product divides {world_size}"
             )
         derived = world_size // model
         if dp is not None and dp != derived:

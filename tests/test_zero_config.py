@@ -13,8 +13,8 @@ CPU, NVME = {"device": "cpu"}, {"device": "nvme", "path": "/swap"}
 
 # dp, settings, the whole message.
 REFUSED: list[tuple[int, dict[str, Any], str]] = [
-    (8, {"shard_size": 3}, "zero.shard_size=3 does not divide dp=8; use one of 1, 2, 4, 8"),
-    (8, {"shard_size": 16}, "zero.shard_size=16 does not divide dp=8; use one of 1, 2, 4, 8"),
+    (8, {"shard_size": 3}, "zero.shard_size=3 does not divide dp=8; it may be 1, 2, 4 or 8"),
+    (8, {"shard_size": 16}, "zero.shard_size=16 does not divide dp=8; it may be 1, 2, 4 or 8"),
     (
         8,
         {"stage": 0, "shard_size": 4},

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_ds import comm
 from megatron_ds.advice.rules import Advice
+from megatron_ds.errors import listed
 from megatron_ds.mesh import Axis
 from megatron_ds.shard.flat_shards import as_bytes
 
@@ -54,9 +55,8 @@ def same_inputs(digests: list[int], what: str) -> Advice | None:
         return None
     return Advice(
         "same inputs",
-        f"{len(ranks)} of {len(digests)} data-parallel ranks ({', '.join(map(str, ranks[:8]))}"
-        f"{', ...' if len(ranks) > 8 else ''}) began with inputs that others had too ({what}, ...): equal samples give "
-        "equal gradients, and the global batch is smaller than it looks",
+        f"{len(ranks)} of {len(digests)} data-parallel ranks ({listed(ranks, 8)}) began with inputs that others had "
+        f"too ({what}, ...): equal samples give equal gradients, and the global batch is smaller than it looks",
         "give the DataLoader a DistributedSampler(dataset, num_replicas=engine.mesh.data.size, "
         "rank=engine.mesh.data.rank)",
     )

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from megatron_ds.config.schema import OptimizerConfig, PrecisionConfig, Section, ZeroConfig
 from megatron_ds.config.unused import ENGINE, unused_faults
 from megatron_ds.config.zero import zero_faults
-from megatron_ds.errors import ConfigError, itemised
+from megatron_ds.errors import ConfigError, itemised, multiples_around
 
 # The optimizer section's other defaults here: whoever brings a model and a loop expects what plain torch does.
 _PLAIN: dict[str, Any] = {"schedule": "constant", "clip_norm": 0.0}
@@ -172,8 +172,7 @@ def batch_sizes(config: EngineConfig, dp: int) -> BatchSizes:
                 f"unset{_nearest_accumulation(whole, micro * dp)}"
             )
     if whole % known:
-        below, above = whole // known * known, -(-whole // known) * known
-        legal = f"{below} or {above}" if below else str(above)
+        legal = multiples_around(whole, known)
         raise ConfigError(f"global_batch={whole} is not a multiple of {name} = {known}; use {legal}")
     if micro is None:
         return BatchSizes(whole, whole // known, steps or 1)

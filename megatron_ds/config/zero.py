@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_ds.config.schema import OffloadConfig, ZeroConfig
+from megatron_ds.errors import divisors
 
 _PARTS = ("offload_optimizer", "offload_parameters")
 
@@ -18,8 +19,7 @@ def zero_faults(zero: ZeroConfig, data_size: int) -> Iterator[str]:
     if size is not None and zero.stage == 0:
         yield f"zero.shard_size={size} does nothing: zero.stage=0 shards nothing; use stage 1, 2 or 3"
     elif size is not None and data_size % size:
-        legal = ", ".join(str(d) for d in range(1, data_size + 1) if data_size % d == 0)
-        yield f"zero.shard_size={size} does not divide dp={data_size}; use one of {legal}"
+        yield f"zero.shard_size={size} does not divide dp={data_size}; it may be {divisors(data_size)}"
     if zero.keep_whole and zero.stage < 2:
         yield f"zero.keep_whole does nothing: with zero.stage={zero.stage} gradients are whole anyway; use stage 2 or 3"
     for name in ("prefetch", "persistence_threshold"):

@@ -31,7 +31,7 @@ from megatron_ds.deepspeed_json.keys import (
     stage_of,
 )
 from megatron_ds.deepspeed_json.optimizer_keys import MOST, optimizer_of, scheduler_of
-from megatron_ds.errors import ConfigError, itemised, nearest
+from megatron_ds.errors import ConfigError, itemised, multiples_around, nearest
 from megatron_ds.files import parse_json, read_json
 
 
@@ -342,10 +342,9 @@ def _contradictions(flat: Mapping[str, Any]) -> list[str]:
         number(flat, k) for k in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     )
     if min(whole, micro, steps) > 0 and whole % (micro * steps):
-        below = int(whole // (micro * steps) * micro * steps)
         found.append(
             f"train_batch_size={whole} is no multiple of train_micro_batch_size_per_gpu={micro} x "
             f"gradient_accumulation_steps={steps}, for any number of ranks; use "
-            f"{f'{below} or ' if below else ''}{below + int(micro * steps)}"
+            f"{multiples_around(int(whole), int(micro * steps))}"
         )
     return found

@@ -196,7 +196,7 @@ def _require_trainable(parameters: Mapping[str, nn.Parameter]) -> None:
     taken = [name for name, parameter in parameters.items() if "main_grad" in parameter.__dict__]
     if taken:
         raise ConfigError(
-            f"{', '.join(taken[:3])}{', ...' if len(taken) > 3 else ''}: trained by an engine already; call its "
+            f"{listed(taken, 3)}: trained by an engine already; call its "
             "close() first, or train what shares parameters in one engine"
         )
     for name, parameter in parameters.items():

@@ -95,7 +95,7 @@ def test_what_is_prepared_again_is_what_it_was() -> None:
         check((losses, state), want)
         assert "Net was given to prepare() of an Accelerator that trains an engine" in said["other"]
         assert "nn.ModuleDict" in said["other"] and "requires_grad_(False)" in said["other"]
-        assert "first.weight, first.bias, second.weight, ...: trained by an engine already" in said["again"]
+        assert "first.weight, first.bias, second.weight and 1 more: trained by an engine already" in said["again"]
 
 
 def test_accelerates_names_and_limits_hold(tmp_path: Path) -> None:
