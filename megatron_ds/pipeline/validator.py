@@ -6,21 +6,19 @@ schedule with the fault marked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from megatron_ds.errors import ScheduleError
 from megatron_ds.pipeline.action import Action, Op
 from megatron_ds.pipeline.draw import draw_steps
 from megatron_ds.pipeline.passes import add_communication
-from megatron_ds.pipeline.placement import Placement
 from megatron_ds.pipeline.schedule import Schedule, in_flight
 from megatron_ds.pipeline.simulate import Blocked, play
 
-Bound = Callable[[int, Placement, int], int] | Sequence[int]
 _Places = dict[Action, tuple[int, int]]  # (rank, index in the rank's list)
 
 
-def validate(schedule: Schedule, max_in_flight: Bound | None = None, blocking_receives: bool = False) -> None:
+def validate(schedule: Schedule, max_in_flight: Sequence[int] | None = None, blocking_receives: bool = False) -> None:
     """Raise ScheduleError unless the schedule, with or without transfers, is right.
 
     What is proved: every action runs on the rank that holds its stage; each stage does the forward and the backward
@@ -29,8 +27,8 @@ def validate(schedule: Schedule, max_in_flight: Bound | None = None, blocking_re
     order; no rank waits for ever; no rank holds more activations than its bound.
 
     Args:
-        max_in_flight: bound on the activations in flight, one a rank, or a function of
-            ``(rank, placement, num_micro_batches)`` as a schedule's module declares it; None for no bound.
+        max_in_flight: bound on the activations in flight of each rank, as ``activation_bound`` gives it; None: no
+            bound.
         blocking_receives: prove more: nothing deadlocks even if a receive stops its rank until the data is there.
             True of what ``add_communication`` returns, not of what ``hoist_receives`` makes of it.
     """
@@ -222,15 +220,13 @@ def _cycle(blocked: list[Blocked]) -> list[Blocked]:
     return seen[seen.index(stop) :]
 
 
-def _check_in_flight(schedule: Schedule, max_in_flight: Bound) -> None:
-    placement, num_micro_batches = schedule.placement, schedule.num_micro_batches
-    if not callable(max_in_flight) and len(max_in_flight) != len(schedule):
+def _check_in_flight(schedule: Schedule, max_in_flight: Sequence[int]) -> None:
+    if len(max_in_flight) != len(schedule):
         raise ScheduleError(
             f"max_in_flight has {len(max_in_flight)} bounds for the {len(schedule)} ranks of the schedule; give one a "
             "rank"
         )
-    for rank, actions in enumerate(schedule):
-        bound = max_in_flight(rank, placement, num_micro_batches) if callable(max_in_flight) else max_in_flight[rank]
+    for rank, (actions, bound) in enumerate(zip(schedule, max_in_flight)):
         for index, held in enumerate(in_flight(actions)):
             if held > bound:
                 raise _fail(

@@ -24,7 +24,7 @@ from megatron_ds.pipeline.layer_split import split_layers
 from megatron_ds.pipeline.passes import make_ready
 from megatron_ds.pipeline.placement import Placement
 from megatron_ds.pipeline.schedule import Schedule
-from megatron_ds.pipeline.schedules import build_schedule, generator_of
+from megatron_ds.pipeline.schedules import activation_bound, build_schedule
 from megatron_ds.pipeline.stage import StageModule, StageSpan, stage_spans
 from megatron_ds.pipeline.validator import validate as validate_schedule
 from megatron_ds.train.step import TrainStep
@@ -184,7 +184,7 @@ def stage_numbers(stages: Mapping[int, nn.Module]) -> dict[int, int]:
 def schedule_of(config: PipelineConfig, pp: int, micro_batches: int) -> Schedule:
     """The schedule of a step with ``micro_batches`` a replica, proved to be sound."""
     schedule = build_schedule(config.schedule, pp, micro_batches, config.chunks, config.placement)
-    validate_schedule(make_ready(schedule), generator_of(config.schedule).max_in_flight)
+    validate_schedule(make_ready(schedule), activation_bound(config.schedule, schedule))
     return schedule
 
 

@@ -53,7 +53,7 @@ def test_every_schedule_is_valid_and_reaches_its_bound(name: str, pp: int, m: in
     schedule = build_schedule(name, pp, m)
     bound = activation_bound(name, schedule)
     with_transfers = add_communication(schedule)
-    validate(schedule, SCHEDULES[name].max_in_flight)
+    validate(schedule, bound)
     validate(hoist_receives(with_transfers), bound)
     validate(hoist_receives(with_transfers, 3), bound)
     validate(with_transfers, bound, blocking_receives=True)
