@@ -7,6 +7,7 @@ real run's, at 8 ranks or 16,384.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +16,7 @@ from megatron_ds.errors import ConfigError
 from megatron_ds.mesh import MeshShape
 from megatron_ds.pipeline.passes import make_ready
 from megatron_ds.pipeline.simulate import Costs, simulate
-from megatron_ds.pipeline.stage import Activations, StageSpan
+from megatron_ds.pipeline.stage import StageSpan
 from megatron_ds.train.build import low_precision, num_micro_batches, schedule_of, spans_of
 from megatron_ds.train.rank_bytes import RankAccount, account_of
 from megatron_ds.train.task import Task
@@ -41,22 +42,14 @@ class DryRun:
     notes: list[str]
 
     @cached_property
-    def places(self) -> dict[str, dict[str, int]]:
+    def places(self) -> Mapping[str, Mapping[str, int]]:
         """Bytes between steps by kind and place: ``device``, ``host``, ``disk``."""
-        return {kind: dict(places) for kind, places in self.account.layout.bytes().memory.items()}
+        return self.account.layout.bytes().memory
 
     @cached_property
     def bytes(self) -> dict[str, int]:
         """The same by kind: parameters, gradients, master weights, optimizer state."""
         return self.account.layout.bytes().by_kind
-
-    @property
-    def in_flight(self) -> int:
-        return self.account.in_flight
-
-    @property
-    def activations(self) -> Activations | None:
-        return self.account.activations
 
     @cached_property
     def local_parameters(self) -> int:
@@ -83,7 +76,7 @@ class DryRun:
                 *self._activations(),
                 *self._transient(),
                 *self._fullest(),
-                f"schedule: {self.config.pipeline.schedule}, {batches} micro-batches, at most {self.in_flight} "
+                f"schedule: {self.config.pipeline.schedule}, {batches} micro-batches, at most {self.account.in_flight} "
                 f"in flight on this rank, bubble {self.bubble:.1%} of the time",
                 *self.notes,
                 f"built in {self.seconds:.1f} s",
@@ -98,15 +91,15 @@ class DryRun:
         )
 
     def _activations(self) -> list[str]:
-        if self.activations is None:
+        found, in_flight = self.account.activations, self.account.in_flight
+        if found is None:
             return ["  (activations are not known of this model)"]
-        stored, recompute_peak = self.activations.stored, self.activations.recompute_peak
         device = "a CPU" if self.config.device == "cpu" else "a GPU"
-        kinds = {"stored": self.activations.of(self.in_flight), "recompute peak": recompute_peak}
-        once = f", {self.activations.loss:,} of them once" if self.activations.loss and self.in_flight > 1 else ""
+        kinds = {"stored": found.of(in_flight), "recompute peak": found.recompute_peak}
+        once = f", {found.loss:,} of them once" if found.loss and in_flight > 1 else ""
         return [
-            f"activations on {device}, estimated: {stored:,} bytes a micro-batch x {self.in_flight} in flight{once}",
-            *_table({kind: size for kind, size in kinds.items() if size or kind == "kept"}),
+            f"activations on {device}, estimated: {found.stored:,} bytes a micro-batch x {in_flight} in flight{once}",
+            *_table({kind: size for kind, size in kinds.items() if size or kind == "stored"}),
         ]
 
     def _transient(self) -> list[str]:
@@ -114,7 +107,7 @@ class DryRun:
         return ["for a moment, at most:", *_table(there)] if there else []
 
     def _fullest(self) -> list[str]:
-        without = " without activations" if self.activations is None else ""
+        without = " without activations" if self.account.activations is None else ""
         total = {"in all": self.account.total("device")}
         return [f"on the device at the fullest moment{without} (--dry-run --layouts compares layouts):", *_table(total)]
 

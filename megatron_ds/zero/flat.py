@@ -117,7 +117,7 @@ class FlatBucket:
         self.parameters.keep_slice()
         if self.gradients is None or not self.segments:
             return
-        with self.acquire_segments(changed=True) as segments:
+        with self.acquire_segments() as segments:
             self.optimizer = self.rule.over(segments)
             self._bound = self.resident
             if "master" in self.state.rows:
@@ -142,8 +142,8 @@ class FlatBucket:
         return self.state.resident and self.parameters.holding.resident
 
     @contextmanager
-    def acquire_segments(self, changed: bool) -> Iterator[list[OptimizerSegment]]:
-        """What the optimizer sees of each segment; ``changed``: it is written, and goes back to where it lives."""
+    def acquire_segments(self) -> Iterator[list[OptimizerSegment]]:
+        """What the optimizer sees of each segment, and writes; it goes back to where it lives."""
         assert self.gradients is not None
         rows = self.state.acquire()
         shard = self.parameters.holding.acquire()
@@ -169,8 +169,8 @@ class FlatBucket:
                 for segment in self.segments
             ]
         finally:
-            self.parameters.holding.release(changed)
-            self.state.release(changed)
+            self.parameters.holding.release(changed=True)
+            self.state.release(changed=True)
 
     def flat_shards(self, replicas: bool) -> list[FlatShard]:
         """What a checkpoint keeps, kind by kind: what one store holds together comes together."""
@@ -206,11 +206,6 @@ class FlatBucket:
             self.state.release(changed=True)
 
     # Gradients
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Of all of its gradients."""
-        return self.layout.gradient_bytes
 
     @property
     def frees_gradients(self) -> bool:
@@ -309,7 +304,7 @@ class FlatBucket:
         if self._frozen is None:
             self.note_frozen()  # there was no backward pass here
         self.optimizer.frozen = frozenset(self._frozen or ())
-        with nullcontext() if self._bound else self.acquire_segments(changed=True) as segments:
+        with nullcontext() if self._bound else self.acquire_segments() as segments:
             if segments is not None:
                 self.optimizer.bind(segments)
             if step and getattr(self.optimizer, "writes_low", False):

@@ -249,7 +249,7 @@ class Reducer:
                     self._finish_oldest()
 
     def _in_flight(self) -> int:
-        return sum(bucket.gradient_bytes for bucket in (*self._waiting, *self._finished))
+        return sum(bucket.layout.gradient_bytes for bucket in (*self._waiting, *self._finished))
 
     def _finish_oldest(self) -> None:
         bucket = self._waiting.pop(0)

@@ -173,7 +173,7 @@ def test_bubble_and_activations_in_flight_are_the_papers(schedule: str) -> None:
     for stage in range(p):
         dry = dry_run(config, model, p, stage)
         assert dry.bubble == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
-        assert dry.in_flight == (m if schedule == "gpipe" else p - stage)
+        assert dry.account.in_flight == (m if schedule == "gpipe" else p - stage)
 
 
 def test_activations_are_those_of_the_micro_batches_in_flight() -> None:
@@ -183,13 +183,11 @@ def test_activations_are_those_of_the_micro_batches_in_flight() -> None:
     assert model.activations is not None
     for stage in range(2):
         dry = dry_run(config, model, 2, stage)
-        assert dry.activations == model.activations(dry.spans[stage], 1, "cuda") and dry.in_flight == 2 - stage
+        assert (found := dry.account.activations) is not None
+        assert found == model.activations(dry.spans[stage], 1, "cuda") and dry.account.in_flight == 2 - stage
         text = str(dry)
-        assert f"{dry.activations.stored:,} bytes a micro-batch x {2 - stage} in flight" in text
-        assert (
-            f"{dry.activations.stored * (2 - stage):,} bytes" in text
-            and f"{dry.activations.recompute_peak:,} bytes" in text
-        )
+        assert f"{found.stored:,} bytes a micro-batch x {2 - stage} in flight" in text
+        assert f"{found.stored * (2 - stage):,} bytes" in text and f"{found.recompute_peak:,} bytes" in text
     with patch.object(GPTTask, "activations", lambda *_: None):
         assert "not known" in str(dry_run(config, model, 2))
 

@@ -127,7 +127,7 @@ def test_parameters_are_views_of_the_flat_buffer_and_master_is_the_parameter() -
         assert torch.equal(parameter, before[name])
     assert all("master" not in b.state.rows for b in zero.buckets)
     for bucket in zero.buckets:
-        with bucket.acquire_segments(changed=False) as segments:
+        with bucket.acquire_segments() as segments:
             assert segments[0].master.data_ptr() == bucket.parameters.shard.data_ptr()
 
 
