@@ -106,7 +106,7 @@ class DiTConfig(BaseModelConfig):
 
     @property
     def resolved(self) -> dict[str, Any]:
-        return {**self.model_dump(mode="json"), "ffn_hidden_size": self.ffn_size}
+        return {**self.to_dict(), "ffn_hidden_size": self.ffn_size}
 
     @property
     def free(self) -> frozenset[str]:

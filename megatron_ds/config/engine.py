@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -113,13 +111,6 @@ class EngineConfig(Section):
         if isinstance(value, OptimizerConfig):
             value = value.model_dump(exclude_unset=True)
         return {**_PLAIN, **value} if isinstance(value, dict) else value
-
-    def to_dict(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
-
-    def fingerprint(self) -> str:
-        """Hash of every setting: ranks compare it before they start."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def keeps_dtype(self) -> bool:

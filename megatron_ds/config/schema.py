@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -33,6 +31,10 @@ class Section(BaseModel):
             raise ValueError(f"Input should be {' or '.join(map(repr, get_args(kind)))}")
         return _checked(value)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values, as JSON has them."""
+        return self.model_dump(mode="json")
+
 
 def _checked(value: Any) -> Any:
     """The value, its lists as tuples; an error for a number or a text in it that can mean nothing."""
@@ -59,7 +61,7 @@ class BaseModelConfig(Section):
     @property
     def resolved(self) -> dict[str, Any]:
         """The settings, with the values that their defaults stand for."""
-        return self.model_dump(mode="json")
+        return self.to_dict()
 
     @property
     def free(self) -> frozenset[str]:
@@ -367,10 +369,3 @@ class BaseRunConfig(Section):
     def faults(self, shape: MeshShape, needs_data: bool) -> Iterator[str]:
         """What does not fit together in the family's own settings: a sentence each, with the way out."""
         yield from ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
-
-    def fingerprint(self) -> str:
-        """Hash of every setting: ranks compare it before their first collective."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]

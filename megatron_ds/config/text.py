@@ -182,7 +182,7 @@ class ModelConfig(BaseModelConfig):
             "head_bias": not self.causal,
         }
         return {
-            **self.model_dump(mode="json"),
+            **self.to_dict(),
             "attention_pattern": list(shortest(["full", "window"][self.has_window(i)] for i in range(self.num_layers))),
             **{name: value for name, value in followed.items() if getattr(self, name) is None},
         }

@@ -36,7 +36,7 @@ from megatron_ds.optim.torch_rule import TorchRule
 from megatron_ds.pipeline.executor import Executor
 from megatron_ds.pipeline.schedules import build_schedule
 from megatron_ds.shard import ShardSpec, memory_order, spec_of
-from megatron_ds.train.alike import SETTINGS, differences
+from megatron_ds.train.alike import SETTINGS, differences, digest
 from megatron_ds.train.build import DTYPES
 from megatron_ds.train.launch import RankInfo, connect
 from megatron_ds.train.step import TrainStep
@@ -141,10 +141,11 @@ def _checked(config: EngineConfig, mesh: Mesh, stage: bool) -> BatchSizes:
             "with pp alone a PipelineModule of megatron_ds.integrations.deepspeed"
         )
     sizes = validate_engine(config, mesh.data.size)
-    prints = exchange(mesh.world, config.fingerprint())
+    facts = {SETTINGS: config.to_dict()}
+    prints = exchange(mesh.world, digest(facts))
     others = [rank for rank, text in enumerate(prints) if text != prints[0]]
     if others:
-        settings = [json.loads(text) for text in exchange(mesh.world, json.dumps({SETTINGS: config.to_dict()}))]
+        settings = [json.loads(text) for text in exchange(mesh.world, json.dumps(facts))]
         raise ConfigError(*differences(f"rank {listed(others)}", settings[others[0]], settings[0]))
     return sizes
 
