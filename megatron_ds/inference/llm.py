@@ -213,8 +213,13 @@ class LLM:
         """On the other ranks: take part until the first one closes.
 
         Raises:
-            ConfigError: it has ended otherwise, or does not answer.
+            ConfigError: it has ended otherwise, or does not answer, or this rank has no part in the model.
         """
+        if self._ranks.mesh.rank == 0:
+            raise ConfigError(
+                "tensor_parallel_size x pipeline_parallel_size = 1, but more ranks were started; start one, or split "
+                "the model over all of them"
+            )
         with self._ranks.exchange():
             self.engine.follow()
 

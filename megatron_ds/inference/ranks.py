@@ -78,9 +78,12 @@ class Ranks:
         address, port = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])) if started else ("127.0.0.1", 0)
         # torchrun serves the store itself, other launchers leave that to the first rank.
         serves = rank == 0 and not (started and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True")
-        store = dist.TCPStore(address, port, world, serves, timedelta(seconds=self._timeout), wait_for_workers=False)
+        wait = timedelta(seconds=self._timeout)
+        served = dist.TCPStore(address, port, world, serves, wait, wait_for_workers=False)
+        # torchrun's outlives its ranks: those that it starts anew must not find the addresses of the old ones.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", served)
         if not started:
-            self._children = [_start(other, world, store.port, options) for other in range(1, world)]
+            self._children = [_start(other, world, served.port, options) for other in range(1, world)]
             self._wait_for_children(store)
         else:
             store.set(_here(rank), "")

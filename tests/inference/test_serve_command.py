@@ -20,7 +20,7 @@ from hf_models import _llama
 
 from megatron_ds.data.tokenizers import ByteTokenizer
 from megatron_ds.errors import ConfigError
-from megatron_ds.inference import LLM, served_model
+from megatron_ds.inference import LLM, follower, ranks, served_model
 from megatron_ds.inference.command import main
 from megatron_ds.inference.ranks import Ranks
 from megatron_ds.inference.serving_options import EngineOptions
@@ -125,6 +125,12 @@ def test_help_teaches(here: Run) -> None:
     assert here("train")[0] == 2
 
 
+def launched(monkeypatch: pytest.MonkeyPatch, world: str, rank: str, **more: str) -> None:
+    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", **more}.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.mark.parametrize(
     ("world", "rank", "agents", "serves"),
     [("2", "0", "True", False), ("2", "0", None, True), ("2", "1", None, False), ("1", "0", "True", True)],
@@ -133,12 +139,7 @@ def test_the_first_rank_serves_the_store_where_no_torchrun_does(
     monkeypatch: pytest.MonkeyPatch, world: str, rank: str, agents: str | None, serves: bool
 ) -> None:
     """As where each rank is started by hand on its node: all of them waited ten minutes for a server."""
-    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"} | (
-        {"TORCHELASTIC_USE_AGENT_STORE": agents} if agents else {}
-    )
-    for name, value in place.items():
-        monkeypatch.setenv(name, value)
+    launched(monkeypatch, world, rank, **({"TORCHELASTIC_USE_AGENT_STORE": agents} if agents else {}))
 
     def store(address: str, port: int, world: int, is_master: bool, *rest: object, **more: object) -> None:
         raise RuntimeError(f"is_master={is_master}")
@@ -146,3 +147,24 @@ def test_the_first_rank_serves_the_store_where_no_torchrun_does(
     monkeypatch.setattr(dist, "TCPStore", store)
     with pytest.raises(ConfigError, match=f"has not met the other ranks of the served model: is_master={serves}"):
         Ranks(EngineOptions("model", tensor_parallel_size=2, device="cpu"))
+
+
+def test_ranks_that_torchrun_starts_anew_do_not_find_the_old_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose addresses its store still had."""
+    launched(monkeypatch, "2", "1", TORCHELASTIC_RESTART_COUNT="3")
+    store = dist.HashStore()
+    monkeypatch.setattr(dist, "TCPStore", lambda *_, **__: store)
+    monkeypatch.setattr(ranks, "init_process_group", Mock(side_effect=RuntimeError("this far")))
+    with pytest.raises(ConfigError, match="this far"):
+        Ranks(EngineOptions("model", tensor_parallel_size=2, device="cpu"))
+    assert store.check(["attempt 3/megatron-ds/rank-1"])
+
+
+def test_more_ranks_than_the_model_is_split_over_are_refused(
+    folder: Path, here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one would have listened where the first one does."""
+    launched(monkeypatch, "2", "1")
+    monkeypatch.setattr(follower, "_leave_signals_to_the_first", lambda: None)
+    code, said = here("serve", str(folder))
+    assert code == 2 and re.match("error: tensor_parallel_size x .* = 1, but more ranks were started; start one", said)
