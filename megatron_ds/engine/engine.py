@@ -383,6 +383,8 @@ class Engine(JoinableEngine, Files):
 
     def close(self) -> None:
         """Let go of the model, whose parameters are whole and stay; it may be given to another engine. On all ranks."""
+        if self.zero.reducer.closed:  # the model may have another engine by now
+            return
         self._placeholders.remove()
         self._hooks.close()
         self._late.close()

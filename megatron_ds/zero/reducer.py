@@ -89,6 +89,7 @@ class Reducer:
         self._waiting: list[FlatBucket] = []  # reductions under way, oldest first
         self._finished: list[FlatBucket] = []  # done here, but perhaps still read by peers
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.closed = False
         for context in self.contexts.values():
             for index, bucket in enumerate(context.buckets):
                 bucket.main_grads = [
@@ -123,6 +124,7 @@ class Reducer:
 
     def close(self) -> None:
         """No more hooks."""
+        self.closed = True
         for hook in self._hooks:
             hook.remove()
         for bucket in self.buckets:
