@@ -94,11 +94,8 @@ def open_sources(
         return GPTSources(SyntheticDataset(vocab_size, sequence_length, seed))
     blends = split_blends or {"": blend}
     files = _Files(sequence_length, vocab_size, options, tokenizer, loaded, cache_dir)
-    if loaded is not None and vocab_size > MOST_UNUSED * loaded.vocab_size:
-        files.notes.append(
-            f"model.vocab_size={vocab_size}, of which the tokenizer {tokenizer} has {loaded.vocab_size}: no text has "
-            "the others, which cost memory and time"
-        )
+    if loaded is not None:
+        files.notes += _unused(vocab_size, str(tokenizer), loaded.vocab_size)
     # A conversation is a sample of its own, however short.
     least = 1 if options.conversations else sequence_length
     found = open_splits(blends, split, least, seed, files.samples, files.open)
@@ -164,6 +161,8 @@ class _Files:
                 "data.tokenizer to the one that made the data, preprocess again with this one, or leave it unset to "
                 "train without it"
             )
+        if self.tokenizer is None and not self._makers:
+            self.notes += _unused(self.vocab_size, made_with["spec"], made_with.get("vocab_size", self.vocab_size))
         self._makers.setdefault(fingerprint, (made_with["spec"], prefix))
         if len(self._makers) > 1:
             (one, first), (other, second) = list(self._makers.values())[:2]
@@ -180,6 +179,16 @@ class _Files:
                 self.notes.append(note)
             return packed
         return GPTDataset(indexed, self.sequence_length, documents, seed, self.options.document_masking, self._fim)
+
+
+def _unused(vocab_size: int, tokenizer: str, has: int) -> list[str]:
+    """A note where a good part of the vocabulary is of no use."""
+    if vocab_size <= MOST_UNUSED * has:
+        return []
+    return [
+        f"model.vocab_size={vocab_size}, of which the tokenizer {tokenizer} has {has}: no text has the others, which "
+        "cost memory and time"
+    ]
 
 
 def open_splits(

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_ds.convert.folder import HFFolder
 from megatron_ds.convert.settings import TOKEN_IDS
-from megatron_ds.data.chat import ChatTemplate
+from megatron_ds.data.chat import ChatTemplate, template_of_dataset
+from megatron_ds.data.dataset_files import read_manifest
 from megatron_ds.data.tokenizer_base import Tokenizer
 from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.errors import CheckpointError, DataError, RaisedAs
@@ -84,6 +85,29 @@ def take_along(checkpoints: Path, out_dir: Path) -> None:
             copy_out(checkpoints, out_dir / kept, kept)
 
 
+def keep_texts_files(
+    spec: str | None, prefixes: Sequence[str], conversations: bool, checkpoints: Path, vocab_size: int
+) -> None:
+    """Keep the tokenizer of a run on text beside its checkpoints, and the template of its conversations.
+
+    Args:
+        spec: the tokenizer that the run names. Default: the one that came with the model, else what made the data.
+        prefixes: of its datasets.
+        vocab_size: of the model that is trained.
+
+    Raises:
+        CheckpointError, DataError: they cannot be read, or not be written.
+    """
+    if spec is None and prefixes and not (checkpoints / TOKENIZER).is_dir():
+        spec = tokenizer_of(prefixes[0])
+    if spec is not None:
+        keep_tokenizer(spec, checkpoints, vocab_size)
+    if conversations and prefixes and (checkpoints / TOKENIZER).is_dir():
+        special = load_tokenizer(spec or checkpoints / TOKENIZER, fast=False).special
+        if template := template_of_dataset(prefixes[0], special):
+            keep_template(template, checkpoints)
+
+
 def keep_tokenizer(spec: str, checkpoints: Path, vocab_size: int) -> None:
     """Keep the tokenizer that a run is trained with beside its checkpoints, so that exports and servers find it.
 
@@ -113,6 +137,15 @@ def keep_tokenizer(spec: str, checkpoints: Path, vocab_size: int) -> None:
                 kept = {key: value for key, value in carried.items() if key not in TOKEN_IDS}
                 sizes = {"vocab_size": vocab_size} if name == CONFIG else {}
                 write_json(checkpoints / REST / name, {**kept, **sizes, **special_tokens(tokenizer)})
+
+
+def tokenizer_of(prefix: str) -> str | None:
+    """Where the tokenizer is that made a dataset; None where that is not known, or another one is there now."""
+    made_with = (read_manifest(prefix) or {}).get("tokenizer")
+    with contextlib.suppress(DataError):
+        if made_with and load_tokenizer(made_with["spec"], fast=False).fingerprint == made_with["xxh3"]:
+            return str(made_with["spec"])
+    return None
 
 
 def keep_template(template: ChatTemplate, checkpoints: Path) -> None:

@@ -11,11 +11,9 @@ from megatron_ds.advice.run_advice import RunAdvice, known_beforehand
 from megatron_ds.checkpoint.directory import resolve
 from megatron_ds.checkpoint.last_good import last_good
 from megatron_ds.config import BaseRunConfig, validate
-from megatron_ds.convert.carried_files import keep_template, keep_tokenizer, take_along
-from megatron_ds.data.chat import template_of_dataset
+from megatron_ds.convert.carried_files import keep_texts_files, take_along
 from megatron_ds.data.loader import BatchLoader, MicroBatch, evaluation_batches
 from megatron_ds.data.samples import SampleSource, Sources
-from megatron_ds.data.tokenizers import load_tokenizer
 from megatron_ds.errors import MegatronDSError
 from megatron_ds.files import print_line
 from megatron_ds.kernels import registry
@@ -118,23 +116,21 @@ def _steps(config: BaseRunConfig, task: Task, shape: MeshShape, sources: Sources
 
 
 def _keep_files(config: BaseRunConfig, output: Output, data: Mapping[str, Any], starts: bool) -> None:
-    """Lay beside the checkpoints what came with the weights that a run starts from, the tokenizer that it names, and
-    the chat template that its conversations were written by.
+    """Lay beside the checkpoints what came with the weights that a run starts from, and what its texts were made with.
 
-    A run does not end where these two cannot be copied.
+    A run does not end where the latter cannot be copied.
     """
     if config.checkpoint.init_from and starts:
         take_along(resolve(config.checkpoint.init_from).parent, output.checkpoints)
-    spec = getattr(config.data, "tokenizer", None)
-    if spec is not None:
+    if hasattr(config.data, "tokenizer"):
+        prefixes = [dataset["prefix"] for dataset in data.get("datasets", ())]
+        vocab_size = config.model.resolved["vocab_size"]
         try:
-            keep_tokenizer(spec, output.checkpoints, config.model.resolved["vocab_size"])
-            prefixes = [dataset["prefix"] for dataset in data["datasets"]] if data.get("conversations") else []
-            special = load_tokenizer(spec, fast=False).special if prefixes else {}
-            for template in filter(None, (template_of_dataset(prefix, special) for prefix in prefixes[:1])):
-                keep_template(template, output.checkpoints)
+            keep_texts_files(
+                config.data.tokenizer, prefixes, bool(data.get("conversations")), output.checkpoints, vocab_size
+            )
         except MegatronDSError as error:
-            print_line(f"{spec} does not go along with the checkpoints, name it where they are used: {error}")
+            print_line(f"the tokenizer does not go along with the checkpoints, name it where they are used: {error}")
 
 
 def _loop(

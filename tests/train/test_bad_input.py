@@ -175,8 +175,14 @@ def test_the_dataset_of_another_tokenizer(run: Run, tmp_path: Path) -> None:
     assert done.code == 2 and "was made with the tokenizer" in done.error and str(tmp_path / "mine") in done.error
     assert not (tmp_path / "run").exists()
     assert run(*common, "--data.tokenizer", str(tmp_path / "mine")).code == 0
-    kept = load_tokenizer(tmp_path / "run" / "checkpoints" / "tokenizer")
-    assert kept.fingerprint == load_tokenizer(tmp_path / "mine").fingerprint
+    common[-1] = str(tmp_path / "unnamed")
+    assert (
+        f"vocab_size=400, of which the tokenizer {tmp_path / 'mine'} has"
+        in run(*common, *["--model.vocab-size", "400"]).out
+    )
+    for name in ("run", "unnamed"):
+        kept = load_tokenizer(tmp_path / name / "checkpoints" / "tokenizer")
+        assert kept.fingerprint == load_tokenizer(tmp_path / "mine").fingerprint
 
 
 def test_data_that_is_damaged_is_one_error_for_all_ranks(tmp_path: Path, dataset: Path) -> None:
