@@ -229,18 +229,9 @@ class LLM:
         Raises:
             ConfigError: one of them has ended before.
         """
-        if not self._open:
-            return
-        self._open = False
-        if self._ranks.interrupted:  # the others wait for this rank in the middle of a step
-            self._ranks.abort()
-            return
-        try:
-            if self._ranks.mesh.rank == 0:
-                with self._ranks.exchange():
-                    self.engine.stop()
-        finally:
-            self._ranks.close()
+        if self._open:
+            self._open = False
+            self._ranks.close(self.engine.stop if self._ranks.mesh.rank == 0 else None)
 
     def __enter__(self) -> LLM:
         return self

@@ -146,19 +146,40 @@ class Ranks:
         try:
             while not self._closed.wait(min(_BEAT, self._timeout / 4)):
                 with self.exchange():
-                    beat()
+                    if not self._closed.is_set():
+                        beat()
         except Exception as error:
             self._failure = error
 
+    def close(self, stop: Callable[[], None] | None = None) -> None:
+        """End the ranks that this process has started; ``stop`` tells all others to end, where they can hear it.
+
+        Raises:
+            ConfigError: one of them has ended before.
+        """
+        self._closed.set()
+        quiet = self._lock.acquire(timeout=_BEAT)  # else a heartbeat is not answered
+        if quiet:
+            self._lock.release()
+        if not quiet or self.interrupted:
+            self.abort()
+            return
+        try:
+            if stop is not None:
+                with self.exchange():
+                    stop()
+        finally:
+            self._end()
+
     def abort(self) -> None:
         """End the others at once: nobody will tell them to stop."""
+        self._closed.set()
         for child in self._children:
             child.kill()
-        self.close()
+        self._end()
 
-    def close(self) -> None:
-        """The others have been told to stop, unless one of them has ended, which the rest may wait for."""
-        self._closed.set()
+    def _end(self) -> None:
+        """Wait for the others, unless one of them has ended otherwise, which the rest may wait for."""
         if any(child.poll() not in (None, 0) for child in self._children):
             for child in self._children:
                 child.kill()
