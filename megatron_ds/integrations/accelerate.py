@@ -39,6 +39,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend, GradScalerKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from megatron_ds.config import PrecisionConfig
 from megatron_ds.config.engine import EngineConfig
@@ -273,13 +275,23 @@ def _hooked(hook: Any) -> Iterator[None]:
 
 
 def prepare(
-    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, config: Configuration = None
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, config: Configuration = None, *others: Any
 ) -> tuple[EngineModel, Any]:
     """The model and the optimizer for Accelerate's loop, on an engine (``model.engine``).
 
     Args:
         config: as for :func:`megatron_ds.initialize`. Accumulation is the loop's; so is clipping, where it clips.
+        others: what ``accelerator.prepare`` takes besides; refused.
+
+    Raises:
+        ConfigError: of the configuration; or loaders and schedulers are given.
     """
+    if others or isinstance(config, DataLoader | LRScheduler):
+        given = listed(type(other).__name__ for other in (config, *others))
+        raise ConfigError(
+            f"prepare() takes the model, its optimizer and a configuration, not {given}: give loaders to "
+            "accelerator.prepare(); a scheduler of the returned optimizer is stepped by the loop"
+        )
     settings, notes = read_config(config, _auto(accelerator, model))
     if accelerator.is_main_process:
         for note in notes:

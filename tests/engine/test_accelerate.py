@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate_cases import (
     Clip,
     all_whole,
@@ -24,6 +25,8 @@ from accelerate_cases import (
 )
 from test_engine_parity import differs
 
+from megatron_ds.errors import ConfigError
+from megatron_ds.integrations.accelerate import prepare
 from megatron_ds.testing import run_ranks
 
 STAGE_3 = {"zero": {"stage": 3, "persistence_threshold": 20}}
@@ -148,3 +151,17 @@ def test_what_else_an_accelerator_was_told_is_done_or_refused() -> None:
         assert "has 2 ranks of which 1 have a batch each" in refused["tp"] and not refused["replicas"]
         assert "growth_factor=4, backoff_factor=0.5): the loss scale doubles" in refused["factor"]
         assert scales == [(256.0, 50, 1, True), (256.0, 7, 1, True), (1.0, scales[2][1], scales[2][2], False)]
+
+
+def test_loaders_and_schedulers_are_named_where_they_do_not_belong() -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader = torch.utils.data.DataLoader([1])  # type: ignore[arg-type]
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer)
+    for more, named in (
+        ((loader,), "DataLoader"),
+        ((loader, scheduler), "DataLoader, LinearLR"),
+        (({}, 1), "dict, int"),
+    ):
+        with pytest.raises(ConfigError, match=f"not {named}: give loaders to accelerator.prepare"):
+            prepare(Accelerator(cpu=True), model, optimizer, *more)
