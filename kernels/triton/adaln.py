@@ -21,7 +21,8 @@ from torch import Tensor
 from megatron_ds.kernels.triton.common import STAGES, as_rows, on_device_of, persistent, sum_pair, unit_stride
 from megatron_ds.kernels.triton.partial_sums import add_partial_sums
 
-RESIDENT_WARPS = 24
+# Of an SM, of each kernel that walks: as many as there are registers for.
+NORM_RESIDENT_WARPS, SCALE_RESIDENT_WARPS = 16, 24
 
 
 @triton.jit
@@ -120,11 +121,6 @@ def _block(columns: int) -> tuple[int, int]:
     return block, min(16, max(1, block // 256))
 
 
-def _programs(x: Tensor, tokens: int, batch: int, warps: int) -> int:
-    """Programs a sample, each of which walks over tokens."""
-    return persistent(x, tokens, warps, RESIDENT_WARPS, strips=batch)
-
-
 def modulated_norm(
     x: Tensor, shift: Tensor, scale: Tensor, branch: Tensor | None, gate: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -163,7 +159,8 @@ def modulated_norm_backward(
     d_branch = summed.new_empty(0) if branch is None else branch.new_empty(branch.shape)
     sums = [scale.new_empty(scale.shape) for _ in range(2 if gate is None else 3)]
     block, warps = _block(columns)
-    programs, wide = _programs(summed, tokens, batch, warps) if summed.numel() else 0, block > 256 * warps
+    programs = persistent(summed, tokens, warps, NORM_RESIDENT_WARPS, batch) if summed.numel() else 0
+    wide = block > 256 * warps
     partial = summed.new_empty(len(sums), programs, batch * columns, dtype=torch.float32)
     if programs:
         with on_device_of(summed):
@@ -182,7 +179,7 @@ def scaled_add_backward(grad: Tensor, y: Tensor, scale: Tensor) -> tuple[Tensor,
     tokens, batch, columns = y.shape
     d_y, d_scale = y.new_empty(y.shape), scale.new_empty(scale.shape)
     block, warps = _block(columns)
-    programs = _programs(y, tokens, batch, warps) if y.numel() else 0
+    programs = persistent(y, tokens, warps, SCALE_RESIDENT_WARPS, batch) if y.numel() else 0
     partial = y.new_empty(1, programs, batch * columns, dtype=torch.float32)
     if programs:
         with on_device_of(y):

@@ -19,6 +19,7 @@ from megatron_ds.kernels.triton.common import STAGES, on_device_of, processors
 
 STATISTICS_BLOCK = 4096
 GRADIENT_BLOCK = 1024
+PROGRAMS, WARPS = 2, 16  # of an SM, and of a program, which makes losses and gradient
 
 
 @triton.jit
@@ -44,7 +45,9 @@ def statistics_of(row, columns, WANT_SUM: tl.constexpr, BLOCK: tl.constexpr, STA
     for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
         z = tl.load(row + start + own).to(tl.float32)
         if WANT_SUM:
-            sums += tl.sum(z, axis=1)
+            # Not of the load itself: where a loop adds up those of fp32, and its result has two uses, Triton's compiler
+            # stops with an assertion (3.6 and 3.7).
+            sums += tl.sum(z + 0.0, axis=1)
         tops, totals = merge_tile(z, tops, totals)
     if whole < columns:
         column = whole + own
@@ -193,10 +196,12 @@ def token_losses_(
     losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
     if logits.numel():
         with on_device_of(logits):
-            token_losses_kernel[(min(len(losses), 2 * processors(logits)),)](
+            token_losses_kernel[(min(len(losses), PROGRAMS * processors(logits)),)](
                 logits, target.contiguous(), mask.contiguous(), seed, losses, logits.stride(0), *logits.shape,
                 z_loss, 1.0 - label_smoothing, label_smoothing / vocab_size,
-                WANT_SUM=label_smoothing > 0.0, BLOCK=STATISTICS_BLOCK, STAGES=STAGES, num_warps=16,
+                WANT_SUM=label_smoothing > 0.0, BLOCK=STATISTICS_BLOCK, STAGES=STAGES, num_warps=WARPS,
+                # No more than all of them have room for: masks of a vocabulary that is no multiple of 16 take 85.
+                maxnreg=min(255, 65536 // (32 * WARPS * PROGRAMS)),
             )  # fmt: skip
     return losses
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_ds.kernels.norm import outputs
 from megatron_ds.kernels.triton.common import STAGES, as_rows, kept, on_device_of, persistent, sum_pair
-from megatron_ds.kernels.triton.norm_backward import TILE, norm_backward, tile_of
+from megatron_ds.kernels.triton.norm_backward import TILE, norm_backward
 
 __all__ = ["norm", "norm_backward"]
 
@@ -179,3 +179,10 @@ def norm(
                 RMS=rms, HAS_BIAS=bias is not None, HAS_RESIDUAL=fused, DROP=drop, BLOCK=2 * TILE, num_warps=8,
             )  # fmt: skip
     return made
+
+
+def tile_of(columns: int, elements: int) -> tuple[int, int, int]:
+    """Columns and rows of a tile of at least this many elements, and its warps: 16 elements a thread, or up to 32."""
+    block = triton.next_power_of_2(columns)
+    rows = max(1, elements // block)
+    return block, rows, max(1, min(16, block * rows // 512))

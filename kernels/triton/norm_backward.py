@@ -337,11 +337,11 @@ def _launch(
     flags = {"RMS": rms, "HAS_SUMMED": also is not None, "DROP": keys is not None}
     half, more = rows.dtype.itemsize == 2, also is not None or keys is not None
     if columns <= MOST_COLUMNS:
-        tile = whole_row_tile(columns, rows.dtype.itemsize, kinds > 2 or keys is not None)
+        tile = whole_row_tile(columns, rows.dtype.itemsize, kinds > 1 + has_bias or keys is not None)
         # The widest rows have no registers for everything at once.
         crowded = columns > 4096 and keys is not None
         made = 1 + has_bias if columns > 4096 and has_bias else kinds
-        resident = 16 if columns > 2048 else 24
+        resident = _resident(tile, rms, also is not None, keys is not None)
         programs = persistent(rows, triton.cdiv(count, tile["ROWS"]), tile["num_warps"], resident)
         partial = rows.new_empty((made, programs, columns), dtype=torch.float32)
         norm_backward_kernel[(programs,)](
@@ -374,6 +374,13 @@ def whole_row_tile(columns: int, itemsize: int, more: bool) -> dict[str, int]:
     return {"ROWS": elements // block, "BLOCK": block, "num_warps": warps, "STAGES": stages}
 
 
+def _resident(tile: dict[str, int], rms: bool, summed: bool, dropped: bool) -> int:
+    """Warps of that kernel that an SM has registers for."""
+    block = tile["BLOCK"]
+    crowded = not rms and tile["num_warps"] == 8 and (dropped or (summed and block <= 512))
+    return 16 if block > 2048 or block in (256, 512) or crowded else 24
+
+
 def _parameter_sums(grads: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor, rms: bool, has_bias: bool) -> Tensor:
     """``[1 or 2, programs, columns]``: each program's part of the gradients of weight and bias."""
     count, columns = rows.shape
@@ -385,10 +392,3 @@ def _parameter_sums(grads: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor, rms
         RMS=rms, HAS_BIAS=has_bias, ROWS=8, BLOCK=512, num_warps=8,
     )  # fmt: skip
     return partial
-
-
-def tile_of(columns: int, elements: int) -> tuple[int, int, int]:
-    """Columns and rows of a tile of at least this many elements, and its warps: 16 elements a thread, or up to 32."""
-    block = triton.next_power_of_2(columns)
-    rows = max(1, elements // block)
-    return block, rows, max(1, min(16, block * rows // 512))

@@ -215,7 +215,10 @@ def pack_heads(
     if out.numel():
         tile = _tile(dim, planes, q.shape[2])
         strips = triton.cdiv(q.shape[2], tile["HEADS"]) + 2 * triton.cdiv(groups, tile["HEADS"])
-        walks = persistent(q, tokens, WARPS, RESIDENT_WARPS, strips) if totals else tokens
+        # Where little of a head is rotated, tiles are so large that there are registers for half as many warps.
+        large = tile["HEADS"] * triton.next_power_of_2(dim) > MOST_TILE // 4
+        resident = RESIDENT_WARPS // 2 if large else RESIDENT_WARPS
+        walks = persistent(q, tokens, WARPS, resident, strips) if totals else tokens
     partial = q.new_empty((1, walks, out.shape[-1]), dtype=torch.float32) if totals else None
     with on_device_of(q):
         if walks:

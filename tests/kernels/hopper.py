@@ -2,7 +2,8 @@
 
 The launching functions of ``megatron_ds.kernels.triton`` are called with meta tensors of real shapes under a driver
 that stands for an H100: every launch is turned into Triton's own ``warmup``, so the specialisation (alignment,
-divisibility by 16, constants) is the launcher's, whole, and nothing runs. Meta tensors have address 0: aligned.
+divisibility by 16, constants) is the launcher's, whole, and nothing runs. Meta tensors have address 0: aligned. They
+take no memory, so that shapes may be larger than a GPU could hold.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from typing import Any
 from unittest.mock import patch
 
 import triton
+from offsets import overflows
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-SHARED_LIMIT = 227 * 1024
+from megatron_ds.kernels.triton import common
+
+PROCESSORS = 132  # streaming multiprocessors
+SHARED_LIMIT = 227 * 1024  # of a program; a kilobyte more is all that an SM has, and it keeps one for each program
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -48,10 +53,18 @@ class Compiled:
     shared: int  # bytes
     warps: int
     sass: str
+    grid: tuple[int, ...]
+    overflows: list[str]  # of 32 bits, on the way to an address
 
     def count(self, instruction: str) -> int:
         """How many instructions match the pattern, e.g. ``LDG\\.E\\S*\\.128``."""
         return len(re.findall(rf"\b{instruction}", self.sass))
+
+    @property
+    def resident(self) -> int:
+        """Programs that an SM holds at once: by its registers, given out by eights to a thread, and shared memory."""
+        registers = -(-self.registers // 8) * 8 * 32 * self.warps
+        return min(65536 // registers, (SHARED_LIMIT + 1024) // (self.shared + 1024), 64 // self.warps)
 
     @property
     def spills(self) -> int:
@@ -67,15 +80,21 @@ def captured() -> Iterator[list[Compiled]]:
         # The driver's limits: only the first number of a grid may be larger.
         assert grid[0] < 2**31 and all(number <= 65535 for number in grid[1:]), f"{self.__name__}: a grid of {grid}"
         kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
-        found.append(read(self.__name__, kernel))
+        given = {**dict(zip(self.arg_names, args)), **kwargs}
+        arguments = {name: given[name] for name, kind in kernel.src.signature.items() if kind != "constexpr"}
+        found.append(read(self.__name__, kernel, grid, overflows(kernel.asm["ttir"], grid, arguments)))
         return kernel
 
     original = JITFunction.run
-    with patch.object(triton.runtime.driver, "_active", HopperDriver()), patch.object(JITFunction, "run", run):
+    with (
+        patch.object(triton.runtime.driver, "_active", HopperDriver()),
+        patch.object(JITFunction, "run", run),
+        patch.object(common, "processors", lambda x: PROCESSORS),
+    ):
         yield found
 
 
-def read(name: str, kernel: Any) -> Compiled:
+def read(name: str, kernel: Any, grid: tuple[int, ...], faults: list[str]) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -83,7 +102,8 @@ def read(name: str, kernel: Any) -> Compiled:
         sass = _tool("nvdisasm", "-c", file.name)
     numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
     shared = max(numbers["SHARED"], kernel.metadata.shared)
-    return Compiled(name, numbers["REG"], numbers["STACK"] + numbers["LOCAL"], shared, kernel.metadata.num_warps, sass)
+    stack, warps = numbers["STACK"] + numbers["LOCAL"], kernel.metadata.num_warps
+    return Compiled(name, numbers["REG"], stack, shared, warps, sass, grid, faults)
 
 
 def _tool(*command: str) -> str:

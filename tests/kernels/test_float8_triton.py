@@ -33,7 +33,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, device="meta", dtype=dtype)
 
 
-TOKENS, WIDTH, BLOCKS = 8192, 4096, 32  # of a Llama 8B
+TOKENS, WIDTH, BLOCKS = 1 << 20, 4096, 32  # of a Llama 8B; places of its activations need 64 bits
 
 
 def cast_whole() -> None:
@@ -73,8 +73,9 @@ def cast_ranges_of_blocks() -> None:
     from megatron_ds.kernels.triton import float8
 
     flat, scale = meta(WIDTH * 600 + 1024, dtype=torch.float32), meta(BLOCKS, BLOCKS, dtype=torch.float32)
-    float8.range_amax(flat, 5 * WIDTH + 512, WIDTH, False, 128, [scale])
-    float8.range_cast(flat, 5 * WIDTH + 512, WIDTH, False, 128, [scale], [meta(len(flat), dtype=E4M3)])
+    start = 2**31 - 5 * WIDTH + 512  # a matrix of more elements than 32 bits count
+    float8.range_amax(flat, start, WIDTH, False, 128, [scale])
+    float8.range_cast(flat, start, WIDTH, False, 128, [scale], [meta(len(flat), dtype=E4M3)])
 
 
 def multiply() -> None:
@@ -102,6 +103,7 @@ def test_compiled_for_hopper(launch: Callable[[], None]) -> None:
     assert len(kernels) == 2
     for kernel in kernels:
         what = f"{kernel.name}: {kernel.registers} registers, {kernel.warps} warps"
+        assert not kernel.overflows, f"{what}: {kernel.overflows}"
         assert kernel.spills == 0, f"{what}: {kernel.stack} bytes of stack"
         assert kernel.shared <= SHARED_LIMIT and kernel.registers * kernel.warps * 32 <= 65536, what
         multiplies = kernel.name == "block_product_kernel"

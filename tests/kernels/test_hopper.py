@@ -6,8 +6,12 @@ was on the H200.
 
 from __future__ import annotations
 
+import importlib
+import math
+import pkgutil
 from collections.abc import Callable
 from importlib.metadata import version
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,7 +30,7 @@ STORE, WIDE_STORE = r"STG\.E", r"STG\.E\S*\.128"
 # the data must be wide. Where a loop runs ahead of itself, each of its loads stands in the code three times.
 NARROW = {
     "norm_kernel": (12, 2),
-    "norm_backward_kernel": (9, 2),
+    "norm_backward_kernel": (9, 3),
     "modulated_norm_kernel": (0, 2),
     "modulated_norm_backward_kernel": (6, 0),
     "partial_sums_kernel": (1, 1),
@@ -52,13 +56,17 @@ NARROW = {
 }
 # With Triton 3.6 numbers of the table come into each layout that uses them, past shared memory.
 NARROW_BEFORE_3_7 = {"attend_kernel": (27, 1)}
-# Walk over rows or tiles, of which the next ones are under way into shared memory while one is computed.
+# Walk over rows or tiles, of which the next ones are under way into shared memory while one is computed. All programs
+# are on an SM at once: were one to wait until another ends, the last ones would run alone.
 AHEAD = {
     "norm_kernel", "norm_backward_kernel", "modulated_norm_backward_kernel", "scaled_add_backward_kernel",
     "bias_gelu_sums_kernel", "token_losses_kernel", "square_sum_kernel",
 }  # fmt: skip
 # The last, masked tile of a vocabulary that is no multiple of 16 is narrow, and only that.
 RAGGED_TILE = 32
+
+
+MANY = 2**32  # elements of a tensor of activations: their places need 64 bits
 
 
 def meta(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
@@ -68,7 +76,8 @@ def meta(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
 def norm(columns: int, dtype: torch.dtype, rms: bool, fused: bool = False, sums: bool = False) -> None:
     from megatron_ds.kernels.triton import norm
 
-    x, rows = meta(8192, columns, dtype=dtype), 8192
+    rows = MANY // columns // 16 * 16
+    x = meta(rows, columns, dtype=dtype)
     w = meta(columns, dtype=dtype)
     also, keys = (x, meta(rows, dtype=torch.int32)) if fused else (None, None)
     mean, rstd = meta(0 if rms else rows, dtype=SINGLE), meta(rows, dtype=SINGLE)
@@ -82,22 +91,25 @@ def norm(columns: int, dtype: torch.dtype, rms: bool, fused: bool = False, sums:
 def activations(features: int, activation: str) -> None:
     from megatron_ds.kernels.triton import activation as module
 
+    rows = MANY // features // 16 * 16
+    x, both = meta(rows, features), meta(rows, 2 * features)
     if activation == "bias_gelu":
-        module.bias_gelu(meta(8192, features), meta(features), "tanh")
+        module.bias_gelu(x, meta(features), "tanh")
         for totals in ([], [meta(features, dtype=SINGLE)]):
             bias = None if totals else meta(features)
-            module.bias_gelu_backward(meta(8192, features), meta(8192, features), bias, totals, [True], "tanh")
+            module.bias_gelu_backward(x, x, bias, totals, [True], "tanh")
     else:
-        module.gated(meta(8192, 2 * features), activation)
-        module.gated_backward(meta(8192, features), meta(8192, 2 * features), activation)
+        module.gated(both, activation)
+        module.gated_backward(x, both, activation)
 
 
 def modulation(columns: int, dtype: torch.dtype) -> None:
     """A norm of a residual sum, and what is added behind it, of 32 samples: shifts, scales and gates of one layer."""
     from megatron_ds.kernels.triton import adaln as module
 
-    x, (shift, scale, gate) = meta(256, 32, columns, dtype=dtype), meta(32, 3, columns, dtype=dtype).unbind(1)
-    statistics = meta(8192, dtype=SINGLE), meta(8192, dtype=SINGLE)
+    tokens = MANY // columns // 32
+    x, (shift, scale, gate) = meta(tokens, 32, columns, dtype=dtype), meta(32, 3, columns, dtype=dtype).unbind(1)
+    statistics = [meta(tokens * 32, dtype=SINGLE)] * 2
     module.modulated_norm(x, shift, scale, x, gate, 1e-6)
     module.modulated_norm_backward(x, x, x, *statistics, scale, x, gate)
     module.scaled_add_backward(x, x, scale)
@@ -106,15 +118,16 @@ def modulation(columns: int, dtype: torch.dtype) -> None:
 def dropout(features: int) -> None:
     from megatron_ds.kernels.triton.dropout import dropout_add
 
-    x = meta(4096, 2, features)
-    dropout_add(x, x, meta(4096, 2, dtype=torch.int32), 0.1, 200)
+    x = meta(4096, MANY // 4096 // features, features)
+    dropout_add(x, x, meta(*x.shape[:2], dtype=torch.int32), 0.1, 200)
 
 
 def softmax(keys: int, masked: bool) -> None:
     from megatron_ds.kernels.triton import softmax
 
-    x = meta(2, 16, keys, keys)
-    mask = meta(2, 1, 1, keys, dtype=torch.bool).expand(x.shape) if masked else None
+    batch = MANY // 16 // keys**2
+    x = meta(batch, 16, keys, keys)
+    mask = meta(batch, 1, 1, keys, dtype=torch.bool).expand(x.shape) if masked else None
     softmax.softmax(x, mask, meta(16, dtype=SINGLE) if masked else None, 0.125, not masked)
     softmax.softmax_backward(x, x, 0.125, not masked)
 
@@ -122,39 +135,41 @@ def softmax(keys: int, masked: bool) -> None:
 def cross_entropy(columns: int, stride: int, dtype: torch.dtype) -> None:
     from megatron_ds.kernels.triton import cross_entropy
 
-    logits, target = meta(2048, stride, dtype=dtype)[:, :columns], meta(2048, dtype=torch.int64)
+    tokens = MANY // stride // 16 * 16
+    logits, target = meta(tokens, stride, dtype=dtype)[:, :columns], meta(tokens, dtype=torch.int64)
     cross_entropy.token_statistics(logits, target, True)
-    mask = meta(2048, dtype=torch.bool)
+    mask = meta(tokens, dtype=torch.bool)
     seed = meta(1, dtype=torch.float64)
-    cross_entropy.logit_gradient_(logits, meta(2048, dtype=SINGLE), target, mask, seed, 0.1, 1e-4, columns)
+    cross_entropy.logit_gradient_(logits, meta(tokens, dtype=SINGLE), target, mask, seed, 0.1, 1e-4, columns)
     cross_entropy.token_losses_(logits, target, mask, meta(1, dtype=torch.float64), 0.1, 1e-4, columns)
 
 
 def rotary() -> None:
     from megatron_ds.kernels.triton import rotary
 
-    q, k, cos = meta(4096, 2, 32, 128), meta(4096, 2, 8, 6, 128)[:, :, :, -2], meta(4096, 1, 1, 128)
+    q, k, cos = meta(4096, 256, 32, 128), meta(4096, 256, 8, 6, 128)[:, :, :, -2], meta(4096, 1, 1, 128)
     rotary.rotary(q, k, cos, cos, True, 0, False)
 
 
-def heads(groups: int, queries: int, dim: int, turned: int, bias: bool) -> None:
+def heads(groups: int, queries: int, dim: int, turned: int, bias: bool, batch: int = 2) -> None:
     from megatron_ds.kernels.triton import rotary
 
-    packed = meta(4096, 2, groups, queries + 2, dim)
-    tables = [meta(4096, 1, 1, turned)] * 2 if turned else [None, None]
+    length = 2 * MANY // batch // (groups * (queries + 2) * dim)
+    packed = meta(length, batch, groups, queries + 2, dim)
+    tables = [meta(length, 1, 1, turned)] * 2 if turned else [None, None]
     totals = [meta(packed[0, 0].numel(), dtype=SINGLE)] if bias else []
     if turned:
         rotary.rotary(packed[..., :-2, :], packed[..., -2, :], *tables, False, 0, False)
     # As attention gives them: ``[b, n, s, d]`` in memory.
-    q, k = (meta(2, heads, 4096, dim).permute(2, 0, 1, 3) for heads in (groups * queries, groups))
+    q, k = (meta(batch, heads, length, dim).permute(2, 0, 1, 3) for heads in (groups * queries, groups))
     rotary.pack_heads(q, k, k, *tables, totals, [True], False)
 
 
 def add_rows(columns: int) -> None:
     from megatron_ds.kernels.triton.add_rows import add_rows_
 
-    places = meta(8192, dtype=torch.int64)
-    add_rows_(meta(50304, columns, dtype=SINGLE), meta(8192, columns), places, places)
+    places = meta(MANY // columns, dtype=torch.int64)
+    add_rows_(meta(50304, columns, dtype=SINGLE), meta(len(places), columns), places, places)
 
 
 def square_sum(count: int) -> None:
@@ -163,11 +178,11 @@ def square_sum(count: int) -> None:
     module.square_sum(meta(count, dtype=SINGLE))
 
 
-def adamw(low: torch.dtype | None) -> None:
+def adamw(count: int, low: torch.dtype | None) -> None:
     from megatron_ds.kernels.triton.adamw import adamw_
 
-    x = meta(1 << 20, dtype=SINGLE)
-    half = None if low is None else meta(1 << 20, dtype=low)
+    x = meta(count, dtype=SINGLE)
+    half = None if low is None else meta(count, dtype=low)
     adamw_(x, x, x, x, half, meta(1, dtype=SINGLE), 1e-4, 0.9, 0.95, 1e-8, 0.1, 3)
 
 
@@ -192,8 +207,13 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "layer_norm 14336 residual dropout": lambda: norm(14336, HALF, rms=False, fused=True),
     "layer_norm 4096 residual dropout": lambda: norm(4096, HALF, rms=False, fused=True),
     "rms_norm 16384 fp32": lambda: norm(16384, SINGLE, rms=True),
+    "layer_norm 20480 residual dropout": lambda: norm(20480, HALF, rms=False, fused=True),
     "rms_norm 128": lambda: norm(128, HALF, rms=True),
+    "layer_norm 128 seam": lambda: norm(128, HALF, rms=False, sums=True),
+    "layer_norm 512 seam": lambda: norm(512, HALF, rms=False, sums=True),
+    "layer_norm 2048 residual dropout": lambda: norm(2048, HALF, rms=False, fused=True),
     "layer_norm 768 seam": lambda: norm(768, HALF, rms=False, sums=True),
+    "rms_norm 4096 seam": lambda: norm(4096, HALF, rms=True, sums=True),
     "rms_norm 2048 seam": lambda: norm(2048, HALF, rms=True, sums=True),
     "adaLN 1152": lambda: modulation(1152, HALF),
     "adaLN of the widest rows": lambda: modulation(MOST_BYTES // 2, HALF),
@@ -207,21 +227,23 @@ LAUNCHES: dict[str, Callable[[], None]] = {
     "cross entropy 128256": lambda: cross_entropy(128256, 128256, HALF),
     # A vocabulary that is no multiple of 16 in a table padded to one: the whole tiles load wide all the same.
     "cross entropy 50257 of 50304": lambda: cross_entropy(50257, 50304, HALF),
+    "cross entropy 50257 fp32": lambda: cross_entropy(50257, 50304, SINGLE),
     "square sum beyond 2^31": lambda: square_sum(2**31 + 1024),
     "rotary 128 interleaved": rotary,
     "heads of Llama 70B": lambda: heads(8, 8, 128, 128, bias=False),
-    "heads of GPT-2": lambda: heads(12, 1, 64, 0, bias=True),
+    "heads of GPT-2": lambda: heads(12, 1, 64, 0, bias=True, batch=64),
     "heads of GPT-NeoX": lambda: heads(64, 1, 96, 32, bias=True),
     "add_rows 768": lambda: add_rows(768),
     "paged attention, Llama 8B": lambda: paged_attention(32, 8, 128),
-    "adamw": lambda: adamw(None),
-    "adamw in half precision": lambda: adamw(HALF),
+    "adamw": lambda: adamw(1 << 20, None),
+    "adamw in half precision": lambda: adamw(1 << 20, HALF),
+    "adamw beyond 2^31": lambda: adamw(MANY, HALF),
 }
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_compiled_for_hopper(name: str) -> None:
-    from hopper import SHARED_LIMIT, captured
+    from hopper import PROCESSORS, SHARED_LIMIT, captured
 
     older = tuple(map(int, version("triton").split(".")[:2])) < (3, 7)
     narrow = {**NARROW, **(NARROW_BEFORE_3_7 if older else {})}
@@ -230,11 +252,15 @@ def test_compiled_for_hopper(name: str) -> None:
     assert kernels
     for kernel in kernels:
         what = f"{kernel.name} of {name}: {kernel.registers} registers, {kernel.warps} warps"
+        assert not kernel.overflows, f"{what}: {kernel.overflows}"
         assert kernel.spills == 0, f"{what}: {kernel.stack} bytes of stack"
         assert kernel.shared <= SHARED_LIMIT, f"{what}: {kernel.shared} bytes of shared memory"
         # A block that does not fit on an SM would fail at launch.
         assert kernel.registers * kernel.warps * 32 <= 65536, what
         assert kernel.name not in AHEAD or kernel.count("LDGSTS"), f"{what}: nothing is loaded ahead"
+        if kernel.name in AHEAD or (kernel.name == "pack_heads_kernel" and kernel.count("LDGSTS")):
+            programs = -(-math.prod(kernel.grid) // PROCESSORS)
+            assert programs <= kernel.resident, f"{what}: {programs} programs an SM, which holds {kernel.resident}"
         loads, stores = narrow.get(kernel.name, (0, 0))
         if "50257" in name:
             loads, stores = loads + RAGGED_TILE, stores + RAGGED_TILE
@@ -252,10 +278,28 @@ def test_a_norms_backward_pass_is_one_kernel_and_one_that_finishes() -> None:
     assert [kernel.name for kernel in kernels] == ["norm_kernel", "norm_backward_kernel", "partial_sums_kernel"]
 
 
+def test_every_kernel_is_compiled() -> None:
+    """But for those of FP8 and of sparse attention, which have files of their own."""
+    import hopper
+    from triton.runtime.jit import JITFunction
+
+    from megatron_ds.kernels import triton as folder
+
+    elsewhere = {"float8", "sparse_attention", "specialized_attention"}
+    modules = [f"{folder.__name__}.{m.name}" for m in pkgutil.iter_modules(folder.__path__) if m.name not in elsewhere]
+    values = [value for module in modules for value in vars(importlib.import_module(module)).values()]
+    known = {v.__name__ for v in values if isinstance(v, JITFunction) and v.__name__.endswith("_kernel")}
+    with patch.object(hopper, "read", lambda name, *_: name), hopper.captured() as names:
+        for launch in LAUNCHES.values():
+            launch()
+    assert known == set(names)
+
+
 @pytest.mark.parametrize(("columns", "rows"), [(64, 32), (128, 16), (1024, 2), (2048, 1)])
 def test_a_program_of_a_norm_takes_several_short_rows(columns: int, rows: int) -> None:
     """Such as those of QK-norm, one a head: enough of them that each thread loads 16 bytes."""
-    from megatron_ds.kernels.triton.norm_backward import tile_of, whole_row_tile
+    from megatron_ds.kernels.triton.norm import tile_of
+    from megatron_ds.kernels.triton.norm_backward import whole_row_tile
 
     _, forward, warps = tile_of(columns, 2048)
     backward = whole_row_tile(columns, HALF.itemsize, False)

@@ -15,7 +15,7 @@ from megatron_ds.kernels import block_patterns as patterns
 from megatron_ds.kernels.sparse_attention import _flat
 from megatron_ds.kernels.triton import sparse_attention as twin
 
-HEADS, GROUPS, BATCH = 16, 4, 2
+HEADS, GROUPS, BATCH = 16, 4, 64  # places of queries, keys and values need 64 bits
 # block, head dim, tokens, dtype, whether the kernels take the window as one or by its lists
 SHAPES = [
     (64, 64, 65536, torch.bfloat16, True),
@@ -42,6 +42,7 @@ def test_tensor_cores_and_registers(block: int, head_dim: int, length: int, dtyp
     assert [kernel.name for kernel in kernels] == ["forward_kernel", "query_kernel", "key_kernel"]
     for kernel in kernels:
         single = dtype == torch.float32
+        assert not kernel.overflows, f"{kernel.name}: {kernel.overflows}"
         cores = "HMMA" if single else "HGMMA"
         assert kernel.count(cores), f"{kernel.name} does not use the tensor cores"
         # Measured: the tiles of the key kernel that spill a little at wide heads are faster than those that do not.
@@ -62,15 +63,15 @@ def test_specialised_warps(head_dim: int) -> None:
     """Four warps that load and eight that compute, each group with registers of its own: nothing spills."""
     with patch.object(block_layout, "_WINDOW", 1 << 30):
         layout = patterns.dense(8192, 128, HEADS).to("meta")
-    q = torch.empty(8192, BATCH, HEADS, head_dim, dtype=torch.bfloat16, device="meta").permute(1, 2, 0, 3)
-    k = torch.empty(8192, BATCH, GROUPS, head_dim, dtype=torch.bfloat16, device="meta").permute(1, 2, 0, 3)
-    lse = torch.empty(BATCH, HEADS, 8192, device="meta")
+    q, k = (torch.empty(1024, n, 8192, head_dim, dtype=torch.bfloat16, device="meta") for n in (HEADS, GROUPS))
+    lse = torch.empty(1024, HEADS, 8192, device="meta")
     with captured() as kernels, patch.object(twin, "SPECIALIZED", True):
         twin.forward(q, k, k, _flat(layout), 128, layout.is_window, 0.1, torch.empty_like(q), lse)
     (kernel,) = kernels
     assert kernel.name == "specialized_forward_kernel" and not kernel.spills
     assert kernel.count("USETMAXREG") and kernel.count("UTMALDG") and kernel.count("HGMMA")
     assert kernel.registers == 168 and kernel.shared <= SHARED_LIMIT
+    assert not kernel.overflows
 
 
 def test_more_heads_than_a_grid_has_rows() -> None:
@@ -78,7 +79,7 @@ def test_more_heads_than_a_grid_has_rows() -> None:
     batch, length, block = 70400 // HEADS, 1024, 16
     layout = patterns.bigbird(length, block, HEADS)
     assert len(layout.long_columns)
-    x = torch.empty(batch, HEADS, length, 16, dtype=torch.float16, device="meta")
+    x = torch.empty(batch, HEADS, length, 64, dtype=torch.float16, device="meta")
     lse = torch.empty(batch, HEADS, length, device="meta")
     flat = _flat(layout.to("meta"))
     with captured() as kernels:
@@ -87,3 +88,4 @@ def test_more_heads_than_a_grid_has_rows() -> None:
     assert [k.name for k in kernels] == ["forward_kernel", "query_kernel", "key_kernel", "key_kernel"] + [
         "add_up_kernel"
     ] * 2
+    assert not any(k.overflows for k in kernels), [k.overflows for k in kernels]
